@@ -1,0 +1,53 @@
+# Bare `make` lists the targets. `demo` and `test` do their own set-up in .venv.
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PYTHON ?= python3
+DEMO := demo-out
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check fix test-gpu bench table docs golden clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q -c constraints.txt torch
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	@touch $(STAMP)
+
+setup: $(STAMP) ## make .venv and install quark with its development tools
+
+demo: $(STAMP) ## quantize the embedded model to nvfp4 and show what was lost
+	$(BIN)/quark plan --model demo --scheme nvfp4 --calib-data builtin --calib-samples 128 --calib-seqlen 256
+	$(BIN)/quark quantize --model demo --scheme nvfp4 --calib-data builtin --calib-samples 128 --calib-seqlen 256 \
+		-o $(DEMO) --overwrite
+	$(BIN)/quark report $(DEMO)
+	$(BIN)/quark eval $(DEMO) --baseline demo
+
+test: $(STAMP) ## run the tests that need no GPU
+	$(BIN)/python -m pytest -m "not gpu" -n 2
+
+check: $(STAMP) ## lint, formatting, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+fix: $(STAMP) ## let ruff repair what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test-gpu: $(STAMP) ## run the tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu
+
+bench: $(STAMP) ## speed and peak memory against a baseline in the same run
+	$(BIN)/python -m tests.bench
+
+docs: $(STAMP) ## rebuild the generated reference pages
+	$(BIN)/python -m tests.golden docs
+
+clean: ## remove everything that was built
+	rm -rf $(VENV) $(DEMO) $(DEMO).partial build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

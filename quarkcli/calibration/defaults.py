@@ -1,0 +1,23 @@
+"""Which calibration data is used when none is named. Torch-free."""
+
+from __future__ import annotations
+
+BUILTIN = "builtin"
+DEFAULT_HUB = "neuralmagic/LLM_compression_calibration"
+
+
+def default_source(offline: bool) -> tuple[str, str | None]:
+    """(source, warning): the named hub set when it can be reached, else the built-in text and why."""
+    warning = f"calibrating on the built-in text: the default data set {DEFAULT_HUB} cannot be reached"
+    if offline:
+        return BUILTIN, warning
+    from huggingface_hub import HfApi
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    if HF_HUB_OFFLINE:
+        return BUILTIN, warning
+    try:
+        HfApi().dataset_info(DEFAULT_HUB, timeout=5)
+    except Exception:  # whatever keeps us from the hub has the same consequence, and it is said
+        return BUILTIN, warning
+    return DEFAULT_HUB, None

@@ -1,0 +1,284 @@
+"""Statistics of activations, per input site.
+
+A site is one activation tensor; every weight that reads it shares its statistics. Second moments are running means in
+float32 over fixed chunks of `CHUNK` tokens in sample order, so that the batch size changes no bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quarkcli.errors import DataError
+from quarkcli.plan.model import Plan, Site
+
+CHUNK = 2048
+
+
+class Gram:
+    """Running mean of x x^T over tokens, float32 [features, features]."""
+
+    def __init__(self) -> None:
+        self.mean: Tensor | None = None
+        self.tokens = 0
+        self._waiting: list[Tensor] = []
+        self._waiting_rows = 0
+
+    def add(self, rows: Tensor) -> None:
+        """Take rows [tokens, features] in sample order."""
+        self._waiting.append(rows)
+        self._waiting_rows += rows.shape[0]
+        while self._waiting_rows >= CHUNK:
+            joined = torch.cat(self._waiting)
+            self._fold(joined[:CHUNK])
+            rest = joined[CHUNK:].clone()
+            self._waiting, self._waiting_rows = [rest], rest.shape[0]
+
+    def _fold(self, rows: Tensor) -> None:
+        count = rows.shape[0]
+        if count == 0:
+            return
+        x = rows.float()
+        total = self.tokens + count
+        if self.mean is None:
+            self.mean = x.T @ x
+            self.mean /= total
+        else:
+            self.mean.mul_(self.tokens / total).addmm_(x.T, x, alpha=1.0 / total)
+        self.tokens = total
+
+    def result(self) -> tuple[Tensor | None, int]:
+        """(mean or None when no token came, tokens)."""
+        if self._waiting_rows:
+            self._fold(torch.cat(self._waiting))
+        self._waiting, self._waiting_rows = [], 0
+        return self.mean, self.tokens
+
+
+@dataclass
+class _ExpertLayer:
+    """What the experts of one layer saw: their common input with its routing, and counts."""
+
+    module: Any = None
+    hidden: list[Tensor] = field(default_factory=list)
+    routed: list[Tensor] = field(default_factory=list)
+    tokens: dict[int, int] = field(default_factory=dict)
+    pooled: dict[str, tuple[Tensor | None, int]] = field(default_factory=dict)
+
+
+class Statistics:
+    """Statistics of one part. `needs`: kinds (`absmax`, `gram`) by site; attention sites are `<module>.k` and `.v`.
+
+    runner      runs one expert for its inner activation (see `model.runner.Runner.expert_hidden`)
+    all_tokens  every token feeds every expert's statistics (`--moe-calibration all`), not only the routed ones
+    """
+
+    def __init__(
+        self, plan: Plan, part: int, needs: Mapping[str, set[str]], runner: Any, all_tokens: bool = False
+    ) -> None:
+        self.plan = plan
+        self.part = part
+        self.needs = needs
+        self.runner = runner
+        self.all_tokens = all_tokens
+        self.mask: Tensor | None = None  # [batch, tokens] of the batch now running; 0 marks padding
+        self._absmax: dict[str, Tensor] = {}
+        self._grams: dict[str, Gram] = {}
+        self._layers: dict[str, _ExpertLayer] = {}
+
+    # -- reading -------------------------------------------------------------------------------------------------
+
+    def absmax(self, site: str) -> Tensor:
+        """Largest magnitude seen at a site, float32 []. Raises DataError for a site that saw no token or a NaN."""
+        value = self._absmax.get(site)
+        if value is None:
+            raise DataError("no calibration token reached this activation", where=site)
+        if not bool(torch.isfinite(value)):
+            raise DataError("NaN or inf in the calibration activations", where=site)
+        return value
+
+    def gram(self, site: str, expert: int | None = None) -> tuple[Tensor | None, int]:
+        """(mean x x^T, tokens) of a site, or of one expert's part of it with the layer's as prior."""
+        mean, tokens = self._gram(site, expert)
+        if mean is not None and not bool(torch.isfinite(mean).all()):
+            raise DataError("NaN or inf in the calibration activations", where=site)
+        return mean, tokens
+
+    def _gram(self, site: str, expert: int | None) -> tuple[Tensor | None, int]:
+        if expert is None:
+            return self._grams[site].result() if site in self._grams else (None, 0)
+        layer = self._layers[self._layer_of(site)]
+        own = Gram()
+        for rows in self._expert_rows(layer, site, expert):
+            own.add(rows)
+        mean, tokens = own.result()
+        return _with_prior(mean, tokens, self._pooled(layer, site))
+
+    def expert_tokens(self) -> dict[str, dict[int, int]]:
+        """Routed tokens per expert, by experts prefix."""
+        return {prefix: dict(sorted(layer.tokens.items())) for prefix, layer in self._layers.items()}
+
+    # -- collecting ----------------------------------------------------------------------------------------------
+
+    def handlers(self) -> dict[str, dict[str, Any]]:
+        """Keyword arguments for `Runner.handlers` that feed these statistics."""
+        linear: dict[str, Callable[[Tensor], None]] = {}
+        experts: dict[str, Any] = {}
+        attention: dict[str, Any] = {}
+        for site in self.plan.sites.values():
+            if site.part != self.part or site.name not in self.needs:
+                continue
+            tensor = self.plan.targets[site.members[0]].view.tensor
+            if site.kind == "linear":
+                linear[tensor] = self._linear_tap(site.name)
+            else:
+                prefix = self._layer_of(site.name)
+                experts.setdefault(prefix, (tensor, _ExpertTap(self, prefix)))
+        for module in self.plan.attention.values():
+            if module.part == self.part and any(f"{module.name}.{kind}" in self.needs for kind in "kv"):
+                attention[self.plan.targets[module.k_proj].view.tensor] = self._attention_tap(module.name)
+        return {"linear": linear, "experts": dict(experts.values()), "attention": attention}
+
+    def _linear_tap(self, site: str) -> Callable[[Tensor], None]:
+        def tap(x: Tensor) -> None:
+            self._take(site, self._rows(x))
+
+        return tap
+
+    def _attention_tap(self, module: str) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
+        def tap(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            for kind, value in (("k", k), ("v", v)):
+                self._see(f"{module}.{kind}", value)
+            return q, k, v
+
+        return tap
+
+    def _rows(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        if self.mask is not None and self.mask.numel() == rows.shape[0]:
+            rows = rows[self.mask.reshape(-1).bool().to(rows.device)]
+        return rows
+
+    def _take(self, site: str, rows: Tensor) -> None:
+        kinds = self.needs.get(site, set())
+        if "absmax" in kinds:
+            self._see(site, rows)
+        if "gram" in kinds:
+            self._grams.setdefault(site, Gram()).add(rows.clone())
+
+    def _see(self, site: str, x: Tensor) -> None:
+        if not x.numel():
+            return
+        value = x.abs().amax().float()
+        known = self._absmax.get(site)
+        self._absmax[site] = value if known is None else torch.maximum(known, value)
+
+    # -- experts -------------------------------------------------------------------------------------------------
+
+    def _layer_of(self, site: str) -> str:
+        member = self.plan.targets[self.plan.sites[site].members[0]]
+        assert member.expert is not None
+        return member.expert[0]
+
+    def _expert_site(self, prefix: str, kind: str) -> Site | None:
+        for site in self.plan.sites.values():
+            if site.part == self.part and site.kind == kind and self._layer_of(site.name) == prefix:
+                return site
+        return None
+
+    def _expert_rows(self, layer: _ExpertLayer, site: str, expert: int) -> Iterator[Tensor]:
+        down = self.plan.sites[site].kind == "experts_down"
+        for hidden, routed in zip(layer.hidden, layer.routed, strict=True):
+            rows = hidden if self.all_tokens else hidden[(routed == expert).any(-1)]
+            if rows.shape[0]:
+                yield self.runner.expert_hidden(layer.module, expert, rows) if down else rows
+
+    def _pooled(self, layer: _ExpertLayer, site: str) -> tuple[Tensor | None, int]:
+        """The layer's own moment: of all tokens for the common input, of all experts together for the inner one."""
+        if site not in layer.pooled:
+            if self.plan.sites[site].kind == "experts_in":
+                layer.pooled[site] = self._grams[site].result()
+            else:
+                together = Gram()
+                for expert in sorted({e for _, e in self._members(site)}):
+                    for rows in self._expert_rows(layer, site, expert):
+                        together.add(rows)
+                layer.pooled[site] = together.result()
+        return layer.pooled[site]
+
+    def _members(self, site: str) -> list[tuple[str, int]]:
+        found = [self.plan.targets[name].expert for name in self.plan.sites[site].members]
+        return [expert for expert in found if expert is not None]
+
+
+class _ExpertTap:
+    """Feeds one layer's experts into the statistics (the protocol of `model.experts.ExpertHandler`)."""
+
+    def __init__(self, statistics: Statistics, prefix: str) -> None:
+        self.statistics = statistics
+        self.prefix = prefix
+        self.layer = statistics._layers.setdefault(prefix, _ExpertLayer())
+        self.site_in = statistics._expert_site(prefix, "experts_in")
+        self.site_down = statistics._expert_site(prefix, "experts_down")
+        self.gram = any(
+            "gram" in statistics.needs.get(site.name, set()) for site in (self.site_in, self.site_down) if site
+        )
+        for _, expert in statistics._members((self.site_in or self.site_down).name):  # type: ignore[union-attr]
+            self.layer.tokens.setdefault(expert, 0)
+
+    def observe(self, module: Any, hidden: Tensor, top_k_index: Tensor) -> None:
+        rows, routed = hidden, top_k_index
+        mask = self.statistics.mask
+        if mask is not None and mask.numel() == hidden.shape[0]:
+            keep = mask.reshape(-1).bool().to(hidden.device)
+            rows, routed = hidden[keep], top_k_index[keep]
+        self.layer.module = module
+        for expert, count in zip(*torch.unique(routed, return_counts=True), strict=True):
+            self.layer.tokens[int(expert)] = self.layer.tokens.get(int(expert), 0) + int(count)
+        if self.site_in:
+            self.statistics._take(self.site_in.name, rows)
+        if self.gram:
+            self.layer.hidden.append(rows.clone())
+            self.layer.routed.append(routed.clone())
+        if self.site_down and self.statistics.all_tokens and self._wants("absmax"):
+            for expert in self.layer.tokens:
+                self.statistics._see(
+                    self.site_down.name, self.statistics.runner.expert_hidden(module, expert, rows)
+                )  # fmt: skip
+
+    def _wants(self, kind: str) -> bool:
+        return self.site_down is not None and kind in self.statistics.needs.get(self.site_down.name, set())
+
+    def gate_up_input(self, expert: int, x: Tensor) -> Tensor:
+        return x
+
+    def down_input(self, expert: int, h: Tensor) -> Tensor:
+        if self.site_down and self._wants("absmax"):
+            self.statistics._see(self.site_down.name, h)
+        return h
+
+
+def _with_prior(mean: Tensor | None, tokens: int, pooled: tuple[Tensor | None, int]) -> tuple[Tensor | None, int]:
+    """Blend an expert's moment with its layer's when it saw fewer than two tokens per feature.
+
+    The layer counts as one token per feature; an expert that saw nothing gets the layer's moment alone.
+    """
+    prior, _ = pooled
+    if prior is None or (mean is not None and tokens >= 2 * mean.shape[0]):
+        return mean, tokens
+    if mean is None:
+        return prior, 0
+    weight = prior.shape[0]
+    return (mean * tokens + prior * weight) / (tokens + weight), tokens
+
+
+def site_parts(plan: Plan) -> dict[str, int]:
+    """Part index by site name, attention sites included."""
+    parts = {site.name: site.part for site in plan.sites.values()}
+    for module in plan.attention.values():
+        parts.update({f"{module.name}.{kind}": module.part for kind in module.slots})
+    return parts

@@ -1,0 +1,189 @@
+"""A quantized checkpoint read back: from the written config and headers alone, in the source's names and shapes.
+
+The model class runs on file tensors in source form. A quantized weight is decoded to its `.weight`; experts that a
+family stores fused are put together again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from quarkcli import dialects, family
+from quarkcli.dialects.base import Dialect, StoredTarget, StoredView
+from quarkcli.errors import ModelError
+from quarkcli.family import FamilyModel, WeightView, fused_views
+from quarkcli.source import Source
+from quarkcli.walk import ActivationQuantizer, CacheQuantizer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+
+
+@dataclass(frozen=True)
+class LogicalHeader:
+    """dtype and shape of a tensor in source form."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass
+class _Recipe:
+    """How one tensor in source form is made: copied, decoded, or put together from views."""
+
+    copy: str | None = None
+    pieces: list[tuple[WeightView | None, str]] = field(default_factory=list)  # (place, weight name)
+
+
+class Checkpoint:
+    """A directory with a `quantization_config` that one of our dialects reads; or an unquantized one as it is."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        config = source.config.get("quantization_config") or {}
+        self.dialect: Dialect | None = _dialect_of(config) if config else None
+        self.view = self.dialect.view(config, source.headers) if self.dialect else StoredView()
+        self.family_name, self.family, self.inferred = family.for_checkpoint(source.config, source.headers)
+        self._recipes: dict[str, _Recipe] = {}
+        self.headers: dict[str, LogicalHeader] = {}
+        self._lay_out()
+
+    @property
+    def quantized(self) -> bool:
+        return self.dialect is not None
+
+    def read_many(self, names: Iterable[str], dtype: Any = None) -> dict[str, Tensor]:
+        """Tensors in source form; decoded ones in `dtype` (None: the model's), one weight at a time."""
+        return {name: self._read(name, dtype) for name in names}
+
+    def _read(self, name: str, dtype: Any) -> Tensor:
+        import torch
+
+        recipe = self._recipes[name]
+        if recipe.copy is not None:
+            return self.source.read(recipe.copy)
+        header = self.headers[name]
+        dtype = dtype or {"BF16": torch.bfloat16, "F16": torch.float16}.get(header.dtype, torch.float32)
+        if recipe.pieces[0][0] is None:
+            return self.weight(recipe.pieces[0][1]).to(dtype)
+        whole = torch.empty(header.shape, dtype=dtype)
+        for place, weight in recipe.pieces:
+            assert place is not None
+            place.of(whole).copy_(self.weight(weight))
+        return whole
+
+    def weight(self, name: str) -> Tensor:
+        """The weight of a module as the checkpoint's numbers say: float32 when quantized, else as stored."""
+        from quarkcli.numerics.quantize import dequantize
+
+        stored = self.view.targets.get(name)
+        if stored is None:
+            return self.source.read(f"{name}.weight")
+        quantized, _ = self.decode(stored)
+        return dequantize(quantized, stored.weight)
+
+    def decode(self, stored: StoredTarget) -> tuple[Any, Tensor | None]:
+        assert self.dialect is not None
+        return self.dialect.decode(stored, self.source.read_many(stored.tensors))
+
+    def activation_quantizers(self, tensors: Iterable[str]) -> Iterator[ActivationQuantizer]:
+        """Input quantizers of the weights that lie in these tensors (source form)."""
+        for tensor in tensors:
+            for _, name in self._recipes[tensor].pieces:
+                stored = self.view.targets.get(name)
+                if stored is None or stored.input is None:
+                    continue
+                static = self.decode(stored)[1] if stored.input.needs_amax else None
+                expert = self._expert(name)
+                if expert is None:
+                    yield ActivationQuantizer(tensor, stored.input, static)
+                else:
+                    prefix, index, down = expert
+                    yield ActivationQuantizer(tensor, stored.input, static, index, down, prefix)
+
+    def cache_quantizers(self, tensors: Iterable[str]) -> Iterator[CacheQuantizer]:
+        """Cache quantizers of the attention modules whose k projection lies in these tensors."""
+        assert self.dialect is not None
+        spec = self.family.attention
+        present = set(tensors)
+        for stored in self.view.attention.values():
+            tensor = f"{stored.name}.{spec.k if spec else 'k_proj'}.weight"
+            if tensor in present:
+                scales = self.dialect.decode_attention(stored, self.source.read_many(stored.scales.values()))
+                yield CacheQuantizer(tensor, stored.specs, scales)
+
+    # -- from stored names to source form ------------------------------------------------------------------------
+
+    def _lay_out(self) -> None:
+        consumed = {name for stored in self.view.targets.values() for name in stored.tensors}
+        consumed |= {name for stored in self.view.attention.values() for name in stored.scales.values()}
+        dtype = _model_dtype(self.source.config)
+        for name, header in self.source.headers.items():
+            if name not in consumed:
+                self._add(name, LogicalHeader(header.dtype, header.shape), _Recipe(copy=name))
+        for name, stored in self.view.targets.items():
+            self._add(f"{name}.weight", LogicalHeader(dtype, stored.shape), _Recipe(pieces=[(None, name)]))
+        if self.quantized and self.family.experts:
+            self._fuse(self.family)
+
+    def _add(self, name: str, header: LogicalHeader, recipe: _Recipe) -> None:
+        self.headers[name] = header
+        self._recipes[name] = recipe
+
+    def _expert(self, name: str) -> tuple[str, int, bool] | None:
+        """(prefix of the layer's experts, index, is the down projection) of an expert's module name."""
+        experts = self.family.experts
+        if experts is None:
+            return None
+        head, found, leaf = name.partition(f".{experts.path}.")
+        index, _, projection = leaf.partition(".")
+        if not found or not index.isdigit():
+            return None
+        return f"{head}.{experts.path}", int(index), projection == experts.down
+
+    def _fuse(self, model: FamilyModel) -> None:
+        """Replace single experts' weights by the fused tensors that the family's own files have."""
+        assert model.experts is not None
+        layers: dict[str, dict[int, dict[str, str]]] = {}
+        for tensor in list(self.headers):
+            module = tensor.removesuffix(".weight")
+            expert = self._expert(module)
+            if expert is not None and tensor.endswith(".weight"):
+                prefix, index, _ = expert
+                layers.setdefault(prefix, {}).setdefault(index, {})[module.rpartition(".")[2]] = module
+        for prefix, experts in layers.items():
+            for fused_name, fused in model.experts.fused.items():
+                if all(target in leaves for leaves in experts.values() for target in fused.targets):
+                    self._fuse_one(f"{prefix}.{fused_name}", fused, experts)
+
+    def _fuse_one(self, name: str, fused: family.FusedModel, experts: dict[int, dict[str, str]]) -> None:
+        singles = [[experts[e][target] for target in fused.targets] for e in sorted(experts)]
+        first = self.headers[f"{singles[0][0]}.weight"]
+        out, inner = first.shape[0] * len(fused.targets), first.shape[1]
+        shape = (len(singles), inner, out) if fused.transpose else (len(singles), out, inner)
+        pieces: list[tuple[WeightView | None, str]] = []
+        for index, modules in enumerate(singles):
+            views = fused_views(fused, name, shape, index)
+            pieces += [(view, module) for (_, view), module in zip(views, modules, strict=True)]
+            for module in modules:
+                del self.headers[f"{module}.weight"], self._recipes[f"{module}.weight"]
+        self._add(name, LogicalHeader(first.dtype, shape), _Recipe(pieces=pieces))
+
+
+def _dialect_of(config: Any) -> Dialect:
+    method = config.get("quant_method") if isinstance(config, dict) else None
+    for dialect in dialects.members():
+        if dialect.quant_method == method:
+            return dialect
+    known = ", ".join(sorted(dialect.quant_method for dialect in dialects.members()))
+    raise ModelError(f"quantized with '{method}', which is not read here", hint=f"read are: {known}")
+
+
+def _model_dtype(config: Any) -> str:
+    text = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
+    name = config.get("dtype") or config.get("torch_dtype") or text.get("dtype") or text.get("torch_dtype")
+    return _DTYPES.get(str(name), "BF16")

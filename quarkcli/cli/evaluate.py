@@ -1,0 +1,115 @@
+"""`quark eval`: reload the written files, measure, and be a gate for CI."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import typer
+
+from quarkcli.cli import apps, output
+from quarkcli.cli.flags import Debug, Device, Json, Quiet, Trust
+
+EXAMPLES = apps.examples(
+    "quark eval out/demo-mxfp4 --baseline demo",
+    "quark eval out/demo-mxfp4 --baseline demo --max-kl 0.1 --max-ppl-increase 3% --json",
+)
+
+
+def percent(text: str) -> float:
+    """`3%` as 0.03."""
+    try:
+        number = float(text.removesuffix("%"))
+    except ValueError:
+        number = -1.0
+    if not text.endswith("%") or not 0 <= number < float("inf"):
+        raise typer.BadParameter(f"'{text}' is not a percentage; write 3%")
+    return number / 100
+
+
+def evaluate(
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="Checkpoint, quantized or not.")],
+    baseline: Annotated[
+        str | None,
+        typer.Option(
+            "--baseline", metavar="DIR_OR_ID", help="Source model to compare with; 'demo' is the embedded one."
+        ),
+    ] = None,
+    text: Annotated[
+        str | None, typer.Option("--text", metavar="FILE", help="Text to measure on. [default: the built-in text]")
+    ] = None,
+    window: Annotated[int, typer.Option("--window", min=2, metavar="N", help="Tokens per window, no overlap.")] = 256,
+    tokens: Annotated[
+        int | None, typer.Option("--tokens", min=2, metavar="N", help="At most this many tokens of the text.")
+    ] = None,
+    max_kl: Annotated[
+        float | None, typer.Option("--max-kl", min=0, metavar="X", help="Fail (exit 8) above this KL divergence.")
+    ] = None,
+    max_ppl_increase: Annotated[
+        float | None,
+        typer.Option("--max-ppl-increase", metavar="P%", parser=percent, help="Fail (exit 8) above this increase."),
+    ] = None,
+    weights_only: Annotated[
+        bool, typer.Option("--weights-only", help="Leave activations and cache unquantized.")
+    ] = False,
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16"],
+        typer.Option("--dtype", help="auto: float32 on a CPU, bfloat16 on a GPU."),
+    ] = "auto",
+    device: Device = "auto",
+    trust_remote_code: Trust = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Measure the written files; a gate for CI.
+
+    Perplexity; with a baseline also KL divergence, top-1 agreement and limits on both.
+    """
+    output.start(json=json, debug=debug, quiet=quiet)
+    _check_gates_have_baseline(baseline, max_kl, max_ppl_increase)
+    from quarkcli import job, preflight
+    from quarkcli.cli.progress import Progress
+    from quarkcli.evaluate import run
+
+    with Progress() as progress:
+        result = run.evaluate(
+            directory,
+            baseline=str(job.EMBEDDED) if baseline == "demo" else baseline,
+            text=text,
+            window=window,
+            max_tokens=tokens,
+            weights_only=weights_only,
+            dtype=dtype,
+            device=preflight.device(device),
+            trust_remote_code=trust_remote_code,
+            tell=progress,
+        )
+    _show(result, json)
+    run.check_gates(result, max_kl, max_ppl_increase)
+
+
+def _check_gates_have_baseline(baseline: str | None, *gates: float | None) -> None:
+    from quarkcli.errors import UsageError
+
+    if baseline is None and any(gate is not None for gate in gates):
+        raise UsageError("--max-kl and --max-ppl-increase compare with a baseline", hint="add --baseline DIR_OR_ID")
+
+
+def _show(result: dict[str, Any], json: bool) -> None:
+    if json:
+        output.json_data(result)
+        return
+    rows = [("perplexity", f"{result['perplexity']:.4f}")]
+    if result["baseline_perplexity"] is not None:
+        rows += [
+            ("baseline", f"{result['baseline_perplexity']:.4f} ({result['perplexity_increase']:+.2%} increase)"),
+            ("kl", f"{result['kl']:.6f} nats per token"),
+            ("top-1", f"{result['top1_agreement']:.2%} agreement"),
+        ]
+    rows += [
+        ("tokens", f"{result['tokens']:,} in windows of {result['window']}, {result['text']}"),
+        ("dtype", str(result["dtype"])),
+    ]
+    for line in output.pairs(rows):
+        output.data(line)
+    output.note(f"{result['seconds']:.1f} s")

@@ -1,0 +1,221 @@
+"""The flags of `quantize` and `plan`, said once. Field names are those of `job.Options` and `Overrides`."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
+
+import typer
+
+from quarkcli.cli import output
+
+if TYPE_CHECKING:
+    from quarkcli.job import Options
+
+_DURATION = re.compile(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?")
+Option = typer.Option
+
+
+def seconds(text: str) -> float:
+    """`3h50m`, `90s`, `90` as seconds."""
+    found = _DURATION.fullmatch(text.strip())
+    if not found or not any(found.groups()):
+        raise typer.BadParameter(f"'{text}' is not a duration; write 3h50m, 90s or plain seconds")
+    hours, minutes, rest = (int(group or 0) for group in found.groups())
+    total = 3600 * hours + 60 * minutes + rest
+    if not total:
+        raise typer.BadParameter("a time budget must be longer than nothing")
+    return float(total)
+
+
+def names(kind: Any) -> Callable[[], list[str]]:
+    """Shell completion from file names."""
+
+    def complete() -> list[str]:
+        from quarkcli.recipe import catalog
+
+        return list(catalog.files(kind))
+
+    return complete
+
+
+Model = Annotated[
+    str, Option("--model", metavar="DIR_OR_ID", help="Model directory, hub id, or 'demo' for the embedded model.")
+]
+Json = Annotated[bool, Option("--json", help="The answer as one JSON object on stdout; errors as JSON on stderr.")]
+Quiet = Annotated[bool, Option("--quiet", "-q", help="Only errors on stderr.")]
+Debug = Annotated[bool, Option("--debug", help="Show tracebacks (also QUARK_DEBUG=1).")]
+Device = Annotated[Literal["auto", "cpu", "cuda"], Option("--device", help="auto: the GPU where there is one.")]
+Trust = Annotated[
+    bool, Option("--trust-remote-code", help="Run Python code that the model's directory brings: it is foreign code.")
+]
+Revision = Annotated[str, Option("--revision", metavar="REV", help="Branch, tag or commit of a hub model.")]
+Offline = Annotated[
+    bool, Option("--offline", envvar="HF_HUB_OFFLINE", help="Use only what is local or in the hub cache.")
+]
+_Many = list[str] | None
+
+
+@dataclass
+class JobFlags:
+    """One field per flag; None and empty mean not given."""
+
+    model: Model
+    scheme: Annotated[
+        str | None,
+        Option("--scheme", metavar="NAME", autocompletion=names("schemes"), help="See 'quark schemes list'."),
+    ] = None
+    recipe: Annotated[
+        str | None,
+        Option(
+            "--recipe",
+            metavar="NAME_OR_FILE",
+            autocompletion=names("ptq"),
+            help="Instead of --scheme; see 'quark recipes list'.",
+        ),
+    ] = None
+    output: Annotated[
+        Path | None, Option("--output", "-o", metavar="DIR", help="Where to write. [default: ./<model>-<scheme>]")
+    ] = None
+    dialect: Annotated[
+        str | None,
+        Option(
+            "--dialect",
+            "--format",
+            metavar="NAME",
+            help="On-disk convention, or auto: one that most servers load. [default: the recipe's, else auto]",
+        ),
+    ] = None
+    exclude: Annotated[
+        _Many,
+        Option("--exclude", metavar="PATTERN", help="Keep these modules as they are: glob, or re:REGEX. Repeatable."),
+    ] = None
+    include: Annotated[
+        _Many, Option("--include", metavar="PATTERN", help="Quantize these although excluded by default. Repeatable.")
+    ] = None
+    layers: Annotated[
+        _Many,
+        Option("--layer", metavar="PATTERN=SCHEME", help="Another scheme for these modules; later wins. Repeatable."),
+    ] = None
+    layer_types: Annotated[
+        _Many,
+        Option("--layer-type", metavar="CLASS=SCHEME", help="The same by class: Linear or Embedding. Repeatable."),
+    ] = None
+    unprotect: Annotated[
+        _Many,
+        Option(
+            "--unprotect", metavar="ROLE", help="Drop the default exclusion of a role: head, embedding, ... Repeatable."
+        ),
+    ] = None
+    allow_unmatched: Annotated[
+        bool, Option("--allow-unmatched", help="A pattern that matches no module is not an error.")
+    ] = False
+    kv_cache: Annotated[
+        str | None,
+        Option(
+            "--kv-cache", metavar="NAME", autocompletion=names("kv_cache"), help="Quantize the KV cache: fp8, or none."
+        ),
+    ] = None
+    algorithm: Annotated[
+        str | None,
+        Option("--algorithm", metavar="NAMES", help="Comma list in order, such as gptq. [default: the recipe's]"),
+    ] = None
+    calib_data: Annotated[
+        str | None,
+        Option(
+            "--calib-data",
+            metavar="SOURCE",
+            help="File (.jsonl, .parquet, .txt), directory, hub data set, or 'builtin'. [default: the recipe's, "
+            "else a hub set when it can be reached, else builtin with a warning]",
+        ),
+    ] = None
+    calib_samples: Annotated[
+        int | None, Option("--calib-samples", min=1, metavar="N", help="Rows. [default: the recipe's, else 512]")
+    ] = None
+    calib_seqlen: Annotated[
+        int | None, Option("--calib-seqlen", min=2, metavar="N", help="Tokens per row. [default: recipe's, else 512]")
+    ] = None
+    calib_batch: Annotated[
+        int | None, Option("--calib-batch", min=1, metavar="N", help="Rows that run together on a GPU. [default: auto]")
+    ] = None
+    calib_column: Annotated[
+        str | None, Option("--calib-column", metavar="NAME", help="Column with the text. [default: detected]")
+    ] = None
+    allow_short: Annotated[bool, Option("--allow-short", help="Fewer rows than asked for are used, not an error.")] = (
+        False
+    )
+    moe_calibration: Annotated[
+        Literal["routed", "all"],
+        Option("--moe-calibration", help="Tokens an expert is calibrated on: those routed to it, or all."),
+    ] = "routed"
+    device: Device = "auto"
+    seed: Annotated[int, Option("--seed", metavar="N", help="Seed of the choice of calibration rows.")] = 0
+    resume: Annotated[
+        Literal["auto", "never", "require"],
+        Option("--resume", help="Go on with an interrupted run: where there is one, never, or it is an error."),
+    ] = "auto"
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace an output directory that exists.")] = False
+    strict: Annotated[bool, Option("--strict", help="Warnings about calibration become errors.")] = False
+    time_budget: Annotated[
+        float | None,
+        Option(
+            "--time-budget", metavar="TIME", parser=seconds, help="Stop after a part (exit 75) when 3h50m are used up."
+        ),
+    ] = None
+    trust_remote_code: Trust = False
+    revision: Revision = "main"
+    offline: Offline = False
+    json: Json = False
+    quiet: Quiet = False
+    progress: Annotated[
+        Literal["auto", "bar", "lines", "none"],
+        Option("--progress", help="auto: a bar on a terminal, else a line per part."),
+    ] = "auto"
+    log_level: Annotated[
+        Literal["debug", "info", "warning"], Option("--log-level", help="Messages below this level are not shown.")
+    ] = "info"
+    log_format: Annotated[
+        Literal["text", "json"], Option("--log-format", help="json: one object per event and line on stderr.")
+    ] = "text"
+    debug: Debug = False
+
+    def options(self) -> Options:
+        """What the job takes."""
+        from quarkcli import job
+
+        return job.Options(**self._of(job.Options), overrides=job.Overrides(**self._of(job.Overrides)))
+
+    def start(self) -> None:
+        """Tell the screen how this command answers."""
+        output.start(json=self.json or self.log_format == "json", debug=self.debug, quiet=self.quiet)
+
+    def _of(self, record: type[Any]) -> dict[str, Any]:
+        """The given flags that are fields of `record`."""
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        return {field.name: given[field.name] for field in fields(record) if field.name in given}
+
+
+def takes_job_flags(body: Callable[..., None]) -> Callable[..., None]:
+    """A Typer command with the flags of `JobFlags`, before whatever keyword parameters `body` adds."""
+
+    def command(**values: Any) -> None:
+        own = {name: values.pop(name) for name in added}
+        body(JobFlags(**values), **own)
+
+    flags = _parameters(JobFlags, skip=0)
+    added = _parameters(body, skip=1)
+    signature = inspect.Signature([*flags.values(), *added.values()])
+    command.__signature__ = signature  # type: ignore[attr-defined]
+    command.__doc__ = body.__doc__
+    return command
+
+
+def _parameters(of: Callable[..., Any], skip: int) -> Mapping[str, inspect.Parameter]:
+    hints = get_type_hints(of, include_extras=True)
+    found = list(inspect.signature(of).parameters.values())[skip:]
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    return {p.name: p.replace(annotation=hints[p.name], kind=keyword) for p in found}

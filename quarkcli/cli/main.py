@@ -1,0 +1,139 @@
+"""The `quark` command: all commands, and what happens when one does not end well."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from quarkcli import __version__
+from quarkcli.cli import apps, evaluate, inspect, models, output, quantize, recipes, report, schemes, verify
+from quarkcli.cli import env as environment
+from quarkcli.errors import ExitCode, QuarkError, ResourceError, UsageError
+
+# The base of all errors in a command line; Typer has no public name for it.
+_CommandLineError: Any = typer.BadParameter.__base__
+
+_EXAMPLES = apps.examples("quark quantize --model demo --scheme mxfp4 -o out", "quark recipes list")
+app = apps.new("Quantize large language models from the command line.", _EXAMPLES, completion=True)
+app.command("quantize", epilog=quantize.QUANTIZE_EXAMPLES)(quantize.quantize)
+app.command("plan", epilog=quantize.PLAN_EXAMPLES)(quantize.plan)
+app.command("eval", epilog=evaluate.EXAMPLES)(evaluate.evaluate)
+app.command("verify", epilog=verify.EXAMPLES)(verify.verify)
+app.command("inspect", epilog=inspect.EXAMPLES)(inspect.inspect)
+app.command("report", epilog=report.EXAMPLES)(report.report)
+app.add_typer(recipes.app, name="recipes")
+app.add_typer(schemes.app, name="schemes")
+app.add_typer(models.app, name="models")
+app.command("env", epilog=environment.EXAMPLES)(environment.env)
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived; not an Exception, so that nothing on the way takes it for a failure."""
+
+
+class _Stopped(QuarkError):
+    def __init__(self, what: str, code: ExitCode, hint: str) -> None:
+        super().__init__(what, hint=hint)
+        self.code = code
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        output.data(f"quark {__version__}")
+        raise typer.Exit
+
+
+@app.callback(epilog=_EXAMPLES)
+def _quark(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Quantize large language models from the command line."""
+
+
+def run() -> NoReturn:
+    """The entry point."""
+    sys.exit(main())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line (without the program's name) and return the exit code; never raises."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    output.reset(arguments)
+    try:
+        with _terminable():
+            code = app(arguments, prog_name="quark", standalone_mode=False)
+    except QuarkError as error:
+        return _fail(error)
+    except _CommandLineError as error:
+        return _wrong_command_line(error)
+    except Terminated:
+        return _fail(_stopped("terminated", ExitCode.TERMINATED))
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail(_stopped("interrupted", ExitCode.INTERRUPTED))
+    except Exception as error:
+        return _unexpected(error)
+    if code == ExitCode.INTERRUPTED:  # Typer turns Ctrl-C into this value
+        return _fail(_stopped("interrupted", ExitCode.INTERRUPTED))
+    return int(code or 0)
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM raises Terminated, so that locks and temporary files are let go in order."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def terminate(number: int, frame: object) -> NoReturn:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _fail(error: QuarkError) -> int:
+    output.error(error)
+    if output.session.debug and sys.exc_info()[0] is not None:
+        output.raw(traceback.format_exc().rstrip())
+    return int(error.code)
+
+
+def _stopped(what: str, code: ExitCode) -> QuarkError:
+    """A signal's message; only a quantization that has begun can be gone on with."""
+    partial = output.session.partial
+    resumable = partial is not None and partial.is_dir()
+    hint = f"resumable: the same command goes on with what is finished in {partial}" if resumable else ""
+    return _Stopped(what, code, hint)
+
+
+def _wrong_command_line(error: Any) -> int:
+    context = getattr(error, "ctx", None)
+    path = context.command_path if context is not None else "quark"
+    text: str = error.format_message()
+    if text.startswith("Usage:"):  # a group was called without a command: its help is the answer
+        output.data(text)
+        return int(ExitCode.USAGE)
+    return _fail(UsageError(" ".join(text.split()).rstrip("."), hint=f"see '{path} --help'"))
+
+
+def _unexpected(error: Exception) -> int:
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        device = "" if isinstance(error, MemoryError) else "GPU "
+        hint = "smaller --calib-batch, --calib-samples or --calib-seqlen" + ("; or --device cpu" if device else "")
+        return _fail(ResourceError(f"out of {device}memory", hint=hint))
+    log = output.session.partial and output.session.partial / "quark" / "quark.log"
+    place = f"the log is {log}; " if log and log.is_file() else ""
+    what = f"internal error, a defect of quark: {type(error).__name__}: {error}"
+    return _fail(QuarkError(what, hint=f"{place}--debug or QUARK_DEBUG=1 shows the traceback; please report it"))

@@ -1,0 +1,185 @@
+"""Everything the commands print: data on stdout, all else on stderr. Rich is imported only for a terminal.
+
+Colour follows NO_COLOR, then FORCE_COLOR, then TERM=dumb, then whether the stream is a terminal; no meaning is carried
+by colour alone. A reader that closes the pipe ends nothing: what follows goes to the null device.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TextIO
+
+from quarkcli.errors import ExitCode, QuarkError
+
+Stream = Literal["stdout", "stderr"]
+ERROR_SCHEMA = "quark/error/1"
+_STOPS = {ExitCode.STOPPED, ExitCode.INTERRUPTED, ExitCode.TERMINATED}
+_CODES = {"bold": "1", "red": "31", "yellow": "33"}
+
+
+@dataclass
+class Session:
+    """What the command under way has said about itself; the error handler reads it.
+
+    json     errors are JSON objects
+    debug    tracebacks are shown
+    quiet    notes are dropped
+    partial  the directory in which a quantization works, once it is known
+    """
+
+    json: bool = False
+    debug: bool = False
+    quiet: bool = False
+    partial: Path | None = None
+
+
+session = Session()
+
+
+def start(*, json: bool = False, debug: bool = False, quiet: bool = False) -> None:
+    """A command begins. `debug` only adds to what the environment said."""
+    session.json, session.quiet = json, quiet
+    session.debug = session.debug or debug
+
+
+def reset(argv: Sequence[str]) -> None:
+    """Back to the state before any command; a wrong command line answers in JSON where it asked for JSON."""
+    session.json = "--json" in argv
+    session.debug = os.environ.get("QUARK_DEBUG", "") not in {"", "0"}
+    session.quiet = False
+    session.partial = None
+
+
+# ---- the two streams
+
+
+def data(text: str) -> None:
+    """A line of the answer, on stdout."""
+    _write("stdout", text)
+
+
+def json_data(value: Mapping[str, Any]) -> None:
+    """The answer as one JSON object, on stdout. Numbers that JSON has no word for become null."""
+    data(json.dumps(_plain(value), indent=2, ensure_ascii=False))
+
+
+def note(text: str) -> None:
+    """A line for people, on stderr; dropped with -q."""
+    if not session.quiet:
+        _write("stderr", text)
+
+
+def event(kind: str, fields: Mapping[str, Any]) -> None:
+    """One JSON object on one line of stderr (`--log-format json`); dropped with -q."""
+    note(json.dumps({"event": kind, **_plain(fields)}, ensure_ascii=False))
+
+
+def error(problem: QuarkError) -> None:
+    """An error on stderr: what and where, then the hint on a line of its own; or as JSON."""
+    if session.json:
+        text = {"what": problem.what, "where": problem.where, "hint": problem.hint}
+        _write("stderr", json.dumps({"schema": ERROR_SCHEMA, "code": int(problem.code), **text}, ensure_ascii=False))
+        return
+    word, colour = ("stopped", "yellow") if problem.code in _STOPS else ("error", "red")
+    _write("stderr", f"{paint(f'{word}:', colour, 'stderr')} {problem}")
+    if problem.hint:
+        _write("stderr", f"{paint('hint:', 'bold', 'stderr')} {problem.hint}")
+
+
+def raw(text: str) -> None:
+    """Text for stderr whatever was asked for: tracebacks."""
+    _write("stderr", text)
+
+
+def _write(name: Stream, text: str) -> None:
+    stream: TextIO = getattr(sys, name)
+    try:
+        stream.write(text + "\n")
+        stream.flush()
+    except BrokenPipeError:
+        _silence(name, stream)
+
+
+def _silence(name: Stream, stream: TextIO) -> None:
+    """Send the rest to the null device, also what the interpreter flushes at its end."""
+    null = Path(os.devnull).open("w")  # noqa: SIM115 - stays open until the process ends
+    os.dup2(null.fileno(), stream.fileno())
+    setattr(sys, name, null)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(item) for item in (sorted(value) if isinstance(value, set | frozenset) else value)]
+    if isinstance(value, Path):
+        return str(value)
+    return value
+
+
+# ---- colour and tables
+
+
+def is_terminal(name: Stream) -> bool:
+    """Whether the stream is a terminal that understands more than plain lines."""
+    return os.environ.get("TERM") != "dumb" and bool(getattr(sys, name).isatty())
+
+
+def has_colour(name: Stream) -> bool:
+    """Whether to colour a stream."""
+    if os.environ.get("NO_COLOR"):
+        return False
+    return bool(os.environ.get("FORCE_COLOR")) or is_terminal(name)
+
+
+def paint(text: str, style: str, name: Stream) -> str:
+    """`text` in a style (bold, red, yellow) where the stream has colour."""
+    return f"\x1b[{_CODES[style]}m{text}\x1b[0m" if has_colour(name) else text
+
+
+def table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """A table on stdout: Rich on a terminal, else aligned text that no width cuts."""
+    cells = [[str(cell) for cell in row] for row in rows]
+    if is_terminal("stdout"):
+        _rich_table(headers, cells)
+        return
+    lines = [list(headers), *cells]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(headers))]
+    for number, line in enumerate(lines):
+        padded = "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        data(paint(padded, "bold", "stdout") if number == 0 else padded)
+
+
+def _rich_table(headers: Sequence[str], rows: list[list[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    shown = Table(box=None, pad_edge=False, header_style="bold")
+    for header in headers:
+        shown.add_column(header, overflow="fold")
+    for row in rows:
+        shown.add_row(*(Text(cell) for cell in row))
+    Console(file=sys.stdout, highlight=False, no_color=not has_colour("stdout")).print(shown)
+
+
+def pairs(rows: Iterable[tuple[str, str]]) -> list[str]:
+    """Labelled lines: `size        3.7 MB -> 2.5 MB`; an empty label continues the one above."""
+    return [f"{label:<12}{text}".rstrip() for label, text in rows]
+
+
+def size(count: float) -> str:
+    """Bytes for people, decimal units: `3.68 MB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"

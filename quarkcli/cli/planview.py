@@ -1,0 +1,205 @@
+"""A plan for people and as JSON (`quark/plan/1`). One row per class of modules: indices are folded."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from quarkcli.cli import output
+from quarkcli.plan.model import Decision, Plan, Target
+from quarkcli.spec import TensorSpec, spec_to_yaml
+
+if TYPE_CHECKING:
+    from quarkcli.job import Prepared
+
+SCHEMA = "quark/plan/1"
+_INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)")
+
+
+def fold(names: Iterable[tuple[str, Any]], everything: Iterable[str]) -> Iterator[tuple[str, int, Any]]:
+    """(name with indices folded, count, key) for (name, key) pairs, in order of first appearance.
+
+    `layers.*.mlp` stands for all of `everything` that it matches; where a row has only some of them, the first index
+    is written out: `layers.{0,2-31}.mlp`.
+    """
+    totals = Counter(_INDEX.sub("*", name) for name in everything)
+    found: dict[tuple[str, Any], list[str]] = {}
+    for name, key in names:
+        found.setdefault((_INDEX.sub("*", name), key), []).append(name)
+    for (pattern, key), members in found.items():
+        shown = pattern
+        firsts = {int(first[0]) for name in members if (first := _INDEX.search(name))}
+        if firsts and len(members) < totals[pattern]:
+            shown = pattern.replace("*", ranges(firsts) if len(firsts) == 1 else f"{{{ranges(firsts)}}}", 1)
+        yield shown, len(members), key
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """`0,2-31` for sorted distinct numbers."""
+    runs: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(str(low) if low == high else f"{low}-{high}" for low, high in runs)
+
+
+def header(prepared: Prepared) -> list[str]:
+    """The facts above the table, one per line."""
+    source, recipe, size = prepared.source, prepared.recipe, prepared.forecast
+    architecture = ", ".join(source.config.get("architectures") or ["unknown architecture"])
+    inferred = ", roles inferred from names" if prepared.layout.inferred else ""
+    commit = f" at {source.commit[:12]}" if source.commit else ""
+    share = size.output_bytes / size.source_bytes if size.source_bytes else 0.0
+    label = "recipe" if prepared.options.recipe is not None else "scheme"
+    return output.pairs(
+        [
+            ("model", f"{source.hub_id or source.folder}{commit}"),
+            ("family", f"{prepared.plan.family}{inferred} ({architecture})"),
+            (label, recipe.name + (f" ({recipe.file})" if recipe.file else "")),
+            ("algorithms", ", ".join(step.name for step in prepared.steps)),
+            ("dialect", f"{prepared.dialect.name} ({prepared.dialect_reason})"),
+            ("data", _data(prepared)),
+            (
+                "size",
+                f"{output.size(size.source_bytes)} -> {output.size(size.output_bytes)} ({share:.0%}), "
+                f"{size.effective_bits:.2f} bits per quantized weight",
+            ),
+            ("memory", f"about {output.size(size.memory_bytes)} of tensors at the peak"),
+            ("disk", f"{output.size(size.disk_bytes)} while running"),
+            ("output", str(prepared.output)),
+        ]
+    )  # fmt: skip
+
+
+def _data(prepared: Prepared) -> str:
+    settings = prepared.calibration
+    if settings is None:
+        return "none needed"
+    at_most = "" if settings.asked else "up to "
+    return (
+        f"{len(prepared.needs)} sites need data: {at_most}{settings.samples} rows of {settings.seqlen} tokens "
+        f"from {settings.source}"
+    )
+
+
+def show(prepared: Prepared) -> None:
+    """The whole plan on stdout, its warnings on stderr."""
+    plan = prepared.plan
+    for line in header(prepared):
+        output.data(line)
+    output.data("")
+    _modules(plan)
+    _attention(plan)
+    output.data("")
+    tensors = [tensor for part in plan.parts for tensor in part.tensors]
+    rows = list(fold(plan.kept.items(), tensors))
+    output.table(("KEPT TENSORS", "COUNT", "WHY"), rows)
+    if plan.tied_head is not None:
+        output.data(f"\n{plan.tied_head} is the embedding (tied); the file has no tensor of its own for it")
+    for warning in prepared.warnings:
+        output.note(f"{output.paint('warning:', 'yellow', 'stderr')} {warning}")
+
+
+def _modules(plan: Plan) -> None:
+    decided = (
+        (target.name, (_text(target.weight), _text(target.input), _origin(plan, target.slots["weight"])))
+        for target in plan.quantized()
+    )
+    rows = [(name, count, *key) for name, count, key in fold(decided, plan.targets)]
+    output.table(("QUANTIZED MODULES", "COUNT", "WEIGHT", "INPUT", "DECIDED BY"), rows)
+
+
+def _attention(plan: Plan) -> None:
+    decided = [
+        (f"{module.name}.{kind}_bmm_quantizer", (_text(decision.spec), _origin(plan, decision)))
+        for module in plan.attention.values()
+        for kind, decision in module.slots.items()
+        if decision.spec is not None
+    ]
+    if decided:
+        slots = [name for name, _ in plan.slots()]
+        output.data("")
+        rows = [(name, count, *key) for name, count, key in fold(decided, slots)]
+        output.table(("ATTENTION SLOTS", "COUNT", "SPEC", "DECIDED BY"), rows)
+
+
+def _text(spec: TensorSpec | None) -> str:
+    return spec.describe() if spec is not None else "-"
+
+
+def _origin(plan: Plan, decision: Decision) -> str:
+    return str(plan.entries[decision.entry].origin) if decision.entry is not None else "no entry matched"
+
+
+def as_json(prepared: Prepared) -> dict[str, Any]:
+    """Everything a script may ask of a plan."""
+    plan, source, recipe, size = prepared.plan, prepared.source, prepared.recipe, prepared.forecast
+    settings = prepared.calibration
+    return {
+        "schema": SCHEMA,
+        "model": {
+            "name": source.name,
+            "path": source.hub_id or str(source.folder),
+            "commit": source.commit,
+            "architectures": source.config.get("architectures"),
+            "family": plan.family,
+            "inferred": prepared.layout.inferred,
+        },
+        "recipe": {"name": recipe.name, "file": recipe.file or None, "scheme": recipe.scheme},
+        "algorithms": [step.name for step in prepared.steps],
+        "dialect": {"name": prepared.dialect.name, "reason": prepared.dialect_reason},
+        "output": str(prepared.output),
+        "output_bytes": size.output_bytes,
+        "source_bytes": size.source_bytes,
+        "memory_bytes": size.memory_bytes,
+        "disk_bytes": size.disk_bytes,
+        "effective_bits": size.effective_bits,
+        "bytes_by_dtype": size.dtypes,
+        "needs": prepared.needs,
+        "calibration": settings and {"source": settings.source, "samples": settings.samples, "seqlen": settings.seqlen},
+        "slots": {name: _slot(plan, decision) for name, decision in plan.slots()},
+        "targets": {target.name: _target(target) for target in plan.targets.values()},
+        "entries": [
+            {
+                "index": index,
+                "pattern": entry.quantizer_path,
+                "parent_class": entry.parent_class,
+                "enable": entry.enable,
+                "cfg": entry.cfg,
+                "required": entry.required,
+                "origin": str(entry.origin),
+                "matches": matches,
+            }
+            for index, (entry, matches) in enumerate(zip(plan.entries, plan.matches, strict=True))
+        ],
+        "parts": [
+            {"index": part.index, "name": part.name, "kind": part.kind, "tensors": len(part.tensors)}
+            for part in plan.parts
+        ],
+        "kept": plan.kept,
+        "tied_head": plan.tied_head,
+        "warnings": prepared.warnings,
+    }
+
+
+def _target(target: Target) -> dict[str, Any]:
+    return {
+        "tensor": target.view.tensor,
+        "shape": target.shape,
+        "dtype": target.dtype,
+        "role": target.role,
+        "part": target.part,
+        "scale_group": target.group,
+    }
+
+
+def _slot(plan: Plan, decision: Decision) -> dict[str, Any]:
+    entry = None
+    if decision.entry is not None:
+        decider = plan.entries[decision.entry]
+        entry = {"index": decision.entry, "pattern": decider.quantizer_path, "origin": str(decider.origin)}
+    return {"spec": spec_to_yaml(decision.spec) if decision.spec is not None else None, "entry": entry}

@@ -1,0 +1,84 @@
+"""What a running job tells the person or the log collector at the terminal: a bar, lines, JSON lines or nothing."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from types import TracebackType
+from typing import Any, Literal
+
+from quarkcli.cli import output
+from quarkcli.events import Event, Level, Message, PartDone, Phase
+from quarkcli.report import log
+
+Mode = Literal["auto", "bar", "lines", "none"]
+_RANK: dict[Level, int] = {"debug": 0, "info": 1, "warning": 2}
+
+
+class Progress:
+    """A listener for stderr, and a context that ends the bar.
+
+    mode    auto: a bar on a terminal outside CI, else a line per part
+    level   messages below it are not shown
+    json    every event as one JSON object per line instead
+    """
+
+    def __init__(self, mode: Mode = "auto", level: Level = "info", json: bool = False) -> None:
+        self.level = level
+        self.json = json
+        self.mode = _resolve(mode)
+        self._bar: Any = None
+        self._task: Any = None
+
+    def __enter__(self) -> Progress:
+        if self.mode == "bar" and not self.json and not output.session.quiet:
+            self._start_bar()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, Message) and _RANK[event.level] < _RANK[self.level]:
+            return
+        if self.json:
+            output.event(_KINDS[type(event)], {"time": round(time.time(), 3), **vars(event)})
+        elif self._bar is not None:
+            self._on_bar(event)
+        elif isinstance(event, Message) or self.mode != "none":
+            output.note(log.line(event))
+
+    def _start_bar(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+        from rich.progress import Progress as Bar
+
+        console = Console(
+            file=sys.stderr, force_terminal=True, highlight=False, no_color=not output.has_colour("stderr")
+        )
+        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}", markup=False))
+        self._bar = Bar(*columns, console=console, transient=True)
+        self._task = self._bar.add_task("resolve", total=None)
+        self._bar.start()
+
+    def _on_bar(self, event: Event) -> None:
+        match event:
+            case Message():
+                self._bar.console.print(log.line(event), markup=False, soft_wrap=True)
+            case Phase(name):
+                self._bar.update(self._task, description=name)
+            case PartDone():
+                text = log.progress_line(event).partition("] ")[2]
+                self._bar.update(self._task, total=event.total, completed=event.index, description=text)
+
+
+_KINDS: dict[type, str] = {Message: "message", Phase: "phase", PartDone: "part"}
+
+
+def _resolve(mode: Mode) -> Mode:
+    if mode != "auto":
+        return mode
+    return "bar" if output.is_terminal("stderr") and not os.environ.get("CI") else "lines"

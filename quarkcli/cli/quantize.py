@@ -1,0 +1,108 @@
+"""`quark quantize`, and `quark plan`, which stops after the plan."""
+
+from __future__ import annotations
+
+import shlex
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from quarkcli.cli import apps, output
+from quarkcli.cli.flags import JobFlags, takes_job_flags
+
+if TYPE_CHECKING:
+    from quarkcli.cli.progress import Progress
+    from quarkcli.job import Options, Prepared
+
+QUANTIZE_EXAMPLES = apps.examples(
+    "quark quantize --model demo --scheme mxfp4 -o out/demo-mxfp4",
+    "quark quantize --model ./my-model --recipe int4_wo_128-gptq --calib-data chats.jsonl --calib-samples 256",
+)
+PLAN_EXAMPLES = apps.examples(
+    "quark plan --model demo --scheme nvfp4 --layer '*down_proj=fp8'",
+    "quark plan --model ./my-model --recipe nvfp4-kv_fp8 --json",
+)
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop; no weight is read.")]
+
+
+@takes_job_flags
+def quantize(flags: JobFlags, *, dry_run: DryRun = False) -> None:
+    """Quantize a model and write a checkpoint.
+
+    Checks, calibrates where the scheme needs it, writes part by part, verifies. Prints the output directory (with
+    --json the report). Work happens in <output>.partial; interrupted, the same command goes on there.
+    """
+    if dry_run:
+        _plan(flags)
+        return
+    from quarkcli import job
+    from quarkcli.cli.progress import Progress
+    from quarkcli.writer import partial_path
+
+    flags.start()
+    options = flags.options()
+    with Progress(flags.progress, flags.log_level, flags.log_format == "json") as progress:
+        prepared = job.prepare(options)
+        output.session.partial = partial_path(prepared.output)
+        _announce(prepared, progress)
+        report = job.run(options, progress)
+    _conclude(prepared, report, progress)
+    if flags.json:
+        output.json_data(report)
+    else:
+        output.data(str(prepared.output))
+
+
+@takes_job_flags
+def plan(flags: JobFlags) -> None:
+    """Show what quantize would do.
+
+    Every decision, sizes, memory, data; reads config and headers only. Takes all flags of quantize, so that one
+    command line fits both; those about writing and progress change nothing.
+    """
+    _plan(flags)
+
+
+def _plan(flags: JobFlags) -> None:
+    from quarkcli import job
+    from quarkcli.cli import planview
+
+    flags.start()
+    prepared = job.prepare(flags.options())
+    if flags.json:
+        output.json_data(planview.as_json(prepared))
+    else:
+        planview.show(prepared)
+
+
+def _announce(prepared: Prepared, progress: Progress) -> None:
+    """The plan's header before the work."""
+    from quarkcli.cli import planview
+
+    if progress.json:
+        brief = planview.as_json(prepared)
+        del brief["slots"], brief["targets"], brief["entries"], brief["kept"]
+        output.event("plan", brief)
+        return
+    for line in planview.header(prepared):
+        output.note(line)
+
+
+def _conclude(prepared: Prepared, report: dict[str, Any], progress: Progress) -> None:
+    from quarkcli.cli import summary
+
+    commands = _next(prepared)
+    if progress.json:
+        output.event("done", {"output": str(prepared.output), "next": commands})
+        return
+    for line in summary.lines(report, commands):
+        output.note(line)
+
+
+def _next(prepared: Prepared) -> list[str]:
+    options: Options = prepared.options
+    made = shlex.quote(str(prepared.output))
+    commands = [f"quark eval {made} --baseline {shlex.quote(options.model)}"]
+    if "vllm" in prepared.dialect.loaders(prepared.plan):
+        commands.append(f"vllm serve {made}")
+    return commands

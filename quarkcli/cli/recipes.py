@@ -1,0 +1,150 @@
+"""`quark recipes`: list, show, validate, copy."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from quarkcli.cli import apps, output
+from quarkcli.cli.flags import Json, names
+from quarkcli.errors import QuarkError, ResourceError, UsageError
+
+app = apps.new(
+    "Recipes: what to quantize, in files.",
+    apps.examples("quark recipes list", "quark recipes copy nvfp4 my-recipe.yaml"),
+)
+Name = Annotated[
+    str, typer.Argument(metavar="NAME_OR_FILE", autocompletion=names("ptq"), help="Registered name or a file.")
+]
+
+
+@app.command("list", epilog=apps.examples("quark recipes list", "quark recipes list --json"))
+def list_(json: Json = False) -> None:
+    """List the built-in recipes and those in your own folder."""
+    output.start(json=json)
+    from quarkcli.recipe import catalog
+
+    rows = [_facts(name, path) for name, path in catalog.files("ptq").items()]
+    if json:
+        output.json_data({"schema": "quark/recipes/1", "recipes": rows})
+        return
+    output.table(("NAME", "BITS", "DATA", "KV CACHE", "ALGORITHM", "PURPOSE"), [_row(row) for row in rows])
+
+
+def _facts(name: str, path: Path) -> dict[str, Any]:
+    """Facts of a recipe; a file of the user's that is wrong is listed with its error."""
+    from quarkcli.cli import facts
+    from quarkcli.recipe import recipe
+
+    try:
+        return {**facts.recipe(recipe.from_file(path)), "name": name, "error": None}
+    except QuarkError as error:
+        return {"name": name, "file": str(path), "error": str(error)}
+
+
+def _row(row: dict[str, Any]) -> tuple[str, ...]:
+    from quarkcli.cli import facts
+
+    if row["error"] is not None:
+        return (row["name"], "-", "-", "-", "-", f"not usable: {row['error']}")
+    bits = ", ".join(f"{value:g}" for value in row["bits"])
+    algorithm = ", ".join(row["algorithms"]) or "-"
+    return (row["name"], bits, facts.yes(row["needs_data"]), row["kv_cache"] or "-", algorithm, row["purpose"])
+
+
+@app.command("show", epilog=apps.examples("quark recipes show nvfp4", "quark recipes show my-recipe.yaml --json"))
+def show(name: Name, json: Json = False) -> None:
+    """Print a recipe's file."""
+    output.start(json=json)
+    from quarkcli.recipe import catalog
+
+    path = catalog.find_recipe(name)
+    document = catalog.document(path)
+    if json:
+        output.json_data({"schema": "quark/recipe-file/1", "file": str(path), "recipe": document.data})
+    else:
+        output.data(path.read_text(encoding="utf-8").rstrip("\n"))
+
+
+@app.command(
+    "validate",
+    epilog=apps.examples("quark recipes validate my-recipe.yaml", "quark recipes validate nvfp4 --model demo --json"),
+)
+def validate(
+    name: Name,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", metavar="DIR_OR_ID", help="Also resolve it against this model; 'demo' works."),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Check a recipe.
+
+    Form, names and values; with a model also every pattern, shape and dialect.
+    """
+    output.start(json=json)
+    from quarkcli import algorithms
+    from quarkcli.recipe import catalog, recipe
+
+    path = catalog.find_recipe(name)
+    found = recipe.from_file(path)
+    algorithms.pipeline(found.algorithms)
+    if found.kv_cache not in (None, "none"):
+        catalog.find("kv_cache", str(found.kv_cache))
+    if found.dialect not in (None, "auto"):
+        from quarkcli import dialects
+
+        dialects.get(str(found.dialect))
+    resolved = _against(path, model, found.calib_data) if model is not None else None
+    answer = {"file": str(path), "entries": len(found.entries), "model": model, "plan": resolved}
+    if json:
+        output.json_data({"schema": "quark/validation/1", "valid": True, **answer})
+        return
+    output.data(f"ok: {path}: {len(found.entries)} entries")
+    if resolved is not None:
+        output.data(f"ok: {model}: {resolved['quantized']} of {resolved['modules']} modules quantized")
+        for warning in resolved["warnings"]:
+            output.note(f"warning: {warning}")
+
+
+def _against(path: Path, model: str, data: str | None) -> dict[str, Any]:
+    """The plan's essentials. Without data of its own the built-in text stands in, so that no network is asked."""
+    from quarkcli import job
+
+    prepared = job.prepare(job.Options(model=model, recipe=str(path), calib_data=data or "builtin"))
+    plan = prepared.plan
+    return {
+        "modules": len(plan.targets),
+        "quantized": sum(1 for _ in plan.quantized()),
+        "dialect": prepared.dialect.name,
+        "needs_data": bool(prepared.needs),
+        "warnings": prepared.warnings,
+    }
+
+
+@app.command(
+    "copy",
+    epilog=apps.examples("quark recipes copy nvfp4 my-recipe.yaml", "quark recipes copy int4_wo_128-gptq recipes/"),
+)
+def copy(
+    name: Name,
+    destination: Annotated[Path, typer.Argument(metavar="DEST", help="A new file, or a directory that exists.")],
+) -> None:
+    """Copy a recipe to start your own from. Prints the new file; an existing one is never replaced."""
+    output.start()
+    from quarkcli.recipe import catalog
+
+    path = catalog.find_recipe(name)
+    target = destination / path.name if destination.is_dir() else destination
+    if target.exists():
+        raise UsageError("exists", where=str(target), hint="choose another name")
+    if not target.parent.is_dir():
+        raise UsageError("no such directory", where=str(target.parent))
+    try:
+        shutil.copyfile(path, target)
+    except OSError as error:
+        raise ResourceError(f"cannot be written: {error.strerror or error}", where=str(target)) from error
+    output.data(str(target))

@@ -1,0 +1,96 @@
+"""A finished run's report for people: lines for the terminal, and Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from quarkcli.cli import output
+from quarkcli.report.log import duration
+
+Rows = list[tuple[str, str]]
+
+
+def lines(report: Mapping[str, Any], next_commands: list[str]) -> list[str]:
+    """The end of a run: what was done, what it cost, what was kept, what to run next."""
+    rows = _facts(report) + _listed("kept", _kept(report)) + _listed("checked", report["checks"])
+    return output.pairs(rows + _listed("warning", report["warnings"]) + _listed("next", next_commands))
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """The whole report as Markdown."""
+    model, dialect = report["model"], report["dialect"]
+    commit = f" at commit `{model['commit']}`" if model["commit"] else ""
+    rows = [
+        ("model", f"{model['path']}{commit}, family {model['family']}"),
+        ("recipe", report["recipe"]["name"]),
+        ("algorithms", ", ".join(report["algorithms"])),
+        ("dialect", f"{dialect['name']} ({dialect['reason']})"),
+        *_facts(report),
+    ]
+    text = [f"# {model['name']}, {report['recipe']['name']}", "", "| | |", "|---|---|"]
+    text += [f"| {label} | {value.replace('|', '/')} |" for label, value in _labelled(rows)]
+    text += _section("Kept in source precision", _kept(report))
+    text += _section("Fused tensors written as several", [f"{k}: {v} weights" for k, v in report["split"].items()])
+    worst = [f"{row['name']}: {row['error']:.4g}" for row in report["loss"]["worst_weights"]]
+    text += _section("Largest relative weight errors", worst)
+    text += _section("Warnings", report["warnings"])
+    text += _section("Checks", report["checks"])
+    return "\n".join(text)
+
+
+def _facts(report: Mapping[str, Any]) -> Rows:
+    size = report["size"]
+    share = size["output_bytes"] / size["source_bytes"] if size["source_bytes"] else 0.0
+    total = sum(size["bytes_by_dtype"].values()) or 1
+    shares = ", ".join(f"{dtype} {count / total:.1%}" for dtype, count in size["bytes_by_dtype"].items())
+    gpu = f", GPU {output.size(report['peak_gpu_bytes'])}" if report["peak_gpu_bytes"] else ""
+    return [
+        *_listed("modules", [f"{count} x {what}" for what, count in report["modules_by_scheme"].items()]),
+        ("size", f"{output.size(size['source_bytes'])} -> {output.size(size['output_bytes'])} ({share:.0%})"),
+        ("bits", f"{size['effective_bits']:.2f} per quantized weight, scales included"),
+        ("bytes", shares),
+        *_experts(report["experts"]),
+        *_calibration(report["calibration"]),
+        *_loss(report["loss"]),
+        ("peak", f"RAM {output.size(report['peak_rss_bytes'])}{gpu}"),
+        ("time", f"{report['seconds']:.1f} s ({duration(report['seconds'])}) on {report['device']}"),
+    ]
+
+
+def _experts(experts: Mapping[str, Any]) -> Rows:
+    share = experts["share_quantized"]
+    return [("experts", f"{share:.1%} of {experts['parameters']:,} parameters quantized")] if share is not None else []
+
+
+def _calibration(settings: Mapping[str, Any] | None) -> Rows:
+    if settings is None:
+        return [("data", "none needed")]
+    return [("data", f"{settings['rows']} rows of {settings['seqlen']} tokens from {settings['source']}")]
+
+
+def _loss(loss: Mapping[str, Any]) -> Rows:
+    if loss["mean_weight_error"] is None:
+        return []
+    worst = "; ".join(f"{row['name']} {row['error']:.4g}" for row in loss["worst_weights"][:3])
+    return [("loss", f"mean relative weight error {loss['mean_weight_error']:.4g}"), ("", f"worst: {worst}")]
+
+
+def _kept(report: Mapping[str, Any]) -> list[str]:
+    return [f"{count} x {reason}" for reason, count in report["kept_reasons"].items()]
+
+
+def _listed(label: str, texts: list[str]) -> Rows:
+    return [(label if number == 0 else "", text) for number, text in enumerate(texts)]
+
+
+def _labelled(rows: Rows) -> Rows:
+    """Every row with its label, for a table in which rows stand alone."""
+    out: Rows = []
+    for label, text in rows:
+        out.append((label or out[-1][0], text))
+    return out
+
+
+def _section(title: str, texts: list[str]) -> list[str]:
+    return ["", f"## {title}", "", *(f"- {text}" for text in texts)] if texts else []

@@ -1,0 +1,40 @@
+"""`quark verify`: is a written checkpoint complete and sound."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from quarkcli.cli import apps, output
+from quarkcli.cli.flags import Debug, Json
+
+SCHEMA = "quark/verify/1"
+EXAMPLES = apps.examples("quark verify out/demo-mxfp4 --source demo", "quark verify out/demo-mxfp4 --json")
+
+
+def verify(
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="A quantized checkpoint.")],
+    source: Annotated[
+        str | None,
+        typer.Option(
+            "--source", metavar="DIR_OR_ID", help="The model it was made from: all its tensors must be there."
+        ),
+    ] = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Check a quantized checkpoint.
+
+    Files, names, scales, and with --source that no tensor is lost. Exit 8 when something is wrong.
+    """
+    output.start(json=json, debug=debug)
+    from quarkcli import job
+    from quarkcli import verify as checks
+
+    found = checks.directory(directory, str(job.EMBEDDED) if source == "demo" else source)
+    if json:
+        output.json_data({"schema": SCHEMA, "directory": directory, "source": source, "ok": True, "checks": found})
+        return
+    for line in found:
+        output.data(f"ok: {line}")

@@ -1,0 +1,68 @@
+"""Dialects: how packed tensors are named and described on disk. One member per file; the file name is the name."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Iterable
+
+from quarkcli.dialects.base import Dialect
+from quarkcli.errors import ConfigError, UsageError, near_misses
+from quarkcli.plan.model import Plan
+
+_NOT_MEMBERS = {"base"}
+
+
+def names() -> list[str]:
+    """Registered dialect names in their dash form."""
+    found: Iterable[pkgutil.ModuleInfo] = pkgutil.iter_modules(__path__)
+    members = (module.name for module in found if module.name not in _NOT_MEMBERS and not module.name.startswith("_"))
+    return sorted(name.replace("_", "-") for name in members)
+
+
+def get(name: str) -> Dialect:
+    """The dialect called `name`; `_` and `-` are the same. Raises UsageError for an unknown one."""
+    dashed = name.replace("_", "-")
+    if dashed not in names():
+        close = near_misses(dashed, names()) or names()
+        raise UsageError(f"unknown dialect '{name}'", where="--dialect", hint=f"use one of: {', '.join(close)}, auto")
+    module = importlib.import_module(f"{__name__}.{dashed.replace('-', '_')}")
+    dialect: Dialect = module.DIALECT
+    return dialect
+
+
+def members() -> list[Dialect]:
+    return [get(name) for name in names()]
+
+
+def choose(asked: str, plan: Plan) -> tuple[Dialect, str]:
+    """The dialect for a plan, and why in words.
+
+    `auto` takes the first that both vLLM and transformers load for this plan, else one that vLLM loads, else any
+    that can hold it. Raises ConfigError with every reason when none can, or when the one asked for cannot.
+    """
+    if asked != "auto":
+        dialect = get(asked)
+        refusals = dialect.refusals(plan)
+        if refusals:
+            raise ConfigError(
+                f"dialect {dialect.name} cannot hold this plan: {refusals[0]}"
+                + (f" (and {len(refusals) - 1} more)" if len(refusals) > 1 else ""),
+                where="--dialect",
+                hint="--dialect auto picks one that can",
+            )
+        return dialect, f"asked for; loads in {_list(dialect.loaders(plan))}"
+    able = [dialect for dialect in members() if not dialect.refusals(plan)]
+    if not able:
+        reasons = "; ".join(f"{dialect.name}: {dialect.refusals(plan)[0]}" for dialect in members())
+        raise ConfigError(f"no dialect can hold this plan: {reasons}", hint="change the scheme of the modules named")
+    for wanted in ({"vllm", "transformers"}, {"vllm"}, set[str]()):
+        for dialect in able:
+            if wanted <= dialect.loaders(plan):
+                only = " only" if wanted == {"vllm"} else ""
+                return dialect, f"auto: loads in {_list(dialect.loaders(plan))}{only}"
+    raise AssertionError("the empty set is part of every set")
+
+
+def _list(loaders: set[str]) -> str:
+    return " and ".join({"vllm": "vLLM"}.get(name, name) for name in sorted(loaders, reverse=True)) or "no server"

@@ -1,0 +1,103 @@
+"""Errors a user can cause, and the exit codes a shell sees.
+
+Every user error is one plain message: what happened, where, and what to do next. Anything that is not a
+`QuarkError` is a defect of ours and ends with exit code 1.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """Process exit codes; part of the public interface."""
+
+    OK = 0
+    INTERNAL = 1
+    USAGE = 2
+    CONFIG = 3
+    MODEL = 4
+    ACCESS = 5
+    RESOURCES = 6
+    DATA = 7
+    CHECK = 8
+    STOPPED = 75
+    INTERRUPTED = 130
+    TERMINATED = 143
+
+
+class QuarkError(Exception):
+    """A user error.
+
+    what    what is wrong, one sentence
+    where   file, flag, tensor or module concerned, or "" when `what` already names it
+    hint    what to do next, or ""
+    """
+
+    code = ExitCode.INTERNAL
+
+    def __init__(self, what: str, *, where: str = "", hint: str = "") -> None:
+        super().__init__(what)
+        self.what = what
+        self.where = where
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what}" if self.where else self.what
+
+
+class UsageError(QuarkError):
+    """The command line is wrong: unknown scheme, output that exists, flags that exclude each other."""
+
+    code = ExitCode.USAGE
+
+
+class ConfigError(QuarkError):
+    """A recipe, entry, pattern or resume fingerprint is wrong."""
+
+    code = ExitCode.CONFIG
+
+
+class ModelError(QuarkError):
+    """The source model cannot be worked on: format, shape, family, foreign code."""
+
+    code = ExitCode.MODEL
+
+
+class AccessError(QuarkError):
+    """The source or a data set cannot be reached: not found, forbidden, offline."""
+
+    code = ExitCode.ACCESS
+
+
+class ResourceError(QuarkError):
+    """Too little disk or memory, or no such device."""
+
+    code = ExitCode.RESOURCES
+
+
+class DataError(QuarkError):
+    """Calibration data or numerics: too few rows, no text, NaN or inf."""
+
+    code = ExitCode.DATA
+
+
+class CheckError(QuarkError):
+    """A check of a written checkpoint said no."""
+
+    code = ExitCode.CHECK
+
+
+class Stopped(QuarkError):
+    """Stopped on purpose (time budget); the same command goes on."""
+
+    code = ExitCode.STOPPED
+
+
+def near_misses(word: str, known: Iterable[str], limit: int = 3) -> list[str]:
+    """The names in `known` closest to `word`, best first; `_` and `-` are the same."""
+    names = {name.replace("_", "-").lower(): name for name in known}
+    found = difflib.get_close_matches(word.replace("_", "-").lower(), list(names), n=limit, cutoff=0.5)
+    return [names[name] for name in found]

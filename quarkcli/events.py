@@ -1,0 +1,65 @@
+"""What a running job tells whoever listens. Only `cli/` and the log file turn events into text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+Level = Literal["debug", "info", "warning"]
+
+
+@dataclass(frozen=True)
+class Message:
+    """A line for the log; warnings are repeated in the report and the final summary."""
+
+    text: str
+    level: Level = "info"
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A named phase begins: resolve, check, load-headers, calibrate+quantize, finalize, verify."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class PartDone:
+    """One part of the model is finished and durable.
+
+    index, total   1-based position among the parts
+    label          what was done, for example `nvfp4+gptq`
+    error          relative error of the part's output (calibrated runs) or of its weights; None when nothing
+                   was quantized
+    rss, gpu       resident and device memory peaks in bytes
+    eta            estimated seconds to go
+    """
+
+    index: int
+    total: int
+    name: str
+    label: str
+    seconds: float
+    error: float | None
+    rss: int
+    gpu: int
+    eta: float
+
+
+Event = Message | Phase | PartDone
+Listener = Callable[[Event], None]
+
+
+def silent(event: Event) -> None:
+    """A listener that drops everything."""
+
+
+def broadcast(*listeners: Listener) -> Listener:
+    """One listener that hands each event to several."""
+
+    def tell(event: Event) -> None:
+        for listener in listeners:
+            listener(event)
+
+    return tell

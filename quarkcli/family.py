@@ -1,0 +1,463 @@
+"""Model families: which tensor of a checkpoint plays which role. Torch-free; a family is a YAML file.
+
+`lay_out` applies a family to headers and answers with every weight a recipe can reach (`Weight`), the activations
+they read, the parts of the walk and the attention modules. A family nobody described is inferred from names.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from pydantic import Field
+
+from quarkcli.errors import ConfigError, ModelError, near_misses
+from quarkcli.recipe import catalog
+from quarkcli.recipe.match import matches
+from quarkcli.recipe.schema import Strict, validate
+
+
+class HeaderLike(Protocol):
+    """What is read of a safetensors header."""
+
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+class FusedModel(Strict):
+    """A file tensor that holds one projection of all experts: [experts, out, in], or [experts, in, out] transposed."""
+
+    targets: list[str]
+    split: Literal["halves", "interleaved"] = "halves"
+    transpose: bool = False
+
+
+class ExpertsModel(Strict):
+    """Routed experts: module path below the block, leaf names, and the fused tensors a file may have instead."""
+
+    path: str
+    gate: str | None = None
+    up: str
+    down: str
+    fused: dict[str, FusedModel] = Field(default_factory=dict)
+
+
+class AttentionModel(Strict):
+    """Attention module below the block, and its projections below that."""
+
+    module: str
+    q: str
+    k: str
+    v: str
+
+
+class FamilyModel(Strict):
+    """A family file, `recipes/models/<name>.yaml`."""
+
+    architectures: list[str] = Field(default_factory=list)
+    model_types: list[str] = Field(default_factory=list)
+    blocks: str
+    embed: list[str]
+    tail: list[str]
+    roles: dict[str, list[str]]
+    attention: AttentionModel | None = None
+    sites: list[list[str]] = Field(default_factory=list)
+    scale_groups: list[list[str]] = Field(default_factory=list)
+    experts: ExpertsModel | None = None
+    aliases: dict[str, str] = Field(default_factory=dict)
+
+
+# Roles kept in source precision unless --unprotect names them, with the reason the plan shows.
+PROTECTED = {
+    "embedding": "a table that is looked up, not multiplied",
+    "head": "small share of the bytes, large share of the loss",
+    "router": "decides which expert runs",
+    "norm": "one value per channel",
+    "conv": "tiny",
+    "vision": "not reached by text calibration",
+    "audio": "not reached by text calibration",
+    "projector": "not reached by text calibration",
+    "mtp": "extra prediction layers that the model's own forward does not run",
+}
+
+
+@dataclass(frozen=True)
+class WeightView:
+    """Where one 2-D weight [out, in] lies inside a file tensor.
+
+    tensor     name in the source file
+    expert     index into the leading axis, or None
+    transpose  the file stores [in, out]
+    rows       (start, stop, step) over the output rows *after* the transposition, or None for all
+    """
+
+    tensor: str
+    expert: int | None = None
+    transpose: bool = False
+    rows: tuple[int, int, int] | None = None
+
+    def of(self, tensor: Any) -> Any:
+        """The weight [out, in] inside `tensor`; shares memory with it (torch tensors and numpy arrays)."""
+        if self.expert is not None:
+            tensor = tensor[self.expert]
+        if self.transpose:
+            tensor = tensor.T
+        if self.rows is not None:
+            start, stop, step = self.rows
+            tensor = tensor[start:stop:step]
+        return tensor
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight a recipe can reach, before any entry has spoken. Fields as in `plan.model.Target`."""
+
+    name: str
+    view: WeightView
+    shape: tuple[int, int]
+    dtype: str
+    role: str
+    part: int
+    site: str | None
+    group: str
+    expert: tuple[str, int] | None
+    bias: str | None
+    aliases: tuple[str, ...]
+    parent_class: str
+
+
+@dataclass(frozen=True)
+class Site:
+    """An activation that weights read. `kind`: linear, experts_in or experts_down (see `plan.model.Site`)."""
+
+    name: str
+    part: int
+    kind: str
+    members: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A unit of work: `embed`, `block`, `tail` or `rest`; `block` is the block's index. `tensors` in file order."""
+
+    index: int
+    name: str
+    kind: str
+    block: int | None
+    tensors: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class AttentionModule:
+    """`name` is the parent of the k projection; `k_proj` and `v_proj` are module names."""
+
+    name: str
+    part: int
+    k_proj: str
+    v_proj: str
+
+
+@dataclass
+class Layout:
+    """A family applied to one checkpoint's headers."""
+
+    family: str
+    inferred: bool
+    parts: list[Part]
+    weights: dict[str, Weight]
+    sites: dict[str, Site]
+    attention: list[AttentionModule]
+    tensor_roles: dict[str, str]
+    tied_head: str | None
+    aliases: dict[str, str] = field(default_factory=dict)
+
+
+def load(path: Path) -> FamilyModel:
+    """A family file. Raises ConfigError with place."""
+    return validate(FamilyModel, catalog.document(path))
+
+
+def identify(config: Mapping[str, Any]) -> tuple[str, FamilyModel] | None:
+    """The family whose architectures or model types name the config's, or None."""
+    architecture = (config.get("architectures") or [None])[0]
+    model_type = config.get("model_type")
+    known = {name: load(path) for name, path in catalog.files("models").items()}
+    for name, family in known.items():
+        if architecture in family.architectures:
+            return name, family
+    for name, family in known.items():
+        if model_type in family.model_types:
+            return name, family
+    return None
+
+
+def for_checkpoint(config: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> tuple[str, FamilyModel, bool]:
+    """(name, family, inferred) for a checkpoint."""
+    found = identify(config)
+    if found is not None:
+        return (*found, False)
+    return str(config.get("model_type") or "unknown"), infer(headers), True
+
+
+def infer(headers: Mapping[str, HeaderLike]) -> FamilyModel:
+    """A family guessed from names: the numbered path with the most matrices, and roles by the usual leaf names."""
+    counts: dict[str, int] = {}
+    for name, header in headers.items():
+        found = re.match(r"(.*?)\.\d+\.", name)
+        if found and len(header.shape) == 2:
+            counts[found[1]] = counts.get(found[1], 0) + 1
+    if not counts:
+        raise ModelError("no numbered decoder blocks among the tensor names", hint="describe the family in YAML")
+    blocks = max(counts, key=lambda path: counts[path])
+    stem = blocks.rpartition(".")[0]
+    outside = [name.removesuffix(".weight") for name in headers if not name.startswith(blocks + ".")]
+    embed = [
+        name for name in outside if "embed" in name.rsplit(".", 1)[-1] or name.endswith(("wte", "word_embeddings"))
+    ]
+    tail = [name for name in outside if name.endswith(("lm_head", "norm", "ln_f", "output")) and name not in embed]
+    return FamilyModel(
+        blocks=blocks,
+        embed=embed or [f"{stem}.embed_tokens"],
+        tail=tail,
+        roles={
+            "embedding": embed or ["*embed*"],
+            "head": ["*lm_head", "output"],
+            "norm": ["*norm*", "*.ln_*"],
+            "router": ["*.gate", "*.router"],
+            "conv": ["*conv*"],
+            "vision": ["*visual*", "*vision*"],
+            "audio": ["*audio*"],
+            "mtp": ["mtp.*"],
+        },
+    )
+
+
+def lay_out(
+    name: str, family: FamilyModel, inferred: bool, config: Mapping[str, Any], headers: Mapping[str, HeaderLike]
+) -> Layout:
+    """Apply a family to headers. Raises ModelError when the checkpoint has no decoder block where it should."""
+    parts = _parts(family, config, headers)
+    builder = _Builder(family, headers, parts)
+    for tensor in headers:
+        builder.add(tensor)
+    builder.connect()
+    head = next((m for m in family.tail if m in family.roles.get("head", [])), None)
+    tied = head if head and bool(_text_config(config).get("tie_word_embeddings")) else None
+    if tied and f"{tied}.weight" in headers:
+        tied = None
+    return Layout(
+        name, inferred, parts, builder.weights, builder.sites, builder.attention, builder.tensor_roles, tied,
+        family.aliases,
+    )  # fmt: skip
+
+
+def check_unprotect(roles: Iterable[str]) -> None:
+    """Raises ConfigError for a role that is not protected."""
+    for role in roles:
+        if role not in PROTECTED:
+            close = near_misses(role, PROTECTED)
+            known = f"did you mean '{close[0]}'?" if close else f"roles: {', '.join(PROTECTED)}"
+            raise ConfigError(f"unknown role '{role}'", where="--unprotect", hint=known)
+
+
+def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    text = config.get("text_config")
+    return text if isinstance(text, dict) else config
+
+
+def _parts(family: FamilyModel, config: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> list[Part]:
+    block_of = re.compile(re.escape(family.blocks) + r"\.(\d+)\.")
+    present = {int(found[1]) for name in headers if (found := block_of.match(name))}
+    declared = _text_config(config).get("num_hidden_layers")
+    count = declared if isinstance(declared, int) else max(present, default=-1) + 1
+    absent = sorted(set(range(count)) - present)
+    if absent or not count:
+        raise ModelError(
+            f"decoder block {absent[0] if absent else 0} of {count} has no tensors",
+            where=f"{family.blocks}.*",
+            hint="the family file or config.json does not fit this checkpoint",
+        )
+    members: dict[str, list[str]] = {"embed": [], "tail": [], "rest": []}
+    blocks: dict[int, list[str]] = {index: [] for index in range(count)}
+    for name in headers:
+        found = block_of.match(name)
+        if found and int(found[1]) < count:
+            blocks[int(found[1])].append(name)
+        elif any(name == module or name.startswith(f"{module}.") for module in family.embed):
+            members["embed"].append(name)
+        elif any(name == module or name.startswith(f"{module}.") for module in family.tail):
+            members["tail"].append(name)
+        else:
+            members["rest"].append(name)
+    parts = [Part(0, "embed", "embed", None, tuple(members["embed"]))]
+    parts += [Part(1 + i, f"{family.blocks}.{i}", "block", i, tuple(names)) for i, names in blocks.items()]
+    parts.append(Part(len(parts), "tail", "tail", None, tuple(members["tail"])))
+    if members["rest"]:
+        parts.append(Part(len(parts), "rest", "rest", None, tuple(members["rest"])))
+    return parts
+
+
+class _Builder:
+    """Collects weights tensor by tensor, then ties them together by the activations they read."""
+
+    def __init__(self, family: FamilyModel, headers: Mapping[str, HeaderLike], parts: list[Part]) -> None:
+        self.family = family
+        self.headers = headers
+        self.part_of = {tensor: part for part in parts for tensor in part.tensors}
+        self.weights: dict[str, Weight] = {}
+        self.sites: dict[str, Site] = {}
+        self.attention: list[AttentionModule] = []
+        self.tensor_roles: dict[str, str] = {}
+        self.readers = {leaf: group for group in family.sites for leaf in group}
+        self.sharers = {leaf: group for group in family.scale_groups for leaf in group}
+
+    def role(self, module: str) -> str | None:
+        for role, patterns in self.family.roles.items():
+            if any(matches(pattern, (module,)) for pattern in patterns):
+                return role
+        return None
+
+    def add(self, tensor: str) -> None:
+        part = self.part_of[tensor]
+        header = self.headers[tensor]
+        module = tensor.removesuffix(".weight")
+        role = self.role(module)
+        if part.kind == "rest" and role is None:
+            role = "mtp" if tensor.startswith(self.family.blocks + ".") else "other"
+        self.tensor_roles[tensor] = role or "other"
+        if self._add_expert(tensor, part):
+            return
+        if tensor.endswith(".weight") and len(header.shape) == 2 and role not in {"norm", "conv", "other"}:
+            self._add_weight(module, WeightView(tensor), header, role or "linear", part, None)
+
+    def _add_weight(
+        self, name: str, view: WeightView, header: HeaderLike, role: str, part: Part, expert: tuple[str, int] | None
+    ) -> None:
+        shape = view_shape(view, header.shape)
+        bias = f"{name}.bias" if f"{name}.bias" in self.headers else None
+        kind = "nn.Embedding" if role == "embedding" else "nn.Linear"
+        self.tensor_roles[view.tensor] = role
+        self.weights[name] = Weight(
+            name, view, shape, header.dtype, role, part.index, None, name, expert, bias, self._aliases(name), kind
+        )
+
+    def _add_expert(self, tensor: str, part: Part) -> bool:
+        experts = self.family.experts
+        if experts is None or part.block is None:
+            return False
+        prefix = f"{part.name}.{experts.path}"
+        leaf = tensor.removeprefix(prefix + ".")
+        if leaf == tensor:
+            return False
+        header = self.headers[tensor]
+        names = {experts.gate: "expert_gate", experts.up: "expert_up", experts.down: "expert_down"}
+        single = re.fullmatch(r"(\d+)\.([^.]+)\.weight", leaf)
+        if single and single[2] in names and len(header.shape) == 2:
+            index = int(single[1])
+            name = f"{prefix}.{index}.{single[2]}"
+            self._add_weight(name, WeightView(tensor), header, names[single[2]], part, (prefix, index))
+            return True
+        fused = experts.fused.get(leaf.removesuffix(".weight"))
+        if fused is None or len(header.shape) != 3:
+            return False
+        for index in range(header.shape[0]):
+            for target, view in fused_views(fused, tensor, header.shape, index):
+                self._add_weight(
+                    f"{prefix}.{index}.{target}", view, header, names[target], part, (prefix, index)
+                )  # fmt: skip
+        return True
+
+    def _aliases(self, name: str) -> tuple[str, ...]:
+        """Other spellings a pattern may use: the module path in memory, and an expert's name without its index."""
+        steps = name.split(".")
+        renamed = ".".join(self.family.aliases.get(step, step) for step in steps)
+        spellings = {renamed}
+        for spelling in (name, renamed):
+            spellings.add(re.sub(r"(\.experts)\.\d+\.", r"\1.", spelling))
+        return tuple(sorted(spellings - {name}))
+
+    def connect(self) -> None:
+        """Fill in sites, scale groups and attention modules."""
+        for weight in list(self.weights.values()):
+            site, group = self._expert_ties(weight) if weight.expert else self._linear_ties(weight)
+            self.weights[weight.name] = replace(weight, site=site, group=group)
+        for name, (part, kind, members) in self._sites().items():
+            self.sites[name] = Site(name, part, kind, tuple(members))
+        self._find_attention()
+
+    def _sites(self) -> dict[str, tuple[int, str, list[str]]]:
+        found: dict[str, tuple[int, str, list[str]]] = {}
+        for weight in self.weights.values():
+            if weight.site is None:
+                continue
+            kind = "linear"
+            if weight.expert:
+                kind = "experts_down" if weight.role == "expert_down" else "experts_in"
+            found.setdefault(weight.site, (weight.part, kind, []))[2].append(weight.name)
+        return found
+
+    def _expert_ties(self, weight: Weight) -> tuple[str, str]:
+        assert weight.expert is not None and self.family.experts is not None
+        prefix, index = weight.expert
+        if weight.role == "expert_down":
+            return f"{prefix}.{self.family.experts.down}.input", weight.name
+        return f"{prefix}.input", f"{prefix}.{index}.gate+up"
+
+    def _linear_ties(self, weight: Weight) -> tuple[str | None, str]:
+        if weight.role in {"embedding", "vision", "audio", "projector", "mtp", "router"}:
+            return None, weight.name
+        part = self._part(weight)
+        if part.block is None:
+            return f"{weight.name}.input", weight.name
+        leaf = weight.name.removeprefix(part.name + ".")
+        return self._tie(part, leaf, self.readers, ".input"), self._tie(part, leaf, self.sharers, "")
+
+    def _tie(self, part: Part, leaf: str, table: Mapping[str, list[str]], suffix: str) -> str:
+        present = [other for other in table.get(leaf, [leaf]) if f"{part.name}.{other}" in self.weights]
+        parent = leaf.rpartition(".")[0]
+        joined = "+".join(other.rpartition(".")[2] for other in present)
+        return f"{part.name}.{parent}.{joined}{suffix}" if parent else f"{part.name}.{joined}{suffix}"
+
+    def _part(self, weight: Weight) -> Part:
+        return self.part_of[weight.view.tensor]
+
+    def _find_attention(self) -> None:
+        spec = self.family.attention
+        if spec is None:
+            return
+        for part in dict.fromkeys(self.part_of.values()):
+            module = f"{part.name}.{spec.module}"
+            k, v = f"{module}.{spec.k}", f"{module}.{spec.v}"
+            if part.block is not None and k in self.weights:
+                self.attention.append(AttentionModule(module, part.index, k, v if v in self.weights else k))
+
+
+def view_shape(view: WeightView, shape: tuple[int, ...]) -> tuple[int, int]:
+    """Shape (out, in) of a view of a file tensor of this shape."""
+    if view.expert is not None:
+        shape = shape[1:]
+    out, inner = (shape[1], shape[0]) if view.transpose else (shape[0], shape[1])
+    if view.rows is not None:
+        out = len(range(*view.rows))
+    return out, inner
+
+
+def fused_views(
+    fused: FusedModel, tensor: str, shape: tuple[int, ...], expert: int
+) -> Iterable[tuple[str, WeightView]]:
+    """(leaf name, view) of each projection of one expert in a fused tensor [experts, out, in] or transposed."""
+    out = shape[2] if fused.transpose else shape[1]
+    count = len(fused.targets)
+    for position, target in enumerate(fused.targets):
+        if count == 1:
+            rows = None
+        elif fused.split == "interleaved":
+            rows = (position, out, count)
+        else:
+            rows = (position * out // count, (position + 1) * out // count, 1)
+        yield target, WeightView(tensor, expert, fused.transpose, rows)

@@ -1,0 +1,268 @@
+"""The job, ten steps: from a recipe and a model to a checkpoint that servers load.
+
+`prepare` is steps 1 to 4 and reads headers only; `run` is all ten. What `quark plan` shows is what `prepare` returns
+and `run` uses; there is no second path. A plan without a slot that needs data runs no forward pass.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import yaml
+
+from quarkcli import __version__, algorithms, dialects, family, finish, forecast, preflight
+from quarkcli.algorithms.base import Algorithm
+from quarkcli.dialects.base import Dialect
+from quarkcli.errors import Stopped, UsageError
+from quarkcli.events import Listener, Message, PartDone, Phase, broadcast, silent
+from quarkcli.family import Layout
+from quarkcli.journal import Journal
+from quarkcli.plan.compose import Overrides
+from quarkcli.plan.model import Part, Plan
+from quarkcli.plan.resolve import resolve
+from quarkcli.preflight import Calibration
+from quarkcli.recipe import catalog
+from quarkcli.recipe import recipe as recipes
+from quarkcli.recipe.recipe import Recipe
+from quarkcli.report import log, usage
+from quarkcli.source import Source
+from quarkcli.writer import partial_path, publish
+
+if TYPE_CHECKING:
+    from quarkcli.calibration.data import CalibrationData
+    from quarkcli.walk import Walk
+
+EMBEDDED = Path(__file__).resolve().parent / "assets" / "tiny-llama"
+
+
+@dataclass
+class Options:
+    """What the command line says. Defaults are the flags' defaults; None means not given."""
+
+    model: str
+    scheme: str | None = None
+    recipe: str | None = None
+    output: Path | None = None
+    dialect: str | None = None
+    overrides: Overrides = field(default_factory=Overrides)
+    algorithm: str | None = None
+    calib_data: str | None = None
+    calib_samples: int | None = None
+    calib_seqlen: int | None = None
+    calib_batch: int | None = None
+    calib_column: str | None = None
+    allow_short: bool = False
+    moe_calibration: Literal["routed", "all"] = "routed"
+    device: str = "auto"
+    seed: int = 0
+    resume: Literal["auto", "never", "require"] = "auto"
+    overwrite: bool = False
+    strict: bool = False
+    verify: bool = True
+    time_budget: float | None = None
+    trust_remote_code: bool = False
+    revision: str = "main"
+    offline: bool = False
+
+
+@dataclass
+class Prepared:
+    """Everything known before the first weight is read."""
+
+    options: Options
+    recipe: Recipe
+    source: Source
+    layout: Layout
+    plan: Plan
+    steps: list[Algorithm]
+    dialect: Dialect
+    dialect_reason: str
+    needs: dict[str, set[str]]
+    calibration: Calibration | None
+    forecast: forecast.Forecast
+    output: Path
+    warnings: list[str]
+
+
+def load_recipe(options: Options) -> Recipe:
+    """Step 1. The recipe of `--scheme` or `--recipe`, with the algorithms of `--algorithm`."""
+    if (options.scheme is None) == (options.recipe is None):
+        both = (
+            "--scheme and --recipe exclude each other" if options.scheme else "neither --scheme nor --recipe is given"
+        )
+        raise UsageError(both, hint="--scheme nvfp4, or see 'quark schemes list' and 'quark recipes list'")
+    recipe = (
+        recipes.from_scheme(options.scheme)
+        if options.scheme is not None
+        else recipes.from_file(catalog.find_recipe(str(options.recipe)))
+    )
+    if options.algorithm is not None:
+        named = dict(recipe.algorithms)
+        recipe.algorithms = [(name, named.get(name, {})) for name in options.algorithm.split(",")]
+    return recipe
+
+
+def open_source(options: Options) -> Source:
+    """Step 2. Config and headers; `demo` is the embedded model."""
+    model = str(EMBEDDED) if options.model == "demo" else options.model
+    return Source.open(model, revision=options.revision, offline=options.offline)
+
+
+def prepare(options: Options, tell: Listener = silent) -> Prepared:
+    """Steps 1 to 4: everything that can go wrong for reasons visible in config and headers goes wrong here."""
+    tell(Phase("resolve"))
+    recipe = load_recipe(options)  # 1
+    source = open_source(options)  # 2
+    preflight.check_source(source)
+    layout = family.lay_out(*family.for_checkpoint(source.config, source.headers), source.config, source.headers)
+    plan = resolve(recipe, options.overrides, layout, recipe.algorithms)  # 3
+    steps = algorithms.pipeline(recipe.algorithms)
+    tell(Phase("check"))  # 4
+    for step in steps:
+        step.check(plan)
+    preflight.check_plan(plan)
+    dialect, reason = dialects.choose(options.dialect or recipe.dialect or "auto", plan)
+    needs = preflight.data_needs(plan, steps)
+    calibration = preflight.calibration(options, recipe, source, needs)
+    size = preflight.forecast_of(plan, dialect, source, calibration, needs)
+    output = options.output or Path(f"{'demo' if options.model == 'demo' else source.name}-{recipe.name}")
+    warnings = [*plan.warnings, *(calibration.warnings if calibration else [])]
+    return Prepared(
+        options, recipe, source, layout, plan, steps, dialect, reason, needs, calibration, size, output, warnings
+    )  # fmt: skip
+
+
+def run(options: Options, tell: Listener = silent) -> dict[str, Any]:
+    """All ten steps. Returns the report. Raises QuarkError; then no output directory exists."""
+    started = time.monotonic()
+    log_file = log.LogFile()
+    tell = broadcast(log_file, tell)
+    prepared = prepare(options, tell)  # 1-4; 5, showing the plan, is the caller's
+    for warning in prepared.warnings:
+        tell(Message(warning, "warning"))
+    preflight.check_output(prepared.output, options.overwrite, prepared.source.folder)
+    preflight.check_resources(prepared.output, prepared.forecast)
+    device = preflight.device(options.device)
+    data = preflight.token_rows(prepared, tell)
+    runner = _runner(prepared, device) if data is not None else None
+    partial = partial_path(prepared.output)
+    with Journal.open(partial, _fingerprint(prepared, data, device), resume=options.resume) as journal:  # 6
+        with log_file.attach(partial / finish.LOG):
+            _parts(prepared, data, runner, journal, device, started, tell)  # 7, 8
+            tell(Phase("finalize"))
+            finish.write_config(prepared, partial, journal.finished)  # 9
+            tell(Phase("verify"))
+            seconds = time.monotonic() - started
+            report = finish.verify_and_report(prepared, data, journal.finished, partial, seconds, device)  # 10
+        journal.discard_state()
+    kept = publish(partial, prepared.output, options.overwrite)
+    if kept is not None:
+        tell(Message(f"what was in {prepared.output} is now in {kept}", "warning"))
+    return report
+
+
+def _runner(prepared: Prepared, device: str) -> Any:
+    from quarkcli.model.runner import Runner
+
+    source = prepared.source
+    trusted = prepared.options.trust_remote_code
+    return Runner(source.folder, source.headers, device=device, trust_remote_code=trusted)
+
+
+def _parts(
+    prepared: Prepared,
+    data: CalibrationData | None,
+    runner: Any,
+    journal: Journal,
+    device: str,
+    started: float,
+    tell: Listener,
+) -> None:
+    """Steps 7 and 8: every part that the journal does not have, one at a time."""
+    from quarkcli.part import PartWorker
+    from quarkcli.pipeline import Pipeline
+
+    plan, options = prepared.plan, prepared.options
+    journal.verify()
+    todo = [part for part in plan.parts if part.name not in journal.finished]
+    if len(todo) < len(plan.parts):
+        place = f"going on at {todo[0].name}" if todo else "going on with the final steps"
+        tell(Message(f"resuming: {len(plan.parts) - len(todo)} of {len(plan.parts)} parts are done; {place}"))
+    tell(Phase("calibrate+quantize" if data is not None else "quantize"))
+    walk = _walk(prepared, data, runner, journal, todo, tell) if data is not None else None
+    worker = PartWorker(
+        plan, prepared.dialect, prepared.steps, prepared.needs, walk, tell,
+        all_tokens=options.moe_calibration == "all", strict=options.strict,
+    )  # fmt: skip
+    label = "+".join([prepared.recipe.name, *(name for name, _ in prepared.recipe.algorithms)])
+    begun = time.monotonic()
+    with Pipeline(prepared.source, partial_path(prepared.output), journal, device) as pipeline:
+        for count, part in enumerate(todo, 1):
+            tensors = pipeline.read(part, todo[count] if count < len(todo) else None)
+            result = worker.work(part, tensors)
+            pipeline.write(part, result, worker)
+            eta = (time.monotonic() - begun) / count * (len(todo) - count)
+            what = label if result.weight_errors else "kept"
+            tell(_progress(part, len(plan.parts), what, result.seconds, result.error, eta, device))
+            if (
+                options.time_budget is not None
+                and count < len(todo)
+                and time.monotonic() - started > options.time_budget
+            ):
+                pipeline.drain()
+                raise Stopped("the time budget is used up; finished parts are kept", hint="run the same command again")
+
+
+def _walk(
+    prepared: Prepared, data: CalibrationData, runner: Any, journal: Journal, todo: list[Part], tell: Listener
+) -> Walk | None:
+    """Embed the rows, or take the carry up where the journal has it; None when no part to do needs it."""
+    from quarkcli.part import last_part
+    from quarkcli.walk import Walk, default_batch
+
+    if not todo or todo[0].index > last_part(prepared.plan, prepared.needs):
+        return None
+    batch = default_batch(runner.device, data.tokens.shape[1], prepared.options.calib_batch)
+    batch = journal.notes.get("batch", batch)
+    if prepared.options.calib_batch and runner.device.type == "cpu":
+        tell(Message(f"--calib-batch is for GPUs; on a CPU {batch} rows run together, so that results are the same"))
+    outside = runner.outside_tensors()
+    walk = Walk(runner, lambda: prepared.source.read_many(outside), data.tokens, data.mask, batch, tell)
+    walk.start()
+    carry = journal.carry()
+    if carry is not None:
+        walk.carry = [carry[name] for name in sorted(carry)]
+    return walk
+
+
+def _fingerprint(prepared: Prepared, data: CalibrationData | None, device: str) -> dict[str, Any]:
+    """What must be equal for an interrupted run to be continued."""
+    source, options = prepared.source, prepared.options
+    return {
+        "model": {
+            "config": hashlib.sha256(source.config_text.encode()).hexdigest(),
+            "headers": source.header_digest(),
+            "files": {name: list(stamp) for name, stamp in source.stamps.items()},
+            "commit": source.commit,
+        },
+        "recipe": yaml.safe_load(finish.resolved_recipe(prepared)),
+        "data": {
+            "digest": data.digest if data is not None else None,
+            "seed": options.seed,
+            "moe": options.moe_calibration,
+        },
+        "versions": {"quark": __version__, "torch": version("torch"), "transformers": version("transformers")},
+        "device": device,
+    }
+
+
+def _progress(
+    part: Part, total: int, label: str, seconds: float, error: float | None, eta: float, device: str
+) -> PartDone:
+    rss, gpu = usage.peak_rss(), usage.peak_gpu(device)
+    return PartDone(part.index + 1, total, part.name, label, seconds, error, rss, gpu, eta)

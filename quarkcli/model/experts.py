@@ -1,0 +1,239 @@
+"""Mixture-of-experts modules, one expert at a time.
+
+Almost every family holds its experts fused in memory and runs them through one grouped kernel, where no hook can
+see an expert. With a handler, an experts module instead runs a loop of per-expert matmuls, equal to the class's own
+eager loop. The loop is put on the one module as its `forward`: nothing global, nothing to select in the config, and
+it works for the classes (llama4, dbrx) that transformers' registry of experts functions does not reach.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from quarkcli.errors import ModelError
+
+
+class ExpertHandler(Protocol):
+    """Sees and may change what the experts of one module read.
+
+    observe        once per call: hidden [tokens, H] and top_k_index [tokens, k]
+    gate_up_input  rows [n, H] routed to `expert`, n > 0; returns what its gate and up projections read
+    down_input     rows [n, I] inside `expert`; returns what its down projection reads
+    Rows come ordered by choice (first choices, then second ...), then by token.
+    """
+
+    def observe(self, module: nn.Module, hidden: torch.Tensor, top_k_index: torch.Tensor) -> None: ...
+
+    def gate_up_input(self, expert: int, x: torch.Tensor) -> torch.Tensor: ...
+
+    def down_input(self, expert: int, h: torch.Tensor) -> torch.Tensor: ...
+
+
+class Layout(Protocol):
+    """How one kind of experts module keeps and applies its weights."""
+
+    def count(self, module: Any) -> int: ...
+
+    def hidden(self, module: Any, expert: int, x: torch.Tensor) -> torch.Tensor: ...
+
+    def down(self, module: Any, expert: int, h: torch.Tensor) -> torch.Tensor: ...
+
+    def forward(self, module: Any, handler: ExpertHandler) -> Callable[..., torch.Tensor]: ...
+
+
+class Fused:
+    """Classes with transformers' experts contract: 3-D parameters and the flags has_gate, has_bias, is_transposed."""
+
+    @staticmethod
+    def fits(module: Any) -> bool:
+        return hasattr(module, "has_gate") and hasattr(module, "is_transposed") and hasattr(module, "down_proj")
+
+    def count(self, module: Any) -> int:
+        return module.down_proj.shape[0]
+
+    def hidden(self, module: Any, expert: int, x: torch.Tensor) -> torch.Tensor:
+        if module.has_gate:
+            return module._apply_gate(self._linear(module, "gate_up_proj", expert, x))
+        return module.act_fn(self._linear(module, "up_proj", expert, x))
+
+    def down(self, module: Any, expert: int, h: torch.Tensor) -> torch.Tensor:
+        y = self._linear(module, "down_proj", expert, h)
+        return module.post_expert_norm(y) if getattr(module, "has_post_expert_norm", False) else y
+
+    def forward(self, module: Any, handler: ExpertHandler) -> Callable[..., torch.Tensor]:
+        def run(hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+            return _routed(self, module, handler, hidden, index, weights)
+
+        # Families call their experts by position or by their own argument names, always in this order.
+        return lambda *args, **kwargs: run(*args, *kwargs.values())
+
+    def _linear(self, module: Any, name: str, expert: int, x: torch.Tensor) -> torch.Tensor:
+        weight = getattr(module, name)[expert]
+        bias = getattr(module, name + "_bias")[expert] if module.has_bias else None
+        if not module.is_transposed:
+            return F.linear(x, weight, bias)
+        # Not F.linear: a fused bias rounds once where these classes' own loop rounds twice.
+        return x @ weight if bias is None else x @ weight + bias
+
+
+class Scored:
+    """llama4: every expert gets all tokens, already multiplied by the router score, zero where not routed."""
+
+    @staticmethod
+    def fits(module: Any) -> bool:
+        fused = getattr(module, "gate_up_proj", None)
+        return isinstance(fused, nn.Parameter) and fused.ndim == 3 and not hasattr(module, "has_gate")
+
+    def count(self, module: Any) -> int:
+        return module.gate_up_proj.shape[0]
+
+    def hidden(self, module: Any, expert: int, x: torch.Tensor) -> torch.Tensor:
+        gate, up = (x @ module.gate_up_proj[expert]).chunk(2, dim=-1)
+        return up * module.act_fn(gate)
+
+    def down(self, module: Any, expert: int, h: torch.Tensor) -> torch.Tensor:
+        return h @ module.down_proj[expert]
+
+    def forward(self, module: Any, handler: ExpertHandler) -> Callable[..., torch.Tensor]:
+        def run(hidden: torch.Tensor) -> torch.Tensor:
+            parts = hidden.view(self.count(module), -1, hidden.shape[-1])
+            routed = parts.abs().amax(dim=-1) > 0
+            experts = torch.arange(self.count(module), device=hidden.device)[:, None].expand_as(routed)
+            handler.observe(module, parts[routed], experts[routed][:, None])
+            out = torch.zeros_like(parts)
+            for expert in range(self.count(module)):
+                rows = routed[expert].nonzero()[:, 0]
+                if len(rows):
+                    out[expert, rows] = _one(self, module, handler, expert, parts[expert, rows])
+            return out.view(-1, hidden.shape[-1])
+
+        return run
+
+
+class Stacked:
+    """dbrx: 2-D stacks w1 (gate), v1 (up), w2 (down) of [experts * I, H] on the inner module `mlp`."""
+
+    @staticmethod
+    def fits(module: Any) -> bool:
+        inner = getattr(module, "mlp", None)
+        return all(isinstance(getattr(inner, name, None), nn.Parameter) for name in ("w1", "v1", "w2"))
+
+    def count(self, module: Any) -> int:
+        return module.num_experts
+
+    def hidden(self, module: Any, expert: int, x: torch.Tensor) -> torch.Tensor:
+        gate = x.matmul(self._weight(module, "w1", expert).T)
+        up = x.matmul(self._weight(module, "v1", expert).T)
+        return module.mlp.activation_fn(gate) * up
+
+    def down(self, module: Any, expert: int, h: torch.Tensor) -> torch.Tensor:
+        return h.matmul(self._weight(module, "w2", expert))
+
+    def forward(self, module: Any, handler: ExpertHandler) -> Callable[..., torch.Tensor]:
+        def run(hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+            flat = hidden.reshape(-1, hidden.shape[-1])
+            out = _routed(self, module, handler, flat, index, weights)
+            return out.view(hidden.shape[0], -1, hidden.shape[-1])
+
+        return lambda *args, **kwargs: run(*args, *kwargs.values())
+
+    def _weight(self, module: Any, name: str, expert: int) -> torch.Tensor:
+        return getattr(module.mlp, name).view(module.num_experts, -1, module.hidden_size)[expert]
+
+
+LAYOUTS = (Fused, Scored, Stacked)
+
+
+def layout_of(module: nn.Module) -> Layout | None:
+    """The layout of an experts module; None for any other module."""
+    return next((layout() for layout in LAYOUTS if layout.fits(module)), None)
+
+
+def experts_around(model: nn.Module, path: str) -> nn.Module | None:
+    """The experts module that the module at `path` is, or is the inner part of; None when there is none."""
+    for candidate in (path, path.rpartition(".")[0]):
+        module = model.get_submodule(candidate)
+        if layout_of(module) is not None:
+            return module
+    return None
+
+
+def expert_count(module: nn.Module) -> int:
+    """Number of experts of an experts module."""
+    return _layout(module).count(module)
+
+
+def expert_hidden(module: nn.Module, expert: int, x: torch.Tensor) -> torch.Tensor:
+    """What the down projection of one expert reads for rows x [n, H], with the current weights: [n, I]."""
+    with torch.no_grad():
+        return _layout(module).hidden(module, expert, x)
+
+
+@contextmanager
+def handled(module: nn.Module, handler: ExpertHandler) -> Iterator[None]:
+    """Run `module` as a per-expert loop that asks `handler`; its own forward comes back afterwards."""
+    with _forward(module, _layout(module).forward(module, handler)):
+        yield
+
+
+@contextmanager
+def shapes_only(block: nn.Module) -> Iterator[None]:
+    """Experts inside `block` return their input: routing looks at values, which the meta device has not."""
+    with ExitStack() as stack:
+        for module in block.modules():
+            if layout_of(module) is not None:
+                stack.enter_context(_forward(module, lambda hidden, *args, **kwargs: torch.empty_like(hidden)))
+        yield
+
+
+@contextmanager
+def _forward(module: nn.Module, forward: Callable[..., torch.Tensor]) -> Iterator[None]:
+    before = module.__dict__.get("forward")
+    module.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        del module.__dict__["forward"]
+        if before is not None:
+            module.__dict__["forward"] = before
+
+
+def _layout(module: nn.Module) -> Layout:
+    layout = layout_of(module)
+    if layout is None:
+        raise ModelError(f"{type(module).__name__} keeps its experts in a way quark does not know")
+    return layout
+
+
+def _routed(
+    layout: Layout,
+    module: nn.Module,
+    handler: ExpertHandler,
+    hidden: torch.Tensor,
+    index: torch.Tensor,
+    weights: torch.Tensor,
+) -> torch.Tensor:
+    """The eager loop of transformers' experts classes: same rows, same order of additions, same casts.
+
+    A few (nemotron_h) add up in float32 instead, so that bf16 results differ from theirs by a rounding.
+    """
+    handler.observe(module, hidden, index)
+    out = torch.zeros_like(hidden)
+    for expert in range(layout.count(module)):
+        choice, token = index.T.eq(expert).nonzero(as_tuple=True)
+        if len(token) == 0:
+            continue
+        y = _one(layout, module, handler, expert, hidden[token]) * weights[token, choice, None]
+        out.index_add_(0, token, y.to(out.dtype))
+    return out
+
+
+def _one(layout: Layout, module: nn.Module, handler: ExpertHandler, expert: int, x: torch.Tensor) -> torch.Tensor:
+    h = layout.hidden(module, expert, handler.gate_up_input(expert, x))
+    return layout.down(module, expert, handler.down_input(expert, h))

@@ -1,0 +1,68 @@
+"""The only file that reaches into transformers' inner parts, so that a release that moved one gives one clear error.
+
+Everything else of this room imports these names from here. Tested with transformers 5.23; the project asks for
+5.17 up to, not including, 6.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from unittest import mock
+
+from quarkcli.errors import ModelError
+
+try:
+    import transformers
+    from huggingface_hub import constants as hub_constants
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        dot_natural_key,
+        rename_source_key,
+    )
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+except ImportError as error:
+    raise ModelError(
+        f"this transformers cannot run models for quark: {error}",
+        hint="install a release from 5.17 up to, not including, 6: pip install 'transformers>=5.17,<6'",
+    ) from error
+
+__all__ = [
+    "ALL_ATTENTION_FUNCTIONS",
+    "CONFIG_MAPPING",
+    "AutoConfig",
+    "AutoModelForCausalLM",
+    "AutoModelForImageTextToText",
+    "AutoTokenizer",
+    "PreTrainedModel",
+    "WeightConverter",
+    "WeightRenaming",
+    "dot_natural_key",
+    "get_model_conversion_mapping",
+    "quiet",
+    "rename_source_key",
+    "transformers",
+]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Nothing is logged, drawn or fetched by transformers inside; the caller's settings come back afterwards."""
+    log = transformers.logging
+    verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    with ExitStack() as stack:
+        stack.callback(log.set_verbosity, verbosity)
+        stack.callback(log.enable_progress_bar if bars else log.disable_progress_bar)
+        # Both libraries ask this constant whenever they are about to use the network.
+        stack.enter_context(mock.patch.object(hub_constants, "HF_HUB_OFFLINE", True))
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        log.set_verbosity(logging.CRITICAL)
+        log.disable_progress_bar()
+        yield

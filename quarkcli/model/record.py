@@ -1,0 +1,358 @@
+"""Running a model block by block: record what every block is called with, replay the blocks one at a time.
+
+Every block is replaced by a stub that notes its arguments and passes the hidden states on; the model's own forward
+runs once per batch. Masks and rotary embeddings that differ per block therefore come out right, which the shortcut of
+reusing the first block's arguments gets wrong for many families. Hidden states are opaque: some families carry
+[streams, batch, tokens, hidden].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from quarkcli.errors import ModelError
+from quarkcli.model.experts import shapes_only
+from quarkcli.model.library import quiet
+from quarkcli.model.skeleton import Skeleton
+
+Visit = Callable[[int, nn.Module, tuple[Any, ...], dict[str, Any]], Any]
+
+
+@dataclass(frozen=True)
+class Output:
+    """Stands in recorded arguments for the `position`-th output of block `block`, filled in at replay."""
+
+    block: int
+    position: int
+
+
+@dataclass
+class Call:
+    """The arguments of one block, the hidden states taken out.
+
+    slot  where they go: 0 (first positional argument) or the keyword
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    slot: int | str
+
+
+@dataclass
+class Recording:
+    """One batch, as the blocks see it.
+
+    tokens, attention_mask  what was recorded: [b, T], and [b, T] or None
+    hidden                  input of the first block (opaque)
+    calls                   per block, None for a block this batch never reaches
+    extras                  (block, position) -> further outputs that later blocks read, filled by `run_block`
+    """
+
+    tokens: torch.Tensor
+    attention_mask: torch.Tensor | None
+    hidden: Any = None
+    calls: list[Call | None] = field(default_factory=list)
+    extras: dict[tuple[int, int], Any] = field(default_factory=dict)
+
+    @property
+    def last(self) -> int:
+        """Index of the last block that is called."""
+        return max(index for index, call in enumerate(self.calls) if call is not None)
+
+    def reads(self, output: Output) -> bool:
+        """True when some block is called with that output of another."""
+        calls = [call for call in self.calls if call is not None]
+        return any(output in _flat((call.args, tuple(call.kwargs.values()))) for call in calls)
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a block class returns: a tensor (`count` None) or a tuple of `count`, None where it returns None."""
+
+    count: int | None = None
+    empty: tuple[int, ...] = ()
+
+    def wrap(self, hidden: Any, others: Callable[[int], Any]) -> Any:
+        if self.count is None:
+            return hidden
+        return (hidden, *(None if p in self.empty else others(p) for p in range(1, self.count)))
+
+    @staticmethod
+    def of(output: Any) -> Form:
+        if isinstance(output, torch.Tensor):
+            return Form()
+        if not isinstance(output, (tuple, list)) or not output:
+            raise ModelError(f"a decoder block returns {type(output).__name__}, which quark cannot follow")
+        return Form(len(output), tuple(p for p, value in enumerate(output) if value is None))
+
+
+class Recorder:
+    """Records and replays batches on one skeleton."""
+
+    def __init__(self, skeleton: Skeleton) -> None:
+        self.skeleton = skeleton
+        self._forms: dict[type, Form] = {}
+
+    def record(
+        self, tokens: torch.Tensor, attention_mask: torch.Tensor | None, share_with: Recording | None
+    ) -> Recording:
+        """Run the model's forward over stubs once; the outside tensors must be loaded."""
+        count = len(self.skeleton.blocks)
+        recording = Recording(tokens, attention_mask, calls=[None] * count)
+        session = _Session(self, recording, share_with)
+        with _short_head(self.skeleton.model):
+            self._forward(session.visit, tokens, attention_mask)
+        if recording.hidden is None:
+            raise ModelError("the model's forward pass calls none of its decoder blocks")
+        return recording
+
+    def logits(self, recording: Recording, hidden: Any) -> torch.Tensor:
+        """[b, T, vocab] float32: the model's own forward with the last block returning `hidden`."""
+        last = recording.last
+
+        def visit(index: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            given, _ = _hidden_of(args, kwargs, index)
+            return self._form(block).wrap(hidden if index == last else given, lambda position: Output(index, position))
+
+        output = self._forward(visit, recording.tokens, recording.attention_mask)
+        return _logits_of(output).float()
+
+    def run_block(self, index: int, recording: Recording, hidden: Any) -> Any:
+        """Output hidden states of block `index` for this batch; `hidden` itself for a block the batch skips."""
+        call = recording.calls[index]
+        if call is None:
+            return hidden
+        block = self.skeleton.blocks[index]
+        fill = _filler(recording)
+        args = tuple(_map_tuples(fill, value) for value in call.args)
+        kwargs = {key: _map_tuples(fill, value) for key, value in call.kwargs.items()}
+        hidden = hidden.clone()  # a block may write into its input, which is the caller's
+        if call.slot == 0:
+            args = (hidden, *args)
+        else:
+            kwargs[str(call.slot)] = hidden
+        with torch.no_grad(), quiet():
+            output = block(*args, **kwargs)
+        self._check_form(block, index, output)
+        values = output if isinstance(output, (tuple, list)) else (output,)
+        for position, value in enumerate(values):
+            if recording.reads(Output(index, position)):
+                recording.extras[index, position] = value
+        return values[0]
+
+    def learn_form(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Form:
+        """What a block of this class returns, learnt by running it once on the meta device.
+
+        A block whose code looks at values cannot run there; it is taken to return a tensor, which `run_block` checks.
+        """
+        if type(block) not in self._forms:
+            self._forms[type(block)] = _probe(block, args, kwargs)
+        return self._forms[type(block)]
+
+    def _form(self, block: nn.Module) -> Form:
+        return self._forms.get(type(block), Form())
+
+    def _check_form(self, block: nn.Module, index: int, output: Any) -> None:
+        found, expected = Form.of(output), self._form(block)
+        if found.count != expected.count:
+            raise ModelError(
+                f"decoder block {index} ({type(block).__name__}) returns {_describe(found)}, where recording took it "
+                f"to return {_describe(expected)}; its inputs cannot be told reliably",
+                hint="schemes that need no calibration data still work",
+            )
+
+    def _forward(self, visit: Visit, tokens: torch.Tensor, attention_mask: torch.Tensor | None) -> Any:
+        with torch.no_grad(), quiet(), _stubbed(self.skeleton, visit):
+            return self.skeleton.model(input_ids=tokens, attention_mask=attention_mask, use_cache=False)
+
+
+class _Stub(nn.Module):
+    """Takes a block's place; attribute reads go on to the block (`layer.attention_type` and the like)."""
+
+    def __init__(self, index: int, block: nn.Module, visit: Visit) -> None:
+        super().__init__()
+        # Not through setattr: a registered child would be loaded, moved and listed.
+        self.__dict__.update(index=index, block=block, visit=visit)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["block"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.visit(self.index, self.block, args, kwargs)
+
+
+@contextmanager
+def _stubbed(skeleton: Skeleton, visit: Visit) -> Iterator[None]:
+    blocks = skeleton.blocks
+    skeleton.set_blocks(nn.ModuleList(_Stub(index, block, visit) for index, block in enumerate(blocks)))
+    try:
+        yield
+    finally:
+        skeleton.set_blocks(blocks)
+
+
+@contextmanager
+def _short_head(model: Any) -> Iterator[None]:
+    """The head computes the last token only: recording needs no logits, and a vocabulary times a batch is large.
+
+    Not `logits_to_keep`: gemma4 cuts the hidden states inside its blocks by it.
+    """
+    head = model.get_output_embeddings()
+    if head is None:
+        yield
+        return
+    full = head.forward
+    head.__dict__["forward"] = lambda hidden: full(hidden[..., -1:, :])
+    try:
+        yield
+    finally:
+        del head.__dict__["forward"]
+
+
+class _Session:
+    """State of one recording forward."""
+
+    def __init__(self, recorder: Recorder, recording: Recording, share_with: Recording | None) -> None:
+        self.recorder = recorder
+        self.recording = recording
+        self.others = share_with.calls if share_with is not None else []
+        self.kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # id -> (recorded tensor, the one stored)
+        self.previous = -1
+        self.version = 0
+        # Hidden states handed out per block, each its own tensor object, so that arguments that are one are noticed.
+        self.handed: dict[int, torch.Tensor] = {}
+
+    def visit(self, index: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if index <= self.previous:
+            raise ModelError(f"the model runs decoder block {index} after block {self.previous}")
+        hidden, slot = _hidden_of(args, kwargs, index)
+        if self.recording.hidden is None:
+            self.recording.hidden = hidden
+        elif not self._untouched(hidden):
+            raise ModelError(
+                f"the model changes the hidden states between decoder blocks {self.previous} and {index}",
+                hint="schemes that need no calibration data still work",
+            )
+        form = self.recorder.learn_form(block, args, kwargs)
+        other = self.others[index] if self.others else None
+        rest = args[1:] if slot == 0 else args
+        named = {key: value for key, value in kwargs.items() if key != slot}
+        self.recording.calls[index] = Call(
+            self._keep(rest, other.args if other else ()),
+            {key: self._keep(value, other.kwargs.get(key) if other else None) for key, value in named.items()},
+            slot,
+        )
+        self.previous = index
+        self.handed[index] = hidden.detach()
+        self.version = _writes(hidden)
+        return form.wrap(self.handed[index], lambda position: Output(index, position))
+
+    def _untouched(self, hidden: torch.Tensor) -> bool:
+        """True when these are the hidden states the previous block's stub gave out, or a view of all of them."""
+        given = self.handed[self.previous]
+        same_place = hidden.data_ptr() == given.data_ptr() and hidden.stride() == given.stride()
+        return same_place and hidden.shape == given.shape and _writes(hidden) == self.version
+
+    def _keep(self, value: Any, other: Any) -> Any:
+        """What is stored for an argument; `other` is what another batch stored in the same place."""
+        if type(value) is tuple:
+            others = other if type(other) is tuple and len(other) == len(value) else (None,) * len(value)
+            return tuple(self._keep(item, twin) for item, twin in zip(value, others, strict=True))
+        if not isinstance(value, torch.Tensor):
+            return value
+        if id(value) not in self.kept:
+            shared = isinstance(other, torch.Tensor) and _same(other, value)
+            self.kept[id(value)] = (value, other if shared else value)
+        output = next((Output(index, 0) for index, hidden in self.handed.items() if value is hidden), None)
+        return output or self.kept[id(value)][1]
+
+
+def _writes(tensor: torch.Tensor) -> int:
+    """How often the tensor's storage was written to; tensors of inference mode do not count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _hidden_of(args: tuple[Any, ...], kwargs: dict[str, Any], index: int) -> tuple[Any, int | str]:
+    if args:
+        return args[0], 0
+    if "hidden_states" in kwargs:
+        return kwargs["hidden_states"], "hidden_states"
+    raise ModelError(f"decoder block {index} is called without hidden states")
+
+
+def _filler(recording: Recording) -> Callable[[Any], Any]:
+    def fill(value: Any) -> Any:
+        if not isinstance(value, Output):
+            return value
+        if (value.block, value.position) not in recording.extras:
+            raise ModelError(
+                f"a decoder block reads an output of block {value.block}, which has not run for this batch"
+            )
+        return recording.extras[value.block, value.position]
+
+    return fill
+
+
+def _probe(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Form:
+    if any(not tensor.is_meta for tensor in block.parameters()):
+        device: torch.device | None = None
+    else:
+        device = torch.device("meta")
+
+    def copy(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return torch.empty_like(value, device=device) if device else value.clone()
+        if isinstance(value, dict):
+            return {key: copy(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)(copy(item) for item in value)
+        return value
+
+    try:
+        with shapes_only(block):
+            return Form.of(block(*copy(args), **copy(kwargs)))
+    except ModelError:
+        raise
+    except Exception:
+        return Form()
+
+
+def _map_tuples(change: Callable[[Any], Any], value: Any) -> Any:
+    """Apply `change` to a value or inside nested tuples. Lists and dicts stay the objects they are: blocks share
+    them (gemma's shared keys and values)."""
+    if type(value) is tuple:
+        return tuple(_map_tuples(change, item) for item in value)
+    return change(value)
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    if type(value) is tuple:
+        for item in value:
+            yield from _flat(item)
+    elif isinstance(value, Output):
+        yield value
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    alike = one.shape == other.shape and one.dtype == other.dtype and one.device == other.device
+    return alike and torch.equal(one, other)
+
+
+def _logits_of(output: Any) -> torch.Tensor:
+    logits = output.logits if hasattr(output, "logits") else output[0]
+    if not isinstance(logits, torch.Tensor) or logits.ndim != 3:
+        raise ModelError("the model's forward pass returns no logits")
+    return logits
+
+
+def _describe(form: Form) -> str:
+    return "a tensor" if form.count is None else f"a tuple of {form.count}"

@@ -1,0 +1,196 @@
+"""The face of this room: one model, run a decoder block at a time.
+
+Order of use: `load_outside`, `record` per batch, `unload_outside`; then for each block `load_block`, `run_block` per
+batch (under `handlers` to see or change what linears, experts and attention read), `unload_block`; at the end
+`load_outside` and `logits`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from quarkcli.model import experts as expert_modules
+from quarkcli.model.attention import AttentionTap, tapped
+from quarkcli.model.blocks import Weights
+from quarkcli.model.experts import ExpertHandler
+from quarkcli.model.record import Recorder, Recording
+from quarkcli.model.skeleton import HeaderLike, build_skeleton
+
+# Gets a module's input [..., features]; what it returns, if not None, takes the input's place.
+LinearHandler = Callable[[torch.Tensor], "torch.Tensor | None"]
+
+
+class Runner:
+    """A model whose weights come and go part by part.
+
+    folder             local directory with config.json (and custom code, if allowed)
+    headers            every file tensor: name -> dtype text and shape, in file order
+    device             where weights, arguments and hidden states live
+    dtype              what to compute in; None: the config's
+    trust_remote_code  allow a model that transformers does not know to run its own code
+
+    Parameters never require gradients and everything runs without autograd.
+
+    raises  ModelError: see `build_skeleton`; also when a parameter that text needs has no tensor or another shape
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        headers: Mapping[str, HeaderLike],
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        self.device = torch.device(device)
+        self._skeleton = build_skeleton(Path(folder), headers, dtype=dtype, trust_remote_code=trust_remote_code)
+        self._weights = Weights(self._skeleton, headers, self.device)
+        self._recorder = Recorder(self._skeleton)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the model computes in."""
+        return self._skeleton.dtype
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self._skeleton.blocks)
+
+    def block_tensors(self, i: int) -> list[str]:
+        """File tensors that decoder block `i` needs, in file order."""
+        return self._weights.files(self._weights.by_block[i])
+
+    def outside_tensors(self) -> list[str]:
+        """File tensors that text needs outside the blocks (embedding, final norm, head, ...), in file order."""
+        return self._weights.files(self._weights.outside)
+
+    def unused_tensors(self) -> list[str]:
+        """File tensors of submodels that text never runs (vision, audio)."""
+        return list(self._weights.unused)
+
+    def unknown_tensors(self) -> list[str]:
+        """File tensors that are no parameter of the model (MTP layers, old rotary buffers), in file order."""
+        return list(self._weights.map.unknown)
+
+    def load_outside(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Load what lies outside the blocks; tied weights share storage. Extra tensors are ignored.
+
+        Parameters may share memory with `tensors`.
+        """
+        self._weights.load(self._weights.outside, self._weights.outside_buffers, tensors)
+
+    def unload_outside(self) -> None:
+        self._weights.unload(self._weights.outside, self._weights.outside_buffers)
+
+    def load_block(self, i: int, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Load decoder block `i`; extra tensors are ignored.
+
+        On a loaded block, `tensors` may be a part: parameters none of whose file tensors are given stay. Parameters
+        may share memory with `tensors`.
+        """
+        self._weights.load(self._weights.by_block[i], self._weights.block_buffers[i], tensors)
+
+    def unload_block(self, i: int) -> None:
+        self._weights.unload(self._weights.by_block[i], self._weights.block_buffers[i])
+
+    def record(
+        self,
+        tokens: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        share_with: Recording | None = None,
+    ) -> Recording:
+        """What every block is called with for this batch; the outside must be loaded, the blocks need not be.
+
+        tokens          [b, T] token numbers
+        attention_mask  [b, T], 1 for real tokens; None: no padding
+        share_with      an earlier recording; argument tensors equal to its own are not stored again
+        """
+        mask = attention_mask.to(self.device) if attention_mask is not None else None
+        return self._recorder.record(tokens.to(self.device), mask, share_with)
+
+    def run_block(self, i: int, recording: Recording, hidden: Any) -> Any:
+        """Hidden states behind block `i` for those before it. `hidden` is left as it is."""
+        return self._recorder.run_block(i, recording, hidden)
+
+    def logits(self, recording: Recording, hidden: Any) -> torch.Tensor:
+        """[b, T, vocab] float32 for the hidden states behind the last block; the outside must be loaded."""
+        return self._recorder.logits(recording, hidden)
+
+    @contextmanager
+    def handlers(
+        self,
+        i: int | None,
+        *,
+        linear: Mapping[str, LinearHandler] | None = None,
+        experts: Mapping[str, ExpertHandler] | None = None,
+        attention: Mapping[str, AttentionTap] | None = None,
+    ) -> Iterator[None]:
+        """See, and change, what modules of block `i` (None: outside the blocks) read, while inside.
+
+        linear     file tensor -> callable that gets the input of the module that owns it
+        experts    any file tensor of an experts module -> its handler
+        attention  file tensor of a k projection -> callable that gets q, k, v after rotary embedding
+
+        raises  KeyError for a file tensor that does not belong there
+        """
+        with ExitStack() as stack:
+            for name, handler in (linear or {}).items():
+                for module in self._modules(i, name):
+                    hook = module.register_forward_pre_hook(_input_hook(handler), with_kwargs=True)
+                    stack.callback(hook.remove)
+            for name, expert_handler in (experts or {}).items():
+                self._modules(i, name)
+                owner = self.expert_module(name)
+                if owner is None:
+                    raise KeyError(f"{name!r} is no tensor of an experts module")
+                stack.enter_context(expert_modules.handled(owner, expert_handler))
+            taps = {self._parent(i, name): tap for name, tap in (attention or {}).items()}
+            if taps:
+                default = self._skeleton.model.config.get_text_config()._attn_implementation
+                stack.enter_context(tapped(taps, default))
+            yield
+
+    def expert_module(self, name: str) -> nn.Module | None:
+        """The experts module that a file tensor belongs to, or None when it is no expert's."""
+        path = self._weights.owners(name)[0][0].rpartition(".")[0]
+        return expert_modules.experts_around(self._skeleton.model, path)
+
+    def expert_count(self, module: nn.Module) -> int:
+        """Number of experts of an experts module."""
+        return expert_modules.expert_count(module)
+
+    def expert_hidden(self, module: nn.Module, expert: int, x: torch.Tensor) -> torch.Tensor:
+        """What the down projection of one expert reads for rows x [n, H], with the current weights: [n, I]."""
+        return expert_modules.expert_hidden(module, expert, x)
+
+    def _modules(self, i: int | None, name: str) -> list[nn.Module]:
+        found = self._weights.owners(name)
+        for param, _ in found:
+            if self._weights.block_of(param) != i:
+                place = "outside the blocks" if i is None else f"in decoder block {i}"
+                raise KeyError(f"{name!r} does not lie {place}")
+        return list(dict.fromkeys(module for _, module in found))
+
+    def _parent(self, i: int | None, name: str) -> nn.Module:
+        self._modules(i, name)
+        path = self._weights.owners(name)[0][0].rpartition(".")[0].rpartition(".")[0]
+        return self._skeleton.model.get_submodule(path)
+
+
+def _input_hook(handler: LinearHandler) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if args:
+            new = handler(args[0])
+            return None if new is None else ((new, *args[1:]), kwargs)
+        name = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
+        new = handler(kwargs[name])
+        return None if new is None else (args, {**kwargs, name: new})
+
+    return hook

@@ -1,0 +1,99 @@
+"""Text to token numbers, with the tokenizer that lies beside the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from quarkcli.errors import DataError, ModelError
+from quarkcli.model.library import AutoTokenizer, quiet
+
+HINT = "schemes that need no calibration data need no tokenizer"
+# Any one of these says that the folder has a tokenizer.
+FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "tekken.json")
+
+
+class Tokenizer:
+    """A transformers tokenizer, reduced to what calibration and evaluation need."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+
+    @property
+    def bos(self) -> int | None:
+        """Token number that begins a text, or None."""
+        return self._inner.bos_token_id
+
+    @property
+    def eos(self) -> int | None:
+        """Token number that ends a text, or None."""
+        return self._inner.eos_token_id
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, added ones included."""
+        return len(self._inner)
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self._inner.chat_template)
+
+    def encode(self, text: str) -> list[int]:
+        """Token numbers of `text`; no special tokens are added."""
+        with quiet():
+            return list(self._inner.encode(text, add_special_tokens=False))
+
+    def chat(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> tuple[list[int], list[int] | None]:
+        """Token numbers of a conversation, and which of them the assistant wrote (1) or None if it cannot be told.
+
+        One application of the chat template; special tokens come from the template alone, so none is doubled.
+
+        raises  DataError when there is no template or it refuses the messages
+        """
+        if not self.has_chat_template:
+            raise DataError(
+                "the tokenizer has no chat template, so conversations cannot be turned into tokens",
+                hint="use calibration data with plain text",
+            )
+        marked = "{% generation %}" in str(self._inner.chat_template).replace("{%-", "{%").replace("-%}", "%}")
+        with quiet():
+            try:
+                made = self._inner.apply_chat_template(
+                    [dict(message) for message in messages],
+                    tools=[dict(tool) for tool in tools] if tools else None,
+                    tokenize=True,
+                    return_dict=True,
+                    return_assistant_tokens_mask=marked,
+                )
+            except Exception as error:  # templates raise what they like, jinja's own errors included
+                raise DataError(f"the chat template refuses a conversation: {error}") from error
+        mask = made.get("assistant_masks") if marked else None
+        return list(made["input_ids"]), list(mask) if mask is not None else None
+
+
+def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Tokenizer:
+    """The tokenizer of a local folder; never uses the network, never asks.
+
+    raises  ModelError: no tokenizer files, files that cannot be read, custom code without `trust_remote_code`
+    """
+    if not any((folder / name).exists() for name in FILES):
+        raise ModelError(
+            "there are no tokenizer files, so text cannot be turned into tokens", where=str(folder), hint=HINT
+        )
+    try:
+        with quiet():
+            inner = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    except Exception as error:
+        if "trust_remote_code" in str(error):
+            raise ModelError(
+                "the tokenizer comes with its own code, which has to run to use it",
+                where=str(folder),
+                hint="read that code, then allow it with --trust-remote-code; " + HINT,
+            ) from error
+        raise ModelError(
+            f"the tokenizer cannot be loaded: {type(error).__name__}: {error}", where=str(folder), hint=HINT
+        ) from error
+    return Tokenizer(inner)

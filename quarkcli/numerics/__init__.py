@@ -1,0 +1,1 @@
+"""Numbers: formats, scales, packing, fake quantization and the GPTQ column loop. Tensors in, tensors out."""

@@ -1,0 +1,101 @@
+"""Walking a matrix in pieces of rows that fit the processor's cache, and the largest magnitude of every group."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from quarkcli.errors import DataError, ModelError
+
+# Elements per piece. On a CPU three float32 buffers of a piece stay in the level-2 caches; elsewhere a piece only
+# bounds the temporary memory.
+CPU_PIECE = 1 << 18
+DEVICE_PIECE = 1 << 27
+# torch vectorizes a reduction over the last axis from this many float32 on; shorter rows are padded with zeros.
+_VECTOR_ROW = 32
+
+
+def row_pieces(x: Tensor) -> Iterator[slice]:
+    """Slices over the rows of the matrix `x`, each about one piece."""
+    rows = x.shape[0]
+    step = _piece_rows(x)
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
+def work_pieces(x: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """`row_pieces` with a float32 buffer [n, cols] and int32 scratch [2, n, cols] for each; reused from piece to piece.
+
+    Fresh buffers per piece would be returned to the system and faulted in again each time.
+    """
+    space = torch.empty(3, min(_piece_rows(x), x.shape[0]), x.shape[1], dtype=torch.float32, device=x.device)
+    for part in row_pieces(x):
+        count = part.stop - part.start
+        yield part, space[0, :count], space[1:, :count].view(torch.int32)
+
+
+def _piece_rows(x: Tensor) -> int:
+    limit = CPU_PIECE if x.device.type == "cpu" else DEVICE_PIECE
+    return max(1, limit // max(1, x.shape[1]))
+
+
+def as_matrix(x: Tensor) -> Tensor:
+    """`x` [..., features] as [rows, features]; a scalar or empty last axis is allowed."""
+    if x.dim() == 2:
+        return x
+    return x.reshape(-1, x.shape[-1]) if x.dim() else x.reshape(1, 1)
+
+
+def require_divisible(cols: int, size: int) -> None:
+    """Raise ModelError unless the last dimension holds whole groups."""
+    if cols % size:
+        raise ModelError(
+            f"the last dimension {cols} is not divisible by the group size {size}",
+            hint="exclude this layer, or choose a group size that divides it",
+        )
+
+
+def by_group(y: Tensor, scale: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Views of `y` [n, cols] and `scale` [n, groups] that broadcast against each other; the last may be short."""
+    rows, cols = y.shape
+    groups = scale.shape[1]
+    if groups * size == cols:
+        return y.view(rows, groups, size), scale.unsqueeze(-1)
+    return y, scale.repeat_interleave(size, 1)[:, :cols]
+
+
+def group_amax(x: Tensor, size: int) -> Tensor:
+    """Largest magnitude of every run of `size` values in each row of `x` [rows, cols]: float32 [rows, ceil(cols/size)].
+
+    NaN if the run holds one. The last run may be shorter.
+    """
+    rows, cols = x.shape
+    groups = -(-cols // size)
+    out = torch.empty(rows, groups, dtype=torch.float32, device=x.device)
+    width = max(size, _VECTOR_ROW)
+    scratch: Tensor | None = None
+    for part in row_pieces(x):
+        magnitude = x[part].abs()
+        count = magnitude.shape[0]
+        if groups * size != cols:
+            magnitude = functional.pad(magnitude, (0, groups * size - cols))
+        if scratch is None:
+            scratch = torch.zeros(count, groups, width, dtype=torch.float32, device=x.device)
+        scratch[:count, :, :size].copy_(magnitude.view(count, groups, size))
+        torch.amax(scratch[:count], -1, out=out[part])
+    return out
+
+
+def require_finite(amax: Tensor, x: Tensor) -> None:
+    """Raise DataError naming the first non-finite position of `x` [rows, cols], given per-row(-group) amax of it."""
+    if bool(torch.isfinite(amax).all()):
+        return
+    row = int((~torch.isfinite(amax)).any(-1).nonzero()[0])
+    col = int((~torch.isfinite(x[row].float())).nonzero()[0])
+    raise DataError(
+        f"value {x[row, col].item()} at [{row}, {col}] is not finite",
+        hint="the weights are damaged or overflowed; exclude this tensor or repair the model",
+    )

@@ -1,0 +1,169 @@
+"""The GPTQ column loop, independent of the number format (arXiv 2210.17323).
+
+`factorize` turns the second moment of a linear's inputs into a triangular factor, once per input; `solve` rounds the
+columns of any number of rows with it. Rows do not influence each other, so the weights of several linears that read
+the same input may be concatenated.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quarkcli.errors import DataError
+from quarkcli.numerics.formats import codec
+from quarkcli.numerics.quantize import encode_grid
+from quarkcli.spec import ELEMENTS, Element
+
+# Damping grows by this factor after a failed factorization, from at least this fraction of the mean diagonal.
+_DAMP_GROWTH = 10.0
+_DAMP_FLOOR = 1e-6
+# Rows worked on at once on a CPU, so that the columns of one block stay in its cache.
+_CPU_ROWS = 2048
+
+
+@dataclass
+class Factor:
+    """U with U^T U = (H + lam I)^-1, columns in the order they are rounded.
+
+    upper     U, float32 [N, N], upper triangular
+    order     column rounded at step i, int64 [N], or None for the given order
+    dead      inputs that were always zero, bool [N], in the given order; their weights become 0
+    damp      lam divided by the mean live diagonal, as used
+    attempts  how many dampings were tried
+    """
+
+    upper: Tensor
+    order: Tensor | None
+    dead: Tensor
+    damp: float
+    attempts: int
+
+
+@dataclass
+class Solved:
+    """Codes [R, N] in the weight's own column order (see `Quantized.codes`), and the loss sum(e^2)."""
+
+    codes: Tensor
+    loss: float
+
+
+def factorize(gram: Tensor, *, damp: float = 0.01, act_order: bool = True, max_attempts: int = 6) -> Factor | None:
+    """Factor of H = `gram` (float32 [N, N], symmetric, positive semidefinite; any positive multiple will do).
+
+    Each damping is tried in float32, then in float64; then it grows tenfold. None when `max_attempts` dampings failed.
+    `act_order` rounds the columns with the largest diagonal first. DataError when `gram` is not finite.
+    """
+    diagonal = gram.diagonal()
+    if not bool(torch.isfinite(gram.sum())) and not bool(torch.isfinite(gram).all()):
+        raise DataError("the second moment of the inputs is not finite", hint="look for NaN or inf in the calibration")
+    dead = diagonal <= 0
+    live = diagonal[~dead].double()
+    mean = float(live.mean()) if live.numel() else 1.0
+    order = torch.argsort(diagonal, descending=True, stable=True) if act_order else None
+    for attempt in range(max_attempts):
+        for dtype in (torch.float32, torch.float64):
+            upper = _inverse_factor(gram, order, dead, mean, damp, dtype)
+            if upper is not None:
+                return Factor(upper, order, dead, damp, attempt + 1)
+        damp = max(damp, _DAMP_FLOOR) * _DAMP_GROWTH
+    return None
+
+
+def solve(
+    weight: Tensor, factor: Factor, scale: Tensor, element: str, group_size: int, *, columns: int = 128
+) -> Solved:
+    """Codes of `weight` (float32 [R, N]) that minimize the error over the inputs behind `factor`, column by column.
+
+    scale       float32 [R, groups], the effective scale of column j's group in [:, j // group_size]
+                (`quantize.effective_scale`; concatenated along the rows like the weights). Fixed beforehand.
+    columns     columns per lazy block; changes the order of the sums only
+    The rounded weight is `decode(codes) * scale` exactly; the loss is that of the damped objective.
+    """
+    rows, cols = weight.shape
+    format_ = ELEMENTS[element]
+    order = factor.order if factor.order is not None else torch.arange(cols, device=weight.device)
+    group_of = (order // group_size).clamp_max_(scale.shape[1] - 1)
+    grid = torch.empty(cols, rows, dtype=torch.float32, device=weight.device)
+    loss = 0.0
+    step = _CPU_ROWS if weight.device.type == "cpu" else max(1, rows)
+    for start in range(0, rows, step):
+        part = slice(start, start + step)
+        # Transposed, so that a column is contiguous.
+        remaining = weight[part].t().contiguous().index_select(0, order)
+        remaining[factor.dead[order]] = 0.0
+        scales = scale[part].t().contiguous()
+        loss += _solve_rows(remaining, factor.upper, scales, group_of, format_, columns, grid[:, part])
+    values = torch.empty_like(grid).index_copy_(0, order, grid)
+    return Solved(encode_grid(values.t().contiguous(), format_), loss)
+
+
+def _inverse_factor(
+    gram: Tensor, order: Tensor | None, dead: Tensor, mean: float, damp: float, dtype: torch.dtype
+) -> Tensor | None:
+    """U for one damping, in float32, computed in `dtype`; None when H is not positive definite there.
+
+    With the order reversed, Hd = L L^T; reversing L back gives Hd = V V^T with V upper triangular, so U = V^-1 and no
+    inverse of Hd is formed.
+    """
+    backwards = torch.arange(gram.shape[0] - 1, -1, -1, device=gram.device) if order is None else order.flip(0)
+    damped = gram[backwards][:, backwards].to(dtype)
+    gone = dead[backwards]
+    damped[gone] = 0.0
+    damped[:, gone] = 0.0
+    # Decoupled, so any positive number gives the same result elsewhere; this one has the unit of H.
+    damped.diagonal()[gone] = mean
+    damped.diagonal().add_(damp * mean)
+    lower, info = torch.linalg.cholesky_ex(damped)
+    if int(info) != 0:
+        return None
+    del damped
+    identity = torch.eye(lower.shape[0], dtype=dtype, device=lower.device)
+    upper = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1).to(torch.float32)
+    return upper if bool(torch.isfinite(upper.diagonal()).all()) else None
+
+
+def _solve_rows(
+    remaining: Tensor, upper: Tensor, scales: Tensor, group_of: Tensor, element: Element, columns: int, grid: Tensor
+) -> float:
+    """Round the columns `remaining` [N, R] in order; write grid values to `grid` [N, R]. Returns sum(e^2).
+
+    e_i = (w_i - q_i) / U_ii only ever meets row i of U, so the row is divided instead and plain differences are kept.
+    """
+    cols = remaining.shape[0]
+    loss = 0.0
+    for first in range(0, cols, columns):
+        last = min(first + columns, cols)
+        pivots = upper.diagonal()[first:last].unsqueeze(1)
+        couplings = (upper[first:last, first:] / pivots).t()
+        current = remaining[first:last]
+        scale = scales[group_of[first:last]]
+        values, differences = _solve_block(current, couplings[: last - first].contiguous(), scale, element)
+        grid[first:last] = values
+        if last < cols:
+            remaining[last:].addmm_(couplings[last - first :], differences, alpha=-1)
+        loss += float(differences.div_(pivots).square_().sum(dtype=torch.float64))
+    return loss
+
+
+def _solve_block(block: Tensor, couplings: Tensor, scales: Tensor, element: Element) -> tuple[Tensor, Tensor]:
+    """Grid values and differences w - q [B, R] of one block of columns, up to date with everything before it.
+
+    Row i of `couplings` [B, B] says how the differences of earlier columns reach column i; a column takes them all in
+    one product when its turn comes. Views are made once: on a CPU the loop is bound by the cost of a torch call.
+    """
+    round_ = codec(element).round_
+    values = torch.empty_like(block)
+    differences = torch.empty_like(block)
+    scratch = torch.empty(2, block.shape[1], dtype=torch.int32, device=block.device)
+    earlier = differences.t()
+    loop = zip(block.unbind(), scales.unbind(), values.unbind(), differences.unbind(), couplings.unbind(), strict=True)
+    for i, (column, scale, value, difference, coupling) in enumerate(loop):
+        if i:
+            column.addmv_(earlier[:, :i], coupling[:i], alpha=-1)
+        round_(torch.div(column, scale, out=value), element, scratch)
+        torch.mul(value, scale, out=difference)
+        torch.sub(column, difference, out=difference)
+    return values, differences

@@ -1,0 +1,289 @@
+"""One part of the model: statistics, algorithms, packing, and its way on as the decoded packed weights.
+
+`PartWorker.work` is what the job does to each part; nothing outlives it but packed tensors, the carry and a record.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quarkcli.algorithms.base import Algorithm, PartWork
+from quarkcli.calibration.statistics import Statistics, site_parts
+from quarkcli.dialects.base import Dialect
+from quarkcli.errors import DataError, QuarkError
+from quarkcli.events import Listener, Message
+from quarkcli.numerics.quantize import QParams, Quantized, dequantize, static_scale, tensor_amax
+from quarkcli.plan.model import Part, Plan, Target
+from quarkcli.walk import ActivationQuantizer, CacheQuantizer, Walk, quantizing_handlers
+
+ERROR_ROWS = 256  # rows of each weight that its error is measured on
+
+
+@dataclass
+class PartResult:
+    """What a part became: packed tensors by file name, and facts for journal and report."""
+
+    tensors: dict[str, Tensor]
+    error: float | None
+    weight_errors: dict[str, float]
+    losses: dict[str, float]
+    expert_tokens: dict[str, dict[int, int]]
+    warnings: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def record(self) -> dict[str, Any]:
+        """JSON form without the tensors."""
+        return {key: value for key, value in vars(self).items() if key != "tensors"}
+
+
+def last_part(plan: Plan, needs: Mapping[str, set[str]]) -> int:
+    """Index of the last part that needs data; -1 when none does."""
+    parts = site_parts(plan)
+    return max((parts[site] for site in needs), default=-1)
+
+
+class PartWorker:
+    """Works on the parts of one plan, in order.
+
+    walk      the carry, or None when nothing needs data
+    needs     from `data_needs`
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        dialect: Dialect,
+        algorithms: list[Algorithm],
+        needs: Mapping[str, set[str]],
+        walk: Walk | None,
+        tell: Listener,
+        *,
+        all_tokens: bool = False,
+        strict: bool = False,
+    ) -> None:
+        self.plan = plan
+        self.dialect = dialect
+        self.algorithms = algorithms
+        self.needs = needs
+        self.walk = walk
+        self.tell = tell
+        self.all_tokens = all_tokens
+        self.strict = strict
+        self.last = last_part(plan, needs)
+        self.owners: dict[str, list[Target]] = {}
+        for target in plan.targets.values():
+            self.owners.setdefault(target.view.tensor, []).append(target)
+
+    def work(self, part: Part, tensors: dict[str, Tensor]) -> PartResult:
+        """Quantize one part. `tensors` in source form, on the device; they are overwritten when the walk goes on."""
+        started = time.perf_counter()
+        self.warnings: list[str] = []
+        statistics, before = self._observe(part, tensors)
+        scales = self._static_scales(part, statistics)
+        packed, losses, weight_errors = self._quantize(part, tensors, statistics, scales)
+        attention = self._attention(part, scales)
+        out = self._kept(part, tensors) | packed | attention
+        expert_tokens = statistics.expert_tokens() if statistics else {}
+        self._check_experts(expert_tokens)
+        del statistics
+        after = self._advance(part, tensors, packed, scales) if self.walk and part.index < self.last else None
+        error = _mean(weight_errors.values())
+        if before is not None and after is not None and weight_errors:
+            error = _relative(before, after)
+        return PartResult(
+            out, error, weight_errors, losses, expert_tokens, self.warnings, time.perf_counter() - started
+        )  # fmt: skip
+
+    def _warn(self, text: str) -> None:
+        self.warnings.append(text)
+        self.tell(Message(text, "warning"))
+
+    # -- statistics ----------------------------------------------------------------------------------------------
+
+    def _observe(self, part: Part, tensors: Mapping[str, Tensor]) -> tuple[Statistics | None, Tensor | None]:
+        """Run the part in source precision on what the quantized parts below hand on."""
+        if self.walk is None or part.index > self.last or part.kind not in {"block", "tail"}:
+            return None, None
+        walk = self.walk
+
+        def new() -> Statistics:
+            return Statistics(self.plan, part.index, self.needs, walk.runner, self.all_tokens)
+
+        if part.block is None:
+            return walk.observe_tail(new), None
+        walk.runner.load_block(part.block, tensors)
+        return walk.observe(part.block, new)
+
+    def _static_scales(self, part: Part, statistics: Statistics | None) -> dict[str, Tensor]:
+        """Stored static scales by target name, and by `<attention>.<kind>`."""
+        scales: dict[str, Tensor] = {}
+        for target in self.plan.quantized(part.index):
+            spec = target.input
+            if spec is not None and (spec.scale.over or spec.scale).when == "static" and target.site is not None:
+                scales[target.name] = static_scale(self._amax(target.site, spec, statistics), spec)
+        for module in self.plan.attention.values():
+            for kind, decision in module.slots.items():
+                if module.part == part.index and decision.spec is not None:
+                    amax = self._amax(f"{module.name}.{kind}", decision.spec, statistics)
+                    scales[f"{module.name}.{kind}"] = static_scale(amax, decision.spec)
+        return scales
+
+    def _amax(self, site: str, spec: Any, statistics: Statistics | None) -> Tensor:
+        constant = (spec.scale.over or spec.scale).constant_amax
+        if constant is not None:
+            return torch.tensor(constant, dtype=torch.float32)
+        assert statistics is not None
+        return statistics.absmax(site)
+
+    def _check_experts(self, tokens: dict[str, dict[int, int]]) -> None:
+        for layer, counts in tokens.items():
+            unseen = [expert for expert, count in counts.items() if count == 0]
+            if not unseen:
+                continue
+            text = (
+                f"{layer}: {len(unseen)} of {len(counts)} experts saw no calibration token "
+                f"({', '.join(map(str, unseen[:8]))}{' ...' if len(unseen) > 8 else ''}); "
+                "the layer's statistics stand in"
+            )
+            if self.strict:
+                raise DataError(text, hint="more calibration rows or --moe-calibration all")
+            self._warn(text)
+
+    # -- quantization --------------------------------------------------------------------------------------------
+
+    def _quantize(
+        self, part: Part, tensors: Mapping[str, Tensor], statistics: Statistics | None, scales: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, float], dict[str, float]]:
+        targets = list(self.plan.quantized(part.index))
+        packed: dict[str, Tensor] = {}
+        errors: dict[str, float] = {}
+        if not targets:
+            return packed, {}, errors
+
+        def weight(target: Target) -> Tensor:
+            return target.view.of(tensors[target.view.tensor])
+
+        def finish(target: Target, quantized: Quantized) -> None:
+            packed.update(self.dialect.tensors(target, quantized, scales.get(target.name)))
+            errors[target.name] = _weight_error(weight(target), quantized, target)
+
+        shared = _group_amax(targets, weight)
+        work = PartWork(targets, weight, lambda t: shared.get(t.group), finish, self._warn)
+        for algorithm in self.algorithms:
+            algorithm.apply(work, statistics)
+        assert len(errors) == len(targets), "a solver left weights out"
+        return packed, work.losses, errors
+
+    def _attention(self, part: Part, scales: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        out: dict[str, Tensor] = {}
+        for module in self.plan.attention.values():
+            own = {k: scales[f"{module.name}.{k}"] for k, d in module.slots.items() if f"{module.name}.{k}" in scales}
+            if module.part == part.index and own:
+                out |= self.dialect.attention_tensors(module, own)
+        return out
+
+    def _kept(self, part: Part, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors copied as they are, and the unquantized experts of a fused tensor that has quantized ones."""
+        out: dict[str, Tensor] = {}
+        for name in part.tensors:
+            if name in self.plan.kept:
+                out[name] = tensors[name]
+                continue
+            for target in self.owners[name]:
+                if target.weight is None:
+                    out[f"{target.name}.weight"] = target.view.of(tensors[name]).contiguous()
+        return out
+
+    # -- on to the next part -------------------------------------------------------------------------------------
+
+    def _advance(
+        self, part: Part, tensors: dict[str, Tensor], packed: Mapping[str, Tensor], scales: Mapping[str, Tensor]
+    ) -> Tensor | None:
+        """Move the carry through the block as it will be served: decoded packed weights, quantized inputs."""
+        assert self.walk is not None
+        if part.block is None:
+            return None
+        for target in self.plan.quantized(part.index):
+            target.view.of(tensors[target.view.tensor]).copy_(self._decoded(target, packed))
+        self.walk.runner.load_block(part.block, tensors)
+        self.walk.advance(part.block, quantizing_handlers(self._inputs(part, scales), self._caches(part, scales)))
+        self.walk.runner.unload_block(part.block)
+        return self.walk.carry[0]
+
+    def _decoded(self, target: Target, packed: Mapping[str, Tensor]) -> Tensor:
+        from quarkcli.dialects.base import StoredTarget
+
+        assert target.weight is not None
+        names = tuple(info.name for info in self.dialect.infos(target))
+        stored = StoredTarget(target.name, target.weight, target.input, target.shape, names)
+        quantized, _ = self.dialect.decode(stored, {name: packed[name] for name in names})
+        return dequantize(quantized, target.weight)
+
+    def _inputs(self, part: Part, scales: Mapping[str, Tensor]) -> Iterable[ActivationQuantizer]:
+        for target in self.plan.quantized(part.index):
+            if target.input is None:
+                continue
+            layer, expert = target.expert or ("", None)
+            yield ActivationQuantizer(
+                target.view.tensor, target.input, scales.get(target.name), expert, target.role == "expert_down", layer
+            )
+
+    def _caches(self, part: Part, scales: Mapping[str, Tensor]) -> Iterable[CacheQuantizer]:
+        for module in self.plan.attention.values():
+            specs = {kind: d.spec for kind, d in module.slots.items() if d.spec is not None}
+            if module.part == part.index and specs:
+                own = {kind: scales[f"{module.name}.{kind}"] for kind in specs}
+                yield CacheQuantizer(self.plan.targets[module.k_proj].view.tensor, specs, own)
+
+
+def _group_amax(targets: list[Target], weight: Any) -> dict[str, Tensor]:
+    """amax per scale group, for specs with one scale per tensor: fused linears must agree on it."""
+    shared: dict[str, Tensor] = {}
+    for target in targets:
+        assert target.weight is not None
+        if not target.weight.has_tensor_scale:
+            continue
+        amax = named(target.name, tensor_amax, weight(target))
+        known = shared.get(target.group)
+        shared[target.group] = amax if known is None else torch.maximum(known, amax)
+    return shared
+
+
+def named(name: str, call: Any, *args: Any) -> Any:
+    """`call(*args)`, with the tensor's name added to a user error that has none."""
+    try:
+        return call(*args)
+    except QuarkError as error:
+        error.where = f"{name}.weight" if not error.where else f"{name}.weight{error.where}"
+        raise
+
+
+def _weight_error(weight: Tensor, quantized: Quantized, target: Target) -> float:
+    """|W - Q| / |W| (Frobenius) over evenly spaced rows."""
+    assert target.weight is not None
+    step = max(1, weight.shape[0] // ERROR_ROWS)
+    source = weight[::step].float()
+    if quantized.params.scale.shape[:1] == weight.shape[:1]:
+        params = QParams(quantized.params.scale[::step], quantized.params.global_scale)
+        decoded = dequantize(Quantized(quantized.codes[::step], params), target.weight)
+    else:  # one scale for several rows
+        decoded = dequantize(quantized, target.weight)[::step]
+    norm = source.norm()
+    return float((source - decoded).norm() / norm) if float(norm) > 0 else 0.0
+
+
+def _relative(before: Tensor, after: Tensor) -> float:
+    before, after = before.float(), after.to(before.device).float()
+    norm = before.norm()
+    return float((before - after).norm() / norm) if float(norm) > 0 else 0.0
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    numbers = list(values)
+    return sum(numbers) / len(numbers) if numbers else None

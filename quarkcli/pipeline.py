@@ -1,0 +1,88 @@
+"""Reading ahead and writing behind: with a GPU the next part is read and the last one written while this one is
+worked on. On a CPU both happen in turn, so that memory holds one part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quarkcli.errors import Stopped
+from quarkcli.forecast import slug
+from quarkcli.journal import Journal
+from quarkcli.part import PartResult, PartWorker
+from quarkcli.plan.model import Part
+from quarkcli.source import Source
+from quarkcli.writer import write_part
+
+
+class Pipeline:
+    """Moves parts between files and the device. At most one part is being read and one being written."""
+
+    def __init__(self, source: Source, partial: Path, journal: Journal, device: str) -> None:
+        self.source = source
+        self.partial = partial
+        self.journal = journal
+        self.device = device
+        self.pool = ThreadPoolExecutor(2) if device != "cpu" else None
+        self._reading: tuple[str, Future[dict[str, Tensor]]] | None = None
+        self._writing: Future[None] | None = None
+
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None or issubclass(kind, Stopped):
+            self.drain()
+        if self.pool is not None:
+            self.pool.shutdown(wait=True, cancel_futures=True)
+
+    def read(self, part: Part, following: Part | None) -> dict[str, Tensor]:
+        """The part's tensors on the device; starts to read the following part."""
+        if self._reading is not None and self._reading[0] == part.name:
+            tensors = self._reading[1].result()
+        else:
+            tensors = self.source.read_many(part.tensors)
+        if self.pool is not None and following is not None:
+            self._reading = (following.name, self.pool.submit(self.source.read_many, following.tensors))
+        if self.device == "cpu":
+            return tensors
+        return {name: tensor.to(self.device) for name, tensor in tensors.items()}
+
+    def write(self, part: Part, result: PartResult, worker: PartWorker) -> None:
+        """Make the part durable and note it in the journal, with the carry when later parts need it."""
+        carry = None
+        if worker.walk is not None and part.index < worker.last:
+            carry = {f"{index:06d}": hidden.cpu() for index, hidden in enumerate(worker.walk.carry)}
+            self.journal.note("batch", worker.walk.batch)
+        tensors = {name: tensor.cpu() for name, tensor in result.tensors.items()}
+        result.tensors.clear()
+        self._in_background(lambda: self._write(part, tensors, result.record(), carry))
+
+    def _write(
+        self, part: Part, tensors: dict[str, Tensor], record: dict[str, Any], carry: dict[str, Tensor] | None
+    ) -> None:
+        files = write_part(self.partial, slug(part), tensors)
+        self.journal.finish(part.name, {**record, "files": [file.record() for file in files]}, carry)
+
+    def _in_background(self, job: Callable[[], None]) -> None:
+        if self.pool is None:
+            job()
+            return
+        self.drain()
+        torch.cuda.synchronize()
+        self._writing = self.pool.submit(job)
+
+    def drain(self) -> None:
+        """Wait until everything handed over is durable; raises what went wrong."""
+        if self._writing is not None:
+            self._writing.result()
+            self._writing = None

@@ -1,0 +1,1 @@
+"""The plan: a recipe resolved against one model's headers. Torch-free."""

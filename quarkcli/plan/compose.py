@@ -1,0 +1,103 @@
+"""The resolved order: recipe and flags become one list of entries (design: later wins).
+
+1 deny all; 2 the scheme, or the recipe's own entries; 3 `--layer-type`; 4 `--layer`; 5 family and default exclusions;
+6 `--exclude`; 7 `--include`; 8 KV cache. An exclusion of module pattern M switches off M's own four slots only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from quarkcli.errors import UsageError
+from quarkcli.family import PROTECTED, Layout, check_unprotect
+from quarkcli.recipe.entries import Entry, Origin
+from quarkcli.recipe.recipe import Recipe, cache_entries, exclusion_entries, scheme_entries, slot_pattern
+
+
+@dataclass
+class Overrides:
+    """What flags add to a recipe, in the order given."""
+
+    layer_types: Sequence[str] = ()
+    layers: Sequence[str] = ()
+    exclude: Sequence[str] = ()
+    include: Sequence[str] = ()
+    unprotect: Sequence[str] = ()
+    kv_cache: str | None = None
+    allow_unmatched: bool = False
+
+
+@dataclass
+class Composed:
+    """The list, and the index of its first exclusion: `--include` without a scheme goes back to the state before."""
+
+    entries: list[Entry]
+    exclusions_start: int
+    restores: dict[int, str] = field(default_factory=dict)  # entry index -> pattern whose earlier state comes back
+
+
+def compose(recipe: Recipe, overrides: Overrides, layout: Layout) -> Composed:
+    """Entries of recipe and flags in their resolved order. Raises UsageError or ConfigError for bad flags."""
+    check_unprotect(overrides.unprotect)
+    entries = list(recipe.entries)
+    required = not overrides.allow_unmatched
+    for flag in overrides.layer_types:
+        entries += _of_class(flag, required)
+    for flag in overrides.layers:
+        pattern, scheme = _pair(flag, "--layer")
+        origin = Origin(f"--layer '{flag}'")
+        entries += scheme_entries(scheme, pattern, origin, user=True, required=required)
+    composed = Composed(entries, len(entries))
+    if recipe.exclusions:
+        entries += _default_exclusions(layout, overrides.unprotect)
+    for pattern in overrides.exclude:
+        entries += exclusion_entries(pattern, Origin(f"--exclude '{pattern}'"), user=True, required=required)
+    for pattern in overrides.include:
+        _include(composed, recipe, pattern, required)
+    cache = overrides.kv_cache or recipe.kv_cache
+    if cache and cache != "none":
+        origin = Origin(f"--kv-cache {cache}" if overrides.kv_cache else f"{recipe.name}: kv_cache {cache}")
+        entries += cache_entries(cache, origin)
+    return composed
+
+
+def _pair(flag: str, name: str) -> tuple[str, str]:
+    pattern, equals, scheme = flag.rpartition("=")
+    if not equals or not pattern or not scheme:
+        raise UsageError(f"'{flag}' is not of the form PATTERN=SCHEME", where=name, hint=f"{name} '*down_proj=fp8'")
+    return pattern, scheme
+
+
+def _of_class(flag: str, required: bool) -> list[Entry]:
+    class_name, scheme = _pair(flag, "--layer-type")
+    parent = class_name if class_name.startswith("nn.") else f"nn.{class_name}"
+    origin = Origin(f"--layer-type '{flag}'")
+    return [
+        Entry(e.quantizer_path, e.cfg, e.enable, parent, e.required, e.origin, e.unit, e.user)
+        for e in scheme_entries(scheme, "*", origin, user=True, required=required)
+    ]
+
+
+def _default_exclusions(layout: Layout, unprotect: Sequence[str]) -> list[Entry]:
+    """One unit per protected role: the modules that have it, by name."""
+    entries: list[Entry] = []
+    for role, reason in PROTECTED.items():
+        if role in unprotect:
+            continue
+        modules = [weight.name for weight in layout.weights.values() if weight.role == role]
+        for module in modules:
+            origin = Origin(f"default exclusion, role {role}: {reason}")
+            entries += exclusion_entries(module, origin, user=False, required=False)
+    return entries
+
+
+def _include(composed: Composed, recipe: Recipe, pattern: str, required: bool) -> None:
+    origin = Origin(f"--include '{pattern}'")
+    if recipe.scheme is not None:
+        composed.entries += scheme_entries(recipe.scheme, pattern, origin, user=True, required=required)
+        return
+    for kind in ("weight", "input", "output", "bias"):
+        slot = slot_pattern(pattern, f"{kind}_quantizer")
+        composed.restores[len(composed.entries)] = slot
+        composed.entries.append(Entry(slot, None, True, None, required, origin, str(origin), True))

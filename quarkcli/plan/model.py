@@ -1,0 +1,117 @@
+"""The plan: which slot gets which spec, and which entry decided it. Pure data, torch-free.
+
+Names are checkpoint names from the source's headers. A *target* is one 2-D weight [out, in] that a recipe can
+reach: a linear, one expert's projection (also when the file stores experts fused), an embedding or the head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from quarkcli.family import Part, Site, WeightView
+from quarkcli.recipe.entries import Entry
+from quarkcli.spec import TensorSpec
+
+__all__ = ["ATTENTION_KINDS", "TARGET_KINDS", "Attention", "Decision", "Part", "Plan", "Site", "Target", "WeightView"]
+
+TARGET_KINDS = ("weight", "input", "output", "bias")
+ATTENTION_KINDS = ("q", "k", "v", "p")
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a slot ended as. `spec` None: not quantized. `entry` indexes `Plan.entries`; None: nothing matched."""
+
+    spec: TensorSpec | None
+    entry: int | None
+
+
+@dataclass(frozen=True)
+class Target:
+    """One weight a recipe can reach.
+
+    name       module name in checkpoint spelling, without `.weight`
+    view       where its values lie in the source file
+    shape      (out, in)
+    dtype      safetensors dtype of the source tensor, for example `BF16`
+    role       what it is in its family: q, gate, expert_down, head, embedding, router, linear ...
+    part       index into `Plan.parts`
+    site       name of the activation it reads (see Site), or None when no forward pass reaches it
+    group      name of the scale group it shares per-tensor scales with; its own name when alone
+    expert     (layer's expert prefix, expert index) for routed experts, else None
+    bias       name of the bias tensor in the source, if it has one
+    slots      decision per kind in TARGET_KINDS
+    """
+
+    name: str
+    view: WeightView
+    shape: tuple[int, int]
+    dtype: str
+    role: str
+    part: int
+    site: str | None
+    group: str
+    expert: tuple[str, int] | None
+    bias: str | None
+    slots: dict[str, Decision]
+
+    @property
+    def weight(self) -> TensorSpec | None:
+        return self.slots["weight"].spec
+
+    @property
+    def input(self) -> TensorSpec | None:
+        """Spec of the activation; an input is only quantized where the weight is."""
+        return self.slots["input"].spec if self.weight is not None else None
+
+    @property
+    def numel(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+
+@dataclass(frozen=True)
+class Attention:
+    """The attention slots of one block. `name` is the parent of the k projection."""
+
+    name: str
+    part: int
+    k_proj: str
+    v_proj: str
+    slots: dict[str, Decision]
+
+
+@dataclass
+class Plan:
+    """A recipe resolved against one model's headers."""
+
+    scheme: str
+    family: str
+    entries: list[Entry]
+    parts: list[Part]
+    targets: dict[str, Target]
+    attention: dict[str, Attention]
+    sites: dict[str, Site]
+    kept: dict[str, str]  # source tensor -> why it is copied as it is
+    algorithms: list[tuple[str, dict[str, object]]]
+    matches: list[int]  # per entry: how many slots it matched
+    tied_head: str | None = None  # head absent from the file because it is the embedding
+    warnings: list[str] = field(default_factory=list)
+
+    def quantized(self, part: int | None = None) -> Iterator[Target]:
+        """Targets whose weight is quantized, in plan order; of one part when given."""
+        for target in self.targets.values():
+            if target.weight is not None and (part is None or target.part == part):
+                yield target
+
+    def group_members(self, group: str) -> list[Target]:
+        return [target for target in self.targets.values() if target.group == group]
+
+    def slots(self) -> Iterator[tuple[str, Decision]]:
+        """Every slot by its full name, in plan order."""
+        for target in self.targets.values():
+            for kind, decision in target.slots.items():
+                yield f"{target.name}.{kind}_quantizer", decision
+        for attention in self.attention.values():
+            for kind, decision in attention.slots.items():
+                yield f"{attention.name}.{kind}_bmm_quantizer", decision

@@ -1,0 +1,235 @@
+"""Checks before the work: source, plan, calibration settings, disk, memory, device.
+
+Torch is imported only where a device is asked for.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from quarkcli import forecast
+from quarkcli.algorithms.base import Algorithm
+from quarkcli.dialects.base import Dialect
+from quarkcli.errors import AccessError, ConfigError, DataError, ModelError, ResourceError, UsageError
+from quarkcli.events import Listener, Message
+from quarkcli.plan.model import Plan, Target
+from quarkcli.recipe.recipe import Recipe
+from quarkcli.source import Source
+from quarkcli.writer import free_bytes, output_state, partial_path
+
+if TYPE_CHECKING:
+    from quarkcli.calibration.data import CalibrationData
+    from quarkcli.job import Options, Prepared
+
+DEFAULT_SAMPLES = 512
+DEFAULT_SEQLEN = 512
+_WEIGHT_DTYPES = {"BF16", "F16", "F32"}
+
+
+@dataclass
+class Calibration:
+    """Which data a calibrated plan uses. `asked`: the number of rows was given, so fewer are an error."""
+
+    source: str
+    samples: int
+    seqlen: int
+    asked: bool
+    warnings: list[str] = field(default_factory=list)
+
+
+def check_source(source: Source) -> None:
+    """Refuse a source that is already quantized."""
+    config = source.config.get("quantization_config") or source.config.get("compression_config")
+    if config:
+        method = config.get("quant_method", "unknown") if isinstance(config, dict) else "unknown"
+        raise ModelError(
+            f"already quantized ({method})",
+            where=str(source.folder),
+            hint="give the model it was made from; quantizing codes again would add their errors",
+        )
+
+
+def check_plan(plan: Plan) -> None:
+    """Refuse dtypes that are no weights, and fused experts that disagree."""
+    for target in plan.quantized():
+        if target.dtype not in _WEIGHT_DTYPES:
+            raise ModelError(
+                f"stored as {target.dtype}; weights must be BF16, F16 or F32",
+                where=target.view.tensor,
+                hint=f"the source looks quantized; --exclude '{target.name}' keeps this one",
+            )
+    groups: dict[str, list[Target]] = {}
+    for target in plan.targets.values():
+        groups.setdefault(target.group, []).append(target)
+    for members in groups.values():
+        specs = {(target.weight, target.input) for target in members}
+        if len(specs) < 2:
+            continue
+        names = ", ".join(target.name.rsplit(".", 1)[-1] for target in members)
+        if members[0].expert is not None:
+            raise ConfigError(
+                f"{names} of one expert have different schemes; every runtime fuses them",
+                where=members[0].name,
+                hint="give them the same scheme, or exclude both",
+            )
+        text = f"{names} below {members[0].name.rpartition('.')[0]} differ in scheme; vLLM fuses them and refuses this"
+        if text not in plan.warnings:
+            plan.warnings.append(text)
+
+
+def data_needs(plan: Plan, steps: Iterable[Algorithm]) -> dict[str, set[str]]:
+    """Kinds of statistics by site: what static scales and algorithms wait for. Empty: no data is needed."""
+    needs: dict[str, set[str]] = {}
+    for target in plan.quantized():
+        if target.input is not None and target.input.needs_amax and target.site is not None:
+            needs.setdefault(target.site, set()).add("absmax")
+    for module in plan.attention.values():
+        for kind, decision in module.slots.items():
+            if decision.spec is not None and decision.spec.needs_amax:
+                needs.setdefault(f"{module.name}.{kind}", set()).add("absmax")
+    for step in steps:
+        for site, kinds in step.needs(plan).items():
+            needs.setdefault(site, set()).update(kinds)
+    return needs
+
+
+def calibration(options: Options, recipe: Recipe, source: Source, needs: Mapping[str, set[str]]) -> Calibration | None:
+    """Flag, else recipe, else default; None when nothing needs data."""
+    if not needs:
+        return None
+    warnings: list[str] = []
+    data = options.calib_data or recipe.calib_data
+    if data is None:
+        data, warning = _default_data(options)
+        warnings += [warning] if warning else []
+    _check_data(data)
+    samples = options.calib_samples or recipe.calib_samples
+    seqlen = options.calib_seqlen or recipe.calib_seqlen or DEFAULT_SEQLEN
+    text = source.config.get("text_config")
+    limit = (text if isinstance(text, dict) else source.config).get("max_position_embeddings")
+    if isinstance(limit, int) and seqlen > limit:
+        if options.calib_seqlen:
+            raise DataError(
+                f"--calib-seqlen {seqlen} exceeds the model's {limit} positions", hint=f"--calib-seqlen {limit}"
+            )
+        seqlen = limit
+    return Calibration(data, samples or DEFAULT_SAMPLES, seqlen, samples is not None, warnings)
+
+
+def _default_data(options: Options) -> tuple[str, str | None]:
+    from quarkcli.calibration.defaults import default_source
+
+    data, warning = default_source(options.offline)
+    if warning and options.strict:
+        raise AccessError(warning, hint="--calib-data FILE, or --calib-data builtin to mean it")
+    return data, warning
+
+
+def _check_data(data: str) -> None:
+    path = Path(data)
+    if path.is_file() and path.stat().st_size == 0:
+        raise DataError("the calibration file is empty", where=data, hint='a line that works: {"text": "..."}')
+    if not path.exists() and (path.suffix in {".txt", ".jsonl", ".json", ".parquet"} or data.startswith((".", "/"))):
+        raise AccessError("no such calibration file", where=data)
+
+
+def forecast_of(
+    plan: Plan, dialect: Dialect, source: Source, calibration: Calibration | None, needs: Mapping[str, set[str]]
+) -> forecast.Forecast:
+    """Sizes of this plan in this dialect."""
+    text = source.config.get("text_config")
+    hidden = (text if isinstance(text, dict) else source.config).get("hidden_size") or 0
+    return forecast.forecast(
+        plan,
+        dialect,
+        source.headers,
+        source_bytes=sum(source.files.values()),
+        calibrated=calibration is not None,
+        tokens=calibration.samples * calibration.seqlen if calibration else 0,
+        hidden=hidden,
+        grams=any("gram" in kinds for kinds in needs.values()),
+    )
+
+
+def check_output(output: Path, overwrite: bool, source: Path) -> None:
+    """Refuse an output that exists, unless it may be replaced, and one that touches the source."""
+    final = output.resolve()
+    if final == source or source in final.parents or final in source.parents:
+        raise UsageError("lies inside the source model, or around it", where=str(output), hint="choose another -o")
+    state = output_state(output)
+    if state in {"finished", "foreign"} and not overwrite:
+        what = "a finished checkpoint" if state == "finished" else "something that is not a checkpoint of ours"
+        raise UsageError(f"exists: {what}", where=str(output), hint="--overwrite replaces it, or choose another -o")
+    parent = partial_path(output).parent
+    existing = next(folder for folder in (parent, *parent.parents) if folder.exists())
+    if not os.access(existing, os.W_OK):
+        raise ResourceError("not writable", where=str(existing), hint="choose another directory with -o")
+
+
+def check_resources(output: Path, size: forecast.Forecast) -> None:
+    """Refuse a job that the disk or the memory cannot hold, before any weight is read."""
+    partial = partial_path(output)
+    present = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file()) if partial.exists() else 0
+    free = free_bytes(output) + present
+    if size.disk_bytes > free:
+        raise ResourceError(
+            f"{size.disk_bytes:,} bytes needed, {free:,} free", where=str(output), hint="free some space, or another -o"
+        )
+    total = _total_memory()
+    if total is not None and size.memory_bytes > total:
+        raise ResourceError(
+            f"about {size.memory_bytes:,} bytes of memory needed, {total:,} installed",
+            hint="fewer --calib-samples or a shorter --calib-seqlen, or a data-free scheme such as mxfp4",
+        )
+
+
+def _total_memory() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError):
+        return None
+
+
+def device(asked: str) -> str:
+    """`cpu` or `cuda`. Raises UsageError for another word and ResourceError when there is no GPU."""
+    if asked not in {"auto", "cpu", "cuda"}:
+        raise UsageError(f"unknown device '{asked}'", where="--device", hint="auto, cpu or cuda")
+    if asked == "cpu":
+        return "cpu"
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    if asked == "cuda":
+        raise ResourceError("no CUDA device is available", where="--device cuda", hint="--device cpu")
+    return "cpu"
+
+
+def token_rows(prepared: Prepared, tell: Listener) -> CalibrationData | None:
+    """Step 7, first half: the calibration rows, or None when nothing needs data. Raises DataError, AccessError."""
+    settings, options = prepared.calibration, prepared.options
+    if settings is None:
+        return None
+    from quarkcli.calibration import data
+    from quarkcli.model.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(prepared.source.folder, options.trust_remote_code)
+    rows = data.load(
+        settings.source,
+        tokenizer,
+        samples=settings.samples,
+        seqlen=settings.seqlen,
+        seed=options.seed,
+        column=options.calib_column,
+        asked=settings.asked,
+        allow_short=options.allow_short,
+        offline=options.offline,
+    )
+    for note in rows.notes:
+        tell(Message(note, "warning"))
+    tell(Message(f"calibration: {len(rows.tokens)} rows of {rows.tokens.shape[1]} tokens from {rows.source}"))
+    return rows

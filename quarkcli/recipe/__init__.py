@@ -1,0 +1,1 @@
+"""Recipes: YAML in, one ordered list of entries out. Torch-free."""

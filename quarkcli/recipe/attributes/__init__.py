@@ -1,0 +1,1 @@
+"""Vocabularies of a `cfg`, each resolved to one TensorSpec."""

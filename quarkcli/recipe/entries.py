@@ -1,0 +1,43 @@
+"""An entry: one rule of the ordered list. Later entries win; torch-free."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a rule was written: `flag --exclude '*q_proj'`, or a file with line and column (1-based)."""
+
+    text: str
+    line: int | None = None
+    column: int | None = None
+
+    def __str__(self) -> str:
+        if self.line is None:
+            return self.text
+        return f"{self.text}:{self.line}" + (f":{self.column}" if self.column is not None else "")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One rule.
+
+    quantizer_path  fnmatch pattern on the whole slot name, or `re:` and a regular expression for the whole name
+    cfg             attributes as the user wrote them (they replace all earlier ones), or None: only switch
+    enable          on or off
+    parent_class    only slots of modules of this class (`nn.Linear`, `nn.Embedding`), or None
+    required        must match at least one slot
+    unit            entries made from one flag or scheme share a unit and count as one for `required`
+    user            written by the user, so it must not end without any effect
+    """
+
+    quantizer_path: str
+    cfg: dict[str, Any] | None = field(default=None, hash=False)
+    enable: bool = True
+    parent_class: str | None = None
+    required: bool = False
+    origin: Origin = Origin("built-in")
+    unit: str = ""
+    user: bool = False

@@ -1,0 +1,45 @@
+"""Patterns on slot and module names: shell globs on the whole name, or `re:` and a regular expression."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterable
+from functools import lru_cache
+
+from quarkcli.errors import ConfigError, near_misses
+
+
+@lru_cache(maxsize=4096)
+def compiled(pattern: str) -> re.Pattern[str]:
+    """The pattern as a regular expression for the whole name. Raises ConfigError when it is not valid."""
+    if not pattern.startswith("re:"):
+        return re.compile(fnmatch.translate(pattern))
+    try:
+        return re.compile(pattern[3:])
+    except re.error as error:
+        raise ConfigError(f"'{pattern}' is not a regular expression: {error}") from error
+
+
+def matches(pattern: str, candidates: Iterable[str]) -> bool:
+    """True when one of the candidate names matches as a whole."""
+    expression = compiled(pattern)
+    return any(expression.fullmatch(name) for name in candidates)
+
+
+def suggestions(pattern: str, names: Iterable[str], limit: int = 3) -> list[str]:
+    """Patterns or names near a pattern that matched nothing; indices are folded into `*`.
+
+    `*dwn_proj` among `model.layers.0.mlp.down_proj` ... gives `*down_proj`.
+    """
+    leaves: dict[str, str] = {}
+    for name in names:
+        folded = re.sub(r"\.\d+(?=\.|$)", ".*", name)
+        leaves.setdefault(folded, folded)
+        leaves.setdefault("*" + name.rsplit(".", 1)[-1], folded)
+    word = pattern[3:] if pattern.startswith("re:") else pattern
+    close = near_misses(word, leaves, limit)
+    if not close:
+        last = word.strip("*").rsplit(".", 1)[-1]
+        close = near_misses(last, [leaf for leaf in leaves if leaf.startswith("*")], limit)
+    return close

@@ -1,0 +1,151 @@
+"""report.json (schema `quark/report/1`) and the model card."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from quarkcli import __version__, forecast
+from quarkcli.plan.model import Plan
+from quarkcli.report import usage
+
+if TYPE_CHECKING:
+    from quarkcli.calibration.data import CalibrationData
+    from quarkcli.job import Prepared
+
+SCHEMA = "quark/report/1"
+
+
+def build(
+    prepared: Prepared,
+    data: CalibrationData | None,
+    records: dict[str, dict[str, Any]],
+    checks: list[str],
+    seconds: float,
+    device: str,
+) -> dict[str, Any]:
+    """The report of a finished run. `records`: per part, as the journal keeps them."""
+    plan = prepared.plan
+    weight_errors = {name: e for record in records.values() for name, e in record["weight_errors"].items()}
+    worst = sorted(weight_errors.items(), key=lambda item: -item[1])[:10]
+    quantized, experts = forecast.expert_share(plan)
+    warnings = list(dict.fromkeys(prepared.warnings + [w for r in records.values() for w in r["warnings"]]))
+    return {
+        "schema": SCHEMA,
+        "quark_version": __version__,
+        "model": {
+            "name": prepared.source.name,
+            "path": str(prepared.source.folder) if prepared.source.hub_id is None else prepared.source.hub_id,
+            "commit": prepared.source.commit,
+            "family": plan.family,
+            "architectures": prepared.source.config.get("architectures"),
+        },
+        "recipe": {"name": prepared.recipe.name, "file": prepared.recipe.file or None},
+        "algorithms": [step.name for step in prepared.steps],
+        "dialect": {"name": prepared.dialect.name, "reason": prepared.dialect_reason},
+        "calibration": _calibration(prepared, data),
+        "size": {
+            "source_bytes": prepared.forecast.source_bytes,
+            "output_bytes": sum(file["size"] for r in records.values() for file in r["files"]),
+            "effective_bits": round(prepared.forecast.effective_bits, 4),
+            "bytes_by_dtype": prepared.forecast.dtypes,
+        },
+        "modules_by_scheme": modules_by_scheme(plan),
+        "experts": {
+            "parameters": experts,
+            "quantized_parameters": quantized,
+            "share_quantized": quantized / experts if experts else None,
+            "calibration_tokens": {k: v for r in records.values() for k, v in r["expert_tokens"].items()},
+        },
+        "loss": {
+            "mean_weight_error": sum(weight_errors.values()) / len(weight_errors) if weight_errors else None,
+            "worst_weights": [{"name": name, "error": error} for name, error in worst],
+            "parts": {name: record["error"] for name, record in records.items() if record["error"] is not None},
+        },
+        "kept": plan.kept,
+        "kept_reasons": dict(Counter(plan.kept.values()).most_common()),
+        "split": split_tensors(plan),
+        "tied_head": plan.tied_head,
+        "side_files_left_out": [str(path) for path in prepared.source.side_files(large=True)],
+        "warnings": warnings,
+        "checks": checks,
+        "device": device,
+        "seconds": round(seconds, 2),
+        "peak_rss_bytes": usage.peak_rss(),
+        "peak_gpu_bytes": usage.peak_gpu(device),
+    }
+
+
+def _calibration(prepared: Prepared, data: CalibrationData | None) -> dict[str, Any] | None:
+    if data is None:
+        return None
+    return {
+        "source": data.source,
+        "rows": len(data.tokens),
+        "seqlen": data.tokens.shape[1],
+        "tokens": data.token_count,
+        "digest": data.digest,
+        "seed": prepared.options.seed,
+        "moe": prepared.options.moe_calibration,
+    }
+
+
+def modules_by_scheme(plan: Plan) -> dict[str, int]:
+    """Count of weights per decision: `weight spec | input spec`, or `kept`."""
+    counts: Counter[str] = Counter()
+    for target in plan.targets.values():
+        if target.weight is None:
+            counts["kept"] += 1
+            continue
+        activation = target.input.describe() if target.input else "unquantized"
+        counts[f"weights {target.weight.describe()} | inputs {activation}"] += 1
+    return dict(counts.most_common())
+
+
+def split_tensors(plan: Plan) -> dict[str, int]:
+    """Source tensors that were written as several: fused experts -> count of weights."""
+    counts: Counter[str] = Counter(
+        target.view.tensor for target in plan.targets.values() if target.view.expert is not None
+    )
+    return {tensor: count for tensor, count in counts.items() if tensor not in plan.kept}
+
+
+def card(prepared: Prepared, report: dict[str, Any]) -> str:
+    """README.md of the checkpoint: what it is, how it was made, how to serve it."""
+    source = prepared.source
+    base = source.hub_id or source.name
+    calibration = report["calibration"]
+    loss = report["loss"]["mean_weight_error"]
+    commit = f" at commit `{source.commit}`" if source.commit else ""
+    lines = [
+        "---",
+        f"base_model: {base}",
+        "base_model_relation: quantized",
+        f"tags: [quark, {prepared.recipe.name}, {prepared.dialect.name}]",
+        "---",
+        "",
+        f"# {source.name}, {prepared.recipe.name}",
+        "",
+        f"Quantized from `{base}`{commit} by quark {__version__}.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| recipe | {prepared.recipe.name} |",
+        f"| algorithms | {', '.join(report['algorithms'])} |",
+        f"| dialect | {prepared.dialect.name} ({prepared.dialect_reason}) |",
+        f"| effective bits per quantized weight | {report['size']['effective_bits']} |",
+        f"| size | {report['size']['source_bytes']:,} -> {report['size']['output_bytes']:,} bytes |",
+        f"| mean relative weight error | {loss:.4f} |" if loss is not None else "| mean relative weight error | - |",
+        f"| calibration | {calibration['source']}, {calibration['rows']} x {calibration['seqlen']} tokens |"
+        if calibration
+        else "| calibration | none needed |",
+        "",
+        "The resolved recipe, the report and the hashes of all files are in `quark/`.",
+        "The licence of the source model applies.",
+        "",
+        "```",
+        "vllm serve .",
+        "```",
+        "",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,85 @@
+"""The log file: every event as a line, flushed. Events before the output exists are kept and written then."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from quarkcli.errors import QuarkError
+from quarkcli.events import Event, Message, PartDone, Phase
+from quarkcli.writer import disk_errors
+
+
+def progress_line(event: PartDone) -> str:
+    """`[12/80] layers.11 nvfp4+awq 38.2s err=3.1e-03 rss=9.8G gpu=14.2G eta=46m`."""
+    error = f" err={event.error:.1e}" if event.error is not None else ""
+    gpu = f" gpu={event.gpu / 1e9:.1f}G" if event.gpu else ""
+    return (
+        f"[{event.index}/{event.total}] {event.name} {event.label} {event.seconds:.1f}s{error} "
+        f"rss={event.rss / 1e9:.1f}G{gpu} eta={duration(event.eta)}"
+    )
+
+
+def duration(seconds: float) -> str:
+    """`46m`, `12s`, `1h05m`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+def line(event: Event) -> str:
+    """One event as text."""
+    match event:
+        case Message(text, level):
+            return f"{level}: {text}" if level != "info" else text
+        case Phase(name):
+            return f"phase: {name}"
+        case PartDone():
+            return progress_line(event)
+
+
+class LogFile:
+    """A listener that writes `quark.log`."""
+
+    def __init__(self) -> None:
+        self._early: list[str] = []
+        self._stream: TextIO | None = None
+
+    def __call__(self, event: Event) -> None:
+        self._write(line(event))
+
+    def error(self, error: BaseException) -> None:
+        """The end of a run that failed; a traceback for what is not the user's."""
+        self._write(f"error: {error}")
+        if not isinstance(error, QuarkError | KeyboardInterrupt):
+            self._write("".join(traceback.format_exception(error)).rstrip())
+
+    def _write(self, text: str) -> None:
+        stamped = f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {text}"
+        if self._stream is None:
+            self._early.append(stamped)
+            return
+        self._stream.write(stamped + "\n")
+        self._stream.flush()
+
+    @contextmanager
+    def attach(self, path: Path) -> Iterator[None]:
+        """Write to `path`, appending to what an interrupted run left."""
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._stream = path.open("a", encoding="utf-8")
+            early, self._early = self._early, []
+            self._stream.writelines(text + "\n" for text in early)
+            self._stream.flush()
+        try:
+            yield
+        finally:
+            self._stream.close()
+            self._stream = None

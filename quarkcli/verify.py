@@ -1,0 +1,152 @@
+"""Checks of a written checkpoint, from headers and scales: complete, finite, positive, equal where servers fuse."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quarkcli import forecast
+from quarkcli.checkpoint import Checkpoint
+from quarkcli.dialects.base import Dialect
+from quarkcli.errors import CheckError, ModelError
+from quarkcli.family import HeaderLike, lay_out
+from quarkcli.plan.model import Plan
+from quarkcli.source import Source
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from quarkcli.numerics.quantize import Quantized
+
+
+def against_plan(folder: Path, plan: Plan, dialect: Dialect, source_headers: Mapping[str, HeaderLike]) -> list[str]:
+    """Check that a directory holds what the plan says. Returns what was checked; raises CheckError."""
+    written = _open(folder)
+    owners = forecast.part_targets(plan)
+    expected = {
+        info.name: info
+        for part in plan.parts
+        for info in forecast.part_infos(plan, dialect, part, source_headers, owners)
+    }
+    missing = sorted(set(expected) - set(written.headers))
+    surplus = sorted(set(written.headers) - set(expected))
+    _none(missing, "tensors are missing")
+    _none(surplus, "tensors are not in the plan")
+    wrong = [
+        name
+        for name, info in expected.items()
+        if (written.headers[name].dtype, tuple(written.headers[name].shape)) != (info.dtype, tuple(info.shape))
+    ]
+    _none(wrong, "tensors have another dtype or shape than planned")
+    checks = [f"{len(expected)} tensors present with the planned dtype and shape"]
+    return checks + scales(Checkpoint(written), plan)
+
+
+def scales(checkpoint: Checkpoint, plan: Plan | None = None) -> list[str]:
+    """Every scale finite and positive, and equal within scale groups where a tensor has one. Raises CheckError."""
+    bad: list[str] = []
+    groups: dict[str, dict[str, tuple[float | None, float | None]]] = {}
+    group_of = {target.name: target.group for target in plan.targets.values()} if plan else _groups(checkpoint)
+    for name, stored in checkpoint.view.targets.items():
+        quantized, static = checkpoint.decode(stored)
+        if not _all_good(quantized) or (static is not None and not _good(static)):
+            bad.append(name)
+        if stored.input is not None and stored.input.needs_amax and static is None:
+            bad.append(f"{name} (no input scale)")
+        if stored.weight.has_tensor_scale:
+            groups.setdefault(group_of.get(name, name), {})[name] = (_tensor_scale(quantized), _number(static))
+    for attention in checkpoint.view.attention.values():
+        assert checkpoint.dialect is not None
+        tensors = checkpoint.source.read_many(attention.scales.values())
+        values = checkpoint.dialect.decode_attention(attention, tensors)
+        bad += [f"{attention.name}.{kind}" for kind, value in values.items() if not _good(value)]
+    _none(bad, "modules have a scale that is zero, negative, infinite, NaN or absent")
+    unequal = [group for group, members in groups.items() if len(set(members.values())) > 1]
+    _none(unequal, "scale groups do not share their per-tensor scales")
+    weights, caches = len(checkpoint.view.targets), len(checkpoint.view.attention)
+    fused = sum(len(members) > 1 for members in groups.values())
+    return [
+        f"scales of {weights} weights and {caches} caches finite and positive",
+        f"{fused} scale groups share their per-tensor scales",
+    ]
+
+
+def directory(path: str, source: str | None = None) -> list[str]:
+    """`quark verify DIR [--source X]`: a checkpoint on its own, and against the model it came from."""
+    written = _open(Path(path))
+    checkpoint = Checkpoint(written)
+    if not checkpoint.quantized:
+        raise CheckError("no quantization_config in config.json", where=path)
+    checks = scales(checkpoint)
+    if source is not None:
+        checks.append(_against_source(checkpoint, Source.open(source)))
+    return checks
+
+
+def _against_source(checkpoint: Checkpoint, source: Source) -> str:
+    missing = sorted(set(source.headers) - set(checkpoint.headers))
+    shapes = [
+        name
+        for name, header in source.headers.items()
+        if name in checkpoint.headers and tuple(checkpoint.headers[name].shape) != tuple(header.shape)
+    ]
+    _none(missing, "source tensors are not accounted for")
+    _none(shapes, "tensors have another shape than in the source")
+    return f"all {len(source.headers)} source tensors accounted for"
+
+
+def _open(folder: Path) -> Source:
+    try:
+        return Source.open(str(folder))
+    except ModelError as error:
+        raise CheckError(error.what, where=error.where or str(folder)) from error
+
+
+def _groups(checkpoint: Checkpoint) -> dict[str, str]:
+    """Scale group by module, from the family."""
+    headers = {f"{name}.weight": header for name, header in _singles(checkpoint)}
+    layout = lay_out(
+        checkpoint.family_name, checkpoint.family, checkpoint.inferred, checkpoint.source.config,
+        {**checkpoint.headers, **headers},
+    )  # fmt: skip
+    return {weight.name: weight.group for weight in layout.weights.values()}
+
+
+def _singles(checkpoint: Checkpoint) -> Iterable[tuple[str, Any]]:
+    from quarkcli.checkpoint import LogicalHeader
+
+    for name, stored in checkpoint.view.targets.items():
+        yield name, LogicalHeader("BF16", stored.shape)
+
+
+def _all_good(quantized: Quantized) -> bool:
+    params = quantized.params
+    return _good(params.scale) and (params.global_scale is None or _good(params.global_scale))
+
+
+def _good(scale: Tensor) -> bool:
+    """Finite and positive; an e8m0 byte is good unless it is the NaN code."""
+    import torch
+
+    if scale.dtype == torch.uint8:
+        return bool((scale != 255).all())
+    values = scale.float()
+    return bool((torch.isfinite(values) & (values > 0)).all())
+
+
+def _tensor_scale(quantized: Quantized) -> float | None:
+    params = quantized.params
+    if params.global_scale is not None:
+        return float(params.global_scale)
+    return float(params.scale) if params.scale.numel() == 1 else None
+
+
+def _number(scale: Tensor | None) -> float | None:
+    return float(scale) if scale is not None else None
+
+
+def _none(names: list[str], what: str) -> None:
+    if names:
+        shown = ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")
+        raise CheckError(f"{len(names)} {what}: {shown}")

@@ -1,0 +1,258 @@
+"""THE loop over decoder blocks: load, forward, tap, forget. Used by the job and by the evaluation.
+
+A `Walk` holds the carry: what each batch hands from one block to the next. `observe` runs a block once and feeds
+statistics; `advance` runs it and moves the carry on. Out of device memory, both halve the batch and start the block
+again, so nothing is counted twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quarkcli.errors import ResourceError
+from quarkcli.events import Listener, Message
+from quarkcli.numerics.quantize import fake_quantize
+from quarkcli.spec import TensorSpec
+
+CPU_TOKENS = 2048  # tokens in one forward on a CPU, whatever the batch asked for: the same bits for every batch size
+HIDDEN_SHARE = 4  # the carry stays on the device while it takes less than one part in this of its free memory
+
+
+@dataclass(frozen=True)
+class ActivationQuantizer:
+    """Fake quantization of the input of one weight.
+
+    tensor   file tensor whose owner's input is quantized
+    spec     how
+    static   stored static scale (see `numerics.quantize.static_scale`), None when it is dynamic
+    expert   index of a routed expert, None for an ordinary linear
+    down     the expert's inner activation instead of its input
+    layer    name all experts of one layer share
+    """
+
+    tensor: str
+    spec: TensorSpec
+    static: Tensor | None
+    expert: int | None = None
+    down: bool = False
+    layer: str = ""
+
+
+@dataclass(frozen=True)
+class CacheQuantizer:
+    """Fake quantization of k and v where the cache is written; `tensor` is the weight of the k projection."""
+
+    tensor: str
+    specs: Mapping[str, TensorSpec]
+    scales: Mapping[str, Tensor]
+
+
+def quantizing_handlers(inputs: Iterable[ActivationQuantizer], caches: Iterable[CacheQuantizer]) -> dict[str, Any]:
+    """Keyword arguments for `Runner.handlers` that fake-quantize activations."""
+    linear: dict[str, Any] = {}
+    layers: dict[str, tuple[str, _ExpertQuantizer]] = {}
+    shared = _Last()
+    for quantizer in inputs:
+        if quantizer.expert is None:
+            linear[quantizer.tensor] = shared.tap(quantizer)
+        else:
+            layer = layers.setdefault(quantizer.layer, (quantizer.tensor, _ExpertQuantizer()))[1]
+            (layer.down if quantizer.down else layer.gate_up)[quantizer.expert] = quantizer
+    attention = {cache.tensor: _cache_tap(cache) for cache in caches}
+    return {"linear": linear, "experts": dict(layers.values()), "attention": attention}
+
+
+class _Last:
+    """q, k and v read one tensor: quantize it once."""
+
+    def __init__(self) -> None:
+        self.source: Tensor | None = None
+        self.key: Any = None
+        self.result: Tensor | None = None
+
+    def tap(self, quantizer: ActivationQuantizer) -> Callable[[Tensor], Tensor]:
+        static = quantizer.static
+        key = (quantizer.spec, None if static is None else float(static))
+
+        def quantize(x: Tensor) -> Tensor:
+            if self.source is not x or self.key != key or self.result is None:
+                self.source, self.key = x, key
+                self.result = fake_quantize(x, quantizer.spec, static)
+            return self.result
+
+        return quantize
+
+
+class _ExpertQuantizer:
+    """Quantizes what experts read (the protocol of `model.experts.ExpertHandler`)."""
+
+    def __init__(self) -> None:
+        self.gate_up: dict[int, ActivationQuantizer] = {}
+        self.down: dict[int, ActivationQuantizer] = {}
+
+    def observe(self, module: Any, hidden: Tensor, top_k_index: Tensor) -> None:
+        return None
+
+    def gate_up_input(self, expert: int, x: Tensor) -> Tensor:
+        return self._apply(self.gate_up.get(expert), x)
+
+    def down_input(self, expert: int, h: Tensor) -> Tensor:
+        return self._apply(self.down.get(expert), h)
+
+    def _apply(self, quantizer: ActivationQuantizer | None, x: Tensor) -> Tensor:
+        if quantizer is None or not x.numel():
+            return x
+        return fake_quantize(x, quantizer.spec, quantizer.static)
+
+
+def _cache_tap(cache: CacheQuantizer) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
+    def tap(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if "k" in cache.specs:
+            k = fake_quantize(k, cache.specs["k"], cache.scales.get("k"))
+        if "v" in cache.specs:
+            v = fake_quantize(v, cache.specs["v"], cache.scales.get("v"))
+        return q, k, v
+
+    return tap
+
+
+def default_batch(device: torch.device, seqlen: int, asked: int | None) -> int:
+    """Sequences in one forward. On a CPU always `CPU_TOKENS` tokens; on a GPU what was asked, else four times that."""
+    if device.type == "cpu":
+        return max(1, CPU_TOKENS // seqlen)
+    return asked or max(1, 4 * CPU_TOKENS // seqlen)
+
+
+class Walk:
+    """Token rows on their way through the blocks of a model.
+
+    runner   `model.runner.Runner`
+    outside  reads the weights outside the blocks (embedding, final norm, head)
+    tokens   int64 [rows, seqlen]
+    mask     bool [rows, seqlen] or None; False on padding, used by statistics only
+    batch    rows in one forward
+    """
+
+    def __init__(
+        self,
+        runner: Any,
+        outside: Callable[[], Mapping[str, Tensor]],
+        tokens: Tensor,
+        mask: Tensor | None,
+        batch: int,
+        tell: Listener,
+    ) -> None:
+        self.runner = runner
+        self.outside = outside
+        self.tokens = tokens
+        self.mask = mask
+        self.batch = batch
+        self.tell = tell
+        self.carry: list[Tensor] = []
+        self.recordings: list[Any] = []
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.runner.device)
+
+    def start(self) -> None:
+        """Embed every batch and record what each block will be called with; the carry is the first block's input."""
+        self.carry = self._retrying(self._record)
+
+    def _record(self) -> list[Tensor]:
+        self.runner.load_outside(self.outside())
+        self.recordings = []
+        for rows in self.tokens.split(self.batch):
+            last = self.recordings[-1] if self.recordings else None
+            self.recordings.append(self.runner.record(rows.to(self.device), share_with=last))
+        self.runner.unload_outside()
+        return [self._park(recording.hidden) for recording in self.recordings]
+
+    def _park(self, hidden: Tensor) -> Tensor:
+        """Keep the carry on the device only while it is small there."""
+        if self.device.type != "cuda":
+            return hidden
+        free, _ = torch.cuda.mem_get_info(self.device)
+        whole = hidden.numel() * hidden.element_size() * -(-self.tokens.shape[0] // self.batch)
+        return hidden if whole * HIDDEN_SHARE < free else hidden.cpu()
+
+    def masks(self) -> list[Tensor | None]:
+        if self.mask is None:
+            return [None] * len(self.carry)
+        return list(self.mask.split(self.batch))
+
+    def observe(self, block: int, new_statistics: Callable[[], Any]) -> tuple[Any, Tensor]:
+        """Run the loaded block over the carry with taps. Returns the statistics and the first batch's output."""
+
+        def once() -> tuple[Any, Tensor]:
+            statistics = new_statistics()
+            first = None
+            with self.runner.handlers(block, **statistics.handlers()):
+                for index, (hidden, mask) in enumerate(zip(self.carry, self.masks(), strict=True)):
+                    statistics.mask = mask
+                    out = self._run(block, index, hidden)
+                    first = out if first is None else first
+            assert first is not None
+            return statistics, first
+
+        result: tuple[Any, Tensor] = self._retrying(once)
+        return result
+
+    def observe_tail(self, new_statistics: Callable[[], Any]) -> Any:
+        """Run final norm and head over the carry with taps (a head that is quantized)."""
+
+        def once() -> Any:
+            self.runner.load_outside(self.outside())
+            statistics = new_statistics()
+            with self.runner.handlers(None, **statistics.handlers()):
+                for index, (hidden, mask) in enumerate(zip(self.carry, self.masks(), strict=True)):
+                    statistics.mask = mask
+                    self.runner.logits(self.recordings[index], hidden.to(self.device))
+            self.runner.unload_outside()
+            return statistics
+
+        return self._retrying(once)
+
+    def advance(self, block: int, handlers: Mapping[str, Any]) -> None:
+        """Run the loaded block with `handlers` and move the carry on."""
+
+        def once() -> list[Tensor]:
+            with self.runner.handlers(block, **handlers):
+                return [self._park(self._run(block, i, hidden)) for i, hidden in enumerate(self.carry)]
+
+        self.carry = self._retrying(once)
+
+    def _run(self, block: int, index: int, hidden: Tensor) -> Tensor:
+        out: Tensor = self.runner.run_block(block, self.recordings[index], hidden.to(self.device))
+        return out
+
+    def _retrying(self, once: Callable[[], Any]) -> Any:
+        while True:
+            try:
+                return once()
+            except torch.OutOfMemoryError as error:
+                self._halve(error)
+
+    def _halve(self, cause: BaseException) -> None:
+        """Half the rows in one forward, after the device ran out of memory."""
+        divisible = all(hidden.shape[0] in (self.batch, len(self.tokens) % self.batch) for hidden in self.carry)
+        if self.batch == 1 or not divisible:
+            raise ResourceError(
+                f"out of device memory with {self.batch} sequence(s) of {self.tokens.shape[1]} tokens in one forward",
+                where="calibration",
+                hint="a smaller --calib-seqlen or --calib-batch, or --device cpu",
+            ) from cause
+        half = self.batch // 2
+        self.tell(Message(f"out of device memory: {self.batch} -> {half} sequences in one forward", "warning"))
+        carry = [piece for hidden in self.carry for piece in hidden.split(half)]
+        self.batch = half
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if carry:
+            self._record()
+            self.carry = carry

@@ -1,0 +1,325 @@
+"""Durable files: shards, index, text. A file that bears its final name is complete.
+
+Every file is written under another name in the same folder, synced, renamed, and the folder is synced. torch is
+imported only where tensors are written, so that forecasts can ask for file sizes without it.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from quarkcli.errors import ResourceError, UsageError
+from quarkcli.source import DTYPES, INDEX
+
+if TYPE_CHECKING:
+    import torch
+
+TensorInfo = tuple[str, str, tuple[int, ...]]  # name, safetensors dtype text, shape
+OutputState = Literal["absent", "empty", "finished", "foreign"]
+
+SHARD_LIMIT = 5_000_000_000  # bytes of tensors in one file
+STAGING = ".writing-"  # prefix of temporary folders and files; the journal removes what a kill left behind
+MANIFEST = "quark/manifest.json"
+
+_METADATA = {"format": "pt"}  # transformers refuses files without it
+_SLUG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_LAYOUT = {dtype: rank for rank, dtype in enumerate(DTYPES)}
+_TEXTS = {torch_name: dtype for dtype, (_, torch_name) in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class PlannedFile:
+    """A shard that `write_part` will write: exact size in bytes, and tensor name -> bytes."""
+
+    file: str
+    size: int
+    tensors: dict[str, int]
+
+
+@dataclass(frozen=True)
+class WrittenFile:
+    """A durable shard: size in bytes, sha256 of the whole file, tensor name -> bytes."""
+
+    file: str
+    size: int
+    sha256: str
+    tensors: dict[str, int]
+
+    def record(self) -> dict[str, Any]:
+        """JSON form; `WrittenFile(**record)` is the way back."""
+        return asdict(self)
+
+
+# ---- sizes, known before writing
+
+
+def dtype_text(dtype: torch.dtype) -> str:
+    """The safetensors text of a torch dtype."""
+    return _TEXTS[str(dtype).removeprefix("torch.")]
+
+
+def tensor_bytes(dtype: str, shape: Iterable[int]) -> int:
+    """Bytes of a tensor with safetensors dtype text `dtype`."""
+    count = DTYPES[dtype][0]
+    for size in shape:
+        count *= size
+    return count
+
+
+def file_size(infos: Iterable[TensorInfo]) -> int:
+    """Exact bytes of the safetensors file that holds these tensors.
+
+    Repeats what the library does (safetensors/src/tensor.rs, `prepare`): tensors by dtype, widest first, then by
+    name; compact JSON header padded with blanks to 8 bytes, after 8 bytes of length.
+    """
+    header: dict[str, Any] = {"__metadata__": _METADATA}
+    position = 0
+    for name, dtype, shape in sorted(infos, key=lambda info: (-_LAYOUT[info[1]], info[0])):
+        end = position + tensor_bytes(dtype, shape)
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
+        position = end
+    length = len(json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode())
+    return 8 + -(-length // 8) * 8 + position
+
+
+def plan_files(slug: str, infos: Iterable[TensorInfo], limit: int = SHARD_LIMIT) -> list[PlannedFile]:
+    """The files of a part: `model-<slug>.safetensors`, and `model-<slug>-00002.safetensors` ... above `limit`.
+
+    limit   bytes of tensors in one file; a single larger tensor gets a file of its own
+    Tensors are taken by name, so the split does not depend on the order of `infos`. No tensors, no files.
+    """
+    if not _SLUG.fullmatch(slug):
+        raise ValueError(f"not usable in a file name: {slug!r}")
+    groups: list[list[TensorInfo]] = []
+    room = 0
+    for info in sorted(infos):
+        size = tensor_bytes(info[1], info[2])
+        if not groups or size > room:
+            groups.append([])
+            room = limit
+        groups[-1].append(info)
+        room -= size
+    return [_planned(slug, number, group) for number, group in enumerate(groups, 1)]
+
+
+def _planned(slug: str, number: int, group: list[TensorInfo]) -> PlannedFile:
+    suffix = "" if number == 1 else f"-{number:05d}"
+    tensors = {name: tensor_bytes(dtype, shape) for name, dtype, shape in group}
+    return PlannedFile(f"model-{slug}{suffix}.safetensors", file_size(group), tensors)
+
+
+# ---- tensors
+
+
+def write_part(
+    folder: Path, slug: str, tensors: dict[str, torch.Tensor], limit: int = SHARD_LIMIT
+) -> list[WrittenFile]:
+    """Write one part's tensors durably; same tensors, same bytes. See `plan_files` for names and split.
+
+    Tensors may lie on any device, share memory or be strided: what is written is their values.
+    Raises ResourceError when the disk is full or not writable.
+    """
+    infos = [(name, dtype_text(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()]
+    files = plan_files(slug, infos, limit)
+    return [write_tensors(folder / file.file, {name: tensors[name] for name in file.tensors}) for file in files]
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> WrittenFile:
+    """Write one safetensors file durably, replacing `path` at once. Raises ResourceError."""
+    infos = [(name, dtype_text(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()]
+    with disk_errors(path, file_size(infos)), _staging(path.parent) as staging:
+        temporary = staging / path.name
+        _save(_separate(tensors), temporary)
+        # The library creates files for the owner alone; a checkpoint is read by servers under other users.
+        temporary.chmod(_default_mode(staging))
+        with temporary.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+            os.fsync(stream.fileno())
+            size = os.fstat(stream.fileno()).st_size
+        os.replace(temporary, path)  # noqa: PTH105 - one name for tests to interrupt
+        sync_folder(path.parent)
+    return WrittenFile(path.name, size, digest, {name: tensor_bytes(dtype, shape) for name, dtype, shape in infos})
+
+
+def _separate(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same values, dense and without common memory, which safetensors refuses."""
+    seen: set[int] = set()
+    out: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        dense = tensor.detach().contiguous()
+        address = dense.untyped_storage().data_ptr()
+        out[name] = dense.clone() if address in seen else dense
+        seen.add(address)
+    return out
+
+
+def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """safetensors' writer, with its failures turned back into the OSError they were."""
+    import safetensors
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, path, metadata=_METADATA)
+    except safetensors.SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+
+
+@contextmanager
+def _staging(folder: Path) -> Iterator[Path]:
+    """A folder for files on their way: the library adds temporary names of its own, which a kill would leave."""
+    path = Path(tempfile.mkdtemp(prefix=STAGING, dir=folder))
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _default_mode(folder: Path) -> int:
+    """The mode a new file gets here under the umask, found without changing the umask of the process."""
+    probe = folder / "mode"
+    probe.touch()
+    return stat.S_IMODE(probe.stat().st_mode)
+
+
+def write_index(folder: Path, weight_map: dict[str, str], total_size: int) -> None:
+    """Write the index: tensor name -> file, sorted; total_size is the bytes of all tensors without headers."""
+    index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
+    atomic_write_json(folder / INDEX, index)
+
+
+# ---- text
+
+
+def atomic_write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text durably (line ends as given); readers see the old file or the new one. ResourceError."""
+    data = text.encode()
+    temporary = path.with_name(f"{STAGING}{os.getpid()}-{path.name}")
+    with disk_errors(path, len(data)):
+        try:
+            with temporary.open("wb") as stream:
+                stream.write(data)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(temporary, path)  # noqa: PTH105 - as above
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
+
+
+def atomic_write_json(path: Path, value: Any) -> None:
+    """`atomic_write_text` of JSON: two blanks of indent, keys in their order, a newline at the end."""
+    atomic_write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in `folder` survive a power loss."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def disk_errors(path: Path, need: int = 0) -> Iterator[None]:
+    """Turn an OSError of the body into a ResourceError that names `path`; `need` is the bytes to be written."""
+    try:
+        yield
+    except OSError as error:
+        raise _disk_error(error, path, need) from error
+
+
+def _disk_error(error: OSError, path: Path, need: int) -> ResourceError:
+    where = str(path)
+    if error.errno == errno.ENOSPC:
+        what = f"no space left: {need:,} bytes needed, {free_bytes(path):,} free"
+        return ResourceError(what, where=where, hint="free some space; the same command goes on where it stopped")
+    if error.errno == errno.EDQUOT:
+        what = f"disk quota exceeded: {need:,} bytes needed, {free_bytes(path):,} free on the disk as a whole"
+        return ResourceError(what, where=where, hint="free some space; the same command goes on where it stopped")
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        what = f"cannot be written: {error.strerror}"
+        return ResourceError(what, where=where, hint="choose another directory with -o")
+    return ResourceError(f"writing failed: {error.strerror or error}", where=where)
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes free for this user on the disk that holds `path`, which need not exist yet."""
+    existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    return shutil.disk_usage(existing).free
+
+
+# ---- the output directory
+
+
+def output_state(final: Path) -> OutputState:
+    """What lies at the output path; `finished` is a checkpoint of ours, `foreign` anything else."""
+    if not final.exists() and not final.is_symlink():
+        return "absent"
+    if not final.is_dir():
+        return "foreign"
+    with disk_errors(final):
+        content = list(final.iterdir())
+    if not content:
+        return "empty"
+    return "finished" if (final / MANIFEST).is_file() else "foreign"
+
+
+def partial_path(final: Path) -> Path:
+    """`<final>.partial` beside it, where the work happens; links are followed. UsageError on a mount point."""
+    final = final.resolve()
+    if final.is_mount():
+        raise UsageError(
+            "is a mount point and cannot be renamed into", where=str(final), hint="give a folder inside it"
+        )
+    return final.with_name(f"{final.name}.partial")
+
+
+def publish(partial: Path, final: Path, overwrite: bool) -> Path | None:
+    """Rename `partial` to `final`; on any failure the old content of `final` is back in place.
+
+    With `overwrite` what was there moves aside to `<final>.old-<pid>`; a finished checkpoint of ours is then
+    deleted, a foreign directory is kept there, since nobody can restore it. Returns the path of what was kept.
+    Raises UsageError when `final` is not empty and `overwrite` is off, ResourceError when renaming fails.
+    """
+    final = final.resolve()
+    state = output_state(final)
+    if state in ("finished", "foreign") and not overwrite:
+        raise UsageError(f"exists and is not empty ({state})", where=str(final), hint="--overwrite replaces it")
+    with disk_errors(final):
+        if state in ("absent", "empty"):
+            partial.rename(final)  # POSIX replaces an empty directory
+            sync_folder(final.parent)
+            return None
+        old = _swap(partial, final)
+    if state == "finished":
+        shutil.rmtree(old, ignore_errors=True)
+    return old if old.exists() else None
+
+
+def _swap(partial: Path, final: Path) -> Path:
+    old = final.with_name(f"{final.name}.old-{os.getpid()}")
+    final.rename(old)
+    try:
+        partial.rename(final)
+    except BaseException:
+        old.rename(final)
+        raise
+    sync_folder(final.parent)
+    return old

@@ -1,0 +1,159 @@
+"""inspect, verify, report, eval, env: commands about what is there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from quarkcli import job
+from quarkcli.evaluate import run as evaluation
+
+
+def test_inspect_a_source(quark):
+    code, out, err = quark("inspect", "demo", "--json")
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    assert found["schema"] == "quark/inspect/1"
+    assert (found["family"], found["quantization"], found["experts"]) == ("llama", None, None)
+    assert found["bytes"] == (job.EMBEDDED / "model.safetensors").stat().st_size
+    assert found["parameters"] * 2 == found["dtypes"]["BF16"]["bytes"]
+    assert found["roles"] == dict.fromkeys(("q", "k", "v", "o", "gate", "up", "down"), 4) | {
+        "head": 1,
+        "embedding": 1,
+    }
+    code, out, err = quark("inspect", "demo")
+    assert (code, err) == (0, "")
+    assert "LlamaForCausalLM" in out
+
+
+def test_inspect_a_checkpoint_of_ours(quark, made):
+    found = json.loads(quark("inspect", str(made), "--json").out)
+    source = json.loads(quark("inspect", "demo", "--json").out)
+    assert found["parameters"] == source["parameters"]
+    assert found["quantization"]["method"] == "compressed-tensors"
+    assert sum(found["quantization"]["modules"].values()) == 28
+
+
+def test_inspect_a_quantized_model_that_is_not_read(quark, tmp_path):
+    model = shutil.copytree(job.EMBEDDED, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text()) | {"quantization_config": {"quant_method": "hqq"}}
+    (model / "config.json").write_text(json.dumps(config))
+    code, out, _ = quark("inspect", "model")
+    assert code == 0
+    assert "hqq, which is not read here" in out
+
+
+def test_verify(quark, made):
+    code, out, err = quark("verify", str(made), "--source", "demo")
+    assert (code, err) == (0, "")
+    assert all(line.startswith("ok: ") for line in out.splitlines())
+    assert "source tensors accounted for" in out
+    answer = json.loads(quark("verify", str(made), "--json").out)
+    assert (answer["schema"], answer["ok"]) == ("quark/verify/1", True)
+
+
+def test_verify_says_no_with_8(quark, made, tmp_path):
+    damaged = shutil.copytree(made, tmp_path / "damaged")
+    shard = damaged / "model-block-00001.safetensors"
+    tensors = load_file(shard)
+    scale = next(name for name in tensors if name.endswith("scale"))
+    tensors[scale] = tensors[scale].fill_(255)  # the NaN code of e8m0
+    save_file(tensors, shard, {"format": "pt"})
+    code, out, err = quark("verify", str(damaged), "--json")
+    assert (code, out) == (8, "")
+    assert json.loads(err)["code"] == 8
+
+
+def test_verify_of_a_source_says_no(quark):
+    assert quark("verify", str(job.EMBEDDED)).code == 8
+
+
+def test_report(quark, made):
+    stored = json.loads((made / "quark" / "report.json").read_text())
+    code, out, err = quark("report", str(made))
+    assert (code, err) == (0, "")
+    assert out.startswith("# tiny-llama, mxfp4\n")
+    assert "## Kept in source precision" in out
+    for arguments in (["--json"], ["--format", "json"]):
+        assert json.loads(quark("report", str(made), *arguments).out) == stored
+
+
+def test_report_of_what_has_none(quark, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out.partial").mkdir()
+    code, out, err = quark("report", "out")
+    assert (code, out) == (4, "")
+    assert "out.partial is an unfinished run" in err
+    assert quark("report", "nowhere").code == 5
+    (tmp_path / "out" / "quark").mkdir()
+    (tmp_path / "out" / "quark" / "report.json").write_text("{}")
+    assert quark("report", "out").code == 4
+
+
+RESULT = {
+    "schema": "quark/eval/1", "directory": "d", "tokens": 100, "perplexity": 10.3, "baseline_perplexity": 10.0,
+    "perplexity_increase": 0.03, "kl": 0.05, "top1_agreement": 0.9, "text": "builtin", "window": 256,
+    "dtype": "float32", "seconds": 1.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("gates", "code"),
+    [
+        ([], 0),
+        (["--max-kl", "0.1", "--max-ppl-increase", "4%"], 0),
+        (["--max-kl", "0.01"], 8),
+        (["--max-ppl-increase", "2.5%"], 8),
+    ],
+)
+def test_eval_shows_the_result_before_a_gate_fails(quark, monkeypatch, gates, code):
+    calls = []
+    monkeypatch.setattr(
+        evaluation, "evaluate", lambda directory, **given: calls.append((directory, given)) or dict(RESULT)
+    )
+    answer = quark("eval", "d", "--baseline", "demo", "--tokens", "100", "--device", "cpu", "--json", *gates)
+    assert answer.code == code
+    assert json.loads(answer.out) == RESULT
+    assert (answer.err == "") == (code == 0)
+    ((directory, given),) = calls
+    assert directory == "d"
+    assert given["baseline"] == str(job.EMBEDDED)
+    assert (given["max_tokens"], given["window"], given["device"]) == (100, 256, "cpu")
+
+
+def test_eval_for_people(quark, monkeypatch):
+    monkeypatch.setattr(evaluation, "evaluate", lambda directory, **given: dict(RESULT))
+    code, out, err = quark("eval", "d", "--baseline", "demo", "--device", "cpu")
+    assert code == 0
+    assert "baseline    10.0000 (+3.00% increase)" in out
+    assert err == "1.0 s\n"
+
+
+def test_gates_without_a_baseline_are_refused_before_the_work(quark):
+    code, out, err = quark("eval", "nowhere", "--max-kl", "0.1")
+    assert (code, out) == (2, "")
+    assert "--baseline" in err
+
+
+def test_eval_for_real(quark, made):
+    code, out, _ = quark("eval", str(made), "--baseline", "demo", "--tokens", "512", "--device", "cpu", "--json", "-q")
+    assert code == 0
+    result = json.loads(out)
+    assert result["schema"] == "quark/eval/1"
+    assert result["kl"] > 0
+    assert 0 < result["top1_agreement"] <= 1
+
+
+def test_env(quark, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_verysecret")
+    code, out, err = quark("env", "--json")
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    assert found["schema"] == "quark/env/1"
+    assert found["packages"]["torch"]
+    assert found["hub_token"] is True
+    assert "verysecret" not in out
+    assert "verysecret" not in quark("env").out

@@ -1,0 +1,135 @@
+"""recipes, schemes, models: list, show, validate, copy."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+
+
+@pytest.mark.parametrize(
+    ("group", "folders"), [("recipes", ["ptq"]), ("schemes", ["schemes", "kv_cache"]), ("models", ["models"])]
+)
+def test_lists_name_every_file(quark, group, folders):
+    stems = sorted(path.stem for folder in folders for path in (RECIPES / folder).glob("*.yaml"))
+    code, out, err = quark(group, "list")
+    assert (code, err) == (0, "")
+    assert sorted(line.split()[0] for line in out.splitlines()[1:]) == stems
+    code, out, err = quark(group, "list", "--json")
+    assert (code, err) == (0, "")
+    answer = json.loads(out)
+    assert answer["schema"] == f"quark/{group}/1"
+    assert sorted(row["name"] for row in answer[group]) == stems
+
+
+def test_recipes_say_bits_data_and_purpose(quark):
+    rows = {row["name"]: row for row in json.loads(quark("recipes", "list", "--json").out)["recipes"]}
+    assert rows["mxfp4"]["bits"] == [4.25]  # 4 bits and a byte per 32
+    assert rows["mxfp4"]["needs_data"] is False
+    assert rows["nvfp4-kv_fp8"]["bits"] == [4.5]  # 4 bits and a byte per 16
+    assert rows["nvfp4-kv_fp8"]["needs_data"] is True
+    assert rows["nvfp4-kv_fp8"]["kv_cache"] == "fp8"
+    assert rows["int4_wo_128-gptq"]["needs_data"] is True  # asked of the algorithm: weights alone need none
+    assert all(row["purpose"] for row in rows.values())
+
+
+def test_a_broken_file_of_the_users_does_not_break_the_list(quark, tmp_path):
+    folder = tmp_path / "home" / "ptq"
+    folder.mkdir(parents=True)
+    (folder / "mine.yaml").write_text("schema: quark/recipe/1\nquantise: {}\n")
+    code, out, err = quark("recipes", "list")
+    assert (code, err) == (0, "")
+    (line,) = [line for line in out.splitlines() if line.startswith("mine")]
+    assert "not usable" in line
+    assert quark("recipes", "validate", "mine").code == 3
+
+
+def test_recipes_show_prints_the_file(quark):
+    text = (RECIPES / "ptq" / "nvfp4.yaml").read_text()
+    assert quark("recipes", "show", "nvfp4") == (0, text, "")
+    answer = json.loads(quark("recipes", "show", "nvfp4", "--json").out)
+    assert answer["schema"] == "quark/recipe-file/1"
+    assert answer["recipe"] == yaml.safe_load(text)
+
+
+def test_unknown_names_get_the_right_code_and_near_names(quark):
+    recipe, scheme, model = (
+        quark("recipes", "show", "nvfp"),
+        quark("schemes", "show", "nvfp"),
+        quark("models", "show", "lama"),
+    )
+    assert (recipe.code, scheme.code, model.code) == (3, 2, 3)
+    assert "did you mean nvfp4" in recipe.err
+    assert "did you mean nvfp4" in scheme.err
+    assert "did you mean llama" in model.err
+    assert recipe.out == scheme.out == model.out == ""
+
+
+def test_validate(quark):
+    code, out, err = quark("recipes", "validate", "nvfp4", "--model", "demo")
+    assert (code, err) == (0, "")
+    assert out.splitlines()[1] == "ok: demo: 28 of 30 modules quantized"
+    answer = json.loads(quark("recipes", "validate", "mxfp4", "--model", "demo", "--json").out)
+    assert answer["schema"] == "quark/validation/1"
+    assert answer["valid"] is True
+    assert answer["plan"] | {"dialect": ""} == {
+        "modules": 30, "quantized": 28, "needs_data": False, "warnings": [], "dialect": "",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("schema: quark/recipe/1\nquantize: {scheme: nvfp5}\n", "unknown scheme 'nvfp5'"),
+        (
+            "schema: quark/recipe/1\nquantize: {scheme: nvfp4, algorithm: [{method: gptq, dump: 1}]}\n",
+            "parameter 'dump'",
+        ),
+        ("schema: quark/recipe/1\nquantize: {scheme: nvfp4, kv_cache: fp9}\n", "fp9"),
+        ("schema: quark/recipe/1\nquantize: {scheme: nvfp4}\nexport: {dialect: gguf}\n", "unknown dialect 'gguf'"),
+        ("quantize: {scheme: nvfp4}\n", "not a native recipe"),
+        ("a: 1\na: 2\n", "duplicate key 'a'"),
+    ],
+)
+def test_validate_refuses(quark, tmp_path, text, message):
+    (tmp_path / "r.yaml").write_text(text)
+    code, out, err = quark("recipes", "validate", "r.yaml")
+    assert code in {2, 3}
+    assert out == ""
+    assert message in err
+
+
+def test_validate_against_a_model_that_it_does_not_fit(quark):
+    code, out, err = quark("recipes", "validate", "nvfp4_experts_only-kv_fp8", "--model", "demo")
+    assert (code, out) == (3, "")
+    assert "matches 0 of" in err
+
+
+def test_copy(quark, tmp_path):
+    assert quark("recipes", "copy", "nvfp4", "mine.yaml") == (0, "mine.yaml\n", "")
+    assert (tmp_path / "mine.yaml").read_bytes() == (RECIPES / "ptq" / "nvfp4.yaml").read_bytes()
+    code, out, err = quark("recipes", "copy", "nvfp4", "mine.yaml")
+    assert (code, out) == (2, "")
+    assert err.startswith("error: mine.yaml: exists")
+    assert quark("recipes", "copy", "mxfp4", ".").out == "mxfp4.yaml\n"
+    assert quark("recipes", "copy", "mxfp4", "no/where.yaml").code == 2
+
+
+def test_schemes_show(quark):
+    code, out, err = quark("schemes", "show", "mxfp4")
+    assert (code, err) == (0, "")
+    assert "fp4_e2m1 group 32" in out
+    assert "compressed-tensors" in out
+    both = json.loads(quark("schemes", "show", "fp8", "--json").out)
+    assert both["schema"] == "quark/scheme/1"
+    assert [row["kind"] for row in both["schemes"]] == ["weights", "kv-cache"]
+    assert both["schemes"][0]["needs_data"] is True
+
+
+def test_models_show_prints_the_file(quark):
+    assert quark("models", "show", "qwen3-moe") == (0, (RECIPES / "models" / "qwen3_moe.yaml").read_text(), "")
+    assert json.loads(quark("models", "show", "llama", "--json").out)["family"]["blocks"] == "model.layers"

@@ -1,0 +1,191 @@
+"""`quark quantize` and `quark plan` on the embedded model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+
+import pytest
+
+from quarkcli import job
+from quarkcli.cli import flags, planview
+
+MXFP4 = ("--model", "demo", "--scheme", "mxfp4")
+
+
+def test_quantize_prints_the_directory_and_tells_the_rest_on_stderr(quark, tmp_path):
+    code, out, err = quark("quantize", *MXFP4, "-o", "out")
+    assert code == 0
+    assert out == "out\n"
+    assert (tmp_path / "out" / "quark" / "manifest.json").is_file()
+    assert not (tmp_path / "out.partial").exists()
+    for text in ("scheme      mxfp4", "data        none needed", "phase: verify", "[6/6] tail kept", "lm_head"):
+        assert text in err or text == "lm_head"
+    for label in ("modules", "size", "bits", "bytes", "loss", "peak", "time", "kept", "checked", "next"):
+        assert any(line.startswith(label) for line in err.splitlines()), label
+    assert "quark eval out --baseline demo" in err
+    assert "vllm serve out" in err
+
+
+def test_the_report_with_json_and_nothing_else_with_quiet(quark):
+    code, out, err = quark("quantize", *MXFP4, "-o", "out", "--json", "-q")
+    assert code == 0
+    assert err == ""
+    report = json.loads(out)
+    assert report["schema"] == "quark/report/1"
+    assert report["recipe"]["name"] == "mxfp4"
+
+
+def test_default_output_is_model_and_scheme(quark, tmp_path):
+    code, out, _ = quark("quantize", *MXFP4, "-q")
+    assert (code, out) == (0, "demo-mxfp4\n")
+    assert (tmp_path / "demo-mxfp4").is_dir()
+
+
+def test_an_existing_output_is_refused_unless_overwritten(quark, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    code, out, err = quark("quantize", *MXFP4, "-o", "out", "-q")
+    assert (code, out) == (2, "")
+    assert err.startswith("error: out: exists")
+    assert "--overwrite" in err
+    assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
+
+
+def test_log_format_json_makes_every_line_of_stderr_an_object(quark):
+    code, out, err = quark("quantize", *MXFP4, "-o", "out", "--log-format", "json")
+    assert (code, out) == (0, "out\n")
+    rows = [json.loads(line) for line in err.splitlines()]
+    assert rows[0]["event"] == "plan"
+    assert rows[-1] == {
+        "event": "done",
+        "output": "out",
+        "next": ["quark eval out --baseline demo", "vllm serve out"],
+    }
+    assert sum(row["event"] == "part" for row in rows) == 6
+
+
+def test_dry_run_is_plan(quark, tmp_path):
+    planned = quark("plan", *MXFP4)
+    assert quark("quantize", *MXFP4, "--dry-run") == planned
+    assert planned.code == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_plan_folds_classes_and_names_the_deciding_entry(quark):
+    code, out, err = quark("plan", *MXFP4, "--exclude", "*layers.0.*", "--layer", "*down_proj=int4_wo_128")
+    assert (code, err) == (0, "")
+    rows = {line.split()[0]: line for line in out.splitlines() if line.startswith(("model.", "lm_head"))}
+    assert "--layer '*down_proj=int4_wo_128'" in rows["model.layers.{1-3}.mlp.down_proj"]
+    assert "int4 group 128" in rows["model.layers.{1-3}.mlp.down_proj"]
+    assert "scheme mxfp4" in rows["model.layers.{1-3}.self_attn.q_proj"]
+    assert "--exclude '*layers.0.*'" in rows["model.layers.0.self_attn.q_proj.weight"]
+    assert "norm" in rows["model.layers.*.input_layernorm.weight"]
+    assert "default exclusion, role head" in rows["lm_head.weight"]
+
+
+def test_plan_json_has_every_slot_with_its_decision(quark):
+    code, out, err = quark("plan", *MXFP4, "--kv-cache", "fp8", "--calib-data", "builtin", "--json")
+    assert (code, err) == (0, "")
+    plan = json.loads(out)
+    assert plan["schema"] == "quark/plan/1"
+    assert len(plan["targets"]) == 30  # 4 blocks of 7 linears, embedding, head
+    assert len(plan["slots"]) == 30 * 4 + 4 * 4
+    weight = plan["slots"]["model.layers.2.mlp.up_proj.weight_quantizer"]
+    assert weight["spec"]["element"] == "fp4_e2m1"
+    assert weight["spec"]["granularity"] == {"group": 32}
+    decider = plan["entries"][weight["entry"]["index"]]
+    assert decider["pattern"] == weight["entry"]["pattern"] == "*.weight_quantizer"
+    assert decider["matches"] == 30
+    assert plan["slots"]["lm_head.weight_quantizer"]["spec"] is None
+    assert plan["slots"]["model.layers.0.self_attn.k_bmm_quantizer"]["entry"]["origin"] == "--kv-cache fp8"
+    assert plan["needs"]["model.layers.0.self_attn.k"] == ["absmax"]
+    assert plan["calibration"]["source"] == "builtin"
+    assert [part["kind"] for part in plan["parts"]] == ["embed", *["block"] * 4, "tail"]
+    assert plan["kept"]["model.norm.weight"].startswith("norm")
+    for key in ("output_bytes", "source_bytes", "memory_bytes", "disk_bytes"):
+        assert plan[key] > 0
+
+
+def test_planned_bytes_are_the_written_bytes(quark, made):
+    _, out, _ = quark("plan", *MXFP4, "--json")
+    assert json.loads(out)["output_bytes"] == sum(file.stat().st_size for file in made.glob("*.safetensors"))
+
+
+def test_plan_of_calibrated_schemes_says_what_data(quark):
+    code, out, err = quark("plan", "--model", "demo", "--scheme", "nvfp4", "--calib-samples", "7")
+    assert code == 0
+    assert "sites need data: 7 rows of 512 tokens from builtin" in out
+    assert err.startswith("warning: calibrating on the built-in text")
+
+
+@pytest.mark.parametrize(
+    ("extra", "code", "text"),
+    [
+        (["--exclude", "*dwn_proj"], 3, "--exclude '*dwn_proj': '*dwn_proj' matches 0 of"),
+        (["--layer", "x"], 2, "PATTERN=SCHEME"),
+        (["--unprotect", "heads"], 3, "unknown role 'heads'"),
+        (["--recipe", "nvfp4"], 2, "--scheme and --recipe exclude each other"),
+        (["--dialect", "gguf"], 2, "unknown dialect 'gguf'"),
+        (["--algorithm", "magic"], 2, "unknown algorithm 'magic'"),
+    ],
+)
+def test_wrong_flags(quark, extra, code, text):
+    answer = quark("plan", *MXFP4, *extra)
+    assert answer.code == code
+    assert answer.out == ""
+    assert text in answer.err
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("90", 90), ("90s", 90), ("5m", 300), ("3h50m", 13800), ("1h0m1s", 3601), ("2h", 7200)]
+)
+def test_seconds(text, expected):
+    assert flags.seconds(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "x", "3.5h", "-5", "0", "5m3h", "1d"])
+def test_no_seconds(text):
+    with pytest.raises(flags.typer.BadParameter):
+        flags.seconds(text)
+
+
+def test_every_option_of_the_job_has_a_flag_that_reaches_it():
+    own = {field.name for field in fields(flags.JobFlags)}
+    wanted = {field.name for field in fields(job.Options)} | {field.name for field in fields(job.Overrides)}
+    assert wanted - own == {"overrides", "verify"}
+    screen = {"json", "quiet", "progress", "log_level", "log_format", "debug"}
+    assert own - wanted == screen
+
+
+def test_flags_become_options():
+    given = flags.JobFlags(
+        model="m", scheme="fp8", layers=["a=fp8"], calib_samples=3, time_budget=5.0, kv_cache="none", offline=True
+    )
+    options = given.options()
+    assert (options.scheme, options.calib_samples, options.time_budget, options.offline) == ("fp8", 3, 5.0, True)
+    assert options.overrides.layers == ["a=fp8"]
+    assert options.overrides.kv_cache == "none"
+    assert options.overrides.exclude == ()
+
+
+def test_offline_follows_the_hub_variable(quark, monkeypatch):
+    seen = []
+    monkeypatch.setattr(job, "prepare", lambda options, *_: seen.append(options.offline) or 1 / 0)
+    quark("plan", *MXFP4)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    quark("plan", *MXFP4)
+    quark("plan", *MXFP4, "--offline")
+    assert seen == [True, False, True]
+
+
+@pytest.mark.parametrize(("numbers", "text"), [([3], "3"), ([0, 2, 3, 4], "0,2-4"), ([5, 4, 4], "4-5")])
+def test_ranges(numbers, text):
+    assert planview.ranges(numbers) == text
+
+
+def test_fold_says_which_layers_a_row_is_about():
+    names = [f"layers.{layer}.experts.{expert}.up" for layer in range(3) for expert in range(2)]
+    assert list(planview.fold([(name, "k") for name in names], names)) == [("layers.*.experts.*.up", 6, "k")]
+    some = [(name, "k") for name in names if not name.startswith("layers.1")]
+    assert list(planview.fold(some, names)) == [("layers.{0,2}.experts.*.up", 4, "k")]

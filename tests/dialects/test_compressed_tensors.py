@@ -1,0 +1,256 @@
+"""The compressed-tensors dialect against the compressed-tensors library."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
+from compressed_tensors.utils.match import match_name
+
+from quarkcli import dialects
+from quarkcli.numerics.quantize import dequantize
+from quarkcli.plan.model import Plan
+
+from .plans import (
+    FP8,
+    FP8_CHANNEL,
+    FP8_TOKEN,
+    INT4_CHANNEL,
+    INT8_CHANNEL,
+    INT8_TENSOR,
+    MXFP4,
+    NVFP4,
+    NVFP4_INPUT,
+    PAIRS,
+    Module,
+    Pair,
+    attention,
+    int4,
+    linears,
+    llama,
+    moe,
+    plan,
+    target,
+)  # fmt: skip
+from .test_roundtrip import HELD, written
+
+CT = dialects.get("compressed-tensors")
+MIXED: dict[str, Pair | None] = {"q": PAIRS["fp8"], "k": PAIRS["fp8"], "v": PAIRS["fp8"], "o": PAIRS["int4-32"]}
+BOTH = {"vllm", "transformers"}
+
+
+def validated(config: dict) -> QuantizationConfig:
+    """The config as the library reads it, after a trip through JSON; unknown keys of a group are refused by it."""
+    return QuantizationConfig.model_validate(json.loads(json.dumps(config)))
+
+
+def chosen(config: dict, name: str, *, linear: bool = True) -> list[str]:
+    """The groups that target a module of that name, unless it is ignored; the library's own name matching."""
+    if any(match_name(name, pattern) for pattern in config["ignore"]):
+        return []
+    return [
+        group
+        for group, scheme in config["config_groups"].items()
+        if any(match_name(name, t) or (t == "Linear" and linear) for t in scheme["targets"])
+    ]
+
+
+@pytest.mark.parametrize("scheme", HELD["compressed-tensors"])
+@pytest.mark.parametrize("shape", [(96, 64), (40, 192)])
+def test_the_library_decompresses_to_our_values(scheme: str, shape: tuple[int, int]) -> None:
+    item = target(Module("m", shape, "up"), HELD["compressed-tensors"][scheme])
+    quantized, source, tensors = written(CT, item)
+    made = plan([Module("m", shape, "up")], linears(HELD["compressed-tensors"][scheme]))
+    group = CT.config(made)["config_groups"]["group_0"]
+    arguments = QuantizationScheme.model_validate(json.loads(json.dumps(group)))
+    local = {name.removeprefix("m."): tensor for name, tensor in tensors.items()}
+    known = BaseCompressor.get_value_from_registry(group["format"]).compression_param_names(arguments)
+    assert set(known) <= {*local, "input_global_scale"}
+    if local["weight_scale"].is_floating_point() and local["weight_scale"].itemsize == 2:
+        local["weight_scale"] = local["weight_scale"].float()  # the library's result has the dtype of the scale
+    found = BaseCompressor.get_value_from_registry(group["format"]).decompress(local, arguments)["weight"]
+    wanted = dequantize(quantized, item.weight)
+    # The library expands fp4 in bfloat16: exact for power-of-two scales, rounded under a global scale.
+    tolerance = 2**-7 if item.weight.scale.over else 0
+    torch.testing.assert_close(found.float(), wanted, rtol=tolerance, atol=0)
+    if "input_global_scale" in local:
+        torch.testing.assert_close(local["input_global_scale"], 1 / source.reshape(1))
+
+
+@pytest.mark.parametrize("scheme", HELD["compressed-tensors"])
+def test_config_is_valid_and_covers_the_linears(scheme: str) -> None:
+    made = plan(llama(), linears(HELD["compressed-tensors"][scheme]), kv=FP8, tied_head="model.head")
+    config = CT.config(made)
+    read = validated(config)
+    assert read.quantization_status == "compressed"
+    assert read.kv_cache_scheme.num_bits == 8 and read.kv_cache_scheme.strategy == "tensor"
+    assert read.format == read.config_groups["group_0"].format
+    assert config["config_groups"]["group_0"]["targets"] == ["Linear"]
+    assert config["ignore"] == ["lm_head", "model.head"]
+    assert read.model_dump()["config_groups"].keys() == {"group_0"}
+
+
+def test_two_level_arguments() -> None:
+    scheme = validated(CT.config(plan(llama(), linears((NVFP4, NVFP4_INPUT))))).config_groups["group_0"]
+    assert (scheme.weights.strategy, scheme.weights.scale_dtype) == ("tensor_group", torch.float8_e4m3fn)
+    assert (scheme.input_activations.dynamic, scheme.input_activations.group_size) == ("local", 16)
+
+
+def test_mixed_plan_names_its_modules() -> None:
+    made = plan(llama(), lambda m: MIXED.get(m.role))
+    config = CT.config(made)
+    validated(config)
+    assert config["format"] == "mixed-precision"
+    assert {group["format"] for group in config["config_groups"].values()} == {"float-quantized", "pack-quantized"}
+    for item in made.targets.values():
+        groups = chosen(config, item.name)
+        assert len(groups) == (item.weight is not None), item.name
+    unquantized = [t.name for t in made.targets.values() if t.weight is None and t.role != "embedding"]
+    assert config["ignore"] == unquantized
+
+
+def test_a_quantized_head_is_named_because_it_is_no_linear_to_vllm() -> None:
+    made = plan(llama(), lambda m: None if m.role == "embedding" else PAIRS["int4-32"])
+    config = CT.config(made)
+    assert config["config_groups"]["group_0"]["targets"] == ["Linear", "lm_head"]
+    assert config["ignore"] == []
+
+
+@pytest.mark.parametrize("mixtral", [False, True])
+def test_experts_become_one_exact_pattern(mixtral: bool) -> None:
+    made = plan(moe(layers=12, mixtral=mixtral), lambda m: PAIRS["mxfp4"] if m.expert else MIXED.get(m.role))
+    config = CT.config(made)
+    targets = [target for group in config["config_groups"].values() for target in group["targets"]]
+    patterns = [target for target in targets if target.startswith("re:")]
+    assert len(patterns) == 1
+    assert "experts" in patterns[0]  # how transformers finds the group of the experts
+    assert_exact(made, config)
+
+
+def test_patterns_of_some_layers_and_some_projections() -> None:
+    def choose(module: Module) -> Pair | None:
+        if module.expert is None:
+            return None
+        return PAIRS["fp8"] if re.search(r"layers\.(1|10)\.", module.name) else PAIRS["mxfp4"]
+
+    made = plan(moe(layers=12), choose)
+    config = CT.config(made)
+    assert sum(len(group["targets"]) for group in config["config_groups"].values()) == 2
+    assert_exact(made, config)
+    down = plan(moe(layers=3), lambda m: PAIRS["mxfp4"] if m.role == "expert_down" else None)
+    assert_exact(down, CT.config(down))
+    one = plan(moe(layers=3), lambda m: PAIRS["mxfp4"] if m.expert and m.expert[1] == 2 else PAIRS["fp8"])
+    assert_exact(one, CT.config(one))
+
+
+def test_a_second_list_of_layers_does_not_slip_into_the_pattern() -> None:
+    extra = [
+        Module(m.name.replace("model.", "mtp."), m.shape, m.role, m.expert and ("mtp." + m.expert[0][6:], m.expert[1]))
+        for m in moe()
+        if m.expert
+    ]
+    made = plan([*moe(), *extra], lambda m: PAIRS["fp8"] if m.expert and m.name.startswith("model.") else None)
+    assert_exact(made, CT.config(made))
+
+
+def assert_exact(made: Plan, config: dict) -> None:
+    validated(config)
+    for item in made.targets.values():
+        groups = chosen(config, item.name, linear=item.role != "embedding")
+        assert len(groups) == (item.weight is not None), item.name
+
+
+def test_only_a_cache() -> None:
+    made = plan(llama(), lambda m: None, kv=FP8)
+    config = CT.config(made)
+    assert config["config_groups"] == {}
+    assert validated(config).kv_cache_scheme is not None
+    infos = [info for module in made.attention.values() for info in CT.attention_infos(module)]
+    assert [info.name for info in infos[:2]] == ["model.layers.0.self_attn.k_scale", "model.layers.0.self_attn.v_scale"]
+    assert CT.config(plan(llama(), linears(PAIRS["fp8"])))["kv_cache_scheme"] is None
+
+
+@pytest.mark.parametrize(
+    ("pair", "loaders"),
+    [
+        (PAIRS["fp8"], BOTH),
+        (PAIRS["ptpc"], BOTH),
+        (PAIRS["fp8-weight-only"], BOTH),
+        (PAIRS["int4-32"], BOTH),
+        ((INT4_CHANNEL, None), BOTH),
+        (PAIRS["int8-static"], BOTH),
+        (PAIRS["int8-channel"], BOTH),
+        (PAIRS["int8-tensor"], {"transformers"}),
+        (PAIRS["mxfp4"], BOTH),
+        (PAIRS["nvfp4"], BOTH),
+        (PAIRS["nvfp4-weight-only"], BOTH),
+    ],
+)
+def test_loaders_of_dense_models(pair: Pair, loaders: set[str]) -> None:
+    assert CT.loaders(plan(llama(), linears(pair))) == loaders
+
+
+@pytest.mark.parametrize(
+    ("experts", "rest", "loaders"),
+    [
+        (PAIRS["ptpc"], PAIRS["ptpc"], BOTH),
+        (PAIRS["int4-32"], PAIRS["int4-32"], BOTH),
+        (PAIRS["mxfp4"], PAIRS["mxfp4"], BOTH),
+        (PAIRS["mxfp4"], PAIRS["fp8"], BOTH),
+        (PAIRS["mxfp4"], None, BOTH),
+        (PAIRS["fp8"], PAIRS["fp8"], {"vllm"}),  # transformers: input_scale of the experts is unexpected
+        (PAIRS["nvfp4"], PAIRS["nvfp4"], {"vllm"}),  # transformers: forgets the global scale
+        (PAIRS["int8-token"], PAIRS["int8-token"], {"vllm"}),
+        (PAIRS["int8-static"], PAIRS["int8-static"], set()),
+        (PAIRS["fp8-weight-only"], PAIRS["fp8-weight-only"], {"transformers"}),
+        (None, PAIRS["fp8"], BOTH),
+        (None, PAIRS["int4-32"], {"vllm"}),  # transformers: drops weights it finds no packed tensors for
+    ],
+)
+def test_loaders_of_expert_models(experts: Pair | None, rest: Pair | None, loaders: set[str]) -> None:
+    made = plan(moe(), lambda m: experts if m.expert else linears(rest)(m) if rest else None)
+    assert CT.loaders(made) == loaders
+
+
+def test_loaders_see_what_a_server_fuses() -> None:
+    split = plan(llama(), lambda m: PAIRS["fp8"] if m.role == "q" else None)
+    assert CT.loaders(split) == {"transformers"}
+    layers = plan(moe(), lambda m: PAIRS["int4-32" if ".0." in m.name[:16] else "mxfp4"] if m.expert else None)
+    assert CT.loaders(layers) == {"vllm"}
+    fused = plan(moe(fused=True), linears(PAIRS["ptpc"]))
+    assert CT.loaders(fused) == {"vllm"}
+    untouched = plan(moe(fused=True), lambda m: None if m.expert else linears(PAIRS["int4-32"])(m))
+    assert CT.loaders(untouched) == BOTH
+
+
+@pytest.mark.parametrize(
+    ("pair", "words"),
+    [
+        ((int4(48), None), "not a multiple of the group of 48"),
+        ((int4(32), FP8_TOKEN), "cannot hold weight int4 group 32"),
+        ((FP8_CHANNEL, INT8_TENSOR), "fp8_e4m3 channel 0"),
+        ((MXFP4, FP8), "fp4_e2m1 group 32"),
+    ],
+)
+def test_refusals_name_module_and_spec(pair: Pair, words: str) -> None:
+    refusals = CT.refusals(plan(llama(), lambda m: pair if m.role == "q" else None))
+    assert len(refusals) == 1
+    assert refusals[0].startswith("model.layers.0.self_attn.q_proj (and 1 more): ")
+    assert words in refusals[0]
+    assert CT.loaders(plan(llama(), lambda m: pair if m.role == "q" else None)) == set()
+
+
+def test_other_refusals() -> None:
+    ragged = plan([Module("m.down_proj", (8, 20), "down")], linears((INT4_CHANNEL, None)))
+    assert CT.refusals(ragged) == ["m.down_proj: 20 input features do not fill 32-bit words of 8 int4 codes"]
+    embedding = plan(llama(), lambda m: (INT8_CHANNEL, None) if m.role == "embedding" else None)
+    assert "embedding" in CT.refusals(embedding)[0]
+    partial = plan(llama(), linears(PAIRS["fp8"]), kv=FP8)
+    partial.attention["model.layers.1.self_attn"] = attention("model.layers.1.self_attn", None)
+    assert "model.layers.1.self_attn" in CT.refusals(partial)[0]
+    wrong = plan(llama(), linears(PAIRS["fp8"]), kv=FP8_TOKEN)
+    assert "k_bmm_quantizer" in CT.refusals(wrong)[0]

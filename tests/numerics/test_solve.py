@@ -1,0 +1,250 @@
+"""The GPTQ loop: identities that hold for any correct implementation, for integer and float formats."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from quarkcli.errors import DataError
+from quarkcli.numerics import solve as solve_module
+from quarkcli.numerics.quantize import decode, effective_scale, encode, make_qparams
+from quarkcli.numerics.solve import Factor, Solved, factorize, solve
+from quarkcli.spec import PerChannel, PerGroup, PerTensor, PerTile, ScaleSpec, TensorSpec
+
+SPECS = {
+    "int4": TensorSpec("int4", PerGroup(32), ScaleSpec("bf16", "half_range")),
+    "nvfp4": TensorSpec("fp4_e2m1", PerGroup(16), ScaleSpec("e4m3", over=ScaleSpec("f32"))),
+    "mxfp4": TensorSpec("fp4_e2m1", PerGroup(32), ScaleSpec("e8m0", "even")),
+    "fp8": TensorSpec("fp8_e4m3", PerTensor(), ScaleSpec("f32")),
+    "int8": TensorSpec("int8", PerChannel(0), ScaleSpec("f32", "half_range")),
+    "tile": TensorSpec("int4", PerTile(16, 80), ScaleSpec("f32", "half_range")),
+}
+every_spec = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+N, R = 192, 40
+
+
+def problem(seed: int = 0, cols: int = N) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights [R, cols] and the second moment of correlated inputs with outlier channels."""
+    g = torch.Generator().manual_seed(seed)
+    mix = torch.randn(24, cols, generator=g)
+    x = torch.randn(4 * cols, 24, generator=g) @ mix + 0.3 * torch.randn(4 * cols, cols, generator=g)
+    x *= torch.exp(0.7 * torch.randn(cols, generator=g))
+    return torch.randn(R, cols, generator=g) * 0.05, x.T @ x / len(x)
+
+
+def run(
+    weight: torch.Tensor, gram: torch.Tensor, spec: TensorSpec, columns: int = 128, act_order: bool = True
+) -> tuple[Solved, torch.Tensor, Factor]:
+    """Codes, the dequantized weight, the factor."""
+    factor = factorize(gram, act_order=act_order)
+    assert factor is not None
+    params = make_qparams(weight, spec)
+    scale = effective_scale(params, spec, weight.shape)
+    solved = solve(weight, factor, scale, spec.element, spec.group_size or weight.shape[1], columns=columns)
+    return solved, decode(solved.codes, spec, params), factor
+
+
+def rtn(weight: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
+    return encode(weight, spec, make_qparams(weight, spec))
+
+
+def error(weight: torch.Tensor, rounded: torch.Tensor, gram: torch.Tensor) -> float:
+    """tr((W - Q) H (W - Q)^T) in float64."""
+    d = (weight - rounded).double()
+    return float((d @ gram.double() * d).sum())
+
+
+def same_codes(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Share of equal codes."""
+    return float((a.view(torch.uint8) == b.view(torch.uint8)).float().mean())
+
+
+def test_factor_is_that_of_the_inverse() -> None:
+    _, gram = problem()
+    factor = factorize(gram)
+    assert factor is not None
+    assert factor.order is not None
+    damped = gram.double() + 0.01 * gram.diagonal().double().mean() * torch.eye(N, dtype=torch.float64)
+    inverse = torch.linalg.inv(damped)[factor.order][:, factor.order]
+    upper = factor.upper.double()
+    assert torch.equal(factor.upper, factor.upper.triu())
+    assert torch.allclose(upper.T @ upper, inverse, rtol=1e-3, atol=1e-4 * float(inverse.abs().max()))
+    assert torch.equal(factor.order, torch.argsort(gram.diagonal(), descending=True, stable=True))
+
+
+@every_spec
+@pytest.mark.parametrize("act_order", [True, False])
+def test_identity_gram_is_rounding_to_nearest(spec: TensorSpec, act_order: bool) -> None:
+    weight, _ = problem()
+    solved, _, _ = run(weight, torch.eye(N), spec, act_order=act_order)
+    assert torch.equal(solved.codes.view(torch.uint8), rtn(weight, spec).view(torch.uint8))
+
+
+@every_spec
+def test_result_does_not_depend_on_the_block_size(spec: TensorSpec) -> None:
+    weight, gram = problem()
+    base, rounded, _ = run(weight, gram, spec, columns=128)
+    for columns in (1, 8, 50, 192):
+        other, again, _ = run(weight, gram, spec, columns=columns)
+        assert same_codes(base.codes, other.codes) > 0.99  # a tie that falls the other way moves later columns
+        assert error(weight, again, gram) == pytest.approx(error(weight, rounded, gram), rel=0.02)
+        assert other.loss == pytest.approx(base.loss, rel=0.02)
+
+
+@every_spec
+@pytest.mark.parametrize("act_order", [True, False])
+def test_loss_is_the_damped_objective(spec: TensorSpec, act_order: bool) -> None:
+    weight, gram = problem()
+    solved, rounded, factor = run(weight, gram, spec, act_order=act_order)
+    damped = gram.double() + factor.damp * gram.diagonal().double().mean() * torch.eye(N, dtype=torch.float64)
+    assert solved.loss == pytest.approx(error(weight, rounded, damped), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["int4", "nvfp4", "mxfp4"])
+def test_error_is_at_most_half_of_rounding_to_nearest(name: str) -> None:
+    weight, gram = problem()
+    spec = SPECS[name]
+    _, rounded, _ = run(weight, gram, spec)
+    nearest = decode(rtn(weight, spec), spec, make_qparams(weight, spec))
+    assert error(weight, rounded, gram) < 0.5 * error(weight, nearest, gram)
+
+
+@every_spec
+def test_reordering_leaves_the_stored_groups_alone(spec: TensorSpec) -> None:
+    """With scales fixed beforehand the codes fit the scales of rounding to nearest: values stay near the weight."""
+    weight, gram = problem()
+    _, rounded, factor = run(weight, gram, spec, act_order=True)
+    assert factor.order is not None
+    assert not torch.equal(factor.order, torch.arange(N))
+    assert float((rounded - weight).norm() / weight.norm()) < 0.5
+
+
+def test_permuted_inputs_give_permuted_codes() -> None:
+    """Needs one scale per row, so that no group changes its members."""
+    weight, gram = problem()
+    spec = SPECS["int8"]
+    mixed = torch.randperm(N, generator=torch.Generator().manual_seed(4))
+    base, _, _ = run(weight, gram, spec)
+    other, _, _ = run(weight[:, mixed], gram[mixed][:, mixed], spec)
+    assert same_codes(other.codes, base.codes[:, mixed]) > 0.99
+
+
+@pytest.mark.parametrize("name", ["int4", "nvfp4"])
+@pytest.mark.parametrize("act_order", [True, False])
+def test_dead_columns(name: str, act_order: bool) -> None:
+    spec = SPECS[name]
+    weight, gram = problem()
+    dead = torch.zeros(N, dtype=torch.bool)
+    dead[[3, 40, 41, 190]] = True
+    gram[dead] = 0
+    gram[:, dead] = 0
+    solved, rounded, factor = run(weight, gram, spec, act_order=act_order)
+    assert torch.equal(factor.dead, dead)
+    assert bool(rounded.isfinite().all())
+    assert bool((rounded[:, dead] == 0).all())
+    # The same problem without these columns, with the scales of the whole weight per column.
+    scale = effective_scale(make_qparams(weight, spec), spec, weight.shape)
+    per_column = scale.repeat_interleave(spec.group_size or N, 1)[:, ~dead]
+    small = factorize(gram[~dead][:, ~dead], act_order=act_order)
+    assert small is not None
+    alone = solve(weight[:, ~dead].contiguous(), small, per_column, spec.element, 1)
+    assert same_codes(solved.codes[:, ~dead], alone.codes) > 0.99
+    assert solved.loss == pytest.approx(alone.loss, rel=0.01)
+
+
+def test_all_inputs_dead() -> None:
+    weight, _ = problem()
+    _, rounded, _ = run(weight, torch.zeros(N, N), SPECS["int4"])
+    assert bool((rounded == 0).all())
+
+
+@every_spec
+def test_codes_and_scales_dequantize_to_what_the_solver_compensated(
+    spec: TensorSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The grid values times the scale, as used inside the loop, are the decoded weight bit for bit."""
+    weight, gram = problem()
+    seen: list[torch.Tensor] = []
+    original = solve_module._solve_block
+
+    def spy(block, couplings, scales, element):
+        values, differences = original(block, couplings, scales, element)
+        seen.append(values * scales)
+        return values, differences
+
+    monkeypatch.setattr(solve_module, "_solve_block", spy)
+    _, rounded, factor = run(weight, gram, spec)
+    assert factor.order is not None
+    assert torch.equal(torch.cat(seen).t(), rounded[:, factor.order])
+
+
+def test_rows_are_independent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several linears with the same input can be solved at once; pieces of rows change nothing."""
+    spec = SPECS["nvfp4"]
+    weight, gram = problem()
+    whole, _, factor = run(weight, gram, spec)
+    scale = effective_scale(make_qparams(weight, spec), spec, weight.shape)
+    halves = [solve(weight[a:b], factor, scale[a:b], spec.element, 16) for a, b in ((0, 15), (15, R))]
+    assert same_codes(whole.codes, torch.cat([half.codes for half in halves])) > 0.99
+    assert whole.loss == pytest.approx(sum(half.loss for half in halves), rel=0.01)
+    monkeypatch.setattr(solve_module, "_CPU_ROWS", 16)
+    parts, _, _ = run(weight, gram, spec)
+    assert same_codes(whole.codes, parts.codes) > 0.99
+
+
+def test_the_scale_of_the_gram_does_not_matter() -> None:
+    weight, gram = problem()
+    base, _, _ = run(weight, gram, SPECS["int4"])
+    other, _, _ = run(weight, gram * 128, SPECS["int4"])
+    assert torch.equal(base.codes, other.codes)
+
+
+def test_the_weight_and_the_gram_are_left_alone() -> None:
+    weight, gram = problem()
+    before = weight.clone(), gram.clone()
+    run(weight, gram, SPECS["int4"])
+    assert torch.equal(weight, before[0])
+    assert torch.equal(gram, before[1])
+
+
+def test_a_singular_gram_is_damped() -> None:
+    x = torch.randn(20, 64, generator=torch.Generator().manual_seed(1))
+    factor = factorize(x.T @ x)
+    assert factor is not None
+    assert factor.attempts == 1
+    assert factor.damp == 0.01
+
+
+def test_damping_grows_until_the_factorization_succeeds() -> None:
+    gram = torch.eye(8)
+    gram[0, 1] = gram[1, 0] = 1.05  # one eigenvalue is -0.05
+    factor = factorize(gram, damp=0.01)
+    assert factor is not None
+    assert factor.damp == pytest.approx(0.1)
+    assert factor.attempts == 2
+    gram[0, 1] = gram[1, 0] = 1e9
+    assert factorize(gram, damp=0.01) is None
+
+
+def test_float64_rescues_what_float32_cannot_factor() -> None:
+    """1 + 1e-9 is 1 in float32, so a matrix of ones stays singular there."""
+    factor = factorize(torch.ones(8, 8), damp=1e-9)
+    assert factor is not None
+    assert factor.attempts == 1
+    assert factor.damp == 1e-9
+    assert bool(factor.upper.isfinite().all())
+
+
+def test_equal_diagonals_keep_their_order() -> None:
+    gram = torch.eye(200)
+    factor = factorize(gram)
+    assert factor is not None
+    assert factor.order is not None
+    assert torch.equal(factor.order, torch.arange(200))
+
+
+def test_a_non_finite_gram_is_refused() -> None:
+    gram = torch.eye(4)
+    gram[2, 1] = float("nan")
+    with pytest.raises(DataError, match="not finite"):
+        factorize(gram)
