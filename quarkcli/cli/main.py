@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any, NoReturn
@@ -69,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     output.reset(arguments)
     try:
-        with _terminable():
+        with _terminable(), _without_warnings():
             code = app(arguments, prog_name="quark", standalone_mode=False)
     except QuarkError as error:
         return _fail(error)
@@ -101,6 +102,15 @@ def _terminable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Python warnings of libraries are for their developers; ours are events. Asked for, they stay."""
+    with warnings.catch_warnings():
+        if not sys.warnoptions and not output.session.debug:
+            warnings.simplefilter("ignore")
+        yield
 
 
 def _fail(error: QuarkError) -> int:

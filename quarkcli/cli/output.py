@@ -46,6 +46,15 @@ def start(*, json: bool = False, debug: bool = False, quiet: bool = False) -> No
     """A command begins. `debug` only adds to what the environment said."""
     session.json, session.quiet = json, quiet
     session.debug = session.debug or debug
+    if json or quiet or not is_terminal("stderr"):
+        _hush_libraries()
+
+
+def _hush_libraries() -> None:
+    """No bars and chatter of the libraries, which are imported after this, between our lines; a user's choice stays."""
+    for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):
+        os.environ.setdefault(name, "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
 def reset(argv: Sequence[str]) -> None:

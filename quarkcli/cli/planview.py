@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from quarkcli.job import Prepared
 
 SCHEMA = "quark/plan/1"
+_CALIBRATION = ("calib_data", "calib_samples", "calib_seqlen", "calib_batch", "calib_column")
 _INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
@@ -78,7 +79,9 @@ def header(prepared: Prepared) -> list[str]:
 def _data(prepared: Prepared) -> str:
     settings = prepared.calibration
     if settings is None:
-        return "none needed"
+        given = [name for name in _CALIBRATION if getattr(prepared.options, name) is not None]
+        unused = ", ".join("--" + name.replace("_", "-") for name in given)
+        return "none needed" + (f"; {unused} not used" if unused else "")
     at_most = "" if settings.asked else "up to "
     return (
         f"{len(prepared.needs)} sites need data: {at_most}{settings.samples} rows of {settings.seqlen} tokens "

@@ -54,8 +54,12 @@ def _facts(report: Mapping[str, Any]) -> Rows:
         *_calibration(report["calibration"]),
         *_loss(report["loss"]),
         ("peak", f"RAM {output.size(report['peak_rss_bytes'])}{gpu}"),
-        ("time", f"{report['seconds']:.1f} s ({duration(report['seconds'])}) on {report['device']}"),
+        ("time", f"{_time(report['seconds'])} on {report['device']}"),
     ]
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 60 else duration(seconds)
 
 
 def _experts(experts: Mapping[str, Any]) -> Rows:

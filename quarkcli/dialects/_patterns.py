@@ -33,6 +33,45 @@ def exact_patterns(targets: Iterable[Target], universe: Iterable[str]) -> list[s
     return names
 
 
+def ignored(targets: Iterable[Target], universe: Iterable[str], quantized: Iterable[str]) -> list[str]:
+    """Names and patterns of unquantized `targets`, none of them matching a `quantized` name.
+
+    A tree beside the decoder (a vision tower, a projector) without a quantized module becomes one pattern that allows
+    another prefix: transformers keeps such trees under other names in memory than the files have.
+    """
+    taken = list(quantized)
+    roots: dict[str, bool] = {}
+    trees: dict[str, None] = {}
+    rest = []
+    for target in targets:
+        root = next((root for root in _roots(target.name) if _untouched(root, taken, roots)), None)
+        if root is None or target.expert is not None:
+            rest.append(target)
+        else:
+            trees[_MARK + _tree(root)] = None
+    return [*trees, *exact_patterns(rest, universe)]
+
+
+def _roots(name: str) -> Iterator[str]:
+    """Parents of a module that are above every numbered list, shortest first."""
+    parts = name.split(".")
+    first = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts))
+    for length in range(1, min(first, len(parts) - 1) + 1):
+        yield ".".join(parts[:length])
+
+
+def _tree(root: str) -> str:
+    return rf"(.*\.)?{re.escape(root)}\."
+
+
+def _untouched(root: str, taken: list[str], known: dict[str, bool]) -> bool:
+    """True when no quantized module is under `root`; `known` remembers answers."""
+    if root not in known:
+        matcher = re.compile(_tree(root))
+        known[root] = not any(matcher.match(name) for name in taken)
+    return known[root]
+
+
 def _alike(targets: list[Target]) -> dict[tuple[str, frozenset[str]], dict[str, list[Target]]]:
     """(prefix with numbers marked, projections) -> layer prefix -> its targets."""
     layers: dict[str, list[Target]] = {}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from quarkcli.dialects import _shared as shared
 from quarkcli.dialects._ct_arguments import KV_CACHE, read_input, read_weight, scheme_group
-from quarkcli.dialects._patterns import exact_patterns, matches_name
+from quarkcli.dialects._patterns import exact_patterns, ignored, matches_name
 from quarkcli.dialects._shared import Kinds, Pair
 from quarkcli.dialects.base import HeaderLike, StoredAttention, StoredTarget, StoredView, TensorInfo
 from quarkcli.errors import ModelError
@@ -123,6 +123,7 @@ class CompressedTensors:
         groups = _ordered_groups(plan)
         formats = {_format(pair) for pair in groups}
         universe = [*plan.targets, *shared.tied_head(plan)]
+        quantized = [target.name for target in plan.quantized()]
         config: dict[str, Any] = {
             "quant_method": self.quant_method,
             "format": formats.pop() if len(formats) == 1 else "mixed-precision" if formats else "dense",
@@ -132,7 +133,7 @@ class CompressedTensors:
                 f"group_{index}": scheme_group(pair, _format(pair), _targets(targets, universe, alone=len(groups) == 1))
                 for index, (pair, targets) in enumerate(groups.items())
             },
-            "ignore": [*exact_patterns(shared.unquantized(plan), universe), *shared.tied_head(plan)],
+            "ignore": [*ignored(shared.unquantized(plan), universe, quantized), *shared.tied_head(plan)],
             "kv_cache_scheme": KV_CACHE if shared.cached(plan) else None,
         }
         return config

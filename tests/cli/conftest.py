@@ -9,6 +9,14 @@ from typing import NamedTuple
 import pytest
 
 from quarkcli.cli import main
+from quarkcli.recipe import catalog
+
+HUSHED = (
+    "HF_HUB_DISABLE_PROGRESS_BARS",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS",
+    "TQDM_DISABLE",
+    "TRANSFORMERS_VERBOSITY",
+)
 
 
 class Answer(NamedTuple):
@@ -26,8 +34,12 @@ def quark(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("QUARK_HOME", str(tmp_path / "home"))
+    for name in HUSHED:
+        monkeypatch.setenv(name, "1" if name != "TRANSFORMERS_VERBOSITY" else "error")  # restored afterwards
     for name in ("NO_COLOR", "FORCE_COLOR", "QUARK_DEBUG", "CI"):
         monkeypatch.delenv(name, raising=False)
+
+    catalog.document.cache_clear()  # files of other tests had the same relative names
 
     def call(*arguments: str) -> Answer:
         capsys.readouterr()

@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
 
 from quarkcli.cli import output
+from tests.cli.conftest import HUSHED
 
 
 @pytest.fixture(autouse=True)
@@ -72,6 +74,20 @@ def test_json_is_valid_for_any_number(capsys):
     out = capsys.readouterr().out
     assert json.loads(out) == {"schema": "s", "kl": None, "ppl": None, "sites": ["a", "b"], "path": "p", "n": [1]}
     assert "NaN" not in out
+
+
+def test_libraries_are_hushed_off_a_terminal_and_a_choice_stays(monkeypatch):
+    for name in HUSHED:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "info")
+    monkeypatch.setattr(output, "is_terminal", lambda name: True)
+    output.start()
+    assert "TQDM_DISABLE" not in os.environ
+    monkeypatch.setattr(output, "is_terminal", lambda name: False)
+    output.start()
+    assert os.environ["TQDM_DISABLE"] == "1"
+    assert os.environ["TRANSFORMERS_VERBOSITY"] == "info"
 
 
 def test_quiet_drops_notes_only(capsys):

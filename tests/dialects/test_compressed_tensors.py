@@ -147,6 +147,18 @@ def test_patterns_of_some_layers_and_some_projections() -> None:
     assert_exact(one, CT.config(one))
 
 
+def test_a_tree_beside_the_decoder_is_ignored_under_any_prefix() -> None:
+    """gemma3: the file says `vision_tower.`, the module in memory is `model.vision_tower.`."""
+    tower = [Module(f"vision_tower.encoder.layers.{i}.self_attn.q_proj", (64, 64), "vision") for i in range(2)]
+    made = plan([*llama(), *tower, Module("projector.linear", (64, 64), "projector")], linears(PAIRS["fp8"]))
+    for module in (*tower, Module("projector.linear", (64, 64), "projector")):
+        made.targets[module.name] = target(module, None)
+    config = CT.config(made)
+    assert config["ignore"] == [r"re:(.*\.)?vision_tower\.", r"re:(.*\.)?projector\.", "lm_head"]
+    assert_exact(made, config)
+    assert not chosen(config, f"model.{tower[0].name}")
+
+
 def test_a_second_list_of_layers_does_not_slip_into_the_pattern() -> None:
     extra = [
         Module(m.name.replace("model.", "mtp."), m.shape, m.role, m.expert and ("mtp." + m.expert[0][6:], m.expert[1]))
