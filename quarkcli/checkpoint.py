@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from quarkcli import dialects, family
+from quarkcli.activations import ActivationQuantizer, CacheQuantizer
 from quarkcli.dialects.base import Dialect, StoredTarget, StoredView
 from quarkcli.errors import ModelError
 from quarkcli.family import FamilyModel, WeightView, fused_views
 from quarkcli.source import Source
-from quarkcli.walk import ActivationQuantizer, CacheQuantizer
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -11,6 +11,9 @@ from quarkcli.family import HeaderLike
 from quarkcli.plan.model import Part, Plan, Target
 from quarkcli.writer import plan_files, tensor_bytes
 
+# What the process itself takes before any tensor: interpreter and torch, and transformers when a model runs.
+RUNTIME_BYTES = {False: 250_000_000, True: 550_000_000}
+
 
 @dataclass(frozen=True)
 class Forecast:
@@ -85,7 +88,7 @@ def forecast(
     carry = tokens * hidden * 2 if calibrated else 0
     widest = max((target.shape[1] for target in plan.quantized()), default=0)
     moments = 4 * widest * widest * 4 if grams else 0
-    memory = int(largest * (2.5 if calibrated else 1.6)) + 2 * carry + moments
+    memory = RUNTIME_BYTES[calibrated] + int(largest * (2.5 if calibrated else 1.6)) + 2 * carry + moments
     return Forecast(
         source_bytes=source_bytes,
         output_bytes=output,

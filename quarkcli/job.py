@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -131,18 +132,24 @@ def prepare(options: Options, tell: Listener = silent) -> Prepared:
     calibration = preflight.calibration(options, recipe, source, needs)
     size = preflight.forecast_of(plan, dialect, source, calibration, needs)
     output = options.output or Path(f"{'demo' if options.model == 'demo' else source.name}-{recipe.name}")
-    warnings = [*plan.warnings, *(calibration.warnings if calibration else [])]
+    warnings = [*plan.warnings, *(calibration.warnings if calibration else preflight.unused_flags(options))]
     return Prepared(
         options, recipe, source, layout, plan, steps, dialect, reason, needs, calibration, size, output, warnings
     )  # fmt: skip
 
 
-def run(options: Options, tell: Listener = silent) -> dict[str, Any]:
-    """All ten steps. Returns the report. Raises QuarkError; then no output directory exists."""
+def run(
+    options: Options, tell: Listener = silent, planned: Callable[[Prepared], None] = lambda prepared: None
+) -> dict[str, Any]:
+    """All ten steps. Returns the report. Raises QuarkError; then no output directory exists.
+
+    planned   called once with what is about to be done, before any weight is read
+    """
     started = time.monotonic()
     log_file = log.LogFile()
     tell = broadcast(log_file, tell)
-    prepared = prepare(options, tell)  # 1-4; 5, showing the plan, is the caller's
+    prepared = prepare(options, tell)  # 1-4
+    planned(prepared)  # 5
     for warning in prepared.warnings:
         tell(Message(warning, "warning"))
     preflight.check_output(prepared.output, options.overwrite, prepared.source.folder)
@@ -152,7 +159,7 @@ def run(options: Options, tell: Listener = silent) -> dict[str, Any]:
     runner = _runner(prepared, device) if data is not None else None
     partial = partial_path(prepared.output)
     with Journal.open(partial, _fingerprint(prepared, data, device), resume=options.resume) as journal:  # 6
-        with log_file.attach(partial / finish.LOG):
+        with log_file.attach(partial / finish.LOG), log_file.last_words():
             _parts(prepared, data, runner, journal, device, started, tell)  # 7, 8
             tell(Phase("finalize"))
             finish.write_config(prepared, partial, journal.finished)  # 9

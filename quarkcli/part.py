@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quarkcli.activations import ActivationQuantizer, CacheQuantizer, quantizing_handlers
 from quarkcli.algorithms.base import Algorithm, PartWork
 from quarkcli.calibration.statistics import Statistics, site_parts
 from quarkcli.dialects.base import Dialect
@@ -20,7 +21,7 @@ from quarkcli.errors import DataError, QuarkError
 from quarkcli.events import Listener, Message
 from quarkcli.numerics.quantize import QParams, Quantized, dequantize, static_scale, tensor_amax
 from quarkcli.plan.model import Part, Plan, Target
-from quarkcli.walk import ActivationQuantizer, CacheQuantizer, Walk, quantizing_handlers
+from quarkcli.walk import Walk
 
 ERROR_ROWS = 256  # rows of each weight that its error is measured on
 

@@ -120,6 +120,19 @@ def calibration(options: Options, recipe: Recipe, source: Source, needs: Mapping
     return Calibration(data, samples or DEFAULT_SAMPLES, seqlen, samples is not None, warnings)
 
 
+def unused_flags(options: Options) -> list[str]:
+    """A warning for calibration flags given to a plan that needs no data."""
+    given = {
+        "--calib-data": options.calib_data,
+        "--calib-samples": options.calib_samples,
+        "--calib-seqlen": options.calib_seqlen,
+        "--calib-batch": options.calib_batch,
+        "--calib-column": options.calib_column,
+    }
+    names = [name for name, value in given.items() if value is not None]
+    return [f"nothing in this plan needs data: {', '.join(names)} not used"] if names else []
+
+
 def _default_data(options: Options) -> tuple[str, str | None]:
     from quarkcli.calibration.defaults import default_source
 

@@ -42,15 +42,19 @@ def quantize(flags: JobFlags, *, dry_run: DryRun = False) -> None:
     flags.start()
     options = flags.options()
     with Progress(flags.progress, flags.log_level, flags.log_format == "json") as progress:
-        prepared = job.prepare(options)
-        output.session.partial = partial_path(prepared.output)
-        _announce(prepared, progress)
-        report = job.run(options, progress)
-    _conclude(prepared, report, progress)
+        made: list[Prepared] = []
+
+        def planned(prepared: Prepared) -> None:
+            made.append(prepared)
+            output.session.partial = partial_path(prepared.output)
+            _announce(prepared, progress)
+
+        report = job.run(options, progress, planned)
+    _conclude(made[0], report, progress)
     if flags.json:
         output.json_data(report)
     else:
-        output.data(str(prepared.output))
+        output.data(str(made[0].output))
 
 
 @takes_job_flags

@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quarkcli.activations import quantizing_handlers
 from quarkcli.checkpoint import Checkpoint
 from quarkcli.errors import AccessError, CheckError, DataError, UsageError
 from quarkcli.events import Listener, Message, PartDone, Phase
 from quarkcli.report import usage
 from quarkcli.source import Source
-from quarkcli.walk import Walk, quantizing_handlers
+from quarkcli.walk import Walk
 
 SCHEMA = "quark/eval/1"
 BUILTIN_TOKENS = 8192
@@ -97,7 +98,7 @@ def evaluate(
     reference = Checkpoint(Source.open(baseline)) if baseline is not None else None
     tokens = _windows(checkpoint.source.folder, text, window, max_tokens, trust_remote_code)
     batch = max(1, 2048 // window)
-    tell(Message(f"{tokens.shape[0]} windows of {window} tokens from {text or 'the built-in text'}, {compute}"))
+    tell(Message(f"{tokens.shape[0]} windows of {window} tokens from {text or 'the built-in text'}, {_name(compute)}"))
     tell(Phase("evaluate"))
     tested = _Side(checkpoint, tokens, batch, compute, device, trust_remote_code, tell)
     source = _Side(reference, tokens, batch, compute, device, trust_remote_code, tell) if reference else None
@@ -115,7 +116,7 @@ def evaluate(
         "text": text or "builtin",
         "window": window,
         "weights_only": weights_only,
-        "dtype": str(compute).removeprefix("torch."),
+        "dtype": _name(compute),
         "device": device,
         "peak_rss_bytes": usage.peak_rss(),
         "seconds": round(time.monotonic() - started, 2),
@@ -124,6 +125,8 @@ def evaluate(
 
 def check_gates(result: dict[str, Any], max_kl: float | None, max_ppl_increase: float | None) -> None:
     """Raises CheckError (exit 8) when a gate fails. `max_ppl_increase` is a fraction: 0.03 for 3 %."""
+    if result["kl"] is None and (max_kl is not None or max_ppl_increase is not None):
+        raise UsageError("a gate needs a baseline to compare with", hint="--baseline SRC")
     failed = []
     if max_kl is not None and not result["kl"] <= max_kl:
         failed.append(f"KL {result['kl']:.5f} is above {max_kl:g}")
@@ -139,6 +142,10 @@ def _compute_dtype(dtype: str, device: str) -> torch.dtype:
     if dtype not in _DTYPES:
         raise UsageError(f"unknown dtype '{dtype}'", where="--dtype", hint="auto, float32 or bfloat16")
     return _DTYPES[dtype]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _windows(folder: Path, text: str | None, window: int, max_tokens: int | None, trust: bool) -> Tensor:

@@ -185,7 +185,7 @@ def _check_required(plan: Plan, resolver: _Resolver) -> None:
         entry = plan.entries[index]
         if not entry.required:
             continue
-        modules = {name.rpartition(".")[0] for name in resolver.names}
+        modules = set(plan.targets)
         pattern = entry.quantizer_path
         shown = pattern.removesuffix(".weight_quantizer") if entry.origin.text.startswith("--") else pattern
         pool = modules if entry.origin.text.startswith("--") else resolver.names

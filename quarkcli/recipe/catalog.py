@@ -81,7 +81,16 @@ def find_recipe(name_or_path: str) -> Path:
     return find("ptq", name_or_path)
 
 
-@lru_cache(maxsize=256)
 def document(path: Path) -> load.Document:
-    """A parsed file, read once per process."""
-    return load.read(path)
+    """A parsed file, read once per process unless it changes."""
+    resolved = path.resolve()
+    try:
+        stamp = resolved.stat().st_mtime_ns
+    except OSError:
+        stamp = 0
+    return _document(resolved, path, stamp)
+
+
+@lru_cache(maxsize=256)
+def _document(resolved: Path, shown: Path, stamp: int) -> load.Document:
+    return load.read(shown)

@@ -51,6 +51,7 @@ def build(
             "bytes_by_dtype": prepared.forecast.dtypes,
         },
         "modules_by_scheme": modules_by_scheme(plan),
+        "attention_by_scheme": attention_by_scheme(plan),
         "experts": {
             "parameters": experts,
             "quantized_parameters": quantized,
@@ -99,6 +100,16 @@ def modules_by_scheme(plan: Plan) -> dict[str, int]:
             continue
         activation = target.input.describe() if target.input else "unquantized"
         counts[f"weights {target.weight.describe()} | inputs {activation}"] += 1
+    return dict(counts.most_common())
+
+
+def attention_by_scheme(plan: Plan) -> dict[str, int]:
+    """Count of enabled attention slots per spec."""
+    counts: Counter[str] = Counter()
+    for module in plan.attention.values():
+        for kind, decision in module.slots.items():
+            if decision.spec is not None:
+                counts[f"{kind} {decision.spec.describe()}"] += 1
     return dict(counts.most_common())
 
 

@@ -55,8 +55,17 @@ class LogFile:
     def __call__(self, event: Event) -> None:
         self._write(line(event))
 
-    def error(self, error: BaseException) -> None:
-        """The end of a run that failed; a traceback for what is not the user's."""
+    @contextmanager
+    def last_words(self) -> Iterator[None]:
+        """Note what ended a run that failed."""
+        try:
+            yield
+        except BaseException as error:
+            self._error(error)
+            raise
+
+    def _error(self, error: BaseException) -> None:
+        """One line, and a traceback for what is not the user's."""
         self._write(f"error: {error}")
         if not isinstance(error, QuarkError | KeyboardInterrupt):
             self._write("".join(traceback.format_exception(error)).rstrip())
