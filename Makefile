@@ -6,7 +6,7 @@ PYTHON ?= python3
 DEMO := demo-out
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check fix test-gpu bench table docs golden clean
+.PHONY: help setup demo test check fix test-gpu bench table docs clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -42,11 +42,17 @@ fix: $(STAMP) ## let ruff repair what it can
 test-gpu: $(STAMP) ## run the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
 
-bench: $(STAMP) ## speed and peak memory against a baseline in the same run
-	$(BIN)/python -m tests.bench
+bench: $(STAMP) ## peak memory, start-up time and packing speed against a baseline in the same run
+	$(BIN)/python -m tests.bench.startup
+	$(BIN)/python -m tests.bench.packing
+	$(BIN)/python -m tests.bench.memory
+
+MODEL ?= demo
+table: $(STAMP) ## loss of every scheme for one model: make table MODEL=DIR ARGS='--calib FILE --text FILE'
+	$(BIN)/python -m tests.bench.table $(MODEL) $(ARGS)
 
 docs: $(STAMP) ## rebuild the generated reference pages
-	$(BIN)/python -m tests.golden docs
+	$(BIN)/python -m tests.docs.reference
 
 clean: ## remove everything that was built
 	rm -rf $(VENV) $(DEMO) $(DEMO).partial build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

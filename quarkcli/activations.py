@@ -59,6 +59,11 @@ def quantizing_handlers(inputs: Iterable[ActivationQuantizer], caches: Iterable[
     return {"linear": linear, "experts": dict(layers.values()), "attention": attention}
 
 
+def _at(static: Tensor | None, x: Tensor) -> Tensor | None:
+    """A static scale read from a file, on the device of what it scales."""
+    return static.to(x.device) if static is not None else None
+
+
 class _Last:
     """q, k and v read one tensor: quantize it once."""
 
@@ -76,7 +81,7 @@ class _Last:
         def quantize(x: Tensor) -> Tensor:
             if self.source is not x or self.key != key or self.result is None:
                 self.source, self.key = x, key
-                self.result = fake_quantize(x, quantizer.spec, static)
+                self.result = fake_quantize(x, quantizer.spec, _at(static, x))
             return self.result
 
         return quantize
@@ -103,7 +108,7 @@ class _ExpertQuantizer:
             return x
         from quarkcli.numerics.quantize import fake_quantize
 
-        return fake_quantize(x, quantizer.spec, quantizer.static)
+        return fake_quantize(x, quantizer.spec, _at(quantizer.static, x))
 
 
 def _cache_tap(cache: CacheQuantizer) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
@@ -111,9 +116,9 @@ def _cache_tap(cache: CacheQuantizer) -> Callable[[Tensor, Tensor, Tensor], tupl
 
     def tap(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if "k" in cache.specs:
-            k = fake_quantize(k, cache.specs["k"], cache.scales.get("k"))
+            k = fake_quantize(k, cache.specs["k"], _at(cache.scales.get("k"), k))
         if "v" in cache.specs:
-            v = fake_quantize(v, cache.specs["v"], cache.scales.get("v"))
+            v = fake_quantize(v, cache.specs["v"], _at(cache.scales.get("v"), v))
         return q, k, v
 
     return tap

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
-from quarkcli import __version__, algorithms, dialects, family, finish, forecast, preflight
+from quarkcli import __version__, algorithms, dialects, family, finish, forecast, memory, preflight
 from quarkcli.algorithms.base import Algorithm
 from quarkcli.dialects.base import Dialect
 from quarkcli.errors import Stopped, UsageError
-from quarkcli.events import Listener, Message, PartDone, Phase, broadcast, silent
+from quarkcli.events import Event, Listener, Message, PartDone, Phase, broadcast, silent
 from quarkcli.family import Layout
 from quarkcli.journal import Journal
 from quarkcli.plan.compose import Overrides
@@ -30,7 +30,7 @@ from quarkcli.preflight import Calibration
 from quarkcli.recipe import catalog
 from quarkcli.recipe import recipe as recipes
 from quarkcli.recipe.recipe import Recipe
-from quarkcli.report import log, usage
+from quarkcli.report import log
 from quarkcli.source import Source
 from quarkcli.writer import partial_path, publish
 
@@ -122,7 +122,7 @@ def prepare(options: Options, tell: Listener = silent) -> Prepared:
     preflight.check_source(source)
     layout = family.lay_out(*family.for_checkpoint(source.config, source.headers), source.config, source.headers)
     plan = resolve(recipe, options.overrides, layout, recipe.algorithms)  # 3
-    steps = algorithms.pipeline(recipe.algorithms)
+    steps = algorithms.pipeline(recipe.algorithms, algorithms.FLAG if options.algorithm else recipe.file)
     tell(Phase("check"))  # 4
     for step in steps:
         step.check(plan)
@@ -152,9 +152,11 @@ def run(
     planned(prepared)  # 5
     for warning in prepared.warnings:
         tell(Message(warning, "warning"))
+    tell = broadcast(tell, _remember(prepared.warnings))
     preflight.check_output(prepared.output, options.overwrite, prepared.source.folder)
     preflight.check_resources(prepared.output, prepared.forecast)
     device = preflight.device(options.device)
+    memory.return_large_buffers()
     data = preflight.token_rows(prepared, tell)
     runner = _runner(prepared, device) if data is not None else None
     partial = partial_path(prepared.output)
@@ -166,11 +168,22 @@ def run(
             tell(Phase("verify"))
             seconds = time.monotonic() - started
             report = finish.verify_and_report(prepared, data, journal.finished, partial, seconds, device)  # 10
+        journal.set_aside()
+        kept = publish(partial, prepared.output, options.overwrite)
         journal.discard_state()
-    kept = publish(partial, prepared.output, options.overwrite)
     if kept is not None:
         tell(Message(f"what was in {prepared.output} is now in {kept}", "warning"))
     return report
+
+
+def _remember(warnings: list[str]) -> Listener:
+    """A listener that collects warnings for the report."""
+
+    def listen(event: Event) -> None:
+        if isinstance(event, Message) and event.level == "warning":
+            warnings.append(event.text)
+
+    return listen
 
 
 def _runner(prepared: Prepared, device: str) -> Any:
@@ -243,7 +256,7 @@ def _walk(
     walk.start()
     carry = journal.carry()
     if carry is not None:
-        walk.carry = [carry[name] for name in sorted(carry)]
+        walk.take([carry[name] for name in sorted(carry)])
     return walk
 
 
@@ -271,5 +284,5 @@ def _fingerprint(prepared: Prepared, data: CalibrationData | None, device: str) 
 def _progress(
     part: Part, total: int, label: str, seconds: float, error: float | None, eta: float, device: str
 ) -> PartDone:
-    rss, gpu = usage.peak_rss(), usage.peak_gpu(device)
+    rss, gpu = memory.peak_rss(), memory.peak_gpu(device)
     return PartDone(part.index + 1, total, part.name, label, seconds, error, rss, gpu, eta)

@@ -5,6 +5,9 @@
     journal.json         finished parts with their records, notes; rewritten at once
     carry-{a,b}.safetensors   used in turn: the one that journal.json names last is never written to
 
+At the end `state/` stands aside as `<output>.partial.state` until the output has its name, so that a kill in between
+is gone on from as well.
+
 The order of a finished part is: shards durable, carry durable, journal. A kill between any two leaves the state
 before the part, and files that no record names, which the next `open` removes.
 """
@@ -63,6 +66,7 @@ class Journal:
         Raises ConfigError (other fingerprint, damaged state), UsageError (nothing to resume, or a directory that
         is not ours), ResourceError (another process works here, not writable).
         """
+        _bring_back(partial)
         started = (partial / "state" / "fingerprint.json").is_file()
         if resume == "require" and not started:
             raise UsageError("there is no unfinished run to resume", where=str(partial), hint="drop --resume require")
@@ -135,19 +139,22 @@ class Journal:
             os.close(self._lock)
             self._lock = None
 
-    def discard_state(self) -> None:
-        """Remove `state/` and release the lock: the last step before the directory is published.
-
-        `state/` leaves in one rename, after the large files: a kill leaves a journal that can be opened, or none.
-        """
-        aside = self._partial.with_name(f"{self._partial.name}.state")
+    def set_aside(self) -> None:
+        """Move `state/` out of the directory that is about to be published, in one rename; `open` finds it there."""
+        aside = _aside(self._partial)
         with disk_errors(self._state):
             for name in _CARRIES:
                 (self._state / name).unlink(missing_ok=True)
             _remove(aside)
             self._state.rename(aside)
             sync_folder(self._partial)
-            shutil.rmtree(aside)
+
+    def discard_state(self) -> None:
+        """Remove the state, wherever it is, and release the lock: the very last step."""
+        if self._state.exists():
+            self.set_aside()
+        with disk_errors(self._state):
+            _remove(_aside(self._partial))
         self.close()
 
     def __enter__(self) -> Journal:
@@ -222,6 +229,23 @@ class Journal:
 
     def _relative(self, path: Path) -> str:
         return path.relative_to(self._partial).as_posix()
+
+
+def _aside(partial: Path) -> Path:
+    return partial.with_name(f"{partial.name}.state")
+
+
+def _bring_back(partial: Path) -> None:
+    """Undo `set_aside` of a run that ended before its directory had its final name."""
+    aside, state = _aside(partial), partial / "state"
+    if state.exists() or not (partial / MANIFEST).is_file() or not (aside / "fingerprint.json").is_file():
+        return
+    with disk_errors(partial):
+        lock = _acquire(aside / "lock")
+        try:
+            aside.rename(state)
+        finally:
+            os.close(lock)
 
 
 def _acquire(path: Path) -> int:

@@ -93,7 +93,7 @@ class PartWorker:
         expert_tokens = statistics.expert_tokens() if statistics else {}
         self._check_experts(expert_tokens)
         del statistics
-        after = self._advance(part, tensors, packed, scales) if self.walk and part.index < self.last else None
+        after = self._advance(part, tensors, packed, scales)
         error = _mean(weight_errors.values())
         if before is not None and after is not None and weight_errors:
             error = _relative(before, after)
@@ -177,7 +177,12 @@ class PartWorker:
         shared = _group_amax(targets, weight)
         work = PartWork(targets, weight, lambda t: shared.get(t.group), finish, self._warn)
         for algorithm in self.algorithms:
-            algorithm.apply(work, statistics)
+            try:
+                algorithm.apply(work, statistics)
+            except DataError:
+                for target in targets:  # say which weight it was
+                    named(target.name, tensor_amax, weight(target))
+                raise
         assert len(errors) == len(targets), "a solver left weights out"
         return packed, work.losses, errors
 
@@ -206,16 +211,23 @@ class PartWorker:
     def _advance(
         self, part: Part, tensors: dict[str, Tensor], packed: Mapping[str, Tensor], scales: Mapping[str, Tensor]
     ) -> Tensor | None:
-        """Move the carry through the block as it will be served: decoded packed weights, quantized inputs."""
-        assert self.walk is not None
-        if part.block is None:
+        """Move the carry through the block as it will be served: decoded packed weights, quantized inputs.
+
+        Returns the output for the first batch; after the last part that needs data, nothing else is run.
+        """
+        if self.walk is None or part.block is None or part.index > self.last:
             return None
         for target in self.plan.quantized(part.index):
             target.view.of(tensors[target.view.tensor]).copy_(self._decoded(target, packed))
         self.walk.runner.load_block(part.block, tensors)
-        self.walk.advance(part.block, quantizing_handlers(self._inputs(part, scales), self._caches(part, scales)))
+        handlers = quantizing_handlers(self._inputs(part, scales), self._caches(part, scales))
+        if part.index < self.last:
+            self.walk.advance(part.block, handlers)
+            after = self.walk.carry[0]
+        else:
+            after = self.walk.probe(part.block, handlers)
         self.walk.runner.unload_block(part.block)
-        return self.walk.carry[0]
+        return after
 
     def _decoded(self, target: Target, packed: Mapping[str, Tensor]) -> Tensor:
         from quarkcli.dialects.base import StoredTarget

@@ -59,17 +59,24 @@ class Pipeline:
 
     def write(self, part: Part, result: PartResult, worker: PartWorker) -> None:
         """Make the part durable and note it in the journal, with the carry when later parts need it."""
-        carry = None
+        carry = batch = None
         if worker.walk is not None and part.index < worker.last:
             carry = {f"{index:06d}": hidden.cpu() for index, hidden in enumerate(worker.walk.carry)}
-            self.journal.note("batch", worker.walk.batch)
+            batch = worker.walk.batch
         tensors = {name: tensor.cpu() for name, tensor in result.tensors.items()}
         result.tensors.clear()
-        self._in_background(lambda: self._write(part, tensors, result.record(), carry))
+        self._in_background(lambda: self._write(part, tensors, result.record(), carry, batch))
 
     def _write(
-        self, part: Part, tensors: dict[str, Tensor], record: dict[str, Any], carry: dict[str, Tensor] | None
+        self,
+        part: Part,
+        tensors: dict[str, Tensor],
+        record: dict[str, Any],
+        carry: dict[str, Tensor] | None,
+        batch: int | None,
     ) -> None:
+        if batch is not None and batch != self.journal.notes.get("batch"):
+            self.journal.note("batch", batch)
         files = write_part(self.partial, slug(part), tensors)
         self.journal.finish(part.name, {**record, "files": [file.record() for file in files]}, carry)
 

@@ -85,15 +85,22 @@ def directory(path: str, source: str | None = None) -> list[str]:
 
 
 def _against_source(checkpoint: Checkpoint, source: Source) -> str:
-    missing = sorted(set(source.headers) - set(checkpoint.headers))
-    shapes = [
-        name
-        for name, header in source.headers.items()
-        if name in checkpoint.headers and tuple(checkpoint.headers[name].shape) != tuple(header.shape)
-    ]
+    ours, theirs = _shapes(checkpoint, checkpoint.headers), _shapes(checkpoint, source.headers)
+    missing = sorted(set(theirs) - set(ours))
+    other = [name for name, shape in theirs.items() if name in ours and ours[name] != shape]
     _none(missing, "source tensors are not accounted for")
-    _none(shapes, "tensors have another shape than in the source")
+    _none(other, "tensors have another shape than in the source")
     return f"all {len(source.headers)} source tensors accounted for"
+
+
+def _shapes(checkpoint: Checkpoint, headers: Mapping[str, HeaderLike]) -> dict[str, tuple[int, ...]]:
+    """Shapes by tensor name, with experts one by one: files of one family keep them fused or apart."""
+    layout = lay_out(
+        checkpoint.family_name, checkpoint.family, checkpoint.inferred, checkpoint.source.config, headers
+    )  # fmt: skip
+    owned = {weight.view.tensor for weight in layout.weights.values()}
+    others = {name: tuple(header.shape) for name, header in headers.items() if name not in owned}
+    return others | {f"{weight.name}.weight": weight.shape for weight in layout.weights.values()}
 
 
 def _open(folder: Path) -> Source:

@@ -80,6 +80,12 @@ class Walk:
         whole = hidden.numel() * hidden.element_size() * -(-self.tokens.shape[0] // self.batch)
         return hidden if whole * HIDDEN_SHARE < free else hidden.cpu()
 
+    def take(self, carry: list[Tensor]) -> None:
+        """Go on with a carry in batches of any size, cut as the recordings are."""
+        if len(carry) != len(self.recordings):
+            carry = list(torch.cat([hidden.cpu() for hidden in carry]).split(self.batch))
+        self.carry = carry
+
     def masks(self) -> list[Tensor | None]:
         if self.mask is None:
             return [None] * len(self.carry)
@@ -126,6 +132,16 @@ class Walk:
 
         self.carry = self._retrying(once)
 
+    def probe(self, block: int, handlers: Mapping[str, Any]) -> Tensor:
+        """The loaded block's output for the first batch; the carry stays where it is."""
+
+        def once() -> Tensor:
+            with self.runner.handlers(block, **handlers):
+                return self._run(block, 0, self.carry[0])
+
+        output: Tensor = self._retrying(once)
+        return output
+
     def _run(self, block: int, index: int, hidden: Tensor) -> Tensor:
         out: Tensor = self.runner.run_block(block, self.recordings[index], hidden.to(self.device))
         return out
@@ -148,10 +164,10 @@ class Walk:
             ) from cause
         half = self.batch // 2
         self.tell(Message(f"out of device memory: {self.batch} -> {half} sequences in one forward", "warning"))
-        carry = [piece for hidden in self.carry for piece in hidden.split(half)]
+        carry = self.carry
         self.batch = half
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         if carry:
             self._record()
-            self.carry = carry
+            self.take(carry)

@@ -14,6 +14,7 @@ from quarkcli.algorithms.base import Algorithm
 from quarkcli.errors import ConfigError, UsageError, near_misses
 
 DEFAULT_SOLVER = "rtn"
+FLAG = "--algorithm"
 _NOT_MEMBERS = {"base"}
 
 
@@ -22,12 +23,16 @@ def names() -> list[str]:
     return sorted(m.name.replace("_", "-") for m in pkgutil.iter_modules(__path__) if m.name not in _NOT_MEMBERS)
 
 
-def create(name: str, parameters: dict[str, Any], where: str = "--algorithm") -> Algorithm:
-    """An algorithm with its parameters. UsageError for an unknown name, ConfigError for a bad parameter."""
+def create(name: str, parameters: dict[str, Any], where: str = FLAG) -> Algorithm:
+    """An algorithm with its parameters. UsageError for an unknown name, ConfigError for a bad parameter.
+
+    where   the flag, or the recipe file, in which an unknown name is a ConfigError too
+    """
     dashed = name.replace("_", "-")
     if dashed not in names():
         close = near_misses(dashed, names()) or names()
-        raise UsageError(f"unknown algorithm '{name}'", where=where, hint=f"use one of: {', '.join(close)}")
+        error = UsageError if where == FLAG else ConfigError
+        raise error(f"unknown algorithm '{name}'", where=where, hint=f"use one of: {', '.join(close)}")
     member = importlib.import_module(f"{__name__}.{dashed.replace('-', '_')}").ALGORITHM
     known = member.parameters
     for key in parameters:
@@ -39,14 +44,14 @@ def create(name: str, parameters: dict[str, Any], where: str = "--algorithm") ->
     return algorithm
 
 
-def pipeline(steps: list[tuple[str, dict[str, Any]]]) -> list[Algorithm]:
+def pipeline(steps: list[tuple[str, dict[str, Any]]], where: str = FLAG) -> list[Algorithm]:
     """The steps of a recipe in order, with the default solver when none is named. Two solvers are an error."""
-    chosen = [create(name, parameters) for name, parameters in steps]
+    chosen = [create(name, parameters, where) for name, parameters in steps]
     solvers = [algorithm for algorithm in chosen if algorithm.kind == "solver"]
     if len(solvers) > 1:
         raise ConfigError(
             f"{' and '.join(a.name for a in solvers)} both choose the codes of the same weights",
-            where="--algorithm",
+            where=where,
             hint="keep one solver",
         )
     return chosen if solvers else [*chosen, create(DEFAULT_SOLVER, {})]

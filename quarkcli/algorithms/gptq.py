@@ -102,8 +102,10 @@ def searched_qparams(weight: Tensor, spec: TensorSpec, amax: Tensor | None, impo
     """
     import torch
 
-    from quarkcli.numerics.quantize import QParams, decode, encode, make_qparams
+    from quarkcli.numerics.quantize import QParams, decode, encode, make_qparams, tensor_amax
 
+    if amax is None and spec.scale.over is not None:
+        amax = tensor_amax(weight)  # the global scale stays as it is while groups shrink
     best = make_qparams(weight, spec, amax=amax)
     if importance is None or spec.group_size is None or best.scale.shape[0] != weight.shape[0]:
         return best

@@ -228,9 +228,12 @@ def _document(row: dict[str, Any], column: str | None, source: str) -> Any:
     if column is not None:
         if column not in row:
             raise DataError(f"no column '{column}'; columns are {', '.join(row)}", where=source)
-        return row[column]
+        value = row[column]
+        if value is not None and not isinstance(value, str | list):
+            raise DataError(f"column '{column}' holds neither text nor messages", where=source)
+        return _messages(value) if isinstance(value, list) else value
     if isinstance(row.get("messages"), list):
-        return [{"role": str(m["role"]), "content": str(m["content"])} for m in row["messages"]]
+        return _messages(row["messages"])
     if isinstance(row.get("text"), str):
         return row["text"]
     answer = row.get("response", row.get("completion"))
@@ -241,3 +244,7 @@ def _document(row: dict[str, Any], column: str | None, source: str) -> Any:
         where=source,
         hint=f"--calib-column NAME, or a line such as {_EXAMPLE}",
     )
+
+
+def _messages(rows: list[Any]) -> list[dict[str, str]]:
+    return [{"role": str(row["role"]), "content": str(row["content"])} for row in rows]

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quarkcli import memory
 from quarkcli.activations import quantizing_handlers
 from quarkcli.checkpoint import Checkpoint
 from quarkcli.errors import AccessError, CheckError, DataError, UsageError
 from quarkcli.events import Listener, Message, PartDone, Phase
-from quarkcli.report import usage
 from quarkcli.source import Source
 from quarkcli.walk import Walk
 
@@ -93,6 +93,7 @@ def evaluate(
 
     started = time.monotonic()
     device = preflight.device(device)
+    memory.return_large_buffers()
     compute = _compute_dtype(dtype, device)
     checkpoint = Checkpoint(Source.open(directory))
     reference = Checkpoint(Source.open(baseline)) if baseline is not None else None
@@ -118,7 +119,7 @@ def evaluate(
         "weights_only": weights_only,
         "dtype": _name(compute),
         "device": device,
-        "peak_rss_bytes": usage.peak_rss(),
+        "peak_rss_bytes": memory.peak_rss(),
         "seconds": round(time.monotonic() - started, 2),
     }
 
@@ -190,7 +191,7 @@ def _walk_blocks(tested: _Side, source: _Side | None, weights_only: bool, tell: 
             error = _distance(source.walk.carry[0], tested.walk.carry[0])
         now = time.monotonic()
         eta = (now - begun) / (block + 1) * (blocks - block - 1)
-        tell(PartDone(block + 1, blocks, f"block {block}", "eval", now - at, error, usage.peak_rss(), 0, eta))
+        tell(PartDone(block + 1, blocks, f"block {block}", "eval", now - at, error, memory.peak_rss(), 0, eta))
 
 
 def _distance(reference: Tensor, other: Tensor) -> float:

@@ -21,7 +21,7 @@ MAX_NODES = 100_000
 MAX_DEPTH = 64
 
 _INTEGER = re.compile(r"[-+]?(0|[1-9][0-9_]*)")
-_FLOAT = re.compile(r"[-+]?([0-9][0-9_]*)?(\.[0-9_]*)?([eE][-+]?[0-9]+)?")
+_FLOAT = re.compile(r"[-+]?([0-9][0-9_]*(\.[0-9_]*)?|\.[0-9][0-9_]*)([eE][-+]?[0-9]+)?")
 _CONSTANTS: dict[str, Any] = {
     "": None,
     "~": None,
@@ -37,6 +37,12 @@ _CONSTANTS: dict[str, Any] = {
     ".inf": float("inf"),
     "-.inf": float("-inf"),
     ".nan": float("nan"),
+}
+
+# What plain values are given without being asked; anything else was written out as `!tag`.
+_TAGS = {
+    f"tag:yaml.org,2002:{name}"
+    for name in ("map", "seq", "str", "int", "float", "bool", "null", "timestamp", "merge", "value")
 }
 
 Path_ = tuple[str | int, ...]
@@ -98,6 +104,8 @@ class _Builder:
         self.nodes += 1
         if self.nodes > MAX_NODES or len(path) > MAX_DEPTH:
             raise self.error(node, f"more than {MAX_NODES} values or {MAX_DEPTH} levels, aliases included")
+        if node.tag not in _TAGS:
+            raise self.error(node, f"unknown tag {node.tag}")
         self.places.setdefault(path, (node.start_mark.line + 1, node.start_mark.column + 1))
         if isinstance(node, yaml.MappingNode):
             return self.mapping(node, path)
@@ -122,13 +130,11 @@ class _Builder:
         text: str = node.value
         if getattr(node, "style", None) is not None:  # quoted or block text
             return text
-        if not node.tag.startswith("tag:yaml.org,2002:"):
-            raise self.error(node, f"unknown tag {node.tag}")
         if text in _CONSTANTS:
             return _CONSTANTS[text]
         if _INTEGER.fullmatch(text):
             return int(text.replace("_", ""))
-        if any(c.isdigit() for c in text) and _FLOAT.fullmatch(text) and not re.fullmatch(r"[-+]?0[0-9_]+", text):
+        if _FLOAT.fullmatch(text) and not re.fullmatch(r"[-+]?0[0-9_]+", text):
             return float(text.replace("_", ""))
         return text
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from quarkcli.errors import ConfigError
+from quarkcli.errors import ConfigError, UsageError
 from quarkcli.recipe import catalog, schema
 from quarkcli.recipe.attributes import native
 from quarkcli.recipe.entries import Entry, Origin
@@ -89,7 +89,7 @@ def from_file(path: Path) -> Recipe:
 def _located(where: Origin, call: Any, *args: Any, **kwargs: Any) -> Any:
     try:
         return call(*args, **kwargs)
-    except ConfigError as error:
+    except (ConfigError, UsageError) as error:
         raise ConfigError(error.what, where=error.where or str(where), hint=error.hint) from error
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from quarkcli import __version__, forecast
+from quarkcli import __version__, forecast, memory
 from quarkcli.plan.model import Plan
-from quarkcli.report import usage
 
 if TYPE_CHECKING:
     from quarkcli.calibration.data import CalibrationData
@@ -72,8 +71,8 @@ def build(
         "checks": checks,
         "device": device,
         "seconds": round(seconds, 2),
-        "peak_rss_bytes": usage.peak_rss(),
-        "peak_gpu_bytes": usage.peak_gpu(device),
+        "peak_rss_bytes": memory.peak_rss(),
+        "peak_gpu_bytes": memory.peak_gpu(device),
     }
 
 

@@ -66,7 +66,7 @@ class LogFile:
 
     def _error(self, error: BaseException) -> None:
         """One line, and a traceback for what is not the user's."""
-        self._write(f"error: {error}")
+        self._write(f"error: {error}" if str(error) else f"ended by {type(error).__name__}")
         if not isinstance(error, QuarkError | KeyboardInterrupt):
             self._write("".join(traceback.format_exception(error)).rstrip())
 

@@ -1,0 +1,38 @@
+"""Memory of this process: peaks, and how the C allocator gives buffers back."""
+
+from __future__ import annotations
+
+import ctypes
+import resource
+import sys
+
+LARGE = 1 << 20  # bytes
+_M_MMAP_THRESHOLD = -3  # <malloc.h>
+
+
+def peak_rss() -> int:
+    """Peak resident bytes of this process."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def peak_gpu(device: str) -> int:
+    """Peak bytes allocated on the device; 0 on a CPU."""
+    if device == "cpu":
+        return 0
+    import torch
+
+    return torch.cuda.max_memory_allocated()
+
+
+def return_large_buffers() -> None:
+    """Have glibc map every buffer above `LARGE` on its own, so that freeing it gives its pages back.
+
+    Its default threshold grows to 32 MiB with use; the parts of a model, of ever different sizes, then fragment the
+    heap, and the peak would follow the number of blocks instead of the largest one. Other C libraries: nothing to do.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, LARGE)

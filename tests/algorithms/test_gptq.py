@@ -1,0 +1,88 @@
+"""GPTQ on the embedded model: better than rounding to nearest, in every format, on text it has not seen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quarkcli import job
+from quarkcli.evaluate.run import evaluate
+from quarkcli.events import Event, PartDone
+from tests import runs
+
+HALF = 40  # of the reference topics; calibration reads those before, evaluation those after
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("seen") / "seen.txt"
+    path.write_text(runs.topics(0, HALF))
+    return path
+
+
+@pytest.fixture(scope="module")
+def unseen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("unseen") / "unseen.txt"
+    path.write_text(runs.topics(HALF, -1))
+    return path
+
+
+def measure(folder: Path, unseen: Path, tokens: int = 2048) -> tuple[float, list[float]]:
+    """(KL per token, relative output error of every block), weights alone quantized."""
+    errors: list[float] = []
+
+    def listen(event: Event) -> None:
+        if isinstance(event, PartDone):
+            errors.append(event.error)
+
+    result = evaluate(
+        str(folder), baseline=str(job.EMBEDDED), text=str(unseen), max_tokens=tokens, weights_only=True, device="cpu",
+        tell=listen,
+    )  # fmt: skip
+    return result["kl"], errors
+
+
+def test_at_least_a_third_less_is_lost_than_by_rounding(seen: Path, unseen: Path, tmp_path: Path) -> None:
+    rounded = runs.run("demo", tmp_path / "rtn", scheme="int4_wo_128")
+    solved = runs.run("demo", tmp_path / "gptq", recipe="int4_wo_128-gptq", **runs.data(seen, 48, 256))
+    assert solved.report["algorithms"] == ["gptq"]
+    (kl, _), (better, _) = measure(rounded.folder, unseen, 4096), measure(solved.folder, unseen, 4096)
+    assert better <= 0.65 * kl
+    # The layout is that of rounding: scales are fixed beforehand, groups keep their places.
+    shapes = [{name: (t.dtype, t.shape) for name, t in runs.read_all(m.folder).items()} for m in (rounded, solved)]
+    assert shapes[0] == shapes[1]
+    assert rounded.prepared.forecast.output_bytes == solved.prepared.forecast.output_bytes
+
+
+@pytest.mark.parametrize("scheme", ["int4_wo_128", "nvfp4", "mxfp4"])
+def test_every_block_is_closer_in_every_format(scheme: str, seen: Path, unseen: Path, tmp_path: Path) -> None:
+    data = runs.data(seen, 16, 128)
+    rounded = runs.run("demo", tmp_path / "rtn", scheme=scheme, **(data if scheme == "nvfp4" else {}))
+    solved = runs.run("demo", tmp_path / "gptq", scheme=scheme, algorithm="gptq", **data)
+    (kl, before), (better, after) = measure(rounded.folder, unseen), measure(solved.folder, unseen)
+    assert len(before) == len(after) == 4
+    assert all(new < 0.9 * old for old, new in zip(before, after, strict=True))
+    assert better < 0.8 * kl
+
+
+@pytest.mark.parametrize("parameters", ["act_order: false", "scale_search: false", "damp: 1e-1"])
+def test_every_variant_beats_rounding(parameters: str, seen: Path, unseen: Path, tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text(
+        "schema: quark/recipe/1\nmetadata: {name: own}\nquantize:\n  scheme: int4_wo_128\n"
+        f"  algorithm: [{{method: gptq, {parameters}}}]\n"
+    )
+    made = runs.run("demo", tmp_path / "out", recipe=str(tmp_path / "own.yaml"), **runs.data(seen, 16, 128))
+    rounded = runs.run("demo", tmp_path / "rtn", scheme="int4_wo_128")
+    assert measure(made.folder, unseen, 1024)[1][0] < 0.9 * measure(rounded.folder, unseen, 1024)[1][0]
+
+
+def test_the_same_run_gives_the_same_bytes(seen: Path, tmp_path: Path) -> None:
+    def once(name: str, **other: Any) -> Iterator[Path]:
+        options = {"scheme": "int4_wo_128", "algorithm": "gptq", **runs.data(seen, 8, 64), **other}
+        return runs.run("demo", tmp_path / name, **options).folder
+
+    assert runs.same_files(once("one"), once("two"))
+    assert not runs.same_files(once("three", seed=1), tmp_path / "one")

@@ -1,0 +1,130 @@
+"""Algorithms are found by their files, and their parameters are checked."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from quarkcli import algorithms, job
+from quarkcli.checkpoint import Checkpoint
+from quarkcli.errors import ConfigError, UsageError
+from quarkcli.numerics.quantize import dequantize, quantize
+from quarkcli.recipe import recipe as recipes
+from quarkcli.source import Source
+from tests import runs
+
+HALVES = '''
+"""Every weight rounded at half its size."""
+
+class Halves:
+    name = "half-size"
+    kind = "solver"
+    parameters = {"factor": 0.5}
+
+    def __init__(self, factor):
+        self.factor = factor
+
+    def needs(self, plan):
+        return {}
+
+    def check(self, plan):
+        pass
+
+    def apply(self, work, statistics):
+        from quarkcli.numerics.quantize import quantize
+
+        for target in work.targets:
+            work.finish(target, quantize(work.weight(target) * self.factor, target.weight))
+
+
+ALGORITHM = Halves
+'''
+
+
+@pytest.fixture
+def halves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if `half_size.py` had been dropped beside the others."""
+    folder = tmp_path / "members"
+    folder.mkdir()
+    (folder / "half_size.py").write_text(HALVES)
+    monkeypatch.setattr(algorithms, "__path__", [*algorithms.__path__, str(folder)])
+    monkeypatch.delitem(sys.modules, "quarkcli.algorithms.half_size", raising=False)
+    yield
+    sys.modules.pop("quarkcli.algorithms.half_size", None)
+
+
+def test_names_are_the_files() -> None:
+    folder = Path(algorithms.__file__).parent
+    files = {file.stem.replace("_", "-") for file in folder.glob("*.py")} - {"--init--", "base"}
+    assert set(algorithms.names()) == files >= {"gptq", "rtn"}
+    for name in algorithms.names():
+        assert algorithms.create(name, {}).name == name
+
+
+@pytest.mark.usefixtures("halves")
+def test_a_new_file_is_a_new_algorithm(tmp_path: Path) -> None:
+    assert "half-size" in algorithms.names()
+    made = runs.run("demo", tmp_path / "out", scheme="mxfp4", algorithm="half_size")
+    assert made.report["algorithms"] == ["half-size"]
+    name = "model.layers.2.mlp.up_proj"
+    weight = runs.read_all(job.EMBEDDED)[f"{name}.weight"]
+    spec = made.prepared.plan.targets[name].weight
+    wanted = dequantize(quantize(weight * 0.5, spec), spec)
+    assert torch.equal(Checkpoint(Source.open(str(made.folder))).weight(name), wanted)
+
+
+@pytest.mark.usefixtures("halves")
+def test_two_solvers_are_one_too_many() -> None:
+    with pytest.raises(ConfigError, match="half-size and gptq both choose the codes"):
+        algorithms.pipeline([("half-size", {}), ("gptq", {})])
+    assert [step.name for step in algorithms.pipeline([])] == ["rtn"]
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "error", "text"),
+    [
+        ("gptp", {}, UsageError, "unknown algorithm 'gptp'"),
+        ("gptq", {"dampp": 0.1}, ConfigError, "no parameter 'dampp'"),
+        ("rtn", {"damp": 0.1}, ConfigError, "no parameter 'damp'"),
+        ("gptq", {"damp": 0}, ConfigError, "damp must lie between 0 and 1, not 0"),
+        ("gptq", {"damp": 1.5}, ConfigError, "not 1.5"),
+        ("gptq", {"damp": True}, ConfigError, "not True"),
+        ("gptq", {"damp": "0.1"}, ConfigError, "not '0.1'"),
+        ("gptq", {"damp": float("nan")}, ConfigError, "not nan"),
+        ("gptq", {"act_order": 1}, ConfigError, "act_order must be true or false"),
+        ("gptq", {"scale_search": "yes"}, ConfigError, "scale_search must be true or false"),
+    ],
+)
+def test_wrong_parameters(name: str, parameters: dict, error: type, text: str) -> None:
+    with pytest.raises(error) as caught:
+        algorithms.create(name, parameters)
+    assert text in caught.value.what
+
+
+def test_near_misses_are_named() -> None:
+    with pytest.raises(UsageError) as caught:
+        algorithms.create("gtpq", {})
+    assert "gptq" in caught.value.hint
+    with pytest.raises(ConfigError) as refused:
+        algorithms.create("gptq", {"act-ordr": True})
+    assert "did you mean 'act_order'?" in refused.value.hint
+
+
+def test_parameters_come_from_the_recipe(tmp_path: Path) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_text(
+        "schema: quark/recipe/1\nquantize:\n  scheme: int4_wo_128\n"
+        "  algorithm: [{method: gptq, damp: 5e-2, act_order: false}]\n"
+    )
+    assert recipes.from_file(path).algorithms == [("gptq", {"damp": 0.05, "act_order": False})]
+    prepared = runs.prepare("demo", recipe=str(path), calib_data="builtin")
+    assert (prepared.steps[0].damp, prepared.steps[0].act_order, prepared.steps[0].scale_search) == (0.05, False, True)
+    flagged = runs.prepare("demo", recipe=str(path), algorithm="rtn")
+    assert [step.name for step in flagged.steps] == ["rtn"]
+    assert flagged.calibration is None
+    path.write_text(path.read_text().replace("5e-2", "5"))
+    with pytest.raises(ConfigError, match="damp must lie between 0 and 1"):
+        runs.prepare("demo", recipe=str(path), calib_data="builtin")

@@ -1,0 +1,130 @@
+"""The search for scales, and what GPTQ does when there is nothing to solve with."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from quarkcli.algorithms.base import PartWork
+from quarkcli.algorithms.gptq import GPTQ, SHRINKS, searched_qparams
+from quarkcli.errors import DataError
+from quarkcli.family import WeightView
+from quarkcli.numerics.quantize import Quantized, dequantize, encode, make_qparams, quantize
+from quarkcli.plan.model import Decision, Target
+from quarkcli.recipe.attributes import native
+from quarkcli.recipe.recipe import scheme_model
+from quarkcli.spec import PerChannel, ScaleSpec, TensorSpec
+
+ROWS, COLUMNS = 24, 256
+
+
+def spec_of(scheme: str) -> TensorSpec:
+    return native.to_spec(scheme_model(scheme).weight)
+
+
+def weight(dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """Heavy tails, and one group of zeros."""
+    made = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(1))
+    made = made * (1 + made.abs())
+    made[3, :128] = 0
+    return made.to(dtype)
+
+
+def importance() -> torch.Tensor:
+    return torch.rand(COLUMNS, generator=torch.Generator().manual_seed(2)) ** 4 * 10
+
+
+def errors(source: torch.Tensor, spec: TensorSpec, params: object) -> torch.Tensor:
+    """Importance-weighted squared error of every group, float64."""
+    codes = encode(source, spec, params)
+    lost = (source.double() - dequantize(Quantized(codes, params), spec).double()) ** 2 * importance().double()
+    return lost.view(ROWS, -1, spec.group_size).sum(-1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("scheme", ["int4_wo_128", "nvfp4", "mxfp4"])
+def test_no_group_gets_worse(scheme: str, dtype: torch.dtype) -> None:
+    spec, source = spec_of(scheme), weight(dtype)
+    plain = make_qparams(source, spec)
+    found = searched_qparams(source, spec, None, importance())
+    assert (found.scale.dtype, found.scale.shape) == (plain.scale.dtype, plain.scale.shape)
+    before, after = errors(source, spec, plain), errors(source, spec, found)
+    assert bool((after <= before * (1 + 1e-6)).all())  # chosen by sums in float32
+    assert float(after.sum()) < 0.97 * float(before.sum())
+    if plain.global_scale is not None:
+        assert torch.equal(found.global_scale, plain.global_scale)
+
+
+@pytest.mark.parametrize("scheme", ["int4_wo_128", "nvfp4", "mxfp4"])
+def test_every_group_gets_the_best_factor_there_is(scheme: str) -> None:
+    """Tried one by one, with every group's scale made from its own shrunk weights."""
+    spec, source = spec_of(scheme), weight(torch.float32)
+    amax = source.abs().max()
+    tried = [errors(source, spec, make_qparams(source * shrink, spec, amax=amax)) for shrink in SHRINKS]
+    found = errors(source, spec, searched_qparams(source, spec, amax, importance()))
+    torch.testing.assert_close(found, torch.stack(tried).amin(0), rtol=1e-5, atol=1e-12)
+
+
+def test_nothing_to_search() -> None:
+    source = weight()
+    for spec in (spec_of("fp8"), TensorSpec("int8", PerChannel(0), ScaleSpec("f32", "half_range"))):
+        assert torch.equal(searched_qparams(source, spec, None, importance()).scale, make_qparams(source, spec).scale)
+    spec = spec_of("int4_wo_128")
+    assert torch.equal(searched_qparams(source, spec, None, None).scale, make_qparams(source, spec).scale)
+
+
+class Canned:
+    """Statistics with one answer."""
+
+    def __init__(self, gram: torch.Tensor | None) -> None:
+        self.answer = gram
+
+    def gram(self, site: str, expert: int | None = None) -> tuple[torch.Tensor | None, int]:
+        return self.answer, 5
+
+
+def solve(gram: torch.Tensor | None, site: str | None = "s") -> tuple[Quantized, list[str]]:
+    spec = spec_of("int4_wo_128")
+    slots = {kind: Decision(spec if kind == "weight" else None, 0) for kind in ("weight", "input", "output", "bias")}
+    target = Target("m", WeightView("m.weight"), (ROWS, COLUMNS), "BF16", "up", 0, site, "m", None, None, slots)
+    done: dict[str, Quantized] = {}
+    said: list[str] = []
+    work = PartWork([target], lambda t: weight(), lambda t: None, lambda t, q: done.update({t.name: q}), said.append)
+    GPTQ(0.01, True, False).apply(work, Canned(gram))
+    return done["m"], said
+
+
+def rounded() -> Quantized:
+    return quantize(weight(), spec_of("int4_wo_128"))
+
+
+def test_without_tokens_it_rounds_and_says_so() -> None:
+    found, said = solve(None)
+    assert torch.equal(found.codes, rounded().codes)
+    assert said == ["m: no calibration token; rounded to nearest instead of gptq"]
+
+
+def test_a_weight_that_no_pass_reaches_is_rounded() -> None:
+    found, said = solve(None, site=None)
+    assert torch.equal(found.codes, rounded().codes)
+    assert said == []
+
+
+def test_independent_inputs_leave_nothing_to_make_up_for() -> None:
+    found, said = solve(torch.eye(COLUMNS) * 3)
+    assert torch.equal(found.codes, rounded().codes)
+    assert said == []
+
+
+def test_a_moment_that_cannot_be_factorized() -> None:
+    """Symmetric, but with eigenvalues of both signs far apart: no damping that is tried makes it definite."""
+    gram = torch.eye(COLUMNS)
+    gram[0, 1] = gram[1, 0] = 1e9
+    found, said = solve(gram)
+    assert torch.equal(found.codes, rounded().codes)
+    assert said == ["m: second moment of 5 tokens cannot be factorized; rounded to nearest"]
+
+
+def test_bad_numbers_are_refused() -> None:
+    with pytest.raises(DataError, match="not finite"):
+        solve(torch.eye(COLUMNS).fill_(float("nan")))

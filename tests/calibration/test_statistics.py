@@ -1,0 +1,170 @@
+"""Statistics against float64 formulas on what plain hooks see."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from quarkcli.calibration.statistics import CHUNK, Gram, Statistics
+from quarkcli.errors import DataError
+from tests import runs
+
+from .watch import ROWS, close, collect, hooked, inner, moment, plan
+
+LAYER = "model.layers.1.block_sparse_moe.experts"
+WITHIN = ("w1", "w3")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return runs.text_file(tmp_path_factory.mktemp("text") / "t.txt")
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return runs.build("llama", tmp_path_factory.mktemp("llama") / "m", torch.float32)
+
+
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return runs.build("mixtral", tmp_path_factory.mktemp("mixtral") / "m", torch.float32)
+
+
+def test_dense_sites(llama: Path, text: Path) -> None:
+    prepared = plan(llama, text)
+    found, seen = collect(prepared), hooked(llama)
+    sites = [site for site in prepared.plan.sites.values() if site.name in prepared.needs]
+    assert len(sites) == 8  # q+k+v, o, gate+up, down of two blocks
+    for site in sites:
+        statistics = found[site.part - 1]
+        mean, tokens = statistics.kept[site.name, None]
+        assert tokens == ROWS.numel()
+        for member in site.members:  # all members read it
+            close(mean, moment(seen[member]))
+        assert float(statistics.absmax(site.name)) == pytest.approx(float(seen[site.members[0]].abs().max()), rel=1e-5)
+
+
+def test_padding_is_not_counted(llama: Path, text: Path) -> None:
+    mask = torch.ones_like(ROWS, dtype=torch.bool)
+    mask[0, 40:] = mask[3, 5:] = mask[7, 63:] = False
+    rows = ROWS.masked_fill(~mask, 0)
+    prepared = plan(llama, text)
+    found, seen = collect(prepared, rows, mask), hooked(llama, rows)
+    for name in ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"):
+        site = prepared.plan.targets[name].site
+        mean, tokens = found[int(name.split(".")[2])].kept[site, None]
+        assert tokens == int(mask.sum())
+        close(mean, moment(seen[name][mask]))
+        real = seen[name][mask].abs().max()
+        assert float(found[int(name.split(".")[2])].absmax(site)) == pytest.approx(float(real), rel=1e-5)
+
+
+def test_experts_see_their_own_tokens(mixtral: Path, text: Path) -> None:
+    prepared = plan(mixtral, text)
+    statistics = collect(prepared)[1]
+    hidden, index, _ = hooked(mixtral)["model.layers.1.mlp.experts"]
+    tensors = runs.read_all(mixtral)
+    counts = torch.bincount(index.reshape(-1), minlength=4)
+    assert statistics.expert_tokens() == {LAYER: {expert: int(counts[expert]) for expert in range(4)}}
+    largest = []
+    for expert in range(4):
+        rows = hidden[(index == expert).any(-1)]
+        inside = inner(tensors, f"{LAYER}.{expert}", rows, WITHIN)
+        largest.append(float(inside.abs().max()))
+        assert len(rows) >= 2 * 128  # enough for the common input to need no prior
+        mean, tokens = statistics.kept[f"{LAYER}.input", expert]
+        assert tokens == len(rows)
+        close(mean, moment(rows))
+    assert float(statistics.absmax(f"{LAYER}.input")) == pytest.approx(float(hidden.abs().max()), rel=1e-5)
+    assert float(statistics.absmax(f"{LAYER}.w2.input")) == pytest.approx(max(largest), rel=1e-4)
+
+
+def test_few_tokens_lean_on_the_layer(mixtral: Path, text: Path) -> None:
+    """Below two tokens per feature the layer's moment counts as one token per feature."""
+    statistics = collect(plan(mixtral, text))[1]
+    hidden, index, _ = hooked(mixtral)["model.layers.1.mlp.experts"]
+    tensors = runs.read_all(mixtral)
+    inside = [inner(tensors, f"{LAYER}.{e}", hidden[(index == e).any(-1)], WITHIN) for e in range(4)]
+    pooled = moment(torch.cat(inside))
+    for expert in range(4):
+        count, features = inside[expert].shape
+        assert (count < 2 * features) == (statistics.kept[f"{LAYER}.w2.input", expert][1] < 2 * 256)
+        weight = features if count < 2 * features else 0
+        wanted = (moment(inside[expert]) * count + pooled * weight) / (count + weight)
+        close(statistics.kept[f"{LAYER}.w2.input", expert][0], wanted)
+    counts = [len(rows) for rows in inside]
+    assert min(counts) < 2 * 256 <= max(counts)  # both cases are met
+
+
+def test_all_tokens_for_every_expert(mixtral: Path, text: Path) -> None:
+    statistics = collect(plan(mixtral, text), all_tokens=True)[1]
+    hidden, index, _ = hooked(mixtral)["model.layers.1.mlp.experts"]
+    tensors = runs.read_all(mixtral)
+    inside = [inner(tensors, f"{LAYER}.{expert}", hidden, WITHIN) for expert in range(4)]
+    for expert in range(4):
+        close(statistics.kept[f"{LAYER}.input", expert][0], moment(hidden))
+        close(statistics.kept[f"{LAYER}.w2.input", expert][0], moment(inside[expert]))
+    largest = max(float(rows.abs().max()) for rows in inside)
+    assert float(statistics.absmax(f"{LAYER}.w2.input")) == pytest.approx(largest, rel=1e-4)
+    counts = torch.bincount(index.reshape(-1), minlength=4)
+    assert statistics.expert_tokens()[LAYER] == {expert: int(counts[expert]) for expert in range(4)}
+
+
+def test_experts_ignore_padding(mixtral: Path, text: Path) -> None:
+    mask = torch.ones_like(ROWS, dtype=torch.bool)
+    mask[:, 50:] = False
+    rows = ROWS.masked_fill(~mask, 0)
+    statistics = collect(plan(mixtral, text), rows, mask)[1]
+    hidden, index, _ = hooked(mixtral, rows)["model.layers.1.mlp.experts"]
+    hidden, index = hidden[mask.reshape(-1)], index[mask.reshape(-1)]
+    counts = torch.bincount(index.reshape(-1), minlength=4)
+    assert statistics.expert_tokens()[LAYER] == {expert: int(counts[expert]) for expert in range(4)}
+    assert float(statistics.absmax(f"{LAYER}.input")) == pytest.approx(float(hidden.abs().max()), rel=1e-5)
+    inside = [
+        inner(runs.read_all(mixtral), f"{LAYER}.{e}", hidden[(index == e).any(-1)], WITHIN).abs().max()
+        for e in range(4)
+    ]
+    assert float(statistics.absmax(f"{LAYER}.w2.input")) == pytest.approx(float(max(inside)), rel=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_oss"])
+def test_the_batch_changes_no_bit(family: str, text: Path, tmp_path: Path) -> None:
+    prepared = plan(runs.build(family, tmp_path / "m"), text)
+    one, three = (collect(prepared, batch=batch) for batch in (1, 3))
+    for block, statistics in one.items():
+        other = three[block]
+        assert statistics.kept.keys() == other.kept.keys()
+        for key, (mean, tokens) in statistics.kept.items():
+            assert tokens == other.kept[key][1]
+            assert torch.equal(mean, other.kept[key][0]), key
+        assert all(torch.equal(value, other._absmax[site]) for site, value in statistics._absmax.items())
+
+
+def test_moments_do_not_depend_on_how_rows_arrive() -> None:
+    rows = torch.randn(2 * CHUNK + 700, 24, generator=torch.Generator().manual_seed(0))
+    results = []
+    for size in (1, 7, 500, CHUNK, len(rows)):
+        gram = Gram()
+        for part in rows.split(size):
+            gram.add(part.clone())
+        results.append(gram.result()[0])
+        assert gram.result()[1] == len(rows)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+    close(results[0], moment(rows))
+
+
+def test_no_tokens_and_bad_numbers(llama: Path, text: Path) -> None:
+    prepared = plan(llama, text)
+    site = prepared.plan.targets["model.layers.0.mlp.up_proj"].site
+    statistics = Statistics(prepared.plan, 1, prepared.needs, None)
+    assert statistics.gram(site) == (None, 0)
+    with pytest.raises(DataError, match="no calibration token reached"):
+        statistics.absmax(site)
+    statistics._take(site, torch.tensor([[1.0, float("nan")]]))
+    with pytest.raises(DataError, match="NaN or inf") as error:
+        statistics.absmax(site)
+    assert error.value.where == site
+    with pytest.raises(DataError, match="NaN or inf"):
+        statistics.gram(site)

@@ -1,0 +1,79 @@
+"""transformers and compressed-tensors as readers of what the job wrote."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
+from compressed_tensors.utils.match import match_name
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig, logging
+
+
+def load(folder: Path, dtype: torch.dtype = torch.bfloat16, *, static: bool = False) -> tuple[Any, dict[str, set[str]]]:
+    """(model, keys by what is wrong with them). `static`: keep the modules quantized, so that input scales apply."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    keep = {"quantization_config": CompressedTensorsConfig(dequantize=False)} if static else {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True, **keep)
+    return model.eval(), {kind: set(info[f"{kind}_keys"]) for kind in ("missing", "unexpected", "mismatched")}
+
+
+def log_probabilities(model: Any, rows: torch.Tensor, batch: int = 8) -> torch.Tensor:
+    """Of the next token at every position but the last of a row, float32 [rows, width - 1, vocabulary]."""
+    with torch.no_grad():
+        return torch.cat([model(part).logits[:, :-1].float().log_softmax(-1) for part in rows.split(batch)])
+
+
+def perplexity(scores: torch.Tensor, rows: torch.Tensor) -> float:
+    """Over every position but a row's first."""
+    return math.exp(-float(scores.gather(-1, rows[:, 1:, None]).double().mean()))
+
+
+def divergence(base: torch.Tensor, other: torch.Tensor) -> float:
+    """Mean KL of `other` from `base` per token, in nats."""
+    return float(torch.nn.functional.kl_div(other, base, log_target=True, reduction="none").sum(-1).double().mean())
+
+
+def windows(tokenizer: Any, text: str, width: int) -> torch.Tensor:
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    return torch.tensor(ids[: len(ids) // width * width]).view(-1, width)
+
+
+def scheme_of(config: dict[str, Any], name: str) -> QuantizationScheme:
+    """The one scheme the library applies to a linear of that name."""
+    assert not any(match_name(name, pattern) for pattern in config["ignore"]), name
+    read = QuantizationConfig.model_validate(config)
+    found = [
+        scheme
+        for scheme in read.config_groups.values()
+        if any(target == "Linear" or match_name(name, target) for target in scheme.targets)
+    ]
+    assert len(found) == 1, name
+    return found[0]
+
+
+def decompress(folder: Path, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Every quantized weight by module name, float32, as compressed-tensors decodes the files."""
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    out = {}
+    for name in tensors:
+        if not name.endswith(".weight_scale"):
+            continue
+        module = name.removesuffix(".weight_scale")
+        scheme = scheme_of(config, module)
+        local = {
+            key.removeprefix(f"{module}."): value for key, value in tensors.items() if key.startswith(f"{module}.")
+        }
+        if local["weight_scale"].dtype == torch.bfloat16:
+            local["weight_scale"] = local["weight_scale"].float()  # the result has the dtype of the scale
+        compressor = BaseCompressor.get_value_from_registry(scheme.format)
+        out[module] = compressor.decompress(local, scheme)["weight"].float()
+    return out

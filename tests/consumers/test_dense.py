@@ -1,0 +1,52 @@
+"""The embedded Llama, quantized by the job and loaded by transformers with its own code."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from quarkcli.checkpoint import Checkpoint
+from quarkcli.source import Source
+from tests import runs
+
+from .loading import load
+
+
+@pytest.mark.parametrize("scheme", runs.SCHEMES)
+def test_every_key_finds_its_place_and_its_value(scheme: str, demo: dict[str, runs.Made]) -> None:
+    made = demo[scheme]
+    assert made.report["dialect"]["reason"] == "asked for; loads in vLLM and transformers"
+    model, wrong = load(made.folder, static=scheme in runs.CALIBRATED)
+    assert wrong == {"missing": set(), "unexpected": set(), "mismatched": set()}
+    assert bool(torch.isfinite(model(torch.arange(20)[None]).logits).all())  # the first pass decompresses
+    checkpoint = Checkpoint(Source.open(str(made.folder)))
+    targets = [target.name for target in made.prepared.plan.quantized()]
+    assert len(targets) == 28
+    for name in targets:
+        found = model.get_submodule(name).weight.float()
+        torch.testing.assert_close(found, checkpoint.weight(name), rtol=2**-7, atol=0)  # bfloat16 in memory
+
+
+@pytest.mark.parametrize("scheme", sorted(runs.CALIBRATED))
+def test_static_scales_arrive(scheme: str, demo: dict[str, runs.Made]) -> None:
+    model, _ = load(demo[scheme].folder, dtype=torch.float32, static=True)
+    tensors = runs.read_all(demo[scheme].folder)
+    suffixes = ("input_scale", "input_global_scale", "k_scale", "v_scale")
+    static = {name: tensor for name, tensor in tensors.items() if name.endswith(suffixes)}
+    assert len(static) == 28 + 2 * 4
+    for name, tensor in static.items():
+        module, _, attribute = name.rpartition(".")
+        found = getattr(model.get_submodule(module), attribute).detach().reshape(1)
+        torch.testing.assert_close(found.float(), tensor, rtol=2**-7, atol=0)
+
+
+@pytest.mark.parametrize("scheme", runs.SCHEMES)
+def test_one_input_and_one_tensor_scale_where_servers_fuse(scheme: str, demo: dict[str, runs.Made]) -> None:
+    tensors = runs.read_all(demo[scheme].folder)
+    names = [name for name in tensors if name.endswith(("input_scale", "global_scale"))]
+    names += [name for name in tensors if name.endswith("weight_scale") and tensors[name].numel() == 1]
+    assert bool(names) == (scheme in runs.CALIBRATED)
+    for name in names:
+        for first, others in (("q_proj", ("k_proj", "v_proj")), ("gate_proj", ("up_proj",))):
+            if f".{first}." in name:
+                assert all(torch.equal(tensors[name], tensors[name.replace(first, other)]) for other in others), name

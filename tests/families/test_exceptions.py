@@ -1,0 +1,158 @@
+"""Families nobody described, experts left out, fused files, tied heads."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from quarkcli import verify
+from quarkcli.checkpoint import Checkpoint
+from quarkcli.errors import CheckError, ConfigError, ModelError
+from quarkcli.evaluate.run import evaluate
+from quarkcli.events import silent
+from quarkcli.source import Source
+from tests import runs
+
+PREFIX = "model.layers.0.mlp.experts"
+
+
+@pytest.fixture
+def unknown(sources: dict[str, Path], tmp_path: Path) -> Path:
+    """A Llama under a name that neither quark nor transformers knows."""
+    folder = tmp_path / "unknown"
+    shutil.copytree(sources["llama"], folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "novel", "architectures": ["NovelForCausalLM"]}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return folder
+
+
+@pytest.mark.parametrize("scheme", ["mxfp4", "int4_wo_128"])
+def test_an_unknown_family_needs_no_description_without_data(
+    scheme: str, unknown: Path, sources: dict[str, Path], tmp_path: Path
+) -> None:
+    made = runs.run(unknown, tmp_path / "out", scheme=scheme)
+    assert len(made.report["warnings"]) == 1
+    assert "novel" in made.report["warnings"][0] and "inferred" in made.report["warnings"][0]
+    assert made.report["model"]["family"] == "novel"
+    assert verify.directory(str(made.folder), str(unknown))[-1].startswith("all ")
+    known = runs.run(sources["llama"], tmp_path / "known", scheme=scheme)
+    assert runs.same_files(made.folder, known.folder)  # the usual names are enough to find every role
+
+
+def test_an_unknown_family_cannot_be_calibrated(unknown: Path, text: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError) as error:
+        runs.run(unknown, tmp_path / "out", scheme="nvfp4", **runs.data(text))
+    assert "novel" in str(error.value).lower()
+    assert not (tmp_path / "out").exists()
+
+
+def test_fused_and_single_experts_become_the_same_files(sources: dict[str, Path], text: Path, tmp_path: Path) -> None:
+    for scheme in ("mxfp4", "nvfp4"):
+        data = runs.data(text) if scheme == "nvfp4" else {}
+        both = [
+            runs.run(sources[name], tmp_path / f"{name}-{scheme}", scheme=scheme, dialect="quark", **data)
+            for name in ("qwen3_moe", runs.FUSED)
+        ]
+        assert runs.same_files(both[0].folder, both[1].folder)
+        assert both[0].report["split"] == {}
+        assert set(both[1].report["split"].values()) == {4, 8}  # down; gate and up
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", runs.FUSED, "gpt_oss"])
+def test_an_expert_left_out_is_written_alone(
+    name: str, sources: dict[str, Path], text: Path, page: Path, tmp_path: Path
+) -> None:
+    source = sources[name]
+    made = runs.run(source, tmp_path / "out", scheme="int4_wo_128", exclude=["*experts.1.*"])
+    written = runs.read_all(made.folder)
+    before = runs.read_all(source)
+    fused = f"{PREFIX}.gate_up_proj" in before
+    for leaf in ("gate_proj", "up_proj", "down_proj"):
+        found = written[f"{PREFIX}.1.{leaf}.weight"]
+        assert found.dtype == torch.bfloat16
+        assert found.equal(of_fused(before, leaf, name == "gpt_oss") if fused else before[f"{PREFIX}.1.{leaf}.weight"])
+        assert f"{PREFIX}.1.{leaf}.weight_scale" not in written
+        assert f"{PREFIX}.0.{leaf}.weight_scale" in written
+    assert f"{PREFIX}.gate_up_proj" not in written
+    assert made.report["experts"]["share_quantized"] == 0.75
+    assert made.prepared.forecast.output_bytes == sum(f.stat().st_size for f in made.folder.glob("*.safetensors"))
+    assert verify.directory(str(made.folder), str(source))[-1].startswith("all ")
+    result = evaluate(str(made.folder), baseline=str(source), text=str(page), window=64, device="cpu", tell=silent)
+    assert 0 < result["kl"] < 0.05
+
+
+def of_fused(tensors: dict[str, torch.Tensor], leaf: str, interleaved: bool) -> torch.Tensor:
+    """Expert 1 by hand: gpt-oss interleaves gate and up and stores [in, out], Qwen stacks halves of [out, in]."""
+    if leaf == "down_proj":
+        down = tensors[f"{PREFIX}.down_proj"][1]
+        return down.T if interleaved else down
+    both = tensors[f"{PREFIX}.gate_up_proj"][1]
+    if interleaved:
+        return both.T[leaf == "up_proj" :: 2]
+    return both.chunk(2)[leaf == "up_proj"]
+
+
+def test_projections_of_one_expert_cannot_differ(sources: dict[str, Path]) -> None:
+    with pytest.raises(ConfigError, match="one expert have different schemes"):
+        runs.prepare(sources["qwen3_moe"], scheme="mxfp4", exclude=["*experts.1.up_proj"])
+
+
+def test_a_tied_head_follows_the_embedding(tmp_path: Path, page: Path) -> None:
+    source = runs.build("llama_tied", tmp_path / "tied", head_dim=64)
+    made = runs.run(source, tmp_path / "out", scheme="int4_wo_128")
+    assert made.report["tied_head"] == "lm_head"
+    assert "lm_head.weight" not in runs.read_all(made.folder)
+    config = json.loads((made.folder / "quantization_config.json").read_text())
+    assert "lm_head" in config["ignore"]
+    result = evaluate(str(made.folder), baseline=str(source), text=str(page), window=64, device="cpu", tell=silent)
+    assert 0 < result["kl"] < 0.05
+
+
+def test_a_checkpoint_reads_back_in_the_form_of_its_source(sources: dict[str, Path], tmp_path: Path) -> None:
+    for name in ("gpt_oss", runs.FUSED, "mixtral"):
+        made = runs.run(sources[name], tmp_path / name, scheme="fp8", exclude=["*"], include=["*experts*"],
+                        calib_data="builtin", calib_samples=8, calib_seqlen=64)  # fmt: skip
+        checkpoint = Checkpoint(Source.open(str(made.folder)))
+        before = runs.read_all(sources[name])
+        assert {key: tuple(header.shape) for key, header in checkpoint.headers.items()} == {
+            key: tuple(tensor.shape) for key, tensor in before.items()
+        }
+        read = checkpoint.read_many(before)
+        for key, tensor in before.items():
+            assert read[key].dtype == tensor.dtype
+            error = float((read[key].float() - tensor.float()).norm() / tensor.float().norm())
+            assert error == 0 if "expert" not in key or "bias" in key else 0 < error < 0.03, key
+
+
+def test_verify_finds_what_is_wrong(sources: dict[str, Path], tmp_path: Path) -> None:
+    """Another source, a lost shard, a scale of zero."""
+    made = runs.run(sources["qwen3"], tmp_path / "out", scheme="fp8", calib_data="builtin",
+                    calib_samples=8, calib_seqlen=64)  # fmt: skip
+    with pytest.raises(CheckError, match="not accounted for"):
+        verify.directory(str(made.folder), str(sources["mixtral"]))
+    spoil(made.folder, "model.layers.0.mlp.up_proj.input_scale", 0.0)
+    with pytest.raises(CheckError, match=r"zero, negative.*up_proj"):
+        verify.directory(str(made.folder))
+    spoil(made.folder, "model.layers.0.mlp.up_proj.input_scale", 3.0)
+    with pytest.raises(CheckError, match=r"do not share.*gate_proj\+up_proj"):
+        verify.directory(str(made.folder))
+    next(made.folder.glob("*block-00001*")).unlink()
+    with pytest.raises(CheckError, match="block-00001"):
+        verify.directory(str(made.folder))
+    with pytest.raises(CheckError, match="no quantization_config"):
+        verify.directory(str(sources["qwen3"]))
+
+
+def spoil(folder: Path, name: str, value: float) -> None:
+    from safetensors.torch import load_file, save_file
+
+    for file in folder.glob("*.safetensors"):
+        tensors = load_file(file)
+        if name in tensors:
+            tensors[name] = torch.full_like(tensors[name], value)
+            save_file(tensors, file, metadata={"format": "pt"})

@@ -1,0 +1,185 @@
+"""Command lines in processes of their own, without the seconds that importing torch takes each.
+
+One process imports everything and forks a child per command line, so that a SIGKILL in it is a real one. `python -m
+tests.forks` is that process: it reads a request per line on stdin and answers on stdout.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+PRELOADED = (
+    "quarkcli.cli.main",
+    "quarkcli.job",
+    "quarkcli.part",
+    "quarkcli.pipeline",
+    "quarkcli.calibration.data",
+    "quarkcli.cli.planview",
+    "quarkcli.cli.progress",
+    "quarkcli.cli.summary",
+    "quarkcli.model.runner",
+    "quarkcli.model.tokenizer",
+    "quarkcli.numerics.solve",
+    "transformers.models.llama.modeling_llama",
+    "transformers.tokenization_utils_tokenizers",
+    "pydoc_data.topics",
+    "safetensors.torch",
+)
+
+
+class Done(NamedTuple):
+    """code is negative when a signal ended the process, as in subprocess."""
+
+    code: int
+    out: str
+    err: str
+
+
+def at(*targets: str, call: int = 1, after: bool = False, what: str = "SIGKILL") -> dict[str, Any]:
+    """Something that happens in a child.
+
+    targets   dotted names of functions; their calls are counted together
+    call      the how manieth call, 1-based; 0: every one
+    after     once that call has returned, instead of in its place
+    what      a signal's name; a number: an OSError with that errno is raised; a float: seconds to sleep
+    """
+    return {"targets": targets, "call": call, "after": after, "what": what}
+
+
+class Forks:
+    """Runs `quark` command lines in children of one prepared process, in an empty home and offline."""
+
+    def __init__(self, home: Path) -> None:
+        settings = {"HF_HUB_OFFLINE": "1", "QUARK_HOME": str(home), "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.forks"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            cwd=ROOT,
+            env={**os.environ, **settings},
+            text=True,
+        )
+
+    def __call__(self, *argv: str, cwd: Path, hook: dict[str, Any] | None = None, timeout: float = 0) -> Done:
+        """Run one command line; `timeout`: SIGKILL from outside after so many seconds."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        request = {"argv": argv, "cwd": str(cwd), "hook": hook, "timeout": timeout}
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return Done(**json.loads(self._process.stdout.readline()))
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def serve() -> None:
+    """Answer requests until stdin ends."""
+    for name in PRELOADED:
+        importlib.import_module(name)
+    import torch
+
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        request = json.loads(line)
+        cwd = Path(request["cwd"])
+        out, err = cwd / ".out", cwd / ".err"
+        child = os.fork()
+        if not child:
+            _child(request, out, err)
+        code = _wait(child, request["timeout"])
+        answer = {"code": code, "out": out.read_text(), "err": err.read_text()}
+        out.unlink()
+        err.unlink()
+        sys.stdout.write(json.dumps(answer) + "\n")
+        sys.stdout.flush()
+
+
+def _wait(child: int, timeout: float) -> int:
+    if timeout:
+        signal.signal(signal.SIGALRM, lambda *_: os.kill(child, signal.SIGKILL))
+        signal.setitimer(signal.ITIMER_REAL, timeout)
+    status = os.waitpid(child, 0)[1]
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    return os.waitstatus_to_exitcode(status)
+
+
+def _child(request: dict[str, Any], out: Path, err: Path) -> None:
+    code = 99
+    try:
+        for number, path in ((1, out), (2, err)):
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        os.chdir(request["cwd"])
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if request["hook"]:
+            _hook(**request["hook"])
+        from quarkcli.cli import main
+
+        code = main.main(request["argv"])
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _hook(targets: list[str], call: int, after: bool, what: str) -> None:
+    count = 0
+
+    def wrapped(real: Callable[..., Any]) -> Callable[..., Any]:
+        def function(*args: Any, **kwargs: Any) -> Any:
+            nonlocal count
+            count += 1
+            mine = call in (0, count)
+            if mine and not after:
+                _act(what)
+            result = real(*args, **kwargs)
+            if mine and after:
+                _act(what)
+            return result
+
+        return function
+
+    for target in targets:
+        owner, name = _owner(target)
+        setattr(owner, name, wrapped(getattr(owner, name)))
+
+
+def _owner(target: str) -> tuple[Any, str]:
+    *path, name = target.split(".")
+    for length in range(len(path), 0, -1):
+        try:
+            owner = importlib.import_module(".".join(path[:length]))
+        except ImportError:
+            continue
+        for step in path[length:]:
+            owner = getattr(owner, step)
+        return owner, name
+    raise ImportError(target)
+
+
+def _act(what: str) -> None:
+    if what.startswith("SIG"):
+        os.kill(os.getpid(), getattr(signal, what))
+    elif "." in what:
+        import time
+
+        time.sleep(float(what))
+    else:
+        raise OSError(int(what), os.strerror(int(what)))
+
+
+if __name__ == "__main__":
+    serve()

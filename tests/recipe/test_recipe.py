@@ -1,0 +1,199 @@
+"""Native recipe files: what they may say, and every mistake with its place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from quarkcli.errors import ConfigError, QuarkError, UsageError
+from quarkcli.recipe import catalog
+from quarkcli.recipe import recipe as recipes
+
+HEAD = "schema: quark/recipe/1\n"
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "own.yaml"
+    path.write_text(HEAD + text)
+    return path
+
+
+def refusal(folder: Path, text: str) -> ConfigError:
+    with pytest.raises(ConfigError) as caught:
+        recipes.from_file(write(folder, text))
+    return caught.value
+
+
+def test_everything_a_recipe_may_say(tmp_path: Path) -> None:
+    found = recipes.from_file(
+        write(
+            tmp_path,
+            "metadata: {name: mine, description: for me}\n"
+            "quantize:\n"
+            "  quant_cfg:\n"
+            "    - {quantizer_path: '*', enable: false}\n"
+            "    - quantizer_path: '*.weight_quantizer'\n"
+            "      parent_class: nn.Linear\n"
+            "      cfg: {element: int4, granularity: {group: 64}}\n"
+            "    - {quantizer_name: '*.absent', enable: false, required: false}\n"
+            "  kv_cache: fp8\n"
+            "  algorithm: [{method: gptq, damp: 1e-2}]\n"
+            "exclusions: none\n"
+            "calibration: {data: builtin, samples: 3, seqlen: 128}\n"
+            "export: {dialect: quark}\n",
+        )
+    )
+    assert (found.name, found.description, found.scheme, found.kv_cache) == ("mine", "for me", None, "fp8")
+    assert (found.exclusions, found.dialect) == (False, "quark")
+    assert (found.calib_data, found.calib_samples, found.calib_seqlen) == ("builtin", 3, 128)
+    assert found.algorithms == [("gptq", {"damp": 0.01})]
+    paths = [(entry.quantizer_path, entry.enable, entry.required, entry.parent_class) for entry in found.entries]
+    assert paths == [
+        ("*", False, True, None), ("*.weight_quantizer", True, True, "nn.Linear"), ("*.absent", False, False, None),
+    ]  # fmt: skip
+    assert str(found.entries[1].origin) == f"{tmp_path}/own.yaml:6:7"
+    assert all(entry.user for entry in found.entries)
+
+
+def test_a_scheme_makes_entries_for_all_kinds(tmp_path: Path) -> None:
+    found = recipes.from_file(write(tmp_path, "quantize: {scheme: int4_wo_128}\n"))
+    assert found.name == "own"  # the file's
+    kinds = {entry.quantizer_path: entry.enable for entry in found.entries[1:]}
+    assert kinds == {
+        "*.weight_quantizer": True, "*.input_quantizer": False, "*.output_quantizer": False, "*.bias_quantizer": False,
+    }  # fmt: skip
+    assert found.entries[0].quantizer_path == "*" and not found.entries[0].enable
+
+
+@pytest.mark.parametrize("name", sorted(catalog.files("ptq")))
+def test_built_in_recipes_are_good(name: str) -> None:
+    found = recipes.from_file(catalog.find_recipe(name))
+    assert found.name == name
+    assert found.description
+    assert found.entries
+
+
+@pytest.mark.parametrize(
+    ("text", "place", "what"),
+    [
+        ("quantise: {scheme: fp8}\n", "2:1", "unknown key 'quantise' (did you mean 'quantize'?)"),
+        ("quantize: {scheme: fp8, kvcache: fp8}\n", "2:25", "unknown key 'kvcache' (did you mean 'kv_cache'?)"),
+        ("quantize: {}\n", "2:1", "give either scheme or quant_cfg"),
+        ("quantize: {scheme: fp8, quant_cfg: []}\n", "2:1", "give either scheme or quant_cfg"),
+        ("quantize: {quant_cfg: [{quantizer_path: '*'}]}\n", "2:24", "neither cfg nor enable"),
+        ("quantize: {quant_cfg: [{quantizer_path: '*', cfg: {}}]}\n", "2:24", "cfg is empty"),
+        ("quantize: {quant_cfg: [{enable: true}]}\n", "2:24", "is missing"),
+        ("quantize: {quant_cfg: [{quantizer_path: '', enable: true}]}\n", "2:25", "at least 1 character"),
+        ("quantize: {quant_cfg: [{quantizer_path: a, quantizer_name: b, enable: true}]}\n", "2:24", "an alias of"),
+        ("quantize: {quant_cfg: [{quantizer_path: a, enable: on}]}\n", "2:44", "valid boolean"),
+        ("quantize: {quant_cfg: [{quantizer_path: a, enable: 1}]}\n", "2:44", "valid boolean"),
+        ("quantize: {scheme: 4}\n", "2:12", "valid string"),
+        ("quantize: {scheme: fp8}\ncalibration: {samples: '5'}\n", "3:15", "valid integer"),
+        ("quantize: {scheme: fp8}\ncalibration: {samples: 0}\n", "3:15", "greater than 0"),
+        ("quantize: {scheme: fp8}\ncalibration: {samples: 1e3}\n", "3:15", "valid integer"),
+        ("quantize: {scheme: fp8}\nexclusions: some\n", "3:1", "'default' or 'none'"),
+        ("quantize: {scheme: fp9}\n", "2:12", "unknown scheme 'fp9'"),
+        ("quantize: {quant_cfg: [{quantizer_path: a, cfg: {enable: 5}}]}\n", "2:24", "cfg.enable must be true or false"),
+        (
+            "quantize: {quant_cfg: [{quantizer_path: a, enable: true, cfg: {element: int4, enable: false}}]}\n",
+            "2:24", "contradicts",
+        ),
+        ("quantize: {quant_cfg: [{quantizer_path: a, cfg: {element: int5}}]}\n", "2:44", "element 'int5' is unknown"),
+    ],
+)  # fmt: skip
+def test_mistakes_have_file_line_and_column(text: str, place: str, what: str, tmp_path: Path) -> None:
+    error = refusal(tmp_path, text)
+    assert what in error.what
+    assert error.where == f"{tmp_path}/own.yaml:{place}"
+
+
+def test_all_mistakes_at_once(tmp_path: Path) -> None:
+    error = refusal(
+        tmp_path,
+        "metadata: {nam: x}\nquantize:\n  scheme: fp8\n  algoritm: gptq\ncalibration: {samples: -1}\nexport: {dialect: 3}\n",
+    )
+    assert error.what.startswith("4 problems\n")
+    for place, what in (("2:12", "'nam'"), ("5:3", "'algoritm'"), ("6:15", "samples"), ("7:10", "dialect")):
+        assert any(f"own.yaml:{place}: " in line and what in line for line in error.what.splitlines()), place
+
+
+@pytest.mark.parametrize("text", ["quantize: {scheme: fp8}\n", "schema: quark/recipe/2\n", "", "- a\n", "text\n"])
+def test_other_files_are_no_native_recipes(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="not a native recipe"):
+        recipes.from_file(path)
+
+
+def test_enable_inside_cfg_moves_up(tmp_path: Path) -> None:
+    rows = "{quantizer_path: a, cfg: {element: int4, enable: false}}, {quantizer_path: b, cfg: {enable: true}}"
+    found = recipes.from_file(write(tmp_path, f"quantize: {{quant_cfg: [{rows}]}}\n")).entries
+    assert (found[0].enable, found[0].cfg) == (False, {"element": "int4"})
+    assert (found[1].enable, found[1].cfg) == (True, None)
+
+
+class TestCatalog:
+    """Names, places, and what may not be taken."""
+
+    @pytest.fixture(autouse=True)
+    def home(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        monkeypatch.setenv("QUARK_HOME", str(tmp_path / "home"))
+        (tmp_path / "home" / "schemes").mkdir(parents=True)
+        (tmp_path / "home" / "ptq").mkdir()
+        return tmp_path / "home"
+
+    def test_dash_is_underscore(self) -> None:
+        assert catalog.find("schemes", "int4-wo-128") == catalog.find("schemes", "INT4_WO_128")
+        assert recipes.from_scheme("int4-wo_128").name == "int4_wo_128"
+        assert catalog.find_recipe("nvfp4_kv_fp8") == catalog.find_recipe("nvfp4-kv-fp8")
+
+    def test_files_of_the_user(self, home: Path) -> None:
+        (home / "schemes" / "int4-wo-32.yaml").write_text("weight: {element: int4, granularity: {group: 32}}\n")
+        (home / "ptq" / "mine.yaml").write_text(HEAD + "quantize: {scheme: int4_wo_32}\n")
+        assert "int4-wo-32" in catalog.files("schemes")
+        found = recipes.from_file(catalog.find_recipe("mine"))
+        assert found.scheme == "int4_wo_32"
+        assert found.entries[1].cfg == {"element": "int4", "granularity": {"group": 32}}
+
+    def test_a_changed_file_is_read_again(self, home: Path) -> None:
+        path = home / "schemes" / "mine.yaml"
+        for size in (32, 64):
+            path.write_text(f"weight: {{element: int4, granularity: {{group: {size}}}}}\n")
+            path.touch()
+            assert recipes.from_scheme("mine").entries[1].cfg["granularity"] == {"group": size}
+
+    @pytest.mark.parametrize("name", ["nvfp4", "int4-wo-128", "FP8"])
+    def test_built_in_names_are_taken(self, name: str, home: Path) -> None:
+        path = home / "schemes" / f"{name}.yaml"
+        path.write_text("weight: {element: int4}\n")
+        with pytest.raises(ConfigError, match="is a built-in scheme; rename the file") as caught:
+            catalog.files("schemes")
+        assert caught.value.where == str(path)
+
+    def test_unknown_names(self) -> None:
+        with pytest.raises(UsageError, match="unknown scheme 'nvpf4'") as caught:
+            catalog.find("schemes", "nvpf4")
+        assert "nvfp4" in caught.value.hint and "quark schemes list" in caught.value.hint
+        with pytest.raises(ConfigError, match="unknown recipe 'nvpf4'"):
+            catalog.find_recipe("nvpf4")
+        with pytest.raises(ConfigError, match="no such recipe file"):
+            catalog.find_recipe("absent.yaml")
+
+    @pytest.mark.parametrize(
+        ("text", "what"),
+        [
+            ("weights: {element: int4}\n", "unknown key 'weights' (did you mean 'weight'?)"),
+            ("summary: x\n", "'weight' is missing"),
+            ("weight: int4\n", "dictionary"),
+            ("weight: {element: int4, granularty: tensor}\n", "unknown key 'granularty' in cfg"),
+        ],
+    )
+    def test_a_bad_scheme_names_its_file(self, text: str, what: str, home: Path) -> None:
+        path = home / "schemes" / "bad.yaml"
+        path.write_text(text)
+        with pytest.raises(QuarkError) as caught:
+            recipes.from_scheme("bad")
+        assert caught.value.code == 3
+        assert what in caught.value.what
+        assert f"{path}" in caught.value.where

@@ -1,0 +1,242 @@
+"""Reading ahead and writing behind: order, what is durable when, and what happens when either fails."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from quarkcli.errors import AccessError, ResourceError, Stopped
+from quarkcli.journal import Journal
+from quarkcli.part import PartResult
+from quarkcli.pipeline import Pipeline
+from quarkcli.plan.model import Part
+from quarkcli.writer import write_part
+
+PARTS = [Part(index, f"layers.{index}", "block", index, (f"layers.{index}.weight",)) for index in range(5)]
+
+
+class Files:
+    """Stands for a Source: notes in which order and thread tensors are read."""
+
+    def __init__(self) -> None:
+        self.read: list[tuple[str, bool]] = []
+        self.fail: Exception | None = None
+
+    def read_many(self, names: Any) -> dict[str, torch.Tensor]:
+        names = list(names)
+        self.read.append((names[0], threading.current_thread() is threading.main_thread()))
+        if self.fail is not None:
+            raise self.fail
+        return {name: torch.full((4,), float(name.split(".")[1])) for name in names}
+
+
+@pytest.fixture
+def synchronized(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+
+
+def result(tensors: dict[str, torch.Tensor]) -> PartResult:
+    return PartResult(dict(tensors), 0.5, {"w": 0.25}, {}, {}, ["careful"], 1.0)
+
+
+def worker(walk: Any = None, last: int = 10) -> Any:
+    return SimpleNamespace(walk=walk, last=last)
+
+
+def walk(value: float, batch: int = 4) -> Any:
+    return SimpleNamespace(carry=[torch.full((2, 3), value), torch.full((1, 3), -value)], batch=batch)
+
+
+def work(pipeline: Pipeline, parts: list[Part], made: Callable[[Part], Any] = lambda part: worker()) -> None:
+    for position, part in enumerate(parts):
+        tensors = pipeline.read(part, parts[position + 1] if position + 1 < len(parts) else None)
+        pipeline.write(part, result(tensors), made(part))
+
+
+def start(tmp_path: Path, files: Files, journal: Journal, device: str) -> Pipeline:
+    return Pipeline(files, tmp_path / "out.partial", journal, device)  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("synchronized")
+@pytest.mark.parametrize("device", ["cpu", "cpu:0"])
+def test_every_part_is_written_and_noted_in_order(tmp_path, device):
+    files = Files()
+    with Journal.open(tmp_path / "out.partial", {}) as journal, start(tmp_path, files, journal, device) as pipeline:
+        work(pipeline, PARTS)
+        pipeline.drain()
+        assert list(journal.finished) == [part.name for part in PARTS]
+        record = journal.finished["layers.2"]
+        assert {k: record[k] for k in ("error", "weight_errors", "warnings", "seconds")} == {
+            "error": 0.5, "weight_errors": {"w": 0.25}, "warnings": ["careful"], "seconds": 1.0,
+        }  # fmt: skip
+        assert [file["file"] for file in record["files"]] == ["model-block-00002.safetensors"]
+        assert journal.verify() == []
+    assert [name for name, _ in files.read] == [part.tensors[0] for part in PARTS]
+    in_main = [main for _, main in files.read]
+    assert in_main == ([True] * 5 if device == "cpu" else [True] + [False] * 4)
+
+
+def test_on_a_cpu_a_part_is_durable_when_write_returns(tmp_path):
+    with Journal.open(tmp_path / "out.partial", {}) as journal, start(tmp_path, Files(), journal, "cpu") as pipeline:
+        for part in PARTS:
+            pipeline.write(part, result(pipeline.read(part, None)), worker())
+            assert list(journal.finished)[-1] == part.name
+
+
+@pytest.mark.usefixtures("synchronized")
+@pytest.mark.parametrize("device", ["cpu", "cpu:0"])
+def test_the_carry_is_the_one_behind_the_part(tmp_path, device):
+    """With its batch; also when the walk has moved on before the background got to write."""
+    partial = tmp_path / "out.partial"
+    with Journal.open(partial, {}) as journal, start(tmp_path, Files(), journal, device) as pipeline:
+        carrying = walk(0.0)
+        for part in PARTS[:4]:
+            tensors = pipeline.read(part, None)
+            carrying.carry = [torch.full((2, 3), float(part.index)), torch.full((1, 3), -float(part.index))]
+            carrying.batch = 4 if part.index < 2 else 2
+            pipeline.write(part, result(tensors), worker(carrying, last=3))
+            if part.index == 2:
+                pipeline.drain()
+                assert journal.notes == {"batch": 2}
+                carry = journal.carry()
+                assert carry is not None
+                assert list(carry) == ["000000", "000001"]
+                assert torch.equal(carry["000001"], torch.full((1, 3), -2.0))
+        pipeline.drain()
+        assert journal.carry() is None  # nothing reads what the last part with statistics hands on
+
+
+@pytest.mark.usefixtures("synchronized")
+def test_at_most_one_part_is_being_written(tmp_path, monkeypatch):
+    running, most = 0, 0
+
+    def slowly(*arguments: Any) -> Any:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        time.sleep(0.02)
+        running -= 1
+        return write_part(*arguments)
+
+    monkeypatch.setattr("quarkcli.pipeline.write_part", slowly)
+    with Journal.open(tmp_path / "out.partial", {}) as journal, start(tmp_path, Files(), journal, "cpu:0") as pipeline:
+        work(pipeline, PARTS, lambda part: worker(walk(part.index, batch=part.index)))
+        pipeline.drain()
+        assert list(journal.finished) == [part.name for part in PARTS]
+    assert most == 1
+
+
+@pytest.mark.usefixtures("synchronized")
+def test_noting_the_batch_never_loses_a_part_being_written(tmp_path, monkeypatch):
+    """The journal has one writer at a time: a note that overtakes a part would write the journal without it."""
+    real, threads = Journal._store, set()
+
+    def store(self: Journal, *arguments: Any) -> None:
+        threads.add(threading.current_thread().name)
+        time.sleep(0.01)
+        real(self, *arguments)
+
+    monkeypatch.setattr(Journal, "_store", store)
+    with Journal.open(tmp_path / "out.partial", {}) as journal, start(tmp_path, Files(), journal, "cpu:0") as pipeline:
+        work(pipeline, PARTS, lambda part: worker(walk(part.index, batch=8 - part.index)))
+        pipeline.drain()
+        assert list(journal.finished) == [part.name for part in PARTS]
+        assert journal.notes == {"batch": 4}
+    assert threading.main_thread().name not in threads
+
+
+@pytest.mark.usefixtures("synchronized")
+def test_what_is_handed_over_is_durable_when_stopping_on_purpose(tmp_path, monkeypatch):
+    def slowly(*arguments: Any) -> Any:
+        time.sleep(0.1)
+        return write_part(*arguments)
+
+    monkeypatch.setattr("quarkcli.pipeline.write_part", slowly)
+    with Journal.open(tmp_path / "out.partial", {}) as journal:
+        with pytest.raises(Stopped), start(tmp_path, Files(), journal, "cpu:0") as pipeline:
+            work(pipeline, PARTS[:2])
+            raise Stopped("enough")
+        assert list(journal.finished) == ["layers.0", "layers.1"]
+
+
+@pytest.mark.usefixtures("synchronized")
+@pytest.mark.parametrize("device", ["cpu", "cpu:0"])
+def test_a_failed_write_ends_the_job(tmp_path, monkeypatch, device):
+    """At the latest with the next part; and what comes behind it is not noted as finished."""
+    count = iter(range(10))
+
+    def fail(*arguments: Any) -> Any:
+        if next(count) == 1:
+            raise ResourceError("no space left")
+        return write_part(*arguments)
+
+    monkeypatch.setattr("quarkcli.pipeline.write_part", fail)
+    with Journal.open(tmp_path / "out.partial", {}) as journal:
+        with (
+            pytest.raises(ResourceError, match="no space left"),
+            start(tmp_path, Files(), journal, device) as pipeline,
+        ):
+            work(pipeline, PARTS)
+        assert list(journal.finished) == ["layers.0"]
+
+
+@pytest.mark.usefixtures("synchronized")
+def test_a_write_that_fails_last_is_not_overlooked(tmp_path, monkeypatch):
+    def fail(*_: Any) -> Any:
+        raise ResourceError("no space left")
+
+    monkeypatch.setattr("quarkcli.pipeline.write_part", fail)
+    with (
+        Journal.open(tmp_path / "out.partial", {}) as journal,
+        pytest.raises(ResourceError),
+        start(tmp_path, Files(), journal, "cpu:0") as pipeline,
+    ):
+        work(pipeline, PARTS[:1])
+
+
+@pytest.mark.usefixtures("synchronized")
+@pytest.mark.parametrize("device", ["cpu", "cpu:0"])
+def test_a_failed_read_ends_the_job_with_its_own_error(tmp_path, device):
+    files = Files()
+    with Journal.open(tmp_path / "out.partial", {}) as journal:
+        with pytest.raises(AccessError, match="gone"), start(tmp_path, files, journal, device) as pipeline:
+            tensors = pipeline.read(PARTS[0], None)
+            files.fail = AccessError("gone")
+            pipeline.write(PARTS[0], result(tensors), worker())
+            work(pipeline, PARTS[1:])
+        assert list(journal.finished) == ["layers.0"]
+
+
+@pytest.mark.usefixtures("synchronized")
+def test_an_error_in_a_part_waits_for_the_write_under_way(tmp_path, monkeypatch):
+    """No thread goes on in a directory that the journal has let go."""
+    ended = []
+
+    def slowly(*arguments: Any) -> Any:
+        time.sleep(0.1)
+        written = write_part(*arguments)
+        ended.append(True)
+        return written
+
+    monkeypatch.setattr("quarkcli.pipeline.write_part", slowly)
+    with Journal.open(tmp_path / "out.partial", {}) as journal:
+        with pytest.raises(RuntimeError), start(tmp_path, Files(), journal, "cpu:0") as pipeline:
+            work(pipeline, PARTS[:1])
+            raise RuntimeError("in a part")
+        assert ended == [True]
+        assert list(journal.finished) == ["layers.0"]
+
+
+def test_reading_ahead_of_another_part_is_not_mistaken_for_this_one(tmp_path):
+    with Journal.open(tmp_path / "out.partial", {}) as journal, start(tmp_path, Files(), journal, "cpu:0") as pipeline:
+        other: Future[dict[str, torch.Tensor]] = Future()
+        pipeline._reading = ("layers.4", other)
+        assert list(pipeline.read(PARTS[1], None)) == ["layers.1.weight"]
