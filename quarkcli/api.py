@@ -15,7 +15,7 @@ from typing import Any
 
 from quarkcli import job
 from quarkcli.events import Listener, silent
-from quarkcli.job import Options
+from quarkcli.options import Options
 from quarkcli.plan.compose import Overrides
 from quarkcli.plan.model import Plan
 from quarkcli.recipe import catalog

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from quarkcli import verify
+from quarkcli.options import Prepared
 from quarkcli.plan.model import Plan
 from quarkcli.report import build
 from quarkcli.writer import MANIFEST, atomic_write_json, atomic_write_text, disk_errors, write_index
 
 if TYPE_CHECKING:
     from quarkcli.calibration.data import CalibrationData
-    from quarkcli.job import Prepared
 
 LOG = "quark/quark.log"
 

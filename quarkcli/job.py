@@ -9,24 +9,19 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from quarkcli import __version__, algorithms, dialects, family, finish, forecast, memory, preflight
-from quarkcli.algorithms.base import Algorithm
-from quarkcli.dialects.base import Dialect
+from quarkcli import __version__, algorithms, dialects, family, finish, memory, preflight
 from quarkcli.errors import Stopped, UsageError
 from quarkcli.events import Event, Listener, Message, PartDone, Phase, broadcast, silent
-from quarkcli.family import Layout
 from quarkcli.journal import Journal
-from quarkcli.plan.compose import Overrides
-from quarkcli.plan.model import Part, Plan
+from quarkcli.options import Options, Prepared
+from quarkcli.plan.model import Part
 from quarkcli.plan.resolve import resolve
-from quarkcli.preflight import Calibration
 from quarkcli.recipe import catalog
 from quarkcli.recipe import recipe as recipes
 from quarkcli.recipe.recipe import Recipe
@@ -39,55 +34,6 @@ if TYPE_CHECKING:
     from quarkcli.walk import Walk
 
 EMBEDDED = Path(__file__).resolve().parent / "assets" / "tiny-llama"
-
-
-@dataclass
-class Options:
-    """What the command line says. Defaults are the flags' defaults; None means not given."""
-
-    model: str
-    scheme: str | None = None
-    recipe: str | None = None
-    output: Path | None = None
-    dialect: str | None = None
-    overrides: Overrides = field(default_factory=Overrides)
-    algorithm: str | None = None
-    calib_data: str | None = None
-    calib_samples: int | None = None
-    calib_seqlen: int | None = None
-    calib_batch: int | None = None
-    calib_column: str | None = None
-    allow_short: bool = False
-    moe_calibration: Literal["routed", "all"] = "routed"
-    device: str = "auto"
-    seed: int = 0
-    resume: Literal["auto", "never", "require"] = "auto"
-    overwrite: bool = False
-    strict: bool = False
-    verify: bool = True
-    time_budget: float | None = None
-    trust_remote_code: bool = False
-    revision: str = "main"
-    offline: bool = False
-
-
-@dataclass
-class Prepared:
-    """Everything known before the first weight is read."""
-
-    options: Options
-    recipe: Recipe
-    source: Source
-    layout: Layout
-    plan: Plan
-    steps: list[Algorithm]
-    dialect: Dialect
-    dialect_reason: str
-    needs: dict[str, set[str]]
-    calibration: Calibration | None
-    forecast: forecast.Forecast
-    output: Path
-    warnings: list[str]
 
 
 def load_recipe(options: Options) -> Recipe:

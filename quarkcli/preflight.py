@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +15,7 @@ from quarkcli.algorithms.base import Algorithm
 from quarkcli.dialects.base import Dialect
 from quarkcli.errors import AccessError, ConfigError, DataError, ModelError, ResourceError, UsageError
 from quarkcli.events import Listener, Message
+from quarkcli.options import Calibration, Options, Prepared
 from quarkcli.plan.model import Plan, Target
 from quarkcli.recipe.recipe import Recipe
 from quarkcli.source import Source
@@ -23,22 +23,10 @@ from quarkcli.writer import free_bytes, output_state, partial_path
 
 if TYPE_CHECKING:
     from quarkcli.calibration.data import CalibrationData
-    from quarkcli.job import Options, Prepared
 
 DEFAULT_SAMPLES = 512
 DEFAULT_SEQLEN = 512
 _WEIGHT_DTYPES = {"BF16", "F16", "F32"}
-
-
-@dataclass
-class Calibration:
-    """Which data a calibrated plan uses. `asked`: the number of rows was given, so fewer are an error."""
-
-    source: str
-    samples: int
-    seqlen: int
-    asked: bool
-    warnings: list[str] = field(default_factory=list)
 
 
 def check_source(source: Source) -> None:
@@ -54,13 +42,19 @@ def check_source(source: Source) -> None:
 
 
 def check_plan(plan: Plan) -> None:
-    """Refuse dtypes that are no weights, and fused experts that disagree."""
+    """Refuse dtypes that are no weights, inputs that cannot be measured, and fused experts that disagree."""
     for target in plan.quantized():
         if target.dtype not in _WEIGHT_DTYPES:
             raise ModelError(
                 f"stored as {target.dtype}; weights must be BF16, F16 or F32",
                 where=target.view.tensor,
                 hint=f"the source looks quantized; --exclude '{target.name}' keeps this one",
+            )
+        if target.input is not None and target.input.needs_amax and target.site is None:
+            raise ConfigError(
+                f"its input would have to be measured, and no forward pass reaches it (role {target.role})",
+                where=target.name,
+                hint=f"--exclude '{target.name}', or a scheme that needs no data for it",
             )
     groups: dict[str, list[Target]] = {}
     for target in plan.targets.values():

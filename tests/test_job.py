@@ -22,6 +22,7 @@ from quarkcli import job, preflight
 from quarkcli.errors import QuarkError
 from quarkcli.events import Event, Message, PartDone, Phase
 from quarkcli.job import EMBEDDED, Options
+from quarkcli.journal import Journal
 from quarkcli.model.runner import Runner
 from quarkcli.plan.compose import Overrides
 from quarkcli.source import Source
@@ -357,17 +358,18 @@ class Heard(list[Event]):
         return [event.text for event in self if isinstance(event, Message) and event.level == "warning"]
 
 
-def limit_batch(monkeypatch: pytest.MonkeyPatch, most: int) -> list[int]:
+def limit_batch(monkeypatch: pytest.MonkeyPatch, most: int, name: str = "run_block") -> list[int]:
     """A device that runs out of memory above `most` rows. Returns the sizes that went through."""
-    real, sizes = Runner.run_block, []
+    real, sizes = getattr(Runner, name), []
 
-    def run_block(self: Runner, block: int, recording: Any, hidden: torch.Tensor) -> Any:
-        if hidden.shape[0] > most:
+    def call(self: Runner, *arguments: Any, **keywords: Any) -> Any:
+        rows = arguments[-1].shape[0] if name == "run_block" else arguments[0].shape[0]
+        if rows > most:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        sizes.append(hidden.shape[0])
-        return real(self, block, recording, hidden)
+        sizes.append(rows)
+        return real(self, *arguments, **keywords)
 
-    monkeypatch.setattr(Runner, "run_block", run_block)
+    monkeypatch.setattr(Runner, name, call)
     return sizes
 
 
@@ -390,6 +392,27 @@ def test_batches_that_are_no_power_of_two(rows, tmp_path, monkeypatch, seqlen):
         sizes = limit_batch(patch, 3)
         job.run(options(rows, tmp_path / "out", "nvfp4", **settings))
     assert 1 <= max(sizes) <= 3
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "calm")
+
+
+@pytest.mark.parametrize("name", ["run_block", "record"])
+def test_a_resumed_run_may_have_less_memory_than_the_one_before(rows, tmp_path, monkeypatch, name):
+    """The carry on disk is in batches of five; what goes on with it can only run two rows."""
+    settings = {"calib_samples": 7, "calib_seqlen": 400}
+    job.run(options(rows, tmp_path / "calm", "nvfp4", **settings))
+    real = Journal.finish
+
+    def stop(self: Journal, part: str, *arguments: Any) -> None:
+        real(self, part, *arguments)
+        if part == "model.layers.1":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Journal, "finish", stop)
+        job.run(options(rows, tmp_path / "out", "nvfp4", **settings))
+    sizes = limit_batch(monkeypatch, 3, name)
+    job.run(options(rows, tmp_path / "out", "nvfp4", **settings))
+    assert max(sizes) == 2
     assert hashes(tmp_path / "out") == hashes(tmp_path / "calm")
 
 

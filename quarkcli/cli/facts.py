@@ -76,7 +76,7 @@ def _steps_need(found: Recipe, spec: TensorSpec) -> bool:
     """Whether an algorithm of the recipe asks for statistics; asked with a plan of one weight."""
     slots = {"weight": Decision(spec, None), "input": Decision(None, None)}
     view, part = WeightView("linear.weight"), Part(0, "block", "block", 0, ("linear.weight",))
-    weight = Target("linear", view, _SHAPE, "BF16", "linear", 0, "linear.input", "linear", None, None, slots)
+    weight = Target("linear", view, _SHAPE, "BF16", "linear", 0, "linear.input", "linear", None, None, slots=slots)
     plan = Plan(found.name, "", [], [part], {"linear": weight}, {}, {}, {}, [], [])
     return any(step.needs(plan) for step in algorithms.pipeline(found.algorithms))
 

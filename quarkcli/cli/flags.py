@@ -1,4 +1,4 @@
-"""The flags of `quantize` and `plan`, said once. Field names are those of `job.Options` and `Overrides`."""
+"""The flags of `quantize` and `plan`, said once. Field names are those of `options.Options` and `Overrides`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import typer
 from quarkcli.cli import output
 
 if TYPE_CHECKING:
-    from quarkcli.job import Options
+    from quarkcli.options import Options
 
 _DURATION = re.compile(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?")
 Option = typer.Option
@@ -185,9 +185,10 @@ class JobFlags:
 
     def options(self) -> Options:
         """What the job takes."""
-        from quarkcli import job
+        from quarkcli.options import Options
+        from quarkcli.plan.compose import Overrides
 
-        return job.Options(**self._of(job.Options), overrides=job.Overrides(**self._of(job.Overrides)))
+        return Options(**self._of(Options), overrides=Overrides(**self._of(Overrides)))
 
     def start(self) -> None:
         """Tell the screen how this command answers."""

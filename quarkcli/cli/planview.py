@@ -12,7 +12,7 @@ from quarkcli.plan.model import Decision, Plan, Target
 from quarkcli.spec import TensorSpec, spec_to_yaml
 
 if TYPE_CHECKING:
-    from quarkcli.job import Prepared
+    from quarkcli.options import Prepared
 
 SCHEMA = "quark/plan/1"
 _CALIBRATION = ("calib_data", "calib_samples", "calib_seqlen", "calib_batch", "calib_column")

@@ -12,7 +12,7 @@ from quarkcli.cli.flags import JobFlags, takes_job_flags
 
 if TYPE_CHECKING:
     from quarkcli.cli.progress import Progress
-    from quarkcli.job import Options, Prepared
+    from quarkcli.options import Options, Prepared
 
 QUANTIZE_EXAMPLES = apps.examples(
     "quark quantize --model demo --scheme mxfp4 -o out/demo-mxfp4",

@@ -113,15 +113,16 @@ def validate(
 def _against(path: Path, model: str, data: str | None) -> dict[str, Any]:
     """The plan's essentials. Without data of its own the built-in text stands in, so that no network is asked."""
     from quarkcli import job
+    from quarkcli.options import Options
 
-    prepared = job.prepare(job.Options(model=model, recipe=str(path), calib_data=data or "builtin"))
+    prepared = job.prepare(Options(model=model, recipe=str(path), calib_data=data or "builtin"))
     plan = prepared.plan
     return {
         "modules": len(plan.targets),
         "quantized": sum(1 for _ in plan.quantized()),
         "dialect": prepared.dialect.name,
         "needs_data": bool(prepared.needs),
-        "warnings": prepared.warnings,
+        "warnings": plan.warnings,  # those about calibration data concern a run
     }
 
 

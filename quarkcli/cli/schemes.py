@@ -83,6 +83,7 @@ def _find(name: str) -> list[dict[str, Any]]:
 def _dialects(name: str) -> dict[str, list[str]] | None:
     """Dialect -> what loads it, asked with the embedded model; None when its widths do not fit the scheme."""
     from quarkcli import dialects, family, job
+    from quarkcli.plan.compose import Overrides
     from quarkcli.plan.resolve import resolve
     from quarkcli.recipe import recipe
     from quarkcli.source import Source
@@ -90,7 +91,7 @@ def _dialects(name: str) -> dict[str, list[str]] | None:
     source = Source.open(str(job.EMBEDDED))
     layout = family.lay_out(*family.for_checkpoint(source.config, source.headers), source.config, source.headers)
     try:
-        plan = resolve(recipe.from_scheme(name), job.Overrides(), layout, [])
+        plan = resolve(recipe.from_scheme(name), Overrides(), layout, [])
     except QuarkError:
         return None
     return {d.name: sorted(d.loaders(plan)) for d in dialects.members() if not d.refusals(plan)}

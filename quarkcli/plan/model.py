@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from quarkcli.family import Part, Site, WeightView
+from quarkcli.family import Part, Site, Weight, WeightView
 from quarkcli.recipe.entries import Entry
 from quarkcli.spec import TensorSpec
 
@@ -28,33 +28,10 @@ class Decision:
 
 
 @dataclass(frozen=True)
-class Target:
-    """One weight a recipe can reach.
+class Target(Weight):
+    """A weight with what its slots ended as: `slots` holds a decision per kind in TARGET_KINDS."""
 
-    name       module name in checkpoint spelling, without `.weight`
-    view       where its values lie in the source file
-    shape      (out, in)
-    dtype      safetensors dtype of the source tensor, for example `BF16`
-    role       what it is in its family: q, gate, expert_down, head, embedding, router, linear ...
-    part       index into `Plan.parts`
-    site       name of the activation it reads (see Site), or None when no forward pass reaches it
-    group      name of the scale group it shares per-tensor scales with; its own name when alone
-    expert     (layer's expert prefix, expert index) for routed experts, else None
-    bias       name of the bias tensor in the source, if it has one
-    slots      decision per kind in TARGET_KINDS
-    """
-
-    name: str
-    view: WeightView
-    shape: tuple[int, int]
-    dtype: str
-    role: str
-    part: int
-    site: str | None
-    group: str
-    expert: tuple[str, int] | None
-    bias: str | None
-    slots: dict[str, Decision]
+    slots: dict[str, Decision] = field(default_factory=dict)
 
     @property
     def weight(self) -> TensorSpec | None:

@@ -115,10 +115,7 @@ def _target(resolver: _Resolver, weight: Weight) -> Target:
         suffix = f".{kind}_quantizer"
         aliases = tuple(alias + suffix for alias in weight.aliases)
         slots[kind] = resolver.decide(weight.name + suffix, aliases, weight.parent_class)
-    return Target(
-        weight.name, weight.view, weight.shape, weight.dtype, weight.role, weight.part, weight.site, weight.group,
-        weight.expert, weight.bias, slots,
-    )  # fmt: skip
+    return Target(**vars(weight), slots=slots)
 
 
 def _kept(layout: Layout, targets: dict[str, Target], entries: list[Entry]) -> dict[str, str]:

@@ -21,7 +21,7 @@ class Strict(BaseModel):
 class EntryModel(Strict):
     """One entry of `quantize.quant_cfg`."""
 
-    quantizer_path: str = Field(alias="quantizer_name", min_length=1)
+    quantizer_path: str = Field(min_length=1)
     parent_class: str | None = None
     cfg: dict[str, Any] | None = None
     enable: bool | None = None
@@ -30,11 +30,11 @@ class EntryModel(Strict):
     @model_validator(mode="before")
     @classmethod
     def _path_has_two_names(cls, value: Any) -> Any:
-        if isinstance(value, dict) and "quantizer_path" in value:
-            if "quantizer_name" in value:
+        if isinstance(value, dict) and "quantizer_name" in value:
+            if "quantizer_path" in value:
                 raise ValueError("quantizer_name is an alias of quantizer_path; give one of them")
-            value = {**value, "quantizer_name": value["quantizer_path"]}
-            value.pop("quantizer_path")
+            value = {**value, "quantizer_path": value["quantizer_name"]}
+            value.pop("quantizer_name")
         return value
 
     @model_validator(mode="after")

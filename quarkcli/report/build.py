@@ -6,11 +6,11 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from quarkcli import __version__, forecast, memory
+from quarkcli.options import Prepared
 from quarkcli.plan.model import Plan
 
 if TYPE_CHECKING:
     from quarkcli.calibration.data import CalibrationData
-    from quarkcli.job import Prepared
 
 SCHEMA = "quark/report/1"
 

@@ -86,7 +86,7 @@ class Canned:
 def solve(gram: torch.Tensor | None, site: str | None = "s") -> tuple[Quantized, list[str]]:
     spec = spec_of("int4_wo_128")
     slots = {kind: Decision(spec if kind == "weight" else None, 0) for kind in ("weight", "input", "output", "bias")}
-    target = Target("m", WeightView("m.weight"), (ROWS, COLUMNS), "BF16", "up", 0, site, "m", None, None, slots)
+    target = Target("m", WeightView("m.weight"), (ROWS, COLUMNS), "BF16", "up", 0, site, "m", None, None, slots=slots)
     done: dict[str, Quantized] = {}
     said: list[str] = []
     work = PartWork([target], lambda t: weight(), lambda t: None, lambda t, q: done.update({t.name: q}), said.append)

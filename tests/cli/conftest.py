@@ -9,7 +9,6 @@ from typing import NamedTuple
 import pytest
 
 from quarkcli.cli import main
-from quarkcli.recipe import catalog
 
 HUSHED = (
     "HF_HUB_DISABLE_PROGRESS_BARS",
@@ -38,8 +37,6 @@ def quark(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, t
         monkeypatch.setenv(name, "1" if name != "TRANSFORMERS_VERBOSITY" else "error")  # restored afterwards
     for name in ("NO_COLOR", "FORCE_COLOR", "QUARK_DEBUG", "CI"):
         monkeypatch.delenv(name, raising=False)
-
-    catalog.document.cache_clear()  # files of other tests had the same relative names
 
     def call(*arguments: str) -> Answer:
         capsys.readouterr()

@@ -197,7 +197,8 @@ def test_out_of_memory_is_a_resource_error(quark, monkeypatch):
 )
 @pytest.mark.parametrize("begun", [True, False])
 def test_signals(quark, monkeypatch, tmp_path, number, code, word, begun):
-    def run(*_: object) -> None:
+    def run(options, tell, planned) -> None:
+        planned(job.prepare(options))
         if begun:
             (tmp_path / "out.partial").mkdir()
         os.kill(os.getpid(), number)

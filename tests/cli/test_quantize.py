@@ -9,6 +9,7 @@ import pytest
 
 from quarkcli import job
 from quarkcli.cli import flags, planview
+from quarkcli.plan.compose import Overrides
 
 MXFP4 = ("--model", "demo", "--scheme", "mxfp4")
 
@@ -56,7 +57,7 @@ def test_log_format_json_makes_every_line_of_stderr_an_object(quark):
     code, out, err = quark("quantize", *MXFP4, "-o", "out", "--log-format", "json")
     assert (code, out) == (0, "out\n")
     rows = [json.loads(line) for line in err.splitlines()]
-    assert rows[0]["event"] == "plan"
+    assert [row["event"] for row in rows[:3]] == ["phase", "phase", "plan"]
     assert rows[-1] == {
         "event": "done",
         "output": "out",
@@ -157,7 +158,7 @@ def test_no_seconds(text):
 
 def test_every_option_of_the_job_has_a_flag_that_reaches_it():
     own = {field.name for field in fields(flags.JobFlags)}
-    wanted = {field.name for field in fields(job.Options)} | {field.name for field in fields(job.Overrides)}
+    wanted = {field.name for field in fields(job.Options)} | {field.name for field in fields(Overrides)}
     assert wanted - own == {"overrides", "verify"}
     screen = {"json", "quiet", "progress", "log_level", "log_format", "debug"}
     assert own - wanted == screen

@@ -45,7 +45,9 @@ def test_data_free_schemes_give_the_bytes_of_a_cpu(tmp_path: Path, scheme: str) 
 def test_calibrated_schemes_lose_as_little_as_on_a_cpu(tmp_path: Path, scheme: str, options: dict[str, str]) -> None:
     def kl(device: str) -> float:
         out = quantize(tmp_path, device, scheme, **options)
-        result = evaluate(str(out), baseline=str(EMBEDDED), dtype="float32", device=device, max_tokens=4096, tell=silent)
+        result = evaluate(
+            str(out), baseline=str(EMBEDDED), dtype="float32", device=device, max_tokens=4096, tell=silent
+        )
         return float(result["kl"])
 
     assert kl("cuda") <= 1.1 * kl("cpu")

@@ -23,7 +23,7 @@ def spec(text: str) -> TensorSpec:
         ("element: int8", TensorSpec("int8", PerTensor(), ScaleSpec("f32", "half_range"))),
         ("element: fp8_e4m3", TensorSpec("fp8_e4m3", PerTensor(), ScaleSpec("f32", "absmax"))),
         ("{element: int8, granularity: channel}", TensorSpec("int8", PerChannel(0), ScaleSpec("f32", "half_range"))),
-        ("{element: int8, granularity: {channel: 0}}", TensorSpec("int8", PerChannel(), ScaleSpec("f32", "half_range"))),
+        ("{element: fp8_e4m3, granularity: {channel: 0}}", TensorSpec("fp8_e4m3", PerChannel(0), ScaleSpec("f32"))),
         (
             "{element: fp4_e2m1, granularity: {group: 32}, scale: {dtype: e8m0}}",
             TensorSpec("fp4_e2m1", PerGroup(32), ScaleSpec("e8m0", "even")),

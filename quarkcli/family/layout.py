@@ -1,121 +1,35 @@
-"""Model families: which tensor of a checkpoint plays which role. Torch-free; a family is a YAML file.
-
-`lay_out` applies a family to headers and answers with every weight a recipe can reach (`Weight`), the activations
-they read, the parts of the walk and the attention modules. A family nobody described is inferred from names.
-"""
+"""A family applied to one checkpoint's headers: every weight a recipe can reach, what it reads, and the parts."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any
 
-from pydantic import Field
-
-from quarkcli.errors import ConfigError, ModelError, near_misses
-from quarkcli.recipe import catalog
+from quarkcli.errors import ModelError
+from quarkcli.family.schema import FamilyModel, HeaderLike
+from quarkcli.family.views import WeightView, fused_views, view_shape
 from quarkcli.recipe.match import matches
-from quarkcli.recipe.schema import Strict, validate
-
-
-class HeaderLike(Protocol):
-    """What is read of a safetensors header."""
-
-    @property
-    def dtype(self) -> str: ...
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-
-class FusedModel(Strict):
-    """A file tensor that holds one projection of all experts: [experts, out, in], or [experts, in, out] transposed."""
-
-    targets: list[str]
-    split: Literal["halves", "interleaved"] = "halves"
-    transpose: bool = False
-
-
-class ExpertsModel(Strict):
-    """Routed experts: module path below the block, leaf names, and the fused tensors a file may have instead."""
-
-    path: str
-    gate: str | None = None
-    up: str
-    down: str
-    fused: dict[str, FusedModel] = Field(default_factory=dict)
-
-
-class AttentionModel(Strict):
-    """Attention module below the block, and its projections below that."""
-
-    module: str
-    q: str
-    k: str
-    v: str
-
-
-class FamilyModel(Strict):
-    """A family file, `recipes/models/<name>.yaml`."""
-
-    architectures: list[str] = Field(default_factory=list)
-    model_types: list[str] = Field(default_factory=list)
-    blocks: str
-    embed: list[str]
-    tail: list[str]
-    roles: dict[str, list[str]]
-    attention: AttentionModel | None = None
-    sites: list[list[str]] = Field(default_factory=list)
-    scale_groups: list[list[str]] = Field(default_factory=list)
-    experts: ExpertsModel | None = None
-    aliases: dict[str, str] = Field(default_factory=dict)
-
-
-# Roles kept in source precision unless --unprotect names them, with the reason the plan shows.
-PROTECTED = {
-    "embedding": "a table that is looked up, not multiplied",
-    "head": "small share of the bytes, large share of the loss",
-    "router": "decides which expert runs",
-    "norm": "one value per channel",
-    "conv": "tiny",
-    "vision": "not reached by text calibration",
-    "audio": "not reached by text calibration",
-    "projector": "not reached by text calibration",
-    "mtp": "extra prediction layers that the model's own forward does not run",
-}
-
-
-@dataclass(frozen=True)
-class WeightView:
-    """Where one 2-D weight [out, in] lies inside a file tensor.
-
-    tensor     name in the source file
-    expert     index into the leading axis, or None
-    transpose  the file stores [in, out]
-    rows       (start, stop, step) over the output rows *after* the transposition, or None for all
-    """
-
-    tensor: str
-    expert: int | None = None
-    transpose: bool = False
-    rows: tuple[int, int, int] | None = None
-
-    def of(self, tensor: Any) -> Any:
-        """The weight [out, in] inside `tensor`; shares memory with it (torch tensors and numpy arrays)."""
-        if self.expert is not None:
-            tensor = tensor[self.expert]
-        if self.transpose:
-            tensor = tensor.T
-        if self.rows is not None:
-            start, stop, step = self.rows
-            tensor = tensor[start:stop:step]
-        return tensor
 
 
 @dataclass(frozen=True)
 class Weight:
-    """A weight a recipe can reach, before any entry has spoken. Fields as in `plan.model.Target`."""
+    """A weight a recipe can reach, before any entry has spoken.
+
+    name          module name in checkpoint spelling, without `.weight`
+    view          where its values lie in the source file
+    shape         (out, in)
+    dtype         safetensors dtype of the source tensor, for example `BF16`
+    role          what it is in its family: q, gate, expert_down, head, embedding, router, linear ...
+    part          index of its part
+    site          name of the activation it reads (see Site), or None when no forward pass reaches it
+    group         name of the scale group it shares per-tensor scales with; its own when alone
+    expert        (layer's expert prefix, expert index) for routed experts, else None
+    bias          name of the bias tensor in the source, if it has one
+    aliases       other spellings of the name that a pattern may use
+    parent_class  `nn.Linear` or `nn.Embedding`
+    """
 
     name: str
     view: WeightView
@@ -127,8 +41,8 @@ class Weight:
     group: str
     expert: tuple[str, int] | None
     bias: str | None
-    aliases: tuple[str, ...]
-    parent_class: str
+    aliases: tuple[str, ...] = ()
+    parent_class: str = "nn.Linear"
 
 
 @dataclass(frozen=True)
@@ -177,66 +91,6 @@ class Layout:
     aliases: dict[str, str] = field(default_factory=dict)
 
 
-def load(path: Path) -> FamilyModel:
-    """A family file. Raises ConfigError with place."""
-    return validate(FamilyModel, catalog.document(path))
-
-
-def identify(config: Mapping[str, Any]) -> tuple[str, FamilyModel] | None:
-    """The family whose architectures or model types name the config's, or None."""
-    architecture = (config.get("architectures") or [None])[0]
-    model_type = config.get("model_type")
-    known = {name: load(path) for name, path in catalog.files("models").items()}
-    for name, family in known.items():
-        if architecture in family.architectures:
-            return name, family
-    for name, family in known.items():
-        if model_type in family.model_types:
-            return name, family
-    return None
-
-
-def for_checkpoint(config: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> tuple[str, FamilyModel, bool]:
-    """(name, family, inferred) for a checkpoint."""
-    found = identify(config)
-    if found is not None:
-        return (*found, False)
-    return str(config.get("model_type") or "unknown"), infer(headers), True
-
-
-def infer(headers: Mapping[str, HeaderLike]) -> FamilyModel:
-    """A family guessed from names: the numbered path with the most matrices, and roles by the usual leaf names."""
-    counts: dict[str, int] = {}
-    for name, header in headers.items():
-        found = re.match(r"(.*?)\.\d+\.", name)
-        if found and len(header.shape) == 2:
-            counts[found[1]] = counts.get(found[1], 0) + 1
-    if not counts:
-        raise ModelError("no numbered decoder blocks among the tensor names", hint="describe the family in YAML")
-    blocks = max(counts, key=lambda path: counts[path])
-    stem = blocks.rpartition(".")[0]
-    outside = [name.removesuffix(".weight") for name in headers if not name.startswith(blocks + ".")]
-    embed = [
-        name for name in outside if "embed" in name.rsplit(".", 1)[-1] or name.endswith(("wte", "word_embeddings"))
-    ]
-    tail = [name for name in outside if name.endswith(("lm_head", "norm", "ln_f", "output")) and name not in embed]
-    return FamilyModel(
-        blocks=blocks,
-        embed=embed or [f"{stem}.embed_tokens"],
-        tail=tail,
-        roles={
-            "embedding": embed or ["*embed*"],
-            "head": ["*lm_head", "output"],
-            "norm": ["*norm*", "*.ln_*"],
-            "router": ["*.gate", "*.router"],
-            "conv": ["*conv*"],
-            "vision": ["*visual*", "*vision*"],
-            "audio": ["*audio*"],
-            "mtp": ["mtp.*"],
-        },
-    )
-
-
 def lay_out(
     name: str, family: FamilyModel, inferred: bool, config: Mapping[str, Any], headers: Mapping[str, HeaderLike]
 ) -> Layout:
@@ -254,15 +108,6 @@ def lay_out(
         name, inferred, parts, builder.weights, builder.sites, builder.attention, builder.tensor_roles, tied,
         family.aliases,
     )  # fmt: skip
-
-
-def check_unprotect(roles: Iterable[str]) -> None:
-    """Raises ConfigError for a role that is not protected."""
-    for role in roles:
-        if role not in PROTECTED:
-            close = near_misses(role, PROTECTED)
-            known = f"did you mean '{close[0]}'?" if close else f"roles: {', '.join(PROTECTED)}"
-            raise ConfigError(f"unknown role '{role}'", where="--unprotect", hint=known)
 
 
 def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -327,8 +172,8 @@ class _Builder:
         header = self.headers[tensor]
         module = tensor.removesuffix(".weight")
         role = self.role(module)
-        if part.kind == "rest" and role is None:
-            role = "mtp" if tensor.startswith(self.family.blocks + ".") else "other"
+        if part.kind == "rest":
+            role = "mtp" if tensor.startswith(self.family.blocks + ".") else role or "other"
         self.tensor_roles[tensor] = role or "other"
         if self._add_expert(tensor, part):
             return
@@ -409,9 +254,9 @@ class _Builder:
         return f"{prefix}.input", f"{prefix}.{index}.gate+up"
 
     def _linear_ties(self, weight: Weight) -> tuple[str | None, str]:
-        if weight.role in {"embedding", "vision", "audio", "projector", "mtp", "router"}:
-            return None, weight.name
         part = self._part(weight)
+        if part.kind == "rest" or weight.role in {"embedding", "vision", "audio", "projector", "mtp"}:
+            return None, weight.name
         if part.block is None:
             return f"{weight.name}.input", weight.name
         leaf = weight.name.removeprefix(part.name + ".")
@@ -435,29 +280,3 @@ class _Builder:
             k, v = f"{module}.{spec.k}", f"{module}.{spec.v}"
             if part.block is not None and k in self.weights:
                 self.attention.append(AttentionModule(module, part.index, k, v if v in self.weights else k))
-
-
-def view_shape(view: WeightView, shape: tuple[int, ...]) -> tuple[int, int]:
-    """Shape (out, in) of a view of a file tensor of this shape."""
-    if view.expert is not None:
-        shape = shape[1:]
-    out, inner = (shape[1], shape[0]) if view.transpose else (shape[0], shape[1])
-    if view.rows is not None:
-        out = len(range(*view.rows))
-    return out, inner
-
-
-def fused_views(
-    fused: FusedModel, tensor: str, shape: tuple[int, ...], expert: int
-) -> Iterable[tuple[str, WeightView]]:
-    """(leaf name, view) of each projection of one expert in a fused tensor [experts, out, in] or transposed."""
-    out = shape[2] if fused.transpose else shape[1]
-    count = len(fused.targets)
-    for position, target in enumerate(fused.targets):
-        if count == 1:
-            rows = None
-        elif fused.split == "interleaved":
-            rows = (position, out, count)
-        else:
-            rows = (position * out // count, (position + 1) * out // count, 1)
-        yield target, WeightView(tensor, expert, fused.transpose, rows)

@@ -1,0 +1,63 @@
+"""Where a 2-D weight lies inside a file tensor. Standard library only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from quarkcli.family.schema import FusedModel
+
+
+@dataclass(frozen=True)
+class WeightView:
+    """Where one 2-D weight [out, in] lies inside a file tensor.
+
+    tensor     name in the source file
+    expert     index into the leading axis, or None
+    transpose  the file stores [in, out]
+    rows       (start, stop, step) over the output rows *after* the transposition, or None for all
+    """
+
+    tensor: str
+    expert: int | None = None
+    transpose: bool = False
+    rows: tuple[int, int, int] | None = None
+
+    def of(self, tensor: Any) -> Any:
+        """The weight [out, in] inside `tensor`; shares memory with it (torch tensors and numpy arrays)."""
+        if self.expert is not None:
+            tensor = tensor[self.expert]
+        if self.transpose:
+            tensor = tensor.T
+        if self.rows is not None:
+            start, stop, step = self.rows
+            tensor = tensor[start:stop:step]
+        return tensor
+
+
+def view_shape(view: WeightView, shape: tuple[int, ...]) -> tuple[int, int]:
+    """Shape (out, in) of a view of a file tensor of this shape."""
+    if view.expert is not None:
+        shape = shape[1:]
+    out, inner = (shape[1], shape[0]) if view.transpose else (shape[0], shape[1])
+    if view.rows is not None:
+        out = len(range(*view.rows))
+    return out, inner
+
+
+def fused_views(
+    fused: FusedModel, tensor: str, shape: tuple[int, ...], expert: int
+) -> Iterable[tuple[str, WeightView]]:
+    """(leaf name, view) of each projection of one expert in a fused tensor [experts, out, in] or transposed."""
+    out = shape[2] if fused.transpose else shape[1]
+    count = len(fused.targets)
+    for position, target in enumerate(fused.targets):
+        if count == 1:
+            rows = None
+        elif fused.split == "interleaved":
+            rows = (position, out, count)
+        else:
+            rows = (position * out // count, (position + 1) * out // count, 1)
+        yield target, WeightView(tensor, expert, fused.transpose, rows)

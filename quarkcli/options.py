@@ -1,0 +1,76 @@
+"""What is asked of a job, and what is known of it before the first weight is read. Torch-free data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from quarkcli.algorithms.base import Algorithm
+from quarkcli.dialects.base import Dialect
+from quarkcli.family import Layout
+from quarkcli.forecast import Forecast
+from quarkcli.plan.compose import Overrides
+from quarkcli.plan.model import Plan
+from quarkcli.recipe.recipe import Recipe
+from quarkcli.source import Source
+
+
+@dataclass
+class Options:
+    """What the command line says. Defaults are the flags' defaults; None means not given."""
+
+    model: str
+    scheme: str | None = None
+    recipe: str | None = None
+    output: Path | None = None
+    dialect: str | None = None
+    overrides: Overrides = field(default_factory=Overrides)
+    algorithm: str | None = None
+    calib_data: str | None = None
+    calib_samples: int | None = None
+    calib_seqlen: int | None = None
+    calib_batch: int | None = None
+    calib_column: str | None = None
+    allow_short: bool = False
+    moe_calibration: Literal["routed", "all"] = "routed"
+    device: str = "auto"
+    seed: int = 0
+    resume: Literal["auto", "never", "require"] = "auto"
+    overwrite: bool = False
+    strict: bool = False
+    verify: bool = True
+    time_budget: float | None = None
+    trust_remote_code: bool = False
+    revision: str = "main"
+    offline: bool = False
+
+
+@dataclass
+class Calibration:
+    """Which data a calibrated plan uses. `asked`: the number of rows was given, so fewer are an error."""
+
+    source: str
+    samples: int
+    seqlen: int
+    asked: bool
+    warnings: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Prepared:
+    """Everything known before the first weight is read."""
+
+    options: Options
+    recipe: Recipe
+    source: Source
+    layout: Layout
+    plan: Plan
+    steps: list[Algorithm]
+    dialect: Dialect
+    dialect_reason: str
+    needs: dict[str, set[str]]
+    calibration: Calibration | None
+    forecast: Forecast
+    output: Path
+    warnings: list[str]

@@ -1,0 +1,137 @@
+"""Plans that are refused, and what the message says."""
+
+from __future__ import annotations
+
+import pytest
+
+from quarkcli.errors import ConfigError, ModelError
+from quarkcli.recipe.entries import Entry, Origin
+
+from .layouts import LLAMA, MIXTRAL, lay_out, llama, mixtral, plan
+from .test_order import INT4, INT8, recipe
+
+
+@pytest.mark.parametrize(
+    ("flags", "where", "near"),
+    [
+        ({"exclude": ["*dwn_proj"]}, "--exclude '*dwn_proj'", "*down_proj"),
+        ({"layers": ["*.upproj=fp8"]}, "--layer '*.upproj=fp8'", "up_proj"),
+        ({"include": ["lmhead"]}, "--include 'lmhead'", "lm_head"),
+        ({"exclude": ["model.layers.*.mlp.gate"]}, "--exclude 'model.layers.*.mlp.gate'", "gate_proj"),
+        ({"layer_types": ["Conv2d=fp8"]}, "--layer-type 'Conv2d=fp8'", ""),
+        ({"exclude": ["re:.*layers\\.7\\..*"]}, "--exclude 're:.*layers\\.7\\..*'", ""),
+    ],
+)
+def test_a_flag_that_matches_nothing(flags: dict, where: str, near: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        plan("mxfp4", **flags)
+    assert caught.value.where == where
+    assert "matches 0 of 23 modules" in caught.value.what
+    assert near in caught.value.hint
+    lenient = plan("mxfp4", **flags, allow_unmatched=True)
+    assert any(where in warning and "matched 0 of" in warning for warning in lenient.warnings)
+
+
+def test_a_required_entry_of_a_recipe() -> None:
+    absent = Entry(
+        "*.dwn_proj.weight_quantizer", INT8, True, None, True, Origin("own.yaml", 7, 5), "own.yaml:7:5", True
+    )
+    with pytest.raises(ConfigError) as caught:
+        plan(recipe(("*.weight_quantizer", INT8, True), absent))
+    assert caught.value.where == "own.yaml:7:5"
+    assert "*.dwn_proj.weight_quantizer" in caught.value.what
+    assert "down_proj.weight_quantizer" in caught.value.hint
+    optional = Entry(absent.quantizer_path, INT8, True, None, False, absent.origin, absent.unit, True)
+    made = plan(recipe(("*.weight_quantizer", INT8, True), optional))
+    assert any("own.yaml:7:5" in warning for warning in made.warnings)
+
+
+def test_entries_of_one_scheme_count_as_one() -> None:
+    """`--layer` with a scheme makes four entries; that nothing has an output slot of its own is no error."""
+    assert plan("mxfp4", layers=["*up_proj=int4_wo_128"]).warnings == []
+
+
+def test_an_entry_without_effect() -> None:
+    with pytest.raises(ConfigError) as caught:
+        plan("mxfp4", layers=["*up_proj=fp8"], exclude=["*mlp*"])
+    assert "every one of them ends switched off" in caught.value.what
+    assert caught.value.where == "--layer '*up_proj=fp8'"
+    assert "--exclude '*mlp*'" in caught.value.hint
+    with pytest.raises(ConfigError) as protected:
+        plan("mxfp4", layers=["lm_head=fp8"])
+    assert "role head" in protected.value.hint
+    with pytest.raises(ConfigError) as empty:
+        plan(recipe(("*up_proj.weight_quantizer", None, True), ("*down_proj.weight_quantizer", INT8, True)))
+    assert "no cfg" in empty.value.hint
+
+
+def test_to_be_overruled_is_no_error() -> None:
+    made = plan("mxfp4", layers=["*up_proj=fp8", "*mlp*=int4_wo_128"])
+    assert {t.weight.element for t in made.quantized() if ".mlp." in t.name} == {"int4"}
+
+
+def test_a_plan_that_quantizes_nothing() -> None:
+    with pytest.raises(ConfigError, match=r"ends switched off|quantizes nothing"):
+        plan("mxfp4", exclude=["*"])
+    with pytest.raises(ConfigError, match="the plan quantizes nothing") as caught:
+        plan(recipe(("*.weight_quantizer", INT8, False)))
+    assert "row 0" in caught.value.hint
+
+
+def test_only_the_cache_is_something() -> None:
+    made = plan(recipe(("*.absent", INT8, False), kv_cache="fp8"))
+    assert list(made.quantized()) == []
+    assert made.attention["model.layers.0.self_attn"].slots["k"].spec is not None
+
+
+def test_widths_that_groups_do_not_divide() -> None:
+    layout = lay_out(llama(inner=200), "llama")
+    with pytest.raises(ModelError) as caught:
+        plan("int4_wo_128", layout)
+    assert caught.value.where == "model.layers.0.mlp.down_proj.weight_quantizer"
+    assert "200 input features are not a multiple of group size 128 (remainder 72)" in caught.value.what
+    assert "3 modules in all" in caught.value.what
+    assert "--exclude '*down_proj'" in caught.value.hint and "--layer '*down_proj=fp8'" in caught.value.hint
+    for flags in ({"exclude": ["*down_proj"]}, {"layers": ["*down_proj=fp8"]}):
+        assert plan("int4_wo_128", layout, **flags).targets["model.layers.0.mlp.up_proj"].weight is not None
+    with pytest.raises(ModelError, match="3 modules in all"):
+        plan("mxfp4", layout)  # its weight and its input, counted once
+
+
+def test_an_input_alone_is_said() -> None:
+    made = plan(recipe(("*.weight_quantizer", INT4, True), ("*.input_quantizer", INT8, True),
+                       ("*up_proj.weight_quantizer", None, False)))  # fmt: skip
+    assert made.targets["model.layers.0.mlp.up_proj"].input is None
+    assert any("3 input quantizers stay off because their weight is not quantized" in w for w in made.warnings)
+
+
+def test_a_bad_expression_names_its_flag() -> None:
+    with pytest.raises(ConfigError, match="not a regular expression") as caught:
+        plan("mxfp4", exclude=["re:("])
+    assert caught.value.where == "--exclude 're:('"
+
+
+def test_missing_blocks() -> None:
+    shapes = {name: shape for name, shape in llama().items() if ".layers.1." not in name}
+    with pytest.raises(ModelError, match="decoder block 1 of 3 has no tensors"):
+        lay_out(shapes, "llama")
+    with pytest.raises(ModelError, match="decoder block 3 of 5 has no tensors"):
+        lay_out(llama(), "llama", num_hidden_layers=5)
+
+
+def test_layers_beyond_the_config_are_kept() -> None:
+    """Extra prediction layers lie behind the last block that the model runs."""
+    made = plan("mxfp4", lay_out(llama(layers=4), "llama", num_hidden_layers=3))
+    extra = [name for name in made.kept if ".layers.3." in name]
+    assert len(extra) == 8
+    assert made.kept["model.layers.3.mlp.up_proj.weight"].startswith("default exclusion, role mtp")
+    assert made.parts[-1].kind == "rest"
+
+
+def test_matches_are_counted() -> None:
+    made = plan("mxfp4", MIXTRAL, exclude=["*.layers.1.*"])
+    assert made.matches[0] == len(list(made.slots()))
+    assert made.matches[1] == len(made.targets) == 2 * (5 + 12) + 2
+    assert len(mixtral()) == 2 * (6 + 12) + 3
+    assert {entry for entry in made.entries if entry.unit == "exclude --exclude '*.layers.1.*'"}
+    assert LLAMA.family == "llama"
