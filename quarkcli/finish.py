@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from quarkcli import verify
-from quarkcli.options import Prepared
+from quarkcli.options import Calibration, Prepared
 from quarkcli.plan.model import Plan
 from quarkcli.report import build
+from quarkcli.spec import spec_to_yaml
 from quarkcli.writer import MANIFEST, atomic_write_json, atomic_write_text, disk_errors, write_index
 
 if TYPE_CHECKING:
@@ -69,8 +70,16 @@ def resolved_recipe(prepared: Prepared) -> str:
     if prepared.recipe.algorithms:
         recipe["quantize"]["algorithm"] = [{"method": name, **params} for name, params in prepared.recipe.algorithms]
     if settings is not None:
-        recipe["calibration"] = {"data": settings.source, "samples": settings.samples, "seqlen": settings.seqlen}
+        recipe["calibration"] = _calibration(settings)
     return yaml.dump(recipe, sort_keys=False, allow_unicode=True, width=120, Dumper=_Dumper)
+
+
+def _calibration(settings: Calibration) -> dict[str, Any]:
+    """What repeats the choice of rows; a default number of rows stays a default, which may fall short."""
+    rows = {"samples": settings.samples} if settings.asked else {}
+    column = {"column": settings.column} if settings.column is not None else {}
+    fixed = {"seqlen": settings.seqlen, "seed": settings.seed, "moe": settings.moe}
+    return {"data": settings.source, **rows, **column, **fixed}
 
 
 class _Dumper(yaml.SafeDumper):
@@ -81,8 +90,12 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _entries(plan: Plan) -> list[dict[str, Any]]:
-    rows = []
-    for entry in plan.entries:
+    rows: list[dict[str, Any]] = []
+    for index, entry in enumerate(plan.entries):
+        if index in plan.restores:  # what comes back depends on the slot, so every one stands for itself
+            back = [(slot, decision.spec) for slot, decision in plan.slots() if decision.entry == index]
+            rows += [{"quantizer_path": slot, "cfg": spec_to_yaml(s), "required": False} for slot, s in back if s]
+            continue
         row: dict[str, Any] = {"quantizer_path": entry.quantizer_path}
         if entry.parent_class is not None:
             row["parent_class"] = entry.parent_class

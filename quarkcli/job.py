@@ -163,7 +163,7 @@ def _parts(
     walk = _walk(prepared, data, runner, journal, todo, tell) if data is not None else None
     worker = PartWorker(
         plan, prepared.dialect, prepared.steps, prepared.needs, walk, tell,
-        all_tokens=options.moe_calibration == "all", strict=options.strict,
+        all_tokens=prepared.calibration is not None and prepared.calibration.moe == "all", strict=options.strict,
     )  # fmt: skip
     label = "+".join([prepared.recipe.name, *(name for name, _ in prepared.recipe.algorithms)])
     begun = time.monotonic()
@@ -208,7 +208,7 @@ def _walk(
 
 def _fingerprint(prepared: Prepared, data: CalibrationData | None, device: str) -> dict[str, Any]:
     """What must be equal for an interrupted run to be continued."""
-    source, options = prepared.source, prepared.options
+    source, settings = prepared.source, prepared.calibration
     return {
         "model": {
             "config": hashlib.sha256(source.config_text.encode()).hexdigest(),
@@ -219,8 +219,8 @@ def _fingerprint(prepared: Prepared, data: CalibrationData | None, device: str) 
         "recipe": yaml.safe_load(finish.resolved_recipe(prepared)),
         "data": {
             "digest": data.digest if data is not None else None,
-            "seed": options.seed,
-            "moe": options.moe_calibration,
+            "seed": settings.seed if settings is not None else None,
+            "moe": settings.moe if settings is not None else None,
         },
         "versions": {"quark": __version__, "torch": version("torch"), "transformers": version("transformers")},
         "device": device,

@@ -33,9 +33,9 @@ class Options:
     calib_batch: int | None = None
     calib_column: str | None = None
     allow_short: bool = False
-    moe_calibration: Literal["routed", "all"] = "routed"
+    moe_calibration: Literal["routed", "all"] | None = None
     device: str = "auto"
-    seed: int = 0
+    seed: int | None = None
     resume: Literal["auto", "never", "require"] = "auto"
     overwrite: bool = False
     strict: bool = False
@@ -48,12 +48,19 @@ class Options:
 
 @dataclass
 class Calibration:
-    """Which data a calibrated plan uses. `asked`: the number of rows was given, so fewer are an error."""
+    """Which data a calibrated plan uses: flags, else the recipe, else defaults.
+
+    asked   the number of rows was given, so fewer are an error
+    moe     `routed`: experts see their own tokens; `all`: every token feeds every expert's statistics
+    """
 
     source: str
     samples: int
     seqlen: int
     asked: bool
+    column: str | None = None
+    seed: int = 0
+    moe: Literal["routed", "all"] = "routed"
     warnings: list[str] = field(default_factory=list)
 
 

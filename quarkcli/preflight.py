@@ -111,7 +111,16 @@ def calibration(options: Options, recipe: Recipe, source: Source, needs: Mapping
                 f"--calib-seqlen {seqlen} exceeds the model's {limit} positions", hint=f"--calib-seqlen {limit}"
             )
         seqlen = limit
-    return Calibration(data, samples or DEFAULT_SAMPLES, seqlen, samples is not None, warnings)
+    return Calibration(
+        source=data,
+        samples=samples or DEFAULT_SAMPLES,
+        seqlen=seqlen,
+        asked=samples is not None,
+        column=options.calib_column or recipe.calib_column,
+        seed=options.seed if options.seed is not None else recipe.seed or 0,
+        moe=options.moe_calibration or recipe.moe_calibration or "routed",
+        warnings=warnings,
+    )
 
 
 def unused_flags(options: Options) -> list[str]:
@@ -230,8 +239,8 @@ def token_rows(prepared: Prepared, tell: Listener) -> CalibrationData | None:
         tokenizer,
         samples=settings.samples,
         seqlen=settings.seqlen,
-        seed=options.seed,
-        column=options.calib_column,
+        seed=settings.seed,
+        column=settings.column,
         asked=settings.asked,
         allow_short=options.allow_short,
         offline=options.offline,

@@ -155,8 +155,7 @@ class Walk:
 
     def _halve(self, cause: BaseException) -> None:
         """Half the rows in one forward, after the device ran out of memory."""
-        divisible = all(hidden.shape[0] in (self.batch, len(self.tokens) % self.batch) for hidden in self.carry)
-        if self.batch == 1 or not divisible:
+        if self.batch == 1:
             raise ResourceError(
                 f"out of device memory with {self.batch} sequence(s) of {self.tokens.shape[1]} tokens in one forward",
                 where="calibration",
@@ -164,10 +163,14 @@ class Walk:
             ) from cause
         half = self.batch // 2
         self.tell(Message(f"out of device memory: {self.batch} -> {half} sequences in one forward", "warning"))
-        carry = self.carry
         self.batch = half
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        if carry:
+        if not self.carry:
+            return
+        try:
             self._record()
-            self.take(carry)
+        except torch.OutOfMemoryError as error:
+            self._halve(error)
+        else:
+            self.take(self.carry)

@@ -267,7 +267,7 @@ def test_same_inputs_same_files(rows, tmp_path, scheme, algorithm):
         assert random.getstate() == before[1]
         seen.append(read(tmp_path / name, "quark/manifest.json")["files"])
     different = {name for name in seen[0] if seen[0][name] != seen[1][name]}
-    assert different == {"quark/report.json"}  # times and peaks
+    assert different <= {"quark/report.json"}  # times and peaks, if anything
 
 
 def test_another_seed_chooses_other_rows(rows, tmp_path, made):

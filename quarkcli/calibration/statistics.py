@@ -17,6 +17,9 @@ from quarkcli.errors import DataError
 from quarkcli.plan.model import Plan, Site
 
 CHUNK = 2048
+_NONFINITE = (
+    "see whether the source model itself overflows on this text; other --calib-data, or --exclude these modules"
+)
 
 
 class Gram:
@@ -98,14 +101,14 @@ class Statistics:
         if value is None:
             raise DataError("no calibration token reached this activation", where=site)
         if not bool(torch.isfinite(value)):
-            raise DataError("NaN or inf in the calibration activations", where=site)
+            raise DataError("NaN or inf in the calibration activations", where=site, hint=_NONFINITE)
         return value
 
     def gram(self, site: str, expert: int | None = None) -> tuple[Tensor | None, int]:
         """(mean x x^T, tokens) of a site, or of one expert's part of it with the layer's as prior."""
         mean, tokens = self._gram(site, expert)
         if mean is not None and not bool(torch.isfinite(mean).all()):
-            raise DataError("NaN or inf in the calibration activations", where=site)
+            raise DataError("NaN or inf in the calibration activations", where=site, hint=_NONFINITE)
         return mean, tokens
 
     def _gram(self, site: str, expert: int | None) -> tuple[Tensor | None, int]:

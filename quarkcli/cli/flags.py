@@ -149,11 +149,17 @@ class JobFlags:
         False
     )
     moe_calibration: Annotated[
-        Literal["routed", "all"],
-        Option("--moe-calibration", help="Tokens an expert is calibrated on: those routed to it, or all."),
-    ] = "routed"
+        Literal["routed", "all"] | None,
+        Option(
+            "--moe-calibration",
+            help="Tokens an expert is calibrated on: those routed to it, or all.",
+            show_default="routed",
+        ),
+    ] = None
     device: Device = "auto"
-    seed: Annotated[int, Option("--seed", metavar="N", help="Seed of the choice of calibration rows.")] = 0
+    seed: Annotated[
+        int | None, Option("--seed", metavar="N", help="Seed of the choice of calibration rows.", show_default="0")
+    ] = None
     resume: Annotated[
         Literal["auto", "never", "require"],
         Option("--resume", help="Go on with an interrupted run: where there is one, never, or it is an error."),

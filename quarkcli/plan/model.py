@@ -74,6 +74,7 @@ class Plan:
     matches: list[int]  # per entry: how many slots it matched
     tied_head: str | None = None  # head absent from the file because it is the embedding
     warnings: list[str] = field(default_factory=list)
+    restores: frozenset[int] = frozenset()  # entries that bring back what was said before the exclusions
 
     def quantized(self, part: int | None = None) -> Iterator[Target]:
         """Targets whose weight is quantized, in plan order; of one part when given."""

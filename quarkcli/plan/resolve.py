@@ -49,6 +49,7 @@ def resolve(recipe: Recipe, overrides: Overrides, layout: Layout, algorithms: li
         matches=resolver.matches,
         tied_head=layout.tied_head,
         warnings=_warnings(layout, overrides, resolver),
+        restores=frozenset(composed.restores),
     )
     _warn_lone_inputs(plan)
     _check_required(plan, resolver)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from quarkcli.errors import ConfigError, UsageError
 from quarkcli.recipe import catalog, schema
@@ -35,6 +35,9 @@ class Recipe:
     calib_data: str | None = None
     calib_samples: int | None = None
     calib_seqlen: int | None = None
+    calib_column: str | None = None
+    seed: int | None = None
+    moe_calibration: Literal["routed", "all"] | None = None
     dialect: str | None = None
     description: str = ""
 
@@ -81,6 +84,9 @@ def from_file(path: Path) -> Recipe:
         calib_data=model.calibration.data,
         calib_samples=model.calibration.samples,
         calib_seqlen=model.calibration.seqlen,
+        calib_column=model.calibration.column,
+        seed=model.calibration.seed,
+        moe_calibration=model.calibration.moe,
         dialect=model.export.dialect,
         description=model.metadata.description,
     )
@@ -104,10 +110,10 @@ def _entry(document: Document, index: int, row: schema.EntryModel) -> Entry:
         cfg=cfg,
         enable=enable,
         parent_class=row.parent_class,
-        required=True if row.required is None else row.required,
+        required=row.required is not False,
         origin=origin,
         unit=str(origin),
-        user=True,
+        user=row.required is not False,  # what need not match need not have an effect either
     )
 
 

@@ -81,6 +81,9 @@ class Calibration(Strict):
     data: str | None = None
     samples: int | None = Field(default=None, gt=0)
     seqlen: int | None = Field(default=None, gt=1)
+    column: str | None = None
+    seed: int | None = None
+    moe: Literal["routed", "all"] | None = None
 
 
 class Export(Strict):

@@ -77,7 +77,7 @@ def build(
 
 
 def _calibration(prepared: Prepared, data: CalibrationData | None) -> dict[str, Any] | None:
-    if data is None:
+    if data is None or prepared.calibration is None:
         return None
     return {
         "source": data.source,
@@ -85,8 +85,8 @@ def _calibration(prepared: Prepared, data: CalibrationData | None) -> dict[str, 
         "seqlen": data.tokens.shape[1],
         "tokens": data.token_count,
         "digest": data.digest,
-        "seed": prepared.options.seed,
-        "moe": prepared.options.moe_calibration,
+        "seed": prepared.calibration.seed,
+        "moe": prepared.calibration.moe,
     }
 
 

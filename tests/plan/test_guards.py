@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
 from quarkcli.errors import ConfigError, ModelError
 from quarkcli.recipe.entries import Entry, Origin
+from tests import runs
 
 from .layouts import LLAMA, MIXTRAL, lay_out, llama, mixtral, plan
 from .test_order import INT4, INT8, recipe
@@ -135,3 +139,27 @@ def test_matches_are_counted() -> None:
     assert len(mixtral()) == 2 * (6 + 12) + 3
     assert {entry for entry in made.entries if entry.unit == "exclude --exclude '*.layers.1.*'"}
     assert LLAMA.family == "llama"
+
+
+def test_an_input_that_nothing_can_measure(tmp_path: Path) -> None:
+    """Extra layers that no pass runs have no activations; schemes without data take them."""
+    source = runs.build("llama", tmp_path / "m", num_hidden_layers=3)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
+    extra = "model.layers.2.self_attn.q_proj"
+    assert runs.prepare(source, scheme="fp8", calib_data="builtin").plan.targets[extra].weight is None
+    with pytest.raises(ConfigError, match="no forward pass reaches it") as caught:
+        runs.prepare(source, scheme="fp8", calib_data="builtin", unprotect=["mtp"])
+    assert ".layers.2." in caught.value.where and "role mtp" in caught.value.what
+    made = runs.run(source, tmp_path / "out", scheme="int4_wo_128", unprotect=["mtp"])
+    assert f"{extra}.weight_scale" in runs.read_all(made.folder)
+
+
+def test_a_router_is_measured_like_any_linear(tmp_path: Path) -> None:
+    source = runs.build("qwen3_moe", tmp_path / "m")
+    text = runs.text_file(tmp_path / "t.txt")
+    made = runs.run(source, tmp_path / "out", scheme="fp8", unprotect=["router"], **runs.data(text))
+    written = runs.read_all(made.folder)
+    for layer in (0, 1):
+        experts = written[f"model.layers.{layer}.mlp.experts.0.up_proj.input_scale"]
+        assert written[f"model.layers.{layer}.mlp.gate.input_scale"] == experts  # they read the same activation

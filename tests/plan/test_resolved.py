@@ -61,6 +61,7 @@ def again(prepared: Any, folder: Path) -> Any:
         {"recipe": "nvfp4-kv_fp8", "kv_cache": "none", "include": ["lm_head"]},
         {"recipe": "PARTIAL", "exclude": ["*layers.0.*"], "include": ["*layers.0.mlp.up_proj"]},
         {"scheme": "mxfp4", "exclude": ["*nothing"], "allow_unmatched": True},
+        {"scheme": "fp8", "layers": ["*=int4_wo_128"]},
     ],
     ids=lambda options: "-".join(options),
 )
@@ -81,9 +82,6 @@ def test_the_resolved_recipe_gives_the_same_plan(options: dict[str, Any], tmp_pa
     assert finish.resolved_recipe(again(second, tmp_path)) == finish.resolved_recipe(second)
 
 
-@pytest.mark.xfail(
-    reason="include with a recipe is written as a plain switch, which also wakes what it left off", strict=True
-)
 def test_include_over_what_a_recipe_left_off(tmp_path: Path) -> None:
     (tmp_path / "own.yaml").write_text(PARTIAL)
     first = runs.prepare(

@@ -1,0 +1,91 @@
+"""Forecasts before any weight is read, against what is written and against sums by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from quarkcli import dialects, forecast
+from tests import runs
+from tests.plan import layouts
+from tests.plan.layouts import GPT_OSS, LLAMA, MIXTRAL, plan
+from tests.runs import one_thread  # noqa: F401
+from tests.tiny import Header
+
+
+def forecast_of(scheme: str, layout, shapes, dialect: str = "compressed-tensors", **flags) -> forecast.Forecast:
+    headers = {name: Header("BF16", shape) for name, shape in shapes.items()}
+    return forecast.forecast(
+        plan(scheme, layout, **flags), dialects.get(dialect), headers, source_bytes=1, calibrated=True, tokens=1000,
+        hidden=128, grams=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("scheme", "bits"),
+    [
+        ("int4_wo_128", 4 + 16 / 128),
+        ("mxfp4", 4 + 8 / 32),
+        # One 32-bit number for every matrix besides the groups' scales.
+        ("nvfp4", 4 + 8 / 16 + 32 * 7 / (128 * 128 * 2 + 64 * 128 * 2 + 3 * 256 * 128)),
+        ("fp8", 8 + 32 * 7 / (128 * 128 * 2 + 64 * 128 * 2 + 3 * 256 * 128)),
+    ],
+)
+def test_effective_bits(scheme: str, bits: float) -> None:
+    assert forecast.effective_bits(plan(scheme)) == pytest.approx(bits, rel=1e-12)
+
+
+def test_bytes_by_dtype() -> None:
+    found = forecast_of("mxfp4", MIXTRAL, layouts.mixtral())
+    weights = 2 * (2 * 128 * 128 + 2 * 64 * 128 + 4 * 3 * 256 * 128)
+    kept = 2 * 300 * 128 + 128 + 2 * (128 + 4 * 128)
+    assert found.dtypes == {"BF16": 2 * kept, "U8": weights // 2 + weights // 32}
+    assert found.output_bytes > sum(found.dtypes.values())  # the files' headers
+    assert found.output_bytes - sum(found.dtypes.values()) < 40_000
+
+
+def test_carry_and_largest_part() -> None:
+    found = forecast_of("nvfp4", LLAMA, layouts.llama())
+    assert found.carry_bytes == 1000 * 128 * 2
+    assert found.disk_bytes == found.output_bytes + 2 * found.carry_bytes
+    assert found.largest_part == 2 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 256 * 128 + 128)
+    assert found.memory_bytes > found.largest_part
+
+
+def test_share_of_experts() -> None:
+    everything = 2 * 4 * 3 * 256 * 128
+    for layout in (MIXTRAL, GPT_OSS):
+        assert forecast.expert_share(plan("mxfp4", layout)) == (everything, everything)
+        some = plan("mxfp4", layout, exclude=["*experts.3.*"])
+        assert forecast.expert_share(some) == (everything * 3 // 4, everything)
+    assert forecast.expert_share(plan("mxfp4")) == (0, 0)
+
+
+def test_names_of_shards() -> None:
+    assert [forecast.slug(part) for part in LLAMA.parts] == [
+        "embed", "block-00000", "block-00001", "block-00002", "tail",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("dialect", ["compressed-tensors", "quark"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"scheme": "mxfp4", "exclude": ["*layers.0.*", "*experts.2.*"]},
+        {"scheme": "fp8", "kv_cache": "fp8"},
+        {"scheme": "mxfp4", "layers": ["*self_attn*=int4_wo_128"]},
+    ],
+    ids=["exclude", "cache", "mixed"],
+)
+def test_bytes_are_exact(flags: dict, dialect: str, tmp_path: Path) -> None:
+    source = runs.build("gpt_oss", tmp_path / "m")
+    data = runs.data(runs.text_file(tmp_path / "t.txt"), 8) if flags["scheme"] == "fp8" else {}
+    made = runs.run(source, tmp_path / "out", dialect=dialect, **flags, **data)
+    files = sorted(made.folder.glob("*.safetensors"))
+    assert made.prepared.forecast.output_bytes == sum(file.stat().st_size for file in files)
+    index = json.loads((made.folder / "model.safetensors.index.json").read_text())
+    tensors = runs.read_all(made.folder)
+    total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    assert index["metadata"]["total_size"] == total == sum(made.prepared.forecast.dtypes.values())

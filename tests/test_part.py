@@ -1,0 +1,110 @@
+"""One part on its own: what it becomes, what it hands on, and what it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from quarkcli import job
+from quarkcli.checkpoint import Checkpoint
+from quarkcli.errors import DataError
+from quarkcli.evaluate.run import evaluate
+from quarkcli.events import Event, PartDone
+from quarkcli.part import PartWorker, last_part
+from quarkcli.source import Source
+from tests import runs
+from tests.runs import one_thread  # noqa: F401
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return runs.text_file(tmp_path_factory.mktemp("text") / "t.txt")
+
+
+def worker(prepared: job.Prepared, **options: Any) -> PartWorker:
+    return PartWorker(
+        prepared.plan, prepared.dialect, prepared.steps, prepared.needs, None, lambda event: None, **options
+    )
+
+
+def test_without_data_a_part_is_a_function_of_its_tensors() -> None:
+    prepared = runs.prepare("demo", scheme="mxfp4", exclude=["*o_proj"])
+    part = prepared.plan.parts[2]
+    tensors = prepared.source.read_many(part.tensors)
+    before = {name: tensor.clone() for name, tensor in tensors.items()}
+    result = worker(prepared).work(part, tensors)
+    assert all(torch.equal(tensors[name], before[name]) for name in before)
+    for leaf in ("self_attn.o_proj", "input_layernorm"):
+        name = f"model.layers.1.{leaf}.weight"
+        assert torch.equal(result.tensors[name], before[name])
+    assert "model.layers.1.mlp.up_proj.weight" not in result.tensors
+    assert set(result.weight_errors) == {f"model.layers.1.{leaf}" for leaf in (
+        "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
+    )}  # fmt: skip
+    assert "tensors" not in result.record()
+
+
+def test_errors_of_weights_are_relative_to_their_size(tmp_path: Path) -> None:
+    """Against the written checkpoint, over all rows."""
+    made = runs.run("demo", tmp_path / "out", scheme="nvfp4", **runs.data(runs.text_file(tmp_path / "t.txt"), 8))
+    checkpoint = Checkpoint(Source.open(str(made.folder)))
+    source = runs.read_all(job.EMBEDDED)
+    told = {row["name"]: row["error"] for row in made.report["loss"]["worst_weights"]}
+    assert len(told) == 10
+    for name, error in told.items():
+        weight = source[f"{name}.weight"].double()
+        lost = float((checkpoint.weight(name).double() - weight).norm() / weight.norm())
+        assert error == pytest.approx(lost, rel=0.05)  # at most 256 evenly spaced rows are looked at
+    worst = list(told.values())
+    assert worst == sorted(worst, reverse=True)
+
+
+def test_a_part_that_needs_no_data_needs_no_pass() -> None:
+    assert last_part(runs.prepare("demo", scheme="mxfp4").plan, {}) == -1
+    prepared = runs.prepare("demo", scheme="mxfp4", layers=["*layers.2.mlp.up_proj=fp8"], calib_data="builtin")
+    assert last_part(prepared.plan, prepared.needs) == 3
+
+
+def test_block_errors_are_those_of_the_evaluation(text: Path, tmp_path: Path) -> None:
+    """The job measures a block's output while it works; the evaluation measures it from the files."""
+    data = runs.data(text, 16, 128)
+    made = runs.run("demo", tmp_path / "out", scheme="nvfp4", **data)
+    parts = made.report["loss"]["parts"]
+    assert set(parts) == {f"model.layers.{index}" for index in range(4)}
+    seen: list[float] = []
+
+    def listen(event: Event) -> None:
+        if isinstance(event, PartDone):
+            seen.append(event.error)
+
+    options = {"text": str(text), "window": 128, "max_tokens": 2048, "dtype": "bfloat16", "device": "cpu"}
+    evaluate(str(made.folder), baseline=str(job.EMBEDDED), tell=listen, **options)
+    # Block 0 has the same input on both sides, and the same text; later blocks differ in what reaches them.
+    assert parts["model.layers.0"] == pytest.approx(seen[0], rel=0.05)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(("scheme", "algorithm"), [("mxfp4", None), ("nvfp4", None), ("int4_wo_128", "gptq")])
+def test_a_broken_weight_is_named(value: float, scheme: str, algorithm: str | None, text: Path, tmp_path: Path) -> None:
+    source = runs.build("llama", tmp_path / "m")
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"][3, 5] = value
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    data = runs.data(text, 8) if scheme == "nvfp4" or algorithm else {}
+    with pytest.raises(DataError) as caught:
+        runs.run(source, tmp_path / "out", scheme=scheme, algorithm=algorithm, **data)
+    assert "model.layers.1.mlp.down_proj" in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_quantized_head_is_measured_behind_the_last_block(text: Path, tmp_path: Path) -> None:
+    made = runs.run("demo", tmp_path / "out", scheme="fp8", include=["lm_head"], **runs.data(text, 16, 64))
+    scale = float(runs.read_all(made.folder)["lm_head.input_scale"])
+    assert "lm_head.weight_scale" in runs.read_all(made.folder)
+    # RMS norm: every row has mean square 1 before its weight, so no value exceeds sqrt(features) * max weight.
+    limit = 128**0.5 * float(runs.read_all(job.EMBEDDED)["model.norm.weight"].float().abs().max())
+    assert 1 / 448 < scale < limit / 448

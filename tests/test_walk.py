@@ -1,0 +1,134 @@
+"""The loop over blocks: the model's own results, and half the batch when memory runs out."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from quarkcli.errors import ResourceError
+from quarkcli.model.runner import Runner
+from quarkcli.source import Source
+from quarkcli.walk import CPU_TOKENS, Walk, default_batch
+from tests import runs
+from tests.runs import one_thread  # noqa: F401
+
+ROWS = torch.randint(3, 256, (5, 32), generator=torch.Generator().manual_seed(0))
+
+
+def walk_of(folder: Path, batch: int) -> tuple[Walk, Source]:
+    source = Source.open(str(folder))
+    runner = Runner(source.folder, source.headers)
+    return Walk(
+        runner, lambda: source.read_many(runner.outside_tensors()), ROWS, None, batch, lambda event: None
+    ), source
+
+
+def test_a_whole_walk_is_the_model(tmp_path: Path) -> None:
+    folder = runs.build("qwen3_moe", tmp_path / "m", torch.float32)
+    walk, source = walk_of(folder, 2)
+    walk.start()
+    assert [len(part) for part in walk.carry] == [2, 2, 1]
+    for block in range(walk.runner.num_blocks):
+        walk.runner.load_block(block, source.read_many(walk.runner.block_tensors(block)))
+        walk.advance(block, {})
+        walk.runner.unload_block(block)
+    walk.runner.load_outside(walk.outside())
+    logits = torch.cat([walk.runner.logits(r, h) for r, h in zip(walk.recordings, walk.carry, strict=True)])
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(logits, model(ROWS).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_batches() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert default_batch(cpu, 512, None) == default_batch(cpu, 512, 99) == CPU_TOKENS // 512
+    assert default_batch(cpu, 10_000, None) == 1
+    assert default_batch(gpu, 512, 3) == 3
+    assert default_batch(gpu, 512, None) >= 1
+
+
+class Tight:
+    """A runner that has memory for `limit` rows; blocks add one."""
+
+    def __init__(self, limit: int) -> None:
+        self.device = torch.device("cpu")
+        self.limit = limit
+        self.calls: list[int] = []
+
+    def load_outside(self, tensors: Any) -> None: ...
+
+    def unload_outside(self) -> None: ...
+
+    def record(self, rows: torch.Tensor, share_with: Any = None) -> Any:
+        return SimpleNamespace(hidden=self._fit(rows.float()), rows=rows)
+
+    def handlers(self, block: int | None, **handlers: Any) -> Any:
+        return nullcontext()
+
+    def run_block(self, block: int, recording: Any, hidden: torch.Tensor) -> torch.Tensor:
+        assert torch.equal(recording.rows.float() + block, hidden)  # recordings and carry stay in step
+        self.calls.append(len(hidden))
+        return self._fit(hidden) + 1
+
+    def _fit(self, hidden: torch.Tensor) -> torch.Tensor:
+        if len(hidden) > self.limit:
+            raise torch.OutOfMemoryError("no room")
+        return hidden
+
+
+class Seen:
+    """Statistics that count rows."""
+
+    def __init__(self) -> None:
+        self.mask: Any = None
+        self.masks: list[torch.Tensor] = []
+
+    def handlers(self) -> dict:
+        self.masks = []
+        return {}
+
+
+def tight(limit: int, batch: int, rows: int = 8) -> tuple[Walk, Tight, list[str]]:
+    runner, said = Tight(limit), []
+    tokens = torch.arange(rows * 3).view(rows, 3)
+    walk = Walk(runner, dict, tokens, tokens > 0, batch, lambda event: said.append(event.text))
+    return walk, runner, said
+
+
+def test_half_the_batch_until_it_fits() -> None:
+    walk, _, said = tight(limit=2, batch=8)
+    walk.start()
+    assert walk.batch == 2
+    assert [len(part) for part in walk.carry] == [2, 2, 2, 2]
+    assert [text.split(": ")[1] for text in said] == [
+        "8 -> 4 sequences in one forward",
+        "4 -> 2 sequences in one forward",
+    ]
+
+
+def test_out_of_memory_on_the_way_starts_the_block_again() -> None:
+    walk, runner, said = tight(limit=8, batch=8)
+    walk.start()
+    walk.advance(0, {})
+    runner.limit = 3
+    runner.calls.clear()
+    walk.advance(1, {})
+    assert runner.calls == [8, 2, 2, 2, 2]  # four rows were too many to record already
+    assert torch.equal(torch.cat(walk.carry), walk.tokens.float() + 2)
+    assert len(walk.masks()) == len(walk.carry) == len(walk.recordings) == 4
+    assert len(said) == 2
+    statistics, first = walk.observe(2, Seen)
+    assert len(first) == 2
+    assert statistics.mask is not None
+
+
+def test_one_row_that_does_not_fit() -> None:
+    walk, _, _ = tight(limit=0, batch=2)
+    with pytest.raises(ResourceError, match=r"with 1 sequence\(s\) of 3 tokens"):
+        walk.start()
