@@ -97,6 +97,8 @@ def evaluate(
     compute = _compute_dtype(dtype, device)
     checkpoint = Checkpoint(Source.open(directory))
     reference = Checkpoint(Source.open(baseline)) if baseline is not None else None
+    if reference is not None:
+        _check_baseline(checkpoint.source.config, reference.source.config)
     tokens = _windows(checkpoint.source.folder, text, window, max_tokens, trust_remote_code)
     batch = max(1, 2048 // window)
     tell(Message(f"{tokens.shape[0]} windows of {window} tokens from {text or 'the built-in text'}, {_name(compute)}"))
@@ -135,6 +137,18 @@ def check_gates(result: dict[str, Any], max_kl: float | None, max_ppl_increase: 
         failed.append(f"perplexity rose by {result['perplexity_increase']:.2%}, more than {max_ppl_increase:.2%}")
     if failed:
         raise CheckError("; ".join(failed), where=result["directory"])
+
+
+def _check_baseline(config: Mapping[str, Any], baseline: Mapping[str, Any]) -> None:
+    """The same tokens must mean the same to both."""
+    for key in ("vocab_size", "num_hidden_layers"):
+        ours, theirs = ((some.get("text_config") or some).get(key) for some in (config, baseline))
+        if ours != theirs:
+            raise UsageError(
+                f"{key} is {theirs}, here it is {ours}",
+                where="--baseline",
+                hint="give the model this one was made from",
+            )
 
 
 def _compute_dtype(dtype: str, device: str) -> torch.dtype:

@@ -1,0 +1,160 @@
+"""`quark eval`: what it measures, from what, and what it refuses. Numbers against transformers: tests/consumers."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from quarkcli import job
+from quarkcli.errors import AccessError, CheckError, DataError, ModelError, UsageError
+from quarkcli.evaluate.run import check_gates, evaluate
+from quarkcli.events import Event, Message, PartDone, silent
+from quarkcli.model.tokenizer import load_tokenizer
+from tests import runs
+
+DEMO = str(job.EMBEDDED)
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("page") / "page.txt"
+    path.write_text(runs.topics(20, 24)[:5000])
+    return path
+
+
+@pytest.fixture(scope="module")
+def fp8(tmp_path_factory: pytest.TempPathFactory) -> runs.Made:
+    folder = tmp_path_factory.mktemp("fp8")
+    data = runs.data(runs.text_file(folder / "t.txt"), 8)
+    return runs.run("demo", folder / "out", scheme="fp8", kv_cache="fp8", **data)
+
+
+def measure(folder: Path | str, page: Path, **options: Any) -> dict[str, Any]:
+    return evaluate(str(folder), text=str(page), **{"device": "cpu", "window": 64, "tell": silent, **options})
+
+
+def test_a_model_is_no_distance_from_itself(page: Path) -> None:
+    result = measure(DEMO, page, baseline=DEMO)
+    assert result["kl"] == 0
+    assert result["top1_agreement"] == 1
+    assert result["perplexity_increase"] == 0
+    assert result["perplexity"] == result["baseline_perplexity"]
+
+
+def test_windows_do_not_overlap_and_their_first_token_is_not_scored(page: Path) -> None:
+    count = len(load_tokenizer(job.EMBEDDED).encode(page.read_text()))
+    for window in (32, 100):
+        assert measure(DEMO, page, window=window)["tokens"] == count // window * (window - 1)
+    assert measure(DEMO, page, max_tokens=200)["tokens"] == 3 * 63
+
+
+def test_without_a_baseline(fp8: runs.Made, page: Path) -> None:
+    alone = measure(fp8.folder, page)
+    assert alone["kl"] is alone["baseline_perplexity"] is alone["top1_agreement"] is None
+    both = measure(fp8.folder, page, baseline=DEMO)
+    assert alone["perplexity"] == both["perplexity"]
+    increase = both["perplexity"] / both["baseline_perplexity"] - 1
+    assert both["perplexity_increase"] == pytest.approx(increase, rel=1e-9)
+    assert (both["schema"], both["window"], both["dtype"], both["device"]) == ("quark/eval/1", 64, "float32", "cpu")
+
+
+def test_everything_comes_from_config_and_tensors(fp8: runs.Made, page: Path, tmp_path: Path) -> None:
+    shutil.copytree(fp8.folder, tmp_path / "copy")
+    shutil.rmtree(tmp_path / "copy" / "quark")
+    (tmp_path / "copy" / "quantization_config.json").unlink()
+    assert measure(tmp_path / "copy", page)["perplexity"] == measure(fp8.folder, page)["perplexity"]
+
+
+@pytest.mark.parametrize("leaf", ["mlp.down_proj.input_scale", "self_attn.v_scale", "self_attn.k_scale"])
+def test_stored_scales_matter(leaf: str, fp8: runs.Made, page: Path, tmp_path: Path) -> None:
+    """A hundredth of the range clips nearly everything; with weights alone it does not count."""
+    name = f"model.layers.1.{leaf}"
+    shutil.copytree(fp8.folder, tmp_path / "copy")
+    for file in (tmp_path / "copy").glob("*.safetensors"):
+        tensors = load_file(file)
+        if name in tensors:
+            tensors[name] = tensors[name] / 100
+            save_file(tensors, file, metadata={"format": "pt"})
+    good, bad = measure(fp8.folder, page, baseline=DEMO), measure(tmp_path / "copy", page, baseline=DEMO)
+    assert bad["kl"] > 10 * good["kl"]
+    alone = measure(tmp_path / "copy", page, baseline=DEMO, weights_only=True)
+    assert alone["kl"] == measure(fp8.folder, page, baseline=DEMO, weights_only=True)["kl"] < good["kl"]
+
+
+def test_events(fp8: runs.Made, page: Path) -> None:
+    seen: list[Event] = []
+    measure(fp8.folder, page, baseline=DEMO, tell=seen.append)
+    parts = [event for event in seen if isinstance(event, PartDone)]
+    assert [part.name for part in parts] == [f"block {index}" for index in range(4)]
+    assert all(0 < part.error < 0.2 for part in parts)
+    assert any(isinstance(event, Message) and "windows of 64 tokens" in event.text for event in seen)
+
+
+def test_dtypes(fp8: runs.Made, page: Path) -> None:
+    exact, rounded = (measure(fp8.folder, page, dtype=dtype) for dtype in ("float32", "bfloat16"))
+    assert rounded["dtype"] == "bfloat16"
+    assert rounded["perplexity"] == pytest.approx(exact["perplexity"], rel=0.02)
+    assert rounded["perplexity"] != exact["perplexity"]
+    with pytest.raises(UsageError, match="unknown dtype 'half'"):
+        measure(fp8.folder, page, dtype="half")
+
+
+def test_the_built_in_text(fp8: runs.Made) -> None:
+    result = evaluate(str(fp8.folder), max_tokens=512, device="cpu", tell=silent)
+    assert (result["text"], result["tokens"]) == ("builtin", 2 * 255)
+
+
+def test_a_quantized_head_reads_a_quantized_input(page: Path, tmp_path: Path) -> None:
+    data = runs.data(runs.text_file(tmp_path / "t.txt"), 8)
+    made = runs.run("demo", tmp_path / "out", scheme="nvfp4", exclude=["*layers*"], include=["lm_head"], **data)
+    both, weights = (measure(made.folder, page, baseline=DEMO, weights_only=flag) for flag in (False, True))
+    assert both["kl"] > 1.3 * weights["kl"] > 0
+    assert both["baseline_perplexity"] == weights["baseline_perplexity"]
+
+
+def test_refusals(fp8: runs.Made, page: Path, tmp_path: Path) -> None:
+    with pytest.raises(AccessError, match="no such text file"):
+        measure(DEMO, tmp_path / "absent.txt")
+    (tmp_path / "short.txt").write_text("few words")
+    with pytest.raises(DataError, match="fewer than one window of 64"):
+        measure(DEMO, tmp_path / "short.txt")
+    with pytest.raises(AccessError):
+        measure(tmp_path / "absent", page)
+    other = runs.build("llama", tmp_path / "other")
+    with pytest.raises(UsageError, match="vocab_size is 264, here it is 4096"):
+        measure(fp8.folder, page, baseline=str(other))
+    shutil.copytree(fp8.folder, tmp_path / "foreign")
+    config = (tmp_path / "foreign" / "config.json").read_text()
+    (tmp_path / "foreign" / "config.json").write_text(config.replace('"compressed-tensors"', '"awq"'))
+    with pytest.raises(ModelError, match="quantized with 'awq', which is not read here"):
+        measure(tmp_path / "foreign", page)
+
+
+def test_gates() -> None:
+    result = {"kl": 0.05, "perplexity_increase": 0.02, "directory": "out"}
+    check_gates(result, None, None)
+    check_gates(result, 0.05, 0.02)
+    with pytest.raises(CheckError, match=r"KL 0.05000 is above 0.01") as caught:
+        check_gates(result, 0.01, None)
+    assert caught.value.code == 8
+    with pytest.raises(CheckError, match=r"KL .*; perplexity rose by 2.00%, more than 1.00%"):
+        check_gates(result, 0.01, 0.01)
+    with pytest.raises(CheckError):
+        check_gates({**result, "kl": math.nan}, 1.0, None)
+    with pytest.raises(UsageError, match="a gate needs a baseline"):
+        check_gates({**result, "kl": None}, 0.1, None)
+
+
+def test_mixed_sources_keep_their_dtypes(page: Path, tmp_path: Path) -> None:
+    """A float32 source measures as float32 on both sides, whatever the demo's bfloat16."""
+    source = runs.build("llama", tmp_path / "m", torch.float32)
+    made = runs.run(source, tmp_path / "out", scheme="int4_wo_128")
+    assert runs.read_all(made.folder)["model.layers.0.mlp.up_proj.weight_scale"].dtype == torch.float32
+    result = measure(made.folder, page, baseline=str(source), max_tokens=640)
+    assert 0 < result["kl"] < 0.05
