@@ -27,8 +27,9 @@ demo: $(STAMP) ## quantize the embedded model to nvfp4 and show what was lost
 	$(BIN)/quark report $(DEMO)
 	$(BIN)/quark eval $(DEMO) --baseline demo
 
+# One thread a process: two processes with two threads each would wait for each other on two cores.
 test: $(STAMP) ## run the tests that need no GPU
-	$(BIN)/python -m pytest -m "not gpu" -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" -n 2 --durations 12
 
 check: $(STAMP) ## lint, formatting, types
 	$(BIN)/ruff check .

@@ -161,14 +161,14 @@ def fused_agree(plan: Plan) -> bool:
     return all(len({pair_of(t) for t in members}) == 1 for members in (*groups.values(), *layers.values()))
 
 
-def routers(plan: Plan) -> bool:
+def quantizes_routers(plan: Plan) -> bool:
     """True when a router is quantized: to servers it is a bare parameter, or a linear that never is."""
     return any(target.role == "router" for target in plan.quantized())
 
 
 def vllm_loads(plan: Plan, dense: frozenset[Kinds], experts: frozenset[Kinds]) -> bool:
     """True when vLLM has a class for every pair, apart for linears and routed experts, and fused modules agree."""
-    if routers(plan):
+    if quantizes_routers(plan):
         return False
     for pair, targets in pairs(plan).items():
         kinds = kinds_of(pair)

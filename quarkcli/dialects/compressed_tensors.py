@@ -285,7 +285,7 @@ def _transformers_loads(plan: Plan) -> bool:
     """
     experts = [target for target in plan.targets.values() if target.expert is not None]
     quantized = [target for target in experts if target.weight is not None]
-    if shared.routers(plan) or any(target.view.expert is not None for target in quantized):
+    if shared.quantizes_routers(plan) or any(target.view.expert is not None for target in quantized):
         return False
     kinds = {shared.kinds_of(pair) for target in quantized if (pair := shared.pair_of(target))}
     left = [target for target in experts if target.weight is None and target.view.expert is None]

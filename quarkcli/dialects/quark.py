@@ -328,7 +328,7 @@ def _transformers_loads(plan: Plan) -> bool:
     for pair, targets in shared.pairs(plan).items():
         if shared.weight_kind(pair[0]) == "nvfp4" or any(target.expert for target in targets):
             return False
-    return True
+    return not shared.quantizes_routers(plan)
 
 
 # --- reading -------------------------------------------------------------------------------------------------------

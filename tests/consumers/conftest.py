@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,18 @@ from tests.runs import one_thread  # noqa: F401
 KV = {"kv_cache": "fp8"}
 
 
+class Lazy(dict):
+    """Makes what is asked for, once."""
+
+    def __init__(self, make: Callable[..., runs.Made]) -> None:
+        super().__init__()
+        self.make = make
+
+    def __missing__(self, key: str | tuple[str, str]) -> runs.Made:
+        self[key] = self.make(*([key] if isinstance(key, str) else key))
+        return self[key]
+
+
 @pytest.fixture(scope="session")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return runs.text_file(tmp_path_factory.mktemp("text") / "calibration.txt")
@@ -19,26 +32,27 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory: pytest.TempPathFactory, text: Path) -> dict[str, runs.Made]:
-    """The embedded Llama in every scheme; calibrated ones with a quantized cache."""
+    """The embedded Llama by scheme; calibrated ones with a quantized cache."""
     folder = tmp_path_factory.mktemp("demo")
-    return {
-        scheme: runs.run(
-            "demo", folder / scheme, scheme=scheme, dialect="compressed-tensors",
-            **(KV | runs.data(text, 16, 128) if scheme in runs.CALIBRATED else {}),
-        )
-        for scheme in runs.SCHEMES
-    }  # fmt: skip
+
+    def make(scheme: str) -> runs.Made:
+        data = KV | runs.data(text, 16, 128) if scheme in runs.CALIBRATED else {}
+        return runs.run("demo", folder / scheme, scheme=scheme, dialect="compressed-tensors", **data)
+
+    return Lazy(make)
 
 
 @pytest.fixture(scope="session")
 def experts(tmp_path_factory: pytest.TempPathFactory, text: Path) -> dict[tuple[str, str], runs.Made]:
-    """Mixtures of experts in every scheme, with the dialect that quark chooses itself."""
+    """Mixtures of experts by family and scheme, in the dialect that quark chooses itself."""
     folder = tmp_path_factory.mktemp("experts")
-    made = {}
-    for family in ("qwen3_moe", "mixtral", "gpt_oss"):
-        inner = "moe_intermediate_size" if family == "qwen3_moe" else "intermediate_size"
-        source = runs.build(family, folder / family, hidden_size=256, **{inner: 384})
-        for scheme in runs.SCHEMES:
-            data = runs.data(text) if scheme in runs.CALIBRATED else {}
-            made[family, scheme] = runs.run(source, folder / f"{family}-{scheme}", scheme=scheme, **data)
-    return made
+
+    def make(family: str, scheme: str) -> runs.Made:
+        source = folder / family
+        if not source.exists():
+            inner = "moe_intermediate_size" if family == "qwen3_moe" else "intermediate_size"
+            runs.build(family, source, hidden_size=256, **{inner: 384})
+        data = runs.data(text) if scheme in runs.CALIBRATED else {}
+        return runs.run(source, folder / f"{family}-{scheme}", scheme=scheme, **data)
+
+    return Lazy(make)

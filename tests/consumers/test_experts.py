@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -57,6 +58,17 @@ def test_transformers_is_promised_only_where_it_loads_all(family: str, scheme: s
     assert made.report["dialect"]["name"] == "compressed-tensors"
     promised = "vLLM only" if scheme == "fp8" else "vLLM and transformers"
     assert made.report["dialect"]["reason"] == f"auto: loads in {promised}"
+
+
+@pytest.mark.parametrize("dialect", ["compressed-tensors", "quark"])
+def test_nobody_is_promised_a_quantized_router(dialect: str, experts: Runs, tmp_path: Path) -> None:
+    """transformers holds it as a bare parameter: its weight would be missing, and be made up."""
+    source = experts["qwen3_moe", "mxfp4"].source
+    made = runs.run(source, tmp_path / "out", scheme="mxfp4", unprotect=["router"], dialect=dialect)
+    assert made.report["dialect"]["reason"] == "asked for; loads in no server"
+    if dialect == "compressed-tensors":
+        routers = {f"model.layers.{index}.mlp.gate.weight" for index in range(2)}
+        assert load(made.folder)[1]["missing"] == routers
 
 
 @pytest.mark.parametrize(("family", "scheme"), DECODED)
