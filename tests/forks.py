@@ -14,6 +14,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -108,7 +109,12 @@ def serve() -> None:
 
 def _wait(child: int, timeout: float) -> int:
     if timeout:
-        signal.signal(signal.SIGALRM, lambda *_: os.kill(child, signal.SIGKILL))
+
+        def kill(*_: object) -> None:
+            with suppress(ProcessLookupError):  # it may have ended in this very moment
+                os.kill(child, signal.SIGKILL)
+
+        signal.signal(signal.SIGALRM, kill)
         signal.setitimer(signal.ITIMER_REAL, timeout)
     status = os.waitpid(child, 0)[1]
     signal.setitimer(signal.ITIMER_REAL, 0)

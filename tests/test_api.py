@@ -38,4 +38,4 @@ def test_mistakes():
         quarkcli.make_plan("demo")
     with pytest.raises(TypeError, match="colour"):
         quarkcli.make_plan("demo", "mxfp4", colour="red")
-    assert quarkcli.Options(model="demo").seed == 0
+    assert quarkcli.Options(model="demo").seed is None
