@@ -21,8 +21,8 @@ $(STAMP): pyproject.toml constraints.txt
 setup: $(STAMP) ## make .venv and install quark with its development tools
 
 demo: $(STAMP) ## quantize the embedded model to nvfp4 and show what was lost
-	$(BIN)/quark plan --model demo --scheme nvfp4 --calib-data builtin --calib-samples 128 --calib-seqlen 256
-	$(BIN)/quark quantize --model demo --scheme nvfp4 --calib-data builtin --calib-samples 128 --calib-seqlen 256 \
+	$(BIN)/quark plan --model demo --scheme nvfp4 --calib-data builtin --calib-samples 64 --calib-seqlen 256
+	$(BIN)/quark quantize --model demo --scheme nvfp4 --calib-data builtin --calib-samples 64 --calib-seqlen 256 \
 		-o $(DEMO) --overwrite
 	$(BIN)/quark report $(DEMO)
 	$(BIN)/quark eval $(DEMO) --baseline demo

@@ -40,7 +40,9 @@ class PartResult:
 
     def record(self) -> dict[str, Any]:
         """JSON form without the tensors."""
-        return {key: value for key, value in vars(self).items() if key != "tensors"}
+        facts = {key: value for key, value in vars(self).items() if key != "tensors"}
+        tokens = {layer: {str(e): n for e, n in counts.items()} for layer, counts in self.expert_tokens.items()}
+        return {**facts, "expert_tokens": tokens}
 
 
 def last_part(plan: Plan, needs: Mapping[str, set[str]]) -> int:

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from quarkcli.calibration.defaults import BUILTIN
+from quarkcli.calibration.defaults import BUILTIN, builtin_texts
 from quarkcli.errors import AccessError, DataError
 
 _SUFFIXES = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
@@ -115,6 +115,8 @@ def _rows(
             chats.append(tokenizer.chat(document)[0][:seqlen])
         if used >= budget or len(chats) >= samples:
             break
+    if chats and stream:
+        raise DataError("text and conversations are mixed", where=source, hint="give one kind, or convert the other")
     if chats:
         return _padded(chats, seqlen, tokenizer.eos or 0)
     if stream and tokenizer.eos is not None:
@@ -141,7 +143,7 @@ def _padded(chats: list[list[int]], seqlen: int, pad: int) -> tuple[list[list[in
 def _documents(source: str, column: str | None, seed: int, offline: bool) -> Iterator[Any]:
     """Texts (str) or conversations (list of messages)."""
     if source == BUILTIN:
-        yield from _builtin()
+        yield from builtin_texts(held_out=False)
         return
     path = Path(source)
     if not path.exists():
@@ -155,14 +157,6 @@ def _documents(source: str, column: str | None, seed: int, offline: bool) -> Ite
             yield from _text_file(file)
         else:
             yield from _table(_SUFFIXES[file.suffix], file, column, seed)
-
-
-def _builtin() -> Iterator[str]:
-    """Python's own reference, as shipped with every interpreter."""
-    from pydoc_data.topics import topics
-
-    for name in sorted(topics):
-        yield topics[name]
 
 
 def _files(path: Path) -> list[Path]:

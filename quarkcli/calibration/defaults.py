@@ -4,6 +4,16 @@ from __future__ import annotations
 
 BUILTIN = "builtin"
 DEFAULT_HUB = "neuralmagic/LLM_compression_calibration"
+HELD_OUT = 5  # one topic in this many, the last ones by name, is for evaluation
+
+
+def builtin_texts(*, held_out: bool) -> list[str]:
+    """Python's own reference, as shipped with every interpreter: the part to calibrate on, or the one held out."""
+    from pydoc_data.topics import topics
+
+    names = sorted(topics)
+    cut = len(names) - len(names) // HELD_OUT
+    return [topics[name] for name in (names[cut:] if held_out else names[:cut])]
 
 
 def default_source(offline: bool) -> tuple[str, str | None]:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from quarkcli import memory
 from quarkcli.activations import quantizing_handlers
+from quarkcli.calibration.defaults import builtin_texts
 from quarkcli.checkpoint import Checkpoint
 from quarkcli.errors import AccessError, CheckError, DataError, UsageError
 from quarkcli.events import Listener, Message, PartDone, Phase
@@ -183,9 +184,7 @@ def _windows(folder: Path, text: str | None, window: int, max_tokens: int | None
 
 def _pieces(text: str | None) -> Any:
     if text is None:
-        from pydoc_data.topics import topics
-
-        return (topics[name] for name in sorted(topics, reverse=True))
+        return builtin_texts(held_out=True)
     path = Path(text)
     if not path.is_file():
         raise AccessError("no such text file", where=text)

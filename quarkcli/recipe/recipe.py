@@ -66,7 +66,10 @@ def from_file(path: Path) -> Recipe:
     quantize = model.quantize
     if quantize.scheme is not None:
         where = document.origin("quantize", "scheme")
-        entries = [DENY_ALL, *_located(where, scheme_entries, quantize.scheme, "*", where, user=True)]
+        entries = [
+            DENY_ALL,
+            *_located(where, scheme_entries, quantize.scheme, "*", where, user=True, beside=path.parent),
+        ]
     else:
         assert quantize.quant_cfg is not None
         entries = [_entry(document, index, row) for index, row in enumerate(quantize.quant_cfg)]
@@ -136,9 +139,14 @@ def scheme_model(name: str) -> schema.SchemeModel:
     return schema.validate(schema.SchemeModel, catalog.document(catalog.find("schemes", name)))
 
 
-def scheme_entries(name: str, module: str, origin: Origin, *, user: bool, required: bool = True) -> list[Entry]:
-    """The entries of a scheme for modules that match `module`: every kind, those it lacks switched off."""
-    document = catalog.document(catalog.find("schemes", name))
+def scheme_entries(
+    name: str, module: str, origin: Origin, *, user: bool, required: bool = True, beside: Path | None = None
+) -> list[Entry]:
+    """The entries of a scheme for modules that match `module`: every kind, those it lacks switched off.
+
+    beside   folder of the recipe that asks; its schemes are known as well
+    """
+    document = catalog.document(catalog.find("schemes", name, beside))
     model = schema.validate(schema.SchemeModel, document)
     unit = f"{origin}"
     entries = []

@@ -133,10 +133,10 @@ def test_a_named_column(tokens: Tokenizer, tmp_path: Path) -> None:
 
 
 def test_the_built_in_text(tokens: Tokenizer) -> None:
-    from pydoc_data.topics import topics
+    from quarkcli.calibration.defaults import builtin_texts
 
     found = load("builtin", tokens, seqlen=100, samples=3)
-    stream = [token for name in sorted(topics) for token in [*tokens.encode(topics[name]), EOS]]
+    stream = [token for text in builtin_texts(held_out=False) for token in [*tokens.encode(text), EOS]]
     windows = {tuple(stream[start : start + 100]) for start in range(0, len(stream), 100)}
     assert {tuple(row) for row in found.tokens.tolist()} < windows
     assert load("builtin", tokens, seqlen=100, samples=3).digest == found.digest
