@@ -175,11 +175,9 @@ def _parts(
             eta = (time.monotonic() - begun) / count * (len(todo) - count)
             what = label if result.weight_errors else "kept"
             tell(_progress(part, len(plan.parts), what, result.seconds, result.error, eta, device))
-            if (
-                options.time_budget is not None
-                and count < len(todo)
-                and time.monotonic() - started > options.time_budget
-            ):
+            del tensors, result  # before the next part is read
+            late = options.time_budget is not None and time.monotonic() - started > options.time_budget
+            if late and count < len(todo):
                 pipeline.drain()
                 raise Stopped("the time budget is used up; finished parts are kept", hint="run the same command again")
 

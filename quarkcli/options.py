@@ -39,7 +39,6 @@ class Options:
     resume: Literal["auto", "never", "require"] = "auto"
     overwrite: bool = False
     strict: bool = False
-    verify: bool = True
     time_budget: float | None = None
     trust_remote_code: bool = False
     revision: str = "main"
