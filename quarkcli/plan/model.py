@@ -82,9 +82,6 @@ class Plan:
             if target.weight is not None and (part is None or target.part == part):
                 yield target
 
-    def group_members(self, group: str) -> list[Target]:
-        return [target for target in self.targets.values() if target.group == group]
-
     def slots(self) -> Iterator[tuple[str, Decision]]:
         """Every slot by its full name, in plan order."""
         for target in self.targets.values():

@@ -153,9 +153,7 @@ def card(prepared: Prepared, report: dict[str, Any]) -> str:
         "The resolved recipe, the report and the hashes of all files are in `quark/`.",
         "The licence of the source model applies.",
         "",
-        "```",
-        "vllm serve .",
-        "```",
-        "",
     ]
+    if "vllm" in prepared.dialect.loaders(prepared.plan):
+        lines += ["```", "vllm serve .", "```", ""]
     return "\n".join(lines)
