@@ -14,7 +14,7 @@ from quarkcli import dialects, family
 from quarkcli.activations import ActivationQuantizer, CacheQuantizer
 from quarkcli.dialects.base import Dialect, StoredTarget, StoredView
 from quarkcli.errors import ModelError
-from quarkcli.family import FamilyModel, WeightView, fused_views
+from quarkcli.family import FamilyModel, WeightView, fused_shape, fused_views
 from quarkcli.source import Source
 
 if TYPE_CHECKING:
@@ -156,18 +156,20 @@ class Checkpoint:
                 prefix, index, _ = expert
                 layers.setdefault(prefix, {}).setdefault(index, {})[module.rpartition(".")[2]] = module
         for prefix, experts in layers.items():
-            for fused_name, fused in model.experts.fused.items():
+            if not model.runs(prefix, self.source.config):  # MTP layers stay as they are stored
+                continue
+            block = prefix.removesuffix(f".{model.experts.path}")
+            for tensor, fused in model.experts.fused_tensors(block).items():
                 if all(target in leaves for leaves in experts.values() for target in fused.targets):
-                    self._fuse_one(f"{prefix}.{fused_name}", fused, experts)
+                    self._fuse_one(tensor, fused, experts)
 
     def _fuse_one(self, name: str, fused: family.FusedModel, experts: dict[int, dict[str, str]]) -> None:
         singles = [[experts[e][target] for target in fused.targets] for e in sorted(experts)]
         first = self.headers[f"{singles[0][0]}.weight"]
-        out, inner = first.shape[0] * len(fused.targets), first.shape[1]
-        shape = (len(singles), inner, out) if fused.transpose else (len(singles), out, inner)
+        shape = fused_shape(fused, len(singles), first.shape)
         pieces: list[tuple[WeightView | None, str]] = []
         for index, modules in enumerate(singles):
-            views = fused_views(fused, name, shape, index)
+            views = fused_views(fused, name, shape, index, len(singles))
             pieces += [(view, module) for (_, view), module in zip(views, modules, strict=True)]
             for module in modules:
                 del self.headers[f"{module}.weight"], self._recipes[f"{module}.weight"]

@@ -4,6 +4,8 @@
 read, the parts of the walk and the attention modules. A family nobody described is inferred from names.
 """
 
+from quarkcli.family.infer import infer
+from quarkcli.family.known import Card, cards, for_checkpoint, has_experts, identify, load
 from quarkcli.family.layout import AttentionModule, Layout, Part, Site, Weight, lay_out
 from quarkcli.family.schema import (
     PROTECTED,
@@ -12,16 +14,15 @@ from quarkcli.family.schema import (
     FusedModel,
     HeaderLike,
     check_unprotect,
-    for_checkpoint,
-    identify,
-    infer,
-    load,
+    text_config,
 )
-from quarkcli.family.views import WeightView, fused_views, view_shape
+from quarkcli.family.views import WeightView, fused_shape, fused_views, view_shape
+from quarkcli.family.write import to_yaml
 
 __all__ = [
     "PROTECTED",
     "AttentionModule",
+    "Card",
     "ExpertsModel",
     "FamilyModel",
     "FusedModel",
@@ -31,12 +32,17 @@ __all__ = [
     "Site",
     "Weight",
     "WeightView",
+    "cards",
     "check_unprotect",
     "for_checkpoint",
+    "fused_shape",
     "fused_views",
+    "has_experts",
     "identify",
     "infer",
     "lay_out",
     "load",
+    "text_config",
+    "to_yaml",
     "view_shape",
 ]

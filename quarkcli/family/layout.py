@@ -8,7 +8,16 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from quarkcli.errors import ModelError
-from quarkcli.family.schema import FamilyModel, HeaderLike
+from quarkcli.family.schema import (
+    PROTECTED,
+    TOWERS,
+    ExpertsModel,
+    FamilyModel,
+    FusedModel,
+    HeaderLike,
+    block_count,
+    text_config,
+)
 from quarkcli.family.views import WeightView, fused_views, view_shape
 from quarkcli.recipe.match import matches
 
@@ -68,17 +77,18 @@ class Part:
 
 @dataclass(frozen=True)
 class AttentionModule:
-    """`name` is the parent of the k projection; `k_proj` and `v_proj` are module names."""
+    """`name` is the parent of the k projection; `k_proj` and `v_proj` are module names; `latent`: see AttentionModel."""
 
     name: str
     part: int
     k_proj: str
     v_proj: str
+    latent: bool = False
 
 
 @dataclass
 class Layout:
-    """A family applied to one checkpoint's headers."""
+    """A family applied to one checkpoint's headers. `protected`: module -> role it is left alone for."""
 
     family: str
     inferred: bool
@@ -89,6 +99,7 @@ class Layout:
     tensor_roles: dict[str, str]
     tied_head: str | None
     aliases: dict[str, str] = field(default_factory=dict)
+    protected: dict[str, str] = field(default_factory=dict)
 
 
 def lay_out(
@@ -96,30 +107,30 @@ def lay_out(
 ) -> Layout:
     """Apply a family to headers. Raises ModelError when the checkpoint has no decoder block where it should."""
     parts = _parts(family, config, headers)
-    builder = _Builder(family, headers, parts)
+    builder = _Builder(family, config, headers, parts)
     for tensor in headers:
         builder.add(tensor)
     builder.connect()
-    head = next((m for m in family.tail if m in family.roles.get("head", [])), None)
-    tied = head if head and bool(_text_config(config).get("tie_word_embeddings")) else None
-    if tied and f"{tied}.weight" in headers:
-        tied = None
     return Layout(
-        name, inferred, parts, builder.weights, builder.sites, builder.attention, builder.tensor_roles, tied,
-        family.aliases,
+        name, inferred, parts, builder.weights, builder.sites, builder.attention, builder.tensor_roles,
+        _tied_head(family, config, headers), family.aliases, builder.protected(),
     )  # fmt: skip
 
 
-def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    text = config.get("text_config")
-    return text if isinstance(text, dict) else config
+def _tied_head(family: FamilyModel, config: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> str | None:
+    """The head's name when it is the embedding and has no tensor of its own."""
+    heads = [module for module in family.tail if module in family.roles.get("head", [])]
+    tied = text_config(config).get("tie_word_embeddings", config.get("tie_word_embeddings", family.tied))
+    if not heads or not tied or any(f"{head}.weight" in headers for head in heads):
+        return None
+    return heads[0]
 
 
 def _parts(family: FamilyModel, config: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> list[Part]:
     block_of = re.compile(re.escape(family.blocks) + r"\.(\d+)\.")
     present = {int(found[1]) for name in headers if (found := block_of.match(name))}
-    declared = _text_config(config).get("num_hidden_layers")
-    count = declared if isinstance(declared, int) else max(present, default=-1) + 1
+    declared = block_count(config)
+    count = declared if declared is not None else max(present, default=-1) + 1
     absent = sorted(set(range(count)) - present)
     if absent or not count:
         raise ModelError(
@@ -150,8 +161,11 @@ def _parts(family: FamilyModel, config: Mapping[str, Any], headers: Mapping[str,
 class _Builder:
     """Collects weights tensor by tensor, then ties them together by the activations they read."""
 
-    def __init__(self, family: FamilyModel, headers: Mapping[str, HeaderLike], parts: list[Part]) -> None:
+    def __init__(
+        self, family: FamilyModel, config: Mapping[str, Any], headers: Mapping[str, HeaderLike], parts: list[Part]
+    ) -> None:
         self.family = family
+        self.config = config
         self.headers = headers
         self.part_of = {tensor: part for part in parts for tensor in part.tensors}
         self.weights: dict[str, Weight] = {}
@@ -159,26 +173,58 @@ class _Builder:
         self.attention: list[AttentionModule] = []
         self.tensor_roles: dict[str, str] = {}
         self.readers = {leaf: group for group in family.sites for leaf in group}
-        self.sharers = {leaf: group for group in family.scale_groups for leaf in group}
+        shared = family.sites if family.scale_groups is None else family.scale_groups
+        self.sharers = {leaf: group for group in shared for leaf in group}
+        self.patterns = sorted(family.roles.items(), key=lambda item: item[0] not in PROTECTED)
+        self.fused = {
+            tensor: (part, rule)
+            for part in parts
+            if family.experts and part.block is not None
+            for tensor, rule in family.experts.fused_tensors(part.name).items()
+        }
+        marker = f".{family.image_blocks}.weight"
+        self.image_parts = {
+            part.index
+            for part in parts
+            if family.image_blocks and part.block is not None and part.name + marker in part.tensors
+        }
 
-    def role(self, module: str) -> str | None:
-        for role, patterns in self.family.roles.items():
+    def role(self, module: str, part: Part) -> str | None:
+        """What a module is. Outside embedding, blocks and tail only towers and what joins them have a role."""
+        if part.index in self.image_parts:
+            return "vision"
+        if part.kind == "rest" and module.startswith(self.family.blocks + "."):
+            return "mtp"
+        for role, patterns in self.patterns:
+            if (role in TOWERS) is not (part.kind == "rest") and role != "projector":
+                continue
             if any(matches(pattern, (module,)) for pattern in patterns):
                 return role
-        return None
+        return "other" if part.kind == "rest" else None
 
     def add(self, tensor: str) -> None:
         part = self.part_of[tensor]
         header = self.headers[tensor]
         module = tensor.removesuffix(".weight")
-        role = self.role(module)
-        if part.kind == "rest":
-            role = "mtp" if tensor.startswith(self.family.blocks + ".") else role or "other"
+        role = self.role(module, part)
         self.tensor_roles[tensor] = role or "other"
         if self._add_expert(tensor, part):
             return
         if tensor.endswith(".weight") and len(header.shape) == 2 and role not in {"norm", "conv", "other"}:
             self._add_weight(module, WeightView(tensor), header, role or "linear", part, None)
+
+    def protected(self) -> dict[str, str]:
+        """Module -> role that keeps it as it is."""
+        found = {}
+        for weight in self.weights.values():
+            if weight.role in PROTECTED:
+                found[weight.name] = weight.role
+                continue
+            for role, patterns in self.family.exclude.items():
+                if any(matches(pattern, (weight.name, *weight.aliases)) for pattern in patterns):
+                    found[weight.name] = role
+                    break
+        return found
 
     def _add_weight(
         self, name: str, view: WeightView, header: HeaderLike, role: str, part: Part, expert: tuple[str, int] | None
@@ -193,29 +239,46 @@ class _Builder:
 
     def _add_expert(self, tensor: str, part: Part) -> bool:
         experts = self.family.experts
-        if experts is None or part.block is None:
+        if experts is None or part.block is None or part.index in self.image_parts:
             return False
         prefix = f"{part.name}.{experts.path}"
-        leaf = tensor.removeprefix(prefix + ".")
-        if leaf == tensor:
-            return False
         header = self.headers[tensor]
         names = {experts.gate: "expert_gate", experts.up: "expert_up", experts.down: "expert_down"}
-        single = re.fullmatch(r"(\d+)\.([^.]+)\.weight", leaf)
+        single = re.fullmatch(re.escape(prefix) + r"\.(\d+)\.([^.]+)\.weight", tensor)
         if single and single[2] in names and len(header.shape) == 2:
             index = int(single[1])
             name = f"{prefix}.{index}.{single[2]}"
             self._add_weight(name, WeightView(tensor), header, names[single[2]], part, (prefix, index))
             return True
-        fused = experts.fused.get(leaf.removesuffix(".weight"))
-        if fused is None or len(header.shape) != 3:
+        if tensor not in self.fused or len(header.shape) != (2 if self.fused[tensor][1].stacked else 3):
             return False
-        for index in range(header.shape[0]):
-            for target, view in fused_views(fused, tensor, header.shape, index):
-                self._add_weight(
-                    f"{prefix}.{index}.{target}", view, header, names[target], part, (prefix, index)
-                )  # fmt: skip
+        rule = self._oriented(self.fused[tensor][1], header.shape)
+        count = self._stack(experts) if rule.stacked else header.shape[0]
+        for index in range(count):
+            for target, view in fused_views(rule, tensor, header.shape, index, count):
+                self._add_weight(f"{prefix}.{index}.{target}", view, header, names[target], part, (prefix, index))
         return True
+
+    def _oriented(self, rule: FusedModel, shape: tuple[int, ...]) -> FusedModel:
+        """The rule with `transpose: auto` decided: gate and up read the hidden state, down writes it."""
+        if rule.transpose != "auto":
+            return rule
+        assert self.family.experts is not None
+        reads = self.family.experts.down not in rule.targets
+        hidden = text_config(self.config).get("hidden_size")
+        return rule.model_copy(update={"transpose": (shape[2] if reads else shape[1]) != hidden})
+
+    def _stack(self, experts: ExpertsModel) -> int:
+        """Number of experts by config.json."""
+        value: Any = text_config(self.config)
+        for key in (experts.count or "").split("."):
+            value = value.get(key) if isinstance(value, Mapping) else None
+        if not isinstance(value, int) or value < 1:
+            raise ModelError(
+                f"the number of experts is not in config.json ({experts.count})",
+                hint="the family file's experts.count names the key",
+            )
+        return value
 
     def _aliases(self, name: str) -> tuple[str, ...]:
         """Other spellings a pattern may use: the module path in memory, and an expert's name without its index."""
@@ -255,7 +318,7 @@ class _Builder:
 
     def _linear_ties(self, weight: Weight) -> tuple[str | None, str]:
         part = self._part(weight)
-        if part.kind == "rest" or weight.role in {"embedding", "vision", "audio", "projector", "mtp"}:
+        if part.kind in {"rest", "embed"} or weight.role in {"embedding", "projector", *TOWERS}:
             return None, weight.name
         if part.block is None:
             return f"{weight.name}.input", weight.name
@@ -279,4 +342,4 @@ class _Builder:
             module = f"{part.name}.{spec.module}"
             k, v = f"{module}.{spec.k}", f"{module}.{spec.v}"
             if part.block is not None and k in self.weights:
-                self.attention.append(AttentionModule(module, part.index, k, v if v in self.weights else k))
+                self.attention.append(AttentionModule(module, part.index, k, v if v in self.weights else k, spec.latent))

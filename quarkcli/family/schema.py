@@ -1,17 +1,15 @@
-"""A family file: what it may say, which one fits a checkpoint, and what is inferred when none does."""
+"""What a family file may say. Nothing here looks at a checkpoint but `text`, which chooses one of several spellings."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 from pydantic import Field
 
-from quarkcli.errors import ConfigError, ModelError, near_misses
-from quarkcli.recipe import catalog
-from quarkcli.recipe.schema import Strict, validate
+from quarkcli.errors import ConfigError, near_misses
+from quarkcli.recipe.schema import Strict
 
 
 class HeaderLike(Protocol):
@@ -24,46 +22,137 @@ class HeaderLike(Protocol):
 
 
 class FusedModel(Strict):
-    """A file tensor that holds one projection of all experts: [experts, out, in], or [experts, in, out] transposed."""
+    """A split rule: a file tensor that holds the same projections of all experts.
 
-    targets: list[str]
+    targets    projections in the order of their rows, by the names of `experts`
+    split      whole runs of rows, or row by row in turn
+    transpose  the file stores [in, out]; `auto`: told from the hidden size, for files of both kinds
+    stacked    2-D, one expert's rows above the next one's, instead of [experts, rows, columns]
+    """
+
+    targets: list[str] = Field(min_length=1)
     split: Literal["halves", "interleaved"] = "halves"
-    transpose: bool = False
+    transpose: bool | Literal["auto"] = False
+    stacked: bool = False
 
 
 class ExpertsModel(Strict):
-    """Routed experts: module path below the block, leaf names, and the fused tensors a file may have instead."""
+    """Routed experts: module path below the block, leaf names, and the fused tensors a file may have instead.
+
+    fused     file tensor below `fused_in` (default: `path`), with `.weight` if it has one -> how it is split
+    count     key of config.json (dots go deeper) with the number of experts; only stacked tensors need it
+    """
 
     path: str
     gate: str | None = None
     up: str
     down: str
     fused: dict[str, FusedModel] = Field(default_factory=dict)
+    fused_in: str | None = None
+    count: str | None = None
+
+    def fused_tensors(self, block: str) -> dict[str, FusedModel]:
+        """Full names of the fused tensors of a block."""
+        return {f"{block}.{self.fused_in or self.path}.{leaf}": rule for leaf, rule in self.fused.items()}
 
 
 class AttentionModel(Strict):
-    """Attention module below the block, and its projections below that."""
+    """Attention module below the block, and its projections below that; fused ones have one name.
+
+    latent  the cache holds a compressed latent, not k and v (MLA)
+    """
 
     module: str
     q: str
     k: str
     v: str
+    latent: bool = False
+
+
+class ScalingModel(Strict):
+    """Channels that can be scaled without changing the function: divided at `source`, multiplied into `readers`."""
+
+    source: str
+    readers: list[str] = Field(min_length=1)
+
+
+class RotationModel(Strict):
+    """Linears that read and write the residual stream, for families where it can be rotated as a whole."""
+
+    reads: list[str]
+    writes: list[str]
 
 
 class FamilyModel(Strict):
-    """A family file, `recipes/models/<name>.yaml`."""
+    """A family file, `recipes/models/<name>.yaml`. Names are below the block unless they are said to be full.
 
+    extends       another family: its mappings are taken over key by key, everything else unless given here;
+                  architectures, model types and summary never are
+    text          prefixes of the text model, for `{text}` in full names; the first that the file has
+    blocks        full path of the numbered decoder blocks
+    embed, tail   full names of the modules before and behind the blocks
+    roles         role -> patterns on full module names; protected roles are asked first
+    exclude       role -> patterns on full module names that are left alone unless --unprotect names the role
+    sites         linears that read one activation; a linear that is not listed has its own
+    scale_groups  linears that servers fuse and give one per-tensor scale; default: the sites
+    aliases       step of a module path -> its name in memory, accepted by patterns as well
+    scaling       pairs for smoothing and AWQ; `*` stands for every expert
+    rotation      where the residual stream is read and written
+    image_blocks  blocks that have this module run only with images
+    tied          head and embedding are one tensor when config.json does not say
+    """
+
+    extends: str | None = None
+    summary: str = ""
     architectures: list[str] = Field(default_factory=list)
     model_types: list[str] = Field(default_factory=list)
+    text: list[str] = Field(default_factory=list)
     blocks: str
     embed: list[str]
     tail: list[str]
     roles: dict[str, list[str]]
+    exclude: dict[str, list[str]] = Field(default_factory=dict)
     attention: AttentionModel | None = None
     sites: list[list[str]] = Field(default_factory=list)
-    scale_groups: list[list[str]] = Field(default_factory=list)
+    scale_groups: list[list[str]] | None = None
     experts: ExpertsModel | None = None
     aliases: dict[str, str] = Field(default_factory=dict)
+    scaling: list[ScalingModel] = Field(default_factory=list)
+    rotation: RotationModel | None = None
+    image_blocks: str | None = None
+    tied: bool = False
+
+    def runs(self, module: str, config: Mapping[str, object]) -> bool:
+        """True for a module inside the decoder blocks that the model's own forward runs."""
+        found = re.match(re.escape(self.blocks) + r"\.(\d+)\.", module)
+        count = block_count(config)
+        return found is not None and (count is None or int(found[1]) < count)
+
+    def spelled(self, headers: Iterable[str]) -> FamilyModel:
+        """This family with `{text}` replaced by the first prefix whose blocks are among the tensor names."""
+        if not self.text:
+            return self
+        names = list(headers)
+
+        def present(text: str) -> bool:
+            start = self.blocks.replace("{text}", text) + "."
+            return any(name.startswith(start) for name in names)
+
+        text = next(filter(present, self.text), self.text[0])
+
+        def put(values: Iterable[str]) -> list[str]:
+            return [value.replace("{text}", text) for value in values]
+
+        return self.model_copy(
+            update={
+                "text": [text],
+                "blocks": self.blocks.replace("{text}", text),
+                "embed": put(self.embed),
+                "tail": put(self.tail),
+                "roles": {role: put(patterns) for role, patterns in self.roles.items()},
+                "exclude": {role: put(patterns) for role, patterns in self.exclude.items()},
+            }
+        )
 
 
 # Roles kept in source precision unless --unprotect names them, with the reason the plan shows.
@@ -77,67 +166,14 @@ PROTECTED = {
     "audio": "not reached by text calibration",
     "projector": "not reached by text calibration",
     "mtp": "extra prediction layers that the model's own forward does not run",
+    "gates": "a few rows that scale whole channels or heads",
+    "indexer": "chooses which tokens attention sees",
+    "attention": "small share of the bytes, kept by this family's published quantizations",
+    "shared_expert": "runs for every token, kept by this family's published quantizations",
+    "dense_mlp": "small share of the bytes, kept by this family's published quantizations",
 }
-
-
-def load(path: Path) -> FamilyModel:
-    """A family file. Raises ConfigError with place."""
-    return validate(FamilyModel, catalog.document(path))
-
-
-def identify(config: Mapping[str, Any]) -> tuple[str, FamilyModel] | None:
-    """The family whose architectures or model types name the config's, or None."""
-    architecture = (config.get("architectures") or [None])[0]
-    model_type = config.get("model_type")
-    known = {name: load(path) for name, path in catalog.files("models").items()}
-    for name, family in known.items():
-        if architecture in family.architectures:
-            return name, family
-    for name, family in known.items():
-        if model_type in family.model_types:
-            return name, family
-    return None
-
-
-def for_checkpoint(config: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> tuple[str, FamilyModel, bool]:
-    """(name, family, inferred) for a checkpoint."""
-    found = identify(config)
-    if found is not None:
-        return (*found, False)
-    return str(config.get("model_type") or "unknown"), infer(headers), True
-
-
-def infer(headers: Mapping[str, HeaderLike]) -> FamilyModel:
-    """A family guessed from names: the numbered path with the most matrices, and roles by the usual leaf names."""
-    counts: dict[str, int] = {}
-    for name, header in headers.items():
-        found = re.match(r"(.*?)\.\d+\.", name)
-        if found and len(header.shape) == 2:
-            counts[found[1]] = counts.get(found[1], 0) + 1
-    if not counts:
-        raise ModelError("no numbered decoder blocks among the tensor names", hint="describe the family in YAML")
-    blocks = max(counts, key=lambda path: counts[path])
-    stem = blocks.rpartition(".")[0]
-    outside = [name.removesuffix(".weight") for name in headers if not name.startswith(blocks + ".")]
-    embed = [
-        name for name in outside if "embed" in name.rsplit(".", 1)[-1] or name.endswith(("wte", "word_embeddings"))
-    ]
-    tail = [name for name in outside if name.endswith(("lm_head", "norm", "ln_f", "output")) and name not in embed]
-    return FamilyModel(
-        blocks=blocks,
-        embed=embed or [f"{stem}.embed_tokens"],
-        tail=tail,
-        roles={
-            "embedding": embed or ["*embed*"],
-            "head": ["*lm_head", "output"],
-            "norm": ["*norm*", "*.ln_*"],
-            "router": ["*.gate", "*.router"],
-            "conv": ["*conv*"],
-            "vision": ["*visual*", "*vision*"],
-            "audio": ["*audio*"],
-            "mtp": ["mtp.*"],
-        },
-    )
+# Roles that only tensors outside text's way have.
+TOWERS = frozenset({"vision", "audio", "mtp"})
 
 
 def check_unprotect(roles: Iterable[str]) -> None:
@@ -147,3 +183,19 @@ def check_unprotect(roles: Iterable[str]) -> None:
             close = near_misses(role, PROTECTED)
             known = f"did you mean '{close[0]}'?" if close else f"roles: {', '.join(PROTECTED)}"
             raise ConfigError(f"unknown role '{role}'", where="--unprotect", hint=known)
+
+
+def text_config(config: Mapping[str, object]) -> Mapping[str, object]:
+    """The part of config.json that describes the text model."""
+    for key in ("text_config", "language_config"):
+        inner = config.get(key)
+        if isinstance(inner, dict):
+            return inner
+    return config
+
+
+def block_count(config: Mapping[str, object]) -> int | None:
+    """Number of decoder blocks by config.json, under any of its names."""
+    text = text_config(config)
+    found = (text.get(key) for key in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"))
+    return next((value for value in found if isinstance(value, int)), None)

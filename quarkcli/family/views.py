@@ -18,15 +18,19 @@ class WeightView:
     expert     index into the leading axis, or None
     transpose  the file stores [in, out]
     rows       (start, stop, step) over the output rows *after* the transposition, or None for all
+    stack      number of experts whose matrices lie one above the other in a 2-D tensor, or None
     """
 
     tensor: str
     expert: int | None = None
     transpose: bool = False
     rows: tuple[int, int, int] | None = None
+    stack: int | None = None
 
     def of(self, tensor: Any) -> Any:
         """The weight [out, in] inside `tensor`; shares memory with it (torch tensors and numpy arrays)."""
+        if self.stack is not None:
+            tensor = tensor.reshape(self.stack, -1, tensor.shape[-1])
         if self.expert is not None:
             tensor = tensor[self.expert]
         if self.transpose:
@@ -39,6 +43,8 @@ class WeightView:
 
 def view_shape(view: WeightView, shape: tuple[int, ...]) -> tuple[int, int]:
     """Shape (out, in) of a view of a file tensor of this shape."""
+    if view.stack is not None:
+        shape = (view.stack, shape[0] // view.stack, shape[1])
     if view.expert is not None:
         shape = shape[1:]
     out, inner = (shape[1], shape[0]) if view.transpose else (shape[0], shape[1])
@@ -48,16 +54,29 @@ def view_shape(view: WeightView, shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def fused_views(
-    fused: FusedModel, tensor: str, shape: tuple[int, ...], expert: int
+    fused: FusedModel, tensor: str, shape: tuple[int, ...], expert: int, experts: int | None = None
 ) -> Iterable[tuple[str, WeightView]]:
-    """(leaf name, view) of each projection of one expert in a fused tensor [experts, out, in] or transposed."""
-    out = shape[2] if fused.transpose else shape[1]
+    """(leaf name, view) of each projection of one expert in a fused tensor.
+
+    shape    [experts, out, in], [experts, in, out] when transposed; stacked ones have the first two joined
+    experts  how many there are; only stacked tensors need it
+    """
+    stack = experts if fused.stacked else None
+    _, rows, columns = (stack, shape[0] // stack, shape[1]) if stack else shape
+    out = columns if fused.transpose else rows
     count = len(fused.targets)
     for position, target in enumerate(fused.targets):
         if count == 1:
-            rows = None
+            part = None
         elif fused.split == "interleaved":
-            rows = (position, out, count)
+            part = (position, out, count)
         else:
-            rows = (position * out // count, (position + 1) * out // count, 1)
-        yield target, WeightView(tensor, expert, fused.transpose, rows)
+            part = (position * out // count, (position + 1) * out // count, 1)
+        yield target, WeightView(tensor, expert, bool(fused.transpose), part, stack)
+
+
+def fused_shape(fused: FusedModel, experts: int, single: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of the fused tensor for projections of shape (out, in)."""
+    out, inner = single[0] * len(fused.targets), single[1]
+    rows, columns = (inner, out) if fused.transpose else (out, inner)
+    return (experts * rows, columns) if fused.stacked else (experts, rows, columns)

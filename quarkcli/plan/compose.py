@@ -85,7 +85,7 @@ def _default_exclusions(layout: Layout, unprotect: Sequence[str]) -> list[Entry]
     for role, reason in PROTECTED.items():
         if role in unprotect:
             continue
-        modules = [weight.name for weight in layout.weights.values() if weight.role == role]
+        modules = [module for module, kept in layout.protected.items() if kept == role]
         for module in modules:
             origin = Origin(f"default exclusion, role {role}: {reason}")
             entries += exclusion_entries(module, origin, user=False, required=False)

@@ -55,6 +55,7 @@ def resolve(recipe: Recipe, overrides: Overrides, layout: Layout, algorithms: li
     _check_required(plan, resolver)
     _check_effect(plan)
     _check_shapes(plan)
+    _check_latents(plan, layout)
     return plan
 
 
@@ -247,3 +248,15 @@ def _check_shapes(plan: Plan) -> None:
             hint=f"--exclude '*{target.name.rsplit('.', 1)[-1]}', or a scheme with another group size for them: "
             f"--layer '*{target.name.rsplit('.', 1)[-1]}=fp8'",
         )
+
+
+def _check_latents(plan: Plan, layout: Layout) -> None:
+    """Refuse scales for k and v where servers keep a latent instead: they would describe other numbers."""
+    for module in layout.attention:
+        slots = plan.attention[module.name].slots
+        if module.latent and any(decision.spec is not None for decision in slots.values()):
+            raise ConfigError(
+                "its cache holds a compressed latent, not k and v, and no dialect has a name for that scale",
+                where=module.name,
+                hint="--kv-cache none; servers take a scale of 1 for it when told to keep an fp8 cache",
+            )

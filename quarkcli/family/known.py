@@ -1,0 +1,129 @@
+"""Which family file fits a checkpoint. Choosing one reads a few lines of each file; only the chosen one is parsed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from quarkcli.errors import ConfigError
+from quarkcli.family.infer import infer
+from quarkcli.family.schema import FamilyModel, HeaderLike
+from quarkcli.recipe import catalog
+from quarkcli.recipe.load import Document
+from quarkcli.recipe.schema import validate
+
+_OWN = ("extends", "summary", "architectures", "model_types")  # what a family does not take over from another
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a listing says of a family, without checking its file."""
+
+    name: str
+    file: Path
+    architectures: tuple[str, ...]
+    model_types: tuple[str, ...]
+    extends: str | None
+    experts: bool | None  # None: as in the family it extends
+
+
+def load(path: Path) -> FamilyModel:
+    """A family file, with what it takes over from others. Raises ConfigError with place."""
+    return validate(FamilyModel, _merged(catalog.document(path), path, ()))
+
+
+def _merged(document: Document, path: Path, seen: tuple[str, ...]) -> Document:
+    """The document with the keys of the family it extends below its own."""
+    data = document.data
+    name = data.get("extends") if isinstance(data, dict) else None
+    if not isinstance(name, str):
+        return document
+    where = str(document.origin("extends"))
+    if path.stem in seen:
+        raise ConfigError(f"families extend each other: {' -> '.join((*seen, path.stem))}", where=where)
+    try:
+        parent = catalog.find("models", name)
+    except ConfigError as error:
+        raise ConfigError(error.what, where=where, hint=error.hint) from error
+    base = _merged(catalog.document(parent), parent, (*seen, path.stem)).data
+    merged = {key: value for key, value in base.items() if key not in _OWN}
+    for key, value in data.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = {**merged[key], **value} if both else value
+    return replace(document, data=merged)
+
+
+def cards() -> list[Card]:
+    """Every family, built-in ones first, then the user's."""
+    return [_card(name, path, path.stat().st_mtime_ns) for name, path in catalog.files("models").items()]
+
+
+@lru_cache(maxsize=512)
+def _card(name: str, path: Path, stamp: int) -> Card:
+    text = path.read_text(encoding="utf-8", errors="replace")
+    extends = re.search(r"^extends:[ ]*([\w.-]+)", text, re.MULTILINE)
+    experts = re.search(r"^experts:[ ]*(\S*)", text, re.MULTILINE)
+    return Card(
+        name,
+        path,
+        _listed(text, "architectures", path),
+        _listed(text, "model_types", path),
+        extends[1] if extends else None,
+        experts[1] not in {"null", "~"} if experts else None if extends else False,
+    )
+
+
+def _listed(text: str, key: str, path: Path) -> tuple[str, ...]:
+    """A list of plain words at the top level; written in another way, the whole file is parsed for it."""
+    if not re.search(rf"^['\"]?{key}['\"]?[ ]*:", text, re.MULTILINE):
+        return ()
+    found = re.search(rf"^{key}:[ ]*\[([\w\s,.-]*)\]", text, re.MULTILINE)
+    if found:
+        return tuple(word.strip() for word in found[1].split(",") if word.strip())
+    data = catalog.document(path).data
+    values = data.get(key) if isinstance(data, dict) else None
+    return tuple(str(value) for value in values) if isinstance(values, list) else ()
+
+
+def has_experts(card: Card) -> bool:
+    """Whether a family has routed experts, by its own file or the one it extends."""
+    known = {other.name.replace("-", "_"): other for other in cards()}
+    for _ in known:
+        if card.experts is not None or card.extends is None:
+            break
+        parent = known.get(card.extends.replace("-", "_"))
+        if parent is None:
+            break
+        card = parent
+    return bool(card.experts)
+
+
+def identify(config: Mapping[str, Any]) -> tuple[str, FamilyModel] | None:
+    """The family that names the config's architecture, else its model type; None when there is none.
+
+    Among several with the architecture, a user's own file, then one that names the model type too.
+    """
+    architecture = (config.get("architectures") or [None])[0]
+    model_type = config.get("model_type")
+    built_in = catalog.built_in_folder()
+
+    def rank(card: Card) -> tuple[bool, bool, bool]:
+        named, typed = architecture in card.architectures, model_type in card.model_types
+        return named, (named or typed) and built_in not in card.file.parents, typed
+
+    best = max(cards(), key=rank, default=None)
+    if best is None or not any(rank(best)):
+        return None
+    return best.name, load(best.file)
+
+
+def for_checkpoint(config: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> tuple[str, FamilyModel, bool]:
+    """(name, family in this checkpoint's spelling, inferred) for a checkpoint."""
+    found = identify(config)
+    if found is not None:
+        return found[0], found[1].spelled(headers), False
+    return str(config.get("model_type") or "unknown"), infer(headers), True
