@@ -1,13 +1,14 @@
-"""`quark models`: list, show."""
+"""`quark models`: list, show, infer."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from quarkcli.cli import apps, output
-from quarkcli.cli.flags import Json, names
+from quarkcli.cli.flags import Debug, Json, Offline, Revision, names
 
 app = apps.new("Model families: roles of tensors.", apps.examples("quark models list", "quark models show llama"))
 
@@ -20,20 +21,17 @@ def list_(json: Json = False) -> None:
     """
     output.start(json=json)
     from quarkcli import family
-    from quarkcli.recipe import catalog
 
-    rows: list[dict[str, Any]] = []
-    for name, path in catalog.files("models").items():
-        found = family.load(path)
-        rows.append(
-            {
-                "name": name,
-                "architectures": found.architectures,
-                "model_types": found.model_types,
-                "experts": found.experts is not None,
-                "file": str(path),
-            }
-        )
+    rows: list[dict[str, Any]] = [
+        {
+            "name": card.name,
+            "architectures": list(card.architectures),
+            "model_types": list(card.model_types),
+            "experts": family.has_experts(card),
+            "file": str(card.file),
+        }
+        for card in family.cards()
+    ]
     if json:
         output.json_data({"schema": "quark/models/1", "models": rows})
         return
@@ -44,9 +42,15 @@ def list_(json: Json = False) -> None:
     output.table(("NAME", "EXPERTS", "MODEL TYPES", "ARCHITECTURES"), shown)
 
 
-@app.command("show", epilog=apps.examples("quark models show llama", "quark models show qwen3_moe --json"))
+@app.command(
+    "show",
+    epilog=apps.examples(
+        "quark models show llama", "quark models show kimi_k2 --resolved", "quark models show qwen3_moe --json"
+    ),
+)
 def show(
     name: Annotated[str, typer.Argument(metavar="NAME", autocompletion=names("models"), help="A family's name.")],
+    resolved: Annotated[bool, typer.Option("--resolved", help="With what it takes over from other families.")] = False,
     json: Json = False,
 ) -> None:
     """Print a family's file.
@@ -54,11 +58,51 @@ def show(
     Roles, experts, attention, and what shares an input or a scale.
     """
     output.start(json=json)
+    from quarkcli import family
     from quarkcli.recipe import catalog
 
     path = catalog.find("models", name)
     if json:
-        found = catalog.document(path).data
+        found: Any = catalog.document(path).data
+        if resolved:
+            found = family.load(path).model_dump(exclude_defaults=True, exclude={"extends"})
         output.json_data({"schema": "quark/model/1", "name": path.stem, "file": str(path), "family": found})
+    elif resolved:
+        output.data(family.to_yaml(family.load(path), f"{path.stem}, with what it takes over").rstrip("\n"))
     else:
         output.data(path.read_text(encoding="utf-8").rstrip("\n"))
+
+
+@app.command(
+    "infer", epilog=apps.examples("quark models infer ./new-model", "quark models infer ./new-model -o new.yaml")
+)
+def infer(
+    model: Annotated[str, typer.Argument(metavar="DIR_OR_ID", help="Model directory, hub id, or 'demo'.")],
+    to: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write it to this file.")] = None,
+    revision: Revision = "main",
+    offline: Offline = False,
+    debug: Debug = False,
+) -> None:
+    """Guess a family from a model's tensor names.
+
+    The file is a beginning: read it, correct it, and put it into the models folder of $QUARK_HOME or ~/.config/quark.
+    """
+    output.start(debug=debug)
+    from quarkcli import family, job
+    from quarkcli.errors import UsageError
+    from quarkcli.recipe import catalog
+    from quarkcli.source import Source
+
+    source = Source.open(str(job.EMBEDDED) if model == "demo" else model, revision=revision, offline=offline)
+    text = family.to_yaml(*family.guess(source.config, source.headers))
+    if to is None:
+        output.data(text.rstrip("\n"))
+        return
+    try:
+        with to.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise UsageError("exists", where=str(to), hint="choose another -o; nothing was written") from None
+    except OSError as error:
+        raise UsageError(f"cannot be written ({error.strerror})", where=str(to)) from error
+    output.note(f"{to}: read it, then move it into {catalog.user_folder() / 'models'}")

@@ -4,7 +4,7 @@
 read, the parts of the walk and the attention modules. A family nobody described is inferred from names.
 """
 
-from quarkcli.family.infer import infer
+from quarkcli.family.infer import guess, infer
 from quarkcli.family.known import Card, cards, for_checkpoint, has_experts, identify, load
 from quarkcli.family.layout import AttentionModule, Layout, Part, Site, Weight, lay_out
 from quarkcli.family.schema import (
@@ -37,6 +37,7 @@ __all__ = [
     "for_checkpoint",
     "fused_shape",
     "fused_views",
+    "guess",
     "has_experts",
     "identify",
     "infer",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from quarkcli.errors import ModelError
 from quarkcli.family.schema import AttentionModel, ExpertsModel, FamilyModel, FusedModel, HeaderLike
@@ -77,6 +78,18 @@ def infer(headers: Mapping[str, HeaderLike]) -> FamilyModel:
         sites=_sites(linears),
         experts=_experts(inside),
     )
+
+
+def guess(config: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> tuple[FamilyModel, str]:
+    """The inferred family with the config's names, for a user to keep; and a comment for the file."""
+    found = infer(headers)
+    architectures, model_type = config.get("architectures") or [], config.get("model_type")
+    names = {"architectures": list(architectures), "model_types": [model_type] if model_type else []}
+    text = (
+        "Guessed from tensor names. Check the roles, what shares an input (sites) and how fused tensors are split,\n"
+        "then keep it as models/<name>.yaml in the user folder."
+    )
+    return found.model_copy(update=names), text
 
 
 def _blocks(headers: Mapping[str, HeaderLike]) -> str:

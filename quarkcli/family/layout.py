@@ -77,7 +77,7 @@ class Part:
 
 @dataclass(frozen=True)
 class AttentionModule:
-    """`name` is the parent of the k projection; `k_proj` and `v_proj` are module names; `latent`: see AttentionModel."""
+    """`name` is the parent of the k projection; `k_proj` and `v_proj` name modules; `latent`: the cache holds neither."""
 
     name: str
     part: int
@@ -206,8 +206,8 @@ class _Builder:
         part = self.part_of[tensor]
         header = self.headers[tensor]
         module = tensor.removesuffix(".weight")
-        role = self.role(module, part)
-        self.tensor_roles[tensor] = role or "other"
+        role = self.role(module.removesuffix(".bias"), part)
+        self.tensor_roles[tensor] = role or "parameter"
         if self._add_expert(tensor, part):
             return
         if tensor.endswith(".weight") and len(header.shape) == 2 and role not in {"norm", "conv", "other"}:
@@ -342,4 +342,6 @@ class _Builder:
             module = f"{part.name}.{spec.module}"
             k, v = f"{module}.{spec.k}", f"{module}.{spec.v}"
             if part.block is not None and k in self.weights:
-                self.attention.append(AttentionModule(module, part.index, k, v if v in self.weights else k, spec.latent))
+                self.attention.append(
+                    AttentionModule(module, part.index, k, v if v in self.weights else k, spec.latent)
+                )

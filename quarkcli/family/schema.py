@@ -99,6 +99,7 @@ class FamilyModel(Strict):
     scaling       pairs for smoothing and AWQ; `*` stands for every expert
     rotation      where the residual stream is read and written
     image_blocks  blocks that have this module run only with images
+    norm_offset   norms multiply by their weight plus this
     tied          head and embedding are one tensor when config.json does not say
     """
 
@@ -120,6 +121,7 @@ class FamilyModel(Strict):
     scaling: list[ScalingModel] = Field(default_factory=list)
     rotation: RotationModel | None = None
     image_blocks: str | None = None
+    norm_offset: float = 0.0
     tied: bool = False
 
     def runs(self, module: str, config: Mapping[str, object]) -> bool:
@@ -164,7 +166,7 @@ PROTECTED = {
     "conv": "tiny",
     "vision": "not reached by text calibration",
     "audio": "not reached by text calibration",
-    "projector": "not reached by text calibration",
+    "projector": "joins towers, widths or streams; few bytes",
     "mtp": "extra prediction layers that the model's own forward does not run",
     "gates": "a few rows that scale whole channels or heads",
     "indexer": "chooses which tokens attention sees",

@@ -134,15 +134,20 @@ class Runner:
     ) -> Iterator[None]:
         """See, and change, what modules of block `i` (None: outside the blocks) read, while inside.
 
-        linear     file tensor -> callable that gets the input of the module that owns it
+        linear     file tensor -> callable that gets the input of the module that owns it; of several tensors of one
+                   module (gate and up that memory holds fused), the first one's is called
         experts    any file tensor of an experts module -> its handler
         attention  file tensor of a k projection -> callable that gets q, k, v after rotary embedding
 
         raises  KeyError for a file tensor that does not belong there
         """
         with ExitStack() as stack:
+            hooked: set[nn.Module] = set()
             for name, handler in (linear or {}).items():
                 for module in self._modules(i, name):
+                    if module in hooked:
+                        continue
+                    hooked.add(module)
                     hook = module.register_forward_pre_hook(_input_hook(handler), with_kwargs=True)
                     stack.callback(hook.remove)
             for name, expert_handler in (experts or {}).items():

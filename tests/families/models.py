@@ -1,0 +1,77 @@
+"""Tiny random checkpoints of every family that transformers can build, as their published files are stored."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from transformers import CONFIG_MAPPING
+
+from tests import runs
+
+# Name -> family file, class, model type of the config class, config, and how published files differ from saved ones.
+RECIPES: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent.parent / "data" / "families.json").read_text())
+
+
+def build(name: str, folder: Path) -> Path:
+    """Write a checkpoint with a tokenizer. Every tensor gets values that matter."""
+    recipe = RECIPES[name]
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING[recipe["config_type"]](**json.loads(json.dumps(recipe["config"])))
+    model = getattr(transformers, recipe["model"])(config).eval()
+    generator = torch.Generator().manual_seed(0)
+    for _, parameter in sorted(model.named_parameters()):
+        if parameter.is_floating_point():
+            noise = 0.05 * torch.randn(parameter.shape, generator=generator)
+            parameter.data = (noise if parameter.ndim >= 2 else parameter.detach().float() + noise).bfloat16()
+    model.save_pretrained(folder, save_original_format=True)
+    publish(folder, recipe)
+    runs.tokenizer().save_pretrained(folder)
+    return folder
+
+
+def publish(folder: Path, recipe: dict[str, Any]) -> None:
+    """Names, axes and config of published files, where transformers writes others."""
+    file = folder / "model.safetensors"
+    rules = recipe.get("hub_form", {})
+    if rules:
+        save_file(_published(load_file(file), rules), file, metadata={"format": "pt"})
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | recipe.get("config_patch", {})
+    path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _published(tensors: dict[str, torch.Tensor], rules: dict[str, Any]) -> dict[str, torch.Tensor]:
+    result = {}
+    for name, tensor in tensors.items():
+        if any(re.search(pattern, name) for pattern in rules.get("transpose_last_two", [])):
+            tensor = tensor.transpose(-1, -2).contiguous()
+        for pattern, replacement in rules.get("rename", []):
+            name = re.sub(pattern, replacement, name)
+        result[name] = tensor
+    for rule in rules.get("fuse_experts", []):
+        result = _fused(result, rule)
+    return result
+
+
+def _fused(tensors: dict[str, torch.Tensor], rule: dict[str, Any]) -> dict[str, torch.Tensor]:
+    groups: dict[str, dict[str, dict[int, torch.Tensor]]] = {}
+    result = {}
+    for name, tensor in tensors.items():
+        found = re.fullmatch(rule["pattern"], name)
+        if found:
+            groups.setdefault(found["prefix"], {}).setdefault(found["which"], {})[int(found["index"])] = tensor
+        else:
+            result[name] = tensor
+    for prefix, parts in groups.items():
+        stacked = {which: torch.stack([rows[index] for index in sorted(rows)]) for which, rows in parts.items()}
+        for target, sources in rule["targets"].items():
+            result[prefix + target] = torch.cat([stacked[source] for source in sources], dim=1).contiguous()
+    return result
