@@ -86,15 +86,15 @@ def test_layers_that_the_model_does_not_run() -> None:
 
 def test_tensors_outside_the_family_are_kept() -> None:
     layout = lay_out({**layouts.llama(), "extra.weight": (8, 8), "extra.q_proj.weight": (8, 8)}, "llama")
-    assert "extra" not in layout.weights
-    assert layout.weights["extra.q_proj"].site is None
+    assert not any(name.startswith("extra") for name in layout.weights)
+    assert layout.tensor_roles["extra.q_proj.weight"] == "other"
     assert layout.parts[-1].tensors == ("extra.weight", "extra.q_proj.weight")
 
 
 @pytest.mark.parametrize(
     ("config", "name"),
     [
-        ({"architectures": ["MistralForCausalLM"]}, "llama"),
+        ({"architectures": ["MistralForCausalLM"]}, "mistral"),
         ({"model_type": "mixtral"}, "mixtral"),
         ({"architectures": ["Qwen3MoeForCausalLM"], "model_type": "llama"}, "qwen3_moe"),  # the class before the type
         ({"architectures": ["Other"], "model_type": "qwen3"}, "qwen3"),
@@ -112,11 +112,12 @@ def test_unknown_families_are_inferred_from_names() -> None:
     layout = lay_out(renamed, "novel")
     assert (layout.family, layout.inferred) == ("novel", True)
     roles = {weight.role for weight in layout.weights.values()}
-    assert roles == {"embedding", "head", "router", "linear"}
+    assert roles == {"embedding", "head", "router", *"qkvo", "expert_gate", "expert_up", "expert_down"}
     assert [part.name for part in layout.parts] == ["embed", "transformer.h.0", "transformer.h.1", "tail"]
-    assert layout.attention == []
-    linear = layout.weights["transformer.h.0.self_attn.q_proj"]
-    assert linear.group == linear.name  # nothing is known to be fused
+    assert [module.name for module in layout.attention] == [f"transformer.h.{i}.self_attn" for i in range(2)]
+    q, o = (layout.weights[f"transformer.h.0.self_attn.{leaf}_proj"] for leaf in "qo")
+    assert q.group == layout.weights["transformer.h.0.self_attn.v_proj"].group != o.group
+    assert layout.weights["transformer.h.1.block_sparse_moe.experts.3.w2"].role == "expert_down"
     with pytest.raises(ModelError, match="no numbered decoder blocks"):
         lay_out({"a.weight": (4, 4)}, "novel")
 
@@ -170,7 +171,9 @@ def of_module(module: torch.nn.Module, index: int, role: str, oss: bool) -> torc
 def test_family_files_are_good(name: str) -> None:
     model = family.load(catalog.files("models")[name])
     assert model.architectures and model.blocks and model.attention
-    assert family.identify({"architectures": model.architectures[:1]})[0] == name
+    for architecture in model.architectures:
+        config = {"architectures": [architecture], "model_type": model.model_types[0]}
+        assert family.identify(config)[0] == name
 
 
 def test_a_bad_family_file(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from quarkcli.family.schema import (
     FamilyModel,
     FusedModel,
     HeaderLike,
+    ScalingModel,
     check_unprotect,
     text_config,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "HeaderLike",
     "Layout",
     "Part",
+    "ScalingModel",
     "Site",
     "Weight",
     "WeightView",

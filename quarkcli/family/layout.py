@@ -77,7 +77,7 @@ class Part:
 
 @dataclass(frozen=True)
 class AttentionModule:
-    """`name` is the parent of the k projection; `k_proj` and `v_proj` name modules; `latent`: the cache holds neither."""
+    """`name` is the parent of the k projection; `k_proj` and `v_proj` name modules; `latent`: none is cached."""
 
     name: str
     part: int

@@ -132,4 +132,4 @@ def test_schemes_show(quark):
 
 def test_models_show_prints_the_file(quark):
     assert quark("models", "show", "qwen3-moe") == (0, (RECIPES / "models" / "qwen3_moe.yaml").read_text(), "")
-    assert json.loads(quark("models", "show", "llama", "--json").out)["family"]["blocks"] == "model.layers"
+    assert json.loads(quark("models", "show", "llama", "--json").out)["family"]["blocks"] == "{text}.layers"

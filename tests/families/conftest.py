@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests import runs
+from tests.families import models
 from tests.runs import one_thread  # noqa: F401
 
 NAMES = (*runs.SIZES, runs.FUSED)
@@ -28,3 +29,16 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("sources")
     return {name: runs.build(name, folder / name) for name in NAMES}
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Tiny models of `models.RECIPES` by name, each built when it is first asked for."""
+    root = tmp_path_factory.mktemp("families")
+
+    class Sources(dict[str, Path]):
+        def __missing__(self, name: str) -> Path:
+            self[name] = models.build(name, root / name)
+            return self[name]
+
+    return Sources()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,12 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING
 
+from quarkcli import family
+from quarkcli.family import FamilyModel, Layout
+from quarkcli.model.record import Recording
+from quarkcli.model.runner import Runner
 from tests import runs
+from tests.tiny import SAFETENSORS_DTYPES, Header
 
 # Name -> family file, class, model type of the config class, config, and how published files differ from saved ones.
 RECIPES: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent.parent / "data" / "families.json").read_text())
@@ -75,3 +81,35 @@ def _fused(tensors: dict[str, torch.Tensor], rule: dict[str, Any]) -> dict[str, 
         for target, sources in rule["targets"].items():
             result[prefix + target] = torch.cat([stacked[source] for source in sources], dim=1).contiguous()
     return result
+
+
+def headers(tensors: Mapping[str, torch.Tensor]) -> dict[str, Header]:
+    return {name: Header(SAFETENSORS_DTYPES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()}
+
+
+def described(source: Path) -> tuple[FamilyModel, Layout]:
+    """The family of a source in its spelling, and its layout."""
+    config = json.loads((source / "config.json").read_text())
+    found = headers(runs.read_all(source))
+    name, model, inferred = family.for_checkpoint(config, found)
+    assert not inferred
+    return model, family.lay_out(name, model, inferred, config, found)
+
+
+def walk(
+    source: Path, tensors: Mapping[str, torch.Tensor]
+) -> Iterator[tuple[Runner, int, Recording, torch.Tensor, torch.Tensor]]:
+    """(runner, block, recording, input, output) of every block that text runs, in float32, the block loaded."""
+    runner = Runner(source, headers(tensors), dtype=torch.float32)
+    runner.load_outside({name: tensors[name] for name in runner.outside_tensors()})
+    tokens = torch.randint(3, 250, (2, 12), generator=torch.Generator().manual_seed(0))
+    recording = runner.record(tokens)
+    hidden = recording.hidden
+    for index, call in enumerate(recording.calls):
+        if call is None:
+            continue
+        runner.load_block(index, {name: tensors[name].clone() for name in runner.block_tensors(index)})
+        output = runner.run_block(index, recording, hidden)
+        yield runner, index, recording, hidden, output
+        runner.unload_block(index)
+        hidden = output
