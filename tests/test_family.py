@@ -183,3 +183,123 @@ def test_a_bad_family_file(tmp_path: Path) -> None:
         family.load(path)
     assert "unknown key 'site' (did you mean 'sites'?)" in caught.value.what
     assert "roles.q" in caught.value.what
+
+
+# ---- what families take over, and a user's own
+
+
+def write(folder: Path, name: str, text: str) -> Path:
+    path = folder / "models" / f"{name}.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("QUARK_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+def test_a_family_takes_over_what_it_does_not_say(home: Path) -> None:
+    path = write(
+        home, "mine", "extends: qwen3-moe\narchitectures: [MyModel]\nroles: {router: ['*.r']}\nexperts: null\n"
+    )
+    mine, base = family.load(path), family.load(catalog.find("models", "qwen3_moe"))
+    assert mine.roles == {**base.roles, "router": ["*.r"]}
+    assert mine.experts is None and base.experts is not None
+    assert (mine.architectures, mine.model_types, mine.sites) == (["MyModel"], [], base.sites)
+    assert family.identify({"architectures": ["MyModel"]})[0] == "mine"
+    cards = {card.name: card for card in family.cards()}
+    assert not family.has_experts(cards["mine"]) and family.has_experts(cards["kimi_k25"])
+
+
+def test_a_users_family_comes_before_a_built_in_one(home: Path) -> None:
+    write(home, "mine", "extends: llama\narchitectures:\n  - LlamaForCausalLM\n")  # a list in another form
+    assert family.identify({"architectures": ["LlamaForCausalLM"], "model_type": "llama"})[0] == "mine"
+    assert family.identify({"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"})[0] == "qwen3"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("extends: lama\n", "unknown model family 'lama'"),
+        ("extends: mine\n", "families extend each other: mine -> mine"),
+        ("extends: llama\nsite: []\n", "unknown key 'site'"),
+        ("extends: llama\nexperts: {path: x, up: u, down: d, fused: {f: {targets: []}}}\n", "fused.f.targets"),
+    ],
+)
+def test_a_bad_family_of_the_users(home: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        family.load(write(home, "mine", text))
+    assert message in caught.value.what
+    assert "mine.yaml" in caught.value.where
+
+
+def test_the_spelling_is_told_from_the_tensors() -> None:
+    gemma = family.load(catalog.files("models")["gemma3"])
+    for text in ("model.language_model", "language_model.model"):
+        spelled = gemma.spelled([f"{text}.layers.0.self_attn.q_proj.weight"])
+        assert spelled.blocks == f"{text}.layers"
+        assert spelled.embed == spelled.roles["embedding"] == [f"{text}.embed_tokens"]
+    assert gemma.spelled([]).blocks == "model.layers"
+
+
+def test_extra_layers_of_a_mixture_are_kept() -> None:
+    """The MTP layer of DeepSeek V3 has the same names; it is no block, and its experts are not fused when read back."""
+    layout = lay_out(layouts.mixtral(layers=3), "mixtral", num_hidden_layers=2)
+    extra = [name for name in layout.weights if ".layers.2." in name]
+    assert {layout.protected[name] for name in extra} == {"mtp"}
+    model = family.load(catalog.files("models")["mixtral"]).spelled(["model.layers.0.x"])
+    config = {"num_hidden_layers": 2}
+    assert [model.runs(f"model.layers.{index}.mlp", config) for index in (0, 1, 2)] == [True, True, False]
+
+
+def test_views_of_stacked_experts() -> None:
+    rule = FusedModel(targets=["w2"], stacked=True, transpose=True)
+    tensor = torch.arange(3 * 4 * 5).view(12, 5)  # 3 experts of [4, 5]
+    (name, view), *rest = fused_views(rule, "t", (12, 5), 1, 3)
+    assert (name, rest) == ("w2", [])
+    assert torch.equal(view.of(tensor), tensor[4:8].T)
+    assert view_shape(view, (12, 5)) == (5, 4)
+    assert family.fused_shape(rule, 3, (5, 4)) == (12, 5)
+    with pytest.raises(ModelError, match="number of experts"):
+        lay_out({"transformer.blocks.0.ffn.experts.mlp.w1": (12, 5)}, "dbrx")
+
+
+def test_orientation_is_told_from_the_hidden_size() -> None:
+    for rows, columns in ((8, 5), (5, 8)):  # hidden 5, inner 4
+        shapes = {
+            "model.layers.0.mlp.experts.gate_up_proj": (3, rows, columns),
+            "model.layers.0.mlp.experts.down_proj": (3, 5, 4) if rows == 8 else (3, 4, 5),
+        }
+        layout = lay_out(shapes, "qwen3_vl_moe", text_config={"hidden_size": 5, "num_hidden_layers": 1})
+        assert layout.weights["model.layers.0.mlp.experts.2.up_proj"].shape == (4, 5)
+        assert layout.weights["model.layers.0.mlp.experts.2.down_proj"].shape == (5, 4)
+
+
+# ---- inferred families
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral", "gpt_oss"])
+def test_an_inferred_family_is_a_file_that_reads_back(name: str, home: Path) -> None:
+    shapes = getattr(layouts, name)()
+    headers = {key: Header("BF16", shape) for key, shape in shapes.items()}
+    guessed, comment = family.guess({"architectures": ["New"], "model_type": "new"}, headers)
+    path = write(home, "new", family.to_yaml(guessed, comment))
+    assert family.load(path) == guessed
+    ours, known = (lay_out(shapes, kind, hidden_size=128) for kind in ("new", name))
+    assert ours.weights.keys() == known.weights.keys()
+    assert [module.name for module in ours.attention] == [module.name for module in known.attention]
+    assert {key: site.members for key, site in ours.sites.items()} == {
+        key: site.members for key, site in known.sites.items()
+    }
+    assert ours.protected == known.protected
+
+
+def test_every_family_reads_back_from_its_own_yaml(home: Path) -> None:
+    for name, path in catalog.files("models").items():
+        found = family.load(path)
+        if name in {"llama", "dbrx", "kimi_k2", "qwen3_5_moe"}:
+            again = family.load(write(home, f"my_{name}", family.to_yaml(found)))
+            assert again == found.model_copy(update={"extends": None})

@@ -13,9 +13,9 @@ _WORDS = {"null", "true", "false", "yes", "no", "on", "off", "y", "n"}
 
 
 def to_yaml(family: FamilyModel, comment: str = "") -> str:
-    """The file that gives this family when it is read again; keys that say nothing are left out."""
+    """The file that gives this family when it is read again, on its own; keys that say nothing are left out."""
     lines = [f"# {line}" for line in comment.splitlines()]
-    for key, value in family.model_dump(exclude_defaults=True).items():
+    for key, value in family.model_dump(exclude_defaults=True, exclude={"extends"}).items():
         if isinstance(value, dict) and key not in {"attention", "rotation"}:
             lines.append(f"{key}:")
             lines += [f"  {_flow(name)}: {_flow(item)}" for name, item in value.items() if item is not None]

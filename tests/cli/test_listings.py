@@ -133,3 +133,27 @@ def test_schemes_show(quark):
 def test_models_show_prints_the_file(quark):
     assert quark("models", "show", "qwen3-moe") == (0, (RECIPES / "models" / "qwen3_moe.yaml").read_text(), "")
     assert json.loads(quark("models", "show", "llama", "--json").out)["family"]["blocks"] == "{text}.layers"
+
+
+def test_models_show_resolved(quark):
+    code, out, err = quark("models", "show", "kimi_k25", "--resolved")
+    assert (code, err) == (0, "")
+    found = yaml.safe_load(out)
+    assert found["attention"]["latent"] is True and found["experts"]["path"] == "mlp.experts"
+    assert found["exclude"].keys() == {"attention", "shared_expert", "dense_mlp"}
+    assert "extends" not in found
+    assert json.loads(quark("models", "show", "kimi_k25", "--resolved", "--json").out)["family"] == found
+
+
+def test_models_infer(quark, tmp_path):
+    code, out, err = quark("models", "infer", "demo")
+    assert (code, err) == (0, "")
+    assert yaml.safe_load(out)["attention"] == {"module": "self_attn", "q": "q_proj", "k": "k_proj", "v": "v_proj"}
+    code, printed, err = quark("models", "infer", "demo", "-o", "mine.yaml")
+    assert (code, printed) == (0, "")
+    assert (tmp_path / "mine.yaml").read_text() == out
+    assert str(tmp_path / "home" / "models") in err
+    (tmp_path / "mine.yaml").write_text("kept")
+    code, _, err = quark("models", "infer", "demo", "-o", "mine.yaml")
+    assert code == 2 and err.startswith("error: mine.yaml: exists")
+    assert (tmp_path / "mine.yaml").read_text() == "kept"

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from quarkcli import family, verify
+from quarkcli.errors import ModelError
 from quarkcli.recipe import catalog
 from tests import runs
 from tests.families import models
@@ -102,3 +106,125 @@ def test_attention_and_experts_are_found(name: str, built: dict[str, Path]) -> N
         assert sum(weight.expert is not None for weight in layout.weights.values()) == len(layers) * count * per_expert
     assert layout.attention
     assert all(module.k_proj in layout.weights and module.v_proj in layout.weights for module in layout.attention)
+
+
+# ---- families without a class
+
+
+def block(prefix: str, **shapes: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    return {f"{prefix}.{leaf.replace('__', '.')}.weight": shape for leaf, shape in shapes.items()}
+
+
+def gated(prefix: str, gate: str, up: str, down: str, inner: int) -> dict[str, tuple[int, ...]]:
+    wide = {f"{prefix}.{leaf}.weight": (inner, 128) for leaf in (gate, up)}
+    return {**wide, f"{prefix}.{down}.weight": (128, inner)}
+
+
+def plain_attention(prefix: str) -> dict[str, tuple[int, ...]]:
+    return {f"{prefix}.{leaf}_proj.weight": (128, 128) for leaf in "qkvo"}
+
+
+def outside(embed: str, norm: str, head: str) -> dict[str, tuple[int, ...]]:
+    return {f"{embed}.weight": (512, 128), norm: (128,), f"{head}.weight": (512, 128)}
+
+
+def mixture(prefix: str, moe: str, leaves: tuple[str, str, str]) -> dict[str, tuple[int, ...]]:
+    found = {f"{prefix}.{moe}.gate.weight": (4, 128)}
+    for expert in range(4):
+        found |= gated(f"{prefix}.{moe}.experts.{expert}", *leaves, 96)
+    return found
+
+
+USUAL = ("gate_proj", "up_proj", "down_proj")
+
+
+def deepseek(text: str) -> dict[str, tuple[int, ...]]:
+    """A dense block, a block with experts, and a vision tower where the text is inside a wrapper."""
+    head = "lm_head" if text == "model" else "language.lm_head"
+    shapes = outside(f"{text}.embed_tokens", f"{text}.norm.weight", head)
+    for index in range(2):
+        shapes |= plain_attention(f"{text}.layers.{index}.self_attn")
+    shapes |= gated(f"{text}.layers.0.mlp", *USUAL, 256)
+    shapes |= mixture(f"{text}.layers.1", "mlp", USUAL) | gated(f"{text}.layers.1.mlp.shared_experts", *USUAL, 96)
+    if text != "model":
+        shapes |= {"vision.blocks.0.attn.qkv.weight": (96, 32), "projector.layers.0.weight": (128, 32)}
+    return shapes
+
+
+def published(file: str) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a small model as its published files have them."""
+    if file == "deepseek":
+        return deepseek("model")
+    if file == "deepseek_vl_v2":
+        return deepseek("language.model")
+    shapes: dict[str, tuple[int, ...]] = {}
+    if file == "chatglm":
+        for index in range(2):
+            inside = f"transformer.encoder.layers.{index}"
+            shapes |= block(
+                inside, self_attention__query_key_value=(192, 128), self_attention__dense=(128, 128),
+                mlp__dense_h_to_4h=(512, 128), mlp__dense_4h_to_h=(128, 256), input_layernorm=(128,),
+            ) | {f"{inside}.self_attention.query_key_value.bias": (192,)}  # fmt: skip
+        ends = outside(
+            "transformer.embedding.word_embeddings", "transformer.encoder.final_layernorm.weight",
+            "transformer.output_layer",
+        )  # fmt: skip
+    elif file == "qwen":
+        for index in range(2):
+            shapes |= block(
+                f"transformer.h.{index}", attn__c_attn=(384, 128), attn__c_proj=(128, 128), mlp__w1=(256, 128),
+                mlp__w2=(256, 128), mlp__c_proj=(128, 256), ln_1=(128,), ln_2=(128,),
+            )  # fmt: skip
+        ends = outside("transformer.wte", "transformer.ln_f.weight", "lm_head")
+    else:
+        for index in range(2):
+            inside = f"model.layers.{index}"
+            if file == "instella":
+                shapes |= plain_attention(f"{inside}.self_attn") | gated(f"{inside}.mlp", *USUAL, 256)
+                shapes |= block(inside, self_attn__q_norm=(128,), pre_attention_layernorm=(128,))
+                shapes |= block(inside, pre_feedforward_layernorm=(128,))
+            else:
+                shapes |= plain_attention(f"{inside}.attn") | {f"{inside}.pre_attn_norm.scale": (128,)}
+                shapes |= mixture(inside, "moe_block", ("linear", "linear_v", "linear_1"))
+        norm = "model.norm.weight" if file == "instella" else "model.norm.scale"
+        ends = outside("model.embed_tokens", norm, "lm_head")
+    return ends | shapes
+
+
+def written(file: str, folder: Path) -> Path:
+    """A checkpoint of random numbers under the published names."""
+    said = family.load(FILES[file])
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        name: (0.05 * torch.randn(shape, generator=generator)).bfloat16() for name, shape in published(file).items()
+    }
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = {"architectures": said.architectures[:1], "model_type": said.model_types[0]}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("file", sorted(FROM_HEADERS))
+def test_families_without_a_class_run_data_free(file: str, text: Path, tmp_path: Path) -> None:
+    source = written(file, tmp_path / "source")
+    made = runs.run(source, tmp_path / "out", scheme="mxfp4")
+    assert made.report["model"]["family"] == file and made.report["warnings"] == []
+    check_accounts(made)
+    plan = made.prepared.plan
+    assert len([part for part in plan.parts if part.kind == "block"]) == len(plan.attention) == 2
+    assert all(target.role != "linear" for target in plan.targets.values())
+    runs.tokenizer().save_pretrained(source)
+    with pytest.raises(ModelError, match="does not know the model type"):
+        runs.run(source, tmp_path / "never", scheme="nvfp4", **runs.data(text, 8, 32))
+
+
+@pytest.mark.parametrize("file", sorted(FROM_HEADERS))
+def test_what_is_said_of_families_without_a_class(file: str) -> None:
+    """Names of sites, pairs and rotation are names of the published files."""
+    said = family.load(FILES[file])
+    leaves = {re.sub(r"^.*?\.(layers|h)\.\d+\.", "", name).rpartition(".")[0] for name in published(file)}
+    listed = [*said.sites, *([pair.source, *pair.readers] for pair in said.scaling)]
+    unknown = {leaf for group in listed for leaf in group if not any(fnmatchcase(known, leaf) for known in leaves)}
+    optional = {"self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa", "input_layernorm", "post_attention_layernorm"}
+    assert unknown <= {*ELSEWHERE, *optional, "ln_2"}
