@@ -54,6 +54,7 @@ table: $(STAMP) ## loss of every scheme for one model: make table MODEL=DIR ARGS
 
 docs: $(STAMP) ## rebuild the generated reference pages
 	$(BIN)/python -m tests.docs.reference
+	$(BIN)/python -m tests.docs.models
 
 clean: ## remove everything that was built
 	rm -rf $(VENV) $(DEMO) $(DEMO).partial build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

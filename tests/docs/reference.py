@@ -11,7 +11,7 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "cli.md"
 COMMANDS = [
     (), ("quantize",), ("plan",), ("eval",), ("verify",), ("inspect",), ("report",),
     ("recipes", "list"), ("recipes", "show"), ("recipes", "validate"), ("recipes", "copy"),
-    ("schemes", "list"), ("schemes", "show"), ("models", "list"), ("models", "show"), ("env",),
+    ("schemes", "list"), ("schemes", "show"), ("models", "list"), ("models", "show"), ("models", "infer"), ("env",),
 ]  # fmt: skip
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from quarkcli.recipe import catalog
+from tests.docs import models
 from tests.docs.reference import PAGE, page
+from tests.families.models import RECIPES
 
 
 def test_the_command_line_reference_is_fresh() -> None:
@@ -13,3 +15,13 @@ def test_the_command_line_reference_is_fresh() -> None:
 def test_every_scheme_is_in_the_readme() -> None:
     readme = (PAGE.parents[1] / "README.md").read_text(encoding="utf-8")
     assert not [name for name in catalog.files("schemes") if f"`{name}`" not in readme]
+
+
+def test_the_models_page_names_every_family_and_every_model_that_is_run() -> None:
+    text = models.PAGE.read_text(encoding="utf-8")
+    table = text.partition(models.START)[2].partition(models.END)[0]
+    assert table.startswith(f"\n{models.HEAD}\n")
+    shown = {line.split("(")[1].split(")")[0] for line in table.splitlines()[3:] if line}
+    assert shown == set(RECIPES)
+    assert "| no: " not in table
+    assert all(name in text or name.replace("_", "-") in text for name in catalog.files("models"))

@@ -1,0 +1,116 @@
+"""How families store experts, against the modules that transformers fills from the file; read back after quantizing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import save_file
+from torch import Tensor
+
+from quarkcli import verify
+from quarkcli.errors import ConfigError, DataError
+from quarkcli.evaluate.run import evaluate
+from quarkcli.events import silent
+from tests import runs
+from tests.families import models
+
+# One of each kind: one by one, fused, transposed, interleaved, stacked in 2-D, below another module, without a gate.
+STORED = (
+    "qwen2_moe", "minimax_m2", "deepseek_v4", "qwen3_5_moe", "qwen3_vl_moe", "llama4", "gpt_oss", "dbrx",
+    "granitemoehybrid", "gemma4_moe_text", "nemotron_h_latent", "minimax_m3_vl",
+)  # fmt: skip
+
+
+def experts_of(model: Any) -> list[Any]:
+    """Experts modules in the order of the blocks."""
+    return [module for name, module in model.named_modules() if name.endswith(".experts")]
+
+
+def of_module(module: Any, index: int, role: str) -> Tensor:
+    """[out, in] of one expert, as the module's own forward uses its parameters."""
+    if hasattr(module, "mlp"):  # dbrx: x @ w1.T, x @ v1.T, h @ w2
+        leaf = {"expert_gate": "w1", "expert_up": "v1", "expert_down": "w2"}[role]
+        whole = getattr(module.mlp, leaf)
+        own = whole.view(4, -1, whole.shape[-1])[index]
+        return own.T if role == "expert_down" else own
+    transposed = getattr(module, "is_transposed", not hasattr(module, "has_gate"))
+    if role == "expert_down":
+        return module.down_proj[index].T if transposed else module.down_proj[index]
+    if not getattr(module, "has_gate", True):
+        return module.up_proj[index]
+    both = module.gate_up_proj[index].T if transposed else module.gate_up_proj[index]
+    if not getattr(module, "is_concatenated", True):
+        return both[role == "expert_up" :: 2]
+    return both.chunk(2)[role == "expert_up"]
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_views_find_what_transformers_computes_with(name: str, built: dict[str, Path]) -> None:
+    _, layout = models.described(built[name])
+    tensors = runs.read_all(built[name])
+    model = getattr(transformers, models.RECIPES[name]["model"]).from_pretrained(built[name], dtype=torch.bfloat16)
+    layers = list(dict.fromkeys(weight.expert[0] for weight in layout.weights.values() if weight.expert))
+    modules = dict(zip(layers, experts_of(model), strict=True))
+    for weight in (weight for weight in layout.weights.values() if weight.expert):
+        prefix, index = weight.expert
+        found = weight.view.of(tensors[weight.view.tensor])
+        assert tuple(found.shape) == weight.shape
+        assert torch.equal(found, of_module(modules[prefix], index, weight.role)), weight.name
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_a_quantized_checkpoint_is_read_back_and_measured(
+    name: str, built: dict[str, Path], page: Path, tmp_path: Path
+) -> None:
+    made = runs.run(built[name], tmp_path / "out", scheme="mxfp4")
+    result = evaluate(
+        str(made.folder), baseline=str(built[name]), text=str(page), window=64, device="cpu", tell=silent
+    )  # fmt: skip
+    assert 0 < result["kl"] < 0.2
+
+
+# ---- caches
+
+
+@pytest.mark.parametrize("name", ["phi3", "dbrx", "gemma4_text", "llama4", "nemotron_h"])
+def test_caches_of_fused_and_shared_projections(name: str, built: dict[str, Path], text: Path, tmp_path: Path) -> None:
+    made = runs.run(built[name], tmp_path / "out", scheme="mxfp4", kv_cache="fp8", **runs.data(text, 8, 32))
+    owners = {key.rsplit(".", 1)[0] for key in runs.read_all(made.folder) if key.endswith("k_scale")}
+    _, layout = models.described(built[name])
+    assert owners == {module.name for module in layout.attention}
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "kimi_k25", "deepseek_v4"])
+def test_a_latent_cache_gets_no_scales_of_k_and_v(name: str, built: dict[str, Path]) -> None:
+    with pytest.raises(ConfigError, match="compressed latent") as caught:
+        runs.prepare(built[name], scheme="mxfp4", kv_cache="fp8")
+    assert caught.value.where.endswith("attn")
+
+
+def test_a_cache_that_cannot_be_seen(built: dict[str, Path], text: Path, tmp_path: Path) -> None:
+    """GPT-J computes attention where nothing can look."""
+    with pytest.raises(DataError, match="no calibration token reached"):
+        runs.run(built["gptj"], tmp_path / "out", scheme="mxfp4", kv_cache="fp8", **runs.data(text, 8, 32))
+
+
+@pytest.mark.parametrize(("name", "extra"), [("glm4_moe", "model.layers.2"), ("qwen3_5_moe_text", "mtp.layers.0")])
+def test_extra_layers_are_written_as_they_are(name: str, extra: str, tmp_path: Path) -> None:
+    """An MTP layer behind the blocks or beside them, its experts one by one whatever those of the blocks are."""
+    source = models.build(name, tmp_path / "source")
+    tensors = runs.read_all(source)
+    single = tensors if name == "glm4_moe" else runs.read_all(models.build("qwen2_moe", tmp_path / "other"))
+    start = "model.layers.1."
+    copies = {f"{extra}.{key.removeprefix(start)}": value for key, value in single.items() if key.startswith(start)}
+    assert any(".experts.3." in key for key in copies)
+    tensors |= {key: value.clone() for key, value in copies.items()}
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    made = runs.run(source, tmp_path / "out", scheme="mxfp4")
+    written = runs.read_all(made.folder)
+    for key, value in copies.items():
+        assert "mtp" in made.report["kept"][key]
+        assert runs.same_bytes(written[key], value)
+    assert verify.directory(str(made.folder), str(source))[-1] == f"all {len(tensors)} source tensors accounted for"
