@@ -19,7 +19,7 @@ from quarkcli.family.schema import (
     text_config,
 )
 from quarkcli.family.views import WeightView, fused_views, view_shape
-from quarkcli.recipe.match import matches
+from quarkcli.recipe.match import compiled
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,11 @@ class _Builder:
         self.readers = {leaf: group for group in family.sites for leaf in group}
         shared = family.sites if family.scale_groups is None else family.scale_groups
         self.sharers = {leaf: group for group in shared for leaf in group}
-        self.patterns = sorted(family.roles.items(), key=lambda item: item[0] not in PROTECTED)
+        # Protected roles are asked first; towers only outside embedding, blocks and tail, other roles only inside.
+        roles = sorted(family.roles.items(), key=lambda item: item[0] not in PROTECTED)
+        patterns = [(role, compiled(pattern).fullmatch) for role, own in roles for pattern in own]
+        self.inside = [(role, match) for role, match in patterns if role not in TOWERS]
+        self.outside = [(role, match) for role, match in patterns if role in TOWERS or role == "projector"]
         self.fused = {
             tensor: (part, rule)
             for part in parts
@@ -195,34 +199,33 @@ class _Builder:
             return "vision"
         if part.kind == "rest" and module.startswith(self.family.blocks + "."):
             return "mtp"
-        for role, patterns in self.patterns:
-            if (role in TOWERS) is not (part.kind == "rest") and role != "projector":
-                continue
-            if any(matches(pattern, (module,)) for pattern in patterns):
+        for role, match in self.outside if part.kind == "rest" else self.inside:
+            if match(module):
                 return role
         return "other" if part.kind == "rest" else None
 
     def add(self, tensor: str) -> None:
         part = self.part_of[tensor]
+        if self._add_expert(tensor, part):
+            return
         header = self.headers[tensor]
         module = tensor.removesuffix(".weight")
         role = self.role(module.removesuffix(".bias"), part)
         self.tensor_roles[tensor] = role or "parameter"
-        if self._add_expert(tensor, part):
-            return
         if tensor.endswith(".weight") and len(header.shape) == 2 and role not in {"norm", "conv", "other"}:
             self._add_weight(module, WeightView(tensor), header, role or "linear", part, None)
 
     def protected(self) -> dict[str, str]:
         """Module -> role that keeps it as it is."""
         found = {}
-        for weight in self.weights.values():
+        patterns = [(role, compiled(pattern).fullmatch) for role, own in self.family.exclude.items() for pattern in own]
+        for name, weight in self.weights.items():
             if weight.role in PROTECTED:
-                found[weight.name] = weight.role
+                found[name] = weight.role
                 continue
-            for role, patterns in self.family.exclude.items():
-                if any(matches(pattern, (weight.name, *weight.aliases)) for pattern in patterns):
-                    found[weight.name] = role
+            for role, match in patterns:
+                if match(name) or any(match(alias) for alias in weight.aliases):
+                    found[name] = role
                     break
         return found
 
@@ -233,8 +236,9 @@ class _Builder:
         bias = f"{name}.bias" if f"{name}.bias" in self.headers else None
         kind = "nn.Embedding" if role == "embedding" else "nn.Linear"
         self.tensor_roles[view.tensor] = role
+        site, group = self._expert_ties(name, role, expert) if expert else (None, name)
         self.weights[name] = Weight(
-            name, view, shape, header.dtype, role, part.index, None, name, expert, bias, self._aliases(name), kind
+            name, view, shape, header.dtype, role, part.index, site, group, expert, bias, self._aliases(name), kind
         )
 
     def _add_expert(self, tensor: str, part: Part) -> bool:
@@ -282,17 +286,17 @@ class _Builder:
 
     def _aliases(self, name: str) -> tuple[str, ...]:
         """Other spellings a pattern may use: the module path in memory, and an expert's name without its index."""
-        steps = name.split(".")
-        renamed = ".".join(self.family.aliases.get(step, step) for step in steps)
-        spellings = {renamed}
-        for spelling in (name, renamed):
-            spellings.add(re.sub(r"(\.experts)\.\d+\.", r"\1.", spelling))
+        spellings = {name}
+        if self.family.aliases:
+            spellings.add(".".join(self.family.aliases.get(step, step) for step in name.split(".")))
+        if ".experts." in name:
+            spellings |= {re.sub(r"(\.experts)\.\d+\.", r"\1.", spelling) for spelling in spellings}
         return tuple(sorted(spellings - {name}))
 
     def connect(self) -> None:
         """Fill in sites, scale groups and attention modules."""
-        for weight in list(self.weights.values()):
-            site, group = self._expert_ties(weight) if weight.expert else self._linear_ties(weight)
+        for weight in [weight for weight in self.weights.values() if weight.expert is None]:
+            site, group = self._linear_ties(weight)
             self.weights[weight.name] = replace(weight, site=site, group=group)
         for name, (part, kind, members) in self._sites().items():
             self.sites[name] = Site(name, part, kind, tuple(members))
@@ -309,11 +313,11 @@ class _Builder:
             found.setdefault(weight.site, (weight.part, kind, []))[2].append(weight.name)
         return found
 
-    def _expert_ties(self, weight: Weight) -> tuple[str, str]:
-        assert weight.expert is not None and self.family.experts is not None
-        prefix, index = weight.expert
-        if weight.role == "expert_down":
-            return f"{prefix}.{self.family.experts.down}.input", weight.name
+    def _expert_ties(self, name: str, role: str, expert: tuple[str, int]) -> tuple[str, str]:
+        assert self.family.experts is not None
+        prefix, index = expert
+        if role == "expert_down":
+            return f"{prefix}.{self.family.experts.down}.input", name
         return f"{prefix}.input", f"{prefix}.{index}.gate+up"
 
     def _linear_ties(self, weight: Weight) -> tuple[str | None, str]:
