@@ -42,12 +42,7 @@ def list_(json: Json = False) -> None:
     output.table(("NAME", "EXPERTS", "MODEL TYPES", "ARCHITECTURES"), shown)
 
 
-@app.command(
-    "show",
-    epilog=apps.examples(
-        "quark models show llama", "quark models show kimi_k2 --resolved", "quark models show qwen3_moe --json"
-    ),
-)
+@app.command("show", epilog=apps.examples("quark models show kimi_k2 --resolved", "quark models show qwen3_moe --json"))
 def show(
     name: Annotated[str, typer.Argument(metavar="NAME", autocompletion=names("models"), help="A family's name.")],
     resolved: Annotated[bool, typer.Option("--resolved", help="With what it takes over from other families.")] = False,

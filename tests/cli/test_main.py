@@ -41,6 +41,7 @@ def test_every_promised_command_exists():
     assert listed == {
         "quantize", "plan", "eval", "verify", "inspect", "report", "env", "recipes list", "recipes show",
         "recipes validate", "recipes copy", "schemes list", "schemes show", "models list", "models show",
+        "models infer",
     }  # fmt: skip
 
 
