@@ -68,12 +68,16 @@ class Part:
 
 @dataclass(frozen=True)
 class AttentionModule:
-    """`name` is the parent of the k projection; `k_proj` and `v_proj` are module names."""
+    """`name` is the parent of the k projection; `k_proj` and `v_proj` are module names.
+
+    head_dim   features of one head, as the config says; None when it does not
+    """
 
     name: str
     part: int
     k_proj: str
     v_proj: str
+    head_dim: int | None = None
 
 
 @dataclass
@@ -99,7 +103,7 @@ def lay_out(
     builder = _Builder(family, headers, parts)
     for tensor in headers:
         builder.add(tensor)
-    builder.connect()
+    builder.connect(_head_dim(_text_config(config)))
     head = next((m for m in family.tail if m in family.roles.get("head", [])), None)
     tied = head if head and bool(_text_config(config).get("tie_word_embeddings")) else None
     if tied and f"{tied}.weight" in headers:
@@ -113,6 +117,13 @@ def lay_out(
 def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     text = config.get("text_config")
     return text if isinstance(text, dict) else config
+
+
+def _head_dim(text: Mapping[str, Any]) -> int | None:
+    hidden, heads = text.get("hidden_size"), text.get("num_attention_heads")
+    if isinstance(text.get("head_dim"), int):
+        return int(text["head_dim"])
+    return hidden // heads if isinstance(hidden, int) and isinstance(heads, int) and heads else None
 
 
 def _parts(family: FamilyModel, config: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> list[Part]:
@@ -226,14 +237,14 @@ class _Builder:
             spellings.add(re.sub(r"(\.experts)\.\d+\.", r"\1.", spelling))
         return tuple(sorted(spellings - {name}))
 
-    def connect(self) -> None:
+    def connect(self, head_dim: int | None) -> None:
         """Fill in sites, scale groups and attention modules."""
         for weight in list(self.weights.values()):
             site, group = self._expert_ties(weight) if weight.expert else self._linear_ties(weight)
             self.weights[weight.name] = replace(weight, site=site, group=group)
         for name, (part, kind, members) in self._sites().items():
             self.sites[name] = Site(name, part, kind, tuple(members))
-        self._find_attention()
+        self._find_attention(head_dim)
 
     def _sites(self) -> dict[str, tuple[int, str, list[str]]]:
         found: dict[str, tuple[int, str, list[str]]] = {}
@@ -271,7 +282,7 @@ class _Builder:
     def _part(self, weight: Weight) -> Part:
         return self.part_of[weight.view.tensor]
 
-    def _find_attention(self) -> None:
+    def _find_attention(self, head_dim: int | None) -> None:
         spec = self.family.attention
         if spec is None:
             return
@@ -279,4 +290,5 @@ class _Builder:
             module = f"{part.name}.{spec.module}"
             k, v = f"{module}.{spec.k}", f"{module}.{spec.v}"
             if part.block is not None and k in self.weights:
-                self.attention.append(AttentionModule(module, part.index, k, v if v in self.weights else k))
+                v = v if v in self.weights else k
+                self.attention.append(AttentionModule(module, part.index, k, v, head_dim))
