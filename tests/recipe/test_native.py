@@ -157,6 +157,7 @@ def test_words(text: str, expected: TensorSpec) -> None:
         ("{element: int4, granularity: {channel: true}}", "is unknown"),
         ("{element: int8, scale: {minimum: -1}}", "scale.minimum must be a positive number"),
         ("{element: int8, scale: {minimum: .inf}}", "scale.minimum must be a positive number"),
+        ("{element: int8, scale: {dtype: pow2, minimum: 0.5}}", "does not fit pow2"),
         ("{element: fp16, granularity: channel}", "unknown key 'granularity' in a cfg of fp16, which has no scale"),
         ("{element: mx}", "mx_element None is unknown"),
         ("{element: mx, mx_element: int4}", "mx_element 'int4' is unknown"),

@@ -234,6 +234,8 @@ def _check_scale(spec: TensorSpec) -> None:
         raise ConfigError("scale.over must be one f32 scale", hint="over: {dtype: f32, when: static}")
     if scale.over is not None and scale.dtype not in {"e4m3", "e5m3"}:
         raise ConfigError(f"a global scale goes over e4m3 or e5m3 scales, not over {scale.dtype}")
+    if scale.minimum is not None and scale.dtype not in {"f32", "f16", "bf16", "model"}:
+        raise ConfigError(f"scale.minimum does not fit {scale.dtype} scales", hint="give it to a plain or global scale")
     if scale.dtype in {"e8m0", "e4m3", "e5m3"} and spec.group_size is None:
         raise ConfigError(f"{scale.dtype} scales belong to groups", hint="granularity: {group: 32}")
 
