@@ -1,4 +1,6 @@
-"""Quantized activations: what linears, experts and the cache read once a model is served. Torch-free to import.
+"""Quantized activations: what linears, experts and attention read, and what linears return, once a model is served.
+
+Torch-free to import.
 
 The job puts these on a block before it moves the carry on, and the evaluation rebuilds them from a written checkpoint.
 """
@@ -7,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from quarkcli.spec import TensorSpec
@@ -17,14 +20,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ActivationQuantizer:
-    """Fake quantization of the input of one weight.
+    """Fake quantization of the input of one weight, or of what its module returns.
 
-    tensor   file tensor whose owner's input is quantized
+    tensor   file tensor whose owner's input or output is quantized
     spec     how
     static   stored static scale (see `numerics.quantize.static_scale`), None when it is dynamic
     expert   index of a routed expert, None for an ordinary linear
     down     the expert's inner activation instead of its input
     layer    name all experts of one layer share
+    output   what the module returns instead of its input
     """
 
     tensor: str
@@ -33,30 +37,59 @@ class ActivationQuantizer:
     expert: int | None = None
     down: bool = False
     layer: str = ""
+    output: bool = False
 
 
 @dataclass(frozen=True)
-class CacheQuantizer:
-    """Fake quantization of k and v where the cache is written; `tensor` is the weight of the k projection."""
+class AttentionQuantizer:
+    """Fake quantization inside one attention.
+
+    tensor  weight of the k projection
+    specs   by kind: q, k and v after rotary embedding, where the cache is written; p: the softmax output
+    scales  stored static scales by kind
+    """
 
     tensor: str
     specs: Mapping[str, TensorSpec]
     scales: Mapping[str, Tensor]
 
+    def quantize(self, kind: str, x: Tensor) -> Tensor:
+        """`x` [b, heads, t, features], as it is when nothing is said of its kind."""
+        from quarkcli.numerics.quantize import fake_quantize
 
-def quantizing_handlers(inputs: Iterable[ActivationQuantizer], caches: Iterable[CacheQuantizer]) -> dict[str, Any]:
+        return fake_quantize(x, self.specs[kind], _at(self.scales.get(kind), x)) if kind in self.specs else x
+
+
+def quantizing_handlers(
+    activations: Iterable[ActivationQuantizer], attentions: Iterable[AttentionQuantizer]
+) -> dict[str, Any]:
     """Keyword arguments for `Runner.handlers` that fake-quantize activations."""
     linear: dict[str, Any] = {}
+    outputs: dict[str, Any] = {}
     layers: dict[str, tuple[str, _ExpertQuantizer]] = {}
     shared = _Last()
-    for quantizer in inputs:
-        if quantizer.expert is None:
+    for quantizer in activations:
+        if quantizer.output:
+            outputs[quantizer.tensor] = _Last().tap(quantizer)
+        elif quantizer.expert is None:
             linear[quantizer.tensor] = shared.tap(quantizer)
         else:
             layer = layers.setdefault(quantizer.layer, (quantizer.tensor, _ExpertQuantizer()))[1]
             (layer.down if quantizer.down else layer.gate_up)[quantizer.expert] = quantizer
-    attention = {cache.tensor: _cache_tap(cache) for cache in caches}
-    return {"linear": linear, "experts": dict(layers.values()), "attention": attention}
+    attention: dict[str, Any] = {}
+    softmax: dict[str, Any] = {}
+    for inner in attentions:
+        if inner.specs.keys() - {"p"}:
+            attention[inner.tensor] = _operand_tap(inner)
+        if "p" in inner.specs:
+            softmax[inner.tensor] = partial(inner.quantize, "p")
+    return {
+        "linear": linear,
+        "outputs": outputs,
+        "experts": dict(layers.values()),
+        "attention": attention,
+        "softmax": softmax,
+    }
 
 
 def _at(static: Tensor | None, x: Tensor) -> Tensor | None:
@@ -111,14 +144,8 @@ class _ExpertQuantizer:
         return fake_quantize(x, quantizer.spec, _at(quantizer.static, x))
 
 
-def _cache_tap(cache: CacheQuantizer) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
-    from quarkcli.numerics.quantize import fake_quantize
-
+def _operand_tap(inner: AttentionQuantizer) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
     def tap(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if "k" in cache.specs:
-            k = fake_quantize(k, cache.specs["k"], _at(cache.scales.get("k"), k))
-        if "v" in cache.specs:
-            v = fake_quantize(v, cache.specs["v"], _at(cache.scales.get("v"), v))
-        return q, k, v
+        return inner.quantize("q", q), inner.quantize("k", k), inner.quantize("v", v)
 
     return tap

@@ -8,21 +8,24 @@ Errors are `quarkcli.errors.QuarkError` and its subclasses; nothing is printed.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import fields
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from quarkcli import job
+from quarkcli.errors import QuarkError
 from quarkcli.events import Listener, silent
 from quarkcli.options import Options
 from quarkcli.plan.compose import Overrides
 from quarkcli.plan.model import Plan
-from quarkcli.recipe import catalog
+from quarkcli.recipe import catalog, load
 from quarkcli.recipe import recipe as recipes
 from quarkcli.recipe.recipe import Recipe
 
-__all__ = ["Options", "load_recipe", "make_plan", "quantize"]
+__all__ = ["Options", "load_recipe", "make_plan", "quantize", "register_scheme", "unregister_scheme"]
 
 
 def quantize(
@@ -60,6 +63,28 @@ def make_plan(
 def load_recipe(name_or_path: str | PathLike[str]) -> Recipe:
     """A recipe by registered name or file. Raises ConfigError with file, line and column."""
     return recipes.from_file(catalog.find_recipe(str(name_or_path)))
+
+
+def register_scheme(name: str, scheme: Mapping[str, Any]) -> None:
+    """Make a scheme known to everything that takes a scheme's name, until the process ends.
+
+    name    letters, digits, `_`, `-` and `.`; `_` and `-` are the same
+    scheme  what a scheme's file says: `{"weight": cfg, "input": cfg}`, and if you like `output`, `bias`, `summary`,
+            `hardware`, `aliases`
+
+    Raises UsageError for a name that exists, ConfigError for a scheme that is wrong.
+    """
+    catalog.register(name, load.Document(deepcopy(dict(scheme)), f"register_scheme('{name}')", {}))
+    try:
+        recipes.from_scheme(name)
+    except QuarkError:
+        catalog.unregister(name)
+        raise
+
+
+def unregister_scheme(name: str) -> None:
+    """Forget a scheme that `register_scheme` made known. Raises UsageError for any other; built-in ones stay."""
+    catalog.unregister(name)
 
 
 def _options(

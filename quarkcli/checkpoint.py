@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from quarkcli import dialects, family
-from quarkcli.activations import ActivationQuantizer, CacheQuantizer
-from quarkcli.dialects.base import Dialect, StoredTarget, StoredView
+from quarkcli.activations import ActivationQuantizer, AttentionQuantizer
+from quarkcli.dialects.base import Decoded, Dialect, StoredTarget, StoredView
 from quarkcli.errors import ModelError
 from quarkcli.family import FamilyModel, WeightView, fused_shape, fused_views
 from quarkcli.source import Source
@@ -33,9 +33,10 @@ class LogicalHeader:
 
 @dataclass
 class _Recipe:
-    """How one tensor in source form is made: copied, decoded, or put together from views."""
+    """How one tensor in source form is made: copied, decoded (a weight or a bias), or put together from views."""
 
     copy: str | None = None
+    bias: str | None = None  # module name
     pieces: list[tuple[WeightView | None, str]] = field(default_factory=list)  # (place, weight name)
 
 
@@ -68,6 +69,8 @@ class Checkpoint:
             return self.source.read(recipe.copy)
         header = self.headers[name]
         dtype = dtype or {"BF16": torch.bfloat16, "F16": torch.float16}.get(header.dtype, torch.float32)
+        if recipe.bias is not None:
+            return self.bias(recipe.bias).to(dtype)
         if recipe.pieces[0][0] is None:
             return self.weight(recipe.pieces[0][1]).to(dtype)
         whole = torch.empty(header.shape, dtype=dtype)
@@ -83,30 +86,47 @@ class Checkpoint:
         stored = self.view.targets.get(name)
         if stored is None:
             return self.source.read(f"{name}.weight")
-        quantized, _ = self.decode(stored)
-        return dequantize(quantized, stored.weight)
+        return dequantize(self.decode(stored).weight, stored.weight)
 
-    def decode(self, stored: StoredTarget) -> tuple[Any, Tensor | None]:
+    def bias(self, name: str) -> Tensor:
+        """The quantized bias of a module [out], float32."""
+        from quarkcli.numerics.quantize import dequantize
+
+        stored = self.view.targets[name]
+        decoded = self.decode(stored).bias
+        assert decoded is not None and stored.bias is not None
+        return dequantize(decoded, stored.bias).reshape(-1)
+
+    def decode(self, stored: StoredTarget) -> Decoded:
         assert self.dialect is not None
         return self.dialect.decode(stored, self.source.read_many(stored.tensors))
 
     def activation_quantizers(self, tensors: Iterable[str]) -> Iterator[ActivationQuantizer]:
-        """Input quantizers of the weights that lie in these tensors (source form)."""
+        """Quantizers of what the weights that lie in these tensors (source form) read and return."""
         for tensor in tensors:
             for _, name in self._recipes[tensor].pieces:
                 stored = self.view.targets.get(name)
-                if stored is None or stored.input is None:
-                    continue
-                static = self.decode(stored)[1] if stored.input.needs_amax else None
-                expert = self._expert(name)
-                if expert is None:
-                    yield ActivationQuantizer(tensor, stored.input, static)
-                else:
-                    prefix, index, down = expert
-                    yield ActivationQuantizer(tensor, stored.input, static, index, down, prefix)
+                if stored is not None:
+                    yield from self._activations(tensor, name, stored)
 
-    def cache_quantizers(self, tensors: Iterable[str]) -> Iterator[CacheQuantizer]:
-        """Cache quantizers of the attention modules whose k projection lies in these tensors."""
+    def _activations(self, tensor: str, name: str, stored: StoredTarget) -> Iterator[ActivationQuantizer]:
+        static = any(spec is not None and spec.is_static for spec in (stored.input, stored.output))
+        decoded = self.decode(stored) if static else None
+        if stored.input is not None:
+            scale = decoded.input if decoded is not None and stored.input.is_static else None
+            prefix, index, down = self._expert(name) or ("", None, False)
+            yield ActivationQuantizer(tensor, stored.input, scale, index, down, prefix)
+        if stored.output is not None:
+            scale = decoded.output if decoded is not None and stored.output.is_static else None
+            yield ActivationQuantizer(tensor, stored.output, scale, output=True)
+
+    @property
+    def quantizes_softmax(self) -> bool:
+        """True when running it as it is served needs attention whose softmax can be seen."""
+        return any("p" in stored.specs for stored in self.view.attention.values())
+
+    def attention_quantizers(self, tensors: Iterable[str]) -> Iterator[AttentionQuantizer]:
+        """Quantizers of the attention modules whose k projection lies in these tensors."""
         assert self.dialect is not None
         spec = self.family.attention
         present = set(tensors)
@@ -114,7 +134,7 @@ class Checkpoint:
             tensor = f"{stored.name}.{spec.k if spec else 'k_proj'}.weight"
             if tensor in present:
                 scales = self.dialect.decode_attention(stored, self.source.read_many(stored.scales.values()))
-                yield CacheQuantizer(tensor, stored.specs, scales)
+                yield AttentionQuantizer(tensor, stored.specs, scales)
 
     # -- from stored names to source form ------------------------------------------------------------------------
 
@@ -127,6 +147,8 @@ class Checkpoint:
                 self._add(name, LogicalHeader(header.dtype, header.shape), _Recipe(copy=name))
         for name, stored in self.view.targets.items():
             self._add(f"{name}.weight", LogicalHeader(dtype, stored.shape), _Recipe(pieces=[(None, name)]))
+            if stored.bias is not None:
+                self._add(f"{name}.bias", LogicalHeader(dtype, stored.shape[:1]), _Recipe(bias=name))
         if self.quantized and self.family.experts:
             self._fuse(self.family)
 

@@ -52,7 +52,7 @@ def part_infos(
         if name in plan.kept:
             infos.append(TensorInfo(name, headers[name].dtype, tuple(headers[name].shape)))
             continue
-        for target in owners[name]:
+        for target in owners.get(name, ()):  # none: a quantized bias, which is its target's
             if target.weight is not None:
                 infos += dialect.infos(target)
             else:

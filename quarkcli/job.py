@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,8 @@ from quarkcli.source import Source
 from quarkcli.writer import partial_path, publish
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from quarkcli.calibration.data import CalibrationData
     from quarkcli.walk import Walk
 
@@ -78,7 +80,8 @@ def prepare(options: Options, tell: Listener = silent) -> Prepared:
     calibration = preflight.calibration(options, recipe, source, needs)
     size = preflight.forecast_of(plan, dialect, source, calibration, needs)
     output = options.output or Path(f"{'demo' if options.model == 'demo' else source.name}-{recipe.name}")
-    warnings = [*plan.warnings, *(calibration.warnings if calibration else preflight.unused_flags(options))]
+    warnings = [*dialects.warnings(dialect, plan), *plan.warnings]
+    warnings += calibration.warnings if calibration else preflight.unused_flags(options)
     return Prepared(
         options, recipe, source, layout, plan, steps, dialect, reason, needs, calibration, size, output, warnings
     )  # fmt: skip
@@ -137,7 +140,8 @@ def _runner(prepared: Prepared, device: str) -> Any:
 
     source = prepared.source
     trusted = prepared.options.trust_remote_code
-    return Runner(source.folder, source.headers, device=device, trust_remote_code=trusted)
+    softmax = any("p" in module.specs for module in prepared.plan.attention.values())
+    return Runner(source.folder, source.headers, device=device, trust_remote_code=trusted, eager=softmax)
 
 
 def _parts(
@@ -160,14 +164,18 @@ def _parts(
         place = f"going on at {todo[0].name}" if todo else "going on with the final steps"
         tell(Message(f"resuming: {len(plan.parts) - len(todo)} of {len(plan.parts)} parts are done; {place}"))
     tell(Phase("calibrate+quantize" if data is not None else "quantize"))
-    walk = _walk(prepared, data, runner, journal, todo, tell) if data is not None else None
     worker = PartWorker(
-        plan, prepared.dialect, prepared.steps, prepared.needs, walk, tell,
+        plan, prepared.dialect, prepared.steps, prepared.needs, None, tell,
         all_tokens=prepared.calibration is not None and prepared.calibration.moe == "all", strict=options.strict,
     )  # fmt: skip
     label = "+".join([prepared.recipe.name, *(name for name, _ in prepared.recipe.algorithms)])
     begun = time.monotonic()
     with Pipeline(prepared.source, partial_path(prepared.output), journal, device) as pipeline:
+        names = runner.outside_tensors() if runner is not None else []
+        walk = worker.walk = _walk(prepared, data, runner, journal, todo, lambda: pipeline.outside(names, worker), tell)
+        if walk is not None and todo[0].kind != "embed":
+            walk.start()
+            _take_up(walk, journal)
         for count, part in enumerate(todo, 1):
             tensors = pipeline.read(part, todo[count] if count < len(todo) else None)
             result = worker.work(part, tensors)
@@ -176,6 +184,8 @@ def _parts(
             what = label if result.weight_errors else "kept"
             tell(_progress(part, len(plan.parts), what, result.seconds, result.error, eta, device))
             del tensors, result  # before the next part is read
+            if walk is not None and part.kind == "embed":
+                walk.start()
             late = options.time_budget is not None and time.monotonic() - started > options.time_budget
             if late and count < len(todo):
                 pipeline.drain()
@@ -183,25 +193,32 @@ def _parts(
 
 
 def _walk(
-    prepared: Prepared, data: CalibrationData, runner: Any, journal: Journal, todo: list[Part], tell: Listener
+    prepared: Prepared,
+    data: CalibrationData | None,
+    runner: Any,
+    journal: Journal,
+    todo: list[Part],
+    outside: Callable[[], Mapping[str, Tensor]],
+    tell: Listener,
 ) -> Walk | None:
-    """Embed the rows, or take the carry up where the journal has it; None when no part to do needs it."""
+    """A walk that has not started; None when no part to do needs data."""
     from quarkcli.part import last_part
     from quarkcli.walk import Walk, default_batch
 
-    if not todo or todo[0].index > last_part(prepared.plan, prepared.needs):
+    if data is None or not todo or todo[0].index > last_part(prepared.plan, prepared.needs):
         return None
     batch = default_batch(runner.device, data.tokens.shape[1], prepared.options.calib_batch)
     batch = journal.notes.get("batch", batch)
     if prepared.options.calib_batch and runner.device.type == "cpu":
         tell(Message(f"--calib-batch is for GPUs; on a CPU {batch} rows run together, so that results are the same"))
-    outside = runner.outside_tensors()
-    walk = Walk(runner, lambda: prepared.source.read_many(outside), data.tokens, data.mask, batch, tell)
-    walk.start()
+    return Walk(runner, outside, data.tokens, data.mask, batch, tell)
+
+
+def _take_up(walk: Walk, journal: Journal) -> None:
+    """Go on with the carry of the last finished part."""
     carry = journal.carry()
     if carry is not None:
         walk.take([carry[name] for name in sorted(carry)])
-    return walk
 
 
 def _fingerprint(prepared: Prepared, data: CalibrationData | None, device: str) -> dict[str, Any]:

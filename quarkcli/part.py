@@ -13,14 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quarkcli.activations import ActivationQuantizer, CacheQuantizer, quantizing_handlers
+from quarkcli.activations import ActivationQuantizer, AttentionQuantizer, quantizing_handlers
 from quarkcli.algorithms.base import Algorithm, PartWork
 from quarkcli.calibration.statistics import Statistics, site_parts
-from quarkcli.dialects.base import Dialect
+from quarkcli.dialects.base import Decoded, Dialect, StoredTarget
 from quarkcli.errors import DataError, QuarkError
 from quarkcli.events import Listener, Message
-from quarkcli.numerics.quantize import QParams, Quantized, dequantize, static_scale, tensor_amax
+from quarkcli.numerics.observers import weight_amax
+from quarkcli.numerics.quantize import Quantized, dequantize, quantize, static_scale, tensor_amax
 from quarkcli.plan.model import Part, Plan, Target
+from quarkcli.spec import PerTile
 from quarkcli.walk import Walk
 
 ERROR_ROWS = 256  # rows of each weight that its error is measured on
@@ -124,25 +126,19 @@ class PartWorker:
         return walk.observe(part.block, new)
 
     def _static_scales(self, part: Part, statistics: Statistics | None) -> dict[str, Tensor]:
-        """Stored static scales by target name, and by `<attention>.<kind>`."""
-        scales: dict[str, Tensor] = {}
-        for target in self.plan.quantized(part.index):
-            spec = target.input
-            if spec is not None and (spec.scale.over or spec.scale).when == "static" and target.site is not None:
-                scales[target.name] = static_scale(self._amax(target.site, spec, statistics), spec)
-        for module in self.plan.attention.values():
-            for kind, decision in module.slots.items():
-                if module.part == part.index and decision.spec is not None:
-                    amax = self._amax(f"{module.name}.{kind}", decision.spec, statistics)
-                    scales[f"{module.name}.{kind}"] = static_scale(amax, decision.spec)
-        return scales
+        """Stored static scales by `Activation.key`."""
+        return {
+            key: static_scale(self._amax(site, spec, statistics), spec)
+            for key, site, spec in self.plan.activations(part.index)
+            if spec.is_static
+        }
 
-    def _amax(self, site: str, spec: Any, statistics: Statistics | None) -> Tensor:
-        constant = (spec.scale.over or spec.scale).constant_amax
+    def _amax(self, site: str | None, spec: Any, statistics: Statistics | None) -> Tensor:
+        constant = spec.scale.outermost.constant_amax
         if constant is not None:
             return torch.tensor(constant, dtype=torch.float32)
-        assert statistics is not None
-        return statistics.absmax(site)
+        assert statistics is not None and site is not None
+        return statistics.amax(site, spec)
 
     def _check_experts(self, tokens: dict[str, dict[int, int]]) -> None:
         for layer, counts in tokens.items():
@@ -173,7 +169,8 @@ class PartWorker:
             return target.view.of(tensors[target.view.tensor])
 
         def finish(target: Target, quantized: Quantized) -> None:
-            packed.update(self.dialect.tensors(target, quantized, scales.get(target.name)))
+            bias = self._bias(target, tensors)
+            packed.update(self.dialect.tensors(target, quantized, _own(target, scales), bias))
             errors[target.name] = _weight_error(weight(target), quantized, target)
 
         shared = _group_amax(targets, weight)
@@ -183,15 +180,22 @@ class PartWorker:
                 algorithm.apply(work, statistics)
             except DataError:
                 for target in targets:  # say which weight it was
-                    named(target.name, tensor_amax, weight(target))
+                    named(f"{target.name}.weight", tensor_amax, weight(target))
                 raise
         assert len(errors) == len(targets), "a solver left weights out"
         return packed, work.losses, errors
 
+    def _bias(self, target: Target, tensors: Mapping[str, Tensor]) -> Quantized | None:
+        """Codes of the bias as a matrix [1, out], where its slot is quantized."""
+        if target.bias_spec is None or target.bias is None:
+            return None
+        bias: Quantized = named(target.bias, quantize, tensors[target.bias].reshape(1, -1), target.bias_spec)
+        return bias
+
     def _attention(self, part: Part, scales: Mapping[str, Tensor]) -> dict[str, Tensor]:
         out: dict[str, Tensor] = {}
         for module in self.plan.attention.values():
-            own = {k: scales[f"{module.name}.{k}"] for k, d in module.slots.items() if f"{module.name}.{k}" in scales}
+            own = {kind: scales[f"{module.name}.{kind}"] for kind in module.specs if f"{module.name}.{kind}" in scales}
             if module.part == part.index and own:
                 out |= self.dialect.attention_tensors(module, own)
         return out
@@ -203,7 +207,7 @@ class PartWorker:
             if name in self.plan.kept:
                 out[name] = tensors[name]
                 continue
-            for target in self.owners[name]:
+            for target in self.owners.get(name, ()):  # none: a quantized bias
                 if target.weight is None:
                     out[f"{target.name}.weight"] = target.view.of(tensors[name]).contiguous()
         return out
@@ -220,9 +224,13 @@ class PartWorker:
         if self.walk is None or part.block is None or part.index > self.last:
             return None
         for target in self.plan.quantized(part.index):
-            target.view.of(tensors[target.view.tensor]).copy_(self._decoded(target, packed))
+            decoded = decode(self.dialect, target, packed)
+            assert target.weight is not None
+            target.view.of(tensors[target.view.tensor]).copy_(dequantize(decoded.weight, target.weight))
+            if decoded.bias is not None and target.bias_spec is not None and target.bias is not None:
+                tensors[target.bias].copy_(dequantize(decoded.bias, target.bias_spec).reshape(-1))
         self.walk.runner.load_block(part.block, tensors)
-        handlers = quantizing_handlers(self._inputs(part, scales), self._caches(part, scales))
+        handlers = quantizing_handlers(self._activations(part, scales), self._attentions(part, scales))
         if part.index < self.last:
             self.walk.advance(part.block, handlers)
             after = self.walk.carry[0]
@@ -231,30 +239,38 @@ class PartWorker:
         self.walk.runner.unload_block(part.block)
         return after
 
-    def _decoded(self, target: Target, packed: Mapping[str, Tensor]) -> Tensor:
-        from quarkcli.dialects.base import StoredTarget
-
-        assert target.weight is not None
-        names = tuple(info.name for info in self.dialect.infos(target))
-        stored = StoredTarget(target.name, target.weight, target.input, target.shape, names)
-        quantized, _ = self.dialect.decode(stored, {name: packed[name] for name in names})
-        return dequantize(quantized, target.weight)
-
-    def _inputs(self, part: Part, scales: Mapping[str, Tensor]) -> Iterable[ActivationQuantizer]:
+    def _activations(self, part: Part, scales: Mapping[str, Tensor]) -> Iterable[ActivationQuantizer]:
         for target in self.plan.quantized(part.index):
-            if target.input is None:
-                continue
+            own, tensor = _own(target, scales), target.view.tensor
             layer, expert = target.expert or ("", None)
-            yield ActivationQuantizer(
-                target.view.tensor, target.input, scales.get(target.name), expert, target.role == "expert_down", layer
-            )
+            if target.input is not None:
+                down = target.role == "expert_down"
+                yield ActivationQuantizer(tensor, target.input, own.get("input"), expert, down, layer)
+            if target.output is not None:
+                yield ActivationQuantizer(tensor, target.output, own.get("output"), output=True)
 
-    def _caches(self, part: Part, scales: Mapping[str, Tensor]) -> Iterable[CacheQuantizer]:
+    def _attentions(self, part: Part, scales: Mapping[str, Tensor]) -> Iterable[AttentionQuantizer]:
         for module in self.plan.attention.values():
-            specs = {kind: d.spec for kind, d in module.slots.items() if d.spec is not None}
-            if module.part == part.index and specs:
-                own = {kind: scales[f"{module.name}.{kind}"] for kind in specs}
-                yield CacheQuantizer(self.plan.targets[module.k_proj].view.tensor, specs, own)
+            if module.part == part.index and module.specs:
+                own = {
+                    kind: scales[f"{module.name}.{kind}"] for kind in module.specs if f"{module.name}.{kind}" in scales
+                }
+                yield AttentionQuantizer(self.plan.targets[module.k_proj].view.tensor, module.specs, own)
+
+
+def decode(dialect: Dialect, target: Target, packed: Mapping[str, Tensor]) -> Decoded:
+    """What a server makes of a target's packed tensors, given by file name."""
+    assert target.weight is not None
+    names = tuple(info.name for info in dialect.infos(target))
+    stored = StoredTarget(
+        target.name, target.weight, target.input, target.shape, names, target.output, target.bias_spec
+    )  # fmt: skip
+    return dialect.decode(stored, {name: packed[name] for name in names})
+
+
+def _own(target: Target, scales: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The static scales of a target by slot kind."""
+    return {kind: scales[f"{target.name}.{kind}"] for kind in ("input", "output") if f"{target.name}.{kind}" in scales}
 
 
 def _group_amax(targets: list[Target], weight: Any) -> dict[str, Tensor]:
@@ -264,7 +280,7 @@ def _group_amax(targets: list[Target], weight: Any) -> dict[str, Tensor]:
         assert target.weight is not None
         if not target.weight.has_tensor_scale:
             continue
-        amax = named(target.name, tensor_amax, weight(target))
+        amax = named(f"{target.name}.weight", weight_amax, weight(target), target.weight)
         known = shared.get(target.group)
         shared[target.group] = amax if known is None else torch.maximum(known, amax)
     return shared
@@ -275,7 +291,7 @@ def named(name: str, call: Any, *args: Any) -> Any:
     try:
         return call(*args)
     except QuarkError as error:
-        error.where = f"{name}.weight" if not error.where else f"{name}.weight{error.where}"
+        error.where = f"{name}{error.where or ''}"
         raise
 
 
@@ -284,11 +300,12 @@ def _weight_error(weight: Tensor, quantized: Quantized, target: Target) -> float
     assert target.weight is not None
     step = max(1, weight.shape[0] // ERROR_ROWS)
     source = weight[::step].float()
-    if quantized.params.scale.shape[:1] == weight.shape[:1]:
-        params = QParams(quantized.params.scale[::step], quantized.params.global_scale)
-        decoded = dequantize(Quantized(quantized.codes[::step], params), target.weight)
-    else:  # one scale for several rows
+    if any(isinstance(stage.granularity, PerTile) for stage in target.weight.stages):  # several rows share scales
         decoded = dequantize(quantized, target.weight)[::step]
+    else:
+        rows = slice(None, None, step)
+        params = quantized.params.rows(rows, weight.shape[0])
+        decoded = dequantize(Quantized(quantized.codes[rows], params), target.weight)
     norm = source.norm()
     return float((source - decoded).norm() / norm) if float(norm) > 0 else 0.0
 

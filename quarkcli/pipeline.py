@@ -16,9 +16,10 @@ from torch import Tensor
 from quarkcli.errors import Stopped
 from quarkcli.forecast import slug
 from quarkcli.journal import Journal
-from quarkcli.part import PartResult, PartWorker
-from quarkcli.plan.model import Part
-from quarkcli.source import Source
+from quarkcli.numerics.quantize import dequantize
+from quarkcli.part import PartResult, PartWorker, decode
+from quarkcli.plan.model import Part, Target
+from quarkcli.source import Source, read_headers, read_tensors
 from quarkcli.writer import write_part
 
 
@@ -60,7 +61,8 @@ class Pipeline:
     def write(self, part: Part, result: PartResult, worker: PartWorker) -> None:
         """Make the part durable and note it in the journal, with the carry when later parts need it."""
         carry = batch = None
-        if worker.walk is not None and part.index < worker.last:
+        # Before the first block there is no carry: tokens are embedded again.
+        if worker.walk is not None and worker.walk.carry and part.index < worker.last:
             carry = {f"{index:06d}": hidden.cpu() for index, hidden in enumerate(worker.walk.carry)}
             batch = worker.walk.batch
         tensors = {name: tensor.cpu() for name, tensor in result.tensors.items()}
@@ -87,6 +89,22 @@ class Pipeline:
         self.drain()
         torch.cuda.synchronize()
         self._writing = self.pool.submit(job)
+
+    def outside(self, names: list[str], worker: PartWorker) -> dict[str, Tensor]:
+        """Tensors outside the blocks as they are served: quantized embeddings decoded from the files written."""
+        targets = [t for t in worker.plan.quantized() if t.is_embedding and t.view.tensor in names]
+        kept = self.source.read_many([name for name in names if name not in {t.view.tensor for t in targets}])
+        return kept | {target.view.tensor: self._served(target, worker) for target in targets}
+
+    def _served(self, target: Target, worker: PartWorker) -> Tensor:
+        assert target.weight is not None
+        self.drain()
+        record = self.journal.finished[worker.plan.parts[target.part].name]
+        packed: dict[str, Tensor] = {}
+        for file in record["files"]:
+            path = self.partial / file["file"]
+            packed |= read_tensors(path, read_headers(path, path.name))
+        return dequantize(decode(worker.dialect, target, packed).weight, target.weight)
 
     def drain(self) -> None:
         """Wait until everything handed over is durable; raises what went wrong."""

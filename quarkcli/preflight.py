@@ -19,6 +19,7 @@ from quarkcli.options import Calibration, Options, Prepared
 from quarkcli.plan.model import Plan, Target
 from quarkcli.recipe.recipe import Recipe
 from quarkcli.source import Source
+from quarkcli.spec import MIN_MAX, PerGroup, PerTensor, PerTile, TensorSpec
 from quarkcli.writer import free_bytes, output_state, partial_path
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def check_source(source: Source) -> None:
 
 
 def check_plan(plan: Plan) -> None:
-    """Refuse dtypes that are no weights, inputs that cannot be measured, and fused experts that disagree."""
+    """Refuse dtypes that are no weights, ranges that cannot be found, and fused experts that disagree."""
     for target in plan.quantized():
         if target.dtype not in _WEIGHT_DTYPES:
             raise ModelError(
@@ -56,6 +57,9 @@ def check_plan(plan: Plan) -> None:
                 where=target.name,
                 hint=f"--exclude '{target.name}', or a scheme that needs no data for it",
             )
+        _check_weight_observers(target)
+    for key, _, spec in plan.activations():
+        _check_activation(key, spec)
     groups: dict[str, list[Target]] = {}
     for target in plan.targets.values():
         groups.setdefault(target.group, []).append(target)
@@ -75,16 +79,63 @@ def check_plan(plan: Plan) -> None:
             plan.warnings.append(text)
 
 
+def _check_activation(name: str, spec: TensorSpec) -> None:
+    """Refuse an activation's spec that calibration has no range for, or an observer that would see nothing."""
+    reason = _unmeasured(spec) if spec.is_static else None
+    observers = [stage.observer.name for stage in spec.stages if stage.observer != MIN_MAX]
+    if observers and not spec.needs_amax:
+        reason = (
+            f"its scale is not measured, so that observer '{observers[0]}' would do nothing",
+            "leave the observer out, or make the scale static, without a constant_amax",
+        )
+    if reason is not None:
+        raise ConfigError(reason[0], where=name, hint=reason[1])
+
+
+def _unmeasured(spec: TensorSpec) -> tuple[str, str] | None:
+    """Why no calibration finds the static scale of an activation, and what to do; None when one does."""
+    if spec.then is not None:
+        return "a chain with a static scale is not for activations", "when: dynamic in both stages"
+    assert spec.scale is not None
+    two_level = spec.scale.over is not None
+    if not spec.symmetric:
+        return "a static activation has no zero point", "zero_point: none, or when: dynamic"
+    if not isinstance(spec.granularity, PerGroup if two_level else PerTensor):
+        return f"{spec.describe()}: an activation has one static scale", "granularity: tensor, or when: dynamic"
+    if two_level and spec.scale.when == "static":
+        return f"{spec.describe()}: the scales of an activation's groups are not stored", "when: dynamic, above 'over'"
+    if two_level and spec.observer.name not in {MIN_MAX.name, "percentile"}:
+        return f"observer '{spec.observer.name}' does not see the groups under a global scale", "use percentile"
+    return None
+
+
+def _check_weight_observers(target: Target) -> None:
+    """Refuse observers that a weight or a bias cannot have."""
+    assert target.weight is not None
+    for stage in (*target.weight.stages, *(target.bias_spec.stages if target.bias_spec else ())):
+        if stage.observer.name == "histogram":
+            raise ConfigError(
+                "observer 'histogram' collects activations; a weight is known whole",
+                where=target.name,
+                hint="use mse or percentile",
+            )
+        if stage.observer.name == "percentile" and isinstance(stage.granularity, PerTile):
+            raise ConfigError("observer 'percentile' is not for tiles", where=target.name, hint="use mse")
+    then = target.weight.then
+    if then is not None and then.observer != MIN_MAX and isinstance(then.granularity, PerTensor):
+        raise ConfigError(
+            f"observer '{then.observer.name}' would do nothing: the first stage fixes this scale",
+            where=target.name,
+            hint="an observer in the first stage, or a second stage per channel or group",
+        )
+
+
 def data_needs(plan: Plan, steps: Iterable[Algorithm]) -> dict[str, set[str]]:
     """Kinds of statistics by site: what static scales and algorithms wait for. Empty: no data is needed."""
     needs: dict[str, set[str]] = {}
-    for target in plan.quantized():
-        if target.input is not None and target.input.needs_amax and target.site is not None:
-            needs.setdefault(target.site, set()).add("absmax")
-    for module in plan.attention.values():
-        for kind, decision in module.slots.items():
-            if decision.spec is not None and decision.spec.needs_amax:
-                needs.setdefault(f"{module.name}.{kind}", set()).add("absmax")
+    for _, site, spec in plan.activations():
+        if spec.needs_amax and site is not None:
+            needs.setdefault(site, set()).add(spec.observer.statistic)
     for step in steps:
         for site, kinds in step.needs(plan).items():
             needs.setdefault(site, set()).update(kinds)

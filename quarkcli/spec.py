@@ -1,34 +1,46 @@
 """TensorSpec: how one tensor is coded, and the tables of element and scale formats.
 
 Standard library only, so that recipes, plans and dialect facts never import torch. Sources of the tables: OCP
-Microscaling Formats (MX) v1.0 for fp4, fp6 and e8m0; the OFP8 specification for fp8; IEEE 754 for the rest.
+Microscaling Formats (MX) v1.0 for fp4, fp6, mxint8 and e8m0; the OFP8 specification for fp8; "With Shared
+Microexponents, A Little Shifting Goes a Long Way" (arXiv 2302.08007) for mx6 and mx9; AMD Quark for e5m3 and bfp16.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, Literal
+
+Rounding = Literal["half_even", "floor", "round"]
 
 
 @dataclass(frozen=True)
 class Element:
     """One element format, a row of `ELEMENTS`.
 
+    kind                integer: value = code * 2^-fraction; float: sign, exponent, mantissa; cast: a 16-bit float of
+                        torch's, which takes no scale
     bits                storage bits of one code
     exponent, mantissa  field widths of a float; 0 for integers
     bias                exponent bias of a float; 0 for integers
-    minimum, maximum    smallest and largest finite value; for integers the code range itself
+    minimum, maximum    smallest and largest finite value, on a unit scale
+    fraction            bits behind the point of an integer; those of the shared-exponent formats have some
+    sub_block           neighbours that share one shift bit below their group's exponent; 0: no such bits
+    rounding            how a value between two codes is rounded, see TensorSpec
     """
 
     name: str
-    kind: Literal["integer", "float"]
+    kind: Literal["integer", "float", "cast"]
     bits: int
     minimum: float
     maximum: float
     exponent: int = 0
     mantissa: int = 0
     bias: int = 0
+    fraction: int = 0
+    sub_block: int = 0
+    rounding: Rounding = "half_even"
 
     @property
     def max_exponent(self) -> int:
@@ -41,8 +53,18 @@ def _integer(bits: int, signed: bool) -> Element:
     return Element(f"{'' if signed else 'u'}int{bits}", "integer", bits, low, high)
 
 
+def _fixed(name: str, bits: int, low: int, high: int, sub_block: int = 0) -> Element:
+    """Signed codes low..high with one bit before the point: magnitudes below 2 on a power-of-two scale."""
+    step = 2.0 ** (2 - bits)
+    return Element(name, "integer", bits, low * step, high * step, fraction=bits - 2, sub_block=sub_block)
+
+
 def _float(name: str, exponent: int, mantissa: int, bias: int, maximum: float) -> Element:
     return Element(name, "float", 1 + exponent + mantissa, -maximum, maximum, exponent, mantissa, bias)
+
+
+def _cast(name: str, exponent: int, mantissa: int, maximum: float) -> Element:
+    return Element(name, "cast", 16, -maximum, maximum, exponent, mantissa, (1 << (exponent - 1)) - 1)
 
 
 ELEMENTS: dict[str, Element] = {
@@ -52,6 +74,7 @@ ELEMENTS: dict[str, Element] = {
         _integer(3, True),
         _integer(4, True),
         _integer(8, True),
+        _integer(2, False),
         _integer(4, False),
         _integer(8, False),
         _float("fp4_e2m1", 2, 1, 1, 6.0),
@@ -59,6 +82,12 @@ ELEMENTS: dict[str, Element] = {
         _float("fp6_e3m2", 3, 2, 3, 28.0),
         _float("fp8_e4m3", 4, 3, 7, 448.0),
         _float("fp8_e5m2", 5, 2, 15, 57344.0),
+        _fixed("mxint8", 8, -127, 127),
+        _fixed("mx6", 5, -15, 15, sub_block=2),
+        _fixed("mx9", 8, -127, 127, sub_block=2),
+        _fixed("bfp16", 8, -128, 127),
+        _cast("fp16", 5, 10, 65504.0),
+        _cast("bf16", 8, 7, 2.0**127 * (2 - 2.0**-7)),
     )
 }
 
@@ -72,7 +101,8 @@ class ScaleFormat:
     maximum: float | None = None
 
 
-# `model` is the dtype of the source tensor: 16 bits for every model we write.
+# `model` is the dtype of the source tensor: 16 bits for every model we write. `pow2` is a plain scale rounded to the
+# power of two nearest in the logarithm, stored as float32.
 SCALE_FORMATS: dict[str, ScaleFormat] = {
     row.name: row
     for row in (
@@ -80,8 +110,10 @@ SCALE_FORMATS: dict[str, ScaleFormat] = {
         ScaleFormat("f16", 16),
         ScaleFormat("bf16", 16),
         ScaleFormat("model", 16),
+        ScaleFormat("pow2", 32),
         ScaleFormat("e8m0", 8, 2.0**127),
         ScaleFormat("e4m3", 8, 448.0),
+        ScaleFormat("e5m3", 8, 114688.0),
     )
 }
 
@@ -93,7 +125,7 @@ class PerTensor:
 
 @dataclass(frozen=True)
 class PerChannel:
-    """One scale per index of `axis`; for a weight [out, in] axis 0 is the output row."""
+    """One scale per index of `axis`: for a weight [out, in] 0 is the output row, 1 the input column."""
 
     axis: int = 0
 
@@ -119,8 +151,13 @@ class PerToken:
 
 
 Granularity = PerTensor | PerChannel | PerGroup | PerTile | PerToken
-Rule = Literal["half_range", "absmax", "even", "floor", "ceil", "rceil"]
+ExponentRule = Literal["even", "floor", "ceil", "rceil", "fit"]
+Rule = Literal["half_range", "absmax", "sweep", "four_over_six"] | ExponentRule
+RULES = ("half_range", "absmax", "sweep", "four_over_six", "even", "floor", "ceil", "rceil", "fit")
+SEARCH_RULES = ("sweep", "four_over_six")
+EXPONENT_RULES = ("even", "floor", "ceil", "rceil", "fit")
 When = Literal["static", "dynamic"]
+ZeroPoint = Literal["none", "int", "float"]
 
 
 @dataclass(frozen=True)
@@ -128,10 +165,13 @@ class ScaleSpec:
     """How a scale is computed and stored.
 
     dtype         key of SCALE_FORMATS
-    rule          amax -> scale: `half_range` amax/((qmax-qmin)/2), `absmax` amax/qmax, and for e8m0 the four
-                  exponent rules of the MX formats
+    rule          range -> scale. `half_range` amax / ((qmax - qmin) / 2); `absmax` amax / qmax; for e8m0 the
+                  exponent rules `even`, `floor`, `ceil`, `rceil` of the MX formats and `fit`, the smallest exponent
+                  with which no code saturates; for e4m3 under a global scale also `sweep`, the one of its 126 codes
+                  with the least error, and `four_over_six`, the better of mapping amax to 6 and to 4
     when          static: fixed before the model runs, stored; dynamic: computed from each activation, not stored
     over          the global scale under a two-level scale (nvfp4: e4m3 over a static f32), else None
+    minimum       the scale is at least this (Quark's `min_kv_scale`), or None
     constant_amax the amax to use instead of a measured one
     """
 
@@ -139,24 +179,85 @@ class ScaleSpec:
     rule: Rule = "absmax"
     when: When = "static"
     over: ScaleSpec | None = None
+    minimum: float | None = None
     constant_amax: float | None = None
+
+    @property
+    def outermost(self) -> ScaleSpec:
+        """The scale that is fixed first: the global one when there is one."""
+        return self.over or self
+
+
+@dataclass(frozen=True)
+class ObserverSpec:
+    """How the range behind a static scale is found: a name of `OBSERVERS` with its parameter values, in their order."""
+
+    name: str = "min_max"
+    parameters: tuple[tuple[str, float], ...] = ()
+
+    @property
+    def statistic(self) -> str:
+        """The kind of statistics that calibration keeps for it: `absmax`, or a `histogram` of magnitudes."""
+        return "absmax" if self.name == "min_max" else "histogram"
+
+
+# Observer -> its parameters with their defaults. percentile: the range that holds so many per cent of the values;
+# mse: of `steps` ranges from the full one down to `shrink` of it the one of least squared error; histogram: the same
+# over all ranges, however small.
+OBSERVERS: dict[str, dict[str, float]] = {
+    "min_max": {},
+    "percentile": {"percentile": 99.99},
+    "histogram": {},
+    "mse": {"steps": 40, "shrink": 0.4},
+}
+MIN_MAX = ObserverSpec()
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """How one tensor is quantized: real value = code * scale (* global scale)."""
+    """How one tensor is quantized: real value = (code - zero point) * scale (* global scale).
+
+    scale       None only for an element of kind `cast`
+    zero_point  none: symmetric; int: codes are shifted by a whole number (asymmetric); float: by a real one
+    rounding    half_even: nearest, ties to the even code; round: ties away from zero; floor: towards minus infinity
+    narrow      signed integers leave their lowest code out, so that the range is symmetric
+    observer    how the range behind the scale is found
+    then        a second quantization of the values that the first one gives (its chain)
+    stored      which of the two has its codes on disk
+    """
 
     element: str
     granularity: Granularity
-    scale: ScaleSpec
+    scale: ScaleSpec | None
+    zero_point: ZeroPoint = "none"
+    rounding: Rounding = "half_even"
+    narrow: bool = False
+    observer: ObserverSpec = MIN_MAX
+    then: TensorSpec | None = None
+    stored: Literal["first", "last"] = "first"
 
     @property
     def format(self) -> Element:
-        return ELEMENTS[self.element]
+        """The element with this spec's rounding and range."""
+        return _format(self.element, self.rounding, self.narrow)
+
+    @property
+    def stages(self) -> tuple[TensorSpec, ...]:
+        """This spec and those chained to it, in order."""
+        return (self, *(self.then.stages if self.then else ()))
+
+    @property
+    def codes(self) -> TensorSpec:
+        """The stage whose codes are on disk."""
+        return self.then if self.then is not None and self.stored == "last" else self
+
+    @property
+    def symmetric(self) -> bool:
+        return self.zero_point == "none"
 
     @property
     def group_size(self) -> int | None:
-        """Elements per scale along the last axis, or None when a scale spans the row or more."""
+        """Elements per stored scale along the last axis, or None when a scale spans the row or more."""
         match self.granularity:
             case PerGroup(size):
                 return size
@@ -165,50 +266,85 @@ class TensorSpec:
         return None
 
     @property
+    def group_sizes(self) -> set[int]:
+        """What the last axis must be divisible by: the groups of every stage."""
+        return {stage.granularity.size for stage in self.stages if isinstance(stage.granularity, PerGroup)}
+
+    @property
+    def is_static(self) -> bool:
+        """True when an activation with this spec has a scale that is fixed before the model runs."""
+        return any(stage.scale is not None and stage.scale.outermost.when == "static" for stage in self.stages)
+
+    @property
     def needs_amax(self) -> bool:
-        """True when an activation with this spec needs a measured amax before it can be quantized."""
-        outer = self.scale.over or self.scale
-        return outer.when == "static" and outer.constant_amax is None
+        """True when an activation with this spec needs a measured range before it can be quantized."""
+        outer = [stage.scale.outermost for stage in self.stages if stage.scale is not None]
+        return any(scale.when == "static" and scale.constant_amax is None for scale in outer)
 
     @property
     def has_tensor_scale(self) -> bool:
         """True when one stored scale covers the whole tensor, so fused linears must agree on it."""
-        return self.scale.over is not None or isinstance(self.granularity, PerTensor)
+        return any(
+            stage.scale is not None and (stage.scale.over is not None or isinstance(stage.granularity, PerTensor))
+            for stage in self.stages
+        )
 
     def bits_per_value(self, rows: int, cols: int) -> float:
-        """Stored bits per value of a [rows, cols] weight, scales included."""
-        scale_bits = SCALE_FORMATS[self.scale.dtype].bits
-        count: float
-        match self.granularity:
-            case PerTensor():
-                count = 1
-            case PerChannel():
-                count = rows
-            case PerGroup(size):
-                count = rows * cols / size
-            case PerTile(tile_rows, tile_cols):
-                count = -(-rows // tile_rows) * -(-cols // tile_cols)
-            case PerToken():
-                count = 0
-        extra = SCALE_FORMATS[self.scale.over.dtype].bits if self.scale.over else 0
-        return self.format.bits + (count * scale_bits + extra) / (rows * cols)
+        """Stored bits per value of a [rows, cols] weight; scales, zero points and shift bits included."""
+        return self.codes.format.bits + sum(_scale_bits(stage, rows, cols) for stage in self.stages)
 
     def describe(self) -> str:
         """Short text for tables: `fp4_e2m1 group 16, e4m3 over f32`."""
-        match self.granularity:
-            case PerTensor():
-                where = "tensor"
-            case PerChannel(axis):
-                where = f"channel {axis}"
-            case PerGroup(size):
-                where = f"group {size}"
-            case PerTile(rows, cols):
-                where = f"tile {rows}x{cols}"
-            case PerToken():
-                where = "token"
+        if self.then is not None:
+            return f"{replace(self, then=None).describe()}, then {self.then.describe()} ({self.stored} stored)"
+        if self.scale is None:
+            return self.element
         scale = self.scale.dtype + (f" over {self.scale.over.dtype}" if self.scale.over else "")
         when = "" if self.scale.when == "static" else " dynamic"
-        return f"{self.element} {where}, {scale}{when}, {self.scale.rule}"
+        more = "" if self.symmetric else f", {self.zero_point} zero point"
+        more += "" if self.rounding == "half_even" else f", rounding {self.rounding}"
+        more += ", narrow" if self.narrow else ""
+        more += "" if self.observer == MIN_MAX else f", {self.observer.name}"
+        return f"{self.element} {_where(self.granularity)}, {scale}{when}, {self.scale.rule}{more}"
+
+
+@cache
+def _format(name: str, rounding: Rounding, narrow: bool) -> Element:
+    element = ELEMENTS[name]
+    return replace(element, rounding=rounding, minimum=-element.maximum if narrow else element.minimum)
+
+
+def _where(granularity: Granularity) -> str:
+    match granularity:
+        case PerChannel(axis):
+            return f"channel {axis}"
+        case PerGroup(size):
+            return f"group {size}"
+        case PerTile(rows, cols):
+            return f"tile {rows}x{cols}"
+        case PerToken():
+            return "token"
+    return "tensor"
+
+
+def _scale_bits(spec: TensorSpec, rows: int, cols: int) -> float:
+    """Bits per value that are not the code's own."""
+    if spec.scale is None:
+        return 0.0
+    count: float = 1
+    match spec.granularity:
+        case PerChannel(axis):
+            count = cols if axis == 1 else rows
+        case PerGroup(size):
+            count = rows * cols / size
+        case PerTile(tile_rows, tile_cols):
+            count = -(-rows // tile_rows) * -(-cols // tile_cols)
+        case PerToken():
+            count = 0
+    zero = {"none": 0, "int": spec.format.bits, "float": 32}[spec.zero_point]
+    shifts = 1 / spec.format.sub_block if spec.format.sub_block else 0.0
+    over = SCALE_FORMATS[spec.scale.over.dtype].bits if spec.scale.over else 0
+    return shifts + (count * (SCALE_FORMATS[spec.scale.dtype].bits + zero) + over) / (rows * cols)
 
 
 def granularity_to_yaml(granularity: Granularity) -> str | dict[str, Any]:
@@ -230,15 +366,26 @@ def scale_to_yaml(scale: ScaleSpec) -> dict[str, Any]:
     out: dict[str, Any] = {"dtype": scale.dtype, "rule": scale.rule, "when": scale.when}
     if scale.over:
         out["over"] = scale_to_yaml(scale.over)
-    if scale.constant_amax is not None:
-        out["constant_amax"] = scale.constant_amax
+    for key in ("minimum", "constant_amax"):
+        if getattr(scale, key) is not None:
+            out[key] = getattr(scale, key)
     return out
 
 
 def spec_to_yaml(spec: TensorSpec) -> dict[str, Any]:
-    """The native `cfg` that resolves to `spec` again."""
-    return {
-        "element": spec.element,
-        "granularity": granularity_to_yaml(spec.granularity),
-        "scale": scale_to_yaml(spec.scale),
-    }
+    """The native `cfg` that resolves to `spec` again; defaults are left out."""
+    if spec.scale is None:
+        return {"element": spec.element}
+    out: dict[str, Any] = {"element": spec.element, "granularity": granularity_to_yaml(spec.granularity)}
+    out["scale"] = scale_to_yaml(spec.scale)
+    if not spec.symmetric:
+        out["zero_point"] = spec.zero_point
+    if spec.rounding != "half_even":
+        out["rounding"] = spec.rounding
+    if spec.narrow:
+        out["narrow"] = True
+    if spec.observer != MIN_MAX:
+        out["observer"] = {"name": spec.observer.name, **dict(spec.observer.parameters)}
+    if spec.then is not None:
+        out |= {"then": spec_to_yaml(spec.then), "stored": spec.stored}
+    return out

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quarkcli import forecast
 from quarkcli.checkpoint import Checkpoint
-from quarkcli.dialects.base import Dialect
+from quarkcli.dialects.base import Decoded, Dialect, StoredTarget
 from quarkcli.errors import CheckError, ModelError
 from quarkcli.family import HeaderLike, lay_out
 from quarkcli.plan.model import Plan
@@ -17,7 +17,8 @@ from quarkcli.source import Source
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from quarkcli.numerics.quantize import Quantized
+    from quarkcli.numerics.quantize import QParams
+    from quarkcli.spec import TensorSpec
 
 
 def against_plan(folder: Path, plan: Plan, dialect: Dialect, source_headers: Mapping[str, HeaderLike]) -> list[str]:
@@ -49,13 +50,15 @@ def scales(checkpoint: Checkpoint, plan: Plan | None = None) -> list[str]:
     groups: dict[str, dict[str, tuple[float | None, float | None]]] = {}
     group_of = {target.name: target.group for target in plan.targets.values()} if plan else _groups(checkpoint)
     for name, stored in checkpoint.view.targets.items():
-        quantized, static = checkpoint.decode(stored)
-        if not _all_good(quantized) or (static is not None and not _good(static)):
+        decoded = checkpoint.decode(stored)
+        params, static = decoded.weight.params, decoded.input
+        if not _all_good(params, stored.weight) or any(not _good(s) for s in (static, decoded.output) if s is not None):
             bad.append(name)
-        if stored.input is not None and stored.input.needs_amax and static is None:
-            bad.append(f"{name} (no input scale)")
+        if decoded.bias is not None and stored.bias is not None and not _all_good(decoded.bias.params, stored.bias):
+            bad.append(f"{name}.bias")
+        bad += [f"{name} (no {kind} scale)" for kind in _absent(stored, decoded)]
         if stored.weight.has_tensor_scale:
-            groups.setdefault(group_of.get(name, name), {})[name] = (_tensor_scale(quantized), _number(static))
+            groups.setdefault(group_of.get(name, name), {})[name] = (_tensor_scale(params), _number(static))
     for attention in checkpoint.view.attention.values():
         assert checkpoint.dialect is not None
         tensors = checkpoint.source.read_many(attention.scales.values())
@@ -67,7 +70,7 @@ def scales(checkpoint: Checkpoint, plan: Plan | None = None) -> list[str]:
     weights, caches = len(checkpoint.view.targets), len(checkpoint.view.attention)
     fused = sum(len(members) > 1 for members in groups.values())
     return [
-        f"scales of {weights} weights and {caches} caches finite and positive",
+        f"scales of {weights} weights and {caches} attentions finite and positive",
         f"{fused} scale groups share their per-tensor scales",
     ]
 
@@ -127,13 +130,26 @@ def _singles(checkpoint: Checkpoint) -> Iterable[tuple[str, Any]]:
         yield name, LogicalHeader("BF16", stored.shape)
 
 
-def _all_good(quantized: Quantized) -> bool:
-    params = quantized.params
-    return _good(params.scale) and (params.global_scale is None or _good(params.global_scale))
+def _all_good(params: QParams, spec: TensorSpec) -> bool:
+    """The scales of every stage, and finite zero points."""
+    import torch
+
+    if params.zero_point is not None and not bool(torch.isfinite(params.zero_point).all()):
+        return False
+    if params.then is not None and spec.then is not None and not _all_good(params.then, spec.then):
+        return False
+    return (params.scale is None or _good(params.scale)) and (params.global_scale is None or _good(params.global_scale))
+
+
+def _absent(stored: StoredTarget, decoded: Decoded) -> Iterator[str]:
+    """Kinds of activations whose static scale is not in the files."""
+    for kind, spec, scale in (("input", stored.input, decoded.input), ("output", stored.output, decoded.output)):
+        if spec is not None and spec.needs_amax and scale is None:
+            yield kind
 
 
 def _good(scale: Tensor) -> bool:
-    """Finite and positive; an e8m0 byte is good unless it is the NaN code."""
+    """Finite and positive; a byte (e8m0, or e5m3, where 0 stands for an all-zero group) unless it is the NaN code."""
     import torch
 
     if scale.dtype == torch.uint8:
@@ -142,11 +158,10 @@ def _good(scale: Tensor) -> bool:
     return bool((torch.isfinite(values) & (values > 0)).all())
 
 
-def _tensor_scale(quantized: Quantized) -> float | None:
-    params = quantized.params
+def _tensor_scale(params: QParams) -> float | None:
     if params.global_scale is not None:
         return float(params.global_scale)
-    return float(params.scale) if params.scale.numel() == 1 else None
+    return float(params.scale) if params.scale is not None and params.scale.numel() == 1 else None
 
 
 def _number(scale: Tensor | None) -> float | None:

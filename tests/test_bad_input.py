@@ -140,7 +140,7 @@ def test_a_misspelt_pattern_shows_near_misses_at_once(refused):
     ("flags", "code", "texts"),
     [
         (("--scheme", "nvpf4"), 2, ("unknown scheme 'nvpf4'", "nvfp4", "quark schemes list")),
-        (("--scheme", "int4"), 2, ("unknown scheme 'int4'", "int4_wo_128", "quark schemes list")),
+        (("--scheme", "int4"), 2, ("unknown scheme 'int4'", "int4_fp8", "quark schemes list")),
         (("--recipe", "nvfp4-experts-kv"), 3, ("unknown recipe", "nvfp4-kv_fp8", "quark recipes list")),
         (("--recipe", "my.yaml"), 3, ("my.yaml: no such recipe file", "quark recipes list")),
         (("--scheme", "mxfp4", "--recipe", "nvfp4"), 2, ("exclude each other",)),
@@ -149,6 +149,7 @@ def test_a_misspelt_pattern_shows_near_misses_at_once(refused):
         ((*DATA_FREE, "--algorithm", "gptq,rtn"), 3, ("gptq and rtn", "keep one solver")),
         ((*DATA_FREE, "--dialect", "compressed"), 2, ("unknown dialect 'compressed'", "compressed-tensors")),
         ((*DATA_FREE, "--kv-cache", "fp9"), 2, ("unknown KV cache scheme 'fp9'", "fp8")),
+        ((*DATA_FREE, "--attention", "fp9"), 2, ("unknown attention scheme 'fp9'", "fp8", "quark schemes list")),
         ((*DATA_FREE, "--layer", "*down_proj=fp7"), 2, ("unknown scheme 'fp7'", "fp8")),
         ((*DATA_FREE, "--layer", "*down_prj=fp8", *SMALL), 3, ("--layer '*down_prj=fp8'", "0 of 30", "'*down_proj'")),
         ((*DATA_FREE, "--layer-type", "Conv2d=fp8", *SMALL), 3, ("--layer-type 'Conv2d=fp8'", "0 of 30")),
@@ -207,6 +208,12 @@ def test_no_cuda_device(refused, monkeypatch):
             "keep one solver",
         ),
         ("schema: quark/recipe/1\nquantize: {scheme: mxfp4, algorithm: gptqq}\n", ": ", "unknown algorithm 'gptqq'"),
+        (
+            "schema: quark/recipe/1\nquantize: {scheme: mxfp4, kv_cache: fp9}\n",
+            ":2:27",
+            "unknown KV cache scheme 'fp9'",
+        ),
+        ("schema: quark/recipe/1\nquantize: {scheme: mxfp4, attention: fp9}\n", ":2:27", "attention scheme 'fp9'"),
         ("schema: quark/recipe/1\nquantize: {scheme: mxfp4}\ncalibration: {samples: -1}\n", ":3:15", "samples"),
     ],
 )

@@ -173,9 +173,6 @@ def registered() -> dict[str, str]:
 # (room, name): the word is something else there.
 OTHER_WORDS = {
     ("finish", "quark"): "the folder quark/ of a checkpoint",
-    ("dialects", "mxfp4"): "a kind of storage, told from a spec (dialects/_shared.weight_kind)",
-    ("dialects", "nvfp4"): "the same",
-    ("dialects", "fp8"): "the same",
 }
 
 

@@ -120,10 +120,10 @@ def test_calibrated_runs_are_gone_on_with_from_the_carry(quark, calm, work, name
     """Killed three times: while a carry is written, behind a part, and before the end."""
     check_killed(run(quark, work, name, hook=at("quarkcli.journal.Journal._write_carry", call=2)), work)
     second = run(quark, work, name, hook=at(FINISH, call=2, after=True))
-    assert "resuming: 1 of 6 parts are done; going on at model.layers.0" in second.err
+    assert "resuming: 2 of 6 parts are done; going on at model.layers.1" in second.err
     check_killed(second, work)
     third = run(quark, work, name, "--calib-batch", "3", hook=at("quarkcli.finish.verify_and_report"))
-    assert "resuming: 3 of 6 parts are done; going on at model.layers.2" in third.err
+    assert "resuming: 4 of 6 parts are done; going on at model.layers.3" in third.err
     check_killed(third, work)
     last = run(quark, work, name)
     assert last.code == 0, last.err

@@ -8,12 +8,13 @@ solver asks the format for scales and codes and assumes nothing about integers.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from quarkcli.algorithms.base import PartWork, same_spec, weight_sites
 from quarkcli.errors import ConfigError
 from quarkcli.plan.model import Plan, Target
-from quarkcli.spec import TensorSpec
+from quarkcli.spec import MIN_MAX, SEARCH_RULES, PerGroup, TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,9 +50,9 @@ class GPTQ:
         return None
 
     def apply(self, work: PartWork, statistics: Statistics | None) -> None:
-        assert statistics is not None
         solved: set[str] = set()
         for site, readers in weight_sites(work.targets).items():
+            assert statistics is not None  # none where nothing is read by a matrix: embeddings
             for expert, members in _by_expert(readers).items():
                 gram, tokens = statistics.gram(site, expert)
                 for target in self._solve(work, members, gram, tokens):
@@ -77,16 +78,17 @@ class GPTQ:
         """Rows are independent, so weights with one spec and one activation are one problem."""
         import torch
 
-        from quarkcli.numerics.quantize import Quantized, effective_scale
+        from quarkcli.numerics.quantize import Quantized, lattice
         from quarkcli.numerics.solve import solve
 
         spec = members[0].weight
         assert spec is not None
         weights = [work.weight(target) for target in members]
         params = [searched_qparams(w, spec, work.amax(t), importance) for w, t in zip(weights, members, strict=True)]
-        scales = [effective_scale(p, spec, w.shape) for p, w in zip(params, weights, strict=True)]
-        joined = torch.cat([w.float() for w in weights])
-        solved = solve(joined, factor, torch.cat(scales), spec.element, spec.group_size or joined.shape[1])
+        each = [lattice(p, spec, w.shape) for p, w in zip(params, weights, strict=True)]
+        zeros = [at.zero for at in each if at.zero is not None]
+        at = replace(each[0], scale=torch.cat([at.scale for at in each]), zero=torch.cat(zeros) if zeros else None)
+        solved = solve(torch.cat([w.float() for w in weights]), factor, at)
         codes = torch.split(solved.codes, [w.shape[0] for w in weights])
         for target, part, qparams in zip(members, codes, params, strict=True):
             work.losses[target.name] = solved.loss
@@ -94,41 +96,52 @@ class GPTQ:
 
 
 def searched_qparams(weight: Tensor, spec: TensorSpec, amax: Tensor | None, importance: Tensor | None) -> QParams:
-    """Scales of `weight` [out, in], each group's amax shrunk to the least weighted error.
+    """Scales of `weight` [out, in], each group's range shrunk to the least weighted error.
 
     amax        amax that the whole scale group shares, see `make_qparams`
     importance  weight of each column's squared error, float32 [in]; None: no search
-    Scales that cover more than a row have nothing to choose from and are left as the spec's rule gives them.
+    Scales that cover more than a row have nothing to choose from, and those of a rule or observer that searches itself
+    are chosen already; both are left as the spec gives them.
     """
     import torch
 
     from quarkcli.numerics.quantize import QParams, decode, encode, make_qparams, tensor_amax
 
-    if amax is None and spec.scale.over is not None:
+    if amax is None and spec.scale is not None and spec.scale.over is not None:
         amax = tensor_amax(weight)  # the global scale stays as it is while groups shrink
     best = make_qparams(weight, spec, amax=amax)
-    if importance is None or spec.group_size is None or best.scale.shape[0] != weight.shape[0]:
+    if importance is None or not _searchable(spec):
         return best
     whole = weight.float()
     least: Tensor | None = None
-    scale = best.scale
     for shrink in SHRINKS:
-        # Only the amax of a group speaks in a scale rule, so scaling the weight scales it for any format.
+        # Only the range of a group speaks in a scale rule, so scaling the weight scales it for any format.
         params = best if shrink == 1.0 else make_qparams((whole * shrink).to(weight.dtype), spec, amax=amax)
-        params = QParams(params.scale, best.global_scale)
         error = (whole - decode(encode(weight, spec, params), spec, params)).square_().mul_(importance)
-        error = error.view(weight.shape[0], -1, spec.group_size).sum(-1)
+        error = error.view(weight.shape[0], -1, spec.group_size or weight.shape[1]).sum(-1)
         better = error < least if least is not None else torch.ones_like(error, dtype=torch.bool)
         least = error if least is None else torch.where(better, error, least)
-        scale = torch.where(better, params.scale.view(_raw(scale)), scale.view(_raw(scale))).view(scale.dtype)
-    return QParams(scale, best.global_scale)
+        if shrink != 1.0:
+            scale, zero = _where(better, params.scale, best.scale), _where(better, params.zero_point, best.zero_point)
+            best = QParams(scale, best.global_scale, zero)
+    return best
 
 
-def _raw(scale: Tensor) -> Any:
-    """The dtype to select bits in: torch has no `where` for float8."""
+def _searchable(spec: TensorSpec) -> bool:
+    """True when every group or row has a scale of its own that nothing has chosen yet."""
+    chosen = spec.observer != MIN_MAX or (spec.scale is not None and spec.scale.rule in SEARCH_RULES)
+    plain = spec.then is None and not spec.format.sub_block and spec.format.kind != "cast"
+    return plain and not chosen and isinstance(spec.granularity, PerGroup)
+
+
+def _where(better: Tensor, new: Tensor | None, old: Tensor | None) -> Tensor | None:
+    """Chosen scales or zero points; float8 is chosen by its bits, torch has no `where` for it."""
     import torch
 
-    return torch.uint8 if scale.element_size() == 1 else scale.dtype
+    if new is None or old is None:
+        return old
+    bits = torch.uint8 if old.element_size() == 1 else old.dtype
+    return torch.where(better, new.view(bits), old.view(bits)).view(old.dtype)
 
 
 def _by_expert(targets: list[Target]) -> dict[int | None, list[Target]]:
@@ -139,7 +152,7 @@ def _by_expert(targets: list[Target]) -> dict[int | None, list[Target]]:
 
 
 def _round(work: PartWork, targets: list[Target]) -> None:
-    from quarkcli.numerics.quantize import quantize
+    from quarkcli.numerics.packed import quantize
 
     for target in targets:
         assert target.weight is not None

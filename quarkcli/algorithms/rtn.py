@@ -23,7 +23,7 @@ class RoundToNearest:
         return None
 
     def apply(self, work: PartWork, statistics: Statistics | None) -> None:
-        from quarkcli.numerics.quantize import quantize
+        from quarkcli.numerics.packed import quantize
 
         for target in work.targets:
             assert target.weight is not None

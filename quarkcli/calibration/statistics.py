@@ -1,7 +1,8 @@
 """Statistics of activations, per input site.
 
 A site is one activation tensor; every weight that reads it shares its statistics. Second moments are running means in
-float32 over fixed chunks of `CHUNK` tokens in sample order, so that the batch size changes no bits.
+float32 over fixed chunks of `CHUNK` tokens in sample order, ranges and histograms are exact in any order: the batch
+size changes no bits.
 """
 
 from __future__ import annotations
@@ -14,9 +15,13 @@ import torch
 from torch import Tensor
 
 from quarkcli.errors import DataError
+from quarkcli.numerics.observers import Histogram, MinMax, amax_of
 from quarkcli.plan.model import Plan, Site
+from quarkcli.spec import TensorSpec
 
 CHUNK = 2048
+# Kinds of statistics that a range is had from.
+RANGES: dict[str, type[MinMax | Histogram]] = {"absmax": MinMax, "histogram": Histogram}
 _NONFINITE = (
     "see whether the source model itself overflows on this text; other --calib-data, or --exclude these modules"
 )
@@ -74,7 +79,9 @@ class _ExpertLayer:
 
 
 class Statistics:
-    """Statistics of one part. `needs`: kinds (`absmax`, `gram`) by site; attention sites are `<module>.k` and `.v`.
+    """Statistics of one part. `needs`: kinds by site, those of `RANGES` and `gram`.
+
+    Sites of outputs are `<module>.output`, those of attention `<module>.q`, `.k`, `.v` and `.p`.
 
     runner      runs one expert for its inner activation (see `model.runner.Runner.expert_hidden`)
     all_tokens  every token feeds every expert's statistics (`--moe-calibration all`), not only the routed ones
@@ -89,7 +96,7 @@ class Statistics:
         self.runner = runner
         self.all_tokens = all_tokens
         self.mask: Tensor | None = None  # [batch, tokens] of the batch now running; 0 marks padding
-        self._absmax: dict[str, Tensor] = {}
+        self._ranges: dict[tuple[str, str], MinMax | Histogram] = {}
         self._grams: dict[str, Gram] = {}
         self._layers: dict[str, _ExpertLayer] = {}
 
@@ -97,9 +104,19 @@ class Statistics:
 
     def absmax(self, site: str) -> Tensor:
         """Largest magnitude seen at a site, float32 []. Raises DataError for a site that saw no token or a NaN."""
-        value = self._absmax.get(site)
-        if value is None:
+        return self._finite(site, self._range(site, "absmax").amax)
+
+    def amax(self, site: str, spec: TensorSpec) -> Tensor:
+        """The largest magnitude behind a static scale at a site, as its observer chooses it. As `absmax` otherwise."""
+        return self._finite(site, amax_of(self._range(site, spec.observer.statistic), spec))
+
+    def _range(self, site: str, kind: str) -> MinMax | Histogram:
+        seen = self._ranges.get((site, kind))
+        if seen is None:
             raise DataError("no calibration token reached this activation", where=site)
+        return seen
+
+    def _finite(self, site: str, value: Tensor) -> Tensor:
         if not bool(torch.isfinite(value)):
             raise DataError("NaN or inf in the calibration activations", where=site, hint=_NONFINITE)
         return value
@@ -132,6 +149,7 @@ class Statistics:
         linear: dict[str, Callable[[Tensor], None]] = {}
         experts: dict[str, Any] = {}
         attention: dict[str, Any] = {}
+        softmax: dict[str, Any] = {}
         for site in self.plan.sites.values():
             if site.part != self.part or site.name not in self.needs:
                 continue
@@ -141,10 +159,26 @@ class Statistics:
             else:
                 prefix = self._layer_of(site.name)
                 experts.setdefault(prefix, (tensor, _ExpertTap(self, prefix)))
+        outputs = {
+            target.view.tensor: self._linear_tap(target.output_site)
+            for target in self.plan.quantized(self.part)
+            if target.output_site is not None and target.output_site in self.needs
+        }
         for module in self.plan.attention.values():
-            if module.part == self.part and any(f"{module.name}.{kind}" in self.needs for kind in "kv"):
-                attention[self.plan.targets[module.k_proj].view.tensor] = self._attention_tap(module.name)
-        return {"linear": linear, "experts": dict(experts.values()), "attention": attention}
+            if module.part != self.part:
+                continue
+            tensor = self.plan.targets[module.k_proj].view.tensor
+            if any(f"{module.name}.{kind}" in self.needs for kind in "qkv"):
+                attention[tensor] = self._attention_tap(module.name)
+            if f"{module.name}.p" in self.needs:
+                softmax[tensor] = self._softmax_tap(module.name)
+        return {
+            "linear": linear,
+            "outputs": outputs,
+            "experts": dict(experts.values()),
+            "attention": attention,
+            "softmax": softmax,
+        }
 
     def _linear_tap(self, site: str) -> Callable[[Tensor], None]:
         def tap(x: Tensor) -> None:
@@ -154,9 +188,15 @@ class Statistics:
 
     def _attention_tap(self, module: str) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
         def tap(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            for kind, value in (("k", k), ("v", v)):
-                self._see(f"{module}.{kind}", value)
+            for kind, value in (("q", q), ("k", k), ("v", v)):
+                self._see(f"{module}.{kind}", self._tokens(value))
             return q, k, v
+
+        return tap
+
+    def _softmax_tap(self, module: str) -> Callable[[Tensor], None]:
+        def tap(p: Tensor) -> None:
+            self._see(f"{module}.p", self._tokens(p))
 
         return tap
 
@@ -166,19 +206,23 @@ class Statistics:
             rows = rows[self.mask.reshape(-1).bool().to(rows.device)]
         return rows
 
+    def _tokens(self, x: Tensor) -> Tensor:
+        """Values of attention [batch, heads, tokens, ...] without those of padding."""
+        if self.mask is None or self.mask.shape != (x.shape[0], x.shape[2]):
+            return x
+        return x.movedim(2, 1)[self.mask.bool().to(x.device)]
+
     def _take(self, site: str, rows: Tensor) -> None:
-        kinds = self.needs.get(site, set())
-        if "absmax" in kinds:
-            self._see(site, rows)
-        if "gram" in kinds:
+        self._see(site, rows)
+        if "gram" in self.needs.get(site, set()):
             self._grams.setdefault(site, Gram()).add(rows.clone())
 
     def _see(self, site: str, x: Tensor) -> None:
+        """Widen the range of a site, and count its magnitudes, where that is needed."""
         if not x.numel():
             return
-        value = x.abs().amax().float()
-        known = self._absmax.get(site)
-        self._absmax[site] = value if known is None else torch.maximum(known, value)
+        for kind in RANGES.keys() & self.needs.get(site, set()):
+            self._ranges.setdefault((site, kind), RANGES[kind]()).observe(x)
 
     # -- experts -------------------------------------------------------------------------------------------------
 
@@ -227,18 +271,20 @@ class _ExpertTap:
         self.layer = statistics._layers.setdefault(prefix, _ExpertLayer())
         self.site_in = statistics._expert_site(prefix, "experts_in")
         self.site_down = statistics._expert_site(prefix, "experts_down")
-        self.gram = any(
-            "gram" in statistics.needs.get(site.name, set()) for site in (self.site_in, self.site_down) if site
-        )
+        self.kept: Tensor | None = None  # which tokens of this call are no padding; None: all
+        self.routed: Tensor | None = None  # [tokens, k] of this call
+        sites = [site for site in (self.site_in, self.site_down) if site]
+        self.gram = any("gram" in statistics.needs.get(site.name, set()) for site in sites)
         for _, expert in statistics._members((self.site_in or self.site_down).name):  # type: ignore[union-attr]
             self.layer.tokens.setdefault(expert, 0)
 
     def observe(self, module: Any, hidden: Tensor, top_k_index: Tensor) -> None:
         rows, routed = hidden, top_k_index
         mask = self.statistics.mask
+        self.kept, self.routed = None, top_k_index
         if mask is not None and mask.numel() == hidden.shape[0]:
-            keep = mask.reshape(-1).bool().to(hidden.device)
-            rows, routed = hidden[keep], top_k_index[keep]
+            self.kept = mask.reshape(-1).bool().to(hidden.device)
+            rows, routed = hidden[self.kept], top_k_index[self.kept]
         self.layer.module = module
         for expert, count in zip(*torch.unique(routed, return_counts=True), strict=True):
             self.layer.tokens[int(expert)] = self.layer.tokens.get(int(expert), 0) + int(count)
@@ -247,22 +293,31 @@ class _ExpertTap:
         if self.gram:
             self.layer.hidden.append(rows.clone())
             self.layer.routed.append(routed.clone())
-        if self.site_down and self.statistics.all_tokens and self._wants("absmax"):
+        if self.site_down and self.statistics.all_tokens and self._wants_range():
             for expert in self.layer.tokens:
-                self.statistics._see(
-                    self.site_down.name, self.statistics.runner.expert_hidden(module, expert, rows)
-                )  # fmt: skip
+                inside = self.statistics.runner.expert_hidden(module, expert, rows)
+                self.statistics._see(self.site_down.name, inside)
 
-    def _wants(self, kind: str) -> bool:
-        return self.site_down is not None and kind in self.statistics.needs.get(self.site_down.name, set())
+    def _wants_range(self) -> bool:
+        return self.site_down is not None and bool(
+            RANGES.keys() & self.statistics.needs.get(self.site_down.name, set())
+        )
 
     def gate_up_input(self, expert: int, x: Tensor) -> Tensor:
         return x
 
     def down_input(self, expert: int, h: Tensor) -> Tensor:
-        if self.site_down and self._wants("absmax"):
-            self.statistics._see(self.site_down.name, h)
+        # With every token for every expert, `observe` has already seen these.
+        if self.site_down and not self.statistics.all_tokens:
+            self.statistics._see(self.site_down.name, self._unpadded(expert, h))
         return h
+
+    def _unpadded(self, expert: int, h: Tensor) -> Tensor:
+        """The rows of `h` that are no padding; they come by choice, then by token."""
+        if self.kept is None or self.routed is None:
+            return h
+        tokens = self.routed.T.eq(expert).nonzero()[:, 1]
+        return h[self.kept[tokens]]
 
 
 def _with_prior(mean: Tensor | None, tokens: int, pooled: tuple[Tensor | None, int]) -> tuple[Tensor | None, int]:
@@ -280,8 +335,9 @@ def _with_prior(mean: Tensor | None, tokens: int, pooled: tuple[Tensor | None, i
 
 
 def site_parts(plan: Plan) -> dict[str, int]:
-    """Part index by site name, attention sites included."""
+    """Part index by site name, those of outputs and attention included."""
     parts = {site.name: site.part for site in plan.sites.values()}
+    parts.update({target.output_site: target.part for target in plan.quantized() if target.output_site is not None})
     for module in plan.attention.values():
         parts.update({f"{module.name}.{kind}": module.part for kind in module.slots})
     return parts

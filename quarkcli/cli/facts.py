@@ -1,68 +1,96 @@
-"""What can be said of schemes and recipes without a model: bits, whether data is needed. Torch-free."""
+"""What can be said of schemes and recipes without a model: bits, data, who loads it. Torch-free."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
-from quarkcli import algorithms
+from quarkcli import algorithms, dialects
 from quarkcli.family import Part, WeightView
-from quarkcli.plan.model import Decision, Plan, Target
+from quarkcli.plan.model import ATTENTION_KINDS, TARGET_KINDS, Attention, Decision, Plan, Target
 from quarkcli.recipe import catalog, schema
-from quarkcli.recipe import recipe as recipes
 from quarkcli.recipe.attributes import native
 from quarkcli.recipe.recipe import Recipe
-from quarkcli.spec import TensorSpec
+from quarkcli.spec import TensorSpec, spec_to_yaml
 
 _SHAPE = (4096, 4096)  # of the weight for which bits are quoted; per-tensor scales vanish at this size
+# Kind of the catalog -> the word for it in listings.
+KINDS: dict[catalog.Kind, str] = {"schemes": "weights", "kv_cache": "kv-cache", "attention": "attention"}
+_SERVER = "vllm"
+_NAMES = {"vllm": "vLLM", "transformers": "transformers"}
 
 
-def scheme(name: str) -> dict[str, Any]:
-    """Facts of a weight scheme. Raises ConfigError when its file is wrong."""
-    model = recipes.scheme_model(name)
-    weight = native.to_spec(model.weight)
-    given = native.to_spec(model.input) if model.input is not None else None
+def scheme(kind: catalog.Kind, name: str, path: Path) -> dict[str, Any]:
+    """Facts of a weight, KV cache or attention scheme. Raises ConfigError when its file is wrong.
+
+    bits      per value of a large weight, scales included; of the first of the slots for the others
+    slots     slot kind -> its spec in native words
+    dialects  dialect that can hold it -> what loads that; asked with one large linear layer
+    """
+    model: Any
+    if kind == "schemes":
+        model, kinds = schema.validate(schema.SchemeModel, catalog.document(path)), TARGET_KINDS
+    else:
+        form = schema.CacheModel if kind == "kv_cache" else schema.AttentionModel
+        model, kinds = schema.validate(form, catalog.document(path)), ATTENTION_KINDS
+    cfgs = {slot: getattr(model, slot, None) for slot in kinds}
+    specs = {slot: native.to_spec(cfg) for slot, cfg in cfgs.items() if cfg is not None}
+    plan = _plan(specs) if kind == "schemes" else _attention_plan(specs)
     return {
         "name": name,
-        "kind": "weights",
+        "kind": KINDS[kind],
+        "aliases": getattr(model, "aliases", []),
         "summary": model.summary,
-        "bits": round(weight.bits_per_value(*_SHAPE), 3),
-        "weight": weight.describe(),
-        "input": given.describe() if given is not None else None,
-        "needs_data": given is not None and given.needs_amax,
-        "hardware": model.hardware,
+        "bits": round(next(iter(specs.values())).bits_per_value(*_SHAPE), 3),
+        "slots": {slot: spec_to_yaml(spec) for slot, spec in specs.items()},
+        "described": {slot: spec.describe() for slot, spec in specs.items()},
+        "needs_data": any(spec.needs_amax for slot, spec in specs.items() if slot not in ("weight", "bias")),
+        "dialects": {d.name: sorted(d.loaders(plan)) for d in dialects.members() if not d.refusals(plan)},
+        "hardware": getattr(model, "hardware", ""),
     }
 
 
-def cache(name: str) -> dict[str, Any]:
-    """Facts of a KV cache scheme."""
-    model = schema.validate(schema.CacheModel, catalog.document(catalog.find("kv_cache", name)))
-    k, v = native.to_spec(model.k), native.to_spec(model.v)
-    return {
-        "name": name,
-        "kind": "kv-cache",
-        "summary": model.summary,
-        "bits": float(k.format.bits),
-        "k": k.describe(),
-        "v": v.describe(),
-        "needs_data": k.needs_amax or v.needs_amax,
-    }
+def loaders(row: dict[str, Any]) -> list[str]:
+    """What loads a listed scheme in any dialect, for people."""
+    return _shown({name for by in row["dialects"].values() for name in by})
+
+
+def held(row: dict[str, Any]) -> list[str]:
+    """A line per dialect that holds a listed scheme, with what loads it from there, for people."""
+    lines = []
+    for name, by in row["dialects"].items():
+        places = _shown(by) if _SERVER in by else [*_shown(by), "no server"]
+        lines.append(f"{name}: " + (f"loads in {', '.join(places)}" if by else "no server: simulation only"))
+    return lines or ["none can hold it"]
+
+
+def _shown(found: Collection[str]) -> list[str]:
+    return [shown for name, shown in _NAMES.items() if name in found]
 
 
 def recipe(found: Recipe) -> dict[str, Any]:
     """Facts of a recipe. `needs_data` is false when some model might still need none."""
     weights = _specs(found, "weight")
     data = any(spec.needs_amax for spec in _specs(found, "input")) or any(_steps_need(found, spec) for spec in weights)
-    cached = found.kv_cache not in (None, "none")
+    attention: list[tuple[catalog.Kind, str | None]] = [("kv_cache", found.kv_cache), ("attention", found.attention)]
+    added = {kind: name for kind, name in attention if name not in (None, "none")}
     return {
         "name": found.name,
         "file": found.file,
         "purpose": found.description,
         "bits": sorted({round(spec.bits_per_value(*_SHAPE), 3) for spec in weights}),
-        "needs_data": data or (cached and cache(str(found.kv_cache))["needs_data"]),
-        "kv_cache": found.kv_cache if cached else None,
+        "needs_data": data or any(_find(kind, str(name))["needs_data"] for kind, name in added.items()),
+        "kv_cache": added.get("kv_cache"),
+        "attention": added.get("attention"),
         "algorithms": [name for name, _ in found.algorithms],
         "dialect": found.dialect or "auto",
     }
+
+
+def _find(kind: catalog.Kind, name: str) -> dict[str, Any]:
+    path = catalog.find(kind, name)
+    return scheme(kind, path.stem, path)
 
 
 def _specs(found: Recipe, kind: str) -> list[TensorSpec]:
@@ -74,11 +102,33 @@ def _specs(found: Recipe, kind: str) -> list[TensorSpec]:
 
 def _steps_need(found: Recipe, spec: TensorSpec) -> bool:
     """Whether an algorithm of the recipe asks for statistics; asked with a plan of one weight."""
-    slots = {"weight": Decision(spec, None), "input": Decision(None, None)}
-    view, part = WeightView("linear.weight"), Part(0, "block", "block", 0, ("linear.weight",))
-    weight = Target("linear", view, _SHAPE, "BF16", "linear", 0, "linear.input", "linear", None, None, slots=slots)
-    plan = Plan(found.name, "", [], [part], {"linear": weight}, {}, {}, {}, [], [])
+    plan = _plan({"weight": spec})
     return any(step.needs(plan) for step in algorithms.pipeline(found.algorithms))
+
+
+def _plan(specs: dict[str, TensorSpec]) -> Plan:
+    """A plan of one linear layer with these specs."""
+    return _plan_of([_linear("linear", "linear", specs)], {})
+
+
+def _attention_plan(specs: dict[str, TensorSpec]) -> Plan:
+    """A plan of one attention with these specs; its weights are not quantized."""
+    slots = {kind: Decision(specs.get(kind), None) for kind in ATTENTION_KINDS}
+    attention = Attention("attention", 0, "attention.k_proj", "attention.v_proj", slots)
+    return _plan_of([_linear(f"attention.{role}_proj", role, {}) for role in "qkv"], {"attention": attention})
+
+
+def _linear(name: str, role: str, specs: dict[str, TensorSpec]) -> Target:
+    slots = {kind: Decision(specs.get(kind), None) for kind in TARGET_KINDS}
+    bias = f"{name}.bias" if "bias" in specs else None
+    return Target(
+        name, WeightView(f"{name}.weight"), _SHAPE, "BF16", role, 0, f"{name}.input", name, None, bias, slots=slots
+    )
+
+
+def _plan_of(weights: list[Target], attention: dict[str, Attention]) -> Plan:
+    part = Part(0, "block", "block", 0, tuple(weight.view.tensor for weight in weights))
+    return Plan("", "", [], [part], {weight.name: weight for weight in weights}, attention, {}, {}, [], [])
 
 
 def yes(value: object) -> str:

@@ -117,7 +117,19 @@ class JobFlags:
     kv_cache: Annotated[
         str | None,
         Option(
-            "--kv-cache", metavar="NAME", autocompletion=names("kv_cache"), help="Quantize the KV cache: fp8, or none."
+            "--kv-cache",
+            metavar="NAME",
+            autocompletion=names("kv_cache"),
+            help="Quantize the KV cache: fp8, nvfp4, or none.",
+        ),
+    ] = None
+    attention: Annotated[
+        str | None,
+        Option(
+            "--attention",
+            metavar="NAME",
+            autocompletion=names("attention"),
+            help="Quantize queries, keys, values and softmax outputs: fp8, or none.",
         ),
     ] = None
     algorithm: Annotated[

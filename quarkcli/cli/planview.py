@@ -108,12 +108,19 @@ def show(prepared: Prepared) -> None:
 
 
 def _modules(plan: Plan) -> None:
+    kinds = ["weight", "input"]  # the others only where there are some
+    kinds += [kind for kind in ("output", "bias") if any(_spec(target, kind) for target in plan.quantized())]
     decided = (
-        (target.name, (_text(target.weight), _text(target.input), _origin(plan, target.slots["weight"])))
+        (target.name, (*(_text(_spec(target, kind)) for kind in kinds), _origin(plan, target.slots["weight"])))
         for target in plan.quantized()
     )
     rows = [(name, count, *key) for name, count, key in fold(decided, plan.targets)]
-    output.table(("QUANTIZED MODULES", "COUNT", "WEIGHT", "INPUT", "DECIDED BY"), rows)
+    output.table(("QUANTIZED MODULES", "COUNT", *(kind.upper() for kind in kinds), "DECIDED BY"), rows)
+
+
+def _spec(target: Target, kind: str) -> TensorSpec | None:
+    """What is quantized of a target; a slot may be on without effect."""
+    return {"weight": target.weight, "input": target.input, "output": target.output, "bias": target.bias_spec}[kind]
 
 
 def _attention(plan: Plan) -> None:

@@ -92,8 +92,6 @@ def validate(
     path = catalog.find_recipe(name)
     found = recipe.from_file(path)
     algorithms.pipeline(found.algorithms)
-    if found.kv_cache not in (None, "none"):
-        catalog.find("kv_cache", str(found.kv_cache))
     if found.dialect not in (None, "auto"):
         from quarkcli import dialects
 

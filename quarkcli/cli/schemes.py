@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from quarkcli.cli import apps, output
 from quarkcli.cli.flags import Json, names
 from quarkcli.errors import QuarkError
+
+if TYPE_CHECKING:
+    from quarkcli.recipe import catalog
 
 app = apps.new("Schemes: how numbers are coded.", apps.examples("quark schemes list", "quark schemes show nvfp4"))
 
@@ -17,33 +21,38 @@ app = apps.new("Schemes: how numbers are coded.", apps.examples("quark schemes l
 def list_(json: Json = False) -> None:
     """List schemes.
 
-    Those for weights are names for --scheme and --layer, the others for --kv-cache.
+    Those for weights are names for --scheme and --layer, the others for --kv-cache and --attention. LOADS IN says what
+    loads the result in some dialect; a scheme that nothing loads is there to be measured.
     """
     output.start(json=json)
     from quarkcli.cli import facts
     from quarkcli.recipe import catalog
 
-    rows = [_facts(facts.scheme, name) for name in catalog.files("schemes")]
-    rows += [_facts(facts.cache, name) for name in catalog.files("kv_cache")]
+    rows = [_facts(kind, name, path) for kind in facts.KINDS for name, path in catalog.files(kind).items()]
     if json:
         output.json_data({"schema": "quark/schemes/1", "schemes": rows})
         return
-    shown = [
-        (row["name"], row["kind"], f"{row['bits']:g}", facts.yes(row["needs_data"]), row["summary"])
-        if "error" not in row
-        else (row["name"], "-", "-", "-", f"not usable: {row['error']}")
-        for row in rows
-    ]
-    output.table(("NAME", "FOR", "BITS", "DATA", "WHAT"), shown)
+    output.table(("NAME", "FOR", "BITS", "DATA", "LOADS IN", "WHAT"), [_row(row) for row in rows])
 
 
-def _facts(read: Any, name: str) -> dict[str, Any]:
+def _facts(kind: catalog.Kind, name: str, path: Path) -> dict[str, Any]:
     """A file of the user's that is wrong is listed with its error."""
+    from quarkcli.cli import facts
+
     try:
-        found: dict[str, Any] = read(name)
+        return {**facts.scheme(kind, name, path), "error": None}
     except QuarkError as error:
-        return {"name": name, "error": str(error)}
-    return found
+        return {"name": name, "kind": facts.KINDS[kind], "error": str(error)}
+
+
+def _row(row: dict[str, Any]) -> tuple[str, ...]:
+    from quarkcli.cli import facts
+
+    if row["error"] is not None:
+        return (row["name"], row["kind"], "-", "-", "-", f"not usable: {row['error']}")
+    also = f" (also {', '.join(row['aliases'])})" if row["aliases"] else ""
+    by = ", ".join(facts.loaders(row)) or "-"
+    return (row["name"], row["kind"], f"{row['bits']:g}", facts.yes(row["needs_data"]), by, row["summary"] + also)
 
 
 @app.command("show", epilog=apps.examples("quark schemes show nvfp4", "quark schemes show fp8 --json"))
@@ -53,7 +62,7 @@ def show(
 ) -> None:
     """Show a scheme.
 
-    Specs, bits, whether it needs data, which dialects hold it, hardware.
+    Elements, scales, groups, bits, whether it needs data, which dialects hold it and what loads them, hardware.
     """
     output.start(json=json)
     found = _find(name)
@@ -68,43 +77,30 @@ def show(
 
 
 def _find(name: str) -> list[dict[str, Any]]:
-    """The weight scheme and the cache scheme of this name, whichever exist."""
+    """The schemes of this name for weights, cache and attention, whichever exist."""
     from quarkcli.cli import facts
     from quarkcli.recipe import catalog
 
-    wanted = name.replace("-", "_").lower()
-    caches = [stem for stem in catalog.files("kv_cache") if stem.replace("-", "_").lower() == wanted]
-    weights = [stem for stem in catalog.files("schemes") if stem.replace("-", "_").lower() == wanted]
-    if not weights and not caches:
+    wanted = catalog.same(name)
+    paths: list[tuple[catalog.Kind, Path]] = []
+    for kind in facts.KINDS:
+        known = catalog.names(kind)
+        paths += [(kind, known[one]) for one in known if catalog.same(one) == wanted]
+    if not paths:
         catalog.find("schemes", name)  # raises, with the nearest names
-    return [{**facts.scheme(stem), "dialects": _dialects(stem)} for stem in weights] + [facts.cache(s) for s in caches]
-
-
-def _dialects(name: str) -> dict[str, list[str]] | None:
-    """Dialect -> what loads it, asked with the embedded model; None when its widths do not fit the scheme."""
-    from quarkcli import dialects, family, job
-    from quarkcli.plan.compose import Overrides
-    from quarkcli.plan.resolve import resolve
-    from quarkcli.recipe import recipe
-    from quarkcli.source import Source
-
-    source = Source.open(str(job.EMBEDDED))
-    layout = family.lay_out(*family.for_checkpoint(source.config, source.headers), source.config, source.headers)
-    try:
-        plan = resolve(recipe.from_scheme(name), Overrides(), layout, [])
-    except QuarkError:
-        return None
-    return {d.name: sorted(d.loaders(plan)) for d in dialects.members() if not d.refusals(plan)}
+    return [facts.scheme(kind, path.stem, path) for kind, path in paths]
 
 
 def _lines(row: dict[str, Any]) -> list[tuple[str, str]]:
     from quarkcli.cli import facts
 
     lines = [("name", row["name"]), ("for", row["kind"]), ("what", row["summary"])]
-    lines += [(key, row[key] or "kept as it is") for key in ("weight", "input", "k", "v") if key in row]
-    per = "weight, scales included" if row["kind"] == "weights" else "value"
-    lines += [("bits", f"{row['bits']:g} per {per}"), ("data", f"{facts.yes(row['needs_data'])}, calibration data")]
-    if row.get("dialects"):
-        held = [f"{name} (loads in {', '.join(by) or 'no server'})" for name, by in row["dialects"].items()]
-        lines.append(("dialects", "; ".join(held)))
-    return [*lines, ("hardware", row["hardware"])] if row.get("hardware") else lines
+    if row["aliases"]:
+        lines.append(("also", ", ".join(row["aliases"])))
+    for_weights = row["kind"] == facts.KINDS["schemes"]
+    lines += row["described"].items()
+    lines += [("input", "kept as it is")] if for_weights and "input" not in row["described"] else []
+    per = "weight, scales included" if for_weights else "value"
+    lines += [("bits", f"{row['bits']:g} per {per}"), ("data", "needed" if row["needs_data"] else "not needed")]
+    lines += [("" if number else "dialects", text) for number, text in enumerate(facts.held(row))]
+    return [*lines, ("hardware", row["hardware"])] if row["hardware"] else lines

@@ -51,7 +51,7 @@ def choose(asked: str, plan: Plan) -> tuple[Dialect, str]:
                 where="--dialect",
                 hint="--dialect auto picks one that can",
             )
-        return dialect, f"asked for; loads in {_list(dialect.loaders(plan))}"
+        return dialect, f"asked for; {_loads(dialect.loaders(plan))}"
     able = [dialect for dialect in members() if not dialect.refusals(plan)]
     if not able:
         reasons = "; ".join(f"{dialect.name}: {dialect.refusals(plan)[0]}" for dialect in members())
@@ -60,9 +60,21 @@ def choose(asked: str, plan: Plan) -> tuple[Dialect, str]:
         for dialect in able:
             if wanted <= dialect.loaders(plan):
                 only = " only" if wanted == {"vllm"} else ""
-                return dialect, f"auto: loads in {_list(dialect.loaders(plan))}{only}"
+                return dialect, f"auto: {_loads(dialect.loaders(plan))}{only}"
     raise AssertionError("the empty set is part of every set")
 
 
-def _list(loaders: set[str]) -> str:
-    return " and ".join({"vllm": "vLLM"}.get(name, name) for name in sorted(loaders, reverse=True)) or "no server"
+def warnings(dialect: Dialect, plan: Plan) -> list[str]:
+    """What a user should know before the plan is written in `dialect`: that no server loads it, if so."""
+    loaders = dialect.loaders(plan)
+    if "vllm" in loaders:
+        return []
+    what = f"no server loads this plan in dialect {dialect.name}"
+    if loaders:
+        return [f"{what}, only {' and '.join(sorted(loaders))} does"]
+    return [f"{what}; the weights are written packed, but only quark reads them back (simulation only)"]
+
+
+def _loads(loaders: set[str]) -> str:
+    names = [{"vllm": "vLLM"}.get(name, name) for name in sorted(loaders, reverse=True)]
+    return f"loads in {' and '.join(names)}" if names else "no server loads it; simulation only"

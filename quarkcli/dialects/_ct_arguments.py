@@ -2,91 +2,112 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from quarkcli.dialects import _shared as shared
-from quarkcli.dialects._shared import Pair
+from quarkcli.dialects import _kinds as kinds
+from quarkcli.dialects._ct_kinds import INPUTS, WEIGHTS
 from quarkcli.errors import ModelError
-from quarkcli.spec import TensorSpec
+from quarkcli.spec import PerChannel, PerGroup, PerTensor, PerTile, PerToken, TensorSpec
 
-KV_CACHE: dict[str, Any] = {
-    "num_bits": 8, "type": "float", "strategy": "tensor", "group_size": None, "symmetric": True, "dynamic": False,
-}  # fmt: skip
-_FP4_SCALES = {"mxfp4": "torch.uint8", "nvfp4": "torch.float8_e4m3fn"}
-_DYNAMIC: dict[str, bool | str] = {"mxfp4": True, "nvfp4": "local", "static": False, "token": True, "tensor": True}
+# Scales that are not plain floats are named; fp4, fp6 and the 8-bit floats of MX are told from others by it.
+_SCALE_DTYPES = {"e8m0": "torch.uint8", "e4m3": "torch.float8_e4m3fn"}
 
 
-def _arguments(spec: TensorSpec, kind: str, dynamic: bool | str) -> dict[str, Any]:
+def arguments(spec: TensorSpec, *, weight: bool) -> dict[str, Any]:
     """The QuantizationArgs of a spec; keys in the library's own order."""
-    fp4 = kind in _FP4_SCALES
-    where = kind.split()[-1]
-    strategy = {"mxfp4": "group", "nvfp4": "tensor_group", "static": "tensor"}.get(where, where)
-    arguments: dict[str, Any] = {
+    assert spec.scale is not None
+    dynamic: bool | str = not weight and spec.scale.when == "dynamic"
+    found: dict[str, Any] = {
         "num_bits": spec.format.bits,
         "type": "int" if spec.format.kind == "integer" else "float",
-        "strategy": strategy,
-        "group_size": spec.group_size,
-        "symmetric": True,
-        "dynamic": dynamic,
+        "strategy": _strategy(spec),
+        "group_size": spec.granularity.size if isinstance(spec.granularity, PerGroup) else None,
+        "symmetric": spec.symmetric,
+        # Under a static global scale only the block scales are dynamic.
+        "dynamic": "local" if dynamic and spec.scale.over is not None else dynamic,
     }
-    return {**arguments, "scale_dtype": _FP4_SCALES[kind]} if fp4 else arguments
+    if isinstance(spec.granularity, PerTile):
+        found["block_structure"] = [spec.granularity.rows, spec.granularity.cols]
+    if spec.scale.dtype in _SCALE_DTYPES:
+        found["scale_dtype"] = _SCALE_DTYPES[spec.scale.dtype]
+    return found
 
 
-def scheme_group(pair: Pair, format_: str, targets: list[str]) -> dict[str, Any]:
+def _strategy(spec: TensorSpec) -> str:
+    assert spec.scale is not None
+    match spec.granularity:
+        case PerTensor():
+            return "tensor"
+        case PerChannel():
+            return "channel"
+        case PerToken():
+            return "token"
+        case PerTile():
+            return "block"
+    return "group" if spec.scale.over is None else "tensor_group"
+
+
+def scheme_group(
+    weight: TensorSpec, source: TensorSpec | None, output: TensorSpec | None, format_: str, targets: list[str]
+) -> dict[str, Any]:
     """One config group; `format_` is the compressor's name."""
-    spec, source = pair
-    inputs = None
-    if source is not None:
-        kind = shared.input_kind(source) or ""
-        inputs = _arguments(source, kind, _DYNAMIC[kind.split()[-1]])
     return {
         "targets": targets,
-        "weights": _arguments(spec, shared.weight_kind(spec) or "", False),
-        "input_activations": inputs,
-        "output_activations": None,
+        "weights": arguments(weight, weight=True),
+        "input_activations": None if source is None else arguments(source, weight=False),
+        "output_activations": None if output is None else arguments(output, weight=False),
         "format": format_,
     }
 
 
-def read_weight(module: str, arguments: Mapping[str, Any], scale: str) -> TensorSpec:
+def read_weight(module: str, given: Mapping[str, Any], scale: str) -> TensorSpec:
     """The spec of a weight; `scale` is the safetensors dtype of its scale. Raises ModelError for one not held here."""
-    number = f"{arguments.get('type', 'int')}{arguments.get('num_bits', 8)}"
-    group = arguments.get("group_size")
-    strategy = arguments.get("strategy") or ("group" if group else "tensor")
-    kind = {
-        ("int4", "group"): "int4 group",
-        ("int4", "channel"): "int4 channel",
-        ("int8", "channel"): "int8 channel",
-        ("int8", "tensor"): "int8 tensor",
-        ("float8", "channel"): "fp8 channel",
-        ("float8", "tensor"): "fp8 tensor",
-        ("float4", "group"): "mxfp4",
-        ("float4", "tensor_group"): "nvfp4",
-    }.get((number, strategy))
-    fixed = {"mxfp4": 32, "nvfp4": 16, "int4 group": group or -1}.get(kind or "", group)
-    if kind is None or arguments.get("symmetric", True) is not True or group != fixed or arguments.get("dynamic"):
-        raise ModelError(
-            f"weights of {number}, strategy {strategy}, group {group}, symmetric {arguments.get('symmetric', True)} "
-            "are not read by this version",
-            where=module,
-        )
-    return shared.weight_spec(kind, shared.scale_dtype(number, scale), group)
+    dtype = kinds.scale_dtype(str(given.get("type", "int")), scale)
+    for kind in WEIGHTS:
+        spec = kinds.weight_spec(kind, dtype, given.get("group_size"))
+        if _same(given, arguments(spec, weight=True)):
+            return spec
+    raise ModelError(f"weights of {_words(given)} are not read by this version", where=module)
 
 
-def read_input(module: str, arguments: Mapping[str, Any]) -> str:
-    """The kind of an input. Raises ModelError for one not held here."""
-    number = f"{arguments.get('type', 'int')}{arguments.get('num_bits', 8)}"
-    dynamic, strategy, group = arguments.get("dynamic", False), arguments.get("strategy"), arguments.get("group_size")
-    short = {"float8": "fp8", "int8": "int8"}.get(number)
-    if short and arguments.get("symmetric", True) and (strategy, dynamic) in (("token", True), ("tensor", True)):
-        return f"{short} {strategy}"
-    if short and arguments.get("symmetric", True) and (strategy or "tensor", dynamic) == ("tensor", False):
-        return f"{short} static"
-    fp4: dict[tuple[Any, Any, Any], str] = {("group", 32, True): "mxfp4", ("tensor_group", 16, "local"): "nvfp4"}
-    if number == "float4" and (strategy, group, dynamic) in fp4:
-        return fp4[strategy, group, dynamic]
-    raise ModelError(
-        f"inputs of {number}, strategy {strategy}, group {group}, dynamic {dynamic} are not read by this version",
-        where=module,
-    )
+def read_input(module: str, given: Mapping[str, Any] | None, what: str = "inputs") -> TensorSpec | None:
+    """The spec of an input or output, None when it is not quantized. Raises ModelError for one not held here."""
+    if not given:
+        return None
+    for spec in _inputs(given.get("group_size")):
+        if _same(given, arguments(spec, weight=False)):
+            return spec
+    raise ModelError(f"{what} of {_words(given)} are not read by this version", where=module)
+
+
+def _inputs(group: int | None) -> Iterable[TensorSpec]:
+    for kind in INPUTS:
+        # No scale is stored; in groups of integers it has the model's dtype, as that of their weights.
+        integers = kind.endswith("group") and kind.startswith("int")
+        spec = kinds.input_spec(kind, group=group, scale_dtype="model" if integers else "f32")
+        if spec is not None:
+            yield spec
+
+
+def _same(given: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    """True when `given`, with the library's defaults, says what `wanted` says; a scale dtype may be left out."""
+    group = given.get("group_size")
+    group = None if group == -1 else group
+    usual = "tensor" if given.get("group_size") is None else "channel" if group is None else "group"
+    full = {
+        "num_bits": given.get("num_bits", 8),
+        "type": given.get("type", "int"),
+        "strategy": given.get("strategy") or usual,
+        "group_size": group,
+        "symmetric": given.get("symmetric", True),
+        "dynamic": given.get("dynamic", False),
+        "block_structure": given.get("block_structure"),
+    }
+    return full == {"block_structure": None} | {key: wanted[key] for key in wanted if key != "scale_dtype"}
+
+
+def _words(given: Mapping[str, Any]) -> str:
+    keys = ("strategy", "group_size", "block_structure", "symmetric", "dynamic")
+    found = ", ".join(f"{key} {given[key]}" for key in keys if given.get(key) is not None)
+    return f"{given.get('type', 'int')}{given.get('num_bits', 8)}, {found}"

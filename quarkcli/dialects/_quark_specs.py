@@ -1,28 +1,46 @@
-"""Specs <-> the spec dictionaries of AMD Quark's `quantization_config` (release 0.13, printed by running it)."""
+"""Specs <-> the spec dictionaries of AMD Quark's `quantization_config` (release 0.13, printed by running it).
+
+A spec is one dictionary per stage, and one more (`is_scale_quant`) for a scale over the scales of the stage before; two
+or more make a list. What Quark has no word for (a rule such as `rceil`, a chain whose first codes are stored, an
+observer's parameters) stands as the native cfg under `tensor_spec` in the first dictionary, beside the nearest words
+that Quark has. No reader of Quark's looks at that key.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from quarkcli.dialects import _shared as shared
-from quarkcli.dialects._shared import Pair
-from quarkcli.errors import ModelError
-from quarkcli.spec import TensorSpec
+from quarkcli.errors import ConfigError, ModelError
+from quarkcli.recipe.attributes import quark
+from quarkcli.spec import (
+    Granularity,
+    PerChannel,
+    PerGroup,
+    PerTensor,
+    PerTile,
+    PerToken,
+    ScaleSpec,
+    TensorSpec,
+    spec_to_yaml,
+)
 
-Specs = dict[str, Any] | list[dict[str, Any]] | None
+Entry = dict[str, Any]
+Specs = Entry | list[Entry] | None
+
+OWN_KEY = quark.OWN_KEY
 
 # Every key is always present; readers compare the dictionaries of q, k and v key by key.
-_BLANK: dict[str, Any] = {
+_NOTHING: Entry = {
     "dtype": None,
-    "is_dynamic": False,
+    "is_dynamic": None,
     "qscheme": None,
     "ch_axis": None,
     "group_size": None,
     "block_size": None,
-    "symmetric": True,
-    "round_method": "half_even",
-    "scale_type": "float32",
+    "symmetric": None,
+    "round_method": None,
+    "scale_type": None,
     "scale_format": None,
     "scale_calculation_mode": None,
     "mx_element_dtype": None,
@@ -32,149 +50,156 @@ _BLANK: dict[str, Any] = {
     "enable_buffer_reuse": False,
     "max_input_numel": 4194304,
 }
+_DTYPES = {element: dtype for dtype, element in quark.DTYPES.items()}
+_MX_ELEMENTS = {element: dtype for dtype, element in quark.MX_ELEMENTS.items()}
+_SCALE_TYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "model": "float", "pow2": "pof2"}
+# The dtype of the second dictionary of a scale over scales.
+_BLOCK_DTYPES = {scale: dtype for dtype, scale in quark.BLOCK_SCALES.items()}
+_BLOCK_OBSERVER = "PerBlockMXObserver"
 _OBSERVERS = {
     "per_tensor": "PerTensorMinMaxObserver",
     "per_channel": "PerChannelMinMaxObserver",
     "per_group": "PerGroupMinMaxObserver",
+    "per_block": "PerBlock2DMinMaxObserver",
 }
-_DTYPES = {"int4": "int4", "int8": "int8", "fp8": "fp8_e4m3"}
-_SHORT = {dtype: short for short, dtype in _DTYPES.items()}
-# Quark has no word for the exponent rule `rceil`; readers of stored exponents do not ask how they were found.
-_MODES = ("even", "floor", "ceil")
+_POWER_OBSERVERS = {"per_tensor": "PerTensorPowOf2MinMaxObserver", "per_channel": "PerChannelPowOf2MinMaxObserver"}
+_TENSOR_OBSERVERS = {
+    "percentile": "PerTensorPercentileObserver",
+    "histogram": "PerTensorHistogramObserver",
+    "mse": "PerTensorMSEObserver",
+}
 
 
-def layer(pair: Pair | None, output: TensorSpec | None = None) -> dict[str, Any]:
-    """The `LAYER` dictionary of a (weight, input) pair, and of an output where the cache is quantized."""
-    spec, source = pair if pair is not None else (None, None)
-    return {
-        "weight": None if spec is None else _weight(spec),
-        "input_tensors": None if source is None else _input(source),
-        "output_tensors": None if output is None else _input(output),
-        "bias": None,
-        "target_device": None,
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def specs_of(spec: TensorSpec | None, *, activation: bool) -> Specs:
+    """The dictionary, or the list of them, that says `spec`; `activation`: of an input or output."""
+    if spec is None:
+        return None
+    entries = [entry for stage in spec.stages for entry in _stage(stage)]
+    found = entries[0] if len(entries) == 1 else entries
+    try:
+        same = read_spec("", found, activation=activation) == spec
+    except ModelError:
+        same = False
+    if not same:
+        entries[0][OWN_KEY] = spec_to_yaml(spec)
+    return found
+
+
+def _stage(stage: TensorSpec) -> list[Entry]:
+    """The dictionary of one stage, and that of the scale over its scales."""
+    element, scale = stage.format, stage.scale
+    if scale is None:
+        return [{**_NOTHING, "dtype": _DTYPES[element.name], "observer_cls": quark.PLACEHOLDER}]
+    if element.fraction:
+        return [_shared_exponent(stage, scale)]
+    entry = {**_NOTHING, **_where(stage.granularity), **_scale(stage, scale)}
+    entry |= {
+        "dtype": _DTYPES.get(element.name, element.name),
+        "is_dynamic": scale.when == "dynamic",
+        "symmetric": None if _is_block(stage) else stage.symmetric,
+        "round_method": stage.rounding,
+        "zero_point_type": "float32" if stage.zero_point == "float" else "int32",
+        "observer_cls": _observer(stage, entry["qscheme"]),
     }
+    return [entry] if scale.over is None else [entry, _over(scale.dtype, scale.over)]
 
 
-def _weight(spec: TensorSpec) -> Specs:
-    kind = shared.weight_kind(spec) or ""
-    if kind in ("mxfp4", "nvfp4"):
-        return _fp4(kind, spec, dynamic=False)
-    short, where = kind.split()
-    qscheme = f"per_{where}"
+def _shared_exponent(stage: TensorSpec, scale: ScaleSpec) -> Entry:
+    """mx6, mx9, bfp16 and mxint8: Quark says nothing of when, where and how."""
+    wrapped = _MX_ELEMENTS.get(stage.element)
     return {
-        **_BLANK,
-        "dtype": _DTYPES[short],
-        "qscheme": qscheme,
-        "ch_axis": {"channel": 0, "group": -1}.get(where),
-        "group_size": spec.group_size,
-        "scale_type": "float" if spec.scale.dtype == "model" else _SCALE_TYPES[spec.scale.dtype],
-        "observer_cls": _OBSERVERS[qscheme],
-    }
-
-
-_SCALE_TYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
-
-
-def _input(spec: TensorSpec) -> Specs:
-    kind = shared.input_kind(spec) or ""
-    if kind in ("mxfp4", "nvfp4"):
-        return _fp4(kind, spec, dynamic=True)
-    short, how = kind.split()
-    # Quark calls one scale per token `per_channel` along axis 1.
-    qscheme = "per_channel" if how == "token" else "per_tensor"
-    return {
-        **_BLANK,
-        "dtype": _DTYPES[short],
-        "is_dynamic": how != "static",
-        "qscheme": qscheme,
-        "ch_axis": 1 if how == "token" else None,
-        "observer_cls": _OBSERVERS[qscheme],
-    }
-
-
-def _fp4(kind: str, spec: TensorSpec, *, dynamic: bool) -> Specs:
-    group = {
-        **_BLANK,
-        "dtype": "fp4",
-        "is_dynamic": dynamic,
-        "qscheme": "per_group",
+        **_NOTHING,
+        "dtype": quark.MX if wrapped else stage.element,
+        "mx_element_dtype": wrapped,
         "ch_axis": -1,
-        "group_size": spec.group_size,
-        "symmetric": None,
-        "observer_cls": "PerBlockMXObserver",
+        "group_size": stage.group_size,
+        "scale_calculation_mode": scale.rule if wrapped and scale.rule in quark.MODES else "even",
     }
-    if kind == "nvfp4":
-        outer = {**_BLANK, "dtype": "fp8_e4m3", "qscheme": "per_tensor", "observer_cls": _OBSERVERS["per_tensor"]}
-        return [{**group, "scale_format": "float32"}, {**outer, "is_scale_quant": True}]
-    mode = spec.scale.rule if spec.scale.rule in _MODES else "even"
-    return {**group, "scale_type": "float", "scale_format": "e8m0", "scale_calculation_mode": mode}
 
 
-def read_weight(module: str, specs: Specs, scale: str) -> TensorSpec:
-    """The spec of a weight; `scale` is the safetensors dtype of its scale. Raises ModelError for one not held here."""
-    fp4 = _read_fp4(specs, dynamic=False)
-    if fp4 is not None:
-        return shared.weight_spec(fp4, rule=_mode(specs))
-    spec = _single(specs)
-    short, qscheme = _SHORT.get(str(spec.get("dtype"))), spec.get("qscheme")
-    where = {"per_tensor": "tensor", "per_channel": "channel", "per_group": "group"}.get(str(qscheme))
-    plain = spec.get("symmetric") is True and not spec.get("is_dynamic") and spec.get("ch_axis") in (None, 0, -1)
-    grouped = short == "int4"
-    if short is None or where is None or not plain or grouped != (where == "group" and bool(spec.get("group_size"))):
-        raise ModelError(f"weights of {_words(specs)} are not read by this version", where=module)
-    dtype = shared.scale_dtype(short, scale)
-    return shared.weight_spec(f"{short} {where}", dtype, spec.get("group_size"))
+def _where(granularity: Granularity) -> Entry:
+    match granularity:
+        case PerTensor():
+            return {"qscheme": "per_tensor"}
+        case PerToken():  # Quark's name for the token axis of [batch, token, feature]
+            return {"qscheme": "per_channel", "ch_axis": 1}
+        case PerChannel(axis):
+            return {"qscheme": "per_channel", "ch_axis": -axis}
+        case PerGroup(size):
+            return {"qscheme": "per_group", "ch_axis": -1, "group_size": size}
+        case PerTile(rows, cols):
+            return {"qscheme": "per_block", "block_size": [rows, cols]}
 
 
-def read_input(module: str, specs: Specs) -> TensorSpec | None:
-    """The spec of an input or output, None when it is not quantized. Raises ModelError for one not held here."""
-    if specs is None:
+def _is_block(stage: TensorSpec) -> bool:
+    """True for what Quark's block observer handles: groups of small floats, or any floats under 8-bit scales."""
+    assert stage.scale is not None
+    small = stage.format.bits < 8 or stage.scale.dtype not in _SCALE_TYPES
+    return stage.format.kind == "float" and small and isinstance(stage.granularity, PerGroup)
+
+
+def _scale(stage: TensorSpec, scale: ScaleSpec) -> Entry:
+    mode = (scale.rule if scale.rule in quark.MODES else "even") if scale.dtype == "e8m0" else None
+    if scale.dtype == "e8m0":
+        kind = "float" if _is_block(stage) else quark.E8M0_TYPE
+        return {"scale_type": kind, "scale_format": "e8m0", "scale_calculation_mode": mode}
+    if scale.dtype == "e5m3" and scale.over is None:
+        return {"scale_type": quark.E5M3_TYPE, "scale_format": "e5m3"}
+    return {
+        "scale_type": _SCALE_TYPES.get(scale.dtype, "float32"),
+        "scale_format": "float32" if _is_block(stage) else None,
+    }
+
+
+def _observer(stage: TensorSpec, qscheme: str) -> str:
+    assert stage.scale is not None
+    if _is_block(stage):
+        return _BLOCK_OBSERVER
+    if qscheme == "per_tensor" and stage.observer.name in _TENSOR_OBSERVERS:
+        return _TENSOR_OBSERVERS[stage.observer.name]
+    known = _POWER_OBSERVERS if stage.scale.dtype == "pow2" and qscheme in _POWER_OBSERVERS else _OBSERVERS
+    return known[qscheme]
+
+
+def _over(dtype: str, over: ScaleSpec) -> Entry:
+    """The second dictionary: one scale per tensor over block scales of `dtype`."""
+    return {
+        **_NOTHING,
+        "dtype": _BLOCK_DTYPES[dtype],
+        "is_dynamic": over.when == "dynamic",
+        "qscheme": "per_tensor",
+        "symmetric": True,
+        "round_method": "half_even",
+        "scale_type": _SCALE_TYPES[over.dtype],
+        "observer_cls": _OBSERVERS["per_tensor"],
+        "is_scale_quant": True,
+    }
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def read_spec(module: str, specs: Any, *, activation: bool) -> TensorSpec | None:
+    """The spec that dictionaries say, None for null. Raises ModelError, at `module`, for one that is not held here."""
+    if not specs:
         return None
-    fp4 = _read_fp4(specs, dynamic=True)
-    if fp4 is not None:
-        return shared.input_spec(fp4, _mode(specs))
-    spec = _single(specs)
-    short = _SHORT.get(str(spec.get("dtype")))
-    how = {("per_tensor", False): "static", ("per_tensor", True): "tensor", ("per_channel", True): "token"}.get(
-        (str(spec.get("qscheme")), bool(spec.get("is_dynamic")))
-    )
-    if short not in ("fp8", "int8") or how is None or spec.get("symmetric") is not True:
-        raise ModelError(f"inputs of {_words(specs)} are not read by this version", where=module)
-    return shared.input_spec(f"{short} {how}")
+    entries = specs if isinstance(specs, list) else [specs]
+    if not all(isinstance(entry, Mapping) for entry in entries):
+        raise ModelError(f"a spec is a dictionary or a list of them, not {specs!r}", where=module)
+    # Later releases may write more keys.
+    known = [{key: value for key, value in entry.items() if key in (*quark.FIELDS, OWN_KEY)} for entry in entries]
+    try:
+        return quark.to_spec(known, weight=not activation)
+    except ConfigError as error:
+        slot = "activations" if activation else "weights"
+        what = f"{slot} of {_words(entries)} are not read by this version: {error.what}"
+        raise ModelError(what, where=module) from error
 
 
-def _stages(specs: Specs) -> list[Mapping[str, Any]]:
-    return list(specs) if isinstance(specs, list) else [specs] if specs else []
-
-
-def _single(specs: Specs) -> Mapping[str, Any]:
-    stages = _stages(specs)
-    return stages[0] if len(stages) == 1 else {}
-
-
-def _mode(specs: Specs) -> str | None:
-    mode: str | None = _stages(specs)[0].get("scale_calculation_mode")
-    return mode
-
-
-def _read_fp4(specs: Specs, *, dynamic: bool) -> str | None:
-    """`mxfp4`, `nvfp4` or None."""
-    stages = _stages(specs)
-    if not stages or stages[0].get("dtype") != "fp4" or stages[0].get("qscheme") != "per_group":
-        return None
-    if bool(stages[0].get("is_dynamic")) != dynamic:
-        return None
-    size, scale = stages[0].get("group_size"), stages[0].get("scale_format")
-    if len(stages) == 1 and size == 32 and scale == "e8m0" and _mode(specs) in (None, *_MODES):
-        return "mxfp4"
-    outer = stages[-1]
-    two_level = len(stages) == 2 and outer.get("dtype") == "fp8_e4m3" and outer.get("qscheme") == "per_tensor"
-    return "nvfp4" if two_level and size == 16 and not outer.get("is_dynamic") else None
-
-
-def _words(specs: Specs) -> str:
-    keys = ("dtype", "qscheme", "group_size", "symmetric", "scale_format")
-    stages = [
-        " ".join(f"{key}={stage.get(key)}" for key in keys if stage.get(key) is not None) for stage in _stages(specs)
-    ]
-    return " over ".join(stages) or "nothing"
+def _words(entries: list[Entry]) -> str:
+    keys = ("dtype", "mx_element_dtype", "qscheme", "group_size", "symmetric", "scale_format")
+    texts = [" ".join(f"{key}={entry.get(key)}" for key in keys if entry.get(key) is not None) for entry in entries]
+    return " and ".join(text or "nothing" for text in texts)

@@ -1,126 +1,22 @@
-"""What the dialects share: names for the specs they hold, and what servers ask of fused modules. Torch-free."""
+"""What the dialects share: what they refuse, and what servers ask of fused modules. Torch-free."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 
+from quarkcli.dialects._kinds import Kinds, Pair, input_kind, kinds_of
 from quarkcli.dialects.base import HeaderLike, TensorInfo
 from quarkcli.errors import ModelError
 from quarkcli.plan.model import Attention, Decision, Plan, Target
-from quarkcli.spec import PerChannel, PerGroup, PerTensor, PerToken, ScaleSpec, TensorSpec
-
-Pair = tuple[TensorSpec, TensorSpec | None]
-Kinds = tuple[str, str]
+from quarkcli.spec import TensorSpec
 
 FLOAT_TEXTS = ("F32", "BF16", "F16")
-_PLAIN_SCALES = ("f32", "f16", "bf16", "model")
-_SCALE_TEXTS = {"f32": "F32", "f16": "F16", "bf16": "BF16", "e8m0": "U8", "e4m3": "F8_E4M3"}
-_GLOBAL = ScaleSpec("f32")
-# The element with its sort, and the rule by which AMD Quark and compressed-tensors compute its scale.
-_PLAIN_RULES: dict[str, tuple[str, str]] = {
-    "int4": ("int4", "half_range"),
-    "int8": ("int8", "half_range"),
-    "fp8": ("fp8_e4m3", "absmax"),
-}
-_SHORT = {element: short for short, (element, _) in _PLAIN_RULES.items()}
-
-
-def weight_kind(spec: TensorSpec) -> str | None:
-    """The short name of a weight spec (`int4 group`, `fp8 tensor`, `mxfp4` ...), None for one no dialect here knows."""
-    scale = spec.scale
-    if scale.when != "static":
-        return None
-    if spec.element == "fp4_e2m1":
-        return _fp4_kind(spec)
-    if scale.dtype not in _PLAIN_SCALES or scale.over is not None or spec.element not in _SHORT:
-        return None
-    match spec.granularity:
-        case PerTensor() if spec.element != "int4":
-            return f"{_SHORT[spec.element]} tensor"
-        case PerChannel(0):
-            return f"{_SHORT[spec.element]} channel"
-        case PerGroup() if spec.element == "int4":
-            return "int4 group"
-    return None
-
-
-def input_kind(spec: TensorSpec | None) -> str | None:
-    """The short name of an input spec: `none`, `fp8 static`, `fp8 tensor`, `fp8 token`, `mxfp4`, `nvfp4` ..."""
-    if spec is None:
-        return "none"
-    scale = spec.scale
-    if spec.element == "fp4_e2m1":
-        return _fp4_kind(spec) if scale.when == "dynamic" else None
-    if spec.element not in ("fp8_e4m3", "int8") or scale.over is not None:
-        return None
-    short = _SHORT[spec.element]
-    match spec.granularity, scale.when:
-        case PerTensor(), "static" if scale.dtype == "f32":
-            return f"{short} static"
-        case PerTensor(), "dynamic" if scale.dtype in _PLAIN_SCALES:
-            return f"{short} tensor"
-        case PerToken(), "dynamic" if scale.dtype in _PLAIN_SCALES:
-            return f"{short} token"
-    return None
-
-
-def _fp4_kind(spec: TensorSpec) -> str | None:
-    scale, over = spec.scale, spec.scale.over
-    if spec.granularity == PerGroup(32) and scale.dtype == "e8m0" and over is None:
-        return "mxfp4"
-    # Two levels: the outer scale is a static float32 on its own.
-    if spec.granularity == PerGroup(16) and scale.dtype == "e4m3" and over is not None:
-        return "nvfp4" if (over.dtype, over.when, over.over) == ("f32", "static", None) else None
-    return None
-
-
-def weight_spec(kind: str, scale_dtype: str = "f32", group: int | None = None, rule: str | None = None) -> TensorSpec:
-    """The spec that `weight_kind` calls `kind`, with the usual rule of its format when `rule` is None."""
-    if kind == "mxfp4":
-        return TensorSpec("fp4_e2m1", PerGroup(32), ScaleSpec("e8m0", rule or "even"))  # type: ignore[arg-type]
-    if kind == "nvfp4":
-        return TensorSpec("fp4_e2m1", PerGroup(16), ScaleSpec("e4m3", over=_GLOBAL))
-    short, where = kind.split()
-    element, usual = _PLAIN_RULES[short]
-    granularity = PerTensor() if where == "tensor" else PerChannel(0) if where == "channel" else PerGroup(group or 0)
-    return TensorSpec(element, granularity, ScaleSpec(scale_dtype, rule or usual))  # type: ignore[arg-type]
-
-
-def input_spec(kind: str, rule: str | None = None) -> TensorSpec | None:
-    """The spec that `input_kind` calls `kind`."""
-    if kind == "none":
-        return None
-    if kind == "mxfp4":
-        return TensorSpec("fp4_e2m1", PerGroup(32), ScaleSpec("e8m0", rule or "even", "dynamic"))  # type: ignore[arg-type]
-    if kind == "nvfp4":
-        return TensorSpec("fp4_e2m1", PerGroup(16), ScaleSpec("e4m3", "absmax", "dynamic", over=_GLOBAL))
-    short, how = kind.split()
-    element, usual = _PLAIN_RULES[short]
-    when = "static" if how == "static" else "dynamic"
-    granularity = PerToken() if how == "token" else PerTensor()
-    return TensorSpec(element, granularity, ScaleSpec("f32", rule or usual, when))  # type: ignore[arg-type]
-
-
-def scale_dtype(element: str, text: str) -> str:
-    """The `ScaleSpec.dtype` of a stored plain scale; a 16-bit scale of an integer is one in the model's dtype."""
-    if text == "F32":
-        return "f32"
-    return "model" if element.startswith("int") else text.lower()
-
-
-def scale_text(spec: TensorSpec, model: str) -> str:
-    """The safetensors dtype of a spec's scale; `model` is the source tensor's."""
-    return _SCALE_TEXTS.get(spec.scale.dtype, model)
 
 
 def pair_of(target: Target) -> Pair | None:
     """(weight, input) of a target. An input spec without a quantized weight is switched off, as the plan says."""
     return (target.weight, target.input) if target.weight is not None else None
-
-
-def kinds_of(pair: Pair) -> Kinds | None:
-    weight, source = weight_kind(pair[0]), input_kind(pair[1])
-    return (weight, source) if weight and source else None
 
 
 def pairs(plan: Plan) -> dict[Pair, list[Target]]:
@@ -177,14 +73,30 @@ def vllm_loads(plan: Plan, dense: frozenset[Kinds], experts: frozenset[Kinds]) -
     return fused_agree(plan)
 
 
-def refusals(plan: Plan, dialect: str, holds: frozenset[Kinds]) -> list[str]:
+@dataclass(frozen=True)
+class Places:
+    """What a dialect can hold: kinds of weights with their inputs, of outputs, attention slots, and embeddings."""
+
+    pairs: frozenset[Kinds]
+    outputs: frozenset[str] = frozenset()
+    attention: frozenset[str] = frozenset({"k", "v"})
+    embeddings: bool = False
+
+
+def refusals(plan: Plan, dialect: str, holds: frozenset[Kinds] | Places) -> list[str]:
     """Reasons every dialect here has in common. One sentence for all modules with the same reason."""
+    places = holds if isinstance(holds, Places) else Places(holds)
     reasons: dict[str, list[str]] = {}
     for target in plan.targets.values():
-        for reason in _target_reasons(target, dialect, holds):
+        for reason in _target_reasons(target, dialect, places):
             reasons.setdefault(reason, []).append(target.name)
-    for reason, name in _attention_reasons(plan, dialect):
+    for reason, name in _attention_reasons(plan, dialect, places):
         reasons.setdefault(reason, []).append(name)
+    return sentences(reasons)
+
+
+def sentences(reasons: Mapping[str, list[str]]) -> list[str]:
+    """One sentence for every reason, from the names of the modules it holds for."""
     return [_sentence(names, reason) for reason, names in reasons.items()]
 
 
@@ -193,18 +105,17 @@ def _sentence(names: list[str], reason: str) -> str:
     return f"{names[0]}{more}: {reason}"
 
 
-def _target_reasons(target: Target, dialect: str, holds: frozenset[Kinds]) -> Iterator[str]:
-    for kind in ("output", "bias"):
-        spec = target.slots[kind].spec if kind in target.slots else None
-        if spec is not None:
+def _target_reasons(target: Target, dialect: str, places: Places) -> Iterator[str]:
+    for kind, spec in (("output", target.output), ("bias", target.bias_spec)):
+        if spec is not None and (kind == "bias" or input_kind(spec) not in places.outputs):
             yield f"{dialect} has no place for a quantized {kind} ({spec.describe()})"
     pair = pair_of(target)
     if pair is None:
         return
     weight, source = pair
-    if target.role == "embedding":
+    if target.role == "embedding" and not places.embeddings:
         yield f"{dialect} readers do not load a quantized embedding ({weight.describe()})"
-    if kinds_of(pair) not in holds:
+    if kinds_of(pair) not in places.pairs:
         after = f" with input {source.describe()}" if source is not None else " without a quantized input"
         yield f"{dialect} cannot hold weight {weight.describe()}{after}"
     for size in {weight.group_size, source.group_size if source is not None else None} - {None}:
@@ -227,15 +138,15 @@ def cached(plan: Plan) -> list[Attention]:
     return [attention for attention in plan.attention.values() if enabled(attention.slots)]
 
 
-def _attention_reasons(plan: Plan, dialect: str) -> Iterator[tuple[str, str]]:
+def _attention_reasons(plan: Plan, dialect: str, places: Places) -> Iterator[tuple[str, str]]:
     active = cached(plan)
     for attention in active:
         specs = enabled(attention.slots)
-        for kind in sorted(set(specs) - {"k", "v"}):
+        for kind in sorted(set(specs) - places.attention):
             yield f"{dialect} is written without scales for attention {kind} ({specs[kind].describe()})", attention.name
-        if ("k" in specs) != ("v" in specs):
+        if not {"k", "v"} <= set(specs):
             yield f"{dialect} describes the cache of k and v together; both must be on", attention.name
-        for kind in sorted({"k", "v"} & set(specs)):
+        for kind in sorted(places.attention & set(specs)):
             if input_kind(specs[kind]) != "fp8 static":
                 reason = (
                     f"{dialect} holds a cache of fp8_e4m3 with one static float32 scale, not {specs[kind].describe()}"

@@ -38,6 +38,8 @@ class StoredTarget:
 
     shape    (out, in) of the weight it decodes to
     tensors  the file tensors it is made of, in the checkpoint's names
+    output   spec of the module's output, None when it is not quantized
+    bias     spec of its bias, None when the bias is an ordinary tensor
     """
 
     name: str
@@ -45,6 +47,23 @@ class StoredTarget:
     input: TensorSpec | None
     shape: tuple[int, int]
     tensors: tuple[str, ...]
+    output: TensorSpec | None = None
+    bias: TensorSpec | None = None
+
+
+@dataclass
+class Decoded:
+    """What the tensors of a target hold.
+
+    weight         codes and scales as they were before packing
+    input, output  static scales (multipliers, float32 []), None when there is none
+    bias           codes and scales of a quantized bias [1, out]
+    """
+
+    weight: Quantized
+    input: Tensor | None = None
+    output: Tensor | None = None
+    bias: Quantized | None = None
 
 
 @dataclass(frozen=True)
@@ -82,8 +101,14 @@ class Dialect(Protocol):
     def attention_infos(self, attention: Attention) -> list[TensorInfo]:
         """The tensors added for the enabled attention slots."""
 
-    def tensors(self, target: Target, quantized: Quantized, input_scale: Tensor | None) -> dict[str, Tensor]:
-        """Packed tensors by file name. `input_scale`: float32 [] from `static_scale`, or None when none is stored."""
+    def tensors(
+        self, target: Target, quantized: Quantized, static: Mapping[str, Tensor], bias: Quantized | None = None
+    ) -> dict[str, Tensor]:
+        """Packed tensors by file name.
+
+        static   scales (float32 [], from `static_scale`) by slot kind: `input`, `output`; those that are stored
+        bias     codes of the bias [1, out] where its slot is quantized
+        """
 
     def attention_tensors(self, attention: Attention, scales: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Scale tensors by file name from multipliers (amax / 448) by kind."""
@@ -94,8 +119,8 @@ class Dialect(Protocol):
     def view(self, config: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> StoredView:
         """What a written checkpoint holds, from its `quantization_config` and headers. Raises ModelError."""
 
-    def decode(self, stored: StoredTarget, tensors: Mapping[str, Tensor]) -> tuple[Quantized, Tensor | None]:
-        """Codes and scales as they were before packing, and the static input scale (multiplier) or None."""
+    def decode(self, stored: StoredTarget, tensors: Mapping[str, Tensor]) -> Decoded:
+        """Codes and scales as they were before packing, and the static scales."""
 
     def decode_attention(self, stored: StoredAttention, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Scale multipliers (float32 []) by kind."""

@@ -40,6 +40,7 @@ class _Side:
         dtype: torch.dtype,
         device: str,
         trust: bool,
+        eager: bool,
         tell: Any,
     ) -> None:
         from quarkcli.model.runner import Runner
@@ -47,7 +48,9 @@ class _Side:
         self.checkpoint = checkpoint
         self.dtype = dtype
         folder = checkpoint.source.folder
-        self.runner = Runner(folder, checkpoint.headers, device=device, dtype=dtype, trust_remote_code=trust)
+        self.runner = Runner(
+            folder, checkpoint.headers, device=device, dtype=dtype, trust_remote_code=trust, eager=eager
+        )
         outside = self.runner.outside_tensors()
         self.walk = Walk(self.runner, lambda: checkpoint.read_many(outside, dtype), tokens, None, batch, tell)
         self.walk.start()
@@ -62,11 +65,11 @@ class _Side:
     def _handlers(self, names: list[str], weights_only: bool) -> Mapping[str, Any]:
         if weights_only or not self.checkpoint.quantized:
             return {}
-        inputs = self.checkpoint.activation_quantizers(names)
-        return quantizing_handlers(inputs, self.checkpoint.cache_quantizers(names))
+        activations = self.checkpoint.activation_quantizers(names)
+        return quantizing_handlers(activations, self.checkpoint.attention_quantizers(names))
 
     def tail_handlers(self, weights_only: bool) -> Mapping[str, Any]:
-        """A quantized head reads a quantized activation as well."""
+        """What a quantized head reads and returns is quantized as well."""
         return self._handlers(self.runner.outside_tensors(), weights_only)
 
 
@@ -104,8 +107,10 @@ def evaluate(
     batch = max(1, 2048 // window)
     tell(Message(f"{tokens.shape[0]} windows of {window} tokens from {text or 'the built-in text'}, {_name(compute)}"))
     tell(Phase("evaluate"))
-    tested = _Side(checkpoint, tokens, batch, compute, device, trust_remote_code, tell)
-    source = _Side(reference, tokens, batch, compute, device, trust_remote_code, tell) if reference else None
+    # Both sides compute attention in the same way, so that their distance is that of the quantization.
+    setting = (tokens, batch, compute, device, trust_remote_code, checkpoint.quantizes_softmax and not weights_only)
+    tested = _Side(checkpoint, *setting, tell)
+    source = _Side(reference, *setting, tell) if reference else None
     if source is not None and source.runner.num_blocks != tested.runner.num_blocks:
         raise UsageError(
             f"{tested.runner.num_blocks} blocks here, {source.runner.num_blocks} in the baseline", where="--baseline"

@@ -77,13 +77,18 @@ class Part:
 
 @dataclass(frozen=True)
 class AttentionModule:
-    """`name` is the parent of the k projection; `k_proj` and `v_proj` name modules; `latent`: none is cached."""
+    """`name` is the parent of the k projection; `k_proj` and `v_proj` are module names.
+
+    latent     k and v are not what the cache keeps, but a compressed latent
+    head_dim   features of one head, as the config says; None when it does not
+    """
 
     name: str
     part: int
     k_proj: str
     v_proj: str
     latent: bool = False
+    head_dim: int | None = None
 
 
 @dataclass
@@ -110,7 +115,7 @@ def lay_out(
     builder = _Builder(family, config, headers, parts)
     for tensor in headers:
         builder.add(tensor)
-    builder.connect()
+    builder.connect(_head_dim(text_config(config)))
     return Layout(
         name, inferred, parts, builder.weights, builder.sites, builder.attention, builder.tensor_roles,
         _tied_head(family, config, headers), family.aliases, builder.protected(),
@@ -124,6 +129,13 @@ def _tied_head(family: FamilyModel, config: Mapping[str, Any], headers: Mapping[
     if not heads or not tied or any(f"{head}.weight" in headers for head in heads):
         return None
     return heads[0]
+
+
+def _head_dim(text: Mapping[str, Any]) -> int | None:
+    hidden, heads = text.get("hidden_size"), text.get("num_attention_heads")
+    if isinstance(text.get("head_dim"), int):
+        return int(text["head_dim"])
+    return hidden // heads if isinstance(hidden, int) and isinstance(heads, int) and heads else None
 
 
 def _parts(family: FamilyModel, config: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> list[Part]:
@@ -293,14 +305,14 @@ class _Builder:
             spellings |= {re.sub(r"(\.experts)\.\d+\.", r"\1.", spelling) for spelling in spellings}
         return tuple(sorted(spellings - {name}))
 
-    def connect(self) -> None:
+    def connect(self, head_dim: int | None) -> None:
         """Fill in sites, scale groups and attention modules."""
         for weight in [weight for weight in self.weights.values() if weight.expert is None]:
             site, group = self._linear_ties(weight)
             self.weights[weight.name] = replace(weight, site=site, group=group)
         for name, (part, kind, members) in self._sites().items():
             self.sites[name] = Site(name, part, kind, tuple(members))
-        self._find_attention()
+        self._find_attention(head_dim)
 
     def _sites(self) -> dict[str, tuple[int, str, list[str]]]:
         found: dict[str, tuple[int, str, list[str]]] = {}
@@ -338,7 +350,7 @@ class _Builder:
     def _part(self, weight: Weight) -> Part:
         return self.part_of[weight.view.tensor]
 
-    def _find_attention(self) -> None:
+    def _find_attention(self, head_dim: int | None) -> None:
         spec = self.family.attention
         if spec is None:
             return
@@ -346,6 +358,5 @@ class _Builder:
             module = f"{part.name}.{spec.module}"
             k, v = f"{module}.{spec.k}", f"{module}.{spec.v}"
             if part.block is not None and k in self.weights:
-                self.attention.append(
-                    AttentionModule(module, part.index, k, v if v in self.weights else k, spec.latent)
-                )
+                v = v if v in self.weights else k
+                self.attention.append(AttentionModule(module, part.index, k, v, spec.latent, head_dim))

@@ -16,13 +16,13 @@ import torch
 from torch import nn
 
 from quarkcli.model import experts as expert_modules
-from quarkcli.model.attention import AttentionTap, tapped
+from quarkcli.model.attention import AttentionTap, SoftmaxTap, tapped
 from quarkcli.model.blocks import Weights
 from quarkcli.model.experts import ExpertHandler
 from quarkcli.model.record import Recorder, Recording
 from quarkcli.model.skeleton import HeaderLike, build_skeleton
 
-# Gets a module's input [..., features]; what it returns, if not None, takes the input's place.
+# Gets a module's input or output [..., features]; what it returns, if not None, takes its place.
 LinearHandler = Callable[[torch.Tensor], "torch.Tensor | None"]
 
 
@@ -34,6 +34,7 @@ class Runner:
     device             where weights, arguments and hidden states live
     dtype              what to compute in; None: the config's
     trust_remote_code  allow a model that transformers does not know to run its own code
+    eager              compute attention step by step, so that softmax outputs can be seen; else as fast as it goes
 
     Parameters never require gradients and everything runs without autograd.
 
@@ -48,9 +49,12 @@ class Runner:
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
         trust_remote_code: bool = False,
+        eager: bool = False,
     ) -> None:
         self.device = torch.device(device)
-        self._skeleton = build_skeleton(Path(folder), headers, dtype=dtype, trust_remote_code=trust_remote_code)
+        self._skeleton = build_skeleton(
+            Path(folder), headers, dtype=dtype, trust_remote_code=trust_remote_code, eager=eager
+        )
         self._weights = Weights(self._skeleton, headers, self.device)
         self._recorder = Recorder(self._skeleton)
 
@@ -129,15 +133,19 @@ class Runner:
         i: int | None,
         *,
         linear: Mapping[str, LinearHandler] | None = None,
+        outputs: Mapping[str, LinearHandler] | None = None,
         experts: Mapping[str, ExpertHandler] | None = None,
         attention: Mapping[str, AttentionTap] | None = None,
+        softmax: Mapping[str, SoftmaxTap] | None = None,
     ) -> Iterator[None]:
-        """See, and change, what modules of block `i` (None: outside the blocks) read, while inside.
+        """See, and change, what modules of block `i` (None: outside the blocks) read or return, while inside.
 
         linear     file tensor -> callable that gets the input of the module that owns it; of several tensors of one
                    module (gate and up that memory holds fused), the first one's is called
+        outputs    the same for what the module returns
         experts    any file tensor of an experts module -> its handler
         attention  file tensor of a k projection -> callable that gets q, k, v after rotary embedding
+        softmax    file tensor of a k projection -> callable that gets the softmax output; needs `eager`
 
         raises  KeyError for a file tensor that does not belong there
         """
@@ -150,6 +158,10 @@ class Runner:
                     hooked.add(module)
                     hook = module.register_forward_pre_hook(_input_hook(handler), with_kwargs=True)
                     stack.callback(hook.remove)
+            for name, handler in (outputs or {}).items():
+                for module in self._modules(i, name):
+                    hook = module.register_forward_hook(_output_hook(handler))
+                    stack.callback(hook.remove)
             for name, expert_handler in (experts or {}).items():
                 self._modules(i, name)
                 owner = self.expert_module(name)
@@ -157,9 +169,10 @@ class Runner:
                     raise KeyError(f"{name!r} is no tensor of an experts module")
                 stack.enter_context(expert_modules.handled(owner, expert_handler))
             taps = {self._parent(i, name): tap for name, tap in (attention or {}).items()}
-            if taps:
+            softmaxes = {self._parent(i, name): tap for name, tap in (softmax or {}).items()}
+            if taps or softmaxes:
                 default = self._skeleton.model.config.get_text_config()._attn_implementation
-                stack.enter_context(tapped(taps, default))
+                stack.enter_context(tapped(taps, softmaxes, default))
             yield
 
     def expert_module(self, name: str) -> nn.Module | None:
@@ -187,6 +200,13 @@ class Runner:
         self._modules(i, name)
         path = self._weights.owners(name)[0][0].rpartition(".")[0].rpartition(".")[0]
         return self._skeleton.model.get_submodule(path)
+
+
+def _output_hook(handler: LinearHandler) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        return handler(output)
+
+    return hook
 
 
 def _input_hook(handler: LinearHandler) -> Callable[..., Any]:

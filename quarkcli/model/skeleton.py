@@ -84,17 +84,19 @@ def build_skeleton(
     *,
     dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
+    eager: bool = False,
 ) -> Skeleton:
     """Build the model of `folder`'s config.json on the meta device.
 
     dtype   None: the config's, else the first floating-point dtype among the headers
+    eager   attention in the class's own eager implementation, whose masks and steps are plain tensors
     raises  ModelError: no config.json, unknown model type, custom code without `trust_remote_code`, a class that
             cannot be built
     """
     with quiet():
         config = load_config(folder, trust_remote_code)
         cls = model_class(config, folder, trust_remote_code)
-        config = _prepared(config)
+        config = _prepared(config, "eager" if eager else None)
         dtype = dtype or _as_dtype(getattr(config, "dtype", None)) or _stored_dtype(headers)
         set_dtype(config, dtype)
         try:
@@ -227,8 +229,8 @@ def _meta_parameters() -> Iterator[None]:
         yield
 
 
-def _prepared(config: Any) -> Any:
-    """The config with what would get in the way of a plain text forward taken out."""
+def _prepared(config: Any, attention: str | None) -> Any:
+    """The config with what would get in the way of a plain text forward taken out, and an attention (None: default)."""
     for part in {id(part): part for part in (config, config.get_text_config())}.values():
         for flag in ("output_attentions", "output_hidden_states", "output_router_logits"):
             if getattr(part, flag, False):
@@ -236,7 +238,7 @@ def _prepared(config: Any) -> Any:
         if getattr(part, "quantization_config", None) is not None:
             del part.quantization_config
     # A config saved with flash attention would ask for a package and change the masks.
-    config._attn_implementation = None
+    config._attn_implementation = attention
     _spread_rope_theta(config)
     return config
 

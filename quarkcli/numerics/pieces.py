@@ -14,8 +14,7 @@ from quarkcli.errors import DataError, ModelError
 # bounds the temporary memory.
 CPU_PIECE = 1 << 18
 DEVICE_PIECE = 1 << 27
-# torch vectorizes a reduction over the last axis from this many float32 on; shorter rows are padded with zeros.
-_VECTOR_ROW = 32
+_HALVES = (torch.bfloat16, torch.float16)
 
 
 def row_pieces(x: Tensor) -> Iterator[slice]:
@@ -75,18 +74,36 @@ def group_amax(x: Tensor, size: int) -> Tensor:
     rows, cols = x.shape
     groups = -(-cols // size)
     out = torch.empty(rows, groups, dtype=torch.float32, device=x.device)
-    width = max(size, _VECTOR_ROW)
-    scratch: Tensor | None = None
+    # The bits of positive 16-bit floats are in the order of their values, NaN last; integers are compared faster.
+    halves = x.dtype in _HALVES
     for part in row_pieces(x):
-        magnitude = x[part].abs()
-        count = magnitude.shape[0]
+        magnitude = x[part].abs().contiguous()
+        magnitude = magnitude.view(torch.int16) if halves else magnitude.float()
         if groups * size != cols:
             magnitude = functional.pad(magnitude, (0, groups * size - cols))
-        if scratch is None:
-            scratch = torch.zeros(count, groups, width, dtype=torch.float32, device=x.device)
-        scratch[:count, :, :size].copy_(magnitude.view(count, groups, size))
-        torch.amax(scratch[:count], -1, out=out[part])
+        runs = magnitude.view(-1, groups, size)
+        # torch has no fast path for the shortest reductions.
+        largest = torch.maximum(runs[..., 0], runs[..., 1]) if size == 2 else runs.amax(-1)
+        out[part] = largest.view(x.dtype) if halves else largest
     return out
+
+
+def group_ends(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Smallest and largest value of every run of `size` values in each row of `x` [rows, cols], shaped as `group_amax`.
+
+    NaN if the run holds one. The last run may be shorter.
+    """
+    rows, cols = x.shape
+    groups = -(-cols // size)
+    low, high = torch.empty(2, rows, groups, dtype=torch.float32, device=x.device)
+    for part in row_pieces(x):
+        values = x[part].float().contiguous()
+        if groups * size != cols:
+            values = functional.pad(values, (0, groups * size - cols), mode="replicate")
+        runs = values.view(-1, groups, size)
+        torch.amin(runs, -1, out=low[part])
+        torch.amax(runs, -1, out=high[part])
+    return low, high
 
 
 def require_finite(amax: Tensor, x: Tensor) -> None:

@@ -1,7 +1,7 @@
 """A tensor and a TensorSpec -> scales and codes, and back; fake quantization of activations.
 
-real value = code * scale (* global scale), all in float32 whatever the dtype of the tensor. Tensors are walked in
-cache-sized pieces, so a bfloat16 weight is never held as float32 as a whole.
+real value = (code - zero point) * scale (* global scale), all in float32 whatever the dtype of the tensor. A chain
+quantizes what its first stage gives once more.
 """
 
 from __future__ import annotations
@@ -12,39 +12,38 @@ import torch
 from torch import Tensor
 
 from quarkcli.errors import ConfigError, DataError
-from quarkcli.numerics import scales
+from quarkcli.numerics import kernels, scales, search
+from quarkcli.numerics.extents import amax_per_row, extent_of
 from quarkcli.numerics.formats import codec
-from quarkcli.numerics.pieces import (
-    as_matrix,
-    by_group,
-    group_amax,
-    require_divisible,
-    require_finite,
-    row_pieces,
-    work_pieces,
+from quarkcli.numerics.lattice import (
+    Lattice,
+    QParams,
+    decode_matrix,
+    effective_scale,
+    encode_matrix,
+    is_whole,
+    lattice,
+    multiply_,
+    round_matrix,
+    scale_size,
+    without_chain,
 )
-from quarkcli.spec import Element, PerChannel, PerGroup, PerTensor, PerTile, TensorSpec
+from quarkcli.numerics.pieces import as_matrix, group_amax, require_finite
+from quarkcli.numerics.scales import Extent
+from quarkcli.spec import Element, TensorSpec
 
-
-@dataclass
-class QParams:
-    """Scales as stored.
-
-    scale         float32 / float16 / bfloat16, float8_e4m3fn, or uint8 for e8m0 (exponent + 127). Shape for a matrix
-                  [out, in]: PerTensor [], PerChannel(0) and PerToken [out, 1], PerGroup(g) [out, in / g],
-                  PerTile(r, c) [ceil(out / r), ceil(in / c)]
-    global_scale  float32 [] multiplier over `scale`, or None
-    """
-
-    scale: Tensor
-    global_scale: Tensor | None = None
+__all__ = [
+    "Lattice", "QParams", "Quantized", "decode", "decode_grid", "dequantize", "effective_scale", "encode",
+    "encode_grid", "fake_quantize", "lattice", "make_qparams", "quantize", "round_to_grid", "static_scale",
+    "tensor_amax",
+]  # fmt: skip
 
 
 @dataclass
 class Quantized:
     """Codes, unpacked and of the shape of the tensor, with their scales.
 
-    codes: int8 / uint8 values for integers, uint8 bit patterns for fp4 and fp6, torch's float8 dtypes for fp8.
+    codes: int8 / uint8 values for integers, uint8 bit patterns for fp4 and fp6, torch's own dtypes for fp8 and casts.
     """
 
     codes: Tensor
@@ -62,40 +61,43 @@ def tensor_amax(x: Tensor) -> Tensor:
 
 
 def make_qparams(weight: Tensor, spec: TensorSpec, *, amax: Tensor | None = None) -> QParams:
-    """Scales of `weight` [out, in].
+    """Scales and zero points of `weight` [out, in].
 
     `amax` (float32 []) is that of the whole scale group, for PerTensor and for global scales; None: this tensor's own.
     ModelError when the last dimension does not hold whole groups, DataError for NaN or inf.
     """
     matrix = as_matrix(weight)
-    groups = _amax(matrix, spec)
-    require_finite(groups, matrix)
-    return _params(groups, matrix, spec, amax)
+    first = _stage_params(matrix, without_chain(spec), amax)
+    if spec.then is None:
+        return first
+    shared = None if amax is None or not is_whole(spec.then) else _reach(amax, spec)
+    first.then = _stage_params(_handed_on(matrix, spec, first), spec.then, shared)
+    return first
 
 
 def encode(weight: Tensor, spec: TensorSpec, params: QParams) -> Tensor:
     """Codes of a finite `weight` under `params`: nearest, ties to the even code, saturating. Same shape."""
     matrix = as_matrix(weight)
-    element, size = spec.format, _size(matrix, spec)
-    codec_ = codec(element)
-    scale = effective_scale(params, spec, matrix.shape)
-    codes = torch.empty(matrix.shape, dtype=codec_.code_dtype(element), device=weight.device)
-    for part, y, scratch in work_pieces(matrix):
-        _divide(matrix[part], scale[part], size, y)
-        codec_.encode_(y, element, codes[part], scratch)
-    return codes.view(weight.shape)
+    if spec.codes is spec:
+        return encode_matrix(matrix, lattice(params, without_chain(spec), matrix.shape)).view(weight.shape)
+    assert spec.then is not None and params.then is not None
+    values = _handed_on(matrix, spec, params)
+    return encode_matrix(values, lattice(params.then, spec.then, matrix.shape)).view(weight.shape)
 
 
 def decode(codes: Tensor, spec: TensorSpec, params: QParams) -> Tensor:
     """Real values (float32) of `codes`, same shape."""
     matrix = as_matrix(codes)
-    element, size = spec.format, _size(matrix, spec)
-    scale = effective_scale(params, spec, matrix.shape)
-    out = torch.empty(matrix.shape, dtype=torch.float32, device=codes.device)
-    for part in row_pieces(matrix):
-        codec(element).decode_(matrix[part], element, out[part])
-        _multiply(out[part], scale[part], size)
-    return out.view(codes.shape)
+    first = without_chain(spec)
+    if spec.then is None or params.then is None:
+        return decode_matrix(matrix, lattice(params, first, matrix.shape)).view(codes.shape)
+    second = lattice(params.then, spec.then, matrix.shape)
+    if spec.codes is spec:  # what the second stage makes of the values is what a server multiplies with
+        values = decode_matrix(matrix, lattice(params, first, matrix.shape))
+        return round_matrix(values, second, torch.float32).view(codes.shape)
+    values = decode_matrix(matrix, second)
+    multiply_(values, effective_scale(params, first, matrix.shape), scale_size(first, matrix.shape[1]))
+    return values.view(codes.shape)
 
 
 def quantize(weight: Tensor, spec: TensorSpec, *, amax: Tensor | None = None) -> Quantized:
@@ -115,46 +117,34 @@ def static_scale(amax: Tensor, spec: TensorSpec) -> Tensor:
     Two-level specs: the global multiplier. Otherwise the one scale of the tensor, rounded to its stored dtype
     (`model` counts as float32, the caller knows the dtype). amax 0 gives 2^-23, 1 for a global scale.
     """
+    assert spec.scale is not None
     amax = amax.to(torch.float32)
     if not bool(torch.isfinite(amax)):
         raise DataError(f"the largest activation {amax.item()} is not finite", hint="look for inf or NaN in the model")
     if spec.scale.over:
-        return scales.global_scale(amax, spec.format, spec.scale.rule)
-    return scales.decode_scale(scales.stored_scale(amax, spec.format, spec.scale, torch.float32, None))
+        return scales.global_scale(amax, spec.format, spec.scale)
+    return scales.decode_scale(scales.stored_scale(Extent(amax), spec, torch.float32, None), spec.scale.dtype)
 
 
 def fake_quantize(x: Tensor, spec: TensorSpec, static: Tensor | None = None) -> Tensor:
     """`x` [..., features] quantized and dequantized: same shape and dtype, computed in float32.
 
-    `static` is the value of `static_scale`; without it the scale comes from the spec's constant amax or from `x`.
+    `static` is the value of `static_scale`, for the stages that are static; without it the scale comes from the spec's
+    constant amax or from `x`. The stages of a chain follow one another.
     Non-finite values are not refused: NaN stays NaN, infinities saturate where the scale is static.
     """
     if x.numel() == 0:
         return x.clone()
     matrix = as_matrix(x)
-    element, size = spec.format, _size(matrix, spec)
-    scale = _activation_scale(matrix, spec, static)
-    out = torch.empty(matrix.shape, dtype=x.dtype, device=x.device)
-    for part, y, scratch in work_pieces(matrix):
-        _divide(matrix[part], scale[part], size, y)
-        codec(element).round_(y, element, scratch)
-        _multiply(y, scale[part], size)
-        out[part] = y
-    return out.view(x.shape)
-
-
-def effective_scale(params: QParams, spec: TensorSpec, shape: torch.Size | tuple[int, ...]) -> Tensor:
-    """The real float32 multiplier of every group: [rows, groups] for a matrix of `shape` [rows, cols].
-
-    Column j belongs to group j // group size; groups is 1 when a scale spans the row or more. Rows that share a scale
-    are expanded, without memory where possible.
-    """
-    scale = scales.decode_scale(params.scale)
-    if params.global_scale is not None:
-        scale = scale * params.global_scale
-    if isinstance(spec.granularity, PerTile):
-        return scale.repeat_interleave(spec.granularity.rows, 0)[: shape[0]]
-    return scale.expand(shape[0], 1) if scale.dim() == 0 else scale
+    for stage in spec.stages:
+        stage = without_chain(stage)
+        own = static if stage.is_static else None
+        kernel = kernels.find(stage, x.device)
+        if kernel is not None:
+            matrix = kernel.fake_quantize(matrix, stage, own)
+            continue
+        matrix = round_matrix(matrix, lattice(_activation_params(matrix, stage, own), stage, matrix.shape), x.dtype)
+    return matrix.view(x.shape)
 
 
 def round_to_grid(y: Tensor, element: Element) -> Tensor:
@@ -178,69 +168,80 @@ def decode_grid(codes: Tensor, element: Element) -> Tensor:
     return out
 
 
-def _size(matrix: Tensor, spec: TensorSpec) -> int:
-    """Elements per scale along the columns; checks that groups fit."""
-    cols = int(matrix.shape[1])
-    match spec.granularity:
-        case PerGroup(size):
-            require_divisible(cols, size)
-            return size
-        case PerTile(_, size):
-            return size
-        case PerChannel(axis) if axis != 0:
-            raise ConfigError(f"a scale per index of axis {axis} is not supported", hint="use axis 0, the output rows")
-    return cols
+# --- one stage -------------------------------------------------------------------------------------------------------
 
 
-def _divide(rows: Tensor, scale: Tensor, size: int, out: Tensor) -> None:
-    """Write `rows` divided by their scales to `out` (float32)."""
-    values, divisors = by_group(out.copy_(rows), scale, size)
-    values.div_(divisors)
+def _stage_params(matrix: Tensor, spec: TensorSpec, amax: Tensor | None) -> QParams:
+    """Scales of one stage, searched where its rule or its observer says so."""
+    if spec.scale is None:
+        require_finite(amax_per_row(matrix), matrix)
+        return QParams(None)
+    full = extent_of(matrix, spec, amax)
+    whole = _largest(full) if amax is None else amax.to(torch.float32)
+    if amax is None or not is_whole(spec):  # else the scale group fixes the range
+        full = search.clipped(matrix, spec, full, whole)
+    return search.best_codes(matrix, spec, params_of(matrix, spec, full, whole))
 
 
-def _multiply(rows: Tensor, scale: Tensor, size: int) -> None:
-    """Multiply `rows` (float32) by their scales, in place."""
-    values, factors = by_group(rows, scale, size)
-    values.mul_(factors)
+def params_of(matrix: Tensor, spec: TensorSpec, extent: Extent, amax: Tensor) -> QParams:
+    """Stored scales of ranges; `amax` is that of the whole scale group, for a global scale."""
+    assert spec.scale is not None
+    outer = scales.global_scale(amax, spec.format, spec.scale) if spec.scale.over is not None else None
+    stored = scales.stored_scale(extent, spec, matrix.dtype, outer)
+    zero = scales.zero_points(extent, scales.decode_scale(stored, spec.scale.dtype), spec)
+    shift = None
+    if spec.format.sub_block:
+        shift = scales.shift_bits(group_amax(matrix, spec.format.sub_block), stored)
+    return QParams(stored, outer, zero, shift)
 
 
-def _amax(matrix: Tensor, spec: TensorSpec) -> Tensor:
-    """Largest magnitude per scale along the columns, for every row: float32 [rows, groups]."""
-    return group_amax(matrix, _size(matrix, spec))
+def _largest(extent: Extent) -> Tensor:
+    """The amax of the whole, float32 []; 0 when empty."""
+    return extent.amax.max() if extent.amax.numel() else extent.amax.new_zeros(())
 
 
-def _params(groups: Tensor, matrix: Tensor, spec: TensorSpec, amax: Tensor | None) -> QParams:
-    """Scales from the amax of every row and group; `amax` replaces that of the whole tensor."""
-    element, scale = spec.format, spec.scale
-    whole = groups.max() if amax is None else amax.to(torch.float32)
-    outer = None
-    if scale.over:
-        outer = scales.global_scale(whole, element, scale.rule)
-    stored = scales.stored_scale(_per_scale(groups, whole, spec), element, scale, matrix.dtype, outer)
-    return QParams(stored, outer)
+def _handed_on(matrix: Tensor, spec: TensorSpec, params: QParams) -> Tensor:
+    """What the first stage of a chain hands to the second (float32): its values, still on its scale when last counts.
+
+    AMD Quark's int4_fp8: the fp8 numbers without their scale.
+    """
+    first = without_chain(spec)
+    at = lattice(params, first, matrix.shape)
+    if spec.codes is spec:
+        return round_matrix(matrix, at, torch.float32)
+    return decode_grid(encode_matrix(matrix, at), at.element)
 
 
-def _per_scale(groups: Tensor, whole: Tensor, spec: TensorSpec) -> Tensor:
-    """The amax of every stored scale, from that of every row and group and of the whole tensor."""
-    match spec.granularity:
-        case PerTensor():
-            return whole
-        case PerTile(rows, _):
-            missing = -groups.shape[0] % rows
-            padded = torch.nn.functional.pad(groups, (0, 0, 0, missing))
-            return padded.view(-1, rows, groups.shape[1]).amax(1)
-    return groups
+def _reach(amax: Tensor, spec: TensorSpec) -> Tensor:
+    """The largest magnitude that a stage hands on, from that of what it gets: a half range ends between two codes."""
+    assert spec.scale is not None
+    divisor = scales.divisor(spec.format, spec.scale.rule)
+    return amax * (round(divisor) / divisor) if spec.codes is spec else (amax > 0) * float(round(divisor))
 
 
-def _activation_scale(matrix: Tensor, spec: TensorSpec, static: Tensor | None) -> Tensor:
-    """Effective scale [rows, groups] of an activation."""
-    outermost = spec.scale.over or spec.scale
-    if static is None and outermost.constant_amax is not None:
-        static = static_scale(torch.tensor(outermost.constant_amax, device=matrix.device), spec)
+def _activation_params(matrix: Tensor, spec: TensorSpec, static: Tensor | None) -> QParams:
+    """Scales of an activation [tokens, features]: the static one, the spec's constant, or from its values."""
+    if spec.scale is None:
+        return QParams(None)
+    static = fixed_scale(spec, static, matrix.device)
     if static is not None and spec.scale.over is None:
-        return static.to(torch.float32).expand(matrix.shape[0], -(-matrix.shape[1] // _size(matrix, spec)))
-    groups = _amax(matrix, spec)
-    if static is None:
-        return effective_scale(_params(groups, matrix, spec, None), spec, matrix.shape)
-    stored = scales.stored_scale(_per_scale(groups, groups.max(), spec), spec.format, spec.scale, matrix.dtype, static)
-    return effective_scale(QParams(stored, static), spec, matrix.shape)
+        return QParams(static.to(torch.float32))
+    return activation_params(matrix, spec, extent_of(matrix, spec, None, finite=False), static)
+
+
+def fixed_scale(spec: TensorSpec, static: Tensor | None, device: torch.device) -> Tensor | None:
+    """The `static_scale` of an activation: the given one, else that of the spec's constant amax, else None."""
+    assert spec.scale is not None
+    constant = spec.scale.outermost.constant_amax
+    if static is None and constant is not None:
+        static = static_scale(torch.tensor(constant, device=device), spec)
+    if static is not None and not spec.symmetric:
+        raise ConfigError("a static activation has no zero point", hint="when: dynamic, or a symmetric element")
+    return static
+
+
+def activation_params(matrix: Tensor, spec: TensorSpec, extent: Extent, outer: Tensor | None) -> QParams:
+    """Scales from the ranges of an activation; `outer` is a fixed global scale."""
+    if outer is None:
+        return params_of(matrix, spec, extent, _largest(extent))
+    return QParams(scales.stored_scale(extent, spec, matrix.dtype, outer), outer)

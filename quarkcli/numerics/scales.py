@@ -1,91 +1,232 @@
 """Scales: from the largest magnitude of a group (amax) to the stored scale, and back to a float32 multiplier.
 
 All arithmetic is float32; exponents are read from the float32 bit fields, because a floating log2 is off by one near
-powers of two. Sources: OCP Microscaling Formats v1.0 (e8m0), NVIDIA's NVFP4 (e4m3 blocks under a float32 scale).
+powers of two. Sources: OCP Microscaling Formats v1.0 (e8m0), NVIDIA's NVFP4 (e4m3 blocks under a float32 scale), AMD
+Quark (e5m3).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from quarkcli.errors import ConfigError
 from quarkcli.numerics.formats import minifloat
-from quarkcli.spec import ELEMENTS, Element, ScaleSpec
+from quarkcli.spec import ELEMENTS, Element, ScaleSpec, TensorSpec
 
 # The scale of an all-zero group where a plain float is stored; any value would do, this one is AMD Quark's.
 ZERO_GROUP_SCALE = 2.0**-23
 # Smallest and largest positive e4m3 block scale. The smallest keeps a non-zero block from vanishing.
 E4M3_MIN = 2.0**-9
 E4M3_MAX = 448.0
+# `four_over_six` multiplies a block scale by 1.5, so it leaves room above: 256 * 1.5 <= 448.
+FOUR_OVER_SIX_MAX = 256.0
 
+_F32_MAX = torch.finfo(torch.float32).max
 _MANTISSA = 23
 _MANTISSA_FIELD = (1 << _MANTISSA) - 1
 _E8M0_MAX_BYTE = 254
-_PLAIN = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+_PLAIN = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "pow2": torch.float32}
 _PLAIN_RULES = ("half_range", "absmax")
+# Mantissa field of the largest float32 below the square root of two: above it the logarithm rounds up.
+_SQRT_2 = 0x3504F3
+# Bits of rounding that the `even` rule of mxint8 assumes (AMD Quark); floats take their own mantissa.
+_EVEN_BITS_OF_INTEGERS = 8
+
+
+@dataclass
+class Extent:
+    """The range of the values behind every scale, float32: the largest magnitude, and where needed both ends."""
+
+    amax: Tensor
+    low: Tensor | None = None
+    high: Tensor | None = None
+
+    def scaled(self, factor: float) -> Extent:
+        """The same range, shrunk or stretched."""
+        ends = (None, None) if self.low is None or self.high is None else (self.low * factor, self.high * factor)
+        return Extent(self.amax * factor, *ends)
 
 
 def divisor(element: Element, rule: str) -> float:
-    """The code magnitude that amax maps to: (qmax - qmin) / 2 for `half_range`, else qmax."""
+    """The magnitude that amax maps to: (qmax - qmin) / 2 for `half_range`, else qmax."""
     return (element.maximum - element.minimum) / 2 if rule == "half_range" else element.maximum
 
 
-def plain_scale(amax: Tensor, element: Element, rule: str, dtype: torch.dtype) -> Tensor:
-    """amax / divisor rounded to `dtype`; an all-zero group gets 2^-23. Same shape as `amax` (float32)."""
-    if rule not in _PLAIN_RULES:
+def divided(values: Tensor, number: float) -> Tensor:
+    """values / number (float32), rounded once: on CUDA torch would multiply by the inverse of a plain number."""
+    return values / torch.full((), number, dtype=torch.float32, device=values.device)
+
+
+def plain_scale(extent: Extent, spec: TensorSpec, model: torch.dtype) -> Tensor:
+    """amax / divisor rounded to the stored dtype, or the range over all codes where there is a zero point.
+
+    A group without extent gets 2^-23. Same shape as `extent.amax`.
+    """
+    assert spec.scale is not None
+    element, scale = spec.format, spec.scale
+    if scale.rule not in _PLAIN_RULES:
         raise ConfigError(
-            f"the rule {rule!r} gives an e8m0 exponent, not a float scale",
-            hint=f"use one of {', '.join(_PLAIN_RULES)}, or the scale dtype e8m0",
+            f"the rule {scale.rule!r} does not give a {scale.dtype} scale", hint=f"use one of {', '.join(_PLAIN_RULES)}"
         )
-    scale = (amax / divisor(element, rule)).clamp_max_(torch.finfo(dtype).max).to(dtype)
-    return torch.where(scale == 0, ZERO_GROUP_SCALE, scale)
+    dtype = _PLAIN.get(scale.dtype, model)
+    real = _real_scale(extent, spec, divisor(element, scale.rule))
+    if scale.dtype == "pow2":
+        real = _nearest_power(real)
+    if scale.minimum is not None:
+        real = real.clamp_min(scale.minimum)
+    stored = real.clamp_max_(largest_scale(element, dtype, scale.dtype == "pow2")).to(dtype)
+    return torch.where(stored == 0, ZERO_GROUP_SCALE, stored)
 
 
-def global_scale(amax: Tensor, element: Element, rule: str) -> Tensor:
-    """The float32 multiplier over e4m3 block scales: amax / (divisor * 448); 1 for an all-zero tensor.
+@cache
+def largest_scale(element: Element, dtype: torch.dtype, power: bool = False) -> float:
+    """The largest scale of a dtype with which every code is a finite float32."""
+    limit = min(_F32_MAX / max(-element.minimum, element.maximum), torch.finfo(dtype).max)
+    mantissa, exponent = math.frexp(limit)
+    steps = 2.0 if power else 2.0 / torch.finfo(dtype).eps
+    return math.ldexp(math.floor(mantissa * steps) / steps, exponent)
+
+
+def _real_scale(extent: Extent, spec: TensorSpec, divisor_: float) -> Tensor:
+    element = spec.format
+    if spec.symmetric:
+        return divided(extent.amax, divisor_)
+    low, high = _ends(extent, spec)
+    # Divided first: the range of values near the float32 maximum does not fit a float32.
+    codes = element.maximum - element.minimum
+    scale = torch.where((high - low).isfinite(), divided(high - low, codes), divided(high, codes) - divided(low, codes))
+    if spec.zero_point == "float":  # AMD Quark: a constant group keeps its value in the zero point
+        return torch.where(scale <= ZERO_GROUP_SCALE, 1.0, scale)
+    return scale
+
+
+def _ends(extent: Extent, spec: TensorSpec) -> tuple[Tensor, Tensor]:
+    """Both ends of the range; zero is part of it where the zero point is a code."""
+    assert extent.low is not None and extent.high is not None
+    # Codes beyond the ends, by half a step, must still be finite float32.
+    codes = spec.format.maximum - spec.format.minimum
+    most = _F32_MAX * codes / (codes + 2)
+    low, high = extent.low.clamp_min(-most), extent.high.clamp_max(most)
+    return (low, high) if spec.zero_point == "float" else (low.clamp_max_(0.0), high.clamp_min_(0.0))
+
+
+def zero_points(extent: Extent, scale: Tensor, spec: TensorSpec) -> Tensor | None:
+    """Zero points for decoded `scale` (float32): codes in the element's dtype, float32 real ones, None if symmetric."""
+    if spec.symmetric:
+        return None
+    element = spec.format
+    low, _ = _ends(extent, spec)
+    if spec.zero_point == "float":
+        return element.minimum - low / scale
+    codes = (element.minimum - (low / scale).round_()).clamp_(element.minimum, element.maximum)
+    return codes.to(torch.int8 if element.minimum < 0 else torch.uint8)
+
+
+def global_scale(amax: Tensor, element: Element, scale: ScaleSpec) -> Tensor:
+    """The float32 multiplier over 8-bit block scales: amax / (divisor * their maximum); 1 for an all-zero tensor.
 
     Kept at or above the smallest normal float32, so that block scale times global scale is never zero.
     """
-    scale = (amax / (divisor(element, rule) * E4M3_MAX)).clamp_min_(torch.finfo(torch.float32).tiny)
-    return torch.where(amax == 0, 1.0, scale)
+    largest = {"e4m3": E4M3_MAX, "e5m3": E5M3.maximum}[scale.dtype]
+    if scale.rule == "four_over_six":
+        largest = FOUR_OVER_SIX_MAX
+    whole = divisor(element, scale.rule) * largest
+    most = _F32_MAX / whole * (1 - 2.0**-22)  # the largest code of the largest block scale stays a finite float32
+    real = divided(amax, whole).clamp_(torch.finfo(torch.float32).tiny, most)
+    if scale.over is not None and scale.over.minimum is not None:
+        real = real.clamp_min_(scale.over.minimum)
+    return torch.where(amax == 0, 1.0, real)
 
 
 def e4m3_scale(amax: Tensor, element: Element, rule: str, outer: Tensor | None) -> Tensor:
     """Block scales e4m3(clamp(amax / (divisor * outer), 2^-9, 448)); 1 for an all-zero block."""
-    unit = divisor(element, rule) if outer is None else divisor(element, rule) * outer
-    scale = (amax / unit).clamp_(E4M3_MIN, E4M3_MAX)
+    number = divisor(element, rule)
+    scale = divided(amax, number) if outer is None else amax / (number * outer)
+    scale = scale.clamp_(E4M3_MIN, E4M3_MAX)
     return torch.where(amax == 0, 1.0, scale).to(torch.float8_e4m3fn)
 
 
-def e8m0_scale(amax: Tensor, element: Element, rule: str) -> Tensor:
-    """Exponent bytes (uint8, exponent + 127, 0..254) of the power-of-two scales of `amax` under an MX rule."""
-    if rule not in _EXPONENT_RULES or element.kind != "float":
-        raise ConfigError(
-            f"no e8m0 scale is defined for {element.name} under the rule {rule!r}",
-            hint=f"e8m0 takes a float element and one of the rules {', '.join(_EXPONENT_RULES)}",
-        )
-    return _EXPONENT_RULES[rule](amax.contiguous(), element).clamp_(0, _E8M0_MAX_BYTE).to(torch.uint8)
+# The unsigned scale format of amdfp4 (AMD Quark): exponent 31 is an ordinary binade, 255 is NaN.
+E5M3 = Element("e5m3", "float", 8, 0.0, 114688.0, 5, 3, 15)
+_E5M3_ONE = 15 << 3
 
 
-def stored_scale(amax: Tensor, element: Element, scale: ScaleSpec, model: torch.dtype, outer: Tensor | None) -> Tensor:
-    """The scale of `amax` (float32) as stored. `model` is the dtype that `model` stands for, `outer` a global scale."""
-    if scale.dtype == "e8m0":
-        return e8m0_scale(amax, element, scale.rule)
-    if scale.dtype == "e4m3":
-        return e4m3_scale(amax, element, scale.rule, outer)
-    return plain_scale(amax, element, scale.rule, _PLAIN.get(scale.dtype, model))
+def e5m3_bytes(values: Tensor) -> Tensor:
+    """The codes (uint8) nearest to float32 values, ties to the even code, saturating at 0 and the maximum."""
+    codes = torch.empty(values.shape, dtype=torch.uint8, device=values.device)
+    # The format has no sign: -0.0 must not set its bit.
+    minifloat.encode_bits_(values.clamp(E5M3.minimum, E5M3.maximum).abs_().contiguous(), E5M3, codes)
+    return codes
 
 
-def decode_scale(stored: Tensor) -> Tensor:
-    """Stored scales as float32: bytes are e8m0 (255 is NaN), floats are themselves."""
-    if stored.dtype == torch.uint8:
+def e5m3_scale(amax: Tensor, element: Element, rule: str, outer: Tensor | None) -> Tensor:
+    """Bytes e5m3(amax / divisor / outer), at least 1, so that no block vanishes; 1.0 for an all-zero block."""
+    scale = divided(amax, divisor(element, rule))
+    if outer is not None:
+        scale = scale / outer
+    return torch.where(amax == 0, _E5M3_ONE, e5m3_bytes(scale).clamp_min_(1))
+
+
+def e8m0_scale(extent: Extent, element: Element, rule: str) -> Tensor:
+    """Exponent bytes (uint8, exponent + 127, 0..254) of the power-of-two scales of a range under an exponent rule."""
+    if rule not in _EXPONENT_RULES:
+        raise ConfigError(f"the rule {rule!r} gives no exponent", hint=f"e8m0 takes {', '.join(_EXPONENT_RULES)}")
+    extent = Extent(extent.amax.contiguous(), extent.low, extent.high)
+    return _EXPONENT_RULES[rule](extent, element).clamp_(0, _E8M0_MAX_BYTE).to(torch.uint8)
+
+
+def stored_scale(extent: Extent, spec: TensorSpec, model: torch.dtype, outer: Tensor | None) -> Tensor:
+    """The scales of ranges as stored. `model` is the dtype that `model` stands for, `outer` a global scale."""
+    assert spec.scale is not None
+    element, scale = spec.format, spec.scale
+    match scale.dtype:
+        case "e8m0":
+            return e8m0_scale(extent, element, scale.rule)
+        case "e4m3":
+            return e4m3_scale(extent.amax, element, scale.rule, outer)
+        case "e5m3":
+            return e5m3_scale(extent.amax, element, scale.rule, outer)
+    return plain_scale(extent, spec, model)
+
+
+def decode_scale(stored: Tensor, dtype: str) -> Tensor:
+    """Stored scales of a `ScaleSpec.dtype` as float32. Byte 255 of e8m0 and e5m3 is NaN."""
+    if dtype == "e8m0":
         return stored.view(torch.float8_e8m0fnu).float()
+    if dtype == "e5m3":
+        return _e5m3_values().to(stored.device)[stored.int()]
     if stored.dtype == torch.float8_e4m3fn:
         return minifloat.decode_(stored, ELEMENTS["fp8_e4m3"], torch.empty_like(stored, dtype=torch.float32))
     return stored.float()
+
+
+@cache
+def _e5m3_values() -> Tensor:
+    """Value of every code, float32 [256]."""
+    code = torch.arange(256)
+    exponent, fraction = code >> E5M3.mantissa, (code & 7).double() / 8
+    normal = torch.ldexp(1 + fraction, exponent - E5M3.bias)
+    subnormal = torch.ldexp(fraction, torch.tensor(1 - E5M3.bias))
+    values = torch.where(exponent == 0, subnormal, normal)
+    values[255] = torch.nan
+    return values.float()
+
+
+def shift_bits(pairs: Tensor, stored: Tensor) -> Tensor:
+    """Shift bits (uint8 0 or 1) of sub-blocks: 1 where every element lies at least one binade below its group's.
+
+    pairs    largest magnitude of every sub-block, float32 [rows, sub-blocks]
+    stored   exponent bytes of the groups, [rows, groups]
+    """
+    exponent, _ = _fields(pairs)
+    runs = exponent.view(*stored.shape, -1)
+    return (runs < stored.unsqueeze(-1)).to(torch.uint8).flatten(1)
 
 
 def _fields(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,32 +235,53 @@ def _fields(values: Tensor) -> tuple[Tensor, Tensor]:
     return bits >> _MANTISSA, bits & _MANTISSA_FIELD
 
 
-def _floor(amax: Tensor, element: Element) -> Tensor:
-    exponent, _ = _fields(amax)
+def _floor(extent: Extent, element: Element) -> Tensor:
+    exponent, _ = _fields(extent.amax)
     return exponent - element.max_exponent
 
 
-def _ceil(amax: Tensor, element: Element) -> Tensor:
-    # A subnormal amax is rounded up to 2^-126 here; every float element has max_exponent >= 2, so its byte is 0 anyway.
-    exponent, mantissa = _fields(amax)
-    return exponent + (mantissa > 0) - element.max_exponent
+def _ceil(extent: Extent, element: Element) -> Tensor:
+    exponent, mantissa = _fields(extent.amax)
+    # Among subnormals only those above 2^-127, the value of byte 0, need byte 1.
+    exact = torch.where(exponent == 0, 1 << (_MANTISSA - 1), 0)
+    return exponent + (mantissa > exact) - element.max_exponent
 
 
-def _even(amax: Tensor, element: Element) -> Tensor:
-    half_step = 1 << (_MANTISSA - 1 - element.mantissa)
-    return ((amax.view(torch.int32) + half_step) >> _MANTISSA) - element.max_exponent
+def _even(extent: Extent, element: Element) -> Tensor:
+    bits = element.mantissa if element.kind == "float" else _EVEN_BITS_OF_INTEGERS
+    half_step = 1 << (_MANTISSA - 1 - bits)
+    return ((extent.amax.view(torch.int32) + half_step) >> _MANTISSA) - element.max_exponent
 
 
-def _rceil(amax: Tensor, element: Element) -> Tensor:
-    exponent, mantissa = _fields(amax / element.maximum)
+def _rceil(extent: Extent, element: Element) -> Tensor:
+    exponent, mantissa = _fields(divided(extent.amax, element.maximum))
     # Among subnormals only those above 2^-127, the value of byte 0, need byte 1.
     exact = torch.where(exponent == 0, 1 << (_MANTISSA - 1), 0)
     return exponent + (mantissa > exact)
 
 
-_EXPONENT_RULES: dict[str, Callable[[Tensor, Element], Tensor]] = {
+def _fit(extent: Extent, element: Element) -> Tensor:
+    """`floor`, one more where the code of an end of the range does not fit. Sources: AMD Quark's bfp16."""
+    byte = _floor(extent, element).clamp_(0, _E8M0_MAX_BYTE)
+    low = -extent.amax if extent.low is None else extent.low
+    high = extent.amax if extent.high is None else extent.high
+    unit, step = decode_scale(byte.to(torch.uint8), "e8m0"), 2.0**element.fraction
+    over = (high / unit * step).round_() > element.maximum * step
+    under = (low / unit * step).round_() < element.minimum * step
+    return byte + (over | under)
+
+
+def _nearest_power(values: Tensor) -> Tensor:
+    """The power of two nearest to positive float32 values in the logarithm; 0 stays 0."""
+    exponent, mantissa = _fields(values.contiguous())
+    raised = (exponent + (mantissa > _SQRT_2)).clamp_(1, _E8M0_MAX_BYTE) << _MANTISSA
+    return torch.where(values == 0, 0.0, raised.view(torch.float32))
+
+
+_EXPONENT_RULES: dict[str, Callable[[Extent, Element], Tensor]] = {
     "even": _even,
     "floor": _floor,
     "ceil": _ceil,
     "rceil": _rceil,
+    "fit": _fit,
 }

@@ -7,15 +7,14 @@ the same input may be concatenated.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from quarkcli.errors import DataError
 from quarkcli.numerics.formats import codec
-from quarkcli.numerics.quantize import encode_grid
-from quarkcli.spec import ELEMENTS, Element
+from quarkcli.numerics.lattice import Lattice
 
 # Damping grows by this factor after a failed factorization, from at least this fraction of the mean diagonal.
 _DAMP_GROWTH = 10.0
@@ -72,20 +71,16 @@ def factorize(gram: Tensor, *, damp: float = 0.01, act_order: bool = True, max_a
     return None
 
 
-def solve(
-    weight: Tensor, factor: Factor, scale: Tensor, element: str, group_size: int, *, columns: int = 128
-) -> Solved:
+def solve(weight: Tensor, factor: Factor, at: Lattice, *, columns: int = 128) -> Solved:
     """Codes of `weight` (float32 [R, N]) that minimize the error over the inputs behind `factor`, column by column.
 
-    scale       float32 [R, groups], the effective scale of column j's group in [:, j // group_size]
-                (`quantize.effective_scale`; concatenated along the rows like the weights). Fixed beforehand.
+    at          where the codes lie; concatenated along the rows like the weights, fixed beforehand
     columns     columns per lazy block; changes the order of the sums only
-    The rounded weight is `decode(codes) * scale` exactly; the loss is that of the damped objective.
+    The rounded weight is that of the codes exactly; the loss is that of the damped objective.
     """
     rows, cols = weight.shape
-    format_ = ELEMENTS[element]
     order = factor.order if factor.order is not None else torch.arange(cols, device=weight.device)
-    group_of = (order // group_size).clamp_max_(scale.shape[1] - 1)
+    group_of = (order // at.size).clamp_max_(at.scale.shape[1] - 1)
     grid = torch.empty(cols, rows, dtype=torch.float32, device=weight.device)
     loss = 0.0
     step = _CPU_ROWS if weight.device.type == "cpu" else max(1, rows)
@@ -94,10 +89,26 @@ def solve(
         # Transposed, so that a column is contiguous.
         remaining = weight[part].t().contiguous().index_select(0, order)
         remaining[factor.dead[order]] = 0.0
-        scales = scale[part].t().contiguous()
-        loss += _solve_rows(remaining, factor.upper, scales, group_of, format_, columns, grid[:, part])
+        own = replace(at, scale=at.scale[part].t().contiguous(), zero=_columns_of(at.zero, part))
+        loss += _solve_rows(remaining, factor.upper, own, group_of, columns, grid[:, part])
     values = torch.empty_like(grid).index_copy_(0, order, grid)
-    return Solved(encode_grid(values.t().contiguous(), format_), loss)
+    return Solved(_codes(values.t().contiguous(), at), loss)
+
+
+def _columns_of(zero: Tensor | None, rows: slice) -> Tensor | None:
+    return None if zero is None else zero[rows].t().contiguous()
+
+
+def _codes(values: Tensor, at: Lattice) -> Tensor:
+    """Codes of values (code - zero) [R, N]; overwrites them."""
+    # A value less its float zero point may lie an ulp beside the code it came from.
+    element = replace(at.element, rounding="half_even")
+    codes = torch.empty(values.shape, dtype=codec(element).code_dtype(element), device=values.device)
+    zero = at.zero
+    if zero is not None and zero.shape[1] > 1:
+        zero = zero.repeat_interleave(at.size, 1)[:, : values.shape[1]]
+    codec(element).encode_(values, element, codes, None, zero)
+    return codes
 
 
 def _inverse_factor(
@@ -125,10 +136,10 @@ def _inverse_factor(
     return upper if bool(torch.isfinite(upper.diagonal()).all()) else None
 
 
-def _solve_rows(
-    remaining: Tensor, upper: Tensor, scales: Tensor, group_of: Tensor, element: Element, columns: int, grid: Tensor
-) -> float:
+def _solve_rows(remaining: Tensor, upper: Tensor, at: Lattice, group_of: Tensor, columns: int, grid: Tensor) -> float:
     """Round the columns `remaining` [N, R] in order; write grid values to `grid` [N, R]. Returns sum(e^2).
+
+    `at` has its scales and zero points transposed: [groups, R].
 
     e_i = (w_i - q_i) / U_ii only ever meets row i of U, so the row is divided instead and plain differences are kept.
     """
@@ -139,8 +150,9 @@ def _solve_rows(
         pivots = upper.diagonal()[first:last].unsqueeze(1)
         couplings = (upper[first:last, first:] / pivots).t()
         current = remaining[first:last]
-        scale = scales[group_of[first:last]]
-        values, differences = _solve_block(current, couplings[: last - first].contiguous(), scale, element)
+        groups = group_of[first:last]
+        own = replace(at, scale=at.scale[groups], zero=None if at.zero is None else at.zero[groups])
+        values, differences = _solve_block(current, couplings[: last - first].contiguous(), own)
         grid[first:last] = values
         if last < cols:
             remaining[last:].addmm_(couplings[last - first :], differences, alpha=-1)
@@ -148,22 +160,26 @@ def _solve_rows(
     return loss
 
 
-def _solve_block(block: Tensor, couplings: Tensor, scales: Tensor, element: Element) -> tuple[Tensor, Tensor]:
+def _solve_block(block: Tensor, couplings: Tensor, at: Lattice) -> tuple[Tensor, Tensor]:
     """Grid values and differences w - q [B, R] of one block of columns, up to date with everything before it.
+
+    `at` has a scale (and zero point) for every column: [B, R].
 
     Row i of `couplings` [B, B] says how the differences of earlier columns reach column i; a column takes them all in
     one product when its turn comes. Views are made once: on a CPU the loop is bound by the cost of a torch call.
     """
-    round_ = codec(element).round_
+    round_, element = codec(at.element).round_, at.element
     values = torch.empty_like(block)
     differences = torch.empty_like(block)
     scratch = torch.empty(2, block.shape[1], dtype=torch.int32, device=block.device)
     earlier = differences.t()
-    loop = zip(block.unbind(), scales.unbind(), values.unbind(), differences.unbind(), couplings.unbind(), strict=True)
-    for i, (column, scale, value, difference, coupling) in enumerate(loop):
+    zeros = [None] * block.shape[0] if at.zero is None else at.zero.unbind()
+    columns = (block, at.scale, values, differences, couplings)
+    loop = zip(*(each.unbind() for each in columns), zeros, strict=True)
+    for i, (column, scale, value, difference, coupling, zero) in enumerate(loop):
         if i:
             column.addmv_(earlier[:, :i], coupling[:i], alpha=-1)
-        round_(torch.div(column, scale, out=value), element, scratch)
+        round_(torch.div(column, scale, out=value), element, scratch, zero)
         torch.mul(value, scale, out=difference)
         torch.sub(column, difference, out=difference)
     return values, differences

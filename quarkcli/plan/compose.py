@@ -1,18 +1,28 @@
 """The resolved order: recipe and flags become one list of entries (design: later wins).
 
 1 deny all; 2 the scheme, or the recipe's own entries; 3 `--layer-type`; 4 `--layer`; 5 family and default exclusions;
-6 `--exclude`; 7 `--include`; 8 KV cache. An exclusion of module pattern M switches off M's own four slots only.
+6 `--exclude`; 7 `--include`; 8 KV cache; 9 attention. An exclusion of module pattern M
+switches off M's own four slots only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 from quarkcli.errors import UsageError
 from quarkcli.family import PROTECTED, Layout, check_unprotect
 from quarkcli.recipe.entries import Entry, Origin
-from quarkcli.recipe.recipe import Recipe, cache_entries, exclusion_entries, scheme_entries, slot_pattern
+from quarkcli.recipe.recipe import (
+    Recipe,
+    attention_entries,
+    cache_entries,
+    exclusion_entries,
+    scheme_entries,
+    slot_pattern,
+)
 
 
 @dataclass
@@ -25,6 +35,7 @@ class Overrides:
     include: Sequence[str] = ()
     unprotect: Sequence[str] = ()
     kv_cache: str | None = None
+    attention: str | None = None
     allow_unmatched: bool = False
 
 
@@ -42,12 +53,13 @@ def compose(recipe: Recipe, overrides: Overrides, layout: Layout) -> Composed:
     check_unprotect(overrides.unprotect)
     entries = list(recipe.entries)
     required = not overrides.allow_unmatched
+    beside = _folder(recipe)
     for flag in overrides.layer_types:
-        entries += _of_class(flag, required)
+        entries += _of_class(flag, required, beside)
     for flag in overrides.layers:
         pattern, scheme = _pair(flag, "--layer")
         origin = Origin(f"--layer '{flag}'")
-        entries += scheme_entries(scheme, pattern, origin, user=True, required=required)
+        entries += scheme_entries(scheme, pattern, origin, user=True, required=required, beside=beside)
     composed = Composed(entries, len(entries))
     if recipe.exclusions:
         entries += _default_exclusions(layout, overrides.unprotect)
@@ -55,11 +67,19 @@ def compose(recipe: Recipe, overrides: Overrides, layout: Layout) -> Composed:
         entries += exclusion_entries(pattern, Origin(f"--exclude '{pattern}'"), user=True, required=required)
     for pattern in overrides.include:
         _include(composed, recipe, pattern, required)
-    cache = overrides.kv_cache or recipe.kv_cache
-    if cache and cache != "none":
-        origin = Origin(f"--kv-cache {cache}" if overrides.kv_cache else f"{recipe.name}: kv_cache {cache}")
-        entries += cache_entries(cache, origin)
+    entries += _of_attention("kv_cache", cache_entries, recipe, overrides.kv_cache, recipe.kv_cache)
+    entries += _of_attention("attention", attention_entries, recipe, overrides.attention, recipe.attention)
     return composed
+
+
+def _of_attention(key: str, make: Any, recipe: Recipe, flag: str | None, own: str | None) -> list[Entry]:
+    """Entries of the flag's scheme, else of the recipe's."""
+    name = flag or own
+    if not name or name == "none":
+        return []
+    origin = Origin(f"--{key.replace('_', '-')} {name}" if flag else f"{recipe.name}: {key} {name}")
+    found: list[Entry] = make(name, origin, _folder(recipe))
+    return found
 
 
 def _pair(flag: str, name: str) -> tuple[str, str]:
@@ -69,13 +89,18 @@ def _pair(flag: str, name: str) -> tuple[str, str]:
     return pattern, scheme
 
 
-def _of_class(flag: str, required: bool) -> list[Entry]:
+def _folder(recipe: Recipe) -> Path | None:
+    """Where a recipe's file lies: schemes beside it are known to its flags as well."""
+    return Path(recipe.file).parent if recipe.file else None
+
+
+def _of_class(flag: str, required: bool, beside: Path | None) -> list[Entry]:
     class_name, scheme = _pair(flag, "--layer-type")
     parent = class_name if class_name.startswith("nn.") else f"nn.{class_name}"
     origin = Origin(f"--layer-type '{flag}'")
     return [
         Entry(e.quantizer_path, e.cfg, e.enable, parent, e.required, e.origin, e.unit, e.user)
-        for e in scheme_entries(scheme, "*", origin, user=True, required=required)
+        for e in scheme_entries(scheme, "*", origin, user=True, required=required, beside=beside)
     ]
 
 
@@ -95,7 +120,9 @@ def _default_exclusions(layout: Layout, unprotect: Sequence[str]) -> list[Entry]
 def _include(composed: Composed, recipe: Recipe, pattern: str, required: bool) -> None:
     origin = Origin(f"--include '{pattern}'")
     if recipe.scheme is not None:
-        composed.entries += scheme_entries(recipe.scheme, pattern, origin, user=True, required=required)
+        composed.entries += scheme_entries(
+            recipe.scheme, pattern, origin, user=True, required=required, beside=_folder(recipe)
+        )
         return
     for kind in ("weight", "input", "output", "bias"):
         slot = slot_pattern(pattern, f"{kind}_quantizer")

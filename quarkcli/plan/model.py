@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from quarkcli.family import Part, Site, Weight, WeightView
 from quarkcli.recipe.entries import Entry
@@ -39,8 +40,27 @@ class Target(Weight):
 
     @property
     def input(self) -> TensorSpec | None:
-        """Spec of the activation; an input is only quantized where the weight is."""
-        return self.slots["input"].spec if self.weight is not None else None
+        """Spec of the activation it reads; only where the weight is quantized. An embedding reads token numbers."""
+        return self.slots["input"].spec if self.weight is not None and not self.is_embedding else None
+
+    @property
+    def output(self) -> TensorSpec | None:
+        """Spec of what the module returns; only where the weight is quantized, and never of an embedding."""
+        return self.slots["output"].spec if self.weight is not None and not self.is_embedding else None
+
+    @property
+    def bias_spec(self) -> TensorSpec | None:
+        """Spec of the bias [1, out]; only where there is one and the weight is quantized."""
+        return self.slots["bias"].spec if self.weight is not None and self.bias is not None else None
+
+    @property
+    def is_embedding(self) -> bool:
+        return self.parent_class == "nn.Embedding"
+
+    @property
+    def output_site(self) -> str | None:
+        """Name of the activation that the module returns, for its statistics; None when no forward pass reaches it."""
+        return f"{self.name}.output" if self.site is not None else None
 
     @property
     def numel(self) -> int:
@@ -49,13 +69,36 @@ class Target(Weight):
 
 @dataclass(frozen=True)
 class Attention:
-    """The attention slots of one block. `name` is the parent of the k projection."""
+    """The attention slots of one block. `name` is the parent of the k projection.
+
+    head_dim   features of one head of q, k and v; None when the config does not say
+    latent     the cache keeps a compressed latent, not k and v
+    """
 
     name: str
     part: int
     k_proj: str
     v_proj: str
     slots: dict[str, Decision]
+    head_dim: int | None = None
+    latent: bool = False
+
+    @property
+    def specs(self) -> dict[str, TensorSpec]:
+        """The specs of the slots that are on, by kind."""
+        return {kind: decision.spec for kind, decision in self.slots.items() if decision.spec is not None}
+
+
+class Activation(NamedTuple):
+    """A quantized activation.
+
+    key    `<module>.input`, `<module>.output`, or `<attention>.<kind>`: where its static scale belongs
+    site   where it is measured, None when no forward pass reaches it
+    """
+
+    key: str
+    site: str | None
+    spec: TensorSpec
 
 
 @dataclass
@@ -81,6 +124,18 @@ class Plan:
         for target in self.targets.values():
             if target.weight is not None and (part is None or target.part == part):
                 yield target
+
+    def activations(self, part: int | None = None) -> Iterator[Activation]:
+        """Every quantized input, output and attention operand, in plan order; of one part when given."""
+        for target in self.quantized(part):
+            if target.input is not None:
+                yield Activation(f"{target.name}.input", target.site, target.input)
+            if target.output is not None:
+                yield Activation(f"{target.name}.output", target.output_site, target.output)
+        for module in self.attention.values():
+            if part is None or module.part == part:
+                for kind, spec in module.specs.items():
+                    yield Activation(f"{module.name}.{kind}", f"{module.name}.{kind}", spec)
 
     def slots(self) -> Iterator[tuple[str, Decision]]:
         """Every slot by its full name, in plan order."""

@@ -6,8 +6,9 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from quarkcli.errors import ConfigError, ModelError
+from quarkcli.errors import ConfigError
 from quarkcli.family import PROTECTED, Layout, Weight
+from quarkcli.plan import checks
 from quarkcli.plan.compose import Composed, Overrides, compose
 from quarkcli.plan.model import ATTENTION_KINDS, TARGET_KINDS, Attention, Decision, Plan, Target
 from quarkcli.recipe.attributes import native
@@ -32,7 +33,8 @@ def resolve(recipe: Recipe, overrides: Overrides, layout: Layout, algorithms: li
     attention = {
         module.name: Attention(
             module.name, module.part, module.k_proj, module.v_proj,
-            {kind: resolver.decide(f"{module.name}.{kind}_bmm_quantizer", (), "nn.Module") for kind in ATTENTION_KINDS},
+            {kind: _attention_slot(resolver, module.name, kind) for kind in ATTENTION_KINDS},
+            module.head_dim, module.latent,
         )
         for module in layout.attention
     }  # fmt: skip
@@ -51,11 +53,10 @@ def resolve(recipe: Recipe, overrides: Overrides, layout: Layout, algorithms: li
         warnings=_warnings(layout, overrides, resolver),
         restores=frozenset(composed.restores),
     )
-    _warn_lone_inputs(plan)
+    checks.warn(plan)
     _check_required(plan, resolver)
-    _check_effect(plan)
-    _check_shapes(plan)
-    _check_latents(plan, layout)
+    _check_effect(plan, resolver)
+    checks.check(plan)
     return plan
 
 
@@ -74,11 +75,10 @@ class _Resolver:
                 self.exact.setdefault(entry.quantizer_path, []).append(index)
         self.matches = [0] * len(self.entries)
         self.specs: dict[str, TensorSpec] = {}
-        self.names: list[str] = []
+        self.names: dict[str, tuple[str, ...]] = {}  # slot -> the names that a pattern may use for it
 
     def decide(self, slot: str, aliases: tuple[str, ...], parent_class: str) -> Decision:
-        self.names.append(slot)
-        candidates = (slot, *aliases)
+        candidates = self.names[slot] = (slot, *aliases)
         hits = {index for name in candidates for index in self.exact.get(name, ())}
         hits.update(index for index, match in self.patterns if any(match(name) for name in candidates))
         state = before = _UNTOUCHED
@@ -120,16 +120,22 @@ def _target(resolver: _Resolver, weight: Weight) -> Target:
     return Target(**vars(weight), slots=slots)
 
 
+def _attention_slot(resolver: _Resolver, module: str, kind: str) -> Decision:
+    aliases = (f"{module}.softmax_quantizer",) if kind == "p" else ()
+    return resolver.decide(f"{module}.{kind}_bmm_quantizer", aliases, "nn.Module")
+
+
 def _kept(layout: Layout, targets: dict[str, Target], entries: list[Entry]) -> dict[str, str]:
     """Source tensor -> why it is copied as it is. A fused tensor with one quantized expert is not kept."""
     owner: dict[str, list[Target]] = {}
     for target in targets.values():
         owner.setdefault(target.view.tensor, []).append(target)
+    biases = {target.bias for target in targets.values() if target.bias_spec is not None}
     kept = {}
     for part in layout.parts:
         for tensor in part.tensors:
             weights = owner.get(tensor, [])
-            if any(target.weight is not None for target in weights):
+            if tensor in biases or any(target.weight is not None for target in weights):
                 continue
             kept[tensor] = _reason(tensor, weights, layout, entries)
     return kept
@@ -156,15 +162,6 @@ def _warnings(layout: Layout, overrides: Overrides, resolver: _Resolver) -> list
         if not entry.required and not entry.origin.text.startswith("default exclusion"):
             warnings.append(f"{entry.origin}: '{entry.quantizer_path}' matched 0 of {len(resolver.names)} slots")
     return warnings
-
-
-def _warn_lone_inputs(plan: Plan) -> None:
-    lone = [t.name for t in plan.targets.values() if t.weight is None and t.slots["input"].spec is not None]
-    if lone:
-        plan.warnings.append(
-            f"{len(lone)} input quantizers stay off because their weight is not quantized: {', '.join(lone[:3])}"
-            + (" ..." if len(lone) > 3 else "")
-        )
 
 
 def _unmatched(resolver: _Resolver) -> Iterable[int]:
@@ -194,7 +191,7 @@ def _check_required(plan: Plan, resolver: _Resolver) -> None:
         raise ConfigError(what, where=str(entry.origin), hint=hint)
 
 
-def _check_effect(plan: Plan) -> None:
+def _check_effect(plan: Plan, resolver: _Resolver) -> None:
     deciders = {decision.entry for _, decision in plan.slots() if decision.spec is not None}
     by_unit: dict[str, list[int]] = {}
     for index, entry in enumerate(plan.entries):
@@ -204,7 +201,7 @@ def _check_effect(plan: Plan) -> None:
         entry = plan.entries[indices[0]]
         if not plan.matches[indices[0]] or deciders.intersection(indices):
             continue
-        winners = _winners(plan, indices)
+        winners = _winners(plan, resolver, indices)
         if any(decision.spec is not None for decision in winners):
             continue  # overruled by another enabling entry: not without effect
         overruling = [d.entry for d in winners if d.entry is not None and d.entry not in indices]
@@ -214,49 +211,13 @@ def _check_effect(plan: Plan) -> None:
             where=str(entry.origin),
             hint=f"later entries win: {'; '.join(list(later)[:3])}" if later else "it has no cfg to enable",
         )
-    if not any(target.weight for target in plan.targets.values()) and not any(
-        d.spec for a in plan.attention.values() for d in a.slots.values()
-    ):
+    if not any(plan.quantized()) and not any(module.specs for module in plan.attention.values()):
         listed = "; ".join(f"{e.quantizer_path} ({e.origin})" for e in plan.entries[:6])
         raise ConfigError("the plan quantizes nothing", hint=f"entries in order: {listed}")
 
 
-def _winners(plan: Plan, indices: list[int]) -> list[Decision]:
+def _winners(plan: Plan, resolver: _Resolver, indices: list[int]) -> list[Decision]:
     """What the slots that these entries match ended as."""
     patterns = [compiled(plan.entries[index].quantizer_path) for index in indices]
-    return [d for name, d in plan.slots() if any(p.fullmatch(name) for p in patterns)]
-
-
-def _check_shapes(plan: Plan) -> None:
-    """Refuse widths that a group does not divide, and specs that make no sense for the slot."""
-    bad = []
-    for target in plan.targets.values():
-        for kind in ("weight", "input"):
-            spec = target.slots[kind].spec
-            if spec is None or (kind == "input" and target.weight is None):
-                continue
-            size = spec.group_size
-            if size and target.shape[1] % size:
-                bad.append((target, kind, size, target.shape[1] % size))
-    if bad:
-        target, kind, size, rest = bad[0]
-        count = len({t.name for t, *_ in bad})
-        raise ModelError(
-            f"{target.shape[1]} input features are not a multiple of group size {size} (remainder {rest})"
-            + (f"; {count} modules in all" if count > 1 else ""),
-            where=f"{target.name}.{kind}_quantizer",
-            hint=f"--exclude '*{target.name.rsplit('.', 1)[-1]}', or a scheme with another group size for them: "
-            f"--layer '*{target.name.rsplit('.', 1)[-1]}=fp8'",
-        )
-
-
-def _check_latents(plan: Plan, layout: Layout) -> None:
-    """Refuse scales for k and v where servers keep a latent instead: they would describe other numbers."""
-    for module in layout.attention:
-        slots = plan.attention[module.name].slots
-        if module.latent and any(decision.spec is not None for decision in slots.values()):
-            raise ConfigError(
-                "its cache holds a compressed latent, not k and v, and no dialect has a name for that scale",
-                where=module.name,
-                hint="--kv-cache none; servers take a scale of 1 for it when told to keep an fp8 cache",
-            )
+    spellings = resolver.names
+    return [d for slot, d in plan.slots() if any(p.fullmatch(name) for name in spellings[slot] for p in patterns)]

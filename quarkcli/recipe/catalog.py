@@ -1,27 +1,40 @@
 """Where recipes, schemes, model families and cache formats are found, and the names they have.
 
 Lookup order: a file path; beside the recipe that asks; the user's folder (`$QUARK_HOME`, else `~/.config/quark`);
-built-in. A file's name without `.yaml` is the registered name; `_` and `-` are the same. Nothing is registered by hand.
+built-in. A file's name without `.yaml` is the registered name; `_` and `-` are the same. A scheme may list `aliases`.
+Nothing is registered by hand, but a Python program can add schemes of its own while it runs.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
-from quarkcli.errors import ConfigError, UsageError, near_misses
+from quarkcli.errors import ConfigError, QuarkError, UsageError, near_misses
 from quarkcli.recipe import load
 
-Kind = Literal["schemes", "kv_cache", "ptq", "models"]
-_NOUN = {"schemes": "scheme", "kv_cache": "KV cache scheme", "ptq": "recipe", "models": "model family"}
+Kind = Literal["schemes", "kv_cache", "attention", "ptq", "models"]
+KINDS: tuple[Kind, ...] = ("schemes", "kv_cache", "attention", "ptq", "models")
+_NOUN = {
+    "schemes": "scheme",
+    "kv_cache": "KV cache scheme",
+    "attention": "attention scheme",
+    "ptq": "recipe",
+    "models": "model family",
+}
 _LISTING = {
     "schemes": "quark schemes list",
     "kv_cache": "quark schemes list",
+    "attention": "quark schemes list",
     "ptq": "quark recipes list",
     "models": "quark models list",
 }
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+_REGISTERED = Path("<registered>")  # stands for the folder of what a program registered
+_registered: dict[Path, load.Document] = {}
 
 
 def built_in_folder() -> Path:
@@ -39,36 +52,126 @@ def user_folder() -> Path:
     return Path(home) if home else Path.home() / ".config" / "quark"
 
 
-def _same(name: str) -> str:
+def same(name: str) -> str:
+    """The form in which names are compared: `_` and `-`, and capitals, make no difference."""
     return name.replace("-", "_").lower()
 
 
 def files(kind: Kind, beside: Path | None = None) -> dict[str, Path]:
-    """Name -> file. Built-in names first; a user file cannot take a built-in name."""
-    found = {path.stem: path for path in sorted((built_in_folder() / kind).glob("*.yaml"))}
-    taken = {_same(name) for name in found}
-    for folder in (user_folder() / kind, beside):
-        if folder is None or not folder.is_dir():
-            continue
+    """Name -> file. Built-in names first; a file of the user's cannot take one of them, nor what a program registered.
+
+    Raises ConfigError for one in the user's folder that does. Beside a recipe lie other recipes as well: there `find`
+    refuses the file when its name is asked for.
+    """
+    found = _built_in(kind) | _added(kind)
+    folders = [folder for folder in (user_folder() / kind, beside) if folder is not None and folder.is_dir()]
+    taken = _owners(kind, found) if folders else {}
+    for folder in folders:
+        own: dict[str, Path] = {}
         for path in sorted(folder.glob("*.yaml")):
-            if _same(path.stem) in taken:
-                if folder != beside:
-                    raise ConfigError(f"'{path.stem}' is a built-in {_NOUN[kind]}; rename the file", where=str(path))
-                continue
-            found[path.stem] = path
+            mine = {same(name): path for name in (path.stem, *_aliases_of(kind, path))}
+            owners = [(taken | own)[name] for name in mine if name in taken or name in own]
+            if owners and folder != beside:
+                raise _refused(kind, path, owners[0])
+            if not owners:
+                own |= mine
+                found = {name: other for name, other in found.items() if same(name) != same(path.stem)}
+                found[path.stem] = path
     return found
 
 
-def find(kind: Kind, name: str, beside: Path | None = None) -> Path:
-    """The file of a registered name. An unknown one is a UsageError (schemes) or ConfigError (recipes)."""
+def names(kind: Kind, beside: Path | None = None) -> dict[str, Path]:
+    """Every name and alias -> its file."""
     known = files(kind, beside)
-    for stem, path in known.items():
-        if _same(stem) == _same(name):
+    return known | {alias: path for path in known.values() for alias in _aliases_of(kind, path)}
+
+
+def find(kind: Kind, name: str, beside: Path | None = None) -> Path:
+    """The file of a registered name or alias. An unknown one is a UsageError (schemes) or ConfigError (recipes)."""
+    known = names(kind, beside)
+    for one, path in known.items():
+        if same(one) == same(name):
+            _refuse_hidden(kind, path, name, beside)
             return path
     close = near_misses(name, known)
     hint = (f"did you mean {', '.join(close)}? " if close else "") + f"see '{_LISTING[kind]}'"
     error = ConfigError if kind in {"ptq", "models"} else UsageError
     raise error(f"unknown {_NOUN[kind]} '{name}'", hint=hint)
+
+
+def register(name: str, document: load.Document) -> None:
+    """Make a scheme known under `name` until the process ends or `unregister`. Raises UsageError for a bad name."""
+    if not _NAME.fullmatch(name):
+        raise UsageError(f"'{name}' is no name for a scheme", hint="letters, digits, '_', '-' and '.'")
+    taken = {same(known) for known in names("schemes")}
+    for wanted in (name, *_given_aliases(document)):
+        if same(wanted) in taken:
+            raise UsageError(f"there is a scheme '{wanted}' already", hint="choose another name")
+    _registered[_REGISTERED / f"{name}.yaml"] = document
+
+
+def unregister(name: str) -> None:
+    """Forget what `register` made known. Raises UsageError for any other name."""
+    path = find("schemes", name)
+    if path not in _registered:
+        own = "built in" if path.parent == built_in_folder() / "schemes" else f"the file {path}"
+        raise UsageError(f"scheme '{path.stem}' is {own} and stays", hint="only registered schemes can be removed")
+    del _registered[path]
+
+
+def _built_in(kind: Kind) -> dict[str, Path]:
+    return {path.stem: path for path in sorted((built_in_folder() / kind).glob("*.yaml"))}
+
+
+def _added(kind: Kind) -> dict[str, Path]:
+    return {path.stem: path for path in _registered} if kind == "schemes" else {}
+
+
+def _owners(kind: Kind, known: dict[str, Path]) -> dict[str, Path]:
+    """The file behind every name and alias, in the form in which names are compared."""
+    return {same(name): path for stem, path in known.items() for name in (stem, *_aliases_of(kind, path))}
+
+
+def _aliases_of(kind: Kind, path: Path) -> list[str]:
+    """The aliases a scheme gives itself. Only files with the word are parsed: a start-up need not read them all."""
+    if kind != "schemes":
+        return []
+    try:
+        if path not in _registered and b"aliases" not in path.read_bytes():
+            return []
+        return _given_aliases(document(path))
+    except (OSError, QuarkError):  # what is wrong with it is said when it is asked for
+        return []
+
+
+def _given_aliases(document: load.Document) -> list[str]:
+    given = document.data.get("aliases") if isinstance(document.data, dict) else None
+    return [str(alias) for alias in given] if isinstance(given, list) else []
+
+
+def _refuse_hidden(kind: Kind, owner: Path, name: str, beside: Path | None) -> None:
+    """A scheme beside the recipe that has the name asked for, and would be passed over for `owner`, is an error."""
+    if kind != "schemes" or beside is None or not beside.is_dir():
+        return
+    for path in beside.glob("*.yaml"):
+        if same(path.stem) == same(name) and path != owner and _is_scheme(path):
+            raise _refused(kind, path, owner)
+
+
+def _is_scheme(path: Path) -> bool:
+    data = document(path).data
+    return isinstance(data, dict) and "weight" in data and "schema" not in data
+
+
+def _refused(kind: Kind, path: Path, owner: Path) -> ConfigError:
+    """`path` has a name that `owner` has."""
+    if owner in _registered:
+        what = f"a registered {_NOUN[kind]}"
+    elif owner.parent == built_in_folder() / kind:
+        what = f"a built-in {_NOUN[kind]}"
+    else:
+        what = f"taken by {owner}"
+    return ConfigError(f"'{path.stem}' is {what}; rename the file", where=str(path))
 
 
 def find_recipe(name_or_path: str) -> Path:
@@ -82,7 +185,9 @@ def find_recipe(name_or_path: str) -> Path:
 
 
 def document(path: Path) -> load.Document:
-    """A parsed file, read once per process unless it changes."""
+    """A parsed file, read once per process unless it changes; or what a program registered."""
+    if path in _registered:
+        return _registered[path]
     resolved = path.resolve()
     try:
         stamp = resolved.stat().st_mtime_ns

@@ -43,3 +43,10 @@ def suggestions(pattern: str, names: Iterable[str], limit: int = 3) -> list[str]
         last = word.strip("*").rsplit(".", 1)[-1]
         close = near_misses(last, [leaf for leaf in leaves if leaf.startswith("*")], limit)
     return close
+
+
+def slot_pattern(module: str, slot: str) -> str:
+    """The slot pattern of a module pattern: `*q_proj` -> `*q_proj.weight_quantizer`, `*` -> `*.weight_quantizer`."""
+    if module.startswith("re:"):
+        return f"re:(?:{module[3:]})\\.{slot}"
+    return f"{module}.{slot}"

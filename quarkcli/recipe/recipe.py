@@ -13,6 +13,7 @@ from quarkcli.recipe.entries import Entry, Origin
 from quarkcli.recipe.load import Document
 
 WEIGHT_KINDS = ("weight", "input", "output", "bias")
+ATTENTION_KINDS = ("q", "k", "v", "p")
 
 
 @dataclass
@@ -30,6 +31,7 @@ class Recipe:
     scheme: str | None
     entries: list[Entry]
     kv_cache: str | None = None
+    attention: str | None = None
     algorithms: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     exclusions: bool = True
     calib_data: str | None = None
@@ -73,6 +75,10 @@ def from_file(path: Path) -> Recipe:
     else:
         assert quantize.quant_cfg is not None
         entries = [_entry(document, index, row) for index, row in enumerate(quantize.quant_cfg)]
+    named: list[tuple[catalog.Kind, str | None]] = [("kv_cache", quantize.kv_cache), ("attention", quantize.attention)]
+    for kind, name in named:
+        if name is not None and name != "none":
+            _located(document.origin("quantize", kind), catalog.find, kind, name, path.parent)
     steps = quantize.algorithm or []
     if isinstance(steps, str):
         steps = [schema.AlgorithmStep(method=steps)]
@@ -82,6 +88,7 @@ def from_file(path: Path) -> Recipe:
         scheme=quantize.scheme,
         entries=entries,
         kv_cache=quantize.kv_cache,
+        attention=quantize.attention,
         algorithms=[(step.method, dict(step.model_extra or {})) for step in steps],
         exclusions=model.exclusions == "default",
         calib_data=model.calibration.data,
@@ -184,13 +191,24 @@ def exclusion_entries(module: str, origin: Origin, *, user: bool, required: bool
     ]
 
 
-def cache_entries(name: str, origin: Origin) -> list[Entry]:
-    """Entries for the k and v slots of every attention."""
-    document = catalog.document(catalog.find("kv_cache", name))
-    model = schema.validate(schema.CacheModel, document)
+def cache_entries(name: str, origin: Origin, beside: Path | None = None) -> list[Entry]:
+    """Entries for the k and v slots of every attention. `beside` as in `scheme_entries`."""
+    document = catalog.document(catalog.find("kv_cache", name, beside))
+    return _bmm_entries(document, schema.validate(schema.CacheModel, document), f"cache {origin}", origin)
+
+
+def attention_entries(name: str, origin: Origin, beside: Path | None = None) -> list[Entry]:
+    """Entries for the q, k, v and p slots that an attention scheme names, of every attention."""
+    document = catalog.document(catalog.find("attention", name, beside))
+    return _bmm_entries(document, schema.validate(schema.AttentionModel, document), f"attention {origin}", origin)
+
+
+def _bmm_entries(document: Document, model: Any, unit: str, origin: Origin) -> list[Entry]:
     entries = []
-    for kind in ("k", "v"):
-        cfg = getattr(model, kind)
+    for kind in ATTENTION_KINDS:
+        cfg = getattr(model, kind, None)
+        if cfg is None:
+            continue
         _located(document.origin(kind), native.to_spec, cfg)
-        entries.append(Entry(f"*.{kind}_bmm_quantizer", cfg, True, None, True, origin, f"cache {origin}", True))
+        entries.append(Entry(f"*.{kind}_bmm_quantizer", cfg, True, None, True, origin, unit, True))
     return entries

@@ -59,6 +59,7 @@ class Quantize(Strict):
     scheme: str | None = None
     quant_cfg: list[EntryModel] | None = None
     kv_cache: str | None = None
+    attention: str | None = None
     algorithm: list[AlgorithmStep] | str | None = None
 
     @model_validator(mode="after")
@@ -104,12 +105,18 @@ class RecipeModel(Strict):
 
 
 class SchemeModel(Strict):
-    """A scheme file: one cfg per slot kind. A kind it does not name is switched off."""
+    """A scheme file: one cfg per slot kind. A kind it does not name is switched off.
+
+    aliases   other names it is known under
+    """
 
     summary: str = ""
     hardware: str = ""
+    aliases: list[str] = []
     weight: dict[str, Any]
     input: dict[str, Any] | None = None
+    output: dict[str, Any] | None = None
+    bias: dict[str, Any] | None = None
 
 
 class CacheModel(Strict):
@@ -118,6 +125,22 @@ class CacheModel(Strict):
     summary: str = ""
     k: dict[str, Any]
     v: dict[str, Any]
+
+
+class AttentionModel(Strict):
+    """An attention scheme: one cfg for each of q, k, v and p (the softmax output) that it speaks of."""
+
+    summary: str = ""
+    q: dict[str, Any] | None = None
+    k: dict[str, Any] | None = None
+    v: dict[str, Any] | None = None
+    p: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> AttentionModel:
+        if not any((self.q, self.k, self.v, self.p)):
+            raise ValueError("none of q, k, v and p is given")
+        return self
 
 
 M = TypeVar("M", bound=BaseModel)

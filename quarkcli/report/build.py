@@ -91,14 +91,19 @@ def _calibration(prepared: Prepared, data: CalibrationData | None) -> dict[str, 
 
 
 def modules_by_scheme(plan: Plan) -> dict[str, int]:
-    """Count of weights per decision: `weight spec | input spec`, or `kept`."""
+    """Count of weights per decision: `weight spec | input spec`, then output and bias if there are some, or `kept`."""
     counts: Counter[str] = Counter()
     for target in plan.targets.values():
         if target.weight is None:
             counts["kept"] += 1
             continue
         activation = target.input.describe() if target.input else "unquantized"
-        counts[f"weights {target.weight.describe()} | inputs {activation}"] += 1
+        more = "".join(
+            f" | {kind} {spec.describe()}"
+            for kind, spec in (("outputs", target.output), ("biases", target.bias_spec))
+            if spec is not None
+        )
+        counts[f"weights {target.weight.describe()} | inputs {activation}{more}"] += 1
     return dict(counts.most_common())
 
 

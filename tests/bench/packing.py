@@ -1,6 +1,9 @@
-"""Quantize + pack in GB of source weights per second, next to compressed-tensors and a plain copy in the same run.
+"""Quantize + pack in GB of source weights per second, next to other tools and a plain copy in the same run.
 
-python -m tests.bench.packing [--rows 4096] [--cols 4096] [--device cpu]
+python -m tests.bench.packing [NAME ...] [--rows 4096] [--cols 4096] [--device cpu]
+
+Every built-in scheme, once for each weight spec. torchao is compared with where it is installed; the project does not
+need it.
 """
 
 from __future__ import annotations
@@ -10,54 +13,43 @@ import time
 from collections.abc import Callable
 
 import torch
-from compressed_tensors.compressors import BaseCompressor
-from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from torch import Tensor
 
 from quarkcli.numerics import packing
 from quarkcli.numerics.quantize import quantize
+from quarkcli.recipe import catalog
 from quarkcli.recipe.attributes.native import to_spec
-from quarkcli.recipe.recipe import scheme_model
+from quarkcli.spec import Element, TensorSpec
 
-PACK = {"fp4_e2m1": packing.pack_nibbles, "int4": lambda codes: packing.pack_int32(codes, 4)}
-# compressed-tensors' own arguments for the same numbers
-PEER = {
-    "nvfp4": ("nvfp4-pack-quantized", {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}),
-    "mxfp4": ("mxfp4-pack-quantized", {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32}),
-    "int4_wo_128": ("pack-quantized", {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128}),
-    "fp8": ("float-quantized", {"num_bits": 8, "type": "float", "strategy": "tensor"}),
-}
+from . import peers
+
+PEERS = {"compressed-tensors": peers.compressed_tensors, "torchao": peers.torchao}
+# The goal: this many times as fast as the faster of the peers.
+GOAL = {"nvfp4": 3.0, "mxfp4": 3.0, "int4_wo_128": 3.0}
 
 
-def ours(scheme: str) -> Callable[[Tensor], object]:
-    spec = to_spec(scheme_model(scheme).weight)
-    pack = PACK.get(spec.element, lambda codes: codes)
+def weights() -> dict[str, TensorSpec]:
+    """The weight spec of every scheme, each once; among equal ones under the shortest name."""
+    found: dict[TensorSpec, str] = {}
+    for name, path in sorted(catalog.files("schemes").items(), key=lambda item: (len(item[0]), item[0])):
+        found.setdefault(to_spec(catalog.document(path).data["weight"]), name)
+    return {name: spec for spec, name in sorted(found.items(), key=lambda item: item[1])}
+
+
+def packer(element: Element) -> Callable[[Tensor], Tensor]:
+    """Codes -> the bytes of a checkpoint."""
+    if element.bits == 8:
+        return lambda codes: codes
+    if element.kind == "float":
+        return packing.pack_nibbles if element.bits == 4 else packing.pack_fp6
+    if element.fraction:
+        return lambda codes: packing.pack_bits(codes, element.bits)
+    return lambda codes: packing.pack_int32(codes, element.bits)
+
+
+def ours(spec: TensorSpec) -> Callable[[Tensor], object]:
+    pack = packer(spec.codes.format)
     return lambda weight: pack(quantize(weight, spec).codes)
-
-
-def peer(scheme: str) -> Callable[[Tensor], object]:
-    """Scales from compressed-tensors' own helpers are outside; what is timed is its compress()."""
-    from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
-
-    name, arguments = PEER[scheme]
-    args = QuantizationArgs(symmetric=True, **arguments)
-    compressor = BaseCompressor.load_from_registry(name)
-    sizes = QuantizationScheme(targets=["Linear"], weights=args)
-
-    def run(weight: Tensor) -> object:
-        groups = weight.view(weight.shape[0], -1, arguments["group_size"]) if "group_size" in arguments else weight
-        dims = (-1,) if "group_size" in arguments else None
-        low = groups.amin(dims) if dims else groups.min()
-        high = groups.amax(dims) if dims else groups.max()
-        state = {"weight": weight}
-        gparam = generate_gparam(weight.min(), weight.max()) if scheme == "nvfp4" else None
-        scale, zero = calculate_qparams(low, high, args, **({"global_scale": gparam} if gparam is not None else {}))
-        state |= {"weight_scale": scale, "weight_zero_point": zero}
-        if gparam is not None:
-            state["weight_global_scale"] = gparam
-        return compressor.compress(state, sizes)
-
-    return run
 
 
 def rate(work: Callable[[Tensor], object], weight: Tensor, repeats: int = 3) -> float:
@@ -78,24 +70,45 @@ def _synchronize(weight: Tensor) -> None:
         torch.cuda.synchronize()
 
 
+def peer_rates(scheme: str, weight: Tensor) -> dict[str, float | str]:
+    """GB/s of every peer; `-` where it does not have the scheme, the error where it fails."""
+    rates: dict[str, float | str] = {}
+    for name, make in PEERS.items():
+        try:
+            work = make(scheme)
+            rates[name] = "-" if work is None else rate(work, weight, 2)
+        except Exception as error:  # missing, or a private signature has moved: the row then says so
+            rates[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:50]}" if str(error) else repr(error)
+    return rates
+
+
+def line(scheme: str, mine: float, others: dict[str, float | str], copy: float) -> str:
+    numbers = [value for value in others.values() if isinstance(value, float)]
+    texts = [f"{value:.3f}" if isinstance(value, float) else value for value in others.values()]
+    ratio = f"{mine / max(numbers):.1f}" if numbers else "-"
+    goal = "" if scheme not in GOAL or not numbers else " (goal 3)"
+    return f"| {scheme} | {mine:.3f} | {' | '.join(texts)} | {ratio}{goal} | {mine / copy:.1%} |"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("schemes", nargs="*", help="only these")
     parser.add_argument("--rows", type=int, default=4096)
     parser.add_argument("--cols", type=int, default=4096)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     weight = torch.randn(args.rows, args.cols).mul_(0.02).bfloat16().to(args.device)
-    copy = rate(lambda w: w.clone(), weight)
-    print(f"copy {copy:.2f} GB/s, {torch.get_num_threads()} threads, torch {torch.__version__}, {args.device}")
-    print("| scheme | quark GB/s | compressed-tensors GB/s | ratio | share of copy |\n|---|---|---|---|---|")
-    for scheme in PEER:
-        mine = rate(ours(scheme), weight)
-        try:
-            other = rate(peer(scheme), weight, 1)
-            compared = f"{other:.3f} | {mine / other:.1f}"
-        except Exception as error:  # a peer's private signature may move; the row then says so
-            compared = f"failed: {type(error).__name__} {str(error)[:60]} | -"
-        print(f"| {scheme} | {mine:.3f} | {compared} | {mine / copy:.1%} |", flush=True)
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, {args.device}")
+    print(f"| scheme | quark GB/s | {' | '.join(PEERS)} | ratio to the faster | share of copy |")
+    print(f"|---|---|{'---|' * len(PEERS)}---|---|")
+    copies = []
+    for scheme, spec in weights().items():
+        if args.schemes and scheme not in args.schemes:
+            continue
+        copies.append(rate(lambda w: w.clone(), weight, 5))  # next to its scheme: machines vary
+        mine = rate(ours(spec), weight, 5)
+        print(line(scheme, mine, peer_rates(scheme, weight), copies[-1]), flush=True)
+    print(f"copy {min(copies):.2f} to {max(copies):.2f} GB/s")
 
 
 if __name__ == "__main__":

@@ -139,7 +139,8 @@ def test_the_batch_changes_no_bit(family: str, text: Path, tmp_path: Path) -> No
         for key, (mean, tokens) in statistics.kept.items():
             assert tokens == other.kept[key][1]
             assert torch.equal(mean, other.kept[key][0]), key
-        assert all(torch.equal(value, other._absmax[site]) for site, value in statistics._absmax.items())
+        assert statistics._ranges
+        assert all(torch.equal(seen.amax, other._ranges[key].amax) for key, seen in statistics._ranges.items())
 
 
 def test_moments_do_not_depend_on_how_rows_arrive() -> None:

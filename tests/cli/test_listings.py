@@ -12,7 +12,8 @@ RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 
 
 @pytest.mark.parametrize(
-    ("group", "folders"), [("recipes", ["ptq"]), ("schemes", ["schemes", "kv_cache"]), ("models", ["models"])]
+    ("group", "folders"),
+    [("recipes", ["ptq"]), ("schemes", ["schemes", "kv_cache", "attention"]), ("models", ["models"])],
 )
 def test_lists_name_every_file(quark, group, folders):
     stems = sorted(path.stem for folder in folders for path in (RECIPES / folder).glob("*.yaml"))
@@ -32,7 +33,7 @@ def test_recipes_say_bits_data_and_purpose(quark):
     assert rows["mxfp4"]["needs_data"] is False
     assert rows["nvfp4-kv_fp8"]["bits"] == [4.5]  # 4 bits and a byte per 16
     assert rows["nvfp4-kv_fp8"]["needs_data"] is True
-    assert rows["nvfp4-kv_fp8"]["kv_cache"] == "fp8"
+    assert (rows["nvfp4-kv_fp8"]["kv_cache"], rows["nvfp4-kv_fp8"]["attention"]) == ("fp8", None)
     assert rows["int4_wo_128-gptq"]["needs_data"] is True  # asked of the algorithm: weights alone need none
     assert all(row["purpose"] for row in rows.values())
 
@@ -122,12 +123,71 @@ def test_copy(quark, tmp_path):
 def test_schemes_show(quark):
     code, out, err = quark("schemes", "show", "mxfp4")
     assert (code, err) == (0, "")
-    assert "fp4_e2m1 group 32" in out
-    assert "compressed-tensors" in out
-    both = json.loads(quark("schemes", "show", "fp8", "--json").out)
-    assert both["schema"] == "quark/scheme/1"
-    assert [row["kind"] for row in both["schemes"]] == ["weights", "kv-cache"]
-    assert both["schemes"][0]["needs_data"] is True
+    lines = dict(line.split(maxsplit=1) for line in out.splitlines() if not line.startswith(" "))
+    assert lines["weight"] == "fp4_e2m1 group 32, e8m0, even"
+    assert lines["input"] == "fp4_e2m1 group 32, e8m0 dynamic, even"
+    assert lines["bits"].startswith("4.25 per weight")  # 4 bits and a byte per 32
+    assert lines["data"] == "not needed"
+    assert lines["dialects"] == "compressed-tensors: loads in vLLM, transformers"
+    assert "MI350" in lines["hardware"]
+    three = json.loads(quark("schemes", "show", "fp8", "--json").out)
+    assert three["schema"] == "quark/scheme/1"
+    assert [row["kind"] for row in three["schemes"]] == ["weights", "kv-cache", "attention"]
+    assert all(row["needs_data"] for row in three["schemes"])
+    assert set(three["schemes"][2]["slots"]) == {"q", "k", "v", "p"}
+
+
+def test_schemes_show_says_when_no_server_loads_it(quark):
+    out = quark("schemes", "show", "int4_wo_128").out
+    assert "input       kept as it is" in out
+    assert "simulation" not in out
+    assert "no server: simulation only" in quark("schemes", "show", "mx6").out
+
+
+def test_schemes_list_says_what_matters(quark):
+    """Bits by hand: those of a code, and those of the scales by the size of their groups."""
+    rows = json.loads(quark("schemes", "list", "--json").out)["schemes"]
+    found = {row["name"]: row for row in rows if row["kind"] == "weights"}
+    assert all(row["summary"] and row["hardware"] for row in found.values())
+    bits = {"int4_wo_32": 4 + 16 / 32, "uint4_wo_128": 4 + (16 + 4) / 128, "int3_wo_128": 3 + 16 / 128}
+    bits |= {"nvfp4": 4 + 8 / 16, "mxfp6_e3m2": 6 + 8 / 32, "amdfp4_g32": 4 + 8 / 32, "fp8": 8, "bfp16": 8 + 8 / 8}
+    bits |= {"mx6": 5 + 8 / 16 + 1 / 2, "mx9": 8 + 8 / 16 + 1 / 2, "int4_fp8": 4 + 32 / 4096}
+    assert {name: found[name]["bits"] for name in bits} == pytest.approx(bits, abs=1e-3)
+    data = {"fp8", "int8", "nvfp4", "nvfp4_fp8", "mxfp4_fp8", "amdfp4_global16", "amdfp4_global32"}
+    assert {name for name, row in found.items() if row["needs_data"]} == data
+    assert found["fp8_block128"]["slots"]["weight"]["granularity"] == {"tile": [128, 128]}
+    assert found["int4_fp8"]["slots"]["weight"]["stored"] == "last"
+    assert found["nvfp4"]["dialects"]["compressed-tensors"] == ["transformers", "vllm"]
+    simulations = {"mx6", "mx9", "bfp16", "amdfp4", "amdfp4_g32", "amdfp4_global16", "amdfp4_global32"}
+    for name in simulations:
+        assert found[name]["dialects"], name  # some dialect holds it
+        assert not any("vllm" in by for by in found[name]["dialects"].values()), name
+    assert all(row["dialects"] for row in found.values())
+
+
+def test_an_alias_is_the_scheme(quark):
+    assert quark("schemes", "show", "fp4-block16_scale_e4m3") == quark("schemes", "show", "fp4_block16_scale_e4m3")
+    (row,) = json.loads(quark("schemes", "show", "fp4_block16_scale_e4m3", "--json").out)["schemes"]
+    assert (row["name"], row["aliases"]) == ("nvfp4", ["fp4_block16_scale_e4m3"])
+    code, out, err = quark("schemes", "show", "fp4_block16_scale")
+    assert (code, out) == (2, "")
+    assert "did you mean fp4_block16_scale_e4m3" in err
+
+
+def test_a_scheme_of_the_users_is_listed(quark, tmp_path):
+    folder = tmp_path / "home" / "schemes"
+    folder.mkdir(parents=True)
+    (folder / "my-int4.yaml").write_text("weight: {element: int4, granularity: {group: 16}}\nsummary: mine\n")
+    (folder / "wrong.yaml").write_text("weight: {element: int5}\n")
+    rows = {row["name"]: row for row in json.loads(quark("schemes", "list", "--json").out)["schemes"]}
+    assert (rows["my-int4"]["bits"], rows["my-int4"]["error"]) == (5.0, None)
+    assert "int5" in rows["wrong"]["error"]
+    assert "not usable" in quark("schemes", "list").out
+    assert quark("schemes", "show", "my_int4").code == 0
+    (folder / "nvfp4.yaml").write_text("weight: {element: int4}\n")
+    code, out, err = quark("schemes", "list")
+    assert (code, out) == (3, "")
+    assert "is a built-in scheme; rename the file" in err
 
 
 def test_models_show_prints_the_file(quark):

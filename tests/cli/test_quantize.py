@@ -195,3 +195,25 @@ def test_fold_says_which_layers_a_row_is_about():
     assert list(planview.fold([(name, "k") for name in names], names)) == [("layers.*.experts.*.up", 6, "k")]
     some = [(name, "k") for name in names if not name.startswith("layers.1")]
     assert list(planview.fold(some, names)) == [("layers.{0,2}.experts.*.up", 4, "k")]
+
+
+def test_attention_and_outputs_are_part_of_a_plan(quark, tmp_path):
+    (tmp_path / "home" / "schemes").mkdir(parents=True)
+    fp8 = "{element: fp8_e4m3, scale: {dtype: f32}}"
+    (tmp_path / "home" / "schemes" / "own.yaml").write_text(f"weight: {fp8}\ninput: {fp8}\noutput: {fp8}\n")
+    flags = ("--model", "demo", "--scheme", "mxfp4", "--layer", "*down_proj=own", "--attention", "fp8")
+    code, out, err = quark("plan", *flags, "--calib-data", "builtin")
+    assert code == 0, err
+    assert "OUTPUT" in out and "BIAS" not in out
+    assert "model.layers.*.self_attn.p_bmm_quantizer" in out
+    assert "--attention fp8" in out
+    code, out, err = quark("plan", *flags, "--calib-data", "builtin", "--json")
+    plan = json.loads(out)
+    slot = plan["slots"]["model.layers.1.self_attn.p_bmm_quantizer"]
+    assert (slot["spec"]["element"], slot["entry"]["origin"]) == ("fp8_e4m3", "--attention fp8")
+    assert plan["slots"]["model.layers.1.mlp.down_proj.output_quantizer"]["spec"]["element"] == "fp8_e4m3"
+    assert plan["needs"]["model.layers.1.mlp.down_proj.output"] == ["absmax"]
+    assert plan["needs"]["model.layers.1.self_attn.p"] == ["absmax"]
+    code, out, _ = quark("plan", "--model", "demo", "--scheme", "mxfp4", "--attention", "none")
+    assert code == 0
+    assert "ATTENTION" not in out

@@ -15,11 +15,17 @@ from compressed_tensors.utils.match import match_name
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig, logging
 
 
-def load(folder: Path, dtype: torch.dtype = torch.bfloat16, *, static: bool = False) -> tuple[Any, dict[str, set[str]]]:
-    """(model, keys by what is wrong with them). `static`: keep the modules quantized, so that input scales apply."""
+def load(
+    folder: Path, dtype: torch.dtype = torch.bfloat16, *, static: bool = False, decoded: bool = False
+) -> tuple[Any, dict[str, set[str]]]:
+    """(model, keys by what is wrong with them).
+
+    static    keep the modules quantized, so that input scales apply
+    decoded   ask for float weights, as one must where there are zero points
+    """
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    keep = {"quantization_config": CompressedTensorsConfig(dequantize=False)} if static else {}
+    keep = {"quantization_config": CompressedTensorsConfig(dequantize=decoded)} if static or decoded else {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True, **keep)

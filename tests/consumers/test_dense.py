@@ -27,6 +27,34 @@ def test_every_key_finds_its_place_and_its_value(scheme: str, demo: dict[str, ru
         torch.testing.assert_close(found, checkpoint.weight(name), rtol=2**-7, atol=0)  # bfloat16 in memory
 
 
+@pytest.mark.parametrize(
+    ("scheme", "promised"),
+    [
+        ("uint4_wo_128", "vLLM"),
+        ("fp8_block128", "transformers"),  # vLLM: the 64 rows of this k projection are half a tile
+        ("int8_dynamic", "vLLM and transformers"),
+    ],
+)
+def test_zero_points_tiles_and_channels_find_their_place(
+    scheme: str, promised: str, demo: dict[str, runs.Made]
+) -> None:
+    made = demo[scheme]
+    targets = list(made.prepared.plan.quantized())
+    assert made.report["dialect"]["reason"] == f"asked for; loads in {promised}"
+    asymmetric = not all(target.weight.symmetric for target in targets)
+    if asymmetric:  # why transformers is not promised
+        with pytest.raises(RuntimeError, match="mismatched"):
+            load(made.folder)
+    model, wrong = load(made.folder, decoded=asymmetric)
+    assert wrong == {"missing": set(), "unexpected": set(), "mismatched": set()}
+    model(torch.arange(20)[None])  # the first pass decompresses
+    checkpoint = Checkpoint(Source.open(str(made.folder)))
+    assert len(targets) == 28
+    for target in targets:
+        found = model.get_submodule(target.name).weight.float()
+        torch.testing.assert_close(found, checkpoint.weight(target.name), rtol=2**-7, atol=0)
+
+
 @pytest.mark.parametrize("scheme", sorted(runs.CALIBRATED))
 def test_static_scales_arrive(scheme: str, demo: dict[str, runs.Made]) -> None:
     model, _ = load(demo[scheme].folder, dtype=torch.float32, static=True)

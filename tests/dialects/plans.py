@@ -71,7 +71,7 @@ def target(module: Module, pair: Pair | None, dtype: str = "BF16") -> Target:
     view = module.view or WeightView(f"{module.name}.weight")
     return Target(
         module.name, view, module.shape, dtype, module.role, 0, None, module.group or module.name, module.expert, None,
-        slots=slots,
+        parent_class="nn.Embedding" if module.role == "embedding" else "nn.Linear", slots=slots,
     )  # fmt: skip
 
 

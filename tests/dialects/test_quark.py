@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from quarkcli import dialects
-from quarkcli.numerics.quantize import dequantize
+from quarkcli.errors import ModelError
+from quarkcli.plan.model import Decision, Plan
+from quarkcli.spec import PerGroup, PerTensor, PerTile, PerToken, ScaleSpec, TensorSpec
 
 from .plans import (
     FP8,
-    FP8_CHANNEL,
+    FP8_TOKEN,
     INT8_TENSOR,
-    MXFP4,
+    NVFP4_INPUT,
     PAIRS,
     Module,
     Pair,
@@ -25,12 +28,11 @@ from .plans import (
     llama,
     moe,
     plan,
-    target,
 )  # fmt: skip
-from .test_roundtrip import written
+from .test_quark_roundtrip import SCHEMES, awkward, slotted, written
+from .test_roundtrip import Header, headers
 
 QUARK = dialects.get("quark")
-BOTH = {"vllm", "transformers"}
 
 # json of amd-quark 0.13's LLMTemplate("llama").get_config(scheme) for each scheme; `scale_type` float means the
 # model's dtype there, where we store float32 scales for everything but int4.
@@ -57,20 +59,54 @@ MX_SPEC = {
 NV_SPEC = {**FP4_SPEC, "group_size": 16, "scale_format": "float32"}
 NV_GLOBAL = {**FP8_SPEC, "is_scale_quant": True}
 DYNAMIC = {"is_dynamic": True}
-LAYERS = {
-    "int4-32": (INT4_SPEC, None),
+INT8_SPEC = {**FP8_SPEC, "dtype": "int8"}
+INT4_ROW = {**INT4_SPEC, **CHANNEL, "group_size": None}
+AMD_SPEC = {**FP4_SPEC, "group_size": 16, "scale_type": "float8_e5m3", "scale_format": "e5m3"}
+AMD_GLOBAL = {**NV_GLOBAL, "dtype": "fp8_e5m3"}
+# Formats of their own leave most to Quark.
+OWN_SPEC = {
+    **dict.fromkeys(FP8_SPEC), "zero_point_type": "int32", "is_scale_quant": False, "enable_buffer_reuse": False,
+    "max_input_numel": 4194304, "ch_axis": -1, "scale_calculation_mode": "even",
+}  # fmt: skip
+MX6_SPEC = {**OWN_SPEC, "dtype": "mx6", "group_size": 16}
+INT8_MX_SPEC = {**OWN_SPEC, "dtype": "mx", "mx_element_dtype": "int8", "group_size": 32}
+TILE_SPEC = {
+    **FP8_SPEC, "qscheme": "per_block", "block_size": [128, 128], "observer_cls": "PerBlock2DMinMaxObserver",
+}  # fmt: skip
+GROUP_INPUT = {
+    **FP8_SPEC, "qscheme": "per_group", "ch_axis": -1, "group_size": 128, "observer_cls": "PerGroupMinMaxObserver",
+}  # fmt: skip
+LAYERS: dict[str, tuple[Any, Any]] = {
+    "int4_wo_32": (INT4_SPEC, None),
+    "int4_wo_per_channel": (INT4_ROW, None),
+    "int4_wa_64": ({**INT4_SPEC, "group_size": 64}, {**INT4_SPEC, "group_size": 64, **DYNAMIC}),
+    "uint4_wo_128": ({**INT4_SPEC, "dtype": "uint4", "group_size": 128, "symmetric": False}, None),
+    "uint4_wo_per_channel": ({**INT4_ROW, "dtype": "uint4", "symmetric": False}, None),
     "fp8": (FP8_SPEC, FP8_SPEC),
-    "ptpc": ({**FP8_SPEC, **CHANNEL}, {**FP8_SPEC, **TOKEN}),
-    "int8-static": ({**FP8_SPEC, "dtype": "int8"}, {**FP8_SPEC, "dtype": "int8"}),
+    "ptpc_fp8": ({**FP8_SPEC, **CHANNEL}, {**FP8_SPEC, **TOKEN}),
+    "fp8_block128": (TILE_SPEC, {**GROUP_INPUT, **DYNAMIC}),
+    "int8": (INT8_SPEC, INT8_SPEC),
+    "int8_dynamic": ({**INT8_SPEC, **CHANNEL}, {**INT8_SPEC, **TOKEN}),
     "mxfp4": (MX_SPEC, {**MX_SPEC, **DYNAMIC}),
-    "mxfp4-weight-only": (MX_SPEC, None),
+    "mxfp4_weight_only": (MX_SPEC, None),
+    "mxfp4_fp8": (MX_SPEC, FP8_SPEC),
+    "mxfp4_mxfp6_e2m3": (MX_SPEC, {**MX_SPEC, "dtype": "fp6_e2m3", **DYNAMIC}),
+    "mxfp6_e3m2": ({**MX_SPEC, "dtype": "fp6_e3m2"}, {**MX_SPEC, "dtype": "fp6_e3m2", **DYNAMIC}),
     "nvfp4": ([NV_SPEC, NV_GLOBAL], [{**NV_SPEC, **DYNAMIC}, NV_GLOBAL]),
+    "amdfp4": (AMD_SPEC, {**AMD_SPEC, **DYNAMIC}),
+    "amdfp4_g32": ({**AMD_SPEC, "group_size": 32}, {**AMD_SPEC, "group_size": 32, **DYNAMIC}),
+    "amdfp4_global16": ([NV_SPEC, AMD_GLOBAL], [{**NV_SPEC, **DYNAMIC}, AMD_GLOBAL]),
+    "int4_fp8": ([FP8_SPEC, {**INT4_ROW, "scale_type": "float32"}], {**FP8_SPEC, **DYNAMIC}),
+    "mx6": (MX6_SPEC, MX6_SPEC),
+    "mx9": ({**MX6_SPEC, "dtype": "mx9"}, {**MX6_SPEC, "dtype": "mx9"}),
+    "bfp16": ({**MX6_SPEC, "dtype": "bfp16", "group_size": 8},) * 2,
+    "mxint8": (INT8_MX_SPEC, INT8_MX_SPEC),
 }
 
 
 @pytest.mark.parametrize("scheme", LAYERS)
 def test_specs_are_those_of_the_peer(scheme: str) -> None:
-    config = json.loads(json.dumps(QUARK.config(plan(llama(), linears(PAIRS[scheme])))))
+    config = json.loads(json.dumps(QUARK.config(plan(llama(), linears(SCHEMES[scheme])))))
     weight, source = LAYERS[scheme]
     assert config["global_quant_config"] == {
         "weight": weight, "input_tensors": source, "output_tensors": None, "bias": None, "target_device": None,
@@ -134,69 +170,54 @@ def test_experts_are_named_by_layer() -> None:
     assert set(config["exclude"]) == {*routers, "model.layers.1.mlp.experts", "lm_head"}
 
 
-def nibbles(word: int) -> list[int]:
-    return [(word >> (4 * index)) & 15 for index in range(8)]
+def with_attention(slots: dict[str, TensorSpec], made: Plan | None = None) -> Plan:
+    made = made or plan(llama(), linears(PAIRS["fp8"]))
+    for name in made.attention:
+        decisions = {kind: Decision(slots.get(kind), 0) for kind in "qkvp"}
+        made.attention[name] = replace(attention(name, None), slots=decisions)
+    return made
 
 
-def test_int4_layout_decoded_by_hand() -> None:
-    """Two's complement nibbles, AWQ order 0 2 4 6 1 3 5 7 along the output, everything transposed."""
-    item = target(Module("m", (16, 64), "up"), (int4(32), None))
-    quantized, _, tensors = written(QUARK, item)
-    packed = tensors["m.weight"].numpy().view(np.uint32)
-    assert packed.shape == (64, 2)
-    decoded = np.zeros((16, 64))
-    for column in range(64):
-        for word in range(2):
-            for slot, code in enumerate(nibbles(int(packed[column, word]))):
-                row = 8 * word + (0, 2, 4, 6, 1, 3, 5, 7)[slot]
-                decoded[row, column] = code - 16 if code > 7 else code
-    scale = tensors["m.weight_scale"].double().numpy()  # [groups, out]
-    values = decoded * np.repeat(scale.T, 32, axis=1)
-    np.testing.assert_array_equal(values, dequantize(quantized, item.weight).double().numpy())
-    assert not tensors["m.weight_zero_point"].any()
-
-
-def test_zero_points_of_int8_are_stored_as_the_peer_does() -> None:
-    item = target(Module("m", (16, 64), "up"), PAIRS["int8-static"])
-    _, source, tensors = written(QUARK, item)
-    assert {name.removeprefix("m.") for name in tensors} == {
-        "weight", "weight_scale", "weight_zero_point", "input_scale", "input_zero_point",
+def test_attention_entries_are_those_of_the_peer() -> None:
+    made = with_attention(dict.fromkeys("qkvp", FP8))
+    config = QUARK.config(made)
+    entry = {**config["global_quant_config"], "output_tensors": FP8_SPEC}
+    assert config["layer_quant_config"] == {"*q_proj": entry, "*k_proj": entry, "*v_proj": entry}
+    assert config["softmax_quant_spec"] == FP8_SPEC
+    assert config["export"]["kv_cache_group"] == list(config["kv_cache_quant_config"]) == ["*k_proj", "*v_proj"]
+    block = "model.layers.0.self_attn"
+    names = {info.name for info in QUARK.attention_infos(made.attention[block])}
+    assert names == {
+        f"{block}.q_proj.output_scale", f"{block}.k_proj.output_scale", f"{block}.v_proj.output_scale",
+        f"{block}.prob_output_scale",
     }  # fmt: skip
-    torch.testing.assert_close(tensors["m.input_scale"], source, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(
-    ("scheme", "loaders"),
-    [
-        ("fp8", BOTH),
-        ("ptpc", BOTH),
-        ("int8-static", BOTH),
-        ("int8-token", BOTH),
-        ("int4-32", BOTH),
-        ("mxfp4", BOTH),
-        ("mxfp4-weight-only", BOTH),
-        ("nvfp4", {"vllm"}),
-        ("nvfp4-weight-only", set()),
-        ("fp8-weight-only", {"transformers"}),
-        ("int8-channel", {"transformers"}),
-    ],
-)
-def test_loaders(scheme: str, loaders: set[str]) -> None:
-    assert QUARK.loaders(plan(llama(), linears(PAIRS[scheme]))) == loaders
-    assert QUARK.loaders(plan(moe(), linears(PAIRS[scheme]))) == loaders - {"transformers"}
+def test_a_cache_of_nvfp4_has_scales_of_the_second_stage() -> None:
+    made = with_attention(dict.fromkeys("kv", NVFP4_INPUT))
+    outputs = QUARK.config(made)["layer_quant_config"]["*v_proj"]["output_tensors"]
+    assert outputs == [{**NV_SPEC, **DYNAMIC}, NV_GLOBAL]
+    block = "model.layers.1.self_attn"
+    assert [info.name for info in QUARK.attention_infos(made.attention[block])] == [
+        f"{block}.k_proj.output_scale_2", f"{block}.v_proj.output_scale_2",
+    ]  # fmt: skip
 
 
-def test_a_quantized_head_does_not_load_in_vllm() -> None:
-    made = plan(llama(), lambda m: None if m.role == "embedding" else PAIRS["fp8"])
-    assert QUARK.loaders(made) == {"transformers"}
+GROUPS = TensorSpec("fp8_e4m3", PerGroup(32), ScaleSpec("f32"))
+TOKENS_OF_TWO = replace(FP8, then=INT8_TENSOR)
 
 
 @pytest.mark.parametrize(
     ("pair", "words"),
     [
-        ((int4(48), None), "not a multiple of the group of 48"),
-        ((FP8_CHANNEL, INT8_TENSOR), "quark cannot hold weight fp8_e4m3 channel 0"),
-        ((MXFP4, INT8_TENSOR), "quark cannot hold weight fp4_e2m1 group 32"),
+        ((int4(48), None), "64 input features are not a multiple of the group of 48 of int4"),
+        (
+            (FP8, replace(FP8_TOKEN, granularity=PerGroup(48))),
+            "64 input features are not a multiple of the group of 48",
+        ),
+        ((FP8_TOKEN, None), "a weight is stored under fixed scales (fp8_e4m3 token"),
+        ((FP8, GROUPS), "quark stores one static scale for its input, not those of fp8_e4m3 group 32"),
+        ((FP8, TOKENS_OF_TWO), "quark stores one static scale for its input"),
     ],
 )
 def test_refusals_name_module_and_spec(pair: Pair, words: str) -> None:
@@ -204,6 +225,34 @@ def test_refusals_name_module_and_spec(pair: Pair, words: str) -> None:
     assert len(refusals) == 1
     assert refusals[0].startswith("model.layers.0.self_attn.q_proj (and 1 more): ")
     assert words in refusals[0]
+
+
+@pytest.mark.parametrize(
+    ("spec", "shape", "words"),
+    [
+        (SCHEMES["int4_wo_per_channel"][0], (16, 20), "20 input features are not a multiple of 8"),
+        (SCHEMES["int4_wo_per_channel"][0], (20, 16), "20 zero points in a row are not a multiple of 8"),
+        (TensorSpec("int3", PerTensor(), ScaleSpec("f32", "half_range")), (8, 20), "into 3 bytes"),
+        (TensorSpec("fp6_e2m3", PerTile(8, 8), ScaleSpec("f32")), (8, 18), "18 input features are not a multiple of 4"),
+        (TensorSpec("fp4_e2m1", PerTensor(), ScaleSpec("f32")), (8, 7), "2 of them into a byte"),
+    ],
+)
+def test_codes_fill_whole_cells(spec: TensorSpec, shape: tuple[int, int], words: str) -> None:
+    (refusal,) = QUARK.refusals(plan([Module("m", shape, "up")], linears((spec, None))))
+    assert refusal.startswith("m: ") and words in refusal
+
+
+def test_attention_refusals() -> None:
+    dynamic = TensorSpec("fp8_e4m3", PerToken(), ScaleSpec("f32", "absmax", "dynamic"))
+    (refusal,) = QUARK.refusals(with_attention({"k": dynamic}, plan(llama(layers=1), linears(PAIRS["fp8"]))))
+    assert refusal.startswith("model.layers.0.self_attn.k_bmm_quantizer: quark knows attention k by its stored scale")
+    made = with_attention({"q": FP8})
+    last = "model.layers.1.self_attn"
+    made.attention[last] = replace(made.attention[last], slots=attention(last, None).slots)
+    assert QUARK.refusals(made) == [f"{last}: quark describes attention q once for the whole model; here it differs"]
+    both = slotted(with_attention({"v": FP8}), only="v_proj", output=FP8)
+    (refusal,) = QUARK.refusals(both)
+    assert "quark has one place for the output of v_proj, and attention v takes it" in refusal
 
 
 def test_int4_needs_output_features_in_eights() -> None:
@@ -220,3 +269,92 @@ def test_a_fused_qkv_has_no_place_for_cache_scales() -> None:
     made.attention[module.name] = fused
     assert len(QUARK.refusals(made)) == 2
     assert "qkv_proj" in QUARK.refusals(made)[0]
+
+
+def read(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Any:
+    return QUARK.view(config, headers(tensors))
+
+
+def test_a_file_of_the_peer_is_read() -> None:
+    """It stores scales in the model's dtype, says nothing of some keys, and has entries by class."""
+    spec = {**FP8_SPEC, "scale_type": "float"}
+    layer = {"weight": spec, "input_tensors": {**spec, "scale_type": None}, "output_tensors": None, "bias": None}
+    config = {"quant_method": "quark", "layer_type_quant_config": {"Linear": layer}, "exclude": [], "export": {}}
+    tensors = {
+        "m.weight": torch.randn(8, 16).to(torch.float8_e4m3fn),
+        "m.weight_scale": torch.tensor(0.5, dtype=torch.bfloat16),
+        "m.input_scale": torch.tensor(0.25, dtype=torch.bfloat16),
+    }
+    stored = read(config, tensors).targets["m"]
+    assert stored.weight == stored.input == replace(FP8, scale=ScaleSpec("model"))
+    decoded = QUARK.decode(stored, tensors)
+    assert (float(decoded.weight.params.scale), float(decoded.input)) == (0.5, 0.25)
+
+
+def test_an_input_in_the_older_wrapper_is_read() -> None:
+    made = plan([Module("m", (8, 64), "up")], linears(SCHEMES["mxfp4"]))
+    config, tensors, _, _ = written(made)
+    config["global_quant_config"]["input_tensors"] = {**INT8_MX_SPEC, "mx_element_dtype": "fp6_e3m2"}
+    assert read(config, tensors).targets["m"].input == SCHEMES["mxfp6_e3m2"][1]
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"dtype": "int5"}, "dtype=int5"),
+        ({"qscheme": "per_row"}, "qscheme=per_row"),
+        ({"is_dynamic": True}, "weights of dtype=fp8_e4m3"),
+        ({"symmetric": False}, "symmetric=False"),
+        ({"qscheme": "per_group", "group_size": None}, "are not read by this version"),
+        ({"qscheme": "per_block", "block_size": [128]}, "are not read by this version"),
+        ({"scale_type": "float7"}, "are not read by this version"),
+        ({"dtype": "uint8"}, "dtype=uint8"),
+        ({"tensor_spec": {"element": "fp9"}}, "are not read by this version"),
+        ({"tensor_spec": 7}, "are not read by this version"),
+    ],
+)
+def test_an_unknown_spec_is_refused_with_its_module(changed: dict[str, Any], words: str) -> None:
+    config, tensors, _, _ = written(plan([Module("m", (8, 64), "up")], linears((FP8, None))))
+    config["global_quant_config"]["weight"] |= changed
+    with pytest.raises(ModelError, match=r"^m: ") as caught:
+        read(config, tensors)
+    assert words in str(caught.value)
+
+
+def test_what_is_left_over_or_unpacked_is_refused() -> None:
+    config, tensors, _, _ = written(plan(llama(layers=1), linears(PAIRS["fp8"])))
+    stray = {**tensors, "model.layers.0.self_attn.k_proj.output_scale": torch.tensor(1.0)}
+    with pytest.raises(ModelError, match="no output that this scale belongs to"):
+        read(config, stray)
+    with pytest.raises(ModelError, match="pack_method 'shuffle'"):
+        read({**config, "export": {"pack_method": "shuffle"}}, tensors)
+    with pytest.raises(ModelError, match="holds no codes"):
+        read({**config, "export": {"weight_format": "fake_quantized"}}, tensors)
+
+
+def test_a_cast_is_named_and_nothing_else_is_taken_for_one() -> None:
+    """Casts have no scale: an unquantized matrix of the same dtype beside them stays an ordinary tensor."""
+    cast = TensorSpec("bf16", PerTensor(), None)
+    made = plan(llama(layers=1), lambda m: (cast, None) if m.role in ("up", "down") else None)
+    config, tensors, _, _ = written(made)
+    assert config["global_quant_config"]["weight"] is None
+    others = {f"{t.name}.weight": awkward(t.shape) for t in made.targets.values() if t.weight is None}
+    assert list(read(config, {**others, **tensors}).targets) == [
+        "model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj",
+    ]  # fmt: skip
+
+
+def test_missing_scales_are_refused_when_writing() -> None:
+    made = slotted(plan([Module("m", (8, 64), "up")], linears((FP8, FP8))), bias=INT8_TENSOR)
+    target = made.targets["m"]
+    _, _, weights, biases = written(made)
+    with pytest.raises(ValueError, match="m has a static input"):
+        QUARK.tensors(target, weights["m"], {}, biases["m"])
+    with pytest.raises(ValueError, match="m has a quantized bias"):
+        QUARK.tensors(target, weights["m"], {"input": torch.tensor(1.0)})
+
+
+def test_a_matrix_is_asked_for() -> None:
+    config, tensors, _, _ = written(plan([Module("m", (8, 64), "up")], linears((FP8, None))))
+    with pytest.raises(ModelError, match="is not a matrix"):
+        QUARK.view(config, {**headers(tensors), "m.weight": Header("F8_E4M3", (512,))})

@@ -20,7 +20,7 @@ from .plans import FP8, FP8_TOKEN, INT4_CHANNEL, MXFP4, PAIRS, Module, Pair, lin
 
 TEXTS = {
     torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.int8: "I8", torch.uint8: "U8",
-    torch.int32: "I32", torch.int64: "I64", torch.float8_e4m3fn: "F8_E4M3",
+    torch.int32: "I32", torch.int64: "I64", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
 }  # fmt: skip
 NAMES = ["compressed-tensors", "quark"]
 HELD = {
@@ -48,8 +48,8 @@ def weight_of(item: Target, seed: int = 0) -> torch.Tensor:
 def written(dialect: Dialect, item: Target, seed: int = 0):
     assert item.weight is not None
     quantized = quantize(weight_of(item, seed), item.weight)
-    source = static_scale(torch.tensor(3.25), item.input) if item.input and item.input.needs_amax else None
-    return quantized, source, dialect.tensors(item, quantized, source)
+    source = static_scale(torch.tensor(3.25), item.input) if item.input and item.input.is_static else None
+    return quantized, source, dialect.tensors(item, quantized, {} if source is None else {"input": source})
 
 
 def write(dialect: Dialect, made: Plan) -> tuple[dict, dict[str, torch.Tensor]]:
@@ -89,7 +89,8 @@ def test_read_of_write_is_exact(name: str, scheme: str) -> None:
         stored = view.targets[item.name]
         assert (stored.weight, stored.input, stored.shape) == (item.weight, item.input, item.shape)
         assert set(stored.tensors) == set(packed)
-        again, source_again = dialect.decode(stored, tensors)
+        decoded = dialect.decode(stored, tensors)
+        again, source_again = decoded.weight, decoded.input
         assert again.codes.dtype == quantized.codes.dtype
         assert torch.equal(bits(again.codes), bits(quantized.codes))
         assert again.params.scale.shape == quantized.params.scale.shape
@@ -152,7 +153,8 @@ def test_scalars_may_be_stored_with_or_without_a_dimension(name: str) -> None:
         other = {key: t.reshape(shape) if t.numel() == 1 else t for key, t in tensors.items()}
         view = dialect.view(config, headers(other))
         for stored in view.targets.values():
-            quantized, source = dialect.decode(stored, other)
+            decoded = dialect.decode(stored, other)
+            quantized, source = decoded.weight, decoded.input
             assert quantized.params.global_scale.shape == source.shape == ()
 
 

@@ -20,10 +20,11 @@ from transformers import (
 )
 
 from quarkcli import dialects
+from quarkcli.dialects import _kinds as kinds
 from quarkcli.numerics.quantize import dequantize, quantize, static_scale
 from quarkcli.plan.model import Plan
 
-from .plans import FP8, PAIRS, Module, linears, llama, moe, plan
+from .plans import FP8, INT8_TOKEN, PAIRS, Module, linears, llama, moe, plan
 
 CT = dialects.get("compressed-tensors")
 SMALL = {
@@ -52,7 +53,7 @@ def write(source: Path, folder: Path, made: Plan) -> dict[str, torch.Tensor]:
     for item in made.quantized():
         quantized = quantize(tensors.pop(f"{item.name}.weight"), item.weight)
         scale = static_scale(torch.tensor(4.0), item.input) if item.input and item.input.needs_amax else None
-        tensors |= CT.tensors(item, quantized, scale)
+        tensors |= CT.tensors(item, quantized, {} if scale is None else {"input": scale})
         twins[item.name] = dequantize(quantized, item.weight)
     for module in made.attention.values():
         tensors |= CT.attention_tensors(module, {"k": torch.tensor(0.01), "v": torch.tensor(0.02)})
@@ -75,8 +76,19 @@ def by_role(module: Module):
         ("llama", plan(llama(), lambda m: None if m.role in ("embedding", "k", "q", "v") else PAIRS["int4-32"])),
         ("qwen3_moe", plan(moe(), linears(PAIRS["mxfp4"]))),
         ("mixtral", plan(moe(mixtral=True), by_role)),
+        ("qwen3_moe", plan(moe(), linears((kinds.weight_spec("int3 group", "model", 32), INT8_TOKEN)))),
+        ("llama", plan(llama(), linears((kinds.weight_spec("mxfp6_e2m3"), kinds.input_spec("mxfp8"))))),
+        ("llama", plan(llama(), lambda m: None if m.role == "head" else (kinds.weight_spec("mxfp8"), None))),
     ],
-    ids=["llama-nvfp4-kv", "llama-int4-head", "qwen3_moe-mxfp4", "mixtral-fp8-int4"],
+    ids=[
+        "llama-nvfp4-kv",
+        "llama-int4-head",
+        "qwen3_moe-mxfp4",
+        "mixtral-fp8-int4",
+        "qwen3_moe-int3-int8",
+        "llama-mxfp6-mxfp8",
+        "llama-mxfp8-embedding",
+    ],
 )
 def test_every_key_finds_its_place_and_its_value(kind: str, made: Plan, tmp_path: Path) -> None:
     assert "transformers" in CT.loaders(made)

@@ -60,7 +60,8 @@ def check_same_numbers(one: runs.Made, other: runs.Made) -> None:
     first, second = (Checkpoint(Source.open(str(made.folder))) for made in (one, other))
     assert first.view.targets.keys() == second.view.targets.keys()
     for name, stored in first.view.targets.items():
-        (ours, ours_input), (theirs, theirs_input) = first.decode(stored), second.decode(second.view.targets[name])
+        one, other = first.decode(stored), second.decode(second.view.targets[name])
+        (ours, ours_input), (theirs, theirs_input) = (one.weight, one.input), (other.weight, other.input)
         assert runs.same_bytes(ours.codes, theirs.codes), name
         assert runs.same_bytes(ours.params.scale, theirs.params.scale), name
         torch.testing.assert_close(ours.params.global_scale, theirs.params.global_scale, rtol=2**-22, atol=0)

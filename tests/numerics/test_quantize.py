@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quarkcli.errors import ConfigError, DataError, ModelError
+from quarkcli.errors import DataError, ModelError
 from quarkcli.numerics import pieces
 from quarkcli.numerics.quantize import (
     decode,
@@ -126,18 +126,6 @@ def test_tiles_equal_a_loop_over_tiles() -> None:
             alone = quantize(tile.contiguous(), FP8)
             assert result.params.scale[i, j] == alone.params.scale
             assert torch.equal(values[3 * i : 3 * i + 3, 64 * j : 64 * j + 64], dequantize(alone, FP8))
-
-
-@pytest.mark.parametrize(
-    ("spec", "expected"),
-    [(MXFP4, 0.01249), (NVFP4, 0.00905), (TensorSpec("int4", PerGroup(128), ScaleSpec("f32", "half_range")), 0.01227)],
-    ids=["mxfp4", "nvfp4", "int4"],
-)
-def test_relative_error_on_gaussian_data(spec: TensorSpec, expected: float) -> None:
-    """Published and separately computed values of E(x - q)^2 / E x^2."""
-    x = gaussian(1024, 1024)
-    error = (x - fake_quantize(x, spec)).square().mean() / x.square().mean()
-    assert float(error) == pytest.approx(expected, rel=0.01)
 
 
 # --- shapes and dtypes --------------------------------------------------------------------------------------------
@@ -311,11 +299,6 @@ def test_rows_that_do_not_hold_whole_groups_are_refused(spec: TensorSpec) -> Non
         quantize(torch.ones(2, 40), spec)
     with pytest.raises(ModelError, match="40 is not divisible"):
         fake_quantize(torch.ones(2, 40), spec)
-
-
-def test_scales_per_column_are_refused() -> None:
-    with pytest.raises(ConfigError, match="axis 1"):
-        quantize(torch.ones(2, 4), TensorSpec("int8", PerChannel(1), F32))
 
 
 def test_amax() -> None:

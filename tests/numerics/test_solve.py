@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from quarkcli.errors import DataError
 from quarkcli.numerics import solve as solve_module
-from quarkcli.numerics.quantize import decode, effective_scale, encode, make_qparams
+from quarkcli.numerics.quantize import decode, encode, lattice, make_qparams
 from quarkcli.numerics.solve import Factor, Solved, factorize, solve
 from quarkcli.spec import PerChannel, PerGroup, PerTensor, PerTile, ScaleSpec, TensorSpec
 
@@ -39,8 +41,7 @@ def run(
     factor = factorize(gram, act_order=act_order)
     assert factor is not None
     params = make_qparams(weight, spec)
-    scale = effective_scale(params, spec, weight.shape)
-    solved = solve(weight, factor, scale, spec.element, spec.group_size or weight.shape[1], columns=columns)
+    solved = solve(weight, factor, lattice(params, spec, weight.shape), columns=columns)
     return solved, decode(solved.codes, spec, params), factor
 
 
@@ -143,11 +144,11 @@ def test_dead_columns(name: str, act_order: bool) -> None:
     assert bool(rounded.isfinite().all())
     assert bool((rounded[:, dead] == 0).all())
     # The same problem without these columns, with the scales of the whole weight per column.
-    scale = effective_scale(make_qparams(weight, spec), spec, weight.shape)
-    per_column = scale.repeat_interleave(spec.group_size or N, 1)[:, ~dead]
+    at = lattice(make_qparams(weight, spec), spec, weight.shape)
+    per_column = at.scale.repeat_interleave(spec.group_size or N, 1)[:, ~dead]
     small = factorize(gram[~dead][:, ~dead], act_order=act_order)
     assert small is not None
-    alone = solve(weight[:, ~dead].contiguous(), small, per_column, spec.element, 1)
+    alone = solve(weight[:, ~dead].contiguous(), small, replace(at, scale=per_column, size=1))
     assert same_codes(solved.codes[:, ~dead], alone.codes) > 0.99
     assert solved.loss == pytest.approx(alone.loss, rel=0.01)
 
@@ -167,9 +168,9 @@ def test_codes_and_scales_dequantize_to_what_the_solver_compensated(
     seen: list[torch.Tensor] = []
     original = solve_module._solve_block
 
-    def spy(block, couplings, scales, element):
-        values, differences = original(block, couplings, scales, element)
-        seen.append(values * scales)
+    def spy(block, couplings, at):
+        values, differences = original(block, couplings, at)
+        seen.append(values * at.scale)
         return values, differences
 
     monkeypatch.setattr(solve_module, "_solve_block", spy)
@@ -183,8 +184,8 @@ def test_rows_are_independent(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = SPECS["nvfp4"]
     weight, gram = problem()
     whole, _, factor = run(weight, gram, spec)
-    scale = effective_scale(make_qparams(weight, spec), spec, weight.shape)
-    halves = [solve(weight[a:b], factor, scale[a:b], spec.element, 16) for a, b in ((0, 15), (15, R))]
+    at = lattice(make_qparams(weight, spec), spec, weight.shape)
+    halves = [solve(weight[a:b], factor, replace(at, scale=at.scale[a:b])) for a, b in ((0, 15), (15, R))]
     assert same_codes(whole.codes, torch.cat([half.codes for half in halves])) > 0.99
     assert whole.loss == pytest.approx(sum(half.loss for half in halves), rel=0.01)
     monkeypatch.setattr(solve_module, "_CPU_ROWS", 16)

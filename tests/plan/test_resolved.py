@@ -106,19 +106,19 @@ class TestOwnScheme:
     def home(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("QUARK_HOME", str(tmp_path / "home"))
         (tmp_path / "home" / "schemes").mkdir(parents=True)
-        (tmp_path / "home" / "schemes" / "int4_wo_32.yaml").write_text(
+        (tmp_path / "home" / "schemes" / "own_g32.yaml").write_text(
             "summary: groups of 32\nweight: {element: int4, granularity: {group: 32}}\n"
         )
 
     def test_end_to_end(self, tmp_path: Path) -> None:
-        made = runs.run("demo", tmp_path / "out", scheme="int4-wo-32")
-        assert made.report["recipe"]["name"] == "int4_wo_32"
+        made = runs.run("demo", tmp_path / "out", scheme="own-g32")
+        assert made.report["recipe"]["name"] == "own_g32"
         assert made.report["size"]["effective_bits"] == 4.5  # a 16-bit scale for 32 weights
         assert made.report["dialect"]["reason"] == "auto: loads in vLLM and transformers"
         assert verify.directory(str(made.folder), str(made.source))[-1].startswith("all ")
         written = runs.read_all(made.folder)
         assert written["model.layers.0.mlp.down_proj.weight_scale"].shape == (128, 384 // 32)
-        assert yaml.safe_load((made.folder / "quark" / "recipe.yaml").read_text())["metadata"]["name"] == "int4_wo_32"
+        assert yaml.safe_load((made.folder / "quark" / "recipe.yaml").read_text())["metadata"]["name"] == "own_g32"
         (tmp_path / "page.txt").write_text(runs.topics(0, 3)[:4000])
         coarse = runs.run("demo", tmp_path / "coarse", scheme="int4_wo_128")
         losses = [
@@ -130,14 +130,15 @@ class TestOwnScheme:
         assert 0 < losses[0] < losses[1]  # finer groups lose less
 
     def test_in_flags_and_recipes(self, tmp_path: Path) -> None:
-        prepared = runs.prepare("demo", scheme="mxfp4", layers=["*down_proj=int4_wo_32"])
+        prepared = runs.prepare("demo", scheme="mxfp4", layers=["*down_proj=own_g32"])
         assert prepared.plan.targets["model.layers.0.mlp.down_proj"].weight.element == "int4"
-        (tmp_path / "own.yaml").write_text("schema: quark/recipe/1\nquantize: {scheme: int4-wo-32}\n")
+        (tmp_path / "own.yaml").write_text("schema: quark/recipe/1\nquantize: {scheme: own-g32}\n")
         recipe = runs.prepare("demo", recipe=str(tmp_path / "own.yaml"))
         assert recipe.plan.targets["model.layers.0.mlp.down_proj"].weight.group_size == 32
 
     def test_what_no_dialect_holds_is_refused(self, tmp_path: Path) -> None:
-        (tmp_path / "home" / "schemes" / "odd.yaml").write_text("weight: {element: uint4, granularity: {group: 32}}\n")
+        odd = "weight: {element: int4, granularity: {group: 32}, scale: {when: dynamic}}\n"  # weights are stored
+        (tmp_path / "home" / "schemes" / "odd.yaml").write_text(odd)
         with pytest.raises(ConfigError, match="no dialect can hold this plan") as caught:
             runs.prepare("demo", scheme="odd")
         assert "quark: " in caught.value.what and "compressed-tensors: " in caught.value.what

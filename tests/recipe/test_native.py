@@ -9,7 +9,17 @@ from quarkcli.recipe import catalog
 from quarkcli.recipe.attributes import native
 from quarkcli.recipe.load import parse
 from quarkcli.recipe.match import matches, suggestions
-from quarkcli.spec import PerChannel, PerGroup, PerTensor, PerTile, PerToken, ScaleSpec, TensorSpec, spec_to_yaml
+from quarkcli.spec import (
+    ObserverSpec,
+    PerChannel,
+    PerGroup,
+    PerTensor,
+    PerTile,
+    PerToken,
+    ScaleSpec,
+    TensorSpec,
+    spec_to_yaml,
+)
 
 
 def spec(text: str) -> TensorSpec:
@@ -44,6 +54,76 @@ def spec(text: str) -> TensorSpec:
             "{element: fp8_e4m3, scale: {constant_amax: 448}}",
             TensorSpec("fp8_e4m3", PerTensor(), ScaleSpec("f32", constant_amax=448.0)),
         ),
+        (
+            "{element: fp8_e4m3, scale: {minimum: 0.25, dtype: bf16}}",
+            TensorSpec("fp8_e4m3", PerTensor(), ScaleSpec("bf16", minimum=0.25)),
+        ),
+        ("{element: fp8_e4m3, granularity: {channel: 1}}", TensorSpec("fp8_e4m3", PerChannel(1), ScaleSpec("f32"))),
+        ("{element: fp8_e4m3, granularity: {channel: -1}}", TensorSpec("fp8_e4m3", PerChannel(1), ScaleSpec("f32"))),
+        ("{element: int8, scale: {dtype: pow2}}", TensorSpec("int8", PerTensor(), ScaleSpec("pow2", "half_range"))),
+        ("element: fp16", TensorSpec("fp16", PerTensor(), None)),
+        (
+            "{element: uint4, granularity: {group: 64}, zero_point: int}",
+            TensorSpec("uint4", PerGroup(64), ScaleSpec("model", "half_range"), "int"),
+        ),
+        (
+            "{element: uint8, granularity: channel, zero_point: float}",
+            TensorSpec("uint8", PerChannel(0), ScaleSpec("f32", "half_range"), "float"),
+        ),
+        (
+            "{element: int4, rounding: floor, narrow: true}",
+            TensorSpec("int4", PerTensor(), ScaleSpec("model", "half_range"), rounding="floor", narrow=True),
+        ),
+        (
+            "{element: int4, rounding: round}",
+            TensorSpec("int4", PerTensor(), ScaleSpec("model", "half_range"), rounding="round"),
+        ),
+        ("{element: mx6, granularity: {group: 16}}", TensorSpec("mx6", PerGroup(16), ScaleSpec("e8m0", "floor"))),
+        ("{element: mx9, granularity: {group: 32}}", TensorSpec("mx9", PerGroup(32), ScaleSpec("e8m0", "floor"))),
+        ("{element: bfp16, granularity: {group: 8}}", TensorSpec("bfp16", PerGroup(8), ScaleSpec("e8m0", "fit"))),
+        ("{element: mxint8, granularity: {group: 32}}", TensorSpec("mxint8", PerGroup(32), ScaleSpec("e8m0", "even"))),
+        ("{element: mx, mx_element: fp6_e2m3}", TensorSpec("fp6_e2m3", PerGroup(32), ScaleSpec("e8m0", "even"))),
+        ("{element: mx, mx_element: int8}", TensorSpec("mxint8", PerGroup(32), ScaleSpec("e8m0", "even"))),
+        (
+            "{element: mx, mx_element: fp8_e5m2, granularity: {group: 16}, scale: {rule: ceil, when: dynamic}}",
+            TensorSpec("fp8_e5m2", PerGroup(16), ScaleSpec("e8m0", "ceil", "dynamic")),
+        ),
+        (
+            "{element: fp4_e2m1, granularity: {group: 16}, scale: {dtype: e5m3}}",
+            TensorSpec("fp4_e2m1", PerGroup(16), ScaleSpec("e5m3")),
+        ),
+        (
+            "{element: fp4_e2m1, granularity: {group: 16}, scale: {dtype: e4m3, rule: sweep, over: {dtype: f32}}}",
+            TensorSpec("fp4_e2m1", PerGroup(16), ScaleSpec("e4m3", "sweep", over=ScaleSpec("f32"))),
+        ),
+        (
+            "{element: int8, observer: percentile}",
+            TensorSpec(
+                "int8", PerTensor(), ScaleSpec("f32", "half_range"),
+                observer=ObserverSpec("percentile", (("percentile", 99.99),)),
+            ),
+        ),
+        (
+            "{element: int8, observer: {name: mse, steps: 10}}",
+            TensorSpec(
+                "int8", PerTensor(), ScaleSpec("f32", "half_range"),
+                observer=ObserverSpec("mse", (("steps", 10.0), ("shrink", 0.4))),
+            ),
+        ),
+        (
+            "{element: fp8_e4m3, then: {element: int4, granularity: channel}, stored: last}",
+            TensorSpec(
+                "fp8_e4m3", PerTensor(), ScaleSpec("f32"),
+                then=TensorSpec("int4", PerChannel(0), ScaleSpec("model", "half_range")), stored="last",
+            ),
+        ),
+        (
+            "{element: int4, granularity: {group: 128}, then: {element: fp8_e4m3}}",
+            TensorSpec(
+                "int4", PerGroup(128), ScaleSpec("model", "half_range"),
+                then=TensorSpec("fp8_e4m3", PerTensor(), ScaleSpec("f32")),
+            ),
+        ),
     ],
 )  # fmt: skip
 def test_words(text: str, expected: TensorSpec) -> None:
@@ -60,7 +140,7 @@ def test_words(text: str, expected: TensorSpec) -> None:
         ("{element: int4, granularity: {group: 0}}", "must be a positive whole number, not 0"),
         ("{element: int4, granularity: {group: 1e2}}", "must be a positive whole number, not 100.0"),
         ("{element: int4, granularity: {group: true}}", "must be a positive whole number, not True"),
-        ("{element: int4, granularity: {channel: 1}}", "is unknown"),
+        ("{element: int4, granularity: {channel: 2}}", "is unknown"),
         ("{element: int4, granularity: {tile: [1]}}", "is unknown"),
         ("{element: int4, scale: {rul: absmax}}", "unknown key 'rul' in scale"),
         ("{element: int4, scale: 5}", "scale must be a mapping"),
@@ -70,10 +150,88 @@ def test_words(text: str, expected: TensorSpec) -> None:
         ("{element: fp8_e4m3, scale: {rule: half_range}}", "is for integers"),
         ("{element: fp4_e2m1, granularity: {group: 16}, scale: {dtype: e4m3}}", "needs a global scale"),
         ("{element: fp4_e2m1, scale: {dtype: e8m0}}", "belong to groups"),
-        ("{element: int4, scale: {over: {dtype: f32}}}", "goes over e4m3 scales"),
+        ("{element: int4, scale: {over: {dtype: f32}}}", "goes over e4m3 or e5m3 scales"),
         ("{element: fp4_e2m1, granularity: {group: 16}, scale: {dtype: e4m3, over: {dtype: f16}}}", "one f32 scale"),
         ("{element: fp8_e4m3, granularity: token}", "cannot be static"),
         ("{element: fp8_e4m3, scale: {constant_amax: 0}}", "must be a positive number"),
+        ("{element: int4, granularity: {channel: true}}", "is unknown"),
+        ("{element: int8, scale: {minimum: -1}}", "scale.minimum must be a positive number"),
+        ("{element: int8, scale: {minimum: .inf}}", "scale.minimum must be a positive number"),
+        ("{element: int8, scale: {dtype: pow2, minimum: 0.5}}", "does not fit pow2"),
+        ("{element: fp16, granularity: channel}", "unknown key 'granularity' in a cfg of fp16, which has no scale"),
+        ("{element: mx}", "mx_element None is unknown"),
+        ("{element: mx, mx_element: int4}", "mx_element 'int4' is unknown"),
+        ("{element: mx, mx_element: fp16}", "mx_element 'fp16' is unknown"),
+        ("{element: mx, mx_element: int8, narrow: true}", "unknown key 'narrow' in a cfg of mx"),
+        ("{element: mx, mx_element: int8, scale: {dtype: f32}}", "shares an exponent"),
+        ("{element: mx, mx_element: fp4_e2m1, granularity: tensor}", "e8m0 scales belong to groups"),
+        ("{element: int4, zero_point: true}", "zero_point 'True' is unknown"),
+        ("{element: int4, rounding: up}", "rounding 'up' is unknown"),
+        ("{element: int4, narrow: 1}", "narrow must be true or false"),
+        ("{element: int4, stored: last}", "'stored' belongs to a chain"),
+        ("{element: int4, then: {element: int4}, stored: both}", "stored 'both' is unknown"),
+        ("{element: int4, then: 5}", "cfg must be a mapping"),
+        ("{element: int8, observer: 5}", "observer must be a name"),
+        ("{element: int8, observer: {percentile: 99}}", "observer must be a name"),
+        ("{element: int8, observer: msee}", "observer 'msee' is unknown"),
+        ("{element: int8, observer: {name: mse, percentile: 99}}", "unknown key 'percentile' in observer mse"),
+        ("{element: int8, observer: {name: percentile, percentile: 20}}", "between 50 and 100"),
+        ("{element: int8, observer: {name: mse, shrink: 1}}", "shrink must lie between 0 and 1"),
+        ("{element: int8, observer: {name: mse, steps: 2.5}}", "steps must be a positive whole number"),
+        ("{element: mx6}", "e8m0 scales belong to groups"),
+        ("{element: mx9, granularity: {group: 15}}", "needs groups of an even size"),
+        ("{element: mx6, granularity: {tile: [16, 16]}}", "needs groups of an even size"),
+        ("{element: int4, granularity: {group: 32}, scale: {dtype: e8m0}}", "no e8m0 scale is defined for int4"),
+        ("{element: bfp16, granularity: {group: 8}, scale: {dtype: f32, rule: absmax}}", "shares an exponent"),
+        (
+            "{element: fp4_e2m1, granularity: {group: 32}, scale: {dtype: e8m0, rule: fit}}",
+            "'fit' is for integers",
+        ),
+        ("{element: fp8_e4m3, scale: {rule: sweep}}", "chooses static e4m3 scales of fp4_e2m1"),
+        ("{element: fp4_e2m1, granularity: {group: 16}, scale: {dtype: e5m3, rule: sweep}}", "chooses static e4m3"),
+        (
+            "{element: fp4_e2m1, granularity: {group: 16}, scale: {dtype: e4m3, rule: sweep, when: dynamic}}",
+            "chooses static e4m3 scales",
+        ),
+        (
+            "{element: fp4_e2m1, granularity: {tile: [16, 16]}, scale: {dtype: e4m3, rule: sweep, over: {dtype: f32}}}",
+            "'sweep' is for groups",
+        ),
+        (
+            "{element: fp4_e2m1, granularity: {group: 16}, observer: mse, "
+            "scale: {dtype: e4m3, rule: four_over_six, over: {dtype: f32}}}",
+            "searches by itself",
+        ),
+        (
+            "{element: fp4_e2m1, granularity: {group: 16}, "
+            "scale: {dtype: e4m3, over: {dtype: f32, over: {dtype: f32}}}}",
+            "scale.over must be one f32 scale",
+        ),
+        ("{element: fp4_e2m1, scale: {dtype: e5m3}}", "e5m3 scales belong to groups"),
+        ("{element: uint4}", "cannot hold negative values"),
+        ("{element: fp8_e4m3, zero_point: int}", "is for whole integer ranges"),
+        ("{element: mxint8, granularity: {group: 32}, zero_point: int}", "is for whole integer ranges"),
+        ("{element: int8, zero_point: int, narrow: true}", "is for whole integer ranges"),
+        ("{element: uint8, zero_point: int, scale: {constant_amax: 1}}", "gives no range for a zero point"),
+        (
+            "{element: uint4, granularity: {group: 16}, zero_point: int, scale: {dtype: e4m3, over: {dtype: f32}}}",
+            "no zero point goes with e4m3 scales",
+        ),
+        ("{element: fp8_e4m3, rounding: floor}", "rounding 'floor' is for integers"),
+        ("{element: mx6, granularity: {group: 16}, rounding: round}", "rounding 'round' is for integers"),
+        ("{element: fp8_e4m3, narrow: true}", "narrow is for signed integers"),
+        ("{element: uint8, narrow: true, zero_point: float}", "is for whole integer ranges"),
+        ("{element: int4, then: {element: int4, then: {element: int4}}}", "a chain has two stages"),
+        ("{element: int4, then: {element: bf16}}", "the second stage bf16 has no scale"),
+        ("{element: int4, then: {element: mx6, granularity: {group: 16}}}", "not part of chains"),
+        (
+            "{element: int4, granularity: {group: 32}, then: {element: fp8_e4m3}, stored: last}",
+            "one scale per tensor or output channel",
+        ),
+        (
+            "{element: fp8_e4m3, granularity: {channel: 1}, then: {element: int4}, stored: last}",
+            "one scale per tensor or output channel",
+        ),
         ("{element: fp8_e4m3, scale: {constant_amax: true}}", "must be a positive number"),
     ],
 )
@@ -83,12 +241,13 @@ def test_wrong_words(text: str, what: str) -> None:
     assert what in caught.value.what
 
 
-@pytest.mark.parametrize("kind", ["schemes", "kv_cache"])
+@pytest.mark.parametrize("kind", ["schemes", "kv_cache", "attention"])
 def test_built_in_files_resolve(kind: str) -> None:
     for path in catalog.files(kind).values():
         data = catalog.document(path).data
         assert data["summary"]
-        slots = [value for key, value in data.items() if key in ("weight", "input", "k", "v")]
+        slots = [value for value in data.values() if isinstance(value, dict) and "element" in value]
+        assert slots
         for slot in slots:
             assert native.to_spec(spec_to_yaml(native.to_spec(slot))) == native.to_spec(slot)
 

@@ -9,6 +9,7 @@ import pytest
 from quarkcli.errors import ConfigError, QuarkError, UsageError
 from quarkcli.recipe import catalog
 from quarkcli.recipe import recipe as recipes
+from quarkcli.recipe.entries import Origin
 
 HEAD = "schema: quark/recipe/1\n"
 
@@ -150,12 +151,12 @@ class TestCatalog:
         assert catalog.find_recipe("nvfp4_kv_fp8") == catalog.find_recipe("nvfp4-kv-fp8")
 
     def test_files_of_the_user(self, home: Path) -> None:
-        (home / "schemes" / "int4-wo-32.yaml").write_text("weight: {element: int4, granularity: {group: 32}}\n")
-        (home / "ptq" / "mine.yaml").write_text(HEAD + "quantize: {scheme: int4_wo_32}\n")
-        assert "int4-wo-32" in catalog.files("schemes")
+        (home / "schemes" / "int4-wo-16.yaml").write_text("weight: {element: int4, granularity: {group: 16}}\n")
+        (home / "ptq" / "mine.yaml").write_text(HEAD + "quantize: {scheme: int4_wo_16}\n")
+        assert "int4-wo-16" in catalog.files("schemes")
         found = recipes.from_file(catalog.find_recipe("mine"))
-        assert found.scheme == "int4_wo_32"
-        assert found.entries[1].cfg == {"element": "int4", "granularity": {"group": 32}}
+        assert found.scheme == "int4_wo_16"
+        assert found.entries[1].cfg == {"element": "int4", "granularity": {"group": 16}}
 
     def test_a_changed_file_is_read_again(self, home: Path) -> None:
         path = home / "schemes" / "mine.yaml"
@@ -198,3 +199,59 @@ class TestCatalog:
         assert caught.value.code == 3
         assert what in caught.value.what
         assert f"{path}" in caught.value.where
+
+
+class TestSlotKinds:
+    """What a scheme file may name beside weight and input, and the schemes of attention."""
+
+    FP8 = "{element: fp8_e4m3}"
+
+    @pytest.fixture(autouse=True)
+    def home(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("QUARK_HOME", str(tmp_path))
+
+    def write(self, tmp_path: Path, kind: str, text: str) -> None:
+        (tmp_path / kind).mkdir(exist_ok=True)
+        (tmp_path / kind / "own.yaml").write_text(text)
+
+    def test_outputs_and_biases_of_a_scheme(self, tmp_path: Path) -> None:
+        self.write(tmp_path, "schemes", f"aliases: [mine]\nweight: {self.FP8}\noutput: {self.FP8}\nbias: {self.FP8}\n")
+        entries = recipes.scheme_entries("own", "*q_proj", Origin("here"), user=True)
+        given = {entry.quantizer_path.removeprefix("*q_proj."): (entry.cfg, entry.enable) for entry in entries}
+        on, off = ({"element": "fp8_e4m3"}, True), (None, False)
+        assert given == {
+            "weight_quantizer": on, "input_quantizer": off, "output_quantizer": on, "bias_quantizer": on,
+        }  # fmt: skip
+        assert recipes.scheme_model("own").aliases == ["mine"]
+
+    def test_an_error_in_one_has_its_place(self, tmp_path: Path) -> None:
+        self.write(tmp_path, "schemes", f"weight: {self.FP8}\noutput: {{element: fp9}}\n")
+        with pytest.raises(ConfigError, match="fp9") as caught:
+            recipes.scheme_entries("own", "*", Origin("here"), user=True)
+        assert str(caught.value.where).endswith("own.yaml:2:1")
+
+    def test_an_attention_scheme_names_some_of_four(self, tmp_path: Path) -> None:
+        self.write(tmp_path, "attention", f"q: {self.FP8}\np: {self.FP8}\n")
+        entries = recipes.attention_entries("own", Origin("here"))
+        assert [entry.quantizer_path for entry in entries] == ["*.q_bmm_quantizer", "*.p_bmm_quantizer"]
+        assert len({entry.unit for entry in entries}) == 1
+        assert [e.quantizer_path[2] for e in recipes.attention_entries("fp8", Origin("here"))] == ["q", "k", "v", "p"]
+
+    @pytest.mark.parametrize(
+        ("text", "what"),
+        [("summary: nothing\n", "none of q, k, v and p is given"), ("s: {element: int8}\n", "unknown key 's'")],
+    )
+    def test_an_attention_scheme_says_something(self, text: str, what: str, tmp_path: Path) -> None:
+        self.write(tmp_path, "attention", text)
+        with pytest.raises(ConfigError, match=what):
+            recipes.attention_entries("own", Origin("here"))
+
+    def test_a_recipe_names_an_attention_scheme_beside_it(self, tmp_path: Path) -> None:
+        (tmp_path / "r").mkdir()
+        (tmp_path / "r" / "near.yaml").write_text(f"q: {self.FP8}\n")
+        (tmp_path / "r" / "recipe.yaml").write_text(
+            "schema: quark/recipe/1\nquantize: {scheme: mxfp4, attention: near}\n"
+        )
+        found = recipes.from_file(tmp_path / "r" / "recipe.yaml")
+        assert found.attention == "near"
+        assert len(recipes.attention_entries("near", Origin("here"), tmp_path / "r")) == 1

@@ -1,4 +1,4 @@
-"""Integer codes: values <-> codes, nearest with ties to even, saturating. No zero points: value = code * scale."""
+"""Integer codes, also behind a point: value = (code - zero point) * 2^-fraction, saturating."""
 
 from __future__ import annotations
 
@@ -13,19 +13,49 @@ def code_dtype(element: Element) -> torch.dtype:
     return torch.int8 if element.minimum < 0 else torch.uint8
 
 
-def round_(y: Tensor, element: Element, scratch: Tensor | None = None) -> Tensor:
-    """Replace every value of `y` (float32, already divided by its scale) by the nearest code. In place; returns `y`.
-
-    `scratch` is not needed here; it keeps the signature of the float formats.
-    """
-    return y.round_().clamp_(element.minimum, element.maximum)
+def round_(y: Tensor, element: Element, scratch: Tensor | None = None, zero: Tensor | None = None) -> Tensor:
+    """Replace every value of `y` (float32, already divided by its scale) by that of its code. In place; returns `y`."""
+    _to_codes(y, element, zero)
+    return _from_codes(y, element, zero)
 
 
-def encode_(y: Tensor, element: Element, out: Tensor, scratch: Tensor | None = None) -> None:
+def encode_(
+    y: Tensor, element: Element, out: Tensor, scratch: Tensor | None = None, zero: Tensor | None = None
+) -> None:
     """Write the codes of `y` (float32, already divided by its scale) to `out`. Destroys `y`; no NaN allowed."""
-    out.copy_(round_(y, element))
+    out.copy_(_to_codes(y, element, zero))
 
 
-def decode_(codes: Tensor, element: Element, out: Tensor) -> Tensor:
+def decode_(codes: Tensor, element: Element, out: Tensor, zero: Tensor | None = None) -> Tensor:
     """Write the values of the codes to `out` (float32)."""
-    return out.copy_(codes)
+    return _from_codes(out.copy_(codes), element, zero)
+
+
+def _to_codes(y: Tensor, element: Element, zero: Tensor | None) -> Tensor:
+    if element.fraction:
+        y.mul_(2.0**element.fraction)
+    if zero is None:
+        _whole(y, element)
+    elif torch.is_floating_point(zero):
+        _whole(y.add_(zero), element)
+    else:
+        _whole(y, element).add_(zero)  # rounded before the shift: a tie must not depend on the zero point
+    step = 2.0**element.fraction
+    return y.clamp_(element.minimum * step, element.maximum * step)
+
+
+def _from_codes(y: Tensor, element: Element, zero: Tensor | None) -> Tensor:
+    if zero is not None:
+        y.sub_(zero)
+    return y.mul_(2.0**-element.fraction) if element.fraction else y
+
+
+def _whole(y: Tensor, element: Element) -> Tensor:
+    match element.rounding:
+        case "floor":
+            return y.floor_()
+        case "round":  # away from zero; the largest float32 below one half must not reach one
+            magnitude = y.abs()
+            up = magnitude - magnitude.floor() >= 0.5
+            return y.copy_((magnitude.floor_() + up).copysign_(y))
+    return y.round_()

@@ -26,7 +26,7 @@ def code_dtype(element: Element) -> torch.dtype:
     return _NATIVE.get((element.exponent, element.mantissa), torch.uint8)
 
 
-def round_(y: Tensor, element: Element, scratch: Tensor | None = None) -> Tensor:
+def round_(y: Tensor, element: Element, scratch: Tensor | None = None, zero: Tensor | None = None) -> Tensor:
     """Replace every value of `y` (float32, already divided by its scale) by the nearest value of `element`.
 
     In place; returns `y`. NaN stays NaN, infinities saturate. `scratch`: int32 [2, *y.shape] to save allocations.
@@ -44,7 +44,9 @@ def round_(y: Tensor, element: Element, scratch: Tensor | None = None) -> Tensor
     return y
 
 
-def encode_(y: Tensor, element: Element, out: Tensor, scratch: Tensor | None = None) -> None:
+def encode_(
+    y: Tensor, element: Element, out: Tensor, scratch: Tensor | None = None, zero: Tensor | None = None
+) -> None:
     """Write the codes of `y` (float32, already divided by its scale) to `out` of dtype `code_dtype`. Destroys `y`."""
     if out.dtype in _NATIVE.values():
         out.copy_(y.clamp_(element.minimum, element.maximum))  # torch's cast saturates differently per device
@@ -73,7 +75,7 @@ def encode_bits_(y: Tensor, element: Element, out: Tensor, scratch: Tensor | Non
     out.bitwise_or_(sign)
 
 
-def decode_(codes: Tensor, element: Element, out: Tensor) -> Tensor:
+def decode_(codes: Tensor, element: Element, out: Tensor, zero: Tensor | None = None) -> Tensor:
     """Write the values of codes as `encode_` makes them to `out` (float32). Bits above the code's width are ignored."""
     if codes.dtype in _NATIVE.values() and (codes.device.type != "cpu" or _has_nan(codes, element)):
         return out.copy_(codes)

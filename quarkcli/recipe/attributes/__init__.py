@@ -1,1 +1,64 @@
-"""Vocabularies of a `cfg`, each resolved to one TensorSpec."""
+"""A `cfg` in any vocabulary -> TensorSpec. Torch-free.
+
+Which vocabulary it is shows in its words: `element` is our own, `dtype` a SPEC of AMD Quark, anything else attributes
+of NVIDIA ModelOpt, whose `num_bits` may be left out (8). A list is a chain of two: ModelOpt quantizes with one after
+the other and stores the first, Quark stores the last, or quantizes the scales of the first (`is_scale_quant`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from quarkcli.errors import ConfigError
+from quarkcli.recipe.attributes import modelopt, native, quark
+from quarkcli.spec import TensorSpec, spec_to_yaml
+
+Cfg = Mapping[str, Any] | Sequence[Mapping[str, Any]]
+
+_NATIVE, _QUARK, _MODELOPT = "element", "dtype", "num_bits"
+# Words that tell a vocabulary even where its main one is missing.
+_OWN = {
+    _NATIVE: frozenset(native.KEYS),
+    _QUARK: quark.WORDS,
+    _MODELOPT: frozenset(modelopt.FIELDS),
+}
+
+
+def to_spec(cfg: Cfg, *, weight: bool) -> TensorSpec:
+    """The TensorSpec of a cfg. Raises ConfigError naming the field, without a place (the caller adds it).
+
+    weight   of a weight or a bias, which are known before the model runs; else of an activation
+    """
+    stages = [cfg] if isinstance(cfg, Mapping) else list(cfg) if isinstance(cfg, list | tuple) else []
+    if not stages or not all(isinstance(stage, Mapping) for stage in stages):
+        raise ConfigError(f"cfg must be a mapping or a list of mappings, not {cfg!r}")
+    word = _vocabulary(stages)
+    if word == _QUARK:
+        return quark.to_spec(stages, weight=weight)
+    if word == _NATIVE:
+        if len(stages) > 1:
+            raise ConfigError("a chain is written with 'then'", hint="cfg: {element: int4, ..., then: {...}}")
+        return native.to_spec(stages[0])
+    if len(stages) > 2:
+        raise ConfigError(f"a chain has two stages, not {len(stages)}")
+    spec, *after = [modelopt.to_spec(stage, weight=weight) for stage in stages]
+    # What a native cfg may not say, no other vocabulary may.
+    return native.to_spec(spec_to_yaml(replace(spec, then=after[0]) if after else spec))
+
+
+def _vocabulary(stages: Sequence[Mapping[str, Any]]) -> str:
+    """The word that tells the vocabulary. Raises ConfigError for a mixture."""
+    found = [word for word in _OWN if any(word in stage for stage in stages)]
+    if len(found) > 1:
+        raise ConfigError(f"'{found[0]}' and '{found[1]}' belong to different vocabularies", hint="keep to one of them")
+    word = found[0] if found else _MODELOPT
+    others = set().union(*(_OWN[other] for other in _OWN if other != word)) - _OWN[word]
+    foreign = next((key for stage in stages for key in stage if key in others), None)
+    if foreign is None:
+        return word
+    if found:
+        raise ConfigError(f"'{foreign}' does not belong beside '{word}'", hint="keep to one vocabulary")
+    missing = next(other for other in (_NATIVE, _QUARK) if foreign in _OWN[other])
+    raise ConfigError(f"'{foreign}' needs '{missing}' beside it", hint=f"{missing}: ... names the number format")

@@ -3,48 +3,91 @@
     element: fp4_e2m1
     granularity: {group: 16}
     scale: {dtype: e4m3, rule: absmax, when: dynamic, over: {dtype: f32, when: static}}
+    zero_point: int            # asymmetric integers
+    rounding: half_even        # or floor, round
+    narrow: true               # signed integers without their lowest code
+    observer: {name: percentile, percentile: 99.9}
+    then: {...}                # a second quantization of the result; `stored: last` keeps its codes instead
+    stored: first
 
-Left out, `scale.dtype` is the model's dtype for integers of 4 bits and less and float32 otherwise; `scale.rule` is
-`half_range` for integers, `even` for e8m0 and `absmax` otherwise; `scale.when` is `static`.
+Left out, `scale.dtype` is the model's dtype for integers of 4 bits and less, e8m0 for the shared-exponent formats and
+float32 otherwise; `scale.rule` is `half_range` for integers, `even` for e8m0 and `absmax` otherwise; `scale.when` is
+`static`. `element: mx` with `mx_element` is short for an element in groups of 32 under an e8m0 scale.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, get_args
 
 from quarkcli.errors import ConfigError, near_misses
 from quarkcli.spec import (
     ELEMENTS,
+    EXPONENT_RULES,
+    MIN_MAX,
+    OBSERVERS,
+    RULES,
     SCALE_FORMATS,
+    SEARCH_RULES,
     Element,
     Granularity,
+    ObserverSpec,
     PerChannel,
     PerGroup,
     PerTensor,
     PerTile,
     PerToken,
-    Rule,
+    Rounding,
     ScaleSpec,
     TensorSpec,
+    ZeroPoint,
 )
 
-_SPEC_KEYS = ("element", "granularity", "scale")
-_SCALE_KEYS = ("dtype", "rule", "when", "over", "constant_amax")
-_E8M0_RULES = ("even", "floor", "ceil", "rceil")
+KEYS = ("element", "granularity", "scale", "zero_point", "rounding", "narrow", "observer", "then", "stored")
+_SCALE_KEYS = ("dtype", "rule", "when", "over", "minimum", "constant_amax")
+_MX = "mx"
+_MX_KEYS = ("element", "mx_element", "granularity", "scale")
+_MX_GROUP = 32
 
 
 def to_spec(cfg: Mapping[str, Any]) -> TensorSpec:
     """The TensorSpec of a native cfg. Raises ConfigError naming the key, without a place (the caller adds it)."""
-    _only(cfg, _SPEC_KEYS, "cfg")
+    if isinstance(cfg, Mapping) and cfg.get("element") == _MX:
+        cfg = _unwrapped(cfg)
+    _only(cfg, KEYS, "cfg")
     if "element" not in cfg:
         raise ConfigError("cfg has no 'element'", hint=f"one of {', '.join(ELEMENTS)}")
     element = ELEMENTS[_choice(cfg["element"], ELEMENTS, "element")]
-    granularity = _granularity(cfg.get("granularity", "tensor"))
-    scale = _scale(cfg.get("scale") or {}, element)
-    spec = TensorSpec(element.name, granularity, scale)
+    if element.kind == "cast":
+        _only(cfg, ("element",), f"a cfg of {element.name}, which has no scale")
+        return TensorSpec(element.name, PerTensor(), None)
+    then = cfg.get("then")
+    if then is None and "stored" in cfg:
+        raise ConfigError("'stored' belongs to a chain", hint="give the second stage as 'then'")
+    spec = TensorSpec(
+        element.name,
+        _granularity(cfg.get("granularity", "tensor")),
+        _scale(cfg.get("scale") or {}, element),
+        _choice(cfg.get("zero_point", "none"), get_args(ZeroPoint), "zero_point"),  # type: ignore[arg-type]
+        _choice(cfg.get("rounding", "half_even"), get_args(Rounding), "rounding"),  # type: ignore[arg-type]
+        _flag(cfg.get("narrow", False), "narrow"),
+        _observer(cfg.get("observer")),
+        to_spec(then) if then is not None else None,
+        _choice(cfg.get("stored", "first"), ("first", "last"), "stored"),  # type: ignore[arg-type]
+    )
     _check(spec)
     return spec
+
+
+def _unwrapped(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """`{element: mx, mx_element: X}` written out."""
+    _only(cfg, _MX_KEYS, "a cfg of mx")
+    inner = cfg.get("mx_element")
+    element = "mxint8" if inner == "int8" else inner
+    if element not in ELEMENTS or (ELEMENTS[element].kind != "float" and element != "mxint8"):
+        raise ConfigError(f"mx_element {inner!r} is unknown", hint="fp4_e2m1, a fp6, a fp8, or int8")
+    scale = {"dtype": "e8m0", **(cfg.get("scale") or {})}
+    return {"element": element, "granularity": cfg.get("granularity", {"group": _MX_GROUP}), "scale": scale}
 
 
 def _only(mapping: Any, allowed: tuple[str, ...], what: str) -> None:
@@ -57,7 +100,7 @@ def _only(mapping: Any, allowed: tuple[str, ...], what: str) -> None:
             raise ConfigError(f"unknown key '{key}' in {what}", hint=hint)
 
 
-def _choice(value: Any, known: Any, key: str) -> str:
+def _choice(value: Any, known: Iterable[str], key: str) -> str:
     if isinstance(value, str) and value in known:
         return value
     close = near_misses(str(value), known)
@@ -65,10 +108,24 @@ def _choice(value: Any, known: Any, key: str) -> str:
     raise ConfigError(f"{key} '{value}' is unknown", hint=hint)
 
 
+def _flag(value: Any, key: str) -> bool:
+    if isinstance(value, bool):
+        return value
+    raise ConfigError(f"{key} must be true or false, not {value!r}")
+
+
 def _positive(value: Any, key: str) -> int:
     if isinstance(value, int) and not isinstance(value, bool) and value > 0:
         return value
     raise ConfigError(f"{key} must be a positive whole number, not {value!r}")
+
+
+def _number(value: Any, key: str) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        raise ConfigError(f"{key} must be a positive number, not {value!r}")
+    return float(value)
 
 
 def _granularity(value: Any) -> Granularity:
@@ -82,47 +139,134 @@ def _granularity(value: Any) -> Granularity:
         ((key, size),) = value.items()
         if key == "group":
             return PerGroup(_positive(size, "granularity.group"))
-        if key == "channel" and size == 0 and not isinstance(size, bool):
-            return PerChannel(0)
+        if key == "channel" and size in (0, 1, -1) and not isinstance(size, bool):
+            return PerChannel(abs(size))
         if key == "tile" and isinstance(size, list) and len(size) == 2:
             return PerTile(_positive(size[0], "granularity.tile"), _positive(size[1], "granularity.tile"))
     raise ConfigError(
         f"granularity {value!r} is unknown",
-        hint="tensor, channel, token, {group: SIZE} or {tile: [ROWS, COLUMNS]}",
+        hint="tensor, channel, {channel: 0 or 1}, token, {group: SIZE} or {tile: [ROWS, COLUMNS]}",
     )
 
 
 def _scale(value: Any, element: Element) -> ScaleSpec:
     _only(value, _SCALE_KEYS, "scale")
     small_integer = element.kind == "integer" and element.bits <= 4
-    dtype = _choice(value.get("dtype", "model" if small_integer else "f32"), SCALE_FORMATS, "scale.dtype")
-    default_rule = "even" if dtype == "e8m0" else "half_range" if element.kind == "integer" else "absmax"
-    rule = _choice(value.get("rule", default_rule), get_args(Rule), "scale.rule")
+    usual = "e8m0" if element.fraction else "model" if small_integer else "f32"
+    dtype = _choice(value.get("dtype", usual), SCALE_FORMATS, "scale.dtype")
+    rule = _choice(value.get("rule", _usual_rule(element, dtype)), RULES, "scale.rule")
     when = _choice(value.get("when", "static"), ("static", "dynamic"), "scale.when")
-    amax = value.get("constant_amax")
-    if amax is not None and (isinstance(amax, bool) or not isinstance(amax, int | float) or not amax > 0):
-        raise ConfigError(f"scale.constant_amax must be a positive number, not {amax!r}")
     over = value.get("over")
     outer = _scale(over, ELEMENTS["fp8_e4m3"]) if over is not None else None
-    return ScaleSpec(dtype, rule, when, outer, float(amax) if amax is not None else None)  # type: ignore[arg-type]
+    minimum = _number(value.get("minimum"), "scale.minimum")
+    amax = _number(value.get("constant_amax"), "scale.constant_amax")
+    return ScaleSpec(dtype, rule, when, outer, minimum, amax)  # type: ignore[arg-type]
+
+
+def _usual_rule(element: Element, dtype: str) -> str:
+    if element.name == "bfp16":
+        return "fit"
+    if element.sub_block:
+        return "floor"
+    if dtype == "e8m0":
+        return "even"
+    return "half_range" if element.kind == "integer" else "absmax"
+
+
+def _observer(value: Any) -> ObserverSpec:
+    if value is None:
+        return MIN_MAX
+    given = {"name": value} if isinstance(value, str) else value
+    if not isinstance(given, Mapping) or "name" not in given:
+        raise ConfigError("observer must be a name, or a mapping with 'name'", hint=f"one of {', '.join(OBSERVERS)}")
+    name = _choice(given["name"], OBSERVERS, "observer")
+    known = OBSERVERS[name]
+    _only(given, ("name", *known), f"observer {name}")
+    numbers = {key: _number(given.get(key, usual), f"observer.{key}") for key, usual in known.items()}
+    if numbers.get("percentile") is not None and not 50 <= (numbers["percentile"] or 0) <= 100:
+        raise ConfigError("observer.percentile must lie between 50 and 100")
+    if numbers.get("shrink") is not None and not (numbers["shrink"] or 0) < 1:
+        raise ConfigError("observer.shrink must lie between 0 and 1", hint="the smallest share of amax that is tried")
+    if (numbers.get("steps") or 1) % 1:
+        raise ConfigError(f"observer.steps must be a positive whole number, not {numbers['steps']!r}")
+    return ObserverSpec(name, tuple((key, number) for key, number in numbers.items() if number is not None))
+
+
+# --- what fits together ----------------------------------------------------------------------------------------------
 
 
 def _check(spec: TensorSpec) -> None:
+    _check_scale(spec)
+    _check_integer_words(spec)
+    _check_chain(spec)
+    if isinstance(spec.granularity, PerToken) and spec.scale is not None and spec.scale.when == "static":
+        raise ConfigError("a scale per token cannot be static", hint="when: dynamic")
+    size = spec.granularity.size if isinstance(spec.granularity, PerGroup) else 1
+    if spec.format.sub_block and size % spec.format.sub_block:
+        raise ConfigError(f"{spec.element} needs groups of an even size", hint="granularity: {group: 16}")
+
+
+def _check_scale(spec: TensorSpec) -> None:
     scale = spec.scale
-    if (scale.rule in _E8M0_RULES) != (scale.dtype == "e8m0"):
+    assert scale is not None
+    if (scale.rule in EXPONENT_RULES) != (scale.dtype == "e8m0"):
         raise ConfigError(
             f"scale.rule '{scale.rule}' does not fit scale.dtype '{scale.dtype}'",
-            hint=f"{', '.join(_E8M0_RULES)} belong to e8m0; half_range and absmax to the others",
+            hint=f"{', '.join(EXPONENT_RULES)} belong to e8m0; the other rules to the others",
         )
     if scale.rule == "half_range" and spec.format.kind != "integer":
         raise ConfigError("scale.rule 'half_range' is for integers", hint="use absmax")
+    if scale.dtype == "e8m0" and spec.format.kind == "integer" and not spec.format.fraction:
+        raise ConfigError(f"no e8m0 scale is defined for {spec.element}", hint="element: mxint8, or scale dtype pow2")
+    if spec.format.fraction and scale.dtype != "e8m0":
+        raise ConfigError(f"{spec.element} shares an exponent", hint="leave scale.dtype out, or say e8m0")
+    if scale.rule == "fit" and spec.format.kind != "integer":
+        raise ConfigError("scale.rule 'fit' is for integers", hint="use ceil or rceil")
+    if scale.rule in SEARCH_RULES and (scale.dtype, spec.element, scale.when) != ("e4m3", "fp4_e2m1", "static"):
+        raise ConfigError(f"scale.rule '{scale.rule}' chooses static e4m3 scales of fp4_e2m1", hint="absmax")
+    if scale.rule in SEARCH_RULES and not isinstance(spec.granularity, PerGroup):
+        raise ConfigError(f"scale.rule '{scale.rule}' is for groups", hint="granularity: {group: 16}")
+    if scale.rule in SEARCH_RULES and spec.observer != MIN_MAX:
+        raise ConfigError(f"scale.rule '{scale.rule}' searches by itself", hint="leave the observer out")
     if scale.dtype == "e4m3" and scale.over is None:
         raise ConfigError("an e4m3 scale needs a global scale", hint="add over: {dtype: f32}")
     if scale.over is not None and (scale.over.dtype != "f32" or scale.over.over is not None):
         raise ConfigError("scale.over must be one f32 scale", hint="over: {dtype: f32, when: static}")
-    if scale.over is not None and scale.dtype != "e4m3":
-        raise ConfigError(f"a global scale goes over e4m3 scales, not over {scale.dtype}")
-    if scale.dtype in {"e8m0", "e4m3"} and spec.group_size is None:
+    if scale.over is not None and scale.dtype not in {"e4m3", "e5m3"}:
+        raise ConfigError(f"a global scale goes over e4m3 or e5m3 scales, not over {scale.dtype}")
+    if scale.minimum is not None and scale.dtype not in {"f32", "f16", "bf16", "model"}:
+        raise ConfigError(f"scale.minimum does not fit {scale.dtype} scales", hint="give it to a plain or global scale")
+    if scale.dtype in {"e8m0", "e4m3", "e5m3"} and spec.group_size is None:
         raise ConfigError(f"{scale.dtype} scales belong to groups", hint="granularity: {group: 32}")
-    if isinstance(spec.granularity, PerToken) and scale.when == "static":
-        raise ConfigError("a scale per token cannot be static", hint="when: dynamic")
+
+
+def _check_integer_words(spec: TensorSpec) -> None:
+    """Zero points, rounding and narrow ranges are for integers with a plain scale."""
+    plain = spec.format.kind == "integer" and not spec.format.fraction
+    if not spec.symmetric and (not plain or spec.narrow):
+        raise ConfigError(f"zero_point '{spec.zero_point}' is for whole integer ranges", hint="element: uint4 or uint8")
+    if not spec.symmetric and spec.scale is not None and SCALE_FORMATS[spec.scale.dtype].bits == 8:
+        raise ConfigError(
+            f"no zero point goes with {spec.scale.dtype} scales", hint="scale: {dtype: f32}, or f16, bf16"
+        )
+    if spec.symmetric and spec.format.kind == "integer" and spec.format.minimum >= 0:
+        raise ConfigError(f"{spec.element} without a zero point cannot hold negative values", hint="zero_point: int")
+    if not spec.symmetric and spec.scale is not None and spec.scale.constant_amax is not None:
+        raise ConfigError("constant_amax gives no range for a zero point", hint="leave one of the two out")
+    if spec.rounding != "half_even" and not plain:
+        raise ConfigError(f"rounding '{spec.rounding}' is for integers", hint="leave it out: half_even")
+    if spec.narrow and (not plain or spec.format.minimum >= 0):
+        raise ConfigError("narrow is for signed integers", hint="leave it out")
+
+
+def _check_chain(spec: TensorSpec) -> None:
+    if spec.then is None:
+        return
+    if spec.then.then is not None:
+        raise ConfigError("a chain has two stages", hint="give one 'then'")
+    if spec.then.scale is None:
+        raise ConfigError(f"the second stage {spec.then.element} has no scale", hint="use an integer or fp8 element")
+    if any(stage.format.sub_block for stage in spec.stages):
+        raise ConfigError("mx6 and mx9 are not part of chains")
+    if spec.stored == "last" and spec.granularity not in (PerTensor(), PerChannel(0)):
+        raise ConfigError("with 'stored: last' the first stage has one scale per tensor or output channel")

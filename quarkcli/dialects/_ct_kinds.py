@@ -1,0 +1,106 @@
+"""What compressed-tensors 0.20 can express, and which of it vLLM 0.32 and transformers 5.23 load. Torch-free.
+
+The library describes weights, inputs and outputs apart, so that every weight goes with every input. vLLM: read in
+`compressed_tensors/compressed_tensors.py` and `compressed_tensors_moe/`; transformers: tried.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import product
+
+from quarkcli.dialects import _kinds as kinds
+from quarkcli.dialects import _shared as shared
+from quarkcli.dialects._kinds import Kinds
+from quarkcli.plan.model import Plan, Target
+from quarkcli.spec import PerTile
+
+WORD_BITS = 32
+
+
+def _pairs(weights: list[str], inputs: list[str]) -> frozenset[Kinds]:
+    return frozenset(product(weights, inputs))
+
+
+_WHERE = ("group", "channel")
+_SUB_BYTE = [f"{short} {where}" for short in ("int2", "int3", "int4", "uint2", "uint4") for where in _WHERE]
+_PACKED = [*_SUB_BYTE, *(f"{short} {where}" for short in ("int8", "uint8") for where in _WHERE)]
+_FP8 = ["fp8 tensor", "fp8 channel"]
+WEIGHTS = [*_PACKED, "int8 tensor", *_FP8, "fp8 tile", "mxfp4", "mxfp6_e2m3", "mxfp8", "nvfp4"]
+_MX_INPUTS = ["mxfp4", "mxfp6_e2m3", "mxfp8"]
+_FP8_INPUTS = ["fp8 static", "fp8 token", "fp8 tensor"]
+_INT8_INPUTS = ["int8 static", "int8 token", "int8 tensor", "uint8 token"]
+_DYNAMIC_INTS = ["int8 token", "int8 group"]
+_DYNAMIC_INT4 = ["int4 token", "int4 group"]
+INPUTS = ["none", *_FP8_INPUTS, "fp8 group", *_INT8_INPUTS, "int8 group", *_DYNAMIC_INT4, *_MX_INPUTS, "nvfp4"]
+OUTPUTS = [*_FP8_INPUTS, *_INT8_INPUTS]
+HOLDS = _pairs(WEIGHTS, INPUTS)
+
+# mxfp4 and mxfp8 have one class with and without quantized inputs: the kernel decides whether it quantizes them.
+_VLLM = (
+    _pairs(_PACKED, ["none"])
+    | _pairs([*_SUB_BYTE, "int8 group", "uint8 group", "uint8 channel"], _DYNAMIC_INTS)
+    | _pairs(_SUB_BYTE, _DYNAMIC_INT4)
+    | _pairs(["int8 tensor", "int8 channel"], ["int8 static", "int8 token", "uint8 token"])
+    | _pairs(_FP8, ["none", *_FP8_INPUTS])
+    | _pairs(["fp8 tile"], ["none", "fp8 group"])
+    | _pairs(["mxfp4"], ["none", "mxfp4", "fp8 token", "fp8 group"])
+    | _pairs(["mxfp8"], ["none", "mxfp8"])
+    | _pairs(["nvfp4"], ["none", "nvfp4"])
+    | {("int4 group", "fp8 token")}
+)
+_VLLM_EXPERTS: frozenset[Kinds] = frozenset(
+    {("fp8 tensor", "fp8 static"), ("fp8 channel", "fp8 token"), ("fp8 tile", "fp8 group")}
+    | _pairs([f"{short} {where}" for short in ("int4", "uint4", "int8", "uint8") for where in _WHERE], ["none"])
+    | {("int8 channel", "int8 token"), ("int4 group", "fp8 token")}
+    | _pairs(["mxfp4"], ["none", "mxfp4", "fp8 token", "fp8 group"])
+    | {("mxfp8", "mxfp8"), ("nvfp4", "none"), ("nvfp4", "nvfp4")}
+)
+# With 8-bit floats integers run in groups of one size, on Hopper.
+_INT4_FP8 = ("int4 group", "fp8 token")
+_INT4_FP8_GROUP = 128
+# Outputs are quantized around a product with whole inputs, both by one static scale.
+_VLLM_OUTPUTS = _pairs([f"{short} {where}" for short in ("int2", "int4", "int8") for where in _WHERE], ["int8 static"])
+# transformers decodes per-expert tensors while it fuses them. It has no place for a static input scale there (an
+# unexpected key), knows neither zero points nor the global scale of nvfp4, multiplies 8-bit floats by their stored
+# scale as it is, so by none of MX or of tiles, and unpacks only `weight_packed`.
+_SIGNED_PACKED = [*(kind for kind in _SUB_BYTE if not kind.startswith("u")), "int8 group"]
+_INPUTS_OF_EXPERTS = [kind for kind in INPUTS if not kind.endswith("static") and kind not in kinds.TWO_LEVEL]
+_TRANSFORMERS_EXPERTS: frozenset[Kinds] = _pairs(
+    [*_FP8, *_SIGNED_PACKED, "mxfp4", "mxfp6_e2m3"], _INPUTS_OF_EXPERTS
+) | {("int8 channel", "none")}
+
+
+def vllm_loads(plan: Plan) -> bool:
+    """True when vLLM has a class for every quantized module, with the shapes that its fused modules need."""
+    if shared.quantizes_routers(plan) or not shared.fused_agree(plan):
+        return False
+    members = Counter(target.group for target in plan.targets.values())
+    return all(_vllm_loads(target, alone=members[target.group] == 1) for target in plan.quantized())
+
+
+def _vllm_loads(target: Target, *, alone: bool) -> bool:
+    """`alone`: the module is not fused with others."""
+    pair = shared.pair_of(target)
+    assert pair is not None
+    spec, found = pair[0], kinds.kinds_of(pair)
+    # Half of its model classes give the embedding no quantization config or no name to find it by.
+    if target.role == "embedding":
+        return False
+    # Fused along the output, zero points must end with a word and tiles with the module.
+    words = spec.symmetric or target.shape[0] * spec.format.bits % WORD_BITS == 0
+    tiles = not isinstance(spec.granularity, PerTile) or alone or target.shape[0] % spec.granularity.rows == 0
+    if not words or not tiles or (found == _INT4_FP8 and spec.group_size != _INT4_FP8_GROUP):
+        return False
+    if target.output is not None:
+        # One scale is kept for a fused module, whichever comes last.
+        static = kinds.input_kind(target.output) == kinds.input_kind(target.input)
+        return alone and static and target.expert is None and found in _VLLM_OUTPUTS
+    return found in (_VLLM_EXPERTS if target.expert else _VLLM)
+
+
+def transformers_loads_experts(targets: list[Target]) -> bool:
+    """True when transformers decodes these quantized experts: of one scheme, which it knows."""
+    found = {shared.pair_of(target) for target in targets}
+    known = {kinds.kinds_of(pair) for pair in found if pair is not None}
+    return len(found) == 1 and known <= _TRANSFORMERS_EXPERTS and all(target.output is None for target in targets)

@@ -1,0 +1,142 @@
+"""Tensors of one module as the compressors of compressed-tensors 0.20 write them (`compressors/*`).
+
+Facts are torch-free. Along the input, integers below 8 bits and those without quantized inputs fill 32-bit words as
+one stream of bits, zero points the same along the output; fp4 and fp6 fill bytes; 8 bits stay as they are.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from quarkcli.dialects import _kinds as kinds
+from quarkcli.dialects._ct_kinds import WORD_BITS
+from quarkcli.dialects._kinds import Pair
+from quarkcli.dialects.base import HeaderLike, TensorInfo
+from quarkcli.plan.model import Target
+from quarkcli.spec import PerGroup, PerTensor, PerTile, TensorSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_BYTE = 8
+_INTEGERS = "int-quantized"
+_WORDS = "pack-quantized"
+_MX = {4: "mxfp4-pack-quantized", 6: "mxfp6-pack-quantized", 8: "mxfp8-quantized"}
+
+
+def format_of(pair: Pair) -> str:
+    """The compressor's name for a pair that is held."""
+    spec, source = pair
+    assert spec.scale is not None
+    if spec.format.kind == "integer":
+        grouped = isinstance(spec.granularity, PerGroup)
+        whole = isinstance(spec.granularity, PerTensor) or (source is not None and not grouped)
+        return _INTEGERS if whole and spec.format.bits == _BYTE and spec.symmetric else _WORDS
+    if spec.scale.over is not None:
+        return "nvfp4-pack-quantized"
+    return _MX[spec.format.bits] if spec.scale.dtype == "e8m0" else "float-quantized"
+
+
+def keeps_shape(pair: Pair) -> bool:
+    """True when the stored weight is [out, in] as it was, in 8 bits."""
+    return pair[0].format.bits == _BYTE and format_of(pair) != _WORDS
+
+
+def layout(target: Target) -> list[TensorInfo]:
+    """The tensors of a target, in the order in which they are written."""
+    assert target.weight is not None
+    return tensors_of(target.name, (target.weight, target.input), target.output, target.shape, target.dtype)
+
+
+def tensors_of(
+    name: str, pair: Pair, output: TensorSpec | None, shape: tuple[int, int], model: str
+) -> list[TensorInfo]:
+    """The tensors of a module of `shape` [out, in]; `model` is the dtype that a scale in the model's dtype has."""
+    spec, source = pair
+    format_ = format_of(pair)
+    scale = _scale_shape(spec, *shape)
+    found = [_weight(spec, format_, *shape), TensorInfo("weight_scale", kinds.scale_text(spec, model), scale)]
+    if format_ == _WORDS:
+        found.append(TensorInfo("weight_shape", "I64", (2,)))
+    if not spec.symmetric:
+        words = -(-shape[0] * spec.format.bits // WORD_BITS)
+        found.append(TensorInfo("weight_zero_point", "I32", (words, scale[1])))
+    if spec.scale is not None and spec.scale.over is not None:
+        found.append(TensorInfo("weight_global_scale", "F32", (1,)))
+    for side, activation in (("input", source), ("output", output)):
+        suffix = static_suffix(side, activation)
+        if suffix is not None:
+            found.append(TensorInfo(suffix, "F32", (1,)))
+    return [TensorInfo(f"{name}.{info.name}", info.dtype, info.shape) for info in found]
+
+
+def _weight(spec: TensorSpec, format_: str, rows: int, cols: int) -> TensorInfo:
+    bits = spec.format.bits
+    if format_ == _WORDS:
+        return TensorInfo("weight_packed", "I32", (rows, -(-cols * bits // WORD_BITS)))
+    if bits == _BYTE:
+        return TensorInfo("weight", "I8" if format_ == _INTEGERS else "F8_E4M3", (rows, cols))
+    return TensorInfo("weight_packed", "U8", (rows, cols * bits // _BYTE))
+
+
+def _scale_shape(spec: TensorSpec, rows: int, cols: int) -> tuple[int, ...]:
+    match spec.granularity:
+        case PerTensor():
+            return (1,)
+        case PerTile(height, width):
+            return (-(-rows // height), -(-cols // width))
+        case PerGroup(size):
+            return (rows, cols // size)
+    return (rows, 1)
+
+
+def static_suffix(side: str, spec: TensorSpec | None) -> str | None:
+    """The name of the stored scale of an `input` or `output`; global scales are stored as divisors."""
+    if spec is None or not spec.is_static:
+        return None
+    assert spec.scale is not None
+    return f"{side}_scale" if spec.scale.over is None else f"{side}_global_scale"
+
+
+def stored_shape(spec: TensorSpec, weight: HeaderLike, scale: HeaderLike) -> tuple[int, int]:
+    """(out, in) of a stored weight, from its header and that of its scale."""
+    rows, cols = weight.shape
+    if weight.dtype == "I32":
+        # The last word of a row of groups may be part empty.
+        cols = cols * WORD_BITS // spec.format.bits if spec.group_size is None else scale.shape[1] * spec.group_size
+    elif weight.dtype == "U8":
+        cols = cols * _BYTE // spec.format.bits
+    return rows, cols
+
+
+def pack(codes: Tensor, format_: str, spec: TensorSpec) -> Tensor:
+    """Codes [out, in] as stored."""
+    from quarkcli.numerics.packing import pack_bits, pack_int32
+
+    if format_ == _WORDS:
+        return pack_int32(codes, spec.format.bits)
+    return codes.contiguous() if spec.format.bits == _BYTE else pack_bits(codes, spec.format.bits)
+
+
+def unpack(stored: Tensor, format_: str, spec: TensorSpec, cols: int) -> Tensor:
+    """Inverse of `pack`."""
+    from quarkcli.numerics.packing import unpack_bits, unpack_int32
+
+    bits = spec.format.bits
+    if format_ == _WORDS:
+        return unpack_int32(stored, bits, cols, signed=spec.symmetric)
+    return stored if bits == _BYTE else unpack_bits(stored, bits, cols)
+
+
+def pack_zero_points(zero_points: Tensor, bits: int) -> Tensor:
+    """uint8 zero points [out, groups] -> int32 [ceil(out * bits / 32), groups]."""
+    from quarkcli.numerics.packing import pack_int32
+
+    return pack_int32(zero_points.T.contiguous(), bits).T.contiguous()
+
+
+def unpack_zero_points(stored: Tensor, bits: int, rows: int) -> Tensor:
+    """Inverse of `pack_zero_points`."""
+    from quarkcli.numerics.packing import unpack_int32
+
+    return unpack_int32(stored.T.contiguous(), bits, rows, signed=False).T.contiguous()

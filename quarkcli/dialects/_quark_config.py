@@ -1,0 +1,234 @@
+"""The `quantization_config` of the quark dialect: which layer dictionary speaks for which module. Torch-free."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from quarkcli.dialects import _shared as shared
+from quarkcli.dialects._quark_specs import read_spec, specs_of
+from quarkcli.errors import ModelError
+from quarkcli.plan.model import Attention, Plan, Target
+from quarkcli.spec import TensorSpec
+
+# The release whose layout this is; readers only show it.
+_VERSION = "0.13"
+PACK_METHOD = "reorder"
+IN_ORDER = "order"
+# Attention slots whose scale is stored as that of a projection's output; the softmax output has a name of its own.
+PROJECTIONS = {"q": "q_proj", "k": "k_proj", "v": "v_proj"}
+CACHE = ("k", "v")
+SOFTMAX = "p"
+
+
+class Slots(NamedTuple):
+    """What a layer dictionary says of a module."""
+
+    weight: TensorSpec | None
+    input: TensorSpec | None
+    output: TensorSpec | None
+    bias: TensorSpec | None
+
+
+_NOTHING = Slots(None, None, None, None)
+
+
+def slots_of(target: Target) -> Slots:
+    return Slots(target.weight, target.input, target.output, target.bias_spec)
+
+
+def is_cast(spec: TensorSpec | None) -> bool:
+    """True for a 16-bit float without a scale."""
+    return spec is not None and spec.scale is None
+
+
+def projection(attention: Attention, kind: str) -> str:
+    """The module on whose output the scale of q, k or v is stored."""
+    return {"k": attention.k_proj, "v": attention.v_proj}.get(kind, f"{attention.name}.{PROJECTIONS['q']}")
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def config_of(plan: Plan, quant_method: str) -> dict[str, Any]:
+    """The whole object; keys as in exports of AMD Quark."""
+    layers, everywhere = _layers(plan)
+    attention = _attention_specs(plan)
+    kv = {f"*{PROJECTIONS[kind]}": layers[f"*{PROJECTIONS[kind]}"] for kind in CACHE if kind in attention}
+    minima = [spec.scale.outermost.minimum for kind, spec in attention.items() if kind in CACHE and spec.scale]
+    return {
+        "quant_method": quant_method,
+        "quant_mode": "eager_mode",
+        "version": _VERSION,
+        "global_quant_config": _layer(everywhere),
+        "layer_quant_config": layers,
+        "layer_type_quant_config": {},
+        "kv_cache_quant_config": kv,
+        # The scales are measured where the cache is written, after the rotary embedding.
+        "kv_cache_post_rope": bool(kv),
+        "softmax_quant_spec": specs_of(attention.get(SOFTMAX), activation=True),
+        "algo_config": None,
+        "exclude": [*_excluded(plan), *shared.tied_head(plan)],
+        "export": {
+            "kv_cache_group": list(kv),
+            "min_kv_scale": max((minimum or 0.0 for minimum in minima), default=0.0),
+            "pack_method": PACK_METHOD,
+            "weight_format": "real_quantized",
+            "weight_merge_groups": None,
+        },
+    }
+
+
+def _layer(slots: Slots, output: TensorSpec | None = None) -> dict[str, Any]:
+    """The `LAYER` dictionary; `output` is that of an attention slot."""
+    return {
+        "weight": specs_of(slots.weight, activation=False),
+        "input_tensors": specs_of(slots.input, activation=True),
+        "output_tensors": specs_of(output or slots.output, activation=True),
+        "bias": specs_of(slots.bias, activation=False),
+        "target_device": None,
+    }
+
+
+def _attention_specs(plan: Plan) -> dict[str, TensorSpec]:
+    """Kind -> spec of the attention slots that are on; every module has the same."""
+    found: dict[str, TensorSpec] = {}
+    for attention in plan.attention.values():
+        found |= attention.specs
+    return found
+
+
+def _layers(plan: Plan) -> tuple[dict[str, Any], Slots]:
+    """(`layer_quant_config`, the slots of `global_quant_config`): the most frequent ones hold everywhere else.
+
+    vLLM takes the first key that fits, so full names stand before the patterns of attention; and it wants the same
+    output in every entry of a k or v projection. A cast is named: no scale in the file shows where it is.
+    """
+    found: dict[Slots, list[Target]] = {}
+    for target in plan.quantized():
+        found.setdefault(slots_of(target), []).append(target)
+    everywhere = _most_frequent({slots: len(members) for slots, members in found.items() if not is_cast(slots.weight)})
+    attention = {kind: spec for kind, spec in _attention_specs(plan).items() if kind in PROJECTIONS}
+    kind_of = {projection(a, kind): kind for a in plan.attention.values() for kind in attention}
+    usual = {kind: _usual(plan, [name for name, own in kind_of.items() if own == kind]) for kind in attention}
+    layers: dict[str, Any] = {}
+    for slots, targets in found.items():
+        plain = _layer(slots)
+        for target in targets:
+            kind = kind_of.get(target.name)
+            if kind is not None and slots != usual[kind]:
+                layers[target.name] = _layer(slots, attention[kind])
+            elif kind is None and target.expert is None and slots != everywhere:
+                layers[target.name] = plain
+        if slots != everywhere:
+            layers |= dict.fromkeys(_expert_keys(targets, plan), plain)
+    layers |= {f"*{PROJECTIONS[kind]}": _layer(usual[kind], spec) for kind, spec in attention.items()}
+    return layers, everywhere
+
+
+def _usual(plan: Plan, names: Iterable[str]) -> Slots:
+    counts: dict[Slots, int] = {}
+    for name in names:
+        target = plan.targets.get(name)
+        if target is not None and target.weight is not None:
+            counts[slots_of(target)] = counts.get(slots_of(target), 0) + 1
+    return _most_frequent(counts)
+
+
+def _most_frequent(counts: Mapping[Slots, int]) -> Slots:
+    return max(counts, key=lambda slots: counts[slots], default=_NOTHING)
+
+
+def _expert_keys(targets: list[Target], plan: Plan) -> list[str]:
+    """`<prefix>.*` hides the prefix itself from vLLM's glob, so the key of a layer of experts is `<prefix>*`."""
+    everyone = shared.experts_by_layer(plan.targets.values())
+    keys = []
+    for prefix, members in shared.experts_by_layer(targets).items():
+        alone = {name for name in plan.targets if name.startswith(prefix)} == {member.name for member in members}
+        whole = len(members) == len(everyone[prefix])
+        keys += [f"{prefix}*"] if whole and alone else [member.name for member in members]
+    return keys
+
+
+def _excluded(plan: Plan) -> list[str]:
+    """Full names; the prefix stands for the routed experts of a layer when none is quantized."""
+    everyone = shared.experts_by_layer(plan.targets.values())
+    left = shared.unquantized(plan)
+    whole = {
+        prefix for prefix, members in shared.experts_by_layer(left).items() if len(members) == len(everyone[prefix])
+    }
+    names = [target.expert[0] if target.expert and target.expert[0] in whole else target.name for target in left]
+    return list(dict.fromkeys(names))
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+class Reader:
+    """What a written config says of modules. Raises ModelError for what is not held here."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self.layers = _mapping(config, "layer_quant_config")
+        self.globs = {key: layer for key, layer in self.layers.items() if "*" in key}
+        by_class = _mapping(config, "layer_type_quant_config").get("Linear")
+        self.others: Mapping[str, Any] = by_class or _mapping(config, "global_quant_config")
+        self.softmax = config.get("softmax_quant_spec")
+        self.excluded = [str(name) for name in config.get("exclude") or ()]
+        self._known: dict[tuple[int, bool], Slots] = {}
+
+    def slots(self, module: str) -> Slots:
+        """By name, by the first glob that fits, by class, else what holds for all."""
+        layer = self._named(module)
+        if layer is None:
+            layer = self.others
+        key = (id(layer), self._attends(module))
+        if key not in self._known:
+            self._known[key] = _read_layer(module, layer, own_output=not key[1])
+        return self._known[key]
+
+    def casts(self, module: str) -> bool:
+        """True when an entry for this very module, or a glob, says that its weight is cast."""
+        weight = (self._named(module) or {}).get("weight")
+        if not isinstance(weight, Mapping) or weight.get("dtype") not in ("float16", "bfloat16"):
+            return False
+        return not any(module == name or module.startswith(f"{name}.") for name in self.excluded)
+
+    def attention(self) -> dict[str, TensorSpec]:
+        """Kind -> spec of the attention slots."""
+        outputs = {kind: (f"*{leaf}", self._output(leaf)) for kind, leaf in PROJECTIONS.items()}
+        outputs[SOFTMAX] = ("softmax_quant_spec", self.softmax)
+        found = {kind: read_spec(where, specs, activation=True) for kind, (where, specs) in outputs.items()}
+        return {kind: spec for kind, spec in found.items() if spec is not None}
+
+    def _named(self, module: str) -> Mapping[str, Any] | None:
+        if module in self.layers:
+            return self.layers[module] or {}
+        return next((layer or {} for key, layer in self.globs.items() if fnmatch.fnmatchcase(module, key)), None)
+
+    def _output(self, leaf: str) -> Any:
+        return (self.layers.get(f"*{leaf}") or {}).get("output_tensors")
+
+    def _attends(self, module: str) -> bool:
+        """True when the output of this module is an attention slot: a glob such as `*k_proj` says so."""
+        leaf = module.rpartition(".")[2]
+        return leaf in PROJECTIONS.values() and bool(self._output(leaf))
+
+
+def _read_layer(module: str, layer: Mapping[str, Any], *, own_output: bool) -> Slots:
+    weight = read_spec(module, layer.get("weight"), activation=False)
+    if weight is None:
+        raise ModelError("it has a weight scale, but the quantization config quantizes no weight", where=module)
+    return Slots(
+        weight,
+        read_spec(module, layer.get("input_tensors"), activation=True),
+        read_spec(module, layer.get("output_tensors") if own_output else None, activation=True),
+        read_spec(module, layer.get("bias"), activation=False),
+    )
+
+
+def _mapping(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    found = config.get(key) or {}
+    if not isinstance(found, Mapping):
+        raise ModelError(f"{key} must be a mapping", where="quantization_config")
+    return found

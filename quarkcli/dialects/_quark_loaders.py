@@ -1,0 +1,178 @@
+"""Why the quark dialect cannot hold a plan, and who loads what it holds. Torch-free.
+
+vLLM 0.32: its Quark classes, for linears and for routed experts; most were loaded, the others read. transformers 5.23
+loads through amd-quark, which renames one scale per tensor only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from quarkcli.dialects import _kinds as kinds
+from quarkcli.dialects import _shared as shared
+from quarkcli.dialects._kinds import Kinds
+from quarkcli.dialects._quark_config import CACHE, PROJECTIONS, SOFTMAX, projection, slots_of
+from quarkcli.dialects._quark_layout import Matrix, problems, static_layout
+from quarkcli.plan.model import Attention, Plan, Target
+from quarkcli.spec import PerTensor, TensorSpec
+
+_FP8_INPUTS = ("fp8 static", "fp8 token", "fp8 tensor")
+_MXFP6 = ("mxfp6_e2m3", "mxfp6_e3m2")
+_VLLM: frozenset[Kinds] = frozenset(
+    [(f"fp8 {where}", source) for where in ("tensor", "channel") for source in _FP8_INPUTS]
+    + [(f"int8 {where}", source) for where in ("tensor", "channel") for source in ("int8 static", "int8 token")]
+    + [("fp8 tile", "fp8 group"), ("int4 group", "none"), ("uint4 group", "none"), ("nvfp4", "nvfp4")]
+    + [(weight, source) for weight in ("mxfp4", *_MXFP6) for source in ("none", "mxfp4", *_MXFP6)]
+    + [("mxfp4", "fp8 static"), ("mxfp8", "mxfp8")]
+)
+# Experts have classes of their own: weight and input of one granularity, and mixes of MX as they are listed there.
+_VLLM_EXPERTS: frozenset[Kinds] = frozenset(
+    [
+        ("fp8 tensor", "fp8 static"),
+        ("fp8 tensor", "fp8 tensor"),
+        ("fp8 channel", "fp8 token"),
+        ("fp8 tile", "fp8 group"),
+    ]
+    + [(f"int8 {where}", source) for where in ("tensor", "channel") for source in ("int8 static", "int8 token")]
+    + [("int4 group", "none"), ("uint4 group", "none"), ("nvfp4", "nvfp4")]
+    + [(weight, source) for weight in ("mxfp4", *_MXFP6) for source in ("none", "fp8 static", weight)]
+    + [("mxfp4", source) for source in _MXFP6]
+)
+# vLLM's block kernel wants whole tiles of rows in all but the last member of a fused linear, amd-quark in both ways.
+_TILE = 128
+_TRANSFORMERS_WEIGHTS = frozenset(
+    [f"fp8 {where}" for where in ("tensor", "channel", "tile")]
+    + [f"{element} {where}" for element in ("int8", "int4", "uint4") for where in ("tensor", "channel", "group")]
+    + ["mxfp4", *_MXFP6, "amdfp4"]
+)
+_TRANSFORMERS_INPUTS = frozenset({"none", *_FP8_INPUTS, "fp8 group", "int4 group", "mxfp4", *_MXFP6, "amdfp4"}) | {
+    f"int8 {how}" for how in ("static", "token", "tensor")
+}
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+
+
+def refusals(plan: Plan) -> list[str]:
+    """One sentence for every reason, with the first module it holds for."""
+    reasons: dict[str, list[str]] = {}
+    for target in plan.quantized():
+        for reason in _target_reasons(target):
+            reasons.setdefault(reason, []).append(target.name)
+    for reason, name in _attention_reasons(plan):
+        reasons.setdefault(reason, []).append(name)
+    return shared.sentences(reasons)
+
+
+def _target_reasons(target: Target) -> Iterator[str]:
+    assert target.weight is not None
+    yield from problems(Matrix("weight", target.weight, target.shape))
+    if target.bias_spec is not None:
+        yield from problems(Matrix("bias", target.bias_spec, (1, target.shape[0])))
+    features = {"input": target.shape[1], "output": target.shape[0]}
+    for slot, spec in (("input", target.input), ("output", target.output)):
+        if spec is None:
+            continue
+        for size in sorted(spec.group_sizes):
+            if features[slot] % size:
+                name = f"{features[slot]} {slot} features"
+                yield f"{name} are not a multiple of the group of {size} of its {slot} ({spec.describe()})"
+        yield from _static_reasons(slot, spec)
+
+
+def _static_reasons(slot: str, spec: TensorSpec) -> Iterator[str]:
+    """One number is stored for an activation."""
+    fixed = [stage for stage in spec.stages if stage.scale is not None and stage.scale.outermost.when == "static"]
+    whole = [stage for stage in fixed if isinstance(stage.granularity, PerTensor) or _is_two_level(stage)]
+    if len(fixed) > 1 or len(whole) < len(fixed):
+        yield f"quark stores one static scale for its {slot}, not those of {spec.describe()}"
+
+
+def _is_two_level(stage: TensorSpec) -> bool:
+    return stage.scale is not None and stage.scale.over is not None
+
+
+def _attention_reasons(plan: Plan) -> Iterator[tuple[str, str]]:
+    active = shared.cached(plan)
+    for attention in active:
+        for kind, spec in attention.specs.items():
+            for reason in _slot_reasons(plan, attention, kind, spec):
+                yield reason, f"{attention.name}.{kind}_bmm_quantizer"
+    for kind in (*PROJECTIONS, SOFTMAX):
+        found = {attention.specs.get(kind) for attention in plan.attention.values()}
+        if len(found) > 1 and (kind != SOFTMAX or len(found - {None}) > 1):
+            other = next(a.name for a in plan.attention.values() if a.specs.get(kind) != active[0].specs.get(kind))
+            yield f"quark describes attention {kind} once for the whole model; here it differs", other
+
+
+def _slot_reasons(plan: Plan, attention: Attention, kind: str, spec: TensorSpec) -> Iterator[str]:
+    if not static_layout("output", spec):
+        yield f"quark knows attention {kind} by its stored scale, and {spec.describe()} has none"
+    yield from _static_reasons(f"attention {kind}", spec)
+    if kind == SOFTMAX:
+        return
+    module, leaf = projection(attention, kind), PROJECTIONS[kind]
+    if module.rpartition(".")[2] != leaf or module not in plan.targets:
+        found = module if module in plan.targets else attention.k_proj
+        yield f"quark stores the scale of attention {kind} on a {leaf}; here it is {found.rpartition('.')[2]}"
+    elif plan.targets[module].output is not None:
+        yield f"quark has one place for the output of {leaf}, and attention {kind} takes it"
+
+
+# --- what loads it ---------------------------------------------------------------------------------------------------
+
+
+def loaders(plan: Plan) -> set[str]:
+    """Servers that load what is written for a plan that is held."""
+    if any(slots_of(target)[2:] != (None, None) for target in plan.quantized()):
+        return set()  # vLLM refuses a quantized output or bias, and of the other only simple biases were tried
+    if any(target.role == "embedding" for target in plan.quantized()):
+        return set()
+    found = set()
+    if _vllm_loads(plan):
+        found.add("vllm")
+    if _transformers_loads(plan):
+        found.add("transformers")
+    return found
+
+
+def _vllm_loads(plan: Plan) -> bool:
+    # Its head is never a quantized one here.
+    if any(target.role == "head" for target in plan.quantized()) or not _vllm_attends(plan):
+        return False
+    return shared.vllm_loads(plan, _VLLM, _VLLM_EXPERTS) and _tiles_fit(plan)
+
+
+def _vllm_attends(plan: Plan) -> bool:
+    """True when k and v are fp8 under one scale each, alike; q and the softmax output only beside them."""
+    for attention in shared.cached(plan):
+        specs = attention.specs
+        fp8 = all(kinds.input_kind(spec) == "fp8 static" for spec in specs.values())
+        if not fp8 or any(kind not in specs for kind in CACHE) or specs["k"] != specs["v"]:
+            return False
+    return True
+
+
+def _tiles_fit(plan: Plan) -> bool:
+    groups: dict[str, list[Target]] = {}
+    for target in plan.quantized():
+        if target.weight is not None and kinds.weight_kind(target.weight) == "fp8 tile":
+            groups.setdefault(target.group, []).append(target)
+    fused = [members for members in groups.values() if len(members) > 1]
+    return all(target.shape[0] % _TILE == 0 for members in fused for target in members)
+
+
+def _transformers_loads(plan: Plan) -> bool:
+    """Routed experts are one fused parameter in memory, for which amd-quark has no quantized module."""
+    if shared.quantizes_routers(plan) or any({"q", SOFTMAX} & set(a.specs) for a in shared.cached(plan)):
+        return False
+    if any(kinds.input_kind(spec) != "fp8 static" for a in shared.cached(plan) for spec in a.specs.values()):
+        return False
+    for target in plan.quantized():
+        assert target.weight is not None
+        weight, source = kinds.weight_kind(target.weight), kinds.input_kind(target.input)
+        if target.expert or weight not in _TRANSFORMERS_WEIGHTS or source not in _TRANSFORMERS_INPUTS:
+            return False
+        if weight == "fp8 tile" and (target.shape[0] % _TILE or target.shape[1] % _TILE):
+            return False
+    return True

@@ -1,0 +1,75 @@
+"""The range of the values behind every scale of a matrix."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from quarkcli.numerics.lattice import scale_size
+from quarkcli.numerics.pieces import group_amax, group_ends, require_finite, row_pieces
+from quarkcli.numerics.scales import Extent
+from quarkcli.spec import PerChannel, PerTensor, PerTile, TensorSpec
+
+
+def extent_of(matrix: Tensor, spec: TensorSpec, amax: Tensor | None, *, finite: bool = True) -> Extent:
+    """The range behind every scale of `matrix` [rows, cols], in the shape of the stored scale (see QParams).
+
+    amax     that of the scale group (float32 []), for one scale per tensor; None: the matrix' own
+    finite   refuse NaN and inf: DataError with their first position
+    """
+    if amax is not None and isinstance(spec.granularity, PerTensor):
+        if finite:
+            require_finite(amax_per_row(matrix), matrix)
+        amax = amax.to(torch.float32)
+        return Extent(amax, -amax, amax)
+    size = scale_size(spec, matrix.shape[1])
+    if isinstance(spec.granularity, PerChannel) and spec.granularity.axis == 1:
+        if finite:
+            require_finite(amax_per_row(matrix), matrix)
+        return _columns(matrix)
+    if not needs_ends(spec):
+        magnitudes = group_amax(matrix, size)
+        if finite:
+            require_finite(magnitudes, matrix)
+        return Extent(_joined(magnitudes, spec, torch.amax))
+    low, high = group_ends(matrix, size)
+    if finite:
+        require_finite(torch.maximum(-low, high), matrix)
+    low, high = _joined(low, spec, torch.amin), _joined(high, spec, torch.amax)
+    return Extent(torch.maximum(-low, high), low, high)
+
+
+def needs_ends(spec: TensorSpec) -> bool:
+    """True when a scale depends on both ends of the range, not only on the largest magnitude."""
+    return not spec.symmetric or (spec.scale is not None and spec.scale.rule == "fit")
+
+
+def amax_per_row(matrix: Tensor) -> Tensor:
+    """float32 [rows, 1]; NaN where a row holds one."""
+    return group_amax(matrix, max(matrix.shape[1], 1))
+
+
+def _joined(groups: Tensor, spec: TensorSpec, reduce: object) -> Tensor:
+    """From every row and group to every stored scale."""
+    call = torch.amax if reduce is torch.amax else torch.amin
+    match spec.granularity:
+        case PerTensor():
+            return call(groups)
+        case PerTile(rows, _):
+            missing = -groups.shape[0] % rows
+            padded = functional.pad(groups[None, None], (0, 0, 0, missing), mode="replicate")[0, 0]
+            return call(padded.view(-1, rows, groups.shape[1]), 1)
+    return groups
+
+
+def _columns(matrix: Tensor) -> Extent:
+    """One range per column, [1, cols]."""
+    low = high = None
+    for part in row_pieces(matrix):
+        values = matrix[part].float()
+        own_low, own_high = values.amin(0, keepdim=True), values.amax(0, keepdim=True)
+        low = own_low if low is None else torch.minimum(low, own_low)
+        high = own_high if high is None else torch.maximum(high, own_high)
+    assert low is not None and high is not None
+    return Extent(torch.maximum(-low, high), low, high)

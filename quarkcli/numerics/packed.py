@@ -1,0 +1,72 @@
+"""A matrix and a TensorSpec -> packed codes and scales in one step, and back; by a kernel where there is one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quarkcli.numerics import kernels
+from quarkcli.numerics import quantize as reference
+from quarkcli.numerics.formats import codec
+from quarkcli.numerics.lattice import QParams
+from quarkcli.numerics.packing import pack_bits, unpack_bits
+from quarkcli.numerics.quantize import Quantized, decode, encode, make_qparams
+from quarkcli.spec import Element, TensorSpec
+
+
+@dataclass
+class Packed:
+    """The codes of a matrix [out, in] as stored, with their scales.
+
+    data: below 8 bits uint8 [out, ceil(in * bits / 8)], the dense little-endian stream of the codes of a row (two's
+    complement; the low nibble is the even column); else the codes themselves: int8, uint8, float8, float16, bfloat16.
+    """
+
+    data: Tensor
+    params: QParams
+
+
+def quantize_packed(weight: Tensor, spec: TensorSpec, *, amax: Tensor | None = None) -> Packed:
+    """Packed codes and scales of `weight` [out, in]. Errors and `amax` as in `quantize.make_qparams`."""
+    kernel = kernels.find(spec, weight.device)
+    if kernel is not None and _kernel_takes(tuple(weight.shape), spec.format):
+        return Packed(*kernel.quantize_packed(weight, spec, amax))
+    params = make_qparams(weight, spec, amax=amax)
+    codes = encode(weight, spec, params)
+    bits = spec.codes.format.bits
+    return Packed(codes if bits >= 8 else pack_bits(codes, bits), params)
+
+
+def dequantize_packed(packed: Packed, spec: TensorSpec, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """Values of packed codes of a matrix of `shape` [out, in]: computed in float32, rounded to `dtype`."""
+    kernel = kernels.find(spec, packed.data.device)
+    if kernel is not None and _kernel_takes(shape, spec.format) and _is_real(dtype):
+        values: Tensor = kernel.dequantize_packed(packed.data, packed.params, spec, shape, dtype)
+        return values
+    return decode(_codes(packed, spec, shape[1]), spec, packed.params).to(dtype)
+
+
+def quantize(weight: Tensor, spec: TensorSpec, *, amax: Tensor | None = None) -> Quantized:
+    """`numerics.quantize.quantize`, by a kernel where there is one; the same bits."""
+    if kernels.find(spec, weight.device) is None or not _kernel_takes(tuple(weight.shape), spec.format):
+        return reference.quantize(weight, spec, amax=amax)
+    packed = quantize_packed(weight, spec, amax=amax)
+    return Quantized(_codes(packed, spec, weight.shape[1]), packed.params)
+
+
+def _codes(packed: Packed, spec: TensorSpec, cols: int) -> Tensor:
+    element = spec.codes.format
+    if element.bits >= 8:
+        return packed.data
+    return unpack_bits(packed.data, element.bits, cols, codec(element).code_dtype(element) == torch.int8)
+
+
+def _kernel_takes(shape: tuple[int, ...], element: Element) -> bool:
+    """True when no row ends within a byte; an empty or odd-shaped tensor is left to the reference."""
+    return len(shape) == 2 and shape[0] * shape[1] > 0 and shape[1] * element.bits % 8 == 0
+
+
+def _is_real(dtype: torch.dtype) -> bool:
+    return dtype in (torch.float32, torch.float16, torch.bfloat16)

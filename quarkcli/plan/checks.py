@@ -1,0 +1,138 @@
+"""What a resolved plan must not be: slots without meaning, specs that do not fit them, widths without whole groups."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from quarkcli.errors import ConfigError, ModelError
+from quarkcli.plan.model import Attention, Plan, Target
+from quarkcli.spec import PerChannel, PerTile, TensorSpec
+
+
+def warn(plan: Plan) -> None:
+    """Add warnings for slots that an entry enables and that stay off, and for what is shared or overruled."""
+    unused = {"input": "their weight is not quantized", "output": "their weight is not quantized"}
+    for kind, reason in unused.items():
+        _lone(plan, kind, reason, lambda t: t.weight is None)
+    _lone(plan, "output", "embeddings have none", lambda t: t.weight is not None and t.is_embedding)
+    _lone(plan, "bias", "their module has no quantized weight, or no bias", lambda t: t.bias_spec is None)
+    if plan.tied_head is not None and any(target.is_embedding for target in plan.quantized()):
+        plan.warnings.append(f"the embedding is quantized, and {plan.tied_head} with it: the two are one tensor")
+    _overruled_cache(plan)
+
+
+def _lone(plan: Plan, kind: str, reason: str, off: Callable[[Target], bool]) -> None:
+    names = [t.name for t in plan.targets.values() if t.slots[kind].spec is not None and off(t)]
+    if names:
+        more = " ..." if len(names) > 3 else ""
+        plan.warnings.append(
+            f"{len(names)} {kind} quantizers stay off because {reason}: {', '.join(names[:3])}{more}"
+        )  # fmt: skip
+
+
+def _overruled_cache(plan: Plan) -> None:
+    """An attention scheme comes after the cache's and wins where both speak of k and v."""
+    caches = [entry for entry in plan.entries if entry.unit.startswith("cache ")]
+    for module in plan.attention.values():
+        for decision in module.slots.values():
+            winner = plan.entries[decision.entry] if decision.entry is not None else None
+            if winner is None or not winner.unit.startswith("attention "):
+                continue
+            same_slot = [entry for entry in caches if entry.quantizer_path == winner.quantizer_path]
+            if same_slot and same_slot[0].cfg != winner.cfg:
+                plan.warnings.append(f"{winner.origin} decides the cache of k and v, not {same_slot[0].origin}")
+                return
+
+
+def check(plan: Plan) -> None:
+    """Raises ConfigError for specs that make no sense for their slot, ModelError for widths that do not fit."""
+    for target in plan.quantized():
+        for kind in ("input", "output"):
+            spec: TensorSpec | None = getattr(target, kind)
+            if spec is not None:
+                _check_activation(f"{target.name}.{kind}_quantizer", spec)
+        if target.output is not None:
+            _check_output(target, target.output)
+    for module in plan.attention.values():
+        for kind, spec in module.specs.items():
+            _check_activation(f"{module.name}.{kind}_bmm_quantizer", spec)
+            _check_attention(module, kind, spec)
+    _check_widths(plan)
+
+
+def _check_activation(slot: str, spec: TensorSpec) -> None:
+    """An activation has no fixed number of rows."""
+    for stage in spec.stages:
+        if isinstance(stage.granularity, PerTile | PerChannel):
+            raise ConfigError(
+                f"an activation has no rows that scales could belong to ({stage.describe()})",
+                where=slot,
+                hint="granularity: tensor, token, or {group: SIZE}",
+            )
+
+
+def _check_output(target: Target, spec: TensorSpec) -> None:
+    if target.expert is not None:
+        raise ConfigError(
+            "outputs of routed experts cannot be quantized: they are added up inside one fused kernel",
+            where=f"{target.name}.output_quantizer",
+            hint="switch the output quantizers of the experts off with an entry of their own",
+        )
+    if spec.needs_amax and target.site is None:
+        raise ConfigError(
+            f"its output would have to be measured, and no forward pass reaches it (role {target.role})",
+            where=f"{target.name}.output_quantizer",
+            hint=f"--exclude '{target.name}', or a spec that needs no data",
+        )
+
+
+def _check_attention(module: Attention, kind: str, spec: TensorSpec) -> None:
+    slot = f"{module.name}.{kind}_bmm_quantizer"
+    if module.latent and kind in ("k", "v"):
+        raise ConfigError(
+            "its cache holds a compressed latent, not k and v, and no dialect has a name for that scale",
+            where=slot,
+            hint="--kv-cache none; servers take a scale of 1 for it when told to keep an fp8 cache",
+        )
+    for size in sorted(spec.group_sizes):
+        if kind == "p":
+            raise ConfigError(
+                f"the softmax output has a column per token, which groups of {size} do not divide",
+                where=slot,
+                hint="granularity: tensor or token",
+            )
+        if module.head_dim is not None and module.head_dim % size:
+            raise ModelError(
+                f"{module.head_dim} features of a head are not a multiple of group size {size} "
+                f"(remainder {module.head_dim % size})",
+                where=slot,
+                hint="a scheme with one scale per tensor: --kv-cache fp8",
+            )
+
+
+def _check_widths(plan: Plan) -> None:
+    """Refuse widths that a group does not divide."""
+    bad = list(_indivisible(plan))
+    if not bad:
+        return
+    target, kind, size, width = bad[0]
+    count = len({t.name for t, *_ in bad})
+    features = "input" if kind in ("weight", "input") else "output"
+    leaf = target.name.rsplit(".", 1)[-1]
+    raise ModelError(
+        f"{width} {features} features are not a multiple of group size {size} (remainder {width % size})"
+        + (f"; {count} modules in all" if count > 1 else ""),
+        where=f"{target.name}.{kind}_quantizer",
+        hint=f"--exclude '*{leaf}', or a scheme with another group size for them: --layer '*{leaf}=fp8'",
+    )
+
+
+def _indivisible(plan: Plan) -> Iterator[tuple[Target, str, int, int]]:
+    for target in plan.quantized():
+        rows, columns = target.shape
+        widths = {"weight": columns, "input": columns, "output": rows, "bias": rows}
+        specs = {"weight": target.weight, "input": target.input, "output": target.output, "bias": target.bias_spec}
+        for kind, spec in specs.items():
+            for size in sorted(spec.group_sizes) if spec is not None else ():
+                if widths[kind] % size:
+                    yield target, kind, size, widths[kind]
