@@ -193,11 +193,19 @@ def test_out_of_memory_is_a_resource_error(quark, monkeypatch):
     assert err.startswith("error: out of memory\nhint: ")
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """As in a terminal: what a shell starts in the background ignores SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize(
     ("number", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
 )
 @pytest.mark.parametrize("begun", [True, False])
-def test_signals(quark, monkeypatch, tmp_path, number, code, word, begun):
+def test_signals(quark, monkeypatch, tmp_path, interruptible, number, code, word, begun):
     def run(options, tell, planned) -> None:
         planned(job.prepare(options))
         if begun:
