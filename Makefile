@@ -45,6 +45,7 @@ test-gpu: $(STAMP) ## run the tests that need a CUDA device
 
 bench: $(STAMP) ## peak memory, start-up time and packing speed against a baseline in the same run
 	$(BIN)/python -m tests.bench.startup
+	$(BIN)/python -m tests.bench.plan
 	$(BIN)/python -m tests.bench.packing
 	$(BIN)/python -m tests.bench.memory
 
@@ -54,6 +55,7 @@ table: $(STAMP) ## loss of every scheme for one model: make table MODEL=DIR ARGS
 
 docs: $(STAMP) ## rebuild the generated reference pages
 	$(BIN)/python -m tests.docs.reference
+	$(BIN)/python -m tests.docs.recipe_reference
 	$(BIN)/python -m tests.docs.models
 
 clean: ## remove everything that was built

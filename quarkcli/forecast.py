@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from quarkcli.dialects.base import Dialect, TensorInfo
 from quarkcli.family import HeaderLike
+from quarkcli.memory import without_collection
 from quarkcli.plan.model import Part, Plan, Target
 from quarkcli.writer import plan_files, tensor_bytes
 
@@ -63,6 +64,59 @@ def part_infos(
     return infos
 
 
+class _PartSize(NamedTuple):
+    """Bytes of a part: of its tensors in the source, of the files it becomes, and of their tensors by dtype."""
+
+    source: int
+    files: int
+    dtypes: Mapping[str, int]
+
+
+def _part_sizes(plan: Plan, dialect: Dialect, headers: Mapping[str, HeaderLike]) -> list[_PartSize]:
+    """Sizes of every part. Blocks whose tensors differ in the block's number alone, of as many digits, are one."""
+    owners = part_targets(plan)
+    kinds = {name: number for number, run in enumerate(plan.alike()) for name in (t.name for t in run)}
+    specs = {module.part: tuple(module.specs.items()) for module in plan.attention.values()}
+    known: dict[object, _PartSize] = {}
+    sizes = []
+    for part in plan.parts:
+        key: object = part.index
+        if part.block is not None:
+            start = len(part.name)
+            rows = tuple(_row(name, start, plan, headers, owners, kinds) for name in part.tensors)
+            key = start, rows, specs.get(part.index)
+        if key not in known:
+            known[key] = _part_size(part, part_infos(plan, dialect, part, headers, owners), headers)
+        sizes.append(known[key])
+    return sizes
+
+
+def _row(
+    name: str,
+    start: int,
+    plan: Plan,
+    headers: Mapping[str, HeaderLike],
+    owners: Mapping[str, list[Target]],
+    kinds: Mapping[str, int],
+) -> object:
+    """What a block's tensor becomes, without the block's name, of `start` characters."""
+    if name in plan.kept:
+        return name[start:], headers[name].dtype, headers[name].shape
+    own = owners.get(name, ())
+    if len(own) == 1:
+        return name[start:], own[0].name[start:], kinds[own[0].name]
+    return name[start:], tuple((target.name[start:], kinds[target.name]) for target in own)
+
+
+def _part_size(part: Part, infos: list[TensorInfo], headers: Mapping[str, HeaderLike]) -> _PartSize:
+    dtypes: dict[str, int] = {}
+    for info in infos:
+        dtypes[info.dtype] = dtypes.get(info.dtype, 0) + tensor_bytes(info.dtype, info.shape)
+    source = sum(tensor_bytes(headers[name].dtype, headers[name].shape) for name in part.tensors)
+    return _PartSize(source, sum(file.size for file in plan_files(slug(part), infos)), dtypes)
+
+
+@without_collection()
 def forecast(
     plan: Plan,
     dialect: Dialect,
@@ -75,18 +129,15 @@ def forecast(
     grams: bool,
 ) -> Forecast:
     """Sizes of a plan in one dialect. `tokens` and `hidden` size the carry; `grams`: a solver keeps second moments."""
-    owners = part_targets(plan)
-    output = 0
+    sizes = _part_sizes(plan, dialect, headers)
+    output = sum(size.files for size in sizes)
     dtypes: dict[str, int] = {}
-    for part in plan.parts:
-        infos = part_infos(plan, dialect, part, headers, owners)
-        output += sum(file.size for file in plan_files(slug(part), infos))
-        for info in infos:
-            dtypes[info.dtype] = dtypes.get(info.dtype, 0) + tensor_bytes(info.dtype, info.shape)
-    part_bytes = [sum(tensor_bytes(headers[n].dtype, headers[n].shape) for n in part.tensors) for part in plan.parts]
-    largest = max(part_bytes)
+    for size in sizes:
+        for dtype, count in size.dtypes.items():
+            dtypes[dtype] = dtypes.get(dtype, 0) + count
+    largest = max(size.source for size in sizes)
     carry = tokens * hidden * 2 if calibrated else 0
-    widest = max((target.shape[1] for target in plan.quantized()), default=0)
+    widest = max((run[0].shape[1] for run in plan.quantized_alike()), default=0)
     moments = 4 * widest * widest * 4 if grams else 0
     memory = RUNTIME_BYTES[calibrated] + int(largest * (2.5 if calibrated else 1.6)) + 2 * carry + moments
     return Forecast(
@@ -105,10 +156,11 @@ def forecast(
 def effective_bits(plan: Plan) -> float:
     """Stored bits per quantized weight, scales included."""
     bits = weights = 0.0
-    for target in plan.quantized():
+    for run in plan.quantized_alike():
+        target = run[0]
         assert target.weight is not None
-        bits += target.weight.bits_per_value(*target.shape) * target.numel
-        weights += target.numel
+        bits += target.weight.bits_per_value(*target.shape) * target.numel * len(run)
+        weights += target.numel * len(run)
     return bits / weights if weights else 0.0
 
 

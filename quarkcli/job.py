@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,11 +46,16 @@ def load_recipe(options: Options) -> Recipe:
             "--scheme and --recipe exclude each other" if options.scheme else "neither --scheme nor --recipe is given"
         )
         raise UsageError(both, hint="--scheme nvfp4, or see 'quark schemes list' and 'quark recipes list'")
-    recipe = (
-        recipes.from_scheme(options.scheme)
-        if options.scheme is not None
-        else recipes.from_file(catalog.find_recipe(str(options.recipe)))
-    )
+    if options.settings and options.recipe is None:
+        raise UsageError("there is no recipe to adjust", where="--set", hint="give one with --recipe")
+    if options.settings and isinstance(options.recipe, Recipe):
+        raise UsageError("only a recipe's name or file can be adjusted", where="--set")
+    if options.scheme is not None:
+        recipe = recipes.from_scheme(options.scheme)
+    elif isinstance(options.recipe, Recipe):
+        recipe = replace(options.recipe)
+    else:
+        recipe = recipes.from_file(catalog.find_recipe(str(options.recipe)), options.settings)
     if options.algorithm is not None:
         named = dict(recipe.algorithms)
         recipe.algorithms = [(name, named.get(name, {})) for name in options.algorithm.split(",")]
@@ -80,7 +86,7 @@ def prepare(options: Options, tell: Listener = silent) -> Prepared:
     calibration = preflight.calibration(options, recipe, source, needs)
     size = preflight.forecast_of(plan, dialect, source, calibration, needs)
     output = options.output or Path(f"{'demo' if options.model == 'demo' else source.name}-{recipe.name}")
-    warnings = [*dialects.warnings(dialect, plan), *plan.warnings]
+    warnings = [*recipe.notes, *dialects.warnings(dialect, plan), *plan.warnings]
     warnings += calibration.warnings if calibration else preflight.unused_flags(options)
     return Prepared(
         options, recipe, source, layout, plan, steps, dialect, reason, needs, calibration, size, output, warnings

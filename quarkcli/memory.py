@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 LARGE = 1 << 20  # bytes
 _M_MMAP_THRESHOLD = -3  # <malloc.h>
@@ -36,3 +39,15 @@ def return_large_buffers() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, LARGE)
+
+
+@contextmanager
+def without_collection() -> Iterator[None]:
+    """No look for garbage while a great many objects are made that all stay: it would take as long as making them."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -22,7 +23,8 @@ class Options:
 
     model: str
     scheme: str | None = None
-    recipe: str | None = None
+    recipe: str | Recipe | None = None
+    settings: Sequence[str] = ()
     output: Path | None = None
     dialect: str | None = None
     overrides: Overrides = field(default_factory=Overrides)

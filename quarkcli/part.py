@@ -174,7 +174,7 @@ class PartWorker:
             errors[target.name] = _weight_error(weight(target), quantized, target)
 
         shared = _group_amax(targets, weight)
-        work = PartWork(targets, weight, lambda t: shared.get(t.group), finish, self._warn)
+        work = PartWork(targets, weight, lambda t: shared.get(t.scale_group), finish, self._warn)
         for algorithm in self.algorithms:
             try:
                 algorithm.apply(work, statistics)
@@ -281,8 +281,8 @@ def _group_amax(targets: list[Target], weight: Any) -> dict[str, Tensor]:
         if not target.weight.has_tensor_scale:
             continue
         amax = named(f"{target.name}.weight", weight_amax, weight(target), target.weight)
-        known = shared.get(target.group)
-        shared[target.group] = amax if known is None else torch.maximum(known, amax)
+        known = shared.get(target.scale_group)
+        shared[target.scale_group] = amax if known is None else torch.maximum(known, amax)
     return shared
 
 

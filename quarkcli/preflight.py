@@ -44,7 +44,7 @@ def check_source(source: Source) -> None:
 
 def check_plan(plan: Plan) -> None:
     """Refuse dtypes that are no weights, ranges that cannot be found, and fused experts that disagree."""
-    for target in plan.quantized():
+    for target, *_ in plan.quantized_alike():
         if target.dtype not in _WEIGHT_DTYPES:
             raise ModelError(
                 f"stored as {target.dtype}; weights must be BF16, F16 or F32",
@@ -58,15 +58,12 @@ def check_plan(plan: Plan) -> None:
                 hint=f"--exclude '{target.name}', or a scheme that needs no data for it",
             )
         _check_weight_observers(target)
+    checked: set[int] = set()
     for key, _, spec in plan.activations():
-        _check_activation(key, spec)
-    groups: dict[str, list[Target]] = {}
-    for target in plan.targets.values():
-        groups.setdefault(target.group, []).append(target)
-    for members in groups.values():
-        specs = {(target.weight, target.input) for target in members}
-        if len(specs) < 2:
-            continue
+        if id(spec) not in checked:
+            _check_activation(key, spec)
+            checked.add(id(spec))
+    for members in plan.disagreeing():
         names = ", ".join(target.name.rsplit(".", 1)[-1] for target in members)
         if members[0].expert is not None:
             raise ConfigError(

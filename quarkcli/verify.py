@@ -47,8 +47,9 @@ def against_plan(folder: Path, plan: Plan, dialect: Dialect, source_headers: Map
 def scales(checkpoint: Checkpoint, plan: Plan | None = None) -> list[str]:
     """Every scale finite and positive, and equal within scale groups where a tensor has one. Raises CheckError."""
     bad: list[str] = []
-    groups: dict[str, dict[str, tuple[float | None, float | None]]] = {}
-    group_of = {target.name: target.group for target in plan.targets.values()} if plan else _groups(checkpoint)
+    groups: dict[str, dict[str, float | None]] = {}
+    inputs: dict[str, dict[str, float | None]] = {}
+    fused, group_of = _plan_groups(plan) if plan is not None else (_groups(checkpoint),) * 2
     for name, stored in checkpoint.view.targets.items():
         decoded = checkpoint.decode(stored)
         params, static = decoded.weight.params, decoded.input
@@ -58,20 +59,22 @@ def scales(checkpoint: Checkpoint, plan: Plan | None = None) -> list[str]:
             bad.append(f"{name}.bias")
         bad += [f"{name} (no {kind} scale)" for kind in _absent(stored, decoded)]
         if stored.weight.has_tensor_scale:
-            groups.setdefault(group_of.get(name, name), {})[name] = (_tensor_scale(params), _number(static))
+            groups.setdefault(group_of.get(name, name), {})[name] = _tensor_scale(params)
+            inputs.setdefault(fused.get(name, name), {})[name] = _number(static)
     for attention in checkpoint.view.attention.values():
         assert checkpoint.dialect is not None
         tensors = checkpoint.source.read_many(attention.scales.values())
         values = checkpoint.dialect.decode_attention(attention, tensors)
         bad += [f"{attention.name}.{kind}" for kind, value in values.items() if not _good(value)]
     _none(bad, "modules have a scale that is zero, negative, infinite, NaN or absent")
-    unequal = [group for group, members in groups.items() if len(set(members.values())) > 1]
+    both = (*groups.items(), *inputs.items())
+    unequal = sorted({group for group, members in both if len(set(members.values())) > 1})
     _none(unequal, "scale groups do not share their per-tensor scales")
     weights, caches = len(checkpoint.view.targets), len(checkpoint.view.attention)
-    fused = sum(len(members) > 1 for members in groups.values())
+    shared = sum(len(members) > 1 for members in groups.values())
     return [
         f"scales of {weights} weights and {caches} attentions finite and positive",
-        f"{fused} scale groups share their per-tensor scales",
+        f"{shared} scale groups share their per-tensor scales",
     ]
 
 
@@ -111,6 +114,12 @@ def _open(folder: Path) -> Source:
         return Source.open(str(folder))
     except ModelError as error:
         raise CheckError(error.what, where=error.where or str(folder)) from error
+
+
+def _plan_groups(plan: Plan) -> tuple[dict[str, str], dict[str, str]]:
+    """By weight: what servers fuse it with, which reads the same input, and what it shares its scale with."""
+    targets = plan.targets.values()
+    return {target.name: target.group for target in targets}, {target.name: target.scale_group for target in targets}
 
 
 def _groups(checkpoint: Checkpoint) -> dict[str, str]:

@@ -1,12 +1,36 @@
-"""The Python API does what the command line does."""
+"""The Python API does what the command line does, and a plan that was edited is what is executed."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
 import pytest
+import yaml
+from safetensors import safe_open
 
 import quarkcli
 from quarkcli.errors import ConfigError, UsageError
 from quarkcli.events import Phase
+from quarkcli.plan.model import Plan
+from quarkcli.recipe.recipe import from_config
+from tests.plan.layouts import LLAMA, plan
+
+DENY = {"quantizer_path": "*", "enable": False}
+BUILTIN = {"calib_data": "builtin", "offline": True}
+INT4 = {"num_bits": 4, "block_sizes": {-1: 128, "type": "static"}}
+FP8 = {"num_bits": (4, 3), "axis": None}
+NVFP4 = {"num_bits": (2, 1), "block_sizes": {-1: 16, "type": "dynamic", "scale_bits": (4, 3)}}
+MXFP4 = {"num_bits": (2, 1), "block_sizes": {-1: 32, "type": "dynamic", "scale_bits": (8, 0)}}
+KV = [{"quantizer_path": "*[kv]_bmm_quantizer", "cfg": FP8}]
+
+
+def specs(made: Plan) -> dict[str, Any]:
+    return {slot: decision.spec for slot, decision in made.slots()}
+
+
+# --- plans and runs ---------------------------------------------------------------------------------------------------
 
 
 def test_quantize_returns_the_report_and_tells_events(tmp_path, capsys):
@@ -31,6 +55,8 @@ def test_load_recipe():
     assert quarkcli.load_recipe("nvfp4-kv_fp8").kv_cache == "fp8"
     with pytest.raises(ConfigError):
         quarkcli.load_recipe("nope")
+    loaded = quarkcli.make_plan("demo", recipe=quarkcli.load_recipe("nvfp4-kv_fp8"), **BUILTIN)
+    assert specs(loaded) == specs(quarkcli.make_plan("demo", recipe="nvfp4-kv_fp8", **BUILTIN))
 
 
 def test_mistakes():
@@ -38,4 +64,237 @@ def test_mistakes():
         quarkcli.make_plan("demo")
     with pytest.raises(TypeError, match="colour"):
         quarkcli.make_plan("demo", "mxfp4", colour="red")
+    with pytest.raises(UsageError, match="exclude each other"):
+        quarkcli.make_plan("demo", recipe="mxfp4", config=[DENY])
+    with pytest.raises(UsageError):
+        quarkcli.make_plan("demo", "mxfp4", config=[DENY])
+    with pytest.raises(ConfigError, match="num_bitz"):
+        quarkcli.make_plan("demo", config=[DENY, {"quantizer_path": "*", "cfg": {"num_bitz": 4}}])
     assert quarkcli.Options(model="demo").seed is None
+
+
+def test_all_names_are_there():
+    for name in quarkcli.__all__:
+        assert getattr(quarkcli, name) is not None
+    with pytest.raises(AttributeError, match="nothing_of_the_kind"):
+        quarkcli.nothing_of_the_kind  # noqa: B018
+
+
+CONFIGS: dict[str, Any] = {
+    "native": {
+        "schema": "quark/recipe/1",
+        "exclusions": "none",
+        "quantize": {
+            "quant_cfg": [
+                DENY,
+                {"quantizer_path": "*proj.weight_quantizer", "cfg": {"element": "int4", "granularity": {"group": 128}}},
+            ]
+        },
+    },
+    "modelopt": {"quant_cfg": [DENY, {"quantizer_name": "*proj.weight_quantizer", "cfg": INT4}], "algorithm": "max"},
+    "modelopt list": (DENY, {"quantizer_name": "*proj.weight_quantizer", "cfg": INT4}),
+    "legacy": {"*proj.weight_quantizer": INT4, "default": {"enable": False}},
+    "quark": {
+        "global_quant_config": {
+            "weight": {
+                "dtype": "int4", "qscheme": "per_group", "group_size": 128, "ch_axis": -1, "is_dynamic": False,
+                "symmetric": True, "round_method": "half_even", "scale_type": "float",
+            }
+        },
+        "exclude": ["lm_head"],
+    },
+}  # fmt: skip
+
+
+MODELOPT = {"modelopt", "modelopt list", "legacy"}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_configs_in_memory(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Every kind of config that a file may hold. The working directory has no say in what a scheme is."""
+    (tmp_path / "int4.yaml").write_text("nonsense: [")
+    monkeypatch.chdir(tmp_path)
+    config = CONFIGS[name]
+    before = repr(config)
+    made = quarkcli.make_plan("demo", config=config)
+    weights = {target.name: target.weight for target in made.quantized()}
+    assert {(spec.element, spec.group_size) for spec in weights.values()} == {("int4", 128)}
+    assert {leaf.rsplit(".", 1)[-1] for leaf in weights} == {
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+    }  # fmt: skip
+    # Each system's own rule for the range of an integer.
+    assert {spec.scale.rule for spec in weights.values()} == {"absmax" if name in MODELOPT else "half_range"}
+    assert repr(config) == before
+
+
+def test_an_edited_plan_is_what_is_executed(tmp_path: Path):
+    made = quarkcli.make_plan("demo", "mxfp4", exclude=["*o_proj"], dialect="quark", device="cpu", seed=3)
+    quarkcli.disable_quantizer(made, "*down_proj*")
+    quarkcli.set_quantizer_attributes_full(made, "*.0.*up_proj.weight_quantizer", INT4)
+    quarkcli.set_quantizer_attributes_full(made, "*.0.*up_proj.input_quantizer", INT4 | {"enable": False})
+    with quarkcli.set_quantizer_by_cfg_context(made, [DENY]):
+        assert not any(made.quantized())
+    report = quarkcli.quantize(made, output=tmp_path / "out")
+    assert "disable_quantizer('*down_proj*')" in report["kept_reasons"]
+    with safe_open(next((tmp_path / "out").glob("*block-00000*")), "pt") as file:
+        stored = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+    prefix = "model.layers.0"
+    assert stored[f"{prefix}.mlp.down_proj.weight"] == stored[f"{prefix}.self_attn.o_proj.weight"] == "BF16"
+    assert stored[f"{prefix}.mlp.gate_proj.weight"] == "U8"  # two fp4 codes a byte
+    assert stored[f"{prefix}.mlp.up_proj.weight"] == "I32"  # eight int4 codes a word
+    # What was executed stands in the output and repeats the job.
+    again = quarkcli.make_plan("demo", recipe=tmp_path / "out" / "quark" / "recipe.yaml")
+    assert specs(again) == specs(made)
+    written = yaml.safe_load((tmp_path / "out" / "quark" / "recipe.yaml").read_text())
+    assert written["quantize"]["quant_cfg"][-1]["cfg"]["num_bits"] == 4
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["quant_method"] == "quark"
+
+
+def test_a_plan_says_what_to_do():
+    made = quarkcli.make_plan("demo", "mxfp4")
+    for more in ({"scheme": "fp8"}, {"recipe": "mxfp4"}, {"config": [DENY]}, {"exclude": ["*"]}, {"algorithm": "gptq"}):
+        with pytest.raises(UsageError, match=r"a plan"):
+            quarkcli.quantize(made, output="nowhere", **more)
+    with pytest.raises(UsageError, match="not made by"):
+        quarkcli.quantize(plan("mxfp4"), output="nowhere")
+    quarkcli.disable_quantizer(made, "*")
+    with pytest.raises(ConfigError, match="quantizes nothing"):
+        quarkcli.quantize(made, output="nowhere")
+
+
+def test_options_of_a_plan_and_of_its_run(tmp_path: Path):
+    made = quarkcli.make_plan("demo", "fp8", calib_samples=2, calib_seqlen=16, **BUILTIN)
+    first = quarkcli.quantize(made, output=tmp_path / "a", device="cpu")
+    other = quarkcli.quantize(made, output=tmp_path / "b", device="cpu", calib_samples=3)
+    assert (first["calibration"]["rows"], other["calibration"]["rows"]) == (2, 3)
+    assert first["calibration"]["seqlen"] == other["calibration"]["seqlen"] == 16
+
+
+def test_the_algorithms_of_a_plan_stay():
+    made = quarkcli.make_plan("demo", "int4_wo_128", algorithm="gptq", **BUILTIN)
+    quarkcli.disable_quantizer(made, "*down_proj*")
+    assert made.algorithms == [("gptq", {})]
+    assert quarkcli.need_calibration(made)
+
+
+# --- lists of entries -------------------------------------------------------------------------------------------------
+
+
+def test_normalize():
+    """Rows 3 and 4 of the peer's accepted shapes give one canonical list."""
+    flat = {"*": {"enable": False}, "*weight_quantizer": {"num_bits": 8, "axis": 0}}
+    canonical = [
+        {"quantizer_path": "*", "cfg": None, "enable": False},
+        {"quantizer_path": "*weight_quantizer", "cfg": {"num_bits": 8, "axis": 0}, "enable": True},
+    ]
+    for given in (flat, [{key: value} for key, value in flat.items()]):
+        with pytest.warns(DeprecationWarning) as caught:
+            assert quarkcli.normalize_quant_cfg_list(given) == canonical
+        assert len(caught) == 1
+        assert caught[0].filename == __file__
+    scoped = {"nn.Linear": {"*": {"enable": False}}}
+    with pytest.warns(DeprecationWarning):
+        assert quarkcli.normalize_quant_cfg_list(scoped)[0]["parent_class"] == "nn.Linear"
+    with pytest.raises(ConfigError, match="2 problems"):
+        quarkcli.normalize_quant_cfg_list([{"quantizer_path": "*"}, {"cfg": {}, "enable": 3}])
+
+
+def test_normalize_leaves_canonical_lists_alone(recwarn: pytest.WarningsRecorder):
+    canonical = [{"quantizer_path": "*", "cfg": {"num_bits": [4, 3]}, "enable": False, "parent_class": "nn.Linear"}]
+    result = quarkcli.normalize_quant_cfg_list(canonical)
+    assert result == canonical
+    result[0]["cfg"]["num_bits"] = 8
+    assert canonical[0]["cfg"]["num_bits"] == [4, 3]
+    assert not recwarn.list
+
+
+def test_find():
+    entries = [
+        {"quantizer_path": "*", "enable": False},
+        {"quantizer_name": "*weight_quantizer", "cfg": {"num_bits": 8}},
+        {"quantizer_path": "*weight_quantizer", "cfg": {"num_bits": 4}},
+        {"quantizer_path": "*input_quantizer", "cfg": {"num_bits": 8}},
+    ]
+    assert quarkcli.find_quant_cfg_entry_by_path(entries, "*weight_quantizer") is entries[2]
+    assert quarkcli.find_quant_cfg_entry_by_path(entries[:2], "*weight_quantizer") is entries[1]
+    for path in ("model.layers.0.mlp.up_proj.weight_quantizer", "*weight_quantiser", "weight_quantizer"):
+        with pytest.raises(KeyError) as caught:
+            quarkcli.find_quant_cfg_entry_by_path(entries, path)
+        assert isinstance(caught.value, ConfigError)
+        assert str(caught.value) == f"no entry with the path '{path}'"
+    assert "*weight_quantizer" in caught.value.hint
+
+
+def test_update_with_a_cache(recwarn: pytest.WarningsRecorder):
+    config = {"quant_cfg": [DENY, {"quantizer_path": "*weight_quantizer", "cfg": INT4}], "algorithm": None}
+    before = repr(config)
+    both = quarkcli.update_quant_cfg_with_kv_cache_quant(config, KV)
+    assert [entry["quantizer_path"] for entry in both["quant_cfg"]] == [
+        "*",
+        "*weight_quantizer",
+        KV[0]["quantizer_path"],
+    ]
+    assert both["algorithm"] == "max"
+    assert repr(config) == before
+    assert quarkcli.update_quant_cfg_with_kv_cache_quant(config["quant_cfg"], {"quant_cfg": KV}) == both["quant_cfg"]
+    kept = quarkcli.update_quant_cfg_with_kv_cache_quant(config | {"algorithm": {"method": "gptq"}}, KV)
+    assert kept["algorithm"] == {"method": "gptq"}
+    made = quarkcli.make_plan("demo", config=both, exclude=["lm_head", "*embed_tokens"], **BUILTIN)
+    assert all(module.specs.keys() == {"k", "v"} for module in made.attention.values())
+    assert not recwarn.list
+
+
+# --- what a plan comes to ---------------------------------------------------------------------------------------------
+
+
+def slots(weight: Any, source: Any = None, **more: Any) -> list[dict[str, Any]]:
+    rows = [DENY, {"quantizer_path": "*proj.weight_quantizer", "cfg": weight}]
+    return [*rows, *([{"quantizer_path": "*proj.input_quantizer", "cfg": source, **more}] if source else [])]
+
+
+@pytest.mark.parametrize(
+    ("entries", "needed"),
+    [
+        (slots(INT4), False),  # weights only
+        (slots(FP8, FP8), True),  # a static scale per tensor
+        (slots(NVFP4, NVFP4), True),  # the global scale is calibrated
+        (slots(MXFP4, MXFP4), False),  # ModelOpt says yes: it looks at the top-level type alone
+        (slots(FP8, FP8 | {"type": "dynamic"}), False),
+        ([*slots(FP8, FP8), {"quantizer_path": "*input_quantizer", "enable": False}], False),  # ModelOpt: yes
+        (slots(FP8, [FP8], enable=False), False),  # ModelOpt: yes
+        ([*slots(INT4), *KV], True),
+        ([*slots(INT4), {**KV[0], "cfg": {**FP8, "constant_amax": 448.0}}], False),  # ModelOpt: yes
+        ([*slots(INT4), {**KV[0], "cfg": {**FP8, "use_constant_amax": True}}], False),
+    ],
+)
+def test_need_calibration(entries: list[dict[str, Any]], needed: bool):
+    assert quarkcli.need_calibration(plan(from_config(entries))) is needed
+
+
+@pytest.mark.parametrize(("algorithm", "needed"), [("max", False), ({"method": "max"}, False), ("gptq", True)])
+def test_algorithms_need_calibration(algorithm: Any, needed: bool):
+    """`{method: max}` counts as a need in ModelOpt; it says nothing that `max` does not say."""
+    made = plan(from_config({"quant_cfg": slots(INT4), "algorithm": algorithm}))
+    assert quarkcli.need_calibration(made) is needed
+
+
+@pytest.mark.parametrize(
+    ("cfg", "bits"),
+    [
+        (MXFP4, 4 + 8 / 32),
+        (INT4, 4 + 16 / 128),  # scales in the model's bfloat16
+        ({"num_bits": (4, 3), "block_sizes": {-1: 32, "type": "dynamic", "scale_bits": (8, 0)}}, 8 + 8 / 32),
+    ],
+)
+def test_compression(cfg: Any, bits: float):
+    assert quarkcli.estimate_quant_compression(plan(from_config(slots(cfg)))) == bits / 16
+
+
+def test_compression_of_scales_per_tensor():
+    """nvfp4: 4 bits, a byte per 16, and one float32 for every weight."""
+    made = plan(from_config(slots(NVFP4)))
+    values = sum(target.numel for target in made.quantized())
+    tensors = sum(1 for _ in made.quantized())
+    assert quarkcli.estimate_quant_compression(made) == pytest.approx((4.5 + 32 * tensors / values) / 16, rel=1e-12)
+    cache_only = plan(from_config([DENY, {**KV[0], "cfg": FP8}]), LLAMA)
+    assert quarkcli.estimate_quant_compression(cache_only) == 1.0

@@ -141,7 +141,7 @@ def test_a_misspelt_pattern_shows_near_misses_at_once(refused):
     [
         (("--scheme", "nvpf4"), 2, ("unknown scheme 'nvpf4'", "nvfp4", "quark schemes list")),
         (("--scheme", "int4"), 2, ("unknown scheme 'int4'", "int4_fp8", "quark schemes list")),
-        (("--recipe", "nvfp4-experts-kv"), 3, ("unknown recipe", "nvfp4-kv_fp8", "quark recipes list")),
+        (("--recipe", "nvfp4-experts-kv"), 3, ("unknown recipe", "nvfp4_experts_only-kv_fp8", "quark recipes list")),
         (("--recipe", "my.yaml"), 3, ("my.yaml: no such recipe file", "quark recipes list")),
         (("--scheme", "mxfp4", "--recipe", "nvfp4"), 2, ("exclude each other",)),
         ((), 2, ("neither --scheme nor --recipe is given", "quark schemes list")),
@@ -182,8 +182,8 @@ def test_no_cuda_device(refused, monkeypatch):
         ("schema: quark/recipe/1\nquantize:\n  schem: nvfp4\n", ":3:3", "unknown key 'schem' (did you mean 'scheme'?)"),
         ("schema: quark/recipe/1\nquantize:\n  scheme: nvfp4\n  scheme: fp8\n", ":4:3", "duplicate key 'scheme'"),
         ("schema: quark/recipe/1\nquantize: [\n", ":3:1", ""),
-        ("schema: quark/recipe/2\nquantize: {scheme: fp8}\n", ":1:1", "schema: quark/recipe/1"),
-        ("quantize: {scheme: fp8}\n", ":1:1", "not a native recipe"),
+        ("schema: quark/recipe/2\nquantize: {scheme: fp8}\n", ":1:1", "'quark/recipe/2' is unknown"),
+        ("quantize: {scheme: fp8}\n", ":1:12", "begins with 'schema: quark/recipe/1'"),
         ("schema: quark/recipe/1\nquantize:\n  scheme: nvpf4\n", ":3:3", "unknown scheme 'nvpf4'"),
         ("schema: quark/recipe/1\nquantize: {}\n", ":2:1", "give either scheme or quant_cfg"),
         (

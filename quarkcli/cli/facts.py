@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import cache as cache_
 from pathlib import Path
 from typing import Any
 
 from quarkcli import algorithms, dialects
+from quarkcli.errors import QuarkError
 from quarkcli.family import Part, WeightView
 from quarkcli.plan.model import ATTENTION_KINDS, TARGET_KINDS, Attention, Decision, Plan, Target
 from quarkcli.recipe import catalog, schema
-from quarkcli.recipe.attributes import native
+from quarkcli.recipe.attributes import native, to_spec
 from quarkcli.recipe.recipe import Recipe
 from quarkcli.spec import TensorSpec, spec_to_yaml
 
 _SHAPE = (4096, 4096)  # of the weight for which bits are quoted; per-tensor scales vanish at this size
 # Kind of the catalog -> the word for it in listings.
 KINDS: dict[catalog.Kind, str] = {"schemes": "weights", "kv_cache": "kv-cache", "attention": "attention"}
+_STORED = ("weight", "bias")  # slots that are known before the model runs
 _SERVER = "vllm"
 _NAMES = {"vllm": "vLLM", "transformers": "transformers"}
 
@@ -72,7 +75,9 @@ def _shown(found: Collection[str]) -> list[str]:
 def recipe(found: Recipe) -> dict[str, Any]:
     """Facts of a recipe. `needs_data` is false when some model might still need none."""
     weights = _specs(found, "weight")
-    data = any(spec.needs_amax for spec in _specs(found, "input")) or any(_steps_need(found, spec) for spec in weights)
+    cache = _specs(found, "bmm_quantizer")
+    read = [*_specs(found, "input"), *cache]
+    data = any(spec.needs_amax for spec in read) or any(_steps_need(found, spec) for spec in weights)
     attention: list[tuple[catalog.Kind, str | None]] = [("kv_cache", found.kv_cache), ("attention", found.attention)]
     added = {kind: name for kind, name in attention if name not in (None, "none")}
     return {
@@ -81,11 +86,39 @@ def recipe(found: Recipe) -> dict[str, Any]:
         "purpose": found.description,
         "bits": sorted({round(spec.bits_per_value(*_SHAPE), 3) for spec in weights}),
         "needs_data": data or any(_find(kind, str(name))["needs_data"] for kind, name in added.items()),
-        "kv_cache": added.get("kv_cache"),
+        "hardware": _hardware(weights, _specs(found, "input")),
+        "kv_cache": added.get("kv_cache") or ", ".join(sorted({spec.element for spec in cache})) or None,
         "attention": added.get("attention"),
         "algorithms": [name for name, _ in found.algorithms],
         "dialect": found.dialect or "auto",
     }
+
+
+def _hardware(weights: list[TensorSpec], inputs: list[TensorSpec]) -> str:
+    """Where the first weights and inputs run, as the scheme of the same formats says; empty when there is none."""
+    return _machines().get((_coded(weights), _coded(inputs)), "") if weights else ""
+
+
+@cache_
+def _machines() -> dict[tuple[Any, Any], str]:
+    """(weight, input) formats -> hardware, from every scheme file; the first of those alike."""
+    found: dict[tuple[Any, Any], str] = {}
+    for path in catalog.files("schemes").values():
+        try:
+            model = schema.validate(schema.SchemeModel, catalog.document(path))
+            given = [native.to_spec(model.input)] if model.input is not None else []
+            found.setdefault((_coded([native.to_spec(model.weight)]), _coded(given)), model.hardware)
+        except QuarkError:  # a file of the user's; the list of schemes says what is wrong with it
+            continue
+    return found
+
+
+def _coded(specs: list[TensorSpec]) -> tuple[Any, ...] | None:
+    """What decides whether a kernel exists: number format, scale format, how many values share a scale."""
+    if not specs:
+        return None
+    spec = specs[0].codes
+    return spec.element, spec.scale.dtype if spec.scale else None, spec.group_size
 
 
 def _find(kind: catalog.Kind, name: str) -> dict[str, Any]:
@@ -97,7 +130,7 @@ def _specs(found: Recipe, kind: str) -> list[TensorSpec]:
     """Specs that the recipe's entries give to slots of this kind."""
     entries = [entry for entry in found.entries if entry.enable and entry.cfg is not None]
     mine = [entry for entry in entries if kind in entry.quantizer_path or entry.quantizer_path.endswith("*")]
-    return [native.to_spec(entry.cfg) for entry in mine if entry.cfg is not None]
+    return [to_spec(entry.cfg, weight=kind in _STORED) for entry in mine if entry.cfg is not None]
 
 
 def _steps_need(found: Recipe, spec: TensorSpec) -> bool:

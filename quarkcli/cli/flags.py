@@ -78,6 +78,10 @@ class JobFlags:
             help="Instead of --scheme; see 'quark recipes list'.",
         ),
     ] = None
+    settings: Annotated[
+        list[str] | None,
+        Option("--set", metavar="KEY=VALUE", help="Change the recipe: calibration.samples=64. Repeatable."),
+    ] = None
     output: Annotated[
         Path | None, Option("--output", "-o", metavar="DIR", help="Where to write. [default: ./<model>-<scheme>]")
     ] = None
@@ -131,6 +135,9 @@ class JobFlags:
             autocompletion=names("attention"),
             help="Quantize queries, keys, values and softmax outputs: fp8, or none.",
         ),
+    ] = None
+    min_kv_scale: Annotated[
+        float | None, Option("--min-kv-scale", metavar="F", help="Scales of the KV cache are at least this.")
     ] = None
     algorithm: Annotated[
         str | None,

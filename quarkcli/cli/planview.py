@@ -109,11 +109,13 @@ def show(prepared: Prepared) -> None:
 
 def _modules(plan: Plan) -> None:
     kinds = ["weight", "input"]  # the others only where there are some
-    kinds += [kind for kind in ("output", "bias") if any(_spec(target, kind) for target in plan.quantized())]
-    decided = (
-        (target.name, (*(_text(_spec(target, kind)) for kind in kinds), _origin(plan, target.slots["weight"])))
-        for target in plan.quantized()
-    )
+    kinds += [kind for kind in ("output", "bias") if any(_spec(run[0], kind) for run in plan.quantized_alike())]
+    texts: dict[str, tuple[str, ...]] = {}
+    for run in plan.quantized_alike():
+        first = run[0]
+        text = (*(_text(_spec(first, kind)) for kind in kinds), _origin(plan, first.slots["weight"]))
+        texts |= dict.fromkeys((target.name for target in run), text)
+    decided = ((target.name, texts[target.name]) for target in plan.quantized())
     rows = [(name, count, *key) for name, count, key in fold(decided, plan.targets)]
     output.table(("QUANTIZED MODULES", "COUNT", *(kind.upper() for kind in kinds), "DECIDED BY"), rows)
 
@@ -149,6 +151,8 @@ def as_json(prepared: Prepared) -> dict[str, Any]:
     """Everything a script may ask of a plan."""
     plan, source, recipe, size = prepared.plan, prepared.source, prepared.recipe, prepared.forecast
     settings = prepared.calibration
+    decisions = {id(decision): decision for _, decision in plan.slots()}
+    slots = {key: _slot(plan, decision) for key, decision in decisions.items()}
     return {
         "schema": SCHEMA,
         "model": {
@@ -171,7 +175,7 @@ def as_json(prepared: Prepared) -> dict[str, Any]:
         "bytes_by_dtype": size.dtypes,
         "needs": prepared.needs,
         "calibration": settings and {"source": settings.source, "samples": settings.samples, "seqlen": settings.seqlen},
-        "slots": {name: _slot(plan, decision) for name, decision in plan.slots()},
+        "slots": {name: slots[id(decision)] for name, decision in plan.slots()},
         "targets": {target.name: _target(target) for target in plan.targets.values()},
         "entries": [
             {
@@ -190,6 +194,9 @@ def as_json(prepared: Prepared) -> dict[str, Any]:
             {"index": part.index, "name": part.name, "kind": part.kind, "tensors": len(part.tensors)}
             for part in plan.parts
         ],
+        "share": None
+        if plan.share is None
+        else [{"slots": row.slots, "origin": str(row.origin)} for row in plan.share],
         "kept": plan.kept,
         "tied_head": plan.tied_head,
         "warnings": prepared.warnings,
@@ -203,7 +210,7 @@ def _target(target: Target) -> dict[str, Any]:
         "dtype": target.dtype,
         "role": target.role,
         "part": target.part,
-        "scale_group": target.group,
+        "scale_group": target.scale_group,
     }
 
 

@@ -1,4 +1,4 @@
-"""`quark recipes`: list, show, validate, copy."""
+"""`quark recipes`: list, show, validate, copy, and what `rewrite` and `explain` add."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from quarkcli.cli import apps, output
+from quarkcli.cli import apps, explain, output, rewrite
 from quarkcli.cli.flags import Json, names
 from quarkcli.errors import QuarkError, ResourceError, UsageError
 
@@ -31,7 +31,7 @@ def list_(json: Json = False) -> None:
     if json:
         output.json_data({"schema": "quark/recipes/1", "recipes": rows})
         return
-    output.table(("NAME", "BITS", "DATA", "KV CACHE", "ALGORITHM", "PURPOSE"), [_row(row) for row in rows])
+    output.table(("NAME", "BITS", "DATA", "KV CACHE", "ALGORITHM", "PURPOSE", "HARDWARE"), [_row(row) for row in rows])
 
 
 def _facts(name: str, path: Path) -> dict[str, Any]:
@@ -49,24 +49,74 @@ def _row(row: dict[str, Any]) -> tuple[str, ...]:
     from quarkcli.cli import facts
 
     if row["error"] is not None:
-        return (row["name"], "-", "-", "-", "-", f"not usable: {row['error']}")
+        return (row["name"], "-", "-", "-", "-", f"not usable: {row['error']}", "-")
     bits = ", ".join(f"{value:g}" for value in row["bits"])
     algorithm = ", ".join(row["algorithms"]) or "-"
-    return (row["name"], bits, facts.yes(row["needs_data"]), row["kv_cache"] or "-", algorithm, row["purpose"])
+    return (
+        row["name"],
+        bits,
+        facts.yes(row["needs_data"]),
+        row["kv_cache"] or "-",
+        algorithm,
+        row["purpose"],
+        row["hardware"],
+    )
 
 
 @app.command("show", epilog=apps.examples("quark recipes show nvfp4", "quark recipes show my-recipe.yaml --json"))
-def show(name: Name, json: Json = False) -> None:
+def show(
+    name: Name,
+    resolved: Annotated[
+        bool, typer.Option("--resolved", help="With imports in place and every entry written out, as a native recipe.")
+    ] = False,
+    json: Json = False,
+) -> None:
     """Print a recipe's file."""
     output.start(json=json)
     from quarkcli.recipe import catalog
 
     path = catalog.find_recipe(name)
+    if resolved:
+        _show_resolved(path, json)
+        return
     document = catalog.document(path)
     if json:
         output.json_data({"schema": "quark/recipe-file/1", "file": str(path), "recipe": document.data})
     else:
         output.data(path.read_text(encoding="utf-8").rstrip("\n"))
+
+
+def _show_resolved(path: Path, json: bool) -> None:
+    from quarkcli.recipe import load, recipe
+    from quarkcli.recipe.convert import as_native
+
+    text = as_native(recipe.from_file(path))
+    if json:
+        data = load.parse(text, str(path)).data
+        output.json_data({"schema": "quark/recipe-file/1", "file": str(path), "recipe": data})
+    else:
+        output.data(text.rstrip("\n"))
+
+
+app.command(
+    "normalize", epilog=apps.examples("quark recipes normalize old.json", "quark recipes normalize mxfp4 --json")
+)(rewrite.normalize)
+app.command(
+    "convert",
+    epilog=apps.examples(
+        "quark recipes convert old.yaml -o new.yaml", "quark recipes convert NVFP4_DEFAULT_CFG -o new.yaml"
+    ),
+)(rewrite.convert)
+app.command("schema", epilog=apps.examples("quark recipes schema", "quark recipes schema -o recipe.schema.json"))(
+    rewrite.schema
+)
+app.command(
+    "explain",
+    epilog=apps.examples(
+        "quark recipes explain nvfp4 model.layers.0.mlp.up_proj --model demo",
+        "quark recipes explain my-recipe.yaml lm_head.weight_quantizer --model demo --json",
+    ),
+)(explain.explain)
 
 
 @app.command(

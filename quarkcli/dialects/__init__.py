@@ -52,15 +52,17 @@ def choose(asked: str, plan: Plan) -> tuple[Dialect, str]:
                 hint="--dialect auto picks one that can",
             )
         return dialect, f"asked for; {_loads(dialect.loaders(plan))}"
-    able = [dialect for dialect in members() if not dialect.refusals(plan)]
+    refused = {dialect.name: dialect.refusals(plan) for dialect in members()}
+    able = [dialect for dialect in members() if not refused[dialect.name]]
     if not able:
-        reasons = "; ".join(f"{dialect.name}: {dialect.refusals(plan)[0]}" for dialect in members())
+        reasons = "; ".join(f"{name}: {found[0]}" for name, found in refused.items())
         raise ConfigError(f"no dialect can hold this plan: {reasons}", hint="change the scheme of the modules named")
+    loaders = [(dialect, dialect.loaders(plan)) for dialect in able]
     for wanted in ({"vllm", "transformers"}, {"vllm"}, set[str]()):
-        for dialect in able:
-            if wanted <= dialect.loaders(plan):
+        for dialect, found in loaders:
+            if wanted <= found:
                 only = " only" if wanted == {"vllm"} else ""
-                return dialect, f"auto: {_loads(dialect.loaders(plan))}{only}"
+                return dialect, f"auto: {_loads(found)}{only}"
     raise AssertionError("the empty set is part of every set")
 
 

@@ -76,7 +76,11 @@ def vllm_loads(plan: Plan) -> bool:
     if shared.quantizes_routers(plan) or not shared.fused_agree(plan):
         return False
     members = Counter(target.group for target in plan.targets.values())
-    return all(_vllm_loads(target, alone=members[target.group] == 1) for target in plan.quantized())
+    return all(
+        _vllm_loads(run[0], alone=alone)
+        for run in plan.quantized_alike()
+        for alone in {members[target.group] == 1 for target in run}
+    )
 
 
 def _vllm_loads(target: Target, *, alone: bool) -> bool:

@@ -56,9 +56,9 @@ _TRANSFORMERS_INPUTS = frozenset({"none", *_FP8_INPUTS, "fp8 group", "int4 group
 def refusals(plan: Plan) -> list[str]:
     """One sentence for every reason, with the first module it holds for."""
     reasons: dict[str, list[str]] = {}
-    for target in plan.quantized():
-        for reason in _target_reasons(target):
-            reasons.setdefault(reason, []).append(target.name)
+    for run in plan.quantized_alike():
+        for reason in _target_reasons(run[0]):
+            reasons.setdefault(reason, []).extend(target.name for target in run)
     for reason, name in _attention_reasons(plan):
         reasons.setdefault(reason, []).append(name)
     return shared.sentences(reasons)
@@ -124,9 +124,9 @@ def _slot_reasons(plan: Plan, attention: Attention, kind: str, spec: TensorSpec)
 
 def loaders(plan: Plan) -> set[str]:
     """Servers that load what is written for a plan that is held."""
-    if any(slots_of(target)[2:] != (None, None) for target in plan.quantized()):
+    if any(slots_of(run[0])[2:] != (None, None) for run in plan.quantized_alike()):
         return set()  # vLLM refuses a quantized output or bias, and of the other only simple biases were tried
-    if any(target.role == "embedding" for target in plan.quantized()):
+    if any(run[0].role == "embedding" for run in plan.quantized_alike()):
         return set()
     found = set()
     if _vllm_loads(plan):
@@ -138,7 +138,7 @@ def loaders(plan: Plan) -> set[str]:
 
 def _vllm_loads(plan: Plan) -> bool:
     # Its head is never a quantized one here.
-    if any(target.role == "head" for target in plan.quantized()) or not _vllm_attends(plan):
+    if any(run[0].role == "head" for run in plan.quantized_alike()) or not _vllm_attends(plan):
         return False
     return shared.vllm_loads(plan, _VLLM, _VLLM_EXPERTS) and _tiles_fit(plan)
 
@@ -155,9 +155,11 @@ def _vllm_attends(plan: Plan) -> bool:
 
 def _tiles_fit(plan: Plan) -> bool:
     groups: dict[str, list[Target]] = {}
-    for target in plan.quantized():
-        if target.weight is not None and kinds.weight_kind(target.weight) == "fp8 tile":
-            groups.setdefault(target.group, []).append(target)
+    for run in plan.quantized_alike():
+        weight = run[0].weight
+        if weight is not None and kinds.weight_kind(weight) == "fp8 tile":
+            for target in run:
+                groups.setdefault(target.group, []).append(target)
     fused = [members for members in groups.values() if len(members) > 1]
     return all(target.shape[0] % _TILE == 0 for members in fused for target in members)
 
@@ -168,7 +170,7 @@ def _transformers_loads(plan: Plan) -> bool:
         return False
     if any(kinds.input_kind(spec) != "fp8 static" for a in shared.cached(plan) for spec in a.specs.values()):
         return False
-    for target in plan.quantized():
+    for target, *_ in plan.quantized_alike():
         assert target.weight is not None
         weight, source = kinds.weight_kind(target.weight), kinds.input_kind(target.input)
         if target.expert or weight not in _TRANSFORMERS_WEIGHTS or source not in _TRANSFORMERS_INPUTS:

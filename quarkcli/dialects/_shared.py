@@ -22,10 +22,10 @@ def pair_of(target: Target) -> Pair | None:
 def pairs(plan: Plan) -> dict[Pair, list[Target]]:
     """Quantized targets by their (weight, input) specs, in plan order."""
     found: dict[Pair, list[Target]] = {}
-    for target in plan.quantized():
-        pair = pair_of(target)
+    for run in plan.quantized_alike():
+        pair = pair_of(run[0])
         assert pair is not None
-        found.setdefault(pair, []).append(target)
+        found.setdefault(pair, []).extend(run)
     return found
 
 
@@ -50,25 +50,28 @@ def experts_by_layer(targets: Iterable[Target]) -> dict[str, list[Target]]:
 
 def fused_agree(plan: Plan) -> bool:
     """True when what vLLM fuses has one spec: the members of a scale group, and all experts of a layer."""
-    groups: dict[str, list[Target]] = {}
-    for target in plan.targets.values():
-        groups.setdefault(target.group, []).append(target)
-    layers = experts_by_layer(plan.targets.values())
-    return all(len({pair_of(t) for t in members}) == 1 for members in (*groups.values(), *layers.values()))
+    first: dict[str, Target] = {}
+    for run in plan.alike():
+        for target in run if run[0].expert is not None else ():
+            assert target.expert is not None
+            other = first.setdefault(target.expert[0], target)
+            if other.slots is not target.slots and pair_of(other) != pair_of(target):
+                return False
+    return not plan.disagreeing()
 
 
 def quantizes_routers(plan: Plan) -> bool:
     """True when a router is quantized: to servers it is a bare parameter, or a linear that never is."""
-    return any(target.role == "router" for target in plan.quantized())
+    return any(run[0].role == "router" for run in plan.quantized_alike())
 
 
 def vllm_loads(plan: Plan, dense: frozenset[Kinds], experts: frozenset[Kinds]) -> bool:
     """True when vLLM has a class for every pair, apart for linears and routed experts, and fused modules agree."""
     if quantizes_routers(plan):
         return False
-    for pair, targets in pairs(plan).items():
-        kinds = kinds_of(pair)
-        if any(kinds not in (experts if target.expert else dense) for target in targets):
+    for target, *_ in plan.quantized_alike():
+        pair = pair_of(target)
+        if pair is None or kinds_of(pair) not in (experts if target.expert else dense):
             return False
     return fused_agree(plan)
 
@@ -87,9 +90,9 @@ def refusals(plan: Plan, dialect: str, holds: frozenset[Kinds] | Places) -> list
     """Reasons every dialect here has in common. One sentence for all modules with the same reason."""
     places = holds if isinstance(holds, Places) else Places(holds)
     reasons: dict[str, list[str]] = {}
-    for target in plan.targets.values():
-        for reason in _target_reasons(target, dialect, places):
-            reasons.setdefault(reason, []).append(target.name)
+    for run in plan.alike():
+        for reason in _target_reasons(run[0], dialect, places):
+            reasons.setdefault(reason, []).extend(target.name for target in run)
     for reason, name in _attention_reasons(plan, dialect, places):
         reasons.setdefault(reason, []).append(name)
     return sentences(reasons)

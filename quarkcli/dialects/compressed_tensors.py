@@ -55,12 +55,14 @@ class CompressedTensors:
     def refusals(self, plan: Plan) -> list[str]:
         """Why the plan cannot be held. The width of packed channels is told from their 32-bit words alone."""
         found = shared.refusals(plan, self.name, _PLACES)
-        return found + [
-            f"{t.name}: {t.shape[1]} input features do not fill 32-bit words of {t.weight.element} codes"
-            for t in plan.quantized()
-            if t.weight is not None and isinstance(t.weight.granularity, PerChannel)
-            if t.shape[1] * t.weight.format.bits % WORD_BITS
-        ]
+        for run in plan.quantized_alike():
+            weight, width = run[0].weight, run[0].shape[1]
+            if weight is None or not isinstance(weight.granularity, PerChannel):
+                continue
+            if width * weight.format.bits % WORD_BITS:
+                what = f"{width} input features do not fill 32-bit words of {weight.element} codes"
+                found += [f"{target.name}: {what}" for target in run]
+        return found
 
     def loaders(self, plan: Plan) -> set[str]:
         if self.refusals(plan):
@@ -201,9 +203,10 @@ def _ordered_groups(plan: Plan) -> dict[Scheme, list[Target]]:
     experts survive only under an fp8 scheme, which leaves weights without a scale alone; other schemes drop them.
     """
     found: dict[Scheme, list[Target]] = {}
-    for target in plan.quantized():
+    for run in plan.quantized_alike():
+        target = run[0]
         assert target.weight is not None
-        found.setdefault((target.weight, target.input, target.output), []).append(target)
+        found.setdefault((target.weight, target.input, target.output), []).extend(run)
 
     def rank(scheme: Scheme) -> int:
         if any(target.expert for target in found[scheme]):
@@ -243,9 +246,9 @@ def _transformers_loads(plan: Plan) -> bool:
     """
     if shared.quantizes_routers(plan) or any("q" in attention.specs for attention in shared.cached(plan)):
         return False
-    if not all(_transformers_decodes(target, tied=bool(plan.tied_head)) for target in plan.quantized()):
+    if not all(_transformers_decodes(run[0], tied=bool(plan.tied_head)) for run in plan.quantized_alike()):
         return False
-    experts = [target for target in plan.targets.values() if target.expert is not None]
+    experts = [run[0] for run in plan.alike() if run[0].expert is not None]
     quantized = [target for target in experts if target.weight is not None]
     if quantized and not transformers_loads_experts(quantized):
         return False

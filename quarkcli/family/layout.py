@@ -19,7 +19,10 @@ from quarkcli.family.schema import (
     text_config,
 )
 from quarkcli.family.views import WeightView, fused_views, view_shape
-from quarkcli.recipe.match import compiled
+from quarkcli.memory import without_collection
+from quarkcli.recipe.match import compiled, ignores_numbers
+
+_EXPERT_NUMBER = re.compile(r"(?<=\.experts)\.\d+(?=\.)")
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,7 @@ class Layout:
     protected: dict[str, str] = field(default_factory=dict)
 
 
+@without_collection()
 def lay_out(
     name: str, family: FamilyModel, inferred: bool, config: Mapping[str, Any], headers: Mapping[str, HeaderLike]
 ) -> Layout:
@@ -170,6 +174,13 @@ def _parts(family: FamilyModel, config: Mapping[str, Any], headers: Mapping[str,
     return parts
 
 
+def _around(alias: str, index: int) -> tuple[str, str | None]:
+    """What stands before and behind an expert's number, the last step but one; (alias, None) when it is not there."""
+    parent, _, leaf = alias.rpartition(".")
+    number = str(index)
+    return (parent[: -len(number)], f".{leaf}") if parent.endswith(f".{number}") else (alias, None)
+
+
 class _Builder:
     """Collects weights tensor by tensor, then ties them together by the activations they read."""
 
@@ -179,6 +190,7 @@ class _Builder:
         self.family = family
         self.config = config
         self.headers = headers
+        self.parts = parts
         self.part_of = {tensor: part for part in parts for tensor in part.tensors}
         self.weights: dict[str, Weight] = {}
         self.sites: dict[str, Site] = {}
@@ -198,6 +210,13 @@ class _Builder:
             if family.experts and part.block is not None
             for tensor, rule in family.experts.fused_tensors(part.name).items()
         }
+        experts = family.experts
+        named = ((experts.gate, "gate"), (experts.up, "up"), (experts.down, "down")) if experts else ()
+        self.expert_roles = {leaf: f"expert_{role}" for leaf, role in named if leaf is not None}
+        # Where the experts of a block are: one text for all of them, because there are many.
+        inside = {part.index: f"{part.name}.{experts.path}" for part in parts if experts and part.block is not None}
+        self.experts_in = {index: (f"{prefix}.", prefix) for index, prefix in inside.items()}
+        self.expert_aliases: dict[tuple[str, str], list[tuple[str, str | None]]] = {}
         marker = f".{family.image_blocks}.weight"
         self.image_parts = {
             part.index
@@ -230,15 +249,20 @@ class _Builder:
     def protected(self) -> dict[str, str]:
         """Module -> role that keeps it as it is."""
         found = {}
-        patterns = [(role, compiled(pattern).fullmatch) for role, own in self.family.exclude.items() for pattern in own]
+        patterns = [(role, pattern) for role, own in self.family.exclude.items() for pattern in own]
+        folds = all(ignores_numbers(pattern) for _, pattern in patterns)
+        known: dict[object, str | None] = {}
         for name, weight in self.weights.items():
-            if weight.role in PROTECTED:
-                found[name] = weight.role
-                continue
-            for role, match in patterns:
-                if match(name) or any(match(alias) for alias in weight.aliases):
-                    found[name] = role
-                    break
+            role: str | None = weight.role
+            if role not in PROTECTED:
+                # The experts of a layer differ in their number alone, which cannot matter where patterns fold.
+                key = (weight.expert[0], role) if folds and weight.expert else name
+                if key not in known:
+                    names = (name, *weight.aliases)
+                    known[key] = next((r for r, p in patterns if any(compiled(p).fullmatch(n) for n in names)), None)
+                role = known[key]
+            if role is not None:
+                found[name] = role
         return found
 
     def _add_weight(
@@ -249,30 +273,31 @@ class _Builder:
         kind = "nn.Embedding" if role == "embedding" else "nn.Linear"
         self.tensor_roles[view.tensor] = role
         site, group = self._expert_ties(name, role, expert) if expert else (None, name)
+        aliases = self._expert_aliases(name, role, expert) if expert else self._aliases(name)
         self.weights[name] = Weight(
-            name, view, shape, header.dtype, role, part.index, site, group, expert, bias, self._aliases(name), kind
+            name, view, shape, header.dtype, role, part.index, site, group, expert, bias, aliases, kind
         )
 
     def _add_expert(self, tensor: str, part: Part) -> bool:
         experts = self.family.experts
         if experts is None or part.block is None or part.index in self.image_parts:
             return False
-        prefix = f"{part.name}.{experts.path}"
-        header = self.headers[tensor]
-        names = {experts.gate: "expert_gate", experts.up: "expert_up", experts.down: "expert_down"}
-        single = re.fullmatch(re.escape(prefix) + r"\.(\d+)\.([^.]+)\.weight", tensor)
-        if single and single[2] in names and len(header.shape) == 2:
-            index = int(single[1])
-            name = f"{prefix}.{index}.{single[2]}"
-            self._add_weight(name, WeightView(tensor), header, names[single[2]], part, (prefix, index))
-            return True
+        start, prefix = self.experts_in[part.index]
+        header, roles = self.headers[tensor], self.expert_roles
+        if tensor.startswith(start) and tensor.endswith(".weight"):
+            number, _, leaf = tensor[len(start) : -len(".weight")].partition(".")
+            if number.isdecimal() and leaf in roles and len(header.shape) == 2:
+                index = int(number)
+                name = f"{start}{index}.{leaf}"
+                self._add_weight(name, WeightView(tensor), header, roles[leaf], part, (prefix, index))
+                return True
         if tensor not in self.fused or len(header.shape) != (2 if self.fused[tensor][1].stacked else 3):
             return False
         rule = self._oriented(self.fused[tensor][1], header.shape)
         count = self._stack(experts) if rule.stacked else header.shape[0]
         for index in range(count):
             for target, view in fused_views(rule, tensor, header.shape, index, count):
-                self._add_weight(f"{prefix}.{index}.{target}", view, header, names[target], part, (prefix, index))
+                self._add_weight(f"{prefix}.{index}.{target}", view, header, roles[target], part, (prefix, index))
         return True
 
     def _oriented(self, rule: FusedModel, shape: tuple[int, ...]) -> FusedModel:
@@ -302,8 +327,16 @@ class _Builder:
         if self.family.aliases:
             spellings.add(".".join(self.family.aliases.get(step, step) for step in name.split(".")))
         if ".experts." in name:
-            spellings |= {re.sub(r"(\.experts)\.\d+\.", r"\1.", spelling) for spelling in spellings}
+            spellings |= {_EXPERT_NUMBER.sub("", spelling) for spelling in spellings}
         return tuple(sorted(spellings - {name}))
+
+    def _expert_aliases(self, name: str, role: str, expert: tuple[str, int]) -> tuple[str, ...]:
+        """As `_aliases`, after those of the layer's first expert."""
+        prefix, index = expert
+        found = self.expert_aliases.get((prefix, role))
+        if found is None:
+            found = self.expert_aliases[prefix, role] = [_around(alias, index) for alias in self._aliases(name)]
+        return tuple([before if after is None else f"{before}{index}{after}" for before, after in found])
 
     def connect(self, head_dim: int | None) -> None:
         """Fill in sites, scale groups and attention modules."""
@@ -354,7 +387,7 @@ class _Builder:
         spec = self.family.attention
         if spec is None:
             return
-        for part in dict.fromkeys(self.part_of.values()):
+        for part in self.parts:
             module = f"{part.name}.{spec.module}"
             k, v = f"{module}.{spec.k}", f"{module}.{spec.v}"
             if part.block is not None and k in self.weights:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import islice
 
 from quarkcli.errors import ConfigError, ModelError
 from quarkcli.plan.model import Attention, Plan, Target
@@ -16,18 +17,21 @@ def warn(plan: Plan) -> None:
         _lone(plan, kind, reason, lambda t: t.weight is None)
     _lone(plan, "output", "embeddings have none", lambda t: t.weight is not None and t.is_embedding)
     _lone(plan, "bias", "their module has no quantized weight, or no bias", lambda t: t.bias_spec is None)
-    if plan.tied_head is not None and any(target.is_embedding for target in plan.quantized()):
+    if plan.tied_head is not None and any(run[0].is_embedding for run in plan.quantized_alike()):
         plan.warnings.append(f"the embedding is quantized, and {plan.tied_head} with it: the two are one tensor")
     _overruled_cache(plan)
 
 
 def _lone(plan: Plan, kind: str, reason: str, off: Callable[[Target], bool]) -> None:
-    names = [t.name for t in plan.targets.values() if t.slots[kind].spec is not None and off(t)]
-    if names:
-        more = " ..." if len(names) > 3 else ""
+    runs = [run for run in plan.alike() if run[0].slots[kind].spec is not None and off(run[0])]
+    if runs:
+        count = sum(map(len, runs))
+        lone = {id(run[0].slots) for run in runs}
+        names = (t.name for t in plan.targets.values() if id(t.slots) in lone and off(t))
+        more = " ..." if count > 3 else ""
         plan.warnings.append(
-            f"{len(names)} {kind} quantizers stay off because {reason}: {', '.join(names[:3])}{more}"
-        )  # fmt: skip
+            f"{count} {kind} quantizers stay off because {reason}: {', '.join(islice(names, 3))}{more}"
+        )
 
 
 def _overruled_cache(plan: Plan) -> None:
@@ -46,7 +50,7 @@ def _overruled_cache(plan: Plan) -> None:
 
 def check(plan: Plan) -> None:
     """Raises ConfigError for specs that make no sense for their slot, ModelError for widths that do not fit."""
-    for target in plan.quantized():
+    for target, *_ in plan.quantized_alike():
         for kind in ("input", "output"):
             spec: TensorSpec | None = getattr(target, kind)
             if spec is not None:
@@ -115,24 +119,25 @@ def _check_widths(plan: Plan) -> None:
     bad = list(_indivisible(plan))
     if not bad:
         return
-    target, kind, size, width = bad[0]
-    count = len({t.name for t, *_ in bad})
+    run, kind, size, width = bad[0]
+    count = sum(len(run) for run in {id(run): run for run, *_ in bad}.values())
     features = "input" if kind in ("weight", "input") else "output"
-    leaf = target.name.rsplit(".", 1)[-1]
+    leaf = run[0].name.rsplit(".", 1)[-1]
     raise ModelError(
         f"{width} {features} features are not a multiple of group size {size} (remainder {width % size})"
         + (f"; {count} modules in all" if count > 1 else ""),
-        where=f"{target.name}.{kind}_quantizer",
+        where=f"{run[0].name}.{kind}_quantizer",
         hint=f"--exclude '*{leaf}', or a scheme with another group size for them: --layer '*{leaf}=fp8'",
     )
 
 
-def _indivisible(plan: Plan) -> Iterator[tuple[Target, str, int, int]]:
-    for target in plan.quantized():
+def _indivisible(plan: Plan) -> Iterator[tuple[list[Target], str, int, int]]:
+    for run in plan.quantized_alike():
+        target = run[0]
         rows, columns = target.shape
         widths = {"weight": columns, "input": columns, "output": rows, "bias": rows}
         specs = {"weight": target.weight, "input": target.input, "output": target.output, "bias": target.bias_spec}
         for kind, spec in specs.items():
             for size in sorted(spec.group_sizes) if spec is not None else ():
                 if widths[kind] % size:
-                    yield target, kind, size, widths[kind]
+                    yield run, kind, size, widths[kind]

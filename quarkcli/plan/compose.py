@@ -1,8 +1,8 @@
 """The resolved order: recipe and flags become one list of entries (design: later wins).
 
 1 deny all; 2 the scheme, or the recipe's own entries; 3 `--layer-type`; 4 `--layer`; 5 family and default exclusions;
-6 `--exclude`; 7 `--include`; 8 KV cache; 9 attention. An exclusion of module pattern M
-switches off M's own four slots only.
+6 `--exclude`; 7 `--include`; 8 KV cache; 9 attention, then `--min-kv-scale`; 10 edits of the plan. An exclusion of
+module pattern M switches off M's own four slots only.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from quarkcli.recipe.recipe import (
 
 @dataclass
 class Overrides:
-    """What flags add to a recipe, in the order given."""
+    """What flags add to a recipe, in the order given. `entries` are edits of a plan, which come after all else."""
 
     layer_types: Sequence[str] = ()
     layers: Sequence[str] = ()
@@ -36,16 +36,24 @@ class Overrides:
     unprotect: Sequence[str] = ()
     kv_cache: str | None = None
     attention: str | None = None
+    min_kv_scale: float | None = None
     allow_unmatched: bool = False
+    entries: Sequence[Entry] = ()
 
 
 @dataclass
 class Composed:
-    """The list, and the index of its first exclusion: `--include` without a scheme goes back to the state before."""
+    """The list.
+
+    exclusions_start  index of its first exclusion: `--include` without a scheme goes back to the state before
+    restores          entry index -> pattern whose earlier state comes back
+    edits_start       index of the first edit
+    """
 
     entries: list[Entry]
     exclusions_start: int
-    restores: dict[int, str] = field(default_factory=dict)  # entry index -> pattern whose earlier state comes back
+    restores: dict[int, str] = field(default_factory=dict)
+    edits_start: int = 0
 
 
 def compose(recipe: Recipe, overrides: Overrides, layout: Layout) -> Composed:
@@ -69,6 +77,8 @@ def compose(recipe: Recipe, overrides: Overrides, layout: Layout) -> Composed:
         _include(composed, recipe, pattern, required)
     entries += _of_attention("kv_cache", cache_entries, recipe, overrides.kv_cache, recipe.kv_cache)
     entries += _of_attention("attention", attention_entries, recipe, overrides.attention, recipe.attention)
+    composed.edits_start = len(entries)
+    entries += overrides.entries
     return composed
 
 

@@ -6,13 +6,17 @@ reach: a linear, one expert's projection (also when the file stores experts fuse
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from quarkcli.family import Part, Site, Weight, WeightView
-from quarkcli.recipe.entries import Entry
+from quarkcli.recipe.attributes import Cfg
+from quarkcli.recipe.entries import Entry, Share
 from quarkcli.spec import TensorSpec
+
+if TYPE_CHECKING:
+    from quarkcli.plan.edit import Basis
 
 __all__ = ["ATTENTION_KINDS", "TARGET_KINDS", "Attention", "Decision", "Part", "Plan", "Site", "Target", "WeightView"]
 
@@ -22,17 +26,41 @@ ATTENTION_KINDS = ("q", "k", "v", "p")
 
 @dataclass(frozen=True)
 class Decision:
-    """What a slot ended as. `spec` None: not quantized. `entry` indexes `Plan.entries`; None: nothing matched."""
+    """What a slot ended as.
+
+    spec   None: not quantized
+    entry  the last one that spoke of it, an index into `Plan.entries`; None: nothing matched
+    cfg    the attributes as written, or native where an entry changed a stage of a chain; a slot that is off keeps
+           them; None: it was never given any
+    """
 
     spec: TensorSpec | None
     entry: int | None
+    cfg: Cfg | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
 class Target(Weight):
-    """A weight with what its slots ended as: `slots` holds a decision per kind in TARGET_KINDS."""
+    """A weight with what its slots ended as.
 
-    slots: dict[str, Decision] = field(default_factory=dict)
+    slots   a decision per kind in TARGET_KINDS; targets that ended alike share the object
+    shares  the scale group that the recipe puts it in, None: the family's
+    """
+
+    slots: Mapping[str, Decision] = field(default_factory=dict)
+    shares: str | None = None
+
+    @classmethod
+    def of(cls, weight: Weight, slots: Mapping[str, Decision], shares: str | None) -> Target:
+        """A weight with its decisions. Fields are taken over at once: a large model has tens of thousands."""
+        target = cls.__new__(cls)
+        vars(target).update(vars(weight), slots=slots, shares=shares)
+        return target
+
+    @property
+    def scale_group(self) -> str:
+        """Weights of one scale group share their per-tensor scales."""
+        return self.group if self.shares is None else self.shares
 
     @property
     def weight(self) -> TensorSpec | None:
@@ -79,7 +107,7 @@ class Attention:
     part: int
     k_proj: str
     v_proj: str
-    slots: dict[str, Decision]
+    slots: Mapping[str, Decision]
     head_dim: int | None = None
     latent: bool = False
 
@@ -103,21 +131,74 @@ class Activation(NamedTuple):
 
 @dataclass
 class Plan:
-    """A recipe resolved against one model's headers."""
+    """A recipe resolved against one model's headers.
+
+    targets           to change some, put another mapping in its place
+    kept              source tensor -> why it is copied as it is
+    matches           per entry: how many slots it matched
+    tied_head         head absent from the file because it is the embedding
+    restores          entries that bring back what was said before the exclusions
+    exclusions_start  index of the first exclusion
+    share             rows of the recipe that join weights into scale groups; None: what the family says; empty: nothing
+                      shares its scales
+    basis             what it was resolved from, for edits (`plan.edit.Basis`)
+    """
 
     scheme: str
     family: str
     entries: list[Entry]
     parts: list[Part]
-    targets: dict[str, Target]
+    targets: Mapping[str, Target]
     attention: dict[str, Attention]
     sites: dict[str, Site]
-    kept: dict[str, str]  # source tensor -> why it is copied as it is
+    kept: dict[str, str]
     algorithms: list[tuple[str, dict[str, object]]]
-    matches: list[int]  # per entry: how many slots it matched
-    tied_head: str | None = None  # head absent from the file because it is the embedding
+    matches: list[int]
+    tied_head: str | None = None
     warnings: list[str] = field(default_factory=list)
-    restores: frozenset[int] = frozenset()  # entries that bring back what was said before the exclusions
+    restores: frozenset[int] = frozenset()
+    exclusions_start: int = 0
+    share: Sequence[Share] | None = None
+    basis: Basis | None = field(default=None, repr=False, compare=False)
+    _alike: tuple[Mapping[str, Target], list[list[Target]]] | None = field(
+        default=None, init=False, repr=False, compare=False
+    )
+
+    def alike(self) -> list[list[Target]]:
+        """Targets in runs that differ in nothing but their names and places, by first appearance.
+
+        Specs, shape, dtype, role and how the file stores them are one, so that facts about the first hold for all.
+        """
+        if self._alike is None or self._alike[0] is not self.targets:
+            runs: dict[tuple[object, ...], list[Target]] = {}
+            for t in self.targets.values():
+                stored = (t.bias is None, t.expert is None, t.view.expert is None, t.site is None)
+                runs.setdefault((id(t.slots), t.shape, t.role, t.dtype, *stored), []).append(t)
+            self._alike = self.targets, list(runs.values())
+        return self._alike[1]
+
+    def quantized_alike(self) -> Iterator[list[Target]]:
+        """The runs of `alike` whose weights are quantized."""
+        return (run for run in self.alike() if run[0].weight is not None)
+
+    def disagreeing(self) -> list[list[Target]]:
+        """What servers fuse and has more than one (weight, input) spec: the members of each such group."""
+        slots: dict[str, Mapping[str, Decision]] = {}
+        mixed = {t.group for t in self.targets.values() if slots.setdefault(t.group, t.slots) is not t.slots}
+        groups: dict[str, list[Target]] = {}
+        for target in self.targets.values() if mixed else ():
+            if target.group in mixed:
+                groups.setdefault(target.group, []).append(target)
+        return [members for members in groups.values() if len({(t.weight, t.input) for t in members}) > 1]
+
+    def shared(self) -> dict[str, list[Target]]:
+        """Weights that share their per-tensor scales, by scale group; groups of two and more."""
+        groups: dict[str, list[Target]] = {}
+        for run in self.quantized_alike():
+            weight = run[0].weight
+            for target in run if weight is not None and weight.has_tensor_scale else ():
+                groups.setdefault(target.scale_group, []).append(target)
+        return {name: members for name, members in groups.items() if len(members) > 1}
 
     def quantized(self, part: int | None = None) -> Iterator[Target]:
         """Targets whose weight is quantized, in plan order; of one part when given."""

@@ -37,6 +37,11 @@ _REGISTERED = Path("<registered>")  # stands for the folder of what a program re
 _registered: dict[Path, load.Document] = {}
 
 
+# Where NVIDIA keeps its general recipes, and how their names ended before the cache had a prefix.
+_PEER_FOLDER = ("general", "ptq")
+_OLDER_CACHE = re.compile(r"-(fp8|nvfp4|fp8_cast|nvfp4_cast)_kv$")
+
+
 def built_in_folder() -> Path:
     """The shipped `recipes/` folder: inside the package in a wheel, beside it in a source tree."""
     package = Path(__file__).resolve().parent.parent
@@ -64,6 +69,7 @@ def files(kind: Kind, beside: Path | None = None) -> dict[str, Path]:
     refuses the file when its name is asked for.
     """
     found = _built_in(kind) | _added(kind)
+    beside = _foreign(beside)
     folders = [folder for folder in (user_folder() / kind, beside) if folder is not None and folder.is_dir()]
     taken = _owners(kind, found) if folders else {}
     for folder in folders:
@@ -88,6 +94,7 @@ def names(kind: Kind, beside: Path | None = None) -> dict[str, Path]:
 
 def find(kind: Kind, name: str, beside: Path | None = None) -> Path:
     """The file of a registered name or alias. An unknown one is a UsageError (schemes) or ConfigError (recipes)."""
+    beside = _foreign(beside)
     known = names(kind, beside)
     for one, path in known.items():
         if same(one) == same(name):
@@ -117,6 +124,11 @@ def unregister(name: str) -> None:
         own = "built in" if path.parent == built_in_folder() / "schemes" else f"the file {path}"
         raise UsageError(f"scheme '{path.stem}' is {own} and stays", hint="only registered schemes can be removed")
     del _registered[path]
+
+
+def _foreign(beside: Path | None) -> Path | None:
+    """A folder in which schemes may lie beside a recipe; those of built-in recipes are built in."""
+    return None if beside is not None and beside.parent == built_in_folder() else beside
 
 
 def _built_in(kind: Kind) -> dict[str, Path]:
@@ -175,27 +187,59 @@ def _refused(kind: Kind, path: Path, owner: Path) -> ConfigError:
 
 
 def find_recipe(name_or_path: str) -> Path:
-    """A recipe by path or by registered name."""
+    """A recipe by path, by registered name, or by a name that NVIDIA gives it (a constant, a path, the older form)."""
     path = Path(name_or_path)
-    if path.suffix in {".yaml", ".yml", ".json"} or path.is_file():
-        if path.is_file():
-            return path
+    if path.is_file():
+        return path
+    preset = _presets().get(name_or_path)
+    if preset is not None:
+        return built_in_folder() / "units" / f"{preset}.yaml"
+    foreign = path.parent.parts[-2:] == _PEER_FOLDER
+    if path.suffix in {".yaml", ".yml", ".json"} and not foreign:
         raise ConfigError("no such recipe file", where=name_or_path, hint="see 'quark recipes list'")
-    return find("ptq", name_or_path)
+    name = (
+        path.with_suffix("").name
+        if foreign and path.suffix in {".yaml", ".yml"}
+        else path.name
+        if foreign
+        else name_or_path
+    )
+    older = _OLDER_CACHE.sub(r"-kv_\1", name)
+    return find("ptq", older if same(older) in _owners("ptq", files("ptq")) else name)
+
+
+@lru_cache(maxsize=1)
+def _presets() -> dict[str, str]:
+    """NVIDIA's constants (`NVFP4_DEFAULT_CFG` ...) -> unit."""
+    path = built_in_folder() / "units" / "presets.yaml"
+    found = load.read(path).data if path.is_file() else {}
+    return dict(found)
 
 
 def document(path: Path) -> load.Document:
     """A parsed file, read once per process unless it changes; or what a program registered."""
     if path in _registered:
         return _registered[path]
-    resolved = path.resolve()
+    return _document(path.resolve(), path, _stamp(path))
+
+
+def snippet(path: Path) -> load.Document:
+    """A parsed file that recipes import, read once per process unless it changes."""
+    return _snippet(path, _stamp(path))
+
+
+def _stamp(path: Path) -> int:
     try:
-        stamp = resolved.stat().st_mtime_ns
+        return path.stat().st_mtime_ns
     except OSError:
-        stamp = 0
-    return _document(resolved, path, stamp)
+        return 0
 
 
 @lru_cache(maxsize=256)
 def _document(resolved: Path, shown: Path, stamp: int) -> load.Document:
     return load.read(shown)
+
+
+@lru_cache(maxsize=256)
+def _snippet(path: Path, stamp: int) -> load.Document:
+    return load.read_snippet(path)

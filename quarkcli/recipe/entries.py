@@ -25,7 +25,8 @@ class Entry:
     """One rule.
 
     quantizer_path  fnmatch pattern on the whole slot name, or `re:` and a regular expression for the whole name
-    cfg             attributes as the user wrote them (they replace all earlier ones), or None: only switch
+    cfg             attributes as the user wrote them, in any vocabulary, a list for a chain; they replace all earlier
+                    ones. None: only switch
     enable          on or off
     parent_class    only slots of modules of this class (`nn.Linear`, `nn.Embedding`), or None
     required        must match at least one slot
@@ -34,10 +35,18 @@ class Entry:
     """
 
     quantizer_path: str
-    cfg: dict[str, Any] | None = field(default=None, hash=False)
+    cfg: dict[str, Any] | list[dict[str, Any]] | None = field(default=None, hash=False)
     enable: bool = True
     parent_class: str | None = None
     required: bool = False
     origin: Origin = Origin("built-in")
     unit: str = ""
     user: bool = False
+
+
+@dataclass(frozen=True)
+class Share:
+    """Weights of one part that share a per-tensor scale: those whose weight slots any of the patterns matches."""
+
+    slots: tuple[str, ...]
+    origin: Origin = Origin("built-in")

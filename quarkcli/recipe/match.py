@@ -27,6 +27,26 @@ def matches(pattern: str, candidates: Iterable[str]) -> bool:
     return any(expression.fullmatch(name) for name in candidates)
 
 
+_NUMBER = re.compile(r"(?<![^.\n])[0-9]+(?![^.\n])")
+
+
+def fold(names: str) -> str:
+    """Names, one per line, with `0` for every number that is a step of its own: `layers.0.w1` of `layers.12.w1`."""
+    return _NUMBER.sub("0", names)
+
+
+def ignores_numbers(pattern: str) -> bool:
+    """True for a shell pattern that matches a name exactly when it matches the folded one.
+
+    So do those without `?` and `[` whose digits stand beside other characters of a step: only `*` can then stand for
+    a number that is a step of its own, and it stands for any.
+    """
+    if pattern.startswith("re:") or "?" in pattern or "[" in pattern:
+        return False
+    steps = (step for step in re.split(r"[.*]", pattern) if any("0" <= c <= "9" for c in step))
+    return all(re.search(r"[^0-9]", step) for step in steps)
+
+
 def suggestions(pattern: str, names: Iterable[str], limit: int = 3) -> list[str]:
     """Patterns or names near a pattern that matched nothing; indices are folded into `*`.
 

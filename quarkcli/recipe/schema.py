@@ -19,13 +19,17 @@ class Strict(BaseModel):
 
 
 class EntryModel(Strict):
-    """One entry of `quantize.quant_cfg`."""
+    """One rule of the ordered list."""
 
-    quantizer_path: str = Field(min_length=1)
-    parent_class: str | None = None
-    cfg: dict[str, Any] | None = None
-    enable: bool | None = None
-    required: bool | None = None
+    quantizer_path: str = Field(
+        min_length=1, description="glob on the whole slot name, or `re:` and a regular expression"
+    )
+    parent_class: str | None = Field(default=None, description="only slots of modules of this class")
+    cfg: dict[str, Any] | list[dict[str, Any]] | None = Field(
+        default=None, description="attributes, which replace all earlier ones; a list of two is a chain"
+    )
+    enable: bool | None = Field(default=None, description="on or off; true where only cfg is given")
+    required: bool | None = Field(default=None, description="must match a slot; true unless imported")
 
     @model_validator(mode="before")
     @classmethod
@@ -50,17 +54,17 @@ class AlgorithmStep(BaseModel):
     """One algorithm with its parameters; the algorithm itself checks them."""
 
     model_config = ConfigDict(extra="allow", strict=True)
-    method: str
+    method: str = Field(description="name of the algorithm")
 
 
 class Quantize(Strict):
     """What to quantize: a scheme, or the ordered entries themselves."""
 
-    scheme: str | None = None
-    quant_cfg: list[EntryModel] | None = None
-    kv_cache: str | None = None
-    attention: str | None = None
-    algorithm: list[AlgorithmStep] | str | None = None
+    scheme: str | None = Field(default=None, description="a scheme, instead of quant_cfg")
+    quant_cfg: list[EntryModel] | None = Field(default=None, description="the ordered entries; later wins")
+    kv_cache: str | None = Field(default=None, description="a KV cache scheme, or none")
+    attention: str | None = Field(default=None, description="an attention scheme, or none")
+    algorithm: list[AlgorithmStep] | str | None = Field(default=None, description="steps, in the order they run")
 
     @model_validator(mode="after")
     def _one_of_two(self) -> Quantize:
@@ -72,51 +76,60 @@ class Quantize(Strict):
 class Metadata(Strict):
     """For people."""
 
-    name: str | None = None
-    description: str = ""
+    name: str | None = Field(default=None, description="instead of the name of the file")
+    description: str = Field(default="", description="what it is for, in one line")
 
 
 class Calibration(Strict):
     """Defaults for calibration; flags win."""
 
-    data: str | None = None
-    samples: int | None = Field(default=None, gt=0)
-    seqlen: int | None = Field(default=None, gt=1)
-    column: str | None = None
-    seed: int | None = None
-    moe: Literal["routed", "all"] | None = None
+    data: str | None = Field(default=None, description="file, directory, hub data set, or builtin")
+    samples: int | None = Field(default=None, gt=0, description="rows")
+    seqlen: int | None = Field(default=None, gt=1, description="tokens per row")
+    column: str | None = Field(default=None, description="column with the text; else found")
+    seed: int | None = Field(default=None, description="of the choice of rows")
+    moe: Literal["routed", "all"] | None = Field(default=None, description="tokens an expert is calibrated on")
 
 
 class Export(Strict):
     """Where the checkpoint goes."""
 
-    dialect: str | None = None
+    dialect: str | None = Field(default=None, description="on-disk convention, or auto")
+
+
+class ShareModel(Strict):
+    """Weights of one part that share something: `slots` are patterns on weight slots."""
+
+    slots: list[str] = Field(min_length=1, description="patterns on weight slots, which share together")
+    what: Literal["scale"] = Field(default="scale", description="what they share")
 
 
 class RecipeModel(Strict):
-    """A native recipe file."""
+    """The file; `schema` marks it as native."""
 
-    schema_: Literal["quark/recipe/1"] = Field(alias="schema")
+    schema_: Literal["quark/recipe/1"] = Field(alias="schema", description="marks a native recipe")
     metadata: Metadata = Metadata()
     quantize: Quantize
-    exclusions: Literal["default", "none"] = "default"
+    exclusions: Literal["default", "none"] = Field(
+        default="default", description="whether what the family and the defaults protect stays as it is"
+    )
+    share: list[ShareModel] | None = Field(
+        default=None, description="weights that share a per-tensor scale beyond the family's groups; [] for none at all"
+    )
     calibration: Calibration = Calibration()
     export: Export = Export()
 
 
 class SchemeModel(Strict):
-    """A scheme file: one cfg per slot kind. A kind it does not name is switched off.
+    """A scheme file: one cfg per slot kind. A kind it does not name is switched off."""
 
-    aliases   other names it is known under
-    """
-
-    summary: str = ""
-    hardware: str = ""
-    aliases: list[str] = []
-    weight: dict[str, Any]
-    input: dict[str, Any] | None = None
-    output: dict[str, Any] | None = None
-    bias: dict[str, Any] | None = None
+    summary: str = Field(default="", description="what it is, in one line")
+    hardware: str = Field(default="", description="what runs it")
+    aliases: list[str] = Field(default=[], description="other names it is known under")
+    weight: dict[str, Any] = Field(description="cfg of weights")
+    input: dict[str, Any] | None = Field(default=None, description="cfg of what a module reads")
+    output: dict[str, Any] | None = Field(default=None, description="cfg of what it returns")
+    bias: dict[str, Any] | None = Field(default=None, description="cfg of biases")
 
 
 class CacheModel(Strict):
@@ -141,6 +154,14 @@ class AttentionModel(Strict):
         if not any((self.q, self.k, self.v, self.p)):
             raise ValueError("none of q, k, v and p is given")
         return self
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema (draft 2020-12) of a native recipe file."""
+    schema = RecipeModel.model_json_schema(by_alias=True)
+    names = {"type": "object", "additionalProperties": {"type": "string"}, "title": "Imports"}
+    schema["properties"]["imports"] = {**names, "description": "Name -> file; used as `$import: name`."}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "$id": NATIVE, **schema}
 
 
 M = TypeVar("M", bound=BaseModel)

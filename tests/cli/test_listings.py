@@ -92,7 +92,7 @@ def test_validate(quark):
         ),
         ("schema: quark/recipe/1\nquantize: {scheme: nvfp4, kv_cache: fp9}\n", "fp9"),
         ("schema: quark/recipe/1\nquantize: {scheme: nvfp4}\nexport: {dialect: gguf}\n", "unknown dialect 'gguf'"),
-        ("quantize: {scheme: nvfp4}\n", "not a native recipe"),
+        ("quantize: {scheme: nvfp4}\n", "begins with 'schema: quark/recipe/1'"),
         ("a: 1\na: 2\n", "duplicate key 'a'"),
     ],
 )

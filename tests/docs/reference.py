@@ -10,7 +10,8 @@ from pathlib import Path
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "cli.md"
 COMMANDS = [
     (), ("quantize",), ("plan",), ("eval",), ("verify",), ("inspect",), ("report",),
-    ("recipes", "list"), ("recipes", "show"), ("recipes", "validate"), ("recipes", "copy"),
+    ("recipes", "list"), ("recipes", "show"), ("recipes", "normalize"), ("recipes", "convert"), ("recipes", "schema"),
+    ("recipes", "validate"), ("recipes", "copy"),
     ("schemes", "list"), ("schemes", "show"), ("models", "list"), ("models", "show"), ("models", "infer"), ("env",),
 ]  # fmt: skip
 

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from quarkcli.recipe import catalog
-from tests.docs import models
+from tests.docs import models, recipe_reference
 from tests.docs.reference import PAGE, page
 from tests.families.models import RECIPES
 
 
 def test_the_command_line_reference_is_fresh() -> None:
     assert PAGE.read_text(encoding="utf-8") == page(), "run 'make docs'"
+
+
+def test_the_recipe_reference_is_fresh() -> None:
+    assert recipe_reference.PAGE.read_text(encoding="utf-8") == recipe_reference.page(), "run 'make docs'"
+
+
+def test_every_page_is_linked_from_the_readme() -> None:
+    readme = (PAGE.parents[1] / "README.md").read_text(encoding="utf-8")
+    assert not [page.name for page in PAGE.parent.glob("*.md") if f"`docs/{page.name}`" not in readme]
 
 
 def test_every_scheme_is_in_the_readme() -> None:

@@ -95,10 +95,10 @@ def test_built_in_recipes_are_good(name: str) -> None:
         ("quantize: {scheme: fp8}\ncalibration: {samples: 1e3}\n", "3:15", "valid integer"),
         ("quantize: {scheme: fp8}\nexclusions: some\n", "3:1", "'default' or 'none'"),
         ("quantize: {scheme: fp9}\n", "2:12", "unknown scheme 'fp9'"),
-        ("quantize: {quant_cfg: [{quantizer_path: a, cfg: {enable: 5}}]}\n", "2:24", "cfg.enable must be true"),
+        ("quantize: {quant_cfg: [{quantizer_path: a, cfg: {enable: 5}}]}\n", "2:50", "enable must be true or false"),
         (
             "quantize: {quant_cfg: [{quantizer_path: a, enable: true, cfg: {element: int4, enable: false}}]}\n",
-            "2:24", "contradicts",
+            "2:58", "contradicts",
         ),
         ("quantize: {quant_cfg: [{quantizer_path: a, cfg: {element: int5}}]}\n", "2:44", "element 'int5' is unknown"),
     ],
@@ -120,19 +120,31 @@ def test_all_mistakes_at_once(tmp_path: Path) -> None:
         assert any(f"own.yaml:{place}: " in line and what in line for line in error.what.splitlines()), place
 
 
-@pytest.mark.parametrize("text", ["quantize: {scheme: fp8}\n", "schema: quark/recipe/2\n", "", "- a\n", "text\n"])
-def test_other_files_are_no_native_recipes(text: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("text", "place", "what", "hint"),
+    [
+        ("quantize: {scheme: fp8}\n", ":1:12", "unknown key 'scheme'", "begins with 'schema: quark/recipe/1'"),
+        ("schema: quark/recipe/2\n", ":1:1", "'quark/recipe/2' is unknown", "schema: quark/recipe/1"),
+        ("weight: {element: int4}\n", ":1:1", "not a recipe", "begins with 'schema: quark/recipe/1'"),
+        ("", "", "a list of entries is needed", "quantizer_path"),
+        ("- a\n", ":1:3", "an entry must be a mapping", "quantizer_path"),
+        ("text\n", ":1:1", "a list of entries is needed", "quantizer_path"),
+    ],
+)
+def test_files_that_are_no_recipes(text: str, place: str, what: str, hint: str, tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"
     path.write_text(text)
-    with pytest.raises(ConfigError, match="not a native recipe"):
+    with pytest.raises(ConfigError, match=what) as caught:
         recipes.from_file(path)
+    assert caught.value.where == f"{path}{place}"
+    assert hint in caught.value.hint
 
 
 def test_enable_inside_cfg_moves_up(tmp_path: Path) -> None:
-    rows = "{quantizer_path: a, cfg: {element: int4, enable: false}}, {quantizer_path: b, cfg: {enable: true}}"
+    rows = "{quantizer_path: a, cfg: {element: int4, enable: false}}, {quantizer_path: b, cfg: {enable: false}}"
     found = recipes.from_file(write(tmp_path, f"quantize: {{quant_cfg: [{rows}]}}\n")).entries
     assert (found[0].enable, found[0].cfg) == (False, {"element": "int4"})
-    assert (found[1].enable, found[1].cfg) == (True, None)
+    assert (found[1].enable, found[1].cfg) == (False, None)
 
 
 class TestCatalog:

@@ -8,7 +8,7 @@ those of the checkpoint.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 from quarkcli.errors import ConfigError, near_misses
 from quarkcli.recipe.attributes import native
@@ -54,9 +54,9 @@ def to_spec(args: Mapping[str, Any], *, weight: bool) -> TensorSpec:
 
 def _element(args: Mapping[str, Any]) -> str:
     bits, kind = args.get("num_bits", 8), str(args.get("type", "int")).lower()
-    if kind == "float" and bits in _FLOATS:
+    if kind == "float" and type(bits) is int and bits in _FLOATS:
         return _FLOATS[bits]
-    if kind == "int" and bits in (2, 3, 4, 8):
+    if kind == "int" and type(bits) is int and bits in (2, 3, 4, 8):
         return f"int{bits}" if args.get("symmetric", True) else f"uint{bits}"
     raise ConfigError(f"type {kind} of num_bits {bits!r} is not supported", hint="int: 2, 3, 4, 8; float: 4, 6, 8")
 
@@ -90,7 +90,7 @@ def _scale(strategy: str, args: Mapping[str, Any], when: str) -> dict[str, Any]:
 
 
 def _observer(args: Mapping[str, Any]) -> str:
-    name = args.get("observer") or "minmax"
+    name = str(args.get("observer") or "minmax")
     if name in _OBSERVERS:
-        return _OBSERVERS[cast(str, name)]
+        return _OBSERVERS[name]
     raise ConfigError(f"observer '{name}' cannot be honoured", hint=f"one of {', '.join(_OBSERVERS)}")

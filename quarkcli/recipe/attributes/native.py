@@ -84,9 +84,15 @@ def _unwrapped(cfg: Mapping[str, Any]) -> dict[str, Any]:
     _only(cfg, _MX_KEYS, "a cfg of mx")
     inner = cfg.get("mx_element")
     element = "mxint8" if inner == "int8" else inner
-    if element not in ELEMENTS or (ELEMENTS[element].kind != "float" and element != "mxint8"):
+    if (
+        not isinstance(element, str)
+        or element not in ELEMENTS
+        or (ELEMENTS[element].kind != "float" and element != "mxint8")
+    ):
         raise ConfigError(f"mx_element {inner!r} is unknown", hint="fp4_e2m1, a fp6, a fp8, or int8")
-    scale = {"dtype": "e8m0", **(cfg.get("scale") or {})}
+    given = cfg.get("scale") or {}
+    _only(given, _SCALE_KEYS, "scale")
+    scale = {"dtype": "e8m0", **given}
     return {"element": element, "granularity": cfg.get("granularity", {"group": _MX_GROUP}), "scale": scale}
 
 

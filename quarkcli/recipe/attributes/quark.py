@@ -143,6 +143,9 @@ def _known(entry: Any) -> dict[str, Any]:
         out[name] = value.rpartition(".")[2] if isinstance(value, str) else value
     if out.get("dtype") is None:
         raise ConfigError("a SPEC has no 'dtype'", hint="dtype: fp8_e4m3")
+    for name in ("dtype", "mx_element_dtype", "observer_cls"):
+        if not isinstance(out.get(name), str | None):
+            raise ConfigError(f"{name} must be a name, not {out[name]!r}")
     return out
 
 

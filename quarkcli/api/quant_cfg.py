@@ -1,0 +1,91 @@
+"""Lists of entries and what a plan comes to, by the names NVIDIA ModelOpt gives its functions.
+
+The functions that change a plan are in `quarkcli.plan.edit`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from typing import Any
+
+from quarkcli import algorithms, forecast, preflight
+from quarkcli.errors import ConfigError, near_misses
+from quarkcli.plan.model import Plan
+from quarkcli.recipe.normalize import normalize, path_text
+
+_SOURCE_BITS = 16
+_LIST, _ALGORITHM, _PLAIN = "quant_cfg", "algorithm", "max"
+_PATH_KEYS = ("quantizer_path", "quantizer_name")
+
+
+class NoSuchEntry(ConfigError, KeyError):
+    """No entry of a list has the path asked for."""
+
+
+def normalize_quant_cfg_list(quant_cfg: Any) -> list[dict[str, Any]]:
+    """The ordered list of any shape a `quant_cfg` may have: entries, flat dicts, single-key dicts, class scopes.
+
+    Every entry of the result has `quantizer_path`, `cfg` (only what was written, or None) and `enable`, and
+    `parent_class` where there is one. Warns once (DeprecationWarning) of legacy shapes. Raises ConfigError with
+    everything that is wrong.
+    """
+    found = normalize(quant_cfg)
+    if found.notes:
+        text = "; ".join(f"{path_text(path)}: {note}" for path, note in found.notes)
+        warnings.warn(text, DeprecationWarning, stacklevel=2)
+    return [deepcopy(entry.as_dict()) for entry in found.entries]
+
+
+def find_quant_cfg_entry_by_path(quant_cfg_list: Sequence[Mapping[str, Any]], quantizer_path: str) -> Mapping[str, Any]:
+    """The last entry whose path is exactly `quantizer_path`; it is the member itself, not a copy.
+
+    Patterns are compared as text and match nothing. Raises NoSuchEntry, a ConfigError and a KeyError.
+    """
+    paths = [next((entry[key] for key in _PATH_KEYS if key in entry), None) for entry in quant_cfg_list]
+    for entry, path in zip(reversed(quant_cfg_list), reversed(paths), strict=True):
+        if path == quantizer_path:
+            return entry
+    close = near_misses(quantizer_path, [path for path in paths if isinstance(path, str)])
+    hint = f"did you mean '{close[0]}'?" if close else "paths are compared as text"
+    raise NoSuchEntry(f"no entry with the path '{quantizer_path}'", hint=hint)
+
+
+def update_quant_cfg_with_kv_cache_quant(quant_cfg: Any, kv_cache_quant_cfg: Any) -> Any:
+    """`quant_cfg` with the entries of the KV cache behind its own. Neither argument is changed.
+
+    Either may be a whole config (`{"quant_cfg": ..., "algorithm": ...}`) or only its list. A whole `quant_cfg` gives a
+    whole config, in which the algorithm is `max` where there was none, as in ModelOpt; a list gives a list.
+    """
+    inner = kv_cache_quant_cfg.get(_LIST) if _is_whole(kv_cache_quant_cfg) else kv_cache_quant_cfg
+    extra = normalize_quant_cfg_list(inner)
+    if not _is_whole(quant_cfg):
+        return [*normalize_quant_cfg_list(quant_cfg), *extra]
+    config = deepcopy(dict(quant_cfg))
+    config[_LIST] = [*normalize_quant_cfg_list(config[_LIST]), *extra]
+    config[_ALGORITHM] = config.get(_ALGORITHM) or _PLAIN
+    return config
+
+
+def _is_whole(config: Any) -> bool:
+    return isinstance(config, Mapping) and _LIST in config
+
+
+def need_calibration(plan: Plan) -> bool:
+    """True when `quantize` would run data through the model for this plan.
+
+    Decided from what the plan ended as: some static scale of an input, an output or an attention operand is to be
+    measured, or an algorithm needs statistics. Entries that were switched off later, constant ranges and dynamic scales
+    need none.
+    """
+    return bool(preflight.data_needs(plan, algorithms.pipeline(plan.algorithms)))
+
+
+def estimate_quant_compression(plan: Plan) -> float:
+    """Bits stored per quantized weight, scales and zero points included, as a share of 16 bits.
+
+    nvfp4 gives a little more than 4.5 / 16. Weights that stay as they are do not count, nor do caches; 1.0 when no
+    weight is quantized. (ModelOpt's function of this name takes the smallest number format of a config alone.)
+    """
+    return forecast.effective_bits(plan) / _SOURCE_BITS if any(plan.quantized()) else 1.0

@@ -1,0 +1,152 @@
+"""Plans and runs from Python: what the command line does, without a screen.
+
+    import quarkcli
+    report = quarkcli.quantize("demo", "mxfp4", output="out")
+
+    plan = quarkcli.make_plan("demo", "nvfp4")
+    quarkcli.disable_quantizer(plan, "*down_proj*")
+    report = quarkcli.quantize(plan, output="out")
+
+Errors are `quarkcli.errors.QuarkError` and its subclasses; nothing is printed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import fields, replace
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from quarkcli import job
+from quarkcli.errors import QuarkError, UsageError
+from quarkcli.events import Listener, silent
+from quarkcli.options import Options
+from quarkcli.plan.compose import Overrides
+from quarkcli.plan.edit import Basis
+from quarkcli.plan.model import Plan
+from quarkcli.recipe import catalog, load
+from quarkcli.recipe import recipe as recipes
+from quarkcli.recipe.recipe import Recipe
+
+Config = Mapping[str, Any] | Sequence[Any]
+
+_OVERRIDES = frozenset(field.name for field in fields(Overrides))
+_SAID_BY_PLAN = _OVERRIDES | {"overrides", "algorithm", "settings"}
+
+
+def quantize(
+    model: str | PathLike[str] | Plan,
+    scheme: str | None = None,
+    *,
+    recipe: str | PathLike[str] | Recipe | None = None,
+    config: Config | None = None,
+    output: str | PathLike[str] | None = None,
+    listener: Listener = silent,
+    **options: Any,
+) -> dict[str, Any]:
+    """Quantize a model and return the report (`quark/report/1`).
+
+    model     directory, hub id, or "demo" for the embedded model; or a plan of `make_plan`, with the options given
+              there and what was edited since; `options` given here win
+    scheme    a scheme's name
+    recipe    a recipe's name or file, or what `load_recipe` returned
+    config    what a recipe file holds, as Python data: a native recipe, a config of NVIDIA ModelOpt or AMD Quark, a
+              list of entries, or what `LLMTemplate.get_config` returned
+    listener  called with every event of the run
+    options   fields of `Options` and of `plan.compose.Overrides` (`exclude=["*.q_proj"]`)
+
+    One of scheme, recipe and config says what to do; a plan says it already. Raises QuarkError for everything a user
+    can cause, TypeError for an unknown option.
+    """
+    if isinstance(model, Plan):
+        if scheme is not None or recipe is not None or config is not None:
+            raise UsageError("a plan says what to quantize; scheme, recipe and config are for models")
+        return job.run(_of_plan(model, output, options), listener)
+    return job.run(_options(model, scheme, recipe, config, output, options), listener)
+
+
+def make_plan(
+    model: str | PathLike[str],
+    scheme: str | None = None,
+    *,
+    recipe: str | PathLike[str] | Recipe | None = None,
+    config: Config | None = None,
+    **options: Any,
+) -> Plan:
+    """What `quantize` would do with the same arguments; reads config and headers only.
+
+    The functions named after ModelOpt's (`set_quantizer_by_cfg`, `disable_quantizer` ...) change it, and `quantize`
+    takes it.
+    """
+    asked = _options(model, scheme, recipe, config, None, options)
+    prepared = job.prepare(asked)
+    prepared.plan.basis = Basis(prepared.recipe, asked.overrides, prepared.layout, asked)
+    return prepared.plan
+
+
+def load_recipe(name_or_path: str | PathLike[str]) -> Recipe:
+    """A recipe by registered name or file. Raises ConfigError with file, line and column."""
+    return recipes.from_file(catalog.find_recipe(str(name_or_path)))
+
+
+def register_scheme(name: str, scheme: Mapping[str, Any]) -> None:
+    """Make a scheme known to everything that takes a scheme's name, until the process ends.
+
+    name    letters, digits, `_`, `-` and `.`; `_` and `-` are the same
+    scheme  what a scheme's file says: `{"weight": cfg, "input": cfg}`, and if you like `output`, `bias`, `summary`,
+            `hardware`, `aliases`
+
+    Raises UsageError for a name that exists, ConfigError for a scheme that is wrong.
+    """
+    catalog.register(name, load.Document(deepcopy(dict(scheme)), f"register_scheme('{name}')", {}))
+    try:
+        recipes.from_scheme(name)
+    except QuarkError:
+        catalog.unregister(name)
+        raise
+
+
+def unregister_scheme(name: str) -> None:
+    """Forget a scheme that `register_scheme` made known. Raises UsageError for any other; built-in ones stay."""
+    catalog.unregister(name)
+
+
+def _options(
+    model: str | PathLike[str],
+    scheme: str | None,
+    recipe: str | PathLike[str] | Recipe | None,
+    config: Config | None,
+    output: str | PathLike[str] | None,
+    options: dict[str, Any],
+) -> Options:
+    if config is not None:
+        if recipe is not None:
+            raise UsageError("recipe and config exclude each other")
+        recipe = recipes.from_config(config)
+    overrides = {name: options.pop(name) for name in list(options) if name in _OVERRIDES}
+    if overrides:
+        options["overrides"] = Overrides(**overrides)
+    return Options(
+        model=str(model),
+        scheme=scheme,
+        recipe=recipe if isinstance(recipe, Recipe | None) else str(recipe),
+        output=Path(output) if output is not None else None,
+        **options,
+    )
+
+
+def _of_plan(plan: Plan, output: str | PathLike[str] | None, options: dict[str, Any]) -> Options:
+    """What the plan was made from, with the entries that edits have added."""
+    basis = plan.basis
+    if basis is None or not isinstance(basis.asked, Options):
+        raise UsageError("this plan was not made by quarkcli.make_plan", hint="give the model instead")
+    second = sorted(_SAID_BY_PLAN.intersection(options))
+    if second:
+        raise UsageError(f"{', '.join(second)}: a plan is there already", hint="give it to make_plan, or edit the plan")
+    if output is not None:
+        options["output"] = Path(output)
+    # The recipe as it was read, with its algorithms and settings; it is not looked up again.
+    what = {"scheme": None, "recipe": basis.recipe, "settings": (), "algorithm": None, "overrides": basis.overrides}
+    return replace(basis.asked, **{**what, **options})

@@ -1,0 +1,374 @@
+"""`LLMTemplate` of AMD Quark, over the families and schemes that every command uses. Torch-free.
+
+    template = LLMTemplate.get("llama")
+    config = template.get_config("fp8", kv_cache_scheme="fp8", layer_config={"*down_proj": "mxfp4"})
+    quarkcli.quantize("demo", config=config, output="out")
+
+`get_config` returns a native recipe as plain data, which may be written to a YAML file as well. What it says follows
+Quark: a scheme means linears only, of two layer patterns that match the first wins, `exclude_layers` takes the place of
+the template's own list, and no exclusion reaches cache and attention.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import replace
+from typing import Any, ClassVar
+
+from quarkcli import algorithms, family
+from quarkcli.api import run
+from quarkcli.errors import ConfigError, UsageError, near_misses
+from quarkcli.recipe import catalog, steps
+from quarkcli.recipe.attributes import to_spec
+from quarkcli.recipe.entries import Entry, Origin
+from quarkcli.recipe.normalize import path_text, refusal
+from quarkcli.recipe.recipe import attention_entries, cache_entries, exclusion_entries, scheme_entries
+from quarkcli.recipe.schema import NATIVE
+from quarkcli.spec import spec_to_yaml
+
+_LINEAR = "nn.Linear"
+_NO_LINEARS = ("embedding", "norm", "conv")
+_GATE_UP = ["gate_proj", "up_proj"]
+_CACHE = ("k", "v")
+_PROJECTIONS = {"k_proj": ("k",), "v_proj": ("v",)}
+# Names of a layer's tensors in Quark -> slots of a scheme.
+_SLOTS = {"weight": "weight", "input_tensors": "input", "output_tensors": "output", "bias": "bias"}
+_STORED = ("weight", "bias")
+_LEGACY = "_config"
+
+Row = dict[str, Any]
+AlgoConfig = Mapping[str, Any]
+
+
+class LLMTemplate:
+    """Which layers of a model are what.
+
+    model_type           name it is registered under
+    kv_layers_name       patterns of the projections whose outputs the KV cache keeps
+    q_layer_name         pattern, or patterns, of the query projections
+    gate_up_layers_name  leaf names of gate and up, which share a scale
+    exclude_layers_name  patterns of modules that stay as they are
+    algorithm_configs    algorithm -> its parameters, in Quark's words or ours
+    legacy               `<algorithm>_config=...`, the old form of `algorithm_configs`; warns
+
+    Raises ConfigError for an algorithm nobody knows, and for `f2f_weight_converters`: fused tensors are split by the
+    family file (`experts.fused`).
+    """
+
+    _registered: ClassVar[dict[str, LLMTemplate]] = {}
+
+    def __init__(
+        self,
+        model_type: str,
+        kv_layers_name: Sequence[str] | None = None,
+        q_layer_name: str | Sequence[str] | None = None,
+        gate_up_layers_name: Sequence[str] | None = None,
+        exclude_layers_name: Sequence[str] = (),
+        algorithm_configs: Mapping[str, AlgoConfig | None] | None = None,
+        f2f_weight_converters: Sequence[Any] | None = None,
+        **legacy: AlgoConfig | None,
+    ) -> None:
+        if f2f_weight_converters:
+            raise ConfigError(
+                "weight converters are not taken",
+                where="f2f_weight_converters",
+                hint="a family file splits fused tensors: 'quark models show qwen3_5_moe', key experts.fused",
+            )
+        self.model_type = model_type
+        self.kv_layers_name = None if kv_layers_name is None else list(kv_layers_name)
+        self.q_layer_name = q_layer_name
+        self.gate_up_layers_name = list(gate_up_layers_name if gate_up_layers_name is not None else _GATE_UP)
+        self.exclude_layers_name = list(exclude_layers_name)
+        self.algo_config: dict[str, AlgoConfig | None] = {}
+        if legacy:
+            self.algo_config |= _legacy(legacy)
+            warnings.warn(
+                f"{', '.join(sorted(legacy))}: deprecated; use algorithm_configs={{'gptq': ...}}",
+                DeprecationWarning,
+                stacklevel=2,
+            )
+        for name, config in (algorithm_configs or {}).items():
+            self.algo_config[_known_algorithm(name)] = config
+        self._defaults: list[str] | None = None  # of a family: exclusions that a recipe has without naming them
+
+    def __repr__(self) -> str:
+        return f"LLMTemplate({self.model_type!r})"
+
+    # -- the collection --------------------------------------------------------------------------------------------
+
+    @classmethod
+    def list_available(cls) -> list[str]:
+        """Names of all model families, and of the templates registered beside them."""
+        known = [card.name for card in family.cards()]
+        taken = {catalog.same(name) for name in known}
+        return [*known, *(t.model_type for name, t in cls._registered.items() if name not in taken)]
+
+    @classmethod
+    def register_template(cls, template: LLMTemplate) -> None:
+        """Make a template known until the process ends. Warns when one of its name is known already."""
+        if catalog.same(template.model_type) in cls._registered or _card(template.model_type) is not None:
+            warnings.warn(f"template '{template.model_type}' is known already and is overwritten", stacklevel=2)
+        cls._registered[catalog.same(template.model_type)] = template
+
+    @classmethod
+    def get(cls, model_type: str) -> LLMTemplate:
+        """The template registered under a name, else that of the family with this name or `model_type`.
+
+        Raises ConfigError for an unknown one.
+        """
+        found = cls._registered.get(catalog.same(model_type))
+        if found is not None:
+            return found
+        card = _card(model_type)
+        if card is None:
+            close = near_misses(model_type, cls.list_available())
+            hint = f"did you mean {', '.join(close)}? " if close else ""
+            raise ConfigError(
+                f"there is no template for '{model_type}'", hint=f"{hint}see LLMTemplate.list_available()"
+            )
+        return _of_family(card)
+
+    @classmethod
+    def register_scheme(cls, scheme_name: str, config: Mapping[str, Any]) -> None:
+        """Make a scheme known everywhere, as `quarkcli.register_scheme`.
+
+        config   `weight`, `input_tensors`, `output_tensors`, `bias` with Quark's SPECs, or a scheme in our words
+        """
+        given = {_SLOTS.get(key, key): value for key, value in config.items() if value is not None}
+        for kind in set(given).intersection(_SLOTS.values()):
+            given[kind] = spec_to_yaml(to_spec(given[kind], weight=kind in _STORED))
+        run.register_scheme(scheme_name, given)
+
+    @classmethod
+    def unregister_scheme(cls, scheme_name: str) -> None:
+        """Forget a registered scheme. Raises UsageError for any other."""
+        run.unregister_scheme(scheme_name)
+
+    @classmethod
+    def get_supported_schemes(cls) -> list[str]:
+        """Names of all schemes, aliases included."""
+        return sorted(catalog.names("schemes"))
+
+    # -- the config ------------------------------------------------------------------------------------------------
+
+    def get_config(
+        self,
+        scheme: str,
+        algorithm: str | Sequence[str] | None = None,
+        kv_cache_scheme: str | None = None,
+        min_kv_scale: float = 0.0,
+        attention_scheme: str | None = None,
+        layer_config: Mapping[str, str] | None = None,
+        layer_type_config: Mapping[type | str, str] | None = None,
+        exclude_layers: Sequence[str] | None = None,
+        algo_configs: Mapping[str, AlgoConfig] | None = None,
+        shared_scale_groups: Sequence[Sequence[str]] | None = None,
+    ) -> dict[str, Any]:
+        """A recipe for `quarkcli.quantize(model, config=...)` and `make_plan`.
+
+        scheme               of all linears
+        algorithm            one or several names, in the order in which they run
+        kv_cache_scheme      of the cache, for the modules of `kv_layers_name`; no scale below `min_kv_scale`
+        attention_scheme     of queries (`q_layer_name`), keys, values and the softmax output
+        layer_config         module pattern -> scheme; of two that match, the first wins
+        layer_type_config    class of modules -> scheme; `layer_config` wins over it
+        exclude_layers       module patterns, instead of `exclude_layers_name`; None: those
+        algo_configs         algorithm -> parameters, instead of the template's
+        shared_scale_groups  None, or q, k, v and gate, up: what servers fuse shares its scale; [] lets nothing share
+
+        Raises UsageError for unknown schemes, ConfigError for what the template cannot tell.
+        """
+        share = self._share(shared_scale_groups)
+        excluded = self.exclude_layers_name if exclude_layers is None else list(exclude_layers)
+        by_family = self._defaults is not None and sorted(excluded) == sorted(self._defaults)
+        rows: list[Row] = [{"quantizer_path": "*", "enable": False, "required": False}]
+        rows += _scheme_rows(scheme, "*", _LINEAR)
+        for kind, name in (layer_type_config or {}).items():
+            rows += _scheme_rows(name, "*", f"nn.{kind if isinstance(kind, str) else kind.__name__}")
+        for pattern, name in reversed(list((layer_config or {}).items())):
+            rows += _scheme_rows(name, pattern, None)
+        for pattern in () if by_family else excluded:
+            made = exclusion_entries(pattern, Origin("exclude_layers"), user=False, required=False)
+            rows += [_row(entry, required=False) for entry in made]
+        rows += self._cache_rows(kv_cache_scheme, min_kv_scale)
+        rows += self._attention_rows(attention_scheme)
+        quantize: dict[str, Any] = {"quant_cfg": rows}
+        if algorithm:
+            quantize["algorithm"] = self._steps(algorithm, algo_configs or {})
+        return {
+            "schema": NATIVE,
+            "metadata": {"name": scheme, "description": f"LLMTemplate('{self.model_type}'), scheme {scheme}"},
+            "exclusions": "default" if by_family else "none",
+            "quantize": quantize,
+            **share,
+        }
+
+    def _cache_rows(self, scheme: str | None, minimum: float) -> list[Row]:
+        if isinstance(minimum, bool) or not isinstance(minimum, int | float) or not 0 <= minimum < float("inf"):
+            raise ConfigError(f"min_kv_scale must be a number from 0 on, not {minimum!r}")
+        if scheme is None:
+            if minimum:
+                raise ConfigError("min_kv_scale is for a KV cache scheme", hint="kv_cache_scheme='fp8'")
+            return []
+        rows = []
+        for entry in cache_entries(scheme, Origin("kv_cache_scheme")):
+            if minimum:
+                entry = replace(entry, cfg=_with_minimum(entry.cfg, float(minimum)))
+            rows += self._attention_row(entry)
+        return rows
+
+    def _attention_rows(self, scheme: str | None) -> list[Row]:
+        entries = attention_entries(scheme, Origin("attention_scheme")) if scheme is not None else []
+        return [row for entry in entries for row in self._attention_row(entry)]
+
+    def _attention_row(self, entry: Entry) -> list[Row]:
+        """`entry` for the attention modules whose projections the template names."""
+        kind = entry.quantizer_path.removesuffix("_bmm_quantizer")[-1]
+        if kind in _CACHE:
+            patterns, field = self.kv_layers_name, "kv_layers_name"
+        elif kind == "q":
+            q = self.q_layer_name
+            patterns, field = ([q] if isinstance(q, str) else q), "q_layer_name"  # type: ignore[assignment]
+        else:
+            return [_row(entry, required=True)]
+        if not patterns:
+            raise ConfigError(f"the template does not say which projections make {kind}", where=self.model_type,
+                              hint=f"LLMTemplate(..., {field}=[...])")  # fmt: skip
+        slots = dict.fromkeys(_attention_slot(p, kind) for p in patterns if kind == "q" or kind in _caches(p))
+        return [_row(replace(entry, quantizer_path=slot), required=True) for slot in slots]
+
+    def _steps(self, names: str | Sequence[str], given: Mapping[str, AlgoConfig]) -> list[Row]:
+        """`algorithm` of a recipe. Raises ConfigError for what no algorithm here knows."""
+        known = {_known_algorithm(name): config for name, config in given.items()}
+        rows = []
+        for name in [names] if isinstance(names, str) else names:
+            method = _known_algorithm(name)
+            config = known[method] if method in known else self.algo_config.get(method)
+            parameters = {key: value for key, value in (config or {}).items() if key != "name"}
+            try:
+                algorithms.create(method, parameters, "algorithm")
+            except ConfigError:  # not in our words, or not known at all
+                parameters = _from_quark(method, parameters)
+                algorithms.create(method, parameters, "algorithm")
+            rows.append({"method": method, **deepcopy(parameters)})
+        return rows
+
+    def _share(self, groups: Sequence[Sequence[str]] | None) -> dict[str, Any]:
+        """What a recipe has to say of scale groups. Raises ConfigError for groups other than the family's."""
+        if groups is None:
+            return {}
+        if not groups:
+            return {"share": []}
+        q = [self.q_layer_name] if isinstance(self.q_layer_name, str) else list(self.q_layer_name or ())
+        attention = {_leaf(pattern) for pattern in (*q, *(self.kv_layers_name or ()))}
+        own = {frozenset(group) for group in (attention, self.gate_up_layers_name) if len(group) > 1}
+        if {frozenset(group) for group in groups} == own:
+            return {}
+        raise ConfigError(
+            f"groups other than {sorted(map(sorted, own))} are not taken from here",
+            where="shared_scale_groups",
+            hint="leave it out, or write 'share' rows into the recipe",
+        )
+
+
+# --- templates --------------------------------------------------------------------------------------------------------
+
+
+def _card(model_type: str) -> family.Card | None:
+    """The family of this name, else the one for this `model_type`."""
+    cards = family.cards()
+    wanted = catalog.same(model_type)
+    named = (card for card in cards if catalog.same(card.name) == wanted)
+    typed = (card for card in reversed(cards) if model_type in card.model_types)
+    return next(named, None) or next(typed, None)
+
+
+def _of_family(card: family.Card) -> LLMTemplate:
+    model = family.load(card.file)
+    kv, q = None, None
+    if model.attention is not None:
+        kv = list(dict.fromkeys(f"*{_leaf(leaf)}" for leaf in (model.attention.k, model.attention.v)))
+        q = f"*{_leaf(model.attention.q)}"
+    experts = model.experts
+    gate_up = [experts.gate, experts.up] if experts is not None and experts.gate else None
+    patterns = [
+        pattern.replace("{text}", "*")
+        for table in (model.roles, model.exclude)
+        for role in family.PROTECTED
+        if role not in _NO_LINEARS
+        for pattern in table.get(role, ())
+    ]
+    template = LLMTemplate(card.name, kv, q, gate_up, list(dict.fromkeys(patterns)))
+    template._defaults = list(template.exclude_layers_name)
+    return template
+
+
+def _legacy(given: Mapping[str, AlgoConfig | None]) -> dict[str, AlgoConfig | None]:
+    for key in given:
+        if not key.endswith(_LEGACY):
+            raise TypeError(f"LLMTemplate() got an unexpected keyword argument '{key}'")
+    return {_known_algorithm(key.removesuffix(_LEGACY)): config for key, config in given.items()}
+
+
+def _known_algorithm(name: str) -> str:
+    """Our name of an algorithm of ours or of Quark's. Raises ConfigError for any other."""
+    if name.replace("_", "-").lower() in algorithms.names():
+        return catalog.same(name)
+    read = steps.from_quark({"name": name}, (name,))
+    if read.problems:
+        raise ConfigError(read.problems[0][1])
+    return read.steps[0][0]
+
+
+def _from_quark(method: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters in Quark's words -> ours; what has no meaning here is warned about."""
+    read = steps.from_quark({"name": method, **parameters}, (method,))
+    if read.problems:
+        raise refusal(read.problems, path_text)
+    if read.notes:
+        warnings.warn("; ".join(text for _, text in read.notes), stacklevel=5)
+    ((_, found),) = read.steps
+    return found
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+def _scheme_rows(scheme: str, module: str, parent: str | None) -> list[Row]:
+    """The entries of a scheme; as one of them must match, the one for weights does."""
+    made = scheme_entries(scheme, module, Origin(f"scheme {scheme}"), user=True)
+    return [_row(replace(entry, parent_class=parent), required=entry is made[0]) for entry in made]
+
+
+def _row(entry: Entry, *, required: bool) -> Row:
+    row: Row = {"quantizer_path": entry.quantizer_path}
+    if entry.parent_class is not None:
+        row["parent_class"] = entry.parent_class
+    if entry.cfg is not None:
+        row["cfg"] = deepcopy(entry.cfg)
+    return {**row, "enable": entry.enable, "required": required}
+
+
+def _leaf(pattern: str) -> str:
+    """What is behind the last dot or star: `*language_model.*k_proj` -> `k_proj`."""
+    return pattern.replace("*", ".").rpartition(".")[2]
+
+
+def _caches(pattern: str) -> tuple[str, ...]:
+    """The halves of the cache that a projection fills; fused ones fill both."""
+    return _PROJECTIONS.get(_leaf(pattern), _CACHE)
+
+
+def _attention_slot(pattern: str, kind: str) -> str:
+    """`model.*.self_attn.k_proj` -> `model.*.self_attn.k_bmm_quantizer`."""
+    return f"{pattern.removesuffix(_leaf(pattern))}{kind}_bmm_quantizer"
+
+
+def _with_minimum(cfg: Any, minimum: float) -> dict[str, Any]:
+    spec = to_spec(cfg, weight=False)
+    if spec.scale is None:
+        raise UsageError("min_kv_scale: this KV cache scheme has no scale")
+    outer = replace(spec.scale.outermost, minimum=minimum)
+    return spec_to_yaml(replace(spec, scale=replace(spec.scale, over=outer) if spec.scale.over else outer))

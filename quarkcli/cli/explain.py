@@ -1,0 +1,71 @@
+"""`quark recipes explain`: why a slot of a model ends as it does."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from quarkcli.cli import output
+from quarkcli.cli.flags import Json, names
+
+if TYPE_CHECKING:
+    from quarkcli.plan.explain import Explanation
+
+
+def explain(
+    name: Annotated[
+        str, typer.Argument(metavar="NAME_OR_FILE", autocompletion=names("ptq"), help="Registered name or a file.")
+    ],
+    slot: Annotated[str, typer.Argument(metavar="SLOT", help="A slot or a module, as 'quark plan' names it.")],
+    model: Annotated[str, typer.Option("--model", metavar="DIR_OR_ID", help="The model; 'demo' works.")],
+    json: Json = False,
+) -> None:
+    """Say why a slot is what it is: the entries that match it, in order, which one decided, and what it ends as."""
+    output.start(json=json)
+    from quarkcli import family, job
+    from quarkcli.options import Options
+    from quarkcli.plan.compose import Overrides
+    from quarkcli.plan.explain import explain as explained
+    from quarkcli.plan.resolve import resolve
+
+    options = Options(model=model, recipe=name)
+    recipe, source = job.load_recipe(options), job.open_source(options)
+    layout = family.lay_out(*family.for_checkpoint(source.config, source.headers), source.config, source.headers)
+    found = explained(resolve(recipe, Overrides(), layout, recipe.algorithms), slot)
+    if json:
+        output.json_data(found.as_json())
+    else:
+        _show(found)
+
+
+def _show(found: Explanation) -> None:
+    facts = found.facts()
+    rows = [("slot", found.slot), ("also called", ", ".join(found.names[1:])), ("role", found.role)]
+    rows += [("ends as", facts["spec"] or "not quantized"), ("although", found.idle or "")]
+    rows += [("rule", ", then ".join(filter(None, facts["rule"])))]
+    rows += [
+        ("measured at", found.site or ""),
+        ("read by", _some(found.readers)),
+        ("shared with", _some(found.sharers)),
+    ]
+    for line in output.pairs([(label, text) for label, text in rows if text]):
+        output.data(line)
+    output.data("")
+    matches = [
+        (
+            "*" if match.decides else "",
+            match.entry.quantizer_path,
+            match.effect,
+            match.after.describe() if match.after is not None else "-",
+            str(match.entry.origin),
+        )
+        for match in found.matches
+    ]
+    output.table(("", "ENTRY", "WHAT IT DOES", "SPEC THEN", "WRITTEN IN"), matches)
+    if found.decided is None:
+        output.data("no entry speaks of this slot")
+
+
+def _some(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

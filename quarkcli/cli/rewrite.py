@@ -1,0 +1,78 @@
+"""`quark recipes normalize`, `convert`, `schema`: old shapes in, today's form out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from quarkcli.cli import output
+from quarkcli.cli.flags import Json
+from quarkcli.errors import ResourceError, UsageError
+
+Old = Annotated[str, typer.Argument(metavar="NAME_OR_FILE", help="A recipe, or a config of ModelOpt or Quark.")]
+
+
+def normalize(name: Old, json: Json = False) -> None:
+    """Print the canonical list of entries.
+
+    Any shape: native, ModelOpt's and Quark's recipes, presets, bare lists and dicts, the config of a checkpoint.
+    """
+    output.start(json=json)
+    from quarkcli.recipe import catalog, convert, recipe
+
+    found = recipe.from_file(catalog.find_recipe(name))
+    rows = convert.canonical(found)
+    for note in found.notes:
+        output.note(f"note: {note}")
+    if json:
+        output.json_data({"schema": "quark/entries/1", "file": found.file, "entries": rows, "notes": found.notes})
+        return
+    for line in convert.as_lines(rows):
+        output.data(line)
+
+
+def convert(
+    name: Old,
+    to: Annotated[Path, typer.Option("--output", "-o", metavar="NEW.yaml", help="The native recipe to write.")],
+) -> None:
+    """Write a recipe in today's form, commented; it gives the same plan. An existing file is never replaced."""
+    output.start()
+    from quarkcli.recipe import catalog, recipe
+    from quarkcli.recipe.convert import as_native
+
+    found = recipe.from_file(catalog.find_recipe(name))
+    for note in found.notes:
+        output.note(f"note: {note}")
+    _write_new(to, as_native(found))
+
+
+def schema(
+    to: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write it there instead of printing it.")
+    ] = None,
+) -> None:
+    """Print the JSON Schema of a native recipe file, for editors and other checkers."""
+    output.start()
+    import json
+
+    from quarkcli.recipe.schema import json_schema
+
+    if to is None:
+        output.json_data(json_schema())
+    else:
+        _write_new(to, json.dumps(json_schema(), indent=2) + "\n")
+
+
+def _write_new(to: Path, text: str) -> None:
+    """Write a file that is not there yet, and print its name."""
+    if to.exists():
+        raise UsageError("exists", where=str(to), hint="choose another name")
+    if not to.parent.is_dir():
+        raise UsageError("no such directory", where=str(to.parent))
+    try:
+        to.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ResourceError(f"cannot be written: {error.strerror or error}", where=str(to)) from error
+    output.data(str(to))

@@ -1,0 +1,125 @@
+"""Entries that match nothing, or that enable without effect: errors for a user's own, with near misses."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Iterator
+
+from quarkcli.errors import ConfigError
+from quarkcli.plan.model import Decision, Plan
+from quarkcli.plan.names import Hits
+from quarkcli.recipe.entries import Entry
+from quarkcli.recipe.match import suggestions
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
+_SLOT = re.compile(r"[.*](weight|input|output|bias|[qkvp]_bmm|softmax)_quantizer(\.\d+)?$")
+# How alike a pattern's word and a module's name are when one is taken for the other misspelled.
+_ALIKE = 0.85
+
+
+def check_matches(plan: Plan) -> None:
+    """Raises ConfigError for the first required entry that matches no slot; warns of others that a user should see.
+
+    What need not match is no news, unless the user wrote it, or its word is that of a module misspelled.
+    """
+    modules = _one_of_each(plan.targets)
+    for index in _unmatched(plan):
+        entry = plan.entries[index]
+        if entry.required:
+            flag = entry.origin.text.startswith("--")
+            raise _absent(plan, entry, modules if flag else _one_of_each(slot for slot, _ in plan.slots()))
+        if entry.user or _misspelled(entry.quantizer_path, modules):
+            count = 4 * (len(plan.targets) + len(plan.attention))
+            plan.warnings.append(f"{entry.origin}: '{entry.quantizer_path}' matched 0 of {count} slots")
+
+
+def _unmatched(plan: Plan) -> Iterator[int]:
+    """First entry of every unit that matched nothing."""
+    seen: set[str] = set()
+    units = [entry.unit or f"#{index}" for index, entry in enumerate(plan.entries)]
+    matched = {unit for unit, count in zip(units, plan.matches, strict=True) if count}
+    for index, unit in enumerate(units):
+        if unit not in matched and unit not in seen:
+            seen.add(unit)
+            yield index
+
+
+def _one_of_each(names: Iterable[str]) -> list[str]:
+    """One name of all that differ in their numbers only."""
+    return list({_NUMBER.sub("*", name): name for name in names}.values())
+
+
+def _misspelled(pattern: str, modules: list[str]) -> bool:
+    """True when the plain word of a pattern is nearly, not exactly, the end of a module's name."""
+    word = _SLOT.sub("", pattern).strip("*.").rpartition("*")[2].strip(".")
+    if pattern.startswith("re:") or not word:
+        return False
+    steps = word.count(".") + 1
+    ends = {".".join(name.split(".")[-steps:]) for name in modules}
+    return word not in ends and bool(difflib.get_close_matches(word, ends, n=1, cutoff=_ALIKE))
+
+
+def _absent(plan: Plan, entry: Entry, pool: list[str]) -> ConfigError:
+    flag = entry.origin.text.startswith("--")
+    shown = entry.quantizer_path.removesuffix(".weight_quantizer") if flag else entry.quantizer_path
+    close = suggestions(shown, pool)
+    hint = f"did you mean {', '.join(repr(name) for name in close)}?" if close else "see 'quark plan' for the names"
+    what = f"'{shown}' matches 0 of {len(plan.targets)} modules"
+    return ConfigError(what, where=str(entry.origin), hint=hint)
+
+
+def check_effect(plan: Plan, outcomes: Iterable[tuple[Hits, Decision]], edits: int = 0) -> None:
+    """Raises ConfigError for an entry of the user's that enables and ends without any enabled slot, and for a plan that
+    quantizes nothing.
+
+    outcomes   what was decided, with the entries that match the slot by name, in the order of the slots
+    edits      how many entries at the end are edits of the plan
+    """
+    found = list(outcomes)
+    deciders = {decision.entry for _, decision in found if decision.spec is not None}
+    for indices in _enabling(plan).values():
+        entry = plan.entries[indices[0]]
+        if not plan.matches[indices[0]] or deciders.intersection(indices):
+            continue
+        winners = [decision for hits, decision in found if not set(hits).isdisjoint(indices)]
+        if any(decision.spec is not None for decision in winners):
+            continue  # overruled by another enabling entry: not without effect
+        overruling = [d.entry for d in winners if d.entry is not None and d.entry not in indices]
+        if any(index >= len(plan.entries) - edits for index in overruling):
+            continue  # whoever edits a plan means it
+        later = dict.fromkeys(str(plan.entries[index].origin) for index in overruling)
+        raise ConfigError(
+            f"'{entry.quantizer_path}' enables quantizers, but every one of them ends switched off",
+            where=str(entry.origin),
+            hint=f"later entries win: {'; '.join(list(later)[:3])}" if later else "it has no cfg to enable",
+        )
+    if edits == 0:
+        _check_weights(plan)
+    if not any(plan.quantized_alike()) and not any(module.specs for module in plan.attention.values()):
+        listed = "; ".join(f"{e.quantizer_path} ({e.origin})" for e in plan.entries[:6])
+        raise ConfigError("the plan quantizes nothing", hint=f"entries in order: {listed}")
+
+
+def _check_weights(plan: Plan) -> None:
+    """Raises ConfigError when entries ask for weights and none is quantized: experts only, say, and a dense model.
+
+    Then not even a cache that is quantized is what was meant. ModelOpt has the same guard.
+    """
+    asking = [e for e in plan.entries if e.enable and e.cfg is not None and "weight_quantizer" in e.quantizer_path]
+    if asking and not any(plan.quantized_alike()):
+        patterns = ", ".join(dict.fromkeys(f"'{entry.quantizer_path}'" for entry in asking[:3]))
+        raise ConfigError(
+            f"weights are to be quantized ({patterns}), and none is",
+            where=str(asking[0].origin),
+            hint="see 'quark plan --scheme mxfp4' for the names in this model",
+        )
+
+
+def _enabling(plan: Plan) -> dict[str, list[int]]:
+    """Indices of the user's entries that enable, by what they count as."""
+    units: dict[str, list[int]] = {}
+    for index, entry in enumerate(plan.entries):
+        if entry.user and entry.enable:
+            units.setdefault(entry.unit or f"#{index}", []).append(index)
+    return units

@@ -1,0 +1,102 @@
+"""Which weights share a per-tensor scale: what servers fuse, and what a recipe's `share` rows join.
+
+`share: []` takes the family's groups away. Servers still fuse them and keep one of the scales, which is why it is
+warned about. Static scales of inputs belong to the activation that is read, so that all its readers share them anyway,
+among them the experts of a layer: their amax is the maximum over all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from quarkcli.errors import ConfigError
+from quarkcli.family import Layout, Weight
+from quarkcli.plan.model import Plan, Target
+from quarkcli.plan.names import Hits, Names
+from quarkcli.recipe.entries import Entry, Share
+from quarkcli.recipe.match import suggestions
+
+SCALE = "scale"
+
+
+def scale_groups(rows: Sequence[Share] | None, layout: Layout) -> dict[str, str]:
+    """Weight -> the scale group that the recipe puts it in; weights that are not named keep the family's.
+
+    Rows join weights of one part, and with each the family's group that it is in. Raises ConfigError, with the row's
+    place, for a pattern that no weight slot matches.
+    """
+    if rows is None:
+        return {}
+    if not rows:
+        return {name: name for name in layout.weights}
+    patterns = [Entry(pattern, None, True, origin=row.origin) for row in rows for pattern in row.slots]
+    row_of = [number for number, row in enumerate(rows) for _ in row.slots]
+    found = [(weight, hits[0]) for weight, hits in Names(patterns).of_weights(layout.weights.values())]
+    _check_matched(patterns, found)
+    joined: dict[str, str] = {}  # a group -> the one that it is part of
+    first: dict[tuple[int, int], str] = {}
+    for weight, hits in found:
+        for number in {row_of[hit] for hit in hits}:
+            one = _root(joined, first.setdefault((number, weight.part), weight.group))
+            other = _root(joined, weight.group)
+            if one != other:
+                joined[other] = one
+    return {w.name: root for w in layout.weights.values() if (root := _root(joined, w.group)) != w.group}
+
+
+def _root(joined: Mapping[str, str], group: str) -> str:
+    while group in joined:
+        group = joined[group]
+    return group
+
+
+def _check_matched(patterns: list[Entry], found: list[tuple[Weight, Hits]]) -> None:
+    matched = {hit for _, hits in found for hit in hits}
+    for index, entry in enumerate(patterns):
+        if index not in matched:
+            close = suggestions(entry.quantizer_path, [f"{weight.name}.weight_quantizer" for weight, _ in found])
+            raise ConfigError(
+                f"share: '{entry.quantizer_path}' matches 0 of {len(found)} weight slots",
+                where=str(entry.origin),
+                hint=f"did you mean {', '.join(map(repr, close))}?" if close else "see 'quark plan' for the names",
+            )
+
+
+def check(plan: Plan) -> None:
+    """Warn where sharing is taken away or joins nothing. Raises ConfigError for a group of different specs."""
+    if plan.share is None:
+        return
+    if not plan.share:
+        fused: dict[str, int] = {}
+        for run in plan.quantized_alike():
+            weight = run[0].weight
+            for target in run if weight is not None and weight.has_tensor_scale else ():
+                fused[target.group] = fused.get(target.group, 0) + 1
+        count = sum(members > 1 for members in fused.values())
+        plan.warnings.append(
+            f"share: []: {count} groups of weights that servers fuse do not share their per-tensor scales; "
+            "servers keep one of them and decode the others wrong"
+        )
+        return
+    rows: dict[str, list[Target]] = {}
+    for target in plan.quantized():
+        if target.shares is not None:
+            rows.setdefault(target.shares, [])
+    for target in plan.quantized():
+        if target.scale_group in rows:
+            rows[target.scale_group].append(target)
+    for members in rows.values():
+        _check_group(members, plan.share)
+    if not any(member.weight is not None and member.weight.has_tensor_scale for m in rows.values() for member in m):
+        plan.warnings.append(f"{plan.share[0].origin}: share joins nothing: no two weights of it have one scale each")
+
+
+def _check_group(members: list[Target], rows: Sequence[Share]) -> None:
+    specs = {member.weight for member in members}
+    if len(specs) > 1:
+        odd = next(member for member in members if member.weight != members[0].weight)
+        raise ConfigError(
+            f"share joins {members[0].name} and {odd.name}, which have different specs",
+            where=str(rows[0].origin),
+            hint="give them one scheme, or leave one out",
+        )

@@ -1,0 +1,188 @@
+"""Imports between recipe files: `imports: {name: path}` and `$import: name`, in place and with places. Torch-free.
+
+A path is looked for beside the file that names it, at the root of the tree that file lies in (`configs/x` in
+`ROOT/configs/y.yaml` is `ROOT/configs/x`), in the user's `units` folder and among the built-in units. What is built in
+imports built-in files only, and no unit of the user's may have the path of a built-in one; the working directory has
+no say. As a value, `$import` is replaced by the snippet, and keys beside it override the snippet's, deeply; a list of
+names merges from left to right. As a list member, a snippet that is a list is spliced in and one that is a mapping
+takes its place. A snippet has its own imports, in a first YAML document of its file if it is a list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from quarkcli.errors import ConfigError, near_misses
+from quarkcli.recipe import catalog
+from quarkcli.recipe.entries import Origin
+from quarkcli.recipe.load import IMPORTS, Document, Path_
+
+MARK = "$import"
+_SUFFIXES = ("", ".yaml", ".yml")
+_MAX_VALUES = 100_000
+
+
+def expanded(document: Document) -> Document:
+    """`document` with every import in place and without its `imports` section. Raises ConfigError with the place."""
+    expander = _Expander()
+    data = expander.copy(_Source(document, (Path(document.file).resolve(),)), (), ())
+    return Document(data, document.file, expander.places)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A file that is being copied, and those that import it, outermost first, itself last."""
+
+    document: Document
+    stack: tuple[Path, ...]
+
+    def where(self, path: Path_) -> str:
+        return str(self.document.origin(*path))
+
+
+class _Expander:
+    """Copies values out of documents into one tree and notes where each was written."""
+
+    def __init__(self) -> None:
+        self.places: dict[Path_, Origin] = {}
+        self.count = 0
+
+    def copy(self, source: _Source, path: Path_, target: Path_) -> Any:
+        """The value at `path` of a source, expanded, for the place `target` of the tree."""
+        self.count += 1
+        if self.count > _MAX_VALUES:
+            raise ConfigError(f"imports expand to more than {_MAX_VALUES} values", where=source.where(path))
+        value = source.document.at(path)
+        if isinstance(value, dict):
+            return self.mapping(source, path, target, value)
+        self.places[target] = source.document.origin(*path)
+        return self.items(source, path, target, value) if isinstance(value, list) else value
+
+    def mapping(self, source: _Source, path: Path_, target: Path_, value: dict[Any, Any]) -> Any:
+        merged: Any = {}
+        for name in _listed(value[MARK], source, path) if MARK in value else ():
+            merged = _merged(merged, self.snippet(source, name, path, target))
+        self.places[target] = source.document.origin(*path)
+        own = [key for key in value if key != MARK and (path or key != IMPORTS)]
+        if own and not isinstance(merged, dict):
+            raise ConfigError("only a mapping can be overridden", where=source.where(path))
+        for key in own:
+            merged[key] = _merged(merged.get(key), self.copy(source, (*path, key), (*target, key)))
+        return merged
+
+    def items(self, source: _Source, path: Path_, target: Path_, value: list[Any]) -> list[Any]:
+        out: list[Any] = []
+        for index, item in enumerate(value):
+            place = (*path, index)
+            if not isinstance(item, dict) or list(item) != [MARK]:
+                out.append(self.copy(source, place, (*target, len(out))))
+                continue
+            for name in _listed(item[MARK], source, place):
+                found = self.snippet(source, name, place, (*target, len(out)))
+                if isinstance(found, list):
+                    self.spread(target, len(out))
+                    out += found
+                else:
+                    out.append(found)
+        return out
+
+    def spread(self, target: Path_, first: int) -> None:
+        """A list that was read into the place of member `first` becomes the members from `first` on."""
+        nested = (*target, first)
+        depth = len(nested)
+        inside = {path: place for path, place in self.places.items() if path[:depth] == nested}
+        for path in inside:
+            del self.places[path]
+        for path, place in inside.items():
+            if len(path) > depth and isinstance(index := path[depth], int):
+                self.places[(*target, first + index, *path[depth + 1 :])] = place
+
+    def snippet(self, source: _Source, name: str, path: Path_, target: Path_) -> Any:
+        """The whole of an imported file, expanded."""
+        file = _file(source, name, path)
+        resolved = file.resolve()
+        if resolved in source.stack:
+            circle = " -> ".join(step.name for step in (*source.stack[source.stack.index(resolved) :], resolved))
+            raise ConfigError(f"imports go in a circle: {circle}", where=source.where(path))
+        return self.copy(_Source(catalog.snippet(file), (*source.stack, resolved)), (), target)
+
+
+def _listed(value: Any, source: _Source, path: Path_) -> list[str]:
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, list) and value and all(isinstance(name, str) for name in value):
+        return value
+    raise ConfigError(f"{MARK} takes a name or a list of names, not {value!r}", where=source.where((*path, MARK)))
+
+
+def _merged(old: Any, new: Any) -> Any:
+    """`new` over `old`: mappings key by key, everything else replaced."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return {**old, **{key: _merged(old.get(key), value) for key, value in new.items()}}
+    return new
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def _file(source: _Source, name: str, path: Path_) -> Path:
+    """The file behind a name of the source's `imports`."""
+    names = source.document.imports
+    if names is None:
+        names = {}
+    if not isinstance(names, Mapping):
+        raise ConfigError(f"{IMPORTS} must map names to files", where=source.where((IMPORTS,)))
+    if name not in names:
+        close = near_misses(name, map(str, names))
+        hint = f"did you mean '{close[0]}'?" if close else f"imports here: {', '.join(map(str, names)) or 'none'}"
+        raise ConfigError(
+            f"'{name}' is not among the imports of this file", where=source.where((*path, MARK)), hint=hint
+        )
+    wanted = names[name]
+    where = source.where((IMPORTS, name))
+    if not isinstance(wanted, str) or not wanted or Path(wanted).is_absolute() or ".." in Path(wanted).parts:
+        raise ConfigError(f"an import must name a file, not {wanted!r}", where=where, hint="configs/numerics/fp8")
+    return _found(source.document.file, wanted, where)
+
+
+def _found(importer: str, wanted: str, where: str) -> Path:
+    """The file that `wanted` means in the file `importer`."""
+    file = _resolved(Path(importer).absolute())
+    users, built_in = _unit_folders()
+    known = _in(built_in, wanted)
+    if not file.is_relative_to(built_in.parent):
+        trees = [folder.parent for folder in file.parents if folder.name == Path(wanted).parts[0]]
+        beside = next((path for root in (file.parent, *trees) if (path := _in(root, wanted))), None)
+        own = _in(users, wanted)
+        if beside is None and own is not None and known is not None:
+            raise ConfigError(f"'{wanted}' is a built-in unit; rename the file {own}", where=where)
+        known = beside or own or known
+    if known is not None:
+        return known
+    names = [path.relative_to(root).with_suffix("").as_posix() for root in (users, built_in) for path in _all(root)]
+    close = near_misses(wanted, names)
+    hint = f"did you mean '{close[0]}'?" if close else "beside this file, in the user's units folder, or built in"
+    raise ConfigError(f"no file '{wanted}' to import", where=where, hint=hint)
+
+
+def _unit_folders() -> tuple[Path, Path]:
+    """(the user's units, the built-in ones)."""
+    return _resolved(catalog.user_folder() / "units"), _resolved(catalog.built_in_folder() / "units")
+
+
+@lru_cache(maxsize=64)
+def _resolved(path: Path) -> Path:
+    return path.resolve()
+
+
+def _in(root: Path, wanted: str) -> Path | None:
+    candidates = (root / f"{wanted}{suffix}" for suffix in _SUFFIXES)
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def _all(root: Path) -> list[Path]:
+    return sorted(path for path in root.rglob("*") if path.suffix in _SUFFIXES[1:])

@@ -1,0 +1,305 @@
+"""Algorithm settings of AMD Quark and NVIDIA ModelOpt -> (method, parameters) as a recipe lists them. Torch-free.
+
+Fields are checked against the tables of their system (Quark 0.13, ModelOpt 0.47). They keep their names but for those
+that our algorithms know under another one; what only steers how the other system computes is left out and noted.
+Quark's `scaling_layers`, `inside_layer_modules` and `model_decoder_layers` are kept as parameters; the one known form
+of a `condition` is parsed, and nothing is ever evaluated.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from quarkcli.errors import near_misses
+from quarkcli.recipe.load import Path_
+from quarkcli.recipe.normalize import Located, Step
+
+
+@dataclass
+class Steps:
+    """What was read."""
+
+    steps: list[Step] = field(default_factory=list)
+    notes: list[Located] = field(default_factory=list)
+    problems: list[Located] = field(default_factory=list)
+
+
+# --- kinds of fields: None, or what is wrong --------------------------------------------------------------------------
+
+_Check = Callable[[Any], "str | None"]
+
+
+def _number(value: Any) -> str | None:
+    return None if isinstance(value, int | float) and not isinstance(value, bool) else "must be a number"
+
+
+def _whole(value: Any) -> str | None:
+    return None if type(value) is int else "must be a whole number"
+
+
+def _flag(value: Any) -> str | None:
+    return None if isinstance(value, bool) else "must be true or false"
+
+
+def _text(value: Any) -> str | None:
+    return None if isinstance(value, str) else "must be text"
+
+
+def _texts(value: Any) -> str | None:
+    good = isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)
+    return None if good else "must be a list of names"
+
+
+def _mapping(value: Any) -> str | None:
+    return None if isinstance(value, Mapping) else "must be a mapping"
+
+
+def _switch(value: Any) -> str | None:
+    return None if isinstance(value, bool | Mapping) else "must be true, false or a mapping"
+
+
+def _step(value: Any) -> str | None:
+    return None if isinstance(value, str | Mapping) else "must be a method or a mapping"
+
+
+_PAIRS: dict[str, _Check] = {
+    "prev_op": _text,
+    "layers": _texts,
+    "inp": _text,
+    "module2inspect": _text,
+    "condition": _text,
+    "help": _text,
+    "has_kwargs": _flag,
+}
+_ROTATION_PAIRS: dict[str, _Check] = {
+    "prev_modules": _texts,
+    "norm_module": _text,
+    "next_modules": _texts,
+    "target_modules": _texts,
+}
+_ROTATION_PLACES = ("first_layer", "middle_layers", "last_layer")
+_SAME_SHAPE = re.compile(r"\s*(?:module\.)?([\w.]+)\.shape\s*==\s*(?:module\.)?([\w.]+)\.shape\s*")
+
+
+def _rows(value: Any, known: Mapping[str, _Check]) -> str | None:
+    """A list of mappings with known keys."""
+    if not isinstance(value, list | tuple):
+        return "must be a list"
+    for row in value:
+        if not isinstance(row, Mapping):
+            return f"holds {row!r}, which is no mapping"
+        for key, item in row.items():
+            if key not in known:
+                close = near_misses(str(key), known)
+                return f"has the unknown key '{key}'" + (f" (did you mean '{close[0]}'?)" if close else "")
+            if item is not None and (wrong := known[key](item)):
+                return f"has a '{key}' that {wrong}"
+    return None
+
+
+def _pairs(value: Any) -> str | None:
+    """Quark's scaling_layers: what is scaled, and what takes it back."""
+    if wrong := _rows(value, _PAIRS):
+        return wrong
+    for row in value:
+        if "prev_op" not in row or "layers" not in row:
+            return "needs 'prev_op' and 'layers' in every row"
+        if row.get("condition") is not None and not _SAME_SHAPE.fullmatch(row["condition"]):
+            return f"has a condition that is not of the form 'A.shape == B.shape': {row['condition']!r}"
+    return None
+
+
+def _places(value: Any) -> str | None:
+    """The scaling_layers of a rotation."""
+    if not isinstance(value, Mapping) or set(value) - set(_ROTATION_PLACES):
+        return f"must be a mapping with {', '.join(_ROTATION_PLACES)}"
+    return next((wrong for rows in value.values() if (wrong := _rows(rows, _ROTATION_PAIRS))), None)
+
+
+def _parsed(rows: Any) -> list[dict[str, Any]]:
+    """scaling_layers with every condition taken apart: `{same_shape: [A, B]}`."""
+    out = []
+    for row in rows:
+        found = _SAME_SHAPE.fullmatch(row.get("condition") or "")
+        rest = {key: value for key, value in row.items() if key != "condition" and value is not None}
+        out.append(rest | ({"condition": {"same_shape": [found[1], found[2]]}} if found else {}))
+    return out
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+_BLOCKS: dict[str, _Check] = {"inside_layer_modules": _texts, "model_decoder_layers": _text}
+_SCALED: dict[str, _Check] = {"scaling_layers": _pairs, "model_decoder_layers": _text}
+_COLUMNS: dict[str, _Check] = {"block_size": _whole, "desc_act": _flag}
+_QUARK: dict[str, dict[str, _Check]] = {
+    "awq": _SCALED,
+    "gptq": _BLOCKS | _COLUMNS | {"damp_percent": _number, "true_sequential": _flag},
+    "gptaq": _BLOCKS | _COLUMNS | {"damp_percent": _number, "alpha": _number},
+    "qronos": _BLOCKS | _COLUMNS | {"alpha": _number, "beta": _number},
+    "smoothquant": _SCALED | {"alpha": _number, "scale_clamp_min": _number},
+    "autosmoothquant": _SCALED | {"compute_scale_loss": _text},
+    "rotation": {
+        "scaling_layers": _places,
+        **dict.fromkeys(("r1", "r2", "r3", "r4", "random_r1", "random_r2", "online_r1_rotation"), _flag),
+        **dict.fromkeys(("backbone", "model_decoder_layers", "v_proj", "o_proj", "self_attn", "mlp"), _text),
+        "rotation_size": _whole,
+        "online_config": _mapping,
+    },
+    "autoround": _BLOCKS
+    | {"iters": _whole, "lr": _number, "enable_minmax_tuning": _flag, "minmax_lr": _number, "batch_size": _whole},
+}
+_QUARK_NAMES = {"smooth": "smoothquant", "quarot": "rotation"}
+_QUARK_REFUSED = {
+    "svdquant": "no dialect here writes a low-rank part beside a weight",
+    "twobitscalar": "it is an experiment of Quark's",
+}
+_LEARNED = ("trainable", "train_smooth", "smooth_positions")
+_RENAMED = {"damp_percent": "damp", "desc_act": "act_order", "perc_damp": "damp"}
+_NO_MEANING = {
+    "inside_layer_modules": "the model family says which modules of a block read one activation",
+    "model_decoder_layers": "the model family says where the blocks are",
+    "moe_calib_experts_ratio": "see --moe-calibration",
+    "block_size": "columns are taken in blocks of our own, with the same result",
+    "true_sequential": "the inputs of a block are observed in one pass",
+    "num_attention_heads": "read from the model",
+    "num_key_value_heads": "read from the model",
+    "fused": "it only steers a kernel",
+    "debug": "it only prints",
+    "distributed_sync": "statistics are always reduced over ranks",
+    "layerwise": "blocks are always worked on one by one",
+    "sync_expert_weight_amax": "weights that share a scale always share it",
+    "skip_forward_without_activation_calib": "no forward runs unless a scale needs it",
+    "shared_states": "scale groups come from the model family",
+}
+# Here the blocks are those of the loss.
+_MEANT = {("local_hessian", "block_size")}
+_MODELOPT_COMMON: dict[str, _Check] = {"moe_calib_experts_ratio": _number, "layerwise": _switch}
+_SWEEP: dict[str, _Check] = {
+    **dict.fromkeys(("step_size", "start_multiplier", "stop_multiplier"), _number),
+    "fp8_scale_sweep": _flag,
+    "distributed_sync": _flag,
+    "shared_states": _mapping,
+}
+_AWQ_LITE: dict[str, _Check] = {"alpha_step": _number, "debug": _flag}
+_AWQ_CLIP: dict[str, _Check] = {
+    **dict.fromkeys(("max_co_batch_size", "max_tokens_per_batch"), _whole),
+    **dict.fromkeys(("min_clip_ratio", "shrink_step"), _number),
+    "debug": _flag,
+}
+_MODELOPT: dict[str, dict[str, _Check]] = {
+    "max": {
+        **dict.fromkeys(("distributed_sync", "sync_expert_weight_amax"), _flag),
+        "skip_forward_without_activation_calib": _flag,
+        "shared_states": _mapping,
+    },
+    "mse": _SWEEP,
+    "local_hessian": _SWEEP | {"block_size": _whole, "debug": _flag},
+    "smoothquant": {"alpha": _number},
+    "awq_lite": _AWQ_LITE,
+    "awq_clip": _AWQ_CLIP,
+    "awq_full": _AWQ_LITE | _AWQ_CLIP,
+    "gptq": {"perc_damp": _number, "block_size": _whole, "fused": _flag},
+    "nvfp4_act_headroom": {
+        **dict.fromkeys(("anchor_percentile", "upper_percentile", "rho"), _number),
+        "weight_scale_algorithm": _step,
+    },
+}
+_MODELOPT_REFUSED = {
+    "svdquant": "no dialect here writes a low-rank part beside a weight",
+    "lsq": "learned scales belong to training",
+}
+# Ranges are always found, so this asks for nothing more.
+_PLAIN = "max"
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def from_quark(value: Any, path: Path_) -> Steps:
+    """Quark's `algo_config` or `pre_quant_opt_config`: a mapping, a list of them, or null."""
+    out = Steps()
+    rows = value if isinstance(value, list | tuple) else [] if value is None else [value]
+    for index, row in enumerate(rows):
+        at = (*path, index) if isinstance(value, list | tuple) else path
+        _quark_step(row, at, out)
+    return out
+
+
+def _quark_step(row: Any, path: Path_, out: Steps) -> None:
+    if isinstance(row, Mapping) and len(row) == 1 and str(next(iter(row))).endswith("Config"):
+        ((key, inner),) = row.items()  # a class and its arguments, as in Python
+        row = {"name": key.removesuffix("Config").lower()} | dict(inner) if isinstance(inner, Mapping) else inner
+    if not isinstance(row, Mapping) or not isinstance(row.get("name"), str):
+        out.problems.append((path, "an algorithm is a mapping with 'name'"))
+        return
+    given = {key: item for key, item in row.items() if key != "name" and item is not None}
+    old = row["name"].lower()
+    if "random" in given:
+        given = {"random_r1": given["random"], "random_r2": given["random"]} | given
+        del given["random"]
+    if old != _QUARK_NAMES.get(old, old) and old not in _QUARK:
+        out.notes.append(((*path, "name"), f"'{old}' is called '{_QUARK_NAMES[old]}' today"))
+    if old == "quarot":
+        given = dict.fromkeys(("r1", "r2", "r3", "r4"), True) | given
+    for key in _LEARNED:
+        if given.pop(key, None):
+            out.problems.append(((*path, key), f"'{key}' cannot be honoured: learned transforms belong to training"))
+    if given.pop("static_groups", True) is False:
+        out.problems.append(((*path, "static_groups"), "static_groups: false cannot be honoured: groups are static"))
+    if isinstance(given.get("online_config"), Mapping):
+        given["online_config"] = {k: v for k, v in given["online_config"].items() if k != "shared_input_rotation"}
+    _finish(_QUARK_NAMES.get(old, old), given, _QUARK, _QUARK_REFUSED, path, out)
+
+
+def from_modelopt(value: Any, path: Path_) -> Steps:
+    """ModelOpt's `algorithm`: a method, a mapping, a list of them, or null (no calibration)."""
+    out = Steps()
+    rows = value if isinstance(value, list | tuple) else [] if value is None else [value]
+    for index, row in enumerate(rows):
+        at = (*path, index) if isinstance(value, list | tuple) else path
+        given = {"method": row} if isinstance(row, str) else row
+        if not isinstance(given, Mapping) or not isinstance(given.get("method"), str):
+            out.problems.append((at, "an algorithm is a method, or a mapping with 'method'"))
+            continue
+        rest = {key: item for key, item in given.items() if key != "method" and item is not None}
+        _finish(given["method"], rest, _MODELOPT, _MODELOPT_REFUSED, at, out)
+    return out
+
+
+def _finish(
+    name: str,
+    given: dict[str, Any],
+    known: Mapping[str, Mapping[str, _Check]],
+    refused: Mapping[str, str],
+    path: Path_,
+    out: Steps,
+) -> None:
+    """Check the fields of one algorithm and list it under our names."""
+    if name in refused:
+        out.problems.append((path, f"'{name}' cannot be honoured: {refused[name]}"))
+        return
+    if name not in known:
+        close = near_misses(name, known)
+        more = f" (did you mean '{close[0]}'?)" if close else f"; known: {', '.join(known)}"
+        out.problems.append((path, f"algorithm '{name}' is unknown{more}"))
+        return
+    common = _MODELOPT_COMMON if known is _MODELOPT else {"num_attention_heads": _whole, "num_key_value_heads": _whole}
+    checks = {**common, **known[name]}
+    parameters: dict[str, Any] = {}
+    for key, value in given.items():
+        at = (*path, key)
+        if key not in checks:
+            close = near_misses(str(key), checks)
+            more = f" (did you mean '{close[0]}'?)" if close else f"; known: {', '.join(checks)}"
+            out.problems.append((at, f"{name} has no field '{key}'{more}"))
+        elif wrong := checks[key](value):
+            out.problems.append((at, f"{key} {wrong}"))
+        elif key in _NO_MEANING and (name, key) not in _MEANT:
+            out.notes.append((at, f"{key} is left out: {_NO_MEANING[key]}"))
+        else:
+            parameters[_RENAMED.get(key, key)] = _parsed(value) if checks[key] is _pairs else value
+    if name != _PLAIN:
+        out.steps.append((name, parameters))

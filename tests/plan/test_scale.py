@@ -1,0 +1,152 @@
+"""A plan for DeepSeek-V3's real shapes: 46,000 weights, from headers alone, in seconds."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quarkcli import dialects, family, forecast, preflight
+from quarkcli.cli import planview
+from quarkcli.dialects.base import Dialect
+from quarkcli.family import Layout
+from quarkcli.plan.compose import Overrides
+from quarkcli.plan.explain import explain
+from quarkcli.plan.model import Plan
+from quarkcli.plan.resolve import resolve
+from quarkcli.recipe.recipe import from_scheme
+from quarkcli.writer import plan_files, tensor_bytes
+from tests.tiny import Header
+
+HIDDEN, BLOCKS, DENSE, EXPERTS = 7168, 61, 3, 256
+CONFIG = {
+    "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "num_hidden_layers": BLOCKS,
+    "hidden_size": HIDDEN, "num_attention_heads": 128, "n_routed_experts": EXPERTS, "vocab_size": 129280,
+}  # fmt: skip
+BYTES = 2**30
+
+
+def mlp(prefix: str, inner: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield f"{prefix}.gate_proj.weight", (inner, HIDDEN)
+    yield f"{prefix}.up_proj.weight", (inner, HIDDEN)
+    yield f"{prefix}.down_proj.weight", (HIDDEN, inner)
+
+
+def block(index: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    name = f"model.layers.{index}"
+    attention = f"{name}.self_attn"
+    yield f"{name}.input_layernorm.weight", (HIDDEN,)
+    yield f"{name}.post_attention_layernorm.weight", (HIDDEN,)
+    yield f"{attention}.q_a_proj.weight", (1536, HIDDEN)
+    yield f"{attention}.q_a_layernorm.weight", (1536,)
+    yield f"{attention}.q_b_proj.weight", (128 * (128 + 64), 1536)
+    yield f"{attention}.kv_a_proj_with_mqa.weight", (512 + 64, HIDDEN)
+    yield f"{attention}.kv_a_layernorm.weight", (512,)
+    yield f"{attention}.kv_b_proj.weight", (128 * (128 + 128), 512)
+    yield f"{attention}.o_proj.weight", (HIDDEN, 128 * 128)
+    if index < DENSE:
+        yield from mlp(f"{name}.mlp", 18432)
+        return
+    yield f"{name}.mlp.gate.weight", (EXPERTS, HIDDEN)
+    yield f"{name}.mlp.gate.e_score_correction_bias", (EXPERTS,)
+    yield from mlp(f"{name}.mlp.shared_experts", 2048)
+    for expert in range(EXPERTS):
+        yield from mlp(f"{name}.mlp.experts.{expert}", 2048)
+
+
+def deepseek_v3() -> dict[str, Header]:
+    shapes = [("model.embed_tokens.weight", (129280, HIDDEN))]
+    for index in range(BLOCKS + 1):  # the last one predicts a second token
+        shapes += block(index)
+    extra = f"model.layers.{BLOCKS}"
+    shapes += [(f"{extra}.{leaf}.weight", (HIDDEN,)) for leaf in ("enorm", "hnorm", "shared_head.norm")]
+    shapes += [(f"{extra}.{leaf}.weight", (129280, HIDDEN)) for leaf in ("embed_tokens", "shared_head.head")]
+    shapes += [(f"{extra}.eh_proj.weight", (HIDDEN, 2 * HIDDEN))]
+    shapes += [("model.norm.weight", (HIDDEN,)), ("lm_head.weight", (129280, HIDDEN))]
+    return {name: Header("BF16", shape) for name, shape in shapes}
+
+
+HEADERS = deepseek_v3()
+
+
+def prepared(scheme: str, **flags: Any) -> tuple[Layout, Plan, Dialect, forecast.Forecast]:
+    """What a job does between opening a model and reading its first weight."""
+    layout = family.lay_out(*family.for_checkpoint(CONFIG, HEADERS), CONFIG, HEADERS)
+    plan = resolve(from_scheme(scheme), Overrides(**flags), layout, [])
+    preflight.check_plan(plan)
+    dialect, _ = dialects.choose("auto", plan)
+    needs = preflight.data_needs(plan, [])
+    size = forecast.forecast(
+        plan, dialect, HEADERS, source_bytes=0, calibrated=bool(needs), tokens=0, hidden=HIDDEN, grams=False
+    )
+    dialects.warnings(dialect, plan)
+    return layout, plan, dialect, size
+
+
+@pytest.fixture(scope="module")
+def nvfp4() -> tuple[Layout, Plan, Dialect, forecast.Forecast]:
+    return prepared("nvfp4", exclude=["*layers.7.*", "*layers.60.mlp.experts.200.*"])
+
+
+def test_it_is_the_real_model() -> None:
+    values = sum(tensor_bytes(header.dtype, header.shape) for header in HEADERS.values()) / 2
+    main = sum(
+        tensor_bytes(h.dtype, h.shape) for n, h in HEADERS.items() if not n.startswith(f"model.layers.{BLOCKS}.")
+    ) / 2  # fmt: skip
+    assert round(main / 1e9) == 671  # parameters as published, without the extra block
+    assert values > main
+    assert sum(".experts." in name for name in HEADERS) == 45_312
+
+
+def test_memory() -> None:
+    """In a process of its own, with everything it imports."""
+    code = (
+        "import resource; from tests.plan.test_scale import prepared; kept = prepared('nvfp4');"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    unit = 1 if sys.platform == "darwin" else 1024
+    assert int(done.stdout) * unit < BYTES
+
+
+def test_equal_decisions_are_one_object(nvfp4: Any) -> None:
+    _, plan, _, _ = nvfp4
+    experts = [target for target in plan.quantized() if target.expert is not None]
+    assert len({id(target.slots) for target in experts}) == 1
+    assert len({id(decision.spec) for _, decision in plan.slots() if decision.spec is not None}) == 2
+    assert len(plan.alike()) < 1500  # protected modules are named one by one
+    assert sum(map(len, plan.alike())) == len(plan.targets)
+
+
+def test_sizes_are_those_of_every_part(nvfp4: Any) -> None:
+    """Blocks that are alike are sized once; the sum is that of all of them, one by one."""
+    _, plan, dialect, size = nvfp4
+    owners = forecast.part_targets(plan)
+    files = dtypes = 0
+    for part in plan.parts:
+        infos = forecast.part_infos(plan, dialect, part, HEADERS, owners)
+        files += sum(file.size for file in plan_files(forecast.slug(part), infos))
+        dtypes += sum(tensor_bytes(info.dtype, info.shape) for info in infos)
+    assert size.output_bytes == files
+    assert sum(size.dtypes.values()) == dtypes
+
+
+def test_what_people_see_of_it_is_short(nvfp4: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    _, plan, _, _ = nvfp4
+    planview._modules(plan)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) < 15
+    count = (BLOCKS - DENSE - 1) * EXPERTS - 1
+    assert any(line.split()[0].endswith(".experts.*.gate_proj") and line.split()[1] == str(count) for line in lines)
+
+
+def test_one_slot_is_explained(nvfp4: Any) -> None:
+    _, plan, _, _ = nvfp4
+    found = explain(plan, "model.layers.30.mlp.experts.255.up_proj")
+    assert found.decided is not None and str(found.decided.entry.origin) == "scheme nvfp4"
+    assert found.sharers == tuple(f"model.layers.30.mlp.experts.255.{leaf}_proj" for leaf in ("gate", "up"))

@@ -1,0 +1,167 @@
+"""Which weights share a scale, by family and by recipe; the smallest scale of the cache."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from quarkcli import finish
+from quarkcli.errors import ConfigError, UsageError
+from quarkcli.plan.model import Plan
+from quarkcli.recipe import recipe as recipes
+from quarkcli.recipe.entries import Origin, Share
+from quarkcli.recipe.recipe import from_scheme
+from tests import runs
+
+from .layouts import MIXTRAL, decided, origin, plan
+from .test_order import FP8, INT8, UP, recipe
+
+ATTENTION = "model.layers.0.self_attn"
+ROW = Share(("*o_proj.weight_quantizer", "*down_proj.weight_quantizer"), Origin("own.yaml", 9, 5))
+
+
+def shared(*rows: Share, scheme: str = "nvfp4", **overrides: Any) -> Plan:
+    return plan(replace(from_scheme(scheme), share=list(rows)), **overrides)
+
+
+def groups(made: Plan) -> set[tuple[str, ...]]:
+    return {tuple(t.name.rpartition(".")[2] for t in members) for members in made.shared().values()}
+
+
+def test_the_family_says_it() -> None:
+    assert groups(plan("nvfp4")) == {("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")}
+    assert groups(plan("mxfp4")) == set()
+    assert len(plan("nvfp4", MIXTRAL).shared()) == 2 * (1 + 4)
+
+
+def test_rows_join_weights_of_one_part() -> None:
+    made = shared(ROW)
+    assert ("o_proj", "down_proj") in groups(made)
+    assert len(made.shared()) == 3 * 3
+    assert not made.warnings
+    whole = shared(Share(("*q_proj*", "*o_proj*")))  # with q comes what servers fuse with it
+    assert ("q_proj", "k_proj", "v_proj", "o_proj") in groups(whole)
+    assert all(len({t.part for t in members}) == 1 for members in whole.shared().values())
+
+
+def test_none_at_all_is_legal_and_said() -> None:
+    made = shared()
+    assert made.shared() == {}
+    [warning] = made.warnings
+    assert "6 groups of weights that servers fuse do not share" in warning
+    assert made.targets[UP].group != made.targets[UP].scale_group == UP  # servers fuse it all the same
+
+
+def test_rows_that_are_wrong() -> None:
+    with pytest.raises(ConfigError, match="'\\*dwn_proj\\*' matches 0 of 23 weight slots") as caught:
+        shared(Share(("*o_proj*", "*dwn_proj*"), Origin("own.yaml", 9, 5)))
+    assert caught.value.where == "own.yaml:9:5"
+    with pytest.raises(ConfigError, match="which have different specs"):
+        shared(ROW, layers=["*o_proj=fp8"])
+    assert any("joins nothing" in warning for warning in shared(ROW, scheme="mxfp4").warnings)
+
+
+TEXT = """\
+schema: quark/recipe/1
+quantize:
+  quant_cfg:
+    - quantizer_path: '*.layers.*.weight_quantizer'
+      cfg: {element: fp8_e4m3}
+share: %s
+"""
+
+
+def scales(folder: Path) -> dict[str, float]:
+    suffix = ".weight_scale"
+    return {name.removesuffix(suffix): float(t) for name, t in runs.read_all(folder).items() if name.endswith(suffix)}
+
+
+@pytest.mark.parametrize(("rows", "equal"), [
+    ("[]", set()),
+    ("[{slots: ['*o_proj*', '*down_proj*'], what: scale}]", {("q", "k"), ("gate", "up"), ("o", "down")}),
+])  # fmt: skip
+def test_from_file_to_checkpoint(rows: str, equal: set[tuple[str, str]], tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text(TEXT % rows)
+    made = runs.run("demo", tmp_path / "out", recipe=str(tmp_path / "own.yaml"), dialect="compressed-tensors")
+    written = scales(made.folder)
+    layer = {name.rpartition(".")[2].removesuffix("_proj"): s for name, s in written.items() if ".layers.0." in name}
+    source = runs.read_all(made.source)
+    for one, other in (("q", "k"), ("gate", "up"), ("o", "down")):
+        assert (layer[one] == layer[other]) == ((one, other) in equal)
+    amax = max(float(source[f"model.layers.0.{n}.weight"].abs().max()) for n in ("self_attn.o_proj", "mlp.down_proj"))
+    if equal:
+        assert layer["o"] == pytest.approx(amax / 448, rel=1e-6)
+    copied = recipes.from_file(made.folder / "quark" / "recipe.yaml")
+    assert [row.slots for row in copied.share or ()] == [row.slots for row in made_rows(tmp_path)]
+
+
+def made_rows(folder: Path) -> Any:
+    return recipes.from_file(folder / "own.yaml").share
+
+
+def test_the_resolved_recipe_keeps_it(tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text(TEXT % "[]")
+    prepared = runs.prepare("demo", recipe=str(tmp_path / "own.yaml"))
+    assert "share: []" in finish.resolved_recipe(prepared)
+
+
+class TestMinimum:
+    """`--min-kv-scale`."""
+
+    @pytest.mark.parametrize("kind", ["k", "v"])
+    def test_of_a_plain_scale(self, kind: str) -> None:
+        made = plan("mxfp4", kv_cache="fp8", min_kv_scale=0.5)
+        for module in made.attention.values():
+            scale = module.specs[kind].scale
+            assert scale is not None and (scale.minimum, scale.when) == (0.5, "static")
+        assert origin(made, f"{ATTENTION}.{kind}_bmm_quantizer") == "--min-kv-scale 0.5"
+        assert len(made.entries) == len(plan("mxfp4", kv_cache="fp8").entries) + 2
+
+    def test_of_a_scale_over_others(self) -> None:
+        scale = plan("mxfp4", kv_cache="nvfp4", min_kv_scale=2e-3).attention[ATTENTION].specs["k"].scale
+        assert scale is not None and scale.over is not None
+        assert (scale.minimum, scale.over.minimum) == (None, 2e-3)
+
+    def test_keeps_differences_between_modules(self) -> None:
+        own = recipe(("*.weight_quantizer", INT8, True), ("*.[kv]_bmm_quantizer", FP8, True),
+                     ("*layers.1.*bmm_quantizer", None, False))  # fmt: skip
+        made = plan(own, min_kv_scale=0.25)
+        assert decided(made, "model.layers.1.self_attn.k_bmm_quantizer") is None
+        assert decided(made, f"{ATTENTION}.k_bmm_quantizer") == "fp8_e4m3"
+        assert made.attention[ATTENTION].specs["v"].scale.minimum == 0.25  # type: ignore[union-attr]
+
+    def test_without_a_cache(self) -> None:
+        for made in ("mxfp4", recipe(("*.weight_quantizer", INT8, True), kv_cache="fp8")):
+            with pytest.raises(ConfigError, match="no KV cache") as caught:
+                plan(made, kv_cache="none", min_kv_scale=0.5)
+            assert caught.value.where == "--min-kv-scale"
+
+    @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
+    def test_what_is_no_scale(self, value: float) -> None:
+        with pytest.raises(UsageError, match="is not a scale"):
+            plan("mxfp4", kv_cache="fp8", min_kv_scale=value)
+
+    def test_a_scale_that_is_not_stored(self) -> None:
+        dynamic = {"element": "fp8_e4m3", "granularity": "token", "scale": {"when": "dynamic"}}
+        own = recipe(("*.weight_quantizer", INT8, True), ("*.[kv]_bmm_quantizer", dynamic, True))
+        with pytest.raises(ConfigError, match="has no scale that is stored"):
+            plan(own, min_kv_scale=0.5)
+
+    def test_in_the_written_checkpoint(self, tmp_path: Path) -> None:
+        text = runs.text_file(tmp_path / "t.txt")
+        made = runs.run(
+            "demo", tmp_path / "out", scheme="mxfp4", kv_cache="fp8", min_kv_scale=0.03, **runs.data(text, 4)
+        )
+        free = runs.run("demo", tmp_path / "free", scheme="mxfp4", kv_cache="fp8", **runs.data(text, 4))
+        bound, plain = (
+            {name: t.float() for name, t in runs.read_all(run.folder).items() if name.endswith(("k_scale", "v_scale"))}
+            for run in (made, free)
+        )
+        assert bound
+        floor = torch.tensor(0.03)
+        assert all(torch.equal(bound[name], plain[name].clamp_min(floor)) for name in bound)
+        assert any(float(plain[name]) < 0.03 for name in bound)

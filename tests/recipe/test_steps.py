@@ -1,0 +1,143 @@
+"""Algorithm settings of AMD Quark and NVIDIA ModelOpt."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from quarkcli.algorithms.gptq import GPTQ
+from quarkcli.recipe.steps import Steps, from_modelopt, from_quark
+
+INSIDE = ["self_attn.q_proj", "self_attn.k_proj"]
+PAIR = {"prev_op": "input_layernorm", "layers": INSIDE, "inp": "self_attn.q_proj", "module2inspect": "self_attn"}
+
+
+def quark(value: Any) -> Steps:
+    return from_quark(value, ("algo_config",))
+
+
+def modelopt(value: Any) -> Steps:
+    return from_modelopt(value, ("algorithm",))
+
+
+def test_quark_fields_under_our_names() -> None:
+    """As in Quark's own documentation."""
+    given = {
+        "name": "gptq", "damp_percent": 0.02, "desc_act": False, "static_groups": True, "true_sequential": True,
+        "block_size": 64, "inside_layer_modules": INSIDE, "model_decoder_layers": "model.layers",
+    }  # fmt: skip
+    found = quark(given)
+    assert found.steps == [("gptq", {"damp": 0.02, "act_order": False})]  # the rest is in the model family
+    assert {"damp", "act_order"} <= set(GPTQ.parameters)
+    noted = ["true_sequential", "block_size", "inside_layer_modules", "model_decoder_layers"]
+    assert [path for path, _ in found.notes] == [("algo_config", field) for field in noted]
+    assert found.problems == []
+
+
+def test_the_one_known_condition_is_taken_apart() -> None:
+    text = "module.self_attn.v_proj.weight.shape == module.self_attn.o_proj.weight.shape"
+    rows = [PAIR, {"prev_op": "self_attn.v_proj", "layers": ["self_attn.o_proj"], "condition": text, "help": None}]
+    found = quark([{"name": "awq", "scaling_layers": rows}])
+    same = {"same_shape": ["self_attn.v_proj.weight", "self_attn.o_proj.weight"]}
+    plain = {"prev_op": "self_attn.v_proj", "layers": ["self_attn.o_proj"], "condition": same}
+    assert found.steps == [("awq", {"scaling_layers": [PAIR, plain]})]
+
+
+@pytest.mark.parametrize(
+    "text", ["__import__('os').system('true')", "a.shape != b.shape", "True", "a.shape == b.shape or 1"]
+)
+def test_no_other_condition_is_taken(text: str) -> None:
+    found = quark({"name": "smooth", "scaling_layers": [{**PAIR, "condition": text}]})
+    assert "has a condition that is not of the form 'A.shape == B.shape'" in found.problems[0][1]
+
+
+def test_older_names() -> None:
+    assert quark({"name": "smooth", "alpha": 0.5}).steps == [("smoothquant", {"alpha": 0.5})]
+    assert quark({"SmoothQuantConfig": {"alpha": 0.5}}).steps == [("smoothquant", {"alpha": 0.5})]
+    assert quark({"GPTQConfig": {}}).steps == [("gptq", {})]
+    quarot = quark({"name": "quarot", "r4": False, "random": True})
+    turned = {"r1": True, "r2": True, "r3": True, "r4": False, "random_r1": True, "random_r2": True}
+    assert quarot.steps == [("rotation", turned)] and "called 'rotation' today" in quarot.notes[0][1]
+    gqa = quark({"name": "awq", "num_attention_heads": 32, "num_key_value_heads": 8})
+    assert gqa.steps == [("awq", {})] and len(gqa.notes) == 2
+    online = quark({"name": "rotation", "online_config": {"shared_parallel": True, "shared_input_rotation": True}})
+    assert online.steps == [("rotation", {"online_config": {"shared_parallel": True}})]
+
+
+def test_order_and_nothing() -> None:
+    both = quark([{"name": "rotation", "r1": True, "trainable": False}, {"name": "gptaq", "alpha": 0.25}])
+    assert both.steps == [("rotation", {"r1": True}), ("gptaq", {"alpha": 0.25})]
+    assert quark(None) == Steps() == quark([])
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("gptq", "an algorithm is a mapping with 'name'"),
+        ({"damp_percent": 1}, "an algorithm is a mapping with 'name'"),
+        ({"GPTQConfig": 4}, "an algorithm is a mapping with 'name'"),
+        ({"name": "gptr"}, "algorithm 'gptr' is unknown (did you mean 'gptq'?)"),
+        ({"name": "svdquant"}, "'svdquant' cannot be honoured: no dialect here writes a low-rank part"),
+        ({"name": "twobitscalar"}, "'twobitscalar' cannot be honoured"),
+        ({"name": "rotation", "trainable": True}, "'trainable' cannot be honoured: learned transforms"),
+        ({"name": "rotation", "train_smooth": True}, "'train_smooth' cannot be honoured"),
+        ({"name": "rotation", "scaling_layers": []}, "scaling_layers must be a mapping with first_layer"),
+        ({"name": "rotation", "scaling_layers": {"first_layer": [{"prev_op": "x"}]}}, "unknown key 'prev_op'"),
+        ({"name": "gptq", "static_groups": False}, "static_groups: false cannot be honoured"),
+        ({"name": "gptq", "damp": 0.1}, "gptq has no field 'damp' (did you mean 'damp_percent'?)"),
+        ({"name": "gptq", "damp_percent": "1"}, "damp_percent must be a number"),
+        ({"name": "gptq", "desc_act": 1}, "desc_act must be true or false"),
+        ({"name": "gptq", "block_size": 1.5}, "block_size must be a whole number"),
+        ({"name": "gptq", "inside_layer_modules": "q_proj"}, "inside_layer_modules must be a list of names"),
+        ({"name": "awq", "model_decoder_layers": 3}, "model_decoder_layers must be text"),
+        ({"name": "awq", "scaling_layers": "all"}, "scaling_layers must be a list"),
+        ({"name": "awq", "scaling_layers": ["a"]}, "holds 'a', which is no mapping"),
+        ({"name": "awq", "scaling_layers": [{"prev_op": "a"}]}, "needs 'prev_op' and 'layers' in every row"),
+        ({"name": "awq", "scaling_layers": [{**PAIR, "layer": []}]}, "unknown key 'layer' (did you mean 'layers'?)"),
+        ({"name": "awq", "scaling_layers": [{**PAIR, "layers": "a"}]}, "has a 'layers' that must be a list of names"),
+    ],
+)  # fmt: skip
+def test_quark_refusals(value: Any, message: str) -> None:
+    assert message in quark(value).problems[0][1]
+
+
+@pytest.mark.parametrize(
+    ("value", "steps"),
+    [
+        (None, []),
+        ("max", []),
+        ({"method": "max", "distributed_sync": True}, []),
+        ("awq_lite", [("awq_lite", {})]),
+        ({"method": "awq_full", "alpha_step": 0.1, "debug": True}, [("awq_full", {"alpha_step": 0.1})]),
+        ({"method": "gptq", "perc_damp": 0.02, "layerwise": {"enable": True}}, [("gptq", {"damp": 0.02})]),
+        ({"method": "gptq", "block_size": 64, "fused": True}, [("gptq", {})]),
+        ({"method": "mse", "fp8_scale_sweep": True}, [("mse", {"fp8_scale_sweep": True})]),
+        ({"method": "local_hessian", "block_size": 16}, [("local_hessian", {"block_size": 16})]),
+        (["smoothquant", {"method": "max"}, {"method": "gptq"}], [("smoothquant", {}), ("gptq", {})]),
+        (
+            {"method": "nvfp4_act_headroom", "rho": 16384, "weight_scale_algorithm": {"method": "max"}},
+            [("nvfp4_act_headroom", {"rho": 16384, "weight_scale_algorithm": {"method": "max"}})],
+        ),
+    ],
+)  # fmt: skip
+def test_modelopt(value: Any, steps: Any) -> None:
+    found = modelopt(value)
+    assert (found.steps, found.problems) == (steps, [])
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (5, "an algorithm is a method, or a mapping with 'method'"),
+        ({"name": "max"}, "a mapping with 'method'"),
+        ("nosuch", "algorithm 'nosuch' is unknown; known: max"),
+        ("smothquant", "did you mean 'smoothquant'?"),
+        ({"method": "svdquant", "lowrank": 32}, "'svdquant' cannot be honoured"),
+        ({"method": "lsq"}, "'lsq' cannot be honoured: learned scales belong to training"),
+        ({"method": "gptq", "damp": 1}, "gptq has no field 'damp' (did you mean 'perc_damp'?)"),
+        ({"method": "smoothquant", "alpha": "half"}, "alpha must be a number"),
+    ],
+)
+def test_modelopt_refusals(value: Any, message: str) -> None:
+    assert message in modelopt(value).problems[0][1]
