@@ -10,32 +10,26 @@ import importlib
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = [
-    "LLMTemplate",
-    "NoSuchEntry",
-    "Options",
-    "__version__",
-    "disable_quantizer",
-    "enable_quantizer",
-    "estimate_quant_compression",
-    "find_quant_cfg_entry_by_path",
-    "load_recipe",
-    "make_plan",
-    "need_calibration",
-    "normalize_quant_cfg_list",
-    "quantize",
-    "register_scheme",
-    "set_quantizer_attribute",
-    "set_quantizer_attributes_full",
-    "set_quantizer_attributes_partial",
-    "set_quantizer_by_cfg",
-    "set_quantizer_by_cfg_context",
-    "unregister_scheme",
-    "update_quant_cfg_with_kv_cache_quant",
-]
+
+# Module -> what the API offers of it.
+_API = {
+    "quarkcli.api.quant_cfg": (
+        "NoSuchEntry", "estimate_quant_compression", "find_quant_cfg_entry_by_path", "need_calibration",
+        "normalize_quant_cfg_list", "update_quant_cfg_with_kv_cache_quant",
+    ),
+    "quarkcli.api.run": ("load_recipe", "make_plan", "quantize", "register_scheme", "unregister_scheme"),
+    "quarkcli.api.template": ("LLMTemplate",),
+    "quarkcli.options": ("Options",),
+    "quarkcli.plan.edit": (
+        "disable_quantizer", "enable_quantizer", "set_quantizer_attribute", "set_quantizer_attributes_full",
+        "set_quantizer_attributes_partial", "set_quantizer_by_cfg", "set_quantizer_by_cfg_context",
+    ),
+}  # fmt: skip
+_HOMES = {name: module for module, names in _API.items() for name in names}
+__all__ = sorted([*_HOMES, "__version__"])
 
 
 def __getattr__(name: str) -> Any:
-    if name in __all__:
-        return getattr(importlib.import_module("quarkcli.api"), name)
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'quarkcli' has no attribute '{name}'")

@@ -8,13 +8,23 @@ import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 LARGE = 1 << 20  # bytes
 _M_MMAP_THRESHOLD = -3  # <malloc.h>
+_STATUS = Path("/proc/self/status")
 
 
 def peak_rss() -> int:
-    """Peak resident bytes of this process."""
+    """Peak resident bytes of this process.
+
+    Linux keeps `ru_maxrss` over an exec: a run started from a large process would report its parent's. `VmHWM` is
+    of this program alone.
+    """
+    if _STATUS.exists():
+        fields = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
+        if "VmHWM" in fields:
+            return int(fields["VmHWM"].split()[0]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

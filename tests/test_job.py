@@ -166,6 +166,9 @@ def test_the_report_says_what_was_done(made, rows, scheme, dialect):
     bits = {"fp8": 8.0, "int4_wo_128": 4.125, "mxfp4": 4.25, "nvfp4": 4.5}[scheme]
     assert report["size"]["effective_bits"] == pytest.approx(bits, abs=0.01)  # scales of whole tensors on top
     assert sorted(report["modules_by_scheme"].values()) == [2, 28]
+    layer = "model.layers.0"
+    fused = {f"{layer}.self_attn.q_proj+k_proj+v_proj": 4, f"{layer}.mlp.gate_proj+up_proj": 4}
+    assert report["shared_scales"] == (fused if scheme in {"fp8", "nvfp4"} else {})  # others have no tensor scale
     assert report["device"] == "cpu"
     assert report["seconds"] > 0
     assert report["peak_rss_bytes"] > 50_000_000

@@ -102,21 +102,15 @@ class Statistics:
 
     # -- reading -------------------------------------------------------------------------------------------------
 
-    def absmax(self, site: str) -> Tensor:
-        """Largest magnitude seen at a site, float32 []. Raises DataError for a site that saw no token or a NaN."""
-        return self._finite(site, self._range(site, "absmax").amax)
-
     def amax(self, site: str, spec: TensorSpec) -> Tensor:
-        """The largest magnitude behind a static scale at a site, as its observer chooses it. As `absmax` otherwise."""
-        return self._finite(site, amax_of(self._range(site, spec.observer.statistic), spec))
+        """The largest magnitude (float32 []) behind a static scale at a site, as the spec's observer chooses it.
 
-    def _range(self, site: str, kind: str) -> MinMax | Histogram:
-        seen = self._ranges.get((site, kind))
+        Raises DataError for a site that saw no token or a NaN.
+        """
+        seen = self._ranges.get((site, spec.observer.statistic))
         if seen is None:
             raise DataError("no calibration token reached this activation", where=site)
-        return seen
-
-    def _finite(self, site: str, value: Tensor) -> Tensor:
+        value = amax_of(seen, spec)
         if not bool(torch.isfinite(value)):
             raise DataError("NaN or inf in the calibration activations", where=site, hint=_NONFINITE)
         return value

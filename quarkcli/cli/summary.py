@@ -48,6 +48,7 @@ def _facts(report: Mapping[str, Any]) -> Rows:
     return [
         *_listed("modules", [f"{count} x {what}" for what, count in report["modules_by_scheme"].items()]),
         *_listed("cache", [f"{count} x {what}" for what, count in report["attention_by_scheme"].items()]),
+        *_listed("shared", [f"{count} x one scale: {group}" for group, count in report["shared_scales"].items()]),
         ("size", f"{output.size(size['source_bytes'])} -> {output.size(size['output_bytes'])} ({share:.0%})"),
         ("bits", f"{size['effective_bits']:.2f} per quantized weight, scales included"),
         ("bytes", shares),

@@ -75,7 +75,7 @@ def check(plan: Plan) -> None:
         count = sum(members > 1 for members in fused.values())
         plan.warnings.append(
             f"share: []: {count} groups of weights that servers fuse do not share their per-tensor scales; "
-            "servers keep one of them and decode the others wrong"
+            "servers keep one of them and decode the others wrong, so that 'quark verify' refuses the checkpoint"
         )
         return
     rows: dict[str, list[Target]] = {}

@@ -82,24 +82,13 @@ class _Expander:
                 out.append(self.copy(source, place, (*target, len(out))))
                 continue
             for name in _listed(item[MARK], source, place):
-                found = self.snippet(source, name, place, (*target, len(out)))
-                if isinstance(found, list):
-                    self.spread(target, len(out))
-                    out += found
-                else:
-                    out.append(found)
+                outer, self.places = self.places, {}
+                found = self.snippet(source, name, place, ())
+                members = found if isinstance(found, list) else [found]
+                inner, self.places = self.places, outer
+                self.places |= _moved(inner, target, len(out), spliced=members is found)
+                out += members
         return out
-
-    def spread(self, target: Path_, first: int) -> None:
-        """A list that was read into the place of member `first` becomes the members from `first` on."""
-        nested = (*target, first)
-        depth = len(nested)
-        inside = {path: place for path, place in self.places.items() if path[:depth] == nested}
-        for path in inside:
-            del self.places[path]
-        for path, place in inside.items():
-            if len(path) > depth and isinstance(index := path[depth], int):
-                self.places[(*target, first + index, *path[depth + 1 :])] = place
 
     def snippet(self, source: _Source, name: str, path: Path_, target: Path_) -> Any:
         """The whole of an imported file, expanded."""
@@ -109,6 +98,13 @@ class _Expander:
             circle = " -> ".join(step.name for step in (*source.stack[source.stack.index(resolved) :], resolved))
             raise ConfigError(f"imports go in a circle: {circle}", where=source.where(path))
         return self.copy(_Source(catalog.snippet(file), (*source.stack, resolved)), (), target)
+
+
+def _moved(places: dict[Path_, Origin], target: Path_, first: int, *, spliced: bool) -> dict[Path_, Origin]:
+    """`places` of a snippet that becomes member `first` of the list at `target`; of a list, the members from there."""
+    if not spliced:
+        return {(*target, first, *path): place for path, place in places.items()}
+    return {(*target, first + int(path[0]), *path[1:]): place for path, place in places.items() if path}
 
 
 def _listed(value: Any, source: _Source, path: Path_) -> list[str]:

@@ -7,9 +7,19 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from quarkcli.errors import ConfigError, near_misses
-from quarkcli.recipe.load import Document
+from quarkcli.recipe.load import Document, Path_
 
 NATIVE = "quark/recipe/1"
+# What pydantic calls a value of the wrong kind -> the kind that was expected.
+_KINDS = {
+    "string_type": "a text",
+    "bool_type": "true or false",
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "dict_type": "a mapping",
+    "model_type": "a mapping",
+    "list_type": "a list",
+}
 
 
 class Strict(BaseModel):
@@ -174,23 +184,53 @@ def validate(model: type[M], document: Document) -> M:
     try:
         return model.model_validate(document.data)
     except ValidationError as error:
-        problems = [_problem(model, document, detail) for detail in error.errors()]
+        problems = _problems(model, document, error)
     head, *more = problems
     text = head[1] if not more else f"{len(problems)} problems\n" + "\n".join(f"  {w}: {t}" for w, t in problems)
     raise ConfigError(text, where=head[0] if not more else document.file)
 
 
-def _problem(model: type[BaseModel], document: Document, detail: Any) -> tuple[str, str]:
-    path = tuple(detail["loc"])
-    where = str(document.origin(*path))
-    name = ".".join(str(step) for step in path)
+def _problems(model: type[BaseModel], document: Document, error: ValidationError) -> list[tuple[str, str]]:
+    """(place, message) of each; a value of none of several kinds is one problem, not one for each kind."""
+    at: dict[Path_, list[Any]] = {}
+    for detail in error.errors():
+        loc = detail["loc"]
+        path = loc if detail["type"] == "missing" else _written(document.data, loc)
+        at.setdefault(path, []).append(detail)
+    found: list[tuple[str, str]] = []
+    for path, details in at.items():
+        where = str(document.origin(*path))
+        kinds = list(dict.fromkeys(_KINDS[detail["type"]] for detail in details if detail["type"] in _KINDS))
+        if kinds:
+            found.append((where, f"{_name(path)} must be {' or '.join(kinds)}, not {details[0]['input']!r:.60}"))
+        found += [(where, _message(model, path, detail)) for detail in details if detail["type"] not in _KINDS]
+    return found
+
+
+def _written(data: Any, loc: Path_) -> Path_:
+    """The steps of `loc` that lead to something in the file; the others name one of several kinds of value."""
+    path: list[str | int] = []
+    for step in loc:
+        try:
+            data = data[step]
+        except (KeyError, TypeError):
+            continue
+        path.append(step)
+    return tuple(path)
+
+
+def _name(path: Path_) -> str:
+    return ".".join(str(step) for step in path)
+
+
+def _message(model: type[BaseModel], path: Path_, detail: Any) -> str:
     if detail["type"] == "extra_forbidden":
         close = near_misses(str(path[-1]), _keys_at(model, path[:-1]))
-        return where, f"unknown key '{path[-1]}'" + (f" (did you mean '{close[0]}'?)" if close else "")
+        return f"unknown key '{path[-1]}'" + (f" (did you mean '{close[0]}'?)" if close else "")
     if detail["type"] == "missing":
-        return where, f"'{name}' is missing"
+        return f"'{_name(path)}' is missing"
     message = detail["msg"].removeprefix("Value error, ")
-    return where, f"{name}: {message}" if name else message
+    return f"{_name(path)}: {message}" if path else message
 
 
 def _keys_at(model: type[BaseModel], path: tuple[Any, ...]) -> list[str]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from quarkcli import __version__, forecast, memory
 from quarkcli.options import Prepared
 from quarkcli.plan.model import Plan
+from quarkcli.recipe.match import fold
 
 if TYPE_CHECKING:
     from quarkcli.calibration.data import CalibrationData
@@ -51,6 +52,7 @@ def build(
         },
         "modules_by_scheme": modules_by_scheme(plan),
         "attention_by_scheme": attention_by_scheme(plan),
+        "shared_scales": shared_scales(plan),
         "experts": {
             "parameters": experts,
             "quantized_parameters": quantized,
@@ -115,6 +117,11 @@ def attention_by_scheme(plan: Plan) -> dict[str, int]:
             if decision.spec is not None:
                 counts[f"{kind} {decision.spec.describe()}"] += 1
     return dict(counts.most_common())
+
+
+def shared_scales(plan: Plan) -> dict[str, int]:
+    """Where weights share their per-tensor scales: count of scale groups by name, numbers written as 0."""
+    return dict(Counter(fold("\n".join(plan.shared())).splitlines()))
 
 
 def split_tensors(plan: Plan) -> dict[str, int]:

@@ -9,10 +9,12 @@ import torch
 
 from quarkcli.calibration.statistics import CHUNK, Gram, Statistics
 from quarkcli.errors import DataError
+from quarkcli.spec import PerTensor, ScaleSpec, TensorSpec
 from tests import runs
 
 from .watch import ROWS, close, collect, hooked, inner, moment, plan
 
+FP8 = TensorSpec("fp8_e4m3", PerTensor(), ScaleSpec("f32"))
 LAYER = "model.layers.1.block_sparse_moe.experts"
 WITHIN = ("w1", "w3")
 
@@ -43,7 +45,8 @@ def test_dense_sites(llama: Path, text: Path) -> None:
         assert tokens == ROWS.numel()
         for member in site.members:  # all members read it
             close(mean, moment(seen[member]))
-        assert float(statistics.absmax(site.name)) == pytest.approx(float(seen[site.members[0]].abs().max()), rel=1e-5)
+        largest = float(seen[site.members[0]].abs().max())
+        assert float(statistics.amax(site.name, FP8)) == pytest.approx(largest, rel=1e-5)
 
 
 def test_padding_is_not_counted(llama: Path, text: Path) -> None:
@@ -58,7 +61,7 @@ def test_padding_is_not_counted(llama: Path, text: Path) -> None:
         assert tokens == int(mask.sum())
         close(mean, moment(seen[name][mask]))
         real = seen[name][mask].abs().max()
-        assert float(found[int(name.split(".")[2])].absmax(site)) == pytest.approx(float(real), rel=1e-5)
+        assert float(found[int(name.split(".")[2])].amax(site, FP8)) == pytest.approx(float(real), rel=1e-5)
 
 
 def test_experts_see_their_own_tokens(mixtral: Path, text: Path) -> None:
@@ -77,8 +80,8 @@ def test_experts_see_their_own_tokens(mixtral: Path, text: Path) -> None:
         mean, tokens = statistics.kept[f"{LAYER}.input", expert]
         assert tokens == len(rows)
         close(mean, moment(rows))
-    assert float(statistics.absmax(f"{LAYER}.input")) == pytest.approx(float(hidden.abs().max()), rel=1e-5)
-    assert float(statistics.absmax(f"{LAYER}.w2.input")) == pytest.approx(max(largest), rel=1e-4)
+    assert float(statistics.amax(f"{LAYER}.input", FP8)) == pytest.approx(float(hidden.abs().max()), rel=1e-5)
+    assert float(statistics.amax(f"{LAYER}.w2.input", FP8)) == pytest.approx(max(largest), rel=1e-4)
 
 
 def test_few_tokens_lean_on_the_layer(mixtral: Path, text: Path) -> None:
@@ -107,7 +110,7 @@ def test_all_tokens_for_every_expert(mixtral: Path, text: Path) -> None:
         close(statistics.kept[f"{LAYER}.input", expert][0], moment(hidden))
         close(statistics.kept[f"{LAYER}.w2.input", expert][0], moment(inside[expert]))
     largest = max(float(rows.abs().max()) for rows in inside)
-    assert float(statistics.absmax(f"{LAYER}.w2.input")) == pytest.approx(largest, rel=1e-4)
+    assert float(statistics.amax(f"{LAYER}.w2.input", FP8)) == pytest.approx(largest, rel=1e-4)
     counts = torch.bincount(index.reshape(-1), minlength=4)
     assert statistics.expert_tokens()[LAYER] == {expert: int(counts[expert]) for expert in range(4)}
 
@@ -121,12 +124,12 @@ def test_experts_ignore_padding(mixtral: Path, text: Path) -> None:
     hidden, index = hidden[mask.reshape(-1)], index[mask.reshape(-1)]
     counts = torch.bincount(index.reshape(-1), minlength=4)
     assert statistics.expert_tokens()[LAYER] == {expert: int(counts[expert]) for expert in range(4)}
-    assert float(statistics.absmax(f"{LAYER}.input")) == pytest.approx(float(hidden.abs().max()), rel=1e-5)
+    assert float(statistics.amax(f"{LAYER}.input", FP8)) == pytest.approx(float(hidden.abs().max()), rel=1e-5)
     inside = [
         inner(runs.read_all(mixtral), f"{LAYER}.{e}", hidden[(index == e).any(-1)], WITHIN).abs().max()
         for e in range(4)
     ]
-    assert float(statistics.absmax(f"{LAYER}.w2.input")) == pytest.approx(float(max(inside)), rel=1e-4)
+    assert float(statistics.amax(f"{LAYER}.w2.input", FP8)) == pytest.approx(float(max(inside)), rel=1e-4)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_oss"])
@@ -162,10 +165,10 @@ def test_no_tokens_and_bad_numbers(llama: Path, text: Path) -> None:
     statistics = Statistics(prepared.plan, 1, prepared.needs, None)
     assert statistics.gram(site) == (None, 0)
     with pytest.raises(DataError, match="no calibration token reached"):
-        statistics.absmax(site)
+        statistics.amax(site, FP8)
     statistics._take(site, torch.tensor([[1.0, float("nan")]]))
     with pytest.raises(DataError, match="NaN or inf") as error:
-        statistics.absmax(site)
+        statistics.amax(site, FP8)
     assert error.value.where == site
     with pytest.raises(DataError, match="NaN or inf"):
         statistics.gram(site)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from quarkcli import finish
-from quarkcli.errors import ConfigError, UsageError
+from quarkcli import finish, verify
+from quarkcli.errors import CheckError, ConfigError, UsageError
 from quarkcli.plan.model import Plan
 from quarkcli.recipe import recipe as recipes
 from quarkcli.recipe.entries import Origin, Share
@@ -97,6 +98,13 @@ def test_from_file_to_checkpoint(rows: str, equal: set[tuple[str, str]], tmp_pat
         assert layer["o"] == pytest.approx(amax / 448, rel=1e-6)
     copied = recipes.from_file(made.folder / "quark" / "recipe.yaml")
     assert [row.slots for row in copied.share or ()] == [row.slots for row in made_rows(tmp_path)]
+    report = json.loads((made.folder / "quark" / "report.json").read_text())
+    assert sum(report["shared_scales"].values()) == 3 * 4 * bool(equal)  # groups by layers
+    if equal:
+        assert verify.directory(str(made.folder))
+        return
+    with pytest.raises(CheckError, match="8 scale groups do not share their per-tensor scales"):
+        verify.directory(str(made.folder))
 
 
 def made_rows(folder: Path) -> Any:

@@ -233,4 +233,5 @@ def test_anything_is_read_or_refused(data: Any) -> None:
         return
     for entry in found.entries + found.kv:
         if entry.cfg is not None:
-            to_spec(entry.cfg, weight="weight" in entry.quantizer_path or "bias" in entry.quantizer_path)
+            weight = "weight" in entry.quantizer_path or "bias" in entry.quantizer_path
+            assert to_spec(entry.cfg, weight=weight).bits_per_value(64, 64) > 0

@@ -1,0 +1,25 @@
+"""The peak that reports carry is of this program alone."""
+
+import subprocess
+import sys
+
+import numpy as np
+
+PEAK = "from quarkcli import memory; print(memory.peak_rss())"
+GROW = "import numpy; a = numpy.ones(40_000_000);"  # 320 MB
+
+
+def _peak(code: str) -> int:
+    return int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+
+
+def test_peak_rss_follows_what_is_held() -> None:
+    alone = _peak(PEAK)
+    assert 2**22 < alone < 2**28
+    assert 320e6 < _peak(GROW + PEAK) < alone + 450e6
+    assert _peak(GROW + "del a;" + PEAK) > 320e6  # a peak stays one
+
+
+def test_peak_rss_does_not_count_the_process_that_started_it() -> None:
+    held = np.ones(40_000_000)
+    assert _peak(PEAK) < held.nbytes
