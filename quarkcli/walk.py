@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quarkcli.errors import ResourceError
+from quarkcli.errors import ModelError, ResourceError
 from quarkcli.events import Listener, Message
 
 CPU_TOKENS = 2048  # tokens in one forward on a CPU, whatever the batch asked for: the same bits for every batch size
@@ -83,13 +83,28 @@ class Walk:
     def take(self, carry: list[Tensor]) -> None:
         """Go on with a carry in batches of any size, cut as the recordings are."""
         if len(carry) != len(self.recordings):
-            carry = list(torch.cat([hidden.cpu() for hidden in carry]).split(self.batch))
+            axis, _ = self._layout()
+            carry = list(torch.cat([hidden.cpu() for hidden in carry], axis).split(self.batch, axis))
         self.carry = carry
 
     def masks(self) -> list[Tensor | None]:
+        """One per batch, tokens and rows in the order that the model has them in."""
         if self.mask is None:
             return [None] * len(self.carry)
-        return list(self.mask.split(self.batch))
+        _, tokens_first = self._layout()
+        return [mask.T if tokens_first else mask for mask in self.mask.split(self.batch)]
+
+    def _layout(self) -> tuple[int, bool]:
+        """(axis of the rows in hidden states, whether tokens come before them).
+
+        Most models have [rows, tokens, H]; gemma3n has [streams, rows, tokens, H], ChatGLM's code [tokens, rows, H].
+        """
+        for tokens_first in (False, True):
+            for axis in range(self.recordings[0].hidden.dim() - 1):
+                if all(_fits(recording, axis, tokens_first) for recording in self.recordings):
+                    return axis + tokens_first, tokens_first
+        shape = list(self.recordings[0].hidden.shape)
+        raise ModelError(f"hidden states of shape {shape} do not tell which axes are rows and tokens")
 
     def observe(self, block: int, new_statistics: Callable[[], Any]) -> tuple[Any, Tensor]:
         """Run the loaded block over the carry with taps. Returns the statistics and the first batch's output."""
@@ -174,3 +189,8 @@ class Walk:
             self._halve(error)
         else:
             self.take(self.carry)
+
+
+def _fits(recording: Any, axis: int, tokens_first: bool) -> bool:
+    rows, tokens = recording.tokens.shape
+    return tuple(recording.hidden.shape[axis : axis + 2]) == ((tokens, rows) if tokens_first else (rows, tokens))

@@ -11,11 +11,12 @@ import pytest
 import torch
 import transformers
 
-from quarkcli.errors import ResourceError
+from quarkcli.errors import ModelError, ResourceError
 from quarkcli.model.runner import Runner
 from quarkcli.source import Source
 from quarkcli.walk import CPU_TOKENS, Walk, default_batch
 from tests import runs
+from tests.families import models
 from tests.runs import one_thread  # noqa: F401
 
 ROWS = torch.randint(3, 256, (5, 32), generator=torch.Generator().manual_seed(0))
@@ -66,13 +67,13 @@ class Tight:
     def unload_outside(self) -> None: ...
 
     def record(self, rows: torch.Tensor, share_with: Any = None) -> Any:
-        return SimpleNamespace(hidden=self._fit(rows.float()), rows=rows)
+        return SimpleNamespace(hidden=self._fit(rows.float()), tokens=rows)
 
     def handlers(self, block: int | None, **handlers: Any) -> Any:
         return nullcontext()
 
     def run_block(self, block: int, recording: Any, hidden: torch.Tensor) -> torch.Tensor:
-        assert torch.equal(recording.rows.float() + block, hidden)  # recordings and carry stay in step
+        assert torch.equal(recording.tokens.float() + block, hidden)  # recordings and carry stay in step
         self.calls.append(len(hidden))
         return self._fit(hidden) + 1
 
@@ -132,3 +133,33 @@ def test_one_row_that_does_not_fit() -> None:
     walk, _, _ = tight(limit=0, batch=2)
     with pytest.raises(ResourceError, match=r"with 1 sequence\(s\) of 3 tokens"):
         walk.start()
+
+
+@pytest.mark.parametrize("name", ["gemma3n_text", "llama"])
+def test_a_carry_is_gone_on_with_in_other_batches(name: str, tmp_path: Path) -> None:
+    """gemma3n has a stream axis before that of the rows."""
+    folder = models.build(name, tmp_path / "m")
+    (one, _), (other, _) = walk_of(folder, 2), walk_of(folder, 3)
+    one.start()
+    other.start()
+    expected = other.carry
+    other.take(one.carry)
+    assert len(other.carry) == len(expected) == 2
+    assert all(torch.equal(*pair) for pair in zip(other.carry, expected, strict=True))
+
+
+def shaped(*shapes: tuple[tuple[int, int], tuple[int, ...]]) -> Walk:
+    """A walk over recordings of tokens and hidden states of these shapes."""
+    walk, _, _ = tight(limit=8, batch=2, rows=sum(rows for (rows, _), _ in shapes))
+    walk.recordings = [SimpleNamespace(tokens=torch.zeros(t), hidden=torch.zeros(h)) for t, h in shapes]
+    walk.carry = [recording.hidden for recording in walk.recordings]
+    return walk
+
+
+def test_masks_lie_as_the_hidden_states_do() -> None:
+    rows_first = shaped(((2, 3), (2, 3, 8)), ((1, 3), (1, 3, 8)))
+    assert [tuple(mask.shape) for mask in rows_first.masks() if mask is not None] == [(2, 3), (1, 3)]
+    tokens_first = shaped(((2, 3), (3, 2, 8)), ((1, 3), (3, 1, 8)))
+    assert [tuple(mask.shape) for mask in tokens_first.masks() if mask is not None] == [(3, 2), (3, 1)]
+    with pytest.raises(ModelError, match=r"hidden states of shape \[6, 8\] do not tell"):
+        shaped(((2, 3), (6, 8))).masks()

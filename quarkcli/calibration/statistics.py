@@ -25,6 +25,10 @@ RANGES: dict[str, type[MinMax | Histogram]] = {"absmax": MinMax, "histogram": Hi
 _NONFINITE = (
     "see whether the source model itself overflows on this text; other --calib-data, or --exclude these modules"
 )
+_UNSEEN_ATTENTION = (
+    "this model computes attention in code of its own, where its operands cannot be seen; take --kv-cache none, or a "
+    "recipe whose cache has scale.constant_amax"
+)
 
 
 class Gram:
@@ -109,7 +113,8 @@ class Statistics:
         """
         seen = self._ranges.get((site, spec.observer.statistic))
         if seen is None:
-            raise DataError("no calibration token reached this activation", where=site)
+            unseen = _UNSEEN_ATTENTION if site.rpartition(".")[0] in self.plan.attention else ""
+            raise DataError("no calibration token reached this activation", where=site, hint=unseen)
         value = amax_of(seen, spec)
         if not bool(torch.isfinite(value)):
             raise DataError("NaN or inf in the calibration activations", where=site, hint=_NONFINITE)
@@ -196,9 +201,8 @@ class Statistics:
 
     def _rows(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        if self.mask is not None and self.mask.numel() == rows.shape[0]:
-            rows = rows[self.mask.reshape(-1).bool().to(rows.device)]
-        return rows
+        kept = _kept(self.mask, x.shape[:-1]) if self.mask is not None else None
+        return rows if kept is None else rows[kept.to(rows.device)]
 
     def _tokens(self, x: Tensor) -> Tensor:
         """Values of attention [batch, heads, tokens, ...] without those of padding."""
@@ -256,6 +260,18 @@ class Statistics:
         return [expert for expert in found if expert is not None]
 
 
+def _kept(mask: Tensor, leading: torch.Size) -> Tensor | None:
+    """bool [values]: no padding, for activations [*leading, features] whose axes hold those of the mask, or all flat.
+
+    Axes of streams may stand before or behind. None when no axes are the mask's: nothing can be told apart.
+    """
+    for axis in range(len(leading) - 1):
+        if leading[axis : axis + 2] == mask.shape:
+            behind = (1,) * (len(leading) - axis - 2)
+            return mask.bool().reshape(*mask.shape, *behind).expand(leading).reshape(-1)
+    return mask.bool().reshape(-1) if leading.numel() == mask.numel() else None
+
+
 class _ExpertTap:
     """Feeds one layer's experts into the statistics (the protocol of `model.experts.ExpertHandler`)."""
 
@@ -275,9 +291,10 @@ class _ExpertTap:
     def observe(self, module: Any, hidden: Tensor, top_k_index: Tensor) -> None:
         rows, routed = hidden, top_k_index
         mask = self.statistics.mask
-        self.kept, self.routed = None, top_k_index
-        if mask is not None and mask.numel() == hidden.shape[0]:
-            self.kept = mask.reshape(-1).bool().to(hidden.device)
+        self.routed = top_k_index
+        self.kept = _kept(mask, hidden.shape[:-1]) if mask is not None else None
+        if self.kept is not None:
+            self.kept = self.kept.to(hidden.device)
             rows, routed = hidden[self.kept], top_k_index[self.kept]
         self.layer.module = module
         for expert, count in zip(*torch.unique(routed, return_counts=True), strict=True):

@@ -174,17 +174,20 @@ def set_dtype(config: Any, dtype: torch.dtype) -> None:
 
 
 def find_blocks(model: Any) -> str:
-    """Dotted path of the list of decoder blocks: the outermost ModuleList of the right length in the decoder."""
+    """Dotted path of the list of decoder blocks: the outermost ModuleList of the right length in the decoder.
+
+    Configs of models with their own code may name the count as they like; then it is the outermost, longest list.
+    """
     decoder = model.get_decoder()
     count = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
     lists = [
-        (name.count("."), name, module)
+        (name.count("."), -len(module), module)
         for name, module in decoder.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == count
+        if isinstance(module, nn.ModuleList) and len(module) == (count or len(module))
     ]
     if not lists:
-        raise ModelError(f"{type(model).__name__} has no list of {count} decoder blocks", hint=DATA_FREE_HINT)
-    found = min(lists, key=lambda row: row[0])[2]
+        raise ModelError(f"{type(model).__name__} has no list of {count or ''} decoder blocks", hint=DATA_FREE_HINT)
+    found = min(lists, key=lambda row: row[:2])[2]
     return next(name for name, module in model.named_modules() if module is found)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from quarkcli.calibration.statistics import CHUNK, Gram, Statistics
+from quarkcli.calibration.statistics import CHUNK, Gram, Statistics, _kept
 from quarkcli.errors import DataError
 from quarkcli.spec import PerTensor, ScaleSpec, TensorSpec
 from tests import runs
@@ -172,3 +172,15 @@ def test_no_tokens_and_bad_numbers(llama: Path, text: Path) -> None:
     assert error.value.where == site
     with pytest.raises(DataError, match="NaN or inf"):
         statistics.gram(site)
+
+
+@pytest.mark.parametrize("leading", [(2, 3), (6,), (4, 2, 3), (2, 3, 4), (5, 2, 3, 4)])
+def test_padding_is_found_beside_other_axes(leading: tuple[int, ...]) -> None:
+    """Experts see tokens flat; some families carry streams before the rows or behind the tokens."""
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    places = torch.arange(6).reshape(2, 3).masked_fill(mask == 0, -1)
+    shapes = {(6,): (6,), (4, 2, 3): (1, 2, 3), (2, 3, 4): (2, 3, 1), (5, 2, 3, 4): (1, 2, 3, 1), (2, 3): (2, 3)}
+    values = places.reshape(shapes[leading]).expand(leading).reshape(-1)
+    kept = _kept(mask, torch.Size(leading))
+    assert kept is not None and torch.equal(kept, values >= 0)
+    assert _kept(mask, torch.Size((7, 3))) is None

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from quarkcli import family, verify
-from quarkcli.errors import ModelError
+from quarkcli.errors import DataError, ModelError
 from quarkcli.recipe import catalog
 from tests import runs
 from tests.families import models
@@ -164,6 +164,7 @@ def published(file: str) -> dict[str, tuple[int, ...]]:
             shapes |= block(
                 inside, self_attention__query_key_value=(192, 128), self_attention__dense=(128, 128),
                 mlp__dense_h_to_4h=(512, 128), mlp__dense_4h_to_h=(128, 256), input_layernorm=(128,),
+                post_attention_layernorm=(128,),
             ) | {f"{inside}.self_attention.query_key_value.bias": (192,)}  # fmt: skip
         ends = outside(
             "transformer.embedding.word_embeddings", "transformer.encoder.final_layernorm.weight",
@@ -228,3 +229,24 @@ def test_what_is_said_of_families_without_a_class(file: str) -> None:
     unknown = {leaf for group in listed for leaf in group if not any(fnmatchcase(known, leaf) for known in leaves)}
     optional = {"self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa", "input_layernorm", "post_attention_layernorm"}
     assert unknown <= {*ELSEWHERE, *optional, "ln_2"}
+
+
+CONSTANT = """\
+schema: quark/recipe/1
+quantize:
+  quant_cfg:
+    - {quantizer_path: '*', enable: false}
+    - {quantizer_path: '*.weight_quantizer', cfg: {element: fp8_e4m3}}
+    - {quantizer_path: '*.[kv]_bmm_quantizer', cfg: {element: fp8_e4m3, scale: {constant_amax: 448}}}
+"""
+
+
+def test_a_cache_that_cannot_be_seen(built: dict[str, Path], text: Path, tmp_path: Path) -> None:
+    """GPT-J's attention is code of its own."""
+    with pytest.raises(DataError, match="no calibration token reached") as caught:
+        runs.run(built["gptj"], tmp_path / "out", scheme="fp8", kv_cache="fp8", **runs.data(text, 8, 32))
+    assert caught.value.where == "transformer.h.0.attn.k" and "--kv-cache none" in caught.value.hint
+    (tmp_path / "own.yaml").write_text(CONSTANT)
+    made = runs.run(built["gptj"], tmp_path / "constant", recipe=str(tmp_path / "own.yaml"))
+    scales = [float(t) for name, t in runs.read_all(made.folder).items() if name.endswith((".k_scale", ".v_scale"))]
+    assert scales == [1.0] * 4
