@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
@@ -42,6 +43,7 @@ _PEER_FOLDER = ("general", "ptq")
 _OLDER_CACHE = re.compile(r"-(fp8|nvfp4|fp8_cast|nvfp4_cast)_kv$")
 
 
+@lru_cache(maxsize=1)
 def built_in_folder() -> Path:
     """The shipped `recipes/` folder: inside the package in a wheel, beside it in a source tree."""
     package = Path(__file__).resolve().parent.parent
@@ -68,7 +70,7 @@ def files(kind: Kind, beside: Path | None = None) -> dict[str, Path]:
     Raises ConfigError for one in the user's folder that does. Beside a recipe lie other recipes as well: there `find`
     refuses the file when its name is asked for.
     """
-    found = _built_in(kind) | _added(kind)
+    found = {**_built_in(kind), **_added(kind)}
     beside = _foreign(beside)
     folders = [folder for folder in (user_folder() / kind, beside) if folder is not None and folder.is_dir()]
     taken = _owners(kind, found) if folders else {}
@@ -131,7 +133,8 @@ def _foreign(beside: Path | None) -> Path | None:
     return None if beside is not None and beside.parent == built_in_folder() else beside
 
 
-def _built_in(kind: Kind) -> dict[str, Path]:
+@lru_cache(maxsize=None)
+def _built_in(kind: Kind) -> Mapping[str, Path]:
     return {path.stem: path for path in sorted((built_in_folder() / kind).glob("*.yaml"))}
 
 
@@ -148,10 +151,15 @@ def _aliases_of(kind: Kind, path: Path) -> list[str]:
     """The aliases a scheme gives itself. Only files with the word are parsed: a start-up need not read them all."""
     if kind != "schemes":
         return []
-    try:
-        if path not in _registered and b"aliases" not in path.read_bytes():
-            return []
+    if path in _registered:
         return _given_aliases(document(path))
+    return _aliases_in(path, _stamp(path))
+
+
+@lru_cache(maxsize=256)
+def _aliases_in(path: Path, stamp: int) -> list[str]:
+    try:
+        return _given_aliases(document(path)) if b"aliases" in path.read_bytes() else []
     except (OSError, QuarkError):  # what is wrong with it is said when it is asked for
         return []
 

@@ -93,7 +93,7 @@ class _Expander:
     def snippet(self, source: _Source, name: str, path: Path_, target: Path_) -> Any:
         """The whole of an imported file, expanded."""
         file = _file(source, name, path)
-        resolved = file.resolve()
+        resolved = _resolved(file)
         if resolved in source.stack:
             circle = " -> ".join(step.name for step in (*source.stack[source.stack.index(resolved) :], resolved))
             raise ConfigError(f"imports go in a circle: {circle}", where=source.where(path))
@@ -147,30 +147,49 @@ def _file(source: _Source, name: str, path: Path_) -> Path:
 
 def _found(importer: str, wanted: str, where: str) -> Path:
     """The file that `wanted` means in the file `importer`."""
-    file = _resolved(Path(importer).absolute())
-    users, built_in = _unit_folders()
-    known = _in(built_in, wanted)
-    if not file.is_relative_to(built_in.parent):
-        trees = [folder.parent for folder in file.parents if folder.name == Path(wanted).parts[0]]
-        beside = next((path for root in (file.parent, *trees) if (path := _in(root, wanted))), None)
-        own = _in(users, wanted)
-        if beside is None and own is not None and known is not None:
-            raise ConfigError(f"'{wanted}' is a built-in unit; rename the file {own}", where=where)
-        known = beside or own or known
+    known = _built_in(wanted)
+    if not _is_built_in(importer):
+        known = _own(importer, wanted, known, where) or known
     if known is not None:
         return known
-    names = [path.relative_to(root).with_suffix("").as_posix() for root in (users, built_in) for path in _all(root)]
+    roots = (_users(), _units())
+    names = [path.relative_to(root).with_suffix("").as_posix() for root in roots for path in _all(root)]
     close = near_misses(wanted, names)
     hint = f"did you mean '{close[0]}'?" if close else "beside this file, in the user's units folder, or built in"
     raise ConfigError(f"no file '{wanted}' to import", where=where, hint=hint)
 
 
-def _unit_folders() -> tuple[Path, Path]:
-    """(the user's units, the built-in ones)."""
-    return _resolved(catalog.user_folder() / "units"), _resolved(catalog.built_in_folder() / "units")
+def _own(importer: str, wanted: str, known: Path | None, where: str) -> Path | None:
+    """The file of the user's that is meant; `known` is the built-in one of this path."""
+    file = _resolved(Path(importer).absolute())
+    trees = [folder.parent for folder in file.parents if folder.name == Path(wanted).parts[0]]
+    beside = next((path for root in (file.parent, *trees) if (path := _in(root, wanted))), None)
+    own = _in(_users(), wanted)
+    if beside is None and own is not None and known is not None:
+        raise ConfigError(f"'{wanted}' is a built-in unit; rename the file {own}", where=where)
+    return beside or own
 
 
-@lru_cache(maxsize=64)
+def _users() -> Path:
+    return _resolved(catalog.user_folder() / "units")
+
+
+def _units() -> Path:
+    return catalog.built_in_folder() / "units"
+
+
+# What is built in does not change while a program runs, and lists of recipes ask for it hundreds of times.
+@lru_cache(maxsize=256)
+def _is_built_in(importer: str) -> bool:
+    return _resolved(Path(importer).absolute()).is_relative_to(catalog.built_in_folder())
+
+
+@lru_cache(maxsize=256)
+def _built_in(wanted: str) -> Path | None:
+    return _in(_units(), wanted)
+
+
+@lru_cache(maxsize=256)
 def _resolved(path: Path) -> Path:
     return path.resolve()
 

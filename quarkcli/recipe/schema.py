@@ -25,7 +25,7 @@ _KINDS = {
 class Strict(BaseModel):
     """Unknown keys are errors and nothing is converted."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, populate_by_name=True)
+    model_config = ConfigDict(extra="forbid", strict=True, populate_by_name=True, defer_build=True)
 
 
 class EntryModel(Strict):
@@ -63,7 +63,7 @@ class EntryModel(Strict):
 class AlgorithmStep(BaseModel):
     """One algorithm with its parameters; the algorithm itself checks them."""
 
-    model_config = ConfigDict(extra="allow", strict=True)
+    model_config = ConfigDict(extra="allow", strict=True, defer_build=True)
     method: str = Field(description="name of the algorithm")
 
 
