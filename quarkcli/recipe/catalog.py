@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -133,7 +133,7 @@ def _foreign(beside: Path | None) -> Path | None:
     return None if beside is not None and beside.parent == built_in_folder() else beside
 
 
-@lru_cache(maxsize=None)
+@cache
 def _built_in(kind: Kind) -> Mapping[str, Path]:
     return {path.stem: path for path in sorted((built_in_folder() / kind).glob("*.yaml"))}
 

@@ -46,8 +46,10 @@ _STEERING = {
     "keep_prequantized_layers": (True, "a quantized source is decoded first"),
     "log_severity_level": (None, "see --verbose"),
     "sync_moe_expert_input_amax": (None, "the experts of a layer share their input range by construction"),
-    "shared_scale_groups": (None, "what servers fuse shares its scale by construction"),
 }
+# Projections that servers fuse; Quark's `shared_scale_groups` names them, and leaves them out where scales are no
+# tensor's.
+_FUSED = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"}, {"w1", "w3"}, {"linear", "linear_v"})
 _EXPORT_STEERING = {
     "pack_method": ("reorder", "codes are packed as the chosen dialect says"),
     "weight_format": ("real_quantized", "codes are always written"),
@@ -247,10 +249,27 @@ class _Reader:
             self.refuse((*base, "quant_mode"), f"quant_mode '{mode}' is unknown; {' or '.join(_MODES)}")
         elif mode != _MODES[0]:
             self.note((*base, "quant_mode"), f"{mode} has no meaning here; the checkpoint is the same")
+        self.groups(data.get("shared_scale_groups"), (*base, "shared_scale_groups"))
         for table, values, path in ((_STEERING, data, base), (_EXPORT_STEERING, export, (*base, "export"))):
             for key, (nothing, why) in table.items():
                 if values.get(key) not in (None, nothing):
                     self.note((*path, key), f"{key} has no meaning here: {why}")
+
+    def groups(self, value: Any, place: Path_) -> None:
+        if not value:
+            return
+        named = isinstance(value, list) and all(
+            isinstance(group, list) and all(isinstance(name, str) for name in group) for group in value
+        )
+        if not named:
+            self.refuse(place, f"shared_scale_groups must be a list of lists of names, not {value!r:.60}")
+            return
+        for index, group in enumerate(value):
+            leaves = {name.rpartition(".")[2].lstrip("*") for name in group}
+            if not any(leaves <= fused for fused in _FUSED):
+                rows = "write them as 'share' rows of a native recipe"
+                self.refuse((*place, index), f"{', '.join(group)} are not what servers fuse; {rows}")
+        self.note(place, "shared_scale_groups says nothing new: what servers fuse shares its scale by construction")
 
 
 def _attends(pattern: str) -> str | None:

@@ -155,7 +155,7 @@ def test_what_has_no_meaning_here_is_noted() -> None:
         "shared_scale_groups": [["q_proj", "k_proj"]],
     }  # fmt: skip
     keys = [path[-1] for path, _ in read(data).notes]
-    assert keys == ["quant_mode", "quant_flow", "gpu_resident_blocks", "shared_scale_groups", "pack_method"]
+    assert keys == ["quant_mode", "shared_scale_groups", "quant_flow", "gpu_resident_blocks", "pack_method"]
     quiet = {**GLOBAL, "quant_mode": "QuantizationMode.eager_mode", "quant_flow": "standard", "algo_config": None,
              "export": {"pack_method": "reorder", "kv_cache_group": [], "weight_merge_groups": None}}  # fmt: skip
     assert read(quiet).notes == []
@@ -187,6 +187,8 @@ def test_the_entries_are_canonical() -> None:
         ({**GLOBAL, "kv_cache_group": ["*k_proj"]}, "'*k_proj' of kv_cache_group has no entry"),
         ({**GLOBAL, "min_kv_scale": -1}, "min_kv_scale must be a number from 0 on"),
         ({**GLOBAL, "min_kv_scale": "1"}, "min_kv_scale must be a number"),
+        ({**GLOBAL, "shared_scale_groups": [["*o_proj", "*down_proj"]]}, "are not what servers fuse"),
+        ({**GLOBAL, "shared_scale_groups": ["q_proj"]}, "must be a list of lists of names, not ['q_proj']"),
         ({**GLOBAL, "quant_mode": "eager"}, "quant_mode 'eager' is unknown"),
         ({**GLOBAL, "export": []}, ""),
         ({**GLOBAL, "export": {"pack": 1}}, "unknown key 'pack'"),
@@ -213,7 +215,7 @@ def test_problems_have_places() -> None:
 _KEYS = st.sampled_from([
     "global_quant_config", "layer_quant_config", "layer_type_quant_config", "kv_cache_quant_config", "kv_cache_group",
     "softmax_quant_spec", "exclude", "algo_config", "export", "quant_mode", "min_kv_scale", "*k_proj", "weight",
-    "output_tensors", "dtype", "qscheme", "name", "scaling_layers", "Config", "is_dynamic",
+    "output_tensors", "dtype", "qscheme", "shared_scale_groups", "name", "scaling_layers", "Config", "is_dynamic",
 ])  # fmt: skip
 _LEAVES = (
     st.none() | st.booleans() | st.integers(-1, 9) | st.sampled_from(["fp8_e4m3", "mx", "per_tensor", "gptq", "x"])
