@@ -101,7 +101,7 @@ def _unmeasured(spec: TensorSpec) -> tuple[str, str] | None:
         return f"{spec.describe()}: an activation has one static scale", "granularity: tensor, or when: dynamic"
     if two_level and spec.scale.when == "static":
         return f"{spec.describe()}: the scales of an activation's groups are not stored", "when: dynamic, above 'over'"
-    if two_level and spec.observer.name not in {MIN_MAX.name, "percentile"}:
+    if two_level and spec.observer.name not in {MIN_MAX.name, "percentile", "headroom"}:
         return f"observer '{spec.observer.name}' does not see the groups under a global scale", "use percentile"
     return None
 

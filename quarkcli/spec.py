@@ -197,18 +197,24 @@ class ObserverSpec:
 
     @property
     def statistic(self) -> str:
-        """The kind of statistics that calibration keeps for it: `absmax`, or a `histogram` of magnitudes."""
-        return "absmax" if self.name == "min_max" else "histogram"
+        """The kind of statistics that calibration keeps for it.
+
+        `absmax`, a `histogram` of magnitudes, or one of the largest magnitudes in `blocks` of 16.
+        """
+        return {"min_max": "absmax", "headroom": "blocks"}.get(self.name, "histogram")
 
 
 # Observer -> its parameters with their defaults. percentile: the range that holds so many per cent of the values;
 # mse: of `steps` ranges from the full one down to `shrink` of it the one of least squared error; histogram: the same
-# over all ranges, however small.
+# over all ranges, however small; headroom: of the largest magnitudes of nvfp4's blocks, `rho` times the one that
+# `anchor` per cent do not exceed, and at least the one that `upper` per cent do not exceed (ModelOpt's
+# nvfp4_act_headroom).
 OBSERVERS: dict[str, dict[str, float]] = {
     "min_max": {},
     "percentile": {"percentile": 99.99},
     "histogram": {},
     "mse": {"steps": 40, "shrink": 0.4},
+    "headroom": {"anchor": 1.0, "upper": 99.99, "rho": 16384.0},
 }
 MIN_MAX = ObserverSpec()
 

@@ -15,13 +15,11 @@ import torch
 from torch import Tensor
 
 from quarkcli.errors import DataError
-from quarkcli.numerics.observers import Histogram, MinMax, amax_of
+from quarkcli.numerics.observers import STATISTICS, Histogram, MinMax, amax_of
 from quarkcli.plan.model import Plan, Site
 from quarkcli.spec import TensorSpec
 
 CHUNK = 2048
-# Kinds of statistics that a range is had from.
-RANGES: dict[str, type[MinMax | Histogram]] = {"absmax": MinMax, "histogram": Histogram}
 _NONFINITE = (
     "see whether the source model itself overflows on this text; other --calib-data, or --exclude these modules"
 )
@@ -83,7 +81,7 @@ class _ExpertLayer:
 
 
 class Statistics:
-    """Statistics of one part. `needs`: kinds by site, those of `RANGES` and `gram`.
+    """Statistics of one part. `needs`: kinds by site, those of `STATISTICS` and `gram`.
 
     Sites of outputs are `<module>.output`, those of attention `<module>.q`, `.k`, `.v` and `.p`.
 
@@ -219,8 +217,8 @@ class Statistics:
         """Widen the range of a site, and count its magnitudes, where that is needed."""
         if not x.numel():
             return
-        for kind in RANGES.keys() & self.needs.get(site, set()):
-            self._ranges.setdefault((site, kind), RANGES[kind]()).observe(x)
+        for kind in STATISTICS.keys() & self.needs.get(site, set()):
+            self._ranges.setdefault((site, kind), STATISTICS[kind]()).observe(x)
 
     # -- experts -------------------------------------------------------------------------------------------------
 
@@ -311,7 +309,7 @@ class _ExpertTap:
 
     def _wants_range(self) -> bool:
         return self.site_down is not None and bool(
-            RANGES.keys() & self.statistics.needs.get(self.site_down.name, set())
+            STATISTICS.keys() & self.statistics.needs.get(self.site_down.name, set())
         )
 
     def gate_up_input(self, expert: int, x: Tensor) -> Tensor:

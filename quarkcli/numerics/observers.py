@@ -10,7 +10,7 @@ its uniform model, and looks at every range instead of stopping at the first tha
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from fractions import Fraction
 from math import ceil
@@ -33,6 +33,9 @@ _DROPPED = 12
 _BINS = 1 << (31 - _DROPPED)
 _PIECE = 1 << 20  # values counted at once; bounds the scratch memory
 _WHOLE = PerTensor()
+_BLOCK = 16  # values, those that share a scale in nvfp4
+# Blocks below this part of the upper end say nothing of the lower one: near-zero ones would drag the range down.
+_FLOOR = 1e-6
 # The `histogram` observer tries 16 ranges per binade.
 _STEP = 1 << 19
 
@@ -97,11 +100,14 @@ class MinMax:
 class Histogram:
     """Exact counts of magnitudes (int64) in bins of relative width 2^-11, signs dropped.
 
+    block   values along the last axis of which only the largest magnitude is counted, and that only where it is not
+            zero; a last block may be short
     counts  one per bin, indexed by the upper bits of the float32 magnitude; None before the first value
     amax    the largest magnitude, float32 []; NaN or inf when one was seen
     """
 
-    def __init__(self) -> None:
+    def __init__(self, block: int = 1) -> None:
+        self.block = block
         self.counts: Tensor | None = None
         self._range = MinMax()
 
@@ -115,6 +121,10 @@ class Histogram:
         if not x.numel():
             return
         self._range.observe(x)
+        if self.block > 1:
+            low, high = group_ends(as_matrix(x), self.block)
+            x = torch.maximum(low.abs(), high.abs())
+            x = x[x != 0]
         counts = self._counts(x.device)
         one = torch.ones((), dtype=torch.int64, device=counts.device)
         for piece in x.reshape(-1).split(_PIECE):
@@ -150,10 +160,22 @@ class Histogram:
         if not bool(torch.isfinite(amax)):
             return amax
         starts, counts = self.occupied()
-        upto = counts.cumsum(0)
-        total = int(upto[-1])
-        rank = max(1, ceil(Fraction(str(percentile)) * total / 100))
-        return amax if rank == total else starts[torch.searchsorted(upto, rank)]
+        index = _rank(counts, percentile)
+        return amax if index is None else starts[index]
+
+    def headroom(self, anchor: float, upper: float, rho: float) -> Tensor:
+        """`rho` times the magnitude at the percentile `anchor`, and at least the one at `upper`: float32 [].
+
+        Magnitudes below a millionth of the latter do not count for the former. NaN or inf when one was seen.
+        """
+        top = self.percentile(upper)
+        starts, counts = self.occupied()
+        if not bool(torch.isfinite(top)) or not len(starts):
+            return top
+        kept = starts >= top * _FLOOR
+        index = _rank(counts[kept], anchor)
+        low = starts[kept][-1 if index is None else index]
+        return torch.maximum(low * rho, top)
 
     def least_error(self, spec: TensorSpec, steps: int, shrink: float) -> Tensor:
         """The range of least squared error under `spec`, of `steps` from the full one down to `shrink` of it.
@@ -193,12 +215,20 @@ class Histogram:
         return best
 
 
+# Kind of statistics (`ObserverSpec.statistic`) -> what keeps it.
+STATISTICS: dict[str, Callable[[], MinMax | Histogram]] = {
+    "absmax": MinMax,
+    "histogram": Histogram,
+    "blocks": lambda: Histogram(_BLOCK),
+}
+
+
 def observer(spec: TensorSpec) -> Observer:
     """An empty observer for the range behind the static scale of `spec`."""
     if not spec.needs_amax:
         return Placeholder()
-    if spec.observer.statistic == "histogram":
-        return Histogram()
+    if spec.observer.statistic != MIN_MAX.statistic:
+        return STATISTICS[spec.observer.statistic]()
     assert spec.scale is not None
     return MinMax(_WHOLE if spec.scale.over is not None else spec.granularity)
 
@@ -231,6 +261,8 @@ def weight_amax(weight: Tensor, spec: TensorSpec) -> Tensor:
 
 def _chosen(seen: Histogram, spec: TensorSpec) -> Tensor:
     parameters = dict(spec.observer.parameters)
+    if spec.observer.name == "headroom":
+        return seen.headroom(**parameters)
     if spec.observer.name == "percentile":
         return seen.percentile(parameters["percentile"])
     if not isinstance(spec.granularity, PerTensor):
@@ -258,6 +290,14 @@ def _ends(x: Tensor, granularity: Granularity) -> tuple[Tensor, Tensor]:
             return low.amin(0), high.amax(0)
     low, high = torch.aminmax(x)
     return low.float(), high.float()
+
+
+def _rank(counts: Tensor, percentile: float) -> int | None:
+    """Index of the bin that holds the nearest rank of a percentile; None for the largest magnitude of all."""
+    upto = counts.cumsum(0)
+    total = int(upto[-1]) if len(upto) else 0
+    rank = max(1, ceil(Fraction(str(percentile)) * total / 100))
+    return None if rank >= total else int(torch.searchsorted(upto, rank))
 
 
 def _unseen() -> DataError:

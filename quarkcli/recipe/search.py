@@ -1,48 +1,54 @@
-"""ModelOpt's `mse` calibration of weights as what it is here: a property of the weights' specs. Torch-free."""
+"""What ModelOpt's steps say of ranges alone, as what it is here: a property of the specs. Torch-free."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
+from quarkcli.errors import ConfigError
 from quarkcli.recipe.attributes import to_spec
 from quarkcli.recipe.entries import Entry
 from quarkcli.spec import ObserverSpec, TensorSpec, spec_to_yaml
 
-_MSE = "mse"
-_WEIGHT = "weight_quantizer"
+_WEIGHT, _INPUT = "weight_quantizer", "input_quantizer"
 # ModelOpt's defaults: multipliers of amax.
 _START, _STEP = 0.25, 0.1
+# What the observer `headroom` takes -> its name and default there.
+_ENDS = {"anchor": ("anchor_percentile", 1.0), "upper": ("upper_percentile", 99.99), "rho": ("rho", 16384.0)}
 
 Step = tuple[str, dict[str, Any]]
+_Change = Callable[[dict[str, Any], TensorSpec], TensorSpec]
 
 
 def with_search(steps: Sequence[Step], entries: Sequence[Entry]) -> tuple[list[Step], list[Entry]]:
-    """The steps without `mse`, and the entries with weights searched where it was among them.
+    """The steps without `mse` and `nvfp4_act_headroom`, and the entries with ranges found as these ask for it.
 
-    Block scales of nvfp4 are swept through all their codes with `fp8_scale_sweep`; every other range is shrunk to the
-    least squared error, from amax down to `start_multiplier` times amax. Stretching a range never pays here and is not
-    tried.
+    mse: block scales of nvfp4 weights are swept through all their codes with `fp8_scale_sweep`; every other range of
+    weights is shrunk to the least squared error, from amax down to `start_multiplier` times amax. Stretching a range
+    never pays here and is not tried. nvfp4_act_headroom: inputs in nvfp4 take the observer `headroom`.
     """
-    asked = next((parameters for name, parameters in steps if name == _MSE), None)
-    rest = [step for step in steps if step[0] != _MSE]
-    if asked is None:
-        return rest, list(entries)
-    return rest, [_searched(entry, asked) for entry in entries]
+    listed = list(entries)
+    for name, asked in steps:
+        if name in _CHANGES:
+            kind, change = _CHANGES[name]
+            listed = [_changed(entry, kind, partial(change, asked)) for entry in listed]
+    return [step for step in steps if step[0] not in _CHANGES], listed
 
 
-def _searched(entry: Entry, asked: dict[str, Any]) -> Entry:
-    if entry.cfg is None or _WEIGHT not in entry.quantizer_path:
+def _changed(entry: Entry, kind: str, change: Callable[[TensorSpec], TensorSpec]) -> Entry:
+    """The entry with its spec changed, if it gives slots of this kind one."""
+    if entry.cfg is None or kind not in entry.quantizer_path:
         return entry
-    spec = to_spec(entry.cfg, weight=True)
+    spec = to_spec(entry.cfg, weight=kind == _WEIGHT)
+    changed = change(spec)
+    return entry if changed == spec else replace(entry, cfg=spec_to_yaml(changed))
+
+
+def _searched(asked: dict[str, Any], spec: TensorSpec) -> TensorSpec:
     if spec.then is not None or spec.scale is None:
-        return entry
-    return replace(entry, cfg=spec_to_yaml(_with(spec, asked)))
-
-
-def _with(spec: TensorSpec, asked: dict[str, Any]) -> TensorSpec:
-    assert spec.scale is not None
+        return spec
     blocks = spec.scale.dtype == "e4m3" and spec.element == "fp4_e2m1"
     if blocks and asked.get("fp8_scale_sweep"):
         return replace(spec, scale=replace(spec.scale, rule="sweep"))
@@ -52,4 +58,22 @@ def _with(spec: TensorSpec, asked: dict[str, Any]) -> TensorSpec:
     if not 0 < start < 1:
         return spec
     steps = float(round((1 - start) / step) + 1)
-    return replace(spec, observer=ObserverSpec(_MSE, (("steps", steps), ("shrink", start))))
+    return replace(spec, observer=ObserverSpec("mse", (("steps", steps), ("shrink", start))))
+
+
+def _with_headroom(asked: dict[str, Any], spec: TensorSpec) -> TensorSpec:
+    if not any(_is_dynamic_nvfp4(stage) for stage in spec.stages) or not spec.needs_amax:
+        return spec
+    if spec.then is not None:
+        raise ConfigError("nvfp4_act_headroom is not for chains", hint="one stage for the inputs, or the algorithm max")
+    numbers = tuple((key, float(asked.get(theirs, usual))) for key, (theirs, usual) in _ENDS.items())
+    return replace(spec, observer=ObserverSpec("headroom", numbers))
+
+
+def _is_dynamic_nvfp4(spec: TensorSpec) -> bool:
+    scale = spec.scale
+    return spec.element == "fp4_e2m1" and scale is not None and (scale.dtype, scale.when) == ("e4m3", "dynamic")
+
+
+# ModelOpt's step -> the slots that it is about, and what it makes of their specs.
+_CHANGES: dict[str, tuple[str, _Change]] = {"mse": (_WEIGHT, _searched), "nvfp4_act_headroom": (_INPUT, _with_headroom)}

@@ -61,8 +61,12 @@ def _switch(value: Any) -> str | None:
     return None if isinstance(value, bool | Mapping) else "must be true, false or a mapping"
 
 
-def _step(value: Any) -> str | None:
-    return None if isinstance(value, str | Mapping) else "must be a method or a mapping"
+def _percentage(value: Any) -> str | None:
+    return _number(value) or (None if 0 < value <= 100 else "must be more than 0 and at most 100")
+
+
+def _headroom(value: Any) -> str | None:
+    return _number(value) or (None if 0 < value < 28672 else "must lie between 0 and 28672, the span of e4m3 scales")
 
 
 _PAIRS: dict[str, _Check] = {
@@ -203,14 +207,15 @@ _MODELOPT: dict[str, dict[str, _Check]] = {
     "awq_full": _AWQ_LITE | _AWQ_CLIP,
     "gptq": {"perc_damp": _number, "block_size": _whole, "fused": _flag},
     "nvfp4_act_headroom": {
-        **dict.fromkeys(("anchor_percentile", "upper_percentile", "rho"), _number),
-        "weight_scale_algorithm": _step,
+        **dict.fromkeys(("anchor_percentile", "upper_percentile"), _percentage),
+        "rho": _headroom,
     },
 }
 _MODELOPT_REFUSED = {
     "svdquant": "no dialect here writes a low-rank part beside a weight",
     "lsq": "learned scales belong to training",
 }
+_OF_WEIGHTS = "weight_scale_algorithm"
 # Ranges are always found, so this asks for nothing more.
 _PLAIN = "max"
 
@@ -260,13 +265,20 @@ def from_modelopt(value: Any, path: Path_) -> Steps:
     rows = value if isinstance(value, list | tuple) else [] if value is None else [value]
     for index, row in enumerate(rows):
         at = (*path, index) if isinstance(value, list | tuple) else path
-        given = {"method": row} if isinstance(row, str) else row
-        if not isinstance(given, Mapping) or not isinstance(given.get("method"), str):
-            out.problems.append((at, "an algorithm is a method, or a mapping with 'method'"))
-            continue
-        rest = {key: item for key, item in given.items() if key != "method" and item is not None}
-        _finish(given["method"], rest, _MODELOPT, _MODELOPT_REFUSED, at, out)
+        _modelopt_step(row, at, out)
     return out
+
+
+def _modelopt_step(row: Any, path: Path_, out: Steps) -> None:
+    given = {"method": row} if isinstance(row, str) else row
+    if not isinstance(given, Mapping) or not isinstance(given.get("method"), str):
+        out.problems.append((path, "an algorithm is a method, or a mapping with 'method'"))
+        return
+    rest = {key: item for key, item in given.items() if key != "method" and item is not None}
+    weights = rest.pop(_OF_WEIGHTS, None) if given["method"] == "nvfp4_act_headroom" else None
+    _finish(given["method"], rest, _MODELOPT, _MODELOPT_REFUSED, path, out)
+    if weights is not None:  # it is about inputs alone, and holds another step for the weights
+        _modelopt_step(weights, (*path, _OF_WEIGHTS), out)
 
 
 def _finish(

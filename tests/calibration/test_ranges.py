@@ -47,6 +47,14 @@ def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return runs.build("mixtral", tmp_path_factory.mktemp("mixtral") / "m", torch.float32)
 
 
+def headroom(values: np.ndarray, anchor: float = 1, upper: float = 99.99, rho: float = 16384) -> float:
+    """ModelOpt's rule for nvfp4 inputs, on every block instead of a histogram of them."""
+    blocks = np.abs(values).reshape(-1, 16).max(axis=1)
+    blocks = blocks[blocks > 0]
+    top = np.quantile(blocks, upper / 100, method="inverted_cdf")
+    return max(rho * np.quantile(blocks[blocks >= top / 1e6], anchor / 100, method="inverted_cdf"), top)
+
+
 def counting(prepared: job.Prepared) -> job.Prepared:
     """The same plan; every range also has to be counted."""
     for kinds in prepared.needs.values():
@@ -155,6 +163,21 @@ def test_a_percentile_in_a_run(text: Path, tmp_path: Path) -> None:
         assert float(found[f"{name}.input_scale"]) == pytest.approx(wanted / 448, rel=0.01)
         assert float(plain[f"{name}.input_scale"]) == pytest.approx(values.max() / 448, rel=0.01)
         assert wanted < 0.9 * values.max()
+
+
+def test_headroom_in_a_run(text: Path, tmp_path: Path) -> None:
+    name = "nvfp4_act_headroom-kv_fp8_cast"
+    data: dict[str, Any] = {**runs.data(text), "device": "cpu"}
+    quarkcli.quantize("demo", recipe=name, output=tmp_path / "out", **data)
+    found = runs.read_all(tmp_path / "out")
+    rows = preflight.token_rows(runs.prepare("demo", recipe=name, **runs.data(text)), silent)
+    seen = hooked(job.EMBEDDED, rows.tokens)
+    for leaf in ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"):
+        module = f"model.layers.0.{leaf}"
+        values = seen[module].double().numpy()
+        wanted = headroom(values)
+        assert wanted > 100 * np.abs(values).max()  # there is room
+        assert float(found[f"{module}.input_global_scale"]) == pytest.approx(448 * 6 / wanted, rel=0.02)
 
 
 @pytest.mark.parametrize("observer", ["mse", "histogram"])

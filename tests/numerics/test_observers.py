@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import ml_dtypes
@@ -50,6 +51,11 @@ def heavy(seed: int, dtype: torch.dtype, *shape: int) -> torch.Tensor:
     x = random.standard_t(2, shape).astype(np.float32)
     x.flat[random.integers(x.size)] = 1000 * np.abs(x).max()
     return torch.from_numpy(x).to(dtype)
+
+
+def headroom(anchor: float = 1.0, upper: float = 99.99, rho: float = 16384.0) -> TensorSpec:
+    parameters = (("anchor", anchor), ("upper", upper), ("rho", rho))
+    return replace(BLOCKS, observer=ObserverSpec("headroom", parameters))
 
 
 def seen(spec: TensorSpec, *tensors: torch.Tensor) -> Histogram | MinMax:
@@ -298,3 +304,39 @@ def test_a_weight_with_one_scale() -> None:
     x[3, 4] = torch.nan
     with pytest.raises(DataError, match="not finite"):
         weight_amax(x, spec)
+
+
+def block_maxima(x: torch.Tensor) -> np.ndarray:
+    """The largest magnitudes of blocks of 16 that are not zero, rising; the last block of a row may be short."""
+    values = x.double().abs().numpy()
+    values = np.pad(values, ((0, 0), (0, -values.shape[1] % 16)))
+    maxima = values.reshape(-1, 16).max(axis=1)
+    return np.sort(maxima[maxima > 0])
+
+
+def nearest_rank(rising: np.ndarray, percentile: float) -> float:
+    return float(rising[max(1, -(-round(percentile * 10**4) * len(rising) // 10**6)) - 1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rho", [2.0, 500.0, 16384.0])
+@pytest.mark.parametrize(("anchor", "upper"), [(1.0, 99.99), (0.1, 90.0), (50.0, 100.0)])
+def test_headroom_over_blocks(dtype: torch.dtype, rho: float, anchor: float, upper: float) -> None:
+    """ModelOpt's rule, `max(rho * anchor, upper)`, with exact ranks."""
+    x = heavy(7, dtype, 300, 40)
+    x[:20] = 0
+    x[20:60] *= 1e-12  # too small to be an anchor
+    spec = headroom(anchor, upper, rho)
+    maxima = block_maxima(x)
+    top = nearest_rank(maxima, upper)
+    low = nearest_rank(maxima[maxima >= top * 1e-6], anchor)
+    found = float(amax_of(seen(spec, x), spec))
+    assert found == pytest.approx(max(rho * low, top), rel=BOUND)
+    assert float(amax_of(merged([seen(spec, x[:101]), seen(spec, x[101:])]), spec)) == found
+
+
+def test_headroom_of_nothing_but_zeros_and_of_one_block() -> None:
+    spec = headroom()
+    assert float(amax_of(seen(spec, torch.zeros(4, 16)), spec)) == 0
+    assert float(amax_of(seen(spec, torch.full((1, 5), -2.0)), spec)) == 2 * 16384
+    assert torch.isinf(amax_of(seen(spec, torch.tensor([[1.0, torch.inf]])), spec))

@@ -82,7 +82,7 @@ def test_it_loads_resolves_and_needs_the_data_it_says(name: str) -> None:
 
 
 def test_general_recipes_are_all_there() -> None:
-    assert len(GENERAL) == 23  # of 24: no algorithm here does what nvfp4_act_headroom does
+    assert len(GENERAL) == 24
     assert set(GENERAL) <= set(NAMES)
 
 
@@ -175,6 +175,7 @@ def cache(attributes: Attributes) -> list[Rule]:
 
 KV, KV_CAST = cache(FP8), cache(FP8 | CAST)
 SWEEP = {"method": "mse", "fp8_scale_sweep": True}
+HEADROOM = {"method": "nvfp4_act_headroom", "rho": 16384, "weight_scale_algorithm": {"method": "max"}}
 ONE = NVFP4 | {"constant_amax": 2688}
 # Name -> what stands between deny-all and the default list, the algorithm, and what comes last.
 GENERAL: dict[str, tuple[list[Rule], Any, list[Rule]]] = {
@@ -184,6 +185,7 @@ GENERAL: dict[str, tuple[list[Rule], Any, list[Rule]]] = {
     "mxfp4_mlp_weight_only": (weights(MXFP4, "*mlp*", "*block_sparse_moe*"), None, []),
     "nvfp4_default-kv_fp8": (both("*", NVFP4, NVFP4) + KV, "max", []),
     "nvfp4_default-kv_fp8_cast": (both("*", NVFP4, NVFP4) + KV_CAST, "max", []),
+    "nvfp4_act_headroom-kv_fp8_cast": (both("*", NVFP4, NVFP4) + KV_CAST, HEADROOM, []),
     "nvfp4_default-kv_nvfp4_cast": (both("*", NVFP4, NVFP4) + cache(NVFP4 | CAST), "max", []),
     "nvfp4_default-kv_none-gptq": (both("*", STATIC, NVFP4) + off("*[kv]_bmm_quantizer"), "gptq", []),
     "nvfp4_weight_only-kv_fp16": (weights(NVFP4, "*"), "max", []),
@@ -240,6 +242,7 @@ def facts(spec: TensorSpec) -> dict[str, Any]:
         "scale": (spec.scale.dtype, spec.scale.rule, spec.scale.when),
         "over": None if spec.scale.over is None else (spec.scale.over.dtype, spec.scale.over.when),
         "amax": spec.scale.outermost.constant_amax,
+        "observer": spec.observer.name,
     }
 
 
@@ -261,6 +264,7 @@ def expected(attributes: Attributes, slot: str, algorithm: Any) -> dict[str, Any
         "granularity": PerGroup(blocks[-1]) if blocks else PerTensor(),
         "scale": (dtype, rule, "dynamic" if dynamic else "static"),
         "over": ("f32", "static") if dtype == "e4m3" else None,
+        "observer": "headroom" if slot.endswith("input_quantizer") and algorithm == HEADROOM else "min_max",
         "amax": 448.0 if attributes.get("use_constant_amax") else attributes.get("constant_amax"),
     }
 

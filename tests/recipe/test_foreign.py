@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import yaml
@@ -20,6 +20,7 @@ from tests import runs
 
 INT8 = {"num_bits": 8, "axis": 0}
 DENY = {"quantizer_path": "*", "enable": False}
+DYNAMIC = {"num_bits": [2, 1], "block_sizes": {-1: 16, "type": "dynamic", "scale_bits": [4, 3]}}
 NVFP4 = {"num_bits": [2, 1], "block_sizes": {-1: 16, "type": "static", "scale_bits": [4, 3]}}
 
 
@@ -115,6 +116,35 @@ class TestMse:
     def test_shrinks_every_other_range(self, tmp_path: Path) -> None:
         spec = self.found(tmp_path, INT8, start_multiplier=0.5, step_size=0.05)
         assert spec.observer == ObserverSpec("mse", (("steps", 11.0), ("shrink", 0.5)))
+
+
+class TestHeadroom:
+    """ModelOpt's `nvfp4_act_headroom` becomes a property of the inputs, and of the weights what it says of them."""
+
+    ROWS: ClassVar = [
+        {"quantizer_path": "*weight_quantizer", "cfg": NVFP4},
+        {"quantizer_path": "*input_quantizer", "cfg": DYNAMIC},
+        {"quantizer_path": "*up_proj.input_quantizer", "cfg": DYNAMIC | {"constant_amax": 2688}},
+        {"quantizer_path": "*down_proj.input_quantizer", "cfg": {"num_bits": 8}},
+    ]
+
+    def test_of_inputs(self, tmp_path: Path) -> None:
+        asked = {
+            "method": "nvfp4_act_headroom",
+            "rho": 4096,
+            "weight_scale_algorithm": {"method": "mse", "fp8_scale_sweep": True},
+        }
+        made = recipe.from_file(write(tmp_path, modelopt(self.ROWS, asked)))
+        assert made.algorithms == []
+        weight, *inputs = (to_spec(entry.cfg, weight=i == 0) for i, entry in enumerate(made.entries))
+        assert weight.scale is not None and weight.scale.rule == "sweep"
+        assert inputs[0].observer == ObserverSpec("headroom", (("anchor", 1.0), ("upper", 99.99), ("rho", 4096.0)))
+        assert [spec.observer.name for spec in inputs[1:]] == ["min_max", "min_max"]  # constant, and not nvfp4
+
+    def test_a_chain_is_refused(self, tmp_path: Path) -> None:
+        rows = [{"quantizer_path": "*input_quantizer", "cfg": [DYNAMIC, {"num_bits": "e4m3"}]}]
+        with pytest.raises(ConfigError, match="not for chains"):
+            recipe.from_file(write(tmp_path, modelopt(rows, "nvfp4_act_headroom")))
 
 
 class TestSettings:

@@ -72,6 +72,20 @@ def test_order_and_nothing() -> None:
 
 
 @pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"rho": 28672}, "rho must lie between 0 and 28672"),
+        ({"anchor_percentile": 0}, "anchor_percentile must be more than 0 and at most 100"),
+        ({"weight_scale_algorithm": {"method": "mse", "sweep": True}}, "mse has no field 'sweep'"),
+        ({"weight_scale_algorithm": 4}, "an algorithm is a method"),
+    ],
+)
+def test_headroom(parameters: dict[str, Any], message: str) -> None:
+    [(_, problem)] = modelopt({"method": "nvfp4_act_headroom", **parameters}).problems
+    assert message in problem
+
+
+@pytest.mark.parametrize(
     ("value", "message"),
     [
         ("gptq", "an algorithm is a mapping with 'name'"),
@@ -117,7 +131,11 @@ def test_quark_refusals(value: Any, message: str) -> None:
         (["smoothquant", {"method": "max"}, {"method": "gptq"}], [("smoothquant", {}), ("gptq", {})]),
         (
             {"method": "nvfp4_act_headroom", "rho": 16384, "weight_scale_algorithm": {"method": "max"}},
-            [("nvfp4_act_headroom", {"rho": 16384, "weight_scale_algorithm": {"method": "max"}})],
+            [("nvfp4_act_headroom", {"rho": 16384})],
+        ),
+        (
+            {"method": "nvfp4_act_headroom", "weight_scale_algorithm": {"method": "mse", "fp8_scale_sweep": True}},
+            [("nvfp4_act_headroom", {}), ("mse", {"fp8_scale_sweep": True})],
         ),
     ],
 )  # fmt: skip

@@ -43,6 +43,7 @@ from quarkcli.spec import (
     ZeroPoint,
 )
 
+_SPAN = 28672  # the largest e4m3 number over the smallest normal one
 KEYS = ("element", "granularity", "scale", "zero_point", "rounding", "narrow", "observer", "then", "stored")
 _SCALE_KEYS = ("dtype", "rule", "when", "over", "minimum", "constant_amax")
 _MX = "mx"
@@ -191,6 +192,11 @@ def _observer(value: Any) -> ObserverSpec:
     numbers = {key: _number(given.get(key, usual), f"observer.{key}") for key, usual in known.items()}
     if numbers.get("percentile") is not None and not 50 <= (numbers["percentile"] or 0) <= 100:
         raise ConfigError("observer.percentile must lie between 50 and 100")
+    for key in ("anchor", "upper"):
+        if (numbers.get(key) or 1) > 100:
+            raise ConfigError(f"observer.{key} must be a percentage, not {numbers[key]:g}")
+    if (numbers.get("rho") or 1) >= _SPAN:
+        raise ConfigError(f"observer.rho must be less than {_SPAN}", hint="e4m3 scales reach no further")
     if numbers.get("shrink") is not None and not (numbers["shrink"] or 0) < 1:
         raise ConfigError("observer.shrink must lie between 0 and 1", hint="the smallest share of amax that is tried")
     if (numbers.get("steps") or 1) % 1:
@@ -240,6 +246,12 @@ def _check_scale(spec: TensorSpec) -> None:
         raise ConfigError("scale.over must be one f32 scale", hint="over: {dtype: f32, when: static}")
     if scale.over is not None and scale.dtype not in {"e4m3", "e5m3"}:
         raise ConfigError(f"a global scale goes over e4m3 or e5m3 scales, not over {scale.dtype}")
+    if spec.observer.name == "headroom" and not (
+        (spec.element, scale.dtype, scale.when, spec.group_size) == ("fp4_e2m1", "e4m3", "dynamic", 16)
+        and scale.over is not None
+        and scale.over.when == "static"
+    ):
+        raise ConfigError("observer 'headroom' is for inputs in nvfp4", hint="dynamic e4m3 scales over a static one")
     if scale.minimum is not None and scale.dtype not in {"f32", "f16", "bf16", "model"}:
         raise ConfigError(f"scale.minimum does not fit {scale.dtype} scales", hint="give it to a plain or global scale")
     if scale.dtype in {"e8m0", "e4m3", "e5m3"} and spec.group_size is None:
