@@ -57,8 +57,9 @@ def load_recipe(options: Options) -> Recipe:
     else:
         recipe = recipes.from_file(catalog.find_recipe(str(options.recipe)), options.settings)
     if options.algorithm is not None:
-        named = dict(recipe.algorithms)
-        recipe.algorithms = [(name, named.get(name, {})) for name in options.algorithm.split(",")]
+        given = recipe.algorithms
+        asked = options.algorithm.split(",")
+        recipe.algorithms = [step for name in asked for step in [s for s in given if s[0] == name] or [(name, {})]]
     return recipe
 
 
@@ -75,8 +76,8 @@ def prepare(options: Options, tell: Listener = silent) -> Prepared:
     source = open_source(options)  # 2
     preflight.check_source(source)
     layout = family.lay_out(*family.for_checkpoint(source.config, source.headers), source.config, source.headers)
-    plan = resolve(recipe, options.overrides, layout, recipe.algorithms)  # 3
-    steps = algorithms.pipeline(recipe.algorithms, algorithms.FLAG if options.algorithm else recipe.file)
+    plan = resolve(recipe, options.overrides, layout)  # 3
+    steps = algorithms.pipeline(plan, algorithms.FLAG if options.algorithm else recipe.file)
     tell(Phase("check"))  # 4
     for step in steps:
         step.check(plan)

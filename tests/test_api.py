@@ -173,7 +173,7 @@ def test_options_of_a_plan_and_of_its_run(tmp_path: Path):
 def test_the_algorithms_of_a_plan_stay():
     made = quarkcli.make_plan("demo", "int4_wo_128", algorithm="gptq", **BUILTIN)
     quarkcli.disable_quantizer(made, "*down_proj*")
-    assert made.algorithms == [("gptq", {})]
+    assert made.algorithms == [("gptq", {}, None)]
     assert quarkcli.need_calibration(made)
 
 

@@ -299,7 +299,7 @@ def test_recipes_load(name):
     found = recipe.from_file(catalog.files("ptq")[name])
     assert found.description
     assert found.entries
-    assert algorithms.pipeline(found.algorithms)
+    assert algorithms.created(found.algorithms)
     assert found.kv_cache is None or found.kv_cache in catalog.files("kv_cache")
 
 

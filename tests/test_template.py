@@ -129,7 +129,7 @@ def test_the_same_plan_as_the_command(tmp_path: Path, capsys: pytest.CaptureFixt
         shown.append({key: plan[key] for key in ("size", "algorithms", "dialect") if key in plan})
     assert shown[0] == shown[1]
     assert "dialect" in shown[0]
-    parameters = dict(of_config("demo", config).algorithms)
+    parameters = {step.name: step.parameters for step in of_config("demo", config).algorithms}
     assert parameters == {"gptq": {"damp": 0.05, "act_order": False}}
 
 

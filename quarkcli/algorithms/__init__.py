@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Sequence
 from typing import Any
 
-from quarkcli.algorithms.base import Algorithm
+from quarkcli.algorithms.base import Algorithm, Limited
 from quarkcli.errors import ConfigError, UsageError, near_misses
+from quarkcli.plan.model import Plan
 
 DEFAULT_SOLVER = "rtn"
 FLAG = "--algorithm"
+SLOTS = "slots"  # in a step: the weights it works on
 _NOT_MEMBERS = {"base"}
 
 
@@ -44,14 +47,45 @@ def create(name: str, parameters: dict[str, Any], where: str = FLAG) -> Algorith
     return algorithm
 
 
-def pipeline(steps: list[tuple[str, dict[str, Any]]], where: str = FLAG) -> list[Algorithm]:
-    """The steps of a recipe in order, with the default solver when none is named. Two solvers are an error."""
-    chosen = [create(name, parameters, where) for name, parameters in steps]
-    solvers = [algorithm for algorithm in chosen if algorithm.kind == "solver"]
-    if len(solvers) > 1:
-        raise ConfigError(
-            f"{' and '.join(a.name for a in solvers)} both choose the codes of the same weights",
-            where=where,
-            hint="keep one solver",
-        )
-    return chosen if solvers else [*chosen, create(DEFAULT_SOLVER, {})]
+def created(steps: Sequence[tuple[str, dict[str, Any]]], where: str = FLAG) -> list[Algorithm]:
+    """The steps of a recipe in order, whatever the model: `slots` are left aside.
+
+    The default solver comes last when none is named for all weights. Raises as `create`, and ConfigError for two
+    solvers that both take all weights.
+    """
+    made: list[Algorithm] = []
+    everywhere: list[Algorithm] = []
+    for name, given in steps:
+        made.append(create(name, {key: value for key, value in given.items() if key != SLOTS}, where))
+        if made[-1].kind == "solver" and SLOTS not in given:
+            everywhere.append(made[-1])
+    if len(everywhere) > 1:
+        raise _two_solvers(everywhere, "the same weights", where)
+    return made if everywhere else [*made, create(DEFAULT_SOLVER, {})]
+
+
+def pipeline(plan: Plan, where: str = FLAG) -> list[Algorithm]:
+    """The algorithms of a plan in order, each with its weights; the default solver takes those that are left.
+
+    Raises as `create`, and ConfigError for a weight with two solvers.
+    """
+    made = [(create(step.name, step.parameters, where), step.weights) for step in plan.algorithms]
+    solver_of: dict[str, Algorithm] = {}
+    for algorithm, weights in made:
+        for target in plan.quantized() if algorithm.kind == "solver" else ():
+            if weights is None or target.name in weights:
+                if target.name in solver_of:
+                    raise _two_solvers([solver_of[target.name], algorithm], target.name, where)
+                solver_of[target.name] = algorithm
+    left = frozenset(target.name for target in plan.quantized()) - solver_of.keys()
+    if left or not solver_of:
+        made.append((create(DEFAULT_SOLVER, {}), left if solver_of else None))
+    return [algorithm if weights is None else Limited(algorithm, weights) for algorithm, weights in made]
+
+
+def _two_solvers(solvers: Sequence[Algorithm], what: str, where: str) -> ConfigError:
+    return ConfigError(
+        f"{' and '.join(solver.name for solver in solvers)} both choose the codes of {what}",
+        where=where,
+        hint="keep one solver, or give each 'slots' of its own",
+    )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from quarkcli.plan.model import Plan, Target
 from quarkcli.spec import TensorSpec
@@ -36,14 +36,20 @@ class PartWork:
 
 
 class Algorithm(Protocol):
-    """kind: `transform` rewrites weights without changing the function, `solver` chooses the codes.
+    """What a member's class offers.
 
-    parameters   the parameters a recipe may set, with their defaults
+    kind         `transform` rewrites weights without changing the function, `solver` chooses the codes
+    parameters   what a recipe may set, with their defaults
     """
 
-    name: ClassVar[str]
-    kind: ClassVar[Literal["transform", "solver"]]
-    parameters: ClassVar[dict[str, Any]]
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def kind(self) -> Literal["transform", "solver"]: ...
+
+    @property
+    def parameters(self) -> Mapping[str, Any]: ...
 
     def needs(self, plan: Plan) -> dict[str, set[str]]:
         """Kinds of statistics by site name; empty: no data."""
@@ -53,6 +59,29 @@ class Algorithm(Protocol):
 
     def apply(self, work: PartWork, statistics: Statistics | None) -> None:
         """Work on one part. A solver calls `work.finish` for every target."""
+
+
+class Limited:
+    """An algorithm on the weights of these names alone (`slots` of a recipe's step)."""
+
+    def __init__(self, algorithm: Algorithm, weights: frozenset[str]) -> None:
+        self.algorithm = algorithm
+        self.weights = weights
+        self.name, self.kind, self.parameters = algorithm.name, algorithm.kind, algorithm.parameters
+
+    def needs(self, plan: Plan) -> dict[str, set[str]]:
+        return self.algorithm.needs(self._part_of(plan))
+
+    def check(self, plan: Plan) -> None:
+        self.algorithm.check(self._part_of(plan))
+
+    def apply(self, work: PartWork, statistics: Statistics | None) -> None:
+        mine = [target for target in work.targets if target.name in self.weights]
+        if mine:
+            self.algorithm.apply(replace(work, targets=mine), statistics)
+
+    def _part_of(self, plan: Plan) -> Plan:
+        return replace(plan, targets={name: t for name, t in plan.targets.items() if name in self.weights})
 
 
 def weight_sites(targets: Iterable[Target]) -> dict[str, list[Target]]:

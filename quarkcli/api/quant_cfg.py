@@ -79,7 +79,7 @@ def need_calibration(plan: Plan) -> bool:
     measured, or an algorithm needs statistics. Entries that were switched off later, constant ranges and dynamic scales
     need none.
     """
-    return bool(preflight.data_needs(plan, algorithms.pipeline(plan.algorithms)))
+    return bool(preflight.data_needs(plan, algorithms.pipeline(plan)))
 
 
 def estimate_quant_compression(plan: Plan) -> float:

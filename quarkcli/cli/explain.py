@@ -32,7 +32,7 @@ def explain(
     options = Options(model=model, recipe=name)
     recipe, source = job.load_recipe(options), job.open_source(options)
     layout = family.lay_out(*family.for_checkpoint(source.config, source.headers), source.config, source.headers)
-    found = explained(resolve(recipe, Overrides(), layout, recipe.algorithms), slot)
+    found = explained(resolve(recipe, Overrides(), layout), slot)
     if json:
         output.json_data(found.as_json())
     else:

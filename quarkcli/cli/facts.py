@@ -136,7 +136,7 @@ def _specs(found: Recipe, kind: str) -> list[TensorSpec]:
 def _steps_need(found: Recipe, spec: TensorSpec) -> bool:
     """Whether an algorithm of the recipe asks for statistics; asked with a plan of one weight."""
     plan = _plan({"weight": spec})
-    return any(step.needs(plan) for step in algorithms.pipeline(found.algorithms))
+    return any(step.needs(plan) for step in algorithms.created(found.algorithms))
 
 
 def _plan(specs: dict[str, TensorSpec]) -> Plan:

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from quarkcli.algorithms.base import Algorithm, Limited
 from quarkcli.cli import output
 from quarkcli.plan.model import Decision, Plan, Target
 from quarkcli.spec import TensorSpec, spec_to_yaml
@@ -61,7 +62,7 @@ def header(prepared: Prepared) -> list[str]:
             ("model", f"{source.hub_id or source.folder}{commit}"),
             ("family", f"{prepared.plan.family}{inferred} ({architecture})"),
             (label, recipe.name + (f" ({recipe.file})" if recipe.file else "")),
-            ("algorithms", ", ".join(step.name for step in prepared.steps)),
+            ("algorithms", ", ".join(_step(prepared.plan, step) for step in prepared.steps)),
             ("dialect", f"{prepared.dialect.name} ({prepared.dialect_reason})"),
             ("data", _data(prepared)),
             (
@@ -87,6 +88,12 @@ def _data(prepared: Prepared) -> str:
         f"{len(prepared.needs)} sites need data: {at_most}{settings.samples} rows of {settings.seqlen} tokens "
         f"from {settings.source}"
     )
+
+
+def _step(plan: Plan, step: Algorithm) -> str:
+    if not isinstance(step, Limited):
+        return step.name
+    return f"{step.name} on {sum(target.name in step.weights for target in plan.quantized())} weights"
 
 
 def show(prepared: Prepared) -> None:

@@ -141,7 +141,7 @@ def validate(
 
     path = catalog.find_recipe(name)
     found = recipe.from_file(path)
-    algorithms.pipeline(found.algorithms)
+    algorithms.created(found.algorithms)
     if found.dialect not in (None, "auto"):
         from quarkcli import dialects
 

@@ -179,7 +179,7 @@ def _extend(plan: Plan, entries: Sequence[Entry]) -> None:
     """Append entries to the list behind the plan and put what that resolves to into the plan."""
     basis = _basis(plan)
     overrides = replace(basis.overrides, entries=(*basis.overrides.entries, *entries))
-    resolved = resolve(basis.recipe, overrides, basis.layout, basis.recipe.algorithms, guards=False)
+    resolved = resolve(basis.recipe, overrides, basis.layout, guards=False)
     resolved.basis = replace(basis, overrides=overrides)
     vars(plan).update(vars(resolved))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from quarkcli.family import Part, Site, Weight, WeightView
 from quarkcli.recipe.attributes import Cfg
@@ -129,6 +129,14 @@ class Activation(NamedTuple):
     spec: TensorSpec
 
 
+class Step(NamedTuple):
+    """An algorithm with its parameters. `weights`: names of those it works on; None: all."""
+
+    name: str
+    parameters: dict[str, Any]
+    weights: frozenset[str] | None = None
+
+
 @dataclass
 class Plan:
     """A recipe resolved against one model's headers.
@@ -152,7 +160,7 @@ class Plan:
     attention: dict[str, Attention]
     sites: dict[str, Site]
     kept: dict[str, str]
-    algorithms: list[tuple[str, dict[str, object]]]
+    algorithms: list[Step]
     matches: list[int]
     tied_head: str | None = None
     warnings: list[str] = field(default_factory=list)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 from quarkcli.family import PROTECTED, AttentionModule, Layout, Weight
 from quarkcli.memory import without_collection
-from quarkcli.plan import checks, effects, share
+from quarkcli.plan import checks, effects, share, weights
 from quarkcli.plan.cache import minimum_entries
 from quarkcli.plan.compose import Composed, Overrides, compose
 from quarkcli.plan.model import ATTENTION_KINDS, TARGET_KINDS, Attention, Decision, Plan, Target
@@ -24,7 +23,6 @@ def resolve(
     recipe: Recipe,
     overrides: Overrides,
     layout: Layout,
-    algorithms: list[tuple[str, dict[str, Any]]],
     *,
     guards: bool = True,
 ) -> Plan:
@@ -51,7 +49,7 @@ def resolve(
         attention=attention,
         sites=layout.sites,
         kept=_kept(layout, targets, composed.entries),
-        algorithms=algorithms,
+        algorithms=weights.steps(recipe, layout),
         matches=resolver.matches,
         tied_head=layout.tied_head,
         restores=frozenset(composed.restores),

@@ -10,11 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from quarkcli.errors import ConfigError
-from quarkcli.family import Layout, Weight
+from quarkcli.family import Layout
 from quarkcli.plan.model import Plan, Target
-from quarkcli.plan.names import Hits, Names
-from quarkcli.recipe.entries import Entry, Share
-from quarkcli.recipe.match import suggestions
+from quarkcli.plan.weights import matched
+from quarkcli.recipe.entries import Share
 
 SCALE = "scale"
 
@@ -29,10 +28,8 @@ def scale_groups(rows: Sequence[Share] | None, layout: Layout) -> dict[str, str]
         return {}
     if not rows:
         return {name: name for name in layout.weights}
-    patterns = [Entry(pattern, None, True, origin=row.origin) for row in rows for pattern in row.slots]
     row_of = [number for number, row in enumerate(rows) for _ in row.slots]
-    found = [(weight, hits[0]) for weight, hits in Names(patterns).of_weights(layout.weights.values())]
-    _check_matched(patterns, found)
+    found = matched("share", [(pattern, row.origin) for row in rows for pattern in row.slots], layout)
     joined: dict[str, str] = {}  # a group -> the one that it is part of
     first: dict[tuple[int, int], str] = {}
     for weight, hits in found:
@@ -48,18 +45,6 @@ def _root(joined: Mapping[str, str], group: str) -> str:
     while group in joined:
         group = joined[group]
     return group
-
-
-def _check_matched(patterns: list[Entry], found: list[tuple[Weight, Hits]]) -> None:
-    matched = {hit for _, hits in found for hit in hits}
-    for index, entry in enumerate(patterns):
-        if index not in matched:
-            close = suggestions(entry.quantizer_path, [f"{weight.name}.weight_quantizer" for weight, _ in found])
-            raise ConfigError(
-                f"share: '{entry.quantizer_path}' matches 0 of {len(found)} weight slots",
-                where=str(entry.origin),
-                hint=f"did you mean {', '.join(map(repr, close))}?" if close else "see 'quark plan' for the names",
-            )
 
 
 def check(plan: Plan) -> None:

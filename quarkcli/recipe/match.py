@@ -50,8 +50,9 @@ def ignores_numbers(pattern: str) -> bool:
 def suggestions(pattern: str, names: Iterable[str], limit: int = 3) -> list[str]:
     """Patterns or names near a pattern that matched nothing; indices are folded into `*`.
 
-    `*dwn_proj` among `model.layers.0.mlp.down_proj` ... gives `*down_proj`.
+    `*dwn_proj` among `model.layers.0.mlp.down_proj` ... gives `*down_proj`, and `*dwn_proj*` gives `*down_proj*`.
     """
+    names = list(names)
     leaves: dict[str, str] = {}
     for name in names:
         folded = re.sub(r"\.\d+(?=\.|$)", ".*", name)
@@ -62,7 +63,18 @@ def suggestions(pattern: str, names: Iterable[str], limit: int = 3) -> list[str]
     if not close:
         last = word.strip("*").rsplit(".", 1)[-1]
         close = near_misses(last, [leaf for leaf in leaves if leaf.startswith("*")], limit)
-    return close
+    return close or _inner_suggestions(pattern, names, limit)
+
+
+def _inner_suggestions(pattern: str, names: Iterable[str], limit: int) -> list[str]:
+    """The pattern with its last piece of plain text replaced by steps of the names that are near it."""
+    piece = next((piece for piece in reversed(re.split(r"[*?]", pattern)) if piece.strip(".")), "").strip(".")
+    if not piece or pattern.startswith("re:"):
+        return []
+    count = piece.count(".") + 1
+    steps = (name.split(".") for name in names)
+    inside = {".".join(step[i : i + count]) for step in steps for i in range(len(step) - count + 1)}
+    return [pattern.replace(piece, near) for near in near_misses(piece, sorted(inside), limit)]
 
 
 def slot_pattern(module: str, slot: str) -> str:

@@ -202,7 +202,7 @@ def _native(document: Document, path: Path) -> Recipe:
         entries=entries,
         kv_cache=quantize.kv_cache,
         attention=quantize.attention,
-        algorithms=[(step.method, dict(step.model_extra or {})) for step in given],
+        algorithms=[_step(step) for step in given],
         exclusions=model.exclusions == "default",
         share=_share(document, model),
         calib_data=calibration.data,
@@ -220,6 +220,12 @@ def _share(document: Document, model: schema.RecipeModel) -> list[Share] | None:
     if model.share is None:
         return None
     return [Share(tuple(row.slots), document.origin("share", index)) for index, row in enumerate(model.share)]
+
+
+def _step(step: schema.AlgorithmStep) -> tuple[str, dict[str, Any]]:
+    """(method, parameters); `slots` stands among them."""
+    slots = {} if step.slots is None else {"slots": list(step.slots)}
+    return step.method, {**slots, **(step.model_extra or {})}
 
 
 def _is_own(document: Document, row: Canonical) -> bool:

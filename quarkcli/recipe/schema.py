@@ -65,6 +65,9 @@ class AlgorithmStep(BaseModel):
 
     model_config = ConfigDict(extra="allow", strict=True, defer_build=True)
     method: str = Field(description="name of the algorithm")
+    slots: list[str] | None = Field(
+        default=None, min_length=1, description="patterns on the weight slots that it works on; all when left out"
+    )
 
 
 class Quantize(Strict):

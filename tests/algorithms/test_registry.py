@@ -79,8 +79,67 @@ def test_a_new_file_is_a_new_algorithm(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("halves")
 def test_two_solvers_are_one_too_many() -> None:
     with pytest.raises(ConfigError, match="half-size and gptq both choose the codes"):
-        algorithms.pipeline([("half-size", {}), ("gptq", {})])
-    assert [step.name for step in algorithms.pipeline([])] == ["rtn"]
+        algorithms.created([("half-size", {}), ("gptq", {})])
+    assert [step.name for step in algorithms.created([])] == ["rtn"]
+
+
+SLOTS = """\
+schema: quark/recipe/1
+quantize:
+  scheme: int4_wo_128
+  algorithm:
+%s
+calibration: {data: builtin, samples: 8, seqlen: 64}
+"""
+
+
+def with_steps(folder: Path, *steps: str) -> str:
+    path = folder / "own.yaml"
+    path.write_text(SLOTS % "\n".join(f"    - {step}" for step in steps))
+    return str(path)
+
+
+def weights(folder: Path, leaf: str) -> dict[str, torch.Tensor]:
+    return {name: t for name, t in runs.read_all(folder).items() if leaf in name}
+
+
+@pytest.mark.usefixtures("halves")
+def test_steps_on_some_of_the_weights(tmp_path: Path) -> None:
+    """Each solver has its own, the default the rest: every weight as if its solver had run on all of block 0."""
+    own = with_steps(
+        tmp_path, "{method: gptq, slots: ['*layers.0.self_attn.*']}", "{method: half-size, slots: ['*down_proj*']}"
+    )
+    made = runs.run("demo", tmp_path / "own", recipe=own)
+    assert made.report["algorithms"] == ["gptq", "half-size", "rtn"]
+    sites = {site for site, kinds in made.prepared.needs.items() if "gram" in kinds}
+    assert sites == {made.prepared.plan.targets[f"model.layers.0.self_attn.{n}_proj"].site for n in "qo"}
+    data = {"calib_data": "builtin", "calib_samples": 8, "calib_seqlen": 64}
+    solvers = {"layers.0.self_attn.": "gptq", "down_proj": "half-size", "up_proj": "rtn", "layers.1.self_attn.": "rtn"}
+    for leaf, solver in solvers.items():
+        whole = runs.run("demo", tmp_path / solver, scheme="int4_wo_128", algorithm=solver, overwrite=True, **data)
+        mine, theirs = weights(made.folder, leaf), weights(whole.folder, leaf)
+        assert mine and all(runs.same_bytes(mine[name], theirs[name]) for name in theirs), leaf
+    again = runs.run("demo", tmp_path / "again", recipe=str(made.folder / "quark" / "recipe.yaml"))
+    assert runs.same_files(made.folder, again.folder)
+
+
+def test_steps_that_do_not_go_together(tmp_path: Path) -> None:
+    def prepare(*steps: str) -> job.Prepared:
+        return runs.prepare("demo", recipe=with_steps(tmp_path, *steps))
+
+    with pytest.raises(ConfigError, match=r"gptq and rtn both choose the codes of model\.layers\.0\.mlp\.down_proj"):
+        prepare("{method: gptq}", "{method: rtn, slots: ['*down_proj.weight_quantizer']}")
+    with pytest.raises(ConfigError, match=r"algorithm gptq: '\*dwn_proj\*' matches 0 of 30 weight slots") as caught:
+        prepare("{method: gptq, slots: ['*dwn_proj*']}")
+    assert caught.value.where == str(tmp_path / "own.yaml") and "down_proj" in caught.value.hint
+    with pytest.raises(ConfigError, match="slots must be a list"):
+        prepare("{method: gptq, slots: '*'}")
+    with pytest.raises(ConfigError, match="at least 1 item"):
+        prepare("{method: gptq, slots: []}")
+    two = prepare("{method: gptq, slots: ['*.0.*']}", "{method: gptq, damp: 0.1, slots: ['*.1.*']}")
+    assert [step.name for step in two.steps] == ["gptq", "gptq", "rtn"]
+    everything = prepare("{method: gptq, slots: ['*']}")
+    assert [step.name for step in everything.steps] == ["gptq"]
 
 
 @pytest.mark.parametrize(

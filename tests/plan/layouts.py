@@ -76,7 +76,7 @@ GPT_OSS = lay_out(gpt_oss(), "gpt_oss")
 
 def plan(recipe: Recipe | str, layout: Layout = LLAMA, **overrides: Any) -> Plan:
     made = from_scheme(recipe) if isinstance(recipe, str) else recipe
-    return resolve(made, Overrides(**overrides), layout, made.algorithms)
+    return resolve(made, Overrides(**overrides), layout)
 
 
 def decided(made: Plan, slot: str) -> str | None:

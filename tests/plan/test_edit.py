@@ -34,7 +34,7 @@ NVFP4 = {"num_bits": [2, 1], "block_sizes": {-1: 16, "type": "dynamic", "scale_b
 def editable(recipe: Recipe | str, layout: Layout = LLAMA, **flags: Any) -> Plan:
     made = from_scheme(recipe) if isinstance(recipe, str) else recipe
     overrides = Overrides(**flags)
-    found = resolve(made, overrides, layout, made.algorithms)
+    found = resolve(made, overrides, layout)
     found.basis = edit.Basis(made, overrides, layout)
     return found
 
@@ -59,7 +59,7 @@ def specs(made: Plan) -> dict[str, TensorSpec | None]:
 def executed(made: Plan) -> Plan:
     """What a job makes of an edited plan: everything resolved again, guards included."""
     assert made.basis is not None
-    return resolve(made.basis.recipe, made.basis.overrides, made.basis.layout, made.basis.recipe.algorithms)
+    return resolve(made.basis.recipe, made.basis.overrides, made.basis.layout)
 
 
 # --- order and atomicity ----------------------------------------------------------------------------------------------

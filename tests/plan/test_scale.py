@@ -76,7 +76,7 @@ HEADERS = deepseek_v3()
 def prepared(scheme: str, **flags: Any) -> tuple[Layout, Plan, Dialect, forecast.Forecast]:
     """What a job does between opening a model and reading its first weight."""
     layout = family.lay_out(*family.for_checkpoint(CONFIG, HEADERS), CONFIG, HEADERS)
-    plan = resolve(from_scheme(scheme), Overrides(**flags), layout, [])
+    plan = resolve(from_scheme(scheme), Overrides(**flags), layout)
     preflight.check_plan(plan)
     dialect, _ = dialects.choose("auto", plan)
     needs = preflight.data_needs(plan, [])

@@ -283,4 +283,7 @@ def test_suggestions_fold_indices() -> None:
     names = [f"model.layers.{layer}.mlp.{leaf}" for layer in range(30) for leaf in ("up_proj", "down_proj")]
     assert suggestions("*dwn_proj", names)[0] == "*down_proj"
     assert suggestions("model.layers.*.mlp.up_prj", names)[0] == "model.layers.*.mlp.up_proj"
-    assert suggestions("zzzzzz", names) == []
+    assert suggestions("zzzzzz", names) == suggestions("*zzz*", names) == suggestions("*", names) == []
+    slots = [f"{name}.weight_quantizer" for name in names]
+    assert suggestions("*dwn_proj*", slots)[0] == "*down_proj*"  # the pattern keeps its form
+    assert suggestions("*.mlpp.*", slots) == ["*.mlp.*"]

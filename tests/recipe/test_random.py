@@ -114,7 +114,7 @@ def test_a_plan_or_a_user_error(shape: str, layout: family.Layout) -> None:
     def run(data: Any) -> None:
         try:
             found = recipe.from_config(data)
-            resolve(found, Overrides(), layout, found.algorithms)
+            resolve(found, Overrides(), layout)
             ends["plan"] += 1
         except QuarkError as error:
             assert error.what
