@@ -19,6 +19,7 @@ import yaml
 from safetensors import safe_open
 
 from quarkcli import job, preflight
+from quarkcli.cli import summary
 from quarkcli.errors import QuarkError
 from quarkcli.events import Event, Message, PartDone, Phase
 from quarkcli.job import EMBEDDED, Options
@@ -166,7 +167,7 @@ def test_the_report_says_what_was_done(made, rows, scheme, dialect):
     bits = {"fp8": 8.0, "int4_wo_128": 4.125, "mxfp4": 4.25, "nvfp4": 4.5}[scheme]
     assert report["size"]["effective_bits"] == pytest.approx(bits, abs=0.01)  # scales of whole tensors on top
     assert sorted(report["modules_by_scheme"].values()) == [2, 28]
-    layer = "model.layers.0"
+    layer = "model.layers.*"
     fused = {f"{layer}.self_attn.q_proj+k_proj+v_proj": 4, f"{layer}.mlp.gate_proj+up_proj": 4}
     assert report["shared_scales"] == (fused if scheme in {"fp8", "nvfp4"} else {})  # others have no tensor scale
     assert report["device"] == "cpu"
@@ -255,6 +256,24 @@ def test_the_resolved_recipe_repeats_flags_as_well(rows, tmp_path):
     assert hashes(tmp_path / "second") == hashes(tmp_path / "first")
     first_text = (tmp_path / "first" / "quark" / "recipe.yaml").read_text()
     assert (tmp_path / "second" / "quark" / "recipe.yaml").read_text() == first_text
+
+
+def test_the_report_says_where_rules_acted(rows, tmp_path):
+    overrides = Overrides(
+        exclude=["*layers.0.*"], layers=["*down_proj=fp8"], unprotect=["head"], kv_cache="fp8", min_kv_scale=0.01
+    )
+    report = job.run(options(rows, tmp_path / "out", "nvfp4", overrides=overrides))
+    decided = report["decided_by"]
+    assert decided["--exclude '*layers.0.*'"] == {"on": 0, "off": 7 * 4}
+    assert decided["--layer '*down_proj=fp8'"] == {"on": 3 * 2, "off": 3 * 2}
+    assert decided["--min-kv-scale 0.01"] == {"on": 8, "off": 0}
+    assert decided["scheme nvfp4"] == {"on": (3 * 6 + 1) * 2, "off": (3 * 6 + 1) * 2}
+    assert sum(counts["on"] + counts["off"] for counts in decided.values()) == 30 * 4 + 4 * 4
+    assert report["shared_scales"] == {
+        "model.layers.*.self_attn.q_proj+k_proj+v_proj": 3,
+        "model.layers.*.mlp.gate_proj+up_proj": 3,
+    }
+    assert "--layer '*down_proj=fp8': 6 slots on, 6 slots off" in summary.markdown(report)
 
 
 @pytest.mark.parametrize(("scheme", "algorithm"), [("mxfp4", None), ("nvfp4", None), ("int4_wo_128", "gptq")])

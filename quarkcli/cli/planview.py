@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from quarkcli.algorithms.base import Algorithm, Limited
 from quarkcli.cli import output
 from quarkcli.plan.model import Decision, Plan, Target
+from quarkcli.recipe.match import starred
 from quarkcli.spec import TensorSpec, spec_to_yaml
 
 if TYPE_CHECKING:
@@ -26,10 +27,10 @@ def fold(names: Iterable[tuple[str, Any]], everything: Iterable[str]) -> Iterato
     `layers.*.mlp` stands for all of `everything` that it matches; where a row has only some of them, the first index
     is written out: `layers.{0,2-31}.mlp`.
     """
-    totals = Counter(_INDEX.sub("*", name) for name in everything)
+    totals = Counter(starred(name) for name in everything)
     found: dict[tuple[str, Any], list[str]] = {}
     for name, key in names:
-        found.setdefault((_INDEX.sub("*", name), key), []).append(name)
+        found.setdefault((starred(name), key), []).append(name)
     for (pattern, key), members in found.items():
         shown = pattern
         firsts = {int(first[0]) for name in members if (first := _INDEX.search(name))}

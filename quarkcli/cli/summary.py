@@ -30,6 +30,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     ]
     text = [f"# {model['name']}, {report['recipe']['name']}", "", "| | |", "|---|---|"]
     text += [f"| {label} | {value.replace('|', '/')} |" for label, value in _labelled(rows)]
+    text += _section("Rules that decided", _rules(report["decided_by"]))
     text += _section("Kept in source precision", _kept(report))
     text += _section("Fused tensors written as several", [f"{k}: {v} weights" for k, v in report["split"].items()])
     worst = [f"{row['name']}: {row['error']:.4g}" for row in report["loss"]["worst_weights"]]
@@ -37,6 +38,13 @@ def markdown(report: Mapping[str, Any]) -> str:
     text += _section("Warnings", report["warnings"])
     text += _section("Checks", report["checks"])
     return "\n".join(text)
+
+
+def _rules(decided: Mapping[str, Mapping[str, int]]) -> list[str]:
+    return [
+        f"{origin}: " + ", ".join(f"{count} slots {state}" for state, count in counts.items() if count)
+        for origin, counts in decided.items()
+    ]
 
 
 def _facts(report: Mapping[str, Any]) -> Rows:

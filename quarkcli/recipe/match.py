@@ -35,6 +35,11 @@ def fold(names: str) -> str:
     return _NUMBER.sub("0", names)
 
 
+def starred(name: str) -> str:
+    """A name with `*` for every number behind a dot: `layers.*.w1` of `layers.12.w1`."""
+    return re.sub(r"\.\d+(?=\.|$)", ".*", name)
+
+
 def ignores_numbers(pattern: str) -> bool:
     """True for a shell pattern that matches a name exactly when it matches the folded one.
 
@@ -55,7 +60,7 @@ def suggestions(pattern: str, names: Iterable[str], limit: int = 3) -> list[str]
     names = list(names)
     leaves: dict[str, str] = {}
     for name in names:
-        folded = re.sub(r"\.\d+(?=\.|$)", ".*", name)
+        folded = starred(name)
         leaves.setdefault(folded, folded)
         leaves.setdefault("*" + name.rsplit(".", 1)[-1], folded)
     word = pattern[3:] if pattern.startswith("re:") else pattern

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from quarkcli import __version__, forecast, memory
 from quarkcli.options import Prepared
 from quarkcli.plan.model import Plan
-from quarkcli.recipe.match import fold
+from quarkcli.recipe.match import starred
 
 if TYPE_CHECKING:
     from quarkcli.calibration.data import CalibrationData
@@ -26,8 +26,6 @@ def build(
 ) -> dict[str, Any]:
     """The report of a finished run. `records`: per part, as the journal keeps them."""
     plan = prepared.plan
-    weight_errors = {name: e for record in records.values() for name, e in record["weight_errors"].items()}
-    worst = sorted(weight_errors.items(), key=lambda item: -item[1])[:10]
     quantized, experts = forecast.expert_share(plan)
     warnings = list(dict.fromkeys(prepared.warnings + [w for r in records.values() for w in r["warnings"]]))
     return {
@@ -53,17 +51,14 @@ def build(
         "modules_by_scheme": modules_by_scheme(plan),
         "attention_by_scheme": attention_by_scheme(plan),
         "shared_scales": shared_scales(plan),
+        "decided_by": decided_by(plan),
         "experts": {
             "parameters": experts,
             "quantized_parameters": quantized,
             "share_quantized": quantized / experts if experts else None,
             "calibration_tokens": {k: v for r in records.values() for k, v in r["expert_tokens"].items()},
         },
-        "loss": {
-            "mean_weight_error": sum(weight_errors.values()) / len(weight_errors) if weight_errors else None,
-            "worst_weights": [{"name": name, "error": error} for name, error in worst],
-            "parts": {name: record["error"] for name, record in records.items() if record["error"] is not None},
-        },
+        "loss": _loss(records),
         "kept": plan.kept,
         "kept_reasons": dict(Counter(plan.kept.values()).most_common()),
         "split": split_tensors(plan),
@@ -75,6 +70,16 @@ def build(
         "seconds": round(seconds, 2),
         "peak_rss_bytes": memory.peak_rss(),
         "peak_gpu_bytes": memory.peak_gpu(device),
+    }
+
+
+def _loss(records: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    weight_errors = {name: e for record in records.values() for name, e in record["weight_errors"].items()}
+    worst = sorted(weight_errors.items(), key=lambda item: -item[1])[:10]
+    return {
+        "mean_weight_error": sum(weight_errors.values()) / len(weight_errors) if weight_errors else None,
+        "worst_weights": [{"name": name, "error": error} for name, error in worst],
+        "parts": {name: record["error"] for name, record in records.items() if record["error"] is not None},
     }
 
 
@@ -120,8 +125,23 @@ def attention_by_scheme(plan: Plan) -> dict[str, int]:
 
 
 def shared_scales(plan: Plan) -> dict[str, int]:
-    """Where weights share their per-tensor scales: count of scale groups by name, numbers written as 0."""
-    return dict(Counter(fold("\n".join(plan.shared())).splitlines()))
+    """Where weights share their per-tensor scales: count of scale groups by name, `*` for the numbers in it."""
+    return dict(Counter(starred(name) for name in plan.shared()))
+
+
+def decided_by(plan: Plan) -> dict[str, dict[str, int]]:
+    """Where each rule acted: origin of an entry -> how many slots it switched on and off, being the last to match."""
+    found: dict[int, dict[str, int]] = {}
+    for _, decision in plan.slots():
+        if decision.entry is not None:
+            counts = found.setdefault(decision.entry, {"on": 0, "off": 0})
+            counts["off" if decision.spec is None else "on"] += 1
+    out: dict[str, dict[str, int]] = {}
+    for index in sorted(found):
+        counts = out.setdefault(str(plan.entries[index].origin), {"on": 0, "off": 0})
+        for state, count in found[index].items():
+            counts[state] += count
+    return out
 
 
 def split_tensors(plan: Plan) -> dict[str, int]:
