@@ -55,6 +55,17 @@ class Composed:
     restores: dict[int, str] = field(default_factory=dict)
     edits_start: int = 0
 
+    @property
+    def meant(self) -> frozenset[int]:
+        """Entries that may leave others of the user's without effect: edits, and what a flag switches off."""
+        off = (i for i, entry in enumerate(self.entries) if entry.unit == _OFF)
+        return frozenset([*off, *range(self.edits_start, len(self.entries))])
+
+
+_OFF = "switched off by a flag"
+# The slots that only this speaks of: k and v are the cache's also where an attention scheme names them.
+_OWN = {"kv_cache": ("k", "v"), "attention": ("q", "p")}
+
 
 def compose(recipe: Recipe, overrides: Overrides, layout: Layout) -> Composed:
     """Entries of recipe and flags in their resolved order. Raises UsageError or ConfigError for bad flags."""
@@ -85,9 +96,11 @@ def compose(recipe: Recipe, overrides: Overrides, layout: Layout) -> Composed:
 def _of_attention(key: str, make: Any, recipe: Recipe, flag: str | None, own: str | None) -> list[Entry]:
     """Entries of the flag's scheme, else of the recipe's."""
     name = flag or own
+    origin = Origin(f"--{key.replace('_', '-')} {name}" if flag else f"{recipe.name}: {key} {name}")
+    if flag == "none":  # the recipe's own entries may have switched them on
+        return [Entry(f"*.{kind}_bmm_quantizer", None, False, None, False, origin, _OFF) for kind in _OWN[key]]
     if not name or name == "none":
         return []
-    origin = Origin(f"--{key.replace('_', '-')} {name}" if flag else f"{recipe.name}: {key} {name}")
     found: list[Entry] = make(name, origin, _folder(recipe))
     return found
 

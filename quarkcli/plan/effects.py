@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 from quarkcli.errors import ConfigError
 from quarkcli.plan.model import Decision, Plan
@@ -69,12 +69,15 @@ def _absent(plan: Plan, entry: Entry, pool: list[str]) -> ConfigError:
     return ConfigError(what, where=str(entry.origin), hint=hint)
 
 
-def check_effect(plan: Plan, outcomes: Iterable[tuple[Hits, Decision]], edits: int = 0) -> None:
+def check_effect(
+    plan: Plan, outcomes: Iterable[tuple[Hits, Decision]], meant: Collection[int] = (), *, edited: bool = False
+) -> None:
     """Raises ConfigError for an entry of the user's that enables and ends without any enabled slot, and for a plan that
     quantizes nothing.
 
     outcomes   what was decided, with the entries that match the slot by name, in the order of the slots
-    edits      how many entries at the end are edits of the plan
+    meant      entries that may leave others without effect: whoever edits a plan or switches by a flag means it
+    edited     whether the plan is one that was edited
     """
     found = list(outcomes)
     deciders = {decision.entry for _, decision in found if decision.spec is not None}
@@ -86,15 +89,15 @@ def check_effect(plan: Plan, outcomes: Iterable[tuple[Hits, Decision]], edits: i
         if any(decision.spec is not None for decision in winners):
             continue  # overruled by another enabling entry: not without effect
         overruling = [d.entry for d in winners if d.entry is not None and d.entry not in indices]
-        if any(index >= len(plan.entries) - edits for index in overruling):
-            continue  # whoever edits a plan means it
+        if not set(overruling).isdisjoint(meant):
+            continue
         later = dict.fromkeys(str(plan.entries[index].origin) for index in overruling)
         raise ConfigError(
             f"'{entry.quantizer_path}' enables quantizers, but every one of them ends switched off",
             where=str(entry.origin),
             hint=f"later entries win: {'; '.join(list(later)[:3])}" if later else "it has no cfg to enable",
         )
-    if edits == 0:
+    if not edited:
         _check_weights(plan)
     if not any(plan.quantized_alike()) and not any(module.specs for module in plan.attention.values()):
         listed = "; ".join(f"{e.quantizer_path} ({e.origin})" for e in plan.entries[:6])

@@ -35,8 +35,9 @@ def resolve(
     """
     composed = compose(recipe, overrides, layout)
     if overrides.min_kv_scale is not None:
-        end = composed.edits_start
-        composed.entries[end:end] = minimum_entries(composed, layout, overrides.min_kv_scale)
+        end, least = composed.edits_start, minimum_entries(composed, layout, overrides.min_kv_scale)
+        composed.entries[end:end] = least
+        composed.edits_start += len(least)
     resolver = _Resolver(composed)
     targets = resolver.targets(layout.weights.values(), share.scale_groups(recipe.share, layout))
     attention = {module.name: resolver.attention(module) for module in layout.attention}
@@ -64,7 +65,7 @@ def resolve(
     checks.warn(plan)
     share.check(plan)
     if guards:
-        effects.check_effect(plan, resolver.outcomes(), len(overrides.entries))
+        effects.check_effect(plan, resolver.outcomes(), composed.meant, edited=bool(overrides.entries))
     checks.check(plan)
     return plan
 

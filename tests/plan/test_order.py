@@ -123,6 +123,12 @@ def test_the_flag_for_the_cache_wins() -> None:
     own = recipe(("*.weight_quantizer", INT8, True), kv_cache="fp8")
     assert decided(plan(own), "model.layers.0.self_attn.v_bmm_quantizer") == "fp8_e4m3"
     assert decided(plan(own, kv_cache="none"), "model.layers.0.self_attn.v_bmm_quantizer") is None
+    written = recipe(("*.weight_quantizer", INT8, True), ("*.[qkvp]_bmm_quantizer", FP8, True))
+    without = plan(written, kv_cache="none")
+    kept = {kind: decided(without, f"model.layers.0.self_attn.{kind}_bmm_quantizer") for kind in "qkvp"}
+    assert kept == {"q": "fp8_e4m3", "k": None, "v": None, "p": "fp8_e4m3"}
+    without = plan(written, kv_cache="none", attention="none")
+    assert all(decided(without, f"model.layers.0.self_attn.{kind}_bmm_quantizer") is None for kind in "qkvp")
 
 
 def test_include_with_a_recipe_goes_back_before_the_exclusions() -> None:
