@@ -72,13 +72,12 @@ def test_it_loads_resolves_and_needs_the_data_it_says(name: str) -> None:
     assert made.name == name
     assert 20 < len(made.description) <= 100 and "\n" not in made.description
     assert made.notes == []  # nothing in it is left out
-    steps = algorithms.pipeline(made.algorithms)
     plans = planned(file)
     # A recipe for experts refuses a model without, also where the cache would be quantized: ModelOpt's guard.
     assert set(plans) == set(LAYOUTS) - ({"llama"} if "experts_only" in name else set())
     for plan in plans.values():
         assert any(plan.quantized())
-        assert bool(data_needs(plan, steps)) == ("no data" not in made.description)
+        assert bool(data_needs(plan, algorithms.pipeline(plan))) == ("no data" not in made.description)
 
 
 def test_general_recipes_are_all_there() -> None:
