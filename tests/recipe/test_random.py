@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from quarkcli import family, job
+from quarkcli import algorithms, dialects, family, job, preflight
 from quarkcli.errors import QuarkError
 from quarkcli.plan.compose import Overrides
 from quarkcli.plan.resolve import resolve
@@ -42,7 +42,7 @@ NATIVE = st.fixed_dictionaries(
             },
         ),
         "zero_point": st.sampled_from(["none", "int", "float"]),
-        "observer": st.sampled_from(["mse", {"name": "percentile", "percentile": 99}, "histogram", "x"]),
+        "observer": st.sampled_from(["mse", {"name": "percentile", "percentile": 99}, "histogram", "headroom", "x"]),
         "then": st.just({"element": "int4", "granularity": "channel"}),
         "stored": st.sampled_from(["first", "last"]),
         "enable": WORDS,
@@ -77,17 +77,36 @@ LEGACY = st.dictionaries(PATTERNS, CFG | WORDS | st.dictionaries(PATTERNS, CFG, 
 LIST = st.lists(ENTRY | LEGACY, max_size=5)
 LAYER = st.dictionaries(st.sampled_from(["weight", "input_tensors", "output_tensors", "bias", "x"]), QUARK, max_size=3)
 
+STEP = st.fixed_dictionaries(
+    {"method": st.sampled_from(["gptq", "rtn", "gtpq"])},
+    optional={"slots": st.lists(PATTERNS, max_size=2), "damp": WORDS},
+)
+HEADROOM = st.fixed_dictionaries(
+    {"method": st.just("nvfp4_act_headroom")}, optional={"rho": WORDS, "weight_scale_algorithm": WORDS | st.just("mse")}
+)
+
 SHAPES: dict[str, st.SearchStrategy[Any]] = {
     "native": st.fixed_dictionaries(
         {
             "schema": st.just("quark/recipe/1"),
-            "quantize": st.fixed_dictionaries({"quant_cfg": st.lists(ENTRY, max_size=5)}),
+            "quantize": st.fixed_dictionaries(
+                {"quant_cfg": st.lists(ENTRY, max_size=5)},
+                optional={"algorithm": st.lists(STEP, max_size=3), "kv_cache": st.sampled_from(["fp8", "none", "fp9"])},
+            ),
         },
-        optional={"exclusions": st.sampled_from(["default", "none", 3]), "calibration": st.just({"samples": 4})},
+        optional={
+            "exclusions": st.sampled_from(["default", "none", 3]),
+            "calibration": st.just({"samples": 4}),
+            "share": st.lists(st.fixed_dictionaries({"slots": st.lists(PATTERNS, max_size=2)}), max_size=2),
+        },
     ),
     "lists": LIST | LEGACY,
     "modelopt": st.fixed_dictionaries(
-        {"quantize": st.fixed_dictionaries({"quant_cfg": LIST}, optional={"algorithm": WORDS | st.just("mse")})}
+        {
+            "quantize": st.fixed_dictionaries(
+                {"quant_cfg": LIST}, optional={"algorithm": WORDS | HEADROOM | st.just("mse")}
+            )
+        }
     ),
     "quark": st.fixed_dictionaries(
         {"global_quant_config": LAYER},
@@ -114,7 +133,10 @@ def test_a_plan_or_a_user_error(shape: str, layout: family.Layout) -> None:
     def run(data: Any) -> None:
         try:
             found = recipe.from_config(data)
-            resolve(found, Overrides(), layout)
+            plan = resolve(found, Overrides(), layout)
+            algorithms.pipeline(plan)
+            preflight.check_plan(plan)
+            dialects.choose("auto", plan)
             ends["plan"] += 1
         except QuarkError as error:
             assert error.what
