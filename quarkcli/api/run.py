@@ -23,8 +23,7 @@ from quarkcli import job
 from quarkcli.errors import QuarkError, UsageError
 from quarkcli.events import Listener, silent
 from quarkcli.options import Options
-from quarkcli.plan.compose import Overrides
-from quarkcli.plan.edit import Basis
+from quarkcli.plan.compose import Basis, Overrides
 from quarkcli.plan.model import Plan
 from quarkcli.recipe import catalog, load
 from quarkcli.recipe import recipe as recipes

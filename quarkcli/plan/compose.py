@@ -41,6 +41,16 @@ class Overrides:
     entries: Sequence[Entry] = ()
 
 
+@dataclass(frozen=True)
+class Basis:
+    """What a plan was resolved from. `asked`: what its maker was asked for; nothing here looks at it."""
+
+    recipe: Recipe
+    overrides: Overrides
+    layout: Layout
+    asked: object = None
+
+
 @dataclass
 class Composed:
     """The list.

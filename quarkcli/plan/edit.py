@@ -15,12 +15,11 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from quarkcli.errors import ConfigError, UsageError
-from quarkcli.family import Layout
-from quarkcli.plan.compose import Overrides
+from quarkcli.plan.compose import Basis
 from quarkcli.plan.model import TARGET_KINDS, Decision, Plan
 from quarkcli.plan.names import Names, stage_of
 from quarkcli.plan.resolve import ATTENTION_CLASS, attention_names, resolve
@@ -28,23 +27,13 @@ from quarkcli.recipe.attributes import Cfg, to_spec
 from quarkcli.recipe.entries import Entry, Origin
 from quarkcli.recipe.match import suggestions
 from quarkcli.recipe.normalize import Canonical, normalize, path_text
-from quarkcli.recipe.recipe import Recipe, is_weight, located
+from quarkcli.recipe.recipe import is_weight, located
 
 Selection = str | Callable[[str], bool]  # a pattern on slot names, or a function that says yes to some
 ParentClass = str | type | None
 
 _NUMBER, _MARK = re.compile(r"\.[0-9]+(?=\.)"), ".#"
 _REPLACES_EACH_OTHER = {"axis": "block_sizes", "block_sizes": "axis"}
-
-
-@dataclass(frozen=True)
-class Basis:
-    """What a plan was resolved from. `asked`: what its maker was asked for; nothing here looks at it."""
-
-    recipe: Recipe
-    overrides: Overrides
-    layout: Layout
-    asked: object = None
 
 
 def set_quantizer_by_cfg(plan: Plan, quant_cfg: Any) -> None:

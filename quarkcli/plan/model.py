@@ -16,7 +16,7 @@ from quarkcli.recipe.entries import Entry, Share
 from quarkcli.spec import TensorSpec
 
 if TYPE_CHECKING:
-    from quarkcli.plan.edit import Basis
+    from quarkcli.plan.compose import Basis
 
 __all__ = ["ATTENTION_KINDS", "TARGET_KINDS", "Attention", "Decision", "Part", "Plan", "Site", "Target", "WeightView"]
 
@@ -149,7 +149,7 @@ class Plan:
     exclusions_start  index of the first exclusion
     share             rows of the recipe that join weights into scale groups; None: what the family says; empty: nothing
                       shares its scales
-    basis             what it was resolved from, for edits (`plan.edit.Basis`)
+    basis             what it was resolved from, for edits (`plan.compose.Basis`)
     """
 
     scheme: str

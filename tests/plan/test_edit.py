@@ -12,7 +12,7 @@ import torch
 from quarkcli.errors import ConfigError, ModelError, UsageError
 from quarkcli.family import Layout
 from quarkcli.plan import edit
-from quarkcli.plan.compose import Overrides
+from quarkcli.plan.compose import Basis, Overrides
 from quarkcli.plan.model import Plan
 from quarkcli.plan.resolve import resolve
 from quarkcli.recipe.recipe import Recipe, from_config, from_scheme
@@ -35,7 +35,7 @@ def editable(recipe: Recipe | str, layout: Layout = LLAMA, **flags: Any) -> Plan
     made = from_scheme(recipe) if isinstance(recipe, str) else recipe
     overrides = Overrides(**flags)
     found = resolve(made, overrides, layout)
-    found.basis = edit.Basis(made, overrides, layout)
+    found.basis = Basis(made, overrides, layout)
     return found
 
 
