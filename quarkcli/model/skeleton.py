@@ -186,7 +186,8 @@ def find_blocks(model: Any) -> str:
         if isinstance(module, nn.ModuleList) and len(module) == (count or len(module))
     ]
     if not lists:
-        raise ModelError(f"{type(model).__name__} has no list of {count or ''} decoder blocks", hint=DATA_FREE_HINT)
+        wanted = f"{count} decoder blocks" if count else "decoder blocks"
+        raise ModelError(f"{type(model).__name__} has no list of {wanted}", hint=DATA_FREE_HINT)
     found = min(lists, key=lambda row: row[:2])[2]
     return next(name for name, module in model.named_modules() if module is found)
 
