@@ -7,7 +7,7 @@ from functools import cache as cache_
 from pathlib import Path
 from typing import Any
 
-from quarkcli import algorithms, dialects
+from quarkcli import algorithms
 from quarkcli.errors import QuarkError
 from quarkcli.family import Part, WeightView
 from quarkcli.plan.model import ATTENTION_KINDS, TARGET_KINDS, Attention, Decision, Plan, Target
@@ -31,14 +31,9 @@ def scheme(kind: catalog.Kind, name: str, path: Path) -> dict[str, Any]:
     slots     slot kind -> its spec in native words
     dialects  dialect that can hold it -> what loads that; asked with one large linear layer
     """
-    model: Any
-    if kind == "schemes":
-        model, kinds = schema.validate(schema.SchemeModel, catalog.document(path)), TARGET_KINDS
-    else:
-        form = schema.CacheModel if kind == "kv_cache" else schema.AttentionModel
-        model, kinds = schema.validate(form, catalog.document(path)), ATTENTION_KINDS
-    cfgs = {slot: getattr(model, slot, None) for slot in kinds}
-    specs = {slot: native.to_spec(cfg) for slot, cfg in cfgs.items() if cfg is not None}
+    from quarkcli import dialects
+
+    model, specs = _read(kind, path)
     plan = _plan(specs) if kind == "schemes" else _attention_plan(specs)
     return {
         "name": name,
@@ -48,10 +43,27 @@ def scheme(kind: catalog.Kind, name: str, path: Path) -> dict[str, Any]:
         "bits": round(next(iter(specs.values())).bits_per_value(*_SHAPE), 3),
         "slots": {slot: spec_to_yaml(spec) for slot, spec in specs.items()},
         "described": {slot: spec.describe() for slot, spec in specs.items()},
-        "needs_data": any(spec.needs_amax for slot, spec in specs.items() if slot not in ("weight", "bias")),
+        "needs_data": _waits(specs),
         "dialects": {d.name: sorted(d.loaders(plan)) for d in dialects.members() if not d.refusals(plan)},
         "hardware": getattr(model, "hardware", ""),
     }
+
+
+def _read(kind: catalog.Kind, path: Path) -> tuple[Any, dict[str, TensorSpec]]:
+    """(what a scheme's file says, its spec by slot). Raises ConfigError when it is wrong."""
+    forms: dict[catalog.Kind, Any] = {
+        "schemes": schema.SchemeModel,
+        "kv_cache": schema.CacheModel,
+        "attention": schema.AttentionModel,
+    }
+    model: Any = schema.validate(forms[kind], catalog.document(path))
+    cfgs = {slot: getattr(model, slot, None) for slot in (TARGET_KINDS if kind == "schemes" else ATTENTION_KINDS)}
+    return model, {slot: native.to_spec(cfg) for slot, cfg in cfgs.items() if cfg is not None}
+
+
+def _waits(specs: dict[str, TensorSpec]) -> bool:
+    """Whether a scale waits for data."""
+    return any(spec.needs_amax for slot, spec in specs.items() if slot not in _STORED)
 
 
 def loaders(row: dict[str, Any]) -> list[str]:
@@ -85,7 +97,7 @@ def recipe(found: Recipe) -> dict[str, Any]:
         "file": found.file,
         "purpose": found.description,
         "bits": sorted({round(spec.bits_per_value(*_SHAPE), 3) for spec in weights}),
-        "needs_data": data or any(_find(kind, str(name))["needs_data"] for kind, name in added.items()),
+        "needs_data": data or any(_waits(_find(kind, str(name))) for kind, name in added.items()),
         "hardware": _hardware(weights, _specs(found, "input")),
         "kv_cache": added.get("kv_cache") or ", ".join(sorted({spec.element for spec in cache})) or None,
         "attention": added.get("attention"),
@@ -121,9 +133,9 @@ def _coded(specs: list[TensorSpec]) -> tuple[Any, ...] | None:
     return spec.element, spec.scale.dtype if spec.scale else None, spec.group_size
 
 
-def _find(kind: catalog.Kind, name: str) -> dict[str, Any]:
-    path = catalog.find(kind, name)
-    return scheme(kind, path.stem, path)
+def _find(kind: catalog.Kind, name: str) -> dict[str, TensorSpec]:
+    """The specs of a cache or attention scheme, by slot."""
+    return _read(kind, catalog.find(kind, name))[1]
 
 
 def _specs(found: Recipe, kind: str) -> list[TensorSpec]:

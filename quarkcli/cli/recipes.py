@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from quarkcli import memory
 from quarkcli.cli import apps, explain, output, rewrite
 from quarkcli.cli.flags import Json, names
 from quarkcli.errors import QuarkError, ResourceError, UsageError
@@ -27,7 +28,8 @@ def list_(json: Json = False) -> None:
     output.start(json=json)
     from quarkcli.recipe import catalog
 
-    rows = [_facts(name, path) for name, path in catalog.files("ptq").items()]
+    with memory.without_collection():
+        rows = [_facts(name, path) for name, path in catalog.files("ptq").items()]
     if json:
         output.json_data({"schema": "quark/recipes/1", "recipes": rows})
         return
