@@ -217,6 +217,8 @@ OBSERVERS: dict[str, dict[str, float]] = {
     "headroom": {"anchor": 1.0, "upper": 99.99, "rho": 16384.0},
 }
 MIN_MAX = ObserverSpec()
+# The largest e4m3 number over the smallest normal one: block scales further apart do not fit under one global scale.
+E4M3_SPAN = 28672
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from typing import Any
 from quarkcli.algorithms.base import Algorithm, Limited
 from quarkcli.errors import ConfigError, UsageError, near_misses
 from quarkcli.plan.model import Plan
+from quarkcli.recipe.entries import SLOTS
 
 DEFAULT_SOLVER = "rtn"
 FLAG = "--algorithm"
-SLOTS = "slots"  # in a step: the weights it works on
 _NOT_MEMBERS = {"base"}
 
 

@@ -8,7 +8,7 @@ from quarkcli.errors import ConfigError
 from quarkcli.family import Layout, Weight
 from quarkcli.plan.model import Step
 from quarkcli.plan.names import Hits, Names
-from quarkcli.recipe.entries import Entry, Origin
+from quarkcli.recipe.entries import SLOTS, Entry, Origin
 from quarkcli.recipe.match import suggestions
 from quarkcli.recipe.recipe import Recipe
 
@@ -36,10 +36,10 @@ def steps(recipe: Recipe, layout: Layout) -> list[Step]:
     """The recipe's algorithms, each with the weights that its `slots` name. Raises ConfigError as `matched`."""
     found = []
     for name, given in recipe.algorithms:
-        parameters = {key: value for key, value in given.items() if key != "slots"}
+        parameters = {key: value for key, value in given.items() if key != SLOTS}
         weights = None
-        if "slots" in given:
-            patterns = [(pattern, Origin(recipe.file or recipe.name)) for pattern in given["slots"]]
+        if SLOTS in given:
+            patterns = [(pattern, Origin(recipe.file or recipe.name)) for pattern in given[SLOTS]]
             weights = frozenset(weight.name for weight, hits in matched(f"algorithm {name}", patterns, layout) if hits)
         found.append(Step(name, parameters, weights))
     return found

@@ -44,6 +44,9 @@ class Entry:
     user: bool = False
 
 
+SLOTS = "slots"  # among the parameters of a step: patterns on the weight slots it works on
+
+
 @dataclass(frozen=True)
 class Share:
     """Weights of one part that share a per-tensor scale: those whose weight slots any of the patterns matches."""

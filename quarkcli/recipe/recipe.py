@@ -16,7 +16,7 @@ from typing import Any, Literal
 from quarkcli.errors import ConfigError, UsageError, near_misses
 from quarkcli.recipe import catalog, checkpoint_config, imports, quark_config, schema, steps
 from quarkcli.recipe.attributes import native, to_spec
-from quarkcli.recipe.entries import Entry, Origin, Share
+from quarkcli.recipe.entries import SLOTS, Entry, Origin, Share
 from quarkcli.recipe.load import Document, Path_
 from quarkcli.recipe.match import slot_pattern
 from quarkcli.recipe.normalize import Canonical, Normalized, normalize, refusal
@@ -224,7 +224,7 @@ def _share(document: Document, model: schema.RecipeModel) -> list[Share] | None:
 
 def _step(step: schema.AlgorithmStep) -> tuple[str, dict[str, Any]]:
     """(method, parameters); `slots` stands among them."""
-    slots = {} if step.slots is None else {"slots": list(step.slots)}
+    slots = {} if step.slots is None else {SLOTS: list(step.slots)}
     return step.method, {**slots, **(step.model_extra or {})}
 
 

@@ -10,13 +10,13 @@ from typing import Any
 from quarkcli.errors import ConfigError
 from quarkcli.recipe.attributes import to_spec
 from quarkcli.recipe.entries import Entry
-from quarkcli.spec import ObserverSpec, TensorSpec, spec_to_yaml
+from quarkcli.spec import OBSERVERS, ObserverSpec, TensorSpec, spec_to_yaml
 
 _WEIGHT, _INPUT = "weight_quantizer", "input_quantizer"
 # ModelOpt's defaults: multipliers of amax.
 _START, _STEP = 0.25, 0.1
-# What the observer `headroom` takes -> its name and default there.
-_ENDS = {"anchor": ("anchor_percentile", 1.0), "upper": ("upper_percentile", 99.99), "rho": ("rho", 16384.0)}
+# What the observer `headroom` takes -> its name there; the defaults are the same.
+_ENDS = {"anchor": "anchor_percentile", "upper": "upper_percentile", "rho": "rho"}
 
 Step = tuple[str, dict[str, Any]]
 _Change = Callable[[dict[str, Any], TensorSpec], TensorSpec]
@@ -66,7 +66,7 @@ def _with_headroom(asked: dict[str, Any], spec: TensorSpec) -> TensorSpec:
         return spec
     if spec.then is not None:
         raise ConfigError("nvfp4_act_headroom is not for chains", hint="one stage for the inputs, or the algorithm max")
-    numbers = tuple((key, float(asked.get(theirs, usual))) for key, (theirs, usual) in _ENDS.items())
+    numbers = tuple((key, float(asked.get(_ENDS[key], usual))) for key, usual in OBSERVERS["headroom"].items())
     return replace(spec, observer=ObserverSpec("headroom", numbers))
 
 

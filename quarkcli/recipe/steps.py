@@ -16,6 +16,7 @@ from typing import Any
 from quarkcli.errors import near_misses
 from quarkcli.recipe.load import Path_
 from quarkcli.recipe.normalize import Located, Step
+from quarkcli.spec import E4M3_SPAN
 
 
 @dataclass
@@ -66,7 +67,9 @@ def _percentage(value: Any) -> str | None:
 
 
 def _headroom(value: Any) -> str | None:
-    return _number(value) or (None if 0 < value < 28672 else "must lie between 0 and 28672, the span of e4m3 scales")
+    return _number(value) or (
+        None if 0 < value < E4M3_SPAN else f"must lie between 0 and {E4M3_SPAN}, the span of e4m3"
+    )
 
 
 _PAIRS: dict[str, _Check] = {

@@ -22,6 +22,7 @@ from typing import Any, get_args
 
 from quarkcli.errors import ConfigError, near_misses
 from quarkcli.spec import (
+    E4M3_SPAN,
     ELEMENTS,
     EXPONENT_RULES,
     MIN_MAX,
@@ -43,7 +44,6 @@ from quarkcli.spec import (
     ZeroPoint,
 )
 
-_SPAN = 28672  # the largest e4m3 number over the smallest normal one
 KEYS = ("element", "granularity", "scale", "zero_point", "rounding", "narrow", "observer", "then", "stored")
 _SCALE_KEYS = ("dtype", "rule", "when", "over", "minimum", "constant_amax")
 _MX = "mx"
@@ -195,8 +195,8 @@ def _observer(value: Any) -> ObserverSpec:
     for key in ("anchor", "upper"):
         if (numbers.get(key) or 1) > 100:
             raise ConfigError(f"observer.{key} must be a percentage, not {numbers[key]:g}")
-    if (numbers.get("rho") or 1) >= _SPAN:
-        raise ConfigError(f"observer.rho must be less than {_SPAN}", hint="e4m3 scales reach no further")
+    if (numbers.get("rho") or 1) >= E4M3_SPAN:
+        raise ConfigError(f"observer.rho must be less than {E4M3_SPAN}", hint="e4m3 scales reach no further")
     if numbers.get("shrink") is not None and not (numbers["shrink"] or 0) < 1:
         raise ConfigError("observer.shrink must lie between 0 and 1", hint="the smallest share of amax that is tried")
     if (numbers.get("steps") or 1) % 1:
