@@ -208,6 +208,6 @@ def _dialect_of(config: Any) -> Dialect:
 
 
 def _model_dtype(config: Any) -> str:
-    text = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
+    text = family.text_config(config)
     name = config.get("dtype") or config.get("torch_dtype") or text.get("dtype") or text.get("torch_dtype")
     return _DTYPES.get(str(name), "BF16")

@@ -80,7 +80,7 @@ def _calibration(settings: Calibration) -> dict[str, Any]:
     """What repeats the choice of rows; a default number of rows stays a default, which may fall short."""
     rows = {"samples": settings.samples} if settings.asked else {}
     column = {"column": settings.column} if settings.column is not None else {}
-    fixed = {"seqlen": settings.seqlen, "seed": settings.seed, "moe": settings.moe}
+    fixed = {"seqlen": settings.seqlen, "seed": settings.seed, "moe": settings.moe, "bos": settings.bos}
     return {"data": settings.source, **rows, **column, **fixed}
 
 

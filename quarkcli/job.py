@@ -114,7 +114,7 @@ def run(
     device = preflight.device(options.device)
     memory.return_large_buffers()
     data = preflight.token_rows(prepared, tell)
-    runner = _runner(prepared, device) if data is not None else None
+    runner = _runner(prepared, data, device) if data is not None else None
     partial = partial_path(prepared.output)
     with Journal.open(partial, _fingerprint(prepared, data, device), resume=options.resume) as journal:  # 6
         with log_file.attach(partial / finish.LOG), log_file.last_words():
@@ -142,13 +142,15 @@ def _remember(warnings: list[str]) -> Listener:
     return listen
 
 
-def _runner(prepared: Prepared, device: str) -> Any:
+def _runner(prepared: Prepared, data: CalibrationData, device: str) -> Any:
     from quarkcli.model.runner import Runner
 
     source = prepared.source
     trusted = prepared.options.trust_remote_code
     softmax = any("p" in module.specs for module in prepared.plan.attention.values())
-    return Runner(source.folder, source.headers, device=device, trust_remote_code=trusted, eager=softmax)
+    runner = Runner(source.folder, source.headers, device=device, trust_remote_code=trusted, eager=softmax)
+    runner.check_tokens(data.tokens)
+    return runner
 
 
 def _parts(
@@ -243,6 +245,7 @@ def _fingerprint(prepared: Prepared, data: CalibrationData | None, device: str) 
             "digest": data.digest if data is not None else None,
             "seed": settings.seed if settings is not None else None,
             "moe": settings.moe if settings is not None else None,
+            "bos": data.prefix if data is not None else None,
         },
         "versions": {"quark": __version__, "torch": version("torch"), "transformers": version("transformers")},
         "device": device,

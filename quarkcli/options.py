@@ -34,6 +34,7 @@ class Options:
     calib_seqlen: int | None = None
     calib_batch: int | None = None
     calib_column: str | None = None
+    bos: Literal["auto", "on", "off"] | None = None
     allow_short: bool = False
     moe_calibration: Literal["routed", "all"] | None = None
     device: str = "auto"
@@ -53,6 +54,7 @@ class Calibration:
 
     asked   the number of rows was given, so fewer are an error
     moe     `routed`: experts see their own tokens; `all`: every token feeds every expert's statistics
+    bos     whether rows begin with the tokenizer's BOS token (see `Tokenizer.prefix`)
     """
 
     source: str
@@ -62,6 +64,7 @@ class Calibration:
     column: str | None = None
     seed: int = 0
     moe: Literal["routed", "all"] = "routed"
+    bos: Literal["auto", "on", "off"] = "auto"
     warnings: list[str] = field(default_factory=list)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quarkcli import forecast
+from quarkcli import family, forecast
 from quarkcli.algorithms.base import Algorithm
 from quarkcli.dialects.base import Dialect
 from quarkcli.errors import AccessError, ConfigError, DataError, ModelError, ResourceError, UsageError
@@ -151,13 +151,14 @@ def calibration(options: Options, recipe: Recipe, source: Source, needs: Mapping
     _check_data(data)
     samples = options.calib_samples or recipe.calib_samples
     seqlen = options.calib_seqlen or recipe.calib_seqlen or DEFAULT_SEQLEN
-    text = source.config.get("text_config")
-    limit = (text if isinstance(text, dict) else source.config).get("max_position_embeddings")
-    if isinstance(limit, int) and seqlen > limit:
+    limit = family.position_limit(source.config)
+    if limit is not None and seqlen > limit:
         if options.calib_seqlen:
             raise DataError(
                 f"--calib-seqlen {seqlen} exceeds the model's {limit} positions", hint=f"--calib-seqlen {limit}"
             )
+        if recipe.calib_seqlen:
+            warnings.append(f"rows of {limit} tokens, as the model takes; the recipe asks for {seqlen}")
         seqlen = limit
     return Calibration(
         source=data,
@@ -167,6 +168,7 @@ def calibration(options: Options, recipe: Recipe, source: Source, needs: Mapping
         column=options.calib_column or recipe.calib_column,
         seed=options.seed if options.seed is not None else recipe.seed or 0,
         moe=options.moe_calibration or recipe.moe_calibration or "routed",
+        bos=options.bos or recipe.bos or "auto",
         warnings=warnings,
     )
 
@@ -179,6 +181,7 @@ def unused_flags(options: Options) -> list[str]:
         "--calib-seqlen": options.calib_seqlen,
         "--calib-batch": options.calib_batch,
         "--calib-column": options.calib_column,
+        "--bos": options.bos,
     }
     names = [name for name, value in given.items() if value is not None]
     return [f"nothing in this plan needs data: {', '.join(names)} not used"] if names else []
@@ -205,8 +208,7 @@ def forecast_of(
     plan: Plan, dialect: Dialect, source: Source, calibration: Calibration | None, needs: Mapping[str, set[str]]
 ) -> forecast.Forecast:
     """Sizes of this plan in this dialect."""
-    text = source.config.get("text_config")
-    hidden = (text if isinstance(text, dict) else source.config).get("hidden_size") or 0
+    hidden = family.text_config(source.config).get("hidden_size")
     return forecast.forecast(
         plan,
         dialect,
@@ -214,7 +216,7 @@ def forecast_of(
         source_bytes=sum(source.files.values()),
         calibrated=calibration is not None,
         tokens=calibration.samples * calibration.seqlen if calibration else 0,
-        hidden=hidden,
+        hidden=hidden if isinstance(hidden, int) else 0,
         grams=any("gram" in kinds for kinds in needs.values()),
     )
 
@@ -292,6 +294,7 @@ def token_rows(prepared: Prepared, tell: Listener) -> CalibrationData | None:
         asked=settings.asked,
         allow_short=options.allow_short,
         offline=options.offline,
+        bos=settings.bos,
     )
     for note in rows.notes:
         tell(Message(note, "warning"))

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from quarkcli import job
@@ -29,7 +29,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "gpt_oss": {"head_dim": 64, "intermediate_size": 256},
 }
 FUSED = "qwen3_moe_fused"
-EOS = "<eos>"
+EOS, BOS = "<eos>", "<bos>"
 VOCABULARY = 264
 SCHEMES = ("nvfp4", "fp8", "mxfp4", "int4_wo_128")
 CALIBRATED = {"nvfp4", "fp8"}
@@ -54,13 +54,17 @@ class Made:
     source: Path
 
 
-def tokenizer(chat_template: str | None = None) -> PreTrainedTokenizerFast:
-    """One token per byte, and an end mark."""
+def tokenizer(chat_template: str | None = None, bos: bool = False) -> PreTrainedTokenizerFast:
+    """One token per byte, and an end mark; with `bos` a mark that it puts before every text."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     inner = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(alphabet)}, merges=[]))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
     made = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=EOS)
+    if bos:
+        made.add_special_tokens({"bos_token": BOS})
+        mark = [(BOS, made.bos_token_id)]
+        made.backend_tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=mark)
     made.chat_template = chat_template
     return made
 

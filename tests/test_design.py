@@ -76,6 +76,7 @@ OWNERS = {
 WITH_TORCH = {
     "quarkcli.numerics", "quarkcli.model", "quarkcli.calibration.data", "quarkcli.calibration.statistics",
     "quarkcli.walk", "quarkcli.part", "quarkcli.pipeline", "quarkcli.evaluate.run",
+    "quarkcli.evaluate.windows",
 }  # fmt: skip
 LINES_OF_FILE, LINES_OF_FUNCTION = 400, 60
 

@@ -32,6 +32,8 @@ class Tokenizer(Protocol):
     @property
     def eos(self) -> int | None: ...
 
+    def prefix(self, bos: str) -> list[int]: ...
+    def begun(self, ids: list[int], bos: str) -> list[int]: ...
     def encode(self, text: str) -> list[int]: ...
     def chat(self, messages: list[dict[str, str]]) -> tuple[list[int], list[int] | None]: ...
 
@@ -44,12 +46,14 @@ class CalibrationData:
     mask     bool [rows, seqlen], False on padding, or None when nothing is padded
     source   what the rows came from, for the report
     digest   sha256 of the token ids and the mask
+    prefix   token numbers put before every row of text
     """
 
     tokens: Tensor
     mask: Tensor | None
     source: str
     digest: str
+    prefix: list[int] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -65,12 +69,14 @@ def load(
     seqlen: int,
     seed: int,
     column: str | None = None,
+    bos: str = "auto",
     asked: bool = True,
     allow_short: bool = False,
     offline: bool = False,
 ) -> CalibrationData:
     """`samples` rows of `seqlen` tokens.
 
+    bos     what rows begin with: see `model.tokenizer.Tokenizer.prefix` for text, `begun` for conversations
     asked   the number of rows was asked for, so fewer are an error unless `allow_short`; fewer than a default are
             used and said
     Raises DataError (no usable text, too few rows, unknown columns) or AccessError (not found).
@@ -78,7 +84,7 @@ def load(
     documents = _documents(source, column, seed, offline)
     chosen = random.Random(seed)
     text_budget = max(4_000_000, samples * seqlen * 16)
-    rows, mask = _rows(documents, tokenizer, samples, seqlen, chosen, text_budget, source)
+    rows, mask = _rows(documents, tokenizer, samples, seqlen, bos, chosen, text_budget, source)
     notes = []
     if len(rows) < samples:
         short = f"{len(rows)} rows of {seqlen} tokens, {samples} asked for"
@@ -87,7 +93,7 @@ def load(
         notes.append(f"calibration uses {short.replace('asked for', 'wanted')}")
     tokens = torch.tensor(rows, dtype=torch.int64)
     padded = torch.tensor(mask, dtype=torch.bool) if mask is not None else None
-    return CalibrationData(tokens, padded, source, _digest(tokens, padded), notes)
+    return CalibrationData(tokens, padded, source, _digest(tokens, padded), tokenizer.prefix(bos), notes)
 
 
 def _digest(tokens: Tensor, mask: Tensor | None) -> str:
@@ -98,8 +104,8 @@ def _digest(tokens: Tensor, mask: Tensor | None) -> str:
 
 
 def _rows(
-    documents: Iterable[Any], tokenizer: Tokenizer, samples: int, seqlen: int, chosen: random.Random, budget: int,
-    source: str,
+    documents: Iterable[Any], tokenizer: Tokenizer, samples: int, seqlen: int, bos: str, chosen: random.Random,
+    budget: int, source: str,
 ) -> tuple[list[list[int]], list[list[bool]] | None]:  # fmt: skip
     stream: list[int] = []
     chats: list[list[int]] = []
@@ -112,7 +118,7 @@ def _rows(
             if tokenizer.eos is not None:
                 stream.append(tokenizer.eos)
         else:
-            chats.append(tokenizer.chat(document)[0][:seqlen])
+            chats.append(tokenizer.begun(tokenizer.chat(document)[0], bos)[:seqlen])
         if used >= budget or len(chats) >= samples:
             break
     if chats and stream:
@@ -121,7 +127,11 @@ def _rows(
         return _padded(chats, seqlen, tokenizer.eos or 0)
     if stream and tokenizer.eos is not None:
         stream.pop()  # an end mark joins documents; nothing follows the last
-    windows = [stream[start : start + seqlen] for start in range(0, len(stream) - seqlen + 1, seqlen)]
+    prefix = tokenizer.prefix(bos)
+    width = seqlen - len(prefix)
+    if width < 1:
+        raise DataError(f"rows of {seqlen} tokens have no room behind {prefix}", hint="a larger --calib-seqlen")
+    windows = [prefix + stream[start : start + width] for start in range(0, len(stream) - width + 1, width)]
     if not windows:
         raise DataError(
             f"{len(stream)} tokens of text, fewer than one window of {seqlen}",

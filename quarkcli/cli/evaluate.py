@@ -7,12 +7,17 @@ from typing import Annotated, Any, Literal
 import typer
 
 from quarkcli.cli import apps, output
-from quarkcli.cli.flags import Debug, Device, Json, Quiet, Trust
+from quarkcli.cli.flags import Bos, Debug, Device, Json, Quiet, Trust
 
 EXAMPLES = apps.examples(
     "quark eval out/demo-mxfp4 --baseline demo",
     "quark eval out/demo-mxfp4 --baseline demo --max-kl 0.1 --max-ppl-increase 3% --json",
 )
+
+Window = Annotated[
+    int | None,
+    typer.Option("--window", min=2, metavar="N", help="Tokens per window, no overlap.", show_default="256"),
+]
 
 
 def percent(text: str) -> float:
@@ -26,6 +31,12 @@ def percent(text: str) -> float:
     return number / 100
 
 
+Increase = Annotated[
+    float | None,
+    typer.Option("--max-ppl-increase", metavar="P%", parser=percent, help="Fail (exit 8) above this increase."),
+]
+
+
 def evaluate(
     directory: Annotated[str, typer.Argument(metavar="DIR", help="Checkpoint, quantized or not.")],
     baseline: Annotated[
@@ -37,17 +48,15 @@ def evaluate(
     text: Annotated[
         str | None, typer.Option("--text", metavar="FILE", help="Text to measure on. [default: the built-in text]")
     ] = None,
-    window: Annotated[int, typer.Option("--window", min=2, metavar="N", help="Tokens per window, no overlap.")] = 256,
+    window: Window = None,
     tokens: Annotated[
         int | None, typer.Option("--tokens", min=2, metavar="N", help="At most this many tokens of the text.")
     ] = None,
+    bos: Bos = "auto",
     max_kl: Annotated[
         float | None, typer.Option("--max-kl", min=0, metavar="X", help="Fail (exit 8) above this KL divergence.")
     ] = None,
-    max_ppl_increase: Annotated[
-        float | None,
-        typer.Option("--max-ppl-increase", metavar="P%", parser=percent, help="Fail (exit 8) above this increase."),
-    ] = None,
+    max_ppl_increase: Increase = None,
     weights_only: Annotated[
         bool, typer.Option("--weights-only", help="Leave activations and cache unquantized.")
     ] = False,
@@ -78,6 +87,7 @@ def evaluate(
             text=text,
             window=window,
             max_tokens=tokens,
+            bos=bos,
             weights_only=weights_only,
             dtype=dtype,
             device=preflight.device(device),

@@ -53,6 +53,10 @@ Device = Annotated[Literal["auto", "cpu", "cuda"], Option("--device", help="auto
 Trust = Annotated[
     bool, Option("--trust-remote-code", help="Run Python code that the model's directory brings: it is foreign code.")
 ]
+Bos = Annotated[
+    Literal["auto", "on", "off"],
+    Option("--bos", help="Whether rows begin with the tokenizer's BOS token; auto: as the tokenizer begins a text."),
+]
 Revision = Annotated[str, Option("--revision", metavar="REV", help="Branch, tag or commit of a hub model.")]
 Offline = Annotated[
     bool, Option("--offline", envvar="HF_HUB_OFFLINE", help="Use only what is local or in the hub cache.")
@@ -163,6 +167,15 @@ class JobFlags:
     ] = None
     calib_column: Annotated[
         str | None, Option("--calib-column", metavar="NAME", help="Column with the text. [default: detected]")
+    ] = None
+    bos: Annotated[
+        Literal["auto", "on", "off"] | None,
+        Option(
+            "--bos",
+            help="Whether rows begin with the tokenizer's BOS token; auto: as the tokenizer, or the chat template, "
+            "begins a text.",
+            show_default="recipe's, else auto",
+        ),
     ] = None
     allow_short: Annotated[bool, Option("--allow-short", help="Fewer rows than asked for are used, not an error.")] = (
         False

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from quarkcli.options import Prepared
 
 SCHEMA = "quark/plan/1"
-_CALIBRATION = ("calib_data", "calib_samples", "calib_seqlen", "calib_batch", "calib_column")
+_CALIBRATION = ("calib_data", "calib_samples", "calib_seqlen", "calib_batch", "calib_column", "bos")
 _INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
@@ -87,7 +87,7 @@ def _data(prepared: Prepared) -> str:
     at_most = "" if settings.asked else "up to "
     return (
         f"{len(prepared.needs)} sites need data: {at_most}{settings.samples} rows of {settings.seqlen} tokens "
-        f"from {settings.source}"
+        f"from {settings.source}, bos {settings.bos}"
     )
 
 
@@ -182,7 +182,8 @@ def as_json(prepared: Prepared) -> dict[str, Any]:
         "effective_bits": size.effective_bits,
         "bytes_by_dtype": size.dtypes,
         "needs": prepared.needs,
-        "calibration": settings and {"source": settings.source, "samples": settings.samples, "seqlen": settings.seqlen},
+        "calibration": settings
+        and {"source": settings.source, "samples": settings.samples, "seqlen": settings.seqlen, "bos": settings.bos},
         "slots": {name: slots[id(decision)] for name, decision in plan.slots()},
         "targets": {target.name: _target(target) for target in plan.targets.values()},
         "entries": [

@@ -1,7 +1,8 @@
 """`quark eval`: a checkpoint against the model it was made from, walked block by block.
 
 Specs are rebuilt from the written config through the dialect's reader; inputs are fake-quantized as they say. Windows
-do not overlap; every position but a window's first is scored; logits and sums are float32 and float64.
+do not overlap and begin as the tokenizer begins a text; what it puts there is not scored, nor is a window's first
+token; logits and sums are float32 and float64.
 """
 
 from __future__ import annotations
@@ -9,23 +10,23 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from quarkcli import memory
+from quarkcli import family, memory
 from quarkcli.activations import quantizing_handlers
-from quarkcli.calibration.defaults import builtin_texts
 from quarkcli.checkpoint import Checkpoint
-from quarkcli.errors import AccessError, CheckError, DataError, UsageError
+from quarkcli.errors import CheckError, UsageError
 from quarkcli.events import Listener, Message, PartDone, Phase
 from quarkcli.source import Source
 from quarkcli.walk import Walk
 
+if TYPE_CHECKING:
+    from quarkcli.evaluate.windows import Windows
+
 SCHEMA = "quark/eval/1"
-BUILTIN_TOKENS = 8192
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -51,6 +52,7 @@ class _Side:
         self.runner = Runner(
             folder, checkpoint.headers, device=device, dtype=dtype, trust_remote_code=trust, eager=eager
         )
+        self.runner.check_tokens(tokens)
         outside = self.runner.outside_tensors()
         self.walk = Walk(self.runner, lambda: checkpoint.read_many(outside, dtype), tokens, None, batch, tell)
         self.walk.start()
@@ -78,8 +80,9 @@ def evaluate(
     *,
     baseline: str | None = None,
     text: str | None = None,
-    window: int = 256,
+    window: int | None = None,
     max_tokens: int | None = None,
+    bos: str = "auto",
     weights_only: bool = False,
     dtype: str = "auto",
     device: str = "auto",
@@ -88,12 +91,16 @@ def evaluate(
 ) -> dict[str, Any]:
     """Perplexity of a directory, and its distance from `baseline` when given.
 
-    text          a text file; None: the built-in text, `BUILTIN_TOKENS` tokens of it
+    text          a text file; None: the beginning of the built-in text
+    window        tokens per window; None: `windows.WINDOW`, or what the model takes if that is less
+    bos           what a window begins with (see `Tokenizer.prefix`)
     weights_only  leave activations and cache as they are
     dtype         what to compute in: float32, bfloat16; auto: float32 on a CPU, bfloat16 on a GPU
     Returns the result (schema `quark/eval/1`); KL is per token, in nats, of the source against the quantized model.
     """
     from quarkcli import preflight
+    from quarkcli.evaluate import windows
+    from quarkcli.model.tokenizer import load_tokenizer
 
     started = time.monotonic()
     device = preflight.device(device)
@@ -103,27 +110,25 @@ def evaluate(
     reference = Checkpoint(Source.open(baseline)) if baseline is not None else None
     if reference is not None:
         _check_baseline(checkpoint.source.config, reference.source.config)
-    tokens = _windows(checkpoint.source.folder, text, window, max_tokens, trust_remote_code)
-    batch = max(1, 2048 // window)
-    tell(Message(f"{tokens.shape[0]} windows of {window} tokens from {text or 'the built-in text'}, {_name(compute)}"))
+    window = windows.width(window, [family.position_limit(c.source.config) for c in (checkpoint, reference) if c])
+    tokenizer = load_tokenizer(checkpoint.source.folder, trust_remote_code)
+    rows = windows.windows(tokenizer, text, window, max_tokens, bos)
+    tell(Message(f"{len(rows.tokens)} windows of {window} tokens from {text or 'the built-in text'}, {_name(compute)}"))
     tell(Phase("evaluate"))
     # Both sides compute attention in the same way, so that their distance is that of the quantization.
-    setting = (tokens, batch, compute, device, trust_remote_code, checkpoint.quantizes_softmax and not weights_only)
+    eager = checkpoint.quantizes_softmax and not weights_only
+    setting = (rows.tokens, max(1, 2048 // window), compute, device, trust_remote_code, eager)
     tested = _Side(checkpoint, *setting, tell)
     source = _Side(reference, *setting, tell) if reference else None
-    if source is not None and source.runner.num_blocks != tested.runner.num_blocks:
-        raise UsageError(
-            f"{tested.runner.num_blocks} blocks here, {source.runner.num_blocks} in the baseline", where="--baseline"
-        )
     _walk_blocks(tested, source, weights_only, tell)
-    scores = _score(tested, source, tokens, weights_only)
     return {
         "schema": SCHEMA,
         "directory": directory,
         "baseline": baseline,
-        **scores,
+        **_score(tested, source, rows, weights_only),
         "text": text or "builtin",
         "window": window,
+        "bos": rows.prefix,
         "weights_only": weights_only,
         "dtype": _name(compute),
         "device": device,
@@ -148,7 +153,7 @@ def check_gates(result: dict[str, Any], max_kl: float | None, max_ppl_increase: 
 def _check_baseline(config: Mapping[str, Any], baseline: Mapping[str, Any]) -> None:
     """The same tokens must mean the same to both."""
     for key in ("vocab_size", "num_hidden_layers"):
-        ours, theirs = ((some.get("text_config") or some).get(key) for some in (config, baseline))
+        ours, theirs = (family.text_config(some).get(key) for some in (config, baseline))
         if ours != theirs:
             raise UsageError(
                 f"{key} is {theirs}, here it is {ours}",
@@ -169,36 +174,10 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _windows(folder: Path, text: str | None, window: int, max_tokens: int | None, trust: bool) -> Tensor:
-    """int64 [windows, window], from the start of the text."""
-    from quarkcli.model.tokenizer import load_tokenizer
-
-    limit = max_tokens or (None if text else BUILTIN_TOKENS)
-    ids: list[int] = []
-    tokenizer = load_tokenizer(folder, trust)
-    for piece in _pieces(text):
-        ids += tokenizer.encode(piece)
-        if limit is not None and len(ids) >= limit + window:
-            break
-    ids = ids[: limit if limit is not None else len(ids)]
-    count = len(ids) // window
-    if not count:
-        raise DataError(f"{len(ids)} tokens of text, fewer than one window of {window}", where=text or "builtin")
-    return torch.tensor(ids[: count * window], dtype=torch.int64).view(count, window)
-
-
-def _pieces(text: str | None) -> Any:
-    if text is None:
-        return builtin_texts(held_out=True)
-    path = Path(text)
-    if not path.is_file():
-        raise AccessError("no such text file", where=text)
-    whole = path.read_text(encoding="utf-8", errors="replace")
-    return (whole[start : start + 32768] for start in range(0, len(whole), 32768))
-
-
 def _walk_blocks(tested: _Side, source: _Side | None, weights_only: bool, tell: Listener) -> None:
     blocks = tested.runner.num_blocks
+    if source is not None and source.runner.num_blocks != blocks:
+        raise UsageError(f"{blocks} blocks here, {source.runner.num_blocks} in the baseline", where="--baseline")
     begun = time.monotonic()
     for block in range(blocks):
         at = time.monotonic()
@@ -217,32 +196,32 @@ def _distance(reference: Tensor, other: Tensor) -> float:
     return float((reference.float() - other.float()).norm() / norm) if float(norm) else 0.0
 
 
-def _score(tested: _Side, source: _Side | None, tokens: Tensor, weights_only: bool) -> dict[str, Any]:
+def _score(tested: _Side, source: _Side | None, rows: Windows, weights_only: bool) -> dict[str, Any]:
     """Run the tails batch by batch and compare."""
     sides = [side for side in (tested, source) if side is not None]
     for side in sides:
         side.runner.load_outside(side.walk.outside())
     sums = {"nll": 0.0, "base_nll": 0.0, "kl": 0.0, "agree": 0.0}
     count = 0
-    for index, rows in enumerate(tokens.split(tested.walk.batch)):
-        targets = rows[:, 1:].to(tested.walk.device)
+    for index, tokens in enumerate(rows.tokens.split(tested.walk.batch)):
+        targets = tokens[:, rows.first :].to(tested.walk.device)
         with tested.runner.handlers(None, **tested.tail_handlers(weights_only)):
-            scores = _log_probabilities(tested, index)
+            scores = _log_probabilities(tested, index, rows.first)
         sums["nll"] -= float(scores.gather(-1, targets[..., None]).double().sum())
         count += targets.numel()
         if source is not None:
-            base = _log_probabilities(source, index)
+            base = _log_probabilities(source, index, rows.first)
             sums["base_nll"] -= float(base.gather(-1, targets[..., None]).double().sum())
             sums["kl"] += float((base.exp() * (base - scores)).sum(-1).double().sum())
             sums["agree"] += float((base.argmax(-1) == scores.argmax(-1)).sum())
     return _summary(sums, count, source is not None)
 
 
-def _log_probabilities(side: _Side, index: int) -> Tensor:
-    """log p of the next token at every position but the last, float32 [batch, window - 1, vocabulary]."""
+def _log_probabilities(side: _Side, index: int, first: int) -> Tensor:
+    """log p of the tokens from `first` on, float32 [batch, window - first, vocabulary]."""
     hidden = side.walk.carry[index].to(side.walk.device)
     logits: Tensor = side.runner.logits(side.walk.recordings[index], hidden)
-    return torch.log_softmax(logits[:, :-1].float(), dim=-1)
+    return torch.log_softmax(logits[:, first - 1 : -1].float(), dim=-1)
 
 
 def _summary(sums: dict[str, float], count: int, compared: bool) -> dict[str, Any]:

@@ -4,6 +4,7 @@
 read, the parts of the walk and the attention modules. A family nobody described is inferred from names.
 """
 
+from quarkcli.family.config import block_count, position_limit, text_config
 from quarkcli.family.infer import guess, infer
 from quarkcli.family.known import Card, cards, for_checkpoint, has_experts, identify, load
 from quarkcli.family.layout import AttentionModule, Layout, Part, Site, Weight, lay_out
@@ -15,7 +16,6 @@ from quarkcli.family.schema import (
     HeaderLike,
     ScalingModel,
     check_unprotect,
-    text_config,
 )
 from quarkcli.family.views import WeightView, fused_shape, fused_views, view_shape
 from quarkcli.family.write import to_yaml
@@ -34,6 +34,7 @@ __all__ = [
     "Site",
     "Weight",
     "WeightView",
+    "block_count",
     "cards",
     "check_unprotect",
     "for_checkpoint",
@@ -45,6 +46,7 @@ __all__ = [
     "infer",
     "lay_out",
     "load",
+    "position_limit",
     "text_config",
     "to_yaml",
     "view_shape",

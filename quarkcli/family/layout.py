@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from quarkcli.errors import ModelError
+from quarkcli.family.config import block_count, text_config
 from quarkcli.family.schema import (
     PROTECTED,
     TOWERS,
@@ -15,8 +16,6 @@ from quarkcli.family.schema import (
     FamilyModel,
     FusedModel,
     HeaderLike,
-    block_count,
-    text_config,
 )
 from quarkcli.family.views import WeightView, fused_views, view_shape
 from quarkcli.memory import without_collection

@@ -9,6 +9,7 @@ from typing import Literal, Protocol
 from pydantic import Field
 
 from quarkcli.errors import ConfigError, near_misses
+from quarkcli.family.config import block_count
 from quarkcli.recipe.schema import Strict
 
 
@@ -185,19 +186,3 @@ def check_unprotect(roles: Iterable[str]) -> None:
             close = near_misses(role, PROTECTED)
             known = f"did you mean '{close[0]}'?" if close else f"roles: {', '.join(PROTECTED)}"
             raise ConfigError(f"unknown role '{role}'", where="--unprotect", hint=known)
-
-
-def text_config(config: Mapping[str, object]) -> Mapping[str, object]:
-    """The part of config.json that describes the text model."""
-    for key in ("text_config", "language_config"):
-        inner = config.get(key)
-        if isinstance(inner, dict):
-            return inner
-    return config
-
-
-def block_count(config: Mapping[str, object]) -> int | None:
-    """Number of decoder blocks by config.json, under any of its names."""
-    text = text_config(config)
-    found = (text.get(key) for key in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"))
-    return next((value for value in found if isinstance(value, int)), None)

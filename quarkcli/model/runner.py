@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from quarkcli.errors import DataError
 from quarkcli.model import experts as expert_modules
 from quarkcli.model.attention import AttentionTap, SoftmaxTap, tapped
 from quarkcli.model.blocks import Weights
@@ -66,6 +67,17 @@ class Runner:
     @property
     def num_blocks(self) -> int:
         return len(self._skeleton.blocks)
+
+    def check_tokens(self, tokens: torch.Tensor) -> None:
+        """Raises DataError for a token number that the embedding has no row for."""
+        table = self._skeleton.model.get_input_embeddings()
+        rows = getattr(table, "weight", torch.empty(0)).shape[0]
+        if rows and int(tokens.max()) >= rows:
+            raise DataError(
+                f"the tokenizer gives token {int(tokens.max())}, and the model's embedding has {rows} rows",
+                where="tokenizer",
+                hint="the model was not resized when tokens were added; take the tokenizer it came with",
+            )
 
     def block_tensors(self, i: int) -> list[str]:
         """File tensors that decoder block `i` needs, in file order."""

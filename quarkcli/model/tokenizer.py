@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from quarkcli.errors import DataError, ModelError
+from quarkcli.errors import DataError, ModelError, UsageError
 from quarkcli.model.library import AutoTokenizer, quiet
 
 HINT = "schemes that need no calibration data need no tokenizer"
@@ -14,11 +14,15 @@ HINT = "schemes that need no calibration data need no tokenizer"
 FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "tekken.json")
 
 
+_PROBE = "A text."
+
+
 class Tokenizer:
     """A transformers tokenizer, reduced to what calibration and evaluation need."""
 
     def __init__(self, inner: Any) -> None:
         self._inner = inner
+        self._prefix = self._added_in_front()
 
     @property
     def bos(self) -> int | None:
@@ -30,10 +34,46 @@ class Tokenizer:
         """Token number that ends a text, or None."""
         return self._inner.eos_token_id
 
+    def prefix(self, bos: str = "auto") -> list[int]:
+        """Token numbers that a row of text begins with.
+
+        bos     auto: what the tokenizer itself puts before a text, which may be nothing; on: that, else the BOS
+                token; off: nothing
+        raises  UsageError: `on`, and there is no BOS token
+        """
+        if bos == "off":
+            return []
+        if self._prefix or bos == "auto":
+            return list(self._prefix)
+        if self.bos is None:
+            raise UsageError("this tokenizer has no BOS token", where="--bos on", hint="--bos auto")
+        return [self.bos]
+
+    def begun(self, ids: list[int], bos: str = "auto") -> list[int]:
+        """A conversation's token numbers with the beginning that `bos` asks for.
+
+        auto leaves it to the chat template, as servers do; on and off put and take what is missing or there.
+        """
+        if bos == "auto":
+            return ids
+        wanted = self.prefix(bos)
+        there = [some for some in (wanted, self._prefix, [self.bos]) if some and ids[: len(some)] == some]
+        return wanted + ids[len(there[0]) if there else 0 :]
+
     @property
     def vocab_size(self) -> int:
         """Number of tokens, added ones included."""
         return len(self._inner)
+
+    def _added_in_front(self) -> list[int]:
+        """What the tokenizer puts before a text of its own accord; what it puts behind is no part of this."""
+        plain = self.encode(_PROBE)
+        with quiet():
+            whole = list(self._inner.encode(_PROBE, add_special_tokens=True))
+        for start in range(len(whole) - len(plain) + 1):
+            if whole[start : start + len(plain)] == plain:
+                return whole[:start]
+        return whole[:1] if whole and whole[0] == self.bos else []
 
     @property
     def has_chat_template(self) -> bool:

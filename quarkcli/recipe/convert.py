@@ -85,6 +85,7 @@ def _calibration(recipe: Recipe) -> list[str]:
         "samples": recipe.calib_samples,
         "seqlen": recipe.calib_seqlen,
         "column": recipe.calib_column,
+        "bos": recipe.bos,
         "seed": recipe.seed,
         "moe": recipe.moe_calibration,
     }

@@ -52,6 +52,7 @@ class Recipe:
     calib_samples: int | None = None
     calib_seqlen: int | None = None
     calib_column: str | None = None
+    bos: Literal["auto", "on", "off"] | None = None
     seed: int | None = None
     moe_calibration: Literal["routed", "all"] | None = None
     dialect: str | None = None
@@ -209,6 +210,7 @@ def _native(document: Document, path: Path) -> Recipe:
         calib_samples=calibration.samples,
         calib_seqlen=calibration.seqlen,
         calib_column=calibration.column,
+        bos=calibration.bos,
         seed=calibration.seed,
         moe_calibration=calibration.moe,
         dialect=model.export.dialect,

@@ -100,6 +100,9 @@ class Calibration(Strict):
     samples: int | None = Field(default=None, gt=0, description="rows")
     seqlen: int | None = Field(default=None, gt=1, description="tokens per row")
     column: str | None = Field(default=None, description="column with the text; else found")
+    bos: Literal["auto", "on", "off"] | None = Field(
+        default=None, description="whether rows begin with the tokenizer's BOS token; auto: as the tokenizer does it"
+    )
     seed: int | None = Field(default=None, description="of the choice of rows")
     moe: Literal["routed", "all"] | None = Field(default=None, description="tokens an expert is calibrated on")
 

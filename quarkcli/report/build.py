@@ -94,6 +94,7 @@ def _calibration(prepared: Prepared, data: CalibrationData | None) -> dict[str, 
         "digest": data.digest,
         "seed": prepared.calibration.seed,
         "moe": prepared.calibration.moe,
+        "bos": {"asked": prepared.calibration.bos, "tokens": data.prefix},
     }
 
 

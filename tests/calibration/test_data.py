@@ -113,6 +113,35 @@ def test_conversations_are_rendered_once_cut_and_padded(answer: str, tokens: Tok
     assert load(lines(tmp_path / "b.jsonl", pairs), tokens, samples=2, seqlen=24).digest == found.digest
 
 
+@pytest.fixture(scope="module")
+def begun() -> Tokenizer:
+    """The same, with <s> before every text."""
+    inner = runs.tokenizer("{{ bos_token }}" + TEMPLATE, bos=True)
+    return Tokenizer(inner)
+
+
+def test_every_row_begins_as_the_tokenizer_begins_a_text(begun: Tokenizer, tmp_path: Path) -> None:
+    bos = begun.bos
+    path = tmp_path / "a.txt"
+    path.write_text("".join(chr(ord("a") + index % 26) for index in range(60)))
+    found, off = load(path, begun), load(path, begun, bos="off", samples=3)
+    assert found.tokens.tolist() == [[bos, *begun.encode(path.read_text()[i : i + 15])] for i in range(0, 60, 15)]
+    assert found.prefix == [bos] and off.prefix == []
+    assert found.mask is None and found.token_count == 64  # the model reads BOS, so it counts
+    assert [text_of(begun, row) for row in off.tokens] == [path.read_text()[i : i + 16] for i in range(0, 48, 16)]
+    assert found.digest != load(path, begun, bos="off", samples=3).digest
+    with pytest.raises(DataError, match="no room"):
+        load(path, begun, seqlen=1)
+
+
+def test_a_conversation_has_one_bos(begun: Tokenizer, tmp_path: Path) -> None:
+    rows = [{"messages": [{"role": "user", "content": "hello"}]}]
+    path = lines(tmp_path / "a.jsonl", rows)
+    auto, on, off = (load(path, begun, samples=1, bos=bos).tokens[0].tolist() for bos in ("auto", "on", "off"))
+    assert auto == on == [begun.bos, *off]
+    assert begun.bos not in off
+
+
 def test_conversations_need_a_template(tmp_path: Path) -> None:
     plain = Tokenizer(runs.tokenizer())
     path = lines(tmp_path / "a.jsonl", [{"messages": [{"role": "user", "content": "hello"}]}])

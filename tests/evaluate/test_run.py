@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from quarkcli import job
@@ -52,6 +53,49 @@ def test_windows_do_not_overlap_and_their_first_token_is_not_scored(page: Path) 
     for window in (32, 100):
         assert measure(DEMO, page, window=window)["tokens"] == count // window * (window - 1)
     assert measure(DEMO, page, max_tokens=200)["tokens"] == 3 * 63
+
+
+def test_windows_begin_with_what_the_tokenizer_puts_there(page: Path, tmp_path: Path) -> None:
+    """Against transformers' own forward: BOS stands before every window and is not scored."""
+    source = runs.build("llama", tmp_path / "m", torch.float32)
+    inner = runs.tokenizer(bos=True)
+    inner.save_pretrained(source)
+    text = page.read_text()[:300]
+    (tmp_path / "t.txt").write_text(text)
+    found = measure(source, tmp_path / "t.txt", window=33)
+    ids = torch.tensor(inner.encode(text, add_special_tokens=False))
+    rows = ids[: len(ids) // 32 * 32].view(-1, 32)
+    rows = torch.cat([torch.full((len(rows), 1), inner.bos_token_id), rows], dim=1)
+    model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    with torch.no_grad():
+        loss = torch.nn.functional.cross_entropy(model(rows).logits[:, :-1].reshape(-1, 264), rows[:, 1:].reshape(-1))
+    assert found["perplexity"] == pytest.approx(float(loss.exp()), rel=1e-5)
+    assert (found["bos"], found["tokens"]) == ([inner.bos_token_id], rows[:, 1:].numel())
+    off = measure(source, tmp_path / "t.txt", window=33, bos="off")
+    assert off["bos"] == [] and off["tokens"] == len(ids) // 33 * 32
+    assert off["perplexity"] != found["perplexity"]
+    with pytest.raises(UsageError, match="no BOS token"):
+        measure(runs.build("llama", tmp_path / "n"), page, bos="on")
+
+
+def test_windows_fit_the_model(page: Path, tmp_path: Path) -> None:
+    """GPT-2 says n_positions; its table of positions has no more rows."""
+    config = {"vocab_size": 300, "n_positions": 128, "n_embd": 64, "n_layer": 2, "n_head": 2}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**config))
+    model.save_pretrained(tmp_path)
+    runs.tokenizer().save_pretrained(tmp_path)
+    assert measure(tmp_path, page, window=None)["window"] == 128
+    with pytest.raises(DataError, match="--window 129 exceeds the model's 128 positions"):
+        measure(tmp_path, page, window=129)
+
+
+def test_tokens_without_a_row_in_the_embedding(page: Path, tmp_path: Path) -> None:
+    source = runs.build("llama", tmp_path / "m", vocab_size=64)
+    with pytest.raises(DataError, match=r"gives token \d+, and the model's embedding has 64 rows"):
+        measure(source, page)
+    with pytest.raises(DataError, match=r"gives token \d+, and the model's embedding has 64 rows"):
+        runs.run(source, tmp_path / "out", scheme="fp8", **runs.data(page, 8))
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_without_a_baseline(fp8: runs.Made, page: Path) -> None:

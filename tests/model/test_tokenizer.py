@@ -9,7 +9,7 @@ import pytest
 from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from quarkcli.errors import DataError, ModelError
+from quarkcli.errors import DataError, ModelError, UsageError
 from quarkcli.model.tokenizer import load_tokenizer
 
 TEXT = "A tokenizer turns text into numbers. Numbers are what a model reads; text is what people read."
@@ -22,8 +22,8 @@ TEMPLATE = (
 TALK = [{"role": "user", "content": "what is text"}, {"role": "assistant", "content": "numbers"}]
 
 
-def write(folder: Path, template: str | None = None) -> Library:
-    """A byte-level BPE that, asked for special tokens, puts <s> in front, as Llama's does."""
+def write(folder: Path, template: str | None = None, single: str = "<s> $A", bos: bool = True) -> Library:
+    """A byte-level BPE that, asked for special tokens, puts <s> in front, as Llama's does, or makes `single`."""
     library = Library(models.BPE())
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     library.decoder = decoders.ByteLevel()
@@ -34,9 +34,10 @@ def write(folder: Path, template: str | None = None) -> Library:
         show_progress=False,
     )
     library.train_from_iterator([TEXT] * 4, trainer)
-    library.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    library.post_processor = processors.TemplateProcessing(single=single, special_tokens=[("<s>", 0), ("</s>", 1)])
     library.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}
+    config |= {"bos_token": "<s>"} if bos else {}
     if template:
         config["chat_template"] = template
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
@@ -50,6 +51,38 @@ def test_encode_adds_no_special_tokens(tmp_path: Path) -> None:
     assert library.encode(TEXT).ids[0] == 0  # it would, if asked
     assert tokenizer.encode("") == []
     assert (tokenizer.bos, tokenizer.eos, tokenizer.vocab_size) == (0, 1, library.get_vocab_size())
+
+
+@pytest.mark.parametrize(
+    ("single", "bos", "auto", "on"),
+    [
+        ("<s> $A", True, [0], [0]),
+        ("<s> $A </s>", True, [0], [0]),
+        ("$A </s>", True, [], [0]),
+        ("$A", True, [], [0]),
+        ("</s> <s> $A", True, [1, 0], [1, 0]),
+        ("<s> $A", False, [0], [0]),  # the tokenizer does it, whatever its config calls it
+        ("$A </s>", False, [], None),
+    ],
+)
+def test_what_a_row_begins_with(single: str, bos: bool, auto: list[int], on: list[int] | None, tmp_path: Path) -> None:
+    write(tmp_path, single=single, bos=bos)
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.prefix("auto"), tokenizer.prefix("off")) == (auto, [])
+    if on is None:
+        with pytest.raises(UsageError, match="no BOS token"):
+            tokenizer.prefix("on")
+    else:
+        assert tokenizer.prefix("on") == on
+
+
+def test_a_conversation_begins_as_its_template_says(tmp_path: Path) -> None:
+    library = write(tmp_path, TEMPLATE)
+    tokenizer = load_tokenizer(tmp_path)
+    with_bos = tokenizer.chat(TALK)[0]
+    plain = library.encode("[user] what is text[assistant] numbers", add_special_tokens=False).ids
+    assert [tokenizer.begun(with_bos, bos) for bos in ("auto", "on", "off")] == [with_bos, with_bos, plain]
+    assert [tokenizer.begun(plain, bos) for bos in ("auto", "on", "off")] == [plain, with_bos, plain]
 
 
 def test_chat_is_one_application_of_the_template(tmp_path: Path) -> None:

@@ -1,0 +1,78 @@
+"""Text becomes the windows that `quark eval` measures on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from quarkcli.calibration.defaults import builtin_texts
+from quarkcli.errors import AccessError, DataError
+from quarkcli.model.tokenizer import Tokenizer
+
+BUILTIN_TOKENS = 8192
+WINDOW = 256
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Rows that do not overlap.
+
+    tokens  int64 [windows, window]
+    prefix  token numbers that every window begins with; they are no part of the text
+    """
+
+    tokens: Tensor
+    prefix: list[int]
+
+    @property
+    def first(self) -> int:
+        """Place of the first token that is scored: something stands before it, and it belongs to the text."""
+        return max(1, len(self.prefix))
+
+
+def width(asked: int | None, limits: Iterable[int | None]) -> int:
+    """Tokens per window: what was asked for, else `WINDOW`, or what the models take if that is less.
+
+    limits  tokens that a model takes, None where nothing says so
+    Raises DataError when more is asked for.
+    """
+    limit = min((some for some in limits if some is not None), default=None)
+    if limit is None:
+        return asked or WINDOW
+    if asked is not None and asked > limit:
+        raise DataError(f"--window {asked} exceeds the model's {limit} positions", hint=f"--window {limit}")
+    return asked or min(WINDOW, limit)
+
+
+def windows(tokenizer: Tokenizer, text: str | None, window: int, max_tokens: int | None, bos: str) -> Windows:
+    """Windows from the start of a text file, or of the built-in text. Raises DataError, AccessError, UsageError."""
+    prefix = tokenizer.prefix(bos)
+    own = window - len(prefix)
+    if own < 1 or window < 2:
+        raise DataError(f"a window of {window} tokens has no room behind {prefix}", hint="a larger --window")
+    limit = max_tokens or (None if text else BUILTIN_TOKENS)
+    ids: list[int] = []
+    for piece in _pieces(text):
+        ids += tokenizer.encode(piece)
+        if limit is not None and len(ids) >= limit + window:
+            break
+    ids = ids[: limit if limit is not None else len(ids)]
+    count = len(ids) // own
+    if not count:
+        raise DataError(f"{len(ids)} tokens of text, fewer than one window of {window}", where=text or "builtin")
+    rows = torch.tensor(ids[: count * own], dtype=torch.int64).view(count, own)
+    return Windows(torch.cat([torch.tensor(prefix, dtype=torch.int64).expand(count, -1), rows], dim=1), prefix)
+
+
+def _pieces(text: str | None) -> Iterable[str]:
+    if text is None:
+        return builtin_texts(held_out=True)
+    path = Path(text)
+    if not path.is_file():
+        raise AccessError("no such text file", where=text)
+    whole = path.read_text(encoding="utf-8", errors="replace")
+    return (whole[start : start + 32768] for start in range(0, len(whole), 32768))

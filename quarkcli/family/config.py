@@ -1,0 +1,40 @@
+"""What is read of config.json, under any of its names. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+# Where a config with several towers keeps the language model's part; one may lie inside another.
+_TEXT = (
+    "text_config", "language_config", "llm_config", "language_model_config", "text_model_config", "thinker_config"
+)  # fmt: skip
+_POSITIONS = (
+    "max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length", "model_max_length",
+    "seq_length", "context_length",
+)  # fmt: skip
+_BLOCKS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+
+
+def text_config(config: Mapping[str, object]) -> Mapping[str, object]:
+    """The part of config.json that describes the text model."""
+    for key in _TEXT:
+        inner = config.get(key)
+        if isinstance(inner, dict):
+            return text_config(inner)
+    return config
+
+
+def block_count(config: Mapping[str, object]) -> int | None:
+    """Number of decoder blocks."""
+    return _number(text_config(config), _BLOCKS)
+
+
+def position_limit(config: Mapping[str, object]) -> int | None:
+    """Tokens that the model takes in one sequence."""
+    limit = _number(text_config(config), _POSITIONS)
+    return limit if limit is not None and limit > 0 else None
+
+
+def _number(config: Mapping[str, object], keys: tuple[str, ...]) -> int | None:
+    found = (config.get(key) for key in keys)
+    return next((value for value in found if isinstance(value, int) and not isinstance(value, bool)), None)
