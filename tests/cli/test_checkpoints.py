@@ -121,7 +121,7 @@ def test_eval_shows_the_result_before_a_gate_fails(quark, monkeypatch, gates, co
     ((directory, given),) = calls
     assert directory == "d"
     assert given["baseline"] == str(job.EMBEDDED)
-    assert (given["max_tokens"], given["window"], given["device"]) == (100, 256, "cpu")
+    assert (given["max_tokens"], given["window"], given["device"]) == (100, None, "cpu")
 
 
 def test_eval_for_people(quark, monkeypatch):
