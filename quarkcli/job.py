@@ -82,6 +82,7 @@ def prepare(options: Options, tell: Listener = silent) -> Prepared:
     for step in steps:
         step.check(plan)
     preflight.check_plan(plan)
+    preflight.check_servers(plan, options.target)
     dialect, reason = dialects.choose(options.dialect or recipe.dialect or "auto", plan)
     needs = preflight.data_needs(plan, steps)
     calibration = preflight.calibration(options, recipe, source, needs)

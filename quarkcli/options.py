@@ -12,6 +12,7 @@ from quarkcli.dialects.base import Dialect
 from quarkcli.family import Layout
 from quarkcli.forecast import Forecast
 from quarkcli.plan.compose import Overrides
+from quarkcli.plan.fused import Servers
 from quarkcli.plan.model import Plan
 from quarkcli.recipe.recipe import Recipe
 from quarkcli.source import Source
@@ -27,6 +28,7 @@ class Options:
     settings: Sequence[str] = ()
     output: Path | None = None
     dialect: str | None = None
+    target: Servers = "auto"
     overrides: Overrides = field(default_factory=Overrides)
     algorithm: str | None = None
     calib_data: str | None = None

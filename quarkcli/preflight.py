@@ -16,6 +16,7 @@ from quarkcli.dialects.base import Dialect
 from quarkcli.errors import AccessError, ConfigError, DataError, ModelError, ResourceError, UsageError
 from quarkcli.events import Listener, Message
 from quarkcli.options import Calibration, Options, Prepared
+from quarkcli.plan.fused import Servers, sentence, splits
 from quarkcli.plan.model import Plan, Target
 from quarkcli.recipe.recipe import Recipe
 from quarkcli.source import Source
@@ -43,7 +44,7 @@ def check_source(source: Source) -> None:
 
 
 def check_plan(plan: Plan) -> None:
-    """Refuse dtypes that are no weights, ranges that cannot be found, and fused experts that disagree."""
+    """Refuse dtypes that are no weights, and ranges that cannot be found."""
     for target, *_ in plan.quantized_alike():
         if target.dtype not in _WEIGHT_DTYPES:
             raise ModelError(
@@ -63,17 +64,22 @@ def check_plan(plan: Plan) -> None:
         if id(spec) not in checked:
             _check_activation(key, spec)
             checked.add(id(spec))
-    for members in plan.disagreeing():
-        names = ", ".join(target.name.rsplit(".", 1)[-1] for target in members)
-        if members[0].expert is not None:
-            raise ConfigError(
-                f"{names} of one expert have different schemes; every runtime fuses them",
-                where=members[0].name,
-                hint="give them the same scheme, or exclude both",
-            )
-        text = f"{names} below {members[0].name.rpartition('.')[0]} differ in scheme; vLLM fuses them and refuses this"
-        if text not in plan.warnings:
-            plan.warnings.append(text)
+
+
+def check_servers(plan: Plan, servers: Servers) -> None:
+    """Refuse a plan that splits what servers fuse, unless it is for none: then it is a warning."""
+    mixed = [target for members in plan.disagreeing() for target in members]
+    found = splits((target, (target.weight, target.input)) for target in mixed)
+    if not found:
+        return
+    if servers != "none":
+        raise ModelError(
+            sentence(found),
+            hint="give all members one scheme, or exclude all; --target none writes it all the same",
+        )
+    text = f"{sentence(found)}; --target none allows it"
+    if text not in plan.warnings:
+        plan.warnings.append(text)
 
 
 def _check_activation(name: str, spec: TensorSpec) -> None:

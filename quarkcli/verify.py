@@ -10,7 +10,8 @@ from quarkcli import forecast
 from quarkcli.checkpoint import Checkpoint
 from quarkcli.dialects.base import Decoded, Dialect, StoredTarget
 from quarkcli.errors import CheckError, ModelError
-from quarkcli.family import HeaderLike, lay_out
+from quarkcli.family import HeaderLike, Weight, lay_out
+from quarkcli.plan.fused import Servers, sentence, splits
 from quarkcli.plan.model import Plan
 from quarkcli.source import Source
 
@@ -78,16 +79,32 @@ def scales(checkpoint: Checkpoint, plan: Plan | None = None) -> list[str]:
     ]
 
 
-def directory(path: str, source: str | None = None) -> list[str]:
-    """`quark verify DIR [--source X]`: a checkpoint on its own, and against the model it came from."""
+def directory(path: str, source: str | None = None, target: Servers = "auto") -> list[str]:
+    """`quark verify DIR [--source X]`: a checkpoint on its own, and against the model it came from.
+
+    target   `none`: what servers fuse may have more than one scheme
+    """
     written = _open(Path(path))
     checkpoint = Checkpoint(written)
     if not checkpoint.quantized:
         raise CheckError("no quantization_config in config.json", where=path)
-    checks = scales(checkpoint)
+    checks = [_fused_schemes(checkpoint, target), *scales(checkpoint)]
     if source is not None:
         checks.append(_against_source(checkpoint, Source.open(source)))
     return checks
+
+
+def _fused_schemes(checkpoint: Checkpoint, servers: Servers) -> str:
+    """Raises CheckError where servers fuse weights of more than one scheme, unless it is for none of them."""
+    stored = checkpoint.view.targets
+    found = splits(
+        (weight, (stored[name].weight, stored[name].input) if name in stored else (None, None))
+        for name, weight in _weights(checkpoint).items()
+    )
+    if found and servers != "none":
+        hint = "quantize it again with one scheme for all members; --target none accepts it"
+        raise CheckError(sentence(found), hint=hint)
+    return f"accepted by --target none: {sentence(found)}" if found else "what servers fuse has one scheme"
 
 
 def _against_source(checkpoint: Checkpoint, source: Source) -> str:
@@ -124,12 +141,17 @@ def _plan_groups(plan: Plan) -> tuple[dict[str, str], dict[str, str]]:
 
 def _groups(checkpoint: Checkpoint) -> dict[str, str]:
     """Scale group by module, from the family."""
+    return {name: weight.group for name, weight in _weights(checkpoint).items()}
+
+
+def _weights(checkpoint: Checkpoint) -> dict[str, Weight]:
+    """Every weight, quantized or kept, as the family says; experts one by one."""
     headers = {f"{name}.weight": header for name, header in _singles(checkpoint)}
     layout = lay_out(
         checkpoint.family_name, checkpoint.family, checkpoint.inferred, checkpoint.source.config,
         {**checkpoint.headers, **headers},
     )  # fmt: skip
-    return {weight.name: weight.group for weight in layout.weights.values()}
+    return layout.weights
 
 
 def _singles(checkpoint: Checkpoint) -> Iterable[tuple[str, Any]]:

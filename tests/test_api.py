@@ -128,7 +128,9 @@ def test_configs_in_memory(name: str, tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_an_edited_plan_is_what_is_executed(tmp_path: Path):
-    made = quarkcli.make_plan("demo", "mxfp4", exclude=["*o_proj"], dialect="quark", device="cpu", seed=3)
+    made = quarkcli.make_plan(
+        "demo", "mxfp4", exclude=["*o_proj"], dialect="quark", device="cpu", seed=3, target="none"
+    )
     quarkcli.disable_quantizer(made, "*down_proj*")
     quarkcli.set_quantizer_attributes_full(made, "*.0.*up_proj.weight_quantizer", INT4)
     quarkcli.set_quantizer_attributes_full(made, "*.0.*up_proj.input_quantizer", INT4 | {"enable": False})
@@ -143,7 +145,7 @@ def test_an_edited_plan_is_what_is_executed(tmp_path: Path):
     assert stored[f"{prefix}.mlp.gate_proj.weight"] == "U8"  # two fp4 codes a byte
     assert stored[f"{prefix}.mlp.up_proj.weight"] == "I32"  # eight int4 codes a word
     # What was executed stands in the output and repeats the job.
-    again = quarkcli.make_plan("demo", recipe=tmp_path / "out" / "quark" / "recipe.yaml")
+    again = quarkcli.make_plan("demo", recipe=tmp_path / "out" / "quark" / "recipe.yaml", target="none")
     assert specs(again) == specs(made)
     written = yaml.safe_load((tmp_path / "out" / "quark" / "recipe.yaml").read_text())
     assert written["quantize"]["quant_cfg"][-1]["cfg"]["num_bits"] == 4

@@ -63,7 +63,7 @@ def test_the_resolved_recipe_is_a_recipe_with_every_entry_spelled_out(tmp_path):
         exclude=["*layers.0.*", r"re:.*\.1\..*k_proj"], layers=["*down_proj=fp8"], layer_types=["Linear=mxfp4"],
         include=["*layers.0.mlp.up_proj"], unprotect=["head"], kv_cache="fp8",
     )  # fmt: skip
-    first = prepared(overrides=overrides, algorithm="gptq", dialect="quark")
+    first = prepared(overrides=overrides, algorithm="gptq", dialect="quark", target="none")  # k apart from q
     path = tmp_path / "recipe.yaml"
     path.write_text(finish.resolved_recipe(first))
     found = recipes.from_file(path)
@@ -72,7 +72,7 @@ def test_the_resolved_recipe_is_a_recipe_with_every_entry_spelled_out(tmp_path):
     assert not any(entry.required for entry in found.entries)
     assert found.algorithms == [("gptq", {})]
     assert (found.dialect, found.calib_data, found.calib_samples, found.calib_seqlen) == ("quark", "builtin", 4, 512)
-    second = prepared(scheme=None, recipe=str(path), calib_data=None, calib_samples=None)
+    second = prepared(scheme=None, recipe=str(path), calib_data=None, calib_samples=None, target="none")
     assert dict(second.plan.slots()).keys() == dict(first.plan.slots()).keys()
     for (name, a), (_, b) in zip(first.plan.slots(), second.plan.slots(), strict=True):
         assert a.spec == b.spec, name

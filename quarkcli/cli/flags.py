@@ -61,6 +61,14 @@ Revision = Annotated[str, Option("--revision", metavar="REV", help="Branch, tag 
 Offline = Annotated[
     bool, Option("--offline", envvar="HF_HUB_OFFLINE", help="Use only what is local or in the hub cache.")
 ]
+Servers = Annotated[
+    Literal["auto", "none"],
+    Option(
+        "--target",
+        help="What must load it. auto: servers, so that weights which they fuse have one scheme; "
+        "none: nothing in particular.",
+    ),
+]
 _Many = list[str] | None
 
 
@@ -98,6 +106,7 @@ class JobFlags:
             help="On-disk convention, or auto: one that most servers load. [default: the recipe's, else auto]",
         ),
     ] = None
+    target: Servers = "auto"
     exclude: Annotated[
         _Many,
         Option("--exclude", metavar="PATTERN", help="Keep these modules as they are: glob, or re:REGEX. Repeatable."),

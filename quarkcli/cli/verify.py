@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from quarkcli.cli import apps, output
-from quarkcli.cli.flags import Debug, Json
+from quarkcli.cli.flags import Debug, Json, Servers
 
 SCHEMA = "quark/verify/1"
 EXAMPLES = apps.examples("quark verify out/demo-mxfp4 --source demo", "quark verify out/demo-mxfp4 --json")
@@ -21,6 +21,7 @@ def verify(
             "--source", metavar="DIR_OR_ID", help="The model it was made from: all its tensors must be there."
         ),
     ] = None,
+    target: Servers = "auto",
     json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -32,7 +33,7 @@ def verify(
     from quarkcli import job
     from quarkcli import verify as checks
 
-    found = checks.directory(directory, str(job.EMBEDDED) if source == "demo" else source)
+    found = checks.directory(directory, str(job.EMBEDDED) if source == "demo" else source, target)
     if json:
         output.json_data({"schema": SCHEMA, "directory": directory, "source": source, "ok": True, "checks": found})
         return

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from quarkcli.family import Part, Site, Weight, WeightView
+from quarkcli.plan.fused import matrix
 from quarkcli.recipe.attributes import Cfg
 from quarkcli.recipe.entries import Entry, Share
 from quarkcli.spec import TensorSpec
@@ -192,11 +193,11 @@ class Plan:
     def disagreeing(self) -> list[list[Target]]:
         """What servers fuse and has more than one (weight, input) spec: the members of each such group."""
         slots: dict[str, Mapping[str, Decision]] = {}
-        mixed = {t.group for t in self.targets.values() if slots.setdefault(t.group, t.slots) is not t.slots}
+        mixed = {matrix(t) for t in self.targets.values() if slots.setdefault(matrix(t), t.slots) is not t.slots}
         groups: dict[str, list[Target]] = {}
         for target in self.targets.values() if mixed else ():
-            if target.group in mixed:
-                groups.setdefault(target.group, []).append(target)
+            if matrix(target) in mixed:
+                groups.setdefault(matrix(target), []).append(target)
         return [members for members in groups.values() if len({(t.weight, t.input) for t in members}) > 1]
 
     def shared(self) -> dict[str, list[Target]]:

@@ -55,6 +55,19 @@ def test_verify(quark, made):
     assert (answer["schema"], answer["ok"]) == ("quark/verify/1", True)
 
 
+def test_a_split_of_what_servers_fuse(quark):
+    """One message and a count; `--target none` is for those who mean it."""
+    flags = ("--model", "demo", "--scheme", "mxfp4", "--exclude", "*k_proj")
+    for command in (("plan",), ("quantize", "-o", "out"), ("quantize", "--dry-run")):
+        code, out, err = quark(*command, *flags)
+        assert (code, out) == (4, "")
+        assert err.count("servers fuse") == 1 and "error: 4 groups" in err
+    code, out, err = quark("quantize", *flags, "-o", "out", "--target", "none")
+    assert code == 0 and "warning: 4 groups of weights that servers fuse" in err
+    assert quark("verify", "out").code == 8
+    assert quark("verify", "out", "--target", "none").code == 0
+
+
 def test_verify_says_no_with_8(quark, made, tmp_path):
     damaged = shutil.copytree(made, tmp_path / "damaged")
     shard = damaged / "model-block-00001.safetensors"

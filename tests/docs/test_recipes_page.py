@@ -81,6 +81,6 @@ def test_what_replaces_and_what_switches(tmp_path: Path) -> None:
     slots = dict(planned(tmp_path, block).slots())
     sizes = {
         leaf: spec.group_size if (spec := slots[f"model.layers.{leaf}_proj.weight_quantizer"].spec) else "off"
-        for leaf in ("1.mlp.up", "1.mlp.down", "0.mlp.up", "0.mlp.gate")
+        for leaf in ("1.mlp.down", "1.mlp.up", "0.mlp.down", "0.self_attn.o")
     }
-    assert sizes == {"1.mlp.up": None, "1.mlp.down": 32, "0.mlp.up": "off", "0.mlp.gate": 32}
+    assert sizes == {"1.mlp.down": None, "1.mlp.up": 32, "0.mlp.down": "off", "0.self_attn.o": 32}

@@ -42,7 +42,7 @@ def decisions(plan: Plan) -> dict[str, Any]:
 def again(prepared: Any, folder: Path) -> Any:
     path = folder / "resolved.yaml"
     path.write_text(finish.resolved_recipe(prepared))
-    return runs.prepare("demo", recipe=str(path))
+    return runs.prepare("demo", recipe=str(path), target=prepared.options.target)
 
 
 @pytest.mark.parametrize(
@@ -58,9 +58,10 @@ def again(prepared: Any, folder: Path) -> Any:
             "layers": ["*mlp*=nvfp4", "re:.*up_proj=fp8"],
             "exclude": ["*layers.1.*", "*layers.2.mlp*"],
             "include": ["*layers.1.mlp.up_proj"],
+            "target": "none",  # up apart from gate
         },
         {"recipe": "nvfp4-kv_fp8", "kv_cache": "none", "include": ["lm_head"]},
-        {"recipe": "PARTIAL", "exclude": ["*layers.0.*"], "include": ["*layers.0.mlp.up_proj"]},
+        {"recipe": "PARTIAL", "exclude": ["*layers.0.*"], "include": ["*layers.0.mlp.up_proj"], "target": "none"},
         {"scheme": "mxfp4", "exclude": ["*nothing"], "allow_unmatched": True},
         {"scheme": "fp8", "layers": ["*=int4_wo_128"]},
     ],
