@@ -67,6 +67,7 @@ OWNERS = {
     "triton": {"numerics"},
     "pydantic": {"recipe", "family"},
     "yaml": {"recipe", "finish", "job"},
+    "re2": {"recipe"},
     "huggingface_hub": {"source", "model", "calibration", "cli"},
     "ml_dtypes": set(),
     "compressed_tensors": set(),

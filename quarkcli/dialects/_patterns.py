@@ -4,18 +4,40 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
+from quarkcli.errors import ConfigError, ModelError
 from quarkcli.plan.model import Target
+from quarkcli.recipe.expressions import Expressions
 
 _MARK = "re:"
 
 
-def matches_name(name: str, patterns: Iterable[str]) -> bool:
-    """True when a full name is equal or a `re:` pattern matches from the start, as compressed-tensors does it."""
-    return any(
-        re.match(pattern.removeprefix(_MARK), name) is not None if pattern.startswith(_MARK) else pattern == name
-        for pattern in patterns
-    )
+class WrittenNames:
+    """Full names and `re:` patterns of a written config, on the modules of its checkpoint.
+
+    As compressed-tensors does it, a name is equal, and a pattern matches from the start. Raises ModelError for a
+    pattern that is none, or that takes too long.
+    """
+
+    def __init__(self, texts: Iterable[str], modules: Iterable[str]) -> None:
+        self._found = Expressions("match")
+        patterns = [text.removeprefix(_MARK) for text in texts if text.startswith(_MARK)]
+        with _of_the_model():
+            self._match = {_MARK + pattern: self._found.matcher(pattern) for pattern in patterns}
+            self._found.learn(patterns, modules)
+
+    def named(self, module: str, texts: Iterable[str]) -> bool:
+        """True when one of the texts is the name of the module, or a pattern that matches it."""
+        return any(self._match[text](module) if text in self._match else text == module for text in texts)
+
+
+@contextmanager
+def _of_the_model() -> Iterator[None]:
+    try:
+        yield
+    except ConfigError as error:
+        raise ModelError(error.what, where="quantization_config", hint=error.hint) from error
 
 
 def exact_patterns(targets: Iterable[Target], universe: Iterable[str]) -> list[str]:

@@ -24,7 +24,7 @@ from quarkcli.dialects._ct_layout import (
     unpack,
     unpack_zero_points,
 )
-from quarkcli.dialects._patterns import exact_patterns, ignored, matches_name
+from quarkcli.dialects._patterns import WrittenNames, exact_patterns, ignored
 from quarkcli.dialects.base import Decoded, HeaderLike, StoredAttention, StoredTarget, StoredView, TensorInfo
 from quarkcli.errors import ModelError
 from quarkcli.plan.model import Attention, Plan, Target
@@ -137,10 +137,12 @@ class CompressedTensors:
         found = StoredView()
         ignore = config.get("ignore") or []
         groups = list((config.get("config_groups") or {}).values())
-        for module in shared.quantized_modules(headers):
-            if matches_name(module, ignore):
+        modules = list(shared.quantized_modules(headers))
+        names = WrittenNames([*ignore, *(text for group in groups for text in group.get("targets") or [])], modules)
+        for module in modules:
+            if names.named(module, ignore):
                 raise ModelError("it has a weight_scale, but the quantization config ignores it", where=module)
-            found.targets[module] = _stored(module, _group_of(module, groups), headers)
+            found.targets[module] = _stored(module, _group_of(module, groups, names), headers)
         if config.get("kv_cache_scheme"):
             found.attention = _stored_attention(config["kv_cache_scheme"], headers)
         return found
@@ -273,7 +275,7 @@ def _first_leaves_others_alone(plan: Plan) -> bool:
 # --- reading -------------------------------------------------------------------------------------------------------
 
 
-def _group_of(module: str, groups: list[Mapping[str, Any]]) -> Mapping[str, Any]:
+def _group_of(module: str, groups: list[Mapping[str, Any]], names: WrittenNames) -> Mapping[str, Any]:
     """The group of a module: by full name, else by pattern, else by class."""
 
     def patterns(targets: list[str]) -> list[str]:
@@ -281,7 +283,7 @@ def _group_of(module: str, groups: list[Mapping[str, Any]]) -> Mapping[str, Any]
 
     for fits in (
         lambda targets: module in targets,
-        lambda targets: matches_name(module, patterns(targets)),
+        lambda targets: names.named(module, patterns(targets)),
         lambda targets: _CONFIG_CLASS in targets,
     ):
         for group in groups:

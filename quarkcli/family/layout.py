@@ -19,7 +19,7 @@ from quarkcli.family.schema import (
 )
 from quarkcli.family.views import WeightView, fused_views, view_shape
 from quarkcli.memory import without_collection
-from quarkcli.recipe.match import compiled, ignores_numbers
+from quarkcli.recipe.match import ignores_numbers, matchers
 
 _EXPERT_NUMBER = re.compile(r"(?<=\.experts)\.\d+(?=\.)")
 
@@ -200,7 +200,8 @@ class _Builder:
         self.sharers = {leaf: group for group in shared for leaf in group}
         # Protected roles are asked first; towers only outside embedding, blocks and tail, other roles only inside.
         roles = sorted(family.roles.items(), key=lambda item: item[0] not in PROTECTED)
-        patterns = [(role, compiled(pattern).fullmatch) for role, own in roles for pattern in own]
+        modules = (tensor.removesuffix(".weight").removesuffix(".bias") for tensor in headers)
+        patterns = matchers(roles, modules)
         self.inside = [(role, match) for role, match in patterns if role not in TOWERS]
         self.outside = [(role, match) for role, match in patterns if role in TOWERS or role == "projector"]
         self.fused = {
@@ -248,8 +249,10 @@ class _Builder:
     def protected(self) -> dict[str, str]:
         """Module -> role that keeps it as it is."""
         found = {}
-        patterns = [(role, pattern) for role, own in self.family.exclude.items() for pattern in own]
-        folds = all(ignores_numbers(pattern) for _, pattern in patterns)
+        excluded = self.family.exclude
+        names = (name for weight in self.weights.values() for name in (weight.name, *weight.aliases))
+        patterns = matchers(excluded.items(), names)
+        folds = all(ignores_numbers(pattern) for own in excluded.values() for pattern in own)
         known: dict[object, str | None] = {}
         for name, weight in self.weights.items():
             role: str | None = weight.role
@@ -257,8 +260,8 @@ class _Builder:
                 # The experts of a layer differ in their number alone, which cannot matter where patterns fold.
                 key = (weight.expert[0], role) if folds and weight.expert else name
                 if key not in known:
-                    names = (name, *weight.aliases)
-                    known[key] = next((r for r, p in patterns if any(compiled(p).fullmatch(n) for n in names)), None)
+                    spellings = (name, *weight.aliases)
+                    known[key] = next((r for r, match in patterns if any(map(match, spellings))), None)
                 role = known[key]
             if role is not None:
                 found[name] = role

@@ -31,6 +31,7 @@ def minimum_entries(composed: Composed, layout: Layout, minimum: float) -> list[
     entries = []
     for kind in ("k", "v"):
         slots = [f"{module.name}.{kind}_bmm_quantizer" for module in layout.attention]
+        names.learn(slots)
         specs = {slot: order.decision(names.of_slot([slot]), "nn.Module", weight=False)[0].spec for slot in slots}
         bounded = {slot: _bounded(spec, minimum, slot) for slot, spec in specs.items() if spec is not None}
         alike = len(set(bounded.values())) == 1 and len(bounded) == len(slots)

@@ -22,7 +22,7 @@ from quarkcli.errors import ConfigError, UsageError
 from quarkcli.plan.compose import Basis
 from quarkcli.plan.model import TARGET_KINDS, Decision, Plan
 from quarkcli.plan.names import Names, stage_of
-from quarkcli.plan.resolve import ATTENTION_CLASS, attention_names, resolve
+from quarkcli.plan.resolve import ATTENTION_CLASS, attention_names, attention_slots, resolve
 from quarkcli.recipe.attributes import Cfg, to_spec
 from quarkcli.recipe.entries import Entry, Origin
 from quarkcli.recipe.match import suggestions
@@ -228,6 +228,7 @@ def _matched(plan: Plan, pattern: str, parent: str | None) -> Iterator[tuple[str
             for kind, own in zip(TARGET_KINDS, hits, strict=True):
                 if own:
                     yield f"{weight.name}.{kind}_quantizer", plan.targets[weight.name].slots[kind]
+    names.learn(attention_slots(plan.attention))
     for module in plan.attention.values() if parent in (None, ATTENTION_CLASS) else ():
         for kind, decision in module.slots.items():
             if names.of_slot(attention_names(module.name, kind)):

@@ -9,14 +9,13 @@ the names that hold its longest piece of plain text.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from quarkcli.errors import ConfigError
 from quarkcli.family import Weight
 from quarkcli.plan.model import TARGET_KINDS
 from quarkcli.recipe.entries import Entry
-from quarkcli.recipe.match import compiled, fold, ignores_numbers
+from quarkcli.recipe.match import Patterns, fold, ignores_numbers
 
 Hits = tuple[int, ...]  # indices of entries, ascending
 
@@ -54,18 +53,25 @@ class Names:
 
     def __init__(self, entries: Sequence[Entry]) -> None:
         self.exact: dict[str, list[int]] = {}
+        self.file = Patterns()
         self.patterns: list[_Pattern] = []
         for index, entry in enumerate(entries):
             text, _ = stage_of(entry.quantizer_path)
             if _SPECIAL.search(text) or text.startswith("re:"):
                 module, kind = _module_of(text)
+                if module is not None:
+                    self.file.matcher(module, str(entry.origin))
                 kinds = _kinds(text) if kind is None else (kind,)
-                self.patterns.append(_Pattern(index, text, _compiled(text, entry), kinds, module))
+                self.patterns.append(_Pattern(index, text, self.file.matcher(text, str(entry.origin)), kinds, module))
             else:
                 self.exact.setdefault(text, []).append(index)
         self.exact_modules = {name.rpartition(".")[0] for name in self.exact}
         self.folding = [pattern for pattern in self.patterns if ignores_numbers(pattern.text)]
         self.single = [pattern for pattern in self.patterns if not ignores_numbers(pattern.text)]
+
+    def learn(self, slots: Iterable[str]) -> None:
+        """Say which slots `of_slot` will be asked for, where there are many."""
+        self.file.learn((pattern.text for pattern in self.patterns), slots)
 
     def of_slot(self, names: Collection[str]) -> Hits:
         """The entries that match a slot, by any of its names."""
@@ -101,26 +107,28 @@ class Names:
         if not self.single:
             return {}
         spellings = [(name, weight.name) for weight in weights for name in (weight.name, *weight.aliases)]
+        names = [name for name, _ in spellings]
+        self.file.learn([p.module for p in self.single if p.module is not None], names)
+        self.file.learn([p.text for p in self.single if p.module is None], (n + s for s in _SUFFIXES for n in names))
         found: dict[str, list[list[int]]] = {}
         known: dict[str, set[str]] = {}
         for pattern in self.single:
             for kind in pattern.kinds:
-                for name in _owners(pattern, _SUFFIXES[kind], spellings, known):
+                for name in self._owners(pattern, _SUFFIXES[kind], spellings, known):
                     found.setdefault(name, [[] for _ in TARGET_KINDS])[kind].append(pattern.entry)
         return {name: tuple(tuple(hits) for hits in kinds) for name, kinds in found.items()}
 
-
-def _owners(
-    pattern: _Pattern, suffix: str, spellings: list[tuple[str, str]], known: dict[str, set[str]]
-) -> Collection[str]:
-    """Weights whose slot with this suffix the pattern matches; `known` keeps the answers of module patterns."""
-    if pattern.module is None:
-        piece, match = _plain_piece(pattern.text), pattern.match
-        return {owner for name, owner in spellings if piece in (slot := name + suffix) and match(slot)}
-    if pattern.module not in known:
-        piece, match = _plain_piece(pattern.module), compiled(pattern.module).fullmatch
-        known[pattern.module] = {owner for name, owner in spellings if piece in name and match(name)}
-    return known[pattern.module]
+    def _owners(
+        self, pattern: _Pattern, suffix: str, spellings: list[tuple[str, str]], known: dict[str, set[str]]
+    ) -> Collection[str]:
+        """Weights whose slot with this suffix the pattern matches; `known` keeps the answers of module patterns."""
+        if pattern.module is None:
+            piece, match = _plain_piece(pattern.text), pattern.match
+            return {owner for name, owner in spellings if piece in (slot := name + suffix) and match(slot)}
+        if pattern.module not in known:
+            piece, match = _plain_piece(pattern.module), self.file.matcher(pattern.module)
+            known[pattern.module] = {owner for name, owner in spellings if piece in name and match(name)}
+        return known[pattern.module]
 
 
 def _plain_piece(text: str) -> str:
@@ -155,10 +163,3 @@ def _kinds(text: str) -> tuple[int, ...]:
         return tuple(range(len(_SUFFIXES)))
     tail = _SPECIAL.split(text)[-1]
     return tuple(i for i, suffix in enumerate(_SUFFIXES) if suffix.endswith(tail) or tail.endswith(suffix))
-
-
-def _compiled(text: str, entry: Entry) -> Callable[[str], object]:
-    try:
-        return compiled(text).fullmatch
-    except ConfigError as error:
-        raise ConfigError(error.what, where=str(entry.origin)) from error

@@ -40,6 +40,7 @@ def resolve(
         composed.edits_start += len(least)
     resolver = _Resolver(composed)
     targets = resolver.targets(layout.weights.values(), share.scale_groups(recipe.share, layout))
+    resolver.names.learn(attention_slots(module.name for module in layout.attention))
     attention = {module.name: resolver.attention(module) for module in layout.attention}
     plan = Plan(
         scheme=recipe.name,
@@ -139,6 +140,11 @@ def attention_names(module: str, kind: str) -> tuple[str, ...]:
     """The names that a pattern may use for a slot of an attention module, its own first."""
     slot = f"{module}.{kind}_bmm_quantizer"
     return (slot, f"{module}.softmax_quantizer") if kind == "p" else (slot,)
+
+
+def attention_slots(modules: Iterable[str]) -> list[str]:
+    """All names of all slots of attention modules."""
+    return [name for module in modules for kind in ATTENTION_KINDS for name in attention_names(module, kind)]
 
 
 def _kept(layout: Layout, targets: dict[str, Target], entries: list[Entry]) -> dict[str, str]:

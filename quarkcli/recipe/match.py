@@ -4,27 +4,47 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 
-from quarkcli.errors import ConfigError, near_misses
+from quarkcli.errors import near_misses
+from quarkcli.recipe.expressions import Expressions
+
+
+class Patterns:
+    """The patterns of one file."""
+
+    def __init__(self) -> None:
+        self._expressions = Expressions()
+
+    def matcher(self, pattern: str, where: str = "") -> Callable[[str], object]:
+        """Whether a name matches a pattern, written at `where`, as a whole. Raises ConfigError when it is not valid."""
+        if pattern.startswith("re:"):
+            return self._expressions.matcher(pattern[3:], where)
+        return _glob(pattern).fullmatch
+
+    def learn(self, patterns: Iterable[str], names: Iterable[str]) -> None:
+        """Say that patterns will be tried on these names, where there are many (see `Expressions`)."""
+        self._expressions.learn((pattern[3:] for pattern in patterns if pattern.startswith("re:")), names)
+
+
+def matchers(rows: Iterable[tuple[str, list[str]]], names: Iterable[str]) -> list[tuple[str, Callable[[str], object]]]:
+    """(key, matcher) of every pattern of one file, given as keys with their patterns; `names` will be asked for."""
+    file, listed = Patterns(), [(key, pattern) for key, own in rows for pattern in own]
+    found = [(key, file.matcher(pattern)) for key, pattern in listed]
+    file.learn([pattern for _, pattern in listed], names)
+    return found
 
 
 @lru_cache(maxsize=4096)
-def compiled(pattern: str) -> re.Pattern[str]:
-    """The pattern as a regular expression for the whole name. Raises ConfigError when it is not valid."""
-    if not pattern.startswith("re:"):
-        return re.compile(fnmatch.translate(pattern))
-    try:
-        return re.compile(pattern[3:])
-    except re.error as error:
-        raise ConfigError(f"'{pattern}' is not a regular expression: {error}") from error
+def _glob(pattern: str) -> re.Pattern[str]:
+    # The translation gives up no `*` that has found its text (atomic groups), so the time is linear.
+    return re.compile(fnmatch.translate(pattern))
 
 
 def matches(pattern: str, candidates: Iterable[str]) -> bool:
     """True when one of the candidate names matches as a whole."""
-    expression = compiled(pattern)
-    return any(expression.fullmatch(name) for name in candidates)
+    return any(map(Patterns().matcher(pattern), candidates))
 
 
 _NUMBER = re.compile(r"(?<![^.\n])[0-9]+(?![^.\n])")

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, assume, given, settings
 
 from quarkcli.errors import ConfigError, ModelError
 from quarkcli.recipe.entries import Entry, Origin
-from quarkcli.recipe.match import compiled, fold, ignores_numbers
+from quarkcli.recipe.match import Patterns, fold, ignores_numbers
 from quarkcli.spec import spec_to_yaml
 
 from . import naive
@@ -65,7 +65,7 @@ def test_the_same_as_slot_by_slot(rows: list[Entry], name: str) -> None:
 @given(globs, st.sampled_from(["model.layers.12.mlp.w1", "0.w10.x.3", "a.7.b7.77", "layers.1.experts.11.w2.weight"]))
 def test_a_folded_name_stands_for_its_class(pattern: str, name: str) -> None:
     if ignores_numbers(pattern):
-        match = compiled(pattern).fullmatch
+        match = Patterns().matcher(pattern)
         assert bool(match(name)) == bool(match(fold(name)))
 
 
