@@ -104,11 +104,14 @@ class Expressions:
         """The lines that the child wrote: one per job, and the seconds left; fewer when it ran out of time."""
         work = {"seconds": max(self._left, 1e-3), "method": self._method, "jobs": jobs, "names": names}
         command = [sys.executable, "-I", "-S", "-c", _CHILD]
-        try:
-            done = subprocess.run(command, input=json.dumps(work).encode(), capture_output=True, timeout=_WALL_SECONDS)
-        except subprocess.TimeoutExpired as error:
-            return (error.stdout or b"").splitlines()
-        return done.stdout.splitlines()
+        null, pipe = subprocess.DEVNULL, subprocess.PIPE
+        with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=null) as child:
+            try:
+                written, _ = child.communicate(json.dumps(work).encode(), timeout=_WALL_SECONDS)
+            except subprocess.TimeoutExpired:
+                child.kill()
+                written, _ = child.communicate()
+        return written.splitlines()
 
 
 @lru_cache(maxsize=4096)
