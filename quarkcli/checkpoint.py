@@ -48,10 +48,17 @@ class Checkpoint:
         config = source.config.get("quantization_config") or {}
         self.dialect: Dialect | None = _dialect_of(config) if config else None
         self.view = self.dialect.view(config, source.headers) if self.dialect else StoredView()
-        self.family_name, self.family, self.inferred = family.for_checkpoint(source.config, source.headers)
         self._recipes: dict[str, _Recipe] = {}
         self.headers: dict[str, LogicalHeader] = {}
         self._lay_out()
+        self.family_name, self.family, self.inferred = family.for_checkpoint(source.config, self.headers)
+        if self.quantized and self.family.experts:
+            self._fuse(self.family)
+
+    @property
+    def turned(self) -> frozenset[str]:
+        """Fused tensors stored as they are whose square matrices lie [in, out], unseen by their shape."""
+        return family.hidden_transpositions(self.family, self.source.config, self.source.headers)
 
     @property
     def quantized(self) -> bool:
@@ -149,8 +156,6 @@ class Checkpoint:
             self._add(f"{name}.weight", LogicalHeader(dtype, stored.shape), _Recipe(pieces=[(None, name)]))
             if stored.bias is not None:
                 self._add(f"{name}.bias", LogicalHeader(dtype, stored.shape[:1]), _Recipe(bias=name))
-        if self.quantized and self.family.experts:
-            self._fuse(self.family)
 
     def _add(self, name: str, header: LogicalHeader, recipe: _Recipe) -> None:
         self.headers[name] = header

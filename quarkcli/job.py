@@ -149,7 +149,10 @@ def _runner(prepared: Prepared, data: CalibrationData, device: str) -> Any:
     source = prepared.source
     trusted = prepared.options.trust_remote_code
     softmax = any("p" in module.specs for module in prepared.plan.attention.values())
-    runner = Runner(source.folder, source.headers, device=device, trust_remote_code=trusted, eager=softmax)
+    runner = Runner(
+        source.folder, source.headers, device=device, trust_remote_code=trusted, eager=softmax,
+        turned=prepared.layout.turned,
+    )  # fmt: skip
     runner.check_tokens(data.tokens)
     return runner
 

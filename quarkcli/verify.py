@@ -10,7 +10,7 @@ from quarkcli import forecast
 from quarkcli.checkpoint import Checkpoint
 from quarkcli.dialects.base import Decoded, Dialect, StoredTarget
 from quarkcli.errors import CheckError, ModelError
-from quarkcli.family import HeaderLike, Weight, lay_out
+from quarkcli.family import HeaderLike, Weight, for_checkpoint, lay_out
 from quarkcli.plan.fused import Servers, sentence, splits
 from quarkcli.plan.model import Plan
 from quarkcli.source import Source
@@ -118,9 +118,10 @@ def _against_source(checkpoint: Checkpoint, source: Source) -> str:
 
 def _shapes(checkpoint: Checkpoint, headers: Mapping[str, HeaderLike]) -> dict[str, tuple[int, ...]]:
     """Shapes by tensor name, with experts one by one: files of one family keep them fused or apart."""
-    layout = lay_out(
-        checkpoint.family_name, checkpoint.family, checkpoint.inferred, checkpoint.source.config, headers
-    )  # fmt: skip
+    name, found, inferred = checkpoint.family_name, checkpoint.family, checkpoint.inferred
+    if inferred:  # from these names, which may have fused what the others have apart
+        name, found, inferred = for_checkpoint(checkpoint.source.config, headers)
+    layout = lay_out(name, found, inferred, checkpoint.source.config, headers)
     owned = {weight.view.tensor for weight in layout.weights.values()}
     others = {name: tuple(header.shape) for name, header in headers.items() if name not in owned}
     return others | {f"{weight.name}.weight": weight.shape for weight in layout.weights.values()}

@@ -239,10 +239,10 @@ def test_a_bad_family_of_the_users(home: Path, text: str, message: str) -> None:
 def test_the_spelling_is_told_from_the_tensors() -> None:
     gemma = family.load(catalog.files("models")["gemma3"])
     for text in ("model.language_model", "language_model.model"):
-        spelled = gemma.spelled([f"{text}.layers.0.self_attn.q_proj.weight"])
+        spelled = family.spelled(gemma, [f"{text}.layers.0.self_attn.q_proj.weight"])
         assert spelled.blocks == f"{text}.layers"
         assert spelled.embed == spelled.roles["embedding"] == [f"{text}.embed_tokens"]
-    assert gemma.spelled([]).blocks == "model.layers"
+    assert family.spelled(gemma, []).blocks == "model.layers"
 
 
 def test_extra_layers_of_a_mixture_are_kept() -> None:
@@ -250,7 +250,7 @@ def test_extra_layers_of_a_mixture_are_kept() -> None:
     layout = lay_out(layouts.mixtral(layers=3), "mixtral", num_hidden_layers=2)
     extra = [name for name in layout.weights if ".layers.2." in name]
     assert {layout.protected[name] for name in extra} == {"mtp"}
-    model = family.load(catalog.files("models")["mixtral"]).spelled(["model.layers.0.x"])
+    model = family.spelled(family.load(catalog.files("models")["mixtral"]), ["model.layers.0.x"])
     config = {"num_hidden_layers": 2}
     assert [model.runs(f"model.layers.{index}.mlp", config) for index in (0, 1, 2)] == [True, True, False]
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from quarkcli import family, memory
 from quarkcli.activations import quantizing_handlers
 from quarkcli.checkpoint import Checkpoint
-from quarkcli.errors import CheckError, UsageError
+from quarkcli.errors import CheckError, ModelError, UsageError
 from quarkcli.events import Listener, Message, PartDone, Phase
 from quarkcli.source import Source
 from quarkcli.walk import Walk
@@ -50,9 +50,16 @@ class _Side:
         self.dtype = dtype
         folder = checkpoint.source.folder
         self.runner = Runner(
-            folder, checkpoint.headers, device=device, dtype=dtype, trust_remote_code=trust, eager=eager
-        )
+            folder, checkpoint.headers, device=device, dtype=dtype, trust_remote_code=trust, eager=eager,
+            turned=checkpoint.turned,
+        )  # fmt: skip
         self.runner.check_tokens(tokens)
+        if not self.runner.has_head:
+            raise ModelError(
+                "a base model without a head gives no probabilities, so there is nothing to measure",
+                where=str(folder),
+                hint="'quark verify' checks what was written",
+            )
         outside = self.runner.outside_tensors()
         self.walk = Walk(self.runner, lambda: checkpoint.read_many(outside, dtype), tokens, None, batch, tell)
         self.walk.start()

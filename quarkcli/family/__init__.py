@@ -8,6 +8,7 @@ from quarkcli.family.config import block_count, position_limit, text_config
 from quarkcli.family.infer import guess, infer
 from quarkcli.family.known import Card, cards, for_checkpoint, has_experts, identify, load
 from quarkcli.family.layout import AttentionModule, Layout, Part, Site, Weight, lay_out
+from quarkcli.family.orientation import hidden_transpositions
 from quarkcli.family.schema import (
     PROTECTED,
     ExpertsModel,
@@ -17,6 +18,7 @@ from quarkcli.family.schema import (
     ScalingModel,
     check_unprotect,
 )
+from quarkcli.family.spelling import spelled
 from quarkcli.family.views import WeightView, fused_shape, fused_views, view_shape
 from quarkcli.family.write import to_yaml
 
@@ -42,11 +44,13 @@ __all__ = [
     "fused_views",
     "guess",
     "has_experts",
+    "hidden_transpositions",
     "identify",
     "infer",
     "lay_out",
     "load",
     "position_limit",
+    "spelled",
     "text_config",
     "to_yaml",
     "view_shape",

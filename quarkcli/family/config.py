@@ -13,6 +13,8 @@ _POSITIONS = (
     "seq_length", "context_length",
 )  # fmt: skip
 _BLOCKS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_WIDTHS = ("hidden_size", "n_embd", "d_model", "n_embed", "dim", "model_dim")
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
 
 
 def text_config(config: Mapping[str, object]) -> Mapping[str, object]:
@@ -27,6 +29,16 @@ def text_config(config: Mapping[str, object]) -> Mapping[str, object]:
 def block_count(config: Mapping[str, object]) -> int | None:
     """Number of decoder blocks."""
     return _number(text_config(config), _BLOCKS)
+
+
+def hidden_size(config: Mapping[str, object]) -> int | None:
+    """Width of the residual stream."""
+    return _number(text_config(config), _WIDTHS)
+
+
+def expert_count(config: Mapping[str, object]) -> int | None:
+    """Number of routed experts; None for a model without."""
+    return _number(text_config(config), _EXPERTS) or None
 
 
 def position_limit(config: Mapping[str, object]) -> int | None:

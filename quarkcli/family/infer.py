@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from fnmatch import fnmatchcase
+from typing import Any, Literal
 
-from quarkcli.errors import ModelError
-from quarkcli.family.schema import AttentionModel, ExpertsModel, FamilyModel, FusedModel, HeaderLike
+from quarkcli.family.config import expert_count
+from quarkcli.family.lists import TOWER_WORDS, block_lists, language_blocks, tower
+from quarkcli.family.schema import (
+    AttentionModel,
+    ExpertsModel,
+    FamilyModel,
+    FusedModel,
+    HeaderLike,
+)
 
 # Projections of one attention module: (q, k, v) by their leaf names, most telling first; fused ones have one name.
 ATTENTION = (
@@ -28,7 +36,7 @@ TOGETHER = (
     ("w1", "w3"),
 )
 # (gate, up, down) of experts.
-EXPERTS = (
+EXPERTS: tuple[tuple[str | None, str, str], ...] = (
     ("gate_proj", "up_proj", "down_proj"),
     ("w1", "w3", "w2"),
     ("linear", "linear_v", "linear_1"),
@@ -43,7 +51,6 @@ ROLES = {
     "up": ["*.up_proj"],
     "down": ["*.down_proj"],
     "norm": ["*norm*", "*.ln_*"],
-    "router": ["*.gate", "*.router", "*.router.*", "*.gate.wg"],
     "conv": ["*conv*"],
     "gates": ["*.shared_expert_gate"],
     "vision": ["*visual*", "*vision*"],
@@ -52,12 +59,17 @@ ROLES = {
     "mtp": ["mtp.*", "*.mtp.*"],
 }
 
+# Names that routers have, among other things.
+_ROUTERS = ("*.gate", "*.router", "*.router.*", "*.gate.wg")
 
-def infer(headers: Mapping[str, HeaderLike]) -> FamilyModel:
-    """The numbered path with the most matrices, and what its usual leaf names say. Raises ModelError without one."""
-    blocks = _blocks(headers)
+
+def infer(config: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> FamilyModel:
+    """The language model's list of blocks, and what its usual leaf names say. Raises ModelError without one."""
+    blocks = language_blocks(config, headers)
     stem = blocks.rpartition(".")[0]
-    outside = [name.removesuffix(".weight") for name in headers if not name.startswith(blocks + ".")]
+    outside = [
+        name.removesuffix(".weight") for name in headers if not name.startswith(blocks + ".") and tower(name) is None
+    ]
     embed = [
         name for name in outside if "embed" in name.rsplit(".", 1)[-1] or name.endswith(("wte", "word_embeddings"))
     ]
@@ -66,23 +78,27 @@ def infer(headers: Mapping[str, HeaderLike]) -> FamilyModel:
         for name in outside
         if name.endswith(("lm_head", "norm", "ln_f", "output", "output_layer", "norm_f")) and name not in embed
     ]
-    inside = list(dict.fromkeys(_below(headers, blocks)))
+    inside = {leaf: len(header.shape) for name, header in headers.items() for leaf in _below([name], blocks)}
     linears = [leaf.removesuffix(".weight") for leaf in inside if leaf.endswith(".weight")]
     heads = [name for name in tail if name.endswith(("lm_head", "output", "output_layer"))]
+    experts = _experts(inside)
+    roles = {"embedding": embed or [f"{stem}.*embed*" if stem else "*embed*"], "head": heads or ["*lm_head"], **ROLES}
+    roles |= _tower_roles(headers)
+    roles["router"] = _routers(config, headers, blocks, experts)
     return FamilyModel(
         blocks=blocks,
         embed=embed or [f"{stem}.embed_tokens"],
         tail=tail,
-        roles={"embedding": embed or ["*embed*"], "head": heads or ["*lm_head"], **ROLES},
+        roles=roles,
         attention=_attention(linears),
         sites=_sites(linears),
-        experts=_experts(inside),
+        experts=experts,
     )
 
 
 def guess(config: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> tuple[FamilyModel, str]:
     """The inferred family with the config's names, for a user to keep; and a comment for the file."""
-    found = infer(headers)
+    found = infer(config, headers)
     architectures, model_type = config.get("architectures") or [], config.get("model_type")
     names = {"architectures": list(architectures), "model_types": [model_type] if model_type else []}
     text = (
@@ -92,15 +108,46 @@ def guess(config: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> tuple
     return found.model_copy(update=names), text
 
 
-def _blocks(headers: Mapping[str, HeaderLike]) -> str:
-    counts: dict[str, int] = {}
+def _tower_roles(headers: Mapping[str, HeaderLike]) -> dict[str, list[str]]:
+    """The roles of towers, with the roots of those that have lists of blocks here."""
+    roles = {role: list(ROLES[role]) for role in TOWER_WORDS}
+    for own in block_lists(headers):
+        role, root = tower(own.path), own.path.split(".")
+        if role is not None:
+            end = next(i for i in range(1, len(root) + 1) if tower(".".join(root[:i])) == role)
+            roles[role] = list(dict.fromkeys([*roles[role], ".".join(root[:end]) + ".*"]))
+    return roles
+
+
+def _routers(
+    config: Mapping[str, Any], headers: Mapping[str, HeaderLike], blocks: str, experts: ExpertsModel | None
+) -> list[str]:
+    """Patterns of what is named like a router and has a row per expert; in a dense model a `gate` is a linear."""
+    count = expert_count(config) or _stored_experts(headers, blocks, experts)
+    if count is None:
+        return []
+    leaves: dict[str, set[bool]] = {}
+    found = []
     for name, header in headers.items():
-        found = re.match(r"(.*?)\.\d+\.", name)
-        if found and len(header.shape) == 2:
-            counts[found[1]] = counts.get(found[1], 0) + 1
-    if not counts:
-        raise ModelError("no numbered decoder blocks among the tensor names", hint="describe the family in YAML")
-    return max(counts, key=lambda path: counts[path])
+        module = name.removesuffix(".weight")
+        if name.startswith(blocks + ".") and len(header.shape) == 2 and any(fnmatchcase(module, p) for p in _ROUTERS):
+            own = header.shape[0] == count
+            leaves.setdefault(next(iter(_below([module], blocks))), set()).add(own)
+            found += [module] if own else []
+    if all(len(kinds) == 1 for kinds in leaves.values()):
+        return [f"{blocks}.*.{leaf}" for leaf, kinds in leaves.items() if True in kinds]
+    return found
+
+
+def _stored_experts(headers: Mapping[str, HeaderLike], blocks: str, experts: ExpertsModel | None) -> int | None:
+    """Number of experts that the files have in a block, None without any."""
+    if experts is None:
+        return None
+    single = re.compile(rf"{re.escape(blocks)}\.\d+\.{re.escape(experts.path)}\.(\d+)\.")
+    numbers = {int(found[1]) for name in headers if (found := single.match(name))}
+    fused = re.compile(rf"{re.escape(blocks)}\.\d+\.{re.escape(experts.path)}\.{re.escape(experts.down)}")
+    stacks = {header.shape[0] for name, header in headers.items() if len(header.shape) == 3 and fused.fullmatch(name)}
+    return len(numbers) or (stacks.pop() if len(stacks) == 1 else None)
 
 
 def _below(headers: Iterable[str], blocks: str) -> Iterable[str]:
@@ -142,26 +189,44 @@ def _sites(linears: list[str]) -> list[list[str]]:
     return sites
 
 
-def _experts(inside: list[str]) -> ExpertsModel | None:
-    """Experts one by one (`<path>.<e>.<leaf>.weight`), or fused with gate above up, as most files store them."""
+def _experts(inside: Mapping[str, int]) -> ExpertsModel | None:
+    """Experts one by one (`<path>.<e>.<leaf>.weight`), or fused with gate above up, as most files store them.
+
+    inside   name below the block -> dimensions
+    """
     leaves: dict[str, set[str]] = {}
-    for name in inside:
+    stacks: dict[str, dict[str, str]] = {}  # path -> leaf -> the fused tensor's name below it
+    for name, dimensions in inside.items():
         single = re.fullmatch(r"(.*experts)\.\d+\.(\w+)\.weight", name)
+        fused = re.fullmatch(r"(.*experts)\.((\w+?)(\.weight)?)", name)
         if single:
             leaves.setdefault(single[1], set()).add(single[2])
+        elif fused and dimensions == 3:
+            stacks.setdefault(fused[1], {})[fused[3]] = fused[2]
     for path, found in leaves.items():
         for gate, up, down in EXPERTS:
             if {gate, up, down} - {None} <= found:
                 return ExpertsModel(path=path, gate=gate, up=up, down=down)
-    for name in inside:
-        path, _, leaf = name.rpartition(".")
-        if path.endswith("experts") and leaf == "gate_up_proj":
-            both = FusedModel(targets=["gate_proj", "up_proj"], transpose="auto")
-            return ExpertsModel(
-                path=path,
-                gate="gate_proj",
-                up="up_proj",
-                down="down_proj",
-                fused={"gate_up_proj": both, "down_proj": FusedModel(targets=["down_proj"], transpose="auto")},
-            )
+    for path, tensors in stacks.items():
+        rules = _fused_rules(tensors, f"{path}.gate_up_proj_bias" in inside)
+        if rules is not None:
+            gate, up, down = rules[0]
+            return ExpertsModel(path=path, gate=gate, up=up, down=down, fused=rules[1])
+    return None
+
+
+def _fused_rules(
+    tensors: Mapping[str, str], bias: bool
+) -> tuple[tuple[str | None, str, str], dict[str, FusedModel]] | None:
+    """(gate, up, down) and split rules of fused tensors, given by leaf; None for leaves that nobody uses."""
+    if {"gate_up_proj", "down_proj"} <= set(tensors):
+        # A bias beside them is gpt-oss's way, whose rows of gate and up alternate.
+        split: Literal["halves", "interleaved"] = "interleaved" if bias else "halves"
+        both = FusedModel(targets=["gate_proj", "up_proj"], split=split, transpose="auto")
+        single = FusedModel(targets=["down_proj"], transpose="auto")
+        return EXPERTS[0], {tensors["gate_up_proj"]: both, tensors["down_proj"]: single}
+    for names in EXPERTS:
+        present = [leaf for leaf in names if leaf is not None]
+        if set(present) <= set(tensors):
+            return names, {tensors[leaf]: FusedModel(targets=[leaf], transpose="auto") for leaf in present}
     return None

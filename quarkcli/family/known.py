@@ -9,9 +9,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from quarkcli.errors import ConfigError
+from quarkcli.errors import ConfigError, ModelError
 from quarkcli.family.infer import infer
 from quarkcli.family.schema import FamilyModel, HeaderLike
+from quarkcli.family.spelling import check_wrappers, spelled
 from quarkcli.recipe import catalog
 from quarkcli.recipe.load import Document
 from quarkcli.recipe.schema import validate
@@ -123,7 +124,23 @@ def identify(config: Mapping[str, Any]) -> tuple[str, FamilyModel] | None:
 
 def for_checkpoint(config: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> tuple[str, FamilyModel, bool]:
     """(name, family in this checkpoint's spelling, inferred) for a checkpoint."""
+    check_wrappers(headers)
     found = identify(config)
     if found is not None:
-        return found[0], found[1].spelled(headers), False
-    return str(config.get("model_type") or "unknown"), infer(headers), True
+        return found[0], spelled(found[1], headers), False
+    found_here = infer(config, headers)
+    _check_split(found_here)
+    return str(config.get("model_type") or "unknown"), found_here, True
+
+
+def _check_split(family: FamilyModel) -> None:
+    """Refuse to guess whether rows of gate and up alternate: no shape tells, and a server would compute wrongly."""
+    experts = family.experts
+    mixed = [name for name, rule in experts.fused.items() if rule.split == "interleaved"] if experts else []
+    if mixed and experts:
+        raise ModelError(
+            "gate and up of all experts are one tensor with a bias; models store such rows in turn or in halves, and "
+            "nothing tells which",
+            where=f"{family.blocks}.*.{experts.path}.{mixed[0]}",
+            hint="a family file says it: quark models infer MODEL writes one; see 'split' in docs/models.md",
+        )

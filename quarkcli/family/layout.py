@@ -8,13 +8,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from quarkcli.errors import ModelError
-from quarkcli.family.config import block_count, text_config
+from quarkcli.family.config import block_count, hidden_size, text_config
+from quarkcli.family.lists import found_lists
+from quarkcli.family.orientation import decide, hidden_transpositions
 from quarkcli.family.schema import (
     PROTECTED,
     TOWERS,
     ExpertsModel,
     FamilyModel,
-    FusedModel,
     HeaderLike,
 )
 from quarkcli.family.views import WeightView, fused_views, view_shape
@@ -95,7 +96,11 @@ class AttentionModule:
 
 @dataclass
 class Layout:
-    """A family applied to one checkpoint's headers. `protected`: module -> role it is left alone for."""
+    """A family applied to one checkpoint's headers.
+
+    protected   module -> role it is left alone for
+    turned      fused tensors whose square matrices lie [in, out], where other files have them as [out, in]
+    """
 
     family: str
     inferred: bool
@@ -107,6 +112,7 @@ class Layout:
     tied_head: str | None
     aliases: dict[str, str] = field(default_factory=dict)
     protected: dict[str, str] = field(default_factory=dict)
+    turned: frozenset[str] = frozenset()
 
 
 @without_collection()
@@ -122,6 +128,7 @@ def lay_out(
     return Layout(
         name, inferred, parts, builder.weights, builder.sites, builder.attention, builder.tensor_roles,
         _tied_head(family, config, headers), family.aliases, builder.protected(),
+        hidden_transpositions(family, config, headers),
     )  # fmt: skip
 
 
@@ -151,7 +158,7 @@ def _parts(family: FamilyModel, config: Mapping[str, Any], headers: Mapping[str,
         raise ModelError(
             f"decoder block {absent[0] if absent else 0} of {count} has no tensors",
             where=f"{family.blocks}.*",
-            hint="the family file or config.json does not fit this checkpoint",
+            hint="the family file or config.json does not fit this checkpoint; " + found_lists(headers),
         )
     members: dict[str, list[str]] = {"embed": [], "tail": [], "rest": []}
     blocks: dict[int, list[str]] = {index: [] for index in range(count)}
@@ -204,13 +211,9 @@ class _Builder:
         patterns = matchers(roles, modules)
         self.inside = [(role, match) for role, match in patterns if role not in TOWERS]
         self.outside = [(role, match) for role, match in patterns if role in TOWERS or role == "projector"]
-        self.fused = {
-            tensor: (part, rule)
-            for part in parts
-            if family.experts and part.block is not None
-            for tensor, rule in family.experts.fused_tensors(part.name).items()
-        }
         experts = family.experts
+        blocks = [part.name for part in parts if part.block is not None]
+        self.fused = decide(experts, blocks, headers, hidden_size(config)) if experts else {}
         named = ((experts.gate, "gate"), (experts.up, "up"), (experts.down, "down")) if experts else ()
         self.expert_roles = {leaf: f"expert_{role}" for leaf, role in named if leaf is not None}
         # Where the experts of a block are: one text for all of them, because there are many.
@@ -293,23 +296,14 @@ class _Builder:
                 name = f"{start}{index}.{leaf}"
                 self._add_weight(name, WeightView(tensor), header, roles[leaf], part, (prefix, index))
                 return True
-        if tensor not in self.fused or len(header.shape) != (2 if self.fused[tensor][1].stacked else 3):
+        rule = self.fused.get(tensor)
+        if rule is None or len(header.shape) != (2 if rule.stacked else 3):
             return False
-        rule = self._oriented(self.fused[tensor][1], header.shape)
         count = self._stack(experts) if rule.stacked else header.shape[0]
         for index in range(count):
             for target, view in fused_views(rule, tensor, header.shape, index, count):
                 self._add_weight(f"{prefix}.{index}.{target}", view, header, roles[target], part, (prefix, index))
         return True
-
-    def _oriented(self, rule: FusedModel, shape: tuple[int, ...]) -> FusedModel:
-        """The rule with `transpose: auto` decided: gate and up read the hidden state, down writes it."""
-        if rule.transpose != "auto":
-            return rule
-        assert self.family.experts is not None
-        reads = self.family.experts.down not in rule.targets
-        hidden = text_config(self.config).get("hidden_size")
-        return rule.model_copy(update={"transpose": (shape[2] if reads else shape[1]) != hidden})
 
     def _stack(self, experts: ExpertsModel) -> int:
         """Number of experts by config.json."""

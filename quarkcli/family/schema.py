@@ -131,32 +131,6 @@ class FamilyModel(Strict):
         count = block_count(config)
         return found is not None and (count is None or int(found[1]) < count)
 
-    def spelled(self, headers: Iterable[str]) -> FamilyModel:
-        """This family with `{text}` replaced by the first prefix whose blocks are among the tensor names."""
-        if not self.text:
-            return self
-        names = list(headers)
-
-        def present(text: str) -> bool:
-            start = self.blocks.replace("{text}", text) + "."
-            return any(name.startswith(start) for name in names)
-
-        text = next(filter(present, self.text), self.text[0])
-
-        def put(values: Iterable[str]) -> list[str]:
-            return [value.replace("{text}", text) for value in values]
-
-        return self.model_copy(
-            update={
-                "text": [text],
-                "blocks": self.blocks.replace("{text}", text),
-                "embed": put(self.embed),
-                "tail": put(self.tail),
-                "roles": {role: put(patterns) for role, patterns in self.roles.items()},
-                "exclude": {role: put(patterns) for role, patterns in self.exclude.items()},
-            }
-        )
-
 
 # Roles kept in source precision unless --unprotect names them, with the reason the plan shows.
 PROTECTED = {

@@ -58,12 +58,13 @@ def fused_views(
 ) -> Iterable[tuple[str, WeightView]]:
     """(leaf name, view) of each projection of one expert in a fused tensor.
 
-    shape    [experts, out, in], [experts, in, out] when transposed; stacked ones have the first two joined
+    shape    [experts, out, in], [experts, in, out] when transposed; stacked ones have the first two joined. An open
+             `transpose` is read as [out, in], which every class that reads both kinds takes as it is
     experts  how many there are; only stacked tensors need it
     """
     stack = experts if fused.stacked else None
     _, rows, columns = (stack, shape[0] // stack, shape[1]) if stack else shape
-    out = columns if fused.transpose else rows
+    out = columns if fused.transpose is True else rows
     count = len(fused.targets)
     for position, target in enumerate(fused.targets):
         if count == 1:
@@ -72,11 +73,11 @@ def fused_views(
             part = (position, out, count)
         else:
             part = (position * out // count, (position + 1) * out // count, 1)
-        yield target, WeightView(tensor, expert, bool(fused.transpose), part, stack)
+        yield target, WeightView(tensor, expert, fused.transpose is True, part, stack)
 
 
 def fused_shape(fused: FusedModel, experts: int, single: tuple[int, ...]) -> tuple[int, ...]:
-    """Shape of the fused tensor for projections of shape (out, in)."""
+    """Shape of the fused tensor for projections of shape (out, in); an open `transpose` is read as [out, in]."""
     out, inner = single[0] * len(fused.targets), single[1]
-    rows, columns = (inner, out) if fused.transpose else (out, inner)
+    rows, columns = (inner, out) if fused.transpose is True else (out, inner)
     return (experts * rows, columns) if fused.stacked else (experts, rows, columns)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from torch import nn
@@ -23,10 +23,17 @@ class Weights:
     unused    file tensors of submodels that text never runs (vision, audio)
     """
 
-    def __init__(self, skeleton: Skeleton, headers: Mapping[str, HeaderLike], device: torch.device) -> None:
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        headers: Mapping[str, HeaderLike],
+        device: torch.device,
+        turned: Collection[str] = (),
+    ) -> None:
         self.skeleton = skeleton
         self.device = device
         self.map: NameMap = build_map(skeleton.model, headers)
+        self._turned = {name for name in turned if self.map.by_file[name].tells_by_shape}
         self._dtypes = _dtype_plan(skeleton)
         self._sort_parameters()
         self._aliases = self._tie()
@@ -132,7 +139,8 @@ class Weights:
 
     def _materialize(self, param: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, nn.Parameter]:
         group = self.map.by_param[param]
-        made = materialize(self.skeleton.model, group, tensors)
+        turned = {name: tensors[name].transpose(-1, -2) for name in self._turned.intersection(group.names)}
+        made = materialize(self.skeleton.model, group, {**tensors, **turned} if turned else tensors)
         return {name: self._parameter(name, made.pop(name)) for name in group.params}
 
     def _parameter(self, name: str, tensor: torch.Tensor) -> nn.Parameter:

@@ -45,6 +45,11 @@ class Group:
     def names(self) -> list[str]:
         return [name for _, name in self.files]
 
+    @property
+    def tells_by_shape(self) -> bool:
+        """True when the converter transposes what has not the parameter's shape, and nothing else."""
+        return any(getattr(operation, "check_dims", False) for operation in getattr(self.rule, "operations", ()))
+
 
 @dataclass
 class NameMap:

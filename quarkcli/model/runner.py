@@ -7,7 +7,7 @@ batch (under `handlers` to see or change what linears, experts and attention rea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ class Runner:
     dtype              what to compute in; None: the config's
     trust_remote_code  allow a model that transformers does not know to run its own code
     eager              compute attention step by step, so that softmax outputs can be seen; else as fast as it goes
+    turned             file tensors whose square matrices lie [in, out] where the class would take them for [out, in]
 
     Parameters never require gradients and everything runs without autograd.
 
@@ -51,12 +52,13 @@ class Runner:
         dtype: torch.dtype | None = None,
         trust_remote_code: bool = False,
         eager: bool = False,
+        turned: Collection[str] = (),
     ) -> None:
         self.device = torch.device(device)
         self._skeleton = build_skeleton(
             Path(folder), headers, dtype=dtype, trust_remote_code=trust_remote_code, eager=eager
         )
-        self._weights = Weights(self._skeleton, headers, self.device)
+        self._weights = Weights(self._skeleton, headers, self.device, turned)
         self._recorder = Recorder(self._skeleton)
 
     @property
@@ -78,6 +80,11 @@ class Runner:
                 where="tokenizer",
                 hint="the model was not resized when tokens were added; take the tokenizer it came with",
             )
+
+    @property
+    def has_head(self) -> bool:
+        """Whether the class ends in scores of tokens; a base model ends in hidden states."""
+        return self._skeleton.model.get_output_embeddings() is not None
 
     def block_tensors(self, i: int) -> list[str]:
         """File tensors that decoder block `i` needs, in file order."""

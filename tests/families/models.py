@@ -24,13 +24,19 @@ from tests.tiny import SAFETENSORS_DTYPES, Header
 RECIPES: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent.parent / "data" / "families.json").read_text())
 
 
-def build(name: str, folder: Path) -> Path:
-    """Write a checkpoint with a tokenizer. Every tensor gets values that matter."""
-    recipe = RECIPES[name]
+def build(name: str, folder: Path, published: bool = True, **text: Any) -> Path:
+    """Write a checkpoint with a tokenizer. Every tensor gets values that matter.
+
+    published   stored as published files are, not as transformers saves it
+    text        keys of the text model's config to change
+    """
+    recipe = json.loads(json.dumps(RECIPES[name]))
+    recipe["config"].get("text_config", recipe["config"]).update(text)
+    recipe["hub_form"] = recipe.get("hub_form", {}) if published else {}
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.manual_seed(0)
-    config = CONFIG_MAPPING[recipe["config_type"]](**json.loads(json.dumps(recipe["config"])))
+    config = CONFIG_MAPPING[recipe["config_type"]](**recipe["config"])
     model = getattr(transformers, recipe["model"])(config).eval()
     generator = torch.Generator().manual_seed(0)
     for _, parameter in sorted(model.named_parameters()):

@@ -73,6 +73,26 @@ def test_a_quantized_checkpoint_is_read_back_and_measured(
     assert 0 < result["kl"] < 0.2
 
 
+# ---- square experts
+
+
+@pytest.mark.parametrize("inner", [64, 128])  # gate and up together, or down, are as wide as high
+def test_square_experts_are_read_the_way_their_layer_tells(inner: int, page: Path, text: Path, tmp_path: Path) -> None:
+    """Published files hold [in, out], transformers saves [out, in]: both must become the same checkpoint."""
+    made = {}
+    for published in (True, False):
+        source = models.build("qwen3_vl_moe", tmp_path / f"m{published}", published, moe_intermediate_size=inner)
+        made[published] = runs.run(source, tmp_path / f"out{published}", scheme="nvfp4", **runs.data(text, 8, 32))
+    assert runs.same_files(made[True].folder, made[False].folder)
+    scores = [
+        evaluate(str(made[True].folder), baseline=str(made[form].source), text=str(page), window=64, tell=silent)
+        for form in (True, False)
+    ]
+    assert 0 < scores[0]["kl"] < 0.2
+    assert scores[0]["kl"] == scores[1]["kl"]
+    assert scores[0]["baseline_perplexity"] == scores[1]["baseline_perplexity"]
+
+
 # ---- caches
 
 

@@ -1,0 +1,232 @@
+"""Families that nobody described: which list of blocks, which way round, what is a router; exit 4 if nothing tells."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from quarkcli import family
+from quarkcli.errors import ModelError
+from quarkcli.family.lists import tower
+from tests.plan import layouts
+from tests.plan.layouts import Shapes, lay_out
+
+TEXT = {"hidden_size": 128, "num_hidden_layers": 3}
+
+
+def under(prefix: str, shapes: Shapes) -> Shapes:
+    return {prefix + name.removeprefix("model."): shape for name, shape in shapes.items()}
+
+
+def stack(path: str, blocks: int, width: int) -> Shapes:
+    """A transformer's list of blocks in names of towers and encoders."""
+    out: Shapes = {}
+    for index in range(blocks):
+        for leaf in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            out[f"{path}.{index}.self_attn.{leaf}.weight"] = (width, width)
+        out[f"{path}.{index}.fc1.weight"] = (2 * width, width)
+        out[f"{path}.{index}.fc2.weight"] = (width, 2 * width)
+        out[f"{path}.{index}.norm.weight"] = (width,)
+    return out
+
+
+# ---- which list
+
+
+@pytest.mark.parametrize(
+    "towers",
+    [
+        stack("vision_tower.vision_model.encoder.layers", 12, 48),
+        stack("visual.blocks", 12, 128),  # as wide as the text
+        stack("model.audio_tower.layers", 3, 128),  # as wide and as deep
+        stack("image_encoder.trunk.blocks", 3, 128) | stack("speech_encoder.layers", 3, 128),
+        stack("encoder.layers", 12, 48),  # no telling word: the width
+        stack("extra.layers", 5, 96),
+    ],
+)
+@pytest.mark.parametrize(
+    "text", ["model.", "language_model.model.", "text_model.", "model.language_model.", "llm.transformer.", "decoder."]
+)
+def test_the_language_model_is_found_among_towers(text: str, towers: Shapes) -> None:
+    layout = lay_out({**towers, **under(text, layouts.llama())}, "novel", text_config=TEXT)
+    blocks = [part.name for part in layout.parts if part.kind == "block"]
+    assert blocks == [f"{text}layers.{index}" for index in range(3)]
+    assert {layout.weights[name].part for name in layout.weights if name.startswith(text + "layers")} == {1, 2, 3}
+    kept = {name for name, role in layout.protected.items() if role in {"vision", "audio"}}
+    known = {name.removesuffix(".weight") for name, shape in towers.items() if len(shape) == 2 and tower(name)}
+    assert kept == known
+    assert all(role != "mtp" for role in layout.tensor_roles.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "role"),
+    [
+        ("thinker.audio_tower.layers", "audio"),
+        ("clip.text_model.encoder.layers", None),
+        ("model.vision_tower.blocks", "vision"),
+        ("transformer.h", None),
+        ("language_model.model.layers", None),
+        ("talker.model.layers", "audio"),
+    ],
+)
+def test_the_last_telling_step_says_what_a_list_is(name: str, role: str | None) -> None:
+    assert tower(name) == role
+
+
+@pytest.mark.parametrize(
+    ("shapes", "config", "said"),
+    [
+        (stack("a.layers", 3, 128) | stack("b.layers", 3, 128), {}, "a.layers (3 blocks) and b.layers (3 blocks) all"),
+        (layouts.llama(), {"num_hidden_layers": 4}, "no list of blocks fits config.json"),
+        (layouts.llama(), {"hidden_size": 96}, "3 blocks of width 96"),
+    ],
+)
+def test_lists_that_nothing_tells_apart_are_refused(shapes: Shapes, config: dict[str, Any], said: str) -> None:
+    with pytest.raises(ModelError) as caught:
+        lay_out(shapes, "novel", **{**TEXT, **config})
+    assert said in caught.value.what
+
+
+@pytest.mark.parametrize(
+    ("encoder", "decoder", "config"),
+    [
+        ("encoder.block", "decoder.block", {"d_model": 128, "num_layers": 3, "is_encoder_decoder": True}),
+        ("model.encoder.layers", "model.decoder.layers", {"d_model": 128, "num_hidden_layers": 3}),
+        ("encoder.layers", "decoder.layers", {"is_encoder_decoder": True}),
+        ("language_model.model.encoder.layers", "language_model.model.decoder.layers", {"text_config": TEXT}),
+        ("encoder.encoder.layer", "decoder.bert.encoder.layer", {"is_encoder_decoder": True}),
+    ],
+)
+def test_encoder_decoders_are_refused_and_the_stack_left_out_is_named(
+    encoder: str, decoder: str, config: dict[str, Any]
+) -> None:
+    with pytest.raises(ModelError) as caught:
+        lay_out(stack(encoder, 3, 128) | stack(decoder, 2, 128), "novel", **config)
+    assert f"{encoder} would be left out" in caught.value.what
+    assert f"{decoder} (2 blocks)" in caught.value.what
+
+
+def test_an_encoder_alone_is_a_model() -> None:
+    for path in ("encoder.layer", "bert.encoder.layer", "vit.encoder.layer"):
+        layout = lay_out(stack(path, 3, 128), "novel", **TEXT)
+        assert [part.name for part in layout.parts if part.kind == "block"] == [f"{path}.{index}" for index in range(3)]
+
+
+# ---- routers
+
+
+def test_a_gate_of_a_dense_model_is_no_router() -> None:
+    shapes = {name.replace("mlp.gate_proj", "mlp.gate"): shape for name, shape in layouts.llama().items()}
+    layout = lay_out(shapes, "novel", **TEXT)
+    assert "model.layers.0.mlp.gate" not in layout.protected
+    assert layout.weights["model.layers.0.mlp.gate"].role == "linear"
+
+
+def test_dense_blocks_of_a_mixture_have_gates_that_are_no_routers() -> None:
+    shapes = layouts.mixtral()
+    shapes = {name.replace("block_sparse_moe", "mlp"): shape for name, shape in shapes.items()}
+    dense = {"gate": (256, 128), "up": (256, 128), "down": (128, 256)}
+    shapes |= {f"model.layers.2.mlp.{leaf}.weight": shape for leaf, shape in dense.items()}
+    layout = lay_out(shapes | layouts.attention("model.layers.2", 128), "novel", **TEXT)
+    roles = [layout.weights[f"model.layers.{index}.mlp.gate"].role for index in range(3)]
+    assert roles == ["router", "router", "linear"]
+
+
+# ---- fused experts
+
+
+def experts(inner: int, transposed: bool, leaves: tuple[str, ...] = ("gate_up_proj", "down_proj")) -> Shapes:
+    sizes = {"gate_up_proj": (2 * inner, 128), "down_proj": (128, inner), "up_proj": (inner, 128)}
+    out = {f"model.layers.{index}.mlp.experts.{leaf}": (4, *sizes[leaf]) for index in range(3) for leaf in leaves}
+    turned = {name: (shape[0], shape[2], shape[1]) for name, shape in out.items()}
+    return layouts.llama() | (turned if transposed else out)
+
+
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize("inner", [64, 96, 128, 256])  # 64: gate and up together are square; 128: down is
+@pytest.mark.parametrize("config", [TEXT, {"num_hidden_layers": 3}])
+@pytest.mark.parametrize("kind", ["novel", "qwen3_vl_moe"])
+def test_a_layer_tells_which_way_its_experts_lie(
+    kind: str, config: dict[str, Any], inner: int, transposed: bool
+) -> None:
+    layout = lay_out(experts(inner, transposed), kind, **config)
+    views = {weight.view.transpose for weight in layout.weights.values() if weight.expert}
+    assert views == {transposed}
+    assert layout.weights["model.layers.2.mlp.experts.3.up_proj"].shape == (inner, 128)
+    assert layout.weights["model.layers.2.mlp.experts.3.down_proj"].shape == (128, inner)
+
+
+def test_another_layer_tells_where_one_is_square() -> None:
+    leaves = ("up_proj", "down_proj")
+    shapes = experts(96, True, leaves) | {
+        name: (4, 128, 128) for name in experts(96, True, leaves) if ".1.mlp.experts." in name
+    }
+    layout = lay_out(shapes, "novel", **TEXT)
+    assert {weight.view.transpose for weight in layout.weights.values() if weight.expert} == {True}
+
+
+@pytest.mark.parametrize(
+    ("shapes", "kind", "said"),
+    [
+        (experts(128, False, ("up_proj", "down_proj")), "novel", "nothing tells whether experts are stored"),
+        (experts(96, True), "qwen3_moe", "not stored as the family says"),
+        (experts(64, True), "qwen3_moe", "not stored as the family says"),
+        (experts(96, False) | {"model.layers.1.mlp.experts.down_proj": (4, 128, 95)}, "novel", "fit neither"),
+        (experts(96, False) | {"model.layers.0.mlp.experts.gate_up_proj_bias": (4, 192)}, "novel", "in turn or in"),
+    ],
+)
+def test_experts_that_nothing_tells_apart_are_refused(shapes: Shapes, kind: str, said: str) -> None:
+    with pytest.raises(ModelError) as caught:
+        lay_out(shapes, kind, **TEXT)
+    assert said in caught.value.what
+
+
+# ---- names
+
+
+@pytest.mark.parametrize("kind", ["llama", "opt", "gptj", "qwen3_moe", "gemma3"])
+def test_a_base_model_is_read_under_its_own_names(kind: str) -> None:
+    """Encoders and embedding models are published without the class's first step, and without a head."""
+    full, base = lay_out(*spelled_for(kind, True)), lay_out(*spelled_for(kind, False))
+    prefix = full.parts[1].name.removesuffix(base.parts[1].name)
+    assert prefix and {prefix + name for name in base.weights} == set(full.weights) - {"lm_head"}
+    assert {prefix + name: role for name, role in base.protected.items()} == {
+        name: role for name, role in full.protected.items() if name != "lm_head"
+    }
+    assert {prefix + site for site in base.sites} == set(full.sites) - {"lm_head.input"}
+
+
+def spelled_for(kind: str, full: bool) -> tuple[Shapes, str]:
+    made = family.spelled(family.identify({"model_type": kind})[1], [])
+    start = made.blocks.partition(".")[0] + "."
+    names = {"model.embed_tokens": made.embed[0], "model.norm": made.tail[0]}
+    shapes = {}
+    for name, shape in layouts.llama().items():
+        module, _, leaf = name.rpartition(".")
+        module = names.get(module, module.replace("model.layers", made.blocks))
+        if full or module != "lm_head":
+            shapes[f"{module}.{leaf}" if full else f"{module}.{leaf}".removeprefix(start)] = shape
+    return shapes, kind
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("", "_orig_mod."), ("", "module."), ("self_attn", "_orig_mod.self_attn"), ("model.", "model._orig_mod."),
+        ("mlp", "_fsdp_wrapped_module.mlp"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("kind", ["llama", "novel"])
+def test_names_of_wrapped_models_are_refused_with_the_bare_name(kind: str, old: str, new: str) -> None:
+    shapes = {name.replace(old, new, 1): shape for name, shape in layouts.llama().items()}
+    with pytest.raises(ModelError) as caught:
+        lay_out(shapes, kind)
+    assert caught.value.hint is not None
+    assert f"'{caught.value.where.replace(new, old, 1)}'" in caught.value.hint
+
+
+def test_blocks_elsewhere_are_named() -> None:
+    with pytest.raises(ModelError) as caught:
+        lay_out(under("thing.text_model.", layouts.llama()), "llama")
+    assert caught.value.hint is not None and "thing.text_model.layers (3 blocks)" in caught.value.hint
