@@ -71,8 +71,9 @@ def recipe(folder: Path, rows: Rows, **more: Any) -> Path:
 
 
 def made(source: Path | str, folder: Path, rows: Rows, text: Path | None, **options: Any) -> runs.Made:
+    """Slots of single projections, which servers would fuse with others: for no server."""
     data = runs.data(text, 8) if text is not None else {}
-    return runs.run(source, folder / "out", recipe=str(recipe(folder, rows)), **data, **options)
+    return runs.run(source, folder / "out", recipe=str(recipe(folder, rows)), target="none", **data, **options)
 
 
 def fp8(x: Tensor, scale: Tensor | None = None, per_token: bool = False) -> Tensor:
@@ -194,7 +195,7 @@ class TestAttention:
     def test_what_nothing_reaches_is_named(self, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Attention that computes its softmax out of sight, as a fused kernel does."""
 
-        def fused(prepared: job.Prepared, device: str) -> Runner:
+        def fused(prepared: job.Prepared, data: Any, device: str) -> Runner:
             return Runner(prepared.source.folder, prepared.source.headers, device=device)
 
         monkeypatch.setattr(job, "_runner", fused)

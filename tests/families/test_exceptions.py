@@ -11,7 +11,7 @@ import torch
 
 from quarkcli import verify
 from quarkcli.checkpoint import Checkpoint
-from quarkcli.errors import CheckError, ConfigError, ModelError
+from quarkcli.errors import CheckError, ModelError
 from quarkcli.evaluate.run import evaluate
 from quarkcli.events import silent
 from quarkcli.source import Source
@@ -67,8 +67,9 @@ def test_fused_and_single_experts_become_the_same_files(sources: dict[str, Path]
 def test_an_expert_left_out_is_written_alone(
     name: str, sources: dict[str, Path], text: Path, page: Path, tmp_path: Path
 ) -> None:
+    """No server has experts of two schemes in a layer, so that it has to be meant (`--target none`)."""
     source = sources[name]
-    made = runs.run(source, tmp_path / "out", scheme="int4_wo_128", exclude=["*experts.1.*"])
+    made = runs.run(source, tmp_path / "out", scheme="int4_wo_128", exclude=["*experts.1.*"], target="none")
     written = runs.read_all(made.folder)
     before = runs.read_all(source)
     fused = f"{PREFIX}.gate_up_proj" in before
@@ -81,7 +82,7 @@ def test_an_expert_left_out_is_written_alone(
     assert f"{PREFIX}.gate_up_proj" not in written
     assert made.report["experts"]["share_quantized"] == 0.75
     assert made.prepared.forecast.output_bytes == sum(f.stat().st_size for f in made.folder.glob("*.safetensors"))
-    assert verify.directory(str(made.folder), str(source))[-1].startswith("all ")
+    assert verify.directory(str(made.folder), str(source), "none")[-1].startswith("all ")
     result = evaluate(str(made.folder), baseline=str(source), text=str(page), window=64, device="cpu", tell=silent)
     assert 0 < result["kl"] < 0.05
 
@@ -97,9 +98,18 @@ def of_fused(tensors: dict[str, torch.Tensor], leaf: str, interleaved: bool) -> 
     return both.chunk(2)[leaf == "up_proj"]
 
 
-def test_projections_of_one_expert_cannot_differ(sources: dict[str, Path]) -> None:
-    with pytest.raises(ConfigError, match="one expert have different schemes"):
-        runs.prepare(sources["qwen3_moe"], scheme="mxfp4", exclude=["*experts.1.up_proj"])
+@pytest.mark.parametrize("name", ["qwen3_moe", runs.FUSED])
+def test_projections_of_one_expert_differ_only_when_it_is_meant(
+    name: str, sources: dict[str, Path], tmp_path: Path
+) -> None:
+    flags = {"scheme": "mxfp4", "exclude": ["*experts.1.up_proj"]}
+    with pytest.raises(ModelError, match="servers fuse have more than one scheme"):
+        runs.prepare(sources[name], **flags)
+    made = runs.run(sources[name], tmp_path / "out", target="none", **flags)
+    written = runs.read_all(made.folder)
+    assert written[f"{PREFIX}.1.up_proj.weight"].dtype == torch.bfloat16
+    assert f"{PREFIX}.1.gate_proj.weight_packed" in written
+    assert verify.directory(str(made.folder), str(sources[name]), "none")[-1].startswith("all ")
 
 
 def test_a_tied_head_follows_the_embedding(tmp_path: Path, page: Path) -> None:
