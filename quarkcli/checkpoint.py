@@ -64,6 +64,12 @@ class Checkpoint:
     def quantized(self) -> bool:
         return self.dialect is not None
 
+    def copied(self) -> list[str]:
+        """Tensors that are stored in source form, not packed, in file order."""
+        packed = {name for stored in self.view.targets.values() for name in stored.tensors}
+        packed |= {name for stored in self.view.attention.values() for name in stored.scales.values()}
+        return [name for name in self.source.headers if name not in packed]
+
     def read_many(self, names: Iterable[str], dtype: Any = None) -> dict[str, Tensor]:
         """Tensors in source form; decoded ones in `dtype` (None: the model's), one weight at a time."""
         return {name: self._read(name, dtype) for name in names}
@@ -146,12 +152,10 @@ class Checkpoint:
     # -- from stored names to source form ------------------------------------------------------------------------
 
     def _lay_out(self) -> None:
-        consumed = {name for stored in self.view.targets.values() for name in stored.tensors}
-        consumed |= {name for stored in self.view.attention.values() for name in stored.scales.values()}
         dtype = _model_dtype(self.source.config)
-        for name, header in self.source.headers.items():
-            if name not in consumed:
-                self._add(name, LogicalHeader(header.dtype, header.shape), _Recipe(copy=name))
+        for name in self.copied():
+            header = self.source.headers[name]
+            self._add(name, LogicalHeader(header.dtype, header.shape), _Recipe(copy=name))
         for name, stored in self.view.targets.items():
             self._add(f"{name}.weight", LogicalHeader(dtype, stored.shape), _Recipe(pieces=[(None, name)]))
             if stored.bias is not None:

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from quarkcli import __version__, algorithms, dialects, family, finish, memory, preflight
-from quarkcli.errors import Stopped, UsageError
+from quarkcli import __version__, algorithms, dialects, family, finish, memory, nonfinite, preflight
+from quarkcli.errors import DataError, Stopped, UsageError
 from quarkcli.events import Event, Listener, Message, PartDone, Phase, broadcast, silent
 from quarkcli.journal import Journal
 from quarkcli.options import Options, Prepared
@@ -27,6 +27,7 @@ from quarkcli.recipe import catalog
 from quarkcli.recipe import recipe as recipes
 from quarkcli.recipe.recipe import Recipe
 from quarkcli.report import log
+from quarkcli.report.build import part_warnings
 from quarkcli.source import Source
 from quarkcli.writer import partial_path, publish
 
@@ -120,6 +121,9 @@ def run(
     with Journal.open(partial, _fingerprint(prepared, data, device), resume=options.resume) as journal:  # 6
         with log_file.attach(partial / finish.LOG), log_file.last_words():
             _parts(prepared, data, runner, journal, device, started, tell)  # 7, 8
+            _refuse_nonfinite(journal.finished, options)
+            for warning in part_warnings(journal.finished):
+                tell(Message(warning, "warning"))
             tell(Phase("finalize"))
             finish.write_config(prepared, partial, journal.finished)  # 9
             tell(Phase("verify"))
@@ -180,6 +184,7 @@ def _parts(
     worker = PartWorker(
         plan, prepared.dialect, prepared.steps, prepared.needs, None, tell,
         all_tokens=prepared.calibration is not None and prepared.calibration.moe == "all", strict=options.strict,
+        roles=prepared.layout.tensor_roles, on_nonfinite=options.on_nonfinite,
     )  # fmt: skip
     label = "+".join([prepared.recipe.name, *(name for name, _ in prepared.recipe.algorithms)])
     begun = time.monotonic()
@@ -203,6 +208,13 @@ def _parts(
             if late and count < len(todo):
                 pipeline.drain()
                 raise Stopped("the time budget is used up; finished parts are kept", hint="run the same command again")
+
+
+def _refuse_nonfinite(records: Mapping[str, Mapping[str, Any]], options: Options) -> None:
+    """Raises DataError for kept parameters that an interrupted run with `--on-nonfinite keep` let pass."""
+    first = next((name for record in records.values() for name in record["nonfinite"]), None)
+    if first is not None and options.on_nonfinite == "stop":
+        raise DataError("NaN or inf in a kept tensor", where=first, hint=nonfinite.HINT)
 
 
 def _walk(

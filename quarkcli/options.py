@@ -11,6 +11,7 @@ from quarkcli.algorithms.base import Algorithm
 from quarkcli.dialects.base import Dialect
 from quarkcli.family import Layout
 from quarkcli.forecast import Forecast
+from quarkcli.nonfinite import OnNonfinite
 from quarkcli.plan.compose import Overrides
 from quarkcli.plan.fused import Servers
 from quarkcli.plan.model import Plan
@@ -44,6 +45,7 @@ class Options:
     resume: Literal["auto", "never", "require"] = "auto"
     overwrite: bool = False
     strict: bool = False
+    on_nonfinite: OnNonfinite = "stop"
     time_budget: float | None = None
     trust_remote_code: bool = False
     revision: str = "main"

@@ -19,6 +19,7 @@ from quarkcli.calibration.statistics import Statistics, site_parts
 from quarkcli.dialects.base import Decoded, Dialect, StoredTarget
 from quarkcli.errors import DataError, QuarkError
 from quarkcli.events import Listener, Message
+from quarkcli.nonfinite import HINT, NonFinite, OnNonfinite
 from quarkcli.numerics.observers import weight_amax
 from quarkcli.numerics.quantize import Quantized, dequantize, quantize, static_scale, tensor_amax
 from quarkcli.plan.model import Part, Plan, Target
@@ -30,7 +31,12 @@ ERROR_ROWS = 256  # rows of each weight that its error is measured on
 
 @dataclass
 class PartResult:
-    """What a part became: packed tensors by file name, and facts for journal and report."""
+    """What a part became: packed tensors by file name, and facts for journal and report.
+
+    dead_inputs       weight -> inputs that were always zero in calibration
+    silent            activations with a static scale that were zero altogether
+    nonfinite         kept parameters with NaN or infinity; `nonfinite_others`: buffers and unknown tensors
+    """
 
     tensors: dict[str, Tensor]
     error: float | None
@@ -39,6 +45,10 @@ class PartResult:
     expert_tokens: dict[str, dict[int, int]]
     warnings: list[str] = field(default_factory=list)
     seconds: float = 0.0
+    dead_inputs: dict[str, int] = field(default_factory=dict)
+    silent: list[str] = field(default_factory=list)
+    nonfinite: list[str] = field(default_factory=list)
+    nonfinite_others: list[str] = field(default_factory=list)
 
     def record(self) -> dict[str, Any]:
         """JSON form without the tensors."""
@@ -58,6 +68,7 @@ class PartWorker:
 
     walk      the carry, or None when nothing needs data
     needs     from `data_needs`
+    roles     role of every tensor that the family knows
     """
 
     def __init__(
@@ -71,6 +82,8 @@ class PartWorker:
         *,
         all_tokens: bool = False,
         strict: bool = False,
+        roles: Mapping[str, str] | None = None,
+        on_nonfinite: OnNonfinite = "stop",
     ) -> None:
         self.plan = plan
         self.dialect = dialect
@@ -80,6 +93,8 @@ class PartWorker:
         self.tell = tell
         self.all_tokens = all_tokens
         self.strict = strict
+        self.roles = roles or {}
+        self.on_nonfinite = on_nonfinite
         self.last = last_part(plan, needs)
         self.owners: dict[str, list[Target]] = {}
         for target in plan.targets.values():
@@ -89,11 +104,14 @@ class PartWorker:
         """Quantize one part. `tensors` in source form, on the device; they are overwritten when the walk goes on."""
         started = time.perf_counter()
         self.warnings: list[str] = []
+        kept = self._kept(part, tensors)
+        nonfinite = self._nonfinite(kept)
         statistics, before = self._observe(part, tensors)
+        self.silent: list[str] = []
         scales = self._static_scales(part, statistics)
-        packed, losses, weight_errors = self._quantize(part, tensors, statistics, scales)
+        packed, work, weight_errors = self._quantize(part, tensors, statistics, scales)
         attention = self._attention(part, scales)
-        out = self._kept(part, tensors) | packed | attention
+        out = kept | packed | attention
         expert_tokens = statistics.expert_tokens() if statistics else {}
         self._check_experts(expert_tokens)
         del statistics
@@ -102,7 +120,8 @@ class PartWorker:
         if before is not None and after is not None and weight_errors:
             error = _relative(before, after)
         return PartResult(
-            out, error, weight_errors, losses, expert_tokens, self.warnings, time.perf_counter() - started
+            out, error, weight_errors, work.losses, expert_tokens, self.warnings, time.perf_counter() - started,
+            work.dead_inputs, self.silent, list(nonfinite.parameters), list(nonfinite.others),
         )  # fmt: skip
 
     def _warn(self, text: str) -> None:
@@ -127,11 +146,14 @@ class PartWorker:
 
     def _static_scales(self, part: Part, statistics: Statistics | None) -> dict[str, Tensor]:
         """Stored static scales by `Activation.key`."""
-        return {
-            key: static_scale(self._amax(site, spec, statistics), spec)
-            for key, site, spec in self.plan.activations(part.index)
-            if spec.is_static
-        }
+        scales: dict[str, Tensor] = {}
+        for key, site, spec in self.plan.activations(part.index):
+            if spec.is_static:
+                amax = self._amax(site, spec, statistics)
+                scales[key] = static_scale(amax, spec)
+                if not float(amax):
+                    self.silent.append(key)
+        return scales
 
     def _amax(self, site: str | None, spec: Any, statistics: Statistics | None) -> Tensor:
         constant = spec.scale.outermost.constant_amax
@@ -158,12 +180,10 @@ class PartWorker:
 
     def _quantize(
         self, part: Part, tensors: Mapping[str, Tensor], statistics: Statistics | None, scales: Mapping[str, Tensor]
-    ) -> tuple[dict[str, Tensor], dict[str, float], dict[str, float]]:
+    ) -> tuple[dict[str, Tensor], PartWork, dict[str, float]]:
         targets = list(self.plan.quantized(part.index))
         packed: dict[str, Tensor] = {}
         errors: dict[str, float] = {}
-        if not targets:
-            return packed, {}, errors
 
         def weight(target: Target) -> Tensor:
             return target.view.of(tensors[target.view.tensor])
@@ -175,7 +195,7 @@ class PartWorker:
 
         shared = _group_amax(targets, weight)
         work = PartWork(targets, weight, lambda t: shared.get(t.scale_group), finish, self._warn)
-        for algorithm in self.algorithms:
+        for algorithm in self.algorithms if targets else ():
             try:
                 algorithm.apply(work, statistics)
             except DataError:
@@ -183,7 +203,7 @@ class PartWorker:
                     named(f"{target.name}.weight", tensor_amax, weight(target))
                 raise
         assert len(errors) == len(targets), "a solver left weights out"
-        return packed, work.losses, errors
+        return packed, work, errors
 
     def _bias(self, target: Target, tensors: Mapping[str, Tensor]) -> Quantized | None:
         """Codes of the bias as a matrix [1, out], where its slot is quantized."""
@@ -211,6 +231,16 @@ class PartWorker:
                 if target.weight is None:
                     out[f"{target.name}.weight"] = target.view.of(tensors[name]).contiguous()
         return out
+
+    def _nonfinite(self, kept: Mapping[str, Tensor]) -> NonFinite:
+        """What kept tensors hold that is no number. Raises DataError for a parameter unless it is to be kept."""
+        found = NonFinite(self.roles)
+        for name, tensor in kept.items():
+            found.look(name, tensor)
+        first = found.first()
+        if first is not None and self.on_nonfinite == "stop":
+            raise DataError(first[1], where=first[0], hint=HINT)
+        return found
 
     # -- on to the next part -------------------------------------------------------------------------------------
 

@@ -6,11 +6,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quarkcli import forecast
+from quarkcli import forecast, nonfinite
 from quarkcli.checkpoint import Checkpoint
 from quarkcli.dialects.base import Decoded, Dialect, StoredTarget
 from quarkcli.errors import CheckError, ModelError
-from quarkcli.family import HeaderLike, Weight, for_checkpoint, lay_out
+from quarkcli.events import Listener, Message, silent
+from quarkcli.family import HeaderLike, Layout, Weight, for_checkpoint, lay_out
+from quarkcli.nonfinite import HINT, NonFinite, OnNonfinite
 from quarkcli.plan.fused import Servers, sentence, splits
 from quarkcli.plan.model import Plan
 from quarkcli.source import Source
@@ -79,16 +81,23 @@ def scales(checkpoint: Checkpoint, plan: Plan | None = None) -> list[str]:
     ]
 
 
-def directory(path: str, source: str | None = None, target: Servers = "auto") -> list[str]:
+def directory(
+    path: str,
+    source: str | None = None,
+    target: Servers = "auto",
+    on_nonfinite: OnNonfinite = "stop",
+    tell: Listener = silent,
+) -> list[str]:
     """`quark verify DIR [--source X]`: a checkpoint on its own, and against the model it came from.
 
-    target   `none`: what servers fuse may have more than one scheme
+    target        `none`: what servers fuse may have more than one scheme
+    on_nonfinite  `keep`: NaN and infinity in what was not quantized are told as warnings
     """
     written = _open(Path(path))
     checkpoint = Checkpoint(written)
     if not checkpoint.quantized:
         raise CheckError("no quantization_config in config.json", where=path)
-    checks = [_fused_schemes(checkpoint, target), *scales(checkpoint)]
+    checks = [_fused_schemes(checkpoint, target), *scales(checkpoint), kept_values(checkpoint, on_nonfinite, tell)]
     if source is not None:
         checks.append(_against_source(checkpoint, Source.open(source)))
     return checks
@@ -105,6 +114,23 @@ def _fused_schemes(checkpoint: Checkpoint, servers: Servers) -> str:
         hint = "quantize it again with one scheme for all members; --target none accepts it"
         raise CheckError(sentence(found), hint=hint)
     return f"accepted by --target none: {sentence(found)}" if found else "what servers fuse has one scheme"
+
+
+def kept_values(checkpoint: Checkpoint, on_nonfinite: OnNonfinite, tell: Listener) -> str:
+    """Read every tensor that is stored as it was. Raises CheckError for NaN or infinity in a parameter."""
+    found = NonFinite(_layout(checkpoint).tensor_roles)
+    names, size = checkpoint.copied(), 0
+    for name in names:
+        tensor = checkpoint.source.read(name)
+        size += tensor.nbytes
+        found.look(name, tensor)
+    first = found.first()
+    if first is not None and on_nonfinite == "stop":
+        raise CheckError(first[1], where=first[0], hint=HINT)
+    for text in nonfinite.warnings(found.parameters, found.others):
+        tell(Message(text, "warning"))
+    finite = len(names) - len(found.parameters) - len(found.others)
+    return f"values of {finite} of {len(names)} kept tensors finite ({size / 1e6:,.1f} MB read)"
 
 
 def _against_source(checkpoint: Checkpoint, source: Source) -> str:
@@ -147,12 +173,16 @@ def _groups(checkpoint: Checkpoint) -> dict[str, str]:
 
 def _weights(checkpoint: Checkpoint) -> dict[str, Weight]:
     """Every weight, quantized or kept, as the family says; experts one by one."""
+    return _layout(checkpoint).weights
+
+
+def _layout(checkpoint: Checkpoint) -> Layout:
+    """The family applied to what the checkpoint stands for, experts one by one."""
     headers = {f"{name}.weight": header for name, header in _singles(checkpoint)}
-    layout = lay_out(
+    return lay_out(
         checkpoint.family_name, checkpoint.family, checkpoint.inferred, checkpoint.source.config,
         {**checkpoint.headers, **headers},
     )  # fmt: skip
-    return layout.weights
 
 
 def _singles(checkpoint: Checkpoint) -> Iterable[tuple[str, Any]]:

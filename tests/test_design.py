@@ -31,6 +31,7 @@ errors events spec memory
 recipe
 family
 numerics
+nonfinite
 activations
 source
 writer

@@ -108,3 +108,16 @@ def test_a_quantized_head_is_measured_behind_the_last_block(text: Path, tmp_path
     # RMS norm: every row has mean square 1 before its weight, so no value exceeds sqrt(features) * max weight.
     limit = 128**0.5 * float(runs.read_all(job.EMBEDDED)["model.norm.weight"].float().abs().max())
     assert 1 / 448 < scale < limit / 448
+
+
+def test_static_scales_of_what_was_always_zero_are_mentioned_once(text: Path, tmp_path: Path) -> None:
+    source = runs.build("llama", tmp_path / "m")
+    tensors = load_file(source / "model.safetensors")
+    for index in range(2):
+        tensors[f"model.layers.{index}.mlp.up_proj.weight"].zero_()
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    made = runs.run(source, tmp_path / "out", scheme="fp8", **runs.data(text, 8))
+    silent = [f"model.layers.{index}.mlp.down_proj.input" for index in range(2)]
+    assert made.report["dead_inputs"] == {"weights": {}, "activations": silent}
+    (warning,) = [line for line in made.report["warnings"] if "zero in all of calibration" in line]
+    assert warning.startswith("2 activations with a static scale")

@@ -25,6 +25,8 @@ class PartWork:
     amax      amax (float32 []) that the scale group of a target shares, or None when its scales are its own
     finish    hand over a finished weight; called once per target, after which its codes may be forgotten
     warn      a sentence for the log and the report
+    losses    what a solver left over, by weight; for the report
+    dead_inputs  how many inputs of a weight never moved in calibration, by weight; for the report
     """
 
     targets: list[Target]
@@ -33,6 +35,7 @@ class PartWork:
     finish: Callable[[Target, Quantized], None]
     warn: Callable[[str], None]
     losses: dict[str, float] = field(default_factory=dict)
+    dead_inputs: dict[str, int] = field(default_factory=dict)
 
 
 class Algorithm(Protocol):

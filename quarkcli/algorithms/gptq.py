@@ -2,8 +2,10 @@
 
 Scales are fixed beforehand from the source weights (static groups), so the stored layout does not change; with
 `act_order` the columns with the largest activations are rounded first. `scale_search` shrinks each group's amax by the
-factor of `SHRINKS` that leaves the least rounding error, every column weighted by its mean square activation. The
-solver asks the format for scales and codes and assumes nothing about integers.
+factor of `SHRINKS` that leaves the least rounding error, every column weighted by its mean square activation. Of
+inputs that were zero in calibration nothing is known: their weights are rounded to nearest, and count as much as those
+of an ordinary input when a scale is searched. The solver asks the format for scales and codes and assumes nothing
+about integers.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 
 
 SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
+# Below this share of the median mean square, calibration says too little of an input to clip its weights for others.
+FAINT = 1e-6
 
 
 class GPTQ:
@@ -61,17 +65,22 @@ class GPTQ:
 
     def _solve(self, work: PartWork, members: list[Target], gram: Tensor | None, tokens: int) -> list[Target]:
         """Solve weights that read the same activation. Returns those done; the rest is rounded, and said."""
-        from quarkcli.numerics.solve import factorize
+        from quarkcli.numerics.solve import dead_inputs, factorize
 
         if gram is None:
             work.warn(f"{members[0].name}: no calibration token; rounded to nearest instead of gptq")
+            return []
+        dead = dead_inputs(gram)
+        if bool(dead.any()):
+            work.dead_inputs.update({target.name: int(dead.sum()) for target in members})
+        if bool(dead.all()):
             return []
         factor = factorize(gram, damp=self.damp, act_order=self.act_order)
         if factor is None:
             work.warn(f"{members[0].name}: second moment of {tokens} tokens cannot be factorized; rounded to nearest")
             return []
         for same in same_spec(members).values():
-            self._solve_together(work, same, factor, gram.diagonal() if self.scale_search else None)
+            self._solve_together(work, same, factor, column_importance(gram) if self.scale_search else None)
         return members
 
     def _solve_together(self, work: PartWork, members: list[Target], factor: Any, importance: Tensor | None) -> None:
@@ -93,6 +102,17 @@ class GPTQ:
         for target, part, qparams in zip(members, codes, params, strict=True):
             work.losses[target.name] = solved.loss
             work.finish(target, Quantized(part.contiguous(), qparams))
+
+
+def column_importance(gram: Tensor) -> Tensor:
+    """Weight of each column's squared error, float32 [in]: its mean square activation, the median where it is faint."""
+    import torch
+
+    from quarkcli.numerics.solve import dead_inputs
+
+    seen = gram.diagonal()
+    usual = seen[~dead_inputs(gram)].median()
+    return torch.where(seen < FAINT * usual, usual, seen)
 
 
 def searched_qparams(weight: Tensor, spec: TensorSpec, amax: Tensor | None, importance: Tensor | None) -> QParams:

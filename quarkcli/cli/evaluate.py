@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from quarkcli.cli import apps, output
-from quarkcli.cli.flags import Bos, Debug, Device, Json, Quiet, Trust
+from quarkcli.cli.flags import Bos, Debug, Device, Json, Nonfinite, Quiet, Trust
 
 EXAMPLES = apps.examples(
     "quark eval out/demo-mxfp4 --baseline demo",
@@ -35,6 +35,7 @@ Increase = Annotated[
     float | None,
     typer.Option("--max-ppl-increase", metavar="P%", parser=percent, help="Fail (exit 8) above this increase."),
 ]
+WeightsOnly = Annotated[bool, typer.Option("--weights-only", help="Leave activations and cache unquantized.")]
 
 
 def evaluate(
@@ -57,13 +58,12 @@ def evaluate(
         float | None, typer.Option("--max-kl", min=0, metavar="X", help="Fail (exit 8) above this KL divergence.")
     ] = None,
     max_ppl_increase: Increase = None,
-    weights_only: Annotated[
-        bool, typer.Option("--weights-only", help="Leave activations and cache unquantized.")
-    ] = False,
+    weights_only: WeightsOnly = False,
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16"],
         typer.Option("--dtype", help="auto: float32 on a CPU, bfloat16 on a GPU."),
     ] = "auto",
+    on_nonfinite: Nonfinite = "stop",
     device: Device = "auto",
     trust_remote_code: Trust = False,
     json: Json = False,
@@ -90,6 +90,7 @@ def evaluate(
             bos=bos,
             weights_only=weights_only,
             dtype=dtype,
+            on_nonfinite=on_nonfinite,
             device=preflight.device(device),
             trust_remote_code=trust_remote_code,
             tell=progress,

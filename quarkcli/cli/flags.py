@@ -57,6 +57,10 @@ Bos = Annotated[
     Literal["auto", "on", "off"],
     Option("--bos", help="Whether rows begin with the tokenizer's BOS token; auto: as the tokenizer begins a text."),
 ]
+Nonfinite = Annotated[
+    Literal["stop", "keep"],
+    Option("--on-nonfinite", help="NaN or inf in tensors that stay as they are: an error, or a warning."),
+]
 Revision = Annotated[str, Option("--revision", metavar="REV", help="Branch, tag or commit of a hub model.")]
 Offline = Annotated[
     bool, Option("--offline", envvar="HF_HUB_OFFLINE", help="Use only what is local or in the hub cache.")
@@ -207,6 +211,7 @@ class JobFlags:
     ] = "auto"
     overwrite: Annotated[bool, Option("--overwrite", help="Replace an output directory that exists.")] = False
     strict: Annotated[bool, Option("--strict", help="Warnings about calibration become errors.")] = False
+    on_nonfinite: Nonfinite = "stop"
     time_budget: Annotated[
         float | None,
         Option(

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from quarkcli.cli import apps, output
-from quarkcli.cli.flags import Debug, Json, Servers
+from quarkcli.cli.flags import Debug, Json, Nonfinite, Servers
 
 SCHEMA = "quark/verify/1"
 EXAMPLES = apps.examples("quark verify out/demo-mxfp4 --source demo", "quark verify out/demo-mxfp4 --json")
@@ -22,18 +22,23 @@ def verify(
         ),
     ] = None,
     target: Servers = "auto",
+    on_nonfinite: Nonfinite = "stop",
     json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Check a quantized checkpoint.
 
-    Files, names, scales, and with --source that no tensor is lost. Exit 8 when something is wrong.
+    Files, names, scales, the values of what was not quantized, and with --source that no tensor is lost. Exit 8 when
+    something is wrong.
     """
     output.start(json=json, debug=debug)
     from quarkcli import job
     from quarkcli import verify as checks
+    from quarkcli.cli.progress import Progress
 
-    found = checks.directory(directory, str(job.EMBEDDED) if source == "demo" else source, target)
+    with Progress("none") as progress:
+        origin = str(job.EMBEDDED) if source == "demo" else source
+        found = checks.directory(directory, origin, target, on_nonfinite, progress)
     if json:
         output.json_data({"schema": SCHEMA, "directory": directory, "source": source, "ok": True, "checks": found})
         return

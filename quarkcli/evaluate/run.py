@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from quarkcli import family, memory
+from quarkcli import family, memory, nonfinite
 from quarkcli.activations import quantizing_handlers
 from quarkcli.checkpoint import Checkpoint
 from quarkcli.errors import CheckError, ModelError, UsageError
 from quarkcli.events import Listener, Message, PartDone, Phase
+from quarkcli.nonfinite import HINT, NonFinite, OnNonfinite
+from quarkcli.numerics.finite import is_finite
 from quarkcli.source import Source
 from quarkcli.walk import Walk
 
@@ -42,12 +44,17 @@ class _Side:
         device: str,
         trust: bool,
         eager: bool,
+        on_nonfinite: OnNonfinite,
         tell: Any,
     ) -> None:
         from quarkcli.model.runner import Runner
 
         self.checkpoint = checkpoint
         self.dtype = dtype
+        self.on_nonfinite = on_nonfinite
+        self.tell = tell
+        self.found = NonFinite(_roles(checkpoint))
+        self.copied = set(checkpoint.copied())
         folder = checkpoint.source.folder
         self.runner = Runner(
             folder, checkpoint.headers, device=device, dtype=dtype, trust_remote_code=trust, eager=eager,
@@ -61,15 +68,47 @@ class _Side:
                 hint="'quark verify' checks what was written",
             )
         outside = self.runner.outside_tensors()
-        self.walk = Walk(self.runner, lambda: checkpoint.read_many(outside, dtype), tokens, None, batch, tell)
+        self.walk = Walk(self.runner, lambda: self._read(outside), tokens, None, batch, tell)
         self.walk.start()
+        self.require_numbers("behind the embedding")
 
     def advance(self, block: int, weights_only: bool) -> None:
         """Load a block, run it, forget it."""
         names = self.runner.block_tensors(block)
-        self.runner.load_block(block, self.checkpoint.read_many(names, self.dtype))
+        self.runner.load_block(block, self._read(names))
         self.walk.advance(block, self._handlers(names, weights_only))
         self.runner.unload_block(block)
+        self.require_numbers(f"behind block {block}")
+
+    def _read(self, names: list[str]) -> dict[str, Tensor]:
+        """Tensors in source form. Raises CheckError for NaN or infinity in one that is stored as it was."""
+        tensors = self.checkpoint.read_many(names, self.dtype)
+        for name in names:
+            if name in self.copied:
+                self.found.look(name, tensors[name])
+        first = self.found.first()
+        if first is not None and self.on_nonfinite == "stop":
+            raise CheckError(f"{first[1]} (in {self.folder})", where=first[0], hint=HINT)
+        return tensors
+
+    def warn(self) -> None:
+        """Say what was taken although it is no number."""
+        for sentence in nonfinite.warnings(self.found.parameters, self.found.others):
+            self.tell(Message(f"{self.folder}: {sentence}", "warning"))
+
+    @property
+    def folder(self) -> str:
+        return str(self.checkpoint.source.folder)
+
+    def require_numbers(self, place: str, values: list[Tensor] | None = None) -> None:
+        """Raises CheckError when `values` (None: the carry) hold NaN, or infinity where hidden states have none."""
+        if all(is_finite(value) for value in (self.walk.carry if values is None else values)):
+            return
+        raise CheckError(
+            f"the first NaN or inf is {place}",
+            where=self.folder,
+            hint="nothing that is measured behind it means anything",
+        )
 
     def _handlers(self, names: list[str], weights_only: bool) -> Mapping[str, Any]:
         if weights_only or not self.checkpoint.quantized:
@@ -94,6 +133,7 @@ def evaluate(
     dtype: str = "auto",
     device: str = "auto",
     trust_remote_code: bool = False,
+    on_nonfinite: OnNonfinite = "stop",
     tell: Listener,
 ) -> dict[str, Any]:
     """Perplexity of a directory, and its distance from `baseline` when given.
@@ -102,6 +142,7 @@ def evaluate(
     window        tokens per window; None: `windows.WINDOW`, or what the model takes if that is less
     bos           what a window begins with (see `Tokenizer.prefix`)
     weights_only  leave activations and cache as they are
+    on_nonfinite  `keep`: go on with NaN and infinity in tensors that were not quantized, while no result is one
     dtype         what to compute in: float32, bfloat16; auto: float32 on a CPU, bfloat16 on a GPU
     Returns the result (schema `quark/eval/1`); KL is per token, in nats, of the source against the quantized model.
     """
@@ -113,10 +154,7 @@ def evaluate(
     device = preflight.device(device)
     memory.return_large_buffers()
     compute = _compute_dtype(dtype, device)
-    checkpoint = Checkpoint(Source.open(directory))
-    reference = Checkpoint(Source.open(baseline)) if baseline is not None else None
-    if reference is not None:
-        _check_baseline(checkpoint.source.config, reference.source.config)
+    checkpoint, reference = _open(directory, baseline)
     window = windows.width(window, [family.position_limit(c.source.config) for c in (checkpoint, reference) if c])
     tokenizer = load_tokenizer(checkpoint.source.folder, trust_remote_code)
     rows = windows.windows(tokenizer, text, window, max_tokens, bos)
@@ -124,7 +162,7 @@ def evaluate(
     tell(Phase("evaluate"))
     # Both sides compute attention in the same way, so that their distance is that of the quantization.
     eager = checkpoint.quantizes_softmax and not weights_only
-    setting = (rows.tokens, max(1, 2048 // window), compute, device, trust_remote_code, eager)
+    setting = (rows.tokens, max(1, 2048 // window), compute, device, trust_remote_code, eager, on_nonfinite)
     tested = _Side(checkpoint, *setting, tell)
     source = _Side(reference, *setting, tell) if reference else None
     _walk_blocks(tested, source, weights_only, tell)
@@ -142,6 +180,15 @@ def evaluate(
         "peak_rss_bytes": memory.peak_rss(),
         "seconds": round(time.monotonic() - started, 2),
     }
+
+
+def _open(directory: str, baseline: str | None) -> tuple[Checkpoint, Checkpoint | None]:
+    checkpoint = Checkpoint(Source.open(directory))
+    if baseline is None:
+        return checkpoint, None
+    reference = Checkpoint(Source.open(baseline))
+    _check_baseline(checkpoint.source.config, reference.source.config)
+    return checkpoint, reference
 
 
 def check_gates(result: dict[str, Any], max_kl: float | None, max_ppl_increase: float | None) -> None:
@@ -208,6 +255,7 @@ def _score(tested: _Side, source: _Side | None, rows: Windows, weights_only: boo
     sides = [side for side in (tested, source) if side is not None]
     for side in sides:
         side.runner.load_outside(side.walk.outside())
+        side.warn()
     sums = {"nll": 0.0, "base_nll": 0.0, "kl": 0.0, "agree": 0.0}
     count = 0
     for index, tokens in enumerate(rows.tokens.split(tested.walk.batch)):
@@ -219,16 +267,31 @@ def _score(tested: _Side, source: _Side | None, rows: Windows, weights_only: boo
         if source is not None:
             base = _log_probabilities(source, index, rows.first)
             sums["base_nll"] -= float(base.gather(-1, targets[..., None]).double().sum())
-            sums["kl"] += float((base.exp() * (base - scores)).sum(-1).double().sum())
+            sums["kl"] += float(_divergence(base, scores).sum(-1).double().sum())
             sums["agree"] += float((base.argmax(-1) == scores.argmax(-1)).sum())
     return _summary(sums, count, source is not None)
+
+
+def _divergence(base: Tensor, scores: Tensor) -> Tensor:
+    """p (log p - log q) per token of the vocabulary; 0 for one that `base` rules out."""
+    terms = base.exp() * (base - scores)
+    return terms if is_finite(base) else terms.masked_fill_(base == -math.inf, 0.0)
+
+
+def _roles(checkpoint: Checkpoint) -> dict[str, str]:
+    """Role of every tensor that the family knows."""
+    name, model, inferred = checkpoint.family_name, checkpoint.family, checkpoint.inferred
+    return family.lay_out(name, model, inferred, checkpoint.source.config, checkpoint.headers).tensor_roles
 
 
 def _log_probabilities(side: _Side, index: int, first: int) -> Tensor:
     """log p of the tokens from `first` on, float32 [batch, window - first, vocabulary]."""
     hidden = side.walk.carry[index].to(side.walk.device)
     logits: Tensor = side.runner.logits(side.walk.recordings[index], hidden)
-    return torch.log_softmax(logits[:, first - 1 : -1].float(), dim=-1)
+    scores = torch.log_softmax(logits[:, first - 1 : -1].float(), dim=-1)
+    # A token that a model rules out has -inf, which is a score; NaN and +inf end as NaN in the whole row.
+    side.require_numbers("in the logits", [scores.amax(-1)])
+    return scores
 
 
 def _summary(sums: dict[str, float], count: int, compared: bool) -> dict[str, Any]:

@@ -29,7 +29,8 @@ class Factor:
 
     upper     U, float32 [N, N], upper triangular
     order     column rounded at step i, int64 [N], or None for the given order
-    dead      inputs that were always zero, bool [N], in the given order; their weights become 0
+    dead      inputs that were always zero, or next to it, bool [N], in the given order; nothing is known of them, so
+              their weights are rounded to nearest and take no part in the loss
     damp      lam divided by the mean live diagonal, as used
     attempts  how many dampings were tried
     """
@@ -58,7 +59,7 @@ def factorize(gram: Tensor, *, damp: float = 0.01, act_order: bool = True, max_a
     diagonal = gram.diagonal()
     if not bool(torch.isfinite(gram.sum())) and not bool(torch.isfinite(gram).all()):
         raise DataError("the second moment of the inputs is not finite", hint="look for NaN or inf in the calibration")
-    dead = diagonal <= 0
+    dead = dead_inputs(gram)
     live = diagonal[~dead].double()
     mean = float(live.mean()) if live.numel() else 1.0
     order = torch.argsort(diagonal, descending=True, stable=True) if act_order else None
@@ -69,6 +70,14 @@ def factorize(gram: Tensor, *, damp: float = 0.01, act_order: bool = True, max_a
                 return Factor(upper, order, dead, damp, attempt + 1)
         damp = max(damp, _DAMP_FLOOR) * _DAMP_GROWTH
     return None
+
+
+def dead_inputs(gram: Tensor) -> Tensor:
+    """Inputs without a second moment, bool [N]: zero, or too small for float32, alone or beside the others'."""
+    diagonal = gram.diagonal()
+    live = diagonal[diagonal > 0].double()
+    floor = float(live.mean()) * torch.finfo(torch.float32).eps ** 2 if live.numel() else 0.0
+    return diagonal <= max(floor, torch.finfo(torch.float32).tiny)
 
 
 def solve(weight: Tensor, factor: Factor, at: Lattice, *, columns: int = 128) -> Solved:
@@ -88,9 +97,9 @@ def solve(weight: Tensor, factor: Factor, at: Lattice, *, columns: int = 128) ->
         part = slice(start, start + step)
         # Transposed, so that a column is contiguous.
         remaining = weight[part].t().contiguous().index_select(0, order)
-        remaining[factor.dead[order]] = 0.0
         own = replace(at, scale=at.scale[part].t().contiguous(), zero=_columns_of(at.zero, part))
-        loss += _solve_rows(remaining, factor.upper, own, group_of, columns, grid[:, part])
+        live = ~factor.dead[order]
+        loss += _solve_rows(remaining, factor.upper, own, group_of, columns, grid[:, part], live)
     values = torch.empty_like(grid).index_copy_(0, order, grid)
     return Solved(_codes(values.t().contiguous(), at), loss)
 
@@ -136,9 +145,12 @@ def _inverse_factor(
     return upper if bool(torch.isfinite(upper.diagonal()).all()) else None
 
 
-def _solve_rows(remaining: Tensor, upper: Tensor, at: Lattice, group_of: Tensor, columns: int, grid: Tensor) -> float:
-    """Round the columns `remaining` [N, R] in order; write grid values to `grid` [N, R]. Returns sum(e^2).
+def _solve_rows(
+    remaining: Tensor, upper: Tensor, at: Lattice, group_of: Tensor, columns: int, grid: Tensor, live: Tensor
+) -> float:
+    """Round the columns `remaining` [N, R] in order; write grid values to `grid` [N, R].
 
+    Returns sum(e^2) over the columns that are `live` (bool [N]). Dead ones are coupled to no other.
     `at` has its scales and zero points transposed: [groups, R].
 
     e_i = (w_i - q_i) / U_ii only ever meets row i of U, so the row is divided instead and plain differences are kept.
@@ -156,7 +168,7 @@ def _solve_rows(remaining: Tensor, upper: Tensor, at: Lattice, group_of: Tensor,
         grid[first:last] = values
         if last < cols:
             remaining[last:].addmm_(couplings[last - first :], differences, alpha=-1)
-        loss += float(differences.div_(pivots).square_().sum(dtype=torch.float64))
+        loss += float(differences.div_(pivots)[live[first:last]].square_().sum(dtype=torch.float64))
     return loss
 
 

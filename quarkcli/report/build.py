@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from quarkcli import __version__, forecast, memory
+from quarkcli import __version__, forecast, memory, nonfinite
 from quarkcli.options import Prepared
 from quarkcli.plan.model import Plan
 from quarkcli.recipe.match import starred
@@ -59,6 +60,7 @@ def build(
             "calibration_tokens": {k: v for r in records.values() for k, v in r["expert_tokens"].items()},
         },
         "loss": _loss(records),
+        "dead_inputs": _dead_inputs(records),
         "kept": plan.kept,
         "kept_reasons": dict(Counter(plan.kept.values()).most_common()),
         "split": split_tensors(plan),
@@ -71,6 +73,36 @@ def build(
         "peak_rss_bytes": memory.peak_rss(),
         "peak_gpu_bytes": memory.peak_gpu(device),
     }
+
+
+def _dead_inputs(records: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What calibration never moved: inputs of solved weights by weight, and activations with a static scale."""
+    weights = {name: count for record in records.values() for name, count in record["dead_inputs"].items()}
+    return {"weights": weights, "activations": [key for record in records.values() for key in record["silent"]]}
+
+
+def part_warnings(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What is said once of all parts together: inputs that calibration never moved, values that are no numbers."""
+    dead = _dead_inputs(records)
+    weights, activations = dead["weights"], dead["activations"]
+    found = []
+    if weights:
+        found.append(
+            f"{sum(weights.values()):,} inputs of {len(weights)} weights were zero in all of calibration "
+            f"({_some(weights)}); their weights are rounded to nearest"
+        )
+    if activations:
+        found.append(
+            f"{len(activations)} activations with a static scale were zero in all of calibration "
+            f"({_some(activations)}); other text may saturate them"
+        )
+    kinds = ([name for r in records.values() for name in r[kind]] for kind in ("nonfinite", "nonfinite_others"))
+    return found + nonfinite.warnings(*kinds)
+
+
+def _some(names: Iterable[str], limit: int = 3) -> str:
+    listed = list(names)
+    return ", ".join(listed[:limit]) + (" ..." if len(listed) > limit else "")
 
 
 def _loss(records: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -6,10 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from quarkcli import job
+from quarkcli.checkpoint import Checkpoint
 from quarkcli.evaluate.run import evaluate
 from quarkcli.events import Event, PartDone
+from quarkcli.source import Source
 from tests import runs
 
 HALF = 40  # of the reference topics; calibration reads those before, evaluation those after
@@ -84,6 +88,37 @@ def test_every_variant_beats_rounding(
     )
     made = runs.run("demo", tmp_path / "out", recipe=str(tmp_path / "own.yaml"), **runs.data(seen, 16, 128))
     assert measure(made.folder, unseen, 512)[1][0] < 0.9 * first_block
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_inputs_that_never_moved(family: str, seen: Path, tmp_path: Path) -> None:
+    """Some rows of up projections are zero, so that the down projection never reads those inputs; one whole matrix."""
+    source = runs.build(family, tmp_path / "m")
+    tensors = load_file(source / "model.safetensors")
+    ups = [name for name in tensors if name.endswith("up_proj.weight") and ".layers.1." in name]
+    for name in ups:
+        tensors[name][::3] = 0
+    whole = ups[0] if family == "llama" else None  # an expert with few tokens borrows from its layer
+    if whole:
+        tensors[whole].zero_()
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    data = runs.data(seen, 32, 128)
+    rounded = runs.run(source, tmp_path / "rtn", scheme="int4_wo_32")
+    solved = runs.run(source, tmp_path / "gptq", scheme="int4_wo_32", algorithm="gptq", **data)
+    plain, made = (Checkpoint(Source.open(str(folder))) for folder in (rounded.folder, solved.folder))
+    dead = solved.report["dead_inputs"]["weights"]
+    for up in ups:
+        down = up.replace("up_proj.weight", "down_proj")
+        weight, near = made.weight(down), plain.weight(down)
+        columns = slice(None) if up == whole else slice(None, None, 3)
+        assert dead[down] == weight[:, columns].shape[1]
+        source_weight = tensors[f"{down}.weight"].float()[:, columns]
+        error, least = ((w[:, columns] - source_weight).norm() for w in (weight, near))
+        assert float(error) <= 1.02 * float(least)
+        if up == whole:
+            assert torch.equal(weight, near)
+    (warning,) = [text for text in solved.report["warnings"] if "zero in all of calibration" in text]
+    assert f"{sum(dead.values()):,} inputs of {len(dead)} weights" in warning
 
 
 def test_the_same_run_gives_the_same_bytes(seen: Path, tmp_path: Path) -> None:

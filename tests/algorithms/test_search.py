@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from quarkcli.algorithms.base import PartWork
-from quarkcli.algorithms.gptq import GPTQ, SHRINKS, searched_qparams
+from quarkcli.algorithms.gptq import GPTQ, SHRINKS, column_importance, searched_qparams
 from quarkcli.errors import DataError
 from quarkcli.family import WeightView
 from quarkcli.numerics.quantize import Quantized, dequantize, encode, make_qparams, quantize
@@ -83,19 +83,68 @@ class Canned:
         return self.answer, 5
 
 
-def solve(gram: torch.Tensor | None, site: str | None = "s") -> tuple[Quantized, list[str]]:
-    spec = spec_of("int4_wo_128")
+def solve(
+    gram: torch.Tensor | None, site: str | None = "s", scheme: str = "int4_wo_128"
+) -> tuple[Quantized, list[str]]:
+    found, work = work_on(gram, site, scheme, scale_search=False)
+    return found, work.told
+
+
+class Told(PartWork):
+    told: list[str]
+
+
+def work_on(
+    gram: torch.Tensor | None, site: str | None, scheme: str, scale_search: bool = True
+) -> tuple[Quantized, Told]:
+    spec = spec_of(scheme)
     slots = {kind: Decision(spec if kind == "weight" else None, 0) for kind in ("weight", "input", "output", "bias")}
     target = Target("m", WeightView("m.weight"), (ROWS, COLUMNS), "BF16", "up", 0, site, "m", None, None, slots=slots)
     done: dict[str, Quantized] = {}
     said: list[str] = []
-    work = PartWork([target], lambda t: weight(), lambda t: None, lambda t, q: done.update({t.name: q}), said.append)
-    GPTQ(0.01, True, False).apply(work, Canned(gram))
-    return done["m"], said
+    work = Told([target], lambda t: weight(), lambda t: None, lambda t, q: done.update({t.name: q}), said.append)
+    work.told = said
+    GPTQ(0.01, True, scale_search).apply(work, Canned(gram))
+    return done["m"], work
 
 
-def rounded() -> Quantized:
-    return quantize(weight(), spec_of("int4_wo_128"))
+def rounded(scheme: str = "int4_wo_128") -> Quantized:
+    return quantize(weight(), spec_of(scheme))
+
+
+@pytest.mark.parametrize("scheme", ["int4_wo_128", "uint4_wo_128", "nvfp4", "mxfp4", "fp8", "int8"])
+def test_a_site_that_never_moved_is_rounded_and_counted(scheme: str) -> None:
+    found, work = work_on(torch.zeros(COLUMNS, COLUMNS), "s", scheme)
+    assert torch.equal(found.codes.view(torch.uint8), rounded(scheme).codes.view(torch.uint8))
+    assert torch.equal(found.params.scale.float(), rounded(scheme).params.scale.float())
+    assert work.dead_inputs == {"m": COLUMNS}
+    assert work.told == []  # one sentence for the whole run
+
+
+@pytest.mark.parametrize("energy", [0.0, 1e-12, 1e-7])
+@pytest.mark.parametrize("scheme", ["int4_wo_128", "nvfp4", "mxfp4"])
+def test_the_search_does_not_clip_weights_that_calibration_did_not_see(scheme: str, energy: float) -> None:
+    """A large weight in every group whose input hardly moved: only shrinking its range would help the others."""
+    spec = spec_of(scheme)
+    group = spec.group_size
+    assert group is not None
+    source = weight(torch.float32).clamp_(-1, 1)
+    source[:, ::group] = 4.5
+    seen = torch.ones(COLUMNS)
+    seen[::group] = energy
+    gram = torch.diag(seen)
+    blind = searched_qparams(source, spec, None, gram.diagonal())
+    found = searched_qparams(source, spec, None, column_importance(gram))
+    # As if these inputs were like the others.
+    assert torch.equal(found.scale.float(), searched_qparams(source, spec, None, torch.ones(COLUMNS)).scale.float())
+    lost = [dequantize(Quantized(encode(source, spec, p), p), spec) - source for p in (blind, found)]
+    worst = [float(error[:, ::group].abs().max()) for error in lost]
+    assert worst[0] > 1.1 > worst[1]
+
+
+def test_inputs_that_moved_weigh_what_they_moved() -> None:
+    gram = torch.diag(importance() + 0.01)
+    assert torch.equal(column_importance(gram), gram.diagonal())
 
 
 def test_without_tokens_it_rounds_and_says_so() -> None:
