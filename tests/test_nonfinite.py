@@ -156,8 +156,8 @@ def test_the_unquantized_experts_of_a_split_tensor_are_looked_at(tmp_path: Path)
     tensor = load_file(source / "model.safetensors")[name]
     tensor[1, 2, 3] = NAN
     changed(source, **{name: tensor})
-    with pytest.raises(DataError, match=r"layers\.0\.mlp\.experts\.1\.down_proj"):
-        runs.run(source, tmp_path / "out", scheme="mxfp4", exclude=["*layers.0.mlp.experts.1.down_proj"])
+    with pytest.raises(DataError, match=r"experts\.1\.down_proj"):
+        runs.run(source, tmp_path / "out", scheme="mxfp4", target="none", exclude=["*experts.1.down_proj"])
 
 
 def test_a_gate_is_not_passed_by_nan() -> None:
