@@ -6,16 +6,16 @@ PYTHON ?= python3
 DEMO := demo-out
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check fix test-gpu bench table docs clean
+.PHONY: help setup lock demo test test-all test-latest check fix test-gpu bench table docs clean
 
 help: ## list the targets
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q -c constraints.txt --upgrade pip
 	$(BIN)/python -m pip install -q -c constraints.txt torch
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install -q -c constraints.txt --build-constraint constraints.txt -e '.[dev]'
 	@touch $(STAMP)
 
 setup: $(STAMP) ## make .venv and install quark with its development tools
@@ -28,8 +28,19 @@ demo: $(STAMP) ## quantize the embedded model to nvfp4 and show what was lost
 	$(BIN)/quark eval $(DEMO) --baseline demo
 
 # One thread a process: two processes with two threads each would wait for each other on two cores.
-test: $(STAMP) ## run the tests that need no GPU
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" -n 2 --durations 12
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+test: $(STAMP) ## run the tests that need no GPU, every member of every family once
+	$(PYTEST) -m "not gpu and not slow" -n 2 --durations 12
+
+test-all: $(STAMP) ## run those and the full products (an hour)
+	$(PYTEST) -m "not gpu" -n 2 --durations 30
+
+OLDEST ?=
+test-latest: ## run the tests on the newest releases of all dependencies, with OLDEST=1 on the oldest allowed
+	$(PYTHON) -m tests.releases $(if $(OLDEST),oldest,newest)
+
+lock: ## write constraints.txt anew: the newest releases but those held in tests/releases.py
+	$(PYTHON) -m tests.releases lock
 
 check: $(STAMP) ## lint, formatting, types
 	$(BIN)/ruff check .
