@@ -15,6 +15,13 @@ _M_MMAP_THRESHOLD = -3  # <malloc.h>
 _STATUS = Path("/proc/self/status")
 
 
+def ran_out(error: BaseException) -> bool:
+    """True for an error that says that memory ran out, of the machine or of a device."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)  # torch has no class for it
+
+
 def peak_rss() -> int:
     """Peak resident bytes of this process.
 

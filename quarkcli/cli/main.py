@@ -14,7 +14,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from quarkcli import __version__
+from quarkcli import __version__, memory
 from quarkcli.cli import apps, evaluate, inspect, models, output, quantize, recipes, report, schemes, verify
 from quarkcli.cli import env as environment
 from quarkcli.errors import ExitCode, QuarkError, ResourceError, UsageError
@@ -141,8 +141,8 @@ def _wrong_command_line(error: Any) -> int:
 
 
 def _unexpected(error: Exception) -> int:
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        device = "" if isinstance(error, MemoryError) else "GPU "
+    if memory.ran_out(error):
+        device = "GPU " if type(error).__name__ == "OutOfMemoryError" else ""
         hint = "smaller --calib-batch, --calib-samples or --calib-seqlen" + ("; or --device cpu" if device else "")
         return _fail(ResourceError(f"out of {device}memory", hint=hint))
     log = output.session.partial and output.session.partial / "quark" / "quark.log"

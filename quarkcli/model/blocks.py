@@ -10,9 +10,10 @@ from torch import nn
 
 from quarkcli.errors import ModelError
 from quarkcli.model.buffers import rebuild_buffers
+from quarkcli.model.failures import DATA_FREE_HINT
 from quarkcli.model.library import PreTrainedModel
 from quarkcli.model.names import NameMap, build_map, materialize
-from quarkcli.model.skeleton import DATA_FREE_HINT, HeaderLike, Skeleton, text_modules
+from quarkcli.model.skeleton import HeaderLike, Skeleton, text_modules
 
 
 class Weights:
@@ -32,10 +33,11 @@ class Weights:
     ) -> None:
         self.skeleton = skeleton
         self.device = device
-        self.map: NameMap = build_map(skeleton.model, headers)
-        self._turned = {name for name in turned if self.map.by_file[name].tells_by_shape}
-        self._dtypes = _dtype_plan(skeleton)
-        self._sort_parameters()
+        with skeleton.code.running("does not say which parameters it has"):
+            self.map: NameMap = build_map(skeleton.model, headers)
+            self._turned = {name for name in turned if self.map.by_file[name].tells_by_shape}
+            self._dtypes = _dtype_plan(skeleton)
+            self._sort_parameters()
         self._aliases = self._tie()
         self._check()
         self._order = {name: position for position, name in enumerate(headers)}
@@ -164,7 +166,8 @@ class Weights:
             module._buffers[leaf] = known[name].to(self.device, copy=True)
         empty = [name for name in buffers if self._is_meta(name)]
         if empty:
-            rebuild_buffers(self.skeleton.model, empty, self.device)
+            with self.skeleton.code.running("cannot fill its buffers"):
+                rebuild_buffers(self.skeleton.model, empty, self.device)
 
     def _check_loaded(self, params: Iterable[str]) -> None:
         empty = [name for name in params if self._is_meta(name)]

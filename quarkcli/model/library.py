@@ -1,7 +1,6 @@
 """The only file that reaches into transformers' inner parts, so that a release that moved one gives one clear error.
 
-Everything else of this room imports these names from here. Tested with transformers 5.23; the project asks for
-5.17 up to, not including, 6.
+Everything else of this room imports these names from here. The project asks for 5.17 up to, not including, 6.
 """
 
 from __future__ import annotations
@@ -33,9 +32,12 @@ except ImportError as error:
         hint="install a release from 5.17 up to, not including, 6: pip install 'transformers>=5.17,<6'",
     ) from error
 
+TESTED = "5.23.0"  # the release in constraints.txt, on which every family runs
+
 __all__ = [
     "ALL_ATTENTION_FUNCTIONS",
     "CONFIG_MAPPING",
+    "TESTED",
     "AutoConfig",
     "AutoModelForCausalLM",
     "AutoModelForImageTextToText",

@@ -18,7 +18,6 @@ from torch import nn
 
 from quarkcli.errors import ModelError
 from quarkcli.model.experts import shapes_only
-from quarkcli.model.library import quiet
 from quarkcli.model.skeleton import Skeleton
 
 Visit = Callable[[int, nn.Module, tuple[Any, ...], dict[str, Any]], Any]
@@ -106,7 +105,7 @@ class Recorder:
         count = len(self.skeleton.blocks)
         recording = Recording(tokens, attention_mask, calls=[None] * count)
         session = _Session(self, recording, share_with)
-        with _short_head(self.skeleton.model):
+        with self.skeleton.code.running("fails in its forward pass"), _short_head(self.skeleton.model):
             self._forward(session.visit, tokens, attention_mask)
         if recording.hidden is None:
             raise ModelError("the model's forward pass calls none of its decoder blocks")
@@ -137,7 +136,7 @@ class Recorder:
             args = (hidden, *args)
         else:
             kwargs[str(call.slot)] = hidden
-        with torch.no_grad(), quiet():
+        with torch.no_grad(), self.skeleton.code.running(f"fails in decoder block {index}"):
             output = block(*args, **kwargs)
         self._check_form(block, index, output)
         values = output if isinstance(output, (tuple, list)) else (output,)
@@ -168,7 +167,8 @@ class Recorder:
             )
 
     def _forward(self, visit: Visit, tokens: torch.Tensor, attention_mask: torch.Tensor | None) -> Any:
-        with torch.no_grad(), quiet(), _stubbed(self.skeleton, visit):
+        running = self.skeleton.code.running("fails in its forward pass")
+        with torch.no_grad(), running, _stubbed(self.skeleton, visit):
             return self.skeleton.model(input_ids=tokens, attention_mask=attention_mask, use_cache=False)
 
 

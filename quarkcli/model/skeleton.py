@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from quarkcli.errors import ModelError
+from quarkcli.model.failures import DATA_FREE_HINT, ModelCode, described
 from quarkcli.model.library import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -23,8 +24,6 @@ from quarkcli.model.library import (
     quiet,
     transformers,
 )
-
-DATA_FREE_HINT = "schemes that need no calibration data still work: they read tensors and never run the model"
 
 # safetensors' dtype texts; a text that is not here is a storage format no model computes in.
 DTYPES: dict[str, torch.dtype] = {
@@ -60,12 +59,14 @@ class Skeleton:
     model        the module tree; every parameter on meta, none requires a gradient
     dtype        what the model computes in
     blocks_path  dotted path of the list of decoder blocks
+    code         whose code runs in it
     buffers      values of the non-persistent buffers that building the model gave (only models with their own code)
     """
 
     model: Any
     dtype: torch.dtype
     blocks_path: str
+    code: ModelCode
     buffers: dict[str, torch.Tensor]
 
     @property
@@ -96,20 +97,16 @@ def build_skeleton(
     with quiet():
         config = load_config(folder, trust_remote_code)
         cls = model_class(config, folder, trust_remote_code)
+    code = ModelCode(cls, config, folder)
+    with code.running("cannot be built from its config"):
         config = _prepared(config, "eager" if eager else None)
         dtype = dtype or _as_dtype(getattr(config, "dtype", None)) or _stored_dtype(headers)
         set_dtype(config, dtype)
-        try:
-            model = _build(cls, config, dtype)
-        except Exception as error:
-            raise ModelError(
-                f"{cls.__name__} cannot be built from its config: {type(error).__name__}: {error}",
-                where=str(folder / "config.json"),
-                hint=DATA_FREE_HINT,
-            ) from error
-    model.requires_grad_(False)
+        model = _build(cls, config, dtype)
+        model.requires_grad_(False)
+        blocks_path = find_blocks(model)
     buffers = {name: buffer for name, buffer in model.named_non_persistent_buffers() if not buffer.is_meta}
-    return Skeleton(model, dtype, find_blocks(model), buffers)
+    return Skeleton(model, dtype, blocks_path, code, buffers)
 
 
 def load_config(folder: Path, trust_remote_code: bool) -> Any:
@@ -126,7 +123,7 @@ def load_config(folder: Path, trust_remote_code: bool) -> Any:
             return AutoConfig.from_pretrained(folder, trust_remote_code=True, local_files_only=True)
     except Exception as error:
         raise ModelError(
-            f"transformers {transformers.__version__} cannot read it: {type(error).__name__}: {error}",
+            f"transformers {transformers.__version__} cannot read it: {described(error)}",
             where=str(folder / "config.json"),
             hint=DATA_FREE_HINT,
         ) from error
@@ -155,7 +152,15 @@ def model_class(config: Any, folder: Path, trust_remote_code: bool) -> Any:
     if reference and trust_remote_code:
         from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-        return get_class_from_dynamic_module(reference, folder, local_files_only=True)
+        try:
+            return get_class_from_dynamic_module(reference, folder, local_files_only=True)
+        except Exception as error:
+            raise ModelError(
+                f"the model's own code cannot be imported (transformers {transformers.__version__}): "
+                f"{described(error)}",
+                where=str(folder),
+                hint=DATA_FREE_HINT,
+            ) from error
     if reference:
         raise _custom_code_refused(folder, config.auto_map)
     raise ModelError(

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from quarkcli.errors import DataError, ModelError, UsageError
-from quarkcli.model.library import AutoTokenizer, quiet
+from quarkcli.model.failures import described
+from quarkcli.model.library import AutoTokenizer, quiet, transformers
 
 HINT = "schemes that need no calibration data need no tokenizer"
 # Any one of these says that the folder has a tokenizer.
@@ -68,8 +69,7 @@ class Tokenizer:
     def _added_in_front(self) -> list[int]:
         """What the tokenizer puts before a text of its own accord; what it puts behind is no part of this."""
         plain = self.encode(_PROBE)
-        with quiet():
-            whole = list(self._inner.encode(_PROBE, add_special_tokens=True))
+        whole = self._encoded(_PROBE, special=True)
         for start in range(len(whole) - len(plain) + 1):
             if whole[start : start + len(plain)] == plain:
                 return whole[:start]
@@ -80,9 +80,15 @@ class Tokenizer:
         return bool(self._inner.chat_template)
 
     def encode(self, text: str) -> list[int]:
-        """Token numbers of `text`; no special tokens are added."""
+        """Token numbers of `text`; no special tokens are added. Raises ModelError when the tokenizer's code fails."""
+        return self._encoded(text, special=False)
+
+    def _encoded(self, text: str, special: bool) -> list[int]:
         with quiet():
-            return list(self._inner.encode(text, add_special_tokens=False))
+            try:
+                return list(self._inner.encode(text, add_special_tokens=special))
+            except Exception as error:
+                raise _failed("fails on a text", type(self._inner).__name__, error) from error
 
     def chat(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
@@ -133,7 +139,11 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Tokenizer:
                 where=str(folder),
                 hint="read that code, then allow it with --trust-remote-code; " + HINT,
             ) from error
-        raise ModelError(
-            f"the tokenizer cannot be loaded: {type(error).__name__}: {error}", where=str(folder), hint=HINT
-        ) from error
+        raise _failed("cannot be loaded", str(folder), error) from error
     return Tokenizer(inner)
+
+
+def _failed(failing: str, where: str, error: Exception) -> ModelError:
+    return ModelError(
+        f"the tokenizer {failing} (transformers {transformers.__version__}): {described(error)}", where=where, hint=HINT
+    )

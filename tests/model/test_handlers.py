@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from quarkcli.errors import DataError
 from quarkcli.model.runner import Runner
 from tests import tiny
 from tests.model.drive import plain_logits, record, runner_of, through
@@ -287,10 +288,10 @@ def test_an_exception_restores_everything(tmp_path: Path) -> None:
 
     class Broken(Watch):
         def down_input(self, expert: int, h: torch.Tensor) -> torch.Tensor:
-            raise RuntimeError("broken handler")
+            raise DataError("broken handler")
 
     with (
-        pytest.raises(RuntimeError, match="broken handler"),
+        pytest.raises(DataError, match="broken handler"),
         runner.handlers(
             0,
             linear={"model.layers.0.self_attn.q_proj.weight": lambda x: x * 2},
