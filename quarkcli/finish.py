@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -10,17 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from quarkcli import verify
+from quarkcli import manifest, verify
 from quarkcli.options import Calibration, Prepared
 from quarkcli.plan.model import Plan
 from quarkcli.report import build
 from quarkcli.spec import spec_to_yaml
-from quarkcli.writer import MANIFEST, atomic_write_json, atomic_write_text, disk_errors, write_index
+from quarkcli.writer import atomic_write_json, atomic_write_text, disk_errors, remove_staging, write_index
 
 if TYPE_CHECKING:
     from quarkcli.calibration.data import CalibrationData
-
-LOG = "quark/quark.log"
 
 
 def write_config(prepared: Prepared, partial: Path, records: dict[str, dict[str, Any]]) -> None:
@@ -44,17 +41,15 @@ def with_key(config_text: str, quantization: dict[str, Any]) -> str:
 
 
 def _copy_side_files(prepared: Prepared, partial: Path) -> None:
-    source = prepared.source
+    found = prepared.side_files
     with disk_errors(partial):
-        for relative in source.side_files():
-            if relative.parts[0] == "quark" or relative.name == "quantization_config.json":
-                continue
+        for relative, origin in found.copied.items():
             target = partial / relative
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source.folder / relative, target)
-        if source.readme is not None:
+            shutil.copyfile(origin, target)
+        if found.readme is not None:
             (partial / "quark").mkdir(exist_ok=True)
-            shutil.copyfile(source.readme, partial / "quark" / "source_README.md")
+            shutil.copyfile(found.readme, partial / "quark" / "source_README.md")
 
 
 def resolved_recipe(prepared: Prepared) -> str:
@@ -126,21 +121,12 @@ def verify_and_report(
 
 def _write_manifest(prepared: Prepared, partial: Path, records: dict[str, dict[str, Any]]) -> None:
     """sha256 of every file but the manifest itself and the log; shards were hashed when they were written."""
-    known = {file["file"]: file["sha256"] for record in records.values() for file in record["files"]}
-    hashes = {}
-    for path in sorted(partial.rglob("*")):
-        name = path.relative_to(partial).as_posix()
-        if path.is_file() and name not in {MANIFEST, LOG} and not name.startswith("state/"):
-            hashes[name] = known.get(name) or hashlib.sha256(path.read_bytes()).hexdigest()
+    remove_staging(partial)
     source = prepared.source
-    manifest = {
-        "schema": "quark/manifest/1",
-        "source": {
-            "name": source.name,
-            "hub_id": source.hub_id,
-            "commit": source.commit,
-            "headers": source.header_digest(),
-        },
-        "files": hashes,
+    facts = {
+        "name": source.name,
+        "hub_id": source.hub_id,
+        "commit": source.commit,
+        "headers": source.header_digest(),
     }
-    atomic_write_json(partial / MANIFEST, manifest)
+    manifest.write(partial, facts, {file["file"]: file["sha256"] for r in records.values() for file in r["files"]})

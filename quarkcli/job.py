@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from quarkcli import __version__, algorithms, dialects, family, finish, memory, nonfinite, preflight
+from quarkcli import __version__, algorithms, dialects, family, finish, memory, nonfinite, preflight, side_files
 from quarkcli.errors import DataError, Stopped, UsageError
 from quarkcli.events import Event, Listener, Message, PartDone, Phase, broadcast, silent
 from quarkcli.journal import Journal
+from quarkcli.manifest import LOG
 from quarkcli.options import Options, Prepared
+from quarkcli.place import dispose, remove_stale
 from quarkcli.plan.model import Part
 from quarkcli.plan.resolve import resolve
 from quarkcli.recipe import catalog
@@ -29,7 +31,7 @@ from quarkcli.recipe.recipe import Recipe
 from quarkcli.report import log
 from quarkcli.report.build import part_warnings
 from quarkcli.source import Source
-from quarkcli.writer import partial_path, publish
+from quarkcli.writer import partial_path, publish, sync_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -89,10 +91,13 @@ def prepare(options: Options, tell: Listener = silent) -> Prepared:
     calibration = preflight.calibration(options, recipe, source, needs)
     size = preflight.forecast_of(plan, dialect, source, calibration, needs)
     output = options.output or Path(f"{'demo' if options.model == 'demo' else source.name}-{recipe.name}")
-    warnings = [*recipe.notes, *dialects.warnings(dialect, plan), *plan.warnings]
+    beside = side_files.gather(source)
+    preflight.check_tokenizer(source, beside, calibration)
+    warnings = [*recipe.notes, *dialects.warnings(dialect, plan), *plan.warnings, *beside.warnings()]
     warnings += calibration.warnings if calibration else preflight.unused_flags(options)
     return Prepared(
-        options, recipe, source, layout, plan, steps, dialect, reason, needs, calibration, size, output, warnings
+        options, recipe, source, layout, plan, steps, dialect, reason, needs, calibration, size, output, beside,
+        warnings,
     )  # fmt: skip
 
 
@@ -111,30 +116,47 @@ def run(
     for warning in prepared.warnings:
         tell(Message(warning, "warning"))
     tell = broadcast(tell, _remember(prepared.warnings))
+    partial = partial_path(prepared.output)
+    for line in remove_stale(partial):
+        tell(Message(line, "warning"))
     preflight.check_output(prepared.output, options.overwrite, prepared.source.folder)
     preflight.check_resources(prepared.output, prepared.forecast)
-    device = preflight.device(options.device)
-    memory.return_large_buffers()
-    data = preflight.token_rows(prepared, tell)
-    runner = _runner(prepared, data, device) if data is not None else None
-    partial = partial_path(prepared.output)
-    with Journal.open(partial, _fingerprint(prepared, data, device), resume=options.resume) as journal:  # 6
-        with log_file.attach(partial / finish.LOG), log_file.last_words():
+    with Journal.lock(partial, resume=options.resume) as journal:  # 6
+        preflight.check_output(prepared.output, options.overwrite, prepared.source.folder)  # another run may have ended
+        device = preflight.device(options.device)
+        memory.return_large_buffers()
+        data = preflight.token_rows(prepared, tell)
+        runner = _runner(prepared, data, device) if data is not None else None
+        journal.start(_fingerprint(prepared, data, device), resume=options.resume)
+        with log_file.attach(partial / LOG), log_file.last_words():
             _parts(prepared, data, runner, journal, device, started, tell)  # 7, 8
             _refuse_nonfinite(journal.finished, options)
             for warning in part_warnings(journal.finished):
                 tell(Message(warning, "warning"))
             tell(Phase("finalize"))
-            finish.write_config(prepared, partial, journal.finished)  # 9
+            records = {part.name: journal.finished[part.name] for part in prepared.plan.parts}
+            finish.write_config(prepared, partial, records)  # 9
             tell(Phase("verify"))
             seconds = time.monotonic() - started
-            report = finish.verify_and_report(prepared, data, journal.finished, partial, seconds, device)  # 10
-        journal.set_aside()
-        kept = publish(partial, prepared.output, options.overwrite)
-        journal.discard_state()
-    if kept is not None:
-        tell(Message(f"what was in {prepared.output} is now in {kept}", "warning"))
+            report = finish.verify_and_report(prepared, data, records, partial, seconds, device)  # 10
+            journal.set_aside()
+            publish(partial, prepared.output, options.overwrite, journal.announce)
+            log_file.forgive()
+            _tidy(journal, prepared.output, tell)
     return report
+
+
+def _tidy(journal: Journal, output: Path, tell: Listener) -> None:
+    """After the renaming the checkpoint stands: whatever happens now, a signal as well, is no more than a warning."""
+    try:
+        sync_folder(partial_path(output).parent)
+        for old in journal.replaced:
+            for line in dispose(Path(old), output):
+                tell(Message(line, "warning"))
+        journal.discard_state()
+    except BaseException as error:
+        what = str(error) or type(error).__name__
+        tell(Message(f"the checkpoint is complete, but not everything beside it was tidied up: {what}", "warning"))
 
 
 def _remember(warnings: list[str]) -> Listener:
@@ -175,7 +197,13 @@ def _parts(
     from quarkcli.pipeline import Pipeline
 
     plan, options = prepared.plan, prepared.options
-    journal.verify()
+    if journal.finished:
+        tell(Message(f"reading the files of {len(journal.finished)} finished parts once, to see that they are whole"))
+    lost = journal.verify()
+    if lost:
+        what = f"not as they were written, and made again: {', '.join(lost)}"
+        tell(Message(f"{len(lost)} finished parts are damaged or follow a damaged one; {what}", "warning"))
+    journal.keep()
     todo = [part for part in plan.parts if part.name not in journal.finished]
     if len(todo) < len(plan.parts):
         place = f"going on at {todo[0].name}" if todo else "going on with the final steps"

@@ -1,11 +1,12 @@
-"""What of an unfinished output is done, and the carry to go on with: `<output>.partial/state/`.
+"""What of an unfinished output is done, and the carry to go on with: `<output>.partial/.quark-state/`.
 
     lock                 held (flock) while a process works here; holds its pid
     fingerprint.json     everything that must be equal for a run to be continued
-    journal.json         finished parts with their records, notes; rewritten at once
+    journal.json         finished parts with their records, notes, a checksum; rewritten at once
     carry-{a,b}.safetensors   used in turn: the one that journal.json names last is never written to
+    replaced.json        where outputs that are being replaced were moved
 
-At the end `state/` stands aside as `<output>.partial.state` until the output has its name, so that a kill in between
+At the end the folder stands aside as `<output>.partial.state` until the output has its name, so that a kill in between
 is gone on from as well.
 
 The order of a finished part is: shards durable, carry durable, journal. A kill between any two leaves the state
@@ -14,32 +15,29 @@ before the part, and files that no record names, which the next `open` removes.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import json
 import os
-import shutil
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
-from quarkcli.errors import ConfigError, QuarkError, ResourceError, UsageError
+from quarkcli.errors import ConfigError, UsageError
+from quarkcli.place import REPLACED, acquire, aside_path, bring_back, check_empty, make, refuse_links, replaced, unmake
 from quarkcli.source import read_headers, read_tensors
-from quarkcli.writer import MANIFEST, STAGING, atomic_write_json, disk_errors, sync_folder, write_tensors
+from quarkcli.writer import STATE, atomic_write_json, disk_errors, remove, remove_staging, sync_folder, write_tensors
 
 if TYPE_CHECKING:
     import torch
 
 Resume = Literal["auto", "never", "require"]
 
-SCHEMA = "quark/journal/1"
+SCHEMA = "quark/journal/2"
 _CARRIES = ("carry-a.safetensors", "carry-b.safetensors")
 _ABSENT = "(absent)"
 _SHOWN_KEYS = 10
 _SHOWN_CHARACTERS = 80
-# file systems without locks (some network ones): working unlocked beats not working
-_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 
 
 class Journal:
@@ -49,38 +47,83 @@ class Journal:
     to the partial directory) and `size` in bytes, as `WrittenFile.record()` gives.
     """
 
-    def __init__(self, partial: Path, lock: int) -> None:
+    def __init__(self, partial: Path, lock: int, made: list[Path]) -> None:
         self._partial = partial
-        self._state = partial / "state"
+        self._state = partial / STATE
         self._lock: int | None = lock
+        self._made = made  # folders that were not there before, innermost first
+        self._kept = False
         self._parts: list[dict[str, Any]] = []  # name, record, carry ({file, sha256} or None)
         self._notes: dict[str, Any] = {}
 
     @staticmethod
     def open(partial: Path, fingerprint: dict[str, Any], *, resume: Resume = "auto") -> Journal:
-        """Create the partial directory or go on in it.
+        """`lock`, then `start`."""
+        journal = Journal.lock(partial, resume=resume)
+        try:
+            journal.start(fingerprint, resume=resume)
+        except BaseException:
+            journal.abandon()
+            raise
+        return journal
+
+    @staticmethod
+    def lock(partial: Path, *, resume: Resume = "auto") -> Journal:
+        """Take the place of an output, so that no other process works for it. Until `keep`, a failure leaves nothing.
+
+        resume  as in `start`
+
+        Raises UsageError (nothing to resume, a directory that is not ours, links), ResourceError (another process
+        works here, not writable).
+        """
+        with disk_errors(partial):
+            refuse_links(partial)
+            bring_back(partial)
+            started = (partial / STATE / "fingerprint.json").is_file()
+            if resume == "require" and not started:
+                hint = "drop --resume require"
+                raise UsageError("there is no unfinished run to resume", where=str(partial), hint=hint)
+            if resume != "never" and not started:
+                check_empty(partial)
+            made = make(partial / STATE)
+            try:
+                return Journal(partial, acquire(partial / STATE / "lock"), made)
+            except BaseException:
+                unmake(made)
+                raise
+
+    def start(self, fingerprint: dict[str, Any], *, resume: Resume = "auto") -> None:
+        """Begin, or go on with what is finished.
 
         fingerprint   JSON-able, may be nested; a difference to the stored one is an error
         resume        auto: go on when there is something; never: wipe it first; require: there must be something
 
-        Raises ConfigError (other fingerprint, damaged state), UsageError (nothing to resume, or a directory that
-        is not ours), ResourceError (another process works here, not writable).
+        Raises ConfigError (other fingerprint, damaged state), ResourceError.
         """
-        _bring_back(partial)
-        started = (partial / "state" / "fingerprint.json").is_file()
-        if resume == "require" and not started:
-            raise UsageError("there is no unfinished run to resume", where=str(partial), hint="drop --resume require")
-        if resume != "never" and not started:
-            _check_empty(partial)
-        with disk_errors(partial):
-            (partial / "state").mkdir(parents=True, exist_ok=True)
-            journal = Journal(partial, _acquire(partial / "state" / "lock"))
-        try:
-            journal._start(fingerprint, wipe=resume == "never")
-        except BaseException:
-            journal.close()
-            raise
-        return journal
+        path = self._state / "fingerprint.json"
+        if resume == "never" or not path.is_file():
+            self._wipe()  # also what a kill left of an earlier wipe: an old journal must not meet a new fingerprint
+            sync_folder(self._partial.parent)
+            atomic_write_json(path, fingerprint)
+            return
+        _compare(self._partial, _load(path), _plain(fingerprint))
+        self._load_parts()
+        self._remove_strays()
+
+    def keep(self) -> None:
+        """From here on the directory stays, however the run ends."""
+        self._kept = True
+
+    def abandon(self) -> None:
+        """Remove what `lock` made and everything in it, unless it is to be kept; release the lock."""
+        if not self._kept:
+            with suppress(OSError):
+                if self._partial in self._made:
+                    remove(self._partial)
+                elif self._state in self._made:
+                    remove(self._state)
+            unmake(self._made)
+        self.close()
 
     @property
     def finished(self) -> dict[str, dict[str, Any]]:
@@ -118,43 +161,56 @@ class Journal:
             raise _damaged(path) from error
 
     def verify(self) -> list[str]:
-        """Forget the first part with a missing or wrong-sized file and all after it; returns their names.
+        """Read the files of finished parts once, and forget the parts whose files are not as they were written.
 
-        When the part before has lost its carry to a later one, nothing can go on from there: all are forgotten.
-        Raises ResourceError.
+        Where a carry leads from part to part, all parts after a lost one are forgotten with it. When the part before
+        has lost its carry to a later one, nothing can go on from there: all are forgotten. Returns the names of what
+        was forgotten. Raises ResourceError.
         """
-        sound = next((i for i, part in enumerate(self._parts) if not self._has_files(part)), len(self._parts))
-        if sound == len(self._parts):
+        with disk_errors(self._partial):
+            lost = [index for index, part in enumerate(self._parts) if not self._has_files(part)]
+        if not lost:
             return []
-        if sound and self._carry_is_overwritten(sound):
-            sound = 0
-        dropped = [part["name"] for part in self._parts[sound:]]
-        self._store(self._parts[:sound], self._notes)
+        if any(part["carry"] for part in self._parts):
+            first = 0 if lost[0] and self._carry_is_overwritten(lost[0]) else lost[0]
+            lost = list(range(first, len(self._parts)))
+        dropped = [self._parts[index]["name"] for index in lost]
+        self._store([part for part in self._parts if part["name"] not in dropped], self._notes)
         self._remove_strays()
         return dropped
 
     def close(self) -> None:
         """Release the lock; the state stays."""
         if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+            lock, self._lock = self._lock, None
+            os.close(lock)
 
     def set_aside(self) -> None:
-        """Move `state/` out of the directory that is about to be published, in one rename; `open` finds it there."""
-        aside = _aside(self._partial)
+        """Move the state out of the directory that is about to be published, in one rename; `lock` finds it there."""
+        aside = aside_path(self._partial)
         with disk_errors(self._state):
             for name in _CARRIES:
                 (self._state / name).unlink(missing_ok=True)
-            _remove(aside)
+            remove(aside)
             self._state.rename(aside)
+            self._state = aside
             sync_folder(self._partial)
+
+    def announce(self, old: Path) -> None:
+        """Note durably that the output that is being replaced moves to `old`, for a run after a kill to remove it."""
+        atomic_write_json(self._state / REPLACED, [*self.replaced, str(old)])
+
+    @property
+    def replaced(self) -> list[str]:
+        """Paths of what was replaced and may still be there."""
+        return replaced(self._state)
 
     def discard_state(self) -> None:
         """Remove the state, wherever it is, and release the lock: the very last step."""
-        if self._state.exists():
+        if self._state != aside_path(self._partial):
             self.set_aside()
         with disk_errors(self._state):
-            _remove(_aside(self._partial))
+            remove(self._state)
         self.close()
 
     def __enter__(self) -> Journal:
@@ -163,18 +219,9 @@ class Journal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if kind is not None:
+            self.abandon()
         self.close()
-
-    def _start(self, fingerprint: dict[str, Any], *, wipe: bool) -> None:
-        path = self._state / "fingerprint.json"
-        if wipe or not path.is_file():
-            self._wipe()  # also what a kill left of an earlier wipe: an old journal must not meet a new fingerprint
-            sync_folder(self._partial.parent)
-            atomic_write_json(path, fingerprint)
-            return
-        _compare(self._partial, _load(path), _plain(fingerprint))
-        self._load_parts()
-        self._remove_strays()
 
     def _load_parts(self) -> None:
         path = self._state / "journal.json"
@@ -182,7 +229,7 @@ class Journal:
             return
         stored = _load(path)
         try:
-            if stored["schema"] != SCHEMA:
+            if stored["schema"] != SCHEMA or stored["sha256"] != _checksum(stored["parts"], stored["notes"]):
                 raise _damaged(path)
             self._parts = [{key: part[key] for key in ("name", "record", "carry")} for part in stored["parts"]]
             self._notes = dict(stored["notes"])
@@ -191,8 +238,10 @@ class Journal:
 
     def _store(self, parts: list[dict[str, Any]], notes: dict[str, Any]) -> None:
         """Disk first: what memory says is never ahead of what a restart would find."""
-        atomic_write_json(self._state / "journal.json", {"schema": SCHEMA, "parts": parts, "notes": notes})
-        self._parts, self._notes = parts, _plain(notes)
+        parts, notes = _plain(parts), _plain(notes)
+        stored = {"schema": SCHEMA, "sha256": _checksum(parts, notes), "parts": parts, "notes": notes}
+        atomic_write_json(self._state / "journal.json", stored)
+        self._parts, self._notes = parts, notes
 
     def _write_carry(self, carry: dict[str, torch.Tensor]) -> dict[str, str]:
         last = self._parts[-1]["carry"] if self._parts else None
@@ -200,7 +249,7 @@ class Journal:
         return {"file": file, "sha256": write_tensors(self._state / file, carry).sha256}
 
     def _has_files(self, part: dict[str, Any]) -> bool:
-        return all(_size(self._partial / file["file"]) == file["size"] for file in part["record"].get("files", []))
+        return all(_is_sound(self._partial / file["file"], file) for file in part["record"].get("files", []))
 
     def _carry_is_overwritten(self, count: int) -> bool:
         """True when a part after the first `count` wrote to the file that holds the carry of the last of them."""
@@ -213,9 +262,10 @@ class Journal:
         with disk_errors(self._partial):
             # the fingerprint goes first: without it, what a kill leaves of the rest is not taken for a journal
             (self._state / "fingerprint.json").unlink(missing_ok=True)
+            ours = (self._state, self._state / "lock", self._state / REPLACED)
             for path in [*self._state.iterdir(), *self._partial.iterdir()]:
-                if path not in (self._state, self._state / "lock"):
-                    _remove(path)
+                if path not in ours:
+                    remove(path)
 
     def _remove_strays(self) -> None:
         """Remove what a kill left: temporary files, and shards that no record names."""
@@ -224,69 +274,12 @@ class Journal:
             shards = [
                 path for path in self._partial.rglob("model-*.safetensors*") if self._relative(path) not in listed
             ]
-            for path in [*shards, *self._partial.rglob(f"{STAGING}*")]:
-                _remove(path)
+            for path in shards:
+                remove(path)
+        remove_staging(self._partial)
 
     def _relative(self, path: Path) -> str:
         return path.relative_to(self._partial).as_posix()
-
-
-def _aside(partial: Path) -> Path:
-    return partial.with_name(f"{partial.name}.state")
-
-
-def _bring_back(partial: Path) -> None:
-    """Undo `set_aside` of a run that ended before its directory had its final name."""
-    aside, state = _aside(partial), partial / "state"
-    if state.exists() or not (partial / MANIFEST).is_file() or not (aside / "fingerprint.json").is_file():
-        return
-    with disk_errors(partial):
-        lock = _acquire(aside / "lock")
-        try:
-            aside.rename(state)
-        finally:
-            os.close(lock)
-
-
-def _acquire(path: Path) -> int:
-    """An open descriptor that holds the lock; the kernel releases it when the process ends, however it ends."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not path.exists() or os.fstat(descriptor).st_ino != path.stat().st_ino:
-            raise ResourceError("another process just finished it", where=str(path.parent.parent), hint="run again")
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"{os.getpid()}\n".encode())
-    except BlockingIOError as error:
-        os.close(descriptor)
-        raise _held(path) from error
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            os.close(descriptor)
-            raise
-    except QuarkError:
-        os.close(descriptor)
-        raise
-    return descriptor
-
-
-def _held(path: Path) -> ResourceError:
-    pid = path.read_text(encoding="utf-8", errors="replace").strip() or "unknown"
-    hint = "wait for it, stop it, or choose another output with -o"
-    return ResourceError(f"another process (pid {pid}) is working here", where=str(path.parent.parent), hint=hint)
-
-
-def _check_empty(partial: Path) -> None:
-    """A `.partial` without a journal is either being created or not ours: nothing of it is touched."""
-    if partial.exists() and not partial.is_dir():
-        raise UsageError("exists and is not a directory", where=str(partial), hint="move it away")
-    if not partial.is_dir() or all(path.name == "state" for path in partial.iterdir()):
-        return
-    if (partial / MANIFEST).is_file():
-        final = partial.with_name(partial.name.removesuffix(".partial"))
-        raise UsageError("is finished and was only not renamed", where=str(partial), hint=f"rename it to {final}")
-    hint = "move it away, or use --resume never to delete it"
-    raise UsageError("is not empty, and no run that could be continued", where=str(partial), hint=hint)
 
 
 def _compare(partial: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
@@ -338,12 +331,15 @@ def _damaged(path: Path) -> ConfigError:
     return ConfigError("the state of the unfinished run is damaged", where=str(path), hint=hint)
 
 
-def _size(path: Path) -> int | None:
-    return path.stat().st_size if path.is_file() else None
+def _checksum(parts: list[dict[str, Any]], notes: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps([parts, notes], sort_keys=True).encode()).hexdigest()
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+def _is_sound(path: Path, file: dict[str, Any]) -> bool:
+    """Whether a finished file has the size, and where that is known the hash, with which it was written."""
+    if not path.is_file() or path.stat().st_size != file["size"]:
+        return False
+    if "sha256" not in file:
+        return True
+    with path.open("rb") as stream:
+        return bool(hashlib.file_digest(stream, "sha256").hexdigest() == file["sha256"])

@@ -16,6 +16,7 @@ from quarkcli.plan.compose import Overrides
 from quarkcli.plan.fused import Servers
 from quarkcli.plan.model import Plan
 from quarkcli.recipe.recipe import Recipe
+from quarkcli.side_files import SideFiles
 from quarkcli.source import Source
 
 
@@ -88,4 +89,5 @@ class Prepared:
     calibration: Calibration | None
     forecast: Forecast
     output: Path
+    side_files: SideFiles
     warnings: list[str]

@@ -19,9 +19,10 @@ from quarkcli.options import Calibration, Options, Prepared
 from quarkcli.plan.fused import Servers, sentence, splits
 from quarkcli.plan.model import Plan, Target
 from quarkcli.recipe.recipe import Recipe
+from quarkcli.side_files import SideFiles, shown
 from quarkcli.source import Source
 from quarkcli.spec import MIN_MAX, PerGroup, PerTensor, PerTile, TensorSpec
-from quarkcli.writer import free_bytes, output_state, partial_path
+from quarkcli.writer import disk_errors, free_bytes, output_state, partial_path, resolved
 
 if TYPE_CHECKING:
     from quarkcli.calibration.data import CalibrationData
@@ -179,6 +180,15 @@ def calibration(options: Options, recipe: Recipe, source: Source, needs: Mapping
     )
 
 
+def check_tokenizer(source: Source, side_files: SideFiles, calibration: Calibration | None) -> None:
+    """Refuse to calibrate with a tokenizer of which the checkpoint would lack a file."""
+    lost = side_files.lost_tokenizer()
+    if calibration is not None and lost is not None:
+        hint = "put the file itself into the folder; schemes that need no data leave it out with a warning"
+        where = f"{shown(source.folder)}/{lost[0]}"
+        raise ModelError(f"a file of the tokenizer is among the {lost[1]}", where=where, hint=hint)
+
+
 def unused_flags(options: Options) -> list[str]:
     """A warning for calibration flags given to a plan that needs no data."""
     given = {
@@ -229,7 +239,7 @@ def forecast_of(
 
 def check_output(output: Path, overwrite: bool, source: Path) -> None:
     """Refuse an output that exists, unless it may be replaced, and one that touches the source."""
-    final = output.resolve()
+    final = resolved(output)
     if final == source or source in final.parents or final in source.parents:
         raise UsageError("lies inside the source model, or around it", where=str(output), hint="choose another -o")
     state = output_state(output)
@@ -237,7 +247,8 @@ def check_output(output: Path, overwrite: bool, source: Path) -> None:
         what = "a finished checkpoint" if state == "finished" else "something that is not a checkpoint of ours"
         raise UsageError(f"exists: {what}", where=str(output), hint="--overwrite replaces it, or choose another -o")
     parent = partial_path(output).parent
-    existing = next(folder for folder in (parent, *parent.parents) if folder.exists())
+    with disk_errors(parent):
+        existing = next(folder for folder in (parent, *parent.parents) if folder.exists())
     if not os.access(existing, os.W_OK):
         raise ResourceError("not writable", where=str(existing), hint="choose another directory with -o")
 
@@ -245,8 +256,9 @@ def check_output(output: Path, overwrite: bool, source: Path) -> None:
 def check_resources(output: Path, size: forecast.Forecast) -> None:
     """Refuse a job that the disk or the memory cannot hold, before any weight is read."""
     partial = partial_path(output)
-    present = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file()) if partial.exists() else 0
-    free = free_bytes(output) + present
+    with disk_errors(output):
+        present = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file()) if partial.exists() else 0
+        free = free_bytes(output) + present
     if size.disk_bytes > free:
         raise ResourceError(
             f"{size.disk_bytes:,} bytes needed, {free:,} free", where=str(output), hint="free some space, or another -o"

@@ -1,4 +1,4 @@
-"""A source checkpoint: config text, tensor headers, tensor bytes by offset, side files, revision.
+"""A source checkpoint: config text, tensor headers, tensor bytes by offset, revision.
 
 Headers are parsed here by hand (format: https://github.com/huggingface/safetensors#format) because the library
 hides the byte offsets and reads through torch or a memory map: plans need headers without torch, and a job needs
@@ -13,7 +13,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -36,15 +36,14 @@ _ROWS: tuple[tuple[int, dict[str, str]], ...] = (
 DTYPES = {name: (size, torch_name) for size, names in _ROWS for name, torch_name in names.items()}
 
 HEADER_LIMIT = 100_000_000  # bytes, the library's own limit
-SIDE_FILE_LIMIT = 64 * 2**20  # bytes
 SINGLE = "model.safetensors"
 INDEX = f"{SINGLE}.index.json"
-PICKLES = (".bin", ".pt", ".pth")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".dill", ".th", ".t7")
 OTHER_WEIGHTS = (".gguf", ".onnx", ".h5", ".msgpack")
-_NOT_BESIDE = (".safetensors", *PICKLES, *OTHER_WEIGHTS, ".safetensors.index.json", ".bin.index.json")
 _IGNORED = [f"*{suffix}" for suffix in PICKLES + OTHER_WEIGHTS] + ["original/*", "*/original/*", "consolidated*"]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 _READ_CHUNK = 256 * 2**20
+_DENIED = {errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR}
 _AGAIN = "the file is damaged or incomplete: download it again"
 
 
@@ -111,19 +110,9 @@ class Source:
             raise AccessError("no such directory", where=path_or_id)
         return _open_folder(_download(path_or_id, revision, offline), path_or_id, online=not offline)
 
-    def side_files(self, *, large: bool = False) -> list[Path]:
-        """Relative paths of everything to copy beside the weights, up to 64 MiB each, sorted.
-
-        Without config.json (rewritten) and README.md (see `readme`), hidden files and folders, and `original/`.
-        large: the files that are left out for their size alone instead.
-        """
-        return sorted(path for path, size in self._beside() if (size > SIDE_FILE_LIMIT) == large)
-
-    @property
-    def readme(self) -> Path | None:
-        """The model card, absolute, or None."""
-        path = self.folder / "README.md"
-        return path if path.is_file() else None
+    def is_within(self, path: Path) -> bool:
+        """Whether what lies at an absolute path is a file of this model, links followed. Raises OSError."""
+        return is_within(self.folder, path)
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor in its stored dtype and shape: CPU, own memory, no map. Raises ModelError, AccessError."""
@@ -147,20 +136,13 @@ class Source:
         facts = [[list(vars(header).values()) for header in self.headers.values()], self.files]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
-    def _beside(self) -> Iterator[tuple[Path, int]]:
-        for root, folders, names in os.walk(self.folder):
-            folders[:] = [name for name in folders if not name.startswith(".") and name != "original"]
-            for path in (Path(root, name) for name in names if not name.startswith(".")):
-                relative = path.relative_to(self.folder)
-                # the two names are the caller's business only at the top; a broken link is no file
-                rewritten = str(relative) in ("config.json", "README.md")
-                if not rewritten and not path.name.lower().endswith(_NOT_BESIDE) and path.is_file():
-                    yield relative, path.stat().st_size
-
 
 def _open_folder(folder: Path, hub_id: str | None, *, online: bool) -> Source:
     if not (folder / "config.json").is_file():
         raise ModelError("no config.json: this is not a Hugging Face model directory", where=str(folder))
+    if not is_within(folder, folder / "config.json"):  # it is copied into the checkpoint
+        hint = "put the file itself into the folder"
+        raise ModelError("a link out of the model folder", where=str(folder / "config.json"), hint=hint)
     text, config = _read_json(folder / "config.json")
     headers: dict[str, Header] = {}
     stamps: dict[str, tuple[int, int]] = {}
@@ -174,12 +156,26 @@ def _open_folder(folder: Path, hub_id: str | None, *, online: bool) -> Source:
     if not headers:
         raise ModelError("the model's files hold no tensors", where=str(folder))
     _check_index(weight_map, headers)
-    is_snapshot = folder.parent.name == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", folder.name)
+    is_snapshot = _is_snapshot(folder)
     commit = folder.name if is_snapshot else None
     if is_snapshot and not hub_id:  # .../models--org--name/snapshots/<commit>
         hub_id = folder.parents[1].name.removeprefix("models--").replace("--", "/")
     name = (hub_id or folder.name).rpartition("/")[2]
     return Source(folder, name, hub_id, commit, text, config, headers, stamps)
+
+
+def is_within(folder: Path, path: Path) -> bool:
+    """Whether `path`, links followed, lies in a model folder, or for a hub snapshot among its blobs. Raises OSError."""
+    try:
+        target = path.resolve(strict=True)
+    except RuntimeError as error:  # how Python before 3.13 says it
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path)) from error
+    return target.is_relative_to(folder) or (_is_snapshot(folder) and target.parent == folder.parents[1] / "blobs")
+
+
+def _is_snapshot(folder: Path) -> bool:
+    """Whether a folder is `.../models--org--name/snapshots/<commit>`, whose files are links to `../../blobs`."""
+    return folder.parent.name == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", folder.name) is not None
 
 
 def _stamp(path: Path) -> tuple[int, int]:
@@ -191,8 +187,10 @@ def _stamp(path: Path) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def _unreadable(path: Path, error: OSError) -> AccessError:
-    return AccessError(f"cannot be read: {error.strerror or error}", where=str(path))
+def _unreadable(path: Path, error: OSError) -> QuarkError:
+    """What is not there or not allowed is the user's to mend; everything else is the disk's or the system's."""
+    kind = AccessError if error.errno in _DENIED else ResourceError
+    return kind(f"cannot be read: {error.strerror or error}", where=str(path))
 
 
 def _read_json(path: Path) -> tuple[str, dict[str, Any]]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quarkcli import forecast, nonfinite
+from quarkcli import forecast, manifest, nonfinite
 from quarkcli.checkpoint import Checkpoint
 from quarkcli.dialects.base import Decoded, Dialect, StoredTarget
 from quarkcli.errors import CheckError, ModelError
@@ -87,17 +87,20 @@ def directory(
     target: Servers = "auto",
     on_nonfinite: OnNonfinite = "stop",
     tell: Listener = silent,
+    hashes: bool | None = None,
 ) -> list[str]:
-    """`quark verify DIR [--source X]`: a checkpoint on its own, and against the model it came from.
+    """`quark verify DIR [--source X]`: a checkpoint on its own, and against its manifest and the model it came from.
 
     target        `none`: what servers fuse may have more than one scheme
     on_nonfinite  `keep`: NaN and infinity in what was not quantized are told as warnings
+    hashes        read all files to compare their hashes; None: up to 20 GB in all
     """
     written = _open(Path(path))
     checkpoint = Checkpoint(written)
     if not checkpoint.quantized:
         raise CheckError("no quantization_config in config.json", where=path)
-    checks = [_fused_schemes(checkpoint, target), *scales(checkpoint), kept_values(checkpoint, on_nonfinite, tell)]
+    checks = [*_against_manifest(written.folder, hashes), _fused_schemes(checkpoint, target), *scales(checkpoint)]
+    checks.append(kept_values(checkpoint, on_nonfinite, tell))
     if source is not None:
         checks.append(_against_source(checkpoint, Source.open(source)))
     return checks
@@ -131,6 +134,15 @@ def kept_values(checkpoint: Checkpoint, on_nonfinite: OnNonfinite, tell: Listene
         tell(Message(text, "warning"))
     finite = len(names) - len(found.parameters) - len(found.others)
     return f"values of {finite} of {len(names)} kept tensors finite ({size / 1e6:,.1f} MB read)"
+
+
+def _against_manifest(folder: Path, hashes: bool | None) -> list[str]:
+    listed = manifest.read(folder)
+    if listed is not None:
+        return manifest.compare(folder, listed, hashes)
+    if hashes:
+        raise CheckError("there is no manifest, so no hashes to compare", where=str(folder))
+    return ["no manifest: sizes, headers and hashes not compared"]
 
 
 def _against_source(checkpoint: Checkpoint, source: Source) -> str:

@@ -14,7 +14,7 @@ import re
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,7 +31,9 @@ OutputState = Literal["absent", "empty", "finished", "foreign"]
 
 SHARD_LIMIT = 5_000_000_000  # bytes of tensors in one file
 STAGING = ".writing-"  # prefix of temporary folders and files; the journal removes what a kill left behind
+STATE = ".quark-state"  # the journal's folder in a partial directory; hidden, so that no source has it
 MANIFEST = "quark/manifest.json"
+_LONGEST_NAME, _LONGEST_PATH = 255, 3500  # bytes; room is left for the files inside
 
 _METADATA = {"format": "pt"}  # transformers refuses files without it
 _SLUG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -189,6 +191,21 @@ def _staging(folder: Path) -> Iterator[Path]:
         shutil.rmtree(path, ignore_errors=True)
 
 
+def remove_staging(folder: Path) -> None:
+    """Remove temporary folders and files that a kill or a failure left below `folder`. Raises ResourceError."""
+    with disk_errors(folder):
+        for path in list(folder.rglob(f"{STAGING}*")):
+            remove(path)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a whole folder, if it is there. Raises OSError."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def _default_mode(folder: Path) -> int:
     """The mode a new file gets here under the umask, found without changing the umask of the process."""
     probe = folder / "mode"
@@ -248,15 +265,23 @@ def disk_errors(path: Path, need: int = 0) -> Iterator[None]:
 def _disk_error(error: OSError, path: Path, need: int) -> ResourceError:
     where = str(path)
     if error.errno == errno.ENOSPC:
-        what = f"no space left: {need:,} bytes needed, {free_bytes(path):,} free"
+        what = f"no space left: {need:,} bytes needed{_free(path)}"
         return ResourceError(what, where=where, hint="free some space; the same command goes on where it stopped")
     if error.errno == errno.EDQUOT:
-        what = f"disk quota exceeded: {need:,} bytes needed, {free_bytes(path):,} free on the disk as a whole"
+        what = f"disk quota exceeded: {need:,} bytes needed{_free(path, ' on the disk as a whole')}"
         return ResourceError(what, where=where, hint="free some space; the same command goes on where it stopped")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         what = f"cannot be written: {error.strerror}"
         return ResourceError(what, where=where, hint="choose another directory with -o")
     return ResourceError(f"writing failed: {error.strerror or error}", where=where)
+
+
+def _free(path: Path, of: str = "") -> str:
+    """What is free, where that can be told."""
+    try:
+        return f", {free_bytes(path):,} free{of}"
+    except OSError:
+        return ""
 
 
 def free_bytes(path: Path) -> int:
@@ -269,57 +294,89 @@ def free_bytes(path: Path) -> int:
 
 
 def output_state(final: Path) -> OutputState:
-    """What lies at the output path; `finished` is a checkpoint of ours, `foreign` anything else."""
-    if not final.exists() and not final.is_symlink():
-        return "absent"
-    if not final.is_dir():
-        return "foreign"
+    """What lies at the output path; `finished` is a checkpoint of ours, `foreign` anything else. ResourceError."""
     with disk_errors(final):
+        if not final.exists() and not final.is_symlink():
+            return "absent"
+        if not final.is_dir():
+            return "foreign"
         content = list(final.iterdir())
-    if not content:
-        return "empty"
-    return "finished" if (final / MANIFEST).is_file() else "foreign"
+        if not content:
+            return "empty"
+        return "finished" if (final / MANIFEST).is_file() else "foreign"
 
 
 def partial_path(final: Path) -> Path:
-    """`<final>.partial` beside it, where the work happens; links are followed. UsageError on a mount point."""
-    final = final.resolve()
-    if final.is_mount():
+    """`<final>.partial` beside it, where the work happens; links are followed.
+
+    Raises UsageError for a place that cannot have one: a mount point, a link that leads to itself, a name too long.
+    """
+    final = resolved(final)
+    with disk_errors(final):
+        mounted = final.is_mount()
+    if mounted:
         raise UsageError(
             "is a mount point and cannot be renamed into", where=str(final), hint="give a folder inside it"
         )
-    return final.with_name(f"{final.name}.partial")
+    partial = final.with_name(f"{final.name}.partial")
+    if len(os.fsencode(f"{partial.name}.state")) > _LONGEST_NAME or len(os.fsencode(final)) > _LONGEST_PATH:
+        what = f"the name of the output is too long; at most {_LONGEST_NAME - len('.partial.state')} bytes"
+        raise UsageError(what, where=f"{str(final)[:80]}...", hint="choose another -o")
+    return partial
 
 
-def publish(partial: Path, final: Path, overwrite: bool) -> Path | None:
+def resolved(path: Path) -> Path:
+    """An absolute path without links. Raises UsageError for links in a circle, ResourceError where it may not look."""
+    try:
+        with disk_errors(path):
+            return path.resolve()
+    except RuntimeError as error:  # how Python before 3.13 says it
+        raise UsageError("is a link that leads to itself", where=str(path), hint="choose another -o") from error
+
+
+def publish(
+    partial: Path, final: Path, overwrite: bool, announce: Callable[[Path], None] = lambda old: None
+) -> Path | None:
     """Rename `partial` to `final`; on any failure the old content of `final` is back in place.
 
-    With `overwrite` what was there moves aside to `<final>.old-<pid>`; a finished checkpoint of ours is then
-    deleted, a foreign directory is kept there, since nobody can restore it. Returns the path of what was kept.
+    With `overwrite` what was there moves aside; where to is handed to `announce` before, and returned.
     Raises UsageError when `final` is not empty and `overwrite` is off, ResourceError when renaming fails.
     """
-    final = final.resolve()
+    final = resolved(final)
     state = output_state(final)
     if state in ("finished", "foreign") and not overwrite:
         raise UsageError(f"exists and is not empty ({state})", where=str(final), hint="--overwrite replaces it")
     with disk_errors(final):
         if state in ("absent", "empty"):
-            partial.rename(final)  # POSIX replaces an empty directory
-            sync_folder(final.parent)
+            _rename(partial, final)  # POSIX replaces an empty directory
             return None
-        old = _swap(partial, final)
-    if state == "finished":
-        shutil.rmtree(old, ignore_errors=True)
-    return old if old.exists() else None
+        old = _unused(final)
+        announce(old)
+        _swap(partial, final, old)
+    return old
 
 
-def _swap(partial: Path, final: Path) -> Path:
-    old = final.with_name(f"{final.name}.old-{os.getpid()}")
+def _unused(final: Path) -> Path:
+    """`<final>.old-<pid>`, or with a number behind it: in a container every run has the same pid."""
+    first = final.with_name(f"{final.name}.old-{os.getpid()}")
+    names = (first, *(first.with_name(f"{first.name}-{number}") for number in range(2, 10_000)))
+    return next(path for path in names if not os.path.lexists(path))
+
+
+def _swap(partial: Path, final: Path, old: Path) -> None:
     final.rename(old)
     try:
-        partial.rename(final)
+        _rename(partial, final)
     except BaseException:
         old.rename(final)
         raise
-    sync_folder(final.parent)
-    return old
+
+
+def _rename(partial: Path, final: Path) -> None:
+    """Rename; what arrives once it is done (a signal, an error of a network file system) does not undo it."""
+    inode = partial.stat().st_ino
+    try:
+        partial.rename(final)
+    except BaseException:
+        if partial.exists() or not final.exists() or final.stat().st_ino != inode:
+            raise

@@ -134,7 +134,7 @@ def test_step_9_can_be_repeated(work):
     seen = []
     for _ in range(2):
         finish.write_config(plan, partial, records)
-        files = [path for path in sorted(partial.rglob("*")) if path.is_file() and "state" not in path.parts]
+        files = [path for path in sorted(partial.rglob("*")) if path.is_file() and ".quark-state" not in path.parts]
         seen.append({path: path.read_bytes() for path in files if path.name != "quark.log"})
     assert seen[0] == seen[1]
 
@@ -143,8 +143,8 @@ def test_the_manifest_leaves_out_itself_the_log_and_the_state(work):
     report = complete(work)
     partial = work[1]
     files = json.loads((partial / "quark" / "manifest.json").read_text())["files"]
-    assert not [name for name in files if name.startswith("state/")]
-    assert (partial / "state" / "journal.json").is_file()
+    assert not [name for name in files if name.startswith(".quark-state/")]
+    assert (partial / ".quark-state" / "journal.json").is_file()
     assert {"quark/manifest.json", "quark/quark.log"} & set(files) == set()
     assert {"config.json", "README.md", "quark/report.json", "quark/source_README.md"} <= set(files)
     for name, digest in files.items():

@@ -82,12 +82,14 @@ def test_carry_files_alternate(partial: Path) -> None:
     with Journal.open(partial, FINGERPRINT) as journal:
         for index, name in enumerate(["carry-a", "carry-b", "carry-a"]):
             other = {
-                path: path.stat().st_mtime_ns for path in (partial / "state").glob("carry-*") if name not in str(path)
+                path: path.stat().st_mtime_ns
+                for path in (partial / ".quark-state").glob("carry-*")
+                if name not in str(path)
             }
             work(journal, index)
             assert all(path.stat().st_mtime_ns == before for path, before in other.items())
             check_carry(journal, index)
-            assert (partial / "state" / f"{name}.safetensors").exists()
+            assert (partial / ".quark-state" / f"{name}.safetensors").exists()
 
 
 def test_part_without_carry(partial: Path) -> None:
@@ -106,7 +108,7 @@ def test_resume_never_wipes(partial: Path) -> None:
     (partial / "config.json").touch()
     with Journal.open(partial, {"other": 1}, resume="never") as journal:
         assert journal.finished == {}
-        assert files(partial) == ["state/fingerprint.json", "state/lock"]
+        assert files(partial) == [".quark-state/fingerprint.json", ".quark-state/lock"]
         work(journal, 0)
     with Journal.open(partial, {"other": 1}) as journal:
         assert list(journal.finished) == ["block-0"]
@@ -160,7 +162,7 @@ def test_equal_means_equal_as_json(partial: Path) -> None:
 )
 def test_damaged_state(partial: Path, name: str, content: str) -> None:
     run(partial, 0)
-    (partial / "state" / name).write_text(content)
+    (partial / ".quark-state" / name).write_text(content)
     with pytest.raises(ConfigError):
         Journal.open(partial, FINGERPRINT)
 
@@ -168,7 +170,7 @@ def test_damaged_state(partial: Path, name: str, content: str) -> None:
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
 def test_damaged_carry(partial: Path, damage: str) -> None:
     run(partial, 0)
-    path = partial / "state" / "carry-a.safetensors"
+    path = partial / ".quark-state" / "carry-a.safetensors"
     data = path.read_bytes()
     path.write_bytes(data[:-1] + (b"\xff" if damage == "flip" else b""))
     if damage == "remove":
@@ -212,19 +214,73 @@ def test_old_state_never_meets_a_new_fingerprint(partial: Path) -> None:
     """A kill in the middle of `--resume never` may leave journal.json without its fingerprint."""
     run(partial, 0)
     (partial / "model-block-0.safetensors").unlink()
-    (partial / "state" / "fingerprint.json").unlink()
+    (partial / ".quark-state" / "fingerprint.json").unlink()
     for _ in range(2):
         with Journal.open(partial, {"other": 1}) as journal:
             assert journal.finished == {}
 
 
-def test_verify_forgets_a_part_and_all_later_ones(partial: Path) -> None:
-    run(partial, 0, 1, 2, 3, carry=False)
-    (partial / "model-block-1.safetensors").write_bytes(b"short")
+@pytest.mark.parametrize("damage", ["short", "other bytes"])
+def test_verify_forgets_a_part_without_a_carry_alone(partial: Path, damage: str) -> None:
+    run(partial, 0, 1, 2, carry=False)
+    path = partial / "model-block-1.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(b"short" if damage == "short" else data)
     with Journal.open(partial, FINGERPRINT) as journal:
-        assert journal.verify() == ["block-1", "block-2", "block-3"]
-        assert list(journal.finished) == ["block-0"]
-        assert [path.name for path in partial.glob("model-*")] == ["model-block-0.safetensors"]
+        assert journal.verify() == ["block-1"]
+        assert list(journal.finished) == ["block-0", "block-2"]
+        assert not path.exists()
+
+
+def test_verify_forgets_a_part_and_all_that_follow_from_its_carry(partial: Path) -> None:
+    run(partial, 0, 1, 2)
+    path = partial / "model-block-1.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with Journal.open(partial, FINGERPRINT) as journal:
+        assert journal.verify() == ["block-0", "block-1", "block-2"]  # the carry of block-0 is overwritten
+
+
+@pytest.mark.parametrize("old", ['"block-0"', '"size": ', '"a"', "}"])
+def test_a_journal_that_was_changed_is_not_believed(partial: Path, old: str) -> None:
+    run(partial, 0, 1)
+    path = partial / ".quark-state" / "journal.json"
+    text = path.read_text().replace('"carry-a', '"a')
+    path.write_text(text.replace(old, old.replace('"block-0"', '"block-7"').replace("size", "Size"), 1))
+    with pytest.raises(ConfigError, match="damaged"):
+        Journal.open(partial, FINGERPRINT)
+
+
+def test_an_abandoned_place_is_as_it_was(tmp_path: Path) -> None:
+    partial = tmp_path / "new" / "folder" / "out.partial"
+    with pytest.raises(ZeroDivisionError), Journal.lock(partial) as journal:
+        assert partial.is_dir()
+        journal.start(FINGERPRINT)
+        raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ZeroDivisionError), Journal.lock(partial) as journal:
+        journal.start(FINGERPRINT)
+        journal.keep()
+        raise ZeroDivisionError
+    assert files(partial) == [".quark-state/fingerprint.json", ".quark-state/lock"]
+    with pytest.raises(ConfigError), Journal.lock(partial) as journal:
+        journal.start({"other": 1})
+    assert files(partial) == [".quark-state/fingerprint.json", ".quark-state/lock"]
+
+
+@pytest.mark.parametrize("name", ["out.partial", "out.partial.state", "out.partial/quark", "out.partial/.quark-state"])
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_nothing_is_done_through_a_link(tmp_path: Path, name: str, resume: Any) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.tex").write_text("mine")
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).symlink_to(mine)
+    with pytest.raises(UsageError, match="is a link"):
+        Journal.open(tmp_path / "out.partial", FINGERPRINT, resume=resume)
+    assert files(mine) == ["thesis.tex"]
 
 
 def test_verify_goes_on_from_the_carry_before(partial: Path) -> None:
@@ -251,7 +307,7 @@ def test_open_removes_what_a_kill_left(partial: Path) -> None:
     for name in ("model-block-1.safetensors", "sub/model-block-1-00002.safetensors", "model-block-1.safetensors.tmp"):
         (partial / name).parent.mkdir(exist_ok=True)
         (partial / name).touch()
-    (partial / "state" / ".writing-1-journal.json").touch()
+    (partial / ".quark-state" / ".writing-1-journal.json").touch()
     (partial / ".writing-abc").mkdir()
     (partial / ".writing-abc" / ".tmp123").touch()
     (partial / "report.json").touch()
@@ -326,7 +382,7 @@ torch.set_num_threads(1)
 PARTS = 4
 
 def job(partial):
-    if (partial / MANIFEST).exists() and not (partial / "state").exists():
+    if (partial / MANIFEST).exists() and not (partial / ".quark-state").exists():
         return  # killed between the end and the renaming
     with Journal.open(partial, {"seed": 1}) as journal:
         assert journal.verify() == []

@@ -213,7 +213,7 @@ def check_refused(answer: Done, work: Path, key: str) -> None:
     assert "hint: " in error
     assert "--resume never" in error
     assert "Traceback" not in error
-    assert (work / "out.partial" / "state" / "journal.json").is_file()
+    assert (work / "out.partial" / ".quark-state" / "journal.json").is_file()
 
 
 @pytest.mark.parametrize(
@@ -307,7 +307,7 @@ def test_two_processes_do_not_share_an_output(quark, calm, work):
     interrupted(quark, work, "mxfp4")
     import fcntl
 
-    with (work / "out.partial" / "state" / "lock").open("r+") as lock:
+    with (work / "out.partial" / ".quark-state" / "lock").open("r+") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         answer = run(quark, work, "mxfp4")
     assert answer.code == 6
@@ -327,7 +327,7 @@ def test_a_time_budget_stops_after_a_part(quark, calm, work):
         assert "stopped: the time budget is used up; finished parts are kept\n" in answer.err
         assert "hint: run the same command again" in answer.err
         assert not (work / "out").exists()
-        journal = json.loads((work / "out.partial" / "state" / "journal.json").read_text())
+        journal = json.loads((work / "out.partial" / ".quark-state" / "journal.json").read_text())
         assert len(journal["parts"]) == done + 1  # at least one, and no second one beyond the budget
     assert run(quark, work, "nvfp4").code == 0
     check_finished(work, calm["nvfp4"])

@@ -121,7 +121,7 @@ def test_shards_of_an_index_in_file_order(model: Path) -> None:
 def test_opens_without_torch(model: Path) -> None:
     save_file({"x": torch.zeros(4)}, model / "model.safetensors")
     code = "import sys; from quarkcli.source import Source; s = Source.open(sys.argv[1]); s.header_digest(); "
-    code += "s.side_files(); import quarkcli.writer, quarkcli.journal; sys.exit('torch' in sys.modules)"
+    code += "import quarkcli.writer, quarkcli.journal; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code, str(model)], check=False).returncode == 0
 
 
@@ -290,27 +290,6 @@ def test_unreadable_file(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "open", refuse)  # tests may run as root, whom no mode stops
     with pytest.raises(AccessError, match=r"model\.safetensors: cannot be read: Permission denied"):
         Source.open(str(model))
-
-
-def test_side_files(model: Path) -> None:
-    save_file({"x": torch.zeros(1)}, model / "model.safetensors")
-    kept = ["LICENSE", "chat_template.jinja", "sub/config.json", "sub/README.md", "tokenizer.json"]
-    dropped = "README.md .gitattributes .git/config sub/.cache/x.json original/params.json sub/original/x a.bin B.PT"
-    dropped += " c.pth d.gguf e.onnx f.h5 g.msgpack sub/h.safetensors x.safetensors.index.json y.bin.index.json"
-    for name in kept + dropped.split():
-        (model / name).parent.mkdir(parents=True, exist_ok=True)
-        (model / name).write_text("x")
-    (model / "broken.json").symlink_to(model / "gone")
-    (model / "link.json").symlink_to(model / "LICENSE")
-    for name, size in [("large.json", 64 * 2**20 + 1), ("limit.json", 64 * 2**20)]:
-        (model / name).touch()
-        os.truncate(model / name, size)
-    source = Source.open(str(model))
-    assert source.side_files() == sorted(Path(name) for name in [*kept, "link.json", "limit.json"])
-    assert source.side_files(large=True) == [Path("large.json")]
-    assert source.readme == model / "README.md"
-    (model / "README.md").unlink()
-    assert source.readme is None
 
 
 @pytest.fixture

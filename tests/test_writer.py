@@ -314,18 +314,30 @@ def test_publish_refuses_what_exists(tmp_path: Path, name: str) -> None:
     assert (final / name).exists()
 
 
-def test_publish_over_a_finished_output(tmp_path: Path) -> None:
-    partial, final = folder(tmp_path / "out.partial", "new"), folder(tmp_path / "out", "quark/manifest.json")
-    assert publish(partial, final, overwrite=True) is None
-    assert [path.name for path in tmp_path.rglob("*")] == ["out", "new"]
+@pytest.mark.parametrize("name", ["quark/manifest.json", "notes.txt"])
+def test_publish_moves_what_was_there_aside(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "getpid", lambda: 7)
+    said: list[Path] = []
+    folder(tmp_path / "out", name)
+    for suffix in ("", "-2", "-3"):  # in a container every run has the same pid
+        old = publish(folder(tmp_path / "out.partial", name), tmp_path / "out", overwrite=True, announce=said.append)
+        assert old == tmp_path / f"out.old-7{suffix}"
+        assert (old / name).is_file()
+    assert len(said) == 3
 
 
-def test_publish_keeps_what_is_not_ours(tmp_path: Path) -> None:
-    partial, final = folder(tmp_path / "out.partial", "new"), folder(tmp_path / "out", "notes.txt")
-    kept = publish(partial, final, overwrite=True)
-    assert kept == tmp_path / f"out.old-{os.getpid()}"
-    assert (kept / "notes.txt").read_text() == "out"
-    assert (final / "new").exists()
+def test_publish_is_done_once_the_folder_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal or an error that comes after the renaming does not undo it."""
+    real = Path.rename
+
+    def rename(self: Path, target: Path) -> None:
+        real(self, target)
+        raise KeyboardInterrupt
+
+    partial = folder(tmp_path / "out.partial", "new")
+    monkeypatch.setattr(Path, "rename", rename)
+    assert publish(partial, tmp_path / "out", overwrite=False) is None
+    assert (tmp_path / "out" / "new").is_file()
 
 
 def test_publish_through_a_link(tmp_path: Path) -> None:

@@ -23,13 +23,21 @@ def verify(
     ] = None,
     target: Servers = "auto",
     on_nonfinite: Nonfinite = "stop",
+    hashes: Annotated[
+        bool | None,
+        typer.Option(
+            "--hashes/--no-hashes",
+            help="Compare hashes with the manifest; by default up to 20 GB of files.",
+            show_default=False,
+        ),
+    ] = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Check a quantized checkpoint.
 
-    Files, names, scales, the values of what was not quantized, and with --source that no tensor is lost. Exit 8 when
-    something is wrong.
+    Files against the manifest, names, scales, the values of what was not quantized, and with --source that no tensor is
+    lost. Exit 8 when something is wrong.
     """
     output.start(json=json, debug=debug)
     from quarkcli import job
@@ -38,7 +46,7 @@ def verify(
 
     with Progress("none") as progress:
         origin = str(job.EMBEDDED) if source == "demo" else source
-        found = checks.directory(directory, origin, target, on_nonfinite, progress)
+        found = checks.directory(directory, origin, target, on_nonfinite, progress, hashes)
     if json:
         output.json_data({"schema": SCHEMA, "directory": directory, "source": source, "ok": True, "checks": found})
         return

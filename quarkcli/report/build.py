@@ -65,7 +65,7 @@ def build(
         "kept_reasons": dict(Counter(plan.kept.values()).most_common()),
         "split": split_tensors(plan),
         "tied_head": plan.tied_head,
-        "side_files_left_out": [str(path) for path in prepared.source.side_files(large=True)],
+        "side_files_left_out": [name for names in prepared.side_files.left_out.values() for name in names],
         "warnings": warnings,
         "checks": checks,
         "device": device,

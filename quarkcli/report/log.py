@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
-from quarkcli.errors import QuarkError
+from quarkcli.errors import QuarkError, ResourceError
 from quarkcli.events import Event, Message, PartDone, Phase
 from quarkcli.writer import disk_errors
 
@@ -51,6 +51,8 @@ class LogFile:
     def __init__(self) -> None:
         self._early: list[str] = []
         self._stream: TextIO | None = None
+        self._path = Path()
+        self._forgiving = False
 
     def __call__(self, event: Event) -> None:
         self._write(line(event))
@@ -65,7 +67,8 @@ class LogFile:
             raise
 
     def _error(self, error: BaseException) -> None:
-        """One line, and a traceback for what is not the user's."""
+        """One line, and a traceback for what is not the user's. The disk may be full: the error itself counts."""
+        self.forgive()
         self._write(f"error: {error}" if str(error) else f"ended by {type(error).__name__}")
         if not isinstance(error, QuarkError | KeyboardInterrupt):
             self._write("".join(traceback.format_exception(error)).rstrip())
@@ -75,20 +78,31 @@ class LogFile:
         if self._stream is None:
             self._early.append(stamped)
             return
-        self._stream.write(stamped + "\n")
-        self._stream.flush()
+        try:
+            with disk_errors(self._path, len(stamped)):
+                self._stream.write(stamped + "\n")
+                self._stream.flush()
+        except ResourceError:
+            if not self._forgiving:
+                raise
+
+    def forgive(self) -> None:
+        """From here on a log that cannot be written ends nothing."""
+        self._forgiving = True
 
     @contextmanager
     def attach(self, path: Path) -> Iterator[None]:
         """Write to `path`, appending to what an interrupted run left."""
+        self._path = path
         with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._stream = path.open("a", encoding="utf-8")
+            self._stream = path.open("a", encoding="utf-8", errors="backslashreplace")
             early, self._early = self._early, []
             self._stream.writelines(text + "\n" for text in early)
             self._stream.flush()
         try:
             yield
         finally:
-            self._stream.close()
-            self._stream = None
+            stream, self._stream = self._stream, None
+            with suppress(OSError):  # what is still in its buffer could not be written before
+                stream.close()

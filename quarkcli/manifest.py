@@ -1,0 +1,185 @@
+"""The manifest of a checkpoint: sha256 and size of every file, and a digest of every weight file's header.
+
+`quark verify` compares with it what is there; replacing a checkpoint looks up in it which files are ours to remove.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from quarkcli.errors import CheckError, QuarkError
+from quarkcli.writer import MANIFEST, STATE, atomic_write_json, disk_errors
+
+SCHEMA = "quark/manifest/1"
+LOG = "quark/quark.log"
+HASH_LIMIT = 20_000_000_000  # bytes that are hashed without being asked for
+_UNLISTED = {MANIFEST, LOG}
+_WEIGHTS = ".safetensors"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint held when it was finished: by file name, sha256; size; sha256 of the header."""
+
+    files: dict[str, str]
+    sizes: dict[str, int]
+    headers: dict[str, str]
+
+
+def write(folder: Path, source: Mapping[str, Any], known: Mapping[str, str]) -> None:
+    """Write the manifest of a folder. `known`: hashes taken while files were written. Raises ResourceError."""
+    manifest = Manifest({}, {}, {})
+    with disk_errors(folder):
+        for name in sorted(_files(folder)):
+            path = folder / name
+            if name in _UNLISTED or name.startswith(f"{STATE}/"):
+                continue
+            with disk_errors(path):
+                manifest.sizes[name] = path.stat().st_size
+                manifest.files[name] = known.get(name) or hashlib.sha256(path.read_bytes()).hexdigest()
+                if name.endswith(_WEIGHTS):
+                    manifest.headers[name] = header_digest(path)
+    atomic_write_json(folder / MANIFEST, {"schema": SCHEMA, "source": source, **vars(manifest)})
+
+
+def read(folder: Path) -> Manifest | None:
+    """The manifest of a checkpoint, None when it has none. Raises CheckError when it cannot be used."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        return None
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckError(f"the manifest cannot be read: {error}", where=str(path)) from error
+    value = value if isinstance(value, dict) else {}
+    files, sizes, headers = (value.get(key, {}) for key in ("files", "sizes", "headers"))
+    if not (_is_table(files, str) and _is_table(sizes, int) and _is_table(headers, str) and files):
+        raise CheckError("the manifest does not say which files there are", where=str(path))
+    return Manifest(files, sizes, headers)
+
+
+def compare(folder: Path, manifest: Manifest, hashes: bool | None = None) -> list[str]:
+    """Compare a folder with its manifest. Returns what was checked; raises CheckError.
+
+    hashes   read every file; None: when they are 20 GB at most
+    """
+    present = {name: _size(folder / name) for name in manifest.files}
+    _none([name for name, size in present.items() if size is None], "files of the manifest are missing")
+    sizes = {name: size for name, size in present.items() if size is not None}
+    other = [name for name, size in manifest.sizes.items() if name in sizes and sizes[name] != size]
+    _none(other, "files have another size than in the manifest")
+    headers = [name for name, digest in manifest.headers.items() if name in sizes and _header(folder / name) != digest]
+    _none(headers, "weight files have another header than in the manifest")
+    lines = [f"{len(sizes)} files present with the sizes and headers of the manifest"]
+    total = sum(sizes.values())
+    if hashes or (hashes is None and total <= HASH_LIMIT):
+        changed = [name for name, digest in manifest.files.items() if _sha256(folder / name) != digest]
+        _none(changed, "files have other bytes than in the manifest")
+        lines.append(f"{len(sizes)} files have the hashes of the manifest")
+    else:
+        lines.append(f"hashes not compared ({_shown(total)}): --hashes")
+    added = sorted(set(_files(folder)) - set(manifest.files) - _UNLISTED)
+    if added:
+        lines.append(f"{len(added)} files are not in the manifest: {_listed(added)}")
+    return lines
+
+
+def remove_ours(folder: Path) -> list[str]:
+    """Remove what a finished checkpoint holds by its manifest; the folder with it when nothing else was in there.
+
+    Returns the files that stay: those that somebody added, linked or changed. The manifest goes last, so that a
+    removal that was interrupted can be gone on with. Raises OSError.
+    """
+    try:
+        manifest = read(folder)
+    except CheckError:
+        manifest = None
+    names = sorted(_files(folder))
+    if manifest is None:
+        return names
+    kept = [name for name in names if name not in _UNLISTED and not _is_ours(folder / name, name, manifest)]
+    if not kept:
+        shutil.rmtree(folder)
+        return []
+    for name in sorted(set(names) - set(kept), key=lambda name: name == MANIFEST):
+        (folder / name).unlink()
+    return kept
+
+
+def header_digest(path: Path) -> str:
+    """sha256 of a safetensors file's header, its length included."""
+    with path.open("rb") as stream:
+        length = stream.read(8)
+        return hashlib.sha256(length + stream.read(int.from_bytes(length, "little"))).hexdigest()
+
+
+def _is_ours(path: Path, name: str, manifest: Manifest) -> bool:
+    """Weights by their size, everything else by its hash: a card that was edited is somebody's work."""
+    if name not in manifest.files or path.is_symlink():
+        return False
+    if name.endswith(_WEIGHTS):
+        return name not in manifest.sizes or path.stat().st_size == manifest.sizes[name]
+    return _sha256(path) == manifest.files[name]
+
+
+def _files(folder: Path) -> Iterator[str]:
+    """Names of all files below a folder; linked folders are not entered, and count as files."""
+    for root, folders, names in os.walk(folder):
+        links = [name for name in folders if Path(root, name).is_symlink()]
+        yield from (Path(root, name).relative_to(folder).as_posix() for name in (*names, *links))
+
+
+def _is_table(value: Any, kind: type) -> bool:
+    """Names of files inside the folder -> values of one type."""
+    return isinstance(value, dict) and all(
+        type(item) is kind and "\0" not in name and not PurePosixPath(name).is_absolute()
+        and ".." not in PurePosixPath(name).parts
+        for name, item in value.items()
+    )  # fmt: skip
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size if path.is_file() else None
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _header(path: Path) -> str:
+    try:
+        return header_digest(path)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: OSError) -> QuarkError:
+    return CheckError(f"cannot be read: {error.strerror or error}", where=str(path))
+
+
+def _shown(count: int) -> str:
+    return f"{count / 1e9:.0f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def _none(names: list[str], what: str) -> None:
+    if names:
+        raise CheckError(f"{len(names)} {what}: {_listed(names)}")
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(os.fsencode(name).decode("utf-8", "backslashreplace") for name in names[:5])
+    return shown + (" ..." if len(names) > 5 else "")

@@ -1,0 +1,149 @@
+"""The place where an output is made: its lock, its folders, what a killed run left beside it."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+
+from quarkcli import manifest
+from quarkcli.errors import QuarkError, ResourceError, UsageError
+from quarkcli.writer import MANIFEST, STATE, disk_errors, remove
+
+REPLACED = "replaced.json"
+# file systems without locks (some network ones): working unlocked beats not working
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
+
+
+def aside_path(partial: Path) -> Path:
+    return partial.with_name(f"{partial.name}.state")
+
+
+def remove_stale(partial: Path) -> list[str]:
+    """Remove what a run left that was killed once its output had its name: its state, and what the output replaced.
+
+    Returns what there is to say about it. What another process works with is left alone. Raises ResourceError.
+    """
+    aside, final = aside_path(partial), partial.with_name(partial.name.removesuffix(".partial"))
+    with disk_errors(aside):
+        if os.path.lexists(partial) or aside.is_symlink() or not (aside / "lock").is_file():
+            return []
+        try:
+            lock = acquire(aside / "lock")
+        except ResourceError:
+            return []
+        try:
+            said = [line for old in replaced(aside) for line in dispose(Path(old), final)]
+            remove(aside)
+        finally:
+            os.close(lock)
+    return said
+
+
+def dispose(old: Path, final: Path) -> list[str]:
+    """Remove what `final` replaced, but for what is not ours. Returns what there is to say. Raises OSError."""
+    if old.is_symlink() or not old.is_dir():
+        return [f"what was replaced is now in {old}"] if os.path.lexists(old) else []
+    was_ours = (old / MANIFEST).is_file()
+    kept = manifest.remove_ours(old)
+    if not kept:
+        return []
+    if not was_ours:
+        return [f"what was in {final} is now in {old}"]
+    names = ", ".join(kept[:5]) + (" ..." if len(kept) > 5 else "")
+    return [f"{len(kept)} files in {final} were not as quark wrote them, and are now in {old}: {names}"]
+
+
+def replaced(state: Path) -> list[str]:
+    """Where replaced outputs were moved; only names that we give."""
+    path = state / REPLACED
+    final = state.parent if state.name == STATE else state
+    final = final.with_name(final.name.removesuffix(".state").removesuffix(".partial"))
+    value = json.loads(path.read_bytes()) if path.is_file() else []
+    names = value if isinstance(value, list) else []
+    return [name for name in names if isinstance(name, str) and Path(name).name.startswith(f"{final.name}.old-")]
+
+
+def make(folder: Path) -> list[Path]:
+    """Make a folder and those around it; returns the new ones, innermost first."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except BaseException:
+        unmake(missing)
+        raise
+    return missing
+
+
+def unmake(folders: list[Path]) -> None:
+    """Remove folders that are empty again."""
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
+
+
+def refuse_links(partial: Path) -> None:
+    """Nothing is written or removed through a link: whatever it leads to is not ours."""
+    aside = aside_path(partial)
+    linked = [path for path in (partial, aside) if path.is_symlink()]
+    if not linked and partial.is_dir():
+        linked = [path for path in (partial / STATE, partial / "quark", *partial.rglob("*")) if path.is_symlink()]
+    if linked:
+        hint = "remove the link; the work needs a directory of its own"
+        raise UsageError("is a link, and an unfinished run has none", where=str(linked[0]), hint=hint)
+
+
+def bring_back(partial: Path) -> None:
+    """Undo `set_aside` of a run that ended before its directory had its final name."""
+    aside, state = aside_path(partial), partial / STATE
+    if state.exists() or not (partial / MANIFEST).is_file() or not (aside / "fingerprint.json").is_file():
+        return
+    lock = acquire(aside / "lock")
+    try:
+        aside.rename(state)
+    finally:
+        os.close(lock)
+
+
+def acquire(path: Path) -> int:
+    """An open descriptor that holds the lock; the kernel releases it when the process ends, however it ends."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not path.exists() or os.fstat(descriptor).st_ino != path.stat().st_ino:
+            raise ResourceError("another process just finished it", where=str(path.parent.parent), hint="run again")
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"{os.getpid()}\n".encode())
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise _held(path) from error
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            os.close(descriptor)
+            raise
+    except QuarkError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _held(path: Path) -> ResourceError:
+    pid = path.read_text(encoding="utf-8", errors="replace").strip() or "unknown"
+    hint = "wait for it, stop it, or choose another output with -o"
+    return ResourceError(f"another process (pid {pid}) is working here", where=str(path.parent.parent), hint=hint)
+
+
+def check_empty(partial: Path) -> None:
+    """A `.partial` without a journal is either being created or not ours: nothing of it is touched."""
+    if partial.exists() and not partial.is_dir():
+        raise UsageError("exists and is not a directory", where=str(partial), hint="move it away")
+    if not partial.is_dir() or all(path.name == STATE for path in partial.iterdir()):
+        return
+    if (partial / MANIFEST).is_file():
+        final = partial.with_name(partial.name.removesuffix(".partial"))
+        raise UsageError("is finished and was only not renamed", where=str(partial), hint=f"rename it to {final}")
+    hint = "move it away, or use --resume never to delete it"
+    raise UsageError("is not empty, and no run that could be continued", where=str(partial), hint=hint)
