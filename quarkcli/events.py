@@ -47,7 +47,14 @@ class PartDone:
     eta: float
 
 
-Event = Message | Phase | PartDone
+@dataclass(frozen=True)
+class Working:
+    """What is being done right now, told often; it becomes a line only where there has been none for a while."""
+
+    what: str
+
+
+Event = Message | Phase | PartDone | Working
 Listener = Callable[[Event], None]
 
 

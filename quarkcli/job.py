@@ -18,7 +18,7 @@ import yaml
 
 from quarkcli import __version__, algorithms, dialects, family, finish, memory, nonfinite, preflight, side_files
 from quarkcli.errors import DataError, Stopped, UsageError
-from quarkcli.events import Event, Listener, Message, PartDone, Phase, broadcast, silent
+from quarkcli.events import Event, Listener, Message, PartDone, Phase, Working, broadcast, silent
 from quarkcli.journal import Journal
 from quarkcli.manifest import LOG
 from quarkcli.options import Options, Prepared
@@ -76,7 +76,9 @@ def prepare(options: Options, tell: Listener = silent) -> Prepared:
     """Steps 1 to 4: everything that can go wrong for reasons visible in config and headers goes wrong here."""
     tell(Phase("resolve"))
     recipe = load_recipe(options)  # 1
+    tell(Working(f"opening {options.model}, which may download it"))
     source = open_source(options)  # 2
+    tell(Working("comparing the recipe with the model"))
     preflight.check_source(source)
     layout = family.lay_out(*family.for_checkpoint(source.config, source.headers), source.config, source.headers)
     plan = resolve(recipe, options.overrides, layout)  # 3
@@ -126,6 +128,7 @@ def run(
         device = preflight.device(options.device)
         memory.return_large_buffers()
         data = preflight.token_rows(prepared, tell)
+        tell(Working("building the model's class"))
         runner = _runner(prepared, data, device) if data is not None else None
         journal.start(_fingerprint(prepared, data, device), resume=options.resume)
         with log_file.attach(partial / LOG), log_file.last_words():
@@ -199,6 +202,7 @@ def _parts(
     plan, options = prepared.plan, prepared.options
     if journal.finished:
         tell(Message(f"reading the files of {len(journal.finished)} finished parts once, to see that they are whole"))
+    tell(Working("comparing finished parts with the journal"))
     lost = journal.verify()
     if lost:
         what = f"not as they were written, and made again: {', '.join(lost)}"
@@ -223,8 +227,11 @@ def _parts(
             walk.start()
             _take_up(walk, journal)
         for count, part in enumerate(todo, 1):
+            tell(Working(f"reading {part.name}"))
             tensors = pipeline.read(part, todo[count] if count < len(todo) else None)
+            tell(Working(f"working on {part.name}"))
             result = worker.work(part, tensors)
+            tell(Working(f"writing {part.name}"))
             pipeline.write(part, result, worker)
             eta = (time.monotonic() - begun) / count * (len(todo) - count)
             what = label if result.weight_errors else "kept"

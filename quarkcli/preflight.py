@@ -14,7 +14,7 @@ from quarkcli import family, forecast
 from quarkcli.algorithms.base import Algorithm
 from quarkcli.dialects.base import Dialect
 from quarkcli.errors import AccessError, ConfigError, DataError, ModelError, ResourceError, UsageError
-from quarkcli.events import Listener, Message
+from quarkcli.events import Listener, Message, Working
 from quarkcli.options import Calibration, Options, Prepared
 from quarkcli.plan.fused import Servers, sentence, splits
 from quarkcli.plan.model import Plan, Target
@@ -301,6 +301,7 @@ def token_rows(prepared: Prepared, tell: Listener) -> CalibrationData | None:
     from quarkcli.calibration import data
     from quarkcli.model.tokenizer import load_tokenizer
 
+    tell(Working(f"making calibration rows from {settings.source}"))
     tokenizer = load_tokenizer(prepared.source.folder, options.trust_remote_code)
     rows = data.load(
         settings.source,

@@ -10,7 +10,7 @@ from quarkcli import forecast, manifest, nonfinite
 from quarkcli.checkpoint import Checkpoint
 from quarkcli.dialects.base import Decoded, Dialect, StoredTarget
 from quarkcli.errors import CheckError, ModelError
-from quarkcli.events import Listener, Message, silent
+from quarkcli.events import Listener, Message, Working, silent
 from quarkcli.family import HeaderLike, Layout, Weight, for_checkpoint, lay_out
 from quarkcli.nonfinite import HINT, NonFinite, OnNonfinite
 from quarkcli.plan.fused import Servers, sentence, splits
@@ -124,6 +124,7 @@ def kept_values(checkpoint: Checkpoint, on_nonfinite: OnNonfinite, tell: Listene
     found = NonFinite(_layout(checkpoint).tensor_roles)
     names, size = checkpoint.copied(), 0
     for name in names:
+        tell(Working(f"reading {name}"))
         tensor = checkpoint.source.read(name)
         size += tensor.nbytes
         found.look(name, tensor)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from quarkcli.errors import ModelError, ResourceError
-from quarkcli.events import Listener, Message
+from quarkcli.events import Listener, Message, Working
 
 CPU_TOKENS = 2048  # tokens in one forward on a CPU, whatever the batch asked for: the same bits for every batch size
 HIDDEN_SHARE = 4  # the carry stays on the device while it takes less than one part in this of its free memory
@@ -66,7 +66,8 @@ class Walk:
     def _record(self) -> list[Tensor]:
         self.runner.load_outside(self.outside())
         self.recordings = []
-        for rows in self.tokens.split(self.batch):
+        for index, rows in enumerate(self.tokens.split(self.batch)):
+            self._working("embedding rows", index)
             last = self.recordings[-1] if self.recordings else None
             self.recordings.append(self.runner.record(rows.to(self.device), share_with=last))
         self.runner.unload_outside()
@@ -129,10 +130,13 @@ class Walk:
         def once() -> Any:
             self.runner.load_outside(self.outside())
             statistics = new_statistics()
-            with self.runner.handlers(None, **statistics.handlers()):
+            handlers = statistics.handlers()
+            with self.runner.handlers(None, **handlers):
                 for index, (hidden, mask) in enumerate(zip(self.carry, self.masks(), strict=True)):
                     statistics.mask = mask
-                    self.runner.logits(self.recordings[index], hidden.to(self.device))
+                    self._working("observing the tail", index)
+                    head = bool(handlers["outputs"])
+                    self.runner.observe_tail(self.recordings[index], hidden.to(self.device), head=head)
             self.runner.unload_outside()
             return statistics
 
@@ -158,8 +162,13 @@ class Walk:
         return output
 
     def _run(self, block: int, index: int, hidden: Tensor) -> Tensor:
+        self._working(f"running block {block}", index)
         out: Tensor = self.runner.run_block(block, self.recordings[index], hidden.to(self.device))
         return out
+
+    def _working(self, what: str, index: int) -> None:
+        batches = -(-self.tokens.shape[0] // self.batch)
+        self.tell(Working(f"{what}, batch {index + 1} of {batches}"))
 
     def _retrying(self, once: Callable[[], Any]) -> Any:
         while True:

@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from quarkcli.errors import ModelError, ResourceError
+from quarkcli.events import Event, Message
 from quarkcli.model.runner import Runner
 from quarkcli.source import Source
 from quarkcli.walk import CPU_TOKENS, Walk, default_batch
@@ -98,7 +99,12 @@ class Seen:
 def tight(limit: int, batch: int, rows: int = 8) -> tuple[Walk, Tight, list[str]]:
     runner, said = Tight(limit), []
     tokens = torch.arange(rows * 3).view(rows, 3)
-    walk = Walk(runner, dict, tokens, tokens > 0, batch, lambda event: said.append(event.text))
+
+    def tell(event: Event) -> None:
+        if isinstance(event, Message):
+            said.append(event.text)
+
+    walk = Walk(runner, dict, tokens, tokens > 0, batch, tell)
     return walk, runner, said
 
 

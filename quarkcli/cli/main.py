@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
-import threading
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
@@ -17,6 +15,7 @@ import typer
 from quarkcli import __version__, memory
 from quarkcli.cli import apps, evaluate, inspect, models, output, quantize, recipes, report, schemes, verify
 from quarkcli.cli import env as environment
+from quarkcli.cli.signals import CODES, Terminated, answered
 from quarkcli.errors import ExitCode, QuarkError, ResourceError, UsageError
 
 # The base of all errors in a command line; Typer has no public name for it.
@@ -34,10 +33,6 @@ app.add_typer(recipes.app, name="recipes")
 app.add_typer(schemes.app, name="schemes")
 app.add_typer(models.app, name="models")
 app.command("env", epilog=environment.EXAMPLES)(environment.env)
-
-
-class Terminated(BaseException):
-    """SIGTERM arrived; not an Exception, so that nothing on the way takes it for a failure."""
 
 
 class _Stopped(QuarkError):
@@ -62,8 +57,11 @@ def _quark(
 
 
 def run() -> NoReturn:
-    """The entry point."""
-    sys.exit(main())
+    """The entry point. After a signal nothing waits for threads that libraries left behind."""
+    code = main()
+    if code in CODES.values():
+        os._exit(code)  # every line was flushed when it was written
+    sys.exit(code)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,39 +69,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # looking for some costs a tenth of a short command
     output.reset(arguments)
+    with answered(_last_words):
+        return _outcome(arguments)
+
+
+def _outcome(arguments: list[str]) -> int:
+    """Run a command line and say how it ended."""
     try:
-        with _terminable(), _without_warnings():
+        with _without_warnings():
             code = app(arguments, prog_name="quark", standalone_mode=False)
     except QuarkError as error:
         return _fail(error)
     except _CommandLineError as error:
         return _wrong_command_line(error)
     except Terminated:
-        return _fail(_stopped("terminated", ExitCode.TERMINATED))
+        return _fail(_stopped(ExitCode.TERMINATED))
     except (KeyboardInterrupt, typer.Abort):
-        return _fail(_stopped("interrupted", ExitCode.INTERRUPTED))
+        return _fail(_stopped(ExitCode.INTERRUPTED))
     except Exception as error:
         return _unexpected(error)
     if code == ExitCode.INTERRUPTED:  # Typer turns Ctrl-C into this value
-        return _fail(_stopped("interrupted", ExitCode.INTERRUPTED))
+        return _fail(_stopped(ExitCode.INTERRUPTED))
     return int(code or 0)
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM raises Terminated, so that locks and temporary files are let go in order."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def terminate(number: int, frame: object) -> NoReturn:
-        raise Terminated
-
-    before = signal.signal(signal.SIGTERM, terminate)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager
@@ -122,12 +109,19 @@ def _fail(error: QuarkError) -> int:
     return int(error.code)
 
 
-def _stopped(what: str, code: ExitCode) -> QuarkError:
+def _last_words(code: ExitCode) -> None:
+    """What is said when a signal could not be answered in order."""
+    if output.is_terminal("stderr"):
+        output.raw("\x1b[?25h")  # a bar hides the cursor
+    output.error(_stopped(code))
+
+
+def _stopped(code: ExitCode) -> QuarkError:
     """A signal's message; only a quantization that has begun can be gone on with."""
     partial = output.session.partial
     resumable = partial is not None and partial.is_dir()
     hint = f"resumable: the same command goes on with what is finished in {partial}" if resumable else ""
-    return _Stopped(what, code, hint)
+    return _Stopped("interrupted" if code == ExitCode.INTERRUPTED else "terminated", code, hint)
 
 
 def _wrong_command_line(error: Any) -> int:

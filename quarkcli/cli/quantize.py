@@ -70,9 +70,12 @@ def plan(flags: JobFlags) -> None:
 def _plan(flags: JobFlags) -> None:
     from quarkcli import job
     from quarkcli.cli import planview
+    from quarkcli.cli.progress import Progress
+    from quarkcli.events import Working
 
     flags.start()
-    prepared = job.prepare(flags.options())
+    with Progress("lines") as progress:
+        prepared = job.prepare(flags.options(), lambda event: progress(event) if isinstance(event, Working) else None)
     if flags.json:
         output.json_data(planview.as_json(prepared))
     else:

@@ -44,7 +44,7 @@ def verify(
     from quarkcli import verify as checks
     from quarkcli.cli.progress import Progress
 
-    with Progress("none") as progress:
+    with Progress("lines") as progress:
         origin = str(job.EMBEDDED) if source == "demo" else source
         found = checks.directory(directory, origin, target, on_nonfinite, progress, hashes)
     if json:

@@ -19,7 +19,7 @@ from quarkcli import family, memory, nonfinite
 from quarkcli.activations import quantizing_handlers
 from quarkcli.checkpoint import Checkpoint
 from quarkcli.errors import CheckError, ModelError, UsageError
-from quarkcli.events import Listener, Message, PartDone, Phase
+from quarkcli.events import Listener, Message, PartDone, Phase, Working
 from quarkcli.nonfinite import HINT, NonFinite, OnNonfinite
 from quarkcli.numerics.finite import is_finite
 from quarkcli.source import Source
@@ -154,6 +154,7 @@ def evaluate(
     device = preflight.device(device)
     memory.return_large_buffers()
     compute = _compute_dtype(dtype, device)
+    tell(Working("opening the models"))
     checkpoint, reference = _open(directory, baseline)
     window = windows.width(window, [family.position_limit(c.source.config) for c in (checkpoint, reference) if c])
     tokenizer = load_tokenizer(checkpoint.source.folder, trust_remote_code)
@@ -260,6 +261,7 @@ def _score(tested: _Side, source: _Side | None, rows: Windows, weights_only: boo
     count = 0
     for index, tokens in enumerate(rows.tokens.split(tested.walk.batch)):
         targets = tokens[:, rows.first :].to(tested.walk.device)
+        tested.tell(Working(f"scoring batch {index + 1} of {len(tested.walk.carry)}"))
         with tested.runner.handlers(None, **tested.tail_handlers(weights_only)):
             scores = _log_probabilities(tested, index, rows.first)
         sums["nll"] -= float(scores.gather(-1, targets[..., None]).double().sum())

@@ -9,7 +9,7 @@ reusing the first block's arguments gets wrong for many families. Hidden states 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import nn
 
 from quarkcli.errors import ModelError
 from quarkcli.model.experts import shapes_only
+from quarkcli.model.head import without_head
 from quarkcli.model.skeleton import Skeleton
 
 Visit = Callable[[int, nn.Module, tuple[Any, ...], dict[str, Any]], Any]
@@ -105,7 +106,7 @@ class Recorder:
         count = len(self.skeleton.blocks)
         recording = Recording(tokens, attention_mask, calls=[None] * count)
         session = _Session(self, recording, share_with)
-        with self.skeleton.code.running("fails in its forward pass"), _short_head(self.skeleton.model):
+        with self.skeleton.code.running("fails in its forward pass"), without_head(self.skeleton):
             self._forward(session.visit, tokens, attention_mask)
         if recording.hidden is None:
             raise ModelError("the model's forward pass calls none of its decoder blocks")
@@ -113,14 +114,21 @@ class Recorder:
 
     def logits(self, recording: Recording, hidden: Any) -> torch.Tensor:
         """[b, T, vocab] float32: the model's own forward with the last block returning `hidden`."""
+        return _logits_of(self._tail(recording, hidden)).float()
+
+    def observe_tail(self, recording: Recording, hidden: Any, head: bool) -> None:
+        """Run what lies behind the blocks for its hooks alone; `head`: somebody sees what the head returns."""
+        with nullcontext() if head else without_head(self.skeleton):
+            self._tail(recording, hidden)
+
+    def _tail(self, recording: Recording, hidden: Any) -> Any:
         last = recording.last
 
         def visit(index: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             given, _ = _hidden_of(args, kwargs, index)
             return self._form(block).wrap(hidden if index == last else given, lambda position: Output(index, position))
 
-        output = self._forward(visit, recording.tokens, recording.attention_mask)
-        return _logits_of(output).float()
+        return self._forward(visit, recording.tokens, recording.attention_mask)
 
     def run_block(self, index: int, recording: Recording, hidden: Any) -> Any:
         """Output hidden states of block `index` for this batch; `hidden` itself for a block the batch skips."""
@@ -198,24 +206,6 @@ def _stubbed(skeleton: Skeleton, visit: Visit) -> Iterator[None]:
         yield
     finally:
         skeleton.set_blocks(blocks)
-
-
-@contextmanager
-def _short_head(model: Any) -> Iterator[None]:
-    """The head computes the last token only: recording needs no logits, and a vocabulary times a batch is large.
-
-    Not `logits_to_keep`: gemma4 cuts the hidden states inside its blocks by it.
-    """
-    head = model.get_output_embeddings()
-    if head is None:
-        yield
-        return
-    full = head.forward
-    head.__dict__["forward"] = lambda hidden: full(hidden[..., -1:, :])
-    try:
-        yield
-    finally:
-        del head.__dict__["forward"]
 
 
 class _Session:

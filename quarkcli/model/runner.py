@@ -146,6 +146,13 @@ class Runner:
         """[b, T, vocab] float32 for the hidden states behind the last block; the outside must be loaded."""
         return self._recorder.logits(recording, hidden)
 
+    def observe_tail(self, recording: Recording, hidden: Any, *, head: bool = True) -> None:
+        """Run final norm and head for the handlers that are installed; the outside must be loaded.
+
+        head  False: nobody sees what the head returns, so that it is not computed; what it reads is seen
+        """
+        self._recorder.observe_tail(recording, hidden, head)
+
     @contextmanager
     def handlers(
         self,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TextIO
 
 from quarkcli.errors import QuarkError, ResourceError
-from quarkcli.events import Event, Message, PartDone, Phase
+from quarkcli.events import Event, Message, PartDone, Phase, Working
 from quarkcli.writer import disk_errors
 
 
@@ -43,6 +43,8 @@ def line(event: Event) -> str:
             return f"phase: {name}"
         case PartDone():
             return progress_line(event)
+        case Working(what):
+            return f"still {what}"
 
 
 class LogFile:
@@ -55,7 +57,8 @@ class LogFile:
         self._forgiving = False
 
     def __call__(self, event: Event) -> None:
-        self._write(line(event))
+        if not isinstance(event, Working):
+            self._write(line(event))
 
     @contextmanager
     def last_words(self) -> Iterator[None]:

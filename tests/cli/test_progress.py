@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 
 import pytest
 
 from quarkcli.cli import output
+from quarkcli.cli import progress as progress_module
 from quarkcli.cli.progress import Progress
-from quarkcli.events import Message, PartDone, Phase
+from quarkcli.events import Message, PartDone, Phase, Working
 
 PART = PartDone(2, 6, "model.layers.0", "mxfp4", 1.25, 0.11, 300_000_000, 0, 75.0)
 EVENTS = [Phase("check"), Message("fine"), Message("detail", "debug"), Message("careful", "warning"), PART]
@@ -74,3 +77,53 @@ def test_auto_is_a_bar_on_a_terminal_outside_ci(monkeypatch):
     assert Progress().mode == "bar"
     monkeypatch.setenv("CI", "true")
     assert Progress().mode == "lines"
+
+
+@pytest.fixture
+def hasty(monkeypatch):
+    monkeypatch.setattr(progress_module, "SILENCE", 0.2)
+
+
+def test_silence_is_broken(capsys, hasty):
+    """The main thread may be in one long call: what it told last is said again, with how long it has been at it."""
+    with Progress("lines") as progress:
+        progress(Phase("quantize"))
+        progress(Working("running block 3, batch 1 of 2"))
+        time.sleep(0.75)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "phase: quantize"
+    assert 2 <= len(lines[1:]) <= 3
+    assert set(lines[1:]) <= {"still running block 3, batch 1 of 2 (0s)", "still running block 3, batch 1 of 2 (1s)"}
+
+
+def test_work_that_is_told_often_is_not_shown_often(capsys, hasty):
+    with Progress("lines") as progress:
+        for batch in range(60):
+            progress(Working(f"batch {batch}"))
+            time.sleep(0.01)
+    assert 1 <= len(capsys.readouterr().err.splitlines()) <= 4
+
+
+def test_silence_in_json_quiet_and_bars(capsys, hasty):
+    with Progress("lines", json=True) as progress:
+        progress(Working("at it"))
+        time.sleep(0.3)
+    row = json.loads(capsys.readouterr().err.splitlines()[0])
+    assert (row["event"], row["what"]) == ("working", "at it (0s)")
+    output.start(quiet=True)
+    with Progress("lines"):
+        time.sleep(0.3)
+    assert capsys.readouterr().err == ""
+    output.reset([])
+    with Progress("bar") as progress:
+        progress(Working("at it"))
+        time.sleep(0.3)
+    assert "at it" in capsys.readouterr().err
+
+
+def test_nobody_is_left_behind(capsys):
+    before = threading.active_count()
+    with Progress("lines"):
+        pass
+    time.sleep(0.1)
+    assert threading.active_count() == before
