@@ -13,6 +13,7 @@ import pytest
 
 from quarkcli.job import EMBEDDED
 from tests.forks import Done, Forks, at
+from tests.products import slow_unless
 
 CALIBRATION = ("--calib-data", "rows.txt", "--calib-samples", "8", "--calib-seqlen", "64")
 COMMANDS: dict[str, tuple[str, ...]] = {
@@ -39,6 +40,16 @@ KILLS: dict[str, tuple[dict[str, Any], str]] = {
     "before the state is put aside": (at("quarkcli.journal.Journal.set_aside"), "going on with the final steps"),
     "before the renaming": (at("quarkcli.job.publish"), "going on with the final steps"),
 }  # fmt: skip
+
+
+# Those of the normal run: before the first part, between two, behind the last, at the very end.
+OFTEN = {
+    "before anything is written",
+    "in the middle of writing a part",
+    "with a shard that no entry names",
+    "before the config",
+    "before the renaming",
+}
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +115,7 @@ def check_killed(answer: Done, folder: Path) -> None:
 # ---- kills
 
 
-@pytest.mark.parametrize("kill", KILLS)
+@pytest.mark.parametrize("kill", slow_unless(OFTEN, KILLS))
 def test_a_killed_run_is_gone_on_with_and_ends_with_the_same_bytes(quark, calm, work, kill):
     hook, words = KILLS[kill]
     check_killed(run(quark, work, "mxfp4", hook=hook), work)
@@ -222,8 +233,8 @@ def check_refused(answer: Done, work: Path, key: str) -> None:
         (("--seed", "1"), "data.seed: 0 -> 1"),
         (("--exclude", "*layers.3.mlp*"), "recipe.quantize.quant_cfg[13]"),
         (("--dialect", "quark"), 'recipe.export.dialect: "compressed-tensors" -> "quark"'),
-        (("--calib-samples", "7"), "recipe.calibration.samples: 8 -> 7"),
-        (("--moe-calibration", "all"), 'data.moe: "routed" -> "all"'),
+        pytest.param(("--calib-samples", "7"), "recipe.calibration.samples: 8 -> 7", marks=pytest.mark.slow),
+        pytest.param(("--moe-calibration", "all"), 'data.moe: "routed" -> "all"', marks=pytest.mark.slow),
     ],
 )
 def test_other_settings_are_refused_by_name(quark, calm, work, flags, key):

@@ -14,12 +14,12 @@ from quarkcli.evaluate.run import evaluate
 from quarkcli.events import silent
 from quarkcli.source import Source
 from tests import runs
+from tests.products import each_once
 
 from .conftest import NAMES
 
 # KL per token, in nats, of these random models: about three times what each scheme costs them.
 LIMITS = {"nvfp4": 0.05, "fp8": 0.006, "mxfp4": 0.08, "int4_wo_128": 0.04, "gptq": 0.01}
-KINDS = [(name, kind) for name in NAMES for kind in LIMITS]
 
 
 def options(kind: str, text: Path) -> dict:
@@ -29,7 +29,7 @@ def options(kind: str, text: Path) -> dict:
     return {"scheme": scheme, **algorithm, **data}
 
 
-@pytest.mark.parametrize(("name", "kind"), KINDS)
+@pytest.mark.parametrize(("name", "kind"), each_once(NAMES, list(LIMITS)))
 def test_a_family_in_both_dialects(
     name: str, kind: str, sources: dict[str, Path], text: Path, page: Path, tmp_path: Path
 ) -> None:

@@ -13,6 +13,7 @@ from quarkcli.numerics.quantize import QParams, dequantize, effective_scale, fak
 from quarkcli.recipe import catalog
 from quarkcli.recipe.attributes.native import to_spec
 from quarkcli.spec import MIN_MAX, SCALE_FORMATS, TensorSpec
+from tests.products import each_once
 
 from . import specs
 
@@ -33,9 +34,8 @@ def _activations() -> dict[str, TensorSpec]:
 
 ACTIVATIONS = _activations()
 BOTH = specs.ALL | ACTIVATIONS
-every_weight = pytest.mark.parametrize("spec", specs.ALL.values(), ids=specs.ALL)
 every_spec = pytest.mark.parametrize("spec", BOTH.values(), ids=BOTH)
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+every_spec_and_dtype = pytest.mark.parametrize(("spec", "dtype"), each_once(BOTH, DTYPES))
 # The decoded value of a group without extent, stored: 2^-23 where a plain float is stored, the smallest power of two,
 # one where another scale lies above or could.
 ZERO_GROUP = {"e8m0": 2.0**-127, "e4m3": 1.0, "e5m3": 1.0}
@@ -65,8 +65,7 @@ def both_ways(x: Tensor, spec: TensorSpec) -> list[Tensor]:
     return [dequantize(result, spec), fake_quantize(x, spec).float()]
 
 
-@every_spec
-@every_dtype
+@every_spec_and_dtype
 def test_zeros_of_either_sign_stay_zero(spec: TensorSpec, dtype: torch.dtype) -> None:
     x = torch.zeros(ROWS, COLS, dtype=dtype)
     x[3] = -0.0
@@ -93,8 +92,7 @@ def test_scales_of_a_tensor_of_zeros(spec: TensorSpec) -> None:
         assert params.global_scale == 1
 
 
-@every_spec
-@every_dtype
+@every_spec_and_dtype
 def test_a_group_of_zeros_in_a_tensor_of_others(spec: TensorSpec, dtype: torch.dtype) -> None:
     x = gaussian(dtype)
     x[:, :128] = 0.0
@@ -106,9 +104,7 @@ def test_a_group_of_zeros_in_a_tensor_of_others(spec: TensorSpec, dtype: torch.d
             assert bool((values[7] == 0).all())
 
 
-@every_spec
-@every_dtype
-@pytest.mark.parametrize("value", [1e-45, 6e-8, 1e-40, 2.0**-126, 1e-30])
+@pytest.mark.parametrize(("spec", "dtype", "value"), each_once(BOTH, DTYPES, [1e-45, 6e-8, 1e-40, 2.0**-126, 1e-30]))
 def test_tiny_magnitudes(spec: TensorSpec, dtype: torch.dtype, value: float) -> None:
     """At worst they vanish; they never grow beyond a step of the format. 1e-45 is a float32 subnormal, 6e-8 one of
     float16."""
@@ -122,8 +118,7 @@ def test_tiny_magnitudes(spec: TensorSpec, dtype: torch.dtype, value: float) -> 
             assert bool((values[x == 0] == 0).all())
 
 
-@every_spec
-@every_dtype
+@every_spec_and_dtype
 def test_the_largest_finite_value(spec: TensorSpec, dtype: torch.dtype) -> None:
     """Decoded to a finite float32, but for a power-of-two scale whose nearest value is 2^128, and a chain whose scales
     together reach beyond: that is infinity, with ordinary codes."""
@@ -143,8 +138,7 @@ def test_the_largest_finite_value(spec: TensorSpec, dtype: torch.dtype) -> None:
     assert values[6, 10] < 0 or spec.zero_point != "none"
 
 
-@every_spec
-@pytest.mark.parametrize("outlier", [1e4, 1e20, -1e37])
+@pytest.mark.parametrize(("spec", "outlier"), each_once(BOTH, [1e4, 1e20, -1e37]))
 def test_one_huge_outlier(spec: TensorSpec, outlier: float) -> None:
     """It costs its own group only, unless a scale covers the tensor; then the others may vanish."""
     x = gaussian()
@@ -161,9 +155,9 @@ def test_one_huge_outlier(spec: TensorSpec, outlier: float) -> None:
         assert abs(float(values[130, 9]) / outlier - 1) < 0.35
 
 
-@every_weight
-@every_dtype
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize(
+    ("spec", "dtype", "value"), each_once(specs.ALL, DTYPES, [float("nan"), float("inf"), float("-inf")])
+)
 def test_what_is_not_finite_is_refused_by_position(spec: TensorSpec, dtype: torch.dtype, value: float) -> None:
     x = gaussian(dtype)
     x[134, 77] = value

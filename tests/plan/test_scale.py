@@ -122,6 +122,7 @@ def test_equal_decisions_are_one_object(nvfp4: Any) -> None:
     assert sum(map(len, plan.alike())) == len(plan.targets)
 
 
+@pytest.mark.slow
 def test_sizes_are_those_of_every_part(nvfp4: Any) -> None:
     """Blocks that are alike are sized once; the sum is that of all of them, one by one."""
     _, plan, dialect, size = nvfp4

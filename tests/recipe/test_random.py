@@ -16,7 +16,7 @@ from quarkcli.recipe import recipe
 from quarkcli.source import Source
 from quarkcli.spec import ELEMENTS, RULES, SCALE_FORMATS
 
-SHARE = 2500  # of 10,000, in four parts
+SHARES = {"some": 300, "all": 2500}  # of 1,200 and 10,000, in four parts
 WORDS = st.sampled_from(
     [None, True, False, 0, 1, -1, 4, 8, 16, 32, 1.5, "", "static", "dynamic", "tensor", "token", "channel", "e4m3",
      [4, 3], [2, 1], [8, 0], [], {}, {"group": 32}, {"tile": [16, 16]}, {-1: 16}, "min_max", "per_group", "int4", "off"]
@@ -122,11 +122,12 @@ def layout() -> family.Layout:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_plan_or_a_user_error(shape: str, layout: family.Layout) -> None:
+@pytest.mark.parametrize("share", ["some", pytest.param("all", marks=pytest.mark.slow)])
+def test_a_plan_or_a_user_error(shape: str, share: str, layout: family.Layout) -> None:
     ends = {"plan": 0, "error": 0}
 
     @settings(
-        max_examples=SHARE, deadline=None, database=None, derandomize=True, phases=[Phase.generate],
+        max_examples=SHARES[share], deadline=None, database=None, derandomize=True, phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
     )  # fmt: skip
     @given(SHAPES[shape])

@@ -1,0 +1,81 @@
+"""The normal run covers every member of every open family: what is slow is a product, never a member alone."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import pytest
+
+from quarkcli import dialects
+from quarkcli.recipe import catalog
+from quarkcli.spec import ELEMENTS
+from tests import test_schemes
+from tests.conftest import COLLECTED
+from tests.dialects import test_roundtrip
+from tests.families import models, test_all_families
+from tests.recipe import test_builtin_recipes, test_load
+
+# Arguments whose values are members of no family: (test, argument).
+PLACES = {
+    ("test_a_killed_run_is_gone_on_with_and_ends_with_the_same_bytes", "kill"),
+    ("test_other_settings_are_refused_by_name", "flags"),
+    ("test_other_settings_are_refused_by_name", "key"),
+    ("test_a_plan_or_a_user_error", "share"),
+}
+
+
+def test_slow_parameters_occur_in_the_normal_run(pytestconfig: pytest.Config) -> None:
+    """Of a test that is slow for some parameters, every value of every argument is there without the mark, too."""
+    normal, slow = values(pytestconfig, slow=False), values(pytestconfig, slow=True)
+    lost = {
+        (test, argument): sorted(map(str, found - normal[test, argument]))
+        for (test, argument), found in slow.items()
+        if (test, argument) in normal and (test.rpartition("::")[2], argument) not in PLACES
+    }
+    assert {key: some for key, some in lost.items() if some} == {}
+
+
+def values(config: pytest.Config, slow: bool) -> dict[tuple[str, str], set[Any]]:
+    """(test, argument) -> what it is called with, over the tests of this session that are slow or are not."""
+    found = defaultdict(set)
+    for item in config.stash[COLLECTED]:
+        call = getattr(item, "callspec", None)
+        if call is None or (item.get_closest_marker("slow") is not None) != slow:
+            continue
+        for argument, value in call.params.items():
+            found[item.nodeid.partition("[")[0], argument].add(repr(value))
+    return found
+
+
+MEMBERS: list[tuple[Any, str, set[str]]] = [
+    (test_schemes.test_a_scheme_from_weights_to_loss, "scheme", set(catalog.files("schemes"))),
+    (test_builtin_recipes.test_it_loads_resolves_and_needs_the_data_it_says, "name", set(catalog.files("ptq"))),
+    (test_all_families.test_calibrated, "name", set(models.RECIPES)),
+    (test_all_families.test_without_data, "name", set(models.RECIPES)),
+    (test_all_families.test_families_without_a_class_run_data_free, "file", test_all_families.FROM_HEADERS),
+    (test_roundtrip.test_mixed_plan_is_read_back, "name", set(dialects.names())),
+    (test_load.test_names_of_formats_are_text, "element", set(ELEMENTS)),
+]
+
+
+@pytest.mark.parametrize(("test", "argument", "members"), MEMBERS, ids=lambda value: getattr(value, "__name__", None))
+def test_members_are_run(test: Any, argument: str, members: set[str]) -> None:
+    assert members
+    assert members <= normal_values(test, argument)
+
+
+def normal_values(test: Any, argument: str) -> set[str]:
+    """Values of an argument that a test has without the mark."""
+    found = set()
+    for mark in test.pytestmark:
+        names, values = mark.args if mark.name == "parametrize" else ((), ())
+        names = [name.strip() for name in names.split(",")] if isinstance(names, str) else list(names)
+        if argument not in names:
+            continue
+        for value in values:
+            if any(other.name == "slow" for other in getattr(value, "marks", ())):
+                continue
+            row = value.values if isinstance(value, type(pytest.param())) else (value,) if len(names) == 1 else value
+            found.add(row[names.index(argument)])
+    return found
