@@ -315,6 +315,8 @@ def token_rows(prepared: Prepared, tell: Listener) -> CalibrationData | None:
         offline=options.offline,
         bos=settings.bos,
     )
+    if rows.notes and options.strict:
+        raise DataError(rows.notes[0], where=rows.source, hint="without --strict this is a warning")
     for note in rows.notes:
         tell(Message(note, "warning"))
     tell(Message(f"calibration: {len(rows.tokens)} rows of {rows.tokens.shape[1]} tokens from {rows.source}"))

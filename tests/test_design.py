@@ -68,6 +68,7 @@ OWNERS = {
     "typer": {"cli"},
     "rich": {"cli"},
     "datasets": {"calibration"},
+    "pyarrow": {"calibration"},
     "triton": {"numerics"},
     "pydantic": {"recipe", "family"},
     "yaml": {"recipe", "finish", "job"},

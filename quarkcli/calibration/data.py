@@ -2,7 +2,8 @@
 
 Text is packed without padding: documents are joined, cut into windows of `seqlen`, and a seeded sample of the windows
 is taken. A conversation is one row: rendered once by the chat template, cut at `seqlen`, padded on the right and
-masked (right padding cannot reach real tokens in a causal model, so only the statistics need the mask).
+masked (right padding cannot reach real tokens in a causal model, so only the statistics need the mask). Where a source
+has both, rows of both kinds are chosen among. A row that cannot be used is skipped and counted by reason.
 """
 
 from __future__ import annotations
@@ -10,20 +11,20 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from quarkcli.calibration import files
 from quarkcli.calibration.defaults import BUILTIN, builtin_texts
+from quarkcli.calibration.documents import Conversation, Skipped, Unusable, document
 from quarkcli.errors import AccessError, DataError
 
-_SUFFIXES = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-_EXAMPLE = (
-    '{"text": "..."} or {"messages": [{"role": "user", "content": "..."}]} or {"prompt": "...", "response": "..."}'
-)
+CHARACTERS = 64  # no text has more of them in a token, but for runs of spaces
+PATIENCE = 10_000  # rows that are read before it is said that none can be used
 
 
 class Tokenizer(Protocol):
@@ -35,7 +36,9 @@ class Tokenizer(Protocol):
     def prefix(self, bos: str) -> list[int]: ...
     def begun(self, ids: list[int], bos: str) -> list[int]: ...
     def encode(self, text: str) -> list[int]: ...
-    def chat(self, messages: list[dict[str, str]]) -> tuple[list[int], list[int] | None]: ...
+    def chat(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None
+    ) -> tuple[list[int], list[int] | None]: ...
 
 
 @dataclass
@@ -47,6 +50,8 @@ class CalibrationData:
     source   what the rows came from, for the report
     digest   sha256 of the token ids and the mask
     prefix   token numbers put before every row of text
+    notes    warnings
+    skipped  reason -> rows that were not used for it
     """
 
     tokens: Tensor
@@ -55,6 +60,7 @@ class CalibrationData:
     digest: str
     prefix: list[int] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    skipped: dict[str, int] = field(default_factory=dict)
 
     @property
     def token_count(self) -> int:
@@ -81,19 +87,41 @@ def load(
             used and said
     Raises DataError (no usable text, too few rows, unknown columns) or AccessError (not found).
     """
-    documents = _documents(source, column, seed, offline)
-    chosen = random.Random(seed)
-    text_budget = max(4_000_000, samples * seqlen * 16)
-    rows, mask = _rows(documents, tokenizer, samples, seqlen, bos, chosen, text_budget, source)
-    notes = []
+    skipped = Skipped()
+    prefix = tokenizer.prefix(bos)
+    if len(prefix) >= seqlen:
+        raise DataError(f"rows of {seqlen} tokens have no room behind {prefix}", hint="a larger --calib-seqlen")
+    budget = max(4_000_000, samples * seqlen * 16)
+    found = _source(source, seed, offline, budget, skipped)
+    stream, chats = _collect(found, column, tokenizer, samples, seqlen, bos, budget, skipped)
+    rows = _windows(stream, prefix, seqlen) + chats
+    if not rows:
+        raise _too_short(source, len(stream), seqlen) if stream else _useless(source, skipped)
+    if len(rows) > samples:
+        rows = [rows[index] for index in sorted(random.Random(seed).sample(range(len(rows)), samples))]
+    notes = [f"{skipped.total} rows skipped: {skipped}"] if skipped.total else []
+    notes += skipped.remarks
     if len(rows) < samples:
         short = f"{len(rows)} rows of {seqlen} tokens, {samples} asked for"
         if asked and not allow_short:
-            raise DataError(short, where=source, hint="--allow-short, fewer --calib-samples, or more data")
+            more = "".join(f"; {note}" for note in notes)
+            raise DataError(short + more, where=source, hint="--allow-short, fewer --calib-samples, or more data")
         notes.append(f"calibration uses {short.replace('asked for', 'wanted')}")
-    tokens = torch.tensor(rows, dtype=torch.int64)
-    padded = torch.tensor(mask, dtype=torch.bool) if mask is not None else None
-    return CalibrationData(tokens, padded, source, _digest(tokens, padded), tokenizer.prefix(bos), notes)
+    padded, mask = _padded(rows, seqlen, tokenizer.eos or 0) if chats else (rows, None)
+    tokens = torch.tensor(padded, dtype=torch.int64)
+    real = torch.tensor(mask, dtype=torch.bool) if mask is not None else None
+    return CalibrationData(tokens, real, source, _digest(tokens, real), prefix, notes, dict(skipped.counts))
+
+
+def _windows(stream: list[int], prefix: list[int], seqlen: int) -> list[list[int]]:
+    """The stream cut into rows that begin with `prefix`; what is left over is dropped."""
+    width = seqlen - len(prefix)
+    return [prefix + stream[start : start + width] for start in range(0, len(stream) - width + 1, width)]
+
+
+def _too_short(source: str, tokens: int, seqlen: int) -> DataError:
+    text = f"{tokens} tokens of text, fewer than one window of {seqlen}"
+    return DataError(text, where=source, hint="more text or a smaller --calib-seqlen")
 
 
 def _digest(tokens: Tensor, mask: Tensor | None) -> str:
@@ -103,152 +131,109 @@ def _digest(tokens: Tensor, mask: Tensor | None) -> str:
     return digest.hexdigest()
 
 
-def _rows(
-    documents: Iterable[Any], tokenizer: Tokenizer, samples: int, seqlen: int, bos: str, chosen: random.Random,
-    budget: int, source: str,
-) -> tuple[list[list[int]], list[list[bool]] | None]:  # fmt: skip
+def _collect(
+    rows: Iterable[files.Row], column: str | None, tokenizer: Tokenizer, samples: int, seqlen: int, bos: str,
+    budget: int, skipped: Skipped,
+) -> tuple[list[int], list[list[int]]]:  # fmt: skip
+    """(tokens of all texts, joined by end marks; tokens of each conversation) of as many rows as are needed."""
     stream: list[int] = []
     chats: list[list[int]] = []
-    used = 0
-    for document in documents:
-        if isinstance(document, str):
-            text = document[: budget - used]
-            used += len(text)
-            stream += tokenizer.encode(text)
-            if tokenizer.eos is not None:
-                stream.append(tokenizer.eos)
-        else:
-            chats.append(tokenizer.begun(tokenizer.chat(document)[0], bos)[:seqlen])
-        if used >= budget or len(chats) >= samples:
+    for row in rows:
+        try:
+            found = document(row.value, column)
+            if isinstance(found, str):
+                stream += tokenizer.encode(found[:budget])
+                stream += [] if tokenizer.eos is None else [tokenizer.eos]
+                budget -= len(found)
+            else:
+                ids = _talk(found, tokenizer, seqlen * CHARACTERS)
+                chats.append(tokenizer.begun(ids, bos)[:seqlen])
+        except Unusable as reason:
+            skipped.add(str(reason), row.place)
+            if skipped.total >= PATIENCE and not (stream or chats):
+                break
+        if budget <= 0 or len(chats) >= samples:
             break
-    if chats and stream:
-        raise DataError("text and conversations are mixed", where=source, hint="give one kind, or convert the other")
-    if chats:
-        return _padded(chats, seqlen, tokenizer.eos or 0)
     if stream and tokenizer.eos is not None:
         stream.pop()  # an end mark joins documents; nothing follows the last
-    prefix = tokenizer.prefix(bos)
-    width = seqlen - len(prefix)
-    if width < 1:
-        raise DataError(f"rows of {seqlen} tokens have no room behind {prefix}", hint="a larger --calib-seqlen")
-    windows = [prefix + stream[start : start + width] for start in range(0, len(stream) - width + 1, width)]
-    if not windows:
-        raise DataError(
-            f"{len(stream)} tokens of text, fewer than one window of {seqlen}",
-            where=source,
-            hint="more text or a smaller --calib-seqlen",
-        )
-    if len(windows) > samples:
-        windows = [windows[index] for index in sorted(chosen.sample(range(len(windows)), samples))]
-    return windows, None
+    return stream, chats
 
 
-def _padded(chats: list[list[int]], seqlen: int, pad: int) -> tuple[list[list[int]], list[list[bool]]]:
-    width = min(seqlen, max(len(chat) for chat in chats))
-    rows = [chat + [pad] * (width - len(chat)) for chat in chats]
-    mask = [[True] * len(chat) + [False] * (width - len(chat)) for chat in chats]
-    return rows, mask
+def _talk(conversation: Conversation, tokenizer: Tokenizer, limit: int) -> list[int]:
+    """Tokens of a conversation's first `limit` characters. Raises Unusable when its template makes nothing of it."""
+    try:
+        ids = tokenizer.chat(_shortened(conversation.messages, limit), conversation.tools)[0]
+    except DataError as refusal:
+        raise Unusable(refusal.what) from refusal
+    if not ids:
+        raise Unusable("the chat template makes nothing of a conversation")
+    return ids
 
 
-def _documents(source: str, column: str | None, seed: int, offline: bool) -> Iterator[Any]:
-    """Texts (str) or conversations (list of messages)."""
+def _shortened(messages: list[dict[str, Any]], limit: int) -> list[dict[str, Any]]:
+    """Messages up to a number of characters: nobody waits for megabytes of which one row is kept."""
+    kept: list[dict[str, Any]] = []
+    for message in messages:
+        if limit <= 0:
+            break
+        kept.append({**message, "content": message["content"][:limit]})
+        limit -= len(message["content"])
+    return kept
+
+
+def _padded(rows: list[list[int]], seqlen: int, pad: int) -> tuple[list[list[int]], list[list[bool]]]:
+    width = min(seqlen, max(len(row) for row in rows))
+    mask = [[True] * len(row) + [False] * (width - len(row)) for row in rows]
+    return [row + [pad] * (width - len(row)) for row in rows], mask
+
+
+def _useless(source: str, skipped: Skipped) -> DataError:
+    reasons = f": {skipped}" if skipped.total else ""
+    return DataError(f"no row can be used{reasons}", where=source, hint=f"a line that works: {files.EXAMPLE}")
+
+
+def _source(source: str, seed: int, offline: bool, budget: int, skipped: Skipped) -> Iterator[files.Row]:
     if source == BUILTIN:
-        yield from builtin_texts(held_out=False)
+        yield from (files.Row(text, BUILTIN) for text in builtin_texts(held_out=False))
         return
     path = Path(source)
     if not path.exists():
-        if path.suffix in _SUFFIXES or source.startswith((".", "/")):
+        if files.kind(path) is not None or source.startswith((".", "/")):
             raise AccessError("no such calibration file", where=source)
-        yield from _from_hub(source, column, seed, offline)
+        yield from _from_hub(source, seed, offline)
         return
-    files = _files(path)
-    for file in files:
-        if _SUFFIXES[file.suffix] == "text":
-            yield from _text_file(file)
-        else:
-            yield from _table(_SUFFIXES[file.suffix], file, column, seed)
+    found = files.find(path)
+    for file in found:
+        name = "" if file == path else f"{file.relative_to(path)} "
+        try:
+            for row in _rows(file, seed, budget, skipped):
+                yield replace(row, place=f"{name}{row.place}".strip())
+        except DataError as error:
+            if len(found) == 1:
+                raise
+            skipped.add(f"the file {error.what.removeprefix('the file ')}", name.strip())
 
 
-def _files(path: Path) -> list[Path]:
-    if path.is_dir():
-        files = [file for file in sorted(path.rglob("*")) if file.suffix in _SUFFIXES and file.is_file()]
-        if not files:
-            raise DataError(f"no {', '.join(_SUFFIXES)} file in this folder", where=str(path))
-        return files
-    if path.suffix not in _SUFFIXES:
-        raise DataError(f"unknown kind of file '{path.suffix}'", where=str(path), hint=f"use {', '.join(_SUFFIXES)}")
-    if path.stat().st_size == 0:
-        raise DataError("the calibration file is empty", where=str(path), hint=f"a line that works: {_EXAMPLE}")
-    return [path]
+def _rows(path: Path, seed: int, budget: int, skipped: Skipped) -> Iterator[files.Row]:
+    kind = files.kind(path)
+    if kind != "parquet" and not (encoding := files.encoding(path)).startswith("utf-8"):
+        skipped.remarks.append(f"{path} is read as {encoding.upper()}")
+    if kind == "text":
+        yield files.Row(files.text(path, budget), "")
+    else:
+        yield from files.rows(path, seed)
 
 
-def _text_file(path: Path) -> Iterator[str]:
-    text = path.read_text(encoding="utf-8", errors="replace")
-    if not text.strip():
-        raise DataError("the calibration file holds no text", where=str(path))
-    yield text
-
-
-def _table(kind: str, file: Path, column: str | None, seed: int) -> Iterator[Any]:
-    import datasets
-
-    try:
-        rows = datasets.load_dataset(kind, data_files=str(file), split="train", streaming=True)
-        yield from _render(rows.shuffle(seed=seed, buffer_size=10_000), column, str(file))
-    except DataError:
-        raise
-    except Exception as error:  # datasets raises many kinds for broken files; all are the user's file
-        text = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"cannot be read as {kind}: {text}", where=str(file), hint=f"a line: {_EXAMPLE}") from error
-
-
-def _from_hub(name: str, column: str | None, seed: int, offline: bool) -> Iterator[Any]:
+def _from_hub(name: str, seed: int, offline: bool) -> Iterator[files.Row]:
     import datasets
 
     try:
         config = datasets.DownloadConfig(local_files_only=offline)
         rows = datasets.load_dataset(name, split="train", streaming=not offline, download_config=config)
         rows = rows.shuffle(seed=seed, buffer_size=10_000) if not offline else rows.shuffle(seed=seed)
-    except Exception as error:
+        for number, row in enumerate(rows, 1):
+            yield files.Row(row, f"row {number}")
+    except Exception as error:  # datasets raises many kinds
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
         hint = "a local .jsonl, .parquet or .txt file, or --calib-data builtin"
         raise AccessError(f"data set cannot be loaded: {text}", where=name, hint=hint) from error
-    yield from _render(rows, column, name)
-
-
-def _render(rows: Iterable[dict[str, Any]], column: str | None, source: str) -> Iterator[Any]:
-    found = False
-    for row in rows:
-        document = _document(row, column, source)
-        if document:
-            found = True
-            yield document
-    if not found:
-        raise DataError("no row holds any text", where=source, hint=f"a line that works: {_EXAMPLE}")
-
-
-def _document(row: dict[str, Any], column: str | None, source: str) -> Any:
-    """A text, or the messages of a conversation."""
-    if column is not None:
-        if column not in row:
-            raise DataError(f"no column '{column}'; columns are {', '.join(row)}", where=source)
-        value = row[column]
-        if value is not None and not isinstance(value, str | list):
-            raise DataError(f"column '{column}' holds neither text nor messages", where=source)
-        return _messages(value) if isinstance(value, list) else value
-    if isinstance(row.get("messages"), list):
-        return _messages(row["messages"])
-    if isinstance(row.get("text"), str):
-        return row["text"]
-    answer = row.get("response", row.get("completion"))
-    if isinstance(row.get("prompt"), str) and isinstance(answer, str):
-        return [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": answer}]
-    raise DataError(
-        f"none of the columns {', '.join(row)} is known",
-        where=source,
-        hint=f"--calib-column NAME, or a line such as {_EXAMPLE}",
-    )
-
-
-def _messages(rows: list[Any]) -> list[dict[str, str]]:
-    return [{"role": str(row["role"]), "content": str(row["content"])} for row in rows]

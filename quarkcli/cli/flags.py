@@ -165,7 +165,8 @@ class JobFlags:
         Option(
             "--calib-data",
             metavar="SOURCE",
-            help="File (.jsonl, .parquet, .txt), directory, hub data set, or 'builtin'. [default: the recipe's, "
+            help="File (.jsonl, .json, .parquet, .txt, .md; .gz as well), directory, hub data set, or 'builtin'; rows "
+            "that cannot be used are skipped and counted. [default: the recipe's, "
             "else a hub set when it can be reached, else builtin with a warning]",
         ),
     ] = None
@@ -179,7 +180,12 @@ class JobFlags:
         int | None, Option("--calib-batch", min=1, metavar="N", help="Rows that run together on a GPU. [default: auto]")
     ] = None
     calib_column: Annotated[
-        str | None, Option("--calib-column", metavar="NAME", help="Column with the text. [default: detected]")
+        str | None,
+        Option(
+            "--calib-column",
+            metavar="NAME",
+            help="Column with text or messages. [default: messages, conversations, text, or prompt and response]",
+        ),
     ] = None
     bos: Annotated[
         Literal["auto", "on", "off"] | None,

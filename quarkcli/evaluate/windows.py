@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from quarkcli.calibration import files
 from quarkcli.calibration.defaults import builtin_texts
 from quarkcli.errors import AccessError, DataError
 from quarkcli.model.tokenizer import Tokenizer
@@ -74,5 +75,5 @@ def _pieces(text: str | None) -> Iterable[str]:
     path = Path(text)
     if not path.is_file():
         raise AccessError("no such text file", where=text)
-    whole = path.read_text(encoding="utf-8", errors="replace")
+    whole = files.text(path)
     return (whole[start : start + 32768] for start in range(0, len(whole), 32768))

@@ -9,6 +9,8 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from datetime import datetime
+from typing import Any
 from unittest import mock
 
 from quarkcli.errors import ModelError
@@ -26,6 +28,7 @@ try:
     )
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.utils import chat_template_utils
 except ImportError as error:
     raise ModelError(
         f"this transformers cannot run models for quark: {error}",
@@ -47,10 +50,26 @@ __all__ = [
     "WeightRenaming",
     "dot_natural_key",
     "get_model_conversion_mapping",
+    "one_day",
     "quiet",
     "rename_source_key",
     "transformers",
 ]
+
+
+class _OneDay(datetime):
+    """A clock that stands still."""
+
+    @classmethod
+    def now(cls, tz: Any = None) -> _OneDay:
+        return cls(2025, 1, 1, tzinfo=tz)
+
+
+@contextmanager
+def one_day() -> Iterator[None]:
+    """Chat templates that print the date (Llama's) see the same day always, so that a run can go on after midnight."""
+    with mock.patch.object(chat_template_utils, "datetime", _OneDay):
+        yield
 
 
 @contextmanager

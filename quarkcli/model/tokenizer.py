@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from quarkcli.errors import DataError, ModelError, UsageError
 from quarkcli.model.failures import described
-from quarkcli.model.library import AutoTokenizer, quiet, transformers
+from quarkcli.model.library import AutoTokenizer, one_day, quiet, transformers
 
 HINT = "schemes that need no calibration data need no tokenizer"
 # Any one of these says that the folder has a tokenizer.
 FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "tekken.json")
 
 
+# Keys of tokenizer_config.json whose values are used as they are; null is none.
+_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
+    "model_max_length": ((int, float), "a number"),
+    "chat_template": ((str, list, dict), "text, or templates by name"),
+    "tokenizer_class": ((str,), "text"),
+}
 _PROBE = "A text."
 
 
@@ -105,10 +113,10 @@ class Tokenizer:
                 hint="use calibration data with plain text",
             )
         marked = "{% generation %}" in str(self._inner.chat_template).replace("{%-", "{%").replace("-%}", "%}")
-        with quiet():
+        with quiet(), one_day():
             try:
                 made = self._inner.apply_chat_template(
-                    [dict(message) for message in messages],
+                    [self._as_template_takes(message) for message in messages],
                     tools=[dict(tool) for tool in tools] if tools else None,
                     tokenize=True,
                     return_dict=True,
@@ -118,6 +126,24 @@ class Tokenizer:
                 raise DataError(f"the chat template refuses a conversation: {error}") from error
         mask = made.get("assistant_masks") if marked else None
         return list(made["input_ids"]), list(mask) if mask is not None else None
+
+    def _as_template_takes(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        content = message.get("content")
+        if isinstance(content, str) and content and self._wants_parts:
+            return {**message, "content": [{"type": "text", "text": content}]}
+        return dict(message)
+
+    @cached_property
+    def _wants_parts(self) -> bool:
+        """True for a template that shows texts given as lists of parts and none that is given as it is."""
+        return not self._shows(_PROBE) and self._shows([{"type": "text", "text": _PROBE}])
+
+    def _shows(self, content: Any) -> bool:
+        try:
+            messages = [{"role": "user", "content": content}]
+            return _PROBE in self._inner.apply_chat_template(messages, tokenize=False)
+        except Exception:  # a template that refuses shows nothing
+            return False
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Tokenizer:
@@ -129,6 +155,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Tokenizer:
         raise ModelError(
             "there are no tokenizer files, so text cannot be turned into tokens", where=str(folder), hint=HINT
         )
+    _check_config(folder / "tokenizer_config.json")
     try:
         with quiet():
             inner = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
@@ -147,3 +174,17 @@ def _failed(failing: str, where: str, error: Exception) -> ModelError:
     return ModelError(
         f"the tokenizer {failing} (transformers {transformers.__version__}): {described(error)}", where=where, hint=HINT
     )
+
+
+def _check_config(path: Path) -> None:
+    """Refuse values that loading lets pass and use does not."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"not readable as JSON: {error}", where=str(path), hint=HINT) from error
+    if not isinstance(config, dict):
+        raise ModelError("not a JSON object", where=str(path), hint=HINT)
+    for key, (kinds, wanted) in _TYPES.items():
+        value = config.get(key)
+        if value is not None and not isinstance(value, kinds):
+            raise ModelError(f"{key} is {str(value)[:40]!r}, and has to be {wanted}", where=str(path), hint=HINT)

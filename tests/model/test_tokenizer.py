@@ -138,3 +138,16 @@ def test_own_code_is_refused_without_the_flag(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(ModelError) as error:
         load_tokenizer(tmp_path)
     assert "--trust-remote-code" in error.value.hint
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("model_max_length", "1000"), ("model_max_length", [1]), ("chat_template", 5), ("tokenizer_class", 5)],
+)
+def test_odd_types_in_its_config_name_the_key(key: str, value: object, tmp_path: Path) -> None:
+    write(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with pytest.raises(ModelError, match=f"{key} is .*has to be") as error:
+        load_tokenizer(tmp_path)
+    assert error.value.where == str(path)

@@ -1,0 +1,237 @@
+"""Files of calibration data: their rows, as they are written. Torch-free.
+
+A file that is not what its name says is an error that says what it is. A row that cannot be read becomes `Broken`.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import re
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy
+
+from quarkcli.errors import AccessError, DataError
+
+EXAMPLE = (
+    '{"text": "..."} or {"messages": [{"role": "user", "content": "..."}]} or {"prompt": "...", "response": "..."}'
+)
+# Suffix -> how a file is read; `.gz` may follow.
+KINDS = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+_GZIP = b"\x1f\x8b"
+# First bytes -> what a file is that holds no text.
+_FOREIGN = {
+    b"\x28\xb5\x2f\xfd": "zstandard-compressed",
+    b"BZh91AY&SY": "bzip2-compressed",
+    b"\xfd7zXZ\x00": "xz-compressed",
+    b"PK\x03\x04": "a zip archive",
+    b"PAR1": "a parquet file",
+    b"%PDF-": "a PDF",
+}
+_PACKED = {".zst", ".bz2", ".xz", ".zip", ".7z", ".tar"}
+_ABOUT = re.compile(r"(readme|licen[cs]e|notice|changelog|dataset_infos?|dataset_dict|state)\.", re.IGNORECASE)
+_ROWS_IN = ("data", "rows", "train", "examples")  # keys of a whole file under which its rows lie
+_WHOLE = 1 << 30  # bytes of a file that is read at once to see whether it is one JSON value
+_BUFFER, _BUFFER_BYTES = 10_000, 1 << 28  # rows that are shuffled together, and their size
+_BATCH = 1000  # rows of a parquet file that are read together
+
+
+@dataclass(frozen=True)
+class Broken:
+    """Stands for a row that cannot be read."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row's value (or `Broken`), where it stands, and about how many bytes it takes."""
+
+    value: Any
+    place: str
+    size: int = 0
+
+
+def find(path: Path) -> list[Path]:
+    """The files of a folder that hold data, or the file itself. Raises DataError when there is none."""
+    if not path.is_dir():
+        if kind(path) is None:
+            hint = "unpack it first" if path.suffix in _PACKED else f"use {', '.join(KINDS)}"
+            raise DataError(f"unknown kind of file '{path.suffix}'", where=str(path), hint=hint)
+        if path.stat().st_size == 0:
+            raise DataError("the calibration file is empty", where=str(path), hint=f"a line that works: {EXAMPLE}")
+        return [path]
+    inside = (file for file in sorted(path.rglob("*")) if file.is_file() and kind(file) is not None)
+    files = [file for file in inside if not any(part[0] == "." for part in file.relative_to(path).parts)]
+    if not files:
+        raise DataError(f"no {', '.join(KINDS)} file in this folder", where=str(path))
+    return [file for file in files if not _ABOUT.match(file.name)] or files
+
+
+def kind(path: Path) -> str | None:
+    """text, json, parquet; None for a name that says none of them."""
+    return KINDS.get((Path(path.stem) if path.suffix == ".gz" else path).suffix)
+
+
+def text(path: Path, limit: int = -1) -> str:
+    """The first `limit` characters of a text file. Raises DataError when it holds no text."""
+    with _opened(path) as handle:
+        found = handle.read(limit)
+    reason = unfit(found)
+    if reason is not None:
+        hint = "a file that is no text, or in another encoding: iconv -f ENCODING -t UTF-8" if found.strip() else ""
+        raise DataError(f"the file {reason}", where=str(path), hint=hint)
+    return found
+
+
+def unfit(text: str) -> str | None:
+    """Why a text cannot be turned into tokens, as the end of a sentence; None when it can."""
+    if not text.strip():
+        return "holds no text"
+    if "\0" in text:
+        return f"holds NUL characters, the first at character {text.index(chr(0)) + 1}"
+    found = re.search("[\ud800-\udfff]", text)
+    if found is None:
+        return None
+    code = ord(found[0])
+    what = f"the byte 0x{code - 0xDC00:02x} is not UTF-8" if 0xDC80 <= code <= 0xDCFF else "half a surrogate pair"
+    return f"holds what is no text at character {found.start() + 1}: {what}"
+
+
+def rows(path: Path, seed: int) -> Iterator[Row]:
+    """The rows of a JSON or parquet file, shuffled within a buffer. Raises DataError when it is no such file."""
+    found = _parquet(path) if kind(path) == "parquet" else _json(path)
+    yield from shuffled(found, seed)
+
+
+def shuffled(rows: Iterable[Row], seed: int) -> Iterator[Row]:
+    """Rows in a seeded order. Whenever the buffer is full it is shuffled and half of it is given out."""
+    random = numpy.random.default_rng(seed)
+    buffer: list[Row] = []
+    size = 0
+    for row in rows:
+        buffer.append(row)
+        size += row.size
+        if len(buffer) >= _BUFFER or size >= _BUFFER_BYTES:
+            order = random.permutation(len(buffer))
+            cut = len(buffer) - len(buffer) // 2
+            yield from (buffer[index] for index in order[:cut])
+            buffer = [buffer[index] for index in order[cut:]]
+            size = sum(row.size for row in buffer)
+    yield from (buffer[index] for index in random.permutation(len(buffer)))
+
+
+# ---- text and JSON
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[TextIO]:
+    """A text file, whatever packs and encodes it. Raises DataError for what cannot be read as text."""
+    try:
+        packed = _start(path).startswith(_GZIP)
+        with gzip.open(path, "rb") if packed else path.open("rb") as opened:
+            raw: Any = opened
+            encoding = json.detect_encoding(raw.read(4))  # by its mark, or by where the zeros are
+            raw.seek(0)
+            # Bytes that are not UTF-8 become single surrogates, so that they spoil one row and not the file.
+            errors = "surrogateescape" if encoding.startswith("utf-8") else "strict"
+            yield io.TextIOWrapper(raw, encoding=encoding, errors=errors)
+    except UnicodeError as error:
+        raise DataError(f"is not {error.encoding if isinstance(error, UnicodeDecodeError) else 'text'}, as its first "
+                        "bytes say", where=str(path), hint="save it as UTF-8") from error  # fmt: skip
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"its gzip data is damaged: {error}", where=str(path), hint="fetch it again") from error
+    except OSError as error:
+        raise AccessError(f"cannot be read: {error.strerror or error}", where=str(path)) from error
+
+
+def encoding(path: Path) -> str:
+    """How a text file or a JSON file is encoded, by its first bytes. Raises DataError, AccessError."""
+    with _opened(path) as handle:
+        return handle.encoding
+
+
+def _start(path: Path) -> bytes:
+    with path.open("rb") as handle:
+        start = handle.read(16)
+    for mark, what in _FOREIGN.items():
+        if start.startswith(mark):
+            raise DataError(f"is {what}", where=str(path), hint="unpack or convert it first, or name it as what it is")
+    return start
+
+
+def _json(path: Path) -> Iterator[Row]:
+    whole = _whole(path)
+    if whole is not None:
+        yield from _expanded(whole, "row 1", path.stat().st_size)
+        return
+    with _opened(path) as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                yield from _expanded(_parsed(line), f"line {number}", len(line))
+
+
+def _whole(path: Path) -> Any:
+    """The value of a file that is one JSON value over several lines; None for any other."""
+    with _opened(path) as lines:
+        first = next((line for line in lines if line.strip()), "")
+        if not isinstance(_parsed(first), Broken) or first.lstrip()[:1] not in "[{" or path.stat().st_size > _WHOLE:
+            return None
+        value = _parsed(first + lines.read())
+    return None if isinstance(value, Broken) else value
+
+
+def _parsed(text: str) -> Any:
+    if re.search("[\ud800-\udfff]", text):
+        return Broken("not UTF-8")
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return Broken("not JSON")
+
+
+def _expanded(value: Any, place: str, size: int) -> Iterator[Row]:
+    """The rows of one JSON value: those of a list or of `{"data": [...]}`, or itself."""
+    if isinstance(value, dict):
+        lists = [value[key] for key in _ROWS_IN if _is_rows(value.get(key))]
+        value = lists[0] if lists else value
+    if not _is_rows(value):
+        yield Row(value, place, size)
+        return
+    for number, item in enumerate(value, 1):
+        yield Row(item, f"row {number}", size // len(value))
+
+
+def _is_rows(value: Any) -> bool:
+    """True for a list, but not for the messages of one conversation."""
+    if not isinstance(value, list) or not value:
+        return False
+    return not (isinstance(value[0], dict) and {"role", "from"} & value[0].keys())
+
+
+# ---- parquet
+
+
+def _parquet(path: Path) -> Iterator[Row]:
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            count = 0
+            for batch in file.iter_batches(_BATCH):
+                size = batch.nbytes // max(1, batch.num_rows)
+                for row in batch.to_pylist():
+                    count += 1
+                    yield Row(row, f"row {count}", size)
+    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # arrow's own have none
+            raise AccessError(f"cannot be read: {error.strerror}", where=str(path)) from error
+        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(f"cannot be read as parquet: {text}", where=str(path)) from error
