@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-import numpy
-
 from quarkcli.errors import AccessError, DataError
 
 EXAMPLE = (
@@ -113,6 +111,8 @@ def rows(path: Path, seed: int) -> Iterator[Row]:
 
 def shuffled(rows: Iterable[Row], seed: int) -> Iterator[Row]:
     """Rows in a seeded order. Whenever the buffer is full it is shuffled and half of it is given out."""
+    import numpy
+
     random = numpy.random.default_rng(seed)
     buffer: list[Row] = []
     size = 0
