@@ -11,10 +11,14 @@ Level = Literal["debug", "info", "warning"]
 
 @dataclass(frozen=True)
 class Message:
-    """A line for the log; warnings are repeated in the report and the final summary."""
+    """A line for the log; warnings are repeated in the report and the final summary.
+
+    always   shown even where only errors are: it says where a user's files are, or what was left undone
+    """
 
     text: str
     level: Level = "info"
+    always: bool = False
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ and `run` uses; there is no second path. A plan without a slot that needs data r
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -72,6 +73,10 @@ def open_source(options: Options) -> Source:
     return Source.open(model, revision=options.revision, offline=options.offline)
 
 
+def _expanded(path: Path | None) -> Path | None:
+    return Path(os.path.expanduser(path)) if path is not None else None  # noqa: PTH111 - never raises
+
+
 def prepare(options: Options, tell: Listener = silent) -> Prepared:
     """Steps 1 to 4: everything that can go wrong for reasons visible in config and headers goes wrong here."""
     tell(Phase("resolve"))
@@ -92,7 +97,7 @@ def prepare(options: Options, tell: Listener = silent) -> Prepared:
     needs = preflight.data_needs(plan, steps)
     calibration = preflight.calibration(options, recipe, source, needs)
     size = preflight.forecast_of(plan, dialect, source, calibration, needs)
-    output = options.output or Path(f"{'demo' if options.model == 'demo' else source.name}-{recipe.name}")
+    output = _expanded(options.output) or Path(f"{'demo' if options.model == 'demo' else source.name}-{recipe.name}")
     beside = side_files.gather(source)
     preflight.check_tokenizer(source, beside, calibration)
     warnings = [*recipe.notes, *dialects.warnings(dialect, plan), *plan.warnings, *beside.warnings()]
@@ -120,7 +125,7 @@ def run(
     tell = broadcast(tell, _remember(prepared.warnings))
     partial = partial_path(prepared.output)
     for line in remove_stale(partial):
-        tell(Message(line, "warning"))
+        tell(Message(line, "warning", always=True))
     preflight.check_output(prepared.output, options.overwrite, prepared.source.folder)
     preflight.check_resources(prepared.output, prepared.forecast)
     with Journal.lock(partial, resume=options.resume) as journal:  # 6
@@ -155,11 +160,17 @@ def _tidy(journal: Journal, output: Path, tell: Listener) -> None:
         sync_folder(partial_path(output).parent)
         for old in journal.replaced:
             for line in dispose(Path(old), output):
-                tell(Message(line, "warning"))
+                tell(Message(line, "warning", always=True))
         journal.discard_state()
     except BaseException as error:
         what = str(error) or type(error).__name__
-        tell(Message(f"the checkpoint is complete, but not everything beside it was tidied up: {what}", "warning"))
+        tell(
+            Message(
+                f"the checkpoint is complete, but not everything beside it was tidied up: {what}",
+                "warning",
+                always=True,
+            )
+        )
 
 
 def _remember(warnings: list[str]) -> Listener:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from quarkcli.errors import ModelError
-from quarkcli.source import OTHER_WEIGHTS, PICKLES, Source
+from quarkcli.source import OTHER_WEIGHTS, PICKLES, Source, is_within
 
 LIMIT = 64 * 2**20  # bytes
 README = "README.md"
@@ -143,7 +143,7 @@ def _reason(source: Source, path: Path) -> str | None:
 def _bad_link(source: Source, path: Path) -> str | None:
     """Why a link is not followed: it leads nowhere, outside, or to what would not be copied under its own name."""
     try:
-        if not source.is_within(path):
+        if not is_within(source.folder, path):
             return OUTSIDE
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ELOOP, errno.ENOTDIR):

@@ -101,18 +101,18 @@ class Source:
         Raises AccessError (missing, forbidden, offline), ModelError (not a complete safetensors model) and
         ResourceError (the download does not fit).
         """
-        local = Path(path_or_id).expanduser()
-        if local.is_dir():
-            return _open_folder(local.resolve(), None, online=False)
-        if local.exists():
+        local = Path(os.path.expanduser(path_or_id))  # noqa: PTH111 - does not raise where there is no home
+        try:
+            if local.is_dir():
+                return _open_folder(local.resolve(), None, online=False)
+            exists = local.exists()
+        except OSError as error:
+            raise _unreadable(Path(error.filename or local), error) from error
+        if exists:
             raise AccessError("is a file; give the directory that holds config.json", where=path_or_id)
         if not _HUB_ID.fullmatch(path_or_id):
             raise AccessError("no such directory", where=path_or_id)
         return _open_folder(_download(path_or_id, revision, offline), path_or_id, online=not offline)
-
-    def is_within(self, path: Path) -> bool:
-        """Whether what lies at an absolute path is a file of this model, links followed. Raises OSError."""
-        return is_within(self.folder, path)
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor in its stored dtype and shape: CPU, own memory, no map. Raises ModelError, AccessError."""

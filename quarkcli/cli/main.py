@@ -8,6 +8,7 @@ import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -66,11 +67,15 @@ def run() -> NoReturn:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line (without the program's name) and return the exit code; never raises."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    arguments = [_expanded(argument) for argument in (sys.argv[1:] if argv is None else argv)]
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # looking for some costs a tenth of a short command
     output.reset(arguments)
     with answered(_last_words):
-        return _outcome(arguments)
+        code = _outcome(arguments)
+        if output.session.done is not None and code:
+            output.raw(f"warning: {output.session.done} is complete; the exit code is 0")
+            code = 0
+        return _lost(code) if output.session.lost else code
 
 
 def _outcome(arguments: list[str]) -> int:
@@ -86,11 +91,21 @@ def _outcome(arguments: list[str]) -> int:
         return _fail(_stopped(ExitCode.TERMINATED))
     except (KeyboardInterrupt, typer.Abort):
         return _fail(_stopped(ExitCode.INTERRUPTED))
+    except OSError as error:
+        return _fail(_environment(error))
     except Exception as error:
         return _unexpected(error)
     if code == ExitCode.INTERRUPTED:  # Typer turns Ctrl-C into this value
         return _fail(_stopped(ExitCode.INTERRUPTED))
     return int(code or 0)
+
+
+def _expanded(argument: str) -> str:
+    """`--flag=~/x` as `--flag ~/x`: the shell expands only the second."""
+    name, equals, value = argument.partition("=")
+    if argument.startswith("--") and equals and (value == "~" or value.startswith("~/")):
+        return f"{name}={os.path.expanduser(value)}"  # noqa: PTH111 - does not raise where there is no home
+    return argument
 
 
 @contextmanager
@@ -119,7 +134,7 @@ def _last_words(code: ExitCode) -> None:
 def _stopped(code: ExitCode) -> QuarkError:
     """A signal's message; only a quantization that has begun can be gone on with."""
     partial = output.session.partial
-    resumable = partial is not None and partial.is_dir()
+    resumable = partial is not None and _is_there(partial)
     hint = f"resumable: the same command goes on with what is finished in {partial}" if resumable else ""
     return _Stopped("interrupted" if code == ExitCode.INTERRUPTED else "terminated", code, hint)
 
@@ -140,6 +155,29 @@ def _unexpected(error: Exception) -> int:
         hint = "smaller --calib-batch, --calib-samples or --calib-seqlen" + ("; or --device cpu" if device else "")
         return _fail(ResourceError(f"out of {device}memory", hint=hint))
     log = output.session.partial and output.session.partial / "quark" / "quark.log"
-    place = f"the log is {log}; " if log and log.is_file() else ""
+    place = f"the log is {log}; " if log and _is_there(log) else ""
     what = f"internal error, a defect of quark: {type(error).__name__}: {error}"
     return _fail(QuarkError(what, hint=f"{place}--debug or QUARK_DEBUG=1 shows the traceback; please report it"))
+
+
+def _environment(error: OSError) -> QuarkError:
+    """What the system refused, with the place: a disk, a permission, a limit. No check of ours knew it before."""
+    where = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else ""
+    what = f"the system refused an operation: {error.strerror or error}"
+    return ResourceError(what, where=where, hint="check permissions and space; --debug shows where it happened")
+
+
+def _lost(code: int) -> int:
+    """The answer did not reach stdout: an error, unless a checkpoint stands."""
+    what = f"the answer could not be written to standard output: {output.session.lost}"
+    if output.session.done is not None:
+        output.raw(f"warning: {what}")
+        return code
+    return code or _fail(ResourceError(what))
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:
+        return False

@@ -54,7 +54,7 @@ def show(
     """
     output.start(json=json)
     from quarkcli import family
-    from quarkcli.recipe import catalog
+    from quarkcli.recipe import catalog, load
 
     path = catalog.find("models", name)
     if json:
@@ -65,7 +65,7 @@ def show(
     elif resolved:
         output.data(family.to_yaml(family.load(path), f"{path.stem}, with what it takes over").rstrip("\n"))
     else:
-        output.data(path.read_text(encoding="utf-8").rstrip("\n"))
+        output.data(load.read_text(path).rstrip("\n"))
 
 
 @app.command(

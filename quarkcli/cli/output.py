@@ -1,7 +1,8 @@
 """Everything the commands print: data on stdout, all else on stderr. Rich is imported only for a terminal.
 
 Colour follows NO_COLOR, then FORCE_COLOR, then TERM=dumb, then whether the stream is a terminal; no meaning is carried
-by colour alone. A reader that closes the pipe ends nothing: what follows goes to the null device.
+by colour alone. A reader that closes the pipe ends nothing: what follows goes to the null device. An answer that could
+not be written for another reason (a full disk) is kept in `session.lost`, and decides the exit code.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import math
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TextIO
@@ -31,12 +33,16 @@ class Session:
     debug    tracebacks are shown
     quiet    notes are dropped
     partial  the directory in which a quantization works, once it is known
+    done     the output that stands, whatever happens from here on
+    lost     why a part of the answer did not reach stdout
     """
 
     json: bool = False
     debug: bool = False
     quiet: bool = False
     partial: Path | None = None
+    done: Path | None = None
+    lost: str = ""
 
 
 session = Session()
@@ -62,7 +68,22 @@ def reset(argv: Sequence[str]) -> None:
     session.json = "--json" in argv
     session.debug = os.environ.get("QUARK_DEBUG", "") not in {"", "0"}
     session.quiet = False
-    session.partial = None
+    session.partial = session.done = None
+    session.lost = ""
+    _open_streams()
+
+
+def _open_streams() -> None:
+    """Descriptors that were closed get the null device: a file opened later must not become stdout or stderr."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            if os.open(os.devnull, os.O_RDWR) != number:
+                break
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 - stays open until the process ends
 
 
 # ---- the two streams
@@ -109,16 +130,25 @@ def raw(text: str) -> None:
 def _write(name: Stream, text: str) -> None:
     stream: TextIO = getattr(sys, name)
     try:
-        stream.write(text + "\n")
+        try:
+            stream.write(text + "\n")
+        except UnicodeEncodeError:  # a path with bytes that are no text, or a terminal without UTF-8
+            encoding = stream.encoding or "utf-8"
+            stream.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
         stream.flush()
     except BrokenPipeError:
         _silence(name, stream)
+    except (OSError, ValueError) as error:  # full, hung up, closed
+        _silence(name, stream)
+        if name == "stdout":
+            session.lost = getattr(error, "strerror", None) or str(error)
 
 
 def _silence(name: Stream, stream: TextIO) -> None:
     """Send the rest to the null device, also what the interpreter flushes at its end."""
     null = Path(os.devnull).open("w")  # noqa: SIM115 - stays open until the process ends
-    os.dup2(null.fileno(), stream.fileno())
+    with suppress(OSError, ValueError):  # a stream that is closed has no descriptor
+        os.dup2(null.fileno(), stream.fileno())
     setattr(sys, name, null)
 
 

@@ -81,7 +81,9 @@ class Progress:
                     self._show(Working(f"{self._doing} ({log.duration(now - self._since)})"))
 
     def _show(self, event: Event) -> None:
-        if self.json:
+        if isinstance(event, Message) and event.always and output.session.quiet:
+            output.raw(log.line(event))
+        elif self.json:
             output.event(_KINDS[type(event)], {"time": round(time.time(), 3), **vars(event)})
         elif self._bar is not None:
             self._on_bar(event)

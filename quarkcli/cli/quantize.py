@@ -50,6 +50,7 @@ def quantize(flags: JobFlags, *, dry_run: DryRun = False) -> None:
             _announce(prepared, progress)
 
         report = job.run(options, progress, planned)
+        output.session.done = made[0].output
     _conclude(made[0], report, progress)
     if flags.json:
         output.json_data(report)

@@ -75,7 +75,7 @@ def show(
 ) -> None:
     """Print a recipe's file."""
     output.start(json=json)
-    from quarkcli.recipe import catalog
+    from quarkcli.recipe import catalog, load
 
     path = catalog.find_recipe(name)
     if resolved:
@@ -85,7 +85,7 @@ def show(
     if json:
         output.json_data({"schema": "quark/recipe-file/1", "file": str(path), "recipe": document.data})
     else:
-        output.data(path.read_text(encoding="utf-8").rstrip("\n"))
+        output.data(load.read_text(path).rstrip("\n"))
 
 
 def _show_resolved(path: Path, json: bool) -> None:

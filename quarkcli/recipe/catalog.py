@@ -54,9 +54,25 @@ def built_in_folder() -> Path:
 
 
 def user_folder() -> Path:
-    """The user's own recipes, laid out like the built-in folder."""
+    """The user's own recipes, laid out like the built-in folder; it need not exist."""
     home = os.environ.get("QUARK_HOME")
-    return Path(home) if home else Path.home() / ".config" / "quark"
+    return Path(home) if home else Path(os.path.expanduser("~")) / ".config" / "quark"  # noqa: PTH111 - never raises
+
+
+def is_users_folder(folder: Path) -> bool:
+    """Whether a folder in the user's folder is there. In a container `~` may be somebody else's, or nobody's."""
+    try:
+        return folder.is_absolute() and folder.is_dir() and os.access(folder, os.R_OK | os.X_OK)
+    except OSError:
+        return False
+
+
+def is_within(path: Path, folder: Path) -> bool:
+    """Whether a file, links followed, lies below a folder: what others give us may not reach for more."""
+    try:
+        return path.is_file() and path.resolve().is_relative_to(folder.resolve())
+    except (OSError, ValueError, RuntimeError):  # a name too long, one with a NUL, links in a circle
+        return False
 
 
 def same(name: str) -> str:
@@ -72,11 +88,15 @@ def files(kind: Kind, beside: Path | None = None) -> dict[str, Path]:
     """
     found = {**_built_in(kind), **_added(kind)}
     beside = _foreign(beside)
-    folders = [folder for folder in (user_folder() / kind, beside) if folder is not None and folder.is_dir()]
+    users = user_folder() / kind
+    folders = [users] if is_users_folder(users) else []
+    folders += [beside] if beside is not None and beside.is_dir() else []
     taken = _owners(kind, found) if folders else {}
     for folder in folders:
         own: dict[str, Path] = {}
         for path in sorted(folder.glob("*.yaml")):
+            if folder == beside and not is_within(path, folder):
+                continue
             mine = {same(name): path for name in (path.stem, *_aliases_of(kind, path))}
             owners = [(taken | own)[name] for name in mine if name in taken or name in own]
             if owners and folder != beside:
@@ -174,7 +194,7 @@ def _refuse_hidden(kind: Kind, owner: Path, name: str, beside: Path | None) -> N
     if kind != "schemes" or beside is None or not beside.is_dir():
         return
     for path in beside.glob("*.yaml"):
-        if same(path.stem) == same(name) and path != owner and _is_scheme(path):
+        if is_within(path, beside) and same(path.stem) == same(name) and path != owner and _is_scheme(path):
             raise _refused(kind, path, owner)
 
 

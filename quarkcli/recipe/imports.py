@@ -140,8 +140,11 @@ def _file(source: _Source, name: str, path: Path_) -> Path:
         )
     wanted = names[name]
     where = source.where((IMPORTS, name))
-    if not isinstance(wanted, str) or not wanted or Path(wanted).is_absolute() or ".." in Path(wanted).parts:
-        raise ConfigError(f"an import must name a file, not {wanted!r}", where=where, hint="configs/numerics/fp8")
+    path_like = isinstance(wanted, str) and Path(wanted).parts and "\0" not in wanted
+    if not path_like or Path(wanted).is_absolute() or ".." in Path(wanted).parts:
+        raise ConfigError(
+            f"an import must name a file, not {_shortened(repr(wanted))}", where=where, hint="configs/numerics/fp8"
+        )
     return _found(source.document.file, wanted, where)
 
 
@@ -156,7 +159,7 @@ def _found(importer: str, wanted: str, where: str) -> Path:
     names = [path.relative_to(root).with_suffix("").as_posix() for root in roots for path in _all(root)]
     close = near_misses(wanted, names)
     hint = f"did you mean '{close[0]}'?" if close else "beside this file, in the user's units folder, or built in"
-    raise ConfigError(f"no file '{wanted}' to import", where=where, hint=hint)
+    raise ConfigError(f"no file '{_shortened(wanted)}' to import", where=where, hint=hint)
 
 
 def _own(importer: str, wanted: str, known: Path | None, where: str) -> Path | None:
@@ -164,7 +167,7 @@ def _own(importer: str, wanted: str, known: Path | None, where: str) -> Path | N
     file = _resolved(Path(importer).absolute())
     trees = [folder.parent for folder in file.parents if folder.name == Path(wanted).parts[0]]
     beside = next((path for root in (file.parent, *trees) if (path := _in(root, wanted))), None)
-    own = _in(_users(), wanted)
+    own = _in(_users(), wanted, linked=True)
     if beside is None and own is not None and known is not None:
         raise ConfigError(f"'{wanted}' is a built-in unit; rename the file {own}", where=where)
     return beside or own
@@ -194,10 +197,26 @@ def _resolved(path: Path) -> Path:
     return path.resolve()
 
 
-def _in(root: Path, wanted: str) -> Path | None:
-    candidates = (root / f"{wanted}{suffix}" for suffix in _SUFFIXES)
-    return next((path for path in candidates if path.is_file()), None)
+def _in(root: Path, wanted: str, *, linked: bool = False) -> Path | None:
+    """The file `wanted` below a folder. Only where `linked` may it be a link that leads elsewhere."""
+    if linked and not catalog.is_users_folder(root):
+        return None
+    candidates = [root / f"{wanted}{suffix}" for suffix in _SUFFIXES]
+    return next((path for path in candidates if catalog.is_within(path, root) or (linked and _is_file(path))), None)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _all(root: Path) -> list[Path]:
+    if not catalog.is_users_folder(root):
+        return []
     return sorted(path for path in root.rglob("*") if path.suffix in _SUFFIXES[1:])

@@ -81,23 +81,24 @@ class Document:
 
 def read(path: Path) -> Document:
     """Parse a YAML or JSON file of one document. Raises ConfigError with file, line and column."""
-    return parse(_text(path), str(path))
+    return parse(read_text(path), str(path))
 
 
 def read_snippet(path: Path) -> Document:
     """As `read`; a first document that holds nothing but `imports` may stand before the one that counts."""
-    return parse(_text(path), str(path), snippet=True)
+    return parse(read_text(path), str(path), snippet=True)
 
 
-def _text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """The text of a file of moderate size. Raises ConfigError."""
     try:
-        text = path.read_bytes()
+        data = path.read_bytes()
     except OSError as error:
         raise ConfigError(f"cannot be read ({error.strerror})", where=str(path)) from error
-    if len(text) > MAX_BYTES:
-        raise ConfigError(f"{len(text)} bytes; at most {MAX_BYTES} are read", where=str(path))
+    if len(data) > MAX_BYTES:
+        raise ConfigError(f"{len(data)} bytes; at most {MAX_BYTES} are read", where=str(path))
     try:
-        found = text.decode("utf-8")
+        found = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ConfigError(f"not UTF-8 text (byte {error.start})", where=str(path)) from error
     # JSON is YAML but for tabs, which it has nowhere but between tokens.

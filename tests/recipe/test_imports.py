@@ -289,3 +289,38 @@ def test_a_recipe_as_nvidia_writes_them(tmp_path: Path) -> None:
     assert found.entries[3].quantizer_path == "*[kv]_bmm_quantizer"
     assert str(document.origin(*found.entries[-1].place)) == f"{tmp_path}/r.yaml:17:7"
     assert str(document.origin(*found.entries[3].place)) == f"{UNITS}/configs/ptq/units/kv_fp8.yaml:5:3"
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [".", "./", "a" * 300, "a" * 5000, "x\\0y", "link", "folder/secret", "dev", "loop", "", "/etc/passwd", "../r"],
+)
+def test_what_is_no_file_of_the_recipe_is_not_read(tmp_path: Path, wanted: str) -> None:
+    """A recipe that came from elsewhere may hold links; nothing of the user's is read, or shown, through them."""
+    secret = write(tmp_path / "mine", secret="SECRET: 1\n") / "secret.yaml"
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    for name, target in {"link": secret, "folder": secret.parent, "dev": "/dev/zero", "loop": "loop"}.items():
+        (tree / name).symlink_to(target)
+    (tree / "r.yaml").write_text(f'imports: {{a: "{wanted}"}}\ncfg: {{$import: a}}\n')
+    error = refused(tree / "r.yaml")
+    assert "SECRET" not in f"{error} {error.hint}"
+    assert len(str(error)) < 300
+
+
+def test_links_inside_the_tree_and_links_of_the_users_are_followed(tmp_path: Path, home: Path) -> None:
+    write(tmp_path / "elsewhere", b="x: 2\n")
+    write(tmp_path / "tree", a="x: 1\n", r="imports: {a: linked, b: b}\none: {$import: a}\ntwo: {$import: b}\n")
+    (tmp_path / "tree" / "linked.yaml").symlink_to("a.yaml")
+    (home / "units").mkdir(parents=True)
+    (home / "units" / "b.yaml").symlink_to(tmp_path / "elsewhere" / "b.yaml")
+    assert expand(tmp_path / "tree" / "r.yaml").data == {"one": {"x": 1}, "two": {"x": 2}}
+
+
+def test_a_scheme_beside_a_recipe_is_not_a_link_to_elsewhere(tmp_path: Path) -> None:
+    write(tmp_path / "mine", secret="weight: {dtype: int8}\n")
+    write(tmp_path / "tree", own="weight: {dtype: int8}\n")
+    (tmp_path / "tree" / "linked.yaml").symlink_to(tmp_path / "mine" / "secret.yaml")
+    found = catalog.files("schemes", tmp_path / "tree")
+    assert "own" in found
+    assert "linked" not in found

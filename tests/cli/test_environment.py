@@ -1,0 +1,204 @@
+"""Homes, streams, names and signals as containers, CI and users make them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quarkcli.cli import main, output
+from quarkcli.job import EMBEDDED
+from quarkcli.recipe import catalog
+
+ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+QUANTIZE = ("quantize", "--model", "demo", "--scheme", "mxfp4", "-q")
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("QUARK_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return tmp_path
+
+
+def process(*argv: str, shell: str = "") -> subprocess.CompletedProcess[str]:
+    """A command line in a process of its own; `shell` is what a shell adds behind it."""
+    code = "from quarkcli.cli.main import run\nrun()"
+    line = ["sh", "-c", f'exec "$@" {shell}', "sh", sys.executable, "-c", code, *argv]
+    return subprocess.run(line, capture_output=True, text=True, env=ENVIRONMENT, timeout=120, check=False)
+
+
+# ---- homes
+
+
+@pytest.mark.parametrize("kind", ["none", "not searchable", "relative"])
+def test_a_home_that_is_not_ones_own(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """Containers run under other users; what cannot be looked into has no recipes of ours."""
+    monkeypatch.delenv("QUARK_HOME")
+    if kind == "none":
+        monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    elif kind == "relative":
+        monkeypatch.setenv("HOME", "")
+    else:
+        real = os.stat
+
+        def refuse(path: Any, *args: Any, **kwargs: Any) -> Any:
+            if ".config" in str(path):
+                raise PermissionError(13, "Permission denied", str(path))
+            return real(path, *args, **kwargs)
+
+        monkeypatch.setattr(os, "stat", refuse)
+    for argv in (["plan", "--model", "demo", "--scheme", "mxfp4"], ["schemes", "list"], ["recipes", "list"], ["env"]):
+        assert main.main(argv) == 0
+
+
+def test_a_folder_of_the_users_that_is_there_is_used(folder: Path) -> None:
+    (folder / "home" / "schemes").mkdir(parents=True)
+    (folder / "home" / "schemes" / "mine.yaml").write_text("weight: {dtype: int8}\n")
+    assert "mine" in catalog.files("schemes")
+
+
+# ---- names
+
+
+@pytest.mark.parametrize(
+    ("output", "code", "text"),
+    [
+        ("loop", 2, "is a link that leads to itself"),
+        ("a" * 250, 2, "the name of the output is too long"),
+        ("a" * 300, 6, "File name too long"),
+        ("/".join(["b" * 200] * 18), 2, "the name of the output is too long"),
+        ("file/out", 6, "Not a directory"),
+        ("/proc/none/out", 6, " free"),
+    ],
+)
+def test_outputs_that_cannot_be(folder: Path, output: str, code: int, text: str, capsys: Any) -> None:
+    Path("loop").symlink_to("loop")
+    Path("file").touch()
+    assert main.main([*QUANTIZE, "-o", output]) in {code, 6}
+    error = capsys.readouterr().err
+    assert "internal error" not in error
+    assert text in error or "writing failed" in error
+    assert {path.name for path in folder.iterdir()} == {"loop", "file"}
+
+
+def test_a_tilde_behind_an_equals_sign(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(folder / "me"))
+    assert main.main([*QUANTIZE, "--output=~/out"]) == 0
+    assert main.main(["verify", str(folder / "me" / "out")]) == 0
+    assert not (folder / "~").exists()
+
+
+@pytest.mark.parametrize("flag", ["--model", "--recipe"])
+def test_what_may_not_be_looked_at(folder: Path, flag: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    real = os.stat
+
+    def refuse(path: Any, *args: Any, **kwargs: Any) -> Any:
+        if str(path).endswith("closed/x"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "stat", refuse)
+    flags = {"--model": "demo", "--recipe": "mxfp4", flag: "closed/x"}
+    code = main.main(["plan", *(word for pair in flags.items() for word in pair)])
+    assert code == (5 if flag == "--model" else 6)
+    assert "closed/x: " in capsys.readouterr().err
+
+
+# ---- streams
+
+
+@pytest.mark.parametrize("shell", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-", ">/dev/full", "2>/dev/full"])
+def test_a_checkpoint_stands_whatever_the_streams_are(folder: Path, shell: str) -> None:
+    done = process(*QUANTIZE, "-o", "out", shell=shell)
+    assert done.returncode == 0, done.stderr
+    assert (folder / "out" / "quark" / "manifest.json").is_file()
+    assert main.main(["verify", "out"]) == 0
+    assert {path.name for path in folder.iterdir()} == {"out"}
+    if shell == ">/dev/full":
+        assert "warning: the answer could not be written to standard output: No space left on device" in done.stderr
+
+
+def test_an_answer_that_is_lost_is_an_error() -> None:
+    done = process("schemes", "list", shell=">/dev/full")
+    assert done.returncode == 6
+    assert "the answer could not be written to standard output" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert process("schemes", "list", shell=">&-").returncode == 0
+
+
+def test_a_name_that_is_no_text_is_printed_escaped(folder: Path, capsys: Any) -> None:
+    output.reset([])
+    output.note(os.fsdecode(b"caf\xe9"))
+    assert capsys.readouterr().err == "caf\\udce9\n"
+
+
+# ---- after the renaming
+
+
+def test_what_fails_behind_a_checkpoint_is_a_warning(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    from quarkcli.cli import summary
+
+    def fail(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(summary, "lines", fail)
+    assert main.main([*QUANTIZE[:-1], "-o", "out"]) == 0
+    assert "warning: out is complete" in capsys.readouterr().err
+
+
+def test_a_state_that_cannot_be_removed_is_a_warning(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    real = shutil.rmtree
+
+    def refuse(path: Any, *args: Any, **kwargs: Any) -> None:
+        if str(path).endswith(".partial.state"):
+            raise OSError(5, "Input/output error")
+        real(path, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", refuse)
+        assert main.main([*QUANTIZE, "-o", "out"]) == 0
+    assert "warning: the checkpoint is complete, but not everything beside it was tidied up" in capsys.readouterr().err
+    assert "not everything beside it" in (folder / "out" / "quark" / "quark.log").read_text()
+    assert (folder / "out.partial.state").is_dir()
+    assert main.main([*QUANTIZE, "-o", "out"]) == 2  # it exists; what was left beside it is removed all the same
+    assert {path.name for path in folder.iterdir()} == {"out"}
+
+
+# ---- signals
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.02])
+def test_two_interrupts_are_one(folder: Path, delay: float) -> None:
+    line = [sys.executable, "-c", "from quarkcli.cli.main import run; run()", "quantize", "--model", str(EMBEDDED)]
+    line += ["--scheme", "fp8", "--calib-data", "builtin", "--calib-samples", "4", "--calib-seqlen", "32", "-o", "out"]
+    with subprocess.Popen(
+        line,
+        env=ENVIRONMENT,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    ) as child:
+        end = time.monotonic() + 60
+        while not (folder / "out.partial" / "model-embed.safetensors").exists() and time.monotonic() < end:
+            time.sleep(0.005)
+        child.send_signal(signal.SIGINT)
+        time.sleep(delay)
+        child.send_signal(signal.SIGINT)
+        text = child.communicate(timeout=60)[1]
+    assert child.returncode == 130
+    assert "Traceback" not in text
+    assert not (folder / "out").exists()
