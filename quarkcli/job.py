@@ -134,7 +134,7 @@ def run(
         memory.return_large_buffers()
         data = preflight.token_rows(prepared, tell)
         tell(Working("building the model's class"))
-        runner = _runner(prepared, data, device) if data is not None else None
+        runner = _runner(prepared, data, device, tell) if data is not None else None
         journal.start(_fingerprint(prepared, data, device), resume=options.resume)
         with log_file.attach(partial / LOG), log_file.last_words():
             _parts(prepared, data, runner, journal, device, started, tell)  # 7, 8
@@ -183,8 +183,9 @@ def _remember(warnings: list[str]) -> Listener:
     return listen
 
 
-def _runner(prepared: Prepared, data: CalibrationData, device: str) -> Any:
+def _runner(prepared: Prepared, data: CalibrationData, device: str, tell: Listener) -> Any:
     from quarkcli.model.runner import Runner
+    from quarkcli.part import check_loaded
 
     source = prepared.source
     trusted = prepared.options.trust_remote_code
@@ -193,7 +194,11 @@ def _runner(prepared: Prepared, data: CalibrationData, device: str) -> Any:
         source.folder, source.headers, device=device, trust_remote_code=trusted, eager=softmax,
         turned=prepared.layout.turned,
     )  # fmt: skip
+    runner.check_blocks()
     runner.check_tokens(data.tokens)
+    note = check_loaded(prepared.plan, prepared.needs, runner)
+    if note is not None:
+        tell(Message(note, "warning"))
     return runner
 
 

@@ -17,7 +17,7 @@ from quarkcli.activations import ActivationQuantizer, AttentionQuantizer, quanti
 from quarkcli.algorithms.base import Algorithm, PartWork
 from quarkcli.calibration.statistics import Statistics, site_parts
 from quarkcli.dialects.base import Decoded, Dialect, StoredTarget
-from quarkcli.errors import DataError, QuarkError
+from quarkcli.errors import DataError, ModelError, QuarkError
 from quarkcli.events import Listener, Message
 from quarkcli.nonfinite import HINT, NonFinite, OnNonfinite
 from quarkcli.numerics.observers import weight_amax
@@ -61,6 +61,34 @@ def last_part(plan: Plan, needs: Mapping[str, set[str]]) -> int:
     """Index of the last part that needs data; -1 when none does."""
     parts = site_parts(plan)
     return max((parts[site] for site in needs), default=-1)
+
+
+def check_loaded(plan: Plan, needs: Mapping[str, set[str]], runner: Any) -> str | None:
+    """A warning about quantized weights that the model class does not load, None without any.
+
+    Some files hold tensors that no forward reads, such as keys and values of blocks that share an earlier cache.
+    Raises ModelError when a statistic is needed of an activation that none but such weights read.
+    """
+    unseen = [target.name for target in plan.quantized() if not runner.loads(target.view.tensor)]
+    if not unseen:
+        return None
+    lost = set(unseen)
+    sites = {name: site.members for name, site in plan.sites.items()}
+    sites |= {target.output_site: (target.name,) for target in plan.quantized() if target.output_site is not None}
+    for module in plan.attention.values():
+        sites |= {f"{module.name}.{kind}": (module.k_proj,) for kind in module.slots}
+    for site in needs:
+        if lost.issuperset(sites[site]):
+            raise ModelError(
+                "calibration needs this activation, and the model's class does not load what reads it",
+                where=site,
+                hint=f"--exclude '{sites[site][0]}', or a scheme that needs no data for it",
+            )
+    more = " ..." if len(unseen) > 4 else ""
+    return (
+        f"the model's class does not load {len(unseen)} of the quantized weights ({', '.join(unseen[:4])}{more}): they "
+        "are quantized like the weights that read the same activation, and no forward was run with them"
+    )
 
 
 class PartWorker:
@@ -270,8 +298,11 @@ class PartWorker:
         return after
 
     def _activations(self, part: Part, scales: Mapping[str, Tensor]) -> Iterable[ActivationQuantizer]:
+        assert self.walk is not None
         for target in self.plan.quantized(part.index):
             own, tensor = _own(target, scales), target.view.tensor
+            if not self.walk.runner.loads(tensor):
+                continue
             layer, expert = target.expert or ("", None)
             if target.input is not None:
                 down = target.role == "expert_down"

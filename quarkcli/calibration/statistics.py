@@ -150,7 +150,8 @@ class Statistics:
         for site in self.plan.sites.values():
             if site.part != self.part or site.name not in self.needs:
                 continue
-            tensor = self.plan.targets[site.members[0]].view.tensor
+            tensors = (self.plan.targets[member].view.tensor for member in site.members)
+            tensor = next(filter(self.runner.loads, tensors))  # see `part.check_loaded`
             if site.kind == "linear":
                 linear[tensor] = self._linear_tap(site.name)
             else:

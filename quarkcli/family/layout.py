@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from quarkcli.errors import ModelError
 from quarkcli.family.config import block_count, hidden_size, text_config
 from quarkcli.family.lists import found_lists
-from quarkcli.family.orientation import decide, hidden_transpositions
+from quarkcli.family.orientation import decide, hidden_transpositions, stored_transposed
 from quarkcli.family.schema import (
     PROTECTED,
     TOWERS,
@@ -100,6 +100,7 @@ class Layout:
 
     protected   module -> role it is left alone for
     turned      fused tensors whose square matrices lie [in, out], where other files have them as [out, in]
+    transposed  weights of blocks that the file stores [in, out] and the family knows nothing of; see `orientation`
     """
 
     family: str
@@ -113,6 +114,7 @@ class Layout:
     aliases: dict[str, str] = field(default_factory=dict)
     protected: dict[str, str] = field(default_factory=dict)
     turned: frozenset[str] = frozenset()
+    transposed: tuple[str, ...] = ()
 
 
 @without_collection()
@@ -128,7 +130,7 @@ def lay_out(
     return Layout(
         name, inferred, parts, builder.weights, builder.sites, builder.attention, builder.tensor_roles,
         _tied_head(family, config, headers), family.aliases, builder.protected(),
-        hidden_transpositions(family, config, headers),
+        hidden_transpositions(family, config, headers), stored_transposed(builder.blocks_weights(), headers, config),
     )  # fmt: skip
 
 
@@ -248,6 +250,13 @@ class _Builder:
         self.tensor_roles[tensor] = role or "parameter"
         if tensor.endswith(".weight") and len(header.shape) == 2 and role not in {"norm", "conv", "other"}:
             self._add_weight(module, WeightView(tensor), header, role or "linear", part, None)
+
+    def blocks_weights(self) -> Iterator[tuple[str, str | None]]:
+        """(module name, name of its bias) of the linears in blocks that are file tensors of their own."""
+        blocks = {part.index for part in self.parts if part.block is not None}
+        for name, weight in self.weights.items():
+            if weight.expert is None and weight.part in blocks:
+                yield name, weight.bias
 
     def protected(self) -> dict[str, str]:
         """Module -> role that keeps it as it is."""
@@ -383,7 +392,11 @@ class _Builder:
         spec = self.family.attention
         if spec is None:
             return
+        shared = text_config(self.config).get(self.family.shared_cache or "")
+        own = sum(part.block is not None for part in self.parts) - (shared if isinstance(shared, int) else 0)
         for part in self.parts:
+            if part.block is not None and part.block >= own:
+                continue  # its k and v, where files have some, fill no cache
             module = f"{part.name}.{spec.module}"
             k, v = f"{module}.{spec.k}", f"{module}.{spec.v}"
             if part.block is not None and k in self.weights:

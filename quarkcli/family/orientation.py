@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,6 +74,35 @@ def hidden_transpositions(
     blocks = list(dict.fromkeys(found[0] for name in headers if (found := start.match(name))))
     decided = decide(experts, blocks, headers, hidden_size(config))
     return frozenset(name for name, rule in decided.items() if rule.transpose and len({*headers[name].shape[1:]}) == 1)
+
+
+def stored_transposed(
+    linears: Iterable[tuple[str, str | None]], headers: Mapping[str, HeaderLike], config: Mapping[str, Any]
+) -> tuple[str, ...]:
+    """Linears stored [in, out], as transformers' Conv1D is (GPT-2, OpenAI GPT, ImageGPT).
+
+    The bias has as many values as there are outputs; without one, names that Conv1D has read or write the hidden
+    size. Square ones cannot tell, and count where others do.
+
+    linears   (module name, name of its bias)
+    """
+    hidden, found, square = hidden_size(config), [], []
+    for name, bias in linears:
+        out, inner = headers[f"{name}.weight"].shape
+        if out == inner:
+            square.append(name)
+        elif (bias is not None and headers[bias].shape == (inner,)) or (
+            bias is None and _reads(name) is not None and hidden == (out if _reads(name) else inner)
+        ):
+            found.append(name)
+    return (*found, *square) if found else ()
+
+
+def _reads(name: str) -> bool | None:
+    """Whether a module of Conv1D's names reads the residual stream, or writes it; None for other names."""
+    if name.endswith((".c_attn", ".c_fc")):
+        return True
+    return False if name.endswith(".mlp.c_proj") else None
 
 
 def _stored(experts: ExpertsModel, block: str, headers: Mapping[str, HeaderLike]) -> list[_Stored]:

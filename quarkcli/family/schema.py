@@ -100,6 +100,7 @@ class FamilyModel(Strict):
     scaling       pairs for smoothing and AWQ; `*` stands for every expert
     rotation      where the residual stream is read and written
     image_blocks  blocks that have this module run only with images
+    shared_cache  key of config.json: how many blocks at the end read the keys and values of earlier ones
     norm_offset   norms multiply by their weight plus this
     tied          head and embedding are one tensor when config.json does not say
     """
@@ -122,6 +123,7 @@ class FamilyModel(Strict):
     scaling: list[ScalingModel] = Field(default_factory=list)
     rotation: RotationModel | None = None
     image_blocks: str | None = None
+    shared_cache: str | None = None
     norm_offset: float = 0.0
     tied: bool = False
 

@@ -75,11 +75,21 @@ class Weights:
                 module._buffers[leaf] = empty
 
     def owners(self, file: str) -> list[tuple[str, nn.Module]]:
-        """(parameter name, module that owns it) of the parameters that a file tensor fills."""
+        """(parameter name, module that owns it) of what a file tensor fills, and of other blocks' tied to that."""
         group = self.map.by_file.get(file)
         if group is None:
             raise KeyError(f"{file!r} is no tensor that the model loads")
-        return [(param, self._owner(param)[0]) for param in group.params]
+        tied = [param for param, source in self.shared().items() if source in group.params]
+        return [(param, self._owner(param)[0]) for param in (*group.params, *tied)]
+
+    def shared(self) -> dict[str, str]:
+        """Parameter of a decoder block -> the parameter of another block that it is tied to."""
+        return {
+            param: source
+            for param, source in self._aliases.items()
+            if None not in (self.block_of(param), self.block_of(source))
+            and self.block_of(param) != self.block_of(source)
+        }
 
     def block_of(self, param: str) -> int | None:
         """Index of the decoder block that a parameter or buffer lies in, or None."""

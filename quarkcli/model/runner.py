@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from quarkcli.errors import DataError
+from quarkcli.errors import DataError, ModelError
 from quarkcli.model import experts as expert_modules
 from quarkcli.model.attention import AttentionTap, SoftmaxTap, tapped
 from quarkcli.model.blocks import Weights
 from quarkcli.model.experts import ExpertHandler
 from quarkcli.model.record import Recorder, Recording
-from quarkcli.model.skeleton import HeaderLike, build_skeleton
+from quarkcli.model.skeleton import DATA_FREE_HINT, HeaderLike, build_skeleton
 
 # Gets a module's input or output [..., features]; what it returns, if not None, takes its place.
 LinearHandler = Callable[[torch.Tensor], "torch.Tensor | None"]
@@ -101,6 +101,21 @@ class Runner:
     def unknown_tensors(self) -> list[str]:
         """File tensors that are no parameter of the model (MTP layers, old rotary buffers), in file order."""
         return list(self._weights.map.unknown)
+
+    def loads(self, tensor: str) -> bool:
+        """Whether the class has a parameter for a file tensor. Some files hold more than their class reads."""
+        return tensor in self._weights.map.by_file
+
+    def check_blocks(self) -> None:
+        """Raises ModelError when a block's weights are another's too: what runs one at a time sees one of the uses."""
+        for param, source in self._weights.shared().items():
+            one, other = self._weights.block_of(source), self._weights.block_of(param)
+            raise ModelError(
+                f"decoder blocks {one} and {other} share weights; calibration works on one block at a time, and would "
+                f"see one of the two uses",
+                where=source,
+                hint=DATA_FREE_HINT,
+            )
 
     def load_outside(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Load what lies outside the blocks; tied weights share storage. Extra tensors are ignored.
@@ -216,17 +231,19 @@ class Runner:
             return expert_modules.expert_hidden(module, expert, x)
 
     def _modules(self, i: int | None, name: str) -> list[nn.Module]:
-        found = self._weights.owners(name)
-        for param, _ in found:
-            if self._weights.block_of(param) != i:
-                place = "outside the blocks" if i is None else f"in decoder block {i}"
-                raise KeyError(f"{name!r} does not lie {place}")
-        return list(dict.fromkeys(module for _, module in found))
+        return list(dict.fromkeys(module for _, module in self._owners(i, name)))
 
     def _parent(self, i: int | None, name: str) -> nn.Module:
-        self._modules(i, name)
-        path = self._weights.owners(name)[0][0].rpartition(".")[0].rpartition(".")[0]
+        path = self._owners(i, name)[0][0].rpartition(".")[0].rpartition(".")[0]
         return self._skeleton.model.get_submodule(path)
+
+    def _owners(self, i: int | None, name: str) -> list[tuple[str, nn.Module]]:
+        """(parameter name, module) that a file tensor fills in block `i`."""
+        found = [(param, module) for param, module in self._weights.owners(name) if self._weights.block_of(param) == i]
+        if not found:
+            place = "outside the blocks" if i is None else f"in decoder block {i}"
+            raise KeyError(f"{name!r} does not lie {place}")
+        return found
 
 
 def _output_hook(handler: LinearHandler) -> Callable[..., Any]:

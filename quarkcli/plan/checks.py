@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from itertools import islice
 
 from quarkcli.errors import ConfigError, ModelError
@@ -46,6 +46,20 @@ def _overruled_cache(plan: Plan) -> None:
             if same_slot and same_slot[0].cfg != winner.cfg:
                 plan.warnings.append(f"{winner.origin} decides the cache of k and v, not {same_slot[0].origin}")
                 return
+
+
+def check_stored(plan: Plan, transposed: Collection[str]) -> None:
+    """Raises ModelError when weights that the file stores [in, out] are to be quantized."""
+    names = [name for name in transposed if plan.targets[name].weight is not None]
+    if names:
+        first = plan.targets[names[0]]
+        raise ModelError(
+            f"stored transposed, [in, out] ({list(first.shape)}), and {len(names) - 1} more: the class is no nn.Linear "
+            "(Conv1D of transformers); scales would run along the outputs, and no reader of quantized checkpoints "
+            "loads such a class",
+            where=first.view.tensor,
+            hint="a copy of the model whose linears are nn.Linear can be quantized; this one cannot",
+        )
 
 
 def check(plan: Plan) -> None:

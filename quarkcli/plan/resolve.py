@@ -67,6 +67,7 @@ def resolve(
     share.check(plan)
     if guards:
         effects.check_effect(plan, resolver.outcomes(), composed.meant, edited=bool(overrides.entries))
+    checks.check_stored(plan, layout.transposed)
     checks.check(plan)
     return plan
 
