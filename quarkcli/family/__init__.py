@@ -7,8 +7,9 @@ read, the parts of the walk and the attention modules. A family nobody described
 from quarkcli.family.config import block_count, position_limit, text_config
 from quarkcli.family.infer import guess, infer
 from quarkcli.family.known import Card, cards, for_checkpoint, has_experts, identify, load
-from quarkcli.family.layout import AttentionModule, Layout, Part, Site, Weight, lay_out
+from quarkcli.family.layout import AttentionModule, Layout, Site, Weight, lay_out
 from quarkcli.family.orientation import hidden_transpositions
+from quarkcli.family.parts import Part
 from quarkcli.family.schema import (
     PROTECTED,
     ExpertsModel,

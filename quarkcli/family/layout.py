@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from quarkcli.errors import ModelError
-from quarkcli.family.config import block_count, hidden_size, text_config
-from quarkcli.family.lists import found_lists
+from quarkcli.family.config import hidden_size, text_config
 from quarkcli.family.orientation import decide, hidden_transpositions, stored_transposed
+from quarkcli.family.parts import Part, parts_of
 from quarkcli.family.schema import (
     PROTECTED,
     TOWERS,
@@ -68,17 +68,6 @@ class Site:
 
 
 @dataclass(frozen=True)
-class Part:
-    """A unit of work: `embed`, `block`, `tail` or `rest`; `block` is the block's index. `tensors` in file order."""
-
-    index: int
-    name: str
-    kind: str
-    block: int | None
-    tensors: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class AttentionModule:
     """`name` is the parent of the k projection; `k_proj` and `v_proj` are module names.
 
@@ -122,7 +111,7 @@ def lay_out(
     name: str, family: FamilyModel, inferred: bool, config: Mapping[str, Any], headers: Mapping[str, HeaderLike]
 ) -> Layout:
     """Apply a family to headers. Raises ModelError when the checkpoint has no decoder block where it should."""
-    parts = _parts(family, config, headers)
+    parts = parts_of(family, config, headers)
     builder = _Builder(family, config, headers, parts)
     for tensor in headers:
         builder.add(tensor)
@@ -148,38 +137,6 @@ def _head_dim(text: Mapping[str, Any]) -> int | None:
     if isinstance(text.get("head_dim"), int):
         return int(text["head_dim"])
     return hidden // heads if isinstance(hidden, int) and isinstance(heads, int) and heads else None
-
-
-def _parts(family: FamilyModel, config: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> list[Part]:
-    block_of = re.compile(re.escape(family.blocks) + r"\.(\d+)\.")
-    present = {int(found[1]) for name in headers if (found := block_of.match(name))}
-    declared = block_count(config)
-    count = declared if declared is not None else max(present, default=-1) + 1
-    absent = sorted(set(range(count)) - present)
-    if absent or not count:
-        raise ModelError(
-            f"decoder block {absent[0] if absent else 0} of {count} has no tensors",
-            where=f"{family.blocks}.*",
-            hint="the family file or config.json does not fit this checkpoint; " + found_lists(headers),
-        )
-    members: dict[str, list[str]] = {"embed": [], "tail": [], "rest": []}
-    blocks: dict[int, list[str]] = {index: [] for index in range(count)}
-    for name in headers:
-        found = block_of.match(name)
-        if found and int(found[1]) < count:
-            blocks[int(found[1])].append(name)
-        elif any(name == module or name.startswith(f"{module}.") for module in family.embed):
-            members["embed"].append(name)
-        elif any(name == module or name.startswith(f"{module}.") for module in family.tail):
-            members["tail"].append(name)
-        else:
-            members["rest"].append(name)
-    parts = [Part(0, "embed", "embed", None, tuple(members["embed"]))]
-    parts += [Part(1 + i, f"{family.blocks}.{i}", "block", i, tuple(names)) for i, names in blocks.items()]
-    parts.append(Part(len(parts), "tail", "tail", None, tuple(members["tail"])))
-    if members["rest"]:
-        parts.append(Part(len(parts), "rest", "rest", None, tuple(members["rest"])))
-    return parts
 
 
 def _around(alias: str, index: int) -> tuple[str, str | None]:
