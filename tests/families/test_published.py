@@ -17,6 +17,7 @@ from quarkcli.evaluate.run import evaluate
 from quarkcli.events import silent
 from tests import runs
 from tests.families import models
+from tests.plan.layouts import Shapes, lay_out, plan
 
 
 def measured(made: runs.Made, page: Path) -> dict[str, Any]:
@@ -122,28 +123,36 @@ def test_a_block_used_at_two_depths_is_not_calibrated(
 # ---- loaded transposed: Conv1D
 
 
-CONV1D = {
-    "gpt2": transformers.GPT2LMHeadModel,
-    "openai-gpt": transformers.OpenAIGPTLMHeadModel,
-    "imagegpt": transformers.ImageGPTForCausalImageModeling,
-}
+def names_of_gpt2(linear: bool, stem: str = "transformer.h") -> Shapes:
+    """Shapes of GPT-2, stored [in, out]; or of GPT-BigCode, which has its names, nn.Linear and one key head."""
+    wide = {"attn.c_attn": 96 + 48 if linear else 288, "mlp.c_fc": 384}
+    shapes: Shapes = {"transformer.wte.weight": (272, 96), "transformer.wpe.weight": (64, 96)}
+    for block in (f"{stem}.{index}" for index in range(2)):
+        for leaf, out, inner in [(leaf, out, 96) for leaf, out in wide.items()] + [
+            ("attn.c_proj", 96, 96), ("mlp.c_proj", 96, 384),
+        ]:  # fmt: skip
+            shapes[f"{block}.{leaf}.weight"] = (out, inner) if linear else (inner, out)
+            shapes[f"{block}.{leaf}.bias"] = (out,)
+        shapes |= {f"{block}.ln_1.weight": (96,), f"{block}.ln_1.bias": (96,)}
+    return shapes
 
 
-@pytest.mark.parametrize("kind", CONV1D)
+GPT2 = {"n_embd": 96, "n_layer": 2, "n_head": 4}
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "openai-gpt", "imagegpt"])
 @pytest.mark.parametrize("scheme", ["int4_wo_32", "mxfp4", "fp8"])
-def test_weights_stored_in_out_are_refused_from_headers(kind: str, scheme: str, tmp_path: Path) -> None:
-    config = transformers.CONFIG_MAPPING[kind](n_embd=96, n_layer=2, n_head=4, n_positions=64, vocab_size=272)
-    CONV1D[kind](config).save_pretrained(tmp_path / "m")
-    with pytest.raises(ModelError, match="stored transposed"):
-        runs.prepare(tmp_path / "m", scheme=scheme)
+@pytest.mark.parametrize("biases", [True, False])
+def test_weights_stored_in_out_are_refused_from_headers(kind: str, scheme: str, biases: bool) -> None:
+    for stem in ("transformer.h", "h"):
+        shapes = {name: shape for name, shape in names_of_gpt2(False, stem).items() if biases or "bias" not in name}
+        with pytest.raises(ModelError, match=r"stored transposed.* and 7 more"):
+            plan(scheme, lay_out(shapes, kind, **GPT2))
 
 
-def test_linears_with_conv1d_names_are_quantized(tmp_path: Path) -> None:
-    """GPT-BigCode has the names of GPT-2 and nn.Linear."""
-    config = transformers.GPTBigCodeConfig(n_embd=96, n_layer=2, n_head=4, n_positions=64, vocab_size=272)
-    transformers.GPTBigCodeForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "m")
-    plan = runs.prepare(tmp_path / "m", scheme="mxfp4").plan
-    assert {target.name.rpartition(".")[2] for target in plan.quantized()} == {"c_attn", "c_fc", "c_proj"}
+def test_linears_with_conv1d_names_are_quantized() -> None:
+    made = plan("mxfp4", lay_out(names_of_gpt2(True), "gpt_bigcode", **GPT2))
+    assert {target.name.rpartition(".")[2] for target in made.quantized()} == {"c_attn", "c_fc", "c_proj"}
 
 
 # ---- without a head
