@@ -6,7 +6,7 @@ PYTHON ?= python3
 DEMO := demo-out
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock demo test test-all test-latest check fix test-gpu bench table docs clean
+.PHONY: help setup lock demo test test-all test-latest check fix test-gpu bench golden table docs clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -59,6 +59,9 @@ bench: $(STAMP) ## peak memory, start-up time and packing speed against a baseli
 	$(BIN)/python -m tests.bench.plan
 	$(BIN)/python -m tests.bench.packing
 	$(BIN)/python -m tests.bench.memory
+
+golden: $(STAMP) ## compare calibrated runs with those of another commit on this machine: make golden BASE=<commit>
+	$(BIN)/python -m tests.golden.compare $(BASE)
 
 MODEL ?= demo
 table: $(STAMP) ## loss of every scheme for one model: make table MODEL=DIR ARGS='--calib FILE --text FILE'

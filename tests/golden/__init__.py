@@ -1,0 +1,1 @@
+"""What quark writes, pinned by its hashes. See `table.py` (data-free, committed) and `compare.py` (calibrated)."""
