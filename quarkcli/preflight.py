@@ -213,11 +213,12 @@ def _default_data(options: Options) -> tuple[str, str | None]:
 
 
 def _check_data(data: str) -> None:
-    path = Path(data)
-    if path.is_file() and path.stat().st_size == 0:
-        raise DataError("the calibration file is empty", where=data, hint='a line that works: {"text": "..."}')
-    if not path.exists() and (path.suffix in {".txt", ".jsonl", ".json", ".parquet"} or data.startswith((".", "/"))):
-        raise AccessError("no such calibration file", where=data)
+    """Refuse a place that holds no data; what is on the hub is seen later."""
+    from quarkcli.calibration import files
+    from quarkcli.calibration.defaults import BUILTIN
+
+    if data != BUILTIN and (path := files.local(data)) is not None:
+        files.find(path)
 
 
 def forecast_of(

@@ -196,10 +196,8 @@ def _source(source: str, seed: int, offline: bool, budget: int, skipped: Skipped
     if source == BUILTIN:
         yield from (files.Row(text, BUILTIN) for text in builtin_texts(held_out=False))
         return
-    path = Path(source)
-    if not path.exists():
-        if files.kind(path) is not None or source.startswith((".", "/")):
-            raise AccessError("no such calibration file", where=source)
+    path = files.local(source)
+    if path is None:
         yield from _from_hub(source, seed, offline)
         return
     found = files.find(path)

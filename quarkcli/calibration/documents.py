@@ -20,6 +20,7 @@ _SPEAKERS = {
 }  # fmt: skip
 _TEXTS = (None, "text", "input_text", "output_text")  # types of parts that hold text
 _INSTEAD = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")  # of a message's content
+_MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 _REASONS = 40  # different reasons that are counted by themselves
 _SHOWN = 5
 
@@ -119,8 +120,12 @@ def _text(value: Any, name: str) -> str:
 
 
 def _conversation(value: Any, row: Mapping[str, Any]) -> Conversation:
+    value = _loaded(value) if isinstance(value, str) else value
     if not isinstance(value, list):
         raise Unusable(f"messages are {_kind(value)}")
+    media = [key for key in _MEDIA if row.get(key)]
+    if media:
+        raise Unusable(f"the row has {media[0]}, and calibration is with text alone")
     messages = [_message(some) for some in value]
     if not any(message["content"] or message.keys() & set(_INSTEAD) for message in messages):
         raise Unusable("no message holds any text")

@@ -57,12 +57,24 @@ class Row:
     size: int = 0
 
 
+def local(source: str) -> Path | None:
+    """The file or folder that a source names; None for the name of a hub data set. Raises AccessError."""
+    path = Path(source)
+    if path.exists():
+        return path
+    if kind(path) is not None or path.suffix in _PACKED or source.startswith((".", "/", "~")):
+        raise AccessError("no such calibration file", where=source)
+    return None
+
+
 def find(path: Path) -> list[Path]:
     """The files of a folder that hold data, or the file itself. Raises DataError when there is none."""
     if not path.is_dir():
         if kind(path) is None:
             hint = "unpack it first" if path.suffix in _PACKED else f"use {', '.join(KINDS)}"
             raise DataError(f"unknown kind of file '{path.suffix}'", where=str(path), hint=hint)
+        if not path.is_file():
+            raise DataError("not a regular file", where=str(path), hint="write the rows to a file first")
         if path.stat().st_size == 0:
             raise DataError("the calibration file is empty", where=str(path), hint=f"a line that works: {EXAMPLE}")
         return [path]
@@ -75,7 +87,7 @@ def find(path: Path) -> list[Path]:
 
 def kind(path: Path) -> str | None:
     """text, json, parquet; None for a name that says none of them."""
-    return KINDS.get((Path(path.stem) if path.suffix == ".gz" else path).suffix)
+    return KINDS.get((Path(path.stem) if path.suffix == ".gz" else path).suffix.lower())
 
 
 def text(path: Path, limit: int = -1) -> str:

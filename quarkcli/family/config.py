@@ -10,7 +10,7 @@ _TEXT = (
 )  # fmt: skip
 _POSITIONS = (
     "max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length", "model_max_length",
-    "seq_length", "context_length",
+    "seq_length", "context_length", "max_context_length",
 )  # fmt: skip
 _BLOCKS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _WIDTHS = ("hidden_size", "n_embd", "d_model", "n_embed", "dim", "model_dim")

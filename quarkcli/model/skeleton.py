@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any, Protocol
 from unittest import mock
@@ -40,6 +42,7 @@ DTYPES: dict[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_COMPUTABLE = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class HeaderLike(Protocol):
@@ -89,7 +92,7 @@ def build_skeleton(
 ) -> Skeleton:
     """Build the model of `folder`'s config.json on the meta device.
 
-    dtype   None: the config's, else the first floating-point dtype among the headers
+    dtype   None: what config.json says of the model or of its text part, else what most of its values are stored in
     eager   attention in the class's own eager implementation, whose masks and steps are plain tensors
     raises  ModelError: no config.json, unknown model type, custom code without `trust_remote_code`, a class that
             cannot be built
@@ -100,7 +103,7 @@ def build_skeleton(
     code = ModelCode(cls, config, folder)
     with code.running("cannot be built from its config"):
         config = _prepared(config, "eager" if eager else None)
-        dtype = dtype or _as_dtype(getattr(config, "dtype", None)) or _stored_dtype(headers)
+        dtype = dtype or _config_dtype(config) or _stored_dtype(headers)
         set_dtype(config, dtype)
         model = _build(cls, config, dtype)
         model.requires_grad_(False)
@@ -296,7 +299,15 @@ def _as_dtype(value: Any) -> torch.dtype | None:
     return value if isinstance(value, torch.dtype) else None
 
 
+def _config_dtype(config: Any) -> torch.dtype | None:
+    found = (_as_dtype(getattr(part, "dtype", None)) for part in (config, config.get_text_config()))
+    return next((dtype for dtype in found if dtype in _COMPUTABLE), None)
+
+
 def _stored_dtype(headers: Mapping[str, HeaderLike]) -> torch.dtype:
-    computable = {torch.float32, torch.float16, torch.bfloat16}
-    found = (DTYPES.get(header.dtype) for header in headers.values())
-    return next((dtype for dtype in found if dtype in computable), torch.float32)
+    """The floating-point dtype of most values: a router's bias in float32 does not make a float32 model."""
+    values: Counter[torch.dtype] = Counter()
+    for header in headers.values():
+        if (dtype := DTYPES.get(header.dtype)) in _COMPUTABLE:
+            values[dtype] += prod(header.shape)
+    return values.most_common(1)[0][0] if values else torch.float32

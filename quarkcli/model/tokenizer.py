@@ -48,8 +48,10 @@ class Tokenizer:
 
         bos     auto: what the tokenizer itself puts before a text, which may be nothing; on: that, else the BOS
                 token; off: nothing
-        raises  UsageError: `on`, and there is no BOS token
+        raises  UsageError: `on`, and there is no BOS token; another word
         """
+        if bos not in {"auto", "on", "off"}:
+            raise UsageError(f"unknown choice '{bos}'", where="--bos", hint="auto, on or off")
         if bos == "off":
             return []
         if self._prefix or bos == "auto":

@@ -45,6 +45,7 @@ def put(path: Path, content: str | bytes) -> Path:
         ("a.jsonl", LINES, ""),
         ("a.jsonl", "\ufeff" + LINES, ""),
         ("a.jsonl", LINES.replace("\n", "\r\n"), ""),
+        ("A.JSONL", LINES, ""),
         ("a.jsonl", "\n\n" + LINES.replace("\n", "\n\n"), ""),
         ("a.jsonl", LINES.encode("utf-16"), "UTF-16"),
         ("a.jsonl", LINES.encode("utf-16-le"), "UTF-16-LE"),
@@ -164,6 +165,18 @@ def test_a_folder_of_all_kinds(tokens: Tokenizer, tmp_path: Path) -> None:
     (tmp_path / "alone").mkdir()
     put(tmp_path / "alone" / "README.md", WORDS)
     assert load(tmp_path / "alone", tokens, samples=1).tokens.shape == (1, 32)
+
+
+def test_pipes_are_refused_instead_of_waited_for(tokens: Tokenizer, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.jsonl")
+    with pytest.raises(DataError, match="not a regular file"):
+        load(tmp_path / "a.jsonl", tokens)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.md", "a.jsonl.gz", "a.jsonl.zst"])
+def test_a_missing_file_is_no_hub_data_set(name: str, tokens: Tokenizer) -> None:
+    with pytest.raises(AccessError, match="no such calibration file"):
+        load(Path(name), tokens)
 
 
 def test_large_rows_do_not_take_long(tokens: Tokenizer, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 
+from quarkcli.checkpoint import LogicalHeader
 from quarkcli.errors import ModelError
 from quarkcli.model.library import quiet
 from quarkcli.model.runner import Runner
@@ -159,6 +160,29 @@ def test_dtype_falls_back_to_the_files(tmp_path: Path) -> None:
     checkpoint = tiny.build("llama", tmp_path, torch.bfloat16).patch_config(dtype=None, torch_dtype=None)
     assert runner_of(checkpoint).dtype == torch.bfloat16
     assert build_skeleton(tmp_path, {}).dtype == torch.float32
+    headers = {
+        "a.bias": LogicalHeader("F32", (4,)),
+        "b.weight": LogicalHeader("BF16", (64, 64)),
+        "c": LogicalHeader("U8", (99, 99)),
+    }
+    assert build_skeleton(tmp_path, headers).dtype == torch.bfloat16  # most values, not the first tensor
+
+
+def test_dtype_of_the_text_part(tmp_path: Path) -> None:
+    """Where only the text model's config says it, servers compute in that."""
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 99, "head_dim": 32}
+    text = {"model_type": "gemma3_text", "intermediate_size": 64, "num_key_value_heads": 1, **sizes}
+    vision = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = {
+        "architectures": ["Gemma3ForConditionalGeneration"],
+        "model_type": "gemma3",
+        "text_config": text | {"dtype": "bfloat16"},
+        "vision_config": vision,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert build_skeleton(tmp_path, {}).dtype == torch.bfloat16
+    (tmp_path / "config.json").write_text(json.dumps(config | {"dtype": "float8_e4m3fn"}))
+    assert build_skeleton(tmp_path, {}).dtype == torch.bfloat16  # no model computes in what it is stored in
 
 
 def test_router_logits_in_the_config_do_not_break_recording(tmp_path: Path) -> None:
