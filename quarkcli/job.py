@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -18,12 +19,12 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from quarkcli import __version__, algorithms, dialects, family, finish, memory, nonfinite, preflight, side_files
-from quarkcli.errors import DataError, Stopped, UsageError
+from quarkcli.errors import AccessError, DataError, ResourceError, Stopped, UsageError
 from quarkcli.events import Event, Listener, Message, PartDone, Phase, Working, broadcast, silent
 from quarkcli.journal import Journal
 from quarkcli.manifest import LOG
 from quarkcli.options import Options, Prepared
-from quarkcli.place import dispose, remove_stale
+from quarkcli.place import dispose, earlier, remove_stale
 from quarkcli.plan.model import Part
 from quarkcli.plan.resolve import resolve
 from quarkcli.recipe import catalog
@@ -32,7 +33,7 @@ from quarkcli.recipe.recipe import Recipe
 from quarkcli.report import log
 from quarkcli.report.build import part_warnings
 from quarkcli.source import Source
-from quarkcli.writer import partial_path, publish, sync_folder
+from quarkcli.writer import partial_path, publish, resolved, sync_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -136,7 +137,7 @@ def run(
         tell(Working("building the model's class"))
         runner = _runner(prepared, data, device, tell) if data is not None else None
         journal.start(_fingerprint(prepared, data, device), resume=options.resume)
-        with log_file.attach(partial / LOG), log_file.last_words():
+        with log_file.attach(partial / LOG), log_file.last_words(), _begun():
             _parts(prepared, data, runner, journal, device, started, tell)  # 7, 8
             _refuse_nonfinite(journal.finished, options)
             for warning in part_warnings(journal.finished):
@@ -154,10 +155,21 @@ def run(
     return report
 
 
+@contextmanager
+def _begun() -> Iterator[None]:
+    """Files that were there when the work began and cannot be read now: the disk's fault, not a wrong name."""
+    try:
+        yield
+    except AccessError as error:
+        raise ResourceError(error.what, where=error.where, hint=error.hint) from error
+
+
 def _tidy(journal: Journal, output: Path, tell: Listener) -> None:
     """After the renaming the checkpoint stands: whatever happens now, a signal as well, is no more than a warning."""
     try:
         sync_folder(partial_path(output).parent)
+        for path in sorted({*earlier(resolved(output))} - {*map(Path, journal.replaced)}):
+            tell(Message(f"{path} is left of an earlier run, which moved it aside; remove it if nobody needs it"))
         for old in journal.replaced:
             for line in dispose(Path(old), output):
                 tell(Message(line, "warning", always=True))

@@ -99,7 +99,9 @@ def remove_ours(folder: Path) -> list[str]:
     """
     try:
         manifest = read(folder)
-    except CheckError:
+    except CheckError as error:
+        if isinstance(error.__cause__, OSError):
+            raise error.__cause__ from error
         manifest = None
     names = sorted(_files(folder))
     if manifest is None:

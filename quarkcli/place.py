@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 from contextlib import suppress
 from pathlib import Path
 
@@ -41,6 +42,12 @@ def remove_stale(partial: Path) -> list[str]:
         finally:
             os.close(lock)
     return said
+
+
+def earlier(final: Path) -> list[Path]:
+    """What earlier runs moved aside from an output and left, since it holds files that are not ours."""
+    pattern = re.compile(rf"{re.escape(final.name)}\.old-\d+(-\d+)?")
+    return sorted(path for path in final.parent.iterdir() if pattern.fullmatch(path.name))
 
 
 def dispose(old: Path, final: Path) -> list[str]:

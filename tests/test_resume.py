@@ -205,6 +205,93 @@ def test_overwriting_a_finished_checkpoint_leaves_nothing_of_it(quark, calm, wor
     check_finished(work, calm["mxfp4"])
 
 
+def test_a_replaced_output_that_a_kill_left_is_removed(quark, calm, work):
+    """Killed with the new output in place and the old one still beside it."""
+    for call, target in enumerate(("quarkcli.manifest.remove_ours", "quarkcli.journal.Journal.discard_state")):
+        assert run(quark, work, "mxfp4", "--overwrite").code == 0
+        answer = run(quark, work, "mxfp4", "--overwrite", hook=at(target))
+        assert answer.code == -9
+        assert hashes(work / "out") == calm["mxfp4"]
+        assert len(list(work.glob("out.old-*"))) == 1 - call
+        answer = run(quark, work, "mxfp4")
+        assert answer.code == 2  # the output is there
+        check_finished(work, calm["mxfp4"])
+
+
+def test_what_a_user_added_to_a_checkpoint_is_kept(quark, calm, work):
+    assert run(quark, work, "mxfp4").code == 0
+    (work / "out" / "thesis.tex").write_text("mine")
+    (work / "out" / "README.md").write_text("my card")
+    answer = run(quark, work, "mxfp4", "--overwrite", "-q")
+    assert answer.code == 0
+    kept = next(work.glob("out.old-*"))
+    assert {path.name: path.read_text() for path in kept.rglob("*") if path.is_file()} == {
+        "thesis.tex": "mine", "README.md": "my card",
+    }  # fmt: skip
+    assert f"2 files in out were not as quark wrote them, and are now in {kept}: README.md, thesis.tex" in answer.err
+    answer = run(quark, work, "mxfp4", "--overwrite")
+    assert answer.code == 0
+    assert f"{kept} is left of an earlier run" in answer.err
+    assert (kept / "thesis.tex").is_file()
+
+
+@pytest.mark.parametrize("name", ["mxfp4", "nvfp4"])
+def test_a_shard_that_was_damaged_is_made_again(quark, calm, work, name):
+    interrupted(quark, work, name)
+    path = work / "out.partial" / "model-block-00001.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+    answer = run(quark, work, name)
+    assert answer.code == 0, answer.err
+    assert "warning: 1 finished parts are damaged or follow a damaged one" in answer.err
+    check_finished(work, calm[name])
+    assert "damaged" in (work / "out" / "quark" / "report.json").read_text()
+
+
+def test_a_second_run_stops_before_the_work(quark, calm, work):
+    """It hears of the first one before token rows are made, and leaves what that one does alone."""
+    import fcntl
+
+    (work / "out.partial" / ".quark-state").mkdir(parents=True)
+    with (work / "out.partial" / ".quark-state" / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        answer = run(quark, work, "nvfp4", hook=at("quarkcli.preflight.token_rows"))
+        assert answer.code == 6
+        assert "is working here" in answer.err
+    assert run(quark, work, "nvfp4").code == 0
+    check_finished(work, calm["nvfp4"])
+
+
+@pytest.mark.parametrize("name", ["out.partial", "out.partial.state"])
+def test_a_link_is_no_place_to_work_in(quark, work, name):
+    (work / "mine").mkdir()
+    (work / "mine" / "thesis.tex").write_text("mine")
+    (work / name).symlink_to("mine")
+    for more in ((), ("--resume", "never"), ("--overwrite",)):
+        answer = run(quark, work, "mxfp4", *more)
+        assert answer.code == 2
+        assert f"{name}: is a link" in answer.err
+    assert (work / "mine" / "thesis.tex").read_text() == "mine"
+    assert names(work) == {"mine", name}
+
+
+def test_before_the_first_part_nothing_is_left(quark, work):
+    for target in ("quarkcli.preflight.token_rows", "quarkcli.job._fingerprint", "quarkcli.journal.Journal.verify"):
+        answer = quark(
+            "quantize",
+            "--model",
+            "demo",
+            *COMMANDS["nvfp4"],
+            "-o",
+            "new/deep/out",
+            cwd=work,
+            hook=at(target, what="28"),
+        )
+        assert answer.code == 6, answer.err
+        assert names(work) == set()
+
+
 # ---- what may not change
 
 
