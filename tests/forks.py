@@ -71,10 +71,17 @@ class Forks:
             text=True,
         )
 
-    def __call__(self, *argv: str, cwd: Path, hook: dict[str, Any] | None = None, timeout: float = 0) -> Done:
+    def __call__(
+        self,
+        *argv: str,
+        cwd: Path,
+        hook: dict[str, Any] | None = None,
+        timeout: float = 0,
+        env: dict[str, str] | None = None,
+    ) -> Done:
         """Run one command line; `timeout`: SIGKILL from outside after so many seconds."""
         assert self._process.stdin is not None and self._process.stdout is not None
-        request = {"argv": argv, "cwd": str(cwd), "hook": hook, "timeout": timeout}
+        request = {"argv": argv, "cwd": str(cwd), "hook": hook, "timeout": timeout, "env": env or {}}
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         return Done(**json.loads(self._process.stdout.readline()))
@@ -100,7 +107,7 @@ def serve() -> None:
         if not child:
             _child(request, out, err)
         code = _wait(child, request["timeout"])
-        answer = {"code": code, "out": out.read_text(), "err": err.read_text()}
+        answer = {"code": code, "out": out.read_text(errors="replace"), "err": err.read_text(errors="replace")}
         out.unlink()
         err.unlink()
         sys.stdout.write(json.dumps(answer) + "\n")
@@ -127,6 +134,7 @@ def _child(request: dict[str, Any], out: Path, err: Path) -> None:
         for number, path in ((1, out), (2, err)):
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
         os.chdir(request["cwd"])
+        os.environ.update(request["env"])
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if request["hook"]:
             _hook(**request["hook"])

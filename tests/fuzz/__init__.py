@@ -1,0 +1,1 @@
+"""Hostile inputs at random, through the commands themselves: `python -m tests.fuzz --seed N --seconds 300`."""

@@ -1,0 +1,30 @@
+"""`python -m tests.fuzz --seed N --seconds S`; one case again: `--seed N --first NUMBER --count 1`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from tests.fuzz.campaign import campaign
+from tests.fuzz.cases import KINDS
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.fuzz")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=300)
+    parser.add_argument("--only", choices=KINDS, default="", help="cases of one kind")
+    parser.add_argument("--first", type=int, default=0, help="number of the first case")
+    parser.add_argument("--count", type=int, default=10**9)
+    given = parser.parse_args()
+    problems, counts = campaign(given.seed, given.seconds, given.only, given.first, given.count)
+    for kind in KINDS:
+        codes = {code: count for (name, code), count in sorted(counts.items()) if name == kind}
+        if codes:
+            print(f"{kind:20} " + ", ".join(f"exit {code}: {count}" for code, count in codes.items()))
+    print(f"seed {given.seed}: {sum(counts.values())} cases, {len(problems)} problems")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
