@@ -19,6 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from quarkcli.documents import text
+from quarkcli.documents.model import Config, Index
+from quarkcli.documents.shape import Shape, check
 from quarkcli.errors import AccessError, ModelError, QuarkError, ResourceError
 
 if TYPE_CHECKING:
@@ -143,7 +146,7 @@ def _open_folder(folder: Path, hub_id: str | None, *, online: bool) -> Source:
     if not is_within(folder, folder / "config.json"):  # it is copied into the checkpoint
         hint = "put the file itself into the folder"
         raise ModelError("a link out of the model folder", where=str(folder / "config.json"), hint=hint)
-    text, config = _read_json(folder / "config.json")
+    config_text, config = _read_json(folder / "config.json", Config)
     headers: dict[str, Header] = {}
     stamps: dict[str, tuple[int, int]] = {}
     weight_map = _weight_map(folder)
@@ -161,7 +164,7 @@ def _open_folder(folder: Path, hub_id: str | None, *, online: bool) -> Source:
     if is_snapshot and not hub_id:  # .../models--org--name/snapshots/<commit>
         hub_id = folder.parents[1].name.removeprefix("models--").replace("--", "/")
     name = (hub_id or folder.name).rpartition("/")[2]
-    return Source(folder, name, hub_id, commit, text, config, headers, stamps)
+    return Source(folder, name, hub_id, commit, config_text, config, headers, stamps)
 
 
 def is_within(folder: Path, path: Path) -> bool:
@@ -193,20 +196,15 @@ def _unreadable(path: Path, error: OSError) -> QuarkError:
     return kind(f"cannot be read: {error.strerror or error}", where=str(path))
 
 
-def _read_json(path: Path) -> tuple[str, dict[str, Any]]:
-    """Text (line ends untouched) and object of a JSON file; errors carry line and column."""
+def _read_json(path: Path, shape: type[Shape]) -> tuple[str, dict[str, Any]]:
+    """Text (line ends untouched) and object of a JSON file of a known shape; errors carry the place."""
     try:
-        text = path.read_bytes().decode("utf-8")
-        value = json.loads(text)
+        content = path.read_bytes()
     except OSError as error:
         raise _unreadable(path, error) from error
-    except json.JSONDecodeError as error:
-        raise ModelError(f"not valid JSON: {error.msg}", where=f"{path}:{error.lineno}:{error.colno}") from error
-    except (UnicodeDecodeError, RecursionError) as error:
-        raise ModelError(f"not valid JSON: {error}", where=str(path)) from error
-    if not isinstance(value, dict):
-        raise ModelError("must hold a JSON object", where=str(path))
-    return text, value
+    value = text.parse_object(content, str(path))
+    check(shape, value, str(path))
+    return content.decode(), value
 
 
 def _weight_map(folder: Path) -> dict[str, str] | None:
@@ -217,11 +215,11 @@ def _weight_map(folder: Path) -> dict[str, str] | None:
     index = folder / INDEX
     if not index.is_file():
         return None
-    weight_map = _read_json(index)[1].get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
+    weight_map: dict[str, str] = _read_json(index, Index)[1]["weight_map"]
+    if not weight_map:
         raise ModelError("`weight_map` must be an object with at least one tensor", where=str(index))
     for name, file in weight_map.items():
-        if not isinstance(file, str) or not file.endswith(".safetensors") or "\0" in file:
+        if not file.endswith(".safetensors") or "\0" in file:
             raise ModelError(f"`weight_map` names {file!r} for {name}, not a .safetensors file", where=str(index))
         if PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts:
             raise ModelError(f"{file!r} of {name} points outside the model directory", where=str(index))
@@ -281,11 +279,13 @@ def read_headers(path: Path, file: str) -> list[Header]:
             length = int.from_bytes(stream.read(8), "little")
             if size < 8 or length > min(HEADER_LIMIT, size - 8):
                 raise _bad(path, f"the header length {length} does not fit a file of {size} bytes")
-            table = json.loads(stream.read(length).decode("utf-8"), object_pairs_hook=_unique)
+            content = stream.read(length)
     except OSError as error:
         raise _unreadable(path, error) from error
-    except (ValueError, RecursionError) as error:  # ValueError: bad UTF-8, bad JSON, a name used twice
-        raise _bad(path, f"the header is not valid: {error}") from error
+    try:
+        table = text.parse(content, "header", unique=True)
+    except ModelError as error:
+        raise _bad(path, f"the header is not valid: {error.what}") from error
     if not isinstance(table, dict):
         raise _bad(path, "the header is not an object")
     table.pop("__metadata__", None)
@@ -322,12 +322,6 @@ def _check_cover(path: Path, headers: list[Header], base: int, size: int) -> Non
         position = header.end
     if position != size:
         raise _bad(path, f"has {size} bytes, its header says {position}")
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(dict(pairs)) != len(pairs):
-        raise ValueError("a name appears twice")
-    return dict(pairs)
 
 
 def _bad(path: Path, what: str) -> ModelError:

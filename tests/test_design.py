@@ -28,6 +28,7 @@ MODULES = {
 # A room may import those on lines above it. `quarkcli` itself, which holds the version, is above all.
 ROOMS = """
 errors events spec memory
+documents
 recipe
 family
 numerics
@@ -70,7 +71,7 @@ OWNERS = {
     "datasets": {"calibration"},
     "pyarrow": {"calibration"},
     "triton": {"numerics"},
-    "pydantic": {"recipe", "family"},
+    "pydantic": {"documents", "recipe", "family"},
     "yaml": {"recipe", "finish", "job"},
     "re2": {"recipe"},
     "huggingface_hub": {"source", "model", "calibration", "cli"},

@@ -199,7 +199,7 @@ def test_index_must_stay_in_the_directory(model: Path, file: str) -> None:
 @pytest.mark.parametrize("weight_map", [{}, 3, None, {"x": 7}, {"x": "model.bin"}, {"x": ""}, {"x": "a\0.safetensors"}])
 def test_index_must_name_safetensors_files(model: Path, weight_map: Any) -> None:
     (sharded(model) / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    with pytest.raises(ModelError, match="`weight_map`"):
+    with pytest.raises(ModelError, match="weight_map"):
         Source.open(str(model))
 
 

@@ -65,7 +65,7 @@ def show(
     elif resolved:
         output.data(family.to_yaml(family.load(path), f"{path.stem}, with what it takes over").rstrip("\n"))
     else:
-        output.data(load.read_text(path).rstrip("\n"))
+        output.data("\n".join(load.read_text(path).splitlines()))
 
 
 @app.command(

@@ -85,7 +85,7 @@ def show(
     if json:
         output.json_data({"schema": "quark/recipe-file/1", "file": str(path), "recipe": document.data})
     else:
-        output.data(load.read_text(path).rstrip("\n"))
+        output.data("\n".join(load.read_text(path).splitlines()))
 
 
 def _show_resolved(path: Path, json: bool) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_format
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -36,6 +35,10 @@ def report(
 
 
 def _read(directory: Path) -> dict[str, Any]:
+    from quarkcli.documents import text
+    from quarkcli.documents.report import Report
+    from quarkcli.documents.shape import check
+
     if not directory.is_dir():
         raise AccessError("no such directory", where=str(directory))
     path = directory / "quark" / "report.json"
@@ -44,11 +47,11 @@ def _read(directory: Path) -> dict[str, Any]:
         hint = f"{partial} is an unfinished run" if partial.is_dir() else "only checkpoints that quark wrote have one"
         raise ModelError("no report (quark/report.json)", where=str(directory), hint=hint)
     try:
-        found = json_format.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"not valid JSON: {error}", where=str(path)) from error
+        content = path.read_bytes()
     except OSError as error:
         raise AccessError(f"cannot be read: {error.strerror or error}", where=str(path)) from error
-    if not isinstance(found, dict) or found.get("schema") != SCHEMA:
+    found = text.parse_object(content, str(path))
+    if found.get("schema") != SCHEMA:
         raise ModelError(f"not a report of the form {SCHEMA}", where=str(path))
+    check(Report, found, str(path))
     return found

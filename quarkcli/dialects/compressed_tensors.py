@@ -24,8 +24,10 @@ from quarkcli.dialects._ct_layout import (
     unpack,
     unpack_zero_points,
 )
+from quarkcli.dialects._documents import CompressedTensorsConfig
 from quarkcli.dialects._patterns import WrittenNames, exact_patterns, ignored
 from quarkcli.dialects.base import Decoded, HeaderLike, StoredAttention, StoredTarget, StoredView, TensorInfo
+from quarkcli.documents.shape import check
 from quarkcli.errors import ModelError
 from quarkcli.plan.model import Attention, Plan, Target
 from quarkcli.spec import PerChannel, PerTensor, TensorSpec
@@ -134,6 +136,7 @@ class CompressedTensors:
 
     def view(self, config: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> StoredView:
         """Raises ModelError for a scheme that is not held here, and for tensors that do not fit the config."""
+        check(CompressedTensorsConfig, config, "quantization_config")
         found = StoredView()
         ignore = config.get("ignore") or []
         groups = list((config.get("config_groups") or {}).values())

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from quarkcli.dialects import _quark_loaders as servers
 from quarkcli.dialects import _shared as shared
+from quarkcli.dialects._documents import QuarkConfig
 from quarkcli.dialects._quark_config import IN_ORDER, PACK_METHOD, PROJECTIONS, SOFTMAX, Reader, config_of, projection
 from quarkcli.dialects._quark_layout import Matrix, layout, matrix_shape, pack, static_layout, unpack
 from quarkcli.dialects.base import Decoded, HeaderLike, StoredAttention, StoredTarget, StoredView, TensorInfo
+from quarkcli.documents.shape import check
 from quarkcli.errors import ModelError
 from quarkcli.plan.model import Attention, Plan, Target
 from quarkcli.spec import TensorSpec
@@ -82,6 +84,7 @@ class Quark:
 
     def view(self, config: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> StoredView:
         """Raises ModelError for a scheme that is not held here, and for tensors that do not fit the config."""
+        check(QuarkConfig, config, "quantization_config")
         export = config.get("export") or {}
         if export.get("weight_format", "real_quantized") != "real_quantized":
             raise ModelError(f"weight_format {export['weight_format']!r} holds no codes", where="quantization_config")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -15,6 +14,9 @@ from unittest import mock
 import torch
 from torch import nn
 
+from quarkcli.documents import text
+from quarkcli.documents.model import Config
+from quarkcli.documents.shape import check
 from quarkcli.errors import ModelError
 from quarkcli.model.failures import DATA_FREE_HINT, ModelCode, described
 from quarkcli.model.library import (
@@ -266,13 +268,13 @@ def _spread_rope_theta(config: Any) -> None:
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        content = path.read_bytes()
     except FileNotFoundError:
         raise ModelError("no such file, so nothing says which model this is", where=str(path)) from None
-    except (OSError, ValueError) as error:
-        raise ModelError(f"not readable as JSON: {error}", where=str(path)) from error
-    if not isinstance(data, dict):
-        raise ModelError("not a JSON object", where=str(path))
+    except OSError as error:
+        raise ModelError(f"cannot be read: {error}", where=str(path)) from error
+    data = text.parse_object(content, str(path))
+    check(Config, data, str(path))
     data.pop("quantization_config", None)
     return data
 

@@ -9,13 +9,10 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import Any, Literal
-
-import re2
 
 from quarkcli.errors import ConfigError
 
@@ -102,6 +99,8 @@ class Expressions:
 
     def _run(self, jobs: list[tuple[str, int]], names: list[str]) -> list[bytes]:
         """The lines that the child wrote: one per job, and the seconds left; fewer when it ran out of time."""
+        import subprocess
+
         work = {"seconds": max(self._left, 1e-3), "method": self._method, "jobs": jobs, "names": names}
         command = [sys.executable, "-I", "-S", "-c", _CHILD]
         null, pipe = subprocess.DEVNULL, subprocess.PIPE
@@ -127,6 +126,8 @@ def _linear(text: str, method: str) -> Callable[[str], Any] | None:
     """RE2's matcher of a pattern; None where it has none that answers as `re`, or not quickly."""
     if not is_plain(text) or _READ_OTHERWISE.search(text):
         return None
+    import re2  # lists and help match nothing
+
     options = re2.Options()
     options.never_capture = True
     options.log_errors = False

@@ -20,6 +20,7 @@ from quarkcli.recipe.entries import Origin
 MAX_BYTES = 1_000_000
 MAX_NODES = 100_000
 MAX_DEPTH = 64
+MAX_DIGITS = 1000  # Python itself refuses to print more than 4300
 _MAX_C_NESTING = 2000
 IMPORTS = "imports"
 
@@ -81,16 +82,16 @@ class Document:
 
 def read(path: Path) -> Document:
     """Parse a YAML or JSON file of one document. Raises ConfigError with file, line and column."""
-    return parse(read_text(path), str(path))
+    return parse(_yaml(path), str(path))
 
 
 def read_snippet(path: Path) -> Document:
     """As `read`; a first document that holds nothing but `imports` may stand before the one that counts."""
-    return parse(read_text(path), str(path), snippet=True)
+    return parse(_yaml(path), str(path), snippet=True)
 
 
 def read_text(path: Path) -> str:
-    """The text of a file of moderate size. Raises ConfigError."""
+    """A file in UTF-8 of at most `MAX_BYTES`. Raises ConfigError for any other."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -98,10 +99,14 @@ def read_text(path: Path) -> str:
     if len(data) > MAX_BYTES:
         raise ConfigError(f"{len(data)} bytes; at most {MAX_BYTES} are read", where=str(path))
     try:
-        found = data.decode("utf-8")
+        return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ConfigError(f"not UTF-8 text (byte {error.start})", where=str(path)) from error
+
+
+def _yaml(path: Path) -> str:
     # JSON is YAML but for tabs, which it has nowhere but between tokens.
+    found = read_text(path)
     return found.replace("\t", " ") if path.suffix == ".json" else found
 
 
@@ -188,6 +193,8 @@ class _Builder:
         if text in _CONSTANTS:
             return _CONSTANTS[text]
         if _INTEGER.fullmatch(text):
+            if len(text) > MAX_DIGITS:
+                raise self.error(node, f"a number of {len(text)} characters; at most {MAX_DIGITS} are read")
             return int(text.replace("_", ""))
         if _FLOAT.fullmatch(text) and not re.fullmatch(r"[-+]?0[0-9_]+", text):
             return float(text.replace("_", ""))

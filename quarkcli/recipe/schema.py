@@ -6,20 +6,12 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from quarkcli.documents.shape import KINDS, written
 from quarkcli.errors import ConfigError, near_misses
 from quarkcli.recipe.load import Document, Path_
 
 NATIVE = "quark/recipe/1"
-# What pydantic calls a value of the wrong kind -> the kind that was expected.
-_KINDS = {
-    "string_type": "a text",
-    "bool_type": "true or false",
-    "int_type": "a whole number",
-    "float_type": "a number",
-    "dict_type": "a mapping",
-    "model_type": "a mapping",
-    "list_type": "a list",
-}
+_KINDS = {**KINDS, "dict_type": "a mapping", "model_type": "a mapping"}
 
 
 class Strict(BaseModel):
@@ -201,7 +193,7 @@ def _problems(model: type[BaseModel], document: Document, error: ValidationError
     at: dict[Path_, list[Any]] = {}
     for detail in error.errors():
         loc = detail["loc"]
-        path = loc if detail["type"] == "missing" else _written(document.data, loc)
+        path = loc if detail["type"] == "missing" else written(document.data, loc)
         at.setdefault(path, []).append(detail)
     found: list[tuple[str, str]] = []
     for path, details in at.items():
@@ -211,18 +203,6 @@ def _problems(model: type[BaseModel], document: Document, error: ValidationError
             found.append((where, f"{_name(path)} must be {' or '.join(kinds)}, not {details[0]['input']!r:.60}"))
         found += [(where, _message(model, path, detail)) for detail in details if detail["type"] not in _KINDS]
     return found
-
-
-def _written(data: Any, loc: Path_) -> Path_:
-    """The steps of `loc` that lead to something in the file; the others name one of several kinds of value."""
-    path: list[str | int] = []
-    for step in loc:
-        try:
-            data = data[step]
-        except (KeyError, TypeError):
-            continue
-        path.append(step)
-    return tuple(path)
 
 
 def _name(path: Path_) -> str:

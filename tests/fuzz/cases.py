@@ -258,8 +258,8 @@ def family(world: World, folder: Path, random: Random) -> Case:
         content = mutate.dump(changed)
     else:
         content, what = mutate.data(path.read_bytes(), random)
-    (home / "llama.yaml").write_bytes(content)
-    ways = [["models", "show", "llama"], ["models", "list"], ["plan", "--model", "demo", "--scheme", "mxfp4"]]
+    (home / "mine.yaml").write_bytes(content)
+    ways = [["models", "show", "mine"], ["models", "list"], ["plan", "--model", "demo", "--scheme", "mxfp4"]]
     return Case(f"family: {what}", random.choice(ways), env={"QUARK_HOME": "home"})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import time
 import warnings
 
@@ -75,8 +76,8 @@ def test_a_child_and_odd_names_answer_alike(text: str) -> None:
 
 def test_many_names_are_one_child(monkeypatch: pytest.MonkeyPatch) -> None:
     starts = []
-    real = expressions.subprocess.Popen
-    monkeypatch.setattr(expressions.subprocess, "Popen", lambda *a, **k: starts.append(1) or real(*a, **k))
+    real = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: starts.append(1) or real(*a, **k))
     found = matchers([("one", ["re:(?!x).*", "*a"]), ("two", [r"re:(.)\1.*"])], NAMES)
     assert [[bool(match(name)) for name in NAMES] for _, match in found] == [
         answers("(?!x).*"), [name.endswith("a") for name in NAMES], answers(r"(.)\1.*"),

@@ -1,0 +1,61 @@
+"""Shapes of the `quantization_config` of each dialect, as far as its reader looks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from quarkcli.documents.shape import Shape
+
+_Specs = dict[str, Any] | list[dict[str, Any]] | None
+
+
+class Arguments(Shape):
+    """QuantizationArgs of compressed-tensors."""
+
+    num_bits: int | None = None
+    type: str | None = None
+    strategy: str | None = None
+    group_size: int | None = None
+    block_structure: list[int] | str | None = None
+    symmetric: bool | None = None
+    dynamic: bool | str | None = None
+
+
+class Group(Shape):
+    """A config group of compressed-tensors."""
+
+    targets: list[str] | None = None
+    weights: Arguments | None = None
+    input_activations: Arguments | None = None
+    output_activations: Arguments | None = None
+
+
+class CompressedTensorsConfig(Shape):
+    """What compressed-tensors writes."""
+
+    config_groups: dict[str, Group] | None = None
+    ignore: list[str] | None = None
+    kv_cache_scheme: Arguments | None = None
+
+
+class _Export(Shape):
+    weight_format: str | None = None
+    pack_method: str | None = None
+
+
+class _Layer(Shape):
+    weight: _Specs = None
+    input_tensors: _Specs = None
+    output_tensors: _Specs = None
+    bias: _Specs = None
+
+
+class QuarkConfig(Shape):
+    """What AMD Quark writes; the dictionaries of a spec are read key by key."""
+
+    global_quant_config: _Layer | None = None
+    layer_type_quant_config: dict[str, _Layer | None] | None = None
+    layer_quant_config: dict[str, _Layer | None] | None = None
+    exclude: list[str] | None = None
+    export: _Export | None = None
+    softmax_quant_spec: _Specs = None

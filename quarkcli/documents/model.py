@@ -1,0 +1,46 @@
+"""Shapes of the documents of a model: what is read of config.json and of the index."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from quarkcli.documents.shape import Shape
+
+# Far beyond any model, and few enough to be listed.
+_Count = Annotated[int, Field(ge=0, le=100_000)]
+
+
+class TextConfig(Shape):
+    """What describes a language model: at the top, or in one of the inner objects that stand for it."""
+
+    dtype: str | None = None
+    torch_dtype: str | None = None
+    tie_word_embeddings: bool | None = None
+    num_hidden_layers: _Count | None = None
+    n_layer: _Count | None = None
+    n_layers: _Count | None = None
+    num_layers: _Count | None = None
+    text_config: TextConfig | None = None
+    language_config: TextConfig | None = None
+    llm_config: TextConfig | None = None
+    language_model_config: TextConfig | None = None
+    text_model_config: TextConfig | None = None
+    thinker_config: TextConfig | None = None
+
+
+class Config(TextConfig):
+    """config.json. The dialect that reads `quantization_config` checks what is in it."""
+
+    architectures: list[str] | None = None
+    model_type: str | None = None
+    auto_map: dict[str, Any] | None = None
+    quantization_config: dict[str, Any] | None = None
+    compression_config: dict[str, Any] | None = None
+
+
+class Index(Shape):
+    """model.safetensors.index.json."""
+
+    weight_map: dict[str, str]

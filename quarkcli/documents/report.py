@@ -1,0 +1,74 @@
+"""Shape of quark/report.json, as far as it is shown."""
+
+from __future__ import annotations
+
+from quarkcli.documents.shape import Shape
+
+
+class _Model(Shape):
+    name: str
+    path: str
+    commit: str | None
+    family: str
+
+
+class _Named(Shape):
+    name: str
+
+
+class _Dialect(Shape):
+    name: str
+    reason: str
+
+
+class _Size(Shape):
+    source_bytes: float
+    output_bytes: float
+    effective_bits: float
+    bytes_by_dtype: dict[str, float]
+
+
+class _Experts(Shape):
+    parameters: int
+    share_quantized: float | None
+
+
+class _Calibration(Shape):
+    source: str
+    rows: int
+    seqlen: int
+
+
+class _Worst(Shape):
+    name: str
+    error: float
+
+
+class _Loss(Shape):
+    mean_weight_error: float | None
+    worst_weights: list[_Worst]
+
+
+class Report(Shape):
+    """See `quarkcli.report.build`."""
+
+    model: _Model
+    recipe: _Named
+    algorithms: list[str]
+    dialect: _Dialect
+    size: _Size
+    experts: _Experts
+    calibration: _Calibration | None
+    loss: _Loss
+    modules_by_scheme: dict[str, int]
+    attention_by_scheme: dict[str, int]
+    shared_scales: dict[str, int]
+    decided_by: dict[str, dict[str, int]]
+    kept_reasons: dict[str, int]
+    split: dict[str, int]
+    warnings: list[str]
+    checks: list[str]
+    device: str
+    seconds: float
+    peak_rss_bytes: float
+    peak_gpu_bytes: float | None
