@@ -96,7 +96,7 @@ def test_no_config_is_a_model_error(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="not valid JSON"):
         Runner(tmp_path, {})
     (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(ModelError, match="not a JSON object"):
+    with pytest.raises(ModelError, match="must hold a JSON object"):
         Runner(tmp_path, {})
 
 
