@@ -18,7 +18,7 @@ from quarkcli.algorithms.base import Algorithm, PartWork
 from quarkcli.calibration.statistics import Statistics, site_parts
 from quarkcli.dialects.base import Decoded, Dialect, StoredTarget
 from quarkcli.errors import DataError, ModelError, QuarkError
-from quarkcli.events import Listener, Message
+from quarkcli.events import Listener, Message, Working
 from quarkcli.nonfinite import HINT, NonFinite, OnNonfinite
 from quarkcli.numerics.observers import weight_amax
 from quarkcli.numerics.quantize import Quantized, dequantize, quantize, static_scale, tensor_amax
@@ -219,8 +219,10 @@ class PartWorker:
         def finish(target: Target, quantized: Quantized) -> None:
             bias = self._bias(target, tensors)
             packed.update(self.dialect.tensors(target, quantized, _own(target, scales), bias))
+            self.tell(Working(f"quantizing {part.name}, {len(errors) + 1} of {len(targets)} weights"))
             errors[target.name] = _weight_error(weight(target), quantized, target)
 
+        self.tell(Working(f"quantizing {part.name}"))
         shared = _group_amax(targets, weight)
         work = PartWork(targets, weight, lambda t: shared.get(t.scale_group), finish, self._warn)
         for algorithm in self.algorithms if targets else ():

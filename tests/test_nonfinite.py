@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from quarkcli import nonfinite
 from quarkcli.cli import main
 from quarkcli.errors import CheckError, DataError, Stopped
+from quarkcli.evaluate import run as evaluation
 from quarkcli.evaluate.run import check_gates
 from tests import runs
 
@@ -158,6 +160,22 @@ def test_the_unquantized_experts_of_a_split_tensor_are_looked_at(tmp_path: Path)
     changed(source, **{name: tensor})
     with pytest.raises(DataError, match=r"experts\.1\.down_proj"):
         runs.run(source, tmp_path / "out", scheme="mxfp4", target="none", exclude=["*experts.1.down_proj"])
+
+
+def test_a_token_that_a_model_rules_out() -> None:
+    """Both rule out the same: no difference. One alone: an infinite one, which is no result."""
+    base = torch.tensor([[0.25, 0.75, 0.0]]).log()
+    other = torch.tensor([[0.5, 0.5, 0.0]]).log()
+    expected = 0.25 * math.log(0.25 / 0.5) + 0.75 * math.log(0.75 / 0.5)
+    assert float(evaluation._divergence(base, other).sum()) == pytest.approx(expected)
+    assert float(evaluation._divergence(other.exp().add(0.1).log(), base).sum()) == INF
+    sums = {"nll": 1.0, "base_nll": 1.0, "kl": INF, "agree": 1.0}
+    with pytest.raises(CheckError, match="kl is inf"):
+        evaluation._summary(sums, 1, True)
+    with pytest.raises(CheckError, match="nll is nan"):
+        evaluation._summary(sums | {"nll": NAN, "kl": 1.0}, 1, True)
+    far = evaluation._summary(sums | {"nll": 5000.0, "kl": 4999.0}, 1, True)
+    assert math.isfinite(far["perplexity_increase"])
 
 
 def test_a_gate_is_not_passed_by_nan() -> None:

@@ -299,10 +299,14 @@ def _log_probabilities(side: _Side, index: int, first: int) -> Tensor:
 def _summary(sums: dict[str, float], count: int, compared: bool) -> dict[str, Any]:
     nll = sums["nll"] / count
     base = sums["base_nll"] / count
-    perplexity = math.exp(min(nll, 700.0))
+    wrong = [name for name, value in sums.items() if not math.isfinite(value)]
+    if wrong:
+        raise CheckError(
+            f"{wrong[0]} is {sums[wrong[0]]}: a token that one of the models rules out", where="the sum over all tokens"
+        )
     result: dict[str, Any] = {
         "tokens": count,
-        "perplexity": perplexity,
+        "perplexity": _exponential(nll),
         "baseline_perplexity": None,
         "perplexity_increase": None,
         "kl": None,
@@ -310,9 +314,13 @@ def _summary(sums: dict[str, float], count: int, compared: bool) -> dict[str, An
     }
     if compared:
         result |= {
-            "baseline_perplexity": math.exp(min(base, 700.0)),
-            "perplexity_increase": math.exp(nll - base) - 1,
+            "baseline_perplexity": _exponential(base),
+            "perplexity_increase": _exponential(nll - base) - 1,
             "kl": sums["kl"] / count,
             "top1_agreement": sums["agree"] / count,
         }
     return result
+
+
+def _exponential(value: float) -> float:
+    return math.exp(min(value, 700.0))
