@@ -156,8 +156,9 @@ def _opened(path: Path) -> Iterator[TextIO]:
             errors = "surrogateescape" if encoding.startswith("utf-8") else "strict"
             yield io.TextIOWrapper(raw, encoding=encoding, errors=errors)
     except UnicodeError as error:
-        raise DataError(f"is not {error.encoding if isinstance(error, UnicodeDecodeError) else 'text'}, as its first "
-                        "bytes say", where=str(path), hint="save it as UTF-8") from error  # fmt: skip
+        guess = error.encoding.upper() if isinstance(error, UnicodeDecodeError) else "another encoding"
+        what = f"holds no text: its first bytes look like {guess}, what follows is not"
+        raise DataError(what, where=str(path), hint="text in UTF-8") from error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f"its gzip data is damaged: {error}", where=str(path), hint="fetch it again") from error
     except OSError as error:

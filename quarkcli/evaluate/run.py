@@ -159,7 +159,7 @@ def evaluate(
     window = windows.width(window, [family.position_limit(c.source.config) for c in (checkpoint, reference) if c])
     tokenizer = load_tokenizer(checkpoint.source.folder, trust_remote_code)
     rows = windows.windows(tokenizer, text, window, max_tokens, bos)
-    tell(Message(f"{len(rows.tokens)} windows of {window} tokens from {text or 'the built-in text'}, {_name(compute)}"))
+    tell(Message(f"{len(rows.tokens)} windows of {window} tokens from {rows.source}, {_name(compute)}"))
     tell(Phase("evaluate"))
     # Both sides compute attention in the same way, so that their distance is that of the quantization.
     eager = checkpoint.quantizes_softmax and not weights_only

@@ -24,10 +24,12 @@ class Windows:
 
     tokens  int64 [windows, window]
     prefix  token numbers that every window begins with; they are no part of the text
+    source  what the text came from, for people
     """
 
     tokens: Tensor
     prefix: list[int]
+    source: str
 
     @property
     def first(self) -> int:
@@ -66,7 +68,16 @@ def windows(tokenizer: Tokenizer, text: str | None, window: int, max_tokens: int
     if not count:
         raise DataError(f"{len(ids)} tokens of text, fewer than one window of {window}", where=text or "builtin")
     rows = torch.tensor(ids[: count * own], dtype=torch.int64).view(count, own)
-    return Windows(torch.cat([torch.tensor(prefix, dtype=torch.int64).expand(count, -1), rows], dim=1), prefix)
+    return Windows(
+        torch.cat([torch.tensor(prefix, dtype=torch.int64).expand(count, -1), rows], dim=1), prefix, _named(text)
+    )
+
+
+def _named(text: str | None) -> str:
+    if text is None:
+        return "the built-in text"
+    encoding = files.encoding(Path(text))
+    return text if encoding.startswith("utf-8") else f"{text}, read as {encoding.upper()}"
 
 
 def _pieces(text: str | None) -> Iterable[str]:

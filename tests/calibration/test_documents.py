@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,42 @@ def test_arguments_that_are_json_text_are_read() -> None:
 def test_rows_that_cannot_be_used_say_why(row: Any, reason: str) -> None:
     with pytest.raises(Unusable, match=reason):
         document(row, None)
+
+
+ODD = [None, True, 5, -1.5, 1e400, 10**30, "", " ", "x\0", "\ud800", "[", "text", [], {}, [None], [[]], {"a": None}]
+ODD += [["text"], [{"type": "text"}], [{"type": ["a"]}], [{"text": 5}], {"role": "user"}, ASK]
+GOOD = [
+    {"text": "words"},
+    {"messages": [*ASK, {"role": "assistant", "content": None, "tool_calls": [CALL]}], "tools": [TOOL]},
+    {"conversations": [{"from": "human", "value": "words"}]},
+    {"prompt": "words", "response": "words"},
+    {"messages": [{"role": "user", "content": [{"type": "text", "text": "words"}]}]},
+]
+
+
+def changed(value: Any) -> Iterator[Any]:
+    """The value with every part of it, in turn, replaced by every odd one."""
+    yield from ODD
+    if isinstance(value, dict):
+        yield from ({**value, key: new} for key in value for new in changed(value[key]))
+    if isinstance(value, list):
+        yield from ([*value[:i], new, *value[i + 1 :]] for i in range(len(value)) for new in changed(value[i]))
+
+
+@pytest.mark.parametrize("row", GOOD)
+def test_one_odd_value_anywhere_is_a_row_or_a_reason(row: dict[str, Any]) -> None:
+    used = skipped = 0
+    for odd in changed(row):
+        for column in (None, "text", "messages"):
+            try:
+                found = document(odd, column)
+            except Unusable:
+                skipped += 1
+                continue
+            used += 1
+            texts = [found] if isinstance(found, str) else [message["content"] for message in found.messages]
+            assert all(isinstance(text, str) and "\0" not in text and "\ud800" not in text for text in texts)
+    assert used and skipped
 
 
 def test_skipped_rows_are_counted_by_reason() -> None:

@@ -83,7 +83,7 @@ def test_text_in_other_encodings(encoding: str, tokens: Tokenizer, tmp_path: Pat
         ("a.txt", gzip.compress(random.Random(0).randbytes(9000)), "holds"),
         ("a.txt", b"\0" * 9000, "holds"),
         ("a.txt", (WORDS + "café").encode("latin-1"), "the byte 0xe9 is not UTF-8"),
-        ("a.txt", (WORDS * 4).encode("utf-16") + b"x", "is not utf-16"),
+        ("a.txt", (WORDS * 4).encode("utf-16") + b"x", "its first bytes look like UTF-16"),
         ("a.txt", b"\x28\xb5\x2f\xfd" + bytes(90), "is zstandard-compressed"),
         ("a.jsonl", b"\x28\xb5\x2f\xfd" + bytes(90), "is zstandard-compressed"),
         ("a.jsonl", b"PAR1" + bytes(90), "is a parquet file"),

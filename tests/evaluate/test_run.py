@@ -98,6 +98,14 @@ def test_tokens_without_a_row_in_the_embedding(page: Path, tmp_path: Path) -> No
     assert not list(tmp_path.glob("out*"))
 
 
+def test_text_in_another_encoding(page: Path, tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_bytes(page.read_text().encode("utf-16"))
+    seen: list[Event] = []
+    found = measure(DEMO, tmp_path / "t.txt", max_tokens=200, tell=seen.append)
+    assert found["perplexity"] == measure(DEMO, page, max_tokens=200)["perplexity"]
+    assert any(isinstance(event, Message) and "read as UTF-16" in event.text for event in seen)
+
+
 def test_without_a_baseline(fp8: runs.Made, page: Path) -> None:
     alone = measure(fp8.folder, page)
     assert alone["kl"] is alone["baseline_perplexity"] is alone["top1_agreement"] is None
@@ -175,6 +183,9 @@ def test_refusals(fp8: runs.Made, page: Path, tmp_path: Path) -> None:
         measure(DEMO, tmp_path / "short.txt")
     with pytest.raises(AccessError):
         measure(tmp_path / "absent", page)
+    (tmp_path / "binary.txt").write_bytes(bytes(range(256)) * 9)
+    with pytest.raises(DataError, match="holds no text"):
+        measure(DEMO, tmp_path / "binary.txt")
     other = runs.build("llama", tmp_path / "other")
     with pytest.raises(UsageError, match="vocab_size is 264, here it is 4096"):
         measure(fp8.folder, page, baseline=str(other))
