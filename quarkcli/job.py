@@ -86,7 +86,9 @@ def prepare(options: Options, tell: Listener = silent) -> Prepared:
     source = open_source(options)  # 2
     tell(Working("comparing the recipe with the model"))
     preflight.check_source(source)
-    layout = family.lay_out(*family.for_checkpoint(source.config, source.headers), source.config, source.headers)
+    name, model, inferred = family.for_checkpoint(source.config, source.headers)
+    layout = family.lay_out(name, model, inferred, source.config, source.headers)
+    family.check_fit(model, layout, source.config, source.headers)
     plan = resolve(recipe, options.overrides, layout)  # 3
     steps = algorithms.pipeline(plan, algorithms.FLAG if options.algorithm else recipe.file)
     tell(Phase("check"))  # 4

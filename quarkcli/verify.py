@@ -11,7 +11,7 @@ from quarkcli.checkpoint import Checkpoint
 from quarkcli.dialects.base import Decoded, Dialect, StoredTarget
 from quarkcli.errors import CheckError, ModelError
 from quarkcli.events import Listener, Message, Working, silent
-from quarkcli.family import HeaderLike, Layout, Weight, for_checkpoint, lay_out
+from quarkcli.family import HeaderLike, Layout, Weight, check_fit, for_checkpoint, lay_out
 from quarkcli.nonfinite import HINT, NonFinite, OnNonfinite
 from quarkcli.plan.fused import Servers, sentence, splits
 from quarkcli.plan.model import Plan
@@ -99,11 +99,22 @@ def directory(
     checkpoint = Checkpoint(written)
     if not checkpoint.quantized:
         raise CheckError("no quantization_config in config.json", where=path)
-    checks = [*_against_manifest(written.folder, hashes), _fused_schemes(checkpoint, target), *scales(checkpoint)]
-    checks.append(kept_values(checkpoint, on_nonfinite, tell))
+    checks = [*_against_manifest(written.folder, hashes), _complete(checkpoint), _fused_schemes(checkpoint, target)]
+    checks += [*scales(checkpoint), kept_values(checkpoint, on_nonfinite, tell)]
     if source is not None:
         checks.append(_against_source(checkpoint, Source.open(source)))
     return checks
+
+
+def _complete(checkpoint: Checkpoint) -> str:
+    """Raises CheckError when tensors are missing or have other shapes than blocks, experts and config.json ask for."""
+    config, headers = checkpoint.source.config, checkpoint.headers
+    try:
+        layout = lay_out(checkpoint.family_name, checkpoint.family, checkpoint.inferred, config, headers)
+        check_fit(checkpoint.family, layout, config, headers)
+    except ModelError as error:
+        raise CheckError(error.what, where=error.where, hint="write it again, or copy it again") from error
+    return "blocks, experts, widths and counts fit config.json and each other"
 
 
 def _fused_schemes(checkpoint: Checkpoint, servers: Servers) -> str:

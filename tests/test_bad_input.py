@@ -351,7 +351,7 @@ def narrow(tensors: dict[str, torch.Tensor]) -> None:
 
 @pytest.mark.usefixtures("headers_only")
 def test_a_width_that_the_group_does_not_divide(refused):
-    copy(narrow)
+    copy(narrow, {"block_configs": [0, 1, 1, 0]})  # a config that says so: those two blocks are of another kind
     text = refused(4, "--model", "model", "--scheme", "int4_wo_128")
     assert text.startswith(
         "error: model.layers.1.mlp.down_proj.weight_quantizer: 400 input features are not a multiple of group size "

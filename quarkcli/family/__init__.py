@@ -5,6 +5,7 @@ read, the parts of the walk and the attention modules. A family nobody described
 """
 
 from quarkcli.family.config import block_count, position_limit, text_config
+from quarkcli.family.fit import check as check_fit
 from quarkcli.family.infer import guess, infer
 from quarkcli.family.known import Card, cards, for_checkpoint, has_experts, identify, load
 from quarkcli.family.layout import AttentionModule, Layout, Site, Weight, lay_out
@@ -39,6 +40,7 @@ __all__ = [
     "WeightView",
     "block_count",
     "cards",
+    "check_fit",
     "check_unprotect",
     "for_checkpoint",
     "fused_shape",

@@ -61,6 +61,7 @@ class AttentionModel(Strict):
     """Attention module below the block, and its projections below that; fused ones have one name.
 
     latent  the cache holds a compressed latent, not k and v (MLA)
+    gated   q has as many rows again, for a gate on what attention returns
     """
 
     module: str
@@ -68,6 +69,7 @@ class AttentionModel(Strict):
     k: str
     v: str
     latent: bool = False
+    gated: bool = False
 
 
 class ScalingModel(Strict):
@@ -101,6 +103,7 @@ class FamilyModel(Strict):
     rotation      where the residual stream is read and written
     image_blocks  blocks that have this module run only with images
     shared_cache  key of config.json: how many blocks at the end read the keys and values of earlier ones
+    spare_rows    rows that the embedding has beyond the vocabulary
     norm_offset   norms multiply by their weight plus this
     tied          head and embedding are one tensor when config.json does not say
     """
@@ -124,6 +127,7 @@ class FamilyModel(Strict):
     rotation: RotationModel | None = None
     image_blocks: str | None = None
     shared_cache: str | None = None
+    spare_rows: int = 0
     norm_offset: float = 0.0
     tied: bool = False
 

@@ -145,7 +145,7 @@ def test_an_input_that_nothing_can_measure(tmp_path: Path) -> None:
     """Extra layers that no pass runs have no activations; schemes without data take them."""
     source = runs.build("llama", tmp_path / "m", num_hidden_layers=3)
     config = json.loads((source / "config.json").read_text())
-    (source / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
+    (source / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2, "num_nextn_predict_layers": 1}))
     extra = "model.layers.2.self_attn.q_proj"
     assert runs.prepare(source, scheme="fp8", calib_data="builtin").plan.targets[extra].weight is None
     with pytest.raises(ConfigError, match="no forward pass reaches it") as caught:

@@ -75,7 +75,9 @@ HEADERS = deepseek_v3()
 
 def prepared(scheme: str, **flags: Any) -> tuple[Layout, Plan, Dialect, forecast.Forecast]:
     """What a job does between opening a model and reading its first weight."""
-    layout = family.lay_out(*family.for_checkpoint(CONFIG, HEADERS), CONFIG, HEADERS)
+    name, model, inferred = family.for_checkpoint(CONFIG, HEADERS)
+    layout = family.lay_out(name, model, inferred, CONFIG, HEADERS)
+    family.check_fit(model, layout, CONFIG, HEADERS)
     plan = resolve(from_scheme(scheme), Overrides(**flags), layout)
     preflight.check_plan(plan)
     dialect, _ = dialects.choose("auto", plan)

@@ -1,0 +1,189 @@
+"""Whether files hold the model that config.json and the family describe: from names and shapes alone. Torch-free.
+
+Blocks are compared with each other, experts with the experts of their layer, widths and counts with config.json.
+Where config.json does not tell a width, blocks are compared only.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from quarkcli.errors import ModelError
+from quarkcli.family.config import expert_count, text_config
+from quarkcli.family.facts import Fact, explained, facts
+from quarkcli.family.layout import Layout, Part
+from quarkcli.family.leftovers import check_leftovers
+from quarkcli.family.schema import FamilyModel, HeaderLike
+from quarkcli.family.widths import misfits
+
+Shape = tuple[int, ...]
+_SHOWN = 6
+_EXPERTS = ".experts."
+# Keys of config.json that count extra prediction layers, and what such layers have that others have not.
+_PREDICTS = re.compile(r"nextn|mtp")
+_OF_PREDICTION = re.compile(r"(^|\.)(eh_proj|[eh]norm|shared_head|embed_tokens|fc|\w*mtp\w*)(\.|$)")
+
+
+def check(family: FamilyModel, layout: Layout, config: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> None:
+    """Raises ModelError that names tensors which are missing, empty, of a wrong shape, or of no model at all."""
+    check_leftovers(headers)
+    faults: dict[str, str] = {}
+    for text in problems(family, layout, config, headers):
+        faults.setdefault(text.partition(" ")[0], text)  # one for each tensor
+    if faults:
+        shown = "; ".join(list(faults.values())[:_SHOWN]) + ("; ..." if len(faults) > _SHOWN else "")
+        raise ModelError(
+            f"{len(faults)} tensor{'s do' if len(faults) > 1 else ' does'} not fit config.json or the other blocks: "
+            f"{shown}",
+            hint="the files are damaged, incomplete, or config.json is another model's: compare them with the original",
+        )
+
+
+def problems(
+    family: FamilyModel, layout: Layout, config: Mapping[str, Any], headers: Mapping[str, HeaderLike]
+) -> Iterator[str]:
+    """What is wrong, each text beginning with the tensor's name."""
+    parts = [part for part in layout.parts if part.kind == "block"]
+    blocks = [_block(part, headers) for part in parts]
+    known = facts(text_config(config), len(parts))
+    for block in blocks:
+        yield from _experts(block, expert_count(config))
+    yield from _holes(blocks, known, layout)
+    yield from _shapes(blocks, known)
+    yield from _surplus(layout, blocks, config)
+    yield from misfits(family, layout, config, headers)
+
+
+@dataclass
+class _Block:
+    """Names and shapes below one block; those of numbered experts are one entry (`mlp.experts.*.up_proj.weight`).
+
+    experts   entry -> expert's number -> shape
+    """
+
+    name: str
+    shapes: dict[str, Shape] = field(default_factory=dict)
+    experts: dict[str, dict[int, Shape]] = field(default_factory=dict)
+
+
+def _block(part: Part, headers: Mapping[str, HeaderLike]) -> _Block:
+    block, start = _Block(part.name), len(part.name) + 1
+    for tensor in part.tensors:
+        name, shape = tensor[start:], tuple(headers[tensor].shape)
+        path, found, rest = name.partition(_EXPERTS)
+        number, _, leaf = rest.partition(".")
+        if found and leaf and number.isdecimal():
+            block.experts.setdefault(f"{path}{_EXPERTS}*.{leaf}", {})[int(number)] = shape
+        else:
+            block.shapes[name] = shape
+    for entry, shapes in block.experts.items():
+        block.shapes[entry] = Counter(shapes.values()).most_common(1)[0][0]
+    return block
+
+
+def _experts(block: _Block, said: int | None) -> Iterator[str]:
+    """Experts that a layer lacks or has too many of, and those of another shape than most."""
+    paths: dict[str, set[int]] = {}
+    for entry, shapes in block.experts.items():
+        paths.setdefault(entry.partition("*")[0], set()).update(shapes)
+    for entry, shapes in block.experts.items():
+        path = entry.partition("*")[0]
+        wanted = set(range(said if said is not None else max(paths[path]) + 1))
+        for number in sorted(wanted - set(shapes)):
+            yield f"{block.name}.{entry.replace('*', str(number), 1)} is missing"
+        for number in sorted(set(shapes) - wanted):
+            yield f"{block.name}.{entry.replace('*', str(number), 1)} is one too many: config.json says {said} experts"
+        usual = block.shapes[entry]
+        for number, shape in shapes.items():
+            if shape != usual:
+                name = f"{block.name}.{entry.replace('*', str(number), 1)}"
+                yield f"{name} is {list(shape)}, the other experts' are {list(usual)}"
+
+
+def _holes(blocks: list[_Block], known: list[Fact], layout: Layout) -> Iterator[str]:
+    """What a block lacks that blocks like it have: modules, and tensors of a module."""
+    names = [_units(block.shapes) for block in blocks]
+    children = {index: frozenset(units) for index, units in enumerate(names)}
+    for index, unit, holder in _lacking(children, known, lambda i, unit: _has_role(layout, blocks[i], names[i][unit])):
+        for leaf in sorted(names[holder][unit]):
+            yield f"{blocks[index].name}.{leaf} is missing"
+    for unit in dict.fromkeys(unit for units in names for unit in units):
+        leaves = {index: frozenset(units[unit]) for index, units in enumerate(names) if unit in units}
+        for index, leaf, _ in _lacking(leaves, known, lambda i, leaf: _has_role(layout, blocks[i], [leaf])):
+            yield f"{blocks[index].name}.{leaf} is missing"
+
+
+def _units(shapes: Mapping[str, Shape]) -> dict[str, list[str]]:
+    """Names by their first step."""
+    units: dict[str, list[str]] = {}
+    for name in shapes:
+        units.setdefault(name.partition(".")[0], []).append(name)
+    return units
+
+
+def _has_role(layout: Layout, block: _Block, leaves: list[str] | set[str]) -> bool:
+    """True when the family knows what one of these is."""
+    names = (f"{block.name}.{leaf.replace('*', '0', 1)}" for leaf in leaves)
+    return not layout.inferred and any(layout.tensor_roles.get(name, "parameter") != "parameter" for name in names)
+
+
+def _lacking(sets: Mapping[int, frozenset[str]], known: list[Fact], has_role: Any) -> Iterator[tuple[int, str, int]]:
+    """(block, name, a block that has it) for names that a block lacks and most blocks have that have all of its others.
+
+    Blocks that each have something the other lacks are of different kinds. As many with as without it is a hole only
+    where the family knows the name.
+    """
+    kinds: dict[frozenset[str], list[int]] = {}
+    for index, own in sets.items():
+        kinds.setdefault(own, []).append(index)
+    for own, lackers in kinds.items():
+        larger = sorted(((len(having), kind) for kind, having in kinds.items() if own < kind), key=lambda row: row[0])
+        if not larger:
+            continue
+        kind = larger[-1][1]
+        having = [index for other, indices in kinds.items() if own < other for index in indices]
+        holder = kinds[kind][0]
+        for name in sorted(kind - own):
+            if explained(known, name, lackers, having):
+                continue
+            if len(having) > len(lackers) or (len(having) == len(lackers) and has_role(holder, name)):
+                yield from ((index, name, holder) for index in lackers)
+
+
+def _shapes(blocks: list[_Block], known: list[Fact]) -> Iterator[str]:
+    """Tensors whose shape differs from those of the same name in most other blocks."""
+    seen: dict[str, dict[Shape, list[int]]] = {}
+    for index, block in enumerate(blocks):
+        for name, shape in block.shapes.items():
+            seen.setdefault(name, {}).setdefault(shape, []).append(index)
+    for name, shapes in seen.items():
+        if len(shapes) < 2:
+            continue
+        usual = max(shapes, key=lambda shape: len(shapes[shape]))
+        for shape, indices in shapes.items():
+            if shape != usual and not explained(known, name, indices, shapes[usual]):
+                for index in indices:
+                    yield (
+                        f"{blocks[index].name}.{name} is {list(shape)}, "
+                        f"that of {blocks[shapes[usual][0]].name} is {list(usual)}"
+                    )
+
+
+def _surplus(layout: Layout, blocks: list[_Block], config: Mapping[str, Any]) -> Iterator[str]:
+    """Blocks beyond the number that config.json gives, unless they predict further tokens."""
+    stem = blocks[0].name.rpartition(".")[0] + "."
+    rest: dict[str, list[str]] = {}
+    for part in layout.parts:
+        for tensor in part.tensors if part.kind == "rest" else ():
+            number, _, leaf = tensor.removeprefix(stem).partition(".")
+            if tensor.startswith(stem) and number.isdecimal():
+                rest.setdefault(number, []).append(leaf)
+    said = sum(value for key, value in text_config(config).items() if _PREDICTS.search(key) and type(value) is int)
+    if len(rest) > said:
+        for number, leaves in rest.items():
+            if not any(_OF_PREDICTION.search(leaf) for leaf in leaves):
+                yield f"{stem}{number} is a block too many: config.json says {len(blocks)}"

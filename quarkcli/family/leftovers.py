@@ -1,0 +1,62 @@
+"""Names of tensors that belong to no model: adapters and codes without their config. Torch-free."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from quarkcli.errors import ModelError
+from quarkcli.family.schema import HeaderLike
+
+_ADAPTERS = re.compile(
+    r"(?:^|\.)(lora_[A-Za-z]\w*|base_layer|modules_to_save|original_module|ia3_l|hada_[tw]\w*|lokr_[tw]\w*|vera_lambda_\w+"
+    r"|oft_[rs]|boft_[rs]|adalora_\w+|randlora_\w+|base_model\.model)(?:\.|$)",
+    re.MULTILINE,
+)
+_CODES = re.compile(
+    r"\.(qweight|qzeros|g_idx|SCB|absmax|quant_map|nested_absmax|nested_quant_map"
+    r"|quant_state\.\w+|weight_packed|weight_scale_inv|weight_scale)$",
+    re.MULTILINE,
+)
+_TOOLS = {
+    "qweight": "GPTQ or AWQ", "qzeros": "GPTQ or AWQ", "g_idx": "GPTQ", "SCB": "bitsandbytes", "absmax": "bitsandbytes",
+    "quant_map": "bitsandbytes", "nested_absmax": "bitsandbytes", "nested_quant_map": "bitsandbytes",
+    "weight_packed": "compressed-tensors", "weight_scale_inv": "fp8", "weight_scale": "fp8 or int8",
+}  # fmt: skip
+
+
+def check_leftovers(headers: Mapping[str, HeaderLike]) -> None:
+    """Raises ModelError for tensors of an adapter, for codes of a quantized model, and for empty tensors."""
+    everything = "\n".join(headers)
+    found = _ADAPTERS.search(everything)
+    if found:
+        names = [name for name in headers if _ADAPTERS.search(name)]
+        raise ModelError(
+            f"holds an adapter that is not merged: {_listed(names)}",
+            hint="merge it first (peft: merge_and_unload, then save_pretrained), and quantize what that writes",
+        )
+    found = _CODES.search(everything)
+    if found:
+        names = [name for name in headers if _CODES.search(name)]
+        tool = _TOOLS.get(found[1], "bitsandbytes")
+        raise ModelError(
+            f"holds codes of {tool}, and config.json has no quantization_config that says so: {_listed(names)}",
+            hint="the model is quantized already; give the one it was made from",
+        )
+    empty = [f"{name} {list(header.shape)}" for name, header in headers.items() if 0 in header.shape]
+    if empty:
+        raise ModelError(
+            f"{len(empty)} tensor{'s have' if len(empty) > 1 else ' has'} no values: {_listed(empty, count=False)}",
+            hint="it was saved without gathering its shards (FSDP, ZeRO-3): save it again with the full state",
+        )
+    double = [name for name, header in headers.items() if header.dtype == "F64" and len(header.shape) > 1]
+    if double:
+        raise ModelError(
+            f"stored in double precision (F64): {_listed(double)}",
+            hint="save it as BF16 or F32 first: from_pretrained(..., dtype=torch.bfloat16), then save_pretrained",
+        )
+
+
+def _listed(names: list[str], *, count: bool = True) -> str:
+    more = ", ..." if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more + (f" ({len(names)} tensors)" if count and len(names) > 1 else "")
