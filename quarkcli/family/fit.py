@@ -50,12 +50,13 @@ def problems(
     parts = [part for part in layout.parts if part.kind == "block"]
     blocks = [_block(part, headers) for part in parts]
     known = facts(text_config(config), len(parts))
+    yield from _holes(blocks, known, layout)
     for block in blocks:
         yield from _experts(block, expert_count(config))
-    yield from _holes(blocks, known, layout)
-    yield from _shapes(blocks, known)
+    wrong = list(misfits(family, layout, config, headers))
+    yield from wrong
+    yield from _shapes(blocks, known, {text.partition(" ")[0] for text in wrong})
     yield from _surplus(layout, blocks, config)
-    yield from misfits(family, layout, config, headers)
 
 
 @dataclass
@@ -154,14 +155,17 @@ def _lacking(sets: Mapping[int, frozenset[str]], known: list[Fact], has_role: An
                 yield from ((index, name, holder) for index in lackers)
 
 
-def _shapes(blocks: list[_Block], known: list[Fact]) -> Iterator[str]:
-    """Tensors whose shape differs from those of the same name in most other blocks."""
+def _shapes(blocks: list[_Block], known: list[Fact], wrong: set[str]) -> Iterator[str]:
+    """Tensors whose shape differs from those of the same name in most other blocks.
+
+    wrong   tensors that do not fit config.json: most blocks may have the wrong shape
+    """
     seen: dict[str, dict[Shape, list[int]]] = {}
     for index, block in enumerate(blocks):
         for name, shape in block.shapes.items():
             seen.setdefault(name, {}).setdefault(shape, []).append(index)
     for name, shapes in seen.items():
-        if len(shapes) < 2:
+        if len(shapes) < 2 or any(f"{block.name}.{name}" in wrong for block in blocks):
             continue
         usual = max(shapes, key=lambda shape: len(shapes[shape]))
         for shape, indices in shapes.items():

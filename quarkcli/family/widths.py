@@ -17,6 +17,7 @@ _HEADED = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")
 _TOKENS = {"embed_tokens", "wte", "word_embeddings", "embeddings", "embed", "tok_embeddings", "embed_in"}
 _GATED = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
 _NORMS = {f"{name}.weight" for name in ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm")}
+_ROUTERS = {"gate", "router", "wg"}
 _VOCABULARY = re.compile(r"(^|_)(n_)?vocab(_size)?$")
 _OTHER_WIDTH = re.compile(r"embed\w*_(dim|size)$|embedding_size$")
 
@@ -25,7 +26,7 @@ def misfits(
     family: FamilyModel, layout: Layout, config: Mapping[str, Any], headers: Mapping[str, HeaderLike]
 ) -> Iterator[str]:
     """One text per tensor that has not the shape which its role, its module or config.json asks for."""
-    yield from _not_matrices(layout, headers)
+    yield from _not_matrices(family, layout, headers)
     yield from _outside(family, layout, config, headers)
     yield from _head(family, config, headers)
     if not layout.inferred:
@@ -41,12 +42,17 @@ def misfits(
         yield from _norms(layout, config, headers)
 
 
-def _not_matrices(layout: Layout, headers: Mapping[str, HeaderLike]) -> Iterator[str]:
+def _not_matrices(family: FamilyModel, layout: Layout, headers: Mapping[str, HeaderLike]) -> Iterator[str]:
+    spec = family.attention
+    listed = {f"{leaf}.weight" for group in family.sites for leaf in group}
+    listed |= {f"{spec.module}.{leaf}.weight" for leaf in (spec.q, spec.k, spec.v)} if spec else set()
     for part in layout.parts:
         for tensor in part.tensors if part.kind != "rest" else ():
             shape = headers[tensor].shape
-            if len(shape) != 2 and tensor.endswith(".weight") and layout.tensor_roles.get(tensor) in _MATRICES:
-                yield f"{tensor} is {list(shape)}, not a matrix"
+            if len(shape) != 2 and tensor.endswith(".weight"):
+                known = layout.tensor_roles.get(tensor) in _MATRICES or tensor[len(part.name) + 1 :] in listed
+                if known and layout.tensor_roles.get(tensor) != "conv":
+                    yield f"{tensor} is {list(shape)}, not a matrix"
 
 
 def _outside(
@@ -180,7 +186,7 @@ def _stream(family: FamilyModel, layout: Layout, config: Mapping[str, Any], weig
         allowed = {spec.q: queries, spec.k: keys, spec.v: keys}.get(leaf, set()) if here else set()
         gated = weight.role in ("gate", "up") or (weight.expert is None and _GATED.get(leaf) in ("gate", "up"))
         reads = gated or (here and leaf in (spec.q, spec.k, spec.v))
-        reads |= weight.role == "router" and len(weight.shape) == 2
+        reads |= weight.role == "router" and leaf in _ROUTERS
         if (reads and weight.shape[1] != hidden) or (here and weight.role == "o" and weight.shape[0] != hidden):
             yield f"{weight.name}.weight is {list(weight.shape)}, config.json says a width of {hidden}"
         elif allowed and weight.shape[0] not in allowed:
