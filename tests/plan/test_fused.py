@@ -73,7 +73,8 @@ def test_files_with_a_split(dialect: str, flags: dict[str, Any], tmp_path: Path)
     assert sum("that servers fuse have" in text for text in made.report["warnings"]) == 1
     with pytest.raises(CheckError, match=r"^4 groups of weights that servers fuse have"):
         verify.directory(str(made.folder), str(job.EMBEDDED))
-    assert verify.directory(str(made.folder), target="none")[1].startswith("accepted by --target none: 4 groups")
+    found = verify.directory(str(made.folder), target="none")
+    assert sum(text.startswith("accepted by --target none: 4 groups") for text in found) == 1
 
 
 def test_files_with_one_expert_apart(tmp_path: Path) -> None:
@@ -86,4 +87,4 @@ def test_files_with_one_expert_apart(tmp_path: Path) -> None:
 def test_files_of_one_scheme_pass(tmp_path: Path) -> None:
     source = runs.build("gpt_oss", tmp_path / "source")
     made = runs.run(source, tmp_path / "out", scheme="mxfp4", exclude=["*layers.0.*"])
-    assert verify.directory(str(made.folder))[1] == "what servers fuse has one scheme"
+    assert "what servers fuse has one scheme" in verify.directory(str(made.folder))
