@@ -25,6 +25,7 @@ from quarkcli.journal import Journal
 from quarkcli.manifest import LOG
 from quarkcli.options import Options, Prepared
 from quarkcli.place import dispose, earlier, remove_stale
+from quarkcli.plan.coverage import coverage
 from quarkcli.plan.model import Part
 from quarkcli.plan.resolve import resolve
 from quarkcli.recipe import catalog
@@ -103,10 +104,12 @@ def prepare(options: Options, tell: Listener = silent) -> Prepared:
     output = _expanded(options.output) or Path(f"{'demo' if options.model == 'demo' else source.name}-{recipe.name}")
     beside = side_files.gather(source)
     preflight.check_tokenizer(source, beside, calibration)
+    share = coverage(plan, layout, source.headers)
     warnings = [*recipe.notes, *dialects.warnings(dialect, plan), *plan.warnings, *beside.warnings()]
+    warnings += [doubt] if (doubt := share.warning()) else []
     warnings += calibration.warnings if calibration else preflight.unused_flags(options)
     return Prepared(
-        options, recipe, source, layout, plan, steps, dialect, reason, needs, calibration, size, output, beside,
+        options, recipe, source, layout, plan, steps, dialect, reason, needs, calibration, size, share, output, beside,
         warnings,
     )  # fmt: skip
 

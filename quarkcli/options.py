@@ -13,6 +13,7 @@ from quarkcli.family import Layout
 from quarkcli.forecast import Forecast
 from quarkcli.nonfinite import OnNonfinite
 from quarkcli.plan.compose import Overrides
+from quarkcli.plan.coverage import Coverage
 from quarkcli.plan.fused import Servers
 from quarkcli.plan.model import Plan
 from quarkcli.recipe.recipe import Recipe
@@ -88,6 +89,7 @@ class Prepared:
     needs: dict[str, set[str]]
     calibration: Calibration | None
     forecast: Forecast
+    coverage: Coverage
     output: Path
     side_files: SideFiles
     warnings: list[str]

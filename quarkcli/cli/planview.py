@@ -71,6 +71,7 @@ def header(prepared: Prepared) -> list[str]:
                 f"{output.size(size.source_bytes)} -> {output.size(size.output_bytes)} ({share:.0%}), "
                 f"{size.effective_bits:.2f} bits per quantized weight",
             ),
+            ("quantized", prepared.coverage.text()),
             ("memory", f"about {output.size(size.memory_bytes)} of tensors at the peak"),
             ("disk", f"{output.size(size.disk_bytes)} while running"),
             ("output", str(prepared.output)),
@@ -180,6 +181,7 @@ def as_json(prepared: Prepared) -> dict[str, Any]:
         "memory_bytes": size.memory_bytes,
         "disk_bytes": size.disk_bytes,
         "effective_bits": size.effective_bits,
+        "coverage": prepared.coverage.facts(),
         "bytes_by_dtype": size.dtypes,
         "needs": prepared.needs,
         "calibration": settings

@@ -9,6 +9,7 @@ from quarkcli.family.fit import check as check_fit
 from quarkcli.family.infer import guess, infer
 from quarkcli.family.known import Card, cards, for_checkpoint, has_experts, identify, load
 from quarkcli.family.layout import AttentionModule, Layout, Site, Weight, lay_out
+from quarkcli.family.lists import block_lists, tower
 from quarkcli.family.orientation import hidden_transpositions
 from quarkcli.family.parts import Part
 from quarkcli.family.schema import (
@@ -39,6 +40,7 @@ __all__ = [
     "Weight",
     "WeightView",
     "block_count",
+    "block_lists",
     "cards",
     "check_fit",
     "check_unprotect",
@@ -56,5 +58,6 @@ __all__ = [
     "spelled",
     "text_config",
     "to_yaml",
+    "tower",
     "view_shape",
 ]

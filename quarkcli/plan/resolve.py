@@ -59,9 +59,7 @@ def resolve(
         share=recipe.share,
     )
     if layout.inferred:
-        plan.warnings.append(
-            f"no family file for model type '{layout.family}': roles were inferred from tensor names; check the plan"
-        )
+        plan.warnings.append(_inferred(layout))
     effects.check_matches(plan)
     checks.warn(plan)
     share.check(plan)
@@ -70,6 +68,17 @@ def resolve(
     checks.check_stored(plan, layout.transposed)
     checks.check(plan)
     return plan
+
+
+def _inferred(layout: Layout) -> str:
+    """What was guessed, and by what."""
+    text = f"no family file for model type '{layout.family}': roles were inferred from tensor names; check the plan"
+    block = next((part.name for part in layout.parts if part.block is not None), "")
+    text += f" (the language model is {block.rpartition('.')[0]}"
+    fused = next((w.view for w in layout.weights.values() if w.expert is not None and w.view.rows is not None), None)
+    if fused is not None:
+        text += f"; gate and up are read as the halves of {fused.tensor.rpartition('.')[2]}"
+    return text + ")"
 
 
 class _Resolver:
