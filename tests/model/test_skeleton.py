@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from quarkcli.checkpoint import LogicalHeader
-from quarkcli.errors import ModelError
+from quarkcli.errors import DataError, ModelError
 from quarkcli.model.library import quiet
 from quarkcli.model.runner import Runner
 from quarkcli.model.skeleton import build_skeleton
@@ -166,6 +166,19 @@ def test_dtype_falls_back_to_the_files(tmp_path: Path) -> None:
         "c": LogicalHeader("U8", (99, 99)),
     }
     assert build_skeleton(tmp_path, headers).dtype == torch.bfloat16  # most values, not the first tensor
+
+
+def test_tokens_that_the_embedding_has_no_row_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = runner_of(tiny.build("llama", tmp_path, vocab_size=64))
+    runner.check_tokens(torch.tensor([[0, 63]]))
+    with pytest.raises(DataError, match="gives token 64, and the model's embedding has 64 rows"):
+        runner.check_tokens(torch.tensor([[0, 64]]))
+
+    def silent() -> None:
+        raise NotImplementedError
+
+    monkeypatch.setattr(runner._skeleton.model, "get_input_embeddings", silent)
+    runner.check_tokens(torch.tensor([[0, 64]]))  # own code that does not say
 
 
 def test_dtype_of_the_text_part(tmp_path: Path) -> None:
