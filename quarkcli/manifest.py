@@ -104,14 +104,14 @@ def remove_ours(folder: Path) -> list[str]:
             raise error.__cause__ from error
         manifest = None
     names = sorted(_files(folder))
-    if manifest is None:
+    if manifest is None and names:
         return names
-    kept = [name for name in names if name not in _UNLISTED and not _is_ours(folder / name, name, manifest)]
-    if not kept:
-        shutil.rmtree(folder)
-        return []
-    for name in sorted(set(names) - set(kept), key=lambda name: name == MANIFEST):
+    ours = [name for name in names if name in _UNLISTED or (manifest and _is_ours(folder / name, name, manifest))]
+    for name in sorted(ours, key=lambda name: name == MANIFEST):
         (folder / name).unlink()
+    kept = [name for name in names if name not in ours]
+    if not kept:
+        shutil.rmtree(folder)  # folders are all that is left
     return kept
 
 
@@ -132,8 +132,12 @@ def _is_ours(path: Path, name: str, manifest: Manifest) -> bool:
 
 
 def _files(folder: Path) -> Iterator[str]:
-    """Names of all files below a folder; linked folders are not entered, and count as files."""
-    for root, folders, names in os.walk(folder):
+    """Names of all files below a folder; linked folders are not entered, and count as files. Raises OSError."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    for root, folders, names in os.walk(folder, onerror=refuse):
         links = [name for name in folders if Path(root, name).is_symlink()]
         yield from (Path(root, name).relative_to(folder).as_posix() for name in (*names, *links))
 

@@ -224,7 +224,7 @@ def write_index(folder: Path, weight_map: dict[str, str], total_size: int) -> No
 
 def atomic_write_text(path: Path, text: str) -> None:
     """Write UTF-8 text durably (line ends as given); readers see the old file or the new one. ResourceError."""
-    data = text.encode()
+    data = text.encode("utf-8", "backslashreplace")  # of a path that is no text; in JSON it is the same character
     temporary = path.with_name(f"{STAGING}{os.getpid()}-{path.name}")
     with disk_errors(path, len(data)):
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 
 from quarkcli import job, manifest
 from quarkcli.cli import main
-from quarkcli.errors import CheckError
+from quarkcli.errors import CheckError, ResourceError
 from quarkcli.options import Options
 
 
@@ -134,3 +135,39 @@ def test_nothing_of_a_foreign_folder_is_removed(folder: Path, text: str | None) 
     before = sorted(folder.rglob("*"))
     assert BLOCK in manifest.remove_ours(folder)
     assert sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize("call", [1, 5, 14, 17, 18])
+def test_an_interrupted_removal_is_gone_on_with(folder: Path, monkeypatch: pytest.MonkeyPatch, call: int) -> None:
+    count = iter(range(1, 100))
+
+    def failing(real: Any) -> Any:
+        def function(*args: Any, **kwargs: Any) -> Any:
+            if next(count) == call:
+                raise OSError(5, "Input/output error")
+            return real(*args, **kwargs)
+
+        return function
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", failing(os.unlink))
+        patch.setattr(os, "rmdir", failing(os.rmdir))
+        with pytest.raises(OSError, match="Input/output"):
+            manifest.remove_ours(folder)
+    assert manifest.remove_ours(folder) == []
+    assert not folder.exists()
+
+
+def test_no_manifest_of_half_a_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.scandir
+
+    def refuse(path: Any) -> Any:
+        if str(path).endswith("quark"):
+            raise OSError(5, "Input/output error")
+        return real(path)
+
+    before = (folder / manifest.MANIFEST).read_bytes()
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(ResourceError, match="Input/output error"):
+        manifest.write(folder, {}, {})
+    assert (folder / manifest.MANIFEST).read_bytes() == before

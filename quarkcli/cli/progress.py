@@ -81,7 +81,7 @@ class Progress:
                     self._show(Working(f"{self._doing} ({log.duration(now - self._since)})"))
 
     def _show(self, event: Event) -> None:
-        if isinstance(event, Message) and event.always and output.session.quiet:
+        if isinstance(event, Message) and event.always and output.session.quiet and not self.json:
             output.raw(log.line(event))
         elif self.json:
             output.event(_KINDS[type(event)], {"time": round(time.time(), 3), **vars(event)})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -112,6 +113,16 @@ def test_what_may_not_be_looked_at(folder: Path, flag: str, monkeypatch: pytest.
     code = main.main(["plan", *(word for pair in flags.items() for word in pair)])
     assert code == (5 if flag == "--model" else 6)
     assert "closed/x: " in capsys.readouterr().err
+
+
+def test_a_model_in_a_folder_whose_name_is_no_text(folder: Path) -> None:
+    model = folder / os.fsdecode(b"caf\xe9")
+    shutil.copytree(EMBEDDED, model)
+    out = folder / os.fsdecode(b"\xe9")
+    assert main.main(["quantize", "--model", str(model), "--scheme", "mxfp4", "-q", "-o", str(out)]) == 0
+    report = json.loads((out / "quark" / "report.json").read_text())
+    assert os.fsencode(report["model"]["name"]) == b"caf\xe9"
+    assert main.main(["verify", str(out), "--source", str(model)]) == 0
 
 
 # ---- streams
