@@ -72,7 +72,7 @@ OWNERS = {
     "pyarrow": {"calibration"},
     "triton": {"numerics"},
     "pydantic": {"documents", "recipe", "family"},
-    "yaml": {"recipe", "finish", "job"},
+    "yaml": {"recipe", "report", "finish", "job"},
     "re2": {"recipe"},
     "huggingface_hub": {"source", "model", "calibration", "cli"},
     "ml_dtypes": set(),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -21,6 +22,8 @@ from quarkcli.errors import ExitCode, QuarkError
 
 Stream = Literal["stdout", "stderr"]
 ERROR_SCHEMA = "quark/error/1"
+# Control characters but line ends and tabs, and marks that change the direction of text.
+_STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 _STOPS = {ExitCode.STOPPED, ExitCode.INTERRUPTED, ExitCode.TERMINATED}
 _CODES = {"bold": "1", "red": "31", "yellow": "33"}
 
@@ -89,6 +92,11 @@ def _open_streams() -> None:
 # ---- the two streams
 
 
+def shown(text: str) -> str:
+    """`text` with what would steer a terminal written out, as JSON writes it: names come from anybody's files."""
+    return _STEERING.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
 def data(text: str) -> None:
     """A line of the answer, on stdout."""
     _write("stdout", text)
@@ -99,10 +107,10 @@ def json_data(value: Mapping[str, Any]) -> None:
     data(json.dumps(_plain(value), indent=2, ensure_ascii=False))
 
 
-def note(text: str) -> None:
-    """A line for people, on stderr; dropped with -q."""
+def note(text: str, lead: str = "") -> None:
+    """A line for people, on stderr; dropped with -q. `lead`: our own words in front of it, which may be painted."""
     if not session.quiet:
-        _write("stderr", text)
+        _write("stderr", text, lead)
 
 
 def event(kind: str, fields: Mapping[str, Any]) -> None:
@@ -117,9 +125,9 @@ def error(problem: QuarkError) -> None:
         _write("stderr", json.dumps({"schema": ERROR_SCHEMA, "code": int(problem.code), **text}, ensure_ascii=False))
         return
     word, colour = ("stopped", "yellow") if problem.code in _STOPS else ("error", "red")
-    _write("stderr", f"{paint(f'{word}:', colour, 'stderr')} {problem}")
+    _write("stderr", str(problem), paint(f"{word}:", colour, "stderr"))
     if problem.hint:
-        _write("stderr", f"{paint('hint:', 'bold', 'stderr')} {problem.hint}")
+        _write("stderr", problem.hint, paint("hint:", "bold", "stderr"))
 
 
 def raw(text: str) -> None:
@@ -127,7 +135,8 @@ def raw(text: str) -> None:
     _write("stderr", text)
 
 
-def _write(name: Stream, text: str) -> None:
+def _write(name: Stream, text: str, lead: str = "") -> None:
+    text = " ".join(filter(None, (lead, shown(text))))
     stream: TextIO = getattr(sys, name)
     try:
         try:
@@ -186,7 +195,7 @@ def paint(text: str, style: str, name: Stream) -> str:
 
 def table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """A table on stdout: Rich on a terminal, else aligned text that no width cuts."""
-    cells = [[str(cell) for cell in row] for row in rows]
+    cells = [[shown(str(cell)) for cell in row] for row in rows]
     if is_terminal("stdout"):
         _rich_table(headers, cells)
         return
@@ -194,7 +203,7 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     widths = [max(len(line[column]) for line in lines) for column in range(len(headers))]
     for number, line in enumerate(lines):
         padded = "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        data(paint(padded, "bold", "stdout") if number == 0 else padded)
+        _write("stdout", "" if number == 0 else padded, paint(padded, "bold", "stdout") if number == 0 else "")
 
 
 def _rich_table(headers: Sequence[str], rows: list[list[str]]) -> None:

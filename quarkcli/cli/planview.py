@@ -113,7 +113,7 @@ def show(prepared: Prepared) -> None:
     if plan.tied_head is not None:
         output.data(f"\n{plan.tied_head} is the embedding (tied); the file has no tensor of its own for it")
     for warning in prepared.warnings:
-        output.note(f"{output.paint('warning:', 'yellow', 'stderr')} {warning}")
+        output.note(warning, output.paint("warning:", "yellow", "stderr"))
 
 
 def _modules(plan: Plan) -> None:

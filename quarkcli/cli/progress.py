@@ -111,12 +111,12 @@ class Progress:
     def _on_bar(self, event: Event) -> None:
         match event:
             case Message():
-                self._bar.console.print(log.line(event), markup=False, soft_wrap=True)
+                self._bar.console.print(output.shown(log.line(event)), markup=False, soft_wrap=True)
             case Phase(name) | Working(name):
-                self._bar.update(self._task, description=name)
+                self._bar.update(self._task, description=output.shown(name))
             case PartDone():
                 text = log.progress_line(event).partition("] ")[2]
-                self._bar.update(self._task, total=event.total, completed=event.index, description=text)
+                self._bar.update(self._task, total=event.total, completed=event.index, description=output.shown(text))
 
 
 _KINDS: dict[type, str] = {Message: "message", Phase: "phase", PartDone: "part", Working: "working"}

@@ -11,7 +11,9 @@ from typing import Any
 from quarkcli.errors import DataError, ModelError, UsageError
 from quarkcli.model.failures import described
 from quarkcli.model.library import AutoTokenizer, one_day, quiet, transformers
+from quarkcli.model.limits import Bounded, OutOfBounds
 
+_PLAIN = "use calibration data with plain text"
 HINT = "schemes that need no calibration data need no tokenizer"
 # Any one of these says that the folder has a tokenizer.
 FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "tekken.json")
@@ -31,6 +33,7 @@ class Tokenizer:
 
     def __init__(self, inner: Any) -> None:
         self._inner = inner
+        self._bounded = Bounded(self._render)
         self._prefix = self._added_in_front()
 
     @property
@@ -112,20 +115,29 @@ class Tokenizer:
         if not self.has_chat_template:
             raise DataError(
                 "the tokenizer has no chat template, so conversations cannot be turned into tokens",
-                hint="use calibration data with plain text",
+                hint=_PLAIN,
             )
-        marked = "{% generation %}" in str(self._inner.chat_template).replace("{%-", "{%").replace("-%}", "%}")
-        with quiet(), one_day():
+        with quiet():
             try:
-                made = self._inner.apply_chat_template(
-                    [self._as_template_takes(message) for message in messages],
-                    tools=[dict(tool) for tool in tools] if tools else None,
-                    tokenize=True,
-                    return_dict=True,
-                    return_assistant_tokens_mask=marked,
-                )
+                return self._bounded([dict(message) for message in messages], [dict(tool) for tool in tools or ()])
+            except OutOfBounds as error:
+                what = f"the chat template of the tokenizer does not end well: {error}"
+                raise ModelError(what, hint=_PLAIN) from error
             except Exception as error:  # templates raise what they like, jinja's own errors included
                 raise DataError(f"the chat template refuses a conversation: {error}") from error
+
+    def _render(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]]
+    ) -> tuple[list[int], list[int] | None]:
+        marked = "{% generation %}" in str(self._inner.chat_template).replace("{%-", "{%").replace("-%}", "%}")
+        with one_day():
+            made = self._inner.apply_chat_template(
+                [self._as_template_takes(message) for message in messages],
+                tools=tools or None,
+                tokenize=True,
+                return_dict=True,
+                return_assistant_tokens_mask=marked,
+            )
         mask = made.get("assistant_masks") if marked else None
         return list(made["input_ids"]), list(mask) if mask is not None else None
 

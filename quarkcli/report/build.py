@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from quarkcli import __version__, forecast, memory, nonfinite
 from quarkcli.options import Prepared
 from quarkcli.plan.model import Plan
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from quarkcli.calibration.data import CalibrationData
 
 SCHEMA = "quark/report/1"
+_NO_BREAKS = 1 << 20  # the width up to which YAML keeps a text on its line
 
 
 def build(
@@ -193,11 +196,14 @@ def card(prepared: Prepared, report: dict[str, Any]) -> str:
     calibration = report["calibration"]
     loss = report["loss"]["mean_weight_error"]
     commit = f" at commit `{source.commit}`" if source.commit else ""
+    front = {
+        "base_model": base,
+        "base_model_relation": "quantized",
+        "tags": ["quark", prepared.recipe.name, prepared.dialect.name],
+    }
     lines = [
         "---",
-        f"base_model: {base}",
-        "base_model_relation: quantized",
-        f"tags: [quark, {prepared.recipe.name}, {prepared.dialect.name}]",
+        *yaml.safe_dump(front, sort_keys=False, allow_unicode=base.isprintable(), width=_NO_BREAKS).splitlines(),
         "---",
         "",
         f"# {source.name}, {prepared.recipe.name}",
@@ -222,4 +228,9 @@ def card(prepared: Prepared, report: dict[str, Any]) -> str:
     ]
     if "vllm" in prepared.dialect.loaders(prepared.plan):
         lines += ["```", "vllm serve .", "```", ""]
-    return "\n".join(lines)
+    return "\n".join(map(_one_line, lines))
+
+
+def _one_line(text: str) -> str:
+    """A name from anywhere must not end the line that it stands in, nor steer a terminal."""
+    return "".join(letter if letter.isprintable() else " " for letter in text)

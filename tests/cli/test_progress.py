@@ -126,4 +126,4 @@ def test_nobody_is_left_behind(capsys):
     with Progress("lines"):
         pass
     time.sleep(0.1)
-    assert threading.active_count() == before
+    assert threading.active_count() <= before  # those of earlier tests may just end

@@ -1,0 +1,83 @@
+"""Foreign code that is only text, such as a chat template, run in a child process with a limit of time and memory."""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+import signal
+import weakref
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+# A template takes a millisecond; this is for a machine that is busy with other things.
+SECONDS = 5.0
+MEMORY = 2**30  # bytes beyond what the process has
+
+
+class OutOfBounds(Exception):
+    """The call took too long, or too much memory."""
+
+
+class Bounded:
+    """A function whose calls run in a forked child, one after the other; the first call starts it.
+
+    Raises OutOfBounds, and what the function itself raised as a RuntimeError with the same text.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+        self._pipe: Connection | None = None
+
+    def __call__(self, *arguments: Any) -> Any:
+        if self._pipe is None:
+            self._pipe = self._start()
+        try:
+            self._pipe.send(arguments)
+            if not self._pipe.poll(SECONDS):
+                raise OutOfBounds(f"it takes more than {SECONDS:g} s")
+            good, answer = self._pipe.recv()
+        except (EOFError, OSError) as error:  # the child was killed: by the system, for want of memory
+            raise OutOfBounds("it takes too much memory") from error
+        if good is None:
+            raise OutOfBounds(answer)
+        if not good:
+            raise RuntimeError(answer)
+        return answer
+
+    def _start(self) -> Connection:
+        context = multiprocessing.get_context("fork")
+        ours, theirs = context.Pipe()
+        child = context.Process(target=_serve, args=(self._function, theirs, ours), daemon=True)
+        child.start()
+        theirs.close()
+        weakref.finalize(self, child.kill)
+        return ours
+
+
+def _serve(function: Callable[..., Any], pipe: Connection, other: Connection) -> None:
+    """Answer until the other end is closed: (True, answer), (False, error), (None, what was too much)."""
+    other.close()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else signal.SIG_DFL)
+    _limit_memory()
+    while True:
+        try:
+            arguments = pipe.recv()
+        except EOFError:
+            return
+        try:
+            answer: tuple[bool | None, Any] = (True, function(*arguments))
+        except MemoryError:
+            answer = (None, f"it takes more than {MEMORY >> 20} MiB")
+        except Exception as error:
+            answer = (False, str(error))
+        pipe.send(answer)
+
+
+def _limit_memory() -> None:
+    with open("/proc/self/statm", "rb") as stream:  # noqa: PTH123 - no path object in a child
+        used = int(stream.read().split()[0]) * resource.getpagesize()
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    wanted = used + MEMORY
+    resource.setrlimit(resource.RLIMIT_AS, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))

@@ -1,0 +1,59 @@
+"""Chat templates that do not end, or that make a gigabyte, are one plain error within seconds."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from quarkcli.errors import DataError, ModelError
+from quarkcli.model import limits
+from quarkcli.model.limits import Bounded, OutOfBounds
+from quarkcli.model.tokenizer import Tokenizer
+from tests.runs import tokenizer
+
+PLAIN = "{% for message in messages %}{{ message.content }}{% endfor %}"
+ENDLESS = "{% for a in range(99999) %}" * 3 + "{% endfor %}" * 3
+POWER = "{{ 9 ** (9 ** 9) }}"
+LARGE = "{{ messages[0].content * 3000000000 }}"
+MANY = "{% for a in range(99999) %}{{ 'x' * 99999 }}{% endfor %}"
+MESSAGES = [{"role": "user", "content": "a b"}]
+
+
+def test_a_template_is_rendered_as_ever() -> None:
+    inner = tokenizer(PLAIN)
+    found = Tokenizer(inner)
+    assert [found.chat(MESSAGES) for _ in range(3)] == [(inner.encode("a b"), None)] * 3
+
+
+def test_what_a_template_raises_is_a_data_error() -> None:
+    with pytest.raises(DataError, match="refuses a conversation: no system"):
+        Tokenizer(tokenizer("{{ raise_exception('no system') }}")).chat(MESSAGES)
+
+
+@pytest.mark.parametrize("template", [ENDLESS, POWER, LARGE, MANY])
+def test_a_template_without_end(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "SECONDS", 2.0)
+    started = time.monotonic()
+    with pytest.raises(ModelError, match="the chat template of the tokenizer does not end well"):
+        Tokenizer(tokenizer(template)).chat(MESSAGES)
+    assert time.monotonic() - started < 15
+
+
+def test_the_child_ends_with_what_started_it() -> None:
+    bounded = Bounded(os.getpid)
+    child = bounded()
+    assert child != os.getpid()
+    assert bounded() == child
+    del bounded
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{child}").exists() and "Z" not in Path(f"/proc/{child}/stat").read_text().split()[2]:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_child_that_dies_is_out_of_bounds() -> None:
+    with pytest.raises(OutOfBounds, match="memory"):
+        Bounded(lambda: os._exit(1))()
