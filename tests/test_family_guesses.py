@@ -113,6 +113,13 @@ def test_an_encoder_alone_is_a_model() -> None:
         assert [part.name for part in layout.parts if part.kind == "block"] == [f"{path}.{index}" for index in range(3)]
 
 
+def test_a_table_of_position_biases_is_no_linear() -> None:
+    """T5's blocks have one; it is looked up."""
+    shapes = stack("encoder.block", 3, 128) | {"encoder.block.0.self_attn.relative_attention_bias.weight": (32, 4)}
+    layout = lay_out(shapes, "novel", **TEXT)
+    assert layout.protected["encoder.block.0.self_attn.relative_attention_bias"] == "embedding"
+
+
 # ---- routers
 
 

@@ -82,7 +82,8 @@ def infer(config: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> Famil
     linears = [leaf.removesuffix(".weight") for leaf in inside if leaf.endswith(".weight")]
     heads = [name for name in tail if name.endswith(("lm_head", "output", "output_layer"))]
     experts = _experts(inside)
-    roles = {"embedding": embed or [f"{stem}.*embed*" if stem else "*embed*"], "head": heads or ["*lm_head"], **ROLES}
+    tables = [*(embed or [f"{stem}.*embed*" if stem else "*embed*"]), "*.relative_attention_bias"]
+    roles = {"embedding": tables, "head": heads or ["*lm_head"], **ROLES}
     roles |= _tower_roles(headers)
     roles["router"] = _routers(config, headers, blocks, experts)
     return FamilyModel(

@@ -17,7 +17,7 @@ TOWER_WORDS = {
     "audio": {"audio", "speech", "whisper", "conformer", "acoustic", "vocoder", "codec", "talker", "voice"},
 }
 _LANGUAGE = {"language", "text", "llm", "lang", "thinker", "decoder"}
-_DESCRIBE = "a family file says which blocks are the model: quark models infer MODEL, docs/models.md"
+_DESCRIBE = "a family file says which blocks are the model: 'Adding a model family' in docs/models.md"
 _NUMBERED = re.compile(r"(.*?)\.(\d+)\.")
 
 
