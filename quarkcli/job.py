@@ -200,6 +200,25 @@ def _remember(warnings: list[str]) -> Listener:
     return listen
 
 
+def check_model(prepared: Prepared) -> list[str]:
+    """Match every tensor with the model's class, on the meta device. Returns what was found.
+
+    Raises ModelError when a parameter that text needs has no tensor, or one of another shape.
+    """
+    from quarkcli.model.runner import Runner
+
+    source, trusted = prepared.source, prepared.options.trust_remote_code
+    runner = Runner(
+        source.folder, source.headers, trust_remote_code=trusted, turned=prepared.layout.turned
+    )  # fmt: skip
+    runner.check_blocks()
+    unknown = runner.unknown_tensors()
+    found = [f"model class: {len(source.headers) - len(unknown)} of {len(source.headers)} tensors are its parameters"]
+    if unknown:
+        found.append(f"not its parameters: {', '.join(unknown[:5])}" + (", ..." if len(unknown) > 5 else ""))
+    return found
+
+
 def _runner(prepared: Prepared, data: CalibrationData, device: str, tell: Listener) -> Any:
     from quarkcli.model.runner import Runner
     from quarkcli.part import check_loaded

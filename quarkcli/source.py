@@ -20,6 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from quarkcli.documents import text
+from quarkcli.documents.folder import check_folder
 from quarkcli.documents.model import Config, Index
 from quarkcli.documents.shape import Shape, check
 from quarkcli.errors import AccessError, ModelError, QuarkError, ResourceError
@@ -141,6 +142,7 @@ class Source:
 
 
 def _open_folder(folder: Path, hub_id: str | None, *, online: bool) -> Source:
+    check_folder(folder)
     if not (folder / "config.json").is_file():
         raise ModelError("no config.json: this is not a Hugging Face model directory", where=str(folder))
     if not is_within(folder, folder / "config.json"):  # it is copied into the checkpoint

@@ -58,17 +58,22 @@ def quantize(flags: JobFlags, *, dry_run: DryRun = False) -> None:
         output.data(str(made[0].output))
 
 
+CheckModel = Annotated[
+    bool, typer.Option("--check-model", help="Build the model's class without weights and match every tensor with it.")
+]
+
+
 @takes_job_flags
-def plan(flags: JobFlags) -> None:
+def plan(flags: JobFlags, *, check_model: CheckModel = False) -> None:
     """Show what quantize would do.
 
     Every decision, sizes, memory, data; reads config and headers only. Takes all flags of quantize, so that one
     command line fits both; those about writing and progress change nothing.
     """
-    _plan(flags)
+    _plan(flags, check_model)
 
 
-def _plan(flags: JobFlags) -> None:
+def _plan(flags: JobFlags, check_model: bool = False) -> None:
     from quarkcli import job
     from quarkcli.cli import planview
     from quarkcli.cli.progress import Progress
@@ -77,6 +82,9 @@ def _plan(flags: JobFlags) -> None:
     flags.start()
     with Progress("lines") as progress:
         prepared = job.prepare(flags.options(), lambda event: progress(event) if isinstance(event, Working) else None)
+    if check_model:
+        for line in job.check_model(prepared):
+            output.note(line)
     if flags.json:
         output.json_data(planview.as_json(prepared))
     else:

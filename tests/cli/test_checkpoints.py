@@ -170,3 +170,16 @@ def test_env(quark, monkeypatch):
     assert found["hub_token"] is True
     assert "verysecret" not in out
     assert "verysecret" not in quark("env").out
+
+
+def test_the_class_is_asked_for_any_scheme(quark, tmp_path):
+    code, _, err = quark("plan", "--model", "demo", "--scheme", "mxfp4", "--check-model")
+    assert code == 0 and "model class: 39 of 39 tensors are its parameters" in err
+    model = shutil.copytree(job.EMBEDDED, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(
+        json.dumps(config | {"architectures": ["NoSuchForCausalLM"], "model_type": "no"})
+    )
+    assert quark("plan", "--model", "model", "--scheme", "mxfp4").code == 0
+    code, _, err = quark("plan", "--model", "model", "--scheme", "mxfp4", "--check-model")
+    assert code == 4 and "does not know the model type" in err
