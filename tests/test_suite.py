@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from quarkcli import dialects
+from quarkcli import algorithms, dialects
 from quarkcli.recipe import catalog
-from quarkcli.spec import ELEMENTS
-from tests import test_schemes
+from quarkcli.spec import ELEMENTS, OBSERVERS
+from tests import runs, test_schemes
 from tests.conftest import COLLECTED
 from tests.dialects import test_roundtrip
 from tests.families import models, test_all_families
@@ -79,3 +81,54 @@ def normal_values(test: Any, argument: str) -> set[str]:
             row = value.values if isinstance(value, type(pytest.param())) else (value,) if len(names) == 1 else value
             found.add(row[names.index(argument)])
     return found
+
+
+# ---- members whose tests name them one by one: a run for whatever is registered
+
+RECIPE = """
+schema: quark/recipe/1
+metadata: {{name: own}}
+quantize:
+  quant_cfg:
+  - {{quantizer_path: '*weight_quantizer', cfg: {weight}}}
+  - {{quantizer_path: '*input_quantizer', cfg: {input}}}
+"""
+FP8 = {"element": "fp8_e4m3", "granularity": "tensor", "scale": {"dtype": "f32", "when": "static"}}
+FP4 = {"element": "fp4_e2m1", "granularity": {"group": 16}, "scale": {"dtype": "e4m3", "over": {"dtype": "f32"}}}
+# What an observer finds ranges for, as the weight and the input of a scheme; the others take any static scale.
+FORMATS = {"headroom": (FP4, {**FP4, "scale": {**FP4["scale"], "when": "dynamic"}})}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return runs.build("llama", tmp_path_factory.mktemp("source") / "llama")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return runs.data(runs.text_file(tmp_path_factory.mktemp("text") / "text.txt"), 4, 32)
+
+
+@pytest.mark.parametrize("name", algorithms.names())
+def test_every_algorithm_runs(name: str, source: Path, data: dict[str, Any], tmp_path: Path) -> None:
+    made = runs.run(source, tmp_path / "out", scheme="int4_wo_128", algorithm=name, **data)
+    assert name in made.report["algorithms"]
+
+
+@pytest.mark.parametrize("kind", ["kv_cache", "attention"])
+def test_every_format_of_cache_and_attention_runs(
+    kind: str, source: Path, data: dict[str, Any], tmp_path: Path
+) -> None:
+    for name in catalog.files(kind):
+        made = runs.run(source, tmp_path / name, scheme="fp8", **{kind: name}, **data)
+        assert any(module.specs for module in made.prepared.plan.attention.values()), name
+
+
+@pytest.mark.parametrize("name", OBSERVERS)
+def test_every_observer_runs(name: str, source: Path, data: dict[str, Any], tmp_path: Path) -> None:
+    weight, given = FORMATS.get(name, (FP8, FP8))
+    own = tmp_path / "own.yaml"
+    own.write_text(RECIPE.format(weight=json.dumps(weight), input=json.dumps({**given, "observer": name})))
+    made = runs.run(source, tmp_path / "out", recipe=str(own), **data)
+    inputs = {target.input.observer.name for target in made.prepared.plan.quantized()}
+    assert inputs == {name}
