@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from quarkcli.job import EMBEDDED
+from quarkcli.journal import STATE
 from quarkcli.recipe import catalog
 from tests.forks import Forks, at
 from tests.fuzz import mutate
@@ -52,7 +53,7 @@ class World:
             assert done.code == 0, done.err
         killed = at("quarkcli.journal.Journal.finish", call=3, after=True)
         quark(*KILLED, cwd=folder, hook=killed)
-        assert (folder / "o.partial" / "state").is_dir()
+        assert (folder / "o.partial" / STATE).is_dir()
 
     def model(self, folder: Path, name: str = "model") -> Path:
         shutil.copytree(self.folder / name, folder / "m")
@@ -327,7 +328,7 @@ def flags(world: World, folder: Path, random: Random) -> Case:
 def journal(world: World, folder: Path, random: Random) -> Case:
     """What a killed run left, changed: the next run ends with the clean bytes, or says why it does not."""
     shutil.copytree(world.folder / "o.partial", folder / "o.partial")
-    state = folder / "o.partial" / "state"
+    state = folder / "o.partial" / STATE
     path = random.choice([state / "journal.json", state / "fingerprint.json", *sorted(state.glob("*.safetensors"))])
     if path.suffix == ".json" and random.random() < 0.7:
         what = _change(path, random)
