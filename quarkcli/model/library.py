@@ -1,6 +1,6 @@
 """The only file that reaches into transformers' inner parts, so that a release that moved one gives one clear error.
 
-Everything else of this room imports these names from here. The project asks for 5.17 up to, not including, 6.
+Everything else of this room imports these names from here. The project asks for 5.22 up to, not including, 6.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ try:
 except ImportError as error:
     raise ModelError(
         f"this transformers cannot run models for quark: {error}",
-        hint="install a release from 5.17 up to, not including, 6: pip install 'transformers>=5.17,<6'",
+        hint="install a release from 5.22 up to, not including, 6: pip install 'transformers>=5.22,<6'",
     ) from error
 
 TESTED = "5.23.0"  # the release in constraints.txt, on which every family runs
