@@ -134,6 +134,12 @@ class Checkpoint:
             yield ActivationQuantizer(tensor, stored.output, scale, output=True)
 
     @property
+    def quantizes_activations(self) -> bool:
+        """True when anything but weights is quantized."""
+        stored = self.view.targets.values()
+        return any(t.input is not None or t.output is not None for t in stored) or bool(self.view.attention)
+
+    @property
     def quantizes_softmax(self) -> bool:
         """True when running it as it is served needs attention whose softmax can be seen."""
         return any("p" in stored.specs for stored in self.view.attention.values())

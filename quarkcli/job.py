@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from quarkcli import __version__, algorithms, dialects, family, finish, memory, nonfinite, preflight, side_files
+from quarkcli import __version__, algorithms, dialects, family, finish, idle, memory, nonfinite, preflight, side_files
 from quarkcli.errors import AccessError, DataError, ResourceError, Stopped, UsageError
 from quarkcli.events import Event, Listener, Message, PartDone, Phase, Working, broadcast, silent
 from quarkcli.journal import Journal
@@ -65,6 +65,7 @@ def load_recipe(options: Options) -> Recipe:
     if options.algorithm is not None:
         given = recipe.algorithms
         asked = options.algorithm.split(",")
+        recipe.algorithm_places = ()
         recipe.algorithms = [step for name in asked for step in [s for s in given if s[0] == name] or [(name, {})]]
     return recipe
 
@@ -91,7 +92,7 @@ def prepare(options: Options, tell: Listener = silent) -> Prepared:
     layout = family.lay_out(name, model, inferred, source.config, source.headers)
     family.check_fit(model, layout, source.config, source.headers)
     plan = resolve(recipe, options.overrides, layout)  # 3
-    steps = algorithms.pipeline(plan, algorithms.FLAG if options.algorithm else recipe.file)
+    steps = algorithms.pipeline(plan, algorithms.FLAG if options.algorithm else recipe.algorithm_places or recipe.file)
     tell(Phase("check"))  # 4
     for step in steps:
         step.check(plan)
@@ -107,7 +108,8 @@ def prepare(options: Options, tell: Listener = silent) -> Prepared:
     share = coverage(plan, layout, source.headers)
     warnings = [*recipe.notes, *dialects.warnings(dialect, plan), *plan.warnings, *beside.warnings()]
     warnings += [doubt] if (doubt := share.warning()) else []
-    warnings += calibration.warnings if calibration else preflight.unused_flags(options)
+    warnings += calibration.warnings if calibration else ()
+    warnings += idle.of_run(options, recipe, source, plan, needs, calibration)
     return Prepared(
         options, recipe, source, layout, plan, steps, dialect, reason, needs, calibration, size, share, output, beside,
         warnings,
@@ -321,8 +323,6 @@ def _walk(
         return None
     batch = default_batch(runner.device, data.tokens.shape[1], prepared.options.calib_batch)
     batch = journal.notes.get("batch", batch)
-    if prepared.options.calib_batch and runner.device.type == "cpu":
-        tell(Message(f"--calib-batch is for GPUs; on a CPU {batch} rows run together, so that results are the same"))
     return Walk(runner, outside, data.tokens, data.mask, batch, tell)
 
 

@@ -189,20 +189,6 @@ def check_tokenizer(source: Source, side_files: SideFiles, calibration: Calibrat
         raise ModelError(f"a file of the tokenizer is among the {lost[1]}", where=where, hint=hint)
 
 
-def unused_flags(options: Options) -> list[str]:
-    """A warning for calibration flags given to a plan that needs no data."""
-    given = {
-        "--calib-data": options.calib_data,
-        "--calib-samples": options.calib_samples,
-        "--calib-seqlen": options.calib_seqlen,
-        "--calib-batch": options.calib_batch,
-        "--calib-column": options.calib_column,
-        "--bos": options.bos,
-    }
-    names = [name for name, value in given.items() if value is not None]
-    return [f"nothing in this plan needs data: {', '.join(names)} not used"] if names else []
-
-
 def _default_data(options: Options) -> tuple[str, str | None]:
     from quarkcli.calibration.defaults import default_source
 

@@ -127,7 +127,9 @@ def _fused_schemes(checkpoint: Checkpoint, servers: Servers) -> str:
     if found and servers != "none":
         hint = "quantize it again with one scheme for all members; --target none accepts it"
         raise CheckError(sentence(found), hint=hint)
-    return f"accepted by --target none: {sentence(found)}" if found else "what servers fuse has one scheme"
+    if found:
+        return f"accepted by --target none: {sentence(found)}"
+    return "what servers fuse has one scheme" + ("; --target none is not used" if servers == "none" else "")
 
 
 def kept_values(checkpoint: Checkpoint, on_nonfinite: OnNonfinite, tell: Listener) -> str:

@@ -73,6 +73,57 @@ def test_mistakes():
     assert quarkcli.Options(model="demo").seed is None
 
 
+NATIVE = {"schema": "quark/recipe/1", "metadata": {"description": "x"}}
+INT8 = {"element": "int8"}
+
+
+@pytest.mark.parametrize(
+    ("entries", "where", "what"),
+    [
+        ([{"quantizer_path": "*dwn_proj.weight_quantizer", "enable": False}], "[2]", "matches 0 of 30"),
+        ([{"quantizer_path": "*q_proj*", "enable": False}, {"quantizer_path": "*dwn_proj.weight*", "cfg": INT8}],
+         "[3]", "matches 0 of 30"),
+        ([{"quantizer_path": "*up_proj.*", "cfg": INT8}, {"quantizer_path": "*mlp*", "enable": False}],
+         "[2]", "ends switched off"),
+        ([{"quantizer_path": "*", "parent_class": "nn.Conv2d", "cfg": INT8}], "[2]", "matches 0 of 30"),
+    ],
+)  # fmt: skip
+def test_patterns_in_python_data_are_checked_as_in_a_file(entries, where, what):
+    """The place of an entry is its path in the data, so that each counts on its own."""
+    rows = [DENY, {"quantizer_path": "*.weight_quantizer", "cfg": INT8}, *entries]
+    with pytest.raises(ConfigError, match=what) as caught:
+        quarkcli.make_plan("demo", config={**NATIVE, "quantize": {"quant_cfg": rows}}, **BUILTIN)
+    assert caught.value.where == f"config.quantize.quant_cfg{where}"
+
+
+def test_a_misspelled_pattern_of_a_peer_is_said_with_its_path():
+    rows = [
+        DENY,
+        {"quantizer_path": "*weight_quantizer", "cfg": INT4},
+        {"quantizer_path": "*dwn_proj*", "enable": False},
+    ]
+    for config, where in ((rows, "config[2]"), ({"quant_cfg": rows}, "config.quant_cfg[2]")):
+        made = quarkcli.make_plan("demo", config=config, **BUILTIN)
+        assert f"{where}: '*dwn_proj*' matched 0 of 136 slots" in made.warnings
+    legacy = {"quant_cfg": {"default": {"enable": False}, "*weight_quantizer": INT4, "*dwn_proj*": {"enable": False}}}
+    made = quarkcli.make_plan("demo", config=legacy, **BUILTIN)
+    assert "config.quant_cfg['*dwn_proj*']: '*dwn_proj*' matched 0 of 136 slots" in made.warnings
+
+
+def test_python_data_has_the_limits_of_a_file():
+    deep: list = []
+    deep.append(deep)
+    for config in (deep, {"quant_cfg": [{"quantizer_path": "*", "enable": False}] * 60_000}):
+        with pytest.raises(ConfigError, match="more than 100000 values or 64 levels"):
+            quarkcli.make_plan("demo", config=config, **BUILTIN)
+
+
+@pytest.mark.parametrize("scheme", [None, 8, "int8", [1], [("weight", 8)]])
+def test_a_scheme_that_is_no_mapping(scheme):
+    with pytest.raises(ConfigError, match="a scheme is a mapping"):
+        quarkcli.register_scheme("own", scheme)
+
+
 def test_all_names_are_there():
     for name in quarkcli.__all__:
         assert getattr(quarkcli, name) is not None

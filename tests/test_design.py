@@ -51,6 +51,7 @@ walk
 verify
 report
 preflight
+idle
 evaluate
 part
 pipeline

@@ -34,8 +34,8 @@ def create(name: str, parameters: dict[str, Any], where: str = FLAG) -> Algorith
     dashed = name.replace("_", "-")
     if dashed not in names():
         close = near_misses(dashed, names()) or names()
-        error = UsageError if where == FLAG else ConfigError
-        raise error(f"unknown algorithm '{name}'", where=where, hint=f"use one of: {', '.join(close)}")
+        kind = UsageError if where == FLAG else ConfigError
+        raise kind(f"unknown algorithm '{name}'", where=where, hint=f"use one of: {', '.join(close)}")
     member = importlib.import_module(f"{__name__}.{dashed.replace('-', '_')}").ALGORITHM
     known = member.parameters
     for key in parameters:
@@ -43,7 +43,10 @@ def create(name: str, parameters: dict[str, Any], where: str = FLAG) -> Algorith
             close = near_misses(key, known)
             hint = f"did you mean '{close[0]}'?" if close else f"parameters: {', '.join(known) or 'none'}"
             raise ConfigError(f"algorithm '{dashed}' has no parameter '{key}'", where=where, hint=hint)
-    algorithm: Algorithm = member(**{**known, **parameters})
+    try:
+        algorithm: Algorithm = member(**{**known, **parameters})
+    except ConfigError as error:
+        raise ConfigError(error.what, where=where, hint=error.hint) from error
     return algorithm
 
 
@@ -64,18 +67,20 @@ def created(steps: Sequence[tuple[str, dict[str, Any]]], where: str = FLAG) -> l
     return made if everywhere else [*made, create(DEFAULT_SOLVER, {})]
 
 
-def pipeline(plan: Plan, where: str = FLAG) -> list[Algorithm]:
+def pipeline(plan: Plan, where: str | Sequence[str] = FLAG) -> list[Algorithm]:
     """The algorithms of a plan in order, each with its weights; the default solver takes those that are left.
 
+    where   as in `create`, one for all or one for each
     Raises as `create`, and ConfigError for a weight with two solvers.
     """
-    made = [(create(step.name, step.parameters, where), step.weights) for step in plan.algorithms]
+    places = [where] * len(plan.algorithms) if isinstance(where, str) else where
+    made = [(create(s.name, s.parameters, place), s.weights) for s, place in zip(plan.algorithms, places, strict=True)]
     solver_of: dict[str, Algorithm] = {}
     for algorithm, weights in made:
         for target in plan.quantized() if algorithm.kind == "solver" else ():
             if weights is None or target.name in weights:
                 if target.name in solver_of:
-                    raise _two_solvers([solver_of[target.name], algorithm], target.name, where)
+                    raise _two_solvers([solver_of[target.name], algorithm], target.name, places[0])
                 solver_of[target.name] = algorithm
     left = frozenset(target.name for target in plan.quantized()) - solver_of.keys()
     if left or not solver_of:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from quarkcli import job
-from quarkcli.errors import QuarkError, UsageError
+from quarkcli.errors import ConfigError, QuarkError, UsageError
 from quarkcli.events import Listener, silent
 from quarkcli.options import Options
 from quarkcli.plan.compose import Basis, Overrides
@@ -99,7 +99,13 @@ def register_scheme(name: str, scheme: Mapping[str, Any]) -> None:
 
     Raises UsageError for a name that exists, ConfigError for a scheme that is wrong.
     """
-    catalog.register(name, load.Document(deepcopy(dict(scheme)), f"register_scheme('{name}')", {}))
+    if not isinstance(scheme, Mapping):
+        raise ConfigError(
+            f"a scheme is a mapping, not {type(scheme).__name__}",
+            where=f"register_scheme({name!r})",
+            hint="{'weight': cfg, 'input': cfg}",
+        )
+    catalog.register(name, load.of_data(deepcopy(dict(scheme)), f"register_scheme('{name}')"))
     try:
         recipes.from_scheme(name)
     except QuarkError:

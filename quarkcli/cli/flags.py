@@ -252,6 +252,14 @@ class JobFlags:
         """Tell the screen how this command answers."""
         output.start(json=self.json or self.log_format == "json", debug=self.debug, quiet=self.quiet)
 
+    def idle(self, *, plan: bool) -> list[str]:
+        """Lines for the flags about the screen that have no effect."""
+        from quarkcli import idle
+
+        return idle.screen(
+            progress=self.progress, log_level=self.log_level, log_format=self.log_format, quiet=self.quiet, plan=plan
+        )
+
     def _of(self, record: type[Any]) -> dict[str, Any]:
         """The given flags that are fields of `record`."""
         given = {name: value for name, value in vars(self).items() if value is not None}

@@ -33,11 +33,13 @@ def inspect(
     Architecture, parts, roles, dtypes, experts, and whether and how it is already quantized; reads config and headers.
     """
     output.start(json=json, debug=debug)
-    from quarkcli import job
+    from quarkcli import idle, job
     from quarkcli.source import Source
 
     source = Source.open(str(job.EMBEDDED) if model == "demo" else model, revision=revision, offline=offline)
     found = _facts(source)
+    for line in idle.of_model(source, revision=revision, offline=offline):
+        output.note(f"warning: {line}")
     if json:
         output.json_data({"schema": SCHEMA, **found})
     else:

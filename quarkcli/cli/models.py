@@ -83,12 +83,14 @@ def infer(
     The file is a beginning: read it, correct it, and put it into the models folder of $QUARK_HOME or ~/.config/quark.
     """
     output.start(debug=debug)
-    from quarkcli import family, job
+    from quarkcli import family, idle, job
     from quarkcli.errors import UsageError
     from quarkcli.recipe import catalog
     from quarkcli.source import Source
 
     source = Source.open(str(job.EMBEDDED) if model == "demo" else model, revision=revision, offline=offline)
+    for line in idle.of_model(source, revision=revision, offline=offline):
+        output.note(f"warning: {line}")
     text = family.to_yaml(*family.guess(source.config, source.headers))
     if to is None:
         output.data(text.rstrip("\n"))

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from quarkcli import idle
 from quarkcli.algorithms.base import Algorithm, Limited
 from quarkcli.cli import output
 from quarkcli.plan.model import Decision, Plan, Target
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from quarkcli.options import Prepared
 
 SCHEMA = "quark/plan/1"
-_CALIBRATION = ("calib_data", "calib_samples", "calib_seqlen", "calib_batch", "calib_column", "bos")
 _INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
@@ -82,8 +82,7 @@ def header(prepared: Prepared) -> list[str]:
 def _data(prepared: Prepared) -> str:
     settings = prepared.calibration
     if settings is None:
-        given = [name for name in _CALIBRATION if getattr(prepared.options, name) is not None]
-        unused = ", ".join("--" + name.replace("_", "-") for name in given)
+        unused = ", ".join(idle.given(prepared.options, idle.OF_DATA))
         return "none needed" + (f"; {unused} not used" if unused else "")
     at_most = "" if settings.asked else "up to "
     return (

@@ -46,6 +46,7 @@ def quantize(flags: JobFlags, *, dry_run: DryRun = False) -> None:
 
         def planned(prepared: Prepared) -> None:
             made.append(prepared)
+            prepared.warnings += flags.idle(plan=False)
             output.session.partial = partial_path(prepared.output)
             _announce(prepared, progress)
 
@@ -68,13 +69,13 @@ def plan(flags: JobFlags, *, check_model: CheckModel = False) -> None:
     """Show what quantize would do.
 
     Every decision, sizes, memory, data; reads config and headers only. Takes all flags of quantize, so that one
-    command line fits both; those about writing and progress change nothing.
+    command line fits both; those about writing and progress change nothing, which is said.
     """
     _plan(flags, check_model)
 
 
 def _plan(flags: JobFlags, check_model: bool = False) -> None:
-    from quarkcli import job
+    from quarkcli import idle, job
     from quarkcli.cli import planview
     from quarkcli.cli.progress import Progress
     from quarkcli.events import Working
@@ -82,6 +83,7 @@ def _plan(flags: JobFlags, check_model: bool = False) -> None:
     flags.start()
     with Progress("lines") as progress:
         prepared = job.prepare(flags.options(), lambda event: progress(event) if isinstance(event, Working) else None)
+    prepared.warnings += [*idle.of_plan(prepared.options), *flags.idle(plan=True)]
     if check_model:
         for line in job.check_model(prepared):
             output.note(line)

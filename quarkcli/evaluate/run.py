@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from quarkcli import family, memory, nonfinite
+from quarkcli import family, idle, memory, nonfinite
 from quarkcli.activations import quantizing_handlers
 from quarkcli.checkpoint import Checkpoint
 from quarkcli.errors import CheckError, ModelError, UsageError
@@ -156,10 +156,12 @@ def evaluate(
     compute = _compute_dtype(dtype, device)
     tell(Working("opening the models"))
     checkpoint, reference = _open(directory, baseline)
-    window = windows.width(window, [family.position_limit(c.source.config) for c in (checkpoint, reference) if c])
+    models = [model for model in (checkpoint, reference) if model is not None]
+    window = windows.width(window, [family.position_limit(model.source.config) for model in models])
     tokenizer = load_tokenizer(checkpoint.source.folder, trust_remote_code)
     rows = windows.windows(tokenizer, text, window, max_tokens, bos)
     tell(Message(f"{len(rows.tokens)} windows of {window} tokens from {rows.source}, {_name(compute)}"))
+    _tell_idle(tell, models, rows, tokenizer, max_tokens, bos, weights_only, trust_remote_code)
     tell(Phase("evaluate"))
     # Both sides compute attention in the same way, so that their distance is that of the quantization.
     eager = checkpoint.quantizes_softmax and not weights_only
@@ -190,6 +192,28 @@ def _open(directory: str, baseline: str | None) -> tuple[Checkpoint, Checkpoint 
     reference = Checkpoint(Source.open(baseline))
     _check_baseline(checkpoint.source.config, reference.source.config)
     return checkpoint, reference
+
+
+def _tell_idle(
+    tell: Listener, models: list[Checkpoint], rows: Windows, tokenizer: Any, max_tokens: int | None, bos: str,
+    weights_only: bool, trust: bool,
+) -> None:  # fmt: skip
+    """A warning for every flag that has no effect on what is measured."""
+    count, window = rows.tokens.shape
+    more = (count + 1) * (window - len(rows.prefix))
+    found = {
+        f"--tokens {max_tokens} is not used: the text has less than {more}": max_tokens and max_tokens >= more,
+        "--bos off is not used: the tokenizer begins a text with no BOS token": (
+            bos == "off" and not tokenizer.prefix("auto")
+        ),
+        "--weights-only is not used: neither activations nor a cache are quantized": (
+            weights_only and not any(model.quantizes_activations for model in models)
+        ),
+        idle.NO_CODE: trust and not any(idle.brings_code(model.source) for model in models),
+    }
+    for text, holds in found.items():
+        if holds:
+            tell(Message(text, "warning"))
 
 
 def check_gates(result: dict[str, Any], max_kl: float | None, max_ppl_increase: float | None) -> None:

@@ -14,6 +14,7 @@ from quarkcli.family.orientation import hidden_transpositions
 from quarkcli.family.parts import Part
 from quarkcli.family.schema import (
     PROTECTED,
+    ROLE_CLASSES,
     ExpertsModel,
     FamilyModel,
     FusedModel,
@@ -27,6 +28,7 @@ from quarkcli.family.write import to_yaml
 
 __all__ = [
     "PROTECTED",
+    "ROLE_CLASSES",
     "AttentionModule",
     "Card",
     "ExpertsModel",

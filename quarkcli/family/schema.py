@@ -155,6 +155,8 @@ PROTECTED = {
     "shared_expert": "runs for every token, kept by this family's published quantizations",
     "dense_mlp": "small share of the bytes, kept by this family's published quantizations",
 }
+# Roles that are a class of modules: who names the class means them.
+ROLE_CLASSES = {"embedding": "nn.Embedding"}
 # Roles that only tensors outside text's way have.
 TOWERS = frozenset({"vision", "audio", "mtp"})
 

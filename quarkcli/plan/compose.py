@@ -2,7 +2,8 @@
 
 1 deny all; 2 the scheme, or the recipe's own entries; 3 `--layer-type`; 4 `--layer`; 5 family and default exclusions;
 6 `--exclude`; 7 `--include`; 8 KV cache; 9 attention, then `--min-kv-scale`; 10 edits of the plan. An exclusion of
-module pattern M switches off M's own four slots only.
+module pattern M switches off M's own four slots only. An entry that gives attributes to a class by name
+(`nn.Embedding`) is an explicit choice, and the default exclusion of that class does not hold.
 """
 
 from __future__ import annotations
@@ -13,16 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from quarkcli.errors import UsageError
-from quarkcli.family import PROTECTED, Layout, check_unprotect
+from quarkcli.family import PROTECTED, ROLE_CLASSES, Layout, check_unprotect
 from quarkcli.recipe.entries import Entry, Origin
-from quarkcli.recipe.recipe import (
-    Recipe,
-    attention_entries,
-    cache_entries,
-    exclusion_entries,
-    scheme_entries,
-    slot_pattern,
-)
+from quarkcli.recipe.match import slot_pattern
+from quarkcli.recipe.recipe import Recipe, attention_entries, cache_entries, exclusion_entries, scheme_entries
 
 
 @dataclass
@@ -73,6 +68,8 @@ class Composed:
 
 
 _OFF = "switched off by a flag"
+# Flags of schemes that take the place of what the recipe names -> the field, of `Overrides` and of `Recipe`.
+OWN_NAMES = {"--kv-cache": "kv_cache", "--attention": "attention"}
 # The slots that only this speaks of: k and v are the cache's also where an attention scheme names them.
 _OWN = {"kv_cache": ("k", "v"), "attention": ("q", "p")}
 
@@ -91,7 +88,9 @@ def compose(recipe: Recipe, overrides: Overrides, layout: Layout) -> Composed:
         entries += scheme_entries(scheme, pattern, origin, user=True, required=required, beside=beside)
     composed = Composed(entries, len(entries))
     if recipe.exclusions:
-        entries += _default_exclusions(layout, overrides.unprotect)
+        named = {entry.parent_class for entry in entries if entry.enable and entry.cfg is not None}
+        lifted = [role for role, kind in ROLE_CLASSES.items() if kind in named]
+        entries += _default_exclusions(layout, [*overrides.unprotect, *lifted])
     for pattern in overrides.exclude:
         entries += exclusion_entries(pattern, Origin(f"--exclude '{pattern}'"), user=True, required=required)
     for pattern in overrides.include:

@@ -27,7 +27,7 @@ def check_matches(plan: Plan) -> None:
     for index in _unmatched(plan):
         entry = plan.entries[index]
         if entry.required:
-            flag = entry.origin.text.startswith("--")
+            flag = entry.origin.is_flag
             raise _absent(plan, entry, modules if flag else _one_of_each(slot for slot, _ in plan.slots()))
         if entry.user or _misspelled(entry.quantizer_path, modules):
             count = 4 * (len(plan.targets) + len(plan.attention))
@@ -61,7 +61,7 @@ def _misspelled(pattern: str, modules: list[str]) -> bool:
 
 
 def _absent(plan: Plan, entry: Entry, pool: list[str]) -> ConfigError:
-    flag = entry.origin.text.startswith("--")
+    flag = entry.origin.is_flag
     shown = entry.quantizer_path.removesuffix(".weight_quantizer") if flag else entry.quantizer_path
     close = suggestions(shown, pool)
     hint = f"did you mean {', '.join(repr(name) for name in close)}?" if close else "see 'quark plan' for the names"
@@ -75,7 +75,7 @@ def check_effect(
     """Raises ConfigError for an entry of the user's that enables and ends without any enabled slot, and for a plan that
     quantizes nothing.
 
-    outcomes   what was decided, with the entries that match the slot by name, in the order of the slots
+    outcomes   what was decided, with the entries that spoke of it, in the order of the slots
     meant      entries that may leave others without effect: whoever edits a plan or switches by a flag means it
     edited     whether the plan is one that was edited
     """

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from quarkcli.family import PROTECTED, AttentionModule, Layout, Weight
 from quarkcli.memory import without_collection
-from quarkcli.plan import checks, effects, share, weights
+from quarkcli.plan import checks, effects, flags, share, weights
 from quarkcli.plan.cache import minimum_entries
 from quarkcli.plan.compose import Composed, Overrides, compose
 from quarkcli.plan.model import ATTENTION_KINDS, TARGET_KINDS, Attention, Decision, Plan, Target
@@ -65,6 +65,7 @@ def resolve(
     share.check(plan)
     if guards:
         effects.check_effect(plan, resolver.outcomes(), composed.meant, edited=bool(overrides.entries))
+        flags.warn(plan, composed, resolver.order, resolver.alike, resolver.attended, recipe, overrides, layout)
     checks.check_stored(plan, layout.transposed)
     checks.check(plan)
     return plan
@@ -82,18 +83,24 @@ def _inferred(layout: Layout) -> str:
 
 
 class _Resolver:
-    """Applies the ordered list to slots, each question once, and counts what every entry matched."""
+    """Applies the ordered list to slots, each question once, and counts what every entry matched.
+
+    alike     weights whose slots the same entries match, with their class: how many
+    attended  the same of attention slots
+    """
 
     def __init__(self, composed: Composed) -> None:
         self.names = Names(composed.entries)
         self.order = Order(composed.entries, frozenset(composed.restores), composed.exclusions_start)
         self.matches = [0] * len(composed.entries)
         self.known: dict[tuple[Hits, str, bool], tuple[Decision, tuple[int, ...]]] = {}
+        self.alike: dict[tuple[tuple[Hits, ...], str], int] = {}
+        self.attended: set[tuple[Hits, str]] = set()
 
     def targets(self, weights: Iterable[Weight], groups: dict[str, str]) -> dict[str, Target]:
         """Every weight with what its slots ended as. `groups`: scale groups that differ from the family's."""
         alike: dict[tuple[tuple[Hits, ...], str], dict[str, Decision]] = {}
-        counts: dict[tuple[tuple[Hits, ...], str], int] = {}
+        counts = self.alike
         equal: dict[tuple[Decision, ...], dict[str, Decision]] = {}
         targets = {}
         for weight, hits in self.names.of_weights(list(weights)):
@@ -115,14 +122,15 @@ class _Resolver:
         for kind in ATTENTION_KINDS:
             hits = self.names.of_slot(attention_names(module.name, kind))
             slots[kind] = self._decide(hits, ATTENTION_CLASS, False)
+            self.attended.add((hits, ATTENTION_CLASS))
             self._count(hits, ATTENTION_CLASS, False, 1)
         return Attention(
             module.name, module.part, module.k_proj, module.v_proj, slots, module.head_dim, module.latent
         )  # fmt: skip
 
     def outcomes(self) -> Iterator[tuple[Hits, Decision]]:
-        """What was decided, with the entries that match by name; equal questions once, by first appearance."""
-        return ((hits, decision) for (hits, *_), (decision, _) in self.known.items())
+        """What was decided, with the entries that spoke of it; equal questions once, by first appearance."""
+        return ((spoke, decision) for decision, spoke in self.known.values())
 
     def _slots(self, hits: tuple[Hits, ...], parent_class: str) -> dict[str, Decision]:
         return {

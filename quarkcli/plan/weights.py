@@ -35,11 +35,12 @@ def matched(what: str, patterns: Sequence[tuple[str, Origin]], layout: Layout) -
 def steps(recipe: Recipe, layout: Layout) -> list[Step]:
     """The recipe's algorithms, each with the weights that its `slots` name. Raises ConfigError as `matched`."""
     found = []
-    for name, given in recipe.algorithms:
+    places = recipe.algorithm_places or [""] * len(recipe.algorithms)
+    for (name, given), place in zip(recipe.algorithms, places, strict=True):
         parameters = {key: value for key, value in given.items() if key != SLOTS}
         weights = None
         if SLOTS in given:
-            patterns = [(pattern, Origin(recipe.file or recipe.name)) for pattern in given[SLOTS]]
+            patterns = [(pattern, Origin(place or recipe.file or recipe.name)) for pattern in given[SLOTS]]
             weights = frozenset(weight.name for weight, hits in matched(f"algorithm {name}", patterns, layout) if hits)
         found.append(Step(name, parameters, weights))
     return found

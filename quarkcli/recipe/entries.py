@@ -5,18 +5,28 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+SETTING = "--set "  # how the origin of a value begins that came from that flag
+
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a rule was written: `flag --exclude '*q_proj'`, or a file with line and column (1-based)."""
+    """Where a rule was written: `flag --exclude '*q_proj'`, a file with line and column (1-based), or Python data with
+    the path in it (`config`, `.quant_cfg[3]`).
+    """
 
     text: str
     line: int | None = None
     column: int | None = None
+    path: str = ""
+
+    @property
+    def is_flag(self) -> bool:
+        """Whether a flag said it that stands beside the recipe. `--set` changes the recipe itself."""
+        return self.text.startswith("--") and not self.text.startswith(SETTING)
 
     def __str__(self) -> str:
         if self.line is None:
-            return self.text
+            return self.text + self.path
         return f"{self.text}:{self.line}" + (f":{self.column}" if self.column is not None else "")
 
 

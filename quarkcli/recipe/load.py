@@ -8,6 +8,7 @@ read as the YAML that it is.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import yaml
 
 from quarkcli.errors import ConfigError
-from quarkcli.recipe.entries import Origin
+from quarkcli.recipe.entries import SETTING, Origin
 
 MAX_BYTES = 1_000_000
 MAX_NODES = 100_000
@@ -72,12 +73,42 @@ class Document:
                 return place
         return Origin(self.file)
 
+    def blamed(self, *path: str | int) -> Origin:
+        """Where to look for what is wrong with the value at `path`: the `--set` that changed a part of it, else its
+        own place.
+        """
+        changes = (o for p, o in self.places.items() if p[: len(path)] == path and o.text.startswith(SETTING))
+        return next(changes, self.origin(*path))
+
     def at(self, path: Path_) -> Any:
         """The value at a path. Raises KeyError or IndexError for one that is not there."""
         value = self.data
         for step in path:
             value = value[step]
         return value
+
+
+def of_data(data: Any, name: str) -> Document:
+    """Python data as a document; the place of a value is its path, as in `config.quant_cfg[3]`.
+
+    Raises ConfigError for more than a file may hold.
+    """
+    places: dict[Path_, Origin] = {}
+    waiting: list[tuple[Any, Path_, str]] = [(data, (), "")]
+    while waiting:
+        value, path, text = waiting.pop()
+        if len(places) > MAX_NODES or len(path) > MAX_DEPTH:
+            raise ConfigError(f"more than {MAX_NODES} values or {MAX_DEPTH} levels", where=name)
+        places[path] = Origin(name, path=text)
+        if isinstance(value, Mapping):
+            waiting += [(item, (*path, key), f"{text}{_step(key)}") for key, item in value.items()]
+        elif isinstance(value, list | tuple):
+            waiting += [(item, (*path, index), f"{text}[{index}]") for index, item in enumerate(value)]
+    return Document(data, name, places)
+
+
+def _step(key: Any) -> str:
+    return f".{key}" if isinstance(key, str) and key.isidentifier() else f"[{key!r}]"
 
 
 def read(path: Path) -> Document:

@@ -13,30 +13,28 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from quarkcli.errors import ConfigError, UsageError, near_misses
-from quarkcli.recipe import catalog, checkpoint_config, imports, quark_config, schema, steps
+from quarkcli.errors import ConfigError, UsageError
+from quarkcli.recipe import catalog, foreign, imports, schema
 from quarkcli.recipe.attributes import native, to_spec
-from quarkcli.recipe.entries import SLOTS, Entry, Origin, Share
-from quarkcli.recipe.load import Document, Path_
+from quarkcli.recipe.entries import SETTING, SLOTS, Entry, Origin, Share
+from quarkcli.recipe.load import Document, of_data
 from quarkcli.recipe.match import slot_pattern
-from quarkcli.recipe.normalize import Canonical, Normalized, normalize, refusal
+from quarkcli.recipe.normalize import Canonical, Normalized, normalize
 from quarkcli.recipe.search import with_search
 from quarkcli.recipe.settings import adjusted
-
-WEIGHT_KINDS = ("weight", "input", "output", "bias")
-ATTENTION_KINDS = ("q", "k", "v", "p")
 
 
 @dataclass
 class Recipe:
     """A recipe as written.
 
-    name        for people and for the default output directory
-    scheme      name of the scheme, or None when `entries` were written out
-    entries     the ordered list: deny-all and the scheme's entries, or the recipe's own
-    exclusions  whether the family's and the default exclusions apply
-    share       rows that join weights into scale groups; None: the family's groups; empty: none at all
-    notes       what to tell the user about the file: legacy forms, and what has no meaning here
+    name              for people and for the default output directory
+    scheme            name of the scheme, or None when `entries` were written out
+    entries           the ordered list: deny-all and the scheme's entries, or the recipe's own
+    algorithm_places  the file, or the `--set`, that each of `algorithms` comes from; empty: `file`
+    exclusions        whether the family's and the default exclusions apply
+    share             rows that join weights into scale groups; None: the family's groups; empty: none at all
+    notes             what to tell the user about the file: legacy forms, and what has no meaning here
     """
 
     name: str
@@ -46,6 +44,7 @@ class Recipe:
     kv_cache: str | None = None
     attention: str | None = None
     algorithms: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    algorithm_places: Sequence[str] = ()
     exclusions: bool = True
     share: Sequence[Share] | None = None
     calib_data: str | None = None
@@ -60,14 +59,13 @@ class Recipe:
     notes: list[str] = field(default_factory=list)
 
 
+WEIGHT_KINDS = ("weight", "input", "output", "bias")
+ATTENTION_KINDS = ("q", "k", "v", "p")
+
 DENY_ALL = Entry("*", enable=False, origin=Origin("built-in: deny all"))
 
-_SECTIONS = ("metadata", "quantize")
-_QUANTIZE = ("quant_cfg", "algorithm", "effective_bits")
-_METADATA = ("recipe_type", "description")
-_TYPE = "ptq"
-_QUARK = ("global_quant_config", "layer_quant_config", "layer_type_quant_config")
 _SHOWN_NOTES = 3
+_ENTRY_SETTING = "quantize.quant_cfg."
 
 
 def from_scheme(name: str) -> Recipe:
@@ -82,18 +80,46 @@ def from_file(path: Path, settings: Sequence[str] = ()) -> Recipe:
 
     settings   `a.b=value` of `--set`, applied to the file with its imports in place
     """
-    document = adjusted(imports.expanded(catalog.document(path)), settings)
-    if is_native(document):
-        return _native(document, path)
-    return _foreign(document, path)
+    document = imports.expanded(catalog.document(path))
+    if any(text.startswith(_ENTRY_SETTING) for text in settings):
+        document = _spelled_out(document, path)
+    idle = []
+    for text in settings:
+        before, document = document, adjusted(document, [text])
+        if repr(document.data) == repr(before.data):
+            idle.append(f"--set {text} changes nothing: the recipe says so")
+    recipe = _native(document, path) if is_native(document) else _foreign(document, path)
+    recipe.notes += idle
+    return recipe
 
 
 def from_config(data: Any, name: str = "config") -> Recipe:
     """The recipe of what a file would hold, as Python data. It has no folder: no imports, and no schemes beside it."""
-    document = Document(deepcopy(data), name, {})
+    document = of_data(deepcopy(data), name)
     nowhere = Path(f"<{name}>") / name
     recipe = _native(document, nowhere) if is_native(document) else _foreign(document, nowhere)
     return replace(recipe, file="")
+
+
+def _spelled_out(document: Document, path: Path) -> Document:
+    """A native recipe with its scheme as the entries that it stands for, so that a setting can name one of them."""
+    scheme = document.data["quantize"].get("scheme") if is_native(document) and _has_scheme(document) else None
+    if scheme is None:
+        return document
+    where = document.origin("quantize", "scheme")
+    made = located(where, scheme_entries, scheme, "*", where, user=True, beside=path.parent)
+    rows: list[dict[str, Any]] = [{"quantizer_path": "*", "enable": False}]
+    for entry in made:
+        cfg = {} if entry.cfg is None else {"cfg": deepcopy(entry.cfg)}
+        rows.append({"quantizer_path": entry.quantizer_path, **cfg, "enable": entry.enable})
+    quantize = {key: value for key, value in document.data["quantize"].items() if key != "scheme"}
+    data = {**document.data, "quantize": {**quantize, "quant_cfg": rows}}
+    return Document(data, document.file, {**document.places, ("quantize", "quant_cfg"): where}, document.imports)
+
+
+def _has_scheme(document: Document) -> bool:
+    quantize = document.data.get("quantize")
+    return isinstance(quantize, Mapping) and isinstance(quantize.get("scheme"), str) and "quant_cfg" not in quantize
 
 
 def is_native(document: Document) -> bool:
@@ -204,6 +230,7 @@ def _native(document: Document, path: Path) -> Recipe:
         kv_cache=quantize.kv_cache,
         attention=quantize.attention,
         algorithms=[_step(step) for step in given],
+        algorithm_places=[_place(document, "quantize", "algorithm", index) for index in range(len(given))],
         exclusions=model.exclusions == "default",
         share=_share(document, model),
         calib_data=calibration.data,
@@ -230,16 +257,23 @@ def _step(step: schema.AlgorithmStep) -> tuple[str, dict[str, Any]]:
     return step.method, {**slots, **(step.model_extra or {})}
 
 
+def _place(document: Document, *path: str | int) -> str:
+    """The file, or the `--set` that changed what stands at `path`."""
+    origin = document.blamed(*path)
+    return str(origin) if origin.text.startswith(SETTING) else document.file
+
+
 def _is_own(document: Document, row: Canonical) -> bool:
     """An entry written in the recipe itself must match something; what it imports need not."""
-    return document.origin(*row.place).text == document.file
+    text = document.origin(*row.place).text
+    return text == document.file or text.startswith(SETTING)
 
 
 # --- others ----------------------------------------------------------------------------------------------------------
 
 
 def _foreign(document: Document, path: Path) -> Recipe:
-    found, description = _normalized(document)
+    found, description = foreign.normalized(document, _where(document))
     entries = [_entry(document, row, required=False) for row in (*found.entries, *found.kv)]
     algorithms, entries = with_search(found.algorithms, entries)
     return Recipe(
@@ -254,91 +288,6 @@ def _foreign(document: Document, path: Path) -> Recipe:
     )
 
 
-def _normalized(document: Document) -> tuple[Normalized, str]:
-    """The entries of a file that is not native, and its description."""
-    data, where = document.data, _where(document)
-    if isinstance(data, Mapping) and "schema" in data:
-        raise ConfigError(
-            f"schema '{data['schema']}' is unknown",
-            where=str(document.origin("schema")),
-            hint=f"schema: {schema.NATIVE}",
-        )
-    if isinstance(data, Mapping):
-        found = checkpoint_config.read(data, where)
-        if found is not None:
-            return found, "the quantization config of a checkpoint"
-        if "Config" in data or "QConfig" in data or any(key in data for key in _QUARK):
-            return quark_config.read(data, where), "a Quark config"
-        if any(section in data for section in _SECTIONS):
-            return _modelopt(document, data)
-        if "quant_cfg" in data:
-            return _quantize(document, data, ()), ""
-        _refuse_strange(document, data)
-    return normalize(data, where), ""
-
-
-def _modelopt(document: Document, data: Mapping[str, Any]) -> tuple[Normalized, str]:
-    _only(document, data, _SECTIONS, ())
-    metadata = data.get("metadata") or {}
-    if not isinstance(metadata, Mapping):
-        raise ConfigError("metadata must be a mapping", where=str(document.origin("metadata")))
-    _only(document, metadata, _METADATA, ("metadata",))
-    kind = metadata.get("recipe_type", _TYPE)
-    if kind != _TYPE:
-        raise ConfigError(
-            f"recipe_type '{kind}' is not supported",
-            where=str(document.origin("metadata", "recipe_type")),
-            hint=f"recipes of type {_TYPE} are read",
-        )
-    quantize = data.get("quantize")
-    if not isinstance(quantize, Mapping):
-        raise ConfigError("'quantize' is missing", where=str(document.origin()), hint="quantize: {quant_cfg: [...]}")
-    return _quantize(document, quantize, ("quantize",)), str(metadata.get("description", ""))
-
-
-def _quantize(document: Document, data: Mapping[str, Any], base: Path_) -> Normalized:
-    """ModelOpt's `quantize` section, or one of its presets, which is that section alone."""
-    _only(document, data, _QUANTIZE, base)
-    if "quant_cfg" not in data:
-        raise ConfigError(
-            "'quant_cfg' is missing; ModelOpt would quantize everything to int8",
-            where=str(document.origin(*base)),
-            hint="say so: quant_cfg: [{quantizer_path: '*', cfg: {num_bits: 8}}]",
-        )
-    found = normalize(data["quant_cfg"], _where(document), (*base, "quant_cfg"))
-    read_ = steps.from_modelopt(data.get("algorithm"), (*base, "algorithm"))
-    if read_.problems:
-        raise refusal(read_.problems, _where(document))
-    found.algorithms += read_.steps
-    found.notes += read_.notes
-    return found
-
-
-def _only(document: Document, data: Mapping[Any, Any], known: tuple[str, ...], base: Path_) -> None:
-    for key in data:
-        if key not in known:
-            close = near_misses(str(key), known)
-            hint = f"did you mean '{close[0]}'?" if close else f"known keys: {', '.join(known)}"
-            if key in schema.Quantize.model_fields or key in schema.RecipeModel.model_fields:
-                hint = f"a native recipe begins with 'schema: {schema.NATIVE}'"
-            raise ConfigError(f"unknown key '{key}'", where=str(document.origin(*base, key)), hint=hint)
-
-
-def _refuse_strange(document: Document, data: Mapping[Any, Any]) -> None:
-    """A mapping is a legacy dict of patterns only where something in it looks like one."""
-    if data and not any(_is_pattern(str(key)) for key in data):
-        raise ConfigError(
-            "this is not a recipe: neither a schema, nor quant_cfg, nor patterns of quantizers",
-            where=str(document.origin()),
-            hint=f"a native recipe begins with 'schema: {schema.NATIVE}'; see 'quark recipes show nvfp4'",
-        )
-
-
-def _is_pattern(key: str) -> bool:
-    one_entry = key in ("quantizer_path", "quantizer_name")
-    return one_entry or any(c in key for c in "*?[") or "quantizer" in key or key.startswith("nn.") or key == "default"
-
-
 # --- entries ---------------------------------------------------------------------------------------------------------
 
 
@@ -350,10 +299,12 @@ def _entry(document: Document, row: Canonical, *, required: bool) -> Entry:
     """An entry whose attributes have been tried, with its place."""
     origin = document.origin(*row.place)
     if row.cfg is not None:
-        located(document.origin(*row.place, "cfg"), to_spec, row.cfg, weight=is_weight(row.quantizer_path))
+        located(document.blamed(*row.place, "cfg"), to_spec, row.cfg, weight=is_weight(row.quantizer_path))
     must = row.required if row.required is not None else required
+    # Entries that --set or an import put in one place are several all the same.
+    unit = f"{origin} {'.'.join(map(str, row.place))}"
     # What need not match need not have an effect either.
-    return Entry(row.quantizer_path, row.cfg, row.enable, row.parent_class, must, origin, str(origin), must)
+    return Entry(row.quantizer_path, row.cfg, row.enable, row.parent_class, must, origin, unit, must)
 
 
 def is_weight(pattern: str) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 from quarkcli.errors import UsageError
 from quarkcli.recipe import load
-from quarkcli.recipe.entries import Origin
+from quarkcli.recipe.entries import SETTING, Origin
 from quarkcli.recipe.load import Document, Path_
 
 _NUMBER = re.compile(r"-?\d+")
@@ -17,34 +17,62 @@ _NUMBER = re.compile(r"-?\d+")
 def adjusted(document: Document, settings: Sequence[str]) -> Document:
     """A copy of the document with values replaced or added. Raises UsageError for a setting that does not fit."""
     for text in settings:
-        key, equals, value = text.partition("=")
+        key, equals, written = text.partition("=")
         if not equals or not key:
             raise UsageError(f"'{text}' is not KEY=VALUE", where="--set", hint="--set calibration.samples=64")
         path = _path(document.data, key)
+        value = load.parse(written, f"--set {key}").data
+        origin = Origin(f"{SETTING}{text}")
         places = {place: found for place, found in document.places.items() if place[: len(path)] != path}
-        data = _with(document.data, path, load.parse(value, f"--set {key}").data)
-        document = Document(data, document.file, {**places, path: Origin(f"--set {text}")})
+        # What has to be made for it comes from it as well.
+        made = {path[:count]: origin for count in range(1, len(path)) if _is_absent(document.data, path[:count])}
+        document = Document(_with(document.data, path, value), document.file, {**places, **made, path: origin})
     return document
 
 
 def _path(data: Any, key: str) -> Path_:
-    """`quantize.quant_cfg.0.enable` as steps: members of lists by number, and keys, which may be numbers too."""
+    """`quantize.quant_cfg.0.enable` as steps: members of lists by number, and keys, which may be numbers and may have
+    dots in them.
+    """
     path: list[str | int] = []
-    node = data
-    for word in key.split("."):
-        number = int(word) if _NUMBER.fullmatch(word) else None
+    node, words = data, key.split(".")
+    while words:
         if isinstance(node, list):
+            number = int(words[0]) if _NUMBER.fullmatch(words[0]) else None
             if number is None or not 0 <= number < len(node):
                 raise UsageError(f"'{key}': the list has {len(node)} members, counted from 0", where="--set")
             path.append(number)
-            node = node[number]
+            node, words = node[number], words[1:]
             continue
         if node is not None and not isinstance(node, dict):
-            raise UsageError(f"'{key}': {node!r} has no parts", where="--set", hint="--set calibration.samples=64")
-        step = number if number is not None and number in (node or {}) else word
+            raise UsageError(
+                f"'{key}': {node!r} has no parts",
+                where="--set",
+                hint=f"set it as a whole: --set '{'.'.join(map(str, path))}={{{'.'.join(words)}: VALUE}}'",
+            )
+        step, words = _step(node or {}, words)
         path.append(step)
         node = (node or {}).get(step)
     return tuple(path)
+
+
+def _step(node: dict[Any, Any], words: list[str]) -> tuple[str | int, list[str]]:
+    """The longest key of a mapping that the words begin with, else the first word; and the words that are left."""
+    for count in range(len(words), 0, -1):
+        text = ".".join(words[:count])
+        number = int(text) if _NUMBER.fullmatch(text) else None
+        if text in node or (number is not None and number in node):
+            return (text if text in node or number is None else number), words[count:]
+    return words[0], words[1:]
+
+
+def _is_absent(node: Any, path: Path_) -> bool:
+    try:
+        for step in path:
+            node = node[step]
+    except (KeyError, IndexError, TypeError):
+        return True
+    return node is None
 
 
 def _with(node: Any, path: Path_, value: Any) -> Any:

@@ -1,0 +1,168 @@
+"""Flags that cannot act in a run, whatever the plan decides: a line for each, so that nobody takes it for done.
+
+Flags about modules are looked at where the plan is resolved (`plan.flags`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import fields
+from pathlib import Path
+
+from quarkcli.calibration.defaults import BUILTIN
+from quarkcli.options import Calibration, Options
+from quarkcli.plan.model import Plan
+from quarkcli.recipe.recipe import Recipe
+from quarkcli.source import Source
+
+OF_DATA = (
+    "calib_data", "calib_samples", "calib_seqlen", "calib_batch", "calib_column", "bos", "allow_short",
+    "moe_calibration", "seed", "strict",
+)  # fmt: skip
+OF_WORK = ("resume", "overwrite", "time_budget", "on_nonfinite")
+NO_CODE = "--trust-remote-code is not used: the model brings no code"
+_TEXT = ".txt"
+# Values of a recipe that a flag replaces -> the field of `Options`; of `Overrides` where it starts with a dot.
+_REPLACED = {
+    "calibration.data": "calib_data",
+    "calibration.samples": "calib_samples",
+    "calibration.seqlen": "calib_seqlen",
+    "calibration.column": "calib_column",
+    "calibration.bos": "bos",
+    "calibration.seed": "seed",
+    "calibration.moe": "moe_calibration",
+    "export.dialect": "dialect",
+    "quantize.algorithm": "algorithm",
+    "quantize.kv_cache": ".kv_cache",
+    "quantize.attention": ".attention",
+}
+
+
+def flag(field: str) -> str:
+    """`calib_data` -> `--calib-data`."""
+    return "--" + field.replace("_", "-")
+
+
+def given(options: Options, names: Iterable[str]) -> list[str]:
+    """Those of these fields that differ from their defaults, as flags."""
+    usual = {field.name: field.default for field in fields(options)}
+    return [flag(name) for name in names if getattr(options, name) != usual[name]]
+
+
+def of_run(
+    options: Options, recipe: Recipe, source: Source, plan: Plan, needs: Iterable[str], calibration: Calibration | None
+) -> list[str]:
+    """One line for all flags that have no effect for the same reason."""
+    found = [*_of_source(options, recipe, source, calibration), *_of_settings(options, calibration)]
+    found += _of_steps(options, plan)
+    if calibration is None:
+        unused = given(options, OF_DATA)
+        found += [f"nothing in this plan needs data: {', '.join(unused)} not used"] if unused else []
+    else:
+        found += _of_data(options, plan, set(needs), calibration)
+    if options.target == "none" and not plan.disagreeing():
+        found.append("--target none changes nothing: what servers fuse has one scheme")
+    if options.device == "cuda" and not _has_gpu():
+        found.append("--device cuda: there is no CUDA device here, without which 'quark quantize' stops (exit 6)")
+    return found
+
+
+def of_plan(options: Options) -> list[str]:
+    """A line for flags about the work, given to a plan."""
+    unused = given(options, OF_WORK)
+    return [f"a plan reads no weights and writes nothing: {', '.join(unused)} not used"] if unused else []
+
+
+def of_model(source: Source, *, revision: str = "main", offline: bool = False, trusted: bool = False) -> list[str]:
+    """Lines for flags that a model in a local directory, or without code of its own, has no use for."""
+    found = []
+    if source.hub_id is None and revision != "main":
+        found.append(f"--revision {revision} is not used: a local directory has no revisions")
+    if source.hub_id is None and offline and not _offline_by_variable():
+        found.append("--offline is not used: nothing is asked of the hub")
+    if trusted and not brings_code(source):
+        found.append(NO_CODE)
+    return found
+
+
+def brings_code(source: Source) -> bool:
+    """Whether there is Python code beside the weights."""
+    return any(source.folder.rglob("*.py"))
+
+
+def _of_source(options: Options, recipe: Recipe, source: Source, calibration: Calibration | None) -> list[str]:
+    data = options.calib_data or recipe.calib_data
+    asks_hub = calibration is not None and (data is None or not _is_local(data))
+    found = of_model(source, revision=options.revision, offline=options.offline and not asks_hub)
+    if options.trust_remote_code and calibration is None:
+        return [*found, "--trust-remote-code is not used: this plan runs no model"]
+    return [*found, *of_model(source, trusted=options.trust_remote_code)]
+
+
+def _is_local(data: str) -> bool:
+    return data == BUILTIN or Path(data).exists()
+
+
+def _offline_by_variable() -> bool:
+    return os.environ.get("HF_HUB_OFFLINE", "").lower() not in ("", "0", "false", "no", "off")
+
+
+def _of_settings(options: Options, calibration: Calibration | None) -> Iterator[str]:
+    """`--set` of values that a flag replaces, or that this plan does not look at."""
+    for text in options.settings:
+        key = text.partition("=")[0]
+        field = next((field for name, field in _REPLACED.items() if f"{key}.".startswith(f"{name}.")), None)
+        owner = options.overrides if field and field.startswith(".") else options
+        if field is not None and getattr(owner, field.removeprefix(".")) is not None:
+            yield f"--set {text} is not used: {flag(field.removeprefix('.'))} is given"
+        elif calibration is None and key.partition(".")[0] == "calibration":
+            yield f"--set {text} is not used: nothing in this plan needs data"
+
+
+def _of_steps(options: Options, plan: Plan) -> Iterator[str]:
+    quantized = {target.name for target in plan.quantized()} if plan.algorithms else set()
+    for step in plan.algorithms:
+        if not (quantized if step.weights is None else quantized & step.weights):
+            given_by = "--algorithm" if options.algorithm else "algorithm"
+            yield f"{given_by} {step.name} is not used: no weight that it could work on is quantized"
+
+
+def _of_data(options: Options, plan: Plan, needs: set[str], calibration: Calibration) -> Iterator[str]:
+    if options.calib_column is not None and not _has_columns(calibration.source):
+        yield f"--calib-column {options.calib_column} is not used: {calibration.source} is plain text"
+    if options.allow_short and not calibration.asked:
+        yield "--allow-short is not used: no number of rows is asked for"
+    if options.moe_calibration is not None and not any(t.expert and t.site in needs for t in plan.targets.values()):
+        experts = any(target.expert for target in plan.targets.values())
+        why = "no input of an expert is measured" if experts else "the model has no routed experts"
+        yield f"--moe-calibration {options.moe_calibration} is not used: {why}"
+    if options.calib_batch is not None and (options.device == "cpu" or not _has_gpu()):
+        yield "--calib-batch is for GPUs; on a CPU the rows that run together are fixed, so that results are the same"
+
+
+def _has_columns(data: str) -> bool:
+    path = Path(data)
+    if path.is_dir():
+        return any(file.suffix != _TEXT for file in path.rglob("*") if file.is_file())
+    return data != BUILTIN and path.suffix != _TEXT
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def screen(*, progress: str, log_level: str, log_format: str, quiet: bool, plan: bool) -> list[str]:
+    """Lines for flags about what a job shows while it runs."""
+    shown: Sequence[str] = [
+        name for name, on in (("--progress", progress != "auto"), ("--log-level", log_level != "info")) if on
+    ]
+    if plan:
+        return [f"a plan shows no progress: {', '.join(shown)} not used"] if shown else []
+    if quiet:
+        return [f"--quiet shows errors alone: {', '.join(shown)} not used"] if shown else []
+    if log_format == "json" and "--progress" in shown:
+        return [f"--log-format json shows every event: --progress {progress} not used"]
+    return []

@@ -1,0 +1,104 @@
+"""Files that are not native, by what is in them: ModelOpt's recipes and presets, Quark's configs, the config of a
+checkpoint, bare lists and dicts of entries. Torch-free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from quarkcli.errors import ConfigError, near_misses
+from quarkcli.recipe import checkpoint_config, quark_config, schema, steps
+from quarkcli.recipe.load import Document, Path_
+from quarkcli.recipe.normalize import Normalized, Where, normalize, refusal
+
+_SECTIONS = ("metadata", "quantize")
+_QUANTIZE = ("quant_cfg", "algorithm", "effective_bits")
+_METADATA = ("recipe_type", "description")
+_TYPE = "ptq"
+_QUARK = ("global_quant_config", "layer_quant_config", "layer_type_quant_config")
+
+
+def normalized(document: Document, where: Where) -> tuple[Normalized, str]:
+    """The entries of a file that is not native, and its description. Raises ConfigError with places."""
+    data = document.data
+    if isinstance(data, Mapping) and "schema" in data:
+        raise ConfigError(
+            f"schema '{data['schema']}' is unknown",
+            where=str(document.origin("schema")),
+            hint=f"schema: {schema.NATIVE}",
+        )
+    if isinstance(data, Mapping):
+        found = checkpoint_config.read(data, where)
+        if found is not None:
+            return found, "the quantization config of a checkpoint"
+        if "Config" in data or "QConfig" in data or any(key in data for key in _QUARK):
+            return quark_config.read(data, where), "a Quark config"
+        if any(section in data for section in _SECTIONS):
+            return _modelopt(document, data, where)
+        if "quant_cfg" in data:
+            return _quantize(document, data, (), where), ""
+        _refuse_strange(document, data)
+    return normalize(data, where), ""
+
+
+def _modelopt(document: Document, data: Mapping[str, Any], where: Where) -> tuple[Normalized, str]:
+    _only(document, data, _SECTIONS, ())
+    metadata = data.get("metadata") or {}
+    if not isinstance(metadata, Mapping):
+        raise ConfigError("metadata must be a mapping", where=str(document.origin("metadata")))
+    _only(document, metadata, _METADATA, ("metadata",))
+    kind = metadata.get("recipe_type", _TYPE)
+    if kind != _TYPE:
+        raise ConfigError(
+            f"recipe_type '{kind}' is not supported",
+            where=str(document.origin("metadata", "recipe_type")),
+            hint=f"recipes of type {_TYPE} are read",
+        )
+    quantize = data.get("quantize")
+    if not isinstance(quantize, Mapping):
+        raise ConfigError("'quantize' is missing", where=str(document.origin()), hint="quantize: {quant_cfg: [...]}")
+    return _quantize(document, quantize, ("quantize",), where), str(metadata.get("description", ""))
+
+
+def _quantize(document: Document, data: Mapping[str, Any], base: Path_, where: Where) -> Normalized:
+    """ModelOpt's `quantize` section, or one of its presets, which is that section alone."""
+    _only(document, data, _QUANTIZE, base)
+    if "quant_cfg" not in data:
+        raise ConfigError(
+            "'quant_cfg' is missing; ModelOpt would quantize everything to int8",
+            where=str(document.origin(*base)),
+            hint="say so: quant_cfg: [{quantizer_path: '*', cfg: {num_bits: 8}}]",
+        )
+    found = normalize(data["quant_cfg"], where, (*base, "quant_cfg"))
+    read_ = steps.from_modelopt(data.get("algorithm"), (*base, "algorithm"))
+    if read_.problems:
+        raise refusal(read_.problems, where)
+    found.algorithms += read_.steps
+    found.notes += read_.notes
+    return found
+
+
+def _only(document: Document, data: Mapping[Any, Any], known: tuple[str, ...], base: Path_) -> None:
+    for key in data:
+        if key not in known:
+            close = near_misses(str(key), known)
+            hint = f"did you mean '{close[0]}'?" if close else f"known keys: {', '.join(known)}"
+            if key in schema.Quantize.model_fields or key in schema.RecipeModel.model_fields:
+                hint = f"a native recipe begins with 'schema: {schema.NATIVE}'"
+            raise ConfigError(f"unknown key '{key}'", where=str(document.origin(*base, key)), hint=hint)
+
+
+def _refuse_strange(document: Document, data: Mapping[Any, Any]) -> None:
+    """A mapping is a legacy dict of patterns only where something in it looks like one."""
+    if data and not any(_is_pattern(str(key)) for key in data):
+        raise ConfigError(
+            "this is not a recipe: neither a schema, nor quant_cfg, nor patterns of quantizers",
+            where=str(document.origin()),
+            hint=f"a native recipe begins with 'schema: {schema.NATIVE}'; see 'quark recipes show nvfp4'",
+        )
+
+
+def _is_pattern(key: str) -> bool:
+    one_entry = key in ("quantizer_path", "quantizer_name")
+    return one_entry or any(c in key for c in "*?[") or "quantizer" in key or key.startswith("nn.") or key == "default"
