@@ -154,15 +154,13 @@ def evaluate(
     device = preflight.device(device)
     memory.return_large_buffers()
     compute = _compute_dtype(dtype, device)
-    tell(Working("opening the models"))
-    checkpoint, reference = _open(directory, baseline)
+    checkpoint, reference = _open(directory, baseline, tell)
     models = [model for model in (checkpoint, reference) if model is not None]
     window = windows.width(window, [family.position_limit(model.source.config) for model in models])
     tokenizer = load_tokenizer(checkpoint.source.folder, trust_remote_code)
     rows = windows.windows(tokenizer, text, window, max_tokens, bos)
     tell(Message(f"{len(rows.tokens)} windows of {window} tokens from {rows.source}, {_name(compute)}"))
-    _tell_idle(tell, models, rows, tokenizer, max_tokens, bos, weights_only, trust_remote_code)
-    tell(Phase("evaluate"))
+    _begin(tell, models, rows, tokenizer, max_tokens, bos, weights_only, trust_remote_code)
     # Both sides compute attention in the same way, so that their distance is that of the quantization.
     eager = checkpoint.quantizes_softmax and not weights_only
     setting = (rows.tokens, max(1, 2048 // window), compute, device, trust_remote_code, eager, on_nonfinite)
@@ -185,7 +183,8 @@ def evaluate(
     }
 
 
-def _open(directory: str, baseline: str | None) -> tuple[Checkpoint, Checkpoint | None]:
+def _open(directory: str, baseline: str | None, tell: Listener) -> tuple[Checkpoint, Checkpoint | None]:
+    tell(Working("opening the models"))
     checkpoint = Checkpoint(Source.open(directory))
     if baseline is None:
         return checkpoint, None
@@ -194,11 +193,11 @@ def _open(directory: str, baseline: str | None) -> tuple[Checkpoint, Checkpoint 
     return checkpoint, reference
 
 
-def _tell_idle(
+def _begin(
     tell: Listener, models: list[Checkpoint], rows: Windows, tokenizer: Any, max_tokens: int | None, bos: str,
     weights_only: bool, trust: bool,
 ) -> None:  # fmt: skip
-    """A warning for every flag that has no effect on what is measured."""
+    """Tell that evaluation begins, with a warning for every flag that has no effect on what is measured."""
     count, window = rows.tokens.shape
     more = (count + 1) * (window - len(rows.prefix))
     found = {
@@ -214,6 +213,7 @@ def _tell_idle(
     for text, holds in found.items():
         if holds:
             tell(Message(text, "warning"))
+    tell(Phase("evaluate"))
 
 
 def check_gates(result: dict[str, Any], max_kl: float | None, max_ppl_increase: float | None) -> None:
