@@ -5,7 +5,6 @@ Flags about modules are looked at where the plan is resolved (`plan.flags`).
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -13,7 +12,6 @@ from pathlib import Path
 from quarkcli.calibration.defaults import BUILTIN
 from quarkcli.options import Calibration, Options
 from quarkcli.plan.model import Plan
-from quarkcli.recipe.recipe import Recipe
 from quarkcli.source import Source
 
 OF_DATA = (
@@ -51,10 +49,10 @@ def given(options: Options, names: Iterable[str]) -> list[str]:
 
 
 def of_run(
-    options: Options, recipe: Recipe, source: Source, plan: Plan, needs: Iterable[str], calibration: Calibration | None
+    options: Options, source: Source, plan: Plan, needs: Iterable[str], calibration: Calibration | None
 ) -> list[str]:
     """One line for all flags that have no effect for the same reason."""
-    found = [*_of_source(options, recipe, source, calibration), *_of_settings(options, calibration)]
+    found = [*_of_source(options, source, calibration), *_of_settings(options, calibration)]
     found += _of_steps(options, plan)
     if calibration is None:
         unused = given(options, OF_DATA)
@@ -74,13 +72,14 @@ def of_plan(options: Options) -> list[str]:
     return [f"a plan reads no weights and writes nothing: {', '.join(unused)} not used"] if unused else []
 
 
-def of_model(source: Source, *, revision: str = "main", offline: bool = False, trusted: bool = False) -> list[str]:
-    """Lines for flags that a model in a local directory, or without code of its own, has no use for."""
+def of_model(source: Source, *, revision: str = "main", trusted: bool = False) -> list[str]:
+    """Lines for flags that a model in a local directory, or without code of its own, has no use for.
+
+    `--offline` is a promise that holds whether or not the hub would be asked, and is never idle.
+    """
     found = []
     if source.hub_id is None and revision != "main":
         found.append(f"--revision {revision} is not used: a local directory has no revisions")
-    if source.hub_id is None and offline and not _offline_by_variable():
-        found.append("--offline is not used: nothing is asked of the hub")
     if trusted and not brings_code(source):
         found.append(NO_CODE)
     return found
@@ -91,21 +90,11 @@ def brings_code(source: Source) -> bool:
     return any(source.folder.rglob("*.py"))
 
 
-def _of_source(options: Options, recipe: Recipe, source: Source, calibration: Calibration | None) -> list[str]:
-    data = options.calib_data or recipe.calib_data
-    asks_hub = calibration is not None and (data is None or not _is_local(data))
-    found = of_model(source, revision=options.revision, offline=options.offline and not asks_hub)
+def _of_source(options: Options, source: Source, calibration: Calibration | None) -> list[str]:
+    found = of_model(source, revision=options.revision)
     if options.trust_remote_code and calibration is None:
         return [*found, "--trust-remote-code is not used: this plan runs no model"]
     return [*found, *of_model(source, trusted=options.trust_remote_code)]
-
-
-def _is_local(data: str) -> bool:
-    return data == BUILTIN or Path(data).exists()
-
-
-def _offline_by_variable() -> bool:
-    return os.environ.get("HF_HUB_OFFLINE", "").lower() not in ("", "0", "false", "no", "off")
 
 
 def _of_settings(options: Options, calibration: Calibration | None) -> Iterator[str]:

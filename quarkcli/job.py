@@ -109,7 +109,7 @@ def prepare(options: Options, tell: Listener = silent) -> Prepared:
     warnings = [*recipe.notes, *dialects.warnings(dialect, plan), *plan.warnings, *beside.warnings()]
     warnings += [doubt] if (doubt := share.warning()) else []
     warnings += calibration.warnings if calibration else ()
-    warnings += idle.of_run(options, recipe, source, plan, needs, calibration)
+    warnings += idle.of_run(options, source, plan, needs, calibration)
     return Prepared(
         options, recipe, source, layout, plan, steps, dialect, reason, needs, calibration, size, share, output, beside,
         warnings,

@@ -38,7 +38,7 @@ def inspect(
 
     source = Source.open(str(job.EMBEDDED) if model == "demo" else model, revision=revision, offline=offline)
     found = _facts(source)
-    for line in idle.of_model(source, revision=revision, offline=offline):
+    for line in idle.of_model(source, revision=revision):
         output.note(f"warning: {line}")
     if json:
         output.json_data({"schema": SCHEMA, **found})

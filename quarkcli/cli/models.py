@@ -89,7 +89,7 @@ def infer(
     from quarkcli.source import Source
 
     source = Source.open(str(job.EMBEDDED) if model == "demo" else model, revision=revision, offline=offline)
-    for line in idle.of_model(source, revision=revision, offline=offline):
+    for line in idle.of_model(source, revision=revision):
         output.note(f"warning: {line}")
     text = family.to_yaml(*family.guess(source.config, source.headers))
     if to is None:

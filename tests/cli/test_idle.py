@@ -79,8 +79,6 @@ IDLE: dict[str, list[Case]] = {
     "trust_remote_code": [((*FREE, "--trust-remote-code"), 0, NOT_USED),
                           ((*DATA, "--trust-remote-code"), 0, "brings no code")],
     "revision": [((*FREE, "--revision", "v2"), 0, "has no revisions")],
-    "offline": [((*FREE, "--offline"), 0, "nothing is asked of the hub"),
-                ((*DATA, "--offline"), 0, "nothing is asked of the hub")],
     "progress": [((*FREE, "--progress", "bar"), 0, "shows no progress")],
     "log_level": [((*FREE, "--log-level", "debug"), 0, "shows no progress")],
 }  # fmt: skip
@@ -90,6 +88,7 @@ ALWAYS = {
     "dialect": "it decides, or is refused",
     "json": "another form of the answer",
     "quiet": "fewer lines",
+    "offline": "a promise that holds, whether or not the hub would be asked",
     "log_format": "another form of errors",
     "debug": "tracebacks",
 }
@@ -128,7 +127,7 @@ OTHERS: dict[str, dict[str, list[Case] | str]] = {
     "inspect": {
         "model": "what it is about",
         "revision": [(("inspect", "demo", "--revision", "v2"), 0, "has no revisions")],
-        "offline": [(("inspect", "demo", "--offline"), 0, "nothing is asked of the hub")],
+        "offline": "a promise that holds",
     },
     "report": {"directory": "what it is about", "form": "another form of the answer"},
     "recipes show": {"name": "what it is about", "resolved": "another form of the answer"},
@@ -144,7 +143,7 @@ OTHERS: dict[str, dict[str, list[Case] | str]] = {
         "model": "what it is about",
         "to": "where it goes",
         "revision": [(("models", "infer", "demo", "--revision", "v2"), 0, "has no revisions")],
-        "offline": [(("models", "infer", "demo", "--offline"), 0, "nothing is asked of the hub")],
+        "offline": "a promise that holds",
     },
 }
 SHOWN = {"json", "quiet", "debug"}  # how the answer of any command looks
