@@ -63,7 +63,7 @@ def resolved_recipe(prepared: Prepared) -> str:
         "export": {"dialect": prepared.dialect.name},
     }
     if plan.share is not None:
-        recipe["share"] = [{"slots": list(row.slots)} for row in plan.share]
+        recipe["share"] = [row.as_dict() for row in plan.share]
     if prepared.recipe.algorithms:
         recipe["quantize"]["algorithm"] = [{"method": name, **params} for name, params in prepared.recipe.algorithms]
     if settings is not None:

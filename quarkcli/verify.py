@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from quarkcli.numerics.quantize import QParams
     from quarkcli.spec import TensorSpec
 
+# What unequal scales of one level cost where servers fuse.
+_COST = "servers keep one for each member, or round all codes again with the largest, which costs some accuracy"
+
 
 def against_plan(folder: Path, plan: Plan, dialect: Dialect, source_headers: Mapping[str, HeaderLike]) -> list[str]:
     """Check that a directory holds what the plan says. Returns what was checked; raises CheckError."""
@@ -47,8 +50,12 @@ def against_plan(folder: Path, plan: Plan, dialect: Dialect, source_headers: Map
     return checks + scales(Checkpoint(written), plan)
 
 
-def scales(checkpoint: Checkpoint, plan: Plan | None = None) -> list[str]:
-    """Every scale finite and positive, and equal within scale groups where a tensor has one. Raises CheckError."""
+def scales(checkpoint: Checkpoint, plan: Plan | None = None, tell: Listener = silent) -> list[str]:
+    """Every scale finite and positive, and equal within scale groups where a tensor has one.
+
+    Raises CheckError; but scales of one level that differ within what servers fuse are a warning: servers keep one per
+    member, or take the largest and round the codes of the others again.
+    """
     bad: list[str] = []
     groups: dict[str, dict[str, float | None]] = {}
     inputs: dict[str, dict[str, float | None]] = {}
@@ -71,14 +78,23 @@ def scales(checkpoint: Checkpoint, plan: Plan | None = None) -> list[str]:
         bad += [f"{attention.name}.{kind}" for kind, value in values.items() if not _good(value)]
     _none(bad, "modules have a scale that is zero, negative, infinite, NaN or absent")
     both = (*groups.items(), *inputs.items())
-    unequal = sorted({group for group, members in both if len(set(members.values())) > 1})
-    _none(unequal, "scale groups do not share their per-tensor scales")
+    unequal = {group: list(members) for group, members in both if len(set(members.values())) > 1}
+    targets = checkpoint.view.targets
+    two_level = sorted(g for g, members in unequal.items() if any(_over(targets[name].weight) for name in members))
+    _none(two_level, "scale groups do not share their per-tensor scales")
+    if unequal:
+        tell(Message(f"{len(unequal)} scale groups do not share their per-tensor scales: {_COST}", "warning"))
     weights, caches = len(checkpoint.view.targets), len(checkpoint.view.attention)
-    shared = sum(len(members) > 1 for members in groups.values())
+    shared = sum(len(members) > 1 and name not in unequal for name, members in groups.items())
     return [
         f"scales of {weights} weights and {caches} attentions finite and positive",
         f"{shared} scale groups share their per-tensor scales",
     ]
+
+
+def _over(spec: TensorSpec) -> bool:
+    """Whether block scales lie under a scale of the tensor, which servers take from one member for all."""
+    return any(stage.scale is not None and stage.scale.over is not None for stage in spec.stages)
 
 
 def directory(
@@ -100,7 +116,7 @@ def directory(
     if not checkpoint.quantized:
         raise CheckError("no quantization_config in config.json", where=path)
     checks = [*_against_manifest(written.folder, hashes), _complete(checkpoint), _fused_schemes(checkpoint, target)]
-    checks += [*scales(checkpoint), kept_values(checkpoint, on_nonfinite, tell)]
+    checks += [*scales(checkpoint, tell=tell), kept_values(checkpoint, on_nonfinite, tell)]
     if source is not None:
         checks.append(_against_source(checkpoint, Source.open(source)))
     return checks

@@ -96,6 +96,15 @@ def test_patterns_in_python_data_are_checked_as_in_a_file(entries, where, what):
     assert caught.value.where == f"config.quantize.quant_cfg{where}"
 
 
+@pytest.mark.parametrize(
+    ("cfg", "where"), [({"num_bitz": 8}, "cfg"), ([{"num_bits": 4}, {"num_bits": 8, "foo": 1}], "cfg[1]")]
+)
+def test_unknown_attributes_are_refused_where_a_list_is_normalized(cfg, where):
+    with pytest.raises(ConfigError, match="unknown attribute") as caught:
+        quarkcli.normalize_quant_cfg_list([DENY, {"quantizer_path": "*", "cfg": cfg}])
+    assert caught.value.where == f"quant_cfg[1].{where}"
+
+
 def test_a_misspelled_pattern_of_a_peer_is_said_with_its_path():
     rows = [
         DENY,

@@ -13,7 +13,10 @@ from typing import Any
 from quarkcli import algorithms, forecast, preflight
 from quarkcli.errors import ConfigError, near_misses
 from quarkcli.plan.model import Plan
+from quarkcli.recipe.attributes import check_names
+from quarkcli.recipe.entries import Origin
 from quarkcli.recipe.normalize import normalize, path_text
+from quarkcli.recipe.recipe import located
 
 _SOURCE_BITS = 16
 _LIST, _ALGORITHM, _PLAIN = "quant_cfg", "algorithm", "max"
@@ -32,6 +35,10 @@ def normalize_quant_cfg_list(quant_cfg: Any) -> list[dict[str, Any]]:
     everything that is wrong.
     """
     found = normalize(quant_cfg)
+    for entry in found.entries:
+        for index, stage in enumerate(entry.cfg if isinstance(entry.cfg, list) else [entry.cfg or {}]):
+            at = (*entry.place, "cfg", index) if isinstance(entry.cfg, list) else (*entry.place, "cfg")
+            located(Origin(path_text(at)), check_names, stage)
     if found.notes:
         text = "; ".join(f"{path_text(path)}: {note}" for path, note in found.notes)
         warnings.warn(text, DeprecationWarning, stacklevel=2)

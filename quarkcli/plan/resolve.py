@@ -60,6 +60,7 @@ def resolve(
     )
     if layout.inferred:
         plan.warnings.append(_inferred(layout))
+    plan.warnings += recipe.differs
     effects.check_matches(plan)
     checks.warn(plan)
     share.check(plan)

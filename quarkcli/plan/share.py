@@ -7,15 +7,18 @@ among them the experts of a layer: their amax is the maximum over all of them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from quarkcli.errors import ConfigError
-from quarkcli.family import Layout
+from quarkcli.family import Layout, Weight
 from quarkcli.plan.model import Plan, Target
 from quarkcli.plan.weights import matched
 from quarkcli.recipe.entries import Share
 
 SCALE = "scale"
+# What comes of unequal scales where servers fuse: of scales over block scales, and of any other.
+_REFUSED = "servers keep one of them and decode the others wrong, so that 'quark verify' refuses the checkpoint"
+_MERGED = "servers keep one for each member, or round all codes again with the largest; 'quark verify' warns"
 
 
 def scale_groups(rows: Sequence[Share] | None, layout: Layout) -> dict[str, str]:
@@ -29,7 +32,10 @@ def scale_groups(rows: Sequence[Share] | None, layout: Layout) -> dict[str, str]
     if not rows:
         return {name: name for name in layout.weights}
     row_of = [number for number, row in enumerate(rows) for _ in row.slots]
-    found = matched("share", [(pattern, row.origin) for row in rows for pattern in row.slots], layout)
+    exact = any(row.exact for row in rows)
+    found = matched("share", [(p, row.origin) for row in rows for p in row.slots], layout, required=not exact)
+    if exact:
+        return _exact_groups((weight, [row_of[hit] for hit in hits]) for weight, hits in found)
     joined: dict[str, str] = {}  # a group -> the one that it is part of
     first: dict[tuple[int, int], str] = {}
     for weight, hits in found:
@@ -39,6 +45,23 @@ def scale_groups(rows: Sequence[Share] | None, layout: Layout) -> dict[str, str]
             if one != other:
                 joined[other] = one
     return {w.name: root for w in layout.weights.values() if (root := _root(joined, w.group)) != w.group}
+
+
+def _exact_groups(found: Iterable[tuple[Weight, list[int]]]) -> dict[str, str]:
+    """Weight -> group: of the first row that names it, else of its own."""
+    rows: dict[tuple[object, ...], list[str]] = {}
+    groups = {}
+    for weight, numbers in found:
+        groups[weight.name] = weight.name
+        if numbers:
+            rows.setdefault((numbers[0], weight.part, weight.expert), []).append(weight.name)
+    for names in rows.values():
+        leaves = [name.rpartition(".")[2] for name in names]
+        apart = len(set(leaves)) < len(leaves)  # several modules of one kind in the block: by the module above
+        first: dict[str, str] = {}
+        for name in names:
+            groups[name] = first.setdefault(name.rpartition(".")[0] if apart else "", name)
+    return groups
 
 
 def _root(joined: Mapping[str, str], group: str) -> str:
@@ -51,17 +74,9 @@ def check(plan: Plan) -> None:
     """Warn where sharing is taken away or joins nothing. Raises ConfigError for a group of different specs."""
     if plan.share is None:
         return
+    if not plan.share or any(row.exact for row in plan.share):
+        _warn_of_split(plan)
     if not plan.share:
-        fused: dict[str, int] = {}
-        for run in plan.quantized_alike():
-            weight = run[0].weight
-            for target in run if weight is not None and weight.has_tensor_scale else ():
-                fused[target.group] = fused.get(target.group, 0) + 1
-        count = sum(members > 1 for members in fused.values())
-        plan.warnings.append(
-            f"share: []: {count} groups of weights that servers fuse do not share their per-tensor scales; "
-            "servers keep one of them and decode the others wrong, so that 'quark verify' refuses the checkpoint"
-        )
         return
     rows: dict[str, list[Target]] = {}
     for target in plan.quantized():
@@ -74,6 +89,25 @@ def check(plan: Plan) -> None:
         _check_group(members, plan.share)
     if not any(member.weight is not None and member.weight.has_tensor_scale for m in rows.values() for member in m):
         plan.warnings.append(f"{plan.share[0].origin}: share joins nothing: no two weights of it have one scale each")
+
+
+def _warn_of_split(plan: Plan) -> None:
+    """Warn of weights that servers fuse and that do not share their per-tensor scale."""
+    fused: dict[str, set[str]] = {}
+    two_level = False
+    for run in plan.quantized_alike():
+        weight = run[0].weight
+        assert weight is not None
+        for target in run if weight.has_tensor_scale else ():
+            fused.setdefault(target.group, set()).add(target.scale_group)
+            two_level |= any(stage.scale is not None and stage.scale.over is not None for stage in weight.stages)
+    count = sum(len(groups) > 1 for groups in fused.values())
+    origin = f"{plan.share[0].origin}: share" if plan.share else "share: []"
+    if count:
+        plan.warnings.append(
+            f"{origin}: {count} groups of weights that servers fuse do not share their per-tensor scales; "
+            + (_REFUSED if two_level else _MERGED)
+        )
 
 
 def _check_group(members: list[Target], rows: Sequence[Share]) -> None:

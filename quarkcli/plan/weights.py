@@ -13,7 +13,9 @@ from quarkcli.recipe.match import suggestions
 from quarkcli.recipe.recipe import Recipe
 
 
-def matched(what: str, patterns: Sequence[tuple[str, Origin]], layout: Layout) -> list[tuple[Weight, Hits]]:
+def matched(
+    what: str, patterns: Sequence[tuple[str, Origin]], layout: Layout, *, required: bool = True
+) -> list[tuple[Weight, Hits]]:
     """Every weight of the model with the patterns (their indices) that match its slot.
 
     Raises ConfigError, with the pattern's place, for one that no weight slot matches. `what` says it.
@@ -22,7 +24,7 @@ def matched(what: str, patterns: Sequence[tuple[str, Origin]], layout: Layout) -
     found = [(weight, hits[0]) for weight, hits in Names(entries).of_weights(layout.weights.values())]
     seen = {hit for _, hits in found for hit in hits}
     for index, (pattern, origin) in enumerate(patterns):
-        if index not in seen:
+        if required and index not in seen:
             close = suggestions(pattern, [f"{weight.name}.weight_quantizer" for weight, _ in found])
             raise ConfigError(
                 f"{what}: '{pattern}' matches 0 of {len(found)} weight slots",

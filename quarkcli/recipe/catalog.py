@@ -40,6 +40,7 @@ _registered: dict[Path, load.Document] = {}
 
 # Where NVIDIA keeps its general recipes, and how their names ended before the cache had a prefix.
 _PEER_FOLDER = ("general", "ptq")
+_PEER_FOLDERS = {"models", "huggingface", "ptq"}
 _OLDER_CACHE = re.compile(r"-(fp8|nvfp4|fp8_cast|nvfp4_cast)_kv$")
 
 
@@ -222,6 +223,9 @@ def find_recipe(name_or_path: str) -> Path:
     preset = _presets().get(name_or_path)
     if preset is not None:
         return built_in_folder() / "units" / f"{preset}.yaml"
+    modelled = _of_a_model(path)
+    if modelled is not None:
+        return modelled
     foreign = path.parent.parts[-2:] == _PEER_FOLDER
     if path.suffix in {".yaml", ".yml", ".json"} and not foreign:
         raise ConfigError("no such recipe file", where=name_or_path, hint="see 'quark recipes list'")
@@ -234,6 +238,20 @@ def find_recipe(name_or_path: str) -> Path:
     )
     older = _OLDER_CACHE.sub(r"-kv_\1", name)
     return find("ptq", older if same(older) in _owners("ptq", files("ptq")) else name)
+
+
+def _of_a_model(path: Path) -> Path | None:
+    """The recipe of NVIDIA's for one model, which lies in a folder named after it: `models/NAME/RECIPE.yaml`."""
+    folders = [part for part in path.parent.parts if part not in _PEER_FOLDERS]
+    if not folders or len(folders) == len(path.parent.parts):
+        return None
+    stem = path.stem if path.suffix in {".yaml", ".yml"} else path.name
+    wanted = {_letters(f"{folder}{stem}") for folder in folders}
+    return next((file for name, file in files("ptq").items() if _letters(name) in wanted), None)
+
+
+def _letters(name: str) -> str:
+    return re.sub(r"[-_.]", "", name).lower()
 
 
 @lru_cache(maxsize=1)

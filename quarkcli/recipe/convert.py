@@ -91,6 +91,8 @@ def _calibration(recipe: Recipe) -> list[str]:
     }
     given = {key: value for key, value in given.items() if value is not None}
     lines = [f"calibration: {_flow(given)}"] if given else []
+    if recipe.share is not None:
+        lines.append(f"share: {_flow([row.as_dict() for row in recipe.share])}")
     return [*lines, f"export: {{dialect: {recipe.dialect}}}"] if recipe.dialect else lines
 
 

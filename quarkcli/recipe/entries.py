@@ -59,7 +59,16 @@ SLOTS = "slots"  # among the parameters of a step: patterns on the weight slots 
 
 @dataclass(frozen=True)
 class Share:
-    """Weights of one part that share a per-tensor scale: those whose weight slots any of the patterns matches."""
+    """Weights of one part that share a per-tensor scale: those whose weight slots any of the patterns matches.
+
+    exact   these alone, without what the family groups with them, and apart for each expert and each of several modules
+            of one kind; patterns need not match, and weights that no row names share nothing
+    """
 
     slots: tuple[str, ...]
     origin: Origin = Origin("built-in")
+    exact: bool = False
+
+    def as_dict(self) -> dict[str, Any]:
+        """The row as a user may write it."""
+        return {"slots": list(self.slots), **({"exact": True} if self.exact else {})}

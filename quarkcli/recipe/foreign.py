@@ -15,7 +15,7 @@ from quarkcli.recipe.normalize import Normalized, Where, normalize, refusal
 _SECTIONS = ("metadata", "quantize")
 _QUANTIZE = ("quant_cfg", "algorithm", "effective_bits")
 _METADATA = ("recipe_type", "description")
-_TYPE = "ptq"
+_TYPE, _SEARCH = "ptq", "auto_quantize"
 _QUARK = ("global_quant_config", "layer_quant_config", "layer_type_quant_config")
 
 
@@ -39,12 +39,23 @@ def normalized(document: Document, where: Where) -> tuple[Normalized, str]:
         if "quant_cfg" in data:
             return _quantize(document, data, (), where), ""
         _refuse_strange(document, data)
-    return normalize(data, where), ""
+    found = normalize(data, where)
+    _note_start(found, ())
+    return found, ""
+
+
+def _note_start(found: Normalized, place: Path_) -> None:
+    """ModelOpt begins with int8 for every weight and input; here nothing is on that no entry switches on."""
+    whole = any(e.quantizer_path == "*" and e.parent_class is None for e in found.entries)
+    if found.entries and not whole:
+        text = "no entry is for '*': ModelOpt quantizes what no entry names to int8, here it stays as it is"
+        found.differs.append((place, text))
 
 
 def _modelopt(document: Document, data: Mapping[str, Any], where: Where) -> tuple[Normalized, str]:
-    _only(document, data, _SECTIONS, ())
     metadata = data.get("metadata") or {}
+    _refuse_search(document, data, metadata)
+    _only(document, data, _SECTIONS, ())
     if not isinstance(metadata, Mapping):
         raise ConfigError("metadata must be a mapping", where=str(document.origin("metadata")))
     _only(document, metadata, _METADATA, ("metadata",))
@@ -61,6 +72,19 @@ def _modelopt(document: Document, data: Mapping[str, Any], where: Where) -> tupl
     return _quantize(document, quantize, ("quantize",), where), str(metadata.get("description", ""))
 
 
+def _refuse_search(document: Document, data: Mapping[str, Any], metadata: Any) -> None:
+    """Raises ConfigError for a recipe that asks for a search among formats: none of its parts is a recipe by itself."""
+    kind = metadata.get("recipe_type") if isinstance(metadata, Mapping) else None
+    if kind != _SEARCH and _SEARCH not in data:
+        return
+    place = document.origin(_SEARCH) if _SEARCH in data else document.origin("metadata", "recipe_type")
+    raise ConfigError(
+        "an auto_quantize recipe asks for a search among formats, which does not exist here",
+        where=str(place),
+        hint="choose the formats yourself: '--scheme nvfp4 --layer PATTERN=fp8', or entries in a recipe",
+    )
+
+
 def _quantize(document: Document, data: Mapping[str, Any], base: Path_, where: Where) -> Normalized:
     """ModelOpt's `quantize` section, or one of its presets, which is that section alone."""
     _only(document, data, _QUANTIZE, base)
@@ -74,6 +98,7 @@ def _quantize(document: Document, data: Mapping[str, Any], base: Path_, where: W
     read_ = steps.from_modelopt(data.get("algorithm"), (*base, "algorithm"))
     if read_.problems:
         raise refusal(read_.problems, where)
+    _note_start(found, (*base, "quant_cfg"))
     found.algorithms += read_.steps
     found.notes += read_.notes
     return found

@@ -59,12 +59,16 @@ class Normalized:
     notes       what to tell the user, with places: legacy forms, and what has no meaning here
     kv          entries for the cache and attention slots, where the configuration holds them apart; they come last
     algorithms  (method, parameters), in the order in which they run
+    differs     what the tool that the configuration was written for would do otherwise, with places
+    share       groups of patterns on weight slots that alone share a per-tensor scale; None: nothing is said
     """
 
     entries: list[Canonical] = field(default_factory=list)
     notes: list[Located] = field(default_factory=list)
     kv: list[Canonical] = field(default_factory=list)
     algorithms: list[Step] = field(default_factory=list)
+    differs: list[Located] = field(default_factory=list)
+    share: list[tuple[list[str], Path_]] | None = None
 
 
 def normalize(value: Any, where: Where | None = None, base: Path_ = ()) -> Normalized:

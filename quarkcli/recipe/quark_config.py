@@ -45,11 +45,7 @@ _STEERING = {
     "gpu_resident_blocks": (0, "one block is in memory at a time"),
     "keep_prequantized_layers": (True, "a quantized source is decoded first"),
     "log_severity_level": (None, "see --verbose"),
-    "sync_moe_expert_input_amax": (None, "the experts of a layer share their input range by construction"),
 }
-# Projections that servers fuse; Quark's `shared_scale_groups` names them, and leaves them out where scales are no
-# tensor's.
-_FUSED = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"}, {"w1", "w3"}, {"linear", "linear_v"})
 _EXPORT_STEERING = {
     "pack_method": ("reorder", "codes are packed as the chosen dialect says"),
     "weight_format": ("real_quantized", "codes are always written"),
@@ -159,7 +155,7 @@ class _Reader:
     def class_of(self, name: str, place: Path_) -> str:
         """`Linear`, `torch.nn.Linear` or `<class '...Linear'>` -> nn.Linear."""
         parent = f"nn.{name.rpartition('.')[2].rstrip(chr(39) + '>')}"
-        if parent != _LINEAR:
+        if parent not in (_LINEAR, "nn.Embedding"):
             self.note(place, f"slots of {parent} are none of those that are quantized here")
         return parent
 
@@ -250,13 +246,17 @@ class _Reader:
         elif mode != _MODES[0]:
             self.note((*base, "quant_mode"), f"{mode} has no meaning here; the checkpoint is the same")
         self.groups(data.get("shared_scale_groups"), (*base, "shared_scale_groups"))
+        if data.get("sync_moe_expert_input_amax") is False:
+            text = "sync_moe_expert_input_amax: false is not honoured: the experts of a layer share their input range"
+            self.found.differs.append(((*base, "sync_moe_expert_input_amax"), text))
         for table, values, path in ((_STEERING, data, base), (_EXPORT_STEERING, export, (*base, "export"))):
             for key, (nothing, why) in table.items():
                 if values.get(key) not in (None, nothing):
                     self.note((*path, key), f"{key} has no meaning here: {why}")
 
     def groups(self, value: Any, place: Path_) -> None:
-        if not value:
+        """Groups as asked for: these weights alone share, and others do not."""
+        if value is None:
             return
         named = isinstance(value, list) and all(
             isinstance(group, list) and all(isinstance(name, str) for name in group) for group in value
@@ -264,12 +264,13 @@ class _Reader:
         if not named:
             self.refuse(place, f"shared_scale_groups must be a list of lists of names, not {value!r:.60}")
             return
-        for index, group in enumerate(value):
-            leaves = {name.rpartition(".")[2].lstrip("*") for name in group}
-            if not any(leaves <= fused for fused in _FUSED):
-                rows = "write them as 'share' rows of a native recipe"
-                self.refuse((*place, index), f"{', '.join(group)} are not what servers fuse; {rows}")
-        self.note(place, "shared_scale_groups says nothing new: what servers fuse shares its scale by construction")
+        self.found.share = [
+            ([f"*{name.lstrip('*')}.weight_quantizer" for name in group], (*place, index))
+            for index, group in enumerate(value)
+        ]
+        self.note(
+            place, "these weights alone share their per-tensor scale" if value else "no weights share their scale"
+        )
 
 
 def _attends(pattern: str) -> str | None:

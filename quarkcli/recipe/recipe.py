@@ -35,6 +35,7 @@ class Recipe:
     exclusions        whether the family's and the default exclusions apply
     share             rows that join weights into scale groups; None: the family's groups; empty: none at all
     notes             what to tell the user about the file: legacy forms, and what has no meaning here
+    differs           what the tool that the file was written for would do otherwise
     """
 
     name: str
@@ -57,6 +58,7 @@ class Recipe:
     dialect: str | None = None
     description: str = ""
     notes: list[str] = field(default_factory=list)
+    differs: list[str] = field(default_factory=list)
 
 
 WEIGHT_KINDS = ("weight", "input", "output", "bias")
@@ -248,7 +250,9 @@ def _native(document: Document, path: Path) -> Recipe:
 def _share(document: Document, model: schema.RecipeModel) -> list[Share] | None:
     if model.share is None:
         return None
-    return [Share(tuple(row.slots), document.origin("share", index)) for index, row in enumerate(model.share)]
+    return [
+        Share(tuple(row.slots), document.origin("share", index), row.exact) for index, row in enumerate(model.share)
+    ]
 
 
 def _step(step: schema.AlgorithmStep) -> tuple[str, dict[str, Any]]:
@@ -283,8 +287,12 @@ def _foreign(document: Document, path: Path) -> Recipe:
         entries=entries,
         algorithms=algorithms,
         exclusions=False,
+        share=None
+        if found.share is None
+        else [Share(tuple(slots), document.origin(*place), True) for slots, place in found.share],
         description=description,
         notes=_notes(document, found),
+        differs=[f"{document.origin(*place)}: {text}" for place, text in found.differs],
     )
 
 

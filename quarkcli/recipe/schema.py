@@ -110,6 +110,7 @@ class ShareModel(Strict):
 
     slots: list[str] = Field(min_length=1, description="patterns on weight slots, which share together")
     what: Literal["scale"] = Field(default="scale", description="what they share")
+    exact: bool = Field(default=False, description="these alone; weights that no row names then share nothing")
 
 
 class RecipeModel(Strict):

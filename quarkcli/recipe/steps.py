@@ -2,8 +2,8 @@
 
 Fields are checked against the tables of their system (Quark 0.13, ModelOpt 0.47). They keep their names but for those
 that our algorithms know under another one; what only steers how the other system computes is left out and noted.
-Quark's `scaling_layers`, `inside_layer_modules` and `model_decoder_layers` are kept as parameters; the one known form
-of a `condition` is parsed, and nothing is ever evaluated.
+Quark's `inside_layer_modules` of a solver becomes the `slots` it works on, `scaling_layers` and `model_decoder_layers`
+are kept as parameters; the one known form of a `condition` is parsed, and nothing is ever evaluated.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from quarkcli.errors import near_misses
+from quarkcli.recipe.entries import SLOTS
 from quarkcli.recipe.load import Path_
 from quarkcli.recipe.normalize import Located, Step
 from quarkcli.spec import E4M3_SPAN
@@ -181,6 +182,9 @@ _NO_MEANING = {
     "skip_forward_without_activation_calib": "no forward runs unless a scale needs it",
     "shared_states": "scale groups come from the model family",
 }
+# Modules of a block that a solver works on, by the ends of their names: what is left is rounded to nearest.
+_INSIDE = "inside_layer_modules"
+_SLOTTED = {"gptq", "gptaq", "qronos"}
 # Here the blocks are those of the loss.
 _MEANT = {("local_hessian", "block_size")}
 _MODELOPT_COMMON: dict[str, _Check] = {"moe_calib_experts_ratio": _number, "layerwise": _switch}
@@ -255,8 +259,9 @@ def _quark_step(row: Any, path: Path_, out: Steps) -> None:
     for key in _LEARNED:
         if given.pop(key, None):
             out.problems.append(((*path, key), f"'{key}' cannot be honoured: learned transforms belong to training"))
-    if given.pop("static_groups", True) is False:
-        out.problems.append(((*path, "static_groups"), "static_groups: false cannot be honoured: groups are static"))
+    if given.pop("static_groups", True) is False and given.get("desc_act", True) is not False:
+        text = "static_groups: false cannot be honoured beside desc_act: groups are static; write desc_act: false"
+        out.problems.append(((*path, "static_groups"), text))
     if isinstance(given.get("online_config"), Mapping):
         given["online_config"] = {k: v for k, v in given["online_config"].items() if k != "shared_input_rotation"}
     _finish(_QUARK_NAMES.get(old, old), given, _QUARK, _QUARK_REFUSED, path, out)
@@ -312,6 +317,8 @@ def _finish(
             out.problems.append((at, f"{name} has no field '{key}'{more}"))
         elif wrong := checks[key](value):
             out.problems.append((at, f"{key} {wrong}"))
+        elif key == _INSIDE and name in _SLOTTED:
+            parameters[SLOTS] = [f"*{module.lstrip('*')}.weight_quantizer" for module in value]
         elif key in _NO_MEANING and (name, key) not in _MEANT:
             out.notes.append((at, f"{key} is left out: {_NO_MEANING[key]}"))
         else:

@@ -12,16 +12,19 @@ import torch
 
 from quarkcli import finish, verify
 from quarkcli.errors import CheckError, ConfigError, UsageError
+from quarkcli.events import Message
 from quarkcli.plan.model import Plan
+from quarkcli.recipe import convert
 from quarkcli.recipe import recipe as recipes
 from quarkcli.recipe.entries import Origin, Share
-from quarkcli.recipe.recipe import from_scheme
+from quarkcli.recipe.recipe import from_config, from_scheme
 from tests import runs
 
-from .layouts import MIXTRAL, decided, origin, plan
+from .layouts import LLAMA, MIXTRAL, decided, origin, plan
 from .test_order import FP8, INT8, UP, recipe
 
 ATTENTION = "model.layers.0.self_attn"
+NVFP4_WEIGHT = "{element: fp4_e2m1, granularity: {group: 16}, scale: {dtype: e4m3, over: {dtype: f32}}}"
 ROW = Share(("*o_proj.weight_quantizer", "*down_proj.weight_quantizer"), Origin("own.yaml", 9, 5))
 
 
@@ -103,8 +106,54 @@ def test_from_file_to_checkpoint(rows: str, equal: set[tuple[str, str]], tmp_pat
     if equal:
         assert verify.directory(str(made.folder))
         return
+    told: list[Any] = []
+    checks = verify.directory(str(made.folder), tell=told.append)
+    [warning] = [event.text for event in told if isinstance(event, Message) and event.level == "warning"]
+    assert warning.startswith("8 scale groups do not share their per-tensor scales: servers keep one for each member")
+    assert "0 scale groups share their per-tensor scales" in checks
+
+
+def test_two_levels_must_share(tmp_path: Path) -> None:
+    """Block scales lie under the scale of the tensor, of which servers keep one."""
+    (tmp_path / "own.yaml").write_text(TEXT.replace("{element: fp8_e4m3}", NVFP4_WEIGHT) % "[]")
+    made = runs.run("demo", tmp_path / "out", recipe=str(tmp_path / "own.yaml"), dialect="compressed-tensors")
+    assert any("'quark verify' refuses the checkpoint" in text for text in made.prepared.warnings)
     with pytest.raises(CheckError, match="8 scale groups do not share their per-tensor scales"):
         verify.directory(str(made.folder))
+
+
+def exactly(*groups: tuple[str, ...], layout: Any = LLAMA, scheme: str = "nvfp4") -> Plan:
+    rows = [Share(tuple(f"*{leaf}.weight_quantizer" for leaf in group), exact=True) for group in groups]
+    return plan(replace(from_scheme(scheme), share=rows), layout)
+
+
+def test_exact_rows_join_these_weights_alone() -> None:
+    subset = exactly(("q_proj", "k_proj"))
+    assert groups(subset) == {("q_proj", "k_proj")}
+    assert "6 groups of weights that servers fuse do not share" in subset.warnings[0]
+    whole = exactly(("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+    assert groups(whole) == groups(plan("nvfp4")) and not whole.warnings
+    own = exactly(("o_proj", "down_proj"), ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+    assert groups(own) == {*groups(whole), ("o_proj", "down_proj")} and not own.warnings
+    absent = exactly(("q_proj", "nope"))  # of another system's list, not all of which is in each model
+    assert groups(absent) == set()
+    experts = exactly(("w1", "w3"), layout=MIXTRAL)
+    assert groups(experts) == {("w1", "w3")} and len(experts.shared()) == 2 * 4
+
+
+@pytest.mark.parametrize(("asked", "expected"), [
+    ([], set()),
+    ([["q_proj", "k_proj"]], {("q_proj", "k_proj")}),
+    ([["o_proj", "down_proj"]], {("o_proj", "down_proj")}),
+])  # fmt: skip
+def test_the_groups_of_a_quark_config(asked: list[list[str]], expected: set[tuple[str, ...]], tmp_path: Path) -> None:
+    spec = {"dtype": "fp8_e4m3", "qscheme": "per_tensor", "is_dynamic": False, "symmetric": True}
+    config = {"global_quant_config": {"weight": spec}, "exclude": ["lm_head"], "shared_scale_groups": asked}
+    made = plan(from_config(config))
+    assert groups(made) == expected
+    (tmp_path / "new.yaml").write_text(convert.as_native(from_config(config)))
+    again = plan(recipes.from_file(tmp_path / "new.yaml"))
+    assert groups(again) == expected
 
 
 def made_rows(folder: Path) -> Any:

@@ -211,3 +211,20 @@ def test_a_file_cannot_take_a_registered_name(register: Callable[..., None], hom
             catalog.find("schemes", "mine")
     finally:
         (home / "Mine.yaml").unlink()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "models/Step3.5-Flash/nvfp4-mlp-only.yaml",
+        "models/stepfun-ai/Step-3.5-Flash/ptq/nvfp4-mlp-only",
+        "huggingface/models/Step3.5-Flash/nvfp4-mlp-only.yml",
+    ],
+)
+def test_a_recipe_of_one_model_is_found_under_its_peers_name(name: str) -> None:
+    assert catalog.find_recipe(name).stem == "step3.5_flash-nvfp4_mlp_only"
+
+
+def test_a_folder_of_a_model_without_a_recipe() -> None:
+    with pytest.raises(ConfigError, match="no such recipe file"):
+        catalog.find_recipe("models/Nobody/nvfp4-mlp-only.yaml")

@@ -65,6 +65,22 @@ def test_a_legacy_file_says_how_it_is_written_today(tmp_path: Path) -> None:
     assert not recipe.from_file(write(tmp_path, [DENY])).notes
 
 
+def test_a_list_without_deny_all_differs_from_modelopt(tmp_path: Path) -> None:
+    rows = [{"quantizer_path": "*weight_quantizer", "cfg": INT8}]
+    for data in (rows, {"quant_cfg": rows}):
+        [text] = recipe.from_file(write(tmp_path, data)).differs
+        assert "no entry is for '*': ModelOpt quantizes what no entry names to int8" in text
+    assert not recipe.from_file(write(tmp_path, [DENY, *rows])).differs
+
+
+@pytest.mark.parametrize("section", ["auto_quantize", "quantize"])
+def test_a_search_is_refused_without_a_way_round(section: str, tmp_path: Path) -> None:
+    data = {"metadata": {"recipe_type": "auto_quantize"}, section: {}}
+    with pytest.raises(ConfigError, match="asks for a search among formats") as caught:
+        recipe.from_file(write(tmp_path, data))
+    assert "quantize:" not in caught.value.hint and "did you mean" not in caught.value.hint
+
+
 def test_a_quark_config(tmp_path: Path) -> None:
     spec = {"dtype": "int4", "qscheme": "per_group", "group_size": 128, "symmetric": True, "scale_type": "float"}
     found = recipe.from_file(write(tmp_path, {"global_quant_config": {"weight": spec}, "exclude": ["lm_head"]}))

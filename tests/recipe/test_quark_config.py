@@ -161,6 +161,31 @@ def test_what_has_no_meaning_here_is_noted() -> None:
     assert read(quiet).notes == []
 
 
+@pytest.mark.parametrize(
+    ("groups", "slots"),
+    [
+        (None, None),
+        ([], []),
+        ([["q_proj", "k_proj"]], [["*q_proj.weight_quantizer", "*k_proj.weight_quantizer"]]),
+        ([["*o_proj", "*down_proj"]], [["*o_proj.weight_quantizer", "*down_proj.weight_quantizer"]]),
+    ],
+)
+def test_groups_are_taken_as_asked_for(groups, slots) -> None:
+    found = read({**GLOBAL, "shared_scale_groups": groups}).share
+    assert (found if found is None else [patterns for patterns, _ in found]) == slots
+
+
+def test_one_scale_for_all_experts_is_said_where_it_is_not_asked_for() -> None:
+    [(path, text)] = read({**GLOBAL, "sync_moe_expert_input_amax": False}).differs
+    assert path == ("quant_cfg", "sync_moe_expert_input_amax")[1:] and "not honoured" in text
+    assert not read({**GLOBAL, "sync_moe_expert_input_amax": True}).differs
+
+
+def test_embeddings_are_quantized_without_a_note() -> None:
+    found = read({"layer_type_quant_config": {"Embedding": FP8}})
+    assert found.entries[1].parent_class == "nn.Embedding" and not found.notes
+
+
 def test_the_entries_are_canonical() -> None:
     kv = {"*k_proj": outputs(FP8)}
     found = read({**GLOBAL, "layer_quant_config": kv, "kv_cache_quant_config": kv, "exclude": ["lm_head"]})
@@ -187,7 +212,6 @@ def test_the_entries_are_canonical() -> None:
         ({**GLOBAL, "kv_cache_group": ["*k_proj"]}, "'*k_proj' of kv_cache_group has no entry"),
         ({**GLOBAL, "min_kv_scale": -1}, "min_kv_scale must be a number from 0 on"),
         ({**GLOBAL, "min_kv_scale": "1"}, "min_kv_scale must be a number"),
-        ({**GLOBAL, "shared_scale_groups": [["*o_proj", "*down_proj"]]}, "are not what servers fuse"),
         ({**GLOBAL, "shared_scale_groups": ["q_proj"]}, "must be a list of lists of names, not ['q_proj']"),
         ({**GLOBAL, "quant_mode": "eager"}, "quant_mode 'eager' is unknown"),
         ({**GLOBAL, "export": []}, ""),

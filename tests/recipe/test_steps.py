@@ -28,11 +28,18 @@ def test_quark_fields_under_our_names() -> None:
         "block_size": 64, "inside_layer_modules": INSIDE, "model_decoder_layers": "model.layers",
     }  # fmt: skip
     found = quark(given)
-    assert found.steps == [("gptq", {"damp": 0.02, "act_order": False})]  # the rest is in the model family
+    slots = [f"*{name}.weight_quantizer" for name in INSIDE]
+    assert found.steps == [("gptq", {"damp": 0.02, "act_order": False, "slots": slots})]
     assert {"damp", "act_order"} <= set(GPTQ.parameters)
-    noted = ["true_sequential", "block_size", "inside_layer_modules", "model_decoder_layers"]
+    noted = ["true_sequential", "block_size", "model_decoder_layers"]
     assert [path for path, _ in found.notes] == [("algo_config", field) for field in noted]
     assert found.problems == []
+
+
+def test_static_groups_go_without_the_order_of_activations() -> None:
+    found = quark({"name": "gptq", "static_groups": False, "desc_act": False})
+    assert (found.steps, found.problems) == ([("gptq", {"act_order": False})], [])
+    assert quark({"name": "gptq", "static_groups": False, "desc_act": True}).problems
 
 
 def test_the_one_known_condition_is_taken_apart() -> None:

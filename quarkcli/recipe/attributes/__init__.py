@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from quarkcli.errors import ConfigError
+from quarkcli.errors import ConfigError, near_misses
 from quarkcli.recipe.attributes import modelopt, native, quark
 from quarkcli.spec import TensorSpec, spec_to_yaml
 
@@ -46,6 +46,15 @@ def to_spec(cfg: Cfg, *, weight: bool) -> TensorSpec:
     spec, *after = [modelopt.to_spec(stage, weight=weight) for stage in stages]
     # What a native cfg may not say, no other vocabulary may.
     return native.to_spec(spec_to_yaml(replace(spec, then=after[0]) if after else spec))
+
+
+def check_names(stage: Mapping[str, Any]) -> None:
+    """Raises ConfigError for an attribute that no vocabulary knows, without looking at any value."""
+    known = set().union(*_OWN.values())
+    for key in stage:
+        if key not in known:
+            close = near_misses(str(key), known)
+            raise ConfigError(f"unknown attribute '{key}'", hint=f"did you mean '{close[0]}'?" if close else "")
 
 
 def _vocabulary(stages: Sequence[Mapping[str, Any]]) -> str:
