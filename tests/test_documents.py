@@ -60,6 +60,7 @@ def test_a_whole_surrogate_pair_is_a_letter() -> None:
         ({"num_hidden_layers": True}, r"num_hidden_layers must be a whole number, not True"),
         ({"quantization_config": []}, r"quantization_config must be an object, not \[\]"),
         ({"dtype": {"a": 1}}, "dtype must be a text"),
+        ({"quantization_config": {"quant_method": {"a": 1}}}, r"quantization_config\.quant_method must be a text"),
     ],
 )
 def test_shapes_say_the_path(config: dict[str, Any], message: str) -> None:

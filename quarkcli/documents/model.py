@@ -30,14 +30,20 @@ class TextConfig(Shape):
     thinker_config: TextConfig | None = None
 
 
+class Quantization(Shape):
+    """What says which dialect reads the rest."""
+
+    quant_method: str | None = None
+
+
 class Config(TextConfig):
     """config.json. The dialect that reads `quantization_config` checks what is in it."""
 
     architectures: list[str] | None = None
     model_type: str | None = None
     auto_map: dict[str, Any] | None = None
-    quantization_config: dict[str, Any] | None = None
-    compression_config: dict[str, Any] | None = None
+    quantization_config: Quantization | None = None
+    compression_config: Quantization | None = None
 
 
 class Index(Shape):
