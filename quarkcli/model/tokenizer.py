@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,17 @@ _TYPES: dict[str, tuple[tuple[type, ...], str]] = {
     "tokenizer_class": ((str,), "text"),
 }
 _PROBE = "A text."
+
+
+@contextmanager
+def _panics() -> Iterator[None]:
+    """A panic of the library's Rust code, a pattern of tokenizer.json without end among them, as a RuntimeError."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # it derives from BaseException and has no public place
+            raise
+        raise RuntimeError(str(error)) from error
 
 
 class Tokenizer:
@@ -99,7 +111,8 @@ class Tokenizer:
     def _encoded(self, text: str, special: bool) -> list[int]:
         with quiet():
             try:
-                return list(self._inner.encode(text, add_special_tokens=special))
+                with _panics():
+                    return list(self._inner.encode(text, add_special_tokens=special))
             except Exception as error:
                 raise _failed("fails on a text", type(self._inner).__name__, error) from error
 
@@ -130,7 +143,7 @@ class Tokenizer:
         self, messages: list[dict[str, Any]], tools: list[dict[str, Any]]
     ) -> tuple[list[int], list[int] | None]:
         marked = "{% generation %}" in str(self._inner.chat_template).replace("{%-", "{%").replace("-%}", "%}")
-        with one_day():
+        with one_day(), _panics():
             made = self._inner.apply_chat_template(
                 [self._as_template_takes(message) for message in messages],
                 tools=tools or None,

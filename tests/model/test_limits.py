@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+from tokenizers import Regex, pre_tokenizers
 
 from quarkcli.errors import DataError, ModelError
 from quarkcli.model import limits
@@ -57,3 +58,10 @@ def test_the_child_ends_with_what_started_it() -> None:
 def test_a_child_that_dies_is_out_of_bounds() -> None:
     with pytest.raises(OutOfBounds, match="memory"):
         Bounded(lambda: os._exit(1))()
+
+
+def test_a_pattern_of_the_tokenizer_without_end() -> None:
+    inner = tokenizer()
+    inner.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("(?=a)(a+)+(a+)+(a+)+b"), "isolated")
+    with pytest.raises(ModelError, match="the tokenizer fails on a text .*retry-limit"):
+        Tokenizer(inner).encode("a" * 200)
