@@ -63,5 +63,5 @@ def test_a_child_that_dies_is_out_of_bounds() -> None:
 def test_a_pattern_of_the_tokenizer_without_end() -> None:
     inner = tokenizer()
     inner.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("(?=a)(a+)+(a+)+(a+)+b"), "isolated")
-    with pytest.raises(ModelError, match="the tokenizer fails on a text .*retry-limit"):
+    with pytest.raises(ModelError, match=r"the tokenizer fails on a text .*retry-limit"):
         Tokenizer(inner).encode("a" * 200)
