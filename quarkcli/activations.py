@@ -2,7 +2,7 @@
 
 Torch-free to import.
 
-The job puts these on a block before it moves the carry on, and the evaluation rebuilds them from a written checkpoint.
+The job puts these on a block before it moves hidden states on; the evaluation rebuilds them from a written checkpoint.
 """
 
 from __future__ import annotations

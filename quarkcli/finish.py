@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from quarkcli import manifest, verify
+from quarkcli.family import text_config
 from quarkcli.options import Calibration, Prepared
 from quarkcli.plan.model import Plan
 from quarkcli.report import build
@@ -23,7 +25,9 @@ if TYPE_CHECKING:
 def write_config(prepared: Prepared, partial: Path, records: dict[str, dict[str, Any]]) -> None:
     """Step 9. Everything beside the weights; safe to repeat after an interruption."""
     config = prepared.dialect.config(prepared.plan)
-    atomic_write_text(partial / "config.json", with_key(prepared.source.config_text, config))
+    atomic_write_text(
+        partial / "config.json", with_keys(prepared.source.config_text, config, prepared.plan.config_changes)
+    )
     atomic_write_json(partial / "quantization_config.json", config)
     files = [file for record in records.values() for file in record["files"]]
     weight_map = {tensor: file["file"] for file in files for tensor in file["tensors"]}
@@ -33,9 +37,18 @@ def write_config(prepared: Prepared, partial: Path, records: dict[str, dict[str,
     atomic_write_text(partial / "quark" / "recipe.yaml", resolved_recipe(prepared))
 
 
-def with_key(config_text: str, quantization: dict[str, Any]) -> str:
-    """The source's config.json in its own order, with `quantization_config` added or replaced."""
+def with_keys(config_text: str, quantization: dict[str, Any], changes: Mapping[str, Any] | None = None) -> str:
+    """The source's config.json in its own order, with `quantization_config` added or replaced.
+
+    changes   keys that transforms set, where the config has them: at the top and in the text model's part
+    """
     config = json.loads(config_text)
+    for key, value in (changes or {}).items():
+        inner = text_config(config)
+        if isinstance(inner, dict) and key in inner:
+            inner[key] = value
+        if key in config or key not in inner:
+            config[key] = value
     config["quantization_config"] = quantization
     return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
 

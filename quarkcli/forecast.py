@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from quarkcli.contents import part_infos, part_targets, slug
 from quarkcli.dialects.base import Dialect, TensorInfo
 from quarkcli.family import HeaderLike
 from quarkcli.memory import without_collection
 from quarkcli.plan.model import Part, Plan, Target
+from quarkcli.plan.sizes import effective_bits
 from quarkcli.writer import plan_files, tensor_bytes
 
 # What the process itself takes before any tensor: interpreter and torch, and transformers when a model runs.
@@ -23,45 +25,12 @@ class Forecast:
     source_bytes: int
     output_bytes: int
     largest_part: int
-    carry_bytes: int
+    hidden_bytes: int
     memory_bytes: int
     disk_bytes: int
     effective_bits: float
     calibrated: bool
     dtypes: dict[str, int]
-
-
-def slug(part: Part) -> str:
-    """Part of the shard's file name: `embed`, `block-00003`, `tail`, `rest`."""
-    return part.kind if part.block is None else f"block-{part.block:05d}"
-
-
-def part_targets(plan: Plan) -> dict[str, list[Target]]:
-    """Targets by the file tensor they lie in."""
-    owners: dict[str, list[Target]] = {}
-    for target in plan.targets.values():
-        owners.setdefault(target.view.tensor, []).append(target)
-    return owners
-
-
-def part_infos(
-    plan: Plan, dialect: Dialect, part: Part, headers: Mapping[str, HeaderLike], owners: Mapping[str, list[Target]]
-) -> list[TensorInfo]:
-    """Every tensor that the part's files will hold."""
-    infos: list[TensorInfo] = []
-    for name in part.tensors:
-        if name in plan.kept:
-            infos.append(TensorInfo(name, headers[name].dtype, tuple(headers[name].shape)))
-            continue
-        for target in owners.get(name, ()):  # none: a quantized bias, which is its target's
-            if target.weight is not None:
-                infos += dialect.infos(target)
-            else:
-                infos.append(TensorInfo(f"{target.name}.weight", target.dtype, target.shape))
-    for attention in plan.attention.values():
-        if attention.part == part.index:
-            infos += dialect.attention_infos(attention)
-    return infos
 
 
 class _PartSize(NamedTuple):
@@ -100,6 +69,8 @@ def _row(
     kinds: Mapping[str, int],
 ) -> object:
     """What a block's tensor becomes, without the block's name, of `start` characters."""
+    if name in plan.dropped:
+        return name[start:], None
     if name in plan.kept:
         return name[start:], headers[name].dtype, headers[name].shape
     own = owners.get(name, ())
@@ -126,9 +97,9 @@ def forecast(
     calibrated: bool,
     tokens: int,
     hidden: int,
-    grams: bool,
+    solving: int,
 ) -> Forecast:
-    """Sizes of a plan in one dialect. `tokens` and `hidden` size the carry; `grams`: a solver keeps second moments."""
+    """Sizes of a plan in one dialect. `tokens` x `hidden` are the hidden states, `solving` is what a solver needs."""
     sizes = _part_sizes(plan, dialect, headers)
     output = sum(size.files for size in sizes)
     dtypes: dict[str, int] = {}
@@ -136,38 +107,19 @@ def forecast(
         for dtype, count in size.dtypes.items():
             dtypes[dtype] = dtypes.get(dtype, 0) + count
     largest = max(size.source for size in sizes)
-    carry = tokens * hidden * 2 if calibrated else 0
-    widest = max((run[0].shape[1] for run in plan.quantized_alike()), default=0)
-    moments = 4 * widest * widest * 4 if grams else 0
-    memory = RUNTIME_BYTES[calibrated] + int(largest * (2.5 if calibrated else 1.6)) + 2 * carry + moments
+    hidden = tokens * hidden * 2 if calibrated else 0
+    memory = RUNTIME_BYTES[calibrated] + int(largest * (2.5 if calibrated else 1.6)) + 2 * hidden + solving
     return Forecast(
         source_bytes=source_bytes,
         output_bytes=output,
         largest_part=largest,
-        carry_bytes=carry,
+        hidden_bytes=hidden,
         memory_bytes=memory,
-        disk_bytes=output + 2 * carry,
+        disk_bytes=output + 2 * hidden,
         effective_bits=effective_bits(plan),
         calibrated=calibrated,
         dtypes=dict(sorted(dtypes.items())),
     )
-
-
-def effective_bits(plan: Plan) -> float:
-    """Stored bits per quantized weight, scales included."""
-    bits = weights = 0.0
-    for run in plan.quantized_alike():
-        target = run[0]
-        assert target.weight is not None
-        bits += target.weight.bits_per_value(*target.shape) * target.numel * len(run)
-        weights += target.numel * len(run)
-    return bits / weights if weights else 0.0
-
-
-def expert_share(plan: Plan) -> tuple[int, int]:
-    """(quantized, all) parameters of routed experts."""
-    experts = [target for target in plan.targets.values() if target.expert is not None]
-    return sum(t.numel for t in experts if t.weight is not None), sum(t.numel for t in experts)
 
 
 def as_json(forecast: Forecast) -> dict[str, Any]:

@@ -96,12 +96,14 @@ def prepare(options: Options, tell: Listener = silent) -> Prepared:
     tell(Phase("check"))  # 4
     for step in steps:
         step.check(plan)
+    plan.changes = {step.key: step.changes(plan) for step in steps if step.kind == "transform"}
     preflight.check_plan(plan)
     preflight.check_servers(plan, options.target)
     dialect, reason = dialects.choose(options.dialect or recipe.dialect or "auto", plan)
     needs = preflight.data_needs(plan, steps)
-    calibration = preflight.calibration(options, recipe, source, needs)
-    size = preflight.forecast_of(plan, dialect, source, calibration, needs)
+    prepass = preflight.prepass_needs(plan, steps)
+    calibration = preflight.calibration(options, recipe, source, needs | prepass)
+    size = preflight.forecast_of(plan, dialect, source, calibration, steps)
     output = _expanded(options.output) or Path(f"{'demo' if options.model == 'demo' else source.name}-{recipe.name}")
     beside = side_files.gather(source)
     preflight.check_tokenizer(source, beside, calibration)
@@ -111,8 +113,8 @@ def prepare(options: Options, tell: Listener = silent) -> Prepared:
     warnings += calibration.warnings if calibration else ()
     warnings += idle.of_run(options, source, plan, needs, calibration)
     return Prepared(
-        options, recipe, source, layout, plan, steps, dialect, reason, needs, calibration, size, share, output, beside,
-        warnings,
+        options, recipe, source, layout, plan, steps, dialect, reason, needs, prepass, calibration, size, share,
+        output, beside, warnings,
     )  # fmt: skip
 
 
@@ -252,6 +254,7 @@ def _parts(
     """Steps 7 and 8: every part that the journal does not have, one at a time."""
     from quarkcli.part import PartWorker
     from quarkcli.pipeline import Pipeline
+    from quarkcli.prepass import decide
 
     plan, options = prepared.plan, prepared.options
     if journal.finished:
@@ -267,10 +270,11 @@ def _parts(
         place = f"going on at {todo[0].name}" if todo else "going on with the final steps"
         tell(Message(f"resuming: {len(plan.parts) - len(todo)} of {len(plan.parts)} parts are done; {place}"))
     tell(Phase("calibrate+quantize" if data is not None else "quantize"))
+    states = decide(prepared, data, runner, journal, tell)
     worker = PartWorker(
-        plan, prepared.dialect, prepared.steps, prepared.needs, None, tell,
+        plan, prepared.dialect, prepared.steps, prepared.needs, prepared.source.headers, None, tell,
         all_tokens=prepared.calibration is not None and prepared.calibration.moe == "all", strict=options.strict,
-        roles=prepared.layout.tensor_roles, on_nonfinite=options.on_nonfinite,
+        roles=prepared.layout.tensor_roles, on_nonfinite=options.on_nonfinite, states=states,
     )  # fmt: skip
     label = "+".join([prepared.recipe.name, *(name for name, _ in prepared.recipe.algorithms)])
     begun = time.monotonic()
@@ -316,6 +320,7 @@ def _walk(
     tell: Listener,
 ) -> Walk | None:
     """A walk that has not started; None when no part to do needs data."""
+    from quarkcli.calibration.moments import held_out, holds_out
     from quarkcli.part import last_part
     from quarkcli.walk import Walk, default_batch
 
@@ -323,14 +328,21 @@ def _walk(
         return None
     batch = default_batch(runner.device, data.tokens.shape[1], prepared.options.calib_batch)
     batch = journal.notes.get("batch", batch)
-    return Walk(runner, outside, data.tokens, data.mask, batch, tell)
+    streams = frozenset[str]().union(*(step.algorithm.streams for step in prepared.steps))
+    embedding = [target for target in prepared.plan.quantized() if target.is_embedding]
+    names = runner.outside_tensors()
+    return Walk(
+        runner, outside, data.tokens, data.mask, batch, tell, streams=sorted(streams, reverse=True),
+        held=held_out(*data.tokens.shape) if holds_out(prepared.needs) else None,
+        embedding=(lambda: prepared.source.read_many(names)) if embedding else None,
+    )  # fmt: skip
 
 
 def _take_up(walk: Walk, journal: Journal) -> None:
-    """Go on with the carry of the last finished part."""
-    carry = journal.carry()
-    if carry is not None:
-        walk.take([carry[name] for name in sorted(carry)])
+    """Go on with the hidden states behind the last finished part."""
+    stored = journal.hidden()
+    if stored is not None:
+        walk.take({stream: [stored[n] for n in sorted(stored) if n.startswith(f"{stream}/")] for stream in walk.hidden})
 
 
 def _fingerprint(prepared: Prepared, data: CalibrationData | None, device: str) -> dict[str, Any]:
@@ -352,6 +364,7 @@ def _fingerprint(prepared: Prepared, data: CalibrationData | None, device: str) 
         },
         "versions": {"quark": __version__, "torch": version("torch"), "transformers": version("transformers")},
         "device": device,
+        "ranks": 1,
     }
 
 

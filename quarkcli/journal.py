@@ -1,15 +1,15 @@
-"""What of an unfinished output is done, and the carry to go on with: `<output>.partial/.quark-state/`.
+"""What of an unfinished output is done, and the hidden states to go on with: `<output>.partial/.quark-state/`.
 
     lock                 held (flock) while a process works here; holds its pid
     fingerprint.json     everything that must be equal for a run to be continued
     journal.json         finished parts with their records, notes, a checksum; rewritten at once
-    carry-{a,b}.safetensors   used in turn: the one that journal.json names last is never written to
+    hidden-{a,b}.safetensors   used in turn: the one that journal.json names last is never written to
     replaced.json        where outputs that are being replaced were moved
 
 At the end the folder stands aside as `<output>.partial.state` until the output has its name, so that a kill in between
 is gone on from as well.
 
-The order of a finished part is: shards durable, carry durable, journal. A kill between any two leaves the state
+The order of a finished part is: shards durable, hidden states durable, journal. A kill between any two leaves the state
 before the part, and files that no record names, which the next `open` removes.
 """
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 Resume = Literal["auto", "never", "require"]
 
 SCHEMA = "quark/journal/2"
-_CARRIES = ("carry-a.safetensors", "carry-b.safetensors")
+_HIDDEN = ("hidden-a.safetensors", "hidden-b.safetensors")
 _ABSENT = "(absent)"
 _SHOWN_KEYS = 10
 _SHOWN_CHARACTERS = 80
@@ -53,7 +53,7 @@ class Journal:
         self._lock: int | None = lock
         self._made = made  # folders that were not there before, innermost first
         self._kept = False
-        self._parts: list[dict[str, Any]] = []  # name, record, carry ({file, sha256} or None)
+        self._parts: list[dict[str, Any]] = []  # name, record, hidden ({file, sha256} or None)
         self._notes: dict[str, Any] = {}
 
     @staticmethod
@@ -139,16 +139,16 @@ class Journal:
         """Keep a small JSON value durably. Raises ResourceError."""
         self._store(self._parts, {**self._notes, key: value})
 
-    def finish(self, part: str, record: dict[str, Any], carry: dict[str, torch.Tensor] | None = None) -> None:
+    def finish(self, part: str, record: dict[str, Any], hidden: dict[str, torch.Tensor] | None = None) -> None:
         """Record a part whose files are durable already, with what the next part needs. Raises ResourceError."""
         if part in self.finished:
             raise ValueError(f"part {part!r} is finished already")
-        stored = self._write_carry(carry) if carry is not None else None
-        self._store([*self._parts, {"name": part, "record": _plain(record), "carry": stored}], self._notes)
+        stored = self._write_hidden(hidden) if hidden is not None else None
+        self._store([*self._parts, {"name": part, "record": _plain(record), "hidden": stored}], self._notes)
 
-    def carry(self) -> dict[str, torch.Tensor] | None:
-        """The carry of the last finished part, None when it had none. Raises ConfigError when it is damaged."""
-        named = self._parts[-1]["carry"] if self._parts else None
+    def hidden(self) -> dict[str, torch.Tensor] | None:
+        """The hidden states of the last finished part, None when it had none. Raises ConfigError when it is damaged."""
+        named = self._parts[-1]["hidden"] if self._parts else None
         if named is None:
             return None
         path = self._state / named["file"]
@@ -163,16 +163,16 @@ class Journal:
     def verify(self) -> list[str]:
         """Read the files of finished parts once, and forget the parts whose files are not as they were written.
 
-        Where a carry leads from part to part, all parts after a lost one are forgotten with it. When the part before
-        has lost its carry to a later one, nothing can go on from there: all are forgotten. Returns the names of what
-        was forgotten. Raises ResourceError.
+        Where hidden states lead from part to part, all parts after a lost one are forgotten with it. When the part
+        before has lost its hidden states to a later one, nothing can go on from there: all are forgotten. Returns the
+        names of what was forgotten. Raises ResourceError.
         """
         with disk_errors(self._partial):
             lost = [index for index, part in enumerate(self._parts) if not self._has_files(part)]
         if not lost:
             return []
-        if any(part["carry"] for part in self._parts):
-            first = 0 if lost[0] and self._carry_is_overwritten(lost[0]) else lost[0]
+        if any(part["hidden"] for part in self._parts):
+            first = 0 if lost[0] and self._hidden_is_overwritten(lost[0]) else lost[0]
             lost = list(range(first, len(self._parts)))
         dropped = [self._parts[index]["name"] for index in lost]
         self._store([part for part in self._parts if part["name"] not in dropped], self._notes)
@@ -189,7 +189,7 @@ class Journal:
         """Move the state out of the directory that is about to be published, in one rename; `lock` finds it there."""
         aside = aside_path(self._partial)
         with disk_errors(self._state):
-            for name in _CARRIES:
+            for name in _HIDDEN:
                 (self._state / name).unlink(missing_ok=True)
             remove(aside)
             self._state.rename(aside)
@@ -231,7 +231,7 @@ class Journal:
         try:
             if stored["schema"] != SCHEMA or stored["sha256"] != _checksum(stored["parts"], stored["notes"]):
                 raise _damaged(path)
-            self._parts = [{key: part[key] for key in ("name", "record", "carry")} for part in stored["parts"]]
+            self._parts = [{key: part[key] for key in ("name", "record", "hidden")} for part in stored["parts"]]
             self._notes = dict(stored["notes"])
         except (KeyError, TypeError, ValueError) as error:
             raise _damaged(path) from error
@@ -243,18 +243,18 @@ class Journal:
         atomic_write_json(self._state / "journal.json", stored)
         self._parts, self._notes = parts, notes
 
-    def _write_carry(self, carry: dict[str, torch.Tensor]) -> dict[str, str]:
-        last = self._parts[-1]["carry"] if self._parts else None
-        file = _CARRIES[1] if last and last["file"] == _CARRIES[0] else _CARRIES[0]
-        return {"file": file, "sha256": write_tensors(self._state / file, carry).sha256}
+    def _write_hidden(self, hidden: dict[str, torch.Tensor]) -> dict[str, str]:
+        last = self._parts[-1]["hidden"] if self._parts else None
+        file = _HIDDEN[1] if last and last["file"] == _HIDDEN[0] else _HIDDEN[0]
+        return {"file": file, "sha256": write_tensors(self._state / file, hidden).sha256}
 
     def _has_files(self, part: dict[str, Any]) -> bool:
         return all(_is_sound(self._partial / file["file"], file) for file in part["record"].get("files", []))
 
-    def _carry_is_overwritten(self, count: int) -> bool:
-        """True when a part after the first `count` wrote to the file that holds the carry of the last of them."""
-        last = self._parts[count - 1]["carry"]
-        later = [part["carry"]["file"] for part in self._parts[count:] if part["carry"]]
+    def _hidden_is_overwritten(self, count: int) -> bool:
+        """True when a part after the first `count` wrote to the file with the hidden states of the last of them."""
+        last = self._parts[count - 1]["hidden"]
+        later = [part["hidden"]["file"] for part in self._parts[count:] if part["hidden"]]
         return last is not None and last["file"] in later
 
     def _wipe(self) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from quarkcli.algorithms.base import Algorithm
+from quarkcli.algorithms.base import Assignment
 from quarkcli.dialects.base import Dialect
 from quarkcli.family import Layout
 from quarkcli.forecast import Forecast
@@ -83,13 +83,20 @@ class Prepared:
     source: Source
     layout: Layout
     plan: Plan
-    steps: list[Algorithm]
+    steps: list[Assignment]
     dialect: Dialect
     dialect_reason: str
     needs: dict[str, set[str]]
+    prepass: dict[str, set[str]]
     calibration: Calibration | None
     forecast: Forecast
     coverage: Coverage
     output: Path
     side_files: SideFiles
     warnings: list[str]
+
+    @property
+    def seed(self) -> int:
+        """What everything random starts from."""
+        given = self.options.seed if self.options.seed is not None else self.recipe.seed
+        return given or 0

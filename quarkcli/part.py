@@ -1,6 +1,6 @@
 """One part of the model: statistics, algorithms, packing, and its way on as the decoded packed weights.
 
-`PartWorker.work` is what the job does to each part; nothing outlives it but packed tensors, the carry and a record.
+`PartWorker.work` is what the job does to each part; nothing outlives it but packed tensors, hidden states and a record.
 """
 
 from __future__ import annotations
@@ -13,16 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quarkcli.activations import ActivationQuantizer, AttentionQuantizer, quantizing_handlers
-from quarkcli.algorithms.base import Algorithm, PartWork
+from quarkcli.algorithms.base import Assignment, Moment, Needs, Problem, Refiner, Solver, Transform
+from quarkcli.algorithms.rtn import RoundToNearest
 from quarkcli.calibration.statistics import Statistics, site_parts
-from quarkcli.dialects.base import Decoded, Dialect, StoredTarget
+from quarkcli.contents import Copied, copied, part_targets
+from quarkcli.dialects.base import Dialect
 from quarkcli.errors import DataError, ModelError, QuarkError
 from quarkcli.events import Listener, Message, Working
+from quarkcli.family import HeaderLike
 from quarkcli.nonfinite import HINT, NonFinite, OnNonfinite
 from quarkcli.numerics.observers import weight_amax
 from quarkcli.numerics.quantize import Quantized, dequantize, quantize, static_scale, tensor_amax
+from quarkcli.numerics.solve import dead_inputs
 from quarkcli.plan.model import Part, Plan, Target
+from quarkcli.problems import problems
+from quarkcli.rewriting import Rewriting
+from quarkcli.served import handlers, own_scales, put_decoded
 from quarkcli.spec import PerTile
 from quarkcli.walk import Walk
 
@@ -41,7 +47,6 @@ class PartResult:
     tensors: dict[str, Tensor]
     error: float | None
     weight_errors: dict[str, float]
-    losses: dict[str, float]
     expert_tokens: dict[str, dict[int, int]]
     warnings: list[str] = field(default_factory=list)
     seconds: float = 0.0
@@ -94,17 +99,20 @@ def check_loaded(plan: Plan, needs: Mapping[str, set[str]], runner: Any) -> str 
 class PartWorker:
     """Works on the parts of one plan, in order.
 
-    walk      the carry, or None when nothing needs data
+    walk      the hidden states, or None when nothing needs data
     needs     from `data_needs`
+    headers   of the source
     roles     role of every tensor that the family knows
+    states    what transforms decided for the whole model, by name
     """
 
     def __init__(
         self,
         plan: Plan,
         dialect: Dialect,
-        algorithms: list[Algorithm],
+        steps: list[Assignment],
         needs: Mapping[str, set[str]],
+        headers: Mapping[str, HeaderLike],
         walk: Walk | None,
         tell: Listener,
         *,
@@ -112,10 +120,16 @@ class PartWorker:
         strict: bool = False,
         roles: Mapping[str, str] | None = None,
         on_nonfinite: OnNonfinite = "stop",
+        states: Mapping[str, Any] | None = None,
     ) -> None:
         self.plan = plan
         self.dialect = dialect
-        self.algorithms = algorithms
+        self.solvers = [
+            (step, step.algorithm, step.needs(plan)) for step in steps if isinstance(step.algorithm, Solver)
+        ]
+        self.refiners = [(s, s.algorithm) for s in steps if isinstance(s.algorithm, Refiner)]
+        self.transforms = [(s, s.algorithm) for s in steps if isinstance(s.algorithm, Transform)]
+        self.states: Mapping[str, Any] = states or {}
         self.needs = needs
         self.walk = walk
         self.tell = tell
@@ -124,22 +138,29 @@ class PartWorker:
         self.roles = roles or {}
         self.on_nonfinite = on_nonfinite
         self.last = last_part(plan, needs)
-        self.owners: dict[str, list[Target]] = {}
-        for target in plan.targets.values():
-            self.owners.setdefault(target.view.tensor, []).append(target)
+        self.headers = headers
+        self.owners = part_targets(plan)
 
     def work(self, part: Part, tensors: dict[str, Tensor]) -> PartResult:
-        """Quantize one part. `tensors` in source form, on the device; they are overwritten when the walk goes on."""
+        """Quantize one part. `tensors` in source form, on the device; they are overwritten when the walk goes on.
+
+        In order: transforms before, observe, transforms after, static scales, solve and refine, pack, advance.
+        """
         started = time.perf_counter()
         self.warnings: list[str] = []
-        kept = self._kept(part, tensors)
-        nonfinite = self._nonfinite(kept)
-        statistics, before = self._observe(part, tensors)
         self.silent: list[str] = []
+        self.dead_inputs: dict[str, int] = {}
+        nonfinite = self._nonfinite(part, tensors)
+        rewriting = Rewriting(self.plan, part, tensors, self.transforms, self.states)
+        rewriting.before()
+        statistics, before = self._observe(part, tensors)
+        for step, transform in self.transforms:
+            if statistics is not None and rewriting.after(step, transform, statistics):
+                statistics, before = self._observe(part, tensors)
         scales = self._static_scales(part, statistics)
-        packed, work, weight_errors = self._quantize(part, tensors, statistics, scales)
-        attention = self._attention(part, scales)
-        out = kept | packed | attention
+        packed, weight_errors = self._quantize(part, tensors, statistics, scales)
+        kept = {row.info.name: _copy(row, tensors) for row in self._copied(part)}
+        out = kept | packed | self._attention(part, scales) | rewriting.added
         expert_tokens = statistics.expert_tokens() if statistics else {}
         self._check_experts(expert_tokens)
         del statistics
@@ -148,9 +169,12 @@ class PartWorker:
         if before is not None and after is not None and weight_errors:
             error = _relative(before, after)
         return PartResult(
-            out, error, weight_errors, work.losses, expert_tokens, self.warnings, time.perf_counter() - started,
-            work.dead_inputs, self.silent, list(nonfinite.parameters), list(nonfinite.others),
+            out, error, weight_errors, expert_tokens, self.warnings, time.perf_counter() - started,
+            self.dead_inputs, self.silent, list(nonfinite.parameters), list(nonfinite.others),
         )  # fmt: skip
+
+    def _copied(self, part: Part) -> list[Copied]:
+        return list(copied(self.plan, part, self.headers, self.owners))
 
     def _warn(self, text: str) -> None:
         self.warnings.append(text)
@@ -168,7 +192,7 @@ class PartWorker:
             return Statistics(self.plan, part.index, self.needs, walk.runner, self.all_tokens)
 
         if part.block is None:
-            return walk.observe_tail(new), None
+            return walk.observe_tail(new, tensors), None
         walk.runner.load_block(part.block, tensors)
         return walk.observe(part.block, new)
 
@@ -208,7 +232,8 @@ class PartWorker:
 
     def _quantize(
         self, part: Part, tensors: Mapping[str, Tensor], statistics: Statistics | None, scales: Mapping[str, Tensor]
-    ) -> tuple[dict[str, Tensor], PartWork, dict[str, float]]:
+    ) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """Packed tensors by file name, and the error of every weight."""
         targets = list(self.plan.quantized(part.index))
         packed: dict[str, Tensor] = {}
         errors: dict[str, float] = {}
@@ -216,24 +241,56 @@ class PartWorker:
         def weight(target: Target) -> Tensor:
             return target.view.of(tensors[target.view.tensor])
 
-        def finish(target: Target, quantized: Quantized) -> None:
-            bias = self._bias(target, tensors)
-            packed.update(self.dialect.tensors(target, quantized, _own(target, scales), bias))
-            self.tell(Working(f"quantizing {part.name}, {len(errors) + 1} of {len(targets)} weights"))
-            errors[target.name] = _weight_error(weight(target), quantized, target)
+        def amax(target: Target) -> Tensor | None:
+            return shared.get(target.scale_group)
+
+        def moment(site: str, expert: int | None) -> Moment | None:
+            return statistics.moment(site, expert) if statistics is not None else None
 
         self.tell(Working(f"quantizing {part.name}"))
         shared = _group_amax(targets, weight)
-        work = PartWork(targets, weight, lambda t: shared.get(t.scale_group), finish, self._warn)
-        for algorithm in self.algorithms if targets else ():
-            try:
-                algorithm.apply(work, statistics)
-            except DataError:
-                for target in targets:  # say which weight it was
-                    named(f"{target.name}.weight", tensor_amax, weight(target))
-                raise
+        for step, solver, needs in self.solvers:
+            mine = [target for target in targets if step.takes(target)]
+            for problem in problems(mine, needs, moment, weight, amax, self._warn):
+                solved = self._refine(problem, self._solve(solver, needs, problem))
+                for target, source, quantized in zip(problem.targets, problem.weights, solved, strict=True):
+                    bias = self._bias(target, tensors)
+                    packed.update(self.dialect.tensors(target, quantized, own_scales(target, scales), bias))
+                    self.tell(Working(f"quantizing {part.name}, {len(errors) + 1} of {len(targets)} weights"))
+                    errors[target.name] = _weight_error(source, quantized, target)
         assert len(errors) == len(targets), "a solver left weights out"
-        return packed, work, errors
+        return packed, errors
+
+    def _solve(self, solver: Solver, needs: Needs, problem: Problem) -> list[Quantized]:
+        """Codes and scales of a problem; rounded to nearest where the solver has no solution, and said.
+
+        needs   what the solver asked for; without data for it, a solver that needs some is not called
+        """
+        moment = problem.moment
+        if moment is not None:
+            dead = int(dead_inputs(moment.gram).sum())
+            self.dead_inputs.update(dict.fromkeys((target.name for target in problem.targets), dead) if dead else {})
+        elif problem.site in needs:
+            self._warn(f"{problem.name}: no calibration token; rounded to nearest instead of {solver.name}")
+        try:
+            if moment is not None or not needs:
+                solved = solver.solve(problem)
+                if solved is not None:
+                    return solved
+                tokens = moment.tokens if moment is not None else 0
+                self._warn(f"{problem.name}: {solver.name} finds no solution on {tokens} tokens; rounded to nearest")
+            return RoundToNearest().solve(problem)
+        except DataError:
+            for target, weight in zip(problem.targets, problem.weights, strict=True):  # say which weight it was
+                named(f"{target.name}.weight", tensor_amax, weight)
+            raise
+
+    def _refine(self, problem: Problem, quantized: list[Quantized]) -> list[Quantized]:
+        """What refiners make of the weights of a problem that are theirs."""
+        for step, refiner in self.refiners:
+            if all(map(step.takes, problem.targets)):
+                quantized = refiner.refine(problem, quantized)
+        return quantized
 
     def _bias(self, target: Target, tensors: Mapping[str, Tensor]) -> Quantized | None:
         """Codes of the bias as a matrix [1, out], where its slot is quantized."""
@@ -250,23 +307,11 @@ class PartWorker:
                 out |= self.dialect.attention_tensors(module, own)
         return out
 
-    def _kept(self, part: Part, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors copied as they are, and the unquantized experts of a fused tensor that has quantized ones."""
-        out: dict[str, Tensor] = {}
-        for name in part.tensors:
-            if name in self.plan.kept:
-                out[name] = tensors[name]
-                continue
-            for target in self.owners.get(name, ()):  # none: a quantized bias
-                if target.weight is None:
-                    out[f"{target.name}.weight"] = target.view.of(tensors[name]).contiguous()
-        return out
-
-    def _nonfinite(self, kept: Mapping[str, Tensor]) -> NonFinite:
+    def _nonfinite(self, part: Part, tensors: Mapping[str, Tensor]) -> NonFinite:
         """What kept tensors hold that is no number. Raises DataError for a parameter unless it is to be kept."""
         found = NonFinite(self.roles)
-        for name, tensor in kept.items():
-            found.look(name, tensor)
+        for row in self._copied(part):
+            found.look(row.info.name, _copy(row, tensors))
         first = found.first()
         if first is not None and self.on_nonfinite == "stop":
             raise DataError(first[1], where=first[0], hint=HINT)
@@ -277,63 +322,22 @@ class PartWorker:
     def _advance(
         self, part: Part, tensors: dict[str, Tensor], packed: Mapping[str, Tensor], scales: Mapping[str, Tensor]
     ) -> Tensor | None:
-        """Move the carry through the block as it will be served: decoded packed weights, quantized inputs.
+        """Move hidden states through the block as it will be served: decoded packed weights, quantized inputs.
 
         Returns the output for the first batch; after the last part that needs data, nothing else is run.
         """
         if self.walk is None or part.block is None or part.index > self.last:
             return None
-        for target in self.plan.quantized(part.index):
-            decoded = decode(self.dialect, target, packed)
-            assert target.weight is not None
-            target.view.of(tensors[target.view.tensor]).copy_(dequantize(decoded.weight, target.weight))
-            if decoded.bias is not None and target.bias_spec is not None and target.bias is not None:
-                tensors[target.bias].copy_(dequantize(decoded.bias, target.bias_spec).reshape(-1))
+        put_decoded(self.plan, self.dialect, part, tensors, packed)
         self.walk.runner.load_block(part.block, tensors)
-        handlers = quantizing_handlers(self._activations(part, scales), self._attentions(part, scales))
+        served = handlers(self.plan, part, scales, self.walk.runner.loads)
         if part.index < self.last:
-            self.walk.advance(part.block, handlers)
-            after = self.walk.carry[0]
+            self.walk.advance(part.block, served)
+            after = self.walk.served[0]
         else:
-            after = self.walk.probe(part.block, handlers)
+            after = self.walk.probe(part.block, served)
         self.walk.runner.unload_block(part.block)
         return after
-
-    def _activations(self, part: Part, scales: Mapping[str, Tensor]) -> Iterable[ActivationQuantizer]:
-        assert self.walk is not None
-        for target in self.plan.quantized(part.index):
-            own, tensor = _own(target, scales), target.view.tensor
-            if not self.walk.runner.loads(tensor):
-                continue
-            layer, expert = target.expert or ("", None)
-            if target.input is not None:
-                down = target.role == "expert_down"
-                yield ActivationQuantizer(tensor, target.input, own.get("input"), expert, down, layer)
-            if target.output is not None:
-                yield ActivationQuantizer(tensor, target.output, own.get("output"), output=True)
-
-    def _attentions(self, part: Part, scales: Mapping[str, Tensor]) -> Iterable[AttentionQuantizer]:
-        for module in self.plan.attention.values():
-            if module.part == part.index and module.specs:
-                own = {
-                    kind: scales[f"{module.name}.{kind}"] for kind in module.specs if f"{module.name}.{kind}" in scales
-                }
-                yield AttentionQuantizer(self.plan.targets[module.k_proj].view.tensor, module.specs, own)
-
-
-def decode(dialect: Dialect, target: Target, packed: Mapping[str, Tensor]) -> Decoded:
-    """What a server makes of a target's packed tensors, given by file name."""
-    assert target.weight is not None
-    names = tuple(info.name for info in dialect.infos(target))
-    stored = StoredTarget(
-        target.name, target.weight, target.input, target.shape, names, target.output, target.bias_spec
-    )  # fmt: skip
-    return dialect.decode(stored, {name: packed[name] for name in names})
-
-
-def _own(target: Target, scales: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The static scales of a target by slot kind."""
-    return {kind: scales[f"{target.name}.{kind}"] for kind in ("input", "output") if f"{target.name}.{kind}" in scales}
 
 
 def _group_amax(targets: list[Target], weight: Any) -> dict[str, Tensor]:
@@ -356,6 +360,12 @@ def named(name: str, call: Any, *args: Any) -> Any:
     except QuarkError as error:
         error.where = f"{name}{error.where or ''}"
         raise
+
+
+def _copy(row: Copied, tensors: Mapping[str, Tensor]) -> Tensor:
+    """The values of a tensor that is written in the source's form."""
+    tensor = tensors[row.tensor]
+    return tensor if row.target is None else row.target.view.of(tensor).contiguous()
 
 
 def _weight_error(weight: Tensor, quantized: Quantized, target: Target) -> float:

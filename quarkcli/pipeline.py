@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quarkcli.contents import slug
 from quarkcli.errors import Stopped
-from quarkcli.forecast import slug
 from quarkcli.journal import Journal
 from quarkcli.numerics.quantize import dequantize
-from quarkcli.part import PartResult, PartWorker, decode
-from quarkcli.plan.model import Part, Target
+from quarkcli.part import PartResult, PartWorker
+from quarkcli.plan.model import Part
+from quarkcli.served import decode
 from quarkcli.source import Source, read_headers, read_tensors
 from quarkcli.writer import write_part
 
@@ -59,28 +60,29 @@ class Pipeline:
         return {name: tensor.to(self.device) for name, tensor in tensors.items()}
 
     def write(self, part: Part, result: PartResult, worker: PartWorker) -> None:
-        """Make the part durable and note it in the journal, with the carry when later parts need it."""
-        carry = batch = None
-        # Before the first block there is no carry: tokens are embedded again.
-        if worker.walk is not None and worker.walk.carry and part.index < worker.last:
-            carry = {f"{index:06d}": hidden.cpu() for index, hidden in enumerate(worker.walk.carry)}
+        """Make the part durable and note it in the journal, with the hidden states that later parts need."""
+        hidden = batch = None
+        # Before the first block there are none: tokens are embedded again.
+        if worker.walk is not None and worker.walk.served and part.index < worker.last:
+            streams = worker.walk.hidden.items()
+            hidden = {f"{stream}/{i:06d}": one.cpu() for stream, states in streams for i, one in enumerate(states)}
             batch = worker.walk.batch
         tensors = {name: tensor.cpu() for name, tensor in result.tensors.items()}
         result.tensors.clear()
-        self._in_background(lambda: self._write(part, tensors, result.record(), carry, batch))
+        self._in_background(lambda: self._write(part, tensors, result.record(), hidden, batch))
 
     def _write(
         self,
         part: Part,
         tensors: dict[str, Tensor],
         record: dict[str, Any],
-        carry: dict[str, Tensor] | None,
+        hidden: dict[str, Tensor] | None,
         batch: int | None,
     ) -> None:
         if batch is not None and batch != self.journal.notes.get("batch"):
             self.journal.note("batch", batch)
         files = write_part(self.partial, slug(part), tensors)
-        self.journal.finish(part.name, {**record, "files": [file.record() for file in files]}, carry)
+        self.journal.finish(part.name, {**record, "files": [file.record() for file in files]}, hidden)
 
     def _in_background(self, job: Callable[[], None]) -> None:
         if self.pool is None:
@@ -91,20 +93,35 @@ class Pipeline:
         self._writing = self.pool.submit(job)
 
     def outside(self, names: list[str], worker: PartWorker) -> dict[str, Tensor]:
-        """Tensors outside the blocks as they are served: quantized embeddings decoded from the files written."""
-        targets = [t for t in worker.plan.quantized() if t.is_embedding and t.view.tensor in names]
-        kept = self.source.read_many([name for name in names if name not in {t.view.tensor for t in targets}])
-        return kept | {target.view.tensor: self._served(target, worker) for target in targets}
+        """Tensors outside the blocks as they are served.
 
-    def _served(self, target: Target, worker: PartWorker) -> Tensor:
-        assert target.weight is not None
+        Those of finished parts that are quantized or changed come from the files written, quantized ones decoded.
+        """
         self.drain()
-        record = self.journal.finished[worker.plan.parts[target.part].name]
-        packed: dict[str, Tensor] = {}
-        for file in record["files"]:
+        plan, done = worker.plan, self.journal.finished
+        found: dict[str, Tensor] = {}
+        for part in plan.parts:
+            if part.block is None and part.name in done:
+                found |= self._served(part, [name for name in part.tensors if name in names], worker)
+        rest = self.source.read_many([name for name in names if name not in found])
+        return {name: found[name] if name in found else rest[name] for name in names}
+
+    def _served(self, part: Part, names: list[str], worker: PartWorker) -> dict[str, Tensor]:
+        """Those of `names` that the finished part holds in another form than the source."""
+        plan = worker.plan
+        targets = {t.view.tensor: t for t in plan.quantized(part.index) if t.view.tensor in names}
+        changed = [name for name in names if name in plan.changed and name not in targets]
+        if not targets and not changed:
+            return {}
+        written: dict[str, Tensor] = {}
+        for file in self.journal.finished[part.name]["files"]:
             path = self.partial / file["file"]
-            packed |= read_tensors(path, read_headers(path, path.name))
-        return dequantize(decode(worker.dialect, target, packed).weight, target.weight)
+            written |= read_tensors(path, read_headers(path, path.name))
+        served = {name: written[name] for name in changed}
+        for name, target in targets.items():
+            assert target.weight is not None
+            served[name] = dequantize(decode(worker.dialect, target, written).weight, target.weight)
+        return served
 
     def drain(self) -> None:
         """Wait until everything handed over is durable; raises what went wrong."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quarkcli import family, forecast
-from quarkcli.algorithms.base import Algorithm
+from quarkcli.algorithms.base import Assignment
 from quarkcli.dialects.base import Dialect
 from quarkcli.errors import AccessError, ConfigError, DataError, ModelError, ResourceError, UsageError
 from quarkcli.events import Listener, Message, Working
@@ -134,7 +134,7 @@ def _check_weight_observers(target: Target) -> None:
         )
 
 
-def data_needs(plan: Plan, steps: Iterable[Algorithm]) -> dict[str, set[str]]:
+def data_needs(plan: Plan, steps: Iterable[Assignment]) -> dict[str, set[str]]:
     """Kinds of statistics by site: what static scales and algorithms wait for. Empty: no data is needed."""
     needs: dict[str, set[str]] = {}
     for _, site, spec in plan.activations():
@@ -142,6 +142,15 @@ def data_needs(plan: Plan, steps: Iterable[Algorithm]) -> dict[str, set[str]]:
             needs.setdefault(site, set()).add(spec.observer.statistic)
     for step in steps:
         for site, kinds in step.needs(plan).items():
+            needs.setdefault(site, set()).update(kinds)
+    return needs
+
+
+def prepass_needs(plan: Plan, steps: Iterable[Assignment]) -> dict[str, set[str]]:
+    """Kinds of statistics by site that transforms want of the source model before part 0."""
+    needs: dict[str, set[str]] = {}
+    for step in steps:
+        for site, kinds in step.prepass(plan).items():
             needs.setdefault(site, set()).update(kinds)
     return needs
 
@@ -208,7 +217,7 @@ def _check_data(data: str) -> None:
 
 
 def forecast_of(
-    plan: Plan, dialect: Dialect, source: Source, calibration: Calibration | None, needs: Mapping[str, set[str]]
+    plan: Plan, dialect: Dialect, source: Source, calibration: Calibration | None, steps: Iterable[Assignment]
 ) -> forecast.Forecast:
     """Sizes of this plan in this dialect."""
     hidden = family.text_config(source.config).get("hidden_size")
@@ -220,7 +229,7 @@ def forecast_of(
         calibrated=calibration is not None,
         tokens=calibration.samples * calibration.seqlen if calibration else 0,
         hidden=hidden if isinstance(hidden, int) else 0,
-        grams=any("gram" in kinds for kinds in needs.values()),
+        solving=max(step.memory(plan) for step in steps),
     )
 
 

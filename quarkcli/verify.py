@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quarkcli import forecast, manifest, nonfinite
+from quarkcli import contents, manifest, nonfinite
 from quarkcli.checkpoint import Checkpoint
 from quarkcli.dialects.base import Decoded, Dialect, StoredTarget
 from quarkcli.errors import CheckError, ModelError
@@ -30,11 +30,11 @@ _COST = "servers keep one for each member, or round all codes again with the lar
 def against_plan(folder: Path, plan: Plan, dialect: Dialect, source_headers: Mapping[str, HeaderLike]) -> list[str]:
     """Check that a directory holds what the plan says. Returns what was checked; raises CheckError."""
     written = _open(folder)
-    owners = forecast.part_targets(plan)
+    owners = contents.part_targets(plan)
     expected = {
         info.name: info
         for part in plan.parts
-        for info in forecast.part_infos(plan, dialect, part, source_headers, owners)
+        for info in contents.part_infos(plan, dialect, part, source_headers, owners)
     }
     missing = sorted(set(expected) - set(written.headers))
     surplus = sorted(set(written.headers) - set(expected))

@@ -1,13 +1,14 @@
 """THE loop over decoder blocks: load, forward, tap, forget. Used by the job and by the evaluation.
 
-A `Walk` holds the carry: what each batch hands from one block to the next. `observe` runs a block once and feeds
-statistics; `advance` runs it and moves the carry on. Out of device memory, both halve the batch and start the block
+A `Walk` holds the hidden states of its streams, one tensor per batch. `observe` runs a block once and feeds
+statistics; `advance` runs it and moves the streams on. Out of device memory, both halve the batch and start the block
 again, so nothing is counted twice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,8 +17,9 @@ from torch import Tensor
 from quarkcli.errors import ModelError, ResourceError
 from quarkcli.events import Listener, Message, Working
 
+SERVED, SOURCE = "served", "source"
 CPU_TOKENS = 2048  # tokens in one forward on a CPU, whatever the batch asked for: the same bits for every batch size
-HIDDEN_SHARE = 4  # the carry stays on the device while it takes less than one part in this of its free memory
+HIDDEN_SHARE = 4  # hidden states stay on the device while they take less than one part in this of its free memory
 
 
 def default_batch(device: torch.device, seqlen: int, asked: int | None) -> int:
@@ -28,13 +30,20 @@ def default_batch(device: torch.device, seqlen: int, asked: int | None) -> int:
 
 
 class Walk:
-    """Token rows on their way through the blocks of a model.
+    """Token rows on their way through the blocks of a model, in one stream of hidden states or two.
 
-    runner   `model.runner.Runner`
-    outside  reads the weights outside the blocks (embedding, final norm, head)
-    tokens   int64 [rows, seqlen]
-    mask     bool [rows, seqlen] or None; False on padding, used by statistics only
-    batch    rows in one forward
+    `served` hidden states come from the quantized blocks below; `source` ones, when asked for, from those of the
+    source model, for the same tokens.
+
+    runner     `model.runner.Runner`
+    outside    reads the weights outside the blocks (embedding, final norm, head) as they are served
+    tokens     int64 [rows, seqlen]
+    mask       bool [rows, seqlen] or None; False on padding, used by statistics only
+    batch      rows in one forward
+    held       bool [rows, seqlen] or None; True for held-out tokens
+    embedding  reads the weights outside the blocks as the source has them, where a second stream needs them; None:
+               they are those of `outside`
+    streams    their names
     """
 
     def __init__(
@@ -45,6 +54,10 @@ class Walk:
         mask: Tensor | None,
         batch: int,
         tell: Listener,
+        *,
+        streams: Iterable[str] = (SERVED,),
+        held: Tensor | None = None,
+        embedding: Callable[[], Mapping[str, Tensor]] | None = None,
     ) -> None:
         self.runner = runner
         self.outside = outside
@@ -52,118 +65,160 @@ class Walk:
         self.mask = mask
         self.batch = batch
         self.tell = tell
-        self.carry: list[Tensor] = []
-        self.recordings: list[Any] = []
+        self.held = held
+        self.embedding = embedding
+        self.hidden: dict[str, list[Tensor]] = {stream: [] for stream in streams}
+        self.recordings: dict[str, list[Any]] = {}
+        self._moved: list[Tensor] = []  # the source stream behind the block that was observed
+
+    @property
+    def served(self) -> list[Tensor]:
+        """Hidden states of the served stream, one per batch."""
+        return self.hidden[SERVED]
 
     @property
     def device(self) -> torch.device:
         return torch.device(self.runner.device)
 
     def start(self) -> None:
-        """Embed every batch and record what each block will be called with; the carry is the first block's input."""
-        self.carry = self._retrying(self._record)
+        """Embed every batch and record what each block will be called with."""
+        self.hidden = self._retrying(self._record)
 
-    def _record(self) -> list[Tensor]:
-        self.runner.load_outside(self.outside())
-        self.recordings = []
+    def _record(self) -> dict[str, list[Tensor]]:
+        self.recordings = {SERVED: self._recorded(self.outside)}
+        if SOURCE in self.hidden:
+            # Outputs of one block that a later one reads are a stream's own; arguments are shared.
+            own = self._recorded(self.embedding) if self.embedding is not None else self.recordings[SERVED]
+            self.recordings[SOURCE] = [replace(recording, extras={}) for recording in own]
+        return {s: [self._park(recording.hidden) for recording in self.recordings[s]] for s in self.hidden}
+
+    def _recorded(self, outside: Callable[[], Mapping[str, Tensor]]) -> list[Any]:
+        self.runner.load_outside(outside())
+        recordings: list[Any] = []
         for index, rows in enumerate(self.tokens.split(self.batch)):
             self._working("embedding rows", index)
-            last = self.recordings[-1] if self.recordings else None
-            self.recordings.append(self.runner.record(rows.to(self.device), share_with=last))
+            last = recordings[-1] if recordings else None
+            recordings.append(self.runner.record(rows.to(self.device), share_with=last))
         self.runner.unload_outside()
-        return [self._park(recording.hidden) for recording in self.recordings]
+        return recordings
 
     def _park(self, hidden: Tensor) -> Tensor:
-        """Keep the carry on the device only while it is small there."""
+        """Keep hidden states on the device only while they are small there."""
         if self.device.type != "cuda":
             return hidden
         free, _ = torch.cuda.mem_get_info(self.device)
-        whole = hidden.numel() * hidden.element_size() * -(-self.tokens.shape[0] // self.batch)
+        batches = -(-self.tokens.shape[0] // self.batch) * len(self.hidden)
+        whole = hidden.numel() * hidden.element_size() * batches
         return hidden if whole * HIDDEN_SHARE < free else hidden.cpu()
 
-    def take(self, carry: list[Tensor]) -> None:
-        """Go on with a carry in batches of any size, cut as the recordings are."""
-        if len(carry) != len(self.recordings):
-            axis, _ = self._layout()
-            carry = list(torch.cat([hidden.cpu() for hidden in carry], axis).split(self.batch, axis))
-        self.carry = carry
+    def take(self, hidden: Mapping[str, list[Tensor]]) -> None:
+        """Go on with hidden states in batches of any size, cut as the recordings are."""
+        self.hidden = {stream: self._cut(states) for stream, states in hidden.items()}
+
+    def _cut(self, states: list[Tensor]) -> list[Tensor]:
+        if len(states) == len(self.recordings[SERVED]):
+            return states
+        axis, _ = self._layout()
+        return list(torch.cat([hidden.cpu() for hidden in states], axis).split(self.batch, axis))
 
     def masks(self) -> list[Tensor | None]:
         """One per batch, tokens and rows in the order that the model has them in."""
-        if self.mask is None:
-            return [None] * len(self.carry)
+        return self._batches(self.mask)
+
+    def _batches(self, mask: Tensor | None) -> list[Tensor | None]:
+        if mask is None:
+            return [None] * len(self.recordings[SERVED])
         _, tokens_first = self._layout()
-        return [mask.T if tokens_first else mask for mask in self.mask.split(self.batch)]
+        return [part.T if tokens_first else part for part in mask.split(self.batch)]
 
     def _layout(self) -> tuple[int, bool]:
         """(axis of the rows in hidden states, whether tokens come before them).
 
         Most models have [rows, tokens, H]; gemma3n has [streams, rows, tokens, H], ChatGLM's code [tokens, rows, H].
         """
+        recordings = self.recordings[SERVED]
         for tokens_first in (False, True):
-            for axis in range(self.recordings[0].hidden.dim() - 1):
-                if all(_fits(recording, axis, tokens_first) for recording in self.recordings):
+            for axis in range(recordings[0].hidden.dim() - 1):
+                if all(_fits(recording, axis, tokens_first) for recording in recordings):
                     return axis + tokens_first, tokens_first
-        shape = list(self.recordings[0].hidden.shape)
+        shape = list(recordings[0].hidden.shape)
         raise ModelError(f"hidden states of shape {shape} do not tell which axes are rows and tokens")
 
-    def observe(self, block: int, new_statistics: Callable[[], Any]) -> tuple[Any, Tensor]:
-        """Run the loaded block over the carry with taps. Returns the statistics and the first batch's output."""
+    def observe(self, block: int, new_statistics: Callable[[], Any], advance: bool = False) -> tuple[Any, Tensor]:
+        """Run the loaded block over every stream with taps. Returns the statistics and the first batch's output.
 
-        def once() -> tuple[Any, Tensor]:
+        advance   move the served stream on as well; the source stream moves on with `advance` or `probe`
+        """
+
+        def once() -> tuple[Any, Tensor, list[Tensor], list[Tensor]]:
             statistics = new_statistics()
-            first = None
-            with self.runner.handlers(block, **statistics.handlers()):
-                for index, (hidden, mask) in enumerate(zip(self.carry, self.masks(), strict=True)):
-                    statistics.mask = mask
-                    out = self._run(block, index, hidden)
-                    first = out if first is None else first
+            first, moved, source = None, [], []
+            taps = statistics.handlers()
+            for index, (mask, held) in enumerate(zip(self.masks(), self._batches(self.held), strict=True)):
+                statistics.mask, statistics.held = mask, held
+                if SOURCE in self.hidden:
+                    with self.runner.handlers(block, **statistics.source_handlers()):
+                        source.append(self._park(self._run(block, index, SOURCE)))
+                with self.runner.handlers(block, **taps):
+                    out = self._run(block, index)
+                first = out if first is None else first
+                if advance:
+                    moved.append(self._park(out))
             assert first is not None
-            return statistics, first
+            return statistics, first, moved, source
 
-        result: tuple[Any, Tensor] = self._retrying(once)
-        return result
+        statistics, first, moved, self._moved = self._retrying(once)
+        if advance:
+            self.hidden[SERVED] = moved
+        return statistics, first
 
-    def observe_tail(self, new_statistics: Callable[[], Any]) -> Any:
-        """Run final norm and head over the carry with taps (a head that is quantized)."""
+    def observe_tail(self, new_statistics: Callable[[], Any], tail: Mapping[str, Tensor]) -> Any:
+        """Run final norm and head over the served stream with taps (a head that is quantized).
+
+        tail   tensors of the tail as they are now, which go before those of `outside`
+        """
 
         def once() -> Any:
-            self.runner.load_outside(self.outside())
+            self.runner.load_outside({**self.outside(), **tail})
             statistics = new_statistics()
             handlers = statistics.handlers()
             with self.runner.handlers(None, **handlers):
-                for index, (hidden, mask) in enumerate(zip(self.carry, self.masks(), strict=True)):
-                    statistics.mask = mask
+                batches = zip(self.served, self.masks(), self._batches(self.held), strict=True)
+                for index, (hidden, mask, held) in enumerate(batches):
+                    statistics.mask, statistics.held = mask, held
                     self._working("observing the tail", index)
                     head = bool(handlers["outputs"])
-                    self.runner.observe_tail(self.recordings[index], hidden.to(self.device), head=head)
+                    self.runner.observe_tail(self.recordings[SERVED][index], hidden.to(self.device), head=head)
             self.runner.unload_outside()
             return statistics
 
         return self._retrying(once)
 
     def advance(self, block: int, handlers: Mapping[str, Any]) -> None:
-        """Run the loaded block with `handlers` and move the carry on."""
+        """Run the loaded block with `handlers` and move every stream on."""
 
         def once() -> list[Tensor]:
             with self.runner.handlers(block, **handlers):
-                return [self._park(self._run(block, i, hidden)) for i, hidden in enumerate(self.carry)]
+                return [self._park(self._run(block, index)) for index in range(len(self.served))]
 
-        self.carry = self._retrying(once)
+        self.hidden[SERVED] = self._retrying(once)
+        if SOURCE in self.hidden:
+            self.hidden[SOURCE] = self._moved
 
     def probe(self, block: int, handlers: Mapping[str, Any]) -> Tensor:
-        """The loaded block's output for the first batch; the carry stays where it is."""
+        """The loaded block's output for the first batch; the served stream stays where it is."""
 
         def once() -> Tensor:
             with self.runner.handlers(block, **handlers):
-                return self._run(block, 0, self.carry[0])
+                return self._run(block, 0)
 
         output: Tensor = self._retrying(once)
         return output
 
-    def _run(self, block: int, index: int, hidden: Tensor) -> Tensor:
+    def _run(self, block: int, index: int, stream: str = SERVED) -> Tensor:
         self._working(f"running block {block}", index)
-        out: Tensor = self.runner.run_block(block, self.recordings[index], hidden.to(self.device))
+        hidden = self.hidden[stream][index].to(self.device)
+        out: Tensor = self.runner.run_block(block, self.recordings[stream][index], hidden)
         return out
 
     def _working(self, what: str, index: int) -> None:
@@ -190,14 +245,14 @@ class Walk:
         self.batch = half
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        if not self.carry:
+        if not self.served:
             return
         try:
             self._record()
         except torch.OutOfMemoryError as error:
             self._halve(error)
         else:
-            self.take(self.carry)
+            self.take(self.hidden)
 
 
 def _fits(recording: Any, axis: int, tokens_first: bool) -> bool:

@@ -42,8 +42,9 @@ place
 journal
 model
 plan
-calibration
 algorithms dialects
+contents
+calibration
 forecast
 options
 checkpoint
@@ -53,6 +54,11 @@ report
 preflight
 idle
 evaluate
+served
+problems
+tensors
+rewriting
+prepass
 part
 pipeline
 finish
@@ -61,7 +67,7 @@ api
 cli
 """
 # Annotations only.
-NAMES_OF_TYPES = {("algorithms", "calibration")}
+NAMES_OF_TYPES = {("algorithms", "calibration"), ("algorithms", "tensors")}
 
 # Package -> the rooms that may import it.
 OWNERS = {
@@ -83,7 +89,8 @@ OWNERS = {
 # Modules that import torch as soon as they are imported; no other does, however far.
 WITH_TORCH = {
     "quarkcli.numerics", "quarkcli.model", "quarkcli.calibration.data", "quarkcli.calibration.statistics",
-    "quarkcli.walk", "quarkcli.part", "quarkcli.pipeline", "quarkcli.evaluate.run",
+    "quarkcli.walk", "quarkcli.tensors", "quarkcli.rewriting", "quarkcli.served", "quarkcli.part", "quarkcli.pipeline",
+    "quarkcli.evaluate.run",
     "quarkcli.evaluate.windows",
 }  # fmt: skip
 LINES_OF_FILE, LINES_OF_FUNCTION = 400, 60

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from quarkcli import dialects, forecast
+from quarkcli import contents, dialects, forecast
+from quarkcli.plan import sizes
 from tests import runs
 from tests.plan import layouts
 from tests.plan.layouts import GPT_OSS, LLAMA, MIXTRAL, plan
@@ -19,7 +20,7 @@ def forecast_of(scheme: str, layout, shapes, dialect: str = "compressed-tensors"
     headers = {name: Header("BF16", shape) for name, shape in shapes.items()}
     return forecast.forecast(
         plan(scheme, layout, **flags), dialects.get(dialect), headers, source_bytes=1, calibrated=True, tokens=1000,
-        hidden=128, grams=False,
+        hidden=128, solving=0,
     )  # fmt: skip
 
 
@@ -34,7 +35,7 @@ def forecast_of(scheme: str, layout, shapes, dialect: str = "compressed-tensors"
     ],
 )
 def test_effective_bits(scheme: str, bits: float) -> None:
-    assert forecast.effective_bits(plan(scheme)) == pytest.approx(bits, rel=1e-12)
+    assert sizes.effective_bits(plan(scheme)) == pytest.approx(bits, rel=1e-12)
 
 
 def test_bytes_by_dtype() -> None:
@@ -46,10 +47,10 @@ def test_bytes_by_dtype() -> None:
     assert found.output_bytes - sum(found.dtypes.values()) < 40_000
 
 
-def test_carry_and_largest_part() -> None:
+def test_hidden_and_largest_part() -> None:
     found = forecast_of("nvfp4", LLAMA, layouts.llama())
-    assert found.carry_bytes == 1000 * 128 * 2
-    assert found.disk_bytes == found.output_bytes + 2 * found.carry_bytes
+    assert found.hidden_bytes == 1000 * 128 * 2
+    assert found.disk_bytes == found.output_bytes + 2 * found.hidden_bytes
     assert found.largest_part == 2 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 256 * 128 + 128)
     assert found.memory_bytes > found.largest_part
 
@@ -57,14 +58,14 @@ def test_carry_and_largest_part() -> None:
 def test_share_of_experts() -> None:
     everything = 2 * 4 * 3 * 256 * 128
     for layout in (MIXTRAL, GPT_OSS):
-        assert forecast.expert_share(plan("mxfp4", layout)) == (everything, everything)
+        assert sizes.expert_share(plan("mxfp4", layout)) == (everything, everything)
         some = plan("mxfp4", layout, exclude=["*experts.3.*"])
-        assert forecast.expert_share(some) == (everything * 3 // 4, everything)
-    assert forecast.expert_share(plan("mxfp4")) == (0, 0)
+        assert sizes.expert_share(some) == (everything * 3 // 4, everything)
+    assert sizes.expert_share(plan("mxfp4")) == (0, 0)
 
 
 def test_names_of_shards() -> None:
-    assert [forecast.slug(part) for part in LLAMA.parts] == [
+    assert [contents.slug(part) for part in LLAMA.parts] == [
         "embed", "block-00000", "block-00001", "block-00002", "tail",
     ]  # fmt: skip
 

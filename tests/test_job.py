@@ -419,7 +419,7 @@ def test_batches_that_are_no_power_of_two(rows, tmp_path, monkeypatch, seqlen):
 
 @pytest.mark.parametrize("name", ["run_block", "record"])
 def test_a_resumed_run_may_have_less_memory_than_the_one_before(rows, tmp_path, monkeypatch, name):
-    """The carry on disk is in batches of five; what goes on with it can only run two rows."""
+    """The hidden states on disk are in batches of five; what goes on with it can only run two rows."""
     settings = {"calib_samples": 7, "calib_seqlen": 400}
     job.run(options(rows, tmp_path / "calm", "nvfp4", **settings))
     real = Journal.finish

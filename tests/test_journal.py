@@ -29,30 +29,30 @@ def value(index: int) -> dict[str, torch.Tensor]:
     return {"hidden": hidden, "position": torch.tensor([index]), "f": torch.zeros(2)}
 
 
-def work(journal: Journal, index: int, *, carry: bool = True) -> None:
+def work(journal: Journal, index: int, *, hidden: bool = True) -> None:
     """Write and finish part `block-<index>`."""
     written = write_part(journal._partial, f"block-{index}", {"w": torch.full((4,), float(index))})
     record = {"files": [file.record() for file in written], "error": index / 8}
-    journal.finish(f"block-{index}", record, value(index) if carry else None)
+    journal.finish(f"block-{index}", record, value(index) if hidden else None)
 
 
-def run(partial: Path, *indices: int, carry: bool = True) -> None:
+def run(partial: Path, *indices: int, hidden: bool = True) -> None:
     with Journal.open(partial, FINGERPRINT) as journal:
         for index in indices:
-            work(journal, index, carry=carry)
+            work(journal, index, hidden=hidden)
 
 
 def files(partial: Path) -> list[str]:
     return sorted(str(path.relative_to(partial)) for path in partial.rglob("*") if path.is_file())
 
 
-def check_carry(journal: Journal, index: int) -> None:
-    carry = journal.carry()
-    assert carry is not None
-    assert carry.keys() == value(index).keys()
+def check_hidden(journal: Journal, index: int) -> None:
+    hidden = journal.hidden()
+    assert hidden is not None
+    assert hidden.keys() == value(index).keys()
     for name, tensor in value(index).items():
-        assert carry[name].dtype == tensor.dtype
-        assert torch.equal(carry[name], tensor)
+        assert hidden[name].dtype == tensor.dtype
+        assert torch.equal(hidden[name], tensor)
 
 
 def test_new_journal_is_empty(partial: Path) -> None:
@@ -60,10 +60,10 @@ def test_new_journal_is_empty(partial: Path) -> None:
         Journal.open(partial, FINGERPRINT, resume="require")
     assert not partial.exists()
     with Journal.open(partial, FINGERPRINT) as journal:
-        assert (journal.finished, journal.notes, journal.carry(), journal.verify()) == ({}, {}, None, [])
+        assert (journal.finished, journal.notes, journal.hidden(), journal.verify()) == ({}, {}, None, [])
 
 
-def test_goes_on_with_records_notes_and_carry(partial: Path) -> None:
+def test_goes_on_with_records_notes_and_hidden(partial: Path) -> None:
     with Journal.open(partial, FINGERPRINT) as journal:
         work(journal, 0)
         journal.note("batch", 8)
@@ -75,30 +75,30 @@ def test_goes_on_with_records_notes_and_carry(partial: Path) -> None:
         assert journal.finished["block-1"]["error"] == 0.125
         assert journal.notes == {"batch": 8}
         assert journal.verify() == []
-        check_carry(journal, 1)
+        check_hidden(journal, 1)
 
 
-def test_carry_files_alternate(partial: Path) -> None:
+def test_hidden_files_alternate(partial: Path) -> None:
     with Journal.open(partial, FINGERPRINT) as journal:
-        for index, name in enumerate(["carry-a", "carry-b", "carry-a"]):
+        for index, name in enumerate(["hidden-a", "hidden-b", "hidden-a"]):
             other = {
                 path: path.stat().st_mtime_ns
-                for path in (partial / ".quark-state").glob("carry-*")
+                for path in (partial / ".quark-state").glob("hidden-*")
                 if name not in str(path)
             }
             work(journal, index)
             assert all(path.stat().st_mtime_ns == before for path, before in other.items())
-            check_carry(journal, index)
+            check_hidden(journal, index)
             assert (partial / ".quark-state" / f"{name}.safetensors").exists()
 
 
-def test_part_without_carry(partial: Path) -> None:
+def test_part_without_hidden(partial: Path) -> None:
     with Journal.open(partial, FINGERPRINT) as journal:
         work(journal, 0)
-        work(journal, 1, carry=False)
-        assert journal.carry() is None
+        work(journal, 1, hidden=False)
+        assert journal.hidden() is None
         work(journal, 2)
-        check_carry(journal, 2)
+        check_hidden(journal, 2)
         with pytest.raises(ValueError, match="finished already"):
             journal.finish("block-2", {})
 
@@ -168,15 +168,15 @@ def test_damaged_state(partial: Path, name: str, content: str) -> None:
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
-def test_damaged_carry(partial: Path, damage: str) -> None:
+def test_damaged_hidden(partial: Path, damage: str) -> None:
     run(partial, 0)
-    path = partial / ".quark-state" / "carry-a.safetensors"
+    path = partial / ".quark-state" / "hidden-a.safetensors"
     data = path.read_bytes()
     path.write_bytes(data[:-1] + (b"\xff" if damage == "flip" else b""))
     if damage == "remove":
         path.unlink()
     with Journal.open(partial, FINGERPRINT) as journal, pytest.raises(ConfigError, match="damaged") as caught:
-        journal.carry()
+        journal.hidden()
     assert "--resume never" in caught.value.hint
 
 
@@ -221,8 +221,8 @@ def test_old_state_never_meets_a_new_fingerprint(partial: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["short", "other bytes"])
-def test_verify_forgets_a_part_without_a_carry_alone(partial: Path, damage: str) -> None:
-    run(partial, 0, 1, 2, carry=False)
+def test_verify_forgets_a_part_without_a_hidden_alone(partial: Path, damage: str) -> None:
+    run(partial, 0, 1, 2, hidden=False)
     path = partial / "model-block-1.safetensors"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
@@ -233,21 +233,21 @@ def test_verify_forgets_a_part_without_a_carry_alone(partial: Path, damage: str)
         assert not path.exists()
 
 
-def test_verify_forgets_a_part_and_all_that_follow_from_its_carry(partial: Path) -> None:
+def test_verify_forgets_a_part_and_all_that_follow_from_its_hidden(partial: Path) -> None:
     run(partial, 0, 1, 2)
     path = partial / "model-block-1.safetensors"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
     with Journal.open(partial, FINGERPRINT) as journal:
-        assert journal.verify() == ["block-0", "block-1", "block-2"]  # the carry of block-0 is overwritten
+        assert journal.verify() == ["block-0", "block-1", "block-2"]  # the hidden states of block-0 is overwritten
 
 
 @pytest.mark.parametrize("old", ['"block-0"', '"size": ', '"a"', "}"])
 def test_a_journal_that_was_changed_is_not_believed(partial: Path, old: str) -> None:
     run(partial, 0, 1)
     path = partial / ".quark-state" / "journal.json"
-    text = path.read_text().replace('"carry-a', '"a')
+    text = path.read_text().replace('"hidden-a', '"a')
     path.write_text(text.replace(old, old.replace('"block-0"', '"block-7"').replace("size", "Size"), 1))
     with pytest.raises(ConfigError, match="damaged"):
         Journal.open(partial, FINGERPRINT)
@@ -283,22 +283,22 @@ def test_nothing_is_done_through_a_link(tmp_path: Path, name: str, resume: Any) 
     assert files(mine) == ["thesis.tex"]
 
 
-def test_verify_goes_on_from_the_carry_before(partial: Path) -> None:
+def test_verify_goes_on_from_the_hidden_before(partial: Path) -> None:
     run(partial, 0, 1, 2)
     (partial / "model-block-2.safetensors").unlink()
     with Journal.open(partial, FINGERPRINT) as journal:
         assert journal.verify() == ["block-2"]
-        check_carry(journal, 1)
+        check_hidden(journal, 1)
         work(journal, 2)
-        check_carry(journal, 2)
+        check_hidden(journal, 2)
 
 
-def test_verify_starts_over_when_the_carry_is_overwritten(partial: Path) -> None:
+def test_verify_starts_over_when_the_hidden_is_overwritten(partial: Path) -> None:
     run(partial, 0, 1, 2, 3)
     (partial / "model-block-2.safetensors").unlink()
     with Journal.open(partial, FINGERPRINT) as journal:
         assert journal.verify() == ["block-0", "block-1", "block-2", "block-3"]
-        assert journal.carry() is None
+        assert journal.hidden() is None
 
 
 def test_open_removes_what_a_kill_left(partial: Path) -> None:
@@ -346,7 +346,7 @@ def test_a_failure_at_any_step_keeps_the_previous_state(
         with Journal.open(partial, FINGERPRINT) as journal:
             assert journal.verify() == []
             assert done == 1 <= len(journal.finished)
-            check_carry(journal, len(journal.finished) - 1)
+            check_hidden(journal, len(journal.finished) - 1)
             if len(journal.finished) == 2:  # only the very last sync was lost: the part is done
                 break
     assert step >= 3
@@ -366,11 +366,11 @@ def test_full_disk_while_finishing(partial: Path, monkeypatch: pytest.MonkeyPatc
                 journal.note("batch", 4)
         assert (list(journal.finished), journal.notes) == (["block-0"], {})
         work(journal, 1)
-        check_carry(journal, 1)
+        check_hidden(journal, 1)
 
 
 # Each child goes on where the last one was killed: first at every single sync and rename in turn (no cleaning up
-# happens, as with SIGKILL), then by real SIGKILLs at random moments. The work depends on the carry alone.
+# happens, as with SIGKILL), then by real SIGKILLs at random moments. The work depends on the hidden states alone.
 WORKER = """
 import hashlib, json, os, random, signal, sys, time
 from pathlib import Path
@@ -387,9 +387,9 @@ def job(partial):
     with Journal.open(partial, {"seed": 1}) as journal:
         assert journal.verify() == []
         for index in range(len(journal.finished), PARTS):
-            carry = journal.carry() or {"x": torch.arange(50)}
-            out = {"x": carry["x"] * 5 + index}
-            written = write_part(partial, f"b{index}", {"w": carry["x"], "v": out["x"].to(torch.int8)}, limit=400)
+            hidden = journal.hidden() or {"x": torch.arange(50)}
+            out = {"x": hidden["x"] * 5 + index}
+            written = write_part(partial, f"b{index}", {"w": hidden["x"], "v": out["x"].to(torch.int8)}, limit=400)
             journal.finish(f"b{index}", {"files": [file.record() for file in written]}, out)
         (partial / MANIFEST).parent.mkdir(exist_ok=True)
         atomic_write_json(partial / MANIFEST, {})

@@ -27,7 +27,14 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def worker(prepared: job.Prepared, **options: Any) -> PartWorker:
     return PartWorker(
-        prepared.plan, prepared.dialect, prepared.steps, prepared.needs, None, lambda event: None, **options
+        prepared.plan,
+        prepared.dialect,
+        prepared.steps,
+        prepared.needs,
+        prepared.source.headers,
+        None,
+        lambda event: None,
+        **options,
     )
 
 

@@ -44,7 +44,7 @@ def synchronized(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def result(tensors: dict[str, torch.Tensor]) -> PartResult:
-    return PartResult(dict(tensors), 0.5, {"w": 0.25}, {}, {}, ["careful"], 1.0)
+    return PartResult(dict(tensors), 0.5, {"w": 0.25}, {}, ["careful"], 1.0)
 
 
 def worker(walk: Any = None, last: int = 10) -> Any:
@@ -52,7 +52,8 @@ def worker(walk: Any = None, last: int = 10) -> Any:
 
 
 def walk(value: float, batch: int = 4) -> Any:
-    return SimpleNamespace(carry=[torch.full((2, 3), value), torch.full((1, 3), -value)], batch=batch)
+    states = [torch.full((2, 3), value), torch.full((1, 3), -value)]
+    return SimpleNamespace(served=states, hidden={"served": states}, batch=batch)
 
 
 def work(pipeline: Pipeline, parts: list[Part], made: Callable[[Part], Any] = lambda part: worker()) -> None:
@@ -93,25 +94,23 @@ def test_on_a_cpu_a_part_is_durable_when_write_returns(tmp_path):
 
 @pytest.mark.usefixtures("synchronized")
 @pytest.mark.parametrize("device", ["cpu", "cpu:0"])
-def test_the_carry_is_the_one_behind_the_part(tmp_path, device):
+def test_the_hidden_states_are_those_behind_the_part(tmp_path, device):
     """With its batch; also when the walk has moved on before the background got to write."""
     partial = tmp_path / "out.partial"
     with Journal.open(partial, {}) as journal, start(tmp_path, Files(), journal, device) as pipeline:
-        carrying = walk(0.0)
         for part in PARTS[:4]:
             tensors = pipeline.read(part, None)
-            carrying.carry = [torch.full((2, 3), float(part.index)), torch.full((1, 3), -float(part.index))]
-            carrying.batch = 4 if part.index < 2 else 2
-            pipeline.write(part, result(tensors), worker(carrying, last=3))
+            behind = walk(float(part.index), 4 if part.index < 2 else 2)
+            pipeline.write(part, result(tensors), worker(behind, last=3))
             if part.index == 2:
                 pipeline.drain()
                 assert journal.notes == {"batch": 2}
-                carry = journal.carry()
-                assert carry is not None
-                assert list(carry) == ["000000", "000001"]
-                assert torch.equal(carry["000001"], torch.full((1, 3), -2.0))
+                hidden = journal.hidden()
+                assert hidden is not None
+                assert list(hidden) == ["served/000000", "served/000001"]
+                assert torch.equal(hidden["served/000001"], torch.full((1, 3), -2.0))
         pipeline.drain()
-        assert journal.carry() is None  # nothing reads what the last part with statistics hands on
+        assert journal.hidden() is None  # nothing reads what the last part with statistics hands on
 
 
 @pytest.mark.usefixtures("synchronized")

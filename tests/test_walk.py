@@ -35,13 +35,13 @@ def test_a_whole_walk_is_the_model(tmp_path: Path) -> None:
     folder = runs.build("qwen3_moe", tmp_path / "m", torch.float32)
     walk, source = walk_of(folder, 2)
     walk.start()
-    assert [len(part) for part in walk.carry] == [2, 2, 1]
+    assert [len(part) for part in walk.served] == [2, 2, 1]
     for block in range(walk.runner.num_blocks):
         walk.runner.load_block(block, source.read_many(walk.runner.block_tensors(block)))
         walk.advance(block, {})
         walk.runner.unload_block(block)
     walk.runner.load_outside(walk.outside())
-    logits = torch.cat([walk.runner.logits(r, h) for r, h in zip(walk.recordings, walk.carry, strict=True)])
+    logits = torch.cat([walk.runner.logits(r, h) for r, h in zip(walk.recordings["served"], walk.served, strict=True)])
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
         torch.testing.assert_close(logits, model(ROWS).logits, rtol=1e-4, atol=1e-5)
@@ -74,7 +74,7 @@ class Tight:
         return nullcontext()
 
     def run_block(self, block: int, recording: Any, hidden: torch.Tensor) -> torch.Tensor:
-        assert torch.equal(recording.tokens.float() + block, hidden)  # recordings and carry stay in step
+        assert torch.equal(recording.tokens.float() + block, hidden)  # recordings and hidden states stay in step
         self.calls.append(len(hidden))
         return self._fit(hidden) + 1
 
@@ -112,7 +112,7 @@ def test_half_the_batch_until_it_fits() -> None:
     walk, _, said = tight(limit=2, batch=8)
     walk.start()
     assert walk.batch == 2
-    assert [len(part) for part in walk.carry] == [2, 2, 2, 2]
+    assert [len(part) for part in walk.served] == [2, 2, 2, 2]
     assert [text.split(": ")[1] for text in said] == [
         "8 -> 4 sequences in one forward",
         "4 -> 2 sequences in one forward",
@@ -127,8 +127,8 @@ def test_out_of_memory_on_the_way_starts_the_block_again() -> None:
     runner.calls.clear()
     walk.advance(1, {})
     assert runner.calls == [8, 2, 2, 2, 2]  # four rows were too many to record already
-    assert torch.equal(torch.cat(walk.carry), walk.tokens.float() + 2)
-    assert len(walk.masks()) == len(walk.carry) == len(walk.recordings) == 4
+    assert torch.equal(torch.cat(walk.served), walk.tokens.float() + 2)
+    assert len(walk.masks()) == len(walk.served) == len(walk.recordings["served"]) == 4
     assert len(said) == 2
     statistics, first = walk.observe(2, Seen)
     assert len(first) == 2
@@ -142,23 +142,23 @@ def test_one_row_that_does_not_fit() -> None:
 
 
 @pytest.mark.parametrize("name", ["gemma3n_text", "llama"])
-def test_a_carry_is_gone_on_with_in_other_batches(name: str, tmp_path: Path) -> None:
+def test_hidden_states_are_gone_on_with_in_other_batches(name: str, tmp_path: Path) -> None:
     """gemma3n has a stream axis before that of the rows."""
     folder = models.build(name, tmp_path / "m")
     (one, _), (other, _) = walk_of(folder, 2), walk_of(folder, 3)
     one.start()
     other.start()
-    expected = other.carry
-    other.take(one.carry)
-    assert len(other.carry) == len(expected) == 2
-    assert all(torch.equal(*pair) for pair in zip(other.carry, expected, strict=True))
+    expected = other.served
+    other.take(one.hidden)
+    assert len(other.served) == len(expected) == 2
+    assert all(torch.equal(*pair) for pair in zip(other.served, expected, strict=True))
 
 
 def shaped(*shapes: tuple[tuple[int, int], tuple[int, ...]]) -> Walk:
     """A walk over recordings of tokens and hidden states of these shapes."""
     walk, _, _ = tight(limit=8, batch=2, rows=sum(rows for (rows, _), _ in shapes))
-    walk.recordings = [SimpleNamespace(tokens=torch.zeros(t), hidden=torch.zeros(h)) for t, h in shapes]
-    walk.carry = [recording.hidden for recording in walk.recordings]
+    walk.recordings["served"] = [SimpleNamespace(tokens=torch.zeros(t), hidden=torch.zeros(h)) for t, h in shapes]
+    walk.hidden["served"] = [recording.hidden for recording in walk.recordings["served"]]
     return walk
 
 

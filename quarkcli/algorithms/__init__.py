@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from quarkcli.algorithms.base import Algorithm, Limited
+from quarkcli.algorithms.base import Algorithm, Assignment, Refiner, Solver, Transform
 from quarkcli.errors import ConfigError, UsageError, near_misses
 from quarkcli.plan.model import Plan
 from quarkcli.recipe.entries import SLOTS
@@ -37,6 +38,9 @@ def create(name: str, parameters: dict[str, Any], where: str = FLAG) -> Algorith
         kind = UsageError if where == FLAG else ConfigError
         raise kind(f"unknown algorithm '{name}'", where=where, hint=f"use one of: {', '.join(close)}")
     member = importlib.import_module(f"{__name__}.{dashed.replace('-', '_')}").ALGORITHM
+    assert issubclass(member, (Solver, Refiner, Transform)), (
+        f"{member.__module__}: a kind of algorithm is its base class"
+    )
     known = member.parameters
     for key in parameters:
         if key not in known:
@@ -67,7 +71,7 @@ def created(steps: Sequence[tuple[str, dict[str, Any]]], where: str = FLAG) -> l
     return made if everywhere else [*made, create(DEFAULT_SOLVER, {})]
 
 
-def pipeline(plan: Plan, where: str | Sequence[str] = FLAG) -> list[Algorithm]:
+def pipeline(plan: Plan, where: str | Sequence[str] = FLAG) -> list[Assignment]:
     """The algorithms of a plan in order, each with its weights; the default solver takes those that are left.
 
     where   as in `create`, one for all or one for each
@@ -85,7 +89,13 @@ def pipeline(plan: Plan, where: str | Sequence[str] = FLAG) -> list[Algorithm]:
     left = frozenset(target.name for target in plan.quantized()) - solver_of.keys()
     if left or not solver_of:
         made.append((create(DEFAULT_SOLVER, {}), left if solver_of else None))
-    return [algorithm if weights is None else Limited(algorithm, weights) for algorithm, weights in made]
+    count: Counter[str] = Counter()
+    steps = []
+    for algorithm, weights in made:
+        count[algorithm.name] += 1
+        number = count[algorithm.name]
+        steps.append(Assignment(algorithm, weights, algorithm.name if number == 1 else f"{algorithm.name} {number}"))
+    return steps
 
 
 def _two_solvers(solvers: Sequence[Algorithm], what: str, where: str) -> ConfigError:

@@ -1,12 +1,17 @@
-"""The contract of an algorithm. What it declares is torch-free; `apply` imports torch."""
+"""The contracts of algorithms: transforms, solvers, refiners, tuners. What they declare is torch-free.
+
+The worker groups the weights and hands each solver one `Problem` after the other; a solver knows nothing of files,
+dialects or lists of experts. The order in a part: transforms before, observe, transforms after, shared amax and static
+scales, solve, refine, tune, pack, advance.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
-from quarkcli.plan.model import Plan, Target
+from quarkcli.plan.model import Changes, Plan, Target
 from quarkcli.spec import TensorSpec
 
 if TYPE_CHECKING:
@@ -14,76 +19,190 @@ if TYPE_CHECKING:
 
     from quarkcli.calibration.statistics import Statistics
     from quarkcli.numerics.quantize import Quantized
+    from quarkcli.tensors import PartTensors
+
+Kind = Literal["transform", "solver", "refiner", "tuner"]
+Needs = dict[str, set[str]]  # kinds of statistics by site
 
 
-@dataclass
-class PartWork:
-    """One part on its way through the algorithms.
+class Moment(NamedTuple):
+    """Second moments of the activation that the weights of a problem read: running means over calibration tokens.
 
-    targets   its quantized weights, in plan order
-    weight    source weight [out, in] of a target, in the source's dtype, on the device
-    amax      amax (float32 []) that the scale group of a target shares, or None when its scales are its own
-    finish    hand over a finished weight; called once per target, after which its codes may be forgotten
-    warn      a sentence for the log and the report
-    losses    what a solver left over, by weight; for the report
-    dead_inputs  how many inputs of a weight never moved in calibration, by weight; for the report
+    gram      mean of x x^T, float32 [in, in]
+    tokens    how many tokens it is the mean of; 0 where it is borrowed from the layer of an expert that saw none
+    cross     mean of x s^T, where s is the same token's activation in the source model; only where a solver needs it
+    gram_val  mean of x x^T over the held-out tokens; None when none were held out, or nobody needs it
     """
 
-    targets: list[Target]
-    weight: Callable[[Target], Tensor]
-    amax: Callable[[Target], Tensor | None]
-    finish: Callable[[Target, Quantized], None]
+    gram: Tensor
+    tokens: int
+    cross: Tensor | None = None
+    gram_val: Tensor | None = None
+
+    def scaled(self, factor: Tensor) -> Moment:
+        """The moments of the activation times `factor`, float32 [in]."""
+        both = factor[:, None] * factor
+        cross = self.cross * both if self.cross is not None else None
+        return Moment(self.gram * both, self.tokens, cross, self.gram_val * both if self.gram_val is not None else None)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Weights that read one activation (of one expert), in one stage, with one spec. Their rows are independent.
+
+    site      name of the activation; None where nothing is read by a matrix (embeddings)
+    expert    index of the expert that reads it, None for ordinary weights
+    stage     place in the order of a block's stages, when a solver asks for stages; else 0
+    targets   the weights, in plan order
+    weights   the source weights [out, in], in the source's dtype, on the device
+    amax      per weight: amax (float32 []) that its scale group shares, None when its scales are its own
+    moment    None when the solver did not ask for one, or no token reached the site
+    warn      takes a sentence for the log and the report
+    """
+
+    site: str | None
+    expert: int | None
+    stage: int
+    targets: tuple[Target, ...]
+    weights: tuple[Tensor, ...]
+    amax: tuple[Tensor | None, ...]
+    moment: Moment | None
     warn: Callable[[str], None]
-    losses: dict[str, float] = field(default_factory=dict)
-    dead_inputs: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The first weight's name, for messages."""
+        return self.targets[0].name
+
+    @property
+    def spec(self) -> TensorSpec:
+        spec = self.targets[0].weight
+        assert spec is not None
+        return spec
 
 
-class Algorithm(Protocol):
-    """What a member's class offers.
+class Algorithm:
+    """What every member's class offers; what it does not say is as here.
 
-    kind         `transform` rewrites weights without changing the function, `solver` chooses the codes
+    name         the file's name, in its dash form
     parameters   what a recipe may set, with their defaults
+    streams      the streams of activations it wants to see: `served`, what the quantized blocks below hand on, and
+                 `source`, what those of the source model do
     """
 
-    @property
-    def name(self) -> str: ...
+    name: ClassVar[str]
+    kind: ClassVar[Kind]
+    parameters: ClassVar[Mapping[str, Any]] = {}
+    streams: ClassVar[frozenset[str]] = frozenset({"served"})
 
-    @property
-    def kind(self) -> Literal["transform", "solver"]: ...
-
-    @property
-    def parameters(self) -> Mapping[str, Any]: ...
-
-    def needs(self, plan: Plan) -> dict[str, set[str]]:
-        """Kinds of statistics by site name; empty: no data."""
+    def needs(self, plan: Plan) -> Needs:
+        """Returns the kinds of statistics by site name; empty: no data."""
+        return {}
 
     def check(self, plan: Plan) -> None:
         """Raises ConfigError when the plan is not one it can work on."""
+        return
 
-    def apply(self, work: PartWork, statistics: Statistics | None) -> None:
-        """Work on one part. A solver calls `work.finish` for every target."""
+    def memory(self, plan: Plan) -> int:
+        """Returns the bytes it needs beside the part's own tensors, at most."""
+        return 0
 
 
-class Limited:
-    """An algorithm on the weights of these names alone (`slots` of a recipe's step)."""
+class Solver(Algorithm):
+    """Chooses the codes and scales of weights."""
 
-    def __init__(self, algorithm: Algorithm, weights: frozenset[str]) -> None:
-        self.algorithm = algorithm
-        self.weights = weights
-        self.name, self.kind, self.parameters = algorithm.name, algorithm.kind, algorithm.parameters
+    kind = "solver"
 
-    def needs(self, plan: Plan) -> dict[str, set[str]]:
+    def solve(self, problem: Problem) -> list[Quantized] | None:
+        """Returns codes and scales of every weight; None: the worker rounds to nearest, and says so."""
+        raise AssertionError("a solver solves")
+
+
+class Refiner(Algorithm):
+    """Betters what any solver chose."""
+
+    kind = "refiner"
+
+    def refine(self, problem: Problem, quantized: list[Quantized]) -> list[Quantized]:
+        """Returns codes and scales that are no worse by the objective of the problem."""
+        raise AssertionError("a refiner refines")
+
+
+class Transform(Algorithm):
+    """Rewrites weights without changing what the model computes.
+
+    `before` and `after` change the tensors of one part through `PartTensors`; `changes` has declared them. Statistics
+    follow what `after` changed: exactly where channels were scaled and a second moment is all that is needed, else
+    they are collected again.
+    """
+
+    kind = "transform"
+
+    def changes(self, plan: Plan) -> Changes:
+        """Returns what it will change, add and drop."""
+        return Changes()
+
+    def prepass(self, plan: Plan) -> Needs:
+        """Returns the kinds of statistics that it wants of the source model before part 0; `gram` is not among them."""
+        return {}
+
+    def prepare(self, plan: Plan, seed: int, prepass: Mapping[int, Statistics]) -> Any:
+        """Returns what is decided for the whole model: small, as JSON, kept in the journal. `prepass` is by part."""
+        return None
+
+    def before(self, part: PartTensors, state: Any) -> None:
+        """Changes a part before anything is observed; called for every part."""
+        return
+
+    def after(self, part: PartTensors, statistics: Statistics, state: Any) -> None:
+        """Changes a part that was observed."""
+        return
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """An algorithm with the weights that it works on; None: all of the plan's.
+
+    key   its name, with a number where a recipe lists it more than once
+    """
+
+    algorithm: Algorithm
+    weights: frozenset[str] | None = None
+    key: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.algorithm.name
+
+    @property
+    def kind(self) -> Kind:
+        return self.algorithm.kind
+
+    def takes(self, target: Target) -> bool:
+        return self.weights is None or target.name in self.weights
+
+    def needs(self, plan: Plan) -> Needs:
         return self.algorithm.needs(self._part_of(plan))
 
     def check(self, plan: Plan) -> None:
         self.algorithm.check(self._part_of(plan))
 
-    def apply(self, work: PartWork, statistics: Statistics | None) -> None:
-        mine = [target for target in work.targets if target.name in self.weights]
-        if mine:
-            self.algorithm.apply(replace(work, targets=mine), statistics)
+    def memory(self, plan: Plan) -> int:
+        return self.algorithm.memory(self._part_of(plan))
+
+    def changes(self, plan: Plan) -> Changes:
+        return self.algorithm.changes(self._part_of(plan)) if isinstance(self.algorithm, Transform) else Changes()
+
+    def prepass(self, plan: Plan) -> Needs:
+        return self.algorithm.prepass(self._part_of(plan)) if isinstance(self.algorithm, Transform) else {}
+
+    def prepare(self, plan: Plan, seed: int, prepass: Mapping[int, Statistics]) -> Any:
+        assert isinstance(self.algorithm, Transform)
+        return self.algorithm.prepare(self._part_of(plan), seed, prepass)
 
     def _part_of(self, plan: Plan) -> Plan:
+        if self.weights is None:
+            return plan
         return replace(plan, targets={name: t for name, t in plan.targets.items() if name in self.weights})
 
 
@@ -94,12 +213,3 @@ def weight_sites(targets: Iterable[Target]) -> dict[str, list[Target]]:
         if target.site is not None:
             sites.setdefault(target.site, []).append(target)
     return sites
-
-
-def same_spec(targets: list[Target]) -> dict[TensorSpec, list[Target]]:
-    """Targets by weight spec, in order."""
-    out: dict[TensorSpec, list[Target]] = {}
-    for target in targets:
-        if target.weight is not None:
-            out.setdefault(target.weight, []).append(target)
-    return out

@@ -10,19 +10,21 @@ about integers.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from quarkcli.algorithms.base import PartWork, same_spec, weight_sites
+from quarkcli.algorithms.base import Needs, Problem, Solver
+from quarkcli.algorithms.rtn import RoundToNearest
 from quarkcli.errors import ConfigError
-from quarkcli.plan.model import Plan, Target
+from quarkcli.plan.model import Plan
 from quarkcli.spec import MIN_MAX, SEARCH_RULES, PerGroup, TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from quarkcli.calibration.statistics import Statistics
-    from quarkcli.numerics.quantize import QParams
+    from quarkcli.numerics.quantize import QParams, Quantized
+    from quarkcli.numerics.solve import Factor
 
 
 SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
@@ -30,12 +32,11 @@ SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 FAINT = 1e-6
 
 
-class GPTQ:
+class GPTQ(Solver):
     """damp: ridge as a share of the mean diagonal; act_order: largest activations first; scale_search: see above."""
 
-    name: ClassVar[str] = "gptq"
-    kind: ClassVar[Literal["transform", "solver"]] = "solver"
-    parameters: ClassVar[dict[str, Any]] = {"damp": 0.01, "act_order": True, "scale_search": True}
+    name = "gptq"
+    parameters: ClassVar[Mapping[str, Any]] = {"damp": 0.01, "act_order": True, "scale_search": True}
 
     def __init__(self, damp: float, act_order: bool, scale_search: bool) -> None:
         if isinstance(damp, bool) or not isinstance(damp, int | float) or not 0 < damp < 1:
@@ -46,62 +47,52 @@ class GPTQ:
         self.damp = float(damp)
         self.act_order = act_order
         self.scale_search = scale_search
+        self._last: tuple[Tensor, Factor | None] | None = None
 
-    def needs(self, plan: Plan) -> dict[str, set[str]]:
+    def needs(self, plan: Plan) -> Needs:
         return {target.site: {"gram"} for target in plan.quantized() if target.site is not None}
 
-    def check(self, plan: Plan) -> None:
-        return None
+    def memory(self, plan: Plan) -> int:
+        """Returns the bytes of the second moment, its damped copy, the factor and what makes it."""
+        widest = max((run[0].shape[1] for run in plan.quantized_alike()), default=0)
+        return 4 * 4 * widest * widest
 
-    def apply(self, work: PartWork, statistics: Statistics | None) -> None:
-        solved: set[str] = set()
-        for site, readers in weight_sites(work.targets).items():
-            assert statistics is not None  # none where nothing is read by a matrix: embeddings
-            for expert, members in _by_expert(readers).items():
-                gram, tokens = statistics.gram(site, expert)
-                for target in self._solve(work, members, gram, tokens):
-                    solved.add(target.name)
-        _round(work, [target for target in work.targets if target.name not in solved])
+    def solve(self, problem: Problem) -> list[Quantized] | None:
+        from quarkcli.numerics.solve import dead_inputs
 
-    def _solve(self, work: PartWork, members: list[Target], gram: Tensor | None, tokens: int) -> list[Target]:
-        """Solve weights that read the same activation. Returns those done; the rest is rounded, and said."""
-        from quarkcli.numerics.solve import dead_inputs, factorize
-
-        if gram is None:
-            work.warn(f"{members[0].name}: no calibration token; rounded to nearest instead of gptq")
-            return []
-        dead = dead_inputs(gram)
-        if bool(dead.any()):
-            work.dead_inputs.update({target.name: int(dead.sum()) for target in members})
-        if bool(dead.all()):
-            return []
-        factor = factorize(gram, damp=self.damp, act_order=self.act_order)
+        assert problem.moment is not None
+        gram = problem.moment.gram
+        if bool(dead_inputs(gram).all()):
+            return RoundToNearest().solve(problem)
+        factor = self._factor(gram)
         if factor is None:
-            work.warn(f"{members[0].name}: second moment of {tokens} tokens cannot be factorized; rounded to nearest")
-            return []
-        for same in same_spec(members).values():
-            self._solve_together(work, same, factor, column_importance(gram) if self.scale_search else None)
-        return members
+            return None
+        return solve_together(problem, factor, column_importance(gram) if self.scale_search else None)
 
-    def _solve_together(self, work: PartWork, members: list[Target], factor: Any, importance: Tensor | None) -> None:
-        """Rows are independent, so weights with one spec and one activation are one problem."""
-        import torch
+    def _factor(self, gram: Tensor) -> Factor | None:
+        """The factor of a second moment; problems that differ in their spec alone come one after the other."""
+        from quarkcli.numerics.solve import factorize
 
-        from quarkcli.numerics.quantize import Quantized, lattice
-        from quarkcli.numerics.solve import solve
+        if self._last is None or self._last[0] is not gram:
+            self._last = gram, factorize(gram, damp=self.damp, act_order=self.act_order)
+        return self._last[1]
 
-        spec = members[0].weight
-        assert spec is not None
-        weights = [work.weight(target) for target in members]
-        params = [searched_qparams(w, spec, work.amax(t), importance) for w, t in zip(weights, members, strict=True)]
-        each = [lattice(p, spec, w.shape) for p, w in zip(params, weights, strict=True)]
-        zeros = [at.zero for at in each if at.zero is not None]
-        at = replace(each[0], scale=torch.cat([at.scale for at in each]), zero=torch.cat(zeros) if zeros else None)
-        solved = solve(torch.cat([w.float() for w in weights]), factor, at)
-        codes = torch.split(solved.codes, [w.shape[0] for w in weights])
-        for target, part, qparams in zip(members, codes, params, strict=True):
-            work.losses[target.name] = solved.loss
-            work.finish(target, Quantized(part.contiguous(), qparams))
+
+def solve_together(problem: Problem, factor: Factor, importance: Tensor | None) -> list[Quantized]:
+    """Codes of all weights of a problem in one column loop: rows are independent."""
+    import torch
+
+    from quarkcli.numerics.quantize import Quantized, lattice
+    from quarkcli.numerics.solve import solve
+
+    spec, weights = problem.spec, problem.weights
+    params = [searched_qparams(w, spec, amax, importance) for w, amax in zip(weights, problem.amax, strict=True)]
+    each = [lattice(p, spec, w.shape) for p, w in zip(params, weights, strict=True)]
+    zeros = [at.zero for at in each if at.zero is not None]
+    at = replace(each[0], scale=torch.cat([at.scale for at in each]), zero=torch.cat(zeros) if zeros else None)
+    solved = solve(torch.cat([w.float() for w in weights]), factor, at)
+    codes = torch.split(solved.codes, [w.shape[0] for w in weights])
+    return [Quantized(part.contiguous(), qparams) for part, qparams in zip(codes, params, strict=True)]
 
 
 def column_importance(gram: Tensor) -> Tensor:
@@ -162,21 +153,6 @@ def _where(better: Tensor, new: Tensor | None, old: Tensor | None) -> Tensor | N
         return old
     bits = torch.uint8 if old.element_size() == 1 else old.dtype
     return torch.where(better, new.view(bits), old.view(bits)).view(old.dtype)
-
-
-def _by_expert(targets: list[Target]) -> dict[int | None, list[Target]]:
-    out: dict[int | None, list[Target]] = {}
-    for target in targets:
-        out.setdefault(target.expert[1] if target.expert else None, []).append(target)
-    return out
-
-
-def _round(work: PartWork, targets: list[Target]) -> None:
-    from quarkcli.numerics.packed import quantize
-
-    for target in targets:
-        assert target.weight is not None
-        work.finish(target, quantize(work.weight(target), target.weight, amax=work.amax(target)))
 
 
 ALGORITHM = GPTQ

@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING
 
-from quarkcli.algorithms.base import PartWork
-from quarkcli.plan.model import Plan
+from quarkcli.algorithms.base import Problem, Solver
 
 if TYPE_CHECKING:
-    from quarkcli.calibration.statistics import Statistics
+    from quarkcli.numerics.quantize import Quantized
 
 
-class RoundToNearest:
-    name: ClassVar[str] = "rtn"
-    kind: ClassVar[Literal["transform", "solver"]] = "solver"
-    parameters: ClassVar[dict[str, Any]] = {}
+class RoundToNearest(Solver):
+    name = "rtn"
 
-    def needs(self, plan: Plan) -> dict[str, set[str]]:
-        return {}
-
-    def check(self, plan: Plan) -> None:
-        return None
-
-    def apply(self, work: PartWork, statistics: Statistics | None) -> None:
+    def solve(self, problem: Problem) -> list[Quantized]:
         from quarkcli.numerics.packed import quantize
 
-        for target in work.targets:
-            assert target.weight is not None
-            work.finish(target, quantize(work.weight(target), target.weight, amax=work.amax(target)))
+        spec = problem.spec
+        return [quantize(w, spec, amax=amax) for w, amax in zip(problem.weights, problem.amax, strict=True)]
 
 
 ALGORITHM = RoundToNearest

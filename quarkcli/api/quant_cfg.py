@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
-from quarkcli import algorithms, forecast, preflight
+from quarkcli import algorithms, preflight
 from quarkcli.errors import ConfigError, near_misses
+from quarkcli.plan import sizes
 from quarkcli.plan.model import Plan
 from quarkcli.recipe.attributes import check_names
 from quarkcli.recipe.entries import Origin
@@ -95,4 +96,4 @@ def estimate_quant_compression(plan: Plan) -> float:
     nvfp4 gives a little more than 4.5 / 16. Weights that stay as they are do not count, nor do caches; 1.0 when no
     weight is quantized. (ModelOpt's function of this name takes the smallest number format of a config alone.)
     """
-    return forecast.effective_bits(plan) / _SOURCE_BITS if any(plan.quantized()) else 1.0
+    return sizes.effective_bits(plan) / _SOURCE_BITS if any(plan.quantized()) else 1.0

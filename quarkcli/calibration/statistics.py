@@ -1,25 +1,26 @@
 """Statistics of activations, per input site.
 
 A site is one activation tensor; every weight that reads it shares its statistics. Second moments are running means in
-float32 over fixed chunks of `CHUNK` tokens in sample order, ranges and histograms are exact in any order: the batch
+float32 over fixed chunks of tokens in sample order, ranges and histograms are exact in any order: the batch
 size changes no bits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from quarkcli.algorithms.base import Moment
+from quarkcli.calibration.moments import SecondMoment
+from quarkcli.calibration.taps import ExpertLayer, ExpertTap, unpadded
 from quarkcli.errors import DataError
 from quarkcli.numerics.observers import STATISTICS, Histogram, MinMax, amax_of
 from quarkcli.plan.model import Plan, Site
 from quarkcli.spec import TensorSpec
 
-CHUNK = 2048
 _NONFINITE = (
     "see whether the source model itself overflows on this text; other --calib-data, or --exclude these modules"
 )
@@ -29,59 +30,11 @@ _UNSEEN_ATTENTION = (
 )
 
 
-class Gram:
-    """Running mean of x x^T over tokens, float32 [features, features]."""
-
-    def __init__(self) -> None:
-        self.mean: Tensor | None = None
-        self.tokens = 0
-        self._waiting: list[Tensor] = []
-        self._waiting_rows = 0
-
-    def add(self, rows: Tensor) -> None:
-        """Take rows [tokens, features] in sample order."""
-        self._waiting.append(rows)
-        self._waiting_rows += rows.shape[0]
-        while self._waiting_rows >= CHUNK:
-            joined = torch.cat(self._waiting)
-            self._fold(joined[:CHUNK])
-            rest = joined[CHUNK:].clone()
-            self._waiting, self._waiting_rows = [rest], rest.shape[0]
-
-    def _fold(self, rows: Tensor) -> None:
-        count = rows.shape[0]
-        if count == 0:
-            return
-        x = rows.float()
-        total = self.tokens + count
-        if self.mean is None:
-            self.mean = x.T @ x
-            self.mean /= total
-        else:
-            self.mean.mul_(self.tokens / total).addmm_(x.T, x, alpha=1.0 / total)
-        self.tokens = total
-
-    def result(self) -> tuple[Tensor | None, int]:
-        """(mean or None when no token came, tokens)."""
-        if self._waiting_rows:
-            self._fold(torch.cat(self._waiting))
-        self._waiting, self._waiting_rows = [], 0
-        return self.mean, self.tokens
-
-
-@dataclass
-class _ExpertLayer:
-    """What the experts of one layer saw: their common input with its routing, and counts."""
-
-    module: Any = None
-    hidden: list[Tensor] = field(default_factory=list)
-    routed: list[Tensor] = field(default_factory=list)
-    tokens: dict[int, int] = field(default_factory=dict)
-    pooled: dict[str, tuple[Tensor | None, int]] = field(default_factory=dict)
-
-
 class Statistics:
-    """Statistics of one part. `needs`: kinds by site, those of `STATISTICS` and `gram`.
+    """Statistics of one part. `needs`: kinds by site, those of `STATISTICS`, `gram`, `gram_val` and `cross`.
+
+    `gram_val` keeps held-out tokens out of `gram` and has a moment of its own for them; `cross` is the moment of the
+    served stream's activation with the source stream's. Experts have no cross moments.
 
     Sites of outputs are `<module>.output`, those of attention `<module>.q`, `.k`, `.v` and `.p`.
 
@@ -98,9 +51,14 @@ class Statistics:
         self.runner = runner
         self.all_tokens = all_tokens
         self.mask: Tensor | None = None  # [batch, tokens] of the batch now running; 0 marks padding
+        self.held: Tensor | None = None  # [batch, tokens] of the same; true for held-out tokens
         self._ranges: dict[tuple[str, str], MinMax | Histogram] = {}
-        self._grams: dict[str, Gram] = {}
-        self._layers: dict[str, _ExpertLayer] = {}
+        self._grams: dict[str, SecondMoment] = {}
+        self._held_grams: dict[str, SecondMoment] = {}
+        self._crosses: dict[str, SecondMoment] = {}
+        self._source_rows: dict[str, Tensor] = {}
+        self.layers: dict[str, ExpertLayer] = {}
+        self._factors: dict[tuple[str, int | None], Tensor] = {}
 
     # -- reading -------------------------------------------------------------------------------------------------
 
@@ -118,26 +76,68 @@ class Statistics:
             raise DataError("NaN or inf in the calibration activations", where=site, hint=_NONFINITE)
         return value
 
-    def gram(self, site: str, expert: int | None = None) -> tuple[Tensor | None, int]:
-        """(mean x x^T, tokens) of a site, or of one expert's part of it with the layer's as prior."""
+    def channel_amax(self, site: str) -> Tensor | None:
+        """The largest magnitude of every channel of a site, float32 [features]; None without a token."""
+        seen = self._ranges.get((site, "channel_absmax"))
+        return seen.amax if seen is not None else None
+
+    def moment(self, site: str, expert: int | None = None) -> Moment | None:
+        """The second moment of a site, or of one expert's part of it with the layer's as prior; None without a token.
+
+        Raises DataError for NaN or infinity.
+        """
         mean, tokens = self._gram(site, expert)
-        if mean is not None and not bool(torch.isfinite(mean).all()):
+        if mean is None:
+            return None
+        if not bool(torch.isfinite(mean).all()):
             raise DataError("NaN or inf in the calibration activations", where=site, hint=_NONFINITE)
-        return mean, tokens
+        more = (
+            self._scaled(self._cross(site, expert), site, expert),
+            self._scaled(self._val(site, expert), site, expert),
+        )
+        scaled = self._scaled(mean, site, expert)
+        assert scaled is not None
+        return Moment(scaled, tokens, *more)
+
+    def _scaled(self, mean: Tensor | None, site: str, expert: int | None) -> Tensor | None:
+        factor = self._factors.get((site, expert))
+        return mean if mean is None or factor is None else mean * factor[:, None] * factor
 
     def _gram(self, site: str, expert: int | None) -> tuple[Tensor | None, int]:
         if expert is None:
             return self._grams[site].result() if site in self._grams else (None, 0)
-        layer = self._layers[self._layer_of(site)]
-        own = Gram()
-        for rows in self._expert_rows(layer, site, expert):
-            own.add(rows)
-        mean, tokens = own.result()
-        return _with_prior(mean, tokens, self._pooled(layer, site))
+        mean, tokens = self._expert_moment(site, [expert], self._apart(site))
+        return _with_prior(mean, tokens, self._pooled(site))
+
+    def _val(self, site: str, expert: int | None) -> Tensor | None:
+        if expert is None:
+            return self._held_grams[site].result()[0] if site in self._held_grams else None
+        return self._expert_moment(site, [expert], True)[0] if self._apart(site) is False else None
+
+    def _cross(self, site: str, expert: int | None) -> Tensor | None:
+        return self._crosses[site].result()[0] if expert is None and site in self._crosses else None
+
+    def follow(self, scaled: Mapping[tuple[str, int | None], Tensor], outputs: bool) -> bool:
+        """Take over factors of channels, by activation and expert. Returns whether everything asked for follows.
+
+        Second moments do, ranges do not.
+        outputs   what linears return, and attention's operands, were scaled too
+        """
+        for key, factor in scaled.items():
+            known = self._factors.get(key)
+            self._factors[key] = factor if known is None else known * factor
+        sites = {site for site, _ in scaled}
+        if outputs:
+            sites |= {
+                site
+                for site, part in site_parts(self.plan).items()
+                if part == self.part and site not in self.plan.sites
+            }
+        return all(self.needs.get(site, set()) <= {"gram", "gram_val", "cross"} for site in sites)
 
     def expert_tokens(self) -> dict[str, dict[int, int]]:
         """Routed tokens per expert, by experts prefix."""
-        return {prefix: dict(sorted(layer.tokens.items())) for prefix, layer in self._layers.items()}
+        return {prefix: dict(sorted(layer.tokens.items())) for prefix, layer in self.layers.items()}
 
     # -- collecting ----------------------------------------------------------------------------------------------
 
@@ -156,7 +156,7 @@ class Statistics:
                 linear[tensor] = self._linear_tap(site.name)
             else:
                 prefix = self._layer_of(site.name)
-                experts.setdefault(prefix, (tensor, _ExpertTap(self, prefix)))
+                experts.setdefault(prefix, (tensor, ExpertTap(self, prefix)))
         outputs = {
             target.view.tensor: self._linear_tap(target.output_site)
             for target in self.plan.quantized(self.part)
@@ -178,29 +178,43 @@ class Statistics:
             "softmax": softmax,
         }
 
+    def source_handlers(self) -> dict[str, dict[str, Any]]:
+        """Keyword arguments for `Runner.handlers` that note what the source stream's linears read, for one batch."""
+        linear: dict[str, Callable[[Tensor], None]] = {}
+        for site in self.plan.sites.values():
+            if site.part == self.part and site.kind == "linear" and "cross" in self.needs.get(site.name, set()):
+                linear[self.plan.targets[site.members[0]].view.tensor] = self._source_tap(site.name)
+        return {"linear": linear}
+
+    def _source_tap(self, site: str) -> Callable[[Tensor], None]:
+        def tap(x: Tensor) -> None:
+            self._source_rows[site] = self._rows(x).clone()
+
+        return tap
+
     def _linear_tap(self, site: str) -> Callable[[Tensor], None]:
         def tap(x: Tensor) -> None:
-            self._take(site, self._rows(x))
+            self.take(site, self._rows(x), self._held(x))
 
         return tap
 
     def _attention_tap(self, module: str) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
         def tap(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             for kind, value in (("q", q), ("k", k), ("v", v)):
-                self._see(f"{module}.{kind}", self._tokens(value))
+                self.see(f"{module}.{kind}", self._tokens(value))
             return q, k, v
 
         return tap
 
     def _softmax_tap(self, module: str) -> Callable[[Tensor], None]:
         def tap(p: Tensor) -> None:
-            self._see(f"{module}.p", self._tokens(p))
+            self.see(f"{module}.p", self._tokens(p))
 
         return tap
 
     def _rows(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        kept = _kept(self.mask, x.shape[:-1]) if self.mask is not None else None
+        kept = unpadded(self.mask, x.shape[:-1]) if self.mask is not None else None
         return rows if kept is None else rows[kept.to(rows.device)]
 
     def _tokens(self, x: Tensor) -> Tensor:
@@ -209,12 +223,29 @@ class Statistics:
             return x
         return x.movedim(2, 1)[self.mask.bool().to(x.device)]
 
-    def _take(self, site: str, rows: Tensor) -> None:
-        self._see(site, rows)
-        if "gram" in self.needs.get(site, set()):
-            self._grams.setdefault(site, Gram()).add(rows.clone())
+    def _held(self, x: Tensor) -> Tensor | None:
+        """Which of the rows of `_rows` are held out, bool; None: none."""
+        if self.held is None:
+            return None
+        held = unpadded(self.held, x.shape[:-1])
+        if held is None:
+            return None
+        kept = unpadded(self.mask, x.shape[:-1]) if self.mask is not None else None
+        return (held if kept is None else held[kept]).to(x.device)
 
-    def _see(self, site: str, x: Tensor) -> None:
+    def take(self, site: str, rows: Tensor, held: Tensor | None = None) -> None:
+        self.see(site, rows)
+        kinds = self.needs.get(site, set())
+        own, other = rows, self._source_rows.pop(site, None)
+        if "gram_val" in kinds and held is not None:
+            self._held_grams.setdefault(site, SecondMoment()).add(rows[held])
+            own, other = rows[~held], other[~held] if other is not None else None
+        if "gram" in kinds:
+            self._grams.setdefault(site, SecondMoment()).add(own.clone())
+        if "cross" in kinds and other is not None:
+            self._crosses.setdefault(site, SecondMoment()).add(own.clone(), other)
+
+    def see(self, site: str, x: Tensor) -> None:
         """Widen the range of a site, and count its magnitudes, where that is needed."""
         if not x.numel():
             return
@@ -228,106 +259,43 @@ class Statistics:
         assert member.expert is not None
         return member.expert[0]
 
-    def _expert_site(self, prefix: str, kind: str) -> Site | None:
+    def expert_site(self, prefix: str, kind: str) -> Site | None:
         for site in self.plan.sites.values():
             if site.part == self.part and site.kind == kind and self._layer_of(site.name) == prefix:
                 return site
         return None
 
-    def _expert_rows(self, layer: _ExpertLayer, site: str, expert: int) -> Iterator[Tensor]:
+    def _expert_rows(self, site: str, expert: int, held: bool | None) -> Iterator[Tensor]:
+        """What one expert reads at a site, batch by batch."""
+        layer = self.layers[self._layer_of(site)]
         down = self.plan.sites[site].kind == "experts_down"
-        for hidden, routed in zip(layer.hidden, layer.routed, strict=True):
-            rows = hidden if self.all_tokens else hidden[(routed == expert).any(-1)]
-            if rows.shape[0]:
-                yield self.runner.expert_hidden(layer.module, expert, rows) if down else rows
+        for rows in layer.rows(None if self.all_tokens else expert, held):
+            yield self.runner.expert_hidden(layer.module, expert, rows) if down else rows
 
-    def _pooled(self, layer: _ExpertLayer, site: str) -> tuple[Tensor | None, int]:
+    def _expert_moment(self, site: str, experts: Iterable[int], held: bool | None) -> tuple[Tensor | None, int]:
+        moment = SecondMoment()
+        for expert in experts:
+            for rows in self._expert_rows(site, expert, held):
+                moment.add(rows)
+        return moment.result()
+
+    def _pooled(self, site: str) -> tuple[Tensor | None, int]:
         """The layer's own moment: of all tokens for the common input, of all experts together for the inner one."""
-        if site not in layer.pooled:
+        pooled = self.layers[self._layer_of(site)].pooled
+        if site not in pooled:
             if self.plan.sites[site].kind == "experts_in":
-                layer.pooled[site] = self._grams[site].result()
+                pooled[site] = self._grams[site].result()
             else:
-                together = Gram()
-                for expert in sorted({e for _, e in self._members(site)}):
-                    for rows in self._expert_rows(layer, site, expert):
-                        together.add(rows)
-                layer.pooled[site] = together.result()
-        return layer.pooled[site]
+                pooled[site] = self._expert_moment(site, sorted({e for _, e in self.members(site)}), self._apart(site))
+        return pooled[site]
 
-    def _members(self, site: str) -> list[tuple[str, int]]:
+    def _apart(self, site: str) -> bool | None:
+        """False where held-out tokens are kept out of the moment that a solver fits to; None where they are not."""
+        return False if "gram_val" in self.needs.get(site, set()) else None
+
+    def members(self, site: str) -> list[tuple[str, int]]:
         found = [self.plan.targets[name].expert for name in self.plan.sites[site].members]
         return [expert for expert in found if expert is not None]
-
-
-def _kept(mask: Tensor, leading: torch.Size) -> Tensor | None:
-    """bool [values]: no padding, for activations [*leading, features] whose axes hold those of the mask, or all flat.
-
-    Axes of streams may stand before or behind. None when no axes are the mask's: nothing can be told apart.
-    """
-    for axis in range(len(leading) - 1):
-        if leading[axis : axis + 2] == mask.shape:
-            behind = (1,) * (len(leading) - axis - 2)
-            return mask.bool().reshape(*mask.shape, *behind).expand(leading).reshape(-1)
-    return mask.bool().reshape(-1) if leading.numel() == mask.numel() else None
-
-
-class _ExpertTap:
-    """Feeds one layer's experts into the statistics (the protocol of `model.experts.ExpertHandler`)."""
-
-    def __init__(self, statistics: Statistics, prefix: str) -> None:
-        self.statistics = statistics
-        self.prefix = prefix
-        self.layer = statistics._layers.setdefault(prefix, _ExpertLayer())
-        self.site_in = statistics._expert_site(prefix, "experts_in")
-        self.site_down = statistics._expert_site(prefix, "experts_down")
-        self.kept: Tensor | None = None  # which tokens of this call are no padding; None: all
-        self.routed: Tensor | None = None  # [tokens, k] of this call
-        sites = [site for site in (self.site_in, self.site_down) if site]
-        self.gram = any("gram" in statistics.needs.get(site.name, set()) for site in sites)
-        for _, expert in statistics._members((self.site_in or self.site_down).name):  # type: ignore[union-attr]
-            self.layer.tokens.setdefault(expert, 0)
-
-    def observe(self, module: Any, hidden: Tensor, top_k_index: Tensor) -> None:
-        rows, routed = hidden, top_k_index
-        mask = self.statistics.mask
-        self.routed = top_k_index
-        self.kept = _kept(mask, hidden.shape[:-1]) if mask is not None else None
-        if self.kept is not None:
-            self.kept = self.kept.to(hidden.device)
-            rows, routed = hidden[self.kept], top_k_index[self.kept]
-        self.layer.module = module
-        for expert, count in zip(*torch.unique(routed, return_counts=True), strict=True):
-            self.layer.tokens[int(expert)] = self.layer.tokens.get(int(expert), 0) + int(count)
-        if self.site_in:
-            self.statistics._take(self.site_in.name, rows)
-        if self.gram:
-            self.layer.hidden.append(rows.clone())
-            self.layer.routed.append(routed.clone())
-        if self.site_down and self.statistics.all_tokens and self._wants_range():
-            for expert in self.layer.tokens:
-                inside = self.statistics.runner.expert_hidden(module, expert, rows)
-                self.statistics._see(self.site_down.name, inside)
-
-    def _wants_range(self) -> bool:
-        return self.site_down is not None and bool(
-            STATISTICS.keys() & self.statistics.needs.get(self.site_down.name, set())
-        )
-
-    def gate_up_input(self, expert: int, x: Tensor) -> Tensor:
-        return x
-
-    def down_input(self, expert: int, h: Tensor) -> Tensor:
-        # With every token for every expert, `observe` has already seen these.
-        if self.site_down and not self.statistics.all_tokens:
-            self.statistics._see(self.site_down.name, self._unpadded(expert, h))
-        return h
-
-    def _unpadded(self, expert: int, h: Tensor) -> Tensor:
-        """The rows of `h` that are no padding; they come by choice, then by token."""
-        if self.kept is None or self.routed is None:
-            return h
-        tokens = self.routed.T.eq(expert).nonzero()[:, 1]
-        return h[self.kept[tokens]]
 
 
 def _with_prior(mean: Tensor | None, tokens: int, pooled: tuple[Tensor | None, int]) -> tuple[Tensor | None, int]:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from quarkcli import idle
-from quarkcli.algorithms.base import Algorithm, Limited
+from quarkcli.algorithms.base import Assignment
 from quarkcli.cli import output
 from quarkcli.plan.model import Decision, Plan, Target
 from quarkcli.recipe.match import starred
@@ -91,10 +91,10 @@ def _data(prepared: Prepared) -> str:
     )
 
 
-def _step(plan: Plan, step: Algorithm) -> str:
-    if not isinstance(step, Limited):
+def _step(plan: Plan, step: Assignment) -> str:
+    if step.weights is None:
         return step.name
-    return f"{step.name} on {sum(target.name in step.weights for target in plan.quantized())} weights"
+    return f"{step.name} on {sum(map(step.takes, plan.quantized()))} weights"
 
 
 def show(prepared: Prepared) -> None:

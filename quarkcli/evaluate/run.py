@@ -23,7 +23,7 @@ from quarkcli.events import Listener, Message, PartDone, Phase, Working
 from quarkcli.nonfinite import HINT, NonFinite, OnNonfinite
 from quarkcli.numerics.finite import is_finite
 from quarkcli.source import Source
-from quarkcli.walk import Walk
+from quarkcli.walk import SERVED, Walk
 
 if TYPE_CHECKING:
     from quarkcli.evaluate.windows import Windows
@@ -33,7 +33,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class _Side:
-    """One model on its way: its files, its runner, its carry."""
+    """One model on its way: its files, its runner, its hidden states."""
 
     def __init__(
         self,
@@ -101,8 +101,8 @@ class _Side:
         return str(self.checkpoint.source.folder)
 
     def require_numbers(self, place: str, values: list[Tensor] | None = None) -> None:
-        """Raises CheckError when `values` (None: the carry) hold NaN, or infinity where hidden states have none."""
-        if all(is_finite(value) for value in (self.walk.carry if values is None else values)):
+        """Raises CheckError when `values` (None: hidden states) hold NaN, or infinity where there should be none."""
+        if all(is_finite(value) for value in (self.walk.served if values is None else values)):
             return
         raise CheckError(
             f"the first NaN or inf is {place}",
@@ -264,7 +264,7 @@ def _walk_blocks(tested: _Side, source: _Side | None, weights_only: bool, tell: 
         error = None
         if source is not None:
             source.advance(block, weights_only)
-            error = _distance(source.walk.carry[0], tested.walk.carry[0])
+            error = _distance(source.walk.served[0], tested.walk.served[0])
         now = time.monotonic()
         eta = (now - begun) / (block + 1) * (blocks - block - 1)
         tell(PartDone(block + 1, blocks, f"block {block}", "eval", now - at, error, memory.peak_rss(), 0, eta))
@@ -285,7 +285,7 @@ def _score(tested: _Side, source: _Side | None, rows: Windows, weights_only: boo
     count = 0
     for index, tokens in enumerate(rows.tokens.split(tested.walk.batch)):
         targets = tokens[:, rows.first :].to(tested.walk.device)
-        tested.tell(Working(f"scoring batch {index + 1} of {len(tested.walk.carry)}"))
+        tested.tell(Working(f"scoring batch {index + 1} of {len(tested.walk.served)}"))
         with tested.runner.handlers(None, **tested.tail_handlers(weights_only)):
             scores = _log_probabilities(tested, index, rows.first)
         sums["nll"] -= float(scores.gather(-1, targets[..., None]).double().sum())
@@ -312,8 +312,8 @@ def _roles(checkpoint: Checkpoint) -> dict[str, str]:
 
 def _log_probabilities(side: _Side, index: int, first: int) -> Tensor:
     """log p of the tokens from `first` on, float32 [batch, window - first, vocabulary]."""
-    hidden = side.walk.carry[index].to(side.walk.device)
-    logits: Tensor = side.runner.logits(side.walk.recordings[index], hidden)
+    hidden = side.walk.served[index].to(side.walk.device)
+    logits: Tensor = side.runner.logits(side.walk.recordings[SERVED][index], hidden)
     scores = torch.log_softmax(logits[:, first - 1 : -1].float(), dim=-1)
     # A token that a model rules out has -inf, which is a score; NaN and +inf end as NaN in the whole row.
     side.require_numbers("in the logits", [scores.amax(-1)])

@@ -12,6 +12,7 @@ from quarkcli.family.layout import AttentionModule, Layout, Site, Weight, lay_ou
 from quarkcli.family.lists import block_lists, tower
 from quarkcli.family.orientation import hidden_transpositions
 from quarkcli.family.parts import Part
+from quarkcli.family.rewrites import Pair, Residual, Rewrites, expert_bias
 from quarkcli.family.schema import (
     PROTECTED,
     ROLE_CLASSES,
@@ -36,7 +37,10 @@ __all__ = [
     "FusedModel",
     "HeaderLike",
     "Layout",
+    "Pair",
     "Part",
+    "Residual",
+    "Rewrites",
     "ScalingModel",
     "Site",
     "Weight",
@@ -46,6 +50,7 @@ __all__ = [
     "cards",
     "check_fit",
     "check_unprotect",
+    "expert_bias",
     "for_checkpoint",
     "fused_shape",
     "fused_views",

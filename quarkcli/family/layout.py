@@ -11,6 +11,7 @@ from quarkcli.errors import ModelError
 from quarkcli.family.config import hidden_size, text_config
 from quarkcli.family.orientation import decide, hidden_transpositions, stored_transposed
 from quarkcli.family.parts import Part, parts_of
+from quarkcli.family.rewrites import Rewrites
 from quarkcli.family.schema import (
     PROTECTED,
     TOWERS,
@@ -88,6 +89,7 @@ class Layout:
     """A family applied to one checkpoint's headers.
 
     protected   module -> role it is left alone for
+    rewrites    how its blocks may be rewritten without changing what they compute
     turned      fused tensors whose square matrices lie [in, out], where other files have them as [out, in]
     transposed  weights of blocks that the file stores [in, out] and the family knows nothing of; see `orientation`
     """
@@ -104,6 +106,7 @@ class Layout:
     protected: dict[str, str] = field(default_factory=dict)
     turned: frozenset[str] = frozenset()
     transposed: tuple[str, ...] = ()
+    rewrites: Rewrites = field(default_factory=Rewrites)
 
 
 @without_collection()
@@ -120,6 +123,7 @@ def lay_out(
         name, inferred, parts, builder.weights, builder.sites, builder.attention, builder.tensor_roles,
         _tied_head(family, config, headers), family.aliases, builder.protected(),
         hidden_transpositions(family, config, headers), stored_transposed(builder.blocks_weights(), headers, config),
+        Rewrites(family),
     )  # fmt: skip
 
 

@@ -218,6 +218,7 @@ class Histogram:
 # Kind of statistics (`ObserverSpec.statistic`) -> what keeps it.
 STATISTICS: dict[str, Callable[[], MinMax | Histogram]] = {
     "absmax": MinMax,
+    "channel_absmax": lambda: MinMax(PerChannel(1)),
     "histogram": Histogram,
     "blocks": lambda: Histogram(_BLOCK),
 }

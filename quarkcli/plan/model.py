@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from quarkcli.family import Part, Site, Weight, WeightView
+from quarkcli.family import Part, Rewrites, Site, Weight, WeightView
 from quarkcli.plan.fused import matrix
 from quarkcli.recipe.attributes import Cfg
 from quarkcli.recipe.entries import Entry, Share
@@ -19,7 +19,10 @@ from quarkcli.spec import TensorSpec
 if TYPE_CHECKING:
     from quarkcli.plan.compose import Basis
 
-__all__ = ["ATTENTION_KINDS", "TARGET_KINDS", "Attention", "Decision", "Part", "Plan", "Site", "Target", "WeightView"]
+__all__ = [
+    "ATTENTION_KINDS", "TARGET_KINDS", "Added", "Attention", "Changes", "Decision", "Fate", "Part", "Plan", "Site",
+    "Target", "WeightView",
+]  # fmt: skip
 
 TARGET_KINDS = ("weight", "input", "output", "bias")
 ATTENTION_KINDS = ("q", "k", "v", "p")
@@ -130,6 +133,38 @@ class Activation(NamedTuple):
     spec: TensorSpec
 
 
+class Added(NamedTuple):
+    """A tensor of the output that the source lacks: its name, safetensors dtype, shape, and the index of its part."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    part: int
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What a transform does to a checkpoint, known before any weight is read.
+
+    tensors  source tensors whose values it changes; those of quantized weights are quantized afterwards
+    added    tensors that the source lacks
+    dropped  source tensor -> why it is not written
+    config   keys of config.json that it sets
+    """
+
+    tensors: frozenset[str] = frozenset()
+    added: tuple[Added, ...] = ()
+    dropped: Mapping[str, str] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Fate(NamedTuple):
+    """What becomes of a source tensor: `kept`, `quantized`, `changed` or `dropped`, and why or by whom."""
+
+    kind: str
+    reason: str
+
+
 class Step(NamedTuple):
     """An algorithm with its parameters. `weights`: names of those it works on; None: all."""
 
@@ -150,6 +185,8 @@ class Plan:
     exclusions_start  index of the first exclusion
     share             rows of the recipe that join weights into scale groups; None: what the family says; empty: nothing
                       shares its scales
+    rewrites          how blocks may be rewritten without changing what they compute, from the family file
+    changes           what transforms will change, by their names
     basis             what it was resolved from, for edits (`plan.compose.Basis`)
     """
 
@@ -168,6 +205,8 @@ class Plan:
     restores: frozenset[int] = frozenset()
     exclusions_start: int = 0
     share: Sequence[Share] | None = None
+    rewrites: Rewrites = field(default_factory=Rewrites)
+    changes: dict[str, Changes] = field(default_factory=dict)
     basis: Basis | None = field(default=None, repr=False, compare=False)
     _alike: tuple[Mapping[str, Target], list[list[Target]]] | None = field(
         default=None, init=False, repr=False, compare=False
@@ -208,6 +247,51 @@ class Plan:
             for target in run if weight is not None and weight.has_tensor_scale else ():
                 groups.setdefault(target.scale_group, []).append(target)
         return {name: members for name, members in groups.items() if len(members) > 1}
+
+    @property
+    def added(self) -> list[Added]:
+        """Tensors of the output that the source lacks."""
+        return [added for changes in self.changes.values() for added in changes.added]
+
+    @property
+    def dropped(self) -> dict[str, str]:
+        """Source tensor -> why it is not written."""
+        return {name: why for changes in self.changes.values() for name, why in changes.dropped.items()}
+
+    @property
+    def changed(self) -> dict[str, str]:
+        """Source tensor -> the transforms that change its values before it is written or quantized."""
+        found: dict[str, list[str]] = {}
+        for by, changes in self.changes.items():
+            for name in sorted(changes.tensors):
+                found.setdefault(name, []).append(by)
+        return {name: "+".join(by) for name, by in found.items()}
+
+    @property
+    def config_changes(self) -> dict[str, Any]:
+        """Keys of config.json that transforms set."""
+        return {key: value for changes in self.changes.values() for key, value in changes.config.items()}
+
+    def fates(self) -> dict[str, Fate]:
+        """What becomes of every source tensor, in the order of the parts."""
+        dropped, changed = self.dropped, self.changed
+        owners: dict[str, str] = {}
+        for target in self.quantized():
+            owners.setdefault(target.view.tensor, target.name)
+            if target.bias is not None and target.bias_spec is not None:
+                owners.setdefault(target.bias, target.name)
+        fates = {}
+        for name in (tensor for part in self.parts for tensor in part.tensors):
+            if name in dropped:
+                fates[name] = Fate("dropped", dropped[name])
+            elif name in owners:
+                by = f"; changed by {changed[name]}" if name in changed else ""
+                fates[name] = Fate("quantized", f"{owners[name]}{by}")
+            elif name in changed:
+                fates[name] = Fate("changed", f"by {changed[name]}")
+            else:
+                fates[name] = Fate("kept", self.kept[name])
+        return fates
 
     def quantized(self, part: int | None = None) -> Iterator[Target]:
         """Targets whose weight is quantized, in plan order; of one part when given."""

@@ -57,6 +57,7 @@ def resolve(
         restores=frozenset(composed.restores),
         exclusions_start=composed.exclusions_start,
         share=recipe.share,
+        rewrites=layout.rewrites,
     )
     if layout.inferred:
         plan.warnings.append(_inferred(layout))

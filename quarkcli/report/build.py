@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from quarkcli import __version__, forecast, memory, nonfinite
+from quarkcli import __version__, memory, nonfinite
 from quarkcli.options import Prepared
 from quarkcli.plan.model import Plan
+from quarkcli.plan.sizes import expert_share
 from quarkcli.recipe.match import starred
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def build(
 ) -> dict[str, Any]:
     """The report of a finished run. `records`: per part, as the journal keeps them."""
     plan = prepared.plan
-    quantized, experts = forecast.expert_share(plan)
+    quantized, experts = expert_share(plan)
     warnings = list(dict.fromkeys(prepared.warnings + [w for r in records.values() for w in r["warnings"]]))
     return {
         "schema": SCHEMA,
@@ -66,6 +67,10 @@ def build(
         "dead_inputs": _dead_inputs(records),
         "kept": plan.kept,
         "kept_reasons": dict(Counter(plan.kept.values()).most_common()),
+        "changed": plan.changed,
+        "added": [added.name for added in plan.added],
+        "dropped": plan.dropped,
+        "config_changes": plan.config_changes,
         "split": split_tensors(plan),
         "tied_head": plan.tied_head,
         "side_files_left_out": [name for names in prepared.side_files.left_out.values() for name in names],

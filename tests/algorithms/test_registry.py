@@ -19,25 +19,20 @@ from tests import runs
 HALVES = '''
 """Every weight rounded at half its size."""
 
-class Halves:
+from quarkcli.algorithms.base import Solver
+
+
+class Halves(Solver):
     name = "half-size"
-    kind = "solver"
     parameters = {"factor": 0.5}
 
     def __init__(self, factor):
         self.factor = factor
 
-    def needs(self, plan):
-        return {}
-
-    def check(self, plan):
-        pass
-
-    def apply(self, work, statistics):
+    def solve(self, problem):
         from quarkcli.numerics.quantize import quantize
 
-        for target in work.targets:
-            work.finish(target, quantize(work.weight(target) * self.factor, target.weight))
+        return [quantize(weight * self.factor, problem.spec) for weight in problem.weights]
 
 
 ALGORITHM = Halves
@@ -180,7 +175,8 @@ def test_parameters_come_from_the_recipe(tmp_path: Path) -> None:
     )
     assert recipes.from_file(path).algorithms == [("gptq", {"damp": 0.05, "act_order": False})]
     prepared = runs.prepare("demo", recipe=str(path), calib_data="builtin")
-    assert (prepared.steps[0].damp, prepared.steps[0].act_order, prepared.steps[0].scale_search) == (0.05, False, True)
+    solver = prepared.steps[0].algorithm
+    assert (solver.damp, solver.act_order, solver.scale_search) == (0.05, False, True)
     flagged = runs.prepare("demo", recipe=str(path), algorithm="rtn")
     assert [step.name for step in flagged.steps] == ["rtn"]
     assert flagged.calibration is None

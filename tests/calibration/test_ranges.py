@@ -130,7 +130,7 @@ def test_no_tokens_and_bad_numbers(mixtral: Path, text: Path) -> None:
     assert error.value.where == f"{LAYER}.input"
     x = torch.ones(1000, 1)
     x[3] = torch.inf
-    statistics._take(f"{LAYER}.input", x)
+    statistics.take(f"{LAYER}.input", x)
     with pytest.raises(DataError, match="NaN or inf") as error:
         statistics.amax(f"{LAYER}.input", SPEC)
     assert error.value.where == f"{LAYER}.input"

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from quarkcli.calibration.statistics import CHUNK, Gram, Statistics, _kept
+from quarkcli.calibration.moments import CHUNK, SecondMoment
+from quarkcli.calibration.statistics import Statistics
+from quarkcli.calibration.taps import unpadded
 from quarkcli.errors import DataError
 from quarkcli.spec import PerTensor, ScaleSpec, TensorSpec
 from tests import runs
@@ -150,7 +152,7 @@ def test_moments_do_not_depend_on_how_rows_arrive() -> None:
     rows = torch.randn(2 * CHUNK + 700, 24, generator=torch.Generator().manual_seed(0))
     results = []
     for size in (1, 7, 500, CHUNK, len(rows)):
-        gram = Gram()
+        gram = SecondMoment()
         for part in rows.split(size):
             gram.add(part.clone())
         results.append(gram.result()[0])
@@ -163,15 +165,15 @@ def test_no_tokens_and_bad_numbers(llama: Path, text: Path) -> None:
     prepared = plan(llama, text)
     site = prepared.plan.targets["model.layers.0.mlp.up_proj"].site
     statistics = Statistics(prepared.plan, 1, prepared.needs, None)
-    assert statistics.gram(site) == (None, 0)
+    assert statistics.moment(site) is None
     with pytest.raises(DataError, match="no calibration token reached"):
         statistics.amax(site, FP8)
-    statistics._take(site, torch.tensor([[1.0, float("nan")]]))
+    statistics.take(site, torch.tensor([[1.0, float("nan")]]))
     with pytest.raises(DataError, match="NaN or inf") as error:
         statistics.amax(site, FP8)
     assert error.value.where == site
     with pytest.raises(DataError, match="NaN or inf"):
-        statistics.gram(site)
+        statistics.moment(site)
 
 
 @pytest.mark.parametrize("leading", [(2, 3), (6,), (4, 2, 3), (2, 3, 4), (5, 2, 3, 4)])
@@ -181,6 +183,6 @@ def test_padding_is_found_beside_other_axes(leading: tuple[int, ...]) -> None:
     places = torch.arange(6).reshape(2, 3).masked_fill(mask == 0, -1)
     shapes = {(6,): (6,), (4, 2, 3): (1, 2, 3), (2, 3, 4): (2, 3, 1), (5, 2, 3, 4): (1, 2, 3, 1), (2, 3): (2, 3)}
     values = places.reshape(shapes[leading]).expand(leading).reshape(-1)
-    kept = _kept(mask, torch.Size(leading))
+    kept = unpadded(mask, torch.Size(leading))
     assert kept is not None and torch.equal(kept, values >= 0)
-    assert _kept(mask, torch.Size((7, 3))) is None
+    assert unpadded(mask, torch.Size((7, 3))) is None

@@ -59,7 +59,8 @@ def moments(prepared: job.Prepared, part: int, statistics: Statistics) -> dict[t
         members = [prepared.plan.targets[name].expert for name in site.members]
         experts = sorted({expert[1] for expert in members if expert}) or [None]
         for expert in experts:
-            found[site.name, expert] = statistics.gram(site.name, expert)
+            moment = statistics.moment(site.name, expert)
+            found[site.name, expert] = (None, 0) if moment is None else (moment.gram, moment.tokens)
     return found
 
 

@@ -19,6 +19,7 @@ from quarkcli.errors import ExitCode, ModelError
 from quarkcli.family import FamilyModel, Layout
 from quarkcli.model.record import Recording
 from quarkcli.model.runner import Runner
+from quarkcli.recipe import catalog
 from tests import runs
 from tests.tiny import SAFETENSORS_DTYPES, Header
 
@@ -113,6 +114,11 @@ def _fused(tensors: dict[str, torch.Tensor], rule: dict[str, Any]) -> dict[str, 
         for target, sources in rule["targets"].items():
             result[prefix + target] = torch.cat([stacked[source] for source in sources], dim=1).contiguous()
     return result
+
+
+def can_rotate(name: str) -> bool:
+    """True when the family's file says how its residual stream is rotated."""
+    return family.load(catalog.files("models")[RECIPES[name]["file"]]).rotation is not None
 
 
 def headers(tensors: Mapping[str, torch.Tensor]) -> dict[str, Header]:

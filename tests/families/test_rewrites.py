@@ -6,16 +6,18 @@ the file says computes the same.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
-from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from quarkcli.family import FamilyModel, Layout, ScalingModel
+from quarkcli.family import Pair
+from quarkcli.plan.model import Plan
+from quarkcli.recipe.match import starred
+from quarkcli.tensors import PartTensors
 from tests import runs
 from tests.families import models
 from tests.families.test_all_families import ELSEWHERE
@@ -58,71 +60,43 @@ def test_sites_read_one_tensor(name: str, built: dict[str, Path]) -> None:
 # ---- scaling
 
 
-def matching(layout: Layout, block: str, pattern: str) -> list[str]:
-    return [name for name in layout.weights if fnmatchcase(name, f"{block}.{pattern}")]
+def part_of(source: Path, tensors: Tensors, index: int) -> tuple[PartTensors, Tensors]:
+    """The tensors of a block in float32, as a transform sees them."""
+    plan = plans(source)
+    part = next(part for part in plan.parts if part.block == index)
+    own = {name: tensors[name].float() for name in part.tensors}
+    return PartTensors(plan, part, own), own
 
 
-def scale_block(found: FamilyModel, layout: Layout, block: str, pair: ScalingModel, tensors: Tensors) -> Tensors | None:
-    """The tensors of a block scaled by one pair, in float32; None where the block has no such linears."""
-    changed = {name: tensors[name].float().clone() for name in block_tensors(tensors, block)}
-    readers = [name for pattern in pair.readers for name in matching(layout, block, pattern)]
-    norm = changed.get(f"{block}.{pair.source}.weight")
-    generator = torch.Generator().manual_seed(1)
-
-    def factors(count: int) -> Tensor:
-        return torch.rand(count, generator=generator) + 0.5
-
-    if norm is not None and norm.ndim == 1:
-        if not readers:
-            return None
-        scale = factors(len(norm))
-        norm.copy_((norm + found.norm_offset) * scale - found.norm_offset)
-        bias = changed.get(f"{block}.{pair.source}.bias")
-        if bias is not None:
-            bias.mul_(scale)
-        for reader in readers:
-            view = layout.weights[reader].view
-            view.of(changed[view.tensor]).div_(scale)
-        return changed
-    sources = matching(layout, block, pair.source)
-    for source in sources:  # an expert's rows are read by the same expert
-        weight = layout.weights[source]
-        scale = factors(weight.shape[0])
-        weight.view.of(changed[weight.view.tensor]).mul_(scale[:, None])
-        if weight.bias:
-            changed[weight.bias].mul_(scale)
-        for reader in (r for r in readers if layout.weights[r].expert == weight.expert):
-            other = layout.weights[reader]
-            other.view.of(changed[other.view.tensor]).div_(spread(scale, other.shape[1], layout, block))
-    return changed if sources and readers else None
-
-
-def spread(scale: Tensor, width: int, layout: Layout, block: str) -> Tensor:
-    """Scales of value channels, repeated for every head that reads the same values."""
-    if len(scale) == width:
-        return scale
-    head = 32 if len(scale) % 32 == 0 else 16
-    return scale.view(-1, 1, head).expand(-1, width // len(scale), -1).reshape(-1)
+@cache
+def plans(source: Path) -> Plan:
+    return runs.prepare(source, scheme="int8_dynamic", target="none").plan
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_scaling_pairs_do_not_change_a_block(name: str, built: dict[str, Path]) -> None:
-    found, layout = models.described(built[name])
+    found, _ = models.described(built[name])
     tensors = runs.read_all(built[name])
-    used: set[int] = set()
+    used: set[str] = set()
+    generator = torch.Generator().manual_seed(1)
     for runner, index, recording, hidden, output in models.walk(built[name], tensors):
         block = f"{found.blocks}.{index}"
-        for number, pair in enumerate(found.scaling):
-            changed = scale_block(found, layout, block, pair, tensors)
-            if changed is None:
-                continue
-            used.add(number)
-            runner.load_block(index, changed)
-            again = runner.run_block(index, recording, hidden)
-            assert close(again, output), (block, pair)
+        rules: dict[str, list[Pair]] = {}
+        for pair in part_of(built[name], tensors, index)[0].pairs:
+            rules.setdefault(starred(pair.source.removeprefix(f"{block}.")), []).append(pair)
+        for rule, pairs in rules.items():  # all experts at once
+            part, own = part_of(built[name], tensors, index)
+            for pair in pairs:
+                width = len(part.columns(pair.source)) if not pair.norm else part.read(f"{pair.source}.weight").numel()
+                part.scale(pair, torch.rand(width, generator=generator) + 0.5)
+            changed = part.commit()
+            assert changed
+            runner.load_block(index, own)
+            assert close(runner.run_block(index, recording, hidden), output), (block, rule)
+            used.add(rule)
         runner.load_block(index, {key: tensors[key] for key in block_tensors(tensors, block)})
     if len([other for other in NAMES if models.RECIPES[other]["file"] == models.RECIPES[name]["file"]]) == 1:
-        assert {pair.source for number, pair in enumerate(found.scaling) if number not in used} <= set(ELSEWHERE)
+        assert {pair.source for pair in found.scaling} - used <= set(ELSEWHERE)
 
 
 def close(one: Tensor, other: Tensor) -> bool:
@@ -132,46 +106,18 @@ def close(one: Tensor, other: Tensor) -> bool:
 # ---- rotation
 
 
-def rotate_block(found: FamilyModel, layout: Layout, block: str, q: Tensor, tensors: Tensors) -> Tensors:
-    """The block for hidden states x q: norms folded into the linears that read them, all of them rotated."""
-    assert found.rotation is not None
-    changed = {name: tensors[name].float().clone() for name in block_tensors(tensors, block)}
-    reads = [name for pattern in found.rotation.reads for name in matching(layout, block, pattern)]
-    writes = [name for pattern in found.rotation.writes for name in matching(layout, block, pattern)]
-    for pair in found.scaling:
-        norm = changed.get(f"{block}.{pair.source}.weight")
-        readers = [name for pattern in pair.readers for name in matching(layout, block, pattern)]
-        if norm is not None and norm.ndim == 1 and set(readers) & set(reads):
-            for reader in readers:
-                view = layout.weights[reader].view
-                view.of(changed[view.tensor]).mul_(norm)
-            norm.fill_(1.0)
-    for name in reads:
-        view = layout.weights[name].view
-        weight = view.of(changed[view.tensor])
-        weight.copy_(weight @ q)
-    for name in writes:
-        weight = layout.weights[name].view.of(changed[layout.weights[name].view.tensor])
-        weight.copy_(q.T @ weight)
-        bias = layout.weights[name].bias or re.sub(r"\.\d+\.down_proj$", ".down_proj_bias", name)
-        if bias in changed and layout.weights[name].expert in (None, (name.rsplit(".", 2)[0], 0)):
-            changed[bias].copy_(changed[bias] @ q)
-    return changed
-
-
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if models.can_rotate(name)])
 def test_a_rotated_block_rotates_its_output(name: str, built: dict[str, Path]) -> None:
-    found, layout = models.described(built[name])
-    if found.rotation is None:
-        return
     tensors = runs.read_all(built[name])
     for runner, index, recording, hidden, output in models.walk(built[name], tensors):
-        block = f"{found.blocks}.{index}"
-        q, _ = torch.linalg.qr(
-            torch.randn(hidden.shape[-1], hidden.shape[-1], generator=torch.Generator().manual_seed(2))
-        )
-        runner.load_block(index, rotate_block(found, layout, block, q, tensors))
+        generator = torch.Generator().manual_seed(2)
+        q, _ = torch.linalg.qr(torch.randn(hidden.shape[-1], hidden.shape[-1], generator=generator))
+        part, own = part_of(built[name], tensors, index)
+        part.fold_norms()
+        part.rotate(q)
+        part.commit()
+        runner.load_block(index, own)
         again = runner.run_block(index, recording, hidden @ q)
-        assert close(again, output @ q), block
-        runner.load_block(index, {key: tensors[key] for key in block_tensors(tensors, block)})
+        assert close(again, output @ q), index
+        runner.load_block(index, {key: tensors[key] for key in part.names})
         runner.run_block(index, recording, hidden)  # what later blocks read of this one

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from quarkcli import dialects, family, forecast, preflight
+from quarkcli import contents, dialects, family, forecast, preflight
 from quarkcli.cli import planview
 from quarkcli.dialects.base import Dialect
 from quarkcli.family import Layout
@@ -83,7 +83,7 @@ def prepared(scheme: str, **flags: Any) -> tuple[Layout, Plan, Dialect, forecast
     dialect, _ = dialects.choose("auto", plan)
     needs = preflight.data_needs(plan, [])
     size = forecast.forecast(
-        plan, dialect, HEADERS, source_bytes=0, calibrated=bool(needs), tokens=0, hidden=HIDDEN, grams=False
+        plan, dialect, HEADERS, source_bytes=0, calibrated=bool(needs), tokens=0, hidden=HIDDEN, solving=0
     )
     dialects.warnings(dialect, plan)
     return layout, plan, dialect, size
@@ -128,11 +128,11 @@ def test_equal_decisions_are_one_object(nvfp4: Any) -> None:
 def test_sizes_are_those_of_every_part(nvfp4: Any) -> None:
     """Blocks that are alike are sized once; the sum is that of all of them, one by one."""
     _, plan, dialect, size = nvfp4
-    owners = forecast.part_targets(plan)
+    owners = contents.part_targets(plan)
     files = dtypes = 0
     for part in plan.parts:
-        infos = forecast.part_infos(plan, dialect, part, HEADERS, owners)
-        files += sum(file.size for file in plan_files(forecast.slug(part), infos))
+        infos = contents.part_infos(plan, dialect, part, HEADERS, owners)
+        files += sum(file.size for file in plan_files(contents.slug(part), infos))
         dtypes += sum(tensor_bytes(info.dtype, info.shape) for info in infos)
     assert size.output_bytes == files
     assert sum(size.dtypes.values()) == dtypes

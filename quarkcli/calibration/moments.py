@@ -1,0 +1,96 @@
+"""Second moments of activations as running means, and which calibration tokens are held out of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+CHUNK = 2048  # tokens folded in at once, whatever the batch: the batch size changes no bits
+HELD_OUT = 8  # one row in so many
+FEW_ROWS = 2 * HELD_OUT  # below, the last tokens of the set are held out instead of rows
+FEW_TOKENS = 2048  # below, nothing is
+
+
+class SecondMoment:
+    """Running mean of x y^T over tokens, float32 [features of x, features of y]; y is x itself when it is not given.
+
+    Tokens come in sample order and are folded in chunks of `CHUNK`; parts of the data, merged in order, give the mean
+    of the whole.
+    """
+
+    def __init__(self) -> None:
+        self.mean: Tensor | None = None
+        self.tokens = 0
+        self._waiting: list[tuple[Tensor, Tensor]] = []
+        self._waiting_rows = 0
+
+    def add(self, rows: Tensor, other: Tensor | None = None) -> None:
+        """Take rows [tokens, features], and those of `other` [tokens, features], in sample order."""
+        self._waiting.append((rows, rows if other is None else other))
+        self._waiting_rows += rows.shape[0]
+        while self._waiting_rows >= CHUNK:
+            x, y = self._joined()
+            self._fold(x[:CHUNK], y[:CHUNK] if y is not x else x[:CHUNK])
+            rest = x[CHUNK:].clone()
+            self._waiting = [(rest, rest if y is x else y[CHUNK:].clone())]
+            self._waiting_rows = rest.shape[0]
+
+    def merge(self, other: SecondMoment) -> None:
+        """Take in another's mean: a weighted mean of both. What waits on either side is folded first."""
+        mean, tokens = other.result()
+        self.result()
+        if mean is None:
+            return
+        total = self.tokens + tokens
+        own = mean * (tokens / total)
+        self.mean = own if self.mean is None else self.mean * (self.tokens / total) + own
+        self.tokens = total
+
+    def result(self) -> tuple[Tensor | None, int]:
+        """(mean or None when no token came, tokens)."""
+        if self._waiting_rows:
+            self._fold(*self._joined())
+        self._waiting, self._waiting_rows = [], 0
+        return self.mean, self.tokens
+
+    def _joined(self) -> tuple[Tensor, Tensor]:
+        x = torch.cat([rows for rows, _ in self._waiting])
+        same = all(rows is other for rows, other in self._waiting)
+        return x, x if same else torch.cat([other for _, other in self._waiting])
+
+    def _fold(self, rows: Tensor, others: Tensor) -> None:
+        count = rows.shape[0]
+        if count == 0:
+            return
+        x = rows.float()
+        y = x if others is rows else others.float()
+        total = self.tokens + count
+        if self.mean is None:
+            self.mean = x.T @ y
+            self.mean /= total
+        else:
+            self.mean.mul_(self.tokens / total).addmm_(x.T, y, alpha=1.0 / total)
+        self.tokens = total
+
+
+def held_out(rows: int, seqlen: int) -> Tensor | None:
+    """Which tokens are kept out of the moments that a solver fits to, bool [rows, seqlen]; None: none.
+
+    Row 7 of every eight; of fewer than 16 rows the last eighth of the tokens; of fewer than 2,048 tokens none.
+    """
+    if rows * seqlen < FEW_TOKENS:
+        return None
+    if rows >= FEW_ROWS:
+        mask = torch.zeros(rows, seqlen, dtype=torch.bool)
+        mask[HELD_OUT - 1 :: HELD_OUT] = True
+        return mask
+    flat = torch.zeros(rows * seqlen, dtype=torch.bool)
+    flat[-(rows * seqlen // HELD_OUT) :] = True
+    return flat.view(rows, seqlen)
+
+
+def holds_out(needs: Mapping[str, set[str]]) -> bool:
+    """True when some statistic wants held-out tokens."""
+    return any("gram_val" in kinds for kinds in needs.values())

@@ -1,0 +1,122 @@
+"""What stands inside a running model and feeds its statistics: experts, and rows without padding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from quarkcli.numerics.observers import STATISTICS
+
+if TYPE_CHECKING:
+    from quarkcli.calibration.statistics import Statistics
+
+
+@dataclass
+class ExpertLayer:
+    """What the experts of one layer saw: their common input with its routing, and counts.
+
+    held   per batch, which of its tokens are held out; None: none
+    """
+
+    module: Any = None
+    hidden: list[Tensor] = field(default_factory=list)
+    routed: list[Tensor] = field(default_factory=list)
+    held: list[Tensor | None] = field(default_factory=list)
+    tokens: dict[int, int] = field(default_factory=dict)
+    pooled: dict[str, tuple[Tensor | None, int]] = field(default_factory=dict)
+
+    def rows(self, expert: int | None, held: bool | None) -> Iterator[Tensor]:
+        """The common input of the tokens routed to one expert, of all tokens when it is None, batch by batch.
+
+        held   only tokens that are held out, or only those that are not; None: all
+        """
+        for hidden, routed, mask in zip(self.hidden, self.routed, self.held, strict=True):
+            chosen = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)
+            if expert is not None:
+                chosen = (routed == expert).any(-1)
+            if held is not None and mask is not None:
+                chosen = chosen & (mask if held else ~mask)
+            elif held:
+                continue
+            if bool(chosen.any()):
+                yield hidden[chosen]
+
+
+def unpadded(mask: Tensor, leading: torch.Size) -> Tensor | None:
+    """bool [values]: no padding, for activations [*leading, features] whose axes hold those of the mask, or all flat.
+
+    Axes of streams may stand before or behind. None when no axes are the mask's: nothing can be told apart.
+    """
+    for axis in range(len(leading) - 1):
+        if leading[axis : axis + 2] == mask.shape:
+            behind = (1,) * (len(leading) - axis - 2)
+            return mask.bool().reshape(*mask.shape, *behind).expand(leading).reshape(-1)
+    return mask.bool().reshape(-1) if leading.numel() == mask.numel() else None
+
+
+class ExpertTap:
+    """Feeds one layer's experts into the statistics (the protocol of `model.experts.ExpertHandler`)."""
+
+    def __init__(self, statistics: Statistics, prefix: str) -> None:
+        self.statistics = statistics
+        self.prefix = prefix
+        self.layer = statistics.layers.setdefault(prefix, ExpertLayer())
+        self.site_in = statistics.expert_site(prefix, "experts_in")
+        self.site_down = statistics.expert_site(prefix, "experts_down")
+        self.kept: Tensor | None = None  # which tokens of this call are no padding; None: all
+        self.routed: Tensor | None = None  # [tokens, k] of this call
+        sites = [site for site in (self.site_in, self.site_down) if site]
+        self.moments = any({"gram", "gram_val"} & statistics.needs.get(site.name, set()) for site in sites)
+        for _, expert in statistics.members((self.site_in or self.site_down).name):  # type: ignore[union-attr]
+            self.layer.tokens.setdefault(expert, 0)
+
+    def observe(self, module: Any, hidden: Tensor, top_k_index: Tensor) -> None:
+        rows, routed = hidden, top_k_index
+        mask = self.statistics.mask
+        self.routed = top_k_index
+        self.kept = unpadded(mask, hidden.shape[:-1]) if mask is not None else None
+        if self.kept is not None:
+            self.kept = self.kept.to(hidden.device)
+            rows, routed = hidden[self.kept], top_k_index[self.kept]
+        self.layer.module = module
+        for expert, count in zip(*torch.unique(routed, return_counts=True), strict=True):
+            self.layer.tokens[int(expert)] = self.layer.tokens.get(int(expert), 0) + int(count)
+        held = self.statistics.held
+        held = unpadded(held, hidden.shape[:-1]) if held is not None else None
+        if held is not None:
+            held = held.to(hidden.device) if self.kept is None else held.to(hidden.device)[self.kept]
+        if self.site_in:
+            self.statistics.take(self.site_in.name, rows, held)
+        if self.moments:
+            self.layer.held.append(held)
+            self.layer.hidden.append(rows.clone())
+            self.layer.routed.append(routed.clone())
+        if self.site_down and self.statistics.all_tokens and self._wants_range():
+            for expert in self.layer.tokens:
+                inside = self.statistics.runner.expert_hidden(module, expert, rows)
+                self.statistics.see(self.site_down.name, inside)
+
+    def _wants_range(self) -> bool:
+        return self.site_down is not None and bool(
+            STATISTICS.keys() & self.statistics.needs.get(self.site_down.name, set())
+        )
+
+    def gate_up_input(self, expert: int, x: Tensor) -> Tensor:
+        return x
+
+    def down_input(self, expert: int, h: Tensor) -> Tensor:
+        # With every token for every expert, `observe` has already seen these.
+        if self.site_down and not self.statistics.all_tokens:
+            self.statistics.see(self.site_down.name, self._unpadded(expert, h))
+        return h
+
+    def _unpadded(self, expert: int, h: Tensor) -> Tensor:
+        """The rows of `h` that are no padding; they come by choice, then by token."""
+        if self.kept is None or self.routed is None:
+            return h
+        tokens = self.routed.T.eq(expert).nonzero()[:, 1]
+        return h[self.kept[tokens]]

@@ -1,0 +1,61 @@
+"""What transforms decide for the whole model before part 0, from statistics of the source where they ask for some."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from quarkcli.algorithms.base import Transform
+from quarkcli.events import Listener, Message
+from quarkcli.options import Prepared
+
+if TYPE_CHECKING:
+    from quarkcli.calibration.data import CalibrationData
+    from quarkcli.calibration.statistics import Statistics
+    from quarkcli.journal import Journal
+
+NOTE = "transforms"
+
+
+def decide(
+    prepared: Prepared, data: CalibrationData | None, runner: Any, journal: Journal, tell: Listener
+) -> Mapping[str, Any]:
+    """Returns the state of every transform by its key; a resumed run takes the journal's."""
+    transforms = [step for step in prepared.steps if isinstance(step.algorithm, Transform)]
+    if not transforms:
+        return {}
+    known = journal.notes.get(NOTE)
+    if known is None:
+        seen = _observed(prepared, data, runner, tell) if prepared.prepass else {}
+        known = {step.key: step.prepare(prepared.plan, prepared.seed, seen) for step in transforms}
+        journal.note(NOTE, known)
+    states: Mapping[str, Any] = journal.notes[NOTE]
+    return states
+
+
+def _observed(
+    prepared: Prepared, data: CalibrationData | None, runner: Any, tell: Listener
+) -> Mapping[int, Statistics]:
+    """Statistics of every block of the source model, by part: one forward pass."""
+    from quarkcli.calibration.statistics import Statistics
+    from quarkcli.walk import Walk, default_batch
+
+    assert data is not None and runner is not None
+    plan, source = prepared.plan, prepared.source
+    tell(Message("one pass over the source model, for what transforms decide beforehand"))
+    batch = default_batch(runner.device, data.tokens.shape[1], prepared.options.calib_batch)
+    names = runner.outside_tensors()
+    walk = Walk(runner, lambda: source.read_many(names), data.tokens, data.mask, batch, tell)
+    walk.start()
+    found: dict[int, Statistics] = {}
+    for part in plan.parts:
+        if part.block is None:
+            continue
+        runner.load_block(part.block, source.read_many(part.tensors))
+
+        def new(index: int = part.index) -> Statistics:
+            return Statistics(plan, index, prepared.prepass, runner)
+
+        found[part.index], _ = walk.observe(part.block, new, advance=True)
+        runner.unload_block(part.block)
+    return found

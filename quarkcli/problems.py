@@ -1,0 +1,59 @@
+"""The weights of a part grouped into problems: one activation, one expert, one stage, one spec each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from quarkcli.algorithms.base import Moment, Needs, Problem
+from quarkcli.plan.model import Target
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Group = tuple[str | None, int | None]  # activation and expert
+
+
+def problems(
+    targets: Iterable[Target],
+    needs: Needs,
+    moment: Callable[[str, int | None], Moment | None],
+    weight: Callable[[Target], Tensor],
+    amax: Callable[[Target], Tensor | None],
+    warn: Callable[[str], None],
+) -> Iterator[Problem]:
+    """Yields the problems that `targets` make, activation by activation in plan order.
+
+    needs    what the solver asked for by site; a moment is taken only where it did
+    moment   second moment of a site, or of one expert's part of it
+    """
+    for (site, expert), members in _groups(targets):
+        seen = moment(site, expert) if site is not None and needs.get(site) else None
+        for same in _same_spec(members):
+            yield Problem(
+                site, expert, 0, tuple(same), tuple(map(weight, same)), tuple(map(amax, same)), seen, warn
+            )  # fmt: skip
+
+
+def _groups(targets: Iterable[Target]) -> Iterator[tuple[Group, list[Target]]]:
+    """Weights that read one activation of one expert. Those that no activation is known of stand alone."""
+    sites: dict[str, dict[int | None, list[Target]]] = {}
+    alone: list[Target] = []
+    for target in targets:
+        if target.site is None:
+            alone.append(target)
+            continue
+        experts = sites.setdefault(target.site, {})
+        experts.setdefault(target.expert[1] if target.expert else None, []).append(target)
+    for site, experts in sites.items():
+        for expert, members in experts.items():
+            yield (site, expert), members
+    for target in alone:
+        yield (None, None), [target]
+
+
+def _same_spec(members: list[Target]) -> Iterable[list[Target]]:
+    found: dict[object, list[Target]] = {}
+    for target in members:
+        found.setdefault(target.weight, []).append(target)
+    return found.values()

@@ -1,0 +1,70 @@
+"""A part as it will be served: weights decoded from what is written, and the quantized activations around them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from quarkcli.activations import ActivationQuantizer, AttentionQuantizer, quantizing_handlers
+from quarkcli.dialects.base import Decoded, Dialect, StoredTarget
+from quarkcli.numerics.quantize import dequantize
+from quarkcli.plan.model import Part, Plan, Target
+
+
+def put_decoded(
+    plan: Plan, dialect: Dialect, part: Part, tensors: Mapping[str, Tensor], packed: Mapping[str, Tensor]
+) -> None:
+    """Overwrites the part's source tensors with what the packed ones decode to: no second copy of a block."""
+    for target in plan.quantized(part.index):
+        decoded = decode(dialect, target, packed)
+        assert target.weight is not None
+        target.view.of(tensors[target.view.tensor]).copy_(dequantize(decoded.weight, target.weight))
+        if decoded.bias is not None and target.bias_spec is not None and target.bias is not None:
+            tensors[target.bias].copy_(dequantize(decoded.bias, target.bias_spec).reshape(-1))
+
+
+def decode(dialect: Dialect, target: Target, packed: Mapping[str, Tensor]) -> Decoded:
+    """What a server makes of a target's packed tensors, given by file name."""
+    assert target.weight is not None
+    names = tuple(info.name for info in dialect.infos(target))
+    stored = StoredTarget(
+        target.name, target.weight, target.input, target.shape, names, target.output, target.bias_spec
+    )  # fmt: skip
+    return dialect.decode(stored, {name: packed[name] for name in names})
+
+
+def handlers(
+    plan: Plan, part: Part, scales: Mapping[str, Tensor], loads: Callable[[str], bool]
+) -> dict[str, Any]:  # fmt: skip
+    """Returns what fake-quantizes the activations of a block.
+
+    scales   stored static scales by `Activation.key`
+    loads    whether the model loads a file tensor: what it does not load reads nothing
+    """
+    activations = (a for a in _activations(plan, part, scales) if loads(a.tensor))
+    return quantizing_handlers(activations, _attentions(plan, part, scales))
+
+
+def own_scales(target: Target, scales: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The static scales of a target by slot kind."""
+    return {kind: scales[f"{target.name}.{kind}"] for kind in ("input", "output") if f"{target.name}.{kind}" in scales}
+
+
+def _activations(plan: Plan, part: Part, scales: Mapping[str, Tensor]) -> Iterator[ActivationQuantizer]:
+    for target in plan.quantized(part.index):
+        own, tensor = own_scales(target, scales), target.view.tensor
+        layer, expert = target.expert or ("", None)
+        if target.input is not None:
+            down = target.role == "expert_down"
+            yield ActivationQuantizer(tensor, target.input, own.get("input"), expert, down, layer)
+        if target.output is not None:
+            yield ActivationQuantizer(tensor, target.output, own.get("output"), output=True)
+
+
+def _attentions(plan: Plan, part: Part, scales: Mapping[str, Tensor]) -> Iterator[AttentionQuantizer]:
+    for module in plan.attention.values():
+        if module.part == part.index and module.specs:
+            own = {kind: scales[f"{module.name}.{kind}"] for kind in module.specs if f"{module.name}.{kind}" in scales}
+            yield AttentionQuantizer(plan.targets[module.k_proj].view.tensor, module.specs, own)

@@ -1,0 +1,150 @@
+"""Two streams over the same tokens, and held-out rows: moments against float64 sums over what transformers computes."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from quarkcli import algorithms, preflight
+from quarkcli.algorithms.base import Moment, Problem
+from quarkcli.algorithms.rtn import RoundToNearest
+from quarkcli.calibration.moments import SecondMoment, held_out
+from quarkcli.checkpoint import Checkpoint
+from quarkcli.errors import Stopped
+from quarkcli.source import Source
+from tests import runs
+
+ROWS, LENGTH = 32, 64
+
+
+class Watching(RoundToNearest):
+    """Rounds to nearest, and notes the moments that it is given."""
+
+    name = "watching"
+    streams = frozenset({"served", "source"})
+    seen: ClassVar[dict[str, Moment]] = {}
+
+    def needs(self, plan: Any) -> dict[str, set[str]]:
+        return {t.site: {"gram", "gram_val", "cross"} for t in plan.quantized() if t.site is not None}
+
+    def solve(self, problem: Problem) -> Any:
+        expert = "" if problem.expert is None else f" {problem.expert}"
+        self.seen[f"{problem.site}{expert}"] = problem.moment
+        return super().solve(problem)
+
+
+@pytest.fixture
+def watching(monkeypatch: pytest.MonkeyPatch) -> Mapping[str, Moment]:
+    create = algorithms.create
+    monkeypatch.setattr(algorithms, "create", lambda n, p, *w: Watching() if n == "watching" else create(n, p, *w))
+    monkeypatch.setattr(Watching, "seen", {})
+    return Watching.seen
+
+
+def inputs(folder: Path, tokens: torch.Tensor, leaf: str) -> torch.Tensor:
+    """What a linear of block 1 reads, [rows, tokens, features], by transformers."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    seen: list[torch.Tensor] = []
+    model.get_submodule(f"model.layers.1.{leaf}").register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with torch.no_grad():
+        model(tokens)
+    return seen[0].double()
+
+
+def test_moments_of_both_streams(
+    watching: Mapping[str, Moment], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = runs.build("llama", tmp_path / "m", torch.float32)
+    rows: list[torch.Tensor] = []
+    token_rows = preflight.token_rows
+    monkeypatch.setattr(preflight, "token_rows", lambda *given: (rows.append(token_rows(*given)), rows[-1])[1])
+    text = runs.data(runs.text_file(tmp_path / "t.txt"), ROWS, LENGTH)
+    made = runs.run(source, tmp_path / "out", scheme="int4_wo_32", algorithm="watching", **text)
+    # The source, and the source with block 0 as it is served.
+    served = tmp_path / "served"
+    shutil.copytree(source, served)
+    tensors, decoded = load_file(served / "model.safetensors"), Checkpoint(Source.open(str(made.folder)))
+    for target in made.prepared.plan.quantized(1):
+        tensors[f"{target.name}.weight"] = decoded.weight(target.name).float()
+    save_file(tensors, served / "model.safetensors", metadata={"format": "pt"})
+    held = torch.zeros(ROWS, dtype=torch.bool)
+    held[7::8] = True
+    for leaf in ("self_attn.o_proj", "mlp.down_proj"):
+        moment = watching[made.prepared.plan.targets[f"model.layers.1.{leaf}"].site]
+        x, s = (inputs(folder, rows[0].tokens, leaf) for folder in (served, source))
+        assert moment.tokens == int((~held).sum()) * LENGTH
+        expected = {
+            "gram": mean(x[~held], x[~held]),
+            "gram_val": mean(x[held], x[held]),
+            "cross": mean(x[~held], s[~held]),
+        }
+        for name, value in expected.items():
+            found = getattr(moment, name).double()
+            assert float((found - value).norm() / value.norm()) < 1e-4, (leaf, name)
+        assert float((moment.cross - moment.gram).norm() / moment.gram.norm()) > 1e-3  # block 0 was quantized
+    first = watching[made.prepared.plan.targets["model.layers.0.self_attn.q_proj"].site]
+    torch.testing.assert_close(first.cross, first.gram)
+
+
+def mean(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
+    return x.T @ y / len(x)
+
+
+def test_experts_have_held_out_moments_of_their_own(watching: Mapping[str, Moment], tmp_path: Path) -> None:
+    """The moments of what is fitted and of what is held out make the moment of all tokens."""
+    source = runs.build("qwen3_moe", tmp_path / "m", torch.float32)
+    text = runs.data(runs.text_file(tmp_path / "t.txt"), ROWS, LENGTH)
+    made = runs.run(source, tmp_path / "out", scheme="int4_wo_32", algorithm="watching", **text)
+    sites = {s.name: s for s in made.prepared.plan.sites.values() if s.part == 1 and s.kind == "experts_in"}
+    (site,) = sites
+    experts = [moment for name, moment in watching.items() if name.startswith(f"{site} ")]
+    assert len(experts) == 4
+    assert all(moment.cross is None and moment.gram_val is not None for moment in experts)
+    counts = made.report["experts"]["calibration_tokens"]["model.layers.0.mlp.experts"].values()
+    assert sorted(moment.tokens for moment in experts) < sorted(counts)
+
+
+def test_a_killed_run_takes_both_streams_up(watching: Mapping[str, Moment], tmp_path: Path) -> None:
+    text = {**runs.data(runs.text_file(tmp_path / "t.txt"), ROWS, LENGTH), "algorithm": "watching"}
+    whole = runs.run("demo", tmp_path / "whole", scheme="int4_wo_128", **text)
+    site = whole.prepared.plan.targets["model.layers.3.mlp.down_proj"].site
+    last = watching[site]
+    with pytest.raises(Stopped):
+        runs.run("demo", tmp_path / "out", scheme="int4_wo_128", time_budget=0.0, **text)
+    with pytest.raises(Stopped):
+        runs.run("demo", tmp_path / "out", scheme="int4_wo_128", time_budget=0.0, **{**text, "resume": "require"})
+    Watching.seen.clear()
+    again = runs.run("demo", tmp_path / "out", scheme="int4_wo_128", **{**text, "resume": "require"})
+    assert runs.same_files(whole.folder, again.folder)
+    for name in ("gram", "gram_val", "cross"):
+        assert torch.equal(getattr(watching[site], name), getattr(last, name))
+
+
+def test_which_tokens_are_held_out() -> None:
+    rows = held_out(32, 64)
+    assert rows is not None and rows.any(1).nonzero().flatten().tolist() == [7, 15, 23, 31]
+    few = held_out(8, 512)
+    assert few is not None and few.flatten().nonzero().flatten().tolist() == list(range(7 * 512, 8 * 512))
+    assert held_out(8, 255) is None
+
+
+def test_moments_of_parts_merge_to_that_of_the_whole() -> None:
+    x, y = torch.randn(5000, 8, generator=torch.Generator().manual_seed(0)), torch.randn(5000, 6)
+    whole, parts = SecondMoment(), [SecondMoment(), SecondMoment(), SecondMoment()]
+    whole.add(x, y)
+    for part, start, stop in zip(parts, (0, 2500, 2500), (2500, 2500, 5000), strict=True):
+        part.add(x[start:stop], y[start:stop])
+    parts[0].merge(parts[1])
+    parts[0].merge(parts[2])
+    mean, tokens = parts[0].result()
+    assert tokens == 5000
+    torch.testing.assert_close(mean.double(), x.double().T @ y.double() / 5000, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(mean, whole.result()[0], rtol=1e-5, atol=1e-6)

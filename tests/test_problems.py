@@ -1,0 +1,78 @@
+"""How the weights of a part become problems, and what the worker does with an answer of None."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from quarkcli import job
+from quarkcli.algorithms.base import Moment, Problem
+from quarkcli.algorithms.gptq import GPTQ
+from quarkcli.problems import problems
+from tests import runs
+
+
+def grouped(prepared: job.Prepared, part: int, needs: dict[str, set[str]]) -> list[Problem]:
+    plan = prepared.plan
+    asked: list[tuple[str, int | None]] = []
+
+    def moment(site: str, expert: int | None) -> Moment:
+        asked.append((site, expert))
+        return Moment(torch.eye(2), 7)
+
+    def weight(target: Any) -> torch.Tensor:
+        return torch.zeros(target.shape)
+
+    found = list(problems(plan.quantized(part), needs, moment, weight, lambda t: None, lambda text: None))
+    assert asked == list(dict.fromkeys((p.site, p.expert) for p in found if needs.get(p.site or "")))
+    return found
+
+
+def test_one_activation_one_expert_one_spec(tmp_path: Path) -> None:
+    prepared = runs.prepare(
+        runs.build("qwen3_moe", tmp_path / "m"), scheme="mxfp4", layers=["*v_proj=int8_dynamic"], target="none"
+    )
+    plan = prepared.plan
+    found = grouped(prepared, 1, {})
+    assert sorted(t.name for p in found for t in p.targets) == sorted(t.name for t in plan.quantized(1))
+    for problem in found:
+        assert {t.site for t in problem.targets} == {problem.site}
+        assert {t.weight for t in problem.targets} == {problem.spec}
+        assert {t.expert[1] if t.expert else None for t in problem.targets} == {problem.expert}
+        assert [tuple(w.shape) for w in problem.weights] == [t.shape for t in problem.targets]
+        assert problem.moment is None
+    leaves = {tuple(sorted(t.name.rsplit(".", 1)[1] for t in problem.targets)) for problem in found}
+    assert {("k_proj", "q_proj"), ("v_proj",), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)} <= leaves
+
+
+def test_moments_are_taken_where_they_are_asked_for() -> None:
+    prepared = runs.prepare("demo", scheme="mxfp4")
+    site = prepared.plan.targets["model.layers.0.mlp.down_proj"].site
+    found = grouped(prepared, 1, {site: {"gram"}})
+    assert {problem.site: problem.moment is not None for problem in found}[site]
+    assert sum(problem.moment is not None for problem in found) == 1
+
+
+def test_weights_without_an_activation_stand_alone() -> None:
+    prepared = runs.prepare("demo", scheme="mxfp4", unprotect=["embedding"])
+    (problem,) = grouped(prepared, 0, {})
+    assert (problem.site, problem.expert, problem.moment, len(problem.targets)) == (None, None, None, 1)
+
+
+def test_a_solver_without_a_solution_is_replaced_and_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """`down_proj` has none: its weights are those of rounding to nearest, everything else is solved."""
+    solve = GPTQ.solve
+    monkeypatch.setattr(GPTQ, "solve", lambda self, p: None if "down_proj" in p.name else solve(self, p))
+    text = runs.data(runs.text_file(tmp_path / "t.txt"), 8, 64)
+    made = runs.run("demo", tmp_path / "gptq", scheme="int4_wo_128", algorithm="gptq", **text)
+    plain = runs.run("demo", tmp_path / "rtn", scheme="int4_wo_128")
+    mine, theirs = runs.read_all(made.folder), runs.read_all(plain.folder)
+    packed = [name for name in mine if name.endswith("weight_packed")]
+    same = {name for name in packed if runs.same_bytes(mine[name], theirs[name])}
+    assert same == {name for name in packed if "down_proj" in name}
+    said = [w for w in made.report["warnings"] if "finds no solution" in w]
+    assert len(said) == 4
+    assert said[0] == "model.layers.0.mlp.down_proj: gptq finds no solution on 512 tokens; rounded to nearest"
