@@ -49,8 +49,8 @@ def put(path: Path, content: str | bytes) -> Path:
         ("a.jsonl", "\n\n" + LINES.replace("\n", "\n\n"), ""),
         ("a.jsonl", LINES.encode("utf-16"), "UTF-16"),
         ("a.jsonl", LINES.encode("utf-16-le"), "UTF-16-LE"),
-        ("a.jsonl.gz", gzip.compress(LINES.encode()), ""),
-        ("a.jsonl", gzip.compress(LINES.encode()), ""),
+        ("a.jsonl.gz", gzip.compress(LINES.encode(), mtime=0), ""),
+        ("a.jsonl", gzip.compress(LINES.encode(), mtime=0), ""),
         ("a.json", json.dumps(ROWS), ""),
         ("a.json", json.dumps(ROWS, indent=2), ""),
         ("a.json", json.dumps({"data": ROWS, "version": 1}), ""),
@@ -80,7 +80,7 @@ def test_text_in_other_encodings(encoding: str, tokens: Tokenizer, tmp_path: Pat
     ("name", "content", "message"),
     [
         ("a.txt", random.Random(0).randbytes(9000), "holds"),
-        ("a.txt", gzip.compress(random.Random(0).randbytes(9000)), "holds"),
+        ("a.txt", gzip.compress(random.Random(0).randbytes(9000), mtime=0), "holds"),
         ("a.txt", b"\0" * 9000, "holds"),
         ("a.txt", (WORDS + "café").encode("latin-1"), "the byte 0xe9 is not UTF-8"),
         ("a.txt", (WORDS * 4).encode("utf-16") + b"x", "its first bytes look like UTF-16"),
@@ -88,7 +88,7 @@ def test_text_in_other_encodings(encoding: str, tokens: Tokenizer, tmp_path: Pat
         ("a.jsonl", b"\x28\xb5\x2f\xfd" + bytes(90), "is zstandard-compressed"),
         ("a.jsonl", b"PAR1" + bytes(90), "is a parquet file"),
         ("a.jsonl.zst", b"\x28\xb5\x2f\xfd" + bytes(90), "unknown kind of file '.zst'"),
-        ("a.jsonl.gz", gzip.compress(LINES.encode())[:-9], "gzip data is damaged"),
+        ("a.jsonl.gz", gzip.compress(LINES.encode(), mtime=0)[:-9], "gzip data is damaged"),
         ("a.jsonl", b"\0" * 9000, "no row can be used: 1 x not JSON (such as line 1)"),
         ("a.jsonl", "null\n" * 9, "no row can be used: 9 x the row is null"),
         ("a.json", "[]", "no row can be used: 1 x no message holds any text"),
@@ -225,7 +225,7 @@ def test_mutated_files_end_in_rows_or_in_a_plain_error(seed: int, tokens: Tokeni
             ("a.jsonl", LINES.encode()),
             ("a.json", json.dumps(ROWS, indent=1).encode()),
             ("a.txt", (WORDS * 4).encode("utf-16")),
-            ("a.jsonl.gz", gzip.compress(LINES.encode())),
+            ("a.jsonl.gz", gzip.compress(LINES.encode(), mtime=0)),
             ("a.parquet", (tmp_path / "p.parquet").read_bytes()),
         ]
     )
