@@ -89,6 +89,7 @@ OWNERS = {
 # Modules that import torch as soon as they are imported; no other does, however far.
 WITH_TORCH = {
     "quarkcli.numerics", "quarkcli.model", "quarkcli.calibration.data", "quarkcli.calibration.statistics",
+    "quarkcli.calibration.moments", "quarkcli.calibration.taps",
     "quarkcli.walk", "quarkcli.tensors", "quarkcli.rewriting", "quarkcli.served", "quarkcli.part", "quarkcli.pipeline",
     "quarkcli.evaluate.run",
     "quarkcli.evaluate.windows",
