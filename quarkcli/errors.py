@@ -7,7 +7,7 @@ Every user error is one plain message: what happened, where, and what to do next
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from enum import IntEnum
 
 
@@ -88,6 +88,16 @@ class CheckError(QuarkError):
     """A check of a written checkpoint said no."""
 
     code = ExitCode.CHECK
+
+
+def all_of(problems: Sequence[QuarkError]) -> QuarkError:
+    """One error that says all of them: the first as it is, the others on lines of their own."""
+    first, *others = problems
+    if not others:
+        return first
+    what = "\n".join((first.what, *(f"also: {problem}" for problem in others)))
+    hint = next((problem.hint for problem in problems if problem.hint), "")
+    return CheckError(what, where=first.where, hint=hint)
 
 
 class Stopped(QuarkError):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from quarkcli.errors import CheckError, QuarkError
+from quarkcli.errors import CheckError, QuarkError, all_of
 from quarkcli.writer import MANIFEST, STATE, atomic_write_json, disk_errors
 
 SCHEMA = "quark/manifest/1"
@@ -70,25 +70,40 @@ def compare(folder: Path, manifest: Manifest, hashes: bool | None = None) -> lis
 
     hashes   read every file; None: when they are 20 GB at most
     """
-    present = {name: _size(folder / name) for name in manifest.files}
-    _none([name for name, size in present.items() if size is None], "files of the manifest are missing")
-    sizes = {name: size for name, size in present.items() if size is not None}
-    other = [name for name, size in manifest.sizes.items() if name in sizes and sizes[name] != size]
-    _none(other, "files have another size than in the manifest")
-    headers = [name for name, digest in manifest.headers.items() if name in sizes and _header(folder / name) != digest]
-    _none(headers, "weight files have another header than in the manifest")
-    lines = [f"{len(sizes)} files present with the sizes and headers of the manifest"]
-    total = sum(sizes.values())
-    if hashes or (hashes is None and total <= HASH_LIMIT):
-        changed = [name for name, digest in manifest.files.items() if _sha256(folder / name) != digest]
-        _none(changed, "files have other bytes than in the manifest")
-        lines.append(f"{len(sizes)} files have the hashes of the manifest")
+    sizes = {name: _size(folder / name) for name in manifest.files}
+    there = {name: size for name, size in sizes.items() if size is not None}
+    total = sum(there.values())
+    hashed = hashes or (hashes is None and total <= HASH_LIMIT)
+    wrong: dict[str, list[str]] = {}
+    for name in manifest.files:
+        what = _difference(folder / name, name, manifest, hashed)
+        if what is not None:
+            wrong.setdefault(what, []).append(name)
+    if wrong:
+        raise all_of([CheckError(f"{len(names)} {what}: {_listed(names)}") for what, names in sorted(wrong.items())])
+    lines = [f"{len(there)} files present with the sizes and headers of the manifest"]
+    if hashed:
+        lines.append(f"{len(there)} files have the hashes of the manifest")
     else:
         lines.append(f"hashes not compared ({_shown(total)}): --hashes")
     added = sorted(set(_files(folder)) - set(manifest.files) - _UNLISTED)
     if added:
         lines.append(f"{len(added)} files are not in the manifest: {_listed(added)}")
     return lines
+
+
+def _difference(path: Path, name: str, manifest: Manifest, hashed: bool) -> str | None:
+    """What is wrong with a file, said of several; None: nothing."""
+    size = _size(path)
+    if size is None:
+        return "files of the manifest are missing"
+    if size != manifest.sizes.get(name, size):
+        return "files have another size than in the manifest"
+    if name in manifest.headers and _header(path) != manifest.headers[name]:
+        return "weight files have another header than in the manifest"
+    if hashed and _sha256(path) != manifest.files[name]:
+        return "files have other bytes than in the manifest"
+    return None
 
 
 def remove_ours(folder: Path) -> list[str]:
@@ -119,7 +134,8 @@ def header_digest(path: Path) -> str:
     """sha256 of a safetensors file's header, its length included."""
     with path.open("rb") as stream:
         length = stream.read(8)
-        return hashlib.sha256(length + stream.read(int.from_bytes(length, "little"))).hexdigest()
+        size = min(int.from_bytes(length, "little"), path.stat().st_size)  # a damaged length says anything
+        return hashlib.sha256(length + stream.read(size)).hexdigest()
 
 
 def _is_ours(path: Path, name: str, manifest: Manifest) -> bool:
@@ -179,11 +195,6 @@ def _unreadable(path: Path, error: OSError) -> QuarkError:
 
 def _shown(count: int) -> str:
     return f"{count / 1e9:.0f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
-
-
-def _none(names: list[str], what: str) -> None:
-    if names:
-        raise CheckError(f"{len(names)} {what}: {_listed(names)}")
 
 
 def _listed(names: list[str]) -> str:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quarkcli import contents, manifest, nonfinite
 from quarkcli.checkpoint import Checkpoint
 from quarkcli.dialects.base import Decoded, Dialect, StoredTarget
-from quarkcli.errors import CheckError, ModelError
+from quarkcli.errors import CheckError, ModelError, QuarkError, all_of
 from quarkcli.events import Listener, Message, Working, silent
 from quarkcli.family import HeaderLike, Layout, Weight, check_fit, for_checkpoint, lay_out
 from quarkcli.nonfinite import HINT, NonFinite, OnNonfinite
@@ -83,7 +83,8 @@ def scales(checkpoint: Checkpoint, plan: Plan | None = None, tell: Listener = si
     two_level = sorted(g for g, members in unequal.items() if any(_over(targets[name].weight) for name in members))
     _none(two_level, "scale groups do not share their per-tensor scales")
     if unequal:
-        tell(Message(f"{len(unequal)} scale groups do not share their per-tensor scales: {_COST}", "warning"))
+        what = f"{len(unequal)} scale groups do not share their per-tensor scales"
+        tell(Message(f"{what}: {_COST} ({_some(sorted(unequal))})", "warning"))
     weights, caches = len(checkpoint.view.targets), len(checkpoint.view.attention)
     shared = sum(len(members) > 1 and name not in unequal for name, members in groups.items())
     return [
@@ -111,15 +112,41 @@ def directory(
     on_nonfinite  `keep`: NaN and infinity in what was not quantized are told as warnings
     hashes        read all files to compare their hashes; None: up to 20 GB in all
     """
-    written = _open(Path(path))
-    checkpoint = Checkpoint(written)
+    folder, model = Path(path), Source.open(source) if source is not None else None
+    return _every(
+        lambda: _against_manifest(folder, hashes),
+        lambda: _contents(folder, model, target, on_nonfinite, tell),
+    )
+
+
+def _contents(
+    folder: Path, model: Source | None, target: Servers, on_nonfinite: OnNonfinite, tell: Listener
+) -> list[str]:
+    """What the files hold, whatever a manifest says of them. Raises QuarkError."""
+    checkpoint = Checkpoint(_open(folder))
     if not checkpoint.quantized:
-        raise CheckError("no quantization_config in config.json", where=path)
-    checks = [*_against_manifest(written.folder, hashes), _complete(checkpoint), _fused_schemes(checkpoint, target)]
-    checks += [*scales(checkpoint, tell=tell), kept_values(checkpoint, on_nonfinite, tell)]
-    if source is not None:
-        checks.append(_against_source(checkpoint, Source.open(source)))
-    return checks
+        raise CheckError("no quantization_config in config.json", where=str(folder))
+    return _every(
+        lambda: [_complete(checkpoint)],
+        lambda: [_fused_schemes(checkpoint, target)],
+        lambda: scales(checkpoint, tell=tell),
+        lambda: [kept_values(checkpoint, on_nonfinite, tell)],
+        lambda: [_against_source(checkpoint, model)] if model is not None else [],
+    )
+
+
+def _every(*checks: Callable[[], list[str]]) -> list[str]:
+    """What all checks say. Raises one error for all that say no; the last, which knows most, is named first."""
+    lines: list[str] = []
+    problems: list[QuarkError] = []
+    for check in checks:
+        try:
+            lines += check()
+        except QuarkError as error:
+            problems.insert(0, error)
+    if problems:
+        raise all_of(problems)
+    return lines
 
 
 def _complete(checkpoint: Checkpoint) -> str:
@@ -274,5 +301,8 @@ def _number(scale: Tensor | None) -> float | None:
 
 def _none(names: list[str], what: str) -> None:
     if names:
-        shown = ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")
-        raise CheckError(f"{len(names)} {what}: {shown}")
+        raise CheckError(f"{len(names)} {what}: {_some(names)}")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")

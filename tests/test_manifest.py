@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from quarkcli import job, manifest
 from quarkcli.cli import main
@@ -68,6 +69,37 @@ def test_verify_finds_what_differs(folder: Path, damage: str, capsys: pytest.Cap
     change(folder)
     assert main.main(["verify", str(folder)]) == 8
     assert text in capsys.readouterr().err
+
+
+def test_everything_that_is_wrong_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What the files hold comes first, then what the manifest knows of them: one line each."""
+    path = folder / BLOCK
+    tensors = load_file(path)
+    norm = next(name for name in tensors if name.endswith("input_layernorm.weight"))
+    tensors[norm][0] = float("nan")
+    tensors[next(name for name in tensors if name.endswith("gate_proj.weight_scale"))][:] = 255
+    save_file(tensors, path, metadata={"format": "pt"})
+    (folder / "README.md").unlink()
+    (folder / "config.json").write_text((folder / "config.json").read_text() + " ")
+    assert main.main(["verify", str(folder)]) == 8
+    first, *also, hint = capsys.readouterr().err.splitlines()
+    assert first.startswith(f"error: {norm}: NaN or inf in a kept tensor")
+    assert [line.partition(": ")[2].rpartition(":")[0] for line in also] == [
+        "1 modules have a scale that is zero, negative, infinite, NaN or absent",
+        "1 files have another size than in the manifest",
+        "1 files have other bytes than in the manifest",
+        "1 files of the manifest are missing",
+    ]
+    assert hint == "hint: repair the source model, or --on-nonfinite keep takes it as it is"
+
+
+@pytest.mark.parametrize("length", [0, 2**31, 2**63, 2**64 - 1])
+def test_a_damaged_length_of_a_header(folder: Path, length: int, capsys: pytest.CaptureFixture[str]) -> None:
+    path = folder / BLOCK
+    path.write_bytes(length.to_bytes(8, "little") + path.read_bytes()[8:])
+    assert main.main(["verify", str(folder)]) == 8
+    err = capsys.readouterr().err
+    assert f"also: 1 weight files have another header than in the manifest: {BLOCK}" in err
 
 
 def test_hashes_are_compared_up_to_a_limit(

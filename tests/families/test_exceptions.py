@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from quarkcli import verify
 from quarkcli.checkpoint import Checkpoint
 from quarkcli.errors import CheckError, ModelError
 from quarkcli.evaluate.run import evaluate
-from quarkcli.events import silent
+from quarkcli.events import Message, silent
 from quarkcli.source import Source
 from tests import runs
 
@@ -140,19 +142,22 @@ def test_a_checkpoint_reads_back_in_the_form_of_its_source(sources: dict[str, Pa
 
 
 def test_verify_finds_what_is_wrong(sources: dict[str, Path], tmp_path: Path) -> None:
-    """Another source, a lost shard, a scale of zero."""
+    """Another source, a lost shard, a scale of zero: what it is, and that the manifest knew other files."""
     made = runs.run(sources["qwen3"], tmp_path / "out", scheme="fp8", calib_data="builtin",
                     calib_samples=8, calib_seqlen=64)  # fmt: skip
     with pytest.raises(CheckError, match="not accounted for"):
         verify.directory(str(made.folder), str(sources["mixtral"]))
     spoil(made.folder, "model.layers.0.mlp.up_proj.input_scale", 0.0)
-    with pytest.raises(CheckError, match=r"zero, negative.*up_proj"):
+    with pytest.raises(CheckError, match=r"zero, negative.*up_proj\nalso: 1 files have other bytes"):
         verify.directory(str(made.folder))
     spoil(made.folder, "model.layers.0.mlp.up_proj.input_scale", 3.0)
-    with pytest.raises(CheckError, match=r"do not share.*gate_proj\+up_proj"):
-        verify.directory(str(made.folder))
+    told: list[Any] = []
+    with pytest.raises(CheckError, match=r"^1 files have other bytes than in the manifest: \S+block-00000\S+$"):
+        verify.directory(str(made.folder), tell=told.append)
+    texts = [event.text for event in told if isinstance(event, Message)]
+    assert any(re.search(r"1 scale groups do not share.*gate_proj\+up_proj", text) for text in texts)
     next(made.folder.glob("*block-00001*")).unlink()
-    with pytest.raises(CheckError, match="block-00001"):
+    with pytest.raises(CheckError, match=r"block-00001(.*\n)+also: 1 files of the manifest are missing: \S+00001"):
         verify.directory(str(made.folder))
     with pytest.raises(CheckError, match="no quantization_config"):
         verify.directory(str(sources["qwen3"]))
