@@ -256,7 +256,8 @@ def test_parameters_of_algorithms():
         ({"scheme": "fp8", "algorithm": "gtpq"}, ConfigError, "unknown"),
         ({"scheme": "fp8", "min_kv_scale": 0.5}, ConfigError, "for a KV cache scheme"),
         ({"scheme": "fp8", "kv_cache_scheme": "fp8", "min_kv_scale": -1}, ConfigError, "a number from 0 on"),
-        ({"scheme": "fp8", "shared_scale_groups": [["q_proj", "k_proj"]]}, ConfigError, "are not taken from here"),
+        ({"scheme": "fp8", "shared_scale_groups": ["q_proj", "k_proj"]}, ConfigError, "a list of lists of names"),
+        ({"scheme": "fp8", "shared_scale_groups": [[]]}, ConfigError, "a list of lists of names"),
     ],
 )
 def test_mistakes(asked: dict[str, Any], error: type[Exception], message: str):
@@ -288,6 +289,28 @@ def test_scale_groups():
     assert plan.shared() == {}
     assert any("share: []" in warning for warning in plan.warnings)
     assert len(of_config("demo", template.get_config("nvfp4")).shared()) == 2 * 4  # q, k, v and gate, up of 4 blocks
+
+
+def test_scale_groups_of_ones_own():
+    """As Quark's JSON says them: these weights alone, so that v and gate have scales of their own."""
+    groups = [["q_proj", "k_proj"], ["*up_proj", "down_proj"]]
+    plan = of_config("demo", LLMTemplate.get("llama").get_config("fp8", shared_scale_groups=groups))
+    members: dict[str, list[str]] = {}
+    for target in plan.quantized():
+        if ".layers.0." in target.name:
+            members.setdefault(target.scale_group, []).append(target.name.rpartition(".")[2])
+    assert sorted(members.values()) == [
+        ["gate_proj"], ["o_proj"], ["q_proj", "k_proj"], ["up_proj", "down_proj"], ["v_proj"],
+    ]  # fmt: skip
+    assert any("do not share their per-tensor scales" in text for text in plan.warnings)
+
+
+def test_exclusions_that_match_nothing():
+    template = LLMTemplate.get("llama")
+    with pytest.raises(ConfigError, match=r"'\*dwn_proj.weight_quantizer' matches 0 of") as caught:
+        of_config("demo", template.get_config("mxfp4", exclude_layers=["lm_head", "*dwn_proj"]))
+    assert "down_proj" in caught.value.hint
+    of_config("demo", template.get_config("mxfp4", exclude_layers=[*template.exclude_layers_name, "*down_proj"]))
 
 
 # --- schemes ----------------------------------------------------------------------------------------------------------

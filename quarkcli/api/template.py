@@ -24,6 +24,7 @@ from quarkcli.recipe import catalog, steps
 from quarkcli.recipe.attributes import to_spec
 from quarkcli.recipe.entries import Entry, Origin
 from quarkcli.recipe.normalize import path_text, refusal
+from quarkcli.recipe.quark_config import is_groups, weight_slots
 from quarkcli.recipe.recipe import attention_entries, cache_entries, exclusion_entries, scheme_entries
 from quarkcli.recipe.schema import NATIVE
 from quarkcli.spec import spec_to_yaml
@@ -174,9 +175,11 @@ class LLMTemplate:
         attention_scheme     of queries (`q_layer_name`), keys, values and the softmax output
         layer_config         module pattern -> scheme; of two that match, the first wins
         layer_type_config    class of modules -> scheme; `layer_config` wins over it
-        exclude_layers       module patterns, instead of `exclude_layers_name`; None: those
+        exclude_layers       module patterns, instead of `exclude_layers_name`; each must match something, but those of
+                             the template's own; None: those
         algo_configs         algorithm -> parameters, instead of the template's
-        shared_scale_groups  None, or q, k, v and gate, up: what servers fuse shares its scale; [] lets nothing share
+        shared_scale_groups  leaf names of weights that share a scale, these alone; [] lets nothing share; None: what
+                             servers fuse, that is q, k, v and gate, up
 
         Raises UsageError for unknown schemes, ConfigError for what the template cannot tell.
         """
@@ -191,7 +194,8 @@ class LLMTemplate:
             rows += _scheme_rows(name, pattern, None)
         for pattern in () if by_family else excluded:
             made = exclusion_entries(pattern, Origin("exclude_layers"), user=False, required=False)
-            rows += [_row(entry, required=False) for entry in made]
+            must = pattern not in self.exclude_layers_name
+            rows += [_row(entry, required=must and entry is made[0]) for entry in made]
         rows += self._cache_rows(kv_cache_scheme, min_kv_scale)
         rows += self._attention_rows(attention_scheme)
         quantize: dict[str, Any] = {"quant_cfg": rows}
@@ -256,21 +260,17 @@ class LLMTemplate:
         return rows
 
     def _share(self, groups: Sequence[Sequence[str]] | None) -> dict[str, Any]:
-        """What a recipe has to say of scale groups. Raises ConfigError for groups other than the family's."""
+        """What a recipe has to say of scale groups: nothing of those that the family has anyway. Raises ConfigError."""
         if groups is None:
             return {}
-        if not groups:
-            return {"share": []}
+        if not is_groups(groups):
+            raise ConfigError(f"a list of lists of names is needed, not {groups!r:.60}", where="shared_scale_groups")
         q = [self.q_layer_name] if isinstance(self.q_layer_name, str) else list(self.q_layer_name or ())
         attention = {_leaf(pattern) for pattern in (*q, *(self.kv_layers_name or ()))}
         own = {frozenset(group) for group in (attention, self.gate_up_layers_name) if len(group) > 1}
-        if {frozenset(group) for group in groups} == own:
+        if groups and {frozenset(map(_leaf, group)) for group in groups} == own:
             return {}
-        raise ConfigError(
-            f"groups other than {sorted(map(sorted, own))} are not taken from here",
-            where="shared_scale_groups",
-            hint="leave it out, or write 'share' rows into the recipe",
-        )
+        return {"share": [{"slots": weight_slots(group), "exact": True} for group in groups]}
 
 
 # --- templates --------------------------------------------------------------------------------------------------------

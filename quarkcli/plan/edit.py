@@ -24,6 +24,7 @@ from quarkcli.plan.model import TARGET_KINDS, Decision, Plan
 from quarkcli.plan.names import Names, stage_of
 from quarkcli.plan.resolve import ATTENTION_CLASS, attention_names, attention_slots, resolve
 from quarkcli.recipe.attributes import Cfg, to_spec
+from quarkcli.recipe.attributes.partial import changed
 from quarkcli.recipe.entries import Entry, Origin
 from quarkcli.recipe.match import suggestions
 from quarkcli.recipe.normalize import Canonical, normalize, path_text
@@ -33,7 +34,6 @@ Selection = str | Callable[[str], bool]  # a pattern on slot names, or a functio
 ParentClass = str | type | None
 
 _NUMBER, _MARK = re.compile(r"\.[0-9]+(?=\.)"), ".#"
-_REPLACES_EACH_OTHER = {"axis": "block_sizes", "block_sizes": "axis"}
 
 
 def set_quantizer_by_cfg(plan: Plan, quant_cfg: Any) -> None:
@@ -88,7 +88,8 @@ def set_quantizer_attributes_partial(
 
     partial_attributes  a mapping, which goes into every stage of a chain, or one mapping per stage of a chain; a key
                         replaces that key's whole value. `enable` switches; without it, slots stay on or off. `axis`
-                        and `block_sizes` exclude each other, and setting one takes the other out
+                        and `block_sizes` exclude each other, and setting one takes the other out. Words of ours or of
+                        ModelOpt's, whatever the slots were written in
 
     Whether a slot is a chain never changes. Raises ConfigError for wrong attributes, for a list where there is no chain
     of that length, and when nothing with attributes is selected.
@@ -305,28 +306,13 @@ def _merged(slot: str, decision: Decision, given: Any, enable: bool | None) -> t
     old = decision.cfg
     assert old is not None
     weight = is_weight(slot)
-    if isinstance(given, list):
-        if isinstance(old, Mapping) or len(old) != len(given):
-            stages = "no chain" if isinstance(old, Mapping) else f"a chain of {len(old)}"
-            raise ConfigError(
-                f"{len(given)} mappings are given for {stages}", where=slot, hint="set_quantizer_attributes_full"
-            )
-        cfg: Any = [_updated(stage, change) for stage, change in zip(old, given, strict=True)]
-    elif isinstance(old, Mapping):
-        cfg = _updated(old, given)
-    else:
-        cfg = [_updated(stage, given) for stage in old]
+    cfg = located(origin, changed, old, given, weight=weight)
     before, after = (located(origin, to_spec, each, weight=weight) for each in (old, cfg))
     if decision.spec is not None and len(decision.spec.stages) != len(before.stages):
         raise ConfigError("a stage of this chain is off", where=slot, hint="set_quantizer_attributes_full")
     if len(before.stages) != len(after.stages):
         raise ConfigError("this would make a chain, or end one", where=slot, hint="set_quantizer_attributes_full")
     return cfg, decision.spec is not None if enable is None else enable
-
-
-def _updated(old: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    gone = {_REPLACES_EACH_OTHER[key] for key in given if key in _REPLACES_EACH_OTHER and given[key] is not None}
-    return {**{key: value for key, value in old.items() if key not in gone}, **given}
 
 
 def _key(slot: str, decision: Decision) -> str:

@@ -9,7 +9,7 @@ slots, those of a `*q_proj` pattern the q slot, `softmax_quant_spec` the p slot.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -258,19 +258,26 @@ class _Reader:
         """Groups as asked for: these weights alone share, and others do not."""
         if value is None:
             return
-        named = isinstance(value, list) and all(
-            isinstance(group, list) and all(isinstance(name, str) for name in group) for group in value
-        )
-        if not named:
+        if not is_groups(value):
             self.refuse(place, f"shared_scale_groups must be a list of lists of names, not {value!r:.60}")
             return
-        self.found.share = [
-            ([f"*{name.lstrip('*')}.weight_quantizer" for name in group], (*place, index))
-            for index, group in enumerate(value)
-        ]
+        self.found.share = [(weight_slots(group), (*place, index)) for index, group in enumerate(value)]
         self.note(
             place, "these weights alone share their per-tensor scale" if value else "no weights share their scale"
         )
+
+
+def is_groups(value: Any) -> bool:
+    """Whether a value is a list of lists of names."""
+    return isinstance(value, list | tuple) and all(
+        isinstance(group, list | tuple) and group and all(isinstance(name, str) and name for name in group)
+        for group in value
+    )
+
+
+def weight_slots(names: Iterable[str]) -> list[str]:
+    """Patterns on the weight slots of modules with these leaf names."""
+    return [f"*{name.lstrip('*')}.weight_quantizer" for name in names]
 
 
 def _attends(pattern: str) -> str | None:

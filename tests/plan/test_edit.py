@@ -4,6 +4,8 @@ where they differ on purpose: a chain is replaced and never nested, a pattern of
 
 from __future__ import annotations
 
+from contextlib import suppress
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -15,8 +17,9 @@ from quarkcli.plan import edit
 from quarkcli.plan.compose import Basis, Overrides
 from quarkcli.plan.model import Plan
 from quarkcli.plan.resolve import resolve
+from quarkcli.recipe import catalog
 from quarkcli.recipe.recipe import Recipe, from_config, from_scheme
-from quarkcli.spec import PerChannel, PerGroup, PerTensor, TensorSpec
+from quarkcli.spec import ObserverSpec, PerChannel, PerGroup, PerTensor, ScaleSpec, TensorSpec
 
 from .layouts import LLAMA, MIXTRAL, decided, plan
 
@@ -273,7 +276,9 @@ def test_partial_of_a_chain():
         (INT4, [{"num_bits": 8}], "for no chain"),
         ([INT4, FP8], [{"num_bits": 8}], "for a chain of 2"),
         (INT4, {"num_bitz": 8}, "num_bitz"),
-        (INT4, {"element": "int8"}, "vocabular"),
+        (INT4, {"element": "int8", "num_bits": 8}, "vocabular"),
+        (INT4, {"dtype": "int8"}, "dtype cannot be changed in part"),
+        ({"element": "fp16"}, {"num_bits": 8}, "ModelOpt has no word for fp16"),
         (INT4, {}, "no attribute is given"),
         (INT4, "int8", "a mapping of attributes"),
         (INT4, {"enable": "no"}, "enable must be true or false"),
@@ -294,6 +299,83 @@ def test_partial_of_a_scheme_in_its_own_words():
     assert spec(made, DOWN).granularity == PerGroup(64)
     assert spec(made).granularity == PerGroup(128)
     assert spec(made, DOWN).scale == spec(made).scale
+
+
+MODELOPT_CHANGES: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
+    # of a scheme in our words: change in ModelOpt's -> what becomes of which spec; all else is as it was
+    "groups": ("int4_wo_128", {"block_sizes": {-1: 64}}, "weight", {"granularity": PerGroup(64)}),
+    "text for an axis": ("int4_wo_128", {"block_sizes": {"-1": 32}}, "weight", {"granularity": PerGroup(32)}),
+    "channels": ("int4_wo_128", {"axis": 0}, "weight", {"granularity": PerChannel(0)}),
+    "bits": ("int4_wo_128", {"num_bits": 8}, "weight", {"element": "int8", "scale.dtype": "f32"}),
+    "another kind": ("int4_wo_128", {"num_bits": [4, 3]}, "weight",
+                     {"element": "fp8_e4m3", "scale.dtype": "f32", "scale.rule": "absmax"}),
+    "zero points go": ("uint4_wo_128", {"num_bits": "e4m3"}, "weight",
+                       {"element": "fp8_e4m3", "scale.dtype": "f32", "scale.rule": "absmax", "zero_point": "none"}),
+    "zero points stay": ("uint4_wo_128", {"block_sizes": {-1: 64}}, "weight", {"granularity": PerGroup(64)}),
+    "elements under e8m0": ("mxfp4", {"num_bits": [4, 3]}, "weight", {"element": "fp8_e4m3"}),
+    "a constant": ("fp8", {"constant_amax": 7.5}, "input", {"scale.constant_amax": 7.5}),
+    "a constant over blocks": ("nvfp4", {"constant_amax": 7.5}, "input", {"scale.over.constant_amax": 7.5}),
+    "an observer": ("fp8", {"calibrator": "histogram"}, "input", {"observer.name": "histogram"}),
+    "no effect": ("nvfp4", {"fake_quant": True}, "weight", {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MODELOPT_CHANGES)
+def test_partial_of_a_scheme_in_modelopt_words(case: str):
+    scheme, change, kind, expected = MODELOPT_CHANGES[case]
+    made = editable(scheme)
+    slot = UP.replace("weight_quantizer", f"{kind}_quantizer")
+    before = spec(made, slot)
+    others = specs(made)
+    edit.set_quantizer_attributes_partial(made, slot, change)
+    after = specs(made)
+    assert leaves(after.pop(slot)) == leaves(before) | expected
+    del others[slot]
+    assert after == others
+    assert specs(executed(made)) == specs(made)
+
+
+def leaves(value: Any, name: str = "") -> dict[str, Any]:
+    """The fields of a spec by their paths."""
+    if not isinstance(value, TensorSpec | ScaleSpec | ObserverSpec):
+        return {name: value}
+    inner = ((f"{name}.{f.name}".lstrip("."), getattr(value, f.name)) for f in fields(value))
+    found = {key: leaf for path, item in inner for key, leaf in leaves(item, path).items()}
+    return {key: leaf for key, leaf in found.items() if not key.endswith("observer.parameters")}
+
+
+def test_every_scheme_in_modelopt_words_reads_back():
+    """What ModelOpt's words mean of any scheme, put into it again, changes nothing."""
+    for name in catalog.names("schemes"):
+        made = editable(name)
+        before = specs(made)
+        for slot, decision in list(made.slots()):
+            if decision.spec is not None and slot.startswith("model.layers.0.mlp.up_proj"):
+                with suppress(ConfigError):  # formats that ModelOpt does not have
+                    edit.set_quantizer_attributes_partial(made, slot, {"fake_quant": True})
+        assert specs(made) == before, name
+
+
+def test_partial_of_a_nested_chain():
+    chain = {"element": "fp8_e4m3", "then": {"element": "int4", "granularity": {"group": 32}}, "stored": "last"}
+    made = of(rule(WEIGHTS, chain))
+    edit.set_quantizer_attributes_partial(made, UP, [{}, {"block_sizes": {-1: 64}}])
+    assert [stage.granularity for stage in spec(made).stages] == [PerTensor(), PerGroup(64)]
+    assert spec(made).stored == "last"
+    edit.set_quantizer_attributes_partial(made, UP, {"granularity": {"channel": 0}})  # every stage
+    assert [stage.granularity for stage in spec(made).stages] == [PerChannel(0), PerChannel(0)]
+    with pytest.raises(ConfigError, match="then cannot be changed in part"):
+        edit.set_quantizer_attributes_partial(made, UP, {"then": {"element": "int8"}})
+
+
+def test_partial_in_our_words_of_modelopt_attributes():
+    made = of(rule(WEIGHTS, INT4), rule("*down_proj.weight_quantizer", [INT4, FP8]))
+    edit.set_quantizer_attributes_partial(made, WEIGHTS, {"granularity": {"group": 64}})
+    assert (spec(made).element, spec(made).granularity) == ("int4", PerGroup(64))
+    assert [(s.element, s.granularity) for s in spec(made, DOWN).stages] == [
+        ("int4", PerGroup(64)),
+        ("fp8_e4m3", PerGroup(64)),
+    ]
 
 
 def test_the_old_name_of_partial():

@@ -7,7 +7,7 @@ the other and stores the first, Quark stores the last, or quantizes the scales o
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -46,6 +46,16 @@ def to_spec(cfg: Cfg, *, weight: bool) -> TensorSpec:
     spec, *after = [modelopt.to_spec(stage, weight=weight) for stage in stages]
     # What a native cfg may not say, no other vocabulary may.
     return native.to_spec(spec_to_yaml(replace(spec, then=after[0]) if after else spec))
+
+
+def words_of(cfg: Cfg) -> frozenset[str]:
+    """The words of the vocabulary that a cfg is written in. Raises ConfigError for a mixture."""
+    return _OWN[_vocabulary([cfg] if isinstance(cfg, Mapping) else cfg)]
+
+
+def vocabularies() -> Iterable[frozenset[str]]:
+    """The words of every vocabulary."""
+    return _OWN.values()
 
 
 def check_names(stage: Mapping[str, Any]) -> None:

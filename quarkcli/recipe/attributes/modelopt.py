@@ -74,6 +74,48 @@ def to_spec(cfg: Mapping[str, Any], *, weight: bool) -> TensorSpec:
     return TensorSpec(element, granularity, scale, narrow=narrow, observer=observer)
 
 
+def from_spec(spec: TensorSpec) -> dict[str, Any]:
+    """The attributes that come nearest to one stage; what ModelOpt has no word for is left out.
+
+    Raises ConfigError for a number format that it does not have.
+    """
+    element = ELEMENTS[spec.element]
+    if spec.element == "mxint8" or (element.kind == "integer" and not element.fraction):
+        bits: Any = element.bits
+    elif element.kind == "float":
+        bits = [element.exponent, element.mantissa]
+    else:
+        raise ConfigError(f"ModelOpt has no word for {spec.element}", hint="element: ... replaces it")
+    found: dict[str, Any] = {"num_bits": bits}
+    scale = spec.scale
+    assert scale is not None  # casts are refused above
+    blocks: dict[Any, Any] = {}
+    match spec.granularity:
+        case PerChannel(axis):
+            found["axis"] = axis
+        case PerGroup(size):
+            blocks[-1] = size
+        case PerTile(rows, columns):
+            blocks |= {-1: columns, -2: rows}
+        case PerToken():
+            blocks[-1] = None
+    if blocks and scale.dtype in ("e8m0", "e4m3"):
+        blocks["scale_bits"] = list(_EXPONENT_SCALE if scale.dtype == "e8m0" else _BLOCK_SCALE)
+    if blocks and scale.rule == "four_over_six":
+        blocks["four_over_six"] = True
+    if scale.when == "dynamic":
+        (blocks or found)["type"] = "dynamic"
+    if blocks:
+        found["block_sizes"] = blocks
+    if scale.outermost.constant_amax is not None:
+        found["constant_amax"] = scale.outermost.constant_amax
+    if spec.narrow:
+        found["narrow_range"] = True
+    if spec.observer.name == "histogram":
+        found["calibrator"] = "histogram"
+    return found
+
+
 def _known(cfg: Mapping[str, Any]) -> None:
     for key in cfg:
         if key not in FIELDS:
