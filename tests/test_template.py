@@ -300,7 +300,7 @@ def test_scale_groups_of_ones_own():
         if ".layers.0." in target.name:
             members.setdefault(target.scale_group, []).append(target.name.rpartition(".")[2])
     assert sorted(members.values()) == [
-        ["gate_proj"], ["o_proj"], ["q_proj", "k_proj"], ["up_proj", "down_proj"], ["v_proj"],
+        ["down_proj", "up_proj"], ["gate_proj"], ["k_proj", "q_proj"], ["o_proj"], ["v_proj"],
     ]  # fmt: skip
     assert any("do not share their per-tensor scales" in text for text in plan.warnings)
 
