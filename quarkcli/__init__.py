@@ -19,7 +19,7 @@ _API = {
     ),
     "quarkcli.api.run": ("load_recipe", "make_plan", "quantize", "register_scheme", "unregister_scheme"),
     "quarkcli.api.template": ("LLMTemplate",),
-    "quarkcli.options": ("Options",),
+    "quarkcli.job.options": ("Options",),
     "quarkcli.plan.edit": (
         "disable_quantizer", "enable_quantizer", "set_quantizer_attribute", "set_quantizer_attributes_full",
         "set_quantizer_attributes_partial", "set_quantizer_by_cfg", "set_quantizer_by_cfg_context",

@@ -21,10 +21,10 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 PRELOADED = (
     "quarkcli.cli.main",
-    "quarkcli.job",
-    "quarkcli.part",
-    "quarkcli.pipeline",
-    "quarkcli.calibration.data",
+    "quarkcli.job.run",
+    "quarkcli.job.part",
+    "quarkcli.job.pipeline",
+    "quarkcli.forward.data",
     "quarkcli.cli.planview",
     "quarkcli.cli.progress",
     "quarkcli.cli.summary",

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from quarkcli import job
+from quarkcli.job import run as job
 from quarkcli.plan.compose import Overrides
 from tests import tiny
 

@@ -15,11 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from quarkcli import preflight, writer
 from quarkcli.cli import main
-from quarkcli.job import EMBEDDED
+from quarkcli.disk import writer
+from quarkcli.disk.source import Source
+from quarkcli.job import preflight
+from quarkcli.job.run import EMBEDDED
 from quarkcli.recipe import catalog
-from quarkcli.source import Source
 
 SMALL = ("--calib-data", "rows.txt", "--calib-samples", "4", "--calib-seqlen", "32")
 DATA_FREE = ("--scheme", "mxfp4")

@@ -12,13 +12,13 @@ import pytest
 from quarkcli.cli import summary
 from quarkcli.cli.main import main
 from quarkcli.dialects import members
+from quarkcli.disk.source import Source
 from quarkcli.documents import text
 from quarkcli.documents.model import Config
 from quarkcli.documents.report import Report
 from quarkcli.documents.shape import check
 from quarkcli.errors import ModelError
-from quarkcli.job import EMBEDDED
-from quarkcli.source import Source
+from quarkcli.job.run import EMBEDDED
 
 HUGE = "9" * 5000
 ODD: tuple[Any, ...] = (-1, "x", [["a"]], {"a": 1}, 1.5, True)

@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import yaml
 
-from quarkcli import finish, job
+from quarkcli.disk.source import Source
 from quarkcli.errors import CheckError
-from quarkcli.job import EMBEDDED, Options, Prepared
+from quarkcli.job import finish
+from quarkcli.job import run as job
+from quarkcli.job.run import EMBEDDED, Options, Prepared
 from quarkcli.plan.compose import Overrides
 from quarkcli.recipe import recipe as recipes
-from quarkcli.source import Source
 
 
 def prepared(model: Path = EMBEDDED, **more: Any) -> Prepared:

@@ -14,10 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from quarkcli import family, job, verify
+from quarkcli import family
+from quarkcli.disk import verify
+from quarkcli.disk.writer import MANIFEST
 from quarkcli.errors import CheckError, ModelError
 from quarkcli.family.facts import explained, facts
-from quarkcli.writer import MANIFEST
+from quarkcli.job import run as job
 from tests import runs
 from tests.families import models
 from tests.plan import layouts
@@ -293,7 +295,7 @@ def test_verify_finds_a_hole_in_a_written_checkpoint(source: Path, tmp_path: Pat
 
 def test_a_run_without_data_needs_no_transformers(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from quarkcli import job; from quarkcli.options import Options;"
+        "import sys; from pathlib import Path; from quarkcli import job; from quarkcli.job.options import Options;"
         f"job.run(Options(model='demo', scheme='mxfp4', device='cpu', output=Path({str(tmp_path / 'out')!r})));"
         "print('transformers' in sys.modules)"
     )

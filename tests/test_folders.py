@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from quarkcli import job
+from quarkcli.disk.source import Source
 from quarkcli.errors import ModelError
-from quarkcli.source import Source
+from quarkcli.job import run as job
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:{}\nsize 2471645608\n".format("4d" * 32)
 

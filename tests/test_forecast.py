@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from quarkcli import contents, dialects, forecast
+from quarkcli import dialects
+from quarkcli.disk import contents
+from quarkcli.job import forecast
 from quarkcli.plan import sizes
 from tests import runs
 from tests.plan import layouts

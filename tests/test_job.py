@@ -18,15 +18,16 @@ import torch
 import yaml
 from safetensors import safe_open
 
-from quarkcli import job, preflight
 from quarkcli.cli import summary
+from quarkcli.disk.journal import Journal
+from quarkcli.disk.source import Source
 from quarkcli.errors import QuarkError
 from quarkcli.events import Event, Message, PartDone, Phase
-from quarkcli.job import EMBEDDED, Options
-from quarkcli.journal import Journal
+from quarkcli.job import preflight
+from quarkcli.job import run as job
+from quarkcli.job.run import EMBEDDED, Options
 from quarkcli.model.runner import Runner
 from quarkcli.plan.compose import Overrides
-from quarkcli.source import Source
 from quarkcli.spec import TensorSpec
 
 SCHEMES = ("fp8", "int4_wo_128", "mxfp4", "nvfp4")
@@ -225,7 +226,7 @@ def test_the_card_can_be_published(made, scheme, dialect):
 
 def test_both_dialects_hold_the_same_numbers(made):
     """Decoded by their readers, weights agree bit for bit where the format has no reciprocal global scale."""
-    from quarkcli.checkpoint import Checkpoint
+    from quarkcli.disk.checkpoint import Checkpoint
 
     name = "model.layers.1.mlp.down_proj"
     for scheme in SCHEMES:

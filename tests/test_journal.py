@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
+from quarkcli.disk.journal import Journal
+from quarkcli.disk.writer import write_part
 from quarkcli.errors import ConfigError, ResourceError, UsageError
-from quarkcli.journal import Journal
-from quarkcli.writer import write_part
 
 FINGERPRINT: dict[str, Any] = {"seed": 0, "recipe": {"entries": [{"path": "*"}, {"path": "*head*"}]}, "rows": ()}
 
@@ -375,8 +375,8 @@ WORKER = """
 import hashlib, json, os, random, signal, sys, time
 from pathlib import Path
 import torch
-from quarkcli.journal import Journal
-from quarkcli.writer import MANIFEST, atomic_write_json, write_part
+from quarkcli.disk.journal import Journal
+from quarkcli.disk.writer import MANIFEST, atomic_write_json, write_part
 
 torch.set_num_threads(1)
 PARTS = 4

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from quarkcli import job, manifest
 from quarkcli.cli import main
+from quarkcli.disk import manifest
 from quarkcli.errors import CheckError, ResourceError
-from quarkcli.options import Options
+from quarkcli.job import run as job
+from quarkcli.job.options import Options
 
 
 @pytest.fixture(scope="module")

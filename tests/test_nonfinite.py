@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from quarkcli import nonfinite
 from quarkcli.cli import main
+from quarkcli.disk import nonfinite
 from quarkcli.errors import CheckError, DataError, Stopped
 from quarkcli.evaluate import run as evaluation
 from quarkcli.evaluate.run import check_gates

@@ -9,13 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from quarkcli import job
-from quarkcli.checkpoint import Checkpoint
+from quarkcli.disk.checkpoint import Checkpoint
+from quarkcli.disk.source import Source
 from quarkcli.errors import DataError
 from quarkcli.evaluate.run import evaluate
 from quarkcli.events import Event, PartDone
-from quarkcli.part import PartWorker, last_part
-from quarkcli.source import Source
+from quarkcli.job import run as job
+from quarkcli.job.part import PartWorker, last_part
 from tests import runs
 from tests.runs import one_thread  # noqa: F401
 

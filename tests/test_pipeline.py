@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 
+from quarkcli.disk.journal import Journal
+from quarkcli.disk.writer import write_part
 from quarkcli.errors import AccessError, ResourceError, Stopped
-from quarkcli.journal import Journal
-from quarkcli.part import PartResult
-from quarkcli.pipeline import Pipeline
+from quarkcli.job.part import PartResult
+from quarkcli.job.pipeline import Pipeline
 from quarkcli.plan.model import Part
-from quarkcli.writer import write_part
 
 PARTS = [Part(index, f"layers.{index}", "block", index, (f"layers.{index}.weight",)) for index in range(5)]
 
@@ -125,7 +125,7 @@ def test_at_most_one_part_is_being_written(tmp_path, monkeypatch):
         running -= 1
         return write_part(*arguments)
 
-    monkeypatch.setattr("quarkcli.pipeline.write_part", slowly)
+    monkeypatch.setattr("quarkcli.job.pipeline.write_part", slowly)
     with Journal.open(tmp_path / "out.partial", {}) as journal, start(tmp_path, Files(), journal, "cpu:0") as pipeline:
         work(pipeline, PARTS, lambda part: worker(walk(part.index, batch=part.index)))
         pipeline.drain()
@@ -158,7 +158,7 @@ def test_what_is_handed_over_is_durable_when_stopping_on_purpose(tmp_path, monke
         time.sleep(0.1)
         return write_part(*arguments)
 
-    monkeypatch.setattr("quarkcli.pipeline.write_part", slowly)
+    monkeypatch.setattr("quarkcli.job.pipeline.write_part", slowly)
     with Journal.open(tmp_path / "out.partial", {}) as journal:
         with pytest.raises(Stopped), start(tmp_path, Files(), journal, "cpu:0") as pipeline:
             work(pipeline, PARTS[:2])
@@ -177,7 +177,7 @@ def test_a_failed_write_ends_the_job(tmp_path, monkeypatch, device):
             raise ResourceError("no space left")
         return write_part(*arguments)
 
-    monkeypatch.setattr("quarkcli.pipeline.write_part", fail)
+    monkeypatch.setattr("quarkcli.job.pipeline.write_part", fail)
     with Journal.open(tmp_path / "out.partial", {}) as journal:
         with (
             pytest.raises(ResourceError, match="no space left"),
@@ -192,7 +192,7 @@ def test_a_write_that_fails_last_is_not_overlooked(tmp_path, monkeypatch):
     def fail(*_: Any) -> Any:
         raise ResourceError("no space left")
 
-    monkeypatch.setattr("quarkcli.pipeline.write_part", fail)
+    monkeypatch.setattr("quarkcli.job.pipeline.write_part", fail)
     with (
         Journal.open(tmp_path / "out.partial", {}) as journal,
         pytest.raises(ResourceError),
@@ -225,7 +225,7 @@ def test_an_error_in_a_part_waits_for_the_write_under_way(tmp_path, monkeypatch)
         ended.append(True)
         return written
 
-    monkeypatch.setattr("quarkcli.pipeline.write_part", slowly)
+    monkeypatch.setattr("quarkcli.job.pipeline.write_part", slowly)
     with Journal.open(tmp_path / "out.partial", {}) as journal:
         with pytest.raises(RuntimeError), start(tmp_path, Files(), journal, "cpu:0") as pipeline:
             work(pipeline, PARTS[:1])

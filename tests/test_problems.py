@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from quarkcli import job
 from quarkcli.algorithms.base import Moment, Problem
 from quarkcli.algorithms.gptq import GPTQ
-from quarkcli.problems import problems
+from quarkcli.job import run as job
+from quarkcli.job.problems import problems
 from tests import runs
 
 

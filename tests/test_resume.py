@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from quarkcli.job import EMBEDDED
+from quarkcli.job.run import EMBEDDED
 from tests.forks import Done, Forks, at
 from tests.products import slow_unless
 
@@ -21,24 +21,24 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "gptq": ("--scheme", "int4_wo_128", "--algorithm", "gptq", *CALIBRATION),
     "mxfp4": ("--scheme", "mxfp4"),
 }
-FINISH, SAVE = "quarkcli.journal.Journal.finish", "quarkcli.writer._save"
+FINISH, SAVE = "quarkcli.disk.journal.Journal.finish", "quarkcli.disk.writer._save"
 # Where a run is killed, and what the next one says.
 KILLS: dict[str, tuple[dict[str, Any], str]] = {
     "before anything is written": (at(FINISH), ""),
     "behind the first part's journal entry": (at(FINISH, after=True), "1 of 6 parts are done; going on at model"),
     "behind the third part's journal entry": (at(FINISH, call=3, after=True), "3 of 6 parts are done"),
-    "in the middle of writing a part": (at("quarkcli.writer.sync_folder", call=6), "parts are done"),
-    "before a shard has its name": (at("quarkcli.pipeline.write_part", call=4), "3 of 6 parts are done"),
-    "with a shard that no entry names": (at("quarkcli.pipeline.write_part", call=4, after=True), "3 of 6 parts are"),
+    "in the middle of writing a part": (at("quarkcli.disk.writer.sync_folder", call=6), "parts are done"),
+    "before a shard has its name": (at("quarkcli.job.pipeline.write_part", call=4), "3 of 6 parts are done"),
+    "with a shard that no entry names": (at("quarkcli.job.pipeline.write_part", call=4, after=True), "3 of 6 parts"),
     "behind the last part": (at(FINISH, call=6, after=True), "6 of 6 parts are done; going on with the final steps"),
-    "before the config": (at("quarkcli.finish.write_config"), "going on with the final steps"),
+    "before the config": (at("quarkcli.job.finish.write_config"), "going on with the final steps"),
     "in the middle of the side files": (at("shutil.copyfile", call=2), "going on with the final steps"),
-    "behind the config": (at("quarkcli.finish.write_config", after=True), "going on with the final steps"),
+    "behind the config": (at("quarkcli.job.finish.write_config", after=True), "going on with the final steps"),
     "before the report": (at("quarkcli.report.build.build"), "going on with the final steps"),
-    "before the manifest": (at("quarkcli.finish._write_manifest"), "going on with the final steps"),
-    "behind the manifest": (at("quarkcli.finish._write_manifest", after=True), "going on with the final steps"),
-    "before the state is put aside": (at("quarkcli.journal.Journal.set_aside"), "going on with the final steps"),
-    "before the renaming": (at("quarkcli.job.publish"), "going on with the final steps"),
+    "before the manifest": (at("quarkcli.job.finish._write_manifest"), "going on with the final steps"),
+    "behind the manifest": (at("quarkcli.job.finish._write_manifest", after=True), "going on with the final steps"),
+    "before the state is put aside": (at("quarkcli.disk.journal.Journal.set_aside"), "going on with the final steps"),
+    "before the renaming": (at("quarkcli.job.run.publish"), "going on with the final steps"),
 }  # fmt: skip
 
 
@@ -129,11 +129,11 @@ def test_a_killed_run_is_gone_on_with_and_ends_with_the_same_bytes(quark, calm, 
 @pytest.mark.parametrize("name", ["nvfp4", "gptq"])
 def test_calibrated_runs_are_gone_on_with_from_hidden_states(quark, calm, work, name):
     """Killed three times: while hidden states are written, behind a part, and before the end."""
-    check_killed(run(quark, work, name, hook=at("quarkcli.journal.Journal._write_hidden", call=2)), work)
+    check_killed(run(quark, work, name, hook=at("quarkcli.disk.journal.Journal._write_hidden", call=2)), work)
     second = run(quark, work, name, hook=at(FINISH, call=2, after=True))
     assert "resuming: 2 of 6 parts are done; going on at model.layers.1" in second.err
     check_killed(second, work)
-    third = run(quark, work, name, "--calib-batch", "3", hook=at("quarkcli.finish.verify_and_report"))
+    third = run(quark, work, name, "--calib-batch", "3", hook=at("quarkcli.job.finish.verify_and_report"))
     assert "resuming: 4 of 6 parts are done; going on at model.layers.3" in third.err
     check_killed(third, work)
     last = run(quark, work, name)
@@ -170,7 +170,7 @@ def test_kills_from_outside_at_any_moment(quark, calm, work):
 def test_an_overwritten_output_stays_until_the_new_one_is_there(quark, calm, work):
     (work / "out").mkdir()
     (work / "out" / "thesis.tex").write_text("mine")
-    answer = run(quark, work, "mxfp4", "--overwrite", hook=at("quarkcli.job.publish"))
+    answer = run(quark, work, "mxfp4", "--overwrite", hook=at("quarkcli.job.run.publish"))
     assert answer.code == -9
     assert (work / "out" / "thesis.tex").read_text() == "mine"
     refused = run(quark, work, "mxfp4")
@@ -207,7 +207,9 @@ def test_overwriting_a_finished_checkpoint_leaves_nothing_of_it(quark, calm, wor
 
 def test_a_replaced_output_that_a_kill_left_is_removed(quark, calm, work):
     """Killed with the new output in place and the old one still beside it."""
-    for call, target in enumerate(("quarkcli.manifest.remove_ours", "quarkcli.journal.Journal.discard_state")):
+    for call, target in enumerate(
+        ("quarkcli.disk.manifest.remove_ours", "quarkcli.disk.journal.Journal.discard_state")
+    ):
         assert run(quark, work, "mxfp4", "--overwrite").code == 0
         answer = run(quark, work, "mxfp4", "--overwrite", hook=at(target))
         assert answer.code == -9
@@ -256,7 +258,7 @@ def test_a_second_run_stops_before_the_work(quark, calm, work):
     (work / "out.partial" / ".quark-state").mkdir(parents=True)
     with (work / "out.partial" / ".quark-state" / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        answer = run(quark, work, "nvfp4", hook=at("quarkcli.preflight.token_rows"))
+        answer = run(quark, work, "nvfp4", hook=at("quarkcli.job.preflight.token_rows"))
         assert answer.code == 6
         assert "is working here" in answer.err
     assert run(quark, work, "nvfp4").code == 0
@@ -277,7 +279,11 @@ def test_a_link_is_no_place_to_work_in(quark, work, name):
 
 
 def test_before_the_first_part_nothing_is_left(quark, work):
-    for target in ("quarkcli.preflight.token_rows", "quarkcli.job._fingerprint", "quarkcli.journal.Journal.verify"):
+    for target in (
+        "quarkcli.job.preflight.token_rows",
+        "quarkcli.job.run._fingerprint",
+        "quarkcli.disk.journal.Journal.verify",
+    ):
         answer = quark(
             "quantize",
             "--model",
@@ -433,7 +439,7 @@ def test_a_time_budget_stops_after_a_part(quark, calm, work):
 
 @pytest.mark.parametrize(("name", "code", "word"), [("SIGINT", 130, "interrupted"), ("SIGTERM", 143, "terminated")])
 def test_signals_end_in_order_and_can_be_gone_on_from(quark, calm, work, name, code, word):
-    hook = at("quarkcli.part.PartWorker.work", call=4, what=name)
+    hook = at("quarkcli.job.part.PartWorker.work", call=4, what=name)
     answer = run(quark, work, "nvfp4", hook=hook)
     assert answer.code == code, answer.err
     assert answer.out == ""
@@ -451,7 +457,7 @@ def test_signals_end_in_order_and_can_be_gone_on_from(quark, calm, work, name, c
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_a_signal_before_the_work_leaves_nothing(quark, work, name):
-    hook = at("quarkcli.job.open_source", what=name)
+    hook = at("quarkcli.job.run.open_source", what=name)
     answer = run(quark, work, "mxfp4", hook=hook)
     assert answer.code == (130 if name == "SIGINT" else 143)
     assert "resumable" not in answer.err

@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import torch
 
-from quarkcli.checkpoint import Checkpoint
 from quarkcli.cli import main
-from quarkcli.job import EMBEDDED
+from quarkcli.disk.checkpoint import Checkpoint
+from quarkcli.disk.source import Source
+from quarkcli.job.run import EMBEDDED
 from quarkcli.numerics.quantize import dequantize, quantize, tensor_amax
 from quarkcli.plan.model import Plan
 from quarkcli.recipe import catalog
-from quarkcli.source import Source
 from tests import runs
 from tests.runs import one_thread  # noqa: F401
 

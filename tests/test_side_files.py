@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from quarkcli.cli import main
+from quarkcli.disk.side_files import BROKEN, LIMIT, OUTSIDE, SideFiles, gather
+from quarkcli.disk.source import Source
 from quarkcli.errors import ModelError
-from quarkcli.job import EMBEDDED
-from quarkcli.side_files import BROKEN, LIMIT, OUTSIDE, SideFiles, gather
-from quarkcli.source import Source
+from quarkcli.job.run import EMBEDDED
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 SECRET = "hf_SECRET"
@@ -232,6 +232,6 @@ def test_a_calibrated_run_needs_its_tokenizer(
 
 
 def test_gathering_needs_no_torch(model: Path) -> None:
-    code = "import sys; from quarkcli.source import Source; from quarkcli.side_files import gather; "
+    code = "import sys; from quarkcli.disk.source import Source; from quarkcli.disk.side_files import gather; "
     code += "gather(Source.open(sys.argv[1])); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code, str(model)], check=False).returncode == 0

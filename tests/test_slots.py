@@ -17,13 +17,13 @@ import yaml
 from torch import Tensor
 from transformers.models.llama import modeling_llama
 
-from quarkcli import job
-from quarkcli.checkpoint import Checkpoint
+from quarkcli.disk.checkpoint import Checkpoint
+from quarkcli.disk.source import Source
 from quarkcli.errors import DataError, Stopped
 from quarkcli.evaluate.run import evaluate
+from quarkcli.job import run as job
 from quarkcli.model.runner import Runner
 from quarkcli.model.tokenizer import load_tokenizer
-from quarkcli.source import Source
 from tests import plain, runs, tiny
 from tests.runs import one_thread  # noqa: F401
 
@@ -207,7 +207,7 @@ class TestAttention:
 
 def load_rows(out: runs.Made, text: Path) -> Tensor:
     """The rows that a run was calibrated with."""
-    from quarkcli.calibration import data
+    from quarkcli.forward import data
 
     settings = out.prepared.calibration
     assert settings is not None

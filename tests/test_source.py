@@ -18,9 +18,9 @@ from huggingface_hub import errors as hub_errors
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from quarkcli import source as source_module
+from quarkcli.disk import source as source_module
+from quarkcli.disk.source import DTYPES, Source, read_tensors
 from quarkcli.errors import AccessError, ModelError, QuarkError, ResourceError
-from quarkcli.source import DTYPES, Source, read_tensors
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -120,8 +120,8 @@ def test_shards_of_an_index_in_file_order(model: Path) -> None:
 
 def test_opens_without_torch(model: Path) -> None:
     save_file({"x": torch.zeros(4)}, model / "model.safetensors")
-    code = "import sys; from quarkcli.source import Source; s = Source.open(sys.argv[1]); s.header_digest(); "
-    code += "import quarkcli.writer, quarkcli.journal; sys.exit('torch' in sys.modules)"
+    code = "import sys; from quarkcli.disk.source import Source; s = Source.open(sys.argv[1]); s.header_digest(); "
+    code += "import quarkcli.disk.writer, quarkcli.disk.journal; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code, str(model)], check=False).returncode == 0
 
 

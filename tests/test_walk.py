@@ -11,11 +11,11 @@ import pytest
 import torch
 import transformers
 
+from quarkcli.disk.source import Source
 from quarkcli.errors import ModelError, ResourceError
 from quarkcli.events import Event, Message
+from quarkcli.forward.walk import CPU_TOKENS, Walk, default_batch
 from quarkcli.model.runner import Runner
-from quarkcli.source import Source
-from quarkcli.walk import CPU_TOKENS, Walk, default_batch
 from tests import runs
 from tests.families import models
 from tests.runs import one_thread  # noqa: F401

@@ -20,9 +20,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from quarkcli.errors import ResourceError, UsageError
-from quarkcli.source import DTYPES
-from quarkcli.writer import (
+from quarkcli.disk.source import DTYPES
+from quarkcli.disk.writer import (
     WrittenFile,
     atomic_write_json,
     atomic_write_text,
@@ -37,6 +36,7 @@ from quarkcli.writer import (
     write_part,
     write_tensors,
 )
+from quarkcli.errors import ResourceError, UsageError
 
 
 def zeros(dtype: str, shape: tuple[int, ...]) -> torch.Tensor:

@@ -17,9 +17,9 @@ from quarkcli.spec import TensorSpec
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from quarkcli.calibration.statistics import Statistics
+    from quarkcli.algorithms.tensors import PartTensors
+    from quarkcli.forward.statistics import Statistics
     from quarkcli.numerics.quantize import Quantized
-    from quarkcli.tensors import PartTensors
 
 Kind = Literal["transform", "solver", "refiner", "tuner"]
 Needs = dict[str, set[str]]  # kinds of statistics by site

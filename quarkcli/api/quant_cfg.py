@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
-from quarkcli import algorithms, preflight
+from quarkcli import algorithms
 from quarkcli.errors import ConfigError, near_misses
+from quarkcli.job import preflight
 from quarkcli.plan import sizes
 from quarkcli.plan.model import Plan
 from quarkcli.recipe.attributes import check_names

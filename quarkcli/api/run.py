@@ -19,10 +19,10 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from quarkcli import job
 from quarkcli.errors import ConfigError, QuarkError, UsageError
 from quarkcli.events import Listener, silent
-from quarkcli.options import Options
+from quarkcli.job import run as job
+from quarkcli.job.options import Options
 from quarkcli.plan.compose import Basis, Overrides
 from quarkcli.plan.model import Plan
 from quarkcli.recipe import catalog, load

@@ -46,8 +46,8 @@ def env(json: Json = False) -> None:
 def _facts() -> dict[str, Any]:
     from huggingface_hub import constants, get_token
 
+    from quarkcli.disk.writer import free_bytes
     from quarkcli.recipe import catalog
-    from quarkcli.writer import free_bytes
 
     here, cache = Path.cwd(), Path(constants.HF_HUB_CACHE)
     return {

@@ -76,9 +76,10 @@ def evaluate(
     """
     output.start(json=json, debug=debug, quiet=quiet)
     _check_gates_have_baseline(baseline, max_kl, max_ppl_increase)
-    from quarkcli import job, preflight
     from quarkcli.cli.progress import Progress
     from quarkcli.evaluate import run
+    from quarkcli.job import preflight
+    from quarkcli.job import run as job
 
     with Progress() as progress:
         result = run.evaluate(

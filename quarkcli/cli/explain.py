@@ -23,8 +23,9 @@ def explain(
 ) -> None:
     """Say why a slot is what it is: the entries that match it, in order, which one decided, and what it ends as."""
     output.start(json=json)
-    from quarkcli import family, job
-    from quarkcli.options import Options
+    from quarkcli import family
+    from quarkcli.job import run as job
+    from quarkcli.job.options import Options
     from quarkcli.plan.compose import Overrides
     from quarkcli.plan.explain import explain as explained
     from quarkcli.plan.resolve import resolve

@@ -14,7 +14,7 @@ import typer
 from quarkcli.cli import output
 
 if TYPE_CHECKING:
-    from quarkcli.options import Options
+    from quarkcli.job.options import Options
 
 _DURATION = re.compile(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?")
 Option = typer.Option
@@ -243,7 +243,7 @@ class JobFlags:
 
     def options(self) -> Options:
         """What the job takes."""
-        from quarkcli.options import Options
+        from quarkcli.job.options import Options
         from quarkcli.plan.compose import Overrides
 
         return Options(**self._of(Options), overrides=Overrides(**self._of(Overrides)))
@@ -254,7 +254,7 @@ class JobFlags:
 
     def idle(self, *, plan: bool) -> list[str]:
         """Lines for the flags about the screen that have no effect."""
-        from quarkcli import idle
+        from quarkcli.job import idle
 
         return idle.screen(
             progress=self.progress, log_level=self.log_level, log_format=self.log_format, quiet=self.quiet, plan=plan

@@ -13,9 +13,9 @@ from quarkcli.cli import apps, output
 from quarkcli.cli.flags import Debug, Json, Offline, Revision
 
 if TYPE_CHECKING:
-    from quarkcli.checkpoint import Checkpoint
+    from quarkcli.disk.checkpoint import Checkpoint
+    from quarkcli.disk.source import Source
     from quarkcli.family import HeaderLike, Layout
-    from quarkcli.source import Source
 
 SCHEMA = "quark/inspect/1"
 EXAMPLES = apps.examples("quark inspect demo", "quark inspect out/demo-mxfp4 --json")
@@ -33,8 +33,9 @@ def inspect(
     Architecture, parts, roles, dtypes, experts, and whether and how it is already quantized; reads config and headers.
     """
     output.start(json=json, debug=debug)
-    from quarkcli import idle, job
-    from quarkcli.source import Source
+    from quarkcli.disk.source import Source
+    from quarkcli.job import idle
+    from quarkcli.job import run as job
 
     source = Source.open(str(job.EMBEDDED) if model == "demo" else model, revision=revision, offline=offline)
     found = _facts(source)
@@ -79,7 +80,7 @@ def _checkpoint(source: Source) -> Checkpoint | None:
     if not isinstance(config, dict):
         return None
     from quarkcli import dialects
-    from quarkcli.checkpoint import Checkpoint
+    from quarkcli.disk.checkpoint import Checkpoint
 
     if config.get("quant_method") not in {dialect.quant_method for dialect in dialects.members()}:
         return None

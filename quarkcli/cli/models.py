@@ -83,10 +83,12 @@ def infer(
     The file is a beginning: read it, correct it, and put it into the models folder of $QUARK_HOME or ~/.config/quark.
     """
     output.start(debug=debug)
-    from quarkcli import family, idle, job
+    from quarkcli import family
+    from quarkcli.disk.source import Source
     from quarkcli.errors import UsageError
+    from quarkcli.job import idle
+    from quarkcli.job import run as job
     from quarkcli.recipe import catalog
-    from quarkcli.source import Source
 
     source = Source.open(str(job.EMBEDDED) if model == "demo" else model, revision=revision, offline=offline)
     for line in idle.of_model(source, revision=revision):

@@ -7,15 +7,15 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from quarkcli import idle
 from quarkcli.algorithms.base import Assignment
 from quarkcli.cli import output
+from quarkcli.job import idle
 from quarkcli.plan.model import Decision, Plan, Target
 from quarkcli.recipe.match import starred
 from quarkcli.spec import TensorSpec, spec_to_yaml
 
 if TYPE_CHECKING:
-    from quarkcli.options import Prepared
+    from quarkcli.job.options import Prepared
 
 SCHEMA = "quark/plan/1"
 _INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)")

@@ -12,7 +12,7 @@ from quarkcli.cli.flags import JobFlags, takes_job_flags
 
 if TYPE_CHECKING:
     from quarkcli.cli.progress import Progress
-    from quarkcli.options import Options, Prepared
+    from quarkcli.job.options import Options, Prepared
 
 QUANTIZE_EXAMPLES = apps.examples(
     "quark quantize --model demo --scheme mxfp4 -o out/demo-mxfp4",
@@ -35,9 +35,9 @@ def quantize(flags: JobFlags, *, dry_run: DryRun = False) -> None:
     if dry_run:
         _plan(flags)
         return
-    from quarkcli import job
     from quarkcli.cli.progress import Progress
-    from quarkcli.writer import partial_path
+    from quarkcli.disk.writer import partial_path
+    from quarkcli.job import run as job
 
     flags.start()
     options = flags.options()
@@ -75,10 +75,11 @@ def plan(flags: JobFlags, *, check_model: CheckModel = False) -> None:
 
 
 def _plan(flags: JobFlags, check_model: bool = False) -> None:
-    from quarkcli import idle, job
     from quarkcli.cli import planview
     from quarkcli.cli.progress import Progress
     from quarkcli.events import Working
+    from quarkcli.job import idle
+    from quarkcli.job import run as job
 
     flags.start()
     with Progress("lines") as progress:

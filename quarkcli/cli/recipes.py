@@ -162,8 +162,8 @@ def validate(
 
 def _against(path: Path, model: str, data: str | None) -> dict[str, Any]:
     """The plan's essentials. Without data of its own the built-in text stands in, so that no network is asked."""
-    from quarkcli import job
-    from quarkcli.options import Options
+    from quarkcli.job import run as job
+    from quarkcli.job.options import Options
 
     prepared = job.prepare(Options(model=model, recipe=str(path), calib_data=data or "builtin"))
     plan = prepared.plan

@@ -40,9 +40,9 @@ def verify(
     lost. Exit 8 when something is wrong.
     """
     output.start(json=json, debug=debug)
-    from quarkcli import job
-    from quarkcli import verify as checks
     from quarkcli.cli.progress import Progress
+    from quarkcli.disk import verify as checks
+    from quarkcli.job import run as job
 
     with Progress("lines") as progress:
         origin = str(job.EMBEDDED) if source == "demo" else source

@@ -15,15 +15,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from quarkcli import family, idle, memory, nonfinite
-from quarkcli.activations import quantizing_handlers
-from quarkcli.checkpoint import Checkpoint
+from quarkcli import family, memory
+from quarkcli.disk import nonfinite
+from quarkcli.disk.checkpoint import Checkpoint
+from quarkcli.disk.nonfinite import HINT, NonFinite, OnNonfinite
+from quarkcli.disk.source import Source
 from quarkcli.errors import CheckError, ModelError, UsageError
 from quarkcli.events import Listener, Message, PartDone, Phase, Working
-from quarkcli.nonfinite import HINT, NonFinite, OnNonfinite
+from quarkcli.forward.activations import quantizing_handlers
+from quarkcli.forward.walk import SERVED, Walk
+from quarkcli.job import idle
 from quarkcli.numerics.finite import is_finite
-from quarkcli.source import Source
-from quarkcli.walk import SERVED, Walk
 
 if TYPE_CHECKING:
     from quarkcli.evaluate.windows import Windows
@@ -146,8 +148,8 @@ def evaluate(
     dtype         what to compute in: float32, bfloat16; auto: float32 on a CPU, bfloat16 on a GPU
     Returns the result (schema `quark/eval/1`); KL is per token, in nats, of the source against the quantized model.
     """
-    from quarkcli import preflight
     from quarkcli.evaluate import windows
+    from quarkcli.job import preflight
     from quarkcli.model.tokenizer import load_tokenizer
 
     started = time.monotonic()

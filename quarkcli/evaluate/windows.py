@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from quarkcli.calibration import files
-from quarkcli.calibration.defaults import builtin_texts
 from quarkcli.errors import AccessError, DataError
+from quarkcli.forward import files
+from quarkcli.forward.defaults import builtin_texts
 from quarkcli.model.tokenizer import Tokenizer
 
 BUILTIN_TOKENS = 8192

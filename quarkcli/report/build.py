@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from quarkcli import __version__, memory, nonfinite
-from quarkcli.options import Prepared
+from quarkcli import __version__, memory
+from quarkcli.disk import nonfinite
 from quarkcli.plan.model import Plan
 from quarkcli.plan.sizes import expert_share
 from quarkcli.recipe.match import starred
 
 if TYPE_CHECKING:
-    from quarkcli.calibration.data import CalibrationData
+    from quarkcli.forward.data import CalibrationData
+    from quarkcli.job.options import Prepared
 
 SCHEMA = "quark/report/1"
 _NO_BREAKS = 1 << 20  # the width up to which YAML keeps a text on its line

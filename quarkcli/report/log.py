@@ -9,9 +9,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
+from quarkcli.disk.writer import disk_errors
 from quarkcli.errors import QuarkError, ResourceError
 from quarkcli.events import Event, Message, PartDone, Phase, Working
-from quarkcli.writer import disk_errors
 
 
 def progress_line(event: PartDone) -> str:

@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from quarkcli import job
-from quarkcli.checkpoint import Checkpoint
+from quarkcli.disk.checkpoint import Checkpoint
+from quarkcli.disk.source import Source
 from quarkcli.evaluate.run import evaluate
 from quarkcli.events import Event, PartDone
-from quarkcli.source import Source
+from quarkcli.job import run as job
 from tests import runs
 
 HALF = 40  # of the reference topics; calibration reads those before, evaluation those after

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from quarkcli import algorithms, job
-from quarkcli.checkpoint import Checkpoint
+from quarkcli import algorithms
+from quarkcli.disk.checkpoint import Checkpoint
+from quarkcli.disk.source import Source
 from quarkcli.errors import ConfigError, UsageError
+from quarkcli.job import run as job
 from quarkcli.numerics.quantize import dequantize, quantize
 from quarkcli.recipe import recipe as recipes
-from quarkcli.source import Source
 from tests import runs
 
 HALVES = '''
@@ -53,7 +54,7 @@ def halves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_names_are_the_files() -> None:
     folder = Path(algorithms.__file__).parent
-    files = {file.stem.replace("_", "-") for file in folder.glob("*.py")} - {"--init--", "base"}
+    files = {file.stem.replace("_", "-") for file in folder.glob("*.py")} - {"--init--", "base", "tensors"}
     assert set(algorithms.names()) == files >= {"gptq", "rtn"}
     for name in algorithms.names():
         assert algorithms.create(name, {}).name == name

@@ -13,13 +13,14 @@ from typing import Any
 import pytest
 import torch
 
-from quarkcli import algorithms, job
+from quarkcli import algorithms
 from quarkcli.algorithms.base import Refiner
-from quarkcli.checkpoint import Checkpoint
+from quarkcli.disk.checkpoint import Checkpoint
+from quarkcli.disk.journal import Journal
+from quarkcli.disk.source import Source
 from quarkcli.evaluate.run import evaluate
-from quarkcli.journal import Journal
+from quarkcli.job import run as job
 from quarkcli.plan.model import Fate
-from quarkcli.source import Source
 from tests import runs
 
 OWN = """\
@@ -155,7 +156,7 @@ def test_killed_and_resumed(page: Path, tmp_path: Path, monkeypatch: pytest.Monk
         runs.run("demo", tmp_path / "out", **data)
         os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-    monkeypatch.setattr("quarkcli.prepass._observed", None)
+    monkeypatch.setattr("quarkcli.job.prepass._observed", None)
     again = runs.run("demo", tmp_path / "out", resume="require", **data)
     assert runs.same_files(calm.folder, again.folder)
 

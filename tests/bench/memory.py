@@ -17,13 +17,13 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from quarkcli.job import EMBEDDED
-from quarkcli.writer import write_index
+from quarkcli.disk.writer import write_index
+from quarkcli.job.run import EMBEDDED
 
 CHILD = """
 import json, sys, time
 from pathlib import Path
-from quarkcli.job import Options, run
+from quarkcli.job.run import Options, run
 from quarkcli.memory import peak_rss
 started = time.perf_counter()
 model, out, scheme, algorithm = sys.argv[1:5]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from quarkcli.evaluate.run import evaluate
 from quarkcli.events import silent
-from quarkcli.job import EMBEDDED, Options, run
+from quarkcli.job.run import EMBEDDED, Options, run
 
 # (scheme, algorithm): every row is measured on its weights alone and, where it has them, with quantized activations.
 ROWS = [

@@ -11,8 +11,8 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from quarkcli.calibration import data
 from quarkcli.errors import AccessError, DataError
+from quarkcli.forward import data
 from quarkcli.model.tokenizer import Tokenizer, load_tokenizer
 from tests import runs
 
@@ -162,7 +162,7 @@ def test_a_named_column(tokens: Tokenizer, tmp_path: Path) -> None:
 
 
 def test_the_built_in_text(tokens: Tokenizer) -> None:
-    from quarkcli.calibration.defaults import builtin_texts
+    from quarkcli.forward.defaults import builtin_texts
 
     found = load("builtin", tokens, seqlen=100, samples=3)
     stream = [token for text in builtin_texts(held_out=False) for token in [*tokens.encode(text), EOS]]

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from quarkcli.calibration import data
-from quarkcli.calibration.documents import Conversation, Skipped, Unusable, document
 from quarkcli.errors import DataError
+from quarkcli.forward import data
+from quarkcli.forward.documents import Conversation, Skipped, Unusable, document
 from quarkcli.model.tokenizer import Tokenizer
 from tests import runs
 

@@ -14,8 +14,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from quarkcli.calibration import data, files
 from quarkcli.errors import AccessError, DataError, QuarkError
+from quarkcli.forward import data, files
 from quarkcli.model.tokenizer import Tokenizer
 from tests import runs
 from tests.calibration.test_data import TEMPLATE

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 import quarkcli
-from quarkcli import job, preflight
-from quarkcli.calibration.statistics import Statistics
 from quarkcli.errors import ConfigError, DataError
 from quarkcli.events import silent
+from quarkcli.forward.statistics import Statistics
+from quarkcli.job import preflight
+from quarkcli.job import run as job
 from quarkcli.spec import ObserverSpec, PerTensor, ScaleSpec, TensorSpec
 from tests import runs
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from quarkcli.calibration.moments import CHUNK, SecondMoment
-from quarkcli.calibration.statistics import Statistics
-from quarkcli.calibration.taps import unpadded
 from quarkcli.errors import DataError
+from quarkcli.forward.moments import CHUNK, SecondMoment
+from quarkcli.forward.statistics import Statistics
+from quarkcli.forward.taps import unpadded
 from quarkcli.spec import PerTensor, ScaleSpec, TensorSpec
 from tests import runs
 

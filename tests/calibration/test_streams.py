@@ -12,13 +12,14 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from quarkcli import algorithms, preflight
+from quarkcli import algorithms
 from quarkcli.algorithms.base import Moment, Problem
 from quarkcli.algorithms.rtn import RoundToNearest
-from quarkcli.calibration.moments import SecondMoment, held_out
-from quarkcli.checkpoint import Checkpoint
+from quarkcli.disk.checkpoint import Checkpoint
+from quarkcli.disk.source import Source
 from quarkcli.errors import Stopped
-from quarkcli.source import Source
+from quarkcli.forward.moments import SecondMoment, held_out
+from quarkcli.job import preflight
 from tests import runs
 
 ROWS, LENGTH = 32, 64

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 import transformers
 
-from quarkcli import job
-from quarkcli.calibration.statistics import Statistics
+from quarkcli.forward.statistics import Statistics
+from quarkcli.forward.walk import Walk
+from quarkcli.job import run as job
 from quarkcli.model.runner import Runner
-from quarkcli.walk import Walk
 from tests import runs
 
 ROWS = torch.randint(3, 256, (16, 64), generator=torch.Generator().manual_seed(0))

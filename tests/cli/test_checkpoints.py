@@ -8,8 +8,8 @@ import shutil
 import pytest
 from safetensors.torch import load_file, save_file
 
-from quarkcli import job
 from quarkcli.evaluate import run as evaluation
+from quarkcli.job import run as job
 
 
 def test_inspect_a_source(quark):

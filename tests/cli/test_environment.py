@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from quarkcli.cli import main, output
-from quarkcli.job import EMBEDDED
+from quarkcli.job.run import EMBEDDED
 from quarkcli.recipe import catalog
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import typer
 
-from quarkcli import job
 from quarkcli.cli import main
 from quarkcli.cli.flags import JobFlags
-from quarkcli.options import Options
+from quarkcli.job import run as job
+from quarkcli.job.options import Options
 from quarkcli.plan.compose import Overrides
 from tests import runs
 

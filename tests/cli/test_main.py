@@ -16,10 +16,11 @@ import pytest
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from quarkcli import __version__, job
+from quarkcli import __version__
 from quarkcli.cli import main
 from quarkcli.cli.flags import names
 from quarkcli.errors import ConfigError, ExitCode, Stopped
+from quarkcli.job import run as job
 
 HEAVY = ("torch", "transformers", "triton", "datasets", "rich", "numpy")
 

@@ -7,8 +7,8 @@ from dataclasses import fields
 
 import pytest
 
-from quarkcli import job
 from quarkcli.cli import flags, planview
+from quarkcli.job import run as job
 from quarkcli.plan.compose import Overrides
 
 MXFP4 = ("--model", "demo", "--scheme", "mxfp4")

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from quarkcli import job
+from quarkcli.job import run as job
 from tests import runs
 
 from .loading import windows

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from quarkcli.checkpoint import Checkpoint
-from quarkcli.source import Source
+from quarkcli.disk.checkpoint import Checkpoint
+from quarkcli.disk.source import Source
 from tests import runs
 
 from .loading import load

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from quarkcli.checkpoint import Checkpoint
-from quarkcli.source import Source
+from quarkcli.disk.checkpoint import Checkpoint
+from quarkcli.disk.source import Source
 from tests import runs
 
 from .loading import decompress, load

@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from quarkcli import job
 from quarkcli.evaluate.run import evaluate
 from quarkcli.events import silent
+from quarkcli.job import run as job
 from tests import runs
 
 from .loading import divergence, load, log_probabilities, perplexity, windows

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from quarkcli import job
 from quarkcli.errors import ConfigError
-from quarkcli.options import Options
+from quarkcli.job import run as job
+from quarkcli.job.options import Options
 from quarkcli.plan.model import Plan
 from quarkcli.recipe import recipe as recipes
 from tests.docs.reference import PAGE

@@ -12,10 +12,10 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from quarkcli import job
 from quarkcli.errors import AccessError, CheckError, DataError, ModelError, UsageError
 from quarkcli.evaluate.run import check_gates, evaluate
 from quarkcli.events import Event, Message, PartDone, silent
+from quarkcli.job import run as job
 from quarkcli.model.tokenizer import load_tokenizer
 from tests import runs
 

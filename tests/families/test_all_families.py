@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from quarkcli import family, verify
+from quarkcli import family
+from quarkcli.disk import verify
 from quarkcli.errors import DataError, ModelError
 from quarkcli.recipe import catalog
 from tests import runs

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from quarkcli import verify
-from quarkcli.checkpoint import Checkpoint
+from quarkcli.disk import verify
+from quarkcli.disk.checkpoint import Checkpoint
+from quarkcli.disk.source import Source
 from quarkcli.errors import CheckError, ModelError
 from quarkcli.evaluate.run import evaluate
 from quarkcli.events import Message, silent
-from quarkcli.source import Source
 from tests import runs
 
 PREFIX = "model.layers.0.mlp.experts"

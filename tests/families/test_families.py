@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from quarkcli import verify
-from quarkcli.checkpoint import Checkpoint
+from quarkcli.disk import verify
+from quarkcli.disk.checkpoint import Checkpoint
+from quarkcli.disk.source import Source
 from quarkcli.evaluate.run import evaluate
 from quarkcli.events import silent
-from quarkcli.source import Source
 from tests import runs
 from tests.products import each_once
 

@@ -11,7 +11,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from quarkcli import verify
+from quarkcli.disk import verify
 from quarkcli.errors import ModelError
 from quarkcli.evaluate.run import evaluate
 from quarkcli.events import silent

@@ -12,9 +12,9 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from quarkcli import preflight
 from quarkcli.errors import ModelError
 from quarkcli.events import silent
+from quarkcli.job import preflight
 from tests import runs
 from tests.families.test_all_families import check_accounts, written
 

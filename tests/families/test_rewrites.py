@@ -14,10 +14,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from quarkcli.algorithms.tensors import PartTensors
 from quarkcli.family import Pair
 from quarkcli.plan.model import Plan
 from quarkcli.recipe.match import starred
-from quarkcli.tensors import PartTensors
 from tests import runs
 from tests.families import models
 from tests.families.test_all_families import ELSEWHERE

@@ -11,7 +11,7 @@ import transformers
 from safetensors.torch import save_file
 from torch import Tensor
 
-from quarkcli import verify
+from quarkcli.disk import verify
 from quarkcli.errors import ConfigError, DataError
 from quarkcli.evaluate.run import evaluate
 from quarkcli.events import silent

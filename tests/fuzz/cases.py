@@ -13,8 +13,8 @@ from typing import Any
 
 import yaml
 
-from quarkcli.job import EMBEDDED
-from quarkcli.journal import STATE
+from quarkcli.disk.journal import STATE
+from quarkcli.job.run import EMBEDDED
 from quarkcli.recipe import catalog
 from tests.forks import Forks, at
 from tests.fuzz import mutate
@@ -51,7 +51,7 @@ class World:
         for name, flags in MADE.items():
             done = quark("quantize", "--model", "model", *flags, "-o", name, "-q", cwd=folder)
             assert done.code == 0, done.err
-        killed = at("quarkcli.journal.Journal.finish", call=3, after=True)
+        killed = at("quarkcli.disk.journal.Journal.finish", call=3, after=True)
         quark(*KILLED, cwd=folder, hook=killed)
         assert (folder / "o.partial" / STATE).is_dir()
 

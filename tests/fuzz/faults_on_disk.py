@@ -107,7 +107,7 @@ def _calm(root: Path) -> tuple[dict[str, str], dict[bool, int]]:
 
 
 def _folder(root: Path, overwrite: bool) -> Path:
-    from quarkcli.job import EMBEDDED
+    from quarkcli.job.run import EMBEDDED
 
     folder = Path(tempfile.mkdtemp(dir=root))
     shutil.copytree(EMBEDDED, folder / "model")
@@ -217,7 +217,7 @@ class _Events:
         """Audit events, and by hand what raises none. Replaced functions stay so: the process ends with the run."""
         import fcntl
 
-        from quarkcli import writer
+        from quarkcli.disk import writer
 
         sys.addaudithook(self.hook)
         for owner, name in ((os, "fsync"), (os, "stat"), (fcntl, "flock"), (writer, "_save")):

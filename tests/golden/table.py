@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 
-from quarkcli import dialects, job
+from quarkcli import dialects
 from quarkcli.errors import ConfigError
-from quarkcli.part import PartWorker
+from quarkcli.job import run as job
+from quarkcli.job.part import PartWorker
 from quarkcli.plan.model import Plan
 from quarkcli.recipe import catalog
 from quarkcli.spec import MIN_MAX, SEARCH_RULES

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from quarkcli.evaluate.run import evaluate
 from quarkcli.events import silent
-from quarkcli.job import EMBEDDED, Options, run
+from quarkcli.job.run import EMBEDDED, Options, run
 
 pytestmark = [
     pytest.mark.gpu,

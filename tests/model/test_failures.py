@@ -11,11 +11,11 @@ import torch
 import transformers
 from packaging.requirements import Requirement
 
-from quarkcli import walk
 from quarkcli.cli.main import main
 from quarkcli.errors import ExitCode, ModelError
 from quarkcli.events import silent
-from quarkcli.job import EMBEDDED
+from quarkcli.forward import walk
+from quarkcli.job.run import EMBEDDED
 from quarkcli.model import library, tokenizer
 from quarkcli.model.record import Recorder
 from tests import releases, tiny

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-from quarkcli.checkpoint import LogicalHeader
+from quarkcli.disk.checkpoint import LogicalHeader
 from quarkcli.errors import DataError, ModelError
 from quarkcli.model.library import quiet
 from quarkcli.model.runner import Runner

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
-from quarkcli import job, preflight, verify
+from quarkcli.disk import verify
 from quarkcli.errors import CheckError, ModelError
+from quarkcli.job import preflight
+from quarkcli.job import run as job
 from quarkcli.plan.model import Plan
 from tests import runs
 from tests.plan.layouts import LLAMA, MIXTRAL, gpt_oss, lay_out, plan

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import yaml
 
-from quarkcli import finish, verify
+from quarkcli.disk import verify
 from quarkcli.errors import ConfigError
 from quarkcli.evaluate.run import evaluate
 from quarkcli.events import silent
+from quarkcli.job import finish
 from quarkcli.plan.model import Plan
 from tests import runs
 

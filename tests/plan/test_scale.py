@@ -10,16 +10,18 @@ from typing import Any
 
 import pytest
 
-from quarkcli import contents, dialects, family, forecast, preflight
+from quarkcli import dialects, family
 from quarkcli.cli import planview
 from quarkcli.dialects.base import Dialect
+from quarkcli.disk import contents
+from quarkcli.disk.writer import plan_files, tensor_bytes
 from quarkcli.family import Layout
+from quarkcli.job import forecast, preflight
 from quarkcli.plan.compose import Overrides
 from quarkcli.plan.explain import explain
 from quarkcli.plan.model import Plan
 from quarkcli.plan.resolve import resolve
 from quarkcli.recipe.recipe import from_scheme
-from quarkcli.writer import plan_files, tensor_bytes
 from tests.tiny import Header
 
 HIDDEN, BLOCKS, DENSE, EXPERTS = 7168, 61, 3, 256

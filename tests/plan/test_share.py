@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from quarkcli import finish, verify
+from quarkcli.disk import verify
 from quarkcli.errors import CheckError, ConfigError, UsageError
 from quarkcli.events import Message
+from quarkcli.job import finish
 from quarkcli.plan.model import Plan
 from quarkcli.recipe import convert
 from quarkcli.recipe import recipe as recipes

@@ -17,8 +17,8 @@ import yaml
 
 from quarkcli import algorithms
 from quarkcli.errors import ConfigError
+from quarkcli.job.preflight import data_needs
 from quarkcli.plan.model import Plan
-from quarkcli.preflight import data_needs
 from quarkcli.recipe import catalog
 from quarkcli.recipe import recipe as recipes
 from quarkcli.spec import PerGroup, PerTensor, TensorSpec

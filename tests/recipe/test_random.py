@@ -8,12 +8,14 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from quarkcli import algorithms, dialects, family, job, preflight
+from quarkcli import algorithms, dialects, family
+from quarkcli.disk.source import Source
 from quarkcli.errors import QuarkError
+from quarkcli.job import preflight
+from quarkcli.job import run as job
 from quarkcli.plan.compose import Overrides
 from quarkcli.plan.resolve import resolve
 from quarkcli.recipe import recipe
-from quarkcli.source import Source
 from quarkcli.spec import ELEMENTS, RULES, SCALE_FORMATS
 
 SHARES = {"some": 300, "all": 2500}  # of 1,200 and 10,000, in four parts

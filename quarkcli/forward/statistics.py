@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from quarkcli.algorithms.base import Moment
-from quarkcli.calibration.moments import SecondMoment
-from quarkcli.calibration.taps import ExpertLayer, ExpertTap, unpadded
 from quarkcli.errors import DataError
+from quarkcli.forward.moments import SecondMoment
+from quarkcli.forward.taps import ExpertLayer, ExpertTap, unpadded
 from quarkcli.numerics.observers import STATISTICS, Histogram, MinMax, amax_of
 from quarkcli.plan.model import Plan, Site
 from quarkcli.spec import TensorSpec

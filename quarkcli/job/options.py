@@ -9,16 +9,16 @@ from typing import Literal
 
 from quarkcli.algorithms.base import Assignment
 from quarkcli.dialects.base import Dialect
+from quarkcli.disk.nonfinite import OnNonfinite
+from quarkcli.disk.side_files import SideFiles
+from quarkcli.disk.source import Source
 from quarkcli.family import Layout
-from quarkcli.forecast import Forecast
-from quarkcli.nonfinite import OnNonfinite
+from quarkcli.job.forecast import Forecast
 from quarkcli.plan.compose import Overrides
 from quarkcli.plan.coverage import Coverage
 from quarkcli.plan.fused import Servers
 from quarkcli.plan.model import Plan
 from quarkcli.recipe.recipe import Recipe
-from quarkcli.side_files import SideFiles
-from quarkcli.source import Source
 
 
 @dataclass

@@ -20,8 +20,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from quarkcli.disk.source import DTYPES, INDEX
 from quarkcli.errors import ResourceError, UsageError
-from quarkcli.source import DTYPES, INDEX
 
 if TYPE_CHECKING:
     import torch

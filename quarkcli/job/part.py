@@ -15,22 +15,22 @@ from torch import Tensor
 
 from quarkcli.algorithms.base import Assignment, Moment, Needs, Problem, Refiner, Solver, Transform
 from quarkcli.algorithms.rtn import RoundToNearest
-from quarkcli.calibration.statistics import Statistics, site_parts
-from quarkcli.contents import Copied, copied, part_targets
 from quarkcli.dialects.base import Dialect
+from quarkcli.disk.contents import Copied, copied, part_targets
+from quarkcli.disk.nonfinite import HINT, NonFinite, OnNonfinite
 from quarkcli.errors import DataError, ModelError, QuarkError
 from quarkcli.events import Listener, Message, Working
 from quarkcli.family import HeaderLike
-from quarkcli.nonfinite import HINT, NonFinite, OnNonfinite
+from quarkcli.forward.statistics import Statistics, site_parts
+from quarkcli.forward.walk import Walk
+from quarkcli.job.problems import problems
+from quarkcli.job.rewriting import Rewriting
+from quarkcli.job.served import handlers, own_scales, put_decoded
 from quarkcli.numerics.observers import weight_amax
 from quarkcli.numerics.quantize import Quantized, dequantize, quantize, static_scale, tensor_amax
 from quarkcli.numerics.solve import dead_inputs
 from quarkcli.plan.model import Part, Plan, Target
-from quarkcli.problems import problems
-from quarkcli.rewriting import Rewriting
-from quarkcli.served import handlers, own_scales, put_decoded
 from quarkcli.spec import PerTile
-from quarkcli.walk import Walk
 
 ERROR_ROWS = 256  # rows of each weight that its error is measured on
 

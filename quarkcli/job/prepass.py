@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from quarkcli.algorithms.base import Transform
 from quarkcli.events import Listener, Message
-from quarkcli.options import Prepared
+from quarkcli.job.options import Prepared
 
 if TYPE_CHECKING:
-    from quarkcli.calibration.data import CalibrationData
-    from quarkcli.calibration.statistics import Statistics
-    from quarkcli.journal import Journal
+    from quarkcli.disk.journal import Journal
+    from quarkcli.forward.data import CalibrationData
+    from quarkcli.forward.statistics import Statistics
 
 NOTE = "transforms"
 
@@ -37,8 +37,8 @@ def _observed(
     prepared: Prepared, data: CalibrationData | None, runner: Any, tell: Listener
 ) -> Mapping[int, Statistics]:
     """Statistics of every block of the source model, by part: one forward pass."""
-    from quarkcli.calibration.statistics import Statistics
-    from quarkcli.walk import Walk, default_batch
+    from quarkcli.forward.statistics import Statistics
+    from quarkcli.forward.walk import Walk, default_batch
 
     assert data is not None and runner is not None
     plan, source = prepared.plan, prepared.source

@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quarkcli.contents import slug
+from quarkcli.disk.contents import slug
+from quarkcli.disk.journal import Journal
+from quarkcli.disk.source import Source, read_headers, read_tensors
+from quarkcli.disk.writer import write_part
 from quarkcli.errors import Stopped
-from quarkcli.journal import Journal
+from quarkcli.job.part import PartResult, PartWorker
+from quarkcli.job.served import decode
 from quarkcli.numerics.quantize import dequantize
-from quarkcli.part import PartResult, PartWorker
 from quarkcli.plan.model import Part
-from quarkcli.served import decode
-from quarkcli.source import Source, read_headers, read_tensors
-from quarkcli.writer import write_part
 
 
 class Pipeline:

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from quarkcli import dialects, family
-from quarkcli.activations import ActivationQuantizer, AttentionQuantizer
 from quarkcli.dialects.base import Decoded, Dialect, StoredTarget, StoredView
+from quarkcli.disk.source import Source
 from quarkcli.errors import ModelError
 from quarkcli.family import FamilyModel, WeightView, fused_shape, fused_views
-from quarkcli.source import Source
+from quarkcli.forward.activations import ActivationQuantizer, AttentionQuantizer
 
 if TYPE_CHECKING:
     from torch import Tensor

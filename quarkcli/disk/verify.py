@@ -6,16 +6,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quarkcli import contents, manifest, nonfinite
-from quarkcli.checkpoint import Checkpoint
 from quarkcli.dialects.base import Decoded, Dialect, StoredTarget
+from quarkcli.disk import contents, manifest, nonfinite
+from quarkcli.disk.checkpoint import Checkpoint
+from quarkcli.disk.nonfinite import HINT, NonFinite, OnNonfinite
+from quarkcli.disk.source import Source
 from quarkcli.errors import CheckError, ModelError, QuarkError, all_of
 from quarkcli.events import Listener, Message, Working, silent
 from quarkcli.family import HeaderLike, Layout, Weight, check_fit, for_checkpoint, lay_out
-from quarkcli.nonfinite import HINT, NonFinite, OnNonfinite
 from quarkcli.plan.fused import Servers, sentence, splits
 from quarkcli.plan.model import Plan
-from quarkcli.source import Source
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -255,7 +255,7 @@ def _layout(checkpoint: Checkpoint) -> Layout:
 
 
 def _singles(checkpoint: Checkpoint) -> Iterable[tuple[str, Any]]:
-    from quarkcli.checkpoint import LogicalHeader
+    from quarkcli.disk.checkpoint import LogicalHeader
 
     for name, stored in checkpoint.view.targets.items():
         yield name, LogicalHeader("BF16", stored.shape)

@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from quarkcli.algorithms.base import Assignment, Transform
-from quarkcli.calibration.statistics import Statistics
+from quarkcli.algorithms.tensors import PartTensors
+from quarkcli.forward.statistics import Statistics
 from quarkcli.plan.model import Part, Plan
-from quarkcli.tensors import PartTensors
 
 
 class Rewriting:

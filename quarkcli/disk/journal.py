@@ -23,10 +23,28 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
+from quarkcli.disk.place import (
+    REPLACED,
+    acquire,
+    aside_path,
+    bring_back,
+    check_empty,
+    make,
+    refuse_links,
+    replaced,
+    unmake,
+)
+from quarkcli.disk.source import read_headers, read_tensors
+from quarkcli.disk.writer import (
+    STATE,
+    atomic_write_json,
+    disk_errors,
+    remove,
+    remove_staging,
+    sync_folder,
+    write_tensors,
+)
 from quarkcli.errors import ConfigError, UsageError
-from quarkcli.place import REPLACED, acquire, aside_path, bring_back, check_empty, make, refuse_links, replaced, unmake
-from quarkcli.source import read_headers, read_tensors
-from quarkcli.writer import STATE, atomic_write_json, disk_errors, remove, remove_staging, sync_folder, write_tensors
 
 if TYPE_CHECKING:
     import torch

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from quarkcli.disk.source import OTHER_WEIGHTS, PICKLES, Source, is_within
 from quarkcli.errors import ModelError
-from quarkcli.source import OTHER_WEIGHTS, PICKLES, Source, is_within
 
 LIMIT = 64 * 2**20  # bytes
 README = "README.md"

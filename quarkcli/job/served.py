@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from quarkcli.activations import ActivationQuantizer, AttentionQuantizer, quantizing_handlers
 from quarkcli.dialects.base import Decoded, Dialect, StoredTarget
+from quarkcli.forward.activations import ActivationQuantizer, AttentionQuantizer, quantizing_handlers
 from quarkcli.numerics.quantize import dequantize
 from quarkcli.plan.model import Part, Plan, Target
 

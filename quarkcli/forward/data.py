@@ -18,10 +18,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from quarkcli.calibration import files
-from quarkcli.calibration.defaults import BUILTIN, builtin_texts
-from quarkcli.calibration.documents import Conversation, Skipped, Unusable, document
 from quarkcli.errors import AccessError, DataError
+from quarkcli.forward import files
+from quarkcli.forward.defaults import BUILTIN, builtin_texts
+from quarkcli.forward.documents import Conversation, Skipped, Unusable, document
 
 CHARACTERS = 64  # no text has more of them in a token, but for runs of spaces
 PATIENCE = 10_000  # rows that are read before it is said that none can be used

@@ -9,10 +9,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 
-from quarkcli.calibration.defaults import BUILTIN
-from quarkcli.options import Calibration, Options
+from quarkcli.disk.source import Source
+from quarkcli.forward.defaults import BUILTIN
+from quarkcli.job.options import Calibration, Options
 from quarkcli.plan.model import Plan
-from quarkcli.source import Source
 
 OF_DATA = (
     "calib_data", "calib_samples", "calib_seqlen", "calib_batch", "calib_column", "bos", "allow_short",

@@ -10,22 +10,23 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quarkcli import family, forecast
+from quarkcli import family
 from quarkcli.algorithms.base import Assignment
 from quarkcli.dialects.base import Dialect
+from quarkcli.disk.side_files import SideFiles, shown
+from quarkcli.disk.source import Source
+from quarkcli.disk.writer import disk_errors, free_bytes, output_state, partial_path, resolved
 from quarkcli.errors import AccessError, ConfigError, DataError, ModelError, ResourceError, UsageError
 from quarkcli.events import Listener, Message, Working
-from quarkcli.options import Calibration, Options, Prepared
+from quarkcli.job import forecast
+from quarkcli.job.options import Calibration, Options, Prepared
 from quarkcli.plan.fused import Servers, sentence, splits
 from quarkcli.plan.model import Plan, Target
 from quarkcli.recipe.recipe import Recipe
-from quarkcli.side_files import SideFiles, shown
-from quarkcli.source import Source
 from quarkcli.spec import MIN_MAX, PerGroup, PerTensor, PerTile, TensorSpec
-from quarkcli.writer import disk_errors, free_bytes, output_state, partial_path, resolved
 
 if TYPE_CHECKING:
-    from quarkcli.calibration.data import CalibrationData
+    from quarkcli.forward.data import CalibrationData
 
 DEFAULT_SAMPLES = 512
 DEFAULT_SEQLEN = 512
@@ -199,7 +200,7 @@ def check_tokenizer(source: Source, side_files: SideFiles, calibration: Calibrat
 
 
 def _default_data(options: Options) -> tuple[str, str | None]:
-    from quarkcli.calibration.defaults import default_source
+    from quarkcli.forward.defaults import default_source
 
     data, warning = default_source(options.offline)
     if warning and options.strict:
@@ -209,8 +210,8 @@ def _default_data(options: Options) -> tuple[str, str | None]:
 
 def _check_data(data: str) -> None:
     """Refuse a place that holds no data; what is on the hub is seen later."""
-    from quarkcli.calibration import files
-    from quarkcli.calibration.defaults import BUILTIN
+    from quarkcli.forward import files
+    from quarkcli.forward.defaults import BUILTIN
 
     if data != BUILTIN and (path := files.local(data)) is not None:
         files.find(path)
@@ -294,7 +295,7 @@ def token_rows(prepared: Prepared, tell: Listener) -> CalibrationData | None:
     settings, options = prepared.calibration, prepared.options
     if settings is None:
         return None
-    from quarkcli.calibration import data
+    from quarkcli.forward import data
     from quarkcli.model.tokenizer import load_tokenizer
 
     tell(Working(f"making calibration rows from {settings.source}"))

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from quarkcli.calibration.files import Broken, unfit
+from quarkcli.forward.files import Broken, unfit
 
 _CHATS = ("messages", "conversations", "conversation")
 _ANSWERS = ("response", "completion")

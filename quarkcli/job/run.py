@@ -18,13 +18,17 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from quarkcli import __version__, algorithms, dialects, family, finish, idle, memory, nonfinite, preflight, side_files
+from quarkcli import __version__, algorithms, dialects, family, memory
+from quarkcli.disk import nonfinite, side_files
+from quarkcli.disk.journal import Journal
+from quarkcli.disk.manifest import LOG
+from quarkcli.disk.place import dispose, earlier, remove_stale
+from quarkcli.disk.source import Source
+from quarkcli.disk.writer import publish, resolved, sync_folder
 from quarkcli.errors import AccessError, DataError, ResourceError, Stopped, UsageError
 from quarkcli.events import Event, Listener, Message, PartDone, Phase, Working, broadcast, silent
-from quarkcli.journal import Journal
-from quarkcli.manifest import LOG
-from quarkcli.options import Options, Prepared
-from quarkcli.place import dispose, earlier, remove_stale
+from quarkcli.job import finish, idle, partial_path, preflight
+from quarkcli.job.options import Options, Prepared
 from quarkcli.plan.coverage import coverage
 from quarkcli.plan.model import Part
 from quarkcli.plan.resolve import resolve
@@ -33,16 +37,14 @@ from quarkcli.recipe import recipe as recipes
 from quarkcli.recipe.recipe import Recipe
 from quarkcli.report import log
 from quarkcli.report.build import part_warnings
-from quarkcli.source import Source
-from quarkcli.writer import partial_path, publish, resolved, sync_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from quarkcli.calibration.data import CalibrationData
-    from quarkcli.walk import Walk
+    from quarkcli.forward.data import CalibrationData
+    from quarkcli.forward.walk import Walk
 
-EMBEDDED = Path(__file__).resolve().parent / "assets" / "tiny-llama"
+EMBEDDED = Path(__file__).resolve().parents[1] / "assets" / "tiny-llama"
 
 
 def load_recipe(options: Options) -> Recipe:
@@ -224,8 +226,8 @@ def check_model(prepared: Prepared) -> list[str]:
 
 
 def _runner(prepared: Prepared, data: CalibrationData, device: str, tell: Listener) -> Any:
+    from quarkcli.job.part import check_loaded
     from quarkcli.model.runner import Runner
-    from quarkcli.part import check_loaded
 
     source = prepared.source
     trusted = prepared.options.trust_remote_code
@@ -252,9 +254,9 @@ def _parts(
     tell: Listener,
 ) -> None:
     """Steps 7 and 8: every part that the journal does not have, one at a time."""
-    from quarkcli.part import PartWorker
-    from quarkcli.pipeline import Pipeline
-    from quarkcli.prepass import decide
+    from quarkcli.job.part import PartWorker
+    from quarkcli.job.pipeline import Pipeline
+    from quarkcli.job.prepass import decide
 
     plan, options = prepared.plan, prepared.options
     if journal.finished:
@@ -320,9 +322,9 @@ def _walk(
     tell: Listener,
 ) -> Walk | None:
     """A walk that has not started; None when no part to do needs data."""
-    from quarkcli.calibration.moments import held_out, holds_out
-    from quarkcli.part import last_part
-    from quarkcli.walk import Walk, default_batch
+    from quarkcli.forward.moments import held_out, holds_out
+    from quarkcli.forward.walk import Walk, default_batch
+    from quarkcli.job.part import last_part
 
     if data is None or not todo or todo[0].index > last_part(prepared.plan, prepared.needs):
         return None

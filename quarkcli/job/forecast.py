@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from quarkcli.contents import part_infos, part_targets, slug
 from quarkcli.dialects.base import Dialect, TensorInfo
+from quarkcli.disk.contents import part_infos, part_targets, slug
+from quarkcli.disk.writer import plan_files, tensor_bytes
 from quarkcli.family import HeaderLike
 from quarkcli.memory import without_collection
 from quarkcli.plan.model import Part, Plan, Target
 from quarkcli.plan.sizes import effective_bits
-from quarkcli.writer import plan_files, tensor_bytes
 
 # What the process itself takes before any tensor: interpreter and torch, and transformers when a model runs.
 RUNTIME_BYTES = {False: 250_000_000, True: 550_000_000}

@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from quarkcli import manifest, verify
+from quarkcli.disk import manifest, verify
+from quarkcli.disk.writer import atomic_write_json, atomic_write_text, disk_errors, remove_staging, write_index
 from quarkcli.family import text_config
-from quarkcli.options import Calibration, Prepared
+from quarkcli.job.options import Calibration, Prepared
 from quarkcli.plan.model import Plan
 from quarkcli.report import build
 from quarkcli.spec import spec_to_yaml
-from quarkcli.writer import atomic_write_json, atomic_write_text, disk_errors, remove_staging, write_index
 
 if TYPE_CHECKING:
-    from quarkcli.calibration.data import CalibrationData
+    from quarkcli.forward.data import CalibrationData
 
 
 def write_config(prepared: Prepared, partial: Path, records: dict[str, dict[str, Any]]) -> None:

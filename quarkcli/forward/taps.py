@@ -12,7 +12,7 @@ from torch import Tensor
 from quarkcli.numerics.observers import STATISTICS
 
 if TYPE_CHECKING:
-    from quarkcli.calibration.statistics import Statistics
+    from quarkcli.forward.statistics import Statistics
 
 
 @dataclass

@@ -10,9 +10,9 @@ import re
 from contextlib import suppress
 from pathlib import Path
 
-from quarkcli import manifest
+from quarkcli.disk import manifest
+from quarkcli.disk.writer import MANIFEST, STATE, disk_errors, remove
 from quarkcli.errors import QuarkError, ResourceError, UsageError
-from quarkcli.writer import MANIFEST, STATE, disk_errors, remove
 
 REPLACED = "replaced.json"
 # file systems without locks (some network ones): working unlocked beats not working

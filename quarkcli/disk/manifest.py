@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from quarkcli.disk.writer import MANIFEST, STATE, atomic_write_json, disk_errors
 from quarkcli.errors import CheckError, QuarkError, all_of
-from quarkcli.writer import MANIFEST, STATE, atomic_write_json, disk_errors
 
 SCHEMA = "quark/manifest/1"
 LOG = "quark/quark.log"

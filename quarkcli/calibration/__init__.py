@@ -1,1 +1,0 @@
-"""Calibration: data sources become token batches, and batches become statistics per input site."""
