@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import resource
 import signal
 import weakref
@@ -22,37 +23,55 @@ class OutOfBounds(Exception):
 class Bounded:
     """A function whose calls run in a forked child, one after the other; the first call starts it.
 
+    A child that was not heard to the end is left: what it still says answers no later call. A process that was forked
+    from the owner's starts a child of its own.
+
     Raises OutOfBounds, and what the function itself raised as a RuntimeError with the same text.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
         self._pipe: Connection | None = None
+        self._owner = os.getpid()
+        self._leave: Callable[[], object] = lambda: None
 
     def __call__(self, *arguments: Any) -> Any:
-        if self._pipe is None:
-            self._pipe = self._start()
+        if self._pipe is None or self._owner != os.getpid():
+            self._start()
+        pipe, self._pipe = self._pipe, None
+        assert pipe is not None
         try:
-            self._pipe.send(arguments)
-            if not self._pipe.poll(SECONDS):
+            pipe.send(arguments)
+            if not pipe.poll(SECONDS):
                 raise OutOfBounds(f"it takes more than {SECONDS:g} s")
-            good, answer = self._pipe.recv()
+            good, answer = pipe.recv()
         except (EOFError, OSError) as error:  # the child was killed: by the system, for want of memory
             raise OutOfBounds("it takes too much memory") from error
+        except BaseException:
+            self._leave()
+            raise
+        self._pipe = pipe
         if good is None:
             raise OutOfBounds(answer)
         if not good:
             raise RuntimeError(answer)
         return answer
 
-    def _start(self) -> Connection:
+    def _start(self) -> None:
         context = multiprocessing.get_context("fork")
-        ours, theirs = context.Pipe()
-        child = context.Process(target=_serve, args=(self._function, theirs, ours), daemon=True)
+        self._pipe, theirs = context.Pipe()
+        child = context.Process(target=_serve, args=(self._function, theirs, self._pipe), daemon=True)
         child.start()
         theirs.close()
-        weakref.finalize(self, child.kill)
-        return ours
+        self._owner = os.getpid()
+        self._leave = weakref.finalize(self, _end, child, self._owner)
+
+
+def _end(child: Any, owner: int) -> None:
+    """Kill a child of this process."""
+    if owner == os.getpid():
+        child.kill()
+        child.join()
 
 
 def _serve(function: Callable[..., Any], pipe: Connection, other: Connection) -> None:

@@ -55,6 +55,36 @@ def test_the_child_ends_with_what_started_it() -> None:
         time.sleep(0.01)
 
 
+def test_a_late_answer_answers_no_later_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine a call may miss its time by little."""
+
+    def slow(seconds: float) -> float:
+        time.sleep(seconds)
+        return seconds
+
+    bounded = Bounded(slow)
+    monkeypatch.setattr(limits, "SECONDS", 0.2)
+    with pytest.raises(OutOfBounds, match="more than"):
+        bounded(0.4)
+    monkeypatch.setattr(limits, "SECONDS", 5.0)
+    time.sleep(0.5)
+    assert [bounded(0.0), bounded(0.01)] == [0.0, 0.01]
+
+
+def test_a_forked_process_has_a_child_of_its_own() -> None:
+    bounded = Bounded(os.getpid)
+    ours = bounded()
+    reader, writer = os.pipe()
+    forked = os.fork()
+    if not forked:  # pragma: no cover
+        os.write(writer, str(bounded()).encode())
+        os._exit(0)
+    os.waitpid(forked, 0)
+    theirs = int(os.read(reader, 100))
+    assert theirs not in {ours, forked}
+    assert bounded() == ours
+
+
 def test_a_child_that_dies_is_out_of_bounds() -> None:
     with pytest.raises(OutOfBounds, match="memory"):
         Bounded(lambda: os._exit(1))()
