@@ -195,7 +195,7 @@ class TestAttention:
     def test_what_nothing_reaches_is_named(self, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Attention that computes its softmax out of sight, as a fused kernel does."""
 
-        def fused(prepared: job.Prepared, data: Any, device: str) -> Runner:
+        def fused(prepared: job.Prepared, data: Any, device: str, *more: Any) -> Runner:
             return Runner(prepared.source.folder, prepared.source.headers, device=device)
 
         monkeypatch.setattr(job, "_runner", fused)

@@ -77,7 +77,9 @@ def test_the_resolved_recipe_gives_the_same_plan(options: dict[str, Any], tmp_pa
     assert decisions(second.plan) == decisions(first.plan)
     assert second.plan.kept.keys() == first.plan.kept.keys()
     assert (second.dialect.name, second.needs) == (first.dialect.name, first.needs)
-    assert [(step.name, vars(step)) for step in second.steps] == [(step.name, vars(step)) for step in first.steps]
+    assert [(step.key, step.weights, vars(step.algorithm)) for step in second.steps] == [
+        (step.key, step.weights, vars(step.algorithm)) for step in first.steps
+    ]
     assert second.calibration == first.calibration
     assert finish.resolved_recipe(again(second, tmp_path)) == finish.resolved_recipe(second)
 
