@@ -20,6 +20,7 @@ from quarkcli.disk.writer import MANIFEST
 from quarkcli.errors import CheckError, ModelError
 from quarkcli.family.facts import explained, facts
 from quarkcli.job import run as job
+from quarkcli.job.options import Options
 from tests import runs
 from tests.families import models
 from tests.plan import layouts
@@ -302,3 +303,67 @@ def test_a_run_without_data_needs_no_transformers(tmp_path: Path) -> None:
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "False"
     assert job.EMBEDDED.is_dir()
+
+
+# ---- tensors that nobody expects
+
+
+def stray(source: Path, folder: Path, name: str, shape: tuple[int, ...], *, listed: bool) -> Path:
+    """The model in one file with an index, and one more tensor, which the index names or not."""
+    shutil.copytree(source, folder)
+    tensors = load_file(folder / "model.safetensors")
+    known = dict.fromkeys([*tensors, *([name] if listed else [])], "model-00001-of-00001.safetensors")
+    (folder / "model.safetensors").unlink()
+    save_file(tensors | {name: torch.zeros(shape)}, folder / "model-00001-of-00001.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": known}))
+    return folder
+
+
+def test_a_known_tensor_that_the_index_does_not_name(source: Path, tmp_path: Path) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    folder = stray(source, tmp_path / "model", "mask", (8, 8), listed=True)
+    index = folder / "model.safetensors.index.json"
+    known = json.loads(index.read_text())["weight_map"]
+    del known[name]
+    index.write_text(json.dumps({"weight_map": known}))
+    with pytest.raises(ModelError, match=f"the index does not name them: {name}") as caught:
+        job.prepare(Options(model=str(folder), scheme="mxfp4"))
+    assert caught.value.code == 4
+
+
+def test_unknown_tensors_that_the_index_does_not_name_are_listed(source: Path, tmp_path: Path) -> None:
+    folder = stray(source, tmp_path / "model", "optimizer.step", (1,), listed=False)
+    found = job.prepare(Options(model=str(folder), scheme="mxfp4")).warnings
+    assert "in the files, and the index does not name them, so that they are copied: optimizer.step" in found
+    made = runs.run(folder, tmp_path / "out", scheme="mxfp4")
+    assert "optimizer.step" in runs.read_all(made.folder)  # ours names it
+    assert verify.directory(str(made.folder), str(folder))
+
+
+@pytest.mark.parametrize("name", ["memory.weight", "model.layers.0.mixer.weight"])
+def test_weights_of_more_axes_and_no_known_role_are_listed(source: Path, tmp_path: Path, name: str) -> None:
+    folder = stray(source, tmp_path / "model", name, (4, 3, 2), listed=True)
+    text = f"no matrices, and of no known role, so that they are kept: {name} [4, 3, 2]"
+    if ".layers." in name:  # in every block, as it would be
+        tensors = load_file(folder / "model-00001-of-00001.safetensors")
+        more = {name.replace(".0.", f".{number}."): torch.zeros(4, 3, 2) for number in range(2)}
+        save_file(tensors | more, folder / "model-00001-of-00001.safetensors")
+        known = dict.fromkeys(tensors | more, "model-00001-of-00001.safetensors")
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": known}))
+    assert any(warning.startswith(text) for warning in job.prepare(Options(model=str(folder), scheme="mxfp4")).warnings)
+
+
+def test_convolutions_of_towers_are_no_surprise() -> None:
+    headers = shaped({"visual.patch_embed.proj.weight": (8, 3, 2, 2), "model.layers.0.conv1d.weight": (8, 1, 4)})
+    roles = {"visual.patch_embed.proj.weight": "other", "model.layers.0.conv1d.weight": "conv"}
+    assert list(family.surprises(roles, headers, ())) == []
+
+
+def test_verify_finds_a_tensor_that_the_index_does_not_name(source: Path, tmp_path: Path) -> None:
+    made = runs.run(source, tmp_path / "out", scheme="mxfp4")
+    index = made.folder / "model.safetensors.index.json"
+    known = json.loads(index.read_text())
+    del known["weight_map"]["model.norm.weight"]
+    index.write_text(json.dumps(known))
+    with pytest.raises(CheckError, match=r"1 tensors are in the files and not in the index: model\.norm\.weight"):
+        verify.directory(str(made.folder))

@@ -82,6 +82,7 @@ class Source:
     config_text  config.json as it stands on disk; `config` is the same parsed
     headers      every tensor of the files, in file order
     stamps       weight file -> size in bytes and modification time in ns, to notice changes
+    unlisted     tensors that are in a file of the index, and that the index does not name
     """
 
     folder: Path
@@ -92,6 +93,7 @@ class Source:
     config: dict[str, Any]
     headers: dict[str, Header]
     stamps: dict[str, tuple[int, int]]
+    unlisted: tuple[str, ...] = ()
 
     @property
     def files(self) -> dict[str, int]:
@@ -166,7 +168,8 @@ def _open_folder(folder: Path, hub_id: str | None, *, online: bool) -> Source:
     if is_snapshot and not hub_id:  # .../models--org--name/snapshots/<commit>
         hub_id = folder.parents[1].name.removeprefix("models--").replace("--", "/")
     name = (hub_id or folder.name).rpartition("/")[2]
-    return Source(folder, name, hub_id, commit, config_text, config, headers, stamps)
+    unlisted = tuple(name for name in headers if weight_map is not None and name not in weight_map)
+    return Source(folder, name, hub_id, commit, config_text, config, headers, stamps, unlisted)
 
 
 def is_within(folder: Path, path: Path) -> bool:

@@ -152,6 +152,7 @@ def _every(*checks: Callable[[], list[str]]) -> list[str]:
 def _complete(checkpoint: Checkpoint) -> str:
     """Raises CheckError when tensors are missing or have other shapes than blocks, experts and config.json ask for."""
     config, headers = checkpoint.source.config, checkpoint.headers
+    _none(list(checkpoint.source.unlisted), "tensors are in the files and not in the index")
     try:
         layout = lay_out(checkpoint.family_name, checkpoint.family, checkpoint.inferred, config, headers)
         check_fit(checkpoint.family, layout, config, headers)

@@ -9,6 +9,7 @@ from quarkcli.family.fit import check as check_fit
 from quarkcli.family.infer import guess, infer
 from quarkcli.family.known import Card, cards, for_checkpoint, has_experts, identify, load
 from quarkcli.family.layout import AttentionModule, Layout, Site, Weight, lay_out
+from quarkcli.family.leftovers import surprises
 from quarkcli.family.lists import block_lists, tower
 from quarkcli.family.orientation import hidden_transpositions
 from quarkcli.family.parts import Part
@@ -63,6 +64,7 @@ __all__ = [
     "load",
     "position_limit",
     "spelled",
+    "surprises",
     "text_config",
     "to_yaml",
     "tower",

@@ -16,13 +16,12 @@ from quarkcli.errors import ModelError
 from quarkcli.family.config import expert_count, text_config
 from quarkcli.family.facts import Fact, explained, facts
 from quarkcli.family.layout import Layout, Part
-from quarkcli.family.leftovers import check_leftovers
+from quarkcli.family.leftovers import NO_ROLES, check_leftovers
 from quarkcli.family.schema import FamilyModel, HeaderLike
 from quarkcli.family.widths import misfits
 
 Shape = tuple[int, ...]
 _SHOWN = 6
-_UNKNOWN = {"parameter", "linear", "other"}
 _EXPERTS = ".experts."
 # Keys of config.json that count extra prediction layers, and what such layers have that others have not.
 _PREDICTS = re.compile(r"nextn|mtp")
@@ -130,7 +129,7 @@ def _units(shapes: Mapping[str, Shape]) -> dict[str, list[str]]:
 def _has_role(layout: Layout, block: _Block, leaves: list[str] | set[str]) -> bool:
     """True when the family knows what one of these is."""
     names = (f"{block.name}.{leaf.replace('*', '0', 1)}" for leaf in leaves)
-    return not layout.inferred and any(layout.tensor_roles.get(name, "parameter") not in _UNKNOWN for name in names)
+    return not layout.inferred and any(layout.tensor_roles.get(name, "parameter") not in NO_ROLES for name in names)
 
 
 def _lacking(sets: Mapping[int, frozenset[str]], known: list[Fact], has_role: Any) -> Iterator[tuple[int, str, int]]:

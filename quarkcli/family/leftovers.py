@@ -1,11 +1,12 @@
-"""Names of tensors that belong to no model: adapters and codes without their config. Torch-free."""
+"""Tensors that belong to no model, or that nobody expects: adapters, codes without their config. Torch-free."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from quarkcli.errors import ModelError
+from quarkcli.family.lists import tower
 from quarkcli.family.schema import HeaderLike
 
 _ADAPTERS = re.compile(
@@ -55,6 +56,34 @@ def check_leftovers(headers: Mapping[str, HeaderLike]) -> None:
             f"stored in double precision (F64): {_listed(double)}",
             hint="save it as BF16 or F32 first: from_pretrained(..., dtype=torch.bfloat16), then save_pretrained",
         )
+
+
+# Roles that say nothing of what a tensor is.
+NO_ROLES = frozenset({"parameter", "linear", "other"})
+
+
+def surprises(roles: Mapping[str, str], headers: Mapping[str, HeaderLike], unlisted: Sequence[str]) -> Iterator[str]:
+    """Warnings of tensors that stay as they are and that somebody should look at.
+
+    roles     role of every tensor, see `Layout.tensor_roles`
+    unlisted  tensors that the index does not name. Raises ModelError for those of a role: it cannot be told whether
+              they are the model's
+    """
+    known = [name for name in unlisted if roles.get(name, "other") not in NO_ROLES]
+    if known:
+        raise ModelError(
+            f"in the files, and the index does not name them: {_listed(known)}",
+            hint="the index is another model's or incomplete: download it again, or save the model again",
+        )
+    if unlisted:
+        yield f"in the files, and the index does not name them, so that they are copied: {_listed(list(unlisted))}"
+    odd = [
+        f"{name} {list(header.shape)}"
+        for name, header in headers.items()
+        if name.endswith(".weight") and len(header.shape) > 2 and roles.get(name) in NO_ROLES and not tower(name)
+    ]
+    if odd:
+        yield f"no matrices, and of no known role, so that they are kept: {_listed(odd)}"
 
 
 def _listed(names: list[str], *, count: bool = True) -> str:

@@ -93,6 +93,7 @@ def prepare(options: Options, tell: Listener = silent) -> Prepared:
     name, model, inferred = family.for_checkpoint(source.config, source.headers)
     layout = family.lay_out(name, model, inferred, source.config, source.headers)
     family.check_fit(model, layout, source.config, source.headers)
+    surprises = list(family.surprises(layout.tensor_roles, source.headers, source.unlisted))
     plan = resolve(recipe, options.overrides, layout)  # 3
     steps = algorithms.pipeline(plan, algorithms.FLAG if options.algorithm else recipe.algorithm_places or recipe.file)
     tell(Phase("check"))  # 4
@@ -110,7 +111,7 @@ def prepare(options: Options, tell: Listener = silent) -> Prepared:
     beside = side_files.gather(source)
     preflight.check_tokenizer(source, beside, calibration)
     share = coverage(plan, layout, source.headers)
-    warnings = [*recipe.notes, *dialects.warnings(dialect, plan), *plan.warnings, *beside.warnings()]
+    warnings = [*recipe.notes, *surprises, *dialects.warnings(dialect, plan), *plan.warnings, *beside.warnings()]
     warnings += [doubt] if (doubt := share.warning()) else []
     warnings += calibration.warnings if calibration else ()
     warnings += idle.of_run(options, source, plan, needs, calibration)
