@@ -296,7 +296,8 @@ def test_verify_finds_a_hole_in_a_written_checkpoint(source: Path, tmp_path: Pat
 
 def test_a_run_without_data_needs_no_transformers(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from quarkcli.job import run as job; from quarkcli.job.options import Options;"
+        "import sys; from pathlib import Path; from quarkcli.job import run as job; "
+        "from quarkcli.job.options import Options; "
         f"job.run(Options(model='demo', scheme='mxfp4', device='cpu', output=Path({str(tmp_path / 'out')!r})));"
         "print('transformers' in sys.modules)"
     )
