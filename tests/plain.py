@@ -39,6 +39,9 @@ class Plain:
     def loaders(self, plan: Plan) -> set[str]:
         return set()
 
+    def caveat(self, plan: Plan) -> str:
+        return ""
+
     def infos(self, target: Target) -> list[TensorInfo]:
         bias = _like(target.bias_spec, (1, target.shape[0]), target.dtype)
         weight = _like(target.weight, target.shape, target.dtype)

@@ -51,7 +51,7 @@ def choose(asked: str, plan: Plan) -> tuple[Dialect, str]:
                 where="--dialect",
                 hint="--dialect auto picks one that can",
             )
-        return dialect, f"asked for; {_loads(dialect.loaders(plan))}"
+        return dialect, f"asked for; {_loads(dialect, plan)}"
     refused = {dialect.name: dialect.refusals(plan) for dialect in members()}
     able = [dialect for dialect in members() if not refused[dialect.name]]
     if not able:
@@ -62,7 +62,7 @@ def choose(asked: str, plan: Plan) -> tuple[Dialect, str]:
         for dialect, found in loaders:
             if wanted <= found:
                 only = " only" if wanted == {"vllm"} else ""
-                return dialect, f"auto: {_loads(found)}{only}"
+                return dialect, f"auto: {_loads(dialect, plan, only)}"
     raise AssertionError("the empty set is part of every set")
 
 
@@ -77,6 +77,9 @@ def warnings(dialect: Dialect, plan: Plan) -> list[str]:
     return [f"{what}; the weights are written packed, but only quark reads them back (simulation only)"]
 
 
-def _loads(loaders: set[str]) -> str:
-    names = [{"vllm": "vLLM"}.get(name, name) for name in sorted(loaders, reverse=True)]
-    return f"loads in {' and '.join(names)}" if names else "no server loads it; simulation only"
+def _loads(dialect: Dialect, plan: Plan, only: str = "") -> str:
+    names = [{"vllm": "vLLM"}.get(name, name) for name in sorted(dialect.loaders(plan), reverse=True)]
+    if not names:
+        return "no server loads it; simulation only"
+    caveat = dialect.caveat(plan)
+    return f"loads in {' and '.join(names)}{only}" + (f"; {caveat}" if caveat else "")

@@ -95,6 +95,9 @@ class Dialect(Protocol):
     def loaders(self, plan: Plan) -> set[str]:
         """Which of `vllm`, `transformers` load what this dialect would write for the plan."""
 
+    def caveat(self, plan: Plan) -> str:
+        """What some releases of a loader do with it otherwise, a sentence; empty when all do the same."""
+
     def infos(self, target: Target) -> list[TensorInfo]:
         """The tensors that replace the target's weight, exactly as `tensors` will return them."""
 

@@ -1,7 +1,7 @@
 """The compressed-tensors dialect: what llm-compressor writes and vLLM and transformers read.
 
 Layouts and config as in compressed-tensors 0.20 (`compressors/*`, `quantization/quant_args.py`). What loads where was
-tried with transformers 5.23 and read in vLLM 0.32.
+tried with transformers 5.22 to 5.24 and read in vLLM 0.32.
 """
 
 from __future__ import annotations
@@ -75,6 +75,12 @@ class CompressedTensors:
         if _transformers_loads(plan):
             found.add("transformers")
         return found
+
+    def caveat(self, plan: Plan) -> str:
+        """compressed-tensors knows attention with a cache by the name of an argument that transformers 5.24 changed."""
+        if "transformers" in self.loaders(plan) and any(shared.cached(plan)):
+            return "transformers 5.24 with compressed-tensors 0.20 passes over the scales of the cache"
+        return ""
 
     def infos(self, target: Target) -> list[TensorInfo]:
         return layout(target)
@@ -243,8 +249,9 @@ def _targets(targets: list[Target], universe: Iterable[str], *, alone: bool) -> 
 
 
 def _transformers_loads(plan: Plan) -> bool:
-    """True when transformers 5.23 loads the checkpoint with no missing and no unexpected keys.
+    """True when transformers 5.22 to 5.24 load the checkpoint with no missing and no unexpected keys.
 
+    5.24 takes the scales of a cache for unexpected ones, which is said (`caveat`).
     Linears load in every scheme but those with zero points, for which it expects another shape unless it is told to
     dequantize. Embeddings load where the weight keeps its shape. Experts are fused in memory by conversions that know
     one scheme for all of them, and that exist for families whose published files have one tensor per expert.

@@ -45,6 +45,9 @@ class Quark:
     def loaders(self, plan: Plan) -> set[str]:
         return set() if self.refusals(plan) else servers.loaders(plan)
 
+    def caveat(self, plan: Plan) -> str:
+        return ""
+
     def infos(self, target: Target) -> list[TensorInfo]:
         found = [info for matrix in _matrices(target) for info in layout(matrix, target.dtype)]
         return _of(target.name, [*found, *_static_infos(target)])

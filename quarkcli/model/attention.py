@@ -2,7 +2,7 @@
 
 The attention function in use ("sdpa" or "eager") is wrapped in transformers' registry and put back afterwards. A new
 registry name would silently change three families, which test for those two names. Blocks that do not use the
-registry (gptj, linear attention, mamba) are simply not called.
+registry (own code, linear attention, mamba) are simply not called.
 
 Only the "eager" implementation has a softmax that can be seen: one call of torch's, inside the attention function. It
 is seen in the dtype it is computed in, before the cast to that of the values; with attention sinks (gpt-oss) it has

@@ -9,15 +9,17 @@ from quarkcli.disk.checkpoint import Checkpoint
 from quarkcli.disk.source import Source
 from tests import runs
 
-from .loading import load
+from .loading import CACHE_SCALES, load, passed_over
 
 
 @pytest.mark.parametrize("scheme", runs.SCHEMES)
 def test_every_key_finds_its_place_and_its_value(scheme: str, demo: dict[str, runs.Made]) -> None:
     made = demo[scheme]
-    assert made.report["dialect"]["reason"] == "asked for; loads in vLLM and transformers"
+    reason = "asked for; loads in vLLM and transformers"
+    caveat = "; transformers 5.24 with compressed-tensors 0.20 passes over the scales of the cache"
+    assert made.report["dialect"]["reason"] == reason + caveat * (scheme in runs.CALIBRATED)
     model, wrong = load(made.folder, static=scheme in runs.CALIBRATED)
-    assert wrong == {"missing": set(), "unexpected": set(), "mismatched": set()}
+    assert wrong == {"missing": set(), "unexpected": passed_over(runs.read_all(made.folder)), "mismatched": set()}
     assert bool(torch.isfinite(model(torch.arange(20)[None]).logits).all())  # the first pass decompresses
     checkpoint = Checkpoint(Source.open(str(made.folder)))
     targets = [target.name for target in made.prepared.plan.quantized()]
@@ -59,10 +61,12 @@ def test_zero_points_tiles_and_channels_find_their_place(
 def test_static_scales_arrive(scheme: str, demo: dict[str, runs.Made]) -> None:
     model, _ = load(demo[scheme].folder, dtype=torch.float32, static=True)
     tensors = runs.read_all(demo[scheme].folder)
-    suffixes = ("input_scale", "input_global_scale", "k_scale", "v_scale")
+    suffixes = ("input_scale", "input_global_scale", *CACHE_SCALES)
     static = {name: tensor for name, tensor in tensors.items() if name.endswith(suffixes)}
     assert len(static) == 28 + 2 * 4
     for name, tensor in static.items():
+        if name in passed_over(static):
+            continue
         module, _, attribute = name.rpartition(".")
         found = getattr(model.get_submodule(module), attribute).detach().reshape(1)
         torch.testing.assert_close(found.float(), tensor, rtol=2**-7, atol=0)

@@ -15,7 +15,7 @@ from quarkcli import family
 from quarkcli.disk import verify
 from quarkcli.errors import DataError, ModelError
 from quarkcli.recipe import catalog
-from tests import runs
+from tests import runs, tiny
 from tests.families import models
 
 NAMES = tuple(models.RECIPES)
@@ -242,12 +242,16 @@ quantize:
 """
 
 
-def test_a_cache_that_cannot_be_seen(built: dict[str, Path], text: Path, tmp_path: Path) -> None:
-    """GPT-J's attention is code of its own."""
+def test_a_cache_that_cannot_be_seen(
+    built: dict[str, Path], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Llama with attention in code of its own."""
+    source = built["llama"]
+    tiny.hide_attention(monkeypatch)
     with pytest.raises(DataError, match="no calibration token reached") as caught:
-        runs.run(built["gptj"], tmp_path / "out", scheme="fp8", kv_cache="fp8", **runs.data(text, 8, 32))
-    assert caught.value.where == "transformer.h.0.attn.k" and "--kv-cache none" in caught.value.hint
+        runs.run(source, tmp_path / "out", scheme="fp8", kv_cache="fp8", **runs.data(text, 8, 32))
+    assert caught.value.where == "model.layers.0.self_attn.k" and "--kv-cache none" in caught.value.hint
     (tmp_path / "own.yaml").write_text(CONSTANT)
-    made = runs.run(built["gptj"], tmp_path / "constant", recipe=str(tmp_path / "own.yaml"))
+    made = runs.run(source, tmp_path / "constant", recipe=str(tmp_path / "own.yaml"))
     scales = [float(t) for name, t in runs.read_all(made.folder).items() if name.endswith((".k_scale", ".v_scale"))]
     assert scales == [1.0] * 4

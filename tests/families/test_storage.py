@@ -15,7 +15,7 @@ from quarkcli.disk import verify
 from quarkcli.errors import ConfigError, DataError
 from quarkcli.evaluate.run import evaluate
 from quarkcli.events import silent
-from tests import runs
+from tests import runs, tiny
 from tests.families import models
 
 # One of each kind: one by one, fused, transposed, interleaved, stacked in 2-D, below another module, without a gate.
@@ -111,10 +111,13 @@ def test_a_latent_cache_gets_no_scales_of_k_and_v(name: str, built: dict[str, Pa
     assert caught.value.where.endswith("attn.k_bmm_quantizer")
 
 
-def test_a_cache_that_cannot_be_seen(built: dict[str, Path], text: Path, tmp_path: Path) -> None:
-    """GPT-J computes attention where nothing can look."""
+def test_a_cache_that_cannot_be_seen(
+    built: dict[str, Path], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = built["llama"]
+    tiny.hide_attention(monkeypatch)
     with pytest.raises(DataError, match="no calibration token reached"):
-        runs.run(built["gptj"], tmp_path / "out", scheme="mxfp4", kv_cache="fp8", **runs.data(text, 8, 32))
+        runs.run(source, tmp_path / "out", scheme="mxfp4", kv_cache="fp8", **runs.data(text, 8, 32))
 
 
 @pytest.mark.parametrize(("name", "extra"), [("glm4_moe", "model.layers.2"), ("qwen3_5_moe_text", "mtp.layers.0")])

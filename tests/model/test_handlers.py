@@ -264,15 +264,19 @@ def test_only_the_named_attention_is_tapped(tmp_path: Path) -> None:
     assert calls == []
 
 
-def test_attention_without_the_registry_is_not_called(tmp_path: Path) -> None:
-    checkpoint = tiny.build("gptj", tmp_path)
+def test_attention_without_the_registry_is_not_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = tiny.build("llama", tmp_path)
     calls: list[int] = []
 
     def around(runner: Runner, i: int) -> AbstractContextManager[None]:
-        tap = {f"transformer.h.{i}.attn.k_proj.weight": lambda *qkv: calls.append(1)}
+        tap = {f"model.layers.{i}.self_attn.k_proj.weight": lambda *qkv: calls.append(1)}
         return runner.handlers(i, attention=tap)  # type: ignore[arg-type]
 
-    through(runner_of(checkpoint), checkpoint, tiny.tokens(), around=around)
+    seen = through(runner_of(checkpoint), checkpoint, tiny.tokens(), around=around)
+    assert calls
+    calls.clear()
+    tiny.hide_attention(monkeypatch)
+    torch.testing.assert_close(through(runner_of(checkpoint), checkpoint, tiny.tokens(), around=around), seen)
     assert calls == []
 
 
