@@ -44,12 +44,12 @@ api
 cli
 """
 # Annotations only.
-NAMES_OF_TYPES = {("algorithms", "forward"), ("report", "job")}
+NAMES_OF_TYPES = {("algorithms", "forward"), ("algorithms", "job"), ("report", "job")}
 # Inside a folder, a module may import those named before it; every module has its place.
 INSIDE = {
     "forward": "activations defaults moments taps statistics files documents data walk",
     "disk": "source side_files writer manifest place journal nonfinite contents checkpoint verify",
-    "job": "forecast options preflight idle served problems rewriting prepass part pipeline finish run",
+    "job": "forecast options preflight idle served problems rewriting solving tuning prepass part pipeline finish run",
 }
 
 # Package -> the rooms that may import it.
@@ -73,7 +73,8 @@ OWNERS = {
 WITH_TORCH = {
     "quarkcli.numerics", "quarkcli.model", "quarkcli.forward.data", "quarkcli.forward.statistics",
     "quarkcli.forward.moments", "quarkcli.forward.taps", "quarkcli.forward.walk", "quarkcli.algorithms.tensors",
-    "quarkcli.job.rewriting", "quarkcli.job.served", "quarkcli.job.part", "quarkcli.job.pipeline",
+    "quarkcli.job.rewriting", "quarkcli.job.solving", "quarkcli.job.tuning",
+    "quarkcli.job.served", "quarkcli.job.part", "quarkcli.job.pipeline",
     "quarkcli.evaluate.run", "quarkcli.evaluate.windows",
 }  # fmt: skip
 LINES_OF_FILE, LINES_OF_FUNCTION = 400, 60

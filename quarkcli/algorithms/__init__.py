@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from quarkcli.algorithms.base import Algorithm, Assignment, Refiner, Solver, Transform
+from quarkcli.algorithms.base import Algorithm, Assignment, Refiner, Solver, Transform, Tuner
 from quarkcli.errors import ConfigError, UsageError, near_misses
 from quarkcli.plan.model import Plan
 from quarkcli.recipe.entries import SLOTS
@@ -38,7 +38,7 @@ def create(name: str, parameters: dict[str, Any], where: str = FLAG) -> Algorith
         kind = UsageError if where == FLAG else ConfigError
         raise kind(f"unknown algorithm '{name}'", where=where, hint=f"use one of: {', '.join(close)}")
     member = importlib.import_module(f"{__name__}.{dashed.replace('-', '_')}").ALGORITHM
-    assert issubclass(member, (Solver, Refiner, Transform)), (
+    assert issubclass(member, (Solver, Refiner, Transform, Tuner)), (
         f"{member.__module__}: a kind of algorithm is its base class"
     )
     known = member.parameters

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from quarkcli.algorithms.tensors import PartTensors
     from quarkcli.forward.statistics import Statistics
+    from quarkcli.job.tuning import TunedBlock
     from quarkcli.numerics.quantize import Quantized
 
 Kind = Literal["transform", "solver", "refiner", "tuner"]
@@ -126,6 +127,22 @@ class Refiner(Algorithm):
     def refine(self, problem: Problem, quantized: list[Quantized]) -> list[Quantized]:
         """Returns codes and scales that are no worse by the objective of the problem."""
         raise AssertionError("a refiner refines")
+
+
+class Tuner(Algorithm):
+    """Betters the codes and scales of one block together, by what the block returns.
+
+    Its needs name at least one activation of every block that it works on, by the kind `outputs`.
+    """
+
+    kind = "tuner"
+
+    def tune(self, block: TunedBlock, quantized: dict[str, Quantized]) -> Mapping[str, Quantized]:
+        """Returns codes and scales by weight that are no worse; what it leaves out stays.
+
+        block   runs the block with weights that gradients flow into, and knows what it should return
+        """
+        raise AssertionError("a tuner tunes")
 
 
 class Transform(Algorithm):

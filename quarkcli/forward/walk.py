@@ -215,6 +215,21 @@ class Walk:
         output: Tensor = self._retrying(once)
         return output
 
+    def wanted(self, block: int, batch: int) -> Tensor:
+        """What the loaded source block returns for a batch: for the source stream where there is one, else the served.
+
+        Valid after `observe`, until the block is loaded with other weights.
+        """
+        if SOURCE in self.hidden:
+            return self._moved[batch].to(self.device)
+        return self._run(block, batch)
+
+    def run_with(self, block: int, batch: int, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The block's output for the served stream with parameters made of other file tensors; gradients flow."""
+        hidden = self.served[batch].to(self.device)
+        out: Tensor = self.runner.run_with(block, self.recordings[SERVED][batch], hidden, tensors)
+        return out
+
     def _run(self, block: int, index: int, stream: str = SERVED) -> Tensor:
         self._working(f"running block {block}", index)
         hidden = self.hidden[stream][index].to(self.device)

@@ -13,22 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quarkcli.algorithms.base import Assignment, Moment, Needs, Problem, Refiner, Solver, Transform
-from quarkcli.algorithms.rtn import RoundToNearest
+from quarkcli.algorithms.base import Assignment, Transform, Tuner
 from quarkcli.dialects.base import Dialect
 from quarkcli.disk.contents import Copied, copied, part_targets
 from quarkcli.disk.nonfinite import HINT, NonFinite, OnNonfinite
-from quarkcli.errors import DataError, ModelError, QuarkError
+from quarkcli.errors import DataError, ModelError
 from quarkcli.events import Listener, Message, Working
 from quarkcli.family import HeaderLike
 from quarkcli.forward.statistics import Statistics, site_parts
 from quarkcli.forward.walk import Walk
-from quarkcli.job.problems import problems
 from quarkcli.job.rewriting import Rewriting
 from quarkcli.job.served import handlers, own_scales, put_decoded
-from quarkcli.numerics.observers import weight_amax
-from quarkcli.numerics.quantize import Quantized, dequantize, quantize, static_scale, tensor_amax
-from quarkcli.numerics.solve import dead_inputs
+from quarkcli.job.solving import Solving, named
+from quarkcli.job.tuning import TunedBlock, tuned
+from quarkcli.numerics.quantize import Quantized, dequantize, quantize, static_scale
 from quarkcli.plan.model import Part, Plan, Target
 from quarkcli.spec import PerTile
 
@@ -124,10 +122,8 @@ class PartWorker:
     ) -> None:
         self.plan = plan
         self.dialect = dialect
-        self.solvers = [
-            (step, step.algorithm, step.needs(plan)) for step in steps if isinstance(step.algorithm, Solver)
-        ]
-        self.refiners = [(s, s.algorithm) for s in steps if isinstance(s.algorithm, Refiner)]
+        self.solving = Solving(plan, steps, self._warn)
+        self.tuners = [(s, s.algorithm) for s in steps if isinstance(s.algorithm, Tuner)]
         self.transforms = [(s, s.algorithm) for s in steps if isinstance(s.algorithm, Transform)]
         self.states: Mapping[str, Any] = states or {}
         self.needs = needs
@@ -144,12 +140,12 @@ class PartWorker:
     def work(self, part: Part, tensors: dict[str, Tensor]) -> PartResult:
         """Quantize one part. `tensors` in source form, on the device; they are overwritten when the walk goes on.
 
-        In order: transforms before, observe, transforms after, static scales, solve and refine, pack, advance.
+        In order: transforms before, observe, transforms after, static scales, solve, refine, tune, pack, advance.
         """
         started = time.perf_counter()
         self.warnings: list[str] = []
         self.silent: list[str] = []
-        self.dead_inputs: dict[str, int] = {}
+        self.solving.dead_inputs = {}
         nonfinite = self._nonfinite(part, tensors)
         rewriting = Rewriting(self.plan, part, tensors, self.transforms, self.states)
         rewriting.before()
@@ -170,7 +166,7 @@ class PartWorker:
             error = _relative(before, after)
         return PartResult(
             out, error, weight_errors, expert_tokens, self.warnings, time.perf_counter() - started,
-            self.dead_inputs, self.silent, list(nonfinite.parameters), list(nonfinite.others),
+            self.solving.dead_inputs, self.silent, list(nonfinite.parameters), list(nonfinite.others),
         )  # fmt: skip
 
     def _copied(self, part: Part) -> list[Copied]:
@@ -237,60 +233,17 @@ class PartWorker:
         targets = list(self.plan.quantized(part.index))
         packed: dict[str, Tensor] = {}
         errors: dict[str, float] = {}
-
-        def weight(target: Target) -> Tensor:
-            return target.view.of(tensors[target.view.tensor])
-
-        def amax(target: Target) -> Tensor | None:
-            return shared.get(target.scale_group)
-
-        def moment(site: str, expert: int | None) -> Moment | None:
-            return statistics.moment(site, expert) if statistics is not None else None
-
         self.tell(Working(f"quantizing {part.name}"))
-        shared = _group_amax(targets, weight)
-        for step, solver, needs in self.solvers:
-            mine = [target for target in targets if step.takes(target)]
-            for problem in problems(mine, needs, moment, weight, amax, self._warn):
-                solved = self._refine(problem, self._solve(solver, needs, problem))
-                for target, source, quantized in zip(problem.targets, problem.weights, solved, strict=True):
-                    bias = self._bias(target, tensors)
-                    packed.update(self.dialect.tensors(target, quantized, own_scales(target, scales), bias))
-                    self.tell(Working(f"quantizing {part.name}, {len(errors) + 1} of {len(targets)} weights"))
-                    errors[target.name] = _weight_error(source, quantized, target)
+        solved = self.solving.solved(targets, tensors, statistics)
+        if self.tuners and self.walk is not None and part.block is not None and part.index <= self.last:
+            solved = tuned(self.tuners, TunedBlock(self.walk, part, tensors), solved)
+        for target, source, quantized in solved:
+            bias = self._bias(target, tensors)
+            packed.update(self.dialect.tensors(target, quantized, own_scales(target, scales), bias))
+            self.tell(Working(f"quantizing {part.name}, {len(errors) + 1} of {len(targets)} weights"))
+            errors[target.name] = _weight_error(source, quantized, target)
         assert len(errors) == len(targets), "a solver left weights out"
         return packed, errors
-
-    def _solve(self, solver: Solver, needs: Needs, problem: Problem) -> list[Quantized]:
-        """Codes and scales of a problem; rounded to nearest where the solver has no solution, and said.
-
-        needs   what the solver asked for; without data for it, a solver that needs some is not called
-        """
-        moment = problem.moment
-        if moment is not None:
-            dead = int(dead_inputs(moment.gram).sum())
-            self.dead_inputs.update(dict.fromkeys((target.name for target in problem.targets), dead) if dead else {})
-        elif problem.site in needs:
-            self._warn(f"{problem.name}: no calibration token; rounded to nearest instead of {solver.name}")
-        try:
-            if moment is not None or not needs:
-                solved = solver.solve(problem)
-                if solved is not None:
-                    return solved
-                tokens = moment.tokens if moment is not None else 0
-                self._warn(f"{problem.name}: {solver.name} finds no solution on {tokens} tokens; rounded to nearest")
-            return RoundToNearest().solve(problem)
-        except DataError:
-            for target, weight in zip(problem.targets, problem.weights, strict=True):  # say which weight it was
-                named(f"{target.name}.weight", tensor_amax, weight)
-            raise
-
-    def _refine(self, problem: Problem, quantized: list[Quantized]) -> list[Quantized]:
-        """What refiners make of the weights of a problem that are theirs."""
-        for step, refiner in self.refiners:
-            if all(map(step.takes, problem.targets)):
-                quantized = refiner.refine(problem, quantized)
-        return quantized
 
     def _bias(self, target: Target, tensors: Mapping[str, Tensor]) -> Quantized | None:
         """Codes of the bias as a matrix [1, out], where its slot is quantized."""
@@ -338,28 +291,6 @@ class PartWorker:
             after = self.walk.probe(part.block, served)
         self.walk.runner.unload_block(part.block)
         return after
-
-
-def _group_amax(targets: list[Target], weight: Any) -> dict[str, Tensor]:
-    """amax per scale group, for specs with one scale per tensor: fused linears must agree on it."""
-    shared: dict[str, Tensor] = {}
-    for target in targets:
-        assert target.weight is not None
-        if not target.weight.has_tensor_scale:
-            continue
-        amax = named(f"{target.name}.weight", weight_amax, weight(target), target.weight)
-        known = shared.get(target.scale_group)
-        shared[target.scale_group] = amax if known is None else torch.maximum(known, amax)
-    return shared
-
-
-def named(name: str, call: Any, *args: Any) -> Any:
-    """`call(*args)`, with the tensor's name added to a user error that has none."""
-    try:
-        return call(*args)
-    except QuarkError as error:
-        error.where = f"{name}{error.where or ''}"
-        raise
 
 
 def _copy(row: Copied, tensors: Mapping[str, Tensor]) -> Tensor:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,8 +13,10 @@ from quarkcli.errors import ModelError
 from quarkcli.model.buffers import rebuild_buffers
 from quarkcli.model.failures import DATA_FREE_HINT
 from quarkcli.model.library import PreTrainedModel
-from quarkcli.model.names import NameMap, build_map, materialize
+from quarkcli.model.names import Group, NameMap, build_map, materialize, rearranged
 from quarkcli.model.skeleton import HeaderLike, Skeleton, text_modules
+
+Convert = Callable[[Any, Group, Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]
 
 
 class Weights:
@@ -63,6 +66,15 @@ class Weights:
                 self._put(param, made[source])
         self._rebuild(buffers)
         self._check_loaded(params)
+
+    def made(self, params: Iterable[str], tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Parameters made of file tensors, on the device and in their dtypes, by name; gradients flow."""
+        found: dict[str, torch.Tensor] = {}
+        for param in params:
+            source = self._aliases.get(param, param)
+            if source not in found and self._complete(source, tensors):
+                found |= self._converted(source, tensors, rearranged)
+        return {param: found[source] for param in params if (source := self._aliases.get(param, param)) in found}
 
     def unload(self, params: Iterable[str], buffers: Iterable[str]) -> None:
         """Drop the storage of these parameters and buffers."""
@@ -150,16 +162,23 @@ class Weights:
         return not absent
 
     def _materialize(self, param: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, nn.Parameter]:
+        made = self._converted(param, tensors)
+        return {name: nn.Parameter(made.pop(name), requires_grad=False) for name in list(made)}
+
+    def _converted(
+        self, param: str, tensors: Mapping[str, torch.Tensor], convert: Convert = materialize
+    ) -> dict[str, torch.Tensor]:
+        """The values of a parameter, and of those made with it, on the device and in their dtypes."""
         group = self.map.by_param[param]
         turned = {name: tensors[name].transpose(-1, -2) for name in self._turned.intersection(group.names)}
-        made = materialize(self.skeleton.model, group, {**tensors, **turned} if turned else tensors)
-        return {name: self._parameter(name, made.pop(name)) for name in group.params}
+        made = convert(self.skeleton.model, group, {**tensors, **turned} if turned else tensors)
+        return {name: self._own(name, made.pop(name)) for name in group.params}
 
-    def _parameter(self, name: str, tensor: torch.Tensor) -> nn.Parameter:
+    def _own(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         module, leaf = self._owner(name)
         own = _held(module, leaf).dtype
         dtype = next((dtype for pattern, dtype in self._dtypes if pattern.search(name)), own)
-        return nn.Parameter(tensor.to(device=self.device, dtype=dtype), requires_grad=False)
+        return tensor.to(device=self.device, dtype=dtype)
 
     def _put(self, name: str, value: nn.Parameter) -> None:
         module, leaf = self._owner(name)

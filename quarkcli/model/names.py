@@ -98,6 +98,22 @@ def materialize(model: Any, group: Group, tensors: Mapping[str, torch.Tensor]) -
     return rule.convert(group.target, model=model, config=model.config)
 
 
+def rearranged(model: Any, group: Group, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """As `materialize`, with gradients into `tensors`, which transformers' converters stop.
+
+    A conversion only moves values, so it is run on their places: file values are then looked up by place.
+    """
+    if group.rule is None:
+        return materialize(model, group, tensors)
+    places, start = {}, 0
+    for name in group.names:
+        count = tensors[name].numel()
+        places[name] = torch.arange(start, start + count, device=tensors[name].device).view(tensors[name].shape)
+        start += count
+    values = torch.cat([tensors[name].reshape(-1) for name in group.names])
+    return {name: values[place] for name, place in materialize(model, group, places).items()}
+
+
 def _collect(model: Any, params: Mapping[str, Any], headers: Iterable[str]) -> tuple[list[Group], list[str]]:
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]

@@ -8,7 +8,7 @@ reusing the first block's arguments gets wrong for many families. Hidden states 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -130,8 +130,13 @@ class Recorder:
 
         return self._forward(visit, recording.tokens, recording.attention_mask)
 
-    def run_block(self, index: int, recording: Recording, hidden: Any) -> Any:
-        """Output hidden states of block `index` for this batch; `hidden` itself for a block the batch skips."""
+    def run_block(
+        self, index: int, recording: Recording, hidden: Any, params: Mapping[str, torch.Tensor] | None = None
+    ) -> Any:
+        """Output hidden states of block `index` for this batch; `hidden` itself for a block the batch skips.
+
+        params   by name, to run with instead of the loaded ones; then gradients flow into them
+        """
         call = recording.calls[index]
         if call is None:
             return hidden
@@ -144,14 +149,25 @@ class Recorder:
             args = (hidden, *args)
         else:
             kwargs[str(call.slot)] = hidden
-        with torch.no_grad(), self.skeleton.code.running(f"fails in decoder block {index}"):
-            output = block(*args, **kwargs)
+        with self.skeleton.code.running(f"fails in decoder block {index}"):
+            output = self._called(index, args, kwargs, params)
         self._check_form(block, index, output)
         values = output if isinstance(output, (tuple, list)) else (output,)
         for position, value in enumerate(values):
             if recording.reads(Output(index, position)):
                 recording.extras[index, position] = value
         return values[0]
+
+    def _called(
+        self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any], params: Mapping[str, torch.Tensor] | None
+    ) -> Any:
+        block = self.skeleton.blocks[index]
+        if params is None:
+            with torch.no_grad():
+                return block(*args, **kwargs)
+        start = f"{self.skeleton.blocks_path}.{index}."
+        own = {name.removeprefix(start): value for name, value in params.items()}
+        return torch.func.functional_call(block, own, args, kwargs)
 
     def learn_form(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Form:
         """What a block of this class returns, learnt by running it once on the meta device.

@@ -160,6 +160,13 @@ class Runner:
         """Hidden states behind block `i` for those before it. `hidden` is left as it is."""
         return self._recorder.run_block(i, recording, hidden)
 
+    def run_with(self, i: int, recording: Recording, hidden: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
+        """`run_block` with parameters made of these file tensors, all of the block's, instead of the loaded ones.
+
+        Gradients flow into `tensors`; what is loaded stays.
+        """
+        return self._recorder.run_block(i, recording, hidden, self._weights.made(self._weights.by_block[i], tensors))
+
     def logits(self, recording: Recording, hidden: Any) -> torch.Tensor:
         """[b, T, vocab] float32 for the hidden states behind the last block; the outside must be loaded."""
         return self._recorder.logits(recording, hidden)

@@ -33,13 +33,15 @@ quantize:
 
 @pytest.fixture(autouse=True)
 def dropped_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As if `eighths.py` had been dropped beside the other algorithms."""
+    """As if both files had been dropped beside the other algorithms."""
     folder = tmp_path / "members"
     folder.mkdir()
-    shutil.copy(Path(__file__).parent / "eighths.py", folder)
+    for name in ("eighths", "nudge"):
+        shutil.copy(Path(__file__).parent / f"{name}.py", folder)
     monkeypatch.setattr(algorithms, "__path__", [*algorithms.__path__, str(folder)])
     yield
-    sys.modules.pop("quarkcli.algorithms.eighths", None)
+    for name in ("eighths", "nudge"):
+        sys.modules.pop(f"quarkcli.algorithms.{name}", None)
 
 
 @pytest.fixture(scope="module")
@@ -197,3 +199,35 @@ def test_a_refiner_runs_after_any_solver(page: Path, tmp_path: Path, monkeypatch
     assert runs.same_bytes(
         *(runs.read_all(m.folder)["model.layers.0.mlp.up_proj.weight_packed"] for m in (made, plain))
     )
+
+
+@pytest.mark.parametrize("model", ["demo", "qwen3_moe"])
+def test_a_tuner_betters_blocks_through_their_outputs(model: str, page: Path, tmp_path: Path) -> None:
+    source = job.EMBEDDED if model == "demo" else runs.build(model, tmp_path / "m", torch.float32)
+    data, scheme = runs.data(page, 16, 128), "int4_wo_32"
+    plain = runs.run(source, tmp_path / "plain", scheme=scheme)
+    made = runs.run(source, tmp_path / "out", scheme=scheme, algorithm="nudge", **data)
+    seen = sys.modules["quarkcli.algorithms.nudge"].Nudge.seen
+    assert len(seen) == len([p for p in made.prepared.plan.parts if p.kind == "block"])
+    assert all(after < before for before, after in seen)
+    assert compared(made.folder, source, page)["kl"] < 1.05 * compared(plain.folder, source, page)["kl"]
+    still = runs.run(source, tmp_path / "still", recipe=tuning(tmp_path, scheme, "0.0"), **data)
+    ours, theirs = runs.read_all(still.folder), runs.read_all(plain.folder)
+    assert all(runs.same_bytes(ours[name], theirs[name]) for name in theirs)
+
+
+def tuning(folder: Path, scheme: str, share: str) -> str:
+    path = folder / "tuning.yaml"
+    path.write_text(
+        f"schema: quark/recipe/1\nquantize:\n  scheme: {scheme}\n  algorithm: [{{method: nudge, share: {share}}}]\n"
+    )
+    return str(path)
+
+
+def test_a_transform_before_and_a_tuner_after_a_solver(page: Path, tmp_path: Path) -> None:
+    own = recipe(tmp_path, "int4_wo_128", more=", {method: gptq}, {method: nudge, slots: ['*down_proj*']}")
+    made = runs.run("demo", tmp_path / "out", recipe=own, **runs.data(page, 16, 128))
+    assert made.report["algorithms"] == ["eighths", "gptq", "nudge"]
+    plain = runs.run("demo", tmp_path / "plain", scheme="int4_wo_128", algorithm="gptq", **runs.data(page, 16, 128))
+    source = job.EMBEDDED
+    assert compared(made.folder, source, page)["kl"] < 1.05 * compared(plain.folder, source, page)["kl"]

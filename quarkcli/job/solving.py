@@ -1,0 +1,110 @@
+"""The weights of a part through their solvers and refiners, problem by problem."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quarkcli.algorithms.base import Assignment, Moment, Needs, Problem, Refiner, Solver
+from quarkcli.algorithms.rtn import RoundToNearest
+from quarkcli.errors import DataError, QuarkError
+from quarkcli.forward.statistics import Statistics
+from quarkcli.job.problems import problems
+from quarkcli.numerics.observers import weight_amax
+from quarkcli.numerics.quantize import Quantized, tensor_amax
+from quarkcli.numerics.solve import dead_inputs
+from quarkcli.plan.model import Plan, Target
+
+Solved = tuple[Target, Tensor, Quantized]  # with the source weight
+
+
+class Solving:
+    """The solvers and refiners of a run.
+
+    dead_inputs   weight -> how many of its inputs were always zero in calibration, of the part last solved
+    """
+
+    def __init__(self, plan: Plan, steps: Iterable[Assignment], warn: Callable[[str], None]) -> None:
+        steps = list(steps)
+        self.solvers = [(s, s.algorithm, s.needs(plan)) for s in steps if isinstance(s.algorithm, Solver)]
+        self.refiners = [(s, s.algorithm) for s in steps if isinstance(s.algorithm, Refiner)]
+        self.warn = warn
+        self.dead_inputs: dict[str, int] = {}
+
+    def solved(
+        self, targets: list[Target], tensors: Mapping[str, Tensor], statistics: Statistics | None
+    ) -> Iterator[Solved]:
+        """Yields every weight with its codes and scales. `tensors`: of the part, in source form."""
+
+        def weight(target: Target) -> Tensor:
+            found: Tensor = target.view.of(tensors[target.view.tensor])
+            return found
+
+        def amax(target: Target) -> Tensor | None:
+            return shared.get(target.scale_group)
+
+        def moment(site: str, expert: int | None) -> Moment | None:
+            return statistics.moment(site, expert) if statistics is not None else None
+
+        shared = _group_amax(targets, weight)
+        for step, solver, needs in self.solvers:
+            mine = [target for target in targets if step.takes(target)]
+            for problem in problems(mine, needs, moment, weight, amax, self.warn):
+                quantized = self._refine(problem, self._solve(solver, needs, problem))
+                yield from zip(problem.targets, problem.weights, quantized, strict=True)
+
+    def _solve(self, solver: Solver, needs: Needs, problem: Problem) -> list[Quantized]:
+        """Codes and scales of a problem; rounded to nearest where the solver has no solution, and said.
+
+        needs   what the solver asked for; without data for it, a solver that needs some is not called
+        """
+        moment = problem.moment
+        if moment is not None:
+            dead = int(dead_inputs(moment.gram).sum())
+            self.dead_inputs.update(dict.fromkeys((target.name for target in problem.targets), dead) if dead else {})
+        elif problem.site in needs:
+            self.warn(f"{problem.name}: no calibration token; rounded to nearest instead of {solver.name}")
+        try:
+            if moment is not None or not needs:
+                solved = solver.solve(problem)
+                if solved is not None:
+                    return solved
+                tokens = moment.tokens if moment is not None else 0
+                self.warn(f"{problem.name}: {solver.name} finds no solution on {tokens} tokens; rounded to nearest")
+            return RoundToNearest().solve(problem)
+        except DataError:
+            for target, weight in zip(problem.targets, problem.weights, strict=True):  # say which weight it was
+                named(f"{target.name}.weight", tensor_amax, weight)
+            raise
+
+    def _refine(self, problem: Problem, quantized: list[Quantized]) -> list[Quantized]:
+        """What refiners make of the weights of a problem that are theirs."""
+        for step, refiner in self.refiners:
+            if all(map(step.takes, problem.targets)):
+                quantized = refiner.refine(problem, quantized)
+        return quantized
+
+
+def _group_amax(targets: list[Target], weight: Callable[[Target], Tensor]) -> dict[str, Tensor]:
+    """amax per scale group, for specs with one scale per tensor: fused linears must agree on it."""
+    shared: dict[str, Tensor] = {}
+    for target in targets:
+        assert target.weight is not None
+        if not target.weight.has_tensor_scale:
+            continue
+        amax = named(f"{target.name}.weight", weight_amax, weight(target), target.weight)
+        known = shared.get(target.scale_group)
+        shared[target.scale_group] = amax if known is None else torch.maximum(known, amax)
+    return shared
+
+
+def named(name: str, call: Any, *args: Any) -> Any:
+    """`call(*args)`, with the tensor's name added to a user error that has none."""
+    try:
+        return call(*args)
+    except QuarkError as error:
+        error.where = f"{name}{error.where or ''}"
+        raise
