@@ -1,13 +1,36 @@
-"""What every session keeps for `tests/test_suite.py`, and what its summary lists."""
+"""The surroundings of every test, what `tests/test_suite.py` reads of a session, and what its summary lists."""
 
 from __future__ import annotations
 
+import os
+import shutil
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 OWN_FAILURE = "fails without quark"  # of a model, in transformers alone; a property of the tests that expect it
 COLLECTED = pytest.StashKey[list[pytest.Item]]()
+HOME = pytest.StashKey[Path]()
+OWN_FILES = ("HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_MODULES_CACHE", "HF_TOKEN", "XDG_CACHE_HOME")
+SURROUNDINGS = {
+    "OMP_NUM_THREADS": "1",  # tiny models are faster on one thread, and sums of one thread are the same everywhere
+    "MKL_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """One thread, no network and an empty home, before torch or huggingface_hub is imported; processes inherit them."""
+    home = config.stash[HOME] = Path(tempfile.mkdtemp(prefix="quark-home-"))
+    for name in OWN_FILES:
+        os.environ.pop(name, None)
+    os.environ.update(SURROUNDINGS, HOME=str(home), QUARK_HOME=str(home / "quark"))
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    shutil.rmtree(config.stash[HOME], ignore_errors=True)
 
 
 @pytest.hookimpl(tryfirst=True)

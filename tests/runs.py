@@ -5,12 +5,10 @@ from __future__ import annotations
 import inspect
 import json
 import textwrap
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -33,15 +31,6 @@ EOS, BOS = "<eos>", "<bos>"
 VOCABULARY = 264
 SCHEMES = ("nvfp4", "fp8", "mxfp4", "int4_wo_128")
 CALIBRATED = {"nvfp4", "fp8"}
-
-
-@pytest.fixture(autouse=True, scope="package")
-def one_thread() -> Iterator[None]:
-    """Tiny models are faster on one thread; imported by the packages that run them."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)

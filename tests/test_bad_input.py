@@ -60,8 +60,6 @@ class Refusal:
 @pytest.fixture
 def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Refusal:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("QUARK_HOME", str(tmp_path / "home"))
     monkeypatch.delenv("QUARK_DEBUG", raising=False)
     Path("rows.txt").write_text("some words that are worth nothing " * 200)
     return Refusal(tmp_path, capsys)

@@ -14,7 +14,6 @@ from quarkcli.plan import sizes
 from tests import runs
 from tests.plan import layouts
 from tests.plan.layouts import GPT_OSS, LLAMA, MIXTRAL, plan
-from tests.runs import one_thread  # noqa: F401
 from tests.tiny import Header
 
 

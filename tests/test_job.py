@@ -9,7 +9,6 @@ import random
 import re
 import shutil
 import stat
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +33,6 @@ SCHEMES = ("fp8", "int4_wo_128", "mxfp4", "nvfp4")
 DIALECTS = ("compressed-tensors", "quark")
 CALIBRATED = {"fp8", "nvfp4"}
 PAIRS = [(scheme, dialect) for scheme in SCHEMES for dialect in DIALECTS]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Fast on two busy cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

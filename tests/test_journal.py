@@ -378,7 +378,6 @@ import torch
 from quarkcli.disk.journal import Journal
 from quarkcli.disk.writer import MANIFEST, atomic_write_json, write_part
 
-torch.set_num_threads(1)
 PARTS = 4
 
 def job(partial):

@@ -17,7 +17,6 @@ from quarkcli.events import Event, PartDone
 from quarkcli.job import run as job
 from quarkcli.job.part import PartWorker, last_part
 from tests import runs
-from tests.runs import one_thread  # noqa: F401
 
 
 @pytest.fixture(scope="module")

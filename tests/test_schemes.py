@@ -6,7 +6,6 @@ A new YAML file in `recipes/schemes` is tested without being told.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from quarkcli.numerics.quantize import dequantize, quantize, tensor_amax
 from quarkcli.plan.model import Plan
 from quarkcli.recipe import catalog
 from tests import runs
-from tests.runs import one_thread  # noqa: F401
 
 SCHEMES = sorted(catalog.files("schemes"))
 DATA = ["--calib-data", "builtin", "--calib-samples", "16", "--calib-seqlen", "128"]
@@ -30,14 +28,6 @@ SIMULATIONS = {"mx6", "mx9", "bfp16", "mxint8", "amdfp4", "amdfp4_g32", "amdfp4_
 # Bits of a weight -> the most that a scheme may move the embedded model, in nats per token: about twice what the worst
 # of them costs. KL is quadratic in the rounding noise, which halves with every bit.
 KL = {2: 1.5, 3: 0.25, 4: 0.15, 6: 0.025, 8: 0.01}
-
-
-@pytest.fixture(autouse=True)
-def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """No network, and no folder of the user's."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("QUARK_HOME", str(tmp_path / "home"))
-    yield
 
 
 def quark(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[str, str]:

@@ -25,7 +25,6 @@ from quarkcli.job import run as job
 from quarkcli.model.runner import Runner
 from quarkcli.model.tokenizer import load_tokenizer
 from tests import plain, runs, tiny
-from tests.runs import one_thread  # noqa: F401
 
 BF16: dict[str, Any] = {"element": "bf16"}
 FP8: dict[str, Any] = {"element": "fp8_e4m3", "granularity": "tensor", "scale": {"dtype": "f32"}}

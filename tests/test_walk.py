@@ -18,7 +18,6 @@ from quarkcli.forward.walk import CPU_TOKENS, Walk, default_batch
 from quarkcli.model.runner import Runner
 from tests import runs
 from tests.families import models
-from tests.runs import one_thread  # noqa: F401
 
 ROWS = torch.randint(3, 256, (5, 32), generator=torch.Generator().manual_seed(0))
 

@@ -31,7 +31,6 @@ Quark = Callable[..., Answer]
 def quark(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Quark:
     """`quark("plan", "--model", "demo")`, in an empty directory, offline and without colour."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("QUARK_HOME", str(tmp_path / "home"))
     for name in HUSHED:
         monkeypatch.setenv(name, "1" if name != "TRANSFORMERS_VERBOSITY" else "error")  # restored afterwards

@@ -19,7 +19,7 @@ from quarkcli.job.run import EMBEDDED
 from quarkcli.recipe import catalog
 
 ROOT = Path(__file__).resolve().parents[2]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 QUANTIZE = ("quantize", "--model", "demo", "--scheme", "mxfp4", "-q")
 
 
@@ -27,7 +27,6 @@ QUANTIZE = ("quantize", "--model", "demo", "--scheme", "mxfp4", "-q")
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("QUARK_HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     return tmp_path
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from tests import runs
-from tests.runs import one_thread  # noqa: F401
 
 KV = {"kv_cache": "fp8"}
 

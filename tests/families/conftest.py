@@ -12,7 +12,6 @@ from quarkcli.errors import ModelError
 from tests import runs
 from tests.conftest import OWN_FAILURE
 from tests.families import models
-from tests.runs import one_thread  # noqa: F401
 
 NAMES = (*runs.SIZES, runs.FUSED)
 
@@ -32,6 +31,12 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, Any, Any]
             raise
         pyfuncitem.user_properties.append((OWN_FAILURE, f"{name}: {reason}"))
         return True
+
+
+@pytest.fixture(autouse=True)
+def own_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Code that a checkpoint brings is copied to where this test alone looks."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture(scope="session")

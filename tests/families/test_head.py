@@ -16,7 +16,7 @@ from quarkcli.model import record
 from quarkcli.model.runner import Runner
 from tests import runs
 from tests.families import models
-from tests.families.test_remote_code import _own_cache, shipped  # noqa: F401
+from tests.families.test_remote_code import shipped
 
 NAMES = tuple(models.RECIPES)
 TOKENS = torch.randint(3, 250, (2, 12), generator=torch.Generator().manual_seed(0))

@@ -29,11 +29,6 @@ LAST = {"qwen": "transformer.h.0.mlp.c_proj", "chatglm": "transformer.encoder.la
 TEMPLATE = "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}"
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
-
-
 def shipped(file: str, folder: Path) -> Path:
     """A checkpoint with its modeling file beside it."""
     written(file, folder)

@@ -9,7 +9,6 @@ import torch
 
 from quarkcli import dialects
 from tests.golden import compare, sources, table
-from tests.runs import one_thread  # noqa: F401
 
 REWRITE = "python -m tests.golden.table rewrites the table; the commit says which rows changed, and why"
 GOLDEN = table.read()
