@@ -14,7 +14,7 @@ from quarkcli.disk.source import Source
 from quarkcli.errors import CheckError, ModelError, QuarkError, all_of
 from quarkcli.events import Listener, Message, Working, silent
 from quarkcli.family import HeaderLike, Layout, Weight, check_fit, for_checkpoint, lay_out
-from quarkcli.plan.fused import Servers, sentence, splits
+from quarkcli.plan.fused import Servers, matrix, sentence, splits
 from quarkcli.plan.model import Plan
 
 if TYPE_CHECKING:
@@ -59,7 +59,10 @@ def scales(checkpoint: Checkpoint, plan: Plan | None = None, tell: Listener = si
     bad: list[str] = []
     groups: dict[str, dict[str, float | None]] = {}
     inputs: dict[str, dict[str, float | None]] = {}
-    fused, group_of = _plan_groups(plan) if plan is not None else (_groups(checkpoint),) * 2
+    layers: dict[str, set[float | None]] = {}
+    weights: Mapping[str, Weight] = plan.targets if plan is not None else _weights(checkpoint)
+    fused = {name: weight.group for name, weight in weights.items()}
+    group_of = fused if plan is None else {target.name: target.scale_group for target in plan.targets.values()}
     for name, stored in checkpoint.view.targets.items():
         decoded = checkpoint.decode(stored)
         params, static = decoded.weight.params, decoded.input
@@ -68,6 +71,8 @@ def scales(checkpoint: Checkpoint, plan: Plan | None = None, tell: Listener = si
         if decoded.bias is not None and stored.bias is not None and not _all_good(decoded.bias.params, stored.bias):
             bad.append(f"{name}.bias")
         bad += [f"{name} (no {kind} scale)" for kind in _absent(stored, decoded)]
+        if static is not None and name in weights and weights[name].expert is not None:
+            layers.setdefault(matrix(weights[name]), set()).add(_number(static))
         if stored.weight.has_tensor_scale:
             groups.setdefault(group_of.get(name, name), {})[name] = _tensor_scale(params)
             inputs.setdefault(fused.get(name, name), {})[name] = _number(static)
@@ -85,10 +90,14 @@ def scales(checkpoint: Checkpoint, plan: Plan | None = None, tell: Listener = si
     if unequal:
         what = f"{len(unequal)} scale groups do not share their per-tensor scales"
         tell(Message(f"{what}: {_COST} ({_some(sorted(unequal))})", "warning"))
-    weights, caches = len(checkpoint.view.targets), len(checkpoint.view.attention)
+    own = sorted(layer for layer, values in layers.items() if len(values) > 1)
+    if own:
+        what = f"{len(own)} layers have experts with input scales of their own"
+        tell(Message(f"{what}: servers take the largest for all experts of a layer ({_some(own)})", "warning"))
+    caches = len(checkpoint.view.attention)
     shared = sum(len(members) > 1 and name not in unequal for name, members in groups.items())
     return [
-        f"scales of {weights} weights and {caches} attentions finite and positive",
+        f"scales of {len(targets)} weights and {caches} attentions finite and positive",
         f"{shared} scale groups share their per-tensor scales",
     ]
 
@@ -228,17 +237,6 @@ def _open(folder: Path) -> Source:
         return Source.open(str(folder))
     except ModelError as error:
         raise CheckError(error.what, where=error.where or str(folder)) from error
-
-
-def _plan_groups(plan: Plan) -> tuple[dict[str, str], dict[str, str]]:
-    """By weight: what servers fuse it with, which reads the same input, and what it shares its scale with."""
-    targets = plan.targets.values()
-    return {target.name: target.group for target in targets}, {target.name: target.scale_group for target in targets}
-
-
-def _groups(checkpoint: Checkpoint) -> dict[str, str]:
-    """Scale group by module, from the family."""
-    return {name: weight.group for name, weight in _weights(checkpoint).items()}
 
 
 def _weights(checkpoint: Checkpoint) -> dict[str, Weight]:

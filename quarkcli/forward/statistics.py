@@ -53,6 +53,7 @@ class Statistics:
         self.mask: Tensor | None = None  # [batch, tokens] of the batch now running; 0 marks padding
         self.held: Tensor | None = None  # [batch, tokens] of the same; true for held-out tokens
         self._ranges: dict[tuple[str, str], MinMax | Histogram] = {}
+        self._expert_ranges: dict[tuple[str, str, int | None], MinMax | Histogram] = {}
         self._grams: dict[str, SecondMoment] = {}
         self._held_grams: dict[str, SecondMoment] = {}
         self._crosses: dict[str, SecondMoment] = {}
@@ -62,12 +63,15 @@ class Statistics:
 
     # -- reading -------------------------------------------------------------------------------------------------
 
-    def amax(self, site: str, spec: TensorSpec) -> Tensor:
+    def amax(self, site: str, spec: TensorSpec, expert: int | None = None) -> Tensor:
         """The largest magnitude (float32 []) behind a static scale at a site, as the spec's observer chooses it.
+
+        expert   of the tokens of one expert alone; the site's when it saw none
 
         Raises DataError for a site that saw no token or a NaN.
         """
-        seen = self._ranges.get((site, spec.observer.statistic))
+        kind = spec.observer.statistic
+        seen = self._expert_ranges.get((site, kind, expert), self._ranges.get((site, kind)))
         if seen is None:
             unseen = _UNSEEN_ATTENTION if site.rpartition(".")[0] in self.plan.attention else ""
             raise DataError("no calibration token reached this activation", where=site, hint=unseen)
@@ -251,6 +255,12 @@ class Statistics:
             return
         for kind in STATISTICS.keys() & self.needs.get(site, set()):
             self._ranges.setdefault((site, kind), STATISTICS[kind]()).observe(x)
+
+    def see_expert(self, site: str, expert: int, x: Tensor) -> None:
+        """As `see`, of what one expert reads, where every expert has a scale of its own."""
+        if self.plan.own_expert_inputs and x.numel():
+            for kind in STATISTICS.keys() & self.needs.get(site, set()):
+                self._expert_ranges.setdefault((site, kind, expert), STATISTICS[kind]()).observe(x)
 
     # -- experts -------------------------------------------------------------------------------------------------
 

@@ -99,6 +99,7 @@ class ExpertTap:
             for expert in self.layer.tokens:
                 inside = self.statistics.runner.expert_hidden(module, expert, rows)
                 self.statistics.see(self.site_down.name, inside)
+                self.statistics.see_expert(self.site_down.name, expert, inside)
 
     def _wants_range(self) -> bool:
         return self.site_down is not None and bool(
@@ -106,12 +107,16 @@ class ExpertTap:
         )
 
     def gate_up_input(self, expert: int, x: Tensor) -> Tensor:
+        if self.site_in and not self.statistics.all_tokens:
+            self.statistics.see_expert(self.site_in.name, expert, self._unpadded(expert, x))
         return x
 
     def down_input(self, expert: int, h: Tensor) -> Tensor:
         # With every token for every expert, `observe` has already seen these.
         if self.site_down and not self.statistics.all_tokens:
-            self.statistics.see(self.site_down.name, self._unpadded(expert, h))
+            rows = self._unpadded(expert, h)
+            self.statistics.see(self.site_down.name, rows)
+            self.statistics.see_expert(self.site_down.name, expert, rows)
         return h
 
     def _unpadded(self, expert: int, h: Tensor) -> Tensor:

@@ -77,6 +77,8 @@ def resolved_recipe(prepared: Prepared) -> str:
     }
     if plan.share is not None:
         recipe["share"] = [row.as_dict() for row in plan.share]
+    if plan.own_expert_inputs:
+        recipe["expert_inputs"] = "own"
     if prepared.recipe.algorithms:
         recipe["quantize"]["algorithm"] = [{"method": name, **params} for name, params in prepared.recipe.algorithms]
     if settings is not None:

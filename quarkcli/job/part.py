@@ -195,20 +195,20 @@ class PartWorker:
     def _static_scales(self, part: Part, statistics: Statistics | None) -> dict[str, Tensor]:
         """Stored static scales by `Activation.key`."""
         scales: dict[str, Tensor] = {}
-        for key, site, spec in self.plan.activations(part.index):
+        for key, site, spec, expert in self.plan.activations(part.index):
             if spec.is_static:
-                amax = self._amax(site, spec, statistics)
+                amax = self._amax(site, spec, expert, statistics)
                 scales[key] = static_scale(amax, spec)
                 if not float(amax):
                     self.silent.append(key)
         return scales
 
-    def _amax(self, site: str | None, spec: Any, statistics: Statistics | None) -> Tensor:
+    def _amax(self, site: str | None, spec: Any, expert: int | None, statistics: Statistics | None) -> Tensor:
         constant = spec.scale.outermost.constant_amax
         if constant is not None:
             return torch.tensor(constant, dtype=torch.float32)
         assert statistics is not None and site is not None
-        return statistics.amax(site, spec)
+        return statistics.amax(site, spec, expert)
 
     def _check_experts(self, tokens: dict[str, dict[int, int]]) -> None:
         for layer, counts in tokens.items():

@@ -62,7 +62,7 @@ def check_plan(plan: Plan) -> None:
             )
         _check_weight_observers(target)
     checked: set[int] = set()
-    for key, _, spec in plan.activations():
+    for key, _, spec, _ in plan.activations():
         if id(spec) not in checked:
             _check_activation(key, spec)
             checked.add(id(spec))
@@ -138,7 +138,7 @@ def _check_weight_observers(target: Target) -> None:
 def data_needs(plan: Plan, steps: Iterable[Assignment]) -> dict[str, set[str]]:
     """Kinds of statistics by site: what static scales and algorithms wait for. Empty: no data is needed."""
     needs: dict[str, set[str]] = {}
-    for _, site, spec in plan.activations():
+    for _, site, spec, _ in plan.activations():
         if spec.needs_amax and site is not None:
             needs.setdefault(site, set()).add(spec.observer.statistic)
     for step in steps:

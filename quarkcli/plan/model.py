@@ -124,13 +124,15 @@ class Attention:
 class Activation(NamedTuple):
     """A quantized activation.
 
-    key    `<module>.input`, `<module>.output`, or `<attention>.<kind>`: where its static scale belongs
-    site   where it is measured, None when no forward pass reaches it
+    key     `<module>.input`, `<module>.output`, or `<attention>.<kind>`: where its static scale belongs
+    site    where it is measured, None when no forward pass reaches it
+    expert  the expert whose tokens alone are measured; None: all that pass the site
     """
 
     key: str
     site: str | None
     spec: TensorSpec
+    expert: int | None = None
 
 
 class Added(NamedTuple):
@@ -185,6 +187,7 @@ class Plan:
     exclusions_start  index of the first exclusion
     share             rows of the recipe that join weights into scale groups; None: what the family says; empty: nothing
                       shares its scales
+    own_expert_inputs  whether every expert has a static input scale of its own; else those of a layer share one
     rewrites          how blocks may be rewritten without changing what they compute, from the family file
     changes           what transforms will change, by their names
     basis             what it was resolved from, for edits (`plan.compose.Basis`)
@@ -205,6 +208,7 @@ class Plan:
     restores: frozenset[int] = frozenset()
     exclusions_start: int = 0
     share: Sequence[Share] | None = None
+    own_expert_inputs: bool = False
     rewrites: Rewrites = field(default_factory=Rewrites)
     changes: dict[str, Changes] = field(default_factory=dict)
     basis: Basis | None = field(default=None, repr=False, compare=False)
@@ -303,7 +307,8 @@ class Plan:
         """Every quantized input, output and attention operand, in plan order; of one part when given."""
         for target in self.quantized(part):
             if target.input is not None:
-                yield Activation(f"{target.name}.input", target.site, target.input)
+                expert = target.expert[1] if target.expert and self.own_expert_inputs else None
+                yield Activation(f"{target.name}.input", target.site, target.input, expert)
             if target.output is not None:
                 yield Activation(f"{target.name}.output", target.output_site, target.output)
         for module in self.attention.values():

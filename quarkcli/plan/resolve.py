@@ -57,6 +57,7 @@ def resolve(
         restores=frozenset(composed.restores),
         exclusions_start=composed.exclusions_start,
         share=recipe.share,
+        own_expert_inputs=recipe.expert_inputs == "own",
         rewrites=layout.rewrites,
     )
     if layout.inferred:

@@ -2,7 +2,7 @@
 
 `share: []` takes the family's groups away. Servers still fuse them and keep one of the scales, which is why it is
 warned about. Static scales of inputs belong to the activation that is read, so that all its readers share them anyway,
-among them the experts of a layer: their amax is the maximum over all of them.
+among them the experts of a layer: their amax is the maximum over all of them, unless `expert_inputs: own` is asked for.
 """
 
 from __future__ import annotations
@@ -72,6 +72,8 @@ def _root(joined: Mapping[str, str], group: str) -> str:
 
 def check(plan: Plan) -> None:
     """Warn where sharing is taken away or joins nothing. Raises ConfigError for a group of different specs."""
+    if plan.own_expert_inputs:
+        plan.warnings.append(f"expert_inputs: own {_of_experts(plan)}")
     if plan.share is None:
         return
     if not plan.share or any(row.exact for row in plan.share):
@@ -89,6 +91,16 @@ def check(plan: Plan) -> None:
         _check_group(members, plan.share)
     if not any(member.weight is not None and member.weight.has_tensor_scale for m in rows.values() for member in m):
         plan.warnings.append(f"{plan.share[0].origin}: share joins nothing: no two weights of it have one scale each")
+
+
+def _of_experts(plan: Plan) -> str:
+    """What comes of input scales for every expert."""
+    if not any(own.expert is not None and own.spec.needs_amax for own in plan.activations()):
+        return "changes nothing: no input of an expert has a static scale"
+    return (
+        "gives every expert its own input scale; servers take the largest of a layer for all of its experts; "
+        "'quark verify' warns"
+    )
 
 
 def _warn_of_split(plan: Plan) -> None:

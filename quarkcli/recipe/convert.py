@@ -93,6 +93,8 @@ def _calibration(recipe: Recipe) -> list[str]:
     lines = [f"calibration: {_flow(given)}"] if given else []
     if recipe.share is not None:
         lines.append(f"share: {_flow([row.as_dict() for row in recipe.share])}")
+    if recipe.expert_inputs != "shared":
+        lines.append(f"expert_inputs: {recipe.expert_inputs}")
     return [*lines, f"export: {{dialect: {recipe.dialect}}}"] if recipe.dialect else lines
 
 

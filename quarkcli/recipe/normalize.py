@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from quarkcli.errors import ConfigError, near_misses
 from quarkcli.recipe.load import Path_
@@ -60,6 +60,7 @@ class Normalized:
     kv          entries for the cache and attention slots, where the configuration holds them apart; they come last
     algorithms  (method, parameters), in the order in which they run
     differs     what the tool that the configuration was written for would do otherwise, with places
+    expert_inputs  `own`: every expert has a static input scale of its own
     share       groups of patterns on weight slots that alone share a per-tensor scale; None: nothing is said
     """
 
@@ -69,6 +70,7 @@ class Normalized:
     algorithms: list[Step] = field(default_factory=list)
     differs: list[Located] = field(default_factory=list)
     share: list[tuple[list[str], Path_]] | None = None
+    expert_inputs: Literal["shared", "own"] = "shared"
 
 
 def normalize(value: Any, where: Where | None = None, base: Path_ = ()) -> Normalized:

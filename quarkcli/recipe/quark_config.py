@@ -247,8 +247,7 @@ class _Reader:
             self.note((*base, "quant_mode"), f"{mode} has no meaning here; the checkpoint is the same")
         self.groups(data.get("shared_scale_groups"), (*base, "shared_scale_groups"))
         if data.get("sync_moe_expert_input_amax") is False:
-            text = "sync_moe_expert_input_amax: false is not honoured: the experts of a layer share their input range"
-            self.found.differs.append(((*base, "sync_moe_expert_input_amax"), text))
+            self.found.expert_inputs = "own"
         for table, values, path in ((_STEERING, data, base), (_EXPORT_STEERING, export, (*base, "export"))):
             for key, (nothing, why) in table.items():
                 if values.get(key) not in (None, nothing):

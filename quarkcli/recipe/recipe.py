@@ -34,6 +34,7 @@ class Recipe:
     algorithm_places  the file, or the `--set`, that each of `algorithms` comes from; empty: `file`
     exclusions        whether the family's and the default exclusions apply
     share             rows that join weights into scale groups; None: the family's groups; empty: none at all
+    expert_inputs     `own`: every expert has a static input scale of its own; else those of a layer share one
     notes             what to tell the user about the file: legacy forms, and what has no meaning here
     differs           what the tool that the file was written for would do otherwise
     """
@@ -48,6 +49,7 @@ class Recipe:
     algorithm_places: Sequence[str] = ()
     exclusions: bool = True
     share: Sequence[Share] | None = None
+    expert_inputs: Literal["shared", "own"] = "shared"
     calib_data: str | None = None
     calib_samples: int | None = None
     calib_seqlen: int | None = None
@@ -235,6 +237,7 @@ def _native(document: Document, path: Path) -> Recipe:
         algorithm_places=[_place(document, "quantize", "algorithm", index) for index in range(len(given))],
         exclusions=model.exclusions == "default",
         share=_share(document, model),
+        expert_inputs=model.expert_inputs,
         calib_data=calibration.data,
         calib_samples=calibration.samples,
         calib_seqlen=calibration.seqlen,
@@ -290,6 +293,7 @@ def _foreign(document: Document, path: Path) -> Recipe:
         share=None
         if found.share is None
         else [Share(tuple(slots), document.origin(*place), True) for slots, place in found.share],
+        expert_inputs=found.expert_inputs,
         description=description,
         notes=_notes(document, found),
         differs=[f"{document.origin(*place)}: {text}" for place, text in found.differs],

@@ -125,6 +125,10 @@ class RecipeModel(Strict):
     share: list[ShareModel] | None = Field(
         default=None, description="weights that share a per-tensor scale beyond the family's groups; [] for none at all"
     )
+    expert_inputs: Literal["shared", "own"] = Field(
+        default="shared",
+        description="whether experts of a layer share their static input scale, or each has its own",
+    )
     calibration: Calibration = Calibration()
     export: Export = Export()
 

@@ -223,3 +223,74 @@ class TestMinimum:
         floor = torch.tensor(0.03)
         assert all(torch.equal(bound[name], plain[name].clamp_min(floor)) for name in bound)
         assert any(float(plain[name]) < 0.03 for name in bound)
+
+
+# ---- static input scales of experts
+
+STATIC = {"dtype": "fp8_e4m3", "qscheme": "per_tensor", "is_dynamic": False, "observer_cls": "PerTensorMinMaxObserver"}
+CALIBRATION = {"calib_data": "builtin", "calib_samples": 4, "calib_seqlen": 64}
+
+
+def input_scales(folder: Path) -> dict[str, dict[int, float]]:
+    """Of the first block: leaf name -> expert -> its input scale."""
+    found: dict[str, dict[int, float]] = {}
+    for name, tensor in runs.read_all(folder).items():
+        if ".layers.0." in name and ".experts." in name and name.endswith(".input_scale"):
+            number, leaf, _ = name.rpartition(".experts.")[2].split(".")
+            found.setdefault(leaf, {})[int(number)] = float(tensor)
+    return found
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return runs.build("qwen3_moe", tmp_path_factory.mktemp("experts") / "m", num_experts=8, num_experts_per_tok=2)
+
+
+@pytest.mark.parametrize("observer", ["PerTensorMinMaxObserver", "PerTensorPercentileObserver"])
+def test_every_expert_has_its_own_input_scale(experts: Path, tmp_path: Path, observer: str) -> None:
+    """Quark's `sync_moe_expert_input_amax: false`: the layer's scale is the largest of its experts' own."""
+    written = {}
+    for sync in (True, False):
+        spec = {**STATIC, "observer_cls": observer}
+        quark = {"global_quant_config": {"weight": STATIC, "input_tensors": spec}, "exclude": ["lm_head", "*gate"],
+                 "sync_moe_expert_input_amax": sync}  # fmt: skip
+        (tmp_path / "quark.json").write_text(json.dumps(quark))
+        made = runs.run(
+            experts, tmp_path / str(sync), recipe=str(tmp_path / "quark.json"), dialect="quark", **CALIBRATION
+        )
+        written[sync] = input_scales(made.folder)
+    shared, own = written[True], written[False]
+    assert set(own) == set(shared) == {"gate_proj", "up_proj", "down_proj"}
+    for leaf in shared:
+        assert len(set(shared[leaf].values())) == 1
+        assert len(set(own[leaf].values())) > 1
+        if "MinMax" in observer:
+            assert max(own[leaf].values()) == next(iter(shared[leaf].values()))
+    assert own["gate_proj"] == own["up_proj"]  # they read the same rows
+    assert any("expert_inputs: own gives every expert" in text for text in made.report["warnings"])
+    told: list[Any] = []
+    assert verify.directory(str(made.folder), str(experts), tell=told.append)
+    warnings = [event.text for event in told if isinstance(event, Message) and event.level == "warning"]
+    assert [text.partition(":")[0] for text in warnings] == ["4 layers have experts with input scales of their own"]
+    copied = recipes.from_file(made.folder / "quark" / "recipe.yaml")
+    assert copied.expert_inputs == "own"
+    assert "expert_inputs: own" in convert.as_native(recipes.from_file(tmp_path / "quark.json"))
+
+
+def test_an_expert_that_saw_no_token_takes_the_layers(experts: Path, tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text("schema: quark/recipe/1\nquantize: {scheme: fp8}\nexpert_inputs: own\n")
+    few = {**CALIBRATION, "calib_samples": 1, "calib_seqlen": 2}
+    made = runs.run(experts, tmp_path / "out", recipe=str(tmp_path / "own.yaml"), **few)
+    report = json.loads((made.folder / "quark" / "report.json").read_text())
+    tokens = report["experts"]["calibration_tokens"]["model.layers.0.mlp.experts"]
+    unseen = {int(number) for number, count in tokens.items() if not count}
+    scales = input_scales(made.folder)
+    assert unseen
+    for leaf in scales:
+        assert {scales[leaf][number] for number in unseen} == {max(scales[leaf].values())}
+
+
+def test_own_input_scales_without_effect_are_said() -> None:
+    made = plan(replace(from_scheme("mxfp4"), expert_inputs="own"), MIXTRAL)
+    assert "expert_inputs: own changes nothing: no input of an expert has a static scale" in made.warnings
+    assert any("changes nothing" in w for w in plan(replace(from_scheme("fp8"), expert_inputs="own"), LLAMA).warnings)

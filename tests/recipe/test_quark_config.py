@@ -175,10 +175,10 @@ def test_groups_are_taken_as_asked_for(groups, slots) -> None:
     assert (found if found is None else [patterns for patterns, _ in found]) == slots
 
 
-def test_one_scale_for_all_experts_is_said_where_it_is_not_asked_for() -> None:
-    [(path, text)] = read({**GLOBAL, "sync_moe_expert_input_amax": False}).differs
-    assert path == ("quant_cfg", "sync_moe_expert_input_amax")[1:] and "not honoured" in text
-    assert not read({**GLOBAL, "sync_moe_expert_input_amax": True}).differs
+@pytest.mark.parametrize(("said", "read_as"), [(False, "own"), (True, "shared"), (None, "shared")])
+def test_whether_experts_share_an_input_scale(said: bool | None, read_as: str) -> None:
+    found = read({**GLOBAL, "sync_moe_expert_input_amax": said})
+    assert found.expert_inputs == read_as and not found.differs
 
 
 def test_embeddings_are_quantized_without_a_note() -> None:
