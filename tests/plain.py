@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from quarkcli import dialects
-from quarkcli.dialects.base import Decoded, StoredAttention, StoredTarget, StoredView, TensorInfo
+from quarkcli.dialects.base import Decoded, Reader, StoredAttention, StoredTarget, StoredView, TensorInfo, Writer
 from quarkcli.numerics.quantize import QParams, Quantized, quantize
 from quarkcli.plan.model import Attention, Plan, Target
 from quarkcli.recipe.attributes import native
@@ -27,11 +27,38 @@ _TORCH = {text: dtype for dtype, text in _TEXTS.items()}
 _FIELDS = ("scale", "global_scale", "zero_point", "shift")
 
 
-class Plain:
-    """See `quarkcli.dialects.base.Dialect`."""
-
+class PlainReader(Reader):
     name = "plain"
     quant_method = "plain"
+
+    def view(self, config: Mapping[str, Any], headers: Mapping[str, Any]) -> StoredView:
+        view = StoredView()
+        for name, row in config["targets"].items():
+            weight, given, output, bias = (_spec(row[kind]) for kind in ("weight", "input", "output", "bias"))
+            assert weight is not None
+            names = tuple(row["tensors"])
+            view.targets[name] = StoredTarget(name, weight, given, tuple(row["shape"]), names, output, bias)
+        for name, row in config["attention"].items():
+            specs = {kind: native.to_spec(cfg) for kind, cfg in row.items()}
+            scales = {kind: f"{name}.{kind}_scale" for kind, spec in specs.items() if spec.is_static}
+            view.attention[name] = StoredAttention(name, specs, scales)
+        return view
+
+    def decode(self, stored: StoredTarget, tensors: Mapping[str, Tensor]) -> Decoded:
+        return Decoded(
+            _whole(f"{stored.name}.weight", tensors),
+            tensors.get(f"{stored.name}.input_scale"),
+            tensors.get(f"{stored.name}.output_scale"),
+            _whole(f"{stored.name}.bias", tensors) if stored.bias is not None else None,
+        )
+
+    def decode_attention(self, stored: StoredAttention, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {kind: tensors[name] for kind, name in stored.scales.items()}
+
+
+class Plain(Writer):
+    name = "plain"
+    reader = PlainReader()
 
     def refusals(self, plan: Plan) -> list[str]:
         return []
@@ -84,35 +111,11 @@ class Plain:
         }
         return {"quant_method": "plain", "targets": targets, "attention": attention}
 
-    def view(self, config: Mapping[str, Any], headers: Mapping[str, Any]) -> StoredView:
-        view = StoredView()
-        for name, row in config["targets"].items():
-            weight, given, output, bias = (_spec(row[kind]) for kind in ("weight", "input", "output", "bias"))
-            assert weight is not None
-            names = tuple(row["tensors"])
-            view.targets[name] = StoredTarget(name, weight, given, tuple(row["shape"]), names, output, bias)
-        for name, row in config["attention"].items():
-            specs = {kind: native.to_spec(cfg) for kind, cfg in row.items()}
-            scales = {kind: f"{name}.{kind}_scale" for kind, spec in specs.items() if spec.is_static}
-            view.attention[name] = StoredAttention(name, specs, scales)
-        return view
-
-    def decode(self, stored: StoredTarget, tensors: Mapping[str, Tensor]) -> Decoded:
-        return Decoded(
-            _whole(f"{stored.name}.weight", tensors),
-            tensors.get(f"{stored.name}.input_scale"),
-            tensors.get(f"{stored.name}.output_scale"),
-            _whole(f"{stored.name}.bias", tensors) if stored.bias is not None else None,
-        )
-
-    def decode_attention(self, stored: StoredAttention, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {kind: tensors[name] for kind, name in stored.scales.items()}
-
 
 def use(monkeypatch: pytest.MonkeyPatch) -> None:
     """Write and read this dialect, and no other."""
     only = Plain()
-    monkeypatch.setattr(dialects, "members", lambda: [only])
+    monkeypatch.setattr(dialects, "readers", lambda: [only.reader])
     monkeypatch.setattr(dialects, "choose", lambda asked, plan: (only, "for tests"))
 
 

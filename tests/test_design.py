@@ -48,7 +48,7 @@ NAMES_OF_TYPES = {("algorithms", "forward"), ("algorithms", "job"), ("report", "
 # Inside a folder, a module may import those named before it; every module has its place.
 INSIDE = {
     "forward": "activations defaults moments taps statistics files documents data walk",
-    "disk": "source side_files writer manifest place journal nonfinite contents checkpoint verify",
+    "disk": "weights source side_files writer manifest place journal nonfinite contents checkpoint verify",
     "job": "forecast options preflight idle served problems rewriting solving tuning prepass part pipeline finish run",
 }
 

@@ -11,7 +11,7 @@ import pytest
 
 from quarkcli.cli import summary
 from quarkcli.cli.main import main
-from quarkcli.dialects import members
+from quarkcli.dialects import readers, writers
 from quarkcli.disk.source import Source
 from quarkcli.documents import text
 from quarkcli.documents.model import Config
@@ -77,10 +77,10 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A finished run of each dialect, its config holding linears; one has a cache."""
     folder = tmp_path_factory.mktemp("made")
     data = ["--calib-data", "builtin", "--calib-samples", "2", "--calib-seqlen", "16"]
-    for dialect in members():
+    for dialect in writers():
         flags = ["--recipe", "fp8-kv_fp8", "--dialect", dialect.name]
         assert main(["quantize", "--model", "demo", *flags, *data, "-o", str(folder / dialect.name), "-q"]) == 0
-    return {dialect.name: folder / dialect.name for dialect in members()}
+    return {dialect.name: folder / dialect.name for dialect in writers()}
 
 
 def places(tree: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -88,10 +88,10 @@ def places(tree: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return [place for key in keys for place in ((*at, key), *places(tree[key], (*at, key)))]
 
 
-@pytest.mark.parametrize("dialect", [dialect.name for dialect in members()])
+@pytest.mark.parametrize("dialect", [dialect.name for dialect in readers()])
 def test_every_value_of_a_quantization_config_of_another_kind(dialect: str, checkpoints: dict[str, Path]) -> None:
     """A view of the checkpoint, or one ModelError: for each of several hundred changes."""
-    found = next(member for member in members() if member.name == dialect)
+    found = next(member for member in readers() if member.name == dialect)
     source = Source.open(str(checkpoints[dialect]))
     whole = json.dumps(source.config["quantization_config"])
     refused = 0

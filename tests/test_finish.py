@@ -30,7 +30,7 @@ def prepared(model: Path = EMBEDDED, **more: Any) -> Prepared:
 
 def test_the_key_comes_last_and_the_rest_keeps_its_order():
     text = '{"b": 1, "a": {"z": 1, "y": [1, 2]}}'
-    written = finish.with_keys(text, {"quant_method": "x"})
+    written = finish.with_keys(text, {"quantization_config": {"quant_method": "x"}})
     assert list(json.loads(written)) == ["b", "a", "quantization_config"]
     assert list(json.loads(written)["a"]) == ["z", "y"]
     assert written.endswith("}\n")
@@ -38,7 +38,7 @@ def test_the_key_comes_last_and_the_rest_keeps_its_order():
 
 def test_an_old_key_is_replaced_where_it_stands():
     text = '{"a": 1, "quantization_config": {"old": true}, "b": 2}'
-    config = json.loads(finish.with_keys(text, {"new": 1}))
+    config = json.loads(finish.with_keys(text, {"quantization_config": {"new": 1}}))
     assert list(config.items()) == [("a", 1), ("quantization_config", {"new": 1}), ("b", 2)]
 
 

@@ -20,7 +20,7 @@ from tests.tiny import Header
 def forecast_of(scheme: str, layout, shapes, dialect: str = "compressed-tensors", **flags) -> forecast.Forecast:
     headers = {name: Header("BF16", shape) for name, shape in shapes.items()}
     return forecast.forecast(
-        plan(scheme, layout, **flags), dialects.get(dialect), headers, source_bytes=1, calibrated=True, tokens=1000,
+        plan(scheme, layout, **flags), dialects.writer(dialect), headers, source_bytes=1, calibrated=True, tokens=1000,
         hidden=128, solving=0,
     )  # fmt: skip
 

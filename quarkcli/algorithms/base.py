@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
-from quarkcli.plan.model import Changes, Plan, Target
+from quarkcli.plan.model import Changes, Plan, QuantizedTarget, Target
 from quarkcli.spec import TensorSpec
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class Problem:
     site: str | None
     expert: int | None
     stage: int
-    targets: tuple[Target, ...]
+    targets: tuple[QuantizedTarget, ...]
     weights: tuple[Tensor, ...]
     amax: tuple[Tensor | None, ...]
     moment: Moment | None
@@ -77,9 +77,7 @@ class Problem:
 
     @property
     def spec(self) -> TensorSpec:
-        spec = self.targets[0].weight
-        assert spec is not None
-        return spec
+        return self.targets[0].weight
 
 
 class Algorithm:

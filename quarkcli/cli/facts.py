@@ -44,7 +44,7 @@ def scheme(kind: catalog.Kind, name: str, path: Path) -> dict[str, Any]:
         "slots": {slot: spec_to_yaml(spec) for slot, spec in specs.items()},
         "described": {slot: spec.describe() for slot, spec in specs.items()},
         "needs_data": _waits(specs),
-        "dialects": {d.name: sorted(d.loaders(plan)) for d in dialects.members() if not d.refusals(plan)},
+        "dialects": {w.name: sorted(w.loaders(plan)) for w in dialects.writers() if not w.refusals(plan)},
         "hardware": getattr(model, "hardware", ""),
     }
 

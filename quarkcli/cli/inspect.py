@@ -82,7 +82,7 @@ def _checkpoint(source: Source) -> Checkpoint | None:
     from quarkcli import dialects
     from quarkcli.disk.checkpoint import Checkpoint
 
-    if config.get("quant_method") not in {dialect.quant_method for dialect in dialects.members()}:
+    if not dialects.matching(config, source.headers):
         return None
     return Checkpoint(source)
 
@@ -110,14 +110,14 @@ def _quantization(source: Source, checkpoint: Checkpoint | None) -> dict[str, An
     if not config:
         return None
     method = config.get("quant_method", "unknown") if isinstance(config, dict) else "unknown"
-    if checkpoint is None or checkpoint.dialect is None:
+    if checkpoint is None or checkpoint.reader is None:
         return {"method": method, "dialect": None, "modules": {}, "caches": 0}
     specs = Counter(
         f"weights {stored.weight.describe()} | inputs {stored.input.describe() if stored.input else 'unquantized'}"
         for stored in checkpoint.view.targets.values()
     )
     caches = len(checkpoint.view.attention)
-    return {"method": method, "dialect": checkpoint.dialect.name, "modules": dict(specs), "caches": caches}
+    return {"method": method, "dialect": checkpoint.reader.name, "modules": dict(specs), "caches": caches}
 
 
 def _show(found: dict[str, Any]) -> None:

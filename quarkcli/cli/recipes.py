@@ -147,7 +147,7 @@ def validate(
     if found.dialect not in (None, "auto"):
         from quarkcli import dialects
 
-        dialects.get(str(found.dialect))
+        dialects.writer(str(found.dialect))
     resolved = _against(path, model, found.calib_data) if model is not None else None
     answer = {"file": str(path), "entries": len(found.entries), "model": model, "plan": resolved}
     if json:

@@ -1,48 +1,88 @@
-"""Dialects: how packed tensors are named and described on disk. One member per file; the file name is the name."""
+"""Dialects: how packed tensors are named and described on disk. One member per file; the file name is the name.
+
+A member is a module with `WRITER`, `READER`, or both (see `base`). Nobody outside asks for a name.
+"""
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import ModuleType
+from typing import Any
 
-from quarkcli.dialects.base import Dialect
-from quarkcli.errors import ConfigError, UsageError, near_misses
+from quarkcli.dialects.base import Reader, Writer
+from quarkcli.errors import ConfigError, ModelError, UsageError, near_misses
+from quarkcli.family import HeaderLike
 from quarkcli.plan.model import Plan
 
+AUTO = "auto"
 _NOT_MEMBERS = {"base"}
 
 
 def names() -> list[str]:
-    """Registered dialect names in their dash form."""
+    """Returns the names of all members in their dash form."""
     found: Iterable[pkgutil.ModuleInfo] = pkgutil.iter_modules(__path__)
     members = (module.name for module in found if module.name not in _NOT_MEMBERS and not module.name.startswith("_"))
     return sorted(name.replace("_", "-") for name in members)
 
 
-def get(name: str) -> Dialect:
-    """The dialect called `name`; `_` and `-` are the same. Raises UsageError for an unknown one."""
+def _modules() -> list[ModuleType]:
+    return [importlib.import_module(f"{__name__}.{name.replace('-', '_')}") for name in names()]
+
+
+def writers() -> list[Writer]:
+    """Returns the dialects that can be written, by name."""
+    return [module.WRITER for module in _modules() if hasattr(module, "WRITER")]
+
+
+def readers() -> list[Reader]:
+    """Returns the dialects that can be read, by name."""
+    return [module.READER for module in _modules() if hasattr(module, "READER")]
+
+
+def writer(name: str) -> Writer:
+    """Returns the dialect called `name`; `_` and `-` are the same. Raises UsageError for one that is not written."""
+    known = {member.name: member for member in writers()}
     dashed = name.replace("_", "-")
-    if dashed not in names():
-        close = near_misses(dashed, names()) or names()
-        raise UsageError(f"unknown dialect '{name}'", where="--dialect", hint=f"use one of: {', '.join(close)}, auto")
-    module = importlib.import_module(f"{__name__}.{dashed.replace('-', '_')}")
-    dialect: Dialect = module.DIALECT
-    return dialect
+    if dashed not in known:
+        what = f"dialect '{name}' is read here, not written" if dashed in names() else f"unknown dialect '{name}'"
+        close = near_misses(dashed, known) or known
+        raise UsageError(what, where="--dialect", hint=f"use one of: {', '.join(close)}, {AUTO}")
+    return known[dashed]
 
 
-def members() -> list[Dialect]:
-    return [get(name) for name in names()]
+def reader(config: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> Reader | None:
+    """Returns what reads a checkpoint with this `quantization_config`; None for one that is not quantized.
 
-
-def choose(asked: str, plan: Plan) -> tuple[Dialect, str]:
-    """The dialect for a plan, and why in words.
-
-    `auto` takes the first that both vLLM and transformers load for this plan, else one that vLLM loads, else any
-    that can hold it. Raises ConfigError with every reason when none can, or when the one asked for cannot.
+    Raises ModelError unless exactly one reader takes it.
     """
-    if asked != "auto":
-        dialect = get(asked)
+    found = matching(config, headers)
+    if len(found) == 1:
+        return found[0]
+    method = config.get("quant_method")
+    if found:
+        both = " and ".join(member.name for member in found)
+        raise ModelError(f"quantized with '{method}', which more than one dialect takes for its own: {both}")
+    if not config:
+        return None
+    known = ", ".join(member.name for member in readers())
+    raise ModelError(f"quantized with '{method}', which is not read here", hint=f"read are: {known}")
+
+
+def matching(config: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> list[Reader]:
+    """Returns the readers that take a checkpoint for theirs."""
+    return [member for member in readers() if member.matches(config, headers)]
+
+
+def choose(asked: str, plan: Plan) -> tuple[Writer, str]:
+    """Returns the dialect for a plan, and why in words.
+
+    `auto` goes by what loads the plan: both vLLM and transformers, else vLLM, else anything; among those alike by
+    preference. Raises ConfigError with every reason when none can hold it, or when the one asked for cannot.
+    """
+    if asked != AUTO:
+        dialect = writer(asked)
         refusals = dialect.refusals(plan)
         if refusals:
             raise ConfigError(
@@ -52,32 +92,41 @@ def choose(asked: str, plan: Plan) -> tuple[Dialect, str]:
                 hint="--dialect auto picks one that can",
             )
         return dialect, f"asked for; {_loads(dialect, plan)}"
-    refused = {dialect.name: dialect.refusals(plan) for dialect in members()}
-    able = [dialect for dialect in members() if not refused[dialect.name]]
+    refused = {dialect: dialect.refusals(plan) for dialect in writers()}
+    able = [dialect for dialect, reasons in refused.items() if not reasons]
     if not able:
-        reasons = "; ".join(f"{name}: {found[0]}" for name, found in refused.items())
-        raise ConfigError(f"no dialect can hold this plan: {reasons}", hint="change the scheme of the modules named")
-    loaders = [(dialect, dialect.loaders(plan)) for dialect in able]
-    for wanted in ({"vllm", "transformers"}, {"vllm"}, set[str]()):
-        for dialect, found in loaders:
-            if wanted <= found:
-                only = " only" if wanted == {"vllm"} else ""
-                return dialect, f"auto: {_loads(dialect, plan, only)}"
-    raise AssertionError("the empty set is part of every set")
+        every = "; ".join(f"{dialect.name}: {found[0]}" for dialect, found in refused.items())
+        raise ConfigError(f"no dialect can hold this plan: {every}", hint="change the scheme of the modules named")
+    loaders = {dialect: dialect.loaders(plan) for dialect in able}
+
+    def rank(dialect: Writer) -> tuple[bool, int, int]:
+        preference = dialect.preference(plan)
+        return preference > 0, _reach(loaders[dialect]), preference
+
+    best = max(able, key=rank)
+    return best, f"{AUTO}: {_loads(best, plan, ' only' if _reach(loaders[best]) == 1 else '')}"
 
 
-def warnings(dialect: Dialect, plan: Plan) -> list[str]:
-    """What a user should know before the plan is written in `dialect`: that no server loads it, if so."""
+def _reach(loaders: set[str]) -> int:
+    """Returns 2 for what both vLLM and transformers load, 1 for what vLLM does, else 0."""
+    if "vllm" not in loaders:
+        return 0
+    return 2 if "transformers" in loaders else 1
+
+
+def warnings(dialect: Writer, plan: Plan) -> list[str]:
+    """Returns what a user should know before the plan is written in `dialect`: that no server loads it, if so."""
     loaders = dialect.loaders(plan)
     if "vllm" in loaders:
         return []
     what = f"no server loads this plan in dialect {dialect.name}"
     if loaders:
         return [f"{what}, only {' and '.join(sorted(loaders))} does"]
-    return [f"{what}; the weights are written packed, but only quark reads them back (simulation only)"]
+    reads = "only quark reads them back" if dialect.reader is not None else "nothing here reads them back"
+    return [f"{what}; the weights are written packed, but {reads} (simulation only)"]
 
 
-def _loads(dialect: Dialect, plan: Plan, only: str = "") -> str:
+def _loads(dialect: Writer, plan: Plan, only: str = "") -> str:
     names = [{"vllm": "vLLM"}.get(name, name) for name in sorted(dialect.loaders(plan), reverse=True)]
     if not names:
         return "no server loads it; simulation only"

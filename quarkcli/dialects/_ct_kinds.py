@@ -12,7 +12,7 @@ from itertools import product
 from quarkcli.dialects import _kinds as kinds
 from quarkcli.dialects import _shared as shared
 from quarkcli.dialects._kinds import Kinds
-from quarkcli.plan.model import Plan, Target
+from quarkcli.plan.model import Plan, QuantizedTarget
 from quarkcli.spec import PerTile
 
 WORD_BITS = 32
@@ -83,11 +83,9 @@ def vllm_loads(plan: Plan) -> bool:
     )
 
 
-def _vllm_loads(target: Target, *, alone: bool) -> bool:
+def _vllm_loads(target: QuantizedTarget, *, alone: bool) -> bool:
     """`alone`: the module is not fused with others."""
-    pair = shared.pair_of(target)
-    assert pair is not None
-    spec, found = pair[0], kinds.kinds_of(pair)
+    spec, found = target.weight, kinds.kinds_of(shared.pair_of(target))
     # Half of its model classes give the embedding no quantization config or no name to find it by.
     if target.role == "embedding":
         return False
@@ -103,8 +101,8 @@ def _vllm_loads(target: Target, *, alone: bool) -> bool:
     return found in (_VLLM_EXPERTS if target.expert else _VLLM)
 
 
-def transformers_loads_experts(targets: list[Target]) -> bool:
+def transformers_loads_experts(targets: list[QuantizedTarget]) -> bool:
     """True when transformers decodes these quantized experts: of one scheme, which it knows."""
     found = {shared.pair_of(target) for target in targets}
-    known = {kinds.kinds_of(pair) for pair in found if pair is not None}
+    known = {kinds.kinds_of(pair) for pair in found}
     return len(found) == 1 and known <= _TRANSFORMERS_EXPERTS and all(target.output is None for target in targets)

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 from quarkcli.dialects import _kinds as kinds
 from quarkcli.dialects._ct_kinds import WORD_BITS
 from quarkcli.dialects._kinds import Pair
-from quarkcli.dialects.base import HeaderLike, TensorInfo
-from quarkcli.plan.model import Target
+from quarkcli.dialects.base import TensorInfo
+from quarkcli.family import HeaderLike
+from quarkcli.plan.model import QuantizedTarget
 from quarkcli.spec import PerGroup, PerTensor, PerTile, TensorSpec
 
 if TYPE_CHECKING:
@@ -42,9 +43,8 @@ def keeps_shape(pair: Pair) -> bool:
     return pair[0].format.bits == _BYTE and format_of(pair) != _WORDS
 
 
-def layout(target: Target) -> list[TensorInfo]:
+def layout(target: QuantizedTarget) -> list[TensorInfo]:
     """The tensors of a target, in the order in which they are written."""
-    assert target.weight is not None
     return tensors_of(target.name, (target.weight, target.input), target.output, target.shape, target.dtype)
 
 

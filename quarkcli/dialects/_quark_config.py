@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from quarkcli.dialects import _shared as shared
 from quarkcli.dialects._quark_specs import read_spec, specs_of
 from quarkcli.errors import ModelError
-from quarkcli.plan.model import Attention, Plan, Target
+from quarkcli.plan.model import Attention, Plan, QuantizedTarget, Target
 from quarkcli.spec import TensorSpec
 
 # The release whose layout this is; readers only show it.
@@ -105,7 +105,7 @@ def _layers(plan: Plan) -> tuple[dict[str, Any], Slots]:
     vLLM takes the first key that fits, so full names stand before the patterns of attention; and it wants the same
     output in every entry of a k or v projection. A cast is named: no scale in the file shows where it is.
     """
-    found: dict[Slots, list[Target]] = {}
+    found: dict[Slots, list[QuantizedTarget]] = {}
     for target in plan.quantized():
         found.setdefault(slots_of(target), []).append(target)
     everywhere = _most_frequent({slots: len(members) for slots, members in found.items() if not is_cast(slots.weight)})
@@ -140,7 +140,7 @@ def _most_frequent(counts: Mapping[Slots, int]) -> Slots:
     return max(counts, key=lambda slots: counts[slots], default=_NOTHING)
 
 
-def _expert_keys(targets: list[Target], plan: Plan) -> list[str]:
+def _expert_keys(targets: Sequence[Target], plan: Plan) -> list[str]:
     """`<prefix>.*` hides the prefix itself from vLLM's glob, so the key of a layer of experts is `<prefix>*`."""
     everyone = shared.experts_by_layer(plan.targets.values())
     keys = []
@@ -165,7 +165,7 @@ def _excluded(plan: Plan) -> list[str]:
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-class Reader:
+class LayerReader:
     """What a written config says of modules. Raises ModelError for what is not held here."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:

@@ -13,7 +13,7 @@ from quarkcli.dialects import _shared as shared
 from quarkcli.dialects._kinds import Kinds
 from quarkcli.dialects._quark_config import CACHE, PROJECTIONS, SOFTMAX, projection, slots_of
 from quarkcli.dialects._quark_layout import Matrix, problems, static_layout
-from quarkcli.plan.model import Attention, Plan, Target
+from quarkcli.plan.model import Attention, Plan, QuantizedTarget, Target
 from quarkcli.spec import PerTensor, TensorSpec
 
 _FP8_INPUTS = ("fp8 static", "fp8 token", "fp8 tensor")
@@ -64,8 +64,7 @@ def refusals(plan: Plan) -> list[str]:
     return shared.sentences(reasons)
 
 
-def _target_reasons(target: Target) -> Iterator[str]:
-    assert target.weight is not None
+def _target_reasons(target: QuantizedTarget) -> Iterator[str]:
     yield from problems(Matrix("weight", target.weight, target.shape))
     if target.bias_spec is not None:
         yield from problems(Matrix("bias", target.bias_spec, (1, target.shape[0])))
@@ -156,8 +155,7 @@ def _vllm_attends(plan: Plan) -> bool:
 def _tiles_fit(plan: Plan) -> bool:
     groups: dict[str, list[Target]] = {}
     for run in plan.quantized_alike():
-        weight = run[0].weight
-        if weight is not None and kinds.weight_kind(weight) == "fp8 tile":
+        if kinds.weight_kind(run[0].weight) == "fp8 tile":
             for target in run:
                 groups.setdefault(target.group, []).append(target)
     fused = [members for members in groups.values() if len(members) > 1]
@@ -171,7 +169,6 @@ def _transformers_loads(plan: Plan) -> bool:
     if any(kinds.input_kind(spec) != "fp8 static" for a in shared.cached(plan) for spec in a.specs.values()):
         return False
     for target, *_ in plan.quantized_alike():
-        assert target.weight is not None
         weight, source = kinds.weight_kind(target.weight), kinds.input_kind(target.input)
         if target.expert or weight not in _TRANSFORMERS_WEIGHTS or source not in _TRANSFORMERS_INPUTS:
             return False

@@ -6,27 +6,17 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from quarkcli.dialects._kinds import Kinds, Pair, input_kind, kinds_of
-from quarkcli.dialects.base import HeaderLike, TensorInfo
+from quarkcli.dialects.base import TensorInfo
 from quarkcli.errors import ModelError
-from quarkcli.plan.model import Attention, Decision, Plan, Target
-from quarkcli.spec import TensorSpec
+from quarkcli.family import HeaderLike
+from quarkcli.plan.model import Attention, Plan, QuantizedTarget, Target
 
 FLOAT_TEXTS = ("F32", "BF16", "F16")
 
 
-def pair_of(target: Target) -> Pair | None:
-    """(weight, input) of a target. An input spec without a quantized weight is switched off, as the plan says."""
-    return (target.weight, target.input) if target.weight is not None else None
-
-
-def pairs(plan: Plan) -> dict[Pair, list[Target]]:
-    """Quantized targets by their (weight, input) specs, in plan order."""
-    found: dict[Pair, list[Target]] = {}
-    for run in plan.quantized_alike():
-        pair = pair_of(run[0])
-        assert pair is not None
-        found.setdefault(pair, []).extend(run)
-    return found
+def pair_of(target: QuantizedTarget) -> Pair:
+    """(weight, input) of a target."""
+    return target.weight, target.input
 
 
 def unquantized(plan: Plan) -> list[Target]:
@@ -55,7 +45,7 @@ def fused_agree(plan: Plan) -> bool:
         for target in run if run[0].expert is not None else ():
             assert target.expert is not None
             other = first.setdefault(target.expert[0], target)
-            if other.slots is not target.slots and pair_of(other) != pair_of(target):
+            if other.slots is not target.slots and (other.weight, other.input) != (target.weight, target.input):
                 return False
     return not plan.disagreeing()
 
@@ -70,8 +60,7 @@ def vllm_loads(plan: Plan, dense: frozenset[Kinds], experts: frozenset[Kinds]) -
     if quantizes_routers(plan):
         return False
     for target, *_ in plan.quantized_alike():
-        pair = pair_of(target)
-        if pair is None or kinds_of(pair) not in (experts if target.expert else dense):
+        if kinds_of(pair_of(target)) not in (experts if target.expert else dense):
             return False
     return fused_agree(plan)
 
@@ -112,13 +101,12 @@ def _target_reasons(target: Target, dialect: str, places: Places) -> Iterator[st
     for kind, spec in (("output", target.output), ("bias", target.bias_spec)):
         if spec is not None and (kind == "bias" or input_kind(spec) not in places.outputs):
             yield f"{dialect} has no place for a quantized {kind} ({spec.describe()})"
-    pair = pair_of(target)
-    if pair is None:
+    weight, source = target.weight, target.input
+    if weight is None:
         return
-    weight, source = pair
     if target.role == "embedding" and not places.embeddings:
         yield f"{dialect} readers do not load a quantized embedding ({weight.describe()})"
-    if kinds_of(pair) not in places.pairs:
+    if kinds_of((weight, source)) not in places.pairs:
         after = f" with input {source.describe()}" if source is not None else " without a quantized input"
         yield f"{dialect} cannot hold weight {weight.describe()}{after}"
     for size in {weight.group_size, source.group_size if source is not None else None} - {None}:
@@ -126,25 +114,15 @@ def _target_reasons(target: Target, dialect: str, places: Places) -> Iterator[st
             yield f"{target.shape[1]} input features are not a multiple of the group of {size} of {weight.describe()}"
 
 
-def enabled(slots: Mapping[str, Decision]) -> dict[str, TensorSpec]:
-    """The specs of the attention slots that are on, by kind."""
-    return {kind: decision.spec for kind, decision in slots.items() if decision.spec is not None}
-
-
-def cache_kinds(attention: Attention) -> list[str]:
-    """Which of k and v are on."""
-    return [kind for kind in ("k", "v") if kind in enabled(attention.slots)]
-
-
 def cached(plan: Plan) -> list[Attention]:
     """Attention modules with an enabled slot."""
-    return [attention for attention in plan.attention.values() if enabled(attention.slots)]
+    return [attention for attention in plan.attention.values() if attention.specs]
 
 
 def _attention_reasons(plan: Plan, dialect: str, places: Places) -> Iterator[tuple[str, str]]:
     active = cached(plan)
     for attention in active:
-        specs = enabled(attention.slots)
+        specs = attention.specs
         for kind in sorted(set(specs) - places.attention):
             yield f"{dialect} is written without scales for attention {kind} ({specs[kind].describe()})", attention.name
         if not {"k", "v"} <= set(specs):
@@ -156,7 +134,7 @@ def _attention_reasons(plan: Plan, dialect: str, places: Places) -> Iterator[tup
                 )
                 yield reason, f"{attention.name}.{kind}_bmm_quantizer"
     if active and len(active) < len(plan.attention):
-        off = next(a.name for a in plan.attention.values() if not enabled(a.slots))
+        off = next(a.name for a in plan.attention.values() if not a.specs)
         yield f"{dialect} describes one cache for the whole model; this module's is not quantized", off
 
 

@@ -1,12 +1,17 @@
-"""The contract of a dialect. Facts (what it can hold, names, sizes, config) are torch-free."""
+"""The contracts of dialects: readers and writers. Facts (what is held, names, sizes, config) are torch-free.
+
+A member of the folder offers `WRITER`, `READER`, or both: instances of classes that follow `Writer` and `Reader`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from quarkcli.plan.model import Attention, Plan, Target
+from quarkcli.dialects._kinds import weight_kind
+from quarkcli.family import HeaderLike, WeightView
+from quarkcli.plan.model import Attention, Plan, QuantizedTarget
 from quarkcli.spec import TensorSpec
 
 if TYPE_CHECKING:
@@ -23,15 +28,6 @@ class TensorInfo(NamedTuple):
     shape: tuple[int, ...]
 
 
-class HeaderLike(Protocol):
-    """The part of a safetensors header a reader needs."""
-
-    @property
-    def dtype(self) -> str: ...
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-
 @dataclass(frozen=True)
 class StoredTarget:
     """One quantized weight found in a checkpoint.
@@ -40,6 +36,7 @@ class StoredTarget:
     tensors  the file tensors it is made of, in the checkpoint's names
     output   spec of the module's output, None when it is not quantized
     bias     spec of its bias, None when the bias is an ordinary tensor
+    places   name in `own` -> its place in a file tensor that holds more than this weight, such as one for all experts
     """
 
     name: str
@@ -49,6 +46,13 @@ class StoredTarget:
     tensors: tuple[str, ...]
     output: TensorSpec | None = None
     bias: TensorSpec | None = None
+    places: Mapping[str, WeightView] = field(default_factory=dict)
+
+    def own(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Returns its tensors by their names within the module, and its shares of larger ones by those in `places`."""
+        shared = {place.tensor for place in self.places.values()}
+        whole = {name.removeprefix(f"{self.name}."): tensors[name] for name in self.tensors if name not in shared}
+        return whole | {name: place.of(tensors[place.tensor]) for name, place in self.places.items()}
 
 
 @dataclass
@@ -83,47 +87,96 @@ class StoredView:
     attention: dict[str, StoredAttention] = field(default_factory=dict)
 
 
-class Dialect(Protocol):
-    """One on-disk convention."""
+CONFIG_FILE, CONFIG_KEY = "config.json", "quantization_config"
+ANY = "any"  # kind of weight
 
-    name: str
-    quant_method: str
+
+class Reader:
+    """Reads the checkpoints of one on-disk convention.
+
+    quant_method   what their `quantization_config` has under this key
+    """
+
+    name: ClassVar[str]
+    quant_method: ClassVar[str]
+
+    def matches(self, config: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> bool:
+        """Returns whether a checkpoint is one of these, by its `quantization_config` ({} without one) and headers."""
+        return bool(config.get("quant_method") == self.quant_method)
+
+    def view(self, config: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> StoredView:
+        """Returns what a checkpoint holds, from its `quantization_config` and headers. Raises ModelError."""
+        raise AssertionError("a reader says what a checkpoint holds")
+
+    def decode(self, stored: StoredTarget, tensors: Mapping[str, Tensor]) -> Decoded:
+        """Returns codes and scales as they were before packing, and the static scales."""
+        raise AssertionError("a reader decodes")
+
+    def decode_attention(self, stored: StoredAttention, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Returns scale multipliers (float32 []) by kind."""
+        return {kind: tensors[name].float().reshape(()) for kind, name in stored.scales.items()}
+
+
+class Writer:
+    """Writes checkpoints of one on-disk convention. By default it holds every weight, and no quantized attention.
+
+    reader        reads what it writes; None: nothing here does, so that nothing can be calibrated on the way
+    preferences   kind of weight, as `_kinds.weight_kind` calls it, or ANY for all others -> see `preference`
+    """
+
+    name: ClassVar[str]
+    reader: ClassVar[Reader | None] = None
+    preferences: ClassVar[Mapping[str, int]] = {}
 
     def refusals(self, plan: Plan) -> list[str]:
-        """Why this dialect cannot hold the plan, one sentence each; empty when it can."""
+        """Returns why this dialect cannot hold the plan, one sentence each; empty when it can."""
+        active = [attention for attention in plan.attention.values() if attention.specs]
+        return [f"{attention.name}: {self.name} has no place for quantized attention" for attention in active[:1]]
 
     def loaders(self, plan: Plan) -> set[str]:
-        """Which of `vllm`, `transformers` load what this dialect would write for the plan."""
+        """Returns which of `vllm`, `transformers` load what this dialect would write for the plan."""
+        return set()
 
     def caveat(self, plan: Plan) -> str:
-        """What some releases of a loader do with it otherwise, a sentence; empty when all do the same."""
+        """Returns what some releases of a loader do with it otherwise, a sentence; empty when all do the same."""
+        return ""
 
-    def infos(self, target: Target) -> list[TensorInfo]:
-        """The tensors that replace the target's weight, exactly as `tensors` will return them."""
+    def preference(self, plan: Plan) -> int:
+        """Returns how readily `--dialect auto` takes it: the least over the plan's kinds of weights.
 
-    def attention_infos(self, attention: Attention) -> list[TensorInfo]:
-        """The tensors added for the enabled attention slots."""
+        The highest is taken among dialects that the same programs load; one of 0 only where no other holds the plan.
+        """
+        usual = self.preferences.get(ANY, 0)
+        kinds = {weight_kind(run[0].weight) for run in plan.quantized_alike()}
+        return min((self.preferences.get(kind or ANY, usual) for kind in kinds), default=usual)
+
+    def infos(self, target: QuantizedTarget) -> list[TensorInfo]:
+        """Returns the tensors that replace the target's weight, exactly as `tensors` will return them."""
+        raise AssertionError("a writer names the tensors of a weight")
 
     def tensors(
-        self, target: Target, quantized: Quantized, static: Mapping[str, Tensor], bias: Quantized | None = None
+        self, target: QuantizedTarget, quantized: Quantized, static: Mapping[str, Tensor], bias: Quantized | None = None
     ) -> dict[str, Tensor]:
-        """Packed tensors by file name.
+        """Returns packed tensors by file name.
 
         static   scales (float32 [], from `static_scale`) by slot kind: `input`, `output`; those that are stored
         bias     codes of the bias [1, out] where its slot is quantized
         """
+        raise AssertionError("a writer packs")
+
+    def attention_infos(self, attention: Attention) -> list[TensorInfo]:
+        """Returns the tensors added for the enabled attention slots."""
+        return []
 
     def attention_tensors(self, attention: Attention, scales: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Scale tensors by file name from multipliers (amax / 448) by kind."""
+        """Returns scale tensors by file name from multipliers (amax / 448) by kind."""
+        return {}
 
     def config(self, plan: Plan) -> dict[str, Any]:
-        """The `quantization_config` object."""
+        """Returns the `quantization_config` object."""
+        raise AssertionError("a writer describes what it wrote")
 
-    def view(self, config: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> StoredView:
-        """What a written checkpoint holds, from its `quantization_config` and headers. Raises ModelError."""
-
-    def decode(self, stored: StoredTarget, tensors: Mapping[str, Tensor]) -> Decoded:
-        """Codes and scales as they were before packing, and the static scales."""
-
-    def decode_attention(self, stored: StoredAttention, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Scale multipliers (float32 []) by kind."""
+    def files(self, plan: Plan) -> dict[str, dict[str, Any]]:
+        """Returns every JSON file that describes the checkpoint, by path; of config.json, the keys it sets there."""
+        config = self.config(plan)
+        return {CONFIG_FILE: {CONFIG_KEY: config}, f"{CONFIG_KEY}.json": config}

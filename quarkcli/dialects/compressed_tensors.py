@@ -6,8 +6,8 @@ tried with transformers 5.22 to 5.24 and read in vLLM 0.32.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from quarkcli.dialects import _shared as shared
 from quarkcli.dialects._ct_arguments import arguments, read_input, read_weight, scheme_group
@@ -26,10 +26,20 @@ from quarkcli.dialects._ct_layout import (
 )
 from quarkcli.dialects._documents import CompressedTensorsConfig
 from quarkcli.dialects._patterns import WrittenNames, exact_patterns, ignored
-from quarkcli.dialects.base import Decoded, HeaderLike, StoredAttention, StoredTarget, StoredView, TensorInfo
+from quarkcli.dialects.base import (
+    ANY,
+    Decoded,
+    Reader,
+    StoredAttention,
+    StoredTarget,
+    StoredView,
+    TensorInfo,
+    Writer,
+)
 from quarkcli.documents.shape import check
 from quarkcli.errors import ModelError
-from quarkcli.plan.model import Attention, Plan, Target
+from quarkcli.family import HeaderLike
+from quarkcli.plan.model import Attention, Plan, QuantizedTarget, Target, is_quantized
 from quarkcli.spec import PerChannel, PerTensor, TensorSpec
 
 if TYPE_CHECKING:
@@ -37,6 +47,7 @@ if TYPE_CHECKING:
 
     from quarkcli.numerics.quantize import Quantized
 
+NAME = "compressed-tensors"
 # The release whose config this is; readers only show it.
 _VERSION = "0.20.0"
 _CONFIG_CLASS = "Linear"
@@ -48,18 +59,62 @@ _PLACES = shared.Places(HOLDS, frozenset(OUTPUTS), _ATTENTION, embeddings=True)
 Scheme = tuple[TensorSpec, TensorSpec | None, TensorSpec | None]
 
 
-class CompressedTensors:
-    """See `quarkcli.dialects.base.Dialect`."""
+class CompressedTensorsReader(Reader):
+    name = NAME
+    quant_method = NAME
 
-    name = "compressed-tensors"
-    quant_method = "compressed-tensors"
+    def view(self, config: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> StoredView:
+        """Raises ModelError for a scheme that is not held here, and for tensors that do not fit the config."""
+        check(CompressedTensorsConfig, config, "quantization_config")
+        found = StoredView()
+        ignore = config.get("ignore") or []
+        groups = list((config.get("config_groups") or {}).values())
+        modules = list(shared.quantized_modules(headers))
+        names = WrittenNames([*ignore, *(text for group in groups for text in group.get("targets") or [])], modules)
+        for module in modules:
+            if names.named(module, ignore):
+                raise ModelError("it has a weight_scale, but the quantization config ignores it", where=module)
+            found.targets[module] = _stored(module, _group_of(module, groups, names), headers)
+        if config.get("kv_cache_scheme"):
+            found.attention = _stored_attention(config["kv_cache_scheme"], headers)
+        return found
+
+    def decode(self, stored: StoredTarget, tensors: Mapping[str, Tensor]) -> Decoded:
+        from quarkcli.numerics.quantize import QParams, Quantized
+
+        local = stored.own(tensors)
+        spec, (rows, cols) = stored.weight, stored.shape
+        packed = local["weight_packed"] if "weight_packed" in local else local["weight"]
+        scale, outer, zeros = (local.get(f"weight_{name}") for name in ("scale", "global_scale", "zero_point"))
+        assert scale is not None
+        params = QParams(
+            scale.reshape(()) if isinstance(spec.granularity, PerTensor) else scale,
+            None if outer is None else outer.float().reshape(()).reciprocal(),
+            None if zeros is None else unpack_zero_points(zeros, spec.format.bits, rows),
+        )
+        codes = unpack(packed, format_of((spec, stored.input)), spec, cols)
+        static = {
+            "input": _real_scale("input", stored.input, local),
+            "output": _real_scale("output", stored.output, local),
+        }
+        return Decoded(Quantized(codes, params), static["input"], static["output"])
+
+
+READER = CompressedTensorsReader()
+
+
+class CompressedTensors(Writer):
+    name = NAME
+    reader = READER
+    # vLLM and transformers share no other dialect as widely.
+    preferences: ClassVar[Mapping[str, int]] = {ANY: 20}
 
     def refusals(self, plan: Plan) -> list[str]:
         """Why the plan cannot be held. The width of packed channels is told from their 32-bit words alone."""
         found = shared.refusals(plan, self.name, _PLACES)
         for run in plan.quantized_alike():
             weight, width = run[0].weight, run[0].shape[1]
-            if weight is None or not isinstance(weight.granularity, PerChannel):
+            if not isinstance(weight.granularity, PerChannel):
                 continue
             if width * weight.format.bits % WORD_BITS:
                 what = f"{width} input features do not fill 32-bit words of {weight.element} codes"
@@ -82,20 +137,20 @@ class CompressedTensors:
             return "transformers 5.24 with compressed-tensors 0.20 passes over the scales of the cache"
         return ""
 
-    def infos(self, target: Target) -> list[TensorInfo]:
+    def infos(self, target: QuantizedTarget) -> list[TensorInfo]:
         return layout(target)
 
     def attention_infos(self, attention: Attention) -> list[TensorInfo]:
         return [TensorInfo(f"{attention.name}.{kind}_scale", "F32", (1,)) for kind in _scaled(attention)]
 
     def tensors(
-        self, target: Target, quantized: Quantized, static: Mapping[str, Tensor], bias: Quantized | None = None
+        self, target: QuantizedTarget, quantized: Quantized, static: Mapping[str, Tensor], bias: Quantized | None = None
     ) -> dict[str, Tensor]:
         """Names and layout as in `infos`. Raises ValueError when a static input or output has no scale."""
         import torch
 
         spec, params = target.weight, quantized.params
-        assert spec is not None and params.scale is not None
+        assert params.scale is not None
         local = {
             "weight_scale": params.scale.reshape(1) if params.scale.dim() == 0 else params.scale.contiguous(),
             "weight_shape": torch.tensor(target.shape, dtype=torch.int64),
@@ -126,7 +181,7 @@ class CompressedTensors:
         quantized = [target.name for target in plan.quantized()]
         cache = next((attention.specs["k"] for attention in shared.cached(plan)), None)
         return {
-            "quant_method": self.quant_method,
+            "quant_method": NAME,
             "format": formats.pop() if len(formats) == 1 else "mixed-precision" if formats else "dense",
             "quantization_status": "compressed",
             "version": _VERSION,
@@ -139,45 +194,6 @@ class CompressedTensors:
             "ignore": [*ignored(shared.unquantized(plan), universe, quantized), *shared.tied_head(plan)],
             "kv_cache_scheme": None if cache is None else arguments(cache, weight=False),
         }
-
-    def view(self, config: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> StoredView:
-        """Raises ModelError for a scheme that is not held here, and for tensors that do not fit the config."""
-        check(CompressedTensorsConfig, config, "quantization_config")
-        found = StoredView()
-        ignore = config.get("ignore") or []
-        groups = list((config.get("config_groups") or {}).values())
-        modules = list(shared.quantized_modules(headers))
-        names = WrittenNames([*ignore, *(text for group in groups for text in group.get("targets") or [])], modules)
-        for module in modules:
-            if names.named(module, ignore):
-                raise ModelError("it has a weight_scale, but the quantization config ignores it", where=module)
-            found.targets[module] = _stored(module, _group_of(module, groups, names), headers)
-        if config.get("kv_cache_scheme"):
-            found.attention = _stored_attention(config["kv_cache_scheme"], headers)
-        return found
-
-    def decode(self, stored: StoredTarget, tensors: Mapping[str, Tensor]) -> Decoded:
-        from quarkcli.numerics.quantize import QParams, Quantized
-
-        local = {name.removeprefix(stored.name + "."): tensors[name] for name in stored.tensors}
-        spec, (rows, cols) = stored.weight, stored.shape
-        packed = local["weight_packed"] if "weight_packed" in local else local["weight"]
-        scale, outer, zeros = (local.get(f"weight_{name}") for name in ("scale", "global_scale", "zero_point"))
-        assert scale is not None
-        params = QParams(
-            scale.reshape(()) if isinstance(spec.granularity, PerTensor) else scale,
-            None if outer is None else outer.float().reshape(()).reciprocal(),
-            None if zeros is None else unpack_zero_points(zeros, spec.format.bits, rows),
-        )
-        codes = unpack(packed, format_of((spec, stored.input)), spec, cols)
-        static = {
-            "input": _real_scale("input", stored.input, local),
-            "output": _real_scale("output", stored.output, local),
-        }
-        return Decoded(Quantized(codes, params), static["input"], static["output"])
-
-    def decode_attention(self, stored: StoredAttention, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {kind: tensors[name].float().reshape(()) for kind, name in stored.scales.items()}
 
 
 # --- tensors -------------------------------------------------------------------------------------------------------
@@ -207,16 +223,15 @@ def _real_scale(side: str, spec: TensorSpec | None, local: Mapping[str, Tensor])
 # --- config --------------------------------------------------------------------------------------------------------
 
 
-def _ordered_groups(plan: Plan) -> dict[Scheme, list[Target]]:
+def _ordered_groups(plan: Plan) -> dict[Scheme, list[QuantizedTarget]]:
     """Schemes with their targets. The one transformers must take for the experts' comes first.
 
     It takes the first group with a `re:` target about experts, else the first with another target. Unquantized
     experts survive only under an fp8 scheme, which leaves weights without a scale alone; other schemes drop them.
     """
-    found: dict[Scheme, list[Target]] = {}
+    found: dict[Scheme, list[QuantizedTarget]] = {}
     for run in plan.quantized_alike():
         target = run[0]
-        assert target.weight is not None
         found.setdefault((target.weight, target.input, target.output), []).extend(run)
 
     def rank(scheme: Scheme) -> int:
@@ -233,7 +248,7 @@ def _leaves_others_alone(scheme: Scheme) -> bool:
     return spec.format.kind == "float" and spec.format.bits == 8
 
 
-def _targets(targets: list[Target], universe: Iterable[str], *, alone: bool) -> list[str]:
+def _targets(targets: Sequence[Target], universe: Iterable[str], *, alone: bool) -> list[str]:
     """`Linear` when one group covers everything; else names, with patterns for experts only.
 
     vLLM renames full names for models whose modules it calls otherwise, so names are kept where they are few. Its
@@ -261,16 +276,15 @@ def _transformers_loads(plan: Plan) -> bool:
     if not all(_transformers_decodes(run[0], tied=bool(plan.tied_head)) for run in plan.quantized_alike()):
         return False
     experts = [run[0] for run in plan.alike() if run[0].expert is not None]
-    quantized = [target for target in experts if target.weight is not None]
+    quantized = [target for target in experts if is_quantized(target)]
     if quantized and not transformers_loads_experts(quantized):
         return False
     left = [target for target in experts if target.weight is None and target.view.expert is None]
     return not left or _first_leaves_others_alone(plan)
 
 
-def _transformers_decodes(target: Target, *, tied: bool) -> bool:
+def _transformers_decodes(target: QuantizedTarget, *, tied: bool) -> bool:
     """`tied`: the head in memory shares its weight with the embedding."""
-    assert target.weight is not None
     shaped = not tied and keeps_shape((target.weight, target.input))
     fused = target.expert is not None and target.view.expert is not None
     return target.weight.symmetric and not fused and (shaped or target.role != "embedding")
@@ -331,4 +345,4 @@ def _stored_attention(scheme: Mapping[str, Any], headers: Mapping[str, HeaderLik
     return found
 
 
-DIALECT = CompressedTensors()
+WRITER = CompressedTensors()

@@ -9,17 +9,35 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from quarkcli.dialects import _quark_loaders as servers
 from quarkcli.dialects import _shared as shared
 from quarkcli.dialects._documents import QuarkConfig
-from quarkcli.dialects._quark_config import IN_ORDER, PACK_METHOD, PROJECTIONS, SOFTMAX, Reader, config_of, projection
+from quarkcli.dialects._quark_config import (
+    IN_ORDER,
+    PACK_METHOD,
+    PROJECTIONS,
+    SOFTMAX,
+    LayerReader,
+    config_of,
+    projection,
+)
 from quarkcli.dialects._quark_layout import Matrix, layout, matrix_shape, pack, static_layout, unpack
-from quarkcli.dialects.base import Decoded, HeaderLike, StoredAttention, StoredTarget, StoredView, TensorInfo
+from quarkcli.dialects.base import (
+    ANY,
+    Decoded,
+    Reader,
+    StoredAttention,
+    StoredTarget,
+    StoredView,
+    TensorInfo,
+    Writer,
+)
 from quarkcli.documents.shape import check
 from quarkcli.errors import ModelError
-from quarkcli.plan.model import Attention, Plan, Target
+from quarkcli.family import HeaderLike
+from quarkcli.plan.model import Attention, Plan, QuantizedTarget
 from quarkcli.spec import TensorSpec
 
 if TYPE_CHECKING:
@@ -28,16 +46,54 @@ if TYPE_CHECKING:
     from quarkcli.numerics.quantize import Quantized
 
 
+NAME = "quark"
+
+
 @dataclass(frozen=True)
 class InOrder(StoredTarget):
     """A target whose 32-bit words hold their codes in plain order, Quark's other pack_method."""
 
 
-class Quark:
-    """See `quarkcli.dialects.base.Dialect`."""
+class QuarkReader(Reader):
+    name = NAME
+    quant_method = NAME
 
-    name = "quark"
-    quant_method = "quark"
+    def view(self, config: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> StoredView:
+        """Raises ModelError for a scheme that is not held here, and for tensors that do not fit the config."""
+        check(QuarkConfig, config, "quantization_config")
+        export = config.get("export") or {}
+        if export.get("weight_format", "real_quantized") != "real_quantized":
+            raise ModelError(f"weight_format {export['weight_format']!r} holds no codes", where="quantization_config")
+        method = export.get("pack_method", PACK_METHOD)
+        if method not in (PACK_METHOD, IN_ORDER):
+            raise ModelError(f"pack_method {method!r} is not read by this version", where="quantization_config")
+        layers = LayerReader(config)
+        kind = InOrder if method == IN_ORDER else StoredTarget
+        targets = {module: _stored(kind, module, layers, headers) for module in _modules(layers, headers)}
+        view = StoredView(targets, _stored_attention(layers, headers))
+        _check_outputs(view, headers)
+        return view
+
+    def decode(self, stored: StoredTarget, tensors: Mapping[str, Tensor]) -> Decoded:
+        local = stored.own(tensors)
+        in_order = isinstance(stored, InOrder)
+        decoded = Decoded(unpack(Matrix("weight", stored.weight, stored.shape), local, in_order=in_order))
+        if stored.bias is not None:
+            matrix = Matrix("bias", stored.bias, (1, stored.shape[0]))
+            decoded.bias = unpack(matrix, local, in_order=in_order)
+        for slot, spec in (("input", stored.input), ("output", stored.output)):
+            for info in static_layout(slot, spec)[:1]:
+                setattr(decoded, slot, local[info.name].float().reshape(()))
+        return decoded
+
+
+READER = QuarkReader()
+
+
+class Quark(Writer):
+    name = NAME
+    reader = READER
+    preferences: ClassVar[Mapping[str, int]] = {ANY: 10}
 
     def refusals(self, plan: Plan) -> list[str]:
         return servers.refusals(plan)
@@ -45,10 +101,7 @@ class Quark:
     def loaders(self, plan: Plan) -> set[str]:
         return set() if self.refusals(plan) else servers.loaders(plan)
 
-    def caveat(self, plan: Plan) -> str:
-        return ""
-
-    def infos(self, target: Target) -> list[TensorInfo]:
+    def infos(self, target: QuantizedTarget) -> list[TensorInfo]:
         found = [info for matrix in _matrices(target) for info in layout(matrix, target.dtype)]
         return _of(target.name, [*found, *_static_infos(target)])
 
@@ -56,7 +109,7 @@ class Quark:
         return [info for kind, spec in attention.specs.items() for info in _attention_layout(attention, kind, spec)]
 
     def tensors(
-        self, target: Target, quantized: Quantized, static: Mapping[str, Tensor], bias: Quantized | None = None
+        self, target: QuantizedTarget, quantized: Quantized, static: Mapping[str, Tensor], bias: Quantized | None = None
     ) -> dict[str, Tensor]:
         """Names and layout as in `infos`. Raises ValueError when a static scale or a quantized bias is missing."""
         import torch
@@ -83,55 +136,23 @@ class Quark:
         }
 
     def config(self, plan: Plan) -> dict[str, Any]:
-        return config_of(plan, self.quant_method)
-
-    def view(self, config: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> StoredView:
-        """Raises ModelError for a scheme that is not held here, and for tensors that do not fit the config."""
-        check(QuarkConfig, config, "quantization_config")
-        export = config.get("export") or {}
-        if export.get("weight_format", "real_quantized") != "real_quantized":
-            raise ModelError(f"weight_format {export['weight_format']!r} holds no codes", where="quantization_config")
-        method = export.get("pack_method", PACK_METHOD)
-        if method not in (PACK_METHOD, IN_ORDER):
-            raise ModelError(f"pack_method {method!r} is not read by this version", where="quantization_config")
-        reader = Reader(config)
-        kind = InOrder if method == IN_ORDER else StoredTarget
-        targets = {module: _stored(kind, module, reader, headers) for module in _modules(reader, headers)}
-        view = StoredView(targets, _stored_attention(reader, headers))
-        _check_outputs(view, headers)
-        return view
-
-    def decode(self, stored: StoredTarget, tensors: Mapping[str, Tensor]) -> Decoded:
-        local = {name.removeprefix(stored.name + "."): tensors[name] for name in stored.tensors}
-        in_order = isinstance(stored, InOrder)
-        decoded = Decoded(unpack(Matrix("weight", stored.weight, stored.shape), local, in_order=in_order))
-        if stored.bias is not None:
-            matrix = Matrix("bias", stored.bias, (1, stored.shape[0]))
-            decoded.bias = unpack(matrix, local, in_order=in_order)
-        for slot, spec in (("input", stored.input), ("output", stored.output)):
-            for info in static_layout(slot, spec)[:1]:
-                setattr(decoded, slot, local[info.name].float().reshape(()))
-        return decoded
-
-    def decode_attention(self, stored: StoredAttention, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {kind: tensors[name].float().reshape(()) for kind, name in stored.scales.items()}
+        return config_of(plan, NAME)
 
 
 # --- tensors ---------------------------------------------------------------------------------------------------------
 
 
-def _matrices(target: Target) -> Iterator[Matrix]:
-    assert target.weight is not None
+def _matrices(target: QuantizedTarget) -> Iterator[Matrix]:
     yield Matrix("weight", target.weight, target.shape)
     if target.bias_spec is not None:
         yield Matrix("bias", target.bias_spec, (1, target.shape[0]))
 
 
-def _activations(target: Target) -> dict[str, TensorSpec | None]:
+def _activations(target: QuantizedTarget) -> dict[str, TensorSpec | None]:
     return {"input": target.input, "output": target.output}
 
 
-def _static_infos(target: Target) -> list[TensorInfo]:
+def _static_infos(target: QuantizedTarget) -> list[TensorInfo]:
     return [info for slot, spec in _activations(target).items() for info in static_layout(slot, spec)]
 
 
@@ -149,19 +170,21 @@ def _attention_layout(attention: Attention, kind: str, spec: TensorSpec) -> list
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def _modules(reader: Reader, headers: Mapping[str, HeaderLike]) -> Iterator[str]:
+def _modules(layers: LayerReader, headers: Mapping[str, HeaderLike]) -> Iterator[str]:
     """Modules with a weight scale, and those whose weight the config says is cast, in file order."""
     scale, weight = ".weight_scale", ".weight"
     for name, header in headers.items():
         module = name.removesuffix(weight)
         if name.endswith(scale):
             yield name.removesuffix(scale)
-        elif module != name and len(header.shape) == 2 and name + "_scale" not in headers and reader.casts(module):
+        elif module != name and len(header.shape) == 2 and name + "_scale" not in headers and layers.casts(module):
             yield module
 
 
-def _stored(kind: type[StoredTarget], module: str, reader: Reader, headers: Mapping[str, HeaderLike]) -> StoredTarget:
-    slots = reader.slots(module)
+def _stored(
+    kind: type[StoredTarget], module: str, layers: LayerReader, headers: Mapping[str, HeaderLike]
+) -> StoredTarget:
+    slots = layers.slots(module)
     assert slots.weight is not None
     weight = shared.header(headers, f"{module}.weight")
     if len(weight.shape) != 2:
@@ -176,10 +199,10 @@ def _stored(kind: type[StoredTarget], module: str, reader: Reader, headers: Mapp
     return kind(module, slots.weight, slots.input, shape, names, slots.output, bias)
 
 
-def _stored_attention(reader: Reader, headers: Mapping[str, HeaderLike]) -> dict[str, StoredAttention]:
+def _stored_attention(layers: LayerReader, headers: Mapping[str, HeaderLike]) -> dict[str, StoredAttention]:
     """Attention modules by their stored scales."""
     found: dict[str, StoredAttention] = {}
-    for kind, spec in reader.attention().items():
+    for kind, spec in layers.attention().items():
         infos = static_layout("prob_output" if kind == SOFTMAX else f"{PROJECTIONS[kind]}.output", spec)
         if not infos:
             raise ModelError(f"no scale of {spec.describe()} is stored", where=f"attention {kind}")
@@ -201,4 +224,4 @@ def _check_outputs(view: StoredView, headers: Mapping[str, HeaderLike]) -> None:
             raise ModelError("the quantization config has no output that this scale belongs to", where=name)
 
 
-DIALECT = Quark()
+WRITER = Quark()

@@ -11,9 +11,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from quarkcli import dialects, family
-from quarkcli.dialects.base import Decoded, Dialect, StoredTarget, StoredView
+from quarkcli.dialects.base import Decoded, StoredTarget, StoredView
 from quarkcli.disk.source import Source
-from quarkcli.errors import ModelError
 from quarkcli.family import FamilyModel, WeightView, fused_shape, fused_views
 from quarkcli.forward.activations import ActivationQuantizer, AttentionQuantizer
 
@@ -46,8 +45,9 @@ class Checkpoint:
     def __init__(self, source: Source) -> None:
         self.source = source
         config = source.config.get("quantization_config") or {}
-        self.dialect: Dialect | None = _dialect_of(config) if config else None
-        self.view = self.dialect.view(config, source.headers) if self.dialect else StoredView()
+        self.reader = dialects.reader(config, source.headers)
+        self.view = self.reader.view(config, source.headers) if self.reader else StoredView()
+        self._held: dict[str, Tensor] = {}  # tensors that hold many targets: those of the last one decoded
         self._recipes: dict[str, _Recipe] = {}
         self.headers: dict[str, LogicalHeader] = {}
         self._lay_out()
@@ -62,7 +62,7 @@ class Checkpoint:
 
     @property
     def quantized(self) -> bool:
-        return self.dialect is not None
+        return self.reader is not None
 
     def copied(self) -> list[str]:
         """Tensors that are stored in source form, not packed, in file order."""
@@ -111,8 +111,13 @@ class Checkpoint:
         return dequantize(decoded, stored.bias).reshape(-1)
 
     def decode(self, stored: StoredTarget) -> Decoded:
-        assert self.dialect is not None
-        return self.dialect.decode(stored, self.source.read_many(stored.tensors))
+        assert self.reader is not None
+        if not stored.places:
+            return self.reader.decode(stored, self.source.read_many(stored.tensors))
+        held = self._held  # by a name of its own: parts are read ahead in another thread
+        if held.keys() != set(stored.tensors):
+            held = self._held = self.source.read_many(stored.tensors)
+        return self.reader.decode(stored, held)
 
     def activation_quantizers(self, tensors: Iterable[str]) -> Iterator[ActivationQuantizer]:
         """Quantizers of what the weights that lie in these tensors (source form) read and return."""
@@ -146,13 +151,13 @@ class Checkpoint:
 
     def attention_quantizers(self, tensors: Iterable[str]) -> Iterator[AttentionQuantizer]:
         """Quantizers of the attention modules whose k projection lies in these tensors."""
-        assert self.dialect is not None
+        assert self.reader is not None
         spec = self.family.attention
         present = set(tensors)
         for stored in self.view.attention.values():
             tensor = f"{stored.name}.{spec.k if spec else 'k_proj'}.weight"
             if tensor in present:
-                scales = self.dialect.decode_attention(stored, self.source.read_many(stored.scales.values()))
+                scales = self.reader.decode_attention(stored, self.source.read_many(stored.scales.values()))
                 yield AttentionQuantizer(tensor, stored.specs, scales)
 
     # -- from stored names to source form ------------------------------------------------------------------------
@@ -211,15 +216,6 @@ class Checkpoint:
             for module in modules:
                 del self.headers[f"{module}.weight"], self._recipes[f"{module}.weight"]
         self._add(name, LogicalHeader(first.dtype, shape), _Recipe(pieces=pieces))
-
-
-def _dialect_of(config: Any) -> Dialect:
-    method = config.get("quant_method") if isinstance(config, dict) else None
-    for dialect in dialects.members():
-        if dialect.quant_method == method:
-            return dialect
-    known = ", ".join(sorted(dialect.quant_method for dialect in dialects.members()))
-    raise ModelError(f"quantized with '{method}', which is not read here", hint=f"read are: {known}")
 
 
 def _model_dtype(config: Any) -> str:

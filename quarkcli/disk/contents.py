@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from quarkcli.dialects.base import Dialect, TensorInfo
+from quarkcli.dialects.base import TensorInfo, Writer
 from quarkcli.family import HeaderLike
-from quarkcli.plan.model import Part, Plan, Target
+from quarkcli.plan.model import Part, Plan, Target, is_quantized
 
 
 class Copied(NamedTuple):
@@ -52,13 +52,13 @@ def copied(
 
 
 def part_infos(
-    plan: Plan, dialect: Dialect, part: Part, headers: Mapping[str, HeaderLike], owners: Mapping[str, list[Target]]
+    plan: Plan, dialect: Writer, part: Part, headers: Mapping[str, HeaderLike], owners: Mapping[str, list[Target]]
 ) -> list[TensorInfo]:
     """Every tensor that the part's files will hold. `owners`: see `part_targets`."""
     infos = [row.info for row in copied(plan, part, headers, owners)]
     for name in part.tensors:
         for target in owners.get(name, ()):
-            if target.weight is not None:
+            if is_quantized(target):
                 infos += dialect.infos(target)
     infos += [TensorInfo(added.name, added.dtype, added.shape) for added in plan.added if added.part == part.index]
     for attention in plan.attention.values():

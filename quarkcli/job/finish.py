@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from quarkcli.dialects.base import CONFIG_FILE
 from quarkcli.disk import manifest, verify
 from quarkcli.disk.writer import atomic_write_json, atomic_write_text, disk_errors, remove_staging, write_index
 from quarkcli.family import text_config
@@ -24,22 +25,24 @@ if TYPE_CHECKING:
 
 def write_config(prepared: Prepared, partial: Path, records: dict[str, dict[str, Any]]) -> None:
     """Step 9. Everything beside the weights; safe to repeat after an interruption."""
-    config = prepared.dialect.config(prepared.plan)
-    atomic_write_text(
-        partial / "config.json", with_keys(prepared.source.config_text, config, prepared.plan.config_changes)
-    )
-    atomic_write_json(partial / "quantization_config.json", config)
+    described = prepared.dialect.files(prepared.plan)
+    keys = described.pop(CONFIG_FILE, {})
+    config = with_keys(prepared.source.config_text, keys, prepared.plan.config_changes)
+    atomic_write_text(partial / CONFIG_FILE, config)
+    for name, content in described.items():
+        atomic_write_json(partial / name, content)
     files = [file for record in records.values() for file in record["files"]]
     weight_map = {tensor: file["file"] for file in files for tensor in file["tensors"]}
     write_index(partial, weight_map, sum(size for file in files for size in file["tensors"].values()))
-    _copy_side_files(prepared, partial)
+    _copy_side_files(prepared, partial, described)
     (partial / "quark").mkdir(exist_ok=True)
     atomic_write_text(partial / "quark" / "recipe.yaml", resolved_recipe(prepared))
 
 
-def with_keys(config_text: str, quantization: dict[str, Any], changes: Mapping[str, Any] | None = None) -> str:
-    """The source's config.json in its own order, with `quantization_config` added or replaced.
+def with_keys(config_text: str, keys: Mapping[str, Any], changes: Mapping[str, Any] | None = None) -> str:
+    """The source's config.json in its own order, with `keys` added or replaced.
 
+    keys      what a dialect says at the top: `quantization_config`
     changes   keys that transforms set, where the config has them: at the top and in the text model's part
     """
     config = json.loads(config_text)
@@ -49,14 +52,17 @@ def with_keys(config_text: str, quantization: dict[str, Any], changes: Mapping[s
             inner[key] = value
         if key in config or key not in inner:
             config[key] = value
-    config["quantization_config"] = quantization
+    config |= keys
     return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
 
 
-def _copy_side_files(prepared: Prepared, partial: Path) -> None:
+def _copy_side_files(prepared: Prepared, partial: Path, written: Collection[str]) -> None:
+    """Copy what lies beside the source's weights. `written`: files of the dialect, which stay as they are."""
     found = prepared.side_files
     with disk_errors(partial):
         for relative, origin in found.copied.items():
+            if relative.as_posix() in written:
+                continue
             target = partial / relative
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(origin, target)
@@ -126,7 +132,7 @@ def verify_and_report(
     device: str,
 ) -> dict[str, Any]:
     """Step 10 without the renaming. Raises CheckError when the written files are not what the plan says."""
-    checks = verify.against_plan(partial, prepared.plan, prepared.dialect, prepared.source.headers)
+    checks = verify.against_plan(partial, prepared.plan, prepared.dialect, prepared.weights.headers)
     report = build.build(prepared, data, records, checks, seconds, device)
     atomic_write_json(partial / "quark" / "report.json", report)
     atomic_write_text(partial / "README.md", build.card(prepared, report))

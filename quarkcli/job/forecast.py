@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from quarkcli.dialects.base import Dialect, TensorInfo
+from quarkcli.dialects.base import TensorInfo, Writer
 from quarkcli.disk.contents import part_infos, part_targets, slug
 from quarkcli.disk.writer import plan_files, tensor_bytes
 from quarkcli.family import HeaderLike
@@ -41,7 +41,7 @@ class _PartSize(NamedTuple):
     dtypes: Mapping[str, int]
 
 
-def _part_sizes(plan: Plan, dialect: Dialect, headers: Mapping[str, HeaderLike]) -> list[_PartSize]:
+def _part_sizes(plan: Plan, dialect: Writer, headers: Mapping[str, HeaderLike]) -> list[_PartSize]:
     """Sizes of every part. Blocks whose tensors differ in the block's number alone, of as many digits, are one."""
     owners = part_targets(plan)
     kinds = {name: number for number, run in enumerate(plan.alike()) for name in (t.name for t in run)}
@@ -90,7 +90,7 @@ def _part_size(part: Part, infos: list[TensorInfo], headers: Mapping[str, Header
 @without_collection()
 def forecast(
     plan: Plan,
-    dialect: Dialect,
+    dialect: Writer,
     headers: Mapping[str, HeaderLike],
     *,
     source_bytes: int,

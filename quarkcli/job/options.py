@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Literal
 
 from quarkcli.algorithms.base import Assignment
-from quarkcli.dialects.base import Dialect
+from quarkcli.dialects.base import Writer
 from quarkcli.disk.nonfinite import OnNonfinite
 from quarkcli.disk.side_files import SideFiles
 from quarkcli.disk.source import Source
+from quarkcli.disk.weights import WeightSource
 from quarkcli.family import Layout
 from quarkcli.job.forecast import Forecast
 from quarkcli.plan.compose import Overrides
@@ -84,7 +85,7 @@ class Prepared:
     layout: Layout
     plan: Plan
     steps: list[Assignment]
-    dialect: Dialect
+    dialect: Writer
     dialect_reason: str
     needs: dict[str, set[str]]
     prepass: dict[str, set[str]]
@@ -94,6 +95,11 @@ class Prepared:
     output: Path
     side_files: SideFiles
     warnings: list[str]
+
+    @property
+    def weights(self) -> WeightSource:
+        """What the tensors of the source are read from."""
+        return self.source
 
     @property
     def seed(self) -> int:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from quarkcli.algorithms.base import Assignment, Transform, Tuner
-from quarkcli.dialects.base import Dialect
+from quarkcli.dialects.base import Writer
 from quarkcli.disk.contents import Copied, copied, part_targets
 from quarkcli.disk.nonfinite import HINT, NonFinite, OnNonfinite
 from quarkcli.errors import DataError, ModelError
@@ -27,7 +27,7 @@ from quarkcli.job.served import handlers, own_scales, put_decoded
 from quarkcli.job.solving import Solving, named
 from quarkcli.job.tuning import TunedBlock, tuned
 from quarkcli.numerics.quantize import Quantized, dequantize, quantize, static_scale
-from quarkcli.plan.model import Part, Plan, Target
+from quarkcli.plan.model import Part, Plan, QuantizedTarget
 from quarkcli.spec import PerTile
 
 ERROR_ROWS = 256  # rows of each weight that its error is measured on
@@ -107,7 +107,7 @@ class PartWorker:
     def __init__(
         self,
         plan: Plan,
-        dialect: Dialect,
+        dialect: Writer,
         steps: list[Assignment],
         needs: Mapping[str, set[str]],
         headers: Mapping[str, HeaderLike],
@@ -245,7 +245,7 @@ class PartWorker:
         assert len(errors) == len(targets), "a solver left weights out"
         return packed, errors
 
-    def _bias(self, target: Target, tensors: Mapping[str, Tensor]) -> Quantized | None:
+    def _bias(self, target: QuantizedTarget, tensors: Mapping[str, Tensor]) -> Quantized | None:
         """Codes of the bias as a matrix [1, out], where its slot is quantized."""
         if target.bias_spec is None or target.bias is None:
             return None
@@ -299,9 +299,8 @@ def _copy(row: Copied, tensors: Mapping[str, Tensor]) -> Tensor:
     return tensor if row.target is None else row.target.view.of(tensor).contiguous()
 
 
-def _weight_error(weight: Tensor, quantized: Quantized, target: Target) -> float:
+def _weight_error(weight: Tensor, quantized: Quantized, target: QuantizedTarget) -> float:
     """|W - Q| / |W| (Frobenius) over evenly spaced rows."""
-    assert target.weight is not None
     step = max(1, weight.shape[0] // ERROR_ROWS)
     source = weight[::step].float()
     if any(isinstance(stage.granularity, PerTile) for stage in target.weight.stages):  # several rows share scales

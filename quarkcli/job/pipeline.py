@@ -15,7 +15,8 @@ from torch import Tensor
 
 from quarkcli.disk.contents import slug
 from quarkcli.disk.journal import Journal
-from quarkcli.disk.source import Source, read_headers, read_tensors
+from quarkcli.disk.source import read_headers, read_tensors
+from quarkcli.disk.weights import WeightSource
 from quarkcli.disk.writer import write_part
 from quarkcli.errors import Stopped
 from quarkcli.job.part import PartResult, PartWorker
@@ -27,7 +28,7 @@ from quarkcli.plan.model import Part
 class Pipeline:
     """Moves parts between files and the device. At most one part is being read and one being written."""
 
-    def __init__(self, source: Source, partial: Path, journal: Journal, device: str) -> None:
+    def __init__(self, source: WeightSource, partial: Path, journal: Journal, device: str) -> None:
         self.source = source
         self.partial = partial
         self.journal = journal
@@ -119,7 +120,6 @@ class Pipeline:
             written |= read_tensors(path, read_headers(path, path.name))
         served = {name: written[name] for name in changed}
         for name, target in targets.items():
-            assert target.weight is not None
             served[name] = dequantize(decode(worker.dialect, target, written).weight, target.weight)
         return served
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from quarkcli import family
 from quarkcli.algorithms.base import Assignment
-from quarkcli.dialects.base import Dialect
+from quarkcli.dialects.base import Writer
 from quarkcli.disk.side_files import SideFiles, shown
 from quarkcli.disk.source import Source
 from quarkcli.disk.writer import disk_errors, free_bytes, output_state, partial_path, resolved
@@ -21,7 +21,7 @@ from quarkcli.events import Listener, Message, Working
 from quarkcli.job import forecast
 from quarkcli.job.options import Calibration, Options, Prepared
 from quarkcli.plan.fused import Servers, sentence, splits
-from quarkcli.plan.model import Plan, Target
+from quarkcli.plan.model import Plan, QuantizedTarget
 from quarkcli.recipe.recipe import Recipe
 from quarkcli.spec import MIN_MAX, PerGroup, PerTensor, PerTile, TensorSpec
 
@@ -66,6 +66,16 @@ def check_plan(plan: Plan) -> None:
         if id(spec) not in checked:
             _check_activation(key, spec)
             checked.add(id(spec))
+
+
+def check_reader(dialect: Writer, needs: Mapping[str, set[str]]) -> None:
+    """Refuse to calibrate for a dialect that is only written: each block reads what those below decode to."""
+    if needs and dialect.reader is None:
+        raise ConfigError(
+            f"dialect {dialect.name} is only written here, and calibration goes on with the weights read back",
+            where="--dialect",
+            hint="another dialect, or a scheme and an algorithm that need no data",
+        )
 
 
 def check_servers(plan: Plan, servers: Servers) -> None:
@@ -114,9 +124,8 @@ def _unmeasured(spec: TensorSpec) -> tuple[str, str] | None:
     return None
 
 
-def _check_weight_observers(target: Target) -> None:
+def _check_weight_observers(target: QuantizedTarget) -> None:
     """Refuse observers that a weight or a bias cannot have."""
-    assert target.weight is not None
     for stage in (*target.weight.stages, *(target.bias_spec.stages if target.bias_spec else ())):
         if stage.observer.name == "histogram":
             raise ConfigError(
@@ -218,7 +227,7 @@ def _check_data(data: str) -> None:
 
 
 def forecast_of(
-    plan: Plan, dialect: Dialect, source: Source, calibration: Calibration | None, steps: Iterable[Assignment]
+    plan: Plan, dialect: Writer, source: Source, calibration: Calibration | None, steps: Iterable[Assignment]
 ) -> forecast.Forecast:
     """Sizes of this plan in this dialect."""
     hidden = family.text_config(source.config).get("hidden_size")

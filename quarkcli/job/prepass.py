@@ -41,17 +41,17 @@ def _observed(
     from quarkcli.forward.walk import Walk, default_batch
 
     assert data is not None and runner is not None
-    plan, source = prepared.plan, prepared.source
+    plan, weights = prepared.plan, prepared.weights
     tell(Message("one pass over the source model, for what transforms decide beforehand"))
     batch = default_batch(runner.device, data.tokens.shape[1], prepared.options.calib_batch)
     names = runner.outside_tensors()
-    walk = Walk(runner, lambda: source.read_many(names), data.tokens, data.mask, batch, tell)
+    walk = Walk(runner, lambda: weights.read_many(names), data.tokens, data.mask, batch, tell)
     walk.start()
     found: dict[int, Statistics] = {}
     for part in plan.parts:
         if part.block is None:
             continue
-        runner.load_block(part.block, source.read_many(part.tensors))
+        runner.load_block(part.block, weights.read_many(part.tensors))
 
         def new(index: int = part.index) -> Statistics:
             return Statistics(plan, index, prepared.prepass, runner)

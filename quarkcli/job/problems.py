@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from quarkcli.algorithms.base import Moment, Needs, Problem
-from quarkcli.plan.model import Target
+from quarkcli.plan.model import QuantizedTarget
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,11 +15,11 @@ Group = tuple[str | None, int | None]  # activation and expert
 
 
 def problems(
-    targets: Iterable[Target],
+    targets: Iterable[QuantizedTarget],
     needs: Needs,
     moment: Callable[[str, int | None], Moment | None],
-    weight: Callable[[Target], Tensor],
-    amax: Callable[[Target], Tensor | None],
+    weight: Callable[[QuantizedTarget], Tensor],
+    amax: Callable[[QuantizedTarget], Tensor | None],
     warn: Callable[[str], None],
 ) -> Iterator[Problem]:
     """Yields the problems that `targets` make, activation by activation in plan order.
@@ -35,10 +35,10 @@ def problems(
             )  # fmt: skip
 
 
-def _groups(targets: Iterable[Target]) -> Iterator[tuple[Group, list[Target]]]:
+def _groups(targets: Iterable[QuantizedTarget]) -> Iterator[tuple[Group, list[QuantizedTarget]]]:
     """Weights that read one activation of one expert. Those that no activation is known of stand alone."""
-    sites: dict[str, dict[int | None, list[Target]]] = {}
-    alone: list[Target] = []
+    sites: dict[str, dict[int | None, list[QuantizedTarget]]] = {}
+    alone: list[QuantizedTarget] = []
     for target in targets:
         if target.site is None:
             alone.append(target)
@@ -52,8 +52,8 @@ def _groups(targets: Iterable[Target]) -> Iterator[tuple[Group, list[Target]]]:
         yield (None, None), [target]
 
 
-def _same_spec(members: list[Target]) -> Iterable[list[Target]]:
-    found: dict[object, list[Target]] = {}
+def _same_spec(members: list[QuantizedTarget]) -> Iterable[list[QuantizedTarget]]:
+    found: dict[object, list[QuantizedTarget]] = {}
     for target in members:
         found.setdefault(target.weight, []).append(target)
     return found.values()

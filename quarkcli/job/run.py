@@ -102,8 +102,9 @@ def prepare(options: Options, tell: Listener = silent) -> Prepared:
     plan.changes = {step.key: step.changes(plan) for step in steps if step.kind == "transform"}
     preflight.check_plan(plan)
     preflight.check_servers(plan, options.target)
-    dialect, reason = dialects.choose(options.dialect or recipe.dialect or "auto", plan)
+    dialect, reason = dialects.choose(options.dialect or recipe.dialect or dialects.AUTO, plan)
     needs = preflight.data_needs(plan, steps)
+    preflight.check_reader(dialect, needs)
     prepass = preflight.prepass_needs(plan, steps)
     calibration = preflight.calibration(options, recipe, source, needs | prepass)
     size = preflight.forecast_of(plan, dialect, source, calibration, steps)
@@ -234,7 +235,7 @@ def _runner(prepared: Prepared, data: CalibrationData, device: str, tell: Listen
     trusted = prepared.options.trust_remote_code
     softmax = any("p" in module.specs for module in prepared.plan.attention.values())
     runner = Runner(
-        source.folder, source.headers, device=device, trust_remote_code=trusted, eager=softmax,
+        source.folder, prepared.weights.headers, device=device, trust_remote_code=trusted, eager=softmax,
         turned=prepared.layout.turned,
     )  # fmt: skip
     runner.check_blocks()
@@ -275,13 +276,13 @@ def _parts(
     tell(Phase("calibrate+quantize" if data is not None else "quantize"))
     states = decide(prepared, data, runner, journal, tell)
     worker = PartWorker(
-        plan, prepared.dialect, prepared.steps, prepared.needs, prepared.source.headers, None, tell,
+        plan, prepared.dialect, prepared.steps, prepared.needs, prepared.weights.headers, None, tell,
         all_tokens=prepared.calibration is not None and prepared.calibration.moe == "all", strict=options.strict,
         roles=prepared.layout.tensor_roles, on_nonfinite=options.on_nonfinite, states=states,
     )  # fmt: skip
     label = "+".join([prepared.recipe.name, *(name for name, _ in prepared.recipe.algorithms)])
     begun = time.monotonic()
-    with Pipeline(prepared.source, partial_path(prepared.output), journal, device) as pipeline:
+    with Pipeline(prepared.weights, partial_path(prepared.output), journal, device) as pipeline:
         names = runner.outside_tensors() if runner is not None else []
         walk = worker.walk = _walk(prepared, data, runner, journal, todo, lambda: pipeline.outside(names, worker), tell)
         if walk is not None and todo[0].kind != "embed":
@@ -337,7 +338,7 @@ def _walk(
     return Walk(
         runner, outside, data.tokens, data.mask, batch, tell, streams=sorted(streams, reverse=True),
         held=held_out(*data.tokens.shape) if holds_out(prepared.needs) else None,
-        embedding=(lambda: prepared.source.read_many(names)) if embedding else None,
+        embedding=(lambda: prepared.weights.read_many(names)) if embedding else None,
     )  # fmt: skip
 
 

@@ -7,32 +7,31 @@ from typing import Any
 
 from torch import Tensor
 
-from quarkcli.dialects.base import Decoded, Dialect, StoredTarget
+from quarkcli.dialects.base import Decoded, StoredTarget, Writer
 from quarkcli.forward.activations import ActivationQuantizer, AttentionQuantizer, quantizing_handlers
 from quarkcli.numerics.quantize import dequantize
-from quarkcli.plan.model import Part, Plan, Target
+from quarkcli.plan.model import Part, Plan, QuantizedTarget
 
 
 def put_decoded(
-    plan: Plan, dialect: Dialect, part: Part, tensors: Mapping[str, Tensor], packed: Mapping[str, Tensor]
+    plan: Plan, dialect: Writer, part: Part, tensors: Mapping[str, Tensor], packed: Mapping[str, Tensor]
 ) -> None:
     """Overwrites the part's source tensors with what the packed ones decode to: no second copy of a block."""
     for target in plan.quantized(part.index):
         decoded = decode(dialect, target, packed)
-        assert target.weight is not None
         target.view.of(tensors[target.view.tensor]).copy_(dequantize(decoded.weight, target.weight))
         if decoded.bias is not None and target.bias_spec is not None and target.bias is not None:
             tensors[target.bias].copy_(dequantize(decoded.bias, target.bias_spec).reshape(-1))
 
 
-def decode(dialect: Dialect, target: Target, packed: Mapping[str, Tensor]) -> Decoded:
+def decode(dialect: Writer, target: QuantizedTarget, packed: Mapping[str, Tensor]) -> Decoded:
     """What a server makes of a target's packed tensors, given by file name."""
-    assert target.weight is not None
+    assert dialect.reader is not None
     names = tuple(info.name for info in dialect.infos(target))
     stored = StoredTarget(
         target.name, target.weight, target.input, target.shape, names, target.output, target.bias_spec
     )  # fmt: skip
-    return dialect.decode(stored, {name: packed[name] for name in names})
+    return dialect.reader.decode(stored, {name: packed[name] for name in names})
 
 
 def handlers(
@@ -47,7 +46,7 @@ def handlers(
     return quantizing_handlers(activations, _attentions(plan, part, scales))
 
 
-def own_scales(target: Target, scales: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def own_scales(target: QuantizedTarget, scales: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The static scales of a target by slot kind."""
     return {kind: scales[f"{target.name}.{kind}"] for kind in ("input", "output") if f"{target.name}.{kind}" in scales}
 

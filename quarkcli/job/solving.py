@@ -16,9 +16,9 @@ from quarkcli.job.problems import problems
 from quarkcli.numerics.observers import weight_amax
 from quarkcli.numerics.quantize import Quantized, tensor_amax
 from quarkcli.numerics.solve import dead_inputs
-from quarkcli.plan.model import Plan, Target
+from quarkcli.plan.model import Plan, QuantizedTarget
 
-Solved = tuple[Target, Tensor, Quantized]  # with the source weight
+Solved = tuple[QuantizedTarget, Tensor, Quantized]  # with the source weight
 
 
 class Solving:
@@ -35,15 +35,15 @@ class Solving:
         self.dead_inputs: dict[str, int] = {}
 
     def solved(
-        self, targets: list[Target], tensors: Mapping[str, Tensor], statistics: Statistics | None
+        self, targets: list[QuantizedTarget], tensors: Mapping[str, Tensor], statistics: Statistics | None
     ) -> Iterator[Solved]:
         """Yields every weight with its codes and scales. `tensors`: of the part, in source form."""
 
-        def weight(target: Target) -> Tensor:
+        def weight(target: QuantizedTarget) -> Tensor:
             found: Tensor = target.view.of(tensors[target.view.tensor])
             return found
 
-        def amax(target: Target) -> Tensor | None:
+        def amax(target: QuantizedTarget) -> Tensor | None:
             return shared.get(target.scale_group)
 
         def moment(site: str, expert: int | None) -> Moment | None:
@@ -88,11 +88,10 @@ class Solving:
         return quantized
 
 
-def _group_amax(targets: list[Target], weight: Callable[[Target], Tensor]) -> dict[str, Tensor]:
+def _group_amax(targets: list[QuantizedTarget], weight: Callable[[QuantizedTarget], Tensor]) -> dict[str, Tensor]:
     """amax per scale group, for specs with one scale per tensor: fused linears must agree on it."""
     shared: dict[str, Tensor] = {}
     for target in targets:
-        assert target.weight is not None
         if not target.weight.has_tensor_scale:
             continue
         amax = named(f"{target.name}.weight", weight_amax, weight(target), target.weight)

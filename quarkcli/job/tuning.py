@@ -11,7 +11,7 @@ from quarkcli.algorithms.base import Assignment, Tuner
 from quarkcli.forward.walk import Walk
 from quarkcli.job.solving import Solved
 from quarkcli.numerics.quantize import Quantized
-from quarkcli.plan.model import Part, Target
+from quarkcli.plan.model import Part, QuantizedTarget
 
 
 class TunedBlock:
@@ -23,7 +23,7 @@ class TunedBlock:
 
     def __init__(self, walk: Walk, part: Part, tensors: Mapping[str, Tensor]) -> None:
         assert part.block is not None
-        self.targets: dict[str, Target] = {}
+        self.targets: dict[str, QuantizedTarget] = {}
         self.batches = len(walk.served)
         self._walk = walk
         self._block = part.block
@@ -59,7 +59,7 @@ class TunedBlock:
             return self._walk.run_with(self._block, batch, {**self._tensors, **changed})
 
 
-def _placed(whole: Tensor, target: Target, weight: Tensor) -> Tensor:
+def _placed(whole: Tensor, target: QuantizedTarget, weight: Tensor) -> Tensor:
     """A file tensor with other values where a weight lies; a new tensor, so that gradients flow."""
     made = whole.clone()
     target.view.of(made).copy_(weight)

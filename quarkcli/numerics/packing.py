@@ -47,16 +47,6 @@ def unpack_msb(packed: Tensor, bits: int, count: int, signed: bool = False) -> T
     return _signed(codes, bits) if signed else codes
 
 
-def pack_nibbles(codes: Tensor) -> Tensor:
-    """uint8 codes below 16 [..., n] -> uint8 [..., n / 2]; the low nibble is the even column."""
-    return _fold(codes, 4)
-
-
-def unpack_nibbles(packed: Tensor) -> Tensor:
-    """Inverse of `pack_nibbles`: uint8 [..., m] -> uint8 [..., 2 m]."""
-    return _unfold(packed, 4)
-
-
 def pack_fp6(codes: Tensor) -> Tensor:
     """uint8 codes below 64 [..., n] -> uint8 [..., 3 n / 4]; four codes little endian in three bytes."""
     _require_multiple(codes, 4)
@@ -92,17 +82,11 @@ def unpack_int32(packed: Tensor, bits: int, count: int | None = None, signed: bo
     return (codes - (1 << (bits - 1))).view(torch.int8) if signed else codes
 
 
-def pack_order(codes: Tensor) -> Tensor:
-    """4-bit codes [rows, n] -> int32 [rows, n / 8]: nibble j of a word, from the low end, is element j.
-
-    Two's complement; AMD Quark's `order`.
-    """
-    _require_multiple(codes, 8)
-    return _viewed(_fold(_unsigned(codes, 4), 4), torch.int32)
-
-
 def unpack_order(packed: Tensor, signed: bool = True) -> Tensor:
-    """Inverse of `pack_order`: int32 [rows, m] -> int8 [rows, 8 m] with their sign, or uint8."""
+    """4-bit codes of int32 words [rows, m] -> int8 [rows, 8 m] with their sign, or uint8: AMD Quark's `order`.
+
+    Nibble j of a word, from the low end, is element j; signed ones are two's complement.
+    """
     codes = _unfold(packed.contiguous().view(torch.uint8), 4)
     return _signed(codes, 4) if signed else codes
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterator
 from itertools import islice
 
 from quarkcli.errors import ConfigError, ModelError
-from quarkcli.plan.model import Attention, Plan, Target
+from quarkcli.plan.model import Attention, Plan, QuantizedTarget, Target
 from quarkcli.spec import PerChannel, PerTile, TensorSpec
 
 
@@ -145,7 +145,7 @@ def _check_widths(plan: Plan) -> None:
     )
 
 
-def _indivisible(plan: Plan) -> Iterator[tuple[list[Target], str, int, int]]:
+def _indivisible(plan: Plan) -> Iterator[tuple[list[QuantizedTarget], str, int, int]]:
     for run in plan.quantized_alike():
         target = run[0]
         rows, columns = target.shape

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard, cast
 
 from quarkcli.family import Part, Rewrites, Site, Weight, WeightView
 from quarkcli.plan.fused import matrix
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from quarkcli.plan.compose import Basis
 
 __all__ = [
-    "ATTENTION_KINDS", "TARGET_KINDS", "Added", "Attention", "Changes", "Decision", "Fate", "Part", "Plan", "Site",
-    "Target", "WeightView",
+    "ATTENTION_KINDS", "TARGET_KINDS", "Added", "Attention", "Changes", "Decision", "Fate", "Part", "Plan",
+    "QuantizedTarget", "Site", "Target", "WeightView", "is_quantized",
 ]  # fmt: skip
 
 TARGET_KINDS = ("weight", "input", "output", "bias")
@@ -97,6 +97,19 @@ class Target(Weight):
     @property
     def numel(self) -> int:
         return self.shape[0] * self.shape[1]
+
+
+class QuantizedTarget(Target):
+    """A target whose weight is quantized: a type for functions that take no other. `is_quantized` tells."""
+
+    if TYPE_CHECKING:
+
+        @property
+        def weight(self) -> TensorSpec: ...
+
+
+def is_quantized(target: Target) -> TypeGuard[QuantizedTarget]:
+    return target.weight is not None
 
 
 @dataclass(frozen=True)
@@ -229,9 +242,9 @@ class Plan:
             self._alike = self.targets, list(runs.values())
         return self._alike[1]
 
-    def quantized_alike(self) -> Iterator[list[Target]]:
+    def quantized_alike(self) -> Iterator[list[QuantizedTarget]]:
         """The runs of `alike` whose weights are quantized."""
-        return (run for run in self.alike() if run[0].weight is not None)
+        return (cast("list[QuantizedTarget]", run) for run in self.alike() if is_quantized(run[0]))
 
     def disagreeing(self) -> list[list[Target]]:
         """What servers fuse and has more than one (weight, input) spec: the members of each such group."""
@@ -247,8 +260,7 @@ class Plan:
         """Weights that share their per-tensor scales, by scale group; groups of two and more."""
         groups: dict[str, list[Target]] = {}
         for run in self.quantized_alike():
-            weight = run[0].weight
-            for target in run if weight is not None and weight.has_tensor_scale else ():
+            for target in run if run[0].weight.has_tensor_scale else ():
                 groups.setdefault(target.scale_group, []).append(target)
         return {name: members for name, members in groups.items() if len(members) > 1}
 
@@ -297,10 +309,10 @@ class Plan:
                 fates[name] = Fate("kept", self.kept[name])
         return fates
 
-    def quantized(self, part: int | None = None) -> Iterator[Target]:
+    def quantized(self, part: int | None = None) -> Iterator[QuantizedTarget]:
         """Targets whose weight is quantized, in plan order; of one part when given."""
         for target in self.targets.values():
-            if target.weight is not None and (part is None or target.part == part):
+            if is_quantized(target) and (part is None or target.part == part):
                 yield target
 
     def activations(self, part: int | None = None) -> Iterator[Activation]:

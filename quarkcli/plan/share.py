@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from quarkcli.errors import ConfigError
 from quarkcli.family import Layout, Weight
-from quarkcli.plan.model import Plan, Target
+from quarkcli.plan.model import Plan, QuantizedTarget
 from quarkcli.plan.weights import matched
 from quarkcli.recipe.entries import Share
 
@@ -80,7 +80,7 @@ def check(plan: Plan) -> None:
         _warn_of_split(plan)
     if not plan.share:
         return
-    rows: dict[str, list[Target]] = {}
+    rows: dict[str, list[QuantizedTarget]] = {}
     for target in plan.quantized():
         if target.shares is not None:
             rows.setdefault(target.shares, [])
@@ -89,7 +89,7 @@ def check(plan: Plan) -> None:
             rows[target.scale_group].append(target)
     for members in rows.values():
         _check_group(members, plan.share)
-    if not any(member.weight is not None and member.weight.has_tensor_scale for m in rows.values() for member in m):
+    if not any(member.weight.has_tensor_scale for members in rows.values() for member in members):
         plan.warnings.append(f"{plan.share[0].origin}: share joins nothing: no two weights of it have one scale each")
 
 
@@ -109,7 +109,6 @@ def _warn_of_split(plan: Plan) -> None:
     two_level = False
     for run in plan.quantized_alike():
         weight = run[0].weight
-        assert weight is not None
         for target in run if weight.has_tensor_scale else ():
             fused.setdefault(target.group, set()).add(target.scale_group)
             two_level |= any(stage.scale is not None and stage.scale.over is not None for stage in weight.stages)
@@ -122,7 +121,7 @@ def _warn_of_split(plan: Plan) -> None:
         )
 
 
-def _check_group(members: list[Target], rows: Sequence[Share]) -> None:
+def _check_group(members: list[QuantizedTarget], rows: Sequence[Share]) -> None:
     specs = {member.weight for member in members}
     if len(specs) > 1:
         odd = next(member for member in members if member.weight != members[0].weight)

@@ -10,7 +10,6 @@ def effective_bits(plan: Plan) -> float:
     bits = weights = 0.0
     for run in plan.quantized_alike():
         target = run[0]
-        assert target.weight is not None
         bits += target.weight.bits_per_value(*target.shape) * target.numel * len(run)
         weights += target.numel * len(run)
     return bits / weights if weights else 0.0

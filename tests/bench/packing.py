@@ -40,9 +40,7 @@ def packer(element: Element) -> Callable[[Tensor], Tensor]:
     """Codes -> the bytes of a checkpoint."""
     if element.bits == 8:
         return lambda codes: codes
-    if element.kind == "float":
-        return packing.pack_nibbles if element.bits == 4 else packing.pack_fp6
-    if element.fraction:
+    if element.kind == "float" or element.fraction:
         return lambda codes: packing.pack_bits(codes, element.bits)
     return lambda codes: packing.pack_int32(codes, element.bits)
 

@@ -37,7 +37,7 @@ from .plans import (
 )  # fmt: skip
 from .test_roundtrip import HELD, written
 
-CT = dialects.get("compressed-tensors")
+CT = dialects.writer("compressed-tensors")
 INT4_STATIC = replace(INT8_TENSOR, element="int4")
 MIXED: dict[str, Pair | None] = {"q": PAIRS["fp8"], "k": PAIRS["fp8"], "v": PAIRS["fp8"], "o": PAIRS["int4-32"]}
 BOTH = {"vllm", "transformers"}

@@ -21,7 +21,7 @@ from quarkcli.spec import PerChannel, PerGroup, PerTensor, ScaleSpec, TensorSpec
 from .plans import FP8, PAIRS, Module, Pair, linears, llama, moe, plan
 from .test_roundtrip import TEXTS, bits, headers, same_within_one_ulp, weight_of
 
-CT = dialects.get("compressed-tensors")
+CT = dialects.writer("compressed-tensors")
 BOTH = {"vllm", "transformers"}
 # The library's presets by name, as kinds of weights (in groups of 128) and inputs.
 PRESETS = {
@@ -137,11 +137,11 @@ def test_what_is_written_is_read_back(weight: str, source: str, output: str | No
         (name, TEXTS[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()
     ]
     assert all(tensor.is_contiguous() for tensor in tensors.values())
-    stored = CT.view(json.loads(json.dumps(CT.config(made))), headers(tensors)).targets["m"]
+    stored = CT.reader.view(json.loads(json.dumps(CT.config(made))), headers(tensors)).targets["m"]
     assert (stored.weight, stored.input, stored.output, stored.shape) == (
         item.weight, item.input, item.output, item.shape,
     )  # fmt: skip
-    decoded = CT.decode(stored, tensors)
+    decoded = CT.reader.decode(stored, tensors)
     assert decoded.weight.codes.dtype == quantized.codes.dtype
     assert torch.equal(bits(decoded.weight.codes), bits(quantized.codes))
     for name in ("scale", "zero_point"):
@@ -189,10 +189,10 @@ def test_a_scale_of_q_is_for_vllm_alone() -> None:
     assert CT.loaders(made) == {"vllm"}
     tensors = CT.attention_tensors(module, {kind: torch.tensor(0.5 + n) for n, kind in enumerate("kqv")})
     assert list(tensors) == [info.name for info in CT.attention_infos(module)]
-    view = CT.view(CT.config(made), headers(tensors))
+    view = CT.reader.view(CT.config(made), headers(tensors))
     (stored,) = view.attention.values()
     assert stored.specs == dict.fromkeys("kqv", FP8)
-    assert {kind: float(scale) for kind, scale in CT.decode_attention(stored, tensors).items()} == {
+    assert {kind: float(scale) for kind, scale in CT.reader.decode_attention(stored, tensors).items()} == {
         "k": 0.5, "q": 1.5, "v": 2.5,
     }  # fmt: skip
     module.slots.update(k=Decision(None, None), v=Decision(None, None))

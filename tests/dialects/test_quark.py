@@ -32,7 +32,7 @@ from .plans import (
 from .test_quark_roundtrip import SCHEMES, awkward, slotted, written
 from .test_roundtrip import Header, headers
 
-QUARK = dialects.get("quark")
+QUARK = dialects.writer("quark")
 
 # json of amd-quark 0.13's LLMTemplate("llama").get_config(scheme) for each scheme; `scale_type` float means the
 # model's dtype there, where we store float32 scales for everything but int4.
@@ -272,7 +272,7 @@ def test_a_fused_qkv_has_no_place_for_cache_scales() -> None:
 
 
 def read(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Any:
-    return QUARK.view(config, headers(tensors))
+    return QUARK.reader.view(config, headers(tensors))
 
 
 def test_a_file_of_the_peer_is_read() -> None:
@@ -287,7 +287,7 @@ def test_a_file_of_the_peer_is_read() -> None:
     }
     stored = read(config, tensors).targets["m"]
     assert stored.weight == stored.input == replace(FP8, scale=ScaleSpec("model"))
-    decoded = QUARK.decode(stored, tensors)
+    decoded = QUARK.reader.decode(stored, tensors)
     assert (float(decoded.weight.params.scale), float(decoded.input)) == (0.5, 0.25)
 
 
@@ -357,4 +357,4 @@ def test_missing_scales_are_refused_when_writing() -> None:
 def test_a_matrix_is_asked_for() -> None:
     config, tensors, _, _ = written(plan([Module("m", (8, 64), "up")], linears((FP8, None))))
     with pytest.raises(ModelError, match="is not a matrix"):
-        QUARK.view(config, {**headers(tensors), "m.weight": Header("F8_E4M3", (512,))})
+        QUARK.reader.view(config, {**headers(tensors), "m.weight": Header("F8_E4M3", (512,))})

@@ -10,7 +10,7 @@ from .plans import FP8, INT8_TENSOR, NVFP4_INPUT, PAIRS, linears, llama, moe, pl
 from .test_quark import with_attention
 from .test_quark_roundtrip import SCHEMES, slotted
 
-QUARK = dialects.get("quark")
+QUARK = dialects.writer("quark")
 BOTH = {"vllm", "transformers"}
 
 # (dense, routed experts). transformers: one scale per tensor; it keeps experts fused.

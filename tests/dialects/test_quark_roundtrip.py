@@ -22,7 +22,7 @@ from quarkcli.spec import ELEMENTS, SCALE_FORMATS, PerTile, TensorSpec
 from .plans import FP8, NVFP4_INPUT, Module, Pair, attention, linears, llama, plan
 from .test_roundtrip import TEXTS, bits, headers
 
-QUARK = dialects.get("quark")
+QUARK = dialects.writer("quark")
 
 
 def scheme(name: str) -> Pair:
@@ -83,13 +83,13 @@ def statics(target: Target) -> dict[str, torch.Tensor]:
 def comes_back(made: Plan) -> dict[str, Any]:
     """Write and read a plan; assert that nothing was lost. Returns the config."""
     config, tensors, weights, biases = written(made)
-    view = QUARK.view(config, headers(tensors))
+    view = QUARK.reader.view(config, headers(tensors))
     assert sorted(view.targets) == sorted(target.name for target in made.quantized())
     for target in made.quantized():
         stored = view.targets[target.name]
         assert (stored.weight, stored.input) == (target.weight, target.input)
         assert (stored.output, stored.bias, stored.shape) == (target.output, target.bias_spec, target.shape)
-        decoded = QUARK.decode(stored, tensors)
+        decoded = QUARK.reader.decode(stored, tensors)
         same(decoded.weight, weights[target.name], stored.weight)
         assert (decoded.bias is None) == (stored.bias is None)
         if decoded.bias is not None and stored.bias is not None:
@@ -276,11 +276,11 @@ def test_attention_comes_back(kinds: str, spec: TensorSpec) -> None:
         slots = {kind: Decision(spec if kind in kinds else None, 0) for kind in "qkvp"}
         made.attention[name] = replace(attention(name, None), slots=slots)
     config, tensors, _, _ = written(made)
-    view = QUARK.view(config, headers(tensors))
+    view = QUARK.reader.view(config, headers(tensors))
     assert set(view.attention) == set(made.attention)
     for stored in view.attention.values():
         assert stored.specs == dict.fromkeys(kinds, spec)
-        assert QUARK.decode_attention(stored, tensors) == {kind: torch.tensor(0.5 + ord(kind)) for kind in kinds}
+        assert QUARK.reader.decode_attention(stored, tensors) == {kind: torch.tensor(0.5 + ord(kind)) for kind in kinds}
     comes_back(made)
 
 

@@ -18,7 +18,7 @@ from .plans import FP8, Module, Pair, linears, plan, target
 from .test_quark_roundtrip import SCHEMES, awkward, statics
 from .test_roundtrip import TEXTS, headers
 
-QUARK = dialects.get("quark")
+QUARK = dialects.writer("quark")
 OUT, IN = 16, 256
 AWQ = (0, 2, 4, 6, 1, 3, 5, 7)
 PLAIN = tuple(range(8))
@@ -220,9 +220,9 @@ def test_words_in_plain_order_are_read(name: str) -> None:
     tensors = {f"m.{key}": in_order(t) if t.dtype == torch.int32 else t for key, t in found.items()}
     config = QUARK.config(made)
     config["export"]["pack_method"] = "order"
-    stored = QUARK.view(config, headers(tensors)).targets["m"]
+    stored = QUARK.reader.view(config, headers(tensors)).targets["m"]
     assert item.weight is not None
-    again = dequantize(QUARK.decode(stored, tensors).weight, item.weight)
+    again = dequantize(QUARK.reader.decode(stored, tensors).weight, item.weight)
     np.testing.assert_array_equal(numbers(again), values)
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from quarkcli import dialects
-from quarkcli.dialects.base import Dialect
+from quarkcli.dialects.base import Writer
 from quarkcli.errors import ModelError
 from quarkcli.numerics.quantize import quantize, static_scale
 from quarkcli.plan.model import Plan, Target
@@ -45,14 +45,14 @@ def weight_of(item: Target, seed: int = 0) -> torch.Tensor:
     return torch.randn(item.shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def written(dialect: Dialect, item: Target, seed: int = 0):
+def written(dialect: Writer, item: Target, seed: int = 0):
     assert item.weight is not None
     quantized = quantize(weight_of(item, seed), item.weight)
     source = static_scale(torch.tensor(3.25), item.input) if item.input and item.input.is_static else None
     return quantized, source, dialect.tensors(item, quantized, {} if source is None else {"input": source})
 
 
-def write(dialect: Dialect, made: Plan) -> tuple[dict, dict[str, torch.Tensor]]:
+def write(dialect: Writer, made: Plan) -> tuple[dict, dict[str, torch.Tensor]]:
     tensors: dict[str, torch.Tensor] = {}
     for seed, item in enumerate(made.quantized()):
         tensors |= written(dialect, item, seed)[2]
@@ -66,7 +66,7 @@ def write(dialect: Dialect, made: Plan) -> tuple[dict, dict[str, torch.Tensor]]:
 @pytest.mark.parametrize("shape", [(64, 192), (96, 64), (8, 320)])
 @pytest.mark.parametrize("dtype", ["BF16", "F16"])
 def test_infos_equal_tensors(name: str, scheme: str, shape: tuple[int, int], dtype: str) -> None:
-    dialect = dialects.get(name)
+    dialect = dialects.writer(name)
     item = target(Module("model.layers.0.mlp.up_proj", shape, "up"), HELD[name][scheme], dtype)
     _, _, tensors = written(dialect, item)
     assert {info.name: (info.dtype, info.shape) for info in dialect.infos(item)} == {
@@ -78,18 +78,18 @@ def test_infos_equal_tensors(name: str, scheme: str, shape: tuple[int, int], dty
 
 @pytest.mark.parametrize(("name", "scheme"), CASES)
 def test_read_of_write_is_exact(name: str, scheme: str) -> None:
-    dialect = dialects.get(name)
+    dialect = dialects.writer(name)
     made = plan(llama(layers=1, hidden=64, mlp=192), linears(HELD[name][scheme]), kv=FP8)
     assert dialect.refusals(made) == []
     config, tensors = write(dialect, made)
-    view = dialect.view(config, headers(tensors))
+    view = dialect.reader.view(config, headers(tensors))
     assert list(view.targets) == [item.name for item in made.quantized()]
     for seed, item in enumerate(made.quantized()):
         quantized, source, packed = written(dialect, item, seed)
         stored = view.targets[item.name]
         assert (stored.weight, stored.input, stored.shape) == (item.weight, item.input, item.shape)
         assert set(stored.tensors) == set(packed)
-        decoded = dialect.decode(stored, tensors)
+        decoded = dialect.reader.decode(stored, tensors)
         again, source_again = decoded.weight, decoded.input
         assert again.codes.dtype == quantized.codes.dtype
         assert torch.equal(bits(again.codes), bits(quantized.codes))
@@ -97,7 +97,7 @@ def test_read_of_write_is_exact(name: str, scheme: str) -> None:
         assert torch.equal(bits(again.params.scale), bits(quantized.params.scale))
         same_within_one_ulp(again.params.global_scale, quantized.params.global_scale)
         same_within_one_ulp(source_again, source)
-    assert {key: dialect.decode_attention(stored, tensors) for key, stored in view.attention.items()} == {
+    assert {key: dialect.reader.decode_attention(stored, tensors) for key, stored in view.attention.items()} == {
         "model.layers.0.self_attn": {"k": torch.tensor(0.5), "v": torch.tensor(1.5)}
     }
     assert all(stored.specs == {"k": FP8, "v": FP8} for stored in view.attention.values())
@@ -116,11 +116,11 @@ def same_within_one_ulp(found: torch.Tensor | None, wanted: torch.Tensor | None)
 
 @pytest.mark.parametrize("name", NAMES)
 def test_mixed_plan_is_read_back(name: str) -> None:
-    dialect = dialects.get(name)
+    dialect = dialects.writer(name)
     pairs: dict[str, Pair | None] = {"expert": PAIRS["mxfp4"], "o": PAIRS["fp8"], "q": PAIRS["int8-token"]}
     made = plan(moe(), lambda m: pairs.get(m.role.split("_")[0]), kv=FP8)
     config, tensors = write(dialect, made)
-    view = dialect.view(config, headers(tensors))
+    view = dialect.reader.view(config, headers(tensors))
     assert {key: (stored.weight, stored.input) for key, stored in view.targets.items()} == {
         item.name: (item.weight, item.input) for item in made.quantized()
     }
@@ -128,32 +128,32 @@ def test_mixed_plan_is_read_back(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_reading_names_what_is_wrong(name: str) -> None:
-    dialect = dialects.get(name)
+    dialect = dialects.writer(name)
     made = plan(llama(layers=1), linears(PAIRS["fp8"]))
     config, tensors = write(dialect, made)
     known = headers(tensors)
     module = "model.layers.0.self_attn.q_proj"
     missing = {key: value for key, value in known.items() if key != f"{module}.input_scale"}
     with pytest.raises(ModelError, match=r"q_proj\.input_scale"):
-        dialect.view(config, missing)
+        dialect.reader.view(config, missing)
     wrong = {**known, f"{module}.weight": Header("I8", (64, 64))}
     with pytest.raises(ModelError, match=r"q_proj\.weight: found I8"):
-        dialect.view(config, wrong)
+        dialect.reader.view(config, wrong)
     without = {**config, "config_groups": {}, "global_quant_config": {}}
     with pytest.raises(ModelError, match="q_proj"):
-        dialect.view(without, known)
+        dialect.reader.view(without, known)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_scalars_may_be_stored_with_or_without_a_dimension(name: str) -> None:
-    dialect = dialects.get(name)
+    dialect = dialects.writer(name)
     made = plan(llama(layers=1), linears(PAIRS["nvfp4"]))
     config, tensors = write(dialect, made)
     for shape in ((), (1,)):
         other = {key: t.reshape(shape) if t.numel() == 1 else t for key, t in tensors.items()}
-        view = dialect.view(config, headers(other))
+        view = dialect.reader.view(config, headers(other))
         for stored in view.targets.values():
-            decoded = dialect.decode(stored, other)
+            decoded = dialect.reader.decode(stored, other)
             quantized, source = decoded.weight, decoded.input
             assert quantized.params.global_scale.shape == source.shape == ()
 

@@ -27,7 +27,7 @@ from tests.consumers.loading import passed_over
 
 from .plans import FP8, INT8_TOKEN, PAIRS, Module, linears, llama, moe, plan
 
-CT = dialects.get("compressed-tensors")
+CT = dialects.writer("compressed-tensors")
 SMALL = {
     "vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
     "max_position_embeddings": 64,

@@ -42,7 +42,7 @@ def rows(model: str, source: str, scheme: str) -> Rows:
     Nothing for a scheme that needs data or searches.
     """
     found: Rows = {}
-    for dialect in dialects.names():
+    for dialect in (writer.name for writer in dialects.writers()):
         name = f"{model} {scheme} {dialect}"
         options = job.Options(model=source, scheme=scheme, dialect=dialect, device="cpu", calib_data="builtin")
         try:

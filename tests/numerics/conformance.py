@@ -82,7 +82,7 @@ def _two_level(result: Quantized, spec: TensorSpec) -> Fields:
         "scale2": torch.tensor(1.0) if outer is None else outer,
         "scale": vectors.code_bytes(result.params.scale),
         "codes": result.codes,
-        "packed": packing.pack_nibbles(result.codes),
+        "packed": packing.pack_bits(result.codes, 4),
         "dq": dequantize(result, spec),
     }
 
@@ -123,14 +123,14 @@ def int4_fp8(case: str) -> Fields:
 
 PACK: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
     "pack.i4.awq": ("i4", packing.pack_awq),
-    "pack.i4.seq": ("i4", packing.pack_order),
+    "pack.i4.seq": ("i4", lambda codes: packing.pack_bits(codes, 4).view(torch.int32)),
     "pack.u4.awq": ("u4", packing.pack_awq),
-    "pack.u4.seq": ("u4", packing.pack_order),
+    "pack.u4.seq": ("u4", lambda codes: packing.pack_bits(codes, 4).view(torch.int32)),
     "pack.i4.offset_seq": ("i4", lambda codes: packing.pack_int32(codes, 4)),
     "pack.i8.offset_seq": ("i8", lambda codes: packing.pack_int32(codes, 8)),
     "pack.i3": ("i3", lambda codes: packing.pack_bits(codes, 3)),
     "pack.u2.msb": ("u2", lambda codes: packing.pack_msb(codes, 2)),
-    "pack.f4": ("f4", packing.pack_nibbles),
+    "pack.f4": ("f4", lambda codes: packing.pack_bits(codes, 4)),
     "pack.f6": ("f6", packing.pack_fp6),
 }
 

@@ -69,16 +69,14 @@ def test_int32_equals_compressed_tensors(bits: int, count: int) -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(rows=ROWS, groups=st.integers(1, 6), seed=SEEDS)
-def test_nibbles_and_fp6_are_bit_streams(rows: int, groups: int, seed: int) -> None:
-    four, six = codes(4, False, (rows, groups * 2), seed), codes(6, False, (rows, groups * 4), seed)
-    assert [bytes(row.tolist()) for row in packing.pack_nibbles(four)] == [exact_stream(r, 4, msb=False) for r in four]
+def test_fp6_is_a_bit_stream(rows: int, groups: int, seed: int) -> None:
+    six = codes(6, False, (rows, groups * 4), seed)
     assert [bytes(row.tolist()) for row in packing.pack_fp6(six)] == [exact_stream(r, 6, msb=False) for r in six]
-    assert torch.equal(packing.unpack_nibbles(packing.pack_nibbles(four)), four)
     assert torch.equal(packing.unpack_fp6(packing.pack_fp6(six)), six)
 
 
 PAIRS = {
-    "order": (packing.pack_order, packing.unpack_order, range(8)),
+    "order": (lambda each: packing.pack_bits(each, 4).view(torch.int32), packing.unpack_order, range(8)),
     "awq": (packing.pack_awq, packing.unpack_awq, (0, 2, 4, 6, 1, 3, 5, 7)),
 }
 
@@ -98,10 +96,8 @@ def test_words_of_eight_nibbles(name: str, rows: int, words: int, signed: bool, 
 
 
 CALLS: dict[str, Callable[[Tensor], Tensor]] = {
-    "nibbles": packing.pack_nibbles,
     "fp6": packing.pack_fp6,
     "awq": packing.pack_awq,
-    "order": packing.pack_order,
     "int32": lambda each: packing.pack_int32(each, 4),
     "bits 3": lambda each: packing.pack_bits(each, 3),
     "bits 5": lambda each: packing.pack_bits(each, 5),
@@ -118,7 +114,7 @@ def test_any_strides_and_offsets_are_packed_by_value(pack: Callable[[Tensor], Te
     assert torch.equal(pack(values.view(4, 4, 24)), pack(values).view(4, 4, -1))
 
 
-@pytest.mark.parametrize("name", ["nibbles", "fp6", "awq", "order"])
+@pytest.mark.parametrize("name", ["fp6", "awq"])
 def test_lengths_that_do_not_fill_a_word_are_refused(name: str) -> None:
     with pytest.raises(ModelError, match="7"):
         CALLS[name](torch.zeros(2, 7, dtype=torch.uint8))

@@ -12,7 +12,7 @@ import pytest
 
 from quarkcli import dialects, family
 from quarkcli.cli import planview
-from quarkcli.dialects.base import Dialect
+from quarkcli.dialects.base import Writer
 from quarkcli.disk import contents
 from quarkcli.disk.writer import plan_files, tensor_bytes
 from quarkcli.family import Layout
@@ -75,7 +75,7 @@ def deepseek_v3() -> dict[str, Header]:
 HEADERS = deepseek_v3()
 
 
-def prepared(scheme: str, **flags: Any) -> tuple[Layout, Plan, Dialect, forecast.Forecast]:
+def prepared(scheme: str, **flags: Any) -> tuple[Layout, Plan, Writer, forecast.Forecast]:
     """What a job does between opening a model and reading its first weight."""
     name, model, inferred = family.for_checkpoint(CONFIG, HEADERS)
     layout = family.lay_out(name, model, inferred, CONFIG, HEADERS)
@@ -92,7 +92,7 @@ def prepared(scheme: str, **flags: Any) -> tuple[Layout, Plan, Dialect, forecast
 
 
 @pytest.fixture(scope="module")
-def nvfp4() -> tuple[Layout, Plan, Dialect, forecast.Forecast]:
+def nvfp4() -> tuple[Layout, Plan, Writer, forecast.Forecast]:
     return prepared("nvfp4", exclude=["*layers.7.*", "*layers.60.mlp.experts.200.*"])
 
 

@@ -1,0 +1,21 @@
+"""Where weights come from: a model's files, or a quantized checkpoint that is decoded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Protocol
+
+from quarkcli.family import HeaderLike
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class WeightSource(Protocol):
+    """Tensors in source form: names, dtypes and shapes as the family's own files have them."""
+
+    @property
+    def headers(self) -> Mapping[str, HeaderLike]: ...
+
+    def read_many(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Returns tensors of memory of their own, on the CPU, in the order asked for."""
