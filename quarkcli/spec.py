@@ -178,14 +178,14 @@ class ScaleSpec:
     dtype: str
     rule: Rule = "absmax"
     when: When = "static"
-    over: ScaleSpec | None = None
+    global_scale: ScaleSpec | None = None
     minimum: float | None = None
     constant_amax: float | None = None
 
     @property
     def outermost(self) -> ScaleSpec:
         """The scale that is fixed first: the global one when there is one."""
-        return self.over or self
+        return self.global_scale or self
 
 
 @dataclass(frozen=True)
@@ -293,7 +293,8 @@ class TensorSpec:
     def has_tensor_scale(self) -> bool:
         """True when one stored scale covers the whole tensor, so fused linears must agree on it."""
         return any(
-            stage.scale is not None and (stage.scale.over is not None or isinstance(stage.granularity, PerTensor))
+            stage.scale is not None
+            and (stage.scale.global_scale is not None or isinstance(stage.granularity, PerTensor))
             for stage in self.stages
         )
 
@@ -307,7 +308,7 @@ class TensorSpec:
             return f"{replace(self, then=None).describe()}, then {self.then.describe()} ({self.stored} stored)"
         if self.scale is None:
             return self.element
-        scale = self.scale.dtype + (f" over {self.scale.over.dtype}" if self.scale.over else "")
+        scale = self.scale.dtype + (f" over {self.scale.global_scale.dtype}" if self.scale.global_scale else "")
         when = "" if self.scale.when == "static" else " dynamic"
         more = "" if self.symmetric else f", {self.zero_point} zero point"
         more += "" if self.rounding == "half_even" else f", rounding {self.rounding}"
@@ -351,7 +352,7 @@ def _scale_bits(spec: TensorSpec, rows: int, cols: int) -> float:
             count = 0
     zero = {"none": 0, "int": spec.format.bits, "float": 32}[spec.zero_point]
     shifts = 1 / spec.format.sub_block if spec.format.sub_block else 0.0
-    over = SCALE_FORMATS[spec.scale.over.dtype].bits if spec.scale.over else 0
+    over = SCALE_FORMATS[spec.scale.global_scale.dtype].bits if spec.scale.global_scale else 0
     return shifts + (count * (SCALE_FORMATS[spec.scale.dtype].bits + zero) + over) / (rows * cols)
 
 
@@ -372,8 +373,8 @@ def granularity_to_yaml(granularity: Granularity) -> str | dict[str, Any]:
 
 def scale_to_yaml(scale: ScaleSpec) -> dict[str, Any]:
     out: dict[str, Any] = {"dtype": scale.dtype, "rule": scale.rule, "when": scale.when}
-    if scale.over:
-        out["over"] = scale_to_yaml(scale.over)
+    if scale.global_scale:
+        out["global_scale"] = scale_to_yaml(scale.global_scale)
     for key in ("minimum", "constant_amax"):
         if getattr(scale, key) is not None:
             out[key] = getattr(scale, key)

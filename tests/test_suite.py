@@ -94,7 +94,11 @@ quantize:
   - {{quantizer_path: '*input_quantizer', cfg: {input}}}
 """
 FP8 = {"element": "fp8_e4m3", "granularity": "tensor", "scale": {"dtype": "f32", "when": "static"}}
-FP4 = {"element": "fp4_e2m1", "granularity": {"group": 16}, "scale": {"dtype": "e4m3", "over": {"dtype": "f32"}}}
+FP4 = {
+    "element": "fp4_e2m1",
+    "granularity": {"group": 16},
+    "scale": {"dtype": "e4m3", "global_scale": {"dtype": "f32"}},
+}
 # What an observer finds ranges for, as the weight and the input of a scheme; the others take any static scale.
 FORMATS = {"headroom": (FP4, {**FP4, "scale": {**FP4["scale"], "when": "dynamic"}})}
 

@@ -82,12 +82,12 @@ def solve_together(problem: Problem, factor: Factor, importance: Tensor | None) 
     """Codes of all weights of a problem in one column loop: rows are independent."""
     import torch
 
-    from quarkcli.numerics.quantize import Quantized, lattice
+    from quarkcli.numerics.quantize import Quantized, grid
     from quarkcli.numerics.solve import solve
 
     spec, weights = problem.spec, problem.weights
     params = [searched_qparams(w, spec, amax, importance) for w, amax in zip(weights, problem.amax, strict=True)]
-    each = [lattice(p, spec, w.shape) for p, w in zip(params, weights, strict=True)]
+    each = [grid(p, spec, w.shape) for p, w in zip(params, weights, strict=True)]
     zeros = [at.zero for at in each if at.zero is not None]
     at = replace(each[0], scale=torch.cat([at.scale for at in each]), zero=torch.cat(zeros) if zeros else None)
     solved = solve(torch.cat([w.float() for w in weights]), factor, at)
@@ -118,7 +118,7 @@ def searched_qparams(weight: Tensor, spec: TensorSpec, amax: Tensor | None, impo
 
     from quarkcli.numerics.quantize import QParams, decode, encode, make_qparams, tensor_amax
 
-    if amax is None and spec.scale is not None and spec.scale.over is not None:
+    if amax is None and spec.scale is not None and spec.scale.global_scale is not None:
         amax = tensor_amax(weight)  # the global scale stays as it is while groups shrink
     best = make_qparams(weight, spec, amax=amax)
     if importance is None or not _searchable(spec):

@@ -371,4 +371,6 @@ def _with_minimum(cfg: Any, minimum: float) -> dict[str, Any]:
     if spec.scale is None:
         raise UsageError("min_kv_scale: this KV cache scheme has no scale")
     outer = replace(spec.scale.outermost, minimum=minimum)
-    return spec_to_yaml(replace(spec, scale=replace(spec.scale, over=outer) if spec.scale.over else outer))
+    return spec_to_yaml(
+        replace(spec, scale=replace(spec.scale, global_scale=outer) if spec.scale.global_scale else outer)
+    )

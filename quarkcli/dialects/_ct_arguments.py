@@ -25,7 +25,7 @@ def arguments(spec: TensorSpec, *, weight: bool) -> dict[str, Any]:
         "group_size": spec.granularity.size if isinstance(spec.granularity, PerGroup) else None,
         "symmetric": spec.symmetric,
         # Under a static global scale only the block scales are dynamic.
-        "dynamic": "local" if dynamic and spec.scale.over is not None else dynamic,
+        "dynamic": "local" if dynamic and spec.scale.global_scale is not None else dynamic,
     }
     if isinstance(spec.granularity, PerTile):
         found["block_structure"] = [spec.granularity.rows, spec.granularity.cols]
@@ -45,7 +45,7 @@ def _strategy(spec: TensorSpec) -> str:
             return "token"
         case PerTile():
             return "block"
-    return "group" if spec.scale.over is None else "tensor_group"
+    return "group" if spec.scale.global_scale is None else "tensor_group"
 
 
 def scheme_group(

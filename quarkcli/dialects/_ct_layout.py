@@ -33,7 +33,7 @@ def format_of(pair: Pair) -> str:
         grouped = isinstance(spec.granularity, PerGroup)
         whole = isinstance(spec.granularity, PerTensor) or (source is not None and not grouped)
         return _INTEGERS if whole and spec.format.bits == _BYTE and spec.symmetric else _WORDS
-    if spec.scale.over is not None:
+    if spec.scale.global_scale is not None:
         return "nvfp4-pack-quantized"
     return _MX[spec.format.bits] if spec.scale.dtype == "e8m0" else "float-quantized"
 
@@ -61,7 +61,7 @@ def tensors_of(
     if not spec.symmetric:
         words = -(-shape[0] * spec.format.bits // WORD_BITS)
         found.append(TensorInfo("weight_zero_point", "I32", (words, scale[1])))
-    if spec.scale is not None and spec.scale.over is not None:
+    if spec.scale is not None and spec.scale.global_scale is not None:
         found.append(TensorInfo("weight_global_scale", "F32", (1,)))
     for side, activation in (("input", source), ("output", output)):
         suffix = static_suffix(side, activation)
@@ -95,7 +95,7 @@ def static_suffix(side: str, spec: TensorSpec | None) -> str | None:
     if spec is None or not spec.is_static:
         return None
     assert spec.scale is not None
-    return f"{side}_scale" if spec.scale.over is None else f"{side}_global_scale"
+    return f"{side}_scale" if spec.scale.global_scale is None else f"{side}_global_scale"
 
 
 def stored_shape(spec: TensorSpec, weight: HeaderLike, scale: HeaderLike) -> tuple[int, int]:

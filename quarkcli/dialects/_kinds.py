@@ -135,7 +135,7 @@ def _is_plain(spec: TensorSpec) -> bool:
     number = not element.fraction and (element.kind == "integer" or element.bits == 8)
     unsigned = element.kind == "integer" and element.minimum == 0
     zero_points = spec.zero_point == ("int" if unsigned else "none")
-    return number and zero_points and scale.dtype in _PLAIN_SCALES and scale.over is None
+    return number and zero_points and scale.dtype in _PLAIN_SCALES and scale.global_scale is None
 
 
 def _block_kind(spec: TensorSpec) -> str | None:
@@ -143,8 +143,8 @@ def _block_kind(spec: TensorSpec) -> str | None:
     if scale is None or not spec.symmetric or spec.group_size is None or isinstance(spec.granularity, PerTile):
         return None
     # Two levels: the outer scale is a static float32 on its own.
-    over = scale.over
-    if over is not None and (over.dtype, over.when, over.over) != ("f32", "static", None):
+    over = scale.global_scale
+    if over is not None and (over.dtype, over.when, over.global_scale) != ("f32", "static", None):
         return None
     for name, block in BLOCKS.items():
         same = (block.element, block.scale, block.two_level) == (spec.element, scale.dtype, over is not None)

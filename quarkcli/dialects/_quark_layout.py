@@ -119,7 +119,7 @@ def _stages(spec: TensorSpec, slot: str) -> Iterator[tuple[TensorSpec, Names]]:
         own, after = ("" if n == 1 else f"_{n}" for n in (number, number + 1))
         names = Names(f"{slot}_scale{own}", f"{slot}_zero_point{own}", f"{slot}_shift{own}", f"{slot}_scale{after}")
         yield stage, names
-        number += 2 if stage.scale is not None and stage.scale.over is not None else 1
+        number += 2 if stage.scale is not None and stage.scale.global_scale is not None else 1
 
 
 def layout(matrix: Matrix, model: str) -> list[TensorInfo]:
@@ -136,7 +136,7 @@ def layout(matrix: Matrix, model: str) -> list[TensorInfo]:
             found.append(TensorInfo(names.zero, zeros.dtype, _packed(_stored_shape(matrix, stage), zeros)))
         if stage.format.sub_block:
             found.append(TensorInfo(names.shift, "U8", _shift_shape(matrix, stage)))
-        if stage.scale.over is not None:
+        if stage.scale.global_scale is not None:
             found.append(TensorInfo(names.outer, "F32", ()))
     return found
 
@@ -146,7 +146,7 @@ def static_layout(slot: str, spec: TensorSpec | None) -> list[TensorInfo]:
     for stage, names in _stages(spec, slot) if spec is not None else ():
         if stage.scale is None:
             continue
-        if stage.scale.over is not None and stage.scale.over.when == "static":
+        if stage.scale.global_scale is not None and stage.scale.global_scale.when == "static":
             return [TensorInfo(names.outer, "F32", ())]
         if stage.scale.when == "static":
             whole = _is_whole(stage.format)
@@ -325,7 +325,7 @@ def _unpack_stage(
     if stage.format.sub_block:
         pairs = matrix.shape[1] // stage.format.sub_block
         params.shift = unpack_bits(tensors[names.shift].reshape(matrix.shape[0], -1), 1, pairs)
-    if stage.scale.over is not None:
+    if stage.scale.global_scale is not None:
         params.global_scale = tensors[names.outer].float().reshape(())
     return params
 

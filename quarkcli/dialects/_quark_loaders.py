@@ -88,7 +88,7 @@ def _static_reasons(slot: str, spec: TensorSpec) -> Iterator[str]:
 
 
 def _is_two_level(stage: TensorSpec) -> bool:
-    return stage.scale is not None and stage.scale.over is not None
+    return stage.scale is not None and stage.scale.global_scale is not None
 
 
 def _attention_reasons(plan: Plan) -> Iterator[tuple[str, str]]:

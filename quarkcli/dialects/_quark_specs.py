@@ -104,7 +104,7 @@ def _stage(stage: TensorSpec) -> list[Entry]:
         "zero_point_type": "float32" if stage.zero_point == "float" else "int32",
         "observer_cls": _observer(stage, entry["qscheme"]),
     }
-    return [entry] if scale.over is None else [entry, _over(scale.dtype, scale.over)]
+    return [entry] if scale.global_scale is None else [entry, _over(scale.dtype, scale.global_scale)]
 
 
 def _shared_exponent(stage: TensorSpec, scale: ScaleSpec) -> Entry:
@@ -146,7 +146,7 @@ def _scale(stage: TensorSpec, scale: ScaleSpec) -> Entry:
     if scale.dtype == "e8m0":
         kind = "float" if _is_block(stage) else quark.E8M0_TYPE
         return {"scale_type": kind, "scale_format": "e8m0", "scale_calculation_mode": mode}
-    if scale.dtype == "e5m3" and scale.over is None:
+    if scale.dtype == "e5m3" and scale.global_scale is None:
         return {"scale_type": quark.E5M3_TYPE, "scale_format": "e5m3"}
     return {
         "scale_type": _SCALE_TYPES.get(scale.dtype, "float32"),

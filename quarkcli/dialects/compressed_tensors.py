@@ -209,7 +209,7 @@ def _stored_scale(scale: Tensor, spec: TensorSpec) -> Tensor:
     import torch
 
     flat = scale.to(torch.float32).reshape(1)
-    return flat.clone() if spec.scale is None or spec.scale.over is None else flat.reciprocal()
+    return flat.clone() if spec.scale is None or spec.scale.global_scale is None else flat.reciprocal()
 
 
 def _real_scale(side: str, spec: TensorSpec | None, local: Mapping[str, Tensor]) -> Tensor | None:

@@ -106,7 +106,7 @@ def scales(checkpoint: Checkpoint, plan: Plan | None = None, tell: Listener = si
 
 def _over(spec: TensorSpec) -> bool:
     """Whether block scales lie under a scale of the tensor, which servers take from one member for all."""
-    return any(stage.scale is not None and stage.scale.over is not None for stage in spec.stages)
+    return any(stage.scale is not None and stage.scale.global_scale is not None for stage in spec.stages)
 
 
 def directory(

@@ -112,13 +112,16 @@ def _unmeasured(spec: TensorSpec) -> tuple[str, str] | None:
     if spec.then is not None:
         return "a chain with a static scale is not for activations", "when: dynamic in both stages"
     assert spec.scale is not None
-    two_level = spec.scale.over is not None
+    two_level = spec.scale.global_scale is not None
     if not spec.symmetric:
         return "a static activation has no zero point", "zero_point: none, or when: dynamic"
     if not isinstance(spec.granularity, PerGroup if two_level else PerTensor):
         return f"{spec.describe()}: an activation has one static scale", "granularity: tensor, or when: dynamic"
     if two_level and spec.scale.when == "static":
-        return f"{spec.describe()}: the scales of an activation's groups are not stored", "when: dynamic, above 'over'"
+        return (
+            f"{spec.describe()}: the scales of an activation's groups are not stored",
+            "when: dynamic, above 'global_scale'",
+        )
     if two_level and spec.observer.name not in {MIN_MAX.name, "percentile", "headroom"}:
         return f"observer '{spec.observer.name}' does not see the groups under a global scale", "use percentile"
     return None

@@ -21,10 +21,10 @@ from torch import Tensor
 
 from quarkcli.errors import ConfigError, DataError
 from quarkcli.numerics import search
-from quarkcli.numerics.extents import extent_of
-from quarkcli.numerics.lattice import without_chain
-from quarkcli.numerics.pieces import as_matrix, group_ends
+from quarkcli.numerics.chunks import as_matrix, group_ends
+from quarkcli.numerics.grid import without_chain
 from quarkcli.numerics.quantize import fake_quantize, static_scale, tensor_amax
+from quarkcli.numerics.ranges import range_of
 from quarkcli.spec import MIN_MAX, Granularity, PerChannel, PerGroup, PerTensor, TensorSpec
 
 # A bin holds the float32 magnitudes that agree in exponent and the first 11 bits of the fraction: every finite 16-bit
@@ -127,8 +127,8 @@ class Histogram:
             x = x[x != 0]
         counts = self._counts(x.device)
         one = torch.ones((), dtype=torch.int64, device=counts.device)
-        for piece in x.reshape(-1).split(_PIECE):
-            bins = piece.abs().float().view(torch.int32) >> _DROPPED
+        for chunk in x.reshape(-1).split(_PIECE):
+            bins = chunk.abs().float().view(torch.int32) >> _DROPPED
             counts.index_add_(0, bins.to(counts.device), one.expand(bins.shape))
 
     def merge(self, other: Histogram) -> None:
@@ -231,7 +231,7 @@ def observer(spec: TensorSpec) -> Observer:
     if spec.observer.statistic != MIN_MAX.statistic:
         return STATISTICS[spec.observer.statistic]()
     assert spec.scale is not None
-    return MinMax(_WHOLE if spec.scale.over is not None else spec.granularity)
+    return MinMax(_WHOLE if spec.scale.global_scale is not None else spec.granularity)
 
 
 def amax_of(seen: Observer, spec: TensorSpec) -> Tensor:
@@ -257,7 +257,7 @@ def weight_amax(weight: Tensor, spec: TensorSpec) -> Tensor:
     if spec.observer == MIN_MAX or not isinstance(spec.granularity, PerTensor):
         return amax
     matrix, first = as_matrix(weight), without_chain(spec)
-    return search.clipped(matrix, first, extent_of(matrix, first, None)).amax.reshape(())
+    return search.clipped(matrix, first, range_of(matrix, first, None)).amax.reshape(())
 
 
 def _chosen(seen: Histogram, spec: TensorSpec) -> Tensor:

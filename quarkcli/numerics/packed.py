@@ -10,7 +10,7 @@ from torch import Tensor
 from quarkcli.numerics import kernels
 from quarkcli.numerics import quantize as reference
 from quarkcli.numerics.formats import codec
-from quarkcli.numerics.lattice import QParams
+from quarkcli.numerics.grid import QParams
 from quarkcli.numerics.packing import pack_bits, unpack_bits
 from quarkcli.numerics.quantize import Quantized, decode, encode, make_qparams
 from quarkcli.spec import Element, TensorSpec

@@ -13,28 +13,28 @@ from torch import Tensor
 
 from quarkcli.errors import ConfigError, DataError
 from quarkcli.numerics import kernels, scales, search
-from quarkcli.numerics.extents import amax_per_row, extent_of
+from quarkcli.numerics.chunks import as_matrix, group_amax, require_finite
 from quarkcli.numerics.formats import codec
-from quarkcli.numerics.lattice import (
-    Lattice,
+from quarkcli.numerics.grid import (
+    Grid,
     QParams,
     decode_matrix,
     effective_scale,
     encode_matrix,
+    grid,
     is_whole,
-    lattice,
     multiply_,
     round_matrix,
     scale_size,
     without_chain,
 )
-from quarkcli.numerics.pieces import as_matrix, group_amax, require_finite
-from quarkcli.numerics.scales import Extent
+from quarkcli.numerics.ranges import amax_per_row, range_of
+from quarkcli.numerics.scales import Range
 from quarkcli.spec import Element, TensorSpec
 
 __all__ = [
-    "Lattice", "QParams", "Quantized", "decode", "decode_grid", "dequantize", "effective_scale", "encode",
-    "encode_grid", "fake_quantize", "lattice", "make_qparams", "quantize", "round_to_grid", "static_scale",
+    "Grid", "QParams", "Quantized", "decode", "decode_grid", "dequantize", "effective_scale", "encode",
+    "encode_grid", "fake_quantize", "grid", "make_qparams", "quantize", "round_to_grid", "static_scale",
     "tensor_amax",
 ]  # fmt: skip
 
@@ -79,10 +79,10 @@ def encode(weight: Tensor, spec: TensorSpec, params: QParams) -> Tensor:
     """Codes of a finite `weight` under `params`: nearest, ties to the even code, saturating. Same shape."""
     matrix = as_matrix(weight)
     if spec.codes is spec:
-        return encode_matrix(matrix, lattice(params, without_chain(spec), matrix.shape)).view(weight.shape)
+        return encode_matrix(matrix, grid(params, without_chain(spec), matrix.shape)).view(weight.shape)
     assert spec.then is not None and params.then is not None
     values = _handed_on(matrix, spec, params)
-    return encode_matrix(values, lattice(params.then, spec.then, matrix.shape)).view(weight.shape)
+    return encode_matrix(values, grid(params.then, spec.then, matrix.shape)).view(weight.shape)
 
 
 def decode(codes: Tensor, spec: TensorSpec, params: QParams) -> Tensor:
@@ -90,10 +90,10 @@ def decode(codes: Tensor, spec: TensorSpec, params: QParams) -> Tensor:
     matrix = as_matrix(codes)
     first = without_chain(spec)
     if spec.then is None or params.then is None:
-        return decode_matrix(matrix, lattice(params, first, matrix.shape)).view(codes.shape)
-    second = lattice(params.then, spec.then, matrix.shape)
+        return decode_matrix(matrix, grid(params, first, matrix.shape)).view(codes.shape)
+    second = grid(params.then, spec.then, matrix.shape)
     if spec.codes is spec:  # what the second stage makes of the values is what a server multiplies with
-        values = decode_matrix(matrix, lattice(params, first, matrix.shape))
+        values = decode_matrix(matrix, grid(params, first, matrix.shape))
         return round_matrix(values, second, torch.float32).view(codes.shape)
     values = decode_matrix(matrix, second)
     multiply_(values, effective_scale(params, first, matrix.shape), scale_size(first, matrix.shape[1]))
@@ -121,9 +121,9 @@ def static_scale(amax: Tensor, spec: TensorSpec) -> Tensor:
     amax = amax.to(torch.float32)
     if not bool(torch.isfinite(amax)):
         raise DataError(f"the largest activation {amax.item()} is not finite", hint="look for inf or NaN in the model")
-    if spec.scale.over:
+    if spec.scale.global_scale:
         return scales.global_scale(amax, spec.format, spec.scale)
-    return scales.decode_scale(scales.stored_scale(Extent(amax), spec, torch.float32, None), spec.scale.dtype)
+    return scales.decode_scale(scales.stored_scale(Range(amax), spec, torch.float32, None), spec.scale.dtype)
 
 
 def fake_quantize(x: Tensor, spec: TensorSpec, static: Tensor | None = None) -> Tensor:
@@ -143,7 +143,7 @@ def fake_quantize(x: Tensor, spec: TensorSpec, static: Tensor | None = None) -> 
         if kernel is not None:
             matrix = kernel.fake_quantize(matrix, stage, own)
             continue
-        matrix = round_matrix(matrix, lattice(_activation_params(matrix, stage, own), stage, matrix.shape), x.dtype)
+        matrix = round_matrix(matrix, grid(_activation_params(matrix, stage, own), stage, matrix.shape), x.dtype)
     return matrix.view(x.shape)
 
 
@@ -176,28 +176,28 @@ def _stage_params(matrix: Tensor, spec: TensorSpec, amax: Tensor | None) -> QPar
     if spec.scale is None:
         require_finite(amax_per_row(matrix), matrix)
         return QParams(None)
-    full = extent_of(matrix, spec, amax)
+    full = range_of(matrix, spec, amax)
     whole = _largest(full) if amax is None else amax.to(torch.float32)
     if amax is None or not is_whole(spec):  # else the scale group fixes the range
         full = search.clipped(matrix, spec, full, whole)
     return search.best_codes(matrix, spec, params_of(matrix, spec, full, whole))
 
 
-def params_of(matrix: Tensor, spec: TensorSpec, extent: Extent, amax: Tensor) -> QParams:
+def params_of(matrix: Tensor, spec: TensorSpec, range_: Range, amax: Tensor) -> QParams:
     """Stored scales of ranges; `amax` is that of the whole scale group, for a global scale."""
     assert spec.scale is not None
-    outer = scales.global_scale(amax, spec.format, spec.scale) if spec.scale.over is not None else None
-    stored = scales.stored_scale(extent, spec, matrix.dtype, outer)
-    zero = scales.zero_points(extent, scales.decode_scale(stored, spec.scale.dtype), spec)
+    outer = scales.global_scale(amax, spec.format, spec.scale) if spec.scale.global_scale is not None else None
+    stored = scales.stored_scale(range_, spec, matrix.dtype, outer)
+    zero = scales.zero_points(range_, scales.decode_scale(stored, spec.scale.dtype), spec)
     shift = None
     if spec.format.sub_block:
         shift = scales.shift_bits(group_amax(matrix, spec.format.sub_block), stored)
     return QParams(stored, outer, zero, shift)
 
 
-def _largest(extent: Extent) -> Tensor:
+def _largest(range_: Range) -> Tensor:
     """The amax of the whole, float32 []; 0 when empty."""
-    return extent.amax.max() if extent.amax.numel() else extent.amax.new_zeros(())
+    return range_.amax.max() if range_.amax.numel() else range_.amax.new_zeros(())
 
 
 def _handed_on(matrix: Tensor, spec: TensorSpec, params: QParams) -> Tensor:
@@ -206,7 +206,7 @@ def _handed_on(matrix: Tensor, spec: TensorSpec, params: QParams) -> Tensor:
     AMD Quark's int4_fp8: the fp8 numbers without their scale.
     """
     first = without_chain(spec)
-    at = lattice(params, first, matrix.shape)
+    at = grid(params, first, matrix.shape)
     if spec.codes is spec:
         return round_matrix(matrix, at, torch.float32)
     return decode_grid(encode_matrix(matrix, at), at.element)
@@ -224,9 +224,9 @@ def _activation_params(matrix: Tensor, spec: TensorSpec, static: Tensor | None) 
     if spec.scale is None:
         return QParams(None)
     static = fixed_scale(spec, static, matrix.device)
-    if static is not None and spec.scale.over is None:
+    if static is not None and spec.scale.global_scale is None:
         return QParams(static.to(torch.float32))
-    return activation_params(matrix, spec, extent_of(matrix, spec, None, finite=False), static)
+    return activation_params(matrix, spec, range_of(matrix, spec, None, finite=False), static)
 
 
 def fixed_scale(spec: TensorSpec, static: Tensor | None, device: torch.device) -> Tensor | None:
@@ -240,8 +240,8 @@ def fixed_scale(spec: TensorSpec, static: Tensor | None, device: torch.device) -
     return static
 
 
-def activation_params(matrix: Tensor, spec: TensorSpec, extent: Extent, outer: Tensor | None) -> QParams:
+def activation_params(matrix: Tensor, spec: TensorSpec, range_: Range, outer: Tensor | None) -> QParams:
     """Scales from the ranges of an activation; `outer` is a fixed global scale."""
     if outer is None:
-        return params_of(matrix, spec, extent, _largest(extent))
-    return QParams(scales.stored_scale(extent, spec, matrix.dtype, outer), outer)
+        return params_of(matrix, spec, range_, _largest(range_))
+    return QParams(scales.stored_scale(range_, spec, matrix.dtype, outer), outer)

@@ -40,17 +40,17 @@ _EVEN_BITS_OF_INTEGERS = 8
 
 
 @dataclass
-class Extent:
+class Range:
     """The range of the values behind every scale, float32: the largest magnitude, and where needed both ends."""
 
     amax: Tensor
     low: Tensor | None = None
     high: Tensor | None = None
 
-    def scaled(self, factor: float) -> Extent:
+    def scaled(self, factor: float) -> Range:
         """The same range, shrunk or stretched."""
         ends = (None, None) if self.low is None or self.high is None else (self.low * factor, self.high * factor)
-        return Extent(self.amax * factor, *ends)
+        return Range(self.amax * factor, *ends)
 
 
 def divisor(element: Element, rule: str) -> float:
@@ -63,10 +63,10 @@ def divided(values: Tensor, number: float) -> Tensor:
     return values / torch.full((), number, dtype=torch.float32, device=values.device)
 
 
-def plain_scale(extent: Extent, spec: TensorSpec, model: torch.dtype) -> Tensor:
+def plain_scale(range_: Range, spec: TensorSpec, model: torch.dtype) -> Tensor:
     """amax / divisor rounded to the stored dtype, or the range over all codes where there is a zero point.
 
-    A group without extent gets 2^-23. Same shape as `extent.amax`.
+    A group without range_ gets 2^-23. Same shape as `range_.amax`.
     """
     assert spec.scale is not None
     element, scale = spec.format, spec.scale
@@ -75,7 +75,7 @@ def plain_scale(extent: Extent, spec: TensorSpec, model: torch.dtype) -> Tensor:
             f"the rule {scale.rule!r} does not give a {scale.dtype} scale", hint=f"use one of {', '.join(_PLAIN_RULES)}"
         )
     dtype = _PLAIN.get(scale.dtype, model)
-    real = _real_scale(extent, spec, divisor(element, scale.rule))
+    real = _real_scale(range_, spec, divisor(element, scale.rule))
     if scale.dtype == "pow2":
         real = _nearest_power(real)
     if scale.minimum is not None:
@@ -93,11 +93,11 @@ def largest_scale(element: Element, dtype: torch.dtype, power: bool = False) -> 
     return math.ldexp(math.floor(mantissa * steps) / steps, exponent)
 
 
-def _real_scale(extent: Extent, spec: TensorSpec, divisor_: float) -> Tensor:
+def _real_scale(range_: Range, spec: TensorSpec, divisor_: float) -> Tensor:
     element = spec.format
     if spec.symmetric:
-        return divided(extent.amax, divisor_)
-    low, high = _ends(extent, spec)
+        return divided(range_.amax, divisor_)
+    low, high = _ends(range_, spec)
     # Divided first: the range of values near the float32 maximum does not fit a float32.
     codes = element.maximum - element.minimum
     scale = torch.where((high - low).isfinite(), divided(high - low, codes), divided(high, codes) - divided(low, codes))
@@ -106,22 +106,22 @@ def _real_scale(extent: Extent, spec: TensorSpec, divisor_: float) -> Tensor:
     return scale
 
 
-def _ends(extent: Extent, spec: TensorSpec) -> tuple[Tensor, Tensor]:
+def _ends(range_: Range, spec: TensorSpec) -> tuple[Tensor, Tensor]:
     """Both ends of the range; zero is part of it where the zero point is a code."""
-    assert extent.low is not None and extent.high is not None
+    assert range_.low is not None and range_.high is not None
     # Codes beyond the ends, by half a step, must still be finite float32.
     codes = spec.format.maximum - spec.format.minimum
     most = _F32_MAX * codes / (codes + 2)
-    low, high = extent.low.clamp_min(-most), extent.high.clamp_max(most)
+    low, high = range_.low.clamp_min(-most), range_.high.clamp_max(most)
     return (low, high) if spec.zero_point == "float" else (low.clamp_max_(0.0), high.clamp_min_(0.0))
 
 
-def zero_points(extent: Extent, scale: Tensor, spec: TensorSpec) -> Tensor | None:
+def zero_points(range_: Range, scale: Tensor, spec: TensorSpec) -> Tensor | None:
     """Zero points for decoded `scale` (float32): codes in the element's dtype, float32 real ones, None if symmetric."""
     if spec.symmetric:
         return None
     element = spec.format
-    low, _ = _ends(extent, spec)
+    low, _ = _ends(range_, spec)
     if spec.zero_point == "float":
         return element.minimum - low / scale
     codes = (element.minimum - (low / scale).round_()).clamp_(element.minimum, element.maximum)
@@ -139,8 +139,8 @@ def global_scale(amax: Tensor, element: Element, scale: ScaleSpec) -> Tensor:
     whole = divisor(element, scale.rule) * largest
     most = _F32_MAX / whole * (1 - 2.0**-22)  # the largest code of the largest block scale stays a finite float32
     real = divided(amax, whole).clamp_(torch.finfo(torch.float32).tiny, most)
-    if scale.over is not None and scale.over.minimum is not None:
-        real = real.clamp_min_(scale.over.minimum)
+    if scale.global_scale is not None and scale.global_scale.minimum is not None:
+        real = real.clamp_min_(scale.global_scale.minimum)
     return torch.where(amax == 0, 1.0, real)
 
 
@@ -173,26 +173,26 @@ def e5m3_scale(amax: Tensor, element: Element, rule: str, outer: Tensor | None) 
     return torch.where(amax == 0, _E5M3_ONE, e5m3_bytes(scale).clamp_min_(1))
 
 
-def e8m0_scale(extent: Extent, element: Element, rule: str) -> Tensor:
+def e8m0_scale(range_: Range, element: Element, rule: str) -> Tensor:
     """Exponent bytes (uint8, exponent + 127, 0..254) of the power-of-two scales of a range under an exponent rule."""
     if rule not in _EXPONENT_RULES:
         raise ConfigError(f"the rule {rule!r} gives no exponent", hint=f"e8m0 takes {', '.join(_EXPONENT_RULES)}")
-    extent = Extent(extent.amax.contiguous(), extent.low, extent.high)
-    return _EXPONENT_RULES[rule](extent, element).clamp_(0, _E8M0_MAX_BYTE).to(torch.uint8)
+    range_ = Range(range_.amax.contiguous(), range_.low, range_.high)
+    return _EXPONENT_RULES[rule](range_, element).clamp_(0, _E8M0_MAX_BYTE).to(torch.uint8)
 
 
-def stored_scale(extent: Extent, spec: TensorSpec, model: torch.dtype, outer: Tensor | None) -> Tensor:
+def stored_scale(range_: Range, spec: TensorSpec, model: torch.dtype, outer: Tensor | None) -> Tensor:
     """The scales of ranges as stored. `model` is the dtype that `model` stands for, `outer` a global scale."""
     assert spec.scale is not None
     element, scale = spec.format, spec.scale
     match scale.dtype:
         case "e8m0":
-            return e8m0_scale(extent, element, scale.rule)
+            return e8m0_scale(range_, element, scale.rule)
         case "e4m3":
-            return e4m3_scale(extent.amax, element, scale.rule, outer)
+            return e4m3_scale(range_.amax, element, scale.rule, outer)
         case "e5m3":
-            return e5m3_scale(extent.amax, element, scale.rule, outer)
-    return plain_scale(extent, spec, model)
+            return e5m3_scale(range_.amax, element, scale.rule, outer)
+    return plain_scale(range_, spec, model)
 
 
 def decode_scale(stored: Tensor, dtype: str) -> Tensor:
@@ -235,36 +235,36 @@ def _fields(values: Tensor) -> tuple[Tensor, Tensor]:
     return bits >> _MANTISSA, bits & _MANTISSA_FIELD
 
 
-def _floor(extent: Extent, element: Element) -> Tensor:
-    exponent, _ = _fields(extent.amax)
+def _floor(range_: Range, element: Element) -> Tensor:
+    exponent, _ = _fields(range_.amax)
     return exponent - element.max_exponent
 
 
-def _ceil(extent: Extent, element: Element) -> Tensor:
-    exponent, mantissa = _fields(extent.amax)
+def _ceil(range_: Range, element: Element) -> Tensor:
+    exponent, mantissa = _fields(range_.amax)
     # Among subnormals only those above 2^-127, the value of byte 0, need byte 1.
     exact = torch.where(exponent == 0, 1 << (_MANTISSA - 1), 0)
     return exponent + (mantissa > exact) - element.max_exponent
 
 
-def _even(extent: Extent, element: Element) -> Tensor:
+def _even(range_: Range, element: Element) -> Tensor:
     bits = element.mantissa if element.kind == "float" else _EVEN_BITS_OF_INTEGERS
     half_step = 1 << (_MANTISSA - 1 - bits)
-    return ((extent.amax.view(torch.int32) + half_step) >> _MANTISSA) - element.max_exponent
+    return ((range_.amax.view(torch.int32) + half_step) >> _MANTISSA) - element.max_exponent
 
 
-def _rceil(extent: Extent, element: Element) -> Tensor:
-    exponent, mantissa = _fields(divided(extent.amax, element.maximum))
+def _rceil(range_: Range, element: Element) -> Tensor:
+    exponent, mantissa = _fields(divided(range_.amax, element.maximum))
     # Among subnormals only those above 2^-127, the value of byte 0, need byte 1.
     exact = torch.where(exponent == 0, 1 << (_MANTISSA - 1), 0)
     return exponent + (mantissa > exact)
 
 
-def _fit(extent: Extent, element: Element) -> Tensor:
+def _fit(range_: Range, element: Element) -> Tensor:
     """`floor`, one more where the code of an end of the range does not fit. Sources: AMD Quark's bfp16."""
-    byte = _floor(extent, element).clamp_(0, _E8M0_MAX_BYTE)
-    low = -extent.amax if extent.low is None else extent.low
-    high = extent.amax if extent.high is None else extent.high
+    byte = _floor(range_, element).clamp_(0, _E8M0_MAX_BYTE)
+    low = -range_.amax if range_.low is None else range_.low
+    high = range_.amax if range_.high is None else range_.high
     unit, step = decode_scale(byte.to(torch.uint8), "e8m0"), 2.0**element.fraction
     over = (high / unit * step).round_() > element.maximum * step
     under = (low / unit * step).round_() < element.minimum * step
@@ -278,7 +278,7 @@ def _nearest_power(values: Tensor) -> Tensor:
     return torch.where(values == 0, 0.0, raised.view(torch.float32))
 
 
-_EXPONENT_RULES: dict[str, Callable[[Extent, Element], Tensor]] = {
+_EXPONENT_RULES: dict[str, Callable[[Range, Element], Tensor]] = {
     "even": _even,
     "floor": _floor,
     "ceil": _ceil,

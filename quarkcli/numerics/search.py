@@ -13,9 +13,9 @@ from torch import Tensor
 
 from quarkcli.errors import ConfigError
 from quarkcli.numerics import scales
-from quarkcli.numerics.lattice import QParams, decode_matrix, encode_matrix, lattice, scale_size
-from quarkcli.numerics.pieces import group_amax
-from quarkcli.numerics.scales import Extent
+from quarkcli.numerics.chunks import group_amax
+from quarkcli.numerics.grid import QParams, decode_matrix, encode_matrix, grid, scale_size
+from quarkcli.numerics.scales import Range
 from quarkcli.spec import MIN_MAX, PerChannel, PerTensor, PerTile, TensorSpec
 
 # Positive finite codes of e4m3.
@@ -27,21 +27,21 @@ _FIRST_CODE, _LAST_CODE = 1, 126
 _BELOW, _ABOVE = 14, 14
 
 
-def clipped(matrix: Tensor, spec: TensorSpec, extent: Extent, amax: Tensor | None = None) -> Extent:
+def clipped(matrix: Tensor, spec: TensorSpec, range_: Range, amax: Tensor | None = None) -> Range:
     """The ranges that the spec's observer keeps of the full ones.
 
     `amax` (float32 []) is that of the whole scale group, for a global scale; None: the matrix' own.
     """
     if spec.observer == MIN_MAX:
-        return extent
+        return range_
     parameters = dict(spec.observer.parameters)
     if spec.observer.name == "percentile":
-        return _percentile(matrix, spec, extent, parameters["percentile"])
+        return _percentile(matrix, spec, range_, parameters["percentile"])
     if spec.observer.name == "mse":
         outer = None
-        if spec.scale is not None and spec.scale.over is not None:
-            outer = scales.global_scale(extent.amax.max() if amax is None else amax, spec.format, spec.scale)
-        return _least_error(matrix, spec, extent, outer, int(parameters["steps"]), parameters["shrink"])
+        if spec.scale is not None and spec.scale.global_scale is not None:
+            outer = scales.global_scale(range_.amax.max() if amax is None else amax, spec.format, spec.scale)
+        return _least_error(matrix, spec, range_, outer, int(parameters["steps"]), parameters["shrink"])
     raise ConfigError(
         f"observer '{spec.observer.name}' collects activations; a weight is known whole", hint="use mse or percentile"
     )
@@ -59,7 +59,7 @@ def best_codes(matrix: Tensor, spec: TensorSpec, params: QParams) -> QParams:
 
 def squared_error(matrix: Tensor, spec: TensorSpec, params: QParams) -> Tensor:
     """Sum of squared errors behind every stored scale of one stage, float32, shaped like the scale."""
-    at = lattice(params, spec, matrix.shape)
+    at = grid(params, spec, matrix.shape)
     error = (decode_matrix(encode_matrix(matrix, at), at) - matrix.float()).square_()
     return _summed(error, spec)
 
@@ -83,37 +83,37 @@ def _summed(values: Tensor, spec: TensorSpec) -> Tensor:
 
 
 def _least_error(
-    matrix: Tensor, spec: TensorSpec, extent: Extent, outer: Tensor | None, steps: int, shrink: float
-) -> Extent:
+    matrix: Tensor, spec: TensorSpec, range_: Range, outer: Tensor | None, steps: int, shrink: float
+) -> Range:
     """Every range shrunk by the factor, of `steps` from 1 down to `shrink`, that leaves the least squared error.
 
     Among equal errors the larger range.
     """
-    best, least = torch.ones_like(extent.amax), None
+    best, least = torch.ones_like(range_.amax), None
     for step in range(steps):
         factor = 1.0 - (1.0 - shrink) * step / max(steps - 1, 1)
-        error = squared_error(matrix, spec, _params(matrix, spec, extent.scaled(factor), outer))
+        error = squared_error(matrix, spec, _params(matrix, spec, range_.scaled(factor), outer))
         better = error < least if least is not None else torch.ones_like(error, dtype=torch.bool)
         least = error if least is None else torch.minimum(least, error)
         best = torch.where(better, factor, best)
-    ends = (None, None) if extent.low is None or extent.high is None else (extent.low * best, extent.high * best)
-    return Extent(extent.amax * best, *ends)
+    ends = (None, None) if range_.low is None or range_.high is None else (range_.low * best, range_.high * best)
+    return Range(range_.amax * best, *ends)
 
 
-def _params(matrix: Tensor, spec: TensorSpec, extent: Extent, outer: Tensor | None) -> QParams:
+def _params(matrix: Tensor, spec: TensorSpec, range_: Range, outer: Tensor | None) -> QParams:
     assert spec.scale is not None
-    stored = scales.stored_scale(extent, spec, matrix.dtype, outer)
-    return QParams(stored, outer, scales.zero_points(extent, scales.decode_scale(stored, spec.scale.dtype), spec))
+    stored = scales.stored_scale(range_, spec, matrix.dtype, outer)
+    return QParams(stored, outer, scales.zero_points(range_, scales.decode_scale(stored, spec.scale.dtype), spec))
 
 
-def _percentile(matrix: Tensor, spec: TensorSpec, extent: Extent, percentile: float) -> Extent:
+def _percentile(matrix: Tensor, spec: TensorSpec, range_: Range, percentile: float) -> Range:
     """Ranges that hold `percentile` per cent of the values (of the magnitudes when symmetric), by nearest rank."""
     if isinstance(spec.granularity, PerTile):
         raise ConfigError("observer 'percentile' is not for tiles", hint="use mse")
     if spec.symmetric:
-        return Extent(_rank(matrix.abs(), spec, percentile, extent.amax))
-    low, high = -_rank(-matrix, spec, percentile, extent.amax), _rank(matrix, spec, percentile, extent.amax)
-    return Extent(torch.maximum(-low, high), low, high)
+        return Range(_rank(matrix.abs(), spec, percentile, range_.amax))
+    low, high = -_rank(-matrix, spec, percentile, range_.amax), _rank(matrix, spec, percentile, range_.amax)
+    return Range(torch.maximum(-low, high), low, high)
 
 
 def _rank(values: Tensor, spec: TensorSpec, percentile: float, like: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from quarkcli.errors import DataError
 from quarkcli.numerics.formats import codec
-from quarkcli.numerics.lattice import Lattice
+from quarkcli.numerics.grid import Grid
 
 # Damping grows by this factor after a failed factorization, from at least this fraction of the mean diagonal.
 _DAMP_GROWTH = 10.0
@@ -80,7 +80,7 @@ def dead_inputs(gram: Tensor) -> Tensor:
     return diagonal <= max(floor, torch.finfo(torch.float32).tiny)
 
 
-def solve(weight: Tensor, factor: Factor, at: Lattice, *, columns: int = 128) -> Solved:
+def solve(weight: Tensor, factor: Factor, at: Grid, *, columns: int = 128) -> Solved:
     """Codes of `weight` (float32 [R, N]) that minimize the error over the inputs behind `factor`, column by column.
 
     at          where the codes lie; concatenated along the rows like the weights, fixed beforehand
@@ -108,7 +108,7 @@ def _columns_of(zero: Tensor | None, rows: slice) -> Tensor | None:
     return None if zero is None else zero[rows].t().contiguous()
 
 
-def _codes(values: Tensor, at: Lattice) -> Tensor:
+def _codes(values: Tensor, at: Grid) -> Tensor:
     """Codes of values (code - zero) [R, N]; overwrites them."""
     # A value less its float zero point may lie an ulp beside the code it came from.
     element = replace(at.element, rounding="half_even")
@@ -146,7 +146,7 @@ def _inverse_factor(
 
 
 def _solve_rows(
-    remaining: Tensor, upper: Tensor, at: Lattice, group_of: Tensor, columns: int, grid: Tensor, live: Tensor
+    remaining: Tensor, upper: Tensor, at: Grid, group_of: Tensor, columns: int, grid: Tensor, live: Tensor
 ) -> float:
     """Round the columns `remaining` [N, R] in order; write grid values to `grid` [N, R].
 
@@ -172,7 +172,7 @@ def _solve_rows(
     return loss
 
 
-def _solve_block(block: Tensor, couplings: Tensor, at: Lattice) -> tuple[Tensor, Tensor]:
+def _solve_block(block: Tensor, couplings: Tensor, at: Grid) -> tuple[Tensor, Tensor]:
     """Grid values and differences w - q [B, R] of one block of columns, up to date with everything before it.
 
     `at` has a scale (and zero point) for every column: [B, R].

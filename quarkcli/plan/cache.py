@@ -48,6 +48,6 @@ def _bounded(spec: TensorSpec, minimum: float, slot: str) -> TensorSpec:
     scale = spec.scale
     if scale is None or spec.then is not None or scale.outermost.when != "static":
         raise ConfigError(f"{slot} has no scale that is stored ({spec.describe()})", where=_FLAG, hint="--kv-cache fp8")
-    if scale.over is not None:
-        return replace(spec, scale=replace(scale, over=replace(scale.over, minimum=minimum)))
+    if scale.global_scale is not None:
+        return replace(spec, scale=replace(scale, global_scale=replace(scale.global_scale, minimum=minimum)))
     return replace(spec, scale=replace(scale, minimum=minimum))

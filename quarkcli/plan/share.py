@@ -111,7 +111,9 @@ def _warn_of_split(plan: Plan) -> None:
         weight = run[0].weight
         for target in run if weight.has_tensor_scale else ():
             fused.setdefault(target.group, set()).add(target.scale_group)
-            two_level |= any(stage.scale is not None and stage.scale.over is not None for stage in weight.stages)
+            two_level |= any(
+                stage.scale is not None and stage.scale.global_scale is not None for stage in weight.stages
+            )
     count = sum(len(groups) > 1 for groups in fused.values())
     origin = f"{plan.share[0].origin}: share" if plan.share else "share: []"
     if count:

@@ -216,13 +216,14 @@ def test_a_clipped_weight_scale_is_that_of_the_whole_group(text: Path, tmp_path:
         ("{element: uint8, zero_point: int}", FP8, "a static activation has no zero point"),
         ("{element: fp8_e4m3, granularity: {group: 16}}", FP8, "an activation has one static scale"),
         (
-            "{element: fp4_e2m1, granularity: {group: 16}, scale: {dtype: e4m3, when: static, over: {dtype: f32}}}",
+            "{element: fp4_e2m1, granularity: {group: 16}, "
+            "scale: {dtype: e4m3, when: static, global_scale: {dtype: f32}}}",
             FP8,
             "the scales of an activation's groups are not stored",
         ),
         (
             "{element: fp4_e2m1, granularity: {group: 16}, observer: mse, "
-            "scale: {dtype: e4m3, when: dynamic, over: {dtype: f32}}}",
+            "scale: {dtype: e4m3, when: dynamic, global_scale: {dtype: f32}}}",
             FP8,
             "does not see the groups",
         ),

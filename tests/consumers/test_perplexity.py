@@ -23,7 +23,7 @@ quantize:
   quant_cfg:
     - {quantizer_path: '*', enable: false}
     - quantizer_path: '*.weight_quantizer'
-      cfg: {element: fp4_e2m1, granularity: {group: 16}, scale: {dtype: e4m3, over: {dtype: f32}}}
+      cfg: {element: fp4_e2m1, granularity: {group: 16}, scale: {dtype: e4m3, global_scale: {dtype: f32}}}
 """
 
 

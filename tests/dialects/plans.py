@@ -28,8 +28,10 @@ FP8_TOKEN = TensorSpec("fp8_e4m3", PerToken(), ScaleSpec("f32", "absmax", "dynam
 FP8_ANY = TensorSpec("fp8_e4m3", PerTensor(), ScaleSpec("f32", "absmax", "dynamic"))
 MXFP4 = TensorSpec("fp4_e2m1", PerGroup(32), ScaleSpec("e8m0", "even"))
 MXFP4_INPUT = TensorSpec("fp4_e2m1", PerGroup(32), ScaleSpec("e8m0", "even", "dynamic"))
-NVFP4 = TensorSpec("fp4_e2m1", PerGroup(16), ScaleSpec("e4m3", over=ScaleSpec("f32")))
-NVFP4_INPUT = TensorSpec("fp4_e2m1", PerGroup(16), ScaleSpec("e4m3", "absmax", "dynamic", over=ScaleSpec("f32")))
+NVFP4 = TensorSpec("fp4_e2m1", PerGroup(16), ScaleSpec("e4m3", global_scale=ScaleSpec("f32")))
+NVFP4_INPUT = TensorSpec(
+    "fp4_e2m1", PerGroup(16), ScaleSpec("e4m3", "absmax", "dynamic", global_scale=ScaleSpec("f32"))
+)
 
 # What both dialects hold, by name.
 PAIRS: dict[str, Pair] = {

@@ -149,7 +149,7 @@ def every_spec() -> list[dict[str, Any]]:
     """A cfg of every combination of element, granularity, scale format and zero point that a recipe may ask for."""
     granularities = ["tensor", {"channel": 0}, {"channel": 1}, {"group": 16}, {"group": 32}, {"tile": [8, 16]}]
     scales: list[dict[str, Any]] = [{"dtype": dtype} for dtype in SCALE_FORMATS if dtype != "e4m3"]
-    scales += [{"dtype": dtype, "over": {"dtype": "f32"}} for dtype in ("e4m3", "e5m3")]
+    scales += [{"dtype": dtype, "global_scale": {"dtype": "f32"}} for dtype in ("e4m3", "e5m3")]
     found = []
     for element, granularity, scale, zero in product(ELEMENTS, granularities, scales, ("none", "int", "float")):
         cfg = {"element": element, "granularity": granularity, "scale": scale, "zero_point": zero}
@@ -180,7 +180,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "ceil": {"element": "fp6_e2m3", "granularity": {"group": 32}, "scale": {"dtype": "e8m0", "rule": "ceil"}},
     "sweep": {
         "element": "fp4_e2m1", "granularity": {"group": 16},
-        "scale": {"dtype": "e4m3", "rule": "sweep", "over": {"dtype": "f32"}},
+        "scale": {"dtype": "e4m3", "rule": "sweep", "global_scale": {"dtype": "f32"}},
     },
     "minimum": {"element": "fp8_e4m3", "scale": {"minimum": 0.25}},
     "mse": {"element": "int8", "granularity": "tensor", "observer": "mse"},
@@ -197,7 +197,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     },
     "two-level-chain": {
         "element": "fp4_e2m1", "granularity": {"group": 16}, "stored": "first",
-        "scale": {"dtype": "e4m3", "over": {"dtype": "f32"}},
+        "scale": {"dtype": "e4m3", "global_scale": {"dtype": "f32"}},
         "then": {"element": "int8", "granularity": {"channel": 0}},
     },
     "fp16": {"element": "fp16"},
@@ -219,7 +219,7 @@ INPUTS: dict[str, dict[str, Any]] = {
     "constant": {"element": "fp8_e4m3", "scale": {"constant_amax": 12.0}},
     "nvfp4": {
         "element": "fp4_e2m1", "granularity": {"group": 16},
-        "scale": {"dtype": "e4m3", "when": "dynamic", "over": {"dtype": "f32"}},
+        "scale": {"dtype": "e4m3", "when": "dynamic", "global_scale": {"dtype": "f32"}},
     },
     "mx9": {"element": "mx9", "granularity": {"group": 16}, "scale": {"when": "dynamic"}},
     "chain": {
@@ -245,7 +245,11 @@ def test_inputs_outputs_and_biases_come_back(name: str) -> None:
         {"element": "uint4", "granularity": {"group": 4}, "zero_point": "int"},
         {"element": "int3", "granularity": {"group": 8}},
         {"element": "mx6", "granularity": {"group": 16}},
-        {"element": "fp4_e2m1", "granularity": {"group": 16}, "scale": {"dtype": "e4m3", "over": {"dtype": "f32"}}},
+        {
+            "element": "fp4_e2m1",
+            "granularity": {"group": 16},
+            "scale": {"dtype": "e4m3", "global_scale": {"dtype": "f32"}},
+        },
         {"element": "fp8_e5m2", "granularity": "tensor"},
         {"element": "bf16"},
     ],

@@ -102,7 +102,7 @@ def words() -> Iterator[str]:
         [
             ("`element`", _names(ELEMENTS)),
             ("`granularity`", "`tensor`, `token`, `{channel: 0}`, `{group: SIZE}`, `{tile: [ROWS, COLUMNS]}`"),
-            ("`scale.dtype`, `scale.over.dtype`", _names(SCALE_FORMATS)),
+            ("`scale.dtype`, `scale.global_scale.dtype`", _names(SCALE_FORMATS)),
             ("`scale.rule`", _names(RULES)),
             ("`scale.when`", "`static`, `dynamic`"),
             ("`scale.minimum`, `scale.constant_amax`", "a positive number"),

@@ -14,7 +14,7 @@ from quarkcli.spec import ELEMENTS, PerChannel, PerGroup, PerTensor, ScaleSpec, 
 from . import vectors
 
 F32 = ScaleSpec("f32")
-NVFP4 = TensorSpec("fp4_e2m1", PerGroup(16), ScaleSpec("e4m3", over=F32))
+NVFP4 = TensorSpec("fp4_e2m1", PerGroup(16), ScaleSpec("e4m3", global_scale=F32))
 INT4_FP8 = TensorSpec(
     "fp8_e4m3", PerTensor(), F32,
     then=TensorSpec("int4", PerChannel(0), ScaleSpec("f32", "half_range")), stored="last",
@@ -71,7 +71,7 @@ def nvfp4(case: str) -> Fields:
 def amdfp4(case: str) -> Fields:
     """`amdfp4.g<size>.global<0 or 1>`."""
     _, size, outer = case.split(".")
-    scale = ScaleSpec("e5m3", over=F32 if outer == "global1" else None)
+    scale = ScaleSpec("e5m3", global_scale=F32 if outer == "global1" else None)
     spec = TensorSpec("fp4_e2m1", PerGroup(int(size[1:])), scale)
     return _two_level(quantize(vectors.tensor("amdfp4", "x"), spec), spec)
 

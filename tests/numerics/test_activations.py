@@ -10,11 +10,11 @@ from quarkcli.numerics.quantize import dequantize, fake_quantize, quantize, stat
 from quarkcli.spec import PerGroup, PerTensor, PerToken, ScaleSpec, TensorSpec
 
 F32 = ScaleSpec("f32")
-NVFP4 = TensorSpec("fp4_e2m1", PerGroup(16), ScaleSpec("e4m3", over=F32))
+NVFP4 = TensorSpec("fp4_e2m1", PerGroup(16), ScaleSpec("e4m3", global_scale=F32))
 MXFP4 = TensorSpec("fp4_e2m1", PerGroup(32), ScaleSpec("e8m0", "even"))
 FP8 = TensorSpec("fp8_e4m3", PerTensor(), F32)
 TOKEN = TensorSpec("fp8_e4m3", PerToken(), ScaleSpec("f32", when="dynamic"))
-NVFP4_INPUT = TensorSpec("fp4_e2m1", PerGroup(16), ScaleSpec("e4m3", when="dynamic", over=F32))
+NVFP4_INPUT = TensorSpec("fp4_e2m1", PerGroup(16), ScaleSpec("e4m3", when="dynamic", global_scale=F32))
 
 
 def gaussian(*shape: int) -> torch.Tensor:

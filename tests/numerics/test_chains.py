@@ -17,7 +17,7 @@ from quarkcli.numerics.quantize import (
     dequantize,
     encode,
     fake_quantize,
-    lattice,
+    grid,
     make_qparams,
     quantize,
     static_scale,
@@ -146,12 +146,12 @@ def test_a_static_scale_is_that_of_the_static_stage() -> None:
 
 @pytest.mark.parametrize("name", specs.CHAINS)
 def test_solving_without_error_feedback_is_rounding(name: str) -> None:
-    """The lattice of a chain is that of its stored codes; a first stage below contributes its scale."""
+    """The grid of a chain is that of its stored codes; a first stage below contributes its scale."""
     spec, x = specs.CHAINS[name], weight()
     params = make_qparams(x, spec)
     factor = factorize(torch.eye(x.shape[1]))
     assert factor is not None
-    codes = solve(x, factor, lattice(params, spec, x.shape)).codes
+    codes = solve(x, factor, grid(params, spec, x.shape)).codes
     if spec.codes is spec:
         assert torch.equal(codes, encode(x, spec, params))
     else:  # the rounding of the first stage is left out, which can only help
@@ -261,4 +261,4 @@ def test_solving_with_real_zero_points_and_rounding_down() -> None:
     factor = factorize(torch.eye(x.shape[1]))
     assert factor is not None
     params = make_qparams(x, spec)
-    assert torch.equal(solve(x, factor, lattice(params, spec, x.shape)).codes, encode(x, spec, params))
+    assert torch.equal(solve(x, factor, grid(params, spec, x.shape)).codes, encode(x, spec, params))

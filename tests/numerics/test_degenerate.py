@@ -36,7 +36,7 @@ ACTIVATIONS = _activations()
 BOTH = specs.ALL | ACTIVATIONS
 every_spec = pytest.mark.parametrize("spec", BOTH.values(), ids=BOTH)
 every_spec_and_dtype = pytest.mark.parametrize(("spec", "dtype"), each_once(BOTH, DTYPES))
-# The decoded value of a group without extent, stored: 2^-23 where a plain float is stored, the smallest power of two,
+# The decoded value of a group without range_, stored: 2^-23 where a plain float is stored, the smallest power of two,
 # one where another scale lies above or could.
 ZERO_GROUP = {"e8m0": 2.0**-127, "e4m3": 1.0, "e5m3": 1.0}
 

@@ -14,7 +14,7 @@ F32, HALF = ScaleSpec("f32"), ScaleSpec("f32", "half_range")
 
 
 def nvfp4(rule: str) -> TensorSpec:
-    return TensorSpec("fp4_e2m1", PerGroup(16), ScaleSpec("e4m3", rule, over=F32))  # type: ignore[arg-type]
+    return TensorSpec("fp4_e2m1", PerGroup(16), ScaleSpec("e4m3", rule, global_scale=F32))  # type: ignore[arg-type]
 
 
 EXPECTED = {

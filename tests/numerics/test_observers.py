@@ -28,7 +28,7 @@ from quarkcli.spec import (
 )
 
 F32 = ScaleSpec("f32")
-BLOCKS = TensorSpec("fp4_e2m1", PerGroup(16), ScaleSpec("e4m3", when="dynamic", over=F32))
+BLOCKS = TensorSpec("fp4_e2m1", PerGroup(16), ScaleSpec("e4m3", when="dynamic", global_scale=F32))
 MSE = {"steps": 40, "shrink": 0.4}
 BOUND = 2.0**-11
 
@@ -77,13 +77,13 @@ def same(one: Histogram, other: Histogram) -> bool:
 @given(parts, st.randoms())
 @settings(max_examples=60, deadline=None)
 def test_a_histogram_of_parts_is_that_of_the_whole(values: list[list[float]], random) -> None:
-    pieces = [torch.tensor(part, dtype=torch.float32) for part in values]
+    chunks = [torch.tensor(part, dtype=torch.float32) for part in values]
     whole = Histogram()
-    whole.observe(torch.cat(pieces))
+    whole.observe(torch.cat(chunks))
     ranks = []
-    for piece in pieces:
+    for chunk in chunks:
         ranks.append(Histogram())
-        ranks[-1].observe(piece)
+        ranks[-1].observe(chunk)
     random.shuffle(ranks)
     before = [rank.counts.clone() if rank.counts is not None else None for rank in ranks]
     assert same(merged(ranks), whole)
@@ -101,11 +101,11 @@ def test_ranges_of_parts_are_those_of_the_whole(granularity: Granularity, seed: 
     x = heavy(seed, torch.float32, 12, 24)
     rows = granularity == PerChannel(0)  # one range per row: the data come in columns
     edges = [0, *sorted(cuts), 12]
-    pieces = [x[:, 2 * a : 2 * b] if rows else x[a:b] for a, b in pairwise(edges)]
+    chunks = [x[:, 2 * a : 2 * b] if rows else x[a:b] for a, b in pairwise(edges)]
     ranks = []
-    for piece in pieces:
+    for chunk in chunks:
         ranks.append(MinMax(granularity))
-        ranks[-1].observe(piece)
+        ranks[-1].observe(chunk)
     got = merged(ranks[::-1])
     matrix = x.numpy().astype(np.float64)
     axis = {PerTensor(): None, PerChannel(0): 1, PerChannel(1): 0}.get(granularity, 0)
@@ -286,7 +286,9 @@ def test_minimum_of_static_scales() -> None:
     least = TensorSpec("fp8_e4m3", PerTensor(), ScaleSpec("f32", minimum=0.5))
     assert static_scale(torch.tensor(1.0), least) == 0.5
     assert static_scale(torch.tensor(4480.0), least) == 10
-    two = TensorSpec("fp4_e2m1", PerGroup(16), ScaleSpec("e4m3", when="dynamic", over=ScaleSpec("f32", minimum=0.25)))
+    two = TensorSpec(
+        "fp4_e2m1", PerGroup(16), ScaleSpec("e4m3", when="dynamic", global_scale=ScaleSpec("f32", minimum=0.25))
+    )
     assert static_scale(torch.tensor(1.0), two) == 0.25
     assert static_scale(torch.tensor(2688.0), two) == 1
 

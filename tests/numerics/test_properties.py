@@ -69,7 +69,7 @@ def test_fake_quantization_is_dequantized_quantization(spec: TensorSpec) -> None
 
 @settings(max_examples=60, deadline=None)
 @given(seed=SEEDS, name=st.sampled_from(sorted(set(specs.SINGLE) - NOT_IDEMPOTENT)))
-def test_values_of_the_lattice_stay_where_they_are(seed: int, name: str) -> None:
+def test_values_of_the_grid_stay_where_they_are(seed: int, name: str) -> None:
     """Idempotent under scales that are kept. A chain is not: the fp8 stage moves what the int4 stage has given."""
     spec, x = specs.SINGLE[name], gaussian(5, seed=seed)
     params = make_qparams(x, spec)

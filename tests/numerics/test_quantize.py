@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quarkcli.errors import DataError, ModelError
-from quarkcli.numerics import pieces
+from quarkcli.numerics import chunks
 from quarkcli.numerics.quantize import (
     decode,
     dequantize,
@@ -27,7 +27,7 @@ from quarkcli.spec import ELEMENTS, PerChannel, PerGroup, PerTensor, PerTile, Sc
 from . import reference
 
 F32 = ScaleSpec("f32")
-NVFP4 = TensorSpec("fp4_e2m1", PerGroup(16), ScaleSpec("e4m3", over=F32))
+NVFP4 = TensorSpec("fp4_e2m1", PerGroup(16), ScaleSpec("e4m3", global_scale=F32))
 MXFP4 = TensorSpec("fp4_e2m1", PerGroup(32), ScaleSpec("e8m0", "even"))
 MXFP6 = TensorSpec("fp6_e3m2", PerGroup(32), ScaleSpec("e8m0", "even"))
 MXFP8 = TensorSpec("fp8_e4m3", PerGroup(32), ScaleSpec("e8m0", "rceil"))
@@ -161,10 +161,10 @@ def test_effective_scale_times_unit_values_is_the_dequantized_weight(spec: Tenso
 
 
 @every_spec
-def test_pieces_do_not_change_the_result(spec: TensorSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_do_not_change_the_result(spec: TensorSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     x = awkward(10, 128).bfloat16()
     whole, fake = quantize(x, spec), fake_quantize(x, spec)
-    monkeypatch.setattr(pieces, "CPU_PIECE", 300)
+    monkeypatch.setattr(chunks, "CPU_CHUNK", 300)
     parts = quantize(x, spec)
     assert torch.equal(bits(whole.codes), bits(parts.codes))
     assert torch.equal(whole.params.scale.float(), parts.params.scale.float())
@@ -253,7 +253,7 @@ def test_all_zero_weights(spec: TensorSpec) -> None:
         assert bool((bits(scale) == expected[spec.scale.dtype]).all())
     else:
         assert bool((scale == 2.0**-23).all())
-    if spec.scale.over:
+    if spec.scale.global_scale:
         assert result.params.global_scale == 1
     if spec.format.kind == "float":
         assert bool(values[3].signbit().all())

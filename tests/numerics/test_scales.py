@@ -16,7 +16,7 @@ from quarkcli.numerics import scales
 from quarkcli.spec import ELEMENTS, PerGroup, ScaleSpec, TensorSpec
 
 INT4 = TensorSpec("int4", PerGroup(32), ScaleSpec("model", "half_range"))
-BLOCKS = ScaleSpec("e4m3", "absmax", over=ScaleSpec("f32"))
+BLOCKS = ScaleSpec("e4m3", "absmax", global_scale=ScaleSpec("f32"))
 
 FLOATS = ["fp4_e2m1", "fp6_e2m3", "fp6_e3m2", "fp8_e4m3", "fp8_e5m2"]
 
@@ -65,7 +65,7 @@ def awkward_amax() -> np.ndarray:
 @pytest.mark.parametrize("name", FLOATS)
 def test_exponent_bytes_are_exact(name: str, rule: str) -> None:
     amax = awkward_amax()
-    got = scales.e8m0_scale(scales.Extent(torch.from_numpy(amax)), ELEMENTS[name], rule).numpy()
+    got = scales.e8m0_scale(scales.Range(torch.from_numpy(amax)), ELEMENTS[name], rule).numpy()
     want = np.array([exact_byte(float(a), name, rule) for a in amax])
     wrong = np.nonzero(got != want)[0]
     assert wrong.size == 0, (amax[wrong[:5]], got[wrong[:5]], want[wrong[:5]])
@@ -74,16 +74,16 @@ def test_exponent_bytes_are_exact(name: str, rule: str) -> None:
 def test_log2_traps_of_other_tools() -> None:
     """Largest float below a power of two, just above one, and a quotient just above one: all off by one with log2."""
     fp4 = ELEMENTS["fp4_e2m1"]
-    assert scales.e8m0_scale(scales.Extent(torch.tensor(7.5231634e-37)), fp4, "floor") == 4
-    assert scales.e8m0_scale(scales.Extent(torch.tensor(7.523165e-37)), fp4, "ceil") == 6
-    assert scales.e8m0_scale(scales.Extent(torch.tensor(3072.00024)), fp4, "rceil") == 137
-    assert scales.e8m0_scale(scales.Extent(torch.tensor(3e38)), fp4, "even") == 253
+    assert scales.e8m0_scale(scales.Range(torch.tensor(7.5231634e-37)), fp4, "floor") == 4
+    assert scales.e8m0_scale(scales.Range(torch.tensor(7.523165e-37)), fp4, "ceil") == 6
+    assert scales.e8m0_scale(scales.Range(torch.tensor(3072.00024)), fp4, "rceil") == 137
+    assert scales.e8m0_scale(scales.Range(torch.tensor(3e38)), fp4, "even") == 253
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_plain_scales_are_rounded_once_and_never_zero(dtype: torch.dtype) -> None:
     amax = torch.tensor([0.0, 1e-45, 0.75, 3.0, 3.4e38])
-    got = scales.plain_scale(scales.Extent(amax), INT4, dtype)
+    got = scales.plain_scale(scales.Range(amax), INT4, dtype)
     assert got.dtype == dtype
     assert bool((got > 0).all())
     assert bool(got.isfinite().all())
@@ -119,6 +119,6 @@ def test_zero_conventions_of_two_level_scales() -> None:
 
 def test_rules_that_do_not_fit_the_scale_dtype_are_refused() -> None:
     with pytest.raises(ConfigError, match="even"):
-        scales.plain_scale(scales.Extent(torch.ones(1)), replace(INT4, scale=ScaleSpec("f32", "even")), torch.float32)
+        scales.plain_scale(scales.Range(torch.ones(1)), replace(INT4, scale=ScaleSpec("f32", "even")), torch.float32)
     with pytest.raises(ConfigError, match="absmax"):
-        scales.e8m0_scale(scales.Extent(torch.ones(1)), ELEMENTS["fp4_e2m1"], "absmax")
+        scales.e8m0_scale(scales.Range(torch.ones(1)), ELEMENTS["fp4_e2m1"], "absmax")

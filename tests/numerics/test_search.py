@@ -24,7 +24,7 @@ CODES = np.array([float(value) for value in grids.magnitudes("fp8_e4m3")], dtype
 
 
 def nvfp4(rule: str) -> TensorSpec:
-    return TensorSpec("fp4_e2m1", PerGroup(16), ScaleSpec("e4m3", rule, over=F32))  # type: ignore[arg-type]
+    return TensorSpec("fp4_e2m1", PerGroup(16), ScaleSpec("e4m3", rule, global_scale=F32))  # type: ignore[arg-type]
 
 
 def blocks(seed: int) -> Tensor:
@@ -117,7 +117,7 @@ BASES = {
     "uint4 group": TensorSpec("uint4", PerGroup(32), ScaleSpec("f32", "half_range"), "int"),
     "uint4 float zero": TensorSpec("uint4", PerGroup(32), ScaleSpec("f32", "half_range"), "float"),
     "fp8 row": TensorSpec("fp8_e4m3", PerChannel(0), F32),
-    "fp4 e4m3": TensorSpec("fp4_e2m1", PerGroup(16), ScaleSpec("e4m3", over=F32)),
+    "fp4 e4m3": TensorSpec("fp4_e2m1", PerGroup(16), ScaleSpec("e4m3", global_scale=F32)),
     "mxfp4": TensorSpec("fp4_e2m1", PerGroup(32), ScaleSpec("e8m0", "floor")),
 }
 MSE = ObserverSpec("mse", (("steps", 16), ("shrink", 0.5)))

@@ -9,13 +9,13 @@ import torch
 
 from quarkcli.errors import DataError
 from quarkcli.numerics import solve as solve_module
-from quarkcli.numerics.quantize import decode, encode, lattice, make_qparams
+from quarkcli.numerics.quantize import decode, encode, grid, make_qparams
 from quarkcli.numerics.solve import Factor, Solved, dead_inputs, factorize, solve
 from quarkcli.spec import PerChannel, PerGroup, PerTensor, PerTile, ScaleSpec, TensorSpec
 
 SPECS = {
     "int4": TensorSpec("int4", PerGroup(32), ScaleSpec("bf16", "half_range")),
-    "nvfp4": TensorSpec("fp4_e2m1", PerGroup(16), ScaleSpec("e4m3", over=ScaleSpec("f32"))),
+    "nvfp4": TensorSpec("fp4_e2m1", PerGroup(16), ScaleSpec("e4m3", global_scale=ScaleSpec("f32"))),
     "mxfp4": TensorSpec("fp4_e2m1", PerGroup(32), ScaleSpec("e8m0", "even")),
     "fp8": TensorSpec("fp8_e4m3", PerTensor(), ScaleSpec("f32")),
     "int8": TensorSpec("int8", PerChannel(0), ScaleSpec("f32", "half_range")),
@@ -41,7 +41,7 @@ def run(
     factor = factorize(gram, act_order=act_order)
     assert factor is not None
     params = make_qparams(weight, spec)
-    solved = solve(weight, factor, lattice(params, spec, weight.shape), columns=columns)
+    solved = solve(weight, factor, grid(params, spec, weight.shape), columns=columns)
     return solved, decode(solved.codes, spec, params), factor
 
 
@@ -145,7 +145,7 @@ def test_dead_columns(name: str, act_order: bool) -> None:
     # Nothing is known of them: their weights are the nearest values of their groups' grids.
     assert same_codes(solved.codes[:, dead], rtn(weight, spec)[:, dead]) == 1.0
     # The same problem without these columns, with the scales of the whole weight per column.
-    at = lattice(make_qparams(weight, spec), spec, weight.shape)
+    at = grid(make_qparams(weight, spec), spec, weight.shape)
     per_column = at.scale.repeat_interleave(spec.group_size or N, 1)[:, ~dead]
     small = factorize(gram[~dead][:, ~dead], act_order=act_order)
     assert small is not None
@@ -205,11 +205,11 @@ def test_codes_and_scales_dequantize_to_what_the_solver_compensated(
 
 
 def test_rows_are_independent(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several linears with the same input can be solved at once; pieces of rows change nothing."""
+    """Several linears with the same input can be solved at once; chunks of rows change nothing."""
     spec = SPECS["nvfp4"]
     weight, gram = problem()
     whole, _, factor = run(weight, gram, spec)
-    at = lattice(make_qparams(weight, spec), spec, weight.shape)
+    at = grid(make_qparams(weight, spec), spec, weight.shape)
     halves = [solve(weight[a:b], factor, replace(at, scale=at.scale[a:b])) for a, b in ((0, 15), (15, R))]
     assert same_codes(whole.codes, torch.cat([half.codes for half in halves])) > 0.99
     assert whole.loss == pytest.approx(sum(half.loss for half in halves), rel=0.01)

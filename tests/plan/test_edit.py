@@ -314,7 +314,7 @@ MODELOPT_CHANGES: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
     "zero points stay": ("uint4_wo_128", {"block_sizes": {-1: 64}}, "weight", {"granularity": PerGroup(64)}),
     "elements under e8m0": ("mxfp4", {"num_bits": [4, 3]}, "weight", {"element": "fp8_e4m3"}),
     "a constant": ("fp8", {"constant_amax": 7.5}, "input", {"scale.constant_amax": 7.5}),
-    "a constant over blocks": ("nvfp4", {"constant_amax": 7.5}, "input", {"scale.over.constant_amax": 7.5}),
+    "a constant over blocks": ("nvfp4", {"constant_amax": 7.5}, "input", {"scale.global_scale.constant_amax": 7.5}),
     "an observer": ("fp8", {"calibrator": "histogram"}, "input", {"observer.name": "histogram"}),
     "no effect": ("nvfp4", {"fake_quant": True}, "weight", {}),
 }  # fmt: skip

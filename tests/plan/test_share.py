@@ -25,7 +25,7 @@ from .layouts import LLAMA, MIXTRAL, decided, origin, plan
 from .test_order import FP8, INT8, UP, recipe
 
 ATTENTION = "model.layers.0.self_attn"
-NVFP4_WEIGHT = "{element: fp4_e2m1, granularity: {group: 16}, scale: {dtype: e4m3, over: {dtype: f32}}}"
+NVFP4_WEIGHT = "{element: fp4_e2m1, granularity: {group: 16}, scale: {dtype: e4m3, global_scale: {dtype: f32}}}"
 ROW = Share(("*o_proj.weight_quantizer", "*down_proj.weight_quantizer"), Origin("own.yaml", 9, 5))
 
 
@@ -181,8 +181,8 @@ class TestMinimum:
 
     def test_of_a_scale_over_others(self) -> None:
         scale = plan("mxfp4", kv_cache="nvfp4", min_kv_scale=2e-3).attention[ATTENTION].specs["k"].scale
-        assert scale is not None and scale.over is not None
-        assert (scale.minimum, scale.over.minimum) == (None, 2e-3)
+        assert scale is not None and scale.global_scale is not None
+        assert (scale.minimum, scale.global_scale.minimum) == (None, 2e-3)
 
     def test_keeps_differences_between_modules(self) -> None:
         own = recipe(("*.weight_quantizer", INT8, True), ("*.[kv]_bmm_quantizer", FP8, True),

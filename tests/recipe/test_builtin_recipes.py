@@ -239,7 +239,9 @@ def facts(spec: TensorSpec) -> dict[str, Any]:
         "element": spec.element,
         "granularity": spec.granularity,
         "scale": (spec.scale.dtype, spec.scale.rule, spec.scale.when),
-        "over": None if spec.scale.over is None else (spec.scale.over.dtype, spec.scale.over.when),
+        "global_scale": None
+        if spec.scale.global_scale is None
+        else (spec.scale.global_scale.dtype, spec.scale.global_scale.when),
         "amax": spec.scale.outermost.constant_amax,
         "observer": spec.observer.name,
     }
@@ -262,7 +264,7 @@ def expected(attributes: Attributes, slot: str, algorithm: Any) -> dict[str, Any
         "element": ELEMENTS[attributes["num_bits"]],
         "granularity": PerGroup(blocks[-1]) if blocks else PerTensor(),
         "scale": (dtype, rule, "dynamic" if dynamic else "static"),
-        "over": ("f32", "static") if dtype == "e4m3" else None,
+        "global_scale": ("f32", "static") if dtype == "e4m3" else None,
         "observer": "headroom" if slot.endswith("input_quantizer") and algorithm == HEADROOM else "min_max",
         "amax": 448.0 if attributes.get("use_constant_amax") else attributes.get("constant_amax"),
     }

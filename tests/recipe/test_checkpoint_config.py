@@ -151,7 +151,7 @@ NV = {
         ({**FP8, "strategy": "channel"}, TensorSpec("fp8_e4m3", PerChannel(0), F32)),
         ({**FP8, "strategy": "block", "block_structure": [128, 128]}, TensorSpec("fp8_e4m3", PerTile(128, 128), F32)),
         (MX, TensorSpec("fp4_e2m1", PerGroup(32), ScaleSpec("e8m0", "even"))),
-        (NV, TensorSpec("fp4_e2m1", PerGroup(16), ScaleSpec("e4m3", "absmax", over=F32))),
+        (NV, TensorSpec("fp4_e2m1", PerGroup(16), ScaleSpec("e4m3", "absmax", global_scale=F32))),
     ],
 )
 def test_arguments_of_weights(arguments: dict[str, Any], expected: TensorSpec) -> None:

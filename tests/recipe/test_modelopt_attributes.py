@@ -48,14 +48,14 @@ def blocks(bits: Any, size: int, scale: Any, **more: Any) -> dict[str, Any]:
         ({"num_bits": "e4m3", "block_sizes": {-1: 128, -2: 64}}, TensorSpec("fp8_e4m3", PerTile(64, 128), F32)),
         ({"num_bits": "e4m3", "block_sizes": {1: 128, 0: 64}}, TensorSpec("fp8_e4m3", PerTile(64, 128), F32)),
         ({"num_bits": "e4m3", "block_sizes": {-1: None}}, TensorSpec("fp8_e4m3", PerChannel(0), F32)),
-        (NVFP4, TensorSpec("fp4_e2m1", PerGroup(16), ScaleSpec("e4m3", "absmax", over=F32))),
+        (NVFP4, TensorSpec("fp4_e2m1", PerGroup(16), ScaleSpec("e4m3", "absmax", global_scale=F32))),
         (
             {**NVFP4, "effective_bits": 4.5},
-            TensorSpec("fp4_e2m1", PerGroup(16), ScaleSpec("e4m3", "absmax", over=F32)),
+            TensorSpec("fp4_e2m1", PerGroup(16), ScaleSpec("e4m3", "absmax", global_scale=F32)),
         ),
         (
             {"num_bits": "e2m1", "block_sizes": {-1: 16, "scale_bits": "e4m3", "four_over_six": True}},
-            TensorSpec("fp4_e2m1", PerGroup(16), ScaleSpec("e4m3", "four_over_six", over=F32)),
+            TensorSpec("fp4_e2m1", PerGroup(16), ScaleSpec("e4m3", "four_over_six", global_scale=F32)),
         ),
         (blocks([2, 1], 32, [8, 0]), TensorSpec("fp4_e2m1", PerGroup(32), ScaleSpec("e8m0", "rceil"))),
         (blocks([3, 2], 32, "e8m0"), TensorSpec("fp6_e3m2", PerGroup(32), ScaleSpec("e8m0", "rceil"))),
@@ -230,7 +230,8 @@ _NAMES = st.sampled_from([
 _LEAVES = st.none() | st.booleans() | st.integers(-3, 130) | st.floats() | _NAMES
 _PARTS = st.sampled_from([
     {-1: 16}, {-1: 32, "type": "dynamic", "scale_bits": "e8m0"}, {-1: 16, "scale_bits": [4, 3]}, [4, 3], [2, 1],
-    {"group": 16}, {"dtype": "e8m0"}, {"dtype": "e4m3", "over": {}}, {"element": "int8"}, {"name": "mse"}, [128, 128],
+    {"group": 16}, {"dtype": "e8m0"}, {"dtype": "e4m3", "global_scale": {}}, {"element": "int8"}, {"name": "mse"},
+    [128, 128],
 ])  # fmt: skip
 _VALUES = st.recursive(_LEAVES | _PARTS, lambda inner: st.lists(inner, max_size=2), max_leaves=3)
 

@@ -47,8 +47,8 @@ def spec(text: str) -> TensorSpec:
             TensorSpec("fp8_e4m3", PerToken(), ScaleSpec("f32", "absmax", "dynamic")),
         ),
         (
-            "{element: fp4_e2m1, granularity: {group: 16}, scale: {dtype: e4m3, over: {dtype: f32}}}",
-            TensorSpec("fp4_e2m1", PerGroup(16), ScaleSpec("e4m3", over=ScaleSpec("f32"))),
+            "{element: fp4_e2m1, granularity: {group: 16}, scale: {dtype: e4m3, global_scale: {dtype: f32}}}",
+            TensorSpec("fp4_e2m1", PerGroup(16), ScaleSpec("e4m3", global_scale=ScaleSpec("f32"))),
         ),
         (
             "{element: fp8_e4m3, scale: {constant_amax: 448}}",
@@ -93,8 +93,9 @@ def spec(text: str) -> TensorSpec:
             TensorSpec("fp4_e2m1", PerGroup(16), ScaleSpec("e5m3")),
         ),
         (
-            "{element: fp4_e2m1, granularity: {group: 16}, scale: {dtype: e4m3, rule: sweep, over: {dtype: f32}}}",
-            TensorSpec("fp4_e2m1", PerGroup(16), ScaleSpec("e4m3", "sweep", over=ScaleSpec("f32"))),
+            "{element: fp4_e2m1, granularity: {group: 16}, "
+            "scale: {dtype: e4m3, rule: sweep, global_scale: {dtype: f32}}}",
+            TensorSpec("fp4_e2m1", PerGroup(16), ScaleSpec("e4m3", "sweep", global_scale=ScaleSpec("f32"))),
         ),
         (
             "{element: int8, observer: percentile}",
@@ -150,8 +151,12 @@ def test_words(text: str, expected: TensorSpec) -> None:
         ("{element: fp8_e4m3, scale: {rule: half_range}}", "is for integers"),
         ("{element: fp4_e2m1, granularity: {group: 16}, scale: {dtype: e4m3}}", "needs a global scale"),
         ("{element: fp4_e2m1, scale: {dtype: e8m0}}", "belong to groups"),
-        ("{element: int4, scale: {over: {dtype: f32}}}", "goes over e4m3 or e5m3 scales"),
-        ("{element: fp4_e2m1, granularity: {group: 16}, scale: {dtype: e4m3, over: {dtype: f16}}}", "one f32 scale"),
+        ("{element: fp4_e2m1, granularity: {group: 16}, scale: {dtype: e4m3, over: {}}}", "unknown key 'over'"),
+        ("{element: int4, scale: {global_scale: {dtype: f32}}}", "goes over e4m3 or e5m3 scales"),
+        (
+            "{element: fp4_e2m1, granularity: {group: 16}, scale: {dtype: e4m3, global_scale: {dtype: f16}}}",
+            "one f32 scale",
+        ),
         ("{element: fp8_e4m3, granularity: token}", "cannot be static"),
         ("{element: fp8_e4m3, scale: {constant_amax: 0}}", "must be a positive number"),
         ("{element: int4, granularity: {channel: true}}", "is unknown"),
@@ -197,18 +202,19 @@ def test_words(text: str, expected: TensorSpec) -> None:
             "chooses static e4m3 scales",
         ),
         (
-            "{element: fp4_e2m1, granularity: {tile: [16, 16]}, scale: {dtype: e4m3, rule: sweep, over: {dtype: f32}}}",
+            "{element: fp4_e2m1, granularity: {tile: [16, 16]}, "
+            "scale: {dtype: e4m3, rule: sweep, global_scale: {dtype: f32}}}",
             "'sweep' is for groups",
         ),
         (
             "{element: fp4_e2m1, granularity: {group: 16}, observer: mse, "
-            "scale: {dtype: e4m3, rule: four_over_six, over: {dtype: f32}}}",
+            "scale: {dtype: e4m3, rule: four_over_six, global_scale: {dtype: f32}}}",
             "searches by itself",
         ),
         (
             "{element: fp4_e2m1, granularity: {group: 16}, "
-            "scale: {dtype: e4m3, over: {dtype: f32, over: {dtype: f32}}}}",
-            "scale.over must be one f32 scale",
+            "scale: {dtype: e4m3, global_scale: {dtype: f32, global_scale: {dtype: f32}}}}",
+            "scale.global_scale must be one f32 scale",
         ),
         ("{element: fp4_e2m1, scale: {dtype: e5m3}}", "e5m3 scales belong to groups"),
         ("{element: uint4}", "cannot hold negative values"),
@@ -217,7 +223,8 @@ def test_words(text: str, expected: TensorSpec) -> None:
         ("{element: int8, zero_point: int, narrow: true}", "is for whole integer ranges"),
         ("{element: uint8, zero_point: int, scale: {constant_amax: 1}}", "gives no range for a zero point"),
         (
-            "{element: uint4, granularity: {group: 16}, zero_point: int, scale: {dtype: e4m3, over: {dtype: f32}}}",
+            "{element: uint4, granularity: {group: 16}, zero_point: int, "
+            "scale: {dtype: e4m3, global_scale: {dtype: f32}}}",
             "no zero point goes with e4m3 scales",
         ),
         ("{element: fp8_e4m3, rounding: floor}", "rounding 'floor' is for integers"),

@@ -142,7 +142,7 @@ def test_lists() -> None:
     over = ScaleSpec("f32", "absmax", "static")
     assert to_spec([group, OVER], weight=False).scale == ScaleSpec("e4m3", "absmax", "dynamic", over)
     e5m3 = {**OVER, "dtype": "fp8_e5m3"}
-    assert to_spec([{**group, "is_dynamic": False}, e5m3], weight=True).scale == ScaleSpec("e5m3", over=over)
+    assert to_spec([{**group, "is_dynamic": False}, e5m3], weight=True).scale == ScaleSpec("e5m3", global_scale=over)
     int4 = {**INT8, "dtype": "int4", "qscheme": "per_channel", "ch_axis": 0, "observer_cls": "PerChannelMinMaxObserver"}
     spec = to_spec([{**FP8, "scale_type": "float32"}, int4], weight=True)
     assert (spec.stored, spec.codes.element, spec.element) == ("last", "int4", "fp8_e4m3")

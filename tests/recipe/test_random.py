@@ -39,7 +39,9 @@ NATIVE = st.fixed_dictionaries(
                 "dtype": st.sampled_from(list(SCALE_FORMATS)),
                 "rule": st.sampled_from(RULES),
                 "when": st.sampled_from(["static", "dynamic"]),
-                "over": st.sampled_from([{"dtype": "f32"}, {"dtype": "f32", "constant_amax": 3.0}, {"dtype": "e4m3"}]),
+                "global_scale": st.sampled_from(
+                    [{"dtype": "f32"}, {"dtype": "f32", "constant_amax": 3.0}, {"dtype": "e4m3"}]
+                ),
                 "minimum": WORDS,
             },
         ),

@@ -26,7 +26,7 @@ from quarkcli.numerics.kernels.coding import (
 
 
 @triton.jit
-def extents(x, peaks, lows, highs, runs, size, ROWS: tl.constexpr, COLS: tl.constexpr):
+def ranges(x, peaks, lows, highs, runs, size, ROWS: tl.constexpr, COLS: tl.constexpr):
     """Bits of the largest magnitude (int32 [runs]) of runs of `size` values; `lows`, `highs` (float32) unless None."""
     run = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     peak = tl.zeros([ROWS], tl.int32)
@@ -109,7 +109,7 @@ def groups(x, out, scales, zeros, outer, peaks, runs,
 
 @triton.jit
 def _place(cols, COUNT: tl.constexpr):
-    """Where a program works in a matrix cut into pieces of COUNT columns: (row, first column)."""
+    """Where a program works in a matrix cut into chunks of COUNT columns: (row, first column)."""
     pid = tl.program_id(0).to(tl.int64)
     blocks = (cols - 1) // COUNT + 1  # cdiv could overflow
     return pid // blocks, (pid % blocks) * COUNT
@@ -117,7 +117,7 @@ def _place(cols, COUNT: tl.constexpr):
 
 @triton.jit
 def _scale_index(row, first, row_span, scale_cols, SPAN: tl.constexpr, STEP: tl.constexpr, COUNT: tl.constexpr):
-    """Index of the scale of every STEP-th column of a piece, and that column.
+    """Index of the scale of every STEP-th column of a chunk, and that column.
 
     A scale spans `row_span` rows and SPAN columns (0: all).
     """

@@ -12,13 +12,13 @@ import triton
 from torch import Tensor
 
 from quarkcli.numerics import scales
-from quarkcli.numerics.extents import amax_per_row, extent_of, needs_ends
+from quarkcli.numerics.chunks import as_matrix, require_finite
 from quarkcli.numerics.formats import codec
+from quarkcli.numerics.grid import QParams, is_whole, scale_size
 from quarkcli.numerics.kernels import device
-from quarkcli.numerics.lattice import QParams, is_whole, scale_size
-from quarkcli.numerics.pieces import as_matrix, require_finite
 from quarkcli.numerics.quantize import activation_params, fixed_scale, make_qparams, params_of
-from quarkcli.numerics.scales import Extent
+from quarkcli.numerics.ranges import amax_per_row, needs_ends, range_of
+from quarkcli.numerics.scales import Range
 from quarkcli.spec import MIN_MAX, SEARCH_RULES, Element, PerChannel, PerGroup, PerTile, TensorSpec
 
 # Values that one program works on.
@@ -52,7 +52,7 @@ def dequantize_packed(
     stored = params.scale.view(torch.uint8) if bytes_of_scale else params.scale.float()
     out = torch.empty(shape, dtype=dtype, device=data.device)
     _launch(
-        device.decode, _pieces(rows, cols), out,
+        device.decode, _chunks(rows, cols), out,
         data.contiguous().view(torch.uint8), _raw(out), stored.contiguous(), _contiguous(params.zero_point),
         params.global_scale, cols, row_span, scale_cols,
         **_steps(span, cols), DTYPE=spec.scale.dtype if bytes_of_scale else "f32",
@@ -68,15 +68,15 @@ def fake_quantize(x: Tensor, spec: TensorSpec, static: Tensor | None) -> Tensor:
     scale_size(spec, matrix.shape[1])
     out = torch.empty_like(matrix)
     static = fixed_scale(spec, static, x.device)
-    if static is not None and spec.scale.over is None:
+    if static is not None and spec.scale.global_scale is None:
         _given(matrix, spec, static.to(torch.float32), None, out, fake=True)
         return out.to(x.dtype)
     if not _is_fused(spec, matrix.dtype):
-        extent = _extent(matrix, spec, finite=False)
-        params = activation_params(matrix, spec, extent, static)
+        range_ = _range(matrix, spec, finite=False)
+        params = activation_params(matrix, spec, range_, static)
         _given(matrix, spec, _multipliers(params, spec), params.zero_point, out, fake=True)
         return out.to(x.dtype)
-    if spec.scale.over is not None and static is None:
+    if spec.scale.global_scale is not None and static is None:
         static = scales.global_scale(_peaks(matrix, matrix.shape[1]).amax(), spec.format, spec.scale)
     _fused(matrix, spec, out, None, None, static, None)
     return out.to(x.dtype)
@@ -101,7 +101,7 @@ def _fused_codes(matrix: Tensor, spec: TensorSpec, amax: Tensor | None) -> tuple
     rows, cols = matrix.shape
     count = cols // scale_size(spec, cols)
     outer = None
-    if spec.scale.over is not None:
+    if spec.scale.global_scale is not None:
         outer = scales.global_scale(_whole(matrix, amax), spec.format, spec.scale)
     name = _plain_name(spec, matrix.dtype)
     stored = torch.empty(rows, count, dtype=_STORED.get(name, torch.uint8), device=matrix.device)
@@ -169,24 +169,24 @@ def _params(matrix: Tensor, spec: TensorSpec, amax: Tensor | None) -> QParams:
     if amax is not None and is_whole(spec):
         amax = amax.to(torch.float32)
         _refuse_non_finite(_peaks(matrix, matrix.shape[1]), matrix)
-        return params_of(matrix, spec, Extent(amax, -amax, amax), amax)
-    extent = _extent(matrix, spec, finite=True)
-    return params_of(matrix, spec, extent, extent.amax.max() if amax is None else amax.to(torch.float32))
+        return params_of(matrix, spec, Range(amax, -amax, amax), amax)
+    range_ = _range(matrix, spec, finite=True)
+    return params_of(matrix, spec, range_, range_.amax.max() if amax is None else amax.to(torch.float32))
 
 
-def _extent(matrix: Tensor, spec: TensorSpec, *, finite: bool) -> Extent:
-    """`extents.extent_of` of the matrix' own range."""
+def _range(matrix: Tensor, spec: TensorSpec, *, finite: bool) -> Range:
+    """`ranges.range_of` of the matrix' own range."""
     size = scale_size(spec, matrix.shape[1])
     if isinstance(spec.granularity, PerTile) or spec.granularity == PerChannel(1):
-        return extent_of(matrix, spec, None, finite=finite)
+        return range_of(matrix, spec, None, finite=finite)
     ends = [torch.empty(matrix.shape[0], matrix.shape[1] // size, device=matrix.device) for _ in range(2)]
     low, high = ends if needs_ends(spec) else (None, None)
     peaks = _peaks(matrix, size, low, high)
     if finite:
         _refuse_non_finite(peaks, matrix)
     if not is_whole(spec):
-        return Extent(peaks, low, high)
-    return Extent(peaks.amax(), None if low is None else low.amin(), None if high is None else high.amax())
+        return Range(peaks, low, high)
+    return Range(peaks.amax(), None if low is None else low.amin(), None if high is None else high.amax())
 
 
 def _peaks(matrix: Tensor, size: int, low: Tensor | None = None, high: Tensor | None = None) -> Tensor:
@@ -197,7 +197,7 @@ def _peaks(matrix: Tensor, size: int, low: Tensor | None = None, high: Tensor | 
     height = max(1, min(_TILE // width, triton.next_power_of_2(runs)))
     peaks = torch.empty(rows, cols // size, dtype=torch.int32, device=matrix.device)
     _launch(
-        device.extents, math.ceil(runs / height), matrix, _raw(matrix), peaks, low, high, runs, size,
+        device.ranges, math.ceil(runs / height), matrix, _raw(matrix), peaks, low, high, runs, size,
         ROWS=height, COLS=width,
     )  # fmt: skip
     return peaks.view(torch.float32)
@@ -223,7 +223,7 @@ def _given(matrix: Tensor, spec: TensorSpec, scale: Tensor, zero: Tensor | None,
     if scale.dim() == 0:
         rows, cols, span, row_span, scale_cols = (*matrix.shape, 0, matrix.shape[0], 1)
     _launch(
-        device.given, _pieces(rows, cols), matrix,
+        device.given, _chunks(rows, cols), matrix,
         _raw(matrix), _raw(out), scale.contiguous(), _contiguous(zero), cols, row_span, scale_cols,
         **_steps(span, cols), FAKE=fake, **_element(spec.format),
     )  # fmt: skip
@@ -270,13 +270,13 @@ def _piece(cols: int) -> int:
 
 
 def _steps(span: int, cols: int) -> dict[str, int]:
-    """How a piece of COUNT columns meets scales of `span` columns: one scale for STEP neighbours."""
+    """How a chunk of COUNT columns meets scales of `span` columns: one scale for STEP neighbours."""
     count = _piece(cols)
     step = count if span == 0 else span if span & (span - 1) == 0 and span <= count else 1
     return {"SPAN": span, "STEP": step, "COUNT": count}
 
 
-def _pieces(rows: int, cols: int) -> int:
+def _chunks(rows: int, cols: int) -> int:
     return rows * math.ceil(cols / _piece(cols))
 
 

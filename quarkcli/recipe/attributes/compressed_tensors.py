@@ -83,7 +83,7 @@ def _granularity(strategy: str, args: Mapping[str, Any]) -> Any:
 def _scale(strategy: str, args: Mapping[str, Any], when: str) -> dict[str, Any]:
     dtype = args.get("scale_dtype")
     if strategy == "tensor_group" or dtype == _E4M3:
-        return {"dtype": "e4m3", "rule": "absmax", "when": when, "over": {"dtype": "f32", "when": "static"}}
+        return {"dtype": "e4m3", "rule": "absmax", "when": when, "global_scale": {"dtype": "f32", "when": "static"}}
     if dtype == _E8M0:
         return {"dtype": "e8m0", "rule": "even", "when": when}
     return {"when": when}

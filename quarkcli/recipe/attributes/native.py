@@ -2,7 +2,7 @@
 
     element: fp4_e2m1
     granularity: {group: 16}
-    scale: {dtype: e4m3, rule: absmax, when: dynamic, over: {dtype: f32, when: static}}
+    scale: {dtype: e4m3, rule: absmax, when: dynamic, global_scale: {dtype: f32, when: static}}
     zero_point: int            # asymmetric integers
     rounding: half_even        # or floor, round
     narrow: true               # signed integers without their lowest code
@@ -45,7 +45,8 @@ from quarkcli.spec import (
 )
 
 KEYS = ("element", "granularity", "scale", "zero_point", "rounding", "narrow", "observer", "then", "stored")
-_SCALE_KEYS = ("dtype", "rule", "when", "over", "minimum", "constant_amax")
+_RENAMED = {"over": "global_scale"}  # words of before
+_SCALE_KEYS = ("dtype", "rule", "when", "global_scale", "minimum", "constant_amax")
 _MX = "mx"
 _MX_KEYS = ("element", "mx_element", "granularity", "scale")
 _MX_GROUP = 32
@@ -102,7 +103,7 @@ def _only(mapping: Any, allowed: tuple[str, ...], what: str) -> None:
         raise ConfigError(f"{what} must be a mapping, not {type(mapping).__name__}")
     for key in mapping:
         if key not in allowed:
-            close = near_misses(str(key), allowed)
+            close = [_RENAMED[key]] if _RENAMED.get(key) in allowed else near_misses(str(key), allowed)
             hint = f"did you mean '{close[0]}'?" if close else f"known keys: {', '.join(allowed)}"
             raise ConfigError(f"unknown key '{key}' in {what}", hint=hint)
 
@@ -163,7 +164,7 @@ def _scale(value: Any, element: Element) -> ScaleSpec:
     dtype = _choice(value.get("dtype", usual), SCALE_FORMATS, "scale.dtype")
     rule = _choice(value.get("rule", _usual_rule(element, dtype)), RULES, "scale.rule")
     when = _choice(value.get("when", "static"), ("static", "dynamic"), "scale.when")
-    over = value.get("over")
+    over = value.get("global_scale")
     outer = _scale(over, ELEMENTS["fp8_e4m3"]) if over is not None else None
     minimum = _number(value.get("minimum"), "scale.minimum")
     amax = _number(value.get("constant_amax"), "scale.constant_amax")
@@ -240,16 +241,18 @@ def _check_scale(spec: TensorSpec) -> None:
         raise ConfigError(f"scale.rule '{scale.rule}' is for groups", hint="granularity: {group: 16}")
     if scale.rule in SEARCH_RULES and spec.observer != MIN_MAX:
         raise ConfigError(f"scale.rule '{scale.rule}' searches by itself", hint="leave the observer out")
-    if scale.dtype == "e4m3" and scale.over is None:
-        raise ConfigError("an e4m3 scale needs a global scale", hint="add over: {dtype: f32}")
-    if scale.over is not None and (scale.over.dtype != "f32" or scale.over.over is not None):
-        raise ConfigError("scale.over must be one f32 scale", hint="over: {dtype: f32, when: static}")
-    if scale.over is not None and scale.dtype not in {"e4m3", "e5m3"}:
+    if scale.dtype == "e4m3" and scale.global_scale is None:
+        raise ConfigError("an e4m3 scale needs a global scale", hint="add global_scale: {dtype: f32}")
+    if scale.global_scale is not None and (
+        scale.global_scale.dtype != "f32" or scale.global_scale.global_scale is not None
+    ):
+        raise ConfigError("scale.global_scale must be one f32 scale", hint="global_scale: {dtype: f32, when: static}")
+    if scale.global_scale is not None and scale.dtype not in {"e4m3", "e5m3"}:
         raise ConfigError(f"a global scale goes over e4m3 or e5m3 scales, not over {scale.dtype}")
     if spec.observer.name == "headroom" and not (
         (spec.element, scale.dtype, scale.when, spec.group_size) == ("fp4_e2m1", "e4m3", "dynamic", 16)
-        and scale.over is not None
-        and scale.over.when == "static"
+        and scale.global_scale is not None
+        and scale.global_scale.when == "static"
     ):
         raise ConfigError("observer 'headroom' is for inputs in nvfp4", hint="dynamic e4m3 scales over a static one")
     if scale.minimum is not None and scale.dtype not in {"f32", "f16", "bf16", "model"}:

@@ -169,7 +169,7 @@ def test_plain_scales_are_the_rounded_quotient(dtype: str) -> None:
     x = np.exp2(np.linspace(-12, 12, 5000)).astype(np.float32)
     spec = TensorSpec("int4", PerTensor(), ScaleSpec(dtype, "half_range"))
     peer = {"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16}[dtype]
-    got = scales.plain_scale(scales.Extent(torch.from_numpy(x)), spec, torch.float32)
+    got = scales.plain_scale(scales.Range(torch.from_numpy(x)), spec, torch.float32)
     assert np.array_equal(got.float().numpy(), (x / np.float32(7.5)).astype(peer).astype(np.float32))
 
 
@@ -182,7 +182,7 @@ def test_pow2_scales_are_nearest_in_the_logarithm() -> None:
     x = x.astype(np.float32)
     spec = TensorSpec("uint8", PerTensor(), ScaleSpec("pow2", "absmax"))
     unit = (x * np.float32(255)) / np.float32(255)  # what is left of x after the division by the largest code
-    got = scales.plain_scale(scales.Extent(torch.from_numpy(x * np.float32(255))), spec, torch.float32).tolist()
+    got = scales.plain_scale(scales.Range(torch.from_numpy(x * np.float32(255))), spec, torch.float32).tolist()
     for value, scale in zip(unit, got, strict=True):
         power = grids.Fraction(scale)
         square = grids.Fraction(float(value)) ** 2

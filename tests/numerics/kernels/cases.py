@@ -30,10 +30,10 @@ FUSED: dict[str, TensorSpec] = {
     "mxfp6_e3m2-ceil": _mx("fp6_e3m2", "ceil"),
     "mxfp8_e4m3-even": _mx("fp8_e4m3", "even"),
     "mxfp8_e5m2-floor": _mx("fp8_e5m2", "floor"),
-    "nvfp4": TensorSpec("fp4_e2m1", PerGroup(16), ScaleSpec("e4m3", over=F32)),
+    "nvfp4": TensorSpec("fp4_e2m1", PerGroup(16), ScaleSpec("e4m3", global_scale=F32)),
     "fp4-e4m3": TensorSpec("fp4_e2m1", PerGroup(16), ScaleSpec("e4m3")),
     "amdfp4": TensorSpec("fp4_e2m1", PerGroup(16), ScaleSpec("e5m3")),
-    "amdfp4-global": TensorSpec("fp4_e2m1", PerGroup(32), ScaleSpec("e5m3", over=F32)),
+    "amdfp4-global": TensorSpec("fp4_e2m1", PerGroup(32), ScaleSpec("e5m3", global_scale=F32)),
     **{f"int4-{dtype}": _int("int4", PerGroup(64), dtype) for dtype in ("f32", "f16", "bf16", "model")},
     "int4-absmax": _int("int4", PerGroup(32), rule="absmax"),
     "int4-zero": _int("int4", PerGroup(64), zero="int"),
@@ -56,7 +56,7 @@ SCALES_FIRST: dict[str, TensorSpec] = {
     "uint4-channel": _int("uint4", PerChannel(0), zero="int"),
     "uint8-tensor": _int("uint8", PerTensor(), zero="int"),
     "int8-pow2": _int("int8", PerGroup(64), "pow2"),
-    "nvfp4-sweep": TensorSpec("fp4_e2m1", PerGroup(16), ScaleSpec("e4m3", "sweep", over=F32)),
+    "nvfp4-sweep": TensorSpec("fp4_e2m1", PerGroup(16), ScaleSpec("e4m3", "sweep", global_scale=F32)),
     "fp8-minimum": TensorSpec("fp8_e4m3", PerGroup(64), ScaleSpec("f32", minimum=0.01)),
 }
 SPECS = FUSED | SCALES_FIRST

@@ -88,7 +88,7 @@ def test_a_chain_of_activations(interpreter: Interpreter) -> None:
     chain = TensorSpec("fp8_e4m3", PerTensor(), ScaleSpec("f32"), then=SPECS["int4-f32"])
     x = awkward(torch.float32, "int4")
     assert interpreter.call(there.found, chain) is None
-    assert interpreter.call(there.launches, fake_quantize, x, chain) == ["extents", "given", "groups"]
+    assert interpreter.call(there.launches, fake_quantize, x, chain) == ["ranges", "given", "groups"]
     assert same(interpreter.call(fake_quantize, x, chain), fake_quantize(x, chain))
 
 
@@ -169,7 +169,7 @@ def test_nvfp4_vectors(interpreter: Interpreter) -> None:
 @pytest.mark.parametrize("case", sorted(vectors.cases("amdfp4")))
 def test_amdfp4_vectors(interpreter: Interpreter, case: str) -> None:
     _, size, outer = case.split(".")
-    scale = ScaleSpec("e5m3", over=conformance.F32 if outer == "global1" else None)
+    scale = ScaleSpec("e5m3", global_scale=conformance.F32 if outer == "global1" else None)
     _conforms(interpreter, "amdfp4", case, TensorSpec("fp4_e2m1", PerGroup(int(size[1:])), scale))
 
 

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[3]
 pytestmark = pytest.mark.slow
-KERNELS = {"extents", "groups", "given", "decode"}
+KERNELS = {"ranges", "groups", "given", "decode"}
 
 
 def assembly(target: str, cache: Path) -> list[tuple[str, str]]:

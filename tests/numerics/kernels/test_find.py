@@ -79,7 +79,7 @@ def test_one_pass_where_a_group_fits(interpreter: Interpreter) -> None:
     weight = torch.ones(4, 192)
     for name, spec in FUSED.items():
         seen = interpreter.call(there.launches, quantize_packed, weight, spec)
-        assert seen == (["extents"] if spec.scale.over else []) + ["groups"], name
+        assert seen == (["ranges"] if spec.scale.global_scale else []) + ["groups"], name
     for name in SCALES_FIRST:
         assert interpreter.call(there.launches, quantize_packed, weight, SPECS[name])[-1] == "given", name
 

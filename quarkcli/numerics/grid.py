@@ -1,6 +1,6 @@
 """Stored scales -> where the codes of a matrix lie; codes <-> values there.
 
-A matrix is walked in cache-sized pieces, so that a bfloat16 weight is never held as float32 as a whole.
+A matrix is walked in cache-sized chunks, so that a bfloat16 weight is never held as float32 as a whole.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from quarkcli.numerics import scales
+from quarkcli.numerics.chunks import by_group, require_divisible, row_chunks, work_chunks
 from quarkcli.numerics.formats import codec
-from quarkcli.numerics.pieces import by_group, require_divisible, row_pieces, work_pieces
 from quarkcli.spec import Element, PerChannel, PerGroup, PerTensor, PerTile, TensorSpec
 
 # Under a larger scale no float32 subnormal reaches half a step of any element.
@@ -49,7 +49,7 @@ class QParams:
 
 
 @dataclass(frozen=True)
-class Lattice:
+class Grid:
     """The values a matrix [rows, cols] can take: (code - zero) * scale.
 
     scale   float32 [rows, n]; column j belongs to entry j // size
@@ -98,7 +98,7 @@ def scale_size(spec: TensorSpec, cols: int) -> int:
     return max(cols, 1)
 
 
-def lattice(params: QParams, spec: TensorSpec, shape: torch.Size | tuple[int, ...]) -> Lattice:
+def grid(params: QParams, spec: TensorSpec, shape: torch.Size | tuple[int, ...]) -> Grid:
     """Where the stored codes of a matrix of `shape` [rows, cols] lie.
 
     Of a chain it is the stage whose codes are stored; a first stage below it contributes its scale, without the
@@ -112,34 +112,34 @@ def lattice(params: QParams, spec: TensorSpec, shape: torch.Size | tuple[int, ..
     size = stage.format.sub_block or scale_size(stage, shape[1])
     scale = effective_scale(own, stage, shape)
     zero = None if own.zero_point is None else per_row(own.zero_point, stage, shape)
-    return Lattice(stage.format, scale if below is None else scale * below, size, zero)
+    return Grid(stage.format, scale if below is None else scale * below, size, zero)
 
 
-def encode_matrix(matrix: Tensor, at: Lattice) -> Tensor:
+def encode_matrix(matrix: Tensor, at: Grid) -> Tensor:
     """Codes of a finite matrix, of its shape."""
     codec_ = codec(at.element)
     codes = torch.empty(matrix.shape, dtype=codec_.code_dtype(at.element), device=matrix.device)
-    for part, y, scratch in work_pieces(matrix):
+    for part, y, scratch in work_chunks(matrix):
         _divide(matrix[part], at, part, y)
         values, zero = _with_zero(y, at, part)
         codec_.encode_(values, at.element, codes[part].view_as(values), scratch, zero)
     return codes
 
 
-def decode_matrix(codes: Tensor, at: Lattice) -> Tensor:
+def decode_matrix(codes: Tensor, at: Grid) -> Tensor:
     """Values (float32) of codes, of their shape."""
     out = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
-    for part in row_pieces(codes):
+    for part in row_chunks(codes):
         values, zero = _with_zero(out[part], at, part)
         codec(at.element).decode_(codes[part].view_as(values), at.element, values, zero)
         _multiply(out[part], at, part)
     return out
 
 
-def round_matrix(matrix: Tensor, at: Lattice, dtype: torch.dtype) -> Tensor:
-    """The nearest values of the lattice, in `dtype`: quantized and dequantized."""
+def round_matrix(matrix: Tensor, at: Grid, dtype: torch.dtype) -> Tensor:
+    """The nearest values of the grid, in `dtype`: quantized and dequantized."""
     out = torch.empty(matrix.shape, dtype=dtype, device=matrix.device)
-    for part, y, scratch in work_pieces(matrix):
+    for part, y, scratch in work_chunks(matrix):
         _divide(matrix[part], at, part, y)
         values, zero = _with_zero(y, at, part)
         codec(at.element).round_(values, at.element, scratch, zero)
@@ -154,13 +154,13 @@ def multiply_(rows: Tensor, scale: Tensor, size: int) -> None:
     values.mul_(factors)
 
 
-def _multiply(values: Tensor, at: Lattice, part: slice) -> None:
+def _multiply(values: Tensor, at: Grid, part: slice) -> None:
     """Multiply values of some rows by their scales, in place; a cast has none."""
     if at.element.kind != "cast":
         multiply_(values, at.scale[part], at.size)
 
 
-def _divide(rows: Tensor, at: Lattice, part: slice, out: Tensor) -> None:
+def _divide(rows: Tensor, at: Grid, part: slice, out: Tensor) -> None:
     """Write `rows` divided by their scales to `out` (float32)."""
     out.copy_(rows)
     if at.element.kind == "cast":
@@ -171,7 +171,7 @@ def _divide(rows: Tensor, at: Lattice, part: slice, out: Tensor) -> None:
     values.div_(divisors)
 
 
-def _with_zero(y: Tensor, at: Lattice, part: slice) -> tuple[Tensor, Tensor | None]:
+def _with_zero(y: Tensor, at: Grid, part: slice) -> tuple[Tensor, Tensor | None]:
     """`y` [n, cols] shaped so that its zero points broadcast against it, and these."""
     return (y, None) if at.zero is None else by_group(y, at.zero[part], at.size)
 

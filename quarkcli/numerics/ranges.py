@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from quarkcli.numerics.lattice import scale_size
-from quarkcli.numerics.pieces import group_amax, group_ends, require_finite, row_pieces
-from quarkcli.numerics.scales import Extent
+from quarkcli.numerics.chunks import group_amax, group_ends, require_finite, row_chunks
+from quarkcli.numerics.grid import scale_size
+from quarkcli.numerics.scales import Range
 from quarkcli.spec import PerChannel, PerTensor, PerTile, TensorSpec
 
 
-def extent_of(matrix: Tensor, spec: TensorSpec, amax: Tensor | None, *, finite: bool = True) -> Extent:
+def range_of(matrix: Tensor, spec: TensorSpec, amax: Tensor | None, *, finite: bool = True) -> Range:
     """The range behind every scale of `matrix` [rows, cols], in the shape of the stored scale (see QParams).
 
     amax     that of the scale group (float32 []), for one scale per tensor; None: the matrix' own
@@ -22,7 +22,7 @@ def extent_of(matrix: Tensor, spec: TensorSpec, amax: Tensor | None, *, finite: 
         if finite:
             require_finite(amax_per_row(matrix), matrix)
         amax = amax.to(torch.float32)
-        return Extent(amax, -amax, amax)
+        return Range(amax, -amax, amax)
     size = scale_size(spec, matrix.shape[1])
     if isinstance(spec.granularity, PerChannel) and spec.granularity.axis == 1:
         if finite:
@@ -32,12 +32,12 @@ def extent_of(matrix: Tensor, spec: TensorSpec, amax: Tensor | None, *, finite: 
         magnitudes = group_amax(matrix, size)
         if finite:
             require_finite(magnitudes, matrix)
-        return Extent(_joined(magnitudes, spec, torch.amax))
+        return Range(_joined(magnitudes, spec, torch.amax))
     low, high = group_ends(matrix, size)
     if finite:
         require_finite(torch.maximum(-low, high), matrix)
     low, high = _joined(low, spec, torch.amin), _joined(high, spec, torch.amax)
-    return Extent(torch.maximum(-low, high), low, high)
+    return Range(torch.maximum(-low, high), low, high)
 
 
 def needs_ends(spec: TensorSpec) -> bool:
@@ -63,13 +63,13 @@ def _joined(groups: Tensor, spec: TensorSpec, reduce: object) -> Tensor:
     return groups
 
 
-def _columns(matrix: Tensor) -> Extent:
+def _columns(matrix: Tensor) -> Range:
     """One range per column, [1, cols]."""
     low = high = None
-    for part in row_pieces(matrix):
+    for part in row_chunks(matrix):
         values = matrix[part].float()
         own_low, own_high = values.amin(0, keepdim=True), values.amax(0, keepdim=True)
         low = own_low if low is None else torch.minimum(low, own_low)
         high = own_high if high is None else torch.maximum(high, own_high)
     assert low is not None and high is not None
-    return Extent(torch.maximum(-low, high), low, high)
+    return Range(torch.maximum(-low, high), low, high)

@@ -1,4 +1,4 @@
-"""Walking a matrix in pieces of rows that fit the processor's cache, and the largest magnitude of every group."""
+"""Walking a matrix in chunks of rows that fit the processor's cache, and the largest magnitude of every group."""
 
 from __future__ import annotations
 
@@ -10,34 +10,34 @@ from torch.nn import functional
 
 from quarkcli.errors import DataError, ModelError
 
-# Elements per piece. On a CPU three float32 buffers of a piece stay in the level-2 caches; elsewhere a piece only
+# Elements per chunk. On a CPU three float32 buffers of a chunk stay in the level-2 caches; elsewhere a chunk only
 # bounds the temporary memory.
-CPU_PIECE = 1 << 18
-DEVICE_PIECE = 1 << 27
+CPU_CHUNK = 1 << 18
+DEVICE_CHUNK = 1 << 27
 _HALVES = (torch.bfloat16, torch.float16)
 
 
-def row_pieces(x: Tensor) -> Iterator[slice]:
-    """Slices over the rows of the matrix `x`, each about one piece."""
+def row_chunks(x: Tensor) -> Iterator[slice]:
+    """Slices over the rows of the matrix `x`, each about one chunk."""
     rows = x.shape[0]
-    step = _piece_rows(x)
+    step = _chunk_rows(x)
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
 
 
-def work_pieces(x: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """`row_pieces` with a float32 buffer [n, cols] and int32 scratch [2, n, cols] for each; reused from piece to piece.
+def work_chunks(x: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """`row_chunks` with a float32 buffer [n, cols] and int32 scratch [2, n, cols] for each; reused from chunk to chunk.
 
-    Fresh buffers per piece would be returned to the system and faulted in again each time.
+    Fresh buffers per chunk would be returned to the system and faulted in again each time.
     """
-    space = torch.empty(3, min(_piece_rows(x), x.shape[0]), x.shape[1], dtype=torch.float32, device=x.device)
-    for part in row_pieces(x):
+    space = torch.empty(3, min(_chunk_rows(x), x.shape[0]), x.shape[1], dtype=torch.float32, device=x.device)
+    for part in row_chunks(x):
         count = part.stop - part.start
         yield part, space[0, :count], space[1:, :count].view(torch.int32)
 
 
-def _piece_rows(x: Tensor) -> int:
-    limit = CPU_PIECE if x.device.type == "cpu" else DEVICE_PIECE
+def _chunk_rows(x: Tensor) -> int:
+    limit = CPU_CHUNK if x.device.type == "cpu" else DEVICE_CHUNK
     return max(1, limit // max(1, x.shape[1]))
 
 
@@ -76,7 +76,7 @@ def group_amax(x: Tensor, size: int) -> Tensor:
     out = torch.empty(rows, groups, dtype=torch.float32, device=x.device)
     # The bits of positive 16-bit floats are in the order of their values, NaN last; integers are compared faster.
     halves = x.dtype in _HALVES
-    for part in row_pieces(x):
+    for part in row_chunks(x):
         magnitude = x[part].abs().contiguous()
         magnitude = magnitude.view(torch.int16) if halves else magnitude.float()
         if groups * size != cols:
@@ -96,7 +96,7 @@ def group_ends(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
     rows, cols = x.shape
     groups = -(-cols // size)
     low, high = torch.empty(2, rows, groups, dtype=torch.float32, device=x.device)
-    for part in row_pieces(x):
+    for part in row_chunks(x):
         values = x[part].float().contiguous()
         if groups * size != cols:
             values = functional.pad(values, (0, groups * size - cols), mode="replicate")
