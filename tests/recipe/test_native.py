@@ -294,3 +294,10 @@ def test_suggestions_fold_indices() -> None:
     slots = [f"{name}.weight_quantizer" for name in names]
     assert suggestions("*dwn_proj*", slots)[0] == "*down_proj*"  # the pattern keeps its form
     assert suggestions("*.mlpp.*", slots) == ["*.mlp.*"]
+
+
+def test_a_word_of_before_is_refused_with_todays() -> None:
+    cfg = {"element": "fp4_e2m1", "granularity": {"group": 16}, "scale": {"dtype": "e4m3", "over": {"dtype": "f32"}}}
+    with pytest.raises(ConfigError) as caught:
+        native.to_spec(cfg)
+    assert caught.value.hint == "did you mean 'global_scale'?"
