@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ def pytest_configure(config: pytest.Config) -> None:
     home = config.stash[HOME] = Path(tempfile.mkdtemp(prefix="quark-home-"))
     for name in OWN_FILES:
         os.environ.pop(name, None)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
     os.environ.update(SURROUNDINGS, HOME=str(home), QUARK_HOME=str(home / "quark"))
 
 

@@ -54,7 +54,8 @@ def environment(folder: Path, pins: tuple[str, ...]) -> str:
     subprocess.run([sys.executable, "-m", "venv", folder / "env"], check=True)
     python = str(folder / "env" / "bin" / "python")
     (folder / "pins.txt").write_text("".join(f"{pin}\n" for pin in pins))
-    install = [python, "-m", "pip", "install", "-q", "-c", folder / "pins.txt", "--upgrade"]
+    # Not -q, which hides which two releases are in conflict.
+    install = [python, "-m", "pip", "install", "--progress-bar", "off", "-c", folder / "pins.txt", "--upgrade"]
     for wanted in (["pip"], ["torch"], ["-e", f"{ROOT}[dev]"]):
         subprocess.run([*install, *wanted], check=True)
     return python

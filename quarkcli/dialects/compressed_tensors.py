@@ -266,10 +266,10 @@ def _targets(targets: Sequence[Target], universe: Iterable[str], *, alone: bool)
 def _transformers_loads(plan: Plan) -> bool:
     """True when transformers 5.22 to 5.24 load the checkpoint with no missing and no unexpected keys.
 
-    5.24 takes the scales of a cache for unexpected ones, which is said (`caveat`).
-    Linears load in every scheme but those with zero points, for which it expects another shape unless it is told to
-    dequantize. Embeddings load where the weight keeps its shape. Experts are fused in memory by conversions that know
-    one scheme for all of them, and that exist for families whose published files have one tensor per expert.
+    5.24 takes the scales of a cache for unexpected ones, which is said (`caveat`). Linears load in every scheme but
+    those with zero points, for which it expects another shape since 5.23 unless it is told to dequantize. Embeddings
+    load where the weight keeps its shape. Experts are fused in memory by conversions that know one scheme for all of
+    them, and that exist for families whose published files have one tensor per expert.
     """
     if shared.quantizes_routers(plan) or any("q" in attention.specs for attention in shared.cached(plan)):
         return False

@@ -44,10 +44,11 @@ def test_zero_points_tiles_and_channels_find_their_place(
     targets = list(made.prepared.plan.quantized())
     assert made.report["dialect"]["reason"] == f"asked for; loads in {promised}"
     asymmetric = not all(target.weight.symmetric for target in targets)
-    if asymmetric:  # why transformers is not promised
-        with pytest.raises(RuntimeError, match="mismatched"):
-            load(made.folder)
-    model, wrong = load(made.folder, decoded=asymmetric)
+    try:
+        model, wrong = load(made.folder)
+    except RuntimeError as error:  # why transformers is not promised; 5.22 loads it
+        assert asymmetric and "mismatched" in str(error)
+        model, wrong = load(made.folder, decoded=True)
     assert wrong == {"missing": set(), "unexpected": set(), "mismatched": set()}
     model(torch.arange(20)[None])  # the first pass decompresses
     checkpoint = Checkpoint(Source.open(str(made.folder)))

@@ -16,7 +16,7 @@ from quarkcli.errors import ExitCode, ModelError
 from quarkcli.events import silent
 from quarkcli.forward import walk
 from quarkcli.job.run import EMBEDDED
-from quarkcli.model import library, tokenizer
+from quarkcli.model import failures, library, tokenizer
 from quarkcli.model.record import Recorder
 from tests import releases, tiny
 from tests.model.drive import record, runner_of, through
@@ -136,7 +136,7 @@ def test_another_release_is_named_where_the_installed_one_fails(
     monkeypatch.setattr(f"{LLAMA}.LlamaModel.forward", fails)
     runner = runner_of(checkpoint)
     for version, hinted in (("5.99.0", True), (library.TESTED, False)):
-        monkeypatch.setattr(transformers, "__version__", version)
+        monkeypatch.setattr(failures.transformers, "__version__", version)  # the one that is asked, were there two
         with pytest.raises(ModelError, match=f"transformers {version}") as caught:
             record(runner, checkpoint, tiny.tokens())
         assert (f"pip install 'transformers=={library.TESTED}'" in caught.value.hint) == hinted
