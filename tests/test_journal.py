@@ -158,7 +158,8 @@ def test_equal_means_equal_as_json(partial: Path) -> None:
 
 @pytest.mark.parametrize("name", ["fingerprint.json", "journal.json"])
 @pytest.mark.parametrize(
-    "content", ["", "{", "[]", '{"schema": "quark/journal/9"}', '{"schema": "quark/journal/1", "parts": [1]}']
+    "content",
+    ["", "{", "[]", "[" * 100_000, '{"schema": "quark/journal/9"}', '{"schema": "quark/journal/1", "parts": [1]}'],
 )
 def test_damaged_state(partial: Path, name: str, content: str) -> None:
     run(partial, 0)

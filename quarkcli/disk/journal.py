@@ -337,7 +337,7 @@ def _plain(value: Any) -> Any:
 def _load(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise _damaged(path) from error
     if not isinstance(value, dict):
         raise _damaged(path)

@@ -69,7 +69,10 @@ def replaced(state: Path) -> list[str]:
     path = state / REPLACED
     final = state.parent if state.name == STATE else state
     final = final.with_name(final.name.removesuffix(".state").removesuffix(".partial"))
-    value = json.loads(path.read_bytes()) if path.is_file() else []
+    try:
+        value = json.loads(path.read_bytes()) if path.is_file() else []
+    except (ValueError, RecursionError):  # damaged: then nothing is ours to remove
+        value = []
     names = value if isinstance(value, list) else []
     return [name for name in names if isinstance(name, str) and Path(name).name.startswith(f"{final.name}.old-")]
 
