@@ -15,6 +15,7 @@ from quarkcli.disk.source import Source
 from quarkcli.errors import ModelError, ResourceError
 from quarkcli.events import Event, Message
 from quarkcli.forward.walk import CPU_TOKENS, Walk, default_batch
+from quarkcli.model.handlers import Handlers
 from quarkcli.model.runner import Runner
 from tests import runs
 from tests.families import models
@@ -37,7 +38,7 @@ def test_a_whole_walk_is_the_model(tmp_path: Path) -> None:
     assert [len(part) for part in walk.served] == [2, 2, 1]
     for block in range(walk.runner.num_blocks):
         walk.runner.load_block(block, source.read_many(walk.runner.block_tensors(block)))
-        walk.advance(block, {})
+        walk.advance(block, Handlers())
         walk.runner.unload_block(block)
     walk.runner.load_outside(walk.outside())
     logits = torch.cat([walk.runner.logits(r, h) for r, h in zip(walk.recordings["served"], walk.served, strict=True)])
@@ -69,7 +70,7 @@ class Tight:
     def record(self, rows: torch.Tensor, share_with: Any = None) -> Any:
         return SimpleNamespace(hidden=self._fit(rows.float()), tokens=rows)
 
-    def handlers(self, block: int | None, **handlers: Any) -> Any:
+    def handlers(self, block: int | None, handlers: Any) -> Any:
         return nullcontext()
 
     def run_block(self, block: int, recording: Any, hidden: torch.Tensor) -> torch.Tensor:
@@ -121,10 +122,10 @@ def test_half_the_batch_until_it_fits() -> None:
 def test_out_of_memory_on_the_way_starts_the_block_again() -> None:
     walk, runner, said = tight(limit=8, batch=8)
     walk.start()
-    walk.advance(0, {})
+    walk.advance(0, Handlers())
     runner.limit = 3
     runner.calls.clear()
-    walk.advance(1, {})
+    walk.advance(1, Handlers())
     assert runner.calls == [8, 2, 2, 2, 2]  # four rows were too many to record already
     assert torch.equal(torch.cat(walk.served), walk.tokens.float() + 2)
     assert len(walk.masks()) == len(walk.served) == len(walk.recordings["served"]) == 4

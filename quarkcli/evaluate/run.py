@@ -25,6 +25,7 @@ from quarkcli.events import Listener, Message, PartDone, Phase, Working
 from quarkcli.forward.activations import quantizing_handlers
 from quarkcli.forward.walk import SERVED, Walk
 from quarkcli.job import idle
+from quarkcli.model.handlers import Handlers
 from quarkcli.numerics.finite import is_finite
 
 if TYPE_CHECKING:
@@ -112,13 +113,13 @@ class _Side:
             hint="nothing that is measured behind it means anything",
         )
 
-    def _handlers(self, names: list[str], weights_only: bool) -> Mapping[str, Any]:
+    def _handlers(self, names: list[str], weights_only: bool) -> Handlers:
         if weights_only or not self.checkpoint.quantized:
-            return {}
+            return Handlers()
         activations = self.checkpoint.activation_quantizers(names)
         return quantizing_handlers(activations, self.checkpoint.attention_quantizers(names))
 
-    def tail_handlers(self, weights_only: bool) -> Mapping[str, Any]:
+    def tail_handlers(self, weights_only: bool) -> Handlers:
         """What a quantized head reads and returns is quantized as well."""
         return self._handlers(self.runner.outside_tensors(), weights_only)
 
@@ -288,7 +289,7 @@ def _score(tested: _Side, source: _Side | None, rows: Windows, weights_only: boo
     for index, tokens in enumerate(rows.tokens.split(tested.walk.batch)):
         targets = tokens[:, rows.first :].to(tested.walk.device)
         tested.tell(Working(f"scoring batch {index + 1} of {len(tested.walk.served)}"))
-        with tested.runner.handlers(None, **tested.tail_handlers(weights_only)):
+        with tested.runner.handlers(None, tested.tail_handlers(weights_only)):
             scores = _log_probabilities(tested, index, rows.first)
         sums["nll"] -= float(scores.gather(-1, targets[..., None]).double().sum())
         count += targets.numel()

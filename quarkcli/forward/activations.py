@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from quarkcli.model.handlers import Handlers
 from quarkcli.spec import TensorSpec
 
 if TYPE_CHECKING:
@@ -62,8 +63,8 @@ class AttentionQuantizer:
 
 def quantizing_handlers(
     activations: Iterable[ActivationQuantizer], attentions: Iterable[AttentionQuantizer]
-) -> dict[str, Any]:
-    """Keyword arguments for `Runner.handlers` that fake-quantize activations."""
+) -> Handlers:
+    """Returns what fake-quantizes activations."""
     linear: dict[str, Any] = {}
     outputs: dict[str, Any] = {}
     layers: dict[str, tuple[str, _ExpertQuantizer]] = {}
@@ -83,13 +84,7 @@ def quantizing_handlers(
             attention[inner.tensor] = _operand_tap(inner)
         if "p" in inner.specs:
             softmax[inner.tensor] = partial(inner.quantize, "p")
-    return {
-        "linear": linear,
-        "outputs": outputs,
-        "experts": dict(layers.values()),
-        "attention": attention,
-        "softmax": softmax,
-    }
+    return Handlers(linear, outputs, dict(layers.values()), attention, softmax)
 
 
 def _at(static: Tensor | None, x: Tensor) -> Tensor | None:

@@ -17,6 +17,7 @@ from quarkcli.algorithms.base import Moment
 from quarkcli.errors import DataError
 from quarkcli.forward.moments import SecondMoment
 from quarkcli.forward.taps import ExpertLayer, ExpertTap, unpadded
+from quarkcli.model.handlers import Handlers
 from quarkcli.numerics.observers import STATISTICS, Histogram, MinMax, amax_of
 from quarkcli.plan.model import Plan, Site
 from quarkcli.spec import TensorSpec
@@ -145,8 +146,8 @@ class Statistics:
 
     # -- collecting ----------------------------------------------------------------------------------------------
 
-    def handlers(self) -> dict[str, dict[str, Any]]:
-        """Keyword arguments for `Runner.handlers` that feed these statistics."""
+    def handlers(self) -> Handlers:
+        """Returns what feeds these statistics."""
         linear: dict[str, Callable[[Tensor], None]] = {}
         experts: dict[str, Any] = {}
         attention: dict[str, Any] = {}
@@ -174,21 +175,15 @@ class Statistics:
                 attention[tensor] = self._attention_tap(module.name)
             if f"{module.name}.p" in self.needs:
                 softmax[tensor] = self._softmax_tap(module.name)
-        return {
-            "linear": linear,
-            "outputs": outputs,
-            "experts": dict(experts.values()),
-            "attention": attention,
-            "softmax": softmax,
-        }
+        return Handlers(linear, outputs, dict(experts.values()), attention, softmax)
 
-    def source_handlers(self) -> dict[str, dict[str, Any]]:
-        """Keyword arguments for `Runner.handlers` that note what the source stream's linears read, for one batch."""
+    def source_handlers(self) -> Handlers:
+        """Returns what notes the inputs of the source stream's linears, for one batch."""
         linear: dict[str, Callable[[Tensor], None]] = {}
         for site in self.plan.sites.values():
             if site.part == self.part and site.kind == "linear" and "cross" in self.needs.get(site.name, set()):
                 linear[self.plan.targets[site.members[0]].view.tensor] = self._source_tap(site.name)
-        return {"linear": linear}
+        return Handlers(linear)
 
     def _source_tap(self, site: str) -> Callable[[Tensor], None]:
         def tap(x: Tensor) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from quarkcli.errors import ModelError, ResourceError
 from quarkcli.events import Listener, Message, Working
+from quarkcli.model.handlers import Handlers
 
 SERVED, SOURCE = "served", "source"
 CPU_TOKENS = 2048  # tokens in one forward on a CPU, whatever the batch asked for: the same bits for every batch size
@@ -157,9 +158,9 @@ class Walk:
             for index, (mask, held) in enumerate(zip(self.masks(), self._batches(self.held), strict=True)):
                 statistics.mask, statistics.held = mask, held
                 if SOURCE in self.hidden:
-                    with self.runner.handlers(block, **statistics.source_handlers()):
+                    with self.runner.handlers(block, statistics.source_handlers()):
                         source.append(self._park(self._run(block, index, SOURCE)))
-                with self.runner.handlers(block, **taps):
+                with self.runner.handlers(block, taps):
                     out = self._run(block, index)
                 first = out if first is None else first
                 if advance:
@@ -182,34 +183,34 @@ class Walk:
             self.runner.load_outside({**self.outside(), **tail})
             statistics = new_statistics()
             handlers = statistics.handlers()
-            with self.runner.handlers(None, **handlers):
+            with self.runner.handlers(None, handlers):
                 batches = zip(self.served, self.masks(), self._batches(self.held), strict=True)
                 for index, (hidden, mask, held) in enumerate(batches):
                     statistics.mask, statistics.held = mask, held
                     self._working("observing the tail", index)
-                    head = bool(handlers["outputs"])
+                    head = bool(handlers.outputs)
                     self.runner.observe_tail(self.recordings[SERVED][index], hidden.to(self.device), head=head)
             self.runner.unload_outside()
             return statistics
 
         return self._retrying(once)
 
-    def advance(self, block: int, handlers: Mapping[str, Any]) -> None:
+    def advance(self, block: int, handlers: Handlers) -> None:
         """Run the loaded block with `handlers` and move every stream on."""
 
         def once() -> list[Tensor]:
-            with self.runner.handlers(block, **handlers):
+            with self.runner.handlers(block, handlers):
                 return [self._park(self._run(block, index)) for index in range(len(self.served))]
 
         self.hidden[SERVED] = self._retrying(once)
         if SOURCE in self.hidden:
             self.hidden[SOURCE] = self._moved
 
-    def probe(self, block: int, handlers: Mapping[str, Any]) -> Tensor:
+    def probe(self, block: int, handlers: Handlers) -> Tensor:
         """The loaded block's output for the first batch; the served stream stays where it is."""
 
         def once() -> Tensor:
-            with self.runner.handlers(block, **handlers):
+            with self.runner.handlers(block, handlers):
                 return self._run(block, 0)
 
         output: Tensor = self._retrying(once)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
 from torch import Tensor
 
 from quarkcli.dialects.base import Decoded, StoredTarget, Writer
 from quarkcli.forward.activations import ActivationQuantizer, AttentionQuantizer, quantizing_handlers
+from quarkcli.model.handlers import Handlers
 from quarkcli.numerics.quantize import dequantize
 from quarkcli.plan.model import Part, Plan, QuantizedTarget
 
@@ -36,7 +36,7 @@ def decode(dialect: Writer, target: QuantizedTarget, packed: Mapping[str, Tensor
 
 def handlers(
     plan: Plan, part: Part, scales: Mapping[str, Tensor], loads: Callable[[str], bool]
-) -> dict[str, Any]:  # fmt: skip
+) -> Handlers:  # fmt: skip
     """Returns what fake-quantizes the activations of a block.
 
     scales   stored static scales by `Activation.key`

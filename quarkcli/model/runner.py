@@ -17,14 +17,11 @@ from torch import nn
 
 from quarkcli.errors import DataError, ModelError
 from quarkcli.model import experts as expert_modules
-from quarkcli.model.attention import AttentionTap, SoftmaxTap, tapped
+from quarkcli.model.attention import tapped
 from quarkcli.model.blocks import Weights
-from quarkcli.model.experts import ExpertHandler
+from quarkcli.model.handlers import Handlers
 from quarkcli.model.record import Recorder, Recording
 from quarkcli.model.skeleton import DATA_FREE_HINT, HeaderLike, build_skeleton
-
-# Gets a module's input or output [..., features]; what it returns, if not None, takes its place.
-LinearHandler = Callable[[torch.Tensor], "torch.Tensor | None"]
 
 
 class Runner:
@@ -179,48 +176,32 @@ class Runner:
         self._recorder.observe_tail(recording, hidden, head)
 
     @contextmanager
-    def handlers(
-        self,
-        i: int | None,
-        *,
-        linear: Mapping[str, LinearHandler] | None = None,
-        outputs: Mapping[str, LinearHandler] | None = None,
-        experts: Mapping[str, ExpertHandler] | None = None,
-        attention: Mapping[str, AttentionTap] | None = None,
-        softmax: Mapping[str, SoftmaxTap] | None = None,
-    ) -> Iterator[None]:
+    def handlers(self, i: int | None, given: Handlers) -> Iterator[None]:
         """See, and change, what modules of block `i` (None: outside the blocks) read or return, while inside.
-
-        linear     file tensor -> callable that gets the input of the module that owns it; of several tensors of one
-                   module (gate and up that memory holds fused), the first one's is called
-        outputs    the same for what the module returns
-        experts    any file tensor of an experts module -> its handler
-        attention  file tensor of a k projection -> callable that gets q, k, v after rotary embedding
-        softmax    file tensor of a k projection -> callable that gets the softmax output; needs `eager`
 
         raises  KeyError for a file tensor that does not belong there
         """
         with ExitStack() as stack:
             hooked: set[nn.Module] = set()
-            for name, handler in (linear or {}).items():
+            for name, handler in given.linear.items():
                 for module in self._modules(i, name):
                     if module in hooked:
                         continue
                     hooked.add(module)
                     hook = module.register_forward_pre_hook(_input_hook(handler), with_kwargs=True)
                     stack.callback(hook.remove)
-            for name, handler in (outputs or {}).items():
+            for name, handler in given.outputs.items():
                 for module in self._modules(i, name):
                     hook = module.register_forward_hook(_output_hook(handler))
                     stack.callback(hook.remove)
-            for name, expert_handler in (experts or {}).items():
+            for name, expert_handler in given.experts.items():
                 self._modules(i, name)
                 owner = self.expert_module(name)
                 if owner is None:
                     raise KeyError(f"{name!r} is no tensor of an experts module")
                 stack.enter_context(expert_modules.handled(owner, expert_handler))
-            taps = {self._parent(i, name): tap for name, tap in (attention or {}).items()}
-            softmaxes = {self._parent(i, name): tap for name, tap in (softmax or {}).items()}
+            taps = {self._parent(i, name): tap for name, tap in given.attention.items()}
+            softmaxes = {self._parent(i, name): tap for name, tap in given.softmax.items()}
             if taps or softmaxes:
                 default = self._skeleton.model.config.get_text_config()._attn_implementation
                 stack.enter_context(tapped(taps, softmaxes, default))
@@ -256,14 +237,14 @@ class Runner:
         return found
 
 
-def _output_hook(handler: LinearHandler) -> Callable[..., Any]:
+def _output_hook(handler: Callable[[torch.Tensor], Any]) -> Callable[..., Any]:
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
         return handler(output)
 
     return hook
 
 
-def _input_hook(handler: LinearHandler) -> Callable[..., Any]:
+def _input_hook(handler: Callable[[torch.Tensor], Any]) -> Callable[..., Any]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if args:
             new = handler(args[0])

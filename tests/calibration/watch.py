@@ -12,6 +12,7 @@ import transformers
 from quarkcli.forward.statistics import Statistics
 from quarkcli.forward.walk import Walk
 from quarkcli.job import run as job
+from quarkcli.model.handlers import Handlers
 from quarkcli.model.runner import Runner
 from tests import runs
 
@@ -45,7 +46,7 @@ def collect(
         statistics, _ = walk.observe(part.block, new)
         statistics.kept = moments(prepared, part.index, statistics)
         found[part.block] = statistics
-        walk.advance(part.block, {})
+        walk.advance(part.block, Handlers())
         runner.unload_block(part.block)
     return found
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from quarkcli.algorithms.tensors import PartTensors
 from quarkcli.family import Pair
+from quarkcli.model.handlers import Handlers
 from quarkcli.plan.model import Plan
 from quarkcli.recipe.match import starred
 from tests import runs
@@ -45,7 +46,7 @@ def test_sites_read_one_tensor(name: str, built: dict[str, Path]) -> None:
 
     for runner, index, recording, hidden, _ in models.walk(built[name], tensors):
         own = [file_of[member] for site in sites if site.part == index + 1 for member in site.members]
-        with runner.handlers(index, linear={tensor: tap(tensor) for tensor in own}):
+        with runner.handlers(index, Handlers(linear={tensor: tap(tensor) for tensor in own})):
             runner.run_block(index, recording, hidden)
     for site in sites:
         # Of two tensors that memory holds as one, only the first is seen.

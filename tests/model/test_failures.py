@@ -17,6 +17,7 @@ from quarkcli.events import silent
 from quarkcli.forward import walk
 from quarkcli.job.run import EMBEDDED
 from quarkcli.model import failures, library, tokenizer
+from quarkcli.model.handlers import Handlers
 from quarkcli.model.record import Recorder
 from tests import releases, tiny
 from tests.model.drive import record, runner_of, through
@@ -172,7 +173,7 @@ def test_a_defect_in_a_handler_stays_a_defect(tmp_path: Path) -> None:
     def ours(_: torch.Tensor) -> None:
         walk.Walk.masks(None)  # type: ignore[arg-type]
 
-    with runner.handlers(0, linear={name: ours}), pytest.raises(AttributeError):
+    with runner.handlers(0, Handlers(linear={name: ours})), pytest.raises(AttributeError):
         runner.run_block(0, recording, recording.hidden)
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from quarkcli.errors import DataError
+from quarkcli.model.handlers import Handlers
 from quarkcli.model.runner import Runner
 from tests import tiny
 from tests.model.drive import plain_logits, record, runner_of, through
@@ -59,7 +60,7 @@ def test_linear_handlers_see_the_inputs_of_the_plain_model(family: str, tmp_path
     def around(runner: Runner, i: int) -> AbstractContextManager[None]:
         names = [f"{name}.weight" for name in linears if f"{name}.weight" in runner.block_tensors(i)]
         keep = {name: (lambda x, name=name: seen.__setitem__(name.removesuffix(".weight"), x)) for name in names}
-        return runner.handlers(i, linear=keep)
+        return runner.handlers(i, Handlers(linear=keep))
 
     through(runner_of(checkpoint), checkpoint, tiny.tokens(), around=around)
     assert seen.keys() == expected.keys()
@@ -73,7 +74,7 @@ def test_linear_handler_replaces_the_input(tmp_path: Path) -> None:
 
     def around(runner: Runner, i: int) -> AbstractContextManager[None]:
         coarse = {"model.layers.1.mlp.down_proj.weight": lambda x: x.round(decimals=1)}
-        return runner.handlers(i, linear=coarse if i == 1 else {})
+        return runner.handlers(i, Handlers(linear=coarse if i == 1 else {}))
 
     got = through(runner_of(checkpoint), checkpoint, tiny.tokens(), around=around)
     assert torch.equal(got, plain_logits(plain, tiny.tokens()))
@@ -84,7 +85,7 @@ def test_head_input_can_be_seen_outside_the_blocks(tmp_path: Path) -> None:
     runner, seen = runner_of(checkpoint), []
     runner.load_outside(checkpoint.tensors)
     recording = runner.record(tiny.tokens())
-    with runner.handlers(None, linear={"lm_head.weight": seen.append}):
+    with runner.handlers(None, Handlers(linear={"lm_head.weight": seen.append})):
         logits = runner.logits(recording, recording.hidden)
     assert torch.equal(F.linear(seen[0], checkpoint.tensors["lm_head.weight"]), logits)
 
@@ -92,7 +93,7 @@ def test_head_input_can_be_seen_outside_the_blocks(tmp_path: Path) -> None:
 def watching(runner: Runner, i: int) -> AbstractContextManager[None]:
     """Handlers that change nothing on the experts of block `i`, if it has some."""
     names = [name for name in runner.block_tensors(i) if runner.expert_module(name) is not None]
-    return runner.handlers(i, experts={name: Watch() for name in names[:1]})
+    return runner.handlers(i, Handlers(experts={name: Watch() for name in names[:1]}))
 
 
 # nemotron_h adds its experts up in float32, where the loop follows the majority and adds in the model's dtype.
@@ -118,7 +119,7 @@ def test_handled_llama4_experts_skip_what_is_not_routed(tmp_path: Path) -> None:
     runner, watch = runner_of(checkpoint), Watch()
     recording = record(runner, checkpoint, tiny.tokens())
     runner.load_block(1, checkpoint.tensors)
-    with runner.handlers(1, experts={experts_of(runner, 1): watch}):
+    with runner.handlers(1, Handlers(experts={experts_of(runner, 1): watch})):
         runner.run_block(1, recording, recording.hidden)
     [(hidden, index)] = watch.observed
     assert len(hidden) == len(index) == 2 * 24  # one expert per token
@@ -130,7 +131,7 @@ def test_expert_handler_sees_routing_and_gated_hidden(tmp_path: Path) -> None:
     runner, watch = runner_of(checkpoint), Watch()
     recording = record(runner, checkpoint, tiny.tokens())
     runner.load_block(0, checkpoint.tensors)
-    with runner.handlers(0, experts={experts_of(runner, 0): watch}):
+    with runner.handlers(0, Handlers(experts={experts_of(runner, 0): watch})):
         runner.run_block(0, recording, recording.hidden)
     plain, seen = checkpoint.plain(), {}
     plain.model.layers[0].mlp.experts.register_forward_pre_hook(
@@ -159,7 +160,7 @@ def test_expert_hidden_is_what_the_module_computes(family: str, tmp_path: Path) 
     recording = record(runner, checkpoint, tiny.tokens())
     runner.load_block(0, checkpoint.tensors)
     name = experts_of(runner, 0)
-    with runner.handlers(0, experts={name: watch}):
+    with runner.handlers(0, Handlers(experts={name: watch})):
         runner.run_block(0, recording, recording.hidden)
     module = runner.expert_module(name)
     assert module is not None
@@ -197,7 +198,7 @@ def test_expert_handler_changes_what_projections_read(tmp_path: Path) -> None:
     hook = runner.expert_module(experts_of(runner, 0)).register_forward_hook(  # type: ignore[union-attr]
         lambda module, args, output: outputs.append(output)
     )
-    with runner.handlers(0, experts={experts_of(runner, 0): Silence()}):
+    with runner.handlers(0, Handlers(experts={experts_of(runner, 0): Silence()})):
         runner.run_block(0, recording, recording.hidden)
     runner.run_block(0, recording, recording.hidden)
     hook.remove()
@@ -225,7 +226,7 @@ def test_attention_tap_sees_rotated_keys_and_values(tmp_path: Path) -> None:
 
     def around(runner: Runner, i: int) -> AbstractContextManager[None]:
         taps = {"model.layers.1.self_attn.k_proj.weight": lambda *qkv: seen.append(qkv)} if i == 1 else {}
-        return runner.handlers(i, attention=taps)  # type: ignore[arg-type]
+        return runner.handlers(i, Handlers(attention=taps))  # type: ignore[arg-type]
 
     assert torch.equal(through(runner_of(checkpoint), checkpoint, tiny.tokens(), around=around), expected)
     assert len(seen) == 1
@@ -244,8 +245,10 @@ def test_attention_tap_replaces_values(family: str, tmp_path: Path) -> None:
     prefix = "model.layers.0.self_attn."
     with runner.handlers(
         0,
-        linear={prefix + "o_proj.weight": seen.append},
-        attention={prefix + "k_proj.weight": lambda q, k, v: (q, k, torch.zeros_like(v))},
+        Handlers(
+            linear={prefix + "o_proj.weight": seen.append},
+            attention={prefix + "k_proj.weight": lambda q, k, v: (q, k, torch.zeros_like(v))},
+        ),
     ):
         runner.run_block(0, recording, recording.hidden)
     assert len(seen) == 1
@@ -259,7 +262,9 @@ def test_only_the_named_attention_is_tapped(tmp_path: Path) -> None:
     calls: list[int] = []
     recording = record(other, checkpoint, tiny.tokens())
     other.load_block(0, checkpoint.tensors)
-    with runner.handlers(0, attention={"model.layers.0.self_attn.k_proj.weight": lambda *qkv: calls.append(1)}):  # type: ignore[arg-type,return-value]
+    with runner.handlers(
+        0, Handlers(attention={"model.layers.0.self_attn.k_proj.weight": lambda *qkv: calls.append(1)})
+    ):  # type: ignore[arg-type,return-value]
         other.run_block(0, recording, recording.hidden)
     assert calls == []
 
@@ -270,7 +275,7 @@ def test_attention_without_the_registry_is_not_called(tmp_path: Path, monkeypatc
 
     def around(runner: Runner, i: int) -> AbstractContextManager[None]:
         tap = {f"model.layers.{i}.self_attn.k_proj.weight": lambda *qkv: calls.append(1)}
-        return runner.handlers(i, attention=tap)  # type: ignore[arg-type]
+        return runner.handlers(i, Handlers(attention=tap))  # type: ignore[arg-type]
 
     seen = through(runner_of(checkpoint), checkpoint, tiny.tokens(), around=around)
     assert calls
@@ -298,9 +303,11 @@ def test_an_exception_restores_everything(tmp_path: Path) -> None:
         pytest.raises(DataError, match="broken handler"),
         runner.handlers(
             0,
-            linear={"model.layers.0.self_attn.q_proj.weight": lambda x: x * 2},
-            experts={experts_of(runner, 0): Broken()},
-            attention={"model.layers.0.self_attn.k_proj.weight": lambda q, k, v: (q, k * 2, v)},
+            Handlers(
+                linear={"model.layers.0.self_attn.q_proj.weight": lambda x: x * 2},
+                experts={experts_of(runner, 0): Broken()},
+                attention={"model.layers.0.self_attn.k_proj.weight": lambda q, k, v: (q, k * 2, v)},
+            ),
         ),
     ):
         runner.run_block(0, recording, recording.hidden)
@@ -317,6 +324,6 @@ def test_tensors_of_another_place_are_refused(tmp_path: Path) -> None:
         {"experts": {"model.layers.0.self_attn.q_proj.weight": Watch()}},
         {"attention": {"lm_head.weight": lambda q, k, v: None}},
     ):
-        with pytest.raises(KeyError), runner.handlers(0, **arguments):  # type: ignore[arg-type]
+        with pytest.raises(KeyError), runner.handlers(0, Handlers(**arguments)):  # type: ignore[arg-type]
             pass
     assert runner.expert_module("model.layers.0.self_attn.q_proj.weight") is None

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from quarkcli.model.handlers import Handlers
 from quarkcli.model.runner import Runner
 from tests import tiny
 from tests.model.drive import plain_logits, record, runner_of, through
@@ -31,7 +32,7 @@ def test_output_handlers_see_what_modules_return(family: str, tmp_path: Path) ->
     def around(runner: Runner, i: int) -> AbstractContextManager[None]:
         names = [name for name in linears if f"{name}.weight" in runner.block_tensors(i)]
         keep = {f"{name}.weight": (lambda y, name=name: seen.__setitem__(name, y.clone())) for name in names}
-        return runner.handlers(i, outputs=keep)
+        return runner.handlers(i, Handlers(outputs=keep))
 
     through(runner_of(checkpoint), checkpoint, tiny.tokens(), around=around)
     assert seen.keys() == expected.keys()
@@ -45,7 +46,7 @@ def test_output_handler_replaces_the_output(tmp_path: Path) -> None:
 
     def around(runner: Runner, i: int) -> AbstractContextManager[None]:
         coarse = {"model.layers.1.mlp.up_proj.weight": lambda y: y.round(decimals=1)}
-        return runner.handlers(i, outputs=coarse if i == 1 else {})
+        return runner.handlers(i, Handlers(outputs=coarse if i == 1 else {}))
 
     got = through(runner_of(checkpoint), checkpoint, tiny.tokens(), around=around)
     assert torch.equal(got, plain_logits(plain, tiny.tokens()))
@@ -61,8 +62,10 @@ def softmax_of(checkpoint: Any, **arguments: Any) -> tuple[list[torch.Tensor], l
     tensor = f"{ATTENTION}k_proj.weight"
     with runner.handlers(
         1,
-        attention={tensor: lambda *qkv: operands.append(qkv)},  # type: ignore[arg-type,return-value]
-        softmax={tensor: lambda p: seen.append(p.clone())},  # type: ignore[func-returns-value]
+        Handlers(
+            attention={tensor: lambda *qkv: operands.append(qkv)},
+            softmax={tensor: lambda p: seen.append(p.clone())},
+        ),
     ):
         runner.run_block(1, recording, recording.hidden)
     return seen, operands
@@ -98,7 +101,8 @@ def test_eager_attention_is_the_eager_model_and_leaves_nothing_behind(tmp_path: 
     before, calls = dict(ALL_ATTENTION_FUNCTIONS), []
 
     def around(runner: Runner, i: int) -> AbstractContextManager[None]:
-        return runner.handlers(i, softmax={f"model.layers.{i}.self_attn.k_proj.weight": lambda p: calls.append(1)})  # type: ignore[func-returns-value]
+        tensor = f"model.layers.{i}.self_attn.k_proj.weight"
+        return runner.handlers(i, Handlers(softmax={tensor: lambda p: calls.append(1)}))
 
     got = through(runner_of(checkpoint, eager=True), checkpoint, tiny.tokens(), tiny.left_padding(), around)
     eager = checkpoint.plain(attn_implementation="eager")
@@ -117,9 +121,11 @@ def test_softmax_tap_replaces_what_values_are_weighted_with(tmp_path: Path) -> N
     tensor = f"{ATTENTION}k_proj.weight"
     with runner.handlers(
         1,
-        linear={f"{ATTENTION}o_proj.weight": seen.append},
-        attention={tensor: lambda q, k, v: values.append(v)},  # type: ignore[func-returns-value]
-        softmax={tensor: lambda p: torch.eye(24).expand_as(p)},
+        Handlers(
+            linear={f"{ATTENTION}o_proj.weight": seen.append},
+            attention={tensor: lambda q, k, v: values.append(v)},  # type: ignore[func-returns-value]
+            softmax={tensor: lambda p: torch.eye(24).expand_as(p)},
+        ),
     ):
         runner.run_block(1, recording, recording.hidden)
     # Every token looks at itself alone, so that heads return their own values.
@@ -138,5 +144,5 @@ def test_tensors_of_another_place_are_refused(tmp_path: Path) -> None:
     runner = runner_of(tiny.build("llama", tmp_path))
     other = "model.layers.0.self_attn.k_proj.weight"
     for arguments in ({"outputs": {other: lambda y: None}}, {"softmax": {other: lambda p: None}}):
-        with pytest.raises(KeyError), runner.handlers(1, **arguments):  # type: ignore[arg-type]
+        with pytest.raises(KeyError), runner.handlers(1, Handlers(**arguments)):  # type: ignore[arg-type]
             pass
