@@ -7,7 +7,7 @@ scales, solve, refine, tune, pack, advance.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
@@ -219,12 +219,3 @@ class Assignment:
         if self.weights is None:
             return plan
         return replace(plan, targets={name: t for name, t in plan.targets.items() if name in self.weights})
-
-
-def weight_sites(targets: Iterable[Target]) -> dict[str, list[Target]]:
-    """Targets by the activation they read."""
-    sites: dict[str, list[Target]] = {}
-    for target in targets:
-        if target.site is not None:
-            sites.setdefault(target.site, []).append(target)
-    return sites

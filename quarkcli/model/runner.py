@@ -94,10 +94,6 @@ class Runner:
         """File tensors that text needs outside the blocks (embedding, final norm, head, ...), in file order."""
         return self._weights.files(self._weights.outside)
 
-    def unused_tensors(self) -> list[str]:
-        """File tensors of submodels that text never runs (vision, audio)."""
-        return list(self._weights.unused)
-
     def unknown_tensors(self) -> list[str]:
         """File tensors that are no parameter of the model (MTP layers, old rotary buffers), in file order."""
         return list(self._weights.map.unknown)

@@ -15,7 +15,6 @@ from quarkcli.plan.model import Plan, QuantizedTarget
 from quarkcli.plan.weights import matched
 from quarkcli.recipe.entries import Share
 
-SCALE = "scale"
 # What comes of unequal scales where servers fuse: of scales over block scales, and of any other.
 _REFUSED = "servers keep one of them and decode the others wrong, so that 'quark verify' refuses the checkpoint"
 _MERGED = "servers keep one for each member, or round all codes again with the largest; 'quark verify' warns"
