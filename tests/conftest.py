@@ -6,10 +6,13 @@ import os
 import shutil
 import signal
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.forks import Forks
 
 OWN_FAILURE = "fails without quark"  # of a model, in transformers alone; a property of the tests that expect it
 COLLECTED = pytest.StashKey[list[pytest.Item]]()
@@ -33,6 +36,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     shutil.rmtree(config.stash[HOME], ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """One prepared process for all command lines of this session that need a process of their own."""
+    started = Forks(tmp_path_factory.mktemp("home"))
+    yield started
+    started.close()
 
 
 @pytest.hookimpl(tryfirst=True)

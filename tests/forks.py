@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
@@ -52,7 +53,8 @@ def at(*targets: str, call: int = 1, after: bool = False, what: str = "SIGKILL")
     targets   dotted names of functions; their calls are counted together
     call      the how manieth call, 1-based; 0: every one
     after     once that call has returned, instead of in its place
-    what      a signal's name; a number: an OSError with that errno is raised; a float: seconds to sleep
+    what      a signal's name, or several with the seconds between them ("SIGINT 0.1 SIGINT"), sent by another process;
+              a number: an OSError with that errno is raised; a float: seconds to sleep
     """
     return {"targets": targets, "call": call, "after": after, "what": what}
 
@@ -78,18 +80,32 @@ class Forks:
         hook: dict[str, Any] | None = None,
         timeout: float = 0,
         env: dict[str, str] | None = None,
+        streams: dict[int, str | None] | None = None,
     ) -> Done:
-        """Run one command line; `timeout`: SIGKILL from outside after so many seconds."""
+        """Run one command line.
+
+        timeout   SIGKILL from outside after so many seconds
+        streams   descriptor -> the file that it writes to, or None for one that is closed
+        """
+        request = {"argv": argv, "cwd": str(cwd), "hook": hook, "timeout": timeout, "env": env or {},
+                   "streams": streams or {}}  # fmt: skip
+        return self._ask(request)
+
+    def value(self, function: str, cwd: Path) -> Any:
+        """What a function gives, called by its dotted name without arguments."""
+        done = self._ask({"function": function, "cwd": str(cwd)})
+        assert done.code == 0, done.err
+        return json.loads(done.out)
+
+    def _ask(self, request: dict[str, Any]) -> Done:
         assert self._process.stdin is not None and self._process.stdout is not None
-        request = {"argv": argv, "cwd": str(cwd), "hook": hook, "timeout": timeout, "env": env or {}}
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         return Done(**json.loads(self._process.stdout.readline()))
 
     def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
+        self._process.kill()  # faster than an end in order; it has nothing to put away
+        self._process.communicate()
 
 
 def serve() -> None:
@@ -106,7 +122,7 @@ def serve() -> None:
         child = os.fork()
         if not child:
             _child(request, out, err)
-        code = _wait(child, request["timeout"])
+        code = _wait(child, request.get("timeout", 0))
         answer = {"code": code, "out": out.read_text(errors="replace"), "err": err.read_text(errors="replace")}
         out.unlink()
         err.unlink()
@@ -133,20 +149,43 @@ def _child(request: dict[str, Any], out: Path, err: Path) -> None:
     try:
         for number, path in ((1, out), (2, err)):
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        for number, path in request.get("streams", {}).items():
+            _redirect(int(number), path)
         os.chdir(request["cwd"])
-        os.environ.update(request["env"])
+        os.environ.update(request.get("env", {}))
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        if request["hook"]:
-            _hook(**request["hook"])
-        from quarkcli.cli import main
-
-        code = main.main(request["argv"])
+        code = _value(request["function"]) if "function" in request else _command(**request)
     except BaseException:
         traceback.print_exc()
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(AttributeError, OSError):  # one that is closed or full
+                stream.flush()
         os._exit(code)
+
+
+def _command(argv: list[str], hook: dict[str, Any] | None, **_: Any) -> int:
+    from quarkcli.cli import main
+
+    if hook:
+        _hook(**hook)
+    return main.main(argv)
+
+
+def _value(function: str) -> int:
+    owner, name = _owner(function)
+    print(json.dumps(getattr(owner, name)()))
+    return 0
+
+
+def _redirect(number: int, path: str | None) -> None:
+    """Where a stream goes; of one that is closed, Python has no object and the system gives its number to others."""
+    if path is not None:
+        os.dup2(os.open(path, os.O_WRONLY), number)
+        return
+    os.close(number)
+    for name in (("stdin",), ("stdout", "__stdout__"), ("stderr", "__stderr__"))[number]:
+        setattr(sys, name, None)
 
 
 def _hook(targets: list[str], call: int, after: bool, what: str) -> None:
@@ -185,14 +224,27 @@ def _owner(target: str) -> tuple[Any, str]:
 
 
 def _act(what: str) -> None:
-    if what.startswith("SIG"):
+    if " " in what:
+        _send(os.getpid(), what.split())
+    elif what.startswith("SIG"):
         os.kill(os.getpid(), getattr(signal, what))
     elif "." in what:
-        import time
-
         time.sleep(float(what))
     else:
         raise OSError(int(what), os.strerror(int(what)))
+
+
+def _send(process: int, words: list[str]) -> None:
+    """A process beside sends the signals; this one waits for the first of them."""
+    if os.fork():
+        time.sleep(60)
+        return
+    for word in words:
+        if word.startswith("SIG"):
+            os.kill(process, getattr(signal, word))
+        else:
+            time.sleep(float(word))
+    os._exit(0)
 
 
 if __name__ == "__main__":

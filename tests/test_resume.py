@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +52,8 @@ OFTEN = {
 
 
 @pytest.fixture(scope="module")
-def quark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
-    forks = Forks(tmp_path_factory.mktemp("home"))
-    yield forks
-    forks.close()
+def quark(forks: Forks) -> Forks:
+    return forks
 
 
 @pytest.fixture(scope="module")
@@ -142,16 +139,20 @@ def test_calibrated_runs_are_gone_on_with_from_hidden_states(quark, calm, work, 
     check_finished(work, calm[name])
 
 
-def test_every_sync_and_rename_may_be_the_last(quark, calm, work):
-    """The n-th child goes on where the last one was killed, and is killed itself before its n-th durable step."""
-    for step in range(1, 80):
+@pytest.mark.parametrize("stride", [3, pytest.param(1, marks=pytest.mark.slow)])
+def test_every_sync_and_rename_may_be_the_last(quark, calm, work, stride):
+    """Each child goes on where the last one was killed, and is killed itself `stride` durable steps later."""
+    for step in range(1, 80, stride):
         hook = at("os.fsync", "os.replace", "os.rename", call=step)
         answer = run(quark, work, "mxfp4", hook=hook)
         if answer.code != -9:
             break
     assert step > 25
-    assert answer.code == 2  # the child before was killed with everything done but the sync behind the renaming
-    assert "out: exists: a finished checkpoint" in answer.err
+    if stride == 1:  # the child before was killed with everything done but the sync behind the renaming
+        assert answer.code == 2
+        assert "out: exists: a finished checkpoint" in answer.err
+    else:
+        assert answer.code in (0, 2)
     assert hashes(work / "out") == calm["mxfp4"]
     assert not (work / "out.partial").exists()
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -65,6 +65,19 @@ def rates(name: str, weight: Tensor, device: str, repeats: int) -> list[float]:
     return [size / seconds(call, device, repeats) for size, call in work]
 
 
+def table(rows: int, cols: int, device: str, repeats: int) -> Iterator[str]:
+    """The lines of the table."""
+    weight = torch.randn(rows, cols).mul_(0.02).bfloat16().to(device)
+    into = torch.empty_like(weight)
+    copy = 2 * weight.nbytes / seconds(lambda: into.copy_(weight), device, repeats)
+    yield f"copy {copy / 1e9:.2f} GB/s, {rows} x {cols} bfloat16, torch {torch.__version__}, {device}"
+    yield "| kernel | quantize + pack GB/s | of copy | dequantize GB/s | of copy | fake GB/s | of copy |"
+    yield "|---|---|---|---|---|---|---|"
+    for name in NAMES:
+        cells = [f"{rate / 1e9:.2f} | {rate / copy:.0%}" for rate in rates(name, weight, device, repeats)]
+        yield f"| {name} | {' | '.join(cells)} |"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=8192)
@@ -72,15 +85,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--repeats", type=int, default=20)
     args = parser.parse_args()
-    weight = torch.randn(args.rows, args.cols).mul_(0.02).bfloat16().to(args.device)
-    into = torch.empty_like(weight)
-    copy = 2 * weight.nbytes / seconds(lambda: into.copy_(weight), args.device, args.repeats)
-    print(f"copy {copy / 1e9:.2f} GB/s, {args.rows} x {args.cols} bfloat16, torch {torch.__version__}, {args.device}")
-    print("| kernel | quantize + pack GB/s | of copy | dequantize GB/s | of copy | fake GB/s | of copy |")
-    print("|---|---|---|---|---|---|---|")
-    for name in NAMES:
-        cells = [f"{rate / 1e9:.2f} | {rate / copy:.0%}" for rate in rates(name, weight, args.device, args.repeats)]
-        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+    for line in table(args.rows, args.cols, args.device, args.repeats):
+        print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ import pytest
 from quarkcli.cli import main, output
 from quarkcli.job.run import EMBEDDED
 from quarkcli.recipe import catalog
+from tests.forks import Forks, at
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -127,15 +126,30 @@ def test_a_model_in_a_folder_whose_name_is_no_text(folder: Path) -> None:
 # ---- streams
 
 
-@pytest.mark.parametrize("shell", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-", ">/dev/full", "2>/dev/full"])
-def test_a_checkpoint_stands_whatever_the_streams_are(folder: Path, shell: str) -> None:
-    done = process(*QUANTIZE, "-o", "out", shell=shell)
-    assert done.returncode == 0, done.stderr
+FULL = "/dev/full"
+
+
+def check_output(folder: Path) -> None:
     assert (folder / "out" / "quark" / "manifest.json").is_file()
     assert main.main(["verify", "out"]) == 0
     assert {path.name for path in folder.iterdir()} == {"out"}
-    if shell == ">/dev/full":
-        assert "warning: the answer could not be written to standard output: No space left on device" in done.stderr
+
+
+@pytest.mark.parametrize("streams", [{1: None}, {2: None}, {1: None, 2: None}, {1: FULL}, {2: FULL}], ids=str)
+def test_a_checkpoint_stands_whatever_the_streams_are(
+    folder: Path, forks: Forks, streams: dict[int, str | None]
+) -> None:
+    done = forks(*QUANTIZE, "-o", "out", cwd=folder, streams=streams)
+    assert done.code == 0, done.err
+    check_output(folder)
+    if streams == {1: FULL}:
+        assert "warning: the answer could not be written to standard output: No space left on device" in done.err
+
+
+def test_a_checkpoint_stands_where_an_interpreter_starts_without_streams(folder: Path) -> None:
+    done = process(*QUANTIZE, "-o", "out", shell="<&- >&- 2>&-")
+    assert done.returncode == 0
+    check_output(folder)
 
 
 def test_an_answer_that_is_lost_is_an_error() -> None:
@@ -191,24 +205,12 @@ def test_a_state_that_cannot_be_removed_is_a_warning(
 # ---- signals
 
 
-@pytest.mark.parametrize("delay", [0.0, 0.02])
-def test_two_interrupts_are_one(folder: Path, delay: float) -> None:
-    line = [sys.executable, "-c", "from quarkcli.cli.main import run; run()", "quantize", "--model", str(EMBEDDED)]
-    line += ["--scheme", "fp8", "--calib-data", "builtin", "--calib-samples", "4", "--calib-seqlen", "32", "-o", "out"]
-    with subprocess.Popen(
-        line,
-        env=ENVIRONMENT,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    ) as child:
-        end = time.monotonic() + 60
-        while not (folder / "out.partial" / "model-embed.safetensors").exists() and time.monotonic() < end:
-            time.sleep(0.005)
-        child.send_signal(signal.SIGINT)
-        time.sleep(delay)
-        child.send_signal(signal.SIGINT)
-        text = child.communicate(timeout=60)[1]
-    assert child.returncode == 130
-    assert "Traceback" not in text
+@pytest.mark.parametrize("delay", ["0.0", "0.02"])
+def test_two_interrupts_are_one(folder: Path, forks: Forks, delay: str) -> None:
+    line = ["quantize", "--model", str(EMBEDDED), "--scheme", "fp8", "--calib-data", "builtin", "--calib-samples", "4"]
+    hook = at("quarkcli.disk.journal.Journal.finish", after=True, what=f"SIGINT {delay} SIGINT")
+    done = forks(*line, "--calib-seqlen", "32", "-o", "out", cwd=folder, hook=hook)
+    assert done.code == 130
+    assert "Traceback" not in done.err
+    assert "stopped: interrupted" in done.err
     assert not (folder / "out").exists()

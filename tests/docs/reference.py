@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
-import subprocess
-import sys
+from contextlib import redirect_stdout
 from pathlib import Path
+from unittest import mock
+
+from quarkcli.cli import main
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "cli.md"
 COMMANDS = [
@@ -18,10 +21,11 @@ COMMANDS = [
 
 def help_of(command: tuple[str, ...]) -> str:
     """`quark COMMAND --help` at a fixed width."""
-    environment = {**os.environ, "COLUMNS": "100", "TERMINAL_WIDTH": "100", "NO_COLOR": "1"}
-    run = [sys.executable, "-c", "import sys; sys.argv[0] = 'quark'; from quarkcli.cli.main import run; run()"]
-    done = subprocess.run([*run, *command, "--help"], capture_output=True, text=True, check=True, env=environment)
-    return "\n".join(line.rstrip() for line in done.stdout.strip().splitlines())
+    out = io.StringIO()
+    with mock.patch.dict(os.environ, COLUMNS="100", TERMINAL_WIDTH="100", NO_COLOR="1"), redirect_stdout(out):
+        code = main.main([*command, "--help"])
+    assert code == 0, command
+    return "\n".join(line.rstrip() for line in out.getvalue().strip().splitlines())
 
 
 def page() -> str:

@@ -46,9 +46,24 @@ def entry(draw: st.DrawFn) -> Entry:
     return Entry(pattern, cfg, draw(st.booleans()), parent, False, Origin("row"), "", False)
 
 
-@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(rows=st.lists(entry(), min_size=1, max_size=8), name=st.sampled_from(list(LAYOUTS)))
+ROWS = {"rows": st.lists(entry(), min_size=1, max_size=8), "name": st.sampled_from(list(LAYOUTS))}
+LONG = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+
+
+@settings(max_examples=80, **LONG)
+@given(**ROWS)
 def test_the_same_as_slot_by_slot(rows: list[Entry], name: str) -> None:
+    check_slot_by_slot(rows, name)
+
+
+@pytest.mark.slow
+@settings(max_examples=1000, **LONG)
+@given(**ROWS)
+def test_the_same_as_slot_by_slot_at_length(rows: list[Entry], name: str) -> None:
+    check_slot_by_slot(rows, name)
+
+
+def check_slot_by_slot(rows: list[Entry], name: str) -> None:
     layout = LAYOUTS[name]
     listed = recipe(("*up_proj.weight_quantizer", INT8, True), *rows, exclusions=False)
     wanted, counts = naive.resolve(listed.entries, layout)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from quarkcli import dialects, family
+from quarkcli import dialects, family, memory
 from quarkcli.cli import planview
 from quarkcli.dialects.base import Writer
 from quarkcli.disk import contents
@@ -22,6 +20,7 @@ from quarkcli.plan.explain import explain
 from quarkcli.plan.model import Plan
 from quarkcli.plan.resolve import resolve
 from quarkcli.recipe.recipe import from_scheme
+from tests.forks import Forks
 from tests.tiny import Header
 
 HIDDEN, BLOCKS, DENSE, EXPERTS = 7168, 61, 3, 256
@@ -106,15 +105,16 @@ def test_it_is_the_real_model() -> None:
     assert sum(".experts." in name for name in HEADERS) == 45_312
 
 
-def test_memory() -> None:
-    """In a process of its own, with everything it imports."""
-    code = (
-        "from quarkcli import memory; from tests.plan.test_scale import prepared; kept = prepared('nvfp4');"
-        "print(memory.peak_rss())"
-    )
-    root = Path(__file__).resolve().parents[2]
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
-    assert int(done.stdout) < BYTES
+def peak() -> int:
+    kept = prepared("nvfp4")
+    assert kept
+    return memory.peak_rss()
+
+
+def test_memory(forks: Forks, tmp_path: Path) -> None:
+    """In a process of its own, with everything that a job imports."""
+    found = forks.value("tests.plan.test_scale.peak", cwd=tmp_path)
+    assert 2**20 < found < BYTES
 
 
 def test_equal_decisions_are_one_object(nvfp4: Any) -> None:
