@@ -23,7 +23,6 @@ from quarkcli.plan.resolve import resolve
 from quarkcli.recipe import recipe as recipes
 from tests import runs
 from tests.golden import sources
-from tests.runs import one_thread  # noqa: F401
 
 DATA = {"calib_data": "builtin", "calib_samples": 4, "calib_seqlen": 32}
 
