@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 from quarkcli.recipe import catalog
 from tests.docs import models, recipe_reference
 from tests.docs.reference import PAGE, page
@@ -34,3 +37,21 @@ def test_the_models_page_names_every_family_and_every_model_that_is_run() -> Non
     assert shown == set(RECIPES)
     assert "| no: " not in table
     assert all(name in text or name.replace("_", "-") in text for name in catalog.files("models"))
+
+
+def test_every_helper_is_described() -> None:
+    tests = Path(__file__).parents[1]
+    text = (tests / "README.md").read_text(encoding="utf-8")
+    rooms = {"bench", "docs", "data", "remote"}  # measurements, generators of pages, and files that are read
+    helpers = [path for path in tests.rglob("*.py") if not path.name.startswith(("test_", "__", "conftest"))]
+    described = [path for path in helpers if not rooms & set(path.relative_to(tests).parts)]
+    assert described
+    assert not [path.name for path in described if path.name not in text]
+
+
+def test_every_file_that_the_page_on_tests_names_is_there() -> None:
+    tests = Path(__file__).parents[1]
+    names = set(re.findall(r"`((?:[\w]+/)*\w+\.(?:py|json))`", (tests / "README.md").read_text(encoding="utf-8")))
+    assert len(names) > 20
+    found = [path.relative_to(tests).as_posix() for path in tests.rglob("*") if path.suffix in {".py", ".json"}]
+    assert not [name for name in names if not any(f"/{path}".endswith(f"/{name}") for path in found)]
