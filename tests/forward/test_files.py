@@ -18,7 +18,7 @@ from quarkcli.errors import AccessError, DataError, QuarkError
 from quarkcli.forward import data, files
 from quarkcli.model.tokenizer import Tokenizer
 from tests import runs
-from tests.calibration.test_data import TEMPLATE
+from tests.forward.test_data import TEMPLATE
 
 WORDS = "the river runs past the mill and the miller counts his sacks "
 ROWS = [{"text": WORDS}] * 6

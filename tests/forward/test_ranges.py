@@ -148,12 +148,12 @@ def recipe(folder: Path, input_: str, weight: str = FP8) -> str:
 
 def test_a_percentile_in_a_run(text: Path, tmp_path: Path) -> None:
     """Block 0 reads the embeddings, which quantization leaves alone: the hooks see what the job saw."""
-    data: dict[str, Any] = {**runs.data(text), "device": "cpu"}
+    data: dict[str, Any] = {**runs.data(text, 8), "device": "cpu"}
     own = recipe(tmp_path, "{element: fp8_e4m3, observer: {name: percentile, percentile: 99.9}}")
     quarkcli.quantize("demo", recipe=own, output=tmp_path / "percentile", **data)
     quarkcli.quantize("demo", recipe=recipe(tmp_path, FP8), output=tmp_path / "plain", **data)
     found, plain = (runs.read_all(tmp_path / name) for name in ("percentile", "plain"))
-    prepared = runs.prepare("demo", recipe=own, **runs.data(text))
+    prepared = runs.prepare("demo", recipe=own, **runs.data(text, 8))
     rows = preflight.token_rows(prepared, silent)
     assert rows is not None and rows.mask is None
     seen = hooked(job.EMBEDDED, rows.tokens)
@@ -168,10 +168,10 @@ def test_a_percentile_in_a_run(text: Path, tmp_path: Path) -> None:
 
 def test_headroom_in_a_run(text: Path, tmp_path: Path) -> None:
     name = "nvfp4_act_headroom-kv_fp8_cast"
-    data: dict[str, Any] = {**runs.data(text), "device": "cpu"}
+    data: dict[str, Any] = {**runs.data(text, 8), "device": "cpu"}
     quarkcli.quantize("demo", recipe=name, output=tmp_path / "out", **data)
     found = runs.read_all(tmp_path / "out")
-    rows = preflight.token_rows(runs.prepare("demo", recipe=name, **runs.data(text)), silent)
+    rows = preflight.token_rows(runs.prepare("demo", recipe=name, **runs.data(text, 8)), silent)
     seen = hooked(job.EMBEDDED, rows.tokens)
     for leaf in ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"):
         module = f"model.layers.0.{leaf}"
@@ -184,8 +184,8 @@ def test_headroom_in_a_run(text: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("observer", ["mse", "histogram"])
 def test_a_search_in_a_run(observer: str, text: Path, tmp_path: Path) -> None:
     own = recipe(tmp_path, f"{{element: int8, observer: {observer}}}", "{element: int8, granularity: channel}")
-    quarkcli.quantize("demo", recipe=own, output=tmp_path / "out", device="cpu", **runs.data(text))
-    prepared = runs.prepare("demo", recipe=own, **runs.data(text))
+    quarkcli.quantize("demo", recipe=own, output=tmp_path / "out", device="cpu", **runs.data(text, 8))
+    prepared = runs.prepare("demo", recipe=own, **runs.data(text, 8))
     values = hooked(job.EMBEDDED, preflight.token_rows(prepared, silent).tokens)["model.layers.0.mlp.down_proj"]
     magnitudes = values.abs().bfloat16().double().numpy().ravel()
 

@@ -162,9 +162,10 @@ def test_kills_from_outside_at_any_moment(quark, calm, work):
     for tries in range(30):
         answer = run(quark, work, "nvfp4", timeout=0.1 + 0.1 * tries)
         codes.append(answer.code)
-        if answer.code == 0:
+        if answer.code != -9:
             break
-    assert set(codes) == {0, -9}, codes
+    assert len(codes) > 1
+    assert answer.code == 0 or "out: exists: a finished checkpoint" in answer.err  # killed behind the renaming
     assert hashes(work / "out") == calm["nvfp4"]
 
 
