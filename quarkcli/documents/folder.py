@@ -1,4 +1,4 @@
-"""What a folder holds instead of a model: pointers of git-LFS, and files of another format."""
+"""Finds folders that hold git-LFS pointers or files of another format instead of a model."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ _Count = Annotated[int, Field(ge=0, le=100_000)]
 
 
 class TextConfig(Shape):
-    """What describes a language model: at the top, or in one of the inner objects that stand for it."""
+    """Describes a language model, at the top of config.json or in one of its inner objects."""
 
     dtype: str | None = None
     torch_dtype: str | None = None
@@ -31,7 +31,7 @@ class TextConfig(Shape):
 
 
 class Quantization(Shape):
-    """What says which dialect reads the rest."""
+    """Names the method, which decides the dialect that reads the rest."""
 
     quant_method: str | None = None
 

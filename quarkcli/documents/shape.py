@@ -1,4 +1,4 @@
-"""What kinds of values a document must have where it is read (pydantic v2); other keys are nobody's business here."""
+"""Checks the kinds of the values that are read from a document (pydantic v2). Other keys are not checked."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def check(model: type[Shape], data: Any, where: str) -> None:
 
 
 def _sentence(name: str, details: list[Any]) -> str:
-    """What is wrong with one value; a value of none of several kinds is one problem."""
+    """Returns the problem with one value. A value that has none of several allowed kinds is one problem."""
     if details[0]["type"] == "missing":
         return f"'{name}' is missing"
     kinds = list(dict.fromkeys(KINDS[detail["type"]] for detail in details if detail["type"] in KINDS))

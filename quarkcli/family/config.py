@@ -1,4 +1,4 @@
-"""What is read of config.json, under any of its names. Torch-free."""
+"""Reads facts from config.json under any of the names that models use. Torch-free."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What config.json says of each block: by how blocks of one model may differ. Torch-free."""
+"""Reads from config.json the facts by which the blocks of one model may differ. Torch-free."""
 
 from __future__ import annotations
 
@@ -54,7 +54,10 @@ def explained(facts: list[Fact], name: str, one: Collection[int], other: Collect
 
 
 def _about(key: str, value: object) -> str:
-    """What a key is about. The kinds of layers may be those of attention, or of both."""
+    """Returns the module that a key concerns: mlp, attention, or empty for both.
+
+    The kinds of layers may be those of attention, or of both.
+    """
     if _MLP.search(key):
         return "mlp"
     return "attention" if _ATTENTION.search(key) and not _MLP.search(str(value)) else ""

@@ -1,4 +1,6 @@
-"""Whether files hold the model that config.json and the family describe: from names and shapes alone. Torch-free.
+"""Checks that the files hold the model that config.json and the family describe.
+
+It needs names and shapes alone. Torch-free.
 
 Blocks are compared with each other, experts with the experts of their layer, widths and counts with config.json.
 Where config.json does not tell a width, blocks are compared only.
@@ -46,7 +48,7 @@ def check(family: FamilyModel, layout: Layout, config: Mapping[str, Any], header
 def problems(
     family: FamilyModel, layout: Layout, config: Mapping[str, Any], headers: Mapping[str, HeaderLike]
 ) -> Iterator[str]:
-    """What is wrong, each text beginning with the tensor's name."""
+    """Yields one text per problem. Each begins with the tensor's name."""
     parts = [part for part in layout.parts if part.kind == "block"]
     blocks = [_block(part, headers) for part in parts]
     known = facts(text_config(config), len(parts))
@@ -106,7 +108,7 @@ def _experts(block: _Block, said: int | None) -> Iterator[str]:
 
 
 def _holes(blocks: list[_Block], known: list[Fact], layout: Layout) -> Iterator[str]:
-    """What a block lacks that blocks like it have: modules, and tensors of a module."""
+    """Yields modules, and tensors of a module, that a block lacks and similar blocks have."""
     names = [_units(block.shapes) for block in blocks]
     children = {index: frozenset(units) for index, units in enumerate(names)}
     for index, unit, holder in _lacking(children, known, lambda i, unit: _has_role(layout, blocks[i], names[i][unit])):

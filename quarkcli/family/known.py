@@ -1,4 +1,4 @@
-"""Which family file fits a checkpoint. Choosing one reads a few lines of each file; only the chosen one is parsed."""
+"""Chooses the family file that fits a checkpoint. It reads a few lines of each file and parses only the chosen one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _OWN = ("extends", "summary", "architectures", "model_types")  # what a family d
 
 @dataclass(frozen=True)
 class Card:
-    """What a listing says of a family, without checking its file."""
+    """Holds the entry of a family in a listing. Its file is not checked."""
 
     name: str
     file: Path
@@ -91,7 +91,7 @@ def _listed(text: str, key: str, path: Path) -> tuple[str, ...]:
 
 
 def has_experts(card: Card) -> bool:
-    """Whether a family has routed experts, by its own file or the one it extends."""
+    """True when a family has routed experts, by its own file or the one it extends."""
     known = {other.name.replace("-", "_"): other for other in cards()}
     for _ in known:
         if card.experts is not None or card.extends is None:

@@ -144,7 +144,7 @@ def _head_dim(text: Mapping[str, Any]) -> int | None:
 
 
 def _around(alias: str, index: int) -> tuple[str, str | None]:
-    """What stands before and behind an expert's number, the last step but one; (alias, None) when it is not there."""
+    """Returns the text before and after an expert's number, the last step but one; (alias, None) without a number."""
     parent, _, leaf = alias.rpartition(".")
     number = str(index)
     return (parent[: -len(number)], f".{leaf}") if parent.endswith(f".{number}") else (alias, None)
@@ -191,7 +191,7 @@ class _Builder:
         }
 
     def role(self, module: str, part: Part) -> str | None:
-        """What a module is. Outside embedding, blocks and tail only towers and what joins them have a role."""
+        """Returns the role of a module. In a part of kind `rest` only towers and their connectors have a role."""
         if part.index in self.image_parts:
             return "vision"
         if part.kind == "rest" and module.startswith(self.family.blocks + "."):

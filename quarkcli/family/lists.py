@@ -100,7 +100,7 @@ def language_blocks(config: Mapping[str, Any], headers: Mapping[str, HeaderLike]
 
 
 def found_lists(headers: Mapping[str, HeaderLike]) -> str:
-    """What the files have, for a hint."""
+    """Returns a hint that names the block lists in the files."""
     lists = block_lists(headers)
     return f"the files have {_joined(lists)}" if lists else "the files have no numbered blocks"
 

@@ -1,4 +1,6 @@
-"""Which way fused experts are stored: [experts, out, in] or [experts, in, out]. One decision per layer. Torch-free."""
+"""Decides whether fused experts are stored [experts, out, in] or [experts, in, out].
+
+Each layer gets one decision. Torch-free."""
 
 from __future__ import annotations
 
@@ -99,7 +101,7 @@ def stored_transposed(
 
 
 def _reads(name: str) -> bool | None:
-    """Whether a module of Conv1D's names reads the residual stream, or writes it; None for other names."""
+    """True when a module with one of Conv1D's names reads the residual stream, False when it writes it, else None."""
     if name.endswith((".c_attn", ".c_fc")):
         return True
     return False if name.endswith(".mlp.c_proj") else None

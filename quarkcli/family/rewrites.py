@@ -1,4 +1,4 @@
-"""How a block may be rewritten without changing what it computes, from the family file. Torch-free."""
+"""Lists the rewrites of a block that do not change its function, as the family file gives them. Torch-free."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Residual:
 
 @dataclass(frozen=True)
 class Rewrites:
-    """What one family file says of its blocks.
+    """Holds the rewrites that one family file allows for its blocks.
 
     norm_offset  norms multiply by their weight plus this
     """

@@ -1,4 +1,4 @@
-"""What a family file may say. Nothing here looks at a checkpoint but `text`, which chooses one of several spellings."""
+"""Defines the schema of a family file. Only `text`, which lists alternative prefixes, depends on the checkpoint."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from quarkcli.recipe.schema import Strict
 
 
 class HeaderLike(Protocol):
-    """What is read of a safetensors header."""
+    """Describes one tensor of a safetensors header: dtype and shape."""
 
     @property
     def dtype(self) -> str: ...

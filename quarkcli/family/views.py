@@ -1,4 +1,4 @@
-"""Where a 2-D weight lies inside a file tensor. Standard library only."""
+"""Locates 2-D weights inside file tensors. Standard library only."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class WeightView:
-    """Where one 2-D weight [out, in] lies inside a file tensor.
+    """Locates one 2-D weight [out, in] inside a file tensor.
 
     tensor     name in the source file
     expert     index into the leading axis, or None

@@ -20,7 +20,7 @@ Convert = Callable[[Any, Group, Mapping[str, torch.Tensor]], dict[str, torch.Ten
 
 
 class Weights:
-    """Which parameters lie where, and what is loaded.
+    """Tracks the parameters of each block and of the outside, and loads and unloads them.
 
     by_block  parameter names of each decoder block
     outside   parameter names that text needs outside the blocks: embedding, final norm, head, ...

@@ -36,7 +36,7 @@ class ExpertHandler(Protocol):
 
 
 class Layout(Protocol):
-    """How one kind of experts module keeps and applies its weights."""
+    """Reads and applies the weights of one kind of experts module."""
 
     def count(self, module: Any) -> int: ...
 
@@ -170,7 +170,7 @@ def expert_count(module: nn.Module) -> int:
 
 
 def expert_hidden(module: nn.Module, expert: int, x: torch.Tensor) -> torch.Tensor:
-    """What the down projection of one expert reads for rows x [n, H], with the current weights: [n, I]."""
+    """Returns the input [n, I] of one expert's down projection for rows x [n, H], with the current weights."""
     with torch.no_grad():
         return _layout(module).hidden(module, expert, x)
 

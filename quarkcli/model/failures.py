@@ -1,4 +1,4 @@
-"""What the code of a model raises, told as one error of the model.
+"""Turns every exception of a model's code into one error of the model.
 
 Every call into code that quark does not own (classes of transformers, code that comes with a model) is made inside
 `ModelCode.running`.

@@ -1,4 +1,4 @@
-"""What is put on a block, or on what lies outside the blocks, to see or to change what its modules read and return."""
+"""Installs handlers that see or change the inputs and outputs of modules, in a block or outside the blocks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which file tensors make which parameter, and how: a forward-only map built with transformers' own renaming rules.
+"""Maps file tensors to the parameters that they fill. The map goes forward only and uses transformers' renaming rules.
 
 Two functions: `build_map` reads names and shapes only and runs every conversion once on meta tensors; `materialize`
 repeats one conversion with real tensors. The map is never inverted: transformers' reverse conversion gives wrong

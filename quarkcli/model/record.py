@@ -2,7 +2,7 @@
 
 Every block is replaced by a stub that notes its arguments and passes the hidden states on; the model's own forward
 runs once per batch. Masks and rotary embeddings that differ per block therefore come out right, which the shortcut of
-reusing the first block's arguments gets wrong for many families. Hidden states are opaque: some families carry
+reusing the first block's arguments gets wrong for many families. Hidden states are opaque: some families have
 [streams, batch, tokens, hidden].
 """
 
@@ -73,7 +73,9 @@ class Recording:
 
 @dataclass(frozen=True)
 class Form:
-    """What a block class returns: a tensor (`count` None) or a tuple of `count`, None where it returns None."""
+    """Describes the output of a block class: a tensor (`count` None) or a tuple of `count` members.
+
+    empty  positions of the tuple that are None"""
 
     count: int | None = None
     empty: tuple[int, ...] = ()
@@ -170,7 +172,7 @@ class Recorder:
         return torch.func.functional_call(block, own, args, kwargs)
 
     def learn_form(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Form:
-        """What a block of this class returns, learnt by running it once on the meta device.
+        """Returns the form of this class's output. It runs the block once on the meta device to learn it.
 
         A block whose code looks at values cannot run there; it is taken to return a tensor, which `run_block` checks.
         """
@@ -269,7 +271,7 @@ class _Session:
         return same_place and hidden.shape == given.shape and _writes(hidden) == self.version
 
     def _keep(self, value: Any, other: Any) -> Any:
-        """What is stored for an argument; `other` is what another batch stored in the same place."""
+        """Returns the value to store for an argument. `other` is the one that another batch stored there."""
         if type(value) is tuple:
             others = other if type(other) is tuple and len(other) == len(value) else (None,) * len(value)
             return tuple(self._keep(item, twin) for item, twin in zip(value, others, strict=True))
@@ -283,7 +285,7 @@ class _Session:
 
 
 def _writes(tensor: torch.Tensor) -> int:
-    """How often the tensor's storage was written to; tensors of inference mode do not count."""
+    """Returns the number of writes to the tensor's storage. Tensors of inference mode do not count them and give 0."""
     return 0 if tensor.is_inference() else tensor._version
 
 

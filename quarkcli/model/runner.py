@@ -60,7 +60,7 @@ class Runner:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the model computes in."""
+        """Returns the dtype that the model computes in."""
         return self._skeleton.dtype
 
     @property
@@ -83,7 +83,7 @@ class Runner:
 
     @property
     def has_head(self) -> bool:
-        """Whether the class ends in scores of tokens; a base model ends in hidden states."""
+        """True when the class ends in scores of tokens; a base model ends in hidden states."""
         return self._skeleton.model.get_output_embeddings() is not None
 
     def block_tensors(self, i: int) -> list[str]:
@@ -99,7 +99,7 @@ class Runner:
         return list(self._weights.map.unknown)
 
     def loads(self, tensor: str) -> bool:
-        """Whether the class has a parameter for a file tensor. Some files hold more than their class reads."""
+        """True when the class has a parameter for a file tensor. Some files hold more than their class reads."""
         return tensor in self._weights.map.by_file
 
     def check_blocks(self) -> None:
@@ -140,7 +140,7 @@ class Runner:
         attention_mask: torch.Tensor | None = None,
         share_with: Recording | None = None,
     ) -> Recording:
-        """What every block is called with for this batch; the outside must be loaded, the blocks need not be.
+        """Returns the arguments of every block for this batch. The outside must be loaded, the blocks need not be.
 
         tokens          [b, T] token numbers
         attention_mask  [b, T], 1 for real tokens; None: no padding
@@ -213,7 +213,7 @@ class Runner:
         return expert_modules.expert_count(module)
 
     def expert_hidden(self, module: nn.Module, expert: int, x: torch.Tensor) -> torch.Tensor:
-        """What the down projection of one expert reads for rows x [n, H], with the current weights: [n, I]."""
+        """Returns the input [n, I] of one expert's down projection for rows x [n, H], with the current weights."""
         with self._skeleton.code.running("fails in its experts"):
             return expert_modules.expert_hidden(module, expert, x)
 

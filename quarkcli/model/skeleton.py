@@ -48,7 +48,7 @@ _COMPUTABLE = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class HeaderLike(Protocol):
-    """What this room reads of a safetensors header: dtype text (`BF16`) and shape."""
+    """Describes one tensor of a safetensors header: dtype text (`BF16`) and shape."""
 
     @property
     def dtype(self) -> str: ...

@@ -92,7 +92,7 @@ class Tokenizer:
         return len(self._inner)
 
     def _added_in_front(self) -> list[int]:
-        """What the tokenizer puts before a text of its own accord; what it puts behind is no part of this."""
+        """Returns the tokens that the tokenizer itself puts before a text, without those that it puts behind."""
         plain = self.encode(_PROBE)
         whole = self._encoded(_PROBE, special=True)
         for start in range(len(whole) - len(plain) + 1):

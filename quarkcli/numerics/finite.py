@@ -24,7 +24,7 @@ def is_finite(x: Tensor) -> bool:
 
 
 def bad_values(x: Tensor) -> Tensor:
-    """Where `x` is NaN or infinite, bool of its shape."""
+    """Returns a bool mask, of the shape of `x`, of its NaN and infinite values."""
     if x.dtype in _FLOAT8:
         mask, first = _FLOAT8[x.dtype]
         return x.view(torch.uint8) & mask >= first

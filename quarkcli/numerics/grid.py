@@ -1,4 +1,4 @@
-"""Stored scales -> where the codes of a matrix lie; codes <-> values there.
+"""Turns stored scales into the grid of a matrix, and values on that grid into codes and back.
 
 A matrix is walked in cache-sized chunks, so that a bfloat16 weight is never held as float32 as a whole.
 """
@@ -99,10 +99,10 @@ def scale_size(spec: TensorSpec, cols: int) -> int:
 
 
 def grid(params: QParams, spec: TensorSpec, shape: torch.Size | tuple[int, ...]) -> Grid:
-    """Where the stored codes of a matrix of `shape` [rows, cols] lie.
+    """Returns the grid of the stored codes of a matrix of `shape` [rows, cols].
 
-    Of a chain it is the stage whose codes are stored; a first stage below it contributes its scale, without the
-    rounding that its own codes stood for.
+    For a chain, the grid is that of the stage whose codes are stored. A first stage below it contributes its scale,
+    but not the rounding of its own codes.
     """
     stage, own = spec, params
     below: Tensor | None = None

@@ -1,7 +1,7 @@
-"""Observers: what is kept of the values that pass, and the range behind a static scale that it gives.
+"""Observers keep statistics of the values that pass, and give the range behind a static scale.
 
-What is kept of two halves of the data, merged, is bit for bit what is kept of the whole, in any order, so that ranks
-can be reduced (`merged`). A power-of-two scale is a scale format and takes the range of any of these observers.
+The merged statistics of two halves of the data equal those of the whole bit for bit, in any order, so that ranks can
+be reduced (`merged`). A power-of-two scale is a scale format and takes the range of any of these observers.
 
 Sources: min-max, percentile and squared error as in AMD Quark's observers; the `histogram` observer has the criterion
 of torch.ao.quantization.HistogramObserver (Quark's `histogrampro`), with the rounding of the real element instead of
@@ -274,7 +274,7 @@ def _chosen(seen: Histogram, spec: TensorSpec) -> Tensor:
 
 
 def merged(observers: Sequence[Observer]) -> Observer:
-    """What the observers of several ranks have kept together, in a new one; at least one, all of one kind."""
+    """Returns a new observer with the statistics of several ranks. It takes at least one, all of one kind."""
     whole = deepcopy(observers[0])
     for other in observers[1:]:
         whole.merge(other)

@@ -201,7 +201,9 @@ def _largest(range_: Range) -> Tensor:
 
 
 def _handed_on(matrix: Tensor, spec: TensorSpec, params: QParams) -> Tensor:
-    """What the first stage of a chain hands to the second (float32): its values, still on its scale when last counts.
+    """Returns the values (float32) that the first stage of a chain gives the second.
+
+    They are still divided by the first scale when the codes of the last stage are stored.
 
     AMD Quark's int4_fp8: the fp8 numbers without their scale.
     """

@@ -1,4 +1,4 @@
-"""What a resolved plan must not be: slots without meaning, specs that do not fit them, widths without whole groups."""
+"""Refuses plans with slots without meaning, specs that do not fit their slots, or widths without whole groups."""
 
 from __future__ import annotations
 

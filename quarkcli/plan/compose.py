@@ -22,7 +22,7 @@ from quarkcli.recipe.recipe import Recipe, attention_entries, cache_entries, exc
 
 @dataclass
 class Overrides:
-    """What flags add to a recipe, in the order given. `entries` are edits of a plan, which come after all else."""
+    """Holds the additions of flags to a recipe, in the order given. `entries` are edits of a plan and come last."""
 
     layer_types: Sequence[str] = ()
     layers: Sequence[str] = ()
@@ -38,7 +38,7 @@ class Overrides:
 
 @dataclass(frozen=True)
 class Basis:
-    """What a plan was resolved from. `asked`: what its maker was asked for; nothing here looks at it."""
+    """Holds the inputs that a plan was resolved from. `asked` is the request to its maker and is not read here."""
 
     recipe: Recipe
     overrides: Overrides
@@ -122,7 +122,7 @@ def _pair(flag: str, name: str) -> tuple[str, str]:
 
 
 def _folder(recipe: Recipe) -> Path | None:
-    """Where a recipe's file lies: schemes beside it are known to its flags as well."""
+    """Returns the folder of a recipe's file. Flags can name the schemes in it."""
     return Path(recipe.file).parent if recipe.file else None
 
 

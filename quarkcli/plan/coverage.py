@@ -1,4 +1,6 @@
-"""How much of the model a plan quantizes: of language, of towers, of the rest; and what nobody asked to leave out."""
+"""Counts the share of the model that a plan quantizes: of language, of towers, of the rest.
+
+It also counts the matrices that stay as they are although nobody asked for it."""
 
 from __future__ import annotations
 
@@ -85,7 +87,7 @@ def coverage(plan: Plan, layout: Layout, headers: Mapping[str, HeaderLike]) -> C
 
 
 def _by_user(plan: Plan, entry: int | None) -> bool:
-    """Whether an entry that the user or the recipe wrote decided, not a default exclusion."""
+    """True when an entry of the user or the recipe decided, and not a default exclusion."""
     return entry is None or plan.entries[entry].user or entry < plan.exclusions_start
 
 

@@ -208,7 +208,7 @@ def _idle(owner: Target | Attention, kind: str) -> str | None:
 
 
 def _site(owner: Target | Attention, kind: str, decision: Decision) -> str | None:
-    """Where a static scale is measured."""
+    """Returns the name of the activation that a static scale is measured on."""
     if decision.spec is None or not decision.spec.is_static:
         return None
     if isinstance(owner, Attention):

@@ -62,8 +62,9 @@ def _flags(composed: Composed, recipe: Recipe) -> dict[str, list[int]]:
 
 
 class _Ends:
-    """What slots end as without some of the entries. What was left out once stays out: of two flags that say the same
-    one is needed.
+    """Computes the outcomes of slots without some of the entries.
+
+    Entries that were left out once stay out, so that one of two equal flags still counts as needed.
     """
 
     def __init__(self, order: Order, weights: Collection[Slots], attention: Collection[tuple[Hits, str]]) -> None:

@@ -1,4 +1,4 @@
-"""What servers fuse: q with k and v, gate with up, the experts of a layer. All of it must have one scheme.
+"""Checks that weights which servers fuse have one scheme: q with k and v, gate with up, the experts of a layer.
 
 A server keeps one matrix, and one way to read it, for all of them: it refuses two, or takes one for the other. That
 holds for a member that is kept beside quantized ones, too.

@@ -30,7 +30,7 @@ ATTENTION_KINDS = ("q", "k", "v", "p")
 
 @dataclass(frozen=True)
 class Decision:
-    """What a slot ended as.
+    """Holds the outcome for one slot.
 
     spec   None: not quantized
     entry  the last one that spoke of it, an index into `Plan.entries`; None: nothing matched
@@ -159,7 +159,7 @@ class Added(NamedTuple):
 
 @dataclass(frozen=True)
 class Changes:
-    """What a transform does to a checkpoint, known before any weight is read.
+    """Holds the changes that a transform makes to a checkpoint. They are known before any weight is read.
 
     tensors  source tensors whose values it changes; those of quantized weights are quantized afterwards
     added    tensors that the source lacks
@@ -174,7 +174,7 @@ class Changes:
 
 
 class Fate(NamedTuple):
-    """What becomes of a source tensor: `kept`, `quantized`, `changed` or `dropped`, and why or by whom."""
+    """Says whether a source tensor is `kept`, `quantized`, `changed` or `dropped`, and why or by which transform."""
 
     kind: str
     reason: str
@@ -247,7 +247,7 @@ class Plan:
         return (cast("list[QuantizedTarget]", run) for run in self.alike() if is_quantized(run[0]))
 
     def disagreeing(self) -> list[list[Target]]:
-        """What servers fuse and has more than one (weight, input) spec: the members of each such group."""
+        """Returns the members of each fused group that has more than one (weight, input) spec."""
         slots: dict[str, Mapping[str, Decision]] = {}
         mixed = {matrix(t) for t in self.targets.values() if slots.setdefault(matrix(t), t.slots) is not t.slots}
         groups: dict[str, list[Target]] = {}
@@ -289,7 +289,7 @@ class Plan:
         return {key: value for changes in self.changes.values() for key, value in changes.config.items()}
 
     def fates(self) -> dict[str, Fate]:
-        """What becomes of every source tensor, in the order of the parts."""
+        """Returns the fate of every source tensor, in the order of the parts."""
         dropped, changed = self.dropped, self.changed
         owners: dict[str, str] = {}
         for target in self.quantized():

@@ -1,4 +1,4 @@
-"""What the ordered list makes of a slot: later entries win.
+"""Applies the ordered list of entries to a slot: later entries win.
 
 An entry with a cfg replaces all attributes that were given before, one without only switches what is there. A pattern
 that ends with an index (`*weight_quantizer.1`) speaks of that stage of a chain: its cfg replaces the stage, and a stage
@@ -55,7 +55,7 @@ class Order:
         self._equal: dict[TensorSpec, TensorSpec] = {}
 
     def decision(self, hits: Hits, parent_class: str, *, weight: bool) -> tuple[Decision, tuple[int, ...]]:
-        """What a slot ends as that these entries match by name, and which of them spoke of it.
+        """Returns the outcome for a slot that these entries match by name, and the entries that applied to it.
 
         weight   a slot of a weight or bias, where attributes may mean something else than on activations
         Raises ConfigError, with the entry's place, for attributes that make no sense.
@@ -90,7 +90,7 @@ class Order:
             yield index, state
 
     def spec(self, state: State, *, weight: bool) -> TensorSpec | None:
-        """What the slot is quantized with, None when it is off."""
+        """Returns the spec that the slot is quantized with, None when it is off."""
         if not state.on or state.source is None:
             return None
         if not state.stages:

@@ -75,7 +75,7 @@ def resolve(
 
 
 def _inferred(layout: Layout) -> str:
-    """What was guessed, and by what."""
+    """Returns the warning text for roles that were inferred from tensor names."""
     text = f"no family file for model type '{layout.family}': roles were inferred from tensor names; check the plan"
     block = next((part.name for part in layout.parts if part.block is not None), "")
     text += f" (the language model is {block.rpartition('.')[0]}"
@@ -132,7 +132,7 @@ class _Resolver:
         )  # fmt: skip
 
     def outcomes(self) -> Iterator[tuple[Hits, Decision]]:
-        """What was decided, with the entries that spoke of it; equal questions once, by first appearance."""
+        """Returns every distinct decision with the entries that applied to it, by first appearance."""
         return ((spoke, decision) for decision, spoke in self.known.values())
 
     def _slots(self, hits: tuple[Hits, ...], parent_class: str) -> dict[str, Decision]:

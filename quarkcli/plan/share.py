@@ -1,4 +1,4 @@
-"""Which weights share a per-tensor scale: what servers fuse, and what a recipe's `share` rows join.
+"""Finds the weights that share a per-tensor scale: those that servers fuse, and those that `share` rows join.
 
 `share: []` takes the family's groups away. Servers still fuse them and keep one of the scales, which is why it is
 warned about. Static scales of inputs belong to the activation that is read, so that all its readers share them anyway,
@@ -93,7 +93,7 @@ def check(plan: Plan) -> None:
 
 
 def _of_experts(plan: Plan) -> str:
-    """What comes of input scales for every expert."""
+    """Returns the warning text for input scales that every expert has for itself."""
     if not any(own.expert is not None and own.spec.needs_amax for own in plan.activations()):
         return "changes nothing: no input of an expert has a static scale"
     return (

@@ -1,4 +1,4 @@
-"""What a recipe says of weights by patterns on their slots, beside the ordered list: algorithms and shared scales."""
+"""Matches the patterns on weight slots that a recipe has beside the ordered list: algorithms and shared scales."""
 
 from __future__ import annotations
 

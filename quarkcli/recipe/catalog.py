@@ -1,4 +1,4 @@
-"""Where recipes, schemes, model families and cache formats are found, and the names they have.
+"""Finds recipes, schemes, model families and cache formats by name.
 
 Lookup order: a file path; beside the recipe that asks; the user's folder (`$QUARK_HOME`, else `~/.config/quark`);
 built-in. A file's name without `.yaml` is the registered name; `_` and `-` are the same. A scheme may list `aliases`.
@@ -61,7 +61,7 @@ def user_folder() -> Path:
 
 
 def is_users_folder(folder: Path) -> bool:
-    """Whether a folder in the user's folder is there. In a container `~` may be somebody else's, or nobody's."""
+    """True when a folder below the user's folder exists and can be read. In a container `~` may belong to nobody."""
     try:
         return folder.is_absolute() and folder.is_dir() and os.access(folder, os.R_OK | os.X_OK)
     except OSError:
@@ -69,7 +69,7 @@ def is_users_folder(folder: Path) -> bool:
 
 
 def is_within(path: Path, folder: Path) -> bool:
-    """Whether a file, links followed, lies below a folder: what others give us may not reach for more."""
+    """True when a file lies below a folder after links are followed. Files from others may not reach outside it."""
     try:
         return path.is_file() and path.resolve().is_relative_to(folder.resolve())
     except (OSError, ValueError, RuntimeError):  # a name too long, one with a NUL, links in a circle

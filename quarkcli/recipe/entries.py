@@ -10,7 +10,7 @@ SETTING = "--set "  # how the origin of a value begins that came from that flag
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a rule was written: `flag --exclude '*q_proj'`, a file with line and column (1-based), or Python data with
+    """Names the place of a rule: `flag --exclude '*q_proj'`, a file with line and column (1-based), or Python data with
     the path in it (`config`, `.quant_cfg[3]`).
     """
 
@@ -21,7 +21,7 @@ class Origin:
 
     @property
     def is_flag(self) -> bool:
-        """Whether a flag said it that stands beside the recipe. `--set` changes the recipe itself."""
+        """True when the rule comes from a flag beside the recipe. `--set` is none: it changes the recipe itself."""
         return self.text.startswith("--") and not self.text.startswith(SETTING)
 
     def __str__(self) -> str:

@@ -53,7 +53,7 @@ class Expressions:
         self._left = LIMIT
 
     def matcher(self, text: str, where: str = "") -> Callable[[str], bool]:
-        """Whether a pattern, written at `where`, matches a name."""
+        """Returns a function that tells whether the pattern matches a name. `where` is the place of the pattern."""
         _check(text, where)
         self._places.setdefault(text, where)
         known = self._known.setdefault(text, {})

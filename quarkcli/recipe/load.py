@@ -66,7 +66,7 @@ class Document:
     imports: Any = None
 
     def origin(self, *path: str | int) -> Origin:
-        """Where the value at `path`, or its nearest written parent, stands."""
+        """Returns the place of the value at `path`, or of its nearest written parent."""
         for length in range(len(path), -1, -1):
             place = self.places.get(tuple(path[:length]))
             if place is not None:
@@ -74,8 +74,9 @@ class Document:
         return Origin(self.file)
 
     def blamed(self, *path: str | int) -> Origin:
-        """Where to look for what is wrong with the value at `path`: the `--set` that changed a part of it, else its
-        own place.
+        """Returns the place to name in an error about the value at `path`.
+
+        That is the `--set` that changed a part of it, else its own place.
         """
         changes = (o for p, o in self.places.items() if p[: len(path)] == path and o.text.startswith(SETTING))
         return next(changes, self.origin(*path))

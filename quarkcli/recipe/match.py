@@ -18,7 +18,7 @@ class Patterns:
         self._expressions = Expressions()
 
     def matcher(self, pattern: str, where: str = "") -> Callable[[str], object]:
-        """Whether a name matches a pattern, written at `where`, as a whole. Raises ConfigError when it is not valid."""
+        """Returns a matcher for whole names. Raises ConfigError with the place `where` for an invalid pattern."""
         if pattern.startswith("re:"):
             return self._expressions.matcher(pattern[3:], where)
         return _glob(pattern).fullmatch

@@ -53,7 +53,7 @@ class Canonical:
 
 @dataclass
 class Normalized:
-    """What a configuration says.
+    """Holds the entries and the notes that were read from a configuration.
 
     entries     the ordered list
     notes       what to tell the user, with places: legacy forms, and what has no meaning here

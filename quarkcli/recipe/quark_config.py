@@ -267,7 +267,7 @@ class _Reader:
 
 
 def is_groups(value: Any) -> bool:
-    """Whether a value is a list of lists of names."""
+    """True when a value is a list of lists of names."""
     return isinstance(value, list | tuple) and all(
         isinstance(group, list | tuple) and group and all(isinstance(name, str) and name for name in group)
         for group in value

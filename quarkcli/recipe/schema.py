@@ -1,4 +1,4 @@
-"""What a native recipe file and a scheme file may say (pydantic v2); every error with file, line and column."""
+"""Checks native recipe files and scheme files (pydantic v2). Every error has file, line and column."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class AlgorithmStep(BaseModel):
 
 
 class Quantize(Strict):
-    """What to quantize: a scheme, or the ordered entries themselves."""
+    """Selects what is quantized, by a scheme or by the ordered entries themselves."""
 
     scheme: str | None = Field(default=None, description="a scheme, instead of quant_cfg")
     quant_cfg: list[EntryModel] | None = Field(default=None, description="the ordered entries; later wins")
@@ -100,7 +100,7 @@ class Calibration(Strict):
 
 
 class Export(Strict):
-    """Where the checkpoint goes."""
+    """Sets the on-disk convention of the checkpoint."""
 
     dialect: str | None = Field(default=None, description="on-disk convention, or auto")
 

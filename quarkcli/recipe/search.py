@@ -1,4 +1,4 @@
-"""What ModelOpt's steps say of ranges alone, as what it is here: a property of the specs. Torch-free."""
+"""Turns ModelOpt's steps that only choose ranges into properties of the specs. Torch-free."""
 
 from __future__ import annotations
 

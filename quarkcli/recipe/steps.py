@@ -22,7 +22,7 @@ from quarkcli.spec import E4M3_SPAN
 
 @dataclass
 class Steps:
-    """What was read."""
+    """Holds the steps, notes and problems that were read."""
 
     steps: list[Step] = field(default_factory=list)
     notes: list[Located] = field(default_factory=list)

@@ -113,5 +113,5 @@ def _binade(bits: Tensor, element: Element, out: Tensor) -> Tensor:
 
 
 def _grid_shift(element: Element) -> int:
-    """What to add to a float32 exponent field so that one unit of the last place is one step of the code grid."""
+    """Returns the number to add to a float32 exponent field to make one unit of the last place one step of the grid."""
     return (_F32_MANTISSA - element.mantissa) << _F32_MANTISSA

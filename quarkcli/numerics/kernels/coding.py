@@ -1,4 +1,4 @@
-"""What the kernels do to values in registers: load, scale, round, pack. The arithmetic of formats/ and scales.py.
+"""Loads, scales, rounds and packs values in registers, with the arithmetic of formats/ and scales.py.
 
 Constants of an element: FLOAT, BITS, MANTISSA, and LOW, HIGH, which are the float32 bits of the smallest normal and of
 the largest value for a float, the smallest and largest code for an integer.

@@ -109,7 +109,7 @@ def groups(x, out, scales, zeros, outer, peaks, runs,
 
 @triton.jit
 def _place(cols, COUNT: tl.constexpr):
-    """Where a program works in a matrix cut into chunks of COUNT columns: (row, first column)."""
+    """Returns (row, first column) of a program's chunk in a matrix that is cut into chunks of COUNT columns."""
     pid = tl.program_id(0).to(tl.int64)
     blocks = (cols - 1) // COUNT + 1  # cdiv could overflow
     return pid // blocks, (pid % blocks) * COUNT

@@ -230,7 +230,7 @@ def _given(matrix: Tensor, spec: TensorSpec, scale: Tensor, zero: Tensor | None,
 
 
 def _walk(spec: TensorSpec, shape: tuple[int, int]) -> tuple[int, int, int, int, int]:
-    """How to walk a matrix: (rows, cols, columns of a scale or 0 for all, rows of a scale, scales of a row)."""
+    """Returns a matrix walk: (rows, cols, columns of a scale or 0 for all, rows of a scale, scales of a row)."""
     rows, cols = shape
     match spec.granularity:
         case PerGroup(size):
@@ -270,7 +270,7 @@ def _piece(cols: int) -> int:
 
 
 def _steps(span: int, cols: int) -> dict[str, int]:
-    """How a chunk of COUNT columns meets scales of `span` columns: one scale for STEP neighbours."""
+    """Returns SPAN, STEP and COUNT: a scale spans `span` columns, a chunk has COUNT, STEP neighbours share a scale."""
     count = _piece(cols)
     step = count if span == 0 else span if span & (span - 1) == 0 and span <= count else 1
     return {"SPAN": span, "STEP": step, "COUNT": count}
