@@ -91,7 +91,7 @@ class CheckError(QuarkError):
 
 
 def all_of(problems: Sequence[QuarkError]) -> QuarkError:
-    """One error that says all of them: the first as it is, the others on lines of their own."""
+    """Returns one error that says all of them: the first as it is, the others on lines of their own."""
     first, *others = problems
     if not others:
         return first
@@ -107,7 +107,7 @@ class Stopped(QuarkError):
 
 
 def near_misses(word: str, known: Iterable[str], limit: int = 3) -> list[str]:
-    """The names in `known` closest to `word`, best first; `_` and `-` are the same."""
+    """Returns the names in `known` closest to `word`, best first; `_` and `-` are the same."""
     names = {name.replace("_", "-").lower(): name for name in known}
     found = difflib.get_close_matches(word.replace("_", "-").lower(), list(names), n=limit, cutoff=0.5)
     return [names[name] for name in found]

@@ -1,4 +1,4 @@
-"""What a running job tells whoever listens. Only `cli/` and the log file turn events into text."""
+"""Events of a running job for its listeners. Only `cli/` and the log file turn events into text."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class PartDone:
 
 @dataclass(frozen=True)
 class Working:
-    """What is being done right now, told often; it becomes a line only where there has been none for a while."""
+    """The current work, told often; it becomes a line only where there has been none for a while."""
 
     what: str
 
@@ -63,11 +63,11 @@ Listener = Callable[[Event], None]
 
 
 def silent(event: Event) -> None:
-    """A listener that drops everything."""
+    """Drops everything: a listener."""
 
 
 def broadcast(*listeners: Listener) -> Listener:
-    """One listener that hands each event to several."""
+    """Returns one listener that hands each event to several."""
 
     def tell(event: Event) -> None:
         for listener in listeners:

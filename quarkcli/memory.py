@@ -1,4 +1,4 @@
-"""Memory of this process: peaks, and how the C allocator gives buffers back."""
+"""Memory of this process: peaks, and the settings of the C allocator that give buffers back."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def ran_out(error: BaseException) -> bool:
 
 
 def peak_rss() -> int:
-    """Peak resident bytes of this process.
+    """Returns the peak resident bytes of this process.
 
     Linux keeps `ru_maxrss` over an exec: a run started from a large process would report its parent's. `VmHWM` is
     of this program alone.
@@ -37,7 +37,7 @@ def peak_rss() -> int:
 
 
 def peak_gpu(device: str) -> int:
-    """Peak bytes allocated on the device; 0 on a CPU."""
+    """Returns the peak bytes allocated on the device; 0 on a CPU."""
     if device == "cpu":
         return 0
     import torch
@@ -46,7 +46,7 @@ def peak_gpu(device: str) -> int:
 
 
 def return_large_buffers() -> None:
-    """Have glibc map every buffer above `LARGE` on its own, so that freeing it gives its pages back.
+    """Makes glibc map every buffer above `LARGE` on its own, so that freeing it gives its pages back.
 
     Its default threshold grows to 32 MiB with use; the parts of a model, of ever different sizes, then fragment the
     heap, and the peak would follow the number of blocks instead of the largest one. Other C libraries: nothing to do.
@@ -60,7 +60,7 @@ def return_large_buffers() -> None:
 
 @contextmanager
 def without_collection() -> Iterator[None]:
-    """No look for garbage while a great many objects are made that all stay: it would take as long as making them."""
+    """Stops garbage collection while many objects are made that all stay: it would take as long as making them."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -1,4 +1,4 @@
-"""TensorSpec: how one tensor is coded, and the tables of element and scale formats.
+"""TensorSpec: the coding of one tensor, and the tables of element and scale formats.
 
 Standard library only, so that recipes, plans and dialect facts never import torch. Sources of the tables: OCP
 Microscaling Formats (MX) v1.0 for fp4, fp6, mxint8 and e8m0; the OFP8 specification for fp8; "With Shared
@@ -44,7 +44,7 @@ class Element:
 
     @property
     def max_exponent(self) -> int:
-        """Exponent of the largest binade (OCP MX `emax`): 2 for e2m1 since 6 = 1.5 * 2^2."""
+        """Returns the exponent of the largest binade (OCP MX `emax`): 2 for e2m1 since 6 = 1.5 * 2^2."""
         return math.frexp(self.maximum)[1] - 1
 
 
@@ -54,7 +54,7 @@ def _integer(bits: int, signed: bool) -> Element:
 
 
 def _fixed(name: str, bits: int, low: int, high: int, sub_block: int = 0) -> Element:
-    """Signed codes low..high with one bit before the point: magnitudes below 2 on a power-of-two scale."""
+    """Returns signed codes low..high with one bit before the point: below 2 on a power-of-two scale."""
     step = 2.0 ** (2 - bits)
     return Element(name, "integer", bits, low * step, high * step, fraction=bits - 2, sub_block=sub_block)
 
@@ -162,7 +162,7 @@ ZeroPoint = Literal["none", "int", "float"]
 
 @dataclass(frozen=True)
 class ScaleSpec:
-    """How a scale is computed and stored.
+    """The computation and the storage of a scale.
 
     dtype         key of SCALE_FORMATS
     rule          range -> scale. `half_range` amax / ((qmax - qmin) / 2); `absmax` amax / qmax; for e8m0 the
@@ -170,7 +170,7 @@ class ScaleSpec:
                   with which no code saturates; for e4m3 under a global scale also `sweep`, the one of its 126 codes
                   with the least error, and `four_over_six`, the better of mapping amax to 6 and to 4
     when          static: fixed before the model runs, stored; dynamic: computed from each activation, not stored
-    over          the global scale under a two-level scale (nvfp4: e4m3 over a static f32), else None
+    global_scale  the global scale under a two-level scale (nvfp4: e4m3 over a static f32), else None
     minimum       the scale is at least this (Quark's `min_kv_scale`), or None
     constant_amax the amax to use instead of a measured one
     """
@@ -184,20 +184,20 @@ class ScaleSpec:
 
     @property
     def outermost(self) -> ScaleSpec:
-        """The scale that is fixed first: the global one when there is one."""
+        """Returns the scale that is fixed first: the global one when there is one."""
         return self.global_scale or self
 
 
 @dataclass(frozen=True)
 class ObserverSpec:
-    """How the range behind a static scale is found: a name of `OBSERVERS` with its parameter values, in their order."""
+    """The way to find the range behind a static scale: a name of `OBSERVERS` and its parameter values, in order."""
 
     name: str = "min_max"
     parameters: tuple[tuple[str, float], ...] = ()
 
     @property
     def statistic(self) -> str:
-        """The kind of statistics that calibration keeps for it.
+        """Returns the kind of statistics that calibration keeps for it.
 
         `absmax`, a `histogram` of magnitudes, or one of the largest magnitudes in `blocks` of 16.
         """
@@ -223,7 +223,7 @@ E4M3_SPAN = 28672
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """How one tensor is quantized: real value = (code - zero point) * scale (* global scale).
+    """The quantization of one tensor: real value = (code - zero point) * scale (* global scale).
 
     scale       None only for an element of kind `cast`
     zero_point  none: symmetric; int: codes are shifted by a whole number (asymmetric); float: by a real one
@@ -246,17 +246,17 @@ class TensorSpec:
 
     @property
     def format(self) -> Element:
-        """The element with this spec's rounding and range."""
+        """Returns the element with this spec's rounding and range."""
         return _format(self.element, self.rounding, self.narrow)
 
     @property
     def stages(self) -> tuple[TensorSpec, ...]:
-        """This spec and those chained to it, in order."""
+        """Returns this spec and those chained to it, in order."""
         return (self, *(self.then.stages if self.then else ()))
 
     @property
     def codes(self) -> TensorSpec:
-        """The stage whose codes are on disk."""
+        """Returns the stage whose codes are on disk."""
         return self.then if self.then is not None and self.stored == "last" else self
 
     @property
@@ -265,7 +265,7 @@ class TensorSpec:
 
     @property
     def group_size(self) -> int | None:
-        """Elements per stored scale along the last axis, or None when a scale spans the row or more."""
+        """Returns the elements per stored scale along the last axis, or None when a scale spans the row or more."""
         match self.granularity:
             case PerGroup(size):
                 return size
@@ -275,7 +275,7 @@ class TensorSpec:
 
     @property
     def group_sizes(self) -> set[int]:
-        """What the last axis must be divisible by: the groups of every stage."""
+        """Returns the divisors that the last axis must have: the groups of every stage."""
         return {stage.granularity.size for stage in self.stages if isinstance(stage.granularity, PerGroup)}
 
     @property
@@ -299,11 +299,11 @@ class TensorSpec:
         )
 
     def bits_per_value(self, rows: int, cols: int) -> float:
-        """Stored bits per value of a [rows, cols] weight; scales, zero points and shift bits included."""
+        """Returns the stored bits per value of a [rows, cols] weight; scales, zero points and shift bits included."""
         return self.codes.format.bits + sum(_scale_bits(stage, rows, cols) for stage in self.stages)
 
     def describe(self) -> str:
-        """Short text for tables: `fp4_e2m1 group 16, e4m3 over f32`."""
+        """Returns short text for tables: `fp4_e2m1 group 16, e4m3 over f32`."""
         if self.then is not None:
             return f"{replace(self, then=None).describe()}, then {self.then.describe()} ({self.stored} stored)"
         if self.scale is None:
@@ -337,7 +337,7 @@ def _where(granularity: Granularity) -> str:
 
 
 def _scale_bits(spec: TensorSpec, rows: int, cols: int) -> float:
-    """Bits per value that are not the code's own."""
+    """Returns the bits per value that are not the code's own."""
     if spec.scale is None:
         return 0.0
     count: float = 1
@@ -357,7 +357,7 @@ def _scale_bits(spec: TensorSpec, rows: int, cols: int) -> float:
 
 
 def granularity_to_yaml(granularity: Granularity) -> str | dict[str, Any]:
-    """The YAML form of a granularity: `tensor`, `token`, `{channel: 0}`, `{group: 16}`, `{tile: [128, 128]}`."""
+    """Returns the YAML of a granularity: `tensor`, `token`, `{channel: 0}`, `{group: 16}`, `{tile: [128, 128]}`."""
     match granularity:
         case PerTensor():
             return "tensor"
@@ -382,7 +382,7 @@ def scale_to_yaml(scale: ScaleSpec) -> dict[str, Any]:
 
 
 def spec_to_yaml(spec: TensorSpec) -> dict[str, Any]:
-    """The native `cfg` that resolves to `spec` again; defaults are left out."""
+    """Returns the native `cfg` that resolves to `spec` again; defaults are left out."""
     if spec.scale is None:
         return {"element": spec.element}
     out: dict[str, Any] = {"element": spec.element, "granularity": granularity_to_yaml(spec.granularity)}

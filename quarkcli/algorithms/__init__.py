@@ -1,4 +1,4 @@
-"""Algorithms: what chooses better weights, scales or codes. One member per file; the file name is the name.
+"""Algorithms: they choose better weights, scales or codes. One member per file; the file name is the name.
 
 A member is a module with `ALGORITHM`, a class that follows `base.Algorithm`. The job reads what it declares and never
 asks for a name.
@@ -23,14 +23,16 @@ _NOT_MEMBERS = {"base", "tensors"}
 
 
 def names() -> list[str]:
-    """Registered names in their dash form."""
+    """Returns the registered names in their dash form."""
     return sorted(m.name.replace("_", "-") for m in pkgutil.iter_modules(__path__) if m.name not in _NOT_MEMBERS)
 
 
 def create(name: str, parameters: dict[str, Any], where: str = FLAG) -> Algorithm:
-    """An algorithm with its parameters. UsageError for an unknown name, ConfigError for a bad parameter.
+    """Returns an algorithm with its parameters.
 
     where   the flag, or the recipe file, in which an unknown name is a ConfigError too
+
+    Raises UsageError for an unknown name, ConfigError for a bad parameter.
     """
     dashed = name.replace("_", "-")
     if dashed not in names():
@@ -55,7 +57,7 @@ def create(name: str, parameters: dict[str, Any], where: str = FLAG) -> Algorith
 
 
 def created(steps: Sequence[tuple[str, dict[str, Any]]], where: str = FLAG) -> list[Algorithm]:
-    """The steps of a recipe in order, whatever the model: `slots` are left aside.
+    """Returns the steps of a recipe in order, whatever the model: `slots` are left aside.
 
     The default solver comes last when none is named for all weights. Raises as `create`, and ConfigError for two
     solvers that both take all weights.
@@ -72,7 +74,7 @@ def created(steps: Sequence[tuple[str, dict[str, Any]]], where: str = FLAG) -> l
 
 
 def pipeline(plan: Plan, where: str | Sequence[str] = FLAG) -> list[Assignment]:
-    """The algorithms of a plan in order, each with its weights; the default solver takes those that are left.
+    """Returns the algorithms of a plan in order, each with its weights; the default solver takes those that are left.
 
     where   as in `create`, one for all or one for each
     Raises as `create`, and ConfigError for a weight with two solvers.

@@ -1,4 +1,4 @@
-"""The contracts of algorithms: transforms, solvers, refiners, tuners. What they declare is torch-free.
+"""The contracts of algorithms: transforms, solvers, refiners, tuners. Their declarations are torch-free.
 
 The worker groups the weights and hands each solver one `Problem` after the other; a solver knows nothing of files,
 dialects or lists of experts. The order in a part: transforms before, observe, transforms after, shared amax and static
@@ -41,7 +41,7 @@ class Moment(NamedTuple):
     gram_val: Tensor | None = None
 
     def scaled(self, factor: Tensor) -> Moment:
-        """The moments of the activation times `factor`, float32 [in]."""
+        """Returns the moments of the activation times `factor`, float32 [in]."""
         both = factor[:, None] * factor
         cross = self.cross * both if self.cross is not None else None
         return Moment(self.gram * both, self.tokens, cross, self.gram_val * both if self.gram_val is not None else None)
@@ -72,7 +72,7 @@ class Problem:
 
     @property
     def name(self) -> str:
-        """The first weight's name, for messages."""
+        """Returns the first weight's name, for messages."""
         return self.targets[0].name
 
     @property
@@ -81,7 +81,7 @@ class Problem:
 
 
 class Algorithm:
-    """What every member's class offers; what it does not say is as here.
+    """An algorithm. Every member's class declares these; what it leaves out has the values here.
 
     name         the file's name, in its dash form
     parameters   what a recipe may set, with their defaults
@@ -108,7 +108,7 @@ class Algorithm:
 
 
 class Solver(Algorithm):
-    """Chooses the codes and scales of weights."""
+    """A solver chooses the codes and scales of weights."""
 
     kind = "solver"
 
@@ -118,7 +118,7 @@ class Solver(Algorithm):
 
 
 class Refiner(Algorithm):
-    """Betters what any solver chose."""
+    """A refiner improves the codes and scales that any solver chose."""
 
     kind = "refiner"
 
@@ -128,7 +128,7 @@ class Refiner(Algorithm):
 
 
 class Tuner(Algorithm):
-    """Betters the codes and scales of one block together, by what the block returns.
+    """A tuner improves the codes and scales of one block together, by the output of the block.
 
     Its needs name at least one activation of every block that it works on, by the kind `outputs`.
     """
@@ -144,7 +144,7 @@ class Tuner(Algorithm):
 
 
 class Transform(Algorithm):
-    """Rewrites weights without changing what the model computes.
+    """A transform rewrites weights without changing the function that the model computes.
 
     `before` and `after` change the tensors of one part through `PartTensors`; `changes` has declared them. Statistics
     follow what `after` changed: exactly where channels were scaled and a second moment is all that is needed, else
@@ -162,7 +162,7 @@ class Transform(Algorithm):
         return {}
 
     def prepare(self, plan: Plan, seed: int, prepass: Mapping[int, Statistics]) -> Any:
-        """Returns what is decided for the whole model: small, as JSON, kept in the journal. `prepass` is by part."""
+        """Returns its decisions for the whole model: small, as JSON, kept in the journal. `prepass` is by part."""
         return None
 
     def before(self, part: PartTensors, state: Any) -> None:
@@ -176,7 +176,7 @@ class Transform(Algorithm):
 
 @dataclass(frozen=True)
 class Assignment:
-    """An algorithm with the weights that it works on; None: all of the plan's.
+    """An algorithm with the weights that it works on. None means all weights of the plan.
 
     key   its name, with a number where a recipe lists it more than once
     """

@@ -1,4 +1,4 @@
-"""GPTQ (arXiv 2210.17323): round column by column and let the columns not yet rounded make up for the error.
+"""GPTQ (arXiv 2210.17323): rounds column by column and lets the columns not yet rounded make up for the error.
 
 Scales are fixed beforehand from the source weights (static groups), so the stored layout does not change; with
 `act_order` the columns with the largest activations are rounded first. `scale_search` shrinks each group's amax by the
@@ -33,7 +33,10 @@ FAINT = 1e-6
 
 
 class GPTQ(Solver):
-    """damp: ridge as a share of the mean diagonal; act_order: largest activations first; scale_search: see above."""
+    """The GPTQ solver.
+
+    damp: ridge as a share of the mean diagonal; act_order: largest activations first; scale_search: see above.
+    """
 
     name = "gptq"
     parameters: ClassVar[Mapping[str, Any]] = {"damp": 0.01, "act_order": True, "scale_search": True}
@@ -70,7 +73,7 @@ class GPTQ(Solver):
         return solve_together(problem, factor, column_importance(gram) if self.scale_search else None)
 
     def _factor(self, gram: Tensor) -> Factor | None:
-        """The factor of a second moment; problems that differ in their spec alone come one after the other."""
+        """Returns the factor of a second moment. Problems that differ in their spec alone come one after the other."""
         from quarkcli.numerics.solve import factorize
 
         if self._last is None or self._last[0] is not gram:
@@ -79,7 +82,7 @@ class GPTQ(Solver):
 
 
 def solve_together(problem: Problem, factor: Factor, importance: Tensor | None) -> list[Quantized]:
-    """Codes of all weights of a problem in one column loop: rows are independent."""
+    """Returns the codes of all weights of a problem, found in one column loop: rows are independent."""
     import torch
 
     from quarkcli.numerics.quantize import Quantized, grid
@@ -96,7 +99,10 @@ def solve_together(problem: Problem, factor: Factor, importance: Tensor | None) 
 
 
 def column_importance(gram: Tensor) -> Tensor:
-    """Weight of each column's squared error, float32 [in]: its mean square activation, the median where it is faint."""
+    """Returns the weight of each column's squared error, float32 [in].
+
+    It is the column's mean square activation, or the median where that is faint.
+    """
     import torch
 
     from quarkcli.numerics.solve import dead_inputs
@@ -107,7 +113,7 @@ def column_importance(gram: Tensor) -> Tensor:
 
 
 def searched_qparams(weight: Tensor, spec: TensorSpec, amax: Tensor | None, importance: Tensor | None) -> QParams:
-    """Scales of `weight` [out, in], each group's range shrunk to the least weighted error.
+    """Returns the scales of `weight` [out, in], each group's range shrunk to the least weighted error.
 
     amax        amax that the whole scale group shares, see `make_qparams`
     importance  weight of each column's squared error, float32 [in]; None: no search
@@ -146,7 +152,7 @@ def _searchable(spec: TensorSpec) -> bool:
 
 
 def _where(better: Tensor, new: Tensor | None, old: Tensor | None) -> Tensor | None:
-    """Chosen scales or zero points; float8 is chosen by its bits, torch has no `where` for it."""
+    """Returns the chosen scales or zero points. Float8 is chosen by its bits: torch has no `where` for it."""
     import torch
 
     if new is None or old is None:

@@ -48,7 +48,7 @@ class PartTensors:
 
     @property
     def pairs(self) -> list[Pair]:
-        """Channels that can be scaled; empty outside the blocks and where the family file names none."""
+        """Returns the channels that can be scaled; none outside the blocks and where the family file names none."""
         if self.part.block is None:
             return []
         vectors = {name for name, tensor in self._tensors.items() if tensor.ndim == 1}
@@ -57,15 +57,15 @@ class PartTensors:
 
     @property
     def residual(self) -> Residual | None:
-        """What reads and writes the residual stream, where the family file says that it can be rotated."""
+        """Returns the readers and writers of the residual stream, where the family file says that it can be rotated."""
         return self._plan.rewrites.residual(self.part.name, self.targets) if self.part.block is not None else None
 
     def read(self, name: str) -> Tensor:
-        """A tensor as it is now, in float32; not to be written to."""
+        """Returns a tensor as it is now, in float32; not to be written to."""
         return self._changing[name] if name in self._changing else self._tensors[name].float()
 
     def columns(self, module: str) -> Tensor:
-        """The weight [out, in] of a module as it is now, in float32; not to be written to."""
+        """Returns the weight [out, in] of a module as it is now, in float32; not to be written to."""
         view = self.targets[module].view
         found: Tensor = view.of(self.read(view.tensor))
         return found
@@ -73,12 +73,12 @@ class PartTensors:
     # -- what changes ---------------------------------------------------------------------------------------------
 
     def weight(self, module: str) -> Tensor:
-        """The weight [out, in] of a module, float32, to be changed in place."""
+        """Returns the weight [out, in] of a module, float32, to be changed in place."""
         self.changed_otherwise = True
         return self._weight(module)
 
     def vector(self, name: str) -> Tensor:
-        """A norm, bias or any other tensor of the part by its name, float32, to be changed in place."""
+        """Returns a norm, bias or any other tensor of the part by its name, float32, to be changed in place."""
         self.changed_otherwise = True
         return self._vector(name)
 
@@ -101,7 +101,7 @@ class PartTensors:
             weight.mul_(self.spread(scale, weight.shape[1]))
 
     def scale_output(self, source: str, scale: Tensor) -> None:
-        """Multiplies what a linear or norm writes by `scale`, float32 [channels]: rows, biases, norms with offsets."""
+        """Multiplies the output of a linear or norm by `scale`, float32 [channels]: rows, biases, norms with offset."""
         self.changed_otherwise = True
         self._scale_output(source, scale)
 
@@ -117,7 +117,7 @@ class PartTensors:
             self._vector(f"{source}.bias").mul_(scale)
 
     def scale(self, pair: Pair, scale: Tensor) -> None:
-        """Multiplies what the source of a pair writes by `scale` and divides its readers: the function stays."""
+        """Multiplies the output of a pair's source by `scale` and divides its readers: the function stays."""
         self._scale_output(pair.source, scale)
         self._scale_input(pair.readers, scale.reciprocal())
         self.scaled_outputs = self.scaled_outputs or not pair.norm
@@ -162,7 +162,7 @@ class PartTensors:
         return changed
 
     def spread(self, scale: Tensor, width: int) -> Tensor:
-        """Scales of value channels [key heads x head size], repeated for every query head that reads the same ones."""
+        """Returns scales of value channels [key heads x head size], repeated for query heads that read the same."""
         if len(scale) == width:
             return scale
         head = next((a.head_dim for a in self._plan.attention.values() if a.part == self.part.index), None)
@@ -186,7 +186,7 @@ class PartTensors:
         return self._changing[name]
 
     def _bias(self, target: Target) -> str | None:
-        """The tensor that holds a module's bias, alone or with those of all experts."""
+        """Returns the tensor that holds a module's bias, alone or with those of all experts."""
         if target.bias is not None:
             return target.bias
         fused = expert_bias(target)

@@ -30,7 +30,9 @@ class NoSuchEntry(ConfigError, KeyError):
 
 
 def normalize_quant_cfg_list(quant_cfg: Any) -> list[dict[str, Any]]:
-    """The ordered list of any shape a `quant_cfg` may have: entries, flat dicts, single-key dicts, class scopes.
+    """Returns the ordered list of any shape a `quant_cfg` may have.
+
+    The shapes are entries, flat dicts, single-key dicts and class scopes.
 
     Every entry of the result has `quantizer_path`, `cfg` (only what was written, or None) and `enable`, and
     `parent_class` where there is one. Warns once (DeprecationWarning) of legacy shapes. Raises ConfigError with
@@ -48,7 +50,7 @@ def normalize_quant_cfg_list(quant_cfg: Any) -> list[dict[str, Any]]:
 
 
 def find_quant_cfg_entry_by_path(quant_cfg_list: Sequence[Mapping[str, Any]], quantizer_path: str) -> Mapping[str, Any]:
-    """The last entry whose path is exactly `quantizer_path`; it is the member itself, not a copy.
+    """Returns the last entry whose path is exactly `quantizer_path`; it is the member itself, not a copy.
 
     Patterns are compared as text and match nothing. Raises NoSuchEntry, a ConfigError and a KeyError.
     """
@@ -62,7 +64,7 @@ def find_quant_cfg_entry_by_path(quant_cfg_list: Sequence[Mapping[str, Any]], qu
 
 
 def update_quant_cfg_with_kv_cache_quant(quant_cfg: Any, kv_cache_quant_cfg: Any) -> Any:
-    """`quant_cfg` with the entries of the KV cache behind its own. Neither argument is changed.
+    """Returns `quant_cfg` with the entries of the KV cache behind its own. Neither argument is changed.
 
     Either may be a whole config (`{"quant_cfg": ..., "algorithm": ...}`) or only its list. A whole `quant_cfg` gives a
     whole config, in which the algorithm is `max` where there was none, as in ModelOpt; a list gives a list.
@@ -92,7 +94,7 @@ def need_calibration(plan: Plan) -> bool:
 
 
 def estimate_quant_compression(plan: Plan) -> float:
-    """Bits stored per quantized weight, scales and zero points included, as a share of 16 bits.
+    """Returns the bits stored per quantized weight, scales and zero points included, as a share of 16 bits.
 
     nvfp4 gives a little more than 4.5 / 16. Weights that stay as they are do not count, nor do caches; 1.0 when no
     weight is quantized. (ModelOpt's function of this name takes the smallest number format of a config alone.)

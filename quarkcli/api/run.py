@@ -1,4 +1,4 @@
-"""Plans and runs from Python: what the command line does, without a screen.
+"""Plans and runs from Python: they do as the command line, without a screen.
 
     import quarkcli
     report = quarkcli.quantize("demo", "mxfp4", output="out")
@@ -45,7 +45,7 @@ def quantize(
     listener: Listener = silent,
     **options: Any,
 ) -> dict[str, Any]:
-    """Quantize a model and return the report (`quark/report/1`).
+    """Quantizes a model and returns the report (`quark/report/1`).
 
     model     directory, hub id, or "demo" for the embedded model; or a plan of `make_plan`, with the options given
               there and what was edited since; `options` given here win
@@ -74,7 +74,7 @@ def make_plan(
     config: Config | None = None,
     **options: Any,
 ) -> Plan:
-    """What `quantize` would do with the same arguments; reads config and headers only.
+    """Returns the plan that `quantize` would follow with the same arguments; reads config and headers only.
 
     The functions named after ModelOpt's (`set_quantizer_by_cfg`, `disable_quantizer` ...) change it, and `quantize`
     takes it.
@@ -86,12 +86,12 @@ def make_plan(
 
 
 def load_recipe(name_or_path: str | PathLike[str]) -> Recipe:
-    """A recipe by registered name or file. Raises ConfigError with file, line and column."""
+    """Returns a recipe by registered name or file. Raises ConfigError with file, line and column."""
     return recipes.from_file(catalog.find_recipe(str(name_or_path)))
 
 
 def register_scheme(name: str, scheme: Mapping[str, Any]) -> None:
-    """Make a scheme known to everything that takes a scheme's name, until the process ends.
+    """Makes a scheme known to everything that takes a scheme's name, until the process ends.
 
     name    letters, digits, `_`, `-` and `.`; `_` and `-` are the same
     scheme  what a scheme's file says: `{"weight": cfg, "input": cfg}`, and if you like `output`, `bias`, `summary`,
@@ -114,7 +114,7 @@ def register_scheme(name: str, scheme: Mapping[str, Any]) -> None:
 
 
 def unregister_scheme(name: str) -> None:
-    """Forget a scheme that `register_scheme` made known. Raises UsageError for any other; built-in ones stay."""
+    """Forgets a scheme that `register_scheme` made known. Raises UsageError for any other; built-in ones stay."""
     catalog.unregister(name)
 
 
@@ -143,7 +143,7 @@ def _options(
 
 
 def _of_plan(plan: Plan, output: str | PathLike[str] | None, options: dict[str, Any]) -> Options:
-    """What the plan was made from, with the entries that edits have added."""
+    """Returns the options the plan was made from, with the entries that edits have added."""
     basis = plan.basis
     if basis is None or not isinstance(basis.asked, Options):
         raise UsageError("this plan was not made by quarkcli.make_plan", hint="give the model instead")

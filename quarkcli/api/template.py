@@ -44,7 +44,7 @@ AlgoConfig = Mapping[str, Any]
 
 
 class LLMTemplate:
-    """Which layers of a model are what.
+    """The roles of a model's layers: attention, gate and up, exclusions.
 
     model_type           name it is registered under
     kv_layers_name       patterns of the projections whose outputs the KV cache keeps
@@ -101,21 +101,21 @@ class LLMTemplate:
 
     @classmethod
     def list_available(cls) -> list[str]:
-        """Names of all model families, and of the templates registered beside them."""
+        """Returns the names of all model families, and of the templates registered beside them."""
         known = [card.name for card in family.cards()]
         taken = {catalog.same(name) for name in known}
         return [*known, *(t.model_type for name, t in cls._registered.items() if name not in taken)]
 
     @classmethod
     def register_template(cls, template: LLMTemplate) -> None:
-        """Make a template known until the process ends. Warns when one of its name is known already."""
+        """Makes a template known until the process ends. Warns when one of its name is known already."""
         if catalog.same(template.model_type) in cls._registered or _card(template.model_type) is not None:
             warnings.warn(f"template '{template.model_type}' is known already and is overwritten", stacklevel=2)
         cls._registered[catalog.same(template.model_type)] = template
 
     @classmethod
     def get(cls, model_type: str) -> LLMTemplate:
-        """The template registered under a name, else that of the family with this name or `model_type`.
+        """Returns the template registered under a name, else that of the family with this name or `model_type`.
 
         Raises ConfigError for an unknown one.
         """
@@ -133,7 +133,7 @@ class LLMTemplate:
 
     @classmethod
     def register_scheme(cls, scheme_name: str, config: Mapping[str, Any]) -> None:
-        """Make a scheme known everywhere, as `quarkcli.register_scheme`.
+        """Makes a scheme known everywhere, as `quarkcli.register_scheme`.
 
         config   `weight`, `input_tensors`, `output_tensors`, `bias` with Quark's SPECs, or a scheme in our words
         """
@@ -144,12 +144,12 @@ class LLMTemplate:
 
     @classmethod
     def unregister_scheme(cls, scheme_name: str) -> None:
-        """Forget a registered scheme. Raises UsageError for any other."""
+        """Forgets a registered scheme. Raises UsageError for any other."""
         run.unregister_scheme(scheme_name)
 
     @classmethod
     def get_supported_schemes(cls) -> list[str]:
-        """Names of all schemes, aliases included."""
+        """Returns the names of all schemes, aliases included."""
         return sorted(catalog.names("schemes"))
 
     # -- the config ------------------------------------------------------------------------------------------------
@@ -167,7 +167,7 @@ class LLMTemplate:
         algo_configs: Mapping[str, AlgoConfig] | None = None,
         shared_scale_groups: Sequence[Sequence[str]] | None = None,
     ) -> dict[str, Any]:
-        """A recipe for `quarkcli.quantize(model, config=...)` and `make_plan`.
+        """Returns a recipe for `quarkcli.quantize(model, config=...)` and `make_plan`.
 
         scheme               of all linears
         algorithm            one or several names, in the order in which they run
@@ -228,7 +228,7 @@ class LLMTemplate:
         return [row for entry in entries for row in self._attention_row(entry)]
 
     def _attention_row(self, entry: Entry) -> list[Row]:
-        """`entry` for the attention modules whose projections the template names."""
+        """Returns `entry` for the attention modules whose projections the template names."""
         kind = entry.quantizer_path.removesuffix("_bmm_quantizer")[-1]
         if kind in _CACHE:
             patterns, field = self.kv_layers_name, "kv_layers_name"
@@ -244,7 +244,7 @@ class LLMTemplate:
         return [_row(replace(entry, quantizer_path=slot), required=True) for slot in slots]
 
     def _steps(self, names: str | Sequence[str], given: Mapping[str, AlgoConfig]) -> list[Row]:
-        """`algorithm` of a recipe. Raises ConfigError for what no algorithm here knows."""
+        """Returns `algorithm` of a recipe. Raises ConfigError for an algorithm or a parameter that is unknown here."""
         known = {_known_algorithm(name): config for name, config in given.items()}
         rows = []
         for name in [names] if isinstance(names, str) else names:
@@ -260,7 +260,7 @@ class LLMTemplate:
         return rows
 
     def _share(self, groups: Sequence[Sequence[str]] | None) -> dict[str, Any]:
-        """What a recipe has to say of scale groups: nothing of those that the family has anyway. Raises ConfigError."""
+        """Returns `share` of a recipe: nothing for scale groups that the family has anyway. Raises ConfigError."""
         if groups is None:
             return {}
         if not is_groups(groups):
@@ -277,7 +277,7 @@ class LLMTemplate:
 
 
 def _card(model_type: str) -> family.Card | None:
-    """The family of this name, else the one for this `model_type`."""
+    """Returns the family of this name, else the one for this `model_type`."""
     cards = family.cards()
     wanted = catalog.same(model_type)
     named = (card for card in cards if catalog.same(card.name) == wanted)
@@ -313,7 +313,7 @@ def _legacy(given: Mapping[str, AlgoConfig | None]) -> dict[str, AlgoConfig | No
 
 
 def _known_algorithm(name: str) -> str:
-    """Our name of an algorithm of ours or of Quark's. Raises ConfigError for any other."""
+    """Returns our name of an algorithm of ours or of Quark's. Raises ConfigError for any other."""
     if name.replace("_", "-").lower() in algorithms.names():
         return catalog.same(name)
     read = steps.from_quark({"name": name}, (name,))
@@ -323,7 +323,7 @@ def _known_algorithm(name: str) -> str:
 
 
 def _from_quark(method: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameters in Quark's words -> ours; what has no meaning here is warned about."""
+    """Returns parameters in our words from those in Quark's. Warns of one that has no meaning here."""
     read = steps.from_quark({"name": method, **parameters}, (method,))
     if read.problems:
         raise refusal(read.problems, path_text)
@@ -337,7 +337,7 @@ def _from_quark(method: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _scheme_rows(scheme: str, module: str, parent: str | None) -> list[Row]:
-    """The entries of a scheme; as one of them must match, the one for weights does."""
+    """Returns the entries of a scheme; as one of them must match, the one for weights does."""
     made = scheme_entries(scheme, module, Origin(f"scheme {scheme}"), user=True)
     return [_row(replace(entry, parent_class=parent), required=entry is made[0]) for entry in made]
 
@@ -352,17 +352,17 @@ def _row(entry: Entry, *, required: bool) -> Row:
 
 
 def _leaf(pattern: str) -> str:
-    """What is behind the last dot or star: `*language_model.*k_proj` -> `k_proj`."""
+    """Returns the part behind the last dot or star: `*language_model.*k_proj` -> `k_proj`."""
     return pattern.replace("*", ".").rpartition(".")[2]
 
 
 def _caches(pattern: str) -> tuple[str, ...]:
-    """The halves of the cache that a projection fills; fused ones fill both."""
+    """Returns the halves of the cache that a projection fills; fused ones fill both."""
     return _PROJECTIONS.get(_leaf(pattern), _CACHE)
 
 
 def _attention_slot(pattern: str, kind: str) -> str:
-    """`model.*.self_attn.k_proj` -> `model.*.self_attn.k_bmm_quantizer`."""
+    """Returns the slot of a projection: `model.*.self_attn.k_proj` -> `model.*.self_attn.k_bmm_quantizer`."""
     return f"{pattern.removesuffix(_leaf(pattern))}{kind}_bmm_quantizer"
 
 

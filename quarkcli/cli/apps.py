@@ -1,4 +1,4 @@
-"""How every Typer app of ours is made: plain text, no boxes, no pretty tracebacks, help when nothing is asked."""
+"""Makes every Typer app of ours: plain text, no boxes, no pretty tracebacks, help when nothing is asked."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
 def new(text: str, epilog: str, *, completion: bool = False) -> typer.Typer:
-    """A group of commands."""
+    """Returns a group of commands."""
     return typer.Typer(
         help=text,
         epilog=epilog,
@@ -21,5 +21,5 @@ def new(text: str, epilog: str, *, completion: bool = False) -> typer.Typer:
 
 
 def examples(*lines: str) -> str:
-    """The end of a command's help. The first line keeps the rest from being wrapped."""
+    """Returns the end of a command's help. The first line keeps the rest from being wrapped."""
     return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)

@@ -85,7 +85,7 @@ def _devices() -> list[dict[str, Any]]:
 
 
 def _memory() -> dict[str, int | None]:
-    """Bytes of RAM; `available` as Linux estimates it, None elsewhere."""
+    """Returns bytes of RAM; `available` as Linux estimates it, None elsewhere."""
     try:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError):

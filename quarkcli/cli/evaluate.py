@@ -21,7 +21,7 @@ Window = Annotated[
 
 
 def percent(text: str) -> float:
-    """`3%` as 0.03."""
+    """Returns `3%` as 0.03."""
     try:
         number = float(text.removesuffix("%"))
     except ValueError:

@@ -1,4 +1,4 @@
-"""What can be said of schemes and recipes without a model: bits, data, who loads it. Torch-free."""
+"""Facts of schemes and recipes without a model: bits, need of data, loaders. Torch-free."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _NAMES = {"vllm": "vLLM", "transformers": "transformers"}
 
 
 def scheme(kind: catalog.Kind, name: str, path: Path) -> dict[str, Any]:
-    """Facts of a weight, KV cache or attention scheme. Raises ConfigError when its file is wrong.
+    """Returns the facts of a weight, KV cache or attention scheme. Raises ConfigError when its file is wrong.
 
     bits      per value of a large weight, scales included; of the first of the slots for the others
     slots     slot kind -> its spec in native words
@@ -50,7 +50,7 @@ def scheme(kind: catalog.Kind, name: str, path: Path) -> dict[str, Any]:
 
 
 def _read(kind: catalog.Kind, path: Path) -> tuple[Any, dict[str, TensorSpec]]:
-    """(what a scheme's file says, its spec by slot). Raises ConfigError when it is wrong."""
+    """Returns the contents of a scheme's file, and its spec by slot. Raises ConfigError when it is wrong."""
     forms: dict[catalog.Kind, Any] = {
         "schemes": schema.SchemeModel,
         "kv_cache": schema.CacheModel,
@@ -62,17 +62,17 @@ def _read(kind: catalog.Kind, path: Path) -> tuple[Any, dict[str, TensorSpec]]:
 
 
 def _waits(specs: dict[str, TensorSpec]) -> bool:
-    """Whether a scale waits for data."""
+    """True when a scale waits for data."""
     return any(spec.needs_amax for slot, spec in specs.items() if slot not in _STORED)
 
 
 def loaders(row: dict[str, Any]) -> list[str]:
-    """What loads a listed scheme in any dialect, for people."""
+    """Returns the loaders of a listed scheme in any dialect, for people."""
     return _shown({name for by in row["dialects"].values() for name in by})
 
 
 def held(row: dict[str, Any]) -> list[str]:
-    """A line per dialect that holds a listed scheme, with what loads it from there, for people."""
+    """Returns a line per dialect that holds a listed scheme, with its loaders there, for people."""
     lines = []
     for name, by in row["dialects"].items():
         places = _shown(by) if _SERVER in by else [*_shown(by), "no server"]
@@ -85,7 +85,7 @@ def _shown(found: Collection[str]) -> list[str]:
 
 
 def recipe(found: Recipe) -> dict[str, Any]:
-    """Facts of a recipe. `needs_data` is false when some model might still need none."""
+    """Returns the facts of a recipe. `needs_data` is false when some model might still need none."""
     weights = _specs(found, "weight")
     cache = _specs(found, "bmm_quantizer")
     read = [*_specs(found, "input"), *cache]
@@ -107,13 +107,13 @@ def recipe(found: Recipe) -> dict[str, Any]:
 
 
 def _hardware(weights: list[TensorSpec], inputs: list[TensorSpec]) -> str:
-    """Where the first weights and inputs run, as the scheme of the same formats says; empty when there is none."""
+    """Returns the hardware for the first weights and inputs, as the scheme of the same formats says; empty for none."""
     return _machines().get((_coded(weights), _coded(inputs)), "") if weights else ""
 
 
 @cache_
 def _machines() -> dict[tuple[Any, Any], str]:
-    """(weight, input) formats -> hardware, from every scheme file; the first of those alike."""
+    """Returns (weight, input) formats -> hardware, from every scheme file; the first of those alike."""
     found: dict[tuple[Any, Any], str] = {}
     for path in catalog.files("schemes").values():
         try:
@@ -126,7 +126,7 @@ def _machines() -> dict[tuple[Any, Any], str]:
 
 
 def _coded(specs: list[TensorSpec]) -> tuple[Any, ...] | None:
-    """What decides whether a kernel exists: number format, scale format, how many values share a scale."""
+    """Returns the facts that a kernel depends on: number format, scale format, how many values share a scale."""
     if not specs:
         return None
     spec = specs[0].codes
@@ -134,30 +134,30 @@ def _coded(specs: list[TensorSpec]) -> tuple[Any, ...] | None:
 
 
 def _find(kind: catalog.Kind, name: str) -> dict[str, TensorSpec]:
-    """The specs of a cache or attention scheme, by slot."""
+    """Returns the specs of a cache or attention scheme, by slot."""
     return _read(kind, catalog.find(kind, name))[1]
 
 
 def _specs(found: Recipe, kind: str) -> list[TensorSpec]:
-    """Specs that the recipe's entries give to slots of this kind."""
+    """Returns the specs that the recipe's entries give to slots of this kind."""
     entries = [entry for entry in found.entries if entry.enable and entry.cfg is not None]
     mine = [entry for entry in entries if kind in entry.quantizer_path or entry.quantizer_path.endswith("*")]
     return [to_spec(entry.cfg, weight=kind in _STORED) for entry in mine if entry.cfg is not None]
 
 
 def _steps_need(found: Recipe, spec: TensorSpec) -> bool:
-    """Whether an algorithm of the recipe asks for statistics; asked with a plan of one weight."""
+    """True when an algorithm of the recipe asks for statistics; asked with a plan of one weight."""
     plan = _plan({"weight": spec})
     return any(step.needs(plan) for step in algorithms.created(found.algorithms))
 
 
 def _plan(specs: dict[str, TensorSpec]) -> Plan:
-    """A plan of one linear layer with these specs."""
+    """Returns a plan of one linear layer with these specs."""
     return _plan_of([_linear("linear", "linear", specs)], {})
 
 
 def _attention_plan(specs: dict[str, TensorSpec]) -> Plan:
-    """A plan of one attention with these specs; its weights are not quantized."""
+    """Returns a plan of one attention with these specs; its weights are not quantized."""
     slots = {kind: Decision(specs.get(kind), None) for kind in ATTENTION_KINDS}
     attention = Attention("attention", 0, "attention.k_proj", "attention.v_proj", slots)
     return _plan_of([_linear(f"attention.{role}_proj", role, {}) for role in "qkv"], {"attention": attention})
@@ -177,5 +177,5 @@ def _plan_of(weights: list[Target], attention: dict[str, Attention]) -> Plan:
 
 
 def yes(value: object) -> str:
-    """For tables."""
+    """Returns a truth value as a word for tables."""
     return "yes" if value else "no"

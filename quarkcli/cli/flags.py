@@ -21,7 +21,7 @@ Option = typer.Option
 
 
 def seconds(text: str) -> float:
-    """`3h50m`, `90s`, `90` as seconds."""
+    """Returns `3h50m`, `90s`, `90` as seconds."""
     found = _DURATION.fullmatch(text.strip())
     if not found or not any(found.groups()):
         raise typer.BadParameter(f"'{text}' is not a duration; write 3h50m, 90s or plain seconds")
@@ -33,7 +33,7 @@ def seconds(text: str) -> float:
 
 
 def names(kind: Any) -> Callable[[], list[str]]:
-    """Shell completion from file names."""
+    """Returns shell completion from file names."""
 
     def complete() -> list[str]:
         from quarkcli.recipe import catalog
@@ -242,18 +242,18 @@ class JobFlags:
     debug: Debug = False
 
     def options(self) -> Options:
-        """What the job takes."""
+        """Returns the options of the job."""
         from quarkcli.job.options import Options
         from quarkcli.plan.compose import Overrides
 
         return Options(**self._of(Options), overrides=Overrides(**self._of(Overrides)))
 
     def start(self) -> None:
-        """Tell the screen how this command answers."""
+        """Sets up the screen for this command."""
         output.start(json=self.json or self.log_format == "json", debug=self.debug, quiet=self.quiet)
 
     def idle(self, *, plan: bool) -> list[str]:
-        """Lines for the flags about the screen that have no effect."""
+        """Returns lines for the flags about the screen that have no effect."""
         from quarkcli.job import idle
 
         return idle.screen(
@@ -261,13 +261,13 @@ class JobFlags:
         )
 
     def _of(self, record: type[Any]) -> dict[str, Any]:
-        """The given flags that are fields of `record`."""
+        """Returns the given flags that are fields of `record`."""
         given = {name: value for name, value in vars(self).items() if value is not None}
         return {field.name: given[field.name] for field in fields(record) if field.name in given}
 
 
 def takes_job_flags(body: Callable[..., None]) -> Callable[..., None]:
-    """A Typer command with the flags of `JobFlags`, before whatever keyword parameters `body` adds."""
+    """Returns a Typer command with the flags of `JobFlags`, before whatever keyword parameters `body` adds."""
 
     def command(**values: Any) -> None:
         own = {name: values.pop(name) for name in added}

@@ -1,4 +1,4 @@
-"""`quark inspect`: what a model directory or hub id holds, from config and headers."""
+"""`quark inspect`: shows a model directory or hub id, from config and headers."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def _facts(source: Source) -> dict[str, Any]:
 
 
 def _checkpoint(source: Source) -> Checkpoint | None:
-    """The checkpoint in source form, where it is quantized in a way that is read here."""
+    """Returns the checkpoint in source form, where it is quantized in a way that is read here."""
     config = source.config.get("quantization_config")
     if not isinstance(config, dict):
         return None

@@ -1,4 +1,4 @@
-"""The `quark` command: all commands, and what happens when one does not end well."""
+"""The `quark` command: all commands, and the answer to one that does not end well."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _quark(
 
 
 def run() -> NoReturn:
-    """The entry point. After a signal nothing waits for threads that libraries left behind."""
+    """Runs the command: the entry point. After a signal nothing waits for threads that libraries left behind."""
     code = main()
     if code in CODES.values():
         os._exit(code)  # every line was flushed when it was written
@@ -66,7 +66,7 @@ def run() -> NoReturn:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line (without the program's name) and return the exit code; never raises."""
+    """Runs a command line (without the program's name) and returns the exit code; never raises."""
     arguments = [_expanded(argument) for argument in (sys.argv[1:] if argv is None else argv)]
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # looking for some costs a tenth of a short command
     output.reset(arguments)
@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _outcome(arguments: list[str]) -> int:
-    """Run a command line and say how it ended."""
+    """Runs a command line and returns its exit code."""
     try:
         with _without_warnings():
             code = app(arguments, prog_name="quark", standalone_mode=False)
@@ -101,7 +101,7 @@ def _outcome(arguments: list[str]) -> int:
 
 
 def _expanded(argument: str) -> str:
-    """`--flag=~/x` as `--flag ~/x`: the shell expands only the second."""
+    """Expands `--flag=~/x` as the shell does `--flag ~/x`."""
     name, equals, value = argument.partition("=")
     if argument.startswith("--") and equals and (value == "~" or value.startswith("~/")):
         return f"{name}={os.path.expanduser(value)}"  # noqa: PTH111 - does not raise where there is no home
@@ -110,7 +110,7 @@ def _expanded(argument: str) -> str:
 
 @contextmanager
 def _without_warnings() -> Iterator[None]:
-    """Python warnings of libraries are for their developers; ours are events. Asked for, they stay."""
+    """Silences Python warnings of libraries, which are for their developers; ours are events. Asked for, they stay."""
     with warnings.catch_warnings():
         if not sys.warnoptions and not output.session.debug:
             warnings.simplefilter("ignore")
@@ -125,14 +125,14 @@ def _fail(error: QuarkError) -> int:
 
 
 def _last_words(code: ExitCode) -> None:
-    """What is said when a signal could not be answered in order."""
+    """Prints the message for a signal that could not be answered in order."""
     if output.is_terminal("stderr"):
         output.raw("\x1b[?25h")  # a bar hides the cursor
     output.error(_stopped(code))
 
 
 def _stopped(code: ExitCode) -> QuarkError:
-    """A signal's message; only a quantization that has begun can be gone on with."""
+    """Returns a signal's message; only a quantization that has begun can be gone on with."""
     partial = output.session.partial
     resumable = partial is not None and _is_there(partial)
     hint = f"resumable: the same command goes on with what is finished in {partial}" if resumable else ""
@@ -161,14 +161,17 @@ def _unexpected(error: Exception) -> int:
 
 
 def _environment(error: OSError) -> QuarkError:
-    """What the system refused, with the place: a disk, a permission, a limit. No check of ours knew it before."""
+    """Returns the error for a refusal of the system, with the place: a disk, a permission, a limit.
+
+    No check of ours knew it before.
+    """
     where = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else ""
     what = f"the system refused an operation: {error.strerror or error}"
     return ResourceError(what, where=where, hint="check permissions and space; --debug shows where it happened")
 
 
 def _lost(code: int) -> int:
-    """The answer did not reach stdout: an error, unless a checkpoint stands."""
+    """Returns the exit code for an answer that did not reach stdout: an error, unless a checkpoint stands."""
     what = f"the answer could not be written to standard output: {output.session.lost}"
     if output.session.done is not None:
         output.raw(f"warning: {what}")

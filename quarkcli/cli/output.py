@@ -1,4 +1,4 @@
-"""Everything the commands print: data on stdout, all else on stderr. Rich is imported only for a terminal.
+"""Prints everything of the commands: data on stdout, all else on stderr. Rich is imported only for a terminal.
 
 Colour follows NO_COLOR, then FORCE_COLOR, then TERM=dumb, then whether the stream is a terminal; no meaning is carried
 by colour alone. A reader that closes the pipe ends nothing: what follows goes to the null device. An answer that could
@@ -30,7 +30,7 @@ _CODES = {"bold": "1", "red": "31", "yellow": "33"}
 
 @dataclass
 class Session:
-    """What the command under way has said about itself; the error handler reads it.
+    """The settings of the command under way; the error handler reads them.
 
     json     errors are JSON objects
     debug    tracebacks are shown
@@ -52,7 +52,7 @@ session = Session()
 
 
 def start(*, json: bool = False, debug: bool = False, quiet: bool = False) -> None:
-    """A command begins. `debug` only adds to what the environment said."""
+    """Begins a command. `debug` only adds to what the environment said."""
     session.json, session.quiet = json, quiet
     session.debug = session.debug or debug
     if json or quiet or not is_terminal("stderr"):
@@ -60,14 +60,14 @@ def start(*, json: bool = False, debug: bool = False, quiet: bool = False) -> No
 
 
 def _hush_libraries() -> None:
-    """No bars and chatter of the libraries, which are imported after this, between our lines; a user's choice stays."""
+    """Silences bars and chatter of the libraries, which are imported after this; a user's choice stays."""
     for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):
         os.environ.setdefault(name, "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
 def reset(argv: Sequence[str]) -> None:
-    """Back to the state before any command; a wrong command line answers in JSON where it asked for JSON."""
+    """Restores the state before any command; a wrong command line answers in JSON where it asked for JSON."""
     session.json = "--json" in argv
     session.debug = os.environ.get("QUARK_DEBUG", "") not in {"", "0"}
     session.quiet = False
@@ -77,7 +77,7 @@ def reset(argv: Sequence[str]) -> None:
 
 
 def _open_streams() -> None:
-    """Descriptors that were closed get the null device: a file opened later must not become stdout or stderr."""
+    """Gives closed descriptors the null device: a file opened later must not become stdout or stderr."""
     for number in range(3):
         try:
             os.fstat(number)
@@ -93,33 +93,33 @@ def _open_streams() -> None:
 
 
 def shown(text: str) -> str:
-    """`text` with what would steer a terminal written out, as JSON writes it: names come from anybody's files."""
+    """Returns `text` with what would steer a terminal written out as in JSON: names come from anybody's files."""
     return _STEERING.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def data(text: str) -> None:
-    """A line of the answer, on stdout."""
+    """Prints a line of the answer, on stdout."""
     _write("stdout", text)
 
 
 def json_data(value: Mapping[str, Any]) -> None:
-    """The answer as one JSON object, on stdout. Numbers that JSON has no word for become null."""
+    """Prints the answer as one JSON object, on stdout. Numbers that JSON has no word for become null."""
     data(json.dumps(_plain(value), indent=2, ensure_ascii=False))
 
 
 def note(text: str, lead: str = "") -> None:
-    """A line for people, on stderr; dropped with -q. `lead`: our own words in front of it, which may be painted."""
+    """Prints a line for people, on stderr; dropped with -q. `lead`: our own words before it, which may be painted."""
     if not session.quiet:
         _write("stderr", text, lead)
 
 
 def event(kind: str, fields: Mapping[str, Any]) -> None:
-    """One JSON object on one line of stderr (`--log-format json`); dropped with -q."""
+    """Prints one JSON object on one line of stderr (`--log-format json`); dropped with -q."""
     note(json.dumps({"event": kind, **_plain(fields)}, ensure_ascii=False))
 
 
 def error(problem: QuarkError) -> None:
-    """An error on stderr: what and where, then the hint on a line of its own; or as JSON."""
+    """Prints an error on stderr: what and where, then the hint on a line of its own; or as JSON."""
     if session.json:
         text = {"what": problem.what, "where": problem.where, "hint": problem.hint}
         _write("stderr", json.dumps({"schema": ERROR_SCHEMA, "code": int(problem.code), **text}, ensure_ascii=False))
@@ -131,7 +131,7 @@ def error(problem: QuarkError) -> None:
 
 
 def raw(text: str) -> None:
-    """Text for stderr whatever was asked for: tracebacks."""
+    """Prints text on stderr whatever was asked for: tracebacks."""
     _write("stderr", text)
 
 
@@ -154,7 +154,7 @@ def _write(name: Stream, text: str, lead: str = "") -> None:
 
 
 def _silence(name: Stream, stream: TextIO) -> None:
-    """Send the rest to the null device, also what the interpreter flushes at its end."""
+    """Sends the rest to the null device, also what the interpreter flushes at its end."""
     null = Path(os.devnull).open("w")  # noqa: SIM115 - stays open until the process ends
     with suppress(OSError, ValueError):  # a stream that is closed has no descriptor
         os.dup2(null.fileno(), stream.fileno())
@@ -177,24 +177,24 @@ def _plain(value: Any) -> Any:
 
 
 def is_terminal(name: Stream) -> bool:
-    """Whether the stream is a terminal that understands more than plain lines."""
+    """True when the stream is a terminal that understands more than plain lines."""
     return os.environ.get("TERM") != "dumb" and bool(getattr(sys, name).isatty())
 
 
 def has_colour(name: Stream) -> bool:
-    """Whether to colour a stream."""
+    """True when a stream is to be coloured."""
     if os.environ.get("NO_COLOR"):
         return False
     return bool(os.environ.get("FORCE_COLOR")) or is_terminal(name)
 
 
 def paint(text: str, style: str, name: Stream) -> str:
-    """`text` in a style (bold, red, yellow) where the stream has colour."""
+    """Returns `text` in a style (bold, red, yellow) where the stream has colour."""
     return f"\x1b[{_CODES[style]}m{text}\x1b[0m" if has_colour(name) else text
 
 
 def table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """A table on stdout: Rich on a terminal, else aligned text that no width cuts."""
+    """Prints a table on stdout: Rich on a terminal, else aligned text that no width cuts."""
     cells = [[shown(str(cell)) for cell in row] for row in rows]
     if is_terminal("stdout"):
         _rich_table(headers, cells)
@@ -220,12 +220,12 @@ def _rich_table(headers: Sequence[str], rows: list[list[str]]) -> None:
 
 
 def pairs(rows: Iterable[tuple[str, str]]) -> list[str]:
-    """Labelled lines: `size        3.7 MB -> 2.5 MB`; an empty label continues the one above."""
+    """Returns labelled lines: `size        3.7 MB -> 2.5 MB`; an empty label continues the one above."""
     return [f"{label:<12}{text}".rstrip() for label, text in rows]
 
 
 def size(count: float) -> str:
-    """Bytes for people, decimal units: `3.68 MB`."""
+    """Returns bytes for people, decimal units: `3.68 MB`."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"

@@ -22,7 +22,7 @@ _INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
 def fold(names: Iterable[tuple[str, Any]], everything: Iterable[str]) -> Iterator[tuple[str, int, Any]]:
-    """(name with indices folded, count, key) for (name, key) pairs, in order of first appearance.
+    """Yields (name with indices folded, count, key) for (name, key) pairs, in order of first appearance.
 
     `layers.*.mlp` stands for all of `everything` that it matches; where a row has only some of them, the first index
     is written out: `layers.{0,2-31}.mlp`.
@@ -40,7 +40,7 @@ def fold(names: Iterable[tuple[str, Any]], everything: Iterable[str]) -> Iterato
 
 
 def ranges(numbers: Iterable[int]) -> str:
-    """`0,2-31` for sorted distinct numbers."""
+    """Returns `0,2-31` for sorted distinct numbers."""
     runs: list[list[int]] = []
     for number in sorted(set(numbers)):
         if runs and number == runs[-1][1] + 1:
@@ -51,7 +51,7 @@ def ranges(numbers: Iterable[int]) -> str:
 
 
 def header(prepared: Prepared) -> list[str]:
-    """The facts above the table, one per line."""
+    """Returns the facts above the table, one per line."""
     source, recipe, size = prepared.source, prepared.recipe, prepared.forecast
     architecture = ", ".join(source.config.get("architectures") or ["unknown architecture"])
     inferred = ", roles inferred from names" if prepared.layout.inferred else ""
@@ -98,7 +98,7 @@ def _step(plan: Plan, step: Assignment) -> str:
 
 
 def show(prepared: Prepared) -> None:
-    """The whole plan on stdout, its warnings on stderr."""
+    """Prints the whole plan on stdout, its warnings on stderr."""
     plan = prepared.plan
     for line in header(prepared):
         output.data(line)
@@ -129,7 +129,7 @@ def _modules(plan: Plan) -> None:
 
 
 def _spec(target: Target, kind: str) -> TensorSpec | None:
-    """What is quantized of a target; a slot may be on without effect."""
+    """Returns the spec that a target's slot is quantized with. It may be on without effect: then None."""
     return {"weight": target.weight, "input": target.input, "output": target.output, "bias": target.bias_spec}[kind]
 
 
@@ -156,7 +156,7 @@ def _origin(plan: Plan, decision: Decision) -> str:
 
 
 def as_json(prepared: Prepared) -> dict[str, Any]:
-    """Everything a script may ask of a plan."""
+    """Returns everything a script may ask of a plan."""
     plan, source, recipe, size = prepared.plan, prepared.source, prepared.recipe, prepared.forecast
     settings = prepared.calibration
     decisions = {id(decision): decision for _, decision in plan.slots()}

@@ -1,4 +1,4 @@
-"""What a running job tells the person or the log collector at the terminal: a bar, lines, JSON lines or nothing.
+"""Shows a running job to the person or the log collector at the terminal: a bar, lines, JSON lines or nothing.
 
 Nothing is silent for longer than `SILENCE`: a thread says what is still being done.
 """
@@ -62,7 +62,7 @@ class Progress:
                 self._show(event)
 
     def _note(self, event: Event) -> None:
-        """Remember what is being done, and when something was last shown."""
+        """Remembers the current work, and the time of the last line."""
         now = time.monotonic()
         if isinstance(event, Working | Phase):
             what = event.what if isinstance(event, Working) else f"in phase {event.name}"
@@ -72,7 +72,7 @@ class Progress:
             self._spoke = now
 
     def _beat(self) -> None:
-        """Say what is still being done whenever nothing was said for `SILENCE` seconds."""
+        """Says what is still being done whenever nothing was said for `SILENCE` seconds."""
         while not self._ended.wait(SILENCE / 9):
             with self._lock:
                 now = time.monotonic()

@@ -95,7 +95,7 @@ def _plan(flags: JobFlags, check_model: bool = False) -> None:
 
 
 def _announce(prepared: Prepared, progress: Progress) -> None:
-    """The plan's header before the work."""
+    """Prints the plan's header before the work."""
     from quarkcli.cli import planview
 
     if progress.json:

@@ -37,7 +37,7 @@ def list_(json: Json = False) -> None:
 
 
 def _facts(name: str, path: Path) -> dict[str, Any]:
-    """Facts of a recipe; a file of the user's that is wrong is listed with its error."""
+    """Returns the facts of a recipe; a file of the user's that is wrong is listed with its error."""
     from quarkcli.cli import facts
     from quarkcli.recipe import recipe
 
@@ -161,7 +161,10 @@ def validate(
 
 
 def _against(path: Path, model: str, data: str | None) -> dict[str, Any]:
-    """The plan's essentials. Without data of its own the built-in text stands in, so that no network is asked."""
+    """Returns the plan's essentials.
+
+    Without data of its own the built-in text stands in, so that no network is asked.
+    """
     from quarkcli.job import run as job
     from quarkcli.job.options import Options
 

@@ -1,4 +1,4 @@
-"""`quark report`: what a finished run did."""
+"""`quark report`: shows the results of a finished run."""
 
 from __future__ import annotations
 

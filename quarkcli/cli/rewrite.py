@@ -66,7 +66,7 @@ def schema(
 
 
 def _write_new(to: Path, text: str) -> None:
-    """Write a file that is not there yet, and print its name."""
+    """Writes a file that is not there yet, and prints its name."""
     if to.exists():
         raise UsageError("exists", where=str(to), hint="choose another name")
     if not to.parent.is_dir():

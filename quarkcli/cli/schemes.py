@@ -36,7 +36,7 @@ def list_(json: Json = False) -> None:
 
 
 def _facts(kind: catalog.Kind, name: str, path: Path) -> dict[str, Any]:
-    """A file of the user's that is wrong is listed with its error."""
+    """Returns the facts of a scheme; a file of the user's that is wrong is listed with its error."""
     from quarkcli.cli import facts
 
     try:
@@ -77,7 +77,7 @@ def show(
 
 
 def _find(name: str) -> list[dict[str, Any]]:
-    """The schemes of this name for weights, cache and attention, whichever exist."""
+    """Returns the schemes of this name for weights, cache and attention, whichever exist."""
     from quarkcli.cli import facts
     from quarkcli.recipe import catalog
 

@@ -58,7 +58,7 @@ def answered(last_words: Callable[[ExitCode], None]) -> Iterator[None]:
 
 
 def _watch(heard: int, ended: threading.Event, last_words: Callable[[ExitCode], None]) -> None:
-    """Read signal numbers until the pipe closes; end the process when one was not obeyed in time."""
+    """Reads signal numbers until the pipe closes; ends the process when one was not obeyed in time."""
     with os.fdopen(heard, "rb", buffering=0) as numbers:
         while number := numbers.read(1):
             code = CODES.get(signal.Signals(number[0]))

@@ -12,13 +12,13 @@ Rows = list[tuple[str, str]]
 
 
 def lines(report: Mapping[str, Any], next_commands: list[str]) -> list[str]:
-    """The end of a run: what was done, what it cost, what was kept, what to run next."""
+    """Returns the end of a run: the work, its cost, the kept modules, the commands to run next."""
     rows = _facts(report) + _listed("kept", _kept(report)) + _listed("checked", report["checks"])
     return output.pairs(rows + _listed("warning", report["warnings"]) + _listed("next", next_commands))
 
 
 def markdown(report: Mapping[str, Any]) -> str:
-    """The whole report as Markdown."""
+    """Returns the whole report as Markdown."""
     model, dialect = report["model"], report["dialect"]
     commit = f" at commit `{model['commit']}`" if model["commit"] else ""
     rows = [
@@ -99,7 +99,7 @@ def _listed(label: str, texts: list[str]) -> Rows:
 
 
 def _labelled(rows: Rows) -> Rows:
-    """Every row with its label, for a table in which rows stand alone."""
+    """Returns every row with its label, for a table in which rows stand alone."""
     out: Rows = []
     for label, text in rows:
         out.append((label or out[-1][0], text))

@@ -1,4 +1,4 @@
-"""`quark verify`: is a written checkpoint complete and sound."""
+"""`quark verify`: checks that a written checkpoint is complete and sound."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def writer(name: str) -> Writer:
 
 
 def reader(config: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> Reader | None:
-    """Returns what reads a checkpoint with this `quantization_config`; None for one that is not quantized.
+    """Returns the reader of a checkpoint with this `quantization_config`; None for one that is not quantized.
 
     Raises ModelError unless exactly one reader takes it.
     """
@@ -76,7 +76,7 @@ def matching(config: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> li
 
 
 def choose(asked: str, plan: Plan) -> tuple[Writer, str]:
-    """Returns the dialect for a plan, and why in words.
+    """Returns the dialect for a plan, and the reason in words.
 
     `auto` goes by what loads the plan: both vLLM and transformers, else vLLM, else anything; among those alike by
     preference. Raises ConfigError with every reason when none can hold it, or when the one asked for cannot.
@@ -108,14 +108,14 @@ def choose(asked: str, plan: Plan) -> tuple[Writer, str]:
 
 
 def _reach(loaders: set[str]) -> int:
-    """Returns 2 for what both vLLM and transformers load, 1 for what vLLM does, else 0."""
+    """Returns 2 when both vLLM and transformers load it, 1 when vLLM does, else 0."""
     if "vllm" not in loaders:
         return 0
     return 2 if "transformers" in loaders else 1
 
 
 def warnings(dialect: Writer, plan: Plan) -> list[str]:
-    """Returns what a user should know before the plan is written in `dialect`: that no server loads it, if so."""
+    """Returns warnings to give before the plan is written in `dialect`, such as that no server loads it."""
     loaders = dialect.loaders(plan)
     if "vllm" in loaders:
         return []

@@ -15,7 +15,7 @@ _SCALE_DTYPES = {"e8m0": "torch.uint8", "e4m3": "torch.float8_e4m3fn"}
 
 
 def arguments(spec: TensorSpec, *, weight: bool) -> dict[str, Any]:
-    """The QuantizationArgs of a spec; keys in the library's own order."""
+    """Returns the QuantizationArgs of a spec; keys in the library's own order."""
     assert spec.scale is not None
     dynamic: bool | str = not weight and spec.scale.when == "dynamic"
     found: dict[str, Any] = {
@@ -51,7 +51,7 @@ def _strategy(spec: TensorSpec) -> str:
 def scheme_group(
     weight: TensorSpec, source: TensorSpec | None, output: TensorSpec | None, format_: str, targets: list[str]
 ) -> dict[str, Any]:
-    """One config group; `format_` is the compressor's name."""
+    """Returns one config group; `format_` is the compressor's name."""
     return {
         "targets": targets,
         "weights": arguments(weight, weight=True),
@@ -62,7 +62,10 @@ def scheme_group(
 
 
 def read_weight(module: str, given: Mapping[str, Any], scale: str) -> TensorSpec:
-    """The spec of a weight; `scale` is the safetensors dtype of its scale. Raises ModelError for one not held here."""
+    """Returns the spec of a weight; `scale` is the safetensors dtype of its scale.
+
+    Raises ModelError for a spec that the dialect does not hold.
+    """
     dtype = kinds.scale_dtype(str(given.get("type", "int")), scale)
     for kind in WEIGHTS:
         spec = kinds.weight_spec(kind, dtype, given.get("group_size"))
@@ -72,7 +75,10 @@ def read_weight(module: str, given: Mapping[str, Any], scale: str) -> TensorSpec
 
 
 def read_input(module: str, given: Mapping[str, Any] | None, what: str = "inputs") -> TensorSpec | None:
-    """The spec of an input or output, None when it is not quantized. Raises ModelError for one not held here."""
+    """Returns the spec of an input or output, None when it is not quantized.
+
+    Raises ModelError for a spec that the dialect does not hold.
+    """
     if not given:
         return None
     for spec in _inputs(given.get("group_size")):

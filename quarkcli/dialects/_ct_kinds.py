@@ -1,4 +1,4 @@
-"""What compressed-tensors 0.20 can express, and which of it vLLM 0.32 and transformers 5.23 load. Torch-free.
+"""The kinds that compressed-tensors 0.20 holds, and those that vLLM 0.32 and transformers 5.23 load. Torch-free.
 
 The library describes weights, inputs and outputs apart, so that every weight goes with every input. vLLM: read in
 `compressed_tensors/compressed_tensors.py` and `compressed_tensors_moe/`; transformers: tried.
@@ -84,7 +84,7 @@ def vllm_loads(plan: Plan) -> bool:
 
 
 def _vllm_loads(target: QuantizedTarget, *, alone: bool) -> bool:
-    """`alone`: the module is not fused with others."""
+    """True when vLLM has a class for the module. `alone`: the module is not fused with others."""
     spec, found = target.weight, kinds.kinds_of(shared.pair_of(target))
     # Half of its model classes give the embedding no quantization config or no name to find it by.
     if target.role == "embedding":

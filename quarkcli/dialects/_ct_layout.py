@@ -1,4 +1,4 @@
-"""Tensors of one module as the compressors of compressed-tensors 0.20 write them (`compressors/*`).
+"""The tensors of one module as the compressors of compressed-tensors 0.20 write them (`compressors/*`).
 
 Facts are torch-free. Along the input, integers below 8 bits and those without quantized inputs fill 32-bit words as
 one stream of bits, zero points the same along the output; fp4 and fp6 fill bytes; 8 bits stay as they are.
@@ -26,7 +26,7 @@ _MX = {4: "mxfp4-pack-quantized", 6: "mxfp6-pack-quantized", 8: "mxfp8-quantized
 
 
 def format_of(pair: Pair) -> str:
-    """The compressor's name for a pair that is held."""
+    """Returns the compressor's name for a pair that the dialect holds."""
     spec, source = pair
     assert spec.scale is not None
     if spec.format.kind == "integer":
@@ -44,14 +44,14 @@ def keeps_shape(pair: Pair) -> bool:
 
 
 def layout(target: QuantizedTarget) -> list[TensorInfo]:
-    """The tensors of a target, in the order in which they are written."""
+    """Returns the tensors of a target, in the order in which they are written."""
     return tensors_of(target.name, (target.weight, target.input), target.output, target.shape, target.dtype)
 
 
 def tensors_of(
     name: str, pair: Pair, output: TensorSpec | None, shape: tuple[int, int], model: str
 ) -> list[TensorInfo]:
-    """The tensors of a module of `shape` [out, in]; `model` is the dtype that a scale in the model's dtype has."""
+    """Returns the tensors of a module of `shape` [out, in]; `model` is the dtype of a scale in the model's dtype."""
     spec, source = pair
     format_ = format_of(pair)
     scale = _scale_shape(spec, *shape)
@@ -91,7 +91,7 @@ def _scale_shape(spec: TensorSpec, rows: int, cols: int) -> tuple[int, ...]:
 
 
 def static_suffix(side: str, spec: TensorSpec | None) -> str | None:
-    """The name of the stored scale of an `input` or `output`; global scales are stored as divisors."""
+    """Returns the name of the stored scale of an `input` or `output`; global scales are stored as divisors."""
     if spec is None or not spec.is_static:
         return None
     assert spec.scale is not None
@@ -99,7 +99,7 @@ def static_suffix(side: str, spec: TensorSpec | None) -> str | None:
 
 
 def stored_shape(spec: TensorSpec, weight: HeaderLike, scale: HeaderLike) -> tuple[int, int]:
-    """(out, in) of a stored weight, from its header and that of its scale."""
+    """Returns the (out, in) of a stored weight, from its header and that of its scale."""
     rows, cols = weight.shape
     if weight.dtype == "I32":
         # The last word of a row of groups may be part empty.
@@ -110,7 +110,7 @@ def stored_shape(spec: TensorSpec, weight: HeaderLike, scale: HeaderLike) -> tup
 
 
 def pack(codes: Tensor, format_: str, spec: TensorSpec) -> Tensor:
-    """Codes [out, in] as stored."""
+    """Returns codes [out, in] as they are stored."""
     from quarkcli.numerics.packing import pack_bits, pack_int32
 
     if format_ == _WORDS:
@@ -119,7 +119,7 @@ def pack(codes: Tensor, format_: str, spec: TensorSpec) -> Tensor:
 
 
 def unpack(stored: Tensor, format_: str, spec: TensorSpec, cols: int) -> Tensor:
-    """Inverse of `pack`."""
+    """Returns the codes of a stored weight: the inverse of `pack`."""
     from quarkcli.numerics.packing import unpack_bits, unpack_int32
 
     bits = spec.format.bits
@@ -129,14 +129,14 @@ def unpack(stored: Tensor, format_: str, spec: TensorSpec, cols: int) -> Tensor:
 
 
 def pack_zero_points(zero_points: Tensor, bits: int) -> Tensor:
-    """uint8 zero points [out, groups] -> int32 [ceil(out * bits / 32), groups]."""
+    """Packs uint8 zero points [out, groups] into int32 [ceil(out * bits / 32), groups]."""
     from quarkcli.numerics.packing import pack_int32
 
     return pack_int32(zero_points.T.contiguous(), bits).T.contiguous()
 
 
 def unpack_zero_points(stored: Tensor, bits: int, rows: int) -> Tensor:
-    """Inverse of `pack_zero_points`."""
+    """Returns the zero points of a stored tensor: the inverse of `pack_zero_points`."""
     from quarkcli.numerics.packing import unpack_int32
 
     return unpack_int32(stored.T.contiguous(), bits, rows, signed=False).T.contiguous()

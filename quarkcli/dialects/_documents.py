@@ -1,4 +1,4 @@
-"""Shapes of the `quantization_config` of each dialect, as far as its reader looks."""
+"""The shapes of each dialect's `quantization_config`, as far as its reader looks."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Group(Shape):
 
 
 class CompressedTensorsConfig(Shape):
-    """What compressed-tensors writes."""
+    """The `quantization_config` of compressed-tensors."""
 
     config_groups: dict[str, Group] | None = None
     ignore: list[str] | None = None
@@ -51,7 +51,7 @@ class _Layer(Shape):
 
 
 class QuarkConfig(Shape):
-    """What AMD Quark writes; the dictionaries of a spec are read key by key."""
+    """The `quantization_config` of AMD Quark; the dictionaries of a spec are read key by key."""
 
     global_quant_config: _Layer | None = None
     layer_type_quant_config: dict[str, _Layer | None] | None = None

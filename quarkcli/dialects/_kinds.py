@@ -76,7 +76,7 @@ TWO_LEVEL = frozenset(name for name, block in BLOCKS.items() if block.two_level)
 
 
 def weight_kind(spec: TensorSpec) -> str | None:
-    """The short name of a weight spec, None for one that has none."""
+    """Returns the short name of a weight spec, None for one that has none."""
     if spec.then is not None:
         first, second = weight_kind(replace(spec, then=None, stored="first")), weight_kind(spec.then)
         return f"{first}{_THEN}{second}" if first and second and spec.stored == "last" else None
@@ -98,7 +98,7 @@ def weight_kind(spec: TensorSpec) -> str | None:
 
 
 def input_kind(spec: TensorSpec | None) -> str | None:
-    """The short name of an activation spec: `none`, `fp8 static`, `fp8 tensor`, `fp8 token`, `mxfp4` ..."""
+    """Returns the short name of an activation spec: `none`, `fp8 static`, `fp8 tensor`, `fp8 token`, `mxfp4` ..."""
     if spec is None:
         return "none"
     scale = spec.scale
@@ -129,7 +129,10 @@ def _short(spec: TensorSpec) -> str:
 
 
 def _is_plain(spec: TensorSpec) -> bool:
-    """A number on one plain float scale; unsigned integers have whole zero points, and nothing else has any."""
+    """True for a number on one plain float scale.
+
+    Unsigned integers have whole zero points, and nothing else has any.
+    """
     element, scale = spec.format, spec.scale
     assert scale is not None
     number = not element.fraction and (element.kind == "integer" or element.bits == 8)
@@ -154,7 +157,7 @@ def _block_kind(spec: TensorSpec) -> str | None:
 
 
 def weight_spec(kind: str, scale_dtype: str = "f32", group: int | None = None, rule: str | None = None) -> TensorSpec:
-    """The spec that `weight_kind` calls `kind`.
+    """Returns the spec that `weight_kind` calls `kind`.
 
     scale_dtype   of plain scales; all stages of a chain
     group         size of groups where the name does not fix it
@@ -169,7 +172,7 @@ def weight_spec(kind: str, scale_dtype: str = "f32", group: int | None = None, r
 def input_spec(
     kind: str, rule: str | None = None, group: int | None = None, scale_dtype: str = "f32"
 ) -> TensorSpec | None:
-    """The spec that `input_kind` calls `kind`; the other arguments as in `weight_spec`."""
+    """Returns the spec that `input_kind` calls `kind`; the other arguments as in `weight_spec`."""
     if kind == "none":
         return None
     return _spec(kind, scale_dtype, group, rule, "static" if kind.endswith(" static") else "dynamic")
@@ -204,14 +207,14 @@ def _granularity(where: str, group: int | None) -> Granularity:
 
 
 def scale_dtype(number: str, text: str) -> str:
-    """The `ScaleSpec.dtype` of a stored plain scale; a 16-bit scale of an integer is one in the model's dtype."""
+    """Returns the `ScaleSpec.dtype` of a stored plain scale; a 16-bit scale of an integer is in the model's dtype."""
     if text == "F32":
         return "f32"
     return "model" if number.startswith(("int", "uint")) else text.lower()
 
 
 def scale_text(spec: TensorSpec, model: str) -> str:
-    """The safetensors dtype of a spec's scale; `model` is the source tensor's."""
+    """Returns the safetensors dtype of a spec's scale; `model` is the source tensor's."""
     assert spec.scale is not None
     return _SCALE_TEXTS.get(spec.scale.dtype, model)
 

@@ -1,4 +1,4 @@
-"""Names of many experts as few `re:` patterns, each checked to match exactly them and nothing else of the model."""
+"""Turns names of many experts into few `re:` patterns. Each is checked to match exactly them and nothing else."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _of_the_model() -> Iterator[None]:
 
 
 def exact_patterns(targets: Iterable[Target], universe: Iterable[str]) -> list[str]:
-    """Full names of `targets`; routed experts as patterns where a pattern matches exactly them in `universe`."""
+    """Returns the full names of `targets`; routed experts as patterns that match exactly them in `universe`."""
     dense: list[Target] = []
     routed: list[Target] = []
     for target in targets:
@@ -56,7 +56,7 @@ def exact_patterns(targets: Iterable[Target], universe: Iterable[str]) -> list[s
 
 
 def ignored(targets: Iterable[Target], universe: Iterable[str], quantized: Iterable[str]) -> list[str]:
-    """Names and patterns of unquantized `targets`, none of them matching a `quantized` name.
+    """Returns names and patterns of unquantized `targets`, none of them matching a `quantized` name.
 
     A tree beside the decoder (a vision tower, a projector) without a quantized module becomes one pattern that allows
     another prefix: transformers keeps such trees under other names in memory than the files have.
@@ -75,7 +75,7 @@ def ignored(targets: Iterable[Target], universe: Iterable[str], quantized: Itera
 
 
 def _roots(name: str) -> Iterator[str]:
-    """Parents of a module that are above every numbered list, shortest first."""
+    """Yields the parents of a module that are above every numbered list, shortest first."""
     parts = name.split(".")
     first = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts))
     for length in range(1, min(first, len(parts) - 1) + 1):
@@ -95,7 +95,7 @@ def _untouched(root: str, taken: list[str], known: dict[str, bool]) -> bool:
 
 
 def _alike(targets: list[Target]) -> dict[tuple[str, frozenset[str]], dict[str, list[Target]]]:
-    """(prefix with numbers marked, projections) -> layer prefix -> its targets."""
+    """Returns (prefix with numbers marked, projections) -> layer prefix -> its targets."""
     layers: dict[str, list[Target]] = {}
     for target in targets:
         assert target.expert is not None
@@ -108,7 +108,7 @@ def _alike(targets: list[Target]) -> dict[tuple[str, frozenset[str]], dict[str, 
 
 
 def _projection(target: Target) -> str:
-    """`gate_proj` of `<prefix>.7.gate_proj`."""
+    """Returns the projection of a target: `gate_proj` of `<prefix>.7.gate_proj`."""
     assert target.expert is not None
     prefix, index = target.expert
     return target.name.removeprefix(f"{prefix}.{index}.")
@@ -125,7 +125,7 @@ def _expert_patterns(layers: dict[str, list[Target]], universe: list[str]) -> li
 
 
 def _candidates(layers: dict[str, list[Target]]) -> Iterator[str]:
-    """Patterns from short to long: any layer, these layers, and the same from the very start of the name.
+    """Yields patterns from short to long: any layer, these layers, and the same from the very start of the name.
 
     The short ones begin at the layer list, because servers put other prefixes in front of it.
     """
@@ -140,7 +140,7 @@ def _candidates(layers: dict[str, list[Target]]) -> Iterator[str]:
 
 
 def _from_layers(prefix: str) -> str:
-    """`layers.3.mlp.experts` of `model.layers.3.mlp.experts`; the whole prefix when it has no number."""
+    """Returns `layers.3.mlp.experts` for `model.layers.3.mlp.experts`; the whole prefix when it has no number."""
     parts = prefix.split(".")
     first = next((i for i, part in enumerate(parts) if part.isdigit()), 0)
     return ".".join(parts[max(first - 1, 0) :])

@@ -1,4 +1,4 @@
-"""The `quantization_config` of the quark dialect: which layer dictionary speaks for which module. Torch-free."""
+"""The `quantization_config` of the quark dialect: its layer dictionaries and the modules they hold for. Torch-free."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SOFTMAX = "p"
 
 
 class Slots(NamedTuple):
-    """What a layer dictionary says of a module."""
+    """The specs that a layer dictionary gives a module."""
 
     weight: TensorSpec | None
     input: TensorSpec | None
@@ -44,7 +44,7 @@ def is_cast(spec: TensorSpec | None) -> bool:
 
 
 def projection(attention: Attention, kind: str) -> str:
-    """The module on whose output the scale of q, k or v is stored."""
+    """Returns the module on whose output the scale of q, k or v is stored."""
     return {"k": attention.k_proj, "v": attention.v_proj}.get(kind, f"{attention.name}.{PROJECTIONS['q']}")
 
 
@@ -52,7 +52,7 @@ def projection(attention: Attention, kind: str) -> str:
 
 
 def config_of(plan: Plan, quant_method: str) -> dict[str, Any]:
-    """The whole object; keys as in exports of AMD Quark."""
+    """Returns the whole `quantization_config`; keys as in exports of AMD Quark."""
     layers, everywhere = _layers(plan)
     attention = _attention_specs(plan)
     kv = {f"*{PROJECTIONS[kind]}": layers[f"*{PROJECTIONS[kind]}"] for kind in CACHE if kind in attention}
@@ -81,7 +81,7 @@ def config_of(plan: Plan, quant_method: str) -> dict[str, Any]:
 
 
 def _layer(slots: Slots, output: TensorSpec | None = None) -> dict[str, Any]:
-    """The `LAYER` dictionary; `output` is that of an attention slot."""
+    """Returns the `LAYER` dictionary; `output` is that of an attention slot."""
     return {
         "weight": specs_of(slots.weight, activation=False),
         "input_tensors": specs_of(slots.input, activation=True),
@@ -92,7 +92,7 @@ def _layer(slots: Slots, output: TensorSpec | None = None) -> dict[str, Any]:
 
 
 def _attention_specs(plan: Plan) -> dict[str, TensorSpec]:
-    """Kind -> spec of the attention slots that are on; every module has the same."""
+    """Returns kind -> spec of the attention slots that are on; every module has the same."""
     found: dict[str, TensorSpec] = {}
     for attention in plan.attention.values():
         found |= attention.specs
@@ -100,7 +100,7 @@ def _attention_specs(plan: Plan) -> dict[str, TensorSpec]:
 
 
 def _layers(plan: Plan) -> tuple[dict[str, Any], Slots]:
-    """(`layer_quant_config`, the slots of `global_quant_config`): the most frequent ones hold everywhere else.
+    """Returns `layer_quant_config`, and the slots of `global_quant_config`: the most frequent ones hold elsewhere.
 
     vLLM takes the first key that fits, so full names stand before the patterns of attention; and it wants the same
     output in every entry of a k or v projection. A cast is named: no scale in the file shows where it is.
@@ -141,7 +141,10 @@ def _most_frequent(counts: Mapping[Slots, int]) -> Slots:
 
 
 def _expert_keys(targets: Sequence[Target], plan: Plan) -> list[str]:
-    """`<prefix>.*` hides the prefix itself from vLLM's glob, so the key of a layer of experts is `<prefix>*`."""
+    """Returns the keys of routed experts: one for a whole layer, else their names.
+
+    `<prefix>.*` hides the prefix itself from vLLM's glob, so the key of a layer of experts is `<prefix>*`.
+    """
     everyone = shared.experts_by_layer(plan.targets.values())
     keys = []
     for prefix, members in shared.experts_by_layer(targets).items():
@@ -152,7 +155,7 @@ def _expert_keys(targets: Sequence[Target], plan: Plan) -> list[str]:
 
 
 def _excluded(plan: Plan) -> list[str]:
-    """Full names; the prefix stands for the routed experts of a layer when none is quantized."""
+    """Returns full names of unquantized modules. A prefix stands for the experts of a layer when none is quantized."""
     everyone = shared.experts_by_layer(plan.targets.values())
     left = shared.unquantized(plan)
     whole = {
@@ -166,7 +169,7 @@ def _excluded(plan: Plan) -> list[str]:
 
 
 class LayerReader:
-    """What a written config says of modules. Raises ModelError for what is not held here."""
+    """Reads the modules' specs from a written config. Raises ModelError for a spec that the dialect does not hold."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.layers = _mapping(config, "layer_quant_config")
@@ -178,7 +181,7 @@ class LayerReader:
         self._known: dict[tuple[int, bool], Slots] = {}
 
     def slots(self, module: str) -> Slots:
-        """By name, by the first glob that fits, by class, else what holds for all."""
+        """Returns the slots of a module: by name, by the first glob that fits, by class, else those for all."""
         layer = self._named(module)
         if layer is None:
             layer = self.others
@@ -195,7 +198,7 @@ class LayerReader:
         return not any(module == name or module.startswith(f"{name}.") for name in self.excluded)
 
     def attention(self) -> dict[str, TensorSpec]:
-        """Kind -> spec of the attention slots."""
+        """Returns kind -> spec of the attention slots."""
         outputs = {kind: (f"*{leaf}", self._output(leaf)) for kind, leaf in PROJECTIONS.items()}
         outputs[SOFTMAX] = ("softmax_quant_spec", self.softmax)
         found = {kind: read_spec(where, specs, activation=True) for kind, (where, specs) in outputs.items()}

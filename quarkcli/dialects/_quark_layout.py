@@ -59,7 +59,7 @@ class Matrix:
 
 
 class Cells(NamedTuple):
-    """How codes lie in a stored tensor: `codes` of them fill `number` cells of a safetensors dtype."""
+    """The place of codes in a stored tensor: `codes` of them fill `number` cells of a safetensors dtype."""
 
     dtype: str
     codes: int = 1
@@ -68,7 +68,7 @@ class Cells(NamedTuple):
 
 
 def cells(element: Element) -> Cells:
-    """How the codes of an element lie."""
+    """Returns the cells that hold the codes of an element."""
     bits = element.bits
     if element.name in _NATIVE or bits == 8:
         return Cells(_NATIVE.get(element.name, "I8" if element.minimum < 0 else "U8"))
@@ -86,7 +86,7 @@ def _is_whole(element: Element) -> bool:
 
 
 def _zero_cells(stage: TensorSpec) -> Cells | None:
-    """How zero points lie, None when there are none."""
+    """Returns the cells that hold zero points, None when there are none."""
     if stage.zero_point == "float":
         return Cells("F32")
     element, own = stage.format, cells(stage.format)
@@ -113,7 +113,7 @@ class Names(NamedTuple):
 
 
 def _stages(spec: TensorSpec, slot: str) -> Iterator[tuple[TensorSpec, Names]]:
-    """Every stage with its names: the dictionaries of the config are counted, from the second on."""
+    """Yields every stage with its names: the dictionaries of the config are counted, from the second on."""
     number = 1
     for stage in spec.stages:
         own, after = ("" if n == 1 else f"_{n}" for n in (number, number + 1))
@@ -123,7 +123,7 @@ def _stages(spec: TensorSpec, slot: str) -> Iterator[tuple[TensorSpec, Names]]:
 
 
 def layout(matrix: Matrix, model: str) -> list[TensorInfo]:
-    """The tensors of a matrix, named without their module; `model` is the dtype that a scale in the model's has."""
+    """Returns the tensors of a matrix, named without their module; `model` is the dtype of a scale in the model's."""
     stage = matrix.spec.codes
     found = [TensorInfo(matrix.slot, cells(stage.format).dtype, _code_shape(matrix))]
     for stage, names in _stages(matrix.spec, matrix.slot):
@@ -142,7 +142,7 @@ def layout(matrix: Matrix, model: str) -> list[TensorInfo]:
 
 
 def static_layout(slot: str, spec: TensorSpec | None) -> list[TensorInfo]:
-    """The tensors of an activation: none when its scales are dynamic, else the static one and an integer's zero."""
+    """Returns the tensors of an activation: none when its scales are dynamic, else the scale and an integer's zero."""
     for stage, names in _stages(spec, slot) if spec is not None else ():
         if stage.scale is None:
             continue
@@ -156,7 +156,7 @@ def static_layout(slot: str, spec: TensorSpec | None) -> list[TensorInfo]:
 
 
 def problems(matrix: Matrix) -> Iterator[str]:
-    """Why a matrix cannot be packed; one sentence each."""
+    """Yields the reasons a matrix cannot be packed; one sentence each."""
     stage = matrix.spec.codes
     own = cells(stage.format)
     axis = 0 if _codes_turned(matrix, stage) else 1
@@ -181,7 +181,7 @@ def _scale_problems(matrix: Matrix, stage: TensorSpec) -> Iterator[str]:
 
 
 def _filled(own: Cells, stage: TensorSpec) -> str:
-    """`8, and quark packs 8 of them into a word (int4 ...)`."""
+    """Returns the end of a refusal: `8, and quark packs 8 of them into a word (int4 ...)`."""
     into = "a word" if own.order == "words" else "a byte" if own.number == 1 else f"{own.number} bytes"
     return f"{own.codes}, and quark packs {own.codes} of them into {into} ({stage.describe()})"
 
@@ -210,14 +210,14 @@ def _code_shape(matrix: Matrix) -> Shape:
 
 
 def matrix_shape(spec: TensorSpec, stored: Shape) -> tuple[int, int]:
-    """(out, in) of a weight from the shape of its stored codes, which is a matrix."""
+    """Returns (out, in) of a weight from the shape of its stored codes, which is a matrix."""
     own = cells(spec.codes.format)
     rows, cols = stored[0], stored[1] // own.number * own.codes
     return (cols, rows) if _codes_turned(Matrix("weight", spec, (rows, cols)), spec.codes) else (rows, cols)
 
 
 def _shape(matrix: Matrix, stage: TensorSpec) -> Shape:
-    """The shape of a stage's scales in memory, see QParams."""
+    """Returns the shape of a stage's scales in memory, see QParams."""
     rows, cols = matrix.shape
     match stage.granularity:
         case PerTensor():
@@ -232,7 +232,7 @@ def _shape(matrix: Matrix, stage: TensorSpec) -> Shape:
 
 
 def _stored_shape(matrix: Matrix, stage: TensorSpec) -> Shape:
-    """The shape of a stage's scales in the file, and of its zero points before they are packed."""
+    """Returns the shape of a stage's scales in the file, and of its zero points before they are packed."""
     shape = _shape(matrix, stage)
     if isinstance(stage.granularity, PerTensor):
         return ()
@@ -250,7 +250,7 @@ def _shift_shape(matrix: Matrix, stage: TensorSpec) -> Shape:
 
 
 def pack(matrix: Matrix, quantized: Quantized) -> dict[str, Tensor]:
-    """The tensors of `layout`, in its order."""
+    """Returns the tensors of `layout`, in its order."""
     stage = matrix.spec.codes
     codes = quantized.codes.T if _codes_turned(matrix, stage) else quantized.codes
     out: dict[str, Tensor] = {matrix.slot: _fill(codes, cells(stage.format), stage).reshape(_code_shape(matrix))}
@@ -288,7 +288,10 @@ def _pack_stage(matrix: Matrix, stage: TensorSpec, names: Names, params: QParams
 
 
 def unpack(matrix: Matrix, tensors: Mapping[str, Tensor], *, in_order: bool = False) -> Quantized:
-    """The inverse of `pack`; `in_order`: the words hold their codes in plain order (Quark's pack_method `order`)."""
+    """Returns the codes and scales of stored tensors: the inverse of `pack`.
+
+    in_order   the words hold their codes in plain order (Quark's pack_method `order`)
+    """
     from quarkcli.numerics.quantize import Quantized
 
     stage = matrix.spec.codes
@@ -331,7 +334,7 @@ def _unpack_stage(
 
 
 def _fill(codes: Tensor, own: Cells, stage: TensorSpec) -> Tensor:
-    """Codes, or zero points, to their cells along the last axis."""
+    """Puts codes, or zero points, into their cells along the last axis."""
     from quarkcli.numerics.packing import pack_awq, pack_bits, pack_msb
 
     bits = stage.format.bits
@@ -346,7 +349,7 @@ def _fill(codes: Tensor, own: Cells, stage: TensorSpec) -> Tensor:
 
 
 def _take(stored: Tensor, own: Cells, stage: TensorSpec, shape: Shape, in_order: bool) -> Tensor:
-    """The inverse of `_fill`; `shape` is that of the codes."""
+    """Returns the codes in stored cells: the inverse of `_fill`. `shape` is that of the codes."""
     from quarkcli.numerics.formats import codec
     from quarkcli.numerics.packing import unpack_awq, unpack_bits, unpack_msb, unpack_order
 

@@ -1,4 +1,4 @@
-"""Why the quark dialect cannot hold a plan, and who loads what it holds. Torch-free.
+"""Reasons the quark dialect cannot hold a plan, and the servers that load what it holds. Torch-free.
 
 vLLM 0.32: its Quark classes, for linears and for routed experts; most were loaded, the others read. transformers 5.23
 loads through amd-quark, which renames one scale per tensor only.
@@ -54,7 +54,7 @@ _TRANSFORMERS_INPUTS = frozenset({"none", *_FP8_INPUTS, "fp8 group", "int4 group
 
 
 def refusals(plan: Plan) -> list[str]:
-    """One sentence for every reason, with the first module it holds for."""
+    """Returns one sentence for every reason, with the first module it holds for."""
     reasons: dict[str, list[str]] = {}
     for run in plan.quantized_alike():
         for reason in _target_reasons(run[0]):
@@ -80,7 +80,7 @@ def _target_reasons(target: QuantizedTarget) -> Iterator[str]:
 
 
 def _static_reasons(slot: str, spec: TensorSpec) -> Iterator[str]:
-    """One number is stored for an activation."""
+    """Yields the reasons a static scale cannot be written: one number is stored for an activation."""
     fixed = [stage for stage in spec.stages if stage.scale is not None and stage.scale.outermost.when == "static"]
     whole = [stage for stage in fixed if isinstance(stage.granularity, PerTensor) or _is_two_level(stage)]
     if len(fixed) > 1 or len(whole) < len(fixed):
@@ -122,7 +122,7 @@ def _slot_reasons(plan: Plan, attention: Attention, kind: str, spec: TensorSpec)
 
 
 def loaders(plan: Plan) -> set[str]:
-    """Servers that load what is written for a plan that is held."""
+    """Returns the servers that load the checkpoint of a plan that the dialect holds."""
     if any(slots_of(run[0])[2:] != (None, None) for run in plan.quantized_alike()):
         return set()  # vLLM refuses a quantized output or bias, and of the other only simple biases were tried
     if any(run[0].role == "embedding" for run in plan.quantized_alike()):
@@ -163,7 +163,10 @@ def _tiles_fit(plan: Plan) -> bool:
 
 
 def _transformers_loads(plan: Plan) -> bool:
-    """Routed experts are one fused parameter in memory, for which amd-quark has no quantized module."""
+    """True when transformers loads it.
+
+    Routed experts are one fused parameter in memory, for which amd-quark has no quantized module.
+    """
     if shared.quantizes_routers(plan) or any({"q", SOFTMAX} & set(a.specs) for a in shared.cached(plan)):
         return False
     if any(kinds.input_kind(spec) != "fp8 static" for a in shared.cached(plan) for spec in a.specs.values()):

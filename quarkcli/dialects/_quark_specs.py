@@ -74,7 +74,7 @@ _TENSOR_OBSERVERS = {
 
 
 def specs_of(spec: TensorSpec | None, *, activation: bool) -> Specs:
-    """The dictionary, or the list of them, that says `spec`; `activation`: of an input or output."""
+    """Returns the dictionary, or the list of them, that says `spec`; `activation`: of an input or output."""
     if spec is None:
         return None
     entries = [entry for stage in spec.stages for entry in _stage(stage)]
@@ -89,7 +89,7 @@ def specs_of(spec: TensorSpec | None, *, activation: bool) -> Specs:
 
 
 def _stage(stage: TensorSpec) -> list[Entry]:
-    """The dictionary of one stage, and that of the scale over its scales."""
+    """Returns the dictionary of one stage, and that of the scale over its scales."""
     element, scale = stage.format, stage.scale
     if scale is None:
         return [{**_NOTHING, "dtype": _DTYPES[element.name], "observer_cls": quark.PLACEHOLDER}]
@@ -108,7 +108,10 @@ def _stage(stage: TensorSpec) -> list[Entry]:
 
 
 def _shared_exponent(stage: TensorSpec, scale: ScaleSpec) -> Entry:
-    """mx6, mx9, bfp16 and mxint8: Quark says nothing of when, where and how."""
+    """Returns the dictionary of mx6, mx9, bfp16 and mxint8.
+
+    Quark says nothing of their rule, their rounding and their time.
+    """
     wrapped = _MX_ELEMENTS.get(stage.element)
     return {
         **_NOTHING,
@@ -135,7 +138,7 @@ def _where(granularity: Granularity) -> Entry:
 
 
 def _is_block(stage: TensorSpec) -> bool:
-    """True for what Quark's block observer handles: groups of small floats, or any floats under 8-bit scales."""
+    """True for specs that Quark's block observer takes: groups of small floats, or any floats under 8-bit scales."""
     assert stage.scale is not None
     small = stage.format.bits < 8 or stage.scale.dtype not in _SCALE_TYPES
     return stage.format.kind == "float" and small and isinstance(stage.granularity, PerGroup)
@@ -165,7 +168,7 @@ def _observer(stage: TensorSpec, qscheme: str) -> str:
 
 
 def _over(dtype: str, over: ScaleSpec) -> Entry:
-    """The second dictionary: one scale per tensor over block scales of `dtype`."""
+    """Returns the second dictionary: one scale per tensor over block scales of `dtype`."""
     return {
         **_NOTHING,
         "dtype": _BLOCK_DTYPES[dtype],
@@ -183,7 +186,10 @@ def _over(dtype: str, over: ScaleSpec) -> Entry:
 
 
 def read_spec(module: str, specs: Any, *, activation: bool) -> TensorSpec | None:
-    """The spec that dictionaries say, None for null. Raises ModelError, at `module`, for one that is not held here."""
+    """Returns the spec that dictionaries say, None for null.
+
+    Raises ModelError, at `module`, for a spec that the dialect does not hold.
+    """
     if not specs:
         return None
     entries = specs if isinstance(specs, list) else [specs]

@@ -1,4 +1,4 @@
-"""What the dialects share: what they refuse, and what servers ask of fused modules. Torch-free."""
+"""Parts that the dialects share: their refusals, and the demands of servers on fused modules. Torch-free."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ FLOAT_TEXTS = ("F32", "BF16", "F16")
 
 
 def pair_of(target: QuantizedTarget) -> Pair:
-    """(weight, input) of a target."""
+    """Returns (weight, input) of a target."""
     return target.weight, target.input
 
 
 def unquantized(plan: Plan) -> list[Target]:
-    """Targets that keep their weight and that a loader would take for a linear module."""
+    """Returns the targets that keep their weight and that a loader would take for a linear module."""
     return [t for t in plan.targets.values() if t.weight is None and t.role != "embedding"]
 
 
 def tied_head(plan: Plan) -> list[str]:
-    """The module name of a head that exists in memory only, as a list of none or one."""
+    """Returns the module name of a head that exists in memory only, as a list of none or one."""
     return [plan.tied_head.removesuffix(".weight")] if plan.tied_head else []
 
 
 def experts_by_layer(targets: Iterable[Target]) -> dict[str, list[Target]]:
-    """Routed experts by the prefix of their layer."""
+    """Returns the routed experts by the prefix of their layer."""
     layers: dict[str, list[Target]] = {}
     for target in targets:
         if target.expert is not None:
@@ -39,7 +39,7 @@ def experts_by_layer(targets: Iterable[Target]) -> dict[str, list[Target]]:
 
 
 def fused_agree(plan: Plan) -> bool:
-    """True when what vLLM fuses has one spec: the members of a scale group, and all experts of a layer."""
+    """True when the modules that vLLM fuses have one spec: members of a scale group, and all experts of a layer."""
     first: dict[str, Target] = {}
     for run in plan.alike():
         for target in run if run[0].expert is not None else ():
@@ -67,7 +67,7 @@ def vllm_loads(plan: Plan, dense: frozenset[Kinds], experts: frozenset[Kinds]) -
 
 @dataclass(frozen=True)
 class Places:
-    """What a dialect can hold: kinds of weights with their inputs, of outputs, attention slots, and embeddings."""
+    """The slots that a dialect can hold: weights with their inputs, outputs, attention slots, and embeddings."""
 
     pairs: frozenset[Kinds]
     outputs: frozenset[str] = frozenset()
@@ -76,7 +76,7 @@ class Places:
 
 
 def refusals(plan: Plan, dialect: str, holds: frozenset[Kinds] | Places) -> list[str]:
-    """Reasons every dialect here has in common. One sentence for all modules with the same reason."""
+    """Returns the refusals that every dialect here has in common. One sentence for all modules with the same reason."""
     places = holds if isinstance(holds, Places) else Places(holds)
     reasons: dict[str, list[str]] = {}
     for run in plan.alike():
@@ -88,7 +88,7 @@ def refusals(plan: Plan, dialect: str, holds: frozenset[Kinds] | Places) -> list
 
 
 def sentences(reasons: Mapping[str, list[str]]) -> list[str]:
-    """One sentence for every reason, from the names of the modules it holds for."""
+    """Returns one sentence for every reason, from the names of the modules it holds for."""
     return [_sentence(names, reason) for reason, names in reasons.items()]
 
 
@@ -115,7 +115,7 @@ def _target_reasons(target: Target, dialect: str, places: Places) -> Iterator[st
 
 
 def cached(plan: Plan) -> list[Attention]:
-    """Attention modules with an enabled slot."""
+    """Returns the attention modules with an enabled slot."""
     return [attention for attention in plan.attention.values() if attention.specs]
 
 
@@ -142,7 +142,7 @@ def _attention_reasons(plan: Plan, dialect: str, places: Places) -> Iterator[tup
 
 
 def quantized_modules(headers: Mapping[str, HeaderLike]) -> list[str]:
-    """Modules that have a weight scale, in file order."""
+    """Returns the modules that have a weight scale, in file order."""
     suffix = ".weight_scale"
     return [name.removesuffix(suffix) for name in headers if name.endswith(suffix)]
 
@@ -154,7 +154,9 @@ def header(headers: Mapping[str, HeaderLike], name: str) -> HeaderLike:
 
 
 def check_headers(expected: Iterable[TensorInfo], headers: Mapping[str, HeaderLike]) -> tuple[str, ...]:
-    """The names of `expected`, each present with its dtype and shape; a scalar may be stored as [] or [1].
+    """Returns the names of `expected`, each present with its dtype and shape.
+
+    A scalar may be stored as [] or [1].
 
     Raises ModelError naming the tensor. Plain float scales may have any float dtype.
     """

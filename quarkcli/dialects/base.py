@@ -1,4 +1,4 @@
-"""The contracts of dialects: readers and writers. Facts (what is held, names, sizes, config) are torch-free.
+"""The contracts of dialects: readers and writers. Their facts (refusals, names, sizes, config) are torch-free.
 
 A member of the folder offers `WRITER`, `READER`, or both: instances of classes that follow `Writer` and `Reader`.
 """
@@ -57,7 +57,7 @@ class StoredTarget:
 
 @dataclass
 class Decoded:
-    """What the tensors of a target hold.
+    """The contents of a target's tensors.
 
     weight         codes and scales as they were before packing
     input, output  static scales (multipliers, float32 []), None when there is none
@@ -81,7 +81,7 @@ class StoredAttention:
 
 @dataclass
 class StoredView:
-    """What a quantized checkpoint holds; every tensor not named here is an ordinary one."""
+    """The contents of a quantized checkpoint; every tensor not named here is an ordinary one."""
 
     targets: dict[str, StoredTarget] = field(default_factory=dict)
     attention: dict[str, StoredAttention] = field(default_factory=dict)
@@ -101,11 +101,11 @@ class Reader:
     quant_method: ClassVar[str]
 
     def matches(self, config: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> bool:
-        """Returns whether a checkpoint is one of these, by its `quantization_config` ({} without one) and headers."""
+        """True when a checkpoint is one of these, by its `quantization_config` ({} without one) and headers."""
         return bool(config.get("quant_method") == self.quant_method)
 
     def view(self, config: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> StoredView:
-        """Returns what a checkpoint holds, from its `quantization_config` and headers. Raises ModelError."""
+        """Returns the view of a checkpoint, from its `quantization_config` and headers. Raises ModelError."""
         raise AssertionError("a reader says what a checkpoint holds")
 
     def decode(self, stored: StoredTarget, tensors: Mapping[str, Tensor]) -> Decoded:
@@ -129,20 +129,20 @@ class Writer:
     preferences: ClassVar[Mapping[str, int]] = {}
 
     def refusals(self, plan: Plan) -> list[str]:
-        """Returns why this dialect cannot hold the plan, one sentence each; empty when it can."""
+        """Returns the reasons this dialect cannot hold the plan, one sentence each; empty when it can."""
         active = [attention for attention in plan.attention.values() if attention.specs]
         return [f"{attention.name}: {self.name} has no place for quantized attention" for attention in active[:1]]
 
     def loaders(self, plan: Plan) -> set[str]:
-        """Returns which of `vllm`, `transformers` load what this dialect would write for the plan."""
+        """Returns those of `vllm`, `transformers` that load what this dialect would write for the plan."""
         return set()
 
     def caveat(self, plan: Plan) -> str:
-        """Returns what some releases of a loader do with it otherwise, a sentence; empty when all do the same."""
+        """Returns a sentence about releases of a loader that treat it otherwise; empty when all do the same."""
         return ""
 
     def preference(self, plan: Plan) -> int:
-        """Returns how readily `--dialect auto` takes it: the least over the plan's kinds of weights.
+        """Returns the rank that `--dialect auto` gives it: the least over the plan's kinds of weights.
 
         The highest is taken among dialects that the same programs load; one of 0 only where no other holds the plan.
         """

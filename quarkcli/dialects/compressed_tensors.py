@@ -1,4 +1,4 @@
-"""The compressed-tensors dialect: what llm-compressor writes and vLLM and transformers read.
+"""The compressed-tensors dialect: llm-compressor writes it, vLLM and transformers read it.
 
 Layouts and config as in compressed-tensors 0.20 (`compressors/*`, `quantization/quant_args.py`). What loads where was
 tried with transformers 5.22 to 5.24 and read in vLLM 0.32.
@@ -64,7 +64,10 @@ class CompressedTensorsReader(Reader):
     quant_method = NAME
 
     def view(self, config: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> StoredView:
-        """Raises ModelError for a scheme that is not held here, and for tensors that do not fit the config."""
+        """Returns the view of a checkpoint.
+
+        Raises ModelError for a scheme that the dialect does not hold, and for tensors that do not fit the config.
+        """
         check(CompressedTensorsConfig, config, "quantization_config")
         found = StoredView()
         ignore = config.get("ignore") or []
@@ -110,7 +113,10 @@ class CompressedTensors(Writer):
     preferences: ClassVar[Mapping[str, int]] = {ANY: 20}
 
     def refusals(self, plan: Plan) -> list[str]:
-        """Why the plan cannot be held. The width of packed channels is told from their 32-bit words alone."""
+        """Returns the reasons the plan cannot be held.
+
+        The width of packed channels is told from their 32-bit words alone.
+        """
         found = shared.refusals(plan, self.name, _PLACES)
         for run in plan.quantized_alike():
             weight, width = run[0].weight, run[0].shape[1]
@@ -132,7 +138,10 @@ class CompressedTensors(Writer):
         return found
 
     def caveat(self, plan: Plan) -> str:
-        """compressed-tensors knows attention with a cache by the name of an argument that transformers 5.24 changed."""
+        """Returns the sentence about attention with a cache.
+
+        compressed-tensors knows it by the name of an argument that transformers 5.24 changed.
+        """
         if "transformers" in self.loaders(plan) and any(shared.cached(plan)):
             return "transformers 5.24 with compressed-tensors 0.20 passes over the scales of the cache"
         return ""
@@ -146,7 +155,10 @@ class CompressedTensors(Writer):
     def tensors(
         self, target: QuantizedTarget, quantized: Quantized, static: Mapping[str, Tensor], bias: Quantized | None = None
     ) -> dict[str, Tensor]:
-        """Names and layout as in `infos`. Raises ValueError when a static input or output has no scale."""
+        """Returns packed tensors with the names and layout of `infos`.
+
+        Raises ValueError when a static input or output has no scale.
+        """
         import torch
 
         spec, params = target.weight, quantized.params
@@ -200,12 +212,12 @@ class CompressedTensors(Writer):
 
 
 def _scaled(attention: Attention) -> list[str]:
-    """The slots of an attention module that have a scale."""
+    """Returns the slots of an attention module that have a scale."""
     return [kind for kind in sorted(_ATTENTION) if kind in attention.specs]
 
 
 def _stored_scale(scale: Tensor, spec: TensorSpec) -> Tensor:
-    """A static scale as stored: a divisor where it is a global one."""
+    """Returns a static scale as it is stored: a divisor where it is a global one."""
     import torch
 
     flat = scale.to(torch.float32).reshape(1)
@@ -213,7 +225,7 @@ def _stored_scale(scale: Tensor, spec: TensorSpec) -> Tensor:
 
 
 def _real_scale(side: str, spec: TensorSpec | None, local: Mapping[str, Tensor]) -> Tensor | None:
-    """The multiplier (float32 []) of a static input or output."""
+    """Returns the multiplier (float32 []) of a static input or output."""
     suffix = static_suffix(side, spec)
     if suffix is None or spec is None:
         return None
@@ -224,7 +236,7 @@ def _real_scale(side: str, spec: TensorSpec | None, local: Mapping[str, Tensor])
 
 
 def _ordered_groups(plan: Plan) -> dict[Scheme, list[QuantizedTarget]]:
-    """Schemes with their targets. The one transformers must take for the experts' comes first.
+    """Returns the schemes with their targets. The one transformers must take for the experts' comes first.
 
     It takes the first group with a `re:` target about experts, else the first with another target. Unquantized
     experts survive only under an fp8 scheme, which leaves weights without a scale alone; other schemes drop them.
@@ -249,7 +261,7 @@ def _leaves_others_alone(scheme: Scheme) -> bool:
 
 
 def _targets(targets: Sequence[Target], universe: Iterable[str], *, alone: bool) -> list[str]:
-    """`Linear` when one group covers everything; else names, with patterns for experts only.
+    """Returns `Linear` when one group covers everything; else names, with patterns for experts only.
 
     vLLM renames full names for models whose modules it calls otherwise, so names are kept where they are few. Its
     head is not a `Linear`, so it is named; so is an embedding.
@@ -284,7 +296,7 @@ def _transformers_loads(plan: Plan) -> bool:
 
 
 def _transformers_decodes(target: QuantizedTarget, *, tied: bool) -> bool:
-    """`tied`: the head in memory shares its weight with the embedding."""
+    """True when transformers decodes the target. `tied`: the head in memory shares its weight with the embedding."""
     shaped = not tied and keeps_shape((target.weight, target.input))
     fused = target.expert is not None and target.view.expert is not None
     return target.weight.symmetric and not fused and (shaped or target.role != "embedding")
@@ -300,7 +312,7 @@ def _first_leaves_others_alone(plan: Plan) -> bool:
 
 
 def _group_of(module: str, groups: list[Mapping[str, Any]], names: WrittenNames) -> Mapping[str, Any]:
-    """The group of a module: by full name, else by pattern, else by class."""
+    """Returns the group of a module: by full name, else by pattern, else by class."""
 
     def patterns(targets: list[str]) -> list[str]:
         return [target for target in targets if target.startswith("re:")]

@@ -1,4 +1,4 @@
-"""The quark dialect: what AMD Quark writes and vLLM reads, and our own layout for what Quark cannot pack.
+"""The quark dialect: AMD Quark writes it, vLLM reads it, and our own layout holds what Quark cannot pack.
 
 Layouts as in exports of amd-quark 0.13; what loads where as tried with vLLM 0.32 and transformers 5.23 (which needs
 the amd-quark package to read it). See the modules beside it: `_quark_specs` for the dictionaries of a spec,
@@ -59,7 +59,10 @@ class QuarkReader(Reader):
     quant_method = NAME
 
     def view(self, config: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> StoredView:
-        """Raises ModelError for a scheme that is not held here, and for tensors that do not fit the config."""
+        """Returns the view of a checkpoint.
+
+        Raises ModelError for a scheme that the dialect does not hold, and for tensors that do not fit the config.
+        """
         check(QuarkConfig, config, "quantization_config")
         export = config.get("export") or {}
         if export.get("weight_format", "real_quantized") != "real_quantized":
@@ -111,7 +114,10 @@ class Quark(Writer):
     def tensors(
         self, target: QuantizedTarget, quantized: Quantized, static: Mapping[str, Tensor], bias: Quantized | None = None
     ) -> dict[str, Tensor]:
-        """Names and layout as in `infos`. Raises ValueError when a static scale or a quantized bias is missing."""
+        """Returns packed tensors with the names and layout of `infos`.
+
+        Raises ValueError when a static scale or a quantized bias is missing.
+        """
         import torch
 
         out: dict[str, Tensor] = {}
@@ -161,7 +167,7 @@ def _of(module: str, infos: list[TensorInfo]) -> list[TensorInfo]:
 
 
 def _attention_layout(attention: Attention, kind: str, spec: TensorSpec) -> list[TensorInfo]:
-    """The scale of a slot alone: zero points of integers would say nothing."""
+    """Returns the scale of a slot alone: zero points of integers would say nothing."""
     if kind == SOFTMAX:
         return _of(attention.name, static_layout("prob_output", spec)[:1])
     return _of(projection(attention, kind), static_layout("output", spec)[:1])
@@ -171,7 +177,7 @@ def _attention_layout(attention: Attention, kind: str, spec: TensorSpec) -> list
 
 
 def _modules(layers: LayerReader, headers: Mapping[str, HeaderLike]) -> Iterator[str]:
-    """Modules with a weight scale, and those whose weight the config says is cast, in file order."""
+    """Yields the modules with a weight scale, and those that the config casts, in file order."""
     scale, weight = ".weight_scale", ".weight"
     for name, header in headers.items():
         module = name.removesuffix(weight)
@@ -200,7 +206,7 @@ def _stored(
 
 
 def _stored_attention(layers: LayerReader, headers: Mapping[str, HeaderLike]) -> dict[str, StoredAttention]:
-    """Attention modules by their stored scales."""
+    """Returns the attention modules by their stored scales."""
     found: dict[str, StoredAttention] = {}
     for kind, spec in layers.attention().items():
         infos = static_layout("prob_output" if kind == SOFTMAX else f"{PROJECTIONS[kind]}.output", spec)
@@ -216,7 +222,7 @@ def _stored_attention(layers: LayerReader, headers: Mapping[str, HeaderLike]) ->
 
 
 def _check_outputs(view: StoredView, headers: Mapping[str, HeaderLike]) -> None:
-    """No output scale may be left over."""
+    """Raises ModelError when an output scale is left over."""
     taken = {name for stored in view.targets.values() for name in stored.tensors}
     taken |= {name for attention in view.attention.values() for name in attention.scales.values()}
     for name in headers:

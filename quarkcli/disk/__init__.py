@@ -1,1 +1,1 @@
-"""What is read from and written to disk: sources, shards, journal, written checkpoints."""
+"""Files: sources, shards, journal, written checkpoints."""

@@ -32,7 +32,7 @@ class LogicalHeader:
 
 @dataclass
 class _Recipe:
-    """How one tensor in source form is made: copied, decoded (a weight or a bias), or put together from views."""
+    """The recipe of a tensor in source form: copied, decoded (a weight or a bias), or put together from views."""
 
     copy: str | None = None
     bias: str | None = None  # module name
@@ -57,7 +57,7 @@ class Checkpoint:
 
     @property
     def turned(self) -> frozenset[str]:
-        """Fused tensors stored as they are whose square matrices lie [in, out], unseen by their shape."""
+        """Returns the fused tensors stored as they are whose square matrices lie [in, out], unseen by their shape."""
         return family.hidden_transpositions(self.family, self.source.config, self.source.headers)
 
     @property
@@ -65,13 +65,13 @@ class Checkpoint:
         return self.reader is not None
 
     def copied(self) -> list[str]:
-        """Tensors that are stored in source form, not packed, in file order."""
+        """Returns the tensors that are stored in source form, not packed, in file order."""
         packed = {name for stored in self.view.targets.values() for name in stored.tensors}
         packed |= {name for stored in self.view.attention.values() for name in stored.scales.values()}
         return [name for name in self.source.headers if name not in packed]
 
     def read_many(self, names: Iterable[str], dtype: Any = None) -> dict[str, Tensor]:
-        """Tensors in source form; decoded ones in `dtype` (None: the model's), one weight at a time."""
+        """Returns tensors in source form; decoded ones in `dtype` (None: the model's), one weight at a time."""
         return {name: self._read(name, dtype) for name in names}
 
     def _read(self, name: str, dtype: Any) -> Tensor:
@@ -93,7 +93,7 @@ class Checkpoint:
         return whole
 
     def weight(self, name: str) -> Tensor:
-        """The weight of a module as the checkpoint's numbers say: float32 when quantized, else as stored."""
+        """Returns the weight of a module as the checkpoint's numbers say: float32 when quantized, else as stored."""
         from quarkcli.numerics.quantize import dequantize
 
         stored = self.view.targets.get(name)
@@ -102,7 +102,7 @@ class Checkpoint:
         return dequantize(self.decode(stored).weight, stored.weight)
 
     def bias(self, name: str) -> Tensor:
-        """The quantized bias of a module [out], float32."""
+        """Returns the quantized bias of a module [out], float32."""
         from quarkcli.numerics.quantize import dequantize
 
         stored = self.view.targets[name]
@@ -120,7 +120,7 @@ class Checkpoint:
         return self.reader.decode(stored, held)
 
     def activation_quantizers(self, tensors: Iterable[str]) -> Iterator[ActivationQuantizer]:
-        """Quantizers of what the weights that lie in these tensors (source form) read and return."""
+        """Yields quantizers of the inputs and outputs of the weights that lie in these tensors (source form)."""
         for tensor in tensors:
             for _, name in self._recipes[tensor].pieces:
                 stored = self.view.targets.get(name)
@@ -150,7 +150,7 @@ class Checkpoint:
         return any("p" in stored.specs for stored in self.view.attention.values())
 
     def attention_quantizers(self, tensors: Iterable[str]) -> Iterator[AttentionQuantizer]:
-        """Quantizers of the attention modules whose k projection lies in these tensors."""
+        """Yields quantizers of the attention modules whose k projection lies in these tensors."""
         assert self.reader is not None
         spec = self.family.attention
         present = set(tensors)
@@ -177,7 +177,7 @@ class Checkpoint:
         self._recipes[name] = recipe
 
     def _expert(self, name: str) -> tuple[str, int, bool] | None:
-        """(prefix of the layer's experts, index, is the down projection) of an expert's module name."""
+        """Returns (prefix of the layer's experts, index, is the down projection) of an expert's module name."""
         experts = self.family.experts
         if experts is None:
             return None
@@ -188,7 +188,7 @@ class Checkpoint:
         return f"{head}.{experts.path}", int(index), projection == experts.down
 
     def _fuse(self, model: FamilyModel) -> None:
-        """Replace single experts' weights by the fused tensors that the family's own files have."""
+        """Replaces single experts' weights by the fused tensors that the family's own files have."""
         assert model.experts is not None
         layers: dict[str, dict[int, dict[str, str]]] = {}
         for tensor in list(self.headers):

@@ -1,4 +1,4 @@
-"""What is in a part of the output: said once, for forecast, worker, verification and report. Torch-free."""
+"""The tensors of each part of the output: said once, for forecast, worker, verification and report. Torch-free."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class Copied(NamedTuple):
 
 
 def slug(part: Part) -> str:
-    """Part of the shard's file name: `embed`, `block-00003`, `tail`, `rest`."""
+    """Returns the part of the shard's file name: `embed`, `block-00003`, `tail`, `rest`."""
     return part.kind if part.block is None else f"block-{part.block:05d}"
 
 
 def part_targets(plan: Plan) -> dict[str, list[Target]]:
-    """Targets by the file tensor they lie in."""
+    """Returns the targets by the file tensor they lie in."""
     owners: dict[str, list[Target]] = {}
     for target in plan.targets.values():
         owners.setdefault(target.view.tensor, []).append(target)
@@ -38,7 +38,7 @@ def part_targets(plan: Plan) -> dict[str, list[Target]]:
 def copied(
     plan: Plan, part: Part, headers: Mapping[str, HeaderLike], owners: Mapping[str, list[Target]]
 ) -> Iterator[Copied]:
-    """What of a part is written in the source's form. `owners`: see `part_targets`."""
+    """Yields the tensors of a part that are written in the source's form. `owners`: see `part_targets`."""
     dropped = plan.dropped
     for name in part.tensors:
         if name in dropped:
@@ -54,7 +54,7 @@ def copied(
 def part_infos(
     plan: Plan, dialect: Writer, part: Part, headers: Mapping[str, HeaderLike], owners: Mapping[str, list[Target]]
 ) -> list[TensorInfo]:
-    """Every tensor that the part's files will hold. `owners`: see `part_targets`."""
+    """Returns every tensor that the part's files will hold. `owners`: see `part_targets`."""
     infos = [row.info for row in copied(plan, part, headers, owners)]
     for name in part.tensors:
         for target in owners.get(name, ()):

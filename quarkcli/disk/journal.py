@@ -1,4 +1,4 @@
-"""What of an unfinished output is done, and the hidden states to go on with: `<output>.partial/.quark-state/`.
+"""The finished parts of an unfinished output, and its hidden states: `<output>.partial/.quark-state/`.
 
     lock                 held (flock) while a process works here; holds its pid
     fingerprint.json     everything that must be equal for a run to be continued
@@ -76,7 +76,7 @@ class Journal:
 
     @staticmethod
     def open(partial: Path, fingerprint: dict[str, Any], *, resume: Resume = "auto") -> Journal:
-        """`lock`, then `start`."""
+        """Does `lock`, then `start`."""
         journal = Journal.lock(partial, resume=resume)
         try:
             journal.start(fingerprint, resume=resume)
@@ -87,7 +87,7 @@ class Journal:
 
     @staticmethod
     def lock(partial: Path, *, resume: Resume = "auto") -> Journal:
-        """Take the place of an output, so that no other process works for it. Until `keep`, a failure leaves nothing.
+        """Takes the place of an output, so that no other process works for it. Until `keep`, a failure leaves nothing.
 
         resume  as in `start`
 
@@ -111,7 +111,7 @@ class Journal:
                 raise
 
     def start(self, fingerprint: dict[str, Any], *, resume: Resume = "auto") -> None:
-        """Begin, or go on with what is finished.
+        """Begins, or goes on with what is finished.
 
         fingerprint   JSON-able, may be nested; a difference to the stored one is an error
         resume        auto: go on when there is something; never: wipe it first; require: there must be something
@@ -129,11 +129,11 @@ class Journal:
         self._remove_strays()
 
     def keep(self) -> None:
-        """From here on the directory stays, however the run ends."""
+        """Keeps the directory from here on, however the run ends."""
         self._kept = True
 
     def abandon(self) -> None:
-        """Remove what `lock` made and everything in it, unless it is to be kept; release the lock."""
+        """Removes what `lock` made and everything in it, unless it is to be kept; releases the lock."""
         if not self._kept:
             with suppress(OSError):
                 if self._partial in self._made:
@@ -145,27 +145,30 @@ class Journal:
 
     @property
     def finished(self) -> dict[str, dict[str, Any]]:
-        """Part name -> record, in the order they were finished."""
+        """Returns part name -> record, in the order they were finished."""
         return {part["name"]: part["record"] for part in self._parts}
 
     @property
     def notes(self) -> dict[str, Any]:
-        """Small facts kept over restarts (a copy); set with `note`."""
+        """Returns small facts kept over restarts (a copy); set with `note`."""
         return dict(self._notes)
 
     def note(self, key: str, value: Any) -> None:
-        """Keep a small JSON value durably. Raises ResourceError."""
+        """Keeps a small JSON value durably. Raises ResourceError."""
         self._store(self._parts, {**self._notes, key: value})
 
     def finish(self, part: str, record: dict[str, Any], hidden: dict[str, torch.Tensor] | None = None) -> None:
-        """Record a part whose files are durable already, with what the next part needs. Raises ResourceError."""
+        """Records a part whose files are durable already, with what the next part needs. Raises ResourceError."""
         if part in self.finished:
             raise ValueError(f"part {part!r} is finished already")
         stored = self._write_hidden(hidden) if hidden is not None else None
         self._store([*self._parts, {"name": part, "record": _plain(record), "hidden": stored}], self._notes)
 
     def hidden(self) -> dict[str, torch.Tensor] | None:
-        """The hidden states of the last finished part, None when it had none. Raises ConfigError when it is damaged."""
+        """Returns the hidden states of the last finished part, None when it had none.
+
+        Raises ConfigError when they are damaged.
+        """
         named = self._parts[-1]["hidden"] if self._parts else None
         if named is None:
             return None
@@ -179,7 +182,7 @@ class Journal:
             raise _damaged(path) from error
 
     def verify(self) -> list[str]:
-        """Read the files of finished parts once, and forget the parts whose files are not as they were written.
+        """Reads the files of finished parts once, and forgets the parts whose files are not as they were written.
 
         Where hidden states lead from part to part, all parts after a lost one are forgotten with it. When the part
         before has lost its hidden states to a later one, nothing can go on from there: all are forgotten. Returns the
@@ -198,13 +201,13 @@ class Journal:
         return dropped
 
     def close(self) -> None:
-        """Release the lock; the state stays."""
+        """Releases the lock; the state stays."""
         if self._lock is not None:
             lock, self._lock = self._lock, None
             os.close(lock)
 
     def set_aside(self) -> None:
-        """Move the state out of the directory that is about to be published, in one rename; `lock` finds it there."""
+        """Moves the state out of the directory that is about to be published, in one rename; `lock` finds it there."""
         aside = aside_path(self._partial)
         with disk_errors(self._state):
             for name in _HIDDEN:
@@ -215,16 +218,16 @@ class Journal:
             sync_folder(self._partial)
 
     def announce(self, old: Path) -> None:
-        """Note durably that the output that is being replaced moves to `old`, for a run after a kill to remove it."""
+        """Notes durably that the output that is being replaced moves to `old`, for a run after a kill to remove it."""
         atomic_write_json(self._state / REPLACED, [*self.replaced, str(old)])
 
     @property
     def replaced(self) -> list[str]:
-        """Paths of what was replaced and may still be there."""
+        """Returns paths of what was replaced and may still be there."""
         return replaced(self._state)
 
     def discard_state(self) -> None:
-        """Remove the state, wherever it is, and release the lock: the very last step."""
+        """Removes the state, wherever it is, and releases the lock: the very last step."""
         if self._state != aside_path(self._partial):
             self.set_aside()
         with disk_errors(self._state):
@@ -255,7 +258,7 @@ class Journal:
             raise _damaged(path) from error
 
     def _store(self, parts: list[dict[str, Any]], notes: dict[str, Any]) -> None:
-        """Disk first: what memory says is never ahead of what a restart would find."""
+        """Stores the state, disk first: what memory says is never ahead of what a restart would find."""
         parts, notes = _plain(parts), _plain(notes)
         stored = {"schema": SCHEMA, "sha256": _checksum(parts, notes), "parts": parts, "notes": notes}
         atomic_write_json(self._state / "journal.json", stored)
@@ -276,7 +279,7 @@ class Journal:
         return last is not None and last["file"] in later
 
     def _wipe(self) -> None:
-        """Remove everything but the lock, which is ours by now."""
+        """Removes everything but the lock, which is ours by now."""
         with disk_errors(self._partial):
             # the fingerprint goes first: without it, what a kill leaves of the rest is not taken for a journal
             (self._state / "fingerprint.json").unlink(missing_ok=True)
@@ -286,7 +289,7 @@ class Journal:
                     remove(path)
 
     def _remove_strays(self) -> None:
-        """Remove what a kill left: temporary files, and shards that no record names."""
+        """Removes what a kill left: temporary files, and shards that no record names."""
         listed = {file["file"] for part in self._parts for file in part["record"].get("files", [])}
         with disk_errors(self._partial):
             shards = [
@@ -314,7 +317,7 @@ def _compare(partial: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
 
 
 def _flatten(value: Any, key: str = "") -> dict[str, str]:
-    """Dotted keys (`recipe.entries[3].enable`) -> JSON text; empty containers are values."""
+    """Returns dotted keys (`recipe.entries[3].enable`) -> JSON text; empty containers are values."""
     if isinstance(value, dict) and value:
         pairs = [(f"{key}.{name}" if key else name, item) for name, item in value.items()]
     elif isinstance(value, list) and value:
@@ -330,7 +333,7 @@ def _short(flat: dict[str, str], key: str) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """`value` as JSON gives it back (lists for tuples, text keys), so that memory and file never differ."""
+    """Returns `value` as JSON gives it back (lists for tuples, text keys), so that memory and file never differ."""
     return json.loads(json.dumps(value))
 
 
@@ -354,7 +357,7 @@ def _checksum(parts: list[dict[str, Any]], notes: dict[str, Any]) -> str:
 
 
 def _is_sound(path: Path, file: dict[str, Any]) -> bool:
-    """Whether a finished file has the size, and where that is known the hash, with which it was written."""
+    """True when a finished file has the size, and where that is known the hash, with which it was written."""
     if not path.is_file() or path.stat().st_size != file["size"]:
         return False
     if "sha256" not in file:

@@ -26,7 +26,7 @@ _WEIGHTS = ".safetensors"
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint held when it was finished: by file name, sha256; size; sha256 of the header."""
+    """The files of a checkpoint when it was finished: by file name, sha256; size; sha256 of the header."""
 
     files: dict[str, str]
     sizes: dict[str, int]
@@ -34,7 +34,7 @@ class Manifest:
 
 
 def write(folder: Path, source: Mapping[str, Any], known: Mapping[str, str]) -> None:
-    """Write the manifest of a folder. `known`: hashes taken while files were written. Raises ResourceError."""
+    """Writes the manifest of a folder. `known`: hashes taken while files were written. Raises ResourceError."""
     manifest = Manifest({}, {}, {})
     with disk_errors(folder):
         for name in sorted(_files(folder)):
@@ -50,7 +50,7 @@ def write(folder: Path, source: Mapping[str, Any], known: Mapping[str, str]) -> 
 
 
 def read(folder: Path) -> Manifest | None:
-    """The manifest of a checkpoint, None when it has none. Raises CheckError when it cannot be used."""
+    """Returns the manifest of a checkpoint, None when it has none. Raises CheckError when it cannot be used."""
     path = folder / MANIFEST
     if not path.is_file():
         return None
@@ -66,7 +66,7 @@ def read(folder: Path) -> Manifest | None:
 
 
 def compare(folder: Path, manifest: Manifest, hashes: bool | None = None) -> list[str]:
-    """Compare a folder with its manifest. Returns what was checked; raises CheckError.
+    """Compares a folder with its manifest. Returns the checks made; raises CheckError.
 
     hashes   read every file; None: when they are 20 GB at most
     """
@@ -93,7 +93,7 @@ def compare(folder: Path, manifest: Manifest, hashes: bool | None = None) -> lis
 
 
 def _difference(path: Path, name: str, manifest: Manifest, hashed: bool) -> str | None:
-    """What is wrong with a file, said of several; None: nothing."""
+    """Returns the fault of a file, said of several; None: nothing."""
     size = _size(path)
     if size is None:
         return "files of the manifest are missing"
@@ -107,7 +107,7 @@ def _difference(path: Path, name: str, manifest: Manifest, hashed: bool) -> str 
 
 
 def remove_ours(folder: Path) -> list[str]:
-    """Remove what a finished checkpoint holds by its manifest; the folder with it when nothing else was in there.
+    """Removes what a finished checkpoint holds by its manifest; the folder too when nothing else was in there.
 
     Returns the files that stay: those that somebody added, linked or changed. The manifest goes last, so that a
     removal that was interrupted can be gone on with. Raises OSError.
@@ -131,7 +131,7 @@ def remove_ours(folder: Path) -> list[str]:
 
 
 def header_digest(path: Path) -> str:
-    """sha256 of a safetensors file's header, its length included."""
+    """Returns the sha256 of a safetensors file's header, its length included."""
     with path.open("rb") as stream:
         length = stream.read(8)
         size = min(int.from_bytes(length, "little"), path.stat().st_size)  # a damaged length says anything
@@ -139,7 +139,10 @@ def header_digest(path: Path) -> str:
 
 
 def _is_ours(path: Path, name: str, manifest: Manifest) -> bool:
-    """Weights by their size, everything else by its hash: a card that was edited is somebody's work."""
+    """True when a file is as it was written. Raises OSError.
+
+    Weights are told by their size, everything else by its hash: a card that was edited is somebody's work.
+    """
     if name not in manifest.files or path.is_symlink():
         return False
     if name.endswith(_WEIGHTS):
@@ -148,7 +151,7 @@ def _is_ours(path: Path, name: str, manifest: Manifest) -> bool:
 
 
 def _files(folder: Path) -> Iterator[str]:
-    """Names of all files below a folder; linked folders are not entered, and count as files. Raises OSError."""
+    """Yields the names of all files below a folder; a linked folder counts as a file. Raises OSError."""
 
     def refuse(error: OSError) -> None:
         raise error
@@ -159,7 +162,7 @@ def _files(folder: Path) -> Iterator[str]:
 
 
 def _is_table(value: Any, kind: type) -> bool:
-    """Names of files inside the folder -> values of one type."""
+    """True for names of files inside the folder -> values of one type."""
     return isinstance(value, dict) and all(
         type(item) is kind and "\0" not in name and not PurePosixPath(name).is_absolute()
         and ".." not in PurePosixPath(name).parts

@@ -38,7 +38,7 @@ class NonFinite:
     others: dict[str, str] = field(default_factory=dict)
 
     def look(self, name: str, tensor: Tensor) -> None:
-        """Note a tensor if it holds NaN or infinity."""
+        """Notes a tensor if it holds NaN or infinity."""
         from quarkcli.numerics.finite import is_finite
 
         if not is_finite(tensor):
@@ -46,7 +46,7 @@ class NonFinite:
             (self.parameters if known else self.others)[name] = _describe(tensor)
 
     def first(self) -> tuple[str, str] | None:
-        """(name, sentence) of the first parameter."""
+        """Returns (name, sentence) of the first parameter."""
         return next(((name, f"NaN or inf in a kept tensor: {what}") for name, what in self.parameters.items()), None)
 
 
@@ -57,7 +57,7 @@ def is_buffer(name: str, ndim: int) -> bool:
 
 
 def warning(names: Iterable[str], what: str) -> str | None:
-    """One sentence about tensors that hold NaN or infinity and are taken as they are; None without any."""
+    """Returns one sentence about tensors that hold NaN or infinity and are taken as they are; None without any."""
     listed = list(dict.fromkeys(names))
     if not listed:
         return None
@@ -66,7 +66,7 @@ def warning(names: Iterable[str], what: str) -> str | None:
 
 
 def warnings(parameters: Iterable[str], others: Iterable[str]) -> list[str]:
-    """The sentences about both kinds."""
+    """Returns the sentences about both kinds."""
     both = (warning(parameters, "kept parameters"), warning(others, "buffers or unknown tensors"))
     return [text for text in both if text is not None]
 

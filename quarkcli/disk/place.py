@@ -1,4 +1,4 @@
-"""The place where an output is made: its lock, its folders, what a killed run left beside it."""
+"""The place where an output is made: its lock, its folders, the leftovers of a killed run beside it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def aside_path(partial: Path) -> Path:
 
 
 def remove_stale(partial: Path) -> list[str]:
-    """Remove what a run left that was killed once its output had its name: its state, and what the output replaced.
+    """Removes the leftovers of a run that was killed once its output had its name: its state, the replaced output.
 
     Returns what there is to say about it. What another process works with is left alone. Raises ResourceError.
     """
@@ -45,13 +45,13 @@ def remove_stale(partial: Path) -> list[str]:
 
 
 def earlier(final: Path) -> list[Path]:
-    """What earlier runs moved aside from an output and left, since it holds files that are not ours."""
+    """Returns the folders that earlier runs moved aside from an output and left: they hold files that are not ours."""
     pattern = re.compile(rf"{re.escape(final.name)}\.old-\d+(-\d+)?")
     return sorted(path for path in final.parent.iterdir() if pattern.fullmatch(path.name))
 
 
 def dispose(old: Path, final: Path) -> list[str]:
-    """Remove what `final` replaced, but for what is not ours. Returns what there is to say. Raises OSError."""
+    """Removes what `final` replaced, but for what is not ours. Returns remarks about it. Raises OSError."""
     if old.is_symlink() or not old.is_dir():
         return [f"what was replaced is now in {old}"] if os.path.lexists(old) else []
     was_ours = (old / MANIFEST).is_file()
@@ -65,7 +65,7 @@ def dispose(old: Path, final: Path) -> list[str]:
 
 
 def replaced(state: Path) -> list[str]:
-    """Where replaced outputs were moved; only names that we give."""
+    """Returns the places to which replaced outputs were moved; only names that we give."""
     path = state / REPLACED
     final = state.parent if state.name == STATE else state
     final = final.with_name(final.name.removesuffix(".state").removesuffix(".partial"))
@@ -78,7 +78,7 @@ def replaced(state: Path) -> list[str]:
 
 
 def make(folder: Path) -> list[Path]:
-    """Make a folder and those around it; returns the new ones, innermost first."""
+    """Makes a folder and those around it; returns the new ones, innermost first."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -89,14 +89,14 @@ def make(folder: Path) -> list[Path]:
 
 
 def unmake(folders: list[Path]) -> None:
-    """Remove folders that are empty again."""
+    """Removes folders that are empty again."""
     for folder in folders:
         with suppress(OSError):
             folder.rmdir()
 
 
 def refuse_links(partial: Path) -> None:
-    """Nothing is written or removed through a link: whatever it leads to is not ours."""
+    """Refuses links: nothing is written or removed through one, for whatever it leads to is not ours."""
     aside = aside_path(partial)
     linked = [path for path in (partial, aside) if path.is_symlink()]
     if not linked and partial.is_dir():
@@ -107,7 +107,7 @@ def refuse_links(partial: Path) -> None:
 
 
 def bring_back(partial: Path) -> None:
-    """Undo `set_aside` of a run that ended before its directory had its final name."""
+    """Undoes `set_aside` of a run that ended before its directory had its final name."""
     aside, state = aside_path(partial), partial / STATE
     if state.exists() or not (partial / MANIFEST).is_file() or not (aside / "fingerprint.json").is_file():
         return
@@ -119,7 +119,10 @@ def bring_back(partial: Path) -> None:
 
 
 def acquire(path: Path) -> int:
-    """An open descriptor that holds the lock; the kernel releases it when the process ends, however it ends."""
+    """Returns an open descriptor that holds the lock.
+
+    The kernel releases it when the process ends, however it ends.
+    """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -147,7 +150,7 @@ def _held(path: Path) -> ResourceError:
 
 
 def check_empty(partial: Path) -> None:
-    """A `.partial` without a journal is either being created or not ours: nothing of it is touched."""
+    """Refuses a `.partial` without a journal: it is either being created or not ours, and nothing of it is touched."""
     if partial.exists() and not partial.is_dir():
         raise UsageError("exists and is not a directory", where=str(partial), hint="move it away")
     if not partial.is_dir() or all(path.name == STATE for path in partial.iterdir()):

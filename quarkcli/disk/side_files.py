@@ -1,4 +1,4 @@
-"""Side files of a model: what is copied beside the weights, what is not, and why.
+"""Side files of a model: those that are copied beside the weights, those that are not, and the reasons.
 
 What is copied becomes public with the checkpoint. So nothing from outside the model folder is taken through a link,
 and nothing that can run code when it is loaded.
@@ -31,7 +31,7 @@ BROKEN = "links that lead nowhere"
 
 @dataclass
 class SideFiles:
-    """What lies beside a model's weights.
+    """The files beside a model's weights.
 
     copied     relative path -> the file it is read from
     readme     the model card's file, or None
@@ -46,7 +46,7 @@ class SideFiles:
         self.left_out.setdefault(reason, []).append(shown(relative))
 
     def warnings(self) -> list[str]:
-        """One line for each reason."""
+        """Returns one line for each reason."""
         lines = []
         for reason, names in self.left_out.items():
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
@@ -54,7 +54,7 @@ class SideFiles:
         return lines
 
     def lost_tokenizer(self) -> tuple[str, str] | None:
-        """A file of the tokenizer that is a link to nothing or to elsewhere, and the reason; or None."""
+        """Returns a tokenizer file that is a link to nothing or to elsewhere, and the reason; or None."""
         for reason in (BROKEN, OUTSIDE):
             for name in self.left_out.get(reason, ()):
                 if name.startswith(_TOKENIZER):
@@ -63,7 +63,9 @@ class SideFiles:
 
 
 def gather(source: Source) -> SideFiles:
-    """Every side file, sorted, opened once. Raises ModelError for one that cannot be read or stands in our way.
+    """Returns every side file, sorted, opened once.
+
+    Raises ModelError for one that cannot be read or stands in our way.
 
     Hidden files and folders, `original/` and weights of other formats are passed over.
     """
@@ -83,12 +85,12 @@ def gather(source: Source) -> SideFiles:
 
 
 def shown(path: Path) -> str:
-    """A path as text that can be printed and stored, whatever bytes its name has."""
+    """Returns a path as text that can be printed and stored, whatever bytes its name has."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def _walk(folder: Path, found: SideFiles) -> Iterator[Path]:
-    """Files and links of a model folder. Linked folders are not entered."""
+    """Yields files and links of a model folder. Linked folders are not entered."""
 
     def unreadable(error: OSError) -> None:
         raise ModelError(f"cannot be read: {error.strerror}", where=str(error.filename)) from error
@@ -118,7 +120,7 @@ def _is_adapter(name: str) -> bool:
 
 
 def _reason(source: Source, path: Path) -> str | None:
-    """Why a file is not copied; None when it is."""
+    """Returns the reason a file is not copied; None when it is."""
     name = shown(path.relative_to(source.folder))
     if name.encode() != os.fsencode(path.relative_to(source.folder)):
         return "names that are not UTF-8"
@@ -141,7 +143,10 @@ def _reason(source: Source, path: Path) -> str | None:
 
 
 def _bad_link(source: Source, path: Path) -> str | None:
-    """Why a link is not followed: it leads nowhere, outside, or to what would not be copied under its own name."""
+    """Returns the reason a link is not followed; None when it is.
+
+    It leads nowhere, outside, or to a file that would not be copied under its own name.
+    """
     try:
         if not is_within(source.folder, path):
             return OUTSIDE
@@ -158,7 +163,7 @@ def _bad_link(source: Source, path: Path) -> str | None:
 
 
 def _is_pickle(path: Path) -> bool:
-    """By content: a pickle since protocol 2, or an archive as torch.save writes it."""
+    """True for a pickle since protocol 2, or an archive as torch.save writes it, by content."""
     with path.open("rb") as stream:
         start = stream.read(4)
         if start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):

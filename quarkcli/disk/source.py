@@ -97,12 +97,12 @@ class Source:
 
     @property
     def files(self) -> dict[str, int]:
-        """Weight file -> size in bytes."""
+        """Returns weight file -> size in bytes."""
         return {file: size for file, (size, _) in self.stamps.items()}
 
     @staticmethod
     def open(path_or_id: str, *, revision: str = "main", offline: bool = False) -> Source:
-        """Open a local directory or a hub id; reads config, index and headers, no tensor.
+        """Opens a local directory or a hub id; reads config, index and headers, no tensor.
 
         Raises AccessError (missing, forbidden, offline), ModelError (not a complete safetensors model) and
         ResourceError (the download does not fit).
@@ -121,11 +121,11 @@ class Source:
         return _open_folder(_download(path_or_id, revision, offline), path_or_id, online=not offline)
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor in its stored dtype and shape: CPU, own memory, no map. Raises ModelError, AccessError."""
+        """Returns one tensor in its stored dtype and shape: CPU, own memory, no map. Raises ModelError, AccessError."""
         return self.read_many([name])[name]
 
     def read_many(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        """Several tensors, in the order asked for; each file is opened once and read front to back."""
+        """Returns several tensors, in the order asked for; each file is opened once and read front to back."""
         names = list(dict.fromkeys(names))
         if unknown := [name for name in names if name not in self.headers]:
             raise ModelError("no such tensor in the model's files", where=unknown[0])
@@ -138,7 +138,7 @@ class Source:
         return {header.name: found[header.name] for header in wanted}
 
     def header_digest(self) -> str:
-        """sha256 over all headers and file sizes; part of the resume fingerprint."""
+        """Returns the sha256 over all headers and file sizes; part of the resume fingerprint."""
         facts = [[list(vars(header).values()) for header in self.headers.values()], self.files]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
@@ -173,7 +173,7 @@ def _open_folder(folder: Path, hub_id: str | None, *, online: bool) -> Source:
 
 
 def is_within(folder: Path, path: Path) -> bool:
-    """Whether `path`, links followed, lies in a model folder, or for a hub snapshot among its blobs. Raises OSError."""
+    """True when `path`, links followed, is in a model folder, or for a hub snapshot among its blobs. Raises OSError."""
     try:
         target = path.resolve(strict=True)
     except RuntimeError as error:  # how Python before 3.13 says it
@@ -182,12 +182,12 @@ def is_within(folder: Path, path: Path) -> bool:
 
 
 def _is_snapshot(folder: Path) -> bool:
-    """Whether a folder is `.../models--org--name/snapshots/<commit>`, whose files are links to `../../blobs`."""
+    """True for a folder `.../models--org--name/snapshots/<commit>`, whose files are links to `../../blobs`."""
     return folder.parent.name == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", folder.name) is not None
 
 
 def _stamp(path: Path) -> tuple[int, int]:
-    """Size and modification time of a weight file that must be there."""
+    """Returns size and modification time of a weight file that must be there."""
     if not path.is_file():
         link = " (a link whose target is gone)" if path.is_symlink() else ""
         raise ModelError(f"this weight file is missing{link}", where=str(path), hint="download the model again")
@@ -196,13 +196,13 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 
 def _unreadable(path: Path, error: OSError) -> QuarkError:
-    """What is not there or not allowed is the user's to mend; everything else is the disk's or the system's."""
+    """Returns an AccessError for a file that is missing or forbidden, which a user can mend; else a ResourceError."""
     kind = AccessError if error.errno in _DENIED else ResourceError
     return kind(f"cannot be read: {error.strerror or error}", where=str(path))
 
 
 def _read_json(path: Path, shape: type[Shape]) -> tuple[str, dict[str, Any]]:
-    """Text (line ends untouched) and object of a JSON file of a known shape; errors carry the place."""
+    """Returns text (line ends untouched) and object of a JSON file of a known shape; errors name the place."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -213,7 +213,7 @@ def _read_json(path: Path, shape: type[Shape]) -> tuple[str, dict[str, Any]]:
 
 
 def _weight_map(folder: Path) -> dict[str, str] | None:
-    """tensor name -> file of the index, or None without an index.
+    """Returns tensor name -> file of the index, or None without an index.
 
     Only the text of a file name is checked: hub snapshots link to ../../blobs, so resolved paths do leave.
     """
@@ -238,7 +238,7 @@ def _check_index(weight_map: dict[str, str] | None, headers: dict[str, Header]) 
 
 
 def _weight_files(folder: Path, weight_map: dict[str, str] | None, hub_id: str | None) -> list[str]:
-    """The files that make the model: those of the index, else model.safetensors, else every *.safetensors."""
+    """Returns the files that make the model: those of the index, else model.safetensors, else every *.safetensors."""
     found = sorted(path.name for path in folder.glob("*.safetensors"))
     if weight_map is not None:
         listed = sorted(set(weight_map.values()))
@@ -277,7 +277,7 @@ def _no_safetensors(folder: Path, hub_id: str | None) -> ModelError:
 
 
 def read_headers(path: Path, file: str) -> list[Header]:
-    """The headers of one safetensors file, in file order, under the name `file`. Raises ModelError, AccessError."""
+    """Returns the headers of a safetensors file, in order, under the name `file`. Raises ModelError, AccessError."""
     try:
         with path.open("rb") as stream:
             size = os.fstat(stream.fileno()).st_size
@@ -319,7 +319,7 @@ def _are_sizes(value: Any) -> bool:
 
 
 def _check_cover(path: Path, headers: list[Header], base: int, size: int) -> None:
-    """Tensors must follow each other from the header to the end of the file, as the format demands."""
+    """Raises ModelError unless tensors follow each other from the header to the file's end, as the format demands."""
     position = base
     for header in headers:
         if header.start != position:
@@ -334,7 +334,7 @@ def _bad(path: Path, what: str) -> ModelError:
 
 
 def read_tensors(path: Path, headers: Sequence[Header]) -> dict[str, torch.Tensor]:
-    """Tensors of one file, read by offset into memory of their own, front to back. Raises ModelError, AccessError."""
+    """Returns tensors of one file, read by offset into own memory, front to back. Raises ModelError, AccessError."""
     try:
         with path.open("rb", buffering=0) as stream:
             ordered = sorted(headers, key=lambda header: header.start)
@@ -359,7 +359,7 @@ def _read_tensor(stream: Any, path: Path, header: Header) -> torch.Tensor:
 
 
 def _download(hub_id: str, revision: str, offline: bool) -> Path:
-    """The local snapshot folder of a hub id, without weights of formats that are not read."""
+    """Returns the local snapshot folder of a hub id, without weights of formats that are not read."""
     import huggingface_hub as hub
 
     try:
@@ -370,7 +370,7 @@ def _download(hub_id: str, revision: str, offline: bool) -> Path:
 
 
 def _hub_error(error: Exception, hub_id: str, revision: str, offline: bool) -> QuarkError:
-    """The plain message of a failed download; the token itself is never shown."""
+    """Returns the plain message of a failed download; the token itself is never shown."""
     from huggingface_hub import constants, errors, get_token
 
     token = get_token()

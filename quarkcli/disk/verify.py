@@ -28,7 +28,7 @@ _COST = "servers keep one for each member, or round all codes again with the lar
 
 
 def against_plan(folder: Path, plan: Plan, dialect: Writer, source_headers: Mapping[str, HeaderLike]) -> list[str]:
-    """Check that a directory holds what the plan says. Returns what was checked; raises CheckError."""
+    """Checks that a directory holds what the plan says. Returns the checks made; raises CheckError."""
     written = _open(folder)
     owners = contents.part_targets(plan)
     expected = {
@@ -53,7 +53,7 @@ def against_plan(folder: Path, plan: Plan, dialect: Writer, source_headers: Mapp
 
 
 def scales(checkpoint: Checkpoint, plan: Plan | None = None, tell: Listener = silent) -> list[str]:
-    """Every scale finite and positive, and equal within scale groups where a tensor has one.
+    """Checks that every scale is finite and positive, and equal within scale groups where a tensor has one.
 
     Raises CheckError; but scales of one level that differ within what servers fuse are a warning: servers keep one per
     member, or take the largest and round the codes of the others again.
@@ -105,7 +105,7 @@ def scales(checkpoint: Checkpoint, plan: Plan | None = None, tell: Listener = si
 
 
 def _over(spec: TensorSpec) -> bool:
-    """Whether block scales lie under a scale of the tensor, which servers take from one member for all."""
+    """True when block scales lie under a scale of the tensor, which servers take from one member for all."""
     return any(stage.scale is not None and stage.scale.global_scale is not None for stage in spec.stages)
 
 
@@ -117,7 +117,7 @@ def directory(
     tell: Listener = silent,
     hashes: bool | None = None,
 ) -> list[str]:
-    """`quark verify DIR [--source X]`: a checkpoint on its own, and against its manifest and the model it came from.
+    """`quark verify DIR [--source X]`: checks a checkpoint alone, and against its manifest and its source model.
 
     target        `none`: what servers fuse may have more than one scheme
     on_nonfinite  `keep`: NaN and infinity in what was not quantized are told as warnings
@@ -133,7 +133,7 @@ def directory(
 def _contents(
     folder: Path, model: Source | None, target: Servers, on_nonfinite: OnNonfinite, tell: Listener
 ) -> list[str]:
-    """What the files hold, whatever a manifest says of them. Raises QuarkError."""
+    """Checks the contents of the files, whatever a manifest says of them. Raises QuarkError."""
     checkpoint = Checkpoint(_open(folder))
     if not checkpoint.quantized:
         raise CheckError("no quantization_config in config.json", where=str(folder))
@@ -147,7 +147,10 @@ def _contents(
 
 
 def _every(*checks: Callable[[], list[str]]) -> list[str]:
-    """What all checks say. Raises one error for all that say no; the last, which knows most, is named first."""
+    """Returns the lines of all checks.
+
+    Raises one error for all that fail; the last, which knows most, is named first.
+    """
     lines: list[str] = []
     problems: list[QuarkError] = []
     for check in checks:
@@ -161,7 +164,10 @@ def _every(*checks: Callable[[], list[str]]) -> list[str]:
 
 
 def _complete(checkpoint: Checkpoint) -> str:
-    """Raises CheckError when tensors are missing or have other shapes than blocks, experts and config.json ask for."""
+    """Returns the check made. Raises CheckError for missing tensors and wrong shapes.
+
+    Blocks, experts and config.json say which tensors there are, and their shapes.
+    """
     config, headers = checkpoint.source.config, checkpoint.headers
     _none(list(checkpoint.source.unlisted), "tensors are in the files and not in the index")
     try:
@@ -173,7 +179,7 @@ def _complete(checkpoint: Checkpoint) -> str:
 
 
 def _fused_schemes(checkpoint: Checkpoint, servers: Servers) -> str:
-    """Raises CheckError where servers fuse weights of more than one scheme, unless it is for none of them."""
+    """Returns the check made. Raises CheckError where servers fuse weights of several schemes, unless for none."""
     stored = checkpoint.view.targets
     found = splits(
         (weight, (stored[name].weight, stored[name].input) if name in stored else (None, None))
@@ -188,7 +194,7 @@ def _fused_schemes(checkpoint: Checkpoint, servers: Servers) -> str:
 
 
 def kept_values(checkpoint: Checkpoint, on_nonfinite: OnNonfinite, tell: Listener) -> str:
-    """Read every tensor that is stored as it was. Raises CheckError for NaN or infinity in a parameter."""
+    """Reads every tensor that is stored as it was. Raises CheckError for NaN or infinity in a parameter."""
     found = NonFinite(_layout(checkpoint).tensor_roles)
     names, size = checkpoint.copied(), 0
     for name in names:
@@ -224,7 +230,7 @@ def _against_source(checkpoint: Checkpoint, source: Source) -> str:
 
 
 def _shapes(checkpoint: Checkpoint, headers: Mapping[str, HeaderLike]) -> dict[str, tuple[int, ...]]:
-    """Shapes by tensor name, with experts one by one: files of one family keep them fused or apart."""
+    """Returns the shapes by tensor name, with experts one by one: files of one family keep them fused or apart."""
     name, found, inferred = checkpoint.family_name, checkpoint.family, checkpoint.inferred
     if inferred:  # from these names, which may have fused what the others have apart
         name, found, inferred = for_checkpoint(checkpoint.source.config, headers)
@@ -242,12 +248,12 @@ def _open(folder: Path) -> Source:
 
 
 def _weights(checkpoint: Checkpoint) -> dict[str, Weight]:
-    """Every weight, quantized or kept, as the family says; experts one by one."""
+    """Returns every weight, quantized or kept, as the family says; experts one by one."""
     return _layout(checkpoint).weights
 
 
 def _layout(checkpoint: Checkpoint) -> Layout:
-    """The family applied to what the checkpoint stands for, experts one by one."""
+    """Returns the family applied to the source form of the checkpoint, experts one by one."""
     headers = {f"{name}.weight": header for name, header in _singles(checkpoint)}
     return lay_out(
         checkpoint.family_name, checkpoint.family, checkpoint.inferred, checkpoint.source.config,
@@ -263,7 +269,7 @@ def _singles(checkpoint: Checkpoint) -> Iterable[tuple[str, Any]]:
 
 
 def _all_good(params: QParams, spec: TensorSpec) -> bool:
-    """The scales of every stage, and finite zero points."""
+    """True when the scales of every stage are good, and its zero points finite."""
     import torch
 
     if params.zero_point is not None and not bool(torch.isfinite(params.zero_point).all()):
@@ -274,14 +280,17 @@ def _all_good(params: QParams, spec: TensorSpec) -> bool:
 
 
 def _absent(stored: StoredTarget, decoded: Decoded) -> Iterator[str]:
-    """Kinds of activations whose static scale is not in the files."""
+    """Yields kinds of activations whose static scale is not in the files."""
     for kind, spec, scale in (("input", stored.input, decoded.input), ("output", stored.output, decoded.output)):
         if spec is not None and spec.needs_amax and scale is None:
             yield kind
 
 
 def _good(scale: Tensor) -> bool:
-    """Finite and positive; a byte (e8m0, or e5m3, where 0 stands for an all-zero group) unless it is the NaN code."""
+    """True for a finite and positive scale; for a byte unless it is the NaN code.
+
+    A byte is e8m0, or e5m3, where 0 stands for an all-zero group.
+    """
     import torch
 
     if scale.dtype == torch.uint8:

@@ -1,4 +1,4 @@
-"""Where weights come from: a model's files, or a quantized checkpoint that is decoded."""
+"""Sources of weights: a model's files, or a quantized checkpoint that is decoded."""
 
 from __future__ import annotations
 

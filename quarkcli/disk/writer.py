@@ -60,7 +60,7 @@ class WrittenFile:
     tensors: dict[str, int]
 
     def record(self) -> dict[str, Any]:
-        """JSON form; `WrittenFile(**record)` is the way back."""
+        """Returns the JSON form; `WrittenFile(**record)` is the way back."""
         return asdict(self)
 
 
@@ -68,12 +68,12 @@ class WrittenFile:
 
 
 def dtype_text(dtype: torch.dtype) -> str:
-    """The safetensors text of a torch dtype."""
+    """Returns the safetensors text of a torch dtype."""
     return _TEXTS[str(dtype).removeprefix("torch.")]
 
 
 def tensor_bytes(dtype: str, shape: Iterable[int]) -> int:
-    """Bytes of a tensor with safetensors dtype text `dtype`."""
+    """Returns the bytes of a tensor with safetensors dtype text `dtype`."""
     count = DTYPES[dtype][0]
     for size in shape:
         count *= size
@@ -81,7 +81,7 @@ def tensor_bytes(dtype: str, shape: Iterable[int]) -> int:
 
 
 def file_size(infos: Iterable[TensorInfo]) -> int:
-    """Exact bytes of the safetensors file that holds these tensors.
+    """Returns the exact bytes of the safetensors file that holds these tensors.
 
     Repeats what the library does (safetensors/src/tensor.rs, `prepare`): tensors by dtype, widest first, then by
     name; compact JSON header padded with blanks to 8 bytes, after 8 bytes of length.
@@ -97,7 +97,7 @@ def file_size(infos: Iterable[TensorInfo]) -> int:
 
 
 def plan_files(slug: str, infos: Iterable[TensorInfo], limit: int = SHARD_LIMIT) -> list[PlannedFile]:
-    """The files of a part: `model-<slug>.safetensors`, and `model-<slug>-00002.safetensors` ... above `limit`.
+    """Returns the files of a part: `model-<slug>.safetensors`, and `model-<slug>-00002.safetensors` ... above `limit`.
 
     limit   bytes of tensors in one file; a single larger tensor gets a file of its own
     Tensors are taken by name, so the split does not depend on the order of `infos`. No tensors, no files.
@@ -128,7 +128,7 @@ def _planned(slug: str, number: int, group: list[TensorInfo]) -> PlannedFile:
 def write_part(
     folder: Path, slug: str, tensors: dict[str, torch.Tensor], limit: int = SHARD_LIMIT
 ) -> list[WrittenFile]:
-    """Write one part's tensors durably; same tensors, same bytes. See `plan_files` for names and split.
+    """Writes one part's tensors durably; same tensors, same bytes. See `plan_files` for names and split.
 
     Tensors may lie on any device, share memory or be strided: what is written is their values.
     Raises ResourceError when the disk is full or not writable.
@@ -139,7 +139,7 @@ def write_part(
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> WrittenFile:
-    """Write one safetensors file durably, replacing `path` at once. Raises ResourceError."""
+    """Writes one safetensors file durably, replacing `path` at once. Raises ResourceError."""
     infos = [(name, dtype_text(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()]
     with disk_errors(path, file_size(infos)), _staging(path.parent) as staging:
         temporary = staging / path.name
@@ -156,7 +156,7 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> WrittenFile:
 
 
 def _separate(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same values, dense and without common memory, which safetensors refuses."""
+    """Returns the same values, dense and without common memory, which safetensors refuses."""
     seen: set[int] = set()
     out: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():
@@ -168,7 +168,7 @@ def _separate(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """safetensors' writer, with its failures turned back into the OSError they were."""
+    """Calls safetensors' writer, and turns its failures back into the OSError they were."""
     import safetensors
     from safetensors.torch import save_file
 
@@ -183,7 +183,7 @@ def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
 
 @contextmanager
 def _staging(folder: Path) -> Iterator[Path]:
-    """A folder for files on their way: the library adds temporary names of its own, which a kill would leave."""
+    """Makes a folder for files on their way: the library adds temporary names of its own, which a kill would leave."""
     path = Path(tempfile.mkdtemp(prefix=STAGING, dir=folder))
     try:
         yield path
@@ -192,14 +192,14 @@ def _staging(folder: Path) -> Iterator[Path]:
 
 
 def remove_staging(folder: Path) -> None:
-    """Remove temporary folders and files that a kill or a failure left below `folder`. Raises ResourceError."""
+    """Removes temporary folders and files that a kill or a failure left below `folder`. Raises ResourceError."""
     with disk_errors(folder):
         for path in list(folder.rglob(f"{STAGING}*")):
             remove(path)
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a link or a whole folder, if it is there. Raises OSError."""
+    """Removes a file, a link or a whole folder, if it is there. Raises OSError."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -207,14 +207,14 @@ def remove(path: Path) -> None:
 
 
 def _default_mode(folder: Path) -> int:
-    """The mode a new file gets here under the umask, found without changing the umask of the process."""
+    """Returns the mode a new file gets here under the umask, found without changing the umask of the process."""
     probe = folder / "mode"
     probe.touch()
     return stat.S_IMODE(probe.stat().st_mode)
 
 
 def write_index(folder: Path, weight_map: dict[str, str], total_size: int) -> None:
-    """Write the index: tensor name -> file, sorted; total_size is the bytes of all tensors without headers."""
+    """Writes the index: tensor name -> file, sorted; total_size is the bytes of all tensors without headers."""
     index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
     atomic_write_json(folder / INDEX, index)
 
@@ -223,7 +223,10 @@ def write_index(folder: Path, weight_map: dict[str, str], total_size: int) -> No
 
 
 def atomic_write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text durably (line ends as given); readers see the old file or the new one. ResourceError."""
+    """Writes UTF-8 text durably (line ends as given). Readers see the old file or the new one.
+
+    Raises ResourceError.
+    """
     data = text.encode("utf-8", "backslashreplace")  # of a path that is no text; in JSON it is the same character
     temporary = path.with_name(f"{STAGING}{os.getpid()}-{path.name}")
     with disk_errors(path, len(data)):
@@ -240,12 +243,12 @@ def atomic_write_text(path: Path, text: str) -> None:
 
 
 def atomic_write_json(path: Path, value: Any) -> None:
-    """`atomic_write_text` of JSON: two blanks of indent, keys in their order, a newline at the end."""
+    """Writes JSON as `atomic_write_text` does: two blanks of indent, keys in their order, a newline at the end."""
     atomic_write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames in `folder` survive a power loss."""
+    """Makes renames in `folder` survive a power loss."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -255,7 +258,7 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def disk_errors(path: Path, need: int = 0) -> Iterator[None]:
-    """Turn an OSError of the body into a ResourceError that names `path`; `need` is the bytes to be written."""
+    """Turns an OSError of the body into a ResourceError that names `path`; `need` is the bytes to be written."""
     try:
         yield
     except OSError as error:
@@ -277,7 +280,7 @@ def _disk_error(error: OSError, path: Path, need: int) -> ResourceError:
 
 
 def _free(path: Path, of: str = "") -> str:
-    """What is free, where that can be told."""
+    """Returns a remark about the free space, where that can be told."""
     try:
         return f", {free_bytes(path):,} free{of}"
     except OSError:
@@ -285,7 +288,7 @@ def _free(path: Path, of: str = "") -> str:
 
 
 def free_bytes(path: Path) -> int:
-    """Bytes free for this user on the disk that holds `path`, which need not exist yet."""
+    """Returns the bytes free for this user on the disk that holds `path`, which need not exist yet."""
     existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     return shutil.disk_usage(existing).free
 
@@ -294,7 +297,10 @@ def free_bytes(path: Path) -> int:
 
 
 def output_state(final: Path) -> OutputState:
-    """What lies at the output path; `finished` is a checkpoint of ours, `foreign` anything else. ResourceError."""
+    """Returns the state of the output path; `finished` is a checkpoint of ours, `foreign` anything else.
+
+    Raises ResourceError.
+    """
     with disk_errors(final):
         if not final.exists() and not final.is_symlink():
             return "absent"
@@ -307,7 +313,7 @@ def output_state(final: Path) -> OutputState:
 
 
 def partial_path(final: Path) -> Path:
-    """`<final>.partial` beside it, where the work happens; links are followed.
+    """Returns `<final>.partial` beside it, where the work happens; links are followed.
 
     Raises UsageError for a place that cannot have one: a mount point, a link that leads to itself, a name too long.
     """
@@ -326,7 +332,10 @@ def partial_path(final: Path) -> Path:
 
 
 def resolved(path: Path) -> Path:
-    """An absolute path without links. Raises UsageError for links in a circle, ResourceError where it may not look."""
+    """Returns an absolute path without links.
+
+    Raises UsageError for links in a circle, ResourceError where it may not look.
+    """
     try:
         with disk_errors(path):
             return path.resolve()
@@ -337,7 +346,7 @@ def resolved(path: Path) -> Path:
 def publish(
     partial: Path, final: Path, overwrite: bool, announce: Callable[[Path], None] = lambda old: None
 ) -> Path | None:
-    """Rename `partial` to `final`; on any failure the old content of `final` is back in place.
+    """Renames `partial` to `final`; on any failure the old content of `final` is back in place.
 
     With `overwrite` what was there moves aside; where to is handed to `announce` before, and returned.
     Raises UsageError when `final` is not empty and `overwrite` is off, ResourceError when renaming fails.
@@ -357,7 +366,7 @@ def publish(
 
 
 def _unused(final: Path) -> Path:
-    """`<final>.old-<pid>`, or with a number behind it: in a container every run has the same pid."""
+    """Returns `<final>.old-<pid>`, or with a number behind it: in a container every run has the same pid."""
     first = final.with_name(f"{final.name}.old-{os.getpid()}")
     names = (first, *(first.with_name(f"{first.name}-{number}") for number in range(2, 10_000)))
     return next(path for path in names if not os.path.lexists(path))
@@ -373,7 +382,7 @@ def _swap(partial: Path, final: Path, old: Path) -> None:
 
 
 def _rename(partial: Path, final: Path) -> None:
-    """Rename; what arrives once it is done (a signal, an error of a network file system) does not undo it."""
+    """Renames. A signal, or an error of a network file system, that arrives once it is done does not undo it."""
     inode = partial.stat().st_ino
     try:
         partial.rename(final)

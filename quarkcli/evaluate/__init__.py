@@ -1,1 +1,1 @@
-"""How much was lost: perplexity, KL and top-1 agreement, from the written files."""
+"""The loss of a quantized model: perplexity, KL and top-1 agreement, from the written files."""

@@ -76,7 +76,7 @@ class _Side:
         self.require_numbers("behind the embedding")
 
     def advance(self, block: int, weights_only: bool) -> None:
-        """Load a block, run it, forget it."""
+        """Loads a block, runs it, forgets it."""
         names = self.runner.block_tensors(block)
         self.runner.load_block(block, self._read(names))
         self.walk.advance(block, self._handlers(names, weights_only))
@@ -84,7 +84,7 @@ class _Side:
         self.require_numbers(f"behind block {block}")
 
     def _read(self, names: list[str]) -> dict[str, Tensor]:
-        """Tensors in source form. Raises CheckError for NaN or infinity in one that is stored as it was."""
+        """Returns tensors in source form. Raises CheckError for NaN or infinity in one that is stored as it was."""
         tensors = self.checkpoint.read_many(names, self.dtype)
         for name in names:
             if name in self.copied:
@@ -95,7 +95,7 @@ class _Side:
         return tensors
 
     def warn(self) -> None:
-        """Say what was taken although it is no number."""
+        """Warns of NaN and infinity that were taken as they are."""
         for sentence in nonfinite.warnings(self.found.parameters, self.found.others):
             self.tell(Message(f"{self.folder}: {sentence}", "warning"))
 
@@ -120,7 +120,7 @@ class _Side:
         return quantizing_handlers(activations, self.checkpoint.attention_quantizers(names))
 
     def tail_handlers(self, weights_only: bool) -> Handlers:
-        """What a quantized head reads and returns is quantized as well."""
+        """Returns handlers that quantize the input and the output of a quantized head as well."""
         return self._handlers(self.runner.outside_tensors(), weights_only)
 
 
@@ -139,7 +139,7 @@ def evaluate(
     on_nonfinite: OnNonfinite = "stop",
     tell: Listener,
 ) -> dict[str, Any]:
-    """Perplexity of a directory, and its distance from `baseline` when given.
+    """Returns the perplexity of a directory, and its distance from `baseline` when given.
 
     text          a text file; None: the beginning of the built-in text
     window        tokens per window; None: `windows.WINDOW`, or what the model takes if that is less
@@ -200,7 +200,7 @@ def _begin(
     tell: Listener, models: list[Checkpoint], rows: Windows, tokenizer: Any, max_tokens: int | None, bos: str,
     weights_only: bool, trust: bool,
 ) -> None:  # fmt: skip
-    """Tell that evaluation begins, with a warning for every flag that has no effect on what is measured."""
+    """Tells that evaluation begins, with a warning for every flag that has no effect on what is measured."""
     count, window = rows.tokens.shape
     more = (count + 1) * (window - len(rows.prefix))
     found = {
@@ -233,7 +233,7 @@ def check_gates(result: dict[str, Any], max_kl: float | None, max_ppl_increase: 
 
 
 def _check_baseline(config: Mapping[str, Any], baseline: Mapping[str, Any]) -> None:
-    """The same tokens must mean the same to both."""
+    """Raises UsageError unless the same tokens mean the same to both."""
     for key in ("vocab_size", "num_hidden_layers"):
         ours, theirs = (family.text_config(some).get(key) for some in (config, baseline))
         if ours != theirs:
@@ -279,7 +279,7 @@ def _distance(reference: Tensor, other: Tensor) -> float:
 
 
 def _score(tested: _Side, source: _Side | None, rows: Windows, weights_only: bool) -> dict[str, Any]:
-    """Run the tails batch by batch and compare."""
+    """Runs the tails batch by batch and compares them."""
     sides = [side for side in (tested, source) if side is not None]
     for side in sides:
         side.runner.load_outside(side.walk.outside())
@@ -302,19 +302,19 @@ def _score(tested: _Side, source: _Side | None, rows: Windows, weights_only: boo
 
 
 def _divergence(base: Tensor, scores: Tensor) -> Tensor:
-    """p (log p - log q) per token of the vocabulary; 0 for one that `base` rules out."""
+    """Returns p (log p - log q) per token of the vocabulary; 0 for one that `base` rules out."""
     terms = base.exp() * (base - scores)
     return terms if is_finite(base) else terms.masked_fill_(base == -math.inf, 0.0)
 
 
 def _roles(checkpoint: Checkpoint) -> dict[str, str]:
-    """Role of every tensor that the family knows."""
+    """Returns the role of every tensor that the family knows."""
     name, model, inferred = checkpoint.family_name, checkpoint.family, checkpoint.inferred
     return family.lay_out(name, model, inferred, checkpoint.source.config, checkpoint.headers).tensor_roles
 
 
 def _log_probabilities(side: _Side, index: int, first: int) -> Tensor:
-    """log p of the tokens from `first` on, float32 [batch, window - first, vocabulary]."""
+    """Returns log p of the tokens from `first` on, float32 [batch, window - first, vocabulary]."""
     hidden = side.walk.served[index].to(side.walk.device)
     logits: Tensor = side.runner.logits(side.walk.recordings[SERVED][index], hidden)
     scores = torch.log_softmax(logits[:, first - 1 : -1].float(), dim=-1)

@@ -1,4 +1,4 @@
-"""Text becomes the windows that `quark eval` measures on."""
+"""Turns text into the windows that `quark eval` measures on."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ class Windows:
 
     @property
     def first(self) -> int:
-        """Place of the first token that is scored: something stands before it, and it belongs to the text."""
+        """Returns the place of the first scored token: something stands before it, and it belongs to the text."""
         return max(1, len(self.prefix))
 
 
 def width(asked: int | None, limits: Iterable[int | None]) -> int:
-    """Tokens per window: what was asked for, else `WINDOW`, or what the models take if that is less.
+    """Returns tokens per window: what was asked for, else `WINDOW`, or what the models take if that is less.
 
     limits  tokens that a model takes, None where nothing says so
     Raises DataError when more is asked for.
@@ -52,7 +52,10 @@ def width(asked: int | None, limits: Iterable[int | None]) -> int:
 
 
 def windows(tokenizer: Tokenizer, text: str | None, window: int, max_tokens: int | None, bos: str) -> Windows:
-    """Windows from the start of a text file, or of the built-in text. Raises DataError, AccessError, UsageError."""
+    """Returns windows from the start of a text file, or of the built-in text.
+
+    Raises DataError, AccessError, UsageError.
+    """
     prefix = tokenizer.prefix(bos)
     own = window - len(prefix)
     if own < 1 or window < 2:

@@ -1,4 +1,4 @@
-"""Quantized activations: what linears, experts and attention read, and what linears return, once a model is served.
+"""Quantized activations of a served model: the inputs of linears, experts and attention, and outputs of linears.
 
 Torch-free to import.
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ActivationQuantizer:
-    """Fake quantization of the input of one weight, or of what its module returns.
+    """Fake quantization of the input of one weight, or of its module's output.
 
     tensor   file tensor whose owner's input or output is quantized
     spec     how
@@ -55,7 +55,7 @@ class AttentionQuantizer:
     scales: Mapping[str, Tensor]
 
     def quantize(self, kind: str, x: Tensor) -> Tensor:
-        """`x` [b, heads, t, features], as it is when nothing is said of its kind."""
+        """Returns `x` [b, heads, t, features] quantized; as it is when no spec is given for its kind."""
         from quarkcli.numerics.quantize import fake_quantize
 
         return fake_quantize(x, self.specs[kind], _at(self.scales.get(kind), x)) if kind in self.specs else x
@@ -64,7 +64,7 @@ class AttentionQuantizer:
 def quantizing_handlers(
     activations: Iterable[ActivationQuantizer], attentions: Iterable[AttentionQuantizer]
 ) -> Handlers:
-    """Returns what fake-quantizes activations."""
+    """Returns the handlers that fake-quantize activations."""
     linear: dict[str, Any] = {}
     outputs: dict[str, Any] = {}
     layers: dict[str, tuple[str, _ExpertQuantizer]] = {}
@@ -88,12 +88,12 @@ def quantizing_handlers(
 
 
 def _at(static: Tensor | None, x: Tensor) -> Tensor | None:
-    """A static scale read from a file, on the device of what it scales."""
+    """Returns a static scale read from a file, on the device of the tensor it scales."""
     return static.to(x.device) if static is not None else None
 
 
 class _Last:
-    """q, k and v read one tensor: quantize it once."""
+    """Remembers the last quantized tensor: q, k and v read one tensor, which is quantized once."""
 
     def __init__(self) -> None:
         self.source: Tensor | None = None
@@ -116,7 +116,7 @@ class _Last:
 
 
 class _ExpertQuantizer:
-    """Quantizes what experts read (the protocol of `model.experts.ExpertHandler`)."""
+    """Quantizes the inputs of experts (the protocol of `model.experts.ExpertHandler`)."""
 
     def __init__(self) -> None:
         self.gate_up: dict[int, ActivationQuantizer] = {}

@@ -28,7 +28,7 @@ PATIENCE = 10_000  # rows that are read before it is said that none can be used
 
 
 class Tokenizer(Protocol):
-    """What is asked of a tokenizer."""
+    """The methods that calibration needs of a tokenizer."""
 
     @property
     def eos(self) -> int | None: ...
@@ -80,7 +80,7 @@ def load(
     allow_short: bool = False,
     offline: bool = False,
 ) -> CalibrationData:
-    """`samples` rows of `seqlen` tokens.
+    """Returns `samples` rows of `seqlen` tokens.
 
     bos     what rows begin with: see `model.tokenizer.Tokenizer.prefix` for text, `begun` for conversations
     asked   the number of rows was asked for, so fewer are an error unless `allow_short`; fewer than a default are
@@ -114,7 +114,7 @@ def load(
 
 
 def _windows(stream: list[int], prefix: list[int], seqlen: int) -> list[list[int]]:
-    """The stream cut into rows that begin with `prefix`; what is left over is dropped."""
+    """Returns the stream cut into rows that begin with `prefix`; what is left over is dropped."""
     width = seqlen - len(prefix)
     return [prefix + stream[start : start + width] for start in range(0, len(stream) - width + 1, width)]
 
@@ -135,7 +135,10 @@ def _collect(
     rows: Iterable[files.Row], column: str | None, tokenizer: Tokenizer, samples: int, seqlen: int, bos: str,
     budget: int, skipped: Skipped,
 ) -> tuple[list[int], list[list[int]]]:  # fmt: skip
-    """(tokens of all texts, joined by end marks; tokens of each conversation) of as many rows as are needed."""
+    """Returns the tokens of all texts, joined by end marks, and those of each conversation.
+
+    Reads as many rows as are needed.
+    """
     stream: list[int] = []
     chats: list[list[int]] = []
     for row in rows:
@@ -160,7 +163,10 @@ def _collect(
 
 
 def _talk(conversation: Conversation, tokenizer: Tokenizer, limit: int) -> list[int]:
-    """Tokens of a conversation's first `limit` characters. Raises Unusable when its template makes nothing of it."""
+    """Returns the tokens of a conversation's first `limit` characters.
+
+    Raises Unusable when its template makes nothing of it.
+    """
     try:
         ids = tokenizer.chat(_shortened(conversation.messages, limit), conversation.tools)[0]
     except DataError as refusal:
@@ -171,7 +177,7 @@ def _talk(conversation: Conversation, tokenizer: Tokenizer, limit: int) -> list[
 
 
 def _shortened(messages: list[dict[str, Any]], limit: int) -> list[dict[str, Any]]:
-    """Messages up to a number of characters: nobody waits for megabytes of which one row is kept."""
+    """Returns messages up to a number of characters: nobody waits for megabytes of which one row is kept."""
     kept: list[dict[str, Any]] = []
     for message in messages:
         if limit <= 0:

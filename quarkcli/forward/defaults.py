@@ -1,4 +1,4 @@
-"""Which calibration data is used when none is named. Torch-free."""
+"""The calibration data that is used when none is named. Torch-free."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ HELD_OUT = 5  # one topic in this many, the last ones by name, is for evaluation
 
 
 def builtin_texts(*, held_out: bool) -> list[str]:
-    """Python's own reference, as shipped with every interpreter: the part to calibrate on, or the one held out."""
+    """Returns Python's own reference, as shipped with every interpreter.
+
+    One part is for calibration, the other is held out.
+    """
     from pydoc_data.topics import topics
 
     names = sorted(topics)
@@ -17,7 +20,7 @@ def builtin_texts(*, held_out: bool) -> list[str]:
 
 
 def default_source(offline: bool) -> tuple[str, str | None]:
-    """(source, warning): the named hub set when it can be reached, else the built-in text and why."""
+    """Returns (source, warning): the named hub set when it can be reached, else the built-in text and the reason."""
     warning = f"calibrating on the built-in text: the default data set {DEFAULT_HUB} cannot be reached"
     if offline:
         return BUILTIN, warning

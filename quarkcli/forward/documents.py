@@ -1,4 +1,4 @@
-"""A row of calibration data becomes a text or a conversation; what cannot is `Unusable`. Torch-free."""
+"""Turns a row of calibration data into a text or a conversation; any other row is `Unusable`. Torch-free."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Unusable(Exception):
 
 @dataclass(frozen=True)
 class Conversation:
-    """What a chat template is given."""
+    """Messages for a chat template."""
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None = None
@@ -39,7 +39,7 @@ class Conversation:
 
 @dataclass
 class Skipped:
-    """Rows that were not used: how many for which reason, and where one stands.
+    """Rows that were not used: their number for each reason, and the place of one.
 
     remarks  what else a user should know of the files
     """
@@ -59,14 +59,17 @@ class Skipped:
         return self.counts.total()
 
     def __str__(self) -> str:
-        """`2 x text is null (such as line 7); 1 x ...`, most frequent first."""
+        """Returns `2 x text is null (such as line 7); 1 x ...`, most frequent first."""
         shown = [f"{n} x {reason} (such as {self.places[reason]})" for reason, n in self.counts.most_common(_SHOWN)]
         more = len(self.counts) - _SHOWN
         return "; ".join([*shown, f"{more} more reasons"] if more > 0 else shown)
 
 
 def document(row: Any, column: str | None) -> str | Conversation:
-    """The text or the conversation of a row; `column` names where it is, else it is found. Raises Unusable."""
+    """Returns the text or the conversation of a row. Raises Unusable.
+
+    column   names where it is; None: it is found
+    """
     if isinstance(row, Broken):
         raise Unusable(row.reason)
     if isinstance(row, str):
@@ -106,7 +109,7 @@ def _found(row: dict[str, Any]) -> str | Conversation:
 
 
 def _turn(role: str, value: Any) -> list[Any]:
-    """A prompt or a response: a text, or messages."""
+    """Returns the messages of a prompt or a response, which is a text or messages."""
     return value if isinstance(value, list) else [{"role": role, "content": value}]
 
 
@@ -133,7 +136,7 @@ def _conversation(value: Any, row: Mapping[str, Any]) -> Conversation:
 
 
 def _message(value: Any) -> dict[str, Any]:
-    """A message as chat templates read it: role, text, and what else it says."""
+    """Returns a message as chat templates read it: role, text, and its other fields."""
     if not isinstance(value, dict):
         raise Unusable(f"a message is {_kind(value)}")
     message = _filled(value)
@@ -176,7 +179,7 @@ def _part(value: Any) -> Any:
 
 
 def _calls(value: Any) -> list[dict[str, Any]]:
-    """Tool calls with their arguments as an object: where they are JSON text, servers read it for the template."""
+    """Returns tool calls with their arguments as an object: servers read JSON text for the template."""
     if not isinstance(value, list) or not all(isinstance(call, dict) for call in value):
         raise Unusable("tool_calls are no list of objects")
     return [_call(call) for call in value]
@@ -207,7 +210,7 @@ def _loaded(text: str) -> Any:
 
 
 def _filled(value: Any) -> Any:
-    """Without the keys that hold null: parquet gives every object the keys of all."""
+    """Returns the value without the keys that hold null: parquet gives every object the keys of all."""
     if isinstance(value, dict):
         return {key: _filled(inner) for key, inner in value.items() if inner is not None}
     return [_filled(inner) for inner in value] if isinstance(value, list) else value

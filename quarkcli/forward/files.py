@@ -50,7 +50,7 @@ class Broken:
 
 @dataclass(frozen=True)
 class Row:
-    """A row's value (or `Broken`), where it stands, and about how many bytes it takes."""
+    """A row's value (or `Broken`), its place, and about how many bytes it takes."""
 
     value: Any
     place: str
@@ -58,7 +58,7 @@ class Row:
 
 
 def local(source: str) -> Path | None:
-    """The file or folder that a source names; None for the name of a hub data set. Raises AccessError."""
+    """Returns the file or folder that a source names; None for the name of a hub data set. Raises AccessError."""
     path = Path(source)
     if path.exists():
         return path
@@ -68,7 +68,7 @@ def local(source: str) -> Path | None:
 
 
 def find(path: Path) -> list[Path]:
-    """The files of a folder that hold data, or the file itself. Raises DataError when there is none."""
+    """Returns the files of a folder that hold data, or the file itself. Raises DataError when there is none."""
     if not path.is_dir():
         if kind(path) is None:
             hint = "unpack it first" if path.suffix in _PACKED else f"use {', '.join(KINDS)}"
@@ -86,12 +86,12 @@ def find(path: Path) -> list[Path]:
 
 
 def kind(path: Path) -> str | None:
-    """text, json, parquet; None for a name that says none of them."""
+    """Returns text, json or parquet; None for a name that says none of them."""
     return KINDS.get((Path(path.stem) if path.suffix == ".gz" else path).suffix.lower())
 
 
 def text(path: Path, limit: int = -1) -> str:
-    """The first `limit` characters of a text file. Raises DataError when it holds no text."""
+    """Returns the first `limit` characters of a text file. Raises DataError when it holds no text."""
     with _opened(path) as handle:
         found = handle.read(limit)
     reason = unfit(found)
@@ -102,7 +102,7 @@ def text(path: Path, limit: int = -1) -> str:
 
 
 def unfit(text: str) -> str | None:
-    """Why a text cannot be turned into tokens, as the end of a sentence; None when it can."""
+    """Returns the reason a text cannot be turned into tokens, as the end of a sentence; None when it can."""
     if not text.strip():
         return "holds no text"
     if "\0" in text:
@@ -116,13 +116,13 @@ def unfit(text: str) -> str | None:
 
 
 def rows(path: Path, seed: int) -> Iterator[Row]:
-    """The rows of a JSON or parquet file, shuffled within a buffer. Raises DataError when it is no such file."""
+    """Yields the rows of a JSON or parquet file, shuffled within a buffer. Raises DataError when it is no such file."""
     found = _parquet(path) if kind(path) == "parquet" else _json(path)
     yield from shuffled(found, seed)
 
 
 def shuffled(rows: Iterable[Row], seed: int) -> Iterator[Row]:
-    """Rows in a seeded order. Whenever the buffer is full it is shuffled and half of it is given out."""
+    """Yields rows in a seeded order. Whenever the buffer is full it is shuffled and half of it is given out."""
     import numpy
 
     random = numpy.random.default_rng(seed)
@@ -145,7 +145,7 @@ def shuffled(rows: Iterable[Row], seed: int) -> Iterator[Row]:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[TextIO]:
-    """A text file, whatever packs and encodes it. Raises DataError for what cannot be read as text."""
+    """Opens a text file, whatever packs and encodes it. Raises DataError for a file that cannot be read as text."""
     try:
         packed = _start(path).startswith(_GZIP)
         with gzip.open(path, "rb") if packed else path.open("rb") as opened:
@@ -166,7 +166,7 @@ def _opened(path: Path) -> Iterator[TextIO]:
 
 
 def encoding(path: Path) -> str:
-    """How a text file or a JSON file is encoded, by its first bytes. Raises DataError, AccessError."""
+    """Returns the encoding of a text file or a JSON file, by its first bytes. Raises DataError, AccessError."""
     with _opened(path) as handle:
         return handle.encoding
 
@@ -192,7 +192,7 @@ def _json(path: Path) -> Iterator[Row]:
 
 
 def _whole(path: Path) -> Any:
-    """The value of a file that is one JSON value over several lines; None for any other."""
+    """Returns the value of a file that is one JSON value over several lines; None for any other."""
     with _opened(path) as lines:
         first = next((line for line in lines if line.strip()), "")
         if not isinstance(_parsed(first), Broken) or first.lstrip()[:1] not in "[{" or path.stat().st_size > _WHOLE:
@@ -211,7 +211,7 @@ def _parsed(text: str) -> Any:
 
 
 def _expanded(value: Any, place: str, size: int) -> Iterator[Row]:
-    """The rows of one JSON value: those of a list or of `{"data": [...]}`, or itself."""
+    """Yields the rows of one JSON value: those of a list or of `{"data": [...]}`, or itself."""
     if isinstance(value, dict):
         lists = [value[key] for key in _ROWS_IN if _is_rows(value.get(key))]
         value = lists[0] if lists else value

@@ -1,4 +1,4 @@
-"""Second moments of activations as running means, and which calibration tokens are held out of them."""
+"""Second moments of activations as running means, and the calibration tokens that are held out of them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class SecondMoment:
         self._waiting_rows = 0
 
     def add(self, rows: Tensor, other: Tensor | None = None) -> None:
-        """Take rows [tokens, features], and those of `other` [tokens, features], in sample order."""
+        """Takes rows [tokens, features], and those of `other` [tokens, features], in sample order."""
         self._waiting.append((rows, rows if other is None else other))
         self._waiting_rows += rows.shape[0]
         while self._waiting_rows >= CHUNK:
@@ -38,7 +38,7 @@ class SecondMoment:
             self._waiting_rows = rest.shape[0]
 
     def merge(self, other: SecondMoment) -> None:
-        """Take in another's mean: a weighted mean of both. What waits on either side is folded first."""
+        """Takes in another's mean: a weighted mean of both. What waits on either side is folded first."""
         mean, tokens = other.result()
         self.result()
         if mean is None:
@@ -49,7 +49,7 @@ class SecondMoment:
         self.tokens = total
 
     def result(self) -> tuple[Tensor | None, int]:
-        """(mean or None when no token came, tokens)."""
+        """Returns (mean or None when no token came, tokens)."""
         if self._waiting_rows:
             self._fold(*self._joined())
         self._waiting, self._waiting_rows = [], 0
@@ -76,7 +76,7 @@ class SecondMoment:
 
 
 def held_out(rows: int, seqlen: int) -> Tensor | None:
-    """Which tokens are kept out of the moments that a solver fits to, bool [rows, seqlen]; None: none.
+    """Returns a mask of the tokens kept out of the moments that a solver fits to, bool [rows, seqlen]; None: none.
 
     Row 7 of every eight; of fewer than 16 rows the last eighth of the tokens; of fewer than 2,048 tokens none.
     """

@@ -65,7 +65,7 @@ class Statistics:
     # -- reading -------------------------------------------------------------------------------------------------
 
     def amax(self, site: str, spec: TensorSpec, expert: int | None = None) -> Tensor:
-        """The largest magnitude (float32 []) behind a static scale at a site, as the spec's observer chooses it.
+        """Returns the largest magnitude (float32 []) behind a static scale at a site, chosen by the spec's observer.
 
         expert   of the tokens of one expert alone; the site's when it saw none
 
@@ -82,12 +82,12 @@ class Statistics:
         return value
 
     def channel_amax(self, site: str) -> Tensor | None:
-        """The largest magnitude of every channel of a site, float32 [features]; None without a token."""
+        """Returns the largest magnitude of every channel of a site, float32 [features]; None without a token."""
         seen = self._ranges.get((site, "channel_absmax"))
         return seen.amax if seen is not None else None
 
     def moment(self, site: str, expert: int | None = None) -> Moment | None:
-        """The second moment of a site, or of one expert's part of it with the layer's as prior; None without a token.
+        """Returns the second moment of a site, or of one expert with the layer's as prior; None without a token.
 
         Raises DataError for NaN or infinity.
         """
@@ -123,7 +123,7 @@ class Statistics:
         return self._crosses[site].result()[0] if expert is None and site in self._crosses else None
 
     def follow(self, scaled: Mapping[tuple[str, int | None], Tensor], outputs: bool) -> bool:
-        """Take over factors of channels, by activation and expert. Returns whether everything asked for follows.
+        """Takes over factors of channels, by activation and expert. Returns whether everything asked for follows.
 
         Second moments do, ranges do not.
         outputs   what linears return, and attention's operands, were scaled too
@@ -141,13 +141,13 @@ class Statistics:
         return all(self.needs.get(site, set()) <= {"gram", "gram_val", "cross"} for site in sites)
 
     def expert_tokens(self) -> dict[str, dict[int, int]]:
-        """Routed tokens per expert, by experts prefix."""
+        """Returns the routed tokens per expert, by experts prefix."""
         return {prefix: dict(sorted(layer.tokens.items())) for prefix, layer in self.layers.items()}
 
     # -- collecting ----------------------------------------------------------------------------------------------
 
     def handlers(self) -> Handlers:
-        """Returns what feeds these statistics."""
+        """Returns the handlers that feed these statistics."""
         linear: dict[str, Callable[[Tensor], None]] = {}
         experts: dict[str, Any] = {}
         attention: dict[str, Any] = {}
@@ -178,7 +178,7 @@ class Statistics:
         return Handlers(linear, outputs, dict(experts.values()), attention, softmax)
 
     def source_handlers(self) -> Handlers:
-        """Returns what notes the inputs of the source stream's linears, for one batch."""
+        """Returns the handlers that note the inputs of the source stream's linears, for one batch."""
         linear: dict[str, Callable[[Tensor], None]] = {}
         for site in self.plan.sites.values():
             if site.part == self.part and site.kind == "linear" and "cross" in self.needs.get(site.name, set()):
@@ -217,13 +217,13 @@ class Statistics:
         return rows if kept is None else rows[kept.to(rows.device)]
 
     def _tokens(self, x: Tensor) -> Tensor:
-        """Values of attention [batch, heads, tokens, ...] without those of padding."""
+        """Returns values of attention [batch, heads, tokens, ...] without those of padding."""
         if self.mask is None or self.mask.shape != (x.shape[0], x.shape[2]):
             return x
         return x.movedim(2, 1)[self.mask.bool().to(x.device)]
 
     def _held(self, x: Tensor) -> Tensor | None:
-        """Which of the rows of `_rows` are held out, bool; None: none."""
+        """Returns a mask of the rows of `_rows` that are held out, bool; None: none."""
         if self.held is None:
             return None
         held = unpadded(self.held, x.shape[:-1])
@@ -245,14 +245,14 @@ class Statistics:
             self._crosses.setdefault(site, SecondMoment()).add(own.clone(), other)
 
     def see(self, site: str, x: Tensor) -> None:
-        """Widen the range of a site, and count its magnitudes, where that is needed."""
+        """Widens the range of a site, and counts its magnitudes, where that is needed."""
         if not x.numel():
             return
         for kind in STATISTICS.keys() & self.needs.get(site, set()):
             self._ranges.setdefault((site, kind), STATISTICS[kind]()).observe(x)
 
     def see_expert(self, site: str, expert: int, x: Tensor) -> None:
-        """As `see`, of what one expert reads, where every expert has a scale of its own."""
+        """Does as `see` for the input of one expert, where every expert has a scale of its own."""
         if self.plan.own_expert_inputs and x.numel():
             for kind in STATISTICS.keys() & self.needs.get(site, set()):
                 self._expert_ranges.setdefault((site, kind, expert), STATISTICS[kind]()).observe(x)
@@ -271,7 +271,7 @@ class Statistics:
         return None
 
     def _expert_rows(self, site: str, expert: int, held: bool | None) -> Iterator[Tensor]:
-        """What one expert reads at a site, batch by batch."""
+        """Yields the inputs of one expert at a site, batch by batch."""
         layer = self.layers[self._layer_of(site)]
         down = self.plan.sites[site].kind == "experts_down"
         for rows in layer.rows(None if self.all_tokens else expert, held):
@@ -285,7 +285,10 @@ class Statistics:
         return moment.result()
 
     def _pooled(self, site: str) -> tuple[Tensor | None, int]:
-        """The layer's own moment: of all tokens for the common input, of all experts together for the inner one."""
+        """Returns the layer's own moment.
+
+        It is of all tokens for the common input, of all experts together for the inner one.
+        """
         pooled = self.layers[self._layer_of(site)].pooled
         if site not in pooled:
             if self.plan.sites[site].kind == "experts_in":
@@ -295,7 +298,7 @@ class Statistics:
         return pooled[site]
 
     def _apart(self, site: str) -> bool | None:
-        """False where held-out tokens are kept out of the moment that a solver fits to; None where they are not."""
+        """Returns False where held-out tokens stay out of the moment that a solver fits to; None where they do not."""
         return False if "gram_val" in self.needs.get(site, set()) else None
 
     def members(self, site: str) -> list[tuple[str, int]]:
@@ -304,7 +307,7 @@ class Statistics:
 
 
 def _with_prior(mean: Tensor | None, tokens: int, pooled: tuple[Tensor | None, int]) -> tuple[Tensor | None, int]:
-    """Blend an expert's moment with its layer's when it saw fewer than two tokens per feature.
+    """Blends an expert's moment with its layer's when it saw fewer than two tokens per feature.
 
     The layer counts as one token per feature; an expert that saw nothing gets the layer's moment alone.
     """
@@ -318,7 +321,7 @@ def _with_prior(mean: Tensor | None, tokens: int, pooled: tuple[Tensor | None, i
 
 
 def site_parts(plan: Plan) -> dict[str, int]:
-    """Part index by site name, those of outputs and attention included."""
+    """Returns the part index by site name, those of outputs and attention included."""
     parts = {site.name: site.part for site in plan.sites.values()}
     parts.update({target.output_site: target.part for target in plan.quantized() if target.output_site is not None})
     for module in plan.attention.values():

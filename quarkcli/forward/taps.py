@@ -1,4 +1,4 @@
-"""What stands inside a running model and feeds its statistics: experts, and rows without padding."""
+"""Taps inside a running model that feed its statistics: experts, and rows without padding."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class ExpertLayer:
-    """What the experts of one layer saw: their common input with its routing, and counts.
+    """The common input of one layer's experts, with its routing and counts.
 
     held   per batch, which of its tokens are held out; None: none
     """
@@ -30,7 +30,7 @@ class ExpertLayer:
     pooled: dict[str, tuple[Tensor | None, int]] = field(default_factory=dict)
 
     def rows(self, expert: int | None, held: bool | None) -> Iterator[Tensor]:
-        """The common input of the tokens routed to one expert, of all tokens when it is None, batch by batch.
+        """Yields the common input of the tokens routed to one expert, of all tokens when it is None, batch by batch.
 
         held   only tokens that are held out, or only those that are not; None: all
         """
@@ -47,7 +47,9 @@ class ExpertLayer:
 
 
 def unpadded(mask: Tensor, leading: torch.Size) -> Tensor | None:
-    """bool [values]: no padding, for activations [*leading, features] whose axes hold those of the mask, or all flat.
+    """Returns bool [values], False on padding, for activations [*leading, features].
+
+    Their axes hold those of the mask, or all flat.
 
     Axes of streams may stand before or behind. None when no axes are the mask's: nothing can be told apart.
     """
@@ -120,7 +122,7 @@ class ExpertTap:
         return h
 
     def _unpadded(self, expert: int, h: Tensor) -> Tensor:
-        """The rows of `h` that are no padding; they come by choice, then by token."""
+        """Returns the rows of `h` that are no padding; they come by choice, then by token."""
         if self.kept is None or self.routed is None:
             return h
         tokens = self.routed.T.eq(expert).nonzero()[:, 1]

@@ -24,7 +24,10 @@ HIDDEN_SHARE = 4  # hidden states stay on the device while they take less than o
 
 
 def default_batch(device: torch.device, seqlen: int, asked: int | None) -> int:
-    """Sequences in one forward. On a CPU always `CPU_TOKENS` tokens; on a GPU what was asked, else four times that."""
+    """Returns the number of sequences in one forward.
+
+    On a CPU it is always `CPU_TOKENS` tokens; on a GPU what was asked, else four times that.
+    """
     if device.type == "cpu":
         return max(1, CPU_TOKENS // seqlen)
     return asked or max(1, 4 * CPU_TOKENS // seqlen)
@@ -74,7 +77,7 @@ class Walk:
 
     @property
     def served(self) -> list[Tensor]:
-        """Hidden states of the served stream, one per batch."""
+        """Returns the hidden states of the served stream, one per batch."""
         return self.hidden[SERVED]
 
     @property
@@ -82,7 +85,7 @@ class Walk:
         return torch.device(self.runner.device)
 
     def start(self) -> None:
-        """Embed every batch and record what each block will be called with."""
+        """Embeds every batch and records the call of each block."""
         self.hidden = self._retrying(self._record)
 
     def _record(self) -> dict[str, list[Tensor]]:
@@ -104,7 +107,7 @@ class Walk:
         return recordings
 
     def _park(self, hidden: Tensor) -> Tensor:
-        """Keep hidden states on the device only while they are small there."""
+        """Keeps hidden states on the device only while they are small there."""
         if self.device.type != "cuda":
             return hidden
         free, _ = torch.cuda.mem_get_info(self.device)
@@ -113,7 +116,7 @@ class Walk:
         return hidden if whole * HIDDEN_SHARE < free else hidden.cpu()
 
     def take(self, hidden: Mapping[str, list[Tensor]]) -> None:
-        """Go on with hidden states in batches of any size, cut as the recordings are."""
+        """Goes on with hidden states in batches of any size, cut as the recordings are."""
         self.hidden = {stream: self._cut(states) for stream, states in hidden.items()}
 
     def _cut(self, states: list[Tensor]) -> list[Tensor]:
@@ -123,7 +126,7 @@ class Walk:
         return list(torch.cat([hidden.cpu() for hidden in states], axis).split(self.batch, axis))
 
     def masks(self) -> list[Tensor | None]:
-        """One per batch, tokens and rows in the order that the model has them in."""
+        """Returns one mask per batch, tokens and rows in the order that the model has them in."""
         return self._batches(self.mask)
 
     def _batches(self, mask: Tensor | None) -> list[Tensor | None]:
@@ -133,7 +136,7 @@ class Walk:
         return [part.T if tokens_first else part for part in mask.split(self.batch)]
 
     def _layout(self) -> tuple[int, bool]:
-        """(axis of the rows in hidden states, whether tokens come before them).
+        """Returns the axis of the rows in hidden states, and whether tokens come before them.
 
         Most models have [rows, tokens, H]; gemma3n has [streams, rows, tokens, H], ChatGLM's code [tokens, rows, H].
         """
@@ -146,7 +149,7 @@ class Walk:
         raise ModelError(f"hidden states of shape {shape} do not tell which axes are rows and tokens")
 
     def observe(self, block: int, new_statistics: Callable[[], Any], advance: bool = False) -> tuple[Any, Tensor]:
-        """Run the loaded block over every stream with taps. Returns the statistics and the first batch's output.
+        """Runs the loaded block over every stream with taps. Returns the statistics and the first batch's output.
 
         advance   move the served stream on as well; the source stream moves on with `advance` or `probe`
         """
@@ -174,7 +177,7 @@ class Walk:
         return statistics, first
 
     def observe_tail(self, new_statistics: Callable[[], Any], tail: Mapping[str, Tensor]) -> Any:
-        """Run final norm and head over the served stream with taps (a head that is quantized).
+        """Runs final norm and head over the served stream with taps (a head that is quantized).
 
         tail   tensors of the tail as they are now, which go before those of `outside`
         """
@@ -196,7 +199,7 @@ class Walk:
         return self._retrying(once)
 
     def advance(self, block: int, handlers: Handlers) -> None:
-        """Run the loaded block with `handlers` and move every stream on."""
+        """Runs the loaded block with `handlers` and moves every stream on."""
 
         def once() -> list[Tensor]:
             with self.runner.handlers(block, handlers):
@@ -207,7 +210,7 @@ class Walk:
             self.hidden[SOURCE] = self._moved
 
     def probe(self, block: int, handlers: Handlers) -> Tensor:
-        """The loaded block's output for the first batch; the served stream stays where it is."""
+        """Returns the loaded block's output for the first batch; the served stream stays where it is."""
 
         def once() -> Tensor:
             with self.runner.handlers(block, handlers):
@@ -217,7 +220,7 @@ class Walk:
         return output
 
     def wanted(self, block: int, batch: int) -> Tensor:
-        """What the loaded source block returns for a batch: for the source stream where there is one, else the served.
+        """Returns the loaded source block's output for a batch: of the source stream if there is one, else the served.
 
         Valid after `observe`, until the block is loaded with other weights.
         """
@@ -226,7 +229,7 @@ class Walk:
         return self._run(block, batch)
 
     def run_with(self, block: int, batch: int, tensors: Mapping[str, Tensor]) -> Tensor:
-        """The block's output for the served stream with parameters made of other file tensors; gradients flow."""
+        """Returns the block's output for the served stream, with parameters of other file tensors; gradients flow."""
         hidden = self.served[batch].to(self.device)
         out: Tensor = self.runner.run_with(block, self.recordings[SERVED][batch], hidden, tensors)
         return out
@@ -249,7 +252,7 @@ class Walk:
                 self._halve(error)
 
     def _halve(self, cause: BaseException) -> None:
-        """Half the rows in one forward, after the device ran out of memory."""
+        """Halves the rows in one forward, after the device ran out of memory."""
         if self.batch == 1:
             raise ResourceError(
                 f"out of device memory with {self.batch} sequence(s) of {self.tokens.shape[1]} tokens in one forward",

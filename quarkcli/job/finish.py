@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def write_config(prepared: Prepared, partial: Path, records: dict[str, dict[str, Any]]) -> None:
-    """Step 9. Everything beside the weights; safe to repeat after an interruption."""
+    """Step 9: writes everything beside the weights; safe to repeat after an interruption."""
     described = prepared.dialect.files(prepared.plan)
     keys = described.pop(CONFIG_FILE, {})
     config = with_keys(prepared.source.config_text, keys, prepared.plan.config_changes)
@@ -40,7 +40,7 @@ def write_config(prepared: Prepared, partial: Path, records: dict[str, dict[str,
 
 
 def with_keys(config_text: str, keys: Mapping[str, Any], changes: Mapping[str, Any] | None = None) -> str:
-    """The source's config.json in its own order, with `keys` added or replaced.
+    """Returns the source's config.json in its own order, with `keys` added or replaced.
 
     keys      what a dialect says at the top: `quantization_config`
     changes   keys that transforms set, where the config has them: at the top and in the text model's part
@@ -57,7 +57,7 @@ def with_keys(config_text: str, keys: Mapping[str, Any], changes: Mapping[str, A
 
 
 def _copy_side_files(prepared: Prepared, partial: Path, written: Collection[str]) -> None:
-    """Copy what lies beside the source's weights. `written`: files of the dialect, which stay as they are."""
+    """Copies the files beside the source's weights. `written`: files of the dialect, which stay as they are."""
     found = prepared.side_files
     with disk_errors(partial):
         for relative, origin in found.copied.items():
@@ -72,7 +72,7 @@ def _copy_side_files(prepared: Prepared, partial: Path, written: Collection[str]
 
 
 def resolved_recipe(prepared: Prepared) -> str:
-    """The ordered entries of this run as a native recipe; running it again repeats the job."""
+    """Returns the ordered entries of this run as a native recipe; running it again repeats the job."""
     plan, settings = prepared.plan, prepared.calibration
     recipe: dict[str, Any] = {
         "schema": "quark/recipe/1",
@@ -93,7 +93,10 @@ def resolved_recipe(prepared: Prepared) -> str:
 
 
 def _calibration(settings: Calibration) -> dict[str, Any]:
-    """What repeats the choice of rows; a default number of rows stays a default, which may fall short."""
+    """Returns the settings that make a run choose the same rows again.
+
+    A default number of rows stays a default, which may fall short.
+    """
     rows = {"samples": settings.samples} if settings.asked else {}
     column = {"column": settings.column} if settings.column is not None else {}
     fixed = {"seqlen": settings.seqlen, "seed": settings.seed, "moe": settings.moe, "bos": settings.bos}
@@ -101,7 +104,7 @@ def _calibration(settings: Calibration) -> dict[str, Any]:
 
 
 class _Dumper(yaml.SafeDumper):
-    """No aliases: every entry stands for itself."""
+    """A YAML dumper without aliases: every entry stands for itself."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -131,7 +134,7 @@ def verify_and_report(
     seconds: float,
     device: str,
 ) -> dict[str, Any]:
-    """Step 10 without the renaming. Raises CheckError when the written files are not what the plan says."""
+    """Does step 10 without the renaming. Raises CheckError when the written files are not what the plan says."""
     checks = verify.against_plan(partial, prepared.plan, prepared.dialect, prepared.weights.headers)
     report = build.build(prepared, data, records, checks, seconds, device)
     atomic_write_json(partial / "quark" / "report.json", report)
@@ -141,7 +144,10 @@ def verify_and_report(
 
 
 def _write_manifest(prepared: Prepared, partial: Path, records: dict[str, dict[str, Any]]) -> None:
-    """sha256 of every file but the manifest itself and the log; shards were hashed when they were written."""
+    """Writes the sha256 of every file but the manifest itself and the log.
+
+    Shards were hashed when they were written.
+    """
     remove_staging(partial)
     source = prepared.source
     facts = {

@@ -1,4 +1,4 @@
-"""What a plan will cost before any weight is read: exact file sizes, and estimates of memory and disk. Torch-free."""
+"""The cost of a plan before any weight is read: exact file sizes, estimates of memory and disk. Torch-free."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RUNTIME_BYTES = {False: 250_000_000, True: 550_000_000}
 
 @dataclass(frozen=True)
 class Forecast:
-    """Bytes. `output_bytes` is exact: the sum of the safetensors files; memory is an estimate."""
+    """Sizes in bytes. `output_bytes` is exact: the sum of the safetensors files; memory is an estimate."""
 
     source_bytes: int
     output_bytes: int
@@ -34,7 +34,7 @@ class Forecast:
 
 
 class _PartSize(NamedTuple):
-    """Bytes of a part: of its tensors in the source, of the files it becomes, and of their tensors by dtype."""
+    """Sizes of a part in bytes: its tensors in the source, its files, and their tensors by dtype."""
 
     source: int
     files: int
@@ -42,7 +42,10 @@ class _PartSize(NamedTuple):
 
 
 def _part_sizes(plan: Plan, dialect: Writer, headers: Mapping[str, HeaderLike]) -> list[_PartSize]:
-    """Sizes of every part. Blocks whose tensors differ in the block's number alone, of as many digits, are one."""
+    """Returns the sizes of every part.
+
+    Blocks whose tensors differ in the block's number alone, of as many digits, are one.
+    """
     owners = part_targets(plan)
     kinds = {name: number for number, run in enumerate(plan.alike()) for name in (t.name for t in run)}
     specs = {module.part: tuple(module.specs.items()) for module in plan.attention.values()}
@@ -68,7 +71,7 @@ def _row(
     owners: Mapping[str, list[Target]],
     kinds: Mapping[str, int],
 ) -> object:
-    """What a block's tensor becomes, without the block's name, of `start` characters."""
+    """Returns the result of a block's tensor, to be compared. It lacks the block's name, of `start` characters."""
     if name in plan.dropped:
         return name[start:], None
     if name in plan.kept:
@@ -99,7 +102,10 @@ def forecast(
     hidden: int,
     solving: int,
 ) -> Forecast:
-    """Sizes of a plan in one dialect. `tokens` x `hidden` are the hidden states, `solving` is what a solver needs."""
+    """Returns the sizes of a plan in one dialect.
+
+    `tokens` x `hidden` are the hidden states, `solving` is what a solver needs.
+    """
     sizes = _part_sizes(plan, dialect, headers)
     output = sum(size.files for size in sizes)
     dtypes: dict[str, int] = {}

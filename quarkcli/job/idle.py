@@ -38,12 +38,12 @@ _REPLACED = {
 
 
 def flag(field: str) -> str:
-    """`calib_data` -> `--calib-data`."""
+    """Returns the flag of a field: `calib_data` -> `--calib-data`."""
     return "--" + field.replace("_", "-")
 
 
 def given(options: Options, names: Iterable[str]) -> list[str]:
-    """Those of these fields that differ from their defaults, as flags."""
+    """Returns those of these fields that differ from their defaults, as flags."""
     usual = {field.name: field.default for field in fields(options)}
     return [flag(name) for name in names if getattr(options, name) != usual[name]]
 
@@ -51,7 +51,7 @@ def given(options: Options, names: Iterable[str]) -> list[str]:
 def of_run(
     options: Options, source: Source, plan: Plan, needs: Iterable[str], calibration: Calibration | None
 ) -> list[str]:
-    """One line for all flags that have no effect for the same reason."""
+    """Returns one line for all flags that have no effect for the same reason."""
     found = [*_of_source(options, source, calibration), *_of_settings(options, calibration)]
     found += _of_steps(options, plan)
     if calibration is None:
@@ -67,13 +67,13 @@ def of_run(
 
 
 def of_plan(options: Options) -> list[str]:
-    """A line for flags about the work, given to a plan."""
+    """Returns a line for flags about the work that `quark plan` was given."""
     unused = given(options, OF_WORK)
     return [f"a plan reads no weights and writes nothing: {', '.join(unused)} not used"] if unused else []
 
 
 def of_model(source: Source, *, revision: str = "main", trusted: bool = False) -> list[str]:
-    """Lines for flags that a model in a local directory, or without code of its own, has no use for.
+    """Returns lines for flags that a model in a local directory, or without code of its own, has no use for.
 
     `--offline` is a promise that holds whether or not the hub would be asked, and is never idle.
     """
@@ -86,7 +86,7 @@ def of_model(source: Source, *, revision: str = "main", trusted: bool = False) -
 
 
 def brings_code(source: Source) -> bool:
-    """Whether there is Python code beside the weights."""
+    """True when there is Python code beside the weights."""
     return any(source.folder.rglob("*.py"))
 
 
@@ -98,7 +98,7 @@ def _of_source(options: Options, source: Source, calibration: Calibration | None
 
 
 def _of_settings(options: Options, calibration: Calibration | None) -> Iterator[str]:
-    """`--set` of values that a flag replaces, or that this plan does not look at."""
+    """Yields lines for `--set` of values that a flag replaces, or that this plan does not look at."""
     for text in options.settings:
         key = text.partition("=")[0]
         field = next((field for name, field in _REPLACED.items() if f"{key}.".startswith(f"{name}.")), None)
@@ -144,7 +144,7 @@ def _has_gpu() -> bool:
 
 
 def screen(*, progress: str, log_level: str, log_format: str, quiet: bool, plan: bool) -> list[str]:
-    """Lines for flags about what a job shows while it runs."""
+    """Returns lines for flags about what a job shows while it runs."""
     shown: Sequence[str] = [
         name for name, on in (("--progress", progress != "auto"), ("--log-level", log_level != "info")) if on
     ]

@@ -1,4 +1,4 @@
-"""What is asked of a job, and what is known of it before the first weight is read. Torch-free data."""
+"""The options of a job, and all that is known of it before the first weight is read. Torch-free data."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from quarkcli.recipe.recipe import Recipe
 
 @dataclass
 class Options:
-    """What the command line says. Defaults are the flags' defaults; None means not given."""
+    """The options of the command line. Defaults are the flags' defaults; None means not given."""
 
     model: str
     scheme: str | None = None
@@ -57,7 +57,7 @@ class Options:
 
 @dataclass
 class Calibration:
-    """Which data a calibrated plan uses: flags, else the recipe, else defaults.
+    """The data that a calibrated plan uses: flags, else the recipe, else defaults.
 
     asked   the number of rows was given, so fewer are an error
     moe     `routed`: experts see their own tokens; `all`: every token feeds every expert's statistics
@@ -77,7 +77,7 @@ class Calibration:
 
 @dataclass
 class Prepared:
-    """Everything known before the first weight is read."""
+    """All that is known before the first weight is read."""
 
     options: Options
     recipe: Recipe
@@ -98,11 +98,11 @@ class Prepared:
 
     @property
     def weights(self) -> WeightSource:
-        """What the tensors of the source are read from."""
+        """Returns the reader of the source's tensors."""
         return self.source
 
     @property
     def seed(self) -> int:
-        """What everything random starts from."""
+        """Returns the seed of everything random."""
         given = self.options.seed if self.options.seed is not None else self.recipe.seed
         return given or 0

@@ -35,7 +35,7 @@ ERROR_ROWS = 256  # rows of each weight that its error is measured on
 
 @dataclass
 class PartResult:
-    """What a part became: packed tensors by file name, and facts for journal and report.
+    """The result of a part: packed tensors by file name, and facts for journal and report.
 
     dead_inputs       weight -> inputs that were always zero in calibration
     silent            activations with a static scale that were zero altogether
@@ -54,20 +54,20 @@ class PartResult:
     nonfinite_others: list[str] = field(default_factory=list)
 
     def record(self) -> dict[str, Any]:
-        """JSON form without the tensors."""
+        """Returns the JSON form without the tensors."""
         facts = {key: value for key, value in vars(self).items() if key != "tensors"}
         tokens = {layer: {str(e): n for e, n in counts.items()} for layer, counts in self.expert_tokens.items()}
         return {**facts, "expert_tokens": tokens}
 
 
 def last_part(plan: Plan, needs: Mapping[str, set[str]]) -> int:
-    """Index of the last part that needs data; -1 when none does."""
+    """Returns the index of the last part that needs data; -1 when none does."""
     parts = site_parts(plan)
     return max((parts[site] for site in needs), default=-1)
 
 
 def check_loaded(plan: Plan, needs: Mapping[str, set[str]], runner: Any) -> str | None:
-    """A warning about quantized weights that the model class does not load, None without any.
+    """Returns a warning about quantized weights that the model class does not load, None without any.
 
     Some files hold tensors that no forward reads, such as keys and values of blocks that share an earlier cache.
     Raises ModelError when a statistic is needed of an activation that none but such weights read.
@@ -138,7 +138,7 @@ class PartWorker:
         self.owners = part_targets(plan)
 
     def work(self, part: Part, tensors: dict[str, Tensor]) -> PartResult:
-        """Quantize one part. `tensors` in source form, on the device; they are overwritten when the walk goes on.
+        """Quantizes one part. `tensors` in source form, on the device; they are overwritten when the walk goes on.
 
         In order: transforms before, observe, transforms after, static scales, solve, refine, tune, pack, advance.
         """
@@ -179,7 +179,7 @@ class PartWorker:
     # -- statistics ----------------------------------------------------------------------------------------------
 
     def _observe(self, part: Part, tensors: Mapping[str, Tensor]) -> tuple[Statistics | None, Tensor | None]:
-        """Run the part in source precision on what the quantized parts below hand on."""
+        """Runs the part in source precision on the hidden states that the quantized parts below hand on."""
         if self.walk is None or part.index > self.last or part.kind not in {"block", "tail"}:
             return None, None
         walk = self.walk
@@ -193,7 +193,7 @@ class PartWorker:
         return walk.observe(part.block, new)
 
     def _static_scales(self, part: Part, statistics: Statistics | None) -> dict[str, Tensor]:
-        """Stored static scales by `Activation.key`."""
+        """Returns the stored static scales by `Activation.key`."""
         scales: dict[str, Tensor] = {}
         for key, site, spec, expert in self.plan.activations(part.index):
             if spec.is_static:
@@ -229,7 +229,7 @@ class PartWorker:
     def _quantize(
         self, part: Part, tensors: Mapping[str, Tensor], statistics: Statistics | None, scales: Mapping[str, Tensor]
     ) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """Packed tensors by file name, and the error of every weight."""
+        """Returns packed tensors by file name, and the error of every weight."""
         targets = list(self.plan.quantized(part.index))
         packed: dict[str, Tensor] = {}
         errors: dict[str, float] = {}
@@ -246,7 +246,7 @@ class PartWorker:
         return packed, errors
 
     def _bias(self, target: QuantizedTarget, tensors: Mapping[str, Tensor]) -> Quantized | None:
-        """Codes of the bias as a matrix [1, out], where its slot is quantized."""
+        """Returns the codes of the bias as a matrix [1, out], where its slot is quantized."""
         if target.bias_spec is None or target.bias is None:
             return None
         bias: Quantized = named(target.bias, quantize, tensors[target.bias].reshape(1, -1), target.bias_spec)
@@ -261,7 +261,10 @@ class PartWorker:
         return out
 
     def _nonfinite(self, part: Part, tensors: Mapping[str, Tensor]) -> NonFinite:
-        """What kept tensors hold that is no number. Raises DataError for a parameter unless it is to be kept."""
+        """Returns the NaN and infinities in kept tensors.
+
+        Raises DataError for a parameter unless it is to be kept.
+        """
         found = NonFinite(self.roles)
         for row in self._copied(part):
             found.look(row.info.name, _copy(row, tensors))
@@ -275,7 +278,7 @@ class PartWorker:
     def _advance(
         self, part: Part, tensors: dict[str, Tensor], packed: Mapping[str, Tensor], scales: Mapping[str, Tensor]
     ) -> Tensor | None:
-        """Move hidden states through the block as it will be served: decoded packed weights, quantized inputs.
+        """Moves hidden states through the block as it will be served: decoded packed weights, quantized inputs.
 
         Returns the output for the first batch; after the last part that needs data, nothing else is run.
         """
@@ -294,13 +297,13 @@ class PartWorker:
 
 
 def _copy(row: Copied, tensors: Mapping[str, Tensor]) -> Tensor:
-    """The values of a tensor that is written in the source's form."""
+    """Returns the values of a tensor that is written in the source's form."""
     tensor = tensors[row.tensor]
     return tensor if row.target is None else row.target.view.of(tensor).contiguous()
 
 
 def _weight_error(weight: Tensor, quantized: Quantized, target: QuantizedTarget) -> float:
-    """|W - Q| / |W| (Frobenius) over evenly spaced rows."""
+    """Returns |W - Q| / |W| (Frobenius) over evenly spaced rows."""
     step = max(1, weight.shape[0] // ERROR_ROWS)
     source = weight[::step].float()
     if any(isinstance(stage.granularity, PerTile) for stage in target.weight.stages):  # several rows share scales

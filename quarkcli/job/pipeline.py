@@ -1,5 +1,7 @@
-"""Reading ahead and writing behind: with a GPU the next part is read and the last one written while this one is
-worked on. On a CPU both happen in turn, so that memory holds one part.
+"""Reading ahead and writing behind.
+
+With a GPU the next part is read and the last one written while this one is worked on. On a CPU both
+happen in turn, so that memory holds one part.
 """
 
 from __future__ import annotations
@@ -49,7 +51,7 @@ class Pipeline:
             self.pool.shutdown(wait=True, cancel_futures=True)
 
     def read(self, part: Part, following: Part | None) -> dict[str, Tensor]:
-        """The part's tensors on the device; starts to read the following part."""
+        """Returns the part's tensors on the device; starts to read the following part."""
         if self._reading is not None and self._reading[0] == part.name:
             tensors = self._reading[1].result()
         else:
@@ -61,7 +63,7 @@ class Pipeline:
         return {name: tensor.to(self.device) for name, tensor in tensors.items()}
 
     def write(self, part: Part, result: PartResult, worker: PartWorker) -> None:
-        """Make the part durable and note it in the journal, with the hidden states that later parts need."""
+        """Makes the part durable and notes it in the journal, with the hidden states that later parts need."""
         hidden = batch = None
         # Before the first block there are none: tokens are embedded again.
         if worker.walk is not None and worker.walk.served and part.index < worker.last:
@@ -94,7 +96,7 @@ class Pipeline:
         self._writing = self.pool.submit(job)
 
     def outside(self, names: list[str], worker: PartWorker) -> dict[str, Tensor]:
-        """Tensors outside the blocks as they are served.
+        """Returns tensors outside the blocks as they are served.
 
         Those of finished parts that are quantized or changed come from the files written, quantized ones decoded.
         """
@@ -108,7 +110,7 @@ class Pipeline:
         return {name: found[name] if name in found else rest[name] for name in names}
 
     def _served(self, part: Part, names: list[str], worker: PartWorker) -> dict[str, Tensor]:
-        """Those of `names` that the finished part holds in another form than the source."""
+        """Returns those of `names` that the finished part holds in another form than the source."""
         plan = worker.plan
         targets = {t.view.tensor: t for t in plan.quantized(part.index) if t.view.tensor in names}
         changed = [name for name in names if name in plan.changed and name not in targets]
@@ -124,7 +126,7 @@ class Pipeline:
         return served
 
     def drain(self) -> None:
-        """Wait until everything handed over is durable; raises what went wrong."""
+        """Waits until everything handed over is durable; raises the error of a failed write."""
         if self._writing is not None:
             self._writing.result()
             self._writing = None

@@ -34,7 +34,7 @@ _WEIGHT_DTYPES = {"BF16", "F16", "F32"}
 
 
 def check_source(source: Source) -> None:
-    """Refuse a source that is already quantized."""
+    """Refuses a source that is already quantized."""
     config = source.config.get("quantization_config") or source.config.get("compression_config")
     if config:
         method = config.get("quant_method", "unknown") if isinstance(config, dict) else "unknown"
@@ -46,7 +46,7 @@ def check_source(source: Source) -> None:
 
 
 def check_plan(plan: Plan) -> None:
-    """Refuse dtypes that are no weights, and ranges that cannot be found."""
+    """Refuses dtypes that are no weights, and ranges that cannot be found."""
     for target, *_ in plan.quantized_alike():
         if target.dtype not in _WEIGHT_DTYPES:
             raise ModelError(
@@ -69,7 +69,7 @@ def check_plan(plan: Plan) -> None:
 
 
 def check_reader(dialect: Writer, needs: Mapping[str, set[str]]) -> None:
-    """Refuse to calibrate for a dialect that is only written: each block reads what those below decode to."""
+    """Refuses to calibrate for a dialect that is only written: each block reads what those below decode to."""
     if needs and dialect.reader is None:
         raise ConfigError(
             f"dialect {dialect.name} is only written here, and calibration goes on with the weights read back",
@@ -79,7 +79,7 @@ def check_reader(dialect: Writer, needs: Mapping[str, set[str]]) -> None:
 
 
 def check_servers(plan: Plan, servers: Servers) -> None:
-    """Refuse a plan that splits what servers fuse, unless it is for none: then it is a warning."""
+    """Refuses a plan that splits what servers fuse, unless it is for none: then it is a warning."""
     mixed = [target for members in plan.disagreeing() for target in members]
     found = splits((target, (target.weight, target.input)) for target in mixed)
     if not found:
@@ -95,7 +95,7 @@ def check_servers(plan: Plan, servers: Servers) -> None:
 
 
 def _check_activation(name: str, spec: TensorSpec) -> None:
-    """Refuse an activation's spec that calibration has no range for, or an observer that would see nothing."""
+    """Refuses an activation's spec that calibration has no range for, or an observer that would see nothing."""
     reason = _unmeasured(spec) if spec.is_static else None
     observers = [stage.observer.name for stage in spec.stages if stage.observer != MIN_MAX]
     if observers and not spec.needs_amax:
@@ -108,7 +108,7 @@ def _check_activation(name: str, spec: TensorSpec) -> None:
 
 
 def _unmeasured(spec: TensorSpec) -> tuple[str, str] | None:
-    """Why no calibration finds the static scale of an activation, and what to do; None when one does."""
+    """Returns the reason no calibration finds an activation's static scale, and the fix; None when one does."""
     if spec.then is not None:
         return "a chain with a static scale is not for activations", "when: dynamic in both stages"
     assert spec.scale is not None
@@ -128,7 +128,7 @@ def _unmeasured(spec: TensorSpec) -> tuple[str, str] | None:
 
 
 def _check_weight_observers(target: QuantizedTarget) -> None:
-    """Refuse observers that a weight or a bias cannot have."""
+    """Refuses observers that a weight or a bias cannot have."""
     for stage in (*target.weight.stages, *(target.bias_spec.stages if target.bias_spec else ())):
         if stage.observer.name == "histogram":
             raise ConfigError(
@@ -148,7 +148,7 @@ def _check_weight_observers(target: QuantizedTarget) -> None:
 
 
 def data_needs(plan: Plan, steps: Iterable[Assignment]) -> dict[str, set[str]]:
-    """Kinds of statistics by site: what static scales and algorithms wait for. Empty: no data is needed."""
+    """Returns kinds of statistics by site that static scales and algorithms wait for. Empty: no data is needed."""
     needs: dict[str, set[str]] = {}
     for _, site, spec, _ in plan.activations():
         if spec.needs_amax and site is not None:
@@ -160,7 +160,7 @@ def data_needs(plan: Plan, steps: Iterable[Assignment]) -> dict[str, set[str]]:
 
 
 def prepass_needs(plan: Plan, steps: Iterable[Assignment]) -> dict[str, set[str]]:
-    """Kinds of statistics by site that transforms want of the source model before part 0."""
+    """Returns kinds of statistics by site that transforms want of the source model before part 0."""
     needs: dict[str, set[str]] = {}
     for step in steps:
         for site, kinds in step.prepass(plan).items():
@@ -169,7 +169,7 @@ def prepass_needs(plan: Plan, steps: Iterable[Assignment]) -> dict[str, set[str]
 
 
 def calibration(options: Options, recipe: Recipe, source: Source, needs: Mapping[str, set[str]]) -> Calibration | None:
-    """Flag, else recipe, else default; None when nothing needs data."""
+    """Returns the calibration settings: flag, else recipe, else default; None when nothing needs data."""
     if not needs:
         return None
     warnings: list[str] = []
@@ -203,7 +203,7 @@ def calibration(options: Options, recipe: Recipe, source: Source, needs: Mapping
 
 
 def check_tokenizer(source: Source, side_files: SideFiles, calibration: Calibration | None) -> None:
-    """Refuse to calibrate with a tokenizer of which the checkpoint would lack a file."""
+    """Refuses to calibrate with a tokenizer of which the checkpoint would lack a file."""
     lost = side_files.lost_tokenizer()
     if calibration is not None and lost is not None:
         hint = "put the file itself into the folder; schemes that need no data leave it out with a warning"
@@ -221,7 +221,7 @@ def _default_data(options: Options) -> tuple[str, str | None]:
 
 
 def _check_data(data: str) -> None:
-    """Refuse a place that holds no data; what is on the hub is seen later."""
+    """Refuses a place that holds no data; what is on the hub is seen later."""
     from quarkcli.forward import files
     from quarkcli.forward.defaults import BUILTIN
 
@@ -232,7 +232,7 @@ def _check_data(data: str) -> None:
 def forecast_of(
     plan: Plan, dialect: Writer, source: Source, calibration: Calibration | None, steps: Iterable[Assignment]
 ) -> forecast.Forecast:
-    """Sizes of this plan in this dialect."""
+    """Returns the sizes of this plan in this dialect."""
     hidden = family.text_config(source.config).get("hidden_size")
     return forecast.forecast(
         plan,
@@ -247,7 +247,7 @@ def forecast_of(
 
 
 def check_output(output: Path, overwrite: bool, source: Path) -> None:
-    """Refuse an output that exists, unless it may be replaced, and one that touches the source."""
+    """Refuses an output that exists, unless it may be replaced, and one that touches the source."""
     final = resolved(output)
     if final == source or source in final.parents or final in source.parents:
         raise UsageError("lies inside the source model, or around it", where=str(output), hint="choose another -o")
@@ -263,7 +263,7 @@ def check_output(output: Path, overwrite: bool, source: Path) -> None:
 
 
 def check_resources(output: Path, size: forecast.Forecast) -> None:
-    """Refuse a job that the disk or the memory cannot hold, before any weight is read."""
+    """Refuses a job that the disk or the memory cannot hold, before any weight is read."""
     partial = partial_path(output)
     with disk_errors(output):
         present = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file()) if partial.exists() else 0
@@ -288,7 +288,7 @@ def _total_memory() -> int | None:
 
 
 def device(asked: str) -> str:
-    """`cpu` or `cuda`. Raises UsageError for another word and ResourceError when there is no GPU."""
+    """Returns `cpu` or `cuda`. Raises UsageError for another word and ResourceError when there is no GPU."""
     if asked not in {"auto", "cpu", "cuda"}:
         raise UsageError(f"unknown device '{asked}'", where="--device", hint="auto, cpu or cuda")
     if asked == "cpu":
@@ -303,7 +303,10 @@ def device(asked: str) -> str:
 
 
 def token_rows(prepared: Prepared, tell: Listener) -> CalibrationData | None:
-    """Step 7, first half: the calibration rows, or None when nothing needs data. Raises DataError, AccessError."""
+    """Returns the calibration rows (first half of step 7), or None when nothing needs data.
+
+    Raises DataError, AccessError.
+    """
     settings, options = prepared.calibration, prepared.options
     if settings is None:
         return None

@@ -1,4 +1,4 @@
-"""What transforms decide for the whole model before part 0, from statistics of the source where they ask for some."""
+"""The decisions of transforms for the whole model before part 0, from statistics of the source if they ask for some."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def decide(
 def _observed(
     prepared: Prepared, data: CalibrationData | None, runner: Any, tell: Listener
 ) -> Mapping[int, Statistics]:
-    """Statistics of every block of the source model, by part: one forward pass."""
+    """Returns statistics of every block of the source model, by part: one forward pass."""
     from quarkcli.forward.statistics import Statistics
     from quarkcli.forward.walk import Walk, default_batch
 

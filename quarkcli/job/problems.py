@@ -1,4 +1,4 @@
-"""The weights of a part grouped into problems: one activation, one expert, one stage, one spec each."""
+"""Groups the weights of a part into problems: one activation, one expert, one stage, one spec each."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def problems(
 
 
 def _groups(targets: Iterable[QuantizedTarget]) -> Iterator[tuple[Group, list[QuantizedTarget]]]:
-    """Weights that read one activation of one expert. Those that no activation is known of stand alone."""
+    """Yields weights that read one activation of one expert. Those without a known activation stand alone."""
     sites: dict[str, dict[int | None, list[QuantizedTarget]]] = {}
     alone: list[QuantizedTarget] = []
     for target in targets:

@@ -1,4 +1,4 @@
-"""Transforms at work on one part: what they declared, what they changed, and whether statistics still hold."""
+"""Transforms at work on one part: their declarations, their changes, and whether statistics still hold."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ class Rewriting:
         self.added: dict[str, Tensor] = {}
 
     def before(self) -> None:
-        """Run every transform on the part before it is observed."""
+        """Runs every transform on the part before it is observed."""
         for step, transform in self.transforms:
             part = PartTensors(self.plan, self.part, self.tensors, step.weights)
             transform.before(part, self.states.get(step.key))
             self._commit(step, part)
 
     def after(self, step: Assignment, transform: Transform, statistics: Statistics) -> bool:
-        """Run one transform on the observed part. Returns whether the part has to be observed again.
+        """Runs one transform on the observed part. Returns whether the part has to be observed again.
 
         Scaled channels scale the second moments of what reads them. Ranges do not follow, and neither does anything
         where the transform changed a tensor in another way.
@@ -55,7 +55,7 @@ class Rewriting:
         return part.changed_otherwise or not statistics.follow(part.scaled, part.scaled_outputs)
 
     def _commit(self, step: Assignment, part: PartTensors) -> bool:
-        """Put the changes in place, and hold them against what the transform declared."""
+        """Puts the changes in place, and holds them against what the transform declared."""
         declared = self.plan.changes[step.key]
         changed = part.commit()
         undeclared = [name for name in changed if name not in declared.tensors]

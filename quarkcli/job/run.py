@@ -48,7 +48,7 @@ EMBEDDED = Path(__file__).resolve().parents[1] / "assets" / "tiny-llama"
 
 
 def load_recipe(options: Options) -> Recipe:
-    """Step 1. The recipe of `--scheme` or `--recipe`, with the algorithms of `--algorithm`."""
+    """Step 1: returns the recipe of `--scheme` or `--recipe`, with the algorithms of `--algorithm`."""
     if (options.scheme is None) == (options.recipe is None):
         both = (
             "--scheme and --recipe exclude each other" if options.scheme else "neither --scheme nor --recipe is given"
@@ -73,7 +73,7 @@ def load_recipe(options: Options) -> Recipe:
 
 
 def open_source(options: Options) -> Source:
-    """Step 2. Config and headers; `demo` is the embedded model."""
+    """Step 2: returns the model with its config and headers; `demo` is the embedded model."""
     model = str(EMBEDDED) if options.model == "demo" else options.model
     return Source.open(model, revision=options.revision, offline=options.offline)
 
@@ -83,7 +83,7 @@ def _expanded(path: Path | None) -> Path | None:
 
 
 def prepare(options: Options, tell: Listener = silent) -> Prepared:
-    """Steps 1 to 4: everything that can go wrong for reasons visible in config and headers goes wrong here."""
+    """Does steps 1 to 4: everything that can go wrong for reasons visible in config and headers goes wrong here."""
     tell(Phase("resolve"))
     recipe = load_recipe(options)  # 1
     tell(Working(f"opening {options.model}, which may download it"))
@@ -125,7 +125,7 @@ def prepare(options: Options, tell: Listener = silent) -> Prepared:
 def run(
     options: Options, tell: Listener = silent, planned: Callable[[Prepared], None] = lambda prepared: None
 ) -> dict[str, Any]:
-    """All ten steps. Returns the report. Raises QuarkError; then no output directory exists.
+    """Does all ten steps. Returns the report. Raises QuarkError; then no output directory exists.
 
     planned   called once with what is about to be done, before any weight is read
     """
@@ -170,7 +170,7 @@ def run(
 
 @contextmanager
 def _begun() -> Iterator[None]:
-    """Files that were there when the work began and cannot be read now: the disk's fault, not a wrong name."""
+    """Turns missing files into disk errors: they were there when the work began, so no name is wrong."""
     try:
         yield
     except AccessError as error:
@@ -178,7 +178,7 @@ def _begun() -> Iterator[None]:
 
 
 def _tidy(journal: Journal, output: Path, tell: Listener) -> None:
-    """After the renaming the checkpoint stands: whatever happens now, a signal as well, is no more than a warning."""
+    """Tidies up after the renaming. The checkpoint stands: a failure now, or a signal, is no more than a warning."""
     try:
         sync_folder(partial_path(output).parent)
         for path in sorted({*earlier(resolved(output))} - {*map(Path, journal.replaced)}):
@@ -199,7 +199,7 @@ def _tidy(journal: Journal, output: Path, tell: Listener) -> None:
 
 
 def _remember(warnings: list[str]) -> Listener:
-    """A listener that collects warnings for the report."""
+    """Returns a listener that collects warnings for the report."""
 
     def listen(event: Event) -> None:
         if isinstance(event, Message) and event.level == "warning":
@@ -209,7 +209,7 @@ def _remember(warnings: list[str]) -> Listener:
 
 
 def check_model(prepared: Prepared) -> list[str]:
-    """Match every tensor with the model's class, on the meta device. Returns what was found.
+    """Matches every tensor with the model's class, on the meta device. Returns the findings.
 
     Raises ModelError when a parameter that text needs has no tensor, or one of another shape.
     """
@@ -255,7 +255,7 @@ def _parts(
     started: float,
     tell: Listener,
 ) -> None:
-    """Steps 7 and 8: every part that the journal does not have, one at a time."""
+    """Does steps 7 and 8: every part that the journal does not have, one at a time."""
     from quarkcli.job.part import PartWorker
     from quarkcli.job.pipeline import Pipeline
     from quarkcli.job.prepass import decide
@@ -323,7 +323,7 @@ def _walk(
     outside: Callable[[], Mapping[str, Tensor]],
     tell: Listener,
 ) -> Walk | None:
-    """A walk that has not started; None when no part to do needs data."""
+    """Returns a walk that has not started; None when no part to do needs data."""
     from quarkcli.forward.moments import held_out, holds_out
     from quarkcli.forward.walk import Walk, default_batch
     from quarkcli.job.part import last_part
@@ -343,14 +343,14 @@ def _walk(
 
 
 def _take_up(walk: Walk, journal: Journal) -> None:
-    """Go on with the hidden states behind the last finished part."""
+    """Goes on with the hidden states behind the last finished part."""
     stored = journal.hidden()
     if stored is not None:
         walk.take({stream: [stored[n] for n in sorted(stored) if n.startswith(f"{stream}/")] for stream in walk.hidden})
 
 
 def _fingerprint(prepared: Prepared, data: CalibrationData | None, device: str) -> dict[str, Any]:
-    """What must be equal for an interrupted run to be continued."""
+    """Returns everything that must be equal for an interrupted run to be continued."""
     source, settings = prepared.source, prepared.calibration
     return {
         "model": {

@@ -25,7 +25,7 @@ def put_decoded(
 
 
 def decode(dialect: Writer, target: QuantizedTarget, packed: Mapping[str, Tensor]) -> Decoded:
-    """What a server makes of a target's packed tensors, given by file name."""
+    """Returns the codes and scales that a server reads from a target's packed tensors, given by file name."""
     assert dialect.reader is not None
     names = tuple(info.name for info in dialect.infos(target))
     stored = StoredTarget(
@@ -37,7 +37,7 @@ def decode(dialect: Writer, target: QuantizedTarget, packed: Mapping[str, Tensor
 def handlers(
     plan: Plan, part: Part, scales: Mapping[str, Tensor], loads: Callable[[str], bool]
 ) -> Handlers:  # fmt: skip
-    """Returns what fake-quantizes the activations of a block.
+    """Returns the handlers that fake-quantize the activations of a block.
 
     scales   stored static scales by `Activation.key`
     loads    whether the model loads a file tensor: what it does not load reads nothing
@@ -47,7 +47,7 @@ def handlers(
 
 
 def own_scales(target: QuantizedTarget, scales: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The static scales of a target by slot kind."""
+    """Returns the static scales of a target by slot kind."""
     return {kind: scales[f"{target.name}.{kind}"] for kind in ("input", "output") if f"{target.name}.{kind}" in scales}
 
 

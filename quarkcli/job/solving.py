@@ -57,7 +57,7 @@ class Solving:
                 yield from zip(problem.targets, problem.weights, quantized, strict=True)
 
     def _solve(self, solver: Solver, needs: Needs, problem: Problem) -> list[Quantized]:
-        """Codes and scales of a problem; rounded to nearest where the solver has no solution, and said.
+        """Returns codes and scales of a problem; rounded to nearest where the solver has no solution, and said.
 
         needs   what the solver asked for; without data for it, a solver that needs some is not called
         """
@@ -81,7 +81,7 @@ class Solving:
             raise
 
     def _refine(self, problem: Problem, quantized: list[Quantized]) -> list[Quantized]:
-        """What refiners make of the weights of a problem that are theirs."""
+        """Returns the problem's codes and scales after the refiners of its weights."""
         for step, refiner in self.refiners:
             if all(map(step.takes, problem.targets)):
                 quantized = refiner.refine(problem, quantized)
@@ -89,7 +89,7 @@ class Solving:
 
 
 def _group_amax(targets: list[QuantizedTarget], weight: Callable[[QuantizedTarget], Tensor]) -> dict[str, Tensor]:
-    """amax per scale group, for specs with one scale per tensor: fused linears must agree on it."""
+    """Returns amax per scale group, for specs with one scale per tensor: fused linears must agree on it."""
     shared: dict[str, Tensor] = {}
     for target in targets:
         if not target.weight.has_tensor_scale:
@@ -101,7 +101,7 @@ def _group_amax(targets: list[QuantizedTarget], weight: Callable[[QuantizedTarge
 
 
 def named(name: str, call: Any, *args: Any) -> Any:
-    """`call(*args)`, with the tensor's name added to a user error that has none."""
+    """Returns `call(*args)`; adds the tensor's name to a user error that has none."""
     try:
         return call(*args)
     except QuarkError as error:

@@ -1,4 +1,4 @@
-"""One block as a tuner sees it: inputs, what the source makes of them, and a forward pass with gradients."""
+"""One block as a tuner sees it: inputs, the source's outputs, and a forward pass with gradients."""
 
 from __future__ import annotations
 
@@ -31,20 +31,23 @@ class TunedBlock:
         self._wanted: dict[int, Tensor] = {}
 
     def weight(self, name: str) -> Tensor:
-        """The source weight [out, in] of a target."""
+        """Returns the source weight [out, in] of a target."""
         view = self.targets[name].view
         found: Tensor = view.of(self._tensors[view.tensor])
         return found
 
     def wanted(self, batch: int) -> Tensor:
-        """What the block should return for a batch: the source stream's states behind it, where there are any, else
-        what the source block makes of the served inputs."""
+        """Returns the output that the block should have for a batch.
+
+        It is the source stream's states behind it where there are any, else the source block's output for the served
+        inputs.
+        """
         if batch not in self._wanted:
             self._wanted[batch] = self._walk.wanted(self._block, batch)
         return self._wanted[batch]
 
     def run(self, weights: Mapping[str, Tensor], batch: int) -> Tensor:
-        """The block's output for the served inputs of a batch, with `weights` [out, in] in place of the source's.
+        """Returns the block's output for the served inputs of a batch, with `weights` [out, in] instead of its own.
 
         Gradients flow into `weights`. Activations are not quantized.
         """
@@ -60,7 +63,7 @@ class TunedBlock:
 
 
 def _placed(whole: Tensor, target: QuantizedTarget, weight: Tensor) -> Tensor:
-    """A file tensor with other values where a weight lies; a new tensor, so that gradients flow."""
+    """Returns a file tensor with other values where a weight lies; a new tensor, so that gradients flow."""
     made = whole.clone()
     target.view.of(made).copy_(weight)
     return made

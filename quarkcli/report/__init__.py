@@ -1,1 +1,1 @@
-"""What a run leaves for people and programs: report.json, the card, the log."""
+"""The records of a run for people and programs: report.json, the card, the log."""

@@ -30,7 +30,7 @@ def build(
     seconds: float,
     device: str,
 ) -> dict[str, Any]:
-    """The report of a finished run. `records`: per part, as the journal keeps them."""
+    """Returns the report of a finished run. `records`: per part, as the journal keeps them."""
     plan = prepared.plan
     quantized, experts = expert_share(plan)
     warnings = list(dict.fromkeys(prepared.warnings + [w for r in records.values() for w in r["warnings"]]))
@@ -85,13 +85,13 @@ def build(
 
 
 def _dead_inputs(records: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """What calibration never moved: inputs of solved weights by weight, and activations with a static scale."""
+    """Returns what calibration never moved: inputs of solved weights by weight, and activations with a static scale."""
     weights = {name: count for record in records.values() for name, count in record["dead_inputs"].items()}
     return {"weights": weights, "activations": [key for record in records.values() for key in record["silent"]]}
 
 
 def part_warnings(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """What is said once of all parts together: inputs that calibration never moved, values that are no numbers."""
+    """Returns warnings about all parts together: inputs that calibration never moved, values that are no numbers."""
     dead = _dead_inputs(records)
     weights, activations = dead["weights"], dead["activations"]
     found = []
@@ -141,7 +141,10 @@ def _calibration(prepared: Prepared, data: CalibrationData | None) -> dict[str, 
 
 
 def modules_by_scheme(plan: Plan) -> dict[str, int]:
-    """Count of weights per decision: `weight spec | input spec`, then output and bias if there are some, or `kept`."""
+    """Returns the count of weights per decision.
+
+    A decision is `weight spec | input spec`, then output and bias if there are some, or `kept`.
+    """
     counts: Counter[str] = Counter()
     for target in plan.targets.values():
         if target.weight is None:
@@ -158,7 +161,7 @@ def modules_by_scheme(plan: Plan) -> dict[str, int]:
 
 
 def attention_by_scheme(plan: Plan) -> dict[str, int]:
-    """Count of enabled attention slots per spec."""
+    """Returns the count of enabled attention slots per spec."""
     counts: Counter[str] = Counter()
     for module in plan.attention.values():
         for kind, decision in module.slots.items():
@@ -168,12 +171,12 @@ def attention_by_scheme(plan: Plan) -> dict[str, int]:
 
 
 def shared_scales(plan: Plan) -> dict[str, int]:
-    """Where weights share their per-tensor scales: count of scale groups by name, `*` for the numbers in it."""
+    """Returns the count of scale groups by name, `*` for the numbers in it: weights there share per-tensor scales."""
     return dict(Counter(starred(name) for name in plan.shared()))
 
 
 def decided_by(plan: Plan) -> dict[str, dict[str, int]]:
-    """Where each rule acted: origin of an entry -> how many slots it switched on and off, being the last to match."""
+    """Returns the effect of each rule: origin of an entry -> slots it switched on and off, being the last to match."""
     found: dict[int, dict[str, int]] = {}
     for _, decision in plan.slots():
         if decision.entry is not None:
@@ -188,7 +191,7 @@ def decided_by(plan: Plan) -> dict[str, dict[str, int]]:
 
 
 def split_tensors(plan: Plan) -> dict[str, int]:
-    """Source tensors that were written as several: fused experts -> count of weights."""
+    """Returns the source tensors that were written as several: fused experts -> count of weights."""
     counts: Counter[str] = Counter(
         target.view.tensor for target in plan.targets.values() if target.view.expert is not None
     )
@@ -196,7 +199,7 @@ def split_tensors(plan: Plan) -> dict[str, int]:
 
 
 def card(prepared: Prepared, report: dict[str, Any]) -> str:
-    """README.md of the checkpoint: what it is, how it was made, how to serve it."""
+    """Returns README.md of the checkpoint: its contents, the way it was made and the way to serve it."""
     source = prepared.source
     base = source.hub_id or source.name
     calibration = report["calibration"]
@@ -238,5 +241,8 @@ def card(prepared: Prepared, report: dict[str, Any]) -> str:
 
 
 def _one_line(text: str) -> str:
-    """A name from anywhere must not end the line that it stands in, nor steer a terminal."""
+    """Returns a name on one line.
+
+    A name from anywhere must not end the line that it stands in, nor steer a terminal.
+    """
     return "".join(letter if letter.isprintable() else " " for letter in text)

@@ -15,7 +15,7 @@ from quarkcli.events import Event, Message, PartDone, Phase, Working
 
 
 def progress_line(event: PartDone) -> str:
-    """`[12/80] layers.11 nvfp4+awq 38.2s err=3.1e-03 rss=9.8G gpu=14.2G eta=46m`."""
+    """Returns `[12/80] layers.11 nvfp4+awq 38.2s err=3.1e-03 rss=9.8G gpu=14.2G eta=46m`."""
     error = f" err={event.error:.1e}" if event.error is not None else ""
     gpu = f" gpu={event.gpu / 1e9:.1f}G" if event.gpu else ""
     return (
@@ -25,7 +25,7 @@ def progress_line(event: PartDone) -> str:
 
 
 def duration(seconds: float) -> str:
-    """`46m`, `12s`, `1h05m`."""
+    """Returns `46m`, `12s`, `1h05m`."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole}s"
@@ -35,7 +35,7 @@ def duration(seconds: float) -> str:
 
 
 def line(event: Event) -> str:
-    """One event as text."""
+    """Returns one event as text."""
     match event:
         case Message(text, level):
             return f"{level}: {text}" if level != "info" else text
@@ -62,7 +62,7 @@ class LogFile:
 
     @contextmanager
     def last_words(self) -> Iterator[None]:
-        """Note what ended a run that failed."""
+        """Notes the error that ended a run."""
         try:
             yield
         except BaseException as error:
@@ -70,7 +70,10 @@ class LogFile:
             raise
 
     def _error(self, error: BaseException) -> None:
-        """One line, and a traceback for what is not the user's. The disk may be full: the error itself counts."""
+        """Writes one line, and a traceback for an error that is not the user's.
+
+        The disk may be full: the error itself counts.
+        """
         self.forgive()
         self._write(f"error: {error}" if str(error) else f"ended by {type(error).__name__}")
         if not isinstance(error, QuarkError | KeyboardInterrupt):
@@ -90,12 +93,12 @@ class LogFile:
                 raise
 
     def forgive(self) -> None:
-        """From here on a log that cannot be written ends nothing."""
+        """Lets the run go on from here when the log cannot be written."""
         self._forgiving = True
 
     @contextmanager
     def attach(self, path: Path) -> Iterator[None]:
-        """Write to `path`, appending to what an interrupted run left."""
+        """Writes to `path`, appending to what an interrupted run left."""
         self._path = path
         with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
