@@ -110,7 +110,7 @@ def _stage(stage: TensorSpec) -> list[Entry]:
 def _shared_exponent(stage: TensorSpec, scale: ScaleSpec) -> Entry:
     """Returns the dictionary of mx6, mx9, bfp16 and mxint8.
 
-    Quark says nothing of their rule, their rounding and their time.
+    Quark leaves its keys for granularity, rounding and time empty.
     """
     wrapped = _MX_ELEMENTS.get(stage.element)
     return {
