@@ -31,9 +31,9 @@ class ExitCode(IntEnum):
 class QuarkError(Exception):
     """A user error.
 
-    what    what is wrong, one sentence
+    what    the fault, one sentence
     where   file, flag, tensor or module concerned, or "" when `what` already names it
-    hint    what to do next, or ""
+    hint    the fix, or ""
     """
 
     code = ExitCode.INTERNAL

@@ -33,7 +33,7 @@ class PartDone:
     """One part of the model is finished and durable.
 
     index, total   1-based position among the parts
-    label          what was done, for example `nvfp4+gptq`
+    label          scheme and algorithms, for example `nvfp4+gptq`, or `kept`
     error          relative error of the part's output (calibrated runs) or of its weights; None when nothing
                    was quantized
     rss, gpu       resident and device memory peaks in bytes

@@ -27,7 +27,7 @@ class Element:
     minimum, maximum    smallest and largest finite value, on a unit scale
     fraction            bits behind the point of an integer; those of the shared-exponent formats have some
     sub_block           neighbours that share one shift bit below their group's exponent; 0: no such bits
-    rounding            how a value between two codes is rounded, see TensorSpec
+    rounding            rounding of a value between two codes, see TensorSpec
     """
 
     name: str
@@ -229,9 +229,9 @@ class TensorSpec:
     zero_point  none: symmetric; int: codes are shifted by a whole number (asymmetric); float: by a real one
     rounding    half_even: nearest, ties to the even code; round: ties away from zero; floor: towards minus infinity
     narrow      signed integers leave their lowest code out, so that the range is symmetric
-    observer    how the range behind the scale is found
+    observer    the way to find the range behind the scale
     then        a second quantization of the values that the first one gives (its chain)
-    stored      which of the two has its codes on disk
+    stored      the one of the two whose codes are on disk
     """
 
     element: str

@@ -77,6 +77,7 @@ WITH_TORCH = {
     "quarkcli.job.served", "quarkcli.job.part", "quarkcli.job.pipeline",
     "quarkcli.evaluate.run", "quarkcli.evaluate.windows",
 }  # fmt: skip
+NOUN_CLAUSE = {"What", "Which", "Where", "How", "Whether", "When", "That"}
 LINES_OF_FILE, LINES_OF_FUNCTION = 400, 60
 
 
@@ -276,6 +277,26 @@ def test_no_function_is_long():
         if isinstance(node, ast.FunctionDef) and (node.end_lineno or 0) - node.lineno + 1 > LINES_OF_FUNCTION
     ]
     assert not wrong
+
+
+# ---- docstrings
+
+
+def noun_clauses(source: ast.Module) -> list[str]:
+    """Returns the first lines of docstrings that are a clause such as `What the job takes`, not a sentence."""
+    documented = ast.Module | ast.ClassDef | ast.FunctionDef
+    texts = [ast.get_docstring(node) or "" for node in ast.walk(source) if isinstance(node, documented)]
+    return [text.splitlines()[0] for text in texts if text.split(" ")[0] in NOUN_CLAUSE]
+
+
+def test_docstrings_are_sentences():
+    wrong = {module: found for module in MODULES if (found := noun_clauses(tree(module)))}
+    assert wrong == {}
+
+
+def test_a_noun_clause_is_found():
+    source = ast.parse('def f():\n    """Whether it is."""\ndef g():\n    """Returns whether it is."""')
+    assert noun_clauses(source) == ["Whether it is."]
 
 
 # ---- what is shipped

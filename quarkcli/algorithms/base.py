@@ -30,7 +30,7 @@ class Moment(NamedTuple):
     """Second moments of the activation that the weights of a problem read: running means over calibration tokens.
 
     gram      mean of x x^T, float32 [in, in]
-    tokens    how many tokens it is the mean of; 0 where it is borrowed from the layer of an expert that saw none
+    tokens    number of tokens that it is the mean of; 0 where it is borrowed from the layer of an expert that saw none
     cross     mean of x s^T, where s is the same token's activation in the source model; only where a solver needs it
     gram_val  mean of x x^T over the held-out tokens; None when none were held out, or nobody needs it
     """
@@ -84,7 +84,7 @@ class Algorithm:
     """An algorithm. Every member's class declares these; what it leaves out has the values here.
 
     name         the file's name, in its dash form
-    parameters   what a recipe may set, with their defaults
+    parameters   settings that a recipe may give, with their defaults
     streams      the streams of activations it wants to see: `served`, what the quantized blocks below hand on, and
                  `source`, what those of the source model do
     """

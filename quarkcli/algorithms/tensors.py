@@ -22,7 +22,7 @@ class PartTensors:
     mine               weights that the transform was given; None: all
     tensors            the part's tensors in source form; `commit` puts changed ones in their place
     scaled             activation and expert -> factor of its channels, where pairs were scaled
-    scaled_outputs     linears among them: what they return, and attention's operands, are others now
+    scaled_outputs     linears among them: their outputs, and attention's operands, are others now
     changed_otherwise  something was changed that statistics cannot follow
     """
 

@@ -51,7 +51,7 @@ def quantize(
               there and what was edited since; `options` given here win
     scheme    a scheme's name
     recipe    a recipe's name or file, or what `load_recipe` returned
-    config    what a recipe file holds, as Python data: a native recipe, a config of NVIDIA ModelOpt or AMD Quark, a
+    config    contents of a recipe file, as Python data: a native recipe, a config of NVIDIA ModelOpt or AMD Quark, a
               list of entries, or what `LLMTemplate.get_config` returned
     listener  called with every event of the run
     options   fields of `Options` and of `plan.compose.Overrides` (`exclude=["*.q_proj"]`)
@@ -94,7 +94,7 @@ def register_scheme(name: str, scheme: Mapping[str, Any]) -> None:
     """Makes a scheme known to everything that takes a scheme's name, until the process ends.
 
     name    letters, digits, `_`, `-` and `.`; `_` and `-` are the same
-    scheme  what a scheme's file says: `{"weight": cfg, "input": cfg}`, and if you like `output`, `bias`, `summary`,
+    scheme  contents of a scheme's file: `{"weight": cfg, "input": cfg}`, and if you like `output`, `bias`, `summary`,
             `hardware`, `aliases`
 
     Raises UsageError for a name that exists, ConfigError for a scheme that is wrong.

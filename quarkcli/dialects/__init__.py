@@ -1,4 +1,4 @@
-"""Dialects: how packed tensors are named and described on disk. One member per file; the file name is the name.
+"""Dialects: names and descriptions of packed tensors on disk. One member per file; the file name is the name.
 
 A member is a module with `WRITER`, `READER`, or both (see `base`). Nobody outside asks for a name.
 """

@@ -1,6 +1,6 @@
 """The tensors that hold a quantized weight or bias, or the static scale of an activation: names, dtypes, shapes, bytes.
 
-What AMD Quark 0.13 packs lies as it does there (tensors of its exports, decoded):
+AMD Quark 0.13 packs these, and they lie here as they do there (tensors of its exports, decoded):
 
     int4, uint4    int32, eight codes to a word along the last axis; in groups [in, out / 8], transposed, else
                    [out, in / 8]; a negative code is its two's complement

@@ -1,8 +1,8 @@
 """Specs <-> the spec dictionaries of AMD Quark's `quantization_config` (release 0.13, printed by running it).
 
 A spec is one dictionary per stage, and one more (`is_scale_quant`) for a scale over the scales of the stage before; two
-or more make a list. What Quark has no word for (a rule such as `rceil`, a chain whose first codes are stored, an
-observer's parameters) stands as the native cfg under `tensor_spec` in the first dictionary, beside the nearest words
+or more make a list. Facts that Quark has no word for (a rule such as `rceil`, a chain whose first codes are stored, an
+observer's parameters) stand as the native cfg under `tensor_spec` in the first dictionary, beside the nearest words
 that Quark has. No reader of Quark's looks at that key.
 """
 

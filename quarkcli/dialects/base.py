@@ -94,7 +94,7 @@ ANY = "any"  # kind of weight
 class Reader:
     """Reads the checkpoints of one on-disk convention.
 
-    quant_method   what their `quantization_config` has under this key
+    quant_method   the value that their `quantization_config` has under this key
     """
 
     name: ClassVar[str]

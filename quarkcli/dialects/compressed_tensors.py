@@ -1,7 +1,7 @@
 """The compressed-tensors dialect: llm-compressor writes it, vLLM and transformers read it.
 
-Layouts and config as in compressed-tensors 0.20 (`compressors/*`, `quantization/quant_args.py`). What loads where was
-tried with transformers 5.22 to 5.24 and read in vLLM 0.32.
+Layouts and config as in compressed-tensors 0.20 (`compressors/*`, `quantization/quant_args.py`). The loaders
+of transformers 5.22 to 5.24 were tried, those of vLLM 0.32 were read.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The quark dialect: AMD Quark writes it, vLLM reads it, and our own layout holds what Quark cannot pack.
 
-Layouts as in exports of amd-quark 0.13; what loads where as tried with vLLM 0.32 and transformers 5.23 (which needs
+Layouts as in exports of amd-quark 0.13. The loaders were tried: vLLM 0.32 and transformers 5.23 (which needs
 the amd-quark package to read it). See the modules beside it: `_quark_specs` for the dictionaries of a spec,
 `_quark_layout` for tensors and bytes, `_quark_config` for the config, `_quark_loaders` for who loads what.
 """

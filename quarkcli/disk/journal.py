@@ -4,7 +4,7 @@
     fingerprint.json     everything that must be equal for a run to be continued
     journal.json         finished parts with their records, notes, a checksum; rewritten at once
     hidden-{a,b}.safetensors   used in turn: the one that journal.json names last is never written to
-    replaced.json        where outputs that are being replaced were moved
+    replaced.json        new places of outputs that are being replaced
 
 At the end the folder stands aside as `<output>.partial.state` until the output has its name, so that a kill in between
 is gone on from as well.

@@ -1,6 +1,6 @@
 """NaN and infinity in tensors that are kept as they are: refused in parameters, mentioned in buffers.
 
-A quantized weight is refused by its own scale rule. What is copied is looked at while it is in memory anyway.
+A quantized weight is refused by its own scale rule. A copied tensor is looked at while it is in memory anyway.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class NonFinite:
 
     roles       role of every tensor that the family knows, see `Layout.tensor_roles`; a tensor without one is a
                 parameter, one of role `other` is not known
-    parameters  what the model computes with: norms, embeddings, heads, biases, routers, kept linears
+    parameters  tensors that the model computes with: norms, embeddings, heads, biases, routers, kept linears
     others      buffers, and tensors that the family does not know
     """
 

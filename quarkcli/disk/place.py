@@ -26,7 +26,7 @@ def aside_path(partial: Path) -> Path:
 def remove_stale(partial: Path) -> list[str]:
     """Removes the leftovers of a run that was killed once its output had its name: its state, the replaced output.
 
-    Returns what there is to say about it. What another process works with is left alone. Raises ResourceError.
+    Returns remarks about it. A folder that another process works with is left alone. Raises ResourceError.
     """
     aside, final = aside_path(partial), partial.with_name(partial.name.removesuffix(".partial"))
     with disk_errors(aside):

@@ -1,6 +1,6 @@
 """Side files of a model: those that are copied beside the weights, those that are not, and the reasons.
 
-What is copied becomes public with the checkpoint. So nothing from outside the model folder is taken through a link,
+A copied file becomes public with the checkpoint. So nothing from outside the model folder is taken through a link,
 and nothing that can run code when it is loaded.
 """
 
@@ -145,7 +145,7 @@ def _reason(source: Source, path: Path) -> str | None:
 def _bad_link(source: Source, path: Path) -> str | None:
     """Returns the reason a link is not followed; None when it is.
 
-    It leads nowhere, outside, or to a file that would not be copied under its own name.
+    A refused link leads nowhere, outside, or to a file that would not be copied under its own name.
     """
     try:
         if not is_within(source.folder, path):

@@ -119,7 +119,7 @@ def directory(
 ) -> list[str]:
     """`quark verify DIR [--source X]`: checks a checkpoint alone, and against its manifest and its source model.
 
-    target        `none`: what servers fuse may have more than one scheme
+    target        `none`: modules that servers fuse may have more than one scheme
     on_nonfinite  `keep`: NaN and infinity in what was not quantized are told as warnings
     hashes        read all files to compare their hashes; None: up to 20 GB in all
     """

@@ -130,7 +130,7 @@ def write_part(
 ) -> list[WrittenFile]:
     """Writes one part's tensors durably; same tensors, same bytes. See `plan_files` for names and split.
 
-    Tensors may lie on any device, share memory or be strided: what is written is their values.
+    Tensors may lie on any device, share memory or be strided: their values are written.
     Raises ResourceError when the disk is full or not writable.
     """
     infos = [(name, dtype_text(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()]
@@ -348,7 +348,7 @@ def publish(
 ) -> Path | None:
     """Renames `partial` to `final`; on any failure the old content of `final` is back in place.
 
-    With `overwrite` what was there moves aside; where to is handed to `announce` before, and returned.
+    With `overwrite` the old content moves aside. `announce` gets its new place before; it is returned too.
     Raises UsageError when `final` is not empty and `overwrite` is off, ResourceError when renaming fails.
     """
     final = resolved(final)

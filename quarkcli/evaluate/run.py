@@ -143,10 +143,10 @@ def evaluate(
 
     text          a text file; None: the beginning of the built-in text
     window        tokens per window; None: `windows.WINDOW`, or what the model takes if that is less
-    bos           what a window begins with (see `Tokenizer.prefix`)
+    bos           first tokens of a window (see `Tokenizer.prefix`)
     weights_only  leave activations and cache as they are
     on_nonfinite  `keep`: go on with NaN and infinity in tensors that were not quantized, while no result is one
-    dtype         what to compute in: float32, bfloat16; auto: float32 on a CPU, bfloat16 on a GPU
+    dtype         of the computation: float32, bfloat16; auto: float32 on a CPU, bfloat16 on a GPU
     Returns the result (schema `quark/eval/1`); KL is per token, in nats, of the source against the quantized model.
     """
     from quarkcli.evaluate import windows

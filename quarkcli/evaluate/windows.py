@@ -24,7 +24,7 @@ class Windows:
 
     tokens  int64 [windows, window]
     prefix  token numbers that every window begins with; they are no part of the text
-    source  what the text came from, for people
+    source  origin of the text, for people
     """
 
     tokens: Tensor
@@ -38,7 +38,7 @@ class Windows:
 
 
 def width(asked: int | None, limits: Iterable[int | None]) -> int:
-    """Returns tokens per window: what was asked for, else `WINDOW`, or what the models take if that is less.
+    """Returns tokens per window: as asked for, else `WINDOW`, or the limit of the models if that is less.
 
     limits  tokens that a model takes, None where nothing says so
     Raises DataError when more is asked for.

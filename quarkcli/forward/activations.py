@@ -29,7 +29,7 @@ class ActivationQuantizer:
     expert   index of a routed expert, None for an ordinary linear
     down     the expert's inner activation instead of its input
     layer    name all experts of one layer share
-    output   what the module returns instead of its input
+    output   the module's output instead of its input
     """
 
     tensor: str

@@ -47,7 +47,7 @@ class CalibrationData:
 
     tokens   int64 [rows, seqlen]
     mask     bool [rows, seqlen], False on padding, or None when nothing is padded
-    source   what the rows came from, for the report
+    source   origin of the rows, for the report
     digest   sha256 of the token ids and the mask
     prefix   token numbers put before every row of text
     notes    warnings
@@ -82,7 +82,7 @@ def load(
 ) -> CalibrationData:
     """Returns `samples` rows of `seqlen` tokens.
 
-    bos     what rows begin with: see `model.tokenizer.Tokenizer.prefix` for text, `begun` for conversations
+    bos     first tokens of rows: see `model.tokenizer.Tokenizer.prefix` for text, `begun` for conversations
     asked   the number of rows was asked for, so fewer are an error unless `allow_short`; fewer than a default are
             used and said
     Raises DataError (no usable text, too few rows, unknown columns) or AccessError (not found).

@@ -41,7 +41,7 @@ class Conversation:
 class Skipped:
     """Rows that were not used: their number for each reason, and the place of one.
 
-    remarks  what else a user should know of the files
+    remarks  other facts about the files that a user should know
     """
 
     counts: Counter[str] = field(default_factory=Counter)

@@ -38,7 +38,7 @@ class SecondMoment:
             self._waiting_rows = rest.shape[0]
 
     def merge(self, other: SecondMoment) -> None:
-        """Takes in another's mean: a weighted mean of both. What waits on either side is folded first."""
+        """Takes in another's mean: a weighted mean of both. Waiting rows of either side are folded first."""
         mean, tokens = other.result()
         self.result()
         if mean is None:

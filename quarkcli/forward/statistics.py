@@ -126,7 +126,7 @@ class Statistics:
         """Takes over factors of channels, by activation and expert. Returns whether everything asked for follows.
 
         Second moments do, ranges do not.
-        outputs   what linears return, and attention's operands, were scaled too
+        outputs   outputs of linears, and attention's operands, were scaled too
         """
         for key, factor in scaled.items():
             known = self._factors.get(key)

@@ -42,7 +42,7 @@ def write_config(prepared: Prepared, partial: Path, records: dict[str, dict[str,
 def with_keys(config_text: str, keys: Mapping[str, Any], changes: Mapping[str, Any] | None = None) -> str:
     """Returns the source's config.json in its own order, with `keys` added or replaced.
 
-    keys      what a dialect says at the top: `quantization_config`
+    keys      entries of a dialect at the top: `quantization_config`
     changes   keys that transforms set, where the config has them: at the top and in the text model's part
     """
     config = json.loads(config_text)

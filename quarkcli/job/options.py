@@ -61,7 +61,8 @@ class Calibration:
 
     asked   the number of rows was given, so fewer are an error
     moe     `routed`: experts see their own tokens; `all`: every token feeds every expert's statistics
-    bos     whether rows begin with the tokenizer's BOS token (see `Tokenizer.prefix`)
+    bos     `on`: rows begin with the tokenizer's BOS token; `auto`: as the tokenizer begins a text (see
+            `Tokenizer.prefix`)
     """
 
     source: str

@@ -101,7 +101,7 @@ class PartWorker:
     needs     from `data_needs`
     headers   of the source
     roles     role of every tensor that the family knows
-    states    what transforms decided for the whole model, by name
+    states    decisions of transforms for the whole model, by name
     """
 
     def __init__(

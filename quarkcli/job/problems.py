@@ -24,7 +24,7 @@ def problems(
 ) -> Iterator[Problem]:
     """Yields the problems that `targets` make, activation by activation in plan order.
 
-    needs    what the solver asked for by site; a moment is taken only where it did
+    needs    statistics that the solver asked for, by site; a moment is taken only where it did
     moment   second moment of a site, or of one expert's part of it
     """
     for (site, expert), members in _groups(targets):

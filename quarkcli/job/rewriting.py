@@ -16,7 +16,7 @@ from quarkcli.plan.model import Part, Plan
 class Rewriting:
     """One part on its way through the transforms of a run.
 
-    states   what each transform decided for the whole model, by its key
+    states   decisions of each transform for the whole model, by its key
     added    tensors that the source lacks, once they are made
     """
 

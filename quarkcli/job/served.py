@@ -40,7 +40,7 @@ def handlers(
     """Returns the handlers that fake-quantize the activations of a block.
 
     scales   stored static scales by `Activation.key`
-    loads    whether the model loads a file tensor: what it does not load reads nothing
+    loads    tells whether the model loads a file tensor: a weight that it does not load reads nothing
     """
     activations = (a for a in _activations(plan, part, scales) if loads(a.tensor))
     return quantizing_handlers(activations, _attentions(plan, part, scales))

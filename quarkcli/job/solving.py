@@ -59,7 +59,7 @@ class Solving:
     def _solve(self, solver: Solver, needs: Needs, problem: Problem) -> list[Quantized]:
         """Returns codes and scales of a problem; rounded to nearest where the solver has no solution, and said.
 
-        needs   what the solver asked for; without data for it, a solver that needs some is not called
+        needs   statistics that the solver asked for; without data for them it is not called
         """
         moment = problem.moment
         if moment is not None:

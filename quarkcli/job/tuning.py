@@ -18,7 +18,7 @@ class TunedBlock:
     """A decoder block with its source weights loaded.
 
     targets   its quantized weights that the tuner was given, by name; set for one tuner after the other
-    batches   how many batches of calibration rows there are
+    batches   number of batches of calibration rows
     """
 
     def __init__(self, walk: Walk, part: Part, tensors: Mapping[str, Tensor]) -> None:
