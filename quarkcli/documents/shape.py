@@ -55,7 +55,7 @@ def _sentence(name: str, details: list[Any]) -> str:
 
 
 def written(data: Any, loc: tuple[int | str, ...]) -> tuple[int | str, ...]:
-    """The steps of `loc` that lead to something in the data; the others name one of several kinds of value."""
+    """Returns the steps of `loc` that lead to something in the data; the others name one of several kinds of value."""
     path: list[int | str] = []
     for step in loc:
         try:

@@ -10,7 +10,9 @@ from quarkcli.errors import ModelError
 
 
 def parse(content: bytes, where: str, *, unique: bool = False) -> Any:
-    """The value of a JSON text in UTF-8. Raises ModelError with line and column, also for half a surrogate pair.
+    """Returns the value of a JSON text in UTF-8.
+
+    Raises ModelError with line and column, also for half a surrogate pair.
 
     unique   whether a key that stands twice is an error
     """
@@ -47,7 +49,7 @@ def _is_text(text: str) -> bool:
 
 
 def _texts(value: Any, at: str = "") -> Iterator[tuple[str, str]]:
-    """Every text inside, keys too, with the path to it."""
+    """Yields every text inside, keys too, with the path to it."""
     if isinstance(value, str):
         yield at, value
     elif isinstance(value, dict):

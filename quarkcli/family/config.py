@@ -18,7 +18,7 @@ _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_exp
 
 
 def text_config(config: Mapping[str, object]) -> Mapping[str, object]:
-    """The part of config.json that describes the text model."""
+    """Returns the part of config.json that describes the text model."""
     for key in _TEXT:
         inner = config.get(key)
         if isinstance(inner, dict):
@@ -27,22 +27,22 @@ def text_config(config: Mapping[str, object]) -> Mapping[str, object]:
 
 
 def block_count(config: Mapping[str, object]) -> int | None:
-    """Number of decoder blocks."""
+    """Returns the number of decoder blocks."""
     return _number(text_config(config), _BLOCKS)
 
 
 def hidden_size(config: Mapping[str, object]) -> int | None:
-    """Width of the residual stream."""
+    """Returns the width of the residual stream."""
     return _number(text_config(config), _WIDTHS)
 
 
 def expert_count(config: Mapping[str, object]) -> int | None:
-    """Number of routed experts; None for a model without."""
+    """Returns the number of routed experts; None for a model without."""
     return _number(text_config(config), _EXPERTS) or None
 
 
 def position_limit(config: Mapping[str, object]) -> int | None:
-    """Tokens that the model takes in one sequence."""
+    """Returns the number of tokens that the model takes in one sequence."""
     limit = _number(text_config(config), _POSITIONS)
     return limit if limit is not None and limit > 0 else None
 

@@ -28,7 +28,7 @@ class Fact(NamedTuple):
 
 
 def facts(text: Mapping[str, Any], count: int) -> list[Fact]:
-    """Facts of config.json (the language model's part) that have a value per block.
+    """Returns the facts of config.json (the language model's part) that have a value per block.
 
     Lists with an entry per block, lists of block numbers, first and last blocks, and periods. A fact explains a
     difference when blocks on both sides have no value in common.
@@ -64,7 +64,7 @@ def _about(key: str, value: object) -> str:
 
 
 def entries(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Every key with its value, those of objects inside as well."""
+    """Yields every key with its value, those of objects inside as well."""
     for key, value in config.items():
         if isinstance(value, Mapping):
             yield from entries(value)

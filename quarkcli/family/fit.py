@@ -89,7 +89,7 @@ def _block(part: Part, headers: Mapping[str, HeaderLike]) -> _Block:
 
 
 def _experts(block: _Block, said: int | None) -> Iterator[str]:
-    """Experts that a layer lacks or has too many of, and those of another shape than most."""
+    """Yields experts that a layer lacks or has too many of, and those of another shape than most."""
     paths: dict[str, set[int]] = {}
     for entry, shapes in block.experts.items():
         paths.setdefault(entry.partition("*")[0], set()).update(shapes)
@@ -121,7 +121,7 @@ def _holes(blocks: list[_Block], known: list[Fact], layout: Layout) -> Iterator[
 
 
 def _units(shapes: Mapping[str, Shape]) -> dict[str, list[str]]:
-    """Names by their first step."""
+    """Returns names by their first step."""
     units: dict[str, list[str]] = {}
     for name in shapes:
         units.setdefault(name.partition(".")[0], []).append(name)
@@ -135,7 +135,7 @@ def _has_role(layout: Layout, block: _Block, leaves: list[str] | set[str]) -> bo
 
 
 def _lacking(sets: Mapping[int, frozenset[str]], known: list[Fact], has_role: Any) -> Iterator[tuple[int, str, int]]:
-    """(block, name, a block that has it) for names that a block lacks and most blocks have that have all of its others.
+    """Yields (block, name, a block that has it) for names that most blocks with all of its other names have.
 
     Blocks that each have something the other lacks are of different kinds. As many with as without it is a hole only
     where the family knows the name.
@@ -158,7 +158,7 @@ def _lacking(sets: Mapping[int, frozenset[str]], known: list[Fact], has_role: An
 
 
 def _shapes(blocks: list[_Block], known: list[Fact], wrong: set[str]) -> Iterator[str]:
-    """Tensors whose shape differs from those of the same name in most other blocks.
+    """Yields tensors whose shape differs from those of the same name in most other blocks.
 
     wrong   tensors that do not fit config.json: most blocks may have the wrong shape
     """
@@ -180,7 +180,7 @@ def _shapes(blocks: list[_Block], known: list[Fact], wrong: set[str]) -> Iterato
 
 
 def _surplus(layout: Layout, blocks: list[_Block], config: Mapping[str, Any]) -> Iterator[str]:
-    """Blocks beyond the number that config.json gives, unless they predict further tokens."""
+    """Yields blocks beyond the number that config.json gives, unless they predict further tokens."""
     stem = blocks[0].name.rpartition(".")[0] + "."
     rest: dict[str, list[str]] = {}
     for part in layout.parts:

@@ -64,7 +64,7 @@ _ROUTERS = ("*.gate", "*.router", "*.router.*", "*.gate.wg")
 
 
 def infer(config: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> FamilyModel:
-    """The language model's list of blocks, and what its usual leaf names say. Raises ModelError without one."""
+    """Returns the language model's list of blocks, and what its usual leaf names say. Raises ModelError without one."""
     blocks = language_blocks(config, headers)
     stem = blocks.rpartition(".")[0]
     outside = [
@@ -98,7 +98,7 @@ def infer(config: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> Famil
 
 
 def guess(config: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> tuple[FamilyModel, str]:
-    """The inferred family with the config's names, for a user to keep; and a comment for the file."""
+    """Returns the inferred family with the config's names, for a user to keep; and a comment for the file."""
     found = infer(config, headers)
     architectures, model_type = config.get("architectures") or [], config.get("model_type")
     names = {"architectures": list(architectures), "model_types": [model_type] if model_type else []}
@@ -110,7 +110,7 @@ def guess(config: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> tuple
 
 
 def _tower_roles(headers: Mapping[str, HeaderLike]) -> dict[str, list[str]]:
-    """The roles of towers, with the roots of those that have lists of blocks here."""
+    """Returns the roles of towers, with the roots of those that have lists of blocks here."""
     roles = {role: list(ROLES[role]) for role in TOWER_WORDS}
     for own in block_lists(headers):
         role, root = tower(own.path), own.path.split(".")
@@ -123,7 +123,10 @@ def _tower_roles(headers: Mapping[str, HeaderLike]) -> dict[str, list[str]]:
 def _routers(
     config: Mapping[str, Any], headers: Mapping[str, HeaderLike], blocks: str, experts: ExpertsModel | None
 ) -> list[str]:
-    """Patterns of what is named like a router and has a row per expert; in a dense model a `gate` is a linear."""
+    """Returns patterns of what is named like a router and has a row per expert.
+
+    In a dense model a `gate` is a linear.
+    """
     count = expert_count(config) or _stored_experts(headers, blocks, experts)
     if count is None:
         return []
@@ -141,7 +144,7 @@ def _routers(
 
 
 def _stored_experts(headers: Mapping[str, HeaderLike], blocks: str, experts: ExpertsModel | None) -> int | None:
-    """Number of experts that the files have in a block, None without any."""
+    """Returns the number of experts that the files have in a block, None without any."""
     if experts is None:
         return None
     single = re.compile(rf"{re.escape(blocks)}\.\d+\.{re.escape(experts.path)}\.(\d+)\.")
@@ -152,7 +155,7 @@ def _stored_experts(headers: Mapping[str, HeaderLike], blocks: str, experts: Exp
 
 
 def _below(headers: Iterable[str], blocks: str) -> Iterable[str]:
-    """Names below the block, each block's number taken out."""
+    """Yields names below the block, each block's number taken out."""
     start = re.compile(re.escape(blocks) + r"\.\d+\.")
     for name in headers:
         found = start.match(name)
@@ -161,7 +164,7 @@ def _below(headers: Iterable[str], blocks: str) -> Iterable[str]:
 
 
 def _modules(linears: Iterable[str]) -> dict[str, set[str]]:
-    """Module below the block -> leaf names of its linears."""
+    """Returns a mapping from modules below the block to the leaf names of their linears."""
     found: dict[str, set[str]] = {}
     for linear in linears:
         module, _, leaf = linear.rpartition(".")
@@ -191,7 +194,7 @@ def _sites(linears: list[str]) -> list[list[str]]:
 
 
 def _experts(inside: Mapping[str, int]) -> ExpertsModel | None:
-    """Experts one by one (`<path>.<e>.<leaf>.weight`), or fused with gate above up, as most files store them.
+    """Returns experts one by one (`<path>.<e>.<leaf>.weight`), or fused with gate above up, as most files store them.
 
     inside   name below the block -> dimensions
     """
@@ -219,7 +222,7 @@ def _experts(inside: Mapping[str, int]) -> ExpertsModel | None:
 def _fused_rules(
     tensors: Mapping[str, str], bias: bool
 ) -> tuple[tuple[str | None, str, str], dict[str, FusedModel]] | None:
-    """(gate, up, down) and split rules of fused tensors, given by leaf; None for leaves that nobody uses."""
+    """Returns (gate, up, down) and split rules of fused tensors, given by leaf; None for leaves that nobody uses."""
     if {"gate_up_proj", "down_proj"} <= set(tensors):
         # A bias beside them is gpt-oss's way, whose rows of gate and up alternate.
         split: Literal["halves", "interleaved"] = "interleaved" if bias else "halves"

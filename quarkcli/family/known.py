@@ -33,12 +33,12 @@ class Card:
 
 
 def load(path: Path) -> FamilyModel:
-    """A family file, with what it takes over from others. Raises ConfigError with place."""
+    """Returns a family file, with what it takes over from others. Raises ConfigError with place."""
     return validate(FamilyModel, _merged(catalog.document(path), path, ()))
 
 
 def _merged(document: Document, path: Path, seen: tuple[str, ...]) -> Document:
-    """The document with the keys of the family it extends below its own."""
+    """Returns the document with the keys of the family it extends below its own."""
     data = document.data
     name = data.get("extends") if isinstance(data, dict) else None
     if not isinstance(name, str):
@@ -59,7 +59,7 @@ def _merged(document: Document, path: Path, seen: tuple[str, ...]) -> Document:
 
 
 def cards() -> list[Card]:
-    """Every family, built-in ones first, then the user's."""
+    """Returns every family, built-in ones first, then the user's."""
     return [_card(name, path, path.stat().st_mtime_ns) for name, path in catalog.files("models").items()]
 
 
@@ -79,7 +79,7 @@ def _card(name: str, path: Path, stamp: int) -> Card:
 
 
 def _listed(text: str, key: str, path: Path) -> tuple[str, ...]:
-    """A list of plain words at the top level; written in another way, the whole file is parsed for it."""
+    """Returns a list of plain words at the top level; written in another way, the whole file is parsed for it."""
     if not re.search(rf"^['\"]?{key}['\"]?[ ]*:", text, re.MULTILINE):
         return ()
     found = re.search(rf"^{key}:[ ]*\[([\w\s,.-]*)\]", text, re.MULTILINE)
@@ -104,7 +104,7 @@ def has_experts(card: Card) -> bool:
 
 
 def identify(config: Mapping[str, Any]) -> tuple[str, FamilyModel] | None:
-    """The family that names the config's architecture, else its model type; None when there is none.
+    """Returns the family that names the config's architecture, else its model type; None when there is none.
 
     Among several with the architecture, a user's own file, then one that names the model type too.
     """
@@ -123,7 +123,7 @@ def identify(config: Mapping[str, Any]) -> tuple[str, FamilyModel] | None:
 
 
 def for_checkpoint(config: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> tuple[str, FamilyModel, bool]:
-    """(name, family in this checkpoint's spelling, inferred) for a checkpoint."""
+    """Returns (name, family in this checkpoint's spelling, inferred) for a checkpoint."""
     check_wrappers(headers)
     found = identify(config)
     if found is not None:

@@ -128,7 +128,7 @@ def lay_out(
 
 
 def _tied_head(family: FamilyModel, config: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> str | None:
-    """The head's name when it is the embedding and has no tensor of its own."""
+    """Returns the head's name when it is the embedding and has no tensor of its own."""
     heads = [module for module in family.tail if module in family.roles.get("head", [])]
     tied = text_config(config).get("tie_word_embeddings", config.get("tie_word_embeddings", family.tied))
     if not heads or not tied or any(f"{head}.weight" in headers for head in heads):
@@ -213,14 +213,14 @@ class _Builder:
             self._add_weight(module, WeightView(tensor), header, role or "linear", part, None)
 
     def blocks_weights(self) -> Iterator[tuple[str, str | None]]:
-        """(module name, name of its bias) of the linears in blocks that are file tensors of their own."""
+        """Yields (module name, name of its bias) of the linears in blocks that are file tensors of their own."""
         blocks = {part.index for part in self.parts if part.block is not None}
         for name, weight in self.weights.items():
             if weight.expert is None and weight.part in blocks:
                 yield name, weight.bias
 
     def protected(self) -> dict[str, str]:
-        """Module -> role that keeps it as it is."""
+        """Returns a mapping from module to the role that keeps it as it is."""
         found = {}
         excluded = self.family.exclude
         names = (name for weight in self.weights.values() for name in (weight.name, *weight.aliases))
@@ -276,7 +276,7 @@ class _Builder:
         return True
 
     def _stack(self, experts: ExpertsModel) -> int:
-        """Number of experts by config.json."""
+        """Returns the number of experts by config.json."""
         value: Any = text_config(self.config)
         for key in (experts.count or "").split("."):
             value = value.get(key) if isinstance(value, Mapping) else None
@@ -288,7 +288,10 @@ class _Builder:
         return value
 
     def _aliases(self, name: str) -> tuple[str, ...]:
-        """Other spellings a pattern may use: the module path in memory, and an expert's name without its index."""
+        """Returns other spellings a pattern may use.
+
+        These are the module path in memory, and an expert's name without its index.
+        """
         spellings = {name}
         if self.family.aliases:
             spellings.add(".".join(self.family.aliases.get(step, step) for step in name.split(".")))

@@ -63,7 +63,7 @@ NO_ROLES = frozenset({"parameter", "linear", "other"})
 
 
 def surprises(roles: Mapping[str, str], headers: Mapping[str, HeaderLike], unlisted: Sequence[str]) -> Iterator[str]:
-    """Warnings of tensors that stay as they are and that somebody should look at.
+    """Yields warnings of tensors that stay as they are and that somebody should look at.
 
     roles     role of every tensor, see `Layout.tensor_roles`
     unlisted  tensors that the index does not name. Raises ModelError for those of a role: it cannot be told whether

@@ -22,12 +22,17 @@ _NUMBERED = re.compile(r"(.*?)\.(\d+)\.")
 
 
 def words(path: str) -> set[str]:
-    """The words of a module path: its steps, and what underscores separate in them, without numbers at their ends."""
+    """Returns the words of a module path.
+
+    The words are its steps, split at underscores, without numbers at their ends.
+    """
     return {word.rstrip("0123456789") for word in re.split(r"[._]", path.lower())}
 
 
 def tower(name: str) -> str | None:
-    """The role of the tower that a name lies in, `vision` or `audio`; None for all others. The last step to tell wins.
+    """Returns the role of the tower that a name lies in, `vision` or `audio`; None for all others.
+
+    The last step that names a tower wins.
 
     `thinker.audio_tower.layers` is audio, `clip.text_model.layers` is text.
     """
@@ -60,7 +65,7 @@ class BlockList:
 
 
 def block_lists(headers: Mapping[str, HeaderLike]) -> list[BlockList]:
-    """Every list of blocks, by first appearance. A list of single matrices is none, where there are others."""
+    """Returns every list of blocks, by first appearance. A list of single matrices is none, where there are others."""
     found: dict[str, BlockList] = {}
     for name, header in headers.items():
         match = _NUMBERED.match(name)
@@ -74,7 +79,7 @@ def block_lists(headers: Mapping[str, HeaderLike]) -> list[BlockList]:
 
 
 def language_blocks(config: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> str:
-    """Path of the list of blocks that is the language model.
+    """Returns the path of the list of blocks that is the language model.
 
     Towers lose; what is left must fit the config's count and hidden size; then words such as `language_model` win.
     Raises ModelError when none fits, when several do, and for encoder-decoders, whose two stacks are not one list.

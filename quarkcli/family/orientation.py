@@ -26,7 +26,7 @@ class _Stored:
     columns: int
 
     def sizes(self, reading: bool, reads: bool) -> tuple[int, int] | None:
-        """(hidden, inner) as the rule says, an open one read as `reading`; None for rows that do not split.
+        """Returns (hidden, inner) as the rule says, an open one read as `reading`; None for rows that do not split.
 
         Gate and up read the hidden state, down writes it.
         """
@@ -40,7 +40,7 @@ class _Stored:
 def decide(
     experts: ExpertsModel, blocks: Sequence[str], headers: Mapping[str, HeaderLike], hidden: int | None
 ) -> dict[str, FusedModel]:
-    """Fused tensor -> its rule, an open `transpose` decided, for every block that has some.
+    """Returns a mapping from fused tensor to its rule with `transpose` decided, for every block that has some.
 
     Projections of a layer must agree on hidden and inner size, and the hidden size is the config's. A layer whose
     shapes allow both readings takes that of the layers that can tell. Raises ModelError where none can, and where the
@@ -68,7 +68,7 @@ def decide(
 def hidden_transpositions(
     family: FamilyModel, config: Mapping[str, Any], headers: Mapping[str, HeaderLike]
 ) -> frozenset[str]:
-    """Fused tensors stored [experts, in, out] whose square shape does not show it, where files of both kinds exist."""
+    """Returns fused tensors stored [experts, in, out] with a square shape, of families with files of both kinds."""
     experts = family.experts
     if experts is None or all(rule.transpose != "auto" for rule in experts.fused.values()):
         return frozenset()
@@ -81,7 +81,7 @@ def hidden_transpositions(
 def stored_transposed(
     linears: Iterable[tuple[str, str | None]], headers: Mapping[str, HeaderLike], config: Mapping[str, Any]
 ) -> tuple[str, ...]:
-    """Linears stored [in, out], as transformers' Conv1D is (GPT-2, OpenAI GPT, ImageGPT).
+    """Returns linears stored [in, out], as transformers' Conv1D is (GPT-2, OpenAI GPT, ImageGPT).
 
     The bias has as many values as there are outputs; without one, names that Conv1D has read or write the hidden
     size. Square ones cannot tell, and count where others do.
@@ -118,7 +118,10 @@ def _stored(experts: ExpertsModel, block: str, headers: Mapping[str, HeaderLike]
 
 
 def _readings(experts: ExpertsModel, layer: list[_Stored], hidden: int | None) -> list[bool]:
-    """The readings that all shapes of a layer allow; one stands for both where the family leaves nothing open."""
+    """Returns the readings that all shapes of a layer allow.
+
+    One stands for both where the family leaves nothing open.
+    """
     sides = {side for tensor in layer for side in (tensor.rows, tensor.columns)}
     wanted = hidden if hidden in sides else None  # experts may read a latent of another size
     auto = any(tensor.rule.transpose == "auto" for tensor in layer)

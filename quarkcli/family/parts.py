@@ -25,7 +25,7 @@ class Part:
 
 
 def parts_of(family: FamilyModel, config: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> list[Part]:
-    """Every tensor in its part. Raises ModelError when a block that the config counts is not there."""
+    """Returns parts that hold every tensor. Raises ModelError when a block that the config counts is not there."""
     block_of = re.compile(re.escape(family.blocks) + r"\.(\d+)\.")
     present = {int(found[1]) for name in headers if (found := block_of.match(name))}
     declared = block_count(config)

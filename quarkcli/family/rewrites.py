@@ -28,7 +28,7 @@ class Pair:
 
     @property
     def weights(self) -> tuple[str, ...]:
-        """The weights that are changed."""
+        """Returns the weights that are changed."""
         return self.readers if self.norm else (self.source, *self.readers)
 
 
@@ -54,7 +54,7 @@ class Rewrites:
         return self.family.norm_offset if self.family is not None else 0.0
 
     def pairs(self, block: str, weights: Mapping[str, Weight], vectors: Collection[str]) -> list[Pair]:
-        """The scaling pairs of a block.
+        """Returns the scaling pairs of a block.
 
         weights   of this block, by name
         vectors   names of the block's one-dimensional tensors, among which are its norms
@@ -65,7 +65,7 @@ class Rewrites:
         return found
 
     def residual(self, block: str, weights: Mapping[str, Weight]) -> Residual | None:
-        """None where the family file does not say that the residual stream can be rotated."""
+        """Returns the linears around the residual stream, or None where the family file does not allow rotating it."""
         rotation = self.family.rotation if self.family is not None else None
         if rotation is None:
             return None
@@ -89,7 +89,9 @@ def _matching(patterns: Collection[str], block: str, weights: Mapping[str, Weigh
 
 
 def expert_bias(weight: Weight) -> str | None:
-    """The tensor that holds the biases of all experts of a layer beside a fused weight: `<experts>.down_proj_bias`.
+    """Returns the tensor that holds the biases of all experts of a layer beside a fused weight.
+
+    Its name is like `<experts>.down_proj_bias`.
 
     None for anything but an expert's weight.
     """

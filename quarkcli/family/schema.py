@@ -53,7 +53,7 @@ class ExpertsModel(Strict):
     count: str | None = None
 
     def fused_tensors(self, block: str) -> dict[str, FusedModel]:
-        """Full names of the fused tensors of a block."""
+        """Returns full names of the fused tensors of a block."""
         return {f"{block}.{self.fused_in or self.path}.{leaf}": rule for leaf, rule in self.fused.items()}
 
 

@@ -40,7 +40,7 @@ def _wrapped(step: str, tool: str, name: str) -> ModelError:
 
 
 def spelled(family: FamilyModel, headers: Iterable[str]) -> FamilyModel:
-    """The family with `{text}` replaced by the first prefix whose blocks are among the tensor names.
+    """Returns the family with `{text}` replaced by the first prefix whose blocks are among the tensor names.
 
     A base model's names lack the first steps (`layers.0` for `model.layers.0`): the family's full names then lack
     them too.
@@ -79,7 +79,7 @@ def _without(family: FamilyModel, prefix: str) -> FamilyModel:
 
 
 def _renamed(family: FamilyModel, rename: Callable[[str], str]) -> FamilyModel:
-    """The family with its full names, and the patterns on them, renamed."""
+    """Returns the family with its full names, and the patterns on them, renamed."""
     return family.model_copy(
         update={
             "blocks": rename(family.blocks),

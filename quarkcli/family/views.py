@@ -28,7 +28,7 @@ class WeightView:
     stack: int | None = None
 
     def of(self, tensor: Any) -> Any:
-        """The weight [out, in] inside `tensor`; shares memory with it (torch tensors and numpy arrays)."""
+        """Returns the weight [out, in] inside `tensor`; shares memory with it (torch tensors and numpy arrays)."""
         if self.stack is not None:
             tensor = tensor.reshape(self.stack, -1, tensor.shape[-1])
         if self.expert is not None:
@@ -42,7 +42,7 @@ class WeightView:
 
 
 def view_shape(view: WeightView, shape: tuple[int, ...]) -> tuple[int, int]:
-    """Shape (out, in) of a view of a file tensor of this shape."""
+    """Returns the shape (out, in) of a view of a file tensor of this shape."""
     if view.stack is not None:
         shape = (view.stack, shape[0] // view.stack, shape[1])
     if view.expert is not None:
@@ -56,7 +56,7 @@ def view_shape(view: WeightView, shape: tuple[int, ...]) -> tuple[int, int]:
 def fused_views(
     fused: FusedModel, tensor: str, shape: tuple[int, ...], expert: int, experts: int | None = None
 ) -> Iterable[tuple[str, WeightView]]:
-    """(leaf name, view) of each projection of one expert in a fused tensor.
+    """Yields (leaf name, view) of each projection of one expert in a fused tensor.
 
     shape    [experts, out, in], [experts, in, out] when transposed; stacked ones have the first two joined. An open
              `transpose` is read as [out, in], which every class that reads both kinds takes as it is
@@ -77,7 +77,10 @@ def fused_views(
 
 
 def fused_shape(fused: FusedModel, experts: int, single: tuple[int, ...]) -> tuple[int, ...]:
-    """Shape of the fused tensor for projections of shape (out, in); an open `transpose` is read as [out, in]."""
+    """Returns the shape of the fused tensor for projections of shape (out, in).
+
+    An open `transpose` is read as [out, in].
+    """
     out, inner = single[0] * len(fused.targets), single[1]
     rows, columns = (inner, out) if fused.transpose is True else (out, inner)
     return (experts * rows, columns) if fused.stacked else (experts, rows, columns)

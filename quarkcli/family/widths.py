@@ -25,7 +25,7 @@ _OTHER_WIDTH = re.compile(r"embed\w*_(dim|size)$|embedding_size$")
 def misfits(
     family: FamilyModel, layout: Layout, config: Mapping[str, Any], headers: Mapping[str, HeaderLike]
 ) -> Iterator[str]:
-    """One text per tensor that has not the shape which its role, its module or config.json asks for."""
+    """Yields one text per tensor that has not the shape which its role, its module or config.json asks for."""
     yield from _not_matrices(family, layout, headers)
     yield from _outside(family, layout, config, headers)
     yield from _head(family, config, headers)
@@ -58,7 +58,7 @@ def _not_matrices(family: FamilyModel, layout: Layout, headers: Mapping[str, Hea
 def _outside(
     family: FamilyModel, layout: Layout, config: Mapping[str, Any], headers: Mapping[str, HeaderLike]
 ) -> Iterator[str]:
-    """Embedding, head and last norm: rows of the vocabulary, columns of the residual stream."""
+    """Checks the rows (vocabulary) and columns (residual stream) of embedding, head and last norm."""
     text = text_config(config)
     vocabularies = _vocabularies(text, config)
     hidden = hidden_size(config) if not any(_OTHER_WIDTH.search(key) for key in text) else None
@@ -88,7 +88,7 @@ def _vocabulary(
 
 
 def _vocabularies(text: Mapping[str, Any], config: Mapping[str, Any]) -> set[int]:
-    """Every number of rows that config.json allows for a table of tokens."""
+    """Returns every number of rows that config.json allows for a table of tokens."""
     if not any(_VOCABULARY.search(key) for key in text):
         return set()
     every = [(key, value) for of in (text, config) for key, value in of.items() if _is_number(value)]
@@ -100,7 +100,7 @@ def _vocabularies(text: Mapping[str, Any], config: Mapping[str, Any]) -> set[int
 def _ends(
     family: FamilyModel, layout: Layout, config: Mapping[str, Any], headers: Mapping[str, HeaderLike]
 ) -> Iterator[str]:
-    """The embedding, or a head that is tied to it; and a last norm where blocks have norms with weights."""
+    """Checks that the embedding (or a tied head) is there, and a last norm where blocks have norms with weights."""
     heads = [module for module in family.tail if module in family.roles.get("head", [])]
     stand_in = config.get("tie_word_embeddings") is not False and any(f"{head}.weight" in headers for head in heads)
     if f"{family.embed[0]}.weight" not in headers and not stand_in:
@@ -114,7 +114,7 @@ def _ends(
 
 
 def _head(family: FamilyModel, config: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> Iterator[str]:
-    """A head that config.json says is not the embedding, and that no file has."""
+    """Reports a missing head when config.json says that it is not the embedding."""
     heads = [module for module in family.tail if module in family.roles.get("head", [])]
     said = {of.get("tie_word_embeddings") for of in (text_config(config), config)}
     names = config.get("architectures")
@@ -130,7 +130,7 @@ def _head(family: FamilyModel, config: Mapping[str, Any], headers: Mapping[str, 
 
 
 def _routed(layout: Layout, config: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> Iterator[str]:
-    """Fused experts have one matrix per expert, routers a row for each."""
+    """Checks that fused experts have one matrix per expert, and routers a row for each."""
     count = expert_count(config)
     if count is None:
         return
@@ -145,7 +145,7 @@ def _routed(layout: Layout, config: Mapping[str, Any], headers: Mapping[str, Hea
 
 
 def _gated(weights: Iterable[Weight]) -> Iterator[str]:
-    """Gate and up of one module have one shape, down its mirror image."""
+    """Checks that gate and up of one module have one shape, and down its mirror image."""
     modules: dict[str, dict[str, Weight]] = {}
     for weight in weights:
         role = _GATED.get(weight.name.rpartition(".")[2], weight.role.removeprefix("expert_"))
@@ -170,7 +170,7 @@ def _biases(weights: Iterable[Weight], headers: Mapping[str, HeaderLike]) -> Ite
 
 
 def _stream(family: FamilyModel, layout: Layout, config: Mapping[str, Any], weights: Sequence[Weight]) -> Iterator[str]:
-    """Attention and MLP read and write the residual stream, with the heads that config.json says."""
+    """Checks that attention and MLP read and write the residual stream, with the heads that config.json gives."""
     text, hidden = text_config(config), hidden_size(config)
     spec = family.attention
     if hidden is None or spec is None:
@@ -195,7 +195,7 @@ def _stream(family: FamilyModel, layout: Layout, config: Mapping[str, Any], weig
 
 
 def _norms(layout: Layout, config: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> Iterator[str]:
-    """Norms in front of attention and MLP, and behind them, are as wide as the residual stream."""
+    """Checks that norms in front of attention and MLP, and behind them, are as wide as the residual stream."""
     hidden = hidden_size(config)
     for part in layout.parts if hidden is not None else ():
         for tensor in part.tensors if part.kind == "block" else ():
@@ -205,7 +205,7 @@ def _norms(layout: Layout, config: Mapping[str, Any], headers: Mapping[str, Head
 
 
 def _head_rows(text: Mapping[str, Any], hidden: int, *, nested: bool, kinds: int) -> tuple[set[int], set[int]]:
-    """Rows that q may have, and k and v; empty where config.json does not tell.
+    """Returns rows that q may have, and k and v; empty where config.json does not tell.
 
     A config within another leaves out what is its class's default. Nothing is concluded there from what it does not
     say, and nothing at all where blocks differ: the heads of one kind may be those that are left out.

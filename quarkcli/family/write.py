@@ -13,7 +13,7 @@ _WORDS = {"null", "true", "false", "yes", "no", "on", "off", "y", "n"}
 
 
 def to_yaml(family: FamilyModel, comment: str = "") -> str:
-    """The file that gives this family when it is read again, on its own; keys that say nothing are left out."""
+    """Returns the file that gives this family when it is read again, on its own; keys that say nothing are left out."""
     lines = [f"# {line}" for line in comment.splitlines()]
     for key, value in family.model_dump(exclude_defaults=True, exclude={"extends"}).items():
         if isinstance(value, dict) and key not in {"attention", "rotation"}:

@@ -46,7 +46,7 @@ class Weights:
         self._order = {name: position for position, name in enumerate(headers)}
 
     def files(self, params: Iterable[str]) -> list[str]:
-        """File tensors that these parameters need, in file order; a tied parameter needs the other one's."""
+        """Returns file tensors that these parameters need, in file order; a tied parameter needs the other one's."""
         names = self.map.files_of(self._aliases.get(param, param) for param in params)
         return sorted(names, key=self._order.__getitem__)
 
@@ -68,7 +68,7 @@ class Weights:
         self._check_loaded(params)
 
     def made(self, params: Iterable[str], tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Parameters made of file tensors, on the device and in their dtypes, by name; gradients flow."""
+        """Returns parameters made of file tensors, on the device and in their dtypes, by name; gradients flow."""
         found: dict[str, torch.Tensor] = {}
         for param in params:
             source = self._aliases.get(param, param)
@@ -87,7 +87,7 @@ class Weights:
                 module._buffers[leaf] = empty
 
     def owners(self, file: str) -> list[tuple[str, nn.Module]]:
-        """(parameter name, module that owns it) of what a file tensor fills, and of other blocks' tied to that."""
+        """Returns (parameter name, owning module) of what a file tensor fills and of parameters tied to it."""
         group = self.map.by_file.get(file)
         if group is None:
             raise KeyError(f"{file!r} is no tensor that the model loads")
@@ -95,7 +95,7 @@ class Weights:
         return [(param, self._owner(param)[0]) for param in (*group.params, *tied)]
 
     def shared(self) -> dict[str, str]:
-        """Parameter of a decoder block -> the parameter of another block that it is tied to."""
+        """Returns a mapping from each tied parameter of a decoder block to its source in another block."""
         return {
             param: source
             for param, source in self._aliases.items()
@@ -104,7 +104,7 @@ class Weights:
         }
 
     def block_of(self, param: str) -> int | None:
-        """Index of the decoder block that a parameter or buffer lies in, or None."""
+        """Returns the index of the decoder block that a parameter or buffer lies in, or None."""
         match = re.match(re.escape(self.skeleton.blocks_path) + r"\.(\d+)\.", param)
         return int(match[1]) if match else None
 
@@ -130,7 +130,7 @@ class Weights:
         self.unused = [file for file, group in self.map.by_file.items() if unused.issuperset(group.params)]
 
     def _tie(self) -> dict[str, str]:
-        """Parameter without file tensors -> the tied one that has some."""
+        """Returns a mapping from parameters without file tensors to the tied ones that have some."""
         missing, ties = set(self.map.missing), getattr(self.skeleton.model, "all_tied_weights_keys", {})
         aliases = {}
         for source in dict.fromkeys(ties.values()):
@@ -168,7 +168,7 @@ class Weights:
     def _converted(
         self, param: str, tensors: Mapping[str, torch.Tensor], convert: Convert = materialize
     ) -> dict[str, torch.Tensor]:
-        """The values of a parameter, and of those made with it, on the device and in their dtypes."""
+        """Returns the values of a parameter, and of those made with it, on the device and in their dtypes."""
         group = self.map.by_param[param]
         turned = {name: tensors[name].transpose(-1, -2) for name in self._turned.intersection(group.names)}
         made = convert(self.skeleton.model, group, {**tensors, **turned} if turned else tensors)
@@ -218,12 +218,12 @@ def _held(module: nn.Module, leaf: str) -> torch.Tensor:
 
 
 def _dtype_plan(skeleton: Skeleton) -> list[tuple[re.Pattern[str], torch.dtype]]:
-    """Patterns, searched in parameter names, of what stays in another dtype (float32)."""
+    """Returns patterns, searched in parameter names, of what stays in another dtype (float32)."""
     plan = skeleton.model._get_dtype_plan(skeleton.dtype)
     return [(re.compile(pattern.replace("*", ".*")), dtype) for pattern, dtype in plan.items()]
 
 
 def _other_models(model: torch.nn.Module, scopes: Iterable[str]) -> list[str]:
-    """Paths of the submodels that text does not need: transformers models outside `scopes`."""
+    """Returns paths of the submodels that text does not need: transformers models outside `scopes`."""
     needed = set(scopes)
     return [name for name, part in model.named_modules() if isinstance(part, PreTrainedModel) and name not in needed]

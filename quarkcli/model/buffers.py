@@ -81,7 +81,7 @@ def _buffer(module: nn.Module, leaf: str) -> torch.Tensor:
 
 
 def _enclosing_models(model: Any, modules: Iterable[nn.Module]) -> dict[nn.Module, Any]:
-    """The innermost transformers model around each module."""
+    """Returns the innermost transformers model around each module."""
     wanted, found = set(modules), {}
 
     def walk(module: nn.Module, submodel: Any) -> None:

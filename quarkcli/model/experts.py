@@ -151,12 +151,12 @@ LAYOUTS = (Fused, Scored, Stacked)
 
 
 def layout_of(module: nn.Module) -> Layout | None:
-    """The layout of an experts module; None for any other module."""
+    """Returns the layout of an experts module; None for any other module."""
     return next((layout() for layout in LAYOUTS if layout.fits(module)), None)
 
 
 def experts_around(model: nn.Module, path: str) -> nn.Module | None:
-    """The experts module that the module at `path` is, or is the inner part of; None when there is none."""
+    """Returns the experts module that the module at `path` is, or is the inner part of; None when there is none."""
     for candidate in (path, path.rpartition(".")[0]):
         module = model.get_submodule(candidate)
         if layout_of(module) is not None:
@@ -165,7 +165,7 @@ def experts_around(model: nn.Module, path: str) -> nn.Module | None:
 
 
 def expert_count(module: nn.Module) -> int:
-    """Number of experts of an experts module."""
+    """Returns the number of experts of an experts module."""
     return _layout(module).count(module)
 
 
@@ -219,7 +219,7 @@ def _routed(
     index: torch.Tensor,
     weights: torch.Tensor,
 ) -> torch.Tensor:
-    """The eager loop of transformers' experts classes: same rows, same order of additions, same casts.
+    """Runs the eager loop of transformers' experts classes: same rows, same order of additions, same casts.
 
     A few (nemotron_h) add up in float32 instead, so that bf16 results differ from theirs by a rounding.
     """

@@ -46,7 +46,7 @@ class ModelCode:
             raise self.failure(failing, error) from error
 
     def failure(self, failing: str, error: Exception) -> ModelError:
-        """The error for `error`: what failed, in which library and version, and what to do."""
+        """Returns the error for `error`: what failed, in which library and version, and what to do."""
         return ModelError(
             f"{self.cls.__name__} ({self._family()}{self._library()}) {failing}: {described(error)}",
             where=str(self.folder),
@@ -85,7 +85,7 @@ class ModelCode:
         return f"the model's own code in {self.cls.__module__.rpartition('.')[2]}.py, {library}"
 
     def _other_release(self) -> Iterator[str]:
-        """A release of transformers that is known to work, where one is."""
+        """Yields a release of transformers that is known to work, where one is."""
         written = getattr(self.config, "transformers_version", None)
         if not self._is_transformers:
             if written and written != transformers.__version__:
@@ -95,6 +95,6 @@ class ModelCode:
 
 
 def described(error: Exception) -> str:
-    """Type and message on one line."""
+    """Returns the type and message on one line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text if len(text) <= _LENGTH else text[:_LENGTH] + '...'}"

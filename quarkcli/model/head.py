@@ -30,7 +30,9 @@ def without_head(skeleton: Skeleton) -> Iterator[None]:
 
 
 def heads(skeleton: Skeleton) -> list[Any]:
-    """Modules that score every token: what the class calls so, else linears that have as many rows as the embedding.
+    """Returns modules that score every token.
+
+    They are the output embeddings of the class, else linears that have as many rows as the embedding.
 
     Code of a model's own may not say which it is (ChatGLM).
     """

@@ -68,7 +68,7 @@ class NameMap:
     wrong_shapes: dict[str, str]
 
     def files_of(self, params: Iterable[str]) -> list[str]:
-        """File tensors that fill these parameters, each once, in expert order."""
+        """Returns file tensors that fill these parameters, each once, in expert order."""
         return list(dict.fromkeys(name for param in params for name in self.by_param[param].names))
 
 
@@ -85,7 +85,7 @@ def build_map(model: Any, headers: Mapping[str, HeaderLike]) -> NameMap:
 
 
 def materialize(model: Any, group: Group, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The parameters of `group` from its real file tensors.
+    """Returns the parameters of `group` from its real file tensors.
 
     Every tensor of the group must be in `tensors`. A parameter that is stored as it is shares memory with its file
     tensor; stacked and split ones are new.

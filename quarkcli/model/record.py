@@ -62,7 +62,7 @@ class Recording:
 
     @property
     def last(self) -> int:
-        """Index of the last block that is called."""
+        """Returns the index of the last block that is called."""
         return max(index for index, call in enumerate(self.calls) if call is not None)
 
     def reads(self, output: Output) -> bool:
@@ -115,7 +115,7 @@ class Recorder:
         return recording
 
     def logits(self, recording: Recording, hidden: Any) -> torch.Tensor:
-        """[b, T, vocab] float32: the model's own forward with the last block returning `hidden`."""
+        """Returns [b, T, vocab] float32: the model's own forward with the last block returning `hidden`."""
         return _logits_of(self._tail(recording, hidden)).float()
 
     def observe_tail(self, recording: Recording, hidden: Any, head: bool) -> None:
@@ -135,7 +135,7 @@ class Recorder:
     def run_block(
         self, index: int, recording: Recording, hidden: Any, params: Mapping[str, torch.Tensor] | None = None
     ) -> Any:
-        """Output hidden states of block `index` for this batch; `hidden` itself for a block the batch skips.
+        """Returns the output hidden states of block `index` for this batch, or `hidden` for a skipped block.
 
         params   by name, to run with instead of the loaded ones; then gradients flow into them
         """

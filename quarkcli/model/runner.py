@@ -87,15 +87,15 @@ class Runner:
         return self._skeleton.model.get_output_embeddings() is not None
 
     def block_tensors(self, i: int) -> list[str]:
-        """File tensors that decoder block `i` needs, in file order."""
+        """Returns file tensors that decoder block `i` needs, in file order."""
         return self._weights.files(self._weights.by_block[i])
 
     def outside_tensors(self) -> list[str]:
-        """File tensors that text needs outside the blocks (embedding, final norm, head, ...), in file order."""
+        """Returns file tensors that text needs outside the blocks (embedding, final norm, head, ...), in file order."""
         return self._weights.files(self._weights.outside)
 
     def unknown_tensors(self) -> list[str]:
-        """File tensors that are no parameter of the model (MTP layers, old rotary buffers), in file order."""
+        """Returns file tensors that are no parameter of the model (MTP layers, old rotary buffers), in file order."""
         return list(self._weights.map.unknown)
 
     def loads(self, tensor: str) -> bool:
@@ -150,18 +150,18 @@ class Runner:
         return self._recorder.record(tokens.to(self.device), mask, share_with)
 
     def run_block(self, i: int, recording: Recording, hidden: Any) -> Any:
-        """Hidden states behind block `i` for those before it. `hidden` is left as it is."""
+        """Returns hidden states behind block `i` for those before it. `hidden` is left as it is."""
         return self._recorder.run_block(i, recording, hidden)
 
     def run_with(self, i: int, recording: Recording, hidden: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
-        """`run_block` with parameters made of these file tensors, all of the block's, instead of the loaded ones.
+        """Does `run_block` with parameters made of these file tensors, all of the block's, and not the loaded ones.
 
         Gradients flow into `tensors`; what is loaded stays.
         """
         return self._recorder.run_block(i, recording, hidden, self._weights.made(self._weights.by_block[i], tensors))
 
     def logits(self, recording: Recording, hidden: Any) -> torch.Tensor:
-        """[b, T, vocab] float32 for the hidden states behind the last block; the outside must be loaded."""
+        """Returns [b, T, vocab] float32 for the hidden states behind the last block; the outside must be loaded."""
         return self._recorder.logits(recording, hidden)
 
     def observe_tail(self, recording: Recording, hidden: Any, *, head: bool = True) -> None:
@@ -204,12 +204,12 @@ class Runner:
             yield
 
     def expert_module(self, name: str) -> nn.Module | None:
-        """The experts module that a file tensor belongs to, or None when it is no expert's."""
+        """Returns the experts module that a file tensor belongs to, or None when it is no expert's."""
         path = self._weights.owners(name)[0][0].rpartition(".")[0]
         return expert_modules.experts_around(self._skeleton.model, path)
 
     def expert_count(self, module: nn.Module) -> int:
-        """Number of experts of an experts module."""
+        """Returns the number of experts of an experts module."""
         return expert_modules.expert_count(module)
 
     def expert_hidden(self, module: nn.Module, expert: int, x: torch.Tensor) -> torch.Tensor:
@@ -225,7 +225,7 @@ class Runner:
         return self._skeleton.model.get_submodule(path)
 
     def _owners(self, i: int | None, name: str) -> list[tuple[str, nn.Module]]:
-        """(parameter name, module) that a file tensor fills in block `i`."""
+        """Returns (parameter name, module) that a file tensor fills in block `i`."""
         found = [(param, module) for param, module in self._weights.owners(name) if self._weights.block_of(param) == i]
         if not found:
             place = "outside the blocks" if i is None else f"in decoder block {i}"

@@ -115,7 +115,10 @@ def build_skeleton(
 
 
 def load_config(folder: Path, trust_remote_code: bool) -> Any:
-    """The config object of a local folder; custom code only when allowed and only for types transformers lacks."""
+    """Returns the config object of a local folder.
+
+    Custom code runs only when it is allowed, and only for types that transformers lacks.
+    """
     data = _read_config(folder)
     kind, custom = data.get("model_type"), "AutoConfig" in data.get("auto_map", {})
     try:
@@ -142,7 +145,7 @@ def load_config(folder: Path, trust_remote_code: bool) -> Any:
 
 
 def model_class(config: Any, folder: Path, trust_remote_code: bool) -> Any:
-    """The class that `architectures` names.
+    """Returns the class that `architectures` names.
 
     The automatic classes silently give text-only twins of some families, with other tensor names, so they are only
     asked when transformers does not know the architecture.
@@ -184,7 +187,9 @@ def set_dtype(config: Any, dtype: torch.dtype) -> None:
 
 
 def find_blocks(model: Any) -> str:
-    """Dotted path of the list of decoder blocks: the outermost ModuleList of the right length in the decoder.
+    """Returns the dotted path of the list of decoder blocks.
+
+    It is the outermost ModuleList of the right length in the decoder.
 
     Configs of models with their own code may name the count as they like; then it is the outermost, longest list.
     """
@@ -203,7 +208,10 @@ def find_blocks(model: Any) -> str:
 
 
 def text_modules(model: Any) -> Iterable[tuple[str, Any]]:
-    """(path, submodel) of the submodels that running text needs: those that contain the decoder, and its parts."""
+    """Yields (path, submodel) of the submodels that running text needs.
+
+    They are those that contain the decoder, and its parts.
+    """
     decoder = model.get_decoder()
     inside = set(decoder.modules())
     for name, module in model.named_modules():
@@ -244,7 +252,7 @@ def _meta_parameters() -> Iterator[None]:
 
 
 def _prepared(config: Any, attention: str | None) -> Any:
-    """The config with what would get in the way of a plain text forward taken out, and an attention (None: default)."""
+    """Returns the config without settings that disturb a plain text forward, and with an attention (None: default)."""
     for part in {id(part): part for part in (config, config.get_text_config())}.values():
         for flag in ("output_attentions", "output_hidden_states", "output_router_logits"):
             if getattr(part, flag, False):
@@ -307,7 +315,7 @@ def _config_dtype(config: Any) -> torch.dtype | None:
 
 
 def _stored_dtype(headers: Mapping[str, HeaderLike]) -> torch.dtype:
-    """The floating-point dtype of most values: a router's bias in float32 does not make a float32 model."""
+    """Returns the floating-point dtype of most values: a router's bias in float32 does not make a float32 model."""
     values: Counter[torch.dtype] = Counter()
     for header in headers.values():
         if (dtype := DTYPES.get(header.dtype)) in _COMPUTABLE:

@@ -50,16 +50,16 @@ class Tokenizer:
 
     @property
     def bos(self) -> int | None:
-        """Token number that begins a text, or None."""
+        """Returns the token number that begins a text, or None."""
         return self._inner.bos_token_id
 
     @property
     def eos(self) -> int | None:
-        """Token number that ends a text, or None."""
+        """Returns the token number that ends a text, or None."""
         return self._inner.eos_token_id
 
     def prefix(self, bos: str = "auto") -> list[int]:
-        """Token numbers that a row of text begins with.
+        """Returns token numbers that a row of text begins with.
 
         bos     auto: what the tokenizer itself puts before a text, which may be nothing; on: that, else the BOS
                 token; off: nothing
@@ -76,7 +76,7 @@ class Tokenizer:
         return [self.bos]
 
     def begun(self, ids: list[int], bos: str = "auto") -> list[int]:
-        """A conversation's token numbers with the beginning that `bos` asks for.
+        """Returns a conversation's token numbers with the beginning that `bos` asks for.
 
         auto leaves it to the chat template, as servers do; on and off put and take what is missing or there.
         """
@@ -88,7 +88,7 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens, added ones included."""
+        """Returns the number of tokens, added ones included."""
         return len(self._inner)
 
     def _added_in_front(self) -> list[int]:
@@ -105,7 +105,10 @@ class Tokenizer:
         return bool(self._inner.chat_template)
 
     def encode(self, text: str) -> list[int]:
-        """Token numbers of `text`; no special tokens are added. Raises ModelError when the tokenizer's code fails."""
+        """Returns token numbers of `text`; no special tokens are added.
+
+        Raises ModelError when the tokenizer's code fails.
+        """
         return self._encoded(text, special=False)
 
     def _encoded(self, text: str, special: bool) -> list[int]:
@@ -119,7 +122,7 @@ class Tokenizer:
     def chat(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
     ) -> tuple[list[int], list[int] | None]:
-        """Token numbers of a conversation, and which of them the assistant wrote (1) or None if it cannot be told.
+        """Returns the token numbers of a conversation, and a mask of those the assistant wrote (None: unknown).
 
         One application of the chat template; special tokens come from the template alone, so none is doubled.
 
@@ -174,7 +177,7 @@ class Tokenizer:
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Tokenizer:
-    """The tokenizer of a local folder; never uses the network, never asks.
+    """Returns the tokenizer of a local folder; never uses the network, never asks.
 
     raises  ModelError: no tokenizer files, files that cannot be read, custom code without `trust_remote_code`
     """

@@ -18,7 +18,7 @@ _HALVES = (torch.bfloat16, torch.float16)
 
 
 def row_chunks(x: Tensor) -> Iterator[slice]:
-    """Slices over the rows of the matrix `x`, each about one chunk."""
+    """Yields slices over the rows of the matrix `x`, each about one chunk."""
     rows = x.shape[0]
     step = _chunk_rows(x)
     for start in range(0, rows, step):
@@ -26,7 +26,7 @@ def row_chunks(x: Tensor) -> Iterator[slice]:
 
 
 def work_chunks(x: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """`row_chunks` with a float32 buffer [n, cols] and int32 scratch [2, n, cols] for each; reused from chunk to chunk.
+    """Yields `row_chunks` with a float32 buffer [n, cols] and int32 scratch [2, n, cols], reused from chunk to chunk.
 
     Fresh buffers per chunk would be returned to the system and faulted in again each time.
     """
@@ -42,7 +42,7 @@ def _chunk_rows(x: Tensor) -> int:
 
 
 def as_matrix(x: Tensor) -> Tensor:
-    """`x` [..., features] as [rows, features]; a scalar or empty last axis is allowed."""
+    """Returns `x` [..., features] as [rows, features]; a scalar or empty last axis is allowed."""
     if x.dim() == 2:
         return x
     return x.reshape(-1, x.shape[-1]) if x.dim() else x.reshape(1, 1)
@@ -58,7 +58,10 @@ def require_divisible(cols: int, size: int) -> None:
 
 
 def by_group(y: Tensor, scale: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Views of `y` [n, cols] and `scale` [n, groups] that broadcast against each other; the last may be short."""
+    """Returns views of `y` [n, cols] and `scale` [n, groups] that broadcast against each other.
+
+    The last group may be short.
+    """
     rows, cols = y.shape
     groups = scale.shape[1]
     if groups * size == cols:
@@ -67,7 +70,9 @@ def by_group(y: Tensor, scale: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 
 def group_amax(x: Tensor, size: int) -> Tensor:
-    """Largest magnitude of every run of `size` values in each row of `x` [rows, cols]: float32 [rows, ceil(cols/size)].
+    """Returns the largest magnitude of every run of `size` values in each row of `x` [rows, cols].
+
+    The result is float32 [rows, ceil(cols/size)].
 
     NaN if the run holds one. The last run may be shorter.
     """
@@ -89,7 +94,7 @@ def group_amax(x: Tensor, size: int) -> Tensor:
 
 
 def group_ends(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Smallest and largest value of every run of `size` values in each row of `x` [rows, cols], shaped as `group_amax`.
+    """Returns both ends of every run of `size` values in each row of `x` [rows, cols], shaped as `group_amax`.
 
     NaN if the run holds one. The last run may be shorter.
     """

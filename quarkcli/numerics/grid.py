@@ -39,7 +39,7 @@ class QParams:
     then: QParams | None = None
 
     def rows(self, index: slice, count: int) -> QParams:
-        """The parameters of some rows of a matrix of `count` rows; what several rows share stays whole."""
+        """Returns the parameters of some rows of a matrix of `count` rows; what several rows share stays whole."""
 
         def cut(tensor: Tensor | None) -> Tensor | None:
             return tensor[index] if tensor is not None and tensor.shape[:1] == (count,) else tensor
@@ -63,7 +63,7 @@ class Grid:
 
 
 def effective_scale(params: QParams, spec: TensorSpec, shape: torch.Size | tuple[int, ...]) -> Tensor:
-    """The real float32 multiplier of every group: [rows, n] for a matrix of `shape` [rows, cols], of one stage.
+    """Returns the real float32 multiplier of every group: [rows, n] for a matrix of `shape` [rows, cols], of one stage.
 
     Column j belongs to entry j // `scale_size`; rows that share a scale are expanded, without memory where possible.
     """
@@ -79,14 +79,14 @@ def effective_scale(params: QParams, spec: TensorSpec, shape: torch.Size | tuple
 
 
 def per_row(stored: Tensor, spec: TensorSpec, shape: torch.Size | tuple[int, ...]) -> Tensor:
-    """A tensor of one value per stored scale as [rows, n]."""
+    """Returns a tensor of one value per stored scale as [rows, n]."""
     if isinstance(spec.granularity, PerTile):
         return stored.repeat_interleave(spec.granularity.rows, 0)[: shape[0]]
     return stored.expand(shape[0], stored.shape[-1] if stored.dim() else 1)
 
 
 def scale_size(spec: TensorSpec, cols: int) -> int:
-    """Columns that one stored scale spans; checks that groups fit."""
+    """Returns the number of columns that one stored scale spans. It checks that groups fit."""
     match spec.granularity:
         case PerGroup(size):
             require_divisible(cols, size)
@@ -116,7 +116,7 @@ def grid(params: QParams, spec: TensorSpec, shape: torch.Size | tuple[int, ...])
 
 
 def encode_matrix(matrix: Tensor, at: Grid) -> Tensor:
-    """Codes of a finite matrix, of its shape."""
+    """Returns codes of a finite matrix, of its shape."""
     codec_ = codec(at.element)
     codes = torch.empty(matrix.shape, dtype=codec_.code_dtype(at.element), device=matrix.device)
     for part, y, scratch in work_chunks(matrix):
@@ -127,7 +127,7 @@ def encode_matrix(matrix: Tensor, at: Grid) -> Tensor:
 
 
 def decode_matrix(codes: Tensor, at: Grid) -> Tensor:
-    """Values (float32) of codes, of their shape."""
+    """Returns values (float32) of codes, of their shape."""
     out = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
     for part in row_chunks(codes):
         values, zero = _with_zero(out[part], at, part)
@@ -137,7 +137,7 @@ def decode_matrix(codes: Tensor, at: Grid) -> Tensor:
 
 
 def round_matrix(matrix: Tensor, at: Grid, dtype: torch.dtype) -> Tensor:
-    """The nearest values of the grid, in `dtype`: quantized and dequantized."""
+    """Returns the nearest values of the grid, in `dtype`: quantized and dequantized."""
     out = torch.empty(matrix.shape, dtype=dtype, device=matrix.device)
     for part, y, scratch in work_chunks(matrix):
         _divide(matrix[part], at, part, y)
@@ -172,12 +172,12 @@ def _divide(rows: Tensor, at: Grid, part: slice, out: Tensor) -> None:
 
 
 def _with_zero(y: Tensor, at: Grid, part: slice) -> tuple[Tensor, Tensor | None]:
-    """`y` [n, cols] shaped so that its zero points broadcast against it, and these."""
+    """Returns `y` [n, cols] shaped so that its zero points broadcast against it, and these."""
     return (y, None) if at.zero is None else by_group(y, at.zero[part], at.size)
 
 
 def without_chain(spec: TensorSpec) -> TensorSpec:
-    """The first stage alone."""
+    """Returns the spec of the first stage alone."""
     return replace(spec, then=None, stored="first")
 
 

@@ -91,7 +91,7 @@ class MinMax:
 
     @property
     def amax(self) -> Tensor:
-        """Largest magnitudes. DataError when nothing was seen."""
+        """Returns the largest magnitudes. Raises DataError when nothing was seen."""
         if self.low is None or self.high is None:
             raise _unseen()
         return torch.maximum(self.low.abs(), self.high.abs())
@@ -113,7 +113,7 @@ class Histogram:
 
     @property
     def amax(self) -> Tensor:
-        """Largest magnitude. DataError when nothing was seen."""
+        """Returns the largest magnitude. Raises DataError when nothing was seen."""
         return self._range.amax
 
     def observe(self, x: Tensor) -> None:
@@ -143,7 +143,7 @@ class Histogram:
         return self.counts
 
     def occupied(self) -> tuple[Tensor, Tensor]:
-        """(start of every bin that holds values, float32, rising; their counts), on the CPU."""
+        """Returns (start of every bin that holds values, float32, rising; their counts), on the CPU."""
         if self.counts is None:
             raise _unseen()
         counts = self.counts.cpu()
@@ -151,7 +151,7 @@ class Histogram:
         return (bins.int() << _DROPPED).view(torch.float32), counts[bins]
 
     def percentile(self, percentile: float) -> Tensor:
-        """The magnitude that `percentile` per cent do not exceed, by nearest rank: float32 [].
+        """Returns the magnitude that `percentile` per cent do not exceed, by nearest rank: float32 [].
 
         Exact for values of 16 bits, for the largest magnitude, and so for 100; otherwise less than 2^-11 of itself
         (2^-137 below the smallest normal float32) too small. NaN or inf when one was seen.
@@ -164,7 +164,7 @@ class Histogram:
         return amax if index is None else starts[index]
 
     def headroom(self, anchor: float, upper: float, rho: float) -> Tensor:
-        """`rho` times the magnitude at the percentile `anchor`, and at least the one at `upper`: float32 [].
+        """Returns `rho` times the magnitude at the percentile `anchor`, and at least the one at `upper`: float32 [].
 
         Magnitudes below a millionth of the latter do not count for the former. NaN or inf when one was seen.
         """
@@ -178,7 +178,7 @@ class Histogram:
         return torch.maximum(low * rho, top)
 
     def least_error(self, spec: TensorSpec, steps: int, shrink: float) -> Tensor:
-        """The range of least squared error under `spec`, of `steps` from the full one down to `shrink` of it.
+        """Returns the range of least squared error under `spec`, of `steps` from the full one down to `shrink` of it.
 
         float32 []; among equal errors the larger range. The magnitudes stand for both signs. NaN or inf as it is.
         """
@@ -225,7 +225,7 @@ STATISTICS: dict[str, Callable[[], MinMax | Histogram]] = {
 
 
 def observer(spec: TensorSpec) -> Observer:
-    """An empty observer for the range behind the static scale of `spec`."""
+    """Returns an empty observer for the range behind the static scale of `spec`."""
     if not spec.needs_amax:
         return Placeholder()
     if spec.observer.statistic != MIN_MAX.statistic:
@@ -235,7 +235,7 @@ def observer(spec: TensorSpec) -> Observer:
 
 
 def amax_of(seen: Observer, spec: TensorSpec) -> Tensor:
-    """The largest magnitude that a static scale is made from (`static_scale`), as the observer of `spec` chooses it.
+    """Returns the amax behind a static scale (`static_scale`), as the observer of `spec` chooses it.
 
     float32 [], or shaped as `MinMax.amax`. NaN or inf when one was seen. DataError when nothing was, ConfigError for a
     placeholder and where squared errors need the blocks that a histogram does not keep.
@@ -248,10 +248,10 @@ def amax_of(seen: Observer, spec: TensorSpec) -> Tensor:
 
 
 def weight_amax(weight: Tensor, spec: TensorSpec) -> Tensor:
-    """The largest magnitude of `weight` [out, in] that its first scale is made from where one covers the tensor.
+    """Returns the amax of `weight` [out, in] behind its first scale, where one covers the tensor.
 
-    What the observer keeps of it; all of it under a global scale, where the observer looks at the groups. float32 [].
-    DataError as in `tensor_amax`.
+    The observer chooses it (float32 []). Under a global scale it is the amax of the whole, because the observer works
+    on the groups there. Raises DataError as `tensor_amax` does.
     """
     amax = tensor_amax(weight)
     if spec.observer == MIN_MAX or not isinstance(spec.granularity, PerTensor):
@@ -294,7 +294,10 @@ def _ends(x: Tensor, granularity: Granularity) -> tuple[Tensor, Tensor]:
 
 
 def _rank(counts: Tensor, percentile: float) -> int | None:
-    """Index of the bin that holds the nearest rank of a percentile; None for the largest magnitude of all."""
+    """Returns the index of the bin that holds the nearest rank of a percentile.
+
+    None stands for the largest magnitude of all.
+    """
     upto = counts.cumsum(0)
     total = int(upto[-1]) if len(upto) else 0
     rank = max(1, ceil(Fraction(str(percentile)) * total / 100))
@@ -306,7 +309,7 @@ def _unseen() -> DataError:
 
 
 def _ranges(amax: Tensor) -> Iterator[Tensor]:
-    """`amax` and every smaller positive float32 with four bits of fraction, falling."""
+    """Yields `amax` and every smaller positive float32 with four bits of fraction, falling."""
     yield amax
     for step in range((int(amax.view(torch.int32)) - 1) // _STEP, 0, -1):
         yield torch.tensor(step * _STEP, dtype=torch.int32).view(torch.float32)
@@ -318,5 +321,5 @@ def _squared_error(starts: Tensor, counts: Tensor, spec: TensorSpec, scale: Tens
 
 
 def _clipping_error(starts: Tensor, counts: Tensor, largest: float) -> float:
-    """The squared error of the magnitudes above the largest that can be represented."""
+    """Returns the squared error of the magnitudes above the largest that can be represented."""
     return float(((starts.double() - largest).clamp_min_(0).square() * counts).sum())

@@ -29,7 +29,7 @@ class Packed:
 
 
 def quantize_packed(weight: Tensor, spec: TensorSpec, *, amax: Tensor | None = None) -> Packed:
-    """Packed codes and scales of `weight` [out, in]. Errors and `amax` as in `quantize.make_qparams`."""
+    """Returns packed codes and scales of `weight` [out, in]. Errors and `amax` as in `quantize.make_qparams`."""
     kernel = kernels.find(spec, weight.device)
     if kernel is not None and _kernel_takes(tuple(weight.shape), spec.format):
         return Packed(*kernel.quantize_packed(weight, spec, amax))
@@ -40,7 +40,7 @@ def quantize_packed(weight: Tensor, spec: TensorSpec, *, amax: Tensor | None = N
 
 
 def dequantize_packed(packed: Packed, spec: TensorSpec, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """Values of packed codes of a matrix of `shape` [out, in]: computed in float32, rounded to `dtype`."""
+    """Returns values of packed codes of a matrix of `shape` [out, in]: computed in float32, rounded to `dtype`."""
     kernel = kernels.find(spec, packed.data.device)
     if kernel is not None and _kernel_takes(shape, spec.format) and _is_real(dtype):
         values: Tensor = kernel.dequantize_packed(packed.data, packed.params, spec, shape, dtype)
@@ -49,7 +49,7 @@ def dequantize_packed(packed: Packed, spec: TensorSpec, shape: tuple[int, int], 
 
 
 def quantize(weight: Tensor, spec: TensorSpec, *, amax: Tensor | None = None) -> Quantized:
-    """`numerics.quantize.quantize`, by a kernel where there is one; the same bits."""
+    """Does `numerics.quantize.quantize` by a kernel where there is one. The bits are the same."""
     if kernels.find(spec, weight.device) is None or not _kernel_takes(tuple(weight.shape), spec.format):
         return reference.quantize(weight, spec, amax=amax)
     packed = quantize_packed(weight, spec, amax=amax)

@@ -16,7 +16,9 @@ _WORD_BITS = 32
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
-    """Codes of `bits` bits (1..8) [..., n] -> uint8 [..., ceil(n * bits / 8)]: one stream of bits, the lowest first.
+    """Returns codes of `bits` bits (1..8) [..., n] -> uint8 [..., ceil(n * bits / 8)].
+
+    A row is one stream of bits, the lowest first.
 
     Code i lies in bits i * bits .. (i + 1) * bits - 1 of the row; bits of the last byte that are left over are zero.
     AMD Quark's int3 and fp6, and everybody's 4-bit nibbles.
@@ -27,7 +29,10 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack_bits(packed: Tensor, bits: int, count: int, signed: bool = False) -> Tensor:
-    """Inverse of `pack_bits`: the `count` codes [..., count] of each row, int8 with their sign extended or uint8."""
+    """Returns the inverse of `pack_bits`.
+
+    It gives the `count` codes [..., count] of each row, int8 with their sign extended or uint8.
+    """
     _require_length(packed, bits, count)
     codes = _first(_codes(_padded(packed, bits), bits), count)
     return _signed(codes, bits) if signed else codes
@@ -41,14 +46,14 @@ def pack_msb(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack_msb(packed: Tensor, bits: int, count: int, signed: bool = False) -> Tensor:
-    """Inverse of `pack_msb`, as `unpack_bits`."""
+    """Returns the inverse of `pack_msb`, as `unpack_bits`."""
     _require_length(packed, bits, count)
     codes = _first(_turned(_codes(_turned(_padded(packed, bits), bits), bits), 8), count)
     return _signed(codes, bits) if signed else codes
 
 
 def pack_fp6(codes: Tensor) -> Tensor:
-    """uint8 codes below 64 [..., n] -> uint8 [..., 3 n / 4]; four codes little endian in three bytes."""
+    """Returns uint8 codes below 64 [..., n] -> uint8 [..., 3 n / 4]; four codes little endian in three bytes."""
     _require_multiple(codes, 4)
     c0, c1, c2, c3 = codes.unflatten(-1, (-1, 4)).unbind(-1)
     # uint8 shifts drop what leaves the byte.
@@ -56,7 +61,7 @@ def pack_fp6(codes: Tensor) -> Tensor:
 
 
 def unpack_fp6(packed: Tensor) -> Tensor:
-    """Inverse of `pack_fp6`: uint8 [..., 3 m] -> uint8 [..., 4 m]."""
+    """Returns the inverse of `pack_fp6`: uint8 [..., 3 m] -> uint8 [..., 4 m]."""
     _require_multiple(packed, 3)
     b0, b1, b2 = packed.unflatten(-1, (-1, 3)).unbind(-1)
     fields = (b0, (b0 >> 6) | (b1 << 2), (b1 >> 4) | (b2 << 4), b2 >> 2)
@@ -64,7 +69,7 @@ def unpack_fp6(packed: Tensor) -> Tensor:
 
 
 def pack_int32(codes: Tensor, bits: int) -> Tensor:
-    """Codes of `bits` bits [rows, n] -> int32 [rows, ceil(n * bits / 32)] as compressed-tensors stores them.
+    """Returns codes of `bits` bits [rows, n] -> int32 [rows, ceil(n * bits / 32)] as compressed-tensors stores them.
 
     int8 codes as offset binary (value + 2^(bits - 1)), uint8 ones as they are; the first column in the lowest bits.
     Where the width does not divide 32 a code lies across two words; what the last word has left over is zero.
@@ -75,7 +80,7 @@ def pack_int32(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack_int32(packed: Tensor, bits: int, count: int | None = None, signed: bool = True) -> Tensor:
-    """Inverse of `pack_int32`: the `count` codes (None: all the words hold) of each row, int8 or uint8."""
+    """Returns the inverse of `pack_int32`: the `count` codes (None: all the words hold) of each row, int8 or uint8."""
     count = packed.shape[-1] * _WORD_BITS // bits if count is None else count
     stream = packed.contiguous().view(torch.uint8)[..., : -(-count * bits // 8)]
     codes = unpack_bits(stream, bits, count)
@@ -83,7 +88,7 @@ def unpack_int32(packed: Tensor, bits: int, count: int | None = None, signed: bo
 
 
 def unpack_order(packed: Tensor, signed: bool = True) -> Tensor:
-    """4-bit codes of int32 words [rows, m] -> int8 [rows, 8 m] with their sign, or uint8: AMD Quark's `order`.
+    """Returns 4-bit codes of int32 words [rows, m] -> int8 [rows, 8 m] with their sign, or uint8: AMD Quark's `order`.
 
     Nibble j of a word, from the low end, is element j; signed ones are two's complement.
     """
@@ -92,7 +97,7 @@ def unpack_order(packed: Tensor, signed: bool = True) -> Tensor:
 
 
 def pack_awq(codes: Tensor) -> Tensor:
-    """4-bit codes [rows, n] -> int32 [rows, n / 8]: two's complement nibbles in AWQ order (Quark `reorder`).
+    """Returns 4-bit codes [rows, n] -> int32 [rows, n / 8]: two's complement nibbles in AWQ order (Quark `reorder`).
 
     Nibble j of a word, from the low end, holds element (0, 2, 4, 6, 1, 3, 5, 7)[j] of its run of eight.
     """
@@ -106,7 +111,7 @@ def pack_awq(codes: Tensor) -> Tensor:
 
 
 def unpack_awq(packed: Tensor, signed: bool = True) -> Tensor:
-    """Inverse of `pack_awq`: int32 [rows, m] -> int8 [rows, 8 m] with their sign, or uint8."""
+    """Returns the inverse of `pack_awq`: int32 [rows, m] -> int8 [rows, 8 m] with their sign, or uint8."""
     words = packed.to(torch.int64) & 0xFFFFFFFF
     words.bitwise_or_(words << 24).bitwise_and_(0x00FF00FF00FF00FF)
     words.bitwise_or_(words >> 8).bitwise_and_(0x0000FFFF0000FFFF)
@@ -115,7 +120,7 @@ def unpack_awq(packed: Tensor, signed: bool = True) -> Tensor:
 
 
 def _stream(codes: Tensor, bits: int) -> Tensor:
-    """uint8 codes below 2^bits [..., 8 n] -> uint8 [..., bits * n]; see `pack_bits`."""
+    """Returns uint8 codes below 2^bits [..., 8 n] -> uint8 [..., bits * n]; see `pack_bits`."""
     match bits:
         case 1 | 2 | 3 | 4:
             return _stream(_fold(codes, bits), 2 * bits)
@@ -132,7 +137,7 @@ def _stream(codes: Tensor, bits: int) -> Tensor:
 
 
 def _codes(stream: Tensor, bits: int) -> Tensor:
-    """Inverse of `_stream`."""
+    """Returns the inverse of `_stream`."""
     match bits:
         case 1 | 2 | 3 | 4:
             return _unfold(_codes(stream, 2 * bits), bits)
@@ -149,39 +154,39 @@ def _codes(stream: Tensor, bits: int) -> Tensor:
 
 
 def _unsigned(codes: Tensor, bits: int) -> Tensor:
-    """The two's complement bits of signed codes as uint8; unsigned ones as they are."""
+    """Returns the two's complement bits of signed codes as uint8; unsigned ones as they are."""
     return codes.view(torch.uint8) & ((1 << bits) - 1) if codes.dtype == torch.int8 else codes
 
 
 def _signed(codes: Tensor, bits: int) -> Tensor:
-    """uint8 two's complement codes of `bits` bits as int8: flipping and subtracting the top bit extends it."""
+    """Returns uint8 two's complement codes of `bits` bits as int8: flipping and subtracting the top bit extends it."""
     half = 1 << (bits - 1)
     return ((codes ^ half) - half).view(torch.int8)
 
 
 def _lanes(lane: int, width: int) -> int:
-    """A 64-bit mask of the low `width` bits of every run of `lane` bits."""
+    """Returns a 64-bit mask of the low `width` bits of every run of `lane` bits."""
     return sum(((1 << width) - 1) << start for start in range(0, 64, lane))
 
 
 def _turned(values: Tensor, count: int) -> Tensor:
-    """Every run of `count` values in reverse."""
+    """Returns every run of `count` values in reverse."""
     return values.unflatten(-1, (-1, count)).flip(-1).flatten(-2)
 
 
 def _first(values: Tensor, count: int) -> Tensor:
-    """The first `count` of each row, contiguous."""
+    """Returns the first `count` of each row, contiguous."""
     return values if values.shape[-1] == count else values[..., :count].contiguous()
 
 
 def _padded(codes: Tensor, count: int) -> Tensor:
-    """`codes` with zeros up to a multiple of `count` along the last axis."""
+    """Returns `codes` with zeros up to a multiple of `count` along the last axis."""
     missing = -codes.shape[-1] % count
     return functional.pad(codes, (0, missing)) if missing else codes
 
 
 def _viewed(codes: Tensor, dtype: torch.dtype) -> Tensor:
-    """Bytes as wider integers, low byte first; a copy where a view would not be aligned."""
+    """Returns bytes as wider integers, low byte first; a copy where a view would not be aligned."""
     whole = codes.contiguous()
     if whole.storage_offset() % dtype.itemsize:
         whole = whole.clone()
@@ -190,14 +195,14 @@ def _viewed(codes: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _fold(codes: Tensor, bits: int) -> Tensor:
-    """uint8 codes below 2^bits [..., n] -> uint8 [..., n / 2]: two neighbours in the low 2 * bits bits."""
+    """Returns uint8 codes below 2^bits [..., n] -> uint8 [..., n / 2]: two neighbours in the low 2 * bits bits."""
     _require_multiple(codes, 2)
     pairs = _viewed(codes, torch.int16)  # little endian: the even column is the low byte
     return (pairs >> (8 - bits)).bitwise_or_(pairs).to(torch.uint8)  # the cast keeps the low byte
 
 
 def _unfold(packed: Tensor, bits: int) -> Tensor:
-    """Inverse of `_fold`."""
+    """Returns the inverse of `_fold`."""
     wide = packed.to(torch.int16)
     mask = (1 << bits) - 1
     return ((wide << (8 - bits)) | wide).bitwise_and_(mask << 8 | mask).view(torch.uint8)

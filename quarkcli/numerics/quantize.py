@@ -51,7 +51,10 @@ class Quantized:
 
 
 def tensor_amax(x: Tensor) -> Tensor:
-    """Largest magnitude of `x`, float32 []; 0 when empty. DataError naming the first non-finite position."""
+    """Returns the largest magnitude of `x`, float32 []; 0 when empty.
+
+    Raises DataError that names the first non-finite position.
+    """
     if x.numel() == 0:
         return torch.zeros((), device=x.device)
     matrix = as_matrix(x)
@@ -61,7 +64,7 @@ def tensor_amax(x: Tensor) -> Tensor:
 
 
 def make_qparams(weight: Tensor, spec: TensorSpec, *, amax: Tensor | None = None) -> QParams:
-    """Scales and zero points of `weight` [out, in].
+    """Returns scales and zero points of `weight` [out, in].
 
     `amax` (float32 []) is that of the whole scale group, for PerTensor and for global scales; None: this tensor's own.
     ModelError when the last dimension does not hold whole groups, DataError for NaN or inf.
@@ -76,7 +79,7 @@ def make_qparams(weight: Tensor, spec: TensorSpec, *, amax: Tensor | None = None
 
 
 def encode(weight: Tensor, spec: TensorSpec, params: QParams) -> Tensor:
-    """Codes of a finite `weight` under `params`: nearest, ties to the even code, saturating. Same shape."""
+    """Returns codes of a finite `weight` under `params`: nearest, ties to the even code, saturating. Same shape."""
     matrix = as_matrix(weight)
     if spec.codes is spec:
         return encode_matrix(matrix, grid(params, without_chain(spec), matrix.shape)).view(weight.shape)
@@ -86,7 +89,7 @@ def encode(weight: Tensor, spec: TensorSpec, params: QParams) -> Tensor:
 
 
 def decode(codes: Tensor, spec: TensorSpec, params: QParams) -> Tensor:
-    """Real values (float32) of `codes`, same shape."""
+    """Returns real values (float32) of `codes`, same shape."""
     matrix = as_matrix(codes)
     first = without_chain(spec)
     if spec.then is None or params.then is None:
@@ -101,18 +104,18 @@ def decode(codes: Tensor, spec: TensorSpec, params: QParams) -> Tensor:
 
 
 def quantize(weight: Tensor, spec: TensorSpec, *, amax: Tensor | None = None) -> Quantized:
-    """Codes and scales of `weight` [out, in] by rounding to nearest. Errors and `amax` as in `make_qparams`."""
+    """Returns codes and scales of `weight` [out, in] by rounding to nearest. Errors and `amax` as in `make_qparams`."""
     params = make_qparams(weight, spec, amax=amax)
     return Quantized(encode(weight, spec, params), params)
 
 
 def dequantize(quantized: Quantized, spec: TensorSpec) -> Tensor:
-    """Real values (float32) of a quantized tensor."""
+    """Returns real values (float32) of a quantized tensor."""
     return decode(quantized.codes, spec, quantized.params)
 
 
 def static_scale(amax: Tensor, spec: TensorSpec) -> Tensor:
-    """The scale (float32 []) of an activation that is fixed before the model runs, from its measured amax (float32 []).
+    """Returns the fixed scale (float32 []) of an activation from its measured amax (float32 []).
 
     Two-level specs: the global multiplier. Otherwise the one scale of the tensor, rounded to its stored dtype
     (`model` counts as float32, the caller knows the dtype). amax 0 gives 2^-23, 1 for a global scale.
@@ -127,7 +130,7 @@ def static_scale(amax: Tensor, spec: TensorSpec) -> Tensor:
 
 
 def fake_quantize(x: Tensor, spec: TensorSpec, static: Tensor | None = None) -> Tensor:
-    """`x` [..., features] quantized and dequantized: same shape and dtype, computed in float32.
+    """Returns `x` [..., features] quantized and dequantized: same shape and dtype, computed in float32.
 
     `static` is the value of `static_scale`, for the stages that are static; without it the scale comes from the spec's
     constant amax or from `x`. The stages of a chain follow one another.
@@ -148,13 +151,16 @@ def fake_quantize(x: Tensor, spec: TensorSpec, static: Tensor | None = None) -> 
 
 
 def round_to_grid(y: Tensor, element: Element) -> Tensor:
-    """Values of `element` nearest to `y` (float32, already divided by its scale): ties to the even code, saturating."""
+    """Returns values of `element` nearest to `y` (float32, already divided by its scale).
+
+    Ties go to the even code, and values saturate.
+    """
     result: Tensor = codec(element).round_(y.clone(), element)
     return result
 
 
 def encode_grid(values: Tensor, element: Element) -> Tensor:
-    """Codes of float32 values on a unit scale, such as `round_to_grid` returns; any shape."""
+    """Returns codes of float32 values on a unit scale, such as `round_to_grid` returns; any shape."""
     codec_ = codec(element)
     codes = torch.empty(values.shape, dtype=codec_.code_dtype(element), device=values.device)
     codec_.encode_(values.clone(), element, codes)
@@ -162,7 +168,7 @@ def encode_grid(values: Tensor, element: Element) -> Tensor:
 
 
 def decode_grid(codes: Tensor, element: Element) -> Tensor:
-    """Values (float32, unit scale) of codes, any shape; the inverse of `encode_grid` on grid values."""
+    """Returns values (float32, unit scale) of codes, any shape; the inverse of `encode_grid` on grid values."""
     out = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
     codec(element).decode_(codes, element, out)
     return out
@@ -172,7 +178,7 @@ def decode_grid(codes: Tensor, element: Element) -> Tensor:
 
 
 def _stage_params(matrix: Tensor, spec: TensorSpec, amax: Tensor | None) -> QParams:
-    """Scales of one stage, searched where its rule or its observer says so."""
+    """Returns scales of one stage, searched where its rule or its observer says so."""
     if spec.scale is None:
         require_finite(amax_per_row(matrix), matrix)
         return QParams(None)
@@ -184,7 +190,7 @@ def _stage_params(matrix: Tensor, spec: TensorSpec, amax: Tensor | None) -> QPar
 
 
 def params_of(matrix: Tensor, spec: TensorSpec, range_: Range, amax: Tensor) -> QParams:
-    """Stored scales of ranges; `amax` is that of the whole scale group, for a global scale."""
+    """Returns stored scales of ranges; `amax` is that of the whole scale group, for a global scale."""
     assert spec.scale is not None
     outer = scales.global_scale(amax, spec.format, spec.scale) if spec.scale.global_scale is not None else None
     stored = scales.stored_scale(range_, spec, matrix.dtype, outer)
@@ -196,7 +202,7 @@ def params_of(matrix: Tensor, spec: TensorSpec, range_: Range, amax: Tensor) -> 
 
 
 def _largest(range_: Range) -> Tensor:
-    """The amax of the whole, float32 []; 0 when empty."""
+    """Returns the amax of the whole, float32 []; 0 when empty."""
     return range_.amax.max() if range_.amax.numel() else range_.amax.new_zeros(())
 
 
@@ -215,14 +221,14 @@ def _handed_on(matrix: Tensor, spec: TensorSpec, params: QParams) -> Tensor:
 
 
 def _reach(amax: Tensor, spec: TensorSpec) -> Tensor:
-    """The largest magnitude that a stage hands on, from that of what it gets: a half range ends between two codes."""
+    """Returns the largest magnitude that a stage hands on, for an input amax. A half range ends between two codes."""
     assert spec.scale is not None
     divisor = scales.divisor(spec.format, spec.scale.rule)
     return amax * (round(divisor) / divisor) if spec.codes is spec else (amax > 0) * float(round(divisor))
 
 
 def _activation_params(matrix: Tensor, spec: TensorSpec, static: Tensor | None) -> QParams:
-    """Scales of an activation [tokens, features]: the static one, the spec's constant, or from its values."""
+    """Returns scales of an activation [tokens, features]: the static one, the spec's constant, or from its values."""
     if spec.scale is None:
         return QParams(None)
     static = fixed_scale(spec, static, matrix.device)
@@ -232,7 +238,7 @@ def _activation_params(matrix: Tensor, spec: TensorSpec, static: Tensor | None) 
 
 
 def fixed_scale(spec: TensorSpec, static: Tensor | None, device: torch.device) -> Tensor | None:
-    """The `static_scale` of an activation: the given one, else that of the spec's constant amax, else None."""
+    """Returns the `static_scale` of an activation: the given one, else that of the spec's constant amax, else None."""
     assert spec.scale is not None
     constant = spec.scale.outermost.constant_amax
     if static is None and constant is not None:
@@ -243,7 +249,7 @@ def fixed_scale(spec: TensorSpec, static: Tensor | None, device: torch.device) -
 
 
 def activation_params(matrix: Tensor, spec: TensorSpec, range_: Range, outer: Tensor | None) -> QParams:
-    """Scales from the ranges of an activation; `outer` is a fixed global scale."""
+    """Returns scales from the ranges of an activation; `outer` is a fixed global scale."""
     if outer is None:
         return params_of(matrix, spec, range_, _largest(range_))
     return QParams(scales.stored_scale(range_, spec, matrix.dtype, outer), outer)

@@ -13,7 +13,7 @@ from quarkcli.spec import PerChannel, PerTensor, PerTile, TensorSpec
 
 
 def range_of(matrix: Tensor, spec: TensorSpec, amax: Tensor | None, *, finite: bool = True) -> Range:
-    """The range behind every scale of `matrix` [rows, cols], in the shape of the stored scale (see QParams).
+    """Returns the range behind every scale of `matrix` [rows, cols], in the shape of the stored scale (see QParams).
 
     amax     that of the scale group (float32 []), for one scale per tensor; None: the matrix' own
     finite   refuse NaN and inf: DataError with their first position
@@ -46,12 +46,12 @@ def needs_ends(spec: TensorSpec) -> bool:
 
 
 def amax_per_row(matrix: Tensor) -> Tensor:
-    """float32 [rows, 1]; NaN where a row holds one."""
+    """Returns float32 [rows, 1]; NaN where a row holds one."""
     return group_amax(matrix, max(matrix.shape[1], 1))
 
 
 def _joined(groups: Tensor, spec: TensorSpec, reduce: object) -> Tensor:
-    """From every row and group to every stored scale."""
+    """Reduces the values of every row and group to one per stored scale."""
     call = torch.amax if reduce is torch.amax else torch.amin
     match spec.granularity:
         case PerTensor():
@@ -64,7 +64,7 @@ def _joined(groups: Tensor, spec: TensorSpec, reduce: object) -> Tensor:
 
 
 def _columns(matrix: Tensor) -> Range:
-    """One range per column, [1, cols]."""
+    """Returns one range per column, [1, cols]."""
     low = high = None
     for part in row_chunks(matrix):
         values = matrix[part].float()

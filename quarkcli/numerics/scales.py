@@ -48,23 +48,26 @@ class Range:
     high: Tensor | None = None
 
     def scaled(self, factor: float) -> Range:
-        """The same range, shrunk or stretched."""
+        """Returns the same range, shrunk or stretched."""
         ends = (None, None) if self.low is None or self.high is None else (self.low * factor, self.high * factor)
         return Range(self.amax * factor, *ends)
 
 
 def divisor(element: Element, rule: str) -> float:
-    """The magnitude that amax maps to: (qmax - qmin) / 2 for `half_range`, else qmax."""
+    """Returns the magnitude that amax maps to: (qmax - qmin) / 2 for `half_range`, else qmax."""
     return (element.maximum - element.minimum) / 2 if rule == "half_range" else element.maximum
 
 
 def divided(values: Tensor, number: float) -> Tensor:
-    """values / number (float32), rounded once: on CUDA torch would multiply by the inverse of a plain number."""
+    """Returns values / number (float32), rounded once.
+
+    On CUDA torch would multiply by the inverse of a plain number.
+    """
     return values / torch.full((), number, dtype=torch.float32, device=values.device)
 
 
 def plain_scale(range_: Range, spec: TensorSpec, model: torch.dtype) -> Tensor:
-    """amax / divisor rounded to the stored dtype, or the range over all codes where there is a zero point.
+    """Returns amax / divisor rounded to the stored dtype, or the range over all codes where there is a zero point.
 
     A group without range_ gets 2^-23. Same shape as `range_.amax`.
     """
@@ -86,7 +89,7 @@ def plain_scale(range_: Range, spec: TensorSpec, model: torch.dtype) -> Tensor:
 
 @cache
 def largest_scale(element: Element, dtype: torch.dtype, power: bool = False) -> float:
-    """The largest scale of a dtype with which every code is a finite float32."""
+    """Returns the largest scale of a dtype with which every code is a finite float32."""
     limit = min(_F32_MAX / max(-element.minimum, element.maximum), torch.finfo(dtype).max)
     mantissa, exponent = math.frexp(limit)
     steps = 2.0 if power else 2.0 / torch.finfo(dtype).eps
@@ -107,7 +110,7 @@ def _real_scale(range_: Range, spec: TensorSpec, divisor_: float) -> Tensor:
 
 
 def _ends(range_: Range, spec: TensorSpec) -> tuple[Tensor, Tensor]:
-    """Both ends of the range; zero is part of it where the zero point is a code."""
+    """Returns both ends of the range; zero is part of it where the zero point is a code."""
     assert range_.low is not None and range_.high is not None
     # Codes beyond the ends, by half a step, must still be finite float32.
     codes = spec.format.maximum - spec.format.minimum
@@ -117,7 +120,10 @@ def _ends(range_: Range, spec: TensorSpec) -> tuple[Tensor, Tensor]:
 
 
 def zero_points(range_: Range, scale: Tensor, spec: TensorSpec) -> Tensor | None:
-    """Zero points for decoded `scale` (float32): codes in the element's dtype, float32 real ones, None if symmetric."""
+    """Returns zero points for decoded `scale` (float32).
+
+    They are codes in the element's dtype or real float32 numbers; None if symmetric.
+    """
     if spec.symmetric:
         return None
     element = spec.format
@@ -129,7 +135,9 @@ def zero_points(range_: Range, scale: Tensor, spec: TensorSpec) -> Tensor | None
 
 
 def global_scale(amax: Tensor, element: Element, scale: ScaleSpec) -> Tensor:
-    """The float32 multiplier over 8-bit block scales: amax / (divisor * their maximum); 1 for an all-zero tensor.
+    """Returns the float32 multiplier over 8-bit block scales: amax / (divisor * their maximum).
+
+    It is 1 for an all-zero tensor.
 
     Kept at or above the smallest normal float32, so that block scale times global scale is never zero.
     """
@@ -145,7 +153,7 @@ def global_scale(amax: Tensor, element: Element, scale: ScaleSpec) -> Tensor:
 
 
 def e4m3_scale(amax: Tensor, element: Element, rule: str, outer: Tensor | None) -> Tensor:
-    """Block scales e4m3(clamp(amax / (divisor * outer), 2^-9, 448)); 1 for an all-zero block."""
+    """Returns block scales e4m3(clamp(amax / (divisor * outer), 2^-9, 448)); 1 for an all-zero block."""
     number = divisor(element, rule)
     scale = divided(amax, number) if outer is None else amax / (number * outer)
     scale = scale.clamp_(E4M3_MIN, E4M3_MAX)
@@ -158,7 +166,7 @@ _E5M3_ONE = 15 << 3
 
 
 def e5m3_bytes(values: Tensor) -> Tensor:
-    """The codes (uint8) nearest to float32 values, ties to the even code, saturating at 0 and the maximum."""
+    """Returns the codes (uint8) nearest to float32 values, ties to the even code, saturating at 0 and the maximum."""
     codes = torch.empty(values.shape, dtype=torch.uint8, device=values.device)
     # The format has no sign: -0.0 must not set its bit.
     minifloat.encode_bits_(values.clamp(E5M3.minimum, E5M3.maximum).abs_().contiguous(), E5M3, codes)
@@ -166,7 +174,7 @@ def e5m3_bytes(values: Tensor) -> Tensor:
 
 
 def e5m3_scale(amax: Tensor, element: Element, rule: str, outer: Tensor | None) -> Tensor:
-    """Bytes e5m3(amax / divisor / outer), at least 1, so that no block vanishes; 1.0 for an all-zero block."""
+    """Returns bytes e5m3(amax / divisor / outer), at least 1, so that no block vanishes; 1.0 for an all-zero block."""
     scale = divided(amax, divisor(element, rule))
     if outer is not None:
         scale = scale / outer
@@ -174,7 +182,7 @@ def e5m3_scale(amax: Tensor, element: Element, rule: str, outer: Tensor | None) 
 
 
 def e8m0_scale(range_: Range, element: Element, rule: str) -> Tensor:
-    """Exponent bytes (uint8, exponent + 127, 0..254) of the power-of-two scales of a range under an exponent rule."""
+    """Returns exponent bytes (uint8, exponent + 127, 0..254) of power-of-two scales under an exponent rule."""
     if rule not in _EXPONENT_RULES:
         raise ConfigError(f"the rule {rule!r} gives no exponent", hint=f"e8m0 takes {', '.join(_EXPONENT_RULES)}")
     range_ = Range(range_.amax.contiguous(), range_.low, range_.high)
@@ -182,7 +190,7 @@ def e8m0_scale(range_: Range, element: Element, rule: str) -> Tensor:
 
 
 def stored_scale(range_: Range, spec: TensorSpec, model: torch.dtype, outer: Tensor | None) -> Tensor:
-    """The scales of ranges as stored. `model` is the dtype that `model` stands for, `outer` a global scale."""
+    """Returns the scales of ranges as stored. `model` is the dtype that `model` stands for, `outer` a global scale."""
     assert spec.scale is not None
     element, scale = spec.format, spec.scale
     match scale.dtype:
@@ -196,7 +204,7 @@ def stored_scale(range_: Range, spec: TensorSpec, model: torch.dtype, outer: Ten
 
 
 def decode_scale(stored: Tensor, dtype: str) -> Tensor:
-    """Stored scales of a `ScaleSpec.dtype` as float32. Byte 255 of e8m0 and e5m3 is NaN."""
+    """Returns stored scales of a `ScaleSpec.dtype` as float32. Byte 255 of e8m0 and e5m3 is NaN."""
     if dtype == "e8m0":
         return stored.view(torch.float8_e8m0fnu).float()
     if dtype == "e5m3":
@@ -208,7 +216,7 @@ def decode_scale(stored: Tensor, dtype: str) -> Tensor:
 
 @cache
 def _e5m3_values() -> Tensor:
-    """Value of every code, float32 [256]."""
+    """Returns the value of every code, float32 [256]."""
     code = torch.arange(256)
     exponent, fraction = code >> E5M3.mantissa, (code & 7).double() / 8
     normal = torch.ldexp(1 + fraction, exponent - E5M3.bias)
@@ -219,7 +227,9 @@ def _e5m3_values() -> Tensor:
 
 
 def shift_bits(pairs: Tensor, stored: Tensor) -> Tensor:
-    """Shift bits (uint8 0 or 1) of sub-blocks: 1 where every element lies at least one binade below its group's.
+    """Returns shift bits (uint8 0 or 1) of sub-blocks.
+
+    A bit is 1 where every element lies at least one binade below its group's.
 
     pairs    largest magnitude of every sub-block, float32 [rows, sub-blocks]
     stored   exponent bytes of the groups, [rows, groups]
@@ -230,7 +240,7 @@ def shift_bits(pairs: Tensor, stored: Tensor) -> Tensor:
 
 
 def _fields(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Biased exponent and mantissa (int32) of non-negative float32 values."""
+    """Returns biased exponent and mantissa (int32) of non-negative float32 values."""
     bits = values.view(torch.int32)
     return bits >> _MANTISSA, bits & _MANTISSA_FIELD
 
@@ -261,7 +271,7 @@ def _rceil(range_: Range, element: Element) -> Tensor:
 
 
 def _fit(range_: Range, element: Element) -> Tensor:
-    """`floor`, one more where the code of an end of the range does not fit. Sources: AMD Quark's bfp16."""
+    """Returns the exponents of `floor`, plus one where the code of an end does not fit. Source: AMD Quark's bfp16."""
     byte = _floor(range_, element).clamp_(0, _E8M0_MAX_BYTE)
     low = -range_.amax if range_.low is None else range_.low
     high = range_.amax if range_.high is None else range_.high
@@ -272,7 +282,7 @@ def _fit(range_: Range, element: Element) -> Tensor:
 
 
 def _nearest_power(values: Tensor) -> Tensor:
-    """The power of two nearest to positive float32 values in the logarithm; 0 stays 0."""
+    """Returns the power of two nearest to positive float32 values in the logarithm; 0 stays 0."""
     exponent, mantissa = _fields(values.contiguous())
     raised = (exponent + (mantissa > _SQRT_2)).clamp_(1, _E8M0_MAX_BYTE) << _MANTISSA
     return torch.where(values == 0, 0.0, raised.view(torch.float32))

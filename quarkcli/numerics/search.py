@@ -28,7 +28,7 @@ _BELOW, _ABOVE = 14, 14
 
 
 def clipped(matrix: Tensor, spec: TensorSpec, range_: Range, amax: Tensor | None = None) -> Range:
-    """The ranges that the spec's observer keeps of the full ones.
+    """Returns the ranges that the spec's observer keeps of the full ones.
 
     `amax` (float32 []) is that of the whole scale group, for a global scale; None: the matrix' own.
     """
@@ -48,7 +48,7 @@ def clipped(matrix: Tensor, spec: TensorSpec, range_: Range, amax: Tensor | None
 
 
 def best_codes(matrix: Tensor, spec: TensorSpec, params: QParams) -> QParams:
-    """The block scales of least error where the rule asks for a search; `params` are those of absmax."""
+    """Returns the block scales of least error where the rule asks for a search; `params` are those of absmax."""
     assert spec.scale is not None and params.scale is not None
     if spec.scale.rule == "sweep":
         return _sweep(matrix, spec, params)
@@ -58,14 +58,14 @@ def best_codes(matrix: Tensor, spec: TensorSpec, params: QParams) -> QParams:
 
 
 def squared_error(matrix: Tensor, spec: TensorSpec, params: QParams) -> Tensor:
-    """Sum of squared errors behind every stored scale of one stage, float32, shaped like the scale."""
+    """Returns the sum of squared errors behind every stored scale of one stage, float32, shaped like the scale."""
     at = grid(params, spec, matrix.shape)
     error = (decode_matrix(encode_matrix(matrix, at), at) - matrix.float()).square_()
     return _summed(error, spec)
 
 
 def _summed(values: Tensor, spec: TensorSpec) -> Tensor:
-    """Sum of `values` [rows, cols] behind every stored scale."""
+    """Returns the sum of `values` [rows, cols] behind every stored scale."""
     rows, cols = values.shape
     match spec.granularity:
         case PerTensor():
@@ -85,7 +85,7 @@ def _summed(values: Tensor, spec: TensorSpec) -> Tensor:
 def _least_error(
     matrix: Tensor, spec: TensorSpec, range_: Range, outer: Tensor | None, steps: int, shrink: float
 ) -> Range:
-    """Every range shrunk by the factor, of `steps` from 1 down to `shrink`, that leaves the least squared error.
+    """Returns every range shrunk by the factor of least squared error, of `steps` from 1 down to `shrink`.
 
     Among equal errors the larger range.
     """
@@ -107,7 +107,7 @@ def _params(matrix: Tensor, spec: TensorSpec, range_: Range, outer: Tensor | Non
 
 
 def _percentile(matrix: Tensor, spec: TensorSpec, range_: Range, percentile: float) -> Range:
-    """Ranges that hold `percentile` per cent of the values (of the magnitudes when symmetric), by nearest rank."""
+    """Returns ranges with `percentile` per cent of the values (magnitudes when symmetric), by nearest rank."""
     if isinstance(spec.granularity, PerTile):
         raise ConfigError("observer 'percentile' is not for tiles", hint="use mse")
     if spec.symmetric:
@@ -117,7 +117,7 @@ def _percentile(matrix: Tensor, spec: TensorSpec, range_: Range, percentile: flo
 
 
 def _rank(values: Tensor, spec: TensorSpec, percentile: float, like: Tensor) -> Tensor:
-    """The value that `percentile` per cent of those behind each scale do not exceed."""
+    """Returns the value that `percentile` per cent of those behind each scale do not exceed."""
     if isinstance(spec.granularity, PerTensor):
         runs = values.reshape(1, -1)
     elif spec.granularity == PerChannel(1):
@@ -137,7 +137,7 @@ def _block_errors(matrix: Tensor, spec: TensorSpec, params: QParams, codes: Tens
 
 
 def _sweep(matrix: Tensor, spec: TensorSpec, params: QParams) -> QParams:
-    """The e4m3 code of least squared error for every block; among equal errors the larger scale.
+    """Returns the e4m3 code of least squared error for every block; among equal errors the larger scale.
 
     Only codes that can be optimal are tried, see `_ABOVE`; the result has the least error of all 126.
     """
@@ -155,7 +155,7 @@ def _sweep(matrix: Tensor, spec: TensorSpec, params: QParams) -> QParams:
 
 
 def _four_over_six(matrix: Tensor, spec: TensorSpec, params: QParams) -> QParams:
-    """amax mapped to 6 or, with 1.5 times the scale, to 4, whichever errs less; among equals to 4, the larger scale."""
+    """Maps amax to 6 or, with 1.5 times the scale, to 4, whichever errs less; among equals to 4, the larger scale."""
     assert params.scale is not None
     larger = (params.scale.float() * 1.5).clamp_(scales.E4M3_MIN, scales.E4M3_MAX).to(torch.float8_e4m3fn)
     six, four = params.scale.view(torch.uint8).int(), larger.view(torch.uint8).int()
@@ -164,7 +164,7 @@ def _four_over_six(matrix: Tensor, spec: TensorSpec, params: QParams) -> QParams
 
 
 def _keeping_zero_blocks(matrix: Tensor, spec: TensorSpec, params: QParams, codes: Tensor) -> QParams:
-    """All-zero blocks have no best scale and keep that of the rule."""
+    """Keeps the scale of the rule for all-zero blocks, which have no best scale."""
     assert params.scale is not None
     zero = group_amax(matrix, scale_size(spec, matrix.shape[1])) == 0
     chosen = torch.where(zero, params.scale.view(torch.uint8), codes.to(torch.uint8))

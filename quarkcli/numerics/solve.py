@@ -51,7 +51,9 @@ class Solved:
 
 
 def factorize(gram: Tensor, *, damp: float = 0.01, act_order: bool = True, max_attempts: int = 6) -> Factor | None:
-    """Factor of H = `gram` (float32 [N, N], symmetric, positive semidefinite; any positive multiple will do).
+    """Returns the factor of H = `gram` (float32 [N, N], symmetric, positive semidefinite).
+
+    Any positive multiple of H will do.
 
     Each damping is tried in float32, then in float64; then it grows tenfold. None when `max_attempts` dampings failed.
     `act_order` rounds the columns with the largest diagonal first. DataError when `gram` is not finite.
@@ -73,7 +75,7 @@ def factorize(gram: Tensor, *, damp: float = 0.01, act_order: bool = True, max_a
 
 
 def dead_inputs(gram: Tensor) -> Tensor:
-    """Inputs without a second moment, bool [N]: zero, or too small for float32, alone or beside the others'."""
+    """Returns inputs without a second moment, bool [N]: zero, or too small for float32, alone or beside the others'."""
     diagonal = gram.diagonal()
     live = diagonal[diagonal > 0].double()
     floor = float(live.mean()) * torch.finfo(torch.float32).eps ** 2 if live.numel() else 0.0
@@ -81,7 +83,7 @@ def dead_inputs(gram: Tensor) -> Tensor:
 
 
 def solve(weight: Tensor, factor: Factor, at: Grid, *, columns: int = 128) -> Solved:
-    """Codes of `weight` (float32 [R, N]) that minimize the error over the inputs behind `factor`, column by column.
+    """Returns codes of `weight` (float32 [R, N]) of least error over the inputs behind `factor`, column by column.
 
     at          where the codes lie; concatenated along the rows like the weights, fixed beforehand
     columns     columns per lazy block; changes the order of the sums only
@@ -109,7 +111,7 @@ def _columns_of(zero: Tensor | None, rows: slice) -> Tensor | None:
 
 
 def _codes(values: Tensor, at: Grid) -> Tensor:
-    """Codes of values (code - zero) [R, N]; overwrites them."""
+    """Returns codes of values (code - zero) [R, N]; overwrites them."""
     # A value less its float zero point may lie an ulp beside the code it came from.
     element = replace(at.element, rounding="half_even")
     codes = torch.empty(values.shape, dtype=codec(element).code_dtype(element), device=values.device)
@@ -123,7 +125,7 @@ def _codes(values: Tensor, at: Grid) -> Tensor:
 def _inverse_factor(
     gram: Tensor, order: Tensor | None, dead: Tensor, mean: float, damp: float, dtype: torch.dtype
 ) -> Tensor | None:
-    """U for one damping, in float32, computed in `dtype`; None when H is not positive definite there.
+    """Returns U for one damping, in float32, computed in `dtype`; None when H is not positive definite there.
 
     With the order reversed, Hd = L L^T; reversing L back gives Hd = V V^T with V upper triangular, so U = V^-1 and no
     inverse of Hd is formed.
@@ -173,7 +175,7 @@ def _solve_rows(
 
 
 def _solve_block(block: Tensor, couplings: Tensor, at: Grid) -> tuple[Tensor, Tensor]:
-    """Grid values and differences w - q [B, R] of one block of columns, up to date with everything before it.
+    """Returns grid values and differences w - q [B, R] of one block of columns, up to date with everything before it.
 
     `at` has a scale (and zero point) for every column: [B, R].
 

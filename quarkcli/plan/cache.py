@@ -17,7 +17,7 @@ _FLAG = "--min-kv-scale"
 
 
 def minimum_entries(composed: Composed, layout: Layout, minimum: float) -> list[Entry]:
-    """Entries that give what k and v end as a smallest scale; of a two-level scale, its global one.
+    """Returns entries that give what k and v end as a smallest scale; of a two-level scale, its global one.
 
     Raises UsageError for a number that is no scale, ConfigError where k and v are not quantized or have no stored
     scale.

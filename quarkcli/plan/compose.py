@@ -62,7 +62,7 @@ class Composed:
 
     @property
     def meant(self) -> frozenset[int]:
-        """Entries that may leave others of the user's without effect: edits, and what a flag switches off."""
+        """Returns entries that may leave others of the user's without effect: edits, and what a flag switches off."""
         off = (i for i, entry in enumerate(self.entries) if entry.unit == _OFF)
         return frozenset([*off, *range(self.edits_start, len(self.entries))])
 
@@ -75,7 +75,7 @@ _OWN = {"kv_cache": ("k", "v"), "attention": ("q", "p")}
 
 
 def compose(recipe: Recipe, overrides: Overrides, layout: Layout) -> Composed:
-    """Entries of recipe and flags in their resolved order. Raises UsageError or ConfigError for bad flags."""
+    """Returns entries of recipe and flags in their resolved order. Raises UsageError or ConfigError for bad flags."""
     check_unprotect(overrides.unprotect)
     entries = list(recipe.entries)
     required = not overrides.allow_unmatched
@@ -103,7 +103,7 @@ def compose(recipe: Recipe, overrides: Overrides, layout: Layout) -> Composed:
 
 
 def _of_attention(key: str, make: Any, recipe: Recipe, flag: str | None, own: str | None) -> list[Entry]:
-    """Entries of the flag's scheme, else of the recipe's."""
+    """Returns entries of the flag's scheme, else of the recipe's."""
     name = flag or own
     origin = Origin(f"--{key.replace('_', '-')} {name}" if flag else f"{recipe.name}: {key} {name}")
     if flag == "none":  # the recipe's own entries may have switched them on
@@ -137,7 +137,7 @@ def _of_class(flag: str, required: bool, beside: Path | None) -> list[Entry]:
 
 
 def _default_exclusions(layout: Layout, unprotect: Sequence[str]) -> list[Entry]:
-    """One unit per protected role: the modules that have it, by name."""
+    """Returns one unit per protected role: the modules that have it, by name."""
     entries: list[Entry] = []
     for role, reason in PROTECTED.items():
         if role in unprotect:

@@ -34,7 +34,7 @@ class Coverage:
     explained: int
 
     def text(self) -> str:
-        """One line: the share of each group that there is."""
+        """Returns one line with the share of each group that there is."""
         shares = (
             f"{group} {self.quantized[group] / self.total[group]:.0%} of {self.total[group]:,}"
             for group in GROUPS
@@ -43,7 +43,7 @@ class Coverage:
         return "; ".join(shares)
 
     def warning(self) -> str | None:
-        """A doubt about the guess of what is the language model; None for a plan that needs none."""
+        """Returns a doubt that the language model was guessed right; None for a plan that gives no reason for one."""
         open_ones = self.linears - self.explained
         if not open_ones or self.covered / open_ones >= LEAST:
             return None
@@ -53,7 +53,7 @@ class Coverage:
         )
 
     def facts(self) -> dict[str, object]:
-        """JSON form."""
+        """Returns the JSON form."""
         groups = {group: {"parameters": self.total[group], "quantized": self.quantized[group]} for group in GROUPS}
         linears = {"parameters": self.linears, "quantized": self.covered, "explained": self.explained}
         return {**groups, "block_linears": linears}
@@ -92,7 +92,7 @@ def _by_user(plan: Plan, entry: int | None) -> bool:
 
 
 def _left_out(layout: Layout, headers: Mapping[str, HeaderLike]) -> tuple[str, ...]:
-    """Starts of names in lists of blocks that the family knows nothing of and that are no tower's."""
+    """Returns starts of names in lists of blocks that the family knows nothing of and that are no tower's."""
     rest = {
         name: headers[name]
         for part in layout.parts

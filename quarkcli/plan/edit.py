@@ -190,7 +190,7 @@ def _entry(plan: Plan, row: Canonical) -> Entry:
 
 
 def _rows(plan: Plan, selection: Selection, row: Canonical, parent: str | None, call: str) -> list[Entry]:
-    """The entries that say `row` of a pattern, or of every slot that a function selects."""
+    """Returns the entries that say `row` of a pattern, or of every slot that a function selects."""
     origin = Origin(_call(call, selection))
     if isinstance(selection, str):
         patterns = [selection]
@@ -204,7 +204,7 @@ def _rows(plan: Plan, selection: Selection, row: Canonical, parent: str | None, 
 
 
 def _unit(plan: Plan, origin: Origin) -> str:
-    """One unit per call, also when the same is said twice."""
+    """Returns a unit of its own for each call, also when two calls say the same."""
     return f"{origin} #{len(_basis(plan).overrides.entries)}"
 
 
@@ -212,7 +212,7 @@ def _unit(plan: Plan, origin: Origin) -> str:
 
 
 def _selected(plan: Plan, selection: Selection, parent: str | None, call: str) -> dict[str, Decision]:
-    """Slots by name. Raises ConfigError when there are none, with near misses of a pattern."""
+    """Returns slots by name. Raises ConfigError when there are none, with near misses of a pattern."""
     found = dict(_matched(plan, selection, parent) if isinstance(selection, str) else _chosen(plan, selection, parent))
     if found:
         return found
@@ -222,7 +222,7 @@ def _selected(plan: Plan, selection: Selection, parent: str | None, call: str) -
 
 
 def _matched(plan: Plan, pattern: str, parent: str | None) -> Iterator[tuple[str, Decision]]:
-    """The slots of a pattern, those of a chain also by `*weight_quantizer.1`."""
+    """Yields the slots of a pattern, those of a chain also by `*weight_quantizer.1`."""
     names = Names([Entry(pattern)])
     for weight, hits in names.of_weights(plan.targets.values()):
         if parent in (None, weight.parent_class):
@@ -245,8 +245,9 @@ def _chosen(plan: Plan, selection: Callable[[str], bool], parent: str | None) ->
 
 
 def _patterns(plan: Plan, slots: Sequence[str]) -> list[str]:
-    """Patterns that match these slots and no other: with the numbers in them folded where that makes no difference, so
-    that 46,000 experts are a few rows.
+    """Returns patterns that match these slots and no other.
+
+    Numbers are folded where that makes no difference, so that 46,000 experts are a few rows.
     """
     left = list(slots)
     found: list[str] = []
@@ -263,7 +264,7 @@ def _patterns(plan: Plan, slots: Sequence[str]) -> list[str]:
 
 
 def _folded(slot: str, kept: int) -> str:
-    """The name with a mark for its numbered steps but the first `kept`."""
+    """Returns the name with a mark for its numbered steps but the first `kept`."""
     first = _NUMBER.search(slot) if kept else None
     end = first.end() if first is not None else 0
     return slot[:end] + _NUMBER.sub(_MARK, slot[end:])
@@ -278,7 +279,7 @@ def _function(selection: Callable[[str], bool]) -> str:
 
 
 def _class_name(parent: ParentClass) -> str | None:
-    """`nn.Linear` of torch's class or of its name."""
+    """Returns `nn.Linear` of torch's class or of its name."""
     if parent is None or isinstance(parent, str):
         return parent
     return f"nn.{parent.__name__}"
@@ -288,7 +289,7 @@ def _class_name(parent: ParentClass) -> str | None:
 
 
 def _switch(attributes: Any, call: str) -> tuple[Any, bool | None]:
-    """(attributes without `enable`, the `enable` among them)."""
+    """Returns (attributes without `enable`, the `enable` among them)."""
     several = isinstance(attributes, list | tuple)
     stages = list(attributes) if several else [attributes]
     if not stages or not all(isinstance(stage, Mapping) for stage in stages):
@@ -301,7 +302,7 @@ def _switch(attributes: Any, call: str) -> tuple[Any, bool | None]:
 
 
 def _merged(slot: str, decision: Decision, given: Any, enable: bool | None) -> tuple[Any, bool]:
-    """(cfg, on) of a slot after a partial change. Raises ConfigError naming the slot."""
+    """Returns (cfg, on) of a slot after a partial change. Raises ConfigError naming the slot."""
     origin = Origin(slot)
     old = decision.cfg
     assert old is not None
@@ -316,6 +317,6 @@ def _merged(slot: str, decision: Decision, given: Any, enable: bool | None) -> t
 
 
 def _key(slot: str, decision: Decision) -> str:
-    """Equal for slots that a partial change makes the same of."""
+    """Returns a key that is equal for slots which a partial change treats alike."""
     on = decision.spec is not None
     return json.dumps([decision.cfg, on, is_weight(slot)], sort_keys=True, default=str)

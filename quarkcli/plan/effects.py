@@ -35,7 +35,7 @@ def check_matches(plan: Plan) -> None:
 
 
 def _unmatched(plan: Plan) -> Iterator[int]:
-    """First entry of every unit that matched nothing."""
+    """Yields the first entry of every unit that matched nothing."""
     seen: set[str] = set()
     units = [entry.unit or f"#{index}" for index, entry in enumerate(plan.entries)]
     matched = {unit for unit, count in zip(units, plan.matches, strict=True) if count}
@@ -46,7 +46,7 @@ def _unmatched(plan: Plan) -> Iterator[int]:
 
 
 def _one_of_each(names: Iterable[str]) -> list[str]:
-    """One name of all that differ in their numbers only."""
+    """Returns one name of each set of names that differ in their numbers only."""
     return list({_NUMBER.sub("*", name): name for name in names}.values())
 
 
@@ -120,7 +120,7 @@ def _check_weights(plan: Plan) -> None:
 
 
 def _enabling(plan: Plan) -> dict[str, list[int]]:
-    """Indices of the user's entries that enable, by what they count as."""
+    """Returns indices of the user's entries that enable, by what they count as."""
     units: dict[str, list[int]] = {}
     for index, entry in enumerate(plan.entries):
         if entry.user and entry.enable:

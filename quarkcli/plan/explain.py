@@ -75,7 +75,7 @@ class Explanation:
         return next((match for match in self.matches if match.decides), None)
 
     def facts(self) -> dict[str, Any]:
-        """The spec in words: rule and granularity of every stage."""
+        """Returns the spec in words: rule and granularity of every stage."""
         stages = self.spec.stages if self.spec is not None else ()
         return {
             "spec": self.spec.describe() if self.spec is not None else None,
@@ -106,7 +106,7 @@ class Explanation:
 
 
 def explain(plan: Plan, slot: str) -> Explanation:
-    """Why a slot of the plan is what it is. Raises ConfigError, with near misses, for one that the plan does not have.
+    """Returns the explanation of a slot. Raises ConfigError, with near misses, for a slot that the plan does not have.
 
     slot   its full name, any other name that patterns may use for it, or a module's name for its weight
     """
@@ -134,7 +134,7 @@ def explain(plan: Plan, slot: str) -> Explanation:
 
 
 def _find(plan: Plan, slot: str) -> tuple[str, Target | Attention, str]:
-    """(the slot's own name, its module, its kind)."""
+    """Returns (the slot's own name, its module, its kind)."""
     slots = _slots(plan)
     other: dict[str, str] = {}
     for name, (owner, kind) in slots.items():
@@ -151,13 +151,13 @@ def _find(plan: Plan, slot: str) -> tuple[str, Target | Attention, str]:
 
 
 def _slots(plan: Plan) -> dict[str, tuple[Target | Attention, str]]:
-    """Every slot's module and kind."""
+    """Returns every slot's module and kind."""
     owners: list[Target | Attention] = [*plan.targets.values(), *plan.attention.values()]
     return {_names(owner, kind)[0]: (owner, kind) for owner in owners for kind in owner.slots}
 
 
 def _names(owner: Target | Attention, kind: str) -> tuple[str, ...]:
-    """The names that a pattern may use for a slot, its own first."""
+    """Returns the names that a pattern may use for a slot, its own first."""
     if isinstance(owner, Attention):
         return attention_names(owner.name, kind)
     return tuple(f"{spelling}.{kind}_quantizer" for spelling in (owner.name, *owner.aliases))
@@ -194,7 +194,7 @@ def _effect(plan: Plan, index: int) -> str:
 
 
 def _idle(owner: Target | Attention, kind: str) -> str | None:
-    """Why a slot with a spec is not quantized."""
+    """Returns the reason why a slot with a spec is not quantized, or None when it is."""
     if isinstance(owner, Attention):
         return None
     used: Mapping[str, TensorSpec | None] = {
@@ -217,7 +217,7 @@ def _site(owner: Target | Attention, kind: str, decision: Decision) -> str | Non
 
 
 def _sharers(plan: Plan, owner: Target | Attention, kind: str) -> tuple[str, ...]:
-    """The weights that share the per-tensor scale of a weight, with it."""
+    """Returns the weights that share the per-tensor scale of a weight, with it."""
     if not isinstance(owner, Target) or kind != "weight" or owner.weight is None or not owner.weight.has_tensor_scale:
         return ()
     group = owner.scale_group

@@ -47,7 +47,7 @@ def warn(
 
 
 def _flags(composed: Composed, recipe: Recipe) -> dict[str, list[int]]:
-    """Indices of the entries that flags made, by flag.
+    """Returns indices of the entries that flags made, by flag.
 
     Cache and attention only where they are switched off and the recipe names no scheme for them: a scheme that holds
     is an effect also where another flag implies it, and one that is overruled is warned about (`checks.warn`).
@@ -84,7 +84,7 @@ class _Ends:
         return False
 
     def _weight(self, slots: Slots, out: frozenset[int]) -> tuple[TensorSpec | None, ...]:
-        """The specs that count: inputs and outputs only of a quantized weight, and of no embedding."""
+        """Returns the specs that count: inputs and outputs only of a quantized weight, and of no embedding."""
         hits, parent = slots
         found = dict(zip(TARGET_KINDS, hits, strict=True))
         weight = self._one(found["weight"], parent, True, out)

@@ -19,14 +19,14 @@ Scheme = tuple[TensorSpec | None, TensorSpec | None]
 
 
 def matrix(weight: Weight) -> str:
-    """Name of what servers make of a weight and others: of its group, or of all experts of its layer."""
+    """Returns the name of what servers make of a weight and others: of its group, or of all experts of its layer."""
     if weight.expert is None:
         return weight.group
     return f"{weight.expert[0]}.{'down' if weight.role == 'expert_down' else 'gate+up'}"
 
 
 def splits(schemes: Iterable[tuple[Weight, Scheme]]) -> list[dict[Scheme, list[str]]]:
-    """The fused groups that have more than one scheme, each as the names that have it."""
+    """Returns the fused groups that have more than one scheme, each as the names that have it."""
     groups: dict[str, dict[Scheme, list[str]]] = {}
     for weight, scheme in schemes:
         groups.setdefault(matrix(weight), {}).setdefault(scheme, []).append(weight.name)
@@ -34,7 +34,7 @@ def splits(schemes: Iterable[tuple[Weight, Scheme]]) -> list[dict[Scheme, list[s
 
 
 def sentence(found: Sequence[Mapping[Scheme, Sequence[str]]]) -> str:
-    """One sentence for all of them: how many, and what the first one's members have."""
+    """Returns one sentence for all of them: how many, and what the first one's members have."""
     many = len(found) > 1
     shown = ", but ".join(f"{_short(names)} ({_says(scheme)})" for scheme, names in found[0].items())
     return (

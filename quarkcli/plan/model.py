@@ -56,14 +56,14 @@ class Target(Weight):
 
     @classmethod
     def of(cls, weight: Weight, slots: Mapping[str, Decision], shares: str | None) -> Target:
-        """A weight with its decisions. Fields are taken over at once: a large model has tens of thousands."""
+        """Returns a weight with its decisions. Fields are taken over at once: a large model has tens of thousands."""
         target = cls.__new__(cls)
         vars(target).update(vars(weight), slots=slots, shares=shares)
         return target
 
     @property
     def scale_group(self) -> str:
-        """Weights of one scale group share their per-tensor scales."""
+        """Returns the name of the scale group. Its weights share their per-tensor scales."""
         return self.group if self.shares is None else self.shares
 
     @property
@@ -72,17 +72,23 @@ class Target(Weight):
 
     @property
     def input(self) -> TensorSpec | None:
-        """Spec of the activation it reads; only where the weight is quantized. An embedding reads token numbers."""
+        """Returns the spec of the activation it reads; only where the weight is quantized.
+
+        An embedding reads token numbers.
+        """
         return self.slots["input"].spec if self.weight is not None and not self.is_embedding else None
 
     @property
     def output(self) -> TensorSpec | None:
-        """Spec of what the module returns; only where the weight is quantized, and never of an embedding."""
+        """Returns the spec of what the module returns.
+
+        It is None where the weight is not quantized, and always for an embedding.
+        """
         return self.slots["output"].spec if self.weight is not None and not self.is_embedding else None
 
     @property
     def bias_spec(self) -> TensorSpec | None:
-        """Spec of the bias [1, out]; only where there is one and the weight is quantized."""
+        """Returns the spec of the bias [1, out]; only where there is one and the weight is quantized."""
         return self.slots["bias"].spec if self.weight is not None and self.bias is not None else None
 
     @property
@@ -91,7 +97,10 @@ class Target(Weight):
 
     @property
     def output_site(self) -> str | None:
-        """Name of the activation that the module returns, for its statistics; None when no forward pass reaches it."""
+        """Returns the name of the activation that the module returns, for its statistics.
+
+        It is None when no forward pass reaches the module.
+        """
         return f"{self.name}.output" if self.site is not None else None
 
     @property
@@ -130,7 +139,7 @@ class Attention:
 
     @property
     def specs(self) -> dict[str, TensorSpec]:
-        """The specs of the slots that are on, by kind."""
+        """Returns the specs of the slots that are on, by kind."""
         return {kind: decision.spec for kind, decision in self.slots.items() if decision.spec is not None}
 
 
@@ -230,7 +239,7 @@ class Plan:
     )
 
     def alike(self) -> list[list[Target]]:
-        """Targets in runs that differ in nothing but their names and places, by first appearance.
+        """Returns runs of targets that differ only in their names and places, by first appearance.
 
         Specs, shape, dtype, role and how the file stores them are one, so that facts about the first hold for all.
         """
@@ -243,7 +252,7 @@ class Plan:
         return self._alike[1]
 
     def quantized_alike(self) -> Iterator[list[QuantizedTarget]]:
-        """The runs of `alike` whose weights are quantized."""
+        """Returns the runs of `alike` whose weights are quantized."""
         return (cast("list[QuantizedTarget]", run) for run in self.alike() if is_quantized(run[0]))
 
     def disagreeing(self) -> list[list[Target]]:
@@ -257,7 +266,7 @@ class Plan:
         return [members for members in groups.values() if len({(t.weight, t.input) for t in members}) > 1]
 
     def shared(self) -> dict[str, list[Target]]:
-        """Weights that share their per-tensor scales, by scale group; groups of two and more."""
+        """Returns weights that share their per-tensor scales, by scale group; groups of two and more."""
         groups: dict[str, list[Target]] = {}
         for run in self.quantized_alike():
             for target in run if run[0].weight.has_tensor_scale else ():
@@ -266,17 +275,17 @@ class Plan:
 
     @property
     def added(self) -> list[Added]:
-        """Tensors of the output that the source lacks."""
+        """Returns tensors of the output that the source lacks."""
         return [added for changes in self.changes.values() for added in changes.added]
 
     @property
     def dropped(self) -> dict[str, str]:
-        """Source tensor -> why it is not written."""
+        """Returns a mapping from source tensor to the reason why it is not written."""
         return {name: why for changes in self.changes.values() for name, why in changes.dropped.items()}
 
     @property
     def changed(self) -> dict[str, str]:
-        """Source tensor -> the transforms that change its values before it is written or quantized."""
+        """Returns, for each source tensor, the transforms that change its values before it is written or quantized."""
         found: dict[str, list[str]] = {}
         for by, changes in self.changes.items():
             for name in sorted(changes.tensors):
@@ -285,7 +294,7 @@ class Plan:
 
     @property
     def config_changes(self) -> dict[str, Any]:
-        """Keys of config.json that transforms set."""
+        """Returns keys of config.json that transforms set."""
         return {key: value for changes in self.changes.values() for key, value in changes.config.items()}
 
     def fates(self) -> dict[str, Fate]:
@@ -310,13 +319,13 @@ class Plan:
         return fates
 
     def quantized(self, part: int | None = None) -> Iterator[QuantizedTarget]:
-        """Targets whose weight is quantized, in plan order; of one part when given."""
+        """Yields the targets whose weight is quantized, in plan order; of one part when given."""
         for target in self.targets.values():
             if is_quantized(target) and (part is None or target.part == part):
                 yield target
 
     def activations(self, part: int | None = None) -> Iterator[Activation]:
-        """Every quantized input, output and attention operand, in plan order; of one part when given."""
+        """Yields every quantized input, output and attention operand, in plan order; of one part when given."""
         for target in self.quantized(part):
             if target.input is not None:
                 expert = target.expert[1] if target.expert and self.own_expert_inputs else None
@@ -329,7 +338,7 @@ class Plan:
                     yield Activation(f"{module.name}.{kind}", f"{module.name}.{kind}", spec)
 
     def slots(self) -> Iterator[tuple[str, Decision]]:
-        """Every slot by its full name, in plan order."""
+        """Yields every slot by its full name, in plan order."""
         for target in self.targets.values():
             for kind, decision in target.slots.items():
                 yield f"{target.name}.{kind}_quantizer", decision

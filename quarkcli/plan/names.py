@@ -29,7 +29,10 @@ _PLAIN_GROUP = re.compile(r"re:\(\?:(?:[^()|$\\]|\\[^a-zA-Z0-9]|\\[dDsSwW])*\)")
 
 
 def stage_of(pattern: str) -> tuple[str, int | None]:
-    """(pattern of the slot, stage of its chain) of `*weight_quantizer.1`; stage None when the whole slot is meant."""
+    """Returns (pattern of the slot, stage of its chain) of `*weight_quantizer.1`.
+
+    The stage is None when the whole slot is meant.
+    """
     found = _STAGE.fullmatch(pattern)
     if found is None:
         return pattern, None
@@ -76,13 +79,13 @@ class Names:
         self.file.learn((pattern.text for pattern in self.patterns), slots)
 
     def of_slot(self, names: Collection[str]) -> Hits:
-        """The entries that match a slot, by any of its names."""
+        """Returns the entries that match a slot, by any of its names."""
         hits = {index for name in names for index in self.exact.get(name, ())}
         hits.update(p.entry for p in self.patterns if any(p.match(name) for name in names))
         return tuple(sorted(hits))
 
     def of_weights(self, weights: Collection[Weight]) -> Iterator[tuple[Weight, tuple[Hits, ...]]]:
-        """Every weight with the entries that match its slots, one tuple per kind in TARGET_KINDS."""
+        """Yields every weight with the entries that match its slots, one tuple per kind in TARGET_KINDS."""
         own = self._singly(weights)
         classes: dict[object, tuple[Hits, ...]] = {}
         for weight in weights:
@@ -105,7 +108,7 @@ class Names:
         )
 
     def _singly(self, weights: Collection[Weight]) -> dict[str, tuple[Hits, ...]]:
-        """Weight -> entries by kind, of the patterns that are tried name by name."""
+        """Returns a mapping from weight to entries by kind, for the patterns that are tried name by name."""
         if not self.single:
             return {}
         spellings = [(name, weight.name) for weight in weights for name in (weight.name, *weight.aliases)]
@@ -123,7 +126,10 @@ class Names:
     def _owners(
         self, pattern: _Pattern, suffix: str, spellings: list[tuple[str, str]], known: dict[str, set[str]]
     ) -> Collection[str]:
-        """Weights whose slot with this suffix the pattern matches; `known` keeps the answers of module patterns."""
+        """Returns weights whose slot with this suffix the pattern matches.
+
+        `known` keeps the answers of module patterns.
+        """
         if pattern.module is None:
             piece, match = _plain_piece(pattern.text), pattern.match
             return {owner for name, owner in spellings if piece in (slot := name + suffix) and match(slot)}
@@ -134,12 +140,12 @@ class Names:
 
 
 def _plain_piece(text: str) -> str:
-    """Plain text that every match of a pattern holds."""
+    """Returns plain text that every match of a pattern holds."""
     return "" if text.startswith("re:") else max(re.split(r"[*?]", text.split("[")[0]), key=len)
 
 
 def _module_of(text: str) -> tuple[str | None, int | None]:
-    """(pattern of the module, position of the kind) where `text` is that pattern and one kind's suffix."""
+    """Returns (pattern of the module, position of the kind) where `text` is that pattern and one kind's suffix."""
     regex = text.startswith("re:")
     for kind, suffix in enumerate(_SUFFIXES):
         module = text.removesuffix(suffix.replace(".", "\\.") if regex else suffix)
@@ -160,7 +166,7 @@ def _merged(one: Hits, other: Hits) -> Hits:
 
 
 def _kinds(text: str) -> tuple[int, ...]:
-    """The kinds whose suffix the text behind a shell pattern's last special character allows."""
+    """Returns the kinds whose suffix the text behind a shell pattern's last special character allows."""
     if text.startswith("re:"):
         return tuple(range(len(_SUFFIXES)))
     tail = _SPECIAL.split(text)[-1]

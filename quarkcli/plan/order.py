@@ -67,7 +67,7 @@ class Order:
         return Decision(self.spec(state, weight=weight), state.decided, self.attributes(state, weight)), tuple(spoke)
 
     def steps(self, hits: Hits, parent_class: str, *, weight: bool) -> Iterator[tuple[int, State]]:
-        """The entries that speak of the slot, with its state after each."""
+        """Yields the entries that speak of the slot, with its state after each."""
         state = before = UNTOUCHED
         for index in hits:
             entry = self.entries[index]
@@ -98,7 +98,7 @@ class Order:
         return self._chained(state, [spec for spec, on in state.stages if on], weight)
 
     def attributes(self, state: State, weight: bool) -> Any:
-        """The attributes that a slot has, also where it is off."""
+        """Returns the attributes that a slot has, also where it is off."""
         if state.source is None:
             return None
         if not state.stages:
@@ -106,7 +106,7 @@ class Order:
         return spec_to_yaml(self._chained(state, [spec for spec, _ in state.stages], weight))
 
     def _with_stage(self, state: State, index: int, weight: bool) -> State | None:
-        """The state after an entry about one stage; None when there is no such stage."""
+        """Returns the state after an entry about one stage; None when there is no such stage."""
         if state.source is None:
             return None
         entry, number = self.entries[index], self.stage[index]
@@ -122,7 +122,10 @@ class Order:
         return State(state.source, any(on for _, on in stages), index, tuple(stages), changed)
 
     def _chained(self, state: State, stages: list[TensorSpec], weight: bool) -> TensorSpec:
-        """Stages as one spec, stored as the chain they come from. Raises ConfigError when they do not go together."""
+        """Returns stages as one spec, stored as the chain they come from.
+
+        Raises ConfigError when they do not go together.
+        """
         assert state.source is not None
         first, *rest = stages
         if not rest:
@@ -135,7 +138,7 @@ class Order:
             raise ConfigError(error.what, where=str(place), hint=error.hint) from error
 
     def _of(self, index: int, weight: bool) -> TensorSpec:
-        """The spec of an entry's cfg. Raises ConfigError with its place."""
+        """Returns the spec of an entry's cfg. Raises ConfigError with its place."""
         key = index, weight
         if key not in self._specs:
             entry = self.entries[index]
@@ -147,5 +150,5 @@ class Order:
         return self._specs[key]
 
     def _one(self, spec: TensorSpec) -> TensorSpec:
-        """One object for equal specs."""
+        """Returns one object for equal specs."""
         return self._equal.setdefault(spec, spec)

@@ -26,7 +26,7 @@ def resolve(
     *,
     guards: bool = True,
 ) -> Plan:
-    """The plan of a recipe for one model.
+    """Returns the plan of a recipe for one model.
 
     guards   whether what enables must have an effect: not while a plan is being edited
 
@@ -101,7 +101,7 @@ class _Resolver:
         self.attended: set[tuple[Hits, str]] = set()
 
     def targets(self, weights: Iterable[Weight], groups: dict[str, str]) -> dict[str, Target]:
-        """Every weight with what its slots ended as. `groups`: scale groups that differ from the family's."""
+        """Returns every weight with what its slots ended as. `groups`: scale groups that differ from the family's."""
         alike: dict[tuple[tuple[Hits, ...], str], dict[str, Decision]] = {}
         counts = self.alike
         equal: dict[tuple[Decision, ...], dict[str, Decision]] = {}
@@ -153,23 +153,26 @@ class _Resolver:
 
 
 def is_weight_kind(kind: str) -> bool:
-    """Slots of weights and biases, which are known before the model runs."""
+    """True for slots of weights and biases, which are known before the model runs."""
     return kind in ("weight", "bias")
 
 
 def attention_names(module: str, kind: str) -> tuple[str, ...]:
-    """The names that a pattern may use for a slot of an attention module, its own first."""
+    """Returns the names that a pattern may use for a slot of an attention module, its own first."""
     slot = f"{module}.{kind}_bmm_quantizer"
     return (slot, f"{module}.softmax_quantizer") if kind == "p" else (slot,)
 
 
 def attention_slots(modules: Iterable[str]) -> list[str]:
-    """All names of all slots of attention modules."""
+    """Returns all names of all slots of attention modules."""
     return [name for module in modules for kind in ATTENTION_KINDS for name in attention_names(module, kind)]
 
 
 def _kept(layout: Layout, targets: dict[str, Target], entries: list[Entry]) -> dict[str, str]:
-    """Source tensor -> why it is copied as it is. A fused tensor with one quantized expert is not kept."""
+    """Returns a mapping from source tensor to the reason why it is copied as it is.
+
+    A fused tensor with one quantized expert is not kept.
+    """
     first: dict[str, Target] = {}
     written = set()
     for target in targets.values():

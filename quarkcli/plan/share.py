@@ -21,7 +21,9 @@ _MERGED = "servers keep one for each member, or round all codes again with the l
 
 
 def scale_groups(rows: Sequence[Share] | None, layout: Layout) -> dict[str, str]:
-    """Weight -> the scale group that the recipe puts it in; weights that are not named keep the family's.
+    """Returns a mapping from weight to the scale group that the recipe puts it in.
+
+    Weights that are not named keep the family's.
 
     Rows join weights of one part, and with each the family's group that it is in. Raises ConfigError, with the row's
     place, for a pattern that no weight slot matches.
@@ -47,7 +49,7 @@ def scale_groups(rows: Sequence[Share] | None, layout: Layout) -> dict[str, str]
 
 
 def _exact_groups(found: Iterable[tuple[Weight, list[int]]]) -> dict[str, str]:
-    """Weight -> group: of the first row that names it, else of its own."""
+    """Returns a mapping from weight to the group of the first row that names it, else to its own group."""
     rows: dict[tuple[object, ...], list[str]] = {}
     groups = {}
     for weight, numbers in found:

@@ -6,7 +6,7 @@ from quarkcli.plan.model import Plan
 
 
 def effective_bits(plan: Plan) -> float:
-    """Stored bits per quantized weight, scales included."""
+    """Returns stored bits per quantized weight, scales included."""
     bits = weights = 0.0
     for run in plan.quantized_alike():
         target = run[0]
@@ -16,6 +16,6 @@ def effective_bits(plan: Plan) -> float:
 
 
 def expert_share(plan: Plan) -> tuple[int, int]:
-    """(quantized, all) parameters of routed experts."""
+    """Returns (quantized, all) parameters of routed experts."""
     experts = [target for target in plan.targets.values() if target.expert is not None]
     return sum(t.numel for t in experts if t.weight is not None), sum(t.numel for t in experts)

@@ -16,7 +16,7 @@ from quarkcli.recipe.recipe import Recipe
 def matched(
     what: str, patterns: Sequence[tuple[str, Origin]], layout: Layout, *, required: bool = True
 ) -> list[tuple[Weight, Hits]]:
-    """Every weight of the model with the patterns (their indices) that match its slot.
+    """Returns every weight of the model with the patterns (their indices) that match its slot.
 
     Raises ConfigError, with the pattern's place, for one that no weight slot matches. `what` says it.
     """
@@ -35,7 +35,7 @@ def matched(
 
 
 def steps(recipe: Recipe, layout: Layout) -> list[Step]:
-    """The recipe's algorithms, each with the weights that its `slots` name. Raises ConfigError as `matched`."""
+    """Returns the recipe's algorithms, each with the weights that its `slots` name. Raises ConfigError as `matched`."""
     found = []
     places = recipe.algorithm_places or [""] * len(recipe.algorithms)
     for (name, given), place in zip(recipe.algorithms, places, strict=True):

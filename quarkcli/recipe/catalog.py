@@ -46,7 +46,7 @@ _OLDER_CACHE = re.compile(r"-(fp8|nvfp4|fp8_cast|nvfp4_cast)_kv$")
 
 @lru_cache(maxsize=1)
 def built_in_folder() -> Path:
-    """The shipped `recipes/` folder: inside the package in a wheel, beside it in a source tree."""
+    """Returns the shipped `recipes/` folder: inside the package in a wheel, beside it in a source tree."""
     package = Path(__file__).resolve().parent.parent
     for folder in (package / "recipes", package.parent / "recipes"):
         if (folder / "schemes").is_dir():
@@ -55,7 +55,7 @@ def built_in_folder() -> Path:
 
 
 def user_folder() -> Path:
-    """The user's own recipes, laid out like the built-in folder; it need not exist."""
+    """Returns the user's own recipes, laid out like the built-in folder; it need not exist."""
     home = os.environ.get("QUARK_HOME")
     return Path(home) if home else Path(os.path.expanduser("~")) / ".config" / "quark"  # noqa: PTH111 - never raises
 
@@ -77,12 +77,14 @@ def is_within(path: Path, folder: Path) -> bool:
 
 
 def same(name: str) -> str:
-    """The form in which names are compared: `_` and `-`, and capitals, make no difference."""
+    """Returns the form in which names are compared: `_` and `-`, and capitals, make no difference."""
     return name.replace("-", "_").lower()
 
 
 def files(kind: Kind, beside: Path | None = None) -> dict[str, Path]:
-    """Name -> file. Built-in names first; a file of the user's cannot take one of them, nor what a program registered.
+    """Returns a mapping from name to file, built-in names first.
+
+    A file of the user cannot take a built-in name, nor one that a program registered.
 
     Raises ConfigError for one in the user's folder that does. Beside a recipe lie other recipes as well: there `find`
     refuses the file when its name is asked for.
@@ -110,13 +112,16 @@ def files(kind: Kind, beside: Path | None = None) -> dict[str, Path]:
 
 
 def names(kind: Kind, beside: Path | None = None) -> dict[str, Path]:
-    """Every name and alias -> its file."""
+    """Returns a mapping from every name and alias to its file."""
     known = files(kind, beside)
     return known | {alias: path for path in known.values() for alias in _aliases_of(kind, path)}
 
 
 def find(kind: Kind, name: str, beside: Path | None = None) -> Path:
-    """The file of a registered name or alias. An unknown one is a UsageError (schemes) or ConfigError (recipes)."""
+    """Returns the file of a registered name or alias.
+
+    An unknown one is a UsageError (schemes) or ConfigError (recipes).
+    """
     beside = _foreign(beside)
     known = names(kind, beside)
     for one, path in known.items():
@@ -150,7 +155,7 @@ def unregister(name: str) -> None:
 
 
 def _foreign(beside: Path | None) -> Path | None:
-    """A folder in which schemes may lie beside a recipe; those of built-in recipes are built in."""
+    """Returns a folder in which schemes may lie beside a recipe; those of built-in recipes are built in."""
     return None if beside is not None and beside.parent == built_in_folder() else beside
 
 
@@ -164,12 +169,15 @@ def _added(kind: Kind) -> dict[str, Path]:
 
 
 def _owners(kind: Kind, known: dict[str, Path]) -> dict[str, Path]:
-    """The file behind every name and alias, in the form in which names are compared."""
+    """Returns the file behind every name and alias, in the form in which names are compared."""
     return {same(name): path for stem, path in known.items() for name in (stem, *_aliases_of(kind, path))}
 
 
 def _aliases_of(kind: Kind, path: Path) -> list[str]:
-    """The aliases a scheme gives itself. Only files with the word are parsed: a start-up need not read them all."""
+    """Returns the aliases a scheme gives itself.
+
+    Only files with the word are parsed: a start-up need not read them all.
+    """
     if kind != "schemes":
         return []
     if path in _registered:
@@ -205,7 +213,7 @@ def _is_scheme(path: Path) -> bool:
 
 
 def _refused(kind: Kind, path: Path, owner: Path) -> ConfigError:
-    """`path` has a name that `owner` has."""
+    """Returns the error for a `path` that has a name of `owner`."""
     if owner in _registered:
         what = f"a registered {_NOUN[kind]}"
     elif owner.parent == built_in_folder() / kind:
@@ -216,7 +224,7 @@ def _refused(kind: Kind, path: Path, owner: Path) -> ConfigError:
 
 
 def find_recipe(name_or_path: str) -> Path:
-    """A recipe by path, by registered name, or by a name that NVIDIA gives it (a constant, a path, the older form)."""
+    """Returns the file of a recipe by path, registered name, or a name of NVIDIA's (constant, path, old form)."""
     path = Path(name_or_path)
     if path.is_file():
         return path
@@ -241,7 +249,10 @@ def find_recipe(name_or_path: str) -> Path:
 
 
 def _of_a_model(path: Path) -> Path | None:
-    """The recipe of NVIDIA's for one model, which lies in a folder named after it: `models/NAME/RECIPE.yaml`."""
+    """Returns the recipe of NVIDIA's for one model. It lies in a folder named after the model.
+
+    The path is `models/NAME/RECIPE.yaml`.
+    """
     folders = [part for part in path.parent.parts if part not in _PEER_FOLDERS]
     if not folders or len(folders) == len(path.parent.parts):
         return None
@@ -256,21 +267,21 @@ def _letters(name: str) -> str:
 
 @lru_cache(maxsize=1)
 def _presets() -> dict[str, str]:
-    """NVIDIA's constants (`NVFP4_DEFAULT_CFG` ...) -> unit."""
+    """Returns a mapping from NVIDIA's constants (`NVFP4_DEFAULT_CFG` ...) to units."""
     path = built_in_folder() / "units" / "presets.yaml"
     found = load.read(path).data if path.is_file() else {}
     return dict(found)
 
 
 def document(path: Path) -> load.Document:
-    """A parsed file, read once per process unless it changes; or what a program registered."""
+    """Returns a parsed file, read once per process unless it changes; or what a program registered."""
     if path in _registered:
         return _registered[path]
     return _document(path.resolve(), path, _stamp(path))
 
 
 def snippet(path: Path) -> load.Document:
-    """A parsed file that recipes import, read once per process unless it changes."""
+    """Returns a parsed file that recipes import, read once per process unless it changes."""
     return _snippet(path, _stamp(path))
 
 

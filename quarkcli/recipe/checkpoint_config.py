@@ -26,7 +26,7 @@ _UNRECORDED = "the config does not say which algorithm chose the codes; add 'alg
 
 
 def read(data: Any, where: Where | None = None, base: Path_ = ()) -> Normalized | None:
-    """The entries of a `quantization_config`, or of a config.json with one; None for data that is neither.
+    """Returns the entries of a `quantization_config`, or of a config.json with one; None for data that is neither.
 
     Raises ConfigError for a quantization method that is not understood, and with all problems of one that is.
     where, base  as in `normalize`
@@ -158,7 +158,7 @@ def _modelopt_read(
 
 
 def _group_size(data: Mapping[str, Any]) -> Any:
-    """Of the nested form, or of the first config group of the flat one."""
+    """Returns the group size of the nested form, or of the first config group of the flat one."""
     groups = data.get("config_groups")
     first = next(iter(groups.values()), None) if isinstance(groups, Mapping) else None
     weights = first.get("weights") if isinstance(first, Mapping) else None
@@ -189,7 +189,7 @@ _ARGUMENTS = {"weights": "weight", "input_activations": "input", "output_activat
 
 
 def _compressed_tensors(data: Mapping[str, Any], where: Where, base: Path_) -> Normalized:
-    """Groups by how closely they name modules: classes, then patterns, then names, the first of each kind last."""
+    """Returns the entries of groups: those for classes, then patterns, then names, the first of each kind last."""
     out = _Collector(where, base)
     if data.get("transform_config"):
         what = "'transform_config' cannot be repeated: the rotations are part of the weights"
@@ -230,7 +230,7 @@ def _group(group: Any, place: Path_, out: _Collector) -> dict[str, Cfg]:
 
 
 def _arguments(value: Any, place: Path_, out: _Collector, *, weight: bool) -> Cfg:
-    """The native cfg of QuantizationArgs; None when they are refused."""
+    """Returns the native cfg of QuantizationArgs; None when they are refused."""
     try:
         return spec_to_yaml(compressed_tensors.to_spec(value, weight=weight))
     except ConfigError as error:
@@ -247,7 +247,10 @@ def _is_class(target: str) -> bool:
 
 
 def _target(target: str) -> tuple[str, str | None]:
-    """(module pattern, class): a class name, a regular expression that need only match the beginning, or a name."""
+    """Returns (module pattern, class) of a target.
+
+    A target is a class name, a regular expression that need only match the beginning, or a name.
+    """
     if target.startswith("re:"):
         return f"re:(?:{target[3:]}).*", None
     return ("*", f"nn.{target}") if _is_class(target) else (target, None)

@@ -17,7 +17,7 @@ _WIDTH = 116
 
 
 def all_entries(recipe: Recipe) -> list[Entry]:
-    """The recipe's own list, with the entries of its cache and attention schemes at the end."""
+    """Returns the recipe's own list, with the entries of its cache and attention schemes at the end."""
     entries = list(recipe.entries)
     for key, make in (("kv_cache", cache_entries), ("attention", attention_entries)):
         name = getattr(recipe, key)
@@ -27,7 +27,7 @@ def all_entries(recipe: Recipe) -> list[Entry]:
 
 
 def canonical(recipe: Recipe) -> list[dict[str, Any]]:
-    """Every entry with explicit `quantizer_path`, `cfg` as written, `enable`, and `parent_class` where given."""
+    """Returns entries with explicit `quantizer_path`, `cfg` as written, `enable`, and `parent_class` where given."""
     rows = []
     for entry in all_entries(recipe):
         row: dict[str, Any] = {"quantizer_path": entry.quantizer_path, "cfg": entry.cfg, "enable": entry.enable}
@@ -38,12 +38,15 @@ def canonical(recipe: Recipe) -> list[dict[str, Any]]:
 
 
 def as_lines(rows: list[dict[str, Any]]) -> list[str]:
-    """Canonical entries as a YAML list, a line each."""
+    """Returns canonical entries as a YAML list, a line each."""
     return [f"- {_flow(row)}" for row in rows]
 
 
 def as_native(recipe: Recipe) -> str:
-    """A native recipe file that gives the same plan, commented: where each entry came from, and what it means."""
+    """Returns a native recipe file that gives the same plan, commented.
+
+    The comments say where each entry came from and what it means.
+    """
     head: dict[str, Any] = {
         "schema": schema.NATIVE,
         "metadata": {"name": recipe.name, "description": recipe.description or f"converted from {recipe.name}"},
@@ -112,7 +115,7 @@ def _entry_lines(entry: Entry) -> list[str]:
 
 
 def _native_cfg(entry: Entry) -> tuple[Any, str]:
-    """The cfg in native words, and in short; as it was written where weights and activations read it differently."""
+    """Returns the cfg in native words, and in short. A cfg that weights and activations read differently stays."""
     if entry.cfg is None:
         return None, ""
     try:

@@ -70,5 +70,5 @@ class Share:
     exact: bool = False
 
     def as_dict(self) -> dict[str, Any]:
-        """The row as a user may write it."""
+        """Returns the row as a user may write it."""
         return {"slots": list(self.slots), **({"exact": True} if self.exact else {})}

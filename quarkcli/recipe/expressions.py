@@ -98,7 +98,7 @@ class Expressions:
         self._left = json.loads(lines[-1])
 
     def _run(self, jobs: list[tuple[str, int]], names: list[str]) -> list[bytes]:
-        """The lines that the child wrote: one per job, and the seconds left; fewer when it ran out of time."""
+        """Returns the lines that the child wrote: one per job, and the seconds left; fewer when it ran out of time."""
         import subprocess
 
         work = {"seconds": max(self._left, 1e-3), "method": self._method, "jobs": jobs, "names": names}
@@ -123,7 +123,7 @@ def _check(text: str, where: str) -> None:
 
 @lru_cache(maxsize=4096)
 def _linear(text: str, method: str) -> Callable[[str], Any] | None:
-    """RE2's matcher of a pattern; None where it has none that answers as `re`, or not quickly."""
+    """Returns RE2's matcher of a pattern; None where it has none that answers as `re`, or not quickly."""
     if not is_plain(text) or _READ_OTHERWISE.search(text):
         return None
     import re2  # lists and help match nothing

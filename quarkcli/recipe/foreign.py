@@ -20,7 +20,7 @@ _QUARK = ("global_quant_config", "layer_quant_config", "layer_type_quant_config"
 
 
 def normalized(document: Document, where: Where) -> tuple[Normalized, str]:
-    """The entries of a file that is not native, and its description. Raises ConfigError with places."""
+    """Returns the entries of a file that is not native, and its description. Raises ConfigError with places."""
     data = document.data
     if isinstance(data, Mapping) and "schema" in data:
         raise ConfigError(
@@ -86,7 +86,7 @@ def _refuse_search(document: Document, data: Mapping[str, Any], metadata: Any) -
 
 
 def _quantize(document: Document, data: Mapping[str, Any], base: Path_, where: Where) -> Normalized:
-    """ModelOpt's `quantize` section, or one of its presets, which is that section alone."""
+    """Returns the entries of ModelOpt's `quantize` section, or of a preset, which is that section alone."""
     _only(document, data, _QUANTIZE, base)
     if "quant_cfg" not in data:
         raise ConfigError(

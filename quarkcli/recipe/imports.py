@@ -27,7 +27,10 @@ _MAX_VALUES = 100_000
 
 
 def expanded(document: Document) -> Document:
-    """`document` with every import in place and without its `imports` section. Raises ConfigError with the place."""
+    """Returns `document` with every import in place and without its `imports` section.
+
+    Raises ConfigError with the place.
+    """
     expander = _Expander()
     data = expander.copy(_Source(document, (Path(document.file).resolve(),)), (), ())
     return Document(data, document.file, expander.places)
@@ -52,7 +55,7 @@ class _Expander:
         self.count = 0
 
     def copy(self, source: _Source, path: Path_, target: Path_) -> Any:
-        """The value at `path` of a source, expanded, for the place `target` of the tree."""
+        """Returns the value at `path` of a source, expanded, for the place `target` of the tree."""
         self.count += 1
         if self.count > _MAX_VALUES:
             raise ConfigError(f"imports expand to more than {_MAX_VALUES} values", where=source.where(path))
@@ -91,7 +94,7 @@ class _Expander:
         return out
 
     def snippet(self, source: _Source, name: str, path: Path_, target: Path_) -> Any:
-        """The whole of an imported file, expanded."""
+        """Returns the whole of an imported file, expanded."""
         file = _file(source, name, path)
         resolved = _resolved(file)
         if resolved in source.stack:
@@ -101,7 +104,10 @@ class _Expander:
 
 
 def _moved(places: dict[Path_, Origin], target: Path_, first: int, *, spliced: bool) -> dict[Path_, Origin]:
-    """`places` of a snippet that becomes member `first` of the list at `target`; of a list, the members from there."""
+    """Returns `places` of a snippet that becomes member `first` of the list at `target`.
+
+    A list that is spliced in gives the members from there.
+    """
     if not spliced:
         return {(*target, first, *path): place for path, place in places.items()}
     return {(*target, first + int(path[0]), *path[1:]): place for path, place in places.items() if path}
@@ -116,7 +122,7 @@ def _listed(value: Any, source: _Source, path: Path_) -> list[str]:
 
 
 def _merged(old: Any, new: Any) -> Any:
-    """`new` over `old`: mappings key by key, everything else replaced."""
+    """Returns `new` over `old`: mappings key by key, everything else replaced."""
     if isinstance(old, dict) and isinstance(new, dict):
         return {**old, **{key: _merged(old.get(key), value) for key, value in new.items()}}
     return new
@@ -126,7 +132,7 @@ def _merged(old: Any, new: Any) -> Any:
 
 
 def _file(source: _Source, name: str, path: Path_) -> Path:
-    """The file behind a name of the source's `imports`."""
+    """Returns the file behind a name of the source's `imports`."""
     names = source.document.imports
     if names is None:
         names = {}
@@ -149,7 +155,7 @@ def _file(source: _Source, name: str, path: Path_) -> Path:
 
 
 def _found(importer: str, wanted: str, where: str) -> Path:
-    """The file that `wanted` means in the file `importer`."""
+    """Returns the file that `wanted` means in the file `importer`."""
     known = _built_in(wanted)
     if not _is_built_in(importer):
         known = _own(importer, wanted, known, where) or known
@@ -163,7 +169,7 @@ def _found(importer: str, wanted: str, where: str) -> Path:
 
 
 def _own(importer: str, wanted: str, known: Path | None, where: str) -> Path | None:
-    """The file of the user's that is meant; `known` is the built-in one of this path."""
+    """Returns the file of the user's that is meant; `known` is the built-in one of this path."""
     file = _resolved(Path(importer).absolute())
     trees = [folder.parent for folder in file.parents if folder.name == Path(wanted).parts[0]]
     beside = next((path for root in (file.parent, *trees) if (path := _in(root, wanted))), None)
@@ -198,7 +204,7 @@ def _resolved(path: Path) -> Path:
 
 
 def _in(root: Path, wanted: str, *, linked: bool = False) -> Path | None:
-    """The file `wanted` below a folder. Only where `linked` may it be a link that leads elsewhere."""
+    """Returns the file `wanted` below a folder. Only where `linked` may it be a link that leads elsewhere."""
     if linked and not catalog.is_users_folder(root):
         return None
     candidates = [root / f"{wanted}{suffix}" for suffix in _SUFFIXES]

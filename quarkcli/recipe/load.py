@@ -82,7 +82,7 @@ class Document:
         return next(changes, self.origin(*path))
 
     def at(self, path: Path_) -> Any:
-        """The value at a path. Raises KeyError or IndexError for one that is not there."""
+        """Returns the value at a path. Raises KeyError or IndexError for one that is not there."""
         value = self.data
         for step in path:
             value = value[step]
@@ -90,7 +90,7 @@ class Document:
 
 
 def of_data(data: Any, name: str) -> Document:
-    """Python data as a document; the place of a value is its path, as in `config.quant_cfg[3]`.
+    """Returns Python data as a document; the place of a value is its path, as in `config.quant_cfg[3]`.
 
     Raises ConfigError for more than a file may hold.
     """
@@ -123,7 +123,7 @@ def read_snippet(path: Path) -> Document:
 
 
 def read_text(path: Path) -> str:
-    """A file in UTF-8 of at most `MAX_BYTES`. Raises ConfigError for any other."""
+    """Returns a file in UTF-8 of at most `MAX_BYTES`. Raises ConfigError for any other."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -167,7 +167,7 @@ def parse(text: str, file: str, *, snippet: bool = False) -> Document:
 
 
 def _loader(text: str) -> Any:
-    """libyaml where it is installed: five times faster, for lists of many files.
+    """Returns the loader of libyaml where it is installed, which is five times faster, else that of Python.
 
     It composes recursively in C, so what could nest deeper than a stack holds goes to the reader in Python.
     """

@@ -29,7 +29,10 @@ class Patterns:
 
 
 def matchers(rows: Iterable[tuple[str, list[str]]], names: Iterable[str]) -> list[tuple[str, Callable[[str], object]]]:
-    """(key, matcher) of every pattern of one file, given as keys with their patterns; `names` will be asked for."""
+    """Returns (key, matcher) of every pattern of one file, given as keys with their patterns.
+
+    `names` will be asked for.
+    """
     file, listed = Patterns(), [(key, pattern) for key, own in rows for pattern in own]
     found = [(key, file.matcher(pattern)) for key, pattern in listed]
     file.learn([pattern for _, pattern in listed], names)
@@ -51,12 +54,12 @@ _NUMBER = re.compile(r"(?<![^.\n])[0-9]+(?![^.\n])")
 
 
 def fold(names: str) -> str:
-    """Names, one per line, with `0` for every number that is a step of its own: `layers.0.w1` of `layers.12.w1`."""
+    """Returns the names with `0` for every number that is a step of its own: `layers.0.w1` for `layers.12.w1`."""
     return _NUMBER.sub("0", names)
 
 
 def starred(name: str) -> str:
-    """A name with `*` for every number behind a dot: `layers.*.w1` of `layers.12.w1`."""
+    """Returns a name with `*` for every number behind a dot: `layers.*.w1` of `layers.12.w1`."""
     return re.sub(r"\.\d+(?=\.|$)", ".*", name)
 
 
@@ -73,7 +76,7 @@ def ignores_numbers(pattern: str) -> bool:
 
 
 def suggestions(pattern: str, names: Iterable[str], limit: int = 3) -> list[str]:
-    """Patterns or names near a pattern that matched nothing; indices are folded into `*`.
+    """Returns patterns or names near a pattern that matched nothing; indices are folded into `*`.
 
     `*dwn_proj` among `model.layers.0.mlp.down_proj` ... gives `*down_proj`, and `*dwn_proj*` gives `*down_proj*`.
     """
@@ -92,7 +95,7 @@ def suggestions(pattern: str, names: Iterable[str], limit: int = 3) -> list[str]
 
 
 def _inner_suggestions(pattern: str, names: Iterable[str], limit: int) -> list[str]:
-    """The pattern with its last piece of plain text replaced by steps of the names that are near it."""
+    """Returns the pattern with its last plain text replaced by steps of the names that are near it."""
     piece = next((piece for piece in reversed(re.split(r"[*?]", pattern)) if piece.strip(".")), "").strip(".")
     if not piece or pattern.startswith("re:"):
         return []
@@ -103,7 +106,10 @@ def _inner_suggestions(pattern: str, names: Iterable[str], limit: int) -> list[s
 
 
 def slot_pattern(module: str, slot: str) -> str:
-    """The slot pattern of a module pattern: `*q_proj` -> `*q_proj.weight_quantizer`, `*` -> `*.weight_quantizer`."""
+    """Returns the slot pattern of a module pattern.
+
+    `*q_proj` gives `*q_proj.weight_quantizer`, and `*` gives `*.weight_quantizer`.
+    """
     if module.startswith("re:"):
         return f"re:(?:{module[3:]})\\.{slot}"
     return f"{module}.{slot}"

@@ -42,7 +42,7 @@ class Canonical:
     place: Path_ = ()
 
     def as_dict(self) -> dict[str, Any]:
-        """The entry as a user may write it."""
+        """Returns the entry as a user may write it."""
         out: dict[str, Any] = {"quantizer_path": self.quantizer_path, "cfg": self.cfg, "enable": self.enable}
         if self.parent_class is not None:
             out["parent_class"] = self.parent_class
@@ -74,7 +74,7 @@ class Normalized:
 
 
 def normalize(value: Any, where: Where | None = None, base: Path_ = ()) -> Normalized:
-    """The canonical list of any accepted shape. Raises ConfigError with all refusals at once.
+    """Returns the canonical list of any accepted shape. Raises ConfigError with all refusals at once.
 
     where   text of a place for messages; None: the path itself, as `quant_cfg[2].cfg`
     base    path of `value` in its document
@@ -91,7 +91,7 @@ def path_text(path: Path_) -> str:
 
 
 def refusal(problems: list[Located], where: Where, hint: str = "") -> ConfigError:
-    """One error for all of them, each with its place."""
+    """Returns one error for all of them, each with its place."""
     if len(problems) == 1:
         path, text = problems[0]
         return ConfigError(text, where=where(path), hint=hint)
@@ -224,7 +224,7 @@ class _Reader:
     # -- attributes ----------------------------------------------------------------------------------------------
 
     def cfg(self, value: Any, path: Path_) -> tuple[Cfg, bool | None]:
-        """(attributes without `enable`, the `enable` among them)."""
+        """Returns (attributes without `enable`, the `enable` among them)."""
         if value is None:
             return None, None
         if isinstance(value, Mapping):
@@ -273,7 +273,7 @@ def _word(value: Any) -> str:
 
 
 def _flow(value: Any) -> str:
-    """One-line YAML."""
+    """Returns one-line YAML."""
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{_flow(key)}: {_flow(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list | tuple):

@@ -54,7 +54,7 @@ _EXPORT_STEERING = {
 
 
 def read(data: Any, where: Where | None = None, base: Path_ = ()) -> Normalized:
-    """The entries of a config, cache and attention apart. Raises ConfigError with all problems at once.
+    """Returns the entries of a config, cache and attention apart. Raises ConfigError with all problems at once.
 
     where, base  as in `normalize`
     """
@@ -96,7 +96,7 @@ class _Reader:
                 self.refuse((*path, key), f"unknown key '{key}'" + (f" (did you mean '{close[0]}'?)" if close else ""))
 
     def mapping(self, data: Mapping[str, Any], key: str, path: Path_) -> dict[str, tuple[Any, Path_]]:
-        """Pattern -> (value without wrappers, its place)."""
+        """Returns a mapping from pattern to (value without wrappers, its place)."""
         value = data.get(key)
         if value is None:
             return {}
@@ -153,7 +153,7 @@ class _Reader:
         return float(value)
 
     def class_of(self, name: str, place: Path_) -> str:
-        """`Linear`, `torch.nn.Linear` or `<class '...Linear'>` -> nn.Linear."""
+        """Returns `nn.Linear` for `Linear`, `torch.nn.Linear` or `<class '...Linear'>`."""
         parent = f"nn.{name.rpartition('.')[2].rstrip(chr(39) + '>')}"
         if parent not in (_LINEAR, "nn.Embedding"):
             self.note(place, f"slots of {parent} are none of those that are quantized here")
@@ -178,7 +178,7 @@ class _Reader:
         self.found.entries.append(Canonical(pattern, cfg, cfg is not None, parent, None, place))
 
     def cfg(self, value: Any, path: Path_, *, weight: bool) -> Cfg:
-        """The SPEC, or the list of them, as written; None for none, or for one that is refused."""
+        """Returns the SPEC, or the list of them, as written; None for none, or for one that is refused."""
         value, path = _unwrapped(value, path)
         if not value:
             return None
@@ -275,17 +275,17 @@ def is_groups(value: Any) -> bool:
 
 
 def weight_slots(names: Iterable[str]) -> list[str]:
-    """Patterns on the weight slots of modules with these leaf names."""
+    """Returns patterns on the weight slots of modules with these leaf names."""
     return [f"*{name.lstrip('*')}.weight_quantizer" for name in names]
 
 
 def _attends(pattern: str) -> str | None:
-    """The attention slot whose range a glob on projections says: `*k_proj` -> k. Full names mean the projection."""
+    """Returns the attention slot that a glob on projections stands for, k for `*k_proj`; None for a full name."""
     return _PROJECTIONS.get(pattern.rpartition(".")[2].lstrip("*")) if "*" in pattern else None
 
 
 def _with_minimum(cfg: Any, minimum: float) -> dict[str, Any]:
-    """A cfg whose scale is at least `minimum`, which no SPEC can say, in the native words."""
+    """Returns a cfg whose scale is at least `minimum`, which no SPEC can say, in the native words."""
     spec = to_spec(cfg, weight=False)
     if spec.scale is None:
         return dict(cfg)

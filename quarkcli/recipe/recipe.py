@@ -73,14 +73,14 @@ _ENTRY_SETTING = "quantize.quant_cfg."
 
 
 def from_scheme(name: str) -> Recipe:
-    """The recipe `--scheme NAME` stands for. Raises UsageError for an unknown scheme."""
+    """Returns the recipe that `--scheme NAME` stands for. Raises UsageError for an unknown scheme."""
     stem = catalog.find("schemes", name).stem
     origin = Origin(f"scheme {stem}")
     return Recipe(stem, "", stem, [DENY_ALL, *scheme_entries(stem, "*", origin, user=True)])
 
 
 def from_file(path: Path, settings: Sequence[str] = ()) -> Recipe:
-    """The recipe of a file. Raises ConfigError with file, line and column.
+    """Returns the recipe of a file. Raises ConfigError with file, line and column.
 
     settings   `a.b=value` of `--set`, applied to the file with its imports in place
     """
@@ -98,7 +98,10 @@ def from_file(path: Path, settings: Sequence[str] = ()) -> Recipe:
 
 
 def from_config(data: Any, name: str = "config") -> Recipe:
-    """The recipe of what a file would hold, as Python data. It has no folder: no imports, and no schemes beside it."""
+    """Returns the recipe of what a file would hold, as Python data.
+
+    It has no folder: no imports, and no schemes beside it.
+    """
     document = of_data(deepcopy(data), name)
     nowhere = Path(f"<{name}>") / name
     recipe = _native(document, nowhere) if is_native(document) else _foreign(document, nowhere)
@@ -106,7 +109,7 @@ def from_config(data: Any, name: str = "config") -> Recipe:
 
 
 def _spelled_out(document: Document, path: Path) -> Document:
-    """A native recipe with its scheme as the entries that it stands for, so that a setting can name one of them."""
+    """Returns a native recipe with its scheme written out as entries, so that a setting can name one of them."""
     scheme = document.data["quantize"].get("scheme") if is_native(document) and _has_scheme(document) else None
     if scheme is None:
         return document
@@ -131,7 +134,7 @@ def is_native(document: Document) -> bool:
 
 
 def located(where: Origin, call: Any, *args: Any, **kwargs: Any) -> Any:
-    """`call(*args)`, with a place given to a user error that has none."""
+    """Returns the result of `call(*args)`. A user error without a place gets the one of `where`."""
     try:
         return call(*args, **kwargs)
     except (ConfigError, UsageError) as error:
@@ -145,7 +148,7 @@ def scheme_model(name: str) -> schema.SchemeModel:
 def scheme_entries(
     name: str, module: str, origin: Origin, *, user: bool, required: bool = True, beside: Path | None = None
 ) -> list[Entry]:
-    """The entries of a scheme for modules that match `module`: every kind, those it lacks switched off.
+    """Returns the entries of a scheme for modules that match `module`: every kind, those it lacks switched off.
 
     beside   folder of the recipe that asks; its schemes are known as well
     """
@@ -172,7 +175,7 @@ def scheme_entries(
 
 
 def exclusion_entries(module: str, origin: Origin, *, user: bool, required: bool) -> list[Entry]:
-    """Entries that switch a module's own slots off; cache and attention slots are never touched."""
+    """Returns entries that switch a module's own slots off; cache and attention slots are never touched."""
     unit = f"exclude {origin}"
     return [
         Entry(slot_pattern(module, f"{kind}_quantizer"), None, False, None, required, origin, unit, user)
@@ -181,13 +184,13 @@ def exclusion_entries(module: str, origin: Origin, *, user: bool, required: bool
 
 
 def cache_entries(name: str, origin: Origin, beside: Path | None = None) -> list[Entry]:
-    """Entries for the k and v slots of every attention. `beside` as in `scheme_entries`."""
+    """Returns entries for the k and v slots of every attention. `beside` as in `scheme_entries`."""
     document = catalog.document(catalog.find("kv_cache", name, beside))
     return _bmm_entries(document, schema.validate(schema.CacheModel, document), f"cache {origin}", origin)
 
 
 def attention_entries(name: str, origin: Origin, beside: Path | None = None) -> list[Entry]:
-    """Entries for the q, k, v and p slots that an attention scheme names, of every attention."""
+    """Returns entries for the q, k, v and p slots that an attention scheme names, of every attention."""
     document = catalog.document(catalog.find("attention", name, beside))
     return _bmm_entries(document, schema.validate(schema.AttentionModel, document), f"attention {origin}", origin)
 
@@ -259,19 +262,19 @@ def _share(document: Document, model: schema.RecipeModel) -> list[Share] | None:
 
 
 def _step(step: schema.AlgorithmStep) -> tuple[str, dict[str, Any]]:
-    """(method, parameters); `slots` stands among them."""
+    """Returns (method, parameters); `slots` stands among them."""
     slots = {} if step.slots is None else {SLOTS: list(step.slots)}
     return step.method, {**slots, **(step.model_extra or {})}
 
 
 def _place(document: Document, *path: str | int) -> str:
-    """The file, or the `--set` that changed what stands at `path`."""
+    """Returns the file, or the `--set` that changed what stands at `path`."""
     origin = document.blamed(*path)
     return str(origin) if origin.text.startswith(SETTING) else document.file
 
 
 def _is_own(document: Document, row: Canonical) -> bool:
-    """An entry written in the recipe itself must match something; what it imports need not."""
+    """True for an entry of the recipe itself, which must match something. Imported entries need not."""
     text = document.origin(*row.place).text
     return text == document.file or text.startswith(SETTING)
 
@@ -308,7 +311,7 @@ def _where(document: Document) -> Any:
 
 
 def _entry(document: Document, row: Canonical, *, required: bool) -> Entry:
-    """An entry whose attributes have been tried, with its place."""
+    """Returns an entry whose attributes have been tried, with its place."""
     origin = document.origin(*row.place)
     if row.cfg is not None:
         located(document.blamed(*row.place, "cfg"), to_spec, row.cfg, weight=is_weight(row.quantizer_path))

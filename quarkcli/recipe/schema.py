@@ -170,7 +170,7 @@ class AttentionModel(Strict):
 
 
 def json_schema() -> dict[str, Any]:
-    """JSON Schema (draft 2020-12) of a native recipe file."""
+    """Returns JSON Schema (draft 2020-12) of a native recipe file."""
     schema = RecipeModel.model_json_schema(by_alias=True)
     names = {"type": "object", "additionalProperties": {"type": "string"}, "title": "Imports"}
     schema["properties"]["imports"] = {**names, "description": "Name -> file; used as `$import: name`."}
@@ -181,7 +181,7 @@ M = TypeVar("M", bound=BaseModel)
 
 
 def validate(model: type[M], document: Document) -> M:
-    """`document` as `model`. Raises ConfigError with all errors at once, each with its place."""
+    """Returns `document` as `model`. Raises ConfigError with all errors at once, each with its place."""
     if not isinstance(document.data, dict):
         raise ConfigError("the file must hold a mapping", where=str(document.origin()))
     try:
@@ -194,7 +194,7 @@ def validate(model: type[M], document: Document) -> M:
 
 
 def _problems(model: type[BaseModel], document: Document, error: ValidationError) -> list[tuple[str, str]]:
-    """(place, message) of each; a value of none of several kinds is one problem, not one for each kind."""
+    """Returns (place, message) of each problem. A value that has none of several allowed kinds is one problem."""
     at: dict[Path_, list[Any]] = {}
     for detail in error.errors():
         loc = detail["loc"]
@@ -225,7 +225,7 @@ def _message(model: type[BaseModel], path: Path_, detail: Any) -> str:
 
 
 def _keys_at(model: type[BaseModel], path: tuple[Any, ...]) -> list[str]:
-    """Keys of the nested model that `path` leads to."""
+    """Returns keys of the nested model that `path` leads to."""
     current: Any = model
     for step in path:
         if isinstance(step, int):

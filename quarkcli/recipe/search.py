@@ -23,7 +23,7 @@ _Change = Callable[[dict[str, Any], TensorSpec], TensorSpec]
 
 
 def with_search(steps: Sequence[Step], entries: Sequence[Entry]) -> tuple[list[Step], list[Entry]]:
-    """The steps without `mse` and `nvfp4_act_headroom`, and the entries with ranges found as these ask for it.
+    """Returns the steps without `mse` and `nvfp4_act_headroom`, and the entries with ranges found as these ask for it.
 
     mse: block scales of nvfp4 weights are swept through all their codes with `fp8_scale_sweep`; every other range of
     weights is shrunk to the least squared error, from amax down to `start_multiplier` times amax. Stretching a range
@@ -38,7 +38,7 @@ def with_search(steps: Sequence[Step], entries: Sequence[Entry]) -> tuple[list[S
 
 
 def _changed(entry: Entry, kind: str, change: Callable[[TensorSpec], TensorSpec]) -> Entry:
-    """The entry with its spec changed, if it gives slots of this kind one."""
+    """Returns the entry with its spec changed, if it gives slots of this kind one."""
     if entry.cfg is None or kind not in entry.quantizer_path:
         return entry
     spec = to_spec(entry.cfg, weight=kind == _WEIGHT)

@@ -15,7 +15,10 @@ _NUMBER = re.compile(r"-?\d+")
 
 
 def adjusted(document: Document, settings: Sequence[str]) -> Document:
-    """A copy of the document with values replaced or added. Raises UsageError for a setting that does not fit."""
+    """Returns a copy of the document with values replaced or added.
+
+    Raises UsageError for a setting that does not fit.
+    """
     for text in settings:
         key, equals, written = text.partition("=")
         if not equals or not key:
@@ -31,8 +34,9 @@ def adjusted(document: Document, settings: Sequence[str]) -> Document:
 
 
 def _path(data: Any, key: str) -> Path_:
-    """`quantize.quant_cfg.0.enable` as steps: members of lists by number, and keys, which may be numbers and may have
-    dots in them.
+    """Returns a setting such as `quantize.quant_cfg.0.enable` as steps.
+
+    Members of lists are named by number. Keys may be numbers and may have dots in them.
     """
     path: list[str | int] = []
     node, words = data, key.split(".")
@@ -57,7 +61,7 @@ def _path(data: Any, key: str) -> Path_:
 
 
 def _step(node: dict[Any, Any], words: list[str]) -> tuple[str | int, list[str]]:
-    """The longest key of a mapping that the words begin with, else the first word; and the words that are left."""
+    """Returns the longest key of a mapping that the words begin with, else the first word; and the words left."""
     for count in range(len(words), 0, -1):
         text = ".".join(words[:count])
         number = int(text) if _NUMBER.fullmatch(text) else None
@@ -76,7 +80,7 @@ def _is_absent(node: Any, path: Path_) -> bool:
 
 
 def _with(node: Any, path: Path_, value: Any) -> Any:
-    """`node` with `value` at `path`; what it shares with the original is not changed."""
+    """Returns `node` with `value` at `path`; what it shares with the original is not changed."""
     if not path:
         return value
     step, rest = path[0], path[1:]

@@ -93,7 +93,7 @@ _SAME_SHAPE = re.compile(r"\s*(?:module\.)?([\w.]+)\.shape\s*==\s*(?:module\.)?(
 
 
 def _rows(value: Any, known: Mapping[str, _Check]) -> str | None:
-    """A list of mappings with known keys."""
+    """Returns the problem with a value that must be a list of mappings with known keys, else None."""
     if not isinstance(value, list | tuple):
         return "must be a list"
     for row in value:
@@ -109,7 +109,7 @@ def _rows(value: Any, known: Mapping[str, _Check]) -> str | None:
 
 
 def _pairs(value: Any) -> str | None:
-    """Quark's scaling_layers: what is scaled, and what takes it back."""
+    """Returns the problem with Quark's scaling_layers (what is scaled, and what takes it back), else None."""
     if wrong := _rows(value, _PAIRS):
         return wrong
     for row in value:
@@ -121,14 +121,14 @@ def _pairs(value: Any) -> str | None:
 
 
 def _places(value: Any) -> str | None:
-    """The scaling_layers of a rotation."""
+    """Returns the problem with the scaling_layers of a rotation, else None."""
     if not isinstance(value, Mapping) or set(value) - set(_ROTATION_PLACES):
         return f"must be a mapping with {', '.join(_ROTATION_PLACES)}"
     return next((wrong for rows in value.values() if (wrong := _rows(rows, _ROTATION_PAIRS))), None)
 
 
 def _parsed(rows: Any) -> list[dict[str, Any]]:
-    """scaling_layers with every condition taken apart: `{same_shape: [A, B]}`."""
+    """Returns scaling_layers with every condition taken apart: `{same_shape: [A, B]}`."""
     out = []
     for row in rows:
         found = _SAME_SHAPE.fullmatch(row.get("condition") or "")
@@ -231,7 +231,7 @@ _PLAIN = "max"
 
 
 def from_quark(value: Any, path: Path_) -> Steps:
-    """Quark's `algo_config` or `pre_quant_opt_config`: a mapping, a list of them, or null."""
+    """Returns the steps of Quark's `algo_config` or `pre_quant_opt_config`: a mapping, a list of them, or null."""
     out = Steps()
     rows = value if isinstance(value, list | tuple) else [] if value is None else [value]
     for index, row in enumerate(rows):
@@ -268,7 +268,7 @@ def _quark_step(row: Any, path: Path_, out: Steps) -> None:
 
 
 def from_modelopt(value: Any, path: Path_) -> Steps:
-    """ModelOpt's `algorithm`: a method, a mapping, a list of them, or null (no calibration)."""
+    """Returns the steps of ModelOpt's `algorithm`: a method, a mapping, a list of them, or null (no calibration)."""
     out = Steps()
     rows = value if isinstance(value, list | tuple) else [] if value is None else [value]
     for index, row in enumerate(rows):

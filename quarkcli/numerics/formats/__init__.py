@@ -11,7 +11,7 @@ _BY_KIND: dict[str, ModuleType] = {"integer": integer, "float": minifloat, "cast
 
 
 def codec(element: Element) -> ModuleType:
-    """The module that codes `element`.
+    """Returns the module that codes `element`.
 
         code_dtype(element) -> torch.dtype
         round_(y, element, scratch=None, zero=None) -> y     nearest values, in place

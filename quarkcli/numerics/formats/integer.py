@@ -9,7 +9,7 @@ from quarkcli.spec import Element
 
 
 def code_dtype(element: Element) -> torch.dtype:
-    """int8 holding the value itself for signed integers, uint8 for unsigned ones."""
+    """Returns int8, which holds the value itself, for signed integers, and uint8 for unsigned ones."""
     return torch.int8 if element.minimum < 0 else torch.uint8
 
 

@@ -22,7 +22,7 @@ _NATIVE = {(4, 3): torch.float8_e4m3fn, (5, 2): torch.float8_e5m2}
 
 
 def code_dtype(element: Element) -> torch.dtype:
-    """Dtype of a code tensor: torch's own type for fp8, uint8 bit patterns for the rest."""
+    """Returns the dtype of a code tensor: torch's own type for fp8, uint8 bit patterns for the rest."""
     return _NATIVE.get((element.exponent, element.mantissa), torch.uint8)
 
 
@@ -89,7 +89,7 @@ def decode_(codes: Tensor, element: Element, out: Tensor, zero: Tensor | None = 
 
 
 def _scratch(y: Tensor, scratch: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Two int32 tensors of the shape of `y`."""
+    """Returns two int32 tensors of the shape of `y`."""
     if scratch is None:
         scratch = torch.empty((2, *y.shape), dtype=torch.int32, device=y.device)
     return scratch[0], scratch[1]
@@ -103,7 +103,7 @@ def _has_nan(codes: Tensor, element: Element) -> bool:
 
 
 def _first_binade(element: Element) -> int:
-    """Float32 bits of the smallest normal value of `element`; below it the grid stays the same."""
+    """Returns float32 bits of the smallest normal value of `element`; below it the grid stays the same."""
     return (_F32_BIAS + 1 - element.bias) << _F32_MANTISSA
 
 

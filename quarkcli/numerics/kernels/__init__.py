@@ -26,7 +26,7 @@ _BITS = (4, 6, 8)
 
 
 def find(spec: TensorSpec, device: torch.device) -> ModuleType | None:
-    """The module with the kernels for `spec` on `device`, or None: then the reference does it.
+    """Returns the module with the kernels for `spec` on `device`, or None: then the reference does it.
 
     The module has `quantize_packed`, `dequantize_packed` and `fake_quantize`, see `launch`. `QUARK_KERNELS=off` turns
     kernels off.

@@ -29,7 +29,7 @@ _E5M3_ONE = tl.constexpr(15 << 3)
 
 @triton.jit
 def load_values(pointer, offsets, mask):
-    """float32 values; zero where masked."""
+    """Returns float32 values; zero where masked."""
     values = tl.load(pointer + offsets, mask=mask, other=0)
     if pointer.dtype.element_ty == tl.int16:
         values = (values.to(tl.int32) << 16).to(tl.float32, bitcast=True)
@@ -40,7 +40,7 @@ def load_values(pointer, offsets, mask):
 
 @triton.jit
 def bfloat16_bits(values):
-    """int32 of the nearest bfloat16, ties to even."""
+    """Returns int32 of the nearest bfloat16, ties to even."""
     bits = values.to(tl.int32, bitcast=True)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
     return tl.where((bits & _MAGNITUDE) > _INFINITY, 0x7FC0, rounded)
@@ -48,7 +48,7 @@ def bfloat16_bits(values):
 
 @triton.jit
 def store_values(pointer, offsets, values, mask):
-    """float32 values to the dtype of `pointer`, ties to even."""
+    """Stores float32 values in the dtype of `pointer`, ties to even."""
     if pointer.dtype.element_ty == tl.int16:
         tl.store(pointer + offsets, bfloat16_bits(values).to(tl.int16), mask=mask)
     else:
@@ -57,7 +57,7 @@ def store_values(pointer, offsets, values, mask):
 
 @triton.jit
 def peak_bits(values):
-    """Bits of the largest magnitude of every row; as integers NaN is above infinity, and nothing is flushed."""
+    """Returns bits of the largest magnitude of every row; as integers NaN is above infinity, and nothing is flushed."""
     return tl.minimum(tl.max(values.to(tl.int32, bitcast=True) & _MAGNITUDE, axis=1), _NAN)
 
 
@@ -66,7 +66,10 @@ def peak_bits(values):
 
 @triton.jit
 def float_code(y, BITS: tl.constexpr, MANTISSA: tl.constexpr, FIRST: tl.constexpr, LARGEST: tl.constexpr):
-    """Codes (int32) of a small float: nearest, ties to the even code, saturating. See minifloat.encode_bits_."""
+    """Returns codes (int32) of a small float: nearest, ties to the even code, saturating.
+
+    See minifloat.encode_bits_.
+    """
     drop: tl.constexpr = 23 - MANTISSA
     shift: tl.constexpr = (drop << 23) + ((-(FIRST >> drop)) & 0xFF)
     bits = y.to(tl.int32, bitcast=True)
@@ -79,7 +82,7 @@ def float_code(y, BITS: tl.constexpr, MANTISSA: tl.constexpr, FIRST: tl.constexp
 
 @triton.jit
 def unsigned_value(code, MANTISSA: tl.constexpr, FIRST: tl.constexpr):
-    """float32 of the magnitude part of a small float's code."""
+    """Returns float32 of the magnitude part of a small float's code."""
     drop: tl.constexpr = 23 - MANTISSA
     one: tl.constexpr = 1 << MANTISSA
     bits = (code << drop) + FIRST
@@ -91,7 +94,7 @@ def unsigned_value(code, MANTISSA: tl.constexpr, FIRST: tl.constexpr):
 
 @triton.jit
 def float_value(code, BITS: tl.constexpr, MANTISSA: tl.constexpr, FIRST: tl.constexpr):
-    """float32 values of the codes (int32) of a small float."""
+    """Returns float32 values of the codes (int32) of a small float."""
     if BITS == 8 and MANTISSA == 2:  # e5m2 is the upper half of a float16
         values = (code << 8).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
     else:
@@ -105,7 +108,7 @@ def float_value(code, BITS: tl.constexpr, MANTISSA: tl.constexpr, FIRST: tl.cons
 
 @triton.jit
 def nearest_whole(y):
-    """`y` rounded to a whole number, ties to even, its sign kept; magnitudes above 2^22 become 2^22."""
+    """Returns `y` rounded to a whole number, ties to even, its sign kept; magnitudes above 2^22 become 2^22."""
     whole = tl.minimum(tl.abs(y), _WHOLE_LIMIT) + _WHOLE
     whole = whole - _WHOLE
     return (whole.to(tl.int32, bitcast=True) | (y.to(tl.int32, bitcast=True) & _SIGN)).to(tl.float32, bitcast=True)
@@ -113,7 +116,7 @@ def nearest_whole(y):
 
 @triton.jit
 def integer_code(y, zero, LOW: tl.constexpr, HIGH: tl.constexpr):
-    """Integer codes as float32; rounded before the zero point is added: a tie must not depend on it."""
+    """Returns integer codes as float32; rounded before the zero point is added: a tie must not depend on it."""
     code = nearest_whole(y)
     if zero is not None:
         code = code + zero
@@ -123,7 +126,7 @@ def integer_code(y, zero, LOW: tl.constexpr, HIGH: tl.constexpr):
 @triton.jit
 def codes_of(y, zero, FLOAT: tl.constexpr, BITS: tl.constexpr, MANTISSA: tl.constexpr, LOW: tl.constexpr,
              HIGH: tl.constexpr):  # fmt: skip
-    """Codes (int32, BITS wide) of values on a unit scale."""
+    """Returns codes (int32, BITS wide) of values on a unit scale."""
     if FLOAT:
         codes = float_code(y, BITS, MANTISSA, LOW, HIGH)
     else:
@@ -133,7 +136,7 @@ def codes_of(y, zero, FLOAT: tl.constexpr, BITS: tl.constexpr, MANTISSA: tl.cons
 
 @triton.jit
 def values_of(codes, zero, FLOAT: tl.constexpr, BITS: tl.constexpr, MANTISSA: tl.constexpr, LOW: tl.constexpr):
-    """Values on a unit scale (float32) of codes (int32)."""
+    """Returns values on a unit scale (float32) of codes (int32)."""
     if FLOAT:
         values = float_value(codes, BITS, MANTISSA, LOW)
     else:
@@ -147,7 +150,7 @@ def values_of(codes, zero, FLOAT: tl.constexpr, BITS: tl.constexpr, MANTISSA: tl
 @triton.jit
 def rounded(y, zero, FLOAT: tl.constexpr, BITS: tl.constexpr, MANTISSA: tl.constexpr, LOW: tl.constexpr,
             HIGH: tl.constexpr):  # fmt: skip
-    """The nearest values on a unit scale; NaN stays NaN, the sign of zero is kept."""
+    """Returns the nearest values on a unit scale; NaN stays NaN, the sign of zero is kept."""
     if FLOAT:
         values = float_value(float_code(y, BITS, MANTISSA, LOW, HIGH), BITS, MANTISSA, LOW)
     else:
@@ -184,7 +187,7 @@ def store_codes(out, start, codes, left, BITS: tl.constexpr, COUNT: tl.constexpr
 
 @triton.jit
 def load_codes(packed, start, left, BITS: tl.constexpr, COUNT: tl.constexpr):
-    """COUNT codes (int32) from position `start` (in values), of which `left` exist."""
+    """Returns COUNT codes (int32) from position `start` (in values), of which `left` exist."""
     if BITS == 4:
         index = tl.arange(0, COUNT // 2)
         byte = tl.load(packed + start // 2 + index, mask=index * 2 < left, other=0).to(tl.int32)
@@ -210,7 +213,7 @@ def load_codes(packed, start, left, BITS: tl.constexpr, COUNT: tl.constexpr):
 @triton.jit
 def exponent_byte(peak, RULE: tl.constexpr, MAXIMUM: tl.constexpr, MAX_EXPONENT: tl.constexpr,
                   HALF_STEP: tl.constexpr):  # fmt: skip
-    """e8m0 bytes (int32) of the bits of the largest magnitudes, see scales._EXPONENT_RULES."""
+    """Returns e8m0 bytes (int32) of the bits of the largest magnitudes, see scales._EXPONENT_RULES."""
     if RULE == "even":
         byte = ((peak + HALF_STEP) >> 23) - MAX_EXPONENT
     elif RULE == "floor":
@@ -228,14 +231,17 @@ def exponent_byte(peak, RULE: tl.constexpr, MAXIMUM: tl.constexpr, MAX_EXPONENT:
 
 @triton.jit
 def power(byte):
-    """2^(byte - 127) as float32; byte 0 is a subnormal, byte 255 NaN."""
+    """Returns 2^(byte - 127) as float32; byte 0 is a subnormal, byte 255 NaN."""
     bits = tl.where(byte == 0, 1 << 22, byte << 23)
     return tl.where(byte == 255, _NAN, bits).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def plain_stored(scale, LARGEST: tl.constexpr, DTYPE: tl.constexpr):
-    """A positive float32 scale rounded to a plain dtype: what is stored (bits of bfloat16), and its float32 value."""
+    """Returns a positive float32 scale rounded to a plain dtype.
+
+    The result is (the stored value, as bits for bfloat16; its float32 value).
+    """
     scale = tl.minimum(scale, LARGEST)
     if DTYPE == "bf16":
         bits = bfloat16_bits(scale)
@@ -254,7 +260,7 @@ def plain_stored(scale, LARGEST: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def ends(values, CODES: tl.constexpr):
-    """Both ends of the range of every row, zero in it; codes half a step beyond them stay finite float32."""
+    """Returns both ends of the range of every row, zero in it; codes half a step beyond them stay finite float32."""
     most: tl.constexpr = 3.4028234663852886e38 * CODES / (CODES + 2)
     low = tl.minimum(tl.maximum(tl.min(values, axis=1), -most), 0.0)
     high = tl.maximum(tl.minimum(tl.max(values, axis=1), most), 0.0)
@@ -263,7 +269,7 @@ def ends(values, CODES: tl.constexpr):
 
 @triton.jit
 def span_scale(low, high, CODES: tl.constexpr):
-    """The range over all codes; divided first where it does not fit a float32."""
+    """Returns the range over all codes; divided first where it does not fit a float32."""
     codes = tl.full(low.shape, CODES, tl.float32)
     width = high - low
     apart = tl.div_rn(high, codes) - tl.div_rn(low, codes)
@@ -272,7 +278,7 @@ def span_scale(low, high, CODES: tl.constexpr):
 
 @triton.jit
 def float_stored(peak, outer, DTYPE: tl.constexpr, DIVISOR: tl.constexpr):
-    """e4m3 or e5m3 codes (int32) of the bits of the largest magnitudes, see scales.e4m3_scale and e5m3_scale."""
+    """Returns e4m3 or e5m3 codes (int32) of the bits of the largest magnitudes. See scales.e4m3_scale, e5m3_scale."""
     amax = peak.to(tl.float32, bitcast=True)
     unit = tl.full(peak.shape, DIVISOR, tl.float32)
     if DTYPE == "e4m3":
@@ -291,7 +297,7 @@ def float_stored(peak, outer, DTYPE: tl.constexpr, DIVISOR: tl.constexpr):
 
 @triton.jit
 def stored_value(stored, DTYPE: tl.constexpr):
-    """float32 of stored scales, bytes as int32."""
+    """Returns float32 of stored scales, bytes as int32."""
     if DTYPE == "e8m0":
         value = power(stored)
     elif DTYPE == "e4m3":
@@ -305,7 +311,7 @@ def stored_value(stored, DTYPE: tl.constexpr):
 
 @triton.jit
 def divided(values, scale, stored, DTYPE: tl.constexpr):
-    """`values` [n, size] over their scales [n]."""
+    """Returns `values` [n, size] divided by their scales [n]."""
     if DTYPE == "e8m0":  # exact, and cheaper than a division
         inverse = power(254 - stored)
         y = values * inverse[:, None]

@@ -27,7 +27,10 @@ from quarkcli.numerics.kernels.coding import (
 
 @triton.jit
 def ranges(x, peaks, lows, highs, runs, size, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Bits of the largest magnitude (int32 [runs]) of runs of `size` values; `lows`, `highs` (float32) unless None."""
+    """Writes bits of the largest magnitude (int32 [runs]) of runs of `size` values to `peaks`.
+
+    It writes their ends to `lows` and `highs` (float32) unless they are None.
+    """
     run = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     peak = tl.zeros([ROWS], tl.int32)
     low = tl.full([ROWS], float("inf"), tl.float32)
@@ -50,7 +53,7 @@ def ranges(x, peaks, lows, highs, runs, size, ROWS: tl.constexpr, COLS: tl.const
 def group_scale(values, peak, outer, DTYPE: tl.constexpr, RULE: tl.constexpr, DIVISOR: tl.constexpr,
                 MAX_EXPONENT: tl.constexpr, HALF_STEP: tl.constexpr, LARGEST: tl.constexpr, ASYMMETRIC: tl.constexpr,
                 LOW: tl.constexpr, HIGH: tl.constexpr):  # fmt: skip
-    """Scales of groups: (as stored, float32 value, zero point); without ASYMMETRIC the last means nothing."""
+    """Returns scales of groups: (as stored, float32 value, zero point); without ASYMMETRIC the last means nothing."""
     if DTYPE == "e8m0":
         stored = exponent_byte(peak, RULE, DIVISOR, MAX_EXPONENT, HALF_STEP)
         scale = stored_value(stored, DTYPE)
@@ -77,7 +80,7 @@ def groups(x, out, scales, zeros, outer, peaks, runs,
            FLOAT: tl.constexpr, BITS: tl.constexpr, MANTISSA: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
            DTYPE: tl.constexpr, RULE: tl.constexpr, DIVISOR: tl.constexpr, MAX_EXPONENT: tl.constexpr,
            HALF_STEP: tl.constexpr, LARGEST: tl.constexpr, ASYMMETRIC: tl.constexpr):  # fmt: skip
-    """Scales of BLOCK groups of SIZE values and their codes in one pass; FAKE: their values instead of both.
+    """Writes scales of BLOCK groups of SIZE values and their codes in one pass. FAKE writes their values instead.
 
     `peaks` (int32 [programs]): bits of the largest magnitude that each program saw, for the refusal of NaN and inf.
     """
@@ -117,7 +120,7 @@ def _place(cols, COUNT: tl.constexpr):
 
 @triton.jit
 def _scale_index(row, first, row_span, scale_cols, SPAN: tl.constexpr, STEP: tl.constexpr, COUNT: tl.constexpr):
-    """Index of the scale of every STEP-th column of a chunk, and that column.
+    """Returns the index of the scale of every STEP-th column of a chunk, and that column.
 
     A scale spans `row_span` rows and SPAN columns (0: all).
     """
@@ -127,7 +130,7 @@ def _scale_index(row, first, row_span, scale_cols, SPAN: tl.constexpr, STEP: tl.
 
 @triton.jit
 def _spread(values, STEP: tl.constexpr, COUNT: tl.constexpr):
-    """Each of COUNT / STEP values STEP times."""
+    """Returns COUNT / STEP values, each repeated STEP times."""
     return tl.reshape(tl.broadcast_to(values[:, None], [COUNT // STEP, STEP]), [COUNT])
 
 
@@ -136,7 +139,10 @@ def given(x, out, scales, zeros, cols, row_span, scale_cols,
           SPAN: tl.constexpr, STEP: tl.constexpr, COUNT: tl.constexpr, FAKE: tl.constexpr,
           FLOAT: tl.constexpr, BITS: tl.constexpr, MANTISSA: tl.constexpr, LOW: tl.constexpr,
           HIGH: tl.constexpr):  # fmt: skip
-    """Codes under known scales (float32), each of `row_span` rows and SPAN columns (0: all); FAKE: values instead."""
+    """Writes codes under known scales (float32), each of `row_span` rows and SPAN columns (0: all).
+
+    With FAKE it writes values instead.
+    """
     row, first = _place(cols, COUNT)
     index, scale_col = _scale_index(row, first, row_span, scale_cols, SPAN, STEP, COUNT)
     scale = _spread(tl.load(scales + index, mask=scale_col < cols, other=1), STEP, COUNT)
@@ -160,7 +166,7 @@ def given(x, out, scales, zeros, cols, row_span, scale_cols,
 def decode(packed, out, scales, zeros, outer, cols, row_span, scale_cols,
            SPAN: tl.constexpr, STEP: tl.constexpr, COUNT: tl.constexpr, DTYPE: tl.constexpr,
            FLOAT: tl.constexpr, BITS: tl.constexpr, MANTISSA: tl.constexpr, LOW: tl.constexpr):  # fmt: skip
-    """Values of packed codes under their stored scales."""
+    """Writes the values of packed codes under their stored scales."""
     row, first = _place(cols, COUNT)
     index, scale_col = _scale_index(row, first, row_span, scale_cols, SPAN, STEP, COUNT)
     stored = tl.load(scales + index, mask=scale_col < cols, other=0)

@@ -34,7 +34,7 @@ _FUSED_RULES = {"e8m0": _EXPONENT_RULES} | dict.fromkeys((*_STORED, "model", "e4
 
 
 def quantize_packed(weight: Tensor, spec: TensorSpec, amax: Tensor | None) -> tuple[Tensor, QParams]:
-    """Packed codes and scales of `weight` [out, in], as `packed.quantize_packed` gives them."""
+    """Returns packed codes and scales of `weight` [out, in], as `packed.quantize_packed` gives them."""
     matrix = _readable(weight)
     if _is_fused(spec, matrix.dtype):
         return _fused_codes(matrix, spec, amax)
@@ -45,7 +45,7 @@ def quantize_packed(weight: Tensor, spec: TensorSpec, amax: Tensor | None) -> tu
 def dequantize_packed(
     data: Tensor, params: QParams, spec: TensorSpec, shape: tuple[int, int], dtype: torch.dtype
 ) -> Tensor:
-    """Values in `dtype` of packed codes of a matrix of `shape`."""
+    """Returns values in `dtype` of packed codes of a matrix of `shape`."""
     assert spec.scale is not None and params.scale is not None
     rows, cols, span, row_span, scale_cols = _walk(spec, shape)
     bytes_of_scale = spec.scale.dtype in ("e8m0", "e4m3", "e5m3")
@@ -62,7 +62,10 @@ def dequantize_packed(
 
 
 def fake_quantize(x: Tensor, spec: TensorSpec, static: Tensor | None) -> Tensor:
-    """A matrix [tokens, features] quantized and dequantized by one stage; `static` as in `quantize.static_scale`."""
+    """Returns a matrix [tokens, features] quantized and dequantized by one stage.
+
+    `static` is a scale as `quantize.static_scale` gives it.
+    """
     assert spec.scale is not None
     matrix = _readable(x)
     scale_size(spec, matrix.shape[1])
@@ -117,7 +120,7 @@ def _fused_codes(matrix: Tensor, spec: TensorSpec, amax: Tensor | None) -> tuple
 
 
 def _whole(matrix: Tensor, amax: Tensor | None) -> Tensor:
-    """The amax of the scale group: the given one, or that of the matrix."""
+    """Returns the amax of the scale group: the given one, or that of the matrix."""
     if amax is not None:
         return amax.to(torch.float32)
     peaks = _peaks(matrix, matrix.shape[1])
@@ -154,7 +157,7 @@ def _block(size: int) -> int:
 
 
 def _plain_name(spec: TensorSpec, dtype: torch.dtype) -> str:
-    """The stored dtype of a scale; `model` is that of the matrix."""
+    """Returns the stored dtype of a scale; `model` is that of the matrix."""
     assert spec.scale is not None
     return _NAMES[dtype] if spec.scale.dtype == "model" else spec.scale.dtype
 
@@ -175,7 +178,7 @@ def _params(matrix: Tensor, spec: TensorSpec, amax: Tensor | None) -> QParams:
 
 
 def _range(matrix: Tensor, spec: TensorSpec, *, finite: bool) -> Range:
-    """`ranges.range_of` of the matrix' own range."""
+    """Returns `ranges.range_of` of the matrix' own range."""
     size = scale_size(spec, matrix.shape[1])
     if isinstance(spec.granularity, PerTile) or spec.granularity == PerChannel(1):
         return range_of(matrix, spec, None, finite=finite)
@@ -190,7 +193,10 @@ def _range(matrix: Tensor, spec: TensorSpec, *, finite: bool) -> Range:
 
 
 def _peaks(matrix: Tensor, size: int, low: Tensor | None = None, high: Tensor | None = None) -> Tensor:
-    """Largest magnitudes of runs of `size` values, float32 [rows, cols / size]; their ends into `low` and `high`."""
+    """Returns the largest magnitudes of runs of `size` values, float32 [rows, cols / size].
+
+    It writes the ends of the runs to `low` and `high`.
+    """
     rows, cols = matrix.shape
     runs = rows * cols // size
     width = min(_piece(size), _TILE)
@@ -211,7 +217,7 @@ def _codes_under(matrix: Tensor, spec: TensorSpec, params: QParams) -> Tensor:
 
 
 def _multipliers(params: QParams, spec: TensorSpec) -> Tensor:
-    """The float32 multipliers, in the shape of the stored scales."""
+    """Returns the float32 multipliers, in the shape of the stored scales."""
     assert spec.scale is not None and params.scale is not None
     scale = scales.decode_scale(params.scale, spec.scale.dtype)
     return scale if params.global_scale is None else scale * params.global_scale
@@ -247,7 +253,7 @@ def _walk(spec: TensorSpec, shape: tuple[int, int]) -> tuple[int, int, int, int,
 
 
 def _element(element: Element) -> dict[str, Any]:
-    """The constants of an element, see `coding`."""
+    """Returns the constants of an element, see `coding`."""
     if element.kind == "float":
         largest = struct.unpack("<i", struct.pack("<f", element.maximum))[0]
         return {
@@ -265,7 +271,7 @@ def _launch(kernel: Any, programs: int, on: Tensor, *arguments: Any, **constants
 
 
 def _piece(cols: int) -> int:
-    """Columns that a program takes of a row."""
+    """Returns the number of columns that a program takes of a row."""
     return int(min(_TILE, max(8, triton.next_power_of_2(cols))))
 
 
@@ -281,7 +287,7 @@ def _chunks(rows: int, cols: int) -> int:
 
 
 def _readable(x: Tensor) -> Tensor:
-    """`x` as a contiguous matrix of a dtype the kernels load; others become float32, as in the reference."""
+    """Returns `x` as a contiguous matrix of a dtype the kernels load; others become float32, as in the reference."""
     matrix = as_matrix(x)
     return (matrix if matrix.dtype in _LOADED else matrix.float()).contiguous()
 
@@ -295,11 +301,11 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
 
 
 def _typed(data: Tensor, element: Element) -> Tensor:
-    """Bytes of whole codes in the dtype of the codes."""
+    """Returns bytes of whole codes in the dtype of the codes."""
     return data.view(codec(element).code_dtype(element)) if element.bits == 8 else data
 
 
 def _refuse_non_finite(peaks: Tensor, matrix: Tensor) -> None:
-    """DataError with the first position where a largest magnitude (float32, or its bits) is NaN or inf."""
+    """Raises DataError with the first position where a largest magnitude (float32, or its bits) is NaN or inf."""
     if peaks.numel() and int(peaks.view(torch.int32).amax()) >= _INFINITY:
         require_finite(amax_per_row(matrix), matrix)

@@ -27,7 +27,7 @@ _OWN = {
 
 
 def to_spec(cfg: Cfg, *, weight: bool) -> TensorSpec:
-    """The TensorSpec of a cfg. Raises ConfigError naming the field, without a place (the caller adds it).
+    """Returns the TensorSpec of a cfg. Raises ConfigError naming the field, without a place (the caller adds it).
 
     weight   of a weight or a bias, which are known before the model runs; else of an activation
     """
@@ -49,12 +49,12 @@ def to_spec(cfg: Cfg, *, weight: bool) -> TensorSpec:
 
 
 def words_of(cfg: Cfg) -> frozenset[str]:
-    """The words of the vocabulary that a cfg is written in. Raises ConfigError for a mixture."""
+    """Returns the words of the vocabulary that a cfg is written in. Raises ConfigError for a mixture."""
     return _OWN[_vocabulary([cfg] if isinstance(cfg, Mapping) else cfg)]
 
 
 def vocabularies() -> Iterable[frozenset[str]]:
-    """The words of every vocabulary."""
+    """Returns the words of every vocabulary."""
     return _OWN.values()
 
 
@@ -68,7 +68,7 @@ def check_names(stage: Mapping[str, Any]) -> None:
 
 
 def _vocabulary(stages: Sequence[Mapping[str, Any]]) -> str:
-    """The word that tells the vocabulary. Raises ConfigError for a mixture."""
+    """Returns the word that tells the vocabulary. Raises ConfigError for a mixture."""
     found = [word for word in _OWN if any(word in stage for stage in stages)]
     if len(found) > 1:
         raise ConfigError(f"'{found[0]}' and '{found[1]}' belong to different vocabularies", hint="keep to one of them")

@@ -29,7 +29,7 @@ _OBSERVERS = {
 
 
 def to_spec(args: Mapping[str, Any], *, weight: bool) -> TensorSpec:
-    """The TensorSpec of QuantizationArgs. Raises ConfigError naming the field."""
+    """Returns the TensorSpec of QuantizationArgs. Raises ConfigError naming the field."""
     if not isinstance(args, Mapping):
         raise ConfigError(f"arguments are a mapping, not {args!r}")
     for key in args:
@@ -62,7 +62,7 @@ def _element(args: Mapping[str, Any]) -> str:
 
 
 def _strategy(args: Mapping[str, Any]) -> str:
-    """Left out, it follows from the group size: none a tensor, -1 a channel."""
+    """Returns the strategy. One that is left out follows from the group size: none a tensor, -1 a channel."""
     size = args.get("group_size")
     usual = "tensor" if size is None else "channel" if size == -1 else "group"
     strategy = str(args.get("strategy") or usual).lower()

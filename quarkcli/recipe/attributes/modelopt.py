@@ -49,7 +49,7 @@ _REFUSED = {
 
 
 def to_spec(cfg: Mapping[str, Any], *, weight: bool) -> TensorSpec:
-    """The TensorSpec of ModelOpt attributes. Raises ConfigError naming the field.
+    """Returns the TensorSpec of ModelOpt attributes. Raises ConfigError naming the field.
 
     weight   a weight is known whole, so that its `dynamic` blocks are computed once and stored
     """
@@ -75,7 +75,7 @@ def to_spec(cfg: Mapping[str, Any], *, weight: bool) -> TensorSpec:
 
 
 def from_spec(spec: TensorSpec) -> dict[str, Any]:
-    """The attributes that come nearest to one stage; what ModelOpt has no word for is left out.
+    """Returns the attributes that come nearest to one stage; what ModelOpt has no word for is left out.
 
     Raises ConfigError for a number format that it does not have.
     """
@@ -145,7 +145,7 @@ def _flag(cfg: Mapping[str, Any], name: str) -> bool:
 
 
 def _pair(value: Any, name: str) -> tuple[int, int] | None:
-    """(exponent, mantissa) of `[4, 3]` or `e4m3`."""
+    """Returns (exponent, mantissa) of `[4, 3]` or `e4m3`."""
     if value is None:
         return None
     if isinstance(value, str) and (found := re.fullmatch(r"e(\d)m(\d)", value.lower())):

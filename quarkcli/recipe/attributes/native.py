@@ -53,7 +53,10 @@ _MX_GROUP = 32
 
 
 def to_spec(cfg: Mapping[str, Any]) -> TensorSpec:
-    """The TensorSpec of a native cfg. Raises ConfigError naming the key, without a place (the caller adds it)."""
+    """Returns the TensorSpec of a native cfg.
+
+    Raises ConfigError naming the key, without a place (the caller adds it).
+    """
     if isinstance(cfg, Mapping) and cfg.get("element") == _MX:
         cfg = _unwrapped(cfg)
     _only(cfg, KEYS, "cfg")
@@ -82,7 +85,7 @@ def to_spec(cfg: Mapping[str, Any]) -> TensorSpec:
 
 
 def _unwrapped(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """`{element: mx, mx_element: X}` written out."""
+    """Returns `{element: mx, mx_element: X}` written out."""
     _only(cfg, _MX_KEYS, "a cfg of mx")
     inner = cfg.get("mx_element")
     element = "mxint8" if inner == "int8" else inner

@@ -21,7 +21,9 @@ Change = Mapping[str, Any]
 
 
 def changed(old: Cfg, given: Change | Sequence[Change], *, weight: bool) -> Cfg:
-    """`old` with the attributes that are given: a mapping for every stage of a chain, or a list with one per stage.
+    """Returns `old` with the attributes that are given.
+
+    They are a mapping for every stage of a chain, or a list with one per stage.
 
     Raises ConfigError for a list of another length, and for words that cannot be put beside those of `old`.
     """
@@ -86,7 +88,7 @@ def _kind(spec: TensorSpec) -> str:
 
 
 def _carried(old: Any, before: Any, after: Any) -> Any:
-    """`old` with what differs between `before` and `after`, field by field."""
+    """Returns `old` with what differs between `before` and `after`, field by field."""
     changes = {}
     for field in fields(old):
         was, now, own = (getattr(each, field.name) for each in (before, after, old))

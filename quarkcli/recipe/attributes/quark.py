@@ -105,7 +105,7 @@ _POWERS_OF_TWO = ("PerTensorPowOf2MinMaxObserver", "PerChannelPowOf2MinMaxObserv
 
 
 def to_spec(specs: Mapping[str, Any] | Sequence[Mapping[str, Any]], *, weight: bool) -> TensorSpec:
-    """The TensorSpec of a SPEC or of a list of them. Raises ConfigError naming the field."""
+    """Returns the TensorSpec of a SPEC or of a list of them. Raises ConfigError naming the field."""
     given = [specs] if isinstance(specs, Mapping) else list(specs)
     if given and isinstance(given[0], Mapping) and OWN_KEY in given[0]:
         return native.to_spec(given[0][OWN_KEY])
@@ -125,7 +125,7 @@ def to_spec(specs: Mapping[str, Any] | Sequence[Mapping[str, Any]], *, weight: b
 
 
 def _known(entry: Any) -> dict[str, Any]:
-    """A SPEC under today's keys, enumeration members by their bare names."""
+    """Returns a SPEC under today's keys, enumeration members by their bare names."""
     if not isinstance(entry, Mapping):
         raise ConfigError(f"a SPEC is a mapping, not {entry!r}")
     out: dict[str, Any] = {}
@@ -197,7 +197,7 @@ def _element(entry: Mapping[str, Any]) -> Element:
 
 
 def _cast(entry: Mapping[str, Any], element: Element) -> TensorSpec:
-    """A plain 16-bit float, which takes no scale."""
+    """Returns the spec of a plain 16-bit float, which takes no scale."""
     for key in ("qscheme", "group_size", "block_size", "scale_format", "mx_element_dtype"):
         if entry.get(key) is not None:
             raise ConfigError(f"'{key}' contradicts dtype {entry['dtype']}, which has no scale", hint="take it out")
@@ -209,7 +209,7 @@ def _cast(entry: Mapping[str, Any], element: Element) -> TensorSpec:
 def _shared_exponent(
     entry: Mapping[str, Any], element: Element, when: When, over: Mapping[str, Any] | None
 ) -> TensorSpec:
-    """mx6, mx9, bfp16 and the wrapper mx: groups under one exponent; Quark says little of them."""
+    """Returns the spec of mx6, mx9, bfp16 or the wrapper mx: groups under one exponent. Quark says little of them."""
     if over is not None:
         raise ConfigError(f"no scale goes over the exponents of {entry['dtype']}")
     _along_features(entry)
@@ -288,7 +288,7 @@ def _scale(entry: Mapping[str, Any], element: Element, when: When, over: Mapping
 
 
 def _two_level(over: Mapping[str, Any], when: When) -> ScaleSpec:
-    """Block scales under the global scale that the second SPEC says."""
+    """Returns block scales under the global scale that the second SPEC says."""
     dtype = _choice(over, "dtype", BLOCK_SCALES)
     if over.get("qscheme") != "per_tensor":
         raise ConfigError("the scale over the scales is one per tensor", hint="qscheme: per_tensor")
@@ -311,7 +311,7 @@ def _observer(entry: Mapping[str, Any]) -> ObserverSpec:
 
 
 def _choice(entry: Mapping[str, Any], key: str, known: Iterable[str]) -> str | None:
-    """One of the known words, or None for null."""
+    """Returns one of the known words, or None for null."""
     value = entry.get(key)
     if value is None:
         return None
