@@ -138,9 +138,9 @@ class CompressedTensors(Writer):
         return found
 
     def caveat(self, plan: Plan) -> str:
-        """Returns the sentence about attention with a cache.
+        """Returns a sentence about the scales of a cache, which transformers 5.24 passes over; empty without them.
 
-        compressed-tensors knows it by the name of an argument that transformers 5.24 changed.
+        compressed-tensors knows attention with a cache by the name of an argument that transformers 5.24 changed.
         """
         if "transformers" in self.loaders(plan) and any(shared.cached(plan)):
             return "transformers 5.24 with compressed-tensors 0.20 passes over the scales of the cache"

@@ -23,7 +23,7 @@ class Copied(NamedTuple):
 
 
 def slug(part: Part) -> str:
-    """Returns the part of the shard's file name: `embed`, `block-00003`, `tail`, `rest`."""
+    """Returns the text that stands for a part in its shard's file name: `embed`, `block-00003`, `tail`, `rest`."""
     return part.kind if part.block is None else f"block-{part.block:05d}"
 
 

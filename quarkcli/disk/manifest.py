@@ -93,7 +93,7 @@ def compare(folder: Path, manifest: Manifest, hashes: bool | None = None) -> lis
 
 
 def _difference(path: Path, name: str, manifest: Manifest, hashed: bool) -> str | None:
-    """Returns the fault of a file, said of several; None: nothing."""
+    """Returns the fault of a file as a phrase that fits several files; None when it has none."""
     size = _size(path)
     if size is None:
         return "files of the manifest are missing"

@@ -179,7 +179,7 @@ def _part(value: Any) -> Any:
 
 
 def _calls(value: Any) -> list[dict[str, Any]]:
-    """Returns tool calls with their arguments as an object: servers read JSON text for the template."""
+    """Returns tool calls with their arguments as an object. Servers parse JSON text for the template as well."""
     if not isinstance(value, list) or not all(isinstance(call, dict) for call in value):
         raise Unusable("tool_calls are no list of objects")
     return [_call(call) for call in value]
