@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -12,15 +13,16 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from quarkcli import algorithms
-from quarkcli.algorithms.base import Refiner
+from quarkcli.algorithms.base import Refiner, Transform
 from quarkcli.disk.checkpoint import Checkpoint
 from quarkcli.disk.journal import Journal
 from quarkcli.disk.source import Source
 from quarkcli.evaluate.run import evaluate
 from quarkcli.job import run as job
-from quarkcli.plan.model import Fate
+from quarkcli.plan.model import Added, Changes, Fate
 from tests import runs
 
 OWN = """\
@@ -231,3 +233,54 @@ def test_a_transform_before_and_a_tuner_after_a_solver(page: Path, tmp_path: Pat
     plain = runs.run("demo", tmp_path / "plain", scheme="int4_wo_128", algorithm="gptq", **runs.data(page, 16, 128))
     source = job.EMBEDDED
     assert compared(made.folder, source, page)["kl"] < 1.05 * compared(plain.folder, source, page)["kl"]
+
+
+class Untie(Transform):
+    """Gives a model whose head is its embedding a head of its own, twice as large, and halves the norm before it."""
+
+    name = "untie"
+
+    def changes(self, plan: Any) -> Changes:
+        head = Added("lm_head.weight", "F32", plan.targets["model.embed_tokens"].shape, 0)
+        return Changes(frozenset({"model.norm.weight"}), (head,), config={"tie_word_embeddings": False})
+
+    def before(self, part: Any, state: Any) -> None:
+        if part.part.kind == "embed":
+            part.add("lm_head.weight", part.read("model.embed_tokens.weight") * 2)
+        elif part.part.kind == "tail":
+            part.vector("model.norm.weight").div_(2)
+
+
+def test_a_head_that_the_source_lacks(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    create = algorithms.create
+    monkeypatch.setattr(algorithms, "create", lambda n, p, *w: Untie() if n == "untie" else create(n, p, *w))
+    source = runs.build("llama", tmp_path / "m", torch.float32, tie_word_embeddings=True)
+    assert "lm_head.weight" not in runs.read_all(source)
+    plain = runs.run(source, tmp_path / "plain", scheme="mxfp4")
+    made = runs.run(source, tmp_path / "out", scheme="mxfp4", algorithm="untie")
+    assert made.report["added"] == ["lm_head.weight"] and made.report["changed"] == {"model.norm.weight": "untie"}
+    assert made.report["config_changes"] == {"tie_word_embeddings": False}
+    assert json.loads((made.folder / "config.json").read_text())["tie_word_embeddings"] is False
+    planned = made.prepared.forecast.output_bytes
+    assert planned == sum(file.stat().st_size for file in made.folder.glob("*.safetensors"))
+    result = compared(made.folder, plain.folder, page, dtype="float32")
+    assert abs(result["kl"]) < 1e-9 and result["top1_agreement"] == 1.0
+
+
+def test_a_tensor_that_is_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Dropping(Transform):
+        name = "dropping"
+
+        def changes(self, plan: Any) -> Changes:
+            return Changes(dropped={"model.layers.0.self_attn.rotary_emb.inv_freq": "made anew by every loader"})
+
+    create = algorithms.create
+    monkeypatch.setattr(algorithms, "create", lambda n, p, *w: Dropping() if n == "dropping" else create(n, p, *w))
+    source = runs.build("llama", tmp_path / "m")
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    made = runs.run(source, tmp_path / "out", scheme="mxfp4", algorithm="dropping")
+    assert "model.layers.0.self_attn.rotary_emb.inv_freq" not in runs.read_all(made.folder)
+    assert list(made.report["dropped"].values()) == ["made anew by every loader"]
+    assert made.prepared.plan.fates()["model.layers.0.self_attn.rotary_emb.inv_freq"].kind == "dropped"
