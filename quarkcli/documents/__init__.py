@@ -1,1 +1,1 @@
-"""JSON documents that others wrote: read as text, and checked for their shape once, before they are used."""
+"""Reads JSON documents that others wrote, and checks their shape once before they are used."""

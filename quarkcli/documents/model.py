@@ -1,4 +1,4 @@
-"""Shapes of the documents of a model: what is read of config.json and of the index."""
+"""Defines the shapes of config.json and of the index of a model, as far as they are read."""
 
 from __future__ import annotations
 

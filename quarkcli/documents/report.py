@@ -1,4 +1,4 @@
-"""Shape of quark/report.json, as far as it is shown."""
+"""Defines the shape of quark/report.json, as far as it is shown."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""JSON from bytes; what cannot be read is a ModelError with the place."""
+"""Parses JSON from bytes. Unreadable text is a ModelError with the place."""
 
 from __future__ import annotations
 

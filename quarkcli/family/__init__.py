@@ -1,4 +1,4 @@
-"""Model families: which tensor of a checkpoint plays which role. Torch-free; a family is a YAML file.
+"""Model families tell which tensor of a checkpoint plays which role. Torch-free; a family is a YAML file.
 
 `lay_out` applies a family to headers and answers with every weight a recipe can reach (`Weight`), the activations they
 read, the parts of the walk and the attention modules. A family nobody described is inferred from names.

@@ -1,4 +1,4 @@
-"""A family guessed from tensor names, by the leaf names that published models use."""
+"""Guesses a family from tensor names, by the leaf names that published models use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A family applied to one checkpoint's headers: every weight a recipe can reach, what it reads, and the parts."""
+"""Applies a family to one checkpoint's headers: it gives the weights, the activations they read, and the parts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tensors that belong to no model, or that nobody expects: adapters, codes without their config. Torch-free."""
+"""Finds unexpected tensors: adapters, codes without their config, tensors of no model. Torch-free."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The lists of blocks among tensor names, and which of them is the language model's. Torch-free."""
+"""Finds the lists of blocks among tensor names, and chooses the language model's. Torch-free."""
 
 from __future__ import annotations
 

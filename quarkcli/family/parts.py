@@ -1,4 +1,4 @@
-"""The parts of the walk over a checkpoint: embedding, decoder blocks, tail, and what text does not run. Torch-free."""
+"""Divides a checkpoint into parts: embedding, decoder blocks, tail, and what text does not run. Torch-free."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A family in the spelling of one checkpoint's names: text prefixes, base models, and names that a wrapper changed."""
+"""Puts a family in the spelling of one checkpoint's names: text prefixes, base models, names that a wrapper changed."""
 
 from __future__ import annotations
 

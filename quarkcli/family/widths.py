@@ -1,4 +1,4 @@
-"""Widths and counts against config.json, where it tells them, and within a module. Torch-free."""
+"""Checks widths and counts against config.json, where it tells them, and within a module. Torch-free."""
 
 from __future__ import annotations
 

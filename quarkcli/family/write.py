@@ -1,4 +1,4 @@
-"""A family as YAML text, as a person would write it: short lists and mappings on one line."""
+"""Writes a family as YAML text as a person would: short lists and mappings stand on one line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Queries, keys and values where the cache is written, after rotary embedding and normalization; and softmax outputs.
+"""Taps queries, keys and values where the cache is written, after rotary embedding and norms, and softmax outputs.
 
 The attention function in use ("sdpa" or "eager") is wrapped in transformers' registry and put back afterwards. A new
 registry name would silently change three families, which test for those two names. Blocks that do not use the

@@ -1,4 +1,4 @@
-"""Weights in and out of a skeleton: outside tensors and decoder blocks, one set at a time."""
+"""Loads and unloads the weights of a skeleton, outside tensors and decoder blocks, one set at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Buffers that no file holds (rotary frequencies, position tables): rebuilt with the model's own initialization."""
+"""Rebuilds buffers that no file holds (rotary frequencies, position tables) with the model's own initialization."""
 
 from __future__ import annotations
 

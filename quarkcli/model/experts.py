@@ -1,4 +1,4 @@
-"""Mixture-of-experts modules, one expert at a time.
+"""Runs mixture-of-experts modules one expert at a time.
 
 Almost every family holds its experts fused in memory and runs them through one grouped kernel, where no hook can
 see an expert. With a handler, an experts module instead runs a loop of per-expert matmuls, equal to the class's own

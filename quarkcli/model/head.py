@@ -1,4 +1,4 @@
-"""The head, which is left out where nobody reads its logits: a vocabulary times a batch is most of a short pass."""
+"""Leaves out the head where nobody reads its logits: a vocabulary times a batch is most of a short pass."""
 
 from __future__ import annotations
 

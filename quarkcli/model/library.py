@@ -1,4 +1,4 @@
-"""The only file that reaches into transformers' inner parts, so that a release that moved one gives one clear error.
+"""Imports transformers' inner parts, in this file only, so that a release that moved one gives one clear error.
 
 Everything else of this room imports these names from here. The project asks for 5.22 up to, not including, 6.
 """

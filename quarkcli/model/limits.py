@@ -1,4 +1,4 @@
-"""Foreign code that is only text, such as a chat template, run in a child process with a limit of time and memory."""
+"""Runs foreign code that is only text, such as a chat template, in a child process with limits of time and memory."""
 
 from __future__ import annotations
 

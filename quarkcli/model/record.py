@@ -1,4 +1,4 @@
-"""Running a model block by block: record what every block is called with, replay the blocks one at a time.
+"""Runs a model block by block: it records the arguments of every block and replays the blocks one at a time.
 
 Every block is replaced by a stub that notes its arguments and passes the hidden states on; the model's own forward
 runs once per batch. Masks and rotary embeddings that differ per block therefore come out right, which the shortcut of

@@ -1,4 +1,4 @@
-"""The face of this room: one model, run a decoder block at a time.
+"""Runs one model a decoder block at a time. Other rooms use this file.
 
 Order of use: `load_outside`, `record` per batch, `unload_outside`; then for each block `load_block`, `run_block` per
 batch (under `handlers` to see or change what linears, experts and attention read), `unload_block`; at the end

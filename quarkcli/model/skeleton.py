@@ -1,4 +1,4 @@
-"""The model's module tree on the meta device: which class, which config, which list of blocks. No weights are read."""
+"""Builds the model's module tree on the meta device, with its class, config and list of blocks. It reads no weights."""
 
 from __future__ import annotations
 

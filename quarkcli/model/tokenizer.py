@@ -1,4 +1,4 @@
-"""Text to token numbers, with the tokenizer that lies beside the model."""
+"""Turns text into token numbers, with the tokenizer that lies beside the model."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Numbers: formats, scales, packing, fake quantization and the GPTQ column loop. Tensors in, tensors out."""
+"""Computes with number formats: scales, packing, fake quantization, the GPTQ column loop. Tensors in, tensors out."""

@@ -1,4 +1,4 @@
-"""Walking a matrix in chunks of rows that fit the processor's cache, and the largest magnitude of every group."""
+"""Walks a matrix in chunks of rows that fit the processor's cache, and finds the largest magnitude of every group."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""NaN and infinity in tensors of any dtype that files hold."""
+"""Finds NaN and infinity in tensors of any dtype that files hold."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A matrix and a TensorSpec -> packed codes and scales in one step, and back; by a kernel where there is one."""
+"""Turns a matrix into packed codes and scales in one step, and back, by a kernel where there is one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Codes <-> the bytes of a checkpoint. Layouts as written by AMD Quark, compressed-tensors and AutoAWQ.
+"""Packs codes into the bytes of a checkpoint, and back, as AMD Quark, compressed-tensors and AutoAWQ lay them out.
 
 Every function works along the last axis and is the exact inverse of its partner. Codes are int8 or uint8 tensors; of a
 signed code the two's complement bits are stored.

@@ -1,4 +1,4 @@
-"""A tensor and a TensorSpec -> scales and codes, and back; fake quantization of activations.
+"""Turns a tensor into scales and codes, and back, and fake-quantizes activations.
 
 real value = (code - zero point) * scale (* global scale), all in float32 whatever the dtype of the tensor. A chain
 quantizes what its first stage gives once more.

@@ -1,4 +1,4 @@
-"""The range of the values behind every scale of a matrix."""
+"""Finds the range of the values behind every scale of a matrix."""
 
 from __future__ import annotations
 

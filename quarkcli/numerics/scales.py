@@ -1,4 +1,4 @@
-"""Scales: from the largest magnitude of a group (amax) to the stored scale, and back to a float32 multiplier.
+"""Turns the largest magnitude of a group (amax) into the stored scale, and that into a float32 multiplier.
 
 All arithmetic is float32; exponents are read from the float32 bit fields, because a floating log2 is off by one near
 powers of two. Sources: OCP Microscaling Formats v1.0 (e8m0), NVIDIA's NVFP4 (e4m3 blocks under a float32 scale), AMD

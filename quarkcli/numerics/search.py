@@ -1,4 +1,4 @@
-"""Searches without data: ranges clipped for less error, and block scales chosen among all e4m3 codes.
+"""Searches without data: it clips ranges for less error, and chooses block scales among all e4m3 codes.
 
 Sources: shrink search as in GPTQ-style tools; four over six (arXiv 2512.02010); the exhaustive sweep of e4m3 block
 scales (arXiv 2606.07618).

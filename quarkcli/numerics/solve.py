@@ -1,4 +1,4 @@
-"""The GPTQ column loop, independent of the number format (arXiv 2210.17323).
+"""Runs the GPTQ column loop, independent of the number format (arXiv 2210.17323).
 
 `factorize` turns the second moment of a linear's inputs into a triangular factor, once per input; `solve` rounds the
 columns of any number of rows with it. Rows do not influence each other, so the weights of several linears that read

@@ -1,1 +1,1 @@
-"""The plan: a recipe resolved against one model's headers. Torch-free."""
+"""Resolves a recipe against one model's headers into a plan. Torch-free."""

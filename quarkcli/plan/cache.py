@@ -1,4 +1,4 @@
-"""`--min-kv-scale`: a lower bound for the scales of the KV cache, as entries at the end of the list."""
+"""Turns `--min-kv-scale`, a lower bound for the scales of the KV cache, into entries at the end of the list."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The resolved order: recipe and flags become one list of entries (design: later wins).
+"""Composes recipe and flags into one list of entries in the resolved order (design: later wins).
 
 1 deny all; 2 the scheme, or the recipe's own entries; 3 `--layer-type`; 4 `--layer`; 5 family and default exclusions;
 6 `--exclude`; 7 `--include`; 8 KV cache; 9 attention, then `--min-kv-scale`; 10 edits of the plan. An exclusion of

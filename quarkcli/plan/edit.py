@@ -1,4 +1,4 @@
-"""Plans changed from a program, by the names NVIDIA ModelOpt gives its functions. Torch-free.
+"""Changes plans from a program, by the names NVIDIA ModelOpt gives its functions. Torch-free.
 
 A plan that `quarkcli.make_plan` returned knows what it was resolved from (`Basis`). An edit appends entries to the end
 of the ordered list and resolves it again, in place, so that an edited plan is what `quarkcli.quantize` executes, and

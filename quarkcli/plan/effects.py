@@ -1,4 +1,4 @@
-"""Entries that match nothing, or that enable without effect: errors for a user's own, with near misses."""
+"""Finds entries that match nothing, or enable without effect. A user's own are errors, with near misses."""
 
 from __future__ import annotations
 

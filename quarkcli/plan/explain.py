@@ -1,4 +1,4 @@
-"""Why a slot ended as it did: the entries that speak of it, in order, and what holds in the end. Torch-free."""
+"""Explains a slot: it lists the entries that speak of it, in order, and the outcome. Torch-free."""
 
 from __future__ import annotations
 

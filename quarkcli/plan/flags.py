@@ -1,4 +1,4 @@
-"""Flags that a plan would be the same without: each is a line in the plan, so that nobody takes it for done."""
+"""Finds flags without which the plan stays the same. Each is a line in the plan, so that nobody takes it for done."""
 
 from __future__ import annotations
 

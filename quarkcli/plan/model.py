@@ -1,4 +1,4 @@
-"""The plan: which slot gets which spec, and which entry decided it. Pure data, torch-free.
+"""Defines the plan: the spec of each slot, and the entry that decided it. Pure data, torch-free.
 
 Names are checkpoint names from the source's headers. A *target* is one 2-D weight [out, in] that a recipe can
 reach: a linear, one expert's projection (also when the file stores experts fused), an embedding or the head.

@@ -1,4 +1,4 @@
-"""Entries x layout -> plan: what every slot ends as, and which entry decided it."""
+"""Resolves entries and a layout into a plan: the outcome of every slot, and the entry that decided it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Figures of a plan: bits per weight, shares of parameters. Torch-free."""
+"""Computes figures of a plan: bits per weight, shares of parameters. Torch-free."""
 
 from __future__ import annotations
 

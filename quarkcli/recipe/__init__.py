@@ -1,1 +1,1 @@
-"""Recipes: YAML in, one ordered list of entries out. Torch-free."""
+"""Reads recipes: YAML in, one ordered list of entries out. Torch-free."""

@@ -1,4 +1,4 @@
-"""The `quantization_config` of a quantized checkpoint as a recipe: what made it, as ordered entries. Torch-free.
+"""Reads the `quantization_config` of a quantized checkpoint as a recipe of ordered entries. Torch-free.
 
 AMD Quark's, NVIDIA ModelOpt's (as in config.json, or the nested one of hf_quant_config.json) and that of
 compressed-tensors. Algorithms are not on record in the latter two, and a note says so. Sources: exports of ModelOpt

@@ -1,4 +1,4 @@
-"""A recipe of any kind -> the canonical list, and a commented native file that says the same. Torch-free."""
+"""Turns a recipe of any kind into the canonical list, and into a commented native file of it. Torch-free."""
 
 from __future__ import annotations
 

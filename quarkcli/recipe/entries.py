@@ -1,4 +1,4 @@
-"""An entry: one rule of the ordered list. Later entries win; torch-free."""
+"""Defines an entry, one rule of the ordered list. Later entries win; torch-free."""
 
 from __future__ import annotations
 

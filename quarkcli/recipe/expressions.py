@@ -1,4 +1,4 @@
-"""Regular expressions that files bring with them, on names of modules: no pattern keeps the program for ever.
+"""Matches regular expressions from files on names of modules, and limits their time.
 
 RE2 takes linear time, and answers as `re` does for names and patterns of printable ASCII characters. What it does not
 take (lookaround, references, very large patterns) is tried by `re` in a child process that may use `LIMIT` seconds of

@@ -1,4 +1,4 @@
-"""Files that are not native, by what is in them: ModelOpt's recipes and presets, Quark's configs, the config of a
+"""Reads files that are not native, by their content: ModelOpt's recipes and presets, Quark's configs, the config of a
 checkpoint, bare lists and dicts of entries. Torch-free.
 """
 

@@ -1,4 +1,4 @@
-"""Imports between recipe files: `imports: {name: path}` and `$import: name`, in place and with places. Torch-free.
+"""Expands imports between recipe files, `imports: {name: path}` and `$import: name`, and keeps places. Torch-free.
 
 A path is looked for beside the file that names it, at the root of the tree that file lies in (`configs/x` in
 `ROOT/configs/y.yaml` is `ROOT/configs/x`), in the user's `units` folder and among the built-in units. What is built in

@@ -1,4 +1,4 @@
-"""YAML with places: a strict reader on `yaml.compose` that remembers line and column of every value.
+"""Reads YAML strictly, on `yaml.compose`, and remembers line and column of every value.
 
 YAML 1.1 surprises are removed: duplicate keys are refused, `on`, `off`, `yes` and `no` are text, `012` is text, `1e-4`
 is a number. Aliases may not expand a document beyond `MAX_NODES` values, and a file may not exceed `MAX_BYTES`. JSON is

@@ -1,4 +1,4 @@
-"""Patterns on slot and module names: shell globs on the whole name, or `re:` and a regular expression."""
+"""Matches patterns on slot and module names: shell globs on the whole name, or `re:` and a regular expression."""
 
 from __future__ import annotations
 

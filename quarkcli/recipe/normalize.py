@@ -1,4 +1,4 @@
-"""Every shape a `quant_cfg` was ever written in -> one ordered list of canonical entries. Torch-free.
+"""Turns every shape a `quant_cfg` was ever written in into one ordered list of canonical entries. Torch-free.
 
 A canonical entry has explicit `quantizer_path`, `cfg` (only the fields that were written, or None), `enable`, and
 `parent_class` where one was given. Accepted: ordered entries, flat dicts, single-key dicts, `default`, class scopes

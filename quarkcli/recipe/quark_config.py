@@ -1,4 +1,4 @@
-"""AMD Quark's `QConfig` (JSON or YAML), or the `quantization_config` of its checkpoints -> ordered entries. Torch-free.
+"""Turns AMD Quark's `QConfig` (JSON or YAML), or a checkpoint's `quantization_config`, into entries. Torch-free.
 
 Quark's own precedence, as its release 0.13 applies it, written out as a list in which later wins: deny all, the global
 config, layer types, layers (of two patterns that match, the first wins, so they stand in reverse), `exclude`. A layer

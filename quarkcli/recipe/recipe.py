@@ -1,4 +1,4 @@
-"""A recipe: what a file or a flag asks for, before it meets a model. Torch-free.
+"""Reads a recipe, which a file or a flag asks for, before it meets a model. Torch-free.
 
 A file is native when its top level says `schema: quark/recipe/1`. Any other is read as NVIDIA ModelOpt's or AMD
 Quark's, or as a bare list or dict of entries, and keeps its own list exactly as written: nothing of ours is appended,

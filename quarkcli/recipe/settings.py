@@ -1,4 +1,4 @@
-"""`--set a.b=value`: values of a recipe file replaced or added, typed as YAML. Torch-free."""
+"""Applies `--set a.b=value`: it replaces or adds values of a recipe file, typed as YAML. Torch-free."""
 
 from __future__ import annotations
 

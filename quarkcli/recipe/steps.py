@@ -1,4 +1,4 @@
-"""Algorithm settings of AMD Quark and NVIDIA ModelOpt -> (method, parameters) as a recipe lists them. Torch-free.
+"""Turns algorithm settings of AMD Quark and NVIDIA ModelOpt into (method, parameters) as recipes list them. Torch-free.
 
 Fields are checked against the tables of their system (Quark 0.13, ModelOpt 0.47). They keep their names but for those
 that our algorithms know under another one; what only steers how the other system computes is left out and noted.

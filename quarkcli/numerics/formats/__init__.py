@@ -1,4 +1,4 @@
-"""Element formats: values on a unit scale <-> codes. Each module has `code_dtype`, `round_`, `encode_`, `decode_`."""
+"""Codes values on a unit scale. Each format has `code_dtype`, `round_`, `encode_`, `decode_`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""fp16 and bf16: a cast to torch's own type, saturating; no scale."""
+"""Casts to torch's own fp16 and bf16, saturating and without a scale."""
 
 from __future__ import annotations
 

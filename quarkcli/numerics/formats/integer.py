@@ -1,4 +1,4 @@
-"""Integer codes, also behind a point: value = (code - zero point) * 2^-fraction, saturating."""
+"""Codes integers, also behind a point: value = (code - zero point) * 2^-fraction, saturating."""
 
 from __future__ import annotations
 

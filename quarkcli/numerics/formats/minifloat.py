@@ -1,4 +1,4 @@
-"""Small floats (fp4, fp6, fp8): values <-> codes, one implementation for every eXmY without infinities in its codes.
+"""Codes small floats (fp4, fp6, fp8), in one implementation for every eXmY without infinities in its codes.
 
 Rounding is to the nearest value, ties to the even *code*; finite values saturate; the sign of zero is kept. Sources:
 OCP Microscaling Formats v1.0 (fp4, fp6) and the OFP8 specification (fp8).

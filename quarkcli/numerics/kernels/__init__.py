@@ -1,4 +1,4 @@
-"""Triton kernels behind `numerics.packed` and `quantize.fake_quantize`: the bits of the reference, in one pass.
+"""Triton kernels compute `numerics.packed` and `quantize.fake_quantize` in one pass, with the bits of the reference.
 
 Triton is imported only when a kernel is going to run. Kernels run on a CUDA device, and on a CPU under Triton's
 interpreter (`TRITON_INTERPRET=1` before Triton is first imported), which is how they are tested without one.

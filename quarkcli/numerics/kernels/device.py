@@ -1,4 +1,4 @@
-"""The kernels. Matrices are contiguous; a run is what one scale spans, and where runs are groups rows do not matter."""
+"""Defines the kernels. Matrices are contiguous, one scale spans a run, and where runs are groups rows do not matter."""
 
 from __future__ import annotations
 

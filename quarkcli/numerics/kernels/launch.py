@@ -1,4 +1,4 @@
-"""The kernels behind tensors: from a TensorSpec to launches. Imported only where Triton runs, see `kernels.find`."""
+"""Launches the kernels for tensors and a TensorSpec. Imported only where Triton runs, see `kernels.find`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A `cfg` in any vocabulary -> TensorSpec. Torch-free.
+"""Turns a `cfg` in any vocabulary into a TensorSpec. Torch-free.
 
 Which vocabulary it is shows in its words: `element` is our own, `dtype` a SPEC of AMD Quark, anything else attributes
 of NVIDIA ModelOpt, whose `num_bits` may be left out (8). A list is a chain of two: ModelOpt quantizes with one after

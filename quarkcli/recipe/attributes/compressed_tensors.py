@@ -1,4 +1,4 @@
-"""The QuantizationArgs of compressed-tensors (release 0.20) -> TensorSpec. Torch-free.
+"""Turns the QuantizationArgs of compressed-tensors (release 0.20) into a TensorSpec. Torch-free.
 
 Its rules: integer scales are amax / half of the range, exponents of MX scales round to `even`, and asymmetric integers
 are those of the unsigned format of the same width. Scales have the usual dtype of their format; the config is silent on

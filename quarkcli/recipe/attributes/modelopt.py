@@ -1,4 +1,4 @@
-"""NVIDIA ModelOpt's quantizer attributes -> TensorSpec. Torch-free.
+"""Turns NVIDIA ModelOpt's quantizer attributes into a TensorSpec. Torch-free.
 
 Facts: release 0.47, `QuantizerAttributeConfig`. Its rules differ from ours: integer scales are amax / qmax, the
 exponents of MX scales round up (`rceil`). What has no effect on a written checkpoint (`fake_quant`,

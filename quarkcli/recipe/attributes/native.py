@@ -1,4 +1,4 @@
-"""The native vocabulary of a `cfg`: the fields of TensorSpec in YAML.
+"""Reads the native vocabulary of a `cfg`: the fields of TensorSpec in YAML.
 
     element: fp4_e2m1
     granularity: {group: 16}

@@ -1,4 +1,4 @@
-"""A partial change of a cfg, in its own words or in those of another vocabulary. Torch-free.
+"""Changes a part of a cfg, in its own words or in those of another vocabulary. Torch-free.
 
 A change in the words of the cfg replaces those keys. Our own words say everything, so that a cfg is first written in
 them when the change is. ModelOpt's say less: there the change is what differs between what they mean with it and

@@ -1,4 +1,4 @@
-"""A SPEC of AMD Quark (release 0.13, `QTensorConfig`) -> TensorSpec. Torch-free.
+"""Turns a SPEC of AMD Quark (release 0.13, `QTensorConfig`) into a TensorSpec. Torch-free.
 
 All 17 keys; a missing one is null, and `enable_buffer_reuse` and `max_input_numel` only steer Quark's kernels. Quark's
 rules: integer scales are amax / half of the range, exponents of MX scales round to `even`. Older names are read as
