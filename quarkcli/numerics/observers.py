@@ -10,8 +10,7 @@ its uniform model, and looks at every range instead of stopping at the first tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from copy import deepcopy
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from math import ceil
 from typing import Protocol, Self
@@ -47,16 +46,6 @@ class Observer(Protocol):
 
     def merge(self, other: Self) -> None:
         """Take in what another has kept."""
-
-
-class Placeholder:
-    """Keeps nothing: a dynamic or constant scale has nothing to wait for."""
-
-    def observe(self, x: Tensor) -> None:
-        return None
-
-    def merge(self, other: Placeholder) -> None:
-        return None
 
 
 class MinMax:
@@ -224,26 +213,14 @@ STATISTICS: dict[str, Callable[[], MinMax | Histogram]] = {
 }
 
 
-def observer(spec: TensorSpec) -> Observer:
-    """Returns an empty observer for the range behind the static scale of `spec`."""
-    if not spec.needs_amax:
-        return Placeholder()
-    if spec.observer.statistic != MIN_MAX.statistic:
-        return STATISTICS[spec.observer.statistic]()
-    assert spec.scale is not None
-    return MinMax(_WHOLE if spec.scale.global_scale is not None else spec.granularity)
-
-
-def amax_of(seen: Observer, spec: TensorSpec) -> Tensor:
+def amax_of(seen: MinMax | Histogram, spec: TensorSpec) -> Tensor:
     """Returns the amax behind a static scale (`static_scale`), as the observer of `spec` chooses it.
 
-    float32 [], or shaped as `MinMax.amax`. NaN or inf when one was seen. DataError when nothing was, ConfigError for a
-    placeholder and where squared errors need the blocks that a histogram does not keep.
+    float32 [], or shaped as `MinMax.amax`. NaN or inf when one was seen. DataError when nothing was, ConfigError where
+    squared errors need the blocks that a histogram does not keep.
     """
     if isinstance(seen, MinMax):
         return seen.amax
-    if not isinstance(seen, Histogram):
-        raise ConfigError("this scale is not measured", hint="when: static, without a constant_amax")
     return _chosen(seen, spec).to(seen.amax.device)
 
 
@@ -271,14 +248,6 @@ def _chosen(seen: Histogram, spec: TensorSpec) -> Tensor:
     if spec.observer.name == "mse":
         return seen.least_error(spec, int(parameters["steps"]), parameters["shrink"])
     return seen.best_range(spec)
-
-
-def merged(observers: Sequence[Observer]) -> Observer:
-    """Returns a new observer with the statistics of several ranks. It takes at least one, all of one kind."""
-    whole = deepcopy(observers[0])
-    for other in observers[1:]:
-        whole.merge(other)
-    return whole
 
 
 def _ends(x: Tensor, granularity: Granularity) -> tuple[Tensor, Tensor]:

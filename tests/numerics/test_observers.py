@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -13,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quarkcli.errors import ConfigError, DataError
-from quarkcli.numerics.observers import Histogram, MinMax, Placeholder, amax_of, merged, observer, weight_amax
+from quarkcli.numerics.observers import STATISTICS, Histogram, MinMax, amax_of, weight_amax
 from quarkcli.numerics.quantize import static_scale
 from quarkcli.spec import (
     Granularity,
@@ -59,9 +62,17 @@ def headroom(anchor: float = 1.0, upper: float = 99.99, rho: float = 16384.0) ->
 
 
 def seen(spec: TensorSpec, *tensors: torch.Tensor) -> Histogram | MinMax:
-    out = observer(spec)
+    out = STATISTICS[spec.observer.statistic]()
     for x in tensors:
         out.observe(x)
+    return out
+
+
+def merged(ranks: Sequence[Any]) -> Any:
+    """One that has taken in all, in order."""
+    out = deepcopy(ranks[0])
+    for rank in ranks[1:]:
+        out.merge(rank)
     return out
 
 
@@ -260,28 +271,6 @@ def test_nothing_seen(name: str) -> None:
         amax_of(seen(spec, torch.zeros(0, 16)), spec)
 
 
-def test_a_dynamic_scale_has_a_placeholder() -> None:
-    for scale in (ScaleSpec("f32", when="dynamic"), ScaleSpec("f32", constant_amax=3.0)):
-        spec = TensorSpec("fp8_e4m3", PerTensor(), scale)
-        found = merged([seen(spec, torch.ones(3)), seen(spec, torch.ones(3))])
-        assert isinstance(found, Placeholder)
-        with pytest.raises(ConfigError, match="not measured"):
-            amax_of(found, spec)
-
-
-def test_which_observer_a_spec_gets() -> None:
-    assert seen(BLOCKS).granularity == PerTensor()  # the range behind the global scale
-    blocks = TensorSpec("fp4_e2m1", PerGroup(32), ScaleSpec("e8m0", "even"))
-    assert observer(blocks).granularity == PerGroup(32)
-    assert isinstance(observer(fp8("mse", **MSE)), Histogram)
-    for granularity in (PerTile(4, 4), PerToken()):
-        with pytest.raises(ConfigError, match="no range"):
-            MinMax(granularity)
-    global_only = TensorSpec(BLOCKS.element, BLOCKS.granularity, BLOCKS.scale, observer=ObserverSpec("histogram"))
-    with pytest.raises(ConfigError, match="one scale per tensor"):
-        amax_of(seen(global_only, torch.ones(4)), global_only)
-
-
 def test_minimum_of_static_scales() -> None:
     least = TensorSpec("fp8_e4m3", PerTensor(), ScaleSpec("f32", minimum=0.5))
     assert static_scale(torch.tensor(1.0), least) == 0.5
@@ -342,3 +331,12 @@ def test_headroom_of_nothing_but_zeros_and_of_one_block() -> None:
     assert float(amax_of(seen(spec, torch.zeros(4, 16)), spec)) == 0
     assert float(amax_of(seen(spec, torch.full((1, 5), -2.0)), spec)) == 2 * 16384
     assert torch.isinf(amax_of(seen(spec, torch.tensor([[1.0, torch.inf]])), spec))
+
+
+def test_which_ranges_are_kept() -> None:
+    for granularity in (PerTile(4, 4), PerToken()):
+        with pytest.raises(ConfigError, match="no range"):
+            MinMax(granularity)
+    global_only = TensorSpec(BLOCKS.element, BLOCKS.granularity, BLOCKS.scale, observer=ObserverSpec("histogram"))
+    with pytest.raises(ConfigError, match="one scale per tensor"):
+        amax_of(seen(global_only, torch.ones(4)), global_only)
