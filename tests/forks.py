@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -53,7 +54,7 @@ def at(*targets: str, call: int = 1, after: bool = False, what: str = "SIGKILL")
     targets   dotted names of functions; their calls are counted together
     call      the how manieth call, 1-based; 0: every one
     after     once that call has returned, instead of in its place
-    what      a signal's name, or several with the seconds between them ("SIGINT 0.1 SIGINT"), sent by another process;
+    what      a signal's name, or several with the seconds between them ("SIGINT 0.1 SIGINT"), sent by another thread;
               a number: an OSError with that errno is raised; a float: seconds to sleep
     """
     return {"targets": targets, "call": call, "after": after, "what": what}
@@ -225,7 +226,7 @@ def _owner(target: str) -> tuple[Any, str]:
 
 def _act(what: str) -> None:
     if " " in what:
-        _send(os.getpid(), what.split())
+        _send(what.split())
     elif what.startswith("SIG"):
         os.kill(os.getpid(), getattr(signal, what))
     elif "." in what:
@@ -234,17 +235,23 @@ def _act(what: str) -> None:
         raise OSError(int(what), os.strerror(int(what)))
 
 
-def _send(process: int, words: list[str]) -> None:
-    """A process beside sends the signals; this one waits for the first of them."""
-    if os.fork():
-        time.sleep(60)
-        return
-    for word in words:
-        if word.startswith("SIG"):
-            os.kill(process, getattr(signal, word))
-        else:
-            time.sleep(float(word))
-    os._exit(0)
+def _send(words: list[str]) -> None:
+    """A thread beside sends the signals to this one, which waits for the first of them.
+
+    Not a forked process: the first signal could meet the hooks that run behind a fork, where errors are only printed.
+    """
+    waiting = threading.main_thread().ident
+    assert waiting is not None
+
+    def beside() -> None:
+        for word in words:
+            if word.startswith("SIG"):
+                signal.pthread_kill(waiting, getattr(signal, word))
+            else:
+                time.sleep(float(word))
+
+    threading.Thread(target=beside, daemon=True).start()
+    time.sleep(60)
 
 
 if __name__ == "__main__":
