@@ -29,22 +29,24 @@ Needs = dict[str, set[str]]  # kinds of statistics by site
 class Moment(NamedTuple):
     """Second moments of the activation that the weights of a problem read: running means over calibration tokens.
 
-    gram      mean of x x^T, float32 [in, in]
-    tokens    number of tokens that it is the mean of; 0 where it is borrowed from the layer of an expert that saw none
-    cross     mean of x s^T, where s is the same token's activation in the source model; only where a solver needs it
-    gram_val  mean of x x^T over the held-out tokens; None when none were held out, or nobody needs it
+    gram       mean of x x^T, float32 [in, in]
+    tokens     number of tokens that it is the mean of; 0 where it is borrowed from the layer of an expert that saw none
+    cross      mean of x s^T, where s is the same token's activation in the source model; only where a solver needs it
+    gram_val   mean of x x^T over the held-out tokens; None when none were held out, or nobody needs it
+    cross_val  mean of x s^T over the held-out tokens; None when none were held out, or nobody needs it
     """
 
     gram: Tensor
     tokens: int
     cross: Tensor | None = None
     gram_val: Tensor | None = None
+    cross_val: Tensor | None = None
 
     def scaled(self, factor: Tensor) -> Moment:
         """Returns the moments of the activation times `factor`, float32 [in]."""
         both = factor[:, None] * factor
-        cross = self.cross * both if self.cross is not None else None
-        return Moment(self.gram * both, self.tokens, cross, self.gram_val * both if self.gram_val is not None else None)
+        more = (mean * both if mean is not None else None for mean in self[2:])
+        return Moment(self.gram * both, self.tokens, *more)
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,7 @@ class Statistics:
         self._grams: dict[str, SecondMoment] = {}
         self._held_grams: dict[str, SecondMoment] = {}
         self._crosses: dict[str, SecondMoment] = {}
+        self._held_crosses: dict[str, SecondMoment] = {}
         self._source_rows: dict[str, Tensor] = {}
         self.layers: dict[str, ExpertLayer] = {}
         self._factors: dict[tuple[str, int | None], Tensor] = {}
@@ -96,17 +97,10 @@ class Statistics:
             return None
         if not bool(torch.isfinite(mean).all()):
             raise DataError("NaN or inf in the calibration activations", where=site, hint=_NONFINITE)
-        more = (
-            self._scaled(self._cross(site, expert), site, expert),
-            self._scaled(self._val(site, expert), site, expert),
-        )
-        scaled = self._scaled(mean, site, expert)
-        assert scaled is not None
-        return Moment(scaled, tokens, *more)
-
-    def _scaled(self, mean: Tensor | None, site: str, expert: int | None) -> Tensor | None:
+        cross, cross_val = (self._mean(moments, site, expert) for moments in (self._crosses, self._held_crosses))
+        moment = Moment(mean, tokens, cross, self._val(site, expert), cross_val)
         factor = self._factors.get((site, expert))
-        return mean if mean is None or factor is None else mean * factor[:, None] * factor
+        return moment if factor is None else moment.scaled(factor)
 
     def _gram(self, site: str, expert: int | None) -> tuple[Tensor | None, int]:
         if expert is None:
@@ -119,8 +113,8 @@ class Statistics:
             return self._held_grams[site].result()[0] if site in self._held_grams else None
         return self._expert_moment(site, [expert], True)[0] if self._apart(site) is False else None
 
-    def _cross(self, site: str, expert: int | None) -> Tensor | None:
-        return self._crosses[site].result()[0] if expert is None and site in self._crosses else None
+    def _mean(self, moments: Mapping[str, SecondMoment], site: str, expert: int | None) -> Tensor | None:
+        return moments[site].result()[0] if expert is None and site in moments else None
 
     def follow(self, scaled: Mapping[tuple[str, int | None], Tensor], outputs: bool) -> bool:
         """Takes over factors of channels, by activation and expert. Returns whether everything asked for follows.
@@ -238,6 +232,8 @@ class Statistics:
         own, other = rows, self._source_rows.pop(site, None)
         if "gram_val" in kinds and held is not None:
             self._held_grams.setdefault(site, SecondMoment()).add(rows[held])
+            if "cross" in kinds and other is not None:
+                self._held_crosses.setdefault(site, SecondMoment()).add(rows[held], other[held])
             own, other = rows[~held], other[~held] if other is not None else None
         if "gram" in kinds:
             self._grams.setdefault(site, SecondMoment()).add(own.clone())

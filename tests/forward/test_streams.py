@@ -85,6 +85,7 @@ def test_moments_of_both_streams(
             "gram": mean(x[~held], x[~held]),
             "gram_val": mean(x[held], x[held]),
             "cross": mean(x[~held], s[~held]),
+            "cross_val": mean(x[held], s[held]),
         }
         for name, value in expected.items():
             found = getattr(moment, name).double()
@@ -125,7 +126,7 @@ def test_a_killed_run_takes_both_streams_up(watching: Mapping[str, Moment], tmp_
     Watching.seen.clear()
     again = runs.run("demo", tmp_path / "out", scheme="int4_wo_128", **{**text, "resume": "require"})
     assert runs.same_files(whole.folder, again.folder)
-    for name in ("gram", "gram_val", "cross"):
+    for name in ("gram", "gram_val", "cross", "cross_val"):
         assert torch.equal(getattr(watching[site], name), getattr(last, name))
 
 
