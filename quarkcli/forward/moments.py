@@ -93,4 +93,4 @@ def held_out(rows: int, seqlen: int) -> Tensor | None:
 
 def holds_out(needs: Mapping[str, set[str]]) -> bool:
     """True when some statistic wants held-out tokens."""
-    return any("gram_val" in kinds for kinds in needs.values())
+    return any({"gram_val", "samples"} & kinds for kinds in needs.values())

@@ -16,6 +16,7 @@ from torch import Tensor
 from quarkcli.algorithms.base import Moment
 from quarkcli.errors import DataError
 from quarkcli.forward.moments import SecondMoment
+from quarkcli.forward.samples import MeanMagnitude, Samples, picked
 from quarkcli.forward.taps import ExpertLayer, ExpertTap, unpadded
 from quarkcli.model.handlers import Handlers
 from quarkcli.numerics.observers import STATISTICS, Histogram, MinMax, amax_of
@@ -32,7 +33,8 @@ _UNSEEN_ATTENTION = (
 
 
 class Statistics:
-    """Statistics of one part. `needs`: kinds by site, those of `STATISTICS`, `gram`, `gram_val` and `cross`.
+    """Statistics of one part. `needs`: kinds by site, those of `STATISTICS`, `gram`, `gram_val`, `cross`,
+    `samples` and `mean_abs`.
 
     `gram_val` keeps held-out tokens out of `gram` and has a moment of its own for them; `cross` is the moment of the
     served stream's activation with the source stream's. Experts have no cross moments.
@@ -60,6 +62,8 @@ class Statistics:
         self._crosses: dict[str, SecondMoment] = {}
         self._held_crosses: dict[str, SecondMoment] = {}
         self._source_rows: dict[str, Tensor] = {}
+        self._samples: dict[str, Samples] = {}
+        self._magnitudes: dict[str, MeanMagnitude] = {}
         self.layers: dict[str, ExpertLayer] = {}
         self._factors: dict[tuple[str, int | None], Tensor] = {}
 
@@ -73,11 +77,14 @@ class Statistics:
         Raises DataError for a site that saw no token or a NaN.
         """
         kind = spec.observer.statistic
+        if kind == "absmax" and (site, expert) in self._factors:
+            kind = "channel_absmax"
         seen = self._expert_ranges.get((site, kind, expert), self._ranges.get((site, kind)))
         if seen is None:
             unseen = _UNSEEN_ATTENTION if site.rpartition(".")[0] in self.plan.attention else ""
             raise DataError("no calibration token reached this activation", where=site, hint=unseen)
         value = amax_of(seen, spec)
+        value = self._times(value, site, expert).max() if value.dim() else value
         if not bool(torch.isfinite(value)):
             raise DataError("NaN or inf in the calibration activations", where=site, hint=_NONFINITE)
         return value
@@ -85,7 +92,35 @@ class Statistics:
     def channel_amax(self, site: str) -> Tensor | None:
         """Returns the largest magnitude of every channel of a site, float32 [features]; None without a token."""
         seen = self._ranges.get((site, "channel_absmax"))
-        return seen.amax if seen is not None else None
+        return self._times(seen.amax, site) if seen is not None else None
+
+    def mean_abs(self, site: str) -> Tensor | None:
+        """Returns the mean magnitude of every channel, float32 [features]; None without a token.
+
+        Of linears' inputs and of the common input of experts.
+        """
+        seen = self._magnitudes[site].result() if site in self._magnitudes else None
+        return self._times(seen, site) if seen is not None else None
+
+    def samples(self, site: str, expert: int | None = None, held: bool = False) -> Tensor | None:
+        """Returns rows of an activation, float32 [n, features], picked evenly; None where there are none.
+
+        expert   of the tokens routed to one expert: its common or its inner input
+        held     of the held-out tokens, instead of the others
+        """
+        if expert is not None:
+            rows = self._expert_samples(site, expert, held)
+        else:
+            rows = self._samples[site].rows(held) if site in self._samples else None
+        factor = self._factors.get((site, expert))
+        if rows is None:
+            return None
+        return rows.float() if factor is None else rows.float() * factor
+
+    def _times(self, magnitudes: Tensor, site: str, expert: int | None = None) -> Tensor:
+        """Returns magnitudes of channels as they are since channels were scaled."""
+        factor = self._factors.get((site, expert))
+        return magnitudes if factor is None else magnitudes * factor.abs()
 
     def moment(self, site: str, expert: int | None = None) -> Moment | None:
         """Returns the second moment of a site, or of one expert with the layer's as prior; None without a token.
@@ -119,10 +154,11 @@ class Statistics:
     def follow(self, scaled: Mapping[tuple[str, int | None], Tensor], outputs: bool) -> bool:
         """Takes over factors of channels, by activation and expert. Returns whether everything asked for follows.
 
-        Second moments do, ranges do not.
+        Second moments, samples and what is known of every channel do; other ranges do not.
         outputs   outputs of linears, and attention's operands, were scaled too
         """
-        for key, factor in scaled.items():
+        shared = {(s, None): f for (s, e), f in scaled.items() if e is not None and self._kind(s) == "experts_in"}
+        for key, factor in (scaled | shared).items():
             known = self._factors.get(key)
             self._factors[key] = factor if known is None else known * factor
         sites = {site for site, _ in scaled}
@@ -132,7 +168,16 @@ class Statistics:
                 for site, part in site_parts(self.plan).items()
                 if part == self.part and site not in self.plan.sites
             }
-        return all(self.needs.get(site, set()) <= {"gram", "gram_val", "cross"} for site in sites)
+        return all(map(self._follows, sites))
+
+    def _follows(self, site: str) -> bool:
+        kinds = set(self.needs.get(site, ()))
+        if site in self.plan.sites and self._kind(site) != "experts_down" and "channel_absmax" in kinds:
+            kinds -= {"absmax", "channel_absmax", "mean_abs"}
+        return kinds <= {"gram", "gram_val", "cross", "samples", "mean_abs"}
+
+    def _kind(self, site: str) -> str:
+        return self.plan.sites[site].kind
 
     def expert_tokens(self) -> dict[str, dict[int, int]]:
         """Returns the routed tokens per expert, by experts prefix."""
@@ -230,6 +275,10 @@ class Statistics:
         self.see(site, rows)
         kinds = self.needs.get(site, set())
         own, other = rows, self._source_rows.pop(site, None)
+        if "samples" in kinds:
+            self._samples.setdefault(site, Samples()).add(rows, held)
+        if "mean_abs" in kinds:
+            self._magnitudes.setdefault(site, MeanMagnitude()).add(rows)
         if "gram_val" in kinds and held is not None:
             self._held_grams.setdefault(site, SecondMoment()).add(rows[held])
             if "cross" in kinds and other is not None:
@@ -272,6 +321,15 @@ class Statistics:
         down = self.plan.sites[site].kind == "experts_down"
         for rows in layer.rows(None if self.all_tokens else expert, held):
             yield self.runner.expert_hidden(layer.module, expert, rows) if down else rows
+
+    def _expert_samples(self, site: str, expert: int, held: bool) -> Tensor | None:
+        """Returns rows of one expert's input; the rows are picked before the expert runs on them."""
+        layer = self.layers[self._layer_of(site)]
+        rows = picked(layer.rows(None if self.all_tokens else expert, held), held)
+        if rows is None or self.plan.sites[site].kind == "experts_in":
+            return rows
+        inside: Tensor = self.runner.expert_hidden(layer.module, expert, rows)
+        return inside
 
     def _expert_moment(self, site: str, experts: Iterable[int], held: bool | None) -> tuple[Tensor | None, int]:
         moment = SecondMoment()

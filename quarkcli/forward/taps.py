@@ -72,7 +72,7 @@ class ExpertTap:
         self.kept: Tensor | None = None  # which tokens of this call are no padding; None: all
         self.routed: Tensor | None = None  # [tokens, k] of this call
         sites = [site for site in (self.site_in, self.site_down) if site]
-        self.moments = any({"gram", "gram_val"} & statistics.needs.get(site.name, set()) for site in sites)
+        self.moments = any({"gram", "gram_val", "samples"} & statistics.needs.get(site.name, set()) for site in sites)
         for _, expert in statistics.members((self.site_in or self.site_down).name):  # type: ignore[union-attr]
             self.layer.tokens.setdefault(expert, 0)
 
