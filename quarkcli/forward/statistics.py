@@ -157,8 +157,9 @@ class Statistics:
         Second moments, samples and what is known of every channel do; other ranges do not.
         outputs   outputs of linears, and attention's operands, were scaled too
         """
-        shared = {(s, None): f for (s, e), f in scaled.items() if e is not None and self._kind(s) == "experts_in"}
-        for key, factor in (scaled | shared).items():
+        everything = dict(scaled)
+        everything |= {(s, None): f for (s, e), f in scaled.items() if e is not None and self._kind(s) == "experts_in"}
+        for key, factor in everything.items():
             known = self._factors.get(key)
             self._factors[key] = factor if known is None else known * factor
         sites = {site for site, _ in scaled}
