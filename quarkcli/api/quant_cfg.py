@@ -8,11 +8,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 from quarkcli import algorithms
 from quarkcli.errors import ConfigError, near_misses
-from quarkcli.job import preflight
+from quarkcli.job import asked, preflight
 from quarkcli.plan import sizes
 from quarkcli.plan.model import Plan
 from quarkcli.recipe.attributes import check_names
@@ -90,7 +91,9 @@ def need_calibration(plan: Plan) -> bool:
     measured, or an algorithm needs statistics. Entries that were switched off later, constant ranges and dynamic scales
     need none.
     """
-    return bool(preflight.data_needs(plan, algorithms.pipeline(plan)))
+    spelled_out = replace(plan, warnings=[])
+    asked.advise(spelled_out)
+    return bool(preflight.data_needs(plan, algorithms.pipeline(spelled_out)))
 
 
 def estimate_quant_compression(plan: Plan) -> float:

@@ -10,7 +10,8 @@ from typing import Any
 from quarkcli import algorithms
 from quarkcli.errors import QuarkError
 from quarkcli.family import Part, WeightView
-from quarkcli.plan.model import ATTENTION_KINDS, TARGET_KINDS, Attention, Decision, Plan, Target
+from quarkcli.job import asked
+from quarkcli.plan.model import ATTENTION_KINDS, TARGET_KINDS, Attention, Decision, Plan, Step, Target
 from quarkcli.recipe import catalog, schema
 from quarkcli.recipe.attributes import native, to_spec
 from quarkcli.recipe.recipe import Recipe
@@ -148,7 +149,10 @@ def _specs(found: Recipe, kind: str) -> list[TensorSpec]:
 def _steps_need(found: Recipe, spec: TensorSpec) -> bool:
     """True when an algorithm of the recipe asks for statistics; asked with a plan of one weight."""
     plan = _plan({"weight": spec})
-    return any(step.needs(plan) for step in algorithms.created(found.algorithms))
+    plan.algorithms = [Step(*step) for step in found.algorithms]
+    asked.advise(plan, [found.file] * len(plan.algorithms))
+    listed = [(step.name, step.parameters) for step in plan.algorithms]
+    return any(step.needs(plan) for step in algorithms.created(listed, found.file))
 
 
 def _plan(specs: dict[str, TensorSpec]) -> Plan:

@@ -96,7 +96,12 @@ class JobFlags:
     ] = None
     settings: Annotated[
         list[str] | None,
-        Option("--set", metavar="KEY=VALUE", help="Change the recipe: calibration.samples=64. Repeatable."),
+        Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Change the recipe, calibration.samples=64, or a parameter of an algorithm, gptq.damp=0.05. "
+            "Repeatable.",
+        ),
     ] = None
     output: Annotated[
         Path | None, Option("--output", "-o", metavar="DIR", help="Where to write. [default: ./<model>-<scheme>]")
@@ -158,7 +163,12 @@ class JobFlags:
     ] = None
     algorithm: Annotated[
         str | None,
-        Option("--algorithm", metavar="NAMES", help="Comma list in order, such as gptq. [default: the recipe's]"),
+        Option(
+            "--algorithm",
+            metavar="NAMES",
+            help="Comma list in order, such as smoothquant,gptq, or auto: the default advice for each format. "
+            "See 'quark algorithms list'. [default: the recipe's]",
+        ),
     ] = None
     calib_data: Annotated[
         str | None,

@@ -224,6 +224,11 @@ def pairs(rows: Iterable[tuple[str, str]]) -> list[str]:
     return [f"{label:<12}{text}".rstrip() for label, text in rows]
 
 
+def listed(label: str, texts: Sequence[str]) -> list[tuple[str, str]]:
+    """Returns rows for `pairs`: the label before the first of some texts."""
+    return [(label if number == 0 else "", text) for number, text in enumerate(texts)]
+
+
 def size(count: float) -> str:
     """Returns bytes for people, decimal units: `3.68 MB`."""
     for unit in ("B", "kB", "MB", "GB"):

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 from quarkcli.algorithms.base import Assignment
 from quarkcli.cli import output
 from quarkcli.job import idle
+from quarkcli.plan import advice
 from quarkcli.plan.model import Decision, Plan, Target
+from quarkcli.recipe.advice import AUTO
 from quarkcli.recipe.match import starred
 from quarkcli.spec import TensorSpec, spec_to_yaml
 
@@ -64,6 +66,7 @@ def header(prepared: Prepared) -> list[str]:
             ("family", f"{prepared.plan.family}{inferred} ({architecture})"),
             (label, recipe.name + (f" ({recipe.file})" if recipe.file else "")),
             ("algorithms", ", ".join(_step(prepared.plan, step) for step in prepared.steps)),
+            *output.listed(f"{AUTO} chose", [advice.text(one.as_dict()) for one in prepared.advice]),
             ("dialect", f"{prepared.dialect.name} ({prepared.dialect_reason})"),
             ("data", _data(prepared)),
             (
@@ -173,6 +176,7 @@ def as_json(prepared: Prepared) -> dict[str, Any]:
         },
         "recipe": {"name": recipe.name, "file": recipe.file or None, "scheme": recipe.scheme},
         "algorithms": [step.name for step in prepared.steps],
+        "advice": [choice.as_dict() for choice in prepared.advice],
         "dialect": {"name": prepared.dialect.name, "reason": prepared.dialect_reason},
         "output": str(prepared.output),
         "output_bytes": size.output_bytes,

@@ -138,12 +138,12 @@ def validate(
     Form, names and values; with a model also every pattern, shape and dialect.
     """
     output.start(json=json)
-    from quarkcli import algorithms
+    from quarkcli.job import asked
     from quarkcli.recipe import catalog, recipe
 
     path = catalog.find_recipe(name)
     found = recipe.from_file(path)
-    algorithms.created(found.algorithms)
+    asked.check(found)
     if found.dialect not in (None, "auto"):
         from quarkcli import dialects
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from quarkcli.cli import output
+from quarkcli.plan import advice
+from quarkcli.recipe.advice import AUTO
 from quarkcli.report.log import duration
 
 Rows = list[tuple[str, str]]
@@ -13,8 +15,13 @@ Rows = list[tuple[str, str]]
 
 def lines(report: Mapping[str, Any], next_commands: list[str]) -> list[str]:
     """Returns the end of a run: the work, its cost, the kept modules, the commands to run next."""
-    rows = _facts(report) + _listed("kept", _kept(report)) + _listed("checked", report["checks"])
-    return output.pairs(rows + _listed("warning", report["warnings"]) + _listed("next", next_commands))
+    rows = (
+        _advice(report)
+        + _facts(report)
+        + output.listed("kept", _kept(report))
+        + output.listed("checked", report["checks"])
+    )
+    return output.pairs(rows + output.listed("warning", report["warnings"]) + output.listed("next", next_commands))
 
 
 def markdown(report: Mapping[str, Any]) -> str:
@@ -25,6 +32,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         ("model", f"{model['path']}{commit}, family {model['family']}"),
         ("recipe", report["recipe"]["name"]),
         ("algorithms", ", ".join(report["algorithms"])),
+        *_advice(report),
         ("dialect", f"{dialect['name']} ({dialect['reason']})"),
         *_facts(report),
     ]
@@ -54,9 +62,9 @@ def _facts(report: Mapping[str, Any]) -> Rows:
     shares = ", ".join(f"{dtype} {count / total:.1%}" for dtype, count in size["bytes_by_dtype"].items())
     gpu = f", GPU {output.size(report['peak_gpu_bytes'])}" if report["peak_gpu_bytes"] else ""
     return [
-        *_listed("modules", [f"{count} x {what}" for what, count in report["modules_by_scheme"].items()]),
-        *_listed("cache", [f"{count} x {what}" for what, count in report["attention_by_scheme"].items()]),
-        *_listed("shared", [f"{count} x one scale: {group}" for group, count in report["shared_scales"].items()]),
+        *output.listed("modules", [f"{count} x {what}" for what, count in report["modules_by_scheme"].items()]),
+        *output.listed("cache", [f"{count} x {what}" for what, count in report["attention_by_scheme"].items()]),
+        *output.listed("shared", [f"{count} x one scale: {group}" for group, count in report["shared_scales"].items()]),
         ("size", f"{output.size(size['source_bytes'])} -> {output.size(size['output_bytes'])} ({share:.0%})"),
         ("bits", f"{size['effective_bits']:.2f} per quantized weight, scales included"),
         ("bytes", shares),
@@ -66,6 +74,11 @@ def _facts(report: Mapping[str, Any]) -> Rows:
         ("peak", f"RAM {output.size(report['peak_rss_bytes'])}{gpu}"),
         ("time", f"{_time(report['seconds'])} on {report['device']}"),
     ]
+
+
+def _advice(report: Mapping[str, Any]) -> Rows:
+    """Returns what the algorithm `auto` stood for. Reports of earlier versions do not say."""
+    return output.listed(f"{AUTO} chose", [advice.text(choice) for choice in report.get("advice") or ()])
 
 
 def _time(seconds: float) -> str:
@@ -92,10 +105,6 @@ def _loss(loss: Mapping[str, Any]) -> Rows:
 
 def _kept(report: Mapping[str, Any]) -> list[str]:
     return [f"{count} x {reason}" for reason, count in report["kept_reasons"].items()]
-
-
-def _listed(label: str, texts: list[str]) -> Rows:
-    return [(label if number == 0 else "", text) for number, text in enumerate(texts)]
 
 
 def _labelled(rows: Rows) -> Rows:

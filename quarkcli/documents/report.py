@@ -16,6 +16,13 @@ class _Named(Shape):
     name: str
 
 
+class _Advice(Shape):
+    format: str
+    weights: int
+    steps: list[str]
+    why: str
+
+
 class _Dialect(Shape):
     name: str
     reason: str
@@ -55,6 +62,7 @@ class Report(Shape):
     model: _Model
     recipe: _Named
     algorithms: list[str]
+    advice: list[_Advice] | None = None
     dialect: _Dialect
     size: _Size
     experts: _Experts

@@ -15,6 +15,7 @@ from quarkcli.disk import manifest, verify
 from quarkcli.disk.writer import atomic_write_json, atomic_write_text, disk_errors, remove_staging, write_index
 from quarkcli.family import text_config
 from quarkcli.job.options import Calibration, Prepared
+from quarkcli.plan import advice
 from quarkcli.plan.model import Plan
 from quarkcli.report import build
 from quarkcli.spec import spec_to_yaml
@@ -85,8 +86,9 @@ def resolved_recipe(prepared: Prepared) -> str:
         recipe["share"] = [row.as_dict() for row in plan.share]
     if plan.own_expert_inputs:
         recipe["expert_inputs"] = "own"
-    if prepared.recipe.algorithms:
-        recipe["quantize"]["algorithm"] = [{"method": name, **params} for name, params in prepared.recipe.algorithms]
+    chosen = [advice.written(step, plan) for step in plan.algorithms] if prepared.advice else prepared.recipe.algorithms
+    if chosen:
+        recipe["quantize"]["algorithm"] = [{"method": name, **params} for name, params in chosen]
     if settings is not None:
         recipe["calibration"] = _calibration(settings)
     return yaml.dump(recipe, sort_keys=False, allow_unicode=True, width=120, Dumper=_Dumper)

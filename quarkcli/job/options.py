@@ -15,6 +15,7 @@ from quarkcli.disk.source import Source
 from quarkcli.disk.weights import WeightSource
 from quarkcli.family import Layout
 from quarkcli.job.forecast import Forecast
+from quarkcli.plan.advice import Advice
 from quarkcli.plan.compose import Overrides
 from quarkcli.plan.coverage import Coverage
 from quarkcli.plan.fused import Servers
@@ -78,7 +79,10 @@ class Calibration:
 
 @dataclass
 class Prepared:
-    """All that is known before the first weight is read."""
+    """All that is known before the first weight is read.
+
+    advice   the choices that the algorithm `auto` stands for; empty: the steps were named
+    """
 
     options: Options
     recipe: Recipe
@@ -86,6 +90,7 @@ class Prepared:
     layout: Layout
     plan: Plan
     steps: list[Assignment]
+    advice: list[Advice]
     dialect: Writer
     dialect_reason: str
     needs: dict[str, set[str]]

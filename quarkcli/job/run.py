@@ -27,7 +27,7 @@ from quarkcli.disk.source import Source
 from quarkcli.disk.writer import publish, resolved, sync_folder
 from quarkcli.errors import AccessError, DataError, ResourceError, Stopped, UsageError
 from quarkcli.events import Event, Listener, Message, PartDone, Phase, Working, broadcast, silent
-from quarkcli.job import finish, idle, partial_path, preflight
+from quarkcli.job import asked, finish, idle, partial_path, preflight
 from quarkcli.job.options import Options, Prepared
 from quarkcli.plan.coverage import coverage
 from quarkcli.plan.model import Part
@@ -54,22 +54,18 @@ def load_recipe(options: Options) -> Recipe:
             "--scheme and --recipe exclude each other" if options.scheme else "neither --scheme nor --recipe is given"
         )
         raise UsageError(both, hint="--scheme nvfp4, or see 'quark schemes list' and 'quark recipes list'")
-    if options.settings and options.recipe is None:
+    settings, of_steps = asked.of_recipe_and_steps(options.settings)
+    if settings and options.recipe is None:
         raise UsageError("there is no recipe to adjust", where="--set", hint="give one with --recipe")
-    if options.settings and isinstance(options.recipe, Recipe):
+    if settings and isinstance(options.recipe, Recipe):
         raise UsageError("only a recipe's name or file can be adjusted", where="--set")
     if options.scheme is not None:
         recipe = recipes.from_scheme(options.scheme)
     elif isinstance(options.recipe, Recipe):
         recipe = replace(options.recipe)
     else:
-        recipe = recipes.from_file(catalog.find_recipe(str(options.recipe)), options.settings)
-    if options.algorithm is not None:
-        given = recipe.algorithms
-        asked = options.algorithm.split(",")
-        recipe.algorithm_places = ()
-        recipe.algorithms = [step for name in asked for step in [s for s in given if s[0] == name] or [(name, {})]]
-    return recipe
+        recipe = recipes.from_file(catalog.find_recipe(str(options.recipe)), settings)
+    return asked.with_steps(recipe, options.algorithm, of_steps)
 
 
 def open_source(options: Options) -> Source:
@@ -95,7 +91,8 @@ def prepare(options: Options, tell: Listener = silent) -> Prepared:
     family.check_fit(model, layout, source.config, source.headers)
     surprises = list(family.surprises(layout.tensor_roles, source.headers, source.unlisted))
     plan = resolve(recipe, options.overrides, layout)  # 3
-    steps = algorithms.pipeline(plan, algorithms.FLAG if options.algorithm else recipe.algorithm_places or recipe.file)
+    advice = asked.advise(plan, recipe.algorithm_places)
+    steps = algorithms.pipeline(plan, asked.places(recipe, plan))
     tell(Phase("check"))  # 4
     for step in steps:
         step.check(plan)
@@ -117,7 +114,7 @@ def prepare(options: Options, tell: Listener = silent) -> Prepared:
     warnings += calibration.warnings if calibration else ()
     warnings += idle.of_run(options, source, plan, needs, calibration)
     return Prepared(
-        options, recipe, source, layout, plan, steps, dialect, reason, needs, prepass, calibration, size, share,
+        options, recipe, source, layout, plan, steps, advice, dialect, reason, needs, prepass, calibration, size, share,
         output, beside, warnings,
     )  # fmt: skip
 
@@ -280,7 +277,7 @@ def _parts(
         all_tokens=prepared.calibration is not None and prepared.calibration.moe == "all", strict=options.strict,
         roles=prepared.layout.tensor_roles, on_nonfinite=options.on_nonfinite, states=states,
     )  # fmt: skip
-    label = "+".join([prepared.recipe.name, *(name for name, _ in prepared.recipe.algorithms)])
+    label = "+".join([prepared.recipe.name, *(step.name for step in plan.algorithms)])
     begun = time.monotonic()
     with Pipeline(prepared.weights, partial_path(prepared.output), journal, device) as pipeline:
         names = runner.outside_tensors() if runner is not None else []

@@ -62,6 +62,23 @@ class AlgorithmStep(BaseModel):
     )
 
 
+class AdviceRow(Strict):
+    """The default advice for some formats: steps, and why."""
+
+    elements: list[str] = Field(min_length=1, description="globs on the element of the stored codes")
+    inputs: list[Literal["kept", "static", "dynamic"]] | None = Field(
+        default=None, description="what the weight's input is; any when left out"
+    )
+    steps: list[AlgorithmStep] = Field(min_length=1, description="steps, in the order they run")
+    why: str = Field(min_length=1, description="for plan and report")
+
+
+class AdviceModel(Strict):
+    """The table of default advice: the first row that a format fits holds for it."""
+
+    rows: list[AdviceRow]
+
+
 class Quantize(Strict):
     """Selects what is quantized, by a scheme or by the ordered entries themselves."""
 

@@ -37,15 +37,10 @@ def build(
     return {
         "schema": SCHEMA,
         "quark_version": __version__,
-        "model": {
-            "name": prepared.source.name,
-            "path": str(prepared.source.folder) if prepared.source.hub_id is None else prepared.source.hub_id,
-            "commit": prepared.source.commit,
-            "family": plan.family,
-            "architectures": prepared.source.config.get("architectures"),
-        },
+        "model": _model(prepared),
         "recipe": {"name": prepared.recipe.name, "file": prepared.recipe.file or None},
         "algorithms": [step.name for step in prepared.steps],
+        "advice": [choice.as_dict() for choice in prepared.advice],
         "dialect": {"name": prepared.dialect.name, "reason": prepared.dialect_reason},
         "calibration": _calibration(prepared, data),
         "size": {
@@ -81,6 +76,17 @@ def build(
         "seconds": round(seconds, 2),
         "peak_rss_bytes": memory.peak_rss(),
         "peak_gpu_bytes": memory.peak_gpu(device),
+    }
+
+
+def _model(prepared: Prepared) -> dict[str, Any]:
+    source = prepared.source
+    return {
+        "name": source.name,
+        "path": str(source.folder) if source.hub_id is None else source.hub_id,
+        "commit": source.commit,
+        "family": prepared.plan.family,
+        "architectures": source.config.get("architectures"),
     }
 
 

@@ -1,0 +1,154 @@
+"""The algorithms that are asked for: `--algorithm`, `--set NAME.PARAMETER=VALUE`, and what `auto` stands for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from quarkcli import algorithms
+from quarkcli.errors import ConfigError, UsageError
+from quarkcli.plan import advice
+from quarkcli.plan.advice import Advice
+from quarkcli.plan.model import Plan, Step
+from quarkcli.recipe import load
+from quarkcli.recipe.advice import AUTO
+from quarkcli.recipe.catalog import same
+from quarkcli.recipe.entries import SETTING
+from quarkcli.recipe.recipe import Recipe
+
+Listed = list[tuple[str, dict[str, Any]]]
+
+
+def of_recipe_and_steps(settings: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Returns the values of `--set` that change the recipe's file, and those that are parameters of an algorithm."""
+    known = set(map(same, algorithms.names()))
+    both: tuple[list[str], list[str]] = [], []
+    for text in settings:
+        both[same(text.partition("=")[0].partition(".")[0]) in known].append(text)
+    return both
+
+
+def with_steps(recipe: Recipe, names: str | None, settings: Sequence[str]) -> Recipe:
+    """Returns the recipe with the algorithms of `--algorithm`, if given, and their parameters of `--set`.
+
+    A name keeps the parameters that the recipe has for it. Raises UsageError for a parameter without a step.
+    """
+    listed = [(name, dict(given)) for name, given in recipe.algorithms]
+    places = list(recipe.algorithm_places or [recipe.file] * len(listed))
+    if names is not None:
+        listed = _named(names, listed)
+        places = [algorithms.FLAG] * len(listed)
+    for text in settings:
+        name, key, value = _parameter(text)
+        mine = [index for index, (one, _) in enumerate(listed) if same(one) in (same(name), AUTO)]
+        if not mine:
+            others = ", ".join(one for one, _ in listed) or "none is"
+            what = f"'{name}' is not among the algorithms of this run ({others} listed)"
+            raise UsageError(what, where=f"{SETTING}{text}", hint=f"{algorithms.FLAG} {name}")
+        for index in mine:
+            one, given = listed[index]
+            listed[index] = (
+                one,
+                ({**given, name: {**given.get(name, {}), key: value}} if one == AUTO else {**given, key: value}),
+            )
+            places[index] = f"{SETTING}{text}"
+    return replace(recipe, algorithms=listed, algorithm_places=places)
+
+
+def _named(names: str, given: Listed) -> Listed:
+    """Returns the steps of a comma list; a name has the steps, with their parameters, that the recipe has of it."""
+    found: Listed = []
+    for name in (part.strip() for part in names.split(",")):
+        if not name:
+            raise UsageError(f"'{names}' has an empty name", where=algorithms.FLAG, hint="--algorithm smoothquant,gptq")
+        found += [step for step in given if same(step[0]) == same(name)] or [(name, {})]
+    return found
+
+
+def _parameter(text: str) -> tuple[str, str, Any]:
+    """Returns `gptq.damp=0.05` as its parts, the value typed as YAML."""
+    left, equals, written = text.partition("=")
+    name, _, key = left.partition(".")
+    if not equals or not key:
+        raise UsageError(f"'{text}' is not ALGORITHM.PARAMETER=VALUE", where="--set", hint=f"--set {name}.damp=0.05")
+    return name, key, load.parse(written, f"--set {left}").data
+
+
+def check(recipe: Recipe) -> None:
+    """Raises ConfigError for algorithms and parameters that do not exist, whatever the model."""
+    for name, given in recipe.algorithms:
+        for one, parameters in given.items() if name == AUTO else ():
+            algorithms.create(one, dict(_mapping(one, parameters, recipe.file)), recipe.file)
+    named = [step for step in recipe.algorithms if step[0] != AUTO]
+    algorithms.created(named, recipe.file)
+
+
+# --- auto -------------------------------------------------------------------------------------------------------------
+
+
+def places(recipe: Recipe, plan: Plan) -> Sequence[str]:
+    """Returns the place that each step of a plan comes from, for messages."""
+    listed = recipe.algorithm_places
+    return listed if len(listed) == len(plan.algorithms) else [*listed[:1]] * len(plan.algorithms)
+
+
+def advise(plan: Plan, places: Sequence[str] = ()) -> list[Advice]:
+    """Puts the steps that `auto` stands for into the plan, and returns the reasons; nothing for other plans.
+
+    places   of the steps that the plan has
+
+    A step that cannot work on this plan is left out, which is a warning of the plan. Raises ConfigError for `auto`
+    beside other steps, and for parameters of a step that it does not choose.
+    """
+    names = [step.name for step in plan.algorithms]
+    if AUTO not in names:
+        return []
+    where = places[names.index(AUTO)] if places else AUTO
+    if len(names) > 1:
+        rest = ", ".join(name for name in names if name != AUTO)
+        raise ConfigError(f"'{AUTO}' chooses all steps, and stands beside {rest}", where=where, hint="drop one of both")
+    (step,) = plan.algorithms
+    if step.weights is not None:
+        raise ConfigError(f"'{AUTO}' is for all weights", where=where, hint="name the algorithms to give them slots")
+    choices = _adjusted(advice.advise(plan), step.parameters, where)
+    refused = _refused(advice.steps(choices, plan), plan, where)
+    plan.warnings += [f"{AUTO} leaves out {name}: {why}" for name, why in refused.items()]
+    left = [replace(one, steps=tuple(s for s in one.steps if s.name not in refused)) for one in choices]
+    plan.algorithms = advice.steps(left, plan)
+    return left
+
+
+def _adjusted(choices: list[Advice], given: Mapping[str, Any], where: str) -> list[Advice]:
+    """Returns the choices with the parameters that the user gives some of their steps: `{gptq: {damp: 0.05}}`."""
+    names = {same(name): name for choice in choices for name in choice.names}
+    own: dict[str, dict[str, Any]] = {}
+    for name, parameters in given.items():
+        if same(name) not in names:
+            hint = f"it chooses {', '.join(sorted(names.values())) or 'none'} here"
+            raise ConfigError(f"'{AUTO}' has no step '{name}' for this plan", where=where, hint=hint)
+        own[same(name)] = dict(_mapping(name, parameters, where))
+
+    def adjusted(step: Step) -> Step:
+        return step._replace(parameters={**step.parameters, **own.get(same(step.name), {})})
+
+    return [replace(choice, steps=tuple(map(adjusted, choice.steps))) for choice in choices]
+
+
+def _mapping(name: str, parameters: Any, where: str) -> Mapping[str, Any]:
+    if not isinstance(parameters, Mapping):
+        raise ConfigError(f"'{name}' must be a mapping of parameters", where=where, hint=f"{name}: {{KEY: VALUE}}")
+    return parameters
+
+
+def _refused(steps: Iterable[Step], plan: Plan, where: str) -> dict[str, str]:
+    """Returns the steps that cannot work on a plan, with the reason. Raises ConfigError for a bad parameter."""
+    found = {}
+    for step in steps:
+        assignment = algorithms.pipeline(replace(plan, algorithms=[step]), where)[0]
+        try:
+            assignment.check(plan)
+            assignment.changes(plan)
+        except ConfigError as error:
+            found[step.name] = error.what
+    return found
