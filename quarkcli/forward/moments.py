@@ -26,19 +26,18 @@ class SecondMoment:
         self.mean: Tensor | None = None
         self.tokens = 0
         self._half = False  # the lower half of the mean is not up to date
-        self._waiting: list[tuple[Tensor, Tensor]] = []
+        self._waiting: list[tuple[Tensor, Tensor | None]] = []
         self._waiting_rows = 0
 
     def add(self, rows: Tensor, other: Tensor | None = None) -> None:
         """Takes rows [tokens, features], and those of `other` [tokens, features], in sample order."""
-        self._waiting.append((rows, rows if other is None else other))
+        self._waiting.append((rows, other))
         self._waiting_rows += rows.shape[0]
         while self._waiting_rows >= CHUNK:
             x, y = self._joined()
-            self._fold(x[:CHUNK], y[:CHUNK] if y is not x else x[:CHUNK])
-            rest = x[CHUNK:].clone()
-            self._waiting = [(rest, rest if y is x else y[CHUNK:].clone())]
-            self._waiting_rows = rest.shape[0]
+            self._fold(x[:CHUNK], None if y is None else y[:CHUNK])
+            self._waiting = [(x[CHUNK:].clone(), None if y is None else y[CHUNK:].clone())]
+            self._waiting_rows -= CHUNK
 
     def merge(self, other: SecondMoment) -> None:
         """Takes in another's mean: a weighted mean of both. Waiting rows of either side are folded first."""
@@ -61,12 +60,11 @@ class SecondMoment:
             self._half = False
         return self.mean, self.tokens
 
-    def _joined(self) -> tuple[Tensor, Tensor]:
-        x = torch.cat([rows for rows, _ in self._waiting])
-        same = all(rows is other for rows, other in self._waiting)
-        return x, x if same else torch.cat([other for _, other in self._waiting])
+    def _joined(self) -> tuple[Tensor, Tensor | None]:
+        others = [other for _, other in self._waiting if other is not None]
+        return torch.cat([rows for rows, _ in self._waiting]), torch.cat(others) if others else None
 
-    def _fold(self, rows: Tensor, others: Tensor) -> None:
+    def _fold(self, rows: Tensor, others: Tensor | None) -> None:
         count = rows.shape[0]
         if count == 0:
             return
@@ -74,8 +72,9 @@ class SecondMoment:
         total = self.tokens + count
         keep, weight = self.tokens / total, 1.0 / total  # the sum is scaled, not the rows: their products stay exact
         if self.mean is None:
-            self.mean = torch.empty(x.shape[1], others.shape[1], dtype=torch.float32, device=x.device)
-        if others is not rows:
+            features = (x if others is None else others).shape[1]
+            self.mean = torch.empty(x.shape[1], features, dtype=torch.float32, device=x.device)
+        if others is not None:
             self.mean.addmm_(x.T, others.float(), beta=keep, alpha=weight)
         else:
             self._half = True

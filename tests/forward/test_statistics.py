@@ -179,6 +179,23 @@ def test_no_tokens_and_bad_numbers(llama: Path, text: Path) -> None:
         statistics.moment(site)
 
 
+def test_no_product_is_taken_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of x x^T at most 40/64 of the products, however the rows come."""
+    products: list[int] = []
+    addmm_ = torch.Tensor.addmm_
+
+    def counted(self: torch.Tensor, a: torch.Tensor, b: torch.Tensor, **given: float) -> torch.Tensor:
+        products.append(a.shape[0] * a.shape[1] * b.shape[1])
+        return addmm_(self, a, b, **given)
+
+    monkeypatch.setattr(torch.Tensor, "addmm_", counted)
+    gram = SecondMoment()
+    for part in torch.randn(CHUNK + 100, 512).split(300):
+        gram.add(part)
+    gram.result()
+    assert sum(products) <= 40 / 64 * (CHUNK + 100) * 512 * 512
+
+
 @pytest.mark.parametrize("leading", [(2, 3), (6,), (4, 2, 3), (2, 3, 4), (5, 2, 3, 4)])
 def test_padding_is_found_beside_other_axes(leading: tuple[int, ...]) -> None:
     """Experts see tokens flat; some families carry streams before the rows or behind the tokens."""
