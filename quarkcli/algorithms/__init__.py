@@ -34,7 +34,7 @@ def create(name: str, parameters: dict[str, Any], where: str = FLAG) -> Algorith
 
     Raises UsageError for an unknown name, ConfigError for a bad parameter.
     """
-    dashed = name.replace("_", "-")
+    dashed = name.replace("_", "-").lower()
     if dashed not in names():
         close = near_misses(dashed, names()) or names()
         kind = UsageError if where == FLAG else ConfigError

@@ -155,6 +155,11 @@ def _steps_need(found: Recipe, spec: TensorSpec) -> bool:
     return any(step.needs(plan) for step in algorithms.created(listed, found.file))
 
 
+def one_linear(scheme_name: str) -> Plan:
+    """Returns a plan of one large linear layer with a scheme."""
+    return _plan(_find("schemes", scheme_name))
+
+
 def _plan(specs: dict[str, TensorSpec]) -> Plan:
     """Returns a plan of one linear layer with these specs."""
     return _plan_of([_linear("linear", "linear", specs)], {})

@@ -14,7 +14,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from quarkcli import __version__, memory
-from quarkcli.cli import apps, evaluate, inspect, models, output, quantize, recipes, report, schemes, verify
+from quarkcli.cli import algorithms, apps, evaluate, inspect, models, output, quantize, recipes, report, schemes, verify
 from quarkcli.cli import env as environment
 from quarkcli.cli.signals import CODES, Terminated, answered
 from quarkcli.errors import ExitCode, QuarkError, ResourceError, UsageError
@@ -32,6 +32,7 @@ app.command("inspect", epilog=inspect.EXAMPLES)(inspect.inspect)
 app.command("report", epilog=report.EXAMPLES)(report.report)
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(schemes.app, name="schemes")
+app.add_typer(algorithms.app, name="algorithms")
 app.add_typer(models.app, name="models")
 app.command("env", epilog=environment.EXAMPLES)(environment.env)
 

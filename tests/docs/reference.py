@@ -15,7 +15,8 @@ COMMANDS = [
     (), ("quantize",), ("plan",), ("eval",), ("verify",), ("inspect",), ("report",),
     ("recipes", "list"), ("recipes", "show"), ("recipes", "normalize"), ("recipes", "convert"), ("recipes", "schema"),
     ("recipes", "validate"), ("recipes", "copy"),
-    ("schemes", "list"), ("schemes", "show"), ("models", "list"), ("models", "show"), ("models", "infer"), ("env",),
+    ("schemes", "list"), ("schemes", "show"), ("algorithms", "list"), ("algorithms", "show"),
+    ("models", "list"), ("models", "show"), ("models", "infer"), ("env",),
 ]  # fmt: skip
 
 

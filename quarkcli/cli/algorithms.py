@@ -1,0 +1,157 @@
+"""`quark algorithms`: list, show."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from quarkcli.cli import apps, output
+from quarkcli.cli.flags import Json
+from quarkcli.errors import UsageError
+
+if TYPE_CHECKING:
+    from quarkcli.algorithms.base import Algorithm
+    from quarkcli.plan.model import Plan
+
+app = apps.new(
+    "Algorithms: what chooses codes and scales, or rewrites weights before.",
+    apps.examples("quark algorithms list", "quark algorithms show gptq"),
+)
+_SCHEME = "nvfp4"  # of the plan of the embedded model, by which needs are told: weights and inputs are quantized in it
+_WORDS = {
+    "absmax": "ranges",
+    "channel_absmax": "ranges per channel",
+    "mean_abs": "mean magnitudes",
+    "gram": "second moments",
+    "cross": "cross moments with the source",
+    "samples": "sampled rows",
+    "outputs": "outputs of blocks",
+}
+
+
+def complete() -> list[str]:
+    """Returns the names for the shell."""
+    from quarkcli import algorithms
+
+    return algorithms.names()
+
+
+@app.command("list", epilog=apps.examples("quark algorithms list", "quark algorithms list --json"))
+def list_(json: Json = False) -> None:
+    """List algorithms.
+
+    They are names for --algorithm, in the order in which they are to run: transforms, one solver for each weight,
+    tuners. DATA says what they ask calibration for, RUNS what runs of the model they cost.
+    """
+    output.start(json=json)
+    rows = facts()
+    if json:
+        output.json_data({"schema": "quark/algorithms/1", "algorithms": rows})
+        return
+    shown = [(r["name"], r["kind"], _data(r), _runs(r), r["summary"]) for r in rows]
+    output.table(("NAME", "KIND", "DATA", "RUNS", "WHAT"), shown)
+
+
+@app.command("show", epilog=apps.examples("quark algorithms show gptq", "quark algorithms show gptq --json"))
+def show(
+    name: Annotated[str, typer.Argument(metavar="NAME", autocompletion=complete, help="An algorithm's name.")],
+    json: Json = False,
+) -> None:
+    """Show an algorithm.
+
+    What it does, its parameters with their defaults, the data and the runs of the model that it costs.
+    """
+    output.start(json=json)
+    (row,) = facts(_known(name))
+    if json:
+        output.json_data({"schema": "quark/algorithm/1", "algorithm": row})
+        return
+    parameters = [f"{row['name']}.{key}={_yaml(value)}" for key, value in row["parameters"].items()]
+    lines = [
+        ("name", row["name"]),
+        ("kind", row["kind"]),
+        ("what", row["summary"]),
+        *output.listed("--set", parameters or ["no parameters"]),
+        ("data", _data(row)),
+        ("runs", _runs(row)),
+        ("memory", f"{output.size(row['memory_bytes'])} for a weight of 4096 x 4096, beside the tensors of the part"),
+    ]
+    for line in output.pairs(lines):
+        output.data(line)
+    for text in (row["about"], row["about_parameters"]):
+        if text:
+            output.data(f"\n{text}")
+
+
+def facts(only: str | None = None) -> list[dict[str, Any]]:
+    """Returns the facts of every algorithm, or of one, told by a plan of the embedded model in nvfp4.
+
+    data     kinds of statistics that it asks for
+    prepass  kinds that it asks for before part 0
+    streams  whose activations it looks at: those behind quantized blocks, those of the source
+    """
+    from quarkcli import algorithms
+    from quarkcli.cli.facts import one_linear
+    from quarkcli.job import run as job
+    from quarkcli.job.options import Options
+
+    plan = job.prepare(Options(model="demo", scheme=_SCHEME, calib_data="builtin")).plan
+    large = one_linear(_SCHEME)
+    return [_facts(algorithms.create(name, {}), plan, large) for name in algorithms.names() if only in (None, name)]
+
+
+def _known(name: str) -> str:
+    from quarkcli import algorithms
+
+    try:
+        return algorithms.create(name, {}).name
+    except UsageError as error:
+        raise UsageError(error.what, hint=error.hint) from error
+
+
+def _facts(algorithm: Algorithm, plan: Plan, large: Plan) -> dict[str, Any]:
+    import inspect
+    import sys
+
+    from quarkcli.algorithms.base import Assignment
+
+    text = inspect.cleandoc(sys.modules[type(algorithm).__module__].__doc__ or "")
+    summary, _, about = text.partition("\n\n")
+    own = type(algorithm).__dict__.get("__doc__")
+    step = Assignment(algorithm)
+    return {
+        "name": algorithm.name,
+        "kind": algorithm.kind,
+        "summary": " ".join(summary.split()),
+        "about": about,
+        "about_parameters": inspect.cleandoc(own) if own else "",
+        "parameters": dict(algorithm.parameters),
+        "data": _kinds(step.needs(plan)),
+        "prepass": _kinds(step.prepass(plan)),
+        "streams": sorted(algorithm.streams),
+        "memory_bytes": step.memory(large),
+    }
+
+
+def _kinds(needs: dict[str, set[str]]) -> list[str]:
+    return sorted({kind for kinds in needs.values() for kind in kinds})
+
+
+def _data(row: dict[str, Any]) -> str:
+    return ", ".join(_WORDS.get(kind, kind) for kind in dict.fromkeys([*row["prepass"], *row["data"]])) or "-"
+
+
+def _runs(row: dict[str, Any]) -> str:
+    """Returns the runs of the model that an algorithm costs, beside writing it."""
+    from quarkcli.algorithms.base import Tuner
+
+    found = ["one"] if row["data"] else []
+    found += ["one of the source before"] if row["prepass"] else []
+    found += ["one of the source beside"] if "source" in row["streams"] else []
+    found += ["many of each block, with gradients"] if row["kind"] == Tuner.kind else []
+    return ", ".join(found) or "-"
+
+
+def _yaml(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
