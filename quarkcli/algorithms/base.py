@@ -129,6 +129,20 @@ class Refiner(Algorithm):
         raise AssertionError("a refiner refines")
 
 
+class Tuned(NamedTuple):
+    """The result of a tuner for one block. What it leaves out stays.
+
+    weights  codes and scales by weight
+    vectors  values by tensor of the source: norms and biases that the plan keeps, and the tuner declared
+    before   error of the block's output on held-out rows before the tuner, and `after` it; None: not measured
+    """
+
+    weights: Mapping[str, Quantized]
+    vectors: Mapping[str, Tensor] = {}
+    before: float | None = None
+    after: float | None = None
+
+
 class Tuner(Algorithm):
     """A tuner improves the codes and scales of one block together, by the output of the block.
 
@@ -137,8 +151,12 @@ class Tuner(Algorithm):
 
     kind = "tuner"
 
-    def tune(self, block: TunedBlock, quantized: dict[str, Quantized]) -> Mapping[str, Quantized]:
-        """Returns codes and scales by weight that are no worse; what it leaves out stays.
+    def changes(self, plan: Plan) -> Changes:
+        """Returns the kept tensors that it will change."""
+        return Changes()
+
+    def tune(self, block: TunedBlock, quantized: dict[str, Quantized]) -> Tuned:
+        """Returns codes, scales and vectors that are no worse.
 
         block   runs the block with weights that gradients flow into, and knows what it should return
         """
@@ -208,7 +226,9 @@ class Assignment:
         return self.algorithm.memory(self._part_of(plan))
 
     def changes(self, plan: Plan) -> Changes:
-        return self.algorithm.changes(self._part_of(plan)) if isinstance(self.algorithm, Transform) else Changes()
+        if isinstance(self.algorithm, Transform | Tuner):
+            return self.algorithm.changes(self._part_of(plan))
+        return Changes()
 
     def prepass(self, plan: Plan) -> Needs:
         return self.algorithm.prepass(self._part_of(plan)) if isinstance(self.algorithm, Transform) else {}

@@ -175,7 +175,7 @@ class Statistics:
         kinds = set(self.needs.get(site, ()))
         if site in self.plan.sites and self._kind(site) != "experts_down" and "channel_absmax" in kinds:
             kinds -= {"absmax", "channel_absmax", "mean_abs"}
-        return kinds <= {"gram", "gram_val", "cross", "samples", "mean_abs"}
+        return kinds <= {"gram", "gram_val", "cross", "samples", "mean_abs", "outputs"}
 
     def _kind(self, site: str) -> str:
         return self.plan.sites[site].kind

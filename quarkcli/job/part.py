@@ -39,6 +39,7 @@ class PartResult:
 
     dead_inputs       weight -> inputs that were always zero in calibration
     silent            activations with a static scale that were zero altogether
+    tuning            tuner -> error of the block's output on held-out rows, `before` and `after` it
     nonfinite         kept parameters with NaN or infinity; `nonfinite_others`: buffers and unknown tensors
     """
 
@@ -52,6 +53,7 @@ class PartResult:
     silent: list[str] = field(default_factory=list)
     nonfinite: list[str] = field(default_factory=list)
     nonfinite_others: list[str] = field(default_factory=list)
+    tuning: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def record(self) -> dict[str, Any]:
         """Returns the JSON form without the tensors."""
@@ -145,6 +147,7 @@ class PartWorker:
         started = time.perf_counter()
         self.warnings: list[str] = []
         self.silent: list[str] = []
+        self.tuning: dict[str, dict[str, float]] = {}
         self.solving.dead_inputs = {}
         nonfinite = self._nonfinite(part, tensors)
         rewriting = Rewriting(self.plan, part, tensors, self.transforms, self.states)
@@ -167,6 +170,7 @@ class PartWorker:
         return PartResult(
             out, error, weight_errors, expert_tokens, self.warnings, time.perf_counter() - started,
             self.solving.dead_inputs, self.silent, list(nonfinite.parameters), list(nonfinite.others),
+            self.tuning,
         )  # fmt: skip
 
     def _copied(self, part: Part) -> list[Copied]:
@@ -227,7 +231,7 @@ class PartWorker:
     # -- quantization --------------------------------------------------------------------------------------------
 
     def _quantize(
-        self, part: Part, tensors: Mapping[str, Tensor], statistics: Statistics | None, scales: Mapping[str, Tensor]
+        self, part: Part, tensors: dict[str, Tensor], statistics: Statistics | None, scales: Mapping[str, Tensor]
     ) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Returns packed tensors by file name, and the error of every weight."""
         targets = list(self.plan.quantized(part.index))
@@ -236,7 +240,11 @@ class PartWorker:
         self.tell(Working(f"quantizing {part.name}"))
         solved = self.solving.solved(targets, tensors, statistics)
         if self.tuners and self.walk is not None and part.block is not None and part.index <= self.last:
-            solved = tuned(self.tuners, TunedBlock(self.walk, part, tensors), solved)
+            served = handlers(self.plan, part, scales, self.walk.runner.loads)
+            block = TunedBlock(self.plan, self.walk, part, tensors | self._biases(part, tensors), served)
+            rows, vectors, self.tuning = tuned(self.tuners, block, solved)
+            tensors |= vectors
+            solved = iter(rows.values())
         for target, source, quantized in solved:
             bias = self._bias(target, tensors)
             packed.update(self.dialect.tensors(target, quantized, own_scales(target, scales), bias))
@@ -251,6 +259,16 @@ class PartWorker:
             return None
         bias: Quantized = named(target.bias, quantize, tensors[target.bias].reshape(1, -1), target.bias_spec)
         return bias
+
+    def _biases(self, part: Part, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Returns the quantized biases of a part as they are served."""
+        found = {}
+        for target in self.plan.quantized(part.index):
+            bias = self._bias(target, tensors)
+            if bias is not None and target.bias is not None and target.bias_spec is not None:
+                decoded = dequantize(bias, target.bias_spec).reshape(-1)
+                found[target.bias] = decoded.to(tensors[target.bias].dtype)
+        return found
 
     def _attention(self, part: Part, scales: Mapping[str, Tensor]) -> dict[str, Tensor]:
         out: dict[str, Tensor] = {}

@@ -96,7 +96,7 @@ def prepare(options: Options, tell: Listener = silent) -> Prepared:
     tell(Phase("check"))  # 4
     for step in steps:
         step.check(plan)
-    plan.changes = {step.key: step.changes(plan) for step in steps if step.kind == "transform"}
+    plan.changes = {step.key: step.changes(plan) for step in steps if step.kind in ("transform", "tuner")}
     preflight.check_plan(plan)
     preflight.check_servers(plan, options.target)
     dialect, reason = dialects.choose(options.dialect or recipe.dialect or dialects.AUTO, plan)

@@ -2,33 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from quarkcli.algorithms.base import Assignment, Tuner
-from quarkcli.forward.walk import Walk
+from quarkcli.algorithms.base import Assignment, Tuned, Tuner
+from quarkcli.forward.moments import HELD_OUT
+from quarkcli.forward.taps import unpadded
+from quarkcli.forward.walk import SOURCE, Walk
 from quarkcli.job.solving import Solved
-from quarkcli.numerics.quantize import Quantized
-from quarkcli.plan.model import Part, QuantizedTarget
+from quarkcli.model.handlers import Handlers
+from quarkcli.numerics.quantize import Quantized, dequantize
+from quarkcli.plan.model import Part, Plan, QuantizedTarget
+
+Rows = dict[str, Solved]
 
 
 class TunedBlock:
-    """A decoder block with its source weights loaded.
+    """A decoder block with its source weights loaded, run as it is served: quantized activations included.
 
     targets   its quantized weights that the tuner was given, by name; set for one tuner after the other
-    batches   number of batches of calibration rows
+    batches   number of batches of calibration rows, and `rows` in one
+    fitted    batches that a tuner fits to
+    held      batches that it is judged by: one in eight, the last of fewer; all there are where there is only one
+    number    index of the block
     """
 
-    def __init__(self, walk: Walk, part: Part, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, plan: Plan, walk: Walk, part: Part, tensors: Mapping[str, Tensor], served: Handlers) -> None:
         assert part.block is not None
+        self.number = part.block
         self.targets: dict[str, QuantizedTarget] = {}
         self.batches = len(walk.served)
+        self.rows = walk.batch
+        self.held = _held_batches(self.batches)
+        self.fitted = [n for n in range(self.batches) if n not in self.held] or self.held
         self._walk = walk
-        self._block = part.block
-        self._tensors = tensors
+        self._plan = plan
+        self._tensors = dict(tensors)
+        self._served = served
+        self._others: dict[str, Tensor] = {}
+        self._all: dict[str, QuantizedTarget] = {}
+        self._masks = walk.masks()
         self._wanted: dict[int, Tensor] = {}
+
+    def take(self, rows: Rows, mine: Callable[[QuantizedTarget], bool]) -> dict[str, Quantized]:
+        """Sets the block for a tuner, and returns codes and scales of its weights. The others stay as they are."""
+        self._all = {name: target for name, (target, _, _) in rows.items()}
+        self.targets = {name: target for name, target in self._all.items() if mine(target)}
+        left = [row for name, row in rows.items() if name not in self.targets]
+        self._others = {target.name: dequantize(quantized, target.weight) for target, _, quantized in left}
+        return {name: rows[name][2] for name in self.targets}
+
+    def put(self, vectors: Mapping[str, Tensor]) -> None:
+        """Puts other values in the place of kept vectors, for the tuners that follow."""
+        self._tensors |= vectors
 
     def weight(self, name: str) -> Tensor:
         """Returns the source weight [out, in] of a target."""
@@ -36,45 +66,131 @@ class TunedBlock:
         found: Tensor = view.of(self._tensors[view.tensor])
         return found
 
+    def vector(self, name: str) -> Tensor:
+        """Returns a kept tensor of the block as it is now."""
+        return self._tensors[name]
+
+    def loads(self, name: str) -> bool:
+        """True when the model's class reads a tensor of the files."""
+        return name in self._tensors and bool(self._walk.runner.loads(name))
+
+    @property
+    def norm_offset(self) -> float:
+        """Returns what the family's norms add to their weight."""
+        return self._plan.rewrites.norm_offset
+
     def wanted(self, batch: int) -> Tensor:
         """Returns the output that the block should have for a batch.
 
         It is the source stream's states behind it where there are any, else the source block's output for the served
         inputs.
         """
+        if SOURCE in self._walk.hidden:
+            return self._walk.wanted(self.number, batch)
         if batch not in self._wanted:
-            self._wanted[batch] = self._walk.wanted(self._block, batch)
+            self._wanted[batch] = self._walk.wanted(self.number, batch)
         return self._wanted[batch]
 
-    def run(self, weights: Mapping[str, Tensor], batch: int) -> Tensor:
-        """Returns the block's output for the served inputs of a batch, with `weights` [out, in] instead of its own.
+    def run(self, weights: Mapping[str, Tensor], batch: int, vectors: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Returns the block's output for the served inputs of a batch.
 
-        Gradients flow into `weights`. Activations are not quantized.
+        Gradients flow into `weights` [out, in] and `vectors`, which take the place of the block's own. Quantized
+        weights that are not given are decoded ones where another tuner has them, else the source's.
         """
-        with torch.enable_grad():
+        given = {**self._others, **weights}
+        by_tensor: dict[str, list[str]] = {}
+        for name in given:
+            by_tensor.setdefault(self._all[name].view.tensor, []).append(name)
+        more = vectors or {}
+        grad = any(tensor.requires_grad for tensor in (*given.values(), *more.values()))
+        with torch.set_grad_enabled(grad), self._walk.runner.handlers(self.number, self._served):
             changed: dict[str, Tensor] = {}
-            for name, weight in weights.items():
-                view = self.targets[name].view
-                whole = changed.get(view.tensor)
-                if whole is None:
-                    whole = self._tensors[view.tensor].clone()
-                changed[view.tensor] = _placed(whole, self.targets[name], weight)
-            return self._walk.run_with(self._block, batch, {**self._tensors, **changed})
+            for tensor, names in by_tensor.items():
+                views = [self._all[name].view for name in names]
+                changed[tensor] = _Placed.apply(self._tensors[tensor], views, *(given[name] for name in names))
+            changed |= {name: value.to(self._tensors[name].dtype) for name, value in more.items()}
+            return self._walk.run_with(self.number, batch, {**self._tensors, **changed})
+
+    def loss(self, weights: Mapping[str, Tensor], batch: int, vectors: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Returns the squared error of the block's output over the squared output, float32 []; padding left out."""
+        wanted = self.wanted(batch)
+        made = self.run(weights, batch, vectors)
+        mask = self._masks[batch]
+        kept = unpadded(mask, wanted.shape[:-1]) if mask is not None else None
+        wanted, made = wanted.reshape(-1, wanted.shape[-1]).float(), made.reshape(-1, wanted.shape[-1]).float()
+        if kept is not None:
+            kept = kept.to(wanted.device)
+            wanted, made = wanted[kept], made[kept]
+        return (made - wanted).square().sum() / wanted.square().sum().clamp_min(torch.finfo(torch.float32).tiny)
+
+    def error(self, weights: Mapping[str, Tensor], vectors: Mapping[str, Tensor] | None = None) -> float:
+        """Returns the mean `loss` on the held-out batches."""
+        with torch.no_grad():
+            losses = [float(self.loss(weights, batch, vectors)) for batch in self.held]
+        return sum(losses) / len(losses)
 
 
-def _placed(whole: Tensor, target: QuantizedTarget, weight: Tensor) -> Tensor:
-    """Returns a file tensor with other values where a weight lies; a new tensor, so that gradients flow."""
-    made = whole.clone()
-    target.view.of(made).copy_(weight)
-    return made
+def _held_batches(batches: int) -> list[int]:
+    return list(range(HELD_OUT - 1, batches, HELD_OUT)) or [batches - 1]
 
 
-def tuned(tuners: Sequence[tuple[Assignment, Tuner]], block: TunedBlock, solved: Iterable[Solved]) -> Iterator[Solved]:
-    """Yields every weight of a block with the codes and scales that the tuners, one after the other, leave it."""
-    rows = {target.name: (target, weight, quantized) for target, weight, quantized in solved}
+class _Placed(torch.autograd.Function):
+    """A file tensor with other values where some weights lie. Gradients flow into those weights."""
+
+    @staticmethod
+    def forward(ctx: Any, whole: Tensor, views: Sequence[Any], *weights: Tensor) -> Tensor:
+        ctx.views, ctx.dtypes = views, [weight.dtype for weight in weights]
+        made = whole.clone()
+        for view, weight in zip(views, weights, strict=True):
+            view.of(made).copy_(weight)
+        return made
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        own = (view.of(grad).to(dtype) for view, dtype in zip(ctx.views, ctx.dtypes, strict=True))
+        return (None, None, *own)
+
+
+def tuned(
+    tuners: Sequence[tuple[Assignment, Tuner]], block: TunedBlock, solved: Iterable[Solved]
+) -> tuple[Rows, dict[str, Tensor], dict[str, dict[str, float]]]:
+    """Returns the weights of a block as the tuners, one after the other, leave them; vectors that changed; errors."""
+    rows: Rows = {target.name: (target, weight, quantized) for target, weight, quantized in solved}
+    vectors: dict[str, Tensor] = {}
+    errors: dict[str, dict[str, float]] = {}
     for step, tuner in tuners:
-        block.targets = {name: target for name, (target, _, _) in rows.items() if step.takes(target)}
-        before: dict[str, Quantized] = {name: rows[name][2] for name in block.targets}
-        for name, quantized in tuner.tune(block, before).items() if before else ():
+        before = block.take(rows, step.takes)
+        if not before:
+            continue
+        with _deterministic(block):
+            found = tuner.tune(block, before)
+        for name, quantized in found.weights.items():
             rows[name] = (*rows[name][:2], quantized)
-    yield from rows.values()
+        changed = _declared(block, step, found)
+        block.put(changed)
+        vectors |= changed
+        if found.before is not None and found.after is not None:
+            errors[step.key] = {"before": found.before, "after": found.after}
+    return rows, vectors, errors
+
+
+def _declared(block: TunedBlock, step: Assignment, found: Tuned) -> dict[str, Tensor]:
+    """Returns the changed vectors in the source's dtypes. The tuner has declared them."""
+    undeclared = found.vectors.keys() - block._plan.changes[step.key].tensors
+    if undeclared:
+        raise AssertionError(f"tuner {step.key} changes {min(undeclared)}, which it has not declared")
+    return {name: value.to(block.vector(name).dtype) for name, value in found.vectors.items()}
+
+
+@contextmanager
+def _deterministic(block: TunedBlock) -> Iterator[None]:
+    """Asks for the same bits from every run of a backward pass on a GPU; a CPU gives them anyway."""
+    if block._walk.device.type != "cuda":
+        yield
+        return
+    before, warned = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warned)

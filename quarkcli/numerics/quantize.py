@@ -7,6 +7,7 @@ quantizes what its first stage gives once more.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -135,7 +136,11 @@ def fake_quantize(x: Tensor, spec: TensorSpec, static: Tensor | None = None) -> 
     `static` is the value of `static_scale`, for the stages that are static; without it the scale comes from the spec's
     constant amax or from `x`. The stages of a chain follow one another.
     Non-finite values are not refused: NaN stays NaN, infinities saturate where the scale is static.
+    Gradients pass straight through to `x`, as if nothing were rounded.
     """
+    if x.requires_grad and torch.is_grad_enabled():
+        passed: Tensor = _StraightThrough.apply(x, spec, static)
+        return passed
     if x.numel() == 0:
         return x.clone()
     matrix = as_matrix(x)
@@ -148,6 +153,18 @@ def fake_quantize(x: Tensor, spec: TensorSpec, static: Tensor | None = None) -> 
             continue
         matrix = round_matrix(matrix, grid(_activation_params(matrix, stage, own), stage, matrix.shape), x.dtype)
     return matrix.view(x.shape)
+
+
+class _StraightThrough(torch.autograd.Function):
+    """`fake_quantize` with the gradient of the identity."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, spec: TensorSpec, static: Tensor | None) -> Tensor:
+        return fake_quantize(x.detach(), spec, static)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad, None, None
 
 
 def round_to_grid(y: Tensor, element: Element) -> Tensor:

@@ -80,7 +80,7 @@ def plain_scale(range_: Range, spec: TensorSpec, model: torch.dtype) -> Tensor:
     dtype = _PLAIN.get(scale.dtype, model)
     real = _real_scale(range_, spec, divisor(element, scale.rule))
     if scale.dtype == "pow2":
-        real = _nearest_power(real)
+        real = nearest_power(real)
     if scale.minimum is not None:
         real = real.clamp_min(scale.minimum)
     stored = real.clamp_max_(largest_scale(element, dtype, scale.dtype == "pow2")).to(dtype)
@@ -281,7 +281,13 @@ def _fit(range_: Range, element: Element) -> Tensor:
     return byte + (over | under)
 
 
-def _nearest_power(values: Tensor) -> Tensor:
+def nearest_exponent(values: Tensor) -> Tensor:
+    """Returns the exponent bytes (uint8) of the powers of two nearest to positive float32 values in the logarithm."""
+    exponent, mantissa = _fields(values.contiguous())
+    return (exponent + (mantissa > _SQRT_2)).clamp_(0, _E8M0_MAX_BYTE).to(torch.uint8)
+
+
+def nearest_power(values: Tensor) -> Tensor:
     """Returns the power of two nearest to positive float32 values in the logarithm; 0 stays 0."""
     exponent, mantissa = _fields(values.contiguous())
     raised = (exponent + (mantissa > _SQRT_2)).clamp_(1, _E8M0_MAX_BYTE) << _MANTISSA

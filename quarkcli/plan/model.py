@@ -168,7 +168,7 @@ class Added(NamedTuple):
 
 @dataclass(frozen=True)
 class Changes:
-    """Holds the changes that a transform makes to a checkpoint. They are known before any weight is read.
+    """Holds the changes that a transform or tuner makes to a checkpoint. They are known before any weight is read.
 
     tensors  source tensors whose values it changes; those of quantized weights are quantized afterwards
     added    tensors that the source lacks
@@ -211,7 +211,8 @@ class Plan:
                       shares its scales
     own_expert_inputs  whether every expert has a static input scale of its own; else those of a layer share one
     rewrites          how blocks may be rewritten without changing what they compute, from the family file
-    changes           what transforms will change, by their names
+    norms             tensors of norms, from the family file
+    changes           what transforms and tuners will change, by their names
     basis             what it was resolved from, for edits (`plan.compose.Basis`)
     """
 
@@ -232,6 +233,7 @@ class Plan:
     share: Sequence[Share] | None = None
     own_expert_inputs: bool = False
     rewrites: Rewrites = field(default_factory=Rewrites)
+    norms: tuple[str, ...] = ()
     changes: dict[str, Changes] = field(default_factory=dict)
     basis: Basis | None = field(default=None, repr=False, compare=False)
     _alike: tuple[Mapping[str, Target], list[list[Target]]] | None = field(
@@ -285,7 +287,7 @@ class Plan:
 
     @property
     def changed(self) -> dict[str, str]:
-        """Returns, for each source tensor, the transforms that change its values before it is written or quantized."""
+        """Returns, for each source tensor, the algorithms that change its values before it is written or quantized."""
         found: dict[str, list[str]] = {}
         for by, changes in self.changes.items():
             for name in sorted(changes.tensors):

@@ -59,6 +59,7 @@ def resolve(
         share=recipe.share,
         own_expert_inputs=recipe.expert_inputs == "own",
         rewrites=layout.rewrites,
+        norms=tuple(name for name, role in layout.tensor_roles.items() if role == "norm"),
     )
     if layout.inferred:
         plan.warnings.append(_inferred(layout))

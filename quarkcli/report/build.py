@@ -127,6 +127,7 @@ def _loss(records: dict[str, dict[str, Any]]) -> dict[str, Any]:
         "mean_weight_error": sum(weight_errors.values()) / len(weight_errors) if weight_errors else None,
         "worst_weights": [{"name": name, "error": error} for name, error in worst],
         "parts": {name: record["error"] for name, record in records.items() if record["error"] is not None},
+        "tuning": {name: record["tuning"] for name, record in records.items() if record.get("tuning")},
     }
 
 

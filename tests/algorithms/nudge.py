@@ -1,11 +1,10 @@
 """A toy tuner: the codes with the largest gradients of the block's output error go one step down, if that helps."""
 
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 
-from quarkcli.algorithms.base import Needs, Tuner
+from quarkcli.algorithms.base import Needs, Tuned, Tuner
 from quarkcli.numerics.quantize import Quantized, dequantize, encode
 from quarkcli.plan.model import Plan
 
@@ -23,7 +22,7 @@ class Nudge(Tuner):
     def needs(self, plan: Plan) -> Needs:
         return {t.site: {"outputs"} for t in plan.quantized() if t.site is not None}
 
-    def tune(self, block: Any, quantized: dict[str, Quantized]) -> Mapping[str, Quantized]:
+    def tune(self, block: Any, quantized: dict[str, Quantized]) -> Tuned:
         values = {name: dequantize(q, block.targets[name].weight) for name, q in quantized.items()}
         leaves = {name: value.clone().requires_grad_() for name, value in values.items()}
         before = error(block, leaves)
@@ -43,7 +42,7 @@ class Nudge(Tuner):
             if float(error(block, {**values, name: dequantize(new, spec)})) < float(least):
                 best[name], values[name] = new, dequantize(new, spec)
         self.seen.append((before.item(), float(error(block, values))))
-        return best
+        return Tuned(best)
 
 
 def error(block: Any, weights: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -1,0 +1,137 @@
+"""AutoRound (arXiv 2309.05516): rounding offsets and factors of scales, learned by the sign of their gradients.
+
+Every block starts from the codes and scales of its solver. An offset V within half a step of the grid moves a weight
+inside, or out of, the rounding interval of its code; a factor moves the scale of a group, which is stored as the format
+stores it. Both step by the sign of the gradient of the block's output error, at a rate that falls to zero; the target
+is what the source's blocks hand on, and activations are quantized as they are served. The result with the least error
+on held-out rows is kept, which is the start itself where nothing is better.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from quarkcli.algorithms.base import Needs, Tuned, Tuner
+from quarkcli.errors import ConfigError
+from quarkcli.plan.model import Plan
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from quarkcli.job.tuning import TunedBlock
+    from quarkcli.numerics.adjust import Adjustable
+    from quarkcli.numerics.quantize import Quantized
+
+CHECKS = 20  # times that a block's error on held-out rows is measured
+
+
+class AutoRound(Tuner):
+    """The AutoRound tuner.
+
+    iters: steps for each block, 0 changes nothing; batch: calibration rows behind a step, in whole forwards;
+    lr: first rate of the offsets, `auto` is 1 / iters; minmax: whether scales move; minmax_lr: first rate of their
+    factors, `auto` is that of the offsets.
+    """
+
+    name = "autoround"
+    parameters: ClassVar[Mapping[str, Any]] = {
+        "iters": 200, "batch": 8, "lr": "auto", "minmax": True, "minmax_lr": "auto",
+    }  # fmt: skip
+    streams = frozenset({"served", "source"})
+
+    def __init__(self, iters: int, batch: int, lr: float | str, minmax: bool, minmax_lr: float | str) -> None:
+        for name, value, least in (("iters", iters, 0), ("batch", batch, 1)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ConfigError(f"autoround {name} must be a whole number from {least}, not {value!r}")
+        for name, rate in (("lr", lr), ("minmax_lr", minmax_lr)):
+            if rate != "auto" and (isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < 1):
+                raise ConfigError(f"autoround {name} must be 'auto' or lie between 0 and 1, not {rate!r}")
+        if not isinstance(minmax, bool):
+            raise ConfigError(f"autoround minmax must be true or false, not {minmax!r}")
+        self.iters = iters
+        self.batch = batch
+        self.lr = 1.0 / max(1, iters) if isinstance(lr, str) else float(lr)
+        self.minmax = minmax
+        self.minmax_lr = self.lr if isinstance(minmax_lr, str) else float(minmax_lr)
+
+    def needs(self, plan: Plan) -> Needs:
+        return {t.site: {"outputs"} for t in plan.quantized() if t.site is not None} if self.iters else {}
+
+    def tune(self, block: TunedBlock, quantized: dict[str, Quantized]) -> Tuned:
+        from quarkcli.numerics.adjust import Adjustable, moves_codes
+
+        specs = {name: block.targets[name].weight for name in quantized}
+        weights = {
+            name: _Moving(Adjustable(block.weight(name), start, specs[name]), self.minmax)
+            for name, start in quantized.items()
+            if moves_codes(specs[name])
+        }
+        fixed = {name: _decoded(start, specs[name]) for name, start in quantized.items() if name not in weights}
+
+        def error() -> float:
+            return block.error({**fixed, **{name: moving.values() for name, moving in weights.items()}})
+
+        before = least = error()
+        best: dict[str, Quantized] = {}
+        every = max(1, self.iters // CHECKS)
+        passes = max(1, round(self.batch / block.rows))
+        for step in range(self.iters):
+            batches = [block.fitted[(step * passes + n) % len(block.fitted)] for n in range(passes)]
+            self._step(block, weights, fixed, batches, 1.0 - step / self.iters)
+            if (step + 1) % every == 0 or step + 1 == self.iters:
+                now = error()
+                if now < least:
+                    least = now
+                    best = {name: moving.quantized() for name, moving in weights.items() if moving.moved}
+        return Tuned(best, {}, before, least)
+
+    def _step(
+        self, block: TunedBlock, weights: dict[str, _Moving], fixed: dict[str, Tensor], batches: list[int], share: float
+    ) -> None:
+        """Moves every offset and factor by one step, at a share of the first rates."""
+        leaves = {name: moving.values().requires_grad_() for name, moving in weights.items()}
+        for batch in batches:
+            block.loss({**fixed, **leaves}, batch).backward()
+        for name, moving in weights.items():
+            grad = leaves.pop(name).grad
+            if grad is not None and bool(grad.any()):
+                moving.step(grad, self.lr * share, self.minmax_lr * share)
+
+
+class _Moving:
+    """The offsets and factors of one weight.
+
+    moved   whether they were ever moved: an expert without tokens keeps what its solver chose
+    """
+
+    def __init__(self, weight: Adjustable, scales: bool) -> None:
+        self.weight = weight
+        self.offset = weight.offset()
+        self.factors = weight.factors() if scales else None
+        self.moved = False
+
+    def quantized(self) -> Quantized:
+        return self.weight.quantized(self.offset, self.factors)
+
+    def values(self) -> Tensor:
+        return self.weight.values(self.offset, self.factors)
+
+    def step(self, grad: Tensor, lr: float, minmax_lr: float) -> None:
+        """Moves against the sign of the gradients that follow from `grad`, the one by the values."""
+        from quarkcli.numerics.adjust import within
+
+        by_offset, by_factors = self.weight.gradients(self.offset, self.factors, grad)
+        self.offset.sub_(by_offset.sign_(), alpha=lr).clamp_(-0.5, 0.5)
+        if self.factors is not None and by_factors is not None:
+            within(self.factors.sub_(by_factors.sign_(), alpha=minmax_lr))
+        self.moved = True
+
+
+def _decoded(start: Quantized, spec: Any) -> Tensor:
+    from quarkcli.numerics.quantize import dequantize
+
+    return dequantize(start, spec)
+
+
+ALGORITHM = AutoRound
