@@ -74,7 +74,8 @@ OWNERS = {
 WITH_TORCH = {
     "quarkcli.numerics", "quarkcli.model", "quarkcli.forward.data", "quarkcli.forward.statistics",
     "quarkcli.forward.moments", "quarkcli.forward.samples", "quarkcli.forward.taps", "quarkcli.forward.walk",
-    "quarkcli.algorithms.tensors", "quarkcli.job.rewriting", "quarkcli.job.solving", "quarkcli.job.tuning",
+    "quarkcli.algorithms.channels", "quarkcli.algorithms.tensors",
+    "quarkcli.job.rewriting", "quarkcli.job.solving", "quarkcli.job.tuning",
     "quarkcli.job.served", "quarkcli.job.part", "quarkcli.job.pipeline",
     "quarkcli.evaluate.run", "quarkcli.evaluate.windows",
 }  # fmt: skip

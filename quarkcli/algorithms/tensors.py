@@ -7,6 +7,7 @@ report and files. Values are rounded back to the source's dtype once, when a tra
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ class PartTensors:
     scaled             activation and expert -> factor of its channels, where pairs were scaled
     scaled_outputs     linears among them: their outputs, and attention's operands, are others now
     changed_otherwise  something was changed that statistics cannot follow
+    notes              what was decided, for the report
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class PartTensors:
         self.scaled: dict[tuple[str, int | None], Tensor] = {}
         self.scaled_outputs = False
         self.changed_otherwise = False
+        self.notes: list[dict[str, Any]] = []
 
     # -- what there is --------------------------------------------------------------------------------------------
 
@@ -67,7 +70,8 @@ class PartTensors:
     def columns(self, module: str) -> Tensor:
         """Returns the weight [out, in] of a module as it is now, in float32; not to be written to."""
         view = self.targets[module].view
-        found: Tensor = view.of(self.read(view.tensor))
+        whole = self._changing.get(view.tensor, self._tensors[view.tensor])
+        found: Tensor = view.of(whole).float()
         return found
 
     # -- what changes ---------------------------------------------------------------------------------------------
@@ -90,6 +94,10 @@ class PartTensors:
         """Adds a tensor that the source lacks; the transform has declared it (see `Changes.added`)."""
         self.added[name] = value
 
+    def note(self, **facts: Any) -> None:
+        """Notes a decision for the report."""
+        self.notes.append(facts)
+
     def scale_input(self, modules: Iterable[str], scale: Tensor) -> None:
         """Multiplies the columns of weights by `scale`, float32 [channels], repeated over heads that share values."""
         self.changed_otherwise = True
@@ -105,25 +113,30 @@ class PartTensors:
         self.changed_otherwise = True
         self._scale_output(source, scale)
 
-    def _scale_output(self, source: str, scale: Tensor) -> None:
+    def _scale_output(self, source: str, scale: Tensor) -> Tensor:
+        """Returns the scale that a norm really has, rounded to its dtype: one factor holds for a whole channel."""
         if source in self.targets:
             self._weight(source).mul_(scale[:, None])
             self._scale_bias(self.targets[source], scale)
-            return
-        offset = self._plan.rewrites.norm_offset
-        norm = self._vector(f"{source}.weight")
-        norm.copy_((norm + offset) * scale - offset)
+            return scale
+        name, offset = f"{source}.weight", self._plan.rewrites.norm_offset
+        norm = self._vector(name)
+        before = norm + offset
+        norm.copy_((before * scale - offset).to(self._tensors[name].dtype))
+        real = (norm + offset) / before
+        real = torch.where(torch.isfinite(real) & (real != 0), real, scale)
         if f"{source}.bias" in self._tensors:
-            self._vector(f"{source}.bias").mul_(scale)
+            self._vector(f"{source}.bias").mul_(real)
+        return real
 
     def scale(self, pair: Pair, scale: Tensor) -> None:
         """Multiplies the output of a pair's source by `scale` and divides its readers: the function stays."""
-        self._scale_output(pair.source, scale)
-        self._scale_input(pair.readers, scale.reciprocal())
+        divisor = self._scale_output(pair.source, scale).reciprocal()
+        self._scale_input(pair.readers, divisor)
         self.scaled_outputs = self.scaled_outputs or not pair.norm
         for reader in map(self.targets.__getitem__, pair.readers):
             if reader.site is not None:
-                factor = self.spread(scale, reader.shape[1])
+                factor = self.spread(divisor.reciprocal(), reader.shape[1])
                 self.scaled[reader.site, reader.expert[1] if reader.expert else None] = factor
 
     def fold_norms(self) -> None:

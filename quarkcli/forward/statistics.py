@@ -89,10 +89,15 @@ class Statistics:
             raise DataError("NaN or inf in the calibration activations", where=site, hint=_NONFINITE)
         return value
 
-    def channel_amax(self, site: str) -> Tensor | None:
-        """Returns the largest magnitude of every channel of a site, float32 [features]; None without a token."""
-        seen = self._ranges.get((site, "channel_absmax"))
-        return self._times(seen.amax, site) if seen is not None else None
+    def channel_amax(self, site: str, expert: int | None = None) -> Tensor | None:
+        """Returns the largest magnitude of every channel of a site, float32 [features]; None without a token.
+
+        expert   of the tokens of one expert alone
+        """
+        seen = self._expert_ranges.get((site, "channel_absmax", expert))
+        if expert is None:
+            seen = self._ranges.get((site, "channel_absmax"))
+        return self._times(seen.amax, site, expert) if seen is not None else None
 
     def mean_abs(self, site: str) -> Tensor | None:
         """Returns the mean magnitude of every channel, float32 [features]; None without a token.
@@ -298,9 +303,10 @@ class Statistics:
             self._ranges.setdefault((site, kind), STATISTICS[kind]()).observe(x)
 
     def see_expert(self, site: str, expert: int, x: Tensor) -> None:
-        """Does as `see` for the input of one expert, where every expert has a scale of its own."""
-        if self.plan.own_expert_inputs and x.numel():
-            for kind in STATISTICS.keys() & self.needs.get(site, set()):
+        """Does as `see` for the input of one expert, where it has a scale of its own; for channels always."""
+        kinds = STATISTICS.keys() if self.plan.own_expert_inputs else {"channel_absmax"}
+        if x.numel():
+            for kind in kinds & self.needs.get(site, set()):
                 self._expert_ranges.setdefault((site, kind, expert), STATISTICS[kind]()).observe(x)
 
     # -- experts -------------------------------------------------------------------------------------------------

@@ -41,6 +41,7 @@ class PartResult:
     silent            activations with a static scale that were zero altogether
     tuning            tuner -> error of the block's output on held-out rows, `before` and `after` it
     nonfinite         kept parameters with NaN or infinity; `nonfinite_others`: buffers and unknown tensors
+    transforms        what each transform decided, by its key
     """
 
     tensors: dict[str, Tensor]
@@ -54,6 +55,7 @@ class PartResult:
     nonfinite: list[str] = field(default_factory=list)
     nonfinite_others: list[str] = field(default_factory=list)
     tuning: dict[str, dict[str, float]] = field(default_factory=dict)
+    transforms: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
     def record(self) -> dict[str, Any]:
         """Returns the JSON form without the tensors."""
@@ -171,6 +173,7 @@ class PartWorker:
             out, error, weight_errors, expert_tokens, self.warnings, time.perf_counter() - started,
             self.solving.dead_inputs, self.silent, list(nonfinite.parameters), list(nonfinite.others),
             self.tuning,
+            rewriting.notes,
         )  # fmt: skip
 
     def _copied(self, part: Part) -> list[Copied]:

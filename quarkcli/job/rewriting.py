@@ -18,6 +18,7 @@ class Rewriting:
 
     states   decisions of each transform for the whole model, by its key
     added    tensors that the source lacks, once they are made
+    notes    what each transform decided, by its key
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class Rewriting:
         self.transforms = transforms
         self.states = states
         self.added: dict[str, Tensor] = {}
+        self.notes: dict[str, list[dict[str, Any]]] = {}
 
     def before(self) -> None:
         """Runs every transform on the part before it is observed."""
@@ -57,6 +59,8 @@ class Rewriting:
     def _commit(self, step: Assignment, part: PartTensors) -> bool:
         """Puts the changes in place, and holds them against what the transform declared."""
         declared = self.plan.changes[step.key]
+        if part.notes:
+            self.notes.setdefault(step.key, []).extend(part.notes)
         changed = part.commit()
         undeclared = [name for name in changed if name not in declared.tensors]
         undeclared += [name for name in part.added if name not in {added.name for added in declared.added}]

@@ -67,6 +67,7 @@ def build(
         "added": [added.name for added in plan.added],
         "dropped": plan.dropped,
         "config_changes": plan.config_changes,
+        "transforms": _transforms(records),
         "split": split_tensors(plan),
         "tied_head": plan.tied_head,
         "side_files_left_out": [name for names in prepared.side_files.left_out.values() for name in names],
@@ -88,6 +89,15 @@ def _model(prepared: Prepared) -> dict[str, Any]:
         "family": prepared.plan.family,
         "architectures": source.config.get("architectures"),
     }
+
+
+def _transforms(records: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Returns what each transform decided: transform -> part -> its notes."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, record in records.items():
+        for key, notes in record["transforms"].items():
+            found.setdefault(key, {})[name] = notes
+    return found
 
 
 def _dead_inputs(records: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

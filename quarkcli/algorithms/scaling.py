@@ -1,0 +1,172 @@
+"""The common part of transforms that scale channels: which channels there are, and what was decided of them.
+
+The output of a norm or linear is divided by factors and the columns of all weights that read it are multiplied, so that
+the function stays. Which channels those are comes from the family file (`Plan.rewrites`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from quarkcli.algorithms.base import Needs, Transform
+from quarkcli.errors import ConfigError, near_misses
+from quarkcli.family import Pair, expert_bias
+from quarkcli.plan.model import Changes, Part, Plan, Target
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from quarkcli.algorithms.channels import Channels
+    from quarkcli.algorithms.tensors import PartTensors
+    from quarkcli.forward.statistics import Statistics
+
+_NUMBER = re.compile(r"\.\d+(?=\.)")
+Rows = list[str | dict[str, Any]] | None
+
+
+class ChannelScaling(Transform):
+    """A transform that chooses a factor for every channel of a pair.
+
+    kinds     statistics that it needs of what the readers read
+    roles     roles of the linears that it works on beside norms when a recipe names no sources; None: all
+    rows      `scaling_layers` of a recipe: names of sources, or AMD Quark's rows with `prev_op`
+    """
+
+    kinds: ClassVar[frozenset[str]]
+    roles: ClassVar[frozenset[str] | None] = None
+
+    def __init__(self, scaling_layers: Rows) -> None:
+        if scaling_layers is not None and (not isinstance(scaling_layers, list) or not scaling_layers):
+            raise ConfigError(f"{self.name} scaling_layers must be a list of names", where="algorithm")
+        self.rows = [_source(row, self.name) for row in scaling_layers] if scaling_layers else None
+
+    # -- declarations ---------------------------------------------------------------------------------------------
+
+    def needs(self, plan: Plan) -> Needs:
+        found: Needs = {}
+        for part, pair in self.pairs(plan):
+            for reader in quantized(plan.targets, pair):
+                if reader.site is not None:
+                    found.setdefault(reader.site, set()).update(self.kinds_of(plan, part, pair))
+        return found
+
+    def kinds_of(self, plan: Plan, part: Part, pair: Pair) -> frozenset[str]:
+        """Returns the kinds of statistics that it needs for one pair."""
+        return self.kinds
+
+    def check(self, plan: Plan) -> None:
+        known = [(part, pair) for part, pair in pairs_of(plan) if quantized(plan.targets, pair)]
+        sources = list(dict.fromkeys(below(part, pair.source) for part, pair in known))
+        if not known:
+            raise ConfigError(
+                f"{self.name} finds no channels to scale: the model family '{plan.family}' names none that a quantized "
+                "weight reads",
+                where="algorithm",
+                hint="add 'scaling' rows (source, readers) to its family file, or leave the algorithm out",
+            )
+        for row in self.rows or ():
+            if not any(fits(row, source) for source in sources):
+                close = near_misses(row, sources)
+                raise ConfigError(
+                    f"{self.name} scaling_layers: the model family '{plan.family}' scales no channels of '{row}'",
+                    where="algorithm",
+                    hint=f"did you mean '{close[0]}'?" if close else f"it has {', '.join(sources)}",
+                )
+
+    def changes(self, plan: Plan) -> Changes:
+        names: set[str] = set()
+        for part, pair in self.pairs(plan):
+            names |= _tensors(plan.targets, pair, frozenset(part.tensors))
+        return Changes(frozenset(names))
+
+    def pairs(self, plan: Plan) -> Iterator[tuple[Part, Pair]]:
+        """Yields the pairs of all blocks that it works on: those that a quantized weight reads."""
+        for part, pair in pairs_of(plan):
+            if self.takes(part, pair, plan.targets):
+                yield part, pair
+
+    def takes(self, part: Part, pair: Pair, targets: Mapping[str, Target]) -> bool:
+        if not quantized(targets, pair):
+            return False
+        if self.rows is None:
+            return pair.norm or self.roles is None or targets[pair.source].role in self.roles
+        return any(fits(row, below(part, pair.source)) for row in self.rows)
+
+    # -- work -----------------------------------------------------------------------------------------------------
+
+    def after(self, part: PartTensors, statistics: Statistics, state: Any) -> None:
+        from quarkcli.algorithms.channels import Channels
+
+        # Linears' outputs first: their rows are then what those see that choose by the largest weight of a column.
+        for pair in sorted(part.pairs, key=lambda pair: pair.norm):
+            if not self.takes(part.part, pair, part.targets):
+                continue
+            factors, facts = self.factors(Channels(part, pair, statistics))
+            part.note(source=starred(below(part.part, pair.source)), scaled=factors is not None, **facts)
+            if factors is not None:
+                part.scale(pair, factors.reciprocal())
+
+    def factors(self, channels: Channels) -> tuple[Tensor | None, dict[str, Any]]:
+        """Returns what the readers' columns are multiplied by, float32 [channels], and facts for the report.
+
+        None for the factors: the pair stays as it is.
+        """
+        raise AssertionError("a transform that scales channels chooses factors")
+
+
+def pairs_of(plan: Plan) -> Iterator[tuple[Part, Pair]]:
+    """Yields the pairs of every block, from the names alone."""
+    own: dict[int, dict[str, Target]] = {}
+    for target in plan.targets.values():
+        own.setdefault(target.part, {})[target.name] = target
+    for part in plan.parts:
+        if part.block is None or part.index not in own:
+            continue
+        weights = own[part.index]
+        vectors = set(part.tensors) - {target.view.tensor for target in weights.values()}
+        yield from ((part, pair) for pair in plan.rewrites.pairs(part.name, weights, vectors))
+
+
+def quantized(targets: Mapping[str, Target], pair: Pair) -> list[Target]:
+    """Returns the readers of a pair that are quantized."""
+    return [target for target in map(targets.__getitem__, pair.readers) if target.weight is not None]
+
+
+def below(part: Part, name: str) -> str:
+    """Returns a module's name below its block."""
+    return name.removeprefix(f"{part.name}.")
+
+
+def starred(name: str) -> str:
+    """Returns a name with `*` for the numbers in it."""
+    return _NUMBER.sub(".*", name)
+
+
+def fits(row: str, source: str) -> bool:
+    """True when a name or pattern means a source: `up_proj` and `mlp.up_proj` both mean `mlp.up_proj`."""
+    return fnmatchcase(source, row) or fnmatchcase(source, f"*.{row}") or fnmatchcase(starred(source), f"*{row}")
+
+
+def _source(row: Any, name: str) -> str:
+    source = row.get("prev_op") if isinstance(row, dict) else row
+    if not isinstance(source, str) or not source:
+        raise ConfigError(
+            f"{name} scaling_layers holds {row!r}, which names no source",
+            where="algorithm",
+            hint="the name of a norm or linear, or a row with 'prev_op'",
+        )
+    return source
+
+
+def _tensors(targets: Mapping[str, Target], pair: Pair, present: frozenset[str]) -> set[str]:
+    """Returns the file tensors that scaling a pair changes."""
+    found = {targets[name].view.tensor for name in pair.weights}
+    if pair.norm:
+        found |= {f"{pair.source}.weight", f"{pair.source}.bias"} & present
+    else:
+        source = targets[pair.source]
+        found |= {source.bias or "", expert_bias(source) or ""} & present
+    return found
