@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -81,6 +82,49 @@ class SecondMoment:
             for panel in _panels(x.shape[1]) if x.device.type == "cpu" else [slice(0, x.shape[1])]:
                 self.mean[panel, panel.start :].addmm_(x[:, panel].T, x[:, panel.start :], beta=keep, alpha=weight)
         self.tokens = total
+
+
+class Means(NamedTuple):
+    """What `Moments` came to: means or None when no token came, and the number of tokens."""
+
+    gram: Tensor | None
+    cross: Tensor | None
+    tokens: int
+
+    def shrunk(self, prior: Means) -> Means:
+        """Returns both means blended with the layer's, which counts as one token per feature.
+
+        An expert that saw nothing gets the layer's alone.
+        """
+        if self.gram is None or prior.gram is None:
+            return prior._replace(tokens=0) if self.gram is None else self
+        weight = prior.gram.shape[0]
+        total = self.tokens + weight
+
+        def blended(own: Tensor, other: Tensor) -> Tensor:
+            return (own * self.tokens + other * weight) / total
+
+        both = self.cross is not None and prior.cross is not None
+        cross = blended(self.cross, prior.cross) if both else None  # type: ignore[arg-type]
+        return Means(blended(self.gram, prior.gram), cross, self.tokens)
+
+
+class Moments:
+    """The second moment of an activation, and its moment with the source stream's where that comes along."""
+
+    def __init__(self) -> None:
+        self.gram = SecondMoment()
+        self.cross = SecondMoment()
+
+    def add(self, rows: Tensor, source: Tensor | None = None) -> None:
+        """Takes rows [tokens, features] in sample order, and the source stream's for the same tokens."""
+        self.gram.add(rows)
+        if source is not None:
+            self.cross.add(rows, source)
+
+    def means(self) -> Means:
+        gram, tokens = self.gram.result()
+        return Means(gram, self.cross.result()[0], tokens)
 
 
 def _panels(features: int) -> list[slice]:

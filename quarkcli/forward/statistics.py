@@ -7,7 +7,7 @@ size changes no bits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,13 +15,17 @@ from torch import Tensor
 
 from quarkcli.algorithms.base import Moment
 from quarkcli.errors import DataError
-from quarkcli.forward.moments import SecondMoment
+from quarkcli.forward.experts import ExpertLayer
+from quarkcli.forward.moments import Means, Moments
 from quarkcli.forward.samples import MeanMagnitude, Samples, picked
-from quarkcli.forward.taps import ExpertLayer, ExpertTap, unpadded
+from quarkcli.forward.taps import ExpertTap, SourceExpertTap, unpadded
 from quarkcli.model.handlers import Handlers
 from quarkcli.numerics.observers import STATISTICS, Histogram, MinMax, amax_of
 from quarkcli.plan.model import Plan, Site
 from quarkcli.spec import TensorSpec
+
+MOMENTS = {"gram", "gram_val", "cross"}
+NOTHING = Means(None, None, 0)
 
 _NONFINITE = (
     "see whether the source model itself overflows on this text; other --calib-data, or --exclude these modules"
@@ -37,7 +41,8 @@ class Statistics:
     `samples` and `mean_abs`.
 
     `gram_val` keeps held-out tokens out of `gram` and has a moment of its own for them; `cross` is the moment of the
-    served stream's activation with the source stream's. Experts have no cross moments.
+    served stream's activation with the source stream's. Those of experts are of the tokens that the source stream
+    routes to them, so that both streams' tokens line up.
 
     Sites of outputs are `<module>.output`, those of attention `<module>.q`, `.k`, `.v` and `.p`.
 
@@ -57,11 +62,10 @@ class Statistics:
         self.held: Tensor | None = None  # [batch, tokens] of the same; true for held-out tokens
         self._ranges: dict[tuple[str, str], MinMax | Histogram] = {}
         self._expert_ranges: dict[tuple[str, str, int | None], MinMax | Histogram] = {}
-        self._grams: dict[str, SecondMoment] = {}
-        self._held_grams: dict[str, SecondMoment] = {}
-        self._crosses: dict[str, SecondMoment] = {}
-        self._held_crosses: dict[str, SecondMoment] = {}
+        self._fitted: dict[str, Moments] = {}
+        self._held_out: dict[str, Moments] = {}
         self._source_rows: dict[str, Tensor] = {}
+        self.source_experts: dict[str, tuple[Tensor, Tensor]] = {}  # by experts prefix: tokens and routing
         self._samples: dict[str, Samples] = {}
         self._magnitudes: dict[str, MeanMagnitude] = {}
         self.layers: dict[str, ExpertLayer] = {}
@@ -132,29 +136,34 @@ class Statistics:
 
         Raises DataError for NaN or infinity.
         """
-        mean, tokens = self._gram(site, expert)
-        if mean is None:
+        apart = self._apart(site)
+        fitted = self._means(site, expert, apart)
+        if fitted.gram is None:
             return None
-        if not bool(torch.isfinite(mean).all()):
+        if not bool(torch.isfinite(fitted.gram).all()):
             raise DataError("NaN or inf in the calibration activations", where=site, hint=_NONFINITE)
-        cross, cross_val = (self._mean(moments, site, expert) for moments in (self._crosses, self._held_crosses))
-        moment = Moment(mean, tokens, cross, self._val(site, expert), cross_val)
+        held = self._means(site, expert, True) if apart is False else NOTHING
+        moment = Moment(fitted.gram, fitted.tokens, fitted.cross, held.gram, held.cross)
         factor = self._factors.get((site, expert))
         return moment if factor is None else moment.scaled(factor)
 
-    def _gram(self, site: str, expert: int | None) -> tuple[Tensor | None, int]:
-        if expert is None:
-            return self._grams[site].result() if site in self._grams else (None, 0)
-        mean, tokens = self._expert_moment(site, [expert], self._apart(site))
-        return _with_prior(mean, tokens, self._pooled(site))
+    def _means(self, site: str, expert: int | None, held: bool | None) -> Means:
+        """Returns the means of a site or of one expert, over tokens that are held out or not; None: over all.
 
-    def _val(self, site: str, expert: int | None) -> Tensor | None:
+        Those of experts are shrunk towards their layer's, but for held-out tokens.
+        """
+        if not self._of_experts(site):
+            seen = self._held_out if held else self._fitted
+            return seen[site].means() if site in seen else NOTHING
+        layer, inner = self.layers.get(self._layer_of(site)), self._kind(site) == "experts_down"
+        if layer is None:
+            return NOTHING
         if expert is None:
-            return self._held_grams[site].result()[0] if site in self._held_grams else None
-        return self._expert_moment(site, [expert], True)[0] if self._apart(site) is False else None
+            return layer.layer(inner, held)
+        return layer.means([expert], inner, held) if held else layer.shrunk(expert, inner, held)
 
-    def _mean(self, moments: Mapping[str, SecondMoment], site: str, expert: int | None) -> Tensor | None:
-        return moments[site].result()[0] if expert is None and site in moments else None
+    def _of_experts(self, site: str) -> bool:
+        return site in self.plan.sites and self._kind(site) != "linear"
 
     def follow(self, scaled: Mapping[tuple[str, int | None], Tensor], outputs: bool) -> bool:
         """Takes over factors of channels, by activation and expert. Returns whether everything asked for follows.
@@ -180,7 +189,7 @@ class Statistics:
         kinds = set(self.needs.get(site, ()))
         if site in self.plan.sites and self._kind(site) != "experts_down" and "channel_absmax" in kinds:
             kinds -= {"absmax", "channel_absmax", "mean_abs"}
-        return kinds <= {"gram", "gram_val", "cross", "samples", "mean_abs", "outputs"}
+        return kinds <= MOMENTS | {"samples", "mean_abs", "outputs"}
 
     def _kind(self, site: str) -> str:
         return self.plan.sites[site].kind
@@ -200,8 +209,7 @@ class Statistics:
         for site in self.plan.sites.values():
             if site.part != self.part or site.name not in self.needs:
                 continue
-            tensors = (self.plan.targets[member].view.tensor for member in site.members)
-            tensor = next(filter(self.runner.loads, tensors))  # see `part.check_loaded`
+            tensor = self._tensor(site)
             if site.kind == "linear":
                 linear[tensor] = self._linear_tap(site.name)
             else:
@@ -223,12 +231,23 @@ class Statistics:
         return Handlers(linear, outputs, dict(experts.values()), attention, softmax)
 
     def source_handlers(self) -> Handlers:
-        """Returns the handlers that note the inputs of the source stream's linears, for one batch."""
+        """Returns the handlers that note what linears and experts of the source stream read, for one batch."""
         linear: dict[str, Callable[[Tensor], None]] = {}
+        experts: dict[str, Any] = {}
         for site in self.plan.sites.values():
-            if site.part == self.part and site.kind == "linear" and "cross" in self.needs.get(site.name, set()):
-                linear[self.plan.targets[site.members[0]].view.tensor] = self._source_tap(site.name)
-        return Handlers(linear)
+            if site.part != self.part or "cross" not in self.needs.get(site.name, set()):
+                continue
+            if site.kind == "linear":
+                linear[self._tensor(site)] = self._source_tap(site.name)
+            else:
+                prefix = self._layer_of(site.name)
+                experts.setdefault(prefix, (self._tensor(site), SourceExpertTap(self, prefix)))
+        return Handlers(linear, experts=dict(experts.values()))
+
+    def _tensor(self, site: Site) -> str:
+        """Returns a file tensor that reads a site and that the model's class loads; see `part.check_loaded`."""
+        tensors = (self.plan.targets[member].view.tensor for member in site.members)
+        return next(filter(self.runner.loads, tensors))
 
     def _source_tap(self, site: str) -> Callable[[Tensor], None]:
         def tap(x: Tensor) -> None:
@@ -238,7 +257,7 @@ class Statistics:
 
     def _linear_tap(self, site: str) -> Callable[[Tensor], None]:
         def tap(x: Tensor) -> None:
-            self.take(site, self._rows(x), self._held(x))
+            self.take(site, self._rows(x), self._held(x), self._source_rows.pop(site, None))
 
         return tap
 
@@ -277,23 +296,28 @@ class Statistics:
         kept = unpadded(self.mask, x.shape[:-1]) if self.mask is not None else None
         return (held if kept is None else held[kept]).to(x.device)
 
-    def take(self, site: str, rows: Tensor, held: Tensor | None = None) -> None:
+    def take(self, site: str, rows: Tensor, held: Tensor | None = None, source: Tensor | None = None) -> None:
+        """Feeds rows of a site into everything that is needed there.
+
+        held     bool [tokens], which of them are held out; None: none
+        source   the same tokens' rows in the source stream
+        """
         self.see(site, rows)
         kinds = self.needs.get(site, set())
-        own, other = rows, self._source_rows.pop(site, None)
         if "samples" in kinds:
             self._samples.setdefault(site, Samples()).add(rows, held)
         if "mean_abs" in kinds:
             self._magnitudes.setdefault(site, MeanMagnitude()).add(rows)
+        if not MOMENTS & kinds or self._of_experts(site):  # those of experts are made from what their layer keeps
+            return
+        if "cross" not in kinds:
+            source = None
         if "gram_val" in kinds and held is not None:
-            self._held_grams.setdefault(site, SecondMoment()).add(rows[held])
-            if "cross" in kinds and other is not None:
-                self._held_crosses.setdefault(site, SecondMoment()).add(rows[held], other[held])
-            own, other = rows[~held], other[~held] if other is not None else None
-        if "gram" in kinds:
-            self._grams.setdefault(site, SecondMoment()).add(own.clone())
-        if "cross" in kinds and other is not None:
-            self._crosses.setdefault(site, SecondMoment()).add(own.clone(), other)
+            self._held_out.setdefault(site, Moments()).add(rows[held], source[held] if source is not None else None)
+            rows, source = rows[~held], source[~held] if source is not None else None
+        else:
+            rows = rows.clone()
+        self._fitted.setdefault(site, Moments()).add(rows, source)
 
     def see(self, site: str, x: Tensor) -> None:
         """Widens the range of a site, and counts its magnitudes, where that is needed."""
@@ -322,41 +346,11 @@ class Statistics:
                 return site
         return None
 
-    def _expert_rows(self, site: str, expert: int, held: bool | None) -> Iterator[Tensor]:
-        """Yields the inputs of one expert at a site, batch by batch."""
-        layer = self.layers[self._layer_of(site)]
-        down = self.plan.sites[site].kind == "experts_down"
-        for rows in layer.rows(None if self.all_tokens else expert, held):
-            yield self.runner.expert_hidden(layer.module, expert, rows) if down else rows
-
     def _expert_samples(self, site: str, expert: int, held: bool) -> Tensor | None:
         """Returns rows of one expert's input; the rows are picked before the expert runs on them."""
         layer = self.layers[self._layer_of(site)]
-        rows = picked(layer.rows(None if self.all_tokens else expert, held), held)
-        if rows is None or self.plan.sites[site].kind == "experts_in":
-            return rows
-        inside: Tensor = self.runner.expert_hidden(layer.module, expert, rows)
-        return inside
-
-    def _expert_moment(self, site: str, experts: Iterable[int], held: bool | None) -> tuple[Tensor | None, int]:
-        moment = SecondMoment()
-        for expert in experts:
-            for rows in self._expert_rows(site, expert, held):
-                moment.add(rows)
-        return moment.result()
-
-    def _pooled(self, site: str) -> tuple[Tensor | None, int]:
-        """Returns the layer's own moment.
-
-        It is of all tokens for the common input, of all experts together for the inner one.
-        """
-        pooled = self.layers[self._layer_of(site)].pooled
-        if site not in pooled:
-            if self.plan.sites[site].kind == "experts_in":
-                pooled[site] = self._grams[site].result()
-            else:
-                pooled[site] = self._expert_moment(site, sorted({e for _, e in self.members(site)}), self._apart(site))
-        return pooled[site]
+        rows = picked(layer.rows(expert, held), held)
+        return rows if rows is None or self._kind(site) == "experts_in" else layer.inside(expert, rows)
 
     def _apart(self, site: str) -> bool | None:
         """Returns False where held-out tokens stay out of the moment that a solver fits to; None where they do not."""
@@ -365,20 +359,6 @@ class Statistics:
     def members(self, site: str) -> list[tuple[str, int]]:
         found = [self.plan.targets[name].expert for name in self.plan.sites[site].members]
         return [expert for expert in found if expert is not None]
-
-
-def _with_prior(mean: Tensor | None, tokens: int, pooled: tuple[Tensor | None, int]) -> tuple[Tensor | None, int]:
-    """Blends an expert's moment with its layer's when it saw fewer than two tokens per feature.
-
-    The layer counts as one token per feature; an expert that saw nothing gets the layer's moment alone.
-    """
-    prior, _ = pooled
-    if prior is None or (mean is not None and tokens >= 2 * mean.shape[0]):
-        return mean, tokens
-    if mean is None:
-        return prior, 0
-    weight = prior.shape[0]
-    return (mean * tokens + prior * weight) / (tokens + weight), tokens
 
 
 def site_parts(plan: Plan) -> dict[str, int]:

@@ -2,48 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from quarkcli.forward.experts import ExpertLayer
 from quarkcli.numerics.observers import STATISTICS
 
 if TYPE_CHECKING:
     from quarkcli.forward.statistics import Statistics
-
-
-@dataclass
-class ExpertLayer:
-    """The common input of one layer's experts, with its routing and counts.
-
-    held   per batch, which of its tokens are held out; None: none
-    """
-
-    module: Any = None
-    hidden: list[Tensor] = field(default_factory=list)
-    routed: list[Tensor] = field(default_factory=list)
-    held: list[Tensor | None] = field(default_factory=list)
-    tokens: dict[int, int] = field(default_factory=dict)
-    pooled: dict[str, tuple[Tensor | None, int]] = field(default_factory=dict)
-
-    def rows(self, expert: int | None, held: bool | None) -> Iterator[Tensor]:
-        """Yields the common input of the tokens routed to one expert, of all tokens when it is None, batch by batch.
-
-        held   only tokens that are held out, or only those that are not; None: all
-        """
-        for hidden, routed, mask in zip(self.hidden, self.routed, self.held, strict=True):
-            chosen = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)
-            if expert is not None:
-                chosen = (routed == expert).any(-1)
-            if held is not None and mask is not None:
-                chosen = chosen & (mask if held else ~mask)
-            elif held:
-                continue
-            if bool(chosen.any()):
-                yield hidden[chosen]
 
 
 def unpadded(mask: Tensor, leading: torch.Size) -> Tensor | None:
@@ -66,13 +34,14 @@ class ExpertTap:
     def __init__(self, statistics: Statistics, prefix: str) -> None:
         self.statistics = statistics
         self.prefix = prefix
-        self.layer = statistics.layers.setdefault(prefix, ExpertLayer())
+        self.layer = statistics.layers.setdefault(prefix, ExpertLayer(statistics.runner, statistics.all_tokens))
         self.site_in = statistics.expert_site(prefix, "experts_in")
         self.site_down = statistics.expert_site(prefix, "experts_down")
         self.kept: Tensor | None = None  # which tokens of this call are no padding; None: all
         self.routed: Tensor | None = None  # [tokens, k] of this call
         sites = [site for site in (self.site_in, self.site_down) if site]
-        self.moments = any({"gram", "gram_val", "samples"} & statistics.needs.get(site.name, set()) for site in sites)
+        kept = {"gram", "gram_val", "cross", "samples"}
+        self.moments = any(kept & statistics.needs.get(site.name, set()) for site in sites)
         for _, expert in statistics.members((self.site_in or self.site_down).name):  # type: ignore[union-attr]
             self.layer.tokens.setdefault(expert, 0)
 
@@ -91,12 +60,11 @@ class ExpertTap:
         held = unpadded(held, hidden.shape[:-1]) if held is not None else None
         if held is not None:
             held = held.to(hidden.device) if self.kept is None else held.to(hidden.device)[self.kept]
+        source = self.statistics.source_experts.pop(self.prefix, None)
         if self.site_in:
             self.statistics.take(self.site_in.name, rows, held)
         if self.moments:
-            self.layer.held.append(held)
-            self.layer.hidden.append(rows.clone())
-            self.layer.routed.append(routed.clone())
+            self.layer.keep(rows, routed, held, source)
         if self.site_down and self.statistics.all_tokens and self._wants_range():
             for expert in self.layer.tokens:
                 inside = self.statistics.runner.expert_hidden(module, expert, rows)
@@ -127,3 +95,25 @@ class ExpertTap:
             return h
         tokens = self.routed.T.eq(expert).nonzero()[:, 1]
         return h[self.kept[tokens]]
+
+
+class SourceExpertTap:
+    """Notes what one layer's experts read in the source stream, and how it routes (an `ExpertHandler`)."""
+
+    def __init__(self, statistics: Statistics, prefix: str) -> None:
+        self.statistics = statistics
+        self.prefix = prefix
+
+    def observe(self, module: Any, hidden: Tensor, top_k_index: Tensor) -> None:
+        mask = self.statistics.mask
+        kept = unpadded(mask, hidden.shape[:-1]) if mask is not None else None
+        if kept is not None:
+            kept = kept.to(hidden.device)
+            hidden, top_k_index = hidden[kept], top_k_index[kept]
+        self.statistics.source_experts[self.prefix] = hidden.clone(), top_k_index.clone()
+
+    def gate_up_input(self, expert: int, x: Tensor) -> Tensor:
+        return x
+
+    def down_input(self, expert: int, h: Tensor) -> Tensor:
+        return h

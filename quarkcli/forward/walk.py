@@ -177,7 +177,7 @@ class Walk:
         return statistics, first
 
     def observe_tail(self, new_statistics: Callable[[], Any], tail: Mapping[str, Tensor]) -> Any:
-        """Runs final norm and head over the served stream with taps (a head that is quantized).
+        """Runs final norm and head over every stream with taps (a head that is quantized).
 
         tail   tensors of the tail as they are now, which go before those of `outside`
         """
@@ -185,14 +185,17 @@ class Walk:
         def once() -> Any:
             self.runner.load_outside({**self.outside(), **tail})
             statistics = new_statistics()
-            handlers = statistics.handlers()
-            with self.runner.handlers(None, handlers):
-                batches = zip(self.served, self.masks(), self._batches(self.held), strict=True)
-                for index, (hidden, mask, held) in enumerate(batches):
-                    statistics.mask, statistics.held = mask, held
-                    self._working("observing the tail", index)
-                    head = bool(handlers.outputs)
-                    self.runner.observe_tail(self.recordings[SERVED][index], hidden.to(self.device), head=head)
+            taps = {SERVED: statistics.handlers()}
+            if SOURCE in self.hidden:
+                taps = {SOURCE: statistics.source_handlers(), **taps}
+            for index, (mask, held) in enumerate(zip(self.masks(), self._batches(self.held), strict=True)):
+                statistics.mask, statistics.held = mask, held
+                self._working("observing the tail", index)
+                for stream, handlers in taps.items():
+                    hidden = self.hidden[stream][index].to(self.device)
+                    with self.runner.handlers(None, handlers):
+                        recording, head = self.recordings[stream][index], bool(handlers.outputs)
+                        self.runner.observe_tail(recording, hidden, head=head)
             self.runner.unload_outside()
             return statistics
 

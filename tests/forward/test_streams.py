@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import pytest
 import torch
@@ -21,6 +21,8 @@ from quarkcli.errors import Stopped
 from quarkcli.forward.moments import SecondMoment, held_out
 from quarkcli.job import preflight
 from tests import runs
+
+from .watch import hooked, inner
 
 ROWS, LENGTH = 32, 64
 
@@ -59,27 +61,45 @@ def inputs(folder: Path, tokens: torch.Tensor, leaf: str) -> torch.Tensor:
     return seen[0].double()
 
 
-def test_moments_of_both_streams(
-    watching: Mapping[str, Moment], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source = runs.build("llama", tmp_path / "m", torch.float32)
+class Both(NamedTuple):
+    """A run that watched two streams: the source, a model that is the source but for block 0 as served, the tokens."""
+
+    made: runs.Made
+    source: Path
+    served: Path
+    tokens: torch.Tensor
+
+    @property
+    def held(self) -> torch.Tensor:
+        mask = torch.zeros(ROWS, dtype=torch.bool)
+        mask[7::8] = True
+        return mask
+
+
+def both(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **config: Any) -> Both:
+    source = runs.build(family, tmp_path / "m", torch.float32, **config)
     rows: list[torch.Tensor] = []
     token_rows = preflight.token_rows
     monkeypatch.setattr(preflight, "token_rows", lambda *given: (rows.append(token_rows(*given)), rows[-1])[1])
     text = runs.data(runs.text_file(tmp_path / "t.txt"), ROWS, LENGTH)
     made = runs.run(source, tmp_path / "out", scheme="int4_wo_32", algorithm="watching", **text)
-    # The source, and the source with block 0 as it is served.
     served = tmp_path / "served"
     shutil.copytree(source, served)
     tensors, decoded = load_file(served / "model.safetensors"), Checkpoint(Source.open(str(made.folder)))
     for target in made.prepared.plan.quantized(1):
-        tensors[f"{target.name}.weight"] = decoded.weight(target.name).float()
+        target.view.of(tensors[target.view.tensor]).copy_(decoded.weight(target.name))
     save_file(tensors, served / "model.safetensors", metadata={"format": "pt"})
-    held = torch.zeros(ROWS, dtype=torch.bool)
-    held[7::8] = True
+    return Both(made, source, served, rows[0].tokens)
+
+
+def test_moments_of_both_streams(
+    watching: Mapping[str, Moment], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = both("llama", tmp_path, monkeypatch)
+    held, targets = run.held, run.made.prepared.plan.targets
     for leaf in ("self_attn.o_proj", "mlp.down_proj"):
-        moment = watching[made.prepared.plan.targets[f"model.layers.1.{leaf}"].site]
-        x, s = (inputs(folder, rows[0].tokens, leaf) for folder in (served, source))
+        moment = watching[targets[f"model.layers.1.{leaf}"].site]
+        x, s = (inputs(folder, run.tokens, leaf) for folder in (run.served, run.source))
         assert moment.tokens == int((~held).sum()) * LENGTH
         expected = {
             "gram": mean(x[~held], x[~held]),
@@ -87,12 +107,62 @@ def test_moments_of_both_streams(
             "cross": mean(x[~held], s[~held]),
             "cross_val": mean(x[held], s[held]),
         }
-        for name, value in expected.items():
-            found = getattr(moment, name).double()
-            assert float((found - value).norm() / value.norm()) < 1e-4, (leaf, name)
+        near(moment, expected)
         assert float((moment.cross - moment.gram).norm() / moment.gram.norm()) > 1e-3  # block 0 was quantized
-    first = watching[made.prepared.plan.targets["model.layers.0.self_attn.q_proj"].site]
+    first = watching[targets["model.layers.0.self_attn.q_proj"].site]
     torch.testing.assert_close(first.cross, first.gram)
+
+
+def test_the_head_sees_both_streams(watching: Mapping[str, Moment], tmp_path: Path) -> None:
+    source = runs.build("llama", tmp_path / "m", torch.float32)
+    text = runs.data(runs.text_file(tmp_path / "t.txt"), ROWS, LENGTH)
+    made = runs.run(source, tmp_path / "out", scheme="int4_wo_32", algorithm="watching", unprotect=["head"], **text)
+    moment = watching[made.prepared.plan.targets["lm_head"].site]
+    served, other = moment.cross.diagonal(), moment.gram.diagonal()
+    assert moment.cross_val is not None and float(((served - other) / other).abs().max()) > 1e-3
+    torch.testing.assert_close(served.sum(), other.sum(), rtol=0.1, atol=0)  # near the source, behind its own norm
+
+
+def near(moment: Moment, expected: Mapping[str, torch.Tensor]) -> None:
+    for name, value in expected.items():
+        found = getattr(moment, name).double()
+        assert float((found - value).norm() / value.norm()) < 1e-4, name
+
+
+def test_streams_of_experts_see_the_same_tokens(
+    watching: Mapping[str, Moment], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An expert's moments are of the tokens that the source stream routes to it, as both streams have them."""
+    run = both("qwen3_moe", tmp_path, monkeypatch)
+    layer = "model.layers.1.mlp.experts"
+    (x, served, _), (s, routed, _) = (hooked(folder, run.tokens)[layer] for folder in (run.served, run.source))
+    x, s = x.double(), s.double()
+    assert not torch.equal(served.sort().values, routed.sort().values)  # the streams route differently
+    held = run.held[:, None].expand(ROWS, LENGTH).reshape(-1)
+    tensors = runs.read_all(run.source)
+    chosen = {e: (routed == e).any(-1) for e in range(4)}
+    streams: dict[str, Callable[[int, torch.Tensor], torch.Tensor]] = {
+        "input": lambda e, rows: rows,
+        "down_proj.input": lambda e, rows: inner(tensors, f"{layer}.{e}", rows, ("gate_proj", "up_proj")),
+    }
+    shrunk = set()
+    for site, of in streams.items():
+        fitted = {e: [of(e, rows[mask & ~held]) for rows in (x, s)] for e, mask in chosen.items()}
+        together = [torch.cat(rows) for rows in zip(*fitted.values(), strict=True)]
+        prior = [x[~held], s[~held]] if site == "input" else together
+        for e, (own, other) in fitted.items():
+            count, features = own.shape
+            weight = features if count < 2 * features else 0
+            shrunk.add(weight)
+            moment = watching[f"{layer}.{site} {e}"]
+            assert moment.tokens == count
+            expected = {
+                "gram": (mean(own, own) * count + mean(prior[0], prior[0]) * weight) / (count + weight),
+                "cross": (mean(own, other) * count + mean(*prior) * weight) / (count + weight),
+            }
+            own, other = (of(e, rows[chosen[e] & held]) for rows in (x, s))
+            near(moment, {**expected, "gram_val": mean(own, own), "cross_val": mean(own, other)})
+    assert len(shrunk) > 1  # some lean on their layer, some do not
 
 
 def mean(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -109,7 +179,7 @@ def test_experts_have_held_out_moments_of_their_own(watching: Mapping[str, Momen
     (site,) = sites
     experts = [moment for name, moment in watching.items() if name.startswith(f"{site} ")]
     assert len(experts) == 4
-    assert all(moment.cross is None and moment.gram_val is not None for moment in experts)
+    assert all(moment.cross_val is not None and moment.gram_val is not None for moment in experts)
     counts = made.report["experts"]["calibration_tokens"]["model.layers.0.mlp.experts"].values()
     assert sorted(moment.tokens for moment in experts) < sorted(counts)
 

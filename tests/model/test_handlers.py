@@ -118,11 +118,18 @@ def test_handled_llama4_experts_skip_what_is_not_routed(tmp_path: Path) -> None:
     torch.testing.assert_close(got, plain_logits(checkpoint.plain(), tiny.tokens()), rtol=0, atol=2e-6)
     runner, watch = runner_of(checkpoint), Watch()
     recording = record(runner, checkpoint, tiny.tokens())
+    runner.load_block(0, checkpoint.tensors)
+    before = runner.run_block(0, recording, recording.hidden)
     runner.load_block(1, checkpoint.tensors)
     with runner.handlers(1, Handlers(experts={experts_of(runner, 1): watch})):
-        runner.run_block(1, recording, recording.hidden)
+        runner.run_block(1, recording, before)
     [(hidden, index)] = watch.observed
     assert len(hidden) == len(index) == 2 * 24  # one expert per token
+    plain, parts = checkpoint.plain(), []
+    plain.model.layers[1].feed_forward.experts.register_forward_pre_hook(lambda module, args: parts.append(args[0]))
+    plain_logits(plain, tiny.tokens())
+    # Token by token, which is the order of masks.
+    torch.testing.assert_close(hidden, parts[0].view(-1, 2 * 24, hidden.shape[-1]).sum(0))
     assert {e: len(rows) for e, rows in watch.inputs.items()} == dict(enumerate(torch.bincount(index[:, 0]).tolist()))
 
 

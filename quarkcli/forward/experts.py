@@ -1,0 +1,103 @@
+"""The common input of one layer's experts, and each expert's own moments, made from it when they are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quarkcli.forward.moments import Means, Moments
+
+Rows = tuple[Tensor, Tensor | None]  # of the served stream, and of the source stream for the same tokens
+
+
+@dataclass
+class ExpertLayer:
+    """The common input of one layer's experts, with its routing and counts.
+
+    runner      runs one expert for its inner activation
+    all_tokens  every token feeds every expert
+    module      the experts
+    hidden      per batch, the tokens that are no padding, [tokens, features]
+    source      per batch, the same tokens of the source stream; None: there is none
+    routed      per batch, the experts of each token
+    held        per batch, which of its tokens are held out; None: none
+    tokens      expert -> how many tokens were routed to it
+    """
+
+    runner: Any
+    all_tokens: bool
+    module: Any = None
+    hidden: list[Tensor] = field(default_factory=list)
+    source: list[Tensor | None] = field(default_factory=list)
+    routed: list[Tensor] = field(default_factory=list)
+    held: list[Tensor | None] = field(default_factory=list)
+    tokens: dict[int, int] = field(default_factory=dict)
+    _layer: dict[tuple[bool, bool | None], Means] = field(default_factory=dict)
+
+    def keep(self, hidden: Tensor, routed: Tensor, held: Tensor | None, source: tuple[Tensor, Tensor] | None) -> None:
+        """Keeps one batch.
+
+        source   of the source stream: its tokens and their routing, which is replayed so that both streams' moments
+                 are of the same tokens
+        """
+        self.hidden.append(hidden.clone())
+        self.source.append(source[0] if source is not None else None)
+        self.routed.append(source[1] if source is not None and REPLAY else routed.clone())
+        self.held.append(held)
+
+    def rows(self, expert: int, held: bool | None) -> Iterator[Tensor]:
+        """Yields the common input of one expert's tokens, batch by batch; see `_both`."""
+        return (rows for rows, _ in self._both(expert, held))
+
+    def _both(self, expert: int | None, held: bool | None) -> Iterator[Rows]:
+        """Yields the common input of one expert's tokens, of all tokens when it is None, batch by batch.
+
+        held   only tokens that are held out, or only those that are not; None: all
+        """
+        for hidden, source, routed, mask in zip(self.hidden, self.source, self.routed, self.held, strict=True):
+            chosen = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)
+            if expert is not None and not self.all_tokens:
+                chosen = (routed == expert).any(-1)
+            if held is not None and mask is not None:
+                chosen = chosen & (mask if held else ~mask)
+            elif held:
+                continue
+            if bool(chosen.any()):
+                yield hidden[chosen], source[chosen] if source is not None else None
+
+    def inside(self, expert: int, rows: Tensor) -> Tensor:
+        """Returns what an expert's down projection reads for rows of the common input."""
+        found: Tensor = self.runner.expert_hidden(self.module, expert, rows)
+        return found
+
+    def means(self, experts: Iterable[int | None], inner: bool, held: bool | None) -> Means:
+        """Returns the means over the tokens of some experts: of the common input, or of the inner one."""
+        moments = Moments()
+        for expert in experts:
+            for rows, source in self._both(expert, held):
+                if inner:
+                    assert expert is not None
+                    moments.add(self.inside(expert, rows), self.inside(expert, source) if source is not None else None)
+                else:
+                    moments.add(rows, source)
+        return moments.means()
+
+    def shrunk(self, expert: int, inner: bool, held: bool | None) -> Means:
+        """Returns one expert's means, with its layer's as a prior when it saw fewer than two tokens per feature."""
+        own = self.means([expert], inner, held)
+        if own.gram is not None and own.tokens >= 2 * own.gram.shape[0]:
+            return own
+        return own.shrunk(self.layer(inner, held))
+
+    def layer(self, inner: bool, held: bool | None) -> Means:
+        """Returns the layer's own means: of all tokens for the common input, of all experts for the inner one."""
+        if (inner, held) not in self._layer:
+            self._layer[inner, held] = self.means(sorted(self.tokens) if inner else [None], inner, held)
+        return self._layer[inner, held]
+
+
+REPLAY = True
