@@ -46,7 +46,7 @@ class ExpertLayer:
         """
         self.hidden.append(hidden.clone())
         self.source.append(source[0] if source is not None else None)
-        self.routed.append(source[1] if source is not None and REPLAY else routed.clone())
+        self.routed.append(source[1] if source is not None else routed.clone())
         self.held.append(held)
 
     def rows(self, expert: int, held: bool | None) -> Iterator[Tensor]:
@@ -98,6 +98,3 @@ class ExpertLayer:
         if (inner, held) not in self._layer:
             self._layer[inner, held] = self.means(sorted(self.tokens) if inner else [None], inner, held)
         return self._layer[inner, held]
-
-
-REPLAY = True
