@@ -104,8 +104,8 @@ class Scored:
         def run(hidden: torch.Tensor) -> torch.Tensor:
             parts = hidden.view(self.count(module), -1, hidden.shape[-1])
             routed = parts.abs().amax(dim=-1) > 0
-            token, expert = routed.T.nonzero(as_tuple=True)  # token by token, as other classes' rows are
-            handler.observe(module, parts[expert, token], expert[:, None])
+            token, owner = routed.T.nonzero(as_tuple=True)  # token by token, as other classes' rows are
+            handler.observe(module, parts[owner, token], owner[:, None])
             out = torch.zeros_like(parts)
             for expert in range(self.count(module)):
                 rows = routed[expert].nonzero()[:, 0]
