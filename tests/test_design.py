@@ -47,7 +47,7 @@ cli
 NAMES_OF_TYPES = {("algorithms", "forward"), ("algorithms", "job"), ("report", "job")}
 # Inside a folder, a module may import those named before it; every module has its place.
 INSIDE = {
-    "forward": "activations defaults moments samples taps statistics files documents data walk",
+    "forward": "activations defaults moments samples experts taps statistics files documents data walk",
     "disk": "weights source side_files writer manifest place journal nonfinite contents checkpoint verify",
     "job": "forecast options asked preflight idle served problems rewriting solving tuning prepass part pipeline finish"
     " run",
@@ -73,7 +73,8 @@ OWNERS = {
 # Modules that import torch as soon as they are imported; no other does, however far.
 WITH_TORCH = {
     "quarkcli.numerics", "quarkcli.model", "quarkcli.forward.data", "quarkcli.forward.statistics",
-    "quarkcli.forward.moments", "quarkcli.forward.samples", "quarkcli.forward.taps", "quarkcli.forward.walk",
+    "quarkcli.forward.moments", "quarkcli.forward.samples", "quarkcli.forward.experts", "quarkcli.forward.taps",
+    "quarkcli.forward.walk",
     "quarkcli.algorithms.channels", "quarkcli.algorithms.tensors",
     "quarkcli.job.rewriting", "quarkcli.job.solving", "quarkcli.job.tuning",
     "quarkcli.job.served", "quarkcli.job.part", "quarkcli.job.pipeline",
