@@ -85,7 +85,7 @@ class SecondMoment:
 
 
 class Means(NamedTuple):
-    """What `Moments` came to: means or None when no token came, and the number of tokens."""
+    """The means of `Moments`, None when no token came, and the number of tokens."""
 
     gram: Tensor | None
     cross: Tensor | None
