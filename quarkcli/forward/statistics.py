@@ -60,6 +60,7 @@ class Statistics:
         self.all_tokens = all_tokens
         self.mask: Tensor | None = None  # [batch, tokens] of the batch now running; 0 marks padding
         self.held: Tensor | None = None  # [batch, tokens] of the same; true for held-out tokens
+        self.batch = ""  # the batch now running, for messages
         self._ranges: dict[tuple[str, str], MinMax | Histogram] = {}
         self._expert_ranges: dict[tuple[str, str, int | None], MinMax | Histogram] = {}
         self._fitted: dict[str, Moments] = {}
@@ -320,9 +321,14 @@ class Statistics:
         self._fitted.setdefault(site, Moments()).add(rows, source)
 
     def see(self, site: str, x: Tensor) -> None:
-        """Widens the range of a site, and counts its magnitudes, where that is needed."""
+        """Widens the range of a site, and counts its magnitudes, where that is needed.
+
+        Raises DataError for NaN or infinity, with the batch that has it.
+        """
         if not x.numel():
             return
+        if not bool(torch.isfinite(x.sum(dtype=torch.float32))):
+            raise DataError(f"NaN or inf in the calibration activations{self.batch}", where=site, hint=_NONFINITE)
         for kind in STATISTICS.keys() & self.needs.get(site, set()):
             self._ranges.setdefault((site, kind), STATISTICS[kind]()).observe(x)
 

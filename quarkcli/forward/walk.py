@@ -159,7 +159,7 @@ class Walk:
             first, moved, source = None, [], []
             taps = statistics.handlers()
             for index, (mask, held) in enumerate(zip(self.masks(), self._batches(self.held), strict=True)):
-                statistics.mask, statistics.held = mask, held
+                statistics.mask, statistics.held, statistics.batch = mask, held, self._name(index)
                 if SOURCE in self.hidden:
                     with self.runner.handlers(block, statistics.source_handlers()):
                         source.append(self._park(self._run(block, index, SOURCE)))
@@ -189,7 +189,7 @@ class Walk:
             if SOURCE in self.hidden:
                 taps = {SOURCE: statistics.source_handlers(), **taps}
             for index, (mask, held) in enumerate(zip(self.masks(), self._batches(self.held), strict=True)):
-                statistics.mask, statistics.held = mask, held
+                statistics.mask, statistics.held, statistics.batch = mask, held, self._name(index)
                 self._working("observing the tail", index)
                 for stream, handlers in taps.items():
                     hidden = self.hidden[stream][index].to(self.device)
@@ -242,6 +242,12 @@ class Walk:
         hidden = self.hidden[stream][index].to(self.device)
         out: Tensor = self.runner.run_block(block, self.recordings[stream][index], hidden)
         return out
+
+    def _name(self, index: int) -> str:
+        """Returns the place of a batch for messages: `, batch 2 of 5 (rows 33 to 64)`."""
+        rows = self.tokens.shape[0]
+        first, last = index * self.batch + 1, min((index + 1) * self.batch, rows)
+        return f", batch {index + 1} of {-(-rows // self.batch)} (rows {first} to {last})"
 
     def _working(self, what: str, index: int) -> None:
         batches = -(-self.tokens.shape[0] // self.batch)
