@@ -79,7 +79,7 @@ class Statistics:
 
         expert   of the tokens of one expert alone; the site's when it saw none
 
-        Raises DataError for a site that saw no token or a NaN.
+        Raises DataError for a site that saw no token.
         """
         kind = spec.observer.statistic
         if kind == "absmax" and (site, expert) in self._factors:
@@ -89,10 +89,7 @@ class Statistics:
             unseen = _UNSEEN_ATTENTION if site.rpartition(".")[0] in self.plan.attention else ""
             raise DataError("no calibration token reached this activation", where=site, hint=unseen)
         value = amax_of(seen, spec)
-        value = self._times(value, site, expert).max() if value.dim() else value
-        if not bool(torch.isfinite(value)):
-            raise DataError("NaN or inf in the calibration activations", where=site, hint=_NONFINITE)
-        return value
+        return self._times(value, site, expert).max() if value.dim() else value
 
     def channel_amax(self, site: str, expert: int | None = None) -> Tensor | None:
         """Returns the largest magnitude of every channel of a site, float32 [features]; None without a token.
@@ -135,14 +132,14 @@ class Statistics:
     def moment(self, site: str, expert: int | None = None) -> Moment | None:
         """Returns the second moment of a site, or of one expert with the layer's as prior; None without a token.
 
-        Raises DataError for NaN or infinity.
+        Raises DataError where squares of activations overflow.
         """
         apart = self._apart(site)
         fitted = self._means(site, expert, apart)
         if fitted.gram is None:
             return None
         if not bool(torch.isfinite(fitted.gram).all()):
-            raise DataError("NaN or inf in the calibration activations", where=site, hint=_NONFINITE)
+            raise DataError("squares of the calibration activations overflow", where=site, hint=_NONFINITE)
         held = self._means(site, expert, True) if apart is False else NOTHING
         moment = Moment(fitted.gram, fitted.tokens, fitted.cross, held.gram, held.cross)
         factor = self._factors.get((site, expert))

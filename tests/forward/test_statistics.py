@@ -171,11 +171,13 @@ def test_no_tokens_and_bad_numbers(llama: Path, text: Path) -> None:
     assert statistics.moment(site) is None
     with pytest.raises(DataError, match="no calibration token reached"):
         statistics.amax(site, FP8)
-    statistics.take(site, torch.tensor([[1.0, float("nan")]]))
-    with pytest.raises(DataError, match="NaN or inf") as error:
-        statistics.amax(site, FP8)
-    assert error.value.where == site
-    with pytest.raises(DataError, match="NaN or inf"):
+    statistics.batch = ", batch 2 of 3 (rows 5 to 8)"
+    for value in (float("nan"), float("inf"), -float("inf")):
+        with pytest.raises(DataError, match=r"NaN or inf in .*, batch 2 of 3 \(rows 5 to 8\)") as error:
+            statistics.take(site, torch.tensor([[1.0, value]]))
+        assert error.value.where == site
+    statistics.take(site, torch.tensor([[1.0, 1e30]]))
+    with pytest.raises(DataError, match="squares of the calibration activations overflow"):
         statistics.moment(site)
 
 
