@@ -7,7 +7,7 @@ again, so nothing is counted twice.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -117,9 +117,10 @@ class Walk:
 
     def take(self, hidden: Mapping[str, list[Tensor]]) -> None:
         """Goes on with hidden states in batches of any size, cut as the recordings are."""
-        self.hidden = {stream: self._cut(states) for stream, states in hidden.items()}
+        self.hidden = {stream: self.cut(states) for stream, states in hidden.items()}
 
-    def _cut(self, states: list[Tensor]) -> list[Tensor]:
+    def cut(self, states: list[Tensor]) -> list[Tensor]:
+        """Returns hidden states, or what has their shape, in batches as the recordings are."""
         if len(states) == len(self.recordings[SERVED]):
             return states
         axis, _ = self._layout()
@@ -221,6 +222,18 @@ class Walk:
 
         output: Tensor = self._retrying(once)
         return output
+
+    def outputs(self, block: int, handlers: Handlers) -> Iterator[Tensor]:
+        """Yields the loaded block's output for every batch of the served stream, which stays where it is."""
+        with self.runner.handlers(block, handlers):
+            for index in range(len(self.served)):
+                yield self._run(block, index)
+
+    def per_token(self, values: Tensor) -> Tensor:
+        """Returns the sums of what has the shape of hidden states, one per token: as `masks` are."""
+        axis, tokens_first = self._layout()
+        rows = {axis, axis - 1} if tokens_first else {axis, axis + 1}
+        return values.sum([other for other in range(values.dim()) if other not in rows])
 
     def wanted(self, block: int, batch: int) -> Tensor:
         """Returns the loaded source block's output for a batch: of the source stream if there is one, else the served.

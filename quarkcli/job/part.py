@@ -165,7 +165,7 @@ class PartWorker:
         expert_tokens = statistics.expert_tokens() if statistics else {}
         self._check_experts(expert_tokens)
         del statistics
-        after = self._advance(part, tensors, packed, scales)
+        after = self.advance(part, tensors, packed, scales)
         error = _mean(weight_errors.values())
         if before is not None and after is not None and weight_errors:
             error = _relative(before, after)
@@ -296,7 +296,7 @@ class PartWorker:
 
     # -- on to the next part -------------------------------------------------------------------------------------
 
-    def _advance(
+    def advance(
         self, part: Part, tensors: dict[str, Tensor], packed: Mapping[str, Tensor], scales: Mapping[str, Tensor]
     ) -> Tensor | None:
         """Moves hidden states through the block as it will be served: decoded packed weights, quantized inputs.

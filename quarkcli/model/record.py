@@ -114,23 +114,26 @@ class Recorder:
             raise ModelError("the model's forward pass calls none of its decoder blocks")
         return recording
 
-    def logits(self, recording: Recording, hidden: Any) -> torch.Tensor:
-        """Returns [b, T, vocab] float32: the model's own forward with the last block returning `hidden`."""
-        return _logits_of(self._tail(recording, hidden)).float()
+    def logits(self, recording: Recording, hidden: Any, gradients: bool = False) -> torch.Tensor:
+        """Returns [b, T, vocab] float32: the model's own forward with the last block returning `hidden`.
+
+        gradients   they flow into `hidden`
+        """
+        return _logits_of(self._tail(recording, hidden, gradients)).float()
 
     def observe_tail(self, recording: Recording, hidden: Any, head: bool) -> None:
         """Run what lies behind the blocks for its hooks alone; `head`: somebody sees what the head returns."""
         with nullcontext() if head else without_head(self.skeleton):
             self._tail(recording, hidden)
 
-    def _tail(self, recording: Recording, hidden: Any) -> Any:
+    def _tail(self, recording: Recording, hidden: Any, gradients: bool = False) -> Any:
         last = recording.last
 
         def visit(index: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             given, _ = _hidden_of(args, kwargs, index)
             return self._form(block).wrap(hidden if index == last else given, lambda position: Output(index, position))
 
-        return self._forward(visit, recording.tokens, recording.attention_mask)
+        return self._forward(visit, recording.tokens, recording.attention_mask, gradients)
 
     def run_block(
         self, index: int, recording: Recording, hidden: Any, params: Mapping[str, torch.Tensor] | None = None
@@ -192,9 +195,11 @@ class Recorder:
                 hint="schemes that need no calibration data still work",
             )
 
-    def _forward(self, visit: Visit, tokens: torch.Tensor, attention_mask: torch.Tensor | None) -> Any:
+    def _forward(
+        self, visit: Visit, tokens: torch.Tensor, attention_mask: torch.Tensor | None, gradients: bool = False
+    ) -> Any:
         running = self.skeleton.code.running("fails in its forward pass")
-        with torch.no_grad(), running, _stubbed(self.skeleton, visit):
+        with torch.set_grad_enabled(gradients), running, _stubbed(self.skeleton, visit):
             return self.skeleton.model(input_ids=tokens, attention_mask=attention_mask, use_cache=False)
 
 

@@ -160,9 +160,12 @@ class Runner:
         """
         return self._recorder.run_block(i, recording, hidden, self._weights.made(self._weights.by_block[i], tensors))
 
-    def logits(self, recording: Recording, hidden: Any) -> torch.Tensor:
-        """Returns [b, T, vocab] float32 for the hidden states behind the last block; the outside must be loaded."""
-        return self._recorder.logits(recording, hidden)
+    def logits(self, recording: Recording, hidden: Any, gradients: bool = False) -> torch.Tensor:
+        """Returns [b, T, vocab] float32 for the hidden states behind the last block; the outside must be loaded.
+
+        gradients   they flow into `hidden`
+        """
+        return self._recorder.logits(recording, hidden, gradients)
 
     def observe_tail(self, recording: Recording, hidden: Any, *, head: bool = True) -> None:
         """Run final norm and head for the handlers that are installed; the outside must be loaded.

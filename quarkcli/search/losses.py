@@ -1,0 +1,288 @@
+"""The loss that each group of weights causes in each candidate, in nats of KL divergence per token.
+
+To second order the divergence of the quantized model from its source is a sum over groups of 1/2 E[(g . dh)^2]: dh is
+how much a block's output moves when one group is quantized, weights and what they read, and g is the gradient, at that
+output, of the log-probability of a token that was drawn from the source's own prediction. That makes it the true Fisher
+information; targets of the text would make it another. Tokens are taken one by one: the products of different tokens
+would add noise and little else.
+
+One forward keeps the input of every block. Then blocks come from the last to the first: the gradient goes through the
+source block, every candidate quantizes the block as a run would, and each group is put in place alone. Memory is that
+of one block.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from quarkcli import memory
+from quarkcli.errors import ModelError
+from quarkcli.events import Listener, Message, PartDone, Working
+from quarkcli.forward.moments import held_out, holds_out
+from quarkcli.forward.walk import SERVED, Walk, default_batch
+from quarkcli.job.options import Prepared
+from quarkcli.model.handlers import Handlers
+from quarkcli.plan.model import Part
+from quarkcli.search.candidates import Candidate, Group
+from quarkcli.search.quantizing import Made, Quantizing
+from quarkcli.search.states import States
+
+if TYPE_CHECKING:
+    from quarkcli.forward.data import CalibrationData
+
+Losses = dict[tuple[str, str], float]  # by group and candidate
+
+
+def measure(
+    base: Prepared,
+    candidates: Sequence[Candidate],
+    groups: Sequence[Group],
+    data: CalibrationData,
+    device: str,
+    folder: Path,
+    tell: Listener,
+) -> Losses:
+    """Returns the loss of every group in every candidate.
+
+    base     the run whose model, data settings and seed are used
+    folder   for hidden states; what is put there goes again
+    """
+    measuring = _Measuring(base, candidates, groups, data, device, folder, tell)
+    measuring.forward()
+    return measuring.backward()
+
+
+class _Measuring:
+    """One search at work."""
+
+    def __init__(
+        self,
+        base: Prepared,
+        candidates: Sequence[Candidate],
+        groups: Sequence[Group],
+        data: CalibrationData,
+        device: str,
+        folder: Path,
+        tell: Listener,
+    ) -> None:
+        self.base = base
+        self.tell = _once(tell)
+        self.device = device
+        self.states = States(folder)
+        self.runner = _runner(base, data, device)
+        self.walk = _walk(base, candidates, data, self.runner, self.tell)
+        self.tokens = data.token_count
+        self.generator = torch.Generator().manual_seed(base.seed)
+        self.groups: dict[int, list[Group]] = {}
+        for group in groups:
+            self.groups.setdefault(group.part, []).append(group)
+        self.workers = {
+            candidate.name: Quantizing.of(candidate.prepared, data, self.walk, self.runner, self.tell)
+            for candidate in candidates
+            if candidate.prepared is not None
+        }
+        self.kept = [candidate.name for candidate in candidates if candidate.prepared is None]
+
+    @property
+    def blocks(self) -> list[tuple[int, Part]]:
+        return [(part.block, part) for part in self.base.plan.parts if part.block is not None]
+
+    def forward(self) -> None:
+        """Runs the source model and keeps the input of every block."""
+        self.walk.start()
+        for block, part in self.blocks:
+            self.tell(Working(f"running {part.name} of the source"))
+            self.states.write(block, self.walk.served)
+            self.runner.load_block(block, self._read(part.tensors))
+            self.walk.advance(block, Handlers())
+            self.runner.unload_block(block)
+            self.walk.take(dict.fromkeys(self.walk.hidden, self.walk.served))
+
+    def backward(self) -> Losses:
+        """Goes back from the head, block by block."""
+        losses, behind = self._tail()
+        begun = time.monotonic()
+        total = len(self.blocks)
+        for count, (block, part) in enumerate(reversed(self.blocks), 1):
+            at = time.monotonic()
+            found, behind = self._block(block, part, behind)
+            losses |= found
+            now = time.monotonic()
+            eta = (now - begun) / count * (total - count)
+            rss, gpu = memory.peak_rss(), memory.peak_gpu(self.device)
+            self.tell(PartDone(count, total, part.name, "search", now - at, None, rss, gpu, eta))
+        return losses
+
+    def _block(self, block: int, part: Part, behind: list[Tensor]) -> tuple[Losses, list[Tensor]]:
+        """Returns the losses of a block's groups, and the gradient at its input. `behind`: the one at its output."""
+        self.tell(Working(f"going back through {part.name}"))
+        tensors = self._read(part.tensors)
+        self.walk.take(dict.fromkeys(self.walk.hidden, self.states.take(block, self.runner.dtype)))
+        outputs, before = self._back(block, tensors, behind)
+        losses: Losses = {}
+        for name, worker in self.workers.items() if self.groups.get(part.index) else ():
+            self.tell(Working(f"quantizing {part.name} with {name}"))
+            made = worker.make(part, tensors)
+            if made.rewritten is not tensors:  # what a transform rounds is no group's loss
+                self.runner.load_block(block, made.rewritten)
+                outputs = list(self.walk.outputs(block, Handlers()))
+            for group in self.groups[part.index]:
+                losses[group.name, name] = self._loss(block, group, made, outputs, behind)
+        self._keep(losses, part)
+        self.runner.unload_block(block)
+        return losses, self.walk.cut(before)
+
+    def _keep(self, losses: Losses, part: Part) -> None:
+        losses |= {(group.name, name): 0.0 for group in self.groups.get(part.index, ()) for name in self.kept}
+
+    def _back(
+        self, block: int, tensors: Mapping[str, Tensor], behind: list[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Returns the source block's outputs, and the gradients at its inputs."""
+        outputs, before = [], []
+        self.runner.load_block(block, tensors)
+        for index, (hidden, gradient) in enumerate(zip(self.walk.served, self.walk.cut(behind), strict=True)):
+            hidden.requires_grad_()
+            with torch.enable_grad():
+                out = self.walk.run_with(block, index, tensors)
+                (found,) = torch.autograd.grad(out, hidden, gradient.to(out.device))
+            hidden.requires_grad_(False)
+            outputs.append(out.detach().to(hidden.device))
+            before.append(found)
+        return outputs, before
+
+    def _loss(
+        self, block: int, group: Group, made: Made, outputs: list[Tensor], behind: list[Tensor]
+    ) -> float:
+        """Returns the loss of one group: the mean over tokens of half the squared product of gradient and movement."""
+        self.runner.load_block(block, {**made.rewritten, **made.changed(group.names)})
+        handlers = made.handlers(group.names, self.runner.loads)
+        total = 0.0
+        rows = zip(
+            self.walk.outputs(block, handlers), self.walk.cut(outputs), self.walk.cut(behind), self.walk.masks(),
+            strict=True,
+        )  # fmt: skip
+        for out, source, gradient, mask in rows:
+            moved = (out - source.to(out.device)) * gradient.to(out.device)
+            products = self.walk.per_token(moved.float())
+            if mask is not None:
+                products = products * mask.to(products.device)
+            total += float(products.double().square().sum())
+        return total / 2 / self.tokens
+
+    # -- the tail --------------------------------------------------------------------------------------------------
+
+    def _tail(self) -> tuple[Losses, list[Tensor]]:
+        """Returns the losses of a head that is searched, and the gradient behind the last block."""
+        self.tell(Working("going back through the tail"))
+        outside = self._read(self.runner.outside_tensors())
+        self.runner.load_outside(outside)
+        behind = [self._drawn(index) for index in range(len(self.walk.served))]
+        losses: Losses = {}
+        for part in self.base.plan.parts:
+            if part.kind != "tail" or part.index not in self.groups:
+                continue
+            for name, worker in self.workers.items():
+                made = worker.make(part, {tensor: outside[tensor] for tensor in part.tensors})
+                for group in self.groups[part.index]:
+                    losses[group.name, name] = self._head_loss(group, made, outside)
+            self._keep(losses, part)
+        self.runner.unload_outside()
+        return losses, behind
+
+    def _drawn(self, index: int) -> Tensor:
+        """Returns the gradient of the log-probability of tokens drawn from the source, for one batch."""
+        hidden = self.walk.served[index].detach().to(self.runner.device).requires_grad_()
+        recording = self.walk.recordings[SERVED][index]
+        logits = self.runner.logits(recording, hidden, gradients=True)
+        with torch.enable_grad():
+            scores = torch.log_softmax(logits, -1)
+            labels = self._draw(scores.detach())
+            chosen = scores.gather(-1, labels[..., None])[..., 0]
+            mask = self._rows_mask(index)
+            if mask is not None:
+                chosen = chosen * mask.to(chosen.device)
+            (found,) = torch.autograd.grad(chosen.sum(), hidden)
+        return found.to(self.walk.served[index].device)
+
+    def _draw(self, scores: Tensor) -> Tensor:
+        """Returns one token per place, drawn from log-probabilities."""
+        uniform = torch.rand(scores.shape[:-1], generator=self.generator, dtype=torch.float64).to(scores.device)
+        rising = scores.double().exp().cumsum(-1)
+        return torch.searchsorted(rising, (uniform * rising[..., -1])[..., None]).clamp_(max=scores.shape[-1] - 1)[..., 0]
+
+    def _rows_mask(self, index: int) -> Tensor | None:
+        """Returns the mask of a batch as logits have it: rows before tokens."""
+        mask = self.walk.mask
+        return None if mask is None else mask.split(self.walk.batch)[index]
+
+    def _head_loss(self, group: Group, made: Made, outside: Mapping[str, Tensor]) -> float:
+        """Returns the divergence itself, with the head as it would be served."""
+        total = 0.0
+        for index, hidden in enumerate(self.walk.served):
+            recording, hidden = self.walk.recordings[SERVED][index], hidden.to(self.runner.device)
+            self.runner.load_outside(outside)
+            source = torch.log_softmax(self.runner.logits(recording, hidden), -1)
+            self.runner.load_outside({**outside, **made.changed(group.names)})
+            with self.runner.handlers(None, made.handlers(group.names, self.runner.loads)):
+                served = torch.log_softmax(self.runner.logits(recording, hidden), -1)
+            each = (source.exp() * (source - served)).sum(-1)
+            mask = self._rows_mask(index)
+            total += float((each if mask is None else each * mask.to(each.device)).double().sum())
+        return total / self.tokens
+
+    def _read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        found = self.base.weights.read_many(names)
+        return {name: tensor.to(self.device) for name, tensor in found.items()}
+
+
+def _runner(base: Prepared, data: CalibrationData, device: str) -> Any:
+    """Returns a runner that computes in float32: 8-bit formats move a block's output no more than bfloat16 rounds."""
+    from quarkcli.model.runner import Runner
+
+    softmax = any("p" in module.specs for module in base.plan.attention.values())
+    runner = Runner(
+        base.source.folder, base.weights.headers, device=device, dtype=torch.float32,
+        trust_remote_code=base.options.trust_remote_code, eager=softmax, turned=base.layout.turned,
+    )  # fmt: skip
+    runner.check_blocks()
+    runner.check_tokens(data.tokens)
+    if not runner.has_head:
+        raise ModelError(
+            "a base model without a head gives no probabilities, so there is nothing to compare",
+            where=str(base.source.folder),
+            hint="a search needs the model with its head",
+        )
+    return runner
+
+
+def _walk(base: Prepared, candidates: Sequence[Candidate], data: CalibrationData, runner: Any, tell: Listener) -> Walk:
+    runs = [candidate.prepared for candidate in candidates if candidate.prepared is not None]
+    streams = frozenset[str]({SERVED}).union(*(step.algorithm.streams for run in runs for step in run.steps))
+    names = runner.outside_tensors()
+    held = held_out(*data.tokens.shape) if any(holds_out(run.needs) for run in runs) else None
+    batch = default_batch(runner.device, data.tokens.shape[1], base.options.calib_batch)
+    return Walk(
+        runner, lambda: base.weights.read_many(names), data.tokens, data.mask, batch, tell,
+        streams=sorted(streams, reverse=True), held=held,
+    )  # fmt: skip
+
+
+def _once(tell: Listener) -> Listener:
+    """Returns a listener that passes a message on the first time alone: every candidate would say the same."""
+    said: set[str] = set()
+
+    def listen(event: Any) -> None:
+        if isinstance(event, Message):
+            if event.text in said:
+                return
+            said.add(event.text)
+        tell(event)
+
+    return listen

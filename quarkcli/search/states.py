@@ -1,0 +1,30 @@
+"""Hidden states before every block, kept in files, so that memory holds those of one block."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+class States:
+    """The input of every block, for all batches, below a folder.
+
+    They are rounded to bfloat16: losses are differences at these points, and both sides of a difference start there.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def write(self, block: int, states: list[Tensor]) -> None:
+        torch.save([hidden.to("cpu", torch.bfloat16) for hidden in states], self._file(block))
+
+    def take(self, block: int, dtype: torch.dtype) -> list[Tensor]:
+        """Returns the input of a block in a dtype, and removes its file."""
+        states: list[Tensor] = torch.load(self._file(block), weights_only=True)
+        self._file(block).unlink()
+        return [hidden.to(dtype) for hidden in states]
+
+    def _file(self, block: int) -> Path:
+        return self.folder / f"block-{block:05d}.pt"
