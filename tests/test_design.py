@@ -40,6 +40,7 @@ disk
 report
 job
 evaluate
+search
 api
 cli
 """
@@ -63,7 +64,7 @@ OWNERS = {
     "pyarrow": {"forward"},
     "triton": {"numerics"},
     "pydantic": {"documents", "recipe", "family"},
-    "yaml": {"recipe", "report", "job"},
+    "yaml": {"recipe", "report", "job", "search"},
     "re2": {"recipe"},
     "huggingface_hub": {"disk", "model", "forward", "cli"},
     "ml_dtypes": set(),
@@ -79,6 +80,7 @@ WITH_TORCH = {
     "quarkcli.job.rewriting", "quarkcli.job.solving", "quarkcli.job.tuning",
     "quarkcli.job.served", "quarkcli.job.part", "quarkcli.job.pipeline",
     "quarkcli.evaluate.run", "quarkcli.evaluate.windows",
+    "quarkcli.search.losses", "quarkcli.search.quantizing", "quarkcli.search.states",
 }  # fmt: skip
 NOUN_CLAUSE = {"What", "Which", "Where", "How", "Whether", "When", "That"}
 LINES_OF_FILE, LINES_OF_FUNCTION = 400, 60

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
@@ -276,14 +276,17 @@ class JobFlags:
         return {field.name: given[field.name] for field in fields(record) if field.name in given}
 
 
-def takes_job_flags(body: Callable[..., None]) -> Callable[..., None]:
-    """Returns a Typer command with the flags of `JobFlags`, before whatever keyword parameters `body` adds."""
+def takes_job_flags(body: Callable[..., None], *, without: Collection[str] = ()) -> Callable[..., None]:
+    """Returns a Typer command with the flags of `JobFlags`, before whatever keyword parameters `body` adds.
+
+    without   fields that the command has no flag for
+    """
 
     def command(**values: Any) -> None:
         own = {name: values.pop(name) for name in added}
         body(JobFlags(**values), **own)
 
-    flags = _parameters(JobFlags, skip=0)
+    flags = {name: flag for name, flag in _parameters(JobFlags, skip=0).items() if name not in without}
     added = _parameters(body, skip=1)
     signature = inspect.Signature([*flags.values(), *added.values()])
     command.__signature__ = signature  # type: ignore[attr-defined]

@@ -16,6 +16,7 @@ import typer
 from quarkcli import __version__, memory
 from quarkcli.cli import algorithms, apps, evaluate, inspect, models, output, quantize, recipes, report, schemes, verify
 from quarkcli.cli import env as environment
+from quarkcli.cli import search as searching
 from quarkcli.cli.signals import CODES, Terminated, answered
 from quarkcli.errors import ExitCode, QuarkError, ResourceError, UsageError
 
@@ -26,6 +27,7 @@ _EXAMPLES = apps.examples("quark quantize --model demo --scheme mxfp4 -o out", "
 app = apps.new("Quantize large language models from the command line.", _EXAMPLES, completion=True)
 app.command("quantize", epilog=quantize.QUANTIZE_EXAMPLES)(quantize.quantize)
 app.command("plan", epilog=quantize.PLAN_EXAMPLES)(quantize.plan)
+app.command("search", epilog=searching.EXAMPLES)(searching.search)
 app.command("eval", epilog=evaluate.EXAMPLES)(evaluate.evaluate)
 app.command("verify", epilog=verify.EXAMPLES)(verify.verify)
 app.command("inspect", epilog=inspect.EXAMPLES)(inspect.inspect)

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from quarkcli.algorithms.base import Transform
 from quarkcli.events import Listener, Message
 from quarkcli.job.options import Prepared
 
 if TYPE_CHECKING:
-    from quarkcli.disk.journal import Journal
     from quarkcli.forward.data import CalibrationData
     from quarkcli.forward.statistics import Statistics
 
 NOTE = "transforms"
 
 
+class Notes(Protocol):
+    """Keeps JSON by name, as the journal does."""
+
+    @property
+    def notes(self) -> dict[str, Any]: ...
+
+    def note(self, key: str, value: Any) -> None: ...
+
+
 def decide(
-    prepared: Prepared, data: CalibrationData | None, runner: Any, journal: Journal, tell: Listener
+    prepared: Prepared, data: CalibrationData | None, runner: Any, journal: Notes, tell: Listener
 ) -> Mapping[str, Any]:
     """Returns the state of every transform by its key; a resumed run takes the journal's."""
     transforms = [step for step in prepared.steps if isinstance(step.algorithm, Transform)]

@@ -79,9 +79,9 @@ def _refuse_search(document: Document, data: Mapping[str, Any], metadata: Any) -
         return
     place = document.origin(_SEARCH) if _SEARCH in data else document.origin("metadata", "recipe_type")
     raise ConfigError(
-        "an auto_quantize recipe asks for a search among formats, which does not exist here",
+        "an auto_quantize recipe asks for a search among formats, and is no recipe itself",
         where=str(place),
-        hint="choose the formats yourself: '--scheme nvfp4 --layer PATTERN=fp8', or entries in a recipe",
+        hint=f"quark search --recipe {document.file} --model MODEL -o recipe.yaml makes one",
     )
 
 

@@ -9,26 +9,26 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 _SLACK = 1e-12  # of the loss: sums of floats in another order
 
 
 class Option(NamedTuple):
-    """What a group costs and loses with one of its options; `index` is the option's place in the group."""
+    """An option of a group: its cost, its loss, and its number in the group."""
 
     cost: int
     loss: float
-    index: int
+    number: int
 
 
 class _State(NamedTuple):
-    """What the groups so far cost and lose, and the way there."""
+    """A choice for the groups so far: its cost, its loss, and the way there."""
 
     cost: int
     loss: float
-    index: int = -1
+    number: int = -1
     before: _State | None = None
 
 
@@ -55,7 +55,7 @@ def _extended(
     """Returns the states with one more group that may still be part of an optimum, by rising cost."""
     limit = best + _SLACK * max(1.0, abs(best))
     made = sorted(
-        _State(state.cost + option.cost, state.loss + option.loss, option.index, state)
+        _State(state.cost + option.cost, state.loss + option.loss, option.number, state)
         for state in states
         for option in group
         if state.cost + option.cost + bound.least_cost <= budget
@@ -72,7 +72,7 @@ def _extended(
 def _way(state: _State) -> list[int]:
     found: list[int] = []
     while state.before is not None:
-        found.append(state.index)
+        found.append(state.number)
         state = state.before
     return found[::-1]
 
@@ -80,7 +80,7 @@ def _way(state: _State) -> list[int]:
 def _undominated(group: Sequence[tuple[int, float]]) -> list[Option]:
     """Returns the options that lose less than every cheaper one, by rising cost."""
     kept: list[Option] = []
-    for option in sorted(Option(cost, loss, index) for index, (cost, loss) in enumerate(group)):
+    for option in sorted(Option(cost, loss, number) for number, (cost, loss) in enumerate(group)):
         if not kept or option.loss < kept[-1].loss:
             kept.append(option)
     return kept
@@ -105,7 +105,7 @@ def _steps(groups: Sequence[Sequence[Option]]) -> list[tuple[float, int, float, 
     found = []
     for place, group in enumerate(groups):
         hull = _hull(group)
-        for one, other in zip(hull, hull[1:], strict=False):
+        for one, other in pairwise(hull):
             found.append((_slope(one, other), other.cost - one.cost, other.loss - one.loss, place))
     return sorted(found)
 

@@ -7,15 +7,17 @@ ties.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from quarkcli.disk.source import DTYPES
 from quarkcli.disk.writer import tensor_bytes
-from quarkcli.errors import UsageError
+from quarkcli.errors import ConfigError, UsageError
 from quarkcli.job.options import Prepared
 from quarkcli.plan.fused import Servers, matrix
-from quarkcli.plan.model import Plan, Target, is_quantized
+from quarkcli.plan.model import QuantizedTarget, Target, is_quantized
+from quarkcli.recipe.auto_quantize import Rule
+from quarkcli.recipe.match import matches
 
 KEEP = "bf16"  # the candidate that leaves a weight as the source has it
 
@@ -30,22 +32,27 @@ class Candidate:
     name: str
     prepared: Prepared | None
 
-    def target(self, name: str, kept: Target) -> Target:
-        """Returns a weight as this candidate has it. `kept`: the weight in any plan."""
-        return self.prepared.plan.targets[name] if self.prepared is not None else kept
+    def quantized(self, name: str) -> QuantizedTarget | None:
+        """Returns a weight as this candidate quantizes it; None where it stays as it is."""
+        target = self.prepared.plan.targets[name] if self.prepared is not None else None
+        return target if target is not None and is_quantized(target) else None
 
 
 @dataclass(frozen=True)
 class Group:
     """Weights that get the same candidate.
 
-    name   of its first weight, or what is common to them
-    part   index of their part
+    name     of its first weight, or what is common to them
+    part     index of their part
+    allowed  names of the candidates that it may get
+    share    of its weights that count in the budget
     """
 
     name: str
     part: int
     targets: tuple[Target, ...]
+    allowed: tuple[str, ...]
+    share: float = 1.0
 
     @property
     def weights(self) -> int:
@@ -53,28 +60,83 @@ class Group:
         return sum(target.numel for target in self.targets)
 
     @property
+    def counted(self) -> float:
+        """Returns the number of values that count in the budget."""
+        return self.weights * self.share
+
+    @property
     def names(self) -> frozenset[str]:
         return frozenset(target.name for target in self.targets)
 
 
-def groups(candidates: Iterable[Candidate], servers: Servers) -> tuple[list[Group], list[str]]:
+@dataclass(frozen=True)
+class Space:
+    """The candidates of a search and the rules for them.
+
+    rules         the first that matches a weight's module says which candidates it may get
+    uncounted     patterns on modules that do not count in the budget
+    expert_share  share of routed experts that counts
+    """
+
+    candidates: tuple[Candidate, ...]
+    rules: Sequence[Rule]
+    uncounted: Sequence[str] = ()
+    expert_share: float = 1.0
+
+    @property
+    def runs(self) -> list[Prepared]:
+        return [candidate.prepared for candidate in self.candidates if candidate.prepared is not None]
+
+    @property
+    def base(self) -> Prepared:
+        """Returns a run to take the model and the data from."""
+        return self.runs[0]
+
+    def named(self, name: str) -> Candidate:
+        return next(candidate for candidate in self.candidates if candidate.name == name)
+
+
+def groups(space: Space, servers: Servers) -> tuple[list[Group], list[str]]:
     """Returns the groups that some candidate quantizes, in plan order, and weights that no search can judge.
 
-    Those lie where no token passes in a forward of the text model.
+    Those lie where no token passes in a forward of the text model. Raises ConfigError for weights that servers fuse
+    and a rule tells apart.
     """
-    plans = [candidate.prepared.plan for candidate in candidates if candidate.prepared is not None]
+    plans = [run.plan for run in space.runs]
     wanted = {target.name for plan in plans for target in plan.quantized()}
-    parts = {part.index: part for part in plans[0].parts}
+    kinds = {part.index: part.kind for part in plans[0].parts}
     found: dict[tuple[int, str], list[Target]] = {}
     unjudged = []
     for target in plans[0].targets.values():
         if target.name not in wanted:
             continue
-        if target.is_embedding or parts[target.part].kind not in {"block", "tail"}:
+        if target.is_embedding or kinds[target.part] not in {"block", "tail"}:
             unjudged.append(target.name)
             continue
         found.setdefault((target.part, _tie(target, servers)), []).append(target)
-    return [Group(_named(targets), part, tuple(targets)) for (part, _), targets in found.items()], unjudged
+    return [_group(space, part, tuple(targets)) for (part, _), targets in found.items()], unjudged
+
+
+def _group(space: Space, part: int, targets: tuple[Target, ...]) -> Group:
+    rules = {_rule(space, target) for target in targets}
+    if len(rules) > 1:
+        raise ConfigError(
+            "servers fuse these weights, and the search gives them different formats to choose among",
+            where=", ".join(target.name for target in targets[:4]),
+            hint="name all of them in one search space, or none",
+        )
+    rule = space.rules[rules.pop()]
+    allowed = (*rule.formats, *((KEEP,) if rule.keep else ()))
+    share = space.expert_share if targets[0].expert is not None else 1.0
+    if any(matches(pattern, [target.name for target in targets]) for pattern in space.uncounted):
+        share = 0.0
+    return Group(_named(targets), part, targets, allowed, share)
+
+
+def _rule(space: Space, target: Target) -> int:
+    """Returns the index of the rule for a weight. The last rule is for all."""
+    names = (target.name, *target.aliases)
+    return next(i for i, rule in enumerate(space.rules) if any(matches(pattern, names) for pattern in rule.patterns))
 
 
 def _tie(target: Target, servers: Servers) -> str:
@@ -100,30 +162,25 @@ def _named(targets: Sequence[Target]) -> str:
 
 
 def bits(group: Group, candidate: Candidate) -> int:
-    """Returns the bits that a group's weights take, scales included: the figures of the plan."""
+    """Returns the bits that a group counts for in the budget, scales included: the figures of the plan."""
     total = 0.0
     for target in group.targets:
-        own = candidate.target(target.name, target)
-        each = own.weight.bits_per_value(*own.shape) if is_quantized(own) else 8 * DTYPES[own.dtype][0]
-        total += each * own.numel
-    return round(total)
+        own = candidate.quantized(target.name)
+        each = own.weight.bits_per_value(*own.shape) if own is not None else 8 * DTYPES[target.dtype][0]
+        total += each * target.numel
+    return round(total * group.share)
 
 
 def stored(group: Group, candidate: Candidate) -> int:
     """Returns the bytes of the tensors that a group becomes in a checkpoint."""
     total = 0
     for target in group.targets:
-        own = candidate.target(target.name, target)
-        if candidate.prepared is not None and is_quantized(own):
+        own = candidate.quantized(target.name)
+        if candidate.prepared is not None and own is not None:
             total += sum(tensor_bytes(info.dtype, info.shape) for info in candidate.prepared.dialect.infos(own))
         else:
-            total += tensor_bytes(own.dtype, own.shape)
+            total += tensor_bytes(target.dtype, target.shape)
     return total
-
-
-def part_of(plan: Plan, names: Iterable[str]) -> Mapping[str, Target]:
-    """Returns the targets of a plan with these names."""
-    return {name: plan.targets[name] for name in names}
 
 
 def check(names: Sequence[str]) -> None:

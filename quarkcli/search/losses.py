@@ -29,7 +29,7 @@ from quarkcli.forward.walk import SERVED, Walk, default_batch
 from quarkcli.job.options import Prepared
 from quarkcli.model.handlers import Handlers
 from quarkcli.plan.model import Part
-from quarkcli.search.candidates import Candidate, Group
+from quarkcli.search.candidates import Group, Space
 from quarkcli.search.quantizing import Made, Quantizing
 from quarkcli.search.states import States
 
@@ -40,20 +40,20 @@ Losses = dict[tuple[str, str], float]  # by group and candidate
 
 
 def measure(
+    space: Space,
     base: Prepared,
-    candidates: Sequence[Candidate],
     groups: Sequence[Group],
     data: CalibrationData,
     device: str,
     folder: Path,
     tell: Listener,
 ) -> Losses:
-    """Returns the loss of every group in every candidate.
+    """Returns the loss of every group in every candidate that it may get.
 
-    base     the run whose model, data settings and seed are used
+    base     the run whose model, settings of data and seed are used
     folder   for hidden states; what is put there goes again
     """
-    measuring = _Measuring(base, candidates, groups, data, device, folder, tell)
+    measuring = _Measuring(space, base, groups, data, device, folder, tell)
     measuring.forward()
     return measuring.backward()
 
@@ -63,8 +63,8 @@ class _Measuring:
 
     def __init__(
         self,
+        space: Space,
         base: Prepared,
-        candidates: Sequence[Candidate],
         groups: Sequence[Group],
         data: CalibrationData,
         device: str,
@@ -76,7 +76,7 @@ class _Measuring:
         self.device = device
         self.states = States(folder)
         self.runner = _runner(base, data, device)
-        self.walk = _walk(base, candidates, data, self.runner, self.tell)
+        self.walk = _walk(space, data, self.runner, self.tell)
         self.tokens = data.token_count
         self.generator = torch.Generator().manual_seed(base.seed)
         self.groups: dict[int, list[Group]] = {}
@@ -84,10 +84,10 @@ class _Measuring:
             self.groups.setdefault(group.part, []).append(group)
         self.workers = {
             candidate.name: Quantizing.of(candidate.prepared, data, self.walk, self.runner, self.tell)
-            for candidate in candidates
+            for candidate in space.candidates
             if candidate.prepared is not None
         }
-        self.kept = [candidate.name for candidate in candidates if candidate.prepared is None]
+        self.kept = [candidate.name for candidate in space.candidates if candidate.prepared is None]
 
     @property
     def blocks(self) -> list[tuple[int, Part]]:
@@ -126,20 +126,27 @@ class _Measuring:
         self.walk.take(dict.fromkeys(self.walk.hidden, self.states.take(block, self.runner.dtype)))
         outputs, before = self._back(block, tensors, behind)
         losses: Losses = {}
-        for name, worker in self.workers.items() if self.groups.get(part.index) else ():
+        for name, worker in self.workers.items():
+            if not self._of(part, name):
+                continue
             self.tell(Working(f"quantizing {part.name} with {name}"))
             made = worker.make(part, tensors)
+            still = outputs
             if made.rewritten is not tensors:  # what a transform rounds is no group's loss
                 self.runner.load_block(block, made.rewritten)
-                outputs = list(self.walk.outputs(block, Handlers()))
-            for group in self.groups[part.index]:
-                losses[group.name, name] = self._loss(block, group, made, outputs, behind)
+                still = list(self.walk.outputs(block, Handlers()))
+            for group in self._of(part, name):
+                losses[group.name, name] = self._loss(block, group, made, still, behind)
         self._keep(losses, part)
         self.runner.unload_block(block)
         return losses, self.walk.cut(before)
 
+    def _of(self, part: Part, candidate: str) -> list[Group]:
+        """Returns the groups of a part that may get a candidate."""
+        return [group for group in self.groups.get(part.index, ()) if candidate in group.allowed]
+
     def _keep(self, losses: Losses, part: Part) -> None:
-        losses |= {(group.name, name): 0.0 for group in self.groups.get(part.index, ()) for name in self.kept}
+        losses |= {(group.name, name): 0.0 for name in self.kept for group in self._of(part, name)}
 
     def _back(
         self, block: int, tensors: Mapping[str, Tensor], behind: list[Tensor]
@@ -157,9 +164,7 @@ class _Measuring:
             before.append(found)
         return outputs, before
 
-    def _loss(
-        self, block: int, group: Group, made: Made, outputs: list[Tensor], behind: list[Tensor]
-    ) -> float:
+    def _loss(self, block: int, group: Group, made: Made, outputs: list[Tensor], behind: list[Tensor]) -> float:
         """Returns the loss of one group: the mean over tokens of half the squared product of gradient and movement."""
         self.runner.load_block(block, {**made.rewritten, **made.changed(group.names)})
         handlers = made.handlers(group.names, self.runner.loads)
@@ -190,7 +195,7 @@ class _Measuring:
                 continue
             for name, worker in self.workers.items():
                 made = worker.make(part, {tensor: outside[tensor] for tensor in part.tensors})
-                for group in self.groups[part.index]:
+                for group in self._of(part, name):
                     losses[group.name, name] = self._head_loss(group, made, outside)
             self._keep(losses, part)
         self.runner.unload_outside()
@@ -215,7 +220,9 @@ class _Measuring:
         """Returns one token per place, drawn from log-probabilities."""
         uniform = torch.rand(scores.shape[:-1], generator=self.generator, dtype=torch.float64).to(scores.device)
         rising = scores.double().exp().cumsum(-1)
-        return torch.searchsorted(rising, (uniform * rising[..., -1])[..., None]).clamp_(max=scores.shape[-1] - 1)[..., 0]
+        return torch.searchsorted(rising, (uniform * rising[..., -1])[..., None]).clamp_(max=scores.shape[-1] - 1)[
+            ..., 0
+        ]
 
     def _rows_mask(self, index: int) -> Tensor | None:
         """Returns the mask of a batch as logits have it: rows before tokens."""
@@ -262,8 +269,8 @@ def _runner(base: Prepared, data: CalibrationData, device: str) -> Any:
     return runner
 
 
-def _walk(base: Prepared, candidates: Sequence[Candidate], data: CalibrationData, runner: Any, tell: Listener) -> Walk:
-    runs = [candidate.prepared for candidate in candidates if candidate.prepared is not None]
+def _walk(space: Space, data: CalibrationData, runner: Any, tell: Listener) -> Walk:
+    base, runs = space.base, space.runs
     streams = frozenset[str]({SERVED}).union(*(step.algorithm.streams for run in runs for step in run.steps))
     names = runner.outside_tensors()
     held = held_out(*data.tokens.shape) if any(holds_out(run.needs) for run in runs) else None

@@ -1,0 +1,330 @@
+"""`quark search` from beginning to end: candidates, groups, losses (measured or from a file), choice, recipe.
+
+Torch is imported only where losses are measured, so that what can be refused is refused at once.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import yaml
+
+from quarkcli import family
+from quarkcli.disk.writer import atomic_write_text, disk_errors
+from quarkcli.errors import ConfigError, UsageError
+from quarkcli.events import Listener, Message, Phase, Working
+from quarkcli.job import preflight
+from quarkcli.job import run as job
+from quarkcli.job.options import Calibration, Options, Prepared
+from quarkcli.recipe import auto_quantize
+from quarkcli.recipe.auto_quantize import Rule
+from quarkcli.recipe.recipe import from_config
+from quarkcli.search import candidates, scores
+from quarkcli.search.candidates import KEEP, Candidate, Group, Space
+from quarkcli.search.choice import Choice, Choosing
+from quarkcli.search.text import recipe_text
+from quarkcli.spec import TensorSpec
+
+if TYPE_CHECKING:
+    from quarkcli.forward.data import CalibrationData
+
+ROWS = 128  # rows of text to score with, where nothing says otherwise
+POINTS = 9  # budgets of the table
+_TRIES = 8  # of a size, each smaller by what the files were too large
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The options of the command line.
+
+    options  those that a run with one of the schemes would have
+    schemes  names to choose among; or `recipe`, a file of NVIDIA ModelOpt that says which
+    budget   bits per weight; or `size`, bytes of the checkpoint; neither: no recipe is made
+    output   the recipe's file, None: named after model and budget
+    scores   the file that keeps the losses, None: named after model and fingerprint, beside the output
+    """
+
+    options: Options
+    schemes: Sequence[str] = ()
+    recipe: Path | None = None
+    budget: float | None = None
+    size: int | None = None
+    output: Path | None = None
+    scores: Path | None = None
+
+
+@dataclass(frozen=True)
+class Found:
+    """The result of a search.
+
+    choice    for the budget; None when none was given
+    prepared  a run of the recipe that was made of it
+    output    that recipe's file
+    scores    the file of the losses
+    measured  whether the losses were measured now; else they come from the file
+    """
+
+    choosing: Choosing
+    curve: list[Choice]
+    choice: Choice | None
+    prepared: Prepared | None
+    output: Path | None
+    scores: Path
+    measured: bool
+
+
+def search(asked: Asked, tell: Listener) -> Found:
+    """Returns the result, and writes the recipe when there is a budget. Raises QuarkError; then there is no recipe."""
+    tell(Phase("resolve"))
+    if asked.budget is not None and asked.size is not None:
+        raise UsageError("--budget and --size exclude each other")
+    space, asked, rows = _space(asked)
+    for run in space.runs:
+        _check(run)
+    groups, unjudged = candidates.groups(space, asked.options.target)
+    if not groups:
+        raise ConfigError(
+            "none of the schemes quantizes a weight that a forward pass reads", where=space.base.recipe.name
+        )
+    _say_unjudged(unjudged, tell)
+    output = _output(asked, space)
+    _choice(Choosing(space, groups, _nothing(groups), unjudged), asked)  # a budget that none meets, before the work
+    losses, path, measured = _losses(asked, space, groups, rows, output, tell)
+    choosing = Choosing(space, groups, losses, unjudged)
+    choice, prepared, text = _fitting(asked, choosing, output)
+    if output is not None:
+        with disk_errors(output):
+            atomic_write_text(output, text)
+    return Found(choosing, choosing.curve(POINTS), choice, prepared, output, path, measured)
+
+
+# --- what is chosen among ---------------------------------------------------------------------------------------------
+
+
+def _space(asked: Asked) -> tuple[Space, Asked, int]:
+    """Returns the candidates, what is asked with the budget of a file, and how many rows of text to score with."""
+    if bool(asked.schemes) == (asked.recipe is not None):
+        both = (
+            "--schemes and --recipe exclude each other" if asked.schemes else "neither --schemes nor --recipe is given"
+        )
+        raise UsageError(both, hint="--schemes nvfp4,fp8")
+    if asked.recipe is None:
+        names = list(asked.schemes)
+        candidates.check(names)
+        found = tuple(Candidate(name, _prepared(asked.options, name)) for name in names)
+        return Space(found, [Rule(("*",), tuple(names), keep=False)]), asked, ROWS
+    file = auto_quantize.from_file(asked.recipe)
+    overrides = asked.options.overrides
+    exclude = [*overrides.exclude, *file.disabled]
+    options = replace(asked.options, overrides=replace(overrides, exclude=exclude, allow_unmatched=True))
+    runs = {name: job.prepare(replace(options, recipe=recipe)) for name, recipe in file.formats.items()}
+    keeps = any(rule.keep for rule in file.rules)
+    found = tuple(Candidate(name, run) for name, run in runs.items()) + ((Candidate(KEEP, None),) if keeps else ())
+    base = found[0].prepared
+    assert base is not None
+    share = (file.expert_ratio or _active(base)) if file.active_experts else 1.0
+    base.warnings += file.notes
+    if asked.budget is None and asked.size is None:
+        asked = replace(asked, budget=file.bits)
+    return Space(found, file.rules, file.uncounted, share), asked, file.rows or ROWS
+
+
+def _prepared(options: Options, name: str) -> Prepared | None:
+    return None if name == KEEP else job.prepare(replace(options, scheme=name))
+
+
+def _active(run: Prepared) -> float:
+    """Returns the share of its routed experts that a token runs through. Raises ConfigError when nothing says so."""
+    config = family.text_config(run.source.config)
+    active = next((value for key in _ACTIVE if isinstance(value := config.get(key), int)), None)
+    layers: dict[str, set[int]] = {}
+    for target in run.plan.targets.values():
+        if target.expert is not None:
+            layers.setdefault(target.expert[0], set()).add(target.expert[1])
+    if not layers:
+        return 1.0
+    if active is None:
+        raise ConfigError(
+            "config.json does not say how many experts a token runs through",
+            where=str(run.source.folder),
+            hint="auto_quantize.constraints.cost.active_moe_expert_ratio",
+        )
+    return min(1.0, active / max(map(len, layers.values())))
+
+
+_ACTIVE = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk", "top_k", "num_selected_experts")
+
+
+def _check(run: Prepared) -> None:
+    """Raises ConfigError for a run that cannot be measured block by block."""
+    preflight.check_reader(run.dialect, {"scores": {"scores"}})
+    inside = {tensor for part in run.plan.parts if part.block is not None for tensor in part.tensors}
+    for key, changes in run.plan.changes.items():
+        outside = sorted(changes.tensors - inside)
+        if outside:
+            raise ConfigError(
+                f"{key} changes {outside[0]} and with it what all blocks read; a search measures one block at a time",
+                where="--algorithm",
+                hint="search without it, and add it to the recipe that is made",
+            )
+
+
+def _say_unjudged(names: Sequence[str], tell: Listener) -> None:
+    if names:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        tell(
+            Message(
+                f"no search can judge these weights, which stay as they are: {', '.join(names[:3])}{more}", "warning"
+            )
+        )
+
+
+def _output(asked: Asked, space: Space) -> Path | None:
+    """Returns the recipe's file. Raises UsageError where it cannot be made."""
+    if asked.budget is None and asked.size is None:
+        if asked.output is not None:
+            raise UsageError("there is no budget to make a recipe for", where="-o", hint="--budget 5.0, or --size 6GB")
+        return None
+    name = "demo" if asked.options.model == "demo" else space.base.source.name
+    budget = f"{asked.budget:g}bits" if asked.budget is not None else f"{asked.size}bytes"
+    output = asked.output or Path(f"{name}-{budget}.yaml")
+    if output.exists() and not (asked.options.overwrite and output.is_file()):
+        raise UsageError("exists", where=str(output), hint="--overwrite replaces a file, or choose another -o")
+    if not output.parent.is_dir():
+        raise UsageError("no such directory", where=str(output.parent))
+    return output
+
+
+# --- losses -----------------------------------------------------------------------------------------------------------
+
+
+def _nothing(groups: Sequence[Group]) -> scores.Losses:
+    return {(group.name, name): 0.0 for group in groups for name in group.allowed}
+
+
+def _losses(
+    asked: Asked, space: Space, groups: Sequence[Group], rows: int, output: Path | None, tell: Listener
+) -> tuple[scores.Losses, Path, bool]:
+    """Returns the losses, the file that keeps them, and whether they were measured."""
+    run = replace(space.base, calibration=_calibration(space.base, rows))
+    for warning in dict.fromkeys(text for each in space.runs for text in each.plan.warnings):
+        tell(Message(warning, "warning"))
+    for warning in run.calibration.warnings if run.calibration is not None else ():
+        tell(Message(warning, "warning"))
+    data = preflight.token_rows(run, tell)
+    assert data is not None
+    digest = scores.fingerprint(space, groups, data)
+    beside = output.parent if output is not None else Path()
+    path = asked.scores or beside / f"{space.base.source.name}-{digest[:12]}.scores.json"
+    losses = scores.read(path, digest)
+    if losses is not None:
+        tell(Message(f"losses from {path}: nothing is measured"))
+        return losses, path, False
+    losses = _measured(space, run, groups, data, path, tell)
+    about = {
+        "model": space.base.source.name,
+        "tokens": data.token_count,
+        "data": data.source,
+        "algorithms": [step.name for step in space.base.steps],
+    }
+    with disk_errors(path):
+        scores.write(path, digest, losses, about)
+    return losses, path, True
+
+
+def _measured(
+    space: Space, run: Prepared, groups: Sequence[Group], data: CalibrationData, path: Path, tell: Listener
+) -> scores.Losses:
+    from quarkcli.search.losses import measure
+
+    if not path.parent.is_dir():
+        raise UsageError("no such directory", where=str(path.parent))
+    _check_resources(run, data, path)
+    device = preflight.device(run.options.device)
+    tell(Phase("search"))
+    tell(Working("building the model's class"))
+    with disk_errors(path), tempfile.TemporaryDirectory(prefix=".quark-search-", dir=path.parent) as folder:
+        return measure(space, run, groups, data, device, Path(folder), tell)
+
+
+def _check_resources(run: Prepared, data: CalibrationData, path: Path) -> None:
+    """Refuses a search that the disk or the memory cannot hold: hidden states of every block, four of one."""
+    hidden = family.text_config(run.source.config).get("hidden_size")
+    states = data.tokens.numel() * (hidden if isinstance(hidden, int) else 0)
+    blocks = sum(part.block is not None for part in run.plan.parts)
+    size = run.forecast
+    memory = size.memory_bytes + 3 * size.largest_part + 16 * states
+    preflight.check_resources(path, replace(size, disk_bytes=2 * states * blocks, memory_bytes=memory))
+
+
+def _calibration(base: Prepared, rows: int) -> Calibration:
+    """Returns the settings of the text that is scored with."""
+    found = preflight.calibration(base.options, base.recipe, base.source, {"scores": {"scores"}})
+    assert found is not None
+    return found if found.asked else replace(found, samples=rows)
+
+
+# --- the recipe -------------------------------------------------------------------------------------------------------
+
+
+def _choice(choosing: Choosing, asked: Asked) -> Choice | None:
+    if asked.budget is not None:
+        return choosing.of_bits(asked.budget)
+    return choosing.of_size(asked.size) if asked.size is not None else None
+
+
+def _fitting(asked: Asked, choosing: Choosing, output: Path | None) -> tuple[Choice | None, Prepared | None, str]:
+    """Returns the choice, a run of its recipe, and the recipe's text.
+
+    The headers of files depend on all tensors, so a size is held against the run's own forecast.
+    """
+    limit = asked.size
+    for _ in range(_TRIES):
+        choice = _choice(choosing, replace(asked, size=limit))
+        if choice is None or output is None:
+            return None, None, ""
+        text = _text(asked, choosing, choice, output)
+        prepared = _resolved(asked, choosing, choice, text, output)
+        excess = prepared.forecast.output_bytes - asked.size if asked.size is not None else 0
+        if excess <= 0:
+            return replace(choice, size=prepared.forecast.output_bytes), prepared, text
+        assert limit is not None
+        limit -= excess
+    raise ConfigError(f"no choice was found whose files take at most {asked.size:,} bytes", where="--size")
+
+
+def _text(asked: Asked, choosing: Choosing, choice: Choice, output: Path) -> str:
+    options = asked.options
+    given = {
+        "data": options.calib_data, "samples": options.calib_samples, "seqlen": options.calib_seqlen,
+        "column": options.calib_column, "bos": options.bos, "seed": options.seed, "moe": options.moe_calibration,
+    }  # fmt: skip
+    calibration = {key: value for key, value in given.items() if value is not None}
+    return recipe_text(
+        choosing.space, choosing.groups, choice, choosing.losses, name=output.stem, calibration=calibration
+    )
+
+
+def _resolved(asked: Asked, choosing: Choosing, choice: Choice, text: str, output: Path) -> Prepared:
+    """Returns a run of the recipe. Raises ConfigError when no dialect holds it.
+
+    The recipe must mean what was chosen, weight by weight; else it is a defect of ours.
+    """
+    recipe = from_config(yaml.safe_load(text), output.stem)
+    options = replace(asked.options, recipe=recipe, scheme=None, algorithm=None, settings=(), overrides=_PLAIN)
+    prepared = job.prepare(options)
+    wanted: dict[str, tuple[TensorSpec | None, TensorSpec | None]] = dict.fromkeys(prepared.plan.targets, (None, None))
+    for group in choosing.groups:
+        candidate = choosing.space.named(choice.chosen[group.name])
+        for own in filter(None, map(candidate.quantized, group.names)):
+            wanted[own.name] = own.weight, own.input
+    wrong = [name for name, target in prepared.plan.targets.items() if (target.weight, target.input) != wanted[name]]
+    assert not wrong, f"the recipe does not say what was chosen for {wrong[0]}"
+    return prepared
+
+
+_PLAIN = Options("").overrides

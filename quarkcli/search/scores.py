@@ -1,0 +1,70 @@
+"""The losses of a search in a file, so that another budget costs no forward. Torch-free."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quarkcli import __version__
+from quarkcli.disk.writer import atomic_write_json
+from quarkcli.errors import ConfigError
+from quarkcli.job.finish import resolved_recipe
+from quarkcli.search.candidates import Group, Space
+
+if TYPE_CHECKING:
+    from quarkcli.forward.data import CalibrationData
+
+SCHEMA = "quark/scores/1"
+Losses = dict[tuple[str, str], float]
+
+
+def fingerprint(space: Space, groups: Sequence[Group], data: CalibrationData) -> str:
+    """Returns a digest of all that losses depend on: model, data, candidates, algorithms, groups, versions."""
+    base = space.base
+    source = base.source
+    asked = {
+        "config": source.config_text,
+        "headers": source.header_digest(),
+        "files": {name: list(stamp) for name, stamp in source.stamps.items()},
+        "commit": source.commit,
+        "candidates": {c.name: resolved_recipe(c.prepared) if c.prepared else None for c in space.candidates},
+        "groups": {group.name: [sorted(group.names), group.allowed] for group in groups},
+        "data": data.digest,
+        "seed": base.seed,
+        "moe": base.calibration.moe if base.calibration is not None else None,
+        "versions": {"quark": __version__, "torch": version("torch"), "transformers": version("transformers")},
+    }
+    return hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def read(path: Path, digest: str) -> Losses | None:
+    """Returns the losses in a file, None when there is no such file.
+
+    Raises ConfigError for a file that holds something else, or losses of another model, other data or candidates.
+    """
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        found = {(row["group"], row["candidate"]): float(row["loss"]) for row in stored["losses"]}
+        known = stored["schema"], stored["fingerprint"]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError("this is not a file of scores", where=str(path), hint=_hint(path)) from error
+    if known != (SCHEMA, digest):
+        raise ConfigError(
+            "these scores are of another model, other data, schemes or settings", where=str(path), hint=_hint(path)
+        )
+    return found
+
+
+def write(path: Path, digest: str, losses: Losses, about: dict[str, Any]) -> None:
+    rows = [{"group": group, "candidate": name, "loss": loss} for (group, name), loss in losses.items()]
+    atomic_write_json(path, {"schema": SCHEMA, "fingerprint": digest, **about, "losses": rows})
+
+
+def _hint(path: Path) -> str:
+    return f"another --scores, or remove {path.name} to score again"
