@@ -46,8 +46,8 @@ def recipe_text(
     return "\n".join(
         [
             "# Made by `quark search`. Weights that servers fuse have one scheme; behind the name of each group is the",
-            "# predicted KL divergence, in nats per token, of each scheme it could have. To give a group another scheme, put",
-            "# other names behind its stars.",
+            "# predicted KL divergence, in nats per token, of each scheme that it could have. To give a group another",
+            "# scheme, put other names behind its stars.",
             yaml.safe_dump(head, sort_keys=False, allow_unicode=True, width=116).rstrip(),
             f"exclusions: {exclusions}",
             *([f"calibration: {_flow(calibration)}"] if calibration else []),
