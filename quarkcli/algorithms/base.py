@@ -48,6 +48,16 @@ class Moment(NamedTuple):
         more = (mean * both if mean is not None else None for mean in self[2:])
         return Moment(self.gram * both, self.tokens, *more)
 
+    def turned(self, block: int) -> Moment:
+        """Returns the moments of the activation behind a block Hadamard of this size."""
+        from quarkcli.numerics.online import turned
+
+        def both_sides(mean: Tensor) -> Tensor:
+            return turned(turned(mean, block).T, block).T
+
+        more = (both_sides(mean) if mean is not None else None for mean in self[2:])
+        return Moment(both_sides(self.gram), self.tokens, *more)
+
 
 @dataclass(frozen=True)
 class Problem:

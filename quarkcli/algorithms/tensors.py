@@ -14,6 +14,7 @@ from torch import Tensor
 
 from quarkcli.errors import ModelError
 from quarkcli.family import Pair, Residual, expert_bias
+from quarkcli.numerics.online import turned
 from quarkcli.plan.model import Part, Plan, Target
 
 
@@ -138,6 +139,12 @@ class PartTensors:
             if reader.site is not None:
                 factor = self.spread(divisor.reciprocal(), reader.shape[1])
                 self.scaled[reader.site, reader.expert[1] if reader.expert else None] = factor
+
+    def turn_input(self, module: str, block: int) -> None:
+        """Turns the columns of a weight by a block Hadamard, for an input that is turned while the model runs."""
+        self.changed_otherwise = True
+        weight = self._weight(module)
+        weight.copy_(turned(weight, block))
 
     def fold_norms(self) -> None:
         """Moves the weights of norms before the residual stream's readers into those; the norms become 1."""

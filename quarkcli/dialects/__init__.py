@@ -83,7 +83,7 @@ def choose(asked: str, plan: Plan) -> tuple[Writer, str]:
     """
     if asked != AUTO:
         dialect = writer(asked)
-        refusals = dialect.refusals(plan)
+        refusals = _refusals(dialect, plan)
         if refusals:
             raise ConfigError(
                 f"dialect {dialect.name} cannot hold this plan: {refusals[0]}"
@@ -92,7 +92,7 @@ def choose(asked: str, plan: Plan) -> tuple[Writer, str]:
                 hint="--dialect auto picks one that can",
             )
         return dialect, f"asked for; {_loads(dialect, plan)}"
-    refused = {dialect: dialect.refusals(plan) for dialect in writers()}
+    refused = {dialect: _refusals(dialect, plan) for dialect in writers()}
     able = [dialect for dialect, reasons in refused.items() if not reasons]
     if not able:
         every = "; ".join(f"{dialect.name}: {found[0]}" for dialect, found in refused.items())
@@ -105,6 +105,10 @@ def choose(asked: str, plan: Plan) -> tuple[Writer, str]:
 
     best = max(able, key=rank)
     return best, f"{AUTO}: {_loads(best, plan, ' only' if _reach(loaders[best]) == 1 else '')}"
+
+
+def _refusals(dialect: Writer, plan: Plan) -> list[str]:
+    return [*dialect.refusals(plan), *dialect.online_refusals(plan)]
 
 
 def _reach(loaders: set[str]) -> int:

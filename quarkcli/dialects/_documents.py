@@ -30,12 +30,36 @@ class Group(Shape):
     output_activations: Arguments | None = None
 
 
+class Application(Shape):
+    """A place where compressed-tensors applies a transform."""
+
+    targets: list[str] | None = None
+    location: str | None = None
+    ignore: list[str] | None = None
+
+
+class TransformGroup(Shape):
+    """A group of the `transform_config` of compressed-tensors."""
+
+    type: str | None = None
+    apply: list[Application] | None = None
+    randomize: bool | None = None
+    head_dim: int | None = None
+
+
+class TransformConfig(Shape):
+    """The `transform_config` of compressed-tensors."""
+
+    config_groups: dict[str, TransformGroup] | None = None
+
+
 class CompressedTensorsConfig(Shape):
     """The `quantization_config` of compressed-tensors."""
 
     config_groups: dict[str, Group] | None = None
     ignore: list[str] | None = None
     kv_cache_scheme: Arguments | None = None
+    transform_config: TransformConfig | None = None
 
 
 class _Export(Shape):

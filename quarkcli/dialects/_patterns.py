@@ -55,6 +55,25 @@ def exact_patterns(targets: Iterable[Target], universe: Iterable[str]) -> list[s
     return names
 
 
+def linear_patterns(names: Iterable[str], universe: Iterable[str]) -> list[str]:
+    """Returns patterns that match exactly these modules of decoder blocks, whatever a server puts before the blocks.
+
+    Modules alike but for their numbers are one pattern. Names stand for themselves where no short one is exact.
+    """
+    known = list(universe)
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(re.sub(r"(?<=\.)\d+(?=\.|$)", "#", name), []).append(name)
+    found = []
+    for group in groups.values():
+        short = [_from_layers(name) for name in group]
+        candidates = (rf"(.*\.)?{numbers(short)}$" for numbers in (_any_number, _these_numbers))
+        exact = (p for p in candidates if {name for name in known if re.match(p, name)} == set(group))
+        pattern = next(exact, None)
+        found += [_MARK + pattern] if pattern is not None else group
+    return found
+
+
 def ignored(targets: Iterable[Target], universe: Iterable[str], quantized: Iterable[str]) -> list[str]:
     """Returns names and patterns of unquantized `targets`, none of them matching a `quantized` name.
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 from quarkcli.dialects._kinds import weight_kind
 from quarkcli.family import HeaderLike, WeightView
 from quarkcli.plan.model import Attention, Plan, QuantizedTarget
+from quarkcli.plan.online import sentences
 from quarkcli.spec import TensorSpec
 
 if TYPE_CHECKING:
@@ -81,10 +82,16 @@ class StoredAttention:
 
 @dataclass
 class StoredView:
-    """The contents of a quantized checkpoint; every tensor not named here is an ordinary one."""
+    """The contents of a quantized checkpoint; every tensor not named here is an ordinary one.
+
+    online    weight -> size of the block Hadamard that its input is multiplied by while the model runs
+    matrices  tensors that hold such a Hadamard
+    """
 
     targets: dict[str, StoredTarget] = field(default_factory=dict)
     attention: dict[str, StoredAttention] = field(default_factory=dict)
+    online: dict[str, int] = field(default_factory=dict)
+    matrices: frozenset[str] = frozenset()
 
 
 CONFIG_FILE, CONFIG_KEY = "config.json", "quantization_config"
@@ -133,6 +140,11 @@ class Writer:
         active = [attention for attention in plan.attention.values() if attention.specs]
         return [f"{attention.name}: {self.name} has no place for quantized attention" for attention in active[:1]]
 
+    def online_refusals(self, plan: Plan) -> list[str]:
+        """Returns the reasons this dialect cannot say what the plan does at run time; empty when it can."""
+        what = f"{self.name} has no place for inputs that are turned while the model runs"
+        return [f"{what}: {which}" for which in sentences(plan)]
+
     def loaders(self, plan: Plan) -> set[str]:
         """Returns those of `vllm`, `transformers` that load what this dialect would write for the plan."""
         return set()
@@ -170,6 +182,14 @@ class Writer:
 
     def attention_tensors(self, attention: Attention, scales: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Returns scale tensors by file name from multipliers (amax / 448) by kind."""
+        return {}
+
+    def online_infos(self, plan: Plan, part: int) -> list[TensorInfo]:
+        """Returns the tensors that a part gets for what is done at run time."""
+        return []
+
+    def online_tensors(self, plan: Plan, part: int) -> dict[str, Tensor]:
+        """Returns the tensors of `online_infos` by file name."""
         return {}
 
     def config(self, plan: Plan) -> dict[str, Any]:

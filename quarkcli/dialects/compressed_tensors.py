@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from quarkcli.dialects import _ct_online as online
 from quarkcli.dialects import _shared as shared
 from quarkcli.dialects._ct_arguments import arguments, read_input, read_weight, scheme_group
 from quarkcli.dialects._ct_kinds import HOLDS, OUTPUTS, WORD_BITS, transformers_loads_experts, vllm_loads
@@ -78,6 +79,7 @@ class CompressedTensorsReader(Reader):
             if names.named(module, ignore):
                 raise ModelError("it has a weight_scale, but the quantization config ignores it", where=module)
             found.targets[module] = _stored(module, _group_of(module, groups, names), headers)
+        found.online, found.matrices = online.read_online(config, modules, headers)
         if config.get("kv_cache_scheme"):
             found.attention = _stored_attention(config["kv_cache_scheme"], headers)
         return found
@@ -131,20 +133,31 @@ class CompressedTensors(Writer):
         if self.refusals(plan):
             return set()
         found = set()
-        if vllm_loads(plan):
+        if vllm_loads(plan) and online.vllm_turns(plan):
             found.add("vllm")
-        if _transformers_loads(plan):
+        if _transformers_loads(plan) and not plan.online:  # it passes over the transform config
             found.add("transformers")
         return found
 
     def caveat(self, plan: Plan) -> str:
-        """Returns a sentence about the scales of a cache, which transformers 5.24 passes over; empty without them.
+        """Returns a sentence about the scales of a cache, which transformers 5.24 passes over, or about turned inputs.
 
         compressed-tensors knows attention with a cache by the name of an argument that transformers 5.24 changed.
         """
+        if plan.online:
+            return f"{online.VLLM}; transformers does not turn them"
         if "transformers" in self.loaders(plan) and any(shared.cached(plan)):
             return "transformers 5.24 with compressed-tensors 0.20 passes over the scales of the cache"
         return ""
+
+    def online_refusals(self, plan: Plan) -> list[str]:
+        return []
+
+    def online_infos(self, plan: Plan, part: int) -> list[TensorInfo]:
+        return [info for info, _ in online.matrices(plan, part)]
+
+    def online_tensors(self, plan: Plan, part: int) -> dict[str, Tensor]:
+        return {info.name: online.matrix(block) for info, block in online.matrices(plan, part)}
 
     def infos(self, target: QuantizedTarget) -> list[TensorInfo]:
         return layout(target)
@@ -205,6 +218,7 @@ class CompressedTensors(Writer):
             },
             "ignore": [*ignored(shared.unquantized(plan), universe, quantized), *shared.tied_head(plan)],
             "kv_cache_scheme": None if cache is None else arguments(cache, weight=False),
+            **({"transform_config": online.transform_config(plan, universe)} if plan.online else {}),
         }
 
 

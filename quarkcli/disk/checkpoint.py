@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from quarkcli import dialects, family
 from quarkcli.dialects.base import Decoded, StoredTarget, StoredView
 from quarkcli.disk.source import Source
+from quarkcli.errors import ModelError
 from quarkcli.family import FamilyModel, WeightView, fused_shape, fused_views
 from quarkcli.forward.activations import ActivationQuantizer, AttentionQuantizer
 
@@ -68,6 +69,7 @@ class Checkpoint:
         """Returns the tensors that are stored in source form, not packed, in file order."""
         packed = {name for stored in self.view.targets.values() for name in stored.tensors}
         packed |= {name for stored in self.view.attention.values() for name in stored.scales.values()}
+        packed |= self.view.matrices
         return [name for name in self.source.headers if name not in packed]
 
     def read_many(self, names: Iterable[str], dtype: Any = None) -> dict[str, Tensor]:
@@ -137,6 +139,22 @@ class Checkpoint:
         if stored.output is not None:
             scale = decoded.output if decoded is not None and stored.output.is_static else None
             yield ActivationQuantizer(tensor, stored.output, scale, output=True)
+
+    def turned_inputs(self, tensors: Iterable[str]) -> dict[str, int]:
+        """Returns those of these tensors (source form) whose inputs are turned by a block Hadamard, with its size.
+
+        Raises ModelError for routed experts, which run fused where only inputs of linears are turned.
+        """
+        found: dict[str, int] = {}
+        for tensor in tensors if self.view.online else ():
+            pieces = [name for _, name in self._recipes[tensor].pieces]
+            for name in pieces or [tensor.removesuffix(".weight")]:
+                if name not in self.view.online:
+                    continue
+                if self._expert(name) is not None:
+                    raise ModelError("the config turns the input of a routed expert; nothing here does", where=name)
+                found[tensor] = self.view.online[name]
+        return found
 
     @property
     def quantizes_activations(self) -> bool:

@@ -64,4 +64,4 @@ def part_infos(
     for attention in plan.attention.values():
         if attention.part == part.index:
             infos += dialect.attention_infos(attention)
-    return infos
+    return infos + dialect.online_infos(plan, part.index)

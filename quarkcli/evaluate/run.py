@@ -79,6 +79,7 @@ class _Side:
         """Loads a block, runs it, forgets it."""
         names = self.runner.block_tensors(block)
         self.runner.load_block(block, self._read(names))
+        self.walk.turned[block] = self.checkpoint.turned_inputs(names)
         self.walk.advance(block, self._handlers(names, weights_only))
         self.runner.unload_block(block)
         self.require_numbers(f"behind block {block}")

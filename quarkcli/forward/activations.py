@@ -87,6 +87,29 @@ def quantizing_handlers(
     return Handlers(linear, outputs, dict(layers.values()), attention, softmax)
 
 
+def turns(blocks: Mapping[str, int]) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Returns what turns the inputs of weights by block Hadamards, by file tensor. `blocks`: their sizes."""
+    last = _LastTurned()
+    return {tensor: partial(last.turned, block) for tensor, block in blocks.items()}
+
+
+class _LastTurned:
+    """Remembers the last turned tensor: q, k and v read one tensor, which is turned once, and stays one."""
+
+    def __init__(self) -> None:
+        self.source: Tensor | None = None
+        self.block = 0
+        self.result: Tensor | None = None
+
+    def turned(self, block: int, x: Tensor) -> Tensor:
+        from quarkcli.numerics.online import turned
+
+        if self.source is not x or self.block != block or self.result is None:
+            self.source, self.block = x, block
+            self.result = turned(x, block)
+        return self.result
+
+
 def _at(static: Tensor | None, x: Tensor) -> Tensor | None:
     """Returns a static scale read from a file, on the device of the tensor it scales."""
     return static.to(x.device) if static is not None else None

@@ -71,6 +71,7 @@ class Statistics:
         self._magnitudes: dict[str, MeanMagnitude] = {}
         self.layers: dict[str, ExpertLayer] = {}
         self._factors: dict[tuple[str, int | None], Tensor] = {}
+        self._blocks: dict[str, int] = {}  # activations turned since, with the size of their block Hadamard
 
     # -- reading -------------------------------------------------------------------------------------------------
 
@@ -143,7 +144,9 @@ class Statistics:
         held = self._means(site, expert, True) if apart is False else NOTHING
         moment = Moment(fitted.gram, fitted.tokens, fitted.cross, held.gram, held.cross)
         factor = self._factors.get((site, expert))
-        return moment if factor is None else moment.scaled(factor)
+        if factor is not None:
+            moment = moment.scaled(factor)
+        return moment.turned(self._blocks[site]) if site in self._blocks else moment
 
     def _means(self, site: str, expert: int | None, held: bool | None) -> Means:
         """Returns the means of a site or of one expert, over tokens that are held out or not; None: over all.
@@ -191,6 +194,15 @@ class Statistics:
 
     def _kind(self, site: str) -> str:
         return self.plan.sites[site].kind
+
+    def turn(self, blocks: Mapping[str, int], needs: Mapping[str, set[str]]) -> bool:
+        """Takes over block Hadamards, by activation, as the last change. Returns whether what is needed follows.
+
+        Second moments do, nothing else does.
+        needs   kinds by site that are still asked for
+        """
+        self._blocks = dict(blocks)
+        return all(needs.get(site, set()) <= {"gram", "gram_val", "cross"} for site in blocks)
 
     def expert_tokens(self) -> dict[str, dict[int, int]]:
         """Returns the routed tokens per expert, by experts prefix."""

@@ -8,6 +8,7 @@ again, so nothing is counted twice.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from quarkcli.errors import ModelError, ResourceError
 from quarkcli.events import Listener, Message, Working
+from quarkcli.forward.activations import turns
 from quarkcli.model.handlers import Handlers
 
 SERVED, SOURCE = "served", "source"
@@ -73,6 +75,7 @@ class Walk:
         self.embedding = embedding
         self.hidden: dict[str, list[Tensor]] = {stream: [] for stream in streams}
         self.recordings: dict[str, list[Any]] = {}
+        self.turned: dict[int, Mapping[str, int]] = {}  # by block: file tensor -> size of its input's block Hadamard
         self._moved: list[Tensor] = []  # the source stream behind the block that was observed
 
     @property
@@ -247,13 +250,15 @@ class Walk:
     def run_with(self, block: int, batch: int, tensors: Mapping[str, Tensor]) -> Tensor:
         """Returns the block's output for the served stream, with parameters of other file tensors; gradients flow."""
         hidden = self.served[batch].to(self.device)
-        out: Tensor = self.runner.run_with(block, self.recordings[SERVED][batch], hidden, tensors)
+        with self._turning(block):
+            out: Tensor = self.runner.run_with(block, self.recordings[SERVED][batch], hidden, tensors)
         return out
 
     def _run(self, block: int, index: int, stream: str = SERVED) -> Tensor:
         self._working(f"running block {block}", index)
         hidden = self.hidden[stream][index].to(self.device)
-        out: Tensor = self.runner.run_block(block, self.recordings[stream][index], hidden)
+        with self._turning(block):
+            out: Tensor = self.runner.run_block(block, self.recordings[stream][index], hidden)
         return out
 
     def _name(self, index: int) -> str:
@@ -261,6 +266,12 @@ class Walk:
         rows = self.tokens.shape[0]
         first, last = index * self.batch + 1, min((index + 1) * self.batch, rows)
         return f", batch {index + 1} of {-(-rows // self.batch)} (rows {first} to {last})"
+
+    def _turning(self, block: int) -> AbstractContextManager[None]:
+        """Inputs are turned while inside, before anything sees them."""
+        blocks = {name: size for name, size in self.turned.get(block, {}).items() if self.runner.loads(name)}
+        turning: AbstractContextManager[None] = self.runner.turning(block, turns(blocks))
+        return turning
 
     def _working(self, what: str, index: int) -> None:
         batches = -(-self.tokens.shape[0] // self.batch)

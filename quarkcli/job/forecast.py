@@ -56,7 +56,7 @@ def _part_sizes(plan: Plan, dialect: Writer, headers: Mapping[str, HeaderLike]) 
         if part.block is not None:
             start = len(part.name)
             rows = tuple(_row(name, start, plan, headers, owners, kinds) for name in part.tensors)
-            key = start, rows, specs.get(part.index)
+            key = start, rows, specs.get(part.index), tuple(dialect.online_infos(plan, part.index))
         if key not in known:
             known[key] = _part_size(part, part_infos(plan, dialect, part, headers, owners), headers)
         sizes.append(known[key])

@@ -103,6 +103,7 @@ class PartWorker:
 
     walk      the hidden states, or None when nothing needs data
     needs     from `data_needs`
+    late      those of them that are asked for after all transforms
     headers   of the source
     roles     role of every tensor that the family knows
     states    decisions of transforms for the whole model, by name
@@ -123,6 +124,7 @@ class PartWorker:
         roles: Mapping[str, str] | None = None,
         on_nonfinite: OnNonfinite = "stop",
         states: Mapping[str, Any] | None = None,
+        late: Mapping[str, set[str]] | None = None,
     ) -> None:
         self.plan = plan
         self.dialect = dialect
@@ -131,6 +133,7 @@ class PartWorker:
         self.transforms = [(s, s.algorithm) for s in steps if isinstance(s.algorithm, Transform)]
         self.states: Mapping[str, Any] = states or {}
         self.needs = needs
+        self.late = needs if late is None else late
         self.walk = walk
         self.tell = tell
         self.all_tokens = all_tokens
@@ -158,10 +161,12 @@ class PartWorker:
         for step, transform in self.transforms:
             if statistics is not None and rewriting.after(step, transform, statistics):
                 statistics, before = self._observe(part, tensors)
+        statistics = self._turn(part, tensors, rewriting.online(), statistics)
         scales = self._static_scales(part, statistics)
         packed, weight_errors = self._quantize(part, tensors, statistics, scales)
         kept = {row.info.name: _copy(row, tensors) for row in self._copied(part)}
-        out = kept | packed | self._attention(part, scales) | rewriting.added
+        online = self.dialect.online_tensors(self.plan, part.index)
+        out = kept | packed | self._attention(part, scales) | rewriting.added | online
         expert_tokens = statistics.expert_tokens() if statistics else {}
         self._check_experts(expert_tokens)
         del statistics
@@ -198,6 +203,23 @@ class PartWorker:
             return walk.observe_tail(new, tensors), None
         walk.runner.load_block(part.block, tensors)
         return walk.observe(part.block, new)
+
+    def _turn(
+        self, part: Part, tensors: Mapping[str, Tensor], blocks: Mapping[str, int], statistics: Statistics | None
+    ) -> Statistics | None:
+        """Takes in that inputs are turned from now on. Returns statistics of the turned ones.
+
+        blocks   weight, already turned -> size of its input's block Hadamard
+        """
+        if not blocks or self.walk is None or part.block is None or part.index > self.last:
+            return statistics
+        assert statistics is not None
+        targets = [(self.plan.targets[name], block) for name, block in blocks.items()]
+        self.walk.turned[part.block] = {target.view.tensor: block for target, block in targets}
+        if statistics.turn({t.site: block for t, block in targets if t.site is not None}, self.late):
+            self.walk.runner.load_block(part.block, tensors)
+            return statistics
+        return self._observe(part, tensors)[0]
 
     def _static_scales(self, part: Part, statistics: Statistics | None) -> dict[str, Tensor]:
         """Returns the stored static scales by `Activation.key`."""

@@ -56,6 +56,15 @@ class Rewriting:
             return False
         return part.changed_otherwise or not statistics.follow(part.scaled, part.scaled_outputs)
 
+    def online(self) -> dict[str, int]:
+        """Turns weights whose inputs are turned while the model runs, after all transforms. Returns their blocks."""
+        part = PartTensors(self.plan, self.part, self.tensors)
+        blocks = {name: block for name, block in self.plan.online.items() if name in part.targets}
+        for name, block in blocks.items():
+            part.turn_input(name, block)
+        part.commit()
+        return blocks
+
     def _commit(self, step: Assignment, part: PartTensors) -> bool:
         """Puts the changes in place, and holds them against what the transform declared."""
         declared = self.plan.changes[step.key]

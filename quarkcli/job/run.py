@@ -29,6 +29,7 @@ from quarkcli.errors import AccessError, DataError, ResourceError, Stopped, Usag
 from quarkcli.events import Event, Listener, Message, PartDone, Phase, Working, broadcast, silent
 from quarkcli.job import asked, finish, idle, partial_path, preflight
 from quarkcli.job.options import Options, Prepared
+from quarkcli.plan import online
 from quarkcli.plan.coverage import coverage
 from quarkcli.plan.model import Part
 from quarkcli.plan.resolve import resolve
@@ -97,6 +98,7 @@ def prepare(options: Options, tell: Listener = silent) -> Prepared:
     for step in steps:
         step.check(plan)
     plan.changes = {step.key: step.changes(plan) for step in steps if step.kind in ("transform", "tuner")}
+    online.check(plan)
     preflight.check_plan(plan)
     preflight.check_servers(plan, options.target)
     dialect, reason = dialects.choose(options.dialect or recipe.dialect or dialects.AUTO, plan)
@@ -276,6 +278,7 @@ def _parts(
         plan, prepared.dialect, prepared.steps, prepared.needs, prepared.weights.headers, None, tell,
         all_tokens=prepared.calibration is not None and prepared.calibration.moe == "all", strict=options.strict,
         roles=prepared.layout.tensor_roles, on_nonfinite=options.on_nonfinite, states=states,
+        late=preflight.data_needs(plan, [step for step in prepared.steps if step.kind != "transform"]),
     )  # fmt: skip
     label = "+".join([prepared.recipe.name, *(step.name for step in plan.algorithms)])
     begun = time.monotonic()

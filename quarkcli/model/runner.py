@@ -206,6 +206,30 @@ class Runner:
                 stack.enter_context(tapped(taps, softmaxes, default))
             yield
 
+    @contextmanager
+    def turning(self, i: int, turns: Mapping[str, Callable[[torch.Tensor], torch.Tensor]]) -> Iterator[None]:
+        """Changes what linears of block `i` read, before any handler sees it, while inside. `turns`: by file tensor.
+
+        raises  KeyError as `handlers`; ModelError when the class computes with a weight without calling its module
+        """
+        silent: dict[nn.Module, str] = {}
+        with ExitStack() as stack:
+            for name, turn in turns.items():
+                for module in self._modules(i, name):
+                    if module not in silent:
+                        silent[module] = name
+                        hook = _input_hook(_heard(turn, silent, module))
+                        handle = module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
+                        stack.callback(handle.remove)
+            yield
+        for name in silent.values():
+            if name:
+                raise ModelError(
+                    "its input is to be turned while the model runs, and the model's class does not call its module",
+                    where=name,
+                    hint="leave it out of the transform's slots",
+                )
+
     def expert_module(self, name: str) -> nn.Module | None:
         """Returns the experts module that a file tensor belongs to, or None when it is no expert's."""
         path = self._weights.owners(name)[0][0].rpartition(".")[0]
@@ -234,6 +258,16 @@ class Runner:
             place = "outside the blocks" if i is None else f"in decoder block {i}"
             raise KeyError(f"{name!r} does not lie {place}")
         return found
+
+
+def _heard(
+    turn: Callable[[torch.Tensor], torch.Tensor], silent: dict[nn.Module, str], module: nn.Module
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    def turned(x: torch.Tensor) -> torch.Tensor:
+        silent[module] = ""
+        return turn(x)
+
+    return turned
 
 
 def _output_hook(handler: Callable[[torch.Tensor], Any]) -> Callable[..., Any]:

@@ -174,12 +174,15 @@ class Changes:
     added    tensors that the source lacks
     dropped  source tensor -> why it is not written
     config   keys of config.json that it sets
+    online   weight -> size of the Hadamard blocks that its input is multiplied by while the model runs; its columns
+             are turned likewise, when all transforms are done with it, and the transform changes nothing itself
     """
 
     tensors: frozenset[str] = frozenset()
     added: tuple[Added, ...] = ()
     dropped: Mapping[str, str] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
+    online: Mapping[str, int] = field(default_factory=dict)
 
 
 class Fate(NamedTuple):
@@ -298,6 +301,11 @@ class Plan:
     def config_changes(self) -> dict[str, Any]:
         """Returns keys of config.json that transforms set."""
         return {key: value for changes in self.changes.values() for key, value in changes.config.items()}
+
+    @property
+    def online(self) -> dict[str, int]:
+        """Returns weights whose inputs are multiplied by a block Hadamard while the model runs, with its size."""
+        return {name: block for changes in self.changes.values() for name, block in changes.online.items()}
 
     def fates(self) -> dict[str, Fate]:
         """Returns the fate of every source tensor, in the order of the parts."""
