@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from quarkcli.algorithms import fitting
 from quarkcli.algorithms.base import Needs, Tuned, Tuner
-from quarkcli.errors import ConfigError
 from quarkcli.plan.model import Plan
 
 if TYPE_CHECKING:
@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from quarkcli.numerics.adjust import Adjustable
     from quarkcli.numerics.quantize import Quantized
 
-CHECKS = 20  # times that a block's error on held-out rows is measured
+# For each weight: its place, offset, value and gradient in float32, what one of them takes on the way, two copies of
+# the weight as the model computes, the codes it starts from and the best.
+PER_WEIGHT = 4 * 4 + 4 + 4 + 2
 
 
 class AutoRound(Tuner):
@@ -41,25 +43,22 @@ class AutoRound(Tuner):
     streams = frozenset({"served", "source"})
 
     def __init__(self, iters: int, batch: int, lr: float | str, minmax: bool, minmax_lr: float | str) -> None:
-        for name, value, least in (("iters", iters, 0), ("batch", batch, 1)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ConfigError(f"autoround {name} must be a whole number from {least}, not {value!r}")
-        for name, rate in (("lr", lr), ("minmax_lr", minmax_lr)):
-            if rate != "auto" and (isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < 1):
-                raise ConfigError(f"autoround {name} must be 'auto' or lie between 0 and 1, not {rate!r}")
-        if not isinstance(minmax, bool):
-            raise ConfigError(f"autoround minmax must be true or false, not {minmax!r}")
-        self.iters = iters
-        self.batch = batch
-        self.lr = 1.0 / max(1, iters) if isinstance(lr, str) else float(lr)
-        self.minmax = minmax
-        self.minmax_lr = self.lr if isinstance(minmax_lr, str) else float(minmax_lr)
+        self.iters = fitting.check_whole("autoround iters", iters, 0)
+        self.batch = fitting.check_whole("autoround batch", batch, 1)
+        self.lr = fitting.check_rate("autoround lr", lr, auto=1.0 / max(1, self.iters))
+        self.minmax = fitting.check_flag("autoround minmax", minmax)
+        self.minmax_lr = fitting.check_rate("autoround minmax_lr", minmax_lr, auto=self.lr)
 
     def needs(self, plan: Plan) -> Needs:
-        return {t.site: {"outputs"} for t in plan.quantized() if t.site is not None} if self.iters else {}
+        return fitting.needs(plan) if self.iters else {}
+
+    def memory(self, plan: Plan) -> int:
+        """Returns the bytes of the offsets and places of a block, of its values and gradients, and of a pass."""
+        return fitting.memory(plan, PER_WEIGHT) if self.iters else 0
 
     def tune(self, block: TunedBlock, quantized: dict[str, Quantized]) -> Tuned:
         from quarkcli.numerics.adjust import Adjustable, moves_codes
+        from quarkcli.numerics.quantize import dequantize
 
         specs = {name: block.targets[name].weight for name in quantized}
         weights = {
@@ -67,36 +66,25 @@ class AutoRound(Tuner):
             for name, start in quantized.items()
             if moves_codes(specs[name])
         }
-        fixed = {name: _decoded(start, specs[name]) for name, start in quantized.items() if name not in weights}
+        fixed = {name: dequantize(start, specs[name]) for name, start in quantized.items() if name not in weights}
+
+        def step(batches: list[int], share: float) -> None:
+            leaves = {name: moving.values().requires_grad_() for name, moving in weights.items()}
+            for batch in batches:
+                block.loss({**fixed, **leaves}, batch).backward()
+            for name, moving in weights.items():
+                grad = leaves.pop(name).grad
+                if grad is not None and bool(grad.any()):
+                    moving.step(grad, self.lr * share, self.minmax_lr * share)
 
         def error() -> float:
             return block.error({**fixed, **{name: moving.values() for name, moving in weights.items()}})
 
-        before = least = error()
-        best: dict[str, Quantized] = {}
-        every = max(1, self.iters // CHECKS)
-        passes = max(1, round(self.batch / block.rows))
-        for step in range(self.iters):
-            batches = [block.fitted[(step * passes + n) % len(block.fitted)] for n in range(passes)]
-            self._step(block, weights, fixed, batches, 1.0 - step / self.iters)
-            if (step + 1) % every == 0 or step + 1 == self.iters:
-                now = error()
-                if now < least:
-                    least = now
-                    best = {name: moving.quantized() for name, moving in weights.items() if moving.moved}
-        return Tuned(best, {}, before, least)
+        def state() -> dict[str, Quantized]:
+            return {name: moving.quantized() for name, moving in weights.items() if moving.moved}
 
-    def _step(
-        self, block: TunedBlock, weights: dict[str, _Moving], fixed: dict[str, Tensor], batches: list[int], share: float
-    ) -> None:
-        """Moves every offset and factor by one step, at a share of the first rates."""
-        leaves = {name: moving.values().requires_grad_() for name, moving in weights.items()}
-        for batch in batches:
-            block.loss({**fixed, **leaves}, batch).backward()
-        for name, moving in weights.items():
-            grad = leaves.pop(name).grad
-            if grad is not None and bool(grad.any()):
-                moving.step(grad, self.lr * share, self.minmax_lr * share)
+        best, before, after = fitting.keep_best(block, self.iters, self.batch, step, error, state)
+        return Tuned(best or {}, {}, before, after)
 
 
 class _Moving:
@@ -126,12 +114,6 @@ class _Moving:
         if self.factors is not None and by_factors is not None:
             within(self.factors.sub_(by_factors.sign_(), alpha=minmax_lr))
         self.moved = True
-
-
-def _decoded(start: Quantized, spec: Any) -> Tensor:
-    from quarkcli.numerics.quantize import dequantize
-
-    return dequantize(start, spec)
 
 
 ALGORITHM = AutoRound

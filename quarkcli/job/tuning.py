@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from quarkcli.algorithms.base import Assignment, Tuned, Tuner
-from quarkcli.forward.moments import HELD_OUT
+from quarkcli.forward.moments import HELD_OUT, held_out
 from quarkcli.forward.taps import unpadded
 from quarkcli.forward.walk import SOURCE, Walk
 from quarkcli.job.solving import Solved
@@ -24,17 +24,20 @@ Rows = dict[str, Solved]
 class TunedBlock:
     """A decoder block with its source weights loaded, run as it is served: quantized activations included.
 
+    number    index of the block
     targets   its quantized weights that the tuner was given, by name; set for one tuner after the other
+    vectors   kept tensors that the tuner declared and the model's class reads; set likewise
     batches   number of batches of calibration rows, and `rows` in one
     fitted    batches that a tuner fits to
-    held      batches that it is judged by: one in eight, the last of fewer; all there are where there is only one
-    number    index of the block
+    held      batches that it is judged by: one in eight, the last of fewer. Where there is one alone, it is judged by
+              tokens that are held out of it; of fewer than 2,048 tokens by those that it fits to
     """
 
     def __init__(self, plan: Plan, walk: Walk, part: Part, tensors: Mapping[str, Tensor], served: Handlers) -> None:
         assert part.block is not None
         self.number = part.block
         self.targets: dict[str, QuantizedTarget] = {}
+        self.vectors: list[str] = []
         self.batches = len(walk.served)
         self.rows = walk.batch
         self.held = _held_batches(self.batches)
@@ -46,12 +49,15 @@ class TunedBlock:
         self._others: dict[str, Tensor] = {}
         self._all: dict[str, QuantizedTarget] = {}
         self._masks = walk.masks()
+        self._apart = walk._batches(held_out(*walk.tokens.shape))[0] if self.batches == 1 else None
         self._wanted: dict[int, Tensor] = {}
 
-    def take(self, rows: Rows, mine: Callable[[QuantizedTarget], bool]) -> dict[str, Quantized]:
+    def take(self, step: Assignment, rows: Rows) -> dict[str, Quantized]:
         """Sets the block for a tuner, and returns codes and scales of its weights. The others stay as they are."""
+        declared, loads = self._plan.changes[step.key].tensors, self._walk.runner.loads
+        self.vectors = [name for name in self._tensors if name in declared and loads(name)]
         self._all = {name: target for name, (target, _, _) in rows.items()}
-        self.targets = {name: target for name, target in self._all.items() if mine(target)}
+        self.targets = {name: target for name, target in self._all.items() if step.takes(target)}
         left = [row for name, row in rows.items() if name not in self.targets]
         self._others = {target.name: dequantize(quantized, target.weight) for target, _, quantized in left}
         return {name: rows[name][2] for name in self.targets}
@@ -70,14 +76,9 @@ class TunedBlock:
         """Returns a kept tensor of the block as it is now."""
         return self._tensors[name]
 
-    def loads(self, name: str) -> bool:
-        """True when the model's class reads a tensor of the files."""
-        return name in self._tensors and bool(self._walk.runner.loads(name))
-
-    @property
-    def norm_offset(self) -> float:
-        """Returns what the family's norms add to their weight."""
-        return self._plan.rewrites.norm_offset
+    def norm_offset(self, vector: str) -> float:
+        """Returns what the family adds to the weight of a norm; 0 for any other vector."""
+        return self._plan.rewrites.norm_offset if vector in self._plan.norms else 0.0
 
     def wanted(self, batch: int) -> Tensor:
         """Returns the output that the block should have for a batch.
@@ -111,13 +112,22 @@ class TunedBlock:
             changed |= {name: value.to(self._tensors[name].dtype) for name, value in more.items()}
             return self._walk.run_with(self.number, batch, {**self._tensors, **changed})
 
-    def loss(self, weights: Mapping[str, Tensor], batch: int, vectors: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Returns the squared error of the block's output over the squared output, float32 []; padding left out."""
+    def loss(
+        self,
+        weights: Mapping[str, Tensor],
+        batch: int,
+        vectors: Mapping[str, Tensor] | None = None,
+        *,
+        held: bool = False,
+    ) -> Tensor:
+        """Returns the squared error of the block's output over the squared output, float32 [].
+
+        Padding is left out. `held`: of the tokens that are held out of the batch, where some are; else of the others
+        """
         wanted = self.wanted(batch)
-        made = self.run(weights, batch, vectors)
-        mask = self._masks[batch]
-        kept = unpadded(mask, wanted.shape[:-1]) if mask is not None else None
-        wanted, made = wanted.reshape(-1, wanted.shape[-1]).float(), made.reshape(-1, wanted.shape[-1]).float()
+        made = self.run(weights, batch, vectors).reshape(-1, wanted.shape[-1]).float()
+        kept = self._counted(batch, wanted.shape[:-1], held)
+        wanted = wanted.reshape(-1, wanted.shape[-1]).float()
         if kept is not None:
             kept = kept.to(wanted.device)
             wanted, made = wanted[kept], made[kept]
@@ -126,8 +136,14 @@ class TunedBlock:
     def error(self, weights: Mapping[str, Tensor], vectors: Mapping[str, Tensor] | None = None) -> float:
         """Returns the mean `loss` on the held-out batches."""
         with torch.no_grad():
-            losses = [float(self.loss(weights, batch, vectors)) for batch in self.held]
+            losses = [float(self.loss(weights, batch, vectors, held=True)) for batch in self.held]
         return sum(losses) / len(losses)
+
+    def _counted(self, batch: int, leading: torch.Size, held: bool) -> Tensor | None:
+        """Returns the tokens of a batch that count, bool [values]; None: all."""
+        masks = [self._masks[batch], None if self._apart is None else self._apart if held else ~self._apart]
+        flat = [found for mask in masks if mask is not None and (found := unpadded(mask, leading)) is not None]
+        return flat[0] if len(flat) == 1 else flat[0] & flat[1] if flat else None
 
 
 def _held_batches(batches: int) -> list[int]:
@@ -159,7 +175,7 @@ def tuned(
     vectors: dict[str, Tensor] = {}
     errors: dict[str, dict[str, float]] = {}
     for step, tuner in tuners:
-        before = block.take(rows, step.takes)
+        before = block.take(step, rows)
         if not before:
             continue
         with _deterministic(block):
