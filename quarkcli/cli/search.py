@@ -100,6 +100,7 @@ def search(
     chooses the best one exactly, and writes an ordinary recipe for quantize. Shows what other budgets would lose.
     """
     from quarkcli.cli.progress import Progress
+    from quarkcli.events import Message
     from quarkcli.search.run import Asked
     from quarkcli.search.run import search as run
 
@@ -107,6 +108,8 @@ def search(
     names = [name.strip() for name in schemes.split(",")] if schemes is not None else []
     asked = Asked(flags.options(), names, recipe, budget, size, output, scores)
     with Progress(flags.progress, flags.log_level, flags.log_format == "json") as progress:
+        for line in flags.idle(plan=False):
+            progress(Message(line, "warning"))
         found = run(asked, progress)
     if flags.json:
         _show_json(found)

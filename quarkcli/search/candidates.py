@@ -76,12 +76,14 @@ class Space:
     rules         the first that matches a weight's module says which candidates it may get
     uncounted     patterns on modules that do not count in the budget
     expert_share  share of routed experts that counts
+    notes         what a file asks for without effect here
     """
 
     candidates: tuple[Candidate, ...]
     rules: Sequence[Rule]
     uncounted: Sequence[str] = ()
     expert_share: float = 1.0
+    notes: Sequence[str] = ()
 
     @property
     def runs(self) -> list[Prepared]:

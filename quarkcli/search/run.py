@@ -6,7 +6,7 @@ Torch is imported only where losses are measured, so that what can be refused is
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +17,7 @@ from quarkcli import family
 from quarkcli.disk.writer import atomic_write_text, disk_errors
 from quarkcli.errors import ConfigError, UsageError
 from quarkcli.events import Listener, Message, Phase, Working
-from quarkcli.job import preflight
+from quarkcli.job import idle, preflight
 from quarkcli.job import run as job
 from quarkcli.job.options import Calibration, Options, Prepared
 from quarkcli.recipe import auto_quantize
@@ -92,7 +92,7 @@ def search(asked: Asked, tell: Listener) -> Found:
         )
     _say_unjudged(unjudged, tell)
     output = _output(asked, space)
-    _choice(Choosing(space, groups, _nothing(groups), unjudged), asked)  # a budget that none meets, before the work
+    _check_budget(asked, Choosing(space, groups, _nothing(groups), unjudged))
     losses, path, measured = _losses(asked, space, groups, rows, output, tell)
     choosing = Choosing(space, groups, losses, unjudged)
     choice, prepared, text = _fitting(asked, choosing, output)
@@ -127,10 +127,9 @@ def _space(asked: Asked) -> tuple[Space, Asked, int]:
     base = found[0].prepared
     assert base is not None
     share = (file.expert_ratio or _active(base)) if file.active_experts else 1.0
-    base.warnings += file.notes
     if asked.budget is None and asked.size is None:
         asked = replace(asked, budget=file.bits)
-    return Space(found, file.rules, file.uncounted, share), asked, file.rows or ROWS
+    return Space(found, file.rules, file.uncounted, share, file.notes), asked, file.rows or ROWS
 
 
 def _prepared(options: Options, name: str) -> Prepared | None:
@@ -199,6 +198,21 @@ def _output(asked: Asked, space: Space) -> Path | None:
     return output
 
 
+def _check_budget(asked: Asked, choosing: Choosing) -> None:
+    """Raises ConfigError for a budget that no choice meets, or that leaves nothing to quantize. `choosing`: any."""
+    _choice(choosing, asked)
+    free = choosing.whole(KEEP)
+    fits = free is not None and (
+        (asked.budget is not None and free.bits <= asked.budget) or (asked.size is not None and free.size <= asked.size)
+    )
+    if fits:
+        raise ConfigError(
+            "every weight stays as it is within this budget, so there is nothing to quantize",
+            where="--budget" if asked.budget is not None else "--size",
+            hint="a smaller one",
+        )
+
+
 # --- losses -----------------------------------------------------------------------------------------------------------
 
 
@@ -211,9 +225,7 @@ def _losses(
 ) -> tuple[scores.Losses, Path, bool]:
     """Returns the losses, the file that keeps them, and whether they were measured."""
     run = replace(space.base, calibration=_calibration(space.base, rows))
-    for warning in dict.fromkeys(text for each in space.runs for text in each.plan.warnings):
-        tell(Message(warning, "warning"))
-    for warning in run.calibration.warnings if run.calibration is not None else ():
+    for warning in dict.fromkeys(_warnings(space, run, writes=output is not None)):
         tell(Message(warning, "warning"))
     data = preflight.token_rows(run, tell)
     assert data is not None
@@ -234,6 +246,19 @@ def _losses(
     with disk_errors(path):
         scores.write(path, digest, losses, about)
     return losses, path, True
+
+
+def _warnings(space: Space, run: Prepared, *, writes: bool) -> Iterator[str]:
+    """Yields what is odd about the candidates, the text, and flags that change nothing."""
+    for each in space.runs:
+        yield from each.plan.warnings
+    yield from space.notes
+    calibration = run.calibration
+    yield from calibration.warnings if calibration is not None else ()
+    options = replace(run.options, target="auto")  # it says which weights are tied
+    yield from idle.of_run(options, run.source, run.plan, run.needs or {"scores"}, calibration)
+    if options.overwrite and not writes:
+        yield "nothing is written without a budget: --overwrite not used"
 
 
 def _measured(

@@ -43,7 +43,7 @@ class Bench:
             model=self.model,
             algorithm=self.args.algorithm,
             calib_data=self.args.calib or "builtin",
-            calib_samples=128,
+            calib_samples=self.args.samples,
             calib_seqlen=256,
             allow_short=True,
             device=self.args.device,
@@ -53,7 +53,7 @@ class Bench:
         scores = self.folder / "scores.json"
         return search(Asked(self.options(), [LOW, HIGH], scores=scores), silent)
 
-    def measured(self, choosing: Choosing, choice: Choice) -> float:
+    def measured(self, choosing: Choosing, choice: Choice, tokens: int) -> float:
         """Returns the KL of a choice, as served, from written files."""
         self.count += 1
         text = recipe_text(choosing.space, choosing.groups, choice, choosing.losses, name="mix", calibration={})
@@ -63,7 +63,7 @@ class Bench:
         run(options)
         result = evaluate(
             str(out), baseline=self.model, text=self.args.text, window=self.args.window,
-            max_tokens=self.args.tokens, dtype="float32", device=self.args.device, tell=silent,
+            max_tokens=tokens, dtype="float32", device=self.args.device, tell=silent,
         )  # fmt: skip
         return float(result["kl"])
 
@@ -100,6 +100,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=30720)
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--mixes", type=int, default=12)
+    parser.add_argument("--mix-tokens", type=int, default=10240, help="of the text, for random mixes")
+    parser.add_argument("--samples", type=int, default=128, help="rows of 256 tokens, to search and to calibrate with")
     parser.add_argument("--budgets", type=float, nargs="*", default=[4.8, 5.5])
     parser.add_argument("--algorithm")
     parser.add_argument("--device", default="auto")
@@ -114,15 +116,15 @@ def show(bench: Bench, args: argparse.Namespace) -> None:
     print(f"search: {time.perf_counter() - started:.1f} s, {len(choosing.groups)} groups\n")
     print("| recipe | bits | predicted KL | measured KL | predicted / measured |\n|---|---|---|---|---|")
 
-    def row(name: str, choice: Choice) -> float:
-        kl = bench.measured(choosing, choice)
+    def row(name: str, choice: Choice, tokens: int = args.tokens) -> float:
+        kl = bench.measured(choosing, choice, tokens)
         print(f"| {name} | {choice.bits:.3f} | {choice.loss:.5f} | {kl:.5f} | {choice.loss / kl:.2f} |", flush=True)
         return kl
 
     low, high = (choosing.choice([name] * len(choosing.groups)) for name in (LOW, HIGH))
     at_low, at_high = row(LOW, low), row(HIGH, high)
     for number, choice in enumerate(mixes(choosing, args.mixes, seed=0), 1):
-        row(f"random mix {number}", choice)
+        row(f"random mix {number}", choice, args.mix_tokens)
     for budget in args.budgets:
         share = (budget - low.bits) / (high.bits - low.bits)
         line = math.exp(math.log(at_low) + share * (math.log(at_high) - math.log(at_low)))

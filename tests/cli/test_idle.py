@@ -23,6 +23,8 @@ from tests import runs
 
 FREE = ("--model", "demo", "--scheme", "mxfp4")
 DATA = ("--model", "demo", "--scheme", "fp8", "--calib-data", "builtin")
+SEARCH = ("search", "--model", "demo", "--schemes", "mxfp4,bf16", "--calib-data", "text.txt", "--calib-seqlen", "8",
+          "--calib-samples", "1")  # fmt: skip
 NOT_USED, NOTHING = "not used", "changes nothing"
 
 # Flag of `quantize` and `plan` -> command lines in which it cannot act: (arguments, exit code, what is said).
@@ -97,6 +99,47 @@ ALWAYS = {
 OTHERS: dict[str, dict[str, list[Case] | str]] = {
     "quantize": {"dry_run": "it stops there"},
     "plan": {"check_model": "it builds the model's class"},
+    "search": {
+        **dict.fromkeys(("model", "schemes", "recipe"), "what everything is about"),
+        **dict.fromkeys(("output", "scores"), "where it goes"),
+        **dict.fromkeys(
+            (
+                "offline",
+                "dialect",
+                "settings",
+                "algorithm",
+                "unprotect",
+                "device",
+                "seed",
+                "revision",
+                "calib_data",
+                "calib_samples",
+                "calib_seqlen",
+                "bos",
+                "strict",
+                "on_nonfinite",
+            ),
+            "as in quantize, whose code looks at it",
+        ),
+        **dict.fromkeys(("exclude", "include", "allow_unmatched", "target"), "they decide which weights are searched"),
+        "budget": [
+            (
+                ("search", "--model", "demo", "--schemes", "fp8,nvfp4", "--budget", "5", "--size", "9GB"),
+                2,
+                "exclude each other",
+            )
+        ],
+        "size": [(("search", "--model", "demo", "--schemes", "fp8,nvfp4", "--size", "9"), 3, "less than any choice")],
+        "overwrite": [((*SEARCH, "--overwrite"), 0, NOT_USED)],
+        "allow_short": [((*SEARCH[:-2], "--allow-short"), 0, "no number of rows")],
+        "calib_batch": [((*SEARCH, "--calib-batch", "2", "--device", "cpu"), 0, "for GPUs")],
+        "calib_column": [((*SEARCH, "--calib-column", "text"), 0, NOT_USED)],
+        "moe_calibration": [((*SEARCH, "--moe-calibration", "all"), 0, "no routed experts")],
+        "trust_remote_code": [((*SEARCH, "--trust-remote-code"), 0, "brings no code")],
+        "progress": "where the screen is",
+        "log_level": "what the screen shows",
+        "log_format": "another form of the log",
+    },
     "eval": {
         "baseline": "it is compared with",
         "text": "it is measured on",
