@@ -181,6 +181,7 @@ OTHERS: dict[str, dict[str, list[Case] | str]] = {
     "recipes explain": {"name": "what it is about", "slot": "what it is about", "model": "it is resolved against"},
     "recipes copy": {"name": "what it is about", "destination": "where it goes"},
     "schemes show": {"name": "what it is about"},
+    "algorithms show": {"name": "what it is about"},
     "models show": {"name": "what it is about", "resolved": "another form of the answer"},
     "models infer": {
         "model": "what it is about",
