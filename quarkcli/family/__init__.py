@@ -13,7 +13,7 @@ from quarkcli.family.leftovers import surprises
 from quarkcli.family.lists import block_lists, tower
 from quarkcli.family.orientation import hidden_transpositions
 from quarkcli.family.parts import Part
-from quarkcli.family.rewrites import Pair, Residual, Rewrites, expert_bias
+from quarkcli.family.rewrites import Channels, Pair, Residual, Rewrites, Values, expert_bias
 from quarkcli.family.schema import (
     PROTECTED,
     ROLE_CLASSES,
@@ -33,6 +33,7 @@ __all__ = [
     "ROLE_CLASSES",
     "AttentionModule",
     "Card",
+    "Channels",
     "ExpertsModel",
     "FamilyModel",
     "FusedModel",
@@ -44,6 +45,7 @@ __all__ = [
     "Rewrites",
     "ScalingModel",
     "Site",
+    "Values",
     "Weight",
     "WeightView",
     "block_count",

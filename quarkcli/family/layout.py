@@ -123,7 +123,7 @@ def lay_out(
         name, inferred, parts, builder.weights, builder.sites, builder.attention, builder.tensor_roles,
         _tied_head(family, config, headers), family.aliases, builder.protected(),
         hidden_transpositions(family, config, headers), stored_transposed(builder.blocks_weights(), headers, config),
-        Rewrites(family),
+        Rewrites(family, hidden_size(config), headers, _head_dim(text_config(config))),
     )  # fmt: skip
 
 

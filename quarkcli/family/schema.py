@@ -79,11 +79,48 @@ class ScalingModel(Strict):
     readers: list[str] = Field(min_length=1)
 
 
-class RotationModel(Strict):
-    """Linears that read and write the residual stream, for families where it can be rotated as a whole."""
+class ResidualModel(Strict):
+    """Where the residual stream runs, the hidden states that blocks hand on: below a block, or `outside` by full names.
 
-    reads: list[str]
-    writes: list[str]
+    reads           linears whose columns are its channels
+    writes          linears whose rows are
+    norms           other modules or tensors whose last axis is its channels, such as the norms before its readers
+    inner           modules and tensors that have as many channels, which are others; in some members also those that
+                    are readers or writers elsewhere, told by their widths
+    outside         patterns on full names, for what stands neither in a block, nor is embedding, last norm or head
+    no_permutation  why its channels cannot change places; it cannot be rotated either
+    no_rotation     why it cannot be rotated, although its channels can change places
+    """
+
+    reads: list[str] = Field(default_factory=list)
+    writes: list[str] = Field(default_factory=list)
+    norms: list[str] = Field(default_factory=list)
+    inner: list[str] = Field(default_factory=list)
+    outside: dict[Literal["reads", "writes", "norms", "inner"], list[str]] = Field(default_factory=dict)
+    no_permutation: str | None = None
+    no_rotation: str | None = None
+
+
+class ChannelsModel(Strict):
+    """Channels inside a block that can change places: rows of `writers`, columns of `readers`.
+
+    What lies between treats them alike. A writer with several times as many rows holds as many runs of them, one after
+    the other.
+    """
+
+    writers: list[str] = Field(min_length=1)
+    readers: list[str] = Field(min_length=1)
+
+
+class HeadsModel(Strict):
+    """The values of attention: rows of `writer` (the last ones, where q, k and v are fused), columns of `reader`.
+
+    no_rotation  why they cannot be rotated inside their heads, although they can change places there
+    """
+
+    writer: str
+    reader: str
+    no_rotation: str | None = None
 
 
 class FamilyModel(Strict):
@@ -100,7 +137,9 @@ class FamilyModel(Strict):
     scale_groups  linears that servers fuse and give one per-tensor scale; default: the sites
     aliases       step of a module path -> its name in memory, accepted by patterns as well
     scaling       pairs for smoothing and AWQ; `*` stands for every expert
-    rotation      where the residual stream is read and written
+    residual      where the residual stream runs; without it, it can be neither rotated nor put in another order
+    channels      channels of a block that can change places
+    heads         the values of attention, which can change places inside a head
     image_blocks  blocks that have this module run only with images
     shared_cache  key of config.json: how many blocks at the end read the keys and values of earlier ones
     spare_rows    rows that the embedding has beyond the vocabulary
@@ -124,7 +163,9 @@ class FamilyModel(Strict):
     experts: ExpertsModel | None = None
     aliases: dict[str, str] = Field(default_factory=dict)
     scaling: list[ScalingModel] = Field(default_factory=list)
-    rotation: RotationModel | None = None
+    residual: ResidualModel | None = None
+    channels: list[ChannelsModel] = Field(default_factory=list)
+    heads: HeadsModel | None = None
     image_blocks: str | None = None
     shared_cache: str | None = None
     spare_rows: int = 0

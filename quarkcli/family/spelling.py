@@ -80,8 +80,13 @@ def _without(family: FamilyModel, prefix: str) -> FamilyModel:
 
 def _renamed(family: FamilyModel, rename: Callable[[str], str]) -> FamilyModel:
     """Returns the family with its full names, and the patterns on them, renamed."""
+    residual = family.residual
+    if residual is not None:
+        outside = {place: [rename(pattern) for pattern in own] for place, own in residual.outside.items()}
+        residual = residual.model_copy(update={"outside": outside})
     return family.model_copy(
         update={
+            "residual": residual,
             "blocks": rename(family.blocks),
             "embed": [rename(name) for name in family.embed],
             "tail": [rename(name) for name in family.tail],

@@ -16,7 +16,7 @@ def to_yaml(family: FamilyModel, comment: str = "") -> str:
     """Returns the file that gives this family when it is read again, on its own; keys that say nothing are left out."""
     lines = [f"# {line}" for line in comment.splitlines()]
     for key, value in family.model_dump(exclude_defaults=True, exclude={"extends"}).items():
-        if isinstance(value, dict) and key not in {"attention", "rotation"}:
+        if isinstance(value, dict) and key not in {"attention", "residual", "heads"}:
             lines.append(f"{key}:")
             lines += [f"  {_flow(name)}: {_flow(item)}" for name, item in value.items() if item is not None]
         elif isinstance(value, list) and value and not isinstance(value[0], str):

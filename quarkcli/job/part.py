@@ -17,9 +17,9 @@ from quarkcli.algorithms.base import Assignment, Transform, Tuner
 from quarkcli.dialects.base import Writer
 from quarkcli.disk.contents import Copied, copied, part_targets
 from quarkcli.disk.nonfinite import HINT, NonFinite, OnNonfinite
+from quarkcli.disk.weights import WeightSource
 from quarkcli.errors import DataError, ModelError
 from quarkcli.events import Listener, Message, Working
-from quarkcli.family import HeaderLike
 from quarkcli.forward.statistics import Statistics, site_parts
 from quarkcli.forward.walk import Walk
 from quarkcli.job.rewriting import Rewriting
@@ -104,7 +104,7 @@ class PartWorker:
     walk      the hidden states, or None when nothing needs data
     needs     from `data_needs`
     late      those of them that are asked for after all transforms
-    headers   of the source
+    weights   the source
     roles     role of every tensor that the family knows
     states    decisions of transforms for the whole model, by name
     """
@@ -115,7 +115,7 @@ class PartWorker:
         dialect: Writer,
         steps: list[Assignment],
         needs: Mapping[str, set[str]],
-        headers: Mapping[str, HeaderLike],
+        weights: WeightSource,
         walk: Walk | None,
         tell: Listener,
         *,
@@ -132,6 +132,7 @@ class PartWorker:
         self.tuners = [(s, s.algorithm) for s in steps if isinstance(s.algorithm, Tuner)]
         self.transforms = [(s, s.algorithm) for s in steps if isinstance(s.algorithm, Transform)]
         self.states: Mapping[str, Any] = states or {}
+        self.weights = weights
         self.needs = needs
         self.late = needs if late is None else late
         self.walk = walk
@@ -141,7 +142,7 @@ class PartWorker:
         self.roles = roles or {}
         self.on_nonfinite = on_nonfinite
         self.last = last_part(plan, needs)
-        self.headers = headers
+        self.headers = weights.headers
         self.owners = part_targets(plan)
 
     def work(self, part: Part, tensors: dict[str, Tensor]) -> PartResult:
@@ -155,7 +156,7 @@ class PartWorker:
         self.tuning: dict[str, dict[str, float]] = {}
         self.solving.dead_inputs = {}
         nonfinite = self._nonfinite(part, tensors)
-        rewriting = Rewriting(self.plan, part, tensors, self.transforms, self.states)
+        rewriting = Rewriting(self.plan, part, tensors, self.transforms, self.states, self.weights)
         rewriting.before()
         statistics, before = self._observe(part, tensors)
         for step, transform in self.transforms:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from quarkcli.algorithms.base import Assignment, Transform
 from quarkcli.algorithms.tensors import PartTensors
+from quarkcli.disk.weights import WeightSource
 from quarkcli.forward.statistics import Statistics
 from quarkcli.plan.model import Part, Plan
 
@@ -17,6 +19,7 @@ class Rewriting:
     """One part on its way through the transforms of a run.
 
     states   decisions of each transform for the whole model, by its key
+    weights  the source, where a transform needs a tensor of another part
     added    tensors that the source lacks, once they are made
     notes    what each transform decided, by its key
     """
@@ -28,21 +31,30 @@ class Rewriting:
         tensors: dict[str, Tensor],
         transforms: Sequence[tuple[Assignment, Transform]],
         states: Mapping[str, Any],
+        weights: WeightSource,
     ) -> None:
         self.plan = plan
         self.part = part
         self.tensors = tensors
         self.transforms = transforms
         self.states = states
+        self.weights = weights
         self.added: dict[str, Tensor] = {}
         self.notes: dict[str, list[dict[str, Any]]] = {}
 
     def before(self) -> None:
         """Runs every transform on the part before it is observed."""
-        for step, transform in self.transforms:
-            part = PartTensors(self.plan, self.part, self.tensors, step.weights)
+        for count, (step, transform) in enumerate(self.transforms):
+            elsewhere = partial(self._elsewhere, count)
+            part = PartTensors(self.plan, self.part, self.tensors, step.weights, elsewhere, dict(self.added))
             transform.before(part, self.states.get(step.key))
             self._commit(step, part)
+
+    def _elsewhere(self, count: int, name: str) -> Tensor:
+        """Returns a tensor of another part as the first `count` transforms leave it."""
+        own = next(iter(self.tensors.values()))
+        found = rewritten(self.plan, [name], self.transforms[:count], self.states, self.weights)
+        return found[name].to(own.device)
 
     def after(self, step: Assignment, transform: Transform, statistics: Statistics) -> bool:
         """Runs one transform on the observed part. Returns whether the part has to be observed again.
@@ -72,8 +84,27 @@ class Rewriting:
             self.notes.setdefault(step.key, []).extend(part.notes)
         changed = part.commit()
         undeclared = [name for name in changed if name not in declared.tensors]
-        undeclared += [name for name in part.added if name not in {added.name for added in declared.added}]
+        new = part.added.keys() - self.added.keys()
+        undeclared += sorted(new - {added.name for added in declared.added})
         if undeclared:
             raise AssertionError(f"transform {step.key} changes {undeclared[0]}, which it has not declared")
         self.added |= part.added
         return bool(changed)
+
+
+def rewritten(
+    plan: Plan,
+    names: Collection[str],
+    transforms: Sequence[tuple[Assignment, Transform]],
+    states: Mapping[str, Any],
+    weights: WeightSource,
+) -> dict[str, Tensor]:
+    """Returns source tensors as transforms leave them before anything is observed."""
+    found: dict[str, Tensor] = {}
+    for part in plan.parts:
+        own = [name for name in part.tensors if name in names]
+        if own:
+            tensors = weights.read_many(part.tensors if transforms else own)
+            Rewriting(plan, part, tensors, transforms, states, weights).before()
+            found |= {name: tensors[name] for name in own}
+    return found

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
     from quarkcli.forward.data import CalibrationData
     from quarkcli.forward.walk import Walk
+    from quarkcli.job.part import PartWorker
 
 EMBEDDED = Path(__file__).resolve().parents[1] / "assets" / "tiny-llama"
 
@@ -275,7 +276,7 @@ def _parts(
     tell(Phase("calibrate+quantize" if data is not None else "quantize"))
     states = decide(prepared, data, runner, journal, tell)
     worker = PartWorker(
-        plan, prepared.dialect, prepared.steps, prepared.needs, prepared.weights.headers, None, tell,
+        plan, prepared.dialect, prepared.steps, prepared.needs, prepared.weights, None, tell,
         all_tokens=prepared.calibration is not None and prepared.calibration.moe == "all", strict=options.strict,
         roles=prepared.layout.tensor_roles, on_nonfinite=options.on_nonfinite, states=states,
         late=preflight.data_needs(plan, [step for step in prepared.steps if step.kind != "transform"]),
@@ -284,7 +285,9 @@ def _parts(
     begun = time.monotonic()
     with Pipeline(prepared.weights, partial_path(prepared.output), journal, device) as pipeline:
         names = runner.outside_tensors() if runner is not None else []
-        walk = worker.walk = _walk(prepared, data, runner, journal, todo, lambda: pipeline.outside(names, worker), tell)
+        walk = worker.walk = _walk(
+            prepared, data, runner, journal, todo, lambda: pipeline.outside(names, worker), worker, tell
+        )
         if walk is not None and todo[0].kind != "embed":
             walk.start()
             _take_up(walk, journal)
@@ -321,12 +324,14 @@ def _walk(
     journal: Journal,
     todo: list[Part],
     outside: Callable[[], Mapping[str, Tensor]],
+    worker: PartWorker,
     tell: Listener,
 ) -> Walk | None:
     """Returns a walk that has not started; None when no part to do needs data."""
     from quarkcli.forward.moments import held_out, holds_out
     from quarkcli.forward.walk import Walk, default_batch
     from quarkcli.job.part import last_part
+    from quarkcli.job.rewriting import rewritten
 
     if data is None or not todo or todo[0].index > last_part(prepared.plan, prepared.needs):
         return None
@@ -335,10 +340,14 @@ def _walk(
     streams = frozenset[str]().union(*(step.algorithm.streams for step in prepared.steps))
     embedding = [target for target in prepared.plan.quantized() if target.is_embedding]
     names = runner.outside_tensors()
+
+    def source() -> dict[str, Tensor]:
+        return rewritten(prepared.plan, names, worker.transforms, worker.states, prepared.weights)
+
     return Walk(
         runner, outside, data.tokens, data.mask, batch, tell, streams=sorted(streams, reverse=True),
         held=held_out(*data.tokens.shape) if holds_out(prepared.needs) else None,
-        embedding=(lambda: prepared.weights.read_many(names)) if embedding else None,
+        embedding=source if embedding else None,
     )  # fmt: skip
 
 

@@ -71,7 +71,7 @@ def test_parts_of_a_quantized_checkpoint(tmp_path: Path) -> None:
     plan = resolve(recipes.from_scheme("mxfp4"), Overrides(), layout)
     dialect = runs.prepare("demo", scheme="mxfp4").dialect
     worker = PartWorker(
-        plan, dialect, algorithms.pipeline(plan), {}, checkpoint.headers, None, lambda event: None,
+        plan, dialect, algorithms.pipeline(plan), {}, checkpoint, None, lambda event: None,
         roles=layout.tensor_roles,
     )  # fmt: skip
     made = {}

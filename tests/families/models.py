@@ -117,8 +117,9 @@ def _fused(tensors: dict[str, torch.Tensor], rule: dict[str, Any]) -> dict[str, 
 
 
 def can_rotate(name: str) -> bool:
-    """True when the family's file says how its residual stream is rotated."""
-    return family.load(catalog.files("models")[RECIPES[name]["file"]]).rotation is not None
+    """True when the family's file says that its residual stream can be rotated."""
+    residual = family.load(catalog.files("models")[RECIPES[name]["file"]]).residual
+    return residual is not None and residual.no_rotation is None and residual.no_permutation is None
 
 
 def headers(tensors: Mapping[str, torch.Tensor]) -> dict[str, Header]:

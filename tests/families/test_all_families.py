@@ -77,7 +77,7 @@ def check_accounts(made: runs.Made) -> None:
 
 @pytest.mark.parametrize("file", sorted(BUILDABLE))
 def test_names_exist(file: str, built: dict[str, Path]) -> None:
-    """Roles, sites, groups, exclusions, pairs and rotation name tensors of one of the family's tiny models."""
+    """Roles, sites, groups, exclusions and rewrites name tensors of one of the family's tiny models."""
     leaves: set[str] = set()
     modules: set[str] = set()
     for name in (name for name in NAMES if models.RECIPES[name]["file"] == file):
@@ -86,8 +86,10 @@ def test_names_exist(file: str, built: dict[str, Path]) -> None:
         leaves |= {re.sub(rf"^{re.escape(found.blocks)}\.\d+\.", "", module) for module in modules}
     said = family.load(FILES[file])
     listed = [*said.sites, *(said.scale_groups or []), *([pair.source, *pair.readers] for pair in said.scaling)]
-    if said.rotation:
-        listed += [said.rotation.reads, said.rotation.writes]
+    listed += [[*rule.writers, *rule.readers] for rule in said.channels]
+    listed += [[said.heads.writer, said.heads.reader]] if said.heads else []
+    if said.residual and said.residual.no_permutation is None:
+        listed += [said.residual.reads, said.residual.writes, said.residual.norms]
     unknown = {leaf for group in listed for leaf in group if not any(fnmatchcase(known, leaf) for known in leaves)}
     assert unknown <= set(ELSEWHERE)
     for role, patterns in found.exclude.items():

@@ -7,7 +7,7 @@ the file says computes the same.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -115,7 +115,7 @@ def test_a_rotated_block_rotates_its_output(name: str, built: dict[str, Path]) -
         q, _ = torch.linalg.qr(torch.randn(hidden.shape[-1], hidden.shape[-1], generator=generator))
         part, own = part_of(built[name], tensors, index)
         part.fold_norms()
-        part.rotate(q)
+        part.rotate(partial(torch.matmul, other=q))
         part.commit()
         runner.load_block(index, own)
         again = runner.run_block(index, recording, hidden @ q)

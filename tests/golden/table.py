@@ -66,7 +66,7 @@ def elementwise(plan: Plan) -> bool:
 def _tensors(prepared: job.Prepared) -> str:
     """Hash of what every part hands to the writer."""
     worker = PartWorker(
-        prepared.plan, prepared.dialect, prepared.steps, {}, prepared.source.headers, None, lambda event: None,
+        prepared.plan, prepared.dialect, prepared.steps, {}, prepared.source, None, lambda event: None,
         roles=prepared.layout.tensor_roles,
     )  # fmt: skip
     made: dict[str, torch.Tensor] = {}

@@ -30,7 +30,7 @@ def worker(prepared: job.Prepared, **options: Any) -> PartWorker:
         prepared.dialect,
         prepared.steps,
         prepared.needs,
-        prepared.source.headers,
+        prepared.source,
         None,
         lambda event: None,
         **options,
