@@ -54,7 +54,7 @@ def rewritten(prepared: job.Prepared, rows: torch.Tensor = ROWS, batch: int = 4)
         runner.load_block(part.block, own)
         new = lambda index=part.index: Statistics(plan, index, prepared.needs, runner)  # noqa: E731
         statistics, _ = walk.observe(part.block, new)
-        rewriting = Rewriting(plan, part, own, transforms, {})
+        rewriting = Rewriting(plan, part, own, transforms, {}, source)
         for step, transform in transforms:
             if rewriting.after(step, transform, statistics):
                 runner.load_block(part.block, own)
