@@ -34,7 +34,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Residual:
-    """What of a part stands on the residual stream.
+    """Holds what of a part stands on the residual stream.
 
     columns  weights whose columns are its channels: readers in a block, embeddings, the head
     rows     weights whose rows and biases are: writers

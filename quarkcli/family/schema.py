@@ -80,7 +80,9 @@ class ScalingModel(Strict):
 
 
 class ResidualModel(Strict):
-    """Where the residual stream runs, the hidden states that blocks hand on: below a block, or `outside` by full names.
+    """Says where the residual stream runs, the hidden states that blocks hand on.
+
+    Names are below a block; those `outside` are full ones.
 
     reads           linears whose columns are its channels
     writes          linears whose rows are

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from quarkcli.forward.data import CalibrationData
     from quarkcli.forward.walk import Walk
     from quarkcli.job.part import PartWorker
+    from quarkcli.job.pipeline import Pipeline
 
 EMBEDDED = Path(__file__).resolve().parents[1] / "assets" / "tiny-llama"
 
@@ -284,10 +285,7 @@ def _parts(
     label = "+".join([prepared.recipe.name, *(step.name for step in plan.algorithms)])
     begun = time.monotonic()
     with Pipeline(prepared.weights, partial_path(prepared.output), journal, device) as pipeline:
-        names = runner.outside_tensors() if runner is not None else []
-        walk = worker.walk = _walk(
-            prepared, data, runner, journal, todo, lambda: pipeline.outside(names, worker), worker, tell
-        )
+        walk = worker.walk = _walk(prepared, data, runner, journal, todo, pipeline, worker, tell)
         if walk is not None and todo[0].kind != "embed":
             walk.start()
             _take_up(walk, journal)
@@ -323,7 +321,7 @@ def _walk(
     runner: Any,
     journal: Journal,
     todo: list[Part],
-    outside: Callable[[], Mapping[str, Tensor]],
+    pipeline: Pipeline,
     worker: PartWorker,
     tell: Listener,
 ) -> Walk | None:
@@ -343,6 +341,9 @@ def _walk(
 
     def source() -> dict[str, Tensor]:
         return rewritten(prepared.plan, names, worker.transforms, worker.states, prepared.weights)
+
+    def outside() -> dict[str, Tensor]:
+        return pipeline.outside(names, worker)
 
     return Walk(
         runner, outside, data.tokens, data.mask, batch, tell, streams=sorted(streams, reverse=True),
