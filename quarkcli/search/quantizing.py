@@ -75,7 +75,7 @@ class Quantizing(PartWorker):
     def of(cls, prepared: Prepared, data: CalibrationData, walk: Walk, runner: Any, tell: Listener) -> Quantizing:
         states = decide(prepared, data, runner, _Notes(), tell)
         return cls(
-            prepared.plan, prepared.dialect, prepared.steps, prepared.needs, prepared.weights.headers, walk, tell,
+            prepared.plan, prepared.dialect, prepared.steps, prepared.needs, prepared.weights, walk, tell,
             all_tokens=prepared.calibration is not None and prepared.calibration.moe == "all",
             strict=prepared.options.strict, roles=prepared.layout.tensor_roles,
             on_nonfinite=prepared.options.on_nonfinite, states=states,
