@@ -19,7 +19,7 @@ from quarkcli.recipe.entries import SLOTS
 
 DEFAULT_SOLVER = "rtn"
 FLAG = "--algorithm"
-_NOT_MEMBERS = {"base", "channels", "fitting", "scaling", "tensors"}
+_NOT_MEMBERS = {"base", "channels", "columns", "fitting", "scaling", "tensors"}
 
 
 def names() -> list[str]:

@@ -59,6 +59,33 @@ class Moment(NamedTuple):
         return Moment(both_sides(self.gram), self.tokens, *more)
 
 
+class Outcome(NamedTuple):
+    """The result of a solver on one problem, for journal and report.
+
+    before, after   objective of rounding to nearest and of the result, on the tokens that it was fitted to, over a
+                    sample of rows; `held_before` and `held_after` on held-out tokens, None where none were held out
+    damp            ridge as a share of the mean diagonal, as used; `attempts`: dampings until there was a factor
+    strength        of what a solver aims for beside the weights, as used
+    sweeps          of refinement
+    nearest         the result lost more on held-out tokens, and the weights are rounded to nearest
+    """
+
+    solver: str
+    before: float
+    after: float
+    held_before: float | None
+    held_after: float | None
+    damp: float
+    attempts: int
+    strength: float
+    sweeps: int
+    nearest: bool
+
+
+def _unreported(outcome: Outcome) -> None:
+    """Takes an outcome that nobody asked for."""
+
+
 @dataclass(frozen=True)
 class Problem:
     """Weights that read one activation (of one expert), in one stage, with one spec. Their rows are independent.
@@ -71,6 +98,7 @@ class Problem:
     amax      per weight: amax (float32 []) that its scale group shares, None when its scales are its own
     moment    None when the solver did not ask for one, or no token reached the site
     warn      takes a sentence for the log and the report
+    report    takes the outcome
     """
 
     site: str | None
@@ -81,6 +109,7 @@ class Problem:
     amax: tuple[Tensor | None, ...]
     moment: Moment | None
     warn: Callable[[str], None]
+    report: Callable[[Outcome], None] = _unreported
 
     @property
     def name(self) -> str:

@@ -55,9 +55,12 @@ def against_plan(folder: Path, plan: Plan, dialect: Writer, source_headers: Mapp
 def scales(checkpoint: Checkpoint, plan: Plan | None = None, tell: Listener = silent) -> list[str]:
     """Checks that every scale is finite and positive, and equal within scale groups where a tensor has one.
 
+    Those of weight-only integers may be negative.
     Raises CheckError; but scales of one level that differ within what servers fuse are a warning: servers keep one per
     member, or take the largest and round the codes of the others again.
     """
+    from quarkcli.numerics.scales import may_be_negative
+
     bad: list[str] = []
     groups: dict[str, dict[str, float | None]] = {}
     inputs: dict[str, dict[str, float | None]] = {}
@@ -68,9 +71,16 @@ def scales(checkpoint: Checkpoint, plan: Plan | None = None, tell: Listener = si
     for name, stored in checkpoint.view.targets.items():
         decoded = checkpoint.decode(stored)
         params, static = decoded.weight.params, decoded.input
-        if not _all_good(params, stored.weight) or any(not _good(s) for s in (static, decoded.output) if s is not None):
+        signed = stored.input is None and may_be_negative(stored.weight)
+        if not _all_good(params, stored.weight, signed) or any(
+            not _good(s) for s in (static, decoded.output) if s is not None
+        ):
             bad.append(name)
-        if decoded.bias is not None and stored.bias is not None and not _all_good(decoded.bias.params, stored.bias):
+        if (
+            decoded.bias is not None
+            and stored.bias is not None
+            and not _all_good(decoded.bias.params, stored.bias, False)
+        ):
             bad.append(f"{name}.bias")
         bad += [f"{name} (no {kind} scale)" for kind in _absent(stored, decoded)]
         if static is not None and name in weights and weights[name].expert is not None:
@@ -268,15 +278,16 @@ def _singles(checkpoint: Checkpoint) -> Iterable[tuple[str, Any]]:
         yield name, LogicalHeader("BF16", stored.shape)
 
 
-def _all_good(params: QParams, spec: TensorSpec) -> bool:
-    """True when the scales of every stage are good, and its zero points finite."""
+def _all_good(params: QParams, spec: TensorSpec, signed: bool) -> bool:
+    """True when the scales of every stage are good, and its zero points finite; `signed`: they may be negative."""
     import torch
 
     if params.zero_point is not None and not bool(torch.isfinite(params.zero_point).all()):
         return False
-    if params.then is not None and spec.then is not None and not _all_good(params.then, spec.then):
+    if params.then is not None and spec.then is not None and not _all_good(params.then, spec.then, False):
         return False
-    return (params.scale is None or _good(params.scale)) and (params.global_scale is None or _good(params.global_scale))
+    scale = params.scale.abs() if signed and params.scale is not None else params.scale
+    return (scale is None or _good(scale)) and (params.global_scale is None or _good(params.global_scale))
 
 
 def _absent(stored: StoredTarget, decoded: Decoded) -> Iterator[str]:

@@ -38,6 +38,7 @@ class PartResult:
     """The result of a part: packed tensors by file name, and facts for journal and report.
 
     dead_inputs       weight -> inputs that were always zero in calibration
+    outcomes          weight -> `Outcome` of its solver
     silent            activations with a static scale that were zero altogether
     tuning            tuner -> error of the block's output on held-out rows, `before` and `after` it
     nonfinite         kept parameters with NaN or infinity; `nonfinite_others`: buffers and unknown tensors
@@ -51,6 +52,7 @@ class PartResult:
     warnings: list[str] = field(default_factory=list)
     seconds: float = 0.0
     dead_inputs: dict[str, int] = field(default_factory=dict)
+    outcomes: dict[str, dict[str, Any]] = field(default_factory=dict)
     silent: list[str] = field(default_factory=list)
     nonfinite: list[str] = field(default_factory=list)
     nonfinite_others: list[str] = field(default_factory=list)
@@ -154,7 +156,7 @@ class PartWorker:
         self.warnings: list[str] = []
         self.silent: list[str] = []
         self.tuning: dict[str, dict[str, float]] = {}
-        self.solving.dead_inputs = {}
+        self.solving.begin()
         nonfinite = self._nonfinite(part, tensors)
         rewriting = Rewriting(self.plan, part, tensors, self.transforms, self.states, self.weights)
         rewriting.before()
@@ -177,9 +179,8 @@ class PartWorker:
             error = _relative(before, after)
         return PartResult(
             out, error, weight_errors, expert_tokens, self.warnings, time.perf_counter() - started,
-            self.solving.dead_inputs, self.silent, list(nonfinite.parameters), list(nonfinite.others),
-            self.tuning,
-            rewriting.notes,
+            self.solving.dead_inputs, self.solving.report(), self.silent,
+            list(nonfinite.parameters), list(nonfinite.others), self.tuning, rewriting.notes,
         )  # fmt: skip
 
     def _copied(self, part: Part) -> list[Copied]:

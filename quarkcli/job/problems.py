@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
-from quarkcli.algorithms.base import Moment, Needs, Problem
+from quarkcli.algorithms.base import Moment, Needs, Outcome, Problem
 from quarkcli.plan.model import QuantizedTarget
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ def problems(
     weight: Callable[[QuantizedTarget], Tensor],
     amax: Callable[[QuantizedTarget], Tensor | None],
     warn: Callable[[str], None],
+    report: Callable[[Sequence[QuantizedTarget], Outcome], None],
 ) -> Iterator[Problem]:
     """Yields the problems that `targets` make, activation by activation in plan order.
 
@@ -31,7 +33,8 @@ def problems(
         seen = moment(site, expert) if site is not None and needs.get(site) else None
         for same in _same_spec(members):
             yield Problem(
-                site, expert, 0, tuple(same), tuple(map(weight, same)), tuple(map(amax, same)), seen, warn
+                site, expert, 0, tuple(same), tuple(map(weight, same)), tuple(map(amax, same)), seen, warn,
+                partial(report, same),
             )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quarkcli.algorithms.base import Assignment, Moment, Needs, Problem, Refiner, Solver
+from quarkcli.algorithms.base import Assignment, Moment, Needs, Outcome, Problem, Refiner, Solver
 from quarkcli.algorithms.rtn import RoundToNearest
 from quarkcli.errors import DataError, QuarkError
 from quarkcli.forward.statistics import Statistics
@@ -33,6 +33,15 @@ class Solving:
         self.refiners = [(s, s.algorithm) for s in steps if isinstance(s.algorithm, Refiner)]
         self.warn = warn
         self.dead_inputs: dict[str, int] = {}
+        self._outcomes: dict[str, Outcome] = {}
+
+    def begin(self) -> None:
+        """Forgets what the last part left behind."""
+        self.dead_inputs, self._outcomes = {}, {}
+
+    def report(self) -> dict[str, dict[str, Any]]:
+        """Returns the outcome of every weight's problem, of the part last solved."""
+        return {name: outcome._asdict() for name, outcome in self._outcomes.items()}
 
     def solved(
         self, targets: list[QuantizedTarget], tensors: Mapping[str, Tensor], statistics: Statistics | None
@@ -52,9 +61,12 @@ class Solving:
         shared = _group_amax(targets, weight)
         for step, solver, needs in self.solvers:
             mine = [target for target in targets if step.takes(target)]
-            for problem in problems(mine, needs, moment, weight, amax, self.warn):
+            for problem in problems(mine, needs, moment, weight, amax, self.warn, self._report):
                 quantized = self._refine(problem, self._solve(solver, needs, problem))
                 yield from zip(problem.targets, problem.weights, quantized, strict=True)
+
+    def _report(self, targets: Iterable[QuantizedTarget], outcome: Outcome) -> None:
+        self._outcomes.update(dict.fromkeys((target.name for target in targets), outcome))
 
     def _solve(self, solver: Solver, needs: Needs, problem: Problem) -> list[Quantized]:
         """Returns codes and scales of a problem; rounded to nearest where the solver has no solution, and said.

@@ -35,6 +35,7 @@ _PLAIN = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "p
 _PLAIN_RULES = ("half_range", "absmax")
 # Mantissa field of the largest float32 below the square root of two: above it the logarithm rounds up.
 _SQRT_2 = 0x3504F3
+_HALF = 1 << 22  # mantissa field of 1.5: above it the upper of two powers of two is nearer
 # Bits of rounding that the `even` rule of mxint8 assumes (AMD Quark); floats take their own mantissa.
 _EVEN_BITS_OF_INTEGERS = 8
 
@@ -85,6 +86,45 @@ def plain_scale(range_: Range, spec: TensorSpec, model: torch.dtype) -> Tensor:
         real = real.clamp_min(scale.minimum)
     stored = real.clamp_max_(largest_scale(element, dtype, scale.dtype == "pow2")).to(dtype)
     return torch.where(stored == 0, ZERO_GROUP_SCALE, stored)
+
+
+def is_plain(spec: TensorSpec) -> bool:
+    """True when the scale is stored as a float of 16 or 32 bits."""
+    return spec.scale is not None and spec.scale.dtype in (*_PLAIN, "model") and spec.scale.dtype != "pow2"
+
+
+def may_be_negative(spec: TensorSpec) -> bool:
+    """True for symmetric integers with a plain scale: their lowest code has no opposite, so a scale may have a sign."""
+    element = spec.format
+    lopsided = element.kind == "integer" and -element.minimum > element.maximum and not element.fraction
+    return lopsided and spec.symmetric and spec.then is None and is_plain(spec)
+
+
+def nearest_plain(real: Tensor, spec: TensorSpec, dtype: torch.dtype) -> Tensor:
+    """Returns float32 scales of either sign in the dtype they are stored in; 2^-23 for those that round to zero."""
+    assert spec.scale is not None
+    most = largest_scale(spec.format, dtype)
+    stored = real.clamp(-most, most).to(dtype)
+    if spec.scale.minimum is not None:
+        stored = torch.where(stored.abs() < spec.scale.minimum, spec.scale.minimum, stored)
+    return torch.where(stored == 0, ZERO_GROUP_SCALE, stored)
+
+
+def nearest_stored(real: Tensor, spec: TensorSpec, dtype: torch.dtype) -> Tensor:
+    """Returns the stored scales nearest to float32 ones, which are divided by a global scale where there is one.
+
+    Only plain scales may be negative; others fall to the smallest there is.
+    """
+    assert spec.scale is not None
+    match spec.scale.dtype:
+        case "e8m0":
+            exponent, mantissa = _fields(real.clamp_min(torch.finfo(torch.float32).tiny).contiguous())
+            return (exponent + (mantissa > _HALF)).clamp_(0, _E8M0_MAX_BYTE).to(torch.uint8)
+        case "e4m3":
+            return real.clamp(E4M3_MIN, E4M3_MAX).to(torch.float8_e4m3fn)
+        case "e5m3":
+            return e5m3_bytes(real).clamp_min_(1)
+    return nearest_plain(_nearest_power(real) if spec.scale.dtype == "pow2" else real, spec, dtype)
 
 
 @cache

@@ -8,6 +8,7 @@ the same input may be concatenated.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,11 +17,14 @@ from quarkcli.errors import DataError
 from quarkcli.numerics.formats import codec
 from quarkcli.numerics.grid import Grid
 
+ActOrder = bool | Literal["group"]
 # Damping grows by this factor after a failed factorization, from at least this fraction of the mean diagonal.
 _DAMP_GROWTH = 10.0
 _DAMP_FLOOR = 1e-6
+# A triangle of this size is inverted by substitution.
+_SMALL = 256
 # Rows worked on at once on a CPU, so that the columns of one block stay in its cache.
-_CPU_ROWS = 2048
+CPU_ROWS = 2048
 
 
 @dataclass
@@ -33,6 +37,7 @@ class Factor:
               their weights are rounded to nearest and take no part in the loss
     damp      lam divided by the mean live diagonal, as used
     attempts  how many dampings were tried
+    ridge     lam itself
     """
 
     upper: Tensor
@@ -40,6 +45,7 @@ class Factor:
     dead: Tensor
     damp: float
     attempts: int
+    ridge: float = 0.0
 
 
 @dataclass
@@ -50,13 +56,17 @@ class Solved:
     loss: float
 
 
-def factorize(gram: Tensor, *, damp: float = 0.01, act_order: bool = True, max_attempts: int = 6) -> Factor | None:
+def factorize(
+    gram: Tensor, *, damp: float = 0.01, act_order: ActOrder = True, group: int | None = None, max_attempts: int = 6
+) -> Factor | None:
     """Returns the factor of H = `gram` (float32 [N, N], symmetric, positive semidefinite).
 
     Any positive multiple of H will do.
 
     Each damping is tried in float32, then in float64; then it grows tenfold. None when `max_attempts` dampings failed.
-    `act_order` rounds the columns with the largest diagonal first. DataError when `gram` is not finite.
+    act_order   the columns with the largest diagonal first; `group`: sorted inside the groups of `group` columns, and
+                these by their largest (arXiv 2505.14638)
+    DataError when `gram` is not finite.
     """
     diagonal = gram.diagonal()
     if not bool(torch.isfinite(gram.sum())) and not bool(torch.isfinite(gram).all()):
@@ -64,14 +74,23 @@ def factorize(gram: Tensor, *, damp: float = 0.01, act_order: bool = True, max_a
     dead = dead_inputs(gram)
     live = diagonal[~dead].double()
     mean = float(live.mean()) if live.numel() else 1.0
-    order = torch.argsort(diagonal, descending=True, stable=True) if act_order else None
+    order = _order(diagonal, act_order, group)
     for attempt in range(max_attempts):
         for dtype in (torch.float32, torch.float64):
             upper = _inverse_factor(gram, order, dead, mean, damp, dtype)
             if upper is not None:
-                return Factor(upper, order, dead, damp, attempt + 1)
+                return Factor(upper, order, dead, damp, attempt + 1, damp * mean)
         damp = max(damp, _DAMP_FLOOR) * _DAMP_GROWTH
     return None
+
+
+def _order(diagonal: Tensor, act_order: ActOrder, group: int | None) -> Tensor | None:
+    if act_order != "group" or group is None:
+        return torch.argsort(diagonal, descending=True, stable=True) if act_order else None
+    groups = diagonal.view(-1, group)
+    inside = torch.argsort(groups, descending=True, stable=True)
+    first = torch.argsort(groups.amax(1), descending=True, stable=True)
+    return (inside + torch.arange(len(groups), device=diagonal.device)[:, None] * group)[first].flatten()
 
 
 def dead_inputs(gram: Tensor) -> Tensor:
@@ -82,36 +101,48 @@ def dead_inputs(gram: Tensor) -> Tensor:
     return diagonal <= max(floor, torch.finfo(torch.float32).tiny)
 
 
-def solve(weight: Tensor, factor: Factor, at: Grid, *, columns: int = 128) -> Solved:
+def solve(weight: Tensor, factor: Factor, at: Grid, *, columns: int = 128, feed: Tensor | None = None) -> Solved:
     """Returns codes of `weight` (float32 [R, N]) of least error over the inputs behind `factor`, column by column.
+
+    See `solve_values`. The rounded weight is that of the codes exactly; the loss is that of the damped objective.
+    """
+    values, loss = solve_values(weight, factor, at, columns=columns, feed=feed)
+    return Solved(codes_of(values, at), loss)
+
+
+def solve_values(
+    weight: Tensor, factor: Factor, at: Grid, *, columns: int = 128, feed: Tensor | None = None
+) -> tuple[Tensor, float]:
+    """Returns codes less their zero points, float32 [R, N] on a unit scale, and the loss.
 
     at          where the codes lie; concatenated along the rows like the weights, fixed beforehand
     columns     columns per lazy block; changes the order of the sums only
-    The rounded weight is that of the codes exactly; the loss is that of the damped objective.
+    feed        float32 [N, N], strictly upper, in the factor's order: column i, before it is rounded, adds its product
+                with row i to the columns after it (GPTAQ's P)
     """
     rows, cols = weight.shape
     order = factor.order if factor.order is not None else torch.arange(cols, device=weight.device)
     group_of = (order // at.size).clamp_max_(at.scale.shape[1] - 1)
     grid = torch.empty(cols, rows, dtype=torch.float32, device=weight.device)
+    live = ~factor.dead[order]
     loss = 0.0
-    step = _CPU_ROWS if weight.device.type == "cpu" else max(1, rows)
+    step = CPU_ROWS if weight.device.type == "cpu" else max(1, rows)
     for start in range(0, rows, step):
         part = slice(start, start + step)
         # Transposed, so that a column is contiguous.
         remaining = weight[part].t().contiguous().index_select(0, order)
         own = replace(at, scale=at.scale[part].t().contiguous(), zero=_columns_of(at.zero, part))
-        live = ~factor.dead[order]
-        loss += _solve_rows(remaining, factor.upper, own, group_of, columns, grid[:, part], live)
+        loss += _solve_rows(remaining, factor.upper, own, group_of, columns, grid[:, part], live, feed)
     values = torch.empty_like(grid).index_copy_(0, order, grid)
-    return Solved(_codes(values.t().contiguous(), at), loss)
+    return values.t().contiguous(), loss
 
 
 def _columns_of(zero: Tensor | None, rows: slice) -> Tensor | None:
     return None if zero is None else zero[rows].t().contiguous()
 
 
-def _codes(values: Tensor, at: Grid) -> Tensor:
-    """Returns codes of values (code - zero) [R, N]; overwrites them."""
+def codes_of(values: Tensor, at: Grid) -> Tensor:
+    """Returns codes of values (code - zero) on a unit scale [R, N]; overwrites them."""
     # A value less its float zero point may lie an ulp beside the code it came from.
     element = replace(at.element, rounding="half_even")
     codes = torch.empty(values.shape, dtype=codec(element).code_dtype(element), device=values.device)
@@ -131,7 +162,7 @@ def _inverse_factor(
     inverse of Hd is formed.
     """
     backwards = torch.arange(gram.shape[0] - 1, -1, -1, device=gram.device) if order is None else order.flip(0)
-    damped = gram[backwards][:, backwards].to(dtype)
+    damped = gram.index_select(0, backwards).index_select(1, backwards).to(dtype)
     gone = dead[backwards]
     damped[gone] = 0.0
     damped[:, gone] = 0.0
@@ -142,13 +173,34 @@ def _inverse_factor(
     if int(info) != 0:
         return None
     del damped
-    identity = torch.eye(lower.shape[0], dtype=dtype, device=lower.device)
-    upper = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1).to(torch.float32)
+    _invert_lower(lower)
+    upper = lower.flip(0, 1).to(torch.float32)
     return upper if bool(torch.isfinite(upper.diagonal()).all()) else None
 
 
+def _invert_lower(lower: Tensor) -> None:
+    """Replaces a lower triangular matrix by its inverse, by halves: almost all of the work is in plain products."""
+    size = lower.shape[0]
+    if size <= _SMALL:
+        identity = torch.eye(size, dtype=lower.dtype, device=lower.device)
+        lower.copy_(torch.linalg.solve_triangular(lower, identity, upper=False))
+        return
+    half = size // 2
+    first, below, last = lower[:half, :half], lower[half:, :half], lower[half:, half:]
+    _invert_lower(first)
+    _invert_lower(last)
+    below.copy_((last @ below @ first).neg_())
+
+
 def _solve_rows(
-    remaining: Tensor, upper: Tensor, at: Grid, group_of: Tensor, columns: int, grid: Tensor, live: Tensor
+    remaining: Tensor,
+    upper: Tensor,
+    at: Grid,
+    group_of: Tensor,
+    columns: int,
+    grid: Tensor,
+    live: Tensor,
+    feed: Tensor | None,
 ) -> float:
     """Round the columns `remaining` [N, R] in order; write grid values to `grid` [N, R].
 
@@ -163,21 +215,27 @@ def _solve_rows(
         last = min(first + columns, cols)
         pivots = upper.diagonal()[first:last].unsqueeze(1)
         couplings = (upper[first:last, first:] / pivots).t()
+        feeds = feed[first:last, first:].t() if feed is not None else None
         current = remaining[first:last]
         groups = group_of[first:last]
         own = replace(at, scale=at.scale[groups], zero=None if at.zero is None else at.zero[groups])
-        values, differences = _solve_block(current, couplings[: last - first].contiguous(), own)
+        inside = None if feeds is None else feeds[: last - first].contiguous()
+        values, differences = _solve_block(current, couplings[: last - first].contiguous(), own, inside)
         grid[first:last] = values
         if last < cols:
             remaining[last:].addmm_(couplings[last - first :], differences, alpha=-1)
+            if feeds is not None:
+                remaining[last:].addmm_(feeds[last - first :], current)
         loss += float(differences.div_(pivots)[live[first:last]].square_().sum(dtype=torch.float64))
     return loss
 
 
-def _solve_block(block: Tensor, couplings: Tensor, at: Grid) -> tuple[Tensor, Tensor]:
+def _solve_block(
+    block: Tensor, couplings: Tensor, at: Grid, feeds: Tensor | None
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Returns grid values and differences w - q [B, R] of one block of columns, up to date with everything before it.
 
-    `at` has a scale (and zero point) for every column: [B, R].
+    `at` has a scale (and zero point) for every column: [B, R]. `block` keeps the columns as they were when rounded.
 
     Row i of `couplings` [B, B] says how the differences of earlier columns reach column i; a column takes them all in
     one product when its turn comes. Views are made once: on a CPU the loop is bound by the cost of a torch call.
@@ -186,13 +244,15 @@ def _solve_block(block: Tensor, couplings: Tensor, at: Grid) -> tuple[Tensor, Te
     values = torch.empty_like(block)
     differences = torch.empty_like(block)
     scratch = torch.empty(2, block.shape[1], dtype=torch.int32, device=block.device)
-    earlier = differences.t()
+    earlier, before = differences.t(), block.t()
     zeros = [None] * block.shape[0] if at.zero is None else at.zero.unbind()
     columns = (block, at.scale, values, differences, couplings)
     loop = zip(*(each.unbind() for each in columns), zeros, strict=True)
     for i, (column, scale, value, difference, coupling, zero) in enumerate(loop):
         if i:
             column.addmv_(earlier[:, :i], coupling[:i], alpha=-1)
+            if feeds is not None:
+                column.addmv_(before[:, :i], feeds[i, :i])
         round_(torch.div(column, scale, out=value), element, scratch, zero)
         torch.mul(value, scale, out=difference)
         torch.sub(column, difference, out=difference)

@@ -13,6 +13,7 @@ from quarkcli.disk import nonfinite
 from quarkcli.plan.model import Plan
 from quarkcli.plan.sizes import expert_share
 from quarkcli.recipe.match import starred
+from quarkcli.report.outcomes import outcomes
 
 if TYPE_CHECKING:
     from quarkcli.forward.data import CalibrationData
@@ -61,6 +62,7 @@ def build(
         },
         "loss": _loss(records),
         "dead_inputs": _dead_inputs(records),
+        "outcomes": outcomes(records.values()),
         "kept": plan.kept,
         "kept_reasons": dict(Counter(plan.kept.values()).most_common()),
         "changed": plan.changed,

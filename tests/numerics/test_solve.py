@@ -193,8 +193,8 @@ def test_codes_and_scales_dequantize_to_what_the_solver_compensated(
     seen: list[torch.Tensor] = []
     original = solve_module._solve_block
 
-    def spy(block, couplings, at):
-        values, differences = original(block, couplings, at)
+    def spy(block, couplings, at, feeds):
+        values, differences = original(block, couplings, at, feeds)
         seen.append(values * at.scale)
         return values, differences
 
@@ -213,7 +213,7 @@ def test_rows_are_independent(monkeypatch: pytest.MonkeyPatch) -> None:
     halves = [solve(weight[a:b], factor, replace(at, scale=at.scale[a:b])) for a, b in ((0, 15), (15, R))]
     assert same_codes(whole.codes, torch.cat([half.codes for half in halves])) > 0.99
     assert whole.loss == pytest.approx(sum(half.loss for half in halves), rel=0.01)
-    monkeypatch.setattr(solve_module, "_CPU_ROWS", 16)
+    monkeypatch.setattr(solve_module, "CPU_ROWS", 16)
     parts, _, _ = run(weight, gram, spec)
     assert same_codes(whole.codes, parts.codes) > 0.99
 
@@ -274,3 +274,38 @@ def test_a_non_finite_gram_is_refused() -> None:
     gram[2, 1] = float("nan")
     with pytest.raises(DataError, match="not finite"):
         factorize(gram)
+
+
+def test_group_order_keeps_groups_together() -> None:
+    _, gram = problem()
+    factor = factorize(gram, act_order="group", group=32)
+    assert factor is not None
+    groups = factor.order.view(-1, 32)
+    diagonal = gram.diagonal()
+    assert bool((groups // 32 == groups[:, :1] // 32).all())
+    inside = diagonal[groups]
+    assert bool((inside.diff(dim=1) <= 0).all())
+    assert bool((inside[:, 0].diff() <= 0).all())
+
+
+@pytest.mark.parametrize("columns", [1, 32, 192])
+def test_what_columns_feed_forward_is_their_value_before_rounding(columns: int) -> None:
+    """Column by column in float64, for several sizes of the lazy block."""
+    weight, gram = problem()
+    spec = SPECS["int8"]
+    factor = factorize(gram)
+    assert factor is not None
+    feed = 0.02 * torch.randn(N, N, generator=torch.Generator().manual_seed(9)).triu(1)
+    at = grid(make_qparams(weight, spec), spec, weight.shape)
+    solved = solve(weight, factor, at, columns=columns, feed=feed)
+    left = weight.double()[:, factor.order]
+    upper = factor.upper.double()
+    codes = torch.empty(R, N)
+    for i in range(N):
+        before = left[:, i].clone()
+        code = (before / at.scale[:, 0]).round().clamp(-128, 127)
+        codes[:, factor.order[i]] = code.float()
+        error = (before - code * at.scale[:, 0]) / upper[i, i]
+        left[:, i + 1 :] -= error[:, None] * upper[i, i + 1 :]
+        left[:, i + 1 :] += before[:, None] * feed[i, i + 1 :].double()
+    assert float((solved.codes == codes).float().mean()) > 0.99

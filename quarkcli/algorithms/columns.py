@@ -1,0 +1,196 @@
+"""The common ground of solvers that round column by column: gptq, gptaq, qronos.
+
+Scales are fixed first, then codes are found column by column, the columns not yet rounded making up for the error;
+then both are refined. Damping, the strength of what a member aims for, and the fallback to nearest are chosen on
+calibration tokens that are held out of the second moment (one row in eight), since a solver always wins on the tokens
+it was fitted to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from quarkcli.algorithms.base import Needs, Outcome, Problem, Solver
+from quarkcli.algorithms.rtn import RoundToNearest
+from quarkcli.errors import ConfigError
+from quarkcli.plan.model import Plan, QuantizedTarget
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from quarkcli.numerics.quantize import QParams, Quantized
+    from quarkcli.numerics.settle import Aim, Choices, Settled
+    from quarkcli.numerics.solve import Factor
+
+FEW_BITS = 4  # weights of as many bits or less are refined unless something else is asked for
+SWEEPS = 2
+MOST_SWEEPS = 10
+HELD_OUT = 8
+DAMP = 0.01
+DAMP_FP4 = 0.05  # where nothing can be held out, and 4-bit floats meet quantized inputs
+
+
+class ColumnSolver(Solver):
+    """Rounds column by column.
+
+    damp          ridge as a share of the mean diagonal, or auto: chosen on held-out tokens
+    act_order     true: columns of the largest activations first; group: sorted inside groups; false: as they stand
+    scale_search  scales of groups are searched by the output they lose, before the loop
+    refine        sweeps of scale refit and coordinate descent after the loop; auto: 2 for 4 bits and less; or off
+    holdout       8: one calibration row in eight is held out; 0: none, and nothing is chosen
+    signed        scales of symmetric integers may be negative: on, off, or auto
+    """
+
+    parameters: ClassVar[Mapping[str, Any]] = {
+        "damp": "auto", "act_order": True, "scale_search": True, "refine": "auto", "holdout": HELD_OUT, "signed": "off",
+    }  # fmt: skip
+    strengths: ClassVar[tuple[float, ...]] = (0.0,)
+
+    def __init__(
+        self, damp: float | str, act_order: bool | str, scale_search: bool, refine: int | str, holdout: int, signed: Any
+    ) -> None:
+        self.damp = _damp(self.name, damp)
+        self.act_order = _one_of(self.name, "act_order", act_order, (True, False, "group"))
+        self.scale_search = _one_of(self.name, "scale_search", scale_search, (True, False))
+        self.refine = _sweeps(self.name, refine)
+        self.holdout = _one_of(self.name, "holdout", holdout, (0, HELD_OUT))
+        self.signed = _one_of(
+            self.name, "signed", {True: "on", False: "off"}.get(signed, signed), ("on", "off", "auto")
+        )
+
+    def needs(self, plan: Plan) -> Needs:
+        kinds = {"gram", "gram_val"} if self.holdout else {"gram"}
+        return {target.site: set(kinds) for target in plan.quantized() if target.site is not None}
+
+    def check(self, plan: Plan) -> None:
+        """Refuses negative scales where a server reads scales as unsigned."""
+        if self.signed != "on":
+            return
+        for target in plan.quantized():
+            if _integer(target) and target.input is not None:
+                raise ConfigError(
+                    f"{self.name} signed: on gives {target.name} negative scales, and kernels that multiply integers "
+                    "with quantized inputs read scales as unsigned",
+                    where="algorithm",
+                    hint="signed: auto leaves such weights as they are; or a scheme with inputs in 16 bits",
+                )
+
+    def memory(self, plan: Plan) -> int:
+        """Returns the bytes of the second moments, the factor and what makes it."""
+        widest = max((run[0].shape[1] for run in plan.quantized_alike()), default=0)
+        return 4 * 5 * widest * widest
+
+    def aim(self, problem: Problem, factor: Factor, strength: float) -> Aim:
+        """Returns what the loop steers for; the weights themselves unless a member says otherwise."""
+        from quarkcli.numerics.settle import Aim
+
+        return Aim()
+
+    def solve(self, problem: Problem) -> list[Quantized] | None:
+        from quarkcli.numerics.settle import Task, settle
+        from quarkcli.numerics.solve import dead_inputs
+
+        assert problem.moment is not None
+        gram = problem.moment.gram
+        if bool(dead_inputs(gram).all()):
+            return RoundToNearest().solve(problem)
+        held = held_objective(problem)
+        task = Task(problem.weights, self._scales(problem), problem.spec)
+        choices = self._choices(problem, held is not None)
+        found = settle(task, gram, choices, lambda factor, strength: self.aim(problem, factor, strength), held)
+        if found is None:
+            return None
+        problem.report(_outcome(self.name, found))
+        return RoundToNearest().solve(problem) if found.nearest else found.quantized
+
+    def _scales(self, problem: Problem) -> list[QParams]:
+        from quarkcli.numerics.fit import column_importance, fitted
+        from quarkcli.numerics.quantize import make_qparams
+
+        assert problem.moment is not None
+        pairs = zip(problem.weights, problem.amax, strict=True)
+        if not self.scale_search:
+            return [make_qparams(weight, problem.spec, amax=amax) for weight, amax in pairs]
+        importance = column_importance(problem.moment.gram)
+        return [fitted(w, problem.spec, amax, importance, signed=self._signs(problem)) for w, amax in pairs]
+
+    def _signs(self, problem: Problem) -> bool:
+        """Returns whether scales of a problem may be negative."""
+        if self.signed == "off":
+            return False
+        return all(target.input is None for target in problem.targets)
+
+    def _choices(self, problem: Problem, held: bool) -> Choices:
+        from quarkcli.numerics.settle import DAMPS, Choices
+
+        few = problem.spec.codes.format.bits <= FEW_BITS
+        sweeps = (SWEEPS if few else 0) if self.refine is None else self.refine
+        damps: tuple[float, ...] = (self.damp,) if self.damp is not None else DAMPS
+        if self.damp is None and not held:
+            fp4 = problem.spec.codes.element == "fp4_e2m1" and any(t.input is not None for t in problem.targets)
+            damps = (DAMP_FP4 if fp4 else DAMP,)
+        return Choices(damps, self.strengths, sweeps, self.act_order)
+
+
+def held_objective(problem: Problem) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """Returns the loss of every row on held-out tokens, of weights and quantized weights; None without such tokens.
+
+    With a cross moment it is ||W s - Q x||^2 less what no choice changes.
+    """
+    moment = problem.moment
+    if moment is None or moment.gram_val is None:
+        return None
+    gram, cross = moment.gram_val, moment.cross_val
+
+    def loss(weight: Tensor, quantized: Tensor) -> Tensor:
+        if cross is None:
+            error = quantized - weight
+            return (error @ gram).mul_(error).sum(1)
+        # With Q = W + E: what is left of ||W s - Q x||^2 is tr(E H E^T) + 2 tr(E (H - C) W^T), C = E[x s^T].
+        error = quantized - weight
+        return (error @ gram + 2 * (weight @ (gram - cross.T))).mul_(error).sum(1)
+
+    return loss
+
+
+def _outcome(name: str, found: Settled) -> Outcome:
+    return Outcome(
+        name, found.before, found.after, found.held_before, found.held_after, found.damp, found.attempts,
+        found.strength, found.sweeps, found.nearest,
+    )  # fmt: skip
+
+
+def _integer(target: QuantizedTarget) -> bool:
+    from quarkcli.spec import ELEMENTS
+
+    return ELEMENTS[target.weight.element].kind == "integer" and target.weight.symmetric
+
+
+def _damp(name: str, value: Any) -> float | None:
+    if value == "auto":
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
+        raise ConfigError(f"{name} damp must be auto or lie between 0 and 1, not {value!r}", where="algorithm")
+    return float(value)
+
+
+def _sweeps(name: str, value: Any) -> int | None:
+    if value == "auto":
+        return None
+    if value == "off" or value is False:  # YAML reads off as false
+        return 0
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MOST_SWEEPS:
+        raise ConfigError(
+            f"{name} refine must be auto, off or a number of sweeps up to {MOST_SWEEPS}, not {value!r}",
+            where="algorithm",
+        )
+    return value
+
+
+def _one_of(name: str, key: str, value: Any, allowed: tuple[Any, ...]) -> Any:
+    for known in allowed:
+        if type(known) is type(value) and known == value:
+            return known
+    shown = ", ".join({True: "true", False: "false"}.get(v, str(v)) if isinstance(v, bool) else str(v) for v in allowed)
+    raise ConfigError(f"{name} {key} must be one of {shown}, not {value!r}", where="algorithm")

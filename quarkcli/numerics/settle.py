@@ -1,0 +1,324 @@
+"""Solves one problem: scales, damping, column loop, refinement, each choice checked on held-out tokens.
+
+All weights of a problem share one factor, and their rows are independent: choices are made on a sample of rows, then
+every row is solved, so many at a time as stay in a processor's cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from quarkcli.numerics.fit import refittable
+from quarkcli.numerics.grid import QParams, encode_matrix, grid
+from quarkcli.numerics.quantize import Quantized, decode_grid
+from quarkcli.numerics.refine import Rows, refine
+from quarkcli.numerics.solve import CPU_ROWS, ActOrder, Factor, codes_of, factorize, solve_values
+from quarkcli.spec import PerGroup, TensorSpec
+
+SAMPLE = 256  # rows of a problem that choices are made on
+# Dampings to choose from, from the first on in the direction that lowers the held-out objective.
+DAMPS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
+START = 0.01
+
+
+class Aim(NamedTuple):
+    """The target of a column loop, other than the weights W themselves; float32 [N, N].
+
+    shift  the target is W + W @ shift
+    feed   see `solve_values`; with it the loop starts from W, and `shift` is the refiner's target only
+    """
+
+    shift: Tensor | None = None
+    feed: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The choices that a solver leaves open.
+
+    damps      dampings; one: given
+    strengths  of the aim; one: given
+    sweeps     of refinement
+    act_order  see `factorize`
+    """
+
+    damps: tuple[float, ...]
+    strengths: tuple[float, ...]
+    sweeps: int
+    act_order: ActOrder
+
+
+@dataclass
+class Settled:
+    """Codes and scales of every weight, and how they were chosen.
+
+    damp, strength, sweeps   as used
+    attempts                 dampings that the factorization took
+    before, after            objective of rounding to nearest, and of the result, on the tokens that were solved on, of
+                             the sample of rows; `held_before`, `held_after`: on held-out tokens
+    nearest                  rounded to nearest, which loses less on held-out tokens
+    """
+
+    quantized: list[Quantized]
+    damp: float
+    strength: float
+    sweeps: int
+    attempts: int
+    before: float
+    after: float
+    held_before: float | None
+    held_after: float | None
+    nearest: bool = False
+
+
+class Task:
+    """The weights [out, in] of a problem with their scales; rows are numbered through all of them."""
+
+    def __init__(self, weights: Sequence[Tensor], params: Sequence[QParams], spec: TensorSpec) -> None:
+        self.weights, self.params, self.spec = weights, params, spec
+        self.grids = [grid(p, spec, w.shape) for p, w in zip(params, weights, strict=True)]
+        self.count = sum(len(weight) for weight in weights)
+
+    def pieces(self) -> Iterator[list[tuple[int, slice]]]:
+        """Yields runs of rows, by weight, that are solved at once."""
+        limit = CPU_ROWS if self.weights[0].device.type == "cpu" else max(1, self.count)
+        run: list[tuple[int, slice]] = []
+        room = limit
+        for index, weight in enumerate(self.weights):
+            start = 0
+            while start < len(weight):
+                stop = min(len(weight), start + room)
+                run.append((index, slice(start, stop)))
+                room -= stop - start
+                start = stop
+                if not room:
+                    yield run
+                    run, room = [], limit
+        if run:
+            yield run
+
+    def sample(self) -> list[tuple[int, slice]]:
+        """Returns every n-th row, so that there are about `SAMPLE`."""
+        step = max(1, self.count // SAMPLE)
+        return [(index, slice(0, len(weight), step)) for index, weight in enumerate(self.weights)]
+
+    def rows(self, run: Sequence[tuple[int, slice]]) -> Rows:
+        """Returns rows without values yet."""
+
+        def joined(tensors: list[Tensor | None]) -> Tensor | None:
+            known = [tensor for tensor in tensors if tensor is not None]
+            return torch.cat(known) if known else None
+
+        first = self.grids[0]
+        weight = torch.cat([self.weights[i][part].float() for i, part in run])
+        real = torch.cat([self.grids[i].scale[part] for i, part in run])
+        zero = joined([_cut(self.grids[i].zero, part) for i, part in run])
+        stored = outer = None
+        if refittable(self.spec):
+            stored = _joined_bits([_required(self.params[i].scale)[part] for i, part in run])
+            outer = joined([_outer(self.params[i].global_scale, self.weights[i][part]) for i, part in run])
+        return Rows(weight, weight, stored, outer, real, zero, first.size, first.element)
+
+
+def settle(
+    task: Task,
+    gram: Tensor,
+    choices: Choices,
+    aim: Callable[[Factor, float], Aim],
+    held: Callable[[Tensor, Tensor], Tensor] | None,
+) -> Settled | None:
+    """Returns the solution of a problem; None where the second moment has no factor.
+
+    gram   second moment of the inputs, float32 [N, N]; its diagonal is raised for a while, and put back
+    aim    what the loop steers for, of a factor and a strength
+    held   objective on held-out tokens, of weights and quantized weights (float32 [R, N]), one for every row; None:
+           there are none, and the first of the choices is taken
+    """
+    sample = task.sample()
+    trial = _Trial(task, sample, gram, choices, aim, held)
+    if not trial.start():
+        return None
+    if held is not None:
+        trial.choose_damp()
+        trial.choose_strength()
+    quantized = _all_rows(task, trial)
+    before, after = trial.objectives()
+    result = Settled(
+        quantized, trial.factor.damp, trial.strength, trial.sweeps, trial.factor.attempts,
+        before[0], after[0], before[1], after[1],
+    )  # fmt: skip
+    if result.held_before is not None and result.held_after is not None and result.held_before < result.held_after:
+        return replace(result, nearest=True)
+    return result
+
+
+class _Trial:
+    """One problem on its sample of rows, with the choices so far."""
+
+    def __init__(
+        self,
+        task: Task,
+        sample: Sequence[tuple[int, slice]],
+        gram: Tensor,
+        choices: Choices,
+        aim: Callable[[Factor, float], Aim],
+        held: Callable[[Tensor, Tensor], Tensor] | None,
+    ) -> None:
+        self.task, self.sample, self.gram, self.choices, self.held = task, sample, gram, choices, held
+        self._aim = aim
+        self.strength = choices.strengths[0]
+        self.sweeps = choices.sweeps
+        self.factor: Factor
+        self.aimed: Aim
+
+    def start(self) -> bool:
+        damps = self.choices.damps
+        found = self._factorize(START if len(damps) > 1 else damps[0])
+        if found is None:
+            return False
+        self._take(found, self.strength)
+        return True
+
+    def choose_damp(self) -> None:
+        """Goes from the damping it has to the neighbours in the list, as long as the held-out objective falls."""
+        if len(self.choices.damps) == 1:
+            return
+        least = self._held_loss()
+        for direction in (1, -1):
+            moved = False
+            at = DAMPS.index(START) + direction
+            while 0 <= at < len(DAMPS):
+                kept = self.factor, self.aimed
+                found = self._factorize(DAMPS[at])
+                if found is None:
+                    break
+                self._take(found, self.strength)
+                loss = self._held_loss()
+                if loss >= least:
+                    self.factor, self.aimed = kept
+                    break
+                least, moved = loss, True
+                at += direction
+            if moved:
+                return
+
+    def choose_strength(self) -> None:
+        if len(self.choices.strengths) == 1:
+            return
+        tried = []
+        for strength in self.choices.strengths:
+            self._take(self.factor, strength)
+            tried.append((self._held_loss(), strength))
+        self._take(self.factor, min(tried)[1])
+
+    def run(self, rows: Rows, sweeps: int) -> Rows:
+        """Chooses the codes of rows, and their scales anew when they are refined."""
+        shift, feed = self.aimed
+        source = rows.weight
+        if shift is not None:
+            rows.weight = torch.addmm(source, source, shift)
+        start = source if feed is not None else rows.weight
+        rows.values, _ = solve_values(start, self.factor, rows.grid(), feed=feed)
+        if sweeps:
+            with _Raised(self.gram, self.factor.ridge):
+                order = self.factor.order
+                refine(rows, self.task.spec, self.gram, order if order is not None else _all(self.gram), sweeps)
+        rows.weight = source
+        return rows
+
+    def objectives(self) -> tuple[tuple[float, float | None], tuple[float, float | None]]:
+        """Returns the objective, and that on held-out tokens, of rounding to nearest, and of the result."""
+        rows = self.task.rows(self.sample)
+        source = rows.weight
+        nearest = _nearest(rows)
+        done = self.run(rows, self.sweeps).decoded()
+        result = []
+        for quantized in (nearest, done):
+            error = quantized - source
+            seen = float((error * (error @ self.gram)).sum())
+            result.append((seen, float(self.held(source, quantized).sum()) if self.held is not None else None))
+        return result[0], result[1]
+
+    def _factorize(self, damp: float) -> Factor | None:
+        granularity = self.task.spec.granularity
+        group = granularity.size if isinstance(granularity, PerGroup) else None
+        return factorize(self.gram, damp=damp, act_order=self.choices.act_order, group=group)
+
+    def _take(self, factor: Factor, strength: float) -> None:
+        self.factor, self.strength = factor, strength
+        self.aimed = self._aim(factor, strength)
+
+    def _held_loss(self) -> float:
+        assert self.held is not None
+        rows = self.run(self.task.rows(self.sample), 0)
+        return float(self.held(rows.weight, rows.decoded()).sum())
+
+
+def _all_rows(task: Task, trial: _Trial) -> list[Quantized]:
+    codes: list[Tensor | None] = [None] * len(task.weights)
+    params = [replace(p, scale=p.scale.clone() if p.scale is not None else None) for p in task.params]
+    for run in task.pieces():
+        rows = trial.run(task.rows(run), trial.sweeps)
+        found = codes_of(rows.values, rows.grid())
+        start = 0
+        for index, part in run:
+            stop = start + part.stop - part.start
+            whole = codes[index]
+            if whole is None:
+                whole = codes[index] = torch.empty(task.weights[index].shape, dtype=found.dtype, device=found.device)
+            whole[part] = found[start:stop]
+            if rows.stored is not None:
+                _required(params[index].scale)[part] = rows.stored[start:stop]
+            start = stop
+    return [Quantized(_required(code), own) for code, own in zip(codes, params, strict=True)]
+
+
+def _nearest(rows: Rows) -> Tensor:
+    """Returns rows rounded to the nearest values of their scales."""
+    codes = encode_matrix(rows.weight, rows.grid())
+    zero = rows.wide_zero()
+    values = decode_grid(codes, rows.element) if zero is None else codes.float() - zero
+    return values * rows.wide()
+
+
+class _Raised:
+    """Adds a ridge to the diagonal of a matrix for a while."""
+
+    def __init__(self, matrix: Tensor, ridge: float) -> None:
+        self.diagonal, self.ridge = matrix.diagonal(), ridge
+        self.kept = self.diagonal.clone()
+
+    def __enter__(self) -> None:
+        self.diagonal.add_(self.ridge)
+
+    def __exit__(self, *_: object) -> None:
+        self.diagonal.copy_(self.kept)
+
+
+def _all(gram: Tensor) -> Tensor:
+    return torch.arange(len(gram), device=gram.device)
+
+
+def _cut(tensor: Tensor | None, part: slice) -> Tensor | None:
+    return tensor[part] if tensor is not None else None
+
+
+def _outer(scale: Tensor | None, weight: Tensor) -> Tensor | None:
+    return scale.view(1, 1).expand(len(weight), 1) if scale is not None else None
+
+
+def _required(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None
+    return tensor
+
+
+def _joined_bits(tensors: list[Tensor]) -> Tensor:
+    """Returns scales of several weights; float8 is joined by its bits, for which torch has no `cat`."""
+    if tensors[0].element_size() > 1:
+        return torch.cat(tensors)
+    return torch.cat([tensor.view(torch.uint8) for tensor in tensors]).view(tensors[0].dtype)
