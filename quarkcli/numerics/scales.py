@@ -124,7 +124,7 @@ def nearest_stored(real: Tensor, spec: TensorSpec, dtype: torch.dtype) -> Tensor
             return real.clamp(E4M3_MIN, E4M3_MAX).to(torch.float8_e4m3fn)
         case "e5m3":
             return e5m3_bytes(real).clamp_min_(1)
-    return nearest_plain(_nearest_power(real) if spec.scale.dtype == "pow2" else real, spec, dtype)
+    return nearest_plain(nearest_power(real) if spec.scale.dtype == "pow2" else real, spec, dtype)
 
 
 @cache

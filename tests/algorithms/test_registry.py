@@ -145,13 +145,13 @@ def test_steps_that_do_not_go_together(tmp_path: Path) -> None:
         ("gptp", {}, UsageError, "unknown algorithm 'gptp'"),
         ("gptq", {"dampp": 0.1}, ConfigError, "no parameter 'dampp'"),
         ("rtn", {"damp": 0.1}, ConfigError, "no parameter 'damp'"),
-        ("gptq", {"damp": 0}, ConfigError, "damp must lie between 0 and 1, not 0"),
+        ("gptq", {"damp": 0}, ConfigError, "damp must be auto or lie between 0 and 1, not 0"),
         ("gptq", {"damp": 1.5}, ConfigError, "not 1.5"),
         ("gptq", {"damp": True}, ConfigError, "not True"),
         ("gptq", {"damp": "0.1"}, ConfigError, "not '0.1'"),
         ("gptq", {"damp": float("nan")}, ConfigError, "not nan"),
-        ("gptq", {"act_order": 1}, ConfigError, "act_order must be true or false"),
-        ("gptq", {"scale_search": "yes"}, ConfigError, "scale_search must be true or false"),
+        ("gptq", {"act_order": 1}, ConfigError, "act_order must be one of true, false, group, not 1"),
+        ("gptq", {"scale_search": "yes"}, ConfigError, "scale_search must be one of true, false"),
     ],
 )
 def test_wrong_parameters(name: str, parameters: dict, error: type, text: str) -> None:
@@ -183,5 +183,5 @@ def test_parameters_come_from_the_recipe(tmp_path: Path) -> None:
     assert [step.name for step in flagged.steps] == ["rtn"]
     assert flagged.calibration is None
     path.write_text(path.read_text().replace("5e-2", "5"))
-    with pytest.raises(ConfigError, match="damp must lie between 0 and 1"):
+    with pytest.raises(ConfigError, match="damp must be auto or lie between 0 and 1"):
         runs.prepare("demo", recipe=str(path), calib_data="builtin")
