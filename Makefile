@@ -74,6 +74,7 @@ table: $(STAMP) ## loss of every scheme for one model: make table MODEL=DIR ARGS
 docs: $(STAMP) ## rebuild the generated reference pages
 	$(BIN)/python -m tests.docs.reference
 	$(BIN)/python -m tests.docs.recipe_reference
+	$(BIN)/python -m tests.docs.algorithms
 	$(BIN)/python -m tests.docs.models
 
 clean: ## remove everything that was built

@@ -14,7 +14,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import asdict, is_dataclass, replace
 from typing import Any, ClassVar
 
 from quarkcli import algorithms, family
@@ -22,7 +22,7 @@ from quarkcli.api import run
 from quarkcli.errors import ConfigError, UsageError, near_misses
 from quarkcli.recipe import catalog, steps
 from quarkcli.recipe.attributes import to_spec
-from quarkcli.recipe.entries import Entry, Origin
+from quarkcli.recipe.entries import SLOTS, Entry, Origin
 from quarkcli.recipe.normalize import path_text, refusal
 from quarkcli.recipe.quark_config import is_groups, weight_slots
 from quarkcli.recipe.recipe import attention_entries, cache_entries, exclusion_entries, scheme_entries
@@ -250,13 +250,11 @@ class LLMTemplate:
         for name in [names] if isinstance(names, str) else names:
             method = _known_algorithm(name)
             config = known[method] if method in known else self.algo_config.get(method)
-            parameters = {key: value for key, value in (config or {}).items() if key != "name"}
-            try:
-                algorithms.create(method, parameters, "algorithm")
-            except ConfigError:  # not in our words, or not known at all
-                parameters = _from_quark(method, parameters)
-                algorithms.create(method, parameters, "algorithm")
-            rows.append({"method": method, **deepcopy(parameters)})
+            listed = _listed(method, _as_mapping(config))
+            for one, parameters in listed:
+                own = {key: value for key, value in parameters.items() if key != SLOTS}
+                algorithms.create(one, own, "algorithm")
+            rows += [{"method": one, **deepcopy(parameters)} for one, parameters in listed]
         return rows
 
     def _share(self, groups: Sequence[Sequence[str]] | None) -> dict[str, Any]:
@@ -322,15 +320,32 @@ def _known_algorithm(name: str) -> str:
     return read.steps[0][0]
 
 
-def _from_quark(method: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns parameters in our words from those in Quark's. Warns of one that has no meaning here."""
+def _as_mapping(config: Any) -> dict[str, Any]:
+    """Returns the fields of an algorithm's config: a mapping, or one of amd-quark's own objects; none for None."""
+    if is_dataclass(config) and not isinstance(config, type):
+        return asdict(config)
+    return dict(config or {})
+
+
+def _listed(method: str, config: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Returns the steps of one config, which is in our words, or in Quark's: those have a `name`."""
+    if "name" not in config:
+        try:
+            algorithms.create(method, dict(config), "algorithm")
+        except ConfigError:  # not in our words, or not known at all
+            return _from_quark(method, config)
+        return [(method, dict(config))]
+    return _from_quark(method, {key: value for key, value in config.items() if key != "name"})
+
+
+def _from_quark(method: str, parameters: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Returns steps in our words from parameters in Quark's. Warns of those that have no meaning here."""
     read = steps.from_quark({"name": method, **parameters}, (method,))
     if read.problems:
         raise refusal(read.problems, path_text)
     if read.notes:
         warnings.warn("; ".join(text for _, text in read.notes), stacklevel=5)
-    ((_, found),) = read.steps
-    return found
+    return read.steps
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------

@@ -54,6 +54,7 @@ class Entry:
     user: bool = False
 
 
+SCALED = "scaling_layers"  # among the parameters of a step: whose output channels it scales; all that it can if absent
 SLOTS = "slots"  # among the parameters of a step: patterns on the weight slots it works on
 
 

@@ -1,9 +1,9 @@
 """Turns algorithm settings of AMD Quark and NVIDIA ModelOpt into (method, parameters) as recipes list them. Torch-free.
 
-Fields are checked against the tables of their system (Quark 0.13, ModelOpt 0.47). They keep their names but for those
-that our algorithms know under another one; what only steers how the other system computes is left out and noted.
-Quark's `inside_layer_modules` of a solver becomes the `slots` it works on, `scaling_layers` and `model_decoder_layers`
-are kept as parameters; the one known form of a `condition` is parsed, and nothing is ever evaluated.
+Fields are checked against the tables of their system (Quark 0.13, ModelOpt 0.47), and said in our words
+(`peer_steps`); what only steers how the other system computes is left out and noted. Quark's `inside_layer_modules` of
+a solver becomes the `slots` it works on, `scaling_layers` is kept as a parameter; the one known form of a `condition`
+is parsed, and nothing is ever evaluated.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from quarkcli.errors import near_misses
+from quarkcli.recipe import peer_steps
 from quarkcli.recipe.entries import SLOTS
 from quarkcli.recipe.load import Path_
 from quarkcli.recipe.normalize import Located, Step
@@ -165,13 +166,8 @@ _QUARK_REFUSED = {
     "twobitscalar": "it is an experiment of Quark's",
 }
 _LEARNED = ("trainable", "train_smooth", "smooth_positions")
-_RENAMED = {"damp_percent": "damp", "desc_act": "act_order", "perc_damp": "damp"}
 _NO_MEANING = {
-    "inside_layer_modules": "the model family says which modules of a block read one activation",
-    "model_decoder_layers": "the model family says where the blocks are",
     "moe_calib_experts_ratio": "see --moe-calibration",
-    "block_size": "columns are taken in blocks of our own, with the same result",
-    "true_sequential": "the inputs of a block are observed in one pass",
     "num_attention_heads": "read from the model",
     "num_key_value_heads": "read from the model",
     "fused": "it only steers a kernel",
@@ -184,9 +180,7 @@ _NO_MEANING = {
 }
 # Modules of a block that a solver works on, by the ends of their names: what is left is rounded to nearest.
 _INSIDE = "inside_layer_modules"
-_SLOTTED = {"gptq", "gptaq", "qronos"}
-# Here the blocks are those of the loss.
-_MEANT = {("local_hessian", "block_size")}
+_SLOTTED = {"gptq", "gptaq", "qronos", "autoround"}
 _MODELOPT_COMMON: dict[str, _Check] = {"moe_calib_experts_ratio": _number, "layerwise": _switch}
 _SWEEP: dict[str, _Check] = {
     **dict.fromkeys(("step_size", "start_multiplier", "stop_multiplier"), _number),
@@ -308,7 +302,9 @@ def _finish(
         return
     common = _MODELOPT_COMMON if known is _MODELOPT else {"num_attention_heads": _whole, "num_key_value_heads": _whole}
     checks = {**common, **known[name]}
-    parameters: dict[str, Any] = {}
+    words = (peer_steps.MODELOPT if known is _MODELOPT else peer_steps.QUARK).get(name, peer_steps.Words(name))
+    left_out = {**_NO_MEANING, **words.left_out}
+    fields: dict[str, Any] = {}
     for key, value in given.items():
         at = (*path, key)
         if key not in checks:
@@ -318,10 +314,13 @@ def _finish(
         elif wrong := checks[key](value):
             out.problems.append((at, f"{key} {wrong}"))
         elif key == _INSIDE and name in _SLOTTED:
-            parameters[SLOTS] = [f"*{module.lstrip('*')}.weight_quantizer" for module in value]
-        elif key in _NO_MEANING and (name, key) not in _MEANT:
-            out.notes.append((at, f"{key} is left out: {_NO_MEANING[key]}"))
-        else:
-            parameters[_RENAMED.get(key, key)] = _parsed(value) if checks[key] is _pairs else value
+            fields[SLOTS] = [f"*{module.lstrip('*')}.weight_quantizer" for module in value]
+        elif key in left_out:
+            out.notes.append((at, f"{key} is left out: {left_out[key]}"))
+        elif checks[key] is not _pairs:
+            fields[key] = value
+        elif value:  # without rows, those of the model family
+            fields[key] = _parsed(value)
+    out.problems += [((*path, key), f"'{key}' cannot be honoured: {why}") for key, why in words.refused(fields)]
     if name != _PLAIN:
-        out.steps.append((name, parameters))
+        out.steps += words.steps(fields)

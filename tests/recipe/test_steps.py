@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 
-from quarkcli.algorithms.gptq import GPTQ
 from quarkcli.recipe.steps import Steps, from_modelopt, from_quark
 
+# An imported file keeps what it says: damping as given or as theirs, no refinement, no held-out rows.
+AS_GIVEN = {"damp": 0.01}
+DOWN = "*down_proj.weight_quantizer"
 INSIDE = ["self_attn.q_proj", "self_attn.k_proj"]
 PAIR = {"prev_op": "input_layernorm", "layers": INSIDE, "inp": "self_attn.q_proj", "module2inspect": "self_attn"}
 
@@ -29,8 +31,7 @@ def test_quark_fields_under_our_names() -> None:
     }  # fmt: skip
     found = quark(given)
     slots = [f"*{name}.weight_quantizer" for name in INSIDE]
-    assert found.steps == [("gptq", {"damp": 0.02, "act_order": False, "slots": slots})]
-    assert {"damp", "act_order"} <= set(GPTQ.parameters)
+    assert found.steps == [("gptq", {**AS_GIVEN, "damp": 0.02, "act_order": False, "slots": slots})]
     noted = ["true_sequential", "block_size", "model_decoder_layers"]
     assert [path for path, _ in found.notes] == [("algo_config", field) for field in noted]
     assert found.problems == []
@@ -38,7 +39,7 @@ def test_quark_fields_under_our_names() -> None:
 
 def test_static_groups_go_without_the_order_of_activations() -> None:
     found = quark({"name": "gptq", "static_groups": False, "desc_act": False})
-    assert (found.steps, found.problems) == ([("gptq", {"act_order": False})], [])
+    assert (found.steps, found.problems) == ([("gptq", {**AS_GIVEN, "act_order": False})], [])
     assert quark({"name": "gptq", "static_groups": False, "desc_act": True}).problems
 
 
@@ -62,19 +63,58 @@ def test_no_other_condition_is_taken(text: str) -> None:
 def test_older_names() -> None:
     assert quark({"name": "smooth", "alpha": 0.5}).steps == [("smoothquant", {"alpha": 0.5})]
     assert quark({"SmoothQuantConfig": {"alpha": 0.5}}).steps == [("smoothquant", {"alpha": 0.5})]
-    assert quark({"GPTQConfig": {}}).steps == [("gptq", {})]
-    quarot = quark({"name": "quarot", "r4": False, "random": True})
-    turned = {"r1": True, "r2": True, "r3": True, "r4": False, "random_r1": True, "random_r2": True}
+    assert quark({"GPTQConfig": {}}).steps == [("gptq", AS_GIVEN)]
+    quarot = quark({"name": "quarot", "r3": False, "r4": False, "random": True})
+    turned = {"r1": True, "r2": True, "random": True}
     assert quarot.steps == [("rotation", turned)] and "called 'rotation' today" in quarot.notes[0][1]
     gqa = quark({"name": "awq", "num_attention_heads": 32, "num_key_value_heads": 8})
     assert gqa.steps == [("awq", {})] and len(gqa.notes) == 2
     online = quark({"name": "rotation", "online_config": {"shared_parallel": True, "shared_input_rotation": True}})
-    assert online.steps == [("rotation", {"online_config": {"shared_parallel": True}})]
+    assert online.steps == [("rotation", {"r1": True, "r2": False, "random": False})] and len(online.notes) == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "steps"),
+    [
+        ({}, [("rotation", {"r1": True, "r2": False, "random": False})]),
+        ({"r2": True, "random_r1": True}, [("rotation", {"r1": True, "r2": True, "random": True})]),
+        ({"rotation_size": 32}, [("rotation", {"r1": True, "r2": False, "random": False, "block": 32})]),
+        (
+            {"r4": True, "r3": False, "scaling_layers": {"first_layer": [{"next_modules": ["a"]}]}},
+            [
+                ("rotation", {"r1": True, "r2": False, "random": False}),
+                ("hadamard", {"slots": ["*down_proj.weight_quantizer"], "block": "full"}),
+            ],
+        ),
+        ({"r1": False, "r4": True, "rotation_size": 64}, [("hadamard", {"slots": [DOWN], "block": 64})]),
+    ],
+)
+def test_rotations(given: dict[str, Any], steps: Any) -> None:
+    found = quark({"name": "rotation", **given})
+    assert (found.steps, found.problems) == (steps, [])
+
+
+def test_defaults_that_differ_from_ours_are_theirs() -> None:
+    assert quark({"name": "smooth"}).steps == [("smoothquant", {"alpha": 1.0})] == modelopt("smoothquant").steps
+    assert quark({"name": "gptaq"}).steps == [("gptaq", {**AS_GIVEN, "strength": 0.25})]
+    assert quark({"name": "gptaq", "alpha": 0.5}).steps == [("gptaq", {**AS_GIVEN, "strength": 0.5})]
+    assert quark({"name": "qronos", "alpha": 1e-3, "beta": 1e4}).steps == [("qronos", {**AS_GIVEN, "strength": 1.0})]
+    rates = {"lr": 0.005, "minmax_lr": 0.005}
+    assert quark({"name": "autoround", "iters": 20}).steps == [("autoround", {**rates, "iters": 20})]
+    given = {"name": "autoround", "enable_minmax_tuning": False, "batch_size": 4, "inside_layer_modules": ["q_proj"]}
+    slots = {"slots": ["*q_proj.weight_quantizer"]}
+    assert quark(given).steps == [("autoround", {**rates, "minmax": False, "batch": 4, **slots})]
+
+
+def test_no_rows_are_those_of_the_family() -> None:
+    found = quark({"name": "smooth", "alpha": 0.5, "scaling_layers": [], "model_decoder_layers": "model.layers"})
+    assert found.steps == [("smoothquant", {"alpha": 0.5})]
+    assert "the model family says where the blocks are" in found.notes[1][1]
 
 
 def test_order_and_nothing() -> None:
     both = quark([{"name": "rotation", "r1": True, "trainable": False}, {"name": "gptaq", "alpha": 0.25}])
-    assert both.steps == [("rotation", {"r1": True}), ("gptaq", {"alpha": 0.25})]
+    assert [name for name, _ in both.steps] == ["rotation", "gptaq"]
     assert quark(None) == Steps() == quark([])
 
 
@@ -103,6 +143,8 @@ def test_headroom(parameters: dict[str, Any], message: str) -> None:
         ({"name": "twobitscalar"}, "'twobitscalar' cannot be honoured"),
         ({"name": "rotation", "trainable": True}, "'trainable' cannot be honoured: learned transforms"),
         ({"name": "rotation", "train_smooth": True}, "'train_smooth' cannot be honoured"),
+        ({"name": "rotation", "r3": True}, "'r3' cannot be honoured: no checkpoint can say that queries and keys"),
+        ({"name": "rotation", "online_r1_rotation": True}, "the algorithm hadamard turns inputs"),
         ({"name": "rotation", "scaling_layers": []}, "scaling_layers must be a mapping with first_layer"),
         ({"name": "rotation", "scaling_layers": {"first_layer": [{"prev_op": "x"}]}}, "unknown key 'prev_op'"),
         ({"name": "gptq", "static_groups": False}, "static_groups: false cannot be honoured"),
@@ -131,11 +173,14 @@ def test_quark_refusals(value: Any, message: str) -> None:
         ({"method": "max", "distributed_sync": True}, []),
         ("awq_lite", [("awq_lite", {})]),
         ({"method": "awq_full", "alpha_step": 0.1, "debug": True}, [("awq_full", {"alpha_step": 0.1})]),
-        ({"method": "gptq", "perc_damp": 0.02, "layerwise": {"enable": True}}, [("gptq", {"damp": 0.02})]),
-        ({"method": "gptq", "block_size": 64, "fused": True}, [("gptq", {})]),
+        ({"method": "gptq", "perc_damp": 0.02, "layerwise": {"enable": True}}, [("gptq", {**AS_GIVEN, "damp": 0.02})]),
+        ({"method": "gptq", "block_size": 64, "fused": True}, [("gptq", AS_GIVEN)]),
         ({"method": "mse", "fp8_scale_sweep": True}, [("mse", {"fp8_scale_sweep": True})]),
         ({"method": "local_hessian", "block_size": 16}, [("local_hessian", {"block_size": 16})]),
-        (["smoothquant", {"method": "max"}, {"method": "gptq"}], [("smoothquant", {}), ("gptq", {})]),
+        (
+            ["smoothquant", {"method": "max"}, {"method": "gptq", "perc_damp": 0.05}],
+            [("smoothquant", {"alpha": 1.0}), ("gptq", {**AS_GIVEN, "damp": 0.05})],
+        ),
         (
             {"method": "nvfp4_act_headroom", "rho": 16384, "weight_scale_algorithm": {"method": "max"}},
             [("nvfp4_act_headroom", {"rho": 16384})],

@@ -1,0 +1,110 @@
+"""Says the algorithms of AMD Quark and NVIDIA ModelOpt in our words: names, parameters, defaults that differ from ours.
+
+An imported file keeps what it says, and what its system does where it is silent: damping as given, no refinement, no
+held-out rows. Torch-free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from quarkcli.recipe.entries import SCALED, SLOTS
+
+Parameters = dict[str, Any]
+Row = tuple[str, Parameters]  # a step as a recipe lists it
+
+_DOWN = "*down_proj.weight_quantizer"  # R4 turns what the down projection reads
+
+
+@dataclass(frozen=True)
+class Words:
+    """One algorithm of a peer.
+
+    name      ours
+    renamed   field -> our parameter
+    usual     our parameter -> the value that holds where the file says nothing; given only where it is not ours
+    left_out  field -> why it has no meaning here
+    """
+
+    name: str
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    usual: Mapping[str, Any] = field(default_factory=dict)
+    left_out: Mapping[str, str] = field(default_factory=dict)
+
+    def steps(self, given: Parameters) -> list[Row]:
+        """Returns the steps for checked fields, without those that are left out."""
+        kept = {self.renamed.get(key, key): value for key, value in given.items() if key not in self.left_out}
+        return [(self.name, {**self.usual, **kept})]
+
+    def refused(self, given: Parameters) -> list[tuple[str, str]]:
+        """Returns the fields that ask for what cannot be done here, with the reason."""
+        return []
+
+
+@dataclass(frozen=True)
+class Turned(Words):
+    """Quark's rotation: R1 and R2 are turned into the weights, R4 is a Hadamard at the inputs of down projections."""
+
+    def steps(self, given: Parameters) -> list[Row]:
+        r1, r2 = given.get("r1", True), given.get("r2", False)
+        size = given.get("rotation_size")
+        found: list[Row] = []
+        if r1 or r2:
+            block = {} if size is None else {"block": size}
+            random = bool(given.get("random_r1" if r1 else "random_r2", False))
+            found.append((self.name, {"r1": r1, "r2": r2, "random": random, **block}))
+        if given.get("r4"):
+            found.append(("hadamard", {SLOTS: [_DOWN], "block": "full" if size is None else size}))
+        return found
+
+    def refused(self, given: Parameters) -> list[tuple[str, str]]:
+        return [(key, why) for key, why in _ONLINE.items() if given.get(key)]
+
+
+_ONLINE = {
+    "r3": "no checkpoint can say that queries and keys are turned while the model runs",
+    "online_r1_rotation": "R1 is turned into the weights; the algorithm hadamard turns inputs while the model runs",
+}
+_FAMILY_BLOCKS = "the model family says where the blocks are"
+_FAMILY_READS = "the model family says which modules of a block read one activation"
+_FAMILY_TURNS = "the model family says which linears read and write the residual stream"
+_OWN_BLOCKS = {"block_size": "columns are taken in blocks of our own, with the same result"}
+_ONE_PASS = {"true_sequential": "the inputs of a block are observed in one pass"}
+_PLACED = {"model_decoder_layers": _FAMILY_BLOCKS, "inside_layer_modules": _FAMILY_READS}
+_AS_GIVEN: Parameters = {}
+_COLUMNS = {"damp_percent": "damp", "desc_act": "act_order"}
+
+QUARK: dict[str, Words] = {
+    "awq": Words("awq", left_out=_PLACED),
+    "gptq": Words("gptq", _COLUMNS, {"damp": 0.01, **_AS_GIVEN}, _PLACED | _OWN_BLOCKS | _ONE_PASS),
+    "gptaq": Words(
+        "gptaq", {**_COLUMNS, "alpha": "strength"}, {"damp": 0.01, "strength": 0.25, **_AS_GIVEN}, _PLACED | _OWN_BLOCKS
+    ),
+    "qronos": Words(
+        "qronos", _COLUMNS, {"damp": 0.01, "strength": 1.0, **_AS_GIVEN},
+        _PLACED | _OWN_BLOCKS | {
+            "alpha": "the ridge is a share of the mean diagonal, damp, not of the largest eigenvalue",
+            "beta": "nothing here needs to be kept from growing",
+        },
+    ),
+    "smoothquant": Words("smoothquant", usual={"alpha": 1.0}, left_out=_PLACED),
+    "autosmoothquant": Words("autosmoothquant", left_out=_PLACED),
+    "rotation": Turned(
+        "rotation",
+        left_out={
+            **dict.fromkeys(("backbone", "v_proj", "o_proj", "self_attn", "mlp", SCALED), _FAMILY_TURNS),
+            "online_config": "it is about rotations while the model runs",
+            **_PLACED,
+        },
+    ),
+    "autoround": Words(
+        "autoround", {"enable_minmax_tuning": "minmax", "batch_size": "batch"}, {"lr": 1 / 200, "minmax_lr": 1 / 200},
+        _PLACED,
+    ),
+}  # fmt: skip
+MODELOPT: dict[str, Words] = {
+    "gptq": Words("gptq", {"perc_damp": "damp"}, {"damp": 0.01, **_AS_GIVEN}, _OWN_BLOCKS),
+    "smoothquant": Words("smoothquant", usual={"alpha": 1.0}),
+}
