@@ -73,7 +73,7 @@ _FAMILY_TURNS = "the model family says which linears read and write the residual
 _OWN_BLOCKS = {"block_size": "columns are taken in blocks of our own, with the same result"}
 _ONE_PASS = {"true_sequential": "the inputs of a block are observed in one pass"}
 _PLACED = {"model_decoder_layers": _FAMILY_BLOCKS, "inside_layer_modules": _FAMILY_READS}
-_AS_GIVEN: Parameters = {}
+_AS_GIVEN = {"refine": "off", "holdout": 0}
 _COLUMNS = {"damp_percent": "damp", "desc_act": "act_order"}
 
 QUARK: dict[str, Words] = {

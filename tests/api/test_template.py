@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,7 @@ def test_the_same_plan_as_the_command(tmp_path: Path, capsys: pytest.CaptureFixt
     assert shown[0] == shown[1]
     assert "dialect" in shown[0]
     parameters = {step.name: step.parameters for step in of_config("demo", config).algorithms}
-    assert parameters == {"gptq": {"damp": 0.05, "act_order": False}}
+    assert parameters == {"gptq": {"damp": 0.05, "act_order": False, "refine": "off", "holdout": 0}}
 
 
 def test_exclusions_take_the_place_of_the_templates(model: tuple[str, str]):
@@ -222,11 +223,50 @@ def test_names_of_templates():
     assert "llama" in caught.value.hint
 
 
-@pytest.mark.parametrize("field", ["awq_config", "gptq_config", "smoothquant_config"])
-def test_legacy_keywords_warn(field: str):
-    with pytest.warns(DeprecationWarning, match=field):
-        made = LLMTemplate("mine", **{field: {"alpha": 0.5}})
-    assert made.algo_config == {field.removesuffix("_config"): {"alpha": 0.5}}
+@dataclass
+class SmoothQuantConfig:
+    """As amd-quark has it."""
+
+    name: str = "smooth"
+    alpha: float = 1
+    scale_clamp_min: float = 1e-3
+    scaling_layers: list[Any] = field(default_factory=list)
+    model_decoder_layers: str = "model.layers"
+
+
+def test_algorithms_are_stacked_in_their_order():
+    """Configs in the old keywords, as mappings and as amd-quark's objects, in Quark's words; the plan has all steps."""
+    rows = [{"prev_op": "mlp.up_proj", "layers": ["mlp.down_proj"], "inp": "mlp.down_proj"}]
+    with pytest.warns(DeprecationWarning):
+        made = LLMTemplate(
+            "mine", exclude_layers_name=["lm_head"],
+            smoothquant_config=SmoothQuantConfig(alpha=0.5, scaling_layers=rows),
+            rotation_config={"name": "rotation", "r2": True, "rotation_size": 32, "scaling_layers": {}},
+        )  # fmt: skip
+    with pytest.warns(UserWarning, match="left out"):
+        config = made.get_config(
+            "nvfp4", ["rotation", "smoothquant", "gptq"],
+            algo_configs={"gptq": {"damp_percent": 0.02, "inside_layer_modules": ["mlp.down_proj"]}},
+        )  # fmt: skip
+    slots = ["*mlp.down_proj.weight_quantizer"]
+    assert config["quantize"]["algorithm"] == [
+        {"method": "rotation", "r1": True, "r2": True, "random": False, "block": 32},
+        {"method": "smoothquant", "alpha": 0.5, "scale_clamp_min": 1e-3, "scaling_layers": rows},
+        {"method": "gptq", "damp": 0.02, "refine": "off", "holdout": 0, "slots": slots},
+    ]
+    plan = of_config("demo", config)
+    assert [step.name for step in plan.algorithms] == ["rotation", "smoothquant", "gptq"]
+    assert {name.rpartition(".")[2] for name in plan.algorithms[2].weights} == {"down_proj"}
+
+
+@pytest.mark.parametrize(
+    "keyword",
+    [f"{name}_config" for name in ("awq", "gptq", "gptaq", "qronos", "rotation", "smoothquant", "autosmoothquant")],
+)
+def test_legacy_keywords_warn(keyword: str):
+    with pytest.warns(DeprecationWarning, match=keyword):
+        made = LLMTemplate("mine", **{keyword: {"alpha": 0.5}})
+    assert made.algo_config == {keyword.removesuffix("_config"): {"alpha": 0.5}}
 
 
 def test_parameters_of_algorithms():
@@ -238,7 +278,7 @@ def test_parameters_of_algorithms():
     assert steps() == [{"method": "gptq", "damp": 0.1}]
     with pytest.warns(UserWarning, match="block_size is left out"):
         assert steps(algo_configs={"gptq": {"block_size": 128, "damp_percent": 0.02, "static_groups": True}}) == [
-            {"method": "gptq", "damp": 0.02}
+            {"method": "gptq", "damp": 0.02, "refine": "off", "holdout": 0}
         ]
     with pytest.raises(ConfigError, match="has no field 'dampp'"):
         steps(algo_configs={"gptq": {"dampp": 1}})

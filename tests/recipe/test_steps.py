@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 
+from quarkcli import algorithms
+from quarkcli.recipe import peer_steps
 from quarkcli.recipe.steps import Steps, from_modelopt, from_quark
 
 # An imported file keeps what it says: damping as given or as theirs, no refinement, no held-out rows.
-AS_GIVEN = {"damp": 0.01}
+AS_GIVEN = {"damp": 0.01, "refine": "off", "holdout": 0}
 DOWN = "*down_proj.weight_quantizer"
 INSIDE = ["self_attn.q_proj", "self_attn.k_proj"]
 PAIR = {"prev_op": "input_layernorm", "layers": INSIDE, "inp": "self_attn.q_proj", "module2inspect": "self_attn"}
@@ -104,6 +106,13 @@ def test_defaults_that_differ_from_ours_are_theirs() -> None:
     given = {"name": "autoround", "enable_minmax_tuning": False, "batch_size": 4, "inside_layer_modules": ["q_proj"]}
     slots = {"slots": ["*q_proj.weight_quantizer"]}
     assert quark(given).steps == [("autoround", {**rates, "minmax": False, "batch": 4, **slots})]
+
+
+@pytest.mark.parametrize("words", [*peer_steps.QUARK.values(), *peer_steps.MODELOPT.values()])
+def test_our_words_are_parameters_of_our_algorithms(words: peer_steps.Words) -> None:
+    if words.name in algorithms.names():
+        named = {*words.renamed.values(), *words.usual}
+        assert named <= set(algorithms.create(words.name, {}).parameters)
 
 
 def test_no_rows_are_those_of_the_family() -> None:
