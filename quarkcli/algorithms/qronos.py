@@ -1,0 +1,31 @@
+"""Qronos (arXiv 2505.11695): rounds column by column what comes nearest, on inputs that are off, to the source's output.
+
+It sees two streams: x, what the quantized blocks below hand on, and s, the same token's in the source model. The loop
+is GPTQ's on the float weights W' for which W' x comes nearest to W s. How far to go from W to W' is chosen on held-out
+tokens, 0 (GPTQ) among the choices. Refinement goes for the same. Parameters: see `columns.ColumnSolver`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from quarkcli.algorithms.twostream import TwoStreamSolver
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from quarkcli.numerics.settle import Aim
+    from quarkcli.numerics.solve import Factor
+
+
+class Qronos(TwoStreamSolver):
+    name = "qronos"
+
+    def target(self, away: Tensor, gram: Tensor, factor: Factor) -> Aim:
+        from quarkcli.numerics.settle import Aim
+        from quarkcli.numerics.shift import first_rule, least_squares
+
+        return Aim(shift=least_squares(away, factor), first=first_rule(away, gram, factor))
+
+
+ALGORITHM = Qronos

@@ -1,0 +1,100 @@
+"""The common ground of solvers that see the source model's activations beside the served ones: gptaq, qronos."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from quarkcli.algorithms.base import Needs, Problem
+from quarkcli.algorithms.columns import ColumnSolver
+from quarkcli.errors import ConfigError
+from quarkcli.plan.model import Plan
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from quarkcli.numerics.quantize import Quantized
+    from quarkcli.numerics.settle import Aim, Choices
+    from quarkcli.numerics.solve import Factor
+
+STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+CAUTIOUS = 0.25  # where no token is held out
+# A target further from the weights than their own norm follows directions that calibration hardly excites.
+FURTHEST = 1.0
+
+
+class TwoStreamSolver(ColumnSolver):
+    """Rounds column by column, for a target between W (strength 0) and what makes W s of x (strength 1).
+
+    strength   auto: chosen on held-out tokens, a quarter where there are none; or a number from 0 to 1
+    """
+
+    streams: ClassVar[frozenset[str]] = frozenset({"served", "source"})
+    parameters: ClassVar[Mapping[str, Any]] = {**ColumnSolver.parameters, "strength": "auto"}
+
+    def __init__(self, strength: float | str, **settings: Any) -> None:
+        super().__init__(**settings)
+        number = isinstance(strength, int | float) and not isinstance(strength, bool) and 0 <= strength <= 1
+        if strength != "auto" and not number:
+            raise ConfigError(
+                f"{self.name} strength must be auto or a number from 0 to 1, not {strength!r}", where="algorithm"
+            )
+        self.strength = float(strength) if number else None
+        self._full: tuple[Factor, Aim] | None = None
+
+    @abstractmethod
+    def target(self, away: Tensor, gram: Tensor, factor: Factor) -> Aim:
+        """Returns the aim at full strength.
+
+        away  E[(s - x) x^T], float32 [N, N]
+        """
+
+    def needs(self, plan: Plan) -> Needs:
+        return {site: kinds | {"cross"} for site, kinds in super().needs(plan).items()}
+
+    def memory(self, plan: Plan) -> int:
+        """Returns the bytes of what the column loop needs, both cross moments, and the aim with what makes it."""
+        widest = max((run[0].shape[1] for run in plan.quantized_alike()), default=0)
+        return super().memory(plan) + 4 * 6 * widest * widest
+
+    def aim(self, problem: Problem, factor: Factor, strength: float) -> Aim:
+        from quarkcli.numerics.settle import Aim
+
+        if strength == 0:
+            return Aim()
+        if self._full is None or self._full[0] is not factor:
+            self._full = factor, self._bounded(problem, factor)
+        return self._full[1].times(strength)
+
+    def solve(self, problem: Problem) -> list[Quantized] | None:
+        try:
+            return super().solve(problem)
+        finally:
+            self._full = None
+
+    def _bounded(self, problem: Problem, factor: Factor) -> Aim:
+        """Returns the aim at full strength, taken back where it lies far away from the weights."""
+        from quarkcli.numerics.shift import deviation, distance
+
+        moment = problem.moment
+        assert moment is not None and moment.cross is not None
+        full = self.target(deviation(moment.gram, moment.cross, factor.dead), moment.gram, factor)
+        assert full.shift is not None
+        far = distance(problem.weights, full.shift)
+        if far <= FURTHEST:
+            return full
+        problem.warn(
+            f"{problem.name}: {self.name} aims for weights that differ from the source's by {far:.1f} times their "
+            "norm, and goes a part of the way; more calibration rows would tell more"
+        )
+        return full.times(FURTHEST / far)
+
+    def _choices(self, problem: Problem, held: bool) -> Choices:
+        choices = super()._choices(problem, held)
+        if problem.moment is None or problem.moment.cross is None:
+            return choices
+        if self.strength is not None:
+            return replace(choices, strengths=(self.strength,))
+        return replace(choices, strengths=STRENGTHS if held else (CAUTIOUS,))

@@ -1,0 +1,111 @@
+"""Qronos, and what it has in common with gptaq: both see the source model's activations beside the served ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from quarkcli.algorithms import create
+from quarkcli.algorithms.twostream import CAUTIOUS, STRENGTHS
+from quarkcli.errors import ConfigError, Stopped
+from quarkcli.spec import TensorSpec
+from tests import runs
+
+from .two_streams import SPECS, streams
+
+every_spec = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+both = pytest.mark.parametrize("name", ["gptaq", "qronos"])
+PLAIN: dict[str, Any] = {"damp": 0.01, "refine": "off"}
+
+
+@both
+@every_spec
+def test_equal_streams_are_gptq(name: str, spec: TensorSpec) -> None:
+    case = streams()
+    moment = case.moment(equal=True)
+    (wanted,) = case.solve("gptq", spec, moment, **PLAIN)
+    (found,) = case.solve(name, spec, moment, **PLAIN, strength=1.0)
+    assert runs.same_bytes(found.codes, wanted.codes)
+
+
+@every_spec
+def test_each_comes_nearer_to_the_source(spec: TensorSpec) -> None:
+    case = streams()
+    moment = case.moment()
+    lost = [case.lost(case.solve(name, spec, moment, **PLAIN), spec) for name in ("qronos", "gptaq", "gptq")]
+    lost.append(case.lost(case.solve("rtn", spec, moment), spec))
+    assert lost[0] <= 1.01 * lost[1] and lost[1] < lost[2] < lost[3]
+
+
+@both
+@every_spec
+def test_refinement_goes_for_the_source_too(name: str, spec: TensorSpec) -> None:
+    case = streams()
+    moment = case.moment()
+    rough, fine = (case.lost(case.solve(name, spec, moment, damp=0.01, refine=n), spec) for n in ("off", 2))
+    assert fine < rough
+
+
+@both
+def test_strength_is_chosen_on_held_out_tokens(name: str) -> None:
+    """Where the held-out tokens know of no difference between the streams, the result is gptq's."""
+    case = streams()
+    moment, spec = case.moment(), SPECS["int3"]
+    case.solve(name, spec, moment, **PLAIN)
+    assert case.outcomes[-1].strength in STRENGTHS[2:]  # the streams differ everywhere alike
+    same = moment._replace(cross_val=moment.gram_val)
+    (found,) = case.solve(name, spec, same, **PLAIN)
+    assert case.outcomes[-1].strength == 0
+    (wanted,) = case.solve("gptq", spec, same._replace(cross=None, cross_val=None), **PLAIN)
+    assert runs.same_bytes(found.codes, wanted.codes)
+
+
+@both
+def test_strength_is_cautious_where_nothing_is_held_out(name: str) -> None:
+    case = streams()
+    case.solve(name, SPECS["int3"], case.moment(held=False))
+    assert case.outcomes[-1].strength == CAUTIOUS
+    case.solve(name, SPECS["int3"], case.moment(), strength=0.6)
+    assert case.outcomes[-1].strength == 0.6
+
+
+@both
+def test_a_target_far_away_is_taken_back(name: str) -> None:
+    case = streams()
+    case.s *= 40
+    quantized = case.solve(name, SPECS["int3"], case.moment(held=False), strength=1.0)
+    (warning,) = case.warnings
+    assert warning.startswith(f"weight: {name} aims for weights that differ from the source's by 1")
+    assert float(quantized[0].codes.float().abs().mean()) < 4
+
+
+@both
+@pytest.mark.parametrize("strength", [-0.1, 1.5, True, "strong"])
+def test_strengths_that_are_none(name: str, strength: Any) -> None:
+    with pytest.raises(ConfigError, match=f"{name} strength must be auto or a number from 0 to 1"):
+        create(name, {"strength": strength})
+
+
+@both
+@pytest.mark.parametrize(("family", "scheme"), [("llama", "nvfp4"), ("qwen3_moe", "int4_wo_32")])
+def test_a_killed_run_gives_the_same_bytes(name: str, family: str, scheme: str, tmp_path: Path) -> None:
+    source = runs.build(family, tmp_path / "m", num_hidden_layers=2)
+    options = {"scheme": scheme, "algorithm": name, **runs.data(runs.text_file(tmp_path / "t.txt"), 40, 64)}
+    whole = runs.run(source, tmp_path / "whole", **options)
+    chosen = whole.report["outcomes"]["weights"]
+    later = {row["strength"] for key, row in chosen.items() if ".layers.1." in key}
+    assert later & set(STRENGTHS[1:])
+    part = {"time_budget": 0.0, **options}
+    with pytest.raises(Stopped):
+        runs.run(source, tmp_path / "out", **part)
+    with pytest.raises(Stopped):
+        runs.run(source, tmp_path / "out", **part, resume="require")
+    again = runs.run(source, tmp_path / "out", **options, resume="require")
+    assert runs.same_files(whole.folder, again.folder)
+    assert again.report["outcomes"] == whole.report["outcomes"]
+    plain = runs.run(source, tmp_path / "gptq", **{**options, "algorithm": "gptq"})
+    tensors, others = runs.read_all(whole.folder), runs.read_all(plain.folder)
+    assert any(not torch.equal(tensor.view(torch.uint8), others[key].view(torch.uint8)) for key, tensor in tensors.items() if tensor.dim() == 2)

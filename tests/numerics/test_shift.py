@@ -1,0 +1,218 @@
+"""GPTAQ and Qronos against float64 formulas that are written column by column, as the papers have them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from quarkcli.numerics.grid import Grid
+from quarkcli.numerics.shift import corrected, deviation, distance, feeds, first_rule, least_squares
+from quarkcli.numerics.solve import Factor, factorize, solve_values
+from quarkcli.spec import ELEMENTS
+
+INT3 = ELEMENTS["int3"]
+N, R, DAMP = 32, 12, 0.01
+Quantizer = Callable[[Tensor, int], Tensor]
+
+
+class Case(NamedTuple):
+    """Weights [R, N], H = E[x x^T] and E[x s^T] of two streams, float64, and one scale per row."""
+
+    weight: Tensor
+    gram: Tensor
+    cross: Tensor
+    scale: Tensor
+
+    @property
+    def away(self) -> Tensor:
+        return deviation(self.gram, self.cross, torch.zeros(len(self.gram), dtype=torch.bool))
+
+    @property
+    def grid(self) -> Grid:
+        return Grid(INT3, self.scale.float(), self.weight.shape[1])
+
+    def rounded(self, column: Tensor, _: int = 0) -> Tensor:
+        return (column / self.scale[:, 0]).round().clamp(-4, 3) * self.scale[:, 0]
+
+    def lost(self, quantized: Tensor) -> float:
+        """||W s - Q x||^2, less what no choice changes."""
+        quantized = quantized.double()
+        return float((quantized @ self.gram * quantized).sum() - 2 * (self.weight @ self.cross.T * quantized).sum())
+
+
+def case(seed: int = 0, mismatch: float = 0.5, cols: int = N, rows: int = R) -> Case:
+    g = torch.Generator().manual_seed(seed)
+    mix = torch.randn(8, cols, generator=g, dtype=torch.float64)
+    s = torch.randn(8 * cols, 8, generator=g, dtype=torch.float64) @ mix
+    s += 0.3 * torch.randn(s.shape, generator=g, dtype=torch.float64)
+    blur = torch.eye(cols, dtype=torch.float64) + mismatch / cols * torch.randn(cols, cols, generator=g).double()
+    x = s @ blur + 0.3 * mismatch * torch.randn(s.shape, generator=g, dtype=torch.float64)
+    # Exact in float32, so that both precisions solve the same problem.
+    weight = (torch.randn(rows, cols, generator=g) * 0.05).double()
+    scale = (weight.abs().amax(1, keepdim=True) / 3).float().double()
+    gram, cross = ((x.T @ y / len(x)).float().double() for y in (x, s))
+    return Case(weight, (gram + gram.T) / 2, cross, scale)
+
+
+def factor64(gram: Tensor, act_order: bool) -> Factor:
+    """The factor by the textbook's way, in float64."""
+    order = torch.argsort(gram.diagonal(), descending=True, stable=True) if act_order else None
+    ridge = DAMP * float(gram.diagonal().mean())
+    damped = (gram if order is None else gram[order][:, order]) + ridge * torch.eye(len(gram), dtype=torch.float64)
+    upper = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
+    return Factor(upper, order, torch.zeros(len(gram), dtype=torch.bool), DAMP, 1, ridge)
+
+
+def loop64(start: Tensor, factor: Factor, quantizer: Quantizer, feed: Tensor | None = None) -> Tensor:
+    """The column loop without blocks, float64, in the given order of columns."""
+    order = factor.order if factor.order is not None else torch.arange(start.shape[1])
+    left, out = start[:, order].clone(), torch.empty_like(start)
+    for i, column in enumerate(order.tolist()):
+        before = left[:, i].clone()
+        out[:, column] = quantizer(before, column)
+        error = (before - out[:, column]) / factor.upper[i, i]
+        left[:, i + 1 :] -= error[:, None] * factor.upper[i, i + 1 :]
+        if feed is not None:
+            left[:, i + 1 :] += before[:, None] * feed[i, i + 1 :]
+    return out
+
+
+def ordered(problem: Case, factor: Factor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """W, C + lam I [source, served], H + lam I, all in the factor's order, and the order."""
+    order = factor.order if factor.order is not None else torch.arange(len(problem.gram))
+    ridge = factor.ridge * torch.eye(len(order), dtype=torch.float64)
+    both = problem.cross.T[order][:, order] + ridge, problem.gram[order][:, order] + ridge
+    return problem.weight[:, order], *both, order
+
+
+def qronos64(problem: Case, factor: Factor, quantizer: Quantizer) -> Tensor:
+    """Correction and diffusion, by turns, for every column."""
+    weight, cross, gram, order = ordered(problem, factor)
+    total, left, done = weight @ cross, weight.clone(), torch.zeros_like(weight)
+    for t in range(len(order)):
+        best = (total[:, t] - done[:, :t] @ gram[:t, t] - left[:, t + 1 :] @ gram[t + 1 :, t]) / gram[t, t]
+        done[:, t] = quantizer(best, int(order[t]))
+        if t + 1 < len(order):
+            rest = total[:, t + 1 :] - done[:, : t + 1] @ gram[: t + 1, t + 1 :]
+            left[:, t + 1 :] = torch.linalg.solve(gram[t + 1 :, t + 1 :], rest, left=False)
+    return torch.empty_like(done).index_copy_(1, order, done)
+
+
+@pytest.mark.parametrize("act_order", [True, False])
+def test_qronos_fast_is_textbook(act_order: bool) -> None:
+    problem = case()
+    factor = factor64(problem.gram, act_order)
+    target = problem.weight + problem.weight @ least_squares(problem.away, factor)
+    rule = first_rule(problem.away, problem.gram, factor)
+    fine = lambda column, _: (column / 1e-3).round() * 1e-3  # noqa: E731
+    for quantizer, grid in ((problem.rounded, problem.grid), (fine, None)):
+        if grid is None:  # a fine grid of many codes: nothing clips, and every column counts
+            grid = Grid(ELEMENTS["int8"], torch.full((R, 1), 1e-3), N)
+        # The grid's scale is float32; the column rounded first is put on it in float64 here.
+        start = corrected(target, problem.weight, rule, factor, Grid(grid.element, grid.scale.double(), N))
+        fast = loop64(start, factor, quantizer)
+        torch.testing.assert_close(fast, qronos64(problem, factor, quantizer), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("act_order", [True, False])
+def test_qronos_in_float32_has_the_textbooks_codes(act_order: bool) -> None:
+    problem = case()
+    factor = factorize(problem.gram.float(), damp=DAMP, act_order=act_order)
+    assert factor is not None
+    away, weight = problem.away.float(), problem.weight.float()
+    start = torch.addmm(weight, weight, least_squares(away, factor))
+    start = corrected(start, weight, first_rule(away, problem.gram.float(), factor), factor, problem.grid)
+    values, _ = solve_values(start, factor, problem.grid)
+    wanted = qronos64(problem, factor64(problem.gram, act_order), problem.rounded)
+    assert torch.equal(values.double(), (wanted / problem.scale).round())
+
+
+@pytest.mark.parametrize("act_order", [True, False])
+def test_gptaq_hands_on_what_each_input_lost(act_order: bool) -> None:
+    """P is solved row by row here: D[i, F] Hd[F, F]^-1."""
+    problem = case()
+    factor = factor64(problem.gram, act_order)
+    _, cross, gram, _ = ordered(problem, factor)
+    wanted = torch.zeros(N, N, dtype=torch.float64)
+    for i in range(N - 1):
+        behind = slice(i + 1, N)
+        wanted[i, behind] = torch.linalg.solve(gram[behind, behind], (cross - gram)[i, behind])
+    torch.testing.assert_close(feeds(problem.away, factor), wanted, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("columns", [1, 8, 50, 128])
+def test_gptaq_does_not_depend_on_the_block_size(columns: int) -> None:
+    """What is handed on is the column before it is rounded, in every block."""
+    problem = case(cols=128)
+    factor = factorize(problem.gram.float(), damp=DAMP)
+    assert factor is not None
+    values, _ = solve_values(
+        problem.weight.float(), factor, problem.grid, columns=columns, feed=feeds(problem.away.float(), factor)
+    )
+    exact = factor64(problem.gram, True)
+    wanted = loop64(problem.weight, exact, problem.rounded, feeds(problem.away, exact)) / problem.scale
+    assert float((values.double() == wanted.round()).double().mean()) > 0.99  # but for ties
+
+
+def test_equal_streams_are_gptq() -> None:
+    problem = case(mismatch=0.0)
+    problem = problem._replace(cross=problem.gram)
+    factor = factorize(problem.gram.float(), damp=DAMP)
+    assert factor is not None
+    away, weight = problem.away.float(), problem.weight.float()
+    assert not bool(away.any())
+    plain, _ = solve_values(weight, factor, problem.grid)
+    rule = first_rule(away, problem.gram.float(), factor)
+    start = corrected(weight + weight @ least_squares(away, factor), weight, rule, factor, problem.grid)
+    assert torch.equal(solve_values(start, factor, problem.grid)[0], plain)
+    assert torch.equal(solve_values(weight, factor, problem.grid, feed=feeds(away, factor))[0], plain)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_each_comes_nearer_to_the_source(seed: int) -> None:
+    problem = case(seed, mismatch=1.0, cols=96, rows=40)
+    factor = factor64(problem.gram, True)
+    shift, feed = least_squares(problem.away, factor), feeds(problem.away, factor)
+    target = problem.weight + problem.weight @ shift
+    start = corrected(target, problem.weight, first_rule(problem.away, problem.gram, factor), factor,
+                      Grid(INT3, problem.scale, 96))  # fmt: skip
+    nearest = torch.stack([problem.rounded(column) for column in problem.weight.T], 1)
+    gptq = loop64(problem.weight, factor, problem.rounded)
+    gptaq = loop64(problem.weight, factor, problem.rounded, feed)
+    qronos = loop64(start, factor, problem.rounded)
+    losses = [problem.lost(each) for each in (qronos, gptaq, gptq, nearest)]
+    assert losses == sorted(losses) and losses[0] < losses[3]
+
+
+def test_without_rounding_the_shift_is_the_best_there_is() -> None:
+    problem = case(mismatch=1.0)
+    factor = factor64(problem.gram, True)
+    target = problem.weight + problem.weight @ least_squares(problem.away, factor)
+    ridge = factor.ridge * torch.eye(N, dtype=torch.float64)
+    wanted = torch.linalg.solve(problem.gram + ridge, problem.weight @ (problem.cross.T + ridge), left=False)
+    torch.testing.assert_close(target, wanted, rtol=0, atol=1e-9)
+    assert distance([problem.weight.float()], least_squares(problem.away, factor).float()) == pytest.approx(
+        float((target - problem.weight).norm() / problem.weight.norm()), rel=1e-4
+    )
+
+
+def test_inputs_that_never_moved_take_no_part() -> None:
+    """Nothing is made up for by a dead input, and nothing for one, whatever the source's stream has there."""
+    problem = case()
+    gram, cross = problem.gram.clone(), problem.cross.clone()
+    gram[5], gram[:, 5] = 0.0, 0.0
+    cross[5] = 0.0
+    dead = torch.arange(N) == 5
+    away = deviation(gram, cross, dead)
+    assert bool((cross.T - gram)[5].any()) and not bool(away[5].any()) and not bool(away[:, 5].any())
+    factor = factorize(gram.float(), damp=DAMP)
+    assert factor is not None
+    shift, feed = least_squares(away.float(), factor), feeds(away.float(), factor)
+    assert factor.order is not None
+    place = int((factor.order == 5).nonzero())
+    assert not bool(shift[5].any()) and not bool(shift[:, 5].any())
+    assert not bool(feed[place].any()) and not bool(feed[:, place].any())
