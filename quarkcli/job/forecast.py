@@ -104,7 +104,7 @@ def forecast(
 ) -> Forecast:
     """Returns the sizes of a plan in one dialect.
 
-    `tokens` x `hidden` are the hidden states, `solving` is what a solver needs.
+    `tokens` x `hidden` are the hidden states of all streams, `solving` is what a solver needs.
     """
     sizes = _part_sizes(plan, dialect, headers)
     output = sum(size.files for size in sizes)

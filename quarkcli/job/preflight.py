@@ -234,13 +234,15 @@ def forecast_of(
 ) -> forecast.Forecast:
     """Returns the sizes of this plan in this dialect."""
     hidden = family.text_config(source.config).get("hidden_size")
+    steps = list(steps)
+    streams = len(frozenset[str]().union(*(step.algorithm.streams for step in steps)))
     return forecast.forecast(
         plan,
         dialect,
         source.headers,
         source_bytes=sum(source.files.values()),
         calibrated=calibration is not None,
-        tokens=calibration.samples * calibration.seqlen if calibration else 0,
+        tokens=calibration.samples * calibration.seqlen * streams if calibration else 0,
         hidden=hidden if isinstance(hidden, int) else 0,
         solving=max(step.memory(plan) for step in steps),
     )

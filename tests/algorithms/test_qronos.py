@@ -109,3 +109,11 @@ def test_a_killed_run_gives_the_same_bytes(name: str, family: str, scheme: str, 
     plain = runs.run(source, tmp_path / "gptq", **{**options, "algorithm": "gptq"})
     tensors, others = runs.read_all(whole.folder), runs.read_all(plain.folder)
     assert any(not torch.equal(tensor.view(torch.uint8), others[key].view(torch.uint8)) for key, tensor in tensors.items() if tensor.dim() == 2)
+
+
+def test_the_forecast_counts_both_streams(tmp_path: Path) -> None:
+    source = runs.build("llama", tmp_path / "m")
+    data = runs.data(runs.text_file(tmp_path / "t.txt"), 32, 64)
+    one, two = (runs.prepare(source, scheme="nvfp4", algorithm=name, **data).forecast for name in ("gptq", "qronos"))
+    assert two.hidden_bytes == 2 * one.hidden_bytes
+    assert two.memory_bytes > one.memory_bytes
