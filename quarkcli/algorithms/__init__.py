@@ -19,7 +19,7 @@ from quarkcli.recipe.entries import SLOTS
 
 DEFAULT_SOLVER = "rtn"
 FLAG = "--algorithm"
-_NOT_MEMBERS = {"base", "channels", "columns", "fitting", "scaling", "tensors"}
+_NOT_MEMBERS = {"base", "channels", "columns", "fitting", "scaling", "tensors", "twostream"}
 
 
 def names() -> list[str]:

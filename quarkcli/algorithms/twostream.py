@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from quarkcli.numerics.settle import Aim, Choices
     from quarkcli.numerics.solve import Factor
 
-STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+# A layer that makes the source's output of inputs that are off no longer answers to what is off, which the blocks
+# behind it count on: beyond a half, the layer's own loss goes on falling while the model's rises.
+STRENGTHS = (0.0, 0.25, 0.5)
 CAUTIOUS = 0.25  # where no token is held out
 # A target further from the weights than their own norm follows directions that calibration hardly excites.
 FURTHEST = 1.0

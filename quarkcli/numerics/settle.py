@@ -17,6 +17,7 @@ from quarkcli.numerics.fit import refittable
 from quarkcli.numerics.grid import QParams, encode_matrix, grid
 from quarkcli.numerics.quantize import Quantized, decode_grid
 from quarkcli.numerics.refine import Rows, refine
+from quarkcli.numerics.shift import corrected
 from quarkcli.numerics.solve import CPU_ROWS, ActOrder, Factor, codes_of, factorize, solve_values
 from quarkcli.spec import PerGroup, TensorSpec
 
@@ -31,10 +32,15 @@ class Aim(NamedTuple):
 
     shift  the target is W + W @ shift
     feed   see `solve_values`; with it the loop starts from W, and `shift` is the refiner's target only
+    first  [N], how the column rounded first is chosen, see `shift.first_rule`
     """
 
     shift: Tensor | None = None
     feed: Tensor | None = None
+    first: Tensor | None = None
+
+    def times(self, strength: float) -> Aim:
+        return Aim(*(None if part is None else part * strength for part in self))
 
 
 @dataclass(frozen=True)
@@ -218,11 +224,13 @@ class _Trial:
 
     def run(self, rows: Rows, sweeps: int) -> Rows:
         """Chooses the codes of rows, and their scales anew when they are refined."""
-        shift, feed = self.aimed
+        shift, feed, first = self.aimed
         source = rows.weight
         if shift is not None:
             rows.weight = torch.addmm(source, source, shift)
         start = source if feed is not None else rows.weight
+        if first is not None:
+            start = corrected(start, source, first, self.factor, rows.grid())
         rows.values, _ = solve_values(start, self.factor, rows.grid(), feed=feed)
         if sweeps:
             with _Raised(self.gram, self.factor.ridge):
