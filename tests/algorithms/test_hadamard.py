@@ -88,21 +88,26 @@ def test_float_logits_stay(block: Any, tmp_path: Path) -> None:
 
 
 def logits(prepared: job.Prepared, tokens: torch.Tensor, *, turn: bool) -> torch.Tensor:
-    """Of the source's own float weights, as they are or turned with their inputs."""
-    plan, weights = prepared.plan, prepared.weights
-    runner = Runner(prepared.source.folder, weights.headers)
-    walk = Walk(runner, lambda: weights.read_many(runner.outside_tensors()), tokens, None, 2, lambda event: None)
+    """Of the source's weights in float32, as they are or turned with their inputs."""
+    plan = prepared.plan
+    runner = Runner(prepared.source.folder, prepared.weights.headers, dtype=torch.float32, turned=prepared.layout.turned)
+
+    def read(names: Any) -> dict[str, torch.Tensor]:
+        return {name: tensor.float() for name, tensor in prepared.weights.read_many(names).items()}
+
+    walk = Walk(runner, lambda: read(runner.outside_tensors()), tokens, None, 2, lambda event: None)
     walk.start()
     for part in plan.parts:
-        if part.block is None:
+        if part.block is None or part.block >= runner.num_blocks:
             continue
-        tensors = weights.read_many(part.tensors)
+        tensors = read(part.tensors)
         before = dict(tensors)
         if turn:
             blocks = Rewriting(plan, part, tensors, [], {}).online()
             walk.turned[part.block] = {plan.targets[name].view.tensor: size for name, size in blocks.items()}
         changed = {name for name in tensors if not torch.equal(tensors[name], before[name])}
-        assert len(changed) == 7 * turn
+        online = (plan.targets[name] for name in plan.online if turn)
+        assert changed == {target.view.tensor for target in online if target.part == part.index}
         runner.load_block(part.block, tensors)
         walk.advance(part.block, Handlers())
     runner.load_outside(walk.outside())
