@@ -26,12 +26,20 @@ class Hadamard(Transform):
 
     block: a power of two that divides the width; auto: 32 for formats of blocks of 32, else 128 or what divides the
     width; full: the whole width, or the largest power of two that divides it
+    r3: of queries and keys behind RoPE as well, which is refused: no server does it
     """
 
     name = "hadamard"
-    parameters: ClassVar[Mapping[str, Any]] = {"block": AUTO}
+    parameters: ClassVar[Mapping[str, Any]] = {"block": AUTO, "r3": False}
 
-    def __init__(self, block: int | str) -> None:
+    def __init__(self, block: int | str, r3: bool) -> None:
+        if r3 is not False:
+            raise ConfigError(
+                "hadamard r3: no server turns queries and keys while the model runs, so no dialect here says it; "
+                "vLLM 0.32 passes over compressed-tensors' transforms at attention, and others read none",
+                where="algorithm",
+                hint="leave r3 out; inputs of linears can be turned, values of attention by 'rotation' (r2)",
+            )
         whole = isinstance(block, int) and not isinstance(block, bool)
         if block not in (AUTO, FULL) and not (whole and _is_power(int(block)) and 2 <= int(block) <= LARGEST):
             raise ConfigError(

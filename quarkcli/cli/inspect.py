@@ -11,6 +11,7 @@ import typer
 
 from quarkcli.cli import apps, output
 from quarkcli.cli.flags import Debug, Json, Offline, Revision
+from quarkcli.plan.online import sentences
 
 if TYPE_CHECKING:
     from quarkcli.disk.checkpoint import Checkpoint
@@ -111,13 +112,20 @@ def _quantization(source: Source, checkpoint: Checkpoint | None) -> dict[str, An
         return None
     method = config.get("quant_method", "unknown") if isinstance(config, dict) else "unknown"
     if checkpoint is None or checkpoint.reader is None:
-        return {"method": method, "dialect": None, "modules": {}, "caches": 0}
+        return {"method": method, "dialect": None, "modules": {}, "caches": 0, "online": {}}
     specs = Counter(
         f"weights {stored.weight.describe()} | inputs {stored.input.describe() if stored.input else 'unquantized'}"
         for stored in checkpoint.view.targets.values()
     )
     caches = len(checkpoint.view.attention)
-    return {"method": method, "dialect": checkpoint.reader.name, "modules": dict(specs), "caches": caches}
+    online = checkpoint.view.online
+    return {
+        "method": method,
+        "dialect": checkpoint.reader.name,
+        "modules": dict(specs),
+        "caches": caches,
+        "online": online,
+    }
 
 
 def _show(found: dict[str, Any]) -> None:
@@ -158,4 +166,5 @@ def _quantized_text(found: dict[str, Any] | None) -> str:
         return f"{found['method']}, which is not read here"
     modules = "; ".join(f"{count} x {what}" for what, count in found["modules"].items())
     caches = f"; {found['caches']} caches" if found["caches"] else ""
-    return f"{found['dialect']}: {modules}{caches}"
+    online = "".join(f"; {text}" for text in sentences(found["online"]))
+    return f"{found['dialect']}: {modules}{caches}{online}"

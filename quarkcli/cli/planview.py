@@ -12,6 +12,7 @@ from quarkcli.cli import output
 from quarkcli.job import idle
 from quarkcli.plan import advice
 from quarkcli.plan.model import Decision, Plan, Target
+from quarkcli.plan.online import sentences
 from quarkcli.recipe.advice import AUTO
 from quarkcli.recipe.match import starred
 from quarkcli.spec import TensorSpec, spec_to_yaml
@@ -68,6 +69,7 @@ def header(prepared: Prepared) -> list[str]:
             ("algorithms", ", ".join(_step(prepared.plan, step) for step in prepared.steps)),
             *output.listed(f"{AUTO} chose", [advice.text(one.as_dict()) for one in prepared.advice]),
             ("dialect", f"{prepared.dialect.name} ({prepared.dialect_reason})"),
+            *output.listed("at run time", sentences(prepared.plan.online)),
             ("data", _data(prepared)),
             (
                 "size",
@@ -178,6 +180,7 @@ def as_json(prepared: Prepared) -> dict[str, Any]:
         "algorithms": [step.name for step in prepared.steps],
         "advice": [choice.as_dict() for choice in prepared.advice],
         "dialect": {"name": prepared.dialect.name, "reason": prepared.dialect_reason},
+        "online": plan.online,
         "output": str(prepared.output),
         "output_bytes": size.output_bytes,
         "source_bytes": size.source_bytes,

@@ -7,6 +7,7 @@ from typing import Any
 
 from quarkcli.cli import output
 from quarkcli.plan import advice
+from quarkcli.plan.online import sentences
 from quarkcli.recipe.advice import AUTO
 from quarkcli.report.log import duration
 
@@ -34,6 +35,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         ("algorithms", ", ".join(report["algorithms"])),
         *_advice(report),
         ("dialect", f"{dialect['name']} ({dialect['reason']})"),
+        *output.listed("at run time", sentences(report.get("online", {}))),
         *_facts(report),
     ]
     text = [f"# {model['name']}, {report['recipe']['name']}", "", "| | |", "|---|---|"]

@@ -143,7 +143,7 @@ class Writer:
     def online_refusals(self, plan: Plan) -> list[str]:
         """Returns the reasons this dialect cannot say what the plan does at run time; empty when it can."""
         what = f"{self.name} has no place for inputs that are turned while the model runs"
-        return [f"{what}: {which}" for which in sentences(plan)]
+        return [f"{what}: {which}" for which in sentences(plan.online)]
 
     def loaders(self, plan: Plan) -> set[str]:
         """Returns those of `vllm`, `transformers` that load what this dialect would write for the plan."""

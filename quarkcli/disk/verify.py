@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from quarkcli.events import Listener, Message, Working, silent
 from quarkcli.family import HeaderLike, Layout, Weight, check_fit, for_checkpoint, lay_out
 from quarkcli.plan.fused import Servers, matrix, sentence, splits
 from quarkcli.plan.model import Plan
+from quarkcli.plan.online import sentences
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,7 +51,10 @@ def against_plan(folder: Path, plan: Plan, dialect: Writer, source_headers: Mapp
     checks = [f"{len(expected)} tensors present with the planned dtype and shape"]
     if dialect.reader is None:
         return [*checks, f"scales not read back: dialect {dialect.name} is only written here"]
-    return checks + scales(Checkpoint(written), plan)
+    checkpoint = Checkpoint(written)
+    read, said = checkpoint.view.online, plan.online
+    _none(sorted(read.items() ^ said.items()), "inputs are not turned as planned")
+    return checks + scales(checkpoint, plan) + turned_inputs(checkpoint)
 
 
 def scales(checkpoint: Checkpoint, plan: Plan | None = None, tell: Listener = silent) -> list[str]:
@@ -150,6 +155,7 @@ def _contents(
     return _every(
         lambda: [_complete(checkpoint)],
         lambda: [_fused_schemes(checkpoint, target)],
+        lambda: turned_inputs(checkpoint),
         lambda: scales(checkpoint, tell=tell),
         lambda: [kept_values(checkpoint, on_nonfinite, tell)],
         lambda: [_against_source(checkpoint, model)] if model is not None else [],
@@ -201,6 +207,42 @@ def _fused_schemes(checkpoint: Checkpoint, servers: Servers) -> str:
     if found:
         return f"accepted by --target none: {sentence(found)}"
     return "what servers fuse has one scheme" + ("; --target none is not used" if servers == "none" else "")
+
+
+def turned_inputs(checkpoint: Checkpoint) -> list[str]:
+    """Returns the check made, none where no input is turned while the model runs.
+
+    Raises CheckError for blocks that do not divide the width, differ among weights that servers fuse, or stand at
+    routed experts, and for a stored matrix that is no Hadamard.
+    """
+    online = checkpoint.view.online
+    if not online:
+        return []
+    weights = _weights(checkpoint)
+    shapes = {name: weight.shape for name, weight in weights.items()}
+    _none([n for n in online if n not in shapes], "inputs are turned of what is no linear")
+    _none([n for n in online if weights[n].expert is not None], "inputs of routed experts are turned")
+    _none([n for n, block in online.items() if shapes[n][1] % block], "inputs are turned in blocks that do not fit")
+    groups: dict[str, set[int | None]] = {}
+    for name, weight in weights.items():
+        groups.setdefault(matrix(weight), set()).add(online.get(name))
+    split = [group for group, blocks in groups.items() if len(blocks) > 1]
+    _none(split, "groups of weights that servers fuse have members whose inputs are turned otherwise")
+    _none(
+        [n for n in checkpoint.view.matrices if not _is_hadamard(checkpoint.source.read(n))], "matrices are no Hadamard"
+    )
+    return [f"turned as the config says: {text}" for text in sentences(online)]
+
+
+def _is_hadamard(matrix: Tensor) -> bool:
+    """True for Sylvester's matrix, not divided by its norm."""
+    import torch
+
+    from quarkcli.numerics.online import sylvester
+
+    rows = len(matrix)
+    square = matrix.shape == (rows, rows) and rows & (rows - 1) == 0
+    return square and torch.equal(matrix.float(), sylvester(rows).float())
 
 
 def kept_values(checkpoint: Checkpoint, on_nonfinite: OnNonfinite, tell: Listener) -> str:
@@ -320,10 +362,10 @@ def _number(scale: Tensor | None) -> float | None:
     return float(scale) if scale is not None else None
 
 
-def _none(names: list[str], what: str) -> None:
+def _none(names: Collection[object], what: str) -> None:
     if names:
         raise CheckError(f"{len(names)} {what}: {_some(names)}")
 
 
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")
+def _some(names: Collection[object]) -> str:
+    return ", ".join(map(str, islice(names, 5))) + (" ..." if len(names) > 5 else "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 
 from quarkcli.errors import ConfigError
 from quarkcli.plan.model import Plan
@@ -45,7 +46,7 @@ def _block(block: int | None) -> str:
     return "no online Hadamard" if block is None else f"one of {block}"
 
 
-def sentences(plan: Plan) -> list[str]:
-    """Returns the online operations in words, one sentence for each size."""
-    counts = Counter(plan.online.values())
+def sentences(online: Mapping[str, int]) -> list[str]:
+    """Returns online operations (weight -> size of the Hadamard blocks) in words, one sentence for each size."""
+    counts = Counter(online.values())
     return [f"Hadamard of {block} at the inputs of {count} linears" for block, count in counts.items()]

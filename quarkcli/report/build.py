@@ -11,6 +11,7 @@ import yaml
 from quarkcli import __version__, memory
 from quarkcli.disk import nonfinite
 from quarkcli.plan.model import Plan
+from quarkcli.plan.online import sentences
 from quarkcli.plan.sizes import expert_share
 from quarkcli.recipe.match import starred
 from quarkcli.report.outcomes import outcomes
@@ -69,6 +70,7 @@ def build(
         "added": [added.name for added in plan.added],
         "dropped": plan.dropped,
         "config_changes": plan.config_changes,
+        "online": plan.online,
         "transforms": _transforms(records),
         "split": split_tensors(plan),
         "tied_head": plan.tied_head,
@@ -243,6 +245,7 @@ def card(prepared: Prepared, report: dict[str, Any]) -> str:
         f"| recipe | {prepared.recipe.name} |",
         f"| algorithms | {', '.join(report['algorithms'])} |",
         f"| dialect | {prepared.dialect.name} ({prepared.dialect_reason}) |",
+        *(f"| while it runs | {text} |" for text in sentences(prepared.plan.online)),
         f"| effective bits per quantized weight | {report['size']['effective_bits']} |",
         f"| size | {report['size']['source_bytes']:,} -> {report['size']['output_bytes']:,} bytes |",
         f"| mean relative weight error | {loss:.4f} |" if loss is not None else "| mean relative weight error | - |",

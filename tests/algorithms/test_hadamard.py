@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from quarkcli.algorithms.base import Moment
 from quarkcli.algorithms.hadamard import Hadamard
+from quarkcli.cli import planview, summary
+from quarkcli.disk import verify
 from quarkcli.disk.checkpoint import Checkpoint
 from quarkcli.disk.journal import Journal
 from quarkcli.disk.source import Source
-from quarkcli.errors import ConfigError
+from quarkcli.errors import CheckError, ConfigError, ModelError
 from quarkcli.evaluate.run import evaluate
 from quarkcli.forward.walk import SERVED, Walk
 from quarkcli.job import preflight
@@ -90,7 +94,9 @@ def test_float_logits_stay(block: Any, tmp_path: Path) -> None:
 def logits(prepared: job.Prepared, tokens: torch.Tensor, *, turn: bool) -> torch.Tensor:
     """Of the source's weights in float32, as they are or turned with their inputs."""
     plan = prepared.plan
-    runner = Runner(prepared.source.folder, prepared.weights.headers, dtype=torch.float32, turned=prepared.layout.turned)
+    runner = Runner(
+        prepared.source.folder, prepared.weights.headers, dtype=torch.float32, turned=prepared.layout.turned
+    )
 
     def read(names: Any) -> dict[str, torch.Tensor]:
         return {name: tensor.float() for name, tensor in prepared.weights.read_many(names).items()}
@@ -211,7 +217,12 @@ def test_r4_is_the_input_of_down_alone(page: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("block", [0, 1, 3, 48, -32, True, "whole", 1 << 16, 32.0])
 def test_a_block_is_a_power_of_two(block: Any) -> None:
     with pytest.raises(ConfigError, match="a power of two from 2 to 32768"):
-        Hadamard(block)
+        Hadamard(block, False)
+
+
+def test_queries_and_keys_stay() -> None:
+    with pytest.raises(ConfigError, match="r3: no server turns queries and keys while the model runs"):
+        Hadamard("auto", True)
 
 
 def test_a_block_divides_the_width(tmp_path: Path) -> None:
@@ -261,3 +272,71 @@ def test_experts_and_biases_are_left_out(tmp_path: Path) -> None:
     steps = "{method: hadamard, slots: ['*experts*']}"
     with pytest.raises(ConfigError, match=r"finds no linear whose input it can turn: .*routed experts"):
         runs.prepare(experts.source.folder, recipe=recipe(tmp_path, "mxfp4", steps))
+
+
+def test_it_is_shown_and_verified(tmp_path: Path) -> None:
+    made = runs.run("demo", tmp_path / "out", scheme="mxfp4", algorithm="hadamard")
+    assert made.report["online"] == dict.fromkeys((t.name for t in made.prepared.plan.quantized()), 32)
+    said = "Hadamard of 32 at the inputs of 28 linears"
+    assert f"turned as the config says: {said}" in made.report["checks"]
+    assert f"| while it runs | {said} |" in (made.folder / "README.md").read_text()
+    assert f"at run time {said}" in planview.header(made.prepared)
+    assert said in summary.markdown(made.report)
+    assert any(said in line for line in verify.directory(str(made.folder), str(made.source)))
+
+
+def damaged(folder: Path, change: Any) -> str:
+    """The reason why a checkpoint with another transform config is no good."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    change(config["quantization_config"]["transform_config"]["config_groups"]["hadamard_32"])
+    path.write_text(json.dumps(config))
+    with pytest.raises((CheckError, ModelError)) as caught:
+        verify._contents(folder, None, "auto", "stop", lambda event: None)
+    return str(caught.value)
+
+
+def applied(**keys: Any) -> Any:
+    return lambda group: group["apply"][0].update(keys)
+
+
+DAMAGE = [
+    (lambda group: group.update(head_dim=256), "inputs are turned in blocks that do not fit"),
+    (lambda group: group.update(head_dim=48), "a Hadamard of 48 is not one of a power of two"),
+    (lambda group: group.update(type="random-hadamard"), "a transform of type 'random-hadamard' is not read"),
+    (lambda group: group.update(randomize=True), "only a plain 'hadamard'"),
+    (lambda group: group["apply"].append(dict(group["apply"][0])), "turns its input twice"),
+    (applied(location="output"), "it applies a transform at 'output' while the model runs"),
+    (applied(location="q_attn"), "it applies a transform at 'q_attn' while the model runs"),
+    (applied(ignore=["re:.*q_proj$"]), "members whose inputs are turned otherwise"),
+]
+
+
+@pytest.mark.parametrize(("change", "reason"), DAMAGE)
+def test_what_a_config_cannot_mean_is_refused(change: Any, reason: str, tmp_path: Path) -> None:
+    made = runs.run("demo", tmp_path / "out", scheme="mxfp4", algorithm="hadamard")
+    assert reason in damaged(made.folder, change)
+
+
+def test_what_is_done_beforehand_is_passed_over(tmp_path: Path) -> None:
+    """llm-compressor writes that weights were turned as well, and names the class."""
+    made = runs.run("demo", tmp_path / "out", scheme="mxfp4", algorithm="hadamard")
+    path = made.folder / "config.json"
+    config = json.loads(path.read_text())
+    row = {"targets": ["Linear"], "ignore": ["lm_head"], "location": "input", "inverse": False}
+    group = config["quantization_config"]["transform_config"]["config_groups"]["hadamard_32"]
+    group["apply"] = [row, {**row, "location": "weight_input", "inverse": True}]
+    path.write_text(json.dumps(config))
+    checkpoint = Checkpoint(Source.open(str(made.folder)))
+    assert checkpoint.view.online == made.prepared.plan.online
+
+
+def test_a_stored_matrix_is_looked_at(tmp_path: Path) -> None:
+    made = runs.run("demo", tmp_path / "out", scheme="mxfp4", algorithm="hadamard")
+    for file in made.folder.glob("*.safetensors"):
+        tensors = load_file(file)
+        for name in [name for name in tensors if name.endswith("_input.weight")]:
+            tensors[name][3, 5] *= -1
+            save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(CheckError, match="matrices are no Hadamard"):
+        verify._contents(made.folder, None, "auto", "stop", lambda event: None)
