@@ -19,6 +19,8 @@ _SLACK = 4  # lists that speak of extra prediction layers as well are longer
 _MLP = re.compile(r"dense|moe|mlp|expert|sparse|ffn|feed_forward|intermediate")
 _ATTENTION = re.compile(r"attn|attention|layer_types|indexer|head|compress")
 
+_QUANTIZATION = ("quantization_config", "compression_config")
+
 
 class Fact(NamedTuple):
     """A value per block. `about`: mlp or attention, where only that may differ by it; else empty."""
@@ -64,8 +66,10 @@ def _about(key: str, value: object) -> str:
 
 
 def entries(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yields every key with its value, those of objects inside as well."""
+    """Yields every key with its value, those of objects inside as well, but for what says how it was quantized."""
     for key, value in config.items():
+        if key in _QUANTIZATION:
+            continue
         if isinstance(value, Mapping):
             yield from entries(value)
         else:

@@ -18,7 +18,7 @@ from quarkcli import family
 from quarkcli.disk import verify
 from quarkcli.disk.writer import MANIFEST
 from quarkcli.errors import CheckError, ModelError
-from quarkcli.family.facts import explained, facts
+from quarkcli.family.facts import entries, explained, facts
 from quarkcli.job import run as job
 from quarkcli.job.options import Options
 from tests import runs
@@ -179,6 +179,12 @@ def test_kinds_of_blocks_that_config_explains() -> None:
     kinds = ["full_attention", "full_attention", "sliding_attention"]  # these read the same weights
     said(LLAMA | {"layer_types": kinds}, llama(**without_v))
     said(LLAMA | {"first_k_dense_replace": 2}, llama(**without_v))  # says nothing of attention
+
+
+def test_the_quantization_says_nothing_of_the_model() -> None:
+    """A block of a transform config is called head_dim as well."""
+    said = {"quantization_config": {"transform_config": {"config_groups": {"a": {"head_dim": 128}}}}}
+    assert list(entries({"head_dim": 32, "inner": {"n_heads": 4}, **said})) == [("head_dim", 32), ("n_heads", 4)]
 
 
 def test_facts_of_config() -> None:
