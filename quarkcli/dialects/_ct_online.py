@@ -71,7 +71,7 @@ def matrix(block: int) -> Tensor:
     """Returns the matrix of a group as it is stored: Sylvester's, not divided by its norm."""
     import torch
 
-    from quarkcli.numerics.online import sylvester
+    from quarkcli.numerics.hadamard import sylvester
 
     return sylvester(block).to(torch.bfloat16)
 

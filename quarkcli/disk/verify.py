@@ -238,7 +238,7 @@ def _is_hadamard(matrix: Tensor) -> bool:
     """True for Sylvester's matrix, not divided by its norm."""
     import torch
 
-    from quarkcli.numerics.online import sylvester
+    from quarkcli.numerics.hadamard import sylvester
 
     rows = len(matrix)
     square = matrix.shape == (rows, rows) and rows & (rows - 1) == 0

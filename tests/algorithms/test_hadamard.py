@@ -26,7 +26,8 @@ from quarkcli.job import run as job
 from quarkcli.job.rewriting import Rewriting
 from quarkcli.model.handlers import Handlers
 from quarkcli.model.runner import Runner
-from quarkcli.numerics.online import sylvester, turned
+from quarkcli.numerics.hadamard import sylvester
+from quarkcli.numerics.online import turned
 from tests import runs
 
 RECIPE = "schema: quark/recipe/1\nquantize:\n  scheme: %s\n  algorithm: [%s]\n"
@@ -109,7 +110,7 @@ def logits(prepared: job.Prepared, tokens: torch.Tensor, *, turn: bool) -> torch
         tensors = read(part.tensors)
         before = dict(tensors)
         if turn:
-            blocks = Rewriting(plan, part, tensors, [], {}).online()
+            blocks = Rewriting(plan, part, tensors, [], {}, prepared.weights).online()
             walk.turned[part.block] = {plan.targets[name].view.tensor: size for name, size in blocks.items()}
         changed = {name for name in tensors if not torch.equal(tensors[name], before[name])}
         online = (plan.targets[name] for name in plan.online if turn)
