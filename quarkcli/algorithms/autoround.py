@@ -52,6 +52,9 @@ class AutoRound(Tuner):
     def needs(self, plan: Plan) -> Needs:
         return fitting.needs(plan) if self.iters else {}
 
+    def check(self, plan: Plan) -> None:
+        fitting.check_blocks(self.name, plan)
+
     def memory(self, plan: Plan) -> int:
         """Returns the bytes of the offsets and places of a block, of its values and gradients, and of a pass."""
         return fitting.memory(plan, PER_WEIGHT) if self.iters else 0
@@ -83,7 +86,7 @@ class AutoRound(Tuner):
         def state() -> dict[str, Quantized]:
             return {name: moving.quantized() for name, moving in weights.items() if moving.moved}
 
-        best, before, after = fitting.keep_best(block, self.iters, self.batch, step, error, state)
+        best, before, after = fitting.keep_best(self.name, block, self.iters, self.batch, step, error, state)
         return Tuned(best or {}, {}, before, after)
 
 

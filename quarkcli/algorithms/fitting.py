@@ -21,6 +21,7 @@ State = TypeVar("State")
 
 
 def keep_best(
+    name: str,
     block: TunedBlock,
     iters: int,
     batch: int,
@@ -38,6 +39,7 @@ def keep_best(
     best: State | None = None
     every = max(1, iters // CHECKS)
     for number, batches in enumerate(_batches(block, iters, batch)):
+        block.working(f"{name}: step {number + 1} of {iters}")
         step(batches, 1.0 - number / iters)
         if (number + 1) % every == 0 or number + 1 == iters:
             now = error()
@@ -56,6 +58,16 @@ def _batches(block: TunedBlock, iters: int, batch: int) -> Iterator[list[int]]:
 def needs(plan: Plan) -> Needs:
     """Returns what a tuner needs: that the activations of its blocks are run."""
     return {target.site: {"outputs"} for target in plan.quantized() if target.site is not None}
+
+
+def check_blocks(name: str, plan: Plan) -> None:
+    """Raises ConfigError when no block has a quantized weight that a forward pass reaches: nothing could be tuned."""
+    blocks = {part.index for part in plan.parts if part.block is not None}
+    if not any(target.part in blocks and target.site is not None for target in plan.quantized()):
+        raise ConfigError(
+            f"{name} tunes blocks by their outputs, and no quantized weight of its own lies in a block",
+            hint=f"leave {name} out, or give it other 'slots'",
+        )
 
 
 def memory(plan: Plan, per_weight: int) -> int:

@@ -48,6 +48,9 @@ class Polish(Tuner):
     def needs(self, plan: Plan) -> Needs:
         return fitting.needs(plan) if self.iters else {}
 
+    def check(self, plan: Plan) -> None:
+        fitting.check_blocks(self.name, plan)
+
     def memory(self, plan: Plan) -> int:
         """Returns the bytes of the values and gradients of a block, and of a pass."""
         return fitting.memory(plan, PER_WEIGHT) if self.iters else 0
@@ -104,7 +107,7 @@ class Polish(Tuner):
         def state() -> tuple[dict[str, Quantized], dict[str, Tensor]]:
             return now(), {name: vector.value().detach() for name, vector in moved.items()}
 
-        best, before, after = fitting.keep_best(block, self.iters, self.batch, step, error, state)
+        best, before, after = fitting.keep_best(self.name, block, self.iters, self.batch, step, error, state)
         return Tuned(*(best or ({}, {})), before, after)
 
 

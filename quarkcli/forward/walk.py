@@ -247,6 +247,14 @@ class Walk:
             return self._moved[batch].to(self.device)
         return self._run(block, batch)
 
+    def halve(self, cause: BaseException) -> None:
+        """Halves the rows in one forward, after the device ran out of memory with gradients.
+
+        Raises ResourceError where a batch is one row already.
+        """
+        self._halve(cause)
+        self._moved = self.cut(self._moved) if self._moved else []
+
     def run_with(self, block: int, batch: int, tensors: Mapping[str, Tensor]) -> Tensor:
         """Returns the block's output for the served stream, with parameters of other file tensors; gradients flow."""
         hidden = self.served[batch].to(self.device)

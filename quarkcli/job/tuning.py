@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from traceback import clear_frames
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from quarkcli.algorithms.base import Assignment, Tuned, Tuner
+from quarkcli.events import Working
 from quarkcli.forward.moments import HELD_OUT, held_out
 from quarkcli.forward.taps import unpadded
 from quarkcli.forward.walk import SOURCE, Walk
@@ -38,19 +40,33 @@ class TunedBlock:
         self.number = part.block
         self.targets: dict[str, QuantizedTarget] = {}
         self.vectors: list[str] = []
-        self.batches = len(walk.served)
-        self.rows = walk.batch
-        self.held = _held_batches(self.batches)
-        self.fitted = [n for n in range(self.batches) if n not in self.held] or self.held
         self._walk = walk
         self._plan = plan
         self._tensors = dict(tensors)
         self._served = served
         self._others: dict[str, Tensor] = {}
         self._all: dict[str, QuantizedTarget] = {}
+        self._lay_out()
+
+    def _lay_out(self) -> None:
+        """Shares out the batches that there are."""
+        walk = self._walk
+        self.batches = len(walk.served)
+        self.rows = walk.batch
+        self.held = _held_batches(self.batches)
+        self.fitted = [n for n in range(self.batches) if n not in self.held] or self.held
         self._masks = walk.masks()
         self._apart = walk._batches(held_out(*walk.tokens.shape))[0] if self.batches == 1 else None
         self._wanted: dict[int, Tensor] = {}
+
+    def halve(self, cause: BaseException) -> None:
+        """Goes on with half the rows in one forward. Raises ResourceError where a batch is one row already."""
+        self._walk.halve(cause)
+        self._lay_out()
+
+    def working(self, what: str) -> None:
+        """Tells the listener what is being done."""
+        self._walk.tell(Working(f"{what}, block {self.number}"))
 
     def take(self, step: Assignment, rows: Rows) -> dict[str, Quantized]:
         """Sets the block for a tuner, and returns codes and scales of its weights. The others stay as they are."""
@@ -179,7 +195,7 @@ def tuned(
         if not before:
             continue
         with _deterministic(block):
-            found = tuner.tune(block, before)
+            found = _fitting_memory(tuner, block, before)
         for name, quantized in found.weights.items():
             rows[name] = (*rows[name][:2], quantized)
         changed = _declared(block, step, found)
@@ -188,6 +204,17 @@ def tuned(
         if found.before is not None and found.after is not None:
             errors[step.key] = {"before": found.before, "after": found.after}
     return rows, vectors, errors
+
+
+def _fitting_memory(tuner: Tuner, block: TunedBlock, before: dict[str, Quantized]) -> Tuned:
+    """Runs a tuner; from its start with half the rows in a forward whenever the device runs out of memory."""
+    while True:
+        try:
+            return tuner.tune(block, before)
+        except torch.OutOfMemoryError as error:
+            cause = error
+        clear_frames(cause.__traceback__)  # they hold the tensors of the pass that failed
+        block.halve(cause)
 
 
 def _declared(block: TunedBlock, step: Assignment, found: Tuned) -> dict[str, Tensor]:

@@ -245,3 +245,30 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+def test_nothing_to_tune_is_refused(llama: Path, page: Path) -> None:
+    for name in ("autoround", "polish"):
+        with pytest.raises(ConfigError, match=f"{name} tunes blocks by their outputs"):
+            runs.prepare(
+                llama, scheme="int4_wo_128", algorithm=name, exclude=["*"], include=["lm_head"], **runs.data(page)
+            )
+
+
+def test_out_of_memory_it_goes_on_with_half_the_rows(
+    llama: Path, page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, int, int]] = []
+    tune = AutoRound.tune
+
+    def failing(self: Any, block: Any, quantized: Any) -> Any:
+        seen.append((block.number, block.rows, block.batches))
+        if len(seen) == 1:
+            raise torch.OutOfMemoryError("of the test")
+        return tune(self, block, quantized)
+
+    monkeypatch.setattr(AutoRound, "tune", failing)
+    run = made(llama, tmp_path / "out", "int4_wo_128", QUICK, page)
+    assert seen == [(0, 8, 3), (0, 4, 6), (1, 4, 6)]
+    errors = [by["autoround"] for by in run.report["loss"]["tuning"].values()]
+    assert all(error["after"] <= error["before"] for error in errors)

@@ -120,7 +120,7 @@ def test_one_batch_is_judged_by_tokens_that_are_held_out(
 
     seen = set()
 
-    def keep_best(block: TunedBlock, *given: Any) -> Any:
+    def keep_best(name: str, block: TunedBlock, *given: Any) -> Any:
         leading = torch.Size(block._walk.tokens.shape)
         fit, judged = (block._counted(0, leading, held) for held in (False, True))
         assert fit is not None and judged is not None
