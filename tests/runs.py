@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from quarkcli import algorithms
 from quarkcli.job import run as job
 from quarkcli.plan.compose import Overrides
 from tests import tiny
@@ -104,6 +105,12 @@ def topics(start: int, stop: int) -> str:
 def data(text: Path, samples: int = 32, seqlen: int = 64) -> dict[str, Any]:
     """Calibration options."""
     return {"calib_data": str(text), "calib_samples": samples, "calib_seqlen": seqlen}
+
+
+def quick(name: str) -> list[str]:
+    """Settings with which an algorithm that takes many steps takes few, so that a run takes a second."""
+    known = algorithms.create(name, {}).parameters
+    return [f"{name}.{key}=4" for key in ("iters", "steps") if key in known]
 
 
 def run(source: Path | str, output: Path, **options: Any) -> Made:

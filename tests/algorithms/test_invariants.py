@@ -26,8 +26,6 @@ from tests.forks import Forks, at
 
 NAMES = algorithms.names()
 SCHEME, ROWS, TOKENS = "int4_wo_32", 64, 64  # two batches of 2,048 tokens
-# Steps of what is iterated, so that a run takes a second.
-QUICK = {"iters": 4, "steps": 4}
 
 
 @pytest.fixture(scope="module")
@@ -56,10 +54,7 @@ def plain(source: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def options(name: str, text: Path) -> dict[str, Any]:
-    settings = [
-        f"{name}.{key}={value}" for key, value in QUICK.items() if key in algorithms.create(name, {}).parameters
-    ]
-    return {"scheme": SCHEME, "algorithm": name, "settings": settings, **runs.data(text, ROWS, TOKENS)}
+    return {"scheme": SCHEME, "algorithm": name, "settings": runs.quick(name), **runs.data(text, ROWS, TOKENS)}
 
 
 def watch_packing(patch: pytest.MonkeyPatch) -> dict[str, Quantized]:

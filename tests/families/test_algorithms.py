@@ -34,7 +34,7 @@ def cases() -> list[Any]:
 def test_an_algorithm_on_a_family(
     name: str, algorithm: str, scheme: str, built: dict[str, Path], text: Path, tmp_path: Path
 ) -> None:
-    options = {"scheme": scheme, "algorithm": algorithm, **runs.data(text, 8, 32)}
+    options = {"scheme": scheme, "algorithm": algorithm, "settings": runs.quick(algorithm), **runs.data(text, 8, 32)}
     reason = refusals.known(algorithm, scheme, name)
     if reason is not None:
         with pytest.raises(ConfigError) as caught:
