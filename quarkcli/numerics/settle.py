@@ -48,7 +48,7 @@ class Choices:
     """The choices that a solver leaves open.
 
     damps      dampings; one: given
-    strengths  of the aim; one: given
+    strengths  of the aim, in the order they are tried; one: given
     sweeps     of refinement
     act_order  see `factorize`
     """
@@ -181,6 +181,7 @@ class _Trial:
         self.sweeps = choices.sweeps
         self.factor: Factor
         self.aimed: Aim
+        self.least: float | None = None  # the held-out objective of the choices so far, where it is known
 
     def start(self) -> bool:
         damps = self.choices.damps
@@ -194,7 +195,7 @@ class _Trial:
         """Goes from the damping it has to the neighbours in the list, as long as the held-out objective falls."""
         if len(self.choices.damps) == 1:
             return
-        least = self._held_loss()
+        least = self.least = self._held_loss()
         for direction in (1, -1):
             moved = False
             at = DAMPS.index(START) + direction
@@ -208,19 +209,25 @@ class _Trial:
                 if loss >= least:
                     self.factor, self.aimed = kept
                     break
-                least, moved = loss, True
+                least = self.least = loss
+                moved = True
                 at += direction
             if moved:
                 return
 
     def choose_strength(self) -> None:
+        """Goes through the strengths in their order as long as the held-out objective falls."""
         if len(self.choices.strengths) == 1:
             return
-        tried = []
-        for strength in self.choices.strengths:
+        least = self._held_loss() if self.least is None else self.least
+        for strength in self.choices.strengths[1:]:
+            kept = self.strength, self.aimed
             self._take(self.factor, strength)
-            tried.append((self._held_loss(), strength))
-        self._take(self.factor, min(tried)[1])
+            loss = self._held_loss()
+            if loss >= least:
+                self.strength, self.aimed = kept
+                break
+            least = loss
 
     def run(self, rows: Rows, sweeps: int) -> Rows:
         """Chooses the codes of rows, and their scales anew when they are refined."""
