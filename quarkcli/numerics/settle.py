@@ -152,6 +152,8 @@ def settle(
     if held is not None:
         trial.choose_damp()
         trial.choose_strength()
+        if trial.strength != choices.strengths[0]:
+            trial.choose_damp()  # the best damping depends on what is aimed for
     quantized = _all_rows(task, trial)
     before, after = trial.objectives()
     result = Settled(
@@ -181,6 +183,7 @@ class _Trial:
         self.sweeps = choices.sweeps
         self.factor: Factor
         self.aimed: Aim
+        self.at = DAMPS.index(START)  # the damping, where it is chosen
         self.least: float | None = None  # the held-out objective of the choices so far, where it is known
 
     def start(self) -> bool:
@@ -195,23 +198,21 @@ class _Trial:
         """Goes from the damping it has to the neighbours in the list, as long as the held-out objective falls."""
         if len(self.choices.damps) == 1:
             return
-        least = self.least = self._held_loss()
+        if self.least is None:
+            self.least = self._held_loss()
         for direction in (1, -1):
             moved = False
-            at = DAMPS.index(START) + direction
-            while 0 <= at < len(DAMPS):
+            while 0 <= self.at + direction < len(DAMPS):
                 kept = self.factor, self.aimed
-                found = self._factorize(DAMPS[at])
+                found = self._factorize(DAMPS[self.at + direction])
                 if found is None:
                     break
                 self._take(found, self.strength)
-                loss = self._held_loss()
-                if loss >= least:
+                if not self._falls():
                     self.factor, self.aimed = kept
                     break
-                least = self.least = loss
+                self.at += direction
                 moved = True
-                at += direction
             if moved:
                 return
 
@@ -219,15 +220,22 @@ class _Trial:
         """Goes through the strengths in their order as long as the held-out objective falls."""
         if len(self.choices.strengths) == 1:
             return
-        least = self._held_loss() if self.least is None else self.least
+        if self.least is None:
+            self.least = self._held_loss()
         for strength in self.choices.strengths[1:]:
             kept = self.strength, self.aimed
             self._take(self.factor, strength)
-            loss = self._held_loss()
-            if loss >= least:
+            if not self._falls():
                 self.strength, self.aimed = kept
                 break
-            least = loss
+
+    def _falls(self) -> bool:
+        """Returns whether the held-out objective is lower than ever before, and notes it if so."""
+        loss = self._held_loss()
+        if self.least is not None and loss >= self.least:
+            return False
+        self.least = loss
+        return True
 
     def run(self, rows: Rows, sweeps: int) -> Rows:
         """Chooses the codes of rows, and their scales anew when they are refined."""

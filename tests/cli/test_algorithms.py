@@ -19,7 +19,7 @@ def test_the_list_names_every_algorithm(quark):
     assert list(rows) == algorithms.names()
     assert all(row["summary"] and row["kind"] for row in rows.values())
     assert (rows["rtn"]["data"], rows["rtn"]["memory_bytes"]) == ([], 0)
-    assert rows["gptq"]["data"] == ["gram"] and rows["gptq"]["memory_bytes"] >= 4 * 4 * 4096**2
+    assert rows["gptq"]["data"] == ["gram", "gram_val"] and rows["gptq"]["memory_bytes"] >= 4 * 4 * 4096**2
 
 
 @pytest.mark.parametrize("name", algorithms.names())
@@ -36,4 +36,4 @@ def test_one_is_shown_with_its_parameters(name, quark):
 
 def test_an_unknown_one(quark):
     code, _, err = quark("algorithms", "show", "gtpq")
-    assert code == 2 and err == "error: unknown algorithm 'gtpq'\nhint: use one of: gptq\n"
+    assert code == 2 and err == "error: unknown algorithm 'gtpq'\nhint: use one of: gptq, gptaq\n"
