@@ -19,7 +19,9 @@ from quarkcli.recipe.entries import SLOTS
 
 DEFAULT_SOLVER = "rtn"
 FLAG = "--algorithm"
-_NOT_MEMBERS = {"base", "channels", "columns", "fitting", "scaling", "tensors", "twostream"}
+_NOT_MEMBERS = {
+    "base", "channels", "columns", "fitting", "scaling", "searching", "tensors", "trials", "twostream",
+}  # fmt: skip
 
 
 def names() -> list[str]:

@@ -53,6 +53,16 @@ class Channels:
         assert found is not None
         return found
 
+    def seen_mean(self, rows: Tensor) -> Tensor:
+        """Returns the mean magnitude of every channel, float32 [channels]; that of sampled rows where none is known."""
+        known = [seen for site, _ in self.sites() if (seen := self.statistics.mean_abs(site)) is not None]
+        return self.gathered(known[0] if known else rows.abs().mean(0)).mean(0)
+
+    def column_rms(self) -> Tensor:
+        """Returns the root mean square of the quantized weights that read every channel, float32 [channels]."""
+        squares = [self.gathered(self.part.columns(t.name).square().sum(0)).sum(0) for t in self.quantized]
+        return (torch.stack(squares).sum(0) / sum(t.shape[0] for t in self.quantized)).sqrt()
+
     def _largest(self, values: list[Tensor]) -> Tensor | None:
         return torch.stack([self.gathered(own).amax(0) for own in values]).amax(0) if values else None
 

@@ -32,11 +32,14 @@ class ChannelScaling(Transform):
 
     kinds     statistics that it needs of what the readers read
     roles     roles of the linears that it works on beside norms when a recipe names no sources; None: all
+    norms_first  first what norms write, as long as the errors of all rows count alike; else first what linears write,
+                 so that the largest weights of columns are final
     rows      `scaling_layers` of a recipe: names of sources, or AMD Quark's rows with `prev_op`
     """
 
     kinds: ClassVar[frozenset[str]]
     roles: ClassVar[frozenset[str] | None] = None
+    norms_first: ClassVar[bool] = False
 
     def __init__(self, scaling_layers: Rows) -> None:
         if scaling_layers is not None and (not isinstance(scaling_layers, list) or not scaling_layers):
@@ -100,8 +103,7 @@ class ChannelScaling(Transform):
     def after(self, part: PartTensors, statistics: Statistics, state: Any) -> None:
         from quarkcli.algorithms.channels import Channels
 
-        # Linears' outputs first: their rows are then what those see that choose by the largest weight of a column.
-        for pair in sorted(part.pairs, key=lambda pair: pair.norm):
+        for pair in sorted(part.pairs, key=lambda pair: pair.norm is not self.norms_first):
             if not self.takes(part.part, pair, part.targets):
                 continue
             factors, facts = self.factors(Channels(part, pair, statistics))

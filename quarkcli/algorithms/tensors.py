@@ -57,6 +57,10 @@ class PartTensors:
     # -- what there is --------------------------------------------------------------------------------------------
 
     @property
+    def plan(self) -> Plan:
+        return self._plan
+
+    @property
     def names(self) -> list[str]:
         return list(self._tensors)
 
@@ -153,6 +157,15 @@ class PartTensors:
     def note(self, **facts: Any) -> None:
         """Notes a decision for the report."""
         self.notes.append(facts)
+
+    def clamp(self, module: str, limits: Tensor) -> None:
+        """Clamps the weight of a module to magnitudes, float32 [out, runs of columns], for what quantizes it next.
+
+        Statistics stay those of the weight as it was: this is the first step of rounding, not another function.
+        """
+        weight = self._weight(module)
+        limit = limits.repeat_interleave(weight.shape[1] // limits.shape[1], 1)
+        weight.copy_(torch.minimum(torch.maximum(weight, -limit), limit))
 
     def scale_input(self, modules: Iterable[str], scale: Tensor) -> None:
         """Multiplies the columns of weights by `scale`, float32 [channels], repeated over heads that share values."""

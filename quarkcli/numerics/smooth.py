@@ -1,11 +1,24 @@
-"""Factors for channels that move the size of activations into weights, and what quantization then costs."""
+"""Factors for channels that move size between activations and weights, and what quantization then costs.
+
+The cost is measured on sampled rows of the activation: the mean of |qdq(X / s) qdq(W s)^T - X W^T|^p over all weights
+that read the channels, p = 2 or 1.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from quarkcli.numerics.quantize import dequantize, fake_quantize, quantize, static_scale
+from quarkcli.spec import PerTile, TensorSpec
+
 _LEAST_WEIGHT = 1e-5  # below, a column counts as this large: what nobody reads must not blow a channel up
+_LEAST_FACTOR = 1e-4
+_FEW = 0.002  # when no more groups than this gain by the next step of clipping, further ones are not tried
+_COARSE = 4  # every so many candidates are tried first, then those around the best
 
 
 def smooth_factors(seen: Tensor, columns: Tensor, alpha: float, clamp_min: float = 1e-3) -> Tensor:
@@ -17,3 +30,239 @@ def smooth_factors(seen: Tensor, columns: Tensor, alpha: float, clamp_min: float
     """
     factors = seen.double().pow(alpha) / columns.double().clamp_min(_LEAST_WEIGHT).pow(1.0 - alpha)
     return torch.where(seen > 0, factors.clamp_min(clamp_min), 1.0).float()
+
+
+def scaled_factors(seen: Tensor, columns: Tensor | None, ratio: float) -> Tensor:
+    """Returns AWQ's factors, float32 [channels]: seen^ratio, or seen^ratio / columns^(1 - ratio).
+
+    They are divided by the geometric mean of the largest and smallest. 1 for a channel that was always zero.
+    seen     mean magnitude of every channel
+    columns  root mean square of the weights that read it; None: activations alone
+    """
+    factors = seen.double().pow(ratio)
+    if columns is not None:
+        factors = factors / columns.double().clamp_min(_LEAST_WEIGHT).pow(1.0 - ratio)
+    live = seen > 0
+    if not bool(live.any()):
+        return torch.ones_like(seen)
+    known = factors[live].clamp_min(_LEAST_FACTOR)
+    factors = factors.clamp_min(_LEAST_FACTOR) / (known.max() * known.min()).sqrt()
+    return torch.where(live, factors, 1.0).float()
+
+
+@dataclass
+class Reader:
+    """Weights that read the channels, with some of their rows.
+
+    rows      float32 [n, width], evenly picked
+    columns   largest magnitude of every column of the whole weight, float32 [width]
+    spec      how it is quantized; `input`: how what it reads is, None: not at all
+    group     weights of one name share a scale per tensor
+    importance  how much an error of its output counts, by the share of tokens that it sees and of rows that were picked
+    """
+
+    rows: Tensor
+    columns: Tensor
+    spec: TensorSpec
+    input: TensorSpec | None
+    group: str
+    importance: float = 1.0
+
+
+def picked_rows(weight: Tensor, most: int, spec: TensorSpec) -> Tensor:
+    """Returns at most about `most` rows of a weight, evenly picked; where rows share scales, whole tiles of them."""
+    tile = max((s.granularity.rows for s in spec.stages if isinstance(s.granularity, PerTile)), default=1)
+    count = -(-weight.shape[0] // tile)
+    step = max(1, -(-count * tile // most))
+    if tile == 1:
+        return weight[::step]
+    return torch.cat([weight[at * tile : (at + 1) * tile] for at in range(0, count, step)])
+
+
+class Cost:
+    """What the readers' outputs lose under factors of the columns.
+
+    seen         largest magnitude of every column of the activation, for static scales of inputs; None: not needed
+    conditional  mean square of every column that those rounded after it cannot make up for, float32 [width], where a
+                 solver makes up for errors; then weights are judged by it, not by the rows
+    power        2: mean square, 1: mean magnitude
+    """
+
+    def __init__(
+        self,
+        readers: Sequence[Reader],
+        *,
+        seen: Tensor | None = None,
+        conditional: Tensor | None = None,
+        power: int = 2,
+    ) -> None:
+        self.readers = list(_joined(readers))
+        self.seen = seen
+        self.conditional = conditional
+        self.power = power
+
+    def __call__(self, factors: Tensor, rows: Tensor) -> float:
+        """Returns the cost under factors, float32 [width], on rows of the activation, float32 [n, width]."""
+        total = 0.0
+        inputs: dict[int, Tensor] = {}
+        for reader in self.readers:
+            if reader.input is not None and id(reader.input) not in inputs:
+                inputs[id(reader.input)] = self.input(reader.input, factors, rows)
+            own = inputs[id(reader.input)] if reader.input is not None else rows
+            total += self._of(reader, factors, rows, own)
+        return total
+
+    def _of(self, reader: _Joined, factors: Tensor, rows: Tensor, own: Tensor) -> float:
+        changed = reader.quantized(factors) / factors
+        if self.conditional is None:
+            lost = own @ changed.T - rows @ reader.rows.T
+            return float((lost.abs() if self.power == 1 else lost.square()).mean(0) @ reader.importance)
+        weights = ((changed - reader.rows).square() @ self.conditional) @ reader.importance
+        if reader.input is None:
+            return float(weights)
+        return float(weights + ((own - rows) @ reader.rows.T).square().mean(0) @ reader.importance)
+
+    def input(self, spec: TensorSpec, factors: Tensor, rows: Tensor) -> Tensor:
+        """Returns the rows as a quantized input of smoothed channels gives them, back at their own size."""
+        static = None
+        if self.seen is not None and spec.needs_amax:
+            static = static_scale((self.seen / factors).max(), spec)
+        return fake_quantize(rows / factors, spec, static) * factors
+
+
+@dataclass
+class _Joined:
+    """Rows of weights with one spec that share their scale per tensor, if they have one."""
+
+    rows: Tensor
+    columns: Tensor
+    spec: TensorSpec
+    input: TensorSpec | None
+    importance: Tensor
+
+    def quantized(self, factors: Tensor) -> Tensor:
+        """Returns the rows times factors, quantized and dequantized."""
+        amax = (self.columns * factors).max() if self.spec.has_tensor_scale else None
+        return dequantize(quantize(self.rows * factors, self.spec, amax=amax), self.spec)
+
+
+def _joined(readers: Sequence[Reader]) -> Iterable[_Joined]:
+    groups: dict[object, list[Reader]] = {}
+    for reader in readers:
+        group = reader.group if reader.spec.has_tensor_scale else ""
+        groups.setdefault((reader.spec, reader.input, group), []).append(reader)
+    for own in groups.values():
+        importance = torch.cat([r.rows.new_full((len(r.rows),), r.importance) for r in own])
+        columns = torch.stack([r.columns for r in own]).amax(0)
+        yield _Joined(torch.cat([r.rows for r in own]), columns, own[0].spec, own[0].input, importance)
+
+
+class SourceCost:
+    """What the linear that writes the channels loses when its rows share scales, in the readers' outputs.
+
+    weight      some of its rows, float32 [n, in]; `picked`: the channels that they write
+    largest     largest magnitude of every row of the whole weight, float32 [channels]
+    squares     mean square of every column of what it reads, float32 [in]
+    importance  how much the relative error of each of these rows counts, float32 [n]
+    """
+
+    def __init__(
+        self, weight: Tensor, picked: Tensor, largest: Tensor, spec: TensorSpec, squares: Tensor, importance: Tensor
+    ) -> None:  # fmt: skip
+        self.weight = weight
+        self.picked = picked
+        self.largest = largest
+        self.spec = spec
+        self.squares = squares
+        energy = weight.square() @ squares
+        self.importance = importance / energy.clamp_min(torch.finfo(torch.float32).tiny)
+
+    def __call__(self, factors: Tensor) -> float:
+        """Returns the cost under factors of all channels."""
+        own = factors[self.picked].unsqueeze(1)
+        amax = (self.largest / factors).max() if self.spec.has_tensor_scale else None
+        lost = dequantize(quantize(self.weight / own, self.spec, amax=amax), self.spec) * own - self.weight
+        return float((lost.square() @ self.squares) @ self.importance)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A candidate with its cost: the kind and ratio that made it, its factors, float32 [channels]."""
+
+    kind: str
+    ratio: float
+    factors: Tensor
+    cost: float
+
+
+def search(
+    kinds: dict[str, Callable[[float], Tensor]], steps: int, cost: Callable[[Tensor], float], first: Sequence[Choice]
+) -> Choice:
+    """Returns the cheapest candidate: of `first`, and of ratios 0, 1/steps ... 1 of every kind.
+
+    Of more than twelve ratios every fourth is tried, and then those around the best of each kind.
+    """
+    best = min(first, key=lambda choice: choice.cost)
+    for kind, make in kinds.items():
+        found: dict[int, Choice] = {}
+
+        def tried(index: int, kind: str = kind, make: Callable[[float], Tensor] = make) -> Choice:
+            factors = make(index / steps)
+            return Choice(kind, index / steps, factors, cost(factors))
+
+        stride = _COARSE if steps > 3 * _COARSE else 1
+        for index in range(0, steps + 1, stride):
+            found[index] = tried(index)
+        middle = min(found, key=lambda index: found[index].cost)
+        for index in range(max(0, middle - stride + 1), min(steps, middle + stride - 1) + 1):
+            if index not in found:
+                found[index] = tried(index)
+        best = min([best, *found.values()], key=lambda choice: choice.cost)
+    return best
+
+
+def clip_limits(
+    weight: Tensor, rows: Tensor, spec: TensorSpec, amax: Tensor | None, least: float, step: float
+) -> tuple[Tensor, Tensor]:
+    """Returns the magnitude at which every group of a weight is best clipped, and where that is below its largest.
+
+    The criterion is the group's own share of the output's error on rows of the activation, float32 [n, width]:
+    the error under the group's block of their second moment.
+    weight   float32 [out, width]
+    amax     that of the scale group, for specs with a scale per tensor
+    least    the smallest share of the largest magnitude that is tried, in steps of `step`
+    Limits are float32 [out, groups].
+    """
+    size = spec.group_size or weight.shape[1]
+    count = weight.shape[1] // size
+    apart = rows.view(len(rows), count, size).transpose(0, 1)  # [groups, n, size]
+    blocks = apart.transpose(1, 2) @ apart / len(rows) if size < len(rows) else None
+    largest = weight.view(-1, count, size).abs().amax(-1)
+    limits, best, clipped = largest.clone(), None, torch.zeros_like(largest, dtype=torch.bool)
+    tried = 0
+    while (share := 1.0 - tried * step) >= least - 1e-9:
+        own = largest * share
+        kept = _clamped(weight, own, size)
+        error = (dequantize(quantize(kept, spec, amax=amax), spec) - weight).view(-1, count, size).transpose(0, 1)
+        if blocks is not None:
+            cost = ((error @ blocks) * error).sum(-1).T
+        else:
+            cost = (error @ apart.transpose(1, 2)).square().mean(-1).T
+        better = cost < best if best is not None else torch.zeros_like(clipped)
+        best = cost if best is None else torch.where(better, cost, best)
+        limits, clipped = torch.where(better, own, limits), clipped | better
+        tried += 1
+        if tried > 2 and float(better.float().mean()) < _FEW:
+            break
+    return limits, clipped
+
+
+def _clamped(weight: Tensor, limits: Tensor, size: int) -> Tensor:
+    apart = weight.view(weight.shape[0], -1, size)
+    limit = limits.unsqueeze(-1)
+    return torch.minimum(torch.maximum(apart, -limit), limit).view_as(weight)
+
+
+def clamped(weight: Tensor, limits: Tensor) -> Tensor:
+    """Returns a weight [out, width] clamped to limits [out, groups]."""
+    return _clamped(weight, limits, weight.shape[1] // limits.shape[1])

@@ -1,0 +1,77 @@
+"""Channel scaling by search: candidates, what they cost on sampled rows, and proof on held-out ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from quarkcli.algorithms.base import Assignment
+from quarkcli.algorithms.scaling import ChannelScaling, Rows, quantized
+from quarkcli.errors import ConfigError
+from quarkcli.family import Pair
+from quarkcli.plan.model import Part, Plan
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from quarkcli.algorithms.channels import Channels
+
+
+class SearchedScaling(ChannelScaling):
+    """Chooses among candidates by what quantization then costs; 1 everywhere is always one of them.
+
+    n_grid  number of steps of the exponent between 0 and 1
+    """
+
+    kinds = frozenset({"samples"})
+    norms_first = True
+    power: ClassVar[int] = 2
+
+    def __init__(self, scaling_layers: Rows, n_grid: int) -> None:
+        super().__init__(scaling_layers)
+        if isinstance(n_grid, bool) or not isinstance(n_grid, int) or not 1 <= n_grid <= 1000:
+            raise ConfigError(f"{self.name} n_grid must be a whole number from 1 to 1000, not {n_grid!r}")
+        self.n_grid = n_grid
+        self._solvers: tuple[Plan, dict[str, Assignment]] | None = None
+
+    def kinds_of(self, plan: Plan, part: Part, pair: Pair) -> frozenset[str]:
+        inputs = (target.input for target in quantized(plan.targets, pair))
+        ranges = any(spec is not None and spec.needs_amax for spec in inputs)
+        return self.kinds | {"channel_absmax"} if ranges else self.kinds
+
+    def candidates(self, channels: Channels, rows: Tensor) -> dict[str, Callable[[float], Tensor]]:
+        """Returns what makes factors of a ratio, by kind; `rows`: of the activation, float32 [n, width]."""
+        raise AssertionError("a search has candidates")
+
+    def factors(self, channels: Channels) -> tuple[Tensor | None, dict[str, Any]]:
+        import torch
+
+        from quarkcli.algorithms.trials import Trial
+        from quarkcli.numerics.smooth import Choice, search
+
+        trial = Trial(channels, self.solvers(channels.part.plan), self.power)
+        if trial.fitted is None:
+            return None, {"reason": "no calibration token"}
+        ones = torch.ones(channels.count, device=trial.fitted.device)
+        plain = Choice("none", 0.0, ones, trial.cost(ones))
+        best = search(self.candidates(channels, trial.fitted), self.n_grid, trial.cost, [plain])
+        facts: dict[str, Any] = {"before": plain.cost, "after": best.cost}
+        if best is plain:
+            return None, facts | {"reason": "no candidate is better"}
+        facts |= {"kind": best.kind, "ratio": round(best.ratio, 4)}
+        proof = trial.proof(best.factors)
+        if proof is not None:
+            facts |= {"held_out_before": proof[0], "held_out_after": proof[1]}
+            if not proof[1] < proof[0]:
+                return None, facts | {"reason": "not better on held-out rows"}
+        return best.factors, facts
+
+    def solvers(self, plan: Plan) -> dict[str, Assignment]:
+        """Returns the solver of every quantized weight."""
+        from quarkcli import algorithms
+
+        if self._solvers is None or self._solvers[0] is not plan:
+            steps = [step for step in algorithms.pipeline(plan) if step.kind == "solver"]
+            found = {t.name: next(s for s in steps if s.takes(t)) for t in plan.quantized()}
+            self._solvers = plan, found
+        return self._solvers[1]
