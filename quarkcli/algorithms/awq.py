@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from quarkcli.algorithms.base import Needs
-from quarkcli.algorithms.scaling import Rows, below, starred
+from quarkcli.algorithms.scaling import Rows, below, starred, together
 from quarkcli.algorithms.searching import SearchedScaling
 from quarkcli.errors import ConfigError
 from quarkcli.family import Pair
@@ -142,10 +142,13 @@ class AWQ(SearchedScaling):
         if self.scales:
             super().after(part, statistics, state)
         wanted = {target.name for target in self._clipped(part.plan)}
+        notes: dict[str, list[dict[str, Any]]] = {}
         for target in part.targets.values():
             if target.name in wanted and is_quantized(target) and (part.mine is None or target.name in part.mine):
                 facts = self._clip(part, target, statistics)
-                part.note(clipped=starred(below(part.part, target.name)), **facts)
+                notes.setdefault(starred(below(part.part, target.name)), []).append(facts)
+        for name, own in notes.items():
+            part.note(clipped=name, **together(own))
 
     def _clip(self, part: PartTensors, target: QuantizedTarget, statistics: Statistics) -> dict[str, Any]:
         from quarkcli.algorithms.trials import clip_proof, samples_now

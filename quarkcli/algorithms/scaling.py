@@ -7,6 +7,7 @@ the function stays. Which channels those are comes from the family file (`Plan.r
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from quarkcli.forward.statistics import Statistics
 
 _NUMBER = re.compile(r"\.\d+(?=\.)")
+MEANS = frozenset({"alpha", "ratio", "share"})
 Rows = list[str | dict[str, Any]] | None
 
 
@@ -103,13 +105,16 @@ class ChannelScaling(Transform):
     def after(self, part: PartTensors, statistics: Statistics, state: Any) -> None:
         from quarkcli.algorithms.channels import Channels
 
+        notes: dict[str, list[dict[str, Any]]] = {}
         for pair in sorted(part.pairs, key=lambda pair: pair.norm is not self.norms_first):
             if not self.takes(part.part, pair, part.targets):
                 continue
             factors, facts = self.factors(Channels(part, pair, statistics))
-            part.note(source=starred(below(part.part, pair.source)), scaled=factors is not None, **facts)
+            notes.setdefault(starred(below(part.part, pair.source)), []).append({"scaled": factors is not None} | facts)
             if factors is not None:
                 part.scale(pair, factors.reciprocal())
+        for source, own in notes.items():
+            part.note(source=source, **together(own))
 
     def factors(self, channels: Channels) -> tuple[Tensor | None, dict[str, Any]]:
         """Returns what the readers' columns are multiplied by, float32 [channels], and facts for the report.
@@ -150,6 +155,22 @@ def starred(name: str) -> str:
 def fits(row: str, source: str) -> bool:
     """True when a name or pattern means a source: `up_proj` and `mlp.up_proj` both mean `mlp.up_proj`."""
     return fnmatchcase(source, row) or fnmatchcase(source, f"*.{row}") or fnmatchcase(starred(source), f"*{row}")
+
+
+def together(notes: list[dict[str, Any]]) -> dict[str, Any]:
+    """Returns one note for those of many experts: sums of costs, means of other numbers, counts of the rest."""
+    if len(notes) == 1:
+        return notes[0]
+    found: dict[str, Any] = {"pairs": len(notes)}
+    for key in dict.fromkeys(key for note in notes for key in note):
+        values = [note[key] for note in notes if key in note]
+        if isinstance(values[0], bool):
+            found[key] = sum(values)
+        elif isinstance(values[0], str):
+            found[key] = dict(Counter(values))
+        else:
+            found[key] = sum(values) / (len(values) if key in MEANS else 1)
+    return found
 
 
 def _source(row: Any, name: str) -> str:
