@@ -80,7 +80,7 @@ def picked_rows(weight: Tensor, most: int, spec: TensorSpec) -> Tensor:
 
 
 class Cost:
-    """What the readers' outputs lose under factors of the columns.
+    """Says what the readers' outputs lose under factors of the columns.
 
     seen         largest magnitude of every column of the activation, for static scales of inputs; None: not needed
     conditional  mean square of every column that those rounded after it cannot make up for, float32 [width], where a
@@ -158,7 +158,7 @@ def _joined(readers: Sequence[Reader]) -> Iterable[_Joined]:
 
 
 class SourceCost:
-    """What the linear that writes the channels loses when its rows share scales, in the readers' outputs.
+    """Says what the linear that writes the channels loses when its rows share scales, in the readers' outputs.
 
     weight      some of its rows, float32 [n, in]; `picked`: the channels that they write
     largest     largest magnitude of every row of the whole weight, float32 [channels]
