@@ -78,6 +78,9 @@ class Permutation(Transform):
                 modules |= {found.writer, found.reader}
         return Changes(frozenset(tensors | held_by(plan, modules)))
 
+    def memory(self, plan: Plan) -> int:
+        return copies(plan, self.changes(plan))
+
     def _inside(self, plan: Plan) -> Iterator[tuple[Part, Channels | Values]]:
         """Yields the channels inside blocks that are to change places."""
         for part, weights in by_part(plan):
@@ -109,15 +112,19 @@ class Permutation(Transform):
         import torch
 
         if self.residual:
-            part.reorder(torch.tensor(state["order"]))
+            part.reorder(torch.tensor(state["order"], device=part.device))
 
     def after(self, part: PartTensors, statistics: Statistics, state: Any) -> None:
+        unseen = []
         for channels in part.channels if self.inner else ():
             reader = part.targets[channels.readers[0]]
             seen = self._sizes(statistics, reader)
             if seen is not None:
                 part.reorder_channels(channels, seen.sort(descending=True, stable=True).indices)
+            else:
+                unseen.append(reader.name)
         values = part.values if self.values else None
+        part.note(inner=bool(part.channels) and self.inner, values=values is not None, unseen=unseen)
         seen = self._sizes(statistics, part.targets[values.reader]) if values is not None else None
         if values is not None and seen is not None:
             sizes = seen.view(values.groups, -1, values.head).mean(1)
@@ -178,6 +185,15 @@ def held_by(plan: Plan, modules: set[str]) -> set[str]:
     for target in (plan.targets[module] for module in modules):
         found |= {target.view.tensor, *(bias for bias in (target.bias, expert_bias(target)) if bias in names)}
     return found
+
+
+def copies(plan: Plan, changes: Changes) -> int:
+    """Returns the bytes of float32 copies of a part's changed weights, and thrice of its largest while it changes."""
+    most = 0
+    for _, weights in by_part(plan):
+        own = [4 * target.numel for target in weights.values() if target.view.tensor in changes.tensors]
+        most = max(most, sum(own) + 3 * max(own, default=0))
+    return most
 
 
 def _stream_sites(plan: Plan) -> dict[int, list[str]]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from quarkcli.algorithms.base import Transform
-from quarkcli.algorithms.permutation import by_part, check_residual, held_by, streams
+from quarkcli.algorithms.permutation import by_part, check_residual, copies, held_by, streams
 from quarkcli.errors import ConfigError
 from quarkcli.family import Values
 from quarkcli.plan.model import Added, Changes, Part, Plan
@@ -74,13 +74,7 @@ class Rotation(Transform):
             )
 
     def memory(self, plan: Plan) -> int:
-        """Returns the bytes of float32 copies: of a part's weights, and thrice of its largest while it is turned."""
-        tensors = self.changes(plan).tensors
-        most = 0
-        for _, weights in by_part(plan):
-            own = [4 * target.numel for target in weights.values() if target.view.tensor in tensors]
-            most = max(most, sum(own) + 3 * max(own, default=0))
-        return most
+        return copies(plan, self.changes(plan))
 
     def changes(self, plan: Plan) -> Changes:
         modules = {name for _, values in self._values(plan) for name in (values.writer, values.reader)}
@@ -115,6 +109,8 @@ class Rotation(Transform):
         if self.r1:
             self._turn_stream(part, state["seed"])
         values = part.values if state["values"] else None
+        if part.part.block is not None:
+            part.note(r1=self.r1, r2=values is not None)
         if values is not None:
             shape = (values.groups, values.head)
             part.turn_values(values, self._turn(shape, None, state["seed"], part.part.index))

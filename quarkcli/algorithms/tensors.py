@@ -65,6 +65,10 @@ class PartTensors:
         return list(self._tensors)
 
     @property
+    def device(self) -> torch.device:
+        return next(iter(self._tensors.values())).device if self._tensors else torch.device("cpu")
+
+    @property
     def width(self) -> int:
         """Returns the number of channels of the residual stream."""
         assert self._plan.rewrites.width is not None
@@ -233,7 +237,8 @@ class PartTensors:
         self.changed_otherwise = True
         residual = self.residual
         for weight in (*map(self._weight, residual.columns), *self._own_head()):
-            weight.copy_(turn(weight))
+            for run in weight.split(self.width, 1):  # a linear may read several runs of the channels
+                run.copy_(turn(run))
         self._turn_rows(residual.rows, turn)
 
     def reorder(self, order: Tensor) -> None:
@@ -291,9 +296,7 @@ class PartTensors:
 
     def _reorder_columns(self, weights: Iterable[Tensor], order: Tensor) -> None:
         for weight in weights:
-            width = len(order)
-            for start in range(0, weight.shape[1], width):  # a linear may read several runs of the channels
-                run = weight[:, start : start + width]
+            for run in weight.split(len(order), 1):
                 run.copy_(run[:, order])
 
     def commit(self) -> list[str]:

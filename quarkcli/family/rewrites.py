@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -173,12 +174,13 @@ class Rewrites:
 
     def _placed(self, part: Part, weights: Mapping[str, Weight], said: Mapping[str, Collection[str]]) -> Residual:
         """Returns every weight and every other tensor of a part in its place."""
+        assert self.width is not None
         placed: dict[str, list[str]] = {"reads": [], "writes": []}
         unknown = {}
         for place, axis, word in (("reads", 1, "columns"), ("writes", 0, "rows")):
             for name in _named(said[place], weights):
                 size = weights[name].shape[axis]
-                if size == self.width:
+                if size == self.width or (part.kind == "rest" and place == "reads" and size % self.width == 0):
                     placed[place].append(name)
                 elif not _is_named(said["inner"], name):
                     unknown[name] = f"it has {size} {word}, not {self.width}"
@@ -205,11 +207,16 @@ def _said(family: FamilyModel, part: Part, weights: Mapping[str, Weight]) -> dic
     """Returns what a family file says of a part's residual stream: patterns on full names, by place."""
     rule = family.residual
     assert rule is not None
+    leaves = {"reads": rule.reads, "writes": rule.writes, "norms": rule.norms, "inner": rule.inner}
     if part.block is not None:
-        leaves = {"reads": rule.reads, "writes": rule.writes, "norms": rule.norms, "inner": rule.inner}
         return {place: [f"{part.name}.{leaf}" for leaf in own] for place, own in leaves.items()}
     said: dict[str, list[str]] = {place: list(rule.outside.get(place, [])) for place in _PLACES}
-    if part.kind != "rest":
+    if part.kind == "rest":  # layers that predict more tokens are built as blocks
+        block = re.compile(rf"((?:{re.escape(family.blocks)}|mtp\.layers)\.\d+)\.")
+        roots = dict.fromkeys(found[1] for tensor in part.tensors if (found := block.match(tensor)))
+        for place, own in leaves.items():
+            said[place] += [f"{root}.{leaf}" for root in roots for leaf in own]
+    else:
         ends = (name for name, weight in weights.items() if weight.role in {"embedding", "head"})
         said["reads"] += [name for name in ends if not _is_named(said["inner"], name)]
         said["norms"] += [f"{module}{end}" for module in (*family.embed, *family.tail) for end in ("", ".*")]

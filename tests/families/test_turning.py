@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from quarkcli.errors import ConfigError
+from tests import runs
 from tests.algorithms import turning
 from tests.families import models
 
@@ -59,3 +61,44 @@ def test_which_families_can_be_rotated(built: dict[str, Path]) -> None:
         "gemma3n_text", "gemma4", "gemma4_text", "gemma4_moe_text", "dbrx", "olmo3", "exaone4", "mllama",
         "mllama_text", "nemotron_h", "nemotron_h_latent", "deepseek_v4",
     }  # fmt: skip
+
+
+def with_more_layer(folder: Path) -> dict[str, torch.Tensor]:
+    """Tensors of a tiny DeepSeek V3 with a layer behind the last block that predicts one token more."""
+    models.build("deepseek_v3", folder)
+    tensors = runs.read_all(folder)
+    blocks = models.RECIPES["deepseek_v3"]["config"]["num_hidden_layers"]
+    last, more = f"model.layers.{blocks - 1}.", f"model.layers.{blocks}."
+    tensors |= {more + name.removeprefix(last): t + 0.5 for name, t in tensors.items() if name.startswith(last)}
+    embedding = tensors["model.embed_tokens.weight"]
+    width = embedding.shape[1]
+    extra = {"enorm": (width,), "hnorm": (width,), "eh_proj": (width, 2 * width), "shared_head.norm": (width,)}
+    extra |= {"embed_tokens": embedding.shape, "shared_head.head": embedding.shape}
+    generator = torch.Generator().manual_seed(4)
+    tensors |= {f"{more}{leaf}.weight": torch.randn(s, generator=generator).bfloat16() for leaf, s in extra.items()}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    return {name: tensor for name, tensor in tensors.items() if name.startswith(more)}
+
+
+def test_a_layer_that_predicts_more_tokens_follows(tmp_path: Path) -> None:
+    """transformers does not run it: every tensor against where its channels have to be."""
+    added = with_more_layer(tmp_path / "m")
+    source = turning.source_tensors(tmp_path / "m")
+    after, _ = turning.turned(tmp_path / "m", [("permutation", {"inner": False, "values": False})], source)
+    embedding = "model.embed_tokens.weight"
+    order = [int((source[embedding] == column[:, None]).all(0).nonzero()) for column in after[embedding].T]
+    width = len(order)
+    both = [*order, *(width + channel for channel in order)]
+    inner = {"q_a_layernorm", "q_b_proj", "kv_a_layernorm", "kv_b_proj", "e_score_correction_bias"}
+    for name in added:
+        wanted, leaf = source[name], name.removesuffix(".weight").rpartition(".")[2]
+        if leaf in {"o_proj", "down_proj", "eh_proj"}:
+            wanted = wanted[order]
+        if leaf == "eh_proj":
+            wanted = wanted[:, both]
+        elif leaf not in {"o_proj", "down_proj"} and not inner & set(name.split(".")):
+            wanted = wanted[..., order]
+        assert torch.equal(after[name], wanted), name
+    with pytest.raises(ConfigError, match="no linear is known that could take over") as caught:
+        turning.checked(turning.planned(tmp_path / "m"), [("rotation", {})])
+    assert caught.value.where in added
