@@ -14,6 +14,8 @@ _POSITIONS = (
 )  # fmt: skip
 _BLOCKS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _WIDTHS = ("hidden_size", "n_embd", "d_model", "n_embed", "dim", "model_dim")
+_HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
+_KV_HEADS = ("num_key_value_heads", "num_kv_heads", "multi_query_group_num")
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
 
 
@@ -34,6 +36,18 @@ def block_count(config: Mapping[str, object]) -> int | None:
 def hidden_size(config: Mapping[str, object]) -> int | None:
     """Returns the width of the residual stream."""
     return _number(text_config(config), _WIDTHS)
+
+
+def head_size(config: Mapping[str, object]) -> int | None:
+    """Returns the number of features of one head of attention."""
+    said = _number(text_config(config), ("head_dim",))
+    width, heads = hidden_size(config), _number(text_config(config), _HEADS)
+    return said if said is not None else width // heads if width and heads else None
+
+
+def kv_heads(config: Mapping[str, object]) -> int | None:
+    """Returns the number of heads of keys and values, where config.json says it apart from that of queries."""
+    return _number(text_config(config), _KV_HEADS)
 
 
 def expert_count(config: Mapping[str, object]) -> int | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from quarkcli.errors import ModelError
-from quarkcli.family.config import hidden_size, text_config
+from quarkcli.family.config import head_size, hidden_size, kv_heads, text_config
 from quarkcli.family.orientation import decide, hidden_transpositions, stored_transposed
 from quarkcli.family.parts import Part, parts_of
 from quarkcli.family.rewrites import Rewrites
@@ -123,7 +123,7 @@ def lay_out(
         name, inferred, parts, builder.weights, builder.sites, builder.attention, builder.tensor_roles,
         _tied_head(family, config, headers), family.aliases, builder.protected(),
         hidden_transpositions(family, config, headers), stored_transposed(builder.blocks_weights(), headers, config),
-        Rewrites(family, hidden_size(config), headers, _head_dim(text_config(config))),
+        Rewrites(family, hidden_size(config), headers, head_size(config), kv_heads(config)),
     )  # fmt: skip
 
 

@@ -84,12 +84,14 @@ class Rewrites:
     width    channels of the residual stream; None: the config does not say
     headers  of the checkpoint
     head_dim features of a head of attention; None: the config does not say
+    kv_heads heads of keys and values; None: the config does not say, or they are as many as those of queries
     """
 
     family: FamilyModel | None = field(default=None, repr=False)
     width: int | None = None
     headers: Mapping[str, HeaderLike] = field(default_factory=dict, repr=False)
     head_dim: int | None = None
+    kv_heads: int | None = None
 
     @property
     def norm_offset(self) -> float:
@@ -135,6 +137,8 @@ class Rewrites:
         rows = (writer.shape[0] - reader.shape[1]) // 2 if fused else writer.shape[0]
         if rows <= 0 or rows % self.head_dim or reader.shape[1] % rows:
             return None
+        if self.kv_heads is not None and rows != self.kv_heads * self.head_dim:
+            return None  # heads of another size than the config says
         return Values(writer.name, reader.name, writer.shape[0] - rows, self.head_dim, rows // self.head_dim)
 
     def residual(self, part: Part, weights: Mapping[str, Weight]) -> Residual:
