@@ -23,7 +23,7 @@ WEIGHTS = (
     "awq+qronos+polish", "gptq+autoround+polish",
 )  # fmt: skip
 SERVED = (
-    "smoothquant+gptq", "autosmoothquant+gptq", "permutation+gptq", "rotation+gptq", "awq+gptq",
+    "smoothquant+gptq", "autosmoothquant+gptq", "permutation+gptq", "rotation+gptq", "awq+gptq", "hadamard+gptq",
     "autosmoothquant+permutation+gptq", "autosmoothquant+qronos+polish", "gptq+polish",
 )  # fmt: skip
 
@@ -49,7 +49,7 @@ def members() -> dict[str, type[Algorithm]]:
     return {name.replace("_", "-"): importlib.import_module(f"quarkcli.algorithms.{name}").ALGORITHM for name in names}
 
 
-def compositions(scheme: str, integers: bool, inputs: bool) -> list[str]:
+def compositions(integers: bool, inputs: bool) -> list[str]:
     """Returns the rows of a scheme: rtn first, then every algorithm alone, then compositions.
 
     integers   its weights are integers: solvers that know signed scales come with them off and on

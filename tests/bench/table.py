@@ -101,13 +101,13 @@ class Model:
             losses = self.measure.score(str(out), inputs_only=row.steps == INPUTS)
         return {"bits": report["size"]["effective_bits"], "seconds": seconds, "losses": losses}
 
-    def rows(self, scheme: str, seeds: list[int]) -> Iterator[Row]:
-        """Yields the rows of a scheme; round-to-nearest chooses the same codes whatever the seed."""
+    def rows(self, scheme: str, seeds: list[int], asked: list[str] | None = None) -> Iterator[Row]:
+        """Yields the rows of a scheme, or those asked for; the seed changes nothing of round-to-nearest."""
         plan = prepare(replace(self.options(recipes.from_scheme(scheme), 0, Path("out")))).plan
         specs = [target.weight for target in plan.quantized()]
-        integers = any(spec.format.kind == "int" for spec in specs)
+        integers = any(spec.format.kind == "integer" for spec in specs)
         inputs = any(target.input is not None for target in plan.quantized())
-        for steps in compositions(scheme, integers, inputs):
+        for steps in asked or compositions(integers, inputs):
             for seed in seeds[:1] if steps in {"rtn", INPUTS} else seeds:
                 yield Row(self.name, scheme, steps, seed)
 
@@ -137,7 +137,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument(
         "--rows", default="", help="a regular expression: rows whose 'model scheme steps seed N' has it"
     )
-    parser.add_argument("--add", default="", help="comma list of more compositions for every scheme given")
+    parser.add_argument("--steps", default="", help="comma list of compositions, instead of the table's own")
     parser.add_argument("--again", action="store_true", help="measure rows that have a result too")
     parser.add_argument("--list", action="store_true", help="name the rows and measure nothing")
     parser.add_argument("--results", default="docs/losses.json")
@@ -157,10 +157,8 @@ def measure(args: argparse.Namespace, results: Results) -> None:
     wanted = re.compile(args.rows)
     for folder in args.models:
         model = Model(folder, args)
-        rows = [row for scheme in args.schemes.split(",") for row in model.rows(scheme, seeds)]
-        for scheme in args.schemes.split(",") if args.add else ():
-            rows += [Row(model.name, scheme, steps, seed) for steps in args.add.split(",") for seed in seeds]
-        for row in dict.fromkeys(rows):
+        own = args.steps.split(",") if args.steps else None
+        for row in (row for scheme in args.schemes.split(",") for row in model.rows(scheme, seeds, own)):
             if not wanted.search(row.key) or (row.key in results.read() and not args.again):
                 continue
             if args.list:

@@ -25,7 +25,8 @@ def test_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [
         str(source), "--calib", text, "--text", text, "--tokens", "512", "--other", str(other), "--other-tokens", "300",
         "--window", "64", "--samples", "8", "--seqlen", "64", "--schemes", "int4_wo_128,nvfp4",
-        "--rows", f"(rtn|{INPUTS}|gptq) seed", "--results", str(results), "--cache", str(tmp_path / "cache"),
+        "--rows", f" (rtn|{INPUTS}|gptq(:signed=on)?) seed", "--results", str(results),
+        "--cache", str(tmp_path / "cache"),
     ]  # fmt: skip
     table.main(words)
     assert "llama int4_wo_128 gptq seed 1 KL in domain" in capsys.readouterr().out
@@ -51,6 +52,7 @@ def test_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         tell=silent,
     )
     alone, both = (found[f"llama nvfp4 {steps} seed 1"]["losses"][table.IN]["kl"] for steps in (INPUTS, "rtn"))
+    assert sum("signed=on" in key for key in found) == 1
     assert 0 < alone < both < 2 * (alone + weights["kl"])
 
     before = results.read_text()
@@ -69,7 +71,9 @@ def test_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_compositions_come_from_the_registry() -> None:
     assert parsed("awq+gptq:signed=on:damp=0.05") == [("awq", {}), ("gptq", {"signed": "on", "damp": 0.05})]
     for inputs in (False, True):
-        rows = compositions("nvfp4", integers=False, inputs=inputs)
+        rows = compositions(integers=False, inputs=inputs)
         assert set(members()) <= set(rows)
         assert all(name in members() for row in rows if row != INPUTS for name, _ in parsed(row))
         assert (INPUTS in rows) == inputs
+    rows = compositions(integers=True, inputs=False)
+    assert [row for row in rows if "gptq" in row][:2] == ["gptq", "gptq:signed=on"]
