@@ -203,26 +203,23 @@ class _Measuring:
 
     def _drawn(self, index: int) -> Tensor:
         """Returns the gradient of the log-probability of tokens drawn from the source, for one batch."""
-        hidden = self.walk.served[index].detach().to(self.runner.device).requires_grad_()
-        recording = self.walk.recordings[SERVED][index]
-        logits = self.runner.logits(recording, hidden, gradients=True)
-        with torch.enable_grad():
-            scores = torch.log_softmax(logits, -1)
-            labels = self._draw(scores.detach())
-            chosen = scores.gather(-1, labels[..., None])[..., 0]
-            mask = self._rows_mask(index)
-            if mask is not None:
-                chosen = chosen * mask.to(chosen.device)
-            (found,) = torch.autograd.grad(chosen.sum(), hidden)
-        return found.to(self.walk.served[index].device)
+        parked = self.walk.served[index]
+        hidden = parked.detach().to(self.runner.device).requires_grad_()
+        logits = self.runner.logits(self.walk.recordings[SERVED][index], hidden, gradients=True)
+        slope = torch.softmax(logits.detach(), -1)
+        labels = torch.stack([self._draw(row) for row in slope])
+        slope = slope.neg_().scatter_add_(-1, labels[..., None], torch.ones_like(slope[..., :1]))
+        mask = self._rows_mask(index)
+        if mask is not None:
+            slope *= mask[..., None].to(slope.device)
+        (found,) = torch.autograd.grad(logits, hidden, slope)
+        return found.to(parked.device)
 
-    def _draw(self, scores: Tensor) -> Tensor:
-        """Returns one token per place, drawn from log-probabilities."""
-        uniform = torch.rand(scores.shape[:-1], generator=self.generator, dtype=torch.float64).to(scores.device)
-        rising = scores.double().exp().cumsum(-1)
-        return torch.searchsorted(rising, (uniform * rising[..., -1])[..., None]).clamp_(max=scores.shape[-1] - 1)[
-            ..., 0
-        ]
+    def _draw(self, chances: Tensor) -> Tensor:
+        """Returns one token per place, drawn from probabilities [tokens, vocabulary]."""
+        uniform = torch.rand(chances.shape[0], generator=self.generator, dtype=torch.float64).to(chances.device)
+        rising = chances.double().cumsum(-1)
+        return torch.searchsorted(rising, (uniform * rising[:, -1])[:, None]).clamp_(max=chances.shape[1] - 1)[:, 0]
 
     def _rows_mask(self, index: int) -> Tensor | None:
         """Returns the mask of a batch as logits have it: rows before tokens."""

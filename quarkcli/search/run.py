@@ -5,7 +5,6 @@ Torch is imported only where losses are measured, so that what can be refused is
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -265,6 +264,7 @@ def _measured(
     space: Space, run: Prepared, groups: Sequence[Group], data: CalibrationData, path: Path, tell: Listener
 ) -> scores.Losses:
     from quarkcli.search.losses import measure
+    from quarkcli.search.states import place
 
     if not path.parent.is_dir():
         raise UsageError("no such directory", where=str(path.parent))
@@ -272,8 +272,8 @@ def _measured(
     device = preflight.device(run.options.device)
     tell(Phase("search"))
     tell(Working("building the model's class"))
-    with disk_errors(path), tempfile.TemporaryDirectory(prefix=".quark-search-", dir=path.parent) as folder:
-        return measure(space, run, groups, data, device, Path(folder), tell)
+    with disk_errors(path), place(path.parent) as folder:
+        return measure(space, run, groups, data, device, folder, tell)
 
 
 def _check_resources(run: Prepared, data: CalibrationData, path: Path) -> None:
@@ -330,8 +330,9 @@ def _text(asked: Asked, choosing: Choosing, choice: Choice, output: Path) -> str
     }  # fmt: skip
     calibration = {key: value for key, value in given.items() if value is not None}
     return recipe_text(
-        choosing.space, choosing.groups, choice, choosing.losses, name=output.stem, calibration=calibration
-    )
+        choosing.space, choosing.groups, choice, choosing.losses, name=output.stem, calibration=calibration,
+        dialect=options.dialect,
+    )  # fmt: skip
 
 
 def _resolved(asked: Asked, choosing: Choosing, choice: Choice, text: str, output: Path) -> Prepared:

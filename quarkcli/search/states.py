@@ -2,10 +2,36 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from quarkcli.disk.place import acquire
+from quarkcli.disk.writer import remove
+from quarkcli.errors import ResourceError
+
+_PREFIX = ".quark-search-"
+
+
+@contextmanager
+def place(parent: Path) -> Iterator[Path]:
+    """Gives a hidden folder that is removed at the end; those of searches that were killed are removed at the start."""
+    for left in (file.parent for file in parent.glob(f"{_PREFIX}*/lock")):
+        with suppress(ResourceError):  # another search is at work there
+            os.close(acquire(left / "lock"))
+            remove(left)
+    with tempfile.TemporaryDirectory(prefix=_PREFIX, dir=parent) as name:
+        folder = Path(name)
+        lock = acquire(folder / "lock")
+        try:
+            yield folder
+        finally:
+            os.close(lock)
 
 
 class States:

@@ -29,8 +29,9 @@ def recipe_text(
     *,
     name: str,
     calibration: Mapping[str, Any],
+    dialect: str | None = None,
 ) -> str:
-    """Returns the text of the recipe."""
+    """Returns the text of the recipe. `dialect`: the one that was asked for."""
     shares = ", ".join(f"{choice.count(c.name)} groups {c.name}" for c in space.candidates if choice.count(c.name))
     names = _palette(space, groups)
     loses = f"predicted KL {choice.loss:.3g} nats per token"
@@ -51,6 +52,8 @@ def recipe_text(
             yaml.safe_dump(head, sort_keys=False, allow_unicode=True, width=116).rstrip(),
             f"exclusions: {exclusions}",
             *([f"calibration: {_flow(calibration)}"] if calibration else []),
+            *([f"export: {{dialect: {dialect}}}"] if dialect else []),
+            *(["expert_inputs: own"] if any(run.plan.own_expert_inputs for run in space.runs) else []),
             "quantize:",
             *_algorithms(space, groups, choice),
             "  quant_cfg:",

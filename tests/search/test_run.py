@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import pytest
 
+from quarkcli import algorithms
 from quarkcli.errors import ConfigError, ModelError, UsageError
 from quarkcli.events import Event, Message, silent
 from quarkcli.job.options import Options
@@ -15,6 +16,7 @@ from quarkcli.plan.compose import Overrides
 from quarkcli.recipe import catalog
 from quarkcli.search import losses
 from quarkcli.search.run import Asked, Found, search
+from quarkcli.search.states import place
 from tests import runs
 from tests.recipe.test_foreign import write
 
@@ -279,3 +281,39 @@ class TestModelOpt:
         recipe = catalog.files("ptq")["nvfp4"]
         with pytest.raises(ConfigError, match="not a recipe for a search"):
             search(asked(source, text, [], recipe=recipe), silent)
+
+
+@pytest.mark.parametrize("name", [*algorithms.names(), "auto"])
+def test_every_algorithm_is_measured_or_refused(name: str, source: Path, text: Path, tmp_path: Path) -> None:
+    given = asked(
+        source, text, ["int4_wo_128", "bf16"], {"algorithm": name}, budget=6.0, output=tmp_path / "r.yaml",
+        scores=tmp_path / "s.json",
+    )  # fmt: skip
+    try:
+        found = search(given, silent)
+    except ConfigError as error:
+        assert error.hint, error
+        assert not list(tmp_path.iterdir())
+        return
+    assert all(loss > 0 for (_, scheme), loss in found.choosing.losses.items() if scheme != "bf16")
+    made = runs.run(source, tmp_path / "out", recipe=str(tmp_path / "r.yaml"))
+    assert made.prepared.steps
+
+
+class TestPlace:
+    """The folder of hidden states."""
+
+    def test_goes_with_the_search_and_takes_what_a_kill_left(self, tmp_path: Path) -> None:
+        (tmp_path / ".quark-search-dead").mkdir()
+        (tmp_path / ".quark-search-dead" / "lock").touch()
+        (tmp_path / ".quark-search-mine").mkdir()  # not one of ours: nothing locks it
+        with pytest.raises(RuntimeError), place(tmp_path) as folder:
+            (folder / "x").touch()
+            assert not (tmp_path / ".quark-search-dead").exists()
+            raise RuntimeError
+        assert [path.name for path in tmp_path.iterdir()] == [".quark-search-mine"]
+
+    def test_leaves_that_of_another_search(self, tmp_path: Path) -> None:
+        with place(tmp_path) as other, place(tmp_path) as folder:
+            assert other.is_dir()
+            assert folder.is_dir()
