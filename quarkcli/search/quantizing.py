@@ -84,10 +84,19 @@ class Quantizing(PartWorker):
     def make(self, part: Part, tensors: dict[str, Tensor]) -> Made:
         """Returns the part as it would be served. `tensors`: of the source, which stay as they are."""
         given = {name: tensor.clone() for name, tensor in tensors.items()} if self.transforms else tensors
+        self._turn_inputs(part, {})
         self.work(part, given)
+        self._turn_inputs(part, self.plan.online)
         assert self.made is not None
         made, self.made = self.made, None
         return made
+
+    def _turn_inputs(self, part: Part, blocks: Mapping[str, int]) -> None:
+        """Sets the online operations of a block: the walk is shared with the other candidates."""
+        if self.walk is not None and part.block is not None:
+            targets = {name: target for name, target in self.plan.targets.items() if target.part == part.index}
+            turned = {target.view.tensor: blocks[name] for name, target in targets.items() if name in blocks}
+            self.walk.turned[part.block] = turned
 
     def advance(
         self, part: Part, tensors: dict[str, Tensor], packed: Mapping[str, Tensor], scales: Mapping[str, Tensor]

@@ -283,19 +283,29 @@ class TestModelOpt:
             search(asked(source, text, [], recipe=recipe), silent)
 
 
+def _quick(name: str) -> list[str]:
+    """Settings with which a tuner does little."""
+    tunes = name in algorithms.names() and "iters" in algorithms.create(name, {}).parameters
+    return [f"{name}.iters=2"] if tunes else []
+
+
 @pytest.mark.parametrize("name", [*algorithms.names(), "auto"])
 def test_every_algorithm_is_measured_or_refused(name: str, source: Path, text: Path, tmp_path: Path) -> None:
-    given = asked(
-        source, text, ["int4_wo_128", "bf16"], {"algorithm": name}, budget=6.0, output=tmp_path / "r.yaml",
-        scores=tmp_path / "s.json",
-    )  # fmt: skip
+    options = {"algorithm": name, "settings": _quick(name)}
+    schemes = ["nvfp4", "int4_wo_128"]
+    given = asked(source, text, schemes, options, budget=4.4, output=tmp_path / "r.yaml", scores=tmp_path / "s.json")
     try:
         found = search(given, silent)
     except ConfigError as error:
         assert error.hint, error
         assert not list(tmp_path.iterdir())
         return
-    assert all(loss > 0 for (_, scheme), loss in found.choosing.losses.items() if scheme != "bf16")
+    nearest = search(asked(source, text, schemes, scores=tmp_path / "rtn.json"), silent).choosing.losses
+    for scheme in schemes:
+        ours, rtn = (
+            sum(loss for (_, of), loss in each.items() if of == scheme) for each in (found.choosing.losses, nearest)
+        )
+        assert 0.05 * rtn < ours < 1.5 * rtn, scheme
     made = runs.run(source, tmp_path / "out", recipe=str(tmp_path / "r.yaml"))
     assert made.prepared.steps
 
