@@ -120,10 +120,9 @@ class Walk:
 
     def take(self, hidden: Mapping[str, list[Tensor]]) -> None:
         """Goes on with hidden states in batches of any size, cut as the recordings are."""
-        self.hidden = {stream: self.cut(states) for stream, states in hidden.items()}
+        self.hidden = {stream: self._cut(states) for stream, states in hidden.items()}
 
-    def cut(self, states: list[Tensor]) -> list[Tensor]:
-        """Returns hidden states, or what has their shape, in batches as the recordings are."""
+    def _cut(self, states: list[Tensor]) -> list[Tensor]:
         if len(states) == len(self.recordings[SERVED]):
             return states
         axis, _ = self._layout()
@@ -132,6 +131,12 @@ class Walk:
     def masks(self) -> list[Tensor | None]:
         """Returns one mask per batch, tokens and rows in the order that the model has them in."""
         return self._batches(self.mask)
+
+    def of_batch(self, mask: Tensor, index: int) -> Tensor:
+        """Returns what a batch has of a mask [rows, seqlen], tokens and rows in the order of the model."""
+        found = self._batches(mask)[index]
+        assert found is not None
+        return found
 
     def _batches(self, mask: Tensor | None) -> list[Tensor | None]:
         if mask is None:
@@ -226,10 +231,10 @@ class Walk:
         output: Tensor = self._retrying(once)
         return output
 
-    def outputs(self, block: int, handlers: Handlers) -> Iterator[Tensor]:
-        """Yields the loaded block's output for every batch of the served stream, which stays where it is."""
+    def outputs(self, block: int, handlers: Handlers, batches: Iterable[int]) -> Iterator[Tensor]:
+        """Yields the loaded block's output for some batches of the served stream, which stays where it is."""
         with self.runner.handlers(block, handlers):
-            for index in range(len(self.served)):
+            for index in batches:
                 yield self._run(block, index)
 
     def per_token(self, values: Tensor) -> Tensor:

@@ -6,6 +6,8 @@ output, of the log-probability of a token that was drawn from the source's own p
 information; targets of the text would make it another. Tokens are taken one by one: the products of different tokens
 would add noise and little else.
 
+Codes are fitted to one part of the rows, and losses are means over the other.
+
 One forward keeps the input of every block. Then blocks come from the last to the first: the gradient goes through the
 source block, every candidate quantizes the block as a run would, and each group is put in place alone. Memory is that
 of one block.
@@ -22,7 +24,7 @@ import torch
 from torch import Tensor
 
 from quarkcli import memory
-from quarkcli.errors import ModelError
+from quarkcli.errors import ModelError, ResourceError
 from quarkcli.events import Listener, Message, PartDone, Working
 from quarkcli.forward.moments import held_out, holds_out
 from quarkcli.forward.walk import SERVED, Walk, default_batch
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
     from quarkcli.forward.data import CalibrationData
 
 Losses = dict[tuple[str, str], float]  # by group and candidate
+Batches = dict[int, Tensor]  # what has the shape of hidden states, by batch; only batches with tokens to score on
+SCORED_TOKENS = 8192  # a quarter of the rows is scored on, or more where that is fewer tokens, at most half
 
 
 def measure(
@@ -77,7 +81,10 @@ class _Measuring:
         self.states = States(folder)
         self.runner = _runner(base, data, device)
         self.walk = _walk(space, data, self.runner, self.tell)
-        self.tokens = data.token_count
+        self.batch = self.walk.batch
+        fitted, self.scored = _halves(data)
+        self.walk.mask = fitted
+        self.tokens = int(self.scored.sum())
         self.generator = torch.Generator().manual_seed(base.seed)
         self.groups: dict[int, list[Group]] = {}
         for group in groups:
@@ -119,7 +126,7 @@ class _Measuring:
             self.tell(PartDone(count, total, part.name, "search", now - at, None, rss, gpu, eta))
         return losses
 
-    def _block(self, block: int, part: Part, behind: list[Tensor]) -> tuple[Losses, list[Tensor]]:
+    def _block(self, block: int, part: Part, behind: Batches) -> tuple[Losses, Batches]:
         """Returns the losses of a block's groups, and the gradient at its input. `behind`: the one at its output."""
         self.tell(Working(f"going back through {part.name}"))
         tensors = self._read(part.tensors)
@@ -131,15 +138,25 @@ class _Measuring:
                 continue
             self.tell(Working(f"quantizing {part.name} with {name}"))
             made = worker.make(part, tensors)
+            self._check_batch()
             still = outputs
             if made.rewritten is not tensors:  # what a transform rounds is no group's loss
                 self.runner.load_block(block, made.rewritten)
-                still = list(self.walk.outputs(block, Handlers()))
+                still = dict(zip(behind, self.walk.outputs(block, Handlers(), behind), strict=True))
             for group in self._of(part, name):
                 losses[group.name, name] = self._loss(block, group, made, still, behind)
         self._keep(losses, part)
         self.runner.unload_block(block)
-        return losses, self.walk.cut(before)
+        return losses, before
+
+    def _check_batch(self) -> None:
+        """Raises ResourceError when the device ran out of memory and batches are others now."""
+        if self.walk.batch != self.batch:
+            raise ResourceError(
+                f"out of device memory with {self.batch} sequences in one forward",
+                where="search",
+                hint=f"--calib-batch {self.walk.batch}",
+            )
 
     def _of(self, part: Part, candidate: str) -> list[Group]:
         """Returns the groups of a part that may get a candidate."""
@@ -148,47 +165,40 @@ class _Measuring:
     def _keep(self, losses: Losses, part: Part) -> None:
         losses |= {(group.name, name): 0.0 for name in self.kept for group in self._of(part, name)}
 
-    def _back(
-        self, block: int, tensors: Mapping[str, Tensor], behind: list[Tensor]
-    ) -> tuple[list[Tensor], list[Tensor]]:
+    def _back(self, block: int, tensors: Mapping[str, Tensor], behind: Batches) -> tuple[Batches, Batches]:
         """Returns the source block's outputs, and the gradients at its inputs."""
-        outputs, before = [], []
+        outputs, before = {}, {}
         self.runner.load_block(block, tensors)
-        for index, (hidden, gradient) in enumerate(zip(self.walk.served, self.walk.cut(behind), strict=True)):
-            hidden.requires_grad_()
+        for index, gradient in behind.items():
+            hidden = self.walk.served[index].requires_grad_()
             with torch.enable_grad():
                 out = self.walk.run_with(block, index, tensors)
-                (found,) = torch.autograd.grad(out, hidden, gradient.to(out.device))
+                (before[index],) = torch.autograd.grad(out, hidden, gradient.to(out.device))
             hidden.requires_grad_(False)
-            outputs.append(out.detach().to(hidden.device))
-            before.append(found)
+            outputs[index] = out.detach().to(hidden.device)
         return outputs, before
 
-    def _loss(self, block: int, group: Group, made: Made, outputs: list[Tensor], behind: list[Tensor]) -> float:
+    def _loss(self, block: int, group: Group, made: Made, outputs: Batches, behind: Batches) -> float:
         """Returns the loss of one group: the mean over tokens of half the squared product of gradient and movement."""
         self.runner.load_block(block, {**made.rewritten, **made.changed(group.names)})
         handlers = made.handlers(group.names, self.runner.loads)
         total = 0.0
-        rows = zip(
-            self.walk.outputs(block, handlers), self.walk.cut(outputs), self.walk.cut(behind), self.walk.masks(),
-            strict=True,
-        )  # fmt: skip
-        for out, source, gradient, mask in rows:
-            moved = (out - source.to(out.device)) * gradient.to(out.device)
+        for index, out in zip(behind, self.walk.outputs(block, handlers, behind), strict=True):
+            moved = (out - outputs[index].to(out.device)) * behind[index].to(out.device)
             products = self.walk.per_token(moved.float())
-            if mask is not None:
-                products = products * mask.to(products.device)
-            total += float(products.double().square().sum())
+            mask = self.walk.of_batch(self.scored, index).to(products.device)
+            total += float((products * mask).double().square().sum())
         return total / 2 / self.tokens
 
     # -- the tail --------------------------------------------------------------------------------------------------
 
-    def _tail(self) -> tuple[Losses, list[Tensor]]:
+    def _tail(self) -> tuple[Losses, Batches]:
         """Returns the losses of a head that is searched, and the gradient behind the last block."""
         self.tell(Working("going back through the tail"))
         outside = self._read(self.runner.outside_tensors())
         self.runner.load_outside(outside)
-        behind = [self._drawn(index) for index in range(len(self.walk.served))]
+        marked = [bool(part.any()) for part in self.scored.split(self.batch)]
+        behind = {index: self._drawn(index) for index, wanted in enumerate(marked) if wanted}
         losses: Losses = {}
         for part in self.base.plan.parts:
             if part.kind != "tail" or part.index not in self.groups:
@@ -196,7 +206,7 @@ class _Measuring:
             for name, worker in self.workers.items():
                 made = worker.make(part, {tensor: outside[tensor] for tensor in part.tensors})
                 for group in self._of(part, name):
-                    losses[group.name, name] = self._head_loss(group, made, outside)
+                    losses[group.name, name] = self._head_loss(group, made, outside, behind)
             self._keep(losses, part)
         self.runner.unload_outside()
         return losses, behind
@@ -209,9 +219,7 @@ class _Measuring:
         slope = torch.softmax(logits.detach(), -1)
         labels = torch.stack([self._draw(row) for row in slope])
         slope = slope.neg_().scatter_add_(-1, labels[..., None], torch.ones_like(slope[..., :1]))
-        mask = self._rows_mask(index)
-        if mask is not None:
-            slope *= mask[..., None].to(slope.device)
+        slope *= self.scored.split(self.batch)[index][..., None].to(slope.device)
         (found,) = torch.autograd.grad(logits, hidden, slope)
         return found.to(parked.device)
 
@@ -221,24 +229,20 @@ class _Measuring:
         rising = chances.double().cumsum(-1)
         return torch.searchsorted(rising, (uniform * rising[:, -1])[:, None]).clamp_(max=chances.shape[1] - 1)[:, 0]
 
-    def _rows_mask(self, index: int) -> Tensor | None:
-        """Returns the mask of a batch as logits have it: rows before tokens."""
-        mask = self.walk.mask
-        return None if mask is None else mask.split(self.walk.batch)[index]
-
-    def _head_loss(self, group: Group, made: Made, outside: Mapping[str, Tensor]) -> float:
+    def _head_loss(self, group: Group, made: Made, outside: Mapping[str, Tensor], batches: Iterable[int]) -> float:
         """Returns the divergence itself, with the head as it would be served."""
         total = 0.0
-        for index, hidden in enumerate(self.walk.served):
-            recording, hidden = self.walk.recordings[SERVED][index], hidden.to(self.runner.device)
+        for index in batches:
+            recording = self.walk.recordings[SERVED][index]
+            hidden = self.walk.served[index].to(self.runner.device)
             self.runner.load_outside(outside)
             source = torch.log_softmax(self.runner.logits(recording, hidden), -1)
             self.runner.load_outside({**outside, **made.changed(group.names)})
             with self.runner.handlers(None, made.handlers(group.names, self.runner.loads)):
                 served = torch.log_softmax(self.runner.logits(recording, hidden), -1)
             each = (source.exp() * (source - served)).sum(-1)
-            mask = self._rows_mask(index)
-            total += float((each if mask is None else each * mask.to(each.device)).double().sum())
+            mask = self.scored.split(self.batch)[index].to(each.device)
+            total += float((each * mask).double().sum())
         return total / self.tokens
 
     def _read(self, names: Iterable[str]) -> dict[str, Tensor]:
@@ -264,6 +268,20 @@ def _runner(base: Prepared, data: CalibrationData, device: str) -> Any:
             hint="a search needs the model with its head",
         )
     return runner
+
+
+def _halves(data: CalibrationData) -> tuple[Tensor, Tensor]:
+    """Returns masks of the tokens to calibrate with and of those to score on, bool [rows, seqlen].
+
+    Codes that were fitted to some tokens lose less on these than on others.
+    """
+    rows, length = data.tokens.shape
+    mask = torch.ones(rows, length, dtype=torch.bool) if data.mask is None else data.mask.bool()
+    if rows == 1:
+        return mask, mask
+    wanted = min(rows // 2, max(rows // 4, -(-SCORED_TOKENS // length)))
+    scored = (torch.arange(rows) >= rows - wanted)[:, None] & mask
+    return ~scored & mask, scored
 
 
 def _walk(space: Space, data: CalibrationData, runner: Any, tell: Listener) -> Walk:

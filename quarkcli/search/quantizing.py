@@ -83,7 +83,7 @@ class Quantizing(PartWorker):
 
     def make(self, part: Part, tensors: dict[str, Tensor]) -> Made:
         """Returns the part as it would be served. `tensors`: of the source, which stay as they are."""
-        given = {name: tensor.clone() for name, tensor in tensors.items()} if self.transforms else tensors
+        given = {name: tensor.clone() for name, tensor in tensors.items()} if self.plan.changes else tensors
         self._turn_inputs(part, {})
         self.work(part, given)
         self._turn_inputs(part, self.plan.online)

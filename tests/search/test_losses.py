@@ -80,12 +80,15 @@ def gradients(model: Any, tokens: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     uniform = torch.rand(scores.shape[:-1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     rising = scores.detach().double().exp().cumsum(-1)
     labels = (rising < (uniform * rising[..., -1])[..., None]).sum(-1)
-    scores.gather(-1, labels[..., None]).sum().backward()
+    scores.gather(-1, labels[..., None])[ROWS // 2 :].sum().backward()
     return [out.detach() for out in outputs], [out.grad for out in outputs]
 
 
 def by_formula(space: Space, name: str, group: Group, model: Any, tokens: Tensor, at: Any) -> float:
-    """1/2 mean over tokens of (g . dh)^2 with one group rounded to nearest, for linears."""
+    """1/2 mean over tokens of (g . dh)^2 with one group rounded to nearest, for linears.
+
+    Ranges are of the first half of the rows, the mean is over the second.
+    """
     outputs, grads = at
     plan = space.named(name).prepared.plan  # type: ignore[union-attr]
     block = next(part.block for part in plan.parts if part.index == group.part)
@@ -100,7 +103,7 @@ def by_formula(space: Space, name: str, group: Group, model: Any, tokens: Tensor
             seen: list[Tensor] = []
             with hooked(model, {target.name: lambda x, seen=seen: (seen.append(x.abs().max()), x)[1]}):
                 weight.data, mine = before[target.name], weight.data
-                block_outputs(model, tokens, kept=False)
+                block_outputs(model, tokens[: ROWS // 2], kept=False)
                 weight.data = mine
             scale = static_scale(seen[0], target.input) if target.input.is_static else None
             changes[target.name] = lambda x, spec=target.input, scale=scale: fake_quantize(x, spec, scale)
@@ -108,7 +111,7 @@ def by_formula(space: Space, name: str, group: Group, model: Any, tokens: Tensor
         moved = block_outputs(model, tokens, kept=False)[1][block] - outputs[block]
     for module, weight in before.items():
         model.get_submodule(module).weight.data = weight
-    return float((moved * grads[block]).sum(-1).double().square().mean() / 2)
+    return float((moved * grads[block]).sum(-1)[ROWS // 2 :].double().square().mean() / 2)
 
 
 @pytest.mark.parametrize("scheme", ["nvfp4", "fp8", "int4_wo_128"])
@@ -121,5 +124,5 @@ def test_the_formula(scheme: str, text: Path, tmp_path: Path) -> None:
     with torch.no_grad():
         for group in found:
             expected = by_formula(space, scheme, group, model, tokens, at)
-            assert losses[group.name, scheme] == pytest.approx(expected, rel=0.02), group.name
+            assert losses[group.name, scheme] == pytest.approx(expected, rel=0.06), group.name  # states are bfloat16
     assert len(found) == 2 * 4

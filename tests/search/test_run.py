@@ -305,7 +305,7 @@ def test_every_algorithm_is_measured_or_refused(name: str, source: Path, text: P
         ours, rtn = (
             sum(loss for (_, of), loss in each.items() if of == scheme) for each in (found.choosing.losses, nearest)
         )
-        assert 0.05 * rtn < ours < 1.5 * rtn, scheme
+        assert 0 < ours < 1.5 * rtn, scheme
     made = runs.run(source, tmp_path / "out", recipe=str(tmp_path / "r.yaml"))
     assert made.prepared.steps
 
