@@ -120,9 +120,10 @@ class Walk:
 
     def take(self, hidden: Mapping[str, list[Tensor]]) -> None:
         """Goes on with hidden states in batches of any size, cut as the recordings are."""
-        self.hidden = {stream: self._cut(states) for stream, states in hidden.items()}
+        self.hidden = {stream: self.cut(states) for stream, states in hidden.items()}
 
-    def _cut(self, states: list[Tensor]) -> list[Tensor]:
+    def cut(self, states: list[Tensor]) -> list[Tensor]:
+        """Returns hidden states, or what has their shape, in batches as the recordings are."""
         if len(states) == len(self.recordings[SERVED]):
             return states
         axis, _ = self._layout()

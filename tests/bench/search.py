@@ -130,9 +130,12 @@ def show(bench: Bench, args: argparse.Namespace) -> None:
         line = math.exp(math.log(at_low) + share * (math.log(at_high) - math.log(at_low)))
         best = row(f"search, {budget:g} bits", choosing.of_bits(budget))
         by_hand = ends(choosing, budget)
-        kl = row(f"first and last blocks, at most {budget:g} bits", by_hand)
-        equal = row("search, at those bits", choosing.of_bits(by_hand.bits))
-        print(f"\nat {budget:g} bits: {best / line:.2f} of the line's {line:.5f}; {equal / kl:.2f} of by hand\n")
+        said = f"at {budget:g} bits: {best / line:.2f} of the line's {line:.5f}"
+        if by_hand.bits > low.bits:
+            kl = row(f"first and last blocks, at most {budget:g} bits", by_hand)
+            equal = row("search, at those bits", choosing.of_bits(by_hand.bits))
+            said += f"; {equal / kl:.2f} of by hand at {by_hand.bits:.3f} bits"
+        print(f"\n{said}\n")
 
 
 if __name__ == "__main__":
