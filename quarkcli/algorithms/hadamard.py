@@ -59,6 +59,11 @@ class Hadamard(Transform):
         for why, names in left.items() if chosen else ():
             plan.warnings.append(f"hadamard leaves out {names[0]}{_more(names)}: {why}")
 
+    def memory(self, plan: Plan) -> int:
+        """Returns the bytes of the largest weight in float32, turned, and on its way there."""
+        chosen, _ = _parted(plan)
+        return 3 * 4 * max((target.numel for target in chosen), default=0)
+
     def changes(self, plan: Plan) -> Changes:
         chosen, _ = _parted(plan)
         blocks = {target.name: self._block_of(target) for target in chosen}

@@ -74,7 +74,7 @@ class Rewriting:
         blocks = {name: block for name, block in self.plan.online.items() if name in part.targets}
         for name, block in blocks.items():
             part.turn_input(name, block)
-        part.commit()
+            part.commit()  # one after the other: no more than one is held in float32
         return blocks
 
     def _commit(self, step: Assignment, part: PartTensors) -> bool:
