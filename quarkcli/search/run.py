@@ -162,6 +162,12 @@ def _check(run: Prepared) -> None:
     preflight.check_reader(run.dialect, {"scores": {"scores"}})
     inside = {tensor for part in run.plan.parts if part.block is not None for tensor in part.tensors}
     for key, changes in run.plan.changes.items():
+        if changes.online:
+            raise ConfigError(
+                f"{key} turns inputs while the model runs, and a search compares weights before and after",
+                where="--algorithm",
+                hint="search without it, and add it to the recipe that is made",
+            )
         outside = sorted(changes.tensors - inside)
         if outside:
             raise ConfigError(

@@ -195,6 +195,11 @@ def test_wrong_requests(schemes: list[str], given: Any, error: Any, what: str, s
         search(asked(source, text, schemes, **given), silent)
 
 
+def test_inputs_that_are_turned_are_refused(source: Path, text: Path) -> None:
+    with pytest.raises(ConfigError, match="hadamard turns inputs while the model runs"):
+        search(asked(source, text, ["mxfp4", "fp8"], {"algorithm": "hadamard"}, budget=6.0), silent)
+
+
 def test_a_model_without_a_head_is_refused(text: Path, tmp_path: Path) -> None:
     source = runs.build("llama", tmp_path / "source")
     config = json.loads((source / "config.json").read_text())
