@@ -139,10 +139,10 @@ class Statistics:
         fitted = self._means(site, expert, apart)
         if fitted.gram is None:
             return None
-        if not bool(torch.isfinite(fitted.gram).all()):
-            raise DataError("squares of the calibration activations overflow", where=site, hint=_NONFINITE)
         held = self._means(site, expert, True) if apart is False else NOTHING
         moment = Moment(fitted.gram, fitted.tokens, fitted.cross, held.gram, held.cross)
+        if not all(_finite(mean) for mean in (moment.gram, *moment[2:]) if mean is not None):
+            raise DataError("squares of the calibration activations overflow", where=site, hint=_NONFINITE)
         factor = self._factors.get((site, expert))
         if factor is not None:
             moment = moment.scaled(factor)
@@ -322,6 +322,8 @@ class Statistics:
             return
         if "cross" not in kinds:
             source = None
+        if source is not None:
+            self.check_finite(site, source, " of the source model")
         if "gram_val" in kinds and held is not None:
             self._held_out.setdefault(site, Moments()).add(rows[held], source[held] if source is not None else None)
             rows, source = rows[~held], source[~held] if source is not None else None
@@ -330,16 +332,18 @@ class Statistics:
         self._fitted.setdefault(site, Moments()).add(rows, source)
 
     def see(self, site: str, x: Tensor) -> None:
-        """Widens the range of a site, and counts its magnitudes, where that is needed.
-
-        Raises DataError for NaN or infinity, with the batch that has it.
-        """
+        """Widens the range of a site, and counts its magnitudes, where that is needed; see `check_finite`."""
         if not x.numel():
             return
-        if not bool(torch.isfinite(x.sum(dtype=torch.float32))):
-            raise DataError(f"NaN or inf in the calibration activations{self.batch}", where=site, hint=_NONFINITE)
+        self.check_finite(site, x, "")
         for kind in STATISTICS.keys() & self.needs.get(site, set()):
             self._ranges.setdefault((site, kind), STATISTICS[kind]()).observe(x)
+
+    def check_finite(self, site: str, x: Tensor, whose: str) -> None:
+        """Raises DataError for NaN or infinity, with the batch that has it."""
+        if not bool(torch.isfinite(x.sum(dtype=torch.float32))):
+            what = f"NaN or inf in the calibration activations{whose}{self.batch}"
+            raise DataError(what, where=site, hint=_NONFINITE)
 
     def see_expert(self, site: str, expert: int, x: Tensor) -> None:
         """Does as `see` for the input of one expert, where it has a scale of its own; for channels always."""
@@ -374,6 +378,11 @@ class Statistics:
     def members(self, site: str) -> list[tuple[str, int]]:
         found = [self.plan.targets[name].expert for name in self.plan.sites[site].members]
         return [expert for expert in found if expert is not None]
+
+
+def _finite(mean: Tensor) -> bool:
+    """Returns whether all values are finite. A sum says so at once, but for sums that overflow."""
+    return bool(torch.isfinite(mean.sum())) or bool(torch.isfinite(mean).all())
 
 
 def site_parts(plan: Plan) -> dict[str, int]:

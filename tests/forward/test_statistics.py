@@ -198,6 +198,23 @@ def test_no_product_is_taken_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum(products) <= 40 / 64 * (CHUNK + 100) * 512 * 512
 
 
+def test_bad_numbers_of_the_other_stream_and_of_held_out_tokens(llama: Path, text: Path) -> None:
+    prepared = plan(llama, text)
+    site = prepared.plan.targets["model.layers.0.mlp.up_proj"].site
+    assert site is not None
+    good, bad, large = torch.ones(4, 2), torch.ones(4, 2), torch.ones(4, 2)
+    bad[3, 1], large[3, 1] = float("inf"), 1e30
+    held = torch.arange(4) == 3
+    for mask in (None, held):
+        statistics = Statistics(prepared.plan, 1, {site: {"gram", "gram_val", "cross"}}, None)
+        with pytest.raises(DataError, match="NaN or inf in the calibration activations of the source model"):
+            statistics.take(site, good, mask, bad)
+        statistics = Statistics(prepared.plan, 1, {site: {"gram", "gram_val", "cross"}}, None)
+        statistics.take(site, large, mask, good)  # its square overflows
+        with pytest.raises(DataError, match="squares of the calibration activations overflow"):
+            statistics.moment(site)
+
+
 @pytest.mark.parametrize("leading", [(2, 3), (6,), (4, 2, 3), (2, 3, 4), (5, 2, 3, 4)])
 def test_padding_is_found_beside_other_axes(leading: tuple[int, ...]) -> None:
     """Experts see tokens flat; some families carry streams before the rows or behind the tokens."""
