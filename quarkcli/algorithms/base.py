@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 Kind = Literal["transform", "solver", "refiner", "tuner"]
 Needs = dict[str, set[str]]  # kinds of statistics by site
+# Rows that `samples` keeps of an activation at most: those that something is fitted to, and held-out ones.
+FITTED_ROWS, HELD_ROWS = 512, 256
 
 
 class Moment(NamedTuple):

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from quarkcli.algorithms.base import Needs, Transform
+from quarkcli.algorithms.base import FITTED_ROWS, HELD_ROWS, Needs, Transform
 from quarkcli.errors import ConfigError, near_misses
 from quarkcli.family import Pair, expert_bias
 from quarkcli.plan.model import Changes, Part, Plan, Target
@@ -70,7 +70,7 @@ class ChannelScaling(Transform):
                 f"{self.name} finds no channels to scale: the model family '{plan.family}' names none that a quantized "
                 "weight reads",
                 where="algorithm",
-                hint="add 'scaling' rows (source, readers) to its family file, or leave the algorithm out",
+                hint=_to_add(plan),
             )
         for row in self.rows or ():
             if not any(fits(row, source) for source in sources):
@@ -86,6 +86,20 @@ class ChannelScaling(Transform):
         for part, pair in self.pairs(plan):
             names |= _tensors(plan.targets, pair, frozenset(part.tensors))
         return Changes(frozenset(names))
+
+    def memory(self, plan: Plan) -> int:
+        """Returns the bytes of a block's sampled rows, and of the changed tensors in float32."""
+        rows: dict[int, int] = {}
+        for name in self.needs(plan):
+            site = plan.sites[name]
+            rows[site.part] = (
+                rows.get(site.part, 0) + 4 * (FITTED_ROWS + HELD_ROWS) * plan.targets[site.members[0]].shape[1]
+            )
+        changed = self.changes(plan).tensors
+        for target in plan.targets.values():
+            if target.view.tensor in changed:
+                rows[target.part] = rows.get(target.part, 0) + 4 * target.numel
+        return max(rows.values(), default=0)
 
     def pairs(self, plan: Plan) -> Iterator[tuple[Part, Pair]]:
         """Yields the pairs of all blocks that it works on: those that a quantized weight reads."""
@@ -122,6 +136,20 @@ class ChannelScaling(Transform):
         None for the factors: the pair stays as it is.
         """
         raise AssertionError("a transform that scales channels chooses factors")
+
+
+def _to_add(plan: Plan) -> str:
+    """Returns what the family file lacks, in its words, by what the weights of a block read together."""
+    blocks = {part.index: part for part in plan.parts if part.block is not None}
+    sites = [site for site in plan.sites.values() if site.kind == "linear" and site.part in blocks]
+    site = max(sites, key=lambda site: len(site.members), default=None)
+    if site is None:
+        return "leave the algorithm out, or add 'scaling' rows (source, readers) to the family file"
+    readers = ", ".join(below(blocks[site.part], member) for member in site.members)
+    return (
+        "add to the family file, for every norm or linear with all weights that read what it writes, a row like "
+        f"'scaling: [{{source: <norm before them>, readers: [{readers}]}}]'; or leave the algorithm out"
+    )
 
 
 def pairs_of(plan: Plan) -> Iterator[tuple[Part, Pair]]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from quarkcli.algorithms.base import Assignment, Moment, Problem, Solver
 from quarkcli.algorithms.channels import Channels
+from quarkcli.algorithms.columns import ColumnSolver
 from quarkcli.algorithms.tensors import PartTensors
 from quarkcli.numerics.quantize import dequantize, quantize
 from quarkcli.numerics.smooth import Cost, Reader, SourceCost, clamped, picked_rows
@@ -23,7 +24,7 @@ from quarkcli.spec import PerChannel, PerGroup
 if TYPE_CHECKING:
     from quarkcli.forward.statistics import Statistics
 
-ROWS = 512  # rows of weights that candidates are tried on, of all readers together
+ROWS = 256  # rows of weights that candidates are tried on, of all readers together
 LEAST_ROWS = 16  # and of each at least
 SOLVED_ROWS = 128  # rows that the solver itself is run on
 SOLVED_READERS = 4  # experts among them at most
@@ -45,7 +46,7 @@ class Trial:
         self.held = statistics.samples(self.site, self.expert, held=True)
         self.solver = self._solver(solvers)
         self.readers = _readers(channels)
-        self.conditional = self._conditional() if self.solver is not None else None
+        self.conditional = self._conditional() if isinstance(self.solver, ColumnSolver) else None
         seen = statistics.channel_amax(self.site, self.expert)
         self.cost_of = Cost(self.readers, seen=seen, conditional=self.conditional, power=power)
         self.plain = Cost(self.readers, seen=seen, power=power)

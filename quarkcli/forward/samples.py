@@ -10,10 +10,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from quarkcli.algorithms.base import FITTED_ROWS, HELD_ROWS
 from quarkcli.forward.moments import CHUNK
-
-FITTED = 512  # rows kept at most of those that something is fitted to
-HELD = 256  # and of those that are held out
 
 
 class EvenRows:
@@ -45,8 +43,8 @@ class Samples:
     """Rows of one activation, those that are held out apart from the others."""
 
     def __init__(self) -> None:
-        self.fitted = EvenRows(FITTED)
-        self.held = EvenRows(HELD)
+        self.fitted = EvenRows(FITTED_ROWS)
+        self.held = EvenRows(HELD_ROWS)
 
     def add(self, rows: Tensor, held: Tensor | None) -> None:
         """Takes rows in sample order. held: bool [tokens], which of them are held out; None: none."""
@@ -94,12 +92,7 @@ class MeanMagnitude:
 
 def picked(batches: Iterable[Tensor], held: bool) -> Tensor | None:
     """Returns rows of `batches` picked evenly, as many as `Samples` keeps; None when there are none."""
-    even = EvenRows(HELD if held else FITTED)
+    even = EvenRows(HELD_ROWS if held else FITTED_ROWS)
     for rows in batches:
         even.add(rows)
     return even.rows()
-
-
-def sample_bytes(features: int) -> int:
-    """Returns the bytes that the samples of one activation take, at most."""
-    return 4 * (FITTED + HELD) * features

@@ -12,12 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quarkcli.numerics.chunks import row_chunks
 from quarkcli.numerics.quantize import dequantize, fake_quantize, quantize, static_scale
 from quarkcli.spec import PerTile, TensorSpec
 
 _LEAST_WEIGHT = 1e-5  # below, a column counts as this large: what nobody reads must not blow a channel up
 _LEAST_FACTOR = 1e-4
 _FEW = 0.002  # when no more groups than this gain by the next step of clipping, further ones are not tried
+_FEW_STEPS = 2
 _COARSE = 4  # every so many candidates are tried first, then those around the best
 
 
@@ -115,12 +117,20 @@ class Cost:
     def _of(self, reader: _Joined, factors: Tensor, rows: Tensor, own: Tensor) -> float:
         changed = reader.quantized(factors) / factors
         if self.conditional is None:
-            lost = own @ changed.T - rows @ reader.rows.T
+            lost = self._lost(reader, changed, rows, own)
             return float((lost.abs() if self.power == 1 else lost.square()).mean(0) @ reader.importance)
-        weights = ((changed - reader.rows).square() @ self.conditional) @ reader.importance
+        weights = (changed.sub_(reader.rows).square_() @ self.conditional) @ reader.importance
         if reader.input is None:
             return float(weights)
-        return float(weights + ((own - rows) @ reader.rows.T).square().mean(0) @ reader.importance)
+        return float(weights + ((own - rows) @ reader.rows.T).square_().mean(0) @ reader.importance)
+
+    def _lost(self, reader: _Joined, changed: Tensor, rows: Tensor, own: Tensor) -> Tensor:
+        """Returns what the outputs of sampled rows of weights lose, [n, rows]."""
+        if reader.input is None:
+            return rows @ changed.sub_(reader.rows).T
+        if reader.outputs is None or reader.outputs[0] is not rows:
+            reader.outputs = rows, rows @ reader.rows.T
+        return (own @ changed.T).sub_(reader.outputs[1])
 
     def input(self, spec: TensorSpec, factors: Tensor, rows: Tensor) -> Tensor:
         """Returns the rows as a quantized input of smoothed channels gives them, back at their own size."""
@@ -132,13 +142,17 @@ class Cost:
 
 @dataclass
 class _Joined:
-    """Rows of weights with one spec that share their scale per tensor, if they have one."""
+    """Rows of weights with one spec that share their scale per tensor, if they have one.
+
+    outputs  rows of the activation last asked for, and the outputs that they have without quantization
+    """
 
     rows: Tensor
     columns: Tensor
     spec: TensorSpec
     input: TensorSpec | None
     importance: Tensor
+    outputs: tuple[Tensor, Tensor] | None = None
 
     def quantized(self, factors: Tensor) -> Tensor:
         """Returns the rows times factors, quantized and dequantized."""
@@ -237,23 +251,28 @@ def clip_limits(
     count = weight.shape[1] // size
     apart = rows.view(len(rows), count, size).transpose(0, 1)  # [groups, n, size]
     blocks = apart.transpose(1, 2) @ apart / len(rows) if size < len(rows) else None
-    largest = weight.view(-1, count, size).abs().amax(-1)
-    limits, best, clipped = largest.clone(), None, torch.zeros_like(largest, dtype=torch.bool)
-    tried = 0
-    while (share := 1.0 - tried * step) >= least - 1e-9:
-        own = largest * share
-        kept = _clamped(weight, own, size)
-        error = (dequantize(quantize(kept, spec, amax=amax), spec) - weight).view(-1, count, size).transpose(0, 1)
+    limits = torch.empty(weight.shape[0], count, device=weight.device)
+    clipped = torch.zeros(limits.shape, dtype=torch.bool, device=weight.device)
+
+    def cost(kept: Tensor, whole: Tensor) -> Tensor:
+        error = (dequantize(quantize(kept, spec, amax=amax), spec) - whole).view(-1, count, size).transpose(0, 1)
         if blocks is not None:
-            cost = ((error @ blocks) * error).sum(-1).T
-        else:
-            cost = (error @ apart.transpose(1, 2)).square().mean(-1).T
-        better = cost < best if best is not None else torch.zeros_like(clipped)
-        best = cost if best is None else torch.where(better, cost, best)
-        limits, clipped = torch.where(better, own, limits), clipped | better
-        tried += 1
-        if tried > 2 and float(better.float().mean()) < _FEW:
-            break
+            return (error @ blocks).mul_(error).sum(-1).T
+        return (error @ apart.transpose(1, 2)).square_().mean(-1).T
+
+    for part in row_chunks(weight):
+        whole = weight[part]
+        largest = whole.view(-1, count, size).abs().amax(-1)
+        own, found, best = largest, torch.zeros_like(largest, dtype=torch.bool), cost(whole, whole)
+        tried = 1
+        while (share := 1.0 - tried * step) >= least - 1e-9:
+            now = cost(_clamped(whole, largest * share, size), whole)
+            better = now < best
+            best, own, found = torch.minimum(best, now), torch.where(better, largest * share, own), found | better
+            tried += 1
+            if tried > _FEW_STEPS and float(better.float().mean()) < _FEW:
+                break
+        limits[part], clipped[part] = own, found
     return limits, clipped
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +168,27 @@ def test_refusals(more: str, said: str, page: Path, tmp_path: Path) -> None:
     source = runs.build("llama", tmp_path / "m", num_hidden_layers=1)
     with pytest.raises(ConfigError, match=said):
         prepared(source, page, tmp_path, "int8", more)
+
+
+def test_a_family_without_pairs_is_refused_with_what_to_add(page: Path, tmp_path: Path) -> None:
+    source = runs.build("llama", tmp_path / "m", num_hidden_layers=1)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"architectures": ["Unknown"], "model_type": "unknown"}))
+    with pytest.raises(ConfigError, match="finds no channels to scale") as error:
+        prepared(source, page, tmp_path, "int8")
+    assert "readers: [self_attn.k_proj, self_attn.q_proj, self_attn.v_proj]" in error.value.hint
+
+
+def test_memory_counts_rows_and_changed_weights(page: Path, tmp_path: Path) -> None:
+    source = runs.build("llama", tmp_path / "m", num_hidden_layers=2)
+    found = {}
+    for more in ("", ALL):
+        plan = prepared(source, page, tmp_path, "int8", more)
+        (step,) = [step for step in plan.steps if step.name == "smoothquant"]
+        found[more] = step.memory(plan.plan)
+    qkv, mlp, o = (256 + 128 + 128) * 128, 3 * 256 * 128, 256 * 128
+    assert found[ALL] == 4 * (qkv + mlp + o + 768 * (128 + 128 + 256 + 256))
+    assert found[""] == 4 * (qkv + mlp + 768 * (128 + 128 + 256))
 
 
 def test_a_run_says_what_it_did_and_resumes(page: Path, tmp_path: Path) -> None:

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from quarkcli.algorithms.base import FITTED_ROWS
 from quarkcli.forward.moments import held_out
-from quarkcli.forward.samples import FITTED, EvenRows, MeanMagnitude, Samples
+from quarkcli.forward.samples import EvenRows, MeanMagnitude, Samples
 from quarkcli.forward.statistics import Statistics
 from quarkcli.forward.walk import Walk
 from quarkcli.model.runner import Runner
@@ -91,7 +92,7 @@ def test_linears(text: Path, tmp_path: Path) -> None:
         rows = seen[name].reshape(-1, seen[name].shape[-1])
         close(statistics.samples(site, held=True), rows[held])
         fitted = rows[~held]
-        close(statistics.samples(site), fitted[:: -(-len(fitted) // FITTED)])
+        close(statistics.samples(site), fitted[:: -(-len(fitted) // FITTED_ROWS)])
         close(statistics.mean_abs(site), rows.double().abs().mean(0))
 
 
