@@ -71,6 +71,8 @@ class _Side:
                 hint="'quark verify' checks what was written",
             )
         outside = self.runner.outside_tensors()
+        if turned := list(checkpoint.turned_inputs(outside)):
+            raise ModelError("the config turns its input, and it lies outside the decoder blocks", where=turned[0])
         self.walk = Walk(self.runner, lambda: self._read(outside), tokens, None, batch, tell)
         self.walk.start()
         self.require_numbers("behind the embedding")

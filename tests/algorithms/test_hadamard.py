@@ -332,6 +332,18 @@ def test_what_is_done_beforehand_is_passed_over(tmp_path: Path) -> None:
     assert checkpoint.view.online == made.prepared.plan.online
 
 
+def test_no_input_outside_the_blocks_is_passed_over(page: Path, tmp_path: Path) -> None:
+    made = runs.run("demo", tmp_path / "out", scheme="mxfp4", algorithm="hadamard")
+    path = made.folder / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"]["transform_config"]["config_groups"]["hadamard_32"]["apply"][0]["targets"] += [
+        "lm_head"
+    ]
+    path.write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"lm_head\.weight: the config turns its input, and it lies outside"):
+        compared(made.folder, made.source, page)
+
+
 def test_a_stored_matrix_is_looked_at(tmp_path: Path) -> None:
     made = runs.run("demo", tmp_path / "out", scheme="mxfp4", algorithm="hadamard")
     for file in made.folder.glob("*.safetensors"):
