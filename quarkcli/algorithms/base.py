@@ -151,9 +151,14 @@ class Algorithm:
 
 
 class Solver(Algorithm):
-    """A solver chooses the codes and scales of weights."""
+    """A solver chooses the codes and scales of weights.
+
+    staged   it wants the weights of a block one activation after the other, each on what the quantized ones before it
+             hand on; the block is then run again for every activation
+    """
 
     kind = "solver"
+    staged: bool = False
 
     def solve(self, problem: Problem) -> list[Quantized] | None:
         """Returns codes and scales of every weight; None: the worker rounds to nearest, and says so."""

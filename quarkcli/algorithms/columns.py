@@ -40,21 +40,31 @@ class ColumnSolver(Solver):
     refine        sweeps of scale refit and coordinate descent after the loop; auto: 2 for 4 bits and less; or off
     holdout       8: one calibration row in eight is held out; 0: none, and nothing is chosen
     signed        scales of symmetric integers may be negative: on, off, or auto
+    true_sequential   the block runs again for every activation in it, see `Solver.staged`
     """
 
     parameters: ClassVar[Mapping[str, Any]] = {
         "damp": "auto", "act_order": True, "scale_search": True, "refine": "auto", "holdout": HELD_OUT, "signed": "off",
+        "true_sequential": False,
     }  # fmt: skip
     strengths: ClassVar[tuple[float, ...]] = (0.0,)
 
     def __init__(
-        self, damp: float | str, act_order: bool | str, scale_search: bool, refine: int | str, holdout: int, signed: Any
+        self,
+        damp: float | str,
+        act_order: bool | str,
+        scale_search: bool,
+        refine: int | str,
+        holdout: int,
+        signed: Any,
+        true_sequential: bool,
     ) -> None:
         self.damp = _damp(self.name, damp)
         self.act_order = _one_of(self.name, "act_order", act_order, (True, False, "group"))
         self.scale_search = _one_of(self.name, "scale_search", scale_search, (True, False))
         self.refine = _sweeps(self.name, refine)
         self.holdout = _one_of(self.name, "holdout", holdout, (0, HELD_OUT))
+        self.staged = _one_of(self.name, "true_sequential", true_sequential, (True, False))
         self.signed = _one_of(
             self.name, "signed", {True: "on", False: "off"}.get(signed, signed), ("on", "off", "auto")
         )
@@ -64,7 +74,14 @@ class ColumnSolver(Solver):
         return {target.site: set(kinds) for target in plan.quantized() if target.site is not None}
 
     def check(self, plan: Plan) -> None:
-        """Refuses negative scales where a server reads scales as unsigned."""
+        """Refuses negative scales where a server reads scales as unsigned, and stages of two streams."""
+        if self.staged and "source" in self.streams:
+            raise ConfigError(
+                f"{self.name} follows the source model's activations, which a block that is quantized in stages no "
+                "longer gives",
+                where="algorithm",
+                hint="true_sequential: false, or gptq",
+            )
         if self.signed != "on":
             return
         for target in plan.quantized():

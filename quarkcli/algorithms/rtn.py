@@ -1,23 +1,58 @@
-"""Round to nearest: scales from amax, every weight to its nearest code. Needs no data."""
+"""Round to nearest: scales from amax, every weight to its nearest code. Needs no data.
+
+With `scale_search` every group takes the legal scale that loses least output, by the group's own block of the second
+moment of the inputs (ModelOpt's `local_hessian`). That needs data.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from quarkcli.algorithms.base import Problem, Solver
+from quarkcli.algorithms.base import Needs, Problem, Solver
+from quarkcli.errors import ConfigError
+from quarkcli.plan.model import Plan
+from quarkcli.spec import PerGroup
 
 if TYPE_CHECKING:
     from quarkcli.numerics.quantize import Quantized
 
 
 class RoundToNearest(Solver):
+    """Rounds to nearest; `scale_search`: see above."""
+
     name = "rtn"
+    parameters: ClassVar[Mapping[str, Any]] = {"scale_search": False}
+
+    def __init__(self, scale_search: bool = False) -> None:
+        if not isinstance(scale_search, bool):
+            raise ConfigError(f"rtn scale_search must be true or false, not {scale_search!r}", where="algorithm")
+        self.scale_search = scale_search
+
+    def needs(self, plan: Plan) -> Needs:
+        if not self.scale_search:
+            return {}
+        return {target.site: {"gram"} for target in plan.quantized() if target.site is not None}
 
     def solve(self, problem: Problem) -> list[Quantized]:
         from quarkcli.numerics.packed import quantize
 
+        if self.scale_search and problem.moment is not None:
+            return _searched(problem)
         spec = problem.spec
         return [quantize(w, spec, amax=amax) for w, amax in zip(problem.weights, problem.amax, strict=True)]
+
+
+def _searched(problem: Problem) -> list[Quantized]:
+    from quarkcli.numerics.fit import column_importance, diagonal_blocks, fitted
+    from quarkcli.numerics.quantize import Quantized, encode
+
+    assert problem.moment is not None
+    spec, gram = problem.spec, problem.moment.gram
+    grouped = isinstance(spec.granularity, PerGroup)
+    cost = diagonal_blocks(gram, spec.granularity.size) if grouped else column_importance(gram)  # type: ignore[union-attr]
+    found = [fitted(w, spec, amax, cost) for w, amax in zip(problem.weights, problem.amax, strict=True)]
+    return [Quantized(encode(w, spec, params), params) for w, params in zip(problem.weights, found, strict=True)]
 
 
 ALGORITHM = RoundToNearest

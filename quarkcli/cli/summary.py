@@ -10,6 +10,7 @@ from quarkcli.plan import advice
 from quarkcli.plan.online import sentences
 from quarkcli.recipe.advice import AUTO
 from quarkcli.report.log import duration
+from quarkcli.report.outcomes import sentences
 
 Rows = list[tuple[str, str]]
 
@@ -73,6 +74,7 @@ def _facts(report: Mapping[str, Any]) -> Rows:
         *_experts(report["experts"]),
         *_calibration(report["calibration"]),
         *_loss(report["loss"]),
+        *output.listed("solved", sentences(report["outcomes"]) if "outcomes" in report else []),
         ("peak", f"RAM {output.size(report['peak_rss_bytes'])}{gpu}"),
         ("time", f"{_time(report['seconds'])} on {report['device']}"),
     ]

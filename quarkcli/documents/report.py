@@ -16,6 +16,18 @@ class _Named(Shape):
     name: str
 
 
+class _Solver(Shape):
+    share: float
+    held_out_share: float | None
+    damp: dict[str, int]
+    strength: dict[str, int]
+    nearest: list[str]
+
+
+class _Outcomes(Shape):
+    solvers: dict[str, _Solver]
+
+
 class _Advice(Shape):
     format: str
     weights: int
@@ -68,6 +80,7 @@ class Report(Shape):
     experts: _Experts
     calibration: _Calibration | None
     loss: _Loss
+    outcomes: _Outcomes | None = None
     modules_by_scheme: dict[str, int]
     attention_by_scheme: dict[str, int]
     shared_scales: dict[str, int]

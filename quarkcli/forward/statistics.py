@@ -66,6 +66,7 @@ class Statistics:
         self._fitted: dict[str, Moments] = {}
         self._held_out: dict[str, Moments] = {}
         self._source_rows: dict[str, Tensor] = {}
+        self.reached: dict[str, None] = {}  # sites in the order in which the forward came to them
         self.source_experts: dict[str, tuple[Tensor, Tensor]] = {}  # by experts prefix: tokens and routing
         self._samples: dict[str, Samples] = {}
         self._magnitudes: dict[str, MeanMagnitude] = {}
@@ -312,6 +313,7 @@ class Statistics:
         held     bool [tokens], which of them are held out; None: none
         source   the same tokens' rows in the source stream
         """
+        self.reached.setdefault(site)
         self.see(site, rows)
         kinds = self.needs.get(site, set())
         if "samples" in kinds:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +24,8 @@ from quarkcli.forward.statistics import Statistics, site_parts
 from quarkcli.forward.walk import Walk
 from quarkcli.job.rewriting import Rewriting
 from quarkcli.job.served import handlers, own_scales, put_decoded
-from quarkcli.job.solving import Solving, named
+from quarkcli.job.solving import Solved, Solving, named
+from quarkcli.job.stages import Decoded, in_turn, stages
 from quarkcli.job.tuning import TunedBlock, tuned
 from quarkcli.numerics.quantize import Quantized, dequantize, quantize, static_scale
 from quarkcli.plan.model import Part, Plan, QuantizedTarget
@@ -265,7 +266,7 @@ class PartWorker:
         packed: dict[str, Tensor] = {}
         errors: dict[str, float] = {}
         self.tell(Working(f"quantizing {part.name}"))
-        solved = self.solving.solved(targets, tensors, statistics)
+        solved = self._solved(part, targets, tensors, statistics)
         if self.tuners and self.walk is not None and part.block is not None and part.index <= self.last:
             served = handlers(self.plan, part, scales, self.walk.runner.loads)
             block = TunedBlock(self.plan, self.walk, part, tensors | self._biases(part, tensors), served)
@@ -279,6 +280,22 @@ class PartWorker:
             errors[target.name] = _weight_error(source, quantized, target)
         assert len(errors) == len(targets), "a solver left weights out"
         return packed, errors
+
+    def _solved(
+        self, part: Part, targets: list[QuantizedTarget], tensors: dict[str, Tensor], statistics: Statistics | None
+    ) -> Iterator[Solved]:
+        """Yields every weight with its codes and scales, stage by stage where a solver asks for stages."""
+        if not self.solving.staged or part.block is None or self.walk is None or statistics is None:
+            yield from self.solving.solved(targets, tensors, statistics)
+            return
+        decoded = Decoded(tensors)
+        for number, members, more in in_turn(stages(targets, statistics)):
+            rows = list(self.solving.solved(targets, tensors, statistics, number, members))
+            yield from rows
+            if more:
+                decoded.put(rows)
+                statistics = self._observe(part, decoded.tensors())[0]
+        self.walk.runner.load_block(part.block, tensors)
 
     def _bias(self, target: QuantizedTarget, tensors: Mapping[str, Tensor]) -> Quantized | None:
         """Returns the codes of the bias as a matrix [1, out], where its slot is quantized."""

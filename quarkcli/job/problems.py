@@ -23,6 +23,7 @@ def problems(
     amax: Callable[[QuantizedTarget], Tensor | None],
     warn: Callable[[str], None],
     report: Callable[[Sequence[QuantizedTarget], Outcome], None],
+    stage: int = 0,
 ) -> Iterator[Problem]:
     """Yields the problems that `targets` make, activation by activation in plan order.
 
@@ -33,7 +34,7 @@ def problems(
         seen = moment(site, expert) if site is not None and needs.get(site) else None
         for same in _same_spec(members):
             yield Problem(
-                site, expert, 0, tuple(same), tuple(map(weight, same)), tuple(map(amax, same)), seen, warn,
+                site, expert, stage, tuple(same), tuple(map(weight, same)), tuple(map(amax, same)), seen, warn,
                 partial(report, same),
             )  # fmt: skip
 

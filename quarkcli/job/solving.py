@@ -31,6 +31,7 @@ class Solving:
         steps = list(steps)
         self.solvers = [(s, s.algorithm, s.needs(plan)) for s in steps if isinstance(s.algorithm, Solver)]
         self.refiners = [(s, s.algorithm) for s in steps if isinstance(s.algorithm, Refiner)]
+        self.staged = any(solver.staged for _, solver, _ in self.solvers)
         self.warn = warn
         self.dead_inputs: dict[str, int] = {}
         self._outcomes: dict[str, Outcome] = {}
@@ -44,9 +45,18 @@ class Solving:
         return {name: outcome._asdict() for name, outcome in self._outcomes.items()}
 
     def solved(
-        self, targets: list[QuantizedTarget], tensors: Mapping[str, Tensor], statistics: Statistics | None
+        self,
+        targets: list[QuantizedTarget],
+        tensors: Mapping[str, Tensor],
+        statistics: Statistics | None,
+        stage: int = 0,
+        members: list[QuantizedTarget] | None = None,
     ) -> Iterator[Solved]:
-        """Yields every weight with its codes and scales. `tensors`: of the part, in source form."""
+        """Yields every weight with its codes and scales.
+
+        targets   of the part; `tensors` in source form
+        members   those of one stage; None: all
+        """
 
         def weight(target: QuantizedTarget) -> Tensor:
             found: Tensor = target.view.of(tensors[target.view.tensor])
@@ -60,8 +70,8 @@ class Solving:
 
         shared = _group_amax(targets, weight)
         for step, solver, needs in self.solvers:
-            mine = [target for target in targets if step.takes(target)]
-            for problem in problems(mine, needs, moment, weight, amax, self.warn, self._report):
+            mine = [target for target in targets if step.takes(target) and (members is None or target in members)]
+            for problem in problems(mine, needs, moment, weight, amax, self.warn, self._report, stage):
                 quantized = self._refine(problem, self._solve(solver, needs, problem))
                 yield from zip(problem.targets, problem.weights, quantized, strict=True)
 

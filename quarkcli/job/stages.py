@@ -1,0 +1,51 @@
+"""The stages of a block: weights that read a later activation are solved on what the quantized earlier ones give it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from quarkcli.forward.statistics import Statistics
+from quarkcli.job.solving import Solved
+from quarkcli.numerics.quantize import dequantize
+from quarkcli.plan.model import QuantizedTarget
+
+
+def stages(targets: Sequence[QuantizedTarget], statistics: Statistics | None) -> list[list[QuantizedTarget]]:
+    """Returns the weights by the activation that they read, in the order in which a forward reaches them.
+
+    Weights that read no activation that was seen come first, inner weights of experts last.
+    """
+    order = {site: number for number, site in enumerate(statistics.reached)} if statistics is not None else {}
+    found: dict[int, list[QuantizedTarget]] = {}
+    for target in targets:
+        unseen = len(order) if target.expert is not None else -1
+        found.setdefault(order.get(target.site or "", unseen), []).append(target)
+    return [found[number] for number in sorted(found)]
+
+
+class Decoded:
+    """The tensors of a part with those weights decoded that are solved already; the source's stay as they are."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._source = tensors
+        self._changed: dict[str, Tensor] = {}
+
+    def put(self, rows: Sequence[Solved]) -> None:
+        for target, _, quantized in rows:
+            name = target.view.tensor
+            if name not in self._changed:
+                self._changed[name] = self._source[name].clone()
+            with torch.no_grad():
+                target.view.of(self._changed[name]).copy_(dequantize(quantized, target.weight))
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {**self._source, **self._changed}
+
+
+def in_turn(found: Sequence[Sequence[QuantizedTarget]]) -> Iterator[tuple[int, list[QuantizedTarget], bool]]:
+    """Yields (number, weights, whether more follow)."""
+    for number, members in enumerate(found):
+        yield number, list(members), number + 1 < len(found)
