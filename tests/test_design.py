@@ -50,7 +50,7 @@ NAMES_OF_TYPES = {("algorithms", "forward"), ("algorithms", "job"), ("report", "
 INSIDE = {
     "forward": "activations defaults moments samples experts taps statistics files documents data walk",
     "disk": "weights source side_files writer manifest place journal nonfinite contents checkpoint verify",
-    "job": "forecast options asked preflight idle served problems rewriting solving tuning prepass part pipeline finish"
+    "job": "forecast options asked preflight idle served problems rewriting solving stages tuning prepass part pipeline finish"
     " run",
 }
 
@@ -77,7 +77,7 @@ WITH_TORCH = {
     "quarkcli.forward.moments", "quarkcli.forward.samples", "quarkcli.forward.experts", "quarkcli.forward.taps",
     "quarkcli.forward.walk",
     "quarkcli.algorithms.channels", "quarkcli.algorithms.tensors", "quarkcli.algorithms.trials",
-    "quarkcli.job.rewriting", "quarkcli.job.solving", "quarkcli.job.tuning",
+    "quarkcli.job.rewriting", "quarkcli.job.solving", "quarkcli.job.stages", "quarkcli.job.tuning",
     "quarkcli.job.served", "quarkcli.job.part", "quarkcli.job.pipeline",
     "quarkcli.evaluate.run", "quarkcli.evaluate.windows",
     "quarkcli.search.losses", "quarkcli.search.quantizing", "quarkcli.search.states",
