@@ -50,8 +50,8 @@ NAMES_OF_TYPES = {("algorithms", "forward"), ("algorithms", "job"), ("report", "
 INSIDE = {
     "forward": "activations defaults moments samples experts taps statistics files documents data walk",
     "disk": "weights source side_files writer manifest place journal nonfinite contents checkpoint verify",
-    "job": "forecast options asked preflight idle served problems rewriting solving stages tuning prepass part pipeline finish"
-    " run",
+    "job": "forecast options asked preflight idle served problems rewriting solving stages tuning prepass part"
+    " pipeline finish run",
 }
 
 # Package -> the rooms that may import it.
