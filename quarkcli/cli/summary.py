@@ -9,8 +9,8 @@ from quarkcli.cli import output
 from quarkcli.plan import advice
 from quarkcli.plan.online import sentences
 from quarkcli.recipe.advice import AUTO
+from quarkcli.report import outcomes
 from quarkcli.report.log import duration
-from quarkcli.report.outcomes import sentences
 
 Rows = list[tuple[str, str]]
 
@@ -74,7 +74,7 @@ def _facts(report: Mapping[str, Any]) -> Rows:
         *_experts(report["experts"]),
         *_calibration(report["calibration"]),
         *_loss(report["loss"]),
-        *output.listed("solved", sentences(report["outcomes"]) if "outcomes" in report else []),
+        *output.listed("solved", outcomes.sentences(report["outcomes"]) if "outcomes" in report else []),
         ("peak", f"RAM {output.size(report['peak_rss_bytes'])}{gpu}"),
         ("time", f"{_time(report['seconds'])} on {report['device']}"),
     ]
