@@ -147,7 +147,8 @@ class ColumnSolver(Solver):
         if self.damp is None and not held:
             fp4 = problem.spec.codes.element == "fp4_e2m1" and any(t.input is not None for t in problem.targets)
             damps = (DAMP_FP4 if fp4 else DAMP,)
-        return Choices(damps, self.strengths, sweeps, self.act_order)
+        assert problem.moment is not None
+        return Choices(damps, self.strengths, sweeps, self.act_order, problem.moment.tokens)
 
 
 def held_objective(problem: Problem) -> Callable[[Tensor, Tensor], Tensor] | None:

@@ -1,8 +1,8 @@
 """Lowers the loss of codes that a solver has chosen, by coordinate descent, with scales that stay legal.
 
-With G = (Q - W) H the loss is J = tr((Q - W) H (Q - W)^T). In one sweep every group's scale is refitted with its codes
-fixed (TSGO, arXiv 2602.02126), then every column is rounded again with all others fixed (CDQuant, arXiv 2406.17542).
-Each step lowers J or is not taken.
+With G = (Q - W) H the loss is J = tr((Q - W) H (Q - W)^T). In one sweep, block of columns by block, every group's scale
+is refitted with its codes fixed (TSGO, arXiv 2602.02126), then every column is rounded again with all others fixed
+(CDQuant, arXiv 2406.17542). Each step lowers J or is not taken.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from quarkcli.numerics import scales
 from quarkcli.numerics.formats import codec
 from quarkcli.numerics.grid import Grid
 from quarkcli.spec import Element, TensorSpec
+
+COLUMNS = 128  # of a block, at most; groups are never cut unless they are wider
 
 
 @dataclass
@@ -46,47 +48,78 @@ class Rows:
     def wide_zero(self) -> Tensor | None:
         return None if self.zero is None else _spread(self.zero, self.size, self.weight.shape[1])
 
-    def decoded(self) -> Tensor:
-        """Returns the quantized weight, float32 [R, N]."""
-        return self.values * self.wide()
+    def decoded(self, part: slice | None = None) -> Tensor:
+        """Returns the quantized weight, float32 [R, N], or some columns of it."""
+        if part is None:
+            return self.values * self.wide()
+        return self.values[:, part] * _across(self.real, self.size, part)
 
     def wide(self) -> Tensor:
         """Returns the multiplier of every value, float32 [R, N] or broadcasting like it."""
         return _spread(self.real, self.size, self.values.shape[1])
 
 
-def refine(rows: Rows, spec: TensorSpec, gram: Tensor, order: Tensor, sweeps: int, columns: int = 128) -> None:
-    """Improves `rows` in place.
+def refine(rows: Rows, spec: TensorSpec, gram: Tensor, sweeps: int) -> None:
+    """Improves `rows` in place, block of columns by block: one product with `gram` for all that changes in a block.
 
     gram   the moment that the loss is measured by, damped, float32 [N, N]
-    order  the order in which columns are rounded again
     """
     pull = rows.decoded().sub_(rows.weight) @ gram
+    whole = rows.stored is not None and rows.size > COLUMNS
+    width = rows.size if rows.size <= COLUMNS else COLUMNS
+    width *= max(1, COLUMNS // width)
     for _ in range(sweeps):
-        if rows.stored is not None:
-            _refit(rows, spec, gram, pull)
-        if not _descend(rows, gram, order, pull, columns):
-            break
+        if whole:
+            _refit_whole(rows, spec, gram, pull)
+        changed = False
+        for start in range(0, len(gram), width):
+            part = slice(start, min(start + width, len(gram)))
+            before = rows.decoded(part)
+            own = pull[:, part].clone()
+            if rows.stored is not None and not whole:
+                _refit(rows, spec, gram[part, part], own, part)
+            _descend(rows, gram[part, part], own, part)
+            step = before.neg_().add_(rows.decoded(part))
+            if bool(step.any()):
+                changed = True
+                pull.addmm_(step, gram[part])
+        if not changed:
+            return
 
 
-def _refit(rows: Rows, spec: TensorSpec, gram: Tensor, pull: Tensor) -> None:
-    """Moves every group's scale to the best legal one for its codes, group by group; `pull` follows."""
-    assert rows.stored is not None
+def _refit(rows: Rows, spec: TensorSpec, moment: Tensor, pull: Tensor, part: slice) -> None:
+    """Moves the scales of the groups in some columns to the best legal ones for their codes; `pull` [R, B] follows."""
     size = rows.size
+    for first in range(0, part.stop - part.start, size):
+        inside = slice(first, min(first + size, part.stop - part.start))
+        values = rows.values[:, part.start + inside.start : part.start + inside.stop]
+        slope = (pull[:, inside] * values).sum(1)
+        curve = (values * (values @ moment[inside, inside])).sum(1)
+        step = _move(rows, spec, (part.start + first) // size, slope, curve)
+        pull.addmm_(values * step[:, None], moment[inside])
+
+
+def _refit_whole(rows: Rows, spec: TensorSpec, gram: Tensor, pull: Tensor) -> None:
+    """Does as `_refit` for groups wider than a block."""
     for group in range(rows.real.shape[1]):
-        part = slice(group * size, (group + 1) * size)
+        part = slice(group * rows.size, (group + 1) * rows.size)
         values = rows.values[:, part]
         slope = (pull[:, part] * values).sum(1)
-        curve = (values * (values @ gram[part, part])).sum(1)
-        wanted = rows.real[:, group] - slope / curve.clamp_min(torch.finfo(torch.float32).tiny)
-        stored, real = _nearest(wanted, rows, spec, group)
-        step = real - rows.real[:, group]
-        better = 2 * step * slope + step * step * curve < 0
-        step = torch.where(better, step, 0.0)
-        rows.stored[:, group] = _chosen(better, stored, rows.stored[:, group])
-        rows.real[:, group] = torch.where(better, real, rows.real[:, group])
-        if bool(better.any()):
-            pull.addmm_(values * step[:, None], gram[part])
+        reach = values @ gram[part]
+        step = _move(rows, spec, group, slope, (values * reach[:, part]).sum(1))
+        pull.addcmul_(reach, step[:, None])
+
+
+def _move(rows: Rows, spec: TensorSpec, group: int, slope: Tensor, curve: Tensor) -> Tensor:
+    """Takes the legal scale nearest to the best one for a group where the loss falls. Returns steps [R]."""
+    assert rows.stored is not None
+    wanted = rows.real[:, group] - slope / curve.clamp_min(torch.finfo(torch.float32).tiny)
+    stored, real = _nearest(wanted, rows, spec, group)
+    step = real - rows.real[:, group]
+    better = 2 * step * slope + step * step * curve < 0
+    rows.stored[:, group] = _chosen(better, stored, rows.stored[:, group])
+    rows.real[:, group] = torch.where(better, real, rows.real[:, group])
+    return torch.where(better, step, 0.0)
 
 
 def _nearest(wanted: Tensor, rows: Rows, spec: TensorSpec, group: int) -> tuple[Tensor, Tensor]:
@@ -98,62 +131,45 @@ def _nearest(wanted: Tensor, rows: Rows, spec: TensorSpec, group: int) -> tuple[
     return stored, real if outer is None else real * outer
 
 
-def _descend(rows: Rows, gram: Tensor, order: Tensor, pull: Tensor, columns: int) -> bool:
-    """Rounds every column again in `order`, all others fixed; `pull` follows. Returns whether any code changed."""
-    diagonal = gram.diagonal()
-    changed = False
-    wide = rows.wide()
-    for start in range(0, len(order), columns):
-        index = order[start : start + columns]
-        moment = gram.index_select(0, index)
-        couplings = moment.index_select(1, index)
-        own_pull = pull.index_select(1, index).t().contiguous()
-        values = rows.values.index_select(1, index).t().contiguous()
-        scale = wide.index_select(1, index).t().contiguous() if wide.shape[1] > 1 else wide.t().expand(len(index), -1)
-        zero = None if rows.zero is None else rows.zero[:, index // rows.size].t().contiguous()
-        steps = _descend_block(own_pull, values, scale, zero, couplings, diagonal[index], rows.element)
-        if bool(steps.any()):
-            changed = True
-            rows.values.index_copy_(1, index, values.t())
-            pull.addmm_(steps.t(), moment)
-    return changed
+def _descend(rows: Rows, moment: Tensor, pull: Tensor, part: slice) -> None:
+    """Rounds some columns again, those of the largest activations first, all others fixed."""
+    order = torch.argsort(moment.diagonal(), descending=True, stable=True)
+    values = rows.values[:, part].t()[order]
+    scale = _across(rows.real, rows.size, part).t().expand(len(order), -1)[order]
+    zero = None if rows.zero is None else _across(rows.zero, rows.size, part).t().expand(len(order), -1)[order]
+    couplings = moment[order][:, order]
+    _descend_block(pull.t()[order], values, scale, zero, couplings, rows.element)
+    rows.values[:, part] = torch.empty_like(values).index_copy_(0, order, values).t()
 
 
 def _descend_block(
-    pull: Tensor,
-    values: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    couplings: Tensor,
-    diagonal: Tensor,
-    element: Element,
-) -> Tensor:
-    """Rounds the columns of a block again; overwrites `values` [B, R]. Returns their steps in weights [B, R]."""
+    pull: Tensor, values: Tensor, scale: Tensor, zero: Tensor | None, couplings: Tensor, element: Element
+) -> None:
+    """Rounds the columns of a block again, one after the other; overwrites `values` and `pull`, both [B, R]."""
     round_ = codec(element).round_
     steps = torch.empty_like(values)
     earlier = steps.t()
     scratch = torch.empty(2, values.shape[1], dtype=torch.int32, device=values.device)
     zeros = [None] * len(values) if zero is None else zero.unbind()
-    inverse = diagonal.reciprocal().tolist()
+    shares = couplings.diagonal().reciprocal().neg_().tolist()
+    columns = (pull, values, scale, steps, couplings.t())
     goal = torch.empty_like(values[0])
-    loop = zip(
-        pull.unbind(),
-        values.unbind(),
-        scale.unbind(),
-        steps.unbind(),
-        couplings.t().unbind(),
-        zeros,
-        inverse,
-        strict=True,
-    )
+    loop = zip(*(each.unbind() for each in columns), zeros, shares, strict=True)
     for i, (own, value, factor, step, coupling, below, share) in enumerate(loop):
         if i:
             own.addmv_(earlier[:, :i], coupling[:i])
-        torch.div(own, factor, out=goal).mul_(-share).add_(value)
+        torch.div(own, factor, out=goal).mul_(share).add_(value)
         round_(goal, element, scratch, below)
         torch.sub(goal, value, out=step).mul_(factor)
         value.copy_(goal)
-    return steps
+
+
+def _across(per_group: Tensor, size: int, part: slice) -> Tensor:
+    """Returns the scales (or zero points) of some columns, [R, B] or [R, 1]."""
+    if per_group.shape[1] == 1:
+        return per_group
+    index = torch.arange(part.start, part.stop, device=per_group.device) // size
+    return per_group.index_select(1, index.clamp_max_(per_group.shape[1] - 1))
 
 
 def _spread(per_group: Tensor, size: int, columns: int) -> Tensor:

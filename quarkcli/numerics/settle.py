@@ -21,10 +21,11 @@ from quarkcli.numerics.shift import corrected
 from quarkcli.numerics.solve import CPU_ROWS, ActOrder, Factor, codes_of, factorize, solve_values
 from quarkcli.spec import PerGroup, TensorSpec
 
-SAMPLE = 256  # rows of a problem that choices are made on
-# Dampings to choose from, from the first on in the direction that lowers the held-out objective.
+SAMPLE = 64  # rows of a problem that choices are made on
+# Dampings to choose from. The search starts where tokens per input suggest, and goes the way the held-out loss falls.
 DAMPS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
-START = 0.01
+STARTS = ((4.0, 0.01), (1.0, 0.03), (0.0, 0.1))  # at least so many tokens per input -> damping
+FLAT = 0.003  # a neighbour that loses less than this more lies on the floor of the curve: no other is tried
 
 
 class Aim(NamedTuple):
@@ -51,12 +52,14 @@ class Choices:
     strengths  of the aim, in the order they are tried; one: given
     sweeps     of refinement
     act_order  see `factorize`
+    tokens     that the second moment is the mean of
     """
 
     damps: tuple[float, ...]
     strengths: tuple[float, ...]
     sweeps: int
     act_order: ActOrder
+    tokens: int
 
 
 @dataclass
@@ -183,12 +186,12 @@ class _Trial:
         self.sweeps = choices.sweeps
         self.factor: Factor
         self.aimed: Aim
-        self.at = DAMPS.index(START)  # the damping, where it is chosen
+        self.at = self._start()  # the damping, where it is chosen
         self.least: float | None = None  # the held-out objective of the choices so far, where it is known
 
     def start(self) -> bool:
         damps = self.choices.damps
-        found = self._factorize(START if len(damps) > 1 else damps[0])
+        found = self._factorize(DAMPS[self.at] if len(damps) > 1 else damps[0])
         if found is None:
             return False
         self._take(found, self.strength)
@@ -198,23 +201,29 @@ class _Trial:
         """Goes from the damping it has to the neighbours in the list, as long as the held-out objective falls."""
         if len(self.choices.damps) == 1:
             return
-        if self.least is None:
-            self.least = self._held_loss()
+        first = self.least = self._held_loss()
         for direction in (1, -1):
-            moved = False
             while 0 <= self.at + direction < len(DAMPS):
                 kept = self.factor, self.aimed
                 found = self._factorize(DAMPS[self.at + direction])
                 if found is None:
                     break
                 self._take(found, self.strength)
-                if not self._falls():
+                loss = self._held_loss()
+                if loss >= self.least:
                     self.factor, self.aimed = kept
+                    if loss - self.least < FLAT * abs(self.least):
+                        return
                     break
+                self.least = loss
                 self.at += direction
-                moved = True
-            if moved:
+            if self.least < first:
                 return
+
+    def _start(self) -> int:
+        """Returns the place in the list that the search starts from."""
+        each = self.choices.tokens / len(self.gram)
+        return DAMPS.index(next(damp for limit, damp in STARTS if each >= limit))
 
     def choose_strength(self) -> None:
         """Goes through the strengths in their order as long as the held-out objective falls."""
@@ -249,8 +258,7 @@ class _Trial:
         rows.values, _ = solve_values(start, self.factor, rows.grid(), feed=feed)
         if sweeps:
             with _Raised(self.gram, self.factor.ridge):
-                order = self.factor.order
-                refine(rows, self.task.spec, self.gram, order if order is not None else _all(self.gram), sweeps)
+                refine(rows, self.task.spec, self.gram, sweeps)
         rows.weight = source
         return rows
 
@@ -321,10 +329,6 @@ class _Raised:
 
     def __exit__(self, *_: object) -> None:
         self.diagonal.copy_(self.kept)
-
-
-def _all(gram: Tensor) -> Tensor:
-    return torch.arange(len(gram), device=gram.device)
 
 
 def _cut(tensor: Tensor | None, part: slice) -> Tensor | None:
