@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from quarkcli.forward.moments import Means, Moments
+from quarkcli.spec import TensorSpec
 
 Rows = tuple[Tensor, Tensor | None]  # of the served stream, and of the source stream for the same tokens
 
@@ -26,6 +27,7 @@ class ExpertLayer:
     routed      per batch, the experts of each token
     held        per batch, which of its tokens are held out; None: none
     tokens      expert -> how many tokens were routed to it
+    reads       how the weights read the common input, and the inner one; None: as it is
     """
 
     runner: Any
@@ -36,6 +38,7 @@ class ExpertLayer:
     routed: list[Tensor] = field(default_factory=list)
     held: list[Tensor | None] = field(default_factory=list)
     tokens: dict[int, int] = field(default_factory=dict)
+    reads: tuple[TensorSpec | None, TensorSpec | None] = (None, None)
     _layer: dict[tuple[bool, bool | None], Means] = field(default_factory=dict)
 
     def keep(self, hidden: Tensor, routed: Tensor, held: Tensor | None, source: tuple[Tensor, Tensor] | None) -> None:
@@ -76,7 +79,7 @@ class ExpertLayer:
 
     def means(self, experts: Iterable[int | None], inner: bool, held: bool | None) -> Means:
         """Returns the means over the tokens of some experts: of the common input, or of the inner one."""
-        moments = Moments()
+        moments = Moments(self.reads[inner])
         for expert in experts:
             for rows, source in self._both(expert, held):
                 if inner:

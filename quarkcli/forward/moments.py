@@ -8,6 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from quarkcli.numerics.quantize import fake_quantize
+from quarkcli.spec import TensorSpec
+
 CHUNK = 2048  # tokens folded in at once, whatever the batch: the batch size changes no bits
 HELD_OUT = 8  # one row in so many
 FEW_ROWS = 2 * HELD_OUT  # below, the last tokens of the set are held out instead of rows
@@ -21,9 +24,12 @@ class SecondMoment:
 
     Tokens come in sample order and are folded in chunks of `CHUNK`; parts of the data, merged in order, give the mean
     of the whole. Of x x^T only the upper half is summed on a CPU; `result` mirrors it.
+
+    read   x is fake-quantized with it, as the weights will read it, chunk by chunk; None: it is not
     """
 
-    def __init__(self) -> None:
+    def __init__(self, read: TensorSpec | None = None) -> None:
+        self.read = read
         self.mean: Tensor | None = None
         self.tokens = 0
         self._half = False  # the lower half of the mean is not up to date
@@ -69,7 +75,7 @@ class SecondMoment:
         count = rows.shape[0]
         if count == 0:
             return
-        x = rows.float()
+        x = (rows if self.read is None else fake_quantize(rows, self.read)).float()
         total = self.tokens + count
         keep, weight = self.tokens / total, 1.0 / total  # the sum is scaled, not the rows: their products stay exact
         if self.mean is None:
@@ -110,11 +116,14 @@ class Means(NamedTuple):
 
 
 class Moments:
-    """The second moment of an activation, and its moment with the source stream's where that comes along."""
+    """The second moment of an activation, and its moment with the source stream's where that comes along.
 
-    def __init__(self) -> None:
-        self.gram = SecondMoment()
-        self.cross = SecondMoment()
+    read   how the weights read the activation, where they read it quantized
+    """
+
+    def __init__(self, read: TensorSpec | None = None) -> None:
+        self.gram = SecondMoment(read)
+        self.cross = SecondMoment(read)
 
     def add(self, rows: Tensor, source: Tensor | None = None) -> None:
         """Takes rows [tokens, features] in sample order, and the source stream's for the same tokens."""

@@ -66,6 +66,7 @@ class Statistics:
         self._fitted: dict[str, Moments] = {}
         self._held_out: dict[str, Moments] = {}
         self._source_rows: dict[str, Tensor] = {}
+        self._reads: dict[str, set[TensorSpec | None]] | None = None
         self.reached: dict[str, None] = {}  # sites in the order in which the forward came to them
         self.source_experts: dict[str, tuple[Tensor, Tensor]] = {}  # by experts prefix: tokens and routing
         self._samples: dict[str, Samples] = {}
@@ -189,9 +190,20 @@ class Statistics:
 
     def _follows(self, site: str) -> bool:
         kinds = set(self.needs.get(site, ()))
+        if kinds & MOMENTS and self.read(site) is not None:
+            return False  # what rounding adds to an input is another for scaled channels
         if site in self.plan.sites and self._kind(site) != "experts_down" and "channel_absmax" in kinds:
             kinds -= {"absmax", "channel_absmax", "mean_abs"}
         return kinds <= MOMENTS | {"samples", "mean_abs", "outputs"}
+
+    def read(self, site: str) -> TensorSpec | None:
+        """Returns how the quantized weights read a site, None where they read it as it is or each in its own way."""
+        if self._reads is None:
+            self._reads = {}
+            for target in self.plan.quantized(self.part):
+                self._reads.setdefault(target.site or "", set()).add(target.input)
+        found = self._reads.get(site, set())
+        return next(iter(found)) if len(found) == 1 else None
 
     def _kind(self, site: str) -> str:
         return self.plan.sites[site].kind
@@ -203,6 +215,8 @@ class Statistics:
         needs   kinds by site that are still asked for
         """
         self._blocks = dict(blocks)
+        if any(needs.get(site, set()) & MOMENTS and self.read(site) is not None for site in blocks):
+            return False
         return all(needs.get(site, set()) <= {"gram", "gram_val", "cross"} for site in blocks)
 
     def expert_tokens(self) -> dict[str, dict[int, int]]:
@@ -327,11 +341,13 @@ class Statistics:
         if source is not None:
             self.check_finite(site, source, " of the source model")
         if "gram_val" in kinds and held is not None:
-            self._held_out.setdefault(site, Moments()).add(rows[held], source[held] if source is not None else None)
+            self._held_out.setdefault(site, Moments(self.read(site))).add(
+                rows[held], source[held] if source is not None else None
+            )
             rows, source = rows[~held], source[~held] if source is not None else None
         else:
             rows = rows.clone()
-        self._fitted.setdefault(site, Moments()).add(rows, source)
+        self._fitted.setdefault(site, Moments(self.read(site))).add(rows, source)
 
     def see(self, site: str, x: Tensor) -> None:
         """Widens the range of a site, and counts its magnitudes, where that is needed; see `check_finite`."""

@@ -37,6 +37,8 @@ class ExpertTap:
         self.layer = statistics.layers.setdefault(prefix, ExpertLayer(statistics.runner, statistics.all_tokens))
         self.site_in = statistics.expert_site(prefix, "experts_in")
         self.site_down = statistics.expert_site(prefix, "experts_down")
+        reads = [statistics.read(s.name) if s is not None else None for s in (self.site_in, self.site_down)]
+        self.layer.reads = reads[0], reads[1]
         self.kept: Tensor | None = None  # which tokens of this call are no padding; None: all
         self.routed: Tensor | None = None  # [tokens, k] of this call
         sites = [site for site in (self.site_in, self.site_down) if site]
