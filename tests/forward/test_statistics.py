@@ -11,10 +11,11 @@ from quarkcli.errors import DataError
 from quarkcli.forward.moments import CHUNK, NARROW, SecondMoment
 from quarkcli.forward.statistics import Statistics
 from quarkcli.forward.taps import unpadded
+from quarkcli.numerics.quantize import fake_quantize
 from quarkcli.spec import PerTensor, ScaleSpec, TensorSpec
 from tests import runs
 
-from .watch import ROWS, close, collect, hooked, inner, moment, plan
+from .watch import ROWS, Raw, close, collect, hooked, inner, moment, plan
 
 FP8 = TensorSpec("fp8_e4m3", PerTensor(), ScaleSpec("f32"))
 LAYER = "model.layers.1.block_sparse_moe.experts"
@@ -49,6 +50,21 @@ def test_dense_sites(llama: Path, text: Path) -> None:
             close(mean, moment(seen[member]))
         largest = float(seen[site.members[0]].abs().max())
         assert float(statistics.amax(site.name, FP8)) == pytest.approx(largest, rel=1e-5)
+
+
+@pytest.mark.parametrize("scheme", ["nvfp4", "mxfp4", "int8_dynamic", "fp8"])
+def test_moments_are_of_inputs_as_weights_read_them(scheme: str, llama: Path, text: Path) -> None:
+    """Quantized, 1,024 tokens at once; codes of values that lie next to a tie may differ."""
+    prepared = plan(llama, text, scheme=scheme)
+    found, seen = collect(prepared, kind=Statistics), hooked(llama)
+    for site in (site for site in prepared.plan.sites.values() if site.name in prepared.needs):
+        mean, _ = found[site.part - 1].kept[site.name, None]
+        (member, *_) = site.members
+        x = seen[member].reshape(-1, seen[member].shape[-1]).float()
+        wanted = moment(fake_quantize(x, prepared.plan.targets[member].input))
+        apart = [float((mean.double() - other).norm() / wanted.norm()) for other in (wanted, moment(x))]
+        assert apart[0] < 1e-3
+        assert apart[0] < 0.5 * apart[1]
 
 
 def test_padding_is_not_counted(llama: Path, text: Path) -> None:
@@ -167,7 +183,7 @@ def test_moments_do_not_depend_on_how_rows_arrive(features: int) -> None:
 def test_no_tokens_and_bad_numbers(llama: Path, text: Path) -> None:
     prepared = plan(llama, text)
     site = prepared.plan.targets["model.layers.0.mlp.up_proj"].site
-    statistics = Statistics(prepared.plan, 1, prepared.needs, None)
+    statistics = Raw(prepared.plan, 1, prepared.needs, None)
     assert statistics.moment(site) is None
     with pytest.raises(DataError, match="no calibration token reached"):
         statistics.amax(site, FP8)

@@ -19,6 +19,13 @@ from tests import runs
 ROWS = torch.randint(3, 256, (16, 64), generator=torch.Generator().manual_seed(0))
 
 
+class Raw(Statistics):
+    """Statistics that take every input as it is, though weights read it quantized."""
+
+    def read(self, site: str) -> None:
+        return None
+
+
 def plan(source: Path, text: Path, **options: Any) -> job.Prepared:
     """A plan that wants everything: absmax, second moments, and the cache."""
     wanted = {"scheme": "nvfp4", "algorithm": "gptq", "kv_cache": "fp8"} | options
@@ -31,6 +38,7 @@ def collect(
     mask: torch.Tensor | None = None,
     batch: int = 4,
     all_tokens: bool = False,
+    kind: type[Statistics] = Raw,
 ) -> dict[int, Statistics]:
     """Statistics by block, every block in source precision. Experts are asked for while their block is loaded."""
     source = prepared.source
@@ -42,7 +50,7 @@ def collect(
         if part.block is None:
             continue
         runner.load_block(part.block, source.read_many(part.tensors))
-        new = lambda index=part.index: Statistics(prepared.plan, index, prepared.needs, runner, all_tokens)  # noqa: E731
+        new = lambda index=part.index: kind(prepared.plan, index, prepared.needs, runner, all_tokens)  # noqa: E731
         statistics, _ = walk.observe(part.block, new)
         statistics.kept = moments(prepared, part.index, statistics)
         found[part.block] = statistics
