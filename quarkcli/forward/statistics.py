@@ -22,6 +22,7 @@ from quarkcli.forward.taps import ExpertTap, SourceExpertTap, unpadded
 from quarkcli.model.handlers import Handlers
 from quarkcli.numerics.observers import STATISTICS, Histogram, MinMax, amax_of
 from quarkcli.plan.model import Plan, Site
+from quarkcli.plan.sites import reads, site_parts
 from quarkcli.spec import TensorSpec
 
 MOMENTS = {"gram", "gram_val", "cross"}
@@ -66,7 +67,7 @@ class Statistics:
         self._fitted: dict[str, Moments] = {}
         self._held_out: dict[str, Moments] = {}
         self._source_rows: dict[str, Tensor] = {}
-        self._reads: dict[str, set[TensorSpec | None]] | None = None
+        self._reads = reads(plan, part)
         self.reached: dict[str, None] = {}  # sites in the order in which the forward came to them
         self.source_experts: dict[str, tuple[Tensor, Tensor]] = {}  # by experts prefix: tokens and routing
         self._samples: dict[str, Samples] = {}
@@ -198,12 +199,7 @@ class Statistics:
 
     def read(self, site: str) -> TensorSpec | None:
         """Returns how the quantized weights read a site, None where they read it as it is or each in its own way."""
-        if self._reads is None:
-            self._reads = {}
-            for target in self.plan.quantized(self.part):
-                self._reads.setdefault(target.site or "", set()).add(target.input)
-        found = self._reads.get(site, set())
-        return next(iter(found)) if len(found) == 1 else None
+        return self._reads.get(site)
 
     def _kind(self, site: str) -> str:
         return self.plan.sites[site].kind
@@ -401,12 +397,3 @@ class Statistics:
 def _finite(mean: Tensor) -> bool:
     """Returns whether all values are finite. A sum says so at once, but for sums that overflow."""
     return bool(torch.isfinite(mean.sum())) or bool(torch.isfinite(mean).all())
-
-
-def site_parts(plan: Plan) -> dict[str, int]:
-    """Returns the part index by site name, those of outputs and attention included."""
-    parts = {site.name: site.part for site in plan.sites.values()}
-    parts.update({target.output_site: target.part for target in plan.quantized() if target.output_site is not None})
-    for module in plan.attention.values():
-        parts.update({f"{module.name}.{kind}": module.part for kind in module.slots})
-    return parts

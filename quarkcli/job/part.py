@@ -20,7 +20,7 @@ from quarkcli.disk.nonfinite import HINT, NonFinite, OnNonfinite
 from quarkcli.disk.weights import WeightSource
 from quarkcli.errors import DataError, ModelError
 from quarkcli.events import Listener, Message, Working
-from quarkcli.forward.statistics import Statistics, site_parts
+from quarkcli.forward.statistics import Statistics
 from quarkcli.forward.walk import Walk
 from quarkcli.job.rewriting import Rewriting
 from quarkcli.job.served import handlers, own_scales, put_decoded
@@ -29,6 +29,7 @@ from quarkcli.job.stages import Decoded, in_turn, stages
 from quarkcli.job.tuning import TunedBlock, tuned
 from quarkcli.numerics.quantize import Quantized, dequantize, quantize, static_scale
 from quarkcli.plan.model import Part, Plan, QuantizedTarget
+from quarkcli.plan.sites import site_parts
 from quarkcli.spec import PerTile
 
 ERROR_ROWS = 256  # rows of each weight that its error is measured on
