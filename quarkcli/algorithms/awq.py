@@ -106,8 +106,9 @@ class AWQ(SearchedScaling):
                 where="algorithm",
                 hint="leave 'clip' out, or take rtn and scales per group or channel",
             )
-        if self.clip == "auto" and not clipped:
-            plan.warnings.append("awq clips nothing: scales are searched otherwise, or cover more than a row")
+        text = "awq clips nothing: scales are searched otherwise, or cover more than a row"
+        if self.clip == "auto" and not clipped and text not in plan.warnings:
+            plan.warnings.append(text)
 
     def _clipped(self, plan: Plan) -> list[QuantizedTarget]:
         """Returns the weights that are clipped."""

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from quarkcli.algorithms.channels import Channels
 
 
+MARGIN = 0.01  # less than this share of gain on held-out rows is within what sampling rows leaves open
+
+
 class SearchedScaling(ChannelScaling):
     """Chooses among candidates by what quantization then costs; 1 everywhere is always one of them.
 
@@ -62,7 +65,7 @@ class SearchedScaling(ChannelScaling):
         proof = trial.proof(best.factors)
         if proof is not None:
             facts |= {"held_out_before": proof[0], "held_out_after": proof[1]}
-            if not proof[1] < proof[0]:
+            if not proof[1] < proof[0] * (1 - MARGIN):
                 return None, facts | {"reason": "not better on held-out rows"}
         return best.factors, facts
 

@@ -170,11 +170,11 @@ def test_the_function_stays_and_nothing_is_worse(
     assert changed and changed <= set(plan.plan.changed)
     found = [note for part in notes.values() for key in part for note in part[key]]
     taken = [note for note in found if note["scaled"]]
-    assert len(taken) > len(found) / 2
+    assert len(taken) >= len(found) / 2
     for note in found:
         assert note["after"] <= note["before"]
         if note["scaled"]:
-            assert note["held_out_after"] < note["held_out_before"]
+            assert note["held_out_after"] < 0.99 * note["held_out_before"] or note.get("pairs")
         else:
             assert note["reason"]
 
