@@ -116,7 +116,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", algorithms.names())
 def test_every_algorithm_runs(name: str, source: Path, data: dict[str, Any], tmp_path: Path) -> None:
-    made = runs.run(source, tmp_path / "out", scheme="int4_wo_128", algorithm=name, **data)
+    made = runs.run(source, tmp_path / "out", scheme="int4_wo_128", algorithm=name, settings=runs.quick(name), **data)
     assert name in made.report["algorithms"]
 
 

@@ -6,7 +6,7 @@ held-out rows. Torch-free.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,18 +24,22 @@ class Words:
 
     name      ours
     renamed   field -> our parameter
+    said      field -> our parameter for its value, where it is another
     usual     our parameter -> the value that holds where the file says nothing; given only where it is not ours
     left_out  field -> why it has no meaning here
     """
 
     name: str
     renamed: Mapping[str, str] = field(default_factory=dict)
+    said: Mapping[str, Callable[[Any], Parameters]] = field(default_factory=dict, kw_only=True)
     usual: Mapping[str, Any] = field(default_factory=dict)
     left_out: Mapping[str, str] = field(default_factory=dict)
 
     def steps(self, given: Parameters) -> list[Row]:
         """Returns the steps for checked fields, without those that are left out."""
-        kept = {self.renamed.get(key, key): value for key, value in given.items() if key not in self.left_out}
+        kept: Parameters = {}
+        for key, value in given.items():
+            kept |= self.said[key](value) if key in self.said else {self.renamed.get(key, key): value}
         return [(self.name, {**self.usual, **kept})]
 
     def refused(self, given: Parameters) -> list[tuple[str, str]]:
@@ -71,14 +75,13 @@ _FAMILY_BLOCKS = "the model family says where the blocks are"
 _FAMILY_READS = "the model family says which modules of a block read one activation"
 _FAMILY_TURNS = "the model family says which linears read and write the residual stream"
 _OWN_BLOCKS = {"block_size": "columns are taken in blocks of our own, with the same result"}
-_ONE_PASS = {"true_sequential": "the inputs of a block are observed in one pass"}
 _PLACED = {"model_decoder_layers": _FAMILY_BLOCKS, "inside_layer_modules": _FAMILY_READS}
 _AS_GIVEN = {"refine": "off", "holdout": 0}
 _COLUMNS = {"damp_percent": "damp", "desc_act": "act_order"}
 
 QUARK: dict[str, Words] = {
     "awq": Words("awq", left_out=_PLACED),
-    "gptq": Words("gptq", _COLUMNS, {"damp": 0.01, **_AS_GIVEN}, _PLACED | _OWN_BLOCKS | _ONE_PASS),
+    "gptq": Words("gptq", _COLUMNS, {"damp": 0.01, **_AS_GIVEN}, _PLACED | _OWN_BLOCKS),
     "gptaq": Words(
         "gptaq", {**_COLUMNS, "alpha": "strength"}, {"damp": 0.01, "strength": 0.25, **_AS_GIVEN}, _PLACED | _OWN_BLOCKS
     ),
@@ -104,7 +107,32 @@ QUARK: dict[str, Words] = {
         _PLACED,
     ),
 }  # fmt: skip
+
+
+def _grid(alpha_step: float) -> Parameters:
+    """Returns the number of exponents between 0 and 1 for ModelOpt's step from one to the next."""
+    return {"n_grid": max(1, round(1 / alpha_step))}
+
+
+_AWQ_SCALES = {"alpha_step": _grid}
+_TENTHS = {"n_grid": 10}
+_AWQ_STEERS = {
+    "max_co_batch_size": "it only steers memory",
+    "max_tokens_per_batch": "rows are sampled evenly, whatever there are",
+}
+_SCALES_NEAR = "scales are tried near the rule's own: codes of e4m3, exponents of e8m0, factors of plain ones"
 MODELOPT: dict[str, Words] = {
+    "awq_lite": Words("awq", usual={"clip": "off", **_TENTHS}, said=_AWQ_SCALES, left_out=_AWQ_STEERS),
+    "awq_clip": Words("awq", usual={"scales": False, "clip": "on"}, left_out=_AWQ_STEERS),
+    "awq_full": Words("awq", usual={"clip": "on", **_TENTHS}, said=_AWQ_SCALES, left_out=_AWQ_STEERS),
+    "local_hessian": Words(
+        "rtn",
+        usual={"scale_search": True},
+        left_out={
+            **dict.fromkeys(("step_size", "start_multiplier", "stop_multiplier", "fp8_scale_sweep"), _SCALES_NEAR),
+            "block_size": "blocks are those that share a scale",
+        },
+    ),
     "gptq": Words("gptq", {"perc_damp": "damp"}, {"damp": 0.01, **_AS_GIVEN}, _OWN_BLOCKS),
     "smoothquant": Words("smoothquant", usual={"alpha": 1.0}),
 }

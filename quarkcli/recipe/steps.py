@@ -68,6 +68,10 @@ def _percentage(value: Any) -> str | None:
     return _number(value) or (None if 0 < value <= 100 else "must be more than 0 and at most 100")
 
 
+def _share(value: Any) -> str | None:
+    return _number(value) or (None if 0 < value <= 1 else "must be more than 0 and at most 1")
+
+
 def _headroom(value: Any) -> str | None:
     return _number(value) or (
         None if 0 < value < E4M3_SPAN else f"must lie between 0 and {E4M3_SPAN}, the span of e4m3"
@@ -188,7 +192,7 @@ _SWEEP: dict[str, _Check] = {
     "distributed_sync": _flag,
     "shared_states": _mapping,
 }
-_AWQ_LITE: dict[str, _Check] = {"alpha_step": _number, "debug": _flag}
+_AWQ_LITE: dict[str, _Check] = {"alpha_step": _share, "debug": _flag}
 _AWQ_CLIP: dict[str, _Check] = {
     **dict.fromkeys(("max_co_batch_size", "max_tokens_per_batch"), _whole),
     **dict.fromkeys(("min_clip_ratio", "shrink_step"), _number),

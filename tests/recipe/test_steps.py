@@ -33,8 +33,10 @@ def test_quark_fields_under_our_names() -> None:
     }  # fmt: skip
     found = quark(given)
     slots = [f"*{name}.weight_quantizer" for name in INSIDE]
-    assert found.steps == [("gptq", {**AS_GIVEN, "damp": 0.02, "act_order": False, "slots": slots})]
-    noted = ["true_sequential", "block_size", "model_decoder_layers"]
+    assert found.steps == [
+        ("gptq", {**AS_GIVEN, "damp": 0.02, "act_order": False, "true_sequential": True, "slots": slots})
+    ]
+    noted = ["block_size", "model_decoder_layers"]
     assert [path for path, _ in found.notes] == [("algo_config", field) for field in noted]
     assert found.problems == []
 
@@ -110,9 +112,7 @@ def test_defaults_that_differ_from_ours_are_theirs() -> None:
 
 @pytest.mark.parametrize("words", [*peer_steps.QUARK.values(), *peer_steps.MODELOPT.values()])
 def test_our_words_are_parameters_of_our_algorithms(words: peer_steps.Words) -> None:
-    if words.name in algorithms.names():
-        named = {*words.renamed.values(), *words.usual}
-        assert named <= set(algorithms.create(words.name, {}).parameters)
+    assert {*words.renamed.values(), *words.usual} <= set(algorithms.create(words.name, {}).parameters)
 
 
 def test_no_rows_are_those_of_the_family() -> None:
@@ -180,12 +180,22 @@ def test_quark_refusals(value: Any, message: str) -> None:
         (None, []),
         ("max", []),
         ({"method": "max", "distributed_sync": True}, []),
-        ("awq_lite", [("awq_lite", {})]),
-        ({"method": "awq_full", "alpha_step": 0.1, "debug": True}, [("awq_full", {"alpha_step": 0.1})]),
+        ("awq_lite", [("awq", {"clip": "off", "n_grid": 10})]),
+        ({"method": "awq_full", "alpha_step": 0.05}, [("awq", {"clip": "on", "n_grid": 20})]),
+        (
+            {"method": "awq_clip", "min_clip_ratio": 0.6, "shrink_step": 0.1},
+            [("awq", {"scales": False, "clip": "on", "min_clip_ratio": 0.6, "shrink_step": 0.1})],
+        ),
+        ("local_hessian", [("rtn", {"scale_search": True})]),
         ({"method": "gptq", "perc_damp": 0.02, "layerwise": {"enable": True}}, [("gptq", {**AS_GIVEN, "damp": 0.02})]),
         ({"method": "gptq", "block_size": 64, "fused": True}, [("gptq", AS_GIVEN)]),
         ({"method": "mse", "fp8_scale_sweep": True}, [("mse", {"fp8_scale_sweep": True})]),
-        ({"method": "local_hessian", "block_size": 16}, [("local_hessian", {"block_size": 16})]),
+        ({"method": "local_hessian", "shared_states": None}, [("rtn", {"scale_search": True})]),
+        (["awq_lite", {"method": "gptq"}], [("awq", {"clip": "off", "n_grid": 10}), ("gptq", AS_GIVEN)]),
+        (
+            {"method": "nvfp4_act_headroom", "weight_scale_algorithm": {"method": "local_hessian"}},
+            [("nvfp4_act_headroom", {}), ("rtn", {"scale_search": True})],
+        ),
         (
             ["smoothquant", {"method": "max"}, {"method": "gptq", "perc_damp": 0.05}],
             [("smoothquant", {"alpha": 1.0}), ("gptq", {**AS_GIVEN, "damp": 0.05})],
@@ -216,6 +226,7 @@ def test_modelopt(value: Any, steps: Any) -> None:
         ({"method": "lsq"}, "'lsq' cannot be honoured: learned scales belong to training"),
         ({"method": "gptq", "damp": 1}, "gptq has no field 'damp' (did you mean 'perc_damp'?)"),
         ({"method": "smoothquant", "alpha": "half"}, "alpha must be a number"),
+        ({"method": "awq_lite", "alpha_step": 0}, "alpha_step must be more than 0 and at most 1"),
     ],
 )
 def test_modelopt_refusals(value: Any, message: str) -> None:
