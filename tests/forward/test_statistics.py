@@ -222,10 +222,10 @@ def test_bad_numbers_of_the_other_stream_and_of_held_out_tokens(llama: Path, tex
     bad[3, 1], large[3, 1] = float("inf"), 1e30
     held = torch.arange(4) == 3
     for mask in (None, held):
-        statistics = Statistics(prepared.plan, 1, {site: {"gram", "gram_val", "cross"}}, None)
+        statistics = Raw(prepared.plan, 1, {site: {"gram", "gram_val", "cross"}}, None)
         with pytest.raises(DataError, match="NaN or inf in the calibration activations of the source model"):
             statistics.take(site, good, mask, bad)
-        statistics = Statistics(prepared.plan, 1, {site: {"gram", "gram_val", "cross"}}, None)
+        statistics = Raw(prepared.plan, 1, {site: {"gram", "gram_val", "cross"}}, None)
         statistics.take(site, large, mask, good)  # its square overflows
         with pytest.raises(DataError, match="squares of the calibration activations overflow"):
             statistics.moment(site)
