@@ -11,7 +11,7 @@ from quarkcli import algorithms
 from quarkcli.errors import QuarkError
 from quarkcli.family import Part, WeightView
 from quarkcli.job import asked
-from quarkcli.plan.model import ATTENTION_KINDS, TARGET_KINDS, Attention, Decision, Plan, Step, Target
+from quarkcli.plan.model import ATTENTION_KINDS, TARGET_KINDS, Attention, Decision, Plan, Site, Step, Target
 from quarkcli.recipe import catalog, schema
 from quarkcli.recipe.attributes import native, to_spec
 from quarkcli.recipe.recipe import Recipe
@@ -182,7 +182,8 @@ def _linear(name: str, role: str, specs: dict[str, TensorSpec]) -> Target:
 
 def _plan_of(weights: list[Target], attention: dict[str, Attention]) -> Plan:
     part = Part(0, "block", "block", 0, tuple(weight.view.tensor for weight in weights))
-    return Plan("", "", [], [part], {weight.name: weight for weight in weights}, attention, {}, {}, [], [])
+    sites = {w.site: Site(w.site, 0, "linear", (w.name,)) for w in weights if w.site is not None}
+    return Plan("", "", [], [part], {weight.name: weight for weight in weights}, attention, sites, {}, [], [])
 
 
 def yes(value: object) -> str:

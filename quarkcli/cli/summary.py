@@ -36,7 +36,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         ("algorithms", ", ".join(report["algorithms"])),
         *_advice(report),
         ("dialect", f"{dialect['name']} ({dialect['reason']})"),
-        *output.listed("at run time", sentences(report.get("online", {}))),
+        *output.listed("at run time", sentences(report.get("online") or {})),
         *_facts(report),
     ]
     text = [f"# {model['name']}, {report['recipe']['name']}", "", "| | |", "|---|---|"]
@@ -74,7 +74,7 @@ def _facts(report: Mapping[str, Any]) -> Rows:
         *_experts(report["experts"]),
         *_calibration(report["calibration"]),
         *_loss(report["loss"]),
-        *output.listed("solved", outcomes.sentences(report["outcomes"]) if "outcomes" in report else []),
+        *output.listed("solved", outcomes.sentences(report["outcomes"]) if report.get("outcomes") else []),
         ("peak", f"RAM {output.size(report['peak_rss_bytes'])}{gpu}"),
         ("time", f"{_time(report['seconds'])} on {report['device']}"),
     ]

@@ -81,6 +81,7 @@ class Report(Shape):
     calibration: _Calibration | None
     loss: _Loss
     outcomes: _Outcomes | None = None
+    online: dict[str, int] | None = None
     modules_by_scheme: dict[str, int]
     attention_by_scheme: dict[str, int]
     shared_scales: dict[str, int]

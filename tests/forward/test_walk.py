@@ -73,6 +73,9 @@ class Tight:
     def handlers(self, block: int | None, handlers: Any) -> Any:
         return nullcontext()
 
+    def turning(self, block: int, turns: Any) -> Any:
+        return nullcontext()
+
     def run_block(self, block: int, recording: Any, hidden: torch.Tensor) -> torch.Tensor:
         assert torch.equal(recording.tokens.float() + block, hidden)  # recordings and hidden states stay in step
         self.calls.append(len(hidden))

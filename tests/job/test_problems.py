@@ -26,7 +26,9 @@ def grouped(prepared: job.Prepared, part: int, needs: dict[str, set[str]]) -> li
     def weight(target: Any) -> torch.Tensor:
         return torch.zeros(target.shape)
 
-    found = list(problems(plan.quantized(part), needs, moment, weight, lambda t: None, lambda text: None))
+    found = list(
+        problems(plan.quantized(part), needs, moment, weight, lambda t: None, lambda text: None, lambda *outcome: None)
+    )
     assert asked == list(dict.fromkeys((p.site, p.expert) for p in found if needs.get(p.site or "")))
     return found
 
