@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from quarkcli.numerics.fit import refittable
-from quarkcli.numerics.grid import QParams, encode_matrix, grid
+from quarkcli.numerics.grid import QParams, decode_matrix, encode_matrix, grid
 from quarkcli.numerics.quantize import Quantized, decode_grid
 from quarkcli.numerics.refine import Rows, refine
 from quarkcli.numerics.shift import corrected
@@ -25,7 +25,7 @@ SAMPLE = 64  # rows of a problem that choices are made on
 # Dampings to choose from. The search starts where tokens per input suggest, and goes the way the held-out loss falls.
 DAMPS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
 STARTS = ((4.0, 0.01), (1.0, 0.03), (0.0, 0.1))  # at least so many tokens per input -> damping
-FLAT = 0.003  # a neighbour that loses less than this more lies on the floor of the curve: no other is tried
+FLAT = 0.01  # a neighbour that loses less than this more lies on the floor of the curve: no other is tried
 
 
 class Aim(NamedTuple):
@@ -158,7 +158,7 @@ def settle(
         if trial.strength != choices.strengths[0]:
             trial.choose_damp()  # the best damping depends on what is aimed for
     quantized = _all_rows(task, trial)
-    before, after = trial.objectives()
+    before, after = trial.objectives(quantized)
     result = Settled(
         quantized, trial.factor.damp, trial.strength, trial.sweeps, trial.factor.attempts,
         before[0], after[0], before[1], after[1],
@@ -262,17 +262,21 @@ class _Trial:
         rows.weight = source
         return rows
 
-    def objectives(self) -> tuple[tuple[float, float | None], tuple[float, float | None]]:
-        """Returns the objective, and that on held-out tokens, of rounding to nearest, and of the result."""
+    def objectives(self, chosen: Sequence[Quantized]) -> tuple[tuple[float, float | None], tuple[float, float | None]]:
+        """Returns the objective, and that on held-out tokens, of rounding to nearest, and of what was chosen."""
         rows = self.task.rows(self.sample)
-        source = rows.weight
-        nearest = _nearest(rows)
-        done = self.run(rows, self.sweeps).decoded()
+        source, spec = rows.weight, self.task.spec
+        done = []
+        for index, part in self.sample:
+            quantized = chosen[index]
+            at = grid(quantized.params, spec, quantized.codes.shape)
+            own = replace(at, scale=at.scale[part], zero=_cut(at.zero, part))
+            done.append(decode_matrix(quantized.codes[part], own))
         result = []
-        for quantized in (nearest, done):
-            error = quantized - source
+        for quantized_rows in (_nearest(rows), torch.cat(done)):
+            error = quantized_rows - source
             seen = float((error * (error @ self.gram)).sum())
-            result.append((seen, float(self.held(source, quantized).sum()) if self.held is not None else None))
+            result.append((seen, float(self.held(source, quantized_rows).sum()) if self.held is not None else None))
         return result[0], result[1]
 
     def _factorize(self, damp: float) -> Factor | None:
