@@ -170,7 +170,7 @@ def _command(argv: list[str], hook: dict[str, Any] | None, **_: Any) -> int:
 
     if hook:
         _hook(**hook)
-    return main.main(argv)
+    return main.main(argv, last=True)
 
 
 def _value(function: str) -> int:

@@ -62,18 +62,21 @@ def _quark(
 
 def run() -> NoReturn:
     """Runs the command: the entry point. After a signal nothing waits for threads that libraries left behind."""
-    code = main()
+    code = main(last=True)
     if code in CODES.values():
         os._exit(code)  # every line was flushed when it was written
     sys.exit(code)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command line (without the program's name) and returns the exit code; never raises."""
+def main(argv: Sequence[str] | None = None, last: bool = False) -> int:
+    """Runs a command line (without the program's name) and returns the exit code; never raises.
+
+    last   the process ends behind it
+    """
     arguments = [_expanded(argument) for argument in (sys.argv[1:] if argv is None else argv)]
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # looking for some costs a tenth of a short command
     output.reset(arguments)
-    with answered(_last_words):
+    with answered(_last_words, last):
         code = _outcome(arguments)
         if output.session.done is not None and code:
             output.raw(f"warning: {output.session.done} is complete; the exit code is 0")

@@ -19,13 +19,15 @@ class Terminated(BaseException):
 
 
 @contextmanager
-def answered(last_words: Callable[[ExitCode], None]) -> Iterator[None]:
+def answered(last_words: Callable[[ExitCode], None], last: bool = False) -> Iterator[None]:
     """SIGINT raises KeyboardInterrupt and SIGTERM `Terminated`, once; further ones while that is handled do nothing.
 
     Python runs a handler between two instructions only, and a library may wait for its threads on the way out. So a
     thread hears of the signal too, from the interpreter's wakeup pipe: when the block has not ended `GRACE` seconds
     later, it says `last_words` and ends the process. Nothing is lost by that which a kill would not lose: files bear
     their names when they are complete. A signal that was ignored from the start (nohup) stays ignored.
+
+    last   the process ends behind the block: once a signal was answered, no handler comes back that another could meet
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -52,8 +54,9 @@ def answered(last_words: Callable[[ExitCode], None]) -> Iterator[None]:
     finally:
         ended.set()
         signal.set_wakeup_fd(wakeup)
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        if not (last and raised):
+            for number, handler in before.items():
+                signal.signal(number, handler)
         os.close(told)
 
 
