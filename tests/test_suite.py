@@ -24,7 +24,6 @@ PLACES = {
     ("test_other_settings_are_refused_by_name", "flags"),
     ("test_other_settings_are_refused_by_name", "key"),
     ("test_a_plan_or_a_user_error", "share"),
-    ("test_the_function_stays", "name"),  # every family has its algorithms in test_algorithms
     ("test_every_sync_and_rename_may_be_the_last", "stride"),
 }
 

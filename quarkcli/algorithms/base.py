@@ -64,8 +64,10 @@ class Moment(NamedTuple):
 class Outcome(NamedTuple):
     """The result of a solver on one problem, for journal and report.
 
-    before, after   objective of rounding to nearest and of the result, on the tokens that it was fitted to, over a
-                    sample of rows; `held_before` and `held_after` on held-out tokens, None where none were held out
+    before, after   share of the weights' outputs that rounding to nearest loses, and the result, on the tokens that it
+                    was fitted to, of a sample of rows; `held_before` and `held_after` on held-out tokens, None where
+                    none were held out; against the source stream's outputs, where a solver goes for these, less what
+                    no choice changes
     damp            ridge as a share of the mean diagonal, as used; `attempts`: dampings until there was a factor
     strength        of what a solver aims for beside the weights, as used
     sweeps          of refinement

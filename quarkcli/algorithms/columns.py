@@ -8,7 +8,7 @@ it was fitted to.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from quarkcli.algorithms.base import Needs, Outcome, Problem, Solver
@@ -17,8 +17,6 @@ from quarkcli.errors import ConfigError
 from quarkcli.plan.model import Plan, QuantizedTarget
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from quarkcli.numerics.quantize import QParams, Quantized
     from quarkcli.numerics.settle import Aim, Choices, Settled
     from quarkcli.numerics.solve import Factor
@@ -105,14 +103,15 @@ class ColumnSolver(Solver):
         return Aim()
 
     def solve(self, problem: Problem) -> list[Quantized] | None:
-        from quarkcli.numerics.settle import Task, settle
+        from quarkcli.numerics.settle import Objective, Task, settle
         from quarkcli.numerics.solve import dead_inputs
 
-        assert problem.moment is not None
-        gram = problem.moment.gram
+        moment = problem.moment
+        assert moment is not None
+        gram = moment.gram
         if bool(dead_inputs(gram).all()):
             return RoundToNearest().solve(problem)
-        held = held_objective(problem)
+        held = Objective(moment.gram_val, moment.cross_val) if moment.gram_val is not None else None
         task = Task(problem.weights, self._scales(problem), problem.spec)
         choices = self._choices(problem, held is not None)
         found = settle(task, gram, choices, lambda factor, strength: self.aim(problem, factor, strength), held)
@@ -149,27 +148,6 @@ class ColumnSolver(Solver):
             damps = (DAMP_FP4 if fp4 else DAMP,)
         assert problem.moment is not None
         return Choices(damps, self.strengths, sweeps, self.act_order, problem.moment.tokens)
-
-
-def held_objective(problem: Problem) -> Callable[[Tensor, Tensor], Tensor] | None:
-    """Returns the loss of every row on held-out tokens, of weights and quantized weights; None without such tokens.
-
-    With a cross moment it is ||W s - Q x||^2 less what no choice changes.
-    """
-    moment = problem.moment
-    if moment is None or moment.gram_val is None:
-        return None
-    gram, cross = moment.gram_val, moment.cross_val
-
-    def loss(weight: Tensor, quantized: Tensor) -> Tensor:
-        if cross is None:
-            error = quantized - weight
-            return (error @ gram).mul_(error).sum(1)
-        # With Q = W + E: what is left of ||W s - Q x||^2 is tr(E H E^T) + 2 tr(E (H - C) W^T), C = E[x s^T].
-        error = quantized - weight
-        return (error @ gram + 2 * (weight @ (gram - cross.T))).mul_(error).sum(1)
-
-    return loss
 
 
 def _outcome(name: str, found: Settled) -> Outcome:

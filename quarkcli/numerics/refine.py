@@ -60,29 +60,28 @@ class Rows:
 
 
 def refine(rows: Rows, spec: TensorSpec, gram: Tensor, sweeps: int) -> None:
-    """Improves `rows` in place, block of columns by block: one product with `gram` for all that changes in a block.
+    """Improves `rows` in place, block of columns by block, each with the errors of all others as they are by then.
 
     gram   the moment that the loss is measured by, damped, float32 [N, N]
     """
-    pull = rows.decoded().sub_(rows.weight) @ gram
+    error = rows.decoded().sub_(rows.weight)
     whole = rows.stored is not None and rows.size > COLUMNS
     width = rows.size if rows.size <= COLUMNS else COLUMNS
     width *= max(1, COLUMNS // width)
     for _ in range(sweeps):
         if whole:
-            _refit_whole(rows, spec, gram, pull)
+            _refit_whole(rows, spec, gram, error)
         changed = False
         for start in range(0, len(gram), width):
             part = slice(start, min(start + width, len(gram)))
-            before = rows.decoded(part)
-            own = pull[:, part].clone()
+            moment = gram[part, part]
+            pull = error @ gram[:, part]
             if rows.stored is not None and not whole:
-                _refit(rows, spec, gram[part, part], own, part)
-            _descend(rows, gram[part, part], own, part)
-            step = before.neg_().add_(rows.decoded(part))
-            if bool(step.any()):
-                changed = True
-                pull.addmm_(step, gram[part])
+                _refit(rows, spec, moment, pull, part)
+            _descend(rows, moment, pull, part)
+            before = error[:, part].clone()
+            error[:, part] = rows.decoded(part).sub_(rows.weight[:, part])
+            changed = changed or not torch.equal(before, error[:, part])
         if not changed:
             return
 
@@ -99,15 +98,14 @@ def _refit(rows: Rows, spec: TensorSpec, moment: Tensor, pull: Tensor, part: sli
         pull.addmm_(values * step[:, None], moment[inside])
 
 
-def _refit_whole(rows: Rows, spec: TensorSpec, gram: Tensor, pull: Tensor) -> None:
-    """Does as `_refit` for groups wider than a block."""
+def _refit_whole(rows: Rows, spec: TensorSpec, gram: Tensor, error: Tensor) -> None:
+    """Does as `_refit` for groups wider than a block; `error` [R, N] follows."""
     for group in range(rows.real.shape[1]):
         part = slice(group * rows.size, (group + 1) * rows.size)
         values = rows.values[:, part]
-        slope = (pull[:, part] * values).sum(1)
         reach = values @ gram[part]
-        step = _move(rows, spec, group, slope, (values * reach[:, part]).sum(1))
-        pull.addcmul_(reach, step[:, None])
+        step = _move(rows, spec, group, (error * reach).sum(1), (values * reach[:, part]).sum(1))
+        error[:, part].addcmul_(values, step[:, None])
 
 
 def _move(rows: Rows, spec: TensorSpec, group: int, slope: Tensor, curve: Tensor) -> Tensor:

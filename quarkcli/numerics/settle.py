@@ -24,7 +24,7 @@ from quarkcli.spec import PerGroup, TensorSpec
 SAMPLE = 64  # rows of a problem that choices are made on
 # Dampings to choose from. The search starts where tokens per input suggest, and goes the way the held-out loss falls.
 DAMPS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
-STARTS = ((4.0, 0.01), (1.0, 0.03), (0.0, 0.1))  # at least so many tokens per input -> damping
+STARTS = ((16.0, 0.01), (4.0, 0.03), (0.0, 0.1))  # at least so many tokens per input -> damping
 FLAT = 0.01  # a neighbour that loses less than this more lies on the floor of the curve: no other is tried
 
 
@@ -62,14 +62,42 @@ class Choices:
     tokens: int
 
 
+@dataclass(frozen=True)
+class Objective:
+    """What quantized weights lose over some tokens.
+
+    gram   E[x x^T], float32 [N, N], of what they read
+    cross  E[x s^T], float32 [N, N], where they go for W s instead of W x
+    """
+
+    gram: Tensor
+    cross: Tensor | None = None
+
+    def loss(self, weight: Tensor, quantized: Tensor) -> Tensor:
+        """Returns ||W x - Q x||^2 of every row, float32 [R]; of ||W s - Q x||^2 what a choice of Q changes.
+
+        With Q = W + E that is tr(E H E^T) + 2 tr(E (H - C) W^T), C = E[x s^T].
+        """
+        error = quantized - weight
+        pull = error @ self.gram
+        if self.cross is not None:
+            pull += 2 * (weight @ (self.gram - self.cross.T))
+        return pull.mul_(error).sum(1)
+
+    def energy(self, weight: Tensor) -> Tensor:
+        """Returns ||W x||^2 of every row, float32 [R]."""
+        return (weight @ self.gram).mul_(weight).sum(1)
+
+
 @dataclass
 class Settled:
     """Codes and scales of every weight, and how they were chosen.
 
     damp, strength, sweeps   as used
     attempts                 dampings that the factorization took
-    before, after            objective of rounding to nearest, and of the result, on the tokens that were solved on, of
-                             the sample of rows; `held_before`, `held_after`: on held-out tokens
+    before, after            objective of rounding to nearest, and of the result, on the tokens that were solved on: the
+                             sum over weights of what a sample of their rows loses of their output; `held_before`,
+                             `held_after`: on held-out tokens
     nearest                  rounded to nearest, which loses less on held-out tokens
     """
 
@@ -139,17 +167,15 @@ def settle(
     gram: Tensor,
     choices: Choices,
     aim: Callable[[Factor, float], Aim],
-    held: Callable[[Tensor, Tensor], Tensor] | None,
+    held: Objective | None,
 ) -> Settled | None:
     """Returns the solution of a problem; None where the second moment has no factor.
 
     gram   second moment of the inputs, float32 [N, N]; its diagonal is raised for a while, and put back
     aim    what the loop steers for, of a factor and a strength
-    held   objective on held-out tokens, of weights and quantized weights (float32 [R, N]), one for every row; None:
-           there are none, and the first of the choices is taken
+    held   objective on held-out tokens; None: there are none, and the first of the choices is taken
     """
-    sample = task.sample()
-    trial = _Trial(task, sample, gram, choices, aim, held)
+    trial = _Trial(task, gram, choices, aim, held)
     if not trial.start():
         return None
     if held is not None:
@@ -169,19 +195,24 @@ def settle(
 
 
 class _Trial:
-    """One problem on its sample of rows, with the choices so far."""
+    """One problem on its sample of rows, with the choices so far.
+
+    Losses are shares of the outputs of the weights that they are of, so that every weight counts alike: a transform
+    that makes one of them larger changes no choice.
+    """
 
     def __init__(
         self,
         task: Task,
-        sample: Sequence[tuple[int, slice]],
         gram: Tensor,
         choices: Choices,
         aim: Callable[[Factor, float], Aim],
-        held: Callable[[Tensor, Tensor], Tensor] | None,
+        held: Objective | None,
     ) -> None:
-        self.task, self.sample, self.gram, self.choices, self.held = task, sample, gram, choices, held
+        self.task, self.gram, self.choices, self.held = task, gram, choices, held
+        self.sample = task.sample()
         self._aim = aim
+        self._shares: dict[int, Tensor] = {}
         self.strength = choices.strengths[0]
         self.sweeps = choices.sweeps
         self.factor: Factor
@@ -234,17 +265,11 @@ class _Trial:
         for strength in self.choices.strengths[1:]:
             kept = self.strength, self.aimed
             self._take(self.factor, strength)
-            if not self._falls():
+            loss = self._held_loss()
+            if loss >= self.least:
                 self.strength, self.aimed = kept
                 break
-
-    def _falls(self) -> bool:
-        """Returns whether the held-out objective is lower than ever before, and notes it if so."""
-        loss = self._held_loss()
-        if self.least is not None and loss >= self.least:
-            return False
-        self.least = loss
-        return True
+            self.least = loss
 
     def run(self, rows: Rows, sweeps: int) -> Rows:
         """Chooses the codes of rows, and their scales anew when they are refined."""
@@ -272,12 +297,22 @@ class _Trial:
             at = grid(quantized.params, spec, quantized.codes.shape)
             own = replace(at, scale=at.scale[part], zero=_cut(at.zero, part))
             done.append(decode_matrix(quantized.codes[part], own))
+        seen = Objective(self.gram)
         result = []
-        for quantized_rows in (_nearest(rows), torch.cat(done)):
-            error = quantized_rows - source
-            seen = float((error * (error @ self.gram)).sum())
-            result.append((seen, float(self.held(source, quantized_rows).sum()) if self.held is not None else None))
+        for made in (_nearest(rows), torch.cat(done)):
+            held = self._loss(self.held, source, made) if self.held is not None else None
+            result.append((self._loss(seen, source, made), held))
         return result[0], result[1]
+
+    def _loss(self, objective: Objective, weight: Tensor, quantized: Tensor) -> float:
+        """Returns the sum over weights of the share of its output that each loses, of its rows in the sample."""
+        key = id(objective.gram)
+        if key not in self._shares:
+            counts = [len(self.task.weights[index][part]) for index, part in self.sample]
+            energies = [own.sum() for own in objective.energy(weight).split(counts)]
+            each = torch.stack(energies).clamp_min(torch.finfo(torch.float32).tiny).reciprocal()
+            self._shares[key] = each.repeat_interleave(torch.tensor(counts, device=each.device))
+        return float(objective.loss(weight, quantized) @ self._shares[key])
 
     def _factorize(self, damp: float) -> Factor | None:
         granularity = self.task.spec.granularity
@@ -291,7 +326,7 @@ class _Trial:
     def _held_loss(self) -> float:
         assert self.held is not None
         rows = self.run(self.task.rows(self.sample), 0)
-        return float(self.held(rows.weight, rows.decoded()).sum())
+        return self._loss(self.held, rows.weight, rows.decoded())
 
 
 def _all_rows(task: Task, trial: _Trial) -> list[Quantized]:

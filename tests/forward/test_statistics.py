@@ -169,7 +169,7 @@ def test_moments_do_not_depend_on_how_rows_arrive(features: int) -> None:
     """Below `NARROW` features the product is taken whole, from there on in panels; neither must show."""
     rows = torch.randn(2 * CHUNK + 700, features, generator=torch.Generator().manual_seed(0))
     results = []
-    for size in (7, 500, CHUNK, len(rows)):
+    for size in (1, 7, 500, CHUNK, len(rows)):
         gram = SecondMoment()
         for part in rows.split(size):
             gram.add(part.clone())

@@ -13,7 +13,7 @@ from quarkcli.numerics import refine as refine_module
 from quarkcli.numerics.quantize import QParams, decode, decode_grid, make_qparams
 from quarkcli.numerics.refine import Rows, refine
 from quarkcli.numerics.scales import decode_scale
-from quarkcli.numerics.settle import Aim, Choices, Task, settle
+from quarkcli.numerics.settle import Aim, Choices, Objective, Task, settle
 from quarkcli.numerics.solve import codes_of, factorize, solve_values
 from quarkcli.spec import PerChannel, PerGroup, PerTile, ScaleSpec, TensorSpec
 
@@ -124,10 +124,13 @@ def test_scales_are_refitted_one_by_one(name: str) -> None:
         better = losses[1] < losses[0]
         moved += int(better.sum())
         real = torch.where(better[:, None], tried, real)
-    pull = rows.decoded().sub_(rows.weight) @ gram
-    (refine_module._refit_whole if name == "int4_row" else refine_module._refit)(
-        rows, spec, gram, pull, *(() if name == "int4_row" else (slice(0, N),))
-    )
+    error = rows.decoded().sub_(rows.weight)
+    pull = error @ gram
+    if name == "int4_row":
+        refine_module._refit_whole(rows, spec, gram, error)
+        pull = error @ gram
+    else:
+        refine_module._refit(rows, spec, gram, pull, slice(0, N))
     assert moved or name == "mxfp4"
     assert float((rows.real.double() - real).abs().gt(1e-6 * real).float().mean()) < 0.01
     assert torch.equal(decode_scale(rows.stored, spec.scale.dtype) * outer, rows.real)
@@ -153,7 +156,9 @@ def test_settle_lowers_the_loss_below_the_loop_alone(name: str) -> None:
         assert found is not None and found.held_after is None
         done = torch.cat([decode(q.codes, spec, q.params) for q in found.quantized])
         results[sweeps] = float(loss(weight.bfloat16().float(), done, gram).sum())
-        assert found.after == pytest.approx(results[sweeps], rel=1e-3)  # every row is in the sample
+        parts = zip(weight.bfloat16().float().split([10, R - 10]), done.split([10, R - 10]), strict=True)
+        lost = sum(float(loss(w, q, gram).sum() / loss(w, torch.zeros_like(w), gram).sum()) for w, q in parts)
+        assert found.after == pytest.approx(lost, rel=1e-3)  # every row is in the sample
         assert found.before > found.after
     assert results[2] < results[0]
     assert torch.equal(gram, kept)
@@ -173,9 +178,7 @@ def test_damping_is_the_one_of_least_held_out_loss() -> None:
         gram = x.T @ x / tokens
         task = Task([weight], [make_qparams(weight, spec)], spec)
 
-        def objective(w: Tensor, q: Tensor) -> Tensor:
-            return ((q - w) @ held * (q - w)).sum(1)
-
+        objective = Objective(held)
         losses = {}
         for damp in (0.001, 0.003, 0.01, 0.03, 0.1, 0.3):
             alone = settle(task, gram, Choices((damp,), (0.0,), 0, True, tokens), lambda f, s: Aim(), objective)

@@ -123,7 +123,8 @@ def test_no_rows_are_those_of_the_family() -> None:
 
 def test_order_and_nothing() -> None:
     both = quark([{"name": "rotation", "r1": True, "trainable": False}, {"name": "gptaq", "alpha": 0.25}])
-    assert [name for name, _ in both.steps] == ["rotation", "gptaq"]
+    turned = {"r1": True, "r2": False, "random": False}
+    assert both.steps == [("rotation", turned), ("gptaq", {**AS_GIVEN, "strength": 0.25})]
     assert quark(None) == Steps() == quark([])
 
 
