@@ -70,13 +70,8 @@ def _cast(name: str, exponent: int, mantissa: int, maximum: float) -> Element:
 ELEMENTS: dict[str, Element] = {
     row.name: row
     for row in (
-        _integer(2, True),
-        _integer(3, True),
-        _integer(4, True),
-        _integer(8, True),
-        _integer(2, False),
-        _integer(4, False),
-        _integer(8, False),
+        *(_integer(bits, True) for bits in (2, 3, 4, 8)),
+        *(_integer(bits, False) for bits in (2, 4, 8)),
         _float("fp4_e2m1", 2, 1, 1, 6.0),
         _float("fp6_e2m3", 2, 3, 1, 7.5),
         _float("fp6_e3m2", 3, 2, 3, 28.0),
@@ -292,11 +287,19 @@ class TensorSpec:
     @property
     def has_tensor_scale(self) -> bool:
         """True when one stored scale covers the whole tensor, so fused linears must agree on it."""
-        return any(
-            stage.scale is not None
-            and (stage.scale.global_scale is not None or isinstance(stage.granularity, PerTensor))
-            for stage in self.stages
-        )
+        scaled = [(stage.scale, stage.granularity) for stage in self.stages if stage.scale is not None]
+        return any(scale.global_scale is not None or isinstance(where, PerTensor) for scale, where in scaled)
+
+    @property
+    def has_own_scales(self) -> bool:
+        """True when every group or row has a stored scale that can be changed for its own sake."""
+        plain = self.then is None and not self.format.sub_block and self.scale is not None
+        return plain and (isinstance(self.granularity, PerGroup) or self.granularity == PerChannel(0))
+
+    @property
+    def searches(self) -> bool:
+        """True when the observer or the rule of its scale chooses ranges by a search of its own."""
+        return self.observer != MIN_MAX or (self.scale is not None and self.scale.rule in SEARCH_RULES)
 
     def bits_per_value(self, rows: int, cols: int) -> float:
         """Returns the stored bits per value of a [rows, cols] weight; scales, zero points and shift bits included."""
@@ -324,16 +327,11 @@ def _format(name: str, rounding: Rounding, narrow: bool) -> Element:
 
 
 def _where(granularity: Granularity) -> str:
-    match granularity:
-        case PerChannel(axis):
-            return f"channel {axis}"
-        case PerGroup(size):
-            return f"group {size}"
-        case PerTile(rows, cols):
-            return f"tile {rows}x{cols}"
-        case PerToken():
-            return "token"
-    return "tensor"
+    said = granularity_to_yaml(granularity)
+    if isinstance(said, str):
+        return said
+    ((kind, value),) = said.items()
+    return f"{kind} {value}" if isinstance(value, int) else f"{kind} {'x'.join(map(str, value))}"
 
 
 def _scale_bits(spec: TensorSpec, rows: int, cols: int) -> float:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
+import signal
 import textwrap
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from quarkcli import algorithms
+from quarkcli.disk.journal import Journal
 from quarkcli.job import run as job
 from quarkcli.plan.compose import Overrides
 from tests import tiny
@@ -122,6 +126,24 @@ def run(source: Path | str, output: Path, **options: Any) -> Made:
     seen: list[job.Prepared] = []
     report = job.run(given, planned=seen.append)
     return Made(output, report, seen[0], job.EMBEDDED if source == "demo" else Path(source))
+
+
+def killed(parts: int, work: Callable[[], Any]) -> None:
+    """Runs the job in a child, which is killed as soon as so many parts are in the journal."""
+    child = os.fork()
+    if not child:  # pragma: no cover
+        finish, calls = Journal.finish, []
+
+        def dying(self: Journal, *given: Any) -> None:
+            finish(self, *given)
+            calls.append(1)
+            if len(calls) == parts:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        Journal.finish = dying  # type: ignore[method-assign]
+        work()
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 
 
 def prepare(source: Path | str, **options: Any) -> job.Prepared:

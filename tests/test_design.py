@@ -76,7 +76,7 @@ WITH_TORCH = {
     "quarkcli.numerics", "quarkcli.model", "quarkcli.forward.data", "quarkcli.forward.statistics",
     "quarkcli.forward.moments", "quarkcli.forward.samples", "quarkcli.forward.experts", "quarkcli.forward.taps",
     "quarkcli.forward.walk",
-    "quarkcli.algorithms.channels", "quarkcli.algorithms.tensors", "quarkcli.algorithms.trials",
+    "quarkcli.algorithms._channels", "quarkcli.algorithms.tensors", "quarkcli.algorithms._trials",
     "quarkcli.job.rewriting", "quarkcli.job.solving", "quarkcli.job.stages", "quarkcli.job.tuning",
     "quarkcli.job.served", "quarkcli.job.part", "quarkcli.job.pipeline",
     "quarkcli.evaluate.run", "quarkcli.evaluate.windows",

@@ -19,14 +19,13 @@ from quarkcli.recipe.entries import SLOTS
 
 DEFAULT_SOLVER = "rtn"
 FLAG = "--algorithm"
-_NOT_MEMBERS = {
-    "base", "channels", "columns", "fitting", "scaling", "searching", "tensors", "trials", "twostream",
-}  # fmt: skip
+_NOT_MEMBERS = {"base", "tensors"}
 
 
 def names() -> list[str]:
     """Returns the registered names in their dash form."""
-    return sorted(m.name.replace("_", "-") for m in pkgutil.iter_modules(__path__) if m.name not in _NOT_MEMBERS)
+    modules = (module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
+    return sorted(name.replace("_", "-") for name in modules if name not in _NOT_MEMBERS)
 
 
 def create(name: str, parameters: dict[str, Any], where: str = FLAG) -> Algorithm:

@@ -12,9 +12,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from quarkcli.algorithms import fitting
-from quarkcli.algorithms.base import Needs, Tuned, Tuner
-from quarkcli.plan.model import Plan
+from quarkcli.algorithms import _parameters
+from quarkcli.algorithms._fitting import BlockTuner, keep_best
+from quarkcli.algorithms.base import Tuned
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 PER_WEIGHT = 4 * 4 + 4 + 4 + 2
 
 
-class AutoRound(Tuner):
+class AutoRound(BlockTuner):
     """The AutoRound tuner.
 
     iters: steps for each block, 0 changes nothing; batch: calibration rows behind a step, in whole forwards;
@@ -37,27 +37,16 @@ class AutoRound(Tuner):
     """
 
     name = "autoround"
+    per_weight = PER_WEIGHT
     parameters: ClassVar[Mapping[str, Any]] = {
         "iters": 200, "batch": 8, "lr": "auto", "minmax": True, "minmax_lr": "auto",
     }  # fmt: skip
-    streams = frozenset({"served", "source"})
 
     def __init__(self, iters: int, batch: int, lr: float | str, minmax: bool, minmax_lr: float | str) -> None:
-        self.iters = fitting.check_whole("autoround iters", iters, 0)
-        self.batch = fitting.check_whole("autoround batch", batch, 1)
-        self.lr = fitting.check_rate("autoround lr", lr, auto=1.0 / max(1, self.iters))
-        self.minmax = fitting.check_flag("autoround minmax", minmax)
-        self.minmax_lr = fitting.check_rate("autoround minmax_lr", minmax_lr, auto=self.lr)
-
-    def needs(self, plan: Plan) -> Needs:
-        return fitting.needs(plan) if self.iters else {}
-
-    def check(self, plan: Plan) -> None:
-        fitting.check_blocks(self.name, plan)
-
-    def memory(self, plan: Plan) -> int:
-        """Returns the bytes of the offsets and places of a block, of its values and gradients, and of a pass."""
-        return fitting.memory(plan, PER_WEIGHT) if self.iters else 0
+        super().__init__(iters, batch)
+        self.lr = _parameters.auto_share("autoround lr", lr) or 1.0 / max(1, self.iters)
+        self.minmax = _parameters.flag("autoround minmax", minmax)
+        self.minmax_lr = _parameters.auto_share("autoround minmax_lr", minmax_lr) or self.lr
 
     def tune(self, block: TunedBlock, quantized: dict[str, Quantized]) -> Tuned:
         from quarkcli.numerics.adjust import Adjustable, moves_codes
@@ -86,7 +75,7 @@ class AutoRound(Tuner):
         def state() -> dict[str, Quantized]:
             return {name: moving.quantized() for name, moving in weights.items() if moving.moved}
 
-        best, before, after = fitting.keep_best(self.name, block, self.iters, self.batch, step, error, state)
+        best, before, after = keep_best(self.name, block, self.iters, self.batch, step, error, state)
         return Tuned(best or {}, {}, before, after)
 
 

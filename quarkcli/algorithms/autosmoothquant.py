@@ -13,14 +13,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from quarkcli.algorithms.scaling import Rows
-from quarkcli.algorithms.searching import SearchedScaling
+from quarkcli.algorithms._scaling import Rows
+from quarkcli.algorithms._searching import SearchedScaling
 from quarkcli.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from quarkcli.algorithms.channels import Channels
+    from quarkcli.algorithms._channels import Channels
 
 _POWERS = {"MSE": 2, "RMSE": 2, "MAE": 1}  # the root changes no choice
 

@@ -22,18 +22,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from quarkcli.algorithms import _parameters
+from quarkcli.algorithms._scaling import Rows, below, together
+from quarkcli.algorithms._searching import SearchedScaling
 from quarkcli.algorithms.base import Needs
-from quarkcli.algorithms.scaling import Rows, below, starred, together
-from quarkcli.algorithms.searching import SearchedScaling
 from quarkcli.errors import ConfigError
 from quarkcli.family import Pair
 from quarkcli.plan.model import Changes, Part, Plan, QuantizedTarget, Target, is_quantized
-from quarkcli.spec import MIN_MAX, SEARCH_RULES, PerChannel, PerGroup, TensorSpec
+from quarkcli.recipe.match import starred
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from quarkcli.algorithms.channels import Channels
+    from quarkcli.algorithms._channels import Channels
     from quarkcli.algorithms.tensors import PartTensors
     from quarkcli.forward.statistics import Statistics
 
@@ -65,23 +66,15 @@ class AWQ(SearchedScaling):
         scaling_layers: Rows,
     ) -> None:
         super().__init__(scaling_layers, n_grid)
-        for name, flag in (("scales", scales), ("duo_scaling", duo_scaling)):
-            if not isinstance(flag, bool):
-                raise ConfigError(f"awq {name} must be true or false, not {flag!r}")
-        if isinstance(clip, bool):  # YAML's on and off
-            clip = "on" if clip else "off"
-        if clip not in {"auto", "on", "off"}:
+        self.scales = _parameters.flag("awq scales", scales)
+        self.duo = _parameters.flag("awq duo_scaling", duo_scaling)
+        self.clip = _parameters.on_off(clip)
+        if self.clip not in ("auto", "on", "off"):
             raise ConfigError(f"awq clip must be auto, on or off, not {clip!r}")
-        for name, number in (("min_clip_ratio", min_clip_ratio), ("shrink_step", shrink_step)):
-            if isinstance(number, bool) or not isinstance(number, int | float) or not 0 < number < 1:
-                raise ConfigError(f"awq {name} must lie between 0 and 1, not {number!r}")
-        if not scales and clip == "off":
+        if not scales and self.clip == "off":
             raise ConfigError("awq with scales and clip both off does nothing", hint="leave awq out")
-        self.scales = scales
-        self.duo = duo_scaling
-        self.clip = clip
-        self.least = float(min_clip_ratio)
-        self.step = float(shrink_step)
+        self.least = _parameters.share("awq min_clip_ratio", min_clip_ratio)
+        self.step = _parameters.share("awq shrink_step", shrink_step)
 
     # -- declarations ---------------------------------------------------------------------------------------------
 
@@ -152,7 +145,7 @@ class AWQ(SearchedScaling):
             part.note(clipped=name, **together(own))
 
     def _clip(self, part: PartTensors, target: QuantizedTarget, statistics: Statistics) -> dict[str, Any]:
-        from quarkcli.algorithms.trials import clip_proof, samples_now
+        from quarkcli.algorithms._trials import clip_proof, samples_now
         from quarkcli.numerics.smooth import clip_limits
 
         rows = samples_now(part, target, statistics)
@@ -176,13 +169,8 @@ class AWQ(SearchedScaling):
 
 def clippable(target: QuantizedTarget) -> bool:
     """True when every group or row has a scale of its own, which its range alone decides."""
-    return target.role not in _UNCLIPPED and _own_ranges(target.weight)
-
-
-def _own_ranges(spec: TensorSpec) -> bool:
-    searched = spec.observer != MIN_MAX or (spec.scale is not None and spec.scale.rule in SEARCH_RULES)
-    apart = isinstance(spec.granularity, PerGroup) or spec.granularity == PerChannel(0)
-    return apart and not searched and spec.then is None and not spec.format.sub_block and spec.format.kind != "cast"
+    spec = target.weight
+    return target.role not in _UNCLIPPED and spec.has_own_scales and not spec.searches
 
 
 ALGORITHM = AWQ

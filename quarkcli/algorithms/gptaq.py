@@ -2,15 +2,14 @@
 
 It sees two streams: x, what the quantized blocks below hand on, and s, the same token's in the source model. The loop
 is GPTQ's; beside its rounding error every column hands on what its own input has lost, E[(s - x) x^T]. How strongly is
-chosen on held-out tokens, 0 (GPTQ) among the choices. Refinement then goes for W s. Parameters: see
-`columns.ColumnSolver`.
+chosen on held-out tokens, 0 (GPTQ) among the choices. Refinement then goes for W s.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from quarkcli.algorithms.twostream import TwoStreamSolver
+from quarkcli.algorithms._twostream import TwoStreamSolver
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -2,12 +2,12 @@
 
 It aims for the source weights on the inputs that the quantized blocks below hand on. Scales are fixed beforehand
 (static groups), so the stored layout does not change. Of inputs that were zero in calibration nothing is known: their
-weights are rounded to nearest. Parameters: see `columns.ColumnSolver`.
+weights are rounded to nearest.
 """
 
 from __future__ import annotations
 
-from quarkcli.algorithms.columns import ColumnSolver
+from quarkcli.algorithms._columns import ColumnSolver
 
 
 class GPTQ(ColumnSolver):

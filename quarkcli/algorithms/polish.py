@@ -12,8 +12,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from quarkcli.algorithms import fitting
-from quarkcli.algorithms.base import Needs, Tuned, Tuner
+from quarkcli.algorithms import _parameters
+from quarkcli.algorithms._fitting import BlockTuner, keep_best
+from quarkcli.algorithms.base import Tuned
 from quarkcli.family import expert_bias
 from quarkcli.plan.model import Changes, Plan
 
@@ -29,7 +30,7 @@ PER_WEIGHT = 2 * 4 + 4 + 4 + 1
 LEAST_UNIT = 1e-3  # a vector of zeros still moves
 
 
-class Polish(Tuner):
+class Polish(BlockTuner):
     """The polishing tuner.
 
     iters: steps for each block, 0 changes nothing; batch: calibration rows behind a step, in whole forwards; lr: first
@@ -37,23 +38,12 @@ class Polish(Tuner):
     """
 
     name = "polish"
+    per_weight = PER_WEIGHT
     parameters: ClassVar[Mapping[str, Any]] = {"iters": 100, "batch": 8, "lr": 0.01}
-    streams = frozenset({"served", "source"})
 
     def __init__(self, iters: int, batch: int, lr: float) -> None:
-        self.iters = fitting.check_whole("polish iters", iters, 0)
-        self.batch = fitting.check_whole("polish batch", batch, 1)
-        self.lr = fitting.check_rate("polish lr", lr)
-
-    def needs(self, plan: Plan) -> Needs:
-        return fitting.needs(plan) if self.iters else {}
-
-    def check(self, plan: Plan) -> None:
-        fitting.check_blocks(self.name, plan)
-
-    def memory(self, plan: Plan) -> int:
-        """Returns the bytes of the values and gradients of a block, and of a pass."""
-        return fitting.memory(plan, PER_WEIGHT) if self.iters else 0
+        super().__init__(iters, batch)
+        self.lr = _parameters.share("polish lr", lr)
 
     def changes(self, plan: Plan) -> Changes:
         """Returns the norms of the blocks that it works on, and the biases of its weights, where they are kept."""
@@ -107,7 +97,7 @@ class Polish(Tuner):
         def state() -> tuple[dict[str, Quantized], dict[str, Tensor]]:
             return now(), {name: vector.value().detach() for name, vector in moved.items()}
 
-        best, before, after = fitting.keep_best(self.name, block, self.iters, self.batch, step, error, state)
+        best, before, after = keep_best(self.name, block, self.iters, self.batch, step, error, state)
         return Tuned(*(best or ({}, {})), before, after)
 
 

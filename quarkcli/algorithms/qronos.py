@@ -2,14 +2,14 @@
 
 It sees two streams: x, what the quantized blocks below hand on, and s, the same token's in the source model. The loop
 is GPTQ's on the float weights W' for which W' x comes nearest to W s. How far to go from W to W' is chosen on held-out
-tokens, 0 (GPTQ) among the choices. Refinement goes for the same. Parameters: see `columns.ColumnSolver`.
+tokens, 0 (GPTQ) among the choices. Refinement goes for the same.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from quarkcli.algorithms.twostream import TwoStreamSolver
+from quarkcli.algorithms._twostream import TwoStreamSolver
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from quarkcli.algorithms._stream import by_part, check_residual, copies, held_by, streams
 from quarkcli.algorithms.base import Transform
-from quarkcli.algorithms.permutation import by_part, check_residual, copies, held_by, streams
 from quarkcli.errors import ConfigError
 from quarkcli.family import Values
 from quarkcli.plan.model import Added, Changes, Part, Plan

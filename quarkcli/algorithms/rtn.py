@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from quarkcli.algorithms import _parameters
 from quarkcli.algorithms.base import Needs, Problem, Solver
-from quarkcli.errors import ConfigError
 from quarkcli.plan.model import Plan
 from quarkcli.spec import PerGroup
 
@@ -25,9 +25,7 @@ class RoundToNearest(Solver):
     parameters: ClassVar[Mapping[str, Any]] = {"scale_search": False}
 
     def __init__(self, scale_search: bool = False) -> None:
-        if not isinstance(scale_search, bool):
-            raise ConfigError(f"rtn scale_search must be true or false, not {scale_search!r}", where="algorithm")
-        self.scale_search = scale_search
+        self.scale_search = _parameters.flag("rtn scale_search", scale_search)
 
     def needs(self, plan: Plan) -> Needs:
         if not self.scale_search:

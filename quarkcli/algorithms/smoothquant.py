@@ -12,13 +12,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from quarkcli.algorithms.scaling import ChannelScaling, Rows
+from quarkcli.algorithms._scaling import ChannelScaling, Rows
 from quarkcli.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from quarkcli.algorithms.channels import Channels
+    from quarkcli.algorithms._channels import Channels
 
 
 class SmoothQuant(ChannelScaling):

@@ -24,6 +24,7 @@ _WORDS = {
     "channel_absmax": "ranges per channel",
     "mean_abs": "mean magnitudes",
     "gram": "second moments",
+    "gram_val": "second moments of held-out tokens",
     "cross": "cross moments with the source",
     "samples": "sampled rows",
     "outputs": "outputs of blocks",
@@ -118,14 +119,16 @@ def _facts(algorithm: Algorithm, plan: Plan, large: Plan) -> dict[str, Any]:
 
     text = inspect.cleandoc(sys.modules[type(algorithm).__module__].__doc__ or "")
     summary, _, about = text.partition("\n\n")
-    own = type(algorithm).__dict__.get("__doc__")
+    kinds = [kind for kind in type(algorithm).__mro__ if kind.__module__.startswith("quarkcli.algorithms.")]
+    documented = [kind.__doc__ for kind in reversed(kinds) if not kind.__module__.endswith(".base")]
+    own = "\n\n".join(inspect.cleandoc(each) for each in documented if each)
     step = Assignment(algorithm)
     return {
         "name": algorithm.name,
         "kind": algorithm.kind,
         "summary": " ".join(summary.split()),
         "about": about,
-        "about_parameters": inspect.cleandoc(own) if own else "",
+        "about_parameters": own,
         "parameters": dict(algorithm.parameters),
         "data": _kinds(step.needs(plan)),
         "prepass": _kinds(step.prepass(plan)),

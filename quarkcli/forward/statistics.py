@@ -213,7 +213,7 @@ class Statistics:
         self._blocks = dict(blocks)
         if any(needs.get(site, set()) & MOMENTS and self.read(site) is not None for site in blocks):
             return False
-        return all(needs.get(site, set()) <= {"gram", "gram_val", "cross"} for site in blocks)
+        return all(needs.get(site, set()) <= MOMENTS for site in blocks)
 
     def expert_tokens(self) -> dict[str, dict[int, int]]:
         """Returns the routed tokens per expert, by experts prefix."""

@@ -25,7 +25,7 @@ from quarkcli.forward.walk import Walk
 from quarkcli.job.rewriting import Rewriting
 from quarkcli.job.served import handlers, own_scales, put_decoded
 from quarkcli.job.solving import Solved, Solving, named
-from quarkcli.job.stages import Decoded, in_turn, stages
+from quarkcli.job.stages import Decoded, stages
 from quarkcli.job.tuning import TunedBlock, tuned
 from quarkcli.numerics.quantize import Quantized, dequantize, quantize, static_scale
 from quarkcli.plan.model import Part, Plan, QuantizedTarget
@@ -290,10 +290,11 @@ class PartWorker:
             yield from self.solving.solved(targets, tensors, statistics)
             return
         decoded = Decoded(tensors)
-        for number, members, more in in_turn(stages(targets, statistics)):
+        found = stages(targets, statistics)
+        for number, members in enumerate(found):
             rows = list(self.solving.solved(targets, tensors, statistics, number, members))
             yield from rows
-            if more:
+            if number + 1 < len(found):
                 decoded.put(rows)
                 statistics = self._observe(part, decoded.tensors())[0]
         self.walk.runner.load_block(part.block, tensors)

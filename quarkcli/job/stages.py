@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -43,9 +43,3 @@ class Decoded:
 
     def tensors(self) -> dict[str, Tensor]:
         return {**self._source, **self._changed}
-
-
-def in_turn(found: Sequence[Sequence[QuantizedTarget]]) -> Iterator[tuple[int, list[QuantizedTarget], bool]]:
-    """Yields (number, weights, whether more follow)."""
-    for number, members in enumerate(found):
-        yield number, list(members), number + 1 < len(found)

@@ -44,7 +44,7 @@ def moves_scales(spec: TensorSpec) -> bool:
 
 def has_float_scales(spec: TensorSpec) -> bool:
     """True when `moves_scales`, and a scale is stored as a plain float, so that it can take any value."""
-    return moves_scales(spec) and spec.scale is not None and spec.scale.dtype in ("f32", "f16", "bf16", "model")
+    return moves_scales(spec) and scales.is_plain(spec)
 
 
 class Adjustable:
@@ -149,7 +149,11 @@ class Adjustable:
         if factors is None or start.scale is None:
             return start
         share, shift = self._ranges(factors)
-        scale = legal_scale(scales.decode_scale(start.scale, self._scale_dtype) * share, start.scale, self.spec)
+        moved = scales.decode_scale(start.scale, self._scale_dtype) * share
+        if self._scale_dtype == "e8m0":  # factors move scales up as far as down, in the logarithm
+            scale = scales.nearest_exponent(moved)
+        else:
+            scale = scales.nearest_stored(moved, self.spec, start.scale.dtype)
         zero = start.zero_point
         if zero is not None and shift is not None:
             moved = zero.float() + shift
@@ -197,27 +201,6 @@ def step_of(values: Tensor, element: Element) -> Tensor:
     least = 2.0 ** (1 - element.bias)
     _, exponent = torch.frexp(values.abs().clamp(least, element.maximum))
     return torch.ldexp(torch.ones_like(values), exponent - 1 - element.mantissa)
-
-
-def legal_scale(real: Tensor, stored: Tensor, spec: TensorSpec) -> Tensor:
-    """Returns float32 scales, without a global scale, rounded to what the spec stores, in the dtype of `stored`.
-
-    Signs stay, and no scale becomes zero.
-    """
-    assert spec.scale is not None
-    match spec.scale.dtype:
-        case "e8m0":
-            return scales.nearest_exponent(real)
-        case "e4m3":
-            return real.clamp(scales.E4M3_MIN, scales.E4M3_MAX).to(stored.dtype)
-        case "e5m3":
-            return scales.e5m3_bytes(real).clamp_min_(1)
-    size = real.abs().clamp_min(spec.scale.minimum or 0.0)
-    if spec.scale.dtype == "pow2":
-        size = scales.nearest_power(size)
-    most = scales.largest_scale(spec.format, stored.dtype, spec.scale.dtype == "pow2")
-    rounded = size.clamp_max(most).copysign(real).to(stored.dtype)
-    return torch.where(rounded == 0, stored, rounded)
 
 
 def within(factors: Tensor) -> Tensor:

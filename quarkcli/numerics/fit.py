@@ -23,7 +23,7 @@ from quarkcli.numerics.grid import QParams
 from quarkcli.numerics.quantize import make_qparams, params_of, tensor_amax
 from quarkcli.numerics.ranges import range_of
 from quarkcli.numerics.solve import dead_inputs
-from quarkcli.spec import MIN_MAX, SEARCH_RULES, PerChannel, PerGroup, TensorSpec
+from quarkcli.spec import PerGroup, TensorSpec
 
 # A plain scale times these, then times 1 +- FINER around the best.
 FACTORS = (1.0, 0.9, 0.8, 0.7, 0.6)
@@ -42,14 +42,8 @@ _DEVICE_CHUNK = 1 << 26
 
 def searchable(spec: TensorSpec) -> bool:
     """True when every group, or row of few bits, has a scale of its own that nothing has chosen yet."""
-    chosen = spec.observer != MIN_MAX or (spec.scale is not None and spec.scale.rule in SEARCH_RULES)
-    return refittable(spec) and not chosen and (isinstance(spec.granularity, PerGroup) or spec.format.bits <= FEW_BITS)
-
-
-def refittable(spec: TensorSpec) -> bool:
-    """True when every group or row has a stored scale that can be changed for its own sake."""
-    plain = spec.then is None and not spec.format.sub_block and spec.format.kind != "cast" and spec.scale is not None
-    return plain and (isinstance(spec.granularity, PerGroup) or spec.granularity == PerChannel(0))
+    worth = isinstance(spec.granularity, PerGroup) or spec.format.bits <= FEW_BITS
+    return spec.has_own_scales and not spec.searches and worth
 
 
 def fitted(

@@ -13,7 +13,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from quarkcli.numerics.fit import refittable
 from quarkcli.numerics.grid import QParams, decode_matrix, encode_matrix, grid
 from quarkcli.numerics.quantize import Quantized, decode_grid
 from quarkcli.numerics.refine import Rows, refine
@@ -64,7 +63,7 @@ class Choices:
 
 @dataclass(frozen=True)
 class Objective:
-    """What quantized weights lose over some tokens.
+    """The loss of quantized weights over some tokens.
 
     gram   E[x x^T], float32 [N, N], of what they read
     cross  E[x s^T], float32 [N, N], where they go for W s instead of W x
@@ -156,7 +155,7 @@ class Task:
         real = torch.cat([self.grids[i].scale[part] for i, part in run])
         zero = joined([_cut(self.grids[i].zero, part) for i, part in run])
         stored = outer = None
-        if refittable(self.spec):
+        if self.spec.has_own_scales:
             stored = _joined_bits([_required(self.params[i].scale)[part] for i, part in run])
             outer = joined([_outer(self.params[i].global_scale, self.weights[i][part]) for i, part in run])
         return Rows(weight, weight, stored, outer, real, zero, first.size, first.element)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,6 @@ import torch
 from quarkcli import algorithms
 from quarkcli.algorithms.autoround import AutoRound
 from quarkcli.disk.checkpoint import Checkpoint
-from quarkcli.disk.journal import Journal
 from quarkcli.disk.source import Source
 from quarkcli.errors import ConfigError, QuarkError
 from quarkcli.job import tuning
@@ -169,20 +166,7 @@ def test_an_expert_without_tokens_keeps_its_solvers_codes(page: Path, tmp_path: 
 def test_killed_and_resumed(llama: Path, page: Path, tmp_path: Path) -> None:
     steps = "{method: gptq}, " + QUICK
     calm = made(llama, tmp_path / "calm", "int3_wo_128", steps, page, seed=3)
-    child = os.fork()
-    if not child:  # pragma: no cover
-        finish, calls = Journal.finish, []
-
-        def dying(self: Journal, *given: Any) -> None:
-            finish(self, *given)
-            calls.append(1)
-            if len(calls) == 2:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        Journal.finish = dying  # type: ignore[method-assign]
-        made(llama, tmp_path / "out", "int3_wo_128", steps, page, seed=3)
-        os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    runs.killed(2, lambda: made(llama, tmp_path / "out", "int3_wo_128", steps, page, seed=3))
     again = made(llama, tmp_path / "out", "int3_wo_128", steps, page, seed=3, resume="require")
     assert runs.same_files(calm.folder, again.folder)
 

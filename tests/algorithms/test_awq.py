@@ -209,11 +209,11 @@ def test_the_taken_scale_lowers_the_outputs_error(page: Path, tmp_path: Path) ->
 def test_nothing_is_taken_that_held_out_rows_do_not_confirm(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from quarkcli.algorithms import trials
+    from quarkcli.algorithms import _trials
 
     source = build("llama", tmp_path / "m", num_hidden_layers=1)
-    proof = trials.Trial.proof
-    monkeypatch.setattr(trials.Trial, "proof", lambda self, factors: proof(self, factors)[::-1])
+    proof = _trials.Trial.proof
+    monkeypatch.setattr(_trials.Trial, "proof", lambda self, factors: proof(self, factors)[::-1])
     tensors, notes = rewritten(prepared(source, page, tmp_path, "int4_wo_128", SCALES))
     own = runs.read_all(source)
     assert all(torch.equal(own[name], tensors[name]) for name in own)

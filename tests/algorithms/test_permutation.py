@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from quarkcli import algorithms
-from quarkcli.disk.journal import Journal
 from quarkcli.errors import ConfigError
 from quarkcli.evaluate.run import evaluate
 from tests import runs
@@ -135,20 +132,7 @@ def test_before_smoothing_and_gptq_on_experts(page: Path, tmp_path: Path) -> Non
 def test_killed_and_resumed(steps: list[dict[str, Any]], page: Path, tmp_path: Path) -> None:
     data = {**runs.data(page, 8, 128), "recipe": recipe(tmp_path, "nvfp4", steps), "seed": 3}
     calm = runs.run("demo", tmp_path / "calm", **data)
-    child = os.fork()
-    if not child:  # pragma: no cover
-        finish, calls = Journal.finish, []
-
-        def dying(self: Journal, *given: Any) -> None:
-            finish(self, *given)
-            calls.append(1)
-            if len(calls) == 3:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        Journal.finish = dying  # type: ignore[method-assign]
-        runs.run("demo", tmp_path / "out", **data)
-        os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    runs.killed(3, lambda: runs.run("demo", tmp_path / "out", **data))
     again = runs.run("demo", tmp_path / "out", resume="require", **data)
     assert runs.same_files(calm.folder, again.folder)
 

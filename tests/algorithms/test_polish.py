@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,6 @@ import torch
 from quarkcli import algorithms
 from quarkcli.algorithms import polish
 from quarkcli.disk.checkpoint import Checkpoint
-from quarkcli.disk.journal import Journal
 from quarkcli.disk.source import Source
 from quarkcli.errors import ConfigError
 from quarkcli.job import run as job
@@ -127,7 +124,7 @@ def test_one_batch_is_judged_by_tokens_that_are_held_out(
         seen.add((block.batches, int(fit.sum()), int(judged.sum()), bool((fit & judged).any())))
         return None, 0.0, 0.0
 
-    monkeypatch.setattr(polish.fitting, "keep_best", keep_best)
+    monkeypatch.setattr(polish, "keep_best", keep_best)
     made(llama, tmp_path / "out", "int4_wo_128", QUICK, page, calib_samples=8)
     assert seen == {(1, 7 * 256, 256, False)}
 
@@ -137,20 +134,7 @@ def test_after_autoround_killed_and_resumed(llama: Path, page: Path, tmp_path: P
     calm = made(llama, tmp_path / "calm", "int3_wo_128", steps, page)
     for errors in calm.report["loss"]["tuning"].values():
         assert errors["polish"]["before"] == errors["autoround"]["after"]
-    child = os.fork()
-    if not child:  # pragma: no cover
-        finish, calls = Journal.finish, []
-
-        def dying(self: Journal, *given: Any) -> None:
-            finish(self, *given)
-            calls.append(1)
-            if len(calls) == 2:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        Journal.finish = dying  # type: ignore[method-assign]
-        made(llama, tmp_path / "out", "int3_wo_128", steps, page)
-        os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    runs.killed(2, lambda: made(llama, tmp_path / "out", "int3_wo_128", steps, page))
     again = made(llama, tmp_path / "out", "int3_wo_128", steps, page, resume="require")
     assert runs.same_files(calm.folder, again.folder)
 

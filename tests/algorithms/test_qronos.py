@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from quarkcli.algorithms import create
-from quarkcli.algorithms.twostream import CAUTIOUS, STRENGTHS
+from quarkcli.algorithms._twostream import CAUTIOUS, STRENGTHS
 from quarkcli.errors import ConfigError
 from quarkcli.spec import TensorSpec
 from tests import runs

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from quarkcli import algorithms
 from quarkcli.algorithms.base import Refiner, Transform
 from quarkcli.disk.checkpoint import Checkpoint
-from quarkcli.disk.journal import Journal
 from quarkcli.disk.source import Source
 from quarkcli.evaluate.run import evaluate
 from quarkcli.job import run as job
@@ -146,20 +143,7 @@ def test_killed_and_resumed(page: Path, tmp_path: Path, monkeypatch: pytest.Monk
     """What the transform decided is in the journal: the second run makes no pass over the source."""
     data = {**runs.data(page, 8, 128), "recipe": recipe(tmp_path, "int4_wo_128", more=", {method: gptq}"), "seed": 3}
     calm = runs.run("demo", tmp_path / "calm", **data)
-    child = os.fork()
-    if not child:  # pragma: no cover
-        finish, calls = Journal.finish, []
-
-        def dying(self: Journal, *given: Any) -> None:
-            finish(self, *given)
-            calls.append(1)
-            if len(calls) == 3:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        Journal.finish = dying
-        runs.run("demo", tmp_path / "out", **data)
-        os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    runs.killed(3, lambda: runs.run("demo", tmp_path / "out", **data))
     monkeypatch.setattr("quarkcli.job.prepass._observed", None)
     again = runs.run("demo", tmp_path / "out", resume="require", **data)
     assert runs.same_files(calm.folder, again.folder)

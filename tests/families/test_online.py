@@ -11,13 +11,7 @@ from tests import runs
 from tests.algorithms.test_hadamard import logits
 from tests.families import models, refusals
 
-# Weights that the class holds fused or elsewhere than the file, linear attention, latents, streams of hidden states.
-OFTEN = {"phi3", "qwen3_5", "gemma3n_text", "deepseek_v3", "qwen3_next"}
-NAMES = [
-    pytest.param(name, marks=() if name in OFTEN else pytest.mark.slow)
-    for name in models.RECIPES
-    if refusals.known("hadamard", refusals.SCHEMES[0], name) is None
-]
+NAMES = [name for name in models.RECIPES if refusals.known("hadamard", refusals.SCHEMES[0], name) is None]
 
 
 @pytest.mark.parametrize("name", NAMES)

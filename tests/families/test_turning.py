@@ -6,7 +6,6 @@ The reasons are those of `data/refusals.json`, which `test_algorithms.py` holds 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -32,13 +31,7 @@ def accepted(source: Path, steps: turning.Steps) -> bool:
     return True
 
 
-def cases() -> list[Any]:
-    """Every name, slow but for the first of each family file."""
-    first = {recipe["file"]: name for name, recipe in reversed(models.RECIPES.items())}
-    return [pytest.param(name, marks=() if name in first.values() else pytest.mark.slow) for name in NAMES]
-
-
-@pytest.mark.parametrize("name", cases())
+@pytest.mark.parametrize("name", NAMES)
 def test_the_function_stays(name: str, built: dict[str, Path]) -> None:
     """Channels in another order, then the residual stream rotated and values in their heads, as far as they can be."""
     source = built[name]

@@ -19,7 +19,7 @@ from quarkcli.numerics.kernels import device
 from quarkcli.numerics.quantize import activation_params, fixed_scale, make_qparams, params_of
 from quarkcli.numerics.ranges import amax_per_row, needs_ends, range_of
 from quarkcli.numerics.scales import Range
-from quarkcli.spec import MIN_MAX, SEARCH_RULES, Element, PerChannel, PerGroup, PerTile, TensorSpec
+from quarkcli.spec import MIN_MAX, Element, PerChannel, PerGroup, PerTile, TensorSpec
 
 # Values that one program works on.
 _TILE = 2048
@@ -167,7 +167,7 @@ def _plain_name(spec: TensorSpec, dtype: torch.dtype) -> str:
 
 def _params(matrix: Tensor, spec: TensorSpec, amax: Tensor | None) -> QParams:
     assert spec.scale is not None
-    if spec.scale.rule in SEARCH_RULES or spec.observer != MIN_MAX:
+    if spec.searches:
         return make_qparams(matrix, spec, amax=amax)
     if amax is not None and is_whole(spec):
         amax = amax.to(torch.float32)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from quarkcli.algorithms import _parameters
 from quarkcli.algorithms.base import Needs, Outcome, Problem, Solver
 from quarkcli.algorithms.rtn import RoundToNearest
 from quarkcli.errors import ConfigError
@@ -57,15 +58,14 @@ class ColumnSolver(Solver):
         signed: Any,
         true_sequential: bool,
     ) -> None:
-        self.damp = _damp(self.name, damp)
-        self.act_order = _one_of(self.name, "act_order", act_order, (True, False, "group"))
-        self.scale_search = _one_of(self.name, "scale_search", scale_search, (True, False))
-        self.refine = _sweeps(self.name, refine)
-        self.holdout = _one_of(self.name, "holdout", holdout, (0, HELD_OUT))
-        self.staged = _one_of(self.name, "true_sequential", true_sequential, (True, False))
-        self.signed = _one_of(
-            self.name, "signed", {True: "on", False: "off"}.get(signed, signed), ("on", "off", "auto")
-        )
+        name = self.name
+        self.damp = _parameters.auto_share(f"{name} damp", damp)
+        self.act_order = _parameters.one_of(f"{name} act_order", act_order, (True, False, "group"))
+        self.scale_search = _parameters.one_of(f"{name} scale_search", scale_search, (True, False))
+        self.refine = _sweeps(f"{name} refine", refine)
+        self.holdout = _parameters.one_of(f"{name} holdout", holdout, (0, HELD_OUT))
+        self.staged = _parameters.one_of(f"{name} true_sequential", true_sequential, (True, False))
+        self.signed = _parameters.one_of(f"{name} signed", _parameters.on_off(signed), ("on", "off", "auto"))
 
     def needs(self, plan: Plan) -> Needs:
         kinds = {"gram", "gram_val"} if self.holdout else {"gram"}
@@ -163,30 +163,13 @@ def _integer(target: QuantizedTarget) -> bool:
     return ELEMENTS[target.weight.element].kind == "integer" and target.weight.symmetric
 
 
-def _damp(name: str, value: Any) -> float | None:
-    if value == "auto":
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
-        raise ConfigError(f"{name} damp must be auto or lie between 0 and 1, not {value!r}", where="algorithm")
-    return float(value)
-
-
 def _sweeps(name: str, value: Any) -> int | None:
-    if value == "auto":
+    if value == _parameters.AUTO:
         return None
     if value == "off" or value is False:  # YAML reads off as false
         return 0
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MOST_SWEEPS:
         raise ConfigError(
-            f"{name} refine must be auto, off or a number of sweeps up to {MOST_SWEEPS}, not {value!r}",
-            where="algorithm",
+            f"{name} must be auto, off or a number of sweeps up to {MOST_SWEEPS}, not {value!r}", where="algorithm"
         )
     return value
-
-
-def _one_of(name: str, key: str, value: Any, allowed: tuple[Any, ...]) -> Any:
-    for known in allowed:
-        if type(known) is type(value) and known == value:
-            return known
-    shown = ", ".join({True: "true", False: "false"}.get(v, str(v)) if isinstance(v, bool) else str(v) for v in allowed)
-    raise ConfigError(f"{name} {key} must be one of {shown}, not {value!r}", where="algorithm")

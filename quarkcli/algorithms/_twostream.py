@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from quarkcli.algorithms._columns import ColumnSolver
 from quarkcli.algorithms.base import Needs, Problem
-from quarkcli.algorithms.columns import ColumnSolver
 from quarkcli.errors import ConfigError
 from quarkcli.plan.model import Plan
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from quarkcli.algorithms import _parameters
+from quarkcli.algorithms._scaling import ChannelScaling, Rows, quantized
 from quarkcli.algorithms.base import Assignment
-from quarkcli.algorithms.scaling import ChannelScaling, Rows, quantized
-from quarkcli.errors import ConfigError
 from quarkcli.family import Pair
 from quarkcli.plan.model import Part, Plan
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from quarkcli.algorithms.channels import Channels
+    from quarkcli.algorithms._channels import Channels
 
 
 MARGIN = 0.01  # less than this share of gain on held-out rows is within what sampling rows leaves open
@@ -32,9 +32,7 @@ class SearchedScaling(ChannelScaling):
 
     def __init__(self, scaling_layers: Rows, n_grid: int) -> None:
         super().__init__(scaling_layers)
-        if isinstance(n_grid, bool) or not isinstance(n_grid, int) or not 1 <= n_grid <= 1000:
-            raise ConfigError(f"{self.name} n_grid must be a whole number from 1 to 1000, not {n_grid!r}")
-        self.n_grid = n_grid
+        self.n_grid = _parameters.whole(f"{self.name} n_grid", n_grid, 1, 1000)
         self._solvers: tuple[Plan, dict[str, Assignment]] | None = None
 
     def kinds_of(self, plan: Plan, part: Part, pair: Pair) -> frozenset[str]:
@@ -49,7 +47,7 @@ class SearchedScaling(ChannelScaling):
     def factors(self, channels: Channels) -> tuple[Tensor | None, dict[str, Any]]:
         import torch
 
-        from quarkcli.algorithms.trials import Trial
+        from quarkcli.algorithms._trials import Trial
         from quarkcli.numerics.smooth import Choice, search
 
         trial = Trial(channels, self.solvers(channels.part.plan), self.power)

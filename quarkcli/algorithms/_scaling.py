@@ -6,25 +6,25 @@ the function stays. Which channels those are comes from the family file (`Plan.r
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from quarkcli.algorithms._stream import by_part
 from quarkcli.algorithms.base import FITTED_ROWS, HELD_ROWS, Needs, Transform
 from quarkcli.errors import ConfigError, near_misses
 from quarkcli.family import Pair, expert_bias
 from quarkcli.plan.model import Changes, Part, Plan, Target
+from quarkcli.recipe.match import starred
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from quarkcli.algorithms.channels import Channels
+    from quarkcli.algorithms._channels import Channels
     from quarkcli.algorithms.tensors import PartTensors
     from quarkcli.forward.statistics import Statistics
 
-_NUMBER = re.compile(r"\.\d+(?=\.)")
 MEANS = frozenset({"alpha", "ratio", "share"})
 Rows = list[str | dict[str, Any]] | None
 
@@ -117,7 +117,7 @@ class ChannelScaling(Transform):
     # -- work -----------------------------------------------------------------------------------------------------
 
     def after(self, part: PartTensors, statistics: Statistics, state: Any) -> None:
-        from quarkcli.algorithms.channels import Channels
+        from quarkcli.algorithms._channels import Channels
 
         notes: dict[str, list[dict[str, Any]]] = {}
         for pair in sorted(part.pairs, key=lambda pair: pair.norm is not self.norms_first):
@@ -154,15 +154,10 @@ def _to_add(plan: Plan) -> str:
 
 def pairs_of(plan: Plan) -> Iterator[tuple[Part, Pair]]:
     """Yields the pairs of every block, from the names alone."""
-    own: dict[int, dict[str, Target]] = {}
-    for target in plan.targets.values():
-        own.setdefault(target.part, {})[target.name] = target
-    for part in plan.parts:
-        if part.block is None or part.index not in own:
-            continue
-        weights = own[part.index]
-        vectors = set(part.tensors) - {target.view.tensor for target in weights.values()}
-        yield from ((part, pair) for pair in plan.rewrites.pairs(part.name, weights, vectors))
+    for part, weights in by_part(plan):
+        if part.block is not None:
+            vectors = set(part.tensors) - {target.view.tensor for target in weights.values()}
+            yield from ((part, pair) for pair in plan.rewrites.pairs(part.name, weights, vectors))
 
 
 def quantized(targets: Mapping[str, Target], pair: Pair) -> list[Target]:
@@ -173,11 +168,6 @@ def quantized(targets: Mapping[str, Target], pair: Pair) -> list[Target]:
 def below(part: Part, name: str) -> str:
     """Returns a module's name below its block."""
     return name.removeprefix(f"{part.name}.")
-
-
-def starred(name: str) -> str:
-    """Returns a name with `*` for the numbers in it."""
-    return _NUMBER.sub(".*", name)
 
 
 def fits(row: str, source: str) -> bool:

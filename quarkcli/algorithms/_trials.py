@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from quarkcli.algorithms._channels import Channels
+from quarkcli.algorithms._columns import ColumnSolver
 from quarkcli.algorithms.base import Assignment, Moment, Problem, Solver
-from quarkcli.algorithms.channels import Channels
-from quarkcli.algorithms.columns import ColumnSolver
 from quarkcli.algorithms.tensors import PartTensors
 from quarkcli.numerics.quantize import dequantize, quantize
 from quarkcli.numerics.smooth import Cost, Reader, SourceCost, clamped, picked_rows
