@@ -93,7 +93,7 @@ class Trial:
         factor = factorize(moment.gram, damp=DAMP) if moment is not None else None
         if factor is None or moment is None:
             return None
-        found = factor.upper.diagonal().square().reciprocal()
+        found = factor.upper.diagonal().square()
         if factor.order is not None:
             found = torch.empty_like(found).index_copy_(0, factor.order, found)
         return torch.where(factor.dead, 0.0, found)

@@ -277,9 +277,8 @@ class _Trial:
         if shift is not None:
             rows.weight = torch.addmm(source, source, shift)
         start = source if feed is not None else rows.weight
-        if first is not None:
-            start = corrected(start, source, first, self.factor, rows.grid())
-        rows.values, _ = solve_values(start, self.factor, rows.grid(), feed=feed)
+        own = corrected(source, first, self.factor) if first is not None else None
+        rows.values, _ = solve_values(start, self.factor, rows.grid(), feed=feed, first=own)
         if sweeps:
             with _Raised(self.gram, self.factor.ridge):
                 refine(rows, self.task.spec, self.gram, sweeps)

@@ -12,8 +12,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from quarkcli.numerics.formats import codec
-from quarkcli.numerics.grid import Grid
 from quarkcli.numerics.solve import Factor
 
 ROWS = 256  # rows of each weight that a distance is measured on
@@ -38,9 +36,9 @@ def least_squares(away: Tensor, factor: Factor) -> Tensor:
     The same ridge stands in both moments: (C + lam I)(H + lam I)^-1 - I, so that no deviation means no shift.
     """
     if factor.order is None:
-        return away @ factor.upper.T @ factor.upper
+        return _divided(away, factor.upper)
     found = torch.empty_like(away)
-    found[:, factor.order] = away[:, factor.order] @ factor.upper.T @ factor.upper
+    found[:, factor.order] = _divided(away[:, factor.order], factor.upper)
     return found
 
 
@@ -52,7 +50,22 @@ def feeds(away: Tensor, factor: Factor) -> Tensor:
     """
     if factor.order is not None:
         away = away.index_select(0, factor.order).index_select(1, factor.order)
-    return (away @ factor.upper.T).triu_(1) @ factor.upper
+    return _by(_by_transposed(away, factor.upper).triu_(1), factor.upper)
+
+
+def _divided(rows: Tensor, upper: Tensor) -> Tensor:
+    """Returns rows (V V^T)^-1."""
+    return _by(_by_transposed(rows, upper), upper)
+
+
+def _by(rows: Tensor, upper: Tensor) -> Tensor:
+    """Returns rows V^-1."""
+    return torch.linalg.solve_triangular(upper, rows, upper=True, left=False)
+
+
+def _by_transposed(rows: Tensor, upper: Tensor) -> Tensor:
+    """Returns rows V^-T."""
+    return torch.linalg.solve_triangular(upper.T, rows, upper=False, left=False)
 
 
 def first_rule(away: Tensor, gram: Tensor, factor: Factor) -> Tensor:
@@ -64,24 +77,13 @@ def first_rule(away: Tensor, gram: Tensor, factor: Factor) -> Tensor:
     return away[:, first] / (gram[first, first] + factor.ridge)
 
 
-def corrected(target: Tensor, source: Tensor, rule: Tensor, factor: Factor, at: Grid) -> Tensor:
-    """Returns a target [R, N] whose first column is rounded by Qronos' correction; the others have made up for it.
+def corrected(source: Tensor, rule: Tensor, factor: Factor) -> Tensor:
+    """Returns what Qronos' correction rounds the first column of `source` [R, N] from, float32 [R].
 
     rule   see `first_rule`
-    at     where the codes of the target lie
     """
-    order = factor.order if factor.order is not None else torch.arange(target.shape[1], device=target.device)
-    first = int(order[0])
-    group = min(first // at.size, at.scale.shape[1] - 1)
-    scale = at.scale[:, group]
-    rounded = torch.addmv(source[:, first], source, rule).div_(scale)
-    codec(at.element).round_(rounded, at.element, None, None if at.zero is None else at.zero[:, group])
-    rounded *= scale
-    row = factor.upper[0] / factor.upper[0, 0]
-    made_up = torch.empty_like(target)
-    made_up[:, order] = torch.addr(target[:, order], target[:, first] - rounded, row, alpha=-1)
-    made_up[:, first] = rounded
-    return made_up
+    first = int(factor.order[0]) if factor.order is not None else 0
+    return torch.addmv(source[:, first], source, rule)
 
 
 def distance(weights: Sequence[Tensor], shift: Tensor) -> float:

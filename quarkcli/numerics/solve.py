@@ -3,6 +3,10 @@
 `factorize` turns the second moment of a linear's inputs into a triangular factor, once per input; `solve` rounds the
 columns of any number of rows with it. Rows do not influence each other, so the weights of several linears that read
 the same input may be concatenated.
+
+The loop is written as Babai's nearest plane, which it equals (arXiv 2507.18553): with H = V V^T, V upper triangular,
+and t the target, column j is rounded to q_j as c_j = t_j + sum over i < j of (t_i - q_i) V_ij / V_jj. No inverse is
+formed.
 """
 
 from __future__ import annotations
@@ -21,17 +25,15 @@ ActOrder = bool | Literal["group"]
 # Damping grows by this factor after a failed factorization, from at least this fraction of the mean diagonal.
 _DAMP_GROWTH = 10.0
 _DAMP_FLOOR = 1e-6
-# A triangle of this size is inverted by substitution.
-_SMALL = 256
 # Rows worked on at once on a CPU, so that the columns of one block stay in its cache.
 CPU_ROWS = 2048
 
 
 @dataclass
 class Factor:
-    """U with U^T U = (H + lam I)^-1, columns in the order they are rounded.
+    """V with V V^T = H + lam I, columns in the order they are rounded.
 
-    upper     U, float32 [N, N], upper triangular
+    upper     V, float32 [N, N], upper triangular
     order     column rounded at step i, int64 [N], or None for the given order
     dead      inputs that were always zero, or next to it, bool [N], in the given order; nothing is known of them, so
               their weights are rounded to nearest and take no part in the loss
@@ -77,7 +79,7 @@ def factorize(
     order = _order(diagonal, act_order, group)
     for attempt in range(max_attempts):
         for dtype in (torch.float32, torch.float64):
-            upper = _inverse_factor(gram, order, dead, mean, damp, dtype)
+            upper = _factor(gram, order, dead, mean, damp, dtype)
             if upper is not None:
                 return Factor(upper, order, dead, damp, attempt + 1, damp * mean)
         damp = max(damp, _DAMP_FLOOR) * _DAMP_GROWTH
@@ -111,7 +113,13 @@ def solve(weight: Tensor, factor: Factor, at: Grid, *, columns: int = 128, feed:
 
 
 def solve_values(
-    weight: Tensor, factor: Factor, at: Grid, *, columns: int = 128, feed: Tensor | None = None
+    weight: Tensor,
+    factor: Factor,
+    at: Grid,
+    *,
+    columns: int = 128,
+    feed: Tensor | None = None,
+    first: Tensor | None = None,
 ) -> tuple[Tensor, float]:
     """Returns codes less their zero points, float32 [R, N] on a unit scale, and the loss.
 
@@ -119,6 +127,7 @@ def solve_values(
     columns     columns per lazy block; changes the order of the sums only
     feed        float32 [N, N], strictly upper, in the factor's order: column i, before it is rounded, adds its product
                 with row i to the columns after it (GPTAQ's P)
+    first       float32 [R], what the first column is rounded from, instead of its target (Qronos' correction)
     """
     rows, cols = weight.shape
     order = factor.order if factor.order is not None else torch.arange(cols, device=weight.device)
@@ -132,7 +141,8 @@ def solve_values(
         # Transposed, so that a column is contiguous.
         remaining = weight[part].t().contiguous().index_select(0, order)
         own = replace(at, scale=at.scale[part].t().contiguous(), zero=_columns_of(at.zero, part))
-        loss += _solve_rows(remaining, factor.upper, own, group_of, columns, grid[:, part], live, feed)
+        one = None if first is None else first[part]
+        loss += _solve_rows(remaining, factor.upper, own, group_of, columns, grid[:, part], live, feed, one)
     values = torch.empty_like(grid).index_copy_(0, order, grid)
     return values.t().contiguous(), loss
 
@@ -153,13 +163,12 @@ def codes_of(values: Tensor, at: Grid) -> Tensor:
     return codes
 
 
-def _inverse_factor(
+def _factor(
     gram: Tensor, order: Tensor | None, dead: Tensor, mean: float, damp: float, dtype: torch.dtype
 ) -> Tensor | None:
-    """Returns U for one damping, in float32, computed in `dtype`; None when H is not positive definite there.
+    """Returns V for one damping, in float32, computed in `dtype`; None when H is not positive definite there.
 
-    With the order reversed, Hd = L L^T; reversing L back gives Hd = V V^T with V upper triangular, so U = V^-1 and no
-    inverse of Hd is formed.
+    With the order reversed, Hd = L L^T; reversing L back gives V.
     """
     backwards = torch.arange(gram.shape[0] - 1, -1, -1, device=gram.device) if order is None else order.flip(0)
     damped = gram.index_select(0, backwards).index_select(1, backwards).to(dtype)
@@ -173,23 +182,9 @@ def _inverse_factor(
     if int(info) != 0:
         return None
     del damped
-    _invert_lower(lower)
     upper = lower.flip(0, 1).to(torch.float32)
-    return upper if bool(torch.isfinite(upper.diagonal()).all()) else None
-
-
-def _invert_lower(lower: Tensor) -> None:
-    """Replaces a lower triangular matrix by its inverse, by halves: almost all of the work is in plain products."""
-    size = lower.shape[0]
-    if size <= _SMALL:
-        identity = torch.eye(size, dtype=lower.dtype, device=lower.device)
-        lower.copy_(torch.linalg.solve_triangular(lower, identity, upper=False))
-        return
-    half = size // 2
-    first, below, last = lower[:half, :half], lower[half:, :half], lower[half:, half:]
-    _invert_lower(first)
-    _invert_lower(last)
-    below.copy_((last @ below @ first).neg_())
+    pivots = upper.diagonal()
+    return upper if bool(torch.isfinite(pivots).all() & (pivots > 0).all()) else None
 
 
 def _solve_rows(
@@ -201,59 +196,73 @@ def _solve_rows(
     grid: Tensor,
     live: Tensor,
     feed: Tensor | None,
+    start: Tensor | None,
 ) -> float:
-    """Round the columns `remaining` [N, R] in order; write grid values to `grid` [N, R].
+    """Rounds the columns `remaining` [N, R] in order; writes grid values to `grid` [N, R].
 
-    Returns sum(e^2) over the columns that are `live` (bool [N]). Dead ones are coupled to no other.
-    `at` has its scales and zero points transposed: [groups, R].
+    Returns sum(e^2), e_j = (c_j - q_j) V_jj, over the columns that are `live` (bool [N]). Dead ones are coupled to no
+    other. `at` has its scales and zero points transposed: [groups, R].
 
-    e_i = (w_i - q_i) / U_ii only ever meets row i of U, so the row is divided instead and plain differences are kept.
+    Until a column is rounded, its place in `grid` holds sum (t_i - q_i) V_ij over the columns rounded before.
     """
     cols = remaining.shape[0]
+    grid.zero_()
     loss = 0.0
     for first in range(0, cols, columns):
         last = min(first + columns, cols)
-        pivots = upper.diagonal()[first:last].unsqueeze(1)
-        couplings = (upper[first:last, first:] / pivots).t()
-        feeds = feed[first:last, first:].t() if feed is not None else None
-        current = remaining[first:last]
-        groups = group_of[first:last]
+        inside, behind = slice(first, last), slice(last, cols)
+        pivots = upper.diagonal()[inside].unsqueeze(1)
+        couplings = (upper[inside, inside] / pivots.T).t().contiguous()
+        feeds = feed[inside, inside].t().contiguous() if feed is not None else None
+        groups = group_of[inside]
         own = replace(at, scale=at.scale[groups], zero=None if at.zero is None else at.zero[groups])
-        inside = None if feeds is None else feeds[: last - first].contiguous()
-        values, differences = _solve_block(current, couplings[: last - first].contiguous(), own, inside)
-        grid[first:last] = values
+        targets = remaining[inside]
+        current = (grid[inside] / pivots).add_(targets)
+        if start is not None and not first:
+            current[0] = start
+        values, differences = _solve_block(targets, current, couplings, own, feeds)
+        grid[inside] = values
         if last < cols:
-            remaining[last:].addmm_(couplings[last - first :], differences, alpha=-1)
-            if feeds is not None:
-                remaining[last:].addmm_(feeds[last - first :], current)
-        loss += float(differences.div_(pivots)[live[first:last]].square_().sum(dtype=torch.float64))
+            grid[behind].addmm_(upper[inside, behind].t(), differences)
+            if feed is not None:
+                remaining[behind].addmm_(feed[inside, behind].t(), current)
+        left = current.sub_(values.mul_(own.scale))
+        if not first:
+            left[0] = differences[0]
+        left.mul_(pivots)
+        loss += float(left[live[inside]].square_().sum(dtype=torch.float64))
     return loss
 
 
 def _solve_block(
-    block: Tensor, couplings: Tensor, at: Grid, feeds: Tensor | None
+    targets: Tensor, current: Tensor, couplings: Tensor, at: Grid, feeds: Tensor | None
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Returns grid values and differences w - q [B, R] of one block of columns, up to date with everything before it.
+    """Returns grid values and differences t - q [B, R] of one block of columns.
 
-    `at` has a scale (and zero point) for every column: [B, R]. `block` keeps the columns as they were when rounded.
+    targets   t [B, R], overwritten where they are fed
+    current   c [B, R] as all columns before the block leave it; becomes what each column was when it was rounded
+    couplings  row j: how the differences of columns before it in the block reach column j
+    at        a scale (and zero point) for every column: [B, R]
 
-    Row i of `couplings` [B, B] says how the differences of earlier columns reach column i; a column takes them all in
-    one product when its turn comes. Views are made once: on a CPU the loop is bound by the cost of a torch call.
+    A column takes the differences of all before it in one product when its turn comes. Views are made once: on a CPU
+    the loop is bound by the cost of a torch call.
     """
     round_, element = codec(at.element).round_, at.element
-    values = torch.empty_like(block)
-    differences = torch.empty_like(block)
-    scratch = torch.empty(2, block.shape[1], dtype=torch.int32, device=block.device)
-    earlier, before = differences.t(), block.t()
-    zeros = [None] * block.shape[0] if at.zero is None else at.zero.unbind()
-    columns = (block, at.scale, values, differences, couplings)
+    values = torch.empty_like(targets)
+    differences = torch.empty_like(targets)
+    scratch = torch.empty(2, targets.shape[1], dtype=torch.int32, device=targets.device)
+    earlier, before = differences.t(), current.t()
+    zeros = [None] * targets.shape[0] if at.zero is None else at.zero.unbind()
+    columns = (targets, current, at.scale, values, differences, couplings)
     loop = zip(*(each.unbind() for each in columns), zeros, strict=True)
-    for i, (column, scale, value, difference, coupling, zero) in enumerate(loop):
+    for i, (target, column, scale, value, difference, coupling, zero) in enumerate(loop):
         if i:
-            column.addmv_(earlier[:, :i], coupling[:i], alpha=-1)
             if feeds is not None:
-                column.addmv_(before[:, :i], feeds[i, :i])
+                fed = before[:, :i] @ feeds[i, :i]
+                target += fed
+                column += fed
+            column.addmv_(earlier[:, :i], coupling[:i])
         round_(torch.div(column, scale, out=value), element, scratch, zero)
         torch.mul(value, scale, out=difference)
-        torch.sub(column, difference, out=difference)
+        torch.sub(target, difference, out=difference)
     return values, differences

@@ -59,23 +59,26 @@ def case(seed: int = 0, mismatch: float = 0.5, cols: int = N, rows: int = R) -> 
 
 
 def factor64(gram: Tensor, act_order: bool) -> Factor:
-    """The factor by the textbook's way, in float64."""
+    """The factor, in float64."""
     order = torch.argsort(gram.diagonal(), descending=True, stable=True) if act_order else None
     ridge = DAMP * float(gram.diagonal().mean())
     damped = (gram if order is None else gram[order][:, order]) + ridge * torch.eye(len(gram), dtype=torch.float64)
-    upper = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
+    upper = torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1)
     return Factor(upper, order, torch.zeros(len(gram), dtype=torch.bool), DAMP, 1, ridge)
 
 
-def loop64(start: Tensor, factor: Factor, quantizer: Quantizer, feed: Tensor | None = None) -> Tensor:
-    """The column loop without blocks, float64, in the given order of columns."""
+def loop64(
+    start: Tensor, factor: Factor, quantizer: Quantizer, feed: Tensor | None = None, first: Tensor | None = None
+) -> Tensor:
+    """The papers' column loop without blocks, float64, in the given order of columns."""
+    upper = torch.linalg.inv(factor.upper)
     order = factor.order if factor.order is not None else torch.arange(start.shape[1])
     left, out = start[:, order].clone(), torch.empty_like(start)
     for i, column in enumerate(order.tolist()):
         before = left[:, i].clone()
-        out[:, column] = quantizer(before, column)
-        error = (before - out[:, column]) / factor.upper[i, i]
-        left[:, i + 1 :] -= error[:, None] * factor.upper[i, i + 1 :]
+        out[:, column] = quantizer(before if i or first is None else first, column)
+        error = (before - out[:, column]) / upper[i, i]
+        left[:, i + 1 :] -= error[:, None] * upper[i, i + 1 :]
         if feed is not None:
             left[:, i + 1 :] += before[:, None] * feed[i, i + 1 :]
     return out
@@ -109,12 +112,8 @@ def test_qronos_fast_is_textbook(act_order: bool) -> None:
     target = problem.weight + problem.weight @ least_squares(problem.away, factor)
     rule = first_rule(problem.away, problem.gram, factor)
     fine = lambda column, _: (column / 1e-3).round() * 1e-3  # noqa: E731
-    for quantizer, grid in ((problem.rounded, problem.grid), (fine, None)):
-        if grid is None:  # a fine grid of many codes: nothing clips, and every column counts
-            grid = Grid(ELEMENTS["int8"], torch.full((R, 1), 1e-3), N)
-        # The grid's scale is float32; the column rounded first is put on it in float64 here.
-        start = corrected(target, problem.weight, rule, factor, Grid(grid.element, grid.scale.double(), N))
-        fast = loop64(start, factor, quantizer)
+    for quantizer in (problem.rounded, fine):  # on the fine grid nothing clips, and every column counts
+        fast = loop64(target, factor, quantizer, first=corrected(problem.weight, rule, factor))
         torch.testing.assert_close(fast, qronos64(problem, factor, quantizer), rtol=0, atol=1e-9)
 
 
@@ -125,8 +124,8 @@ def test_qronos_in_float32_has_the_textbooks_codes(act_order: bool) -> None:
     assert factor is not None
     away, weight = problem.away.float(), problem.weight.float()
     start = torch.addmm(weight, weight, least_squares(away, factor))
-    start = corrected(start, weight, first_rule(away, problem.gram.float(), factor), factor, problem.grid)
-    values, _ = solve_values(start, factor, problem.grid)
+    first = corrected(weight, first_rule(away, problem.gram.float(), factor), factor)
+    values, _ = solve_values(start, factor, problem.grid, first=first)
     wanted = qronos64(problem, factor64(problem.gram, act_order), problem.rounded)
     assert torch.equal(values.double(), (wanted / problem.scale).round())
 
@@ -167,8 +166,9 @@ def test_equal_streams_are_gptq() -> None:
     assert not bool(away.any())
     plain, _ = solve_values(weight, factor, problem.grid)
     rule = first_rule(away, problem.gram.float(), factor)
-    start = corrected(weight + weight @ least_squares(away, factor), weight, rule, factor, problem.grid)
-    assert torch.equal(solve_values(start, factor, problem.grid)[0], plain)
+    target = weight + weight @ least_squares(away, factor)
+    corrected_first = solve_values(target, factor, problem.grid, first=corrected(weight, rule, factor))
+    assert torch.equal(corrected_first[0], plain)
     assert torch.equal(solve_values(weight, factor, problem.grid, feed=feeds(away, factor))[0], plain)
 
 
@@ -178,12 +178,11 @@ def test_each_comes_nearer_to_the_source(seed: int) -> None:
     factor = factor64(problem.gram, True)
     shift, feed = least_squares(problem.away, factor), feeds(problem.away, factor)
     target = problem.weight + problem.weight @ shift
-    start = corrected(target, problem.weight, first_rule(problem.away, problem.gram, factor), factor,
-                      Grid(INT3, problem.scale, 96))  # fmt: skip
+    first = corrected(problem.weight, first_rule(problem.away, problem.gram, factor), factor)
     nearest = torch.stack([problem.rounded(column) for column in problem.weight.T], 1)
     gptq = loop64(problem.weight, factor, problem.rounded)
     gptaq = loop64(problem.weight, factor, problem.rounded, feed)
-    qronos = loop64(start, factor, problem.rounded)
+    qronos = loop64(target, factor, problem.rounded, first=first)
     losses = [problem.lost(each) for each in (qronos, gptaq, gptq, nearest)]
     assert losses == sorted(losses) and losses[0] < losses[3]
 
