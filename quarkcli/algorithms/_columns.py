@@ -27,6 +27,8 @@ SWEEPS = 2
 MOST_SWEEPS = 10
 HELD_OUT = 8
 DAMP = 0.01
+ROWS = 2048  # of a problem that are solved at once on a CPU, see `numerics.solve.CPU_ROWS`
+TOKENS = 2048  # that are folded into a moment at once, see `forward.moments.CHUNK`
 DAMP_FP4 = 0.05  # where nothing can be held out, and 4-bit floats meet quantized inputs
 
 
@@ -92,9 +94,20 @@ class ColumnSolver(Solver):
                 )
 
     def memory(self, plan: Plan) -> int:
-        """Returns the bytes of the second moments, the factor and what makes it."""
-        widest = max((run[0].shape[1] for run in plan.quantized_alike()), default=0)
-        return 4 * 5 * widest * widest
+        """Returns the bytes of what it sees of a block while that runs, or of one problem, whichever is more."""
+        sums = sum(self._observed(width) for width in _widths(plan))
+        return max(
+            sums + 4 * TOKENS * max(_widths(plan), default=0), max(map(self._solved, _problems(plan)), default=0)
+        )
+
+    def _observed(self, width: int) -> int:
+        """Returns the bytes of the moments of an activation, of which half is kept, and of rows that wait."""
+        return 2 * (4 * (width * width * 5 // 8) + 2 * TOKENS * width)
+
+    def _solved(self, shape: tuple[int, int]) -> int:
+        """Returns the bytes that a problem takes: both moments, two factors, and its rows in a few forms."""
+        rows, width = shape
+        return 4 * max(4 * width * width, 3 * width * width + 6 * min(rows, ROWS) * width)
 
     def aim(self, problem: Problem, factor: Factor, strength: float) -> Aim:
         """Returns what the loop steers for; the weights themselves unless a member says otherwise."""
@@ -103,8 +116,9 @@ class ColumnSolver(Solver):
         return Aim()
 
     def solve(self, problem: Problem) -> list[Quantized] | None:
-        from quarkcli.numerics.settle import Objective, Task, settle
+        from quarkcli.numerics.settle import Objective, settle
         from quarkcli.numerics.solve import dead_inputs
+        from quarkcli.numerics.task import Task
 
         moment = problem.moment
         assert moment is not None
@@ -112,6 +126,7 @@ class ColumnSolver(Solver):
         if bool(dead_inputs(gram).all()):
             return RoundToNearest().solve(problem)
         held = Objective(moment.gram_val, moment.cross_val) if moment.gram_val is not None else None
+        moment.cross_val = None  # the objective needs it for a few rows only
         task = Task(problem.weights, self._scales(problem), problem.spec)
         choices = self._choices(problem, held is not None)
         found = settle(task, gram, choices, lambda factor, strength: self.aim(problem, factor, strength), held)
@@ -148,6 +163,25 @@ class ColumnSolver(Solver):
             damps = (DAMP_FP4 if fp4 else DAMP,)
         assert problem.moment is not None
         return Choices(damps, self.strengths, sweeps, self.act_order, problem.moment.tokens)
+
+
+def _widths(plan: Plan) -> list[int]:
+    """Returns the widths of the activations of the block that has the widest; moments of experts are made alone."""
+    found: dict[int, list[int]] = {}
+    for site in plan.sites.values():
+        members = [plan.targets[name] for name in site.members]
+        if site.kind == "linear" and isinstance(members[0], QuantizedTarget):
+            found.setdefault(site.part, []).append(members[0].shape[1])
+    return max(found.values(), key=lambda widths: sum(width * width for width in widths), default=[])
+
+
+def _problems(plan: Plan) -> set[tuple[int, int]]:
+    """Returns rows and width of every problem."""
+    rows: dict[object, tuple[int, int]] = {}
+    for target in plan.quantized():
+        key = target.site or target.name, target.expert
+        rows[key] = rows.get(key, (0, 0))[0] + target.shape[0], target.shape[1]
+    return set(rows.values())
 
 
 def _outcome(name: str, found: Settled) -> Outcome:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
+from weakref import ref
 
-from quarkcli.algorithms._columns import ColumnSolver
+from quarkcli.algorithms._columns import ROWS, TOKENS, ColumnSolver
 from quarkcli.algorithms.base import Needs, Problem
 from quarkcli.errors import ConfigError
 from quarkcli.plan.model import Plan
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from quarkcli.numerics.quantize import Quantized
     from quarkcli.numerics.settle import Aim, Choices
     from quarkcli.numerics.solve import Factor
@@ -33,6 +31,8 @@ class TwoStreamSolver(ColumnSolver):
     strength   auto: chosen on held-out tokens, a quarter where there are none; or a number from 0 to 1
     """
 
+    feed: ClassVar[bool]  # how it gets there, see `settle.Aim`
+
     streams: ClassVar[frozenset[str]] = frozenset({"served", "source"})
     parameters: ClassVar[Mapping[str, Any]] = {**ColumnSolver.parameters, "strength": "auto"}
 
@@ -44,30 +44,26 @@ class TwoStreamSolver(ColumnSolver):
                 f"{self.name} strength must be auto or a number from 0 to 1, not {strength!r}", where="algorithm"
             )
         self.strength = float(strength) if number else None
-        self._full: tuple[Factor, Aim] | None = None
-
-    @abstractmethod
-    def target(self, away: Tensor, gram: Tensor, factor: Factor) -> Aim:
-        """Returns the aim at full strength.
-
-        away  E[(s - x) x^T], float32 [N, N]
-        """
+        self._full: tuple[ref[Factor], Aim] | None = None
 
     def needs(self, plan: Plan) -> Needs:
         return {site: kinds | {"cross"} for site, kinds in super().needs(plan).items()}
 
-    def memory(self, plan: Plan) -> int:
-        """Returns the bytes of what the column loop needs, both cross moments, and the aim with what makes it."""
-        widest = max((run[0].shape[1] for run in plan.quantized_alike()), default=0)
-        return super().memory(plan) + 4 * 6 * widest * widest
+    def _observed(self, width: int) -> int:
+        return super()._observed(width) + 2 * (4 * width * width + 2 * TOKENS * width)
+
+    def _solved(self, shape: tuple[int, int]) -> int:
+        """Returns the bytes of what the column loop needs, the cross moment, and the target."""
+        rows, width = shape
+        return super()._solved(shape) + 4 * (width * width + min(rows, ROWS) * width)
 
     def aim(self, problem: Problem, factor: Factor, strength: float) -> Aim:
         from quarkcli.numerics.settle import Aim
 
         if strength == 0:
             return Aim()
-        if self._full is None or self._full[0] is not factor:
-            self._full = factor, self._bounded(problem, factor)
+        if self._full is None or self._full[0]() is not factor:
+            self._full = ref(factor), self._bounded(problem, factor)  # a factor that was tried in vain is to go
         return self._full[1].times(strength)
 
     def solve(self, problem: Problem) -> list[Quantized] | None:
@@ -78,13 +74,14 @@ class TwoStreamSolver(ColumnSolver):
 
     def _bounded(self, problem: Problem, factor: Factor) -> Aim:
         """Returns the aim at full strength, taken back where it lies far away from the weights."""
-        from quarkcli.numerics.shift import deviation, distance
+        from quarkcli.numerics.settle import Aim
+        from quarkcli.numerics.shift import Drift, distance
 
         moment = problem.moment
         assert moment is not None and moment.cross is not None
-        full = self.target(deviation(moment.gram, moment.cross, factor.dead), moment.gram, factor)
-        assert full.shift is not None
-        far = distance(problem.weights, full.shift)
+        full = Aim(Drift(moment.gram, moment.cross, factor.dead), 1.0, self.feed)
+        assert full.drift is not None
+        far = distance(problem.weights, full.drift, factor)
         if far <= FURTHEST:
             return full
         problem.warn(

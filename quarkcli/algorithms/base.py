@@ -28,8 +28,11 @@ Needs = dict[str, set[str]]  # kinds of statistics by site
 FITTED_ROWS, HELD_ROWS = 512, 256
 
 
-class Moment(NamedTuple):
+@dataclass
+class Moment:
     """Second moments of the activation that the weights of a problem read: running means over calibration tokens.
+
+    They belong to the problem: a solver may set to None what it needs no longer, and so free it.
 
     gram       mean of x x^T, float32 [in, in]
     tokens     number of tokens that it is the mean of; 0 where it is borrowed from the layer of an expert that saw none
@@ -47,8 +50,7 @@ class Moment(NamedTuple):
     def scaled(self, factor: Tensor) -> Moment:
         """Returns the moments of the activation times `factor`, float32 [in]."""
         both = factor[:, None] * factor
-        more = (mean * both if mean is not None else None for mean in self[2:])
-        return Moment(self.gram * both, self.tokens, *more)
+        return self._changed(lambda mean: mean * both)
 
     def turned(self, block: int) -> Moment:
         """Returns the moments of the activation behind a block Hadamard of this size."""
@@ -57,8 +59,15 @@ class Moment(NamedTuple):
         def both_sides(mean: Tensor) -> Tensor:
             return turned(turned(mean, block).T, block).T
 
-        more = (both_sides(mean) if mean is not None else None for mean in self[2:])
-        return Moment(both_sides(self.gram), self.tokens, *more)
+        return self._changed(both_sides)
+
+    def means(self) -> list[Tensor]:
+        """Returns all that there are."""
+        return [mean for mean in (self.gram, self.cross, self.gram_val, self.cross_val) if mean is not None]
+
+    def _changed(self, change: Callable[[Tensor], Tensor]) -> Moment:
+        more = (mean if mean is None else change(mean) for mean in (self.cross, self.gram_val, self.cross_val))
+        return Moment(change(self.gram), self.tokens, *more)
 
 
 class Outcome(NamedTuple):

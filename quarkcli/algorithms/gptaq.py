@@ -7,25 +7,12 @@ chosen on held-out tokens, 0 (GPTQ) among the choices. Refinement then goes for 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from quarkcli.algorithms._twostream import TwoStreamSolver
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from quarkcli.numerics.settle import Aim
-    from quarkcli.numerics.solve import Factor
 
 
 class GPTAQ(TwoStreamSolver):
     name = "gptaq"
-
-    def target(self, away: Tensor, gram: Tensor, factor: Factor) -> Aim:
-        from quarkcli.numerics.settle import Aim
-        from quarkcli.numerics.shift import feeds, least_squares
-
-        return Aim(shift=least_squares(away, factor), feed=feeds(away, factor))
+    feed = True
 
 
 ALGORITHM = GPTAQ

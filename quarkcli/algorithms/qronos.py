@@ -7,25 +7,12 @@ tokens, 0 (GPTQ) among the choices. Refinement goes for the same.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from quarkcli.algorithms._twostream import TwoStreamSolver
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from quarkcli.numerics.settle import Aim
-    from quarkcli.numerics.solve import Factor
 
 
 class Qronos(TwoStreamSolver):
     name = "qronos"
-
-    def target(self, away: Tensor, gram: Tensor, factor: Factor) -> Aim:
-        from quarkcli.numerics.settle import Aim
-        from quarkcli.numerics.shift import first_rule, least_squares
-
-        return Aim(shift=least_squares(away, factor), first=first_rule(away, gram, factor))
+    feed = False
 
 
 ALGORITHM = Qronos

@@ -19,77 +19,6 @@ PANELS = 8  # of rows, each multiplied from its diagonal on: 36/64 of the produc
 NARROW = 256  # features; below, panels cost as much as they save
 
 
-class SecondMoment:
-    """Running mean of x y^T over tokens, float32 [features of x, features of y]; y is x itself when it is not given.
-
-    Tokens come in sample order and are folded in chunks of `CHUNK`; parts of the data, merged in order, give the mean
-    of the whole. Of x x^T only the upper half is summed on a CPU; `result` mirrors it.
-
-    read   x is fake-quantized with it, as the weights will read it, chunk by chunk; None: it is not
-    """
-
-    def __init__(self, read: TensorSpec | None = None) -> None:
-        self.read = read
-        self.mean: Tensor | None = None
-        self.tokens = 0
-        self._half = False  # the lower half of the mean is not up to date
-        self._waiting: list[tuple[Tensor, Tensor | None]] = []
-        self._waiting_rows = 0
-
-    def add(self, rows: Tensor, other: Tensor | None = None) -> None:
-        """Takes rows [tokens, features], and those of `other` [tokens, features], in sample order."""
-        self._waiting.append((rows, other))
-        self._waiting_rows += rows.shape[0]
-        while self._waiting_rows >= CHUNK:
-            x, y = self._joined()
-            self._fold(x[:CHUNK], None if y is None else y[:CHUNK])
-            self._waiting = [(x[CHUNK:].clone(), None if y is None else y[CHUNK:].clone())]
-            self._waiting_rows -= CHUNK
-
-    def merge(self, other: SecondMoment) -> None:
-        """Takes in another's mean: a weighted mean of both. Waiting rows of either side are folded first."""
-        mean, tokens = other.result()
-        self.result()
-        if mean is None:
-            return
-        total = self.tokens + tokens
-        own = mean * (tokens / total)
-        self.mean = own if self.mean is None else self.mean * (self.tokens / total) + own
-        self.tokens = total
-
-    def result(self) -> tuple[Tensor | None, int]:
-        """Returns (mean or None when no token came, tokens)."""
-        if self._waiting_rows:
-            self._fold(*self._joined())
-        self._waiting, self._waiting_rows = [], 0
-        if self._half and self.mean is not None:
-            _mirror(self.mean)
-            self._half = False
-        return self.mean, self.tokens
-
-    def _joined(self) -> tuple[Tensor, Tensor | None]:
-        others = [other for _, other in self._waiting if other is not None]
-        return torch.cat([rows for rows, _ in self._waiting]), torch.cat(others) if others else None
-
-    def _fold(self, rows: Tensor, others: Tensor | None) -> None:
-        count = rows.shape[0]
-        if count == 0:
-            return
-        x = (rows if self.read is None else fake_quantize(rows, self.read)).float()
-        total = self.tokens + count
-        keep, weight = self.tokens / total, 1.0 / total  # the sum is scaled, not the rows: their products stay exact
-        if self.mean is None:
-            features = (x if others is None else others).shape[1]
-            self.mean = torch.empty(x.shape[1], features, dtype=torch.float32, device=x.device)
-        if others is not None:
-            self.mean.addmm_(x.T, others.float(), beta=keep, alpha=weight)
-        else:
-            self._half = True
-            for panel in _panels(x.shape[1]) if x.device.type == "cpu" else [slice(0, x.shape[1])]:
-                self.mean[panel, panel.start :].addmm_(x[:, panel].T, x[:, panel.start :], beta=keep, alpha=weight)
-        self.tokens = total
-
-
 class Means(NamedTuple):
     """The means of `Moments`, None when no token came, and the number of tokens."""
 
@@ -116,38 +45,121 @@ class Means(NamedTuple):
 
 
 class Moments:
-    """The second moment of an activation, and its moment with the source stream's where that comes along.
+    """Running means over tokens: of x x^T, and of x s^T where the source stream's rows s come along; both float32.
 
-    read   how the weights read the activation, where they read it quantized
+    Tokens come in sample order and are folded in chunks of `CHUNK`; parts of the data, merged in order, give the means
+    of the whole. Of x x^T only the upper half is summed on a CPU; `means` mirrors it.
+
+    read   x is fake-quantized with it, as the weights will read it, chunk by chunk; None: it is not
     """
 
     def __init__(self, read: TensorSpec | None = None) -> None:
-        self.gram = SecondMoment(read)
-        self.cross = SecondMoment(read)
+        self.read = read
+        self.tokens = 0
+        self._upper: list[Tensor] = []  # of the mean of x x^T, by `_panels`; parts of the whole once there is one
+        self._gram: Tensor | None = None
+        self._half = False  # the lower half of the whole is not up to date
+        self._cross: Tensor | None = None
+        self._waiting: list[tuple[Tensor, Tensor | None]] = []
+        self._waiting_rows = 0
 
     def add(self, rows: Tensor, source: Tensor | None = None) -> None:
         """Takes rows [tokens, features] in sample order, and the source stream's for the same tokens."""
-        self.gram.add(rows)
-        if source is not None:
-            self.cross.add(rows, source)
+        self._waiting.append((rows, source))
+        self._waiting_rows += len(rows)
+        del rows, source  # held by the list alone, so that what is folded is freed
+        while self._waiting_rows >= CHUNK:
+            self._fold(CHUNK)
+
+    def merge(self, other: Moments) -> None:
+        """Takes in another's means: weighted means of both. Waiting rows of either side are folded first."""
+        own, others = self.means(), other.means()
+        if others.gram is None:
+            return
+        total = own.tokens + others.tokens
+        for mean, more in ((own.gram, others.gram), (own.cross, others.cross)):
+            if mean is not None and more is not None:
+                mean.mul_(own.tokens / total).add_(more, alpha=others.tokens / total)
+        if own.gram is None:
+            self._gram, self._cross = others.gram.clone(), None if others.cross is None else others.cross.clone()
+            self._upper = [self._gram[panel, panel.start :] for panel in _panels(self._gram)]
+        self.tokens = total
 
     def means(self) -> Means:
-        gram, tokens = self.gram.result()
-        return Means(gram, self.cross.result()[0], tokens)
+        if self._waiting_rows:
+            self._fold(self._waiting_rows)
+        if self._upper and self._gram is None:
+            size = self._upper[0].shape[1]
+            self._gram = self._upper[0].new_empty(size, size)
+            for index, panel in enumerate(_panels(self._gram)):
+                self._gram[panel, panel.start :] = self._upper[index]
+                self._upper[index] = self._gram[panel, panel.start :]
+        if self._gram is not None and self._half:
+            _mirror(self._gram)
+            self._half = False
+        return Means(self._gram, self._cross, self.tokens)
+
+    def _taken(self, count: int) -> tuple[Tensor, Tensor | None]:
+        """Returns the first rows that wait, and those of the source stream; they wait no longer."""
+        taken: list[tuple[Tensor, Tensor | None]] = []
+        left = count
+        while left:
+            rows, source = self._waiting.pop(0)
+            if len(rows) > left:
+                rest = rows[left:].clone(), None if source is None else source[left:].clone()
+                self._waiting.insert(0, rest)
+                rows, source = rows[:left], None if source is None else source[:left]
+            taken.append((rows, source))
+            left -= len(rows)
+        self._waiting_rows -= count
+        sources = [source for _, source in taken if source is not None]
+        return _joined([rows for rows, _ in taken]), _joined(sources) if sources else None
+
+    def _fold(self, count: int) -> None:
+        """Folds in the first rows that wait."""
+        rows, source = self._taken(count)
+        x = (rows if self.read is None else fake_quantize(rows, self.read)).float()
+        del rows
+        total = self.tokens + count
+        keep, weight = self.tokens / total, 1.0 / total  # the sum is scaled, not the rows: their products stay exact
+        panels = _panels(x)
+        if not self._upper:
+            self._upper = [x.new_empty(panel.stop - panel.start, x.shape[1] - panel.start) for panel in panels]
+        for panel, upper in zip(panels, self._upper, strict=True):
+            upper.addmm_(x[:, panel].T, x[:, panel.start :], beta=keep, alpha=weight)
+        self._half = True
+        if source is not None:
+            if self._cross is None:
+                self._cross = x.new_empty(x.shape[1], source.shape[1])
+            for panel in _panels(source):
+                self._cross[:, panel].addmm_(x.T, source[:, panel].float(), beta=keep, alpha=weight)
+        self.tokens = total
 
 
-def _panels(features: int) -> list[slice]:
-    """Returns the rows of a symmetric matrix that are worked on at once, each from its diagonal on."""
-    step = -(-features // PANELS) if features >= NARROW else features
-    return [slice(start, start + step) for start in range(0, features, step)]
+def _joined(tensors: list[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+
+def _panels(of: Tensor) -> list[slice]:
+    """Returns the features that are worked on at once; on a CPU a symmetric matrix has each from its diagonal on."""
+    features = of.shape[1]
+    step = -(-features // PANELS) if features >= NARROW and of.device.type == "cpu" else features
+    return [slice(start, min(start + step, features)) for start in range(0, features, step)]
 
 
 def _mirror(mean: Tensor) -> None:
-    """Writes the upper half of a square matrix below its diagonal."""
-    for panel in _panels(mean.shape[0]):
+    """Writes the upper half of a square matrix below its diagonal, where only that is summed."""
+    if mean.device.type != "cpu":
+        return
+    for panel in _panels(mean):
         corner = mean[panel, panel]
         corner.copy_(corner.triu() + corner.triu(1).T)
         mean[panel.stop :, panel] = mean[panel, panel.stop :].T
+
+
+def finite(mean: Tensor) -> bool:
+    """Returns whether all values are finite. A sum says so at once, but for sums that overflow."""
+    return bool(torch.isfinite(mean.sum())) or bool(torch.isfinite(mean).all())
 
 
 def held_out(rows: int, seqlen: int) -> Tensor | None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from quarkcli.algorithms.base import Moment
 from quarkcli.errors import DataError
 from quarkcli.forward.experts import ExpertLayer
-from quarkcli.forward.moments import Means, Moments
+from quarkcli.forward.moments import Means, Moments, finite
 from quarkcli.forward.samples import MeanMagnitude, Samples, picked
 from quarkcli.forward.taps import ExpertTap, SourceExpertTap, unpadded
 from quarkcli.model.handlers import Handlers
@@ -144,12 +144,17 @@ class Statistics:
             return None
         held = self._means(site, expert, True) if apart is False else NOTHING
         moment = Moment(fitted.gram, fitted.tokens, fitted.cross, held.gram, held.cross)
-        if not all(_finite(mean) for mean in (moment.gram, *moment[2:]) if mean is not None):
+        if not all(map(finite, moment.means())):
             raise DataError("squares of the calibration activations overflow", where=site, hint=_NONFINITE)
         factor = self._factors.get((site, expert))
         if factor is not None:
             moment = moment.scaled(factor)
         return moment.turned(self._blocks[site]) if site in self._blocks else moment
+
+    def forget(self, site: str) -> None:
+        """Forgets the second moments of a site, which nobody will ask for again."""
+        self._fitted.pop(site, None)
+        self._held_out.pop(site, None)
 
     def _means(self, site: str, expert: int | None, held: bool | None) -> Means:
         """Returns the means of a site or of one expert, over tokens that are held out or not; None: over all.
@@ -336,14 +341,12 @@ class Statistics:
             source = None
         if source is not None:
             self.check_finite(site, source, " of the source model")
-        if "gram_val" in kinds and held is not None:
-            self._held_out.setdefault(site, Moments(self.read(site))).add(
-                rows[held], source[held] if source is not None else None
-            )
-            rows, source = rows[~held], source[~held] if source is not None else None
-        else:
-            rows = rows.clone()
-        self._fitted.setdefault(site, Moments(self.read(site))).add(rows, source)
+        if "gram_val" not in kinds or held is None:
+            self._fitted.setdefault(site, Moments(self.read(site))).add(rows.clone(), source)
+            return
+        for moments, mask in ((self._held_out, held), (self._fitted, ~held)):
+            own = moments.setdefault(site, Moments(self.read(site)))
+            own.add(rows[mask], source[mask] if source is not None else None)
 
     def see(self, site: str, x: Tensor) -> None:
         """Widens the range of a site, and counts its magnitudes, where that is needed; see `check_finite`."""
@@ -392,8 +395,3 @@ class Statistics:
     def members(self, site: str) -> list[tuple[str, int]]:
         found = [self.plan.targets[name].expert for name in self.plan.sites[site].members]
         return [expert for expert in found if expert is not None]
-
-
-def _finite(mean: Tensor) -> bool:
-    """Returns whether all values are finite. A sum says so at once, but for sums that overflow."""
-    return bool(torch.isfinite(mean.sum())) or bool(torch.isfinite(mean).all())

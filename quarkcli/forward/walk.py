@@ -97,7 +97,10 @@ class Walk:
             # Outputs of one block that a later one reads are a stream's own; arguments are shared.
             own = self._recorded(self.embedding) if self.embedding is not None else self.recordings[SERVED]
             self.recordings[SOURCE] = [replace(recording, extras={}) for recording in own]
-        return {s: [self._park(recording.hidden) for recording in self.recordings[s]] for s in self.hidden}
+        hidden = {s: [self._park(recording.hidden) for recording in self.recordings[s]] for s in self.hidden}
+        for recording in (one for each in self.recordings.values() for one in each):
+            recording.hidden = recording.hidden.to("meta")  # its shape is all that is asked for from now on
+        return hidden
 
     def _recorded(self, outside: Callable[[], Mapping[str, Tensor]]) -> list[Any]:
         self.runner.load_outside(outside())
@@ -161,7 +164,7 @@ class Walk:
     def observe(self, block: int, new_statistics: Callable[[], Any], advance: bool = False) -> tuple[Any, Tensor]:
         """Runs the loaded block over every stream with taps. Returns the statistics and the first batch's output.
 
-        advance   move the served stream on as well; the source stream moves on with `advance` or `probe`
+        advance   move the served stream on as well; the source stream moves on with `observed`
         """
 
         def once() -> tuple[Any, Tensor, list[Tensor], list[Tensor]]:
@@ -185,6 +188,11 @@ class Walk:
         if advance:
             self.hidden[SERVED] = moved
         return statistics, first
+
+    def observed(self) -> None:
+        """Moves the source stream on behind the block that was observed: it will not be observed again."""
+        if self._moved:
+            self.hidden[SOURCE], self._moved = self._moved, []
 
     def observe_tail(self, new_statistics: Callable[[], Any], tail: Mapping[str, Tensor]) -> Any:
         """Runs final norm and head over every stream with taps (a head that is quantized).
@@ -212,15 +220,13 @@ class Walk:
         return self._retrying(once)
 
     def advance(self, block: int, handlers: Handlers) -> None:
-        """Runs the loaded block with `handlers` and moves every stream on."""
+        """Runs the loaded block with `handlers` and moves the served stream on."""
 
         def once() -> list[Tensor]:
             with self.runner.handlers(block, handlers):
                 return [self._park(self._run(block, index)) for index in range(len(self.served))]
 
         self.hidden[SERVED] = self._retrying(once)
-        if SOURCE in self.hidden:
-            self.hidden[SOURCE] = self._moved
 
     def probe(self, block: int, handlers: Handlers) -> Tensor:
         """Returns the loaded block's output for the first batch; the served stream stays where it is."""
@@ -247,10 +253,10 @@ class Walk:
     def wanted(self, block: int, batch: int) -> Tensor:
         """Returns the loaded source block's output for a batch: of the source stream if there is one, else the served.
 
-        Valid after `observe`, until the block is loaded with other weights.
+        Valid after `observed`, until the block is loaded with other weights.
         """
         if SOURCE in self.hidden:
-            return self._moved[batch].to(self.device)
+            return self.hidden[SOURCE][batch].to(self.device)
         return self._run(block, batch)
 
     def halve(self, cause: BaseException) -> None:
@@ -259,7 +265,6 @@ class Walk:
         Raises ResourceError where a batch is one row already.
         """
         self._halve(cause)
-        self._moved = self.cut(self._moved) if self._moved else []
 
     def run_with(self, block: int, batch: int, tensors: Mapping[str, Tensor]) -> Tensor:
         """Returns the block's output for the served stream, with parameters of other file tensors; gradients flow."""

@@ -287,6 +287,8 @@ class PartWorker:
     ) -> Iterator[Solved]:
         """Yields every weight with its codes and scales, stage by stage where a solver asks for stages."""
         if not self.solving.staged or part.block is None or self.walk is None or statistics is None:
+            if self.walk is not None:
+                self.walk.observed()
             yield from self.solving.solved(targets, tensors, statistics)
             return
         decoded = Decoded(tensors)
@@ -297,6 +299,7 @@ class PartWorker:
             if number + 1 < len(found):
                 decoded.put(rows)
                 statistics = self._observe(part, decoded.tensors())[0]
+        self.walk.observed()
         self.walk.runner.load_block(part.block, tensors)
 
     def _bias(self, target: QuantizedTarget, tensors: Mapping[str, Tensor]) -> Quantized | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from copy import copy
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -32,10 +33,11 @@ def problems(
     """
     for (site, expert), members in _groups(targets):
         seen = moment(site, expert) if site is not None and needs.get(site) else None
-        for same in _same_spec(members):
+        groups = _same_spec(members)
+        for same in groups:
             yield Problem(
-                site, expert, stage, tuple(same), tuple(map(weight, same)), tuple(map(amax, same)), seen, warn,
-                partial(report, same),
+                site, expert, stage, tuple(same), tuple(map(weight, same)), tuple(map(amax, same)),
+                seen if same is groups[-1] else copy(seen), warn, partial(report, same),
             )  # fmt: skip
 
 
@@ -56,8 +58,8 @@ def _groups(targets: Iterable[QuantizedTarget]) -> Iterator[tuple[Group, list[Qu
         yield (None, None), [target]
 
 
-def _same_spec(members: list[QuantizedTarget]) -> Iterable[list[QuantizedTarget]]:
+def _same_spec(members: list[QuantizedTarget]) -> list[list[QuantizedTarget]]:
     found: dict[object, list[QuantizedTarget]] = {}
     for target in members:
         found.setdefault(target.weight, []).append(target)
-    return found.values()
+    return list(found.values())

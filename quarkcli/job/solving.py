@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -69,9 +70,13 @@ class Solving:
             return statistics.moment(site, expert) if statistics is not None else None
 
         shared = _group_amax(targets, weight)
+        left = Counter(target.site for target in targets if members is None or target in members)
         for step, solver, needs in self.solvers:
             mine = [target for target in targets if step.takes(target) and (members is None or target in members)]
             for problem in problems(mine, needs, moment, weight, amax, self.warn, self._report, stage):
+                left.subtract(target.site for target in problem.targets)
+                if statistics is not None and problem.site is not None and not left[problem.site]:
+                    statistics.forget(problem.site)
                 quantized = self._refine(problem, self._solve(solver, needs, problem))
                 yield from zip(problem.targets, problem.weights, quantized, strict=True)
 

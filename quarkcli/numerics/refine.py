@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from quarkcli.numerics import scales
+from quarkcli.numerics.chunks import by_group
 from quarkcli.numerics.formats import codec
 from quarkcli.numerics.grid import Grid
 from quarkcli.spec import Element, TensorSpec
@@ -51,7 +52,8 @@ class Rows:
     def decoded(self, part: slice | None = None) -> Tensor:
         """Returns the quantized weight, float32 [R, N], or some columns of it."""
         if part is None:
-            return self.values * self.wide()
+            values, scale = by_group(self.values, self.real, self.size)
+            return (values * scale).view(self.values.shape)
         return self.values[:, part] * _across(self.real, self.size, part)
 
     def wide(self) -> Tensor:

@@ -6,21 +6,21 @@ every row is solved, so many at a time as stay in a processor's cache.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from quarkcli.numerics.grid import QParams, decode_matrix, encode_matrix, grid
+from quarkcli.numerics.grid import decode_matrix, encode_matrix, grid
 from quarkcli.numerics.quantize import Quantized, decode_grid
 from quarkcli.numerics.refine import Rows, refine
-from quarkcli.numerics.shift import corrected
-from quarkcli.numerics.solve import CPU_ROWS, ActOrder, Factor, codes_of, factorize, solve_values
-from quarkcli.spec import PerGroup, TensorSpec
+from quarkcli.numerics.shift import Drift, corrected, feeds, first_rule, least_squares
+from quarkcli.numerics.solve import ActOrder, Factor, Feed, codes_of, factorize, solve_values
+from quarkcli.numerics.task import Task, cut, required
+from quarkcli.spec import PerGroup
 
-SAMPLE = 64  # rows of a problem that choices are made on
 # Dampings to choose from. The search starts where tokens per input suggest, and goes the way the held-out loss falls.
 DAMPS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
 STARTS = ((16.0, 0.01), (4.0, 0.03), (0.0, 0.1))  # at least so many tokens per input -> damping
@@ -28,19 +28,19 @@ FLAT = 0.01  # a neighbour that loses less than this more lies on the floor of t
 
 
 class Aim(NamedTuple):
-    """The target of a column loop, other than the weights W themselves; float32 [N, N].
+    """The target of a column loop, other than the weights W themselves: a share of the way to what makes W s.
 
-    shift  the target is W + W @ shift
-    feed   see `solve_values`; with it the loop starts from W, and `shift` is the refiner's target only
-    first  [N], how the column rounded first is chosen, see `shift.first_rule`
+    drift  between the two streams; None: the target is W
+    feed   the loop starts from W, and columns hand on what their inputs have lost (GPTAQ); refinement goes for the
+           target. Else the loop goes for the target, and the column rounded first is chosen by `shift.first_rule`
     """
 
-    shift: Tensor | None = None
-    feed: Tensor | None = None
-    first: Tensor | None = None
+    drift: Drift | None = None
+    share: float = 0.0
+    feed: bool = False
 
     def times(self, strength: float) -> Aim:
-        return Aim(*(None if part is None else part * strength for part in self))
+        return self._replace(share=self.share * strength)
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,6 @@ class Choices:
     tokens: int
 
 
-@dataclass(frozen=True)
 class Objective:
     """The loss of quantized weights over some tokens.
 
@@ -69,8 +68,9 @@ class Objective:
     cross  E[x s^T], float32 [N, N], where they go for W s instead of W x
     """
 
-    gram: Tensor
-    cross: Tensor | None = None
+    def __init__(self, gram: Tensor, cross: Tensor | None = None) -> None:
+        self.gram, self.cross = gram, cross
+        self._pull: Tensor | None = None
 
     def loss(self, weight: Tensor, quantized: Tensor) -> Tensor:
         """Returns ||W x - Q x||^2 of every row, float32 [R]; of ||W s - Q x||^2 what a choice of Q changes.
@@ -79,9 +79,20 @@ class Objective:
         """
         error = quantized - weight
         pull = error @ self.gram
-        if self.cross is not None:
-            pull += 2 * (weight @ (self.gram - self.cross.T))
+        more = self._pull if self._pull is not None else self._pulled(weight)
+        if more is not None:
+            pull -= more
         return pull.mul_(error).sum(1)
+
+    def of(self, weight: Tensor) -> None:
+        """Is of these weights from now on; C, which is as large as H, is forgotten."""
+        self._pull, self.cross = self._pulled(weight), None
+
+    def _pulled(self, weight: Tensor) -> Tensor | None:
+        if self.cross is None:
+            return None
+        nothing_dead = torch.zeros(len(self.gram), dtype=torch.bool, device=weight.device)
+        return Drift(self.gram, self.cross, nothing_dead).under(weight).mul_(2)
 
     def energy(self, weight: Tensor) -> Tensor:
         """Returns ||W x||^2 of every row, float32 [R]."""
@@ -112,55 +123,6 @@ class Settled:
     nearest: bool = False
 
 
-class Task:
-    """The weights [out, in] of a problem with their scales; rows are numbered through all of them."""
-
-    def __init__(self, weights: Sequence[Tensor], params: Sequence[QParams], spec: TensorSpec) -> None:
-        self.weights, self.params, self.spec = weights, params, spec
-        self.grids = [grid(p, spec, w.shape) for p, w in zip(params, weights, strict=True)]
-        self.count = sum(len(weight) for weight in weights)
-
-    def pieces(self) -> Iterator[list[tuple[int, slice]]]:
-        """Yields runs of rows, by weight, that are solved at once."""
-        limit = CPU_ROWS if self.weights[0].device.type == "cpu" else max(1, self.count)
-        run: list[tuple[int, slice]] = []
-        room = limit
-        for index, weight in enumerate(self.weights):
-            start = 0
-            while start < len(weight):
-                stop = min(len(weight), start + room)
-                run.append((index, slice(start, stop)))
-                room -= stop - start
-                start = stop
-                if not room:
-                    yield run
-                    run, room = [], limit
-        if run:
-            yield run
-
-    def sample(self) -> list[tuple[int, slice]]:
-        """Returns every n-th row, so that there are about `SAMPLE`."""
-        step = max(1, self.count // SAMPLE)
-        return [(index, slice(0, len(weight), step)) for index, weight in enumerate(self.weights)]
-
-    def rows(self, run: Sequence[tuple[int, slice]]) -> Rows:
-        """Returns rows without values yet."""
-
-        def joined(tensors: list[Tensor | None]) -> Tensor | None:
-            known = [tensor for tensor in tensors if tensor is not None]
-            return torch.cat(known) if known else None
-
-        first = self.grids[0]
-        weight = torch.cat([self.weights[i][part].float() for i, part in run])
-        real = torch.cat([self.grids[i].scale[part] for i, part in run])
-        zero = joined([_cut(self.grids[i].zero, part) for i, part in run])
-        stored = outer = None
-        if self.spec.has_own_scales:
-            stored = _joined_bits([_required(self.params[i].scale)[part] for i, part in run])
-            outer = joined([_outer(self.params[i].global_scale, self.weights[i][part]) for i, part in run])
-        return Rows(weight, weight, stored, outer, real, zero, first.size, first.element)
-
-
 def settle(
     task: Task,
     gram: Tensor,
@@ -172,7 +134,8 @@ def settle(
 
     gram   second moment of the inputs, float32 [N, N]; its diagonal is raised for a while, and put back
     aim    what the loop steers for, of a factor and a strength
-    held   objective on held-out tokens; None: there are none, and the first of the choices is taken
+    held   objective on held-out tokens, which will be of some rows alone; None: there are none, and the first of the
+           choices is taken
     """
     trial = _Trial(task, gram, choices, aim, held)
     if not trial.start():
@@ -210,6 +173,8 @@ class _Trial:
     ) -> None:
         self.task, self.gram, self.choices, self.held = task, gram, choices, held
         self.sample = task.sample()
+        if held is not None:
+            held.of(task.rows(self.sample).weight)
         self._aim = aim
         self._shares: dict[int, Tensor] = {}
         self.strength = choices.strengths[0]
@@ -234,14 +199,10 @@ class _Trial:
         first = self.least = self._held_loss()
         for direction in (1, -1):
             while 0 <= self.at + direction < len(DAMPS):
-                kept = self.factor, self.aimed
-                found = self._factorize(DAMPS[self.at + direction])
-                if found is None:
+                loss = self._try_damp(DAMPS[self.at + direction])
+                if loss is None:
                     break
-                self._take(found, self.strength)
-                loss = self._held_loss()
                 if loss >= self.least:
-                    self.factor, self.aimed = kept
                     if loss - self.least < FLAT * abs(self.least):
                         return
                     break
@@ -249,6 +210,21 @@ class _Trial:
                 self.at += direction
             if self.least < first:
                 return
+
+    def _try_damp(self, damp: float) -> float | None:
+        """Takes a damping if the held-out objective falls, and returns that; None where it has no factor.
+
+        At most two factors are held.
+        """
+        kept = self.factor, self.aimed
+        found = self._factorize(damp)
+        if found is None:
+            return None
+        self._take(found, self.strength)
+        loss = self._held_loss()
+        if self.least is not None and loss >= self.least:
+            self.factor, self.aimed = kept
+        return loss
 
     def _start(self) -> int:
         """Returns the place in the list that the search starts from."""
@@ -272,18 +248,25 @@ class _Trial:
 
     def run(self, rows: Rows, sweeps: int) -> Rows:
         """Chooses the codes of rows, and their scales anew when they are refined."""
-        shift, feed, first = self.aimed
         source = rows.weight
-        if shift is not None:
-            rows.weight = torch.addmm(source, source, shift)
-        start = source if feed is not None else rows.weight
-        own = corrected(source, first, self.factor) if first is not None else None
-        rows.values, _ = solve_values(start, self.factor, rows.grid(), feed=feed, first=own)
+        start, feed, first = self._target(rows)
+        rows.values, _ = solve_values(start, self.factor, rows.grid(), feed=feed, first=first)
         if sweeps:
             with _Raised(self.gram, self.factor.ridge):
                 refine(rows, self.task.spec, self.gram, sweeps)
         rows.weight = source
         return rows
+
+    def _target(self, rows: Rows) -> tuple[Tensor, Feed | None, Tensor | None]:
+        """Moves the weights of rows to the target. Returns what a loop starts from, `feed` and `first`."""
+        drift, share, feed = self.aimed
+        source, factor = rows.weight, self.factor
+        if drift is None:
+            return source, None, None
+        rows.weight = least_squares(source, drift, factor).mul_(share).add_(source)
+        if feed:
+            return source, lambda part: feeds(drift, factor, part).mul_(share), None
+        return rows.weight, None, corrected(source, first_rule(drift, factor) * share, factor)
 
     def objectives(self, chosen: Sequence[Quantized]) -> tuple[tuple[float, float | None], tuple[float, float | None]]:
         """Returns the objective, and that on held-out tokens, of rounding to nearest, and of what was chosen."""
@@ -293,7 +276,7 @@ class _Trial:
         for index, part in self.sample:
             quantized = chosen[index]
             at = grid(quantized.params, spec, quantized.codes.shape)
-            own = replace(at, scale=at.scale[part], zero=_cut(at.zero, part))
+            own = replace(at, scale=at.scale[part], zero=cut(at.zero, part))
             done.append(decode_matrix(quantized.codes[part], own))
         seen = Objective(self.gram)
         result = []
@@ -341,9 +324,9 @@ def _all_rows(task: Task, trial: _Trial) -> list[Quantized]:
                 whole = codes[index] = torch.empty(task.weights[index].shape, dtype=found.dtype, device=found.device)
             whole[part] = found[start:stop]
             if rows.stored is not None:
-                _required(params[index].scale)[part] = rows.stored[start:stop]
+                required(params[index].scale)[part] = rows.stored[start:stop]
             start = stop
-    return [Quantized(_required(code), own) for code, own in zip(codes, params, strict=True)]
+    return [Quantized(required(code), own) for code, own in zip(codes, params, strict=True)]
 
 
 def _nearest(rows: Rows) -> Tensor:
@@ -366,23 +349,3 @@ class _Raised:
 
     def __exit__(self, *_: object) -> None:
         self.diagonal.copy_(self.kept)
-
-
-def _cut(tensor: Tensor | None, part: slice) -> Tensor | None:
-    return tensor[part] if tensor is not None else None
-
-
-def _outer(scale: Tensor | None, weight: Tensor) -> Tensor | None:
-    return scale.view(1, 1).expand(len(weight), 1) if scale is not None else None
-
-
-def _required(tensor: Tensor | None) -> Tensor:
-    assert tensor is not None
-    return tensor
-
-
-def _joined_bits(tensors: list[Tensor]) -> Tensor:
-    """Returns scales of several weights; float8 is joined by its bits, for which torch has no `cat`."""
-    if tensors[0].element_size() > 1:
-        return torch.cat(tensors)
-    return torch.cat([tensor.view(torch.uint8) for tensor in tensors]).view(tensors[0].dtype)

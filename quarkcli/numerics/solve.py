@@ -11,6 +11,7 @@ formed.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -22,9 +23,12 @@ from quarkcli.numerics.formats import codec
 from quarkcli.numerics.grid import Grid
 
 ActOrder = bool | Literal["group"]
+# Rows of a strictly upper F [N, N], in the factor's order, from the diagonal of the first on.
+Feed = Callable[[slice], Tensor]
 # Damping grows by this factor after a failed factorization, from at least this fraction of the mean diagonal.
 _DAMP_GROWTH = 10.0
 _DAMP_FLOOR = 1e-6
+_PANEL = 256  # rows of a square matrix that are moved at once
 # Rows worked on at once on a CPU, so that the columns of one block stay in its cache.
 CPU_ROWS = 2048
 
@@ -103,7 +107,7 @@ def dead_inputs(gram: Tensor) -> Tensor:
     return diagonal <= max(floor, torch.finfo(torch.float32).tiny)
 
 
-def solve(weight: Tensor, factor: Factor, at: Grid, *, columns: int = 128, feed: Tensor | None = None) -> Solved:
+def solve(weight: Tensor, factor: Factor, at: Grid, *, columns: int = 128, feed: Feed | None = None) -> Solved:
     """Returns codes of `weight` (float32 [R, N]) of least error over the inputs behind `factor`, column by column.
 
     See `solve_values`. The rounded weight is that of the codes exactly; the loss is that of the damped objective.
@@ -118,15 +122,14 @@ def solve_values(
     at: Grid,
     *,
     columns: int = 128,
-    feed: Tensor | None = None,
+    feed: Feed | None = None,
     first: Tensor | None = None,
 ) -> tuple[Tensor, float]:
     """Returns codes less their zero points, float32 [R, N] on a unit scale, and the loss.
 
     at          where the codes lie; concatenated along the rows like the weights, fixed beforehand
     columns     columns per lazy block; changes the order of the sums only
-    feed        float32 [N, N], strictly upper, in the factor's order: column i, before it is rounded, adds its product
-                with row i to the columns after it (GPTAQ's P)
+    feed        column i, before it is rounded, adds its product with row i of F V^-1 to the columns after it (GPTAQ)
     first       float32 [R], what the first column is rounded from, instead of its target (Qronos' correction)
     """
     rows, cols = weight.shape
@@ -138,13 +141,30 @@ def solve_values(
     step = CPU_ROWS if weight.device.type == "cpu" else max(1, rows)
     for start in range(0, rows, step):
         part = slice(start, start + step)
-        # Transposed, so that a column is contiguous.
-        remaining = weight[part].t().contiguous().index_select(0, order)
+        targets = _columns_in(order, weight[part])
         own = replace(at, scale=at.scale[part].t().contiguous(), zero=_columns_of(at.zero, part))
         one = None if first is None else first[part]
-        loss += _solve_rows(remaining, factor.upper, own, group_of, columns, grid[:, part], live, feed, one)
-    values = torch.empty_like(grid).index_copy_(0, order, grid)
-    return values.t().contiguous(), loss
+        loss += _solve_rows(targets, factor.upper, own, group_of, columns, grid[:, part], live, feed, one)
+        del targets
+    return _rows_of(grid, order), loss
+
+
+def _columns_in(order: Tensor, weight: Tensor) -> Tensor:
+    """Returns the columns of a weight [R, N] in an order, each contiguous, [N, R]."""
+    found = torch.empty(weight.shape[1], weight.shape[0], dtype=weight.dtype, device=weight.device)
+    for start in range(0, len(weight), _PANEL):
+        part = slice(start, start + _PANEL)
+        found[:, part] = weight[part].index_select(1, order).t()
+    return found
+
+
+def _rows_of(columns: Tensor, order: Tensor) -> Tensor:
+    """Returns the matrix [R, N] whose columns in an order are `columns` [N, R]."""
+    found = torch.empty(columns.shape[1], columns.shape[0], dtype=columns.dtype, device=columns.device)
+    for start in range(0, len(found), _PANEL):
+        part = slice(start, start + _PANEL)
+        found[part] = torch.empty_like(columns[:, part]).index_copy_(0, order, columns[:, part]).t()
+    return found
 
 
 def _columns_of(zero: Tensor | None, rows: slice) -> Tensor | None:
@@ -170,42 +190,61 @@ def _factor(
 
     With the order reversed, Hd = L L^T; reversing L back gives V.
     """
-    backwards = torch.arange(gram.shape[0] - 1, -1, -1, device=gram.device) if order is None else order.flip(0)
-    damped = gram.index_select(0, backwards).index_select(1, backwards).to(dtype)
+    size = len(gram)
+    backwards = torch.arange(size - 1, -1, -1, device=gram.device) if order is None else order.flip(0)
+    damped = torch.empty(size, size, dtype=dtype, device=gram.device)
+    for start in range(0, size, _PANEL):
+        damped[start : start + _PANEL] = gram.index_select(0, backwards[start : start + _PANEL])[:, backwards]
     gone = dead[backwards]
     damped[gone] = 0.0
     damped[:, gone] = 0.0
     # Decoupled, so any positive number gives the same result elsewhere; this one has the unit of H.
     damped.diagonal()[gone] = mean
     damped.diagonal().add_(damp * mean)
-    lower, info = torch.linalg.cholesky_ex(damped)
+    lower = damped.mT  # of a symmetric matrix, and as LAPACK has its columns: factorized where it lies
+    info = torch.empty((), dtype=torch.int32, device=gram.device)
+    torch.linalg.cholesky_ex(lower, out=(lower, info))
     if int(info) != 0:
         return None
-    del damped
-    upper = lower.flip(0, 1).to(torch.float32)
+    _turn_around(damped)
+    upper = lower.to(torch.float32)
     pivots = upper.diagonal()
     return upper if bool(torch.isfinite(pivots).all() & (pivots > 0).all()) else None
 
 
+def _turn_around(matrix: Tensor) -> None:
+    """Reverses the order of rows and columns of a square matrix, where it lies."""
+    size = len(matrix)
+    for start in range(0, size // 2, _PANEL):
+        stop = min(start + _PANEL, size // 2)
+        first, last = matrix[start:stop], matrix[size - stop : size - start]
+        kept = first.flip(0, 1)
+        first.copy_(last.flip(0, 1))
+        last.copy_(kept)
+    if size % 2:
+        matrix[size // 2] = matrix[size // 2].flip(0)
+
+
 def _solve_rows(
-    remaining: Tensor,
+    targets: Tensor,
     upper: Tensor,
     at: Grid,
     group_of: Tensor,
     columns: int,
     grid: Tensor,
     live: Tensor,
-    feed: Tensor | None,
+    feed: Feed | None,
     start: Tensor | None,
 ) -> float:
-    """Rounds the columns `remaining` [N, R] in order; writes grid values to `grid` [N, R].
+    """Rounds columns whose targets t are `targets` [N, R] in order; writes grid values to `grid` [N, R].
 
     Returns sum(e^2), e_j = (c_j - q_j) V_jj, over the columns that are `live` (bool [N]). Dead ones are coupled to no
     other. `at` has its scales and zero points transposed: [groups, R].
 
-    Until a column is rounded, its place in `grid` holds sum (t_i - q_i) V_ij over the columns rounded before.
+    Until a column is rounded, its place in `grid` holds sum (t_i - q_i) V_ij + c_i F_ij over the columns rounded
+    before: what c_i F V^-1 adds to a target, times V.
     """
-    cols = remaining.shape[0]
+    cols = len(targets)
     grid.zero_()
     loss = 0.0
     for first in range(0, cols, columns):
@@ -213,19 +252,20 @@ def _solve_rows(
         inside, behind = slice(first, last), slice(last, cols)
         pivots = upper.diagonal()[inside].unsqueeze(1)
         couplings = (upper[inside, inside] / pivots.T).t().contiguous()
-        feeds = feed[inside, inside].t().contiguous() if feed is not None else None
+        fed = feed(inside) if feed is not None else None
+        feeds = (fed[:, : last - first] / pivots.T).t().contiguous() if fed is not None else None
         groups = group_of[inside]
         own = replace(at, scale=at.scale[groups], zero=None if at.zero is None else at.zero[groups])
-        targets = remaining[inside]
-        current = (grid[inside] / pivots).add_(targets)
+        wanted = targets[inside]
+        current = (grid[inside] / pivots).add_(wanted)
         if start is not None and not first:
             current[0] = start
-        values, differences = _solve_block(targets, current, couplings, own, feeds)
+        values, differences = _solve_block(wanted, current, couplings, own, feeds)
         grid[inside] = values
         if last < cols:
             grid[behind].addmm_(upper[inside, behind].t(), differences)
-            if feed is not None:
-                remaining[behind].addmm_(feed[inside, behind].t(), current)
+            if fed is not None:
+                grid[behind].addmm_(fed[:, last - first :].t(), current)
         left = current.sub_(values.mul_(own.scale))
         if not first:
             left[0] = differences[0]
@@ -239,9 +279,10 @@ def _solve_block(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Returns grid values and differences t - q [B, R] of one block of columns.
 
-    targets   t [B, R], overwritten where they are fed
+    targets   t [B, R]
     current   c [B, R] as all columns before the block leave it; becomes what each column was when it was rounded
-    couplings  row j: how the differences of columns before it in the block reach column j
+    couplings  row j: how the differences of columns before it in the block reach column j; `feeds`: how what they were
+               when they were rounded does
     at        a scale (and zero point) for every column: [B, R]
 
     A column takes the differences of all before it in one product when its turn comes. Views are made once: on a CPU
@@ -257,11 +298,9 @@ def _solve_block(
     loop = zip(*(each.unbind() for each in columns), zeros, strict=True)
     for i, (target, column, scale, value, difference, coupling, zero) in enumerate(loop):
         if i:
-            if feeds is not None:
-                fed = before[:, :i] @ feeds[i, :i]
-                target += fed
-                column += fed
             column.addmv_(earlier[:, :i], coupling[:i])
+            if feeds is not None:
+                column.addmv_(before[:, :i], feeds[i, :i])
         round_(torch.div(column, scale, out=value), element, scratch, zero)
         torch.mul(value, scale, out=difference)
         torch.sub(target, difference, out=difference)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +58,10 @@ def test_strength_is_chosen_on_held_out_tokens(name: str) -> None:
     moment, spec = case.moment(), SPECS["int3"]
     case.solve(name, spec, moment, **PLAIN)
     assert case.outcomes[-1].strength == STRENGTHS[-1]  # the streams differ everywhere alike
-    same = moment._replace(cross_val=moment.gram_val)
+    same = replace(moment, cross_val=moment.gram_val)
     (found,) = case.solve(name, spec, same, **PLAIN)
     assert case.outcomes[-1].strength == 0
-    (wanted,) = case.solve("gptq", spec, same._replace(cross=None, cross_val=None), **PLAIN)
+    (wanted,) = case.solve("gptq", spec, replace(same, cross=None, cross_val=None), **PLAIN)
     assert runs.same_bytes(found.codes, wanted.codes)
 
 

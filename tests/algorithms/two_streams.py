@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -52,12 +52,15 @@ class Streams:
         cross = gram.clone() if equal else mean(self.x[fit], other[fit])
         return Moment(gram, int(fit.sum()), cross, *val)
 
-    def solve(self, name: str, spec: TensorSpec, moment: Moment, **parameters: Any) -> list[Quantized]:
-        problem = Problem(
-            "site", None, 0, (_Target("weight", spec),), (self.weight,), (None,), moment,  # type: ignore[arg-type]
+    def problem(self, spec: TensorSpec, moment: Moment) -> Problem:
+        """The problem owns its moment: it gets one of its own."""
+        return Problem(
+            "site", None, 0, (_Target("weight", spec),), (self.weight,), (None,), replace(moment),  # type: ignore[arg-type]
             self.warnings.append, self.outcomes.append,
         )  # fmt: skip
-        made = create(name, parameters).solve(problem)  # type: ignore[attr-defined]
+
+    def solve(self, name: str, spec: TensorSpec, moment: Moment, **parameters: Any) -> list[Quantized]:
+        made = create(name, parameters).solve(self.problem(spec, moment))  # type: ignore[attr-defined]
         assert made is not None
         return made
 
@@ -67,10 +70,11 @@ class Streams:
         return float((self.s.double() @ self.weight.double().T - self.x.double() @ decoded.T).square().sum())
 
 
-def streams(mismatch: float = 1.0, seed: int = 0, tokens: int = 24 * N) -> Streams:
+def streams(mismatch: float = 1.0, seed: int = 0, features: int = N, rows: int = R) -> Streams:
     g = torch.Generator().manual_seed(seed)
-    s = torch.randn(tokens, 12, generator=g) @ torch.randn(12, N, generator=g)
-    s += 0.3 * torch.randn(tokens, N, generator=g)
-    blur = torch.eye(N) + mismatch / N * torch.randn(N, N, generator=g)
-    x = s @ blur + 0.3 * mismatch * torch.randn(tokens, N, generator=g)
-    return Streams(x, s, torch.randn(R, N, generator=g) * 0.05)
+    tokens = min(24 * features, 6144)
+    s = torch.randn(tokens, 12, generator=g) @ torch.randn(12, features, generator=g)
+    s += 0.3 * torch.randn(tokens, features, generator=g)
+    blur = torch.eye(features) + mismatch / features * torch.randn(features, features, generator=g)
+    x = s @ blur + 0.3 * mismatch * torch.randn(tokens, features, generator=g)
+    return Streams(x, s, torch.randn(rows, features, generator=g) * 0.05)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from quarkcli.errors import DataError
-from quarkcli.forward.moments import CHUNK, NARROW, SecondMoment
+from quarkcli.forward.moments import CHUNK, NARROW, Moments
 from quarkcli.forward.statistics import Statistics
 from quarkcli.forward.taps import unpadded
 from quarkcli.numerics.quantize import fake_quantize
@@ -170,11 +170,11 @@ def test_moments_do_not_depend_on_how_rows_arrive(features: int) -> None:
     rows = torch.randn(2 * CHUNK + 700, features, generator=torch.Generator().manual_seed(0))
     results = []
     for size in (1, 7, 500, CHUNK, len(rows)):
-        gram = SecondMoment()
+        gram = Moments()
         for part in rows.split(size):
             gram.add(part.clone())
-        results.append(gram.result()[0])
-        assert gram.result()[1] == len(rows)
+        results.append(gram.means().gram)
+        assert gram.means().tokens == len(rows)
     assert all(torch.equal(results[0], other) for other in results[1:])
     assert torch.equal(results[0], results[0].T)
     close(results[0], moment(rows))
@@ -207,10 +207,10 @@ def test_no_product_is_taken_twice(monkeypatch: pytest.MonkeyPatch) -> None:
         return addmm_(self, a, b, **given)
 
     monkeypatch.setattr(torch.Tensor, "addmm_", counted)
-    gram = SecondMoment()
+    gram = Moments()
     for part in torch.randn(CHUNK + 100, 512).split(300):
         gram.add(part)
-    gram.result()
+    gram.means()
     assert sum(products) <= 40 / 64 * (CHUNK + 100) * 512 * 512
 
 

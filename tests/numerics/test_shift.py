@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from quarkcli.numerics.grid import Grid
-from quarkcli.numerics.shift import corrected, deviation, distance, feeds, first_rule, least_squares
+from quarkcli.numerics.shift import Drift, corrected, distance, feeds, first_rule, least_squares
 from quarkcli.numerics.solve import Factor, factorize, solve_values
 from quarkcli.spec import ELEMENTS
 
@@ -28,8 +28,12 @@ class Case(NamedTuple):
     scale: Tensor
 
     @property
-    def away(self) -> Tensor:
-        return deviation(self.gram, self.cross, torch.zeros(len(self.gram), dtype=torch.bool))
+    def drift(self) -> Drift:
+        return Drift(self.gram, self.cross, torch.zeros(len(self.gram), dtype=torch.bool))
+
+    @property
+    def drift32(self) -> Drift:
+        return Drift(self.gram.float(), self.cross.float(), torch.zeros(len(self.gram), dtype=torch.bool))
 
     @property
     def grid(self) -> Grid:
@@ -109,8 +113,8 @@ def qronos64(problem: Case, factor: Factor, quantizer: Quantizer) -> Tensor:
 def test_qronos_fast_is_textbook(act_order: bool) -> None:
     problem = case()
     factor = factor64(problem.gram, act_order)
-    target = problem.weight + problem.weight @ least_squares(problem.away, factor)
-    rule = first_rule(problem.away, problem.gram, factor)
+    target = problem.weight + least_squares(problem.weight, problem.drift, factor)
+    rule = first_rule(problem.drift, factor)
     fine = lambda column, _: (column / 1e-3).round() * 1e-3  # noqa: E731
     for quantizer in (problem.rounded, fine):  # on the fine grid nothing clips, and every column counts
         fast = loop64(target, factor, quantizer, first=corrected(problem.weight, rule, factor))
@@ -122,12 +126,18 @@ def test_qronos_in_float32_has_the_textbooks_codes(act_order: bool) -> None:
     problem = case()
     factor = factorize(problem.gram.float(), damp=DAMP, act_order=act_order)
     assert factor is not None
-    away, weight = problem.away.float(), problem.weight.float()
-    start = torch.addmm(weight, weight, least_squares(away, factor))
-    first = corrected(weight, first_rule(away, problem.gram.float(), factor), factor)
+    drift, weight = problem.drift32, problem.weight.float()
+    start = weight + least_squares(weight, drift, factor)
+    first = corrected(weight, first_rule(drift, factor), factor)
     values, _ = solve_values(start, factor, problem.grid, first=first)
     wanted = qronos64(problem, factor64(problem.gram, act_order), problem.rounded)
     assert torch.equal(values.double(), (wanted / problem.scale).round())
+
+
+def _handed_on(drift: Drift, factor: Factor) -> Tensor:
+    """P, what one unit of a column as it was before it was rounded adds to the others: F V^-1."""
+    fed = feeds(drift, factor, slice(0, len(drift.gram)))
+    return torch.linalg.solve_triangular(factor.upper, fed, upper=True, left=False)
 
 
 @pytest.mark.parametrize("act_order", [True, False])
@@ -140,7 +150,11 @@ def test_gptaq_hands_on_what_each_input_lost(act_order: bool) -> None:
     for i in range(N - 1):
         behind = slice(i + 1, N)
         wanted[i, behind] = torch.linalg.solve(gram[behind, behind], (cross - gram)[i, behind])
-    torch.testing.assert_close(feeds(problem.away, factor), wanted, rtol=0, atol=1e-9)
+    torch.testing.assert_close(_handed_on(problem.drift, factor), wanted, rtol=0, atol=1e-9)
+    rows = feeds(problem.drift, factor, slice(8, 20))
+    assert torch.equal(rows, feeds(problem.drift, factor, slice(8, 20)).triu(1))
+    whole = feeds(problem.drift, factor, slice(0, N))
+    torch.testing.assert_close(rows, whole[8:20, 8:], rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("columns", [1, 8, 50, 128])
@@ -150,10 +164,11 @@ def test_gptaq_does_not_depend_on_the_block_size(columns: int) -> None:
     factor = factorize(problem.gram.float(), damp=DAMP)
     assert factor is not None
     values, _ = solve_values(
-        problem.weight.float(), factor, problem.grid, columns=columns, feed=feeds(problem.away.float(), factor)
-    )
+        problem.weight.float(), factor, problem.grid, columns=columns,
+        feed=lambda part: feeds(problem.drift32, factor, part),
+    )  # fmt: skip
     exact = factor64(problem.gram, True)
-    wanted = loop64(problem.weight, exact, problem.rounded, feeds(problem.away, exact)) / problem.scale
+    wanted = loop64(problem.weight, exact, problem.rounded, _handed_on(problem.drift, exact)) / problem.scale
     assert float((values.double() == wanted.round()).double().mean()) > 0.99  # but for ties
 
 
@@ -162,23 +177,25 @@ def test_equal_streams_are_gptq() -> None:
     problem = problem._replace(cross=problem.gram)
     factor = factorize(problem.gram.float(), damp=DAMP)
     assert factor is not None
-    away, weight = problem.away.float(), problem.weight.float()
-    assert not bool(away.any())
+    drift, weight = problem.drift32, problem.weight.float()
+    assert not bool(drift.under(weight).any())
     plain, _ = solve_values(weight, factor, problem.grid)
-    rule = first_rule(away, problem.gram.float(), factor)
-    target = weight + weight @ least_squares(away, factor)
+    rule = first_rule(drift, factor)
+    target = weight + least_squares(weight, drift, factor)
     corrected_first = solve_values(target, factor, problem.grid, first=corrected(weight, rule, factor))
     assert torch.equal(corrected_first[0], plain)
-    assert torch.equal(solve_values(weight, factor, problem.grid, feed=feeds(away, factor))[0], plain)
+    assert torch.equal(
+        solve_values(weight, factor, problem.grid, feed=lambda part: feeds(drift, factor, part))[0], plain
+    )
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_each_comes_nearer_to_the_source(seed: int) -> None:
     problem = case(seed, mismatch=1.0, cols=96, rows=40)
     factor = factor64(problem.gram, True)
-    shift, feed = least_squares(problem.away, factor), feeds(problem.away, factor)
-    target = problem.weight + problem.weight @ shift
-    first = corrected(problem.weight, first_rule(problem.away, problem.gram, factor), factor)
+    feed = _handed_on(problem.drift, factor)
+    target = problem.weight + least_squares(problem.weight, problem.drift, factor)
+    first = corrected(problem.weight, first_rule(problem.drift, factor), factor)
     nearest = torch.stack([problem.rounded(column) for column in problem.weight.T], 1)
     gptq = loop64(problem.weight, factor, problem.rounded)
     gptaq = loop64(problem.weight, factor, problem.rounded, feed)
@@ -190,11 +207,11 @@ def test_each_comes_nearer_to_the_source(seed: int) -> None:
 def test_without_rounding_the_shift_is_the_best_there_is() -> None:
     problem = case(mismatch=1.0)
     factor = factor64(problem.gram, True)
-    target = problem.weight + problem.weight @ least_squares(problem.away, factor)
+    target = problem.weight + least_squares(problem.weight, problem.drift, factor)
     ridge = factor.ridge * torch.eye(N, dtype=torch.float64)
     wanted = torch.linalg.solve(problem.gram + ridge, problem.weight @ (problem.cross.T + ridge), left=False)
     torch.testing.assert_close(target, wanted, rtol=0, atol=1e-9)
-    assert distance([problem.weight.float()], least_squares(problem.away, factor).float()) == pytest.approx(
+    assert distance([problem.weight], problem.drift32, factorize(problem.gram.float(), damp=DAMP)) == pytest.approx(
         float((target - problem.weight).norm() / problem.weight.norm()), rel=1e-4
     )
 
@@ -206,12 +223,15 @@ def test_inputs_that_never_moved_take_no_part() -> None:
     gram[5], gram[:, 5] = 0.0, 0.0
     cross[5] = 0.0
     dead = torch.arange(N) == 5
-    away = deviation(gram, cross, dead)
-    assert bool((cross.T - gram)[5].any()) and not bool(away[5].any()) and not bool(away[:, 5].any())
     factor = factorize(gram.float(), damp=DAMP)
-    assert factor is not None
-    shift, feed = least_squares(away.float(), factor), feeds(away.float(), factor)
-    assert factor.order is not None
+    assert factor is not None and factor.order is not None
+    drift = Drift(gram.float(), cross.float(), dead)
+    every = torch.eye(N)
+    away = drift.under(every)
+    assert bool((cross.T - gram)[5].any()) and not bool(away[5].any()) and not bool(away[:, 5].any())
+    assert torch.equal(away, drift.rows(torch.arange(N), torch.arange(N)))
+    shift, feed = least_squares(every, drift, factor), feeds(drift, factor, slice(0, N))
     place = int((factor.order == 5).nonzero())
     assert not bool(shift[5].any()) and not bool(shift[:, 5].any())
     assert not bool(feed[place].any()) and not bool(feed[:, place].any())
+    assert not bool(first_rule(drift, factor)[5])

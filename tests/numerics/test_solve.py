@@ -297,7 +297,8 @@ def test_what_columns_feed_forward_is_their_value_before_rounding(columns: int) 
     assert factor is not None
     feed = 0.02 * torch.randn(N, N, generator=torch.Generator().manual_seed(9)).triu(1)
     at = grid(make_qparams(weight, spec), spec, weight.shape)
-    solved = solve(weight, factor, at, columns=columns, feed=feed)
+    rows = feed @ factor.upper  # the loop takes F, of which P = F V^-1
+    solved = solve(weight, factor, at, columns=columns, feed=lambda part: rows[part, part.start :])
     left = weight.double()[:, factor.order]
     upper = torch.linalg.inv(factor.upper.double())  # the loop of the papers
     codes = torch.empty(R, N)
