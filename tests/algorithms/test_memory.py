@@ -65,7 +65,6 @@ def test_a_problem_takes_what_was_forecast(name: str) -> None:
         assert solver.solve(problem) is not None
     assert case.outcomes[0].strength > 0 or name == "gptq"
     taken, said = counting.peak, solver._solved((R, N))
-    print(name, taken / (4*N*N), said / (4*N*N))
     assert 0.75 * said < taken < 1.1 * said
 
 
