@@ -6,6 +6,7 @@ rows by what the solver itself makes of some of the weights' rows.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -59,7 +60,8 @@ class Trial:
     def cost(self, factors: Tensor) -> float:
         """Returns the cost under factors, float32 [channels], on the rows that they are fitted to."""
         assert self.fitted is not None
-        return self.cost_of(self.channels.spread(factors, self.width), self.fitted) + self._sources(factors)
+        lost = self.cost_of(self.channels.spread(factors, self.width), self.fitted)
+        return self._with_source(lost, factors, squares=self.cost_of.squares)
 
     def proof(self, factors: Tensor) -> tuple[float, float] | None:
         """Returns the cost without and with factors on held-out rows; None when none were held out."""
@@ -69,11 +71,19 @@ class Trial:
         for own in (torch.ones_like(factors), factors):
             wide = self.channels.spread(own, self.width)
             solved = self._solved(wide) if self.solver is not None else None
-            pair.append((self.plain(wide, self.held) if solved is None else solved) + self._sources(own))
+            lost = self.plain(wide, self.held) if solved is None else solved
+            pair.append(self._with_source(lost, own, squares=self.plain.squares or solved is not None))
         return pair[0], pair[1]
 
-    def _sources(self, factors: Tensor) -> float:
-        return self.source(factors) if self.source is not None else 0.0
+    def _with_source(self, lost: float, factors: Tensor, *, squares: bool) -> float:
+        """Returns what the readers lose together with what the source does, whose errors are independent of theirs.
+
+        Of magnitudes, the mean of normal errors with both variances: sqrt(2 / pi) of their root mean square.
+        """
+        if self.source is None:
+            return lost
+        own = self.source(factors)
+        return lost + own if squares else math.hypot(lost, math.sqrt(2 / math.pi * self.plain.outputs * own))
 
     def _solver(self, solvers: dict[str, Assignment]) -> Solver | None:
         """Returns the solver of the readers where it goes by their second moment; None where any has another."""

@@ -4,7 +4,7 @@ Candidates are max|X_j|^a / max|W_j|^(1 - a) for a = 0 ... 1 and AMD Quark's max
 They are judged by the outputs of all weights that read the channels, weights and inputs quantized, on sampled rows; one
 that is not better than 1 everywhere on held-out rows is not taken.
 
-compute_scale_loss   MSE, RMSE or MAE, as AMD Quark has them: mean square or magnitude of what outputs lose
+compute_scale_loss   MSE, RMSE or MAE: mean square, its root, or mean magnitude of what outputs lose
 scaling_layers       as in smoothquant; default: all channels that the model family names
 """
 

@@ -103,6 +103,16 @@ class Cost:
         self.conditional = conditional
         self.power = power
 
+    @property
+    def squares(self) -> bool:
+        """True when the cost is one of squares, not of magnitudes."""
+        return self.power == 2 or self.conditional is not None
+
+    @property
+    def outputs(self) -> float:
+        """Returns the number of outputs that the cost is summed over, each counted as it weighs."""
+        return float(sum(reader.importance.sum() for reader in self.readers))
+
     def __call__(self, factors: Tensor, rows: Tensor) -> float:
         """Returns the cost under factors, float32 [width], on rows of the activation, float32 [n, width]."""
         total = 0.0

@@ -107,6 +107,18 @@ def dead_inputs(gram: Tensor) -> Tensor:
     return diagonal <= max(floor, torch.finfo(torch.float32).tiny)
 
 
+def largest_share(gram: Tensor, steps: int = 30) -> float:
+    """Returns the largest eigenvalue of `gram` as a multiple of its mean live diagonal, by power iteration."""
+    live = gram.diagonal()[~dead_inputs(gram)].double()
+    if not live.numel():
+        return 1.0
+    mean = float(live.mean())
+    vector = torch.ones_like(gram[0])
+    for _ in range(steps):
+        vector = gram @ (vector / vector.norm())
+    return float(vector.norm()) / mean
+
+
 def solve(weight: Tensor, factor: Factor, at: Grid, *, columns: int = 128, feed: Feed | None = None) -> Solved:
     """Returns codes of `weight` (float32 [R, N]) of least error over the inputs behind `factor`, column by column.
 

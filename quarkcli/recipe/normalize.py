@@ -25,6 +25,7 @@ Where = Callable[[Path_], str]
 _PATH_KEYS = ("quantizer_path", "quantizer_name")
 _ENTRY_KEYS = (*_PATH_KEYS, "cfg", "enable", "parent_class", "required")
 _SCOPE = "nn."
+LEGACY = "legacy form"  # how notes on older forms begin
 _PLAIN = re.compile(r"[A-Za-z_][\w.]*")
 _HINT = "each entry is {quantizer_path: PATTERN, cfg: {...}, enable: true|false}"
 _WORDS = {"true": True, "on": True, "yes": True, "1": True, "false": False, "off": False, "no": False, "0": False}
@@ -217,7 +218,7 @@ class _Reader:
         cfg, enable = self.cfg(value, path)
         entry = Canonical(pattern, None if _is_empty(cfg) else cfg, enable is not False, parent, None, path)
         self.entries.append(entry)
-        self.notes.append((path, f"legacy form; write: - {_flow(entry.as_dict())}"))
+        self.notes.append((path, f"{LEGACY}; write: - {_flow(entry.as_dict())}"))
         if pattern in _ENTRY_KEYS:
             self.notes.append((path, f"read as a pattern named '{pattern}'; is quantizer_path missing?"))
 

@@ -27,6 +27,7 @@ class Words:
     said      field -> our parameter for its value, where it is another
     usual     our parameter -> the value that holds where the file says nothing; given only where it is not ours
     left_out  field -> why it has no meaning here
+    otherwise field -> value -> what the peer does with it, where that is not what it says
     """
 
     name: str
@@ -34,6 +35,7 @@ class Words:
     said: Mapping[str, Callable[[Any], Parameters]] = field(default_factory=dict, kw_only=True)
     usual: Mapping[str, Any] = field(default_factory=dict)
     left_out: Mapping[str, str] = field(default_factory=dict)
+    otherwise: Mapping[str, Mapping[Any, str]] = field(default_factory=dict, kw_only=True)
 
     def steps(self, given: Parameters) -> list[Row]:
         """Returns the steps for checked fields, without those that are left out."""
@@ -76,6 +78,7 @@ _FAMILY_READS = "the model family says which modules of a block read one activat
 _FAMILY_TURNS = "the model family says which linears read and write the residual stream"
 _OWN_BLOCKS = {"block_size": "columns are taken in blocks of our own, with the same result"}
 _PLACED = {"model_decoder_layers": _FAMILY_BLOCKS, "inside_layer_modules": _FAMILY_READS}
+_ROOTED = {"RMSE": "RMSE is the root of the mean square here; AMD Quark takes the mean root of the magnitude"}
 _AS_GIVEN = {"refine": "off", "holdout": 0}
 _COLUMNS = {"damp_percent": "damp", "desc_act": "act_order"}
 
@@ -86,14 +89,12 @@ QUARK: dict[str, Words] = {
         "gptaq", {**_COLUMNS, "alpha": "strength"}, {"damp": 0.01, "strength": 0.25, **_AS_GIVEN}, _PLACED | _OWN_BLOCKS
     ),
     "qronos": Words(
-        "qronos", _COLUMNS, {"damp": 0.01, "strength": 1.0, **_AS_GIVEN},
-        _PLACED | _OWN_BLOCKS | {
-            "alpha": "the ridge is a share of the mean diagonal, damp, not of the largest eigenvalue",
-            "beta": "nothing here needs to be kept from growing",
-        },
+        "qronos", {"alpha": "damp", "desc_act": "act_order"},
+        {"damp": 1e-3, "damp_of": "largest", "strength": 1.0, **_AS_GIVEN},
+        _PLACED | _OWN_BLOCKS | {"beta": "nothing here needs to be kept from growing"},
     ),
     "smoothquant": Words("smoothquant", usual={"alpha": 1.0}, left_out=_PLACED),
-    "autosmoothquant": Words("autosmoothquant", left_out=_PLACED),
+    "autosmoothquant": Words("autosmoothquant", left_out=_PLACED, otherwise={"compute_scale_loss": _ROOTED}),
     "rotation": Turned(
         "rotation",
         left_out={

@@ -19,7 +19,7 @@ from quarkcli.recipe.attributes import native, to_spec
 from quarkcli.recipe.entries import SETTING, SLOTS, Entry, Origin, Share
 from quarkcli.recipe.load import Document, of_data
 from quarkcli.recipe.match import slot_pattern
-from quarkcli.recipe.normalize import Canonical, Normalized, normalize
+from quarkcli.recipe.normalize import LEGACY, Canonical, Normalized, normalize
 from quarkcli.recipe.search import with_search
 from quarkcli.recipe.settings import adjusted
 
@@ -328,8 +328,10 @@ def is_weight(pattern: str) -> bool:
 
 
 def _notes(document: Document, found: Normalized) -> list[str]:
-    notes = [f"{document.origin(*place)}: {text}" for place, text in found.notes]
-    if len(notes) > _SHOWN_NOTES:
-        more = f"{len(notes) - _SHOWN_NOTES} more such notes; 'quark recipes convert' writes the file in today's form"
-        return [*notes[:_SHOWN_NOTES], more]
+    """Returns the notes with their places: of legacy forms the first ones, of what has no effect every one."""
+    cut = [note for note in found.notes if note[1].startswith(LEGACY)][_SHOWN_NOTES:]
+    hidden = set(cut)
+    notes = [f"{document.origin(*place)}: {text}" for place, text in found.notes if (place, text) not in hidden]
+    if cut:
+        notes.append(f"{len(cut)} more such notes; 'quark recipes convert' writes the file in today's form")
     return notes

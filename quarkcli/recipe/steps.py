@@ -94,6 +94,9 @@ _ROTATION_PAIRS: dict[str, _Check] = {
     "target_modules": _texts,
 }
 _ROTATION_PLACES = ("first_layer", "middle_layers", "last_layer")
+# What a row says beside the channels, and why it has no effect.
+_ROW_STEERING = ("inp", "module2inspect", "has_kwargs")
+_ROW_READERS = "channels are judged by what all weights that read them write"
 _SAME_SHAPE = re.compile(r"\s*(?:module\.)?([\w.]+)\.shape\s*==\s*(?:module\.)?([\w.]+)\.shape\s*")
 
 
@@ -257,9 +260,13 @@ def _quark_step(row: Any, path: Path_, out: Steps) -> None:
     for key in _LEARNED:
         if given.pop(key, None):
             out.problems.append(((*path, key), f"'{key}' cannot be honoured: learned transforms belong to training"))
-    if given.pop("static_groups", True) is False and given.get("desc_act", True) is not False:
-        text = "static_groups: false cannot be honoured beside desc_act: groups are static; write desc_act: false"
-        out.problems.append(((*path, "static_groups"), text))
+    if given.pop("static_groups", True) is False:
+        at = (*path, "static_groups")
+        if given.get("desc_act", True) is not False:
+            text = "static_groups: false cannot be honoured beside desc_act: groups are static; write desc_act: false"
+            out.problems.append((at, text))
+        else:
+            out.notes.append((at, "static_groups is left out: scales of groups are found before the loop, and stay"))
     if isinstance(given.get("online_config"), Mapping):
         given["online_config"] = {k: v for k, v in given["online_config"].items() if k != "shared_input_rotation"}
     _finish(_QUARK_NAMES.get(old, old), given, _QUARK, _QUARK_REFUSED, path, out)
@@ -325,6 +332,10 @@ def _finish(
             fields[key] = value
         elif value:  # without rows, those of the model family
             fields[key] = _parsed(value)
+            if said := [name for name in _ROW_STEERING if any(row.get(name) is not None for row in value)]:
+                out.notes.append((at, f"{', '.join(said)} in {key} left out: {_ROW_READERS}"))
+        if key in fields and key in words.otherwise:
+            out.notes += [(at, text) for said, text in words.otherwise[key].items() if said == value]
     out.problems += [((*path, key), f"'{key}' cannot be honoured: {why}") for key, why in words.refused(fields)]
     if name != _PLAIN:
         out.steps += words.steps(fields)

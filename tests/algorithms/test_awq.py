@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from quarkcli.algorithms._trials import Trial
 from quarkcli.errors import ConfigError, Stopped
 from quarkcli.numerics import smooth
 from quarkcli.numerics.quantize import dequantize, fake_quantize, quantize, static_scale, tensor_amax
@@ -334,3 +336,15 @@ def test_another_loss_is_another_choice(page: Path, tmp_path: Path) -> None:
         steps = f"[{{method: autosmoothquant, compute_scale_loss: {loss}}}]"
         found[loss] = rewritten(prepared(source, page, tmp_path, "int8", steps))[1]["model.layers.0"]["autosmoothquant"]
     assert all(a["before"] != b["before"] for a, b in zip(found["MSE"], found["MAE"], strict=True))
+
+
+def test_errors_of_the_source_count_in_the_unit_of_the_loss() -> None:
+    """A mean magnitude and a mean square of independent errors: the magnitude of their sum."""
+    generator = torch.Generator().manual_seed(0)
+    readers, source = (size * torch.randn(20_000, 8, generator=generator) for size in (0.03, 0.04))
+    trial: Any = Trial.__new__(Trial)
+    trial.plain, trial.source = SimpleNamespace(outputs=8.0), lambda factors: float(source.square().mean(0).sum())
+    both = trial._with_source(float(readers.abs().mean(0).sum()), torch.ones(8), squares=False)
+    assert both == pytest.approx(float((readers + source).abs().mean(0).sum()), rel=0.02)
+    squared = trial._with_source(float(readers.square().mean(0).sum()), torch.ones(8), squares=True)
+    assert squared == pytest.approx(float((readers + source).square().mean(0).sum()), rel=0.02)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from quarkcli.algorithms import create
 from quarkcli.algorithms._twostream import CAUTIOUS, STRENGTHS
@@ -115,3 +116,20 @@ def test_the_forecast_counts_both_streams(tmp_path: Path) -> None:
     one, two = (runs.prepare(source, scheme="nvfp4", algorithm=name, **data).forecast for name in ("gptq", "qronos"))
     assert two.hidden_bytes == 2 * one.hidden_bytes
     assert two.memory_bytes > one.memory_bytes
+
+
+def test_damping_by_the_largest_eigenvalue() -> None:
+    """As the same share of the mean diagonal that this eigenvalue is."""
+    case = streams()
+    moment, spec = case.moment(), SPECS["int3"]
+    share = float(torch.linalg.eigvalsh(moment.gram.double())[-1] / moment.gram.diagonal().double().mean())
+    assert share > 1.5
+    plain: dict[str, Any] = {"refine": "off", "strength": 1.0, "holdout": 0}
+    case.solve("qronos", spec, moment, damp=0.01, damp_of="largest", **plain)
+    assert case.outcomes[-1].damp == pytest.approx(0.01 * share, rel=1e-2)
+    case.solve("qronos", spec, moment, damp=0.01, **plain)
+    assert case.outcomes[-1].damp == 0.01
+    with pytest.raises(ConfigError, match="a damping that is given"):
+        create("qronos", {"damp_of": "largest"})
+    with pytest.raises(ConfigError, match="damp_of must be one of mean, largest"):
+        create("qronos", {"damp": 0.01, "damp_of": "trace"})

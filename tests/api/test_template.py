@@ -18,6 +18,7 @@ from quarkcli.errors import ConfigError, UsageError
 from quarkcli.plan.model import Plan
 from quarkcli.recipe import catalog
 from quarkcli.recipe.recipe import from_config
+from quarkcli.recipe.steps import from_quark
 from quarkcli.spec import TensorSpec
 from tests import runs
 from tests.plan import layouts
@@ -257,6 +258,67 @@ def test_algorithms_are_stacked_in_their_order():
     plan = of_config("demo", config)
     assert [step.name for step in plan.algorithms] == ["rotation", "smoothquant", "gptq"]
     assert {name.rpartition(".")[2] for name in plan.algorithms[2].weights} == {"down_proj"}
+
+
+# What release 0.13 of amd-quark gives for `LLMTemplate.get("llama").get_config("int4_wo_128", NAME).to_dict()`.
+CONFIGS = json.loads((Path(__file__).parent.parent / "data" / "quark_algorithms.json").read_text())
+SLOTS = [f"*{name}.weight_quantizer" for name in (
+    "self_attn.k_proj", "self_attn.v_proj", "self_attn.q_proj", "self_attn.o_proj",
+    "mlp.up_proj", "mlp.gate_proj", "mlp.down_proj",
+)]  # fmt: skip
+COLUMNS: dict[str, Any] = {"act_order": True, "refine": "off", "holdout": 0, "slots": SLOTS}
+IN_OUR_WORDS: dict[str, dict[str, Any]] = {
+    "awq": {"scaling_layers": CONFIGS["awq"]["scaling_layers"]},
+    "smoothquant": {
+        "alpha": 1, "scale_clamp_min": 0.001, "scaling_layers": CONFIGS["smoothquant"]["scaling_layers"],
+    },
+    "autosmoothquant": {
+        "compute_scale_loss": "MAE", "scaling_layers": CONFIGS["autosmoothquant"]["scaling_layers"],
+    },
+    "gptq": {**COLUMNS, "damp": 0.01},
+    "gptaq": {**COLUMNS, "damp": 0.01, "strength": 0.25},
+    "qronos": {**COLUMNS, "damp": 0.001, "damp_of": "largest", "strength": 1.0},
+    "rotation": {"r1": True, "r2": False, "random": False},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        *([name] for name in IN_OUR_WORDS), ["smoothquant", "gptq"], ["autosmoothquant", "qronos"], ["awq", "gptq"],
+        ["rotation", "gptq"], ["rotation", "qronos"], ["rotation", "smoothquant", "gptaq"],
+    ],
+    ids="+".join,
+)  # fmt: skip
+def test_quarks_own_configs_alone_and_stacked(names: list[str], recwarn: pytest.WarningsRecorder):
+    """In the old keywords, in `algo_configs` and in an exported file: the same steps, which run in their order."""
+    wanted = [(name, IN_OUR_WORDS[name]) for name in names]
+    old = LLMTemplate("mine", exclude_layers_name=["lm_head"], **{f"{name}_config": CONFIGS[name] for name in names})
+    new = LLMTemplate("mine", exclude_layers_name=["lm_head"])
+    given = {name: CONFIGS[name] for name in names}
+    for config in (old.get_config("int8", names), new.get_config("int8", names, algo_configs=given)):
+        steps = config["quantize"]["algorithm"]
+        assert [(step.pop("method"), step) for step in steps] == wanted
+    assert from_quark([CONFIGS[name] for name in names], ()).steps == wanted
+    plan = of_config("demo", old.get_config("int8", names))
+    assert [step.name for step in plan.algorithms] == names
+    noted = " ".join(str(warning.message) for warning in recwarn)
+    assert "model_decoder_layers is left out" in noted
+
+
+@pytest.mark.parametrize("name", IN_OUR_WORDS)
+def test_every_field_of_quarks_configs_has_an_effect_or_a_note(name: str):
+    """None is passed over in silence: what is neither in the steps nor said is null, false or empty."""
+    read = from_quark(CONFIGS[name], ())
+    ((_, parameters),) = read.steps
+    noted = {path[-1] for path, _ in read.notes}
+    theirs = {"damp_percent": "damp", "alpha": {"qronos": "damp", "gptaq": "strength"}.get(name, "alpha"),
+              "desc_act": "act_order", "inside_layer_modules": "slots", "random_r1": "random"}  # fmt: skip
+    silent = {
+        key: value for key, value in CONFIGS[name].items()
+        if key != "name" and key not in noted and theirs.get(key, key) not in parameters and value
+    }  # fmt: skip
+    assert silent == ({"static_groups": True} if name in ("gptq", "gptaq", "qronos") else {})
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,14 @@ def test_a_legacy_file_says_how_it_is_written_today(tmp_path: Path) -> None:
     assert not recipe.from_file(write(tmp_path, [DENY])).notes
 
 
+def test_every_note_on_what_has_no_effect_is_shown(tmp_path: Path) -> None:
+    steps = [{"name": name, "block_size": 64, "model_decoder_layers": "layers"} for name in ("gptq", "gptaq")]
+    config = {"global_quant_config": {"weight": {"dtype": "int8", "qscheme": "per_tensor"}}, "algo_config": steps}
+    notes = " ".join(recipe.from_file(write(tmp_path, config)).notes)
+    assert (notes.count("block_size is left out"), notes.count("model_decoder_layers is left out")) == (2, 2)
+    assert "more such notes" not in notes
+
+
 def test_a_list_without_deny_all_differs_from_modelopt(tmp_path: Path) -> None:
     rows = [{"quantizer_path": "*weight_quantizer", "cfg": INT8}]
     for data in (rows, {"quant_cfg": rows}):

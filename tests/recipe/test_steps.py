@@ -44,6 +44,7 @@ def test_quark_fields_under_our_names() -> None:
 def test_static_groups_go_without_the_order_of_activations() -> None:
     found = quark({"name": "gptq", "static_groups": False, "desc_act": False})
     assert (found.steps, found.problems) == ([("gptq", {**AS_GIVEN, "act_order": False})], [])
+    assert [path[-1] for path, _ in found.notes] == ["static_groups"]
     assert quark({"name": "gptq", "static_groups": False, "desc_act": True}).problems
 
 
@@ -102,7 +103,9 @@ def test_defaults_that_differ_from_ours_are_theirs() -> None:
     assert quark({"name": "smooth"}).steps == [("smoothquant", {"alpha": 1.0})] == modelopt("smoothquant").steps
     assert quark({"name": "gptaq"}).steps == [("gptaq", {**AS_GIVEN, "strength": 0.25})]
     assert quark({"name": "gptaq", "alpha": 0.5}).steps == [("gptaq", {**AS_GIVEN, "strength": 0.5})]
-    assert quark({"name": "qronos", "alpha": 1e-3, "beta": 1e4}).steps == [("qronos", {**AS_GIVEN, "strength": 1.0})]
+    ridge = {**AS_GIVEN, "damp": 1e-3, "damp_of": "largest", "strength": 1.0}
+    assert quark({"name": "qronos"}).steps == [("qronos", ridge)]
+    assert quark({"name": "qronos", "alpha": 1e-2, "beta": 1e4}).steps == [("qronos", {**ridge, "damp": 1e-2})]
     rates = {"lr": 0.005, "minmax_lr": 0.005}
     assert quark({"name": "autoround", "iters": 20}).steps == [("autoround", {**rates, "iters": 20})]
     given = {"name": "autoround", "enable_minmax_tuning": False, "batch_size": 4, "inside_layer_modules": ["q_proj"]}
@@ -113,6 +116,21 @@ def test_defaults_that_differ_from_ours_are_theirs() -> None:
 @pytest.mark.parametrize("words", [*peer_steps.QUARK.values(), *peer_steps.MODELOPT.values()])
 def test_our_words_are_parameters_of_our_algorithms(words: peer_steps.Words) -> None:
     assert {*words.renamed.values(), *words.usual} <= set(algorithms.create(words.name, {}).parameters)
+
+
+def test_what_rows_say_without_effect_is_said() -> None:
+    (note,) = quark({"name": "awq", "scaling_layers": [PAIR]}).notes
+    assert note[0][-1] == "scaling_layers"
+    assert "inp, module2inspect in scaling_layers left out" in note[1]
+    bare = {key: PAIR[key] for key in ("prev_op", "layers")}
+    assert not quark({"name": "awq", "scaling_layers": [bare]}).notes
+
+
+def test_a_loss_that_is_not_what_its_name_says() -> None:
+    found = quark({"name": "autosmoothquant", "compute_scale_loss": "RMSE"})
+    assert found.steps == [("autosmoothquant", {"compute_scale_loss": "RMSE"})]
+    assert ["mean root of the magnitude" in text for _, text in found.notes] == [True]
+    assert not quark({"name": "autosmoothquant", "compute_scale_loss": "MAE"}).notes
 
 
 def test_no_rows_are_those_of_the_family() -> None:
