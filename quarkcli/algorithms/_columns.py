@@ -169,8 +169,9 @@ def _widths(plan: Plan) -> list[int]:
     """Returns the widths of the activations of the block that has the widest; moments of experts are made alone."""
     found: dict[int, list[int]] = {}
     for site in plan.sites.values():
-        members = [plan.targets[name] for name in site.members]
-        if site.kind == "linear" and isinstance(members[0], QuantizedTarget):
+        # A step that works on some weights alone has a plan of these.
+        members = [plan.targets[name] for name in site.members if name in plan.targets]
+        if site.kind == "linear" and members and isinstance(members[0], QuantizedTarget):
             found.setdefault(site.part, []).append(members[0].shape[1])
     return max(found.values(), key=lambda widths: sum(width * width for width in widths), default=[])
 
