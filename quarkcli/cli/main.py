@@ -14,7 +14,9 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from quarkcli import __version__, memory
-from quarkcli.cli import algorithms, apps, evaluate, inspect, models, output, quantize, recipes, report, schemes, verify
+from quarkcli.cli import (
+    algorithms, apps, compare, evaluate, inspect, models, output, quantize, recipes, report, schemes, verify,
+)  # fmt: skip
 from quarkcli.cli import env as environment
 from quarkcli.cli import search as searching
 from quarkcli.cli.signals import CODES, Terminated, answered
@@ -30,6 +32,7 @@ app.command("plan", epilog=quantize.PLAN_EXAMPLES)(quantize.plan)
 app.command("search", epilog=searching.EXAMPLES)(searching.search)
 app.command("eval", epilog=evaluate.EXAMPLES)(evaluate.evaluate)
 app.command("verify", epilog=verify.EXAMPLES)(verify.verify)
+app.command("compare", epilog=compare.EXAMPLES)(compare.compare)
 app.command("inspect", epilog=inspect.EXAMPLES)(inspect.inspect)
 app.command("report", epilog=report.EXAMPLES)(report.report)
 app.add_typer(recipes.app, name="recipes")

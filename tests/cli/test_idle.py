@@ -167,6 +167,12 @@ OTHERS: dict[str, dict[str, list[Case] | str]] = {
             (("verify", "PEER", "--no-hashes"), 0, "no manifest"),
         ],
     },
+    "compare": {
+        **dict.fromkeys(("a", "b"), "what it is about"),
+        "limit": "how much of the answer is shown",
+        "min_sqnr": "it decides the exit code",
+        "offline": "a promise that holds",
+    },
     "inspect": {
         "model": "what it is about",
         "revision": [(("inspect", "demo", "--revision", "v2"), 0, "has no revisions")],

@@ -1,0 +1,28 @@
+"""Written checkpoints from Python.
+
+import quarkcli
+found = quarkcli.compare("demo", "out")
+found["tensors"][0]["sqnr_db"]  # the worst
+"""
+
+from __future__ import annotations
+
+from os import PathLike
+from typing import Any
+
+from quarkcli.disk import compare as comparing
+from quarkcli.disk.source import Source
+from quarkcli.events import Listener, silent
+from quarkcli.job import run as job
+
+
+def compare(a: str | PathLike[str], b: str | PathLike[str], listener: Listener = silent) -> dict[str, Any]:
+    """Compares two checkpoints tensor by tensor and returns what `quark compare --json` shows, worst first.
+
+    a, b      directory, hub id, or "demo" for the embedded model; quantized in any dialect that is read, or not
+    listener  called with every event
+
+    Raises QuarkError for what is no checkpoint, or quantized in a way that is not read.
+    """
+    sources = [Source.open(str(job.EMBEDDED) if str(name) == "demo" else str(name)) for name in (a, b)]
+    return comparing.compare(*sources, tell=listener).as_dict()

@@ -1,0 +1,120 @@
+"""`quark compare`: two checkpoints tensor by tensor, and a gate for CI."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from quarkcli.cli import apps, output
+from quarkcli.cli.flags import Debug, Json, Offline, Quiet
+
+if TYPE_CHECKING:
+    from quarkcli.disk.compare import Comparison
+
+SCHEMA = "quark/compare/1"
+EXAMPLES = apps.examples(
+    "quark compare demo out/demo-mxfp4",
+    "quark compare out/demo-mxfp4 demo --min-sqnr 15 --json",
+)
+LIMIT = 20  # tensors that people are shown
+SOME = 5  # names in a line
+
+
+def compare(
+    a: Annotated[str, typer.Argument(metavar="A", help="A checkpoint, quantized or not: directory, hub id, 'demo'.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="The other one.")],
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            "--limit",
+            min=0,
+            metavar="N",
+            help="Show the N worst tensors.",
+            show_default=f"{LIMIT}; all with --json",
+        ),
+    ] = None,
+    min_sqnr: Annotated[
+        float | None,
+        typer.Option(
+            "--min-sqnr",
+            metavar="DB",
+            help="Fail (exit 8) when a tensor is below this ratio, or only in one of the two, or has another shape.",
+        ),
+    ] = None,
+    offline: Offline = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Compare two checkpoints tensor by tensor.
+
+    Two quantized ones in any dialects, or one and its source: the ratio of signal to quantization noise (SQNR) in dB,
+    worst first; what only one has, shapes and static scales that differ. The signal is the one that is not quantized,
+    else A.
+    """
+    output.start(json=json, debug=debug, quiet=quiet)
+    from quarkcli.cli.progress import Progress
+    from quarkcli.disk import compare as comparing
+    from quarkcli.disk.source import Source
+    from quarkcli.job import run as job
+
+    sources = [Source.open(str(job.EMBEDDED) if name == "demo" else name, offline=offline) for name in (a, b)]
+    with Progress("lines") as progress:
+        found = comparing.compare(*sources, tell=progress)
+    found.a, found.b = a, b
+    if json:
+        output.json_data({"schema": SCHEMA, **found.as_dict(limit), "min_sqnr_db": min_sqnr})
+    else:
+        _show(found, LIMIT if limit is None else limit)
+    comparing.check(found, min_sqnr)
+
+
+def _show(found: Comparison, limit: int) -> None:
+    from quarkcli.disk.compare import decibels
+
+    for line in output.pairs(_facts(found)):
+        output.data(line)
+    different = [row for row in found.rows if not row.identical]
+    shown = different[:limit]
+    if shown:
+        output.data("")
+        rows = [(decibels(row.sqnr), f"{row.largest:.3g}", row.a, row.b, row.name) for row in shown]
+        output.table(("SQNR", "LARGEST", "A", "B", "TENSOR"), rows)
+    if len(different) > len(shown):
+        output.note(f"{len(different) - len(shown)} more tensors differ; --limit shows more")
+
+
+def _facts(found: Comparison) -> list[tuple[str, str]]:
+    from quarkcli.disk.compare import decibels
+
+    equal = sum(row.identical for row in found.rows)
+    rows = [("a", found.a), ("b", found.b)]
+    if found.identical:
+        return [*rows, ("tensors", f"all {equal} are equal bit for bit, codes and scales included")]
+    rows.append(("tensors", f"{len(found.rows)} in both, {equal} of them equal bit for bit"))
+    near = sum(row.codes and not row.identical for row in found.rows)
+    if near:
+        rows.append(("", f"{near} with equal codes and block scales, and a scale of the tensor one ulp apart"))
+    if found.rows and math.isfinite(found.sqnr):
+        rows.append(("sqnr", f"{decibels(found.sqnr)} over the others; the signal is {found.reference}"))
+    for label, names in (("only in a", found.only_a), ("only in b", found.only_b)):
+        if names:
+            rows.append((label, _some(names)))
+    if found.shapes:
+        rows.append(("shapes", _some([f"{name} {a} and {b}" for name, (a, b) in found.shapes.items()])))
+    if found.scales:
+        texts = [f"{name} {_number(a)} and {_number(b)}" for name, (a, b) in found.scales.items()]
+        rows.append(("scales", f"differ: {_some(texts)}"))
+    if found.turned:
+        rows.append(("turned", f"back for the comparison, by the Hadamard of one: {_some(found.turned)}"))
+    return rows
+
+
+def _some(texts: list[str]) -> str:
+    return f"{len(texts)}: " + ", ".join(texts[:SOME]) + (" ..." if len(texts) > SOME else "")
+
+
+def _number(value: float | None) -> str:
+    return "none" if value is None else f"{value:.6g}"

@@ -1,0 +1,32 @@
+"""quark compare: the answer for people, for programs and for Python, and the gate."""
+
+from __future__ import annotations
+
+import json
+
+import quarkcli
+
+
+def test_the_command_and_python_say_the_same(quark, made):
+    answer = quark("compare", "demo", str(made), "--json")
+    assert (answer.code, answer.err) == (0, "")
+    found = json.loads(answer.out)
+    assert found["schema"] == "quark/compare/1"
+    python = quarkcli.compare("demo", made)
+    assert {key: found[key] for key in python if key not in ("a", "b")} == {
+        key: value for key, value in python.items() if key not in ("a", "b")
+    }
+    assert len(json.loads(quark("compare", "demo", str(made), "--json", "--limit", "2").out)["tensors"]) == 2
+
+
+def test_the_gate(quark, made):
+    code, out, err = quark("compare", "demo", str(made), "--min-sqnr", "40", "--limit", "1")
+    assert code == 8 and "28 of 39 tensors are below 40 dB" in err
+    assert out.count(" dB ") == 2  # the answer comes before the verdict: one row, and the whole
+    assert quark("compare", "demo", str(made), "--min-sqnr", "10").code == 0
+    code, out, _ = quark("compare", str(made), str(made), "--min-sqnr", "200")
+    assert code == 0 and "all 39 are equal bit for bit" in out
+
+
+def test_what_is_no_checkpoint(quark, made):
+    assert quark("compare", "nowhere", str(made), "--offline").code == 5
