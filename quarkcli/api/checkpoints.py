@@ -24,5 +24,5 @@ def compare(a: str | PathLike[str], b: str | PathLike[str], listener: Listener =
 
     Raises QuarkError for what is no checkpoint, or quantized in a way that is not read.
     """
-    sources = [Source.open(str(job.EMBEDDED) if str(name) == "demo" else str(name)) for name in (a, b)]
-    return comparing.compare(*sources, tell=listener).as_dict()
+    first, second = (Source.open(str(job.EMBEDDED) if str(name) == "demo" else str(name)) for name in (a, b))
+    return comparing.compare(first, second, listener).as_dict()

@@ -60,9 +60,9 @@ def compare(
     from quarkcli.disk.source import Source
     from quarkcli.job import run as job
 
-    sources = [Source.open(str(job.EMBEDDED) if name == "demo" else name, offline=offline) for name in (a, b)]
+    first, second = (Source.open(str(job.EMBEDDED) if name == "demo" else name, offline=offline) for name in (a, b))
     with Progress("lines") as progress:
-        found = comparing.compare(*sources, tell=progress)
+        found = comparing.compare(first, second, progress)
     found.a, found.b = a, b
     if json:
         output.json_data({"schema": SCHEMA, **found.as_dict(limit), "min_sqnr_db": min_sqnr})

@@ -15,10 +15,21 @@ import typer
 
 from quarkcli import __version__, memory
 from quarkcli.cli import (
-    algorithms, apps, compare, evaluate, inspect, models, output, quantize, recipes, report, schemes, verify,
-)  # fmt: skip
+    algorithms,
+    apps,
+    compare,
+    evaluate,
+    inspect,
+    models,
+    output,
+    quantize,
+    recipes,
+    report,
+    schemes,
+)
 from quarkcli.cli import env as environment
 from quarkcli.cli import search as searching
+from quarkcli.cli import verify as verification
 from quarkcli.cli.signals import CODES, Terminated, answered
 from quarkcli.errors import ExitCode, QuarkError, ResourceError, UsageError
 
@@ -31,7 +42,7 @@ app.command("quantize", epilog=quantize.QUANTIZE_EXAMPLES)(quantize.quantize)
 app.command("plan", epilog=quantize.PLAN_EXAMPLES)(quantize.plan)
 app.command("search", epilog=searching.EXAMPLES)(searching.search)
 app.command("eval", epilog=evaluate.EXAMPLES)(evaluate.evaluate)
-app.command("verify", epilog=verify.EXAMPLES)(verify.verify)
+app.command("verify", epilog=verification.EXAMPLES)(verification.verify)
 app.command("compare", epilog=compare.EXAMPLES)(compare.compare)
 app.command("inspect", epilog=inspect.EXAMPLES)(inspect.inspect)
 app.command("report", epilog=report.EXAMPLES)(report.report)

@@ -217,9 +217,10 @@ def _row(name: str, first: _Side, second: _Side, swapped: bool, found: Compariso
     found.scales |= {f"{module}.{kind}": pair for kind, pair in _static(decoded)}
     alike = blocks[0] == blocks[1]
     same = _same_codes(targets, decoded) if any(targets) else _same_bits(values[0], values[1])
-    codes = alike and any(targets) and _same_codes(targets, decoded, ulp=1)
+    near = alike and any(targets) and _same_codes(targets, decoded, ulp=1)
     reference, other = values[::-1] if swapped else values
-    return Row(name, *texts, *_difference(reference, other), identical=same and alike, codes=codes)
+    signal, noise, largest = _difference(reference, other)
+    return Row(name, texts[0], texts[1], signal, noise, largest, same and alike, near)
 
 
 def _values(side: _Side, name: str, target: StoredTarget | None, decoded: Decoded | None) -> Tensor:
@@ -253,7 +254,7 @@ def _difference(reference: Tensor, other: Tensor) -> tuple[float, float, float]:
 
 
 def _static(decoded: list[Decoded | None]) -> Iterator[tuple[str, tuple[float | None, float | None]]]:
-    """Yields static scales of activations that are more than one ulp apart. They are compared where both are quantized."""
+    """Yields static scales of activations that are more than one ulp apart, where both are quantized."""
     first, second = decoded
     if first is None or second is None:
         return
@@ -264,7 +265,7 @@ def _static(decoded: list[Decoded | None]) -> Iterator[tuple[str, tuple[float | 
 
 
 def _attention_scales(first: _Side, second: _Side) -> dict[str, tuple[float | None, float | None]]:
-    """Returns the scales of caches and attention that are more than one ulp apart. They are compared where both are quantized."""
+    """Returns the scales of caches and attention that are more than one ulp apart, where both are quantized."""
     if not (first.checkpoint.quantized and second.checkpoint.quantized):
         return {}
     ours, theirs = _of_attention(first.checkpoint), _of_attention(second.checkpoint)

@@ -79,7 +79,7 @@ def test_codes_and_scales_of_two_dialects(tmp_path, made_nvfp4):
     found = compared(made_nvfp4, other.folder)
     assert found.complete and not found.scales
     assert sum(row.codes for row in found.rows) == 28  # one stores global scales, one their inverse
-    assert all(row.identical or row.codes and row.sqnr > 120 for row in found.rows)
+    assert all(row.identical or (row.codes and row.sqnr > 120) for row in found.rows)
     few = runs.run("demo", tmp_path / "few", scheme="nvfp4", **{**CALIBRATION, "calib_samples": 1})
     found = compared(made_nvfp4, few.folder)
     assert all(row.identical for row in found.rows)
