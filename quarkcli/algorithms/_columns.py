@@ -8,18 +8,19 @@ it was fitted to.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from quarkcli.algorithms import _parameters
-from quarkcli.algorithms.base import Needs, Outcome, Problem, Solver
+from quarkcli.algorithms.base import Moment, Needs, Outcome, Problem, Solver
 from quarkcli.algorithms.rtn import RoundToNearest
 from quarkcli.errors import ConfigError
 from quarkcli.plan.model import Plan, QuantizedTarget
 
 if TYPE_CHECKING:
     from quarkcli.numerics.quantize import QParams, Quantized
-    from quarkcli.numerics.settle import Aim, Choices, Settled
+    from quarkcli.numerics.settle import Aim, Choices, Settled, Steps
     from quarkcli.numerics.solve import Factor
 
 FEW_BITS = 4  # weights of as many bits or less are refined unless something else is asked for
@@ -28,6 +29,7 @@ MOST_SWEEPS = 10
 HELD_OUT = 8
 DAMP = 0.01
 ROWS = 2048  # of a problem that are solved at once on a CPU, see `numerics.solve.CPU_ROWS`
+TOGETHER = 256 * 2**20  # bytes that problems which are solved together may take, unless one alone takes more
 TOKENS = 2048  # that are folded into a moment at once, see `forward.moments.CHUNK`
 DAMP_FP4 = 0.05  # where nothing can be held out, and 4-bit floats meet quantized inputs
 
@@ -95,10 +97,9 @@ class ColumnSolver(Solver):
 
     def memory(self, plan: Plan) -> int:
         """Returns the bytes of what it sees of a block while that runs, or of one problem, whichever is more."""
-        sums = sum(self._observed(width) for width in _widths(plan))
-        return max(
-            sums + 4 * TOKENS * max(_widths(plan), default=0), max(map(self._solved, _problems(plan)), default=0)
-        )
+        widths = _widths(plan)
+        observed = sum(map(self._observed, widths)) + 4 * TOKENS * max(widths, default=0)
+        return max([observed, *(min(n, self.at_once(shape)) * self._solved(shape) for shape, n in _problems(plan))])
 
     def _observed(self, width: int) -> int:
         """Returns the bytes of the moments of an activation, of which half is kept, and of rows that wait."""
@@ -109,31 +110,54 @@ class ColumnSolver(Solver):
         rows, width = shape
         return 4 * max(4 * width * width, 3 * width * width + 6 * min(rows, ROWS) * width)
 
-    def aim(self, problem: Problem, factor: Factor, strength: float) -> Aim:
-        """Returns what the loop steers for; the weights themselves unless a member says otherwise."""
+    def aiming(self, problem: Problem) -> Callable[[Factor, float], Aim]:
+        """Returns what the loop steers for, of a factor and a strength; the weights unless a member says otherwise."""
         from quarkcli.numerics.settle import Aim
 
-        return Aim()
+        return lambda factor, strength: Aim()
 
     def solve(self, problem: Problem) -> list[Quantized] | None:
-        from quarkcli.numerics.settle import Objective, settle
+        return self.solve_many([problem])[0]
+
+    def solve_many(self, problems: Sequence[Problem]) -> list[list[Quantized] | None]:
+        from quarkcli.numerics.settle import together
+
+        found = together([self._steps(problem) for problem in problems])
+        return [self._chosen(problem, settled) for problem, settled in zip(problems, found, strict=True)]
+
+    def at_once(self, shape: tuple[int, int]) -> int:
+        return max(1, TOGETHER // self._solved(shape))
+
+    def _chosen(self, problem: Problem, found: Settled | None) -> list[Quantized] | None:
+        moment = problem.moment
+        assert moment is not None
+        if found is not None:
+            problem.report(_outcome(self.name, found))
+        elif not self._dead(moment):
+            return None
+        return RoundToNearest().solve(problem) if found is None or found.nearest else found.quantized
+
+    def _dead(self, moment: Moment) -> bool:
+        """Returns whether no input ever moved, so that there is nothing to solve."""
         from quarkcli.numerics.solve import dead_inputs
+
+        return bool(dead_inputs(moment.gram).all())
+
+    def _steps(self, problem: Problem) -> Steps[Settled | None]:
+        """Takes the steps of one problem's solution, see `settle.steps`."""
+        from quarkcli.numerics.settle import Objective, steps
         from quarkcli.numerics.task import Task
 
         moment = problem.moment
         assert moment is not None
-        gram = moment.gram
-        if bool(dead_inputs(gram).all()):
-            return RoundToNearest().solve(problem)
+        if self._dead(moment):
+            return None
         held = Objective(moment.gram_val, moment.cross_val) if moment.gram_val is not None else None
         moment.cross_val = None  # the objective needs it for a few rows only
         task = Task(problem.weights, self._scales(problem), problem.spec)
         choices = self._choices(problem, held is not None)
-        found = settle(task, gram, choices, lambda factor, strength: self.aim(problem, factor, strength), held)
-        if found is None:
-            return None
-        problem.report(_outcome(self.name, found))
-        return RoundToNearest().solve(problem) if found.nearest else found.quantized
+        found = yield from steps(task, moment.gram, choices, self.aiming(problem), held)
+        return found
 
     def _scales(self, problem: Problem) -> list[QParams]:
         from quarkcli.numerics.fit import column_importance, fitted
@@ -176,13 +200,14 @@ def _widths(plan: Plan) -> list[int]:
     return max(found.values(), key=lambda widths: sum(width * width for width in widths), default=[])
 
 
-def _problems(plan: Plan) -> set[tuple[int, int]]:
-    """Returns rows and width of every problem."""
-    rows: dict[object, tuple[int, int]] = {}
+def _problems(plan: Plan) -> Iterable[tuple[tuple[int, int], int]]:
+    """Yields rows and width of every problem, and how many experts of a layer have such a one."""
+    rows: dict[tuple[str, int | None], tuple[int, int]] = {}
     for target in plan.quantized():
-        key = target.site or target.name, target.expert
+        key = target.site or target.name, target.expert[1] if target.expert is not None else None
         rows[key] = rows.get(key, (0, 0))[0] + target.shape[0], target.shape[1]
-    return set(rows.values())
+    counts = Counter(site for site, _ in rows)
+    return {(shape, counts[site]) for (site, _), shape in rows.items()}
 
 
 def _outcome(name: str, found: Settled) -> Outcome:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import ref
@@ -13,7 +13,6 @@ from quarkcli.errors import ConfigError
 from quarkcli.plan.model import Plan
 
 if TYPE_CHECKING:
-    from quarkcli.numerics.quantize import Quantized
     from quarkcli.numerics.settle import Aim, Choices
     from quarkcli.numerics.solve import Factor
 
@@ -44,7 +43,6 @@ class TwoStreamSolver(ColumnSolver):
                 f"{self.name} strength must be auto or a number from 0 to 1, not {strength!r}", where="algorithm"
             )
         self.strength = float(strength) if number else None
-        self._full: tuple[ref[Factor], Aim] | None = None
 
     def needs(self, plan: Plan) -> Needs:
         return {site: kinds | {"cross"} for site, kinds in super().needs(plan).items()}
@@ -57,20 +55,19 @@ class TwoStreamSolver(ColumnSolver):
         rows, width = shape
         return super()._solved(shape) + 4 * (width * width + min(rows, ROWS) * width)
 
-    def aim(self, problem: Problem, factor: Factor, strength: float) -> Aim:
+    def aiming(self, problem: Problem) -> Callable[[Factor, float], Aim]:
         from quarkcli.numerics.settle import Aim
 
-        if strength == 0:
-            return Aim()
-        if self._full is None or self._full[0]() is not factor:
-            self._full = ref(factor), self._bounded(problem, factor)  # a factor that was tried in vain is to go
-        return self._full[1].times(strength)
+        last: list[tuple[ref[Factor], Aim]] = []  # a factor that was tried in vain is to go
 
-    def solve(self, problem: Problem) -> list[Quantized] | None:
-        try:
-            return super().solve(problem)
-        finally:
-            self._full = None
+        def aim(factor: Factor, strength: float) -> Aim:
+            if strength == 0:
+                return Aim()
+            if not last or last[0][0]() is not factor:
+                last[:] = [(ref(factor), self._bounded(problem, factor))]
+            return last[0][1].times(strength)
+
+        return aim
 
     def _bounded(self, problem: Problem, factor: Factor) -> Aim:
         """Returns the aim at full strength, taken back where it lies far away from the weights."""

@@ -7,7 +7,7 @@ scales, solve, refine, tune, pack, advance.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
@@ -133,6 +133,11 @@ class Problem:
     def spec(self) -> TensorSpec:
         return self.targets[0].weight
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Returns the number of rows of all weights, and of inputs."""
+        return sum(len(weight) for weight in self.weights), self.weights[0].shape[1]
+
 
 class Algorithm:
     """An algorithm. Every member's class declares these; what it leaves out has the values here.
@@ -174,6 +179,14 @@ class Solver(Algorithm):
     def solve(self, problem: Problem) -> list[Quantized] | None:
         """Returns codes and scales of every weight; None: the worker rounds to nearest, and says so."""
         raise AssertionError("a solver solves")
+
+    def solve_many(self, problems: Sequence[Problem]) -> list[list[Quantized] | None]:
+        """Does as `solve`, of problems of one activation's experts, all of one shape and spec."""
+        return [self.solve(problem) for problem in problems]
+
+    def at_once(self, shape: tuple[int, int]) -> int:
+        """Returns how many problems of a shape, all rows x inputs, it wants together, as `memory` counts on it."""
+        return 1
 
 
 class Refiner(Algorithm):

@@ -41,6 +41,30 @@ def problems(
             )  # fmt: skip
 
 
+def runs(problems: Iterable[Problem], at_once: Callable[[tuple[int, int]], int]) -> Iterator[list[Problem]]:
+    """Yields problems of one activation's experts together while their shapes and specs are equal, others alone.
+
+    at_once   how many of a shape
+    """
+    run: list[Problem] = []
+    for problem in problems:
+        if run and (_alike(problem) != _alike(run[0]) or len(run) >= at_once(problem.shape)):
+            yield run
+            run = []
+        run.append(problem)
+        del problem  # held by the run alone, and so freed with it
+        if run[0].expert is None or run[0].moment is None:
+            yield run
+            run = []
+    if run:
+        yield run
+
+
+def _alike(problem: Problem) -> object:
+    shapes = [weight.shape for weight in problem.weights]
+    return problem.site, problem.expert is None, problem.moment is None, problem.spec, shapes
+
+
 def _groups(targets: Iterable[QuantizedTarget]) -> Iterator[tuple[Group, list[QuantizedTarget]]]:
     """Yields weights that read one activation of one expert. Those without a known activation stand alone."""
     sites: dict[str, dict[int | None, list[QuantizedTarget]]] = {}

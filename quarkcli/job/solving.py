@@ -13,7 +13,7 @@ from quarkcli.algorithms.base import Assignment, Moment, Needs, Outcome, Problem
 from quarkcli.algorithms.rtn import RoundToNearest
 from quarkcli.errors import DataError, QuarkError
 from quarkcli.forward.statistics import Statistics
-from quarkcli.job.problems import problems
+from quarkcli.job.problems import problems, runs
 from quarkcli.numerics.observers import weight_amax
 from quarkcli.numerics.quantize import Quantized, tensor_amax
 from quarkcli.numerics.solve import dead_inputs
@@ -73,39 +73,51 @@ class Solving:
         left = Counter(target.site for target in targets if members is None or target in members)
         for step, solver, needs in self.solvers:
             mine = [target for target in targets if step.takes(target) and (members is None or target in members)]
-            for problem in problems(mine, needs, moment, weight, amax, self.warn, self._report, stage):
-                left.subtract(target.site for target in problem.targets)
-                if statistics is not None and problem.site is not None and not left[problem.site]:
-                    statistics.forget(problem.site)
-                quantized = self._refine(problem, self._solve(solver, needs, problem))
-                yield from zip(problem.targets, problem.weights, quantized, strict=True)
+            found = problems(mine, needs, moment, weight, amax, self.warn, self._report, stage)
+            for run in runs(found, solver.at_once):
+                left.subtract(target.site for problem in run for target in problem.targets)
+                site = run[0].site
+                if statistics is not None and site is not None and not left[site]:
+                    statistics.forget(site)
+                for problem, quantized in zip(run, self._solve(solver, needs, run), strict=True):
+                    yield from zip(problem.targets, problem.weights, self._refine(problem, quantized), strict=True)
 
     def _report(self, targets: Iterable[QuantizedTarget], outcome: Outcome) -> None:
         self._outcomes.update(dict.fromkeys((target.name for target in targets), outcome))
 
-    def _solve(self, solver: Solver, needs: Needs, problem: Problem) -> list[Quantized]:
-        """Returns codes and scales of a problem; rounded to nearest where the solver has no solution, and said.
+    def _solve(self, solver: Solver, needs: Needs, run: list[Problem]) -> list[list[Quantized]]:
+        """Returns codes and scales of problems; rounded to nearest where the solver has no solution, and said.
 
         needs   statistics that the solver asked for; without data for them it is not called
         """
-        moment = problem.moment
-        if moment is not None:
-            dead = int(dead_inputs(moment.gram).sum())
+        for problem in run:
+            self._look(solver, needs, problem)
+        try:
+            called = run[0].moment is not None or not needs
+            solved = solver.solve_many(run) if called else [None] * len(run)
+            return [self._or_nearest(solver, *pair, called) for pair in zip(run, solved, strict=True)]
+        except DataError:
+            for target, weight in ((t, w) for p in run for t, w in zip(p.targets, p.weights, strict=True)):
+                named(f"{target.name}.weight", tensor_amax, weight)  # say which weight it was
+            raise
+
+    def _look(self, solver: Solver, needs: Needs, problem: Problem) -> None:
+        """Counts the inputs that were always zero, and says where no token came."""
+        if problem.moment is not None:
+            dead = int(dead_inputs(problem.moment.gram).sum())
             self.dead_inputs.update(dict.fromkeys((target.name for target in problem.targets), dead) if dead else {})
         elif problem.site in needs:
             self.warn(f"{problem.name}: no calibration token; rounded to nearest instead of {solver.name}")
-        try:
-            if moment is not None or not needs:
-                solved = solver.solve(problem)
-                if solved is not None:
-                    return solved
-                tokens = moment.tokens if moment is not None else 0
-                self.warn(f"{problem.name}: {solver.name} finds no solution on {tokens} tokens; rounded to nearest")
-            return RoundToNearest().solve(problem)
-        except DataError:
-            for target, weight in zip(problem.targets, problem.weights, strict=True):  # say which weight it was
-                named(f"{target.name}.weight", tensor_amax, weight)
-            raise
+
+    def _or_nearest(
+        self, solver: Solver, problem: Problem, solved: list[Quantized] | None, called: bool
+    ) -> list[Quantized]:
+        if solved is not None:
+            return solved
+        if called:
+            tokens = problem.moment.tokens if problem.moment is not None else 0
+            self.warn(f"{problem.name}: {solver.name} finds no solution on {tokens} tokens; rounded to nearest")
+        return RoundToNearest().solve(problem)
 
     def _refine(self, problem: Problem, quantized: list[Quantized]) -> list[Quantized]:
         """Returns the problem's codes and scales after the refiners of its weights."""

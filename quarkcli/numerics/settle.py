@@ -6,9 +6,9 @@ every row is solved, so many at a time as stay in a processor's cache.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,10 +17,12 @@ from quarkcli.numerics.grid import decode_matrix, encode_matrix, grid
 from quarkcli.numerics.quantize import Quantized, decode_grid
 from quarkcli.numerics.refine import Rows, refine
 from quarkcli.numerics.shift import Drift, corrected, feeds, first_rule, least_squares
-from quarkcli.numerics.solve import ActOrder, Factor, Feed, codes_of, factorize, solve_values
+from quarkcli.numerics.solve import ActOrder, Factor, Feed, Rounding, codes_of, factorize, solve_together
 from quarkcli.numerics.task import Task, cut, required
 from quarkcli.spec import PerGroup
 
+Result = TypeVar("Result")
+Steps = Generator[Rounding, tuple[Tensor, float], Result]
 # Dampings to choose from. The search starts where tokens per input suggest, and goes the way the held-out loss falls.
 DAMPS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
 STARTS = ((16.0, 0.01), (4.0, 0.03), (0.0, 0.1))  # at least so many tokens per input -> damping
@@ -137,15 +139,48 @@ def settle(
     held   objective on held-out tokens, which will be of some rows alone; None: there are none, and the first of the
            choices is taken
     """
+    return together([steps(task, gram, choices, aim, held)])[0]
+
+
+def together(all_steps: Sequence[Steps[Settled | None]]) -> list[Settled | None]:
+    """Returns the solutions of problems whose loops over columns are run together where they are alike."""
+    found: list[Settled | None] = [None] * len(all_steps)
+    waiting: dict[int, Rounding] = {}
+
+    def go_on(number: int, *answer: tuple[Tensor, float]) -> None:
+        try:
+            waiting[number] = all_steps[number].send(*answer) if answer else next(all_steps[number])
+        except StopIteration as end:
+            found[number] = end.value
+
+    for number in range(len(all_steps)):
+        go_on(number)
+    while waiting:
+        first = next(iter(waiting.values())).alike()
+        numbers = [number for number, job in waiting.items() if job.alike() == first]
+        answers = solve_together([waiting.pop(number) for number in numbers])
+        for number in numbers:
+            go_on(number, answers.pop(0))
+    return found
+
+
+def steps(
+    task: Task,
+    gram: Tensor,
+    choices: Choices,
+    aim: Callable[[Factor, float], Aim],
+    held: Objective | None,
+) -> Steps[Settled | None]:
+    """Takes the steps of `settle`; yields every loop over columns to be run, and is sent its result."""
     trial = _Trial(task, gram, choices, aim, held)
     if not trial.start():
         return None
     if held is not None:
-        trial.choose_damp()
-        trial.choose_strength()
+        yield from trial.choose_damp()
+        yield from trial.choose_strength()
         if trial.strength != choices.strengths[0]:
-            trial.choose_damp()  # the best damping depends on what is aimed for
-    quantized = _all_rows(task, trial)
+            yield from trial.choose_damp()  # the best damping depends on what is aimed for
+    quantized = yield from _all_rows(task, trial)
     before, after = trial.objectives(quantized)
     result = Settled(
         quantized, trial.factor.damp, trial.strength, trial.sweeps, trial.factor.attempts,
@@ -192,14 +227,14 @@ class _Trial:
         self._take(found, self.strength)
         return True
 
-    def choose_damp(self) -> None:
+    def choose_damp(self) -> Steps[None]:
         """Goes from the damping it has to the neighbours in the list, as long as the held-out objective falls."""
         if len(self.choices.damps) == 1:
             return
-        first = self.least = self._held_loss()
+        first = self.least = yield from self._held_loss()
         for direction in (1, -1):
             while 0 <= self.at + direction < len(DAMPS):
-                loss = self._try_damp(DAMPS[self.at + direction])
+                loss = yield from self._try_damp(DAMPS[self.at + direction])
                 if loss is None:
                     break
                 if loss >= self.least:
@@ -211,7 +246,7 @@ class _Trial:
             if self.least < first:
                 return
 
-    def _try_damp(self, damp: float) -> float | None:
+    def _try_damp(self, damp: float) -> Steps[float | None]:
         """Takes a damping if the held-out objective falls, and returns that; None where it has no factor.
 
         At most two factors are held.
@@ -221,7 +256,7 @@ class _Trial:
         if found is None:
             return None
         self._take(found, self.strength)
-        loss = self._held_loss()
+        loss = yield from self._held_loss()
         if self.least is not None and loss >= self.least:
             self.factor, self.aimed = kept
         return loss
@@ -231,26 +266,26 @@ class _Trial:
         each = self.choices.tokens / len(self.gram)
         return DAMPS.index(next(damp for limit, damp in STARTS if each >= limit))
 
-    def choose_strength(self) -> None:
+    def choose_strength(self) -> Steps[None]:
         """Goes through the strengths in their order as long as the held-out objective falls."""
         if len(self.choices.strengths) == 1:
             return
         if self.least is None:
-            self.least = self._held_loss()
+            self.least = yield from self._held_loss()
         for strength in self.choices.strengths[1:]:
             kept = self.strength, self.aimed
             self._take(self.factor, strength)
-            loss = self._held_loss()
+            loss = yield from self._held_loss()
             if loss >= self.least:
                 self.strength, self.aimed = kept
                 break
             self.least = loss
 
-    def run(self, rows: Rows, sweeps: int) -> Rows:
+    def run(self, rows: Rows, sweeps: int) -> Steps[Rows]:
         """Chooses the codes of rows, and their scales anew when they are refined."""
         source = rows.weight
         start, feed, first = self._target(rows)
-        rows.values, _ = solve_values(start, self.factor, rows.grid(), feed=feed, first=first)
+        rows.values, _ = yield Rounding(start, self.factor, rows.grid(), feed, first)
         if sweeps:
             with _Raised(self.gram, self.factor.ridge):
                 refine(rows, self.task.spec, self.gram, sweeps)
@@ -304,17 +339,17 @@ class _Trial:
         self.factor, self.strength = factor, strength
         self.aimed = self._aim(factor, strength)
 
-    def _held_loss(self) -> float:
+    def _held_loss(self) -> Steps[float]:
         assert self.held is not None
-        rows = self.run(self.task.rows(self.sample), 0)
+        rows = yield from self.run(self.task.rows(self.sample), 0)
         return self._loss(self.held, rows.weight, rows.decoded())
 
 
-def _all_rows(task: Task, trial: _Trial) -> list[Quantized]:
+def _all_rows(task: Task, trial: _Trial) -> Steps[list[Quantized]]:
     codes: list[Tensor | None] = [None] * len(task.weights)
     params = [replace(p, scale=p.scale.clone() if p.scale is not None else None) for p in task.params]
     for run in task.pieces():
-        rows = trial.run(task.rows(run), trial.sweeps)
+        rows = yield from trial.run(task.rows(run), trial.sweeps)
         found = codes_of(rows.values, rows.grid())
         start = 0
         for index, part in run:

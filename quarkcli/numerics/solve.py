@@ -11,7 +11,7 @@ formed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -144,21 +144,52 @@ def solve_values(
     feed        column i, before it is rounded, adds its product with row i of F V^-1 to the columns after it (GPTAQ)
     first       float32 [R], what the first column is rounded from, instead of its target (Qronos' correction)
     """
-    rows, cols = weight.shape
-    order = factor.order if factor.order is not None else torch.arange(cols, device=weight.device)
-    group_of = (order // at.size).clamp_max_(at.scale.shape[1] - 1)
-    grid = torch.empty(cols, rows, dtype=torch.float32, device=weight.device)
-    live = ~factor.dead[order]
-    loss = 0.0
-    step = CPU_ROWS if weight.device.type == "cpu" else max(1, rows)
+    return solve_together([Rounding(weight, factor, at, feed, first)], columns=columns)[0]
+
+
+@dataclass
+class Rounding:
+    """Weights to be rounded column by column, see `solve_values`."""
+
+    weight: Tensor
+    factor: Factor
+    at: Grid
+    feed: Feed | None = None
+    first: Tensor | None = None
+
+    def alike(self) -> object:
+        """Returns a key that is equal for those that may go through the columns together."""
+        zeros = None if self.at.zero is None else self.at.zero.shape
+        kind = self.at.element, self.at.size, self.at.scale.shape, zeros, self.feed is None, self.first is None
+        return kind, self.weight.shape, self.weight.device
+
+
+def solve_together(jobs: Sequence[Rounding], *, columns: int = 128) -> list[tuple[Tensor, float]]:
+    """Returns what `solve_values` does, of each; all are alike. None depends on the others, not by a bit.
+
+    On a CPU as many at once as stay in its cache.
+    """
+    rows = max(1, len(jobs[0].weight))
+    at_once = max(1, CPU_ROWS // rows) if jobs[0].weight.device.type == "cpu" else len(jobs)
+    found: list[tuple[Tensor, float]] = []
+    for start in range(0, len(jobs), at_once):
+        found += _solve_jobs(jobs[start : start + at_once], columns)
+    return found
+
+
+def _solve_jobs(jobs: Sequence[Rounding], columns: int) -> list[tuple[Tensor, float]]:
+    rows, cols = jobs[0].weight.shape
+    device = jobs[0].weight.device
+    every = torch.arange(cols, device=device)
+    orders = [job.factor.order if job.factor.order is not None else every for job in jobs]
+    grid = torch.empty(cols, len(jobs), rows, dtype=torch.float32, device=device)
+    losses = [0.0] * len(jobs)
+    step = CPU_ROWS if device.type == "cpu" else max(1, rows)
     for start in range(0, rows, step):
         part = slice(start, start + step)
-        targets = _columns_in(order, weight[part])
-        own = replace(at, scale=at.scale[part].t().contiguous(), zero=_columns_of(at.zero, part))
-        one = None if first is None else first[part]
-        loss += _solve_rows(targets, factor.upper, own, group_of, columns, grid[:, part], live, feed, one)
-        del targets
-    return _rows_of(grid, order), loss
+        found = _solve_rows(jobs, orders, part, columns, grid[:, :, part])
+        losses = [before + more for before, more in zip(losses, found, strict=True)]
+    return [(_rows_of(grid[:, i], order), loss) for i, (order, loss) in enumerate(zip(orders, losses, strict=True))]
 
 
 def _columns_in(order: Tensor, weight: Tensor) -> Tensor:
@@ -177,10 +208,6 @@ def _rows_of(columns: Tensor, order: Tensor) -> Tensor:
         part = slice(start, start + _PANEL)
         found[part] = torch.empty_like(columns[:, part]).index_copy_(0, order, columns[:, part]).t()
     return found
-
-
-def _columns_of(zero: Tensor | None, rows: slice) -> Tensor | None:
-    return None if zero is None else zero[rows].t().contiguous()
 
 
 def codes_of(values: Tensor, at: Grid) -> Tensor:
@@ -238,81 +265,89 @@ def _turn_around(matrix: Tensor) -> None:
 
 
 def _solve_rows(
-    targets: Tensor,
-    upper: Tensor,
-    at: Grid,
-    group_of: Tensor,
-    columns: int,
-    grid: Tensor,
-    live: Tensor,
-    feed: Feed | None,
-    start: Tensor | None,
-) -> float:
-    """Rounds columns whose targets t are `targets` [N, R] in order; writes grid values to `grid` [N, R].
+    jobs: Sequence[Rounding], orders: Sequence[Tensor], part: slice, columns: int, grid: Tensor
+) -> list[float]:
+    """Rounds the columns of some rows of each job in its order; writes grid values to `grid` [N, jobs, R].
 
-    Returns sum(e^2), e_j = (c_j - q_j) V_jj, over the columns that are `live` (bool [N]). Dead ones are coupled to no
-    other. `at` has its scales and zero points transposed: [groups, R].
+    Returns sum(e^2), e_j = (c_j - q_j) V_jj, over the columns that are live. Dead ones are coupled to no other.
 
     Until a column is rounded, its place in `grid` holds sum (t_i - q_i) V_ij + c_i F_ij over the columns rounded
     before: what c_i F V^-1 adds to a target, times V.
     """
-    cols = len(targets)
+    cols, size = len(grid), jobs[0].at.size
+    targets = torch.empty(grid.shape, dtype=torch.float32, device=grid.device)
+    for i, job in enumerate(jobs):
+        targets[:, i] = _columns_in(orders[i], job.weight[part])
+    scales = [job.at.scale[part].t().contiguous() for job in jobs]
+    zeros = [None if job.at.zero is None else job.at.zero[part].t().contiguous() for job in jobs]
+    groups = [(order // size).clamp_max_(len(scale) - 1) for order, scale in zip(orders, scales, strict=True)]
+    uppers = [job.factor.upper for job in jobs]
     grid.zero_()
-    loss = 0.0
+    losses = [0.0] * len(jobs)
     for first in range(0, cols, columns):
         last = min(first + columns, cols)
         inside, behind = slice(first, last), slice(last, cols)
-        pivots = upper.diagonal()[inside].unsqueeze(1)
-        couplings = (upper[inside, inside] / pivots.T).t().contiguous()
-        fed = feed(inside) if feed is not None else None
-        feeds = (fed[:, : last - first] / pivots.T).t().contiguous() if fed is not None else None
-        groups = group_of[inside]
-        own = replace(at, scale=at.scale[groups], zero=None if at.zero is None else at.zero[groups])
+        pivots = torch.stack([upper.diagonal()[inside] for upper in uppers], 1).unsqueeze(2)
+        couplings = _stacked([upper[inside, inside] for upper in uppers], pivots)
+        feds = [job.feed(inside) for job in jobs if job.feed is not None]
+        feeds = _stacked([fed[:, : last - first] for fed in feds], pivots) if feds else None
+        scale = torch.stack([scale[group[inside]] for scale, group in zip(scales, groups, strict=True)], 1)
+        zero = [zero[group[inside]] for zero, group in zip(zeros, groups, strict=True) if zero is not None]
         wanted = targets[inside]
         current = (grid[inside] / pivots).add_(wanted)
-        if start is not None and not first:
-            current[0] = start
+        for i, job in enumerate(jobs):
+            if job.first is not None and not first:
+                current[0, i] = job.first[part]
+        own = Grid(jobs[0].at.element, scale, size, torch.stack(zero, 1) if zero else None)
         values, differences = _solve_block(wanted, current, couplings, own, feeds)
         grid[inside] = values
         if last < cols:
-            grid[behind].addmm_(upper[inside, behind].t(), differences)
-            if fed is not None:
-                grid[behind].addmm_(fed[:, last - first :].t(), current)
-        left = current.sub_(values.mul_(own.scale))
+            for i, upper in enumerate(uppers):
+                grid[behind, i].addmm_(upper[inside, behind].t(), differences[:, i])
+            for i, fed in enumerate(feds):
+                grid[behind, i].addmm_(fed[:, last - first :].t(), current[:, i])
+        left = current.sub_(values.mul_(scale))
         if not first:
             left[0] = differences[0]
         left.mul_(pivots)
-        loss += float(left[live[inside]].square_().sum(dtype=torch.float64))
-    return loss
+        for i, job in enumerate(jobs):
+            live = ~job.factor.dead[orders[i][inside]]
+            losses[i] += float(left[live, i].square_().sum(dtype=torch.float64))
+    return losses
+
+
+def _stacked(blocks: Sequence[Tensor], pivots: Tensor) -> Tensor:
+    """Returns blocks [B, B] divided by the pivots [B, jobs, 1] of their columns, transposed, as [B, jobs, B]."""
+    return torch.stack([block.t() for block in blocks], 1).div_(pivots)
 
 
 def _solve_block(
     targets: Tensor, current: Tensor, couplings: Tensor, at: Grid, feeds: Tensor | None
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Returns grid values and differences t - q [B, R] of one block of columns.
+    """Returns grid values and differences t - q [B, jobs, R] of one block of columns.
 
-    targets   t [B, R]
-    current   c [B, R] as all columns before the block leave it; becomes what each column was when it was rounded
-    couplings  row j: how the differences of columns before it in the block reach column j; `feeds`: how what they were
-               when they were rounded does
-    at        a scale (and zero point) for every column: [B, R]
+    targets   t [B, jobs, R]
+    current   c [B, jobs, R] as all columns before the block leave it; becomes what each was when it was rounded
+    couplings  [B, jobs, B], place j: how the differences of columns before it in the block reach column j; `feeds`: how
+               what they were when they were rounded does
+    at        a scale (and zero point) for every column: [B, jobs, R]
 
     A column takes the differences of all before it in one product when its turn comes. Views are made once: on a CPU
-    the loop is bound by the cost of a torch call.
+    the loop is bound by the cost of a torch call, on a GPU by launches, which is why jobs go through it together.
     """
     round_, element = codec(at.element).round_, at.element
     values = torch.empty_like(targets)
     differences = torch.empty_like(targets)
-    scratch = torch.empty(2, targets.shape[1], dtype=torch.int32, device=targets.device)
-    earlier, before = differences.t(), current.t()
-    zeros = [None] * targets.shape[0] if at.zero is None else at.zero.unbind()
-    columns = (targets, current, at.scale, values, differences, couplings)
+    scratch = torch.empty(2, *targets.shape[1:], dtype=torch.int32, device=targets.device)
+    earlier, before = differences.transpose(0, 1), current.transpose(0, 1)
+    zeros = [None] * len(targets) if at.zero is None else at.zero.unbind()
+    columns = (targets, current, at.scale, values, differences, couplings.unsqueeze(2), current.unsqueeze(2))
     loop = zip(*(each.unbind() for each in columns), zeros, strict=True)
-    for i, (target, column, scale, value, difference, coupling, zero) in enumerate(loop):
+    for i, (target, column, scale, value, difference, coupling, sums, zero) in enumerate(loop):
         if i:
-            column.addmv_(earlier[:, :i], coupling[:i])
+            sums.baddbmm_(coupling[:, :, :i], earlier[:, :i])
             if feeds is not None:
-                column.addmv_(before[:, :i], feeds[i, :i])
+                sums.baddbmm_(feeds[i, :, None, :i], before[:, :i])
         round_(torch.div(column, scale, out=value), element, scratch, zero)
         torch.mul(value, scale, out=difference)
         torch.sub(target, difference, out=difference)

@@ -18,8 +18,8 @@ def test_the_loop_starts_from_the_source_weights() -> None:
     factor = factorize(moment.gram, damp=0.01)
     solver = create("gptaq", {})
     assert factor is not None and isinstance(solver, GPTAQ)
-    problem = case.problem(SPECS["int3"], moment)
-    assert solver.aim(problem, factor, 0.0).drift is None
-    full = solver.aim(problem, factor, 1.0)
+    aim = solver.aiming(case.problem(SPECS["int3"], moment))
+    assert aim(factor, 0.0).drift is None
+    full = aim(factor, 1.0)
     assert full.feed and full.share == 1.0 and full.drift is not None
     assert torch.equal(full.drift.gram, moment.gram) and full.times(0.5).share == 0.5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from quarkcli.algorithms.base import Moment, Problem
 from quarkcli.algorithms.gptq import GPTQ
 from quarkcli.job import run as job
 from quarkcli.job.problems import problems
+from quarkcli.job.problems import runs as together
 from tests import runs
 
 
@@ -66,8 +68,12 @@ def test_weights_without_an_activation_stand_alone() -> None:
 
 def test_a_solver_without_a_solution_is_replaced_and_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """`down_proj` has none: its weights are those of rounding to nearest, everything else is solved."""
-    solve = GPTQ.solve
-    monkeypatch.setattr(GPTQ, "solve", lambda self, p: None if "down_proj" in p.name else solve(self, p))
+    solve = GPTQ.solve_many
+
+    def but_down(self: GPTQ, run: Sequence[Problem]) -> list[Any]:
+        return [None] if "down_proj" in run[0].name else solve(self, run)
+
+    monkeypatch.setattr(GPTQ, "solve_many", but_down)
     text = runs.data(runs.text_file(tmp_path / "t.txt"), 8, 64)
     made = runs.run("demo", tmp_path / "gptq", scheme="int4_wo_128", algorithm="gptq", **text)
     plain = runs.run("demo", tmp_path / "rtn", scheme="int4_wo_128")
@@ -78,3 +84,17 @@ def test_a_solver_without_a_solution_is_replaced_and_said(monkeypatch: pytest.Mo
     said = [w for w in made.report["warnings"] if "finds no solution" in w]
     assert len(said) == 4
     assert said[0] == "model.layers.0.mlp.down_proj: gptq finds no solution on 512 tokens; rounded to nearest"
+
+
+def test_experts_of_one_shape_are_solved_together(tmp_path: Path) -> None:
+    prepared = runs.prepare(runs.build("qwen3_moe", tmp_path / "m"), scheme="int4_wo_32")
+    sites = {target.site for target in prepared.plan.quantized(1) if target.site is not None}
+    found = grouped(prepared, 1, {site: {"gram"} for site in sites})
+    experts = {problem.expert for problem in found} - {None}
+    for at_once in (1, 3, 100):
+        made = list(together(found, lambda shape, at_once=at_once: at_once))
+        assert [problem for run in made for problem in run] == found
+        assert max(map(len, made)) == min(at_once, len(experts))
+        for run in made:
+            assert len({(p.site, p.shape, p.spec) for p in run}) == 1
+            assert len(run) == 1 or all(problem.expert is not None for problem in run)
