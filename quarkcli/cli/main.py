@@ -18,6 +18,7 @@ from quarkcli.cli import (
     algorithms,
     apps,
     compare,
+    convert,
     evaluate,
     inspect,
     models,
@@ -26,10 +27,10 @@ from quarkcli.cli import (
     recipes,
     report,
     schemes,
+    verify,
 )
 from quarkcli.cli import env as environment
 from quarkcli.cli import search as searching
-from quarkcli.cli import verify as verification
 from quarkcli.cli.signals import CODES, Terminated, answered
 from quarkcli.errors import ExitCode, QuarkError, ResourceError, UsageError
 
@@ -42,8 +43,9 @@ app.command("quantize", epilog=quantize.QUANTIZE_EXAMPLES)(quantize.quantize)
 app.command("plan", epilog=quantize.PLAN_EXAMPLES)(quantize.plan)
 app.command("search", epilog=searching.EXAMPLES)(searching.search)
 app.command("eval", epilog=evaluate.EXAMPLES)(evaluate.evaluate)
-app.command("verify", epilog=verification.EXAMPLES)(verification.verify)
+app.command("verify", epilog=verify.EXAMPLES)(verify.verify)
 app.command("compare", epilog=compare.EXAMPLES)(compare.compare)
+app.command("convert", epilog=convert.EXAMPLES)(convert.convert)
 app.command("inspect", epilog=inspect.EXAMPLES)(inspect.inspect)
 app.command("report", epilog=report.EXAMPLES)(report.report)
 app.add_typer(recipes.app, name="recipes")

@@ -41,14 +41,15 @@ def readers() -> list[Reader]:
     return [module.READER for module in _modules() if hasattr(module, "READER")]
 
 
-def writer(name: str) -> Writer:
+def writer(name: str, flag: str = "--dialect") -> Writer:
     """Returns the dialect called `name`; `_` and `-` are the same. Raises UsageError for one that is not written."""
     known = {member.name: member for member in writers()}
     dashed = name.replace("_", "-")
     if dashed not in known:
         what = f"dialect '{name}' is read here, not written" if dashed in names() else f"unknown dialect '{name}'"
         close = near_misses(dashed, known) or known
-        raise UsageError(what, where="--dialect", hint=f"use one of: {', '.join(close)}, {AUTO}")
+        auto = f", {AUTO}" if flag == "--dialect" else ""
+        raise UsageError(what, where=flag, hint=f"use one of: {', '.join(close)}{auto}")
     return known[dashed]
 
 

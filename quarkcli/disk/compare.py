@@ -260,7 +260,7 @@ def _static(decoded: list[Decoded | None]) -> Iterator[tuple[str, tuple[float | 
         return
     for kind, a, b in (("input", first.input, second.input), ("output", first.output, second.output)):
         pair = _number(a), _number(b)
-        if not _near(*pair):
+        if not near(*pair):
             yield kind, pair
 
 
@@ -270,7 +270,7 @@ def _attention_scales(first: _Side, second: _Side) -> dict[str, tuple[float | No
         return {}
     ours, theirs = _of_attention(first.checkpoint), _of_attention(second.checkpoint)
     names = [*ours, *(name for name in theirs if name not in ours)]
-    return {name: (ours.get(name), theirs.get(name)) for name in names if not _near(ours.get(name), theirs.get(name))}
+    return {name: (ours.get(name), theirs.get(name)) for name in names if not near(ours.get(name), theirs.get(name))}
 
 
 def _of_attention(checkpoint: Checkpoint) -> dict[str, float]:
@@ -300,19 +300,20 @@ def _format(spec: TensorSpec) -> list[tuple[object, ...]]:
     return [(stage.element, stage.granularity, stage.zero_point, stage.stored) for stage in spec.stages]
 
 
-def same_params(first: QParams, second: QParams, ulp: int = 0) -> bool:
+def same_params(first: QParams, second: QParams, ulp: int = 0, values: bool = False) -> bool:
     """True when all scales, zero points and shift bits are equal bit for bit.
 
-    ulp   how far scales of the whole tensor may be apart, in units in the last place of float32
+    ulp     how far scales of the whole tensor may be apart, in units in the last place of float32
+    values  scales of other dtypes and shapes with equal values are equal
     """
+    same = _same_values if values else _same_bits
     if (first.then is None) != (second.then is None):
         return False
-    if first.then is not None and second.then is not None and not same_params(first.then, second.then, ulp):
+    if first.then is not None and second.then is not None and not same_params(first.then, second.then, ulp, values):
         return False
     pairs = [(getattr(first, name), getattr(second, name)) for name in ("scale", "global_scale", "zero_point", "shift")]
     return all(
-        _same_bits(a, b) or (ulp > 0 and _number(a) is not None and _near(_number(a), _number(b), ulp))
-        for a, b in pairs
+        same(a, b) or (ulp > 0 and _number(a) is not None and near(_number(a), _number(b), ulp)) for a, b in pairs
     )
 
 
@@ -327,12 +328,25 @@ def _same_bits(first: Tensor | None, second: Tensor | None) -> bool:
     return torch.equal(a, b)
 
 
+def _same_values(first: Tensor | None, second: Tensor | None) -> bool:
+    """True for equal bits, and for floats or whole numbers of two dtypes with equal values."""
+    import torch
+
+    if _same_bits(first, second):
+        return True
+    if first is None or second is None or first.numel() != second.numel():
+        return False
+    if first.is_floating_point() != second.is_floating_point():  # a code of a scale is no scale
+        return False
+    return torch.equal(first.double().reshape(-1), second.double().reshape(-1))
+
+
 def _number(scale: Tensor | None) -> float | None:
     """Returns a scale of the whole tensor; None for scales of parts, and where there is none."""
     return float(scale) if scale is not None and scale.dim() == 0 and scale.is_floating_point() else None
 
 
-def _near(a: float | None, b: float | None, ulp: int = 1) -> bool:
+def near(a: float | None, b: float | None, ulp: int = 1) -> bool:
     """True when both are there, and so many units in the last place of float32 apart at most; or both are absent."""
     if a is None or b is None:
         return a is b

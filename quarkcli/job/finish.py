@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from quarkcli.dialects.base import CONFIG_FILE
+from quarkcli.dialects.base import CONFIG_FILE, Writer
 from quarkcli.disk import manifest, verify
+from quarkcli.disk.side_files import SideFiles
+from quarkcli.disk.source import Source
 from quarkcli.disk.writer import atomic_write_json, atomic_write_text, disk_errors, remove_staging, write_index
 from quarkcli.family import text_config
 from quarkcli.job.options import Calibration, Prepared
@@ -23,30 +25,44 @@ from quarkcli.spec import spec_to_yaml
 if TYPE_CHECKING:
     from quarkcli.forward.data import CalibrationData
 
+# Keys of config.json that say how the source was quantized.
+QUANTIZED_KEYS = ("quantization_config", "compression_config")
+
 
 def write_config(prepared: Prepared, partial: Path, records: dict[str, dict[str, Any]]) -> None:
     """Step 9: writes everything beside the weights; safe to repeat after an interruption."""
-    described = prepared.dialect.files(prepared.plan)
+    describe(prepared.dialect, prepared.plan, prepared.source, prepared.side_files, partial, records)
+    atomic_write_text(partial / "quark" / "recipe.yaml", resolved_recipe(prepared))
+
+
+def describe(
+    dialect: Writer,
+    plan: Plan,
+    source: Source,
+    beside: SideFiles,
+    partial: Path,
+    records: Mapping[str, Mapping[str, Any]],
+) -> None:
+    """Writes config, index, side files, and what the dialect says of the checkpoint. `records`: files of every part."""
+    described = dialect.files(plan)
     keys = described.pop(CONFIG_FILE, {})
-    config = with_keys(prepared.source.config_text, keys, prepared.plan.config_changes)
-    atomic_write_text(partial / CONFIG_FILE, config)
+    atomic_write_text(partial / CONFIG_FILE, with_keys(source.config_text, keys, plan.config_changes))
     for name, content in described.items():
         atomic_write_json(partial / name, content)
     files = [file for record in records.values() for file in record["files"]]
     weight_map = {tensor: file["file"] for file in files for tensor in file["tensors"]}
     write_index(partial, weight_map, sum(size for file in files for size in file["tensors"].values()))
-    _copy_side_files(prepared, partial, described)
+    _copy_side_files(beside, partial, described)
     (partial / "quark").mkdir(exist_ok=True)
-    atomic_write_text(partial / "quark" / "recipe.yaml", resolved_recipe(prepared))
 
 
 def with_keys(config_text: str, keys: Mapping[str, Any], changes: Mapping[str, Any] | None = None) -> str:
-    """Returns the source's config.json in its own order, with `keys` added or replaced.
+    """Returns the source's config.json in its own order, with `keys` added; what it said of its quantization goes.
 
     keys      entries of a dialect at the top: `quantization_config`
     changes   keys that transforms set, where the config has them: at the top and in the text model's part
     """
-    config = json.loads(config_text)
+    config = {key: value for key, value in json.loads(config_text).items() if key not in QUANTIZED_KEYS}
     for key, value in (changes or {}).items():
         inner = text_config(config)
         if isinstance(inner, dict) and key in inner:
@@ -57,9 +73,8 @@ def with_keys(config_text: str, keys: Mapping[str, Any], changes: Mapping[str, A
     return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
 
 
-def _copy_side_files(prepared: Prepared, partial: Path, written: Collection[str]) -> None:
+def _copy_side_files(found: SideFiles, partial: Path, written: Collection[str]) -> None:
     """Copies the files beside the source's weights. `written`: files of the dialect, which stay as they are."""
-    found = prepared.side_files
     with disk_errors(partial):
         for relative, origin in found.copied.items():
             if relative.as_posix() in written:
@@ -141,21 +156,24 @@ def verify_and_report(
     report = build.build(prepared, data, records, checks, seconds, device)
     atomic_write_json(partial / "quark" / "report.json", report)
     atomic_write_text(partial / "README.md", build.card(prepared, report))
-    _write_manifest(prepared, partial, records)
+    write_manifest(source_facts(prepared.source), partial, records)
     return report
 
 
-def _write_manifest(prepared: Prepared, partial: Path, records: dict[str, dict[str, Any]]) -> None:
-    """Writes the sha256 of every file but the manifest itself and the log.
-
-    Shards were hashed when they were written.
-    """
-    remove_staging(partial)
-    source = prepared.source
-    facts = {
+def source_facts(source: Source) -> dict[str, Any]:
+    """Returns what a manifest says of the model that a checkpoint was made from."""
+    return {
         "name": source.name,
         "hub_id": source.hub_id,
         "commit": source.commit,
         "headers": source.header_digest(),
     }
+
+
+def write_manifest(facts: Mapping[str, Any], partial: Path, records: Mapping[str, Mapping[str, Any]]) -> None:
+    """Writes the sha256 of every file but the manifest itself and the log.
+
+    Shards were hashed when they were written. `facts`: see `source_facts`.
+    """
+    remove_staging(partial)
     manifest.write(partial, facts, {file["file"]: file["sha256"] for r in records.values() for file in r["files"]})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from quarkcli.family import PROTECTED, AttentionModule, Layout, Weight
 from quarkcli.memory import without_collection
@@ -50,7 +50,7 @@ def resolve(
         targets=targets,
         attention=attention,
         sites=layout.sites,
-        kept=_kept(layout, targets, composed.entries),
+        kept=kept(layout, targets, composed.entries),
         algorithms=weights.steps(recipe, layout),
         matches=resolver.matches,
         tied_head=layout.tied_head,
@@ -169,7 +169,7 @@ def attention_slots(modules: Iterable[str]) -> list[str]:
     return [name for module in modules for kind in ATTENTION_KINDS for name in attention_names(module, kind)]
 
 
-def _kept(layout: Layout, targets: dict[str, Target], entries: list[Entry]) -> dict[str, str]:
+def kept(layout: Layout, targets: Mapping[str, Target], entries: list[Entry]) -> dict[str, str]:
     """Returns a mapping from source tensor to the reason why it is copied as it is.
 
     A fused tensor with one quantized expert is not kept.

@@ -17,6 +17,7 @@ from quarkcli.recipe.match import starred
 from quarkcli.report.outcomes import outcomes
 
 if TYPE_CHECKING:
+    from quarkcli.dialects.base import Writer
     from quarkcli.forward.data import CalibrationData
     from quarkcli.job.options import Prepared
 
@@ -258,6 +259,38 @@ def card(prepared: Prepared, report: dict[str, Any]) -> str:
         "",
     ]
     if "vllm" in prepared.dialect.loaders(prepared.plan):
+        lines += ["```", "vllm serve .", "```", ""]
+    return "\n".join(map(_one_line, lines))
+
+
+def card_of_conversion(facts: Mapping[str, Any], name: str, before: str, dialect: Writer, plan: Plan) -> str:
+    """Returns README.md of a checkpoint that was converted. `facts`: what its manifest says of the model."""
+    base = str(facts.get("hub_id") or facts.get("name") or name)
+    front = {
+        "base_model": base,
+        "base_model_relation": "quantized",
+        "tags": list(dict.fromkeys(["quark", dialect.name])),
+    }
+    schemes = (f"| {count} modules | {what.replace(' | ', '; ')} |" for what, count in modules_by_scheme(plan).items())
+    lines = [
+        "---",
+        *yaml.safe_dump(front, sort_keys=False, allow_unicode=base.isprintable(), width=_NO_BREAKS).splitlines(),
+        "---",
+        "",
+        f"# {name}, {dialect.name}",
+        "",
+        f"Quantized from `{base}`; converted from dialect {before} to {dialect.name} by quark {__version__}.",
+        "Codes and scales are as they were.",
+        "",
+        "| | |",
+        "|---|---|",
+        *schemes,
+        "",
+        "The hashes of all files are in `quark/`, and the card of the checkpoint that was converted.",
+        "The licence of the source model applies.",
+        "",
+    ]
+    if "vllm" in dialect.loaders(plan):
         lines += ["```", "vllm serve .", "```", ""]
     return "\n".join(map(_one_line, lines))
 

@@ -173,6 +173,11 @@ OTHERS: dict[str, dict[str, list[Case] | str]] = {
         "min_sqnr": "it decides the exit code",
         "offline": "a promise that holds",
     },
+    "convert": {
+        "directory": "what it is about",
+        **dict.fromkeys(("to", "to_output"), "where it goes"),
+        "overwrite": [(("convert", "MADE", "--to", "quark", "-o", "out", "--overwrite"), 0, NOT_USED)],
+    },
     "inspect": {
         "model": "what it is about",
         "revision": [(("inspect", "demo", "--revision", "v2"), 0, "has no revisions")],

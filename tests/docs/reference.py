@@ -12,7 +12,7 @@ from quarkcli.cli import main
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "cli.md"
 COMMANDS = [
-    (), ("quantize",), ("plan",), ("eval",), ("verify",), ("compare",), ("inspect",), ("report",),
+    (), ("quantize",), ("plan",), ("eval",), ("verify",), ("compare",), ("convert",), ("inspect",), ("report",),
     ("recipes", "list"), ("recipes", "show"), ("recipes", "normalize"), ("recipes", "convert"), ("recipes", "schema"),
     ("recipes", "validate"), ("recipes", "copy"),
     ("schemes", "list"), ("schemes", "show"), ("algorithms", "list"), ("algorithms", "show"),

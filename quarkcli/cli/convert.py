@@ -1,0 +1,65 @@
+"""`quark convert`: a quantized checkpoint in another dialect, without another rounding."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from quarkcli.cli import apps, output
+from quarkcli.cli.flags import Debug, Json, Quiet
+
+SCHEMA = "quark/convert/1"
+EXAMPLES = apps.examples(
+    "quark convert out/demo-nvfp4 --to quark -o out/demo-nvfp4-quark",
+    "quark convert out/demo-nvfp4 --to quark -o out/demo-nvfp4-quark --overwrite --json",
+)
+
+
+def convert(
+    directory: Annotated[
+        str, typer.Argument(metavar="DIR", help="A quantized checkpoint, in any dialect that is read.")
+    ],
+    to: Annotated[str, typer.Option("--to", metavar="DIALECT", help="The dialect to write.")],
+    to_output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Where to write.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output directory that exists.")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Write a quantized checkpoint in another dialect.
+
+    Codes and scales stay as they are: every tensor is read back from what is written. A dialect that cannot hold one is
+    refused (exit 4), with the tensor and the reason. The result is as complete as one of 'quark quantize'.
+    """
+    output.start(json=json, debug=debug, quiet=quiet)
+    from quarkcli.cli.progress import Progress
+    from quarkcli.disk.source import Source
+    from quarkcli.disk.writer import output_state
+    from quarkcli.job import convert as converting
+
+    if overwrite and output_state(to_output) in ("absent", "empty"):
+        output.note(f"warning: --overwrite is not used: there is nothing in {to_output}")
+    source = Source.open(directory)
+    with Progress("lines") as progress:
+        found = converting.convert(source, to, to_output, overwrite=overwrite, tell=progress)
+    if json:
+        output.json_data({"schema": SCHEMA, **found})
+    else:
+        _show(found)
+
+
+def _show(found: dict[str, Any]) -> None:
+    loads = ", ".join(found["loads_in"]) or "nothing that is known here"
+    rows = [
+        ("output", found["directory"]),
+        ("dialect", f"{found['from']} -> {found['to']}; loads in: {loads}"),
+        ("weights", f"{found['weights']} with the codes and scales that they had"),
+        ("size", output.size(found["bytes"])),
+    ]
+    if found["one_ulp_off"]:
+        what = "have a scale of the whole tensor one unit in the last place off: one dialect stores its inverse"
+        rows.append(("", f"{len(found['one_ulp_off'])} of them {what}"))
+    for line in output.pairs(rows):
+        output.data(line)

@@ -1,0 +1,367 @@
+"""A quantized checkpoint in another dialect: its codes and scales as they are, under other names and in other packing.
+
+What is written is read back by the other dialect's own reader, before any weight from names, shapes and config alone,
+then tensor by tensor: a dialect that would change a code or a scale is refused by the name of the tensor. Memory holds
+one part of the model.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from quarkcli import __version__, dialects, family, memory
+from quarkcli.dialects.base import CONFIG_FILE, CONFIG_KEY, Decoded, Reader, StoredView, Writer
+from quarkcli.disk import contents, manifest, side_files, verify
+from quarkcli.disk.checkpoint import Checkpoint, LogicalHeader
+from quarkcli.disk.compare import near, same_params
+from quarkcli.disk.journal import Journal
+from quarkcli.disk.place import dispose
+from quarkcli.disk.source import Source
+from quarkcli.disk.writer import (
+    atomic_write_json,
+    atomic_write_text,
+    file_size,
+    free_bytes,
+    partial_path,
+    publish,
+    write_part,
+)
+from quarkcli.documents import text
+from quarkcli.errors import ModelError, QuarkError, ResourceError, UsageError
+from quarkcli.events import Listener, Message, PartDone, Phase, Working, silent
+from quarkcli.job import finish, preflight
+from quarkcli.plan.model import Part, Plan, QuantizedTarget
+from quarkcli.plan.stored import Specs, of_stored
+from quarkcli.report.build import card_of_conversion
+from quarkcli.spec import TensorSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+RECIPE, REPORT = "quark/recipe.yaml", "quark/report.json"
+
+
+@dataclass
+class Conversion:
+    """All that is known before the first weight is read.
+
+    there   what the other dialect's reader will find in the files
+    moved   scales of whole tensors that are one unit in the last place off: some dialects store the inverse
+    """
+
+    checkpoint: Checkpoint
+    plan: Plan
+    reader: Reader
+    writer: Writer
+    back: Reader
+    there: StoredView
+    bytes: int
+    moved: list[str] = field(default_factory=list)
+
+
+def prepare(source: Source, to: str) -> Conversion:
+    """Returns a conversion that config, headers and writer allow. Raises ModelError, naming the tensor, and UsageError.
+
+    to   the name of a dialect that is written here
+    """
+    writer = dialects.writer(to, "--to")
+    checkpoint = Checkpoint(source)
+    reader, back = checkpoint.reader, writer.reader
+    if reader is None:
+        hint = "quark quantize --dialect writes it in a dialect from the start"
+        raise ModelError("is not quantized, so there is nothing to convert", where=source.name, hint=hint)
+    if reader.name == writer.name:
+        raise UsageError(f"the checkpoint is in dialect {writer.name} already", where="--to")
+    plan = _plan(checkpoint)
+    refusals = [*writer.refusals(plan), *writer.online_refusals(plan)]
+    if refusals:
+        more = f" (and {len(refusals) - 1} more reasons)" if len(refusals) > 1 else ""
+        raise ModelError(f"dialect {writer.name} cannot hold this checkpoint: {refusals[0]}{more}", where=source.name)
+    if back is None:
+        raise ModelError(f"dialect {writer.name} is only written here, so nothing could prove that it is lossless")
+    infos = _infos(plan, writer, checkpoint)
+    headers = {info.name: LogicalHeader(info.dtype, info.shape) for info in infos}
+    config = writer.files(plan).get(CONFIG_FILE, {}).get(CONFIG_KEY) or {}
+    there = back.view(config, headers)
+    _check_specs(plan, there, writer)
+    return Conversion(checkpoint, plan, reader, writer, back, there, file_size(infos))
+
+
+def convert(source: Source, to: str, output: Path, *, overwrite: bool = False, tell: Listener = silent) -> Any:
+    """Writes a checkpoint in another dialect. Returns a summary. Raises QuarkError; then no output directory exists."""
+    started = time.monotonic()
+    tell(Phase("check"))
+    found = prepare(source, to)
+    partial = partial_path(output)
+    preflight.check_output(output, overwrite, source.folder)
+    if found.bytes > (free := free_bytes(output)):
+        raise ResourceError(f"{found.bytes:,} bytes needed, {free:,} free", where=str(output), hint="free some space")
+    with Journal.lock(partial) as journal:
+        journal.start(_fingerprint(source, found.writer))
+        journal.verify()
+        tell(Phase("convert"))
+        todo = [part for part in found.plan.parts if part.name not in journal.finished]
+        for part in todo:
+            begun = time.monotonic()
+            tensors = _part(found, part, tell)
+            files = write_part(partial, contents.slug(part), tensors)
+            moved, found.moved = found.moved, []
+            journal.finish(part.name, {"files": [file.record() for file in files], "moved": moved})
+            seconds, eta = (
+                time.monotonic() - begun,
+                (len(found.plan.parts) - part.index - 1) * (time.monotonic() - begun),
+            )
+            label = f"{found.reader.name} -> {found.writer.name}"
+            tell(
+                PartDone(
+                    part.index + 1, len(found.plan.parts), part.name, label, seconds, None, memory.peak_rss(), 0, eta
+                )
+            )
+            del tensors
+        records = {part.name: journal.finished[part.name] for part in found.plan.parts}
+        summary = _finish(found, source, partial, records, tell) | {"seconds": round(time.monotonic() - started, 2)}
+        journal.set_aside()
+        publish(partial, output, overwrite, journal.announce)
+        for old in journal.replaced:
+            for line in dispose(Path(old), output):
+                tell(Message(line, "warning", always=True))
+        journal.discard_state()
+    return {"directory": str(output), **summary}
+
+
+# ---- before any weight is read
+
+
+def _plan(checkpoint: Checkpoint) -> Plan:
+    read = checkpoint
+    layout = family.lay_out(read.family_name, read.family, read.inferred, read.source.config, read.headers)
+    weights: dict[str, Specs] = {t.name: (t.weight, t.input, t.output, t.bias) for t in read.view.targets.values()}
+    attention = {stored.name: stored.specs for stored in read.view.attention.values()}
+    assert read.reader is not None
+    return of_stored(read.reader.name, layout, weights, attention, read.view.online)
+
+
+def _infos(plan: Plan, writer: Writer, checkpoint: Checkpoint) -> list[contents.TensorInfo]:
+    owners = contents.part_targets(plan)
+    return [info for part in plan.parts for info in contents.part_infos(plan, writer, part, checkpoint.headers, owners)]
+
+
+def _check_specs(plan: Plan, there: StoredView, writer: Writer) -> None:
+    """Raises ModelError where the other dialect would read codes, activations or caches as something else."""
+    for target in plan.quantized():
+        stored = there.targets.get(target.name)
+        pairs: list[tuple[str, TensorSpec | None, TensorSpec | None]] = [
+            ("weight", target.weight, stored.weight if stored else None),
+            ("input", target.input, stored.input if stored else None),
+            ("output", target.output, stored.output if stored else None),
+            ("bias", target.bias_spec, stored.bias if stored else None),
+        ]
+        for kind, ours, theirs in pairs:
+            if _meaning(ours, kind) != _meaning(theirs, kind):
+                raise _changed(f"{target.name}.{kind}", ours, theirs, writer)
+    for name, module in plan.attention.items():
+        found = there.attention.get(name)
+        specs = found.specs if found else {}
+        for kind in {*module.specs, *specs}:
+            if _meaning(module.specs.get(kind), "input") != _meaning(specs.get(kind), "input"):
+                raise _changed(f"{name}.{kind}", module.specs.get(kind), specs.get(kind), writer)
+    extra = [name for name in there.targets if not plan.targets[name].weight]
+    if extra or dict(there.online) != plan.online:
+        raise ModelError(f"dialect {writer.name} would say something else of it", where=(extra or [*plan.online])[0])
+
+
+def _changed(slot: str, ours: TensorSpec | None, theirs: TensorSpec | None, writer: Writer) -> ModelError:
+    said = [spec.describe() if spec else "not quantized" for spec in (ours, theirs)]
+    return ModelError(f"it is {said[0]}, and dialect {writer.name} would make of it: {said[1]}", where=slot)
+
+
+def _meaning(spec: TensorSpec | None, kind: str) -> list[tuple[object, ...]] | None:
+    """Returns what decides the values that a server computes with.
+
+    How codes and stored scales were chosen is past. A stored scale's dtype is compared by its values. An activation
+    that is quantized while the model runs goes by its rule.
+    """
+    if spec is None:
+        return None
+    found: list[tuple[object, ...]] = []
+    for stage in spec.stages:
+        scale = stage.scale
+        fixed = kind in ("weight", "bias")
+        over = scale is not None and scale.global_scale is not None
+        runs = None if fixed or scale is None or not _at_run_time(stage) else (scale.dtype, scale.rule)
+        when = None if fixed or scale is None else scale.outermost.when
+        found.append((stage.element, stage.granularity, stage.zero_point, stage.stored, over, when, runs))
+    return found
+
+
+def _at_run_time(stage: TensorSpec) -> bool:
+    """True when scales are computed from every activation: all of them, or those of blocks under a fixed one."""
+    return stage.scale is not None and (stage.scale.outermost.when == "dynamic" or stage.scale.global_scale is not None)
+
+
+def _fingerprint(source: Source, writer: Writer) -> dict[str, Any]:
+    files = {name: list(stamp) for name, stamp in source.stamps.items()}
+    return {"convert": source.header_digest(), "files": files, "to": writer.name, "version": __version__}
+
+
+# ---- one part
+
+
+def _part(found: Conversion, part: Part, tell: Listener) -> dict[str, Tensor]:
+    """Returns the tensors of a part in the other dialect."""
+    plan, read = found.plan, found.checkpoint
+    out = {row.info.name: _kept(read, row) for row in contents.copied(plan, part, read.headers, _owners(plan))}
+    for target in plan.quantized(part.index):
+        tell(Working(f"converting {target.name}"))
+        out |= _packed(found, target)
+    for module in plan.attention.values():
+        if module.part == part.index and module.specs:
+            stored = read.view.attention[module.name]
+            scales = found.reader.decode_attention(stored, read.source.read_many(stored.scales.values()))
+            out |= found.writer.attention_tensors(module, scales)
+    return out | found.writer.online_tensors(plan, part.index)
+
+
+def _owners(plan: Plan) -> Mapping[str, list[Any]]:
+    return contents.part_targets(plan)
+
+
+def _kept(checkpoint: Checkpoint, row: contents.Copied) -> Tensor:
+    """Returns a tensor that is not quantized, as it is stored."""
+    if row.target is None:
+        return checkpoint.read_many([row.tensor])[row.tensor]
+    if row.info.name in checkpoint.source.headers:
+        return checkpoint.source.read(row.info.name)
+    value: Tensor = row.target.view.of(checkpoint.read_many([row.tensor])[row.tensor]).contiguous()
+    return value
+
+
+def _packed(found: Conversion, target: QuantizedTarget) -> dict[str, Tensor]:
+    """Returns the tensors of a quantized weight. Raises ModelError when they are not read back as they were."""
+    decoded = found.checkpoint.decode(found.checkpoint.view.targets[target.name])
+    static = {
+        kind: scale for kind, scale in (("input", decoded.input), ("output", decoded.output)) if scale is not None
+    }
+    tensors = found.writer.tensors(target, decoded.weight, static, decoded.bias)
+    stored = found.there.targets[target.name]
+    again = found.back.decode(stored, {name: tensors[name] for name in stored.tensors})
+    lost = _lost(decoded, again)
+    if lost:
+        what = f"dialect {found.writer.name} does not keep its {lost} as {found.reader.name} has them"
+        raise ModelError(what, where=target.name, hint="quantize the source again, for this dialect")
+    if not _exact(decoded, again):
+        found.moved.append(target.name)
+    return tensors
+
+
+def _lost(ours: Decoded, theirs: Decoded) -> str:
+    """Returns what is not the same within one unit in the last place of a scale of the whole tensor; or nothing."""
+    for kind, one, other in (("codes", ours.weight, theirs.weight), ("bias", ours.bias, theirs.bias)):
+        if one is None or other is None:
+            if one is not other:
+                return kind
+            continue
+        if not _same_codes(one.codes, other.codes):
+            return f"{kind} of the bias" if kind == "bias" else kind
+        if not same_params(one.params, other.params, ulp=1, values=True):
+            return "scales"
+    static = ((ours.input, theirs.input), (ours.output, theirs.output))
+    return "" if all(near(_float(a), _float(b)) for a, b in static) else "activation scales"
+
+
+def _exact(ours: Decoded, theirs: Decoded) -> bool:
+    same = same_params(ours.weight.params, theirs.weight.params, values=True)
+    return same and all(_float(a) == _float(b) for a, b in ((ours.input, theirs.input), (ours.output, theirs.output)))
+
+
+def _same_codes(one: Tensor, other: Tensor) -> bool:
+    import torch
+
+    if one.dtype == other.dtype and one.is_floating_point():
+        return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
+    return one.shape == other.shape and torch.equal(one, other)
+
+
+def _float(scale: Tensor | None) -> float | None:
+    return float(scale) if scale is not None else None
+
+
+# ---- beside the weights
+
+
+def _finish(
+    found: Conversion, source: Source, partial: Path, records: Mapping[str, Mapping[str, Any]], tell: Listener
+) -> dict[str, Any]:
+    """Writes all that is beside the weights, checks the whole, and returns the summary."""
+    tell(Phase("finalize"))
+    plan, writer = found.plan, found.writer
+    beside = side_files.gather(source)
+    for name in _described(found):
+        beside.copied.pop(Path(name), None)
+    beside.left_out = {why: names for why, names in beside.left_out.items() if names != [side_files.OURS]}
+    for line in beside.warnings():
+        tell(Message(line, "warning"))
+    finish.describe(writer, plan, source, beside, partial, records)
+    tell(Phase("verify"))
+    checks = verify.against_plan(partial, plan, writer, found.checkpoint.headers)
+    facts = _facts(source)
+    size = sum(file["size"] for record in records.values() for file in record["files"])
+    _carry_over(source, found, partial, checks, size)
+    atomic_write_text(partial / "README.md", card_of_conversion(facts, source.name, found.reader.name, writer, plan))
+    finish.write_manifest(facts, partial, records)
+    return {
+        "from": found.reader.name,
+        "to": writer.name,
+        "weights": len(found.checkpoint.view.targets),
+        "bytes": size,
+        "one_ulp_off": [name for record in records.values() for name in record["moved"]],
+        "loads_in": sorted(writer.loaders(plan)),
+        "checks": checks,
+    }
+
+
+def _described(found: Conversion) -> list[str]:
+    """Returns the files by which the checkpoint's own dialect describes it: they do not go with it."""
+    own = next((writer for writer in dialects.writers() if writer.name == found.reader.name), None)
+    if own is None or own.refusals(found.plan):
+        return []
+    return [name for name in own.files(found.plan) if name != CONFIG_FILE]
+
+
+def _facts(source: Source) -> dict[str, Any]:
+    """Returns what is known of the model that was quantized: from the manifest, else of the checkpoint itself."""
+    path = source.folder / "quark" / "manifest.json"
+    facts = _json(path).get("source") if manifest.read(source.folder) is not None else None
+    return facts if isinstance(facts, dict) else finish.source_facts(source)
+
+
+def _carry_over(source: Source, found: Conversion, partial: Path, checks: list[str], size: int) -> None:
+    """Writes the report and the recipe of the quantization again, where they are there, with the new dialect."""
+    report = _json(source.folder / REPORT)
+    if isinstance(report.get("size"), dict):
+        reason = f"converted from {found.reader.name}; codes and scales are as they were"
+        report |= {"dialect": {"name": found.writer.name, "reason": reason}, "checks": checks}
+        report["size"] |= {"output_bytes": size}
+        atomic_write_json(partial / REPORT, report)
+    path = source.folder / RECIPE
+    recipe = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if isinstance(recipe, dict) and isinstance(recipe.get("export"), dict):
+        recipe["export"]["dialect"] = found.writer.name
+        atomic_write_text(partial / RECIPE, yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=120))
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """Returns an object of ours; {} where there is none."""
+    if not path.is_file():
+        return {}
+    try:
+        value = text.parse(path.read_bytes(), path.name)
+    except QuarkError:
+        return {}
+    return value if isinstance(value, dict) else {}
