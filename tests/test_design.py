@@ -51,7 +51,7 @@ INSIDE = {
     "forward": "activations defaults moments samples experts taps statistics files documents data walk",
     "disk": "weights source side_files writer manifest place journal nonfinite contents checkpoint compare verify",
     "job": "forecast options asked preflight idle served problems rewriting solving stages tuning prepass part"
-    " pipeline finish convert run",
+    " pipeline finish convert run preview",
 }
 
 # Package -> the rooms that may import it.

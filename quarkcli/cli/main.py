@@ -19,6 +19,7 @@ from quarkcli.cli import (
     apps,
     compare,
     convert,
+    data,
     evaluate,
     inspect,
     models,
@@ -52,6 +53,7 @@ app.add_typer(recipes.app, name="recipes")
 app.add_typer(schemes.app, name="schemes")
 app.add_typer(algorithms.app, name="algorithms")
 app.add_typer(models.app, name="models")
+app.add_typer(data.app, name="data")
 app.command("env", epilog=environment.EXAMPLES)(environment.env)
 
 

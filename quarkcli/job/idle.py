@@ -117,11 +117,16 @@ def _of_steps(options: Options, plan: Plan) -> Iterator[str]:
             yield f"{given_by} {step.name} is not used: no weight that it could work on is quantized"
 
 
-def _of_data(options: Options, plan: Plan, needs: set[str], calibration: Calibration) -> Iterator[str]:
+def of_rows(options: Options, calibration: Calibration) -> Iterator[str]:
+    """Yields lines for flags about the choice of rows."""
     if options.calib_column is not None and not _has_columns(calibration.source):
         yield f"--calib-column {options.calib_column} is not used: {calibration.source} is plain text"
     if options.allow_short and not calibration.asked:
         yield "--allow-short is not used: no number of rows is asked for"
+
+
+def _of_data(options: Options, plan: Plan, needs: set[str], calibration: Calibration) -> Iterator[str]:
+    yield from of_rows(options, calibration)
     if options.moe_calibration is not None and not any(t.expert and t.site in needs for t in plan.targets.values()):
         experts = any(target.expert for target in plan.targets.values())
         why = "no input of an expert is measured" if experts else "the model has no routed experts"

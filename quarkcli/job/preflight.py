@@ -26,7 +26,7 @@ from quarkcli.recipe.recipe import Recipe
 from quarkcli.spec import MIN_MAX, PerGroup, PerTensor, PerTile, TensorSpec
 
 if TYPE_CHECKING:
-    from quarkcli.forward.data import CalibrationData
+    from quarkcli.forward.data import CalibrationData, Tokenizer
 
 DEFAULT_SAMPLES = 512
 DEFAULT_SEQLEN = 512
@@ -312,11 +312,17 @@ def token_rows(prepared: Prepared, tell: Listener) -> CalibrationData | None:
     settings, options = prepared.calibration, prepared.options
     if settings is None:
         return None
-    from quarkcli.forward import data
     from quarkcli.model.tokenizer import load_tokenizer
 
-    tell(Working(f"making calibration rows from {settings.source}"))
     tokenizer = load_tokenizer(prepared.source.folder, options.trust_remote_code)
+    return rows_of(settings, options, tokenizer, tell)
+
+
+def rows_of(settings: Calibration, options: Options, tokenizer: Tokenizer, tell: Listener) -> CalibrationData:
+    """Returns calibration rows as settings say. Raises DataError, AccessError."""
+    from quarkcli.forward import data
+
+    tell(Working(f"making calibration rows from {settings.source}"))
     rows = data.load(
         settings.source,
         tokenizer,

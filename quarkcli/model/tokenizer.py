@@ -111,6 +111,18 @@ class Tokenizer:
         """
         return self._encoded(text, special=False)
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """Returns the text of token numbers, special tokens by their names.
+
+        Raises ModelError when the tokenizer's code fails.
+        """
+        with quiet():
+            try:
+                with _panics():
+                    return str(self._inner.decode(list(ids), skip_special_tokens=False))
+            except Exception as error:
+                raise _failed("fails on token numbers", type(self._inner).__name__, error) from error
+
     def _encoded(self, text: str, special: bool) -> list[int]:
         with quiet():
             try:

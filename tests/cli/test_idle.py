@@ -25,6 +25,7 @@ FREE = ("--model", "demo", "--scheme", "mxfp4")
 DATA = ("--model", "demo", "--scheme", "fp8", "--calib-data", "builtin")
 SEARCH = ("search", "--model", "demo", "--schemes", "mxfp4,bf16", "--calib-data", "text.txt", "--calib-seqlen", "8",
           "--calib-samples", "1")  # fmt: skip
+PREVIEW = ("data", "preview", "--model", "demo", "--calib-seqlen", "8", "--calib-data")
 NOT_USED, NOTHING = "not used", "changes nothing"
 
 # Flag of `quantize` and `plan` -> command lines in which it cannot act: (arguments, exit code, what is said).
@@ -194,6 +195,16 @@ OTHERS: dict[str, dict[str, list[Case] | str]] = {
     "schemes show": {"name": "what it is about"},
     "algorithms show": {"name": "what it is about"},
     "models show": {"name": "what it is about", "resolved": "another form of the answer"},
+    "data preview": {
+        "model": "what everything is about",
+        **dict.fromkeys(("recipe", "calib_data", "calib_samples", "calib_seqlen", "seed", "bos"), "as in quantize"),
+        "offline": "a promise that holds",
+        "limit": "how much of the answer is shown",
+        "calib_column": [((*PREVIEW, "text.txt", "--calib-column", "text"), 0, NOT_USED)],
+        "allow_short": [((*PREVIEW, "builtin", "--allow-short"), 0, "no number of rows")],
+        "trust_remote_code": [((*PREVIEW, "builtin", "--trust-remote-code"), 0, "brings no code")],
+        "revision": [((*PREVIEW, "builtin", "--revision", "v2"), 0, "has no revisions")],
+    },
     "models infer": {
         "model": "what it is about",
         "to": "where it goes",

@@ -43,7 +43,7 @@ def test_every_promised_command_exists():
         "quantize", "plan", "search", "eval", "verify", "compare", "convert", "inspect", "report", "env",
         "recipes list", "recipes show", "recipes normalize", "recipes convert", "recipes schema", "recipes explain",
         "recipes validate", "recipes copy", "schemes list", "schemes show", "models list", "models show",
-        "models infer", "algorithms list", "algorithms show",
+        "models infer", "algorithms list", "algorithms show", "data list", "data preview",
     }  # fmt: skip
 
 

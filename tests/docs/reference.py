@@ -16,7 +16,8 @@ COMMANDS = [
     ("recipes", "list"), ("recipes", "show"), ("recipes", "normalize"), ("recipes", "convert"), ("recipes", "schema"),
     ("recipes", "validate"), ("recipes", "copy"),
     ("schemes", "list"), ("schemes", "show"), ("algorithms", "list"), ("algorithms", "show"),
-    ("models", "list"), ("models", "show"), ("models", "infer"), ("env",),
+    ("models", "list"), ("models", "show"), ("models", "infer"),
+    ("data", "list"), ("data", "preview"), ("env",),
 ]  # fmt: skip
 
 
