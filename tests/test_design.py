@@ -49,7 +49,8 @@ NAMES_OF_TYPES = {("algorithms", "forward"), ("algorithms", "job"), ("report", "
 # Inside a folder, a module may import those named before it; every module has its place.
 INSIDE = {
     "forward": "activations defaults moments samples experts taps statistics files documents data walk",
-    "disk": "weights source side_files writer manifest place journal nonfinite contents checkpoint compare verify",
+    "disk": "weights source side_files writer manifest place journal nonfinite contents checkpoint origin compare"
+    " verify",
     "job": "forecast options asked preflight idle served problems rewriting solving stages tuning prepass part"
     " pipeline finish convert run preview",
 }

@@ -64,6 +64,7 @@ def header(prepared: Prepared) -> list[str]:
     return output.pairs(
         [
             ("model", f"{source.hub_id or source.folder}{commit}"),
+            *output.listed("source", prepared.origin.lines(prepared.plan) if prepared.origin else []),
             ("family", f"{prepared.plan.family}{inferred} ({architecture})"),
             (label, recipe.name + (f" ({recipe.file})" if recipe.file else "")),
             ("algorithms", ", ".join(_step(prepared.plan, step) for step in prepared.steps)),
@@ -176,6 +177,7 @@ def as_json(prepared: Prepared) -> dict[str, Any]:
             "family": plan.family,
             "inferred": prepared.layout.inferred,
         },
+        "source": prepared.origin.facts(plan) if prepared.origin is not None else None,
         "recipe": {"name": recipe.name, "file": recipe.file or None, "scheme": recipe.scheme},
         "algorithms": [step.name for step in prepared.steps],
         "advice": [choice.as_dict() for choice in prepared.advice],

@@ -6,6 +6,7 @@ family stores fused are put together again.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -45,12 +46,13 @@ class Checkpoint:
 
     def __init__(self, source: Source) -> None:
         self.source = source
-        config = source.config.get("quantization_config") or {}
+        config = family.quantization(source.config)
         self.reader = dialects.reader(config, source.headers)
         self.view = self.reader.view(config, source.headers) if self.reader else StoredView()
         self._held: dict[str, Tensor] = {}  # tensors that hold many targets: those of the last one decoded
         self._recipes: dict[str, _Recipe] = {}
         self.headers: dict[str, LogicalHeader] = {}
+        self.dtype = _model_dtype(source.config, [source.headers[name].dtype for name in self.copied()])
         self._lay_out()
         self.family_name, self.family, self.inferred = family.for_checkpoint(source.config, self.headers)
         if self.quantized and self.family.experts:
@@ -64,6 +66,14 @@ class Checkpoint:
     @property
     def quantized(self) -> bool:
         return self.reader is not None
+
+    @property
+    def unlisted(self) -> list[str]:
+        """Returns the tensors in source form that are made of one that the index does not name."""
+        lost = set(self.source.unlisted)
+        copies = [name for name, recipe in self._recipes.items() if recipe.copy in lost]
+        decoded = (name for name, stored in self.view.targets.items() if not lost.isdisjoint(stored.tensors))
+        return copies + [f"{name}.weight" for name in decoded] if lost else []
 
     def copied(self) -> list[str]:
         """Returns the tensors that are stored in source form, not packed, in file order."""
@@ -181,7 +191,7 @@ class Checkpoint:
     # -- from stored names to source form ------------------------------------------------------------------------
 
     def _lay_out(self) -> None:
-        dtype = _model_dtype(self.source.config)
+        dtype = self.dtype
         for name in self.copied():
             header = self.source.headers[name]
             self._add(name, LogicalHeader(header.dtype, header.shape), _Recipe(copy=name))
@@ -236,7 +246,9 @@ class Checkpoint:
         self._add(name, LogicalHeader(first.dtype, shape), _Recipe(pieces=pieces))
 
 
-def _model_dtype(config: Any) -> str:
+def _model_dtype(config: Any, others: list[str]) -> str:
+    """Returns the dtype of decoded weights: the config's, else that of most other tensors."""
     text = family.text_config(config)
     name = config.get("dtype") or config.get("torch_dtype") or text.get("dtype") or text.get("torch_dtype")
-    return _DTYPES.get(str(name), "BF16")
+    counts = Counter(dtype for dtype in others if dtype in _DTYPES.values())
+    return _DTYPES.get(str(name)) or next((dtype for dtype, _ in counts.most_common(1)), "BF16")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from quarkcli.family import HeaderLike
@@ -16,6 +16,10 @@ class WeightSource(Protocol):
 
     @property
     def headers(self) -> Mapping[str, HeaderLike]: ...
+
+    @property
+    def unlisted(self) -> Sequence[str]:
+        """Returns the tensors that are in a file of the index, and that the index does not name."""
 
     def read_many(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Returns tensors of memory of their own, on the CPU, in the order asked for."""

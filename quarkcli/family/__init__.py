@@ -4,7 +4,7 @@
 read, the parts of the walk and the attention modules. A family nobody described is inferred from names.
 """
 
-from quarkcli.family.config import block_count, position_limit, text_config
+from quarkcli.family.config import block_count, position_limit, quantization, text_config, without_quantization
 from quarkcli.family.fit import check as check_fit
 from quarkcli.family.infer import guess, infer
 from quarkcli.family.known import Card, cards, for_checkpoint, has_experts, identify, load
@@ -65,10 +65,12 @@ __all__ = [
     "lay_out",
     "load",
     "position_limit",
+    "quantization",
     "spelled",
     "surprises",
     "text_config",
     "to_yaml",
     "tower",
     "view_shape",
+    "without_quantization",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 # Where a config with several towers keeps the language model's part; one may lie inside another.
 _TEXT = (
@@ -17,6 +18,8 @@ _WIDTHS = ("hidden_size", "n_embd", "d_model", "n_embed", "dim", "model_dim")
 _HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads", "multi_query_group_num")
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
+# Where a config says how the files are quantized.
+_QUANTIZATION = ("quantization_config", "compression_config")
 
 
 def text_config(config: Mapping[str, object]) -> Mapping[str, object]:
@@ -26,6 +29,22 @@ def text_config(config: Mapping[str, object]) -> Mapping[str, object]:
         if isinstance(inner, dict):
             return text_config(inner)
     return config
+
+
+def quantization(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns the object that says how the files are quantized, at the top or in the text model's part; else {}."""
+    parts = (config, text_config(config))
+    found = (part.get(key) for part in parts for key in _QUANTIZATION)
+    return next((value for value in found if isinstance(value, dict) and value), {})
+
+
+def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns config.json without anything that says how its files are quantized, in inner objects neither."""
+    return {
+        key: without_quantization(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key not in _QUANTIZATION
+    }
 
 
 def block_count(config: Mapping[str, object]) -> int | None:

@@ -15,7 +15,7 @@ from quarkcli.disk import manifest, verify
 from quarkcli.disk.side_files import SideFiles
 from quarkcli.disk.source import Source
 from quarkcli.disk.writer import atomic_write_json, atomic_write_text, disk_errors, remove_staging, write_index
-from quarkcli.family import text_config
+from quarkcli.family import quantization, text_config, without_quantization
 from quarkcli.job.options import Calibration, Prepared
 from quarkcli.plan import advice
 from quarkcli.plan.model import Plan
@@ -24,9 +24,6 @@ from quarkcli.spec import spec_to_yaml
 
 if TYPE_CHECKING:
     from quarkcli.forward.data import CalibrationData
-
-# Keys of config.json that say how the source was quantized.
-QUANTIZED_KEYS = ("quantization_config", "compression_config")
 
 
 def write_config(prepared: Prepared, partial: Path, records: dict[str, dict[str, Any]]) -> None:
@@ -62,7 +59,10 @@ def with_keys(config_text: str, keys: Mapping[str, Any], changes: Mapping[str, A
     keys      entries of a dialect at the top: `quantization_config`
     changes   keys that transforms set, where the config has them: at the top and in the text model's part
     """
-    config = {key: value for key, value in json.loads(config_text).items() if key not in QUANTIZED_KEYS}
+    config = json.loads(config_text)
+    if quantization(config):
+        rest = without_quantization(config)
+        config = {key: rest.get(key) for key in config if key in rest or key in keys}
     for key, value in (changes or {}).items():
         inner = text_config(config)
         if isinstance(inner, dict) and key in inner:

@@ -10,6 +10,7 @@ from typing import Literal
 from quarkcli.algorithms.base import Assignment
 from quarkcli.dialects.base import Writer
 from quarkcli.disk.nonfinite import OnNonfinite
+from quarkcli.disk.origin import Origin
 from quarkcli.disk.side_files import SideFiles
 from quarkcli.disk.source import Source
 from quarkcli.disk.weights import WeightSource
@@ -81,12 +82,16 @@ class Calibration:
 class Prepared:
     """All that is known before the first weight is read.
 
+    weights  where the source's tensors come from, in source form
+    origin   the quantization of a source that has one; its weights are decoded as they are read
     advice   the choices that the algorithm `auto` stands for; empty: the steps were named
     """
 
     options: Options
     recipe: Recipe
     source: Source
+    weights: WeightSource
+    origin: Origin | None
     layout: Layout
     plan: Plan
     steps: list[Assignment]
@@ -101,11 +106,6 @@ class Prepared:
     output: Path
     side_files: SideFiles
     warnings: list[str]
-
-    @property
-    def weights(self) -> WeightSource:
-        """Returns the reader of the source's tensors."""
-        return self.source
 
     @property
     def seed(self) -> int:

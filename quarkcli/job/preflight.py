@@ -18,6 +18,7 @@ from quarkcli.disk.source import Source
 from quarkcli.disk.writer import disk_errors, free_bytes, output_state, partial_path, resolved
 from quarkcli.errors import AccessError, ConfigError, DataError, ModelError, ResourceError, UsageError
 from quarkcli.events import Listener, Message, Working
+from quarkcli.family import HeaderLike
 from quarkcli.job import forecast
 from quarkcli.job.options import Calibration, Options, Prepared
 from quarkcli.plan.fused import Servers, sentence, splits
@@ -31,18 +32,6 @@ if TYPE_CHECKING:
 DEFAULT_SAMPLES = 512
 DEFAULT_SEQLEN = 512
 _WEIGHT_DTYPES = {"BF16", "F16", "F32"}
-
-
-def check_source(source: Source) -> None:
-    """Refuses a source that is already quantized."""
-    config = source.config.get("quantization_config") or source.config.get("compression_config")
-    if config:
-        method = config.get("quant_method", "unknown") if isinstance(config, dict) else "unknown"
-        raise ModelError(
-            f"already quantized ({method})",
-            where=str(source.folder),
-            hint="give the model it was made from; quantizing codes again would add their errors",
-        )
 
 
 def check_plan(plan: Plan) -> None:
@@ -230,16 +219,21 @@ def _check_data(data: str) -> None:
 
 
 def forecast_of(
-    plan: Plan, dialect: Writer, source: Source, calibration: Calibration | None, steps: Iterable[Assignment]
+    plan: Plan,
+    dialect: Writer,
+    source: Source,
+    headers: Mapping[str, HeaderLike],
+    calibration: Calibration | None,
+    steps: Iterable[Assignment],
 ) -> forecast.Forecast:
-    """Returns the sizes of this plan in this dialect."""
+    """Returns the sizes of this plan in this dialect. `headers`: of the source's tensors as they are read."""
     hidden = family.text_config(source.config).get("hidden_size")
     steps = list(steps)
     streams = len(frozenset[str]().union(*(step.algorithm.streams for step in steps)))
     return forecast.forecast(
         plan,
         dialect,
-        source.headers,
+        headers,
         source_bytes=sum(source.files.values()),
         calibrated=calibration is not None,
         tokens=calibration.samples * calibration.seqlen * streams if calibration else 0,

@@ -22,6 +22,7 @@ from quarkcli import __version__, algorithms, dialects, family, memory
 from quarkcli.disk import nonfinite, side_files
 from quarkcli.disk.journal import Journal
 from quarkcli.disk.manifest import LOG
+from quarkcli.disk.origin import open_weights
 from quarkcli.disk.place import dispose, earlier, remove_stale
 from quarkcli.disk.source import Source
 from quarkcli.disk.writer import publish, resolved, sync_folder
@@ -88,11 +89,12 @@ def prepare(options: Options, tell: Listener = silent) -> Prepared:
     tell(Working(f"opening {options.model}, which may download it"))
     source = open_source(options)  # 2
     tell(Working("comparing the recipe with the model"))
-    preflight.check_source(source)
-    name, model, inferred = family.for_checkpoint(source.config, source.headers)
-    layout = family.lay_out(name, model, inferred, source.config, source.headers)
-    family.check_fit(model, layout, source.config, source.headers)
-    surprises = list(family.surprises(layout.tensor_roles, source.headers, source.unlisted))
+    weights, origin = open_weights(source)
+    headers = weights.headers
+    name, model, inferred = family.for_checkpoint(source.config, headers)
+    layout = family.lay_out(name, model, inferred, source.config, headers)
+    family.check_fit(model, layout, source.config, headers)
+    surprises = list(family.surprises(layout.tensor_roles, headers, weights.unlisted))
     plan = resolve(recipe, options.overrides, layout)  # 3
     advice = asked.advise(plan, recipe.algorithm_places)
     steps = algorithms.pipeline(plan, asked.places(recipe, plan))
@@ -108,18 +110,18 @@ def prepare(options: Options, tell: Listener = silent) -> Prepared:
     preflight.check_reader(dialect, needs)
     prepass = preflight.prepass_needs(plan, steps)
     calibration = preflight.calibration(options, recipe, source, needs | prepass)
-    size = preflight.forecast_of(plan, dialect, source, calibration, steps)
+    size = preflight.forecast_of(plan, dialect, source, headers, calibration, steps)
     output = _expanded(options.output) or Path(f"{'demo' if options.model == 'demo' else source.name}-{recipe.name}")
     beside = side_files.gather(source)
     preflight.check_tokenizer(source, beside, calibration)
-    share = coverage(plan, layout, source.headers)
+    share = coverage(plan, layout, headers)
     warnings = [*recipe.notes, *surprises, *dialects.warnings(dialect, plan), *plan.warnings, *beside.warnings()]
     warnings += [doubt] if (doubt := share.warning()) else []
     warnings += calibration.warnings if calibration else ()
     warnings += idle.of_run(options, source, plan, needs, calibration)
     return Prepared(
-        options, recipe, source, layout, plan, steps, advice, dialect, reason, needs, prepass, calibration, size, share,
-        output, beside, warnings,
+        options, recipe, source, weights, origin, layout, plan, steps, advice, dialect, reason, needs, prepass,
+        calibration, size, share, output, beside, warnings,
     )  # fmt: skip
 
 
@@ -216,13 +218,13 @@ def check_model(prepared: Prepared) -> list[str]:
     """
     from quarkcli.model.runner import Runner
 
-    source, trusted = prepared.source, prepared.options.trust_remote_code
+    headers, trusted = prepared.weights.headers, prepared.options.trust_remote_code
     runner = Runner(
-        source.folder, source.headers, trust_remote_code=trusted, turned=prepared.layout.turned
+        prepared.source.folder, headers, trust_remote_code=trusted, turned=prepared.layout.turned
     )  # fmt: skip
     runner.check_blocks()
     unknown = runner.unknown_tensors()
-    found = [f"model class: {len(source.headers) - len(unknown)} of {len(source.headers)} tensors are its parameters"]
+    found = [f"model class: {len(headers) - len(unknown)} of {len(headers)} tensors are its parameters"]
     if unknown:
         found.append(f"not its parameters: {', '.join(unknown[:5])}" + (", ..." if len(unknown) > 5 else ""))
     return found

@@ -41,6 +41,7 @@ def build(
         "schema": SCHEMA,
         "quark_version": __version__,
         "model": _model(prepared),
+        "source": prepared.origin.facts(plan) if prepared.origin is not None else None,
         "recipe": {"name": prepared.recipe.name, "file": prepared.recipe.file or None},
         "algorithms": [step.name for step in prepared.steps],
         "advice": [choice.as_dict() for choice in prepared.advice],

@@ -1,0 +1,131 @@
+"""A source that is quantized already: how, what of it a job passes over, and what is wrong with it. Torch-free."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from quarkcli.dialects.base import StoredTarget
+from quarkcli.disk.checkpoint import Checkpoint
+from quarkcli.disk.source import Source
+from quarkcli.disk.weights import WeightSource
+from quarkcli.errors import ModelError
+from quarkcli.family import quantization
+from quarkcli.plan.model import Plan
+
+_PART = r"(?:weight|input|output|activation|prob_output|q|k|v|kv|k_cache|v_cache)"
+# Leaves of tensors that mean nothing without a config that speaks of them.
+_CODES = re.compile(
+    rf"\.(?:{_PART}_(?:scale|scale_inv|scale_2|global_scale|zero_point|packed|shape|g_idx)"
+    r"|qweight|qzeros|scales|g_idx|\w+_blocks|\w+_scales)$"
+)
+_HINT = "the files are incomplete, or config.json is another model's: download it again, or give the 16-bit model"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The quantization of a source, whose weights are decoded block by block while a job reads them.
+
+    method    the word of its config for it
+    weights   module -> how its weight is stored
+    tensors   how many tensors of the files are decoded
+    dtype     safetensors dtype that decoded weights have
+    passed    what is quantized beside weights -> how many; a job observes its own
+    """
+
+    method: str
+    weights: Mapping[str, str]
+    tensors: int
+    dtype: str
+    passed: Mapping[str, int]
+
+    def stored(self) -> str:
+        """Returns how weights are stored, in words: `fp8_e4m3 tile 128x128`; with counts where they differ."""
+        kinds = Counter(self.weights.values())
+        if len(kinds) == 1:
+            return next(iter(kinds))
+        return ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common()) or "no weights"
+
+    def left_alone(self, plan: Plan) -> list[str]:
+        """Returns the quantized weights that a plan does not quantize, which are written decoded."""
+        targets = plan.targets
+        return [name for name in self.weights if name not in targets or targets[name].weight is None]
+
+    def lines(self, plan: Plan) -> list[str]:
+        """Returns what becomes of it, one sentence a line."""
+        found = [
+            f"{self.stored()}, dequantized while streaming ({self.tensors} tensors -> {len(self.weights)} weights)"
+        ]
+        left = len(self.left_alone(plan))
+        if left:
+            found.append(f"{left} of its quantized weights are left alone by the plan and written as {self.dtype}")
+        found += [f"dropped: {what} ({count}); the job finds its own" for what, count in self.passed.items()]
+        return found
+
+    def facts(self, plan: Plan) -> dict[str, Any]:
+        """Returns the JSON form."""
+        return {
+            "method": self.method,
+            "weights": dict(Counter(self.weights.values())),
+            "tensors": self.tensors,
+            "dtype": self.dtype,
+            "left_alone": self.left_alone(plan),
+            "dropped": dict(self.passed),
+        }
+
+
+def open_weights(source: Source) -> tuple[WeightSource, Origin | None]:
+    """Returns where the weights of a source come from, and its quantization; None for one that is not quantized.
+
+    Raises ModelError for one that nothing here reads, and for files that its config does not describe.
+    """
+    checkpoint = Checkpoint(source)
+    if not checkpoint.quantized:
+        return source, None
+    _check(checkpoint)
+    view, config = checkpoint.view, quantization(source.config)
+    stored = view.targets.values()
+    passed = {
+        "its quantization of what weights read and return": sum(bool(s.input or s.output) for s in stored),
+        "static scales of that": sum(map(_is_static, stored)),
+        "its scales of attention and its cache": sum(len(attention.scales) for attention in view.attention.values()),
+    }
+    return checkpoint, Origin(
+        str(config.get("quant_method", checkpoint.reader.name if checkpoint.reader else "")),
+        {name: _brief(each) for name, each in view.targets.items()},
+        len({name for each in stored for name in each.tensors}),
+        checkpoint.dtype,
+        {what: count for what, count in passed.items() if count},
+    )
+
+
+def _brief(stored: StoredTarget) -> str:
+    """Returns element and granularity: `fp8_e4m3 tile 128x128`."""
+    return stored.weight.codes.describe().partition(",")[0]
+
+
+def _is_static(stored: StoredTarget) -> bool:
+    return any(spec is not None and spec.is_static for spec in (stored.input, stored.output))
+
+
+def _check(checkpoint: Checkpoint) -> None:
+    """Raises ModelError for codes without scales, scales without codes, and inputs that are turned as it runs."""
+    view, headers = checkpoint.view, checkpoint.source.headers
+    where = str(checkpoint.source.folder)
+    if not view.targets and not view.attention:
+        raise ModelError("its config says that it is quantized, and no tensor of its files is", where=where, hint=_HINT)
+    if view.online:
+        raise ModelError(
+            "its weights are turned, and their inputs while the model runs; decoded alone they are not the model's",
+            where=next(iter(view.online)),
+            hint="give the model it was made from",
+        )
+    for name in checkpoint.copied():
+        dtype = headers[name].dtype
+        if (name.endswith(".weight") and dtype[0] not in "BF") or dtype.startswith("F8"):
+            raise ModelError(f"stored as {dtype}, and there is no scale for it", where=name, hint=_HINT)
+        if _CODES.search(name):
+            raise ModelError("the quantization config says nothing of this tensor", where=name, hint=_HINT)
