@@ -273,12 +273,13 @@ def _against_manifest(folder: Path, hashes: bool | None) -> list[str]:
 
 
 def _against_source(checkpoint: Checkpoint, source: Source) -> str:
-    ours, theirs = _shapes(checkpoint, checkpoint.headers), _shapes(checkpoint, source.headers)
+    original = Checkpoint(source)  # it may be quantized as well
+    ours, theirs = _shapes(checkpoint, checkpoint.headers), _shapes(checkpoint, original.headers)
     missing = sorted(set(theirs) - set(ours))
     other = [name for name, shape in theirs.items() if name in ours and ours[name] != shape]
     _none(missing, "source tensors are not accounted for")
     _none(other, "tensors have another shape than in the source")
-    return f"all {len(source.headers)} source tensors accounted for"
+    return f"all {len(original.headers)} source tensors accounted for"
 
 
 def _shapes(checkpoint: Checkpoint, headers: Mapping[str, HeaderLike]) -> dict[str, tuple[int, ...]]:

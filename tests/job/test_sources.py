@@ -1,0 +1,246 @@
+"""Quantized checkpoints as sources: the same bytes as from their 16-bit form, and nothing of their own is left."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from quarkcli import dialects
+from quarkcli.cli import main, planview
+from quarkcli.disk.checkpoint import Checkpoint
+from quarkcli.disk.source import Source
+from quarkcli.errors import ModelError, QuarkError
+from quarkcli.evaluate.run import evaluate
+from quarkcli.family import without_quantization
+from quarkcli.recipe import catalog
+from tests import runs
+
+READ = [writer.name for writer in dialects.writers() if writer.reader is not None]
+ROWS = {"calib_samples": 8, "calib_seqlen": 64}
+JOBS: dict[str, dict[str, Any]] = {
+    "nvfp4": {"scheme": "nvfp4", **ROWS},
+    "gptq": {"scheme": "int4_wo_128", "algorithm": "gptq", **ROWS},
+}
+Q_PROJ = "model.layers.0.self_attn.q_proj"
+
+
+class Sources:
+    """Quantized sources and their 16-bit forms, each made once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.text = str(runs.text_file(folder / "rows.txt"))
+        self.made: dict[tuple[str, ...], Path] = {}
+
+    def model(self, name: str) -> str:
+        folder = self.folder / name
+        if name != "demo" and not folder.exists():
+            runs.build(name, folder)
+        return name if name == "demo" else str(folder)
+
+    def of(self, model: str, scheme: str, dialect: str, **options: Any) -> Path:
+        key = model, scheme, dialect, *map(str, options.items())
+        if key not in self.made:
+            output = self.folder / f"source-{len(self.made)}"
+            self.made[key] = runs.run(
+                self.model(model), output, scheme=scheme, dialect=dialect, calib_data=self.text, **ROWS, **options
+            ).folder
+        return self.made[key]
+
+    def held(self, dialect: str) -> Path:
+        """A source in the first scheme that a dialect holds, of the first model."""
+        for model in ("demo", "gpt_oss"):
+            for scheme in catalog.files("schemes"):
+                try:
+                    return self.of(model, scheme, dialect)
+                except QuarkError:
+                    continue
+        raise AssertionError(f"{dialect} holds no scheme")
+
+    def plain(self, source: Path) -> Path:
+        """The same model in 16 bits: every tensor as it is decoded."""
+        folder = source.with_name(f"{source.name}-plain")
+        if not folder.exists():
+            shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors*", "quark", "quantization*"))
+            config = json.loads((source / "config.json").read_text())
+            (folder / "config.json").write_text(json.dumps(without_quantization(config)))
+            checkpoint = Checkpoint(Source.open(str(source)))
+            save_file(checkpoint.read_many(checkpoint.headers), folder / "model.safetensors")
+        return folder
+
+    def job(self, source: Path, output: Path, **options: Any) -> runs.Made:
+        return runs.run(source, output, calib_data=self.text, **options)
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Sources:
+    return Sources(tmp_path_factory.mktemp("sources"))
+
+
+@pytest.mark.parametrize("job", JOBS)
+@pytest.mark.parametrize("dialect", READ)
+def test_the_bytes_are_those_of_the_decoded_model(sources, tmp_path, dialect, job):
+    source = sources.held(dialect)
+    made = sources.job(source, tmp_path / "out", **JOBS[job])
+    plain = sources.job(sources.plain(source), tmp_path / "plain", **JOBS[job])
+    assert runs.same_files(made.folder, plain.folder)
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (made.folder, plain.folder)]
+    assert configs[0] == configs[1]
+    assert plain.prepared.origin is None
+    assert made.report["source"]["tensors"] > len(made.report["source"]["weights"]) > 0
+
+
+@pytest.mark.parametrize(("model", "scheme"), [("qwen3_moe", "fp8"), (runs.FUSED, "int4_wo_128"), ("gpt_oss", "mxfp4")])
+def test_experts(sources, tmp_path, model, scheme):
+    source = sources.of(model, scheme, "compressed-tensors")
+    made = sources.job(source, tmp_path / "out", **JOBS["nvfp4"])
+    plain = sources.job(sources.plain(source), tmp_path / "plain", **JOBS["nvfp4"])
+    assert runs.same_files(made.folder, plain.folder)
+    experts = [target for target in made.prepared.plan.quantized() if target.expert is not None]
+    assert len(experts) == 2 * 4 * 3
+
+
+def test_a_killed_run_goes_on(sources, tmp_path):
+    source, out = sources.held(READ[0]), tmp_path / "out"
+    runs.killed(3, lambda: sources.job(source, out, **JOBS["gptq"], resume="auto"))
+    gone_on = sources.job(source, out, **JOBS["gptq"], resume="require")
+    assert runs.same_files(gone_on.folder, sources.job(source, tmp_path / "calm", **JOBS["gptq"]).folder)
+
+
+def test_a_source_that_changed_is_not_gone_on_with(sources, tmp_path):
+    source, out = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(sources.held(READ[0]), source)
+    runs.killed(3, lambda: sources.job(source, out, scheme="mxfp4", resume="auto"))
+    file = next(path for path in sorted(source.glob("*.safetensors")) if "block" in path.name)
+    save_file(load_file(file), file)  # the same codes at another time
+    with pytest.raises(QuarkError, match="changed"):
+        sources.job(source, out, scheme="mxfp4", resume="require")
+
+
+@pytest.mark.parametrize("dialect", READ)
+def test_every_tensor_of_a_weight_is_needed(sources, tmp_path, dialect):
+    whole = sources.held(dialect)
+    stored = next(iter(Checkpoint(Source.open(str(whole))).view.targets.values()))
+    for tensor in stored.tensors:
+        source = tmp_path / tensor
+        shutil.copytree(whole, source)
+        (source / "model.safetensors.index.json").unlink()
+        for file in source.glob("*.safetensors"):
+            save_file({name: value for name, value in load_file(file).items() if name != tensor}, file)
+        with pytest.raises(ModelError) as refused:
+            runs.prepare(source, scheme="mxfp4")
+        module = stored.name.rpartition(".experts.")[0] if stored.places else stored.name
+        assert module in str(refused.value), tensor
+
+
+def change(source: Path, to: Path, config: Any = None, tensors: dict[str, torch.Tensor] | None = None) -> Path:
+    """A copy with another quantization_config, or with other tensors of the first block."""
+    shutil.copytree(source, to)
+    text = json.loads((to / "config.json").read_text())
+    text["quantization_config"] = config if config is not None else text["quantization_config"]
+    (to / "config.json").write_text(json.dumps(text))
+    (to / "model.safetensors.index.json").unlink()
+    file = to / "model-block-00000.safetensors"
+    save_file(load_file(file) | (tensors or {}), file)
+    return to
+
+
+def refused(source: Path) -> str:
+    with pytest.raises(ModelError) as error:
+        runs.prepare(source, scheme="mxfp4")
+    assert error.value.code == 4
+    return f"{error.value}; {error.value.hint}"
+
+
+def test_what_is_not_read_is_refused_by_name(sources, tmp_path):
+    text = refused(change(sources.held(READ[0]), tmp_path / "source", {"quant_method": "bitsandbytes"}))
+    assert "'bitsandbytes', which is not read here" in text
+    assert all(reader.name in text for reader in dialects.readers())
+
+
+def test_a_config_without_codes_is_refused(sources, tmp_path):
+    source = sources.held(READ[0])
+    config = json.loads((source / "config.json").read_text())["quantization_config"]
+    (plain := tmp_path / "plain").mkdir()
+    shutil.copytree(sources.plain(source), plain, dirs_exist_ok=True)
+    text = json.loads((plain / "config.json").read_text())
+    (plain / "config.json").write_text(json.dumps({**text, "quantization_config": config}))
+    assert "no tensor of its files is" in refused(plain)
+
+
+def test_scales_that_no_config_speaks_of_are_refused(sources, tmp_path):
+    extra = {f"{Q_PROJ.rpartition('.')[0]}.k_scale": torch.ones(1)}
+    text = refused(change(sources.held(READ[0]), tmp_path / "source", None, extra))
+    assert f"{next(iter(extra))}: the quantization config says nothing of this tensor" in text
+
+
+def test_turned_weights_are_refused(sources, tmp_path):
+    source = sources.of("demo", "int4_wo_128", "compressed-tensors", algorithm="hadamard,rtn")
+    assert "inputs while the model runs" in refused(source)
+
+
+def test_a_quantized_cache_is_dropped(sources, tmp_path):
+    source = sources.of("demo", "fp8", "compressed-tensors", kv_cache="fp8")
+    made = sources.job(source, tmp_path / "out", scheme="int4_wo_128")
+    assert not [name for name in runs.read_all(made.folder) if re.search(r"[kv]_scale|input_scale", name)]
+    assert json.loads((made.folder / "config.json").read_text())["quantization_config"]["kv_cache_scheme"] is None
+    assert made.report["source"]["dropped"] == {
+        "its quantization of what weights read and return": 28,
+        "static scales of that": 28,
+        "its scales of attention and its cache": 8,
+    }
+
+
+def test_weights_that_are_left_alone_are_written_decoded_and_the_plan_says_so(sources, tmp_path):
+    source = sources.held(READ[0])
+    made = sources.job(source, tmp_path / "out", scheme="mxfp4", exclude=["*self_attn*"])
+    lines = "\n".join(planview.header(made.prepared))
+    assert "16 of its quantized weights are left alone by the plan and written as BF16" in lines
+    facts = planview.as_json(made.prepared)["source"]
+    assert Q_PROJ in facts["left_alone"]
+    assert len(facts["left_alone"]) == 16
+    decoded = Checkpoint(Source.open(str(source))).read_many([f"{Q_PROJ}.weight"])
+    written = runs.read_all(made.folder)
+    assert runs.same_bytes(written[f"{Q_PROJ}.weight"], decoded[f"{Q_PROJ}.weight"])
+    assert f"{Q_PROJ}.weight_scale" not in written
+
+
+def test_other_keys_of_the_config_stay(sources, tmp_path):
+    source = change(sources.held(READ[0]), tmp_path / "source")
+    text = json.loads((source / "config.json").read_text())
+    old = text.pop("quantization_config")
+    text |= {"compression_config": old, "mine": {"a": [1]}}
+    (source / "config.json").write_text(json.dumps(text))
+    made = sources.job(source, tmp_path / "out", scheme="mxfp4")
+    written = json.loads((made.folder / "config.json").read_text())
+    assert {key: value for key, value in written.items() if key != "quantization_config"} == {
+        key: value for key, value in text.items() if key != "compression_config"
+    }
+    assert written["quantization_config"] != old
+
+
+def test_it_is_a_baseline_and_a_source_to_verify_against(sources, tmp_path, capsys):
+    source = sources.held(READ[0])
+    made = sources.job(source, tmp_path / "out", **JOBS["nvfp4"])
+    found = evaluate(str(made.folder), baseline=str(source), max_tokens=600, device="cpu", tell=lambda event: None)
+    assert 0 < found["kl"] < 0.2
+    assert main.main(["verify", str(made.folder), "--source", str(source)]) == 0
+    assert "source tensors accounted for" in capsys.readouterr().out
+
+
+def test_plan_and_search_take_it(sources, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = str(sources.held(READ[0]))
+    assert main.main(["plan", "--model", source, "--scheme", "mxfp4", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)["source"]
+    assert sum(shown["weights"].values()) == 28
+    flags = ["--schemes", "mxfp4,fp8", "--budget", "6", "--calib-data", sources.text, "--calib-samples", "4"]
+    assert main.main(["search", "--model", source, *flags, "--calib-seqlen", "64", "-o", "mixed.yaml"]) == 0
+    assert Path("mixed.yaml").exists()
