@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from quarkcli.job.options import Options
 
 _DURATION = re.compile(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?")
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kMGT]i?)?B?")
+_UNITS = {"k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 Option = typer.Option
 
 
@@ -30,6 +32,15 @@ def seconds(text: str) -> float:
     if not total:
         raise typer.BadParameter("a time budget must be longer than nothing")
     return float(total)
+
+
+def size(text: str) -> int:
+    """Returns `4.5GB` or `4500000000` as bytes."""
+    found = _SIZE.fullmatch(text.strip())
+    count = float(found[1]) * _UNITS.get(found[2] or "", 1) if found else 0.0
+    if count < 1:
+        raise typer.BadParameter(f"'{text}' is not a size; write 4.5GB, 4.2GiB or bytes")
+    return int(count)
 
 
 def names(kind: Any) -> Callable[[], list[str]]:
@@ -197,6 +208,15 @@ class JobFlags:
             help="Column with text or messages. [default: messages, conversations, text, or prompt and response]",
         ),
     ] = None
+    chat_template: Annotated[
+        Path | None,
+        Option(
+            "--chat-template",
+            metavar="FILE",
+            help="Jinja template that turns conversations into rows, instead of the tokenizer's own; the checkpoint's "
+            "stays as it is.",
+        ),
+    ] = None
     bos: Annotated[
         Literal["auto", "on", "off"] | None,
         Option(
@@ -234,6 +254,18 @@ class JobFlags:
             "--time-budget", metavar="TIME", parser=seconds, help="Stop after a part (exit 75) when 3h50m are used up."
         ),
     ] = None
+    max_cpu_mem: Annotated[
+        int | None,
+        Option(
+            "--max-cpu-mem",
+            metavar="SIZE",
+            parser=size,
+            help="Stop (exit 6) before the work where more memory is forecast, and after a part that took more: 48GB.",
+        ),
+    ] = None
+    verify: Annotated[
+        bool, Option("--verify/--no-verify", help="Read the written scales back before the output gets its name.")
+    ] = True
     trust_remote_code: Trust = False
     revision: Revision = "main"
     offline: Offline = False

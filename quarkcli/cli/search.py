@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from quarkcli.cli import apps, output
-from quarkcli.cli.flags import JobFlags, takes_job_flags
+from quarkcli.cli.flags import JobFlags, size, takes_job_flags
 
 if TYPE_CHECKING:
     from quarkcli.search.choice import Choice
@@ -22,19 +21,6 @@ EXAMPLES = apps.examples(
     "quark search --model ./my-model --schemes nvfp4,fp8,bf16 --budget 5.0 --algorithm gptq -o mixed.yaml",
 )
 SCHEMA = "quark/search/1"
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kMGT]i?)?B?")
-_UNITS = {"k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
-
-
-def size(text: str) -> int:
-    """Returns `4.5GB` or `4500000000` as bytes."""
-    found = _SIZE.fullmatch(text.strip())
-    count = float(found[1]) * _UNITS.get(found[2] or "", 1) if found else 0.0
-    if count < 1:
-        raise typer.BadParameter(f"'{text}' is not a size; write 4.5GB, 4.2GiB or bytes")
-    return int(count)
-
-
 Schemes = Annotated[
     str | None,
     typer.Option(
@@ -79,7 +65,7 @@ Scores = Annotated[
 # Not of a search: it has its own schemes and output, works in one go, and leaves caches to `quantize`.
 _WITHOUT = (
     "scheme", "recipe", "output", "layers", "layer_types", "kv_cache", "attention", "min_kv_scale", "resume",
-    "time_budget",
+    "time_budget", "max_cpu_mem", "verify",
 )  # fmt: skip
 
 

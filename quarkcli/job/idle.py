@@ -15,10 +15,10 @@ from quarkcli.job.options import Calibration, Options
 from quarkcli.plan.model import Plan
 
 OF_DATA = (
-    "calib_data", "calib_samples", "calib_seqlen", "calib_batch", "calib_column", "bos", "allow_short",
+    "calib_data", "calib_samples", "calib_seqlen", "calib_batch", "calib_column", "chat_template", "bos", "allow_short",
     "moe_calibration", "seed", "strict",
 )  # fmt: skip
-OF_WORK = ("resume", "overwrite", "time_budget", "on_nonfinite")
+OF_WORK = ("resume", "overwrite", "time_budget", "on_nonfinite", "max_cpu_mem", "verify")
 NO_CODE = "--trust-remote-code is not used: the model brings no code"
 _TEXT = ".txt"
 # Values of a recipe that a flag replaces -> the field of `Options`; of `Overrides` where it starts with a dot.
@@ -43,9 +43,10 @@ def flag(field: str) -> str:
 
 
 def given(options: Options, names: Iterable[str]) -> list[str]:
-    """Returns those of these fields that differ from their defaults, as flags."""
+    """Returns those of these fields that differ from their defaults, as flags; `--no-` where they are on by default."""
     usual = {field.name: field.default for field in fields(options)}
-    return [flag(name) for name in names if getattr(options, name) != usual[name]]
+    differing = (name for name in names if getattr(options, name) != usual[name])
+    return [flag(f"no_{name}" if usual[name] is True else name) for name in differing]
 
 
 def of_run(
@@ -121,6 +122,8 @@ def of_rows(options: Options, calibration: Calibration) -> Iterator[str]:
     """Yields lines for flags about the choice of rows."""
     if options.calib_column is not None and not _has_columns(calibration.source):
         yield f"--calib-column {options.calib_column} is not used: {calibration.source} is plain text"
+    if options.chat_template is not None and not _has_columns(calibration.source):
+        yield f"--chat-template {options.chat_template} is not used: {calibration.source} is plain text"
     if options.allow_short and not calibration.asked:
         yield "--allow-short is not used: no number of rows is asked for"
 

@@ -42,6 +42,7 @@ class Options:
     calib_seqlen: int | None = None
     calib_batch: int | None = None
     calib_column: str | None = None
+    chat_template: Path | None = None
     bos: Literal["auto", "on", "off"] | None = None
     allow_short: bool = False
     moe_calibration: Literal["routed", "all"] | None = None
@@ -52,6 +53,8 @@ class Options:
     strict: bool = False
     on_nonfinite: OnNonfinite = "stop"
     time_budget: float | None = None
+    max_cpu_mem: int | None = None
+    verify: bool = True
     trust_remote_code: bool = False
     revision: str = "main"
     offline: bool = False

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quarkcli import family
+from quarkcli import family, memory
 from quarkcli.algorithms.base import Assignment
 from quarkcli.dialects.base import Writer
 from quarkcli.disk.side_files import SideFiles, shown
@@ -28,9 +28,11 @@ from quarkcli.spec import MIN_MAX, PerGroup, PerTensor, PerTile, TensorSpec
 
 if TYPE_CHECKING:
     from quarkcli.forward.data import CalibrationData, Tokenizer
+    from quarkcli.model.tokenizer import Tokenizer as LoadedTokenizer
 
 DEFAULT_SAMPLES = 512
 DEFAULT_SEQLEN = 512
+_LESS_MEMORY = "fewer --calib-samples or a shorter --calib-seqlen, or a data-free scheme such as mxfp4"
 _WEIGHT_DTYPES = {"BF16", "F16", "F32"}
 
 
@@ -258,8 +260,11 @@ def check_output(output: Path, overwrite: bool, source: Path) -> None:
         raise ResourceError("not writable", where=str(existing), hint="choose another directory with -o")
 
 
-def check_resources(output: Path, size: forecast.Forecast) -> None:
-    """Refuses a job that the disk or the memory cannot hold, before any weight is read."""
+def check_resources(output: Path, size: forecast.Forecast, most: int | None = None) -> None:
+    """Refuses a job that the disk or the memory cannot hold, before any weight is read.
+
+    most   bytes of memory that it may take (`--max-cpu-mem`)
+    """
     partial = partial_path(output)
     with disk_errors(output):
         present = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file()) if partial.exists() else 0
@@ -268,12 +273,23 @@ def check_resources(output: Path, size: forecast.Forecast) -> None:
         raise ResourceError(
             f"{size.disk_bytes:,} bytes needed, {free:,} free", where=str(output), hint="free some space, or another -o"
         )
+    if most is not None and size.memory_bytes > most:
+        what = f"about {size.memory_bytes:,} bytes of memory needed, and --max-cpu-mem allows {most:,}"
+        raise ResourceError(what, hint=_LESS_MEMORY)
     total = _total_memory()
     if total is not None and size.memory_bytes > total:
         raise ResourceError(
             f"about {size.memory_bytes:,} bytes of memory needed, {total:,} installed",
-            hint="fewer --calib-samples or a shorter --calib-seqlen, or a data-free scheme such as mxfp4",
+            hint=_LESS_MEMORY,
         )
+
+
+def check_memory(most: int | None) -> None:
+    """Raises ResourceError once the process has taken more memory than it may; None: as much as there is."""
+    taken = memory.peak_rss()
+    if most is not None and taken > most:
+        what = f"{taken:,} bytes of memory were taken, and --max-cpu-mem allows {most:,}; finished parts are kept"
+        raise ResourceError(what, hint=f"the same command goes on with a larger limit; or {_LESS_MEMORY}")
 
 
 def _total_memory() -> int | None:
@@ -306,10 +322,25 @@ def token_rows(prepared: Prepared, tell: Listener) -> CalibrationData | None:
     settings, options = prepared.calibration, prepared.options
     if settings is None:
         return None
+    return rows_of(settings, options, tokenizer_of(prepared.source, options), tell)
+
+
+def tokenizer_of(source: Source, options: Options) -> LoadedTokenizer:
+    """Returns the model's tokenizer, with the chat template that was asked for. Raises ModelError, AccessError."""
     from quarkcli.model.tokenizer import load_tokenizer
 
-    tokenizer = load_tokenizer(prepared.source.folder, options.trust_remote_code)
-    return rows_of(settings, options, tokenizer, tell)
+    tokenizer = load_tokenizer(source.folder, options.trust_remote_code)
+    if options.chat_template is not None:
+        tokenizer.use_template(_template(options.chat_template))
+    return tokenizer
+
+
+def _template(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        why = (isinstance(error, OSError) and error.strerror) or error
+        raise AccessError(f"the chat template cannot be read: {why}", where=str(path)) from error
 
 
 def rows_of(settings: Calibration, options: Options, tokenizer: Tokenizer, tell: Listener) -> CalibrationData:
@@ -329,6 +360,9 @@ def rows_of(settings: Calibration, options: Options, tokenizer: Tokenizer, tell:
         offline=options.offline,
         bos=settings.bos,
     )
+    if options.chat_template is not None and rows.mask is None:
+        text = f"--chat-template {options.chat_template} is not used: no conversation in {rows.source}"
+        tell(Message(text, "warning"))
     if rows.notes and options.strict:
         raise DataError(rows.notes[0], where=rows.source, hint="without --strict this is a warning")
     for note in rows.notes:

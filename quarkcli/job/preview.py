@@ -76,8 +76,6 @@ class Preview:
 
 def preview(options: Options, tell: Listener = silent) -> Preview:
     """Returns the calibration rows of a job with these options. Raises QuarkError as the job would."""
-    from quarkcli.model.tokenizer import load_tokenizer
-
     recipe = Recipe("no recipe", "", None, [])
     if options.recipe is not None:
         recipe = recipes.from_file(catalog.find_recipe(str(options.recipe)))
@@ -86,5 +84,5 @@ def preview(options: Options, tell: Listener = silent) -> Preview:
     assert settings is not None
     trusted = idle.of_model(source, revision=options.revision, trusted=options.trust_remote_code)
     warnings = [*settings.warnings, *trusted, *idle.of_rows(options, settings)]
-    tokenizer = load_tokenizer(source.folder, options.trust_remote_code)
+    tokenizer = preflight.tokenizer_of(source, options)
     return Preview(source, settings, preflight.rows_of(settings, options, tokenizer, tell), tokenizer, warnings)

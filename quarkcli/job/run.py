@@ -144,7 +144,7 @@ def run(
     for line in remove_stale(partial):
         tell(Message(line, "warning", always=True))
     preflight.check_output(prepared.output, options.overwrite, prepared.source.folder)
-    preflight.check_resources(prepared.output, prepared.forecast)
+    preflight.check_resources(prepared.output, prepared.forecast, options.max_cpu_mem)
     with Journal.lock(partial, resume=options.resume) as journal:  # 6
         preflight.check_output(prepared.output, options.overwrite, prepared.source.folder)  # another run may have ended
         device = preflight.device(options.device)
@@ -305,8 +305,10 @@ def _parts(
             if walk is not None and part.kind == "embed":
                 walk.start()
             late = options.time_budget is not None and time.monotonic() - started > options.time_budget
-            if late and count < len(todo):
+            if late or options.max_cpu_mem is not None:
                 pipeline.drain()
+            preflight.check_memory(options.max_cpu_mem)
+            if late and count < len(todo):
                 raise Stopped("the time budget is used up; finished parts are kept", hint="run the same command again")
 
 

@@ -104,6 +104,10 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return bool(self._inner.chat_template)
 
+    def use_template(self, template: str) -> None:
+        """Renders conversations by this template from now on."""
+        self._inner.chat_template = template
+
     def encode(self, text: str) -> list[int]:
         """Returns token numbers of `text`; no special tokens are added.
 

@@ -159,6 +159,7 @@ def _calibration(prepared: Prepared, data: CalibrationData | None) -> dict[str, 
         "digest": data.digest,
         "seed": prepared.calibration.seed,
         "moe": prepared.calibration.moe,
+        "chat_template": str(prepared.options.chat_template) if prepared.options.chat_template else None,
         "bos": {"asked": prepared.calibration.bos, "tokens": data.prefix},
     }
 
