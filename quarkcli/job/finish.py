@@ -151,7 +151,7 @@ def verify_and_report(
     seconds: float,
     device: str,
 ) -> dict[str, Any]:
-    """Does step 10 without the renaming. Raises CheckError when the written files, where they are read back, are not as planned."""
+    """Does step 10 without the renaming. Raises CheckError for files that are not as planned."""
     checks = ["nothing was read back: --no-verify"]
     if prepared.options.verify:
         checks = verify.against_plan(partial, prepared.plan, prepared.dialect, prepared.weights.headers)

@@ -16,7 +16,16 @@ from quarkcli.dialects.base import Writer
 from quarkcli.disk.side_files import SideFiles, shown
 from quarkcli.disk.source import Source
 from quarkcli.disk.writer import disk_errors, free_bytes, output_state, partial_path, resolved
-from quarkcli.errors import AccessError, ConfigError, DataError, ModelError, ResourceError, UsageError
+from quarkcli.errors import (
+    AccessError,
+    ConfigError,
+    DataError,
+    ModelError,
+    QuarkError,
+    ResourceError,
+    Stopped,
+    UsageError,
+)
 from quarkcli.events import Listener, Message, Working
 from quarkcli.family import HeaderLike
 from quarkcli.job import forecast
@@ -284,12 +293,18 @@ def check_resources(output: Path, size: forecast.Forecast, most: int | None = No
         )
 
 
-def check_memory(most: int | None) -> None:
-    """Raises ResourceError once the process has taken more memory than it may; None: as much as there is."""
-    taken = memory.peak_rss()
+def reason_to_stop(options: Options, seconds: float, left: int) -> QuarkError | None:
+    """Returns the reason to stop after a part, for the time or the memory that were taken; None to go on.
+
+    left   parts that are not done yet
+    """
+    taken, most = memory.peak_rss(), options.max_cpu_mem
     if most is not None and taken > most:
         what = f"{taken:,} bytes of memory were taken, and --max-cpu-mem allows {most:,}; finished parts are kept"
-        raise ResourceError(what, hint=f"the same command goes on with a larger limit; or {_LESS_MEMORY}")
+        return ResourceError(what, hint=f"the same command goes on with a larger limit; or {_LESS_MEMORY}")
+    if left and options.time_budget is not None and seconds > options.time_budget:
+        return Stopped("the time budget is used up; finished parts are kept", hint="run the same command again")
+    return None
 
 
 def _total_memory() -> int | None:

@@ -26,7 +26,7 @@ from quarkcli.disk.origin import open_weights
 from quarkcli.disk.place import dispose, earlier, remove_stale
 from quarkcli.disk.source import Source
 from quarkcli.disk.writer import publish, resolved, sync_folder
-from quarkcli.errors import AccessError, DataError, ResourceError, Stopped, UsageError
+from quarkcli.errors import AccessError, DataError, ResourceError, UsageError
 from quarkcli.events import Event, Listener, Message, PartDone, Phase, Working, broadcast, silent
 from quarkcli.job import asked, finish, idle, partial_path, preflight
 from quarkcli.job.options import Options, Prepared
@@ -304,12 +304,10 @@ def _parts(
             del tensors, result  # before the next part is read
             if walk is not None and part.kind == "embed":
                 walk.start()
-            late = options.time_budget is not None and time.monotonic() - started > options.time_budget
-            if late or options.max_cpu_mem is not None:
+            why = preflight.reason_to_stop(options, time.monotonic() - started, len(todo) - count)
+            if why is not None:
                 pipeline.drain()
-            preflight.check_memory(options.max_cpu_mem)
-            if late and count < len(todo):
-                raise Stopped("the time budget is used up; finished parts are kept", hint="run the same command again")
+                raise why
 
 
 def _refuse_nonfinite(records: Mapping[str, Mapping[str, Any]], options: Options) -> None:
