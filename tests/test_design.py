@@ -35,6 +35,7 @@ numerics
 plan
 model
 algorithms dialects
+servers
 forward
 disk
 report
@@ -50,7 +51,7 @@ NAMES_OF_TYPES = {("algorithms", "forward"), ("algorithms", "job"), ("report", "
 INSIDE = {
     "forward": "activations defaults moments samples experts taps statistics files documents data walk",
     "disk": "weights source side_files writer manifest place journal nonfinite contents checkpoint origin compare"
-    " verify",
+    " values scales completeness excluded parallel fidelity verify",
     "job": "forecast options asked preflight idle served problems rewriting solving stages tuning prepass part"
     " pipeline finish convert run preview",
 }

@@ -54,6 +54,12 @@ def names(kind: Any) -> Callable[[], list[str]]:
     return complete
 
 
+def targets() -> list[str]:
+    from quarkcli import servers
+
+    return [servers.AUTO, servers.NONE, *servers.names()]
+
+
 Model = Annotated[
     str, Option("--model", metavar="DIR_OR_ID", help="Model directory, hub id, or 'demo' for the embedded model.")
 ]
@@ -77,11 +83,13 @@ Offline = Annotated[
     bool, Option("--offline", envvar="HF_HUB_OFFLINE", help="Use only what is local or in the hub cache.")
 ]
 Servers = Annotated[
-    Literal["auto", "none"],
+    str,
     Option(
         "--target",
-        help="What must load it. auto: servers, so that weights which they fuse have one scheme; "
-        "none: nothing in particular.",
+        metavar="SERVER",
+        autocompletion=targets,
+        help="What must load it: vllm, transformers or sglang; auto: any server, so that weights which they fuse have "
+        "one scheme; none: nothing in particular.",
     ),
 ]
 _Many = list[str] | None

@@ -1,4 +1,4 @@
-"""`quark verify`: checks that a written checkpoint is complete and sound."""
+"""`quark verify`: checks that a written checkpoint is complete and sound, and says what loads it."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ import typer
 
 from quarkcli.cli import apps, output
 from quarkcli.cli.flags import Debug, Json, Nonfinite, Servers
+from quarkcli.errors import UsageError
 
 SCHEMA = "quark/verify/1"
-EXAMPLES = apps.examples("quark verify out/demo-mxfp4 --source demo", "quark verify out/demo-mxfp4 --json")
+EXAMPLES = apps.examples(
+    "quark verify out/demo-mxfp4 --source demo",
+    "quark verify out/demo-mxfp4 --target vllm --tp 1,2,4",
+)
 
 
 def verify(
@@ -18,10 +22,26 @@ def verify(
     source: Annotated[
         str | None,
         typer.Option(
-            "--source", metavar="DIR_OR_ID", help="The model it was made from: all its tensors must be there."
+            "--source",
+            metavar="DIR_OR_ID",
+            help="The model it was made from: all its tensors must be there, and decoded weights near its own.",
         ),
     ] = None,
     target: Servers = "auto",
+    degrees: Annotated[
+        str | None,
+        typer.Option(
+            "--tp",
+            metavar="N,N...",
+            help="Numbers of devices by which servers must be able to split it (tensor parallel), such as 1,2,4,8.",
+        ),
+    ] = None,
+    min_sqnr: Annotated[
+        float | None,
+        typer.Option(
+            "--min-sqnr", metavar="DB", help="Least ratio of signal to noise of a decoded weight; with --source."
+        ),
+    ] = None,
     on_nonfinite: Nonfinite = "stop",
     hashes: Annotated[
         bool | None,
@@ -34,21 +54,34 @@ def verify(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Check a quantized checkpoint.
+    """Check a quantized checkpoint, of this program or another's.
 
-    Files against the manifest, names, scales, the values of what was not quantized, and with --source that no tensor is
-    lost. Exit 8 when something is wrong.
+    Files against the manifest, names, shapes, scales, what is left out, the values of what was not quantized, what
+    loads it, and with --source that no tensor is lost and no weight decoded wrong. Exit 8 when something is wrong.
     """
     output.start(json=json, debug=debug)
     from quarkcli.cli.progress import Progress
     from quarkcli.disk import verify as checks
-    from quarkcli.job import run as job
+    from quarkcli.job.run import EMBEDDED
 
+    if min_sqnr is not None and source is None:
+        raise UsageError("there is nothing to compare with", where="--min-sqnr", hint="--source DIR_OR_ID")
+    origin = str(EMBEDDED) if source == "demo" else source
+    asked = checks.Asked(origin, target, on_nonfinite, hashes, _degrees(degrees), min_sqnr)
     with Progress("lines") as progress:
-        origin = str(job.EMBEDDED) if source == "demo" else source
-        found = checks.directory(directory, origin, target, on_nonfinite, progress, hashes)
+        found = checks.check(directory, asked, progress)
     if json:
         output.json_data({"schema": SCHEMA, "directory": directory, "source": source, "ok": True, "checks": found})
         return
     for line in found:
         output.data(f"ok: {line}")
+
+
+def _degrees(text: str | None) -> tuple[int, ...]:
+    """Returns the numbers of `1,2,4`. Raises UsageError."""
+    if text is None:
+        return ()
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() and len(part) < 5 and int(part) for part in parts):
+        raise UsageError(f"'{text}' is no list of numbers of devices", where="--tp", hint="for example --tp 1,2,4")
+    return tuple(dict.fromkeys(int(part) for part in parts))

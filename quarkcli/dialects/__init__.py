@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -76,11 +76,13 @@ def matching(config: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> li
     return [member for member in readers() if member.matches(config, headers)]
 
 
-def choose(asked: str, plan: Plan) -> tuple[Writer, str]:
+def choose(asked: str, plan: Plan, favoured: Callable[[Writer], bool] = lambda dialect: False) -> tuple[Writer, str]:
     """Returns the dialect for a plan, and the reason in words.
 
     `auto` goes by what loads the plan: both vLLM and transformers, else vLLM, else anything; among those alike by
     preference. Raises ConfigError with every reason when none can hold it, or when the one asked for cannot.
+
+    favoured   true for dialects that `auto` takes before all others, such as those that a server named loads
     """
     if asked != AUTO:
         dialect = writer(asked)
@@ -100,9 +102,9 @@ def choose(asked: str, plan: Plan) -> tuple[Writer, str]:
         raise ConfigError(f"no dialect can hold this plan: {every}", hint="change the scheme of the modules named")
     loaders = {dialect: dialect.loaders(plan) for dialect in able}
 
-    def rank(dialect: Writer) -> tuple[bool, int, int]:
+    def rank(dialect: Writer) -> tuple[bool, bool, int, int]:
         preference = dialect.preference(plan)
-        return preference > 0, _reach(loaders[dialect]), preference
+        return favoured(dialect), preference > 0, _reach(loaders[dialect]), preference
 
     best = max(able, key=rank)
     return best, f"{AUTO}: {_loads(best, plan, ' only' if _reach(loaders[best]) == 1 else '')}"

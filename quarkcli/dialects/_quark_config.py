@@ -190,6 +190,11 @@ class LayerReader:
             self._known[key] = _read_layer(module, layer, own_output=not key[1])
         return self._known[key]
 
+    def speaks_of(self, module: str) -> bool:
+        """True when an entry for the module, a glob, its class or all modules quantizes its weight."""
+        layer = self._named(module)
+        return bool((self.others if layer is None else layer).get("weight"))
+
     def casts(self, module: str) -> bool:
         """True when an entry for this very module, or a glob, says that its weight is cast."""
         weight = (self._named(module) or {}).get("weight")

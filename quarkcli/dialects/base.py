@@ -5,7 +5,7 @@ A member of the folder offers `WRITER`, `READER`, or both: instances of classes 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -102,10 +102,12 @@ class Reader:
     """Reads the checkpoints of one on-disk convention.
 
     quant_method   the value that their `quantization_config` has under this key
+    divisors       the leaves of scales that are stored as their inverse
     """
 
     name: ClassVar[str]
     quant_method: ClassVar[str]
+    divisors: ClassVar[frozenset[str]] = frozenset()
 
     def matches(self, config: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> bool:
         """True when a checkpoint is one of these, by its `quantization_config` ({} without one) and headers."""
@@ -114,6 +116,13 @@ class Reader:
     def view(self, config: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> StoredView:
         """Returns the view of a checkpoint, from its `quantization_config` and headers. Raises ModelError."""
         raise AssertionError("a reader says what a checkpoint holds")
+
+    def untouched(self, config: Mapping[str, Any], modules: Iterable[str]) -> set[str]:
+        """Returns those of these modules that a `quantization_config` gives no scheme, whatever it lists as left out.
+
+        By default its scheme is for every linear module.
+        """
+        return set()
 
     def decode(self, stored: StoredTarget, tensors: Mapping[str, Tensor]) -> Decoded:
         """Returns codes and scales as they were before packing, and the static scales."""

@@ -63,6 +63,7 @@ Scheme = tuple[TensorSpec, TensorSpec | None, TensorSpec | None]
 class CompressedTensorsReader(Reader):
     name = NAME
     quant_method = NAME
+    divisors = frozenset({"weight_global_scale", "input_global_scale"})
 
     def view(self, config: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> StoredView:
         """Returns the view of a checkpoint.
@@ -83,6 +84,12 @@ class CompressedTensorsReader(Reader):
         if config.get("kv_cache_scheme"):
             found.attention = _stored_attention(config["kv_cache_scheme"], headers)
         return found
+
+    def untouched(self, config: Mapping[str, Any], modules: Iterable[str]) -> set[str]:
+        groups = list((config.get("config_groups") or {}).values())
+        modules = list(modules)
+        names = WrittenNames([text for group in groups for text in group.get("targets") or []], modules)
+        return {module for module in modules if _find_group(module, groups, names) is None}
 
     def decode(self, stored: StoredTarget, tensors: Mapping[str, Tensor]) -> Decoded:
         from quarkcli.numerics.quantize import QParams, Quantized
@@ -326,7 +333,14 @@ def _first_leaves_others_alone(plan: Plan) -> bool:
 
 
 def _group_of(module: str, groups: list[Mapping[str, Any]], names: WrittenNames) -> Mapping[str, Any]:
-    """Returns the group of a module: by full name, else by pattern, else by class."""
+    group = _find_group(module, groups, names)
+    if group is None:
+        raise ModelError("it has a weight_scale, but no group of the quantization config targets it", where=module)
+    return group
+
+
+def _find_group(module: str, groups: list[Mapping[str, Any]], names: WrittenNames) -> Mapping[str, Any] | None:
+    """Returns the group of a module: by full name, else by pattern, else by class; None when no group has it."""
 
     def patterns(targets: list[str]) -> list[str]:
         return [target for target in targets if target.startswith("re:")]
@@ -339,7 +353,7 @@ def _group_of(module: str, groups: list[Mapping[str, Any]], names: WrittenNames)
         for group in groups:
             if fits(group.get("targets") or []):
                 return group
-    raise ModelError("it has a weight_scale, but no group of the quantization config targets it", where=module)
+    return None
 
 
 def _stored(module: str, group: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> StoredTarget:
@@ -368,6 +382,8 @@ def _stored_attention(scheme: Mapping[str, Any], headers: Mapping[str, HeaderLik
         kinds_ = [kind for kind in sorted(_ATTENTION) if kind != "q" or f"{module}.q_scale" in headers]
         names = shared.check_headers([TensorInfo(f"{module}.{kind}_scale", "F32", (1,)) for kind in kinds_], headers)
         found[module] = StoredAttention(module, dict.fromkeys(kinds_, spec), dict(zip(kinds_, names, strict=True)))
+    if not found:
+        raise ModelError("the cache is quantized, and no file holds its scales", where="kv_cache_scheme")
     return found
 
 

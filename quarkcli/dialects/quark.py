@@ -7,7 +7,7 @@ the amd-quark package to read it). See the modules beside it: `_quark_specs` for
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -76,6 +76,10 @@ class QuarkReader(Reader):
         view = StoredView(targets, _stored_attention(layers, headers))
         _check_outputs(view, headers)
         return view
+
+    def untouched(self, config: Mapping[str, Any], modules: Iterable[str]) -> set[str]:
+        layers = LayerReader(config)
+        return {module for module in modules if not layers.speaks_of(module)}
 
     def decode(self, stored: StoredTarget, tensors: Mapping[str, Tensor]) -> Decoded:
         local = stored.own(tensors)
@@ -218,6 +222,8 @@ def _stored_attention(layers: LayerReader, headers: Mapping[str, HeaderLike]) ->
                 shared.check_headers([TensorInfo(name, infos[0].dtype, infos[0].shape)], headers)
                 entry = found.setdefault(parent, StoredAttention(parent, {}, {}))
                 entry.specs[kind], entry.scales[kind] = spec, name
+        if not any(kind in entry.specs for entry in found.values()):
+            raise ModelError(f"it is quantized, and no file holds {infos[0].name}", where=f"attention {kind}")
     return found
 
 

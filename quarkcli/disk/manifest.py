@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -90,6 +90,20 @@ def compare(folder: Path, manifest: Manifest, hashes: bool | None = None) -> lis
     if added:
         lines.append(f"{len(added)} files are not in the manifest: {_listed(added)}")
     return lines
+
+
+def unchanged(folder: Path) -> Callable[[str], bool]:
+    """Returns a function that is true for a weight file whose header is as it was written; of no manifest, never."""
+    try:
+        listed = read(folder)
+    except CheckError:
+        listed = None
+    headers = listed.headers if listed is not None else {}
+
+    def same(name: str) -> bool:
+        return name in headers and _header(folder / name) == headers[name]
+
+    return same
 
 
 def _difference(path: Path, name: str, manifest: Manifest, hashed: bool) -> str | None:

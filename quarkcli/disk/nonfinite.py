@@ -6,7 +6,7 @@ A quantized weight is refused by its own scale rule. A copied tensor is looked a
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -42,8 +42,12 @@ class NonFinite:
         from quarkcli.numerics.finite import is_finite
 
         if not is_finite(tensor):
-            known = self.roles.get(name, "parameter") != "other" and not is_buffer(name, tensor.ndim)
-            (self.parameters if known else self.others)[name] = _describe(tensor)
+            self.note(name, tensor.ndim, _describe(tensor))
+
+    def note(self, name: str, ndim: int, what: str) -> None:
+        """Notes a tensor that holds NaN or infinity; `what`: how many, and where the first is."""
+        known = self.roles.get(name, "parameter") != "other" and not is_buffer(name, ndim)
+        (self.parameters if known else self.others)[name] = what
 
     def first(self) -> tuple[str, str] | None:
         """Returns (name, sentence) of the first parameter."""
@@ -71,8 +75,22 @@ def warnings(parameters: Iterable[str], others: Iterable[str]) -> list[str]:
     return [text for text in both if text is not None]
 
 
+def describe(bad: int, count: int, place: Iterable[int]) -> str:
+    """Returns how many values of a tensor are NaN or infinite, and where the first is."""
+    return f"{bad:,} of {count:,} values, the first at {[*place]}"
+
+
+def place(index: int, shape: Sequence[int]) -> list[int]:
+    """Returns the place of a value by axes, from its number in a flat tensor."""
+    found: list[int] = []
+    for size in reversed(shape):
+        index, at = divmod(index, size)
+        found.insert(0, at)
+    return found
+
+
 def _describe(tensor: Tensor) -> str:
     from quarkcli.numerics.finite import bad_values
 
     bad = bad_values(tensor).nonzero()
-    return f"{len(bad):,} of {tensor.numel():,} values, the first at {bad[0].tolist()}"
+    return describe(len(bad), tensor.numel(), bad[0].tolist())

@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from quarkcli.dialects.base import Decoded, StoredTarget, Writer
-from quarkcli.disk import contents, manifest, nonfinite
-from quarkcli.disk.checkpoint import Checkpoint
+from quarkcli import servers
+from quarkcli.dialects.base import Writer
+from quarkcli.disk import completeness, contents, excluded, fidelity, manifest, nonfinite, parallel
+from quarkcli.disk import scales as stored_scales
+from quarkcli.disk.checkpoint import Checkpoint, LogicalHeader
 from quarkcli.disk.nonfinite import HINT, NonFinite, OnNonfinite
 from quarkcli.disk.source import Source
+from quarkcli.disk.values import Values, floats, has_floats, values
 from quarkcli.errors import CheckError, ModelError, QuarkError, all_of
 from quarkcli.events import Listener, Message, Working, silent
-from quarkcli.family import HeaderLike, Layout, Weight, check_fit, for_checkpoint, lay_out
+from quarkcli.family import HeaderLike, Layout, Weight, for_checkpoint, lay_out
 from quarkcli.plan.fused import Servers, matrix, sentence, splits
 from quarkcli.plan.model import Plan
 from quarkcli.plan.online import sentences
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from quarkcli.numerics.quantize import QParams
-    from quarkcli.spec import TensorSpec
-
-# What unequal scales of one level cost where servers fuse.
-_COST = "servers keep one for each member, or round all codes again with the largest, which costs some accuracy"
+from quarkcli.plan.stored import Specs, of_stored
 
 
 def against_plan(folder: Path, plan: Plan, dialect: Writer, source_headers: Mapping[str, HeaderLike]) -> list[str]:
@@ -60,68 +55,33 @@ def against_plan(folder: Path, plan: Plan, dialect: Writer, source_headers: Mapp
 def scales(checkpoint: Checkpoint, plan: Plan | None = None, tell: Listener = silent) -> list[str]:
     """Checks that every scale is finite and positive, and equal within scale groups where a tensor has one.
 
-    Those of weight-only integers may be negative.
-    Raises CheckError; but scales of one level that differ within what servers fuse are a warning: servers keep one per
-    member, or take the largest and round the codes of the others again.
+    Returns the checks made; raises CheckError. See `disk.scales`.
     """
-    from quarkcli.numerics.scales import may_be_negative
-
-    bad: list[str] = []
-    groups: dict[str, dict[str, float | None]] = {}
-    inputs: dict[str, dict[str, float | None]] = {}
-    layers: dict[str, set[float | None]] = {}
     weights: Mapping[str, Weight] = plan.targets if plan is not None else _weights(checkpoint)
-    fused = {name: weight.group for name, weight in weights.items()}
-    group_of = fused if plan is None else {target.name: target.scale_group for target in plan.targets.values()}
-    for name, stored in checkpoint.view.targets.items():
-        decoded = checkpoint.decode(stored)
-        params, static = decoded.weight.params, decoded.input
-        signed = stored.input is None and may_be_negative(stored.weight)
-        if not _all_good(params, stored.weight, signed) or any(
-            not _good(s) for s in (static, decoded.output) if s is not None
-        ):
-            bad.append(name)
-        if (
-            decoded.bias is not None
-            and stored.bias is not None
-            and not _all_good(decoded.bias.params, stored.bias, False)
-        ):
-            bad.append(f"{name}.bias")
-        bad += [f"{name} (no {kind} scale)" for kind in _absent(stored, decoded)]
-        if static is not None and name in weights and weights[name].expert is not None:
-            layers.setdefault(matrix(weights[name]), set()).add(_number(static))
-        if stored.weight.has_tensor_scale:
-            groups.setdefault(group_of.get(name, name), {})[name] = _tensor_scale(params)
-            inputs.setdefault(fused.get(name, name), {})[name] = _number(static)
-    for attention in checkpoint.view.attention.values():
-        assert checkpoint.reader is not None
-        tensors = checkpoint.source.read_many(attention.scales.values())
-        values = checkpoint.reader.decode_attention(attention, tensors)
-        bad += [f"{attention.name}.{kind}" for kind, value in values.items() if not _good(value)]
-    _none(bad, "modules have a scale that is zero, negative, infinite, NaN or absent")
-    both = (*groups.items(), *inputs.items())
-    unequal = {group: list(members) for group, members in both if len(set(members.values())) > 1}
-    targets = checkpoint.view.targets
-    two_level = sorted(g for g, members in unequal.items() if any(_over(targets[name].weight) for name in members))
-    _none(two_level, "scale groups do not share their per-tensor scales")
-    if unequal:
-        what = f"{len(unequal)} scale groups do not share their per-tensor scales"
-        tell(Message(f"{what}: {_COST} ({_some(sorted(unequal))})", "warning"))
-    own = sorted(layer for layer, values in layers.items() if len(values) > 1)
-    if own:
-        what = f"{len(own)} layers have experts with input scales of their own"
-        tell(Message(f"{what}: servers take the largest for all experts of a layer ({_some(own)})", "warning"))
-    caches = len(checkpoint.view.attention)
-    shared = sum(len(members) > 1 and name not in unequal for name, members in groups.items())
-    return [
-        f"scales of {len(targets)} weights and {caches} attentions finite and positive",
-        f"{shared} scale groups share their per-tensor scales",
-    ]
+    group_of = {name: weight.group for name, weight in weights.items()}
+    if plan is not None:
+        group_of = {target.name: target.scale_group for target in plan.targets.values()}
+    return stored_scales.check(checkpoint, weights, group_of, tell)
 
 
-def _over(spec: TensorSpec) -> bool:
-    """True when block scales lie under a scale of the tensor, which servers take from one member for all."""
-    return any(stage.scale is not None and stage.scale.global_scale is not None for stage in spec.stages)
+@dataclass(frozen=True)
+class Asked:
+    """The wishes of `quark verify`.
+
+    source        the model it was made from
+    target        what must load it: a server; auto: any; none: nothing, so that what servers fuse may differ
+    tensor_parallel  degrees by which servers must be able to split it
+    min_sqnr      least ratio of signal to noise, in dB, of every decoded weight; with a source
+    on_nonfinite  `keep`: NaN and infinity in what was not quantized are told as warnings
+    hashes        read all files to compare their hashes; None: up to 20 GB in all
+    """
+
+    source: str | None = None
+    target: Servers = "auto"
+    on_nonfinite: OnNonfinite = "stop"
+    hashes: bool | None = None
+    tensor_parallel: tuple[int, ...] = ()
+    min_sqnr: float | None = None
 
 
 def directory(
@@ -132,34 +92,65 @@ def directory(
     tell: Listener = silent,
     hashes: bool | None = None,
 ) -> list[str]:
-    """`quark verify DIR [--source X]`: checks a checkpoint alone, and against its manifest and its source model.
+    """Checks a checkpoint as `check` does. Returns the checks made; raises QuarkError."""
+    return check(path, Asked(source, target, on_nonfinite, hashes), tell)
 
-    target        `none`: modules that servers fuse may have more than one scheme
-    on_nonfinite  `keep`: NaN and infinity in what was not quantized are told as warnings
-    hashes        read all files to compare their hashes; None: up to 20 GB in all
+
+def check(path: str, asked: Asked, tell: Listener = silent) -> list[str]:
+    """`quark verify DIR`: checks a checkpoint alone, and against its manifest and its source model.
+
+    Returns the checks made. Raises one error for all that is wrong.
     """
-    folder, model = Path(path), Source.open(source) if source is not None else None
+    servers.check_name(asked.target)
+    folder, model = Path(path), Source.open(asked.source) if asked.source is not None else None
     return _every(
-        lambda: _against_manifest(folder, hashes),
-        lambda: _contents(folder, model, target, on_nonfinite, tell),
+        lambda: _against_manifest(folder, asked.hashes),
+        lambda: _contents(folder, model, asked, tell),
     )
 
 
-def _contents(
-    folder: Path, model: Source | None, target: Servers, on_nonfinite: OnNonfinite, tell: Listener
-) -> list[str]:
+def _contents(folder: Path, model: Source | None, asked: Asked, tell: Listener) -> list[str]:
     """Checks the contents of the files, whatever a manifest says of them. Raises QuarkError."""
-    checkpoint = Checkpoint(_open(folder))
-    if not checkpoint.quantized:
+    source = _open(folder)
+    if not source.config.get("quantization_config"):
         raise CheckError("no quantization_config in config.json", where=str(folder))
+    try:
+        checkpoint = Checkpoint(source)
+        layout = _layout(checkpoint)
+    except ModelError as error:
+        raise CheckError(error.what, where=error.where or str(folder), hint=error.hint) from error
+    view, config = checkpoint.view, source.config
+    assert checkpoint.reader is not None
+    reader, degrees = checkpoint.reader, asked.tensor_parallel
     return _every(
-        lambda: [_complete(checkpoint)],
-        lambda: [_fused_schemes(checkpoint, target)],
+        lambda: [completeness.index(source)],
+        lambda: [completeness.model(checkpoint)],
+        lambda: [completeness.codes(checkpoint, layout)],
+        lambda: completeness.caches(checkpoint, layout),
+        lambda: [completeness.strangers(checkpoint, layout, manifest.unchanged(folder))],
+        lambda: [excluded.check(reader, config["quantization_config"], layout, view.targets)],
+        lambda: [_fused_schemes(checkpoint, asked.target)],
         lambda: turned_inputs(checkpoint),
+        lambda: parallel.check(degrees, layout.weights, view, source.headers, config) if degrees else [],
         lambda: scales(checkpoint, tell=tell),
-        lambda: [kept_values(checkpoint, on_nonfinite, tell)],
+        lambda: [kept_values(checkpoint, asked.on_nonfinite, tell)],
+        lambda: _served(checkpoint, layout, asked.target),
+        lambda: fidelity.check(checkpoint, model, asked.min_sqnr, tell) if model is not None else [],
         lambda: [_against_source(checkpoint, model)] if model is not None else [],
     )
+
+
+def _served(checkpoint: Checkpoint, layout: Layout, target: Servers) -> list[str]:
+    """Returns which servers load it. Raises CheckError when the one that was named does not."""
+    if target == "none":
+        return []
+    view, reader = checkpoint.view, checkpoint.reader
+    assert reader is not None
+    weights: dict[str, Specs] = {t.name: (t.weight, t.input, t.output, t.bias) for t in view.targets.values()}
+    attention = {stored.name: stored.specs for stored in view.attention.values()}
+    plan = of_stored(reader.name, layout, weights, attention, view.online)
+    quantization = checkpoint.source.config["quantization_config"]
+    return servers.verdicts(target, servers.Written(reader.name, quantization, plan), CheckError)
 
 
 def _every(*checks: Callable[[], list[str]]) -> list[str]:
@@ -177,21 +168,6 @@ def _every(*checks: Callable[[], list[str]]) -> list[str]:
     if problems:
         raise all_of(problems)
     return lines
-
-
-def _complete(checkpoint: Checkpoint) -> str:
-    """Returns the check made. Raises CheckError for missing tensors and wrong shapes.
-
-    Blocks, experts and config.json say which tensors there are, and their shapes.
-    """
-    config, headers = checkpoint.source.config, checkpoint.headers
-    _none(list(checkpoint.source.unlisted), "tensors are in the files and not in the index")
-    try:
-        layout = lay_out(checkpoint.family_name, checkpoint.family, checkpoint.inferred, config, headers)
-        check_fit(checkpoint.family, layout, config, headers)
-    except ModelError as error:
-        raise CheckError(error.what, where=error.where, hint="write it again, or copy it again") from error
-    return "blocks, experts, widths and counts fit config.json and each other"
 
 
 def _fused_schemes(checkpoint: Checkpoint, servers: Servers) -> str:
@@ -228,32 +204,36 @@ def turned_inputs(checkpoint: Checkpoint) -> list[str]:
         groups.setdefault(matrix(weight), set()).add(online.get(name))
     split = [group for group, blocks in groups.items() if len(blocks) > 1]
     _none(split, "groups of weights that servers fuse have members whose inputs are turned otherwise")
-    _none(
-        [n for n in checkpoint.view.matrices if not _is_hadamard(checkpoint.source.read(n))], "matrices are no Hadamard"
-    )
+    _none([n for n in checkpoint.view.matrices if not _is_hadamard(checkpoint.source, n)], "matrices are no Hadamard")
     return [f"turned as the config says: {text}" for text in sentences(online)]
 
 
-def _is_hadamard(matrix: Tensor) -> bool:
+def _is_hadamard(source: Source, name: str) -> bool:
     """True for Sylvester's matrix, not divided by its norm."""
-    import torch
+    import numpy as np
 
-    from quarkcli.numerics.hadamard import sylvester
-
-    rows = len(matrix)
-    square = matrix.shape == (rows, rows) and rows & (rows - 1) == 0
-    return square and torch.equal(matrix.float(), sylvester(rows).float())
+    header = source.headers[name]
+    rows = header.shape[0] if header.shape else 0
+    if header.shape != (rows, rows) or rows & (rows - 1):
+        return False
+    found = np.concatenate(list(floats(source, header))).reshape(rows, rows)
+    order = np.arange(rows)
+    odd = np.bitwise_count(order[:, None] & order) % 2 == 1
+    return bool((found == np.where(odd, -1, 1)).all())
 
 
 def kept_values(checkpoint: Checkpoint, on_nonfinite: OnNonfinite, tell: Listener) -> str:
     """Reads every tensor that is stored as it was. Raises CheckError for NaN or infinity in a parameter."""
     found = NonFinite(_layout(checkpoint).tensor_roles)
-    names, size = checkpoint.copied(), 0
+    names, size, source = checkpoint.copied(), 0, checkpoint.source
     for name in names:
         tell(Working(f"reading {name}"))
-        tensor = checkpoint.source.read(name)
-        size += tensor.nbytes
-        found.look(name, tensor)
+        header = source.headers[name]
+        size += header.nbytes
+        summary = values(source, name) if has_floats(header) else Values()
+        if summary.first is not None:
+            place = nonfinite.place(summary.first, header.shape)
+            found.note(name, len(header.shape), nonfinite.describe(summary.nonfinite, summary.count, place))
     first = found.first()
     if first is not None and on_nonfinite == "stop":
         raise CheckError(first[1], where=first[0], hint=HINT)
@@ -307,60 +287,13 @@ def _weights(checkpoint: Checkpoint) -> dict[str, Weight]:
 
 def _layout(checkpoint: Checkpoint) -> Layout:
     """Returns the family applied to the source form of the checkpoint, experts one by one."""
-    headers = {f"{name}.weight": header for name, header in _singles(checkpoint)}
+    singles = {
+        f"{name}.weight": LogicalHeader("BF16", stored.shape) for name, stored in checkpoint.view.targets.items()
+    }
     return lay_out(
         checkpoint.family_name, checkpoint.family, checkpoint.inferred, checkpoint.source.config,
-        {**checkpoint.headers, **headers},
+        {**checkpoint.headers, **singles},
     )  # fmt: skip
-
-
-def _singles(checkpoint: Checkpoint) -> Iterable[tuple[str, Any]]:
-    from quarkcli.disk.checkpoint import LogicalHeader
-
-    for name, stored in checkpoint.view.targets.items():
-        yield name, LogicalHeader("BF16", stored.shape)
-
-
-def _all_good(params: QParams, spec: TensorSpec, signed: bool) -> bool:
-    """True when the scales of every stage are good, and its zero points finite; `signed`: they may be negative."""
-    import torch
-
-    if params.zero_point is not None and not bool(torch.isfinite(params.zero_point).all()):
-        return False
-    if params.then is not None and spec.then is not None and not _all_good(params.then, spec.then, False):
-        return False
-    scale = params.scale.abs() if signed and params.scale is not None else params.scale
-    return (scale is None or _good(scale)) and (params.global_scale is None or _good(params.global_scale))
-
-
-def _absent(stored: StoredTarget, decoded: Decoded) -> Iterator[str]:
-    """Yields kinds of activations whose static scale is not in the files."""
-    for kind, spec, scale in (("input", stored.input, decoded.input), ("output", stored.output, decoded.output)):
-        if spec is not None and spec.needs_amax and scale is None:
-            yield kind
-
-
-def _good(scale: Tensor) -> bool:
-    """True for a finite and positive scale; for a byte unless it is the NaN code.
-
-    A byte is e8m0, or e5m3, where 0 stands for an all-zero group.
-    """
-    import torch
-
-    if scale.dtype == torch.uint8:
-        return bool((scale != 255).all())
-    values = scale.float()
-    return bool((torch.isfinite(values) & (values > 0)).all())
-
-
-def _tensor_scale(params: QParams) -> float | None:
-    if params.global_scale is not None:
-        return float(params.global_scale)
-    return float(params.scale) if params.scale is not None and params.scale.numel() == 1 else None
-
-
-def _number(scale: Tensor | None) -> float | None:
-    return float(scale) if scale is not None else None
 
 
 def _none(names: Collection[object], what: str) -> None:

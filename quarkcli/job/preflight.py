@@ -6,11 +6,11 @@ Torch is imported only where a device is asked for.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quarkcli import family, memory
+from quarkcli import family, memory, servers
 from quarkcli.algorithms.base import Assignment
 from quarkcli.dialects.base import Writer
 from quarkcli.disk.side_files import SideFiles, shown
@@ -78,13 +78,13 @@ def check_reader(dialect: Writer, needs: Mapping[str, set[str]]) -> None:
         )
 
 
-def check_servers(plan: Plan, servers: Servers) -> None:
+def check_servers(plan: Plan, target: Servers) -> None:
     """Refuses a plan that splits what servers fuse, unless it is for none: then it is a warning."""
     mixed = [target for members in plan.disagreeing() for target in members]
     found = splits((target, (target.weight, target.input)) for target in mixed)
     if not found:
         return
-    if servers != "none":
+    if target != servers.NONE:
         raise ModelError(
             sentence(found),
             hint="give all members one scheme, or exclude all; --target none writes it all the same",
@@ -92,6 +92,23 @@ def check_servers(plan: Plan, servers: Servers) -> None:
     text = f"{sentence(found)}; --target none allows it"
     if text not in plan.warnings:
         plan.warnings.append(text)
+
+
+def favoured(plan: Plan, target: Servers) -> Callable[[Writer], bool]:
+    """Returns a function that is true for dialects in which the server that was named loads the plan."""
+
+    def loads(dialect: Writer) -> bool:
+        if target in (servers.AUTO, servers.NONE):
+            return False
+        return not servers.server(target).refusals(servers.Written(dialect.name, dialect.config(plan), plan))
+
+    return loads
+
+
+def check_target(plan: Plan, dialect: Writer, target: Servers) -> None:
+    """Refuses a plan that the server which was named does not load in this dialect."""
+    if target not in (servers.AUTO, servers.NONE):
+        servers.verdicts(target, servers.Written(dialect.name, dialect.config(plan), plan), ModelError)
 
 
 def _check_activation(name: str, spec: TensorSpec) -> None:

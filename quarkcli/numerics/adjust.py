@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from quarkcli.numerics import scales
+from quarkcli.numerics import scales, signs
 from quarkcli.numerics.chunks import by_group
 from quarkcli.numerics.grid import Grid, QParams, effective_scale, grid, per_row
 from quarkcli.numerics.quantize import Quantized, decode_grid, dequantize, encode_grid, round_to_grid
@@ -44,7 +44,7 @@ def moves_scales(spec: TensorSpec) -> bool:
 
 def has_float_scales(spec: TensorSpec) -> bool:
     """True when `moves_scales`, and a scale is stored as a plain float, so that it can take any value."""
-    return moves_scales(spec) and scales.is_plain(spec)
+    return moves_scales(spec) and signs.is_plain(spec)
 
 
 class Adjustable:

@@ -17,7 +17,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from quarkcli.numerics import scales
+from quarkcli.numerics import scales, signs
 from quarkcli.numerics.formats import codec
 from quarkcli.numerics.grid import QParams
 from quarkcli.numerics.quantize import make_qparams, params_of, tensor_amax
@@ -64,7 +64,7 @@ def fitted(
     best = _Best(weight, spec, own, importance)
     for params in _candidates(weight, spec, own, amax, signed):
         best.try_(params)
-    if scales.is_plain(spec) and spec.symmetric:
+    if signs.is_plain(spec) and spec.symmetric:
         middle = best.params
         for factor in (1.0 + FINER, 1.0 - FINER):
             assert middle.scale is not None
@@ -120,7 +120,7 @@ def _plain_candidates(
     whole = full.amax.max() if amax is None else amax
     for factor in FACTORS[1:]:
         yield params_of(weight, spec, full.scaled(factor), whole)
-    if signed and scales.may_be_negative(spec):
+    if signed and signs.may_be_negative(spec):
         assert own.scale is not None
         # The extreme value at the lowest code, whatever its sign.
         sign = -torch.sign(_extreme(weight, full.amax.shape[1]))

@@ -88,18 +88,6 @@ def plain_scale(range_: Range, spec: TensorSpec, model: torch.dtype) -> Tensor:
     return torch.where(stored == 0, ZERO_GROUP_SCALE, stored)
 
 
-def is_plain(spec: TensorSpec) -> bool:
-    """True when the scale is stored as a float of 16 or 32 bits."""
-    return spec.scale is not None and spec.scale.dtype in (*_PLAIN, "model") and spec.scale.dtype != "pow2"
-
-
-def may_be_negative(spec: TensorSpec) -> bool:
-    """True for symmetric integers with a plain scale: their lowest code has no opposite, so a scale may have a sign."""
-    element = spec.format
-    lopsided = element.kind == "integer" and -element.minimum > element.maximum and not element.fraction
-    return lopsided and spec.symmetric and spec.then is None and is_plain(spec)
-
-
 def nearest_plain(real: Tensor, spec: TensorSpec, dtype: torch.dtype) -> Tensor:
     """Returns float32 scales of either sign in the dtype they are stored in; 2^-23 for those that round to zero."""
     assert spec.scale is not None

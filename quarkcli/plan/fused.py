@@ -7,13 +7,12 @@ holds for a member that is kept beside quantized ones, too.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal
 
 from quarkcli.family import Weight
 from quarkcli.spec import TensorSpec
 
-# What a checkpoint is for: servers in general, or nothing in particular.
-Servers = Literal["auto", "none"]
+# What a checkpoint is for: a server by name, `auto` for any, or `none`: nothing in particular.
+Servers = str
 # (weight, input); None: the weight is kept.
 Scheme = tuple[TensorSpec | None, TensorSpec | None]
 

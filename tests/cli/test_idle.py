@@ -172,6 +172,8 @@ OTHERS: dict[str, dict[str, list[Case] | str]] = {
             (("verify", "PEER", "--hashes"), 8, "no manifest"),
             (("verify", "PEER", "--no-hashes"), 0, "no manifest"),
         ],
+        "degrees": "another check is made",
+        "min_sqnr": [(("verify", "MADE", "--min-sqnr", "20"), 2, "nothing to compare with")],
     },
     "compare": {
         **dict.fromkeys(("a", "b"), "what it is about"),

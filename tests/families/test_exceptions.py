@@ -148,7 +148,9 @@ def test_verify_finds_what_is_wrong(sources: dict[str, Path], tmp_path: Path) ->
     with pytest.raises(CheckError, match="not accounted for"):
         verify.directory(str(made.folder), str(sources["mixtral"]))
     spoil(made.folder, "model.layers.0.mlp.up_proj.input_scale", 0.0)
-    with pytest.raises(CheckError, match=r"zero, negative.*up_proj\nalso: 1 files have other bytes"):
+    with pytest.raises(
+        CheckError, match=r"zero, negative.*up_proj.input_scale \(zero\)\nalso: 1 files have other bytes"
+    ):
         verify.directory(str(made.folder))
     spoil(made.folder, "model.layers.0.mlp.up_proj.input_scale", 3.0)
     told: list[Any] = []

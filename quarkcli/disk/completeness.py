@@ -1,0 +1,115 @@
+"""Checks that a checkpoint holds the tensors of its model, no more and no less: index, blocks, scales, caches."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from itertools import islice
+
+from quarkcli.disk.checkpoint import Checkpoint
+from quarkcli.disk.nonfinite import is_buffer
+from quarkcli.disk.source import INDEX, Source
+from quarkcli.errors import CheckError, ModelError
+from quarkcli.family import HeaderLike, Layout, check_fit, lay_out
+
+# Dtypes of weights that are stored as they are.
+_PLAIN = {"BF16", "F16", "F32", "F64"}
+# Roles that do not say what a tensor is.
+_NO_ROLES = {"parameter", "linear", "other"}
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+def index(source: Source) -> str:
+    """Returns the check made of the index. Raises CheckError for a wrong total, and for files that it does not name."""
+    _none(list(source.unlisted), "tensors are in the files and not in the index")
+    held = sum(header.nbytes for header in source.headers.values())
+    path = source.folder / INDEX
+    if not path.is_file():
+        return f"{len(source.headers)} tensors in {len(source.files)} files, each in one"
+    metadata = json.loads(path.read_bytes()).get("metadata")
+    said = metadata.get("total_size") if isinstance(metadata, dict) else None
+    if said is not None and said != held:
+        raise CheckError(f"the index says {said} bytes of tensors in all, the files hold {held}", where=str(path))
+    stray = sorted({file.name for file in source.folder.glob("*.safetensors")} - set(source.files))
+    _none(stray, "weight files are not named by the index")
+    return f"{len(source.headers)} tensors in {len(source.files)} files, as the index says"
+
+
+def model(checkpoint: Checkpoint) -> str:
+    """Returns the check made. Raises CheckError for missing tensors and wrong shapes.
+
+    Blocks, experts and config.json say which tensors there are, and their shapes.
+    """
+    config, headers = checkpoint.source.config, checkpoint.headers
+    try:
+        layout = lay_out(checkpoint.family_name, checkpoint.family, checkpoint.inferred, config, headers)
+        check_fit(checkpoint.family, layout, config, headers)
+    except ModelError as error:
+        raise CheckError(error.what, where=error.where, hint="write it again, or copy it again") from error
+    return "blocks, experts, widths and counts fit config.json and each other"
+
+
+def codes(checkpoint: Checkpoint, layout: Layout) -> str:
+    """Returns the check made. Raises CheckError for weights that are stored as codes, and lack a scale."""
+    headers = checkpoint.source.headers
+    owned = {weight.view.tensor for weight in layout.weights.values()}
+    bare = [name for name in checkpoint.copied() if name in owned and headers[name].dtype not in _PLAIN]
+    shown = [f"{name} ({headers[name].dtype})" for name in bare]
+    _none(shown, "weights are stored as codes, without a scale that says what they mean")
+    return "no weight is stored as codes without a scale"
+
+
+def caches(checkpoint: Checkpoint, layout: Layout) -> list[str]:
+    """Returns the check made, none without a quantized cache. Raises CheckError for attentions that lack a scale."""
+    stored = checkpoint.view.attention
+    if not stored:
+        return []
+    kinds = {kind for attention in stored.values() for kind in attention.specs}
+    lacking = [
+        f"{module.name} ({kind})"
+        for module in layout.attention
+        for kind in sorted(kinds)
+        if module.name not in stored or kind not in stored[module.name].specs
+    ]
+    _none(lacking, "scales of the cache or of attention are missing that other blocks have")
+    return [f"attentions of all blocks have scales of {', '.join(sorted(kinds))}"]
+
+
+def strangers(checkpoint: Checkpoint, layout: Layout, ours: Callable[[str], bool]) -> str:
+    """Returns the check made. Raises CheckError for tensors that belong to no module of the model.
+
+    ours   True for a file whose header is the one that it had when it was written
+    """
+    if checkpoint.inferred:
+        return "tensors of no module are not looked for: the family is inferred"
+    headers = checkpoint.source.headers
+    found = [name for name in _strangers(checkpoint, layout) if not ours(headers[name].file)]
+    _none(found, "tensors belong to no module of the model; loaders refuse them or pass over them")
+    return "every tensor belongs to a module of the model"
+
+
+def _strangers(checkpoint: Checkpoint, layout: Layout) -> Iterator[str]:
+    """Yields tensors of no known role that are inside a weight's module, outside all blocks, or in one block alone."""
+    headers: Mapping[str, HeaderLike] = checkpoint.source.headers
+    weights = set(layout.weights)
+    blocks = {tensor: part.block for part in layout.parts for tensor in part.tensors}
+    count = sum(part.block is not None for part in layout.parts)
+    unknown = [name for name in checkpoint.copied() if layout.tensor_roles.get(name, "other") in _NO_ROLES]
+    unknown = [name for name in unknown if not is_buffer(name, len(headers[name].shape))]
+    alike: dict[str, int] = {}
+    for name in unknown:
+        alike[_NUMBER.sub("*", name)] = alike.get(_NUMBER.sub("*", name), 0) + 1
+    for name in unknown:
+        parent, _, leaf = name.rpartition(".")
+        inside = parent in weights and leaf not in ("weight", "bias")
+        outside = blocks.get(name) is None
+        alone = count > 1 and alike[_NUMBER.sub("*", name)] == 1
+        if inside or outside or alone:
+            yield name
+
+
+def _none(names: Collection[object], what: str) -> None:
+    if names:
+        shown = ", ".join(map(str, islice(names, 5))) + (" ..." if len(names) > 5 else "")
+        raise CheckError(f"{len(names)} {what}: {shown}")

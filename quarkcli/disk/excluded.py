@@ -1,0 +1,78 @@
+"""Compares the modules that a config leaves out with the files: each linear is quantized, or listed as left out.
+
+An entry that is missing makes a loader look for codes that are not there; one too many makes it pass over scales.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from quarkcli.dialects.base import Reader
+from quarkcli.errors import CheckError, ConfigError, ModelError
+from quarkcli.family import Layout
+from quarkcli.recipe.expressions import Expressions
+
+# Keys under which dialects list the modules that are not quantized.
+_LISTS = ("ignore", "exclude", "exclude_modules", "ignored_layers", "modules_to_not_convert")
+_MARK = "re:"
+
+
+def check(reader: Reader, config: Mapping[str, Any], layout: Layout, quantized: Iterable[str]) -> str:
+    """Returns the check made. Raises CheckError for linears that are left in or out against the files."""
+    found = [key for key in _LISTS if isinstance(config.get(key), list)]
+    if not found:
+        return "the config has no list of modules that are left out"
+    entries = Entries(str(entry) for key in found for entry in config[key])
+    quantized = set(quantized)
+    kept = {name for name, weight in layout.weights.items() if weight.role != "embedding"} - quantized
+    kept |= {layout.tied_head.removesuffix(".weight")} if layout.tied_head else set()
+    missing = sorted(kept - reader.untouched(config, kept) - entries.left(kept, loosely=True))
+    surplus = sorted(entries.left(quantized))
+    where = " and ".join(found)
+    if missing:
+        raise CheckError(f"{len(missing)} modules are not quantized, and {where} does not list them: {_some(missing)}")
+    if surplus:
+        raise CheckError(f"{len(surplus)} modules are quantized, and {where} lists them: {_some(surplus)}")
+    return f"{where} lists the {len(kept)} linears that are not quantized, and no other"
+
+
+class Entries:
+    """The entries of such lists: names, parents of modules, globs, and `re:` patterns that match from the start."""
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        listed = list(dict.fromkeys(texts))
+        self.patterns = [text.removeprefix(_MARK) for text in listed if text.startswith(_MARK)]
+        self.globs = [text for text in listed if any(sign in text for sign in "*?[") and not text.startswith(_MARK)]
+        self.names = {text for text in listed if text not in self.globs and not text.startswith(_MARK)}
+
+    def left(self, modules: Iterable[str], *, loosely: bool = False) -> set[str]:
+        """Returns the modules that an entry speaks of. `loosely`: also where a name is part of a module's name."""
+        modules = set(modules)
+        found = {name for name in modules if any(parent in self.names for parent in _parents(name))}
+        for glob in self.globs:
+            found |= set(fnmatch.filter(modules - found, glob))
+        found |= self._matched(modules - found)
+        if loosely:
+            found |= {name for name in modules - found if any(part in name for part in self.names)}
+        return found
+
+    def _matched(self, modules: set[str]) -> set[str]:
+        expressions = Expressions("match")
+        try:
+            matchers = [expressions.matcher(pattern) for pattern in self.patterns]
+            expressions.learn(self.patterns, modules)
+            return {name for name in modules if any(match(name) for match in matchers)}
+        except ConfigError as error:
+            raise ModelError(error.what, where="quantization_config", hint=error.hint) from error
+
+
+def _parents(name: str) -> Iterable[str]:
+    """Returns a name and those of its parents that are long enough to mean it."""
+    parts = name.split(".")
+    return (".".join(parts[:count]) for count in range(len(parts), 0, -1))
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")

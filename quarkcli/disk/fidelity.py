@@ -1,0 +1,69 @@
+"""Compares decoded weights with those of the source: signal to noise, worst first. Reads both with torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from quarkcli.disk.checkpoint import Checkpoint
+from quarkcli.disk.compare import Row, compare, decibels
+from quarkcli.disk.source import Source
+from quarkcli.errors import CheckError
+from quarkcli.events import Listener, silent
+
+_SHOWN = 5
+# Below it, noise is as large as the signal: codes or scales are read wrong, or are another weight's.
+BROKEN = 1.0
+_REPORT = "quark/report.json"
+
+
+def check(checkpoint: Checkpoint, source: Source, least: float | None = None, tell: Listener = silent) -> list[str]:
+    """Returns lines about kept tensors, and about the worst weights. Raises CheckError.
+
+    Kept tensors are those of the source, byte for byte, unless an algorithm changed them. Weights must reach `least`
+    dB; by default 1, and then those that an algorithm rewrote are left out.
+    """
+    quantized = {f"{name}.weight" for name in checkpoint.view.targets}
+    quantized |= {f"{name}.bias" for name, stored in checkpoint.view.targets.items() if stored.bias is not None}
+    found = compare(checkpoint.source, source, tell)
+    said = _said_changed(checkpoint.source)
+    other = [row.name for row in found.rows if row.name not in quantized and not row.identical]
+    if said is not None and (wrong := [name for name in other if name not in said]):
+        raise CheckError(f"{len(wrong)} kept tensors have other values than in the source: {_some(wrong)}")
+    lines = ["kept tensors are those of the source"]
+    if other:
+        lines = [f"{len(other)} kept tensors have other values, as algorithms that rewrite leave them: {_some(other)}"]
+    rows = [row for row in found.rows if row.name in quantized]
+    if least is None and other and said is None:
+        return [*lines, "weights not compared: they seem rewritten; --min-sqnr compares them all the same"]
+    left = set() if least is not None else said or set()
+    return lines + _ranked([row for row in rows if row.name not in left], least, len(rows))
+
+
+def _ranked(rows: Sequence[Row], least: float | None, count: int) -> list[str]:
+    """Returns a line about the worst of `count` weights, those first. Raises CheckError for those below the limit."""
+    more = f"; {count - len(rows)} rewritten ones not compared" if count > len(rows) else ""
+    if not rows:
+        return [f"signal to noise of 0 weights compared{more}"]
+    limit = BROKEN if least is None else least
+    bad = [f"{row.name} ({decibels(row.sqnr)})" for row in rows if row.sqnr < limit]
+    if bad:
+        hint = "codes or scales are read wrong, or are another weight's" if least is None else ""
+        what = f"{len(bad)} weights have less than {limit:g} dB of signal to noise against the source"
+        raise CheckError(f"{what}: {_some(bad)}", hint=hint)
+    shown = ", ".join(f"{row.name} {decibels(row.sqnr)}" for row in rows[:_SHOWN])
+    middle = decibels(rows[len(rows) // 2].sqnr)
+    return [f"signal to noise of {len(rows)} weights: median {middle}; worst: {shown}{more}"]
+
+
+def _said_changed(ours: Source) -> set[str] | None:
+    """Returns the source tensors that algorithms changed, as the report says; None without a report."""
+    try:
+        changed = json.loads((ours.folder / _REPORT).read_bytes())["changed"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return set(changed) if isinstance(changed, dict) else None
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (" ..." if len(names) > _SHOWN else "")

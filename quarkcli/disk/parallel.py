@@ -1,0 +1,138 @@
+"""Checks whether servers can split a checkpoint over several devices (tensor parallel): heads, rows, and scale groups.
+
+Servers give each device some of the outputs of q, k, v, gate, up and fused forms of them, and some of the inputs of o
+and down; heads of keys and values are repeated when there are fewer than devices. No group or tile of a scale and no
+word of packed codes may be cut. Weights of other roles are whole on every device, or not judged here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from quarkcli.dialects.base import StoredView
+from quarkcli.errors import CheckError
+from quarkcli.family import HeaderLike, Weight, text_config
+from quarkcli.spec import PerTile
+
+USUAL = (1, 2, 4, 8)
+_BY_OUTPUT = {"q", "k", "v", "q_b", "kv_b", "gate", "up", "expert_gate", "expert_up", "shared_gate", "shared_up"}
+_BY_INPUT = {"o", "down", "expert_down", "shared_down"}
+_KEYS = {"k", "v"}
+_LARGEST = 64
+_WORD = 32
+
+
+class _Split(NamedTuple):
+    """A way to split a weight: so many features, in pieces of which none is cut. `repeats`: heads may be repeated."""
+
+    name: str
+    side: str
+    features: int
+    unit: int
+    why: str
+    repeats: int = 0
+
+    def fits(self, degree: int) -> bool:
+        if self.repeats and degree > self.repeats:
+            return degree % self.repeats == 0
+        return self.features % degree == 0 and self.features // degree % self.unit == 0
+
+    def degrees(self) -> list[int]:
+        """Returns all numbers of devices that fit, up to 64."""
+        return [degree for degree in range(1, _LARGEST + 1) if self.fits(degree)]
+
+
+def check(
+    degrees: Iterable[int],
+    weights: Mapping[str, Weight],
+    view: StoredView,
+    headers: Mapping[str, HeaderLike],
+    config: Mapping[str, Any],
+) -> list[str]:
+    """Returns the check made. Raises CheckError for degrees that cut something, with the degrees that work for it."""
+    splits = _alike([*_heads(config), *_of_weights(weights, view, headers, config)])
+    faults = []
+    for degree in degrees:
+        for split, names in splits:
+            if not split.fits(degree):
+                more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+                works = ", ".join(map(str, split.degrees()))
+                faults.append(
+                    f"tensor parallel {degree}: {names[0]}{more}: {split.features} {split.side} over {degree} devices "
+                    f"{split.why}; degrees that fit: {works}"
+                )
+    if faults:
+        raise CheckError("\n".join([faults[0], *(f"also: {fault}" for fault in faults[1:])]))
+    return [f"tensor parallel {', '.join(map(str, degrees))}: no head, group of a scale or word of codes is cut"]
+
+
+def possible(
+    weights: Mapping[str, Weight], view: StoredView, headers: Mapping[str, HeaderLike], config: Mapping[str, Any]
+) -> str:
+    """Returns a line that says which of the usual degrees fit."""
+    splits = _alike([*_heads(config), *_of_weights(weights, view, headers, config)])
+    fit = [degree for degree in USUAL if all(split.fits(degree) for split, _ in splits)]
+    return f"tensor parallel degrees that fit, of {', '.join(map(str, USUAL))}: {', '.join(map(str, fit))}"
+
+
+def _alike(splits: list[_Split]) -> list[tuple[_Split, list[str]]]:
+    """Returns splits that are the same but for the name, each with all names."""
+    found: dict[_Split, list[str]] = {}
+    for split in splits:
+        found.setdefault(split._replace(name=""), []).append(split.name)
+    return list(found.items())
+
+
+def _heads(config: Mapping[str, Any]) -> Iterator[_Split]:
+    text = text_config(config)
+    heads, kept = text.get("num_attention_heads"), text.get("num_key_value_heads")
+    if type(heads) is int and heads > 0:
+        yield _Split("config.json", "attention heads", heads, 1, "leave a remainder")
+    if type(kept) is int and kept > 0:
+        yield _Split("config.json", "heads of keys and values", kept, 1, "leave a remainder", kept)
+
+
+def _of_weights(
+    weights: Mapping[str, Weight], view: StoredView, headers: Mapping[str, HeaderLike], config: Mapping[str, Any]
+) -> Iterator[_Split]:
+    keys = text_config(config).get("num_key_value_heads")
+    repeats = keys if type(keys) is int and keys > 0 else 0
+    for name, weight in weights.items():
+        by_input = weight.role in _BY_INPUT
+        if not by_input and weight.role not in _BY_OUTPUT:
+            continue
+        axis, side = (1, "inputs") if by_input else (0, "outputs")
+        unit, why = _unit(name, weight, view, headers, axis)
+        yield _Split(name, side, weight.shape[axis], unit, why, repeats if weight.role in _KEYS else 0)
+
+
+def _unit(name: str, weight: Weight, view: StoredView, headers: Mapping[str, HeaderLike], axis: int) -> tuple[int, str]:
+    """Returns the number of features that stay together along an axis, and the end of a sentence that says why."""
+    stored = view.targets.get(name)
+    if stored is None:
+        return 1, "leave a remainder"
+    units = [(1, "")]
+    for stage in stored.weight.stages:
+        if isinstance(stage.granularity, PerTile):
+            tile = (stage.granularity.rows, stage.granularity.cols)[axis]
+            units.append((tile, f"cut tiles of {tile}"))
+        elif axis == 1 and stage.group_size:
+            units.append((stage.group_size, f"cut scale groups of {stage.group_size}"))
+    packed = _packed(stored.tensors, headers, weight, axis)
+    units.append((packed, f"cut words of {packed} codes"))
+    unit = math.lcm(*(size for size, _ in units))
+    return unit, max(units)[1] or "leave a remainder"
+
+
+def _packed(tensors: Iterable[str], headers: Mapping[str, HeaderLike], weight: Weight, axis: int) -> int:
+    """Returns how many codes a stored number holds along an axis: told by the sizes of the largest tensor."""
+    largest = max((headers[name] for name in tensors), key=lambda header: math.prod(header.shape), default=None)
+    if largest is None or len(largest.shape) != 2:
+        return 1
+    features, shape = weight.shape[axis], tuple(largest.shape)
+    if weight.shape[1 - axis] not in shape or (features in shape and math.prod(shape) == math.prod(weight.shape)):
+        return 1
+    along = shape[1 - shape.index(weight.shape[1 - axis])]
+    return features // along if 0 < along < features and features % along == 0 else 1

@@ -1,0 +1,180 @@
+"""Checks of the scales of a written checkpoint: there, finite, positive, of a plausible size, equal where servers fuse.
+
+Scales are told by the names of their tensors, which every dialect gives them, and read without torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+
+from quarkcli.dialects.base import Reader, StoredTarget
+from quarkcli.disk.checkpoint import Checkpoint
+from quarkcli.disk.values import Values, has_floats, values
+from quarkcli.errors import CheckError
+from quarkcli.events import Listener, Message, silent
+from quarkcli.family import Weight
+from quarkcli.plan.fused import matrix
+from quarkcli.spec import TensorSpec
+
+# What unequal scales of one level cost where servers fuse.
+_COST = "servers keep one for each member, or round all codes again with the largest, which costs some accuracy"
+_SLOTS = ("input", "output", "bias")  # those whose scales are named after them; all others are the weight's
+# The largest plausible scale over the scales of blocks: weights reach 2,688 times as far. The inverse of a real one,
+# written by mistake, is far above it.
+_LARGEST = {"weight": 4.0, "input": 40.0}
+
+
+@dataclass
+class _Found:
+    """The faults, and the per-tensor scales by the groups that share them.
+
+    groups, inputs  group -> member -> its scales of the whole tensor
+    layers          layer of experts -> scales of their inputs
+    """
+
+    bad: list[str] = field(default_factory=list)
+    groups: dict[str, dict[str, tuple[float, ...]]] = field(default_factory=dict)
+    inputs: dict[str, dict[str, tuple[float, ...]]] = field(default_factory=dict)
+    layers: dict[str, set[tuple[float, ...]]] = field(default_factory=dict)
+
+
+def check(
+    checkpoint: Checkpoint, weights: Mapping[str, Weight], group_of: Mapping[str, str], tell: Listener = silent
+) -> list[str]:
+    """Checks every scale. Returns the checks made; raises CheckError.
+
+    Scales of weight-only integers may be negative. Scales of one level that differ within what servers fuse are a
+    warning: servers keep one per member, or take the largest and round the codes of the others again.
+
+    weights   every weight by its module's name
+    group_of  weight -> the group that shares its per-tensor scales
+    """
+    found, known = _Found(), dict[str, Values]()
+    for name, stored in checkpoint.view.targets.items():
+        own = {tensor: _values(checkpoint, tensor, known) for tensor in _numbers(checkpoint, stored)}
+        found.bad += _faults(stored, own)
+        found.bad += [f"{name} (no {kind} scale)" for kind in _absent(stored, own)]
+        assert checkpoint.reader is not None
+        found.bad += _implausible(stored, own, checkpoint.reader)
+        static = _of_tensor(own, "input")
+        if static and name in weights and weights[name].expert is not None:
+            found.layers.setdefault(matrix(weights[name]), set()).add(static)
+        if stored.weight.has_tensor_scale:
+            found.groups.setdefault(group_of.get(name, name), {})[name] = _of_tensor(own, "weight")
+        if stored.weight.has_tensor_scale or static:
+            group = weights[name].group if name in weights else name
+            found.inputs.setdefault(group, {})[name] = static
+    for attention in checkpoint.view.attention.values():
+        for tensor in attention.scales.values():
+            fault = _values(checkpoint, tensor, known).fault()
+            found.bad += [f"{tensor} ({fault})"] if fault else []
+    if found.bad:
+        what = "modules have a scale that is zero, negative, infinite, NaN or absent"
+        raise CheckError(f"{len(found.bad)} {what}: {_some(found.bad)}")
+    return _compared(checkpoint, found, tell)
+
+
+def _compared(checkpoint: Checkpoint, found: _Found, tell: Listener) -> list[str]:
+    """Compares the scales within groups. Returns the checks made; raises CheckError."""
+    targets = checkpoint.view.targets
+    both = (*found.groups.items(), *found.inputs.items())
+    unequal = {group: list(members) for group, members in both if len(set(members.values())) > 1}
+    two_level = sorted(g for g, members in unequal.items() if any(_over(targets[name].weight) for name in members))
+    if two_level:
+        raise CheckError(f"{len(two_level)} scale groups do not share their per-tensor scales: {_some(two_level)}")
+    if unequal:
+        what = f"{len(unequal)} scale groups do not share their per-tensor scales"
+        tell(Message(f"{what}: {_COST} ({_some(sorted(unequal))})", "warning"))
+    own = sorted(layer for layer, scales in found.layers.items() if len(scales) > 1)
+    if own:
+        what = f"{len(own)} layers have experts with input scales of their own"
+        tell(Message(f"{what}: servers take the largest for all experts of a layer ({_some(own)})", "warning"))
+    caches = len(checkpoint.view.attention)
+    shared = sum(len(members) > 1 and name not in unequal for name, members in found.groups.items())
+    return [
+        f"scales of {len(targets)} weights and {caches} attentions finite and positive",
+        f"{shared} scale groups share their per-tensor scales",
+    ]
+
+
+def _values(checkpoint: Checkpoint, tensor: str, known: dict[str, Values]) -> Values:
+    """Returns the summary of a tensor, which several weights may share."""
+    if tensor not in known:
+        known[tensor] = values(checkpoint.source, tensor)
+    return known[tensor]
+
+
+def _numbers(checkpoint: Checkpoint, stored: StoredTarget) -> Iterator[str]:
+    """Yields the tensors of a weight that are scales, or other numbers beside its codes."""
+    for tensor in stored.tensors:
+        header = checkpoint.source.headers[tensor]
+        of_byte = is_scale(tensor) and header.dtype == "U8"
+        if of_byte or (has_floats(header) and (is_scale(tensor) or _leaf(tensor) not in ("weight", "bias"))):
+            yield tensor
+
+
+def is_scale(tensor: str) -> bool:
+    """True for the name of a scale: every dialect's has the word in its last step."""
+    return "scale" in _leaf(tensor)
+
+
+def _leaf(tensor: str) -> str:
+    return tensor.rpartition(".")[2]
+
+
+def _slot(tensor: str) -> str:
+    first = _leaf(tensor).partition("_")[0]
+    return first if first in _SLOTS else "weight"
+
+
+def _faults(stored: StoredTarget, own: Mapping[str, Values]) -> Iterator[str]:
+    from quarkcli.numerics.signs import may_be_negative
+
+    for tensor, summary in own.items():
+        if not is_scale(tensor):
+            if summary.nonfinite:
+                yield f"{tensor} (NaN or infinite)"
+            continue
+        signed = _slot(tensor) == "weight" and stored.input is None and may_be_negative(stored.weight)
+        fault = summary.fault(signed)
+        if fault is not None:
+            yield f"{tensor} ({fault})"
+
+
+def _absent(stored: StoredTarget, own: Mapping[str, Values]) -> Iterator[str]:
+    """Yields kinds of activations whose static scale is not in the files."""
+    there = {_slot(tensor) for tensor in own}
+    for kind, spec in (("input", stored.input), ("output", stored.output)):
+        if spec is not None and spec.needs_amax and kind not in there:
+            yield kind
+
+
+def _implausible(stored: StoredTarget, own: Mapping[str, Values], reader: Reader) -> Iterator[str]:
+    """Yields scales over the scales of blocks that would make values of an absurd size, such as inverted ones."""
+    for tensor, summary in own.items():
+        slot = _slot(tensor)
+        spec = {"weight": stored.weight, "input": stored.input}.get(slot)
+        number = summary.only
+        if spec is None or not _over(spec) or not number or summary.fault() or not is_scale(tensor):
+            continue
+        multiplier = 1 / number if _leaf(tensor) in reader.divisors else number
+        if multiplier > _LARGEST[slot]:
+            yield f"{tensor} (it makes values of {multiplier * 2688:,.0f}: is it the inverse?)"
+
+
+def _of_tensor(own: Mapping[str, Values], slot: str) -> tuple[float, ...]:
+    """Returns the scales of the whole tensor that a slot has, in the order of their names."""
+    mine = (name for name in sorted(own) if _slot(name) == slot and is_scale(name))
+    return tuple(number for name in mine if (number := own[name].only) is not None)
+
+
+def _over(spec: TensorSpec) -> bool:
+    """True when block scales lie under a scale of the tensor, which servers take from one member for all."""
+    return any(stage.scale is not None and stage.scale.global_scale is not None for stage in spec.stages)
+
+
+def _some(names: Iterable[str]) -> str:
+    listed = list(names)
+    return ", ".join(islice(listed, 5)) + (" ..." if len(listed) > 5 else "")

@@ -1,0 +1,66 @@
+"""Servers: what loads a checkpoint. One member per file; the file name is the name.
+
+A member is a module with `SERVER` (see `base`). Nobody outside asks for a name. Torch-free.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Iterable
+
+from quarkcli.errors import QuarkError, UsageError, near_misses
+from quarkcli.servers.base import Server, Written
+
+AUTO, NONE = "auto", "none"
+_NOT_MEMBERS = {"base"}
+
+__all__ = ["AUTO", "NONE", "Server", "Written", "check_name", "names", "server", "servers", "verdicts"]
+
+
+def names() -> list[str]:
+    """Returns the names of all members in their dash form."""
+    found: Iterable[pkgutil.ModuleInfo] = pkgutil.iter_modules(__path__)
+    members = (module.name for module in found if module.name not in _NOT_MEMBERS and not module.name.startswith("_"))
+    return sorted(name.replace("_", "-") for name in members)
+
+
+def server(name: str) -> Server:
+    """Returns the member with this name."""
+    found: Server = importlib.import_module(f"{__name__}.{name.replace('-', '_')}").SERVER
+    return found
+
+
+def servers() -> list[Server]:
+    """Returns all members, by name."""
+    return [server(name) for name in names()]
+
+
+def check_name(target: str) -> None:
+    """Raises UsageError for a target of which no rules are known."""
+    known = [AUTO, NONE, *names()]
+    if target not in known:
+        close = near_misses(target, known)
+        hint = f"did you mean '{close[0]}'?" if close else f"use one of: {', '.join(known)}"
+        raise UsageError(f"no rules are known of what '{target}' loads", where="--target", hint=hint)
+
+
+def verdicts(target: str, written: Written, failure: type[QuarkError]) -> list[str]:
+    """Returns one line for each server: whether it loads the checkpoint. Raises `failure` when the target does not.
+
+    target   `auto` asks all of them, and takes what they say
+    """
+    lines = []
+    for member in [server(target)] if target != AUTO else servers():
+        reasons = member.refusals(written)
+        if reasons and target != AUTO:
+            more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
+            raise failure(
+                f"{member.title} does not load it: {reasons[0]}{more}",
+                where="--target",
+                hint="--target auto says what loads it; another dialect or scheme may be loaded",
+            )
+        lines.append(f"{member.title} {'does not load it: ' + reasons[0] if reasons else 'loads it'}{member.evidence}")
+    if target == AUTO and not any(line for line in lines if "does not load it" not in line):
+        lines.append("no server loads it; simulation only")
+    return lines

@@ -1,0 +1,13 @@
+"""transformers 5.23: what it loads with no missing and no unexpected keys. The dialects say what that is."""
+
+from __future__ import annotations
+
+from quarkcli.servers.base import Loader
+
+
+class Transformers(Loader):
+    name = "transformers"
+    title = "transformers 5.23"
+
+
+SERVER = Transformers()
