@@ -6,7 +6,7 @@ Torch is imported only where a device is asked for.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -92,23 +92,6 @@ def check_servers(plan: Plan, target: Servers) -> None:
     text = f"{sentence(found)}; --target none allows it"
     if text not in plan.warnings:
         plan.warnings.append(text)
-
-
-def favoured(plan: Plan, target: Servers) -> Callable[[Writer], bool]:
-    """Returns a function that is true for dialects in which the server that was named loads the plan."""
-
-    def loads(dialect: Writer) -> bool:
-        if target in (servers.AUTO, servers.NONE):
-            return False
-        return not servers.server(target).refusals(servers.Written(dialect.name, dialect.config(plan), plan))
-
-    return loads
-
-
-def check_target(plan: Plan, dialect: Writer, target: Servers) -> None:
-    """Refuses a plan that the server which was named does not load in this dialect."""
-    if target not in (servers.AUTO, servers.NONE):
-        servers.verdicts(target, servers.Written(dialect.name, dialect.config(plan), plan), ModelError)
 
 
 def _check_activation(name: str, spec: TensorSpec) -> None:

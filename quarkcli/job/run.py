@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from quarkcli import __version__, algorithms, dialects, family, memory
+from quarkcli import __version__, algorithms, dialects, family, memory, servers
 from quarkcli.disk import nonfinite, side_files
 from quarkcli.disk.journal import Journal
 from quarkcli.disk.manifest import LOG
@@ -39,7 +39,6 @@ from quarkcli.recipe import recipe as recipes
 from quarkcli.recipe.recipe import Recipe
 from quarkcli.report import log
 from quarkcli.report.build import part_warnings
-from quarkcli.servers import check_name
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -86,7 +85,7 @@ def _expanded(path: Path | None) -> Path | None:
 def prepare(options: Options, tell: Listener = silent) -> Prepared:
     """Does steps 1 to 4: everything that can go wrong for reasons visible in config and headers goes wrong here."""
     tell(Phase("resolve"))
-    check_name(options.target)
+    servers.check_name(options.target)
     recipe = load_recipe(options)  # 1
     tell(Working(f"opening {options.model}, which may download it"))
     source = open_source(options)  # 2
@@ -108,9 +107,9 @@ def prepare(options: Options, tell: Listener = silent) -> Prepared:
     preflight.check_plan(plan)
     preflight.check_servers(plan, options.target)
     dialect, reason = dialects.choose(
-        options.dialect or recipe.dialect or dialects.AUTO, plan, preflight.favoured(plan, options.target)
+        options.dialect or recipe.dialect or dialects.AUTO, plan, servers.favoured(plan, options.target)
     )
-    preflight.check_target(plan, dialect, options.target)
+    servers.check_plan(plan, dialect, options.target)
     needs = preflight.data_needs(plan, steps)
     preflight.check_reader(dialect, needs)
     prepass = preflight.prepass_needs(plan, steps)

@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
-from quarkcli.errors import QuarkError, UsageError, near_misses
+from quarkcli.dialects.base import Writer
+from quarkcli.errors import ModelError, QuarkError, UsageError, near_misses
+from quarkcli.plan.model import Plan
 from quarkcli.servers.base import Server, Written
 
 AUTO, NONE = "auto", "none"
 _NOT_MEMBERS = {"base"}
 
-__all__ = ["AUTO", "NONE", "Server", "Written", "check_name", "names", "server", "servers", "verdicts"]
+__all__ = [
+    "AUTO", "NONE", "Server", "Written", "check_name", "check_plan", "favoured", "names", "server", "servers", "verdicts",
+]  # fmt: skip
 
 
 def names() -> list[str]:
@@ -43,6 +47,23 @@ def check_name(target: str) -> None:
         close = near_misses(target, known)
         hint = f"did you mean '{close[0]}'?" if close else f"use one of: {', '.join(known)}"
         raise UsageError(f"no rules are known of what '{target}' loads", where="--target", hint=hint)
+
+
+def favoured(plan: Plan, target: str) -> Callable[[Writer], bool]:
+    """Returns a function that is true for dialects in which the server that was named loads the plan."""
+    named = target in names()
+    return lambda dialect: named and not server(target).refusals(planned(plan, dialect))
+
+
+def check_plan(plan: Plan, dialect: Writer, target: str) -> None:
+    """Raises ModelError for a plan that the server which was named does not load in this dialect."""
+    if target in names():
+        verdicts(target, planned(plan, dialect), ModelError)
+
+
+def planned(plan: Plan, dialect: Writer) -> Written:
+    """Returns the checkpoint that the dialect would write for a plan."""
+    return Written(dialect.name, dialect.config(plan), plan)
 
 
 def verdicts(target: str, written: Written, failure: type[QuarkError]) -> list[str]:
