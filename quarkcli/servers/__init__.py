@@ -18,7 +18,8 @@ AUTO, NONE = "auto", "none"
 _NOT_MEMBERS = {"base"}
 
 __all__ = [
-    "AUTO", "NONE", "Server", "Written", "check_name", "check_plan", "favoured", "names", "server", "servers", "verdicts",
+    "AUTO", "NONE", "Server", "Written", "check_name", "check_plan", "favoured", "names", "server", "servers",
+    "verdicts",
 ]  # fmt: skip
 
 
