@@ -74,6 +74,7 @@ def _facts(report: Mapping[str, Any]) -> Rows:
         *_experts(report["experts"]),
         *_calibration(report["calibration"]),
         *_loss(report["loss"]),
+        *_exact(report.get("exact") or {}),
         *output.listed("solved", outcomes.sentences(report["outcomes"]) if report.get("outcomes") else []),
         ("peak", f"RAM {output.size(report['peak_rss_bytes'])}{gpu}"),
         ("time", f"{_time(report['seconds'])} on {report['device']}"),
@@ -98,6 +99,15 @@ def _calibration(settings: Mapping[str, Any] | None) -> Rows:
     if settings is None:
         return [("data", "none needed")]
     return [("data", f"{settings['rows']} rows of {settings['seqlen']} tokens from {settings['source']}")]
+
+
+def _exact(blocks: Mapping[str, int]) -> Rows:
+    """Returns how many weights kept every value, being codes times powers of two. Earlier reports do not say."""
+    if not blocks:
+        return []
+    rounded = [count for count in blocks.values() if count]
+    kept = f"{len(blocks) - len(rounded)} of {len(blocks)} weights are codes times powers of two and keep every value"
+    return [("exact", kept + (f"; {sum(rounded)} blocks of the others are rounded" if rounded else ""))]
 
 
 def _loss(loss: Mapping[str, Any]) -> Rows:

@@ -39,6 +39,7 @@ ERROR_ROWS = 256  # rows of each weight that its error is measured on
 class PartResult:
     """The result of a part: packed tensors by file name, and facts for journal and report.
 
+    exact             weight that its format holds without a solver -> how many of its blocks were rounded
     dead_inputs       weight -> inputs that were always zero in calibration
     outcomes          weight -> `Outcome` of its solver
     silent            activations with a static scale that were zero altogether
@@ -60,6 +61,7 @@ class PartResult:
     nonfinite_others: list[str] = field(default_factory=list)
     tuning: dict[str, dict[str, float]] = field(default_factory=dict)
     transforms: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    exact: dict[str, int] = field(default_factory=dict)
 
     def record(self) -> dict[str, Any]:
         """Returns the JSON form without the tensors."""
@@ -183,6 +185,7 @@ class PartWorker:
             out, error, weight_errors, expert_tokens, self.warnings, time.perf_counter() - started,
             self.solving.dead_inputs, self.solving.report(), self.silent,
             list(nonfinite.parameters), list(nonfinite.others), self.tuning, rewriting.notes,
+            self.solving.exact,
         )  # fmt: skip
 
     def _copied(self, part: Part) -> list[Copied]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from quarkcli.algorithms.rtn import RoundToNearest
 from quarkcli.errors import DataError, QuarkError
 from quarkcli.forward.statistics import Statistics
 from quarkcli.job.problems import problems, runs
+from quarkcli.numerics import exact
 from quarkcli.numerics.observers import weight_amax
 from quarkcli.numerics.quantize import Quantized, tensor_amax
 from quarkcli.numerics.solve import dead_inputs
@@ -26,6 +28,8 @@ class Solving:
     """The solvers and refiners of a run.
 
     dead_inputs   weight -> how many of its inputs were always zero in calibration, of the part last solved
+    exact         weight that no solver was asked for, because its format holds it -> how many blocks were rounded, of
+                  the part last solved
     """
 
     def __init__(self, plan: Plan, steps: Iterable[Assignment], warn: Callable[[str], None]) -> None:
@@ -35,11 +39,12 @@ class Solving:
         self.staged = any(solver.staged for _, solver, _ in self.solvers)
         self.warn = warn
         self.dead_inputs: dict[str, int] = {}
+        self.exact: dict[str, int] = {}
         self._outcomes: dict[str, Outcome] = {}
 
     def begin(self) -> None:
         """Forgets what the last part left behind."""
-        self.dead_inputs, self._outcomes = {}, {}
+        self.dead_inputs, self.exact, self._outcomes = {}, {}, {}
 
     def report(self) -> dict[str, dict[str, Any]]:
         """Returns the outcome of every weight's problem, of the part last solved."""
@@ -70,9 +75,15 @@ class Solving:
             return statistics.moment(site, expert) if statistics is not None else None
 
         shared = _group_amax(targets, weight)
-        left = Counter(target.site for target in targets if members is None or target in members)
+        exponents = _exponents(targets, weight)
+        asked = [target for target in targets if members is None or target in members]
+        for target in asked:
+            if target.scale_group in exponents:
+                yield target, weight(target), self._exact(target, weight(target), exponents[target.scale_group])
+        asked = [target for target in asked if target.scale_group not in exponents]
+        left = Counter(target.site for target in asked)
         for step, solver, needs in self.solvers:
-            mine = [target for target in targets if step.takes(target) and (members is None or target in members)]
+            mine = [target for target in asked if step.takes(target)]
             found = problems(mine, needs, moment, weight, amax, self.warn, self._report, stage)
             for run in runs(found, solver.at_once):
                 left.subtract(target.site for problem in run for target in problem.targets)
@@ -81,6 +92,10 @@ class Solving:
                     statistics.forget(site)
                 for problem, quantized in zip(run, self._solve(solver, needs, run), strict=True):
                     yield from zip(problem.targets, problem.weights, self._refine(problem, quantized), strict=True)
+
+    def _exact(self, target: QuantizedTarget, weight: Tensor, largest: int) -> Quantized:
+        quantized, self.exact[target.name] = exact.quantize(weight, target.weight, largest)
+        return quantized
 
     def _report(self, targets: Iterable[QuantizedTarget], outcome: Outcome) -> None:
         self._outcomes.update(dict.fromkeys((target.name for target in targets), outcome))
@@ -137,6 +152,21 @@ def _group_amax(targets: list[QuantizedTarget], weight: Callable[[QuantizedTarge
         known = shared.get(target.scale_group)
         shared[target.scale_group] = amax if known is None else torch.maximum(known, amax)
     return shared
+
+
+def _exponents(targets: list[QuantizedTarget], weight: Callable[[QuantizedTarget], Tensor]) -> dict[str, int]:
+    """Returns the largest exponent of each scale group whose weights all are codes times powers of two."""
+    groups: dict[str, list[QuantizedTarget]] = {}
+    for target in targets:
+        groups.setdefault(target.scale_group, []).append(target)
+    found: dict[str, int] = {}
+    for name, members in groups.items():
+        each = (exact.exponent(weight(t), t.weight) if exact.may_hold(t.weight) else None for t in members)
+        powers = list(takewhile(lambda power: power is not None, each))
+        largest = max((power for power in powers if power is not None), default=0)
+        if len(powers) == len(members) and exact.fits(largest):
+            found[name] = largest
+    return found
 
 
 def named(name: str, call: Any, *args: Any) -> Any:

@@ -65,6 +65,7 @@ def build(
         },
         "loss": _loss(records),
         "dead_inputs": _dead_inputs(records),
+        "exact": _exact(records),
         "outcomes": outcomes(records.values()),
         "kept": plan.kept,
         "kept_reasons": dict(Counter(plan.kept.values()).most_common()),
@@ -104,6 +105,11 @@ def _transforms(records: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str,
         for key, notes in record["transforms"].items():
             found.setdefault(key, {})[name] = notes
     return found
+
+
+def _exact(records: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
+    """Returns the weights whose values their format holds, being codes times powers of two -> blocks of it rounded."""
+    return {name: count for record in records.values() for name, count in record.get("exact", {}).items()}
 
 
 def _dead_inputs(records: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from quarkcli import dialects
-from quarkcli.cli import main, planview
+from quarkcli.cli import main, planview, summary
 from quarkcli.disk.checkpoint import Checkpoint
 from quarkcli.disk.source import Source
 from quarkcli.errors import ModelError, QuarkError
@@ -21,6 +21,7 @@ from quarkcli.evaluate.run import evaluate
 from quarkcli.family import without_quantization
 from quarkcli.recipe import catalog
 from tests import runs
+from tests.consumers.loading import decompress
 
 READ = [writer.name for writer in dialects.writers() if writer.reader is not None]
 ROWS = {"calib_samples": 8, "calib_seqlen": 64}
@@ -105,6 +106,34 @@ def test_experts(sources, tmp_path, model, scheme):
     assert runs.same_files(made.folder, plain.folder)
     experts = [target for target in made.prepared.plan.quantized() if target.expert is not None]
     assert len(experts) == 2 * 4 * 3
+
+
+@pytest.mark.parametrize("scheme", ["fp8", "fp8_block128", "int4_wo_128", "uint4_wo_128", "int8", "mxfp4", "nvfp4"])
+def test_values_are_those_of_the_library_that_made_the_format(sources, scheme):
+    """In the model's dtype, bit for bit."""
+    source = sources.of("demo", scheme, "compressed-tensors")
+    checkpoint = Checkpoint(Source.open(str(source)))
+    wanted = decompress(source, runs.read_all(source))
+    assert len(wanted) == 28
+    for name, values in wanted.items():
+        found = checkpoint.read_many([f"{name}.weight"])[f"{name}.weight"]
+        assert runs.same_bytes(found, values.to(torch.bfloat16)), name
+
+
+@pytest.mark.parametrize("algorithm", ["rtn", "gptq"])
+@pytest.mark.parametrize("model", ["demo", "gpt_oss"])
+def test_mxfp4_becomes_nvfp4_with_every_value(sources, tmp_path, model, algorithm):
+    source = sources.of(model, "mxfp4", "compressed-tensors")
+    made = sources.job(source, tmp_path / "out", **JOBS["nvfp4"], algorithm=algorithm)
+    ours, theirs = (Checkpoint(Source.open(str(folder))) for folder in (made.folder, source))
+    names = [target.name for target in made.prepared.plan.quantized()]
+    assert made.report["exact"] == dict.fromkeys(names, 0)
+    for name in names:
+        assert torch.equal(ours.weight(name), theirs.weight(name)), name
+    assert made.report["loss"]["mean_weight_error"] == 0
+    assert f"{len(names)} of {len(names)} weights are codes times powers of two" in "".join(
+        summary.lines(made.report, [])
+    )
 
 
 def test_a_killed_run_goes_on(sources, tmp_path):
