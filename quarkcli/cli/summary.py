@@ -32,6 +32,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     commit = f" at commit `{model['commit']}`" if model["commit"] else ""
     rows = [
         ("model", f"{model['path']}{commit}, family {model['family']}"),
+        *output.listed("source", (report.get("source") or {}).get("said", [])),
         ("recipe", report["recipe"]["name"]),
         ("algorithms", ", ".join(report["algorithms"])),
         *_advice(report),

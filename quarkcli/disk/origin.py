@@ -74,6 +74,7 @@ class Origin:
             "dtype": self.dtype,
             "left_alone": self.left_alone(plan),
             "dropped": dict(self.passed),
+            "said": self.lines(plan),
         }
 
 

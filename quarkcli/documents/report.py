@@ -68,6 +68,10 @@ class _Loss(Shape):
     worst_weights: list[_Worst]
 
 
+class _Source(Shape):
+    said: list[str]
+
+
 class Report(Shape):
     """See `quarkcli.report.build`."""
 
@@ -81,6 +85,8 @@ class Report(Shape):
     calibration: _Calibration | None
     loss: _Loss
     outcomes: _Outcomes | None = None
+    source: _Source | None = None
+    exact: dict[str, int] | None = None
     online: dict[str, int] | None = None
     modules_by_scheme: dict[str, int]
     attention_by_scheme: dict[str, int]

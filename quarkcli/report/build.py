@@ -251,6 +251,7 @@ def card(prepared: Prepared, report: dict[str, Any]) -> str:
         "",
         "| | |",
         "|---|---|",
+        *(f"| source | {text} |" for text in (report["source"] or {}).get("said", [])),
         f"| recipe | {prepared.recipe.name} |",
         f"| algorithms | {', '.join(report['algorithms'])} |",
         f"| dialect | {prepared.dialect.name} ({prepared.dialect_reason}) |",
