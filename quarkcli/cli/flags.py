@@ -156,6 +156,13 @@ class JobFlags:
             "--unprotect", metavar="ROLE", help="Drop the default exclusion of a role: head, embedding, ... Repeatable."
         ),
     ] = None
+    on_indivisible: Annotated[
+        Literal["error", "keep"],
+        Option(
+            "--on-indivisible",
+            help="Modules whose width is no multiple of the scheme's group: an error, or they stay as they are.",
+        ),
+    ] = "error"
     allow_unmatched: Annotated[
         bool, Option("--allow-unmatched", help="A pattern that matches no module is not an error.")
     ] = False

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from itertools import islice
 
 from quarkcli.errors import ConfigError, ModelError
 from quarkcli.plan.model import Attention, Plan, QuantizedTarget, Target
+from quarkcli.recipe.entries import Entry, Origin
+from quarkcli.recipe.match import starred
+from quarkcli.recipe.recipe import exclusion_entries
 from quarkcli.spec import PerChannel, PerTile, TensorSpec
+
+KEEP = "--on-indivisible keep"
 
 
 def warn(plan: Plan) -> None:
@@ -141,8 +148,42 @@ def _check_widths(plan: Plan) -> None:
         f"{width} {features} features are not a multiple of group size {size} (remainder {width % size})"
         + (f"; {count} modules in all" if count > 1 else ""),
         where=f"{run[0].name}.{kind}_quantizer",
-        hint=f"--exclude '*{leaf}', or a scheme with another group size for them: --layer '*{leaf}=fp8'",
+        hint=f"--exclude '*{leaf}', or a scheme with another group size for them: --layer '*{leaf}=fp8'; "
+        f"{KEEP} leaves out all such modules",
     )
+
+
+def left_out(plan: Plan) -> tuple[list[Entry], str]:
+    """Returns entries that leave out the modules whose widths groups do not divide, and what that does, for people."""
+    reasons: dict[str, dict[str, None]] = {}
+    for run, _, size, width in _indivisible(plan):
+        why = f"{width} features are not a multiple of {size}"
+        reasons.setdefault(why, {}).update(dict.fromkeys(target.name for target in run))
+    if not reasons:
+        return [], f"{KEEP} changes nothing: every width holds whole groups"
+    alike = Counter(starred(name) for name in plan.targets)
+    entries: list[Entry] = []
+    for why, names in reasons.items():
+        for pattern in _patterns(names, alike):
+            entries += exclusion_entries(pattern, Origin(f"{KEEP}: {why}"), user=False, required=False)
+    said = (f"{len(names)} modules because {why} ({_first(names)})" for why, names in reasons.items())
+    return entries, f"{KEEP} leaves out {'; '.join(said)}"
+
+
+def _patterns(names: Iterable[str], alike: Mapping[str, int]) -> Iterator[str]:
+    """Yields patterns for exactly these names: one for all that differ in numbers alone, where these are all."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(starred(name), []).append(name)
+    for key, members in groups.items():
+        if len(members) == 1 or len(members) < alike[key]:
+            yield from members
+        else:
+            yield "re:" + re.sub(r"(?<=\.)\d+(?=\\\.|$)", r"\\d+", re.escape(members[0]))
+
+
+def _first(names: Collection[str]) -> str:
+    return ", ".join(islice(names, 2)) + (" ..." if len(names) > 2 else "")
 
 
 def _indivisible(plan: Plan) -> Iterator[tuple[list[QuantizedTarget], str, int, int]]:

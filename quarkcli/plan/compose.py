@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from quarkcli.errors import UsageError
 from quarkcli.family import PROTECTED, ROLE_CLASSES, Layout, check_unprotect
@@ -22,7 +22,10 @@ from quarkcli.recipe.recipe import Recipe, attention_entries, cache_entries, exc
 
 @dataclass
 class Overrides:
-    """Holds the additions of flags to a recipe, in the order given. `entries` are edits of a plan and come last."""
+    """Holds the additions of flags to a recipe, in the order given. `entries` are edits of a plan and come last.
+
+    on_indivisible   `keep`: modules whose width groups do not divide are not quantized
+    """
 
     layer_types: Sequence[str] = ()
     layers: Sequence[str] = ()
@@ -32,6 +35,7 @@ class Overrides:
     kv_cache: str | None = None
     attention: str | None = None
     min_kv_scale: float | None = None
+    on_indivisible: Literal["error", "keep"] = "error"
     allow_unmatched: bool = False
     entries: Sequence[Entry] = ()
 

@@ -38,11 +38,34 @@ def resolve(
         end, least = composed.edits_start, minimum_entries(composed, layout, overrides.min_kv_scale)
         composed.entries[end:end] = least
         composed.edits_start += len(least)
+    resolver, plan = _applied(composed, recipe, layout)
+    if overrides.on_indivisible == "keep":
+        left, line = checks.left_out(plan)
+        composed.entries[composed.edits_start : composed.edits_start] = left
+        composed.edits_start += len(left)
+        resolver, plan = _applied(composed, recipe, layout)
+        plan.warnings.append(line)
+    if layout.inferred:
+        plan.warnings.append(_inferred(layout))
+    plan.warnings += recipe.differs
+    effects.check_matches(plan)
+    checks.warn(plan)
+    share.check(plan)
+    if guards:
+        effects.check_effect(plan, resolver.outcomes(), composed.meant, edited=bool(overrides.entries))
+        flags.warn(plan, composed, resolver.order, resolver.alike, resolver.attended, recipe, overrides, layout)
+    checks.check_stored(plan, layout.transposed)
+    checks.check(plan)
+    return plan
+
+
+def _applied(composed: Composed, recipe: Recipe, layout: Layout) -> tuple[_Resolver, Plan]:
+    """Returns the plan that the entries make, without any check of it."""
     resolver = _Resolver(composed)
     targets = resolver.targets(layout.weights.values(), share.scale_groups(recipe.share, layout))
     resolver.names.learn(attention_slots(module.name for module in layout.attention))
     attention = {module.name: resolver.attention(module) for module in layout.attention}
-    plan = Plan(
+    return resolver, Plan(
         scheme=recipe.name,
         family=layout.family,
         entries=composed.entries,
@@ -61,18 +84,6 @@ def resolve(
         rewrites=layout.rewrites,
         norms=tuple(name for name, role in layout.tensor_roles.items() if role == "norm"),
     )
-    if layout.inferred:
-        plan.warnings.append(_inferred(layout))
-    plan.warnings += recipe.differs
-    effects.check_matches(plan)
-    checks.warn(plan)
-    share.check(plan)
-    if guards:
-        effects.check_effect(plan, resolver.outcomes(), composed.meant, edited=bool(overrides.entries))
-        flags.warn(plan, composed, resolver.order, resolver.alike, resolver.attended, recipe, overrides, layout)
-    checks.check_stored(plan, layout.transposed)
-    checks.check(plan)
-    return plan
 
 
 def _inferred(layout: Layout) -> str:

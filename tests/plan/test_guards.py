@@ -11,7 +11,7 @@ from quarkcli.errors import ConfigError, ModelError
 from quarkcli.recipe.entries import Entry, Origin
 from tests import runs
 
-from .layouts import LLAMA, MIXTRAL, lay_out, llama, mixtral, plan
+from .layouts import LLAMA, MIXTRAL, lay_out, llama, mixtral, plan, weights
 from .test_order import INT4, INT8, recipe
 
 
@@ -100,6 +100,36 @@ def test_widths_that_groups_do_not_divide() -> None:
         assert plan("int4_wo_128", layout, **flags).targets["model.layers.0.mlp.up_proj"].weight is not None
     with pytest.raises(ModelError, match="3 modules in all"):
         plan("mxfp4", layout)  # its weight and its input, counted once
+
+
+def test_what_does_not_fit_is_left_out() -> None:
+    """By one entry where all modules of a kind are concerned, and the plan says how many and why."""
+    layout = lay_out(llama(inner=200), "llama")
+    made = plan("int4_wo_128", layout, on_indivisible="keep")
+    down = [f"model.layers.{index}.mlp.down_proj" for index in range(3)]
+    assert all(made.targets[name].weight is None for name in down)
+    assert set(weights(made)) == set(weights(plan("int4_wo_128", layout, exclude=["*down_proj"])))
+    assert all(made.kept[f"{name}.weight"].startswith("--on-indivisible keep: 200 features") for name in down)
+    assert any("leaves out 3 modules because 200 features are not a multiple of 128" in w for w in made.warnings)
+    (pattern,) = (
+        e.quantizer_path for e in made.entries if str(e.origin).startswith("--on") and "weight" in e.quantizer_path
+    )
+    assert pattern.startswith("re:") and len(made.matches) == len(made.entries)
+
+
+def test_single_modules_that_do_not_fit_are_left_out_by_name() -> None:
+    shapes = llama() | {"model.layers.1.mlp.down_proj.weight": (128, 200)}
+    shapes |= {f"model.layers.1.mlp.{leaf}_proj.weight": (200, 128) for leaf in ("gate", "up")}
+    layout = lay_out(shapes, "llama")
+    made = plan("int4_wo_128", layout, on_indivisible="keep")
+    left = set(weights(plan("int4_wo_128"))) - set(weights(made))
+    assert left == {"model.layers.1.mlp.down_proj"}
+
+
+def test_nothing_to_leave_out() -> None:
+    usual, made = plan("int4_wo_128"), plan("int4_wo_128", on_indivisible="keep")
+    assert weights(usual) == weights(made)
+    assert any("--on-indivisible keep changes nothing" in line for line in made.warnings)
 
 
 def test_an_input_alone_is_said() -> None:
