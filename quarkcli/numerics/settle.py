@@ -25,7 +25,7 @@ Result = TypeVar("Result")
 Steps = Generator[Rounding, tuple[Tensor, float], Result]
 # Dampings to choose from. The search starts where tokens per input suggest, and goes the way the held-out loss falls.
 DAMPS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
-STARTS = ((16.0, 0.01), (4.0, 0.03), (0.0, 0.1))  # at least so many tokens per input -> damping
+STARTS = ((32.0, 0.03), (0.0, 0.1))  # at least so many tokens per input -> damping
 FLAT = 0.01  # a neighbour that loses less than this more lies on the floor of the curve: no other is tried
 
 
