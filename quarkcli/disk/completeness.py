@@ -6,17 +6,19 @@ import json
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from itertools import islice
+from typing import Any
 
 from quarkcli.disk.checkpoint import Checkpoint
 from quarkcli.disk.nonfinite import is_buffer
 from quarkcli.disk.source import INDEX, Source
 from quarkcli.errors import CheckError, ModelError
-from quarkcli.family import HeaderLike, Layout, check_fit, lay_out
+from quarkcli.family import HeaderLike, Layout, check_fit, lay_out, text_config
 
 # Dtypes of weights that are stored as they are.
 _PLAIN = {"BF16", "F16", "F32", "F64"}
 # Roles that do not say what a tensor is.
 _NO_ROLES = {"parameter", "linear", "other"}
+_MLP = {"gate", "up", "expert_gate", "expert_up"}
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
@@ -47,7 +49,19 @@ def model(checkpoint: Checkpoint) -> str:
         check_fit(checkpoint.family, layout, config, headers)
     except ModelError as error:
         raise CheckError(error.what, where=error.where, hint="write it again, or copy it again") from error
+    _none(list(_misfits(layout, config)), "weights have another width than config.json says")
     return "blocks, experts, widths and counts fit config.json and each other"
+
+
+def _misfits(layout: Layout, config: Mapping[str, Any]) -> Iterator[str]:
+    """Yields gates and ups whose rows are no width of an MLP in config.json, where that says all of them."""
+    if layout.inferred or text_config(config) is not config:  # a config within another leaves out defaults
+        return
+    said = [value for key, value in config.items() if "intermediate_size" in key]
+    widths = {one for value in said for one in (value if isinstance(value, list) else [value])}
+    for name, weight in layout.weights.items() if widths else ():
+        if weight.role in _MLP and weight.shape[0] not in widths:
+            yield f"{name} {list(weight.shape)}"
 
 
 def codes(checkpoint: Checkpoint, layout: Layout) -> str:

@@ -114,6 +114,8 @@ def _contents(folder: Path, model: Source | None, asked: Asked, tell: Listener) 
     source = _open(folder)
     if not source.config.get("quantization_config"):
         raise CheckError("no quantization_config in config.json", where=str(folder))
+    if not source.config["quantization_config"].get("quant_method"):
+        raise CheckError("quantization_config has no quant_method, by which loaders choose", where=str(folder))
     try:
         checkpoint = Checkpoint(source)
         layout = _layout(checkpoint)
