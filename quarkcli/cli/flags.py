@@ -135,6 +135,15 @@ class JobFlags:
         ),
     ] = None
     target: Servers = "auto"
+    tp: Annotated[
+        int | None,
+        Option(
+            "--tp",
+            min=1,
+            metavar="N",
+            help="Servers must be able to split it over N devices (tensor parallel); else stop before the work.",
+        ),
+    ] = None
     exclude: Annotated[
         _Many,
         Option("--exclude", metavar="PATTERN", help="Keep these modules as they are: glob, or re:REGEX. Repeatable."),

@@ -72,9 +72,16 @@ def possible(
     weights: Mapping[str, Weight], view: StoredView, headers: Mapping[str, HeaderLike], config: Mapping[str, Any]
 ) -> str:
     """Returns a line that says which of the usual degrees fit."""
-    splits = _alike([*_heads(config), *_of_weights(weights, view, headers, config)])
-    fit = [degree for degree in USUAL if all(split.fits(degree) for split, _ in splits)]
+    fit = fitting(weights, view, headers, config)
     return f"tensor parallel degrees that fit, of {', '.join(map(str, USUAL))}: {', '.join(map(str, fit))}"
+
+
+def fitting(
+    weights: Mapping[str, Weight], view: StoredView, headers: Mapping[str, HeaderLike], config: Mapping[str, Any]
+) -> list[int]:
+    """Returns the usual degrees that fit."""
+    splits = _alike([*_heads(config), *_of_weights(weights, view, headers, config)])
+    return [degree for degree in USUAL if all(split.fits(degree) for split, _ in splits)]
 
 
 def _alike(splits: list[_Split]) -> list[tuple[_Split, list[str]]]:

@@ -55,6 +55,7 @@ class Options:
     time_budget: float | None = None
     max_cpu_mem: int | None = None
     verify: bool = True
+    tp: int | None = None
     trust_remote_code: bool = False
     revision: str = "main"
     offline: bool = False
@@ -88,6 +89,7 @@ class Prepared:
     weights  where the source's tensors come from, in source form
     origin   the quantization of a source that has one; its weights are decoded as they are read
     advice   the choices that the algorithm `auto` stands for; empty: the steps were named
+    tensor_parallel   usual numbers of devices over which servers can split the output
     """
 
     options: Options
@@ -106,6 +108,7 @@ class Prepared:
     calibration: Calibration | None
     forecast: Forecast
     coverage: Coverage
+    tensor_parallel: list[int]
     output: Path
     side_files: SideFiles
     warnings: list[str]

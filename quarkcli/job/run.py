@@ -28,7 +28,7 @@ from quarkcli.disk.source import Source
 from quarkcli.disk.writer import publish, resolved, sync_folder
 from quarkcli.errors import AccessError, DataError, ResourceError, UsageError
 from quarkcli.events import Event, Listener, Message, PartDone, Phase, Working, broadcast, silent
-from quarkcli.job import asked, finish, idle, partial_path, preflight
+from quarkcli.job import asked, finish, idle, partial_path, preflight, splitting
 from quarkcli.job.options import Options, Prepared
 from quarkcli.plan import online
 from quarkcli.plan.coverage import coverage
@@ -110,6 +110,7 @@ def prepare(options: Options, tell: Listener = silent) -> Prepared:
         options.dialect or recipe.dialect or dialects.AUTO, plan, servers.favoured(plan, options.target)
     )
     servers.check_plan(plan, dialect, options.target)
+    parallel = splitting.degrees(plan, dialect, source.config, options.tp)
     needs = preflight.data_needs(plan, steps)
     preflight.check_reader(dialect, needs)
     prepass = preflight.prepass_needs(plan, steps)
@@ -125,7 +126,7 @@ def prepare(options: Options, tell: Listener = silent) -> Prepared:
     warnings += idle.of_run(options, source, plan, needs, calibration)
     return Prepared(
         options, recipe, source, weights, origin, layout, plan, steps, advice, dialect, reason, needs, prepass,
-        calibration, size, share, output, beside, warnings,
+        calibration, size, share, parallel, output, beside, warnings,
     )  # fmt: skip
 
 

@@ -93,6 +93,7 @@ IDLE: dict[str, list[Case]] = {
 ALWAYS = {
     "model": "what everything is about",
     "output": "the plan shows it",
+    "tp": "it is possible, or refused",
     "dialect": "it decides, or is refused",
     "json": "another form of the answer",
     "quiet": "fewer lines",
@@ -126,6 +127,7 @@ OTHERS: dict[str, dict[str, list[Case] | str]] = {
                 "on_nonfinite",
                 "chat_template",
                 "on_indivisible",
+                "tp",
             ),
             "as in quantize, whose code looks at it",
         ),

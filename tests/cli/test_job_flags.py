@@ -83,3 +83,14 @@ def test_without_verification_nothing_is_read_back(quark, tmp_path, monkeypatch)
     report = json.loads((tmp_path / "unread" / "quark" / "report.json").read_text())
     assert report["checks"] == ["nothing was read back: --no-verify"]
     assert quark("verify", "unread", "--source", "demo").code == 0
+
+
+def test_devices_that_servers_split_it_over(quark, tmp_path):
+    flags = ("--model", "demo", "--scheme", "mxfp4")
+    code, out, err = quark("plan", *flags, "--tp", "3")
+    assert (code, out) == (4, "") and "tensor parallel 3" in err
+    assert quark("quantize", *flags, "-o", "out", "--tp", "3").code == 4
+    assert not list(tmp_path.glob("out*"))
+    found = json.loads(quark("plan", *flags, "--json").out)["tensor_parallel"]
+    assert found[:2] == [1, 2]
+    assert f"{', '.join(map(str, found))} devices" in quark("plan", *flags, "--tp", "2").out
