@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 
 # Module -> what the API offers of it.
 _API = {
-    "quarkcli.api.checkpoints": ("compare",),
+    "quarkcli.api.checkpoints": ("compare", "convert"),
     "quarkcli.api.quant_cfg": (
         "NoSuchEntry", "estimate_quant_compression", "find_quant_cfg_entry_by_path", "need_calibration",
         "normalize_quant_cfg_list", "update_quant_cfg_with_kv_cache_quant",
