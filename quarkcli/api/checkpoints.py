@@ -2,17 +2,20 @@
 
 import quarkcli
 found = quarkcli.compare("demo", "out")
-found["tensors"][0]["sqnr_db"]  # the worst
+worst = found["tensors"][0]["sqnr_db"]
+quarkcli.convert("out", "quark", "out-quark")
 """
 
 from __future__ import annotations
 
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from quarkcli.disk import compare as comparing
 from quarkcli.disk.source import Source
 from quarkcli.events import Listener, silent
+from quarkcli.job import convert as converting
 from quarkcli.job import run as job
 
 
@@ -26,3 +29,23 @@ def compare(a: str | PathLike[str], b: str | PathLike[str], listener: Listener =
     """
     first, second = (Source.open(str(job.EMBEDDED) if str(name) == "demo" else str(name)) for name in (a, b))
     return comparing.compare(first, second, listener).as_dict()
+
+
+def convert(
+    directory: str | PathLike[str],
+    to: str,
+    output: str | PathLike[str],
+    *,
+    overwrite: bool = False,
+    listener: Listener = silent,
+) -> dict[str, Any]:
+    """Writes a quantized checkpoint in another dialect and returns what `quark convert --json` shows.
+
+    to         a dialect's name
+    output     directory; one that exists is an error unless `overwrite`
+    listener   called with every event
+
+    Codes and scales stay as they are. Raises ModelError, with the tensor, where the dialect cannot hold them.
+    """
+    source = Source.open(str(directory))
+    return converting.convert(source, to, Path(output), overwrite=overwrite, tell=listener)

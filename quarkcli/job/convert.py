@@ -93,7 +93,9 @@ def prepare(source: Source, to: str) -> Conversion:
     return Conversion(checkpoint, plan, reader, writer, back, there, file_size(infos))
 
 
-def convert(source: Source, to: str, output: Path, *, overwrite: bool = False, tell: Listener = silent) -> Any:
+def convert(
+    source: Source, to: str, output: Path, *, overwrite: bool = False, tell: Listener = silent
+) -> dict[str, Any]:
     """Writes a checkpoint in another dialect. Returns a summary. Raises QuarkError; then no output directory exists."""
     started = time.monotonic()
     tell(Phase("check"))
