@@ -52,8 +52,8 @@ INSIDE = {
     "forward": "activations defaults moments samples experts taps statistics files documents data walk",
     "disk": "weights source side_files writer manifest place journal nonfinite contents checkpoint origin compare"
     " values scales completeness excluded parallel fidelity verify",
-    "job": "forecast options asked preflight splitting idle served problems rewriting solving stages tuning prepass"
-    " part pipeline finish convert run preview",
+    "job": "forecast options asked preflight splitting idle carried served problems rewriting solving stages tuning"
+    " prepass part pipeline finish convert run preview",
 }
 
 # Package -> the rooms that may import it.

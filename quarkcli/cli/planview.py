@@ -128,7 +128,7 @@ def _modules(plan: Plan) -> None:
     texts: dict[str, tuple[str, ...]] = {}
     for run in plan.quantized_alike():
         first = run[0]
-        text = (*(_text(_spec(first, kind)) for kind in kinds), _origin(plan, first.slots["weight"]))
+        text = (*(_text(_spec(first, kind)) for kind in kinds), _decider(plan, first))
         texts |= dict.fromkeys((target.name for target in run), text)
     decided = ((target.name, texts[target.name]) for target in plan.quantized())
     rows = [(name, count, *key) for name, count, key in fold(decided, plan.targets)]
@@ -156,6 +156,10 @@ def _attention(plan: Plan) -> None:
 
 def _text(spec: TensorSpec | None) -> str:
     return spec.describe() if spec is not None else "-"
+
+
+def _decider(plan: Plan, target: Target) -> str:
+    return "the source, whose codes it keeps" if target.name in plan.carried else _origin(plan, target.slots["weight"])
 
 
 def _origin(plan: Plan, decision: Decision) -> str:

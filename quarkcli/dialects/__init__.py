@@ -94,7 +94,7 @@ def choose(asked: str, plan: Plan, favoured: Callable[[Writer], bool] = lambda d
                 where="--dialect",
                 hint="--dialect auto picks one that can",
             )
-        return dialect, f"asked for; {_loads(dialect, plan)}"
+        return dialect, reason(dialect, plan, auto=False)
     refused = {dialect: _refusals(dialect, plan) for dialect in writers()}
     able = [dialect for dialect, reasons in refused.items() if not reasons]
     if not able:
@@ -107,11 +107,22 @@ def choose(asked: str, plan: Plan, favoured: Callable[[Writer], bool] = lambda d
         return favoured(dialect), preference > 0, _reach(loaders[dialect]), preference
 
     best = max(able, key=rank)
-    return best, f"{AUTO}: {_loads(best, plan, ' only' if _reach(loaders[best]) == 1 else '')}"
+    return best, reason(best, plan, auto=True)
+
+
+def reason(dialect: Writer, plan: Plan, *, auto: bool) -> str:
+    """Returns why a dialect was taken, and what loads the plan in it, in words."""
+    only = " only" if auto and _reach(dialect.loaders(plan)) == 1 else ""
+    return f"{AUTO if auto else 'asked for'}{':' if auto else ';'} {_loads(dialect, plan, only)}"
 
 
 def _refusals(dialect: Writer, plan: Plan) -> list[str]:
     return [*dialect.refusals(plan), *dialect.online_refusals(plan)]
+
+
+def is_served(dialect: Writer, plan: Plan) -> bool:
+    """True when vLLM loads what the dialect would write for the plan."""
+    return _reach(dialect.loaders(plan)) > 0
 
 
 def _reach(loaders: set[str]) -> int:

@@ -25,7 +25,7 @@ _CODES = re.compile(
 _HINT = "the files are incomplete, or config.json is another model's: download it again, or give the 16-bit model"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Origin:
     """The quantization of a source, whose weights are decoded block by block while a job reads them.
 
@@ -33,6 +33,7 @@ class Origin:
     weights   module -> how its weight is stored
     tensors   how many tensors of the files are decoded
     dtype     safetensors dtype that decoded weights have
+    decoded_because  why weights that a plan leaves alone do not keep their codes; empty: they do, or there are none
     passed    what is quantized beside weights -> how many; a job observes its own
     """
 
@@ -41,6 +42,7 @@ class Origin:
     tensors: int
     dtype: str
     passed: Mapping[str, int]
+    decoded_because: str = ""
 
     def stored(self) -> str:
         """Returns how weights are stored, in words: `fp8_e4m3 tile 128x128`; with counts where they differ."""
@@ -50,7 +52,7 @@ class Origin:
         return ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common()) or "no weights"
 
     def left_alone(self, plan: Plan) -> list[str]:
-        """Returns the quantized weights that a plan does not quantize, which are written decoded."""
+        """Returns the quantized weights that are written decoded, because the plan does not quantize them."""
         targets = plan.targets
         return [name for name in self.weights if name not in targets or targets[name].weight is None]
 
@@ -59,9 +61,14 @@ class Origin:
         found = [
             f"{self.stored()}, dequantized while streaming ({self.tensors} tensors -> {len(self.weights)} weights)"
         ]
+        if plan.carried:
+            found.append(
+                f"{len(plan.carried)} of its weights are left alone by the plan and keep their codes and scales"
+            )
         left = len(self.left_alone(plan))
         if left:
-            found.append(f"{left} of its quantized weights are left alone by the plan and written as {self.dtype}")
+            why = f": {self.decoded_because}" if self.decoded_because else ""
+            found.append(f"{left} of its weights are left alone by the plan and written as {self.dtype}{why}")
         found += [f"dropped: {what} ({count}); the job finds its own" for what, count in self.passed.items()]
         return found
 
@@ -72,7 +79,8 @@ class Origin:
             "weights": dict(Counter(self.weights.values())),
             "tensors": self.tensors,
             "dtype": self.dtype,
-            "left_alone": self.left_alone(plan),
+            "carried": sorted(plan.carried),
+            "decoded": self.left_alone(plan),
             "dropped": dict(self.passed),
             "said": self.lines(plan),
         }

@@ -134,7 +134,7 @@ class PartWorker:
     ) -> None:
         self.plan = plan
         self.dialect = dialect
-        self.solving = Solving(plan, steps, self._warn)
+        self.solving = Solving(plan, steps, self._warn, weights)
         self.tuners = [(s, s.algorithm) for s in steps if isinstance(s.algorithm, Tuner)]
         self.transforms = [(s, s.algorithm) for s in steps if isinstance(s.algorithm, Transform)]
         self.states: Mapping[str, Any] = states or {}

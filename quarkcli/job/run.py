@@ -28,7 +28,7 @@ from quarkcli.disk.source import Source
 from quarkcli.disk.writer import publish, resolved, sync_folder
 from quarkcli.errors import AccessError, DataError, ResourceError, UsageError
 from quarkcli.events import Event, Listener, Message, PartDone, Phase, Working, broadcast, silent
-from quarkcli.job import asked, finish, idle, partial_path, preflight, splitting
+from quarkcli.job import asked, carried, finish, idle, partial_path, preflight, splitting
 from quarkcli.job.options import Options, Prepared
 from quarkcli.plan import online
 from quarkcli.plan.coverage import coverage
@@ -82,8 +82,11 @@ def _expanded(path: Path | None) -> Path | None:
     return Path(os.path.expanduser(path)) if path is not None else None  # noqa: PTH111 - never raises
 
 
-def prepare(options: Options, tell: Listener = silent) -> Prepared:
-    """Does steps 1 to 4: everything that can go wrong for reasons visible in config and headers goes wrong here."""
+def prepare(options: Options, tell: Listener = silent, *, carries: bool = True) -> Prepared:
+    """Does steps 1 to 4: everything that can go wrong for reasons visible in config and headers goes wrong here.
+
+    Weights that the plan leaves alone may keep the codes of a quantized source (`carries`).
+    """
     tell(Phase("resolve"))
     servers.check_name(options.target)
     recipe = load_recipe(options)  # 1
@@ -115,6 +118,9 @@ def prepare(options: Options, tell: Listener = silent) -> Prepared:
     preflight.check_reader(dialect, needs)
     prepass = preflight.prepass_needs(plan, steps)
     calibration = preflight.calibration(options, recipe, source, needs | prepass)
+    if carries and origin is not None:
+        plan = carried.carry(plan, weights, origin, dialect, steps, options.target)
+        reason = dialects.reason(dialect, plan, auto=reason.startswith(dialects.AUTO))
     size = preflight.forecast_of(plan, dialect, source, headers, calibration, steps)
     output = _expanded(options.output) or Path(f"{'demo' if options.model == 'demo' else source.name}-{recipe.name}")
     beside = side_files.gather(source)
@@ -224,9 +230,7 @@ def check_model(prepared: Prepared) -> list[str]:
     from quarkcli.model.runner import Runner
 
     headers, trusted = prepared.weights.headers, prepared.options.trust_remote_code
-    runner = Runner(
-        prepared.source.folder, headers, trust_remote_code=trusted, turned=prepared.layout.turned
-    )  # fmt: skip
+    runner = Runner(prepared.source.folder, headers, trust_remote_code=trusted, turned=prepared.layout.turned)
     runner.check_blocks()
     unknown = runner.unknown_tensors()
     found = [f"model class: {len(headers) - len(unknown)} of {len(headers)} tensors are its parameters"]

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from quarkcli.algorithms.base import Assignment, Moment, Needs, Outcome, Problem, Refiner, Solver
 from quarkcli.algorithms.rtn import RoundToNearest
+from quarkcli.disk.checkpoint import Checkpoint
+from quarkcli.disk.weights import WeightSource
 from quarkcli.errors import DataError, QuarkError
 from quarkcli.forward.statistics import Statistics
 from quarkcli.job.problems import problems, runs
@@ -27,13 +29,18 @@ Solved = tuple[QuantizedTarget, Tensor, Quantized]  # with the source weight
 class Solving:
     """The solvers and refiners of a run.
 
+    source        where weights come from that have codes already
+
     dead_inputs   weight -> how many of its inputs were always zero in calibration, of the part last solved
     exact         weight that no solver was asked for, because its format holds it -> how many blocks were rounded, of
                   the part last solved
     """
 
-    def __init__(self, plan: Plan, steps: Iterable[Assignment], warn: Callable[[str], None]) -> None:
+    def __init__(
+        self, plan: Plan, steps: Iterable[Assignment], warn: Callable[[str], None], source: WeightSource | None = None
+    ) -> None:
         steps = list(steps)
+        self.plan, self.source = plan, source
         self.solvers = [(s, s.algorithm, s.needs(plan)) for s in steps if isinstance(s.algorithm, Solver)]
         self.refiners = [(s, s.algorithm) for s in steps if isinstance(s.algorithm, Refiner)]
         self.staged = any(solver.staged for _, solver, _ in self.solvers)
@@ -74,6 +81,9 @@ class Solving:
         def moment(site: str, expert: int | None) -> Moment | None:
             return statistics.moment(site, expert) if statistics is not None else None
 
+        if self.plan.carried:
+            yield from self._carried(targets if members is None else members, weight)
+            targets = [target for target in targets if target.name not in self.plan.carried]
         shared = _group_amax(targets, weight)
         exponents = _exponents(targets, weight)
         asked = [target for target in targets if members is None or target in members]
@@ -92,6 +102,15 @@ class Solving:
                     statistics.forget(site)
                 for problem, quantized in zip(run, self._solve(solver, needs, run), strict=True):
                     yield from zip(problem.targets, problem.weights, self._refine(problem, quantized), strict=True)
+
+    def _carried(
+        self, targets: Iterable[QuantizedTarget], weight: Callable[[QuantizedTarget], Tensor]
+    ) -> Iterator[Solved]:
+        """Yields the weights that keep the source's codes and scales."""
+        assert isinstance(self.source, Checkpoint)
+        for target in targets:
+            if target.name in self.plan.carried:
+                yield target, weight(target), self.source.decode(self.source.view.targets[target.name]).weight
 
     def _exact(self, target: QuantizedTarget, weight: Tensor, largest: int) -> Quantized:
         quantized, self.exact[target.name] = exact.quantize(weight, target.weight, largest)

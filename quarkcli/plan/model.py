@@ -216,6 +216,7 @@ class Plan:
     rewrites          how blocks may be rewritten without changing what they compute, from the family file
     norms             tensors of norms, from the family file
     changes           what transforms and tuners will change, by their names
+    carried           weights that have the source's own codes and scales; no algorithm works on them
     basis             what it was resolved from, for edits (`plan.compose.Basis`)
     """
 
@@ -238,6 +239,7 @@ class Plan:
     rewrites: Rewrites = field(default_factory=Rewrites)
     norms: tuple[str, ...] = ()
     changes: dict[str, Changes] = field(default_factory=dict)
+    carried: frozenset[str] = frozenset()
     basis: Basis | None = field(default=None, repr=False, compare=False)
     _alike: tuple[Mapping[str, Target], list[list[Target]]] | None = field(
         default=None, init=False, repr=False, compare=False

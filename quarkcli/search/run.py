@@ -120,7 +120,7 @@ def _space(asked: Asked) -> tuple[Space, Asked, int]:
     overrides = asked.options.overrides
     exclude = [*overrides.exclude, *file.disabled]
     options = replace(asked.options, overrides=replace(overrides, exclude=exclude, allow_unmatched=True))
-    runs = {name: job.prepare(replace(options, recipe=recipe)) for name, recipe in file.formats.items()}
+    runs = {name: job.prepare(replace(options, recipe=recipe), carries=False) for name, recipe in file.formats.items()}
     keeps = any(rule.keep for rule in file.rules)
     found = tuple(Candidate(name, run) for name, run in runs.items()) + ((Candidate(KEEP, None),) if keeps else ())
     base = found[0].prepared
@@ -132,7 +132,7 @@ def _space(asked: Asked) -> tuple[Space, Asked, int]:
 
 
 def _prepared(options: Options, name: str) -> Prepared | None:
-    return None if name == KEEP else job.prepare(replace(options, scheme=name))
+    return None if name == KEEP else job.prepare(replace(options, scheme=name), carries=False)
 
 
 def _active(run: Prepared) -> float:
@@ -348,7 +348,7 @@ def _resolved(asked: Asked, choosing: Choosing, choice: Choice, text: str, outpu
     """
     recipe = from_config(yaml.safe_load(text), output.stem)
     options = replace(asked.options, recipe=recipe, scheme=None, algorithm=None, settings=(), overrides=_PLAIN)
-    prepared = job.prepare(options)
+    prepared = job.prepare(options, carries=False)
     wanted: dict[str, tuple[TensorSpec | None, TensorSpec | None]] = dict.fromkeys(prepared.plan.targets, (None, None))
     for group in choosing.groups:
         candidate = choosing.space.named(choice.chosen[group.name])

@@ -227,18 +227,61 @@ def test_a_quantized_cache_is_dropped(sources, tmp_path):
     }
 
 
-def test_weights_that_are_left_alone_are_written_decoded_and_the_plan_says_so(sources, tmp_path):
-    source = sources.held(READ[0])
-    made = sources.job(source, tmp_path / "out", scheme="mxfp4", exclude=["*self_attn*"])
-    lines = "\n".join(planview.header(made.prepared))
-    assert "16 of its quantized weights are left alone by the plan and written as BF16" in lines
+@pytest.mark.parametrize("algorithm", ["rtn", "gptq", "qronos"])
+def test_weights_that_are_left_alone_keep_their_codes(sources, tmp_path, algorithm):
+    """Where the target dialect can say it: a mixed checkpoint, with which calibration goes on as it is served."""
+    source = sources.of("demo", "int8_dynamic", "compressed-tensors")
+    job = {"scheme": "int4_wo_128", "exclude": ["*self_attn*"], "algorithm": algorithm, **ROWS}
+    made = sources.job(source, tmp_path / "out", **job)
+    assert "16 of its weights are left alone by the plan and keep" in "\n".join(planview.header(made.prepared))
     facts = planview.as_json(made.prepared)["source"]
-    assert Q_PROJ in facts["left_alone"]
-    assert len(facts["left_alone"]) == 16
+    assert len(facts["carried"]) == 16 and not facts["decoded"]
+    ours, theirs = runs.read_all(made.folder), runs.read_all(source)
+    same = [name for name in theirs if ".self_attn." in name]
+    assert len(same) == 32
+    assert all(runs.same_bytes(ours[name], theirs[name]) for name in same)
+    inputs = [Checkpoint(Source.open(str(f))).view.targets[Q_PROJ].input for f in (made.folder, source)]
+    assert inputs[0] is not None and inputs[0] == inputs[1]
+    assert main.main(["verify", str(made.folder), "--source", str(source)]) == 0
+    resolved = made.folder / "quark" / "recipe.yaml"
+    again = sources.job(source, tmp_path / "again", recipe=str(resolved))
+    assert runs.same_files(again.folder, made.folder)
+
+
+def test_experts_that_are_left_alone_keep_their_codes(sources, tmp_path):
+    source = sources.of("gpt_oss", "mxfp4", "compressed-tensors")
+    made = sources.job(source, tmp_path / "out", scheme="nvfp4_weight_only", exclude=["*.experts.*"])
+    assert len(made.report["source"]["carried"]) == 2 * 4 * 3
+    assert made.prepared.dialect_reason == "auto: loads in vLLM only"
+    ours, theirs = (Checkpoint(Source.open(str(folder))) for folder in (made.folder, source))
+    for name in ours.headers:
+        if ".experts." in name:
+            tensors = (side.read_many([name])[name] for side in (ours, theirs))
+            assert runs.same_bytes(*tensors), name
+
+
+@pytest.mark.parametrize(
+    ("held", "job", "why"),
+    [
+        (("amdfp4", "quark"), {"dialect": "compressed-tensors"}, "cannot hold weight"),
+        (("mxfp6_e2m3", "compressed-tensors"), {}, "vLLM would not load"),
+        (("uint4_wo_128", "compressed-tensors"), {"target": "transformers"}, "does not load"),
+        (("int8_dynamic", "compressed-tensors"), {"algorithm": "smoothquant,rtn"}, "an algorithm may change weights"),
+    ],
+)
+def test_weights_that_are_left_alone_are_written_decoded_and_the_plan_says_so(sources, tmp_path, held, job, why):
+    source = sources.of("demo", *held)
+    made = sources.job(source, tmp_path / "out", scheme="int4_wo_128", exclude=["*self_attn*"], **ROWS, **job)
+    lines = "\n".join(planview.header(made.prepared))
+    assert re.search(f"16 of its weights are left alone by the plan and written as BF16: .*({why})", lines)
+    facts = planview.as_json(made.prepared)["source"]
+    assert Q_PROJ in facts["decoded"]
+    assert len(facts["decoded"]) == 16 and not facts["carried"]
     decoded = Checkpoint(Source.open(str(source))).read_many([f"{Q_PROJ}.weight"])
     written = runs.read_all(made.folder)
-    assert runs.same_bytes(written[f"{Q_PROJ}.weight"], decoded[f"{Q_PROJ}.weight"])
     assert f"{Q_PROJ}.weight_scale" not in written
+    if "smoothquant" not in job.get("algorithm", ""):
+        assert runs.same_bytes(written[f"{Q_PROJ}.weight"], decoded[f"{Q_PROJ}.weight"])
 
 
 def test_other_keys_of_the_config_stay(sources, tmp_path):

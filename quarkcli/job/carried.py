@@ -1,0 +1,81 @@
+"""Quantized weights of the source that a plan leaves alone: their codes and scales, where the dialect can say them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+from quarkcli import dialects, servers
+from quarkcli.algorithms.base import Assignment
+from quarkcli.dialects.base import StoredTarget, Writer
+from quarkcli.disk.checkpoint import Checkpoint
+from quarkcli.disk.origin import Origin
+from quarkcli.disk.weights import WeightSource
+from quarkcli.errors import ModelError
+from quarkcli.plan.model import Decision, Plan, Target
+from quarkcli.spec import TensorSpec
+
+Slots = Mapping[str, Decision]
+
+
+def carry(
+    plan: Plan, weights: WeightSource, origin: Origin, dialect: Writer, steps: Iterable[Assignment], target: str
+) -> Plan:
+    """Returns the plan with these weights as the source has them; or as it was, with the reason noted in `origin`.
+
+    Their static input scales do not go with them: a job drops those of the source. Each has its scales for itself.
+
+    target   the server that was named, or another word
+    """
+    found = _left(plan, weights)
+    if not found:
+        return plan
+    tried = _with(plan, found)
+    origin.decoded_because = _reason(plan, tried, dialect, steps, target)
+    return plan if origin.decoded_because else tried
+
+
+def _with(plan: Plan, found: Mapping[str, StoredTarget]) -> Plan:
+    kinds: dict[tuple[TensorSpec, TensorSpec | None], Slots] = {}
+    own = {name: _as_stored(plan.targets[name], stored, kinds) for name, stored in found.items()}
+    tensors = {target.view.tensor for target in own.values()}
+    return replace(
+        plan,
+        targets={name: own.get(name, target) for name, target in plan.targets.items()},
+        kept={tensor: why for tensor, why in plan.kept.items() if tensor not in tensors},
+        carried=frozenset(own),
+    )
+
+
+def _reason(plan: Plan, tried: Plan, dialect: Writer, steps: Iterable[Assignment], target: str) -> str:
+    """Returns why the weights cannot keep their codes; empty when they can."""
+    if any(step.kind in ("transform", "tuner") for step in steps):
+        return "an algorithm may change weights before they are quantized"
+    refusals = dialect.refusals(tried)
+    if refusals:
+        return refusals[0]
+    if dialects.is_served(dialect, plan) and not dialects.is_served(dialect, tried):
+        return "with their codes, vLLM would not load the checkpoint"
+    try:
+        servers.check_plan(tried, dialect, target)
+    except ModelError as error:
+        return error.what
+    return ""
+
+
+def _left(plan: Plan, weights: WeightSource) -> dict[str, StoredTarget]:
+    """Returns those of the source's quantized weights that the plan does not quantize."""
+    if not isinstance(weights, Checkpoint):
+        return {}
+    left = (name for name, target in plan.targets.items() if target.weight is None)
+    stored = weights.view.targets
+    return {name: stored[name] for name in left if name in stored and stored[name].shape == plan.targets[name].shape}
+
+
+def _as_stored(
+    target: Target, stored: StoredTarget, kinds: dict[tuple[TensorSpec, TensorSpec | None], Slots]
+) -> Target:
+    read = stored.input if stored.input is not None and not stored.input.needs_amax else None
+    specs = {"weight": stored.weight, "input": read}
+    slots = {kind: Decision(specs.get(kind), None) for kind in target.slots}
+    return Target.of(target, kinds.setdefault((stored.weight, read), slots), target.name)
