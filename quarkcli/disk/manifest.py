@@ -43,7 +43,7 @@ def write(folder: Path, source: Mapping[str, Any], known: Mapping[str, str]) -> 
                 continue
             with disk_errors(path):
                 manifest.sizes[name] = path.stat().st_size
-                manifest.files[name] = known.get(name) or hashlib.sha256(path.read_bytes()).hexdigest()
+                manifest.files[name] = known.get(name) or _digest(path)
                 if name.endswith(_WEIGHTS):
                     manifest.headers[name] = header_digest(path)
     atomic_write_json(folder / MANIFEST, {"schema": SCHEMA, "source": source, **vars(manifest)})
@@ -198,10 +198,15 @@ def _header(path: Path) -> str:
         raise _unreadable(path, error) from error
 
 
+def _digest(path: Path) -> str:
+    """Returns the sha256 of a file, read in pieces. Raises OSError."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 def _sha256(path: Path) -> str:
     try:
-        with path.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+        return _digest(path)
     except OSError as error:
         raise _unreadable(path, error) from error
 

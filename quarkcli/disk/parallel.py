@@ -8,7 +8,7 @@ word of packed codes may be cut. Weights of other roles are whole on every devic
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from quarkcli.dialects.base import StoredView
@@ -45,13 +45,16 @@ class _Split(NamedTuple):
 
 
 def check(
-    degrees: Iterable[int],
+    degrees: Sequence[int],
     weights: Mapping[str, Weight],
     view: StoredView,
     headers: Mapping[str, HeaderLike],
     config: Mapping[str, Any],
 ) -> list[str]:
-    """Returns the check made. Raises CheckError for degrees that cut something, with the degrees that work for it."""
+    """Returns the check made; without degrees, a line that says which of the usual ones fit.
+
+    Raises CheckError for degrees that cut something, with the degrees that work for it.
+    """
     splits = _alike([*_heads(config), *_of_weights(weights, view, headers, config)])
     faults = []
     for degree in degrees:
@@ -65,15 +68,10 @@ def check(
                 )
     if faults:
         raise CheckError("\n".join([faults[0], *(f"also: {fault}" for fault in faults[1:])]))
-    return [f"tensor parallel {', '.join(map(str, degrees))}: no head, group of a scale or word of codes is cut"]
-
-
-def possible(
-    weights: Mapping[str, Weight], view: StoredView, headers: Mapping[str, HeaderLike], config: Mapping[str, Any]
-) -> str:
-    """Returns a line that says which of the usual degrees fit."""
+    if degrees:
+        return [f"tensor parallel {', '.join(map(str, degrees))}: no head, group of a scale or word of codes is cut"]
     fit = fitting(weights, view, headers, config)
-    return f"tensor parallel degrees that fit, of {', '.join(map(str, USUAL))}: {', '.join(map(str, fit))}"
+    return [f"tensor parallel, of {', '.join(map(str, USUAL))} devices: {', '.join(map(str, fit))} fit"]
 
 
 def fitting(

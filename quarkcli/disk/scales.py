@@ -11,7 +11,7 @@ from itertools import islice
 
 from quarkcli.dialects.base import Reader, StoredTarget
 from quarkcli.disk.checkpoint import Checkpoint
-from quarkcli.disk.values import Values, has_floats, values
+from quarkcli.disk.values import Values, has_floats, is_finite, values
 from quarkcli.errors import CheckError
 from quarkcli.events import Listener, Message, silent
 from quarkcli.family import Weight
@@ -74,6 +74,23 @@ def check(
         what = "modules have a scale that is zero, negative, infinite, NaN or absent"
         raise CheckError(f"{len(found.bad)} {what}: {_some(found.bad)}")
     return _compared(checkpoint, found, tell)
+
+
+def codes(checkpoint: Checkpoint, everything: bool | None, limit: int) -> str:
+    """Returns the check made of codes that are floats. Raises CheckError for NaN and infinity among them.
+
+    everything   read them all; None: when they are `limit` bytes at most
+    """
+    headers = checkpoint.source.headers
+    names = list(dict.fromkeys(tensor for stored in checkpoint.view.targets.values() for tensor in stored.tensors))
+    names = [name for name in names if not is_scale(name) and has_floats(headers[name])]
+    size = sum(headers[name].nbytes for name in names)
+    if everything is False or (everything is None and size > limit):
+        return f"codes of {len(names)} weights not read ({size / 1e9:.0f} GB): --hashes"
+    bad = [name for name in names if not is_finite(checkpoint.source, name)]
+    if bad:
+        raise CheckError(f"{len(bad)} weights have codes that are NaN or infinite: {_some(bad)}")
+    return f"{len(names)} weights have floats for codes, all finite"
 
 
 def _compared(checkpoint: Checkpoint, found: _Found, tell: Listener) -> list[str]:

@@ -72,6 +72,17 @@ def values(source: Source, name: str) -> Values:
     return found
 
 
+def is_finite(source: Source, name: str) -> bool:
+    """True when a tensor of codes holds no NaN and no infinity; 8-bit floats are judged by their bits."""
+    import numpy as np
+
+    header = source.headers[name]
+    if header.dtype in _FLOAT8:
+        bad = ~np.isfinite(_table(header.dtype))
+        return not any(bad[piece].any() for piece in pieces(source, header))
+    return not has_floats(header) or all(np.isfinite(numbers).all() for numbers in floats(source, header))
+
+
 def has_floats(header: Header) -> bool:
     """True when the dtype can hold NaN or infinity."""
     return header.dtype in {"BF16", "F8_E8M0", *_NUMPY, *_FLOAT8}

@@ -166,6 +166,11 @@ def renamed(files: Files) -> str:
     return name.rpartition(".")[0]
 
 
+def nan_code(files: Files) -> str:
+    files.change(f"{UP}.weight", lambda tensor: (tensor.view(torch.uint8) | 0x7F).view(tensor.dtype))
+    return f"{UP}.weight"
+
+
 def without_scales(files: Files) -> str:
     """Codes of 8 bits have the shape of the weight they stand for."""
     files.drop(f"{UP}.weight_scale")
@@ -431,6 +436,7 @@ DAMAGES = {
     "input global scale inverted": Damage(inverted("input"), DENSE),
     "global scales of a group unequal": Damage(unequal("weight"), DENSE),
     "codes missing": Damage(dropped(rf"{UP}\.weight(_packed)?", rf"{EXPERT}\.weight(_packed)?")),
+    "codes that are NaN": Damage(nan_code, ("ct-fp8",)),
     "codes of another dtype": Damage(other_dtype),
     "codes of another shape": Damage(other_shape),
     "scale of another shape": Damage(cut_scale, (*DENSE, "ct-moe", "quark-int4", "quark-moe")),
