@@ -16,14 +16,12 @@ from quarkcli.disk.values import to_floats, values
 
 HIDDEN, WIDTH, LAYERS, VOCABULARY = 4096, 11008, 2, 40000
 LIMIT = 300_000_000
-# The peak of this very program: `getrusage` would count what its parent had before.
 SCRIPT = """
-import re, sys
-from pathlib import Path
+import sys
+from quarkcli import memory
 from quarkcli.cli.main import main
 code = main(["verify", sys.argv[1], *sys.argv[2:]])
-peak = int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
-print("torch" in sys.modules, peak, file=sys.stderr)
+print("torch" in sys.modules, memory.peak_rss(), file=sys.stderr)
 sys.exit(code)
 """
 
