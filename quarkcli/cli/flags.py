@@ -261,6 +261,16 @@ class JobFlags:
             show_default="routed",
         ),
     ] = None
+    min_expert_tokens: Annotated[
+        int | None,
+        Option(
+            "--min-expert-tokens",
+            min=1,
+            metavar="N",
+            help="Experts that see fewer tokens take the statistics of their layer.",
+            show_default="1",
+        ),
+    ] = None
     device: Device = "auto"
     seed: Annotated[
         int | None, Option("--seed", metavar="N", help="Seed of the choice of calibration rows.", show_default="0")

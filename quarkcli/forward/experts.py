@@ -27,6 +27,7 @@ class ExpertLayer:
     routed      per batch, the experts of each token
     held        per batch, which of its tokens are held out; None: none
     tokens      expert -> how many tokens were routed to it
+    least       with fewer tokens than this an expert is taken for one that saw none: the layer stands in
     reads       how the weights read the common input, and the inner one; None: as it is
     """
 
@@ -38,6 +39,7 @@ class ExpertLayer:
     routed: list[Tensor] = field(default_factory=list)
     held: list[Tensor | None] = field(default_factory=list)
     tokens: dict[int, int] = field(default_factory=dict)
+    least: int = 1
     reads: tuple[TensorSpec | None, TensorSpec | None] = (None, None)
     _layer: dict[tuple[bool, bool | None], Means] = field(default_factory=dict)
 
@@ -52,9 +54,13 @@ class ExpertLayer:
         self.routed.append(source[1] if source is not None else routed.clone())
         self.held.append(held)
 
+    def few(self, expert: int) -> bool:
+        """True for an expert that saw too few tokens to have statistics of its own."""
+        return not self.all_tokens and self.tokens.get(expert, 0) < self.least
+
     def rows(self, expert: int, held: bool | None) -> Iterator[Tensor]:
-        """Yields the common input of one expert's tokens, batch by batch; see `_both`."""
-        return (rows for rows, _ in self._both(expert, held))
+        """Yields the common input of one expert's tokens, batch by batch; see `_both`. Nothing of too few."""
+        return (rows for rows, _ in self._both(expert, held) if not self.few(expert))
 
     def _both(self, expert: int | None, held: bool | None) -> Iterator[Rows]:
         """Yields the common input of one expert's tokens, of all tokens when it is None, batch by batch.
@@ -89,9 +95,13 @@ class ExpertLayer:
                     moments.add(rows, source)
         return moments.means()
 
+    def own(self, expert: int, inner: bool, held: bool | None) -> Means:
+        """Returns one expert's means; empty ones where it saw too few tokens."""
+        return self.means([] if self.few(expert) else [expert], inner, held)
+
     def shrunk(self, expert: int, inner: bool, held: bool | None) -> Means:
         """Returns one expert's means, with its layer's as a prior when it saw fewer than two tokens per feature."""
-        own = self.means([expert], inner, held)
+        own = self.own(expert, inner, held)
         if own.gram is not None and own.tokens >= 2 * own.gram.shape[0]:
             return own
         return own.shrunk(self.layer(inner, held))

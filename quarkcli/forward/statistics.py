@@ -44,21 +44,22 @@ class Statistics:
     `gram_val` keeps held-out tokens out of `gram` and has a moment of its own for them; `cross` is the moment of the
     served stream's activation with the source stream's. Those of experts are of the tokens that the source stream
     routes to them, so that both streams' tokens line up.
-
     Sites of outputs are `<module>.output`, those of attention `<module>.q`, `.k`, `.v` and `.p`.
 
     runner      runs one expert for its inner activation (see `model.runner.Runner.expert_hidden`)
     all_tokens  every token feeds every expert's statistics (`--moe-calibration all`), not only the routed ones
+    least       with fewer tokens an expert has no statistics of its own (`--min-expert-tokens`)
     """
 
     def __init__(
-        self, plan: Plan, part: int, needs: Mapping[str, set[str]], runner: Any, all_tokens: bool = False
-    ) -> None:
+        self, plan: Plan, part: int, needs: Mapping[str, set[str]], runner: Any, all_tokens: bool = False,
+        least: int = 1,
+    ) -> None:  # fmt: skip
         self.plan = plan
         self.part = part
         self.needs = needs
         self.runner = runner
-        self.all_tokens = all_tokens
+        self.all_tokens, self.least = all_tokens, least
         self.mask: Tensor | None = None  # [batch, tokens] of the batch now running; 0 marks padding
         self.held: Tensor | None = None  # [batch, tokens] of the same; true for held-out tokens
         self.batch = ""  # the batch now running, for messages
@@ -88,7 +89,7 @@ class Statistics:
         kind = spec.observer.statistic
         if kind == "absmax" and (site, expert) in self._factors:
             kind = "channel_absmax"
-        seen = self._expert_ranges.get((site, kind, expert), self._ranges.get((site, kind)))
+        seen = self._own(site, kind, expert) or self._ranges.get((site, kind))
         if seen is None:
             unseen = _UNSEEN_ATTENTION if site.rpartition(".")[0] in self.plan.attention else ""
             raise DataError("no calibration token reached this activation", where=site, hint=unseen)
@@ -100,10 +101,15 @@ class Statistics:
 
         expert   of the tokens of one expert alone
         """
-        seen = self._expert_ranges.get((site, "channel_absmax", expert))
-        if expert is None:
-            seen = self._ranges.get((site, "channel_absmax"))
+        kind = "channel_absmax"
+        seen = self._ranges.get((site, kind)) if expert is None else self._own(site, kind, expert)
         return self._times(seen.amax, site, expert) if seen is not None else None
+
+    def _own(self, site: str, kind: str, expert: int | None) -> MinMax | Histogram | None:
+        """Returns the range of an expert's own tokens; None without enough of them."""
+        found = self._expert_ranges.get((site, kind, expert))
+        few = found is not None and expert is not None and self.layers[self._layer_of(site)].few(expert)
+        return None if few else found
 
     def mean_abs(self, site: str) -> Tensor | None:
         """Returns the mean magnitude of every channel, float32 [features]; None without a token.
@@ -124,9 +130,7 @@ class Statistics:
         else:
             rows = self._samples[site].rows(held) if site in self._samples else None
         factor = self._factors.get((site, expert))
-        if rows is None:
-            return None
-        return rows.float() if factor is None else rows.float() * factor
+        return rows if rows is None else rows.float() if factor is None else rows.float() * factor
 
     def _times(self, magnitudes: Tensor, site: str, expert: int | None = None) -> Tensor:
         """Returns magnitudes of channels as they are since channels were scaled."""
@@ -169,7 +173,7 @@ class Statistics:
             return NOTHING
         if expert is None:
             return layer.layer(inner, held)
-        return layer.means([expert], inner, held) if held else layer.shrunk(expert, inner, held)
+        return layer.own(expert, inner, held) if held else layer.shrunk(expert, inner, held)
 
     def _of_experts(self, site: str) -> bool:
         return site in self.plan.sites and self._kind(site) != "linear"
@@ -377,10 +381,8 @@ class Statistics:
         return member.expert[0]
 
     def expert_site(self, prefix: str, kind: str) -> Site | None:
-        for site in self.plan.sites.values():
-            if site.part == self.part and site.kind == kind and self._layer_of(site.name) == prefix:
-                return site
-        return None
+        own = (site for site in self.plan.sites.values() if site.part == self.part and site.kind == kind)
+        return next((site for site in own if self._layer_of(site.name) == prefix), None)
 
     def _expert_samples(self, site: str, expert: int, held: bool) -> Tensor | None:
         """Returns rows of one expert's input; the rows are picked before the expert runs on them."""
@@ -393,5 +395,5 @@ class Statistics:
         return False if "gram_val" in self.needs.get(site, set()) else None
 
     def members(self, site: str) -> list[tuple[str, int]]:
-        found = [self.plan.targets[name].expert for name in self.plan.sites[site].members]
+        found = (self.plan.targets[name].expert for name in self.plan.sites[site].members)
         return [expert for expert in found if expert is not None]

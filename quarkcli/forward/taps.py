@@ -35,6 +35,7 @@ class ExpertTap:
         self.statistics = statistics
         self.prefix = prefix
         self.layer = statistics.layers.setdefault(prefix, ExpertLayer(statistics.runner, statistics.all_tokens))
+        self.layer.least = statistics.least
         self.site_in = statistics.expert_site(prefix, "experts_in")
         self.site_down = statistics.expert_site(prefix, "experts_down")
         reads = [statistics.read(s.name) if s is not None else None for s in (self.site_in, self.site_down)]

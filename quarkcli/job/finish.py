@@ -115,9 +115,10 @@ def _calibration(settings: Calibration) -> dict[str, Any]:
     A default number of rows stays a default, which may fall short.
     """
     rows = {"samples": settings.samples} if settings.asked else {}
-    column = {"column": settings.column} if settings.column is not None else {}
+    more: dict[str, Any] = {"column": settings.column} if settings.column is not None else {}
+    more |= {} if settings.min_expert_tokens == 1 else {"min_expert_tokens": settings.min_expert_tokens}
     fixed = {"seqlen": settings.seqlen, "seed": settings.seed, "moe": settings.moe, "bos": settings.bos}
-    return {"data": settings.source, **rows, **column, **fixed}
+    return {"data": settings.source, **rows, **more, **fixed}
 
 
 class _Dumper(yaml.SafeDumper):

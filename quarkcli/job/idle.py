@@ -16,7 +16,7 @@ from quarkcli.plan.model import Plan
 
 OF_DATA = (
     "calib_data", "calib_samples", "calib_seqlen", "calib_batch", "calib_column", "chat_template", "bos", "allow_short",
-    "moe_calibration", "seed", "strict",
+    "moe_calibration", "min_expert_tokens", "seed", "strict",
 )  # fmt: skip
 OF_WORK = ("resume", "overwrite", "time_budget", "on_nonfinite", "max_cpu_mem", "verify")
 NO_CODE = "--trust-remote-code is not used: the model brings no code"
@@ -30,6 +30,7 @@ _REPLACED = {
     "calibration.bos": "bos",
     "calibration.seed": "seed",
     "calibration.moe": "moe_calibration",
+    "calibration.min_expert_tokens": "min_expert_tokens",
     "export.dialect": "dialect",
     "quantize.algorithm": "algorithm",
     "quantize.kv_cache": ".kv_cache",
@@ -134,8 +135,20 @@ def _of_data(options: Options, plan: Plan, needs: set[str], calibration: Calibra
         experts = any(target.expert for target in plan.targets.values())
         why = "no input of an expert is measured" if experts else "the model has no routed experts"
         yield f"--moe-calibration {options.moe_calibration} is not used: {why}"
+    if options.min_expert_tokens is not None:
+        yield from _of_few(options, plan, needs, calibration)
     if options.calib_batch is not None and (options.device == "cpu" or not _has_gpu()):
         yield "--calib-batch is for GPUs; on a CPU the rows that run together are fixed, so that results are the same"
+
+
+def _of_few(options: Options, plan: Plan, needs: set[str], calibration: Calibration) -> Iterator[str]:
+    said = f"--min-expert-tokens {options.min_expert_tokens} is not used"
+    if calibration.moe == "all":
+        yield f"{said}: every expert sees all tokens"
+    elif not any(target.expert for target in plan.targets.values()):
+        yield f"{said}: the model has no routed experts"
+    elif not any(t.expert and t.site in needs for t in plan.targets.values()):
+        yield f"{said}: no input of an expert is measured"
 
 
 def _has_columns(data: str) -> bool:

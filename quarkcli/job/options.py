@@ -46,6 +46,7 @@ class Options:
     bos: Literal["auto", "on", "off"] | None = None
     allow_short: bool = False
     moe_calibration: Literal["routed", "all"] | None = None
+    min_expert_tokens: int | None = None
     device: str = "auto"
     seed: int | None = None
     resume: Literal["auto", "never", "require"] = "auto"
@@ -67,6 +68,7 @@ class Calibration:
 
     asked   the number of rows was given, so fewer are an error
     moe     `routed`: experts see their own tokens; `all`: every token feeds every expert's statistics
+    min_expert_tokens   with fewer, the layer's statistics stand in for an expert
     bos     `on`: rows begin with the tokenizer's BOS token; `auto`: as the tokenizer begins a text (see
             `Tokenizer.prefix`)
     """
@@ -78,6 +80,7 @@ class Calibration:
     column: str | None = None
     seed: int = 0
     moe: Literal["routed", "all"] = "routed"
+    min_expert_tokens: int = 1
     bos: Literal["auto", "on", "off"] = "auto"
     warnings: list[str] = field(default_factory=list)
 

@@ -22,6 +22,7 @@ from quarkcli.errors import DataError, ModelError
 from quarkcli.events import Listener, Message, Working
 from quarkcli.forward.statistics import Statistics
 from quarkcli.forward.walk import Walk
+from quarkcli.job.options import Calibration
 from quarkcli.job.rewriting import Rewriting
 from quarkcli.job.served import handlers, own_scales, put_decoded
 from quarkcli.job.solving import Solved, Solving, named
@@ -125,7 +126,7 @@ class PartWorker:
         walk: Walk | None,
         tell: Listener,
         *,
-        all_tokens: bool = False,
+        calibration: Calibration | None = None,
         strict: bool = False,
         roles: Mapping[str, str] | None = None,
         on_nonfinite: OnNonfinite = "stop",
@@ -143,7 +144,8 @@ class PartWorker:
         self.late = needs if late is None else late
         self.walk = walk
         self.tell = tell
-        self.all_tokens = all_tokens
+        self.all_tokens = calibration is not None and calibration.moe == "all"
+        self.least = calibration.min_expert_tokens if calibration is not None else 1
         self.strict = strict
         self.roles = roles or {}
         self.on_nonfinite = on_nonfinite
@@ -204,7 +206,7 @@ class PartWorker:
         walk = self.walk
 
         def new() -> Statistics:
-            return Statistics(self.plan, part.index, self.needs, walk.runner, self.all_tokens)
+            return Statistics(self.plan, part.index, self.needs, walk.runner, self.all_tokens, self.least)
 
         if part.block is None:
             return walk.observe_tail(new, tensors), None
@@ -248,17 +250,16 @@ class PartWorker:
 
     def _check_experts(self, tokens: dict[str, dict[int, int]]) -> None:
         for layer, counts in tokens.items():
-            unseen = [expert for expert, count in counts.items() if count == 0]
-            if not unseen:
-                continue
+            few = [expert for expert, count in counts.items() if count < self.least]
+            saw = "no calibration token" if self.least == 1 else f"fewer than {self.least} calibration tokens"
             text = (
-                f"{layer}: {len(unseen)} of {len(counts)} experts saw no calibration token "
-                f"({', '.join(map(str, unseen[:8]))}{' ...' if len(unseen) > 8 else ''}); "
-                "the layer's statistics stand in"
+                f"{layer}: {len(few)} of {len(counts)} experts saw {saw} "
+                f"({', '.join(map(str, few[:8]))}{' ...' if len(few) > 8 else ''}); the layer's statistics stand in"
             )
-            if self.strict:
+            if few and self.strict:
                 raise DataError(text, hint="more calibration rows or --moe-calibration all")
-            self._warn(text)
+            if few:
+                self._warn(text)
 
     # -- quantization --------------------------------------------------------------------------------------------
 

@@ -197,6 +197,7 @@ def calibration(options: Options, recipe: Recipe, source: Source, needs: Mapping
         column=options.calib_column or recipe.calib_column,
         seed=options.seed if options.seed is not None else recipe.seed or 0,
         moe=options.moe_calibration or recipe.moe_calibration or "routed",
+        min_expert_tokens=options.min_expert_tokens or recipe.min_expert_tokens or 1,
         bos=options.bos or recipe.bos or "auto",
         warnings=warnings,
     )

@@ -289,7 +289,7 @@ def _parts(
     states = decide(prepared, data, runner, journal, tell)
     worker = PartWorker(
         plan, prepared.dialect, prepared.steps, prepared.needs, prepared.weights, None, tell,
-        all_tokens=prepared.calibration is not None and prepared.calibration.moe == "all", strict=options.strict,
+        calibration=prepared.calibration, strict=options.strict,
         roles=prepared.layout.tensor_roles, on_nonfinite=options.on_nonfinite, states=states,
         late=preflight.data_needs(plan, [step for step in prepared.steps if step.kind != "transform"]),
     )  # fmt: skip

@@ -91,6 +91,7 @@ def _calibration(recipe: Recipe) -> list[str]:
         "bos": recipe.bos,
         "seed": recipe.seed,
         "moe": recipe.moe_calibration,
+        "min_expert_tokens": recipe.min_expert_tokens,
     }
     given = {key: value for key, value in given.items() if value is not None}
     lines = [f"calibration: {_flow(given)}"] if given else []

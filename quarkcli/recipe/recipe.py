@@ -57,6 +57,7 @@ class Recipe:
     bos: Literal["auto", "on", "off"] | None = None
     seed: int | None = None
     moe_calibration: Literal["routed", "all"] | None = None
+    min_expert_tokens: int | None = None
     dialect: str | None = None
     description: str = ""
     notes: list[str] = field(default_factory=list)
@@ -248,6 +249,7 @@ def _native(document: Document, path: Path) -> Recipe:
         bos=calibration.bos,
         seed=calibration.seed,
         moe_calibration=calibration.moe,
+        min_expert_tokens=calibration.min_expert_tokens,
         dialect=model.export.dialect,
         description=model.metadata.description,
     )

@@ -114,6 +114,9 @@ class Calibration(Strict):
     )
     seed: int | None = Field(default=None, description="of the choice of rows")
     moe: Literal["routed", "all"] | None = Field(default=None, description="tokens an expert is calibrated on")
+    min_expert_tokens: int | None = Field(
+        default=None, gt=0, description="with fewer tokens the statistics of its layer stand in for an expert"
+    )
 
 
 class Export(Strict):

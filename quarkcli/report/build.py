@@ -165,6 +165,7 @@ def _calibration(prepared: Prepared, data: CalibrationData | None) -> dict[str, 
         "digest": data.digest,
         "seed": prepared.calibration.seed,
         "moe": prepared.calibration.moe,
+        "min_expert_tokens": prepared.calibration.min_expert_tokens,
         "chat_template": str(prepared.options.chat_template) if prepared.options.chat_template else None,
         "bos": {"asked": prepared.calibration.bos, "tokens": data.prefix},
     }

@@ -76,7 +76,7 @@ class Quantizing(PartWorker):
         states = decide(prepared, data, runner, _Notes(), tell)
         return cls(
             prepared.plan, prepared.dialect, prepared.steps, prepared.needs, prepared.weights, walk, tell,
-            all_tokens=prepared.calibration is not None and prepared.calibration.moe == "all",
+            calibration=prepared.calibration,
             strict=prepared.options.strict, roles=prepared.layout.tensor_roles,
             on_nonfinite=prepared.options.on_nonfinite, states=states,
         )  # fmt: skip

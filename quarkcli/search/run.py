@@ -333,6 +333,7 @@ def _text(asked: Asked, choosing: Choosing, choice: Choice, output: Path) -> str
     given = {
         "data": options.calib_data, "samples": options.calib_samples, "seqlen": options.calib_seqlen,
         "column": options.calib_column, "bos": options.bos, "seed": options.seed, "moe": options.moe_calibration,
+        "min_expert_tokens": options.min_expert_tokens,
     }  # fmt: skip
     calibration = {key: value for key, value in given.items() if value is not None}
     return recipe_text(

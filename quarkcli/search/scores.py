@@ -36,6 +36,7 @@ def fingerprint(space: Space, groups: Sequence[Group], data: CalibrationData) ->
         "data": data.digest,
         "seed": base.seed,
         "moe": base.calibration.moe if base.calibration is not None else None,
+        "min_expert_tokens": base.calibration.min_expert_tokens if base.calibration is not None else None,
         "versions": {"quark": __version__, "torch": version("torch"), "transformers": version("transformers")},
     }
     return hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()

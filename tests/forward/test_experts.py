@@ -14,7 +14,7 @@ from tests import runs
 
 from .watch import ROWS, close, collect, hooked, inner, moment, plan
 
-LAYER = "model.layers.1.block_sparse_moe.experts"
+FIRST, LAYER = (f"model.layers.{index}.block_sparse_moe.experts" for index in range(2))
 
 
 @pytest.fixture(scope="module")
@@ -91,3 +91,51 @@ def test_the_asked_batch_changes_no_file(family: str, text: Path, tmp_path: Path
     one, three = (runs.run(source, tmp_path / str(batch), calib_batch=batch, **options) for batch in (1, 3))
     assert runs.same_files(one.folder, three.folder)
     assert one.report["calibration"]["digest"] == three.report["calibration"]["digest"]
+
+
+def test_the_layer_stands_in_for_experts_with_few_tokens(narrow: Path, text: Path) -> None:
+    """Those below the number have its moments exactly; those above keep what they had."""
+    usual = collect(plan(narrow, text))[1]
+    counts = usual.expert_tokens()[LAYER]
+    fewer, more = sorted((0, 1), key=lambda expert: counts[expert])
+    raised = collect(plan(narrow, text), least=counts[fewer] + 1)[1]
+    assert raised.expert_tokens()[LAYER] == counts
+    for site in (f"{LAYER}.input", f"{LAYER}.w2.input"):
+        assert torch.equal(raised.kept[site, fewer][0], usual.kept[site, 2][0])  # as one that saw no token
+        assert not torch.equal(raised.kept[site, fewer][0], usual.kept[site, fewer][0])
+        assert torch.equal(raised.kept[site, more][0], usual.kept[site, more][0])
+        assert raised.channel_amax(site, fewer) is None
+        assert raised.samples(site, fewer) is None if site in raised._samples else True
+
+
+def test_an_input_scale_of_its_own_needs_enough_tokens(narrow: Path, text: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "own.yaml"
+    recipe.write_text(
+        "schema: quark/recipe/1\nmetadata: {description: x}\nquantize: {scheme: fp8}\nexpert_inputs: own\n"
+        "calibration: {min_expert_tokens: 1}\n"
+    )
+    folders = {
+        least: runs.run(
+            narrow, tmp_path / str(least), recipe=str(recipe), min_expert_tokens=least, **runs.data(text)
+        ).folder
+        for least in (None, 10**6)
+    }
+    scales = {
+        least: [float(runs.read_all(folder)[f"{FIRST}.{expert}.w2.input_scale"]) for expert in range(4)]
+        for least, folder in folders.items()
+    }
+    assert len(set(scales[None])) > 1
+    assert scales[10**6] == [max(scales[None])] * 4
+
+
+def test_the_number_is_in_warnings_report_and_recipe(narrow: Path, text: Path, tmp_path: Path) -> None:
+    few = {"scheme": "nvfp4", "algorithm": "gptq", "min_expert_tokens": 10**6, **runs.data(text)}
+    made = runs.run(narrow, tmp_path / "out", **few)
+    assert any("4 of 4 experts saw fewer than 1000000 calibration tokens" in line for line in made.report["warnings"])
+    assert made.report["calibration"]["min_expert_tokens"] == 10**6
+    again = runs.run(narrow, tmp_path / "again", recipe=str(made.folder / "quark" / "recipe.yaml"))
+    assert runs.same_files(made.folder, again.folder)
+    usual = runs.run(narrow, tmp_path / "usual", **{**few, "min_expert_tokens": None})
+    assert not runs.same_files(made.folder, usual.folder)
+    with pytest.raises(DataError, match="experts saw fewer than 1000000 calibration tokens"):
+        runs.run(narrow, tmp_path / "strict", strict=True, **few)

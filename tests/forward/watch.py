@@ -39,6 +39,7 @@ def collect(
     batch: int = 4,
     all_tokens: bool = False,
     kind: type[Statistics] = Raw,
+    least: int = 1,
 ) -> dict[int, Statistics]:
     """Statistics by block, every block in source precision. Experts are asked for while their block is loaded."""
     source = prepared.source
@@ -50,7 +51,7 @@ def collect(
         if part.block is None:
             continue
         runner.load_block(part.block, source.read_many(part.tensors))
-        new = lambda index=part.index: kind(prepared.plan, index, prepared.needs, runner, all_tokens)  # noqa: E731
+        new = lambda index=part.index: kind(prepared.plan, index, prepared.needs, runner, all_tokens, least)  # noqa: E731
         statistics, _ = walk.observe(part.block, new)
         statistics.kept = moments(prepared, part.index, statistics)
         found[part.block] = statistics
