@@ -41,7 +41,11 @@ class _Found:
 
 
 def check(
-    checkpoint: Checkpoint, weights: Mapping[str, Weight], group_of: Mapping[str, str], tell: Listener = silent
+    checkpoint: Checkpoint,
+    weights: Mapping[str, Weight],
+    group_of: Mapping[str, str],
+    tell: Listener = silent,
+    served: bool = True,
 ) -> list[str]:
     """Checks every scale. Returns the checks made; raises CheckError.
 
@@ -50,6 +54,7 @@ def check(
 
     weights   every weight by its module's name
     group_of  weight -> the group that shares its per-tensor scales
+    served    False: no server is to load it, so that scales over block scales may differ as well
     """
     found, known = _Found(), dict[str, Values]()
     for name, stored in checkpoint.view.targets.items():
@@ -73,7 +78,7 @@ def check(
     if found.bad:
         what = "modules have a scale that is zero, negative, infinite, NaN or absent"
         raise CheckError(f"{len(found.bad)} {what}: {_some(found.bad)}")
-    return _compared(checkpoint, found, tell)
+    return _compared(checkpoint, found, tell, served)
 
 
 def codes(checkpoint: Checkpoint, everything: bool | None, limit: int) -> str:
@@ -93,13 +98,13 @@ def codes(checkpoint: Checkpoint, everything: bool | None, limit: int) -> str:
     return f"{len(names)} weights have floats for codes, all finite"
 
 
-def _compared(checkpoint: Checkpoint, found: _Found, tell: Listener) -> list[str]:
+def _compared(checkpoint: Checkpoint, found: _Found, tell: Listener, served: bool) -> list[str]:
     """Compares the scales within groups. Returns the checks made; raises CheckError."""
     targets = checkpoint.view.targets
     both = (*found.groups.items(), *found.inputs.items())
     unequal = {group: list(members) for group, members in both if len(set(members.values())) > 1}
     two_level = sorted(g for g, members in unequal.items() if any(_over(targets[name].weight) for name in members))
-    if two_level:
+    if two_level and served:
         raise CheckError(f"{len(two_level)} scale groups do not share their per-tensor scales: {_some(two_level)}")
     if unequal:
         what = f"{len(unequal)} scale groups do not share their per-tensor scales"

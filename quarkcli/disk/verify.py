@@ -52,7 +52,9 @@ def against_plan(folder: Path, plan: Plan, dialect: Writer, source_headers: Mapp
     return checks + scales(checkpoint, plan) + turned_inputs(checkpoint)
 
 
-def scales(checkpoint: Checkpoint, plan: Plan | None = None, tell: Listener = silent) -> list[str]:
+def scales(
+    checkpoint: Checkpoint, plan: Plan | None = None, tell: Listener = silent, target: Servers = "auto"
+) -> list[str]:
     """Checks that every scale is finite and positive, and equal within scale groups where a tensor has one.
 
     Returns the checks made; raises CheckError. See `disk.scales`.
@@ -61,7 +63,7 @@ def scales(checkpoint: Checkpoint, plan: Plan | None = None, tell: Listener = si
     group_of = {name: weight.group for name, weight in weights.items()}
     if plan is not None:
         group_of = {target.name: target.scale_group for target in plan.targets.values()}
-    return stored_scales.check(checkpoint, weights, group_of, tell)
+    return stored_scales.check(checkpoint, weights, group_of, tell, target != servers.NONE)
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,7 @@ def _contents(folder: Path, model: Source | None, asked: Asked, tell: Listener) 
         lambda: [_fused_schemes(checkpoint, asked.target)],
         lambda: turned_inputs(checkpoint),
         lambda: parallel.check(degrees, layout.weights, view, source.headers, config),
-        lambda: scales(checkpoint, tell=tell),
+        lambda: scales(checkpoint, tell=tell, target=asked.target),
         lambda: [stored_scales.codes(checkpoint, asked.hashes, manifest.HASH_LIMIT)],
         lambda: [kept_values(checkpoint, asked.on_nonfinite, tell)],
         lambda: _served(checkpoint, layout, asked.target),

@@ -32,6 +32,7 @@ from quarkcli.job import forecast
 from quarkcli.job.options import Calibration, Options, Prepared
 from quarkcli.plan.fused import Servers, sentence, splits
 from quarkcli.plan.model import Plan, QuantizedTarget
+from quarkcli.plan.share import split_groups
 from quarkcli.recipe.recipe import Recipe
 from quarkcli.spec import MIN_MAX, PerGroup, PerTensor, PerTile, TensorSpec
 
@@ -79,7 +80,16 @@ def check_reader(dialect: Writer, needs: Mapping[str, set[str]]) -> None:
 
 
 def check_servers(plan: Plan, target: Servers) -> None:
-    """Refuses a plan that splits what servers fuse, unless it is for none: then it is a warning."""
+    """Refuses a plan that splits what servers fuse, unless it is for none: then it is a warning.
+
+    Scales over block scales must be one, too: servers would load the files, and decode the others wrong.
+    """
+    if target != servers.NONE and (groups := [group for group, over in split_groups(plan).items() if over]):
+        raise ModelError(
+            f"{len(groups)} groups of weights that servers fuse do not share the scale over their block scales, and "
+            f"servers decode all but one member wrong: {', '.join(groups[:3])}{' ...' if len(groups) > 3 else ''}",
+            hint="leave out the recipe's share; --target none writes it all the same",
+        )
     mixed = [target for members in plan.disagreeing() for target in members]
     found = splits((target, (target.weight, target.input)) for target in mixed)
     if not found:

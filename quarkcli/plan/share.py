@@ -106,22 +106,29 @@ def _of_experts(plan: Plan) -> str:
 
 def _warn_of_split(plan: Plan) -> None:
     """Warn of weights that servers fuse and that do not share their per-tensor scale."""
+    groups = split_groups(plan)
+    origin = f"{plan.share[0].origin}: share" if plan.share else "share: []"
+    if groups:
+        plan.warnings.append(
+            f"{origin}: {len(groups)} groups of weights that servers fuse do not share their per-tensor scales; "
+            + (_REFUSED if any(groups.values()) else _MERGED)
+        )
+
+
+def split_groups(plan: Plan) -> dict[str, bool]:
+    """Returns the groups that servers fuse whose members have per-tensor scales of their own.
+
+    The value is true where such a scale lies over block scales: servers decode all but one of the members wrong.
+    """
     fused: dict[str, set[str]] = {}
-    two_level = False
+    over: set[str] = set()
     for run in plan.quantized_alike():
         weight = run[0].weight
+        two_level = any(stage.scale is not None and stage.scale.global_scale is not None for stage in weight.stages)
         for target in run if weight.has_tensor_scale else ():
             fused.setdefault(target.group, set()).add(target.scale_group)
-            two_level |= any(
-                stage.scale is not None and stage.scale.global_scale is not None for stage in weight.stages
-            )
-    count = sum(len(groups) > 1 for groups in fused.values())
-    origin = f"{plan.share[0].origin}: share" if plan.share else "share: []"
-    if count:
-        plan.warnings.append(
-            f"{origin}: {count} groups of weights that servers fuse do not share their per-tensor scales; "
-            + (_REFUSED if two_level else _MERGED)
-        )
+            over |= {target.group} if two_level else set()
+    return {group: group in over for group, shared in fused.items() if len(shared) > 1}
 
 
 def _check_group(members: list[QuantizedTarget], rows: Sequence[Share]) -> None:

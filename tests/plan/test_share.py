@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from quarkcli.disk import verify
-from quarkcli.errors import CheckError, ConfigError, UsageError
+from quarkcli.errors import CheckError, ConfigError, ModelError, UsageError
 from quarkcli.events import Message
 from quarkcli.job import finish
 from quarkcli.plan.model import Plan
@@ -117,10 +117,14 @@ def test_from_file_to_checkpoint(rows: str, equal: set[tuple[str, str]], tmp_pat
 def test_two_levels_must_share(tmp_path: Path) -> None:
     """Block scales lie under the scale of the tensor, of which servers keep one."""
     (tmp_path / "own.yaml").write_text(TEXT.replace("{element: fp8_e4m3}", NVFP4_WEIGHT) % "[]")
-    made = runs.run("demo", tmp_path / "out", recipe=str(tmp_path / "own.yaml"), dialect="compressed-tensors")
+    asked = {"recipe": str(tmp_path / "own.yaml"), "dialect": "compressed-tensors"}
+    with pytest.raises(ModelError, match="8 groups of weights that servers fuse do not share the scale over"):
+        runs.prepare("demo", **asked)
+    made = runs.run("demo", tmp_path / "out", target="none", **asked)
     assert any("'quark verify' refuses the checkpoint" in text for text in made.prepared.warnings)
     with pytest.raises(CheckError, match="8 scale groups do not share their per-tensor scales"):
         verify.directory(str(made.folder))
+    assert "0 scale groups share their per-tensor scales" in verify.directory(str(made.folder), target="none")
 
 
 def exactly(*groups: tuple[str, ...], layout: Any = LLAMA, scheme: str = "nvfp4") -> Plan:
