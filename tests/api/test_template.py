@@ -14,7 +14,7 @@ import yaml
 import quarkcli
 from quarkcli import family
 from quarkcli.cli.main import main
-from quarkcli.errors import ConfigError, UsageError
+from quarkcli.errors import ConfigError, ModelError, UsageError
 from quarkcli.plan.model import Plan
 from quarkcli.recipe import catalog
 from quarkcli.recipe.recipe import from_config
@@ -65,8 +65,8 @@ def specs(plan: Plan) -> dict[str, TensorSpec | None]:
     return {slot: decision.spec for slot, decision in plan.slots()}
 
 
-def of_config(model: str, config: dict[str, Any]) -> Plan:
-    return quarkcli.make_plan(model, config=config, **DATA)
+def of_config(model: str, config: dict[str, Any], **options: Any) -> Plan:
+    return quarkcli.make_plan(model, config=config, **DATA, **options)
 
 
 def off(plan: Plan) -> set[str]:
@@ -387,7 +387,10 @@ def test_scale_groups():
     groups = [["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]]
     template = LLMTemplate.get("llama")
     assert template.get_config("nvfp4", shared_scale_groups=groups) == template.get_config("nvfp4")
-    plan = of_config("demo", template.get_config("nvfp4", shared_scale_groups=[]))
+    config = template.get_config("nvfp4", shared_scale_groups=[])
+    with pytest.raises(ModelError, match="do not share the scale over their block scales"):
+        of_config("demo", config)
+    plan = of_config("demo", config, target="none")
     assert plan.shared() == {}
     assert any("share: []" in warning for warning in plan.warnings)
     assert len(of_config("demo", template.get_config("nvfp4")).shared()) == 2 * 4  # q, k, v and gate, up of 4 blocks
