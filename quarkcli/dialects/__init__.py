@@ -41,6 +41,11 @@ def readers() -> list[Reader]:
     return [module.READER for module in _modules() if hasattr(module, "READER")]
 
 
+def files_beside() -> list[str]:
+    """Returns the files beside config.json that may describe a quantized checkpoint in its place."""
+    return [member.beside for member in readers() if member.beside is not None]
+
+
 def writer(name: str, flag: str = "--dialect") -> Writer:
     """Returns the dialect called `name`; `_` and `-` are the same. Raises UsageError for one that is not written."""
     known = {member.name: member for member in writers()}
@@ -68,6 +73,9 @@ def reader(config: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> Read
     if not config:
         return None
     known = ", ".join(member.name for member in readers())
+    if method is None:
+        what = "its quantization_config has no quant_method, so that nothing says what its scales mean"
+        raise ModelError(what, hint=f"read are: {known}")
     raise ModelError(f"quantized with '{method}', which is not read here", hint=f"read are: {known}")
 
 
@@ -92,7 +100,7 @@ def choose(asked: str, plan: Plan, favoured: Callable[[Writer], bool] = lambda d
                 f"dialect {dialect.name} cannot hold this plan: {refusals[0]}"
                 + (f" (and {len(refusals) - 1} more)" if len(refusals) > 1 else ""),
                 where="--dialect",
-                hint="--dialect auto picks one that can",
+                hint=_able(plan),
             )
         return dialect, reason(dialect, plan, auto=False)
     refused = {dialect: _refusals(dialect, plan) for dialect in writers()}
@@ -114,6 +122,12 @@ def reason(dialect: Writer, plan: Plan, *, auto: bool) -> str:
     """Returns why a dialect was taken, and what loads the plan in it, in words."""
     only = " only" if auto and _reach(dialect.loaders(plan)) == 1 else ""
     return f"{AUTO if auto else 'asked for'}{':' if auto else ';'} {_loads(dialect, plan, only)}"
+
+
+def _able(plan: Plan) -> str:
+    """Returns which dialects can hold a plan, in words."""
+    able = [dialect.name for dialect in writers() if not _refusals(dialect, plan)]
+    return f"--dialect auto picks one that can ({' or '.join(able)})" if able else "no dialect can hold it"
 
 
 def _refusals(dialect: Writer, plan: Plan) -> list[str]:

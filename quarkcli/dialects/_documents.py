@@ -83,3 +83,50 @@ class QuarkConfig(Shape):
     exclude: list[str] | None = None
     export: _Export | None = None
     softmax_quant_spec: _Specs = None
+
+
+class ModelOptLayer(Shape):
+    """The algorithm of one module, in ModelOpt's `quantized_layers`."""
+
+    quant_algo: str | None = None
+    group_size: int | None = None
+
+
+class _ModelOptNested(Shape):
+    quant_algo: str | None = None
+    kv_cache_quant_algo: str | None = None
+    group_size: int | None = None
+    exclude_modules: list[str] | None = None
+    quantized_layers: dict[str, ModelOptLayer] | None = None
+
+
+class _Producer(Shape):
+    name: str | None = None
+
+
+class _ModelOptGroup(Shape):
+    input_activations: dict[str, Any] | None = None
+
+
+class ModelOptConfig(Shape):
+    """The `quantization_config` of NVIDIA ModelOpt, or the nested one of its `hf_quant_config.json`."""
+
+    quant_algo: str | None = None
+    group_size: int | None = None
+    ignore: list[str] | None = None
+    exclude_modules: list[str] | None = None
+    kv_cache_scheme: dict[str, Any] | str | None = None
+    quantized_layers: dict[str, ModelOptLayer] | None = None
+    config_groups: dict[str, _ModelOptGroup] | None = None
+    producer: _Producer | None = None
+    quantization: _ModelOptNested | None = None
+
+
+class Fp8Config(Shape):
+    """The `quantization_config` of 8-bit floats as DeepSeek, transformers and vLLM have it."""
+
+    activation_scheme: str | None = None
+    weight_block_size: list[int] | None = None
+    fmt: str | None = None
+    ignored_layers: list[str] | None = None
+    modules_to_not_convert: list[str] | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ from quarkcli.dialects.base import TensorInfo
 from quarkcli.errors import ModelError
 from quarkcli.family import HeaderLike
 from quarkcli.plan.model import Attention, Plan, QuantizedTarget, Target
+from quarkcli.spec import PerGroup, PerTensor, PerTile, TensorSpec
 
 FLOAT_TEXTS = ("F32", "BF16", "F16")
 
@@ -138,6 +140,25 @@ def _attention_reasons(plan: Plan, dialect: str, places: Places) -> Iterator[tup
         yield f"{dialect} describes one cache for the whole model; this module's is not quantized", off
 
 
+def whole_layers(plan: Plan, targets: Iterable[Target]) -> dict[str, str]:
+    """Returns the list of experts, such as `<layer>.experts`, by the names of those that are here with all others."""
+    every = experts_by_layer(plan.targets.values())
+    mine = experts_by_layer(targets)
+    whole = {prefix for prefix, members in mine.items() if len(members) == len(every[prefix])}
+    return {target.name: prefix for prefix in whole for target in mine[prefix]}
+
+
+def tiles_fit(plan: Plan) -> bool:
+    """True when tiles of weights end with their module wherever vLLM fuses modules along the output."""
+    members = Counter(target.group for target in plan.targets.values())
+    return all(
+        not isinstance(run[0].weight.granularity, PerTile)
+        or all(members[target.group] == 1 for target in run)
+        or run[0].shape[0] % run[0].weight.granularity.rows == 0
+        for run in plan.quantized_alike()
+    )
+
+
 # --- reading -------------------------------------------------------------------------------------------------------
 
 
@@ -145,6 +166,19 @@ def quantized_modules(headers: Mapping[str, HeaderLike]) -> list[str]:
     """Returns the modules that have a weight scale, in file order."""
     suffix = ".weight_scale"
     return [name.removesuffix(suffix) for name in headers if name.endswith(suffix)]
+
+
+def scale_shape(spec: TensorSpec, shape: tuple[int, int]) -> tuple[int, ...]:
+    """Returns the shape that the scales of a weight [out, in] have in memory."""
+    rows, cols = shape
+    match spec.granularity:
+        case PerTensor():
+            return ()
+        case PerTile(height, width):
+            return (-(-rows // height), -(-cols // width))
+        case PerGroup(size):
+            return (rows, cols // size)
+    return (rows, 1)
 
 
 def header(headers: Mapping[str, HeaderLike], name: str) -> HeaderLike:

@@ -103,11 +103,13 @@ class Reader:
 
     quant_method   the value that their `quantization_config` has under this key
     divisors       the leaves of scales that are stored as their inverse
+    beside         a file beside config.json that may describe a checkpoint in its place, None: there is none
     """
 
     name: ClassVar[str]
     quant_method: ClassVar[str]
     divisors: ClassVar[frozenset[str]] = frozenset()
+    beside: ClassVar[str | None] = None
 
     def matches(self, config: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> bool:
         """True when a checkpoint is one of these, by its `quantization_config` ({} without one) and headers."""

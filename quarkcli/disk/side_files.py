@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from quarkcli import dialects
 from quarkcli.disk.source import OTHER_WEIGHTS, PICKLES, Source, is_within
 from quarkcli.errors import ModelError
 
@@ -67,12 +68,13 @@ def gather(source: Source) -> SideFiles:
 
     Raises ModelError for one that cannot be read or stands in our way.
 
-    Hidden files and folders, `original/` and weights of other formats are passed over.
+    Hidden files and folders, `original/`, weights of other formats and descriptions of a quantization are passed over.
     """
     found = SideFiles()
+    described = {"config.json", "quantization_config.json", *dialects.files_beside()}
     for path in sorted(_walk(source.folder, found)):
         relative = path.relative_to(source.folder)
-        if str(relative) in ("config.json", "quantization_config.json") or _is_weight(path.name):
+        if str(relative) in described or _is_weight(path.name):
             continue
         reason = _reason(source, path)
         if reason is not None:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from quarkcli.disk import beside
 from quarkcli.documents import text
 from quarkcli.documents.folder import check_folder
 from quarkcli.documents.model import Config, Index
@@ -79,7 +80,8 @@ class Source:
     name         last component of the directory or hub id
     hub_id       "org/name" when this is a hub snapshot (asked for by id or by path), else None
     commit       resolved commit of a hub snapshot, else None
-    config_text  config.json as it stands on disk; `config` is the same parsed
+    config_text  config.json as it stands on disk; `config` is the same parsed, with what a file beside it says
+                 of a quantization that it does not mention
     headers      every tensor of the files, in file order
     stamps       weight file -> size in bytes and modification time in ns, to notice changes
     unlisted     tensors that are in a file of the index, and that the index does not name
@@ -163,6 +165,7 @@ def _open_folder(folder: Path, hub_id: str | None, *, online: bool) -> Source:
     if not headers:
         raise ModelError("the model's files hold no tensors", where=str(folder))
     _check_index(weight_map, headers)
+    config |= beside.described(folder, config, headers, _read_json)
     is_snapshot = _is_snapshot(folder)
     commit = folder.name if is_snapshot else None
     if is_snapshot and not hub_id:  # .../models--org--name/snapshots/<commit>

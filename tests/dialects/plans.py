@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from quarkcli.family import WeightView
 from quarkcli.plan.model import ATTENTION_KINDS, TARGET_KINDS, Attention, Decision, Part, Plan, Target
-from quarkcli.spec import PerChannel, PerGroup, PerTensor, PerToken, ScaleSpec, TensorSpec
+from quarkcli.spec import PerChannel, PerGroup, PerTensor, PerTile, PerToken, ScaleSpec, TensorSpec
 
 Pair = tuple[TensorSpec, TensorSpec | None]
 OFF = Decision(None, None)
@@ -28,6 +28,10 @@ FP8_TOKEN = TensorSpec("fp8_e4m3", PerToken(), ScaleSpec("f32", "absmax", "dynam
 FP8_ANY = TensorSpec("fp8_e4m3", PerTensor(), ScaleSpec("f32", "absmax", "dynamic"))
 MXFP4 = TensorSpec("fp4_e2m1", PerGroup(32), ScaleSpec("e8m0", "even"))
 MXFP4_INPUT = TensorSpec("fp4_e2m1", PerGroup(32), ScaleSpec("e8m0", "even", "dynamic"))
+MXFP8 = TensorSpec("fp8_e4m3", PerGroup(32), ScaleSpec("e8m0", "rceil"))
+MXFP8_INPUT = TensorSpec("fp8_e4m3", PerGroup(32), ScaleSpec("e8m0", "rceil", "dynamic"))
+FP8_TILE = TensorSpec("fp8_e4m3", PerTile(128, 128), ScaleSpec("f32"))
+FP8_GROUP = TensorSpec("fp8_e4m3", PerGroup(128), ScaleSpec("f32", "absmax", "dynamic"))
 NVFP4 = TensorSpec("fp4_e2m1", PerGroup(16), ScaleSpec("e4m3", global_scale=ScaleSpec("f32")))
 NVFP4_INPUT = TensorSpec(
     "fp4_e2m1", PerGroup(16), ScaleSpec("e4m3", "absmax", "dynamic", global_scale=ScaleSpec("f32"))

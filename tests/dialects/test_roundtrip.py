@@ -1,4 +1,4 @@
-"""What both dialects promise: sizes known beforehand, and nothing lost on the way to disk and back."""
+"""What all dialects promise: sizes known beforehand, and nothing lost on the way to disk and back."""
 
 from __future__ import annotations
 
@@ -16,17 +16,46 @@ from quarkcli.errors import ModelError
 from quarkcli.numerics.quantize import quantize, static_scale
 from quarkcli.plan.model import Plan, Target
 
-from .plans import FP8, FP8_TOKEN, INT4_CHANNEL, MXFP4, PAIRS, Module, Pair, linears, llama, moe, plan, target
+from .plans import (
+    FP8,
+    FP8_GROUP,
+    FP8_TILE,
+    FP8_TOKEN,
+    INT4_CHANNEL,
+    MXFP4,
+    MXFP8,
+    MXFP8_INPUT,
+    PAIRS,
+    Module,
+    Pair,
+    linears,
+    llama,
+    moe,
+    plan,
+    target,
+)  # fmt: skip
 
 TEXTS = {
     torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.int8: "I8", torch.uint8: "U8",
     torch.int32: "I32", torch.int64: "I64", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
 }  # fmt: skip
-NAMES = ["compressed-tensors", "quark"]
-HELD = {
-    "compressed-tensors": {**PAIRS, "int4-channel": (INT4_CHANNEL, None), "mxfp4-fp8": (MXFP4, FP8_TOKEN)},
-    "quark": {**PAIRS, "mxfp4-fp8": (MXFP4, FP8)},
+NAMES = [writer.name for writer in dialects.writers()]
+MORE: dict[str, Pair] = {
+    "int4-channel": (INT4_CHANNEL, None),
+    "mxfp4-fp8": (MXFP4, FP8_TOKEN),
+    "mxfp4-fp8-static": (MXFP4, FP8),
+    "mxfp8": (MXFP8, MXFP8_INPUT),
+    "fp8-block": (FP8_TILE, FP8_GROUP),
 }
+
+
+def held(dialect: Writer) -> dict[str, Pair]:
+    """The pairs that the dialect does not refuse, by name."""
+    small = llama(layers=1, hidden=128, mlp=384)
+    return {name: pair for name, pair in {**PAIRS, **MORE}.items() if not dialect.refusals(plan(small, linears(pair)))}
+
+
+HELD = {writer.name: held(writer) for writer in dialects.writers()}
 CASES = [(name, scheme) for name in NAMES for scheme in HELD[name]]
 
 
@@ -63,7 +92,7 @@ def write(dialect: Writer, made: Plan) -> tuple[dict, dict[str, torch.Tensor]]:
 
 
 @pytest.mark.parametrize(("name", "scheme"), CASES)
-@pytest.mark.parametrize("shape", [(64, 192), (96, 64), (8, 320)])
+@pytest.mark.parametrize("shape", [(64, 384), (96, 128), (8, 640)])
 @pytest.mark.parametrize("dtype", ["BF16", "F16"])
 def test_infos_equal_tensors(name: str, scheme: str, shape: tuple[int, int], dtype: str) -> None:
     dialect = dialects.writer(name)
@@ -79,7 +108,7 @@ def test_infos_equal_tensors(name: str, scheme: str, shape: tuple[int, int], dty
 @pytest.mark.parametrize(("name", "scheme"), CASES)
 def test_read_of_write_is_exact(name: str, scheme: str) -> None:
     dialect = dialects.writer(name)
-    made = plan(llama(layers=1, hidden=64, mlp=192), linears(HELD[name][scheme]), kv=FP8)
+    made = plan(llama(layers=1, hidden=128, mlp=384), linears(HELD[name][scheme]), kv=FP8)
     assert dialect.refusals(made) == []
     config, tensors = write(dialect, made)
     view = dialect.reader.view(config, headers(tensors))
@@ -117,8 +146,13 @@ def same_within_one_ulp(found: torch.Tensor | None, wanted: torch.Tensor | None)
 @pytest.mark.parametrize("name", NAMES)
 def test_mixed_plan_is_read_back(name: str) -> None:
     dialect = dialects.writer(name)
-    pairs: dict[str, Pair | None] = {"expert": PAIRS["mxfp4"], "o": PAIRS["fp8"], "q": PAIRS["int8-token"]}
-    made = plan(moe(), lambda m: pairs.get(m.role.split("_")[0]), kv=FP8)
+    often = [scheme for scheme in ("mxfp4", "fp8", "int8-token") if scheme in HELD[name]]
+    schemes = [*often, *(scheme for scheme in HELD[name] if scheme not in often)][:3]
+    pairs = {role: HELD[name][scheme] for role, scheme in zip(("expert", "o", "q"), schemes, strict=True)}
+    made = plan(moe(hidden=128, inner=128), lambda m: pairs.get(m.role.split("_")[0]), kv=FP8)
+    if refused := dialect.refusals(made):
+        assert len(refused) == 1 and "has one scheme for all weights" in refused[0]
+        return
     config, tensors = write(dialect, made)
     view = dialect.reader.view(config, headers(tensors))
     assert {key: (stored.weight, stored.input) for key, stored in view.targets.items()} == {
@@ -139,7 +173,8 @@ def test_reading_names_what_is_wrong(name: str) -> None:
     wrong = {**known, f"{module}.weight": Header("I8", (64, 64))}
     with pytest.raises(ModelError, match=r"q_proj\.weight: found I8"):
         dialect.reader.view(config, wrong)
-    without = {**config, "config_groups": {}, "global_quant_config": {}}
+    left_out = {"modules_to_not_convert": [module]}
+    without = {**config, "config_groups": {}, "global_quant_config": {}, "quant_algo": None, **left_out}
     with pytest.raises(ModelError, match="q_proj"):
         dialect.reader.view(without, known)
 
@@ -147,7 +182,7 @@ def test_reading_names_what_is_wrong(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_scalars_may_be_stored_with_or_without_a_dimension(name: str) -> None:
     dialect = dialects.writer(name)
-    made = plan(llama(layers=1), linears(PAIRS["nvfp4"]))
+    made = plan(llama(layers=1), linears(HELD[name].get("nvfp4", PAIRS["fp8"])))
     config, tensors = write(dialect, made)
     for shape in ((), (1,)):
         other = {key: t.reshape(shape) if t.numel() == 1 else t for key, t in tensors.items()}
@@ -155,10 +190,12 @@ def test_scalars_may_be_stored_with_or_without_a_dimension(name: str) -> None:
         for stored in view.targets.values():
             decoded = dialect.reader.decode(stored, other)
             quantized, source = decoded.weight, decoded.input
-            assert quantized.params.global_scale.shape == source.shape == ()
+            params = quantized.params
+            whole = params.scale if params.global_scale is None else params.global_scale
+            assert whole.shape == source.shape == ()
 
 
-@pytest.mark.parametrize("module", ["compressed_tensors", "quark"])
+@pytest.mark.parametrize("module", [name.replace("-", "_") for name in NAMES])
 def test_importing_a_member_needs_no_torch(module: str) -> None:
     code = f"import sys, quarkcli.dialects.{module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
@@ -167,3 +204,13 @@ def test_importing_a_member_needs_no_torch(module: str) -> None:
 def test_helpers_are_not_members() -> None:
     assert {"compressed-tensors", "quark"} <= set(dialects.names())
     assert not any(name.startswith(("-", "_")) or name == "base" for name in dialects.names())
+
+
+def test_every_pair_is_held_or_refused_with_a_reason() -> None:
+    """None is held by nobody, and no dialect refuses everything."""
+    assert all(len(held) >= 3 for held in HELD.values())
+    assert set().union(*HELD.values()) == {*PAIRS, *MORE}
+    for dialect in dialects.writers():
+        for name in {*PAIRS, *MORE} - set(HELD[dialect.name]):
+            refused = dialect.refusals(plan(llama(layers=1), linears({**PAIRS, **MORE}[name])))
+            assert any("model.layers.0.self_attn.q_proj" in reason and dialect.name in reason for reason in refused)

@@ -106,7 +106,7 @@ def test_every_value_of_a_quantization_config_of_another_kind(dialect: str, chec
                 found.view(changed, source.headers)
             except ModelError:
                 refused += 1
-    assert refused > 100
+    assert refused > len(places(json.loads(whole)))
 
 
 def test_every_value_of_a_report(checkpoints: dict[str, Path]) -> None:
