@@ -64,7 +64,7 @@ def test_parameters_of_a_recipe_stay_but_for_those_that_are_set(tmp_path: Path) 
         ({"algorithm": "gtpq"}, UsageError, "unknown algorithm 'gtpq'"),
         ({"algorithm": "auto,gptq"}, ConfigError, "'auto' chooses all steps, and stands beside gptq"),
         ({"algorithm": "auto", "settings": ["rtn.damp=0.1"]}, ConfigError, "'auto' has no step 'rtn' for this plan"),
-        ({"algorithm": "auto", "settings": ["gptq.dampp=1"]}, ConfigError, "no parameter 'dampp'"),
+        ({"algorithm": "auto", "settings": ["qronos.dampp=1"]}, ConfigError, "no parameter 'dampp'"),
     ],
 )
 def test_what_cannot_be_asked_for(options: dict[str, Any], kind: type[QuarkError], message: str) -> None:
@@ -77,8 +77,8 @@ def test_what_cannot_be_asked_for(options: dict[str, Any], kind: type[QuarkError
     ("value", "message"),
     [
         ([{"method": "auto", "damp": 0.1}], "'auto' has no step 'damp'"),
-        ([{"method": "auto", "gptq": 4}], "'gptq' must be a mapping of parameters"),
-        ([{"method": "auto", "gptq": {"damp": 4}}], "damp must"),
+        ([{"method": "auto", "qronos": 4}], "'qronos' must be a mapping of parameters"),
+        ([{"method": "auto", "qronos": {"damp": 4}}], "damp must"),
         ([{"method": "auto", "slots": ["*q_proj.weight_quantizer"]}], "'auto' is for all weights"),
         ([{"method": "auto"}, {"method": "rtn"}], "stands beside rtn"),
     ],
@@ -123,26 +123,26 @@ def test_auto_takes_every_format_by_itself(tmp_path: Path) -> None:
 
 
 def test_auto_in_a_recipe_with_parameters(tmp_path: Path) -> None:
-    own = with_algorithm(tmp_path, [{"method": "auto", "gptq": {"damp": 0.07}}])
-    assert listed(runs.prepare("demo", recipe=own, **DATA)) == [("gptq", {"damp": 0.07})]
-    settings = ["gptq.act_order=false"]
+    own = with_algorithm(tmp_path, [{"method": "auto", "qronos": {"damp": 0.07}}])
+    assert listed(runs.prepare("demo", recipe=own, **DATA)) == [("qronos", {"damp": 0.07})]
+    settings = ["qronos.act_order=false"]
     prepared = runs.prepare("demo", recipe=own, settings=settings, **DATA)
-    assert listed(prepared) == [("gptq", {"damp": 0.07, "act_order": False})]
+    assert listed(prepared) == [("qronos", {"damp": 0.07, "act_order": False})]
     asked.check(recipes.from_file(Path(own)))
     with pytest.raises(ConfigError, match="no parameter 'x'"):
-        asked.check(recipes.from_file(Path(with_algorithm(tmp_path, [{"method": "auto", "gptq": {"x": 1}}]))))
+        asked.check(recipes.from_file(Path(with_algorithm(tmp_path, [{"method": "auto", "qronos": {"x": 1}}]))))
 
 
 def test_auto_leaves_out_what_cannot_work_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    from quarkcli.algorithms.gptq import GPTQ
+    from quarkcli.algorithms.qronos import Qronos
 
-    def refuses(self: GPTQ, plan: Any) -> None:
+    def refuses(self: Qronos, plan: Any) -> None:
         raise ConfigError("not on a Saturday")
 
-    monkeypatch.setattr(GPTQ, "check", refuses)
+    monkeypatch.setattr(Qronos, "check", refuses)
     prepared = runs.prepare("demo", scheme="int4_wo_128", algorithm="auto", **DATA)
     assert [step.name for step in prepared.steps] == ["rtn"]
-    assert "auto leaves out gptq: not on a Saturday" in prepared.warnings
+    assert "auto leaves out qronos: not on a Saturday" in prepared.warnings
     assert [choice.names for choice in prepared.advice] == [[]]
 
 
