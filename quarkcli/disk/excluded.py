@@ -15,19 +15,25 @@ from quarkcli.family import Layout
 from quarkcli.recipe.expressions import Expressions
 
 # Keys under which dialects list the modules that are not quantized.
-_LISTS = ("ignore", "exclude", "exclude_modules", "ignored_layers", "modules_to_not_convert")
+_LISTS = ("ignore", "exclude", "exclude_modules")
+# The same; loaders of these dialects never quantize a head, so that their tools need not list it.
+_LISTS_WITHOUT_HEAD = ("ignored_layers", "modules_to_not_convert")
+_NESTED = "quantization"  # where one dialect's own file keeps its lists
 _MARK = "re:"
 
 
 def check(reader: Reader, config: Mapping[str, Any], layout: Layout, quantized: Iterable[str]) -> str:
     """Returns the check made. Raises CheckError for linears that are left in or out against the files."""
-    found = [key for key in _LISTS if isinstance(config.get(key), list)]
+    config = {**(config[_NESTED] if isinstance(config.get(_NESTED), dict) else {}), **config}
+    found = [key for key in (*_LISTS, *_LISTS_WITHOUT_HEAD) if isinstance(config.get(key), list)]
     if not found:
         return "the config has no list of modules that are left out"
     entries = Entries(str(entry) for key in found for entry in config[key])
     quantized = set(quantized)
-    kept = {name for name, weight in layout.weights.items() if weight.role != "embedding"} - quantized
-    kept |= {layout.tied_head.removesuffix(".weight")} if layout.tied_head else set()
+    headless = not set(found) & set(_LISTS)
+    passed = {"embedding", "head"} if headless else {"embedding"}
+    kept = {name for name, weight in layout.weights.items() if weight.role not in passed} - quantized
+    kept |= {layout.tied_head.removesuffix(".weight")} if layout.tied_head and not headless else set()
     missing = sorted(kept - reader.untouched(config, kept) - entries.left(kept, loosely=True))
     surplus = sorted(entries.left(quantized))
     where = " and ".join(found)
@@ -52,7 +58,7 @@ class Entries:
         modules = set(modules)
         found = {name for name in modules if any(parent in self.names for parent in _parents(name))}
         for glob in self.globs:
-            found |= set(fnmatch.filter(modules - found, glob))
+            found |= {*fnmatch.filter(modules - found, glob), *fnmatch.filter(modules - found, f"{glob}.*")}
         found |= self._matched(modules - found)
         if loosely:
             found |= {name for name in modules - found if any(part in name for part in self.names)}
@@ -69,7 +75,7 @@ class Entries:
 
 
 def _parents(name: str) -> Iterable[str]:
-    """Returns a name and those of its parents that are long enough to mean it."""
+    """Returns a name and all of its parents."""
     parts = name.split(".")
     return (".".join(parts[:count]) for count in range(len(parts), 0, -1))
 

@@ -17,7 +17,7 @@ from quarkcli.disk.source import Source
 from quarkcli.disk.values import Values, floats, has_floats, values
 from quarkcli.errors import CheckError, ModelError, QuarkError, all_of
 from quarkcli.events import Listener, Message, Working, silent
-from quarkcli.family import HeaderLike, Layout, Weight, for_checkpoint, lay_out
+from quarkcli.family import HeaderLike, Layout, Weight, for_checkpoint, lay_out, quantization
 from quarkcli.plan.fused import Servers, matrix, sentence, splits
 from quarkcli.plan.model import Plan
 from quarkcli.plan.online import sentences
@@ -114,15 +114,18 @@ def check(path: str, asked: Asked, tell: Listener = silent) -> list[str]:
 def _contents(folder: Path, model: Source | None, asked: Asked, tell: Listener) -> list[str]:
     """Checks the contents of the files, whatever a manifest says of them. Raises QuarkError."""
     source = _open(folder)
-    if not source.config.get("quantization_config"):
+    described = quantization(source.config)
+    if not described:
         raise CheckError("no quantization_config in config.json", where=str(folder))
-    if not source.config["quantization_config"].get("quant_method"):
-        raise CheckError("quantization_config has no quant_method, by which loaders choose", where=str(folder))
     try:
         checkpoint = Checkpoint(source)
         layout = _layout(checkpoint)
     except ModelError as error:
-        raise CheckError(error.what, where=error.where or str(folder), hint=error.hint) from error
+        unsaid = (
+            "" if "quant_method" in described else "quantization_config has no quant_method, by which loaders choose: "
+        )
+        what = f"{unsaid}{error.what}"
+        raise CheckError(what, where=error.where or str(folder), hint=error.hint) from error
     view, config = checkpoint.view, source.config
     assert checkpoint.reader is not None
     reader, degrees = checkpoint.reader, asked.tensor_parallel
@@ -132,7 +135,7 @@ def _contents(folder: Path, model: Source | None, asked: Asked, tell: Listener) 
         lambda: [completeness.codes(checkpoint, layout)],
         lambda: completeness.caches(checkpoint, layout),
         lambda: [completeness.strangers(checkpoint, layout, manifest.unchanged(folder))],
-        lambda: [excluded.check(reader, config["quantization_config"], layout, view.targets)],
+        lambda: [excluded.check(reader, described, layout, view.targets)],
         lambda: [_fused_schemes(checkpoint, asked.target)],
         lambda: turned_inputs(checkpoint),
         lambda: parallel.check(degrees, layout.weights, view, source.headers, config),
@@ -154,8 +157,8 @@ def _served(checkpoint: Checkpoint, layout: Layout, target: Servers) -> list[str
     weights: dict[str, Specs] = {t.name: (t.weight, t.input, t.output, t.bias) for t in view.targets.values()}
     attention = {stored.name: stored.specs for stored in view.attention.values()}
     plan = of_stored(reader.name, layout, weights, attention, view.online)
-    quantization = checkpoint.source.config["quantization_config"]
-    return servers.verdicts(target, servers.Written(reader.name, quantization, plan), CheckError)
+    described = quantization(checkpoint.source.config)
+    return servers.verdicts(target, servers.Written(reader.name, described, plan), CheckError)
 
 
 def _every(*checks: Callable[[], list[str]]) -> list[str]:

@@ -1,0 +1,61 @@
+"""Entries of lists of what is left out, as other tools write them."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from quarkcli.dialects.base import Reader
+from quarkcli.disk.excluded import Entries, check
+from quarkcli.errors import CheckError
+
+MODULES = ["lm_head", *(f"model.layers.{n}.{leaf}" for n in (1, 10) for leaf in
+           ("self_attn.q_proj", "mlp.gate", "mlp.gate_proj", "mlp.experts.0.up_proj"))]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("entry", "left", "loosely"),
+    [
+        ("lm_head", {"lm_head"}, set()),
+        ("*lm_head", {"lm_head"}, set()),
+        ("model.layers.1.mlp.gate", {"model.layers.1.mlp.gate"}, {"model.layers.1.mlp.gate_proj"}),
+        ("model.layers.1.mlp.experts", {"model.layers.1.mlp.experts.0.up_proj"}, set()),
+        ("model.layers.*.self_attn", {f"model.layers.{n}.self_attn.q_proj" for n in (1, 10)}, set()),
+        ("re:.*mlp[.]gate$", {f"model.layers.{n}.mlp.gate" for n in (1, 10)}, set()),
+        ("re:lm_head", {"lm_head"}, set()),
+        ("re:head", set(), set()),  # patterns match from the start
+        ("q_proj", set(), {f"model.layers.{n}.self_attn.q_proj" for n in (1, 10)}),
+    ],
+)
+def test_what_an_entry_speaks_of(entry: str, left: set[str], loosely: set[str]) -> None:
+    entries = Entries([entry])
+    assert entries.left(MODULES) == left
+    assert entries.left(MODULES, loosely=True) == left | loosely
+
+
+@pytest.mark.parametrize(
+    ("config", "fault"),
+    [
+        ({}, ""),
+        ({"ignore": ["lm_head", "re:.*gate$"]}, ""),
+        ({"ignore": ["re:.*gate$"]}, "1 modules are not quantized, and ignore does not list them: lm_head"),
+        ({"ignore": ["lm_head", "re:.*gate$", "model.up"]}, "1 modules are quantized, and ignore lists them: model.up"),
+        ({"modules_to_not_convert": ["gate"]}, ""),  # the head goes without saying
+        ({"modules_to_not_convert": None}, ""),
+        ({"modules_to_not_convert": ["visual"]}, "modules_to_not_convert does not list them: model.gate"),
+        ({"quantization": {"exclude_modules": ["lm_head*", "*gate"]}}, ""),
+        ({"quantization": {"exclude_modules": ["*gate"]}}, "exclude_modules does not list them: lm_head"),
+    ],
+)
+def test_lists_of_every_tool(config: dict[str, Any], fault: str) -> None:
+    roles = {"lm_head": "head", "model.gate": "router", "model.up": "up", "model.embed": "embedding"}
+    weights = {name: SimpleNamespace(role=role) for name, role in roles.items()}
+    layout: Any = SimpleNamespace(weights=weights, tied_head=None)
+    if not fault:
+        check(Reader(), config, layout, ["model.up"])
+        return
+    with pytest.raises(CheckError) as caught:
+        check(Reader(), config, layout, ["model.up"])
+    assert fault in str(caught.value)
