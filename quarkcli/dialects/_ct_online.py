@@ -79,6 +79,8 @@ def matrix(block: int) -> Tensor:
 def vllm_turns(plan: Plan) -> bool:
     """True when vLLM can turn these inputs: of linears, without bias, all of what it fuses by one block."""
     online = plan.online
+    if not online:
+        return True
     groups: dict[str, set[int | None]] = {}
     for target in plan.targets.values():
         groups.setdefault(target.group, set()).add(online.get(target.name))

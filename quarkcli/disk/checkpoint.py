@@ -55,7 +55,7 @@ class Checkpoint:
         self.dtype = _model_dtype(source.config, [source.headers[name].dtype for name in self.copied()])
         self._lay_out()
         self.family_name, self.family, self.inferred = family.for_checkpoint(source.config, self.headers)
-        if self.quantized and self.family.experts:
+        if self.quantized and self.family.experts and not self.family.experts.singles:
             self._fuse(self.family)
 
     @property

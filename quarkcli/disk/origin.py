@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from quarkcli.dialects.base import StoredTarget
@@ -14,7 +15,9 @@ from quarkcli.disk.source import Source
 from quarkcli.disk.weights import WeightSource
 from quarkcli.errors import ModelError
 from quarkcli.family import quantization
+from quarkcli.memory import without_collection
 from quarkcli.plan.model import Plan
+from quarkcli.spec import TensorSpec
 
 _PART = r"(?:weight|input|output|activation|prob_output|q|k|v|kv|k_cache|v_cache)"
 # Leaves of tensors that mean nothing without a config that speaks of them.
@@ -86,6 +89,7 @@ class Origin:
         }
 
 
+@without_collection()
 def open_weights(source: Source) -> tuple[WeightSource, Origin | None]:
     """Returns where the weights of a source come from, and its quantization; None for one that is not quantized.
 
@@ -113,7 +117,12 @@ def open_weights(source: Source) -> tuple[WeightSource, Origin | None]:
 
 def _brief(stored: StoredTarget) -> str:
     """Returns element and granularity: `fp8_e4m3 tile 128x128`."""
-    return stored.weight.codes.describe().partition(",")[0]
+    return _words(stored.weight)
+
+
+@cache
+def _words(spec: TensorSpec) -> str:
+    return spec.codes.describe().partition(",")[0]
 
 
 def _is_static(stored: StoredTarget) -> bool:

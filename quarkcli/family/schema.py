@@ -40,6 +40,7 @@ class FusedModel(Strict):
 class ExpertsModel(Strict):
     """Routed experts: module path below the block, leaf names, and the fused tensors a file may have instead.
 
+    singles   published files have a tensor for every expert, although those of some tools have fused ones
     fused     file tensor below `fused_in` (default: `path`), with `.weight` if it has one -> how it is split
     count     key of config.json (dots go deeper) with the number of experts; only stacked tensors need it
     """
@@ -48,6 +49,7 @@ class ExpertsModel(Strict):
     gate: str | None = None
     up: str
     down: str
+    singles: bool = False
     fused: dict[str, FusedModel] = Field(default_factory=dict)
     fused_in: str | None = None
     count: str | None = None

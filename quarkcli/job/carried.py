@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from quarkcli import dialects, servers
@@ -12,7 +12,9 @@ from quarkcli.disk.checkpoint import Checkpoint
 from quarkcli.disk.origin import Origin
 from quarkcli.disk.weights import WeightSource
 from quarkcli.errors import ModelError
-from quarkcli.plan.model import Decision, Plan, Target
+from quarkcli.plan.model import Decision, Plan, QuantizedTarget, Target
+from quarkcli.recipe.match import starred
+from quarkcli.servers.base import alone
 from quarkcli.spec import TensorSpec
 
 Slots = Mapping[str, Decision]
@@ -30,9 +32,30 @@ def carry(
     found = _left(plan, weights)
     if not found:
         return plan
+    if any(step.kind in ("transform", "tuner") for step in steps):
+        origin.decoded_because = "an algorithm may change weights before they are quantized"
+        return plan
+    served = dialects.is_served(dialect, plan)
     tried = _with(plan, found)
-    origin.decoded_because = _reason(plan, tried, dialect, steps, target)
-    return plan if origin.decoded_because else tried
+    origin.decoded_because = _reason(tried, dialect, target, served)
+    if not origin.decoded_because:
+        return tried
+    able = {name: found[name] for name in _able(tried, lambda some: not _reason(some, dialect, target, served))}
+    tried = _with(plan, able)
+    return tried if able and not _reason(tried, dialect, target, served) else plan
+
+
+def _able(tried: Plan, holds: Callable[[Plan], bool]) -> Iterator[str]:
+    """Yields the weights that can keep their codes with those that servers fuse them with, each kind by itself."""
+    kinds = {starred(tried.targets[name].group) for name in tried.carried}
+    members: dict[str, list[QuantizedTarget]] = {kind: [] for kind in kinds}
+    for target in tried.quantized():
+        kind = starred(target.group)
+        if kind in members:
+            members[kind].append(target)
+    for some in members.values():
+        if holds(alone(tried, some)):
+            yield from (target.name for target in some if target.name in tried.carried)
 
 
 def _with(plan: Plan, found: Mapping[str, StoredTarget]) -> Plan:
@@ -47,14 +70,12 @@ def _with(plan: Plan, found: Mapping[str, StoredTarget]) -> Plan:
     )
 
 
-def _reason(plan: Plan, tried: Plan, dialect: Writer, steps: Iterable[Assignment], target: str) -> str:
-    """Returns why the weights cannot keep their codes; empty when they can."""
-    if any(step.kind in ("transform", "tuner") for step in steps):
-        return "an algorithm may change weights before they are quantized"
+def _reason(tried: Plan, dialect: Writer, target: str, served: bool) -> str:
+    """Returns why the weights cannot keep their codes; empty when they can. `served`: decoded, a server loads them."""
     refusals = dialect.refusals(tried)
     if refusals:
         return refusals[0]
-    if dialects.is_served(dialect, plan) and not dialects.is_served(dialect, tried):
+    if served and not dialects.is_served(dialect, tried):
         return "with their codes, vLLM would not load the checkpoint"
     try:
         servers.check_plan(tried, dialect, target)

@@ -108,6 +108,19 @@ def test_experts(sources, tmp_path, model, scheme):
     assert len(experts) == 2 * 4 * 3
 
 
+@pytest.mark.parametrize(
+    ("model", "leaf"),
+    [("qwen3_moe", "0.gate_proj.weight"), ("gpt_oss", "gate_up_proj"), (runs.FUSED, "0.up_proj.weight")],
+)
+def test_decoded_experts_have_the_form_of_published_files(sources, tmp_path, model, leaf):
+    source = sources.of(model, "mxfp4", "compressed-tensors")
+    made = sources.job(
+        source, tmp_path / "out", scheme="int4_wo_128", algorithm="smoothquant,rtn", exclude=["*.experts.*"], **ROWS
+    )
+    assert len(made.report["source"]["decoded"]) == 2 * 4 * 3
+    assert f"model.layers.0.mlp.experts.{leaf}" in runs.read_all(made.folder)
+
+
 @pytest.mark.parametrize("scheme", ["fp8", "fp8_block128", "int4_wo_128", "uint4_wo_128", "int8", "mxfp4", "nvfp4"])
 def test_values_are_those_of_the_library_that_made_the_format(sources, scheme):
     """In the model's dtype, bit for bit."""
@@ -246,6 +259,17 @@ def test_weights_that_are_left_alone_keep_their_codes(sources, tmp_path, algorit
     resolved = made.folder / "quark" / "recipe.yaml"
     again = sources.job(source, tmp_path / "again", recipe=str(resolved))
     assert runs.same_files(again.folder, made.folder)
+
+
+def test_some_keep_their_codes_where_a_server_would_not_load_others(sources, tmp_path):
+    """Tiles of k and v end within the fused module, that of o does not."""
+    source = sources.of("demo", "fp8_block128", "compressed-tensors")
+    made = sources.job(source, tmp_path / "out", scheme="int4_wo_128", exclude=["*self_attn*"])
+    facts = made.report["source"]
+    assert facts["carried"] == [f"model.layers.{index}.self_attn.o_proj" for index in range(4)]
+    assert len(facts["decoded"]) == 12
+    assert "keep their codes" in facts["said"][1] and "BF16: with their codes, vLLM would not" in facts["said"][2]
+    assert main.main(["verify", str(made.folder), "--source", str(source)]) == 0
 
 
 def test_experts_that_are_left_alone_keep_their_codes(sources, tmp_path):
