@@ -216,11 +216,19 @@ def _row(name: str, first: _Side, second: _Side, swapped: bool, found: Compariso
     module = name.removesuffix(".weight")
     found.scales |= {f"{module}.{kind}": pair for kind, pair in _static(decoded)}
     alike = blocks[0] == blocks[1]
-    same = _same_codes(targets, decoded) if any(targets) else _same_bits(values[0], values[1])
+    same = _same_codes(targets, decoded) if all(targets) else _same_bits(*_rounded(values, targets))
     near = alike and any(targets) and _same_codes(targets, decoded, ulp=1)
     reference, other = values[::-1] if swapped else values
     signal, noise, largest = _difference(reference, other)
     return Row(name, texts[0], texts[1], signal, noise, largest, same and alike, near)
+
+
+def _rounded(values: list[Tensor], targets: tuple[StoredTarget | None, ...]) -> list[Tensor]:
+    """Returns both values; those of the one that is quantized, if only one is, in the dtype of the other."""
+    (first, second), (one, other) = values, targets
+    if (one is None) == (other is None):
+        return values
+    return [first, second.to(first.dtype)] if one is None else [first.to(second.dtype), second]
 
 
 def _values(side: _Side, name: str, target: StoredTarget | None, decoded: Decoded | None) -> Tensor:
