@@ -51,7 +51,7 @@ NAMES_OF_TYPES = {("algorithms", "forward"), ("algorithms", "job"), ("report", "
 INSIDE = {
     "forward": "activations defaults moments samples experts taps statistics files documents data walk",
     "disk": "weights beside source side_files writer manifest place journal nonfinite contents checkpoint origin"
-    " compare values scales completeness excluded parallel fidelity verify",
+    " compare values scales completeness excluded parallel fidelity verify push",
     "job": "forecast options asked preflight splitting idle carried served problems rewriting solving stages tuning"
     " prepass part pipeline finish convert run preview",
 }

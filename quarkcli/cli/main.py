@@ -24,6 +24,7 @@ from quarkcli.cli import (
     inspect,
     models,
     output,
+    push,
     quantize,
     recipes,
     report,
@@ -48,6 +49,7 @@ app.command("verify", epilog=verify.EXAMPLES)(verify.verify)
 app.command("compare", epilog=compare.EXAMPLES)(compare.compare)
 app.command("convert", epilog=convert.EXAMPLES)(convert.convert)
 app.command("inspect", epilog=inspect.EXAMPLES)(inspect.inspect)
+app.command("push", epilog=push.EXAMPLES)(push.push)
 app.command("report", epilog=report.EXAMPLES)(report.report)
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(schemes.app, name="schemes")

@@ -315,7 +315,8 @@ def _finish(
     facts = _facts(source)
     size = sum(file["size"] for record in records.values() for file in record["files"])
     _carry_over(source, found, partial, checks, size)
-    atomic_write_text(partial / "README.md", card_of_conversion(facts, source.name, found.reader.name, writer, plan))
+    card = card_of_conversion(facts, source.name, found.reader.name, writer, plan, beside.readme)
+    atomic_write_text(partial / "README.md", card)
     finish.write_manifest(facts, partial, records)
     return {
         "from": found.reader.name,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from quarkcli.job.options import Prepared
 
 SCHEMA = "quark/report/1"
+_FRONT = re.compile(r"---[ \t]*\r?\n(.*?)^---[ \t]*$", re.DOTALL | re.MULTILINE)
+_LICENCE = ("license", "license_name", "license_link")
 _NO_BREAKS = 1 << 20  # the width up to which YAML keeps a text on its line
 
 
@@ -239,6 +243,7 @@ def card(prepared: Prepared, report: dict[str, Any]) -> str:
     front = {
         "base_model": base,
         "base_model_relation": "quantized",
+        **licence(prepared.side_files.readme),
         "tags": ["quark", prepared.recipe.name, prepared.dialect.name],
     }
     lines = [
@@ -273,12 +278,31 @@ def card(prepared: Prepared, report: dict[str, Any]) -> str:
     return "\n".join(map(_one_line, lines))
 
 
-def card_of_conversion(facts: Mapping[str, Any], name: str, before: str, dialect: Writer, plan: Plan) -> str:
-    """Returns README.md of a checkpoint that was converted. `facts`: what its manifest says of the model."""
+def licence(card: Path | None) -> dict[str, str]:
+    """Returns what the front matter of a model card says of the licence; {} without one."""
+    text = card.read_text(encoding="utf-8", errors="replace") if card is not None else ""
+    found = _FRONT.match(text)
+    try:
+        front = yaml.safe_load(found[1]) if found else None
+    except (yaml.YAMLError, RecursionError, ValueError):
+        front = None
+    front = front if isinstance(front, dict) else {}
+    return {key: value for key in _LICENCE if isinstance(value := front.get(key), str)}
+
+
+def card_of_conversion(
+    facts: Mapping[str, Any], name: str, before: str, dialect: Writer, plan: Plan, card: Path | None
+) -> str:
+    """Returns README.md of a checkpoint that was converted.
+
+    facts   what its manifest says of the model
+    card    its own README.md
+    """
     base = str(facts.get("hub_id") or facts.get("name") or name)
     front = {
         "base_model": base,
         "base_model_relation": "quantized",
+        **licence(card),
         "tags": list(dict.fromkeys(["quark", dialect.name])),
     }
     schemes = (f"| {count} modules | {what.replace(' | ', '; ')} |" for what, count in modules_by_scheme(plan).items())

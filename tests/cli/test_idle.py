@@ -193,6 +193,11 @@ OTHERS: dict[str, dict[str, list[Case] | str]] = {
         **dict.fromkeys(("to", "to_output"), "where it goes"),
         "overwrite": [(("convert", "MADE", "--to", "quark", "-o", "out", "--overwrite"), 0, NOT_USED)],
     },
+    "push": {
+        **dict.fromkeys(("directory", "repository"), "what it is about"),
+        "private": "of a repository that is made",
+        "overwrite": "a line says when there was nothing; tests/disk/test_push.py",
+    },
     "inspect": {
         "model": "what it is about",
         "revision": [(("inspect", "demo", "--revision", "v2"), 0, "has no revisions")],

@@ -125,6 +125,7 @@ def test_static_inputs_and_a_cache(tmp_path):
 def test_the_rest_of_the_directory(tmp_path, other):
     """Side files, report and recipe go with it; of the old dialect's description nothing is left."""
     source = runs.build("llama", tmp_path / "source")
+    (source / "README.md").write_text("---\nlicense: mit\n---\n# it\n")
     one = runs.run(source, tmp_path / "one", scheme="mxfp4").folder
     two = tmp_path / "two"
     converted(one, other, two)
@@ -140,7 +141,8 @@ def test_the_rest_of_the_directory(tmp_path, other):
     assert report["dialect"]["name"] == other and report["checks"]
     again = runs.run(source, tmp_path / "again", recipe=str(two / "quark" / "recipe.yaml"))
     assert runs.same_files(again.folder, two)
-    assert "base_model: source" in (two / "README.md").read_text()
+    card = (two / "README.md").read_text()
+    assert "base_model: source" in card and "license: mit" in card
     assert not partial_path(two).exists() and not (tmp_path / "two.partial.state").exists()
 
 

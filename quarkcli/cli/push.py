@@ -1,0 +1,58 @@
+"""`quark push`: a finished checkpoint to the hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from quarkcli.cli import apps, output
+from quarkcli.cli.flags import Debug, Json, Quiet
+
+SCHEMA = "quark/push/1"
+EXAMPLES = apps.examples(
+    "quark push out/demo-mxfp4 my-org/demo-mxfp4 --private",
+    "quark push out/demo-mxfp4 my-org/demo-mxfp4 --overwrite --json",
+)
+
+
+def push(
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="A finished checkpoint.")],
+    repository: Annotated[str, typer.Argument(metavar="ORG/NAME", help="Where to; made where it is not there.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a repository that only you can see.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace what the repository holds, in one commit.")
+    ] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Upload a checkpoint to the hub.
+
+    What 'quark verify' refuses is not sent (exit 8). One commit holds all files of the manifest, with the card; the
+    token is that of HF_TOKEN or of 'hf auth login'.
+    """
+    output.start(json=json, debug=debug, quiet=quiet)
+    from quarkcli.cli.progress import Progress
+    from quarkcli.disk import push as pushing
+    from quarkcli.disk.side_files import README
+    from quarkcli.report.build import licence
+
+    folder = Path(directory)
+    card = folder / README
+    if not licence(card if card.is_file() else None):
+        output.note("warning: the card names no licence; the source model's applies, so add 'license:' to README.md")
+    with Progress("lines") as progress:
+        found = pushing.push(folder, repository, private=private, overwrite=overwrite, tell=progress)
+    if overwrite and not found["removed"]:
+        output.note("warning: --overwrite is not used: the repository held nothing else")
+    if json:
+        output.json_data({"schema": SCHEMA, **found})
+        return
+    rows = [("repository", found["url"]), ("commit", found["commit"])]
+    rows.append(("files", f"{len(found['files'])}, {output.size(found['bytes'])}"))
+    if found["removed"]:
+        rows.append(("removed", f"{len(found['removed'])} files of before"))
+    for line in output.pairs(rows):
+        output.data(line)

@@ -1,0 +1,79 @@
+"""A finished checkpoint to the hub, in one commit: what fails `verify` is refused before anything is sent."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from quarkcli.disk import manifest, verify
+from quarkcli.disk.side_files import README
+from quarkcli.disk.writer import MANIFEST
+from quarkcli.errors import AccessError, QuarkError, UsageError
+from quarkcli.events import Listener, Message, Phase, Working, silent
+
+_HUBS_OWN = {".gitattributes", README}
+
+
+def push(
+    folder: Path, repository: str, *, private: bool = False, overwrite: bool = False, tell: Listener = silent
+) -> dict[str, Any]:
+    """Uploads a checkpoint and returns a summary. Raises CheckError, UsageError, AccessError.
+
+    overwrite   a repository that holds something is replaced: its other files are removed in the same commit
+    """
+    tell(Phase("verify"))
+    checks = verify.check(str(folder), verify.Asked(), tell)
+    names = _names(folder, tell)
+    tell(Phase("upload"))
+    import huggingface_hub as hub
+
+    api = hub.HfApi()
+    try:
+        url = api.create_repo(repository, private=private or None, exist_ok=True)
+        there = set(api.list_repo_files(repository)) - _HUBS_OWN
+        if there and not overwrite:
+            what = f"the repository holds {len(there)} files already"
+            raise UsageError(what, where=repository, hint="--overwrite replaces them, or choose another name")
+        operations: list[Any] = [hub.CommitOperationAdd(name, folder / name) for name in names]
+        operations += [hub.CommitOperationDelete(name) for name in sorted(there - set(names))]
+        tell(Working(f"uploading {len(names)} files"))
+        commit = api.create_commit(repository, operations, commit_message="Upload by quark")
+    except QuarkError:
+        raise
+    except Exception as error:  # the HTTP library's own errors pass through, and which library it is varies
+        raise _refusal(error, repository) from error
+    return {
+        "directory": str(folder), "repository": repository, "url": str(url), "commit": commit.oid, "files": names,
+        "removed": sorted(there - set(names)), "bytes": sum((folder / name).stat().st_size for name in names),
+        "checks": checks,
+    }  # fmt: skip
+
+
+def _names(folder: Path, tell: Listener) -> list[str]:
+    """Returns the files to upload: those of the manifest, or all that are not hidden where there is none."""
+    every = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
+    shown = [path.as_posix() for path in every if not any(part.startswith(".") for part in path.parts)]
+    listed = manifest.read(folder)
+    if listed is None:
+        return shown
+    names = [*sorted(listed.files), MANIFEST]
+    if left := sorted(set(shown) - {*names, manifest.LOG}):
+        text = f"not uploaded, for the manifest does not list them: {', '.join(left[:5])}"
+        tell(Message(text + (" ..." if len(left) > 5 else ""), "warning"))
+    return names
+
+
+def _refusal(error: Exception, repository: str) -> QuarkError:
+    """Returns the plain message of a failed upload; the token itself is never shown."""
+    from huggingface_hub import constants, get_token
+
+    token = get_token()
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    login = f"{'a' if token else 'no'} token was seen; set HF_TOKEN to one that may write to {repository}"
+    if status in (401, 403) or (token is None and "token" in str(error).lower()):
+        return AccessError("the hub refused the upload", where=repository, hint=login)
+    if constants.HF_HUB_OFFLINE:
+        return AccessError("nothing can be uploaded while offline", where=repository, hint="unset HF_HUB_OFFLINE")
+    text = " ".join(str(error).split())[:300].replace(token or "\0", "***")
+    what = f"the upload failed: {type(error).__name__}: {text}"
+    return AccessError(what, where=repository, hint="check the name and the network; the same command begins again")
