@@ -76,6 +76,7 @@ docs: $(STAMP) ## rebuild the generated reference pages
 	$(BIN)/python -m tests.docs.recipe_reference
 	$(BIN)/python -m tests.docs.algorithms
 	$(BIN)/python -m tests.docs.models
+	$(BIN)/python -m tests.docs.serving
 
 clean: ## remove everything that was built
 	rm -rf $(VENV) $(DEMO) $(DEMO).partial build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
