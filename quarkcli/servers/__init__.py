@@ -72,17 +72,19 @@ def verdicts(target: str, written: Written, failure: type[QuarkError]) -> list[s
 
     target   `auto` asks all of them, and takes what they say
     """
-    lines = []
+    lines, loading = [], 0
     for member in [server(target)] if target != AUTO else servers():
-        reasons = member.refusals(written)
+        reasons, unknown = member.refusals(written), member.unknown(written)
         if reasons and target != AUTO:
             more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
             raise failure(
-                f"{member.title} does not load it: {reasons[0]}{more}",
+                f"{member.title} {'may not' if unknown else 'does not'} load it: {reasons[0]}{more}{member.evidence}",
                 where="--target",
                 hint="--target auto says what loads it; another dialect or scheme may be loaded",
             )
-        lines.append(f"{member.title} {'does not load it: ' + reasons[0] if reasons else 'loads it'}{member.evidence}")
-    if target == AUTO and not any(line for line in lines if "does not load it" not in line):
-        lines.append("no server loads it; simulation only")
+        answer = f"may load it: {unknown}" if unknown else f"does not load it: {reasons[0]}" if reasons else "loads it"
+        lines.append(f"{member.title} {answer}{member.evidence}")
+        loading += not reasons
+    if not loading:
+        lines.append("no server is known to load it; simulation only")
     return lines

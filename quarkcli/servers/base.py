@@ -40,18 +40,28 @@ class Server:
     title: ClassVar[str]
     evidence: ClassVar[str] = ""
 
+    def unknown(self, written: Written) -> str:
+        """Returns why nothing can be said of a checkpoint; empty when something can."""
+        return ""
+
     def refusals(self, written: Written) -> list[str]:
-        """Returns the reasons it does not load the checkpoint, one sentence each; empty when it does."""
+        """Returns the reasons it does not load the checkpoint, one sentence each; empty when it does.
+
+        What is unknown counts as a reason.
+        """
         raise AssertionError("a server says what it refuses")
 
 
 class Loader(Server):
     """A server of which every dialect says itself what it loads (`Writer.loaders`)."""
 
+    def unknown(self, written: Written) -> str:
+        return "" if written.writer else f"no rules are known of what it loads in dialect {written.dialect}"
+
     def refusals(self, written: Written) -> list[str]:
         writer = written.writer
         if writer is None:
-            return [f"no rules are known of what it loads in dialect {written.dialect}"]
+            return [self.unknown(written)]
         return [*self.config_faults(written.config), *self._plan_faults(writer, written.plan)]
 
     def config_faults(self, config: Mapping[str, Any]) -> list[str]:

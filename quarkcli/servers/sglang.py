@@ -47,11 +47,14 @@ class Sglang(Server):
     title = "SGLang 0.5"
     evidence = " (read, not run)"
 
-    def refusals(self, written: Written) -> list[str]:
+    def unknown(self, written: Written) -> str:
         method = str(written.config.get("quant_method"))
-        rules = _RULES.get(method)
+        return "" if method in _RULES else f"no rules are known of what it loads as {method}"
+
+    def refusals(self, written: Written) -> list[str]:
+        rules = _RULES.get(str(written.config.get("quant_method")))
         if rules is None:
-            return [f"no rules are known of what it loads as {method}"]
+            return [self.unknown(written)]
         found = []
         for run in written.plan.quantized_alike():
             reason = _reason(run[0], rules)

@@ -67,7 +67,7 @@ def test_auto_takes_a_dialect_that_the_target_loads() -> None:
 def test_verify_says_what_loads_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made = runs.run("demo", tmp_path / "out", scheme="mx6")
     found = verify.check(str(made.folder), Asked())
-    assert "no server loads it; simulation only" in found
+    assert "no server is known to load it; simulation only" in found
     assert any(line.startswith("SGLang") and line.endswith("(read, not run)") for line in found)
     assert not [line for line in verify.check(str(made.folder), Asked(target="none")) if "load" in line]
     assert main.main(["verify", str(made.folder), "--target", "vllm"]) == 8
@@ -111,3 +111,13 @@ def test_degrees_must_be_numbers(capsys: pytest.CaptureFixture[str]) -> None:
     for text in ("", "0", "1,x", "1,,2", "-1", "99999999999"):
         assert main.main(["verify", "anywhere", "--tp", text]) == 2
         assert "--tp" in capsys.readouterr().err
+
+
+def test_what_nobody_knows_is_no_verdict() -> None:
+    prepared = runs.prepare("demo", scheme="mxfp4")
+    written = servers.Written("novel", {"quant_method": "novel"}, prepared.plan)
+    lines = servers.verdicts("auto", written, CheckError)
+    assert "SGLang 0.5 may load it: no rules are known of what it loads as novel (read, not run)" in lines
+    assert lines[-1] == "no server is known to load it; simulation only"
+    with pytest.raises(CheckError, match=r"vLLM 0\.32 may not load it: no rules are known of what it loads in dialect"):
+        servers.verdicts("vllm", written, CheckError)
