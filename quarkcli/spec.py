@@ -71,7 +71,7 @@ ELEMENTS: dict[str, Element] = {
     row.name: row
     for row in (
         *(_integer(bits, True) for bits in (2, 3, 4, 8)),
-        *(_integer(bits, False) for bits in (2, 4, 8)),
+        *(_integer(bits, False) for bits in (2, 3, 4, 8)),
         _float("fp4_e2m1", 2, 1, 1, 6.0),
         _float("fp6_e2m3", 2, 3, 1, 7.5),
         _float("fp6_e3m2", 3, 2, 3, 28.0),

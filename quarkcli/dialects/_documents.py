@@ -130,3 +130,38 @@ class Fp8Config(Shape):
     fmt: str | None = None
     ignored_layers: list[str] | None = None
     modules_to_not_convert: list[str] | None = None
+
+
+class AwqConfig(Shape):
+    """The `quantization_config` of AutoAWQ, in its two sets of names."""
+
+    version: str | None = None
+    checkpoint_format: str | None = None
+    format: str | None = None
+    bits: int | None = None
+    w_bit: int | None = None
+    group_size: int | None = None
+    q_group_size: int | None = None
+    zero_point: bool | None = None
+
+
+class Mxfp4Config(Shape):
+    """The `quantization_config` of gpt-oss."""
+
+    modules_to_not_convert: list[str] | None = None
+
+
+class _Override(Shape):
+    bits: int | None = None
+    group_size: int | None = None
+    sym: bool | None = None
+    desc_act: bool | None = None
+
+
+class GptqConfig(_Override):
+    """The `quantization_config` of GPTQModel."""
+
+    checkpoint_format: str | None = None
+    format: str | None = None
+    dynamic: dict[str, _Override] | None = None
+    is_marlin_format: bool | None = None

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from quarkcli.dialects._kinds import weight_kind
 from quarkcli.family import HeaderLike, WeightView
-from quarkcli.plan.model import Attention, Plan, QuantizedTarget
+from quarkcli.plan.model import Attention, Plan, QuantizedTarget, Target
 from quarkcli.plan.online import sentences
 from quarkcli.spec import TensorSpec
 
@@ -176,6 +176,10 @@ class Writer:
     def infos(self, target: QuantizedTarget) -> list[TensorInfo]:
         """Returns the tensors that replace the target's weight, exactly as `tensors` will return them."""
         raise AssertionError("a writer names the tensors of a weight")
+
+    def places(self, target: Target) -> Mapping[str, WeightView]:
+        """Returns those of `infos` that are pieces of larger tensors in the files, by name, and their places there."""
+        return {}
 
     def tensors(
         self, target: QuantizedTarget, quantized: Quantized, static: Mapping[str, Tensor], bias: Quantized | None = None

@@ -298,7 +298,8 @@ def _same_codes(targets: tuple[StoredTarget | None, ...], decoded: list[Decoded 
         return False
     if _format(first.weight) != _format(second.weight):
         return False
-    if not _same_bits(ours.weight.codes, theirs.weight.codes):
+    orders = [one.weight.order.tolist() if one.weight.order is not None else None for one in (ours, theirs)]
+    if orders[0] != orders[1] or not _same_bits(ours.weight.codes, theirs.weight.codes):
         return False
     return same_params(ours.weight.params, theirs.weight.params, ulp)
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, NamedTuple
 
 from quarkcli.dialects.base import TensorInfo, Writer
-from quarkcli.family import HeaderLike
-from quarkcli.plan.model import Part, Plan, Target, is_quantized
+from quarkcli.family import HeaderLike, WeightView
+from quarkcli.plan.model import Part, Plan, QuantizedTarget, Target, is_quantized
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Copied(NamedTuple):
@@ -56,12 +59,55 @@ def part_infos(
 ) -> list[TensorInfo]:
     """Returns every tensor that the part's files will hold. `owners`: see `part_targets`."""
     infos = [row.info for row in copied(plan, part, headers, owners)]
-    for name in part.tensors:
-        for target in owners.get(name, ()):
-            if is_quantized(target):
-                infos += dialect.infos(target)
+    targets = (target for name in part.tensors for target in owners.get(name, ()))
+    infos += packed_infos(dialect, filter(is_quantized, targets))
     infos += [TensorInfo(added.name, added.dtype, added.shape) for added in plan.added if added.part == part.index]
     for attention in plan.attention.values():
         if attention.part == part.index:
             infos += dialect.attention_infos(attention)
     return infos + dialect.online_infos(plan, part.index)
+
+
+def packed_infos(dialect: Writer, targets: Iterable[QuantizedTarget]) -> list[TensorInfo]:
+    """Returns the tensors of quantized weights; in place of pieces of a larger tensor, that tensor."""
+    found: dict[str, TensorInfo] = {}
+    for target in targets:
+        places = dialect.places(target)
+        for info in dialect.infos(target):
+            place = places.get(info.name)
+            if place is None:
+                found[info.name] = info
+            else:
+                found[place.tensor] = _joined(found.get(place.tensor), info, place)
+    return list(found.values())
+
+
+def _joined(whole: TensorInfo | None, piece: TensorInfo, place: WeightView) -> TensorInfo:
+    """Returns the tensor [experts, out, ...] that holds what `whole` holds, and one more piece."""
+    rows = place.rows[1] if place.rows is not None else piece.shape[0]
+    experts = max(whole.shape[0] if whole is not None else 0, (place.expert or 0) + 1)
+    return TensorInfo(place.tensor, piece.dtype, (experts, rows, *piece.shape[1:]))
+
+
+class Packed:
+    """The packed tensors of some weights, by file name; pieces of a larger tensor are put together."""
+
+    def __init__(self, dialect: Writer, targets: Iterable[QuantizedTarget]) -> None:
+        self.tensors: dict[str, Tensor] = {}
+        self._dialect = dialect
+        self._shapes = {info.name: info.shape for info in packed_infos(dialect, targets)}
+
+    def put(self, target: QuantizedTarget, made: Mapping[str, Tensor]) -> None:
+        """Puts the tensors of one of the weights, as its dialect packed them, into their places."""
+        import torch
+
+        places = self._dialect.places(target)
+        for name, tensor in made.items():
+            place = places.get(name)
+            if place is None:
+                self.tensors[name] = tensor
+                continue
+            if place.tensor not in self.tensors:
+                shape = self._shapes[place.tensor]
+                self.tensors[place.tensor] = torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
+            place.of(self.tensors[place.tensor]).copy_(tensor)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -219,9 +219,11 @@ def _part(found: Conversion, part: Part, tell: Listener) -> dict[str, Tensor]:
     """Returns the tensors of a part in the other dialect."""
     plan, read = found.plan, found.checkpoint
     out = {row.info.name: _kept(read, row) for row in contents.copied(plan, part, read.headers, _owners(plan))}
+    packed = contents.Packed(found.writer, plan.quantized(part.index))
     for target in plan.quantized(part.index):
         tell(Working(f"converting {target.name}"))
-        out |= _packed(found, target)
+        packed.put(target, _packed(found, target))
+    out |= packed.tensors
     for module in plan.attention.values():
         if module.part == part.index and module.specs:
             stored = read.view.attention[module.name]
@@ -251,8 +253,9 @@ def _packed(found: Conversion, target: QuantizedTarget) -> dict[str, Tensor]:
         kind: scale for kind, scale in (("input", decoded.input), ("output", decoded.output)) if scale is not None
     }
     tensors = found.writer.tensors(target, decoded.weight, static, decoded.bias)
-    stored = found.there.targets[target.name]
-    again = found.back.decode(stored, {name: tensors[name] for name in stored.tensors})
+    # Alone, before it is put into a tensor of several weights.
+    stored = replace(found.there.targets[target.name], tensors=tuple(tensors), places={})
+    again = found.back.decode(stored, tensors)
     lost = _lost(decoded, again)
     if lost:
         what = f"dialect {found.writer.name} does not keep its {lost} as {found.reader.name} has them"
@@ -271,6 +274,8 @@ def _lost(ours: Decoded, theirs: Decoded) -> str:
             continue
         if not _same_codes(one.codes, other.codes):
             return f"{kind} of the bias" if kind == "bias" else kind
+        if not _same_order(one.order, other.order):
+            return "order of columns"
         if not same_params(one.params, other.params, ulp=1, values=True):
             return "scales"
     static = ((ours.input, theirs.input), (ours.output, theirs.output))
@@ -280,6 +285,10 @@ def _lost(ours: Decoded, theirs: Decoded) -> str:
 def _exact(ours: Decoded, theirs: Decoded) -> bool:
     same = same_params(ours.weight.params, theirs.weight.params, values=True)
     return same and all(_float(a) == _float(b) for a, b in ((ours.input, theirs.input), (ours.output, theirs.output)))
+
+
+def _same_order(one: Tensor | None, other: Tensor | None) -> bool:
+    return one is other or (one is not None and other is not None and one.equal(other))
 
 
 def _same_codes(one: Tensor, other: Tensor) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from quarkcli.algorithms.base import Assignment, Transform, Tuner
 from quarkcli.dialects.base import Writer
-from quarkcli.disk.contents import Copied, copied, part_targets
+from quarkcli.disk.contents import Copied, Packed, copied, part_targets
 from quarkcli.disk.nonfinite import HINT, NonFinite, OnNonfinite
 from quarkcli.disk.weights import WeightSource
 from quarkcli.errors import DataError, ModelError
@@ -268,7 +268,7 @@ class PartWorker:
     ) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Returns packed tensors by file name, and the error of every weight."""
         targets = list(self.plan.quantized(part.index))
-        packed: dict[str, Tensor] = {}
+        packed = Packed(self.dialect, targets)
         errors: dict[str, float] = {}
         self.tell(Working(f"quantizing {part.name}"))
         solved = self._solved(part, targets, tensors, statistics)
@@ -280,11 +280,11 @@ class PartWorker:
             solved = iter(rows.values())
         for target, source, quantized in solved:
             bias = self._bias(target, tensors)
-            packed.update(self.dialect.tensors(target, quantized, own_scales(target, scales), bias))
+            packed.put(target, self.dialect.tensors(target, quantized, own_scales(target, scales), bias))
             self.tell(Working(f"quantizing {part.name}, {len(errors) + 1} of {len(targets)} weights"))
             errors[target.name] = _weight_error(source, quantized, target)
         assert len(errors) == len(targets), "a solver left weights out"
-        return packed, errors
+        return packed.tensors, errors
 
     def _solved(
         self, part: Part, targets: list[QuantizedTarget], tensors: dict[str, Tensor], statistics: Statistics | None

@@ -27,9 +27,11 @@ def put_decoded(
 def decode(dialect: Writer, target: QuantizedTarget, packed: Mapping[str, Tensor]) -> Decoded:
     """Returns the codes and scales that a server reads from a target's packed tensors, given by file name."""
     assert dialect.reader is not None
-    names = tuple(info.name for info in dialect.infos(target))
+    places = dialect.places(target)
+    names = tuple(places[info.name].tensor if info.name in places else info.name for info in dialect.infos(target))
+    own = {name.removeprefix(f"{target.name}."): place for name, place in places.items()}
     stored = StoredTarget(
-        target.name, target.weight, target.input, target.shape, names, target.output, target.bias_spec
+        target.name, target.weight, target.input, target.shape, names, target.output, target.bias_spec, own
     )  # fmt: skip
     return dialect.reader.decode(stored, {name: packed[name] for name in names})
 

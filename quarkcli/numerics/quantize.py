@@ -45,10 +45,13 @@ class Quantized:
     """Codes, unpacked and of the shape of the tensor, with their scales.
 
     codes: int8 / uint8 values for integers, uint8 bit patterns for fp4 and fp6, torch's own dtypes for fp8 and casts.
+    order: the column of the tensor that each column of the codes is, None where they are in the tensor's order: groups
+    of stored weights may be of columns that lie apart
     """
 
     codes: Tensor
     params: QParams
+    order: Tensor | None = None
 
 
 def tensor_amax(x: Tensor) -> Tensor:
@@ -112,7 +115,12 @@ def quantize(weight: Tensor, spec: TensorSpec, *, amax: Tensor | None = None) ->
 
 def dequantize(quantized: Quantized, spec: TensorSpec) -> Tensor:
     """Returns real values (float32) of a quantized tensor."""
-    return decode(quantized.codes, spec, quantized.params)
+    values = decode(quantized.codes, spec, quantized.params)
+    if quantized.order is None:
+        return values
+    back = torch.empty_like(values)
+    back[:, quantized.order] = values
+    return back
 
 
 def static_scale(amax: Tensor, spec: TensorSpec) -> Tensor:

@@ -157,7 +157,7 @@ def test_preference_is_of_kinds_of_weights(drop: Callable[..., None]) -> None:
 
 def test_what_no_other_can_hold(drop: Callable[..., None]) -> None:
     made = plan([Module("m", (64, 48), "o")], lambda module: (MXFP4, None))
-    with pytest.raises(ConfigError, match="no dialect can hold this plan: compressed-tensors: m: 48 input features"):
+    with pytest.raises(ConfigError, match=r"no dialect can hold this plan: .*compressed-tensors: m: 48 input features"):
         dialects.choose("auto", made)
     drop(toy() + WRITES)
     assert dialects.choose("auto", made)[0].name == "aaa"
