@@ -54,7 +54,7 @@ class SecondFormat(StoredTarget):
 
 
 class Settings(NamedTuple):
-    """What a config says of one module."""
+    """The settings of one module, by the names of their keys in a config."""
 
     bits: int
     group_size: int
