@@ -209,7 +209,7 @@ def _stored_shapes(spec: TensorSpec, shape: tuple[int, int]) -> list[tuple[int, 
         case PerChannel():
             return [usual[:1], usual]
         case PerTile():
-            return [(usual[0], 1, usual[1], 1), usual]
+            return [(usual[0], 1, usual[1], 1), usual, *([()] if usual == (1, 1) else [])]
     return [usual]
 
 
