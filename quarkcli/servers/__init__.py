@@ -10,7 +10,7 @@ import pkgutil
 from collections.abc import Callable, Iterable
 
 from quarkcli.dialects.base import Writer
-from quarkcli.errors import ModelError, QuarkError, UsageError, near_misses
+from quarkcli.errors import ModelError, QuarkError, UsageError
 from quarkcli.plan.model import Plan
 from quarkcli.servers.base import Server, Written
 
@@ -45,8 +45,7 @@ def check_name(target: str) -> None:
     """Raises UsageError for a target of which no rules are known."""
     known = [AUTO, NONE, *names()]
     if target not in known:
-        close = near_misses(target, known)
-        hint = f"did you mean '{close[0]}'?" if close else f"use one of: {', '.join(known)}"
+        hint = f"use one of: {', '.join(known)}"
         raise UsageError(f"no rules are known of what '{target}' loads", where="--target", hint=hint)
 
 
