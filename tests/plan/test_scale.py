@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,13 @@ from quarkcli import dialects, family, memory
 from quarkcli.cli import planview
 from quarkcli.dialects.base import Writer
 from quarkcli.disk import contents
+from quarkcli.disk.source import SINGLE, Source
+from quarkcli.disk.source import Header as Stored
 from quarkcli.disk.writer import plan_files, tensor_bytes
 from quarkcli.family import Layout
 from quarkcli.job import forecast, preflight
+from quarkcli.job import run as job
+from quarkcli.job.options import Options
 from quarkcli.plan.compose import Overrides
 from quarkcli.plan.explain import explain
 from quarkcli.plan.model import Plan
@@ -29,6 +35,7 @@ CONFIG = {
     "hidden_size": HIDDEN, "num_attention_heads": 128, "n_routed_experts": EXPERTS, "vocab_size": 129280,
 }  # fmt: skip
 BYTES = 2**30
+TILES = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
 
 
 def mlp(prefix: str, inner: int) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -74,6 +81,19 @@ def deepseek_v3() -> dict[str, Header]:
 HEADERS = deepseek_v3()
 
 
+def published(folder: Path) -> Source:
+    """The same as it was published: linears in fp8 with a scale per tile of 128 x 128, all else in 16 bits."""
+    headers: dict[str, Stored] = {}
+    for name, header in HEADERS.items():
+        tiled = name.endswith(("_proj.weight", "_proj_with_mqa.weight")) and not name.endswith("eh_proj.weight")
+        headers[name] = Stored(name, "F8_E4M3" if tiled else "BF16", header.shape, SINGLE, 0, 0)
+        if tiled:
+            scale = f"{name}_scale_inv"
+            headers[scale] = Stored(scale, "F32", tuple(-(-size // 128) for size in header.shape), SINGLE, 0, 0)
+    config = {**CONFIG, "torch_dtype": "bfloat16", "num_nextn_predict_layers": 1, "quantization_config": TILES}
+    return Source(folder, "deepseek", None, None, json.dumps(config), config, headers, {SINGLE: (1, 1)})
+
+
 def prepared(scheme: str, **flags: Any) -> tuple[Layout, Plan, Writer, forecast.Forecast]:
     """What a job does between opening a model and reading its first weight."""
     name, model, inferred = family.for_checkpoint(CONFIG, HEADERS)
@@ -109,6 +129,27 @@ def peak() -> int:
     kept = prepared("nvfp4")
     assert kept
     return memory.peak_rss()
+
+
+@pytest.mark.parametrize("scheme", ["mxfp4", pytest.param("nvfp4", marks=pytest.mark.slow)])
+def test_as_it_was_published(scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every tensor of the files has a fate, that of the 16-bit model for its weights; and it is known in seconds."""
+    source = published(tmp_path)
+    monkeypatch.setattr(job, "open_source", lambda options: source)
+    started = time.process_time()
+    found = job.prepare(Options(model="deepseek", scheme=scheme, calib_data="builtin"))
+    taken = time.process_time() - started
+    fates = found.plan.fates()
+    assert set(fates) == set(HEADERS) and len(HEADERS) == 46_183
+    assert found.origin is not None
+    scales = len(source.headers) - len(HEADERS)
+    assert found.origin.tensors == 2 * len(found.origin.weights) == 2 * scales
+    assert found.origin.stored() == "fp8_e4m3 tile 128x128"
+    left = found.origin.left_alone(found.plan)
+    quantized = {target.name for target in found.plan.quantized()} - found.plan.carried
+    assert quantized | set(left) | found.plan.carried >= set(found.origin.weights)
+    assert {name.rpartition(".")[2] for name in left} == {"kv_a_proj_with_mqa", "q_a_proj"}
+    assert taken < 10  # under 5 on a machine that does nothing else
 
 
 def test_memory(forks: Forks, tmp_path: Path) -> None:
