@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,11 @@ def held(scheme: str, folder: Path, **options: Any) -> dict[str, Path]:
     return found
 
 
+def _pairs(names: list[str], few: bool) -> Iterable[tuple[str, str]]:
+    """Ordered pairs of dialects; few: each once on either side."""
+    return zip(names, names[1:] + names[:1], strict=True) if few and len(names) > 1 else permutations(names, 2)
+
+
 @pytest.mark.parametrize("scheme", slow_unless(OFTEN, catalog.files("schemes")))
 def test_every_scheme_between_all_dialects_that_hold_it(tmp_path, scheme):
     """What is converted is what the job itself writes in that dialect, and the way back gives the same bytes."""
@@ -64,7 +70,7 @@ def test_every_scheme_between_all_dialects_that_hold_it(tmp_path, scheme):
         made = held(scheme, tmp_path / "made")
     except (ModelError, DataError) as error:
         pytest.skip(f"not for this model: {error}")
-    for before, after in permutations(made, 2):
+    for before, after in _pairs(list(made), scheme in OFTEN):
         there, back = tmp_path / f"{before}-{after}", tmp_path / f"{before}-{after}-{before}"
         summary = converted(made[before], after, there)
         assert (summary["from"], summary["to"], summary["directory"]) == (before, after, str(there))
@@ -76,7 +82,7 @@ def test_every_scheme_between_all_dialects_that_hold_it(tmp_path, scheme):
         if not summary["one_ulp_off"]:
             assert runs.same_files(made[before], back)
     for name in set(dialects.names()) - set(made):
-        for before in made:
+        for before in list(made)[: 1 if scheme in OFTEN else None]:
             with pytest.raises((ModelError, UsageError)) as refused:
                 converted(made[before], name, tmp_path / "refused")
             assert not (tmp_path / "refused").exists()
