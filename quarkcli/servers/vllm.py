@@ -49,6 +49,8 @@ class Vllm(Loader):
         globs = [text for text in listed or () if isinstance(text, str) and _is_glob(text)]
         if globs:
             found.append(f"{_NO_GLOBS[method]} has globs, which it takes for names: {', '.join(globs[:3])}")
+        if config.get("desc_act") is True and config.get("group_size") != -1:
+            found.append("desc_act is true: it refuses groups in order of activations")
         return found
 
 

@@ -18,6 +18,7 @@ from quarkcli.disk.verify import directory
 from quarkcli.errors import ModelError
 from quarkcli.job import convert
 from quarkcli.numerics.quantize import dequantize
+from quarkcli.servers import vllm
 from quarkcli.spec import PerChannel, PerGroup, ScaleSpec, TensorSpec
 from tests import runs
 from tests.dialects.plans import int4, linears, llama, plan
@@ -144,6 +145,12 @@ def test_groups_of_other_sizes_are_not_read() -> None:
     tensors["m.g_idx"] = torch.zeros(96, dtype=torch.int32)
     with pytest.raises(ModelError, match="its g_idx does not put 32 inputs into each of 3 groups"):
         read(CONFIG, tensors)
+
+
+def test_vllm_refuses_groups_in_order_of_activations() -> None:
+    config = {**CONFIG, "desc_act": True}
+    assert vllm.SERVER.config_faults(config) == ["desc_act is true: it refuses groups in order of activations"]
+    assert vllm.SERVER.config_faults({**config, "group_size": -1}) == vllm.SERVER.config_faults(CONFIG) == []
 
 
 def test_what_is_left_out_is_told_by_expressions() -> None:
