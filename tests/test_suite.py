@@ -14,7 +14,7 @@ from quarkcli.recipe import catalog
 from quarkcli.spec import ELEMENTS, OBSERVERS
 from tests import runs, test_schemes
 from tests.conftest import COLLECTED
-from tests.dialects import test_roundtrip
+from tests.dialects import test_every_scheme
 from tests.families import models, test_all_families
 from tests.recipe import test_builtin_recipes, test_load
 
@@ -57,7 +57,7 @@ MEMBERS: list[tuple[Any, str, set[str]]] = [
     (test_all_families.test_calibrated, "name", set(models.RECIPES)),
     (test_all_families.test_without_data, "name", set(models.RECIPES)),
     (test_all_families.test_families_without_a_class_run_data_free, "file", test_all_families.FROM_HEADERS),
-    (test_roundtrip.test_mixed_plan_is_read_back, "name", {writer.name for writer in dialects.writers()}),
+    (test_every_scheme.test_refused_or_read_back, "name", {writer.name for writer in dialects.writers()}),
     (test_load.test_names_of_formats_are_text, "element", set(ELEMENTS)),
 ]
 
