@@ -77,10 +77,11 @@ def _facts(source: Source) -> dict[str, Any]:
 
 def _checkpoint(source: Source) -> Checkpoint | None:
     """Returns the checkpoint in source form, where it is quantized in a way that is read here."""
-    config = source.config.get("quantization_config")
-    if not isinstance(config, dict):
+    from quarkcli import dialects, family
+
+    config = family.quantization(source.config)
+    if not config:
         return None
-    from quarkcli import dialects
     from quarkcli.disk.checkpoint import Checkpoint
 
     if not dialects.matching(config, source.headers):
@@ -107,12 +108,14 @@ def _experts(layout: Layout) -> dict[str, Any] | None:
 
 
 def _quantization(source: Source, checkpoint: Checkpoint | None) -> dict[str, Any] | None:
-    config = source.config.get("quantization_config") or source.config.get("compression_config")
+    from quarkcli import family
+
+    config = family.quantization(source.config)
     if not config:
         return None
-    method = config.get("quant_method", "unknown") if isinstance(config, dict) else "unknown"
+    method = config.get("quant_method", "unknown")
     if checkpoint is None or checkpoint.reader is None:
-        return {"method": method, "dialect": None, "modules": {}, "caches": 0, "online": {}}
+        return {"method": method, "dialect": None, "modules": {}, "caches": 0, "online": {}, "source": None}
     specs = Counter(
         f"weights {stored.weight.describe()} | inputs {stored.input.describe() if stored.input else 'unquantized'}"
         for stored in checkpoint.view.targets.values()
@@ -125,7 +128,21 @@ def _quantization(source: Source, checkpoint: Checkpoint | None) -> dict[str, An
         "modules": dict(specs),
         "caches": caches,
         "online": online,
+        "source": _as_source(source),
     }
+
+
+def _as_source(source: Source) -> str:
+    """Returns how a job would read it, or why none can."""
+    from quarkcli.disk.origin import open_weights
+    from quarkcli.errors import ModelError
+
+    try:
+        origin = open_weights(source)[1]
+    except ModelError as error:
+        return f"none that a job can read: {error}"
+    assert origin is not None
+    return f"{origin.stored()}, dequantized while streaming"
 
 
 def _show(found: dict[str, Any]) -> None:
@@ -143,6 +160,8 @@ def _show(found: dict[str, Any]) -> None:
         ("tied head", found["tied_head"] or "no"),
         ("quantized", _quantized_text(found["quantization"])),
     ]
+    if found["quantization"] and found["quantization"]["source"]:
+        rows.append(("source", found["quantization"]["source"]))
     if found["other_tensors"]:
         rows.append(("other", f"{len(found['other_tensors'])} tensors outside the family, kept as they are"))
     for label, text in rows:
