@@ -84,6 +84,8 @@ class Quantizing(PartWorker):
     def make(self, part: Part, tensors: dict[str, Tensor]) -> Made:
         """Returns the part as it would be served. `tensors`: of the source, which stay as they are."""
         given = {name: tensor.clone() for name, tensor in tensors.items()} if self.plan.changes else tensors
+        if self.walk is not None:  # the candidate before may have moved the source stream on; here both are one
+            self.walk.take(dict.fromkeys(self.walk.hidden, self.walk.served))
         self._turn_inputs(part, {})
         self.work(part, given)
         self._turn_inputs(part, self.plan.online)
