@@ -10,6 +10,7 @@ from quarkcli.disk.compare import Row, compare, decibels
 from quarkcli.disk.source import Source
 from quarkcli.errors import CheckError
 from quarkcli.events import Listener, silent
+from quarkcli.family import lay_out
 
 _SHOWN = 5
 # Below it, noise is as large as the signal: codes or scales are read wrong, or are another weight's.
@@ -36,8 +37,17 @@ def check(checkpoint: Checkpoint, source: Source, least: float | None = None, te
     rows = [row for row in found.rows if row.name in quantized]
     if least is None and other and said is None:
         return [*lines, "weights not compared: they seem rewritten; --min-sqnr compares them all the same"]
-    left = set() if least is not None else said or set()
-    return lines + _ranked([row for row in rows if row.name not in left], least, len(rows))
+    left = said if said is not None and least is None else set()
+    homes = _homes(source) if left else {}
+    compared = [row for row in rows if row.name not in left and homes.get(row.name) not in left]
+    return lines + _ranked(compared, least, len(rows))
+
+
+def _homes(source: Source) -> dict[str, str]:
+    """Returns the source tensor in which every weight lies: experts may share one."""
+    whole = Checkpoint(source)
+    layout = lay_out(whole.family_name, whole.family, whole.inferred, source.config, whole.headers)
+    return {f"{name}.weight": weight.view.tensor for name, weight in layout.weights.items()}
 
 
 def _ranked(rows: Sequence[Row], least: float | None, count: int) -> list[str]:

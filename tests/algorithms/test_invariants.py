@@ -121,7 +121,7 @@ def test_the_last_word_is_the_members(name: str, source: Path, text: Path, tmp_p
     said: dict[str, Quantized] = {}
     with pytest.MonkeyPatch.context() as patch:
         packed = watch_packing(patch)
-        method = "solve" if issubclass(member, Solver) else "tune"
+        method = "solve_many" if issubclass(member, Solver) else "tune"
         patch.setattr(member, method, listening(getattr(member, method), said))
         runs.run(source, tmp_path / "out", **options(name, text))
     assert said or issubclass(member, Tuner)  # which may find nothing better in so few steps
@@ -134,7 +134,8 @@ def listening(method: Any, said: dict[str, Quantized]) -> Any:
     def heard(self: Any, what: Any, *more: Any) -> Any:
         found = method(self, what, *more)
         if isinstance(found, list):
-            said.update(zip((target.name for target in what.targets), found, strict=True))
+            for problem, own in zip(what, found, strict=True):
+                said.update(zip((target.name for target in problem.targets), own or (), strict=own is not None))
         elif found is not None:
             said.update(found.weights)
         return found

@@ -19,6 +19,7 @@ from quarkcli.documents.report import Report
 from quarkcli.documents.shape import check
 from quarkcli.errors import ModelError
 from quarkcli.job.run import EMBEDDED
+from tests.golden import sources
 
 HUGE = "9" * 5000
 ODD: tuple[Any, ...] = (-1, "x", [["a"]], {"a": 1}, 1.5, True)
@@ -74,13 +75,22 @@ def test_what_nobody_reads_may_be_anything() -> None:
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A finished run of each dialect, its config holding linears; one has a cache."""
+    """A finished run of each dialect, in the first of some schemes that it holds: the first has a cache too."""
     folder = tmp_path_factory.mktemp("made")
+    experts = str(sources.build("fused", folder / "source", 4096))
+    choices = [
+        ["--model", "demo", "--recipe", "fp8-kv_fp8"],
+        *(["--model", "demo", "--scheme", scheme] for scheme in ("fp8", "int4_wo_128", "uint4_wo_128")),
+        ["--model", experts, "--scheme", "mxfp4_weight_only", "--exclude", "*self_attn*"],
+    ]
     data = ["--calib-data", "builtin", "--calib-samples", "2", "--calib-seqlen", "16"]
-    for dialect in writers():
-        flags = ["--recipe", "fp8-kv_fp8", "--dialect", dialect.name]
-        assert main(["quantize", "--model", "demo", *flags, *data, "-o", str(folder / dialect.name), "-q"]) == 0
-    return {dialect.name: folder / dialect.name for dialect in writers()}
+    found = {}
+    for name in (dialect.name for dialect in writers()):
+        out = ["--dialect", name, "-o", str(folder / name), "-q"]
+        needed = (data if "fp8" in choice[-1] else [] for choice in choices)
+        assert any(main(["quantize", *c, *d, *out]) == 0 for c, d in zip(choices, needed, strict=True)), name
+        found[name] = folder / name
+    return found
 
 
 def places(tree: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:

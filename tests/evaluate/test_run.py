@@ -191,8 +191,8 @@ def test_refusals(fp8: runs.Made, page: Path, tmp_path: Path) -> None:
         measure(fp8.folder, page, baseline=str(other))
     shutil.copytree(fp8.folder, tmp_path / "foreign")
     config = (tmp_path / "foreign" / "config.json").read_text()
-    (tmp_path / "foreign" / "config.json").write_text(config.replace('"compressed-tensors"', '"awq"'))
-    with pytest.raises(ModelError, match="quantized with 'awq', which is not read here"):
+    (tmp_path / "foreign" / "config.json").write_text(config.replace('"compressed-tensors"', '"bitsandbytes"'))
+    with pytest.raises(ModelError, match="quantized with 'bitsandbytes', which is not read here"):
         measure(tmp_path / "foreign", page)
 
 

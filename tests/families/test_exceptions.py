@@ -126,7 +126,8 @@ def test_a_tied_head_follows_the_embedding(tmp_path: Path, page: Path) -> None:
 
 
 def test_a_checkpoint_reads_back_in_the_form_of_its_source(sources: dict[str, Path], tmp_path: Path) -> None:
-    for name in ("gpt_oss", runs.FUSED, "mixtral"):
+    """Fused or one by one as the family's published files have experts, whichever the source's own have."""
+    for name in ("gpt_oss", "mixtral"):
         made = runs.run(sources[name], tmp_path / name, scheme="fp8", exclude=["*"], include=["*experts*"],
                         calib_data="builtin", calib_samples=8, calib_seqlen=64)  # fmt: skip
         checkpoint = Checkpoint(Source.open(str(made.folder)))

@@ -131,7 +131,7 @@ def peak() -> int:
     return memory.peak_rss()
 
 
-@pytest.mark.parametrize("scheme", ["mxfp4", pytest.param("nvfp4", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("scheme", ["mxfp4", "nvfp4"])
 def test_as_it_was_published(scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every tensor of the files has a fate, that of the 16-bit model for its weights; and it is known in seconds."""
     source = published(tmp_path)
