@@ -116,7 +116,8 @@ def test_every_value_of_a_quantization_config_of_another_kind(dialect: str, chec
                 found.view(changed, source.headers)
             except ModelError:
                 refused += 1
-    assert refused > len(places(json.loads(whole)))
+    count = len(places(json.loads(whole)))
+    assert refused > (100 if count > 30 else 2 * count)
 
 
 def test_every_value_of_a_report(checkpoints: dict[str, Path]) -> None:
