@@ -7,8 +7,9 @@ Every user error is one plain message: what happened, where, and what to do next
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from enum import IntEnum
+from itertools import islice
 
 
 class ExitCode(IntEnum):
@@ -111,3 +112,15 @@ def near_misses(word: str, known: Iterable[str], limit: int = 3) -> list[str]:
     names = {name.replace("_", "-").lower(): name for name in known}
     found = difflib.get_close_matches(word.replace("_", "-").lower(), list(names), n=limit, cutoff=0.5)
     return [names[name] for name in found]
+
+
+def some(names: Iterable[object], limit: int = 5) -> str:
+    """Returns the first of many names with commas between, and dots where there are more."""
+    shown = list(islice(names, limit + 1))
+    return ", ".join(map(str, shown[:limit])) + (" ..." if len(shown) > limit else "")
+
+
+def none_of(names: Collection[object], what: str) -> None:
+    """Raises CheckError for names that there should not be: how many, `what`, and the first of them."""
+    if names:
+        raise CheckError(f"{len(names)} {what}: {some(names)}")

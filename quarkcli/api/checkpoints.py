@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from quarkcli.disk import compare as comparing
+from quarkcli.disk.checkpoint import Checkpoint
 from quarkcli.disk.source import Source
 from quarkcli.events import Listener, silent
 from quarkcli.job import convert as converting
@@ -27,7 +28,7 @@ def compare(a: str | PathLike[str], b: str | PathLike[str], listener: Listener =
 
     Raises QuarkError for what is no checkpoint, or quantized in a way that is not read.
     """
-    first, second = (Source.open(str(job.EMBEDDED) if str(name) == "demo" else str(name)) for name in (a, b))
+    first, second = (Checkpoint(Source.open(job.located(str(name)))) for name in (a, b))
     return comparing.compare(first, second, listener).as_dict()
 
 

@@ -9,6 +9,7 @@ import typer
 
 from quarkcli.cli import apps, output
 from quarkcli.cli.flags import Debug, Json, Offline, Quiet
+from quarkcli.errors import some
 
 if TYPE_CHECKING:
     from quarkcli.disk.compare import Comparison
@@ -19,7 +20,6 @@ EXAMPLES = apps.examples(
     "quark compare out/demo-mxfp4 demo --min-sqnr 15 --json",
 )
 LIMIT = 20  # tensors that people are shown
-SOME = 5  # names in a line
 
 
 def compare(
@@ -57,10 +57,11 @@ def compare(
     output.start(json=json, debug=debug, quiet=quiet)
     from quarkcli.cli.progress import Progress
     from quarkcli.disk import compare as comparing
+    from quarkcli.disk.checkpoint import Checkpoint
     from quarkcli.disk.source import Source
     from quarkcli.job import run as job
 
-    first, second = (Source.open(str(job.EMBEDDED) if name == "demo" else name, offline=offline) for name in (a, b))
+    first, second = (Checkpoint(Source.open(job.located(name), offline=offline)) for name in (a, b))
     with Progress("lines") as progress:
         found = comparing.compare(first, second, progress)
     found.a, found.b = a, b
@@ -113,7 +114,7 @@ def _facts(found: Comparison) -> list[tuple[str, str]]:
 
 
 def _some(texts: list[str]) -> str:
-    return f"{len(texts)}: " + ", ".join(texts[:SOME]) + (" ..." if len(texts) > SOME else "")
+    return f"{len(texts)}: {some(texts)}"
 
 
 def _number(value: float | None) -> str:

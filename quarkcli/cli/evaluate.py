@@ -84,7 +84,7 @@ def evaluate(
     with Progress() as progress:
         result = run.evaluate(
             directory,
-            baseline=str(job.EMBEDDED) if baseline == "demo" else baseline,
+            baseline=baseline and job.located(baseline),
             text=text,
             window=window,
             max_tokens=tokens,

@@ -62,11 +62,11 @@ def verify(
     output.start(json=json, debug=debug)
     from quarkcli.cli.progress import Progress
     from quarkcli.disk import verify as checks
-    from quarkcli.job.run import EMBEDDED
+    from quarkcli.job.run import located
 
     if min_sqnr is not None and source is None:
         raise UsageError("there is nothing to compare with", where="--min-sqnr", hint="--source DIR_OR_ID")
-    origin = str(EMBEDDED) if source == "demo" else source
+    origin = source and located(source)
     asked = checks.Asked(origin, target, on_nonfinite, hashes, _degrees(degrees), min_sqnr)
     with Progress("lines") as progress:
         found = checks.check(directory, asked, progress)

@@ -9,14 +9,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from quarkcli import dialects, family
 from quarkcli.dialects.base import Decoded, StoredTarget, StoredView
 from quarkcli.disk.source import Source
 from quarkcli.errors import ModelError
-from quarkcli.family import FamilyModel, WeightView, fused_shape, fused_views
+from quarkcli.family import FamilyModel, Layout, WeightView, fused_shape, fused_views
 from quarkcli.forward.activations import ActivationQuantizer, AttentionQuantizer
+from quarkcli.plan.model import Plan
+from quarkcli.plan.stored import Specs, of_stored
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,6 +69,30 @@ class Checkpoint:
     @property
     def quantized(self) -> bool:
         return self.reader is not None
+
+    @cached_property
+    def layout(self) -> Layout:
+        """Returns the family applied to the tensors in source form. Raises ModelError where they do not fit."""
+        return self._laid_out(self.headers)
+
+    @cached_property
+    def singly(self) -> Layout:
+        """Does as `layout`, with every quantized weight by itself, whether the source form has it fused or not."""
+        stored = self.view.targets.values()
+        return self._laid_out({**self.headers, **{f"{s.name}.weight": LogicalHeader("BF16", s.shape) for s in stored}})
+
+    def _laid_out(self, headers: dict[str, LogicalHeader]) -> Layout:
+        return family.lay_out(self.family_name, self.family, self.inferred, self.source.config, headers)
+
+    def plan(self, layout: Layout) -> Plan:
+        """Returns the plan that holds what is stored, and changes nothing. Raises ModelError, see `of_stored`."""
+        assert self.reader is not None
+        weights: dict[str, Specs] = {
+            stored.name: (stored.weight, stored.input, stored.output, stored.bias)
+            for stored in self.view.targets.values()
+        }
+        attention = {stored.name: stored.specs for stored in self.view.attention.values()}
+        return of_stored(self.reader.name, layout, weights, attention, self.view.online)
 
     @property
     def unlisted(self) -> list[str]:

@@ -12,10 +12,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from quarkcli.disk.checkpoint import Checkpoint
-from quarkcli.disk.source import Source
 from quarkcli.errors import CheckError
 from quarkcli.events import Listener, Working, silent
-from quarkcli.family import Weight, lay_out
+from quarkcli.family import Weight
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -122,11 +121,11 @@ class Comparison:
         }  # fmt: skip
 
 
-def compare(a: Source, b: Source, tell: Listener = silent) -> Comparison:
+def compare(a: Checkpoint, b: Checkpoint, tell: Listener = silent) -> Comparison:
     """Returns the comparison of two checkpoints. Raises ModelError for one that is quantized and not read here."""
     first, second = _Side(a), _Side(b)
-    swapped = first.checkpoint.quantized and not second.checkpoint.quantized
-    found = Comparison(a.name, b.name, "b" if swapped else "a")
+    swapped = a.quantized and not b.quantized
+    found = Comparison(a.source.name, b.source.name, "b" if swapped else "a")
     found.only_a = [name for name in first.shapes if name not in second.shapes]
     found.only_b = [name for name in second.shapes if name not in first.shapes]
     for name, shape in first.shapes.items():
@@ -166,13 +165,12 @@ def decibels(value: float) -> str:
 class _Side:
     """One of the two: its tensors by the names and shapes that both kinds of file agree on, experts one by one."""
 
-    def __init__(self, source: Source) -> None:
-        self.checkpoint = Checkpoint(source)
-        read = self.checkpoint
-        layout = lay_out(read.family_name, read.family, read.inferred, source.config, read.headers)
-        self.weights: dict[str, Weight] = {f"{weight.name}.weight": weight for weight in layout.weights.values()}
-        owned = {weight.view.tensor for weight in layout.weights.values()}
-        self.shapes = {name: tuple(header.shape) for name, header in read.headers.items() if name not in owned}
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        weights = checkpoint.layout.weights
+        self.weights: dict[str, Weight] = {f"{name}.weight": weight for name, weight in weights.items()}
+        owned = {weight.view.tensor for weight in weights.values()}
+        self.shapes = {name: tuple(header.shape) for name, header in checkpoint.headers.items() if name not in owned}
         self.shapes |= {name: weight.shape for name, weight in self.weights.items()}
         self._whole: dict[str, Tensor] = {}  # the fused tensor that was read last
 
@@ -216,7 +214,7 @@ def _row(name: str, first: _Side, second: _Side, swapped: bool, found: Compariso
     module = name.removesuffix(".weight")
     found.scales |= {f"{module}.{kind}": pair for kind, pair in _static(decoded)}
     alike = blocks[0] == blocks[1]
-    same = _same_codes(targets, decoded) if all(targets) else _same_bits(*_rounded(values, targets))
+    same = _same_codes(targets, decoded) if all(targets) else same_bits(*_rounded(values, targets))
     near = alike and any(targets) and _same_codes(targets, decoded, ulp=1)
     reference, other = values[::-1] if swapped else values
     signal, noise, largest = _difference(reference, other)
@@ -267,7 +265,7 @@ def _static(decoded: list[Decoded | None]) -> Iterator[tuple[str, tuple[float | 
     if first is None or second is None:
         return
     for kind, a, b in (("input", first.input, second.input), ("output", first.output, second.output)):
-        pair = _number(a), _number(b)
+        pair = number(a), number(b)
         if not near(*pair):
             yield kind, pair
 
@@ -298,8 +296,7 @@ def _same_codes(targets: tuple[StoredTarget | None, ...], decoded: list[Decoded 
         return False
     if _format(first.weight) != _format(second.weight):
         return False
-    orders = [one.weight.order.tolist() if one.weight.order is not None else None for one in (ours, theirs)]
-    if orders[0] != orders[1] or not _same_bits(ours.weight.codes, theirs.weight.codes):
+    if not (same_bits(ours.weight.order, theirs.weight.order) and same_bits(ours.weight.codes, theirs.weight.codes)):
         return False
     return same_params(ours.weight.params, theirs.weight.params, ulp)
 
@@ -315,18 +312,17 @@ def same_params(first: QParams, second: QParams, ulp: int = 0, values: bool = Fa
     ulp     how far scales of the whole tensor may be apart, in units in the last place of float32
     values  scales of other dtypes and shapes with equal values are equal
     """
-    same = _same_values if values else _same_bits
+    same = _same_values if values else same_bits
     if (first.then is None) != (second.then is None):
         return False
     if first.then is not None and second.then is not None and not same_params(first.then, second.then, ulp, values):
         return False
     pairs = [(getattr(first, name), getattr(second, name)) for name in ("scale", "global_scale", "zero_point", "shift")]
-    return all(
-        same(a, b) or (ulp > 0 and _number(a) is not None and near(_number(a), _number(b), ulp)) for a, b in pairs
-    )
+    return all(same(a, b) or (ulp > 0 and number(a) is not None and near(number(a), number(b), ulp)) for a, b in pairs)
 
 
-def _same_bits(first: Tensor | None, second: Tensor | None) -> bool:
+def same_bits(first: Tensor | None, second: Tensor | None) -> bool:
+    """True for tensors of one dtype with the same bytes, and where both are absent."""
     import torch
 
     if first is None or second is None:
@@ -341,7 +337,7 @@ def _same_values(first: Tensor | None, second: Tensor | None) -> bool:
     """True for equal bits, and for floats or whole numbers of two dtypes with equal values."""
     import torch
 
-    if _same_bits(first, second):
+    if same_bits(first, second):
         return True
     if first is None or second is None or first.numel() != second.numel():
         return False
@@ -350,7 +346,7 @@ def _same_values(first: Tensor | None, second: Tensor | None) -> bool:
     return torch.equal(first.double().reshape(-1), second.double().reshape(-1))
 
 
-def _number(scale: Tensor | None) -> float | None:
+def number(scale: Tensor | None) -> float | None:
     """Returns a scale of the whole tensor; None for scales of parts, and where there is none."""
     return float(scale) if scale is not None and scale.dim() == 0 and scale.is_floating_point() else None
 

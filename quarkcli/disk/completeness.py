@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
-from itertools import islice
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from quarkcli.disk.checkpoint import Checkpoint
 from quarkcli.disk.nonfinite import is_buffer
 from quarkcli.disk.source import INDEX, Source
-from quarkcli.errors import CheckError, ModelError
-from quarkcli.family import HeaderLike, Layout, check_fit, lay_out, text_config
+from quarkcli.errors import CheckError, ModelError, none_of
+from quarkcli.family import HeaderLike, Layout, check_fit, text_config
 
 # Dtypes of weights that are stored as they are.
 _PLAIN = {"BF16", "F16", "F32", "F64"}
@@ -24,7 +23,7 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 def index(source: Source) -> str:
     """Returns the check made of the index. Raises CheckError for a wrong total, and for files that it does not name."""
-    _none(list(source.unlisted), "tensors are in the files and not in the index")
+    none_of(list(source.unlisted), "tensors are in the files and not in the index")
     held = sum(header.nbytes for header in source.headers.values())
     path = source.folder / INDEX
     if not path.is_file():
@@ -34,7 +33,7 @@ def index(source: Source) -> str:
     if said is not None and said != held:
         raise CheckError(f"the index says {said} bytes of tensors in all, the files hold {held}", where=str(path))
     stray = sorted({file.name for file in source.folder.glob("*.safetensors")} - set(source.files))
-    _none(stray, "weight files are not named by the index")
+    none_of(stray, "weight files are not named by the index")
     return f"{len(source.headers)} tensors in {len(source.files)} files, as the index says"
 
 
@@ -45,11 +44,11 @@ def model(checkpoint: Checkpoint) -> str:
     """
     config, headers = checkpoint.source.config, checkpoint.headers
     try:
-        layout = lay_out(checkpoint.family_name, checkpoint.family, checkpoint.inferred, config, headers)
+        layout = checkpoint.layout
         check_fit(checkpoint.family, layout, config, headers)
     except ModelError as error:
         raise CheckError(error.what, where=error.where, hint="write it again, or copy it again") from error
-    _none(list(_misfits(layout, config)), "weights have another width than config.json says")
+    none_of(list(_misfits(layout, config)), "weights have another width than config.json says")
     return "blocks, experts, widths and counts fit config.json and each other"
 
 
@@ -70,7 +69,7 @@ def codes(checkpoint: Checkpoint, layout: Layout) -> str:
     owned = {weight.view.tensor for weight in layout.weights.values()}
     bare = [name for name in checkpoint.copied() if name in owned and headers[name].dtype not in _PLAIN]
     shown = [f"{name} ({headers[name].dtype})" for name in bare]
-    _none(shown, "weights are stored as codes, without a scale that says what they mean")
+    none_of(shown, "weights are stored as codes, without a scale that says what they mean")
     return "no weight is stored as codes without a scale"
 
 
@@ -86,7 +85,7 @@ def caches(checkpoint: Checkpoint, layout: Layout) -> list[str]:
         for kind in sorted(kinds)
         if module.name not in stored or kind not in stored[module.name].specs
     ]
-    _none(lacking, "scales of the cache or of attention are missing that other blocks have")
+    none_of(lacking, "scales of the cache or of attention are missing that other blocks have")
     return [f"attentions of all blocks have scales of {', '.join(sorted(kinds))}"]
 
 
@@ -99,7 +98,7 @@ def strangers(checkpoint: Checkpoint, layout: Layout, ours: Callable[[str], bool
         return "tensors of no module are not looked for: the family is inferred"
     headers = checkpoint.source.headers
     found = [name for name in _strangers(checkpoint, layout) if not ours(headers[name].file)]
-    _none(found, "tensors belong to no module of the model; loaders refuse them or pass over them")
+    none_of(found, "tensors belong to no module of the model; loaders refuse them or pass over them")
     return "every tensor belongs to a module of the model"
 
 
@@ -121,9 +120,3 @@ def _strangers(checkpoint: Checkpoint, layout: Layout) -> Iterator[str]:
         alone = count > 1 and alike[_NUMBER.sub("*", name)] == 1
         if inside or outside or alone:
             yield name
-
-
-def _none(names: Collection[object], what: str) -> None:
-    if names:
-        shown = ", ".join(map(str, islice(names, 5))) + (" ..." if len(names) > 5 else "")
-        raise CheckError(f"{len(names)} {what}: {shown}")

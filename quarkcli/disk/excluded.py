@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from quarkcli.dialects.base import Reader
-from quarkcli.errors import CheckError, ConfigError, ModelError
+from quarkcli.errors import CheckError, ConfigError, ModelError, some
 from quarkcli.family import Layout
 from quarkcli.recipe.expressions import Expressions
 
@@ -38,9 +38,9 @@ def check(reader: Reader, config: Mapping[str, Any], layout: Layout, quantized: 
     surplus = sorted(entries.left(quantized))
     where = " and ".join(found)
     if missing:
-        raise CheckError(f"{len(missing)} modules are not quantized, and {where} does not list them: {_some(missing)}")
+        raise CheckError(f"{len(missing)} modules are not quantized, and {where} does not list them: {some(missing)}")
     if surplus:
-        raise CheckError(f"{len(surplus)} modules are quantized, and {where} lists them: {_some(surplus)}")
+        raise CheckError(f"{len(surplus)} modules are quantized, and {where} lists them: {some(surplus)}")
     return f"{where} lists the {len(kept)} linears that are not quantized, and no other"
 
 
@@ -78,7 +78,3 @@ def _parents(name: str) -> Iterable[str]:
     """Returns a name and all of its parents."""
     parts = name.split(".")
     return (".".join(parts[:count]) for count in range(len(parts), 0, -1))
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")

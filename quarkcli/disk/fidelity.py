@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from quarkcli.disk.checkpoint import Checkpoint
 from quarkcli.disk.compare import Row, compare, decibels
 from quarkcli.disk.source import Source
-from quarkcli.errors import CheckError
+from quarkcli.errors import CheckError, some
 from quarkcli.events import Listener, silent
-from quarkcli.family import lay_out
 
 _SHOWN = 5
 # Below it, noise is as large as the signal: codes or scales are read wrong, or are another weight's.
@@ -18,7 +17,9 @@ BROKEN = 1.0
 _REPORT = "quark/report.json"
 
 
-def check(checkpoint: Checkpoint, source: Source, least: float | None = None, tell: Listener = silent) -> list[str]:
+def check(
+    checkpoint: Checkpoint, original: Checkpoint, least: float | None = None, tell: Listener = silent
+) -> list[str]:
     """Returns lines about kept tensors, and about the worst weights. Raises CheckError.
 
     Kept tensors are those of the source, byte for byte, unless an algorithm changed them. Weights must reach `least`
@@ -26,28 +27,22 @@ def check(checkpoint: Checkpoint, source: Source, least: float | None = None, te
     """
     quantized = {f"{name}.weight" for name in checkpoint.view.targets}
     quantized |= {f"{name}.bias" for name, stored in checkpoint.view.targets.items() if stored.bias is not None}
-    found = compare(checkpoint.source, source, tell)
+    found = compare(checkpoint, original, tell)
     said = _said_changed(checkpoint.source)
     other = [row.name for row in found.rows if row.name not in quantized and not row.identical]
     if said is not None and (wrong := [name for name in other if name not in said]):
-        raise CheckError(f"{len(wrong)} kept tensors have other values than in the source: {_some(wrong)}")
+        raise CheckError(f"{len(wrong)} kept tensors have other values than in the source: {some(wrong)}")
     lines = ["kept tensors are those of the source"]
     if other:
-        lines = [f"{len(other)} kept tensors have other values, as algorithms that rewrite leave them: {_some(other)}"]
+        lines = [f"{len(other)} kept tensors have other values, as algorithms that rewrite leave them: {some(other)}"]
     rows = [row for row in found.rows if row.name in quantized]
     if least is None and other and said is None:
         return [*lines, "weights not compared: they seem rewritten; --min-sqnr compares them all the same"]
     left = said if said is not None and least is None else set()
-    homes = _homes(source) if left else {}
+    weights = original.layout.weights.values() if left else ()
+    homes = {f"{weight.name}.weight": weight.view.tensor for weight in weights}  # experts may share one
     compared = [row for row in rows if row.name not in left and homes.get(row.name) not in left]
     return lines + _ranked(compared, least, len(rows))
-
-
-def _homes(source: Source) -> dict[str, str]:
-    """Returns the source tensor in which every weight lies: experts may share one."""
-    whole = Checkpoint(source)
-    layout = lay_out(whole.family_name, whole.family, whole.inferred, source.config, whole.headers)
-    return {f"{name}.weight": weight.view.tensor for name, weight in layout.weights.items()}
 
 
 def _ranked(rows: Sequence[Row], least: float | None, count: int) -> list[str]:
@@ -60,7 +55,7 @@ def _ranked(rows: Sequence[Row], least: float | None, count: int) -> list[str]:
     if bad:
         hint = "codes or scales are read wrong, or are another weight's" if least is None else ""
         what = f"{len(bad)} weights have less than {limit:g} dB of signal to noise against the source"
-        raise CheckError(f"{what}: {_some(bad)}", hint=hint)
+        raise CheckError(f"{what}: {some(bad)}", hint=hint)
     shown = ", ".join(f"{row.name} {decibels(row.sqnr)}" for row in rows[:_SHOWN])
     middle = decibels(rows[len(rows) // 2].sqnr)
     return [f"signal to noise of {len(rows)} weights: median {middle}; worst: {shown}{more}"]
@@ -73,7 +68,3 @@ def _said_changed(ours: Source) -> set[str] | None:
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return set(changed) if isinstance(changed, dict) else None
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (" ..." if len(names) > _SHOWN else "")

@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from quarkcli.disk.writer import MANIFEST, STATE, atomic_write_json, disk_errors
-from quarkcli.errors import CheckError, QuarkError, all_of
+from quarkcli.errors import CheckError, QuarkError, all_of, some
 
 SCHEMA = "quark/manifest/1"
 LOG = "quark/quark.log"
@@ -220,5 +220,4 @@ def _shown(count: int) -> str:
 
 
 def _listed(names: list[str]) -> str:
-    shown = ", ".join(os.fsencode(name).decode("utf-8", "backslashreplace") for name in names[:5])
-    return shown + (" ..." if len(names) > 5 else "")
+    return some(os.fsencode(name).decode("utf-8", "backslashreplace") for name in names)

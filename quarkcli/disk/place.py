@@ -12,7 +12,7 @@ from pathlib import Path
 
 from quarkcli.disk import manifest
 from quarkcli.disk.writer import MANIFEST, STATE, disk_errors, remove
-from quarkcli.errors import QuarkError, ResourceError, UsageError
+from quarkcli.errors import QuarkError, ResourceError, UsageError, some
 
 REPLACED = "replaced.json"
 # file systems without locks (some network ones): working unlocked beats not working
@@ -60,8 +60,7 @@ def dispose(old: Path, final: Path) -> list[str]:
         return []
     if not was_ours:
         return [f"what was in {final} is now in {old}"]
-    names = ", ".join(kept[:5]) + (" ..." if len(kept) > 5 else "")
-    return [f"{len(kept)} files in {final} were not as quark wrote them, and are now in {old}: {names}"]
+    return [f"{len(kept)} files in {final} were not as quark wrote them, and are now in {old}: {some(kept)}"]
 
 
 def replaced(state: Path) -> list[str]:

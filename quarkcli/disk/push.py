@@ -8,7 +8,7 @@ from typing import Any
 from quarkcli.disk import manifest, verify
 from quarkcli.disk.side_files import README
 from quarkcli.disk.writer import MANIFEST
-from quarkcli.errors import AccessError, QuarkError, UsageError
+from quarkcli.errors import AccessError, QuarkError, UsageError, some
 from quarkcli.events import Listener, Message, Phase, Working, silent
 
 _HUBS_OWN = {".gitattributes", README}
@@ -58,8 +58,7 @@ def _names(folder: Path, tell: Listener) -> list[str]:
         return shown
     names = [*sorted(listed.files), MANIFEST]
     if left := sorted(set(shown) - {*names, manifest.LOG}):
-        text = f"not uploaded, for the manifest does not list them: {', '.join(left[:5])}"
-        tell(Message(text + (" ..." if len(left) > 5 else ""), "warning"))
+        tell(Message(f"not uploaded, for the manifest does not list them: {some(left)}", "warning"))
     return names
 
 

@@ -5,14 +5,13 @@ Scales are told by the names of their tensors, which every dialect gives them, a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import islice
 
 from quarkcli.dialects.base import Reader, StoredTarget
 from quarkcli.disk.checkpoint import Checkpoint
 from quarkcli.disk.values import Values, has_floats, is_finite, values
-from quarkcli.errors import CheckError
+from quarkcli.errors import CheckError, some
 from quarkcli.events import Listener, Message, silent
 from quarkcli.family import Weight
 from quarkcli.plan.fused import matrix
@@ -77,7 +76,7 @@ def check(
             found.bad += [f"{tensor} ({fault})"] if fault else []
     if found.bad:
         what = "modules have a scale that is zero, negative, infinite, NaN or absent"
-        raise CheckError(f"{len(found.bad)} {what}: {_some(found.bad)}")
+        raise CheckError(f"{len(found.bad)} {what}: {some(found.bad)}")
     return _compared(checkpoint, found, tell, served)
 
 
@@ -94,7 +93,7 @@ def codes(checkpoint: Checkpoint, everything: bool | None, limit: int) -> str:
         return f"codes of {len(names)} weights not read ({size / 1e9:.0f} GB): --hashes"
     bad = [name for name in names if not is_finite(checkpoint.source, name)]
     if bad:
-        raise CheckError(f"{len(bad)} weights have codes that are NaN or infinite: {_some(bad)}")
+        raise CheckError(f"{len(bad)} weights have codes that are NaN or infinite: {some(bad)}")
     return f"{len(names)} weights have floats for codes, all finite"
 
 
@@ -105,14 +104,14 @@ def _compared(checkpoint: Checkpoint, found: _Found, tell: Listener, served: boo
     unequal = {group: list(members) for group, members in both if len(set(members.values())) > 1}
     two_level = sorted(g for g, members in unequal.items() if any(_over(targets[name].weight) for name in members))
     if two_level and served:
-        raise CheckError(f"{len(two_level)} scale groups do not share their per-tensor scales: {_some(two_level)}")
+        raise CheckError(f"{len(two_level)} scale groups do not share their per-tensor scales: {some(two_level)}")
     if unequal:
         what = f"{len(unequal)} scale groups do not share their per-tensor scales"
-        tell(Message(f"{what}: {_COST} ({_some(sorted(unequal))})", "warning"))
+        tell(Message(f"{what}: {_COST} ({some(sorted(unequal))})", "warning"))
     own = sorted(layer for layer, scales in found.layers.items() if len(scales) > 1)
     if own:
         what = f"{len(own)} layers have experts with input scales of their own"
-        tell(Message(f"{what}: servers take the largest for all experts of a layer ({_some(own)})", "warning"))
+        tell(Message(f"{what}: servers take the largest for all experts of a layer ({some(own)})", "warning"))
     caches = len(checkpoint.view.attention)
     shared = sum(len(members) > 1 and name not in unequal for name, members in found.groups.items())
     return [
@@ -195,8 +194,3 @@ def _of_tensor(own: Mapping[str, Values], slot: str) -> tuple[float, ...]:
 def _over(spec: TensorSpec) -> bool:
     """True when block scales lie under a scale of the tensor, which servers take from one member for all."""
     return any(stage.scale is not None and stage.scale.global_scale is not None for stage in spec.stages)
-
-
-def _some(names: Iterable[str]) -> str:
-    listed = list(names)
-    return ", ".join(islice(listed, 5)) + (" ..." if len(listed) > 5 else "")

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 from quarkcli import servers
 from quarkcli.dialects.base import Writer
 from quarkcli.disk import completeness, contents, excluded, fidelity, manifest, nonfinite, parallel
 from quarkcli.disk import scales as stored_scales
-from quarkcli.disk.checkpoint import Checkpoint, LogicalHeader
+from quarkcli.disk.checkpoint import Checkpoint
 from quarkcli.disk.nonfinite import HINT, NonFinite, OnNonfinite
 from quarkcli.disk.source import Source
 from quarkcli.disk.values import Values, floats, has_floats, values
-from quarkcli.errors import CheckError, ModelError, QuarkError, all_of
+from quarkcli.errors import CheckError, ModelError, QuarkError, all_of, none_of
 from quarkcli.events import Listener, Message, Working, silent
 from quarkcli.family import HeaderLike, Layout, Weight, for_checkpoint, lay_out, quantization
 from quarkcli.plan.fused import Servers, matrix, sentence, splits
 from quarkcli.plan.model import Plan
 from quarkcli.plan.online import sentences
-from quarkcli.plan.stored import Specs, of_stored
 
 
 def against_plan(folder: Path, plan: Plan, dialect: Writer, source_headers: Mapping[str, HeaderLike]) -> list[str]:
@@ -35,20 +33,20 @@ def against_plan(folder: Path, plan: Plan, dialect: Writer, source_headers: Mapp
     }
     missing = sorted(set(expected) - set(written.headers))
     surplus = sorted(set(written.headers) - set(expected))
-    _none(missing, "tensors are missing")
-    _none(surplus, "tensors are not in the plan")
+    none_of(missing, "tensors are missing")
+    none_of(surplus, "tensors are not in the plan")
     wrong = [
         name
         for name, info in expected.items()
         if (written.headers[name].dtype, tuple(written.headers[name].shape)) != (info.dtype, tuple(info.shape))
     ]
-    _none(wrong, "tensors have another dtype or shape than planned")
+    none_of(wrong, "tensors have another dtype or shape than planned")
     checks = [f"{len(expected)} tensors present with the planned dtype and shape"]
     if dialect.reader is None:
         return [*checks, f"scales not read back: dialect {dialect.name} is only written here"]
     checkpoint = Checkpoint(written)
     read, said = checkpoint.view.online, plan.online
-    _none(sorted(read.items() ^ said.items()), "inputs are not turned as planned")
+    none_of(sorted(read.items() ^ said.items()), "inputs are not turned as planned")
     return checks + scales(checkpoint, plan) + turned_inputs(checkpoint)
 
 
@@ -59,7 +57,7 @@ def scales(
 
     Returns the checks made; raises CheckError. See `disk.scales`.
     """
-    weights: Mapping[str, Weight] = plan.targets if plan is not None else _weights(checkpoint)
+    weights: Mapping[str, Weight] = plan.targets if plan is not None else checkpoint.singly.weights
     group_of = {name: weight.group for name, weight in weights.items()}
     if plan is not None:
         group_of = {target.name: target.scale_group for target in plan.targets.values()}
@@ -119,7 +117,7 @@ def _contents(folder: Path, model: Source | None, asked: Asked, tell: Listener) 
         raise CheckError("no quantization_config in config.json", where=str(folder))
     try:
         checkpoint = Checkpoint(source)
-        layout = _layout(checkpoint)
+        layout = checkpoint.singly
     except ModelError as error:
         unsaid = (
             "" if "quant_method" in described else "quantization_config has no quant_method, by which loaders choose: "
@@ -143,8 +141,7 @@ def _contents(folder: Path, model: Source | None, asked: Asked, tell: Listener) 
         lambda: [stored_scales.codes(checkpoint, asked.hashes, manifest.HASH_LIMIT)],
         lambda: [kept_values(checkpoint, asked.on_nonfinite, tell)],
         lambda: _served(checkpoint, layout, asked.target),
-        lambda: fidelity.check(checkpoint, model, asked.min_sqnr, tell) if model is not None else [],
-        lambda: [_against_source(checkpoint, model)] if model is not None else [],
+        lambda: _against_source(checkpoint, Checkpoint(model), asked.min_sqnr, tell) if model is not None else [],
     )
 
 
@@ -152,13 +149,10 @@ def _served(checkpoint: Checkpoint, layout: Layout, target: Servers) -> list[str
     """Returns which servers load it. Raises CheckError when the one that was named does not."""
     if target == "none":
         return []
-    view, reader = checkpoint.view, checkpoint.reader
-    assert reader is not None
-    weights: dict[str, Specs] = {t.name: (t.weight, t.input, t.output, t.bias) for t in view.targets.values()}
-    attention = {stored.name: stored.specs for stored in view.attention.values()}
-    plan = of_stored(reader.name, layout, weights, attention, view.online)
+    assert checkpoint.reader is not None
     described = quantization(checkpoint.source.config)
-    return servers.verdicts(target, servers.Written(reader.name, described, plan), CheckError)
+    written = servers.Written(checkpoint.reader.name, described, checkpoint.plan(layout))
+    return servers.verdicts(target, written, CheckError)
 
 
 def _every(*checks: Callable[[], list[str]]) -> list[str]:
@@ -183,7 +177,7 @@ def _fused_schemes(checkpoint: Checkpoint, servers: Servers) -> str:
     stored = checkpoint.view.targets
     found = splits(
         (weight, (stored[name].weight, stored[name].input) if name in stored else (None, None))
-        for name, weight in _weights(checkpoint).items()
+        for name, weight in checkpoint.singly.weights.items()
     )
     if found and servers != "none":
         hint = "quantize it again with one scheme for all members; --target none accepts it"
@@ -202,17 +196,17 @@ def turned_inputs(checkpoint: Checkpoint) -> list[str]:
     online = checkpoint.view.online
     if not online:
         return []
-    weights = _weights(checkpoint)
+    weights = checkpoint.singly.weights
     shapes = {name: weight.shape for name, weight in weights.items()}
-    _none([n for n in online if n not in shapes], "inputs are turned of what is no linear")
-    _none([n for n in online if weights[n].expert is not None], "inputs of routed experts are turned")
-    _none([n for n, block in online.items() if shapes[n][1] % block], "inputs are turned in blocks that do not fit")
+    none_of([n for n in online if n not in shapes], "inputs are turned of what is no linear")
+    none_of([n for n in online if weights[n].expert is not None], "inputs of routed experts are turned")
+    none_of([n for n, block in online.items() if shapes[n][1] % block], "inputs are turned in blocks that do not fit")
     groups: dict[str, set[int | None]] = {}
     for name, weight in weights.items():
         groups.setdefault(matrix(weight), set()).add(online.get(name))
     split = [group for group, blocks in groups.items() if len(blocks) > 1]
-    _none(split, "groups of weights that servers fuse have members whose inputs are turned otherwise")
-    _none([n for n in checkpoint.view.matrices if not _is_hadamard(checkpoint.source, n)], "matrices are no Hadamard")
+    none_of(split, "groups of weights that servers fuse have members whose inputs are turned otherwise")
+    none_of([n for n in checkpoint.view.matrices if not _is_hadamard(checkpoint.source, n)], "matrices are no Hadamard")
     return [f"turned as the config says: {text}" for text in sentences(online)]
 
 
@@ -232,7 +226,7 @@ def _is_hadamard(source: Source, name: str) -> bool:
 
 def kept_values(checkpoint: Checkpoint, on_nonfinite: OnNonfinite, tell: Listener) -> str:
     """Reads every tensor that is stored as it was. Raises CheckError for NaN or infinity in a parameter."""
-    found = NonFinite(_layout(checkpoint).tensor_roles)
+    found = NonFinite(checkpoint.singly.tensor_roles)
     names, size, source = checkpoint.copied(), 0, checkpoint.source
     for name in names:
         tell(Working(f"reading {name}"))
@@ -260,13 +254,20 @@ def _against_manifest(folder: Path, hashes: bool | None) -> list[str]:
     return ["no manifest: sizes, headers and hashes not compared"]
 
 
-def _against_source(checkpoint: Checkpoint, source: Source) -> str:
-    original = Checkpoint(source)  # it may be quantized as well
+def _against_source(checkpoint: Checkpoint, original: Checkpoint, least: float | None, tell: Listener) -> list[str]:
+    """Compares names, shapes and values with those of the source, which may be quantized as well."""
+    return _every(
+        lambda: fidelity.check(checkpoint, original, least, tell),
+        lambda: [_nothing_lost(checkpoint, original)],
+    )
+
+
+def _nothing_lost(checkpoint: Checkpoint, original: Checkpoint) -> str:
     ours, theirs = _shapes(checkpoint, checkpoint.headers), _shapes(checkpoint, original.headers)
     missing = sorted(set(theirs) - set(ours))
     other = [name for name, shape in theirs.items() if name in ours and ours[name] != shape]
-    _none(missing, "source tensors are not accounted for")
-    _none(other, "tensors have another shape than in the source")
+    none_of(missing, "source tensors are not accounted for")
+    none_of(other, "tensors have another shape than in the source")
     return f"all {len(original.headers)} source tensors accounted for"
 
 
@@ -286,28 +287,3 @@ def _open(folder: Path) -> Source:
         return Source.open(str(folder))
     except ModelError as error:
         raise CheckError(error.what, where=error.where or str(folder)) from error
-
-
-def _weights(checkpoint: Checkpoint) -> dict[str, Weight]:
-    """Returns every weight, quantized or kept, as the family says; experts one by one."""
-    return _layout(checkpoint).weights
-
-
-def _layout(checkpoint: Checkpoint) -> Layout:
-    """Returns the family applied to the source form of the checkpoint, experts one by one."""
-    singles = {
-        f"{name}.weight": LogicalHeader("BF16", stored.shape) for name, stored in checkpoint.view.targets.items()
-    }
-    return lay_out(
-        checkpoint.family_name, checkpoint.family, checkpoint.inferred, checkpoint.source.config,
-        {**checkpoint.headers, **singles},
-    )  # fmt: skip
-
-
-def _none(names: Collection[object], what: str) -> None:
-    if names:
-        raise CheckError(f"{len(names)} {what}: {_some(names)}")
-
-
-def _some(names: Collection[object]) -> str:
-    return ", ".join(map(str, islice(names, 5))) + (" ..." if len(names) > 5 else "")

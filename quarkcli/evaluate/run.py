@@ -312,8 +312,7 @@ def _divergence(base: Tensor, scores: Tensor) -> Tensor:
 
 def _roles(checkpoint: Checkpoint) -> dict[str, str]:
     """Returns the role of every tensor that the family knows."""
-    name, model, inferred = checkpoint.family_name, checkpoint.family, checkpoint.inferred
-    return family.lay_out(name, model, inferred, checkpoint.source.config, checkpoint.headers).tensor_roles
+    return checkpoint.layout.tensor_roles
 
 
 def _log_probabilities(side: _Side, index: int, first: int) -> Tensor:

@@ -10,18 +10,18 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from quarkcli import __version__, dialects, family, memory
+from quarkcli import __version__, dialects, memory
 from quarkcli.dialects.base import CONFIG_FILE, CONFIG_KEY, Decoded, Reader, StoredView, Writer
 from quarkcli.disk import contents, manifest, side_files, verify
 from quarkcli.disk.checkpoint import Checkpoint, LogicalHeader
-from quarkcli.disk.compare import near, same_params
+from quarkcli.disk.compare import near, number, same_bits, same_params
 from quarkcli.disk.journal import Journal
-from quarkcli.disk.place import dispose
 from quarkcli.disk.source import Source
 from quarkcli.disk.writer import (
     atomic_write_json,
@@ -29,15 +29,13 @@ from quarkcli.disk.writer import (
     file_size,
     free_bytes,
     partial_path,
-    publish,
     write_part,
 )
 from quarkcli.documents import text
 from quarkcli.errors import ModelError, QuarkError, ResourceError, UsageError
 from quarkcli.events import Listener, Message, PartDone, Phase, Working, silent
 from quarkcli.job import finish, preflight
-from quarkcli.plan.model import Part, Plan, QuantizedTarget
-from quarkcli.plan.stored import Specs, of_stored
+from quarkcli.plan.model import Part, Plan, QuantizedTarget, Target
 from quarkcli.report.build import card_of_conversion
 from quarkcli.spec import TensorSpec
 
@@ -51,12 +49,14 @@ RECIPE, REPORT = "quark/recipe.yaml", "quark/report.json"
 class Conversion:
     """All that is known before the first weight is read.
 
+    owners  targets by the tensor they lie in
     there   what the other dialect's reader will find in the files
     moved   scales of whole tensors that are one unit in the last place off: some dialects store the inverse
     """
 
     checkpoint: Checkpoint
     plan: Plan
+    owners: Mapping[str, list[Target]]
     reader: Reader
     writer: Writer
     back: Reader
@@ -78,19 +78,21 @@ def prepare(source: Source, to: str) -> Conversion:
         raise ModelError("is not quantized, so there is nothing to convert", where=source.name, hint=hint)
     if reader.name == writer.name:
         raise UsageError(f"the checkpoint is in dialect {writer.name} already", where="--to")
-    plan = _plan(checkpoint)
+    plan = checkpoint.plan(checkpoint.layout)
     refusals = [*writer.refusals(plan), *writer.online_refusals(plan)]
     if refusals:
         more = f" (and {len(refusals) - 1} more reasons)" if len(refusals) > 1 else ""
         raise ModelError(f"dialect {writer.name} cannot hold this checkpoint: {refusals[0]}{more}", where=source.name)
     if back is None:
         raise ModelError(f"dialect {writer.name} is only written here, so nothing could prove that it is lossless")
-    infos = _infos(plan, writer, checkpoint)
+    owners = contents.part_targets(plan)
+    parts = (contents.part_infos(plan, writer, part, checkpoint.headers, owners) for part in plan.parts)
+    infos = list(chain.from_iterable(parts))
     headers = {info.name: LogicalHeader(info.dtype, info.shape) for info in infos}
     config = writer.files(plan).get(CONFIG_FILE, {}).get(CONFIG_KEY) or {}
     there = back.view(config, headers)
     _check_specs(plan, there, writer)
-    return Conversion(checkpoint, plan, reader, writer, back, there, file_size(infos))
+    return Conversion(checkpoint, plan, owners, reader, writer, back, there, file_size(infos))
 
 
 def convert(
@@ -104,54 +106,26 @@ def convert(
     preflight.check_output(output, overwrite, source.folder)
     if found.bytes > (free := free_bytes(output)):
         raise ResourceError(f"{found.bytes:,} bytes needed, {free:,} free", where=str(output), hint="free some space")
-    with Journal.lock(partial) as journal:
+    with Journal.lock(partial) as journal, finish.begun():
         journal.start(_fingerprint(source, found.writer))
         journal.verify()
         tell(Phase("convert"))
         todo = [part for part in found.plan.parts if part.name not in journal.finished]
         for part in todo:
-            begun = time.monotonic()
-            tensors = _part(found, part, tell)
-            files = write_part(partial, contents.slug(part), tensors)
+            at = time.monotonic()
+            files = write_part(partial, contents.slug(part), _part(found, part, tell))
             moved, found.moved = found.moved, []
             journal.finish(part.name, {"files": [file.record() for file in files], "moved": moved})
-            seconds, eta = (
-                time.monotonic() - begun,
-                (len(found.plan.parts) - part.index - 1) * (time.monotonic() - begun),
-            )
-            label = f"{found.reader.name} -> {found.writer.name}"
-            tell(
-                PartDone(
-                    part.index + 1, len(found.plan.parts), part.name, label, seconds, None, memory.peak_rss(), 0, eta
-                )
-            )
-            del tensors
+            seconds, total = time.monotonic() - at, len(found.plan.parts)
+            label, eta = f"{found.reader.name} -> {found.writer.name}", (total - part.index - 1) * seconds
+            tell(PartDone(part.index + 1, total, part.name, label, seconds, None, memory.peak_rss(), 0, eta))
         records = {part.name: journal.finished[part.name] for part in found.plan.parts}
         summary = _finish(found, source, partial, records, tell) | {"seconds": round(time.monotonic() - started, 2)}
-        journal.set_aside()
-        publish(partial, output, overwrite, journal.announce)
-        for old in journal.replaced:
-            for line in dispose(Path(old), output):
-                tell(Message(line, "warning", always=True))
-        journal.discard_state()
+        finish.hand_over(journal, partial, output, overwrite, tell)
     return {"directory": str(output), **summary}
 
 
 # ---- before any weight is read
-
-
-def _plan(checkpoint: Checkpoint) -> Plan:
-    read = checkpoint
-    layout = family.lay_out(read.family_name, read.family, read.inferred, read.source.config, read.headers)
-    weights: dict[str, Specs] = {t.name: (t.weight, t.input, t.output, t.bias) for t in read.view.targets.values()}
-    attention = {stored.name: stored.specs for stored in read.view.attention.values()}
-    assert read.reader is not None
-    return of_stored(read.reader.name, layout, weights, attention, read.view.online)
-
-
-def _infos(plan: Plan, writer: Writer, checkpoint: Checkpoint) -> list[contents.TensorInfo]:
-    owners = contents.part_targets(plan)
-    return [info for part in plan.parts for info in contents.part_infos(plan, writer, part, checkpoint.headers, owners)]
 
 
 def _check_specs(plan: Plan, there: StoredView, writer: Writer) -> None:
@@ -218,7 +192,7 @@ def _fingerprint(source: Source, writer: Writer) -> dict[str, Any]:
 def _part(found: Conversion, part: Part, tell: Listener) -> dict[str, Tensor]:
     """Returns the tensors of a part in the other dialect."""
     plan, read = found.plan, found.checkpoint
-    out = {row.info.name: _kept(read, row) for row in contents.copied(plan, part, read.headers, _owners(plan))}
+    out = {row.info.name: _kept(read, row) for row in contents.copied(plan, part, read.headers, found.owners)}
     packed = contents.Packed(found.writer, plan.quantized(part.index))
     for target in plan.quantized(part.index):
         tell(Working(f"converting {target.name}"))
@@ -230,10 +204,6 @@ def _part(found: Conversion, part: Part, tell: Listener) -> dict[str, Tensor]:
             scales = found.reader.decode_attention(stored, read.source.read_many(stored.scales.values()))
             out |= found.writer.attention_tensors(module, scales)
     return out | found.writer.online_tensors(plan, part.index)
-
-
-def _owners(plan: Plan) -> Mapping[str, list[Any]]:
-    return contents.part_targets(plan)
 
 
 def _kept(checkpoint: Checkpoint, row: contents.Copied) -> Tensor:
@@ -272,35 +242,19 @@ def _lost(ours: Decoded, theirs: Decoded) -> str:
             if one is not other:
                 return kind
             continue
-        if not _same_codes(one.codes, other.codes):
+        if not same_bits(one.codes, other.codes):
             return f"{kind} of the bias" if kind == "bias" else kind
-        if not _same_order(one.order, other.order):
+        if not same_bits(one.order, other.order):
             return "order of columns"
         if not same_params(one.params, other.params, ulp=1, values=True):
             return "scales"
     static = ((ours.input, theirs.input), (ours.output, theirs.output))
-    return "" if all(near(_float(a), _float(b)) for a, b in static) else "activation scales"
+    return "" if all(near(number(a), number(b)) for a, b in static) else "activation scales"
 
 
 def _exact(ours: Decoded, theirs: Decoded) -> bool:
     same = same_params(ours.weight.params, theirs.weight.params, values=True)
-    return same and all(_float(a) == _float(b) for a, b in ((ours.input, theirs.input), (ours.output, theirs.output)))
-
-
-def _same_order(one: Tensor | None, other: Tensor | None) -> bool:
-    return one is other or (one is not None and other is not None and one.equal(other))
-
-
-def _same_codes(one: Tensor, other: Tensor) -> bool:
-    import torch
-
-    if one.dtype == other.dtype and one.is_floating_point():
-        return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
-    return one.shape == other.shape and torch.equal(one, other)
-
-
-def _float(scale: Tensor | None) -> float | None:
-    return float(scale) if scale is not None else None
+    return same and all(number(a) == number(b) for a, b in ((ours.input, theirs.input), (ours.output, theirs.output)))
 
 
 # ---- beside the weights

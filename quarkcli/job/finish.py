@@ -1,10 +1,11 @@
-"""Steps 9 and 10: config, index, side files, resolved recipe; verification, report, card, manifest."""
+"""Steps 9 and 10: config, index, side files, resolved recipe; verification, report, card, manifest; the name."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +13,23 @@ import yaml
 
 from quarkcli.dialects.base import CONFIG_FILE, Writer
 from quarkcli.disk import manifest, verify
+from quarkcli.disk.journal import Journal
+from quarkcli.disk.place import dispose, earlier
 from quarkcli.disk.side_files import SideFiles
 from quarkcli.disk.source import Source
-from quarkcli.disk.writer import atomic_write_json, atomic_write_text, disk_errors, remove_staging, write_index
+from quarkcli.disk.writer import (
+    atomic_write_json,
+    atomic_write_text,
+    disk_errors,
+    partial_path,
+    publish,
+    remove_staging,
+    resolved,
+    sync_folder,
+    write_index,
+)
+from quarkcli.errors import AccessError, ResourceError
+from quarkcli.events import Listener, Message
 from quarkcli.family import quantization, text_config, without_quantization
 from quarkcli.job.options import Calibration, Prepared
 from quarkcli.plan import advice
@@ -180,3 +195,48 @@ def write_manifest(facts: Mapping[str, Any], partial: Path, records: Mapping[str
     """
     remove_staging(partial)
     manifest.write(partial, facts, {file["file"]: file["sha256"] for r in records.values() for file in r["files"]})
+
+
+def hand_over(
+    journal: Journal,
+    partial: Path,
+    output: Path,
+    overwrite: bool,
+    tell: Listener,
+    named: Callable[[], None] = lambda: None,
+) -> None:
+    """Gives a finished directory its name, and tidies up beside it. `named`: called as soon as it bears it."""
+    journal.set_aside()
+    publish(partial, output, overwrite, journal.announce)
+    named()
+    _tidy(journal, output, tell)
+
+
+@contextmanager
+def begun() -> Iterator[None]:
+    """Turns missing files into disk errors: they were there when the work began, so no name is wrong."""
+    try:
+        yield
+    except AccessError as error:
+        raise ResourceError(error.what, where=error.where, hint=error.hint) from error
+
+
+def _tidy(journal: Journal, output: Path, tell: Listener) -> None:
+    """Tidies up after the renaming. The checkpoint stands: a failure now, or a signal, is no more than a warning."""
+    try:
+        sync_folder(partial_path(output).parent)
+        for path in sorted({*earlier(resolved(output))} - {*map(Path, journal.replaced)}):
+            tell(Message(f"{path} is left of an earlier run, which moved it aside; remove it if nobody needs it"))
+        for old in journal.replaced:
+            for line in dispose(Path(old), output):
+                tell(Message(line, "warning", always=True))
+        journal.discard_state()
+    except BaseException as error:
+        what = str(error) or type(error).__name__
+        tell(
+            Message(
+                f"the checkpoint is complete, but not everything beside it was tidied up: {what}",
+                "warning",
+                always=True,
+            )
+        )

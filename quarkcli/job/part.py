@@ -18,7 +18,7 @@ from quarkcli.dialects.base import Writer
 from quarkcli.disk.contents import Copied, Packed, copied, part_targets
 from quarkcli.disk.nonfinite import HINT, NonFinite, OnNonfinite
 from quarkcli.disk.weights import WeightSource
-from quarkcli.errors import DataError, ModelError
+from quarkcli.errors import DataError, ModelError, some
 from quarkcli.events import Listener, Message, Working
 from quarkcli.forward.statistics import Statistics
 from quarkcli.forward.walk import Walk
@@ -98,9 +98,8 @@ def check_loaded(plan: Plan, needs: Mapping[str, set[str]], runner: Any) -> str 
                 where=site,
                 hint=f"--exclude '{sites[site][0]}', or a scheme that needs no data for it",
             )
-    more = " ..." if len(unseen) > 4 else ""
     return (
-        f"the model's class does not load {len(unseen)} of the quantized weights ({', '.join(unseen[:4])}{more}): they "
+        f"the model's class does not load {len(unseen)} of the quantized weights ({some(unseen, 4)}): they "
         "are quantized like the weights that read the same activation, and no forward was run with them"
     )
 
@@ -254,7 +253,7 @@ class PartWorker:
             saw = "no calibration token" if self.least == 1 else f"fewer than {self.least} calibration tokens"
             text = (
                 f"{layer}: {len(few)} of {len(counts)} experts saw {saw} "
-                f"({', '.join(map(str, few[:8]))}{' ...' if len(few) > 8 else ''}); the layer's statistics stand in"
+                f"({some(few, 8)}); the layer's statistics stand in"
             )
             if few and self.strict:
                 raise DataError(text, hint="more calibration rows or --moe-calibration all")

@@ -25,6 +25,7 @@ from quarkcli.errors import (
     ResourceError,
     Stopped,
     UsageError,
+    some,
 )
 from quarkcli.events import Listener, Message, Working
 from quarkcli.family import HeaderLike
@@ -87,7 +88,7 @@ def check_servers(plan: Plan, target: Servers) -> None:
     if target != servers.NONE and (groups := [group for group, over in split_groups(plan).items() if over]):
         raise ModelError(
             f"{len(groups)} groups of weights that servers fuse do not share the scale over their block scales, and "
-            f"servers decode all but one member wrong: {', '.join(groups[:3])}{' ...' if len(groups) > 3 else ''}",
+            f"servers decode all but one member wrong: {some(groups, 3)}",
             hint="leave out the recipe's share; --target none writes it all the same",
         )
     mixed = [target for members in plan.disagreeing() for target in members]

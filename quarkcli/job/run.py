@@ -9,8 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -23,10 +22,9 @@ from quarkcli.disk import nonfinite, side_files
 from quarkcli.disk.journal import Journal
 from quarkcli.disk.manifest import LOG
 from quarkcli.disk.origin import open_weights
-from quarkcli.disk.place import dispose, earlier, remove_stale
+from quarkcli.disk.place import remove_stale
 from quarkcli.disk.source import Source
-from quarkcli.disk.writer import publish, resolved, sync_folder
-from quarkcli.errors import AccessError, DataError, ResourceError, UsageError
+from quarkcli.errors import DataError, UsageError
 from quarkcli.events import Event, Listener, Message, PartDone, Phase, Working, broadcast, silent
 from quarkcli.job import asked, carried, finish, idle, partial_path, preflight, splitting
 from quarkcli.job.options import Options, Prepared
@@ -73,9 +71,13 @@ def load_recipe(options: Options) -> Recipe:
 
 
 def open_source(options: Options) -> Source:
-    """Step 2: returns the model with its config and headers; `demo` is the embedded model."""
-    model = str(EMBEDDED) if options.model == "demo" else options.model
-    return Source.open(model, revision=options.revision, offline=options.offline)
+    """Step 2: returns the model with its config and headers."""
+    return Source.open(located(options.model), revision=options.revision, offline=options.offline)
+
+
+def located(model: str) -> str:
+    """Returns the directory of the embedded model for `demo`, else what was given: a directory or hub id."""
+    return str(EMBEDDED) if model == "demo" else model
 
 
 def _expanded(path: Path | None) -> Path | None:
@@ -109,9 +111,8 @@ def prepare(options: Options, tell: Listener = silent, *, carries: bool = True) 
     online.check(plan)
     preflight.check_plan(plan)
     preflight.check_servers(plan, options.target)
-    dialect, reason = dialects.choose(
-        options.dialect or recipe.dialect or dialects.AUTO, plan, servers.favoured(plan, options.target)
-    )
+    asked_for = options.dialect or recipe.dialect or dialects.AUTO
+    dialect, reason = dialects.choose(asked_for, plan, servers.favoured(plan, options.target))
     servers.check_plan(plan, dialect, options.target)
     parallel = splitting.degrees(plan, dialect, source.config, options.tp)
     needs = preflight.data_needs(plan, steps)
@@ -120,7 +121,7 @@ def prepare(options: Options, tell: Listener = silent, *, carries: bool = True) 
     calibration = preflight.calibration(options, recipe, source, needs | prepass)
     if carries and origin is not None:
         plan = carried.carry(plan, weights, origin, dialect, steps, options.target)
-        reason = dialects.reason(dialect, plan, auto=reason.startswith(dialects.AUTO))
+        reason = dialects.reason(dialect, plan, auto=asked_for == dialects.AUTO)
     size = preflight.forecast_of(plan, dialect, source, headers, calibration, steps)
     output = _expanded(options.output) or Path(f"{'demo' if options.model == 'demo' else source.name}-{recipe.name}")
     beside = side_files.gather(source)
@@ -164,7 +165,7 @@ def run(
         tell(Working("building the model's class"))
         runner = _runner(prepared, data, device, tell) if data is not None else None
         journal.start(_fingerprint(prepared, data, device), resume=options.resume)
-        with log_file.attach(partial / LOG), log_file.last_words(), _begun():
+        with log_file.attach(partial / LOG), log_file.last_words(), finish.begun():
             _parts(prepared, data, runner, journal, device, started, tell)  # 7, 8
             _refuse_nonfinite(journal.finished, options)
             for warning in part_warnings(journal.finished):
@@ -175,41 +176,8 @@ def run(
             tell(Phase("verify"))
             seconds = time.monotonic() - started
             report = finish.verify_and_report(prepared, data, records, partial, seconds, device)  # 10
-            journal.set_aside()
-            publish(partial, prepared.output, options.overwrite, journal.announce)
-            log_file.forgive()
-            _tidy(journal, prepared.output, tell)
+            finish.hand_over(journal, partial, prepared.output, options.overwrite, tell, log_file.forgive)
     return report
-
-
-@contextmanager
-def _begun() -> Iterator[None]:
-    """Turns missing files into disk errors: they were there when the work began, so no name is wrong."""
-    try:
-        yield
-    except AccessError as error:
-        raise ResourceError(error.what, where=error.where, hint=error.hint) from error
-
-
-def _tidy(journal: Journal, output: Path, tell: Listener) -> None:
-    """Tidies up after the renaming. The checkpoint stands: a failure now, or a signal, is no more than a warning."""
-    try:
-        sync_folder(partial_path(output).parent)
-        for path in sorted({*earlier(resolved(output))} - {*map(Path, journal.replaced)}):
-            tell(Message(f"{path} is left of an earlier run, which moved it aside; remove it if nobody needs it"))
-        for old in journal.replaced:
-            for line in dispose(Path(old), output):
-                tell(Message(line, "warning", always=True))
-        journal.discard_state()
-    except BaseException as error:
-        what = str(error) or type(error).__name__
-        tell(
-            Message(
-                f"the checkpoint is complete, but not everything beside it was tidied up: {what}",
-                "warning",
-                always=True,
-            )
-        )
 
 
 def _remember(warnings: list[str]) -> Listener:

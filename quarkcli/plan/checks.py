@@ -5,9 +5,8 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from itertools import islice
 
-from quarkcli.errors import ConfigError, ModelError
+from quarkcli.errors import ConfigError, ModelError, some
 from quarkcli.plan.model import Attention, Plan, QuantizedTarget, Target
 from quarkcli.recipe.entries import Entry, Origin
 from quarkcli.recipe.match import starred
@@ -35,10 +34,7 @@ def _lone(plan: Plan, kind: str, reason: str, off: Callable[[Target], bool]) -> 
         count = sum(map(len, runs))
         lone = {id(run[0].slots) for run in runs}
         names = (t.name for t in plan.targets.values() if id(t.slots) in lone and off(t))
-        more = " ..." if count > 3 else ""
-        plan.warnings.append(
-            f"{count} {kind} quantizers stay off because {reason}: {', '.join(islice(names, 3))}{more}"
-        )
+        plan.warnings.append(f"{count} {kind} quantizers stay off because {reason}: {some(names, 3)}")
 
 
 def _overruled_cache(plan: Plan) -> None:
@@ -166,7 +162,7 @@ def left_out(plan: Plan) -> tuple[list[Entry], str]:
     for why, names in reasons.items():
         for pattern in _patterns(names, alike):
             entries += exclusion_entries(pattern, Origin(f"{KEEP}: {why}"), user=False, required=False)
-    said = (f"{len(names)} modules because {why} ({_first(names)})" for why, names in reasons.items())
+    said = (f"{len(names)} modules because {why} ({some(names, 2)})" for why, names in reasons.items())
     return entries, f"{KEEP} leaves out {'; '.join(said)}"
 
 
@@ -180,10 +176,6 @@ def _patterns(names: Iterable[str], alike: Mapping[str, int]) -> Iterator[str]:
             yield from members
         else:
             yield "re:" + re.sub(r"(?<=\.)\d+(?=\\\.|$)", r"\\d+", re.escape(members[0]))
-
-
-def _first(names: Collection[str]) -> str:
-    return ", ".join(islice(names, 2)) + (" ..." if len(names) > 2 else "")
 
 
 def _indivisible(plan: Plan) -> Iterator[tuple[list[QuantizedTarget], str, int, int]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ import yaml
 
 from quarkcli import __version__, memory
 from quarkcli.disk import nonfinite
+from quarkcli.errors import some
 from quarkcli.plan.model import Plan
 from quarkcli.plan.online import sentences
 from quarkcli.plan.sizes import expert_share
@@ -130,20 +131,15 @@ def part_warnings(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
     if weights:
         found.append(
             f"{sum(weights.values()):,} inputs of {len(weights)} weights were zero in all of calibration "
-            f"({_some(weights)}); their weights are rounded to nearest"
+            f"({some(weights, 3)}); their weights are rounded to nearest"
         )
     if activations:
         found.append(
             f"{len(activations)} activations with a static scale were zero in all of calibration "
-            f"({_some(activations)}); other text may saturate them"
+            f"({some(activations, 3)}); other text may saturate them"
         )
     kinds = ([name for r in records.values() for name in r[kind]] for kind in ("nonfinite", "nonfinite_others"))
     return found + nonfinite.warnings(*kinds)
-
-
-def _some(names: Iterable[str], limit: int = 3) -> str:
-    listed = list(names)
-    return ", ".join(listed[:limit]) + (" ..." if len(listed) > limit else "")
 
 
 def _loss(records: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from quarkcli.disk import compare as comparing
+from quarkcli.disk.checkpoint import Checkpoint
 from quarkcli.disk.source import Source
 from quarkcli.errors import CheckError
 from quarkcli.job import run as job
@@ -19,7 +20,7 @@ from tests import runs
 
 
 def compared(a: Path, b: Path) -> comparing.Comparison:
-    return comparing.compare(Source.open(str(a)), Source.open(str(b)))
+    return comparing.compare(*(Checkpoint(Source.open(str(folder))) for folder in (a, b)))
 
 
 def changed(folder: Path, to: Path, name: str, value: torch.Tensor | None) -> Path:

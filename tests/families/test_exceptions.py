@@ -147,7 +147,7 @@ def test_experts_fused_in_the_source_read_back_one_by_one(sources: dict[str, Pat
     """The family's published files have them one by one; what is not an expert is the same tensor."""
     made = runs.run(sources[runs.FUSED], tmp_path / "out", scheme="fp8", exclude=["*"], include=["*experts*"],
                     calib_data="builtin", calib_samples=8, calib_seqlen=64)  # fmt: skip
-    found = compare(Source.open(str(made.folder)), Source.open(str(sources[runs.FUSED])))
+    found = compare(*(Checkpoint(Source.open(str(folder))) for folder in (made.folder, sources[runs.FUSED])))
     assert found.complete
     experts = [row for row in found.rows if "experts" in row.name]
     assert len(experts) == len(list(made.prepared.plan.quantized()))

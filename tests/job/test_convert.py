@@ -14,6 +14,7 @@ import torch
 from quarkcli import dialects
 from quarkcli.disk import compare as comparing
 from quarkcli.disk import verify
+from quarkcli.disk.checkpoint import Checkpoint
 from quarkcli.disk.source import Source
 from quarkcli.disk.writer import partial_path
 from quarkcli.errors import ConfigError, DataError, ModelError, UsageError
@@ -31,7 +32,7 @@ def converted(folder: Path, to: str, output: Path) -> dict[str, Any]:
 
 
 def compared(a: Path, b: Path) -> comparing.Comparison:
-    return comparing.compare(Source.open(str(a)), Source.open(str(b)))
+    return comparing.compare(*(Checkpoint(Source.open(str(folder))) for folder in (a, b)))
 
 
 def check_equal(a: Path, b: Path) -> None:
@@ -100,7 +101,8 @@ def other(made) -> str:
 
 
 def held_by(folder: Path) -> list[str]:
-    plan = converting._plan(converting.Checkpoint(Source.open(str(folder))))
+    checkpoint = Checkpoint(Source.open(str(folder)))
+    plan = checkpoint.plan(checkpoint.layout)
     return [w.name for w in dialects.writers() if w.reader is not None and not w.refusals(plan)]
 
 
