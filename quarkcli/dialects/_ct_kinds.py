@@ -7,19 +7,15 @@ The library describes weights, inputs and outputs apart, so that every weight go
 from __future__ import annotations
 
 from collections import Counter
-from itertools import product
 
 from quarkcli.dialects import _kinds as kinds
 from quarkcli.dialects import _shared as shared
 from quarkcli.dialects._kinds import Kinds
+from quarkcli.dialects.base import Classes, Key
 from quarkcli.plan.model import Plan, QuantizedTarget
 from quarkcli.spec import PerTile
 
 WORD_BITS = 32
-
-
-def _pairs(weights: list[str], inputs: list[str]) -> frozenset[Kinds]:
-    return frozenset(product(weights, inputs))
 
 
 _WHERE = ("group", "channel")
@@ -34,39 +30,53 @@ _DYNAMIC_INTS = ["int8 token", "int8 group"]
 _DYNAMIC_INT4 = ["int4 token", "int4 group"]
 INPUTS = ["none", *_FP8_INPUTS, "fp8 group", *_INT8_INPUTS, "int8 group", *_DYNAMIC_INT4, *_MX_INPUTS, "nvfp4"]
 OUTPUTS = [*_FP8_INPUTS, *_INT8_INPUTS]
-HOLDS = _pairs(WEIGHTS, INPUTS)
+HOLDS = kinds.pairs(WEIGHTS, INPUTS)
 
 # mxfp4 and mxfp8 have one class with and without quantized inputs: the kernel decides whether it quantizes them.
 _VLLM = (
-    _pairs(_PACKED, ["none"])
-    | _pairs([*_SUB_BYTE, "int8 group", "uint8 group", "uint8 channel"], _DYNAMIC_INTS)
-    | _pairs(_SUB_BYTE, _DYNAMIC_INT4)
-    | _pairs(["int8 tensor", "int8 channel"], ["int8 static", "int8 token", "uint8 token"])
-    | _pairs(_FP8, ["none", *_FP8_INPUTS])
-    | _pairs(["fp8 tile"], ["none", "fp8 group"])
-    | _pairs(["mxfp4"], ["none", "mxfp4", "fp8 token", "fp8 group"])
-    | _pairs(["mxfp8"], ["none", "mxfp8"])
-    | _pairs(["nvfp4"], ["none", "nvfp4"])
+    kinds.pairs(_PACKED, ["none"])
+    | kinds.pairs([*_SUB_BYTE, "int8 group", "uint8 group", "uint8 channel"], _DYNAMIC_INTS)
+    | kinds.pairs(_SUB_BYTE, _DYNAMIC_INT4)
+    | kinds.pairs(["int8 tensor", "int8 channel"], ["int8 static", "int8 token", "uint8 token"])
+    | kinds.pairs(_FP8, ["none", *_FP8_INPUTS])
+    | kinds.pairs(["fp8 tile"], ["none", "fp8 group"])
+    | kinds.pairs(["mxfp4"], ["none", "mxfp4", "fp8 token", "fp8 group"])
+    | kinds.pairs(["mxfp8"], ["none", "mxfp8"])
+    | kinds.pairs(["nvfp4"], ["none", "nvfp4"])
     | {("int4 group", "fp8 token")}
 )
 _VLLM_EXPERTS: frozenset[Kinds] = frozenset(
     {("fp8 tensor", "fp8 static"), ("fp8 channel", "fp8 token"), ("fp8 tile", "fp8 group")}
-    | _pairs([f"{short} {where}" for short in ("int4", "uint4", "int8", "uint8") for where in _WHERE], ["none"])
+    | kinds.pairs([f"{short} {where}" for short in ("int4", "uint4", "int8", "uint8") for where in _WHERE], ["none"])
     | {("int8 channel", "int8 token"), ("int4 group", "fp8 token")}
-    | _pairs(["mxfp4"], ["none", "mxfp4", "fp8 token", "fp8 group"])
+    | kinds.pairs(["mxfp4"], ["none", "mxfp4", "fp8 token", "fp8 group"])
     | {("mxfp8", "mxfp8"), ("nvfp4", "none"), ("nvfp4", "nvfp4")}
+)
+VLLM_KEYS = (Key("config_groups", dict, "no scheme is found"), Key("ignore", list, "the class fails"))
+# SGLang: `compressed_tensors/compressed_tensors.py`, commit 000659aed4db: `_get_scheme_from_parts`,
+# `_is_wNa16_group_channel`, `_is_fp8_w8a8`, `_is_static_tensor_w8a8`, `_is_dynamic_token_w8a8`; nvfp4 and experts:
+# `_is_fp4a4_nvfp4` and `get_moe_scheme` of a later commit, which refuses int8 experts off Ascend.
+_SGLANG_WORDS = kinds.pairs([f"{short} {where}" for short in ("int4", "int8") for where in _WHERE], ["none"])
+_SGLANG_BOTH = kinds.pairs(_FP8, _FP8_INPUTS) | _SGLANG_WORDS | {("nvfp4", "nvfp4")}
+SGLANG = Classes(
+    _SGLANG_BOTH
+    | kinds.pairs(["int8 tensor", "int8 channel"], ["int8 static", "int8 token"])
+    | kinds.pairs(_FP8, ["none"]),
+    _SGLANG_BOTH,
 )
 # With 8-bit floats integers run in groups of one size, on Hopper.
 _INT4_FP8 = ("int4 group", "fp8 token")
 _INT4_FP8_GROUP = 128
 # Outputs are quantized around a product with whole inputs, both by one static scale.
-_VLLM_OUTPUTS = _pairs([f"{short} {where}" for short in ("int2", "int4", "int8") for where in _WHERE], ["int8 static"])
+_VLLM_OUTPUTS = kinds.pairs(
+    [f"{short} {where}" for short in ("int2", "int4", "int8") for where in _WHERE], ["int8 static"]
+)
 # transformers decodes per-expert tensors while it fuses them. It has no place for a static input scale there (an
 # unexpected key), knows neither zero points nor the global scale of nvfp4, multiplies 8-bit floats by their stored
 # scale as it is, so by none of MX or of tiles, and unpacks only `weight_packed`.
 _SIGNED_PACKED = [*(kind for kind in _SUB_BYTE if not kind.startswith("u")), "int8 group"]
 _INPUTS_OF_EXPERTS = [kind for kind in INPUTS if not kind.endswith("static") and kind not in kinds.TWO_LEVEL]
-_TRANSFORMERS_EXPERTS: frozenset[Kinds] = _pairs(
+_TRANSFORMERS_EXPERTS: frozenset[Kinds] = kinds.pairs(
     [*_FP8, *_SIGNED_PACKED, "mxfp4", "mxfp6_e2m3"], _INPUTS_OF_EXPERTS
 ) | {("int8 channel", "none")}
 

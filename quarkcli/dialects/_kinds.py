@@ -8,7 +8,9 @@ weight are no part of them.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
+from itertools import product
 from typing import NamedTuple, cast
 
 from quarkcli.spec import (
@@ -217,6 +219,11 @@ def scale_text(spec: TensorSpec, model: str) -> str:
     """Returns the safetensors dtype of a spec's scale; `model` is the source tensor's."""
     assert spec.scale is not None
     return _SCALE_TEXTS.get(spec.scale.dtype, model)
+
+
+def pairs(weights: Iterable[str], inputs: Iterable[str]) -> frozenset[Kinds]:
+    """Returns every weight with every input."""
+    return frozenset(product(weights, inputs))
 
 
 def kinds_of(pair: Pair) -> Kinds | None:

@@ -13,6 +13,7 @@ from quarkcli.dialects import _shared as shared
 from quarkcli.dialects._kinds import Kinds
 from quarkcli.dialects._quark_config import CACHE, PROJECTIONS, SOFTMAX, projection, slots_of
 from quarkcli.dialects._quark_layout import Matrix, problems, static_layout
+from quarkcli.dialects.base import Classes, Key
 from quarkcli.plan.model import Attention, Plan, QuantizedTarget, Target
 from quarkcli.spec import PerTensor, TensorSpec
 
@@ -48,6 +49,18 @@ _TRANSFORMERS_WEIGHTS = frozenset(
 _TRANSFORMERS_INPUTS = frozenset({"none", *_FP8_INPUTS, "fp8 group", "int4 group", "mxfp4", *_MXFP6, "amdfp4"}) | {
     f"int8 {how}" for how in ("static", "token", "tensor")
 }
+
+
+VLLM_KEYS = (
+    Key("export", dict, "it is refused"),
+    Key("export.kv_cache_group", list, "the class fails on it"),
+    Key("exclude", list, "the class fails on it"),
+    Key("layer_type_quant_config", dict, "the class fails on it"),
+)
+# SGLang: `quark/quark.py`, commit f1dea624c8f5 (0.5.6.post1): `QuarkConfig._get_scheme_from_config`, `_is_fp8_w8a8`,
+# `_is_mx_fp4`; experts: the same two kinds, `get_moe_scheme` of a later commit.
+_SGLANG_BOTH = kinds.pairs(["fp8 tensor", "fp8 channel"], _FP8_INPUTS) | {("mxfp4", "mxfp4")}
+SGLANG = Classes(_SGLANG_BOTH, _SGLANG_BOTH)
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from quarkcli.dialects._kinds import Kinds, Pair, input_kind, kinds_of
 from quarkcli.dialects.base import TensorInfo
@@ -13,6 +14,11 @@ from quarkcli.family import HeaderLike
 from quarkcli.plan.model import Attention, Plan, QuantizedTarget, Target
 from quarkcli.spec import PerGroup, PerTensor, PerTile, TensorSpec
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Experts in one tensor -> the projections that it holds.
+FUSED_EXPERTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 FLOAT_TEXTS = ("F32", "BF16", "F16")
 
 
@@ -157,6 +163,15 @@ def tiles_fit(plan: Plan) -> bool:
         or run[0].shape[0] % run[0].weight.granularity.rows == 0
         for run in plan.quantized_alike()
     )
+
+
+def static_scale(target: QuantizedTarget, side: str, static: Mapping[str, Tensor]) -> Tensor:
+    """Returns the scale of a static input or output, float32. Raises ValueError when none was given."""
+    import torch
+
+    if side not in static:
+        raise ValueError(f"{target.name} has a static {side} but no {side} scale was given")
+    return static[side].to(torch.float32)
 
 
 # --- reading -------------------------------------------------------------------------------------------------------

@@ -44,6 +44,8 @@ _EXPERTS = frozenset({("uint4 group", "none")})
 class AwqReader(Reader):
     name = NAME
     quant_method = NAME
+    lists = ("modules_to_not_convert",)
+    lists_head = False
 
     def view(self, config: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> StoredView:
         """Returns the view of a checkpoint: what has codes is quantized, whatever parts of names the config leaves out.

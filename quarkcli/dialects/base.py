@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from quarkcli.dialects._kinds import weight_kind
+from quarkcli.dialects._kinds import Kinds, weight_kind
 from quarkcli.family import HeaderLike, WeightView
 from quarkcli.plan.model import Attention, Plan, QuantizedTarget, Target
 from quarkcli.plan.online import sentences
@@ -104,12 +104,16 @@ class Reader:
     quant_method   the value that their `quantization_config` has under this key
     divisors       the leaves of scales that are stored as their inverse
     beside         a file beside config.json that may describe a checkpoint in its place, None: there is none
+    lists          keys of a config that hold the names of modules which are left out
+    lists_head     a head that is not quantized is among them; else loaders never quantize one
     """
 
     name: ClassVar[str]
     quant_method: ClassVar[str]
     divisors: ClassVar[frozenset[str]] = frozenset()
     beside: ClassVar[str | None] = None
+    lists: ClassVar[tuple[str, ...]] = ()
+    lists_head: ClassVar[bool] = True
 
     def matches(self, config: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> bool:
         """True when a checkpoint is one of these, by its `quantization_config` ({} without one) and headers."""
@@ -118,6 +122,10 @@ class Reader:
     def view(self, config: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> StoredView:
         """Returns the view of a checkpoint, from its `quantization_config` and headers. Raises ModelError."""
         raise AssertionError("a reader says what a checkpoint holds")
+
+    def left_out(self, config: Mapping[str, Any]) -> dict[str, list[str]]:
+        """Returns the lists of modules that a `quantization_config` leaves out, by their keys."""
+        return {key: [str(entry) for entry in config[key]] for key in self.lists if isinstance(config.get(key), list)}
 
     def untouched(self, config: Mapping[str, Any], modules: Iterable[str]) -> set[str]:
         """Returns those of these modules that a `quantization_config` gives no scheme, whatever it lists as left out.
@@ -135,16 +143,43 @@ class Reader:
         return {kind: tensors[name].float().reshape(()) for kind, name in stored.scales.items()}
 
 
+class Key(NamedTuple):
+    """A key that a server must find in a config, dots between the steps, and its kind; `why`: what happens without."""
+
+    path: str
+    kind: type
+    why: str
+
+    def lacks(self, config: Mapping[str, Any]) -> bool:
+        value: Any = config
+        for step in self.path.split("."):
+            value = value.get(step) if isinstance(value, Mapping) else None
+        return not isinstance(value, self.kind)
+
+
+class Classes(NamedTuple):
+    """The kinds of weights and inputs that a server has classes for."""
+
+    linears: frozenset[Kinds]
+    experts: frozenset[Kinds]
+
+
 class Writer:
     """Writes checkpoints of one on-disk convention. By default it holds every weight, and no quantized attention.
 
     reader        reads what it writes; None: nothing here does, so that nothing can be calibrated on the way
     preferences   kind of weight, as `_kinds.weight_kind` calls it, or ANY for all others -> see `preference`
+    demands       server -> keys without which its class for this dialect is not made, or fails later
+    no_globs      server -> the list in which it takes globs for names
+    classes       server of which only the source was read -> what its classes for this dialect take
     """
 
     name: ClassVar[str]
     reader: ClassVar[Reader | None] = None
     preferences: ClassVar[Mapping[str, int]] = {}
+    demands: ClassVar[Mapping[str, tuple[Key, ...]]] = {}
+    no_globs: ClassVar[Mapping[str, str]] = {}
+    classes: ClassVar[Mapping[str, Classes]] = {}
 
     def refusals(self, plan: Plan) -> list[str]:
         """Returns the reasons this dialect cannot hold the plan, one sentence each; empty when it can."""
@@ -163,6 +198,17 @@ class Writer:
     def caveat(self, plan: Plan) -> str:
         """Returns a sentence about releases of a loader that treat it otherwise; empty when all do the same."""
         return ""
+
+    def config_faults(self, config: Mapping[str, Any], server: str) -> list[str]:
+        """Returns what is wrong with a `quantization_config` of this dialect for a server."""
+        found = [
+            f"quantization_config has no {key.path} ({key.kind.__name__}): {key.why}"
+            for key in self.demands.get(server, ())
+            if key.lacks(config)
+        ]
+        name = self.no_globs.get(server, "")
+        globs = [text for text in config.get(name) or () if isinstance(text, str) and _is_glob(text)]
+        return found + ([f"{name} has globs, which it takes for names: {', '.join(globs[:3])}"] if globs else [])
 
     def preference(self, plan: Plan) -> int:
         """Returns the rank that `--dialect auto` gives it: the least over the plan's kinds of weights.
@@ -215,3 +261,8 @@ class Writer:
         """Returns every JSON file that describes the checkpoint, by path; of config.json, the keys it sets there."""
         config = self.config(plan)
         return {CONFIG_FILE: {CONFIG_KEY: config}, f"{CONFIG_KEY}.json": config}
+
+
+def _is_glob(text: str) -> bool:
+    """True for a glob that would have to match: a head is never quantized where it is not named."""
+    return "*" in text and not text.startswith("re:") and not text.endswith("lm_head")

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from quarkcli.dialects import _ct_kinds as known
 from quarkcli.dialects import _ct_online as online
 from quarkcli.dialects import _shared as shared
 from quarkcli.dialects._ct_arguments import arguments, read_input, read_weight, scheme_group
-from quarkcli.dialects._ct_kinds import HOLDS, OUTPUTS, WORD_BITS, transformers_loads_experts, vllm_loads
 from quarkcli.dialects._ct_layout import (
     format_of,
     keeps_shape,
@@ -29,7 +29,9 @@ from quarkcli.dialects._documents import CompressedTensorsConfig
 from quarkcli.dialects._patterns import WrittenNames, exact_patterns, ignored
 from quarkcli.dialects.base import (
     ANY,
+    Classes,
     Decoded,
+    Key,
     Reader,
     StoredAttention,
     StoredTarget,
@@ -55,7 +57,7 @@ _CONFIG_CLASS = "Linear"
 
 # Attention slots with a scale of their own. transformers keeps one of q only where a group names its attention class.
 _ATTENTION = frozenset({"q", "k", "v"})
-_PLACES = shared.Places(HOLDS, frozenset(OUTPUTS), _ATTENTION, embeddings=True)
+_PLACES = shared.Places(known.HOLDS, frozenset(known.OUTPUTS), _ATTENTION, embeddings=True)
 # (weight, input, output) of a config group.
 Scheme = tuple[TensorSpec, TensorSpec | None, TensorSpec | None]
 
@@ -63,6 +65,7 @@ Scheme = tuple[TensorSpec, TensorSpec | None, TensorSpec | None]
 class CompressedTensorsReader(Reader):
     name = NAME
     quant_method = NAME
+    lists = ("ignore",)
     divisors = frozenset({"weight_global_scale", "input_global_scale"})
 
     def view(self, config: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> StoredView:
@@ -120,6 +123,9 @@ class CompressedTensors(Writer):
     reader = READER
     # vLLM and transformers share no other dialect as widely.
     preferences: ClassVar[Mapping[str, int]] = {ANY: 20}
+    demands: ClassVar[Mapping[str, tuple[Key, ...]]] = {"vllm": known.VLLM_KEYS}
+    no_globs: ClassVar[Mapping[str, str]] = {"vllm": "ignore"}
+    classes: ClassVar[Mapping[str, Classes]] = {"sglang": known.SGLANG}
 
     def refusals(self, plan: Plan) -> list[str]:
         """Returns the reasons the plan cannot be held.
@@ -131,7 +137,7 @@ class CompressedTensors(Writer):
             weight, width = run[0].weight, run[0].shape[1]
             if not isinstance(weight.granularity, PerChannel):
                 continue
-            if width * weight.format.bits % WORD_BITS:
+            if width * weight.format.bits % known.WORD_BITS:
                 what = f"{width} input features do not fill 32-bit words of {weight.element} codes"
                 found += [f"{target.name}: {what}" for target in run]
         return found
@@ -140,7 +146,7 @@ class CompressedTensors(Writer):
         if self.refusals(plan):
             return set()
         found = set()
-        if vllm_loads(plan) and online.vllm_turns(plan):
+        if known.vllm_loads(plan) and online.vllm_turns(plan):
             found.add("vllm")
         if _transformers_loads(plan) and not plan.online:  # it passes over the transform config
             found.add("transformers")
@@ -196,9 +202,7 @@ class CompressedTensors(Writer):
             suffix = static_suffix(side, activation)
             if suffix is None or activation is None:
                 continue
-            if side not in static:
-                raise ValueError(f"{target.name} has a static {side} but no {side} scale was given")
-            local[suffix] = _stored_scale(static[side], activation)
+            local[suffix] = _stored_scale(shared.static_scale(target, side, static), activation)
         return {info.name: local[info.name.removeprefix(f"{target.name}.")] for info in self.infos(target)}
 
     def attention_tensors(self, attention: Attention, scales: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -310,7 +314,7 @@ def _transformers_loads(plan: Plan) -> bool:
         return False
     experts = [run[0] for run in plan.alike() if run[0].expert is not None]
     quantized = [target for target in experts if is_quantized(target)]
-    if quantized and not transformers_loads_experts(quantized):
+    if quantized and not known.transformers_loads_experts(quantized):
         return False
     left = [target for target in experts if target.weight is None and target.view.expert is None]
     return not left or _first_leaves_others_alone(plan)

@@ -42,8 +42,6 @@ _VLLM_EXPERTS = frozenset({_TENSOR_STATIC, _TILES})
 _SCALES = (".weight_scale_inv", ".weight_scale")
 _INPUT_SCALES = ("input_scale", "activation_scale")
 _FUSED_SCALE = "_scale_inv"
-# Experts in one tensor [experts, out, in] -> their projections, one after the other along the output.
-_FUSED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 _CACHE = "kv"
 _CACHE_SCALES = (".{kind}_scale", ".{kind}_proj.{kind}_scale", ".{kind}_proj.output_scale")
 
@@ -51,6 +49,8 @@ _CACHE_SCALES = (".{kind}_scale", ".{kind}_proj.{kind}_scale", ".{kind}_proj.out
 class Fp8Reader(Reader):
     name = NAME
     quant_method = NAME
+    lists = ("ignored_layers", "modules_to_not_convert")
+    lists_head = False
 
     def view(self, config: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> StoredView:
         """Returns the view of a checkpoint. Raises ModelError for tensors that do not fit the config."""
@@ -64,7 +64,7 @@ class Fp8Reader(Reader):
                 if found in left:
                     raise ModelError("it has a scale, but the quantization config leaves it out", where=found)
                 targets[found] = _stored(found, name, scheme, headers)
-            elif name.endswith(tuple(f".{leaf}{_FUSED_SCALE}" for leaf in _FUSED)):
+            elif name.endswith(tuple(f".{leaf}{_FUSED_SCALE}" for leaf in shared.FUSED_EXPERTS)):
                 targets |= {stored.name: stored for stored in _experts(name, scheme, headers)}
         return StoredView(targets, _stored_attention(headers))
 
@@ -133,14 +133,10 @@ class Fp8(Writer):
         self, target: QuantizedTarget, quantized: Quantized, static: Mapping[str, Tensor], bias: Quantized | None = None
     ) -> dict[str, Tensor]:
         """Returns tensors with the names and layout of `infos`. Raises ValueError when a static input has no scale."""
-        import torch
-
         assert quantized.params.scale is not None
         found = [quantized.codes.contiguous(), quantized.params.scale.contiguous()]
         if target.input is not None and target.input.is_static:
-            if "input" not in static:
-                raise ValueError(f"{target.name} has a static input but no input scale was given")
-            found.append(static["input"].to(torch.float32).reshape(()).clone())
+            found.append(shared.static_scale(target, "input", static).reshape(()).clone())
         return {info.name: tensor for info, tensor in zip(self.infos(target), found, strict=True)}
 
     def attention_tensors(self, attention: Attention, scales: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -245,7 +241,7 @@ def _experts(scale_name: str, scheme: _Scheme, headers: Mapping[str, HeaderLike]
     if len(weight.shape) != 3 or scheme.tile is None:
         raise ModelError("experts in one tensor are read with weight_block_size alone", where=tensor)
     count, rows, cols = weight.shape
-    projections = _FUSED[leaf]
+    projections = shared.FUSED_EXPERTS[leaf]  # one after the other along the output
     shape = (rows // len(projections), cols)
     spec, source = scheme.specs(scheme.tile, scale)
     grid = shared.scale_shape(spec, shape)

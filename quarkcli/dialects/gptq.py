@@ -113,6 +113,11 @@ class Gptq(Writer):
         """Returns `vllm` where it loads the plan; transformers needs optimum and gptqmodel, which were not tried."""
         return {"vllm"} if not self.refusals(plan) and shared.vllm_loads(plan, _HOLDS, _EXPERTS) else set()
 
+    def config_faults(self, config: Mapping[str, Any], server: str) -> list[str]:
+        unordered = config.get("desc_act") is True and config.get("group_size") != words.WHOLE_ROW
+        refused = ["desc_act is true: it refuses groups in order of activations"] if unordered else []
+        return [*super().config_faults(config, server), *(refused if server == "vllm" else [])]
+
     def infos(self, target: QuantizedTarget) -> list[TensorInfo]:
         return _layout(target.name, target.weight, target.shape, target.dtype)
 

@@ -7,7 +7,7 @@ takes codes for weights and runs: it is never one of the loaders.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from quarkcli.dialects import _kinds as kinds
 from quarkcli.dialects import _shared as shared
@@ -30,6 +30,7 @@ from quarkcli.dialects.base import (
     CONFIG_FILE,
     CONFIG_KEY,
     Decoded,
+    Key,
     Reader,
     StoredAttention,
     StoredTarget,
@@ -62,6 +63,7 @@ class ModelOptReader(Reader):
     name = NAME
     quant_method = NAME
     beside = NESTED_FILE
+    lists = ("ignore", "exclude_modules")
 
     def matches(self, config: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> bool:
         return is_modelopt(config)
@@ -80,6 +82,9 @@ class ModelOptReader(Reader):
         static = any(f"{module}.input_scale" in headers for module in modules)
         targets = {module: _stored(module, layers.algo(module), headers, static) for module in modules}
         return StoredView(targets, dict(_stored_attention(headers)) if cache_of(config) else {})
+
+    def left_out(self, config: Mapping[str, Any]) -> dict[str, list[str]]:
+        return super().left_out(config.get("quantization") or config)
 
     def untouched(self, config: Mapping[str, Any], modules: Iterable[str]) -> set[str]:
         layers = LayerReader(flat(config))
@@ -109,6 +114,7 @@ READER = ModelOptReader()
 class ModelOpt(Writer):
     name = NAME
     reader = READER
+    demands: ClassVar[Mapping[str, tuple[Key, ...]]] = {"vllm": (Key("quant_algo", str, "the algorithm is not known"),)}
 
     def refusals(self, plan: Plan) -> list[str]:
         found = shared.refusals(plan, NAME, HOLDS)
@@ -147,8 +153,6 @@ class ModelOpt(Writer):
 
         Raises ValueError when a static input has no scale.
         """
-        import torch
-
         from quarkcli.numerics.packing import pack_bits
 
         params = quantized.params
@@ -158,9 +162,7 @@ class ModelOpt(Writer):
         if params.global_scale is not None:
             local["weight_scale_2"] = params.global_scale
         if target.input is not None and target.input.is_static:
-            if "input" not in static:
-                raise ValueError(f"{target.name} has a static input but no input scale was given")
-            local["input_scale"] = static["input"].to(torch.float32)
+            local["input_scale"] = shared.static_scale(target, "input", static)
         infos = self.infos(target)
         return {
             info.name: local[info.name.removeprefix(f"{target.name}.")].reshape(info.shape).contiguous()

@@ -38,13 +38,13 @@ NAME = "mxfp4"
 _SPEC = kinds.weight_spec("mxfp4")
 _GROUP, _BYTES = 32, 16
 _ENDS = ("_blocks", "_scales")
-# A fused tensor -> the projections whose rows lie in turn in it.
-_FUSED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
 
 class Mxfp4Reader(Reader):
     name = NAME
     quant_method = NAME
+    lists = ("modules_to_not_convert",)
+    lists_head = False
 
     def view(self, config: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> StoredView:
         """Returns the view of a checkpoint. Raises ModelError for blocks without scales, and for other tensors."""
@@ -58,7 +58,9 @@ class Mxfp4Reader(Reader):
 
     def untouched(self, config: Mapping[str, Any], modules: Iterable[str]) -> set[str]:
         """Returns all of them that are no expert: the scheme is for experts alone, whatever is listed."""
-        experts = re.compile(rf".*\.\d+\.({'|'.join(leaf for leaves in _FUSED.values() for leaf in leaves)})$")
+        experts = re.compile(
+            rf".*\.\d+\.({'|'.join(leaf for leaves in shared.FUSED_EXPERTS.values() for leaf in leaves)})$"
+        )
         return {module for module in modules if not experts.match(module)}
 
     def decode(self, stored: StoredTarget, tensors: Mapping[str, Tensor]) -> Decoded:
@@ -142,7 +144,7 @@ def _place_reasons(target: Target) -> Iterator[str]:
     if target.expert is None:
         return
     leaf = target.view.tensor.rpartition(".")[2]
-    turns = len(_FUSED.get(leaf, ()))
+    turns = len(shared.FUSED_EXPERTS.get(leaf, ()))
     step = target.view.rows[2] if target.view.rows is not None else 1
     if not turns or target.view.expert is None or step != turns:
         yield f"{NAME} holds experts that the source stores as gpt-oss does: one tensor for all, gate and up in turn"
@@ -153,7 +155,7 @@ def _stored(fused: str, headers: Mapping[str, HeaderLike]) -> Iterator[StoredTar
     blocks, scales = (fused + end for end in _ENDS)
     prefix, _, leaf = fused.rpartition(".")
     shape = headers[blocks].shape
-    leaves = _FUSED.get(leaf)
+    leaves = shared.FUSED_EXPERTS.get(leaf)  # their rows lie in turn
     if leaves is None or len(shape) != 4 or shape[1] % len(leaves):
         raise ModelError(f"blocks of shape {list(shape)} are not those of gpt-oss' experts", where=blocks)
     experts, rows, groups = shape[:3]

@@ -26,7 +26,9 @@ from quarkcli.dialects._quark_config import (
 from quarkcli.dialects._quark_layout import Matrix, layout, matrix_shape, pack, static_layout, unpack
 from quarkcli.dialects.base import (
     ANY,
+    Classes,
     Decoded,
+    Key,
     Reader,
     StoredAttention,
     StoredTarget,
@@ -57,6 +59,7 @@ class InOrder(StoredTarget):
 class QuarkReader(Reader):
     name = NAME
     quant_method = NAME
+    lists = ("exclude",)
 
     def view(self, config: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> StoredView:
         """Returns the view of a checkpoint.
@@ -101,6 +104,9 @@ class Quark(Writer):
     name = NAME
     reader = READER
     preferences: ClassVar[Mapping[str, int]] = {ANY: 10}
+    demands: ClassVar[Mapping[str, tuple[Key, ...]]] = {"vllm": servers.VLLM_KEYS}
+    no_globs: ClassVar[Mapping[str, str]] = {"vllm": "exclude"}
+    classes: ClassVar[Mapping[str, Classes]] = {"sglang": servers.SGLANG}
 
     def refusals(self, plan: Plan) -> list[str]:
         return servers.refusals(plan)

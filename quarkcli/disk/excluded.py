@@ -14,26 +14,19 @@ from quarkcli.errors import CheckError, ConfigError, ModelError, some
 from quarkcli.family import Layout
 from quarkcli.recipe.expressions import Expressions
 
-# Keys under which dialects list the modules that are not quantized.
-_LISTS = ("ignore", "exclude", "exclude_modules")
-# The same; loaders of these dialects never quantize a head, so that their tools need not list it.
-_LISTS_WITHOUT_HEAD = ("ignored_layers", "modules_to_not_convert")
-_NESTED = "quantization"  # where one dialect's own file keeps its lists
 _MARK = "re:"
 
 
 def check(reader: Reader, config: Mapping[str, Any], layout: Layout, quantized: Iterable[str]) -> str:
     """Returns the check made. Raises CheckError for linears that are left in or out against the files."""
-    config = {**(config[_NESTED] if isinstance(config.get(_NESTED), dict) else {}), **config}
-    found = [key for key in (*_LISTS, *_LISTS_WITHOUT_HEAD) if isinstance(config.get(key), list)]
+    found = reader.left_out(config)
     if not found:
         return "the config has no list of modules that are left out"
-    entries = Entries(str(entry) for key in found for entry in config[key])
+    entries = Entries(entry for listed in found.values() for entry in listed)
     quantized = set(quantized)
-    headless = not set(found) & set(_LISTS)
-    passed = {"embedding", "head"} if headless else {"embedding"}
+    passed = {"embedding"} if reader.lists_head else {"embedding", "head"}
     kept = {name for name, weight in layout.weights.items() if weight.role not in passed} - quantized
-    kept |= {layout.tied_head.removesuffix(".weight")} if layout.tied_head and not headless else set()
+    kept |= {layout.tied_head.removesuffix(".weight")} if layout.tied_head and reader.lists_head else set()
     missing = sorted(kept - reader.untouched(config, kept) - entries.left(kept, loosely=True))
     surplus = sorted(entries.left(quantized))
     where = " and ".join(found)

@@ -125,23 +125,6 @@ class Settled:
     nearest: bool = False
 
 
-def settle(
-    task: Task,
-    gram: Tensor,
-    choices: Choices,
-    aim: Callable[[Factor, float], Aim],
-    held: Objective | None,
-) -> Settled | None:
-    """Returns the solution of a problem; None where the second moment has no factor.
-
-    gram   second moment of the inputs, float32 [N, N]; its diagonal is raised for a while, and put back
-    aim    what the loop steers for, of a factor and a strength
-    held   objective on held-out tokens, which will be of some rows alone; None: there are none, and the first of the
-           choices is taken
-    """
-    return together([steps(task, gram, choices, aim, held)])[0]
-
-
 def together(all_steps: Sequence[Steps[Settled | None]]) -> list[Settled | None]:
     """Returns the solutions of problems whose loops over columns are run together where they are alike."""
     found: list[Settled | None] = [None] * len(all_steps)
@@ -171,7 +154,15 @@ def steps(
     aim: Callable[[Factor, float], Aim],
     held: Objective | None,
 ) -> Steps[Settled | None]:
-    """Takes the steps of `settle`; yields every loop over columns to be run, and is sent its result."""
+    """Returns the solution of a problem; None where the second moment has no factor.
+
+    It yields every loop over columns that is to be run, and is sent its result.
+
+    gram   second moment of the inputs, float32 [N, N]; its diagonal is raised for a while, and put back
+    aim    what the loop steers for, of a factor and a strength
+    held   objective on held-out tokens, which will be of some rows alone; None: there are none, and the first of the
+           choices is taken
+    """
     trial = _Trial(task, gram, choices, aim, held)
     if not trial.start():
         return None
@@ -211,7 +202,8 @@ class _Trial:
         if held is not None:
             held.of(task.rows(self.sample).weight)
         self._aim = aim
-        self._shares: dict[int, Tensor] = {}
+        self.seen = Objective(gram)
+        self._shares: dict[Objective, Tensor] = {}
         self.strength = choices.strengths[0]
         self.sweeps = choices.sweeps
         self.factor: Factor
@@ -313,22 +305,20 @@ class _Trial:
             at = grid(quantized.params, spec, quantized.codes.shape)
             own = replace(at, scale=at.scale[part], zero=cut(at.zero, part))
             done.append(decode_matrix(quantized.codes[part], own))
-        seen = Objective(self.gram)
         result = []
         for made in (_nearest(rows), torch.cat(done)):
             held = self._loss(self.held, source, made) if self.held is not None else None
-            result.append((self._loss(seen, source, made), held))
+            result.append((self._loss(self.seen, source, made), held))
         return result[0], result[1]
 
     def _loss(self, objective: Objective, weight: Tensor, quantized: Tensor) -> float:
         """Returns the sum over weights of the share of its output that each loses, of its rows in the sample."""
-        key = id(objective.gram)
-        if key not in self._shares:
+        if objective not in self._shares:
             counts = [len(self.task.weights[index][part]) for index, part in self.sample]
             energies = [own.sum() for own in objective.energy(weight).split(counts)]
             each = torch.stack(energies).clamp_min(torch.finfo(torch.float32).tiny).reciprocal()
-            self._shares[key] = each.repeat_interleave(torch.tensor(counts, device=each.device))
-        return float(objective.loss(weight, quantized) @ self._shares[key])
+            self._shares[objective] = each.repeat_interleave(torch.tensor(counts, device=each.device))
+        return float(objective.loss(weight, quantized) @ self._shares[objective])
 
     def _factorize(self, damp: float) -> Factor | None:
         granularity = self.task.spec.granularity

@@ -1,7 +1,7 @@
 """Runs the GPTQ column loop, independent of the number format (arXiv 2210.17323).
 
-`factorize` turns the second moment of a linear's inputs into a triangular factor, once per input; `solve` rounds the
-columns of any number of rows with it. Rows do not influence each other, so the weights of several linears that read
+`factorize` turns the second moment of a linear's inputs into a triangular factor, once per input; `solve_values` rounds
+the columns of any number of rows with it. Rows do not influence each other, so the weights of several linears that read
 the same input may be concatenated.
 
 The loop is written as Babai's nearest plane, which it equals (arXiv 2507.18553): with H = V V^T, V upper triangular,
@@ -52,14 +52,6 @@ class Factor:
     damp: float
     attempts: int
     ridge: float = 0.0
-
-
-@dataclass
-class Solved:
-    """Codes [R, N] in the weight's own column order (see `Quantized.codes`), and the loss sum(e^2)."""
-
-    codes: Tensor
-    loss: float
 
 
 def factorize(
@@ -117,15 +109,6 @@ def largest_share(gram: Tensor, steps: int = 30) -> float:
     for _ in range(steps):
         vector = gram @ (vector / vector.norm())
     return float(vector.norm()) / mean
-
-
-def solve(weight: Tensor, factor: Factor, at: Grid, *, columns: int = 128, feed: Feed | None = None) -> Solved:
-    """Returns codes of `weight` (float32 [R, N]) of least error over the inputs behind `factor`, column by column.
-
-    See `solve_values`. The rounded weight is that of the codes exactly; the loss is that of the damped objective.
-    """
-    values, loss = solve_values(weight, factor, at, columns=columns, feed=feed)
-    return Solved(codes_of(values, at), loss)
 
 
 def solve_values(

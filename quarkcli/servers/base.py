@@ -53,7 +53,7 @@ class Server:
 
 
 class Loader(Server):
-    """A server of which every dialect says itself what it loads (`Writer.loaders`)."""
+    """A server of which every dialect says itself what it loads (`Writer.loaders`, `Writer.config_faults`)."""
 
     def unknown(self, written: Written) -> str:
         return "" if written.writer else f"no rules are known of what it loads in dialect {written.dialect}"
@@ -62,11 +62,7 @@ class Loader(Server):
         writer = written.writer
         if writer is None:
             return [self.unknown(written)]
-        return [*self.config_faults(written.config), *self._plan_faults(writer, written.plan)]
-
-    def config_faults(self, config: Mapping[str, Any]) -> list[str]:
-        """Returns what is wrong with a `quantization_config` for this server."""
-        return []
+        return [*writer.config_faults(written.config, self.name), *self._plan_faults(writer, written.plan)]
 
     def _plan_faults(self, writer: Writer, plan: Plan) -> list[str]:
         if self.name in writer.loaders(plan):

@@ -1,45 +1,16 @@
 """SGLang: rules read from its source, never run here.
 
-Sources (https://github.com/sgl-project/sglang, python/sglang/srt/layers/quantization/):
-    quark/quark.py, commit f1dea624c8f5 (0.5.6.post1): `QuarkConfig._get_scheme_from_config`, `_is_fp8_w8a8`,
-        `_is_mx_fp4`; experts: the same two kinds, `get_moe_scheme` of a later commit
-    compressed_tensors/compressed_tensors.py, commit 000659aed4db: `_get_scheme_from_parts`, `_is_wNa16_group_channel`,
-        `_is_fp8_w8a8`, `_is_static_tensor_w8a8`, `_is_dynamic_token_w8a8`; nvfp4 and experts: `_is_fp4a4_nvfp4` and
-        `get_moe_scheme` of a later commit, which refuses int8 experts off Ascend
-Of other methods it knows the names (`BASE_QUANTIZATION_METHODS`); their classes were not read.
+https://github.com/sgl-project/sglang, python/sglang/srt/layers/quantization/. The dialects say what its classes for
+them take, and where that was read (`Writer.classes`). Of other methods it knows the names
+(`BASE_QUANTIZATION_METHODS`); their classes were not read.
 """
 
 from __future__ import annotations
 
-from itertools import product
-from typing import NamedTuple
-
-from quarkcli.dialects._kinds import Kinds, kinds_of
+from quarkcli.dialects._kinds import kinds_of
+from quarkcli.dialects.base import Classes
 from quarkcli.plan.model import QuantizedTarget
 from quarkcli.servers.base import Server, Written, what
-
-
-class _Loads(NamedTuple):
-    linears: frozenset[Kinds]
-    experts: frozenset[Kinds]
-
-
-def _pairs(weights: list[str], inputs: list[str]) -> frozenset[Kinds]:
-    return frozenset(product(weights, inputs))
-
-
-# A dynamic input goes with every weight of 8 bits; a static one is of the whole tensor.
-_FP8 = _pairs(["fp8 tensor", "fp8 channel"], ["fp8 static", "fp8 token", "fp8 tensor"])
-_INT8 = _pairs(["int8 tensor", "int8 channel"], ["int8 static", "int8 token"])
-_WORDS = _pairs(["int4 group", "int4 channel", "int8 group", "int8 channel"], ["none"])
-_NVFP4 = frozenset({("nvfp4", "nvfp4")})
-# quant_method -> what its class takes.
-_RULES = {
-    "quark": _Loads(_FP8 | {("mxfp4", "mxfp4")}, _FP8 | {("mxfp4", "mxfp4")}),
-    "compressed-tensors": _Loads(
-        _FP8 | _INT8 | _WORDS | _NVFP4 | _pairs(["fp8 tensor", "fp8 channel"], ["none"]), _FP8 | _WORDS | _NVFP4
-    ),
-}
 
 
 class Sglang(Server):
@@ -47,12 +18,14 @@ class Sglang(Server):
     title = "SGLang 0.5"
     evidence = " (read, not run)"
 
+    def _classes(self, written: Written) -> Classes | None:
+        return written.writer.classes.get(self.name) if written.writer is not None else None
+
     def unknown(self, written: Written) -> str:
-        method = str(written.config.get("quant_method"))
-        return "" if method in _RULES else f"no rules are known of what it loads as {method}"
+        return "" if self._classes(written) else f"no rules are known of what it loads as {written.dialect}"
 
     def refusals(self, written: Written) -> list[str]:
-        rules = _RULES.get(str(written.config.get("quant_method")))
+        rules = self._classes(written)
         if rules is None:
             return [self.unknown(written)]
         found = []
@@ -67,7 +40,7 @@ class Sglang(Server):
         return found
 
 
-def _reason(target: QuantizedTarget, rules: _Loads) -> str | None:
+def _reason(target: QuantizedTarget, rules: Classes) -> str | None:
     if target.output is not None or target.bias_spec is not None:
         return "no class for quantized outputs or biases"
     if target.role in ("head", "embedding", "router"):

@@ -18,7 +18,6 @@ from quarkcli.disk.verify import directory
 from quarkcli.errors import ModelError
 from quarkcli.job import convert
 from quarkcli.numerics.quantize import dequantize
-from quarkcli.servers import vllm
 from quarkcli.spec import PerChannel, PerGroup, ScaleSpec, TensorSpec
 from tests import runs
 from tests.dialects.plans import int4, linears, llama, plan
@@ -149,8 +148,9 @@ def test_groups_of_other_sizes_are_not_read() -> None:
 
 def test_vllm_refuses_groups_in_order_of_activations() -> None:
     config = {**CONFIG, "desc_act": True}
-    assert vllm.SERVER.config_faults(config) == ["desc_act is true: it refuses groups in order of activations"]
-    assert vllm.SERVER.config_faults({**config, "group_size": -1}) == vllm.SERVER.config_faults(CONFIG) == []
+    assert gptq.WRITER.config_faults(config, "vllm") == ["desc_act is true: it refuses groups in order of activations"]
+    assert gptq.WRITER.config_faults({**config, "group_size": -1}, "vllm") == []
+    assert gptq.WRITER.config_faults(CONFIG, "vllm") == []
 
 
 def test_what_is_left_out_is_told_by_expressions() -> None:

@@ -7,9 +7,13 @@ from typing import Any
 
 import pytest
 
+from quarkcli import dialects
+from quarkcli.dialects import modelopt
 from quarkcli.dialects.base import Reader
 from quarkcli.disk.excluded import Entries, check
 from quarkcli.errors import CheckError
+from tests.dialects.plans import linears, llama, plan
+from tests.dialects.test_roundtrip import HELD, PAIRS
 
 MODULES = ["lm_head", *(f"model.layers.{n}.{leaf}" for n in (1, 10) for leaf in
            ("self_attn.q_proj", "mlp.gate", "mlp.gate_proj", "mlp.experts.0.up_proj"))]  # fmt: skip
@@ -35,27 +39,59 @@ def test_what_an_entry_speaks_of(entry: str, left: set[str], loosely: set[str]) 
     assert entries.left(MODULES, loosely=True) == left | loosely
 
 
+class Listing(Reader):
+    lists = ("ignore",)
+
+
+class Headless(Reader):
+    lists = ("modules_to_not_convert",)
+    lists_head = False
+
+
 @pytest.mark.parametrize(
-    ("config", "fault"),
+    ("reader", "config", "fault"),
     [
-        ({}, ""),
-        ({"ignore": ["lm_head", "re:.*gate$"]}, ""),
-        ({"ignore": ["re:.*gate$"]}, "1 modules are not quantized, and ignore does not list them: lm_head"),
-        ({"ignore": ["lm_head", "re:.*gate$", "model.up"]}, "1 modules are quantized, and ignore lists them: model.up"),
-        ({"modules_to_not_convert": ["gate"]}, ""),  # the head goes without saying
-        ({"modules_to_not_convert": None}, ""),
-        ({"modules_to_not_convert": ["visual"]}, "modules_to_not_convert does not list them: model.gate"),
-        ({"quantization": {"exclude_modules": ["lm_head*", "*gate"]}}, ""),
-        ({"quantization": {"exclude_modules": ["*gate"]}}, "exclude_modules does not list them: lm_head"),
+        (Listing(), {}, ""),
+        (Listing(), {"ignore": ["lm_head", "re:.*gate$"]}, ""),
+        (
+            Listing(),
+            {"ignore": ["re:.*gate$"]},
+            "1 modules are not quantized, and ignore does not list them: lm_head",
+        ),
+        (
+            Listing(),
+            {"ignore": ["lm_head", "re:.*gate$", "model.up"]},
+            "1 modules are quantized, and ignore lists them: model.up",
+        ),
+        (Headless(), {"modules_to_not_convert": ["gate"]}, ""),  # the head goes without saying
+        (Headless(), {"modules_to_not_convert": None}, ""),
+        (Headless(), {"modules_to_not_convert": ["visual"]}, "modules_to_not_convert does not list them: model.gate"),
+        (modelopt.READER, {"quantization": {"exclude_modules": ["lm_head*", "*gate"]}}, ""),
+        (
+            modelopt.READER,
+            {"quantization": {"exclude_modules": ["*gate"]}},
+            "exclude_modules does not list them: lm_head",
+        ),
     ],
 )
-def test_lists_of_every_tool(config: dict[str, Any], fault: str) -> None:
+def test_lists_of_every_tool(reader: Reader, config: dict[str, Any], fault: str) -> None:
     roles = {"lm_head": "head", "model.gate": "router", "model.up": "up", "model.embed": "embedding"}
     weights = {name: SimpleNamespace(role=role) for name, role in roles.items()}
     layout: Any = SimpleNamespace(weights=weights, tied_head=None)
     if not fault:
-        check(Reader(), config, layout, ["model.up"])
+        check(reader, config, layout, ["model.up"])
         return
     with pytest.raises(CheckError) as caught:
-        check(Reader(), config, layout, ["model.up"])
+        check(reader, config, layout, ["model.up"])
     assert fault in str(caught.value)
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_every_dialect_reads_the_lists_that_it_writes(name: str) -> None:
+    """But for those that leave modules out by expressions of their own."""
+    writer = dialects.writer(name)
+    pair = next(iter({**HELD[name], **PAIRS}.values()))
+    made = plan(llama(layers=1), linears(pair))
+    assert writer.reader is not None
+    found = writer.reader.left_out(writer.config(made))
+    assert set(found) <= set(writer.reader.lists) and bool(found) == bool(writer.reader.lists)

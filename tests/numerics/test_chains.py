@@ -23,8 +23,9 @@ from quarkcli.numerics.quantize import (
     static_scale,
     tensor_amax,
 )
-from quarkcli.numerics.solve import factorize, solve
+from quarkcli.numerics.solve import factorize
 from quarkcli.spec import PerChannel, PerGroup, PerTensor, ScaleSpec, TensorSpec
+from tests.numerics.columns import solve
 
 from . import specs
 

@@ -13,10 +13,11 @@ from quarkcli.numerics import refine as refine_module
 from quarkcli.numerics.quantize import QParams, decode, decode_grid, make_qparams
 from quarkcli.numerics.refine import Rows, refine
 from quarkcli.numerics.scales import decode_scale
-from quarkcli.numerics.settle import Aim, Choices, Objective, settle
+from quarkcli.numerics.settle import Aim, Choices, Objective
 from quarkcli.numerics.solve import codes_of, factorize, solve_values
 from quarkcli.numerics.task import Task
 from quarkcli.spec import PerChannel, PerGroup, PerTile, ScaleSpec, TensorSpec
+from tests.numerics.columns import settle
 
 N, R = 128, 24
 SPECS = {

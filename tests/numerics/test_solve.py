@@ -10,8 +10,9 @@ import torch
 from quarkcli.errors import DataError
 from quarkcli.numerics import solve as solve_module
 from quarkcli.numerics.quantize import decode, encode, grid, make_qparams
-from quarkcli.numerics.solve import Factor, Solved, dead_inputs, factorize, solve
+from quarkcli.numerics.solve import Factor, dead_inputs, factorize
 from quarkcli.spec import PerChannel, PerGroup, PerTensor, PerTile, ScaleSpec, TensorSpec
+from tests.numerics.columns import Solved, solve
 
 SPECS = {
     "int4": TensorSpec("int4", PerGroup(32), ScaleSpec("bf16", "half_range")),

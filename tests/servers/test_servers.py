@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from pathlib import Path
 
 import pytest
 
-from quarkcli import servers
+from quarkcli import dialects, servers
 from quarkcli.cli import main
 from quarkcli.disk import verify
 from quarkcli.disk.verify import Asked
@@ -21,6 +22,14 @@ DATA = {"calib_data": "builtin", "calib_samples": 4, "calib_seqlen": 32}
 def test_members_are_found_by_their_files() -> None:
     assert set(servers.names()) == {"sglang", "transformers", "vllm"}
     assert all(member.name == name for name, member in zip(servers.names(), servers.servers(), strict=True))
+
+
+def test_no_server_knows_a_dialect_by_name() -> None:
+    """What a server makes of a dialect stands in the dialect's file."""
+    files = list(Path(servers.__file__).parent.glob("*.py"))
+    nodes = [node for file in files for node in ast.walk(ast.parse(file.read_text()))]
+    words = {node.value for node in nodes if isinstance(node, ast.Constant)}
+    assert len(files) > 3 and not words & set(dialects.names())
 
 
 @pytest.mark.parametrize("target", ["tensorrt-llm", "vlm", ""])
