@@ -88,8 +88,8 @@ Servers = Annotated[
         "--target",
         metavar="SERVER",
         autocompletion=targets,
-        help="What must load it: vllm, transformers or sglang; auto: any server, so that weights which they fuse have "
-        "one scheme; none: nothing in particular.",
+        help="The server that must load it, such as vllm; auto: any, so that weights which they fuse have one scheme; "
+        "none: nothing in particular.",
     ),
 ]
 _Many = list[str] | None

@@ -242,11 +242,11 @@ def whole_tiles(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_quantize_verify_and_evaluate(tmp_path: Path) -> None:
-    whole_job("fp8", "fp8", tmp_path, {"vllm"})
+    assert whole_job("fp8", "fp8", tmp_path, {"vllm"}) < 1e-3
 
 
 def test_quantize_verify_and_evaluate_tiles(tmp_path: Path, whole_tiles: Path) -> None:
-    whole_job("fp8", "fp8_block128", tmp_path, {"vllm", "transformers"}, whole_tiles)
+    assert whole_job("fp8", "fp8_block128", tmp_path, {"vllm", "transformers"}, whole_tiles) < 1e-3
 
 
 def test_transformers_loads_tiles(tmp_path: Path, whole_tiles: Path, monkeypatch: pytest.MonkeyPatch) -> None:
