@@ -37,7 +37,7 @@ KILLS: dict[str, tuple[dict[str, Any], str]] = {
     "before the manifest": (at("quarkcli.job.finish._write_manifest"), "going on with the final steps"),
     "behind the manifest": (at("quarkcli.job.finish._write_manifest", after=True), "going on with the final steps"),
     "before the state is put aside": (at("quarkcli.disk.journal.Journal.set_aside"), "going on with the final steps"),
-    "before the renaming": (at("quarkcli.job.run.publish"), "going on with the final steps"),
+    "before the renaming": (at("quarkcli.job.finish.publish"), "going on with the final steps"),
 }  # fmt: skip
 
 
@@ -172,7 +172,7 @@ def test_kills_from_outside_at_any_moment(quark, calm, work):
 def test_an_overwritten_output_stays_until_the_new_one_is_there(quark, calm, work):
     (work / "out").mkdir()
     (work / "out" / "thesis.tex").write_text("mine")
-    answer = run(quark, work, "mxfp4", "--overwrite", hook=at("quarkcli.job.run.publish"))
+    answer = run(quark, work, "mxfp4", "--overwrite", hook=at("quarkcli.job.finish.publish"))
     assert answer.code == -9
     assert (work / "out" / "thesis.tex").read_text() == "mine"
     refused = run(quark, work, "mxfp4")
