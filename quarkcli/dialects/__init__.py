@@ -43,7 +43,7 @@ def readers() -> list[Reader]:
 
 def files_beside() -> list[str]:
     """Returns the files beside config.json that may describe a quantized checkpoint in its place."""
-    return [member.beside for member in readers() if member.beside is not None]
+    return list(dict.fromkeys(file for member in readers() for file in member.beside))
 
 
 def writer(name: str, flag: str = "--dialect") -> Writer:

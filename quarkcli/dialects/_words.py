@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 WORD_BITS = 32
 CODES, ZEROS, SCALES = "qweight", "qzeros", "scales"
+INPUTS, OUTPUTS = 0, 1  # dimensions of packed codes
 WHOLE_ROW = -1  # the group size of one scale per output row
 
 
@@ -29,6 +30,15 @@ def modules(headers: Mapping[str, HeaderLike]) -> list[str]:
     """Returns the modules that have packed codes, in file order."""
     suffix = f".{CODES}"
     return [name.removesuffix(suffix) for name in headers if name.endswith(suffix)]
+
+
+def packed_along(headers: Mapping[str, HeaderLike]) -> int | None:
+    """Returns the dimension that the codes of the first such module are packed along; None: nothing tells."""
+    for module in modules(headers):
+        codes, scales = headers[f"{module}.{CODES}"].shape, headers.get(f"{module}.{SCALES}")
+        if scales is not None and len(codes) == len(scales.shape) == 2:
+            return INPUTS if codes[1] == scales.shape[1] else OUTPUTS
+    return None
 
 
 def group_size(spec: TensorSpec) -> int:

@@ -44,8 +44,12 @@ _EXPERTS = frozenset({("uint4 group", "none")})
 class AwqReader(Reader):
     name = NAME
     quant_method = NAME
+    beside = ("quant_config.json", "quantize_config.json")
     lists = ("modules_to_not_convert",)
     lists_head = False
+
+    def packs(self, headers: Mapping[str, HeaderLike]) -> bool:
+        return words.packed_along(headers) == words.OUTPUTS
 
     def view(self, config: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> StoredView:
         """Returns the view of a checkpoint: what has codes is quantized, whatever parts of names the config leaves out.

@@ -103,7 +103,7 @@ class Reader:
 
     quant_method   the value that their `quantization_config` has under this key
     divisors       the leaves of scales that are stored as their inverse
-    beside         a file beside config.json that may describe a checkpoint in its place, None: there is none
+    beside         files beside config.json that may describe a checkpoint in its place, the first that is there
     lists          keys of a config that hold the names of modules which are left out
     lists_head     a head that is not quantized is among them; else loaders never quantize one
     """
@@ -111,13 +111,17 @@ class Reader:
     name: ClassVar[str]
     quant_method: ClassVar[str]
     divisors: ClassVar[frozenset[str]] = frozenset()
-    beside: ClassVar[str | None] = None
+    beside: ClassVar[tuple[str, ...]] = ()
     lists: ClassVar[tuple[str, ...]] = ()
     lists_head: ClassVar[bool] = True
 
     def matches(self, config: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> bool:
         """True when a checkpoint is one of these, by its `quantization_config` ({} without one) and headers."""
         return bool(config.get("quant_method") == self.quant_method)
+
+    def packs(self, headers: Mapping[str, HeaderLike]) -> bool:
+        """True when tensors look like its own, whatever a config says: asked before a file in `beside` is believed."""
+        return False
 
     def view(self, config: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> StoredView:
         """Returns the view of a checkpoint, from its `quantization_config` and headers. Raises ModelError."""

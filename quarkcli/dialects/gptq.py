@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from quarkcli.numerics.quantize import Quantized
 
 NAME = "gptq"
+FILE = "quantize_config.json"
 _SECOND = "gptq_v2"
 _READ_BITS = (2, 3, 4, 8)
 _GROUPS = "g_idx"
@@ -65,6 +66,10 @@ class Settings(NamedTuple):
 class GptqReader(Reader):
     name = NAME
     quant_method = NAME
+    beside = (FILE,)
+
+    def packs(self, headers: Mapping[str, HeaderLike]) -> bool:
+        return words.packed_along(headers) == words.INPUTS
 
     def view(self, config: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> StoredView:
         """Returns the view of a checkpoint: what has codes is quantized.
@@ -159,7 +164,7 @@ class Gptq(Writer):
     def files(self, plan: Plan) -> dict[str, dict[str, Any]]:
         """Returns config.json's key, and the file in which the dialect's own tools look for it."""
         config = self.config(plan)
-        return {CONFIG_FILE: {CONFIG_KEY: config}, "quantize_config.json": config}
+        return {CONFIG_FILE: {CONFIG_KEY: config}, FILE: config}
 
 
 # --- tensors ---------------------------------------------------------------------------------------------------------

@@ -56,17 +56,22 @@ _CAST_CACHE = TensorSpec("fp8_e4m3", PerTensor(), ScaleSpec("f32", constant_amax
 # Classes of experts in vLLM. Modules beside the language model it takes for unquantized, by parts of their names.
 _VLLM_EXPERTS = frozenset(ALGOS[name].kinds for name in ("FP8", "NVFP4", "W4A16_NVFP4", "MXFP8"))
 _VLLM_PASSES_OVER = ("vision_tower", "vision_model", "vit_large_projector")
+# Leaves that mean nothing unless the model is quantized; without them a file beside it is of another checkpoint.
+_SCALES = (".weight_scale", ".weight_scale_inv")
 _REWRITTEN = (".pre_quant_scale", ".svdquant_lora_a", ".svdquant_lora_b", "_proj.k_bias", "_proj.v_bias")
 
 
 class ModelOptReader(Reader):
     name = NAME
     quant_method = NAME
-    beside = NESTED_FILE
+    beside = (NESTED_FILE,)
     lists = ("ignore", "exclude_modules")
 
     def matches(self, config: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> bool:
         return is_modelopt(config)
+
+    def packs(self, headers: Mapping[str, HeaderLike]) -> bool:
+        return any(name.endswith(_SCALES) for name in headers)
 
     def view(self, config: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> StoredView:
         """Returns the view of a checkpoint, from the flat or the nested config.

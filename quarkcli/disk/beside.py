@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +10,24 @@ from quarkcli import dialects, family
 from quarkcli.dialects.base import CONFIG_KEY
 from quarkcli.documents.model import Quantization
 from quarkcli.documents.shape import Shape
+from quarkcli.family import HeaderLike
 
-# Leaves of tensors that mean nothing unless the model is quantized; without them the file is of another checkpoint.
-_SCALES = (".weight_scale", ".weight_scale_inv")
 Read = Callable[[Path, type[Shape]], tuple[str, dict[str, Any]]]
 
 
-def described(folder: Path, config: dict[str, Any], tensors: Iterable[str], read: Read) -> dict[str, Any]:
+def described(folder: Path, config: dict[str, Any], headers: Mapping[str, HeaderLike], read: Read) -> dict[str, Any]:
     """Returns the object that such a file holds, as a `quantization_config` to add to the config; else {}.
+
+    A file that does not name its method is of the dialect that the tensors are packed as.
 
     read   gives the text and the object of a JSON file
     """
-    if family.quantization(config) or not any(name.endswith(_SCALES) for name in tensors):
+    if family.quantization(config):
         return {}
-    files = (folder / name for name in dialects.files_beside())
-    return next(({CONFIG_KEY: read(path, Quantization)[1]} for path in files if path.is_file()), {})
+    for reader in dialects.readers():
+        path = next((folder / file for file in reader.beside if (folder / file).is_file()), None)
+        if path is not None and reader.packs(headers):
+            found = read(path, Quantization)[1]
+            named = "quant_method" in found or reader.matches(found, headers)
+            return {CONFIG_KEY: found if named else {"quant_method": reader.quant_method, **found}}
+    return {}
