@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 WORD_BITS = 32
 CODES, ZEROS, SCALES = "qweight", "qzeros", "scales"
 INPUTS, OUTPUTS = 0, 1  # dimensions of packed codes
+HEAD = "lm_head"  # key of a config: is the head quantized
 WHOLE_ROW = -1  # the group size of one scale per output row
 
 

@@ -46,7 +46,9 @@ class AwqReader(Reader):
     quant_method = NAME
     beside = ("quant_config.json", "quantize_config.json")
     lists = ("modules_to_not_convert",)
-    lists_head = False
+    unlisted = frozenset({"embedding", "head"})
+    lists_parts = True
+    head_key = words.HEAD
 
     def packs(self, headers: Mapping[str, HeaderLike]) -> bool:
         return words.packed_along(headers) == words.OUTPUTS
@@ -116,7 +118,7 @@ class Awq(Writer):
             "bits": _BITS,
             "group_size": words.group_size(quantized[0].weight) if quantized else words.WHOLE_ROW,
             "zero_point": True,
-            "lm_head": any(target.role == "head" for target in quantized),
+            words.HEAD: any(target.role == "head" for target in quantized),
             "modules_to_not_convert": _left_out(plan),
         }
 

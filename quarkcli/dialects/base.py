@@ -105,7 +105,9 @@ class Reader:
     divisors       the leaves of scales that are stored as their inverse
     beside         files beside config.json that may describe a checkpoint in its place, the first that is there
     lists          keys of a config that hold the names of modules which are left out
-    lists_head     a head that is not quantized is among them; else loaders never quantize one
+    lists_parts    loaders look for their entries anywhere in a name, so that `mlp.gate` leaves out `mlp.gate_proj` too
+    unlisted       roles of modules that loaders leave as they are, listed or not
+    head_key       key of a config that says whether the head is quantized; without it: it is not
     """
 
     name: ClassVar[str]
@@ -113,7 +115,9 @@ class Reader:
     divisors: ClassVar[frozenset[str]] = frozenset()
     beside: ClassVar[tuple[str, ...]] = ()
     lists: ClassVar[tuple[str, ...]] = ()
-    lists_head: ClassVar[bool] = True
+    lists_parts: ClassVar[bool] = False
+    unlisted: ClassVar[frozenset[str]] = frozenset({"embedding"})
+    head_key: ClassVar[str] = ""
 
     def matches(self, config: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> bool:
         """True when a checkpoint is one of these, by its `quantization_config` ({} without one) and headers."""

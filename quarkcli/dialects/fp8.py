@@ -50,7 +50,7 @@ class Fp8Reader(Reader):
     name = NAME
     quant_method = NAME
     lists = ("ignored_layers", "modules_to_not_convert")
-    lists_head = False
+    unlisted = frozenset({"embedding", "head"})
 
     def view(self, config: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> StoredView:
         """Returns the view of a checkpoint. Raises ModelError for tensors that do not fit the config."""

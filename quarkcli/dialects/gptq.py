@@ -46,6 +46,8 @@ _GROUPS = "g_idx"
 _HOLDS = frozenset((f"{short} {where}", "none") for short in ("int4", "int8") for where in ("group", "channel"))
 _PLACES = shared.Places(_HOLDS, attention=frozenset())
 _EXPERTS = frozenset({("int4 group", "none"), ("int8 group", "none")})
+# Roles that its own tools never quantize: they know the linears of every model's blocks.
+_UNLISTED = frozenset({"embedding", "head", "router", "gates", "indexer", "mtp", "vision", "audio", "projector"})
 _SKIP, _OVERRIDE, _MARK = "-:", "+:", "re:"
 
 
@@ -67,6 +69,8 @@ class GptqReader(Reader):
     name = NAME
     quant_method = NAME
     beside = (FILE,)
+    unlisted = _UNLISTED
+    head_key = words.HEAD
 
     def packs(self, headers: Mapping[str, HeaderLike]) -> bool:
         return words.packed_along(headers) == words.INPUTS
@@ -85,6 +89,11 @@ class GptqReader(Reader):
         settings = _settings(config, found)
         kind = SecondFormat if layout == _SECOND else StoredTarget
         return StoredView({module: _stored(kind, module, settings[module], headers) for module in found})
+
+    def left_out(self, config: Mapping[str, Any]) -> dict[str, list[str]]:
+        listed = config.get("dynamic")
+        skipped = [_MARK + text.removeprefix(_SKIP) for text in listed or () if text.startswith(_SKIP)]
+        return {"dynamic": skipped} if isinstance(listed, dict) else {}
 
     def decode(self, stored: StoredTarget, tensors: Mapping[str, Tensor]) -> Decoded:
         """Returns codes and scales; where groups are not runs of neighbours, with the columns in order of groups.
@@ -155,7 +164,7 @@ class Gptq(Writer):
             "group_size": words.group_size(first) if first else words.WHOLE_ROW,
             "desc_act": False,
             "sym": True,
-            "lm_head": any(target.role == "head" for target in quantized),
+            words.HEAD: any(target.role == "head" for target in quantized),
             "checkpoint_format": NAME,
             "pack_dtype": "int32",
             "dynamic": {_SKIP + pattern: {} for pattern in _left_out(plan)},

@@ -44,7 +44,7 @@ class Mxfp4Reader(Reader):
     name = NAME
     quant_method = NAME
     lists = ("modules_to_not_convert",)
-    lists_head = False
+    unlisted = frozenset({"embedding", "head"})
 
     def view(self, config: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> StoredView:
         """Returns the view of a checkpoint. Raises ModelError for blocks without scales, and for other tensors."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from quarkcli.dialects.base import Reader
 from quarkcli.errors import CheckError, ConfigError, ModelError, some
-from quarkcli.family import Layout
+from quarkcli.family import Layout, Weight
 from quarkcli.recipe.expressions import Expressions
 
 _MARK = "re:"
@@ -19,22 +19,37 @@ _MARK = "re:"
 
 def check(reader: Reader, config: Mapping[str, Any], layout: Layout, quantized: Iterable[str]) -> str:
     """Returns the check made. Raises CheckError for linears that are left in or out against the files."""
-    found = reader.left_out(config)
+    found, quantized = reader.left_out(config), set(quantized)
+    _check_head(reader, config, layout, quantized)
     if not found:
         return "the config has no list of modules that are left out"
     entries = Entries(entry for listed in found.values() for entry in listed)
-    quantized = set(quantized)
-    passed = {"embedding"} if reader.lists_head else {"embedding", "head"}
-    kept = {name for name, weight in layout.weights.items() if weight.role not in passed} - quantized
-    kept |= {layout.tied_head.removesuffix(".weight")} if layout.tied_head and reader.lists_head else set()
+    kept = {name for name, weight in layout.weights.items() if not _roles(layout, weight) & reader.unlisted} - quantized
+    if layout.tied_head and "head" not in reader.unlisted:
+        kept.add(layout.tied_head.removesuffix(".weight"))
     missing = sorted(kept - reader.untouched(config, kept) - entries.left(kept, loosely=True))
-    surplus = sorted(entries.left(quantized))
+    surplus = sorted(entries.left(quantized, loosely=reader.lists_parts))
     where = " and ".join(found)
     if missing:
         raise CheckError(f"{len(missing)} modules are not quantized, and {where} does not list them: {some(missing)}")
     if surplus:
         raise CheckError(f"{len(surplus)} modules are quantized, and {where} lists them: {some(surplus)}")
     return f"{where} lists the {len(kept)} linears that are not quantized, and no other"
+
+
+def _roles(layout: Layout, weight: Weight) -> set[str]:
+    """Returns the role of a weight, and the one that it is left alone for."""
+    return {weight.role, layout.protected.get(weight.name, weight.role)}
+
+
+def _check_head(reader: Reader, config: Mapping[str, Any], layout: Layout, quantized: set[str]) -> None:
+    """Raises CheckError where a config says otherwise of the head than the files."""
+    heads = {name for name, weight in layout.weights.items() if weight.role == "head"}
+    said, is_quantized = config.get(reader.head_key) is True, bool(heads & quantized)
+    if reader.head_key and said != is_quantized:
+        what = "is quantized, and" if is_quantized else "is not quantized, and"
+        where = some(sorted(heads)) if heads else "the head"
+        raise CheckError(f"{what} {reader.head_key} is {str(said).lower()}", where=where)
 
 
 class Entries:

@@ -32,6 +32,8 @@ BASES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "quark-int4": ("llama", "int4_wo_128", "quark", {}),
     "ct-moe": ("qwen3_moe", "int4_wo_128", "compressed-tensors", {}),
     "quark-moe": ("qwen3_moe", "mxfp4", "quark", {}),
+    "awq": ("llama", "uint4_wo_32", "awq", {"exclude": ["*self_attn*"]}),
+    "gptq": ("llama", "int4_wo_32", "gptq", {"exclude": ["*self_attn*"]}),
 }
 DENSE, MOE = ("ct", "quark"), ("ct-moe", "quark-moe")
 LAYER = "model.layers.0"
@@ -274,6 +276,30 @@ def left_out_too(files: Files) -> str:
     return module
 
 
+def without_attention(files: Files) -> str:
+    """What is left out lacks the attention of every block."""
+    for key in {"dynamic", "modules_to_not_convert"} & files.quantization.keys():
+        listed = files.quantization[key]
+        for entry in [text for text in listed if "q_proj" in text]:
+            listed.remove(entry) if isinstance(listed, list) else listed.pop(entry)
+    return f"{LAYER}.self_attn.q_proj"
+
+
+def gptq_left_out_too(files: Files) -> str:
+    files.quantization["dynamic"][r"-:.*\.up_proj$"] = {}
+    return UP
+
+
+def awq_left_out_too(files: Files) -> str:
+    files.quantization["modules_to_not_convert"].append("up_pro")
+    return UP
+
+
+def other_head(files: Files) -> str:
+    files.quantization["lm_head"] = True
+    return "lm_head is true"
+
+
 def pattern_too_wide(files: Files) -> str:
     files.left_out.append("re:.*up_proj$")
     return "up_proj"
@@ -449,6 +475,10 @@ DAMAGES = {
     "exclude entry of routers dropped": Damage(router_not_left_out, MOE),
     "exclude entry added": Damage(left_out_too),
     "exclude pattern too wide": Damage(pattern_too_wide),
+    "attention not among the modules left out": Damage(without_attention, ("awq", "gptq")),
+    "expression for a quantized module": Damage(gptq_left_out_too, ("gptq",)),
+    "part of a quantized module's name": Damage(awq_left_out_too, ("awq",)),
+    "head that is said to be quantized": Damage(other_head, ("awq", "gptq")),
     "norm missing": Damage(hole),
     "module missing": Damage(lost_module),
     "experts missing": Damage(lost_experts, MOE),

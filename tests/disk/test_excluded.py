@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from quarkcli import dialects
-from quarkcli.dialects import modelopt
+from quarkcli.dialects import gptq, modelopt
 from quarkcli.dialects.base import Reader
 from quarkcli.disk.excluded import Entries, check
 from quarkcli.errors import CheckError
@@ -45,7 +45,15 @@ class Listing(Reader):
 
 class Headless(Reader):
     lists = ("modules_to_not_convert",)
-    lists_head = False
+    unlisted = frozenset({"embedding", "head"})
+    head_key = "quantizes_head"
+
+
+class Parted(Listing):
+    lists_parts = True
+
+
+GPTQ = {"quant_method": "gptq", "bits": 4}
 
 
 @pytest.mark.parametrize(
@@ -72,12 +80,39 @@ class Headless(Reader):
             {"quantization": {"exclude_modules": ["*gate"]}},
             "exclude_modules does not list them: lm_head",
         ),
+        (Listing(), {"ignore": ["lm_head", "re:.*gate$", "up"]}, ""),
+        (Parted(), {"ignore": ["lm_head", "gate", "up"]}, "1 modules are quantized, and ignore lists them: model.up"),
+        (Headless(), {"quantizes_head": True}, "lm_head: is not quantized, and quantizes_head is true"),
     ],
 )
 def test_lists_of_every_tool(reader: Reader, config: dict[str, Any], fault: str) -> None:
-    roles = {"lm_head": "head", "model.gate": "router", "model.up": "up", "model.embed": "embedding"}
-    weights = {name: SimpleNamespace(role=role) for name, role in roles.items()}
-    layout: Any = SimpleNamespace(weights=weights, tied_head=None)
+    told(reader, config, fault, {"lm_head": "head", "model.gate": "router"})
+
+
+@pytest.mark.parametrize(
+    ("config", "fault"),
+    [
+        ({}, ""),
+        ({"dynamic": None}, ""),
+        ({"dynamic": {}}, "1 modules are not quantized, and dynamic does not list them: model.down"),
+        ({"dynamic": {"+:.*": {"bits": 8}, r"-:.*\.(down|other)$": {}}}, ""),
+        (
+            {"dynamic": {r"-:model\.": {}}},
+            "1 modules are quantized, and dynamic lists them: model.up",
+        ),
+        ({"lm_head": True, "dynamic": {}}, "lm_head: is not quantized, and lm_head is true"),
+    ],
+)
+def test_what_gptqmodel_leaves_out(config: dict[str, Any], fault: str) -> None:
+    """It knows the linears of a model's blocks, and says what it leaves out of those."""
+    told(gptq.READER, config, fault, {"lm_head": "head", "model.gate": "router", "model.down": "down"})
+
+
+def told(reader: Reader, config: dict[str, Any], fault: str, kept: dict[str, str]) -> None:
+    """Checks a model with one quantized weight and these kept ones, by name -> role."""
+    roles = {**kept, "model.up": "up", "model.embed": "embedding"}
+    weights = {name: SimpleNamespace(name=name, role=role) for name, role in roles.items()}
+    layout: Any = SimpleNamespace(weights=weights, tied_head=None, protected={})
     if not fault:
         check(reader, config, layout, ["model.up"])
         return
@@ -88,10 +123,9 @@ def test_lists_of_every_tool(reader: Reader, config: dict[str, Any], fault: str)
 
 @pytest.mark.parametrize("name", HELD)
 def test_every_dialect_reads_the_lists_that_it_writes(name: str) -> None:
-    """But for those that leave modules out by expressions of their own."""
     writer = dialects.writer(name)
     pair = next(iter({**HELD[name], **PAIRS}.values()))
     made = plan(llama(layers=1), linears(pair))
     assert writer.reader is not None
     found = writer.reader.left_out(writer.config(made))
-    assert set(found) <= set(writer.reader.lists) and bool(found) == bool(writer.reader.lists)
+    assert found
