@@ -1,0 +1,120 @@
+"""Checkpoints that other tools wrote: verified, decoded as those tools decode them, and quantized again.
+
+Every folder of `tests/data/peers` with a `peer.json` is one; `make.py` makes them. What `known` says there of a
+checkpoint is the exception, with the reason: `verify`, a part of the finding that is right; `job`, flags for a job.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from quarkcli.cli import main
+from quarkcli.disk.checkpoint import Checkpoint
+from quarkcli.disk.source import Source
+from tests import runs
+from tests.peers import common
+
+DATA = Path(__file__).parents[1] / "data" / "peers"
+PEERS = sorted(path.parent.name for path in DATA.glob(f"*/{common.FACTS}"))
+JOBS: dict[str, dict[str, Any]] = {"nvfp4": {"scheme": "nvfp4"}, "gptq": {"scheme": "int4_wo_128", "algorithm": "gptq"}}
+ROWS = {"calib_samples": 4, "calib_seqlen": 64}
+
+
+def facts(peer: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((DATA / peer / common.FACTS).read_text())
+    return {"known": {}, **found}
+
+
+def method(peer: str) -> str:
+    """The word by which its loaders know it."""
+    config = json.loads((DATA / peer / "config.json").read_text())
+    return str(config.get("quantization_config", {}).get("quant_method", peer.partition("-")[0]))
+
+
+def first_of_each() -> set[str]:
+    """The first of every maker, and of every form."""
+    seen = {(peer.partition("-")[0], method(peer)): peer for peer in reversed(PEERS)}
+    return set(seen.values())
+
+
+FIRST = first_of_each()
+
+
+def jobs() -> Iterable[Any]:
+    """Both jobs on every one; the slower one in the normal run on the first of every maker and form."""
+    for peer in PEERS:
+        for job in JOBS:
+            slow = job == "gptq" and peer not in FIRST
+            yield pytest.param(peer, job, id=f"{peer}-{job}", marks=pytest.mark.slow if slow else ())
+
+
+@pytest.fixture(scope="module")
+def beside(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer and a text, for all of them."""
+    folder = tmp_path_factory.mktemp("peers")
+    common.tokenizer().save_pretrained(folder / "tokenizer")
+    runs.text_file(folder / "text.txt")
+    return folder
+
+
+@pytest.fixture
+def quantize(beside: Path, tmp_path: Path) -> Any:
+    """Runs a job on a copy with a tokenizer."""
+
+    def run(peer: str, job: str, name: str = "out", **options: Any) -> runs.Made:
+        source = tmp_path / peer
+        if not source.exists():
+            shutil.copytree(DATA / peer, source)
+            shutil.copytree(beside / "tokenizer", source, dirs_exist_ok=True)
+        known = facts(peer)["known"].get("job", {})
+        text = str(beside / "text.txt")
+        return runs.run(source, tmp_path / name, calib_data=text, **{**JOBS[job], **ROWS, **known, **options})
+
+    return run
+
+
+def test_there_are_enough() -> None:
+    assert len(PEERS) >= 20
+
+
+@pytest.mark.parametrize("peer", PEERS)
+def test_values_are_those_of_the_makers_decoder(peer: str) -> None:
+    """Bit for bit in the dtype that it decodes to, and of no other weight."""
+    told = facts(peer)
+    checkpoint = Checkpoint(Source.open(str(DATA / peer)))
+    dtype = getattr(torch, told["dtype"])
+    found = {name: common.digest(checkpoint.weight(name).to(dtype)) for name in checkpoint.view.targets}
+    assert found == told["decoded"]
+
+
+@pytest.mark.parametrize("peer", PEERS)
+def test_verify_raises_no_false_alarm(peer: str, capsys: pytest.CaptureFixture[str]) -> None:
+    known = facts(peer)["known"].get("verify")
+    code = main.main(["verify", str(DATA / peer)])
+    said = capsys.readouterr()
+    assert code == (8 if known else 0), said.err
+    if known:
+        assert known["finding"] in said.err and known["why"]
+
+
+@pytest.mark.parametrize(("peer", "job"), jobs())
+def test_it_is_a_source(quantize: Any, peer: str, job: str) -> None:
+    made = quantize(peer, job)
+    told = facts(peer)
+    assert set(made.prepared.origin.weights) == set(told["decoded"])
+    assert len(list(made.prepared.plan.quantized())) > 0
+    assert main.main(["verify", str(made.folder), "--source", str(made.source)]) == 0
+
+
+@pytest.mark.parametrize("peer", sorted(FIRST))
+def test_a_killed_run_goes_on(quantize: Any, peer: str) -> None:
+    runs.killed(2, lambda: quantize(peer, "gptq", resume="auto"))
+    gone_on = quantize(peer, "gptq", resume="require")
+    assert runs.same_files(gone_on.folder, quantize(peer, "gptq", "calm").folder)
