@@ -42,7 +42,7 @@ _KEPT = {"config.json", "hf_quant_config.json", "quantize_config.json", "model.s
 
 
 def build(folder: Path, family: str = "llama", **changes: Any) -> Any:
-    """Writes a random model in bf16, always the same for one release of torch, and returns it loaded by transformers."""
+    """Writes a random model in bf16, the same for one release of torch, and returns it loaded by transformers."""
     torch.manual_seed(20)
     config = transformers.AutoConfig.for_model(family, **{**BASE, **EXPERTS.get(family, {}), **changes})
     transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)

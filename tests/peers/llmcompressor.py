@@ -81,10 +81,9 @@ def make(name: str, scratch: Path, to: Path) -> None:
     data = Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]})
     data.set_format("torch")
     model = common.build(scratch / "source", family, **changes)
-    oneshot(
-        model=model, tokenizer=common.tokenizer(), dataset=data,
-        recipe=[modifier(ignore=_LEFT.get(name, _USUAL), **arguments())], max_seq_length=len(rows[0]), num_calibration_samples=len(rows), shuffle_calibration_samples=False,
-    )  # fmt: skip
+    recipe = [modifier(ignore=_LEFT.get(name, _USUAL), **arguments())]
+    shape = {"max_seq_length": len(rows[0]), "num_calibration_samples": len(rows)}
+    oneshot(model, tokenizer=common.tokenizer(), dataset=data, recipe=recipe, **shape)
     model.save_pretrained(written := scratch / "written", save_compressed=True)
     facts = {"tool": f"llmcompressor {version('llmcompressor')}", "decoder": f"compressed-tensors {_version()}"}
     common.keep(written, to, facts, dict(_decoded(written)))
