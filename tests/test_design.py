@@ -49,11 +49,11 @@ cli
 NAMES_OF_TYPES = {("algorithms", "forward"), ("algorithms", "job"), ("report", "job")}
 # Inside a folder, a module may import those named before it; every module has its place.
 INSIDE = {
-    "forward": "activations defaults moments samples experts taps statistics files documents data walk",
+    "forward": "activations defaults guard moments samples experts taps statistics files documents data walk",
     "disk": "weights beside source side_files writer manifest place journal nonfinite contents checkpoint origin"
     " compare values scales completeness excluded parallel fidelity verify push",
     "job": "forecast options asked preflight splitting idle carried served problems rewriting solving stages tuning"
-    " prepass part pipeline finish convert run preview",
+    " prepass reach part pipeline finish convert run preview",
 }
 
 # Package -> the rooms that may import it.
@@ -76,8 +76,8 @@ OWNERS = {
 # Modules that import torch as soon as they are imported; no other does, however far.
 WITH_TORCH = {
     "quarkcli.numerics", "quarkcli.model", "quarkcli.forward.data", "quarkcli.forward.statistics",
-    "quarkcli.forward.moments", "quarkcli.forward.samples", "quarkcli.forward.experts", "quarkcli.forward.taps",
-    "quarkcli.forward.walk",
+    "quarkcli.forward.guard", "quarkcli.forward.moments", "quarkcli.forward.samples", "quarkcli.forward.experts",
+    "quarkcli.forward.taps", "quarkcli.forward.walk",
     "quarkcli.algorithms._channels", "quarkcli.algorithms.tensors", "quarkcli.algorithms._trials",
     "quarkcli.job.rewriting", "quarkcli.job.solving", "quarkcli.job.stages", "quarkcli.job.tuning",
     "quarkcli.job.served", "quarkcli.job.part", "quarkcli.job.pipeline",

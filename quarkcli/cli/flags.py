@@ -281,7 +281,14 @@ class JobFlags:
     ] = "auto"
     overwrite: Annotated[bool, Option("--overwrite", help="Replace an output directory that exists.")] = False
     strict: Annotated[bool, Option("--strict", help="Warnings about calibration become errors.")] = False
-    on_nonfinite: Nonfinite = "stop"
+    on_nonfinite: Annotated[
+        Literal["stop", "skip-algorithm", "keep"],
+        Option(
+            "--on-nonfinite",
+            help="NaN or inf: an error; skip-algorithm: in calibration, what it touches is rounded to nearest instead, "
+            "with a warning; keep: in tensors that stay as they are, a warning.",
+        ),
+    ] = "stop"
     time_budget: Annotated[
         float | None,
         Option(

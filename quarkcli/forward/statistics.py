@@ -10,15 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from quarkcli.algorithms.base import Moment
 from quarkcli.errors import DataError
 from quarkcli.forward.experts import ExpertLayer
+from quarkcli.forward.guard import HINT, Guard, finite_rows, named
 from quarkcli.forward.moments import Means, Moments, finite
 from quarkcli.forward.samples import MeanMagnitude, Samples, picked
-from quarkcli.forward.taps import ExpertTap, SourceExpertTap, unpadded
+from quarkcli.forward.taps import Batch, ExpertTap, SourceExpertTap
 from quarkcli.model.handlers import Handlers
 from quarkcli.numerics.observers import STATISTICS, Histogram, MinMax, amax_of
 from quarkcli.plan.model import Plan, Site
@@ -28,9 +28,6 @@ from quarkcli.spec import TensorSpec
 MOMENTS = {"gram", "gram_val", "cross"}
 NOTHING = Means(None, None, 0)
 
-_NONFINITE = (
-    "see whether the source model itself overflows on this text; other --calib-data, or --exclude these modules"
-)
 _UNSEEN_ATTENTION = (
     "this model computes attention in code of its own, where its operands cannot be seen; take --kv-cache none, or a "
     "recipe whose cache has scale.constant_amax"
@@ -49,20 +46,20 @@ class Statistics:
     runner      runs one expert for its inner activation (see `model.runner.Runner.expert_hidden`)
     all_tokens  every token feeds every expert's statistics (`--moe-calibration all`), not only the routed ones
     least       with fewer tokens an expert has no statistics of its own (`--min-expert-tokens`)
+    guard       says what becomes of NaN and infinity; what it skips has ranges of finite rows alone
     """
 
     def __init__(
         self, plan: Plan, part: int, needs: Mapping[str, set[str]], runner: Any, all_tokens: bool = False,
-        least: int = 1,
+        least: int = 1, guard: Guard | None = None,
     ) -> None:  # fmt: skip
         self.plan = plan
         self.part = part
         self.needs = needs
         self.runner = runner
         self.all_tokens, self.least = all_tokens, least
-        self.mask: Tensor | None = None  # [batch, tokens] of the batch now running; 0 marks padding
-        self.held: Tensor | None = None  # [batch, tokens] of the same; true for held-out tokens
-        self.batch = ""  # the batch now running, for messages
+        self.guard = guard or Guard()
+        self.batch = Batch()  # the one now running
         self._ranges: dict[tuple[str, str], MinMax | Histogram] = {}
         self._expert_ranges: dict[tuple[str, str, int | None], MinMax | Histogram] = {}
         self._fitted: dict[str, Moments] = {}
@@ -84,12 +81,14 @@ class Statistics:
 
         expert   of the tokens of one expert alone; the site's when it saw none
 
-        Raises DataError for a site that saw no token.
+        Raises DataError for a site that saw no token, or no finite one.
         """
         kind = spec.observer.statistic
         if kind == "absmax" and (site, expert) in self._factors:
             kind = "channel_absmax"
         seen = self._own(site, kind, expert) or self._ranges.get((site, kind))
+        if seen is None and self.guard.lost(site):
+            raise DataError(f"it is never finite in calibration: {self.guard.lost(site)}", where=site, hint=HINT)
         if seen is None:
             unseen = _UNSEEN_ATTENTION if site.rpartition(".")[0] in self.plan.attention else ""
             raise DataError("no calibration token reached this activation", where=site, hint=unseen)
@@ -101,6 +100,8 @@ class Statistics:
 
         expert   of the tokens of one expert alone
         """
+        if self.guard.lost(site, expert):
+            return None
         kind = "channel_absmax"
         seen = self._ranges.get((site, kind)) if expert is None else self._own(site, kind, expert)
         return self._times(seen.amax, site, expert) if seen is not None else None
@@ -116,7 +117,8 @@ class Statistics:
 
         Of linears' inputs and of the common input of experts.
         """
-        seen = self._magnitudes[site].result() if site in self._magnitudes else None
+        known = site in self._magnitudes and not self.guard.lost(site)
+        seen = self._magnitudes[site].result() if known else None
         return self._times(seen, site) if seen is not None else None
 
     def samples(self, site: str, expert: int | None = None, held: bool = False) -> Tensor | None:
@@ -125,6 +127,8 @@ class Statistics:
         expert   of the tokens routed to one expert: its common or its inner input
         held     of the held-out tokens, instead of the others
         """
+        if self.guard.lost(site, expert):
+            return None
         if expert is not None:
             rows = self._expert_samples(site, expert, held)
         else:
@@ -142,6 +146,8 @@ class Statistics:
 
         Raises DataError where squares of activations overflow.
         """
+        if self.guard.lost(site, expert):
+            return None
         apart = self._apart(site)
         fitted = self._means(site, expert, apart)
         if fitted.gram is None:
@@ -149,7 +155,8 @@ class Statistics:
         held = self._means(site, expert, True) if apart is False else NOTHING
         moment = Moment(fitted.gram, fitted.tokens, fitted.cross, held.gram, held.cross)
         if not all(map(finite, moment.means())):
-            raise DataError("squares of the calibration activations overflow", where=site, hint=_NONFINITE)
+            self.guard.fault(named(site, expert), "squares of the calibration activations overflow")
+            return None
         factor = self._factors.get((site, expert))
         if factor is not None:
             moment = moment.scaled(factor)
@@ -275,56 +282,35 @@ class Statistics:
         return Handlers(linear, experts=dict(experts.values()))
 
     def _tensor(self, site: Site) -> str:
-        """Returns a file tensor that reads a site and that the model's class loads; see `part.check_loaded`."""
+        """Returns a file tensor that reads a site and that the model's class loads; see `job.reach.check_loaded`."""
         tensors = (self.plan.targets[member].view.tensor for member in site.members)
         return next(filter(self.runner.loads, tensors))
 
     def _source_tap(self, site: str) -> Callable[[Tensor], None]:
         def tap(x: Tensor) -> None:
-            self._source_rows[site] = self._rows(x).clone()
+            self._source_rows[site] = self.batch.rows(x).clone()
 
         return tap
 
     def _linear_tap(self, site: str) -> Callable[[Tensor], None]:
         def tap(x: Tensor) -> None:
-            self.take(site, self._rows(x), self._held(x), self._source_rows.pop(site, None))
+            self.take(site, self.batch.rows(x), self.batch.held_rows(x), self._source_rows.pop(site, None))
 
         return tap
 
     def _attention_tap(self, module: str) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
         def tap(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             for kind, value in (("q", q), ("k", k), ("v", v)):
-                self.see(f"{module}.{kind}", self._tokens(value))
+                self.see(f"{module}.{kind}", self.batch.tokens(value))
             return q, k, v
 
         return tap
 
     def _softmax_tap(self, module: str) -> Callable[[Tensor], None]:
         def tap(p: Tensor) -> None:
-            self.see(f"{module}.p", self._tokens(p))
+            self.see(f"{module}.p", self.batch.tokens(p))
 
         return tap
-
-    def _rows(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        kept = unpadded(self.mask, x.shape[:-1]) if self.mask is not None else None
-        return rows if kept is None else rows[kept.to(rows.device)]
-
-    def _tokens(self, x: Tensor) -> Tensor:
-        """Returns values of attention [batch, heads, tokens, ...] without those of padding."""
-        if self.mask is None or self.mask.shape != (x.shape[0], x.shape[2]):
-            return x
-        return x.movedim(2, 1)[self.mask.bool().to(x.device)]
-
-    def _held(self, x: Tensor) -> Tensor | None:
-        """Returns a mask of the rows of `_rows` that are held out, bool; None: none."""
-        if self.held is None:
-            return None
-        held = unpadded(self.held, x.shape[:-1])
-        if held is None:
-            return None
-        kept = unpadded(self.mask, x.shape[:-1]) if self.mask is not None else None
-        return (held if kept is None else held[kept]).to(x.device)
 
     def take(self, site: str, rows: Tensor, held: Tensor | None = None, source: Tensor | None = None) -> None:
         """Feeds rows of a site into everything that is needed there.
@@ -334,6 +320,10 @@ class Statistics:
         """
         self.reached.setdefault(site)
         self.see(site, rows)
+        if source is not None and "cross" in self.needs.get(site, set()):
+            self.check_finite(site, source, " of the source model")
+        if self.guard.lost(site):
+            return
         kinds = self.needs.get(site, set())
         if "samples" in kinds:
             self._samples.setdefault(site, Samples()).add(rows, held)
@@ -343,8 +333,6 @@ class Statistics:
             return
         if "cross" not in kinds:
             source = None
-        if source is not None:
-            self.check_finite(site, source, " of the source model")
         if "gram_val" not in kinds or held is None:
             self._fitted.setdefault(site, Moments(self.read(site))).add(rows.clone(), source)
             return
@@ -352,23 +340,28 @@ class Statistics:
             own = moments.setdefault(site, Moments(self.read(site)))
             own.add(rows[mask], source[mask] if source is not None else None)
 
-    def see(self, site: str, x: Tensor) -> None:
-        """Widens the range of a site, and counts its magnitudes, where that is needed; see `check_finite`."""
+    def see(self, site: str, x: Tensor, expert: int | None = None) -> None:
+        """Widens the range of a site, and counts its magnitudes, where that is needed; see `check_finite`.
+
+        expert   whose input it is, where it is one expert's alone
+        """
         if not x.numel():
             return
-        self.check_finite(site, x, "")
+        if not self.check_finite(named(site, expert), x, ""):
+            x = finite_rows(x)
+        if not x.numel():
+            return
         for kind in STATISTICS.keys() & self.needs.get(site, set()):
             self._ranges.setdefault((site, kind), STATISTICS[kind]()).observe(x)
 
-    def check_finite(self, site: str, x: Tensor, whose: str) -> None:
-        """Raises DataError for NaN or infinity, with the batch that has it."""
-        if not bool(torch.isfinite(x.sum(dtype=torch.float32))):
-            what = f"NaN or inf in the calibration activations{whose}{self.batch}"
-            raise DataError(what, where=site, hint=_NONFINITE)
+    def check_finite(self, site: str, x: Tensor, whose: str) -> bool:
+        """Does as `Guard.is_finite`, with the batch that has it."""
+        return self.guard.is_finite(site, x, f"{whose}{self.batch.name}")
 
     def see_expert(self, site: str, expert: int, x: Tensor) -> None:
         """Does as `see` for the input of one expert, where it has a scale of its own; for channels always."""
         kinds = STATISTICS.keys() if self.plan.own_expert_inputs else {"channel_absmax"}
+        x = finite_rows(x) if self.guard.skip else x
         if x.numel():
             for kind in kinds & self.needs.get(site, set()):
                 self._expert_ranges.setdefault((site, kind, expert), STATISTICS[kind]()).observe(x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,6 +29,43 @@ def unpadded(mask: Tensor, leading: torch.Size) -> Tensor | None:
     return mask.bool().reshape(-1) if leading.numel() == mask.numel() else None
 
 
+@dataclass
+class Batch:
+    """The batch that runs.
+
+    mask   bool [batch, tokens] or None; 0 marks padding
+    held   bool [batch, tokens] or None; true for held-out tokens
+    name   for messages
+    """
+
+    mask: Tensor | None = None
+    held: Tensor | None = None
+    name: str = ""
+
+    def rows(self, x: Tensor) -> Tensor:
+        """Returns activations [..., features] as rows, without padding."""
+        rows = x.reshape(-1, x.shape[-1])
+        kept = self._kept(x)
+        return rows if kept is None else rows[kept.to(rows.device)]
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """Returns values of attention [batch, heads, tokens, ...] without those of padding."""
+        if self.mask is None or self.mask.shape != (x.shape[0], x.shape[2]):
+            return x
+        return x.movedim(2, 1)[self.mask.bool().to(x.device)]
+
+    def held_rows(self, x: Tensor) -> Tensor | None:
+        """Returns a mask of `rows` that are held out, bool; None: none."""
+        held = unpadded(self.held, x.shape[:-1]) if self.held is not None else None
+        if held is None:
+            return None
+        kept = self._kept(x)
+        return (held if kept is None else held[kept]).to(x.device)
+
+    def _kept(self, x: Tensor) -> Tensor | None:
+        return unpadded(self.mask, x.shape[:-1]) if self.mask is not None else None
+
+
 class ExpertTap:
     """Feeds one layer's experts into the statistics (the protocol of `model.experts.ExpertHandler`)."""
 
@@ -50,7 +88,7 @@ class ExpertTap:
 
     def observe(self, module: Any, hidden: Tensor, top_k_index: Tensor) -> None:
         rows, routed = hidden, top_k_index
-        mask = self.statistics.mask
+        mask = self.statistics.batch.mask
         self.routed = top_k_index
         self.kept = unpadded(mask, hidden.shape[:-1]) if mask is not None else None
         if self.kept is not None:
@@ -59,7 +97,7 @@ class ExpertTap:
         self.layer.module = module
         for expert, count in zip(*torch.unique(routed, return_counts=True), strict=True):
             self.layer.tokens[int(expert)] = self.layer.tokens.get(int(expert), 0) + int(count)
-        held = self.statistics.held
+        held = self.statistics.batch.held
         held = unpadded(held, hidden.shape[:-1]) if held is not None else None
         if held is not None:
             held = held.to(hidden.device) if self.kept is None else held.to(hidden.device)[self.kept]
@@ -73,7 +111,7 @@ class ExpertTap:
         if self.site_down and self.statistics.all_tokens and self._wants_range():
             for expert in self.layer.tokens:
                 inside = self.statistics.runner.expert_hidden(module, expert, rows)
-                self.statistics.see(self.site_down.name, inside)
+                self.statistics.see(self.site_down.name, inside, expert)
                 self.statistics.see_expert(self.site_down.name, expert, inside)
 
     def _wants_range(self) -> bool:
@@ -90,7 +128,7 @@ class ExpertTap:
         # With every token for every expert, `observe` has already seen these.
         if self.site_down and not self.statistics.all_tokens:
             rows = self._unpadded(expert, h)
-            self.statistics.see(self.site_down.name, rows)
+            self.statistics.see(self.site_down.name, rows, expert)
             self.statistics.see_expert(self.site_down.name, expert, rows)
         return h
 
@@ -110,7 +148,7 @@ class SourceExpertTap:
         self.prefix = prefix
 
     def observe(self, module: Any, hidden: Tensor, top_k_index: Tensor) -> None:
-        mask = self.statistics.mask
+        mask = self.statistics.batch.mask
         kept = unpadded(mask, hidden.shape[:-1]) if mask is not None else None
         if kept is not None:
             kept = kept.to(hidden.device)

@@ -18,6 +18,7 @@ from torch import Tensor
 from quarkcli.errors import ModelError, ResourceError
 from quarkcli.events import Listener, Message, Working
 from quarkcli.forward.activations import turns
+from quarkcli.forward.taps import Batch
 from quarkcli.model.handlers import Handlers
 
 SERVED, SOURCE = "served", "source"
@@ -172,7 +173,7 @@ class Walk:
             first, moved, source = None, [], []
             taps = statistics.handlers()
             for index, (mask, held) in enumerate(zip(self.masks(), self._batches(self.held), strict=True)):
-                statistics.mask, statistics.held, statistics.batch = mask, held, self._name(index)
+                statistics.batch = Batch(mask, held, self._name(index))
                 if SOURCE in self.hidden:
                     with self.runner.handlers(block, statistics.source_handlers()):
                         source.append(self._park(self._run(block, index, SOURCE)))
@@ -207,7 +208,7 @@ class Walk:
             if SOURCE in self.hidden:
                 taps = {SOURCE: statistics.source_handlers(), **taps}
             for index, (mask, held) in enumerate(zip(self.masks(), self._batches(self.held), strict=True)):
-                statistics.mask, statistics.held, statistics.batch = mask, held, self._name(index)
+                statistics.batch = Batch(mask, held, self._name(index))
                 self._working("observing the tail", index)
                 for stream, handlers in taps.items():
                     hidden = self.hidden[stream][index].to(self.device)

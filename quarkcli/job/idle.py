@@ -11,7 +11,7 @@ from pathlib import Path
 
 from quarkcli.disk.source import Source
 from quarkcli.forward.defaults import BUILTIN
-from quarkcli.job.options import Calibration, Options
+from quarkcli.job.options import SKIP, Calibration, Options
 from quarkcli.plan.model import Plan
 
 OF_DATA = (
@@ -58,6 +58,7 @@ def of_run(
     found += _of_steps(options, plan)
     if calibration is None:
         unused = given(options, OF_DATA)
+        unused += [f"--on-nonfinite {SKIP}"] if options.on_nonfinite == SKIP else []
         found += [f"nothing in this plan needs data: {', '.join(unused)} not used"] if unused else []
     else:
         found += _of_data(options, plan, set(needs), calibration)

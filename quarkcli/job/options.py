@@ -9,7 +9,6 @@ from typing import Literal
 
 from quarkcli.algorithms.base import Assignment
 from quarkcli.dialects.base import Writer
-from quarkcli.disk.nonfinite import OnNonfinite
 from quarkcli.disk.origin import Origin
 from quarkcli.disk.side_files import SideFiles
 from quarkcli.disk.source import Source
@@ -22,6 +21,9 @@ from quarkcli.plan.coverage import Coverage
 from quarkcli.plan.fused import Servers
 from quarkcli.plan.model import Plan
 from quarkcli.recipe.recipe import Recipe
+
+OnNonfinite = Literal["stop", "skip-algorithm", "keep"]
+SKIP: OnNonfinite = "skip-algorithm"
 
 
 @dataclass

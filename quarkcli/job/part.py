@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,13 +17,15 @@ from torch import Tensor
 from quarkcli.algorithms.base import Assignment, Transform, Tuner
 from quarkcli.dialects.base import Writer
 from quarkcli.disk.contents import Copied, Packed, copied, part_targets
-from quarkcli.disk.nonfinite import HINT, NonFinite, OnNonfinite
+from quarkcli.disk.nonfinite import HINT, NonFinite
 from quarkcli.disk.weights import WeightSource
-from quarkcli.errors import DataError, ModelError, some
+from quarkcli.errors import DataError, some
 from quarkcli.events import Listener, Message, Working
+from quarkcli.forward.guard import Guard
 from quarkcli.forward.statistics import Statistics
 from quarkcli.forward.walk import Walk
-from quarkcli.job.options import Calibration
+from quarkcli.job.options import SKIP, Calibration, OnNonfinite
+from quarkcli.job.reach import last_part
 from quarkcli.job.rewriting import Rewriting
 from quarkcli.job.served import handlers, own_scales, put_decoded
 from quarkcli.job.solving import Solved, Solving, named
@@ -30,7 +33,6 @@ from quarkcli.job.stages import Decoded, stages
 from quarkcli.job.tuning import TunedBlock, tuned
 from quarkcli.numerics.quantize import Quantized, dequantize, quantize, static_scale
 from quarkcli.plan.model import Part, Plan, QuantizedTarget
-from quarkcli.plan.sites import site_parts
 from quarkcli.spec import PerTile
 
 ERROR_ROWS = 256  # rows of each weight that its error is measured on
@@ -47,6 +49,7 @@ class PartResult:
     tuning            tuner -> error of the block's output on held-out rows, `before` and `after` it
     nonfinite         kept parameters with NaN or infinity; `nonfinite_others`: buffers and unknown tensors
     transforms        what each transform decided, by its key
+    skipped           weight, activation or part that algorithms passed over -> what was not finite there
     """
 
     tensors: dict[str, Tensor]
@@ -63,45 +66,13 @@ class PartResult:
     tuning: dict[str, dict[str, float]] = field(default_factory=dict)
     transforms: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     exact: dict[str, int] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
 
     def record(self) -> dict[str, Any]:
         """Returns the JSON form without the tensors."""
         facts = {key: value for key, value in vars(self).items() if key != "tensors"}
         tokens = {layer: {str(e): n for e, n in counts.items()} for layer, counts in self.expert_tokens.items()}
         return {**facts, "expert_tokens": tokens}
-
-
-def last_part(plan: Plan, needs: Mapping[str, set[str]]) -> int:
-    """Returns the index of the last part that needs data; -1 when none does."""
-    parts = site_parts(plan)
-    return max((parts[site] for site in needs), default=-1)
-
-
-def check_loaded(plan: Plan, needs: Mapping[str, set[str]], runner: Any) -> str | None:
-    """Returns a warning about quantized weights that the model class does not load, None without any.
-
-    Some files hold tensors that no forward reads, such as keys and values of blocks that share an earlier cache.
-    Raises ModelError when a statistic is needed of an activation that none but such weights read.
-    """
-    unseen = [target.name for target in plan.quantized() if not runner.loads(target.view.tensor)]
-    if not unseen:
-        return None
-    lost = set(unseen)
-    sites = {name: site.members for name, site in plan.sites.items()}
-    sites |= {target.output_site: (target.name,) for target in plan.quantized() if target.output_site is not None}
-    for module in plan.attention.values():
-        sites |= {f"{module.name}.{kind}": (module.k_proj,) for kind in module.slots}
-    for site in needs:
-        if lost.issuperset(sites[site]):
-            raise ModelError(
-                "calibration needs this activation, and the model's class does not load what reads it",
-                where=site,
-                hint=f"--exclude '{sites[site][0]}', or a scheme that needs no data for it",
-            )
-    return (
-        f"the model's class does not load {len(unseen)} of the quantized weights ({some(unseen, 4)}): they "
-        "are quantized like the weights that read the same activation, and no forward was run with them"
-    )
 
 
 class PartWorker:
@@ -134,7 +105,7 @@ class PartWorker:
     ) -> None:
         self.plan = plan
         self.dialect = dialect
-        self.solving = Solving(plan, steps, self._warn, weights)
+        self.solving = Solving(plan, steps, self._warn, weights, skip=on_nonfinite == SKIP)
         self.tuners = [(s, s.algorithm) for s in steps if isinstance(s.algorithm, Tuner)]
         self.transforms = [(s, s.algorithm) for s in steps if isinstance(s.algorithm, Transform)]
         self.states: Mapping[str, Any] = states or {}
@@ -162,6 +133,7 @@ class PartWorker:
         self.silent: list[str] = []
         self.tuning: dict[str, dict[str, float]] = {}
         self.solving.begin()
+        self.guard = Guard(self.on_nonfinite == SKIP, self._warn)
         nonfinite = self._nonfinite(part, tensors)
         rewriting = Rewriting(self.plan, part, tensors, self.transforms, self.states, self.weights)
         rewriting.before()
@@ -181,12 +153,13 @@ class PartWorker:
         after = self.advance(part, tensors, packed, scales)
         error = _mean(weight_errors.values())
         if before is not None and after is not None and weight_errors:
-            error = _relative(before, after)
+            found = _relative(before, after)
+            error = found if math.isfinite(found) else error
         return PartResult(
             out, error, weight_errors, expert_tokens, self.warnings, time.perf_counter() - started,
             self.solving.dead_inputs, self.solving.report(), self.silent,
             list(nonfinite.parameters), list(nonfinite.others), self.tuning, rewriting.notes,
-            self.solving.exact,
+            self.solving.exact, self.guard.skipped | self.solving.skipped,
         )  # fmt: skip
 
     def _copied(self, part: Part) -> list[Copied]:
@@ -205,7 +178,7 @@ class PartWorker:
         walk = self.walk
 
         def new() -> Statistics:
-            return Statistics(self.plan, part.index, self.needs, walk.runner, self.all_tokens, self.least)
+            return Statistics(self.plan, part.index, self.needs, walk.runner, self.all_tokens, self.least, self.guard)
 
         if part.block is None:
             return walk.observe_tail(new, tensors), None
@@ -274,9 +247,11 @@ class PartWorker:
         if self.tuners and self.walk is not None and part.block is not None and part.index <= self.last:
             served = handlers(self.plan, part, scales, self.walk.runner.loads)
             block = TunedBlock(self.plan, self.walk, part, tensors | self._biases(part, tensors), served)
-            rows, vectors, self.tuning = tuned(self.tuners, block, solved)
-            tensors |= vectors
-            solved = iter(rows.values())
+            solved = list(solved)
+            if self._is_tunable(part, block):
+                rows, vectors, self.tuning = tuned(self.tuners, block, solved)
+                tensors |= vectors
+                solved = rows.values()
         for target, source, quantized in solved:
             bias = self._bias(target, tensors)
             packed.put(target, self.dialect.tensors(target, quantized, own_scales(target, scales), bias))
@@ -285,9 +260,19 @@ class PartWorker:
         assert len(errors) == len(targets), "a solver left weights out"
         return packed.tensors, errors
 
+    def _is_tunable(self, part: Part, block: TunedBlock) -> bool:
+        """False where NaN or infinity in the block is to be passed over."""
+        if not self.guard.skip or (not self.guard.skipped and block.is_finite()):
+            return True
+        why = next(iter(self.guard.skipped.values()), "NaN or inf in its output")
+        names = " and ".join(tuner.name for _, tuner in self.tuners)
+        self._warn(f"{part.name}: {why}; {names} passes over it")
+        self.guard.skipped.setdefault(part.name, why)
+        return False
+
     def _solved(
         self, part: Part, targets: list[QuantizedTarget], tensors: dict[str, Tensor], statistics: Statistics | None
-    ) -> Iterator[Solved]:
+    ) -> Iterable[Solved]:
         """Yields every weight with its codes and scales, stage by stage where a solver asks for stages."""
         if not self.solving.staged or part.block is None or self.walk is None or statistics is None:
             if self.walk is not None:
@@ -339,7 +324,7 @@ class PartWorker:
         for row in self._copied(part):
             found.look(row.info.name, _copy(row, tensors))
         first = found.first()
-        if first is not None and self.on_nonfinite == "stop":
+        if first is not None and self.on_nonfinite != "keep":
             raise DataError(first[1], where=first[0], hint=HINT)
         return found
 

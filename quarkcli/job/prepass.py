@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from quarkcli.algorithms.base import Transform
 from quarkcli.events import Listener, Message
-from quarkcli.job.options import Prepared
+from quarkcli.job.options import SKIP, Prepared
 
 if TYPE_CHECKING:
     from quarkcli.forward.data import CalibrationData
@@ -45,6 +45,7 @@ def _observed(
     prepared: Prepared, data: CalibrationData | None, runner: Any, tell: Listener
 ) -> Mapping[int, Statistics]:
     """Returns statistics of every block of the source model, by part: one forward pass."""
+    from quarkcli.forward.guard import Guard
     from quarkcli.forward.statistics import Statistics
     from quarkcli.forward.walk import Walk, default_batch
 
@@ -55,6 +56,7 @@ def _observed(
     names = runner.outside_tensors()
     walk = Walk(runner, lambda: weights.read_many(names), data.tokens, data.mask, batch, tell)
     walk.start()
+    guard = Guard(prepared.options.on_nonfinite == SKIP, lambda text: tell(Message(text, "warning")))
     found: dict[int, Statistics] = {}
     for part in plan.parts:
         if part.block is None:
@@ -62,7 +64,7 @@ def _observed(
         runner.load_block(part.block, weights.read_many(part.tensors))
 
         def new(index: int = part.index) -> Statistics:
-            return Statistics(plan, index, prepared.prepass, runner)
+            return Statistics(plan, index, prepared.prepass, runner, guard=guard)
 
         found[part.index], _ = walk.observe(part.block, new, advance=True)
         runner.unload_block(part.block)

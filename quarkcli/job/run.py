@@ -27,7 +27,7 @@ from quarkcli.disk.source import Source
 from quarkcli.errors import DataError, UsageError
 from quarkcli.events import Event, Listener, Message, PartDone, Phase, Working, broadcast, silent
 from quarkcli.job import asked, carried, finish, idle, partial_path, preflight, splitting
-from quarkcli.job.options import Options, Prepared
+from quarkcli.job.options import SKIP, Options, Prepared
 from quarkcli.plan import online
 from quarkcli.plan.coverage import coverage
 from quarkcli.plan.model import Part
@@ -208,7 +208,7 @@ def check_model(prepared: Prepared) -> list[str]:
 
 
 def _runner(prepared: Prepared, data: CalibrationData, device: str, tell: Listener) -> Any:
-    from quarkcli.job.part import check_loaded
+    from quarkcli.job.reach import check_loaded
     from quarkcli.model.runner import Runner
 
     source = prepared.source
@@ -288,10 +288,15 @@ def _parts(
 
 
 def _refuse_nonfinite(records: Mapping[str, Mapping[str, Any]], options: Options) -> None:
-    """Raises DataError for kept parameters that an interrupted run with `--on-nonfinite keep` let pass."""
+    """Raises DataError for what an interrupted run with another `--on-nonfinite` let pass."""
     first = next((name for record in records.values() for name in record["nonfinite"]), None)
-    if first is not None and options.on_nonfinite == "stop":
+    if first is not None and options.on_nonfinite != "keep":
         raise DataError("NaN or inf in a kept tensor", where=first, hint=nonfinite.HINT)
+    passed = (item for record in records.values() for item in record.get("skipped", {}).items())
+    where, what = next(passed, ("", ""))
+    if where and options.on_nonfinite != SKIP:
+        hint = f"the run that was interrupted passed over it; --on-nonfinite {SKIP}, or --resume never"
+        raise DataError(what, where=where, hint=hint)
 
 
 def _walk(
@@ -307,7 +312,7 @@ def _walk(
     """Returns a walk that has not started; None when no part to do needs data."""
     from quarkcli.forward.moments import held_out, holds_out
     from quarkcli.forward.walk import Walk, default_batch
-    from quarkcli.job.part import last_part
+    from quarkcli.job.reach import last_part
     from quarkcli.job.rewriting import rewritten
 
     if data is None or not todo or todo[0].index > last_part(prepared.plan, prepared.needs):

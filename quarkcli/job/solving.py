@@ -18,8 +18,9 @@ from quarkcli.errors import DataError, QuarkError
 from quarkcli.forward.statistics import Statistics
 from quarkcli.job.problems import problems, runs
 from quarkcli.numerics import exact
+from quarkcli.numerics.finite import is_finite
 from quarkcli.numerics.observers import weight_amax
-from quarkcli.numerics.quantize import Quantized, tensor_amax
+from quarkcli.numerics.quantize import Quantized, dequantize, tensor_amax
 from quarkcli.numerics.solve import dead_inputs
 from quarkcli.plan.model import Plan, QuantizedTarget
 
@@ -30,28 +31,36 @@ class Solving:
     """The solvers and refiners of a run.
 
     source        where weights come from that have codes already
+    skip          round to nearest where statistics or results are not finite; else they are an error
 
     dead_inputs   weight -> how many of its inputs were always zero in calibration, of the part last solved
     exact         weight that no solver was asked for, because its format holds it -> how many blocks were rounded, of
                   the part last solved
+    skipped       weight that was rounded to nearest instead -> what was not finite, of the part last solved
     """
 
     def __init__(
-        self, plan: Plan, steps: Iterable[Assignment], warn: Callable[[str], None], source: WeightSource | None = None
+        self,
+        plan: Plan,
+        steps: Iterable[Assignment],
+        warn: Callable[[str], None],
+        source: WeightSource | None = None,
+        skip: bool = False,
     ) -> None:
         steps = list(steps)
         self.plan, self.source = plan, source
         self.solvers = [(s, s.algorithm, s.needs(plan)) for s in steps if isinstance(s.algorithm, Solver)]
         self.refiners = [(s, s.algorithm) for s in steps if isinstance(s.algorithm, Refiner)]
         self.staged = any(solver.staged for _, solver, _ in self.solvers)
-        self.warn = warn
+        self.warn, self.skip = warn, skip
         self.dead_inputs: dict[str, int] = {}
         self.exact: dict[str, int] = {}
+        self.skipped: dict[str, str] = {}
         self._outcomes: dict[str, Outcome] = {}
 
     def begin(self) -> None:
         """Forgets what the last part left behind."""
-        self.dead_inputs, self.exact, self._outcomes = {}, {}, {}
+        self.dead_inputs, self.exact, self.skipped, self._outcomes = {}, {}, {}, {}
 
     def report(self) -> dict[str, dict[str, Any]]:
         """Returns the outcome of every weight's problem, of the part last solved."""
@@ -100,7 +109,8 @@ class Solving:
                 site = run[0].site
                 if statistics is not None and site is not None and not left[site]:
                     statistics.forget(site)
-                for problem, quantized in zip(run, self._solve(solver, needs, run), strict=True):
+                lost = [_lost(statistics, problem) for problem in run]
+                for problem, quantized in zip(run, self._solve(solver, needs, run, lost), strict=True):
                     yield from zip(problem.targets, problem.weights, self._refine(problem, quantized), strict=True)
 
     def _carried(
@@ -119,27 +129,38 @@ class Solving:
     def _report(self, targets: Iterable[QuantizedTarget], outcome: Outcome) -> None:
         self._outcomes.update(dict.fromkeys((target.name for target in targets), outcome))
 
-    def _solve(self, solver: Solver, needs: Needs, run: list[Problem]) -> list[list[Quantized]]:
+    def _solve(self, solver: Solver, needs: Needs, run: list[Problem], lost: list[str]) -> list[list[Quantized]]:
         """Returns codes and scales of problems; rounded to nearest where the solver has no solution, and said.
 
         needs   statistics that the solver asked for; without data for them it is not called
+        lost    per problem, why there are none; empty: there are, or no token came
         """
-        for problem in run:
-            self._look(solver, needs, problem)
+        for problem, why in zip(run, lost, strict=True):
+            self._look(solver, needs, problem, why)
         try:
             called = run[0].moment is not None or not needs
             solved = solver.solve_many(run) if called else [None] * len(run)
             return [self._or_nearest(solver, *pair, called) for pair in zip(run, solved, strict=True)]
-        except DataError:
+        except DataError as error:
             for target, weight in ((t, w) for p in run for t, w in zip(p.targets, p.weights, strict=True)):
                 named(f"{target.name}.weight", tensor_amax, weight)  # say which weight it was
-            raise
+            if not self.skip:
+                raise
+            return [self._nearest(problem, f"{solver.name}: {error.what}") for problem in run]
 
-    def _look(self, solver: Solver, needs: Needs, problem: Problem) -> None:
+    def _nearest(self, problem: Problem, why: str) -> list[Quantized]:
+        """Returns the weights of a problem rounded to nearest, because something is not finite, and says so."""
+        self.warn(f"{problem.name}: {why}; rounded to nearest")
+        self.skipped.update(dict.fromkeys((target.name for target in problem.targets), why))
+        return RoundToNearest().solve(problem)
+
+    def _look(self, solver: Solver, needs: Needs, problem: Problem, lost: str) -> None:
         """Counts the inputs that were always zero, and says where no token came."""
         if problem.moment is not None:
             dead = int(dead_inputs(problem.moment.gram).sum())
             self.dead_inputs.update(dict.fromkeys((target.name for target in problem.targets), dead) if dead else {})
+        elif problem.site in needs and lost:
+            self.skipped.update(dict.fromkeys((target.name for target in problem.targets), lost))
         elif problem.site in needs:
             self.warn(f"{problem.name}: no calibration token; rounded to nearest instead of {solver.name}")
 
@@ -147,7 +168,7 @@ class Solving:
         self, solver: Solver, problem: Problem, solved: list[Quantized] | None, called: bool
     ) -> list[Quantized]:
         if solved is not None:
-            return solved
+            return self._checked(solver.name, problem, solved)
         if called:
             tokens = problem.moment.tokens if problem.moment is not None else 0
             self.warn(f"{problem.name}: {solver.name} finds no solution on {tokens} tokens; rounded to nearest")
@@ -157,8 +178,21 @@ class Solving:
         """Returns the problem's codes and scales after the refiners of its weights."""
         for step, refiner in self.refiners:
             if all(map(step.takes, problem.targets)):
-                quantized = refiner.refine(problem, quantized)
+                quantized = self._checked(refiner.name, problem, refiner.refine(problem, quantized))
         return quantized
+
+    def _checked(self, name: str, problem: Problem, quantized: list[Quantized]) -> list[Quantized]:
+        """Returns codes and scales; rounded to nearest where these are not finite and are to be passed over."""
+        if not self.skip or all(is_finite(dequantize(each, problem.spec)) for each in quantized):
+            return quantized
+        return self._nearest(problem, f"NaN or inf in the result of {name}")
+
+
+def _lost(statistics: Statistics | None, problem: Problem) -> str:
+    """Returns why a problem has no data, where that is NaN or infinity; else an empty text."""
+    if statistics is None or problem.site is None:
+        return ""
+    return statistics.guard.lost(problem.site, problem.expert) or ""
 
 
 def _group_amax(targets: list[QuantizedTarget], weight: Callable[[QuantizedTarget], Tensor]) -> dict[str, Tensor]:

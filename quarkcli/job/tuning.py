@@ -17,6 +17,7 @@ from quarkcli.forward.taps import unpadded
 from quarkcli.forward.walk import SOURCE, Walk
 from quarkcli.job.solving import Solved
 from quarkcli.model.handlers import Handlers
+from quarkcli.numerics.finite import is_finite
 from quarkcli.numerics.quantize import Quantized, dequantize
 from quarkcli.plan.model import Part, Plan, QuantizedTarget
 
@@ -81,6 +82,10 @@ class TunedBlock:
     def put(self, vectors: Mapping[str, Tensor]) -> None:
         """Puts other values in the place of kept vectors, for the tuners that follow."""
         self._tensors |= vectors
+
+    def is_finite(self) -> bool:
+        """True when the states that it reads, and those that it should give, hold neither NaN nor infinity."""
+        return all(map(is_finite, self._walk.served)) and all(is_finite(self.wanted(n)) for n in range(self.batches))
 
     def weight(self, name: str) -> Tensor:
         """Returns the source weight [out, in] of a target."""

@@ -40,7 +40,6 @@ def build(
 ) -> dict[str, Any]:
     """Returns the report of a finished run. `records`: per part, as the journal keeps them."""
     plan = prepared.plan
-    quantized, experts = expert_share(plan)
     warnings = list(dict.fromkeys(prepared.warnings + [w for r in records.values() for w in r["warnings"]]))
     return {
         "schema": SCHEMA,
@@ -62,15 +61,11 @@ def build(
         "attention_by_scheme": attention_by_scheme(plan),
         "shared_scales": shared_scales(plan),
         "decided_by": decided_by(plan),
-        "experts": {
-            "parameters": experts,
-            "quantized_parameters": quantized,
-            "share_quantized": quantized / experts if experts else None,
-            "calibration_tokens": {k: v for r in records.values() for k, v in r["expert_tokens"].items()},
-        },
+        "experts": _experts(plan, records),
         "loss": _loss(records),
         "dead_inputs": _dead_inputs(records),
         "exact": _exact(records),
+        "skipped": {what: why for record in records.values() for what, why in record.get("skipped", {}).items()},
         "outcomes": outcomes(records.values()),
         "kept": plan.kept,
         "kept_reasons": dict(Counter(plan.kept.values()).most_common()),
@@ -89,6 +84,16 @@ def build(
         "seconds": round(seconds, 2),
         "peak_rss_bytes": memory.peak_rss(),
         "peak_gpu_bytes": memory.peak_gpu(device),
+    }
+
+
+def _experts(plan: Plan, records: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    quantized, experts = expert_share(plan)
+    return {
+        "parameters": experts,
+        "quantized_parameters": quantized,
+        "share_quantized": quantized / experts if experts else None,
+        "calibration_tokens": {k: v for r in records.values() for k, v in r["expert_tokens"].items()},
     }
 
 

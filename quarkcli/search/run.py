@@ -18,7 +18,7 @@ from quarkcli.errors import ConfigError, UsageError
 from quarkcli.events import Listener, Message, Phase, Working
 from quarkcli.job import idle, preflight
 from quarkcli.job import run as job
-from quarkcli.job.options import Calibration, Options, Prepared
+from quarkcli.job.options import SKIP, Calibration, Options, Prepared
 from quarkcli.recipe import auto_quantize
 from quarkcli.recipe.auto_quantize import Rule
 from quarkcli.recipe.recipe import from_config
@@ -81,6 +81,9 @@ def search(asked: Asked, tell: Listener) -> Found:
     tell(Phase("resolve"))
     if asked.budget is not None and asked.size is not None:
         raise UsageError("--budget and --size exclude each other")
+    if asked.options.on_nonfinite == SKIP:
+        what = "a search compares what algorithms lose, and passes over none of them"
+        raise UsageError(what, where=f"--on-nonfinite {SKIP}", hint="leave it to 'quark quantize'")
     space, asked, rows = _space(asked)
     for run in space.runs:
         _check(run)

@@ -17,8 +17,9 @@ from quarkcli import algorithms
 from quarkcli.algorithms.base import Solver, Tuner
 from quarkcli.disk.checkpoint import Checkpoint
 from quarkcli.disk.source import Source
-from quarkcli.errors import DataError
+from quarkcli.errors import DataError, Stopped
 from quarkcli.job import part as parts
+from quarkcli.job import preflight
 from quarkcli.numerics.quantize import Quantized, dequantize
 from tests import runs
 from tests.families import models
@@ -162,12 +163,85 @@ def poisoned(source: Path, text: Path, tmp_path_factory: pytest.TempPathFactory)
 TOKEN = runs.tokenizer()("\x07", add_special_tokens=False)["input_ids"][0]
 
 
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    """Rows of text of which one, in the second batch, has the token."""
+    found = [("\x07" if row == 40 else "a") * TOKENS for row in range(ROWS)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(f'{{"text": "{row}"}}' for row in found).replace("\x07", "\\u0007"))
+    return file
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_a_nan_in_one_batch_ends_the_run(name: str, poisoned: Path, tmp_path: Path) -> None:
-    rows = [("\x07" if row == 40 else "a") * TOKENS for row in range(ROWS)]
-    (tmp_path / "rows.jsonl").write_text("\n".join(f'{{"text": "{row}"}}' for row in rows).replace("\x07", "\\u0007"))
-    asked = {**options(name, tmp_path / "rows.jsonl"), "scheme": "nvfp4", "on_nonfinite": "keep"}
+def test_a_nan_in_one_batch_ends_the_run(name: str, poisoned: Path, rows: Path, tmp_path: Path) -> None:
+    asked = {**options(name, rows), "scheme": "nvfp4", "on_nonfinite": "keep"}
     with pytest.raises(DataError, match=r"batch 2 of 2 \(rows 33 to 64\)") as caught:
         runs.run(poisoned, tmp_path / "out", **asked)
     assert str(caught.value.where).startswith("model.layers.0.")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def overflowing(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The source in float16, which the experts of block 1 leave for one token, whose channel no other token has."""
+    folder = tmp_path_factory.mktemp("overflowing") / "model"
+    folder.mkdir()
+    for file in source.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(source / "model.safetensors")
+    channel = 5
+    for name, tensor in tensors.items():
+        if name.endswith("embed_tokens.weight"):
+            tensor[:, channel] = 0
+            tensor[TOKEN] = 0
+            tensor[TOKEN, channel] = 1
+        elif name.endswith(("o_proj.weight", "down_proj.weight")):
+            tensor[channel] = 0
+        elif "layers.1." in name and name.endswith(("gate_proj.weight", "up_proj.weight")):
+            tensor[:, channel] = 100
+    config = (folder / "config.json").read_text().replace("bfloat16", "float16")
+    (folder / "config.json").write_text(config)
+    tensors = {name: tensor.half() for name, tensor in tensors.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_overflows_is_passed_over_where_that_is_asked_for(
+    name: str, overflowing: Path, rows: Path, tmp_path: Path
+) -> None:
+    """Nothing that is written is NaN, and the report lists what was passed over."""
+    asked = {**options(name, rows), "scheme": "nvfp4"}
+    with pytest.raises(DataError, match="NaN or inf") as caught:
+        runs.run(overflowing, tmp_path / "stop", **asked)
+    assert "--on-nonfinite skip-algorithm" in caught.value.hint
+    made = runs.run(overflowing, tmp_path / "out", on_nonfinite="skip-algorithm", **asked)
+    skipped = made.report["skipped"]
+    assert skipped and not any(".layers.0." in what for what in skipped)
+    assert any("no algorithm sees it" in warning for warning in made.report["warnings"])
+    checkpoint = Checkpoint(Source.open(str(made.folder)))
+    assert all(bool(checkpoint.weight(target).isfinite().all()) for target in checkpoint.view.targets)
+
+
+def test_what_is_passed_over_is_rounded_to_nearest_and_the_rest_is_solved(
+    overflowing: Path, rows: Path, tmp_path: Path
+) -> None:
+    made = runs.run(overflowing, tmp_path / "out", on_nonfinite="skip-algorithm", **options("gptq", rows))
+    nearest = runs.run(overflowing, tmp_path / "nearest", **options("rtn", rows))
+    ours, theirs = (Checkpoint(Source.open(str(run.folder))) for run in (made, nearest))
+    same = {name for name in ours.view.targets if torch.equal(ours.weight(name), theirs.weight(name))}
+    skipped = made.report["skipped"].keys() & ours.view.targets.keys()
+    assert len(skipped) > 4 and skipped <= same
+    assert not any(".layers.0." in name for name in same)
+
+
+def test_a_run_that_stops_does_not_publish_what_another_passed_over(
+    overflowing: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = {**options("gptq", rows), "resume": "auto"}
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(preflight, "reason_to_stop", lambda *given: Stopped("enough") if given[-1] < 2 else None)
+        runs.run(overflowing, tmp_path / "out", on_nonfinite="skip-algorithm", **asked)
+    with pytest.raises(DataError, match="the calibration activations") as caught:
+        runs.run(overflowing, tmp_path / "out", **asked)
+    assert "--resume never" in caught.value.hint

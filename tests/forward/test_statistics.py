@@ -10,7 +10,7 @@ import torch
 from quarkcli.errors import DataError
 from quarkcli.forward.moments import CHUNK, NARROW, Moments
 from quarkcli.forward.statistics import Statistics
-from quarkcli.forward.taps import unpadded
+from quarkcli.forward.taps import Batch, unpadded
 from quarkcli.numerics.quantize import fake_quantize
 from quarkcli.spec import PerTensor, ScaleSpec, TensorSpec
 from tests import runs
@@ -187,7 +187,7 @@ def test_no_tokens_and_bad_numbers(llama: Path, text: Path) -> None:
     assert statistics.moment(site) is None
     with pytest.raises(DataError, match="no calibration token reached"):
         statistics.amax(site, FP8)
-    statistics.batch = ", batch 2 of 3 (rows 5 to 8)"
+    statistics.batch = Batch(name=", batch 2 of 3 (rows 5 to 8)")
     for value in (float("nan"), float("inf"), -float("inf")):
         with pytest.raises(DataError, match=r"NaN or inf in .*, batch 2 of 3 \(rows 5 to 8\)") as error:
             statistics.take(site, torch.tensor([[1.0, value]]))

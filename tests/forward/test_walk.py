@@ -135,7 +135,7 @@ def test_out_of_memory_on_the_way_starts_the_block_again() -> None:
     assert len(said) == 2
     statistics, first = walk.observe(2, Seen)
     assert len(first) == 2
-    assert statistics.mask is not None
+    assert statistics.batch.mask is not None
 
 
 def test_one_row_that_does_not_fit() -> None:

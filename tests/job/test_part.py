@@ -15,7 +15,8 @@ from quarkcli.errors import DataError
 from quarkcli.evaluate.run import evaluate
 from quarkcli.events import Event, PartDone
 from quarkcli.job import run as job
-from quarkcli.job.part import PartWorker, last_part
+from quarkcli.job.part import PartWorker
+from quarkcli.job.reach import last_part
 from tests import runs
 
 

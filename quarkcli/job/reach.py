@@ -1,0 +1,43 @@
+"""The parts that need data, and weights that the model's class does not load."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from quarkcli.errors import ModelError, some
+from quarkcli.plan.model import Plan
+from quarkcli.plan.sites import site_parts
+
+
+def last_part(plan: Plan, needs: Mapping[str, set[str]]) -> int:
+    """Returns the index of the last part that needs data; -1 when none does."""
+    parts = site_parts(plan)
+    return max((parts[site] for site in needs), default=-1)
+
+
+def check_loaded(plan: Plan, needs: Mapping[str, set[str]], runner: Any) -> str | None:
+    """Returns a warning about quantized weights that the model class does not load, None without any.
+
+    Some files hold tensors that no forward reads, such as keys and values of blocks that share an earlier cache.
+    Raises ModelError when a statistic is needed of an activation that none but such weights read.
+    """
+    unseen = [target.name for target in plan.quantized() if not runner.loads(target.view.tensor)]
+    if not unseen:
+        return None
+    lost = set(unseen)
+    sites = {name: site.members for name, site in plan.sites.items()}
+    sites |= {target.output_site: (target.name,) for target in plan.quantized() if target.output_site is not None}
+    for module in plan.attention.values():
+        sites |= {f"{module.name}.{kind}": (module.k_proj,) for kind in module.slots}
+    for site in needs:
+        if lost.issuperset(sites[site]):
+            raise ModelError(
+                "calibration needs this activation, and the model's class does not load what reads it",
+                where=site,
+                hint=f"--exclude '{sites[site][0]}', or a scheme that needs no data for it",
+            )
+    return (
+        f"the model's class does not load {len(unseen)} of the quantized weights ({some(unseen, 4)}): they "
+        "are quantized like the weights that read the same activation, and no forward was run with them"
+    )
