@@ -50,10 +50,10 @@ NAMES_OF_TYPES = {("algorithms", "forward"), ("algorithms", "job"), ("report", "
 # Inside a folder, a module may import those named before it; every module has its place.
 INSIDE = {
     "forward": "activations defaults guard moments samples experts taps statistics files documents data walk",
-    "disk": "weights beside source side_files writer manifest place journal nonfinite contents checkpoint origin"
-    " compare values scales completeness excluded parallel fidelity verify push",
+    "disk": "headers weights beside hub remote source side_files writer manifest place journal nonfinite contents"
+    " checkpoint origin compare values scales completeness excluded parallel fidelity verify push",
     "job": "forecast options asked preflight splitting idle carried served problems rewriting solving stages tuning"
-    " prepass reach part pipeline finish convert run preview",
+    " prepass reach part pipeline finish download convert run preview",
 }
 
 # Package -> the rooms that may import it.

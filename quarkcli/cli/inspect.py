@@ -38,7 +38,7 @@ def inspect(
     from quarkcli.job import idle
     from quarkcli.job import run as job
 
-    source = Source.open(job.located(model), revision=revision, offline=offline)
+    source = Source.open(job.located(model), revision=revision, offline=offline, bare=True)
     found = _facts(source)
     for line in idle.of_model(source, revision=revision):
         output.note(f"warning: {line}")

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from quarkcli.disk.checkpoint import Checkpoint
+from quarkcli.disk.headers import INDEX
 from quarkcli.disk.nonfinite import is_buffer
-from quarkcli.disk.source import INDEX, Source
+from quarkcli.disk.source import Source
 from quarkcli.errors import CheckError, ModelError, none_of
 from quarkcli.family import HeaderLike, Layout, check_fit, text_config
 

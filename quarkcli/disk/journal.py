@@ -23,6 +23,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
+from quarkcli.disk.headers import read_headers, read_tensors
 from quarkcli.disk.place import (
     REPLACED,
     acquire,
@@ -34,7 +35,6 @@ from quarkcli.disk.place import (
     replaced,
     unmake,
 )
-from quarkcli.disk.source import read_headers, read_tensors
 from quarkcli.disk.writer import (
     STATE,
     atomic_write_json,

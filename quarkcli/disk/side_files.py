@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from quarkcli import dialects
-from quarkcli.disk.source import OTHER_WEIGHTS, PICKLES, Source, is_within
+from quarkcli.disk.headers import OTHER_WEIGHTS, PICKLES
+from quarkcli.disk.source import Source, is_within
 from quarkcli.errors import ModelError
 
 LIMIT = 64 * 2**20  # bytes

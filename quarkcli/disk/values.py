@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from quarkcli.disk.source import Header, Source
+from quarkcli.disk.headers import Header
+from quarkcli.disk.source import Source
 from quarkcli.errors import ModelError, ResourceError
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ def pieces(source: Source, header: Header) -> Iterator[ndarray[Any, Any]]:
     """Yields the bytes of a tensor piece by piece, each of whole values. Raises ModelError, ResourceError."""
     import numpy as np
 
-    path = source.folder / header.file
+    path = source.path(header.file)
     try:
         with path.open("rb", buffering=0) as stream:
             stream.seek(header.start)

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from quarkcli.disk.source import DTYPES, INDEX
+from quarkcli.disk.headers import DTYPES, INDEX
 from quarkcli.errors import ResourceError, UsageError
 
 if TYPE_CHECKING:

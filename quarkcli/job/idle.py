@@ -90,7 +90,7 @@ def of_model(source: Source, *, revision: str = "main", trusted: bool = False) -
 
 def brings_code(source: Source) -> bool:
     """True when there is Python code beside the weights."""
-    return any(source.folder.rglob("*.py"))
+    return any(name.endswith(".py") for name in source.names())
 
 
 def _of_source(options: Options, source: Source, calibration: Calibration | None) -> list[str]:

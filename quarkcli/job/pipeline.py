@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from quarkcli.disk.contents import slug
+from quarkcli.disk.headers import read_headers, read_tensors
 from quarkcli.disk.journal import Journal
-from quarkcli.disk.source import read_headers, read_tensors
 from quarkcli.disk.weights import WeightSource
 from quarkcli.disk.writer import write_part
 from quarkcli.errors import Stopped

@@ -356,7 +356,7 @@ def tokenizer_of(source: Source, options: Options) -> LoadedTokenizer:
     """Returns the model's tokenizer, with the chat template that was asked for. Raises ModelError, AccessError."""
     from quarkcli.model.tokenizer import load_tokenizer
 
-    tokenizer = load_tokenizer(source.folder, options.trust_remote_code)
+    tokenizer = load_tokenizer(source.whole_folder(), options.trust_remote_code)
     if options.chat_template is not None:
         tokenizer.use_template(_template(options.chat_template))
     return tokenizer

@@ -26,7 +26,7 @@ from quarkcli.disk.place import remove_stale
 from quarkcli.disk.source import Source
 from quarkcli.errors import DataError, UsageError
 from quarkcli.events import Event, Listener, Message, PartDone, Phase, Working, broadcast, silent
-from quarkcli.job import asked, carried, finish, idle, partial_path, preflight, splitting
+from quarkcli.job import asked, carried, download, finish, idle, partial_path, preflight, splitting
 from quarkcli.job.options import SKIP, Options, Prepared
 from quarkcli.plan import online
 from quarkcli.plan.coverage import coverage
@@ -70,9 +70,10 @@ def load_recipe(options: Options) -> Recipe:
     return asked.with_steps(recipe, options.algorithm, of_steps)
 
 
-def open_source(options: Options) -> Source:
+def open_source(options: Options, tell: Listener = silent) -> Source:
     """Step 2: returns the model with its config and headers."""
-    return Source.open(located(options.model), revision=options.revision, offline=options.offline)
+    place = located(options.model)
+    return Source.open(place, revision=options.revision, offline=options.offline, bare=True, tell=tell)
 
 
 def located(model: str) -> str:
@@ -92,8 +93,8 @@ def prepare(options: Options, tell: Listener = silent, *, carries: bool = True) 
     tell(Phase("resolve"))
     servers.check_name(options.target)
     recipe = load_recipe(options)  # 1
-    tell(Working(f"opening {options.model}, which may download it"))
-    source = open_source(options)  # 2
+    tell(Working(f"reading config and headers of {options.model}"))
+    source = open_source(options, tell)  # 2
     tell(Working("comparing the recipe with the model"))
     weights, origin = open_weights(source)
     headers = weights.headers
@@ -159,6 +160,7 @@ def run(
     preflight.check_resources(prepared.output, prepared.forecast, options.max_cpu_mem)
     with Journal.lock(partial, resume=options.resume) as journal:  # 6
         preflight.check_output(prepared.output, options.overwrite, prepared.source.folder)  # another run may have ended
+        download.side_files(prepared, tell)
         device = preflight.device(options.device)
         memory.return_large_buffers()
         data = preflight.token_rows(prepared, tell)
@@ -198,7 +200,7 @@ def check_model(prepared: Prepared) -> list[str]:
     from quarkcli.model.runner import Runner
 
     headers, trusted = prepared.weights.headers, prepared.options.trust_remote_code
-    runner = Runner(prepared.source.folder, headers, trust_remote_code=trusted, turned=prepared.layout.turned)
+    runner = Runner(prepared.source.whole_folder(), headers, trust_remote_code=trusted, turned=prepared.layout.turned)
     runner.check_blocks()
     unknown = runner.unknown_tensors()
     found = [f"model class: {len(headers) - len(unknown)} of {len(headers)} tensors are its parameters"]
@@ -215,7 +217,7 @@ def _runner(prepared: Prepared, data: CalibrationData, device: str, tell: Listen
     trusted = prepared.options.trust_remote_code
     softmax = any("p" in module.specs for module in prepared.plan.attention.values())
     runner = Runner(
-        source.folder, prepared.weights.headers, device=device, trust_remote_code=trusted, eager=softmax,
+        source.whole_folder(), prepared.weights.headers, device=device, trust_remote_code=trusted, eager=softmax,
         turned=prepared.layout.turned,
     )  # fmt: skip
     runner.check_blocks()

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from quarkcli.disk.source import DTYPES
+from quarkcli.disk.headers import DTYPES
 from quarkcli.disk.writer import tensor_bytes
 from quarkcli.errors import ConfigError, UsageError
 from quarkcli.job.options import Prepared

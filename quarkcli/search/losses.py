@@ -256,7 +256,7 @@ def _runner(base: Prepared, data: CalibrationData, device: str) -> Any:
 
     softmax = any("p" in module.specs for module in base.plan.attention.values())
     runner = Runner(
-        base.source.folder, base.weights.headers, device=device, dtype=torch.float32,
+        base.source.whole_folder(), base.weights.headers, device=device, dtype=torch.float32,
         trust_remote_code=base.options.trust_remote_code, eager=softmax, turned=base.layout.turned,
     )  # fmt: skip
     runner.check_blocks()

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from quarkcli.disk import verify
-from quarkcli.disk.source import INDEX
+from quarkcli.disk.headers import INDEX
 from quarkcli.disk.verify import Asked
 from quarkcli.disk.writer import MANIFEST
 from quarkcli.errors import CheckError, ExitCode

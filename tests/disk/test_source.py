@@ -18,8 +18,9 @@ from huggingface_hub import errors as hub_errors
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from quarkcli.disk import source as source_module
-from quarkcli.disk.source import DTYPES, Source, read_tensors
+from quarkcli.disk import headers as headers_module
+from quarkcli.disk.headers import DTYPES, read_tensors
+from quarkcli.disk.source import Source
 from quarkcli.errors import AccessError, ModelError, QuarkError, ResourceError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -86,7 +87,7 @@ def test_reads_every_dtype_like_the_library(model: Path) -> None:
 
 
 def test_reads_in_chunks(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(source_module, "_READ_CHUNK", 1000)
+    monkeypatch.setattr(headers_module, "_READ_CHUNK", 1000)
     values = torch.arange(5001, dtype=torch.int64)
     save_file({"x": values}, model / "model.safetensors")
     source = Source.open(str(model))

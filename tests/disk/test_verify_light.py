@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from quarkcli.disk import manifest
-from quarkcli.disk.source import Header, Source
+from quarkcli.disk.headers import Header
+from quarkcli.disk.source import Source
 from quarkcli.disk.values import to_floats, values
 
 HIDDEN, WIDTH, LAYERS, VOCABULARY = 4096, 11008, 2, 40000

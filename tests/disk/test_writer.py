@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from quarkcli.disk.source import DTYPES
+from quarkcli.disk.headers import DTYPES
 from quarkcli.disk.writer import (
     WrittenFile,
     atomic_write_json,

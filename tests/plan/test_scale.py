@@ -14,8 +14,9 @@ from quarkcli import dialects, family, memory
 from quarkcli.cli import planview
 from quarkcli.dialects.base import Writer
 from quarkcli.disk import contents
-from quarkcli.disk.source import SINGLE, Source
-from quarkcli.disk.source import Header as Stored
+from quarkcli.disk.headers import SINGLE
+from quarkcli.disk.headers import Header as Stored
+from quarkcli.disk.source import Source
 from quarkcli.disk.writer import plan_files, tensor_bytes
 from quarkcli.family import Layout
 from quarkcli.job import forecast, preflight

@@ -1,0 +1,186 @@
+"""The hub: whole snapshots, one file's bytes by range, how long to be patient, and what a refusal means."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from quarkcli.disk.headers import OTHER_WEIGHTS, PICKLES
+from quarkcli.errors import AccessError, QuarkError, ResourceError
+from quarkcli.events import Listener, Message, silent
+
+# What is not downloaded: weights of formats that are not read, and the same weights under other names.
+IGNORED = [f"*{suffix}" for suffix in PICKLES + OTHER_WEIGHTS] + ["original/*", "*/original/*", "consolidated*"]
+TRIES = 6
+LONGEST = 300.0  # seconds that one wait may take; the hub's limits count requests of five minutes
+_TIMEOUT = 30.0
+PARTIAL = 206
+_TOO_MANY = 429
+_BUSY = {408, _TOO_MANY, 500, 502, 503, 504}
+T = TypeVar("T")
+
+
+def is_offline(offline: bool = False) -> bool:
+    """True when nothing may be asked of the hub: said so here, or by HF_HUB_OFFLINE."""
+    from huggingface_hub import constants
+
+    return offline or bool(constants.HF_HUB_OFFLINE)
+
+
+def download(hub_id: str, revision: str, offline: bool) -> Path:
+    """Returns the local snapshot folder of a hub id, without weights of formats that are not read."""
+    import huggingface_hub as hub
+
+    with refusals(hub_id, revision, offline):
+        folder = hub.snapshot_download(hub_id, revision=revision, local_files_only=offline, ignore_patterns=IGNORED)
+    return Path(folder)
+
+
+class Patience:
+    """Waits between tries of one request, and ends it after `TRIES` that brought nothing.
+
+    stop   ends a wait; who sets it wants no more tries
+    """
+
+    def __init__(self, what: str, tell: Listener = silent, stop: threading.Event | None = None) -> None:
+        self.what = what
+        self.tell = tell
+        self.stop = stop or threading.Event()
+        self.tries = 0
+
+    def worked(self) -> None:
+        """Forgets the tries that failed: something came."""
+        self.tries = 0
+
+    def after(self, error: Exception) -> None:
+        """Waits as long as the hub asks for, or longer with every try. Raises `error` when another try is no use."""
+        status = _status(error)
+        if status != _TOO_MANY and not is_out_of_reach(error):
+            raise error
+        self.tries += 1
+        asked = _asked_to_wait(error)
+        seconds = min(2.0 ** (self.tries - 2), 8.0) if asked is None else asked
+        if self.tries >= TRIES or seconds > LONGEST or self.stop.is_set():
+            raise error
+        why = f"the hub answers {status}" if status else f"the connection broke ({type(error).__name__})"
+        going_on = f"going on in {seconds:.0f} s (try {self.tries} of {TRIES})"
+        self.tell(Message(f"{self.what}: {why}; {going_on}", "warning"))
+        self.stop.wait(seconds)
+
+
+def patiently(call: Callable[[], T], what: str, tell: Listener = silent) -> T:
+    """Returns what `call` returns, called again while the hub is busy or cannot be reached."""
+    patience = Patience(what, tell)
+    while True:
+        try:
+            return call()
+        except Exception as error:
+            patience.after(error)
+
+
+@contextmanager
+def opened(hub_id: str, commit: str, file: str, start: int, count: int | None = None) -> Iterator[Any]:
+    """Yields the response for a file's bytes from `start` on, as a stream; a hub without ranges sends it whole."""
+    import huggingface_hub as hub
+    from huggingface_hub import utils
+
+    end = "" if count is None else start + count - 1
+    headers = {**utils.build_hf_headers(), "Range": f"bytes={start}-{end}", "Accept-Encoding": "identity"}
+    url = hub.hf_hub_url(hub_id, file, revision=commit)
+    with utils.get_session().stream("GET", url, headers=headers, timeout=_TIMEOUT) as response:
+        utils.hf_raise_for_status(response)
+        yield response
+
+
+def total_size(response: Any) -> int:
+    """Returns the size of the whole file that a response is a part of."""
+    place = response.headers.get("Content-Range", "")
+    total = place.rpartition("/")[2] if place else response.headers.get("Content-Length", "")
+    if not total.isdigit():
+        raise AccessError("the hub does not say how large the file is", where=str(response.url).partition("?")[0])
+    return int(total)
+
+
+@contextmanager
+def refusals(hub_id: str, revision: str, offline: bool = False) -> Iterator[None]:
+    """Turns errors of the hub into user errors. The HTTP library's own pass through, and which one it is varies."""
+    try:
+        yield
+    except QuarkError:
+        raise
+    except Exception as error:
+        raise refusal(error, hub_id, revision, offline) from error
+
+
+def refusal(error: Exception, hub_id: str, revision: str, offline: bool = False) -> QuarkError:
+    """Returns the plain message of a failed download; the token itself is never shown."""
+    from huggingface_hub import constants, errors, get_token
+
+    token = get_token()
+    page = f"{constants.ENDPOINT}/{hub_id}"
+    login = f"{'a' if token else 'no'} token was seen; set HF_TOKEN to one that may read this model"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        hint = "free some space, or set HF_HOME to a larger disk"
+        return ResourceError("the disk is full while downloading", where=str(constants.HF_HUB_CACHE), hint=hint)
+    status = _status(error)
+    if isinstance(error, errors.GatedRepoError):
+        what, hint = "is a gated model", f"accept its licence at {page}; {login}"
+    elif isinstance(error, errors.RepositoryNotFoundError):
+        what = "no such directory, and no such model on the hub (or it is private)"
+        hint = f"its page would be {page}; {login}"
+    elif isinstance(error, errors.RevisionNotFoundError):
+        what, hint = f"the hub has no revision {revision} of it", ""
+    elif status in (401, 403):
+        what, hint = "the hub refused access", f"look at {page}, there may be a licence to accept; {login}"
+    elif status == _TOO_MANY:
+        wait = _asked_to_wait(error)
+        asked = "" if wait is None else f", and asks to wait {wait:.0f} s"
+        what = f"the hub answers that there were too many requests (429){asked}"
+        hint = f"try again later; requests with a token are allowed more: {login}"
+    elif is_offline(offline):
+        what = f"no such directory, and revision {revision} is not (completely) in the hub cache while offline"
+        hint = "go online once, or give a local directory"
+    else:
+        text = " ".join(str(error).split())[:300].replace(token or "\0", "***")
+        what = f"no such directory, and the download from the hub failed: {type(error).__name__}: {text}"
+        hint = "check the network, or give a local directory"
+    return AccessError(what, where=hub_id, hint=hint)
+
+
+def is_out_of_reach(error: Exception) -> bool:
+    """True when the hub gave no answer, or none but that it cannot."""
+    status = _status(error)
+    return status in _BUSY - {_TOO_MANY} or (status is None and isinstance(error, _broken()))
+
+
+def _broken() -> tuple[type[Exception], ...]:
+    """Returns the errors of a connection: those of the library that the hub's client comes from."""
+    from huggingface_hub import utils
+
+    library = importlib.import_module(type(utils.get_session()).__module__.partition(".")[0])
+    return (library.TransportError, ConnectionError, TimeoutError)
+
+
+def _status(error: BaseException | None) -> int | None:
+    """Returns the status of the answer that an error, or what caused it, is about."""
+    while error is not None:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if isinstance(status, int):
+            return status
+        error = error.__cause__
+    return None
+
+
+def _asked_to_wait(error: BaseException | None) -> float | None:
+    """Returns the seconds of `Retry-After`; None where there is none, or a date."""
+    while error is not None:
+        headers = getattr(getattr(error, "response", None), "headers", None) or {}
+        if (text := str(headers.get("Retry-After", "")).strip()).isdigit():
+            return float(text)
+        error = error.__cause__
+    return None

@@ -1,0 +1,212 @@
+"""Models on a hub: what is read of one, how patient quark is, and what it says when it is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from quarkcli.disk import hub as hubs
+from quarkcli.disk.headers import INDEX, SINGLE
+from quarkcli.disk.source import Source
+from quarkcli.errors import AccessError, ModelError
+from quarkcli.job import run as job
+from quarkcli.job.options import Options
+from tests import runs
+from tests.hub import COMMIT, NAME, TOKEN, Answer, Hub, started
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with started() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory) -> Path:
+    """A model in three files, in the model's order, and one in a pickle beside them."""
+    return in_shards(runs.build("llama", tmp_path_factory.mktemp("hub") / "source", num_hidden_layers=4))
+
+
+def in_shards(folder: Path, count: int = 3) -> Path:
+    """Splits a model's one file into `count`, in the order of its layers."""
+    tensors = load_file(folder / SINGLE)
+    order = sorted(tensors, key=lambda name: (name.startswith(("model.norm", "lm_head")), "layers" in name, name))
+    names = [order[len(order) * k // count : len(order) * (k + 1) // count] for k in range(count)]
+    files = {f"model-{k + 1:05d}-of-{count:05d}.safetensors": own for k, own in enumerate(names)}
+    for file, own in files.items():
+        save_file({name: tensors[name] for name in own}, folder / file, metadata={"format": "pt"})
+    weight_map = {name: file for file, own in files.items() for name in own}
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / SINGLE).unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"x" * 1000)
+    return folder
+
+
+def shards(hub: Hub) -> list[str]:
+    return sorted(name for name in hub.files if name.endswith(".safetensors"))
+
+
+def weight_bytes(hub: Hub) -> int:
+    """Bytes of weight files that went out."""
+    return sum(count for path, count in hub.sent.items() if path.endswith(".safetensors"))
+
+
+# ---- config and headers alone
+
+
+@pytest.mark.parametrize("ranged", [True, False])
+def test_a_source_from_headers_alone(hub, sharded, tmp_path, monkeypatch, ranged):
+    """A hub that knows no ranges sends whole files, which are left off where the headers end."""
+    hub.hold(sharded)
+    hub.public, hub.ranged = True, ranged
+    hub.take(monkeypatch, tmp_path)
+    source, local = Source.open(NAME, bare=True), Source.open(str(sharded))
+    assert (source.name, source.hub_id, source.commit) == ("name", NAME, COMMIT)
+    assert source.headers == local.headers and source.files == local.files and source.config == local.config
+    assert source.header_digest() == local.header_digest()
+    assert not list(source.folder.glob("*.safetensors")) and not (source.folder / "tokenizer.json").exists()
+    if ranged:
+        headers = sum(int.from_bytes(hub.files[name][:8], "little") + 8 for name in shards(hub))
+        assert weight_bytes(hub) == headers
+
+
+def test_plan_and_inspect_take_less_than_a_hundredth(hub, sharded, tmp_path):
+    hub.hold(sharded)
+    hub.public = True
+    done = hub.quark("inspect", NAME, "--json", home=tmp_path)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert (told["path"], told["commit"], told["files"]) == (NAME, COMMIT, 3)
+    done = hub.quark("plan", "--model", NAME, "--scheme", "mxfp4", "--json", home=tmp_path)
+    assert done.returncode == 0, done.stderr
+    whole = sum(len(hub.files[name]) for name in shards(hub))
+    assert sum(hub.sent.values()) < whole / 100, hub.sent
+    assert not any("tokenizer" in call or "pytorch_model" in call for call in hub.calls)
+
+
+def test_plans_of_an_id_and_of_the_folder_are_one(hub, sharded, tmp_path, monkeypatch):
+    hub.hold(sharded)
+    hub.public = True
+    hub.take(monkeypatch, tmp_path)
+    far, near = (job.prepare(Options(model, scheme="mxfp4")) for model in (NAME, str(sharded)))
+    assert far.forecast == near.forecast and far.plan.parts == near.plan.parts
+    assert [str(t) for t in far.plan.quantized()] == [str(t) for t in near.plan.quantized()]
+
+
+def test_what_the_cache_holds_is_not_asked_for(hub, sharded, tmp_path, monkeypatch):
+    hub.hold(sharded)
+    hub.public = True
+    hub.take(monkeypatch, tmp_path)
+    Source.open(NAME)  # the whole snapshot
+    hub.sent.clear()
+    source = Source.open(NAME, bare=True)
+    assert weight_bytes(hub) == 0 and sum(hub.sent.values()) < 5000
+    assert source.read("model.norm.weight").shape == (128,)
+    assert Source.open(NAME, bare=True, offline=True).headers == source.headers
+    monkeypatch.setattr(hubs, "TRIES", 1)
+    hub.fault = lambda method, path, start: Answer(503)
+    assert Source.open(NAME, bare=True).headers == source.headers
+
+
+def test_a_tensor_that_is_not_here_is_fetched(hub, sharded, tmp_path, monkeypatch):
+    hub.hold(sharded)
+    hub.public = True
+    hub.take(monkeypatch, tmp_path)
+    source, local = Source.open(NAME, bare=True), Source.open(str(sharded))
+    assert source.read("model.norm.weight").equal(local.read("model.norm.weight"))
+    assert [path.name for path in source.folder.glob("*.safetensors")] == [local.headers["model.norm.weight"].file]
+    folder = source.whole_folder()
+    assert {"tokenizer.json", "README.md", "notes"} <= {path.name for path in folder.iterdir()}
+    assert not (folder / "pytorch_model.bin").exists()
+
+
+# ---- refused
+
+
+@pytest.mark.parametrize("command", ["inspect", "plan"])
+@pytest.mark.parametrize("kind", ["wrong token", "no token", "gated"])
+def test_access_that_is_refused(hub, sharded, tmp_path, command, kind):
+    hub.hold(sharded)
+    hub.gated = kind == "gated"
+    token = {"wrong token": "hf_anotheranother", "no token": None, "gated": TOKEN}[kind]
+    more = ["inspect", NAME] if command == "inspect" else ["plan", "--model", NAME, "--scheme", "mxfp4"]
+    done = hub.quark(*more, token=token, home=tmp_path)
+    assert done.returncode == 5, done.stderr
+    assert f"{hub.url}/{NAME}" in done.stderr and "HF_TOKEN" in done.stderr
+    assert ("a token was seen" if token else "no token was seen") in done.stderr
+    assert "hf_another" not in done.stderr and TOKEN not in done.stderr
+
+
+def test_what_is_not_there(hub, sharded, tmp_path, monkeypatch):
+    hub.hold(sharded)
+    hub.public = True
+    hub.take(monkeypatch, tmp_path)
+    with pytest.raises(AccessError, match="no revision other"):
+        Source.open(NAME, revision="other", bare=True)
+    with pytest.raises(AccessError, match="no such model on the hub"):
+        Source.open("org/none", bare=True)
+    del hub.files["model-00002-of-00003.safetensors"]
+    with pytest.raises(ModelError, match=r"model-00002-of-00003\.safetensors: the index names it"):
+        Source.open(NAME, bare=True)
+    hub.take(monkeypatch, tmp_path / "pickles")
+    hub.files = {"config.json": b"{}", "pytorch_model.bin": b"x"}
+    with pytest.raises(ModelError, match=r"only pickle files.*pytorch_model\.bin"):
+        Source.open(NAME, bare=True, revision=COMMIT)
+    hub.take(monkeypatch, tmp_path / "nothing")
+    hub.files = {"README.md": b"x"}
+    with pytest.raises(ModelError, match=r"no config\.json"):
+        Source.open(NAME, bare=True)
+
+
+# ---- patience
+
+
+def test_too_many_requests(hub, sharded, tmp_path, monkeypatch):
+    """The hub says how long to wait. It is asked again, but not for ever."""
+    hub.hold(sharded)
+    hub.public = True
+    hub.take(monkeypatch, tmp_path)
+    left = {"count": 2}
+
+    def busy(method: str, path: str, start: int) -> Answer | None:
+        if path.endswith(".safetensors") and left["count"]:
+            left["count"] -= 1
+            return Answer(429, headers={"Retry-After": "0"})
+        return None
+
+    hub.fault, said = busy, []
+    source = Source.open(NAME, bare=True, tell=lambda event: said.append(str(event)))
+    assert len(source.files) == 3 and len(said) == 2 and all("429" in line for line in said)
+    for wait, tries in (("0", hubs.TRIES), ("4000", 1)):
+        left["count"] = 10**6
+        with pytest.raises(AccessError, match=rf"too many requests \(429\), and asks to wait {wait} s") as caught:
+            Source.open(NAME, bare=True)
+        assert "HF_TOKEN" in caught.value.hint
+        assert 10**6 - left["count"] <= 3 * tries
+        hub.fault = lambda method, path, start: (
+            Answer(429, headers={"Retry-After": "4000"}) if path.endswith(".safetensors") else None
+        )
+        left["count"] = 0
+
+
+def test_a_hub_that_breaks_connections(hub, sharded, tmp_path, monkeypatch):
+    hub.hold(sharded)
+    hub.public = True
+    hub.take(monkeypatch, tmp_path)
+    monkeypatch.setattr(hubs.threading.Event, "wait", lambda self, seconds=None: None)
+    broken = set()
+
+    def cut(method: str, path: str, start: int) -> Answer | None:
+        name = path.rpartition("/")[2]
+        if start == 8 and name not in broken:
+            broken.add(name)
+            return Answer(206, hub.files[name][8:200], {"Content-Range": "bytes 8-199/1000"}, cut=50)
+        return None
+
+    hub.fault = cut
+    assert Source.open(NAME, bare=True).headers == Source.open(str(sharded)).headers
+    assert len(broken) == 3
