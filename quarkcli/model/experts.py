@@ -1,9 +1,9 @@
 """Runs mixture-of-experts modules one expert at a time.
 
 Almost every family holds its experts fused in memory and runs them through one grouped kernel, where no hook can
-see an expert. With a handler, an experts module instead runs a loop of per-expert matmuls, equal to the class's own
-eager loop. The loop is put on the one module as its `forward`: nothing global, nothing to select in the config, and
-it works for the classes (llama4, dbrx) that transformers' registry of experts functions does not reach.
+see an expert. With a handler, an experts module instead runs a loop of per-expert matmuls, with the results of the
+class's own forward. The loop is put on the one module as its `forward`: nothing global, nothing to select in the
+config, and it works for the classes (llama4, dbrx) that transformers' registry of experts functions does not reach.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from quarkcli.errors import ModelError
+
+ROWS = 32
 
 
 class ExpertHandler(Protocol):
@@ -36,7 +38,12 @@ class ExpertHandler(Protocol):
 
 
 class Layout(Protocol):
-    """Reads and applies the weights of one kind of experts module."""
+    """Reads and applies the weights of one kind of experts module.
+
+    sparse  the class's own loop, too, gives an expert only the rows that are routed to it
+    """
+
+    sparse: bool
 
     def count(self, module: Any) -> int: ...
 
@@ -49,6 +56,8 @@ class Layout(Protocol):
 
 class Fused:
     """Classes with transformers' experts contract: 3-D parameters and the flags has_gate, has_bias, is_transposed."""
+
+    sparse = True
 
     @staticmethod
     def fits(module: Any) -> bool:
@@ -85,6 +94,8 @@ class Fused:
 class Scored:
     """llama4: every expert gets all tokens, already multiplied by the router score, zero where not routed."""
 
+    sparse = False
+
     @staticmethod
     def fits(module: Any) -> bool:
         fused = getattr(module, "gate_up_proj", None)
@@ -118,6 +129,8 @@ class Scored:
 
 class Stacked:
     """dbrx: 2-D stacks w1 (gate), v1 (up), w2 (down) of [experts * I, H] on the inner module `mlp`."""
+
+    sparse = True
 
     @staticmethod
     def fits(module: Any) -> bool:
@@ -172,13 +185,37 @@ def expert_count(module: nn.Module) -> int:
 def expert_hidden(module: nn.Module, expert: int, x: torch.Tensor) -> torch.Tensor:
     """Returns the input [n, I] of one expert's down projection for rows x [n, H], with the current weights."""
     with torch.no_grad():
-        return _layout(module).hidden(module, expert, x)
+        return _layout(module).hidden(module, expert, _padded(x))[: len(x)]
 
 
 @contextmanager
 def handled(module: nn.Module, handler: ExpertHandler) -> Iterator[None]:
     """Run `module` as a per-expert loop that asks `handler`; its own forward comes back afterwards."""
     with _forward(module, _layout(module).forward(module, handler)):
+        yield
+
+
+class Unchanged:
+    """Sees nothing and changes nothing (an `ExpertHandler`)."""
+
+    def observe(self, module: nn.Module, hidden: torch.Tensor, top_k_index: torch.Tensor) -> None:
+        return
+
+    def gate_up_input(self, expert: int, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def down_input(self, expert: int, h: torch.Tensor) -> torch.Tensor:
+        return h
+
+
+@contextmanager
+def looped(block: nn.Module) -> Iterator[None]:
+    """Experts inside `block` that nobody handles run as the same loop: sparse ones of the class would not pad rows."""
+    with ExitStack() as stack:
+        for module in block.modules():
+            layout = layout_of(module)
+            if layout is not None and layout.sparse and "forward" not in module.__dict__:
+                stack.enter_context(handled(module, Unchanged()))
         yield
 
 
@@ -219,21 +256,29 @@ def _routed(
     index: torch.Tensor,
     weights: torch.Tensor,
 ) -> torch.Tensor:
-    """Runs the eager loop of transformers' experts classes: same rows, same order of additions, same casts.
-
-    A few (nemotron_h) add up in float32 instead, so that bf16 results differ from theirs by a rounding.
-    """
+    """Returns what transformers' grouped kernels do: a token's experts are added up in float32, and rounded once."""
     handler.observe(module, hidden, index)
-    out = torch.zeros_like(hidden)
+    out = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
     for expert in range(layout.count(module)):
         choice, token = index.T.eq(expert).nonzero(as_tuple=True)
         if len(token) == 0:
             continue
         y = _one(layout, module, handler, expert, hidden[token]) * weights[token, choice, None]
         out.index_add_(0, token, y.to(out.dtype))
-    return out
+    return out.to(hidden.dtype)
 
 
 def _one(layout: Layout, module: nn.Module, handler: ExpertHandler, expert: int, x: torch.Tensor) -> torch.Tensor:
-    h = layout.hidden(module, expert, handler.gate_up_input(expert, x))
-    return layout.down(module, expert, handler.down_input(expert, h))
+    h = layout.hidden(module, expert, _padded(handler.gate_up_input(expert, x)))[: len(x)]
+    return layout.down(module, expert, _padded(handler.down_input(expert, h)))[: len(x)]
+
+
+def _padded(x: torch.Tensor) -> torch.Tensor:
+    """Returns 16-bit rows on a CPU with rows of zeros up to a multiple of `ROWS`; others as they are.
+
+    oneDNN compiles a kernel for every number of rows and keeps it, half a megabyte each; experts get ever new numbers.
+    One row takes another way through it, which needs no kernel.
+    """
+    if x.device.type != "cpu" or x.element_size() != 2 or len(x) <= 1:
+        return x
+    return F.pad(x, (0, 0, 0, -len(x) % ROWS))

@@ -8,7 +8,7 @@ batch (under `handlers` to see or change what linears, experts and attention rea
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -151,14 +151,17 @@ class Runner:
 
     def run_block(self, i: int, recording: Recording, hidden: Any) -> Any:
         """Returns hidden states behind block `i` for those before it. `hidden` is left as it is."""
-        return self._recorder.run_block(i, recording, hidden)
+        with self._experts(i):
+            return self._recorder.run_block(i, recording, hidden)
 
     def run_with(self, i: int, recording: Recording, hidden: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
         """Does `run_block` with parameters made of these file tensors, all of the block's, and not the loaded ones.
 
         Gradients flow into `tensors`; what is loaded stays.
         """
-        return self._recorder.run_block(i, recording, hidden, self._weights.made(self._weights.by_block[i], tensors))
+        made = self._weights.made(self._weights.by_block[i], tensors)
+        with self._experts(i):
+            return self._recorder.run_block(i, recording, hidden, made)
 
     def logits(self, recording: Recording, hidden: Any, gradients: bool = False) -> torch.Tensor:
         """Returns [b, T, vocab] float32 for the hidden states behind the last block; the outside must be loaded.
@@ -243,6 +246,10 @@ class Runner:
         """Returns the input [n, I] of one expert's down projection for rows x [n, H], with the current weights."""
         with self._skeleton.code.running("fails in its experts"):
             return expert_modules.expert_hidden(module, expert, x)
+
+    def _experts(self, i: int) -> AbstractContextManager[None]:
+        """On a CPU every pass takes the loop over experts; elsewhere the class's own is the faster one."""
+        return expert_modules.looped(self._skeleton.blocks[i]) if self.device.type == "cpu" else nullcontext()
 
     def _modules(self, i: int | None, name: str) -> list[nn.Module]:
         return list(dict.fromkeys(module for _, module in self._owners(i, name)))
