@@ -1,8 +1,11 @@
 """Processor time and peak memory of the algorithms on random weights, in alternating runs.
 
-    python -m tests.bench.algorithms [--base TREE] [--rounds 2] [--only NAMES]
+    python -m tests.bench.algorithms [--base TREE] [--llm-compressor PYTHON] [--rounds 2] [--only NAMES]
 
 --base   another working tree of this project (`git worktree add TREE COMMIT`): its gptq is run between the others
+--llm-compressor
+         the interpreter of an environment with llm-compressor: its GPTQ (groups of 128, its defaults, the checkpoint's
+         dtype) is run between the others on as many random tokens, from import to written files as ours
 
 Each run is a process of its own. What one round finds is only as good as the machine was idle: compare ratios of one
 call. Shares of time are of gptq. Memory is counted from that of rtn, as a share of what the algorithms are granted (see
@@ -47,6 +50,29 @@ run(Options(model=model, output=Path(out), recipe=recipe, calib_data="builtin", 
             device="cpu", overwrite=True, resume="never"))
 print(json.dumps({"rss": peak_rss(), "wall": time.perf_counter() - started, "cpu": time.process_time()}))
 """
+PEER = "gptq of llm-compressor"
+PEER_CHILD = """
+import json, resource, sys, time
+import torch
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from datasets import Dataset
+from llmcompressor import oneshot
+from llmcompressor.modifiers.gptq import GPTQModifier
+from transformers import AutoModelForCausalLM, AutoTokenizer
+started = time.perf_counter()
+torch.manual_seed(0)
+rows = torch.randint(4, 4000, (32, 256))
+data = Dataset.from_dict({"input_ids": rows.tolist(), "attention_mask": torch.ones_like(rows).tolist()})
+data.set_format("torch")
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="auto")
+weights = QuantizationArgs(num_bits=4, type="int", symmetric=True, strategy="group", group_size=128)
+groups = {"g": QuantizationScheme(targets=["Linear"], weights=weights)}
+oneshot(model=model, tokenizer=AutoTokenizer.from_pretrained(sys.argv[1]), dataset=data, max_seq_length=256,
+        num_calibration_samples=32, recipe=[GPTQModifier(ignore=["lm_head"], config_groups=groups)])
+model.save_pretrained(sys.argv[2], save_compressed=True)
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+print(json.dumps({"rss": peak, "wall": time.perf_counter() - started, "cpu": time.process_time()}))
+"""
 RECIPE = "schema: quark/recipe/1\nquantize:\n  scheme: %s\n  algorithm: [{method: %s}]\n"
 
 
@@ -58,11 +84,17 @@ def known(step: str) -> bool:
 
 
 def measured(tree: Path, model: Path, recipe: Path, out: Path) -> dict[str, float]:
-    environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", CHILD, str(model), str(out), str(recipe)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tree)
+    return finished(command, f"{recipe.stem} in {tree}", PYTHONPATH=str(tree))
+
+
+def finished(command: list[str], what: str, **environment: str) -> dict[str, float]:
+    """Returns the figures that a child prints last; it starts in a folder without packages of its own."""
+    place = tempfile.gettempdir()
+    variables = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    done = subprocess.run(command, capture_output=True, text=True, env=variables, cwd=place)
     if done.returncode:
-        raise SystemExit(f"{recipe.stem} in {tree}: {done.stderr[-2000:]}")
+        raise SystemExit(f"{what}: {done.stderr[-2000:]}")
     result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return result
 
@@ -95,6 +127,7 @@ def table(found: dict[str, list[dict[str, float]]], allowed: int) -> Iterator[st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--base", type=Path)
+    parser.add_argument("--llm-compressor", dest="peer")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--only", help="names of runs, with semicolons between")
     parser.add_argument("--scheme", default="int4_wo_128")
@@ -116,6 +149,10 @@ def main() -> None:
                 recipe.write_text(RECIPE % (args.scheme, step))
                 found[name].append(measured(tree, root / "model", recipe, root / "out"))
                 print(name, found[name][-1], file=sys.stderr, flush=True)
+            if args.peer:
+                command = [args.peer, "-c", PEER_CHILD, str(root / "model"), str(root / "peer")]
+                found.setdefault(PEER, []).append(finished(command, PEER, PYTHONPATH=""))
+                print(PEER, found[PEER][-1], file=sys.stderr, flush=True)
     print("\n".join(table(found, granted(args.hidden, args.inter))))
 
 
