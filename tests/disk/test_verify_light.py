@@ -109,7 +109,8 @@ def test_a_summary_of_values(tmp_path: Path) -> None:
     numbers[7:9] = 0
     (tmp_path / "file").write_bytes(b"head" + numbers.tobytes())
     header = Header("x", "F32", (3_000_000,), "file", 4, 4 + numbers.nbytes)
-    source = Source(tmp_path, "", None, None, "", {}, {"x": header}, {})
+    status = (tmp_path / "file").stat()
+    source = Source(tmp_path, "", None, None, "", {}, {"x": header}, {"file": (status.st_size, status.st_mtime_ns)})
     found = values(source, "x")
     assert (found.nans, found.infinities, found.zeros, found.negatives) == (1, 1, 2, 1)
     assert (found.first, found.count, found.only) == (2_000_000, 3_000_000, None)

@@ -136,7 +136,7 @@ def peak() -> int:
 def test_as_it_was_published(scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every tensor of the files has a fate, that of the 16-bit model for its weights; and it is known in seconds."""
     source = published(tmp_path)
-    monkeypatch.setattr(job, "open_source", lambda options: source)
+    monkeypatch.setattr(job, "open_source", lambda options, tell: source)
     started = time.process_time()
     found = job.prepare(Options(model="deepseek", scheme=scheme, calib_data="builtin"))
     taken = time.process_time() - started
