@@ -37,17 +37,29 @@ EXPERTS: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"num_experts": 2, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "num_hidden_layers": 1},
     "mixtral": {"num_local_experts": 2, "num_experts_per_tok": 2, "num_hidden_layers": 1},
 }
+DISTINCT = 32  # rows
 FACTS = "peer.json"
 _KEPT = {"config.json", "hf_quant_config.json", "quantize_config.json", "model.safetensors"}
 
 
-def build(folder: Path, family: str = "llama", **changes: Any) -> Any:
+def build(folder: Path, family: str = "llama", attn_implementation: str = "sdpa", **changes: Any) -> Any:
     """Writes a random model in bf16, the same for one release of torch, and returns it loaded by transformers."""
     torch.manual_seed(20)
     config = transformers.AutoConfig.for_model(family, **{**BASE, **EXPERTS.get(family, {}), **changes})
-    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    for name, weight in model.named_parameters():
+        if name.startswith("model.layers.") and weight.dim() > 1:
+            weight.data = repeated(weight.data)
+    model.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    return load(folder, dtype=torch.bfloat16, attn_implementation=attn_implementation).eval()
+
+
+def repeated(weight: torch.Tensor) -> torch.Tensor:
+    """Returns the weight with the first rows again and again, which git packs into a fraction."""
+    times = max(1, weight.shape[-2] // DISTINCT)
+    return torch.cat([weight[..., : weight.shape[-2] // times, :]] * times, -2).contiguous()
 
 
 def tokenizer() -> Any:

@@ -13,8 +13,13 @@ import tempfile
 import traceback
 from pathlib import Path
 
+# What a tool's environment needs; releases are those of the last time, in every `peer.json`.
 TOOLS = {
-    "llmcompressor": "pip install llmcompressor",
+    "llmcompressor": "pip install llmcompressor==0.14.0",
+    "modelopt": "pip install nvidia-modelopt==0.47.0 transformers accelerate",
+    "amdquark": "pip install amd-quark==0.13 torch transformers accelerate scipy onnx evaluate ...",
+    "autoawq": "pip install --no-deps autoawq==0.2.9, beside torch and transformers 5",
+    "gptqmodel": "pip install --no-deps gptqmodel==7.7.0, then what it asks for, beside torch and transformers 5",
 }
 DATA = Path(__file__).parents[1] / "data" / "peers"
 
