@@ -50,10 +50,10 @@ NAMES_OF_TYPES = {("algorithms", "forward"), ("algorithms", "job"), ("report", "
 # Inside a folder, a module may import those named before it; every module has its place.
 INSIDE = {
     "forward": "activations defaults guard moments samples experts taps statistics files documents data walk",
-    "disk": "headers weights beside hub remote source side_files writer manifest place journal nonfinite contents"
-    " checkpoint origin compare values scales completeness excluded parallel fidelity verify push",
-    "job": "forecast options asked preflight splitting idle carried served problems rewriting solving stages tuning"
-    " prepass reach part pipeline finish download convert run preview",
+    "disk": "headers weights beside outputs hub remote source side_files writer manifest place journal nonfinite"
+    " contents checkpoint origin compare values scales completeness excluded parallel fidelity verify push",
+    "job": "forecast options asked preflight splitting directories idle carried served packing problems rewriting"
+    " solving stages tuning prepass reach part pipeline finish download convert run preview",
 }
 
 # Package -> the rooms that may import it.
@@ -80,7 +80,7 @@ WITH_TORCH = {
     "quarkcli.forward.taps", "quarkcli.forward.walk",
     "quarkcli.algorithms._channels", "quarkcli.algorithms.tensors", "quarkcli.algorithms._trials",
     "quarkcli.job.rewriting", "quarkcli.job.solving", "quarkcli.job.stages", "quarkcli.job.tuning",
-    "quarkcli.job.served", "quarkcli.job.part", "quarkcli.job.pipeline",
+    "quarkcli.job.served", "quarkcli.job.packing", "quarkcli.job.part", "quarkcli.job.pipeline",
     "quarkcli.evaluate.run", "quarkcli.evaluate.windows",
     "quarkcli.search.losses", "quarkcli.search.quantizing", "quarkcli.search.states",
 }  # fmt: skip

@@ -54,7 +54,9 @@ def quantize(
     config    contents of a recipe file, as Python data: a native recipe, a config of NVIDIA ModelOpt or AMD Quark, a
               list of entries, or what `LLMTemplate.get_config` returned
     listener  called with every event of the run
-    options   fields of `Options` and of `plan.compose.Overrides` (`exclude=["*.q_proj"]`)
+    options   fields of `Options` and of `plan.compose.Overrides` (`exclude=["*.q_proj"]`); of several dialects, a list
+              or with commas (`dialect=["compressed-tensors", "quark"]`), each gets a directory of its name in `output`,
+              and the reports are in `report["dialects"]`, by name
 
     One of scheme, recipe and config says what to do; a plan says it already. Raises QuarkError for everything a user
     can cause, TypeError for an unknown option.
@@ -130,6 +132,7 @@ def _options(
         if recipe is not None:
             raise UsageError("recipe and config exclude each other")
         recipe = recipes.from_config(config)
+    options = {name: _text(value) if name == "dialect" else value for name, value in options.items()}
     overrides = {name: options.pop(name) for name in list(options) if name in _OVERRIDES}
     if overrides:
         options["overrides"] = Overrides(**overrides)
@@ -140,6 +143,11 @@ def _options(
         output=Path(output) if output is not None else None,
         **options,
     )
+
+
+def _text(names: str | Sequence[str] | None) -> str | None:
+    """Returns a list of names as the command line writes it."""
+    return names if names is None or isinstance(names, str) else ",".join(names)
 
 
 def _of_plan(plan: Plan, output: str | PathLike[str] | None, options: dict[str, Any]) -> Options:
@@ -153,5 +161,6 @@ def _of_plan(plan: Plan, output: str | PathLike[str] | None, options: dict[str, 
     if output is not None:
         options["output"] = Path(output)
     # The recipe as it was read, with its algorithms and settings; it is not looked up again.
+    options = {name: _text(value) if name == "dialect" else value for name, value in options.items()}
     what = {"scheme": None, "recipe": basis.recipe, "settings": (), "algorithm": None, "overrides": basis.overrides}
     return replace(basis.asked, **{**what, **options})

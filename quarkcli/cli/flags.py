@@ -130,8 +130,9 @@ class JobFlags:
         Option(
             "--dialect",
             "--format",
-            metavar="NAME",
-            help="On-disk convention, or auto: one that most servers load. [default: the recipe's, else auto]",
+            metavar="NAMES",
+            help="On-disk convention, or auto: one that most servers load. Of a comma list, each gets a directory of "
+            "its name in the output, all from one run. [default: the recipe's, else auto]",
         ),
     ] = None
     target: Servers = "auto"

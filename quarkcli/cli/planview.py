@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from quarkcli.algorithms.base import Assignment
 from quarkcli.cli import output
-from quarkcli.job import idle
+from quarkcli.job import directories, idle
 from quarkcli.plan import advice
-from quarkcli.plan.model import Decision, Plan, Target
+from quarkcli.plan.model import Decision, Part, Plan, Target
 from quarkcli.plan.online import sentences
 from quarkcli.recipe.advice import AUTO
 from quarkcli.recipe.match import starred
@@ -55,11 +55,10 @@ def ranges(numbers: Iterable[int]) -> str:
 
 def header(prepared: Prepared) -> list[str]:
     """Returns the facts above the table, one per line."""
-    source, recipe, size = prepared.source, prepared.recipe, prepared.forecast
+    source, recipe, size = prepared.source, prepared.recipe, directories.together(prepared)
     architecture = ", ".join(source.config.get("architectures") or ["unknown architecture"])
     inferred = ", roles inferred from names" if prepared.layout.inferred else ""
     commit = f" at {source.commit[:12]}" if source.commit else ""
-    share = size.output_bytes / size.source_bytes if size.source_bytes else 0.0
     label = "recipe" if prepared.options.recipe is not None else "scheme"
     return output.pairs(
         [
@@ -69,21 +68,28 @@ def header(prepared: Prepared) -> list[str]:
             (label, recipe.name + (f" ({recipe.file})" if recipe.file else "")),
             ("algorithms", ", ".join(_step(prepared.plan, step) for step in prepared.steps)),
             *output.listed(f"{AUTO} chose", [advice.text(one.as_dict()) for one in prepared.advice]),
-            ("dialect", f"{prepared.dialect.name} ({prepared.dialect_reason})"),
+            *output.listed("dialect", [f"{one.dialect.name} ({one.dialect_reason})" for one in prepared.every]),
             *output.listed("at run time", sentences(prepared.plan.online)),
             ("data", _data(prepared)),
-            (
-                "size",
-                f"{output.size(size.source_bytes)} -> {output.size(size.output_bytes)} ({share:.0%}), "
-                f"{size.effective_bits:.2f} bits per quantized weight",
-            ),
+            *output.listed("size", [_size(one) for one in prepared.every]),
             ("quantized", prepared.coverage.text()),
-            ("parallel", f"tensor parallel over {', '.join(map(str, prepared.tensor_parallel))} devices"),
+            *output.listed("parallel", list(dict.fromkeys(map(_parallel, prepared.every)))),
             ("memory", f"about {output.size(size.memory_bytes)} of tensors at the peak"),
             ("disk", f"{output.size(size.disk_bytes)} while running"),
-            ("output", str(prepared.output)),
+            *output.listed("output", [str(one.checkpoint) for one in prepared.every]),
         ]
     )  # fmt: skip
+
+
+def _size(prepared: Prepared) -> str:
+    size = prepared.forecast
+    share = size.output_bytes / size.source_bytes if size.source_bytes else 0.0
+    text = f"{output.size(size.source_bytes)} -> {output.size(size.output_bytes)} ({share:.0%}), "
+    return f"{text}{size.effective_bits:.2f} bits per quantized weight"
+
+
+def _parallel(prepared: Prepared) -> str:
+    return f"tensor parallel over {', '.join(map(str, prepared.tensor_parallel))} devices"
 
 
 def _data(prepared: Prepared) -> str:
@@ -118,8 +124,12 @@ def show(prepared: Prepared) -> None:
     output.table(("KEPT TENSORS", "COUNT", "WHY"), rows)
     if plan.tied_head is not None:
         output.data(f"\n{plan.tied_head} is the embedding (tied); the file has no tensor of its own for it")
-    for warning in prepared.warnings:
+    for warning in _warnings(prepared):
         output.note(warning, output.paint("warning:", "yellow", "stderr"))
+
+
+def _warnings(prepared: Prepared) -> list[str]:
+    return list(dict.fromkeys(warning for one in prepared.every for warning in one.warnings))
 
 
 def _modules(plan: Plan) -> None:
@@ -168,7 +178,7 @@ def _origin(plan: Plan, decision: Decision) -> str:
 
 def as_json(prepared: Prepared) -> dict[str, Any]:
     """Returns everything a script may ask of a plan."""
-    plan, source, recipe, size = prepared.plan, prepared.source, prepared.recipe, prepared.forecast
+    plan, source, recipe, size = prepared.plan, prepared.source, prepared.recipe, directories.together(prepared)
     settings = prepared.calibration
     decisions = {id(decision): decision for _, decision in plan.slots()}
     slots = {key: _slot(plan, decision) for key, decision in decisions.items()}
@@ -189,6 +199,7 @@ def as_json(prepared: Prepared) -> dict[str, Any]:
         "dialect": {"name": prepared.dialect.name, "reason": prepared.dialect_reason},
         "online": plan.online,
         "output": str(prepared.output),
+        "directories": [_directory(one) for one in prepared.every],
         "output_bytes": size.output_bytes,
         "source_bytes": size.source_bytes,
         "memory_bytes": size.memory_bytes,
@@ -215,17 +226,28 @@ def as_json(prepared: Prepared) -> dict[str, Any]:
             }
             for index, (entry, matches) in enumerate(zip(plan.entries, plan.matches, strict=True))
         ],
-        "parts": [
-            {"index": part.index, "name": part.name, "kind": part.kind, "tensors": len(part.tensors)}
-            for part in plan.parts
-        ],
+        "parts": [_part(part) for part in plan.parts],
         "share": None
         if plan.share is None
         else [{"slots": row.slots, "origin": str(row.origin)} for row in plan.share],
         "kept": plan.kept,
         "tied_head": plan.tied_head,
-        "warnings": prepared.warnings,
+        "warnings": _warnings(prepared),
     }
+
+
+def _directory(prepared: Prepared) -> dict[str, Any]:
+    return {
+        "dialect": prepared.dialect.name,
+        "reason": prepared.dialect_reason,
+        "path": str(prepared.checkpoint),
+        "bytes": prepared.forecast.output_bytes,
+        "tensor_parallel": prepared.tensor_parallel,
+    }
+
+
+def _part(part: Part) -> dict[str, Any]:
+    return {"index": part.index, "name": part.name, "kind": part.kind, "tensors": len(part.tensors)}
 
 
 def _target(target: Target) -> dict[str, Any]:

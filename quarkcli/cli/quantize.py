@@ -46,7 +46,8 @@ def quantize(flags: JobFlags, *, dry_run: DryRun = False) -> None:
 
         def planned(prepared: Prepared) -> None:
             made.append(prepared)
-            prepared.warnings += flags.idle(plan=False)
+            for one in prepared.every:
+                one.warnings += flags.idle(plan=False)
             output.session.partial = partial_path(prepared.output)
             _announce(prepared, progress)
 
@@ -56,7 +57,8 @@ def quantize(flags: JobFlags, *, dry_run: DryRun = False) -> None:
     if flags.json:
         output.json_data(report)
     else:
-        output.data(str(made[0].output))
+        for one in made[0].every:
+            output.data(str(one.checkpoint))
 
 
 CheckModel = Annotated[
@@ -109,19 +111,19 @@ def _announce(prepared: Prepared, progress: Progress) -> None:
 
 def _conclude(prepared: Prepared, report: dict[str, Any], progress: Progress) -> None:
     from quarkcli.cli import summary
+    from quarkcli.job import directories
 
     commands = _next(prepared)
     if progress.json:
         output.event("done", {"output": str(prepared.output), "next": commands})
         return
-    for line in summary.lines(report, commands):
+    for line in summary.lines(directories.reports(prepared, report), commands):
         output.note(line)
 
 
 def _next(prepared: Prepared) -> list[str]:
     options: Options = prepared.options
-    made = shlex.quote(str(prepared.output))
+    made = shlex.quote(str(prepared.checkpoint))
     commands = [f"quark eval {made} --baseline {shlex.quote(options.model)}"]
-    if "vllm" in prepared.dialect.loaders(prepared.plan):
-        commands.append(f"vllm serve {made}")
-    return commands
+    served = [one for one in prepared.every if "vllm" in one.dialect.loaders(one.plan)]
+    return commands + [f"vllm serve {shlex.quote(str(one.checkpoint))}" for one in served]

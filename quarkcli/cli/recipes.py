@@ -144,10 +144,10 @@ def validate(
     path = catalog.find_recipe(name)
     found = recipe.from_file(path)
     asked.check(found)
-    if found.dialect not in (None, "auto"):
+    if found.dialect is not None:
         from quarkcli import dialects
 
-        dialects.writer(str(found.dialect))
+        dialects.asked_for(found.dialect)
     resolved = _against(path, model, found.calib_data) if model is not None else None
     answer = {"file": str(path), "entries": len(found.entries), "model": model, "plan": resolved}
     if json:
@@ -173,7 +173,7 @@ def _against(path: Path, model: str, data: str | None) -> dict[str, Any]:
     return {
         "modules": len(plan.targets),
         "quantized": sum(1 for _ in plan.quantized()),
-        "dialect": prepared.dialect.name,
+        "dialect": ",".join(one.dialect.name for one in prepared.every),
         "needs_data": bool(prepared.needs),
         "warnings": plan.warnings,  # those about calibration data concern a run
     }

@@ -15,15 +15,21 @@ from quarkcli.report.log import duration
 Rows = list[tuple[str, str]]
 
 
-def lines(report: Mapping[str, Any], next_commands: list[str]) -> list[str]:
-    """Returns the end of a run: the work, its cost, the kept modules, the commands to run next."""
-    rows = (
-        _advice(report)
-        + _facts(report)
-        + output.listed("kept", _kept(report))
-        + output.listed("checked", report["checks"])
-    )
-    return output.pairs(rows + output.listed("warning", report["warnings"]) + output.listed("next", next_commands))
+def lines(reports: Mapping[str, Mapping[str, Any]], next_commands: list[str]) -> list[str]:
+    """Returns the end of a run: the work, its cost, the kept modules, the commands to run next.
+
+    reports   of each directory that was written, by its path
+    """
+    first = next(iter(reports.values()))
+    rows = _advice(first) + _facts(first, reports) + output.listed("kept", _kept(first))
+    rows += output.listed("checked", [line for report in reports.values() for line in _checks(report, reports)])
+    warnings = dict.fromkeys(warning for report in reports.values() for warning in report["warnings"])
+    return output.pairs(rows + output.listed("warning", list(warnings)) + output.listed("next", next_commands))
+
+
+def _checks(report: Mapping[str, Any], reports: Mapping[str, Any]) -> list[str]:
+    lead = f"{report['dialect']['name']}: " if len(reports) > 1 else ""
+    return [f"{lead}{check}" for check in report["checks"]]
 
 
 def markdown(report: Mapping[str, Any]) -> str:
@@ -38,7 +44,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         *_advice(report),
         ("dialect", f"{dialect['name']} ({dialect['reason']})"),
         *output.listed("at run time", sentences(report.get("online") or {})),
-        *_facts(report),
+        *_facts(report, {"": report}),
     ]
     text = [f"# {model['name']}, {report['recipe']['name']}", "", "| | |", "|---|---|"]
     text += [f"| {label} | {value.replace('|', '/')} |" for label, value in _labelled(rows)]
@@ -59,9 +65,9 @@ def _rules(decided: Mapping[str, Mapping[str, int]]) -> list[str]:
     ]
 
 
-def _facts(report: Mapping[str, Any]) -> Rows:
+def _facts(report: Mapping[str, Any], reports: Mapping[str, Mapping[str, Any]]) -> Rows:
+    """Returns rows of a report. `reports`: those of the same run in other dialects as well, by their directories."""
     size = report["size"]
-    share = size["output_bytes"] / size["source_bytes"] if size["source_bytes"] else 0.0
     total = sum(size["bytes_by_dtype"].values()) or 1
     shares = ", ".join(f"{dtype} {count / total:.1%}" for dtype, count in size["bytes_by_dtype"].items())
     gpu = f", GPU {output.size(report['peak_gpu_bytes'])}" if report["peak_gpu_bytes"] else ""
@@ -69,9 +75,9 @@ def _facts(report: Mapping[str, Any]) -> Rows:
         *output.listed("modules", [f"{count} x {what}" for what, count in report["modules_by_scheme"].items()]),
         *output.listed("cache", [f"{count} x {what}" for what, count in report["attention_by_scheme"].items()]),
         *output.listed("shared", [f"{count} x one scale: {group}" for group, count in report["shared_scales"].items()]),
-        ("size", f"{output.size(size['source_bytes'])} -> {output.size(size['output_bytes'])} ({share:.0%})"),
+        *output.listed("size", [_size(one["size"], path if len(reports) > 1 else "") for path, one in reports.items()]),
         ("bits", f"{size['effective_bits']:.2f} per quantized weight, scales included"),
-        ("bytes", shares),
+        *([("bytes", shares)] if len(reports) == 1 else []),
         *_experts(report["experts"]),
         *_calibration(report["calibration"]),
         *_loss(report["loss"]),
@@ -80,6 +86,12 @@ def _facts(report: Mapping[str, Any]) -> Rows:
         ("peak", f"RAM {output.size(report['peak_rss_bytes'])}{gpu}"),
         ("time", f"{_time(report['seconds'])} on {report['device']}"),
     ]
+
+
+def _size(size: Mapping[str, Any], path: str) -> str:
+    share = size["output_bytes"] / size["source_bytes"] if size["source_bytes"] else 0.0
+    text = f"{output.size(size['source_bytes'])} -> {output.size(size['output_bytes'])} ({share:.0%})"
+    return f"{text} in {path}" if path else text
 
 
 def _advice(report: Mapping[str, Any]) -> Rows:

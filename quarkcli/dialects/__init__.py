@@ -84,38 +84,62 @@ def matching(config: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> li
     return [member for member in readers() if member.matches(config, headers)]
 
 
-def choose(asked: str, plan: Plan, favoured: Callable[[Writer], bool] = lambda dialect: False) -> tuple[Writer, str]:
-    """Returns the dialect for a plan, and the reason in words.
+def asked_for(text: str) -> list[Writer]:
+    """Returns the dialects of a comma list, or none for `auto`. Raises UsageError for a list that is wrong."""
+    words = [word.strip() for word in text.split(",")]
+    if words == [AUTO]:
+        return []
+    if AUTO in words:
+        hint = f"name them all, or give {AUTO} alone"
+        raise UsageError(f"{AUTO} stands for one dialect, and this is a list of several", where="--dialect", hint=hint)
+    found = [writer(word) for word in words]
+    twice = [dialect.name for number, dialect in enumerate(found) if dialect in found[:number]]
+    if twice:
+        raise UsageError(f"dialect {twice[0]} is named twice", where="--dialect", hint="name each of them once")
+    return found
+
+
+def choose(asked: str, plan: Plan, favoured: Callable[[Writer], bool] = lambda dialect: False) -> list[Writer]:
+    """Returns the dialects for a plan: the one that `auto` takes, or those named, in the order in which it takes them.
 
     `auto` goes by what loads the plan: both vLLM and transformers, else vLLM, else anything; among those alike by
-    preference. Raises ConfigError with every reason when none can hold it, or when the one asked for cannot.
+    preference. Raises ConfigError with every reason when none can hold it, or when one that is named cannot.
 
     favoured   true for dialects that `auto` takes before all others, such as those that a server named loads
     """
-    if asked != AUTO:
-        dialect = writer(asked)
-        refusals = _refusals(dialect, plan)
-        if refusals:
-            raise ConfigError(
-                f"dialect {dialect.name} cannot hold this plan: {refusals[0]}"
-                + (f" (and {len(refusals) - 1} more)" if len(refusals) > 1 else ""),
-                where="--dialect",
-                hint=_able(plan),
-            )
-        return dialect, reason(dialect, plan, auto=False)
+    named = asked_for(asked)
+    if named:
+        for dialect in named:
+            _check(dialect, plan)
+        return sorted(sorted(named, key=_name), key=lambda dialect: _rank(dialect, plan), reverse=True)
     refused = {dialect: _refusals(dialect, plan) for dialect in writers()}
     able = [dialect for dialect, reasons in refused.items() if not reasons]
     if not able:
         every = "; ".join(f"{dialect.name}: {found[0]}" for dialect, found in refused.items())
         raise ConfigError(f"no dialect can hold this plan: {every}", hint="change the scheme of the modules named")
-    loaders = {dialect: dialect.loaders(plan) for dialect in able}
+    return [max(able, key=lambda dialect: (favoured(dialect), *_rank(dialect, plan)))]
 
-    def rank(dialect: Writer) -> tuple[bool, bool, int, int]:
-        preference = dialect.preference(plan)
-        return favoured(dialect), preference > 0, _reach(loaders[dialect]), preference
 
-    best = max(able, key=rank)
-    return best, reason(best, plan, auto=True)
+def _name(dialect: Writer) -> str:
+    return dialect.name
+
+
+def _rank(dialect: Writer, plan: Plan) -> tuple[bool, int, int]:
+    """Returns what `auto` goes by, the highest first."""
+    preference = dialect.preference(plan)
+    return preference > 0, _reach(dialect.loaders(plan)), preference
+
+
+def _check(dialect: Writer, plan: Plan) -> None:
+    """Raises ConfigError for a dialect that cannot hold a plan."""
+    refusals = _refusals(dialect, plan)
+    if refusals:
+        raise ConfigError(
+            f"dialect {dialect.name} cannot hold this plan: {refusals[0]}"
+            + (f" (and {len(refusals) - 1} more)" if len(refusals) > 1 else ""),
+            where="--dialect",
+            hint=_able(plan),
+        )
 
 
 def reason(dialect: Writer, plan: Plan, *, auto: bool) -> str:

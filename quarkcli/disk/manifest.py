@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from quarkcli.disk.writer import MANIFEST, STATE, atomic_write_json, disk_errors
+from quarkcli.disk import outputs
+from quarkcli.disk.outputs import MANIFEST
+from quarkcli.disk.writer import STATE, atomic_write_json, disk_errors
 from quarkcli.errors import CheckError, QuarkError, all_of, some
 
 SCHEMA = "quark/manifest/1"
@@ -120,12 +122,25 @@ def _difference(path: Path, name: str, manifest: Manifest, hashed: bool) -> str 
     return None
 
 
-def remove_ours(folder: Path) -> list[str]:
-    """Removes what a finished checkpoint holds by its manifest; the folder too when nothing else was in there.
+def remove_ours(output: Path) -> list[str]:
+    """Removes the checkpoints of an output by their manifests; the directory too when nothing else was in there.
 
-    Returns the files that stay: those that somebody added, linked or changed. The manifest goes last, so that a
-    removal that was interrupted can be gone on with. Raises OSError.
+    Returns the files that stay: those that somebody added, linked or changed. A manifest goes last of its folder, and
+    the list of folders last of all, so that a removal that was interrupted can be gone on with. Raises OSError.
     """
+    folders = outputs.listed(output)
+    if not folders:
+        return _remove_checkpoint(output)
+    found = {name: output / name for name in folders if (output / name).is_dir() and not (output / name).is_symlink()}
+    kept = [f"{name}/{file}" for name, folder in found.items() for file in _remove_checkpoint(folder)]
+    kept += [file for file in sorted(_files(output)) if file not in kept and file != outputs.LIST]
+    (output / outputs.LIST).unlink()
+    if not kept:
+        shutil.rmtree(output)
+    return kept
+
+
+def _remove_checkpoint(folder: Path) -> list[str]:
     try:
         manifest = read(folder)
     except CheckError as error:

@@ -10,8 +10,8 @@ import re
 from contextlib import suppress
 from pathlib import Path
 
-from quarkcli.disk import manifest
-from quarkcli.disk.writer import MANIFEST, STATE, disk_errors, remove
+from quarkcli.disk import manifest, outputs
+from quarkcli.disk.writer import STATE, disk_errors, remove
 from quarkcli.errors import QuarkError, ResourceError, UsageError, some
 
 REPLACED = "replaced.json"
@@ -54,7 +54,7 @@ def dispose(old: Path, final: Path) -> list[str]:
     """Removes what `final` replaced, but for what is not ours. Returns remarks about it. Raises OSError."""
     if old.is_symlink() or not old.is_dir():
         return [f"what was replaced is now in {old}"] if os.path.lexists(old) else []
-    was_ours = (old / MANIFEST).is_file()
+    was_ours = bool(outputs.checkpoints(old))
     kept = manifest.remove_ours(old)
     if not kept:
         return []
@@ -108,7 +108,7 @@ def refuse_links(partial: Path) -> None:
 def bring_back(partial: Path) -> None:
     """Undoes `set_aside` of a run that ended before its directory had its final name."""
     aside, state = aside_path(partial), partial / STATE
-    if state.exists() or not (partial / MANIFEST).is_file() or not (aside / "fingerprint.json").is_file():
+    if state.exists() or not outputs.checkpoints(partial) or not (aside / "fingerprint.json").is_file():
         return
     lock = acquire(aside / "lock")
     try:
@@ -154,7 +154,7 @@ def check_empty(partial: Path) -> None:
         raise UsageError("exists and is not a directory", where=str(partial), hint="move it away")
     if not partial.is_dir() or all(path.name == STATE for path in partial.iterdir()):
         return
-    if (partial / MANIFEST).is_file():
+    if outputs.checkpoints(partial):
         final = partial.with_name(partial.name.removesuffix(".partial"))
         raise UsageError("is finished and was only not renamed", where=str(partial), hint=f"rename it to {final}")
     hint = "move it away, or use --resume never to delete it"

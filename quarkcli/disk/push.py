@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from quarkcli.disk import manifest, verify
+from quarkcli.disk.outputs import MANIFEST
 from quarkcli.disk.side_files import README
-from quarkcli.disk.writer import MANIFEST
 from quarkcli.errors import AccessError, QuarkError, UsageError, some
 from quarkcli.events import Listener, Message, Phase, Working, silent
 

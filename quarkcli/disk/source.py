@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from quarkcli.disk import beside, hub
+from quarkcli.disk import beside, hub, outputs
 from quarkcli.disk.headers import (
     AGAIN,
     INDEX,
@@ -141,7 +141,8 @@ class Source:
 def _open_folder(folder: Path, hub_id: str | None, *, online: bool, remote: Remote | None = None) -> Source:
     check_folder(folder)
     if not (folder / "config.json").is_file():
-        raise ModelError("no config.json: this is not a Hugging Face model directory", where=str(folder))
+        hint = outputs.hint(folder)
+        raise ModelError("no config.json: this is not a Hugging Face model directory", where=str(folder), hint=hint)
     if not is_within(folder, folder / "config.json"):  # it is copied into the checkpoint
         hint = "put the file itself into the folder"
         raise ModelError("a link out of the model folder", where=str(folder / "config.json"), hint=hint)

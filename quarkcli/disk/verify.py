@@ -286,4 +286,4 @@ def _open(folder: Path) -> Source:
     try:
         return Source.open(str(folder))
     except ModelError as error:
-        raise CheckError(error.what, where=error.where or str(folder)) from error
+        raise CheckError(error.what, where=error.where or str(folder), hint=error.hint) from error

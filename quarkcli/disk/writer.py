@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from quarkcli.disk import outputs
 from quarkcli.disk.headers import DTYPES, INDEX
 from quarkcli.errors import ResourceError, UsageError
 
@@ -32,7 +33,6 @@ OutputState = Literal["absent", "empty", "finished", "foreign"]
 SHARD_LIMIT = 5_000_000_000  # bytes of tensors in one file
 STAGING = ".writing-"  # prefix of temporary folders and files; the journal removes what a kill left behind
 STATE = ".quark-state"  # the journal's folder in a partial directory; hidden, so that no source has it
-MANIFEST = "quark/manifest.json"
 _LONGEST_NAME, _LONGEST_PATH = 255, 3500  # bytes; room is left for the files inside
 
 _METADATA = {"format": "pt"}  # transformers refuses files without it
@@ -297,7 +297,7 @@ def free_bytes(path: Path) -> int:
 
 
 def output_state(final: Path) -> OutputState:
-    """Returns the state of the output path; `finished` is a checkpoint of ours, `foreign` anything else.
+    """Returns the state of the output path; `finished`: checkpoints of ours, one or several; `foreign`: anything else.
 
     Raises ResourceError.
     """
@@ -309,7 +309,7 @@ def output_state(final: Path) -> OutputState:
         content = list(final.iterdir())
         if not content:
             return "empty"
-        return "finished" if (final / MANIFEST).is_file() else "foreign"
+        return "finished" if outputs.checkpoints(final) else "foreign"
 
 
 def partial_path(final: Path) -> Path:

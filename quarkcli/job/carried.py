@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from quarkcli import dialects, servers
@@ -11,7 +11,7 @@ from quarkcli.dialects.base import StoredTarget, Writer
 from quarkcli.disk.checkpoint import Checkpoint
 from quarkcli.disk.origin import Origin
 from quarkcli.disk.weights import WeightSource
-from quarkcli.errors import ModelError
+from quarkcli.errors import ConfigError, ModelError
 from quarkcli.plan.model import Decision, Plan, QuantizedTarget, Target
 from quarkcli.recipe.match import starred
 from quarkcli.servers.base import alone
@@ -21,6 +21,33 @@ Slots = Mapping[str, Decision]
 
 
 def carry(
+    plan: Plan,
+    weights: WeightSource,
+    origin: Origin,
+    writers: Sequence[Writer],
+    steps: Iterable[Assignment],
+    target: str,
+) -> Plan:
+    """Returns the plan with these weights as the source has them, which every one of these dialects must say.
+
+    Raises ConfigError where some would keep codes that others cannot say: two plans are two runs.
+    """
+    steps = list(steps)
+    *others, first = [_carry(plan, weights, origin, dialect, steps, target) for dialect in (*writers[1:], writers[0])]
+    for dialect, other in zip(writers[1:], others, strict=True):
+        if other.carried != first.carried:
+            name = sorted(other.carried ^ first.carried)[0]
+            keeps, decodes = (dialect, writers[0]) if name in other.carried else (writers[0], dialect)
+            raise ConfigError(
+                f"dialect {keeps.name} keeps the source's codes of weights that the plan leaves alone, and dialect "
+                f"{decodes.name} has them decoded: these are two plans",
+                where=name,
+                hint="run the dialects one after the other",
+            )
+    return first
+
+
+def _carry(
     plan: Plan, weights: WeightSource, origin: Origin, dialect: Writer, steps: Iterable[Assignment], target: str
 ) -> Plan:
     """Returns the plan with these weights as the source has them; or as it was, with the reason noted in `origin`.

@@ -15,7 +15,9 @@ def side_files(prepared: Prepared, tell: Listener) -> None:
         return
     tell(Working("downloading the files beside the weights"))
     source.whole_folder()
-    prepared.side_files = files_beside.gather(source)
+    found = files_beside.gather(source)
+    for one in prepared.every:
+        one.side_files = found
     preflight.check_tokenizer(source, prepared.side_files, prepared.calibration)
     for warning in prepared.side_files.warnings():
         tell(Message(warning, "warning"))

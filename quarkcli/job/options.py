@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from quarkcli.algorithms.base import Assignment
+from quarkcli.dialects import AUTO
 from quarkcli.dialects.base import Writer
 from quarkcli.disk.origin import Origin
 from quarkcli.disk.side_files import SideFiles
@@ -95,6 +96,8 @@ class Prepared:
     origin   the quantization of a source that has one; its weights are decoded as they are read
     advice   the choices that the algorithm `auto` stands for; empty: the steps were named
     tensor_parallel   usual numbers of devices over which servers can split the output
+    folder   the folder in the output that gets the checkpoint; empty: the output is the checkpoint
+    others   the same in the further dialects of a list; what differs is the dialect, and what follows from it
     """
 
     options: Options
@@ -117,6 +120,23 @@ class Prepared:
     output: Path
     side_files: SideFiles
     warnings: list[str]
+    folder: str = ""
+    others: list[Prepared] = field(default_factory=list)
+
+    @property
+    def asked(self) -> str:
+        """Returns the dialect that was asked for, or a comma list of them, or `auto`."""
+        return self.options.dialect or self.recipe.dialect or AUTO
+
+    @property
+    def every(self) -> list[Prepared]:
+        """Returns one for each dialect, this one first: with its weights, as they decode, calibration goes on."""
+        return [self, *self.others]
+
+    @property
+    def checkpoint(self) -> Path:
+        """Returns the directory of the checkpoint."""
+        return self.output / self.folder
 
     @property
     def seed(self) -> int:

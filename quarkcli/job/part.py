@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from quarkcli.algorithms.base import Assignment, Transform, Tuner
 from quarkcli.dialects.base import Writer
-from quarkcli.disk.contents import Copied, Packed, copied, part_targets
+from quarkcli.disk.contents import Copied, copied, part_targets
 from quarkcli.disk.nonfinite import HINT, NonFinite
 from quarkcli.disk.weights import WeightSource
 from quarkcli.errors import DataError, some
@@ -25,9 +25,10 @@ from quarkcli.forward.guard import Guard
 from quarkcli.forward.statistics import Statistics
 from quarkcli.forward.walk import Walk
 from quarkcli.job.options import SKIP, Calibration, OnNonfinite
+from quarkcli.job.packing import Packing
 from quarkcli.job.reach import last_part
 from quarkcli.job.rewriting import Rewriting
-from quarkcli.job.served import handlers, own_scales, put_decoded
+from quarkcli.job.served import handlers, put_decoded
 from quarkcli.job.solving import Solved, Solving, named
 from quarkcli.job.stages import Decoded, stages
 from quarkcli.job.tuning import TunedBlock, tuned
@@ -42,6 +43,8 @@ ERROR_ROWS = 256  # rows of each weight that its error is measured on
 class PartResult:
     """The result of a part: packed tensors by file name, and facts for journal and report.
 
+    others            the tensors in further dialects
+    apart             of these, those whose weights decode a little otherwise: see `Packing.apart`
     exact             weight that its format holds without a solver -> how many of its blocks were rounded
     dead_inputs       weight -> inputs that were always zero in calibration
     outcomes          weight -> `Outcome` of its solver
@@ -67,10 +70,12 @@ class PartResult:
     transforms: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     exact: dict[str, int] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
+    apart: dict[str, int] = field(default_factory=dict)
+    others: list[dict[str, Tensor]] = field(default_factory=list)
 
     def record(self) -> dict[str, Any]:
         """Returns the JSON form without the tensors."""
-        facts = {key: value for key, value in vars(self).items() if key != "tensors"}
+        facts = {key: value for key, value in vars(self).items() if key not in ("tensors", "others")}
         tokens = {layer: {str(e): n for e, n in counts.items()} for layer, counts in self.expert_tokens.items()}
         return {**facts, "expert_tokens": tokens}
 
@@ -84,6 +89,7 @@ class PartWorker:
     weights   the source
     roles     role of every tensor that the family knows
     states    decisions of transforms for the whole model, by name
+    others    further dialects
     """
 
     def __init__(
@@ -102,9 +108,11 @@ class PartWorker:
         on_nonfinite: OnNonfinite = "stop",
         states: Mapping[str, Any] | None = None,
         late: Mapping[str, set[str]] | None = None,
+        others: Sequence[Writer] = (),
     ) -> None:
         self.plan = plan
         self.dialect = dialect
+        self.writers = [dialect, *others]
         self.solving = Solving(plan, steps, self._warn, weights, skip=on_nonfinite == SKIP)
         self.tuners = [(s, s.algorithm) for s in steps if isinstance(s.algorithm, Tuner)]
         self.transforms = [(s, s.algorithm) for s in steps if isinstance(s.algorithm, Transform)]
@@ -143,14 +151,14 @@ class PartWorker:
                 statistics, before = self._observe(part, tensors)
         statistics = self._turn(part, tensors, rewriting.online(), statistics)
         scales = self._static_scales(part, statistics)
-        packed, weight_errors = self._quantize(part, tensors, statistics, scales)
+        packing, weight_errors = self._quantize(part, tensors, statistics, scales)
         kept = {row.info.name: _copy(row, tensors) for row in self._copied(part)}
-        online = self.dialect.online_tensors(self.plan, part.index)
-        out = kept | packed | self._attention(part, scales) | rewriting.added | online
+        out, *others = packing.tensors(kept, rewriting.added)
         expert_tokens = statistics.expert_tokens() if statistics else {}
         self._check_experts(expert_tokens)
         del statistics
-        after = self.advance(part, tensors, packed, scales)
+        after = self.advance(part, tensors, out, scales)
+        apart = packing.apart() if self.walk is not None and part.index < self.last else {}
         error = _mean(weight_errors.values())
         if before is not None and after is not None and weight_errors:
             found = _relative(before, after)
@@ -159,7 +167,7 @@ class PartWorker:
             out, error, weight_errors, expert_tokens, self.warnings, time.perf_counter() - started,
             self.solving.dead_inputs, self.solving.report(), self.silent,
             list(nonfinite.parameters), list(nonfinite.others), self.tuning, rewriting.notes,
-            self.solving.exact, self.guard.skipped | self.solving.skipped,
+            self.solving.exact, self.guard.skipped | self.solving.skipped, apart, others,
         )  # fmt: skip
 
     def _copied(self, part: Part) -> list[Copied]:
@@ -237,10 +245,10 @@ class PartWorker:
 
     def _quantize(
         self, part: Part, tensors: dict[str, Tensor], statistics: Statistics | None, scales: Mapping[str, Tensor]
-    ) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """Returns packed tensors by file name, and the error of every weight."""
+    ) -> tuple[Packing, dict[str, float]]:
+        """Returns the packed tensors in each dialect, and the error of every weight."""
         targets = list(self.plan.quantized(part.index))
-        packed = Packed(self.dialect, targets)
+        packing = Packing(self.plan, self.writers, part, scales)
         errors: dict[str, float] = {}
         self.tell(Working(f"quantizing {part.name}"))
         solved = self._solved(part, targets, tensors, statistics)
@@ -253,12 +261,11 @@ class PartWorker:
                 tensors |= vectors
                 solved = rows.values()
         for target, source, quantized in solved:
-            bias = self._bias(target, tensors)
-            packed.put(target, self.dialect.tensors(target, quantized, own_scales(target, scales), bias))
+            packing.put(target, quantized, self._bias(target, tensors))
             self.tell(Working(f"quantizing {part.name}, {len(errors) + 1} of {len(targets)} weights"))
             errors[target.name] = _weight_error(source, quantized, target)
         assert len(errors) == len(targets), "a solver left weights out"
-        return packed.tensors, errors
+        return packing, errors
 
     def _is_tunable(self, part: Part, block: TunedBlock) -> bool:
         """False where NaN or infinity in the block is to be passed over."""
@@ -306,14 +313,6 @@ class PartWorker:
                 decoded = dequantize(bias, target.bias_spec).reshape(-1)
                 found[target.bias] = decoded.to(tensors[target.bias].dtype)
         return found
-
-    def _attention(self, part: Part, scales: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        out: dict[str, Tensor] = {}
-        for module in self.plan.attention.values():
-            own = {kind: scales[f"{module.name}.{kind}"] for kind in module.specs if f"{module.name}.{kind}" in scales}
-            if module.part == part.index and own:
-                out |= self.dialect.attention_tensors(module, own)
-        return out
 
     def _nonfinite(self, part: Part, tensors: Mapping[str, Tensor]) -> NonFinite:
         """Returns the NaN and infinities in kept tensors.

@@ -6,7 +6,7 @@ happen in turn, so that memory holds one part.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +18,7 @@ from torch import Tensor
 from quarkcli.disk.contents import slug
 from quarkcli.disk.headers import read_headers, read_tensors
 from quarkcli.disk.journal import Journal
+from quarkcli.disk.outputs import of_folder, within
 from quarkcli.disk.weights import WeightSource
 from quarkcli.disk.writer import write_part
 from quarkcli.errors import Stopped
@@ -28,11 +29,17 @@ from quarkcli.plan.model import Part
 
 
 class Pipeline:
-    """Moves parts between files and the device. At most one part is being read and one being written."""
+    """Moves parts between files and the device. At most one part is being read and one being written.
 
-    def __init__(self, source: WeightSource, partial: Path, journal: Journal, device: str) -> None:
+    folders   where in the output each dialect's files go
+    """
+
+    def __init__(
+        self, source: WeightSource, partial: Path, journal: Journal, device: str, folders: Sequence[str] = ("",)
+    ) -> None:
         self.source = source
         self.partial = partial
+        self.folders = folders
         self.journal = journal
         self.device = device
         self.pool = ThreadPoolExecutor(2) if device != "cpu" else None
@@ -70,22 +77,27 @@ class Pipeline:
             streams = worker.walk.hidden.items()
             hidden = {f"{stream}/{i:06d}": one.cpu() for stream, states in streams for i, one in enumerate(states)}
             batch = worker.walk.batch
-        tensors = {name: tensor.cpu() for name, tensor in result.tensors.items()}
-        result.tensors.clear()
-        self._in_background(lambda: self._write(part, tensors, result.record(), hidden, batch))
+        forms = _on_cpu([result.tensors, *result.others])
+        for tensors in (result.tensors, *result.others):
+            tensors.clear()
+        self._in_background(lambda: self._write(part, forms, result.record(), hidden, batch))
 
     def _write(
         self,
         part: Part,
-        tensors: dict[str, Tensor],
+        forms: list[dict[str, Tensor]],
         record: dict[str, Any],
         hidden: dict[str, Tensor] | None,
         batch: int | None,
     ) -> None:
         if batch is not None and batch != self.journal.notes.get("batch"):
             self.journal.note("batch", batch)
-        files = write_part(self.partial, slug(part), tensors)
-        self.journal.finish(part.name, {**record, "files": [file.record() for file in files]}, hidden)
+        files = [
+            {**file.record(), "file": within(folder, file.file)}
+            for folder, tensors in zip(self.folders, forms, strict=True)
+            for file in write_part(self.partial / folder, slug(part), tensors)
+        ]
+        self.journal.finish(part.name, {**record, "files": files}, hidden)
 
     def _in_background(self, job: Callable[[], None]) -> None:
         if self.pool is None:
@@ -117,8 +129,9 @@ class Pipeline:
         if not targets and not changed:
             return {}
         written: dict[str, Tensor] = {}
-        for file in self.journal.finished[part.name]["files"]:
-            path = self.partial / file["file"]
+        folder = self.partial / self.folders[0]
+        for file in of_folder(self.journal.finished, self.folders[0])[part.name]["files"]:
+            path = folder / file["file"]
             written |= read_tensors(path, read_headers(path, path.name))
         served = {name: written[name] for name in changed}
         for name, target in targets.items():
@@ -130,3 +143,13 @@ class Pipeline:
         if self._writing is not None:
             self._writing.result()
             self._writing = None
+
+
+def _on_cpu(forms: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """Returns the tensors on the CPU; one that stands in several forms is copied once."""
+    copies: dict[int, Tensor] = {}
+    for tensors in forms:
+        for tensor in tensors.values():
+            if id(tensor) not in copies:
+                copies[id(tensor)] = tensor.cpu()
+    return [{name: copies[id(tensor)] for name, tensor in tensors.items()} for tensors in forms]

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from quarkcli import __version__, algorithms, dialects, family, memory, servers
-from quarkcli.disk import nonfinite, side_files
+from quarkcli.disk import nonfinite, outputs, side_files
 from quarkcli.disk.journal import Journal
 from quarkcli.disk.manifest import LOG
 from quarkcli.disk.origin import open_weights
@@ -26,7 +26,7 @@ from quarkcli.disk.place import remove_stale
 from quarkcli.disk.source import Source
 from quarkcli.errors import DataError, UsageError
 from quarkcli.events import Event, Listener, Message, PartDone, Phase, Working, broadcast, silent
-from quarkcli.job import asked, carried, download, finish, idle, partial_path, preflight, splitting
+from quarkcli.job import asked, carried, directories, download, finish, idle, partial_path, preflight
 from quarkcli.job.options import SKIP, Options, Prepared
 from quarkcli.plan import online
 from quarkcli.plan.coverage import coverage
@@ -113,29 +113,27 @@ def prepare(options: Options, tell: Listener = silent, *, carries: bool = True) 
     preflight.check_plan(plan)
     preflight.check_servers(plan, options.target)
     asked_for = options.dialect or recipe.dialect or dialects.AUTO
-    dialect, reason = dialects.choose(asked_for, plan, servers.favoured(plan, options.target))
-    servers.check_plan(plan, dialect, options.target)
-    parallel = splitting.degrees(plan, dialect, source.config, options.tp)
+    writers = dialects.choose(asked_for, plan, servers.favoured(plan, options.target))
     needs = preflight.data_needs(plan, steps)
-    preflight.check_reader(dialect, needs)
+    parallel = directories.degrees(plan, writers, source.config, options, needs)
     prepass = preflight.prepass_needs(plan, steps)
     calibration = preflight.calibration(options, recipe, source, needs | prepass)
     if carries and origin is not None:
-        plan = carried.carry(plan, weights, origin, dialect, steps, options.target)
-        reason = dialects.reason(dialect, plan, auto=asked_for == dialects.AUTO)
-    size = preflight.forecast_of(plan, dialect, source, headers, calibration, steps)
+        plan = carried.carry(plan, weights, origin, writers, steps, options.target)
+    size = preflight.forecast_of(plan, writers[0], source, headers, calibration, steps)
     output = _expanded(options.output) or Path(f"{'demo' if options.model == 'demo' else source.name}-{recipe.name}")
     beside = side_files.gather(source)
     preflight.check_tokenizer(source, beside, calibration)
     share = coverage(plan, layout, headers)
-    warnings = [*recipe.notes, *surprises, *dialects.warnings(dialect, plan), *plan.warnings, *beside.warnings()]
+    warnings = [*recipe.notes, *surprises, *plan.warnings, *beside.warnings()]
     warnings += [doubt] if (doubt := share.warning()) else []
     warnings += calibration.warnings if calibration else ()
     warnings += idle.of_run(options, source, plan, needs, calibration)
-    return Prepared(
-        options, recipe, source, weights, origin, layout, plan, steps, advice, dialect, reason, needs, prepass,
-        calibration, size, share, parallel, output, beside, warnings,
+    prepared = Prepared(
+        options, recipe, source, weights, origin, layout, plan, steps, advice, writers[0], "", needs, prepass,
+        calibration, size, share, parallel[0], output, beside, warnings,
     )  # fmt: skip
+    return directories.complete(prepared, writers, parallel)
 
 
 def run(
@@ -150,14 +148,15 @@ def run(
     tell = broadcast(log_file, tell)
     prepared = prepare(options, tell)  # 1-4
     planned(prepared)  # 5
-    for warning in prepared.warnings:
+    for warning in dict.fromkeys(warning for one in prepared.every for warning in one.warnings):
         tell(Message(warning, "warning"))
-    tell = broadcast(tell, _remember(prepared.warnings))
+    shown = tell
+    tell = broadcast(tell, *(_remember(one.warnings) for one in prepared.every))
     partial = partial_path(prepared.output)
     for line in remove_stale(partial):
         tell(Message(line, "warning", always=True))
     preflight.check_output(prepared.output, options.overwrite, prepared.source.folder)
-    preflight.check_resources(prepared.output, prepared.forecast, options.max_cpu_mem)
+    preflight.check_resources(prepared.output, directories.together(prepared), options.max_cpu_mem)
     with Journal.lock(partial, resume=options.resume) as journal:  # 6
         preflight.check_output(prepared.output, options.overwrite, prepared.source.folder)  # another run may have ended
         download.side_files(prepared, tell)
@@ -167,19 +166,28 @@ def run(
         tell(Working("building the model's class"))
         runner = _runner(prepared, data, device, tell) if data is not None else None
         journal.start(_fingerprint(prepared, data, device), resume=options.resume)
-        with log_file.attach(partial / LOG), log_file.last_words(), finish.begun():
+        directories.make(prepared, partial)
+        logs = [partial / one.folder / LOG for one in prepared.every]
+        with log_file.attach(*logs), log_file.last_words(), finish.begun():
             _parts(prepared, data, runner, journal, device, started, tell)  # 7, 8
             _refuse_nonfinite(journal.finished, options)
             for warning in part_warnings(journal.finished):
                 tell(Message(warning, "warning"))
             tell(Phase("finalize"))
             records = {part.name: journal.finished[part.name] for part in prepared.plan.parts}
-            finish.write_config(prepared, partial, records)  # 9
+            split = [outputs.of_folder(records, one.folder) for one in prepared.every]
+            for one, own in zip(prepared.every, split, strict=True):
+                finish.write_config(one, partial / one.folder, own)  # 9
             tell(Phase("verify"))
             seconds = time.monotonic() - started
-            report = finish.verify_and_report(prepared, data, records, partial, seconds, device)  # 10
+            directories.note_apart(prepared, records, shown)
+            reports = [
+                finish.verify_and_report(one, data, own, partial / one.folder, seconds, device)  # 10
+                for one, own in zip(prepared.every, split, strict=True)
+            ]
+            directories.list_them(prepared, partial)
             finish.hand_over(journal, partial, prepared.output, options.overwrite, tell, log_file.forgive)
-    return report
+    return directories.report(prepared, reports)
 
 
 def _remember(warnings: list[str]) -> Listener:
@@ -259,13 +267,14 @@ def _parts(
     states = decide(prepared, data, runner, journal, tell)
     worker = PartWorker(
         plan, prepared.dialect, prepared.steps, prepared.needs, prepared.weights, None, tell,
-        calibration=prepared.calibration, strict=options.strict,
+        others=[other.dialect for other in prepared.others], calibration=prepared.calibration, strict=options.strict,
         roles=prepared.layout.tensor_roles, on_nonfinite=options.on_nonfinite, states=states,
         late=preflight.data_needs(plan, [step for step in prepared.steps if step.kind != "transform"]),
     )  # fmt: skip
     label = "+".join([prepared.recipe.name, *(step.name for step in plan.algorithms)])
     begun = time.monotonic()
-    with Pipeline(prepared.weights, partial_path(prepared.output), journal, device) as pipeline:
+    folders = [one.folder for one in prepared.every]
+    with Pipeline(prepared.weights, partial_path(prepared.output), journal, device, folders) as pipeline:
         walk = worker.walk = _walk(prepared, data, runner, journal, todo, pipeline, worker, tell)
         if walk is not None and todo[0].kind != "embed":
             walk.start()
@@ -348,6 +357,9 @@ def _take_up(walk: Walk, journal: Journal) -> None:
 def _fingerprint(prepared: Prepared, data: CalibrationData | None, device: str) -> dict[str, Any]:
     """Returns everything that must be equal for an interrupted run to be continued."""
     source, settings = prepared.source, prepared.calibration
+    recipe = yaml.safe_load(finish.resolved_recipe(prepared))
+    if prepared.others:
+        recipe["export"]["dialect"] = [one.dialect.name for one in prepared.every]
     return {
         "model": {
             "config": hashlib.sha256(source.config_text.encode()).hexdigest(),
@@ -355,7 +367,7 @@ def _fingerprint(prepared: Prepared, data: CalibrationData | None, device: str) 
             "files": {name: list(stamp) for name, stamp in source.stamps.items()},
             "commit": source.commit,
         },
-        "recipe": yaml.safe_load(finish.resolved_recipe(prepared)),
+        "recipe": recipe,
         "data": {
             "digest": data.digest if data is not None else None,
             "seed": settings.seed if settings is not None else None,

@@ -99,7 +99,7 @@ def _calibration(recipe: Recipe) -> list[str]:
         lines.append(f"share: {_flow([row.as_dict() for row in recipe.share])}")
     if recipe.expert_inputs != "shared":
         lines.append(f"expert_inputs: {recipe.expert_inputs}")
-    return [*lines, f"export: {{dialect: {recipe.dialect}}}"] if recipe.dialect else lines
+    return [*lines, f"export: {_flow({'dialect': recipe.dialect})}"] if recipe.dialect else lines
 
 
 def _entry_lines(entry: Entry) -> list[str]:

@@ -250,9 +250,14 @@ def _native(document: Document, path: Path) -> Recipe:
         seed=calibration.seed,
         moe_calibration=calibration.moe,
         min_expert_tokens=calibration.min_expert_tokens,
-        dialect=model.export.dialect,
+        dialect=_listed(model.export.dialect),
         description=model.metadata.description,
     )
+
+
+def _listed(names: str | list[str] | None) -> str | None:
+    """Returns a list as the command line writes it."""
+    return ",".join(names) if isinstance(names, list) else names
 
 
 def _share(document: Document, model: schema.RecipeModel) -> list[Share] | None:

@@ -122,7 +122,9 @@ class Calibration(Strict):
 class Export(Strict):
     """Sets the on-disk convention of the checkpoint."""
 
-    dialect: str | None = Field(default=None, description="on-disk convention, or auto")
+    dialect: str | list[str] | None = Field(
+        default=None, description="on-disk convention, or auto, or a list of several: one directory for each"
+    )
 
 
 class ShareModel(Strict):

@@ -52,8 +52,7 @@ class LogFile:
 
     def __init__(self) -> None:
         self._early: list[str] = []
-        self._stream: TextIO | None = None
-        self._path = Path()
+        self._streams: list[tuple[Path, TextIO]] = []
         self._forgiving = False
 
     def __call__(self, event: Event) -> None:
@@ -81,34 +80,36 @@ class LogFile:
 
     def _write(self, text: str) -> None:
         stamped = f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {text}"
-        if self._stream is None:
+        if not self._streams:
             self._early.append(stamped)
-            return
-        try:
-            with disk_errors(self._path, len(stamped)):
-                self._stream.write(stamped + "\n")
-                self._stream.flush()
-        except ResourceError:
-            if not self._forgiving:
-                raise
+        for path, stream in self._streams:
+            try:
+                with disk_errors(path, len(stamped)):
+                    stream.write(stamped + "\n")
+                    stream.flush()
+            except ResourceError:
+                if not self._forgiving:
+                    raise
 
     def forgive(self) -> None:
         """Lets the run go on from here when the log cannot be written."""
         self._forgiving = True
 
     @contextmanager
-    def attach(self, path: Path) -> Iterator[None]:
-        """Writes to `path`, appending to what an interrupted run left."""
-        self._path = path
-        with disk_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._stream = path.open("a", encoding="utf-8", errors="backslashreplace")
-            early, self._early = self._early, []
-            self._stream.writelines(text + "\n" for text in early)
-            self._stream.flush()
+    def attach(self, *paths: Path) -> Iterator[None]:
+        """Writes to all of `paths`, appending to what an interrupted run left."""
+        early, self._early = self._early, []
         try:
+            for path in paths:
+                with disk_errors(path):
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    stream: TextIO = path.open("a", encoding="utf-8", errors="backslashreplace")
+                    self._streams.append((path, stream))
+                    stream.writelines(text + "\n" for text in early)
+                    stream.flush()
             yield
         finally:
-            stream, self._stream = self._stream, None
-            with suppress(OSError):  # what is still in its buffer could not be written before
-                stream.close()
+            streams, self._streams = self._streams, []
+            for _, stream in streams:
+                with suppress(OSError):  # what is still in its buffer could not be written before
+                    stream.close()

@@ -162,6 +162,9 @@ _ACTIVE = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_top
 
 def _check(run: Prepared) -> None:
     """Raises ConfigError for a run that cannot be measured block by block."""
+    if run.others:
+        hint = "name one here; the recipe that is made can be run for all of them"
+        raise UsageError("a search counts the bytes of one dialect", where="--dialect", hint=hint)
     preflight.check_reader(run.dialect, {"scores": {"scores"}})
     inside = {tensor for part in run.plan.parts if part.block is not None for tensor in part.tensors}
     for key, changes in run.plan.changes.items():

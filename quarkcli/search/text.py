@@ -52,7 +52,7 @@ def recipe_text(
             yaml.safe_dump(head, sort_keys=False, allow_unicode=True, width=116).rstrip(),
             f"exclusions: {exclusions}",
             *([f"calibration: {_flow(calibration)}"] if calibration else []),
-            *([f"export: {{dialect: {dialect}}}"] if dialect else []),
+            *([f"export: {_flow({'dialect': dialect})}"] if dialect else []),
             *(["expert_inputs: own"] if any(run.plan.own_expert_inputs for run in space.runs) else []),
             "quantize:",
             *_algorithms(space, groups, choice),

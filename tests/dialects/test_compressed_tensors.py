@@ -232,7 +232,9 @@ def test_what_a_release_of_a_loader_passes_over_is_said() -> None:
     cached = plan(llama(), linears(PAIRS["fp8"]), kv=FP8)
     assert "passes over the scales of the cache" in CT.caveat(cached)
     for asked, why in (("compressed-tensors", "asked for;"), ("auto", "auto:")):
-        assert dialects.choose(asked, cached)[1] == f"{why} loads in vLLM and transformers; {CT.caveat(cached)}"
+        assert dialects.choose(asked, cached) == [CT]
+        reason = dialects.reason(CT, cached, auto=asked == "auto")
+        assert reason == f"{why} loads in vLLM and transformers; {CT.caveat(cached)}"
     assert CT.caveat(plan(llama(), linears(PAIRS["fp8"]))) == ""
     served = plan(moe(), linears(PAIRS["fp8"]), kv=FP8)
     assert CT.loaders(served) == {"vllm"} and CT.caveat(served) == ""

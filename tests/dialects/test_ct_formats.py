@@ -290,7 +290,8 @@ def test_loaders_of_expert_models(weight: str, source: str, loaders: set[str]) -
     warnings = dialects.warnings(CT, made)
     assert len(warnings) == ("vllm" not in loaders)
     assert all(("only transformers does" if loaders else "simulation only") in warning for warning in warnings)
-    _, reason = dialects.choose("compressed-tensors", made)
+    assert dialects.choose("compressed-tensors", made) == [CT]
+    reason = dialects.reason(CT, made, auto=False)
     assert ("no server loads it; simulation only" in reason) == (not loaders)
 
 

@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 
 from quarkcli.disk import verify
 from quarkcli.disk.headers import INDEX
+from quarkcli.disk.outputs import MANIFEST
 from quarkcli.disk.verify import Asked
-from quarkcli.disk.writer import MANIFEST
 from quarkcli.errors import CheckError, ExitCode
 from tests import runs
 

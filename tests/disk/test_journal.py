@@ -377,7 +377,8 @@ import hashlib, json, os, random, signal, sys, time
 from pathlib import Path
 import torch
 from quarkcli.disk.journal import Journal
-from quarkcli.disk.writer import MANIFEST, atomic_write_json, write_part
+from quarkcli.disk.outputs import MANIFEST
+from quarkcli.disk.writer import atomic_write_json, write_part
 
 PARTS = 4
 

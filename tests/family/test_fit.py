@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from quarkcli import family
 from quarkcli.disk import verify
-from quarkcli.disk.writer import MANIFEST
+from quarkcli.disk.outputs import MANIFEST
 from quarkcli.errors import CheckError, ModelError
 from quarkcli.family.facts import entries, explained, facts
 from quarkcli.job import run as job

@@ -102,7 +102,7 @@ def prepared(scheme: str, **flags: Any) -> tuple[Layout, Plan, Writer, forecast.
     family.check_fit(model, layout, CONFIG, HEADERS)
     plan = resolve(from_scheme(scheme), Overrides(**flags), layout)
     preflight.check_plan(plan)
-    dialect, _ = dialects.choose("auto", plan)
+    (dialect,) = dialects.choose("auto", plan)
     needs = preflight.data_needs(plan, [])
     size = forecast.forecast(
         plan, dialect, HEADERS, source_bytes=0, calibrated=bool(needs), tokens=0, hidden=HIDDEN, solving=0

@@ -1,0 +1,73 @@
+"""The directories of an output: one, or one for each dialect in a directory that lists them.
+
+<output>/dialects.json          the list; written last, so that it is there when all of them are complete
+<output>/<dialect>/             a checkpoint with a manifest of its own
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "quark/manifest.json"
+LIST = "dialects.json"
+SCHEMA = "quark/dialects/1"
+
+
+def listing(folders: list[str]) -> dict[str, Any]:
+    """Returns the contents of the list."""
+    return {"schema": SCHEMA, "dialects": folders}
+
+
+def listed(output: Path) -> list[str]:
+    """Returns the folders that an output lists as checkpoints; empty for one that is a checkpoint itself, or neither.
+
+    A checkpoint has no list, though it may have a file of this name. Only plain names count: a list that was changed
+    must not lead out of the directory.
+    """
+    path = output / LIST
+    try:
+        value = json.loads(path.read_bytes()) if path.is_file() and not (output / MANIFEST).is_file() else None
+    except (OSError, ValueError, RecursionError):
+        return []
+    names = value.get("dialects") if isinstance(value, dict) and value.get("schema") == SCHEMA else None
+    return [name for name in names if _is_plain(name)] if isinstance(names, list) else []
+
+
+def checkpoints(output: Path) -> list[Path]:
+    """Returns the finished checkpoints of ours in an output: itself, or those that it lists."""
+    found = [output, *(output / name for name in listed(output))]
+    return [folder for folder in found if (folder / MANIFEST).is_file()]
+
+
+def hint(output: Path) -> str:
+    """Returns where the checkpoints are, for a directory that is none itself but lists some."""
+    found = [str(folder) for folder in checkpoints(output)]
+    return f"it holds a checkpoint for each dialect: {', '.join(found)}" if found else ""
+
+
+def within(folder: str, name: str) -> str:
+    """Returns a file's name in the output. `folder`: of its checkpoint, empty where there is one."""
+    return f"{folder}/{name}" if folder else name
+
+
+def of_folder(records: Mapping[str, Mapping[str, Any]], folder: str) -> dict[str, dict[str, Any]]:
+    """Returns the records of parts with the files of one checkpoint, by their names in it."""
+    start = within(folder, "")
+    return {
+        part: {
+            **record,
+            "files": [
+                {**file, "file": file["file"].removeprefix(start)}
+                for file in record["files"]
+                if file["file"].startswith(start)
+            ],
+        }
+        for part, record in records.items()
+    }
+
+
+def _is_plain(name: Any) -> bool:
+    return isinstance(name, str) and Path(name).name == name and name not in ("", ".", "..") and "\0" not in name
