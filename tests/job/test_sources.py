@@ -152,7 +152,7 @@ def test_mxfp4_becomes_nvfp4_with_every_value(sources, tmp_path, model, algorith
         assert torch.equal(ours.weight(name), theirs.weight(name)), name
     assert made.report["loss"]["mean_weight_error"] == 0
     assert f"{len(names)} of {len(names)} weights are codes times powers of two" in "".join(
-        summary.lines(made.report, [])
+        summary.lines({"": made.report}, [])
     )
 
 
