@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from quarkcli.cli import apps, output
-from quarkcli.cli.flags import Debug, Json, Offline, Quiet
+from quarkcli.cli.flags import Debug, Json, Offline, Pickle, Quiet
 from quarkcli.errors import some
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ def compare(
         ),
     ] = None,
     offline: Offline = False,
+    allow_pickle: Pickle = False,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -57,11 +58,15 @@ def compare(
     output.start(json=json, debug=debug, quiet=quiet)
     from quarkcli.cli.progress import Progress
     from quarkcli.disk import compare as comparing
+    from quarkcli.disk import pickles
     from quarkcli.disk.checkpoint import Checkpoint
     from quarkcli.disk.source import Source
     from quarkcli.job import run as job
 
-    first, second = (Checkpoint(Source.open(job.located(name), offline=offline)) for name in (a, b))
+    sources = [Source.open(job.located(name), offline=offline, allow_pickle=allow_pickle) for name in (a, b)]
+    if allow_pickle and not any(source.pickled for source in sources):
+        output.note(f"warning: {pickles.UNUSED}")
+    first, second = map(Checkpoint, sources)
     with Progress("lines") as progress:
         found = comparing.compare(first, second, progress)
     found.a, found.b = a, b

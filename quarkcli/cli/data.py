@@ -20,7 +20,7 @@ app = apps.new(
 SHOWN, CUT = 3, 400  # rows, and characters of each, that people are shown
 _OF_ROWS = {
     "model", "recipe", "calib_data", "calib_samples", "calib_seqlen", "calib_column", "chat_template", "bos",
-    "allow_short", "seed", "trust_remote_code", "revision", "offline", "json", "quiet", "debug",
+    "allow_short", "seed", "trust_remote_code", "allow_pickle", "revision", "offline", "json", "quiet", "debug",
 }  # fmt: skip
 _WITHOUT = set(JobFlags.__dataclass_fields__) - _OF_ROWS
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from quarkcli.cli import apps, output
-from quarkcli.cli.flags import Bos, Debug, Device, Json, Nonfinite, Quiet, Trust
+from quarkcli.cli.flags import Bos, Debug, Device, Json, Nonfinite, Pickle, Quiet, Trust
 
 EXAMPLES = apps.examples(
     "quark eval out/demo-mxfp4 --baseline demo",
@@ -36,6 +36,10 @@ Increase = Annotated[
     typer.Option("--max-ppl-increase", metavar="P%", parser=percent, help="Fail (exit 8) above this increase."),
 ]
 WeightsOnly = Annotated[bool, typer.Option("--weights-only", help="Leave activations and cache unquantized.")]
+Dtype = Annotated[
+    Literal["auto", "float32", "bfloat16"],
+    typer.Option("--dtype", help="auto: float32 on a CPU, bfloat16 on a GPU."),
+]
 
 
 def evaluate(
@@ -59,13 +63,11 @@ def evaluate(
     ] = None,
     max_ppl_increase: Increase = None,
     weights_only: WeightsOnly = False,
-    dtype: Annotated[
-        Literal["auto", "float32", "bfloat16"],
-        typer.Option("--dtype", help="auto: float32 on a CPU, bfloat16 on a GPU."),
-    ] = "auto",
+    dtype: Dtype = "auto",
     on_nonfinite: Nonfinite = "stop",
     device: Device = "auto",
     trust_remote_code: Trust = False,
+    allow_pickle: Pickle = False,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -94,6 +96,7 @@ def evaluate(
             on_nonfinite=on_nonfinite,
             device=preflight.device(device),
             trust_remote_code=trust_remote_code,
+            allow_pickle=allow_pickle,
             tell=progress,
         )
     _show(result, json)

@@ -70,6 +70,13 @@ Device = Annotated[Literal["auto", "cpu", "cuda"], Option("--device", help="auto
 Trust = Annotated[
     bool, Option("--trust-remote-code", help="Run Python code that the model's directory brings: it is foreign code.")
 ]
+Pickle = Annotated[
+    bool,
+    Option(
+        "--allow-pickle",
+        help="Read pytorch_model.bin files where there are no safetensors files: tensors alone, no code of theirs.",
+    ),
+]
 Bos = Annotated[
     Literal["auto", "on", "off"],
     Option("--bos", help="Whether rows begin with the tokenizer's BOS token; auto: as the tokenizer begins a text."),
@@ -309,6 +316,7 @@ class JobFlags:
         bool, Option("--verify/--no-verify", help="Read the written scales back before the output gets its name.")
     ] = True
     trust_remote_code: Trust = False
+    allow_pickle: Pickle = False
     revision: Revision = "main"
     offline: Offline = False
     json: Json = False

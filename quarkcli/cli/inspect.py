@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from quarkcli.cli import apps, output
-from quarkcli.cli.flags import Debug, Json, Offline, Revision
+from quarkcli.cli.flags import Debug, Json, Offline, Pickle, Revision
 from quarkcli.plan.online import sentences
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ def inspect(
     model: Annotated[str, typer.Argument(metavar="DIR_OR_ID", help="Model directory, hub id, or 'demo'.")],
     revision: Revision = "main",
     offline: Offline = False,
+    allow_pickle: Pickle = False,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -38,9 +39,9 @@ def inspect(
     from quarkcli.job import idle
     from quarkcli.job import run as job
 
-    source = Source.open(job.located(model), revision=revision, offline=offline, bare=True)
+    source = Source.open(job.located(model), revision=revision, offline=offline, bare=True, allow_pickle=allow_pickle)
     found = _facts(source)
-    for line in idle.of_model(source, revision=revision):
+    for line in idle.of_model(source, revision=revision, allow_pickle=allow_pickle):
         output.note(f"warning: {line}")
     if json:
         output.json_data({"schema": SCHEMA, **found})

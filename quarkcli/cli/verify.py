@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from quarkcli.cli import apps, output
-from quarkcli.cli.flags import Debug, Json, Nonfinite, Servers
+from quarkcli.cli.flags import Debug, Json, Nonfinite, Pickle, Servers
 from quarkcli.errors import UsageError
 
 SCHEMA = "quark/verify/1"
@@ -15,6 +15,10 @@ EXAMPLES = apps.examples(
     "quark verify out/demo-mxfp4 --source demo",
     "quark verify out/demo-mxfp4 --target vllm --tp 1,2,4",
 )
+Least = Annotated[
+    float | None,
+    typer.Option("--min-sqnr", metavar="DB", help="Least ratio of signal to noise of a decoded weight; with --source."),
+]
 
 
 def verify(
@@ -36,12 +40,7 @@ def verify(
             help="Numbers of devices by which servers must be able to split it (tensor parallel), such as 1,2,4,8.",
         ),
     ] = None,
-    min_sqnr: Annotated[
-        float | None,
-        typer.Option(
-            "--min-sqnr", metavar="DB", help="Least ratio of signal to noise of a decoded weight; with --source."
-        ),
-    ] = None,
+    min_sqnr: Least = None,
     on_nonfinite: Nonfinite = "stop",
     hashes: Annotated[
         bool | None,
@@ -51,6 +50,7 @@ def verify(
             show_default=False,
         ),
     ] = None,
+    allow_pickle: Pickle = False,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -66,8 +66,10 @@ def verify(
 
     if min_sqnr is not None and source is None:
         raise UsageError("there is nothing to compare with", where="--min-sqnr", hint="--source DIR_OR_ID")
+    if allow_pickle and source is None:
+        raise UsageError("only a source is read from pickles", where="--allow-pickle", hint="--source DIR_OR_ID")
     origin = source and located(source)
-    asked = checks.Asked(origin, target, on_nonfinite, hashes, _degrees(degrees), min_sqnr)
+    asked = checks.Asked(origin, target, on_nonfinite, hashes, _degrees(degrees), min_sqnr, allow_pickle)
     with Progress("lines") as progress:
         found = checks.check(directory, asked, progress)
     if json:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from quarkcli import dialects
-from quarkcli.disk import hub
+from quarkcli.disk import hub, pickles
 from quarkcli.disk.headers import INDEX, Header, header_length, parse_headers
 from quarkcli.errors import ModelError
 from quarkcli.events import Listener, silent
@@ -82,6 +82,14 @@ class Remote:
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             for _ in pool.map(one, missing):
                 pass
+
+    def take_pickles(self) -> None:
+        """Downloads pickles with weights, where there are no safetensors files: their headers take the whole file."""
+        if not any(name.endswith(".safetensors") and "/" not in name for name in self.names):
+            found = [name for name in self.ignored if pickles.READ.fullmatch(name)]
+            self.names += found
+            self.ignored = [name for name in self.ignored if name not in found]
+            self.fetch([*found, pickles.INDEX])
 
     def beside(self) -> list[str]:
         """Returns the files beside the weights that are small and not hidden."""

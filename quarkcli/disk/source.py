@@ -1,4 +1,7 @@
-"""A source checkpoint: config text, tensor headers, tensors, revision; in a folder, or on the hub."""
+"""A source checkpoint: config text, tensor headers, tensors, revision; in a folder, or on the hub.
+
+Its weights are safetensors files, or pickles where those are allowed and nothing else is there.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from quarkcli.disk import beside, hub, outputs
+from quarkcli.disk import beside, hub, outputs, pickles
+from quarkcli.disk import headers as safetensors
 from quarkcli.disk.headers import (
     AGAIN,
     INDEX,
@@ -21,8 +25,6 @@ from quarkcli.disk.headers import (
     PICKLES,
     SINGLE,
     Header,
-    read_headers,
-    read_tensors,
     unreadable,
 )
 from quarkcli.disk.remote import Remote
@@ -30,12 +32,14 @@ from quarkcli.documents import text
 from quarkcli.documents.folder import check_folder
 from quarkcli.documents.model import Config, Index
 from quarkcli.documents.shape import Shape, check
-from quarkcli.errors import AccessError, ModelError
+from quarkcli.errors import AccessError, ModelError, some
 from quarkcli.events import Listener, silent
 
 if TYPE_CHECKING:
     import torch
 
+_SAFE = re.compile(r"[^/]+\.safetensors")
+_CONVERT = "convert it to safetensors: load it with transformers, then save_pretrained"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 
 
@@ -51,6 +55,7 @@ class Source:
     headers      every tensor of the files, in file order
     stamps       weight file -> size in bytes and modification time in ns, to notice changes; no time: on the hub
     unlisted     tensors that are in a file of the index, and that the index does not name
+    pickled      the weight files are pickles
     remote       the model on the hub, where the folder does not hold all of it
     """
 
@@ -64,6 +69,7 @@ class Source:
     stamps: dict[str, tuple[int, int]]
     unlisted: tuple[str, ...] = ()
     remote: Remote | None = None
+    pickled: bool = False
 
     @property
     def files(self) -> dict[str, int]:
@@ -72,11 +78,18 @@ class Source:
 
     @staticmethod
     def open(
-        path_or_id: str, *, revision: str = "main", offline: bool = False, bare: bool = False, tell: Listener = silent
+        path_or_id: str,
+        *,
+        revision: str = "main",
+        offline: bool = False,
+        bare: bool = False,
+        tell: Listener = silent,
+        allow_pickle: bool = False,
     ) -> Source:
         """Opens a local directory or a hub id; reads config, index and headers, no tensor.
 
-        bare   of a hub id no more than that is downloaded; the other files when they are asked for
+        bare          of a hub id no more than that is downloaded; the other files when they are asked for
+        allow_pickle  where there are no safetensors files, `pytorch_model.bin` files are read, which are downloaded
 
         Raises AccessError (missing, forbidden, offline), ModelError (not a complete safetensors model) and
         ResourceError (the download does not fit).
@@ -84,7 +97,7 @@ class Source:
         local = Path(os.path.expanduser(path_or_id))  # noqa: PTH111 - does not raise where there is no home
         try:
             if local.is_dir():
-                return _open_folder(local.resolve(), None, online=False)
+                return _open_folder(local.resolve(), None, online=False, allow_pickle=allow_pickle)
             exists = local.exists()
         except OSError as error:
             raise unreadable(Path(error.filename or local), error) from error
@@ -92,9 +105,12 @@ class Source:
             raise AccessError("is a file; give the directory that holds config.json", where=path_or_id)
         if not _HUB_ID.fullmatch(path_or_id):
             raise AccessError("no such directory", where=path_or_id)
-        remote = Remote.open(path_or_id, revision, tell) if bare and not hub.is_offline(offline) else None
+        ranged = (bare or allow_pickle) and not hub.is_offline(offline)
+        remote = Remote.open(path_or_id, revision, tell) if ranged else None
+        if remote is not None and allow_pickle:
+            remote.take_pickles()
         folder = remote.folder if remote is not None else hub.download(path_or_id, revision, offline)
-        return _open_folder(folder, path_or_id, online=not offline, remote=remote)
+        return _open_folder(folder, path_or_id, online=not offline, remote=remote, allow_pickle=allow_pickle)
 
     def read(self, name: str) -> torch.Tensor:
         """Returns one tensor in its stored dtype and shape: CPU, own memory, no map. Raises ModelError, AccessError."""
@@ -108,7 +124,8 @@ class Source:
         wanted = [self.headers[name] for name in names]
         found: dict[str, torch.Tensor] = {}
         for file in dict.fromkeys(header.file for header in wanted):
-            found |= read_tensors(self.path(file), [header for header in wanted if header.file == file])
+            own = [header for header in wanted if header.file == file]
+            found |= (pickles if self.pickled else safetensors).read_tensors(self.path(file), own)
         return {header.name: found[header.name] for header in wanted}
 
     def path(self, file: str) -> Path:
@@ -132,13 +149,21 @@ class Source:
             self.remote.fetch(self.remote.beside())
         return self.folder
 
+    def notes(self) -> list[str]:
+        """Returns sentences about how its weights are read."""
+        whole = [file for file in self.stamps if self.pickled and pickles.is_read_whole(self.folder / file)]
+        what = "are of torch before 1.6, and read whole: memory holds one of them"
+        return [f"{len(whole)} weight files {what} ({some(whole)})"] if whole else []
+
     def header_digest(self) -> str:
         """Returns the sha256 over all headers and file sizes; part of the resume fingerprint."""
         facts = [[list(vars(header).values()) for header in self.headers.values()], self.files]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def _open_folder(folder: Path, hub_id: str | None, *, online: bool, remote: Remote | None = None) -> Source:
+def _open_folder(
+    folder: Path, hub_id: str | None, *, online: bool, remote: Remote | None = None, allow_pickle: bool = False
+) -> Source:
     check_folder(folder)
     if not (folder / "config.json").is_file():
         hint = outputs.hint(folder)
@@ -147,9 +172,13 @@ def _open_folder(folder: Path, hub_id: str | None, *, online: bool, remote: Remo
         hint = "put the file itself into the folder"
         raise ModelError("a link out of the model folder", where=str(folder / "config.json"), hint=hint)
     config_text, config = _read_json(folder / "config.json", Config)
-    weight_map = _weight_map(folder)
-    files = _weight_files(folder, weight_map, hub_id if online else None, remote)
-    stamps, headers = _headers(folder, files, remote)
+    names = remote.names if remote is not None else [path.name for path in folder.iterdir()]
+    pickled = allow_pickle and not any(map(_SAFE.fullmatch, names))
+    weight_map = _weight_map(folder, pickled)
+    files = _weight_files(folder, names, weight_map, pickled)
+    if not files:
+        raise _no_weights(folder, hub_id if online else None, remote)
+    stamps, headers = _headers(folder, files, remote, pickled)
     if not headers:
         raise ModelError("the model's files hold no tensors", where=str(folder))
     _check_index(weight_map, headers)
@@ -160,19 +189,20 @@ def _open_folder(folder: Path, hub_id: str | None, *, online: bool, remote: Remo
         hub_id = folder.parents[1].name.removeprefix("models--").replace("--", "/")
     name = (hub_id or folder.name).rpartition("/")[2]
     unlisted = tuple(name for name in headers if weight_map is not None and name not in weight_map)
-    return Source(folder, name, hub_id, commit, config_text, config, headers, stamps, unlisted, remote)
+    return Source(folder, name, hub_id, commit, config_text, config, headers, stamps, unlisted, remote, pickled)
 
 
 def _headers(
-    folder: Path, files: list[str], remote: Remote | None
+    folder: Path, files: list[str], remote: Remote | None, pickled: bool
 ) -> tuple[dict[str, tuple[int, int]], dict[str, Header]]:
     """Returns the stamps of weight files, and their headers."""
+    reader = pickles if pickled else safetensors
     far = remote.headers(file for file in files if not remote.is_here(file)) if remote is not None else {}
     stamps: dict[str, tuple[int, int]] = {}
     headers: dict[str, Header] = {}
     for file in files:
         stamps[file] = (far[file][0], 0) if file in far else _stamp(folder / file)
-        for header in far[file][1] if file in far else read_headers(folder / file, file):
+        for header in far[file][1] if file in far else reader.read_headers(folder / file, file):
             if header.name in headers:
                 raise ModelError(f"is in both {headers[header.name].file} and {file}", where=header.name)
             headers[header.name] = header
@@ -213,20 +243,20 @@ def _read_json(path: Path, shape: type[Shape]) -> tuple[str, dict[str, Any]]:
     return content.decode(), value
 
 
-def _weight_map(folder: Path) -> dict[str, str] | None:
+def _weight_map(folder: Path, pickled: bool) -> dict[str, str] | None:
     """Returns tensor name -> file of the index, or None without an index.
 
     Only the text of a file name is checked: hub snapshots link to ../../blobs, so resolved paths do leave.
     """
-    index = folder / INDEX
+    index, suffix = (folder / pickles.INDEX, ".bin") if pickled else (folder / INDEX, ".safetensors")
     if not index.is_file():
         return None
     weight_map: dict[str, str] = _read_json(index, Index)[1]["weight_map"]
     if not weight_map:
         raise ModelError("`weight_map` must be an object with at least one tensor", where=str(index))
     for name, file in weight_map.items():
-        if not file.endswith(".safetensors") or "\0" in file:
-            raise ModelError(f"`weight_map` names {file!r} for {name}, not a .safetensors file", where=str(index))
+        if not file.endswith(suffix) or "\0" in file:
+            raise ModelError(f"`weight_map` names {file!r} for {name}, not a {suffix} file", where=str(index))
         if PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts:
             raise ModelError(f"{file!r} of {name} points outside the model directory", where=str(index))
     return weight_map
@@ -238,31 +268,27 @@ def _check_index(weight_map: dict[str, str] | None, headers: dict[str, Header]) 
             raise ModelError(f"the index says it is in {file}, but it is not there", where=name, hint=AGAIN)
 
 
-def _weight_files(
-    folder: Path, weight_map: dict[str, str] | None, hub_id: str | None, remote: Remote | None
-) -> list[str]:
-    """Returns the files that make the model: those of the index, else model.safetensors, else every *.safetensors."""
-    names = remote.names if remote is not None else [path.name for path in folder.iterdir()]
-    found = sorted(name for name in names if name.endswith(".safetensors") and "/" not in name)
+def _weight_files(folder: Path, names: list[str], weight_map: dict[str, str] | None, pickled: bool) -> list[str]:
+    """Returns the files that make the model: those of the index, else the single one, else every one with weights."""
+    single, is_weight = (pickles.SINGLE, pickles.READ) if pickled else (SINGLE, _SAFE)
+    found = sorted(name for name in names if is_weight.fullmatch(name))
     if weight_map is not None:
         listed = sorted(set(weight_map.values()))
-        if SINGLE in found and SINGLE not in listed:
-            raise ModelError(f"holds both {SINGLE} and an index without it", where=str(folder), hint="remove one")
+        if single in found and single not in listed:
+            raise ModelError(f"holds both {single} and an index without it", where=str(folder), hint="remove one")
         return listed
-    if not found:
-        raise _no_safetensors(folder, hub_id, remote)
-    if SINGLE in found:
-        return [SINGLE]
+    if single in found:
+        return [single]
     # Mistral's own layout repeats the weights under other names; it only counts when there is nothing else
     files = [file for file in found if not file.startswith("consolidated")] or found
     # without an index only names like model-00001-of-00003.safetensors can tell that a shard is missing
-    totals = [int(match[1]) for file in files if (match := re.search(r"-\d{5}-of-(\d{5})\.safetensors$", file))]
+    totals = [int(match[1]) for file in files if (match := re.search(r"-\d{5}-of-(\d{5})\.\w+$", file))]
     if totals and len(totals) != totals[0]:
         raise ModelError(f"has {len(totals)} of {totals[0]} weight files and no index", where=str(folder))
     return files
 
 
-def _no_safetensors(folder: Path, hub_id: str | None, remote: Remote | None) -> ModelError:
+def _no_weights(folder: Path, hub_id: str | None, remote: Remote | None) -> ModelError:
     names = sorted(path.name for path in folder.iterdir())
     if remote is not None:
         names = sorted(remote.ignored)
@@ -271,12 +297,13 @@ def _no_safetensors(folder: Path, hub_id: str | None, remote: Remote | None) -> 
 
         with suppress(Exception):
             names = sorted(huggingface_hub.list_repo_files(hub_id, revision=folder.name))
-    pickles = [name for name in names if name.lower().endswith(PICKLES)]
+    unsafe = [name for name in names if name.lower().endswith(PICKLES)]
     others = [name for name in names if name.lower().endswith(OTHER_WEIGHTS)]
-    shown = ", ".join((pickles or others)[:5]) + (", ..." if len(pickles or others) > 5 else "")
-    if pickles:
+    shown = ", ".join((unsafe or others)[:5]) + (", ..." if len(unsafe or others) > 5 else "")
+    if unsafe:
         what = f"no .safetensors files, only pickle files, which can run foreign code when loaded: {shown}"
-        hint = "convert it to safetensors first: load it with transformers, then save_pretrained"
+        readable = any(map(pickles.READ.fullmatch, unsafe))
+        hint = (f"{pickles.FLAG} takes tensors from them and runs none of it; or " if readable else "") + _CONVERT
     else:
         what, hint = "no .safetensors files" + (f", only {shown}" if shown else ""), "use the original checkpoint"
     return ModelError(what, where=hub_id or str(folder), hint=hint)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from quarkcli import servers
 from quarkcli.dialects.base import Writer
-from quarkcli.disk import completeness, contents, excluded, fidelity, manifest, nonfinite, parallel
+from quarkcli.disk import completeness, contents, excluded, fidelity, manifest, nonfinite, parallel, pickles
 from quarkcli.disk import scales as stored_scales
 from quarkcli.disk.checkpoint import Checkpoint
 from quarkcli.disk.nonfinite import HINT, NonFinite, OnNonfinite
@@ -71,6 +71,7 @@ class Asked:
     source        the model it was made from
     target        what must load it: a server; auto: any; none: nothing, so that what servers fuse may differ
     tensor_parallel  degrees by which servers must be able to split it
+    allow_pickle  the source may be pickles
     min_sqnr      least ratio of signal to noise, in dB, of every decoded weight; with a source
     on_nonfinite  `keep`: NaN and infinity in what was not quantized are told as warnings
     hashes        read all files to compare their hashes; None: up to 20 GB in all
@@ -82,6 +83,7 @@ class Asked:
     hashes: bool | None = None
     tensor_parallel: tuple[int, ...] = ()
     min_sqnr: float | None = None
+    allow_pickle: bool = False
 
 
 def directory(
@@ -102,7 +104,11 @@ def check(path: str, asked: Asked, tell: Listener = silent) -> list[str]:
     Returns the checks made. Raises one error for all that is wrong.
     """
     servers.check_name(asked.target)
-    folder, model = Path(path), Source.open(asked.source) if asked.source is not None else None
+    folder, model = Path(path), None
+    if asked.source is not None:
+        model = Source.open(asked.source, allow_pickle=asked.allow_pickle)
+        if asked.allow_pickle and not model.pickled:
+            tell(Message(pickles.UNUSED, "warning"))
     return _every(
         lambda: _against_manifest(folder, asked.hashes),
         lambda: _contents(folder, model, asked, tell),

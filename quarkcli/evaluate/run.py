@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from quarkcli import family, memory
-from quarkcli.disk import nonfinite
+from quarkcli.disk import nonfinite, pickles
 from quarkcli.disk.checkpoint import Checkpoint
 from quarkcli.disk.nonfinite import HINT, NonFinite, OnNonfinite
 from quarkcli.disk.source import Source
@@ -140,12 +140,13 @@ def evaluate(
     device: str = "auto",
     trust_remote_code: bool = False,
     on_nonfinite: OnNonfinite = "stop",
+    allow_pickle: bool = False,
     tell: Listener,
 ) -> dict[str, Any]:
     """Returns the perplexity of a directory, and its distance from `baseline` when given.
 
     text          a text file; None: the beginning of the built-in text
-    window        tokens per window; None: `windows.WINDOW`, or what the model takes if that is less
+    window        tokens per window; None: `windows.WINDOW`, or what the model takes if less
     bos           first tokens of a window (see `Tokenizer.prefix`)
     weights_only  leave activations and cache as they are
     on_nonfinite  `keep`: go on with NaN and infinity in tensors that were not quantized, while no result is one
@@ -156,11 +157,10 @@ def evaluate(
     from quarkcli.job import preflight
     from quarkcli.model.tokenizer import load_tokenizer
 
-    started = time.monotonic()
-    device = preflight.device(device)
+    started, device = time.monotonic(), preflight.device(device)
     memory.return_large_buffers()
     compute = _compute_dtype(dtype, device)
-    checkpoint, reference = _open(directory, baseline, tell)
+    checkpoint, reference = _open(directory, baseline, tell, allow_pickle)
     models = [model for model in (checkpoint, reference) if model is not None]
     window = windows.width(window, [family.position_limit(model.source.config) for model in models])
     tokenizer = load_tokenizer(checkpoint.source.folder, trust_remote_code)
@@ -189,12 +189,17 @@ def evaluate(
     }
 
 
-def _open(directory: str, baseline: str | None, tell: Listener) -> tuple[Checkpoint, Checkpoint | None]:
+def _open(
+    directory: str, baseline: str | None, tell: Listener, allow_pickle: bool
+) -> tuple[Checkpoint, Checkpoint | None]:
     tell(Working("opening the models"))
-    checkpoint = Checkpoint(Source.open(directory))
-    if baseline is None:
+    sources = [Source.open(name, allow_pickle=allow_pickle) for name in (directory, baseline) if name is not None]
+    if allow_pickle and not any(source.pickled for source in sources):
+        tell(Message(pickles.UNUSED, "warning"))
+    checkpoint, *references = map(Checkpoint, sources)
+    if not references:
         return checkpoint, None
-    reference = Checkpoint(Source.open(baseline))
+    (reference,) = references
     _check_baseline(checkpoint.source.config, reference.source.config)
     return checkpoint, reference
 

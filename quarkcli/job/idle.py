@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 
+from quarkcli.disk import pickles
 from quarkcli.disk.source import Source
 from quarkcli.forward.defaults import BUILTIN
 from quarkcli.job.options import SKIP, Calibration, Options
@@ -75,7 +76,7 @@ def of_plan(options: Options) -> list[str]:
     return [f"a plan reads no weights and writes nothing: {', '.join(unused)} not used"] if unused else []
 
 
-def of_model(source: Source, *, revision: str = "main", trusted: bool = False) -> list[str]:
+def of_model(source: Source, *, revision: str = "main", trusted: bool = False, allow_pickle: bool = False) -> list[str]:
     """Returns lines for flags that a model in a local directory, or without code of its own, has no use for.
 
     `--offline` is a promise that holds whether or not the hub would be asked, and is never idle.
@@ -83,6 +84,8 @@ def of_model(source: Source, *, revision: str = "main", trusted: bool = False) -
     found = []
     if source.hub_id is None and revision != "main":
         found.append(f"--revision {revision} is not used: a local directory has no revisions")
+    if allow_pickle and not source.pickled:
+        found.append(pickles.UNUSED)
     if trusted and not brings_code(source):
         found.append(NO_CODE)
     return found
@@ -94,7 +97,7 @@ def brings_code(source: Source) -> bool:
 
 
 def _of_source(options: Options, source: Source, calibration: Calibration | None) -> list[str]:
-    found = of_model(source, revision=options.revision)
+    found = of_model(source, revision=options.revision, allow_pickle=options.allow_pickle)
     if options.trust_remote_code and calibration is None:
         return [*found, "--trust-remote-code is not used: this plan runs no model"]
     return [*found, *of_model(source, trusted=options.trust_remote_code)]

@@ -61,6 +61,7 @@ class Options:
     verify: bool = True
     tp: int | None = None
     trust_remote_code: bool = False
+    allow_pickle: bool = False
     revision: str = "main"
     offline: bool = False
 

@@ -82,7 +82,9 @@ def preview(options: Options, tell: Listener = silent) -> Preview:
     source = open_source(options)
     settings = preflight.calibration(options, recipe, source, {"any": set()})
     assert settings is not None
-    trusted = idle.of_model(source, revision=options.revision, trusted=options.trust_remote_code)
-    warnings = [*settings.warnings, *trusted, *idle.of_rows(options, settings)]
+    unused = idle.of_model(
+        source, revision=options.revision, trusted=options.trust_remote_code, allow_pickle=options.allow_pickle
+    )
+    warnings = [*settings.warnings, *unused, *idle.of_rows(options, settings)]
     tokenizer = preflight.tokenizer_of(source, options)
     return Preview(source, settings, preflight.rows_of(settings, options, tokenizer, tell), tokenizer, warnings)

@@ -73,7 +73,10 @@ def load_recipe(options: Options) -> Recipe:
 def open_source(options: Options, tell: Listener = silent) -> Source:
     """Step 2: returns the model with its config and headers."""
     place = located(options.model)
-    return Source.open(place, revision=options.revision, offline=options.offline, bare=True, tell=tell)
+    return Source.open(
+        place, revision=options.revision, offline=options.offline, bare=True, tell=tell,
+        allow_pickle=options.allow_pickle,
+    )  # fmt: skip
 
 
 def located(model: str) -> str:
@@ -101,7 +104,7 @@ def prepare(options: Options, tell: Listener = silent, *, carries: bool = True) 
     name, model, inferred = family.for_checkpoint(source.config, headers)
     layout = family.lay_out(name, model, inferred, source.config, headers)
     family.check_fit(model, layout, source.config, headers)
-    surprises = list(family.surprises(layout.tensor_roles, headers, weights.unlisted))
+    surprises = [*source.notes(), *family.surprises(layout.tensor_roles, headers, weights.unlisted)]
     plan = resolve(recipe, options.overrides, layout)  # 3
     advice = asked.advise(plan, recipe.algorithm_places)
     steps = algorithms.pipeline(plan, asked.places(recipe, plan))

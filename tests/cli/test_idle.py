@@ -89,6 +89,7 @@ IDLE: dict[str, list[Case]] = {
     "verify": [((*FREE, "--no-verify"), 0, "and writes nothing")],
     "trust_remote_code": [((*FREE, "--trust-remote-code"), 0, NOT_USED),
                           ((*DATA, "--trust-remote-code"), 0, "brings no code")],
+    "allow_pickle": [((*FREE, "--allow-pickle"), 0, "has safetensors files")],
     "revision": [((*FREE, "--revision", "v2"), 0, "has no revisions")],
     "progress": [((*FREE, "--progress", "bar"), 0, "shows no progress")],
     "log_level": [((*FREE, "--log-level", "debug"), 0, "shows no progress")],
@@ -150,6 +151,7 @@ OTHERS: dict[str, dict[str, list[Case] | str]] = {
         "moe_calibration": [((*SEARCH, "--moe-calibration", "all"), 0, "no routed experts")],
         "min_expert_tokens": [((*SEARCH, "--min-expert-tokens", "4"), 0, "no routed experts")],
         "trust_remote_code": [((*SEARCH, "--trust-remote-code"), 0, "brings no code")],
+        "allow_pickle": [((*SEARCH, "--allow-pickle"), 0, "has safetensors files")],
         "progress": "where the screen is",
         "log_level": "what the screen shows",
         "log_format": "another form of the log",
@@ -164,6 +166,9 @@ OTHERS: dict[str, dict[str, list[Case] | str]] = {
         "max_ppl_increase": [(("eval", "demo", "--max-ppl-increase", "1%"), 2, "baseline")],
         "weights_only": [(("eval", "demo", "--weights-only", "--text", "text.txt", "--window", "8"), 0, NOT_USED)],
         "on_nonfinite": "it decides what happens where there is one",
+        "allow_pickle": [
+            (("eval", "demo", "--allow-pickle", "--text", "text.txt", "--window", "8"), 0, "has safetensors files")
+        ],
         "dtype": "it is computed in",
         "device": "it runs there, or is refused",
         "trust_remote_code": [
@@ -181,9 +186,14 @@ OTHERS: dict[str, dict[str, list[Case] | str]] = {
             (("verify", "PEER", "--no-hashes"), 0, "no manifest"),
         ],
         "degrees": "another check is made",
+        "allow_pickle": [
+            (("verify", "MADE", "--allow-pickle"), 2, "only a source is read from pickles"),
+            (("verify", "MADE", "--source", "demo", "--allow-pickle"), 0, "has safetensors files"),
+        ],
         "min_sqnr": [(("verify", "MADE", "--min-sqnr", "20"), 2, "nothing to compare with")],
     },
     "compare": {
+        "allow_pickle": [(("compare", "demo", "demo", "--allow-pickle"), 0, "has safetensors files")],
         **dict.fromkeys(("a", "b"), "what it is about"),
         "limit": "how much of the answer is shown",
         "min_sqnr": "it decides the exit code",
@@ -200,6 +210,7 @@ OTHERS: dict[str, dict[str, list[Case] | str]] = {
         "overwrite": "a line says when there was nothing; tests/disk/test_push.py",
     },
     "inspect": {
+        "allow_pickle": [(("inspect", "demo", "--allow-pickle"), 0, "has safetensors files")],
         "model": "what it is about",
         "revision": [(("inspect", "demo", "--revision", "v2"), 0, "has no revisions")],
         "offline": "a promise that holds",
@@ -224,6 +235,7 @@ OTHERS: dict[str, dict[str, list[Case] | str]] = {
         "calib_column": [((*PREVIEW, "text.txt", "--calib-column", "text"), 0, NOT_USED)],
         "allow_short": [((*PREVIEW, "builtin", "--allow-short"), 0, "no number of rows")],
         "trust_remote_code": [((*PREVIEW, "builtin", "--trust-remote-code"), 0, "brings no code")],
+        "allow_pickle": [((*PREVIEW, "builtin", "--allow-pickle"), 0, "has safetensors files")],
         "revision": [((*PREVIEW, "builtin", "--revision", "v2"), 0, "has no revisions")],
     },
     "models infer": {

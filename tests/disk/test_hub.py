@@ -16,6 +16,7 @@ from quarkcli.errors import AccessError, ModelError
 from quarkcli.job import run as job
 from quarkcli.job.options import Options
 from tests import runs
+from tests.disk.test_pickles import pickled
 from tests.hub import COMMIT, NAME, TOKEN, Answer, Hub, started
 
 
@@ -160,6 +161,23 @@ def test_what_is_not_there(hub, sharded, tmp_path, monkeypatch):
     hub.files = {"README.md": b"x"}
     with pytest.raises(ModelError, match=r"no config\.json"):
         Source.open(NAME, bare=True)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_pickles_come_whole_where_they_are_allowed(hub, tmp_path, monkeypatch, shards):
+    source = runs.build("llama", tmp_path / "plain")
+    hub.hold(pickled(source, tmp_path / "pickled", shards))
+    hub.files["training_args.bin"] = b"not asked for"
+    hub.public = True
+    hub.take(monkeypatch, tmp_path)
+    with pytest.raises(ModelError) as caught:
+        Source.open(NAME, bare=True)
+    assert caught.value.hint.startswith("--allow-pickle")
+    found = Source.open(NAME, bare=True, allow_pickle=True)
+    tensors = runs.read_all(source)
+    assert found.pickled and found.headers.keys() == tensors.keys()
+    assert all(runs.same_bytes(found.read(name), tensor) for name, tensor in tensors.items())
+    assert not (found.folder / "training_args.bin").exists()
 
 
 # ---- patience
