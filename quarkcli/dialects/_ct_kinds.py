@@ -7,6 +7,8 @@ The library describes weights, inputs and outputs apart, so that every weight go
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
+from typing import Any
 
 from quarkcli.dialects import _kinds as kinds
 from quarkcli.dialects import _shared as shared
@@ -16,6 +18,7 @@ from quarkcli.plan.model import Plan, QuantizedTarget
 from quarkcli.spec import PerTile
 
 WORD_BITS = 32
+UNPACKED = "int-quantized"  # a signed byte for every integer
 
 
 _WHERE = ("group", "channel")
@@ -109,6 +112,19 @@ def _vllm_loads(target: QuantizedTarget, *, alone: bool) -> bool:
         static = kinds.input_kind(target.output) == kinds.input_kind(target.input)
         return alone and static and target.expert is None and found in _VLLM_OUTPUTS
     return found in (_VLLM_EXPERTS if target.expert else _VLLM)
+
+
+def vllm_unpacked(config: Mapping[str, Any]) -> list[str]:
+    """Returns the groups whose integers below 8 bits have a byte each, which one of vLLM's classes alone reads."""
+    found = []
+    for name, group in (config.get("config_groups") or {}).items():
+        weights, inputs = group.get("weights") or {}, group.get("input_activations") or {}
+        bits, form = weights.get("num_bits", 8), group.get("format") or config.get("format")
+        tokens = (inputs.get("type", "int"), inputs.get("num_bits", 8), inputs.get("dynamic")) == ("int", 8, True)
+        read = bits == 4 and weights.get("symmetric", True) and inputs and tokens
+        if form == UNPACKED and weights.get("type", "int") == "int" and bits < 8 and not read:
+            found.append(f"{name}: integers of {bits} bits have a byte each ({form}), and its class reads packed words")
+    return found
 
 
 def transformers_loads_experts(targets: list[QuantizedTarget]) -> bool:

@@ -1,7 +1,8 @@
 """The tensors of one module as the compressors of compressed-tensors 0.20 write them (`compressors/*`).
 
 Facts are torch-free. Along the input, integers below 8 bits and those without quantized inputs fill 32-bit words as
-one stream of bits, zero points the same along the output; fp4 and fp6 fill bytes; 8 bits stay as they are.
+one stream of bits, zero points the same along the output; fp4 and fp6 fill bytes; 8 bits stay as they are. Integers
+with quantized inputs, and their zero points, may have a signed byte each as well (`UNPACKED`): llm-compressor does so.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from quarkcli.dialects import _kinds as kinds
-from quarkcli.dialects._ct_kinds import WORD_BITS
+from quarkcli.dialects._ct_kinds import UNPACKED, WORD_BITS
 from quarkcli.dialects._kinds import Pair
 from quarkcli.dialects.base import TensorInfo
 from quarkcli.family import HeaderLike
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _BYTE = 8
-_INTEGERS = "int-quantized"
 _WORDS = "pack-quantized"
 _MX = {4: "mxfp4-pack-quantized", 6: "mxfp6-pack-quantized", 8: "mxfp8-quantized"}
 
@@ -32,7 +32,7 @@ def format_of(pair: Pair) -> str:
     if spec.format.kind == "integer":
         grouped = isinstance(spec.granularity, PerGroup)
         whole = isinstance(spec.granularity, PerTensor) or (source is not None and not grouped)
-        return _INTEGERS if whole and spec.format.bits == _BYTE and spec.symmetric else _WORDS
+        return UNPACKED if whole and spec.format.bits == _BYTE and spec.symmetric else _WORDS
     if spec.scale.global_scale is not None:
         return "nvfp4-pack-quantized"
     return _MX[spec.format.bits] if spec.scale.dtype == "e8m0" else "float-quantized"
@@ -49,16 +49,21 @@ def layout(target: QuantizedTarget) -> list[TensorInfo]:
 
 
 def tensors_of(
-    name: str, pair: Pair, output: TensorSpec | None, shape: tuple[int, int], model: str
+    name: str, pair: Pair, output: TensorSpec | None, shape: tuple[int, int], model: str, format_: str | None = None
 ) -> list[TensorInfo]:
-    """Returns the tensors of a module of `shape` [out, in]; `model` is the dtype of a scale in the model's dtype."""
+    """Returns the tensors of a module of `shape` [out, in]; `model` is the dtype of a scale in the model's dtype.
+
+    format_   the compressor's name, None: that of `format_of`
+    """
     spec, source = pair
-    format_ = format_of(pair)
+    format_ = format_ or format_of(pair)
     scale = _scale_shape(spec, *shape)
     found = [_weight(spec, format_, *shape), TensorInfo("weight_scale", kinds.scale_text(spec, model), scale)]
     if format_ == _WORDS:
         found.append(TensorInfo("weight_shape", "I64", (2,)))
-    if not spec.symmetric:
+    if not spec.symmetric and format_ == UNPACKED:
+        found.append(TensorInfo("weight_zero_point", "I8", scale))
+    elif not spec.symmetric:
         words = -(-shape[0] * spec.format.bits // WORD_BITS)
         found.append(TensorInfo("weight_zero_point", "I32", (words, scale[1])))
     if spec.scale is not None and spec.scale.global_scale is not None:
@@ -74,8 +79,8 @@ def _weight(spec: TensorSpec, format_: str, rows: int, cols: int) -> TensorInfo:
     bits = spec.format.bits
     if format_ == _WORDS:
         return TensorInfo("weight_packed", "I32", (rows, -(-cols * bits // WORD_BITS)))
-    if bits == _BYTE:
-        return TensorInfo("weight", "I8" if format_ == _INTEGERS else "F8_E4M3", (rows, cols))
+    if format_ == UNPACKED or bits == _BYTE:
+        return TensorInfo("weight", "I8" if format_ == UNPACKED else "F8_E4M3", (rows, cols))
     return TensorInfo("weight_packed", "U8", (rows, cols * bits // _BYTE))
 
 
@@ -125,6 +130,8 @@ def unpack(stored: Tensor, format_: str, spec: TensorSpec, cols: int) -> Tensor:
     bits = spec.format.bits
     if format_ == _WORDS:
         return unpack_int32(stored, bits, cols, signed=spec.symmetric)
+    if format_ == UNPACKED:
+        return stored if spec.symmetric else _unsigned(stored, bits)
     return stored if bits == _BYTE else unpack_bits(stored, bits, cols)
 
 
@@ -135,8 +142,17 @@ def pack_zero_points(zero_points: Tensor, bits: int) -> Tensor:
     return pack_int32(zero_points.T.contiguous(), bits).T.contiguous()
 
 
-def unpack_zero_points(stored: Tensor, bits: int, rows: int) -> Tensor:
-    """Returns the zero points of a stored tensor: the inverse of `pack_zero_points`."""
+def unpack_zero_points(stored: Tensor, format_: str, bits: int, rows: int) -> Tensor:
+    """Returns the zero points of a stored tensor: the inverse of `pack_zero_points`, or of signed bytes."""
     from quarkcli.numerics.packing import unpack_int32
 
+    if format_ == UNPACKED:
+        return _unsigned(stored, bits)
     return unpack_int32(stored.T.contiguous(), bits, rows, signed=False).T.contiguous()
+
+
+def _unsigned(stored: Tensor, bits: int) -> Tensor:
+    """Returns signed integers of so many bits with half their range added, uint8."""
+    import torch
+
+    return (stored.to(torch.int16) + (1 << (bits - 1))).to(torch.uint8)

@@ -81,15 +81,15 @@ def scale_infos(module: str, spec: TensorSpec, shape: tuple[int, int], dtype: st
     ]
 
 
-def refusals(plan: Plan, dialect: str, places: shared.Places) -> list[str]:
-    """Returns the reasons a plan cannot be held, one sentence each."""
+def refusals(plan: Plan, dialect: str, places: shared.Places, *, mixed: bool = False) -> list[str]:
+    """Returns the reasons a plan cannot be held, one sentence each. `mixed`: weights may differ in bits and groups."""
     found = shared.refusals(plan, dialect, places)
     reasons: dict[str, list[str]] = {}
     for run in plan.quantized_alike():
         if kinds.kinds_of(shared.pair_of(run[0])) in places.pairs:
             for reason in _reasons(run[0], dialect):
                 reasons.setdefault(reason, []).extend(target.name for target in run)
-    return found + shared.sentences(reasons) + _schemes(plan, dialect)
+    return found + shared.sentences(reasons) + ([] if mixed else _schemes(plan, dialect))
 
 
 def _reasons(target: QuantizedTarget, dialect: str) -> Iterator[str]:

@@ -65,7 +65,8 @@ class AwqReader(Reader):
             raise ModelError(f"AWQ version {version!r} is not read here, only {_VERSION}", where=CONFIG_KEY)
         if bits != _BITS:
             raise ModelError(f"AWQ codes of {bits} bits are not read here, only those of {_BITS}", where=CONFIG_KEY)
-        if config.get("zero_point", True) is False:
+        # GPTQModel says so of symmetric weights, whose zero points are in the files all the same.
+        if config.get("zero_point", True) is False and not any(name.endswith(f".{words.ZEROS}") for name in headers):
             raise ModelError("AWQ weights without zero points are not read here", where=CONFIG_KEY)
         size = config.get("group_size", config.get("q_group_size"))
         found = (_stored(module, size, headers) for module in words.modules(headers))

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from quarkcli.dialects import _ct_kinds as known
 from quarkcli.dialects import _ct_online as online
+from quarkcli.dialects import _ct_reading as reading
 from quarkcli.dialects import _shared as shared
-from quarkcli.dialects._ct_arguments import arguments, read_input, read_weight, scheme_group
+from quarkcli.dialects._ct_arguments import arguments, scheme_group
 from quarkcli.dialects._ct_layout import (
     format_of,
     keeps_shape,
@@ -20,11 +21,10 @@ from quarkcli.dialects._ct_layout import (
     pack,
     pack_zero_points,
     static_suffix,
-    stored_shape,
-    tensors_of,
     unpack,
     unpack_zero_points,
 )
+from quarkcli.dialects._ct_reading import ATTENTION, CONFIG_CLASS
 from quarkcli.dialects._documents import CompressedTensorsConfig
 from quarkcli.dialects._patterns import WrittenNames, exact_patterns, ignored
 from quarkcli.dialects.base import (
@@ -33,7 +33,6 @@ from quarkcli.dialects.base import (
     Decoded,
     Key,
     Reader,
-    StoredAttention,
     StoredTarget,
     StoredView,
     TensorInfo,
@@ -53,11 +52,7 @@ if TYPE_CHECKING:
 NAME = "compressed-tensors"
 # The release whose config this is; readers only show it.
 _VERSION = "0.20.0"
-_CONFIG_CLASS = "Linear"
-
-# Attention slots with a scale of their own. transformers keeps one of q only where a group names its attention class.
-_ATTENTION = frozenset({"q", "k", "v"})
-_PLACES = shared.Places(known.HOLDS, frozenset(known.OUTPUTS), _ATTENTION, embeddings=True)
+_PLACES = shared.Places(known.HOLDS, frozenset(known.OUTPUTS), ATTENTION, embeddings=True)
 # (weight, input, output) of a config group.
 Scheme = tuple[TensorSpec, TensorSpec | None, TensorSpec | None]
 
@@ -82,17 +77,17 @@ class CompressedTensorsReader(Reader):
         for module in modules:
             if names.named(module, ignore):
                 raise ModelError("it has a weight_scale, but the quantization config ignores it", where=module)
-            found.targets[module] = _stored(module, _group_of(module, groups, names), headers)
+            found.targets[module] = reading.stored(module, reading.group_of(module, groups, names), headers)
         found.online, found.matrices = online.read_online(config, modules, headers)
         if config.get("kv_cache_scheme"):
-            found.attention = _stored_attention(config["kv_cache_scheme"], headers)
+            found.attention = reading.stored_attention(config["kv_cache_scheme"], headers)
         return found
 
     def untouched(self, config: Mapping[str, Any], modules: Iterable[str]) -> set[str]:
         groups = list((config.get("config_groups") or {}).values())
         modules = list(modules)
         names = WrittenNames([text for group in groups for text in group.get("targets") or []], modules)
-        return {module for module in modules if _find_group(module, groups, names) is None}
+        return {module for module in modules if reading.find_group(module, groups, names) is None}
 
     def decode(self, stored: StoredTarget, tensors: Mapping[str, Tensor]) -> Decoded:
         from quarkcli.numerics.quantize import QParams, Quantized
@@ -102,12 +97,13 @@ class CompressedTensorsReader(Reader):
         packed = local["weight_packed"] if "weight_packed" in local else local["weight"]
         scale, outer, zeros = (local.get(f"weight_{name}") for name in ("scale", "global_scale", "zero_point"))
         assert scale is not None
+        form = known.UNPACKED if isinstance(stored, reading.InBytes) else format_of((spec, stored.input))
         params = QParams(
             scale.reshape(()) if isinstance(spec.granularity, PerTensor) else scale,
             None if outer is None else outer.float().reshape(()).reciprocal(),
-            None if zeros is None else unpack_zero_points(zeros, spec.format.bits, rows),
+            None if zeros is None else unpack_zero_points(zeros, form, spec.format.bits, rows),
         )
-        codes = unpack(packed, format_of((spec, stored.input)), spec, cols)
+        codes = unpack(packed, form, spec, cols)
         static = {
             "input": _real_scale("input", stored.input, local),
             "output": _real_scale("output", stored.output, local),
@@ -151,6 +147,9 @@ class CompressedTensors(Writer):
         if _transformers_loads(plan) and not plan.online:  # it passes over the transform config
             found.add("transformers")
         return found
+
+    def config_faults(self, config: Mapping[str, Any], server: str) -> list[str]:
+        return [*super().config_faults(config, server), *(known.vllm_unpacked(config) if server == "vllm" else [])]
 
     def caveat(self, plan: Plan) -> str:
         """Returns a sentence about the scales of a cache, which transformers 5.24 passes over, or about turned inputs.
@@ -238,7 +237,7 @@ class CompressedTensors(Writer):
 
 def _scaled(attention: Attention) -> list[str]:
     """Returns the slots of an attention module that have a scale."""
-    return [kind for kind in sorted(_ATTENTION) if kind in attention.specs]
+    return [kind for kind in sorted(ATTENTION) if kind in attention.specs]
 
 
 def _stored_scale(scale: Tensor, spec: TensorSpec) -> Tensor:
@@ -293,7 +292,7 @@ def _targets(targets: Sequence[Target], universe: Iterable[str], *, alone: bool)
     """
     named = [target.name for target in targets if target.role in ("head", "embedding")]
     if alone and len(named) < len(targets):
-        return [_CONFIG_CLASS, *named]
+        return [CONFIG_CLASS, *named]
     return exact_patterns(targets, universe)
 
 
@@ -331,64 +330,6 @@ def _first_leaves_others_alone(plan: Plan) -> bool:
     """True when nothing but the cache is quantized, or the first config group is one of 8-bit floats."""
     first = next(iter(_ordered_groups(plan)), None)
     return first is None or _leaves_others_alone(first)
-
-
-# --- reading -------------------------------------------------------------------------------------------------------
-
-
-def _group_of(module: str, groups: list[Mapping[str, Any]], names: WrittenNames) -> Mapping[str, Any]:
-    group = _find_group(module, groups, names)
-    if group is None:
-        raise ModelError("it has a weight_scale, but no group of the quantization config targets it", where=module)
-    return group
-
-
-def _find_group(module: str, groups: list[Mapping[str, Any]], names: WrittenNames) -> Mapping[str, Any] | None:
-    """Returns the group of a module: by full name, else by pattern, else by class; None when no group has it."""
-
-    def patterns(targets: list[str]) -> list[str]:
-        return [target for target in targets if target.startswith("re:")]
-
-    for fits in (
-        lambda targets: module in targets,
-        lambda targets: names.named(module, patterns(targets)),
-        lambda targets: _CONFIG_CLASS in targets,
-    ):
-        for group in groups:
-            if fits(group.get("targets") or []):
-                return group
-    return None
-
-
-def _stored(module: str, group: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> StoredTarget:
-    scale = shared.header(headers, f"{module}.weight_scale")
-    spec = read_weight(module, group.get("weights") or {}, scale.dtype)
-    source = read_input(module, group.get("input_activations"))
-    output = read_input(module, group.get("output_activations"), "outputs")
-    packed = f"{module}.weight_packed" in headers
-    weight = shared.header(headers, f"{module}.weight_packed" if packed else f"{module}.weight")
-    if len(weight.shape) != 2 or (spec.group_size is not None and len(scale.shape) != 2):
-        raise ModelError(f"a quantized weight of shape {list(weight.shape)} is not a matrix", where=module)
-    shape = stored_shape(spec, weight, scale)
-    names = shared.check_headers(tensors_of(module, (spec, source), output, shape, scale.dtype), headers)
-    return StoredTarget(module, spec, source, shape, names, output)
-
-
-def _stored_attention(scheme: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> dict[str, StoredAttention]:
-    spec = read_input("kv_cache_scheme", scheme, "caches")
-    if spec is None or not spec.is_static:
-        raise ModelError("only a cache with static scales is read", where="kv_cache_scheme")
-    found = {}
-    for name in headers:
-        module = name.removesuffix(".k_scale")
-        if module == name:
-            continue
-        kinds_ = [kind for kind in sorted(_ATTENTION) if kind != "q" or f"{module}.q_scale" in headers]
-        names = shared.check_headers([TensorInfo(f"{module}.{kind}_scale", "F32", (1,)) for kind in kinds_], headers)
-        found[module] = StoredAttention(module, dict.fromkeys(kinds_, spec), dict(zip(kinds_, names, strict=True)))
-    if not found:
-        raise ModelError("the cache is quantized, and no file holds its scales", where="kv_cache_scheme")
-    return found
 
 
 WRITER = CompressedTensors()

@@ -124,8 +124,12 @@ class Gptq(Writer):
         return words.refusals(plan, self.name, _PLACES)
 
     def loaders(self, plan: Plan) -> set[str]:
-        """Returns `vllm` where it loads the plan; transformers needs optimum and gptqmodel, which were not tried."""
-        return {"vllm"} if not self.refusals(plan) and shared.vllm_loads(plan, _HOLDS, _EXPERTS) else set()
+        """Returns `vllm` where it loads the plan; transformers needs optimum and gptqmodel, which were not tried.
+
+        It takes the bits and groups of some modules from `dynamic`, which is read here and not written.
+        """
+        refused = words.refusals(plan, self.name, _PLACES, mixed=True)
+        return {"vllm"} if not refused and shared.vllm_loads(plan, _HOLDS, _EXPERTS) else set()
 
     def config_faults(self, config: Mapping[str, Any], server: str) -> list[str]:
         unordered = config.get("desc_act") is True and config.get("group_size") != words.WHOLE_ROW

@@ -8,7 +8,7 @@ the amd-quark package to read it). See the modules beside it: `_quark_specs` for
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from quarkcli.dialects import _quark_loaders as servers
@@ -216,7 +216,11 @@ def _stored(
 
 
 def _stored_attention(layers: LayerReader, headers: Mapping[str, HeaderLike]) -> dict[str, StoredAttention]:
-    """Returns the attention modules by their stored scales."""
+    """Returns the attention modules by their stored scales.
+
+    A softmax output whose scale is in no file is cast, as servers do by a scale of one: AMD Quark writes none where the
+    model ran without a softmax of its own.
+    """
     found: dict[str, StoredAttention] = {}
     for kind, spec in layers.attention().items():
         infos = static_layout("prob_output" if kind == SOFTMAX else f"{PROJECTIONS[kind]}.output", spec)
@@ -228,9 +232,19 @@ def _stored_attention(layers: LayerReader, headers: Mapping[str, HeaderLike]) ->
                 shared.check_headers([TensorInfo(name, infos[0].dtype, infos[0].shape)], headers)
                 entry = found.setdefault(parent, StoredAttention(parent, {}, {}))
                 entry.specs[kind], entry.scales[kind] = spec, name
-        if not any(kind in entry.specs for entry in found.values()):
+        if any(kind in entry.specs for entry in found.values()):
+            continue
+        if kind != SOFTMAX or not found:
             raise ModelError(f"it is quantized, and no file holds {infos[0].name}", where=f"attention {kind}")
+        for entry in found.values():
+            entry.specs[kind] = _cast(spec)
     return found
+
+
+def _cast(spec: TensorSpec) -> TensorSpec:
+    """Returns the same with a scale of one."""
+    assert spec.scale is not None
+    return replace(spec, scale=replace(spec.scale, constant_amax=spec.format.maximum))
 
 
 def _check_outputs(view: StoredView, headers: Mapping[str, HeaderLike]) -> None:

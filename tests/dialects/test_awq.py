@@ -69,7 +69,6 @@ def test_what_autoawq_packs(group: int) -> None:
         ({"version": "gemv"}, "AWQ version 'gemv' is not read here, only gemm"),
         ({"version": "GEMV_FAST"}, "AWQ version 'GEMV_FAST' is not read here"),
         ({"w_bit": 3}, "AWQ codes of 3 bits are not read here"),
-        ({"zero_point": False}, "without zero points"),
         ({"q_group_size": 48}, "64 input features do not hold whole groups of 48"),
         ({"q_group_size": None}, "do not hold whole groups of None"),
         ({"w_bit": "4"}, "w_bit must be a whole number"),
@@ -80,6 +79,16 @@ def test_what_is_not_read(change: dict, message: str) -> None:
     tensors, _ = made_by_hand(32)
     with pytest.raises(ModelError, match=message):
         awq.READER.view({**CONFIG, **change}, headers(tensors))
+
+
+def test_zero_points_are_needed_whatever_the_config_says_of_them() -> None:
+    tensors, weight = made_by_hand(32)
+    config = {**CONFIG, "zero_point": False}
+    stored = awq.READER.view(config, headers(tensors)).targets["m"]
+    assert torch.equal(dequantize(awq.READER.decode(stored, tensors).weight, stored.weight), weight)
+    del tensors["m.qzeros"]
+    with pytest.raises(ModelError, match="without zero points"):
+        awq.READER.view(config, headers(tensors))
 
 
 REFUSED = {

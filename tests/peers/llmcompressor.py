@@ -26,9 +26,11 @@ _CACHE = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False
 
 
 def _ints(**given: Any) -> dict[str, Any]:
-    """Returns the arguments of a modifier for 4-bit weights."""
+    """Returns the arguments of a modifier for integers, usually of 4 bits; `tokens`: inputs of 8 bits, dynamic."""
+    tokens = QuantizationArgs(num_bits=8, type="int", strategy="token", dynamic=True, symmetric=False)
+    inputs = {"input_activations": tokens} if given.pop("tokens", False) else {}
     arguments = QuantizationArgs(**{"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128, **given})
-    return {"config_groups": {"group_0": QuantizationScheme(targets=["Linear"], weights=arguments)}}
+    return {"config_groups": {"group_0": QuantizationScheme(targets=["Linear"], weights=arguments, **inputs)}}
 
 
 def _mixed() -> dict[str, Any]:
@@ -49,6 +51,11 @@ CASES: dict[str, tuple[str, dict[str, Any], Any, Callable[[], dict[str, Any]]]] 
     "w3a16": ("llama", _ONE, QuantizationModifier, lambda: {"scheme": "W3A16", "targets": "Linear"}),
     "w8a16": ("llama", _ONE, QuantizationModifier, lambda: {"scheme": "W8A16", "targets": "Linear"}),
     "w8a8": ("llama", _ONE, GPTQModifier, lambda: {"scheme": "W8A8", "targets": "Linear"}),
+    "w8a8-asym": (
+        "llama", _ONE, QuantizationModifier,
+        lambda: _ints(num_bits=8, strategy="channel", group_size=None, symmetric=False, tokens=True),
+    ),
+    "w4a8-asym": ("llama", _ONE, QuantizationModifier, lambda: _ints(symmetric=False, tokens=True)),
     "w4a8": ("llama", _ONE, QuantizationModifier, lambda: {"scheme": "W4A8", "targets": "Linear"}),
     "fp8": ("llama", _ONE, QuantizationModifier, lambda: {"scheme": "FP8", "targets": "Linear"}),
     "fp8-kv": (

@@ -1,7 +1,7 @@
 """Checkpoints that other tools wrote: verified, decoded as those tools decode them, and quantized again.
 
-Every folder of `tests/data/peers` with a `peer.json` is one; `make.py` makes them. What `known` says there of a
-checkpoint is the exception, with the reason: `verify`, a part of the finding that is right; `job`, flags for a job.
+Every folder of `tests/data/peers` with a `peer.json` is one; `make.py` makes them. What `known` says there of one
+is an exception, with the reason: `verify` and `vllm`, a part of the finding that is right; `job`, options of a job.
 """
 
 from __future__ import annotations
@@ -102,6 +102,19 @@ def test_verify_raises_no_false_alarm(peer: str, capsys: pytest.CaptureFixture[s
     assert code == (8 if known else 0), said.err
     if known:
         assert known["finding"] in said.err and known["why"]
+
+
+@pytest.mark.parametrize("peer", [peer for peer in PEERS if "vllm" in facts(peer)["known"]])
+def test_what_vllm_does_not_load(peer: str, capsys: pytest.CaptureFixture[str]) -> None:
+    known = facts(peer)["known"]["vllm"]
+    assert main.main(["verify", str(DATA / peer), "--target", "vllm"]) == 8
+    assert known["finding"] in capsys.readouterr().err and known["why"]
+
+
+@pytest.mark.parametrize("peer", ["llmcompressor-w4a8", "gptqmodel-dynamic", "gptqmodel-awq", "llmcompressor-nvfp4"])
+def test_what_vllm_loads(peer: str) -> None:
+    """Integers in bytes with quantized inputs; modules with other bits; zero points that the config denies."""
+    assert main.main(["verify", str(DATA / peer), "--target", "vllm"]) == 0
 
 
 @pytest.mark.parametrize(("peer", "job"), jobs())
