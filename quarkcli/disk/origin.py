@@ -36,16 +36,20 @@ class Origin:
     weights   module -> how its weight is stored
     tensors   how many tensors of the files are decoded
     dtype     safetensors dtype that decoded weights have
+    reads     weight whose input or output is quantized too -> whether that has a static scale
+    cache     how many scales attention and its cache have
     decoded_because  why weights that a plan leaves alone do not keep their codes; empty: they do, or there are none
-    passed    what is quantized beside weights -> how many; a job observes its own
+    stripped  how many of those that keep their codes do not keep static scales of what they read
     """
 
     method: str
     weights: Mapping[str, str]
     tensors: int
     dtype: str
-    passed: Mapping[str, int]
+    reads: Mapping[str, bool]
+    cache: int
     decoded_because: str = ""
+    stripped: int = 0
 
     def stored(self) -> str:
         """Returns how weights are stored, in words: `fp8_e4m3 tile 128x128`; with counts where they differ."""
@@ -68,12 +72,25 @@ class Origin:
             found.append(
                 f"{len(plan.carried)} of its weights are left alone by the plan and keep their codes and scales"
             )
+        if self.stripped:
+            found.append(f"{self.stripped} of these lose the static scales of what they read: {self.decoded_because}")
         left = len(self.left_alone(plan))
         if left:
             why = f": {self.decoded_because}" if self.decoded_because else ""
             found.append(f"{left} of its weights are left alone by the plan and written as {self.dtype}{why}")
-        found += [f"dropped: {what} ({count}); the job finds its own" for what, count in self.passed.items()]
+        found += [f"dropped: {what} ({count}); the job finds its own" for what, count in self.passed(plan).items()]
         return found
+
+    def passed(self, plan: Plan) -> dict[str, int]:
+        """Returns what is quantized beside weights, and is dropped -> how many; a job observes its own."""
+        kept = {name for name in plan.carried if plan.targets[name].input is not None}
+        reads = [static for name, static in self.reads.items() if name not in kept]
+        found = {
+            "its quantization of what weights read and return": len(reads),
+            "static scales of that": sum(reads),
+            "its scales of attention and its cache": self.cache,
+        }
+        return {what: count for what, count in found.items() if count}
 
     def facts(self, plan: Plan) -> dict[str, Any]:
         """Returns the JSON form."""
@@ -84,7 +101,7 @@ class Origin:
             "dtype": self.dtype,
             "carried": sorted(plan.carried),
             "decoded": self.left_alone(plan),
-            "dropped": dict(self.passed),
+            "dropped": self.passed(plan),
             "said": self.lines(plan),
         }
 
@@ -101,17 +118,13 @@ def open_weights(source: Source) -> tuple[WeightSource, Origin | None]:
     _check(checkpoint)
     view, config = checkpoint.view, quantization(source.config)
     stored = view.targets.values()
-    passed = {
-        "its quantization of what weights read and return": sum(bool(s.input or s.output) for s in stored),
-        "static scales of that": sum(map(_is_static, stored)),
-        "its scales of attention and its cache": sum(len(attention.scales) for attention in view.attention.values()),
-    }
     return checkpoint, Origin(
         str(config.get("quant_method", checkpoint.reader.name if checkpoint.reader else "")),
         {name: _brief(each) for name, each in view.targets.items()},
         len({name for each in stored for name in each.tensors}),
         checkpoint.dtype,
-        {what: count for what, count in passed.items() if count},
+        {each.name: _is_static(each) for each in stored if each.input or each.output},
+        sum(len(attention.scales) for attention in view.attention.values()),
     )
 
 

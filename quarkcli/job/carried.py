@@ -12,7 +12,7 @@ from quarkcli.disk.checkpoint import Checkpoint
 from quarkcli.disk.origin import Origin
 from quarkcli.disk.weights import WeightSource
 from quarkcli.errors import ConfigError, ModelError
-from quarkcli.plan.model import Decision, Plan, QuantizedTarget, Target
+from quarkcli.plan.model import Decision, Plan, Target, is_quantized
 from quarkcli.recipe.match import starred
 from quarkcli.servers.base import alone
 from quarkcli.spec import TensorSpec
@@ -52,7 +52,7 @@ def _carry(
 ) -> Plan:
     """Returns the plan with these weights as the source has them; or as it was, with the reason noted in `origin`.
 
-    Their static input scales do not go with them: a job drops those of the source. Each has its scales for itself.
+    Static scales of their inputs go with them, where the dialect can say them. Each has its scales for itself.
 
     target   the server that was named, or another word
     """
@@ -62,27 +62,42 @@ def _carry(
     if any(step.kind in ("transform", "tuner") for step in steps):
         origin.decoded_because = "an algorithm may change weights before they are quantized"
         return plan
-    served = dialects.is_served(dialect, plan)
+    served, origin.stripped = dialects.is_served(dialect, plan), 0
     tried = _with(plan, found)
     origin.decoded_because = _reason(tried, dialect, target, served)
     if not origin.decoded_because:
         return tried
-    able = {name: found[name] for name in _able(tried, lambda some: not _reason(some, dialect, target, served))}
+    able = dict(_able(plan, found, lambda some: not _reason(some, dialect, target, served)))
     tried = _with(plan, able)
-    return tried if able and not _reason(tried, dialect, target, served) else plan
+    if not able or _reason(tried, dialect, target, served):
+        return plan
+    origin.stripped = sum(stored is not found[name] for name, stored in able.items())
+    return tried
 
 
-def _able(tried: Plan, holds: Callable[[Plan], bool]) -> Iterator[str]:
-    """Yields the weights that can keep their codes with those that servers fuse them with, each kind by itself."""
-    kinds = {starred(tried.targets[name].group) for name in tried.carried}
-    members: dict[str, list[QuantizedTarget]] = {kind: [] for kind in kinds}
-    for target in tried.quantized():
-        kind = starred(target.group)
-        if kind in members:
-            members[kind].append(target)
-    for some in members.values():
-        if holds(alone(tried, some)):
-            yield from (target.name for target in some if target.name in tried.carried)
+def _able(
+    plan: Plan, found: Mapping[str, StoredTarget], holds: Callable[[Plan], bool]
+) -> Iterator[tuple[str, StoredTarget]]:
+    """Yields the weights that can keep their codes with those that servers fuse them with, each kind by itself.
+
+    Of a kind that a dialect cannot say with static scales of inputs, it yields them without.
+    """
+    forms = [found, {name: _stripped(stored) for name, stored in found.items()}]
+    tried = [(form, _with(plan, form)) for form in forms if form is found or forms[0] != form]
+    members: dict[str, list[str]] = {}
+    for name, target in tried[0][1].targets.items():
+        members.setdefault(starred(target.group), []).append(name)
+    for kind in {starred(plan.targets[name].group): None for name in found}:
+        for form, whole in tried:
+            some = [target for name in members[kind] if is_quantized(target := whole.targets[name])]
+            if holds(alone(whole, some)):
+                yield from ((name, form[name]) for name in members[kind] if name in form)
+                break
+
+
+def _stripped(stored: StoredTarget) -> StoredTarget:
+    """Returns a weight without a static scale of its input; the same one where it has none."""
+    return replace(stored, input=None) if stored.input is not None and stored.input.needs_amax else stored
 
 
 def _with(plan: Plan, found: Mapping[str, StoredTarget]) -> Plan:
@@ -123,7 +138,6 @@ def _left(plan: Plan, weights: WeightSource) -> dict[str, StoredTarget]:
 def _as_stored(
     target: Target, stored: StoredTarget, kinds: dict[tuple[TensorSpec, TensorSpec | None], Slots]
 ) -> Target:
-    read = stored.input if stored.input is not None and not stored.input.needs_amax else None
-    specs = {"weight": stored.weight, "input": read}
+    specs = {"weight": stored.weight, "input": stored.input}
     slots = {kind: Decision(specs.get(kind), None) for kind in target.slots}
-    return Target.of(target, kinds.setdefault((stored.weight, read), slots), target.name)
+    return Target.of(target, kinds.setdefault((stored.weight, stored.input), slots), target.name)

@@ -214,7 +214,9 @@ class PartWorker:
         """Returns the stored static scales by `Activation.key`."""
         scales: dict[str, Tensor] = {}
         for key, site, spec, expert in self.plan.activations(part.index):
-            if spec.is_static:
+            if spec.is_static and key.removesuffix(".input") in self.plan.carried:
+                scales[key] = self.solving.stored_input(key.removesuffix(".input"))
+            elif spec.is_static:
                 amax = self._amax(site, spec, expert, statistics)
                 scales[key] = static_scale(amax, spec)
                 if not float(amax):

@@ -122,6 +122,13 @@ class Solving:
             if target.name in self.plan.carried:
                 yield target, weight(target), self.source.decode(self.source.view.targets[target.name]).weight
 
+    def stored_input(self, name: str) -> Tensor:
+        """Returns the static scale of the input of a weight that keeps the source's codes and scales."""
+        assert isinstance(self.source, Checkpoint)
+        scale = self.source.decode(self.source.view.targets[name]).input
+        assert scale is not None
+        return scale
+
     def _exact(self, target: QuantizedTarget, weight: Tensor, largest: int) -> Quantized:
         quantized, self.exact[target.name] = exact.quantize(weight, target.weight, largest)
         return quantized

@@ -280,6 +280,36 @@ def test_weights_that_are_left_alone_keep_their_codes(sources, tmp_path, algorit
     assert runs.same_files(again.folder, made.folder)
 
 
+@pytest.mark.parametrize(("scheme", "algorithm"), [("fp8", "rtn"), ("fp8", "gptq"), ("int8", "rtn"), ("nvfp4", "gptq")])
+@pytest.mark.parametrize("dialect", ["compressed-tensors", "quark"])
+def test_static_scales_of_inputs_go_with_the_codes(sources, tmp_path, dialect, scheme, algorithm):
+    """No data is asked for on their account, and calibration goes on with inputs as they are served."""
+    source = sources.of("demo", scheme, dialect)
+    job = {"scheme": "int4_wo_128", "exclude": ["*self_attn*"], "algorithm": algorithm, **ROWS}
+    made = sources.job(source, tmp_path / "out", dialect=dialect, **job)
+    assert (made.prepared.calibration is not None) == (algorithm == "gptq")
+    facts = made.report["source"]
+    assert len(facts["carried"]) == 16 and sum(facts["dropped"].values()) == 12 * 2  # those of the MLPs
+    ours, theirs = runs.read_all(made.folder), runs.read_all(source)
+    same = [name for name in theirs if ".self_attn." in name]
+    assert len([name for name in same if "input" in name.rpartition(".")[2] and "zero_point" not in name]) == 16
+    assert all(runs.same_bytes(ours[name], theirs[name]) for name in same)
+    views = [Checkpoint(Source.open(str(folder))).view.targets for folder in (made.folder, source)]
+    assert views[0][Q_PROJ].input == views[1][Q_PROJ].input is not None
+    assert main.main(["verify", str(made.folder), "--source", str(source)]) == 0
+
+
+def test_static_scales_of_inputs_that_the_dialect_cannot_say_are_dropped_and_the_plan_says_so(sources, tmp_path):
+    source = sources.of("demo", "mxfp4_fp8", "quark")
+    made = sources.job(source, tmp_path / "out", scheme="int4_wo_128", exclude=["*self_attn*"],
+                       dialect="compressed-tensors")  # fmt: skip
+    facts = made.report["source"]
+    assert len(facts["carried"]) == 16 and facts["dropped"]["static scales of that"] == 28
+    (line,) = [line for line in facts["said"] if "lose the static scales" in line]
+    assert line.startswith("16 of these") and "vLLM would not load" in line
+    assert not [name for name in runs.read_all(made.folder) if "input_scale" in name]
+
+
 def test_some_keep_their_codes_where_a_server_would_not_load_others(sources, tmp_path):
     """Tiles of k and v end within the fused module, that of o does not."""
     source = sources.of("demo", "fp8_block128", "compressed-tensors")
