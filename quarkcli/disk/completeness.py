@@ -116,8 +116,16 @@ def _strangers(checkpoint: Checkpoint, layout: Layout) -> Iterator[str]:
         alike[_NUMBER.sub("*", name)] = alike.get(_NUMBER.sub("*", name), 0) + 1
     for name in unknown:
         parent, _, leaf = name.rpartition(".")
+        if _of_router(layout, parent, headers[name]):
+            continue
         inside = parent in weights and leaf not in ("weight", "bias")
         outside = blocks.get(name) is None
         alone = count > 1 and alike[_NUMBER.sub("*", name)] == 1
         if inside or outside or alone:
             yield name
+
+
+def _of_router(layout: Layout, module: str, header: HeaderLike) -> bool:
+    """True for a value for each expert beside a router's weight, such as what corrects its scores."""
+    weight = layout.weights.get(module)
+    return weight is not None and weight.role == "router" and tuple(header.shape) == weight.shape[:1]

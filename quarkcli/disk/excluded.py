@@ -24,7 +24,8 @@ def check(reader: Reader, config: Mapping[str, Any], layout: Layout, quantized: 
     if not found:
         return "the config has no list of modules that are left out"
     entries = Entries(entry for listed in found.values() for entry in listed)
-    kept = {name for name, weight in layout.weights.items() if not _roles(layout, weight) & reader.unlisted} - quantized
+    whole = reader.unlisted | layout.unlisted
+    kept = {name for name, weight in layout.weights.items() if not _roles(layout, weight) & whole} - quantized
     if layout.tied_head and "head" not in reader.unlisted:
         kept.add(layout.tied_head.removesuffix(".weight"))
     missing = sorted(kept - reader.untouched(config, kept) - entries.left(kept, loosely=True))

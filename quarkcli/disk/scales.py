@@ -19,7 +19,8 @@ from quarkcli.spec import TensorSpec
 
 # What unequal scales of one level cost where servers fuse.
 _COST = "servers keep one for each member, or round all codes again with the largest, which costs some accuracy"
-_SLOTS = ("input", "output", "bias")  # those whose scales are named after them; all others are the weight's
+# Slots by the words that names of their scales begin with; all others are the weight's.
+_SLOTS = {"input": "input", "activation": "input", "output": "output", "bias": "bias"}
 # The largest plausible scale over the scales of blocks: weights reach 2,688 times as far. The inverse of a real one,
 # written by mistake, is far above it.
 _LARGEST = {"weight": 4.0, "input": 40.0}
@@ -146,8 +147,7 @@ def _leaf(tensor: str) -> str:
 
 
 def _slot(tensor: str) -> str:
-    first = _leaf(tensor).partition("_")[0]
-    return first if first in _SLOTS else "weight"
+    return _SLOTS.get(_leaf(tensor).partition("_")[0], "weight")
 
 
 def _faults(stored: StoredTarget, own: Mapping[str, Values]) -> Iterator[str]:

@@ -89,6 +89,7 @@ class Layout:
     """A family applied to one checkpoint's headers.
 
     protected   module -> role it is left alone for
+    unlisted    roles of modules that loaders leave whole, whether a config lists them or not
     rewrites    how its blocks may be rewritten without changing what they compute
     turned      fused tensors whose square matrices lie [in, out], where other files have them as [out, in]
     transposed  weights of blocks that the file stores [in, out] and the family knows nothing of; see `orientation`
@@ -104,6 +105,7 @@ class Layout:
     tied_head: str | None
     aliases: dict[str, str] = field(default_factory=dict)
     protected: dict[str, str] = field(default_factory=dict)
+    unlisted: frozenset[str] = frozenset()
     turned: frozenset[str] = frozenset()
     transposed: tuple[str, ...] = ()
     rewrites: Rewrites = field(default_factory=Rewrites)
@@ -122,6 +124,7 @@ def lay_out(
     return Layout(
         name, inferred, parts, builder.weights, builder.sites, builder.attention, builder.tensor_roles,
         _tied_head(family, config, headers), family.aliases, builder.protected(),
+        frozenset({"router"} if family.experts is not None and family.experts.router_whole else ()),
         hidden_transpositions(family, config, headers), stored_transposed(builder.blocks_weights(), headers, config),
         Rewrites(family, hidden_size(config), headers, head_size(config), kv_heads(config)),
     )  # fmt: skip

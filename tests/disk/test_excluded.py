@@ -108,11 +108,19 @@ def test_what_gptqmodel_leaves_out(config: dict[str, Any], fault: str) -> None:
     told(gptq.READER, config, fault, {"lm_head": "head", "model.gate": "router", "model.down": "down"})
 
 
-def told(reader: Reader, config: dict[str, Any], fault: str, kept: dict[str, str]) -> None:
-    """Checks a model with one quantized weight and these kept ones, by name -> role."""
+def test_routers_that_no_loader_quantizes_need_no_entry() -> None:
+    """Those of DeepSeek's and Kimi's published checkpoints have none; one of another family is missed."""
+    told(Listing(), {"ignore": ["lm_head"]}, "", {"lm_head": "head", "model.gate": "router"}, frozenset({"router"}))
+    told(Listing(), {"ignore": ["lm_head"]}, "list them: model.gate", {"lm_head": "head", "model.gate": "router"})
+
+
+def told(
+    reader: Reader, config: dict[str, Any], fault: str, kept: dict[str, str], whole: frozenset[str] = frozenset()
+) -> None:
+    """Checks a model with one quantized weight and these kept ones, by name -> role. `whole`: roles left alone."""
     roles = {**kept, "model.up": "up", "model.embed": "embedding"}
     weights = {name: SimpleNamespace(name=name, role=role) for name, role in roles.items()}
-    layout: Any = SimpleNamespace(weights=weights, tied_head=None, protected={})
+    layout: Any = SimpleNamespace(weights=weights, tied_head=None, protected={}, unlisted=whole)
     if not fault:
         check(reader, config, layout, ["model.up"])
         return

@@ -19,6 +19,7 @@ TOOLS = {
     "modelopt": "pip install nvidia-modelopt==0.47.0 transformers accelerate",
     "amdquark": "pip install amd-quark==0.13 torch transformers accelerate scipy onnx evaluate ...",
     "autoawq": "pip install --no-deps autoawq==0.2.9, beside torch and transformers 5",
+    "published": "nothing: the project itself",
     "gptqmodel": "pip install --no-deps gptqmodel==7.7.0, then what it asks for, beside torch and transformers 5",
 }
 DATA = Path(__file__).parents[1] / "data" / "peers"
