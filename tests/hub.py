@@ -35,8 +35,9 @@ class Answer:
     cut: int | None = None
 
 
-# Sees method, path and first byte asked for; its answer, where it gives one, goes out instead of the hub's own.
-Fault = Callable[[str, str, int], Answer | None]
+# Sees method, path and the range asked for (its end None: to the end of the file). Its answer, where it gives one, goes
+# out instead of the hub's own.
+Fault = Callable[[str, str, int, int | None], Answer | None]
 
 
 @dataclass
@@ -72,7 +73,7 @@ class Hub:
         self.calls.append(f"{method} {path}")
         found = re.fullmatch(r"bytes=(\d+)-(\d*)", headers.get("Range", ""))
         start, end = (int(found[1]), int(found[2] or 2**60) + 1) if found and self.ranged else (0, 2**60)
-        if (fault := self.fault and self.fault(method, path, start)) is not None:
+        if (fault := self.fault and self.fault(method, path, start, None if end > 2**59 else end)) is not None:
             return fault
         if path.startswith("/objects/"):
             self.objects[path.removeprefix("/objects/")] = body
@@ -109,7 +110,10 @@ class Hub:
             f"/api/models/{NAME}/revision/main",
             f"/api/models/{NAME}/revision/{COMMIT}",
         ):
-            rows = [{"rfilename": name, "size": len(data), "blobId": "0"} for name, data in self.files.items()]
+            rows = [
+                {"rfilename": name, "size": len(data), "blobId": "0", **_lfs(name, data)}
+                for name, data in self.files.items()
+            ]
             return _json(200, {"id": NAME, "sha": COMMIT, "siblings": rows})
         if path.startswith(f"/api/models/{NAME}/revision/"):
             return _json(404, {"error": "revision"}, {"X-Error-Code": "RevisionNotFound"})
@@ -173,6 +177,12 @@ class Hub:
         """Runs a command line in a process of its own."""
         command = [sys.executable, "-c", "from quarkcli.cli.main import run; run()", *map(str, arguments)]
         return subprocess.run(command, env=self.surroundings(token, home), capture_output=True, text=True, timeout=120)
+
+
+def _lfs(name: str, data: bytes) -> dict[str, Any]:
+    if not name.endswith(".safetensors"):
+        return {}
+    return {"lfs": {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 1}}
 
 
 def _json(status: int, value: Any, headers: dict[str, str] | None = None) -> Answer:

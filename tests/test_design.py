@@ -50,10 +50,10 @@ NAMES_OF_TYPES = {("algorithms", "forward"), ("algorithms", "job"), ("report", "
 # Inside a folder, a module may import those named before it; every module has its place.
 INSIDE = {
     "forward": "activations defaults guard moments samples experts taps statistics files documents data walk",
-    "disk": "headers weights beside outputs hub pickles remote source side_files writer manifest place journal"
+    "disk": "headers weights beside outputs writer hub pickles stream remote source side_files manifest place journal"
     " nonfinite contents checkpoint origin compare values scales completeness excluded parallel fidelity verify push",
     "job": "forecast options asked preflight splitting directories idle carried served packing problems rewriting"
-    " solving stages tuning prepass reach part pipeline finish download convert run preview",
+    " solving stages tuning prepass reach part pipeline finish fingerprint download convert run preview",
 }
 
 # Package -> the rooms that may import it.

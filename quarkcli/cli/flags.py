@@ -315,6 +315,13 @@ class JobFlags:
     verify: Annotated[
         bool, Option("--verify/--no-verify", help="Read the written scales back before the output gets its name.")
     ] = True
+    keep_download: Annotated[
+        bool,
+        Option(
+            "--keep-download",
+            help="Weights of a hub id go to the hub's cache and stay there. [default: each file is dropped after use]",
+        ),
+    ] = False
     trust_remote_code: Trust = False
     allow_pickle: Pickle = False
     revision: Revision = "main"

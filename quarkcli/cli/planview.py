@@ -75,6 +75,7 @@ def header(prepared: Prepared) -> list[str]:
             ("quantized", prepared.coverage.text()),
             *output.listed("parallel", list(dict.fromkeys(map(_parallel, prepared.every)))),
             ("memory", f"about {output.size(size.memory_bytes)} of tensors at the peak"),
+            *_download(prepared),
             ("disk", f"{output.size(size.disk_bytes)} while running"),
             *output.listed("output", [str(one.checkpoint) for one in prepared.every]),
         ]
@@ -90,6 +91,16 @@ def _size(prepared: Prepared) -> str:
 
 def _parallel(prepared: Prepared) -> str:
     return f"tensor parallel over {', '.join(map(str, prepared.tensor_parallel))} devices"
+
+
+def _download(prepared: Prepared) -> list[tuple[str, str]]:
+    found = prepared.download
+    if found is None:
+        return []
+    how = f"each file dropped after its last use, {output.size(found.at_once)} at a time at most"
+    if found.kept:
+        how = f"kept in the hub's cache: {found.kept}"
+    return [("download", f"{found.files} files, {output.size(found.bytes)}, while the job runs; {how}")]
 
 
 def _data(prepared: Prepared) -> str:
@@ -200,10 +211,7 @@ def as_json(prepared: Prepared) -> dict[str, Any]:
         "online": plan.online,
         "output": str(prepared.output),
         "directories": [_directory(one) for one in prepared.every],
-        "output_bytes": size.output_bytes,
-        "source_bytes": size.source_bytes,
-        "memory_bytes": size.memory_bytes,
-        "disk_bytes": size.disk_bytes,
+        **_sizes(prepared),
         "tensor_parallel": prepared.tensor_parallel,
         "effective_bits": size.effective_bits,
         "coverage": prepared.coverage.facts(),
@@ -248,6 +256,17 @@ def _directory(prepared: Prepared) -> dict[str, Any]:
 
 def _part(part: Part) -> dict[str, Any]:
     return {"index": part.index, "name": part.name, "kind": part.kind, "tensors": len(part.tensors)}
+
+
+def _sizes(prepared: Prepared) -> dict[str, Any]:
+    size, found = prepared.forecast, prepared.download
+    return {
+        "output_bytes": size.output_bytes,
+        "source_bytes": size.source_bytes,
+        "memory_bytes": size.memory_bytes,
+        "disk_bytes": size.disk_bytes,
+        "download": vars(found) if found is not None else None,
+    }
 
 
 def _target(target: Target) -> dict[str, Any]:

@@ -109,6 +109,17 @@ class Checkpoint:
         packed |= self.view.matrices
         return [name for name in self.source.headers if name not in packed]
 
+    def stored(self, names: Iterable[str]) -> list[str]:
+        """Returns the tensors of the files that these, in source form, are made of."""
+        return list(dict.fromkeys(tensor for name in names for tensor in self._stored(self._recipes[name])))
+
+    def _stored(self, recipe: _Recipe) -> Iterator[str]:
+        if recipe.copy is not None:
+            yield recipe.copy
+        for module in [recipe.bias] if recipe.bias is not None else [name for _, name in recipe.pieces]:
+            found = self.view.targets.get(module)
+            yield from found.tensors if found is not None else [f"{module}.weight"]
+
     def read_many(self, names: Iterable[str], dtype: Any = None) -> dict[str, Tensor]:
         """Returns tensors in source form; decoded ones in `dtype` (None: the model's), one weight at a time."""
         return {name: self._read(name, dtype) for name in names}

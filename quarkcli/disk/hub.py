@@ -70,6 +70,9 @@ class Patience:
         why = f"the hub answers {status}" if status else f"the connection broke ({type(error).__name__})"
         going_on = f"going on in {seconds:.0f} s (try {self.tries} of {TRIES})"
         self.tell(Message(f"{self.what}: {why}; {going_on}", "warning"))
+        self.pause(seconds)
+
+    def pause(self, seconds: float) -> None:
         self.stop.wait(seconds)
 
 

@@ -4,6 +4,8 @@
     fingerprint.json     everything that must be equal for a run to be continued
     journal.json         finished parts with their records, notes, a checksum; rewritten at once
     hidden-{a,b}.safetensors   used in turn: the one that journal.json names last is never written to
+    headers.json         headers of the weight files, where the model is on the hub
+    download/            weight files of such a model, until their last use
     replaced.json        new places of outputs that are being replaced
 
 At the end the folder stands aside as `<output>.partial.state` until the output has its name, so that a kill in between
@@ -293,7 +295,9 @@ class Journal:
         listed = {file["file"] for part in self._parts for file in part["record"].get("files", [])}
         with disk_errors(self._partial):
             shards = [
-                path for path in self._partial.rglob("model-*.safetensors*") if self._relative(path) not in listed
+                path
+                for path in self._partial.rglob("model-*.safetensors*")
+                if self._relative(path) not in listed and not path.is_relative_to(self._state)
             ]
             for path in shards:
                 remove(path)

@@ -10,8 +10,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -83,12 +83,14 @@ class Source:
         revision: str = "main",
         offline: bool = False,
         bare: bool = False,
+        kept: Path | None = None,
         tell: Listener = silent,
         allow_pickle: bool = False,
     ) -> Source:
         """Opens a local directory or a hub id; reads config, index and headers, no tensor.
 
         bare          of a hub id no more than that is downloaded; the other files when they are asked for
+        kept          a file of headers that an earlier run read
         allow_pickle  where there are no safetensors files, `pytorch_model.bin` files are read, which are downloaded
 
         Raises AccessError (missing, forbidden, offline), ModelError (not a complete safetensors model) and
@@ -106,7 +108,7 @@ class Source:
         if not _HUB_ID.fullmatch(path_or_id):
             raise AccessError("no such directory", where=path_or_id)
         ranged = (bare or allow_pickle) and not hub.is_offline(offline)
-        remote = Remote.open(path_or_id, revision, tell) if ranged else None
+        remote = Remote.open(path_or_id, revision, kept, tell) if ranged else None
         if remote is not None and allow_pickle:
             remote.take_pickles()
         folder = remote.folder if remote is not None else hub.download(path_or_id, revision, offline)
@@ -125,13 +127,31 @@ class Source:
         found: dict[str, torch.Tensor] = {}
         for file in dict.fromkeys(header.file for header in wanted):
             own = [header for header in wanted if header.file == file]
-            found |= (pickles if self.pickled else safetensors).read_tensors(self.path(file), own)
+            with self._using(file, {header.name for header in own}) as path:
+                found |= (pickles if self.pickled else safetensors).read_tensors(path, own)
         return {header.name: found[header.name] for header in wanted}
+
+    @contextmanager
+    def _using(self, file: str, tensors: set[str]) -> Iterator[Path]:
+        """Yields the place of a weight file while these tensors are read from it."""
+        if self.remote is not None and self.remote.stream is not None and self.is_far(file):
+            with self.remote.stream.using(file, tensors) as path:
+                yield path
+        else:
+            yield self.path(file)
+
+    def is_far(self, file: str) -> bool:
+        """True for a weight file that was on the hub when the model was opened, and not here."""
+        return not self.stamps[file][1]
+
+    def stored(self, names: Iterable[str]) -> list[str]:
+        """Returns the tensors of the files that these are made of: they themselves."""
+        return list(names)
 
     def path(self, file: str) -> Path:
         """Returns where a weight file is, downloaded first if it is on the hub. Raises ModelError, AccessError."""
         path = self.folder / file
-        if self.remote is not None and not self.stamps[file][1]:
+        if self.remote is not None and self.is_far(file):
             self.remote.fetch([file])
         elif _stamp(path) != self.stamps[file]:
             raise ModelError("changed since its header was read", where=str(path))

@@ -21,5 +21,8 @@ class WeightSource(Protocol):
     def unlisted(self) -> Sequence[str]:
         """Returns the tensors that are in a file of the index, and that the index does not name."""
 
+    def stored(self, names: Iterable[str]) -> list[str]:
+        """Returns the tensors of the files that these are made of."""
+
     def read_many(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Returns tensors of memory of their own, on the CPU, in the order asked for."""

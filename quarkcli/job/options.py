@@ -64,6 +64,7 @@ class Options:
     allow_pickle: bool = False
     revision: str = "main"
     offline: bool = False
+    keep_download: bool = False
 
 
 @dataclass
@@ -89,12 +90,27 @@ class Calibration:
     warnings: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Download:
+    """The weight files of a model on the hub that are not here.
+
+    at_once   bytes of them that lie beside the output at most; 0: they go to the hub's cache
+    kept      why they stay in the cache; empty: each is dropped after its last use
+    """
+
+    files: int
+    bytes: int
+    at_once: int
+    kept: str
+
+
 @dataclass
 class Prepared:
     """All that is known before the first weight is read.
 
     weights  where the source's tensors come from, in source form
     origin   the quantization of a source that has one; its weights are decoded as they are read
+    download  weight files that have to be downloaded; None: all are here
     advice   the choices that the algorithm `auto` stands for; empty: the steps were named
     tensor_parallel   usual numbers of devices over which servers can split the output
     folder   the folder in the output that gets the checkpoint; empty: the output is the checkpoint
@@ -118,6 +134,7 @@ class Prepared:
     forecast: Forecast
     coverage: Coverage
     tensor_parallel: list[int]
+    download: Download | None
     output: Path
     side_files: SideFiles
     warnings: list[str]

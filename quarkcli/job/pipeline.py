@@ -19,6 +19,7 @@ from quarkcli.disk.contents import slug
 from quarkcli.disk.headers import read_headers, read_tensors
 from quarkcli.disk.journal import Journal
 from quarkcli.disk.outputs import of_folder, within
+from quarkcli.disk.stream import Stream
 from quarkcli.disk.weights import WeightSource
 from quarkcli.disk.writer import write_part
 from quarkcli.errors import Stopped
@@ -32,16 +33,24 @@ class Pipeline:
     """Moves parts between files and the device. At most one part is being read and one being written.
 
     folders   where in the output each dialect's files go
+    stream    brings weight files that are on the hub
     """
 
     def __init__(
-        self, source: WeightSource, partial: Path, journal: Journal, device: str, folders: Sequence[str] = ("",)
+        self,
+        source: WeightSource,
+        partial: Path,
+        journal: Journal,
+        device: str,
+        folders: Sequence[str] = ("",),
+        stream: Stream | None = None,
     ) -> None:
         self.source = source
         self.partial = partial
         self.folders = folders
         self.journal = journal
         self.device = device
+        self.stream = stream
         self.pool = ThreadPoolExecutor(2) if device != "cpu" else None
         self._reading: tuple[str, Future[dict[str, Tensor]]] | None = None
         self._writing: Future[None] | None = None
@@ -54,6 +63,8 @@ class Pipeline:
     ) -> None:
         if kind is None or issubclass(kind, Stopped):
             self.drain()
+        if self.stream is not None:
+            self.stream.close()  # a read that waits for a download ends
         if self.pool is not None:
             self.pool.shutdown(wait=True, cancel_futures=True)
 
@@ -62,15 +73,23 @@ class Pipeline:
         if self._reading is not None and self._reading[0] == part.name:
             tensors = self._reading[1].result()
         else:
-            tensors = self.source.read_many(part.tensors)
+            tensors = self._read(part)
         if self.pool is not None and following is not None:
-            self._reading = (following.name, self.pool.submit(self.source.read_many, following.tensors))
+            self._reading = (following.name, self.pool.submit(self._read, following))
         if self.device == "cpu":
             return tensors
         return {name: tensor.to(self.device) for name, tensor in tensors.items()}
 
+    def _read(self, part: Part) -> dict[str, Tensor]:
+        if self.stream is None:
+            return self.source.read_many(part.tensors)
+        with self.stream.reading(part.name):
+            return self.source.read_many(part.tensors)
+
     def write(self, part: Part, result: PartResult, worker: PartWorker) -> None:
         """Makes the part durable and notes it in the journal, with the hidden states that later parts need."""
+        if self.stream is not None:
+            self.stream.done(part.name)
         hidden = batch = None
         # Before the first block there are none: tokens are embedded again.
         if worker.walk is not None and worker.walk.served and part.index < worker.last:

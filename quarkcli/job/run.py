@@ -6,18 +6,15 @@ and `run` uses; there is no second path. A plan without a slot that needs data r
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
-from quarkcli import __version__, algorithms, dialects, family, memory, servers
+from quarkcli import algorithms, dialects, family, memory, servers
 from quarkcli.disk import nonfinite, outputs, side_files
 from quarkcli.disk.journal import Journal
 from quarkcli.disk.manifest import LOG
@@ -27,6 +24,7 @@ from quarkcli.disk.source import Source
 from quarkcli.errors import DataError, UsageError
 from quarkcli.events import Event, Listener, Message, PartDone, Phase, Working, broadcast, silent
 from quarkcli.job import asked, carried, directories, download, finish, idle, partial_path, preflight
+from quarkcli.job.fingerprint import fingerprint
 from quarkcli.job.options import SKIP, Options, Prepared
 from quarkcli.plan import online
 from quarkcli.plan.coverage import coverage
@@ -70,11 +68,11 @@ def load_recipe(options: Options) -> Recipe:
     return asked.with_steps(recipe, options.algorithm, of_steps)
 
 
-def open_source(options: Options, tell: Listener = silent) -> Source:
-    """Step 2: returns the model with its config and headers."""
+def open_source(options: Options, tell: Listener = silent, kept: Path | None = None) -> Source:
+    """Step 2: returns the model with its config and headers. `kept`: a file of headers that an earlier run read."""
     place = located(options.model)
     return Source.open(
-        place, revision=options.revision, offline=options.offline, bare=True, tell=tell,
+        place, revision=options.revision, offline=options.offline, bare=True, kept=kept, tell=tell,
         allow_pickle=options.allow_pickle,
     )  # fmt: skip
 
@@ -82,6 +80,12 @@ def open_source(options: Options, tell: Listener = silent) -> Source:
 def located(model: str) -> str:
     """Returns the directory of the embedded model for `demo`, else what was given: a directory or hub id."""
     return str(EMBEDDED) if model == "demo" else model
+
+
+def _output(options: Options, recipe: Recipe, name: str = "") -> Path:
+    """Returns the output directory. `name`: of the model; a hub id has it from the start."""
+    name = "demo" if options.model == "demo" else name or options.model.rpartition("/")[2]
+    return _expanded(options.output) or Path(f"{name}-{recipe.name}")
 
 
 def _expanded(path: Path | None) -> Path | None:
@@ -97,7 +101,7 @@ def prepare(options: Options, tell: Listener = silent, *, carries: bool = True) 
     servers.check_name(options.target)
     recipe = load_recipe(options)  # 1
     tell(Working(f"reading config and headers of {options.model}"))
-    source = open_source(options, tell)  # 2
+    source = open_source(options, tell, download.headers_path(partial_path(_output(options, recipe))))  # 2
     tell(Working("comparing the recipe with the model"))
     weights, origin = open_weights(source)
     headers = weights.headers
@@ -124,17 +128,18 @@ def prepare(options: Options, tell: Listener = silent, *, carries: bool = True) 
     if carries and origin is not None:
         plan = carried.carry(plan, weights, origin, writers, steps, options.target)
     size = preflight.forecast_of(plan, writers[0], source, headers, calibration, steps)
-    output = _expanded(options.output) or Path(f"{'demo' if options.model == 'demo' else source.name}-{recipe.name}")
+    needed = download.needed(options, source, steps, prepass)
+    size = replace(size, disk_bytes=size.disk_bytes + (needed.at_once if needed is not None else 0))
     beside = side_files.gather(source)
     preflight.check_tokenizer(source, beside, calibration)
     share = coverage(plan, layout, headers)
     warnings = [*recipe.notes, *surprises, *plan.warnings, *beside.warnings()]
     warnings += [doubt] if (doubt := share.warning()) else []
     warnings += calibration.warnings if calibration else ()
-    warnings += idle.of_run(options, source, plan, needs, calibration)
+    warnings += [*idle.of_run(options, source, plan, needs, calibration), *download.idle(options, source, needed)]
     prepared = Prepared(
         options, recipe, source, weights, origin, layout, plan, steps, advice, writers[0], "", needs, prepass,
-        calibration, size, share, parallel[0], output, beside, warnings,
+        calibration, size, share, parallel[0], needed, _output(options, recipe, source.name), beside, warnings,
     )  # fmt: skip
     return directories.complete(prepared, writers, parallel)
 
@@ -160,6 +165,7 @@ def run(
         tell(Message(line, "warning", always=True))
     preflight.check_output(prepared.output, options.overwrite, prepared.source.folder)
     preflight.check_resources(prepared.output, directories.together(prepared), options.max_cpu_mem)
+    download.check_room(prepared)
     with Journal.lock(partial, resume=options.resume) as journal:  # 6
         preflight.check_output(prepared.output, options.overwrite, prepared.source.folder)  # another run may have ended
         download.side_files(prepared, tell)
@@ -168,8 +174,9 @@ def run(
         data = preflight.token_rows(prepared, tell)
         tell(Working("building the model's class"))
         runner = _runner(prepared, data, device, tell) if data is not None else None
-        journal.start(_fingerprint(prepared, data, device), resume=options.resume)
+        journal.start(fingerprint(prepared, data, device), resume=options.resume)
         directories.make(prepared, partial)
+        download.keep_headers(prepared, partial)
         logs = [partial / one.folder / LOG for one in prepared.every]
         with log_file.attach(*logs), log_file.last_words(), finish.begun():
             _parts(prepared, data, runner, journal, device, started, tell)  # 7, 8
@@ -250,7 +257,6 @@ def _parts(
 ) -> None:
     """Does steps 7 and 8: every part that the journal does not have, one at a time."""
     from quarkcli.job.part import PartWorker
-    from quarkcli.job.pipeline import Pipeline
     from quarkcli.job.prepass import decide
 
     plan, options = prepared.plan, prepared.options
@@ -276,8 +282,7 @@ def _parts(
     )  # fmt: skip
     label = "+".join([prepared.recipe.name, *(step.name for step in plan.algorithms)])
     begun = time.monotonic()
-    folders = [one.folder for one in prepared.every]
-    with Pipeline(prepared.weights, partial_path(prepared.output), journal, device, folders) as pipeline:
+    with _pipeline(prepared, todo, journal, device, tell) as pipeline:
         walk = worker.walk = _walk(prepared, data, runner, journal, todo, pipeline, worker, tell)
         if walk is not None and todo[0].kind != "embed":
             walk.start()
@@ -299,6 +304,26 @@ def _parts(
             if why is not None:
                 pipeline.drain()
                 raise why
+
+
+@contextmanager
+def _pipeline(
+    prepared: Prepared, todo: list[Part], journal: Journal, device: str, tell: Listener
+) -> Iterator[Pipeline]:
+    from quarkcli.job.pipeline import Pipeline
+
+    with (
+        download.streaming(prepared, todo, tell) as stream,
+        Pipeline(
+            prepared.weights,
+            partial_path(prepared.output),
+            journal,
+            device,
+            [one.folder for one in prepared.every],
+            stream,
+        ) as pipeline,
+    ):
+        yield pipeline
 
 
 def _refuse_nonfinite(records: Mapping[str, Mapping[str, Any]], options: Options) -> None:
@@ -355,32 +380,6 @@ def _take_up(walk: Walk, journal: Journal) -> None:
     stored = journal.hidden()
     if stored is not None:
         walk.take({stream: [stored[n] for n in sorted(stored) if n.startswith(f"{stream}/")] for stream in walk.hidden})
-
-
-def _fingerprint(prepared: Prepared, data: CalibrationData | None, device: str) -> dict[str, Any]:
-    """Returns everything that must be equal for an interrupted run to be continued."""
-    source, settings = prepared.source, prepared.calibration
-    recipe = yaml.safe_load(finish.resolved_recipe(prepared))
-    if prepared.others:
-        recipe["export"]["dialect"] = [one.dialect.name for one in prepared.every]
-    return {
-        "model": {
-            "config": hashlib.sha256(source.config_text.encode()).hexdigest(),
-            "headers": source.header_digest(),
-            "files": {name: list(stamp) for name, stamp in source.stamps.items()},
-            "commit": source.commit,
-        },
-        "recipe": recipe,
-        "data": {
-            "digest": data.digest if data is not None else None,
-            "seed": settings.seed if settings is not None else None,
-            "moe": settings.moe if settings is not None else None,
-            "bos": data.prefix if data is not None else None,
-        },
-        "versions": {"quark": __version__, "torch": version("torch"), "transformers": version("transformers")},
-        "device": device,
-        "ranks": 1,
-    }
 
 
 def _progress(

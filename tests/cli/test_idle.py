@@ -85,6 +85,7 @@ IDLE: dict[str, list[Case]] = {
     "overwrite": [((*FREE, "--overwrite"), 0, "and writes nothing")],
     "strict": [((*FREE, "--strict"), 0, NOT_USED)],
     "time_budget": [((*FREE, "--time-budget", "9m"), 0, "and writes nothing")],
+    "keep_download": [((*FREE, "--keep-download"), 0, "the model is a directory")],
     "max_cpu_mem": [((*FREE, "--max-cpu-mem", "1GB"), 0, "and writes nothing")],
     "verify": [((*FREE, "--no-verify"), 0, "and writes nothing")],
     "trust_remote_code": [((*FREE, "--trust-remote-code"), 0, NOT_USED),

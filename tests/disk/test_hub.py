@@ -94,7 +94,9 @@ def test_plans_of_an_id_and_of_the_folder_are_one(hub, sharded, tmp_path, monkey
     hub.public = True
     hub.take(monkeypatch, tmp_path)
     far, near = (job.prepare(Options(model, scheme="mxfp4")) for model in (NAME, str(sharded)))
-    assert far.forecast == near.forecast and far.plan.parts == near.plan.parts
+    assert far.forecast.output_bytes == near.forecast.output_bytes and far.plan.parts == near.plan.parts
+    assert far.download is not None and near.download is None
+    assert far.forecast.disk_bytes == near.forecast.disk_bytes + far.download.at_once
     assert [str(t) for t in far.plan.quantized()] == [str(t) for t in near.plan.quantized()]
 
 
@@ -109,7 +111,7 @@ def test_what_the_cache_holds_is_not_asked_for(hub, sharded, tmp_path, monkeypat
     assert source.read("model.norm.weight").shape == (128,)
     assert Source.open(NAME, bare=True, offline=True).headers == source.headers
     monkeypatch.setattr(hubs, "TRIES", 1)
-    hub.fault = lambda method, path, start: Answer(503)
+    hub.fault = lambda method, path, start, end: Answer(503)
     assert Source.open(NAME, bare=True).headers == source.headers
 
 
@@ -190,7 +192,7 @@ def test_too_many_requests(hub, sharded, tmp_path, monkeypatch):
     hub.take(monkeypatch, tmp_path)
     left = {"count": 2}
 
-    def busy(method: str, path: str, start: int) -> Answer | None:
+    def busy(method: str, path: str, start: int, end: int | None) -> Answer | None:
         if path.endswith(".safetensors") and left["count"]:
             left["count"] -= 1
             return Answer(429, headers={"Retry-After": "0"})
@@ -205,7 +207,7 @@ def test_too_many_requests(hub, sharded, tmp_path, monkeypatch):
             Source.open(NAME, bare=True)
         assert "HF_TOKEN" in caught.value.hint
         assert 10**6 - left["count"] <= 3 * tries
-        hub.fault = lambda method, path, start: (
+        hub.fault = lambda method, path, start, end: (
             Answer(429, headers={"Retry-After": "4000"}) if path.endswith(".safetensors") else None
         )
         left["count"] = 0
@@ -215,10 +217,10 @@ def test_a_hub_that_breaks_connections(hub, sharded, tmp_path, monkeypatch):
     hub.hold(sharded)
     hub.public = True
     hub.take(monkeypatch, tmp_path)
-    monkeypatch.setattr(hubs.threading.Event, "wait", lambda self, seconds=None: None)
+    monkeypatch.setattr(hubs.Patience, "pause", lambda self, seconds: None)
     broken = set()
 
-    def cut(method: str, path: str, start: int) -> Answer | None:
+    def cut(method: str, path: str, start: int, end: int | None) -> Answer | None:
         name = path.rpartition("/")[2]
         if start == 8 and name not in broken:
             broken.add(name)

@@ -34,8 +34,8 @@ KILLS: dict[str, tuple[dict[str, Any], str]] = {
     "in the middle of the side files": (at("shutil.copyfile", call=2), "going on with the final steps"),
     "behind the config": (at("quarkcli.job.finish.write_config", after=True), "going on with the final steps"),
     "before the report": (at("quarkcli.report.build.build"), "going on with the final steps"),
-    "before the manifest": (at("quarkcli.job.finish._write_manifest"), "going on with the final steps"),
-    "behind the manifest": (at("quarkcli.job.finish._write_manifest", after=True), "going on with the final steps"),
+    "before the manifest": (at("quarkcli.job.finish.write_manifest"), "going on with the final steps"),
+    "behind the manifest": (at("quarkcli.job.finish.write_manifest", after=True), "going on with the final steps"),
     "before the state is put aside": (at("quarkcli.disk.journal.Journal.set_aside"), "going on with the final steps"),
     "before the renaming": (at("quarkcli.job.finish.publish"), "going on with the final steps"),
 }  # fmt: skip
@@ -283,7 +283,7 @@ def test_a_link_is_no_place_to_work_in(quark, work, name):
 def test_before_the_first_part_nothing_is_left(quark, work):
     for target in (
         "quarkcli.job.preflight.token_rows",
-        "quarkcli.job.run._fingerprint",
+        "quarkcli.job.run.fingerprint",
         "quarkcli.disk.journal.Journal.verify",
     ):
         answer = quark(

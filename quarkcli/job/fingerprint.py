@@ -1,0 +1,43 @@
+"""The facts that must be equal for an interrupted run to be continued."""
+
+from __future__ import annotations
+
+import hashlib
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from quarkcli import __version__
+from quarkcli.job import finish
+from quarkcli.job.options import Prepared
+
+if TYPE_CHECKING:
+    from quarkcli.forward.data import CalibrationData
+
+
+def fingerprint(prepared: Prepared, data: CalibrationData | None, device: str) -> dict[str, Any]:
+    """Returns everything that must be equal for an interrupted run to be continued."""
+    source, settings = prepared.source, prepared.calibration
+    recipe = yaml.safe_load(finish.resolved_recipe(prepared))
+    if prepared.others:
+        recipe["export"]["dialect"] = [one.dialect.name for one in prepared.every]
+    return {
+        "model": {
+            "config": hashlib.sha256(source.config_text.encode()).hexdigest(),
+            "headers": source.header_digest(),
+            # those of a commit are what they are, wherever they lie
+            "files": source.files if source.commit else {name: list(stamp) for name, stamp in source.stamps.items()},
+            "commit": source.commit,
+        },
+        "recipe": recipe,
+        "data": {
+            "digest": data.digest if data is not None else None,
+            "seed": settings.seed if settings is not None else None,
+            "moe": settings.moe if settings is not None else None,
+            "bos": data.prefix if data is not None else None,
+        },
+        "versions": {"quark": __version__, "torch": version("torch"), "transformers": version("transformers")},
+        "device": device,
+        "ranks": 1,
+    }
