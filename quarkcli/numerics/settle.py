@@ -26,7 +26,9 @@ Steps = Generator[Rounding, tuple[Tensor, float], Result]
 # Dampings to choose from. The search starts where tokens per input suggest, and goes the way the held-out loss falls.
 DAMPS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
 STARTS = ((32.0, 0.03), (0.0, 0.1))  # at least so many tokens per input -> damping
-FLAT = 0.01  # a neighbour that loses less than this more lies on the floor of the curve: no other is tried
+# What held-out losses differ by from one choice of rows to another. A neighbour must gain more to be taken; where it
+# neither gains nor loses more, it lies on the floor of the curve, and no other is tried.
+NOISE = 0.01
 
 
 class Aim(NamedTuple):
@@ -223,25 +225,25 @@ class _Trial:
         """Goes from the damping it has to the neighbours in the list, as long as the held-out objective falls."""
         if len(self.choices.damps) == 1:
             return
-        first = self.least = yield from self._held_loss()
+        first = least = yield from self._held_loss()
         for direction in (1, -1):
             while 0 <= self.at + direction < len(DAMPS):
-                loss = yield from self._try_damp(DAMPS[self.at + direction])
-                if loss is None:
+                loss = yield from self._try_damp(DAMPS[self.at + direction], least - NOISE * abs(least))
+                if loss is None or loss > least + NOISE * abs(least):
                     break
-                if loss >= self.least:
-                    if loss - self.least < FLAT * abs(self.least):
-                        return
-                    break
-                self.least = loss
+                if loss >= least - NOISE * abs(least):
+                    self.least = least
+                    return
+                least = loss
                 self.at += direction
-            if self.least < first:
-                return
+            if least < first:
+                break
+        self.least = least
 
-    def _try_damp(self, damp: float) -> Steps[float | None]:
-        """Takes a damping if the held-out objective falls, and returns that; None where it has no factor.
+    def _try_damp(self, damp: float, below: float) -> Steps[float | None]:
+        """Takes a damping if the held-out objective falls below this; returns that objective.
 
-        At most two factors are held.
+        None where the damping has no factor. At most two factors are held.
         """
         kept = self.factor, self.aimed
         found = self._factorize(damp)
@@ -249,7 +251,7 @@ class _Trial:
             return None
         self._take(found, self.strength)
         loss = yield from self._held_loss()
-        if self.least is not None and loss >= self.least:
+        if loss >= below:
             self.factor, self.aimed = kept
         return loss
 
