@@ -41,8 +41,17 @@ ALGOS: dict[str, Algo] = {
     "W4A16_NVFP4": Algo(("nvfp4", "none"), 16, None, _FLOAT4),
     "MXFP8": Algo(("mxfp8", "mxfp8"), 32),
 }
-# ModelOpt writes these as well, and no server reads them.
-_READ = {**ALGOS, "MXFP4": Algo(("mxfp4", "mxfp4"), 32)}
+# ModelOpt writes these as well, and vLLM and transformers do not read them.
+_READ = {
+    **ALGOS,
+    "MXFP4": Algo(("mxfp4", "mxfp4"), 32),
+    "W4A16_AWQ": Algo(("int4 group", "none")),
+    "W4A8_AWQ": Algo(("int4 group", "fp8 static")),
+    "W8A16": Algo(("int8 channel", "none")),
+    "W8A8_SQ_PER_CHANNEL": Algo(("int8 channel", "int8 static")),
+    "W4A8_NVFP4_FP8": Algo(("nvfp4", "fp8 static"), 32),
+}
+_AWQ_GROUP = 128  # where a config does not say it
 _NAMES = {algo.kinds: name for name, algo in ALGOS.items()}
 HOLDS = frozenset(_NAMES)
 _FP8_CACHE = "FP8"
@@ -175,7 +184,8 @@ class LayerReader:
         group = given.get("group_size")
         if group is not None and _READ[name].group not in (None, group):
             raise ModelError(f"{name} in groups of {group} is not read by this version", where=module)
-        return _READ[name]
+        algo = _READ[name]
+        return algo._replace(group=group or _AWQ_GROUP) if algo.kinds[0].endswith(" group") else algo
 
     def names(self, module: str) -> bool:
         """True when the config gives the module an algorithm."""

@@ -38,6 +38,7 @@ class StoredTarget:
     output   spec of the module's output, None when it is not quantized
     bias     spec of its bias, None when the bias is an ordinary tensor
     places   name in `own` -> its place in a file tensor that holds more than this weight, such as one for all experts
+    columns  the tensor with what every input is multiplied by while the model runs, None: they are read as they are
     """
 
     name: str
@@ -48,6 +49,7 @@ class StoredTarget:
     output: TensorSpec | None = None
     bias: TensorSpec | None = None
     places: Mapping[str, WeightView] = field(default_factory=dict)
+    columns: str | None = None
 
     def own(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Returns its tensors by their names within the module, and its shares of larger ones by those in `places`."""

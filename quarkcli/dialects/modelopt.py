@@ -7,6 +7,7 @@ takes codes for weights and runs: it is never one of the loaders.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from quarkcli.dialects import _kinds as kinds
@@ -42,7 +43,7 @@ from quarkcli.documents.shape import check
 from quarkcli.errors import ModelError
 from quarkcli.family import HeaderLike
 from quarkcli.plan.model import Attention, Plan, QuantizedTarget
-from quarkcli.spec import PerChannel, PerTensor, PerTile, ScaleSpec, TensorSpec
+from quarkcli.spec import PerChannel, PerGroup, PerTensor, PerTile, ScaleSpec, TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,7 +59,8 @@ _VLLM_EXPERTS = frozenset(ALGOS[name].kinds for name in ("FP8", "NVFP4", "W4A16_
 _VLLM_PASSES_OVER = ("vision_tower", "vision_model", "vit_large_projector")
 # Leaves that mean nothing unless the model is quantized; without them a file beside it is of another checkpoint.
 _SCALES = (".weight_scale", ".weight_scale_inv")
-_REWRITTEN = (".pre_quant_scale", ".svdquant_lora_a", ".svdquant_lora_b", "_proj.k_bias", "_proj.v_bias")
+_COLUMNS = "pre_quant_scale"
+_REWRITTEN = (".svdquant_lora_a", ".svdquant_lora_b", "_proj.k_bias", "_proj.v_bias")
 
 
 class ModelOptReader(Reader):
@@ -103,7 +105,9 @@ class ModelOptReader(Reader):
         codes = local["weight"]
         if _is_fp4(spec):
             codes = unpack_bits(codes, 4, stored.shape[1])
-        over = local.get("weight_scale_2")
+        elif spec.format.bits == 4:  # two rows in one
+            codes = unpack_bits(codes.T.contiguous(), 4, stored.shape[0], signed=True).T.contiguous()
+        over = local.get("weight_scale_2") if _is_two_level(spec) else None
         params = QParams(
             local["weight_scale"].reshape(shared.scale_shape(spec, stored.shape)),
             None if over is None else over.float().reshape(()),
@@ -190,19 +194,31 @@ class ModelOpt(Writer):
 
 
 def _is_fp4(spec: TensorSpec) -> bool:
-    return spec.format.bits == 4
+    return spec.format.kind == "float" and spec.format.bits == 4
+
+
+def _is_two_level(spec: TensorSpec) -> bool:
+    return spec.scale is not None and spec.scale.global_scale is not None
+
+
+def _codes(spec: TensorSpec, rows: int, cols: int) -> TensorInfo:
+    if spec.format.kind == "integer":
+        return TensorInfo("weight", "I8", (rows, cols)) if spec.format.bits == 8 else _of_bytes(rows // 2, cols)
+    return _of_bytes(rows, cols // 2) if _is_fp4(spec) else TensorInfo("weight", "F8_E4M3", (rows, cols))
+
+
+def _of_bytes(rows: int, cols: int) -> TensorInfo:
+    return TensorInfo("weight", "U8", (rows, cols))
 
 
 def _layout(module: str, pair: Pair, shape: tuple[int, int], model: str) -> list[TensorInfo]:
     """Returns the tensors of a weight of `shape`; `model` is the dtype of a scale in the model's dtype."""
     spec, source = pair
-    rows, cols = shape
-    weight = ("U8", (rows, cols // 2)) if _is_fp4(spec) else ("F8_E4M3", (rows, cols))
     found = [
-        TensorInfo("weight", *weight),
+        _codes(spec, *shape),
         TensorInfo("weight_scale", kinds.scale_text(spec, model), _stored_shapes(spec, shape)[0]),
     ]
-    if spec.scale is not None and spec.scale.global_scale is not None:
+    if _is_two_level(spec):
         found.append(TensorInfo("weight_scale_2", "F32", ()))
     if source is not None and source.is_static:
         found.append(TensorInfo("input_scale", "F32", ()))
@@ -239,16 +255,29 @@ def _stored(module: str, algo: Algo, headers: Mapping[str, HeaderLike], static: 
     source = kinds.input_spec(of_input, group=algo.group)
     if source is not None and source.is_static and not static:
         source = None
-    shape = (weight.shape[0], weight.shape[1] * (2 if _is_fp4(spec) else 1))
+    if algo.group is not None and spec.group_size != algo.group:
+        spec = replace(spec, granularity=PerGroup(algo.group))
+    shape = _shape(spec, *weight.shape)
     others = _stored_shapes(spec, shape)
     wanted = _layout(module, (spec, source), shape, scale.dtype)
     if tuple(scale.shape) in others:
         wanted[1] = wanted[1]._replace(shape=tuple(scale.shape))
     names = shared.check_headers(wanted, headers)
-    legacy = f"{module}.input_scale"  # weights alone are quantized, and older exports store it all the same
-    if legacy in headers and legacy not in names:
-        names = (*names, legacy)
-    return StoredTarget(module, spec, source, shape, names)
+    # Older exports store the one where weights alone are quantized; the other is no factor of whole numbers.
+    passed = (f"{module}.{leaf}" for leaf in ("input_scale", "weight_scale_2"))
+    names = (*names, *(name for name in passed if name in headers and name not in names))
+    columns = f"{module}.{_COLUMNS}"
+    if columns not in headers:
+        return StoredTarget(module, spec, source, shape, names)
+    shared.check_headers([TensorInfo(columns, "BF16", shape[1:])], headers)
+    return StoredTarget(module, spec, source, shape, (*names, columns), columns=columns)
+
+
+def _shape(spec: TensorSpec, rows: int, cols: int) -> tuple[int, int]:
+    """Returns the shape of a weight from that of its codes."""
+    if spec.format.bits == 8:
+        return rows, cols
+    return (rows, cols * 2) if _is_fp4(spec) else (rows * 2, cols)
 
 
 def _stored_attention(headers: Mapping[str, HeaderLike]) -> Iterator[tuple[str, StoredAttention]]:

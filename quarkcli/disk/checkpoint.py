@@ -143,13 +143,19 @@ class Checkpoint:
         return whole
 
     def weight(self, name: str) -> Tensor:
-        """Returns the weight of a module as the checkpoint's numbers say: float32 when quantized, else as stored."""
+        """Returns the weight of a module as the checkpoint's numbers say: float32 when quantized, else as stored.
+
+        What its inputs are multiplied by while the model runs is multiplied into it.
+        """
+        stored = self.view.targets.get(name)
+        return self.source.read(f"{name}.weight") if stored is None else self.values(stored, self.decode(stored))
+
+    def values(self, stored: StoredTarget, decoded: Decoded) -> Tensor:
+        """Returns the weight that has been decoded, float32."""
         from quarkcli.numerics.quantize import dequantize
 
-        stored = self.view.targets.get(name)
-        if stored is None:
-            return self.source.read(f"{name}.weight")
-        return dequantize(self.decode(stored).weight, stored.weight)
+        found = dequantize(decoded.weight, stored.weight)
+        return found if stored.columns is None else found * self.source.read(stored.columns).float()
 
     def bias(self, name: str) -> Tensor:
         """Returns the quantized bias of a module [out], float32."""
@@ -179,6 +185,8 @@ class Checkpoint:
 
     def _activations(self, tensor: str, name: str, stored: StoredTarget) -> Iterator[ActivationQuantizer]:
         static = any(spec is not None and spec.is_static for spec in (stored.input, stored.output))
+        if stored.columns is not None and stored.input is not None:
+            raise ModelError("its inputs are multiplied before they are quantized; nothing here does", where=name)
         decoded = self.decode(stored) if static else None
         if stored.input is not None:
             scale = decoded.input if decoded is not None and stored.input.is_static else None

@@ -230,9 +230,7 @@ def _rounded(values: list[Tensor], targets: tuple[StoredTarget | None, ...]) -> 
 
 
 def _values(side: _Side, name: str, target: StoredTarget | None, decoded: Decoded | None) -> Tensor:
-    from quarkcli.numerics.quantize import dequantize
-
-    return side.read(name) if target is None or decoded is None else dequantize(decoded.weight, target.weight)
+    return side.read(name) if target is None or decoded is None else side.checkpoint.values(target, decoded)
 
 
 def _turned_back(values: Tensor, block: int | None) -> Tensor:

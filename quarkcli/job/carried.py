@@ -131,7 +131,7 @@ def _left(plan: Plan, weights: WeightSource) -> dict[str, StoredTarget]:
     if not isinstance(weights, Checkpoint):
         return {}
     left = (name for name, target in plan.targets.items() if target.weight is None)
-    stored = weights.view.targets
+    stored = {name: each for name, each in weights.view.targets.items() if each.columns is None}
     return {name: stored[name] for name in left if name in stored and stored[name].shape == plan.targets[name].shape}
 
 

@@ -78,6 +78,9 @@ def prepare(source: Source, to: str) -> Conversion:
         raise ModelError("is not quantized, so there is nothing to convert", where=source.name, hint=hint)
     if reader.name == writer.name:
         raise UsageError(f"the checkpoint is in dialect {writer.name} already", where="--to")
+    scaled = next((each.columns for each in checkpoint.view.targets.values() if each.columns is not None), None)
+    if scaled is not None:
+        raise ModelError(f"inputs are multiplied by it, which dialect {writer.name} has no place for", where=scaled)
     plan = checkpoint.plan(checkpoint.layout)
     refusals = [*writer.refusals(plan), *writer.online_refusals(plan)]
     if refusals:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from quarkcli import dialects
 from quarkcli.dialects import _kinds as kinds
 from quarkcli.errors import ConfigError, ModelError
+from quarkcli.job import convert
 from quarkcli.numerics.quantize import dequantize
 from tests import runs
 from tests.dialects.jobs import opened, whole_job
@@ -116,7 +117,9 @@ def test_a_cache_without_scales_is_cast(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "config", "message"),
     [
-        ("fp8", {"quant_algo": "W4A16_AWQ"}, r"quant_algo 'W4A16_AWQ' is not read"),
+        ("fp8", {"quant_algo": "NVFP4_SVD"}, r"quant_algo 'NVFP4_SVD' is not read"),
+        ("fp8", {"quant_algo": "W4A16_AWQ"}, r"found F8_E4M3 .* asks for U8"),
+        ("fp8", {"quant_algo": "W8A8_SQ_PER_CHANNEL"}, r"found F8_E4M3 .* asks for I8"),
         ("fp8", {"quant_algo": None}, "quant_algo None is not read"),
         ("nvfp4", {"group_size": 32}, "NVFP4 in groups of 32 is not read"),
         ("fp8", {"kv_cache_scheme": "NVFP4"}, "a cache of NVFP4 is not read"),
@@ -136,7 +139,25 @@ def test_what_is_refused_of_the_tensors(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"o_proj\.input_scale"):
         opened(changed("nvfp4", tmp_path / "a", **{f"{module}.input_scale": None}))
     with pytest.raises(ModelError, match="multiplied or added while the model runs"):
-        opened(changed("nvfp4", tmp_path / "b", **{f"{module}.pre_quant_scale": torch.ones(64)}))
+        opened(changed("nvfp4", tmp_path / "b", **{f"{module}.svdquant_lora_a": torch.ones(64)}))
+
+
+def test_what_inputs_are_multiplied_by_is_multiplied_into_the_weight(tmp_path: Path) -> None:
+    """A weight that is left alone does not keep its codes, no other dialect holds it, and it is not run as it is."""
+    module = "model.layers.0.self_attn.o_proj"
+    columns = torch.linspace(0.5, 2, 64, dtype=torch.bfloat16)
+    folder = changed("w4a16", tmp_path / "model", **{f"{module}.pre_quant_scale": columns})
+    plain, scaled = opened(PEERS / "w4a16"), opened(folder)
+    assert torch.equal(scaled.weight(module), plain.weight(module) * columns.float())
+    assert f"{module}.pre_quant_scale" not in scaled.copied()
+    others = ["q_proj", "k_proj", "v_proj"]
+    made = runs.prepare(folder, scheme="mxfp4", exclude=["*self_attn*"], dialect="compressed-tensors", target="none")
+    assert set(made.plan.carried) == {f"model.layers.0.self_attn.{name}" for name in others}
+    with pytest.raises(ModelError, match="inputs are multiplied by it, which dialect compressed-tensors"):
+        convert.prepare(scaled.source, "compressed-tensors")
+    both = changed("nvfp4", tmp_path / "both", **{f"{module}.pre_quant_scale": columns})
+    with pytest.raises(ModelError, match="multiplied before they are quantized"):
+        list(opened(both).activation_quantizers([f"{module}.weight"]))
 
 
 def test_an_input_scale_that_weights_alone_do_not_need_is_passed_over(tmp_path: Path) -> None:
