@@ -174,10 +174,11 @@ class JobFlags:
         ),
     ] = None
     on_indivisible: Annotated[
-        Literal["error", "keep"],
+        Literal["error", "keep", "pad"],
         Option(
             "--on-indivisible",
-            help="Modules whose width is no multiple of the scheme's group: an error, or they stay as they are.",
+            help="Modules whose width is no multiple of the scheme's group: an error; keep: they stay as they are; "
+            "pad: the last group of a row is shorter, which no server loads.",
         ),
     ] = "error"
     allow_unmatched: Annotated[

@@ -5,15 +5,16 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import replace
 
 from quarkcli.errors import ConfigError, ModelError, some
 from quarkcli.plan.model import Attention, Plan, QuantizedTarget, Target
 from quarkcli.recipe.entries import Entry, Origin
-from quarkcli.recipe.match import starred
+from quarkcli.recipe.match import slot_pattern, starred
 from quarkcli.recipe.recipe import exclusion_entries
-from quarkcli.spec import PerChannel, PerTile, TensorSpec
+from quarkcli.spec import PerChannel, PerGroup, PerTile, TensorSpec, spec_to_yaml
 
-KEEP = "--on-indivisible keep"
+KEEP, PAD = "--on-indivisible keep", "--on-indivisible pad"
 
 
 def warn(plan: Plan) -> None:
@@ -145,7 +146,12 @@ def _check_widths(plan: Plan) -> None:
         + (f"; {count} modules in all" if count > 1 else ""),
         where=f"{run[0].name}.{kind}_quantizer",
         hint=f"--exclude '*{leaf}', or a scheme with another group size for them: --layer '*{leaf}=fp8'; "
-        f"{KEEP} leaves out all such modules",
+        f"{KEEP} leaves out all such modules"
+        + (
+            f", {PAD} ends the last group of such a row with it"
+            if kind == "weight"
+            else f"; {PAD} is for weights alone"
+        ),
     )
 
 
@@ -164,6 +170,38 @@ def left_out(plan: Plan) -> tuple[list[Entry], str]:
             entries += exclusion_entries(pattern, Origin(f"{KEEP}: {why}"), user=False, required=False)
     said = (f"{len(names)} modules because {why} ({some(names, 2)})" for why, names in reasons.items())
     return entries, f"{KEEP} leaves out {'; '.join(said)}"
+
+
+def padded(plan: Plan) -> tuple[list[Entry], str]:
+    """Returns entries that give such weights a shorter last group, and what that does, for people.
+
+    A group of a row is a tile one row high, and tiles may end where a matrix does.
+    """
+    found: dict[tuple[TensorSpec, int], dict[str, None]] = {}
+    for run, kind, _, width in _indivisible(plan):
+        if kind == "weight":
+            found.setdefault((run[0].weight, width), {}).update(dict.fromkeys(target.name for target in run))
+    if not found:
+        return [], f"{PAD} changes nothing: every weight's width holds whole groups"
+    alike = Counter(starred(name) for name in plan.targets)
+    entries, said = [], []
+    for (spec, width), names in found.items():
+        size = max(size for size in spec.group_sizes if width % size)
+        origin = Origin(f"{PAD}: a last group of {width % size} of {size} features")
+        said.append(f"{len(names)} modules a last group of {width % size} of {size} features ({some(names, 2)})")
+        cfg = spec_to_yaml(_cut(spec, width))
+        for pattern in _patterns(names, alike):
+            slot = slot_pattern(pattern, "weight_quantizer")
+            entries.append(Entry(slot, cfg, True, None, False, origin, str(origin)))
+    return entries, f"{PAD} gives {'; '.join(said)}"
+
+
+def _cut(spec: TensorSpec, width: int) -> TensorSpec:
+    """Returns a spec whose groups may end with the row, in every stage that needs it."""
+    then = _cut(spec.then, width) if spec.then is not None else None
+    size = spec.granularity.size if isinstance(spec.granularity, PerGroup) else 0
+    cut = size and width % size and not spec.format.sub_block
+    return replace(spec, granularity=PerTile(1, size) if cut else spec.granularity, then=then)
 
 
 def _patterns(names: Iterable[str], alike: Mapping[str, int]) -> Iterator[str]:

@@ -24,7 +24,8 @@ from quarkcli.recipe.recipe import Recipe, attention_entries, cache_entries, exc
 class Overrides:
     """Holds the additions of flags to a recipe, in the order given. `entries` are edits of a plan and come last.
 
-    on_indivisible   `keep`: modules whose width groups do not divide are not quantized
+    on_indivisible   `keep`: modules whose width groups do not divide are not quantized; `pad`: a weight's last group
+                     ends with its row
     """
 
     layer_types: Sequence[str] = ()
@@ -35,7 +36,7 @@ class Overrides:
     kv_cache: str | None = None
     attention: str | None = None
     min_kv_scale: float | None = None
-    on_indivisible: Literal["error", "keep"] = "error"
+    on_indivisible: Literal["error", "keep", "pad"] = "error"
     allow_unmatched: bool = False
     entries: Sequence[Entry] = ()
 

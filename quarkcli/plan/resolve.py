@@ -39,8 +39,8 @@ def resolve(
         composed.entries[end:end] = least
         composed.edits_start += len(least)
     resolver, plan = _applied(composed, recipe, layout)
-    if overrides.on_indivisible == "keep":
-        left, line = checks.left_out(plan)
+    if overrides.on_indivisible != "error":
+        left, line = checks.left_out(plan) if overrides.on_indivisible == "keep" else checks.padded(plan)
         composed.entries[composed.edits_start : composed.edits_start] = left
         composed.edits_start += len(left)
         resolver, plan = _applied(composed, recipe, layout)

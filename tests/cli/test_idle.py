@@ -55,7 +55,7 @@ IDLE: dict[str, list[Case]] = {
     "allow_unmatched": [((*FREE, "--allow-unmatched"), 0, NOTHING)],
     "kv_cache": [((*FREE, "--kv-cache", "none"), 0, NOTHING)],
     "attention": [((*FREE, "--attention", "none"), 0, NOTHING)],
-    "on_indivisible": [((*FREE, "--on-indivisible", "keep"), 0, NOTHING)],
+    "on_indivisible": [((*FREE, "--on-indivisible", word), 0, NOTHING) for word in ("keep", "pad")],
     "min_kv_scale": [((*FREE, "--min-kv-scale", "0.1"), 3, "no KV cache")],
     "algorithm": [(("--model", "demo", "--recipe", "CACHE", "--algorithm", "gptq", "--calib-data", "builtin"),
                    0, "no weight that it could work on")],
