@@ -79,6 +79,10 @@ class ResourceError(QuarkError):
     code = ExitCode.RESOURCES
 
 
+class HubError(AccessError):
+    """The hub refused something, or did not answer."""
+
+
 class DataError(QuarkError):
     """Calibration data or numerics: too few rows, no text, NaN or inf."""
 

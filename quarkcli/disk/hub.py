@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from quarkcli.disk.headers import OTHER_WEIGHTS, PICKLES
-from quarkcli.errors import AccessError, QuarkError, ResourceError
+from quarkcli.errors import HubError, QuarkError, ResourceError
 from quarkcli.events import Listener, Message, silent
 
 # What is not downloaded: weights of formats that are not read, and the same weights under other names.
@@ -105,22 +105,25 @@ def total_size(response: Any) -> int:
     place = response.headers.get("Content-Range", "")
     total = place.rpartition("/")[2] if place else response.headers.get("Content-Length", "")
     if not total.isdigit():
-        raise AccessError("the hub does not say how large the file is", where=str(response.url).partition("?")[0])
+        raise HubError("the hub does not say how large the file is", where=str(response.url).partition("?")[0])
     return int(total)
 
 
 @contextmanager
-def refusals(hub_id: str, revision: str, offline: bool = False) -> Iterator[None]:
-    """Turns errors of the hub into user errors. The HTTP library's own pass through, and which one it is varies."""
+def refusals(hub_id: str, revision: str, offline: bool = False, *, found: bool = False) -> Iterator[None]:
+    """Turns errors of the hub into user errors. The HTTP library's own pass through, and which one it is varies.
+
+    found   the hub has shown this model already
+    """
     try:
         yield
     except QuarkError:
         raise
     except Exception as error:
-        raise refusal(error, hub_id, revision, offline) from error
+        raise _refusal(error, hub_id, revision, offline, found) from error
 
 
-def refusal(error: Exception, hub_id: str, revision: str, offline: bool = False) -> QuarkError:
+def _refusal(error: Exception, hub_id: str, revision: str, offline: bool, found: bool) -> QuarkError:
     """Returns the plain message of a failed download; the token itself is never shown."""
     from huggingface_hub import constants, errors, get_token
 
@@ -150,9 +153,10 @@ def refusal(error: Exception, hub_id: str, revision: str, offline: bool = False)
         hint = "go online once, or give a local directory"
     else:
         text = " ".join(str(error).split())[:300].replace(token or "\0", "***")
-        what = f"no such directory, and the download from the hub failed: {type(error).__name__}: {text}"
-        hint = "check the network, or give a local directory"
-    return AccessError(what, where=hub_id, hint=hint)
+        here = "" if found else "no such directory, and "
+        what = f"{here}the download from the hub failed: {type(error).__name__}: {text}"
+        hint = "check the network" + ("; the same command goes on" if found else ", or give a local directory")
+    return HubError(what, where=hub_id, hint=hint)
 
 
 def is_out_of_reach(error: Exception) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 from quarkcli.disk import manifest, verify
 from quarkcli.disk.outputs import MANIFEST
 from quarkcli.disk.side_files import README
-from quarkcli.errors import AccessError, QuarkError, UsageError, some
+from quarkcli.errors import HubError, QuarkError, UsageError, some
 from quarkcli.events import Listener, Message, Phase, Working, silent
 
 _HUBS_OWN = {".gitattributes", README}
@@ -17,7 +17,7 @@ _HUBS_OWN = {".gitattributes", README}
 def push(
     folder: Path, repository: str, *, private: bool = False, overwrite: bool = False, tell: Listener = silent
 ) -> dict[str, Any]:
-    """Uploads a checkpoint and returns a summary. Raises CheckError, UsageError, AccessError.
+    """Uploads a checkpoint and returns a summary. Raises CheckError, UsageError, HubError.
 
     overwrite   a repository that holds something is replaced: its other files are removed in the same commit
     """
@@ -70,9 +70,9 @@ def _refusal(error: Exception, repository: str) -> QuarkError:
     status = getattr(getattr(error, "response", None), "status_code", None)
     login = f"{'a' if token else 'no'} token was seen; set HF_TOKEN to one that may write to {repository}"
     if status in (401, 403) or (token is None and "token" in str(error).lower()):
-        return AccessError("the hub refused the upload", where=repository, hint=login)
+        return HubError("the hub refused the upload", where=repository, hint=login)
     if constants.HF_HUB_OFFLINE:
-        return AccessError("nothing can be uploaded while offline", where=repository, hint="unset HF_HUB_OFFLINE")
+        return HubError("nothing can be uploaded while offline", where=repository, hint="unset HF_HUB_OFFLINE")
     text = " ".join(str(error).split())[:300].replace(token or "\0", "***")
     what = f"the upload failed: {type(error).__name__}: {text}"
-    return AccessError(what, where=repository, hint="check the name and the network; the same command begins again")
+    return HubError(what, where=repository, hint="check the name and the network; the same command begins again")

@@ -16,7 +16,7 @@ from quarkcli.disk import hub, pickles
 from quarkcli.disk.headers import INDEX, Header, header_length, parse_headers
 from quarkcli.disk.stream import Stream
 from quarkcli.disk.writer import atomic_write_json, disk_errors
-from quarkcli.errors import AccessError, ModelError, QuarkError
+from quarkcli.errors import HubError, ModelError, QuarkError
 from quarkcli.events import Listener, silent
 
 CONFIG = "config.json"
@@ -56,7 +56,7 @@ class Remote:
 
         kept   a file that `keep` wrote
 
-        Raises AccessError, ModelError (no config.json), ResourceError.
+        Raises HubError, ModelError (no config.json), ResourceError.
         """
         import huggingface_hub as api
         from huggingface_hub import errors, utils
@@ -93,7 +93,7 @@ class Remote:
         import huggingface_hub as api
 
         def one(name: str) -> None:
-            with hub.refusals(self.hub_id, self.commit):
+            with hub.refusals(self.hub_id, self.commit, found=True):
                 api.hf_hub_download(self.hub_id, name, revision=self.commit)
 
         missing = [name for name in names if name in self.names and not self.is_here(name)]
@@ -129,7 +129,7 @@ class Remote:
 
     def _headers(self, file: str) -> Known:
         where = f"{self.hub_id}/{file}"
-        with hub.refusals(self.hub_id, self.commit):
+        with hub.refusals(self.hub_id, self.commit, found=True):
             start, size = self._read(file, 0, 8)
             content, _ = self._read(file, 8, header_length(start, size, where))
         return size, parse_headers(content, size, file, where)
@@ -155,7 +155,7 @@ class Remote:
 
         stop   ends it
 
-        Raises AccessError, ResourceError.
+        Raises HubError, ResourceError.
         """
         target = folder / file
         part = target.with_name(target.name + PART)
@@ -164,7 +164,7 @@ class Remote:
         with disk_errors(folder):
             part.parent.mkdir(parents=True, exist_ok=True)
         patience = hub.Patience(f"{self.hub_id}/{file}", self.tell, stop)
-        with hub.refusals(self.hub_id, self.commit):
+        with hub.refusals(self.hub_id, self.commit, found=True):
             while not self._is_whole(file, part):
                 try:
                     self._go_on(file, part, patience)
@@ -188,7 +188,7 @@ class Remote:
             return True
         part.unlink()
         what = "what was downloaded is not the file that the hub lists"
-        raise AccessError(what, where=f"{self.hub_id}/{file}", hint="the same command downloads it again")
+        raise HubError(what, where=f"{self.hub_id}/{file}", hint="the same command downloads it again")
 
     def _go_on(self, file: str, part: Path, patience: hub.Patience) -> None:
         """Asks for the bytes that are missing, and writes them as they come."""
@@ -196,14 +196,14 @@ class Remote:
         with hub.opened(self.hub_id, self.commit, file, start) as response:
             mode = "ab" if response.status_code == hub.PARTIAL else "wb"
             if hub.total_size(response) != size:
-                raise AccessError("its size on the hub changed", where=f"{self.hub_id}/{file}")
+                raise HubError("its size on the hub changed", where=f"{self.hub_id}/{file}")
             with disk_errors(part):
                 stream = part.open(mode, buffering=0)
             with stream:
                 for chunk in response.iter_raw():  # as it comes, for pieces of a size are lost where it breaks
                     piece = memoryview(chunk)
                     if patience.stop.is_set():
-                        raise AccessError("the download was given up", where=f"{self.hub_id}/{file}")
+                        raise HubError("the download was given up", where=f"{self.hub_id}/{file}")
                     with disk_errors(part, size - start):
                         while piece:
                             piece = piece[stream.write(piece) :]

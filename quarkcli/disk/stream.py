@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
-from quarkcli.errors import AccessError
+from quarkcli.errors import HubError
 
 Uses = Mapping[str, Mapping[str, set[str]]]  # part, in order -> file -> tensors
 AT_ONCE = 2
@@ -94,7 +94,7 @@ class Stream:
             path, error = self._there.get(file), self._failed.pop(file, None)
         try:
             if path is None:
-                raise error or AccessError("the download was given up", where=file)
+                raise error or HubError("the download was given up", where=file)
             yield path
         finally:
             with self._changed:

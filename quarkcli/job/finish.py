@@ -28,7 +28,7 @@ from quarkcli.disk.writer import (
     sync_folder,
     write_index,
 )
-from quarkcli.errors import AccessError, ResourceError
+from quarkcli.errors import AccessError, HubError, ResourceError
 from quarkcli.events import Listener, Message
 from quarkcli.family import quantization, text_config, without_quantization
 from quarkcli.job.options import Calibration, Prepared
@@ -217,6 +217,8 @@ def begun() -> Iterator[None]:
     """Turns missing files into disk errors: they were there when the work began, so no name is wrong."""
     try:
         yield
+    except HubError:
+        raise
     except AccessError as error:
         raise ResourceError(error.what, where=error.where, hint=error.hint) from error
 

@@ -12,11 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from quarkcli.disk.hub import Patience
+from quarkcli.cli.planview import header
+from quarkcli.disk.hub import TRIES, Patience
+from quarkcli.errors import AccessError, ResourceError
 from quarkcli.job import download
 from tests import runs
 from tests.disk.test_hub import in_shards, shards, weight_bytes
-from tests.hub import COMMIT, NAME, Answer, Hub, started
+from tests.hub import COMMIT, NAME, TOKEN, Answer, Hub, started
 
 
 @pytest.fixture
@@ -157,3 +159,145 @@ def test_a_run_that_goes_on(hub, model, near, tmp_path, monkeypatch, parts):
     assert asked <= needed - here, (asked, needed, here)
     if parts == 7:
         assert len(asked) < 2 and sum(first.values()) > 0
+
+
+# ---- what else comes in this way
+
+
+def test_calibrated_jobs(hub, model, tmp_path, monkeypatch):
+    """The head is read before the first block, so that its file stays beside two others."""
+    folder = taken(hub, model, monkeypatch, tmp_path)
+    rows = runs.data(runs.text_file(tmp_path / "rows.txt"), 8)
+    job = {"scheme": "nvfp4", "algorithm": "gptq", **rows}
+    local = runs.run(model, tmp_path / "local", **job)
+
+    def work() -> runs.Made:
+        return runs.run(NAME, tmp_path / "far", resume="auto", **job)
+
+    runs.killed(3, work)
+    with watched(folder) as peak:
+        far = work()
+    assert contents(far.folder) == contents(local.folder) and 0 < peak.files <= 3
+    assert far.prepared.download is not None and not far.prepared.download.kept
+
+
+def test_transforms_take_the_whole_model(hub, model, tmp_path, monkeypatch):
+    taken(hub, model, monkeypatch, tmp_path)
+    rows = runs.data(runs.text_file(tmp_path / "rows.txt"), 8)
+    job = {"scheme": "int8_dynamic", "algorithm": "smoothquant,rtn", **rows}
+    far = runs.run(NAME, tmp_path / "far", keep_download=True, **job)
+    assert contents(far.folder) == contents(runs.run(model, tmp_path / "local", **job).folder)
+    assert {path.name for path in (tmp_path / "hub").rglob("snapshots/*/*.safetensors")} == set(shards(hub))
+    assert "kept in the hub's cache: transforms read weights more than once" in "\n".join(header(far.prepared))
+    assert any("--keep-download changes nothing: transforms" in line for line in far.prepared.warnings)
+    whole = sum(len(hub.files[name]) for name in shards(hub))
+    assert weight_bytes(hub) < whole * 1.01
+    monkeypatch.setattr(download, "free_bytes", lambda path: whole)
+    hub.take(monkeypatch, tmp_path / "small")
+    with pytest.raises(ResourceError, match="bytes needed for the download"):
+        runs.run(NAME, tmp_path / "no room", **job)
+
+
+def test_a_quantized_model_whose_codes_are_kept(hub, model, tmp_path, monkeypatch):
+    """Codes that stay are read once more while a part is worked on, when its file is there still."""
+    source = runs.run(model, tmp_path / "source", scheme="int8_dynamic").folder
+    taken(hub, source, monkeypatch, tmp_path)
+    job = {"scheme": "int4_wo_128", "exclude": ["*self_attn*"]}
+    far = runs.run(NAME, tmp_path / "far", **job)
+    assert contents(far.folder) == contents(runs.run(source, tmp_path / "local", **job).folder)
+    assert len(far.report["source"]["carried"]) == 6 * 4
+    assert weight_bytes(hub) < sum(len(hub.files[name]) for name in shards(hub)) * 1.02
+
+
+def test_a_hub_without_ranges(hub, model, near, tmp_path, monkeypatch):
+    """A broken file begins again, for there is no other way."""
+    taken(hub, model, monkeypatch, tmp_path)
+    hub.ranged = False
+    monkeypatch.setattr(Patience, "pause", lambda self, seconds: None)
+    left = [2]
+
+    def cut(method: str, path: str, start: int, end: int | None) -> Answer | None:
+        if method == "GET" and path.endswith(".safetensors") and len(hub.calls) > 20 and left[0]:
+            left[0] -= 1
+            return Answer(200, hub.files[path.rpartition("/")[2]], cut=200_000)
+        return None
+
+    hub.fault = cut
+    assert contents(runs.run(NAME, tmp_path / "far", scheme="mxfp4").folder) == contents(near.folder)
+
+
+# ---- refused in the middle
+
+
+def later(hub: Hub, answer: Answer, count: int = 10**6) -> None:
+    """From the second weight file on the hub gives this answer, so many times."""
+    left = [count]
+
+    def fault(method: str, path: str, start: int, end: int | None) -> Answer | None:
+        mine = path.endswith(("2-of-00003.safetensors", "3-of-00003.safetensors")) and end is None and method == "GET"
+        left[0] -= mine
+        return answer if mine and left[0] >= 0 else None
+
+    hub.fault = fault
+
+
+REFUSED = {
+    "a token that is taken back": (Answer(401), "the hub refused access"),
+    "too many requests": (
+        Answer(429, headers={"Retry-After": "7"}),
+        r"too many requests \(429\), and asks to wait 7 s",
+    ),
+    "a hub that is broken": (Answer(500), "^org/name: the download from the hub failed: HfHubHTTPError"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_is_done_stays_done(hub, model, near, tmp_path, monkeypatch, kind):
+    """An error of access, behind which the same command goes on."""
+    taken(hub, model, monkeypatch, tmp_path)
+    waits: list[float] = []
+    monkeypatch.setattr(Patience, "pause", lambda self, seconds: waits.append(seconds))
+    answer, words = REFUSED[kind]
+    later(hub, answer)
+    with pytest.raises(AccessError, match=words) as caught:
+        runs.run(NAME, tmp_path / "far", scheme="mxfp4")
+    assert "HF_TOKEN" in caught.value.hint or answer.status == 500
+    assert waits[:5] == ([] if answer.status == 401 else [7] * 5 if answer.status == 429 else [0.5, 1, 2, 4, 8])
+    assert (tmp_path / "far.partial").is_dir() and not (tmp_path / "far").exists()
+    later(hub, answer, 0 if answer.status == 401 else TRIES - 2)
+    hub.calls.clear()
+    far = runs.run(NAME, tmp_path / "far", scheme="mxfp4", resume="auto")
+    assert contents(far.folder) == contents(near.folder)
+    assert not any("1-of-00003" in call for call in hub.calls)
+
+
+def test_a_file_that_is_not_the_one_listed(hub, model, near, tmp_path, monkeypatch):
+    taken(hub, model, monkeypatch, tmp_path)
+    name = shards(hub)[1]
+    whole = hub.files[name]
+    headers = {"Content-Range": f"bytes 0-{len(whole) - 1}/{len(whole)}"}
+    later(hub, Answer(206, whole[:-1] + bytes([whole[-1] ^ 1]), headers), 1)
+    with pytest.raises(AccessError, match=rf"{name}: what was downloaded is not the file that the hub lists"):
+        runs.run(NAME, tmp_path / "far", scheme="mxfp4")
+    far = runs.run(NAME, tmp_path / "far", scheme="mxfp4", resume="auto")
+    assert contents(far.folder) == contents(near.folder)
+
+
+def test_the_token_is_in_no_file(hub, model, tmp_path):
+    """The hub asks for it. A wrong one ends with exit code 5, the page with the licence, and the variable."""
+    hub.hold(model)
+    arguments = ["quantize", "--model", NAME, "--scheme", "mxfp4", "--device", "cpu", "-o", tmp_path / "out"]
+    done = hub.quark(*arguments, token="hf_anotheranother", home=tmp_path / "home")
+    assert done.returncode == 5 and f"{hub.url}/{NAME}" in done.stderr and "HF_TOKEN" in done.stderr
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+    later(hub, Answer(403))
+    stopped = hub.quark(*arguments, "--debug", token=TOKEN, home=tmp_path / "home")
+    assert stopped.returncode == 5 and (tmp_path / "out.partial").is_dir()
+    seen = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+    hub.fault = None
+    whole = hub.quark(*arguments, token=TOKEN, home=tmp_path / "home")
+    assert whole.returncode == 0, whole.stderr
+    seen += [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+    seen += [(one.stdout + one.stderr).encode() for one in (done, stopped, whole)]
+    assert len(seen) > 30
+    assert not any(token.encode() in text for text in seen for token in (TOKEN, "hf_anotheranother"))
