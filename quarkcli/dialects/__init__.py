@@ -112,12 +112,26 @@ def choose(asked: str, plan: Plan, favoured: Callable[[Writer], bool] = lambda d
         for dialect in named:
             _check(dialect, plan)
         return sorted(sorted(named, key=_name), key=lambda dialect: _rank(dialect, plan), reverse=True)
+    _check_latents(plan)
     refused = {dialect: _refusals(dialect, plan) for dialect in writers()}
     able = [dialect for dialect, reasons in refused.items() if not reasons]
     if not able:
         every = "; ".join(f"{dialect.name}: {found[0]}" for dialect, found in refused.items())
         raise ConfigError(f"no dialect can hold this plan: {every}", hint="change the scheme of the modules named")
     return [max(able, key=lambda dialect: (favoured(dialect), *_rank(dialect, plan)))]
+
+
+def _check_latents(plan: Plan) -> None:
+    """Raises ConfigError for scales of k and v where the cache holds a latent: `auto` takes no dialect for these."""
+    for module in plan.attention.values():
+        if module.latent and {"k", "v"} & set(module.specs):
+            able = [f"--dialect {dialect.name}" for dialect in writers() if not _refusals(dialect, plan)]
+            named = f"; {' or '.join(able)} names a scale all the same" if able else ""
+            raise ConfigError(
+                "its cache holds a compressed latent, not k and v, and no server reads a scale of these for it",
+                where=f"{module.name}.k_bmm_quantizer",
+                hint=f"--kv-cache none; servers take a scale of 1 when told to keep an fp8 cache{named}",
+            )
 
 
 def _name(dialect: Writer) -> str:

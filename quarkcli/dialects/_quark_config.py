@@ -17,6 +17,8 @@ _VERSION = "0.13"
 PACK_METHOD = "reorder"
 IN_ORDER = "order"
 # Attention slots whose scale is stored as that of a projection's output; the softmax output has a name of its own.
+# Where one linear makes k and v (fused with q, or out of a latent), its output has one scale, which amd-quark's
+# templates name so: `*qkv_proj`, `*query_key_value`, `*Wqkv`, `*c_attn`, `*kv_b_proj`, `*wkv`.
 PROJECTIONS = {"q": "q_proj", "k": "k_proj", "v": "v_proj"}
 CACHE = ("k", "v")
 SOFTMAX = "p"
@@ -43,6 +45,18 @@ def is_cast(spec: TensorSpec | None) -> bool:
     return spec is not None and spec.scale is None
 
 
+def is_joined(attention: Attention) -> bool:
+    """True when one linear makes both k and v."""
+    return attention.k_proj == attention.v_proj
+
+
+def leaf_of(attention: Attention, kind: str) -> str:
+    """Returns the last step of the name of the module on whose output the scale of q, k or v is stored."""
+    if kind in CACHE and is_joined(attention):
+        return attention.k_proj.rpartition(".")[2]
+    return PROJECTIONS[kind]
+
+
 def projection(attention: Attention, kind: str) -> str:
     """Returns the module on whose output the scale of q, k or v is stored."""
     return {"k": attention.k_proj, "v": attention.v_proj}.get(kind, f"{attention.name}.{PROJECTIONS['q']}")
@@ -55,7 +69,9 @@ def config_of(plan: Plan, quant_method: str) -> dict[str, Any]:
     """Returns the whole `quantization_config`; keys as in exports of AMD Quark."""
     layers, everywhere = _layers(plan)
     attention = _attention_specs(plan)
-    kv = {f"*{PROJECTIONS[kind]}": layers[f"*{PROJECTIONS[kind]}"] for kind in CACHE if kind in attention}
+    active = [module for module in plan.attention.values() if module.specs]
+    keys = [f"*{leaf_of(active[0], kind)}" for kind in CACHE if kind in attention]
+    kv = {key: layers[key] for key in keys}
     minima = [spec.scale.outermost.minimum for kind, spec in attention.items() if kind in CACHE and spec.scale]
     return {
         "quant_method": quant_method,
@@ -65,8 +81,9 @@ def config_of(plan: Plan, quant_method: str) -> dict[str, Any]:
         "layer_quant_config": layers,
         "layer_type_quant_config": {},
         "kv_cache_quant_config": kv,
-        # The scales are measured where the cache is written, after the rotary embedding.
-        "kv_cache_post_rope": bool(kv),
+        # Scales of k and v are measured where the cache is written, after the rotary embedding; one scale for all
+        # that a linear makes is that of its output.
+        "kv_cache_post_rope": bool(kv) and not is_joined(active[0]),
         "softmax_quant_spec": specs_of(attention.get(SOFTMAX), activation=True),
         "algo_config": None,
         "exclude": [*_excluded(plan), *shared.tied_head(plan)],
@@ -109,21 +126,26 @@ def _layers(plan: Plan) -> tuple[dict[str, Any], Slots]:
     for target in plan.quantized():
         found.setdefault(slots_of(target), []).append(target)
     everywhere = _most_frequent({slots: len(members) for slots, members in found.items() if not is_cast(slots.weight)})
-    attention = {kind: spec for kind, spec in _attention_specs(plan).items() if kind in PROJECTIONS}
-    kind_of = {projection(a, kind): kind for a in plan.attention.values() for kind in attention}
-    usual = {kind: _usual(plan, [name for name, own in kind_of.items() if own == kind]) for kind in attention}
+    leaves: dict[str, TensorSpec] = {}
+    leaf_by_name: dict[str, str] = {}
+    for module in plan.attention.values():
+        for kind, spec in module.specs.items():
+            if kind in PROJECTIONS:
+                leaf = leaf_by_name[projection(module, kind)] = leaf_of(module, kind)
+                leaves[leaf] = spec
+    usual = {leaf: _usual(plan, [name for name, own in leaf_by_name.items() if own == leaf]) for leaf in leaves}
     layers: dict[str, Any] = {}
     for slots, targets in found.items():
         plain = _layer(slots)
         for target in targets:
-            kind = kind_of.get(target.name)
-            if kind is not None and slots != usual[kind]:
-                layers[target.name] = _layer(slots, attention[kind])
-            elif kind is None and target.expert is None and slots != everywhere:
+            leaf = leaf_by_name.get(target.name, "")
+            if leaf and slots != usual[leaf]:
+                layers[target.name] = _layer(slots, leaves[leaf])
+            elif not leaf and target.expert is None and slots != everywhere:
                 layers[target.name] = plain
         if slots != everywhere:
             layers |= dict.fromkeys(_expert_keys(targets, plan), plain)
-    layers |= {f"*{PROJECTIONS[kind]}": _layer(usual[kind], spec) for kind, spec in attention.items()}
+    layers |= {f"*{leaf}": _layer(usual[leaf], spec) for leaf, spec in leaves.items()}
     return layers, everywhere
 
 
@@ -177,6 +199,10 @@ class LayerReader:
         by_class = _mapping(config, "layer_type_quant_config").get("Linear")
         self.others: Mapping[str, Any] = by_class or _mapping(config, "global_quant_config")
         self.softmax = config.get("softmax_quant_spec")
+        kept = _mapping(config, "kv_cache_quant_config")  # modules that are left out stand here alone
+        grouped = (config.get("export") or {}).get("kv_cache_group") or ()
+        self.caches = list(dict.fromkeys([*map(str, grouped), *kept]))
+        self._entries = [*self.globs.items(), *kept.items()]
         self.excluded = [str(name) for name in config.get("exclude") or ()]
         self._known: dict[tuple[int, bool], Slots] = {}
 
@@ -202,12 +228,22 @@ class LayerReader:
             return False
         return not any(module == name or module.startswith(f"{name}.") for name in self.excluded)
 
-    def attention(self) -> dict[str, TensorSpec]:
-        """Returns kind -> spec of the attention slots."""
-        outputs = {kind: (f"*{leaf}", self._output(leaf)) for kind, leaf in PROJECTIONS.items()}
-        outputs[SOFTMAX] = ("softmax_quant_spec", self.softmax)
-        found = {kind: read_spec(where, specs, activation=True) for kind, (where, specs) in outputs.items()}
-        return {kind: spec for kind, spec in found.items() if spec is not None}
+    def attention(self) -> dict[str, tuple[str, TensorSpec]]:
+        """Returns kind -> last step of the module that has its scale, and the spec, of the attention slots."""
+        leaves = dict(PROJECTIONS)
+        for leaf in filter(self._joined.__contains__, map(_leaf, self.caches)):
+            leaves |= {kind: leaf for kind in CACHE if not self._output(PROJECTIONS[kind])}
+        outputs = {kind: (leaf, f"*{leaf}", self._output(leaf)) for kind, leaf in leaves.items()}
+        outputs[SOFTMAX] = ("", "softmax_quant_spec", self.softmax)
+        found: dict[str, tuple[str, TensorSpec]] = {}
+        for kind, (leaf, where, specs) in outputs.items():
+            spec = read_spec(where, specs, activation=True)
+            found |= {kind: (leaf, spec)} if spec is not None else {}
+        return found
+
+    def is_cached(self, module: str) -> bool:
+        """True when the cache's scale may stand on the output of a module."""
+        return any(fnmatch.fnmatchcase(module, key) for key in self.caches)
 
     def _named(self, module: str) -> Mapping[str, Any] | None:
         if module in self.layers:
@@ -215,12 +251,23 @@ class LayerReader:
         return next((layer or {} for key, layer in self.globs.items() if fnmatch.fnmatchcase(module, key)), None)
 
     def _output(self, leaf: str) -> Any:
-        return (self.layers.get(f"*{leaf}") or {}).get("output_tensors")
+        found = ((layer or {}).get("output_tensors") for key, layer in self._entries if _leaf(key) == leaf)
+        return next(filter(None, found), None)
 
     def _attends(self, module: str) -> bool:
         """True when the output of this module is an attention slot: a glob such as `*k_proj` says so."""
         leaf = module.rpartition(".")[2]
-        return leaf in PROJECTIONS.values() and bool(self._output(leaf))
+        return leaf in {*PROJECTIONS.values(), *self._joined} and bool(self._output(leaf))
+
+    @property
+    def _joined(self) -> set[str]:
+        """Returns the last steps of linears that make both k and v."""
+        return {*map(_leaf, self.caches)} - {*PROJECTIONS.values()}
+
+
+def _leaf(glob: str) -> str:
+    """Returns the last step of the names that a glob is for: `*language_model.*k_proj` -> `k_proj`."""
+    return glob.rpartition(".")[2].lstrip("*")
 
 
 def _read_layer(module: str, layer: Mapping[str, Any], *, own_output: bool) -> Slots:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from quarkcli.dialects import _kinds as kinds
 from quarkcli.dialects import _shared as shared
 from quarkcli.dialects._kinds import Kinds
-from quarkcli.dialects._quark_config import CACHE, PROJECTIONS, SOFTMAX, projection, slots_of
+from quarkcli.dialects._quark_config import CACHE, PROJECTIONS, SOFTMAX, is_joined, leaf_of, projection, slots_of
 from quarkcli.dialects._quark_layout import Matrix, problems, static_layout
 from quarkcli.dialects.base import Classes, Key
 from quarkcli.plan.model import Attention, Plan, QuantizedTarget, Target
@@ -110,6 +110,9 @@ def _attention_reasons(plan: Plan) -> Iterator[tuple[str, str]]:
         for kind, spec in attention.specs.items():
             for reason in _slot_reasons(plan, attention, kind, spec):
                 yield reason, f"{attention.name}.{kind}_bmm_quantizer"
+    leaves = {leaf_of(attention, "k") for attention in active}
+    if len(leaves) > 1:
+        yield f"quark describes the cache once for the whole model; here it is of {' and '.join(sorted(leaves))}", ""
     for kind in (*PROJECTIONS, SOFTMAX):
         found = {attention.specs.get(kind) for attention in plan.attention.values()}
         if len(found) > 1 and (kind != SOFTMAX or len(found - {None}) > 1):
@@ -123,7 +126,9 @@ def _slot_reasons(plan: Plan, attention: Attention, kind: str, spec: TensorSpec)
     yield from _static_reasons(f"attention {kind}", spec)
     if kind == SOFTMAX:
         return
-    module, leaf = projection(attention, kind), PROJECTIONS[kind]
+    module, leaf = projection(attention, kind), leaf_of(attention, kind)
+    if kind in CACHE and is_joined(attention) and attention.specs.get("k") != attention.specs.get("v"):
+        yield f"quark has one scale for all that {leaf} makes, so that k and v must be quantized alike"
     if module.rpartition(".")[2] != leaf or module not in plan.targets:
         found = module if module in plan.targets else attention.k_proj
         yield f"quark stores the scale of attention {kind} on a {leaf}; here it is {found.rpartition('.')[2]}"
@@ -159,6 +164,8 @@ def _vllm_attends(plan: Plan) -> bool:
     """True when k and v are fp8 under one scale each, alike; q and the softmax output only beside them."""
     for attention in shared.cached(plan):
         specs = attention.specs
+        if is_joined(attention):
+            return False  # it maps the names of k_proj and v_proj alone
         fp8 = all(kinds.input_kind(spec) == "fp8 static" for spec in specs.values())
         if not fp8 or any(kind not in specs for kind in CACHE) or specs["k"] != specs["v"]:
             return False

@@ -122,6 +122,9 @@ def _target_reasons(target: Target, dialect: str, places: Places) -> Iterator[st
             yield f"{target.shape[1]} input features are not a multiple of the group of {size} of {weight.describe()}"
 
 
+CACHE = frozenset("kv")
+
+
 def cached(plan: Plan) -> list[Attention]:
     """Returns the attention modules with an enabled slot."""
     return [attention for attention in plan.attention.values() if attention.specs]
@@ -133,7 +136,9 @@ def _attention_reasons(plan: Plan, dialect: str, places: Places) -> Iterator[tup
         specs = attention.specs
         for kind in sorted(set(specs) - places.attention):
             yield f"{dialect} is written without scales for attention {kind} ({specs[kind].describe()})", attention.name
-        if not {"k", "v"} <= set(specs):
+        if attention.latent and CACHE & set(specs):
+            yield f"its cache holds a compressed latent, not k and v, and {dialect} has no name for it", attention.name
+        if not set(specs) >= CACHE:
             yield f"{dialect} describes the cache of k and v together; both must be on", attention.name
         for kind in sorted(places.attention & set(specs)):
             if input_kind(specs[kind]) != "fp8 static":

@@ -247,6 +247,10 @@ class Writer:
         """
         raise AssertionError("a writer packs")
 
+    def joined(self, attention: Attention) -> frozenset[str]:
+        """Returns the kinds (q, k, v) that one stored scale is for: those that one linear makes. By default none is."""
+        return frozenset()
+
     def attention_infos(self, attention: Attention) -> list[TensorInfo]:
         """Returns the tensors added for the enabled attention slots."""
         return []

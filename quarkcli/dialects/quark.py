@@ -17,10 +17,10 @@ from quarkcli.dialects._documents import QuarkConfig
 from quarkcli.dialects._quark_config import (
     IN_ORDER,
     PACK_METHOD,
-    PROJECTIONS,
     SOFTMAX,
     LayerReader,
     config_of,
+    is_joined,
     projection,
 )
 from quarkcli.dialects._quark_layout import Matrix, layout, matrix_shape, pack, static_layout, unpack
@@ -77,7 +77,7 @@ class QuarkReader(Reader):
         kind = InOrder if method == IN_ORDER else StoredTarget
         targets = {module: _stored(kind, module, layers, headers) for module in _modules(layers, headers)}
         view = StoredView(targets, _stored_attention(layers, headers))
-        _check_outputs(view, headers)
+        _check_outputs(view, layers, headers)
         return view
 
     def untouched(self, config: Mapping[str, Any], modules: Iterable[str]) -> set[str]:
@@ -118,8 +118,15 @@ class Quark(Writer):
         found = [info for matrix in _matrices(target) for info in layout(matrix, target.dtype)]
         return _of(target.name, [*found, *_static_infos(target)])
 
+    def joined(self, attention: Attention) -> frozenset[str]:
+        """Returns k and v where one linear makes both; and q, which comes out of it too unless a latent goes in."""
+        if not is_joined(attention) or not {"k", "v"} & set(attention.specs):
+            return frozenset()
+        return frozenset("kv" if attention.latent else "qkv")
+
     def attention_infos(self, attention: Attention) -> list[TensorInfo]:
-        return [info for kind, spec in attention.specs.items() for info in _attention_layout(attention, kind, spec)]
+        found = (info for kind, spec in attention.specs.items() for info in _attention_layout(attention, kind, spec))
+        return list(dict.fromkeys(found))
 
     def tensors(
         self, target: QuantizedTarget, quantized: Quantized, static: Mapping[str, Tensor], bias: Quantized | None = None
@@ -222,8 +229,8 @@ def _stored_attention(layers: LayerReader, headers: Mapping[str, HeaderLike]) ->
     model ran without a softmax of its own.
     """
     found: dict[str, StoredAttention] = {}
-    for kind, spec in layers.attention().items():
-        infos = static_layout("prob_output" if kind == SOFTMAX else f"{PROJECTIONS[kind]}.output", spec)
+    for kind, (leaf, spec) in layers.attention().items():
+        infos = static_layout("prob_output" if kind == SOFTMAX else f"{leaf}.output", spec)
         if not infos:
             raise ModelError(f"no scale of {spec.describe()} is stored", where=f"attention {kind}")
         for name in headers:
@@ -247,12 +254,12 @@ def _cast(spec: TensorSpec) -> TensorSpec:
     return replace(spec, scale=replace(spec.scale, constant_amax=spec.format.maximum))
 
 
-def _check_outputs(view: StoredView, headers: Mapping[str, HeaderLike]) -> None:
+def _check_outputs(view: StoredView, layers: LayerReader, headers: Mapping[str, HeaderLike]) -> None:
     """Raises ModelError when an output scale is left over."""
     taken = {name for stored in view.targets.values() for name in stored.tensors}
     taken |= {name for attention in view.attention.values() for name in attention.scales.values()}
     for name in headers:
-        if name.endswith("output_scale") and name not in taken:
+        if name.endswith("output_scale") and name not in taken and not layers.is_cached(name.rpartition(".")[0]):
             raise ModelError("the quantization config has no output that this scale belongs to", where=name)
 
 

@@ -12,7 +12,7 @@ from quarkcli import dialects, servers
 from quarkcli.dialects.base import Writer
 from quarkcli.disk import outputs
 from quarkcli.disk.writer import atomic_write_json, disk_errors
-from quarkcli.errors import QuarkError
+from quarkcli.errors import ConfigError, QuarkError
 from quarkcli.events import Listener, Message
 from quarkcli.job import preflight, splitting
 from quarkcli.job.forecast import Forecast
@@ -33,6 +33,25 @@ def degrees(
             found.append(splitting.degrees(plan, dialect, config, options.tp))
         preflight.check_reader(dialect, needs)
     return found
+
+
+def joined(plan: Plan, writers: Sequence[Writer]) -> dict[str, frozenset[str]]:
+    """Returns what one scale of a cache is for (see `Plan.joined`), which must be the same in all dialects.
+
+    Raises ConfigError: other scales are another plan.
+    """
+    first, *others = [{name: writer.joined(module) for name, module in plan.attention.items()} for writer in writers]
+    for writer, other in zip(writers[1:], others, strict=True):
+        if other != first:
+            name = next(name for name in first if first[name] != other[name])
+            one, own = (writers[0], writer) if first[name] else (writer, writers[0])
+            raise ConfigError(
+                f"dialect {one.name} has one scale for all that {plan.attention[name].k_proj} makes, and dialect "
+                f"{own.name} one each for k and v: these are two plans",
+                where=name,
+                hint="run the dialects one after the other",
+            )
+    return {name: kinds for name, kinds in first.items() if kinds}
 
 
 @contextmanager

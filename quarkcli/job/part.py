@@ -228,7 +228,8 @@ class PartWorker:
         if constant is not None:
             return torch.tensor(constant, dtype=torch.float32)
         assert statistics is not None and site is not None
-        return statistics.amax(site, spec, expert)
+        found = [statistics.amax(one, spec, expert) for one in self.plan.under_one_scale(site)]
+        return max(found, key=float)
 
     def _check_experts(self, tokens: dict[str, dict[int, int]]) -> None:
         for layer, counts in tokens.items():

@@ -161,9 +161,8 @@ def _check_weight_observers(target: QuantizedTarget) -> None:
 def data_needs(plan: Plan, steps: Iterable[Assignment]) -> dict[str, set[str]]:
     """Returns kinds of statistics by site that static scales and algorithms wait for. Empty: no data is needed."""
     needs: dict[str, set[str]] = {}
-    for key, site, spec, _ in plan.activations():
-        if spec.needs_amax and site is not None and key.removesuffix(".input") not in plan.carried:
-            needs.setdefault(site, set()).add(spec.observer.statistic)
+    for site, spec in plan.measured():
+        needs.setdefault(site, set()).add(spec.observer.statistic)
     for step in steps:
         for site, kinds in step.needs(plan).items():
             needs.setdefault(site, set()).update(kinds)

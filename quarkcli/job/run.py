@@ -121,6 +121,7 @@ def prepare(options: Options, tell: Listener = silent, *, carries: bool = True) 
     preflight.check_servers(plan, options.target)
     asked_for = options.dialect or recipe.dialect or dialects.AUTO
     writers = dialects.choose(asked_for, plan, servers.favoured(plan, options.target))
+    plan.joined = directories.joined(plan, writers)
     needs = preflight.data_needs(plan, steps)
     parallel = directories.degrees(plan, writers, source.config, options, needs)
     prepass = preflight.prepass_needs(plan, steps)

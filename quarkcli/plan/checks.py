@@ -110,12 +110,6 @@ def _check_output(target: Target, spec: TensorSpec) -> None:
 
 def _check_attention(module: Attention, kind: str, spec: TensorSpec) -> None:
     slot = f"{module.name}.{kind}_bmm_quantizer"
-    if module.latent and kind in ("k", "v"):
-        raise ConfigError(
-            "its cache holds a compressed latent, not k and v, and no dialect has a name for that scale",
-            where=slot,
-            hint="--kv-cache none; servers take a scale of 1 for it when told to keep an fp8 cache",
-        )
     for size in sorted(spec.group_sizes):
         if kind == "p":
             raise ConfigError(

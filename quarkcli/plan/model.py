@@ -216,6 +216,8 @@ class Plan:
     rewrites          how blocks may be rewritten without changing what they compute, from the family file
     norms             tensors of norms, from the family file
     changes           what transforms and tuners will change, by their names
+    joined            attention module -> the kinds (q, k, v) that the one scale of its cache is for; modules with a
+                      scale for each are left out
     carried           weights that have the source's own codes and scales; no algorithm works on them
     basis             what it was resolved from, for edits (`plan.compose.Basis`)
     """
@@ -239,6 +241,7 @@ class Plan:
     rewrites: Rewrites = field(default_factory=Rewrites)
     norms: tuple[str, ...] = ()
     changes: dict[str, Changes] = field(default_factory=dict)
+    joined: dict[str, frozenset[str]] = field(default_factory=dict)
     carried: frozenset[str] = frozenset()
     basis: Basis | None = field(default=None, repr=False, compare=False)
     _alike: tuple[Mapping[str, Target], list[list[Target]]] | None = field(
@@ -348,6 +351,18 @@ class Plan:
             if part is None or module.part == part:
                 for kind, spec in module.specs.items():
                     yield Activation(f"{module.name}.{kind}", f"{module.name}.{kind}", spec)
+
+    def measured(self) -> Iterator[tuple[str, TensorSpec]]:
+        """Yields the sites where ranges must be measured for static scales, and the specs that ask for them."""
+        for key, site, spec, _ in self.activations():
+            if spec.needs_amax and site is not None and key.removesuffix(".input") not in self.carried:
+                yield from ((one, spec) for one in self.under_one_scale(site))
+
+    def under_one_scale(self, site: str) -> list[str]:
+        """Returns the sites that the scale measured at `site` is for: itself, and what else its linear makes."""
+        module, _, kind = site.rpartition(".")
+        kinds = self.joined.get(module, frozenset())
+        return [f"{module}.{one}" for one in sorted(kinds)] if kind in kinds else [site]
 
     def slots(self) -> Iterator[tuple[str, Decision]]:
         """Yields every slot by its full name, in plan order."""
