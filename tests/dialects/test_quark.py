@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from quarkcli import dialects
-from quarkcli.errors import ModelError
+from quarkcli.errors import ConfigError, ModelError
 from quarkcli.plan.model import Decision, Plan
 from quarkcli.spec import PerGroup, PerTensor, PerTile, PerToken, ScaleSpec, TensorSpec
 
@@ -262,13 +262,91 @@ def test_int4_needs_output_features_in_eights() -> None:
     assert QUARK.loaders(made) == set()
 
 
-def test_a_fused_qkv_has_no_place_for_cache_scales() -> None:
-    made = plan(llama(layers=1), linears(PAIRS["fp8"]), kv=FP8)
+def joined(leaf: str, latent: bool = False, **slots: TensorSpec) -> Plan:
+    """A block in which one linear makes k and v. `slots`: what is quantized of attention, k and v by default."""
+    block = "model.layers.0.self_attn"
+    modules = [
+        Module(f"{block}.{leaf}", (192, 64), "kv_b" if latent else "qkv"),
+        Module(f"{block}.o_proj", (64, 64), "o"),
+    ]
+    made = plan(modules, linears(PAIRS["fp8"]))
+    specs = slots or {"k": FP8, "v": FP8}
+    decisions = {kind: Decision(specs.get(kind), 0) for kind in "qkvp"}
+    name = f"{block}.{leaf}"
+    made.attention[block] = replace(attention(block, FP8), k_proj=name, v_proj=name, slots=decisions, latent=latent)
+    return made
+
+
+@pytest.mark.parametrize(("leaf", "latent"), [("qkv_proj", False), ("query_key_value", False), ("kv_b_proj", True)])
+def test_one_linear_of_k_and_v_has_one_scale(leaf: str, latent: bool) -> None:
+    """Names and keys as amd-quark 0.13 exported them for Phi-3 and DeepSeek-V3 (`kv_cache_scheme="fp8"`)."""
+    made = joined(leaf, latent)
     module = made.attention["model.layers.0.self_attn"]
-    fused = type(module)(module.name, 0, f"{module.name}.qkv_proj", f"{module.name}.qkv_proj", module.slots)
-    made.attention[module.name] = fused
-    assert len(QUARK.refusals(made)) == 2
-    assert "qkv_proj" in QUARK.refusals(made)[0]
+    assert QUARK.refusals(made) == []
+    assert QUARK.joined(module) == set("kv" if latent else "qkv")
+    config = json.loads(json.dumps(QUARK.config(made)))
+    assert (
+        config["layer_quant_config"]
+        == config["kv_cache_quant_config"]
+        == {f"*{leaf}": {**config["global_quant_config"], "output_tensors": FP8_SPEC}}
+    )
+    assert config["export"]["kv_cache_group"] == [f"*{leaf}"]
+    assert config["kv_cache_post_rope"] is False
+    (info,) = QUARK.attention_infos(module)
+    assert info == (f"{module.name}.{leaf}.output_scale", "F32", ())
+    scale = torch.tensor(0.25)
+    tensors = QUARK.attention_tensors(module, {"k": scale, "v": scale})
+    assert tensors == {info.name: scale}
+    view = read(config, written(made)[1] | tensors)
+    assert view.targets[f"{module.name}.{leaf}"].output is None
+    stored = view.attention[module.name]
+    assert stored.specs == {"k": FP8, "v": FP8} and set(stored.scales.values()) == {info.name}
+    assert QUARK.reader.decode_attention(stored, tensors) == {"k": scale, "v": scale}
+
+
+def test_what_one_scale_cannot_say() -> None:
+    assert "k and v must be quantized alike" in QUARK.refusals(joined("qkv_proj", k=FP8, v=NVFP4_INPUT))[0]
+    assert "on a q_proj" in QUARK.refusals(joined("qkv_proj", q=FP8, k=FP8, v=FP8))[0]
+    assert QUARK.joined(joined("qkv_proj", q=FP8).attention["model.layers.0.self_attn"]) == frozenset()
+    two = joined("qkv_proj")
+    two.attention["other"] = replace(attention("other", FP8))
+    assert any("once for the whole model; here it is of k_proj and qkv_proj" in text for text in QUARK.refusals(two))
+    assert QUARK.loaders(joined("qkv_proj")) == {"transformers"}
+
+
+def test_a_latent_cache_is_for_who_asks() -> None:
+    """No server reads a scale of k and v there, so that `auto` refuses; a dialect without a name for it does, too."""
+    made = joined("kv_b_proj", latent=True)
+    assert dialects.choose("quark", made) == [QUARK]
+    with pytest.raises(ConfigError, match="compressed latent") as caught:
+        dialects.choose("auto", made)
+    assert "--kv-cache none" in caught.value.hint and "--dialect quark" in caught.value.hint
+    assert caught.value.where == "model.layers.0.self_attn.k_bmm_quantizer"
+    for writer in dialects.writers():
+        assert bool(writer.refusals(made)) == (writer is not QUARK)
+
+
+@pytest.mark.parametrize(
+    ("keys", "leaves", "kinds"),
+    [
+        (["*kv_a_proj_with_mqa", "*kv_b_proj"], ["kv_a_proj_with_mqa", "kv_b_proj"],
+         {"k": "kv_b_proj", "v": "kv_b_proj"}),
+        (["*language_model.*k_proj", "*language_model.*v_proj"], ["k_proj", "v_proj"], {"k": "k_proj", "v": "v_proj"}),
+        (["*self_attn.k_proj", "*self_attn.v_proj", "*self_attn.kv_a_proj_with_mqa"], ["k_proj", "v_proj"],
+         {"k": "k_proj", "v": "v_proj"}),
+    ],
+)  # fmt: skip
+def test_caches_as_the_peers_templates_name_them(keys: list[str], leaves: list[str], kinds: dict[str, str]) -> None:
+    """Of modules that are left out, which only `kv_cache_quant_config` names."""
+    layer = {"weight": None, "input_tensors": None, "output_tensors": FP8_SPEC, "bias": None}
+    config = {
+        "quant_method": "quark", "global_quant_config": {"weight": FP8_SPEC, "input_tensors": FP8_SPEC},
+        "layer_quant_config": {}, "kv_cache_quant_config": dict.fromkeys(keys, layer), "exclude": [],
+        "export": {"kv_cache_group": keys, "pack_method": "reorder", "weight_format": "real_quantized"},
+    }  # fmt: skip
+    block = "model.language_model.layers.0.self_attn"
+    view = read(config, {f"{block}.{leaf}.output_scale": torch.tensor(0.5) for leaf in leaves})
+    assert view.attention[block].scales == {kind: f"{block}.{leaf}.output_scale" for kind, leaf in kinds.items()}
 
 
 def read(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Any:

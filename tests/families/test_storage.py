@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from quarkcli.disk import verify
+from quarkcli.disk.checkpoint import Checkpoint
+from quarkcli.disk.source import Source
 from quarkcli.errors import ConfigError, DataError
 from quarkcli.evaluate.run import evaluate
 from quarkcli.events import silent
@@ -109,6 +113,46 @@ def test_a_latent_cache_gets_no_scales_of_k_and_v(name: str, built: dict[str, Pa
     with pytest.raises(ConfigError, match="compressed latent") as caught:
         runs.prepare(built[name], scheme="mxfp4", kv_cache="fp8")
     assert caught.value.where.endswith("attn.k_bmm_quantizer")
+
+
+@pytest.mark.parametrize("name", ["phi3", "dbrx", "deepseek_v3"])
+def test_one_scale_for_all_that_a_linear_makes(name: str, built: dict[str, Path], text: Path, tmp_path: Path) -> None:
+    """In the dialect that has one: the largest of what the others would store, and of q where the linear makes it."""
+    how = {"scheme": "mxfp4", "kv_cache": "fp8", **runs.data(text, 8, 32)}
+    made = runs.run(built[name], tmp_path / "out", dialect="quark", **how)
+    modules = made.prepared.plan.attention.values()
+    scales = {key: float(value) for key, value in runs.read_all(made.folder).items() if key.endswith("output_scale")}
+    assert set(scales) == {f"{module.k_proj}.output_scale" for module in modules}
+    read = Checkpoint(Source.open(str(made.folder))).view.attention
+    assert {stored.scales["k"] for stored in read.values()} == {stored.scales["v"] for stored in read.values()}
+    assert {stored.scales["k"] for stored in read.values()} == set(scales)
+    assert verify.directory(str(made.folder), str(built[name]))
+    evaluate(str(made.folder), text=str(text), window=32, max_tokens=64, device="cpu", tell=silent)
+    if name == "deepseek_v3":
+        return
+    own = runs.read_all(runs.run(built[name], tmp_path / "ct", dialect="compressed-tensors", **how).folder)
+    first = min(modules, key=lambda module: module.part)  # later blocks read what other scales make of it
+    of_cache = max(float(own[f"{first.name}.{kind}_scale"]) for kind in "kv")
+    assert scales[f"{first.k_proj}.output_scale"] >= of_cache
+    with pytest.raises(ConfigError, match="these are two plans"):
+        runs.prepare(built[name], dialect="compressed-tensors,quark", **how)
+
+
+def test_the_one_scale_covers_queries_too(built: dict[str, Path], text: Path, tmp_path: Path) -> None:
+    """amd-quark rounds all that the linear makes with it."""
+    how = {"scheme": "mxfp4", "kv_cache": "fp8", "dialect": "quark", "exclude": ["*qkv_proj"], **runs.data(text, 8, 32)}
+    source = shutil.copytree(built["phi3"], tmp_path / "source")
+    name = "model.layers.0.self_attn.qkv_proj"
+    plain = runs.read_all(runs.run(source, tmp_path / "plain", **how).folder)
+    tensors = runs.read_all(source)
+    config = json.loads((source / "config.json").read_text())
+    queries = config["num_attention_heads"] * (config["hidden_size"] // config["num_attention_heads"])
+    tensors[f"{name}.weight"][:queries] *= 64
+    for file in source.glob("*.safetensors*"):
+        file.unlink()
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    loud = runs.read_all(runs.run(source, tmp_path / "loud", **how).folder)
+    assert float(loud[f"{name}.output_scale"]) > 8 * float(plain[f"{name}.output_scale"])
 
 
 def test_a_cache_that_cannot_be_seen(

@@ -26,6 +26,7 @@ CASES: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
     "fp8-kv-softmax": (
         "llama", {**_ONE, "attn_implementation": "eager"}, "fp8", {"kv_cache_scheme": "fp8", "attention_scheme": "fp8"},
     ),
+    "phi3-fp8-kv": ("phi3", _ONE, "fp8", {"kv_cache_scheme": "fp8"}),
     "ptpc": ("qwen3", _ONE, "ptpc_fp8", {}),
     "int8": ("llama", _ONE, "int8", {}),
     "int4-gptq": ("llama", _ONE, "int4_wo_128", {"algorithm": "gptq"}),
