@@ -39,7 +39,9 @@ def inspect(
     from quarkcli.job import idle
     from quarkcli.job import run as job
 
-    source = Source.open(job.located(model), revision=revision, offline=offline, bare=True, allow_pickle=allow_pickle)
+    source = Source.open(
+        job.located(model), revision=revision, offline=offline, bare=True, allow_pickle=allow_pickle, tell=output.tell
+    )
     found = _facts(source)
     for line in idle.of_model(source, revision=revision, allow_pickle=allow_pickle):
         output.note(f"warning: {line}")

@@ -90,7 +90,7 @@ def infer(
     from quarkcli.job import run as job
     from quarkcli.recipe import catalog
 
-    source = Source.open(job.located(model), revision=revision, offline=offline)
+    source = Source.open(job.located(model), revision=revision, offline=offline, bare=True, tell=output.tell)
     for line in idle.of_model(source, revision=revision):
         output.note(f"warning: {line}")
     text = family.to_yaml(*family.guess(source.config, source.headers))

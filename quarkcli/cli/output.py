@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, TextIO
 
 from quarkcli.errors import ExitCode, QuarkError
+from quarkcli.events import Event, Message
 
 Stream = Literal["stdout", "stderr"]
 ERROR_SCHEMA = "quark/error/1"
@@ -111,6 +112,12 @@ def note(text: str, lead: str = "") -> None:
     """Prints a line for people, on stderr; dropped with -q. `lead`: our own words before it, which may be painted."""
     if not session.quiet:
         _write("stderr", text, lead)
+
+
+def tell(event: Event) -> None:
+    """Prints the messages of what is no job: a listener."""
+    if isinstance(event, Message):
+        note(event.text)
 
 
 def event(kind: str, fields: Mapping[str, Any]) -> None:

@@ -79,13 +79,13 @@ def plan(flags: JobFlags, *, check_model: CheckModel = False) -> None:
 def _plan(flags: JobFlags, check_model: bool = False) -> None:
     from quarkcli.cli import planview
     from quarkcli.cli.progress import Progress
-    from quarkcli.events import Working
+    from quarkcli.events import Phase
     from quarkcli.job import idle
     from quarkcli.job import run as job
 
     flags.start()
     with Progress("lines") as progress:
-        prepared = job.prepare(flags.options(), lambda event: progress(event) if isinstance(event, Working) else None)
+        prepared = job.prepare(flags.options(), lambda event: None if isinstance(event, Phase) else progress(event))
     prepared.warnings += [*idle.of_plan(prepared.options), *flags.idle(plan=True)]
     if check_model:
         for line in job.check_model(prepared):

@@ -18,7 +18,6 @@ from quarkcli.events import Listener, Message, silent
 IGNORED = [f"*{suffix}" for suffix in PICKLES + OTHER_WEIGHTS] + ["original/*", "*/original/*", "consolidated*"]
 TRIES = 6
 LONGEST = 300.0  # seconds that one wait may take; the hub's limits count requests of five minutes
-_TIMEOUT = 30.0
 PARTIAL = 206
 _TOO_MANY = 429
 _BUSY = {408, _TOO_MANY, 500, 502, 503, 504}
@@ -69,7 +68,7 @@ class Patience:
             raise error
         why = f"the hub answers {status}" if status else f"the connection broke ({type(error).__name__})"
         going_on = f"going on in {seconds:.0f} s (try {self.tries} of {TRIES})"
-        self.tell(Message(f"{self.what}: {why}; {going_on}", "warning"))
+        self.tell(Message(f"{self.what}: {why}; {going_on}"))
         self.pause(seconds)
 
     def pause(self, seconds: float) -> None:
@@ -90,12 +89,12 @@ def patiently(call: Callable[[], T], what: str, tell: Listener = silent) -> T:
 def opened(hub_id: str, commit: str, file: str, start: int, count: int | None = None) -> Iterator[Any]:
     """Yields the response for a file's bytes from `start` on, as a stream; a hub without ranges sends it whole."""
     import huggingface_hub as hub
-    from huggingface_hub import utils
+    from huggingface_hub import constants, utils
 
     end = "" if count is None else start + count - 1
     headers = {**utils.build_hf_headers(), "Range": f"bytes={start}-{end}", "Accept-Encoding": "identity"}
     url = hub.hf_hub_url(hub_id, file, revision=commit)
-    with utils.get_session().stream("GET", url, headers=headers, timeout=_TIMEOUT) as response:
+    with utils.get_session().stream("GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT) as response:
         utils.hf_raise_for_status(response)
         yield response
 

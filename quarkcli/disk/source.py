@@ -32,7 +32,7 @@ from quarkcli.documents import text
 from quarkcli.documents.folder import check_folder
 from quarkcli.documents.model import Config, Index
 from quarkcli.documents.shape import Shape, check
-from quarkcli.errors import AccessError, ModelError, some
+from quarkcli.errors import AccessError, HubError, ModelError, some
 from quarkcli.events import Listener, silent
 
 if TYPE_CHECKING:
@@ -112,6 +112,8 @@ class Source:
         if remote is not None and allow_pickle:
             remote.take_pickles()
         folder = remote.folder if remote is not None else hub.download(path_or_id, revision, offline)
+        if remote is None and (ranged or offline):  # the hub was not asked, or gave no answer
+            _check_cached(folder, path_or_id)
         return _open_folder(folder, path_or_id, online=not offline, remote=remote, allow_pickle=allow_pickle)
 
     def read(self, name: str) -> torch.Tensor:
@@ -210,6 +212,16 @@ def _open_folder(
     name = (hub_id or folder.name).rpartition("/")[2]
     unlisted = tuple(name for name in headers if weight_map is not None and name not in weight_map)
     return Source(folder, name, hub_id, commit, config_text, config, headers, stamps, unlisted, remote, pickled)
+
+
+def _check_cached(folder: Path, hub_id: str) -> None:
+    """Raises HubError for a snapshot in the hub's cache that has not all of its weights."""
+    weight_map = _weight_map(folder, pickled=False) or {}
+    missing = sorted({file for file in weight_map.values() if not (folder / file).is_file()})
+    weights = (".safetensors", *PICKLES, *OTHER_WEIGHTS)
+    if missing or not any(path.name.endswith(weights) for path in folder.iterdir()):
+        what = f"its weights are not (completely) in the hub's cache, and the hub was not reached: {some(missing, 3)}"
+        raise HubError(what.removesuffix(": "), where=hub_id, hint="go online once, or give a local directory")
 
 
 def _headers(

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 
 from quarkcli.errors import HubError
+from quarkcli.events import Listener, Working, silent
 
 Uses = Mapping[str, Mapping[str, set[str]]]  # part, in order -> file -> tensors
 AT_ONCE = 2
@@ -23,12 +24,16 @@ class Stream:
     get    downloads a file and returns its place
     drops  files are removed after their last use
     holds  a part's files are needed until the work on it is done, not only until they are read
+    tell   hears what is waited for
     """
 
-    def __init__(self, uses: Uses, get: Callable[[str], Path], *, drops: bool, holds: bool = False) -> None:
+    def __init__(
+        self, uses: Uses, get: Callable[[str], Path], *, drops: bool, holds: bool = False, tell: Listener = silent
+    ) -> None:
         self.get = get
         self.drops = drops
         self.holds = holds
+        self.tell = tell
         self.stop = threading.Event()
         self._uses = uses
         self._left: dict[str, set[tuple[str, str]]] = {}  # file -> (part, tensor), files in order of first use
@@ -84,6 +89,8 @@ class Stream:
     @contextmanager
     def using(self, file: str, tensors: set[str]) -> Iterator[Path]:
         """Yields the place of a file, waited for, from which these tensors are read."""
+        if file not in self._there:
+            self.tell(Working(f"waiting for the download of {file}"))
         with self._changed:
             self._open[file] = self._open.get(file, 0) + 1
             if file not in self._there:

@@ -103,7 +103,7 @@ def streaming(prepared: Prepared, todo: Sequence[Part], tell: Listener) -> Itera
             return source.folder / file
         return remote.bring(file, folder, stream.stop)
 
-    stream = Stream(uses, bring, drops=not prepared.download.kept, holds=bool(prepared.plan.carried))
+    stream = Stream(uses, bring, drops=not prepared.download.kept, holds=bool(prepared.plan.carried), tell=tell)
     _tidy(folder, uses.values())
     remote.tell, remote.stream = tell, stream
     try:

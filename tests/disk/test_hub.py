@@ -127,6 +127,23 @@ def test_a_tensor_that_is_not_here_is_fetched(hub, sharded, tmp_path, monkeypatc
     assert not (folder / "pytorch_model.bin").exists()
 
 
+def test_a_cache_that_lacks_weights(hub, sharded, tmp_path, monkeypatch):
+    """After a plan there are config, index and perhaps a file in it: offline that is too little, and no damage."""
+    hub.hold(sharded)
+    hub.public = True
+    hub.take(monkeypatch, tmp_path)
+    Source.open(NAME, bare=True)
+    for bare in (True, False):
+        with pytest.raises(AccessError, match=r"not reached: model-00001-of-00003\.safetensors, model") as caught:
+            Source.open(NAME, bare=bare, offline=True)
+        assert caught.value.where == NAME and "go online" in caught.value.hint
+    hub.take(monkeypatch, tmp_path / "single")
+    hub.files = {"config.json": hub.files["config.json"], SINGLE: hub.files["model-00001-of-00003.safetensors"]}
+    assert list(Source.open(NAME, bare=True).files) == [SINGLE]
+    with pytest.raises(AccessError, match=r"and the hub was not reached$"):
+        Source.open(NAME, bare=True, offline=True)
+
+
 # ---- refused
 
 
