@@ -15,7 +15,6 @@ from quarkcli.dialects import _shared as shared
 from quarkcli.dialects._kinds import Kinds
 from quarkcli.dialects.base import Classes, Key
 from quarkcli.plan.model import Plan, QuantizedTarget
-from quarkcli.spec import PerTile
 
 WORD_BITS = 32
 UNPACKED = "int-quantized"  # a signed byte for every integer
@@ -86,7 +85,7 @@ _TRANSFORMERS_EXPERTS: frozenset[Kinds] = kinds.pairs(
 
 def vllm_loads(plan: Plan) -> bool:
     """True when vLLM has a class for every quantized module, with the shapes that its fused modules need."""
-    if shared.quantizes_routers(plan) or not shared.fused_agree(plan):
+    if shared.quantizes_routers(plan) or not shared.fused_agree(plan) or not shared.tiles_fit(plan):
         return False
     members = Counter(target.group for target in plan.targets.values())
     return all(
@@ -102,10 +101,9 @@ def _vllm_loads(target: QuantizedTarget, *, alone: bool) -> bool:
     # Half of its model classes give the embedding no quantization config or no name to find it by.
     if target.role == "embedding":
         return False
-    # Fused along the output, zero points must end with a word and tiles with the module.
+    # Fused along the output, zero points must end with a word.
     words = spec.symmetric or target.shape[0] * spec.format.bits % WORD_BITS == 0
-    tiles = not isinstance(spec.granularity, PerTile) or alone or target.shape[0] % spec.granularity.rows == 0
-    if not words or not tiles or (found == _INT4_FP8 and spec.group_size != _INT4_FP8_GROUP):
+    if not words or (found == _INT4_FP8 and spec.group_size != _INT4_FP8_GROUP):
         return False
     if target.output is not None:
         # One scale is kept for a fused module, whichever comes last.

@@ -14,7 +14,7 @@ from quarkcli.dialects._kinds import Kinds
 from quarkcli.dialects._quark_config import CACHE, PROJECTIONS, SOFTMAX, is_joined, leaf_of, projection, slots_of
 from quarkcli.dialects._quark_layout import Matrix, problems, static_layout
 from quarkcli.dialects.base import Classes, Key
-from quarkcli.plan.model import Attention, Plan, QuantizedTarget, Target
+from quarkcli.plan.model import Attention, Plan, QuantizedTarget
 from quarkcli.spec import PerTensor, TensorSpec
 
 _FP8_INPUTS = ("fp8 static", "fp8 token", "fp8 tensor")
@@ -157,7 +157,7 @@ def _vllm_loads(plan: Plan) -> bool:
     # Its head is never a quantized one here.
     if any(run[0].role == "head" for run in plan.quantized_alike()) or not _vllm_attends(plan):
         return False
-    return shared.vllm_loads(plan, _VLLM, _VLLM_EXPERTS) and _tiles_fit(plan)
+    return shared.vllm_loads(plan, _VLLM, _VLLM_EXPERTS) and shared.tiles_fit(plan)
 
 
 def _vllm_attends(plan: Plan) -> bool:
@@ -170,16 +170,6 @@ def _vllm_attends(plan: Plan) -> bool:
         if not fp8 or any(kind not in specs for kind in CACHE) or specs["k"] != specs["v"]:
             return False
     return True
-
-
-def _tiles_fit(plan: Plan) -> bool:
-    groups: dict[str, list[Target]] = {}
-    for run in plan.quantized_alike():
-        if kinds.weight_kind(run[0].weight) == "fp8 tile":
-            for target in run:
-                groups.setdefault(target.group, []).append(target)
-    fused = [members for members in groups.values() if len(members) > 1]
-    return all(target.shape[0] % _TILE == 0 for members in fused for target in members)
 
 
 def _transformers_loads(plan: Plan) -> bool:

@@ -160,14 +160,23 @@ def whole_layers(plan: Plan, targets: Iterable[Target]) -> dict[str, str]:
 
 
 def tiles_fit(plan: Plan) -> bool:
-    """True when tiles of weights end with their module wherever vLLM fuses modules along the output."""
+    """True when tiles of weights end with their module wherever servers fuse modules along the output.
+
+    Nothing follows the last member, such as `kv_a_proj_with_mqa` behind `q_a_proj`: its last tile may be a part of one.
+    Gate and up of experts lie apart, both whole.
+    """
     members = Counter(target.group for target in plan.targets.values())
     return all(
         not isinstance(run[0].weight.granularity, PerTile)
-        or all(members[target.group] == 1 for target in run)
         or run[0].shape[0] % run[0].weight.granularity.rows == 0
+        or all(members[target.group] == 1 or _is_last(target) for target in run)
         for run in plan.quantized_alike()
     )
+
+
+def _is_last(target: Target) -> bool:
+    """True for the last of modules that servers fuse, in the order of their group's name."""
+    return target.expert is None and target.name.rpartition(".")[2] == target.group.rpartition("+")[2]
 
 
 def static_scale(target: QuantizedTarget, side: str, static: Mapping[str, Tensor]) -> Tensor:

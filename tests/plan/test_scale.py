@@ -136,7 +136,7 @@ def peak() -> int:
 def test_as_it_was_published(scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every tensor of the files has a fate, that of the 16-bit model for its weights; and it is known in seconds."""
     source = published(tmp_path)
-    monkeypatch.setattr(job, "open_source", lambda options, tell: source)
+    monkeypatch.setattr(job, "open_source", lambda *given: source)
     started = time.process_time()
     found = job.prepare(Options(model="deepseek", scheme=scheme, calib_data="builtin"))
     taken = time.process_time() - started
@@ -149,7 +149,8 @@ def test_as_it_was_published(scheme: str, tmp_path: Path, monkeypatch: pytest.Mo
     left = found.origin.left_alone(found.plan)
     quantized = {target.name for target in found.plan.quantized()} - found.plan.carried
     assert quantized | set(left) | found.plan.carried >= set(found.origin.weights)
-    assert {name.rpartition(".")[2] for name in left} == {"kv_a_proj_with_mqa", "q_a_proj"}
+    assert not left  # kv_a_proj_with_mqa ends within a tile, as the last of what servers fuse may
+    assert {"kv_a_proj_with_mqa", "q_a_proj"} <= {name.rpartition(".")[2] for name in found.plan.carried}
     assert taken < 10  # under 5 on a machine that does nothing else
 
 
