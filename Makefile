@@ -6,10 +6,10 @@ PYTHON ?= python3
 DEMO := demo-out
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock demo test test-all test-latest check fix fuzz test-gpu bench golden table docs clean
+.PHONY: help setup lock demo test test-all test-latest test-consumers check fix fuzz test-gpu bench golden table docs clean
 
 help: ## list the targets
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -38,6 +38,16 @@ test-all: $(STAMP) ## run those and the full products (an hour)
 OLDEST ?=
 test-latest: ## run the tests on the newest releases of all dependencies, with OLDEST=1 on the oldest allowed
 	$(PYTHON) -m tests.releases $(if $(OLDEST),oldest,newest)
+
+# VLLM_PYTHON: the Python of an environment that has vLLM's CPU build already.
+CONSUMERS := .venv-consumers
+VLLM_PYTHON ?= $(CONSUMERS)/bin/python
+$(CONSUMERS)/bin/python:
+	$(PYTHON) tests/consumers/vllm/install.py $(CONSUMERS) || (rm -rf $(CONSUMERS); false)
+
+test-consumers: $(STAMP) $(VLLM_PYTHON) ## load what servers are said to load in vLLM's CPU build; into docs/consumers.json
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.consumers.vllm.run $(VLLM_PYTHON) --record $(ARGS)
+	$(BIN)/python -m tests.docs.serving
 
 lock: ## write constraints.txt anew: the newest releases but those held in tests/releases.py
 	$(PYTHON) -m tests.releases lock
@@ -79,5 +89,5 @@ docs: $(STAMP) ## rebuild the generated reference pages
 	$(BIN)/python -m tests.docs.serving
 
 clean: ## remove everything that was built
-	rm -rf $(VENV) $(DEMO) $(DEMO).partial build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(CONSUMERS) $(DEMO) $(DEMO).partial build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -21,6 +21,8 @@ from compressed_tensors.quantization import (
 from compressed_tensors.utils.match import match_name
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig, LlamaConfig, LlamaForCausalLM, logging
 
+from tests import runs
+
 CACHE_SCALES = (".k_scale", ".v_scale")
 
 
@@ -112,3 +114,41 @@ def decompress(folder: Path, tensors: dict[str, torch.Tensor]) -> dict[str, torc
         compressor = BaseCompressor.get_value_from_registry(scheme.format)
         out[module] = compressor.decompress(local, scheme)["weight"].float()
     return out
+
+
+def in_float32(folder: Path, more: frozenset[str] = frozenset()) -> torch.nn.Module:
+    """fp4 is decompressed to bfloat16 whatever is asked for, so the rest follows only then.
+
+    more   tensors that transformers passes over, beside those of the cache
+    """
+    model, wrong = load(folder, static=True)
+    unexpected = passed_over(runs.read_all(folder)) | more
+    assert wrong == {"missing": set(), "unexpected": unexpected, "mismatched": set()}
+    model(torch.arange(8)[None])
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.float()
+    tensors = runs.read_all(folder)
+    for name in passed_over(tensors):
+        if name.endswith(".k_scale"):
+            module = name.removesuffix(".k_scale")
+            scales = (tensors[f"{module}.{kind}_scale"].bfloat16().float() for kind in "kv")  # as the rest is loaded
+            cache = RoundedCache(*scales)
+            model.get_submodule(module).register_forward_pre_hook(cache.put, with_kwargs=True)
+    return model
+
+
+class RoundedCache:
+    """What compressed-tensors puts in a cache's place, where it does not know the attention for one with a cache."""
+
+    def __init__(self, k_scale: torch.Tensor, v_scale: torch.Tensor) -> None:
+        self.scales = k_scale, v_scale
+
+    def put(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return args, {**kwargs, "cache": self}
+
+    def update(self, k: torch.Tensor, v: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, ...]:
+        codes = (
+            (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn) for x, scale in zip((k, v), self.scales, strict=True)
+        )
+        return tuple(code.float() * scale for code, scale in zip(codes, self.scales, strict=True))

@@ -1,45 +1,105 @@
-"""Writes the matrix of docs/serving.md: which dialect holds a scheme, and what loads it there: `make docs`."""
+"""Writes the tables of docs/serving.md and docs/serving/: what holds a scheme, what loads it, who tried it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from quarkcli import dialects
+from quarkcli import dialects, servers
 from quarkcli.dialects.base import Writer
 from quarkcli.job import run as job
 from quarkcli.plan.model import Plan
 from quarkcli.recipe import catalog
+from tests.consumers import record
+from tests.consumers.record import RUN, Run
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "serving.md"
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+PAGE = DOCS / "serving.md"
+FOLDER = DOCS / "serving"
 START, END = "<!-- matrix: make docs -->", "<!-- end of matrix -->"
-SHORT = {"vllm": "vLLM", "transformers": "tf"}
+SHORT = {"vllm": "vLLM", "transformers": "tf", "sglang": "SGLang"}
+SIMULATED = "run, with products in torch for kernels that the build lacks"
 
 
-def cell(writer: Writer, plan: Plan, chosen: str) -> str:
+class Notes:
+    """Letters for kinds of runs; the legend tells what they are."""
+
+    def __init__(self, runs: Iterable[Run]) -> None:
+        self.runs = {run.key: run for run in runs}
+        kinds = dict.fromkeys(kind(run) for run in self.runs.values() if run.model == "demo" and not run.cache)
+        self.letters = {text: chr(ord("a") + index) for index, text in enumerate(sorted(kinds))}
+
+    def of(self, server: str, scheme: str, dialect: str) -> str:
+        run = self.runs.get((server, "demo", scheme, dialect, ""))
+        return "" if run is None else f"<sup>{self.letters[kind(run)]}</sup>"
+
+
+def kind(run: Run) -> str:
+    outcome = SIMULATED if run.outcome == RUN and run.standins else record.OUTCOMES[run.outcome]
+    return f"{SHORT[run.consumer]}: {outcome}; {run.date}, {run.version}"
+
+
+def cell(writer: Writer, plan: Plan, chosen: str, scheme: str, notes: Notes) -> str:
     if writer.refusals(plan):
         return "-"
-    words = " ".join(text for name, text in SHORT.items() if name in writer.loaders(plan)) or "held"
+    written = servers.planned(plan, writer)
+    loading = [name for name in SHORT if not servers.server(name).refusals(written)]
+    words = " ".join(SHORT[name] + notes.of(name, scheme, writer.name) for name in loading) or "held"
     return f"**{words}**" if writer.name == chosen else words
 
 
-def rows() -> Iterator[str]:
+def matrix(notes: Notes) -> Iterator[str]:
     """The embedded model in every scheme; bold is what `--dialect auto` takes."""
     writers = dialects.writers()
     yield "| scheme | " + " | ".join(f"`{writer.name}`" for writer in writers) + " |"
     yield "|---" * (len(writers) + 1) + "|"
     for scheme in sorted(catalog.files("schemes")):
         prepared = job.prepare(job.Options(model="demo", scheme=scheme, device="cpu", calib_data="builtin"))
-        cells = (cell(writer, prepared.plan, prepared.dialect.name) for writer in writers)
+        cells = (cell(writer, prepared.plan, prepared.dialect.name, scheme, notes) for writer in writers)
         yield f"| `{scheme}` | " + " | ".join(cells) + " |"
+    yield ""
+    yield from (f"- {letter}: {text}" for text, letter in notes.letters.items())
+    yield "- no letter: by rule, not tried"
 
 
-def page(old: str) -> str:
-    """The page with its matrix replaced."""
+def table(runs: Iterable[Run]) -> Iterator[str]:
+    """Every run of one consumer."""
+    yield "| model | scheme | dialect | cache | quark | here | outcome |"
+    yield "|---|---|---|---|---|---|---|"
+    for run in runs:
+        theirs = "-" if run.theirs is None else f"{run.theirs:.4f}"
+        words = [record.OUTCOMES[run.outcome] if run.outcome != RUN else RUN, run.reason, *run.standins]
+        told = "; ".join(filter(None, words)).replace("|", "\\|")
+        names = f"{run.model} | `{run.scheme}` | `{run.dialect}` | {run.cache or '-'}"
+        yield f"| {names} | {run.ours:.4f} | {theirs} | {told} |"
+
+
+def pages() -> Mapping[Path, list[str]]:
+    """Page -> the lines of its generated part."""
+    runs = record.read()
+    found = {PAGE: list(matrix(Notes(runs)))}
+    for consumer in sorted({run.consumer for run in runs}):
+        mine = [run for run in runs if run.consumer == consumer]
+        dates, versions = ({getattr(run, name) for run in mine} for name in ("date", "version"))
+        head = f"{', '.join(sorted(versions))}; {', '.join(sorted(dates))}; {len(mine)} checkpoints."
+        found[FOLDER / f"{consumer}.md"] = [head, "", *table(mine)]
+    return found
+
+
+def cells() -> dict[tuple[str, str], str]:
+    """(scheme, dialect) -> what the matrix of the page says, which the tests hold to the writers."""
+    rows = [line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith(("| scheme |", "| `"))]
+    head, *rest = ([part.strip(" `") for part in row.strip("|").split("|")] for row in rows if row.count("|") > 4)
+    return {(row[0], dialect): text for row in rest for dialect, text in zip(head[1:], row[1:], strict=True)}
+
+
+def page(old: str, lines: Iterable[str]) -> str:
+    """The page with its generated part replaced."""
     before, _, rest = old.partition(START)
     _, _, after = rest.partition(END)
-    return f"{before}{START}\n" + "\n".join(rows()) + f"\n{END}{after}"
+    return f"{before}{START}\n" + "\n".join(lines) + f"\n{END}{after}"
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    for path, lines in pages().items():
+        path.write_text(page(path.read_text(encoding="utf-8"), lines), encoding="utf-8")

@@ -1,17 +1,24 @@
-"""docs/serving.md has the matrix that the writers give, and names every dialect."""
+"""docs/serving.md has the matrix that writers and recorded runs give; the pages of consumers have the runs."""
 
 from __future__ import annotations
 
-from quarkcli import dialects
-from tests.docs.serving import PAGE, page
-
-TEXT = PAGE.read_text(encoding="utf-8")
+from quarkcli import dialects, servers
+from tests.docs.serving import FOLDER, PAGE, page, pages
 
 
-def test_the_matrix_is_fresh() -> None:
-    assert page(TEXT) == TEXT, "run 'make docs'"
+def test_the_tables_are_fresh() -> None:
+    for path, lines in pages().items():
+        text = path.read_text(encoding="utf-8")
+        assert page(text, lines) == text, f"run 'make docs' ({path.name})"
 
 
 def test_every_dialect_stands_in_it() -> None:
-    head = next(line for line in TEXT.splitlines() if line.startswith("| scheme |"))
+    head = next(line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| scheme |"))
     assert head.count("`") == 2 * len(dialects.writers())
+
+
+def test_every_server_has_a_page() -> None:
+    index = PAGE.read_text(encoding="utf-8")
+    assert {path.stem for path in FOLDER.glob("*.md")} == {*servers.names(), "tensorrt-llm"}
+    for path in FOLDER.glob("*.md"):
+        assert f"(serving/{path.name})" in index

@@ -1,0 +1,77 @@
+"""docs/consumers.json: well-formed, of pairs that are promised, and nothing in it went wrong. And what judges a run."""
+
+from __future__ import annotations
+
+import datetime
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.consumers import record
+from tests.consumers.pairs import MODELS, Pair
+from tests.consumers.record import DIFFERS, FAILED, INPUTS, KERNEL, RUN
+from tests.consumers.vllm import install
+from tests.consumers.vllm.run import CLOSE, explained, judged, main
+
+RUNS = record.read()
+PAIR = Pair("demo", "int8_dynamic", "quark")
+ANSWER = {"folder": "", "stage": "run", "score": -4.5, "standins": [], "warnings": [], "scales": {}}
+
+
+def test_rows_are_whole() -> None:
+    assert RUNS and len({run.key for run in RUNS}) == len(RUNS)
+    for run in RUNS:
+        assert run.model in MODELS and run.version and run.tokens >= 30
+        assert datetime.date.fromisoformat(run.date) <= datetime.date.today() + datetime.timedelta(days=1)
+        assert run.outcome in (RUN, INPUTS, KERNEL), run
+        if run.outcome == RUN:
+            assert run.theirs is not None and abs(run.ours - run.theirs) <= CLOSE and not run.reason
+        elif run.outcome == KERNEL:
+            assert run.theirs is None and run.reason and run.stage
+        else:
+            assert explained([replace(run, outcome=DIFFERS)]) == [run]
+
+
+def test_new_runs_replace_old_ones_of_the_same_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "runs.json"
+    first = judged(PAIR, ANSWER, -4.5, "1.0")
+    other = judged(Pair("demo", "fp8", "quark"), ANSWER, -4.5, "1.0")
+    record.write([first, other], path)
+    again = judged(PAIR, {**ANSWER, "standins": ["a", "b"]}, -4.51, "2.0")
+    record.write([again], path)
+    assert record.read(path) == [other, again]
+
+
+@pytest.mark.parametrize(
+    ("answer", "outcome"),
+    [
+        ({}, RUN),
+        ({"score": -4.5 - 2 * CLOSE}, DIFFERS),
+        ({"stage": "classes", "error": "ValueError: Failed to find a kernel that can implement it"}, KERNEL),
+        ({"stage": "weights", "error": "ValueError: no module or parameter named 'x'"}, FAILED),
+        ({"stage": "crash", "error": "the process ended with -4"}, FAILED),
+    ],
+)
+def test_what_is_said_of_an_answer(answer: dict, outcome: str) -> None:
+    given = {name: value for name, value in {**ANSWER, **answer}.items() if "error" not in answer or name != "score"}
+    run = judged(PAIR, given, -4.5, "0")
+    assert run.outcome == outcome
+    assert bool(run.reason) == (outcome != RUN)
+
+
+def test_a_score_of_the_same_weights_with_other_inputs_is_told() -> None:
+    runs = [
+        judged(Pair("demo", scheme, "x"), {**ANSWER, "score": -4.7}, ours, "0")
+        for scheme, ours in (("a", -4.7), ("b", -4.6))
+    ]
+    found = explained(runs)
+    assert [run.outcome for run in found] == [RUN, INPUTS] and found[1].reason == "inputs as in a"
+    assert explained([replace(runs[1], theirs=-4.5)])[0].outcome == DIFFERS
+
+
+def test_without_the_build_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("sys.argv", ["run", str(tmp_path / "none")])
+    with pytest.raises(SystemExit, match="No such file"):
+        main()
+    assert "VLLM_PYTHON=" in install.HINT
