@@ -54,7 +54,7 @@ class StoredTarget:
     def own(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Returns its tensors by their names within the module, and its shares of larger ones by those in `places`."""
         shared = {place.tensor for place in self.places.values()}
-        whole = {name.removeprefix(f"{self.name}."): tensors[name] for name in self.tensors if name not in shared}
+        whole = {name.rpartition(".")[2]: tensors[name] for name in self.tensors if name not in shared}
         return whole | {name: place.of(tensors[place.tensor]) for name, place in self.places.items()}
 
 

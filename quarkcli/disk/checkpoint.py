@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +45,10 @@ class _Recipe:
 
 
 class Checkpoint:
-    """A directory with a `quantization_config` that one of our dialects reads; or an unquantized one as it is."""
+    """A directory with a `quantization_config` that one of our dialects reads; or an unquantized one as it is.
+
+    renamed   tensors whose names are not those that the model was published with -> those names
+    """
 
     def __init__(self, source: Source) -> None:
         self.source = source
@@ -58,6 +61,8 @@ class Checkpoint:
         self.dtype = _model_dtype(source.config, [source.headers[name].dtype for name in self.copied()])
         self._lay_out()
         self.family_name, self.family, self.inferred = family.for_checkpoint(source.config, self.headers)
+        self.renamed = family.published_experts(self.family, self.headers)
+        self._rename()
         if self.quantized and self.family.experts and not self.family.experts.singles:
             self._fuse(self.family)
 
@@ -249,6 +254,23 @@ class Checkpoint:
     def _add(self, name: str, header: LogicalHeader, recipe: _Recipe) -> None:
         self.headers[name] = header
         self._recipes[name] = recipe
+
+    def _rename(self) -> None:
+        """Gives tensors, and the weights that are decoded, the names that the model was published with."""
+        if not self.renamed:
+            return
+        modules = {old.removesuffix(".weight"): new.removesuffix(".weight") for old, new in self.renamed.items()}
+        targets = self.view.targets.items()
+        self.view = replace(
+            self.view,
+            targets={modules.get(name, name): replace(each, name=modules.get(name, name)) for name, each in targets},
+            online={modules.get(name, name): block for name, block in self.view.online.items()},
+        )
+        for recipe in self._recipes.values():
+            recipe.pieces = [(place, modules.get(name, name)) for place, name in recipe.pieces]
+            recipe.bias = modules.get(recipe.bias, recipe.bias) if recipe.bias is not None else None
+        self.headers = {self.renamed.get(name, name): header for name, header in self.headers.items()}
+        self._recipes = {self.renamed.get(name, name): recipe for name, recipe in self._recipes.items()}
 
     def _expert(self, name: str) -> tuple[str, int, bool] | None:
         """Returns (prefix of the layer's experts, index, is the down projection) of an expert's module name."""

@@ -109,7 +109,8 @@ def _strangers(checkpoint: Checkpoint, layout: Layout) -> Iterator[str]:
     weights = set(layout.weights)
     blocks = {tensor: part.block for part in layout.parts for tensor in part.tensors}
     count = sum(part.block is not None for part in layout.parts)
-    unknown = [name for name in checkpoint.copied() if layout.tensor_roles.get(name, "other") in _NO_ROLES]
+    published = {name: checkpoint.renamed.get(name, name) for name in checkpoint.copied()}
+    unknown = [name for name, own in published.items() if layout.tensor_roles.get(own, "other") in _NO_ROLES]
     unknown = [name for name in unknown if not is_buffer(name, len(headers[name].shape))]
     alike: dict[str, int] = {}
     for name in unknown:

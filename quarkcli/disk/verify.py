@@ -157,7 +157,8 @@ def _served(checkpoint: Checkpoint, layout: Layout, target: Servers) -> list[str
         return []
     assert checkpoint.reader is not None
     described = quantization(checkpoint.source.config)
-    written = servers.Written(checkpoint.reader.name, described, checkpoint.plan(layout))
+    renamed = next(iter(checkpoint.renamed), "")
+    written = servers.Written(checkpoint.reader.name, described, checkpoint.plan(layout), renamed)
     return servers.verdicts(target, written, CheckError)
 
 

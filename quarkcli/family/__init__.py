@@ -24,7 +24,7 @@ from quarkcli.family.schema import (
     ScalingModel,
     check_unprotect,
 )
-from quarkcli.family.spelling import spelled
+from quarkcli.family.spelling import published_experts, spelled
 from quarkcli.family.views import WeightView, fused_shape, fused_views, view_shape
 from quarkcli.family.write import to_yaml
 
@@ -65,6 +65,7 @@ __all__ = [
     "lay_out",
     "load",
     "position_limit",
+    "published_experts",
     "quantization",
     "spelled",
     "surprises",

@@ -1,4 +1,4 @@
-"""Puts a family in the spelling of one checkpoint's names: text prefixes, base models, names that a wrapper changed."""
+"""Puts a family in the spelling of one checkpoint's names: text prefixes, base models, names that a tool changed."""
 
 from __future__ import annotations
 
@@ -57,6 +57,25 @@ def spelled(family: FamilyModel, headers: Iterable[str]) -> FamilyModel:
             if rest and _has_blocks(rest, names):
                 return _without(one, dropped)
     return texts[0]
+
+
+def published_experts(family: FamilyModel, names: Iterable[str]) -> dict[str, str]:
+    """Returns published names of tensors of routed experts, by names in which a tool has put those in memory.
+
+    llm-compressor writes Mixtral's `experts.0.w1` as `experts.0.gate_proj`.
+    """
+    experts = family.experts
+    if experts is None:
+        return {}
+    leaves = {family.aliases[leaf]: leaf for leaf in (experts.gate, experts.up, experts.down) if leaf in family.aliases}
+    found = {}
+    for name in names if leaves else ():
+        head, inside, rest = name.partition(f".{experts.path}.")
+        index, _, leaf = rest.partition(".")
+        module, _, last = leaf.partition(".")
+        if inside and index.isdecimal() and module in leaves:
+            found[name] = f"{head}{inside}{index}.{leaves[module]}.{last}"
+    return found
 
 
 def _has_blocks(blocks: str, names: list[str]) -> bool:

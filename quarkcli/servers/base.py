@@ -18,11 +18,13 @@ class Written:
     dialect  its name
     config   its `quantization_config`
     plan     what its weights, inputs and caches are
+    renamed  a tensor whose name is not the one that the model was published with, empty: there is none
     """
 
     dialect: str
     config: Mapping[str, Any]
     plan: Plan
+    renamed: str = ""
 
     @property
     def writer(self) -> Writer | None:
@@ -34,11 +36,13 @@ class Server:
 
     title     its name and the release whose rules these are
     evidence  what is put behind every verdict, such as that the rules were read and never tried
+    renames   it knows experts by the names in memory as well as by those they were published with
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
     evidence: ClassVar[str] = ""
+    renames: ClassVar[bool] = False
 
     def unknown(self, written: Written) -> str:
         """Returns why nothing can be said of a checkpoint; empty when something can."""
@@ -51,6 +55,11 @@ class Server:
         """
         raise AssertionError("a server says what it refuses")
 
+    def misnamed(self, written: Written) -> list[str]:
+        """Returns the reason for which it does not find tensors that have other names than published ones."""
+        known = self.renames or not written.renamed
+        return [] if known else [f"{written.renamed}: its class knows the names of the published files alone"]
+
 
 class Loader(Server):
     """A server of which every dialect says itself what it loads (`Writer.loaders`, `Writer.config_faults`)."""
@@ -62,7 +71,8 @@ class Loader(Server):
         writer = written.writer
         if writer is None:
             return [self.unknown(written)]
-        return [*writer.config_faults(written.config, self.name), *self._plan_faults(writer, written.plan)]
+        faults = writer.config_faults(written.config, self.name)
+        return [*self.misnamed(written), *faults, *self._plan_faults(writer, written.plan)]
 
     def _plan_faults(self, writer: Writer, plan: Plan) -> list[str]:
         if self.name in writer.loaders(plan):

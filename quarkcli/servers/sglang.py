@@ -28,7 +28,7 @@ class Sglang(Server):
         rules = self._classes(written)
         if rules is None:
             return [self.unknown(written)]
-        found = []
+        found = self.misnamed(written)
         for run in written.plan.quantized_alike():
             reason = _reason(run[0], rules)
             if reason is not None:

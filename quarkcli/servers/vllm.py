@@ -11,6 +11,7 @@ from quarkcli.servers.base import Loader
 class Vllm(Loader):
     name = "vllm"
     title = "vLLM 0.32"
+    renames = True  # read in its class for Mixtral
 
 
 SERVER = Vllm()

@@ -49,7 +49,8 @@ def build(folder: Path, family: str = "llama", attn_implementation: str = "sdpa"
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     for name, weight in model.named_parameters():
         if name.startswith("model.layers.") and weight.dim() > 1:
-            weight.data = repeated(weight.data)
+            halves = weight.data.chunk(2, -2) if name.endswith("gate_up_proj") else [weight.data]
+            weight.data = torch.cat([repeated(half) for half in halves], -2)
     model.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     load = transformers.AutoModelForCausalLM.from_pretrained

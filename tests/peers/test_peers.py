@@ -1,7 +1,7 @@
 """Checkpoints that other tools wrote: verified, decoded as those tools decode them, and quantized again.
 
 Every folder of `tests/data/peers` with a `peer.json` is one; `make.py` makes them. What `known` says there of one
-is an exception, with the reason: `verify` and `vllm`, a part of the finding that is right; `job`, options of a job.
+is an exception, with the reason: `verify` and servers' names, a part of a finding that is right; `job`, its options.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from quarkcli import servers
 from quarkcli.cli import main
 from quarkcli.disk.checkpoint import Checkpoint
 from quarkcli.disk.source import Source
@@ -23,7 +24,11 @@ from tests.peers import common
 
 DATA = Path(__file__).parents[1] / "data" / "peers"
 PEERS = sorted(path.parent.name for path in DATA.glob(f"*/{common.FACTS}"))
-JOBS: dict[str, dict[str, Any]] = {"nvfp4": {"scheme": "nvfp4"}, "gptq": {"scheme": "int4_wo_128", "algorithm": "gptq"}}
+JOBS: dict[str, dict[str, Any]] = {
+    "file to file": {"scheme": "nvfp4_weight_only"},
+    "nvfp4": {"scheme": "nvfp4"},
+    "gptq": {"scheme": "int4_wo_128", "algorithm": "gptq"},
+}
 ROWS = {"calib_samples": 4, "calib_seqlen": 64}
 
 
@@ -32,27 +37,33 @@ def facts(peer: str) -> dict[str, Any]:
     return {"known": {}, **found}
 
 
-def method(peer: str) -> str:
-    """The word by which its loaders know it."""
-    config = json.loads((DATA / peer / "config.json").read_text())
-    return str(config.get("quantization_config", {}).get("quant_method", peer.partition("-")[0]))
+def published(checkpoint: Checkpoint, name: str) -> str:
+    """The name that a module has in published files of its family."""
+    tensor = f"{name}.weight"
+    return checkpoint.renamed.get(tensor, tensor).removesuffix(".weight")
+
+
+def config(peer: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((DATA / peer / "config.json").read_text())
+    return found
 
 
 def first_of_each() -> set[str]:
-    """The first of every maker, and of every form."""
-    seen = {(peer.partition("-")[0], method(peer)): peer for peer in reversed(PEERS)}
-    return set(seen.values())
+    """The first in every form, by the word that loaders know it by."""
+    return set({config(peer)["quantization_config"]["quant_method"]: peer for peer in reversed(PEERS)}.values())
 
 
 FIRST = first_of_each()
+OTHERS = {peer for peer in PEERS if config(peer)["model_type"] != "llama"}
+OFTEN = {"file to file": set(PEERS), "nvfp4": FIRST | OTHERS, "gptq": FIRST}
 
 
 def jobs() -> Iterable[Any]:
-    """Both jobs on every one; the slower one in the normal run on the first of every maker and form."""
+    """Every job on every one. In the normal run those that run the model are for the first in every form."""
     for peer in PEERS:
         for job in JOBS:
-            slow = job == "gptq" and peer not in FIRST
-            yield pytest.param(peer, job, id=f"{peer}-{job}", marks=pytest.mark.slow if slow else ())
+            marks = () if peer in OFTEN[job] else pytest.mark.slow
+            yield pytest.param(peer, job, id=f"{peer}-{job}", marks=marks)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +102,7 @@ def test_values_are_those_of_the_makers_decoder(peer: str) -> None:
     checkpoint = Checkpoint(Source.open(str(DATA / peer)))
     dtype = getattr(torch, told["dtype"])
     found = {name: common.digest(checkpoint.weight(name).to(dtype)) for name in checkpoint.view.targets}
-    assert found == told["decoded"]
+    assert found == {published(checkpoint, name): digest for name, digest in told["decoded"].items()}
 
 
 @pytest.mark.parametrize("peer", PEERS)
@@ -104,16 +115,20 @@ def test_verify_raises_no_false_alarm(peer: str, capsys: pytest.CaptureFixture[s
         assert known["finding"] in said.err and known["why"]
 
 
-@pytest.mark.parametrize("peer", [peer for peer in PEERS if "vllm" in facts(peer)["known"]])
-def test_what_vllm_does_not_load(peer: str, capsys: pytest.CaptureFixture[str]) -> None:
-    known = facts(peer)["known"]["vllm"]
-    assert main.main(["verify", str(DATA / peer), "--target", "vllm"]) == 8
+@pytest.mark.parametrize(
+    ("peer", "server"), [(peer, name) for peer in PEERS for name in servers.names() if name in facts(peer)["known"]]
+)
+def test_what_a_server_does_not_load(peer: str, server: str, capsys: pytest.CaptureFixture[str]) -> None:
+    known = facts(peer)["known"][server]
+    assert main.main(["verify", str(DATA / peer), "--target", server]) == 8
     assert known["finding"] in capsys.readouterr().err and known["why"]
 
 
-@pytest.mark.parametrize("peer", ["llmcompressor-w4a8", "gptqmodel-dynamic", "gptqmodel-awq", "llmcompressor-nvfp4"])
+@pytest.mark.parametrize(
+    "peer", ["llmcompressor-w4a8", "gptqmodel-dynamic", "gptqmodel-awq", "llmcompressor-mixtral-fp8-dynamic"]
+)
 def test_what_vllm_loads(peer: str) -> None:
-    """Integers in bytes with quantized inputs; modules with other bits; zero points that the config denies."""
+    """Integers in bytes with quantized inputs; other bits; zero points that the config denies; names of experts."""
     assert main.main(["verify", str(DATA / peer), "--target", "vllm"]) == 0
 
 
@@ -121,7 +136,8 @@ def test_what_vllm_loads(peer: str) -> None:
 def test_it_is_a_source(quantize: Any, peer: str, job: str) -> None:
     made = quantize(peer, job)
     told = facts(peer)
-    assert set(made.prepared.origin.weights) == set(told["decoded"])
+    checkpoint = Checkpoint(Source.open(str(made.source)))
+    assert set(made.prepared.origin.weights) == {published(checkpoint, name) for name in told["decoded"]}
     assert len(list(made.prepared.plan.quantized())) > 0
     assert main.main(["verify", str(made.folder), "--source", str(made.source)]) == 0
 
