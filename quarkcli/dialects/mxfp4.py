@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from quarkcli.dialects import _kinds as kinds
 from quarkcli.dialects import _shared as shared
@@ -78,6 +78,7 @@ READER = Mxfp4Reader()
 class Mxfp4(Writer):
     name = NAME
     reader = READER
+    preferences: ClassVar[Mapping[str, int]] = {NAME: 30}  # what it holds is gpt-oss as its own servers expect it
 
     def refusals(self, plan: Plan) -> list[str]:
         """Returns the reasons the plan cannot be held: it is for all fused experts of a model, and nothing else."""

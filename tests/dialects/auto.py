@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from quarkcli.job import run as job
+from quarkcli.plan.compose import Overrides
 from quarkcli.recipe import catalog
 from tests.golden import sources
 
@@ -22,15 +23,22 @@ def build(folder: Path) -> dict[str, str]:
     return {"demo": "demo"} | {name: str(sources.build(name, folder / name)) for name in sources.SOURCES}
 
 
-def row(source: str, scheme: str) -> list[str]:
+# Schemes of the experts alone of a model that stores them fused.
+EXPERTS_OF, EXPERTS = "fused", ("mxfp4", "mxfp4_weight_only", "nvfp4_weight_only")
+
+
+def row(source: str, scheme: str, exclude: list[str] | None = None) -> list[str]:
     """[dialect, reason]"""
-    prepared = job.prepare(job.Options(model=source, scheme=scheme, device="cpu", calib_data="builtin"))
+    left = Overrides(exclude=exclude or [])
+    prepared = job.prepare(job.Options(model=source, scheme=scheme, device="cpu", calib_data="builtin", overrides=left))
     return [prepared.dialect.name, prepared.dialect_reason]
 
 
 def rows(models: Mapping[str, str]) -> dict[str, list[str]]:
     schemes = sorted(catalog.files("schemes"))
-    return {f"{name} {scheme}": row(source, scheme) for name, source in models.items() for scheme in schemes}
+    found = {f"{name} {scheme}": row(source, scheme) for name, source in models.items() for scheme in schemes}
+    alone = {scheme: row(models[EXPERTS_OF], scheme, ["*self_attn*"]) for scheme in EXPERTS}
+    return found | {f"{EXPERTS_OF} {scheme}, experts alone": made for scheme, made in alone.items()}
 
 
 def read() -> dict[str, list[str]]:
