@@ -93,11 +93,11 @@ class Stream:
             self.tell(Working(f"waiting for the download of {file}"))
         with self._changed:
             self._open[file] = self._open.get(file, 0) + 1
+            self._drop()
             if file not in self._there:
-                self._drop()
                 self._asked.append(file)
-                self._changed.notify_all()
-                self._changed.wait_for(lambda: self.stop.is_set() or file in self._there or file in self._failed)
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self.stop.is_set() or file in self._there or file in self._failed)
             path, error = self._there.get(file), self._failed.pop(file, None)
         try:
             if path is None:
