@@ -18,6 +18,7 @@ from quarkcli.job import directories
 from quarkcli.job.solving import Solving
 from tests import runs
 from tests.forks import Forks, at
+from tests.products import slow_unless
 
 # What tells the time, or holds the hash of a file that does.
 _OF_THE_RUN = {"quark/report.json", "quark/quark.log", "quark/manifest.json"}
@@ -229,7 +230,10 @@ def calm(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, bytes]
     }
 
 
-@pytest.mark.parametrize("kill", _KILLS)
+_OFTEN = {"between the files of a part in two dialects", "between two manifests", "before the list"}
+
+
+@pytest.mark.parametrize("kill", slow_unless(_OFTEN, _KILLS))
 def test_a_killed_run_goes_on_with_the_same_bytes_in_all(
     quark: Forks, calm: dict[str, dict[str, bytes]], tmp_path: Path, kill: str
 ) -> None:
@@ -248,10 +252,38 @@ def test_a_killed_run_goes_on_with_the_same_bytes_in_all(
 
 def test_other_dialects_are_another_run(quark: Forks, tmp_path: Path) -> None:
     quark(*JOB, *BOTH, cwd=tmp_path, hook=at(FINISH, call=2))
-    for dialect in (CT, f"{CT},mxfp4"):
-        answer = quark(*JOB, "--dialect", CT, cwd=tmp_path)
+    for dialect in (CT, "quark"):
+        answer = quark(*JOB, "--dialect", dialect, cwd=tmp_path)
         assert answer.code == 3, dialect
         assert "recipe.export.dialect" in answer.err
+    assert quark(*JOB, "--dialect", f"quark,{CT}", cwd=tmp_path).code == 0  # the order is no difference
+
+
+def test_a_calibrated_run_goes_on_from_hidden_states(text: Path, tmp_path: Path) -> None:
+    """With the weights of the one dialect that later blocks are calibrated behind, and its count of the others'."""
+    how = {"scheme": "nvfp4", "algorithm": "gptq", "dialect": f"quark,{CT}", **runs.data(text, 4)}
+    calm = runs.run("demo", tmp_path / "calm", **how)
+    runs.killed(3, lambda: runs.run("demo", tmp_path / "out", **how))
+    made = runs.run("demo", tmp_path / "out", **{**how, "resume": "require"})
+    for one in made.prepared.every:
+        assert not differing(calm.folder / one.folder, made.folder / one.folder)
+        ours, theirs = (run.report["dialects"][one.folder]["warnings"] for run in (made, calm))
+        assert [line for line in ours if "unit in the last" in line] == [
+            line for line in theirs if "unit in the last" in line
+        ]
+
+
+@pytest.mark.slow
+def test_every_sync_and_rename_may_be_the_last(quark: Forks, calm: dict[str, dict[str, bytes]], tmp_path: Path) -> None:
+    """Each child goes on where the last one was killed, and is killed itself two durable steps later."""
+    for step in range(1, 200, 2):
+        answer = quark(*JOB, *BOTH, cwd=tmp_path, hook=at("os.fsync", "os.replace", "os.rename", call=step))
+        if answer.code != -9:
+            break
+    assert step > 40 and answer.code in (0, 2), answer.err
+    for name, expected in calm.items():
+        assert contents(tmp_path / "out" / name) == expected
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_an_output_is_replaced_whole_whatever_it_was(quark: Forks, tmp_path: Path) -> None:
