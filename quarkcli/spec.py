@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, Literal
+from typing import Literal
 
 Rounding = Literal["half_even", "floor", "round"]
 
@@ -285,10 +285,20 @@ class TensorSpec:
         return any(scale.when == "static" and scale.constant_amax is None for scale in outer)
 
     @property
+    def is_two_level(self) -> bool:
+        """True when the scales of this stage's blocks lie under one of the whole tensor."""
+        return self.scale is not None and self.scale.global_scale is not None
+
+    @property
+    def has_global_scale(self) -> bool:
+        """True when a stage is of two levels: of fused linears, servers take one scale of the tensor for all."""
+        return any(stage.is_two_level for stage in self.stages)
+
+    @property
     def has_tensor_scale(self) -> bool:
         """True when one stored scale covers the whole tensor, so fused linears must agree on it."""
-        scaled = [(stage.scale, stage.granularity) for stage in self.stages if stage.scale is not None]
-        return any(scale.global_scale is not None or isinstance(where, PerTensor) for scale, where in scaled)
+        scaled = [stage for stage in self.stages if stage.scale is not None]
+        return any(stage.is_two_level or isinstance(stage.granularity, PerTensor) for stage in scaled)
 
     @property
     def has_own_scales(self) -> bool:
@@ -327,11 +337,17 @@ def _format(name: str, rounding: Rounding, narrow: bool) -> Element:
 
 
 def _where(granularity: Granularity) -> str:
-    said = granularity_to_yaml(granularity)
-    if isinstance(said, str):
-        return said
-    ((kind, value),) = said.items()
-    return f"{kind} {value}" if isinstance(value, int) else f"{kind} {'x'.join(map(str, value))}"
+    match granularity:
+        case PerTensor():
+            return "tensor"
+        case PerToken():
+            return "token"
+        case PerChannel(axis):
+            return f"channel {axis}"
+        case PerGroup(size):
+            return f"group {size}"
+        case PerTile(rows, cols):
+            return f"tile {rows}x{cols}"
 
 
 def _scale_bits(spec: TensorSpec, rows: int, cols: int) -> float:
@@ -352,47 +368,3 @@ def _scale_bits(spec: TensorSpec, rows: int, cols: int) -> float:
     shifts = 1 / spec.format.sub_block if spec.format.sub_block else 0.0
     over = SCALE_FORMATS[spec.scale.global_scale.dtype].bits if spec.scale.global_scale else 0
     return shifts + (count * (SCALE_FORMATS[spec.scale.dtype].bits + zero) + over) / (rows * cols)
-
-
-def granularity_to_yaml(granularity: Granularity) -> str | dict[str, Any]:
-    """Returns the YAML of a granularity: `tensor`, `token`, `{channel: 0}`, `{group: 16}`, `{tile: [128, 128]}`."""
-    match granularity:
-        case PerTensor():
-            return "tensor"
-        case PerToken():
-            return "token"
-        case PerChannel(axis):
-            return {"channel": axis}
-        case PerGroup(size):
-            return {"group": size}
-        case PerTile(rows, cols):
-            return {"tile": [rows, cols]}
-
-
-def scale_to_yaml(scale: ScaleSpec) -> dict[str, Any]:
-    out: dict[str, Any] = {"dtype": scale.dtype, "rule": scale.rule, "when": scale.when}
-    if scale.global_scale:
-        out["global_scale"] = scale_to_yaml(scale.global_scale)
-    for key in ("minimum", "constant_amax"):
-        if getattr(scale, key) is not None:
-            out[key] = getattr(scale, key)
-    return out
-
-
-def spec_to_yaml(spec: TensorSpec) -> dict[str, Any]:
-    """Returns the native `cfg` that resolves to `spec` again; defaults are left out."""
-    if spec.scale is None:
-        return {"element": spec.element}
-    out: dict[str, Any] = {"element": spec.element, "granularity": granularity_to_yaml(spec.granularity)}
-    out["scale"] = scale_to_yaml(spec.scale)
-    if not spec.symmetric:
-        out["zero_point"] = spec.zero_point
-    if spec.rounding != "half_even":
-        out["rounding"] = spec.rounding
-    if spec.narrow:
-        out["narrow"] = True
-    if spec.observer != MIN_MAX:
-        out["observer"] = {"name": spec.observer.name, **dict(spec.observer.parameters)}
-    if spec.then is not None:
-        out |= {"then": spec_to_yaml(spec.then), "stored": spec.stored}
-    return out

@@ -17,7 +17,8 @@ from quarkcli.dialects.base import Decoded, Reader, StoredAttention, StoredTarge
 from quarkcli.numerics.quantize import QParams, Quantized, quantize
 from quarkcli.plan.model import Attention, Plan, Target
 from quarkcli.recipe.attributes import native
-from quarkcli.spec import TensorSpec, spec_to_yaml
+from quarkcli.recipe.attributes.written import spec_to_yaml
+from quarkcli.spec import TensorSpec
 
 _TEXTS = {
     torch.uint8: "U8", torch.int8: "I8", torch.float8_e4m3fn: "F8_E4M3", torch.float32: "F32", torch.bfloat16: "BF16",

@@ -138,7 +138,7 @@ def _unturned(target: QuantizedTarget) -> str | None:
 def _two_level_group(target: QuantizedTarget) -> int | None:
     """Returns the size of groups whose scales lie under one of the tensor, of the weight or its input."""
     for spec in (target.weight, target.input):
-        if spec is not None and spec.scale is not None and spec.scale.global_scale is not None:
+        if spec is not None and spec.is_two_level:
             return spec.group_size
     return None
 

@@ -22,12 +22,12 @@ from quarkcli.api import run
 from quarkcli.errors import ConfigError, UsageError, near_misses
 from quarkcli.recipe import catalog, steps
 from quarkcli.recipe.attributes import to_spec
+from quarkcli.recipe.attributes.written import spec_to_yaml
 from quarkcli.recipe.entries import SLOTS, Entry, Origin
 from quarkcli.recipe.normalize import path_text, refusal
 from quarkcli.recipe.quark_config import is_groups, weight_slots
 from quarkcli.recipe.recipe import attention_entries, cache_entries, exclusion_entries, scheme_entries
 from quarkcli.recipe.schema import NATIVE
-from quarkcli.spec import spec_to_yaml
 
 _LINEAR = "nn.Linear"
 _NO_LINEARS = ("embedding", "norm", "conv")

@@ -14,8 +14,9 @@ from quarkcli.job import asked
 from quarkcli.plan.model import ATTENTION_KINDS, TARGET_KINDS, Attention, Decision, Plan, Site, Step, Target
 from quarkcli.recipe import catalog, schema
 from quarkcli.recipe.attributes import native, to_spec
+from quarkcli.recipe.attributes.written import spec_to_yaml
 from quarkcli.recipe.recipe import Recipe
-from quarkcli.spec import TensorSpec, spec_to_yaml
+from quarkcli.spec import TensorSpec
 
 _SHAPE = (4096, 4096)  # of the weight for which bits are quoted; per-tensor scales vanish at this size
 # Kind of the catalog -> the word for it in listings.

@@ -14,8 +14,9 @@ from quarkcli.plan import advice
 from quarkcli.plan.model import Decision, Part, Plan, Target
 from quarkcli.plan.online import sentences
 from quarkcli.recipe.advice import AUTO
+from quarkcli.recipe.attributes.written import spec_to_yaml
 from quarkcli.recipe.match import starred
-from quarkcli.spec import TensorSpec, spec_to_yaml
+from quarkcli.spec import TensorSpec
 
 if TYPE_CHECKING:
     from quarkcli.job.options import Prepared

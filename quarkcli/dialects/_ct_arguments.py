@@ -25,7 +25,7 @@ def arguments(spec: TensorSpec, *, weight: bool) -> dict[str, Any]:
         "group_size": spec.granularity.size if isinstance(spec.granularity, PerGroup) else None,
         "symmetric": spec.symmetric,
         # Under a static global scale only the block scales are dynamic.
-        "dynamic": "local" if dynamic and spec.scale.global_scale is not None else dynamic,
+        "dynamic": "local" if dynamic and spec.is_two_level else dynamic,
     }
     if isinstance(spec.granularity, PerTile):
         found["block_structure"] = [spec.granularity.rows, spec.granularity.cols]

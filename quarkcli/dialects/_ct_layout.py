@@ -33,7 +33,7 @@ def format_of(pair: Pair) -> str:
         grouped = isinstance(spec.granularity, PerGroup)
         whole = isinstance(spec.granularity, PerTensor) or (source is not None and not grouped)
         return UNPACKED if whole and spec.format.bits == _BYTE and spec.symmetric else _WORDS
-    if spec.scale.global_scale is not None:
+    if spec.is_two_level:
         return "nvfp4-pack-quantized"
     return _MX[spec.format.bits] if spec.scale.dtype == "e8m0" else "float-quantized"
 
@@ -66,7 +66,7 @@ def tensors_of(
     elif not spec.symmetric:
         words = -(-shape[0] * spec.format.bits // WORD_BITS)
         found.append(TensorInfo("weight_zero_point", "I32", (words, scale[1])))
-    if spec.scale is not None and spec.scale.global_scale is not None:
+    if spec.is_two_level:
         found.append(TensorInfo("weight_global_scale", "F32", (1,)))
     for side, activation in (("input", source), ("output", output)):
         suffix = static_suffix(side, activation)

@@ -119,7 +119,7 @@ def _stages(spec: TensorSpec, slot: str) -> Iterator[tuple[TensorSpec, Names]]:
         own, after = ("" if n == 1 else f"_{n}" for n in (number, number + 1))
         names = Names(f"{slot}_scale{own}", f"{slot}_zero_point{own}", f"{slot}_shift{own}", f"{slot}_scale{after}")
         yield stage, names
-        number += 2 if stage.scale is not None and stage.scale.global_scale is not None else 1
+        number += 2 if stage.is_two_level else 1
 
 
 def layout(matrix: Matrix, model: str) -> list[TensorInfo]:
@@ -136,7 +136,7 @@ def layout(matrix: Matrix, model: str) -> list[TensorInfo]:
             found.append(TensorInfo(names.zero, zeros.dtype, _packed(_stored_shape(matrix, stage), zeros)))
         if stage.format.sub_block:
             found.append(TensorInfo(names.shift, "U8", _shift_shape(matrix, stage)))
-        if stage.scale.global_scale is not None:
+        if stage.is_two_level:
             found.append(TensorInfo(names.outer, "F32", ()))
     return found
 
@@ -328,7 +328,7 @@ def _unpack_stage(
     if stage.format.sub_block:
         pairs = matrix.shape[1] // stage.format.sub_block
         params.shift = unpack_bits(tensors[names.shift].reshape(matrix.shape[0], -1), 1, pairs)
-    if stage.scale.global_scale is not None:
+    if stage.is_two_level:
         params.global_scale = tensors[names.outer].float().reshape(())
     return params
 

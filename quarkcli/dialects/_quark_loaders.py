@@ -95,13 +95,9 @@ def _target_reasons(target: QuantizedTarget) -> Iterator[str]:
 def _static_reasons(slot: str, spec: TensorSpec) -> Iterator[str]:
     """Yields the reasons a static scale cannot be written: one number is stored for an activation."""
     fixed = [stage for stage in spec.stages if stage.scale is not None and stage.scale.outermost.when == "static"]
-    whole = [stage for stage in fixed if isinstance(stage.granularity, PerTensor) or _is_two_level(stage)]
+    whole = [stage for stage in fixed if isinstance(stage.granularity, PerTensor) or stage.is_two_level]
     if len(fixed) > 1 or len(whole) < len(fixed):
         yield f"quark stores one static scale for its {slot}, not those of {spec.describe()}"
-
-
-def _is_two_level(stage: TensorSpec) -> bool:
-    return stage.scale is not None and stage.scale.global_scale is not None
 
 
 def _attention_reasons(plan: Plan) -> Iterator[tuple[str, str]]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from quarkcli.errors import ConfigError, ModelError
 from quarkcli.recipe.attributes import quark
+from quarkcli.recipe.attributes.written import spec_to_yaml
 from quarkcli.spec import (
     Granularity,
     PerChannel,
@@ -22,7 +23,6 @@ from quarkcli.spec import (
     PerToken,
     ScaleSpec,
     TensorSpec,
-    spec_to_yaml,
 )
 
 Entry = dict[str, Any]

@@ -107,7 +107,7 @@ class ModelOptReader(Reader):
             codes = unpack_bits(codes, 4, stored.shape[1])
         elif spec.format.bits == 4:  # two rows in one
             codes = unpack_bits(codes.T.contiguous(), 4, stored.shape[0], signed=True).T.contiguous()
-        over = local.get("weight_scale_2") if _is_two_level(spec) else None
+        over = local.get("weight_scale_2") if spec.is_two_level else None
         params = QParams(
             local["weight_scale"].reshape(shared.scale_shape(spec, stored.shape)),
             None if over is None else over.float().reshape(()),
@@ -197,10 +197,6 @@ def _is_fp4(spec: TensorSpec) -> bool:
     return spec.format.kind == "float" and spec.format.bits == 4
 
 
-def _is_two_level(spec: TensorSpec) -> bool:
-    return spec.scale is not None and spec.scale.global_scale is not None
-
-
 def _codes(spec: TensorSpec, rows: int, cols: int) -> TensorInfo:
     if spec.format.kind == "integer":
         return TensorInfo("weight", "I8", (rows, cols)) if spec.format.bits == 8 else _of_bytes(rows // 2, cols)
@@ -218,7 +214,7 @@ def _layout(module: str, pair: Pair, shape: tuple[int, int], model: str) -> list
         _codes(spec, *shape),
         TensorInfo("weight_scale", kinds.scale_text(spec, model), _stored_shapes(spec, shape)[0]),
     ]
-    if _is_two_level(spec):
+    if spec.is_two_level:
         found.append(TensorInfo("weight_scale_2", "F32", ()))
     if source is not None and source.is_static:
         found.append(TensorInfo("input_scale", "F32", ()))

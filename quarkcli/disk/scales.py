@@ -15,7 +15,6 @@ from quarkcli.errors import CheckError, some
 from quarkcli.events import Listener, Message, silent
 from quarkcli.family import Weight
 from quarkcli.plan.fused import matrix
-from quarkcli.spec import TensorSpec
 
 # What unequal scales of one level cost where servers fuse.
 _COST = "servers keep one for each member, or round all codes again with the largest, which costs some accuracy"
@@ -103,7 +102,9 @@ def _compared(checkpoint: Checkpoint, found: _Found, tell: Listener, served: boo
     targets = checkpoint.view.targets
     both = (*found.groups.items(), *found.inputs.items())
     unequal = {group: list(members) for group, members in both if len(set(members.values())) > 1}
-    two_level = sorted(g for g, members in unequal.items() if any(_over(targets[name].weight) for name in members))
+    two_level = sorted(
+        g for g, members in unequal.items() if any(targets[name].weight.has_global_scale for name in members)
+    )
     if two_level and served:
         raise CheckError(f"{len(two_level)} scale groups do not share their per-tensor scales: {some(two_level)}")
     if unequal:
@@ -178,7 +179,7 @@ def _implausible(stored: StoredTarget, own: Mapping[str, Values], reader: Reader
         slot = _slot(tensor)
         spec = {"weight": stored.weight, "input": stored.input}.get(slot)
         number = summary.only
-        if spec is None or not _over(spec) or not number or summary.fault() or not is_scale(tensor):
+        if spec is None or not spec.has_global_scale or not number or summary.fault() or not is_scale(tensor):
             continue
         multiplier = 1 / number if _leaf(tensor) in reader.divisors else number
         if multiplier > _LARGEST[slot]:
@@ -189,8 +190,3 @@ def _of_tensor(own: Mapping[str, Values], slot: str) -> tuple[float, ...]:
     """Returns the scales of the whole tensor that a slot has, in the order of their names."""
     mine = (name for name in sorted(own) if _slot(name) == slot and is_scale(name))
     return tuple(number for name in mine if (number := own[name].only) is not None)
-
-
-def _over(spec: TensorSpec) -> bool:
-    """True when block scales lie under a scale of the tensor, which servers take from one member for all."""
-    return any(stage.scale is not None and stage.scale.global_scale is not None for stage in spec.stages)

@@ -172,16 +172,15 @@ def _meaning(spec: TensorSpec | None, kind: str) -> list[tuple[object, ...]] | N
     for stage in spec.stages:
         scale = stage.scale
         fixed = kind in ("weight", "bias")
-        over = scale is not None and scale.global_scale is not None
         runs = None if fixed or scale is None or not _at_run_time(stage) else (scale.dtype, scale.rule)
         when = None if fixed or scale is None else scale.outermost.when
-        found.append((stage.element, stage.granularity, stage.zero_point, stage.stored, over, when, runs))
+        found.append((stage.element, stage.granularity, stage.zero_point, stage.stored, stage.is_two_level, when, runs))
     return found
 
 
 def _at_run_time(stage: TensorSpec) -> bool:
     """True when scales are computed from every activation: all of them, or those of blocks under a fixed one."""
-    return stage.scale is not None and (stage.scale.outermost.when == "dynamic" or stage.scale.global_scale is not None)
+    return stage.scale is not None and (stage.scale.outermost.when == "dynamic" or stage.is_two_level)
 
 
 def _fingerprint(source: Source, writer: Writer) -> dict[str, Any]:

@@ -34,8 +34,8 @@ from quarkcli.family import quantization, text_config, without_quantization
 from quarkcli.job.options import Calibration, Prepared
 from quarkcli.plan import advice
 from quarkcli.plan.model import Plan
+from quarkcli.recipe.attributes.written import spec_to_yaml
 from quarkcli.report import build
-from quarkcli.spec import spec_to_yaml
 
 if TYPE_CHECKING:
     from quarkcli.forward.data import CalibrationData

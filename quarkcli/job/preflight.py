@@ -123,7 +123,7 @@ def _unmeasured(spec: TensorSpec) -> tuple[str, str] | None:
     if spec.then is not None:
         return "a chain with a static scale is not for activations", "when: dynamic in both stages"
     assert spec.scale is not None
-    two_level = spec.scale.global_scale is not None
+    two_level = spec.is_two_level
     if not spec.symmetric:
         return "a static activation has no zero point", "zero_point: none, or when: dynamic"
     if not isinstance(spec.granularity, PerGroup if two_level else PerTensor):

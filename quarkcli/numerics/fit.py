@@ -56,7 +56,7 @@ def fitted(
     signed      scales of integers may be negative
     Scales that cover more than a row, and those of a rule or observer that searches itself, stay as the spec says.
     """
-    if amax is None and spec.scale is not None and spec.scale.global_scale is not None:
+    if amax is None and spec.is_two_level:
         amax = tensor_amax(weight)  # the global scale stays as it is while groups shrink
     own = make_qparams(weight, spec, amax=amax)
     if not searchable(spec):

@@ -10,8 +10,9 @@ from quarkcli.family import Layout
 from quarkcli.plan.compose import Composed
 from quarkcli.plan.names import Names
 from quarkcli.plan.order import Order
+from quarkcli.recipe.attributes.written import spec_to_yaml
 from quarkcli.recipe.entries import Entry, Origin
-from quarkcli.spec import TensorSpec, spec_to_yaml
+from quarkcli.spec import TensorSpec
 
 _FLAG = "--min-kv-scale"
 

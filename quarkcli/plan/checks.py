@@ -9,10 +9,11 @@ from dataclasses import replace
 
 from quarkcli.errors import ConfigError, ModelError, some
 from quarkcli.plan.model import Attention, Plan, QuantizedTarget, Target
+from quarkcli.recipe.attributes.written import spec_to_yaml
 from quarkcli.recipe.entries import Entry, Origin
 from quarkcli.recipe.match import slot_pattern, starred
 from quarkcli.recipe.recipe import exclusion_entries
-from quarkcli.spec import PerChannel, PerGroup, PerTile, TensorSpec, spec_to_yaml
+from quarkcli.spec import PerChannel, PerGroup, PerTile, TensorSpec
 
 KEEP, PAD = "--on-indivisible keep", "--on-indivisible pad"
 

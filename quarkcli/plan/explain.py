@@ -11,9 +11,10 @@ from quarkcli.plan.model import Attention, Decision, Plan, Target
 from quarkcli.plan.names import Names, stage_of
 from quarkcli.plan.order import Order
 from quarkcli.plan.resolve import ATTENTION_CLASS, attention_names, is_weight_kind
+from quarkcli.recipe.attributes.written import granularity_to_yaml, spec_to_yaml
 from quarkcli.recipe.entries import Entry
 from quarkcli.recipe.match import suggestions
-from quarkcli.spec import TensorSpec, granularity_to_yaml, spec_to_yaml
+from quarkcli.spec import TensorSpec
 
 
 @dataclass(frozen=True)

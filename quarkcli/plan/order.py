@@ -15,8 +15,9 @@ from quarkcli.errors import ConfigError
 from quarkcli.plan.model import Decision
 from quarkcli.plan.names import Hits, stage_of
 from quarkcli.recipe.attributes import native, to_spec
+from quarkcli.recipe.attributes.written import spec_to_yaml
 from quarkcli.recipe.entries import Entry
-from quarkcli.spec import TensorSpec, spec_to_yaml
+from quarkcli.spec import TensorSpec
 
 
 class State(NamedTuple):

@@ -124,10 +124,9 @@ def split_groups(plan: Plan) -> dict[str, bool]:
     over: set[str] = set()
     for run in plan.quantized_alike():
         weight = run[0].weight
-        two_level = any(stage.scale is not None and stage.scale.global_scale is not None for stage in weight.stages)
         for target in run if weight.has_tensor_scale else ():
             fused.setdefault(target.group, set()).add(target.scale_group)
-            over |= {target.group} if two_level else set()
+            over |= {target.group} if weight.has_global_scale else set()
     return {group: group in over for group, shared in fused.items() if len(shared) > 1}
 
 

@@ -15,10 +15,10 @@ from typing import Any
 from quarkcli.errors import ConfigError, near_misses
 from quarkcli.recipe import quark_config
 from quarkcli.recipe.attributes import compressed_tensors
+from quarkcli.recipe.attributes.written import spec_to_yaml
 from quarkcli.recipe.load import Path_
 from quarkcli.recipe.match import slot_pattern
 from quarkcli.recipe.normalize import Canonical, Cfg, Located, Normalized, Where, path_text, refusal
-from quarkcli.spec import spec_to_yaml
 
 _SLOTS = ("weight", "input", "output", "bias")
 _LINEAR = "nn.Linear"

@@ -9,9 +9,9 @@ import yaml
 from quarkcli.errors import ConfigError
 from quarkcli.recipe import schema
 from quarkcli.recipe.attributes import to_spec
+from quarkcli.recipe.attributes.written import spec_to_yaml
 from quarkcli.recipe.entries import Entry
 from quarkcli.recipe.recipe import Recipe, attention_entries, cache_entries, is_weight
-from quarkcli.spec import spec_to_yaml
 
 _WIDTH = 116
 

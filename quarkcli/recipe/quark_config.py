@@ -16,10 +16,10 @@ from typing import Any
 from quarkcli.errors import ConfigError, near_misses
 from quarkcli.recipe import steps
 from quarkcli.recipe.attributes import to_spec
+from quarkcli.recipe.attributes.written import spec_to_yaml
 from quarkcli.recipe.load import Path_
 from quarkcli.recipe.match import slot_pattern
 from quarkcli.recipe.normalize import Canonical, Cfg, Located, Normalized, Where, path_text, refusal
-from quarkcli.spec import spec_to_yaml
 
 _KEYS = (
     "global_quant_config", "layer_type_quant_config", "layer_quant_config", "kv_cache_quant_config", "kv_cache_group",

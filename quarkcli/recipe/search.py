@@ -9,8 +9,9 @@ from typing import Any
 
 from quarkcli.errors import ConfigError
 from quarkcli.recipe.attributes import to_spec
+from quarkcli.recipe.attributes.written import spec_to_yaml
 from quarkcli.recipe.entries import Entry
-from quarkcli.spec import OBSERVERS, ObserverSpec, TensorSpec, spec_to_yaml
+from quarkcli.spec import OBSERVERS, ObserverSpec, TensorSpec
 
 _WEIGHT, _INPUT = "weight_quantizer", "input_quantizer"
 # ModelOpt's defaults: multipliers of amax.

@@ -13,10 +13,11 @@ from typing import Any
 import yaml
 
 from quarkcli.plan.model import TARGET_KINDS, QuantizedTarget, Target
+from quarkcli.recipe.attributes.written import spec_to_yaml
 from quarkcli.recipe.schema import NATIVE
 from quarkcli.search.candidates import Group, Space
 from quarkcli.search.choice import Choice
-from quarkcli.spec import TensorSpec, spec_to_yaml
+from quarkcli.spec import TensorSpec
 
 _WORD = re.compile(r"[^A-Za-z0-9_]+")
 

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 
 from quarkcli.errors import ConfigError, ModelError
+from quarkcli.recipe.attributes.written import spec_to_yaml
 from quarkcli.recipe.entries import Entry, Origin
 from quarkcli.recipe.match import Patterns, fold, ignores_numbers
-from quarkcli.spec import spec_to_yaml
 
 from . import naive
 from .layouts import GPT_OSS, LLAMA, MIXTRAL, lay_out, llama, plan

@@ -8,8 +8,8 @@ import pytest
 
 from quarkcli.errors import ConfigError
 from quarkcli.plan.explain import explain
+from quarkcli.recipe.attributes.written import spec_to_yaml
 from quarkcli.recipe.entries import Entry, Origin
-from quarkcli.spec import spec_to_yaml
 
 from .layouts import MIXTRAL, lay_out, llama, plan
 from .test_order import FP8, INT4, INT8, UP, recipe

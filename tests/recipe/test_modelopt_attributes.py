@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from quarkcli.errors import ConfigError
 from quarkcli.recipe.attributes import compressed_tensors, modelopt, native, quark, to_spec
+from quarkcli.recipe.attributes.written import spec_to_yaml
 from quarkcli.spec import (
     ELEMENTS,
     ObserverSpec,
@@ -21,7 +22,6 @@ from quarkcli.spec import (
     PerToken,
     ScaleSpec,
     TensorSpec,
-    spec_to_yaml,
 )
 
 F32 = ScaleSpec("f32", "absmax")

@@ -7,6 +7,7 @@ import pytest
 from quarkcli.errors import ConfigError
 from quarkcli.recipe import catalog
 from quarkcli.recipe.attributes import native
+from quarkcli.recipe.attributes.written import spec_to_yaml
 from quarkcli.recipe.load import parse
 from quarkcli.recipe.match import matches, suggestions
 from quarkcli.spec import (
@@ -18,7 +19,6 @@ from quarkcli.spec import (
     PerToken,
     ScaleSpec,
     TensorSpec,
-    spec_to_yaml,
 )
 
 

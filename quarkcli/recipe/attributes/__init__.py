@@ -13,7 +13,8 @@ from typing import Any
 
 from quarkcli.errors import ConfigError, near_misses
 from quarkcli.recipe.attributes import modelopt, native, quark
-from quarkcli.spec import TensorSpec, spec_to_yaml
+from quarkcli.recipe.attributes.written import spec_to_yaml
+from quarkcli.spec import TensorSpec
 
 Cfg = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 

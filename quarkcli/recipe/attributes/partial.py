@@ -13,7 +13,8 @@ from typing import Any
 
 from quarkcli.errors import ConfigError
 from quarkcli.recipe.attributes import Cfg, modelopt, native, to_spec, vocabularies, words_of
-from quarkcli.spec import ELEMENTS, ScaleSpec, TensorSpec, spec_to_yaml
+from quarkcli.recipe.attributes.written import spec_to_yaml
+from quarkcli.spec import ELEMENTS, ScaleSpec, TensorSpec
 
 _REPLACES_EACH_OTHER = {"axis": "block_sizes", "block_sizes": "axis"}
 _CHAIN_KEYS = {"then", "stored"}

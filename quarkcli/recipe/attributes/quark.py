@@ -18,6 +18,7 @@ from typing import Any, cast
 
 from quarkcli.errors import ConfigError, near_misses
 from quarkcli.recipe.attributes import native
+from quarkcli.recipe.attributes.written import spec_to_yaml
 from quarkcli.spec import (
     ELEMENTS,
     MIN_MAX,
@@ -36,7 +37,6 @@ from quarkcli.spec import (
     TensorSpec,
     When,
     ZeroPoint,
-    spec_to_yaml,
 )
 
 FIELDS = (
