@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from quarkcli.cli import main
-from quarkcli.disk import writer
+from quarkcli.disk import outputs
 from quarkcli.disk.source import Source
 from quarkcli.job import preflight
 from quarkcli.job.run import EMBEDDED
@@ -553,7 +553,7 @@ def test_outputs_that_are_taken(refused, output, what):
     Path("full").mkdir()
     (Path("full") / "thesis.tex").touch()
     Path("done", "quark").mkdir(parents=True)
-    (Path("done") / writer.MANIFEST).touch()
+    (Path("done") / outputs.MANIFEST).touch()
     before = {path: path.stat().st_mtime_ns for path in Path().rglob("*")}
     text = refused(2, "--model", "model", *DATA_FREE, "-o", output)
     assert what in text
