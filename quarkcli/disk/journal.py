@@ -2,7 +2,9 @@
 
     lock                 held (flock) while a process works here; holds its pid
     fingerprint.json     everything that must be equal for a run to be continued
-    journal.json         finished parts with their records, notes, a checksum; rewritten at once
+    journal.json         names of the finished parts, notes, a checksum; rewritten at once
+    record-*.json        the record of a finished part, written once: a journal with all of them would grow with every
+                         part, and so would the time for the next one
     hidden-{a,b}.safetensors   used in turn: the one that journal.json names last is never written to
     headers.json         headers of the weight files, where the model is on the hub
     download/            weight files of such a model, until their last use
@@ -11,8 +13,8 @@
 At the end the folder stands aside as `<output>.partial.state` until the output has its name, so that a kill in between
 is gone on from as well.
 
-The order of a finished part is: shards durable, hidden states durable, journal. A kill between any two leaves the state
-before the part, and files that no record names, which the next `open` removes.
+The order of a finished part is: shards durable, hidden states durable, record, journal. A kill between any two leaves
+the state before the part, and files that no record names, which the next `open` removes.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ from quarkcli.disk.place import (
 from quarkcli.disk.writer import (
     STATE,
     atomic_write_json,
+    atomic_write_text,
     disk_errors,
     remove,
     remove_staging,
@@ -53,7 +56,7 @@ if TYPE_CHECKING:
 
 Resume = Literal["auto", "never", "require"]
 
-SCHEMA = "quark/journal/2"
+SCHEMA = "quark/journal/3"
 _HIDDEN = ("hidden-a.safetensors", "hidden-b.safetensors")
 _ABSENT = "(absent)"
 _SHOWN_KEYS = 10
@@ -73,7 +76,8 @@ class Journal:
         self._lock: int | None = lock
         self._made = made  # folders that were not there before, innermost first
         self._kept = False
-        self._parts: list[dict[str, Any]] = []  # name, record, hidden ({file, sha256} or None)
+        self._parts: list[dict[str, Any]] = []  # name, record ({file, sha256}), hidden (the same, or None)
+        self._records: dict[str, dict[str, Any]] = {}  # by name of the part
         self._notes: dict[str, Any] = {}
 
     @staticmethod
@@ -148,7 +152,7 @@ class Journal:
     @property
     def finished(self) -> dict[str, dict[str, Any]]:
         """Returns part name -> record, in the order they were finished."""
-        return {part["name"]: part["record"] for part in self._parts}
+        return {part["name"]: self._records[part["name"]] for part in self._parts}
 
     @property
     def notes(self) -> dict[str, Any]:
@@ -161,10 +165,11 @@ class Journal:
 
     def finish(self, part: str, record: dict[str, Any], hidden: dict[str, torch.Tensor] | None = None) -> None:
         """Records a part whose files are durable already, with what the next part needs. Raises ResourceError."""
-        if part in self.finished:
+        if any(own["name"] == part for own in self._parts):
             raise ValueError(f"part {part!r} is finished already")
-        stored = self._write_hidden(hidden) if hidden is not None else None
-        self._store([*self._parts, {"name": part, "record": _plain(record), "hidden": stored}], self._notes)
+        states = self._write_hidden(hidden) if hidden is not None else None
+        stored = self._write_record(part, record)
+        self._store([*self._parts, {"name": part, "record": stored, "hidden": states}], self._notes)
 
     def hidden(self) -> dict[str, torch.Tensor] | None:
         """Returns the hidden states of the last finished part, None when it had none.
@@ -255,6 +260,7 @@ class Journal:
             if stored["schema"] != SCHEMA or stored["sha256"] != _checksum(stored["parts"], stored["notes"]):
                 raise _damaged(path)
             self._parts = [{key: part[key] for key in ("name", "record", "hidden")} for part in stored["parts"]]
+            self._records = {part["name"]: self._read_record(part["record"]) for part in self._parts}
             self._notes = dict(stored["notes"])
         except (KeyError, TypeError, ValueError) as error:
             raise _damaged(path) from error
@@ -266,13 +272,29 @@ class Journal:
         atomic_write_json(self._state / "journal.json", stored)
         self._parts, self._notes = parts, notes
 
+    def _write_record(self, part: str, record: dict[str, Any]) -> dict[str, str]:
+        text = json.dumps(record)
+        file = f"record-{_sha256(part.encode())[:16]}.json"
+        atomic_write_text(self._state / file, text)
+        self._records[part] = json.loads(text)  # as a restart finds it
+        return {"file": file, "sha256": _sha256(text.encode())}
+
+    def _read_record(self, stored: dict[str, str]) -> dict[str, Any]:
+        path = self._state / stored["file"]
+        record = _load(path)
+        if _sha256(path.read_bytes()) != stored["sha256"]:
+            raise _damaged(path)
+        return record
+
     def _write_hidden(self, hidden: dict[str, torch.Tensor]) -> dict[str, str]:
         last = self._parts[-1]["hidden"] if self._parts else None
         file = _HIDDEN[1] if last and last["file"] == _HIDDEN[0] else _HIDDEN[0]
         return {"file": file, "sha256": write_tensors(self._state / file, hidden).sha256}
 
     def _has_files(self, part: dict[str, Any]) -> bool:
-        return all(_is_sound(self._partial / file["file"], file) for file in part["record"].get("files", []))
+        return all(
+            _is_sound(self._partial / file["file"], file) for file in self._records[part["name"]].get("files", [])
+        )
 
     def _hidden_is_overwritten(self, count: int) -> bool:
         """True when a part after the first `count` wrote to the file with the hidden states of the last of them."""
@@ -292,7 +314,7 @@ class Journal:
 
     def _remove_strays(self) -> None:
         """Removes what a kill left: temporary files, and shards that no record names."""
-        listed = {file["file"] for part in self._parts for file in part["record"].get("files", [])}
+        listed = {file["file"] for record in self.finished.values() for file in record.get("files", [])}
         with disk_errors(self._partial):
             shards = [
                 path
@@ -357,7 +379,11 @@ def _damaged(path: Path) -> ConfigError:
 
 
 def _checksum(parts: list[dict[str, Any]], notes: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps([parts, notes], sort_keys=True).encode()).hexdigest()
+    return _sha256(json.dumps([parts, notes], sort_keys=True).encode())
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def _is_sound(path: Path, file: dict[str, Any]) -> bool:

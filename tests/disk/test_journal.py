@@ -168,6 +168,24 @@ def test_damaged_state(partial: Path, name: str, content: str) -> None:
         Journal.open(partial, FINGERPRINT)
 
 
+def test_a_record_that_is_gone_is_damage(partial: Path) -> None:
+    run(partial, 0, 1)
+    next(partial.glob(".quark-state/record-*.json")).unlink()
+    with pytest.raises(ConfigError, match="damaged"):
+        Journal.open(partial, FINGERPRINT)
+
+
+def test_what_is_written_for_a_part_does_not_grow_with_the_parts_before_it(partial: Path) -> None:
+    sizes = []
+    for number in range(6):
+        with Journal.open(partial, FINGERPRINT) as journal:
+            journal.finish(f"part-{number}", {"losses": {str(tensor): 0.5 for tensor in range(500)}})
+            journal.keep()
+        sizes.append((partial / ".quark-state" / "journal.json").stat().st_size)
+    assert max(sizes) < 2000
+    assert len(list(partial.glob(".quark-state/record-*.json"))) == 6
+
+
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
 def test_damaged_hidden(partial: Path, damage: str) -> None:
     run(partial, 0)
@@ -208,7 +226,7 @@ def test_second_process_is_refused(partial: Path) -> None:
             with pytest.raises(ResourceError, match=rf"pid {os.getpid()}\) is working here"):
                 Journal.open(partial, FINGERPRINT, resume=resume)
     run(partial, 1)
-    assert len(files(partial)) == 7
+    assert len(files(partial)) == 9
 
 
 def test_old_state_never_meets_a_new_fingerprint(partial: Path) -> None:
@@ -244,12 +262,22 @@ def test_verify_forgets_a_part_and_all_that_follow_from_its_hidden(partial: Path
         assert journal.verify() == ["block-0", "block-1", "block-2"]  # the hidden states of block-0 is overwritten
 
 
-@pytest.mark.parametrize("old", ['"block-0"', '"size": ', '"a"', "}"])
-def test_a_journal_that_was_changed_is_not_believed(partial: Path, old: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("journal.json", '"block-0"', '"block-7"'),
+        ("journal.json", '"hidden-a', '"a'),
+        ("journal.json", "}", "}}"),
+        ("record-*.json", '"size": ', '"Size": '),
+        ("record-*.json", '"size": ', '"size":  '),
+    ],
+)
+def test_a_journal_that_was_changed_is_not_believed(partial: Path, name: str, old: str, new: str) -> None:
     run(partial, 0, 1)
-    path = partial / ".quark-state" / "journal.json"
-    text = path.read_text().replace('"hidden-a', '"a')
-    path.write_text(text.replace(old, old.replace('"block-0"', '"block-7"').replace("size", "Size"), 1))
+    path = next(partial.glob(f".quark-state/{name}"))
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
     with pytest.raises(ConfigError, match="damaged"):
         Journal.open(partial, FINGERPRINT)
 

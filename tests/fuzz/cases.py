@@ -329,7 +329,9 @@ def journal(world: World, folder: Path, random: Random) -> Case:
     """What a killed run left, changed: the next run ends with the clean bytes, or says why it does not."""
     shutil.copytree(world.folder / "o.partial", folder / "o.partial")
     state = folder / "o.partial" / STATE
-    path = random.choice([state / "journal.json", state / "fingerprint.json", *sorted(state.glob("*.safetensors"))])
+    kinds = ("journal.json", "fingerprint.json", "record-*", "*.safetensors")
+    files = [path for kind in kinds for path in state.glob(kind)]
+    path = random.choice(sorted(files))
     if path.suffix == ".json" and random.random() < 0.7:
         what = _change(path, random)
     else:
