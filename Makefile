@@ -47,6 +47,7 @@ $(CONSUMERS)/bin/python:
 
 test-consumers: $(STAMP) $(VLLM_PYTHON) ## load what servers are said to load in vLLM's CPU build; into docs/consumers.json
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.consumers.vllm.run $(VLLM_PYTHON) --record $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.consumers.promised
 	$(BIN)/python -m tests.docs.serving
 
 lock: ## write constraints.txt anew: the newest releases but those held in tests/releases.py

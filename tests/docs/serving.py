@@ -11,13 +11,18 @@ from quarkcli.job import run as job
 from quarkcli.plan.model import Plan
 from quarkcli.recipe import catalog
 from tests.consumers import record
-from tests.consumers.record import RUN, Run
+from tests.consumers.record import KERNEL, RUN, Run
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 PAGE = DOCS / "serving.md"
 FOLDER = DOCS / "serving"
 START, END = "<!-- matrix: make docs -->", "<!-- end of matrix -->"
 SHORT = {"vllm": "vLLM", "transformers": "tf", "sglang": "SGLang"}
+STAGES = {
+    "classes": "the config",
+    "kernels": "all tensors were loaded",
+    "forward": "all tensors were loaded and prepared",
+}
 SIMULATED = "run, with products in torch for kernels that the build lacks"
 
 
@@ -63,15 +68,37 @@ def matrix(notes: Notes) -> Iterator[str]:
 
 
 def table(runs: Iterable[Run]) -> Iterator[str]:
-    """Every run of one consumer."""
+    """Every run of one consumer that has a score."""
     yield "| model | scheme | dialect | cache | quark | here | outcome |"
     yield "|---|---|---|---|---|---|---|"
     for run in runs:
-        theirs = "-" if run.theirs is None else f"{run.theirs:.4f}"
-        words = [record.OUTCOMES[run.outcome] if run.outcome != RUN else RUN, run.reason, *run.standins]
-        told = "; ".join(filter(None, words)).replace("|", "\\|")
-        names = f"{run.model} | `{run.scheme}` | `{run.dialect}` | {run.cache or '-'}"
-        yield f"| {names} | {run.ours:.4f} | {theirs} | {told} |"
+        if run.theirs is not None:
+            words = [record.OUTCOMES[run.outcome] if run.outcome != RUN else RUN, run.reason, *run.standins]
+            names = f"{run.model} | `{run.scheme}` | `{run.dialect}` | {run.cache or '-'}"
+            yield f"| {names} | {run.ours:.4f} | {run.theirs:.4f} | {'; '.join(filter(None, words))} |"
+
+
+def stopped(runs: Iterable[Run]) -> Iterator[str]:
+    """Those that lacked a kernel, by what they lacked."""
+    found: dict[tuple[str, str], dict[str, dict[str, list[str]]]] = {}
+    for run in runs:
+        if run.theirs is None:
+            dialects_ = found.setdefault((run.reason.replace("|", "\\|"), STAGES[run.stage]), {})
+            dialects_.setdefault(run.dialect, {}).setdefault(run.scheme, []).append(run.model)
+    if found:
+        yield from (
+            "",
+            f"{record.OUTCOMES[KERNEL].capitalize()}:",
+            "",
+            "| what stopped it | after | checkpoints |",
+            "|---|---|---|",
+        )
+    for (reason, stage), dialects_ in sorted(found.items()):
+        texts = []
+        for dialect, schemes in dialects_.items():
+            models = dict.fromkeys(model for some in schemes.values() for model in some)
+            texts.append(f"`{dialect}`: {', '.join(schemes)} ({', '.join(models)})")
+        yield f"| {reason} | {stage} | {'; '.join(texts)} |"
 
 
 def pages() -> Mapping[Path, list[str]]:
@@ -82,7 +109,7 @@ def pages() -> Mapping[Path, list[str]]:
         mine = [run for run in runs if run.consumer == consumer]
         dates, versions = ({getattr(run, name) for run in mine} for name in ("date", "version"))
         head = f"{', '.join(sorted(versions))}; {', '.join(sorted(dates))}; {len(mine)} checkpoints."
-        found[FOLDER / f"{consumer}.md"] = [head, "", *table(mine)]
+        found[FOLDER / f"{consumer}.md"] = [head, "", *table(mine), *stopped(mine)]
     return found
 
 

@@ -6,6 +6,7 @@ weights after loading. A stand-in notes its name in `USED` when a model takes it
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,12 @@ import vllm.model_executor.kernels.linear.mxfp4.emulation as mxfp4
 import vllm.model_executor.kernels.linear.mxfp6.emulation as mxfp6
 import vllm.model_executor.layers.quantization.utils.quant_utils as keys
 from vllm import _custom_ops as ops
+from vllm.model_executor.kernels.linear.scaled_mm.BlockScaledMMLinearKernel import Fp8BlockScaledMMLinearKernel
+from vllm.model_executor.layers.fused_moe.experts import cpu_moe
+from vllm.model_executor.layers.fused_moe.oracle import int_wna16
+from vllm.model_executor.layers.fused_moe.oracle import mxfp4 as mxfp4_moe
+from vllm.model_executor.layers.fused_moe.oracle import nvfp4 as nvfp4_moe
+from vllm.model_executor.layers.quantization.quark.quark import QuarkConfig
 from vllm.model_executor.layers.quantization.utils import mxfp4_utils
 from vllm.platforms import PlatformEnum
 
@@ -30,8 +37,10 @@ def install() -> None:
     cpu = PlatformEnum.CPU
     linear._POSSIBLE_NVFP4_KERNELS[cpu] = [NvFp4]
     linear.MarlinNvFp4LinearKernel = NvFp4WeightOnly
+    linear._POSSIBLE_FP8_BLOCK_KERNELS[cpu] = [Fp8Tiles]
     install_mx()
     linear._POSSIBLE_MXFP8_KERNELS[cpu] = [MxFp8]
+    install_experts()
     fused = torch.library.Library("_C", "FRAGMENT")
     fused.define("silu_and_mul_quant(Tensor(a!) result, Tensor input, Tensor scale) -> ()")
     fused.impl("silu_and_mul_quant", silu_and_mul_quantized, "CPU")
@@ -71,6 +80,25 @@ def silu_and_mul_quantized(result: torch.Tensor, x: torch.Tensor, scale: torch.T
     gate, up = x.chunk(2, -1)
     product = (torch.nn.functional.silu(gate.float()).to(x.dtype) * up).float()
     result.copy_((product / scale.float()).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn))
+
+
+class Fp8Tiles(Always, Fp8BlockScaledMMLinearKernel):
+    """The build's products need AMX tiles. vLLM's own code rounds the inputs."""
+
+    def apply_block_scaled_mm(
+        self,
+        A: torch.Tensor,  # noqa: N803  vLLM's names
+        B: torch.Tensor,  # noqa: N803
+        As: torch.Tensor,  # noqa: N803
+        Bs: torch.Tensor,  # noqa: N803
+    ) -> torch.Tensor:
+        USED.add("fp8 in tiles: torch")
+        rows, cols = self.weight_group_shape
+        weight = (
+            B.float() * Bs.float().repeat_interleave(rows, 0)[: B.shape[0]].repeat_interleave(cols, 1)[:, : B.shape[1]]
+        )
+        inputs = A.float() * As.float().repeat_interleave(cols, 1)[:, : A.shape[1]]
+        return torch.nn.functional.linear(inputs, weight)
 
 
 class MxFp8(Always, linear.EmulationMxfp8LinearKernel):
@@ -206,3 +234,68 @@ def expanded_product(
     self: Any, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
     return torch.nn.functional.linear(x, layer.expanded.to(x.dtype), bias)
+
+
+# --- experts
+
+
+class Int8Experts(cpu_moe.CPUExpertsInt8):
+    """The build's product needs AMX tiles."""
+
+    @staticmethod
+    def _supports_current_device() -> bool:
+        return True
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        USED.add("experts in int8: torch")
+
+    def apply(
+        self, output: torch.Tensor, hidden_states: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor,
+        topk_weights: torch.Tensor, topk_ids: torch.Tensor, *_: Any, **__: Any,
+    ) -> None:  # fmt: skip
+        output.zero_()
+        for expert in topk_ids.unique().tolist():
+            rows, places = torch.where(topk_ids == expert)
+            both = int8_product(hidden_states[rows], w1[expert], self.w1_scale[expert])
+            gate, up = both.chunk(2, -1)
+            inner = (torch.nn.functional.silu(gate) * up).to(hidden_states.dtype)
+            out = int8_product(inner, w2[expert], self.w2_scale[expert])
+            output.index_add_(0, rows, (out * topk_weights[rows, places, None]).to(output.dtype))
+
+
+def int8_product(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Inputs are rounded per token."""
+    step = (x.float().abs().amax(-1, keepdim=True) / 127).clamp(min=1e-12)
+    return torch.nn.functional.linear((x.float() / step).round() * step, codes.float() * scale.reshape(-1, 1))
+
+
+def install_experts() -> None:
+    """Where no kernel of this build takes experts, the class of GPUs is chosen, so that tensors are loaded into it."""
+    cpu_moe.CPUExpertsInt8 = Int8Experts
+    wna16 = int_wna16.WNA16MoEBackend
+    fallbacks = {
+        int_wna16: lambda named: wna16.TRITON if isinstance(named.get("quant_config"), QuarkConfig) else wna16.MARLIN,
+        mxfp4_moe: lambda named: mxfp4_moe.Mxfp4MoeBackend.MARLIN,
+        nvfp4_moe: lambda named: nvfp4_moe.NvFp4MoeBackend.MARLIN,
+    }
+    for oracle, fallback in fallbacks.items():
+        for name in [name for name in vars(oracle) if name.startswith("select_") and name.endswith("_moe_backend")]:
+            replace_everywhere(getattr(oracle, name), chosen(getattr(oracle, name), oracle, fallback))
+
+
+def chosen(select: Any, oracle: Any, fallback: Any) -> Any:
+    def selected(*given: Any, **named: Any) -> Any:
+        try:
+            return select(*given, **named)
+        except (NotImplementedError, ValueError):
+            backend = fallback(named)
+            return backend, oracle.backend_to_kernel_cls(backend)[0]
+
+    return selected
+
+
+def replace_everywhere(old: Any, new: Any) -> None:
+    """Modules that import it later get it from the one that defines it."""
+    for module in [module for name, module in sys.modules.items() if name.startswith("vllm.")]:
+        for name in [name for name, value in vars(module).items() if value is old]:
+            setattr(module, name, new)

@@ -22,7 +22,6 @@ SETTINGS = {
     "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_LOGGING_LEVEL": "WARNING", "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
 }  # fmt: skip
-STAGES = ("config", "classes", "weights", "kernels", "forward", "run")
 SECONDS = 240
 
 
