@@ -18,11 +18,7 @@ PAGE = DOCS / "serving.md"
 FOLDER = DOCS / "serving"
 START, END = "<!-- matrix: make docs -->", "<!-- end of matrix -->"
 SHORT = {"vllm": "vLLM", "transformers": "tf", "sglang": "SGLang"}
-STAGES = {
-    "classes": "the config",
-    "kernels": "all tensors were loaded",
-    "forward": "all tensors were loaded and prepared",
-}
+STAGES = {"classes": "the config", "kernels": "the tensors", "forward": "the tensors, and preparing them"}
 SIMULATED = "run, with products in torch for kernels that the build lacks"
 
 
@@ -86,13 +82,8 @@ def stopped(runs: Iterable[Run]) -> Iterator[str]:
             dialects_ = found.setdefault((run.reason.replace("|", "\\|"), STAGES[run.stage]), {})
             dialects_.setdefault(run.dialect, {}).setdefault(run.scheme, []).append(run.model)
     if found:
-        yield from (
-            "",
-            f"{record.OUTCOMES[KERNEL].capitalize()}:",
-            "",
-            "| what stopped it | after | checkpoints |",
-            "|---|---|---|",
-        )
+        yield from ("", f"{record.OUTCOMES[KERNEL].capitalize()}:", "")
+        yield from ("| what stopped it | what went before | checkpoints |", "|---|---|---|")
     for (reason, stage), dialects_ in sorted(found.items()):
         texts = []
         for dialect, schemes in dialects_.items():
