@@ -9,7 +9,8 @@ are. `g_idx` names the group of every input: with `desc_act` groups are not runs
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -30,7 +31,7 @@ from quarkcli.dialects.base import (
 from quarkcli.documents.shape import check
 from quarkcli.errors import ModelError
 from quarkcli.family import HeaderLike
-from quarkcli.plan.model import Plan, QuantizedTarget
+from quarkcli.plan.model import Plan, QuantizedTarget, Target
 from quarkcli.spec import TensorSpec
 
 if TYPE_CHECKING:
@@ -49,6 +50,12 @@ _EXPERTS = frozenset({("int4 group", "none"), ("int8 group", "none")})
 # Roles that its own tools never quantize: they know the linears of every model's blocks.
 _UNLISTED = frozenset({"embedding", "head", "router", "gates", "indexer", "mtp", "vision", "audio", "projector"})
 _SKIP, _OVERRIDE, _MARK = "-:", "+:", "re:"
+# Modules that vLLM fuses, and the name by which it looks for their bits and groups.
+_FUSED = {
+    "q_proj+k_proj+v_proj": "qkv_proj", "gate_proj+up_proj": "gate_up_proj",
+    "q_a_proj+kv_a_proj_with_mqa": "fused_qkv_a_proj",
+}  # fmt: skip
+Scheme = tuple[int, int]  # bits, and the group size as the config has it
 
 
 @dataclass(frozen=True)
@@ -121,14 +128,14 @@ class Gptq(Writer):
     reader = READER
 
     def refusals(self, plan: Plan) -> list[str]:
-        return words.refusals(plan, self.name, _PLACES)
+        return words.refusals(plan, self.name, _PLACES, mixed=True) + _unsaid(plan)
 
     def loaders(self, plan: Plan) -> set[str]:
         """Returns `vllm` where it loads the plan; transformers needs optimum and gptqmodel, which were not tried.
 
-        It takes the bits and groups of some modules from `dynamic`, which is read here and not written.
+        It takes the bits and groups of some modules from `dynamic`.
         """
-        refused = words.refusals(plan, self.name, _PLACES, mixed=True)
+        refused = words.refusals(plan, self.name, _PLACES, mixed=True)  # others may say what is not said here
         return {"vllm"} if not refused and shared.vllm_loads(plan, _HOLDS, _EXPERTS) else set()
 
     def config_faults(self, config: Mapping[str, Any], server: str) -> list[str]:
@@ -160,18 +167,17 @@ class Gptq(Writer):
         return {f"{target.name}.{local}": tensor for local, tensor in made.items()}
 
     def config(self, plan: Plan) -> dict[str, Any]:
-        quantized = list(plan.quantized())
-        first = quantized[0].weight if quantized else None
+        bits, size = _usual(plan)
         return {
             "quant_method": NAME,
-            "bits": first.format.bits if first else 4,
-            "group_size": words.group_size(first) if first else words.WHOLE_ROW,
+            "bits": bits,
+            "group_size": size,
             "desc_act": False,
             "sym": True,
-            words.HEAD: any(target.role == "head" for target in quantized),
+            words.HEAD: any(target.role == "head" for target in plan.quantized()),
             "checkpoint_format": NAME,
             "pack_dtype": "int32",
-            "dynamic": {_SKIP + pattern: {} for pattern in _left_out(plan)},
+            "dynamic": {_SKIP + pattern: {} for pattern in _left_out(plan)} | _overrides(plan),
         }
 
     def files(self, plan: Plan) -> dict[str, dict[str, Any]]:
@@ -236,8 +242,73 @@ def _left_out(plan: Plan) -> list[str]:
     The head is left out unless `lm_head` is true.
     """
     left = [target.name for target in shared.unquantized(plan) if target.role != "head"]
-    found = linear_patterns(left, plan.targets)
+    return _expressions(left, plan.targets)
+
+
+def _expressions(names: Iterable[str], universe: Iterable[str]) -> list[str]:
+    found = linear_patterns(names, universe)
     return [text.removeprefix(_MARK) if text.startswith(_MARK) else rf"{re.escape(text)}$" for text in found]
+
+
+def _scheme(target: QuantizedTarget) -> Scheme:
+    return target.weight.format.bits, words.group_size(target.weight)
+
+
+def _usual(plan: Plan) -> Scheme:
+    """Returns the bits and the group size that hold where nothing else is said: those of experts, else of most."""
+    found = Counter(_scheme(target) for target in plan.quantized() if target.expert is not None)
+    found = found or Counter(map(_scheme, plan.quantized()))
+    return found.most_common(1)[0][0] if found else (4, words.WHOLE_ROW)
+
+
+def _others(plan: Plan) -> dict[Scheme, list[QuantizedTarget]]:
+    """Returns the modules whose bits or groups are others, by these."""
+    usual, found = _usual(plan), dict[Scheme, list[QuantizedTarget]]()
+    for target in plan.quantized():
+        if _scheme(target) != usual:
+            found.setdefault(_scheme(target), []).append(target)
+    return found
+
+
+def _unsaid(plan: Plan) -> list[str]:
+    """Returns the reasons for which other bits or groups cannot be said: servers look for the names of what they fuse.
+
+    Experts are one module there, of one scheme.
+    """
+    reasons: dict[str, list[str]] = {}
+    for bits, size in (others := _others(plan)):
+        for target in others[bits, size]:
+            if target.expert is not None:
+                what = f"{NAME} has one scheme for all experts, {_said(_usual(plan))}, not {_said((bits, size))}"
+                reasons.setdefault(what, []).append(target.name)
+            elif "+" in target.group and _fused_name(target) is None:
+                what = f"{NAME} has no name for modules fused as {target.group.rpartition('.')[2]}"
+                reasons.setdefault(f"{what}, and so no other scheme for them", []).append(target.name)
+    return shared.sentences(reasons)
+
+
+def _overrides(plan: Plan) -> dict[str, dict[str, int]]:
+    """Returns the entries for modules of other bits or groups: by the names of the files, and of what vLLM fuses."""
+    others = _others(plan)
+    aliases = {scheme: {name for target in members if (name := _fused_name(target))}
+               for scheme, members in others.items()}  # fmt: skip
+    universe = {*plan.targets, *(name for names in aliases.values() for name in names)}
+    return {
+        _OVERRIDE + pattern: {"bits": bits, "group_size": size}
+        for (bits, size), members in others.items()
+        for pattern in _expressions([*(t.name for t in members), *sorted(aliases[bits, size])], universe)
+    }
+
+
+def _fused_name(target: Target) -> str | None:
+    """Returns the name of the module that vLLM fuses it into; None where it stands alone, or none is known."""
+    parent, _, members = target.group.rpartition(".")
+    return f"{parent}.{_FUSED[members]}" if members in _FUSED else None
+
+
+def _said(scheme: Scheme) -> str:
+    bits, size = scheme
+    return f"{bits} bits in " + ("whole rows" if size == words.WHOLE_ROW else f"groups of {size}")
 
 
 def _settings(config: Mapping[str, Any], modules: list[str]) -> dict[str, Settings]:

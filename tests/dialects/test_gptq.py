@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,7 @@ from quarkcli.job import convert
 from quarkcli.numerics.quantize import dequantize
 from quarkcli.spec import PerChannel, PerGroup, ScaleSpec, TensorSpec
 from tests import runs
-from tests.dialects.plans import int4, linears, llama, plan
+from tests.dialects.plans import Module, int4, linears, llama, moe, plan
 from tests.dialects.test_roundtrip import headers
 
 CONFIG = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False}
@@ -163,12 +166,55 @@ def test_what_is_left_out_is_told_by_expressions() -> None:
     assert config["lm_head"] is False
     mixed = plan(llama(1), lambda m: ((INT8 if m.role == "down" else int4()), None) if m.role != "embedding" else None)
     assert gptq.WRITER.config(mixed)["lm_head"] is True
-    assert gptq.WRITER.refusals(mixed) == [
-        "model.layers.0.mlp.down_proj: gptq has one scheme for all weights: 4 bits in groups of 32, "
-        "not 8 bits in groups of 32"
-    ]
+    assert gptq.WRITER.refusals(mixed) == []
+    assert gptq.WRITER.config(mixed)["dynamic"] == {
+        r"+:(.*\.)?layers\.\d+\.mlp\.down_proj$": {"bits": 8, "group_size": 32}
+    }
     asymmetric = TensorSpec("uint4", PerGroup(32), ScaleSpec("model", "half_range"), "int")
     assert "gptq cannot hold weight uint4" in gptq.WRITER.refusals(plan(llama(1), linears((asymmetric, None))))[0]
+
+
+def test_other_bits_and_groups_are_said_by_the_names_of_files_and_of_what_vllm_fuses(tmp_path: Path) -> None:
+    """vLLM asks for `qkv_proj`, by the first entry that matches from the start; GPTQModel for each module."""
+    layers = ["*self_attn.[qkv]_proj=int4_wo_32", "model.layers.1.mlp.down_proj=int4_wo_64"]
+    made = runs.run("demo", tmp_path / "out", scheme="int4_wo_128", dialect="gptq", layers=layers,
+                    exclude=["model.layers.2.*"])  # fmt: skip
+    assert made.prepared.dialect.loaders(made.prepared.plan) == {"vllm"}
+    config = json.loads((made.folder / "config.json").read_text())["quantization_config"]
+    assert (config["bits"], config["group_size"]) == (4, 128)
+
+    def asked(module: str) -> object:
+        """As vLLM's `get_dynamic_override` finds the group size."""
+        for entry, values in config["dynamic"].items():
+            if re.match(entry[2:], module):
+                return False if entry.startswith("-:") else values["group_size"]
+        return config["group_size"]
+
+    sizes = {"self_attn.qkv_proj": 32, "self_attn.q_proj": 32, "self_attn.o_proj": 128, "mlp.gate_up_proj": 128,
+             "mlp.down_proj": 128}  # fmt: skip
+    for name, size in sizes.items():
+        assert asked(f"model.layers.0.{name}") == size, name
+        if name not in ("self_attn.qkv_proj", "mlp.gate_up_proj"):
+            assert asked(f"model.layers.2.{name}") is False
+    assert asked("model.layers.1.mlp.down_proj") == 64 and asked("language_model.model.layers.1.mlp.down_proj") == 64
+    view = Checkpoint(Source.open(str(made.folder))).view.targets
+    found = {name: stored.weight.group_size for name, stored in view.items()}
+    wanted = {target.name: target.weight.group_size for target in made.prepared.plan.quantized()}
+    assert found == wanted and set(found.values()) == {32, 64, 128}
+    assert directory(str(made.folder), source=str(made.source))
+
+
+def test_other_schemes_that_no_name_is_known_for_are_refused() -> None:
+    def choose(module: Module) -> tuple[TensorSpec, None] | None:
+        other = module.role == "expert_down" or module.name.endswith("layers.0.self_attn.q_proj")
+        return (INT8 if other else int4(), None) if module.role not in ("embedding", "head", "router") else None
+
+    (first,) = gptq.WRITER.refusals(plan(moe(layers=1, experts=2), choose))
+    assert first == ("model.layers.0.mlp.experts.0.down_proj (and 1 more): gptq has one scheme for all experts, "
+                     "4 bits in groups of 32, not 8 bits in groups of 32")  # fmt: skip
+    unknown = [replace(module, group=f"{module.name.rpartition('.')[0]}.a_proj+b_proj") for module in llama(1)]
+    (reason,) = gptq.WRITER.refusals(plan(unknown, choose))
+    assert "no name for modules fused as a_proj+b_proj" in reason
 
 
 def test_a_run_is_verified_and_decodes_to_what_compressed_tensors_holds(tmp_path: Path) -> None:
