@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from quarkcli.dialects import _shared as shared
+from quarkcli.dialects._patterns import WrittenNames
 from quarkcli.dialects._quark_specs import read_spec, specs_of
 from quarkcli.errors import ModelError
 from quarkcli.plan.model import Attention, Plan, QuantizedTarget, Target
@@ -188,6 +189,16 @@ def _excluded(plan: Plan) -> list[str]:
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def unlisted_heads(config: Mapping[str, Any], plan: Plan) -> list[str]:
+    """Returns heads that are not quantized, and that the config gives a scheme and does not exclude."""
+    heads = [target.name for target in shared.unquantized(plan) if target.role == "head"] + shared.tied_head(plan)
+    layers = LayerReader(config)
+    names = WrittenNames(layers.excluded, heads)
+    listed = {head for head in heads if names.named(head, layers.excluded)}
+    listed |= {head for head in heads for entry in layers.excluded if fnmatch.fnmatchcase(head, entry)}
+    return [head for head in heads if head not in listed and layers.speaks_of(head)]
 
 
 class LayerReader:

@@ -88,12 +88,14 @@ class StoredView:
 
     online    weight -> size of the block Hadamard that its input is multiplied by while the model runs
     matrices  tensors that hold such a Hadamard
+    absent    scales of inputs that the config speaks of and the files do not hold; codes are read without them
     """
 
     targets: dict[str, StoredTarget] = field(default_factory=dict)
     attention: dict[str, StoredAttention] = field(default_factory=dict)
     online: dict[str, int] = field(default_factory=dict)
     matrices: frozenset[str] = frozenset()
+    absent: tuple[str, ...] = ()
 
 
 CONFIG_FILE, CONFIG_KEY = "config.json", "quantization_config"
@@ -108,6 +110,7 @@ class Reader:
     beside         files beside config.json that may describe a checkpoint in its place, the first that is there
     lists          keys of a config that hold the names of modules which are left out
     lists_parts    loaders look for their entries anywhere in a name, so that `mlp.gate` leaves out `mlp.gate_proj` too
+    lists_tied     a head that shares the embedding's weight, and is in no file, must be listed
     unlisted       roles of modules that loaders leave as they are, listed or not
     head_key       key of a config that says whether the head is quantized; without it: it is not
     """
@@ -118,6 +121,7 @@ class Reader:
     beside: ClassVar[tuple[str, ...]] = ()
     lists: ClassVar[tuple[str, ...]] = ()
     lists_parts: ClassVar[bool] = False
+    lists_tied: ClassVar[bool] = True
     unlisted: ClassVar[frozenset[str]] = frozenset({"embedding"})
     head_key: ClassVar[str] = ""
 
@@ -209,8 +213,8 @@ class Writer:
         """Returns a sentence about releases of a loader that treat it otherwise; empty when all do the same."""
         return ""
 
-    def config_faults(self, config: Mapping[str, Any], server: str) -> list[str]:
-        """Returns what is wrong with a `quantization_config` of this dialect for a server."""
+    def config_faults(self, config: Mapping[str, Any], server: str, plan: Plan | None = None) -> list[str]:
+        """Returns what is wrong with a `quantization_config` of this dialect for a server, and this plan."""
         found = [
             f"quantization_config has no {key.path} ({key.kind.__name__}): {key.why}"
             for key in self.demands.get(server, ())

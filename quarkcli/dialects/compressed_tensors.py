@@ -148,7 +148,7 @@ class CompressedTensors(Writer):
             found.add("transformers")
         return found
 
-    def config_faults(self, config: Mapping[str, Any], server: str) -> list[str]:
+    def config_faults(self, config: Mapping[str, Any], server: str, plan: Plan | None = None) -> list[str]:
         return [*super().config_faults(config, server), *(known.vllm_unpacked(config) if server == "vllm" else [])]
 
     def caveat(self, plan: Plan) -> str:

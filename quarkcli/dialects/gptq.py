@@ -138,7 +138,7 @@ class Gptq(Writer):
         refused = words.refusals(plan, self.name, _PLACES, mixed=True)  # others may say what is not said here
         return {"vllm"} if not refused and shared.vllm_loads(plan, _HOLDS, _EXPERTS) else set()
 
-    def config_faults(self, config: Mapping[str, Any], server: str) -> list[str]:
+    def config_faults(self, config: Mapping[str, Any], server: str, plan: Plan | None = None) -> list[str]:
         unordered = config.get("desc_act") is True and config.get("group_size") != words.WHOLE_ROW
         refused = ["desc_act is true: it refuses groups in order of activations"] if unordered else []
         return [*super().config_faults(config, server), *(refused if server == "vllm" else [])]

@@ -19,9 +19,11 @@ from quarkcli.dialects._quark_config import (
     PACK_METHOD,
     SOFTMAX,
     LayerReader,
+    Slots,
     config_of,
     is_joined,
     projection,
+    unlisted_heads,
 )
 from quarkcli.dialects._quark_layout import Matrix, layout, matrix_shape, pack, static_layout, unpack
 from quarkcli.dialects.base import (
@@ -49,6 +51,8 @@ if TYPE_CHECKING:
 
 
 NAME = "quark"
+_ZEROS = "weight_zero_point"
+_INPUT_SCALES = (".input_scale", ".input_scale_2")
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,7 @@ class QuarkReader(Reader):
     name = NAME
     quant_method = NAME
     lists = ("exclude",)
+    lists_tied = False  # transformers alone would look for its scales, and is asked as a server
 
     def view(self, config: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> StoredView:
         """Returns the view of a checkpoint.
@@ -75,8 +80,11 @@ class QuarkReader(Reader):
             raise ModelError(f"pack_method {method!r} is not read by this version", where="quantization_config")
         layers = LayerReader(config)
         kind = InOrder if method == IN_ORDER else StoredTarget
-        targets = {module: _stored(kind, module, layers, headers) for module in _modules(layers, headers)}
-        view = StoredView(targets, _stored_attention(layers, headers))
+        modules, calibrated = list(_modules(layers, headers)), any(name.endswith(_INPUT_SCALES) for name in headers)
+        targets = {module: _stored(kind, module, layers.slots(module), headers, calibrated) for module in modules}
+        wanted = {module: static_layout("input", layers.slots(module).input)[:1] for module in modules}
+        absent = () if calibrated else tuple(f"{module}.{info.name}" for module in modules for info in wanted[module])
+        view = StoredView(targets, _stored_attention(layers, headers), absent=absent)
         _check_outputs(view, layers, headers)
         return view
 
@@ -113,6 +121,10 @@ class Quark(Writer):
 
     def loaders(self, plan: Plan) -> set[str]:
         return set() if self.refusals(plan) else servers.loaders(plan)
+
+    def config_faults(self, config: Mapping[str, Any], server: str, plan: Plan | None = None) -> list[str]:
+        heads = unlisted_heads(config, plan) if server == "transformers" and plan is not None else []
+        return [*super().config_faults(config, server), *(f"exclude does not list {head}" for head in heads)]
 
     def infos(self, target: QuantizedTarget) -> list[TensorInfo]:
         found = [info for matrix in _matrices(target) for info in layout(matrix, target.dtype)]
@@ -205,21 +217,27 @@ def _modules(layers: LayerReader, headers: Mapping[str, HeaderLike]) -> Iterator
 
 
 def _stored(
-    kind: type[StoredTarget], module: str, layers: LayerReader, headers: Mapping[str, HeaderLike]
+    kind: type[StoredTarget], module: str, slots: Slots, headers: Mapping[str, HeaderLike], calibrated: bool
 ) -> StoredTarget:
-    slots = layers.slots(module)
+    """Returns a weight; its input as it is read where the files hold no scale of any.
+
+    That is what AMD Quark writes file by file, and then no zero points of symmetric codes either.
+    """
+    source = slots.input if calibrated or not static_layout("input", slots.input) else None
     assert slots.weight is not None
     weight = shared.header(headers, f"{module}.weight")
     if len(weight.shape) != 2:
         raise ModelError(f"a quantized weight of shape {list(weight.shape)} is not a matrix", where=module)
     shape = matrix_shape(slots.weight, tuple(weight.shape))
     wanted = layout(Matrix("weight", slots.weight, shape), "BF16")
+    if slots.weight.symmetric:
+        wanted = [each for each in wanted if each.name != _ZEROS or f"{module}.{_ZEROS}" in headers]
     bias = slots.bias if f"{module}.bias" in headers else None  # one entry may speak for modules without a bias
     if bias is not None:
         wanted += layout(Matrix("bias", bias, (1, shape[0])), "BF16")
-    wanted += static_layout("input", slots.input) + static_layout("output", slots.output)
+    wanted += static_layout("input", source) + static_layout("output", slots.output)
     names = shared.check_headers(_of(module, wanted), headers)
-    return kind(module, slots.weight, slots.input, shape, names, slots.output, bias)
+    return kind(module, slots.weight, source, shape, names, slots.output, bias)
 
 
 def _stored_attention(layers: LayerReader, headers: Mapping[str, HeaderLike]) -> dict[str, StoredAttention]:

@@ -26,7 +26,7 @@ def check(reader: Reader, config: Mapping[str, Any], layout: Layout, quantized: 
     entries = Entries(entry for listed in found.values() for entry in listed)
     whole = reader.unlisted | layout.unlisted
     kept = {name for name, weight in layout.weights.items() if not _roles(layout, weight) & whole} - quantized
-    if layout.tied_head and "head" not in reader.unlisted:
+    if layout.tied_head and reader.lists_tied and "head" not in reader.unlisted:
         kept.add(layout.tied_head.removesuffix(".weight"))
     missing = sorted(kept - reader.untouched(config, kept) - entries.left(kept, loosely=True))
     surplus = sorted(entries.left(quantized, loosely=reader.lists_parts))

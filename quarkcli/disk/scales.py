@@ -70,6 +70,7 @@ def check(
         if stored.weight.has_tensor_scale or static:
             group = weights[name].group if name in weights else name
             found.inputs.setdefault(group, {})[name] = static
+    found.bad += [f"{tensor} (absent)" for tensor in checkpoint.view.absent]
     for attention in checkpoint.view.attention.values():
         for tensor in attention.scales.values():
             fault = _values(checkpoint, tensor, known).fault()

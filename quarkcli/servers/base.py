@@ -71,7 +71,7 @@ class Loader(Server):
         writer = written.writer
         if writer is None:
             return [self.unknown(written)]
-        faults = writer.config_faults(written.config, self.name)
+        faults = writer.config_faults(written.config, self.name, written.plan)
         return [*self.misnamed(written), *faults, *self._plan_faults(writer, written.plan)]
 
     def _plan_faults(self, writer: Writer, plan: Plan) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -41,6 +42,10 @@ CASES: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
     "amdfp4": ("llama", _ONE, "amdfp4", {}),
     "mixed": ("llama", _ONE, "fp8", {"layer_config": {"*mlp*": "mxfp4_weight_only"}}),
     "qwen3-moe-fp8": ("qwen3_moe", {}, "ptpc_fp8", {}),
+    "files-ptpc": ("llama", _ONE, "ptpc_fp8", {}),
+    "files-mxfp4": ("qwen3", _ONE, "mxfp4", {}),
+    "files-int8": ("llama", _ONE, "int8", {}),
+    "files-nvfp4": ("llama", _ONE, "nvfp4", {}),
 }  # fmt: skip
 
 
@@ -49,12 +54,28 @@ def make(name: str, scratch: Path, to: Path) -> None:
     family, changes, scheme, options = CASES[name]
     model = common.build(scratch / "source", family, **changes)
     config = LLMTemplate.get(family).get_config(scheme, **options)
-    quantizer = ModelQuantizer(config)
-    model = quantizer.freeze(quantizer.quantize_model(model, DataLoader(common.rows(), batch_size=1)))
-    with torch.no_grad():
-        export_safetensors(model, str(written := scratch / "written"))
+    quantizer, written = ModelQuantizer(config), scratch / "written"
+    if name.startswith("files-"):
+        quantizer.direct_quantize_checkpoint(str(scratch / "source"), str(written), device="cpu")
+    else:
+        model = quantizer.freeze(quantizer.quantize_model(model, DataLoader(common.rows(), batch_size=1)))
+        with torch.no_grad():
+            export_safetensors(model, str(written))
     facts = {"tool": f"amd-quark {version('amd-quark')}", "decoder": "the modules of its import"}
-    common.keep(written, to, facts, dict(_decoded(written)))
+    made = _importable(written, scratch / "copy") if name.startswith("files-") else written
+    common.keep(written, to, facts, dict(_decoded(made)))
+
+
+def _importable(written: Path, to: Path) -> Path:
+    """Returns a copy of what it wrote file by file that its own import takes: without inputs, head and with zeros."""
+    config, tensors = json.loads((written / "config.json").read_text()), common.load(written)
+    given = config["quantization_config"]
+    given["exclude"], given["global_quant_config"]["input_tensors"] = ["lm_head"], None
+    if "int8" in str(given["global_quant_config"]["weight"]):
+        scales = [name for name in tensors if name.endswith(".weight_scale")]
+        tensors |= {name.replace("_scale", "_zero_point"): torch.zeros((), dtype=torch.int8) for name in scales}
+    common.save(to, config, tensors)
+    return to
 
 
 def _decoded(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:

@@ -39,7 +39,13 @@ EXPERTS: dict[str, dict[str, Any]] = {
 }
 DISTINCT = 32  # rows
 FACTS = "peer.json"
-_KEPT = {"config.json", "hf_quant_config.json", "quantize_config.json", "model.safetensors"}
+_KEPT = {
+    "config.json",
+    "hf_quant_config.json",
+    "quantize_config.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+}
 
 
 def build(folder: Path, family: str = "llama", attn_implementation: str = "sdpa", **changes: Any) -> Any:
