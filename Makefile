@@ -45,7 +45,7 @@ VLLM_PYTHON ?= $(CONSUMERS)/bin/python
 $(CONSUMERS)/bin/python:
 	$(PYTHON) tests/consumers/vllm/install.py $(CONSUMERS) || (rm -rf $(CONSUMERS); false)
 
-test-consumers: $(STAMP) $(VLLM_PYTHON) ## load what servers are said to load in vLLM's CPU build; into docs/consumers.json
+test-consumers: $(STAMP) $(filter $(CONSUMERS)/bin/python,$(VLLM_PYTHON)) ## load what servers are said to load in vLLM's CPU build; into docs/consumers.json
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.consumers.vllm.run $(VLLM_PYTHON) --record $(ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.consumers.promised
 	$(BIN)/python -m tests.docs.serving

@@ -11,18 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 from transformers.quantizers import quantizer_finegrained_fp8, quantizer_mxfp4
 
 from quarkcli.disk.checkpoint import Checkpoint
 from quarkcli.disk.source import Source
-from quarkcli.evaluate.windows import windows
 from quarkcli.job import run as job
-from quarkcli.model.tokenizer import load_tokenizer
 from tests import runs
-from tests.consumers.loading import log_probabilities, perplexity
-from tests.consumers.pairs import LEFT_OUT
-from tests.consumers.promised import TOKENS, WINDOW, compared, ours, page, promised
+from tests.consumers.pairs import LEFT_OUT, source
+from tests.consumers.promised import EXPANDED, compared, expanded, ours, page, promised
 
 BLOCKS = 2
 
@@ -56,23 +52,18 @@ def test_it_loads_whole_and_has_our_perplexity(
     assert theirs == pytest.approx(ppl, rel=close)
 
 
-@pytest.mark.parametrize(
-    ("model", "scheme", "dialect"), [("llama", "fp8_block128", "fp8"), ("gpt_oss", "mxfp4_weight_only", "mxfp4")]
-)
+@pytest.mark.parametrize(("model", "scheme", "dialect"), EXPANDED)
 def test_it_expands_on_a_cpu(
     model: str, scheme: str, dialect: str, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its own integrations: every key finds its place, weights are those that we decode, and inputs are left alone."""
     monkeypatch.setattr(quantizer_finegrained_fp8, "is_accelerate_available", lambda: True)  # none of it is used here
     monkeypatch.setattr(quantizer_mxfp4, "is_accelerate_available", lambda: True)
-    source = runs.build(model, tmp_path / "source", hidden_size=256, intermediate_size=384, num_key_value_heads=2)
-    made = runs.run(source, tmp_path / "out", scheme=scheme, dialect=dialect, exclude=LEFT_OUT.get(model, ()))
+    output = tmp_path / "out"
+    made = runs.run(source(model, tmp_path), output, scheme=scheme, dialect=dialect, exclude=LEFT_OUT.get(model, ()))
     assert "transformers" in made.report["dialect"]["reason"]
-    loaded, info = AutoModelForCausalLM.from_pretrained(made.folder, dtype=torch.float32, output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
-    checkpoint, state = Checkpoint(Source.open(str(made.folder))), loaded.state_dict()
+    loaded, theirs = expanded(output, text)
+    checkpoint, state = Checkpoint(Source.open(str(output))), loaded.state_dict()
     for name, tensor in checkpoint.read_many(sorted(checkpoint.headers), torch.float32).items():
         assert torch.equal(state[name].float(), tensor), name
-    rows = windows(load_tokenizer(made.folder, False), str(text), WINDOW, TOKENS, "auto").tokens
-    theirs = perplexity(log_probabilities(loaded.float().eval(), rows), rows)
-    assert theirs == pytest.approx(ours(made.folder, text, weights_only=True), rel=0.001)
+    assert theirs == pytest.approx(ours(output, text, weights_only=True), rel=0.001)
