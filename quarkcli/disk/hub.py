@@ -183,10 +183,15 @@ def _status(error: BaseException | None) -> int | None:
 
 
 def _asked_to_wait(error: BaseException | None) -> float | None:
-    """Returns the seconds of `Retry-After`; None where there is none, or a date."""
+    """Returns the seconds that the hub asks to wait, in the common header or in its own; None where it asks nothing."""
+    from huggingface_hub import utils
+
     while error is not None:
         headers = getattr(getattr(error, "response", None), "headers", None) or {}
         if (text := str(headers.get("Retry-After", "")).strip()).isdigit():
             return float(text)
+        limit = utils.parse_ratelimit_headers(headers)
+        if limit is not None and limit.remaining == 0:
+            return float(limit.reset_in_seconds)
         error = error.__cause__
     return None

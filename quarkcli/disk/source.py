@@ -144,7 +144,7 @@ class Source:
 
     def is_far(self, file: str) -> bool:
         """True for a weight file that was on the hub when the model was opened, and not here."""
-        return not self.stamps[file][1]
+        return self.remote is not None and not self.stamps[file][1]
 
     def stored(self, names: Iterable[str]) -> list[str]:
         """Returns the tensors of the files that these are made of: they themselves."""

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,11 +55,9 @@ def watched(folder: Path) -> Iterator[Peak]:
     def watch() -> None:
         while not stop.is_set():
             sizes = []
-            for path in list(folder.rglob("*.safetensors*")):
-                try:
+            with suppress(FileNotFoundError):  # dropped just now, or the folder is
+                for path in folder.rglob("*.safetensors*"):
                     sizes.append(path.stat().st_size)
-                except FileNotFoundError:  # dropped just now
-                    continue
             peak.bytes, peak.files = max(peak.bytes, sum(sizes)), max(peak.files, len(sizes))
             time.sleep(0.0005)
 
@@ -250,6 +248,7 @@ REFUSED = {
         Answer(429, headers={"Retry-After": "7"}),
         r"too many requests \(429\), and asks to wait 7 s",
     ),
+    "a limit of requests": (Answer(429, headers={"RateLimit": '"resolvers";r=0;t=7'}), "and asks to wait 7 s"),
     "a hub that is broken": (Answer(500), "^org/name: the download from the hub failed: HfHubHTTPError"),
 }
 
