@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from quarkcli.cli import apps, output
-from quarkcli.cli.flags import Debug, Json, Quiet
+from quarkcli.cli.flags import Debug, Json, Pickle, Quiet
 
 SCHEMA = "quark/convert/1"
 EXAMPLES = apps.examples(
@@ -24,6 +24,7 @@ def convert(
     to: Annotated[str, typer.Option("--to", metavar="DIALECT", help="The dialect to write.")],
     to_output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Where to write.")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output directory that exists.")] = False,
+    allow_pickle: Pickle = False,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -35,13 +36,16 @@ def convert(
     """
     output.start(json=json, debug=debug, quiet=quiet)
     from quarkcli.cli.progress import Progress
+    from quarkcli.disk import pickles
     from quarkcli.disk.source import Source
     from quarkcli.disk.writer import output_state
     from quarkcli.job import convert as converting
 
     if overwrite and output_state(to_output) in ("absent", "empty"):
         output.note(f"warning: --overwrite is not used: there is nothing in {to_output}")
-    source = Source.open(directory)
+    source = Source.open(directory, allow_pickle=allow_pickle)
+    if allow_pickle and not source.pickled:
+        output.note(f"warning: {pickles.UNUSED}")
     with Progress("lines") as progress:
         found = converting.convert(source, to, to_output, overwrite=overwrite, tell=progress)
     if json:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from quarkcli.cli import apps, output
-from quarkcli.cli.flags import Debug, Json, Offline, Revision, names
+from quarkcli.cli.flags import Debug, Json, Offline, Pickle, Revision, names
 
 app = apps.new("Model families: roles of tensors.", apps.examples("quark models list", "quark models show llama"))
 
@@ -76,6 +76,7 @@ def infer(
     to: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write it to this file.")] = None,
     revision: Revision = "main",
     offline: Offline = False,
+    allow_pickle: Pickle = False,
     debug: Debug = False,
 ) -> None:
     """Guess a family from a model's tensor names.
@@ -90,8 +91,10 @@ def infer(
     from quarkcli.job import run as job
     from quarkcli.recipe import catalog
 
-    source = Source.open(job.located(model), revision=revision, offline=offline, bare=True, tell=output.tell)
-    for line in idle.of_model(source, revision=revision):
+    source = Source.open(
+        job.located(model), revision=revision, offline=offline, bare=True, tell=output.tell, allow_pickle=allow_pickle
+    )
+    for line in idle.of_model(source, revision=revision, allow_pickle=allow_pickle):
         output.note(f"warning: {line}")
     text = family.to_yaml(*family.guess(source.config, source.headers))
     if to is None:

@@ -203,6 +203,9 @@ OTHERS: dict[str, dict[str, list[Case] | str]] = {
     "convert": {
         "directory": "what it is about",
         **dict.fromkeys(("to", "to_output"), "where it goes"),
+        "allow_pickle": [
+            (("convert", "MADE", "--to", "quark", "-o", "pickled", "--allow-pickle"), 0, "has safetensors files")
+        ],
         "overwrite": [(("convert", "MADE", "--to", "quark", "-o", "out", "--overwrite"), 0, NOT_USED)],
     },
     "push": {
@@ -243,6 +246,7 @@ OTHERS: dict[str, dict[str, list[Case] | str]] = {
         "model": "what it is about",
         "to": "where it goes",
         "revision": [(("models", "infer", "demo", "--revision", "v2"), 0, "has no revisions")],
+        "allow_pickle": [(("models", "infer", "demo", "--allow-pickle"), 0, "has safetensors files")],
         "offline": "a promise that holds",
     },
 }

@@ -76,6 +76,7 @@ def test_every_command_that_reads_a_model_takes_the_flag(
         ["verify", out, "--source", source],
         ["compare", out, source],
         ["eval", out, "--baseline", source, *short],
+        ["models", "infer", source],
         ["data", "preview", "--calib-data", "builtin", "--model", source],
     ]
     for command in commands:
@@ -217,3 +218,17 @@ def test_only_what_is_asked_for_is_read(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", script, tmp_path / pickles.SINGLE], capture_output=True, check=True)
     taken = int(done.stdout)
     assert taken < 80 * 1024  # KiB: one tensor, mapped and copied, twice over
+
+
+def test_a_quantized_checkpoint_in_pickles_is_converted_and_a_source(plainly: Path, tmp_path: Path) -> None:
+    """As AutoGPTQ wrote them at first: int32 words in `.bin` files."""
+    made = runs.run(plainly, tmp_path / "made", scheme="int4_wo_32", dialect="gptq")
+    source = tmp_path / "source"
+    shutil.copytree(made.folder, source, ignore=shutil.ignore_patterns("*.safetensors*", "quark"))
+    torch.save(runs.read_all(made.folder), source / pickles.SINGLE)
+    for folder, flags in ((source, [ALLOW]), (made.folder, [])):
+        out = tmp_path / f"of-{folder.name}"
+        assert main.main(["convert", str(folder), "--to", "compressed-tensors", "-o", str(out), *flags]) == 0
+    assert runs.same_files(tmp_path / "of-source", tmp_path / "of-made")
+    again = runs.run(source, tmp_path / "again", scheme="fp8_block128", exclude=["*self_attn*"], allow_pickle=True)
+    assert again.report["source"]["method"] == "gptq"
