@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -247,3 +248,26 @@ def test_a_hub_that_breaks_connections(hub, sharded, tmp_path, monkeypatch):
     hub.fault = cut
     assert Source.open(NAME, bare=True).headers == Source.open(str(sharded)).headers
     assert len(broken) == 3
+
+
+def test_a_file_that_an_earlier_run_has_begun(hub, sharded, tmp_path, monkeypatch):
+    """It is gone on with. What turns out not to be the file is removed, and comes whole the next time."""
+    hub.hold(sharded)
+    hub.public = True
+    hub.take(monkeypatch, tmp_path)
+    remote = Source.open(NAME, bare=True).remote
+    assert remote is not None
+    name = shards(hub)[0]
+    whole, folder, ranges = hub.files[name], tmp_path / "place", hub.ranges[f"/{NAME}/resolve/{COMMIT}/{name}"]
+    folder.mkdir()
+    for start in (whole[:5000], whole):
+        (folder / f"{name}.part").write_bytes(start)
+        asked = len(ranges)
+        assert remote.bring(name, folder, threading.Event()).read_bytes() == whole
+        assert ranges[asked:] == ([5000] if len(start) < len(whole) else [])
+        (folder / name).unlink()
+    (folder / f"{name}.part").write_bytes(b"x" * 5000)
+    with pytest.raises(AccessError, match="not the file that the hub lists"):
+        remote.bring(name, folder, threading.Event())
+    assert not list(folder.iterdir())
+    assert remote.bring(name, folder, threading.Event()).read_bytes() == whole
