@@ -270,7 +270,7 @@ def fixed_scale(spec: TensorSpec, static: Tensor | None, device: torch.device) -
         static = static_scale(torch.tensor(constant, device=device), spec)
     if static is not None and not spec.symmetric:
         raise ConfigError("a static activation has no zero point", hint="when: dynamic, or a symmetric element")
-    return static
+    return None if static is None else static.to(device)  # one that was stored comes from a file
 
 
 def activation_params(matrix: Tensor, spec: TensorSpec, range_: Range, outer: Tensor | None) -> QParams:

@@ -17,6 +17,7 @@ from quarkcli.numerics.quantize import (
     encode,
     encode_grid,
     fake_quantize,
+    fixed_scale,
     make_qparams,
     quantize,
     round_to_grid,
@@ -312,3 +313,10 @@ def test_round_to_grid_leaves_its_argument_alone() -> None:
     y = torch.tensor([2.5, -0.2, 100.0])
     assert round_to_grid(y, ELEMENTS["fp4_e2m1"]).tolist() == [2.0, -0.0, 6.0]
     assert y.tolist() == [2.5, pytest.approx(-0.2), 100.0]
+
+
+def test_a_stored_scale_goes_to_the_device_of_the_activation() -> None:
+    """Scales of a source come from files, while activations are where the model runs."""
+    spec = TensorSpec("fp8_e4m3", PerTensor(), ScaleSpec("f32"))
+    found = fixed_scale(spec, torch.tensor(0.5), torch.device("meta"))
+    assert found is not None and found.device.type == "meta"
