@@ -85,7 +85,9 @@ _TRANSFORMERS_EXPERTS: frozenset[Kinds] = kinds.pairs(
 
 def vllm_loads(plan: Plan) -> bool:
     """True when vLLM has a class for every quantized module, with the shapes that its fused modules need."""
-    if shared.quantizes_routers(plan) or not shared.fused_agree(plan) or not shared.tiles_fit(plan):
+    if shared.quantizes_routers(plan) or shared.interleaves(plan):
+        return False
+    if not shared.fused_agree(plan) or not shared.tiles_fit(plan):
         return False
     members = Counter(target.group for target in plan.targets.values())
     return all(

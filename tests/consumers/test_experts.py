@@ -74,7 +74,9 @@ def test_nobody_is_promised_a_quantized_router(dialect: str, experts: Runs, tmp_
 @pytest.mark.parametrize(("family", "scheme"), DECODED)
 def test_the_library_decodes_every_tensor(family: str, scheme: str, experts: Runs) -> None:
     made = experts[family, scheme]
-    assert made.report["dialect"] == {"name": "compressed-tensors", "reason": "auto: loads in vLLM only"}
+    nobody = family == "gpt_oss"  # its class in vLLM wants names of its own
+    reason = "no server loads it; simulation only" if nobody else "loads in vLLM only"
+    assert made.report["dialect"] == {"name": "compressed-tensors", "reason": f"auto: {reason}"}
     decoded = decompress(made.folder, runs.read_all(made.folder))
     targets = list(made.prepared.plan.quantized())
     assert set(decoded) == {target.name for target in targets}

@@ -18,7 +18,7 @@ from quarkcli.plan.model import Plan
 from quarkcli.recipe import catalog
 from quarkcli.recipe.attributes.native import to_spec
 from quarkcli.spec import PerChannel, PerGroup, ScaleSpec, TensorSpec
-from tests.dialects.plans import Module, Pair, attention_modules, linears, llama, plan
+from tests.dialects.plans import Module, Pair, attention_modules, linears, llama, moe, plan
 from tests.dialects.test_roundtrip import TEXTS, bits, headers, weight_of
 
 EXPERTS, HIDDEN, INNER = 3, 128, 256
@@ -110,3 +110,16 @@ def test_refused_or_read_back(name: str, build: Callable[[Pair], Plan]) -> None:
                     assert one.shape == other.shape and torch.equal(bits(one), bits(other)), scheme
     if build is gpt_oss or name != "mxfp4":
         assert held
+
+
+def test_vllm_loads_experts_by_turns_in_their_own_dialect_alone() -> None:
+    """Its gpt-oss class raises for those that are written one by one, or leaves them as they were allocated."""
+    loaded, others = set(), set()
+    for scheme, pair in schemes():
+        turns = gpt_oss(pair)
+        routed = plan(moe(hidden=HIDDEN, inner=INNER), lambda module, pair=pair: pair if module.expert else None)
+        for writer in dialects.writers():
+            loaded |= {(writer.name, scheme)} if "vllm" in writer.loaders(turns) else set()
+            others |= {(writer.name, scheme)} if "vllm" in writer.loaders(routed) else set()
+    assert loaded == {("mxfp4", "mxfp4_weight_only")}
+    assert len(others) > 40

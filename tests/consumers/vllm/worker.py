@@ -93,7 +93,9 @@ def score(job: dict[str, Any], result: dict[str, Any]) -> None:
     more = {"kv_cache_dtype": job["cache"]} if job.get("cache") else {}
     llm = LLM(
         model=job["folder"], skip_tokenizer_init=True, enforce_eager=True, max_model_len=len(tokens) + 8,
-        max_num_seqs=1, disable_log_stats=True, enable_prefix_caching=False, **more,
+        max_num_seqs=1, disable_log_stats=True, enable_prefix_caching=False,
+        model_loader_extra_config={"enable_weights_track": True},  # a parameter that no tensor is for is an error
+        **more,
     )  # fmt: skip
     result["stage"] = "forward"
     result["scales"] = llm.apply_model(cache_scales)[0]
@@ -125,6 +127,14 @@ def watch(result: dict[str, Any]) -> None:
     ]
     for owner, name, stage in places:
         setattr(owner, name, noting(getattr(owner, name), result, stage))
+    strict = DefaultModelLoader.track_weights_loading
+
+    def tracked(self: Any, model: Any, loaded: set[str], quantized: bool = False) -> None:
+        """A bias that some classes make for models that have none is zero."""
+        none = {name for name, tensor in model.named_parameters() if name.endswith("_bias") and not tensor.any()}
+        strict(self, model, loaded | none, quantized)
+
+    DefaultModelLoader.track_weights_loading = tracked
 
 
 def noting(work: Any, result: dict[str, Any], stage: str) -> Any:
