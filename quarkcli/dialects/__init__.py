@@ -122,7 +122,7 @@ def choose(asked: str, plan: Plan, favoured: Callable[[Writer], bool] = lambda d
 
 
 def _check_latents(plan: Plan) -> None:
-    """Raises ConfigError for scales of k and v where the cache holds a latent: `auto` takes no dialect for these."""
+    """Raises ConfigError for scales of k and v where the cache holds a latent: no dialect is right for these."""
     for module in plan.attention.values():
         if module.latent and {"k", "v"} & set(module.specs):
             able = [f"--dialect {dialect.name}" for dialect in writers() if not _refusals(dialect, plan)]
@@ -148,6 +148,7 @@ def _check(dialect: Writer, plan: Plan) -> None:
     """Raises ConfigError for a dialect that cannot hold a plan."""
     refusals = _refusals(dialect, plan)
     if refusals:
+        _check_latents(plan)
         raise ConfigError(
             f"dialect {dialect.name} cannot hold this plan: {refusals[0]}"
             + (f" (and {len(refusals) - 1} more)" if len(refusals) > 1 else ""),

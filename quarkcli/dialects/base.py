@@ -224,6 +224,10 @@ class Writer:
         globs = [text for text in config.get(name) or () if isinstance(text, str) and _is_glob(text)]
         return found + ([f"{name} has globs, which it takes for names: {', '.join(globs[:3])}"] if globs else [])
 
+    def cache_fault(self, plan: Plan, server: str) -> str:
+        """Returns why a server does not find the scales of the cache; empty when it does, or that is not known."""
+        return ""
+
     def preference(self, plan: Plan) -> int:
         """Returns the rank that `--dialect auto` gives it: the least over the plan's kinds of weights.
 

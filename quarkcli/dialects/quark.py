@@ -126,6 +126,12 @@ class Quark(Writer):
         heads = unlisted_heads(config, plan) if server == "transformers" and plan is not None else []
         return [*super().config_faults(config, server), *(f"exclude does not list {head}" for head in heads)]
 
+    def cache_fault(self, plan: Plan, server: str) -> str:
+        module = next((module for module in shared.cached(plan) if is_joined(module)), None)
+        if module is None or server != "vllm":
+            return ""
+        return f"it looks for the scales of the cache on k_proj and v_proj, and here one stands on {module.k_proj}"
+
     def infos(self, target: QuantizedTarget) -> list[TensorInfo]:
         found = [info for matrix in _matrices(target) for info in layout(matrix, target.dtype)]
         return _of(target.name, [*found, *_static_infos(target)])

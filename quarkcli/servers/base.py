@@ -82,7 +82,8 @@ class Loader(Server):
             for run in plan.quantized_alike()
             if self.name not in writer.loaders(alone(plan, run))
         ]
-        return reasons or [f"the modules together, or the cache, are not what it loads in dialect {writer.name}"]
+        together = f"the modules together, or the cache, are not what it loads in dialect {writer.name}"
+        return reasons or [writer.cache_fault(plan, self.name) or together]
 
 
 def what(target: QuantizedTarget) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from quarkcli import dialects
+from quarkcli import dialects, servers
 from quarkcli.errors import ConfigError, ModelError
 from quarkcli.plan.model import Decision, Plan
 from quarkcli.spec import PerGroup, PerTensor, PerTile, PerToken, ScaleSpec, TensorSpec
@@ -312,6 +312,8 @@ def test_what_one_scale_cannot_say() -> None:
     two.attention["other"] = replace(attention("other", FP8))
     assert any("once for the whole model; here it is of k_proj and qkv_proj" in text for text in QUARK.refusals(two))
     assert QUARK.loaders(joined("qkv_proj")) == {"transformers"}
+    (reason,) = servers.server("vllm").refusals(servers.planned(joined("qkv_proj"), QUARK))
+    assert "on k_proj and v_proj, and here one stands on model.layers.0.self_attn.qkv_proj" in reason
 
 
 def test_a_latent_cache_is_for_who_asks() -> None:
@@ -324,6 +326,9 @@ def test_a_latent_cache_is_for_who_asks() -> None:
     assert caught.value.where == "model.layers.0.self_attn.k_bmm_quantizer"
     for writer in dialects.writers():
         assert bool(writer.refusals(made)) == (writer is not QUARK)
+        if writer is not QUARK:  # the hint is not to ask `auto`
+            with pytest.raises(ConfigError, match="compressed latent"):
+                dialects.choose(writer.name, made)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from quarkcli.disk.contents import slug
 from quarkcli.disk.journal import Journal
 from quarkcli.disk.writer import write_part
 from quarkcli.errors import AccessError, ResourceError, Stopped
@@ -90,6 +92,32 @@ def test_on_a_cpu_a_part_is_durable_when_write_returns(tmp_path):
         for part in PARTS:
             pipeline.write(part, result(pipeline.read(part, None)), worker())
             assert list(journal.finished)[-1] == part.name
+
+
+@pytest.mark.usefixtures("synchronized")
+@pytest.mark.parametrize("device", ["cpu", "cpu:0"])
+def test_each_dialect_has_a_folder(tmp_path, device):
+    """Both are in one entry of the journal, by names in the output; what both hold is taken off the device once."""
+    partial = tmp_path / "out.partial"
+    kept = torch.arange(3.0)
+    with Journal.open(partial, {}) as journal:
+        for name in ("a", "b"):
+            (partial / name).mkdir()
+        with Pipeline(Files(), partial, journal, device, ["a", "b"]) as pipeline:  # type: ignore[arg-type]
+            for part in PARTS:
+                made = result({"kept": kept, "w": torch.zeros(2)})
+                made.others = [{"kept": kept, "w.codes": torch.ones(4)}]
+                pipeline.write(part, made, worker())
+                assert not made.tensors and not made.others[0]
+        for part in PARTS:
+            names = [file["file"] for file in journal.finished[part.name]["files"]]
+            assert names == [f"{folder}/model-{slug(part)}.safetensors" for folder in ("a", "b")]
+            first, second = (load_file(partial / name) for name in names)
+            assert torch.equal(first["kept"], kept) and torch.equal(second["kept"], kept)
+            assert set(first) == {"kept", "w"} and set(second) == {"kept", "w.codes"}
+        assert journal.verify() == []
+        (partial / names[1]).write_bytes(b"damaged")
+        assert journal.verify() == [PARTS[-1].name]
 
 
 @pytest.mark.usefixtures("synchronized")
