@@ -67,7 +67,12 @@ def stored(module: str, group: Mapping[str, Any], headers: Mapping[str, HeaderLi
 
 
 def stored_attention(scheme: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> dict[str, StoredAttention]:
-    spec = read_input("kv_cache_scheme", scheme, "caches")
+    """Returns the attention modules that scales stand in; without specs where every head has its own, which is not run.
+
+    Raises ModelError for another cache, and for one without scales.
+    """
+    by_head = scheme.get("strategy") == "attn_head"
+    spec = read_input("kv_cache_scheme", {**scheme, "strategy": "tensor"} if by_head else scheme, "caches")
     if spec is None or not spec.is_static:
         raise ModelError("only a cache with static scales is read", where="kv_cache_scheme")
     found = {}
@@ -76,8 +81,10 @@ def stored_attention(scheme: Mapping[str, Any], headers: Mapping[str, HeaderLike
         if module == name:
             continue
         kinds_ = [kind for kind in sorted(ATTENTION) if kind != "q" or f"{module}.q_scale" in headers]
-        names = shared.check_headers([TensorInfo(f"{module}.{kind}_scale", "F32", (1,)) for kind in kinds_], headers)
-        found[module] = StoredAttention(module, dict.fromkeys(kinds_, spec), dict(zip(kinds_, names, strict=True)))
+        scales = {kind: f"{module}.{kind}_scale" for kind in kinds_}
+        shapes = {kind: shared.header(headers, scale).shape if by_head else (1,) for kind, scale in scales.items()}
+        shared.check_headers([TensorInfo(scales[kind], "F32", tuple(shapes[kind])) for kind in kinds_], headers)
+        found[module] = StoredAttention(module, {} if by_head else dict.fromkeys(kinds_, spec), scales)
     if not found:
         raise ModelError("the cache is quantized, and no file holds its scales", where="kv_cache_scheme")
     return found

@@ -75,7 +75,10 @@ class Decoded:
 
 @dataclass(frozen=True)
 class StoredAttention:
-    """Attention slots found in a checkpoint: `specs` and the names of scalar `scales`, both by kind (q, k, v, p)."""
+    """Attention slots found in a checkpoint: `specs` and the names of scalar `scales`, both by kind (q, k, v, p).
+
+    Scales without specs are of a cache that nothing here runs.
+    """
 
     name: str
     specs: dict[str, TensorSpec]

@@ -42,12 +42,15 @@ class _Recipe:
     copy: str | None = None
     bias: str | None = None  # module name
     pieces: list[tuple[WeightView | None, str]] = field(default_factory=list)  # (place, weight name)
+    rows: list[list[str]] = field(default_factory=list)  # of each expert, the tensors whose values make its row
+    in_turn: bool = False  # value by value, not one tensor after the other
 
 
 class Checkpoint:
     """A directory with a `quantization_config` that one of our dialects reads; or an unquantized one as it is.
 
-    renamed   tensors whose names are not those that the model was published with -> those names
+    renamed   tensors whose names are not those that the model was published with -> those names; several biases of
+              experts may be one tensor there
     """
 
     def __init__(self, source: Source) -> None:
@@ -135,6 +138,8 @@ class Checkpoint:
         recipe = self._recipes[name]
         if recipe.copy is not None:
             return self.source.read(recipe.copy)
+        if recipe.rows:
+            return torch.stack([_row(self.source.read_many(own).values(), recipe.in_turn) for own in recipe.rows])
         header = self.headers[name]
         dtype = dtype or {"BF16": torch.bfloat16, "F16": torch.float16}.get(header.dtype, torch.float32)
         if recipe.bias is not None:
@@ -235,6 +240,8 @@ class Checkpoint:
         present = set(tensors)
         for stored in self.view.attention.values():
             tensor = f"{stored.name}.{spec.k if spec else 'k_proj'}.weight"
+            if tensor in present and not stored.specs and stored.scales:
+                raise ModelError("its cache has a scale for every head, which nothing here runs", where=stored.name)
             if tensor in present:
                 scales = self.reader.decode_attention(stored, self.source.read_many(stored.scales.values()))
                 yield AttentionQuantizer(tensor, stored.specs, scales)
@@ -312,6 +319,23 @@ class Checkpoint:
             for module in modules:
                 del self.headers[f"{module}.weight"], self._recipes[f"{module}.weight"]
         self._add(name, LogicalHeader(first.dtype, shape), _Recipe(pieces=pieces))
+        biases = [[f"{module}.bias" for module in modules] for modules in singles]
+        if all(bias in self.source.headers and bias in self.headers for own in biases for bias in own):
+            self._fuse_biases(f"{name.removesuffix('.weight')}_bias", biases, fused)
+
+    def _fuse_biases(self, name: str, biases: list[list[str]], fused: family.FusedModel) -> None:
+        first, width = self.headers[biases[0][0]], sum(self.headers[bias].shape[0] for bias in biases[0])
+        for bias in (bias for own in biases for bias in own):
+            del self.headers[bias], self._recipes[bias]
+            self.renamed[bias] = name
+        recipe = _Recipe(rows=biases, in_turn=fused.split == "interleaved")
+        self._add(name, LogicalHeader(first.dtype, (len(biases), width)), recipe)
+
+
+def _row(tensors: Iterable[Tensor], in_turn: bool) -> Tensor:
+    import torch
+
+    return torch.stack(list(tensors), -1).reshape(-1) if in_turn else torch.cat(list(tensors))
 
 
 def _model_dtype(config: Any, others: list[str]) -> str:

@@ -188,15 +188,20 @@ class _Side:
         if weight is None:
             module = name.removesuffix(".bias")
             quantized = name not in source.headers and module in self.checkpoint.view.targets
-            return self.checkpoint.bias(module) if quantized else source.read(name)
+            return self.checkpoint.bias(module) if quantized else self._read(name)
         tensor = weight.view.tensor
         if tensor not in source.headers:  # one of experts that the family's own files have fused
-            return source.read(name)
+            return self._read(name)
         if self._whole.keys() != {tensor}:
             self._whole = {}
             self._whole = {tensor: source.read(tensor)}
         part: Tensor = weight.view.of(self._whole[tensor])
         return part
+
+    def _read(self, name: str) -> Tensor:
+        """Returns a tensor by the name that it has in the files, or in published ones."""
+        read = self.checkpoint.source if name in self.checkpoint.source.headers else self.checkpoint
+        return read.read_many([name])[name]
 
 
 def _row(name: str, first: _Side, second: _Side, swapped: bool, found: Comparison) -> Row:
@@ -281,6 +286,8 @@ def _of_attention(checkpoint: Checkpoint) -> dict[str, float]:
     found: dict[str, float] = {}
     for stored in checkpoint.view.attention.values():
         assert checkpoint.reader is not None
+        if not stored.specs:  # a scale for every head: nothing to compare them with
+            continue
         tensors: Mapping[str, Tensor] = checkpoint.source.read_many(stored.scales.values())
         scales = checkpoint.reader.decode_attention(stored, tensors)
         found |= {f"{stored.name}.{kind}": float(scale) for kind, scale in scales.items()}

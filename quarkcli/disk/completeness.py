@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -80,12 +81,13 @@ def caches(checkpoint: Checkpoint, layout: Layout) -> list[str]:
     stored = checkpoint.view.attention
     if not stored:
         return []
-    kinds = {kind for attention in stored.values() for kind in attention.specs}
+    held = {name: attention.specs.keys() | attention.scales.keys() for name, attention in stored.items()}
+    kinds = {kind for own in held.values() for kind in own}
     lacking = [
         f"{module.name} ({kind})"
         for module in layout.attention
         for kind in sorted(kinds)
-        if module.name not in stored or kind not in stored[module.name].specs
+        if kind not in held.get(module.name, ())
     ]
     none_of(lacking, "scales of the cache or of attention are missing that other blocks have")
     return [f"attentions of all blocks have scales of {', '.join(sorted(kinds))}"]
@@ -110,19 +112,17 @@ def _strangers(checkpoint: Checkpoint, layout: Layout) -> Iterator[str]:
     weights = set(layout.weights)
     blocks = {tensor: part.block for part in layout.parts for tensor in part.tensors}
     count = sum(part.block is not None for part in layout.parts)
-    published = {name: checkpoint.renamed.get(name, name) for name in checkpoint.copied()}
-    unknown = [name for name, own in published.items() if layout.tensor_roles.get(own, "other") in _NO_ROLES]
-    unknown = [name for name in unknown if not is_buffer(name, len(headers[name].shape))]
-    alike: dict[str, int] = {}
-    for name in unknown:
-        alike[_NUMBER.sub("*", name)] = alike.get(_NUMBER.sub("*", name), 0) + 1
-    for name in unknown:
-        parent, _, leaf = name.rpartition(".")
+    copied = [name for name in checkpoint.copied() if not is_buffer(name, len(headers[name].shape))]
+    published = {name: checkpoint.renamed.get(name, name) for name in copied}
+    unknown = {name: own for name, own in published.items() if layout.tensor_roles.get(own, "other") in _NO_ROLES}
+    alike = Counter(_NUMBER.sub("*", own) for own in unknown.values())
+    for name, own in unknown.items():
+        parent, _, leaf = own.rpartition(".")
         if _of_router(layout, parent, headers[name]):
             continue
         inside = parent in weights and leaf not in ("weight", "bias")
-        outside = blocks.get(name) is None
-        alone = count > 1 and alike[_NUMBER.sub("*", name)] == 1
+        outside = blocks.get(own) is None
+        alone = count > 1 and alike[_NUMBER.sub("*", own)] == 1
         if inside or outside or alone:
             yield name
 

@@ -81,6 +81,9 @@ def prepare(source: Source, to: str) -> Conversion:
     scaled = next((each.columns for each in checkpoint.view.targets.values() if each.columns is not None), None)
     if scaled is not None:
         raise ModelError(f"inputs are multiplied by it, which dialect {writer.name} has no place for", where=scaled)
+    by_head = next((each.name for each in checkpoint.view.attention.values() if each.scales and not each.specs), None)
+    if by_head is not None:
+        raise ModelError(f"its cache has a scale for every head; dialect {writer.name} has one for all", where=by_head)
     plan = checkpoint.plan(checkpoint.layout)
     refusals = [*writer.refusals(plan), *writer.online_refusals(plan)]
     if refusals:

@@ -36,13 +36,11 @@ class Server:
 
     title     its name and the release whose rules these are
     evidence  what is put behind every verdict, such as that the rules were read and never tried
-    renames   it knows experts by the names in memory as well as by those they were published with
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
     evidence: ClassVar[str] = ""
-    renames: ClassVar[bool] = False
 
     def unknown(self, written: Written) -> str:
         """Returns why nothing can be said of a checkpoint; empty when something can."""
@@ -57,8 +55,7 @@ class Server:
 
     def misnamed(self, written: Written) -> list[str]:
         """Returns the reason for which it does not find tensors that have other names than published ones."""
-        known = self.renames or not written.renamed
-        return [] if known else [f"{written.renamed}: its class knows the names of the published files alone"]
+        return [f"{written.renamed}: its class knows the names of the published files alone"] if written.renamed else []
 
 
 class Loader(Server):

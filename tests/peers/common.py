@@ -38,6 +38,10 @@ EXPERTS: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 2, "num_experts_per_tok": 2, "num_hidden_layers": 1},
 }
 DISTINCT = 32  # rows
+OSS: dict[str, Any] = {
+    "num_hidden_layers": 1, "num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 8,
+    "attn_implementation": "eager",
+}  # fmt: skip
 FACTS = "peer.json"
 _KEPT = {
     "config.json",
@@ -54,7 +58,9 @@ def build(folder: Path, family: str = "llama", attn_implementation: str = "sdpa"
     config = transformers.AutoConfig.for_model(family, **{**BASE, **EXPERTS.get(family, {}), **changes})
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     for name, weight in model.named_parameters():
-        if name.startswith("model.layers.") and weight.dim() > 1:
+        if name.endswith("bias"):
+            torch.nn.init.normal_(weight)
+        if name.startswith("model.layers.") and weight.dim() > 1 and not name.endswith("bias"):
             halves = weight.data.chunk(2, -2) if name.endswith("gate_up_proj") else [weight.data]
             weight.data = torch.cat([repeated(half) for half in halves], -2)
     model.save_pretrained(folder)

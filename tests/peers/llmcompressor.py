@@ -62,6 +62,10 @@ CASES: dict[str, tuple[str, dict[str, Any], Any, Callable[[], dict[str, Any]]]] 
         "llama", _ONE, QuantizationModifier,
         lambda: {"scheme": "FP8", "targets": "Linear", "kv_cache_scheme": _CACHE},
     ),
+    "fp8-kv-head": (
+        "llama", {**_ONE, "num_key_value_heads": 2}, QuantizationModifier,
+        lambda: {"scheme": "FP8", "targets": "Linear", "kv_cache_scheme": {**_CACHE, "strategy": "attn_head"}},
+    ),
     "fp8-dynamic": ("qwen3", _ONE, QuantizationModifier, lambda: {"scheme": "FP8_DYNAMIC", "targets": "Linear"}),
     "fp8-block": ("llama", _TILES, QuantizationModifier, lambda: {"scheme": "FP8_BLOCK", "targets": "Linear"}),
     "nvfp4": ("llama", {}, QuantizationModifier, lambda: {"scheme": "NVFP4", "targets": "Linear"}),
@@ -73,12 +77,13 @@ CASES: dict[str, tuple[str, dict[str, Any], Any, Callable[[], dict[str, Any]]]] 
     "head": ("llama", {"tie_word_embeddings": False}, QuantizationModifier, lambda: _ints()),
     "qwen3-moe-w4a16": ("qwen3_moe", {}, QuantizationModifier, lambda: {"scheme": "W4A16", "targets": "Linear"}),
     "qwen3-moe-nvfp4": ("qwen3_moe", {}, QuantizationModifier, lambda: {"scheme": "NVFP4", "targets": "Linear"}),
+    "gpt-oss-w4a16": ("gpt_oss", common.OSS, QuantizationModifier, lambda: {"scheme": "W4A16", "targets": "Linear"}),
     "mixtral-fp8-dynamic": (
         "mixtral", {}, QuantizationModifier, lambda: {"scheme": "FP8_DYNAMIC", "targets": "Linear"},
     ),
 }  # fmt: skip
 _LEFT = {"head": []}
-_USUAL = ["lm_head", "re:.*mlp.gate$", "re:.*block_sparse_moe.gate$"]
+_USUAL = ["lm_head", "re:.*router$", "re:.*mlp.gate$", "re:.*block_sparse_moe.gate$"]
 
 
 def make(name: str, scratch: Path, to: Path) -> None:

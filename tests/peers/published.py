@@ -32,10 +32,6 @@ _MLA = {
     "num_experts_per_tok": 1, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 128, "n_shared_experts": 1,
     "num_hidden_layers": 1,
 }  # fmt: skip
-_OSS = {
-    "num_hidden_layers": 1, "num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 8,
-    "attn_implementation": "eager",
-}  # fmt: skip
 _LINEAR = re.compile(r"layers\.\d+\..*(?<!norm)(?<!mlp\.gate)(?<!router)\.weight$")
 
 
@@ -146,7 +142,7 @@ CASES: dict[str, tuple[str, dict[str, Any], Form]] = {
     "deepseek-v3": ("deepseek_v3", _MLA, _deepseek),
     "mistral-fp8": ("mistral", {"num_hidden_layers": 1}, _mistral),
     "kimi-k2": ("deepseek_v3", _MLA, _kimi),
-    "gpt-oss": ("gpt_oss", _OSS, _gpt_oss),
+    "gpt-oss": ("gpt_oss", common.OSS, _gpt_oss),
 }
 
 

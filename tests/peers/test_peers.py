@@ -19,6 +19,8 @@ from quarkcli import servers
 from quarkcli.cli import main
 from quarkcli.disk.checkpoint import Checkpoint
 from quarkcli.disk.source import Source
+from quarkcli.errors import ModelError
+from quarkcli.job import convert
 from tests import runs
 from tests.peers import common
 
@@ -125,7 +127,8 @@ def test_what_a_server_does_not_load(peer: str, server: str, capsys: pytest.Capt
 
 
 @pytest.mark.parametrize(
-    "peer", ["llmcompressor-w4a8", "gptqmodel-dynamic", "gptqmodel-awq", "llmcompressor-mixtral-fp8-dynamic"]
+    "peer",
+    ["llmcompressor-w4a8", "gptqmodel-dynamic", "gptqmodel-awq", "llmcompressor-mixtral-fp8-dynamic"],
 )
 def test_what_vllm_loads(peer: str) -> None:
     """Integers in bytes with quantized inputs; other bits; zero points that the config denies; names of experts."""
@@ -147,3 +150,31 @@ def test_a_killed_run_goes_on(quantize: Any, peer: str) -> None:
     runs.killed(2, lambda: quantize(peer, "gptq", resume="auto"))
     gone_on = quantize(peer, "gptq", resume="require")
     assert runs.same_files(gone_on.folder, quantize(peer, "gptq", "calm").folder)
+
+
+def test_biases_of_experts_that_were_taken_apart() -> None:
+    """They are one tensor in published files, gates and ups in turn."""
+    folder = DATA / "llmcompressor-gpt-oss-w4a16"
+    prefix = "model.layers.0.mlp.experts"
+    tensors = runs.read_all(folder)
+    both = [f"{prefix}.gate_up_proj_bias", f"{prefix}.down_proj_bias"]
+    checkpoint = Checkpoint(Source.open(str(folder)))
+    assert [checkpoint.headers[name].shape for name in both] == [(2, 256), (2, 128)]
+    assert {
+        checkpoint.renamed[f"{prefix}.{expert}.{leaf}_proj.bias"] for expert in (0, 1) for leaf in ("gate", "up")
+    } == {both[0]}
+    read = checkpoint.read_many(both)
+    for expert in (0, 1):
+        gate, up, down = (tensors[f"{prefix}.{expert}.{leaf}_proj.bias"] for leaf in ("gate", "up", "down"))
+        assert torch.equal(read[both[0]][expert, ::2], gate) and torch.equal(read[both[0]][expert, 1::2], up)
+        assert torch.equal(read[both[1]][expert], down)
+
+
+def test_a_cache_with_a_scale_for_every_head_is_neither_run_nor_converted() -> None:
+    """A job drops it, as every cache."""
+    source = Source.open(str(DATA / "llmcompressor-fp8-kv-head"))
+    checkpoint = Checkpoint(source)
+    with pytest.raises(ModelError, match="a scale for every head, which nothing here runs"):
+        list(checkpoint.attention_quantizers(["model.layers.0.self_attn.k_proj.weight"]))
+    with pytest.raises(ModelError, match="dialect quark has one for all"):
+        convert.prepare(source, "quark")
