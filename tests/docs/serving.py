@@ -79,7 +79,7 @@ def stopped(runs: Iterable[Run]) -> Iterator[str]:
     found: dict[tuple[str, str], dict[str, dict[str, list[str]]]] = {}
     for run in runs:
         if run.theirs is None:
-            dialects_ = found.setdefault((run.reason.replace("|", "\\|"), STAGES[run.stage]), {})
+            dialects_ = found.setdefault((run.reason.replace("|", "\\|"), STAGES.get(run.stage, run.stage)), {})
             dialects_.setdefault(run.dialect, {}).setdefault(run.scheme, []).append(run.model)
     if found:
         yield from ("", f"{record.OUTCOMES[KERNEL].capitalize()}:", "")

@@ -92,9 +92,8 @@ def loaded(wanted: list[Pair], folder: Path, python: str, version: str) -> Itera
         made = runs.run(source(pair.model, folder), output, scheme=pair.scheme, dialect=pair.dialect, **options)
         assert SERVER in made.report["dialect"]["reason"].lower()
         rows = windows(load_tokenizer(output, False), str(prompt), TOKENS, TOKENS, "auto")
-        jobs.append(
-            {"folder": str(output), "tokens": rows.tokens[0].tolist(), "first": rows.first, "cache": pair.cache}
-        )
+        job = {"folder": str(output), "tokens": rows.tokens[0].tolist(), "first": rows.first}
+        jobs.append({**job, "cache": pair.cache, "inputs": pair.calibrated})
         print(f"written: {pair.name}", flush=True)
     asked, answers = folder / "jobs", folder / "results"
     asked.write_text("".join(f"{json.dumps(job)}\n" for job in jobs))

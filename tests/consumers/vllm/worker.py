@@ -1,6 +1,6 @@
 """Loads checkpoints one after the other and scores a prompt with each; runs in vLLM's environment.
 
-  python worker.py JOBS RESULTS     JSON lines: {"folder", "tokens", "first", "cache"} -> see `attempt`
+  python worker.py JOBS RESULTS     JSON lines: {"folder", "tokens", "first", "cache", "inputs"} -> see `attempt`
 
 vLLM is imported once; every checkpoint is loaded in a fork of that process, whose log is FOLDER.log.
 """
@@ -130,8 +130,12 @@ def watch(result: dict[str, Any]) -> None:
     strict = DefaultModelLoader.track_weights_loading
 
     def tracked(self: Any, model: Any, loaded: set[str], quantized: bool = False) -> None:
-        """A bias that some classes make for models that have none is zero."""
-        none = {name for name, tensor in model.named_parameters() if name.endswith("_bias") and not tensor.any()}
+        """Some classes make what a checkpoint need not have: a bias, which is zero then, and scales of whole inputs."""
+        none = {
+            name
+            for name, tensor in model.named_parameters()
+            if (name.endswith("_bias") and not tensor.any()) or ("input_" in name and not result["inputs"])
+        }
         strict(self, model, loaded | none, quantized)
 
     DefaultModelLoader.track_weights_loading = tracked
