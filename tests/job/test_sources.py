@@ -322,15 +322,24 @@ def test_some_keep_their_codes_where_a_server_would_not_load_others(sources, tmp
 
 
 def test_experts_that_are_left_alone_keep_their_codes(sources, tmp_path):
-    source = sources.of("gpt_oss", "mxfp4", "compressed-tensors")
+    source = sources.of("qwen3_moe", "mxfp4", "compressed-tensors")
     made = sources.job(source, tmp_path / "out", scheme="nvfp4_weight_only", exclude=["*.experts.*"])
     assert len(made.report["source"]["carried"]) == 2 * 4 * 3
-    assert made.prepared.dialect_reason == "auto: loads in vLLM only"
+    assert made.prepared.dialect_reason == "auto: loads in vLLM and transformers"
     ours, theirs = (Checkpoint(Source.open(str(folder))) for folder in (made.folder, source))
     for name in ours.headers:
         if ".experts." in name:
             tensors = (side.read_many([name])[name] for side in (ours, theirs))
             assert runs.same_bytes(*tensors), name
+
+
+def test_experts_that_no_server_loads_one_by_one_are_decoded_and_the_plan_says_so(sources, tmp_path):
+    source = sources.of("gpt_oss", "mxfp4", "compressed-tensors")
+    made = sources.job(source, tmp_path / "out", scheme="nvfp4_weight_only", exclude=["*.experts.*"])
+    facts = made.report["source"]
+    assert facts["carried"] == []
+    assert len(facts["decoded"]) == 2 * 4 * 3
+    assert "vLLM would not load" in "\n".join(facts["said"])
 
 
 @pytest.mark.parametrize(
