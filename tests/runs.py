@@ -37,6 +37,8 @@ VOCABULARY = 264
 SCHEMES = ("nvfp4", "fp8", "mxfp4", "int4_wo_128")
 CALIBRATED = {"nvfp4", "fp8"}
 
+UNSERVED = "no server loads this plan"  # begins the warning that a plan is a simulation
+
 
 @dataclass(frozen=True)
 class Made:
@@ -126,6 +128,11 @@ def run(source: Path | str, output: Path, **options: Any) -> Made:
     seen: list[job.Prepared] = []
     report = job.run(given, planned=seen.append)
     return Made(output, report, seen[0], job.EMBEDDED if source == "demo" else Path(source))
+
+
+def warnings_but(begin: str, made: Made) -> list[str]:
+    """The warnings of a report that do not begin so."""
+    return [warning for warning in made.report["warnings"] if not warning.startswith(begin)]
 
 
 def killed(parts: int, work: Callable[[], Any]) -> None:

@@ -211,10 +211,10 @@ class LayerReader:
         self.others: Mapping[str, Any] = by_class or _mapping(config, "global_quant_config")
         self.softmax = config.get("softmax_quant_spec")
         kept = _mapping(config, "kv_cache_quant_config")  # modules that are left out stand here alone
-        grouped = (config.get("export") or {}).get("kv_cache_group") or ()
-        self.caches = list(dict.fromkeys([*map(str, grouped), *kept]))
+        grouped = _names(_mapping(config, "export"), "kv_cache_group")
+        self.caches = list(dict.fromkeys([*grouped, *kept]))
         self._entries = [*self.globs.items(), *kept.items()]
-        self.excluded = [str(name) for name in config.get("exclude") or ()]
+        self.excluded = _names(config, "exclude")
         self._known: dict[tuple[int, bool], Slots] = {}
 
     def slots(self, module: str) -> Slots:
@@ -291,6 +291,13 @@ def _read_layer(module: str, layer: Mapping[str, Any], *, own_output: bool) -> S
         read_spec(module, layer.get("output_tensors") if own_output else None, activation=True),
         read_spec(module, layer.get("bias"), activation=False),
     )
+
+
+def _names(config: Mapping[str, Any], key: str) -> list[str]:
+    found = config.get(key) or []
+    if not isinstance(found, list):
+        raise ModelError(f"{key} must be a list", where="quantization_config")
+    return [str(name) for name in found]
 
 
 def _mapping(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:

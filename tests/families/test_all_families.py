@@ -42,7 +42,8 @@ def test_every_file_is_tried() -> None:
 def test_without_data(name: str, built: dict[str, Path], tmp_path: Path) -> None:
     made = runs.run(built[name], tmp_path / "out", scheme="mxfp4")
     assert made.report["model"]["family"] == models.RECIPES[name]["file"]
-    assert made.report["warnings"] == []
+    assert runs.warnings_but(runs.UNSERVED, made) == []
+    assert len(made.report["warnings"]) == (name == "gpt_oss")  # whose experts lie as no server has them
     check_accounts(made)
 
 
@@ -52,7 +53,9 @@ def test_calibrated(name: str, built: dict[str, Path], text: Path, tmp_path: Pat
     options = {"unprotect": list(family.load(FILES[models.RECIPES[name]["file"]]).exclude), **runs.data(text, 8, 32)}
     made = runs.run(built[name], tmp_path / "out", scheme="nvfp4", **options)
     check_accounts(made)
-    assert all("experts saw no calibration token" in warning for warning in made.report["warnings"])
+    said = runs.warnings_but(runs.UNSERVED, made)
+    assert all("experts saw no calibration token" in warning for warning in said)
+    assert len(made.report["warnings"]) - len(said) == (name == "gpt_oss")
     scaled = {key for key in runs.read_all(made.folder) if key.endswith("input_global_scale")}
     assert scaled == {f"{target.name}.input_global_scale" for target in made.prepared.plan.quantized()}
 
