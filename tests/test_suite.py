@@ -21,7 +21,6 @@ from tests.recipe import test_builtin_recipes, test_load
 # Arguments whose values are members of no family: (test, argument).
 PLACES = {
     ("test_a_killed_run_is_gone_on_with_and_ends_with_the_same_bytes", "kill"),
-    ("test_a_killed_run_goes_on_with_the_same_bytes_in_all", "kill"),
     ("test_other_settings_are_refused_by_name", "flags"),
     ("test_other_settings_are_refused_by_name", "key"),
     ("test_a_plan_or_a_user_error", "share"),

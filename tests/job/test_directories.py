@@ -18,7 +18,6 @@ from quarkcli.job import directories
 from quarkcli.job.solving import Solving
 from tests import runs
 from tests.forks import Forks, at
-from tests.products import slow_unless
 
 # What tells the time, or holds the hash of a file that does.
 _OF_THE_RUN = {"quark/report.json", "quark/quark.log", "quark/manifest.json"}
@@ -230,10 +229,7 @@ def calm(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, bytes]
     }
 
 
-_OFTEN = {"between the files of a part in two dialects", "between two manifests", "before the list"}
-
-
-@pytest.mark.parametrize("kill", slow_unless(_OFTEN, _KILLS))
+@pytest.mark.parametrize("kill", _KILLS)
 def test_a_killed_run_goes_on_with_the_same_bytes_in_all(
     quark: Forks, calm: dict[str, dict[str, bytes]], tmp_path: Path, kill: str
 ) -> None:
