@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-LARGE = 1 << 20  # bytes
-_M_MMAP_THRESHOLD = -3  # <malloc.h>
+LARGE = 4 << 20  # bytes
+KEPT = 64 << 20  # bytes at the end of the heap that are kept for what comes next
+_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1  # <malloc.h>
 _STATUS = Path("/proc/self/status")
 
 
@@ -50,12 +52,17 @@ def return_large_buffers() -> None:
 
     Its default threshold grows to 32 MiB with use; the parts of a model, of ever different sizes, then fragment the
     heap, and the peak would follow the number of blocks instead of the largest one. Other C libraries: nothing to do.
+
+    A mapped buffer costs a page fault for every 4 KiB that is written: torch takes pages of 2 MiB for it if it is told
+    so before its first tensor. Working buffers below `LARGE` stay in the heap.
     """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     if not sys.platform.startswith("linux"):
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, LARGE)
+        mallopt(_M_TRIM_THRESHOLD, KEPT)
 
 
 @contextmanager
