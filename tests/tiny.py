@@ -222,7 +222,9 @@ def build(family: str, folder: Path, dtype: torch.dtype = torch.float32, seed: i
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     config = {key: value for key, value in (base | own | changes).items() if value is not None}
-    model = getattr(transformers, name)(CONFIG_MAPPING[kind](**deepcopy(config))).eval()
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(seed)  # what the class itself draws: gpt-oss' sinks
+        model = getattr(transformers, name)(CONFIG_MAPPING[kind](**deepcopy(config))).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for _, parameter in sorted(model.named_parameters()):
