@@ -115,11 +115,13 @@ def convert(
     with Journal.lock(partial) as journal, finish.begun():
         journal.start(_fingerprint(source, found.writer))
         journal.verify()
+        memory.return_large_buffers()
         tell(Phase("convert"))
         todo = [part for part in found.plan.parts if part.name not in journal.finished]
         for part in todo:
             at = time.monotonic()
             files = write_part(partial, contents.slug(part), _part(found, part, tell))
+            memory.give_back()
             moved, found.moved = found.moved, []
             journal.finish(part.name, {"files": [file.record() for file in files], "moved": moved})
             seconds, total = time.monotonic() - at, len(found.plan.parts)

@@ -299,6 +299,7 @@ def _parts(
             what = label if result.weight_errors else "kept"
             tell(_progress(part, len(plan.parts), what, result.seconds, result.error, eta, device))
             del tensors, result  # before the next part is read
+            memory.give_back()
             if walk is not None and part.kind == "embed":
                 walk.start()
             why = preflight.reason_to_stop(options, time.monotonic() - started, len(todo) - count)

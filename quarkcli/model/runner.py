@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from quarkcli import memory
 from quarkcli.errors import DataError, ModelError
 from quarkcli.model import experts as expert_modules
 from quarkcli.model.attention import tapped
@@ -133,6 +134,7 @@ class Runner:
 
     def unload_block(self, i: int) -> None:
         self._weights.unload(self._weights.by_block[i], self._weights.block_buffers[i])
+        memory.give_back()
 
     def record(
         self,

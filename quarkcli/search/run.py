@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from quarkcli import family
+from quarkcli import family, memory
 from quarkcli.disk.writer import atomic_write_text, disk_errors
 from quarkcli.errors import ConfigError, UsageError
 from quarkcli.events import Listener, Message, Phase, Working
@@ -282,6 +282,7 @@ def _measured(
         raise UsageError("no such directory", where=str(path.parent))
     _check_resources(run, data, path)
     device = preflight.device(run.options.device)
+    memory.return_large_buffers()
     tell(Phase("search"))
     tell(Working("building the model's class"))
     with disk_errors(path), place(path.parent) as folder:
@@ -294,8 +295,8 @@ def _check_resources(run: Prepared, data: CalibrationData, path: Path) -> None:
     states = data.tokens.numel() * (hidden if isinstance(hidden, int) else 0)
     blocks = sum(part.block is not None for part in run.plan.parts)
     size = run.forecast
-    memory = size.memory_bytes + 3 * size.largest_part + 16 * states
-    preflight.check_resources(path, replace(size, disk_bytes=2 * states * blocks, memory_bytes=memory))
+    needed = size.memory_bytes + 3 * size.largest_part + 16 * states
+    preflight.check_resources(path, replace(size, disk_bytes=2 * states * blocks, memory_bytes=needed))
 
 
 def _calibration(base: Prepared, rows: int) -> Calibration:
