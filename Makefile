@@ -69,11 +69,12 @@ fuzz: $(STAMP) ## hostile inputs at random for five minutes: make fuzz SEED=N
 test-gpu: $(STAMP) ## run the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
 
-bench: $(STAMP) ## peak memory, start-up time and packing speed against a baseline in the same run
+bench: $(STAMP) ## memory, start-up, packing speed against a baseline in the same run; forecasts against runs
 	$(BIN)/python -m tests.bench.startup
 	$(BIN)/python -m tests.bench.plan
 	$(BIN)/python -m tests.bench.packing
 	$(BIN)/python -m tests.bench.memory
+	$(BIN)/python -m tests.bench.predict
 
 golden: $(STAMP) ## compare calibrated runs with those of another commit on this machine: make golden BASE=<commit>
 	$(BIN)/python -m tests.golden.compare $(BASE)

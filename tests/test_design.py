@@ -52,8 +52,9 @@ INSIDE = {
     "forward": "activations defaults guard moments samples experts taps statistics files documents data walk",
     "disk": "headers weights beside outputs writer hub pickles stream remote source side_files manifest place journal"
     " nonfinite contents checkpoint origin compare values scales completeness excluded parallel fidelity verify push",
-    "job": "forecast options asked preflight splitting directories idle carried served packing problems rewriting"
-    " solving stages tuning prepass reach part pipeline finish fingerprint download convert run preview",
+    "job": "forecast rates options asked preflight splitting directories idle carried served packing problems rewriting"
+    " solving stages tuning prepass reach costs predict part pipeline finish fingerprint download convert run probe"
+    " preview",
 }
 
 # Package -> the rooms that may import it.
@@ -80,7 +81,7 @@ WITH_TORCH = {
     "quarkcli.forward.taps", "quarkcli.forward.walk",
     "quarkcli.algorithms._channels", "quarkcli.algorithms.tensors", "quarkcli.algorithms._trials",
     "quarkcli.job.rewriting", "quarkcli.job.solving", "quarkcli.job.stages", "quarkcli.job.tuning",
-    "quarkcli.job.served", "quarkcli.job.packing", "quarkcli.job.part", "quarkcli.job.pipeline",
+    "quarkcli.job.served", "quarkcli.job.probe", "quarkcli.job.packing", "quarkcli.job.part", "quarkcli.job.pipeline",
     "quarkcli.evaluate.run", "quarkcli.evaluate.windows",
     "quarkcli.search.losses", "quarkcli.search.quantizing", "quarkcli.search.states",
 }  # fmt: skip

@@ -13,10 +13,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from quarkcli.algorithms import _parameters
-from quarkcli.algorithms.base import Moment, Needs, Outcome, Problem, Solver
+from quarkcli.algorithms.base import Effort, Moment, Needs, Outcome, Problem, Solver
 from quarkcli.algorithms.rtn import RoundToNearest
 from quarkcli.errors import ConfigError
 from quarkcli.plan.model import Plan, QuantizedTarget
+from quarkcli.spec import TensorSpec
 
 if TYPE_CHECKING:
     from quarkcli.numerics.quantize import QParams, Quantized
@@ -31,6 +32,9 @@ DAMP = 0.01
 ROWS = 2048  # of a problem that are solved at once on a CPU, see `numerics.solve.CPU_ROWS`
 TOGETHER = 256 * 2**20  # bytes that problems which are solved together may take, unless one alone takes more
 TOKENS = 2048  # that are folded into a moment at once, see `forward.moments.CHUNK`
+# What a forecast of time counts on: factors for a damping that is chosen, scales that are tried for a group, and
+# activations of a block after the first.
+TRIED, SEARCHED, STAGES = 3, 32, 3
 DAMP_FP4 = 0.05  # where nothing can be held out, and 4-bit floats meet quantized inputs
 
 
@@ -110,6 +114,17 @@ class ColumnSolver(Solver):
         rows, width = shape
         return 4 * max(4 * width * width, 3 * width * width + 6 * min(rows, ROWS) * width)
 
+    def effort(self, shape: tuple[int, int], spec: TensorSpec) -> Effort:
+        """Returns the work of usually three factors, of a loop over columns, and of two products for each sweep."""
+        rows, width = shape
+        attempts = TRIED if self.damp is None and self.holdout else 1
+        products = rows * width**2 * (2 + 4 * self._sweeps(spec))
+        tried = 1 + (SEARCHED if self.scale_search else 0)
+        return Effort(2 / 3 * width**3 * attempts, products, rows * width * tried)
+
+    def forwards(self, tokens: int) -> float:
+        return STAGES if self.staged else 0.0
+
     def aiming(self, problem: Problem) -> Callable[[Factor, float], Aim]:
         """Returns what the loop steers for, of a factor and a strength; the weights unless a member says otherwise."""
         from quarkcli.numerics.settle import Aim
@@ -176,11 +191,15 @@ class ColumnSolver(Solver):
             return False
         return all(target.input is None for target in problem.targets)
 
+    def _sweeps(self, spec: TensorSpec) -> int:
+        if self.refine is not None:
+            return self.refine
+        return SWEEPS if spec.codes.format.bits <= FEW_BITS else 0
+
     def _choices(self, problem: Problem, held: bool) -> Choices:
         from quarkcli.numerics.settle import DAMPS, Choices
 
-        few = problem.spec.codes.format.bits <= FEW_BITS
-        sweeps = (SWEEPS if few else 0) if self.refine is None else self.refine
+        sweeps = self._sweeps(problem.spec)
         damps: tuple[float, ...] = (self.damp,) if self.damp is not None else DAMPS
         if self.damp is None and not held:
             fp4 = problem.spec.codes.element == "fp4_e2m1" and any(t.input is not None for t in problem.targets)

@@ -86,6 +86,10 @@ class BlockTuner(Tuner):
                 hint=f"leave {self.name} out, or give it other 'slots'",
             )
 
+    def forwards(self, tokens: int) -> float:
+        """Returns the passes that its steps make: forward, backward to inputs and to weights."""
+        return 3 * self.iters * FORWARD_TOKENS / tokens if tokens else 0.0
+
     def memory(self, plan: Plan) -> int:
         """Returns the bytes that fitting the largest block takes: so many for each weight, and a backward pass."""
         weights: dict[int, int] = {}

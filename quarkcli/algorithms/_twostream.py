@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import ref
 
 from quarkcli.algorithms._columns import ROWS, TOKENS, ColumnSolver
-from quarkcli.algorithms.base import Needs, Problem
+from quarkcli.algorithms.base import Effort, Needs, Problem
 from quarkcli.errors import ConfigError
 from quarkcli.plan.model import Plan
+from quarkcli.spec import TensorSpec
 
 if TYPE_CHECKING:
     from quarkcli.numerics.settle import Aim, Choices
@@ -54,6 +55,12 @@ class TwoStreamSolver(ColumnSolver):
         """Returns the bytes of what the column loop needs, the cross moment, and the target."""
         rows, width = shape
         return super()._solved(shape) + 4 * (width * width + min(rows, ROWS) * width)
+
+    def effort(self, shape: tuple[int, int], spec: TensorSpec) -> Effort:
+        """Returns the work of a column solver, and of a target for every strength."""
+        rows, width = shape
+        own = super().effort(shape, spec)
+        return own._replace(products=own.products + 2 * len(STRENGTHS) * rows * width**2 + 2 * width**3)
 
     def aiming(self, problem: Problem) -> Callable[[Factor, float], Aim]:
         from quarkcli.numerics.settle import Aim

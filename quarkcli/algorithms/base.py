@@ -139,6 +139,19 @@ class Problem:
         return sum(len(weight) for weight in self.weights), self.weights[0].shape[1]
 
 
+class Effort(NamedTuple):
+    """The work of an algorithm on one problem, for the forecast of time: floating point operations.
+
+    factors     of factors and inverses
+    products    of large products in float32
+    candidates  values of weights times what is tried or done with each, one after the other
+    """
+
+    factors: float = 0.0
+    products: float = 0.0
+    candidates: float = 0.0
+
+
 class Algorithm:
     """An algorithm. Every member's class declares these; what it leaves out has the values here.
 
@@ -164,6 +177,14 @@ class Algorithm:
     def memory(self, plan: Plan) -> int:
         """Returns the bytes it needs beside the part's own tensors, at most."""
         return 0
+
+    def effort(self, shape: tuple[int, int], spec: TensorSpec) -> Effort:
+        """Returns the work on a problem of so many rows and inputs, beside rounding and packing."""
+        return Effort()
+
+    def forwards(self, tokens: int) -> float:
+        """Returns the passes of all calibration tokens through a block that it adds."""
+        return 0.0
 
 
 class Solver(Algorithm):
@@ -262,6 +283,10 @@ class Transform(Algorithm):
     def after(self, part: PartTensors, statistics: Statistics, state: Any) -> None:
         """Changes a part that was observed."""
         return
+
+    def forwards(self, tokens: int) -> float:
+        """Returns 1 where a part is changed after it was observed, and so is observed again."""
+        return float(type(self).after is not Transform.after)
 
 
 @dataclass(frozen=True)

@@ -6,25 +6,39 @@ import os
 import platform
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from quarkcli.cli import apps, output
-from quarkcli.cli.flags import Json
+from quarkcli.cli.flags import Device, Json
+from quarkcli.errors import UsageError
 
 SCHEMA = "quark/env/1"
-EXAMPLES = apps.examples("quark env", "quark env --json")
+EXAMPLES = apps.examples("quark env", "quark env --json", "quark env --measure")
+Measure = Annotated[
+    bool,
+    typer.Option(
+        "--measure",
+        help="Measure how fast this machine quantizes, for the forecasts of 'quark plan'. Takes minutes.",
+    ),
+]
 _PACKAGES = (
     "quarkcli", "torch", "transformers", "triton", "safetensors", "huggingface_hub", "datasets", "numpy", "pydantic",
     "typer", "rich", "compressed-tensors", "vllm",
 )  # fmt: skip
 
 
-def env(json: Json = False) -> None:
+def env(*, measure: Measure = False, device: Device = "auto", json: Json = False) -> None:
     """Show versions and devices for a bug report.
 
     Also memory, disk, and whether a hub token was seen (never its value).
     """
     output.start(json=json)
+    if measure:
+        _measure(device)
+    elif device != "auto":
+        raise UsageError(f"--device {device} is for --measure alone", hint="add --measure, or leave it out")
     found = _facts()
     if json:
         output.json_data({"schema": SCHEMA, **found})
@@ -37,7 +51,7 @@ def env(json: Json = False) -> None:
     rows += [("disk", f"{_size(disk['free'])} free at {disk['path']}")]
     rows += [("hub cache", f"{_size(found['hub_cache']['free'])} free at {found['hub_cache']['path']}")]
     rows += [("hub token", "present" if found["hub_token"] else "absent")]
-    rows += [("user folder", found["user_folder"])]
+    rows += [("user folder", found["user_folder"]), ("rates", _rates(found["rates"]))]
     width = max(len(label) for label, _ in rows) + 2
     for label, text in rows:
         output.data(f"{label:<{width}}{text}")
@@ -47,8 +61,10 @@ def _facts() -> dict[str, Any]:
     from huggingface_hub import constants, get_token
 
     from quarkcli.disk.writer import free_bytes
+    from quarkcli.job import rates
     from quarkcli.recipe import catalog
 
+    place, known = rates.default_file(), rates.of_this_machine()
     here, cache = Path.cwd(), Path(constants.HF_HUB_CACHE)
     return {
         "python": platform.python_version(),
@@ -61,7 +77,21 @@ def _facts() -> dict[str, Any]:
         "hub_cache": {"path": str(cache), "free": free_bytes(cache)},
         "hub_token": get_token() is not None,
         "user_folder": str(catalog.user_folder()),
+        "rates": {"origin": known.origin, "path": str(place) if rates.exists(place) else None},
     }
+
+
+def _measure(device: str) -> None:
+    from quarkcli.cli.progress import Progress
+    from quarkcli.job import preflight, probe, rates
+
+    with Progress("lines") as progress:
+        found = probe.measure(preflight.device(device), tell=progress)
+    rates.write(found, rates.default_file())
+
+
+def _rates(found: dict[str, str | None]) -> str:
+    return f"{found['origin']}" + (f", in {found['path']}" if found["path"] else "")
 
 
 def _version(name: str) -> str | None:

@@ -122,10 +122,10 @@ def _step(plan: Plan, step: Assignment) -> str:
     return f"{step.name} on {sum(map(step.takes, plan.quantized()))} weights"
 
 
-def show(prepared: Prepared) -> None:
-    """Prints the whole plan on stdout, its warnings on stderr."""
+def show(prepared: Prepared, more: Iterable[str] = ()) -> None:
+    """Prints the whole plan on stdout, its warnings on stderr. `more`: further lines of the header."""
     plan = prepared.plan
-    for line in header(prepared):
+    for line in [*header(prepared), *more]:
         output.data(line)
     output.data("")
     _modules(plan)

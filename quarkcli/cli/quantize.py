@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,6 +15,7 @@ from quarkcli.cli.flags import JobFlags, takes_job_flags
 if TYPE_CHECKING:
     from quarkcli.cli.progress import Progress
     from quarkcli.job.options import Options, Prepared
+    from quarkcli.job.rates import Rates
 
 QUANTIZE_EXAMPLES = apps.examples(
     "quark quantize --model demo --scheme mxfp4 -o out/demo-mxfp4",
@@ -21,6 +24,7 @@ QUANTIZE_EXAMPLES = apps.examples(
 PLAN_EXAMPLES = apps.examples(
     "quark plan --model demo --scheme nvfp4 --layer '*down_proj=fp8'",
     "quark plan --model ./my-model --recipe nvfp4-kv_fp8 --json",
+    "quark plan --model ./my-model --scheme int4_wo_128 --algorithm gptq --ranks 8 --gpu h100",
 )
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop; no weight is read.")]
 
@@ -66,34 +70,83 @@ CheckModel = Annotated[
 ]
 
 
+Ranks = Annotated[
+    int | None,
+    typer.Option(
+        "--ranks", min=1, max=4096, metavar="N", help="Forecast for N processes with a device each. [default: 1]"
+    ),
+]
+Gpu = Annotated[
+    str | None,
+    typer.Option(
+        "--gpu", metavar="NAME", help="Forecast for a device of a table, such as h100. [default: this machine]"
+    ),
+]
+RatesFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--rates", metavar="FILE", help="Rates that 'quark env --measure' wrote. [default: this user's, else a guess]"
+    ),
+]
+
+
 @takes_job_flags
-def plan(flags: JobFlags, *, check_model: CheckModel = False) -> None:
+def plan(
+    flags: JobFlags,
+    *,
+    check_model: CheckModel = False,
+    ranks: Ranks = None,
+    gpu: Gpu = None,
+    rates: RatesFile = None,
+) -> None:
     """Show what quantize would do.
 
-    Every decision, sizes, memory, data; reads config and headers only. Takes all flags of quantize, so that one
+    Every decision, sizes, time, memory, data; reads config and headers only. Takes all flags of quantize, so that one
     command line fits both; those about writing and progress change nothing, which is said.
     """
-    _plan(flags, check_model)
+    _plan(flags, check_model, Devices(ranks or 1, _rates(gpu, rates), shown=ranks is not None or gpu is not None))
 
 
-def _plan(flags: JobFlags, check_model: bool = False) -> None:
-    from quarkcli.cli import planview
+@dataclass(frozen=True)
+class Devices:
+    """The devices that a forecast is for. `shown`: they were asked for, and so every rank is listed."""
+
+    ranks: int
+    rates: Rates
+    shown: bool = False
+
+
+def _rates(gpu: str | None, file: Path | None) -> Rates:
+    from quarkcli.errors import UsageError
+    from quarkcli.job import rates
+
+    if gpu is not None and file is not None:
+        raise UsageError("--gpu and --rates exclude each other", hint="--rates is for a machine that was measured")
+    return rates.of_gpu(gpu) if gpu is not None else rates.of_this_machine(file)
+
+
+def _plan(flags: JobFlags, check_model: bool = False, devices: Devices | None = None) -> None:
+    from quarkcli.cli import planview, predictview
     from quarkcli.cli.progress import Progress
     from quarkcli.events import Phase
-    from quarkcli.job import idle
+    from quarkcli.job import idle, predict
     from quarkcli.job import run as job
 
     flags.start()
+    devices = devices or Devices(1, _rates(None, None))
     with Progress("lines") as progress:
         prepared = job.prepare(flags.options(), lambda event: None if isinstance(event, Phase) else progress(event))
     prepared.warnings += [*idle.of_plan(prepared.options), *flags.idle(plan=True)]
     if check_model:
         for line in job.check_model(prepared):
             output.note(line)
+    forecast = predict.of_plan(prepared, devices.rates, devices.ranks)
     if flags.json:
-        output.json_data(planview.as_json(prepared))
-    else:
-        planview.show(prepared)
+        output.json_data({**planview.as_json(prepared), "forecast": predict.as_json(forecast)})
+        return
+    planview.show(prepared, predictview.lines(forecast))
+    if devices.shown:
+        predictview.show(forecast)
 
 
 def _announce(prepared: Prepared, progress: Progress) -> None:

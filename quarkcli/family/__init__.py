@@ -4,7 +4,15 @@
 read, the parts of the walk and the attention modules. A family nobody described is inferred from names.
 """
 
-from quarkcli.family.config import block_count, position_limit, quantization, text_config, without_quantization
+from quarkcli.family.config import (
+    active_experts,
+    block_count,
+    expert_count,
+    position_limit,
+    quantization,
+    text_config,
+    without_quantization,
+)
 from quarkcli.family.fit import check as check_fit
 from quarkcli.family.infer import guess, infer
 from quarkcli.family.known import Card, cards, for_checkpoint, has_experts, identify, load
@@ -48,12 +56,14 @@ __all__ = [
     "Values",
     "Weight",
     "WeightView",
+    "active_experts",
     "block_count",
     "block_lists",
     "cards",
     "check_fit",
     "check_unprotect",
     "expert_bias",
+    "expert_count",
     "for_checkpoint",
     "fused_shape",
     "fused_views",

@@ -18,6 +18,7 @@ _WIDTHS = ("hidden_size", "n_embd", "d_model", "n_embed", "dim", "model_dim")
 _HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads", "multi_query_group_num")
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
+_ACTIVE = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk", "top_k", "num_selected_experts")
 # Where a config says how the files are quantized.
 _QUANTIZATION = ("quantization_config", "compression_config")
 
@@ -72,6 +73,11 @@ def kv_heads(config: Mapping[str, object]) -> int | None:
 def expert_count(config: Mapping[str, object]) -> int | None:
     """Returns the number of routed experts; None for a model without."""
     return _number(text_config(config), _EXPERTS) or None
+
+
+def active_experts(config: Mapping[str, object]) -> int | None:
+    """Returns the number of routed experts of a layer that a token passes."""
+    return _number(text_config(config), _ACTIVE) or None
 
 
 def position_limit(config: Mapping[str, object]) -> int | None:

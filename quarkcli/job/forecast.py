@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from quarkcli.dialects.base import TensorInfo, Writer
 from quarkcli.disk.contents import part_infos, part_targets, slug
@@ -20,7 +20,11 @@ RUNTIME_BYTES = {False: 250_000_000, True: 550_000_000}
 
 @dataclass(frozen=True)
 class Forecast:
-    """Sizes in bytes. `output_bytes` is exact: the sum of the safetensors files; memory is an estimate."""
+    """Sizes in bytes. `output_bytes` is exact: the sum of the safetensors files; memory is an estimate.
+
+    hidden_bytes  of the hidden states of all streams
+    solving       what a solver needs beside the part's own tensors
+    """
 
     source_bytes: int
     output_bytes: int
@@ -31,9 +35,10 @@ class Forecast:
     effective_bits: float
     calibrated: bool
     dtypes: dict[str, int]
+    solving: int = 0
 
 
-class _PartSize(NamedTuple):
+class PartSize(NamedTuple):
     """Sizes of a part in bytes: its tensors in the source, its files, and their tensors by dtype."""
 
     source: int
@@ -41,7 +46,7 @@ class _PartSize(NamedTuple):
     dtypes: Mapping[str, int]
 
 
-def _part_sizes(plan: Plan, dialect: Writer, headers: Mapping[str, HeaderLike]) -> list[_PartSize]:
+def part_sizes(plan: Plan, dialect: Writer, headers: Mapping[str, HeaderLike]) -> list[PartSize]:
     """Returns the sizes of every part.
 
     Blocks whose tensors differ in the block's number alone, of as many digits, are one.
@@ -49,7 +54,7 @@ def _part_sizes(plan: Plan, dialect: Writer, headers: Mapping[str, HeaderLike]) 
     owners = part_targets(plan)
     kinds = {name: number for number, run in enumerate(plan.alike()) for name in (t.name for t in run)}
     specs = {module.part: tuple(module.specs.items()) for module in plan.attention.values()}
-    known: dict[object, _PartSize] = {}
+    known: dict[object, PartSize] = {}
     sizes = []
     for part in plan.parts:
         key: object = part.index
@@ -82,12 +87,12 @@ def _row(
     return name[start:], tuple((target.name[start:], kinds[target.name]) for target in own)
 
 
-def _part_size(part: Part, infos: list[TensorInfo], headers: Mapping[str, HeaderLike]) -> _PartSize:
+def _part_size(part: Part, infos: list[TensorInfo], headers: Mapping[str, HeaderLike]) -> PartSize:
     dtypes: dict[str, int] = {}
     for info in infos:
         dtypes[info.dtype] = dtypes.get(info.dtype, 0) + tensor_bytes(info.dtype, info.shape)
     source = sum(tensor_bytes(headers[name].dtype, headers[name].shape) for name in part.tensors)
-    return _PartSize(source, sum(file.size for file in plan_files(slug(part), infos)), dtypes)
+    return PartSize(source, sum(file.size for file in plan_files(slug(part), infos)), dtypes)
 
 
 @without_collection()
@@ -106,7 +111,7 @@ def forecast(
 
     `tokens` x `hidden` are the hidden states of all streams, `solving` is what a solver needs.
     """
-    sizes = _part_sizes(plan, dialect, headers)
+    sizes = part_sizes(plan, dialect, headers)
     output = sum(size.files for size in sizes)
     dtypes: dict[str, int] = {}
     for size in sizes:
@@ -125,8 +130,5 @@ def forecast(
         effective_bits=effective_bits(plan),
         calibrated=calibrated,
         dtypes=dict(sorted(dtypes.items())),
+        solving=solving,
     )
-
-
-def as_json(forecast: Forecast) -> dict[str, Any]:
-    return dict(vars(forecast))

@@ -140,8 +140,7 @@ def _prepared(options: Options, name: str) -> Prepared | None:
 
 def _active(run: Prepared) -> float:
     """Returns the share of its routed experts that a token runs through. Raises ConfigError when nothing says so."""
-    config = family.text_config(run.source.config)
-    active = next((value for key in _ACTIVE if isinstance(value := config.get(key), int)), None)
+    active = family.active_experts(run.source.config)
     layers: dict[str, set[int]] = {}
     for target in run.plan.targets.values():
         if target.expert is not None:
@@ -155,9 +154,6 @@ def _active(run: Prepared) -> float:
             hint="auto_quantize.constraints.cost.active_moe_expert_ratio",
         )
     return min(1.0, active / max(map(len, layers.values())))
-
-
-_ACTIVE = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk", "top_k", "num_selected_experts")
 
 
 def _check(run: Prepared) -> None:

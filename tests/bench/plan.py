@@ -31,7 +31,7 @@ def main() -> None:
         _row(name, lambda scheme=scheme, flags=flags: prepared(scheme, **flags)[1])
     source = published(Path.cwd())
     for name, scheme in PUBLISHED.items():
-        with mock.patch.object(job, "open_source", lambda options, tell: source):
+        with mock.patch.object(job, "open_source", lambda *given: source):
             _row(name, lambda scheme=scheme: job.prepare(Options("", scheme=scheme, calib_data="builtin")).plan)
 
 
