@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from quarkcli.numerics.products import add_product_
 from quarkcli.numerics.quantize import fake_quantize
 from quarkcli.spec import TensorSpec
 
@@ -118,6 +119,7 @@ class Moments:
     def _fold(self, count: int) -> None:
         """Folds in the first rows that wait."""
         rows, source = self._taken(count)
+        dtype = rows.dtype
         x = (rows if self.read is None else fake_quantize(rows, self.read)).float()
         del rows
         total = self.tokens + count
@@ -126,13 +128,14 @@ class Moments:
         if not self._upper:
             self._upper = [x.new_empty(panel.stop - panel.start, x.shape[1] - panel.start) for panel in panels]
         for panel, upper in zip(panels, self._upper, strict=True):
-            upper.addmm_(x[:, panel].T, x[:, panel.start :], beta=keep, alpha=weight)
+            add_product_(upper, x[:, panel], x[:, panel.start :], dtype, keep, weight)
         self._half = True
         if source is not None:
             if self._cross is None:
                 self._cross = x.new_empty(x.shape[1], source.shape[1])
             for panel in _panels(source):
-                self._cross[:, panel].addmm_(x.T, source[:, panel].float(), beta=keep, alpha=weight)
+                both = dtype if source.dtype == dtype else torch.float32
+                add_product_(self._cross[:, panel], x, source[:, panel].float(), both, keep, weight)
         self.tokens = total
 
 
