@@ -11,7 +11,7 @@ from torch import Tensor
 
 from quarkcli.numerics import refine as refine_module
 from quarkcli.numerics.quantize import QParams, decode, decode_grid, make_qparams
-from quarkcli.numerics.refine import Rows, refine
+from quarkcli.numerics.refine import Columns, Rows, refine
 from quarkcli.numerics.scales import decode_scale
 from quarkcli.numerics.settle import Aim, Choices, Objective
 from quarkcli.numerics.solve import codes_of, factorize, solve_values
@@ -126,17 +126,18 @@ def test_scales_are_refitted_one_by_one(name: str) -> None:
         better = losses[1] < losses[0]
         moved += int(better.sum())
         real = torch.where(better[:, None], tried, real)
-    error = rows.decoded().sub_(rows.weight)
-    pull = error @ gram
+    at = Columns.of(rows)
+    pull = gram @ at.error
     if name == "int4_row":
-        refine_module._refit_whole(rows, spec, gram, error)
-        pull = error @ gram
+        refine_module._refit_whole(at, spec, gram)
+        pull = gram @ at.error
     else:
-        refine_module._refit(rows, spec, gram, pull, slice(0, N))
+        refine_module._refit(at, spec, gram, pull, slice(0, N))
+    at.put_back(rows)
     assert moved or name == "mxfp4"
     assert float((rows.real.double() - real).abs().gt(1e-6 * real).float().mean()) < 0.01
     assert torch.equal(decode_scale(rows.stored, spec.scale.dtype) * outer, rows.real)
-    torch.testing.assert_close(pull, rows.decoded().sub_(rows.weight) @ gram, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(pull.T, rows.decoded().sub_(rows.weight) @ gram, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["int4", "nvfp4", "mxfp4", "uint4"])
