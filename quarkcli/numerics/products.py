@@ -31,7 +31,7 @@ def add_product_(
 
 @contextmanager
 def _bfloat16_units() -> Iterator[None]:
-    setting = torch.backends.mkldnn.matmul
+    setting = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # a module that makes its attributes
     before = setting.fp32_precision
     setting.fp32_precision = "bf16"
     try:
