@@ -53,8 +53,8 @@ INSIDE = {
     "disk": "headers weights beside outputs writer hub pickles stream remote source side_files manifest place journal"
     " nonfinite contents checkpoint origin compare values scales completeness excluded parallel fidelity verify push",
     "job": "forecast rates options asked preflight splitting directories idle carried served packing problems rewriting"
-    " solving pieces stages tuning prepass reach costs predict result part pipeline finish fingerprint download convert run probe"
-    " preview",
+    " solving pieces stages tuning prepass reach costs predict result part pipeline finish fingerprint download"
+    " convert run probe preview",
 }
 
 # Package -> the rooms that may import it.
