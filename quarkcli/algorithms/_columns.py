@@ -32,6 +32,7 @@ DAMP = 0.01
 ROWS = 2048  # of a problem that are solved at once on a CPU, see `numerics.solve.CPU_ROWS`
 TOGETHER = 256 * 2**20  # bytes that problems which are solved together may take, unless one alone takes more
 TOKENS = 2048  # that are folded into a moment at once, see `forward.moments.CHUNK`
+ALIVE = 4  # sums of lanes of a moment at most, see `forward.lanes.Tree`
 # What a forecast of time counts on: factors for a damping that is chosen, scales that are tried for a group, and
 # activations of a block after the first.
 TRIED, SEARCHED, STAGES = 3, 32, 3
@@ -106,8 +107,8 @@ class ColumnSolver(Solver):
         return max([observed, *(min(n, self.at_once(shape)) * self._solved(shape) for shape, n in _problems(plan))])
 
     def _observed(self, width: int) -> int:
-        """Returns the bytes of the moments of an activation, of which half is kept, and of rows that wait."""
-        return 2 * (4 * (width * width * 5 // 8) + 2 * TOKENS * width)
+        """Returns the bytes of the moments of an activation while lanes come in; of each, half is kept."""
+        return 2 * ALIVE * 4 * (width * width * 5 // 8)
 
     def _solved(self, shape: tuple[int, int]) -> int:
         """Returns the bytes that a problem takes: both moments, two factors, and its rows in a few forms."""

@@ -26,6 +26,7 @@ class ExpertLayer:
     source      per batch, the same tokens of the source stream; None: there is none
     routed      per batch, the experts of each token
     held        per batch, which of its tokens are held out; None: none
+    lanes       per batch, the lane that it is of
     tokens      expert -> how many tokens were routed to it
     least       with fewer tokens than this an expert is taken for one that saw none: the layer stands in
     reads       how the weights read the common input, and the inner one; None: as it is
@@ -38,13 +39,16 @@ class ExpertLayer:
     source: list[Tensor | None] = field(default_factory=list)
     routed: list[Tensor] = field(default_factory=list)
     held: list[Tensor | None] = field(default_factory=list)
+    lanes: list[int] = field(default_factory=list)
     tokens: dict[int, int] = field(default_factory=dict)
     least: int = 1
     reads: tuple[TensorSpec | None, TensorSpec | None] = (None, None)
     _layer: dict[tuple[bool, bool | None], Means] = field(default_factory=dict)
 
-    def keep(self, hidden: Tensor, routed: Tensor, held: Tensor | None, source: tuple[Tensor, Tensor] | None) -> None:
-        """Keeps one batch.
+    def keep(
+        self, hidden: Tensor, routed: Tensor, held: Tensor | None, source: tuple[Tensor, Tensor] | None, lane: int
+    ) -> None:
+        """Keeps one batch of a lane.
 
         source   of the source stream: its tokens and their routing, which is replayed so that both streams' moments
                  are of the same tokens
@@ -53,30 +57,35 @@ class ExpertLayer:
         self.source.append(source[0] if source is not None else None)
         self.routed.append(source[1] if source is not None else routed.clone())
         self.held.append(held)
+        self.lanes.append(lane)
 
     def few(self, expert: int) -> bool:
         """True for an expert that saw too few tokens to have statistics of its own."""
         return not self.all_tokens and self.tokens.get(expert, 0) < self.least
 
-    def rows(self, expert: int, held: bool | None) -> Iterator[Tensor]:
-        """Yields the common input of one expert's tokens, batch by batch; see `_both`. Nothing of too few."""
-        return (rows for rows, _ in self._both(expert, held) if not self.few(expert))
+    def rows(self, expert: int, held: bool | None) -> Iterator[tuple[int, Tensor]]:
+        """Yields lane and common input of one expert's tokens, batch by batch; see `_share`. Nothing of too few."""
+        for batch, lane in enumerate(() if self.few(expert) else self.lanes):
+            share = self._share(batch, expert, held)
+            if share is not None:
+                yield lane, share[0]
 
-    def _both(self, expert: int | None, held: bool | None) -> Iterator[Rows]:
-        """Yields the common input of one expert's tokens, of all tokens when it is None, batch by batch.
+    def _share(self, batch: int, expert: int | None, held: bool | None) -> Rows | None:
+        """Returns the common input of a batch's tokens that one expert gets, of all when it is None; None: no token.
 
         held   only tokens that are held out, or only those that are not; None: all
         """
-        for hidden, source, routed, mask in zip(self.hidden, self.source, self.routed, self.held, strict=True):
-            chosen = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)
-            if expert is not None and not self.all_tokens:
-                chosen = (routed == expert).any(-1)
-            if held is not None and mask is not None:
-                chosen = chosen & (mask if held else ~mask)
-            elif held:
-                continue
-            if bool(chosen.any()):
-                yield hidden[chosen], source[chosen] if source is not None else None
+        hidden, source, mask = self.hidden[batch], self.source[batch], self.held[batch]
+        chosen = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)
+        if expert is not None and not self.all_tokens:
+            chosen = (self.routed[batch] == expert).any(-1)
+        if held is not None and mask is not None:
+            chosen = chosen & (mask if held else ~mask)
+        elif held:
+            return None
+        if not bool(chosen.any()):
+            return None
+        return hidden[chosen], source[chosen] if source is not None else None
 
     def inside(self, expert: int, rows: Tensor) -> Tensor:
         """Returns what an expert's down projection reads for rows of the common input."""
@@ -86,14 +95,23 @@ class ExpertLayer:
     def means(self, experts: Iterable[int | None], inner: bool, held: bool | None) -> Means:
         """Returns the means over the tokens of some experts: of the common input, or of the inner one."""
         moments = Moments(self.reads[inner])
-        for expert in experts:
-            for rows, source in self._both(expert, held):
-                if inner:
-                    assert expert is not None
-                    moments.add(self.inside(expert, rows), self.inside(expert, source) if source is not None else None)
-                else:
-                    moments.add(rows, source)
+        experts = list(experts)
+        for batch, lane in enumerate(self.lanes):
+            moments.add_shares(self._shares(batch, experts, inner, held), lane)
         return moments.means()
+
+    def _shares(self, batch: int, experts: list[int | None], inner: bool, held: bool | None) -> Iterator[Rows]:
+        """Yields what each of some experts reads of a batch."""
+        for expert in experts:
+            share = self._share(batch, expert, held)
+            if share is None:
+                continue
+            if not inner:
+                yield share
+                continue
+            assert expert is not None
+            rows, source = share
+            yield self.inside(expert, rows), self.inside(expert, source) if source is not None else None
 
     def own(self, expert: int, inner: bool, held: bool | None) -> Means:
         """Returns one expert's means; empty ones where it saw too few tokens."""

@@ -1,18 +1,20 @@
-"""Second moments of activations as running means, and the calibration tokens that are held out of them."""
+"""Second moments of activations, summed lane by lane, and the calibration tokens that are held out of them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from quarkcli.forward.lanes import Tree
 from quarkcli.numerics.products import add_product_
 from quarkcli.numerics.quantize import fake_quantize
 from quarkcli.spec import TensorSpec
 
-CHUNK = 2048  # tokens folded in at once, whatever the batch: the batch size changes no bits
+CHUNK = 2048  # tokens folded in at once, and on a CPU those of one forward, whatever the batch asked for
 HELD_OUT = 8  # one row in so many
 FEW_ROWS = 2 * HELD_OUT  # below, the last tokens of the set are held out instead of rows
 FEW_TOKENS = 2048  # below, nothing is
@@ -45,98 +47,96 @@ class Means(NamedTuple):
         return Means(blended(self.gram, prior.gram), cross, self.tokens)
 
 
-class Moments:
-    """Running means over tokens: of x x^T, and of x s^T where the source stream's rows s come along; both float32.
+@dataclass
+class Sums:
+    """Sums over tokens: of x x^T, by `_panels` (on a CPU its upper half), and of x s^T."""
 
-    Tokens come in sample order and are folded in chunks of `CHUNK`; parts of the data, merged in order, give the means
-    of the whole. Of x x^T only the upper half is summed on a CPU; `means` mirrors it.
+    upper: list[Tensor]
+    cross: Tensor | None
+    tokens: int
+
+    def plus(self, other: Sums) -> Sums:
+        """Returns the sum of both, kept in this one."""
+        for own, more in zip(self.upper, other.upper, strict=True):
+            own += more
+        if self.cross is not None and other.cross is not None:
+            self.cross += other.cross
+        self.tokens += other.tokens
+        return self
+
+
+class Moments:
+    """Means over tokens: of x x^T, and of x s^T where the source stream's rows s come along; both float32.
+
+    Rows come lane by lane, and within a lane chunk by chunk: what a chunk of calibration tokens has here is folded into
+    the sum of its lane at once.
 
     read   x is fake-quantized with it, as the weights will read it, chunk by chunk; None: it is not
     """
 
     def __init__(self, read: TensorSpec | None = None) -> None:
         self.read = read
-        self.tokens = 0
-        self._upper: list[Tensor] = []  # of the mean of x x^T, by `_panels`; parts of the whole once there is one
-        self._gram: Tensor | None = None
-        self._half = False  # the lower half of the whole is not up to date
-        self._cross: Tensor | None = None
-        self._waiting: list[tuple[Tensor, Tensor | None]] = []
-        self._waiting_rows = 0
+        self.sums: Tree[Sums] = Tree(Sums.plus)
+        self._means: Means | None = None
 
-    def add(self, rows: Tensor, source: Tensor | None = None) -> None:
-        """Takes rows [tokens, features] in sample order, and the source stream's for the same tokens."""
-        self._waiting.append((rows, source))
-        self._waiting_rows += len(rows)
-        del rows, source  # held by the list alone, so that what is folded is freed
-        while self._waiting_rows >= CHUNK:
-            self._fold(CHUNK)
+    def add(self, rows: Tensor, source: Tensor | None = None, lane: int = 0) -> None:
+        """Takes a chunk's rows [tokens, features], and the source stream's for the same tokens."""
+        for start in range(0, len(rows), CHUNK):
+            part = slice(start, start + CHUNK)
+            self._fold(rows[part], None if source is None else source[part], lane)
 
-    def merge(self, other: Moments) -> None:
-        """Takes in another's means: weighted means of both. Waiting rows of either side are folded first."""
-        own, others = self.means(), other.means()
-        if others.gram is None:
-            return
-        total = own.tokens + others.tokens
-        for mean, more in ((own.gram, others.gram), (own.cross, others.cross)):
-            if mean is not None and more is not None:
-                mean.mul_(own.tokens / total).add_(more, alpha=others.tokens / total)
-        if own.gram is None:
-            self._gram, self._cross = others.gram.clone(), None if others.cross is None else others.cross.clone()
-            self._upper = [self._gram[panel, panel.start :] for panel in _panels(self._gram)]
-        self.tokens = total
+    def add_shares(self, shares: Iterable[tuple[Tensor, Tensor | None]], lane: int = 0) -> None:
+        """Takes a chunk's rows in several shares, which are folded together up to `CHUNK` rows."""
+        waiting: list[tuple[Tensor, Tensor | None]] = []
+        for share in shares:
+            if waiting and sum(len(rows) for rows, _ in waiting) + len(share[0]) > CHUNK:
+                self.add(*_together(waiting), lane)
+                waiting = []
+            waiting.append(share)
+        if waiting:
+            self.add(*_together(waiting), lane)
 
     def means(self) -> Means:
-        if self._waiting_rows:
-            self._fold(self._waiting_rows)
-        if self._upper and self._gram is None:
-            size = self._upper[0].shape[1]
-            self._gram = self._upper[0].new_empty(size, size)
-            for index, panel in enumerate(_panels(self._gram)):
-                self._gram[panel, panel.start :] = self._upper[index]
-                self._upper[index] = self._gram[panel, panel.start :]
-        if self._gram is not None and self._half:
-            _mirror(self._gram)
-            self._half = False
-        return Means(self._gram, self._cross, self.tokens)
+        """Returns the means over all lanes; nothing can be added from then on."""
+        if self._means is None:
+            total = self.sums.total()
+            self._means = Means(None, None, 0) if total is None else _means(total)
+        return self._means
 
-    def _taken(self, count: int) -> tuple[Tensor, Tensor | None]:
-        """Returns the first rows that wait, and those of the source stream; they wait no longer."""
-        taken: list[tuple[Tensor, Tensor | None]] = []
-        left = count
-        while left:
-            rows, source = self._waiting.pop(0)
-            if len(rows) > left:
-                rest = rows[left:].clone(), None if source is None else source[left:].clone()
-                self._waiting.insert(0, rest)
-                rows, source = rows[:left], None if source is None else source[:left]
-            taken.append((rows, source))
-            left -= len(rows)
-        self._waiting_rows -= count
-        sources = [source for _, source in taken if source is not None]
-        return _joined([rows for rows, _ in taken]), _joined(sources) if sources else None
-
-    def _fold(self, count: int) -> None:
-        """Folds in the first rows that wait."""
-        rows, source = self._taken(count)
+    def _fold(self, rows: Tensor, source: Tensor | None, lane: int) -> None:
         dtype = rows.dtype
         x = (rows if self.read is None else fake_quantize(rows, self.read)).float()
-        del rows
-        total = self.tokens + count
-        keep, weight = self.tokens / total, 1.0 / total  # the sum is scaled, not the rows: their products stay exact
         panels = _panels(x)
-        if not self._upper:
-            self._upper = [x.new_empty(panel.stop - panel.start, x.shape[1] - panel.start) for panel in panels]
-        for panel, upper in zip(panels, self._upper, strict=True):
-            add_product_(upper, x[:, panel], x[:, panel.start :], dtype, keep, weight)
-        self._half = True
-        if source is not None:
-            if self._cross is None:
-                self._cross = x.new_empty(x.shape[1], source.shape[1])
+        own = self.sums.of_lane(lane)
+        if own is None:
+            strips = [x.new_zeros(panel.stop - panel.start, x.shape[1] - panel.start) for panel in panels]
+            own = Sums(strips, None if source is None else x.new_zeros(x.shape[1], source.shape[1]), 0)
+            self.sums.put(own)
+        for panel, upper in zip(panels, own.upper, strict=True):
+            add_product_(upper, x[:, panel], x[:, panel.start :], dtype)
+        if source is not None and own.cross is not None:
+            both = dtype if source.dtype == dtype else torch.float32
             for panel in _panels(source):
-                both = dtype if source.dtype == dtype else torch.float32
-                add_product_(self._cross[:, panel], x, source[:, panel].float(), both, keep, weight)
-        self.tokens = total
+                add_product_(own.cross[:, panel], x, source[:, panel].float(), both)
+        own.tokens += len(x)
+
+
+def _means(sums: Sums) -> Means:
+    """Returns the means, whole; `sums` are given up."""
+    upper, size = sums.upper, sums.upper[0].shape[1]
+    gram = upper[0] if len(upper) == 1 else upper[0].new_empty(size, size)
+    if len(upper) > 1:
+        for index, panel in enumerate(_panels(gram)):
+            gram[panel, panel.start :] = upper[index]
+            upper[index] = gram[panel, panel.start :]  # what was summed is freed
+    gram /= sums.tokens
+    _mirror(gram)
+    return Means(gram, None if sums.cross is None else sums.cross.div_(sums.tokens), sums.tokens)
+
+
+def _together(shares: list[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
+    sources = [source for _, source in shares if source is not None]
+    return _joined([rows for rows, _ in shares]), _joined(sources) if sources else None
 
 
 def _joined(tensors: list[Tensor]) -> Tensor:

@@ -1,6 +1,6 @@
 """Rows of activations kept as they are, and means of magnitudes: what scaling channels is decided from.
 
-Both depend on the rows and their order alone, never on how many come at once: the batch size changes no bits.
+Rows that are kept depend on the rows and their order in a lane alone, never on how many come at once.
 """
 
 from __future__ import annotations
@@ -11,32 +11,47 @@ import torch
 from torch import Tensor
 
 from quarkcli.algorithms.base import FITTED_ROWS, HELD_ROWS
+from quarkcli.forward.lanes import Tree
 from quarkcli.forward.moments import CHUNK
 
 
 class EvenRows:
-    """Rows picked evenly in sample order: every one while they are few, then every second, every fourth and so on.
+    """Rows picked evenly: every one of each lane while they are few, then every second, every fourth and so on.
 
-    most   rows kept at most; of more than that came, at least half as many are
+    most   rows kept at most, of all lanes; of more than that came, about half as many are
     """
 
     def __init__(self, most: int) -> None:
         self.most = most
-        self.seen = 0
-        self._every = 1
-        self._kept: list[Tensor] = []
+        self.every = 1
+        self.lanes: dict[int, tuple[int, Tensor]] = {}  # by lane: how many rows came, and which are kept
 
-    def add(self, rows: Tensor) -> None:
-        """Takes rows [tokens, features] in sample order."""
-        self._kept.append(rows[-self.seen % self._every :: self._every].clone())
-        self.seen += rows.shape[0]
-        while -(-self.seen // self._every) > self.most:
-            self._kept = [torch.cat(self._kept)[::2].clone()]
-            self._every *= 2
+    def add(self, rows: Tensor, lane: int = 0) -> None:
+        """Takes rows [tokens, features] of a lane, in sample order."""
+        seen, kept = self.lanes.get(lane, (0, rows[:0]))
+        more = rows[-seen % self.every :: self.every]
+        self.lanes[lane] = seen + len(rows), torch.cat([kept, more])
+        self._thin(self.every)
+
+    def merge(self, other: EvenRows) -> None:
+        """Takes in the rows of other lanes."""
+        self.most = max(self.most, other.most)
+        every = max(self.every, other.every)
+        other._thin(every)
+        self._thin(every)
+        self.lanes = dict(sorted((self.lanes | other.lanes).items()))
+        self._thin(every)
+
+    def _thin(self, least: int) -> None:
+        """Keeps every so many-th row alone, until there are few enough."""
+        while self.every < least or sum(-(-seen // self.every) for seen, _ in self.lanes.values()) > self.most:
+            self.every *= 2
+            self.lanes = {lane: (seen, kept[::2].clone()) for lane, (seen, kept) in self.lanes.items()}
 
     def rows(self) -> Tensor | None:
         """Returns the rows [n, features]; None when none came."""
-        return torch.cat(self._kept) if self.seen else None
+        kept = [kept for seen, kept in self.lanes.values() if seen]
+        return torch.cat(kept) if kept else None
 
 
 class Samples:
@@ -46,53 +61,48 @@ class Samples:
         self.fitted = EvenRows(FITTED_ROWS)
         self.held = EvenRows(HELD_ROWS)
 
-    def add(self, rows: Tensor, held: Tensor | None) -> None:
+    def add(self, rows: Tensor, held: Tensor | None, lane: int = 0) -> None:
         """Takes rows in sample order. held: bool [tokens], which of them are held out; None: none."""
         if held is None:
-            self.fitted.add(rows)
+            self.fitted.add(rows, lane)
             return
-        self.fitted.add(rows[~held])
-        self.held.add(rows[held])
+        self.fitted.add(rows[~held], lane)
+        self.held.add(rows[held], lane)
+
+    def merge(self, other: Samples) -> None:
+        """Takes in the rows of other lanes."""
+        self.fitted.merge(other.fitted)
+        self.held.merge(other.held)
 
     def rows(self, held: bool) -> Tensor | None:
         return (self.held if held else self.fitted).rows()
 
 
 class MeanMagnitude:
-    """Running mean of |x| over tokens, float32 [features], folded in chunks of a fixed number of tokens."""
+    """Mean of |x| over tokens, float32 [features], summed chunk by chunk and lane by lane."""
 
     def __init__(self) -> None:
-        self._sum: Tensor | None = None
-        self._tokens = 0
-        self._waiting: list[Tensor] = []
-        self._waiting_rows = 0
+        self.sums: Tree[Tensor] = Tree(torch.add)  # float64 [features + 1]: of |x|, then the tokens
+        self._mean: Tensor | None = None
 
-    def add(self, rows: Tensor) -> None:
-        """Takes rows [tokens, features] in sample order."""
-        self._waiting.append(rows.abs())
-        self._waiting_rows += rows.shape[0]
-        while self._waiting_rows >= CHUNK:
-            magnitudes = torch.cat(self._waiting)
-            self._fold(magnitudes[:CHUNK])
-            self._waiting = [magnitudes[CHUNK:].clone()]
-            self._waiting_rows -= CHUNK
+    def add(self, rows: Tensor, lane: int = 0) -> None:
+        """Takes a chunk's rows [tokens, features]."""
+        for chunk in rows.split(CHUNK) if len(rows) else ():
+            own = torch.cat([chunk.abs().float().sum(0).double(), torch.tensor([len(chunk)]).to(chunk.device)])
+            before = self.sums.of_lane(lane)
+            self.sums.put(own if before is None else before + own)
 
     def result(self) -> Tensor | None:
-        """Returns the mean, None when no token came."""
-        if self._waiting_rows:
-            self._fold(torch.cat(self._waiting))
-        self._waiting, self._waiting_rows = [], 0
-        return None if self._sum is None else (self._sum / self._tokens).float()
-
-    def _fold(self, magnitudes: Tensor) -> None:
-        own = magnitudes.float().sum(0).double()
-        self._sum = own if self._sum is None else self._sum + own
-        self._tokens += magnitudes.shape[0]
+        """Returns the mean, None when no token came; nothing can be added from then on."""
+        if self._mean is None:
+            total = self.sums.total()
+            self._mean = None if total is None else (total[:-1] / total[-1]).float()
+        return self._mean
 
 
-def picked(batches: Iterable[Tensor], held: bool) -> Tensor | None:
-    """Returns rows of `batches` picked evenly, as many as `Samples` keeps; None when there are none."""
+def picked(shares: Iterable[tuple[int, Tensor]], held: bool) -> Tensor | None:
+    """Returns rows picked evenly of shares of lanes, as many as `Samples` keeps; None when there are none."""
     even = EvenRows(HELD_ROWS if held else FITTED_ROWS)
-    for rows in batches:
-        even.add(rows)
+    for lane, rows in shares:
+        even.add(rows, lane)
     return even.rows()

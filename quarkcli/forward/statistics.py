@@ -1,8 +1,7 @@
 """Statistics of activations, per input site.
 
-A site is one activation tensor; every weight that reads it shares its statistics. Second moments are running means in
-float32 over fixed chunks of tokens in sample order, ranges and histograms are exact in any order: the batch
-size changes no bits.
+A site is one activation tensor; every weight that reads it shares its statistics. Second moments are summed in float32
+over fixed chunks of tokens, lane by lane (see `forward.lanes`); ranges and histograms are exact in any order.
 """
 
 from __future__ import annotations
@@ -324,21 +323,21 @@ class Statistics:
             self.check_finite(site, source, " of the source model")
         if self.guard.lost(site):
             return
-        kinds = self.needs.get(site, set())
+        kinds, lane = self.needs.get(site, set()), self.batch.lane
         if "samples" in kinds:
-            self._samples.setdefault(site, Samples()).add(rows, held)
+            self._samples.setdefault(site, Samples()).add(rows, held, lane)
         if "mean_abs" in kinds:
-            self._magnitudes.setdefault(site, MeanMagnitude()).add(rows)
+            self._magnitudes.setdefault(site, MeanMagnitude()).add(rows, lane)
         if not MOMENTS & kinds or self._of_experts(site):  # those of experts are made from what their layer keeps
             return
         if "cross" not in kinds:
             source = None
         if "gram_val" not in kinds or held is None:
-            self._fitted.setdefault(site, Moments(self.read(site))).add(rows.clone(), source)
+            self._fitted.setdefault(site, Moments(self.read(site))).add(rows, source, lane)
             return
         for moments, mask in ((self._held_out, held), (self._fitted, ~held)):
             own = moments.setdefault(site, Moments(self.read(site)))
-            own.add(rows[mask], source[mask] if source is not None else None)
+            own.add(rows[mask], source[mask] if source is not None else None, lane)
 
     def see(self, site: str, x: Tensor, expert: int | None = None) -> None:
         """Widens the range of a site, and counts its magnitudes, where that is needed; see `check_finite`.

@@ -36,11 +36,13 @@ class Batch:
     mask   bool [batch, tokens] or None; 0 marks padding
     held   bool [batch, tokens] or None; true for held-out tokens
     name   for messages
+    lane   that it is of
     """
 
     mask: Tensor | None = None
     held: Tensor | None = None
     name: str = ""
+    lane: int = 0
 
     def rows(self, x: Tensor) -> Tensor:
         """Returns activations [..., features] as rows, without padding."""
@@ -107,7 +109,7 @@ class ExpertTap:
         if self.site_in:
             self.statistics.take(self.site_in.name, rows, held)
         if self.moments:
-            self.layer.keep(rows, routed, held, source)
+            self.layer.keep(rows, routed, held, source, self.statistics.batch.lane)
         if self.site_down and self.statistics.all_tokens and self._wants_range():
             for expert in self.layer.tokens:
                 inside = self.statistics.runner.expert_hidden(module, expert, rows)

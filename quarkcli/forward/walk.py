@@ -7,7 +7,7 @@ again, so nothing is counted twice.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor
 from quarkcli.errors import ModelError, ResourceError
 from quarkcli.events import Listener, Message, Working
 from quarkcli.forward.activations import turns
+from quarkcli.forward.lanes import Lane, Span, spans
 from quarkcli.forward.taps import Batch
 from quarkcli.model.handlers import Handlers
 
@@ -51,6 +52,7 @@ class Walk:
     embedding  reads the weights outside the blocks as the source has them, where a second stream needs them; None:
                they are those of `outside`
     streams    their names
+    lanes      the lanes of rows that go this way, in order; None: all rows, in one
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class Walk:
         streams: Iterable[str] = (SERVED,),
         held: Tensor | None = None,
         embedding: Callable[[], Mapping[str, Tensor]] | None = None,
+        lanes: Sequence[Lane] | None = None,
     ) -> None:
         self.runner = runner
         self.outside = outside
@@ -74,6 +77,7 @@ class Walk:
         self.tell = tell
         self.held = held
         self.embedding = embedding
+        self.lanes = list(lanes) if lanes is not None else [Lane(0, 0, len(tokens))]
         self.hidden: dict[str, list[Tensor]] = {stream: [] for stream in streams}
         self.recordings: dict[str, list[Any]] = {}
         self.turned: dict[int, Mapping[str, int]] = {}  # by block: file tensor -> size of its input's block Hadamard
@@ -83,6 +87,15 @@ class Walk:
     def served(self) -> list[Tensor]:
         """Returns the hidden states of the served stream, one per batch."""
         return self.hidden[SERVED]
+
+    @property
+    def spans(self) -> list[Span]:
+        """Returns the rows of every batch."""
+        return spans(self.lanes, self.batch)
+
+    def split(self, values: Tensor) -> list[Tensor]:
+        """Returns what has one entry for each calibration row, in batches."""
+        return [values[span.start : span.stop] for span in self.spans]
 
     @property
     def device(self) -> torch.device:
@@ -106,7 +119,7 @@ class Walk:
     def _recorded(self, outside: Callable[[], Mapping[str, Tensor]]) -> list[Any]:
         self.runner.load_outside(outside())
         recordings: list[Any] = []
-        for index, rows in enumerate(self.tokens.split(self.batch)):
+        for index, rows in enumerate(self.split(self.tokens)):
             self._working("embedding rows", index)
             last = recordings[-1] if recordings else None
             recordings.append(self.runner.record(rows.to(self.device), share_with=last))
@@ -118,7 +131,7 @@ class Walk:
         if self.device.type != "cuda":
             return hidden
         free, _ = torch.cuda.mem_get_info(self.device)
-        batches = -(-self.tokens.shape[0] // self.batch) * len(self.hidden)
+        batches = len(self.spans) * len(self.hidden)
         whole = hidden.numel() * hidden.element_size() * batches
         return hidden if whole * HIDDEN_SHARE < free else hidden.cpu()
 
@@ -131,7 +144,8 @@ class Walk:
         if len(states) == len(self.recordings[SERVED]):
             return states
         axis, _ = self._layout()
-        return list(torch.cat([hidden.cpu() for hidden in states], axis).split(self.batch, axis))
+        sizes = [span.stop - span.start for span in self.spans]
+        return list(torch.cat([hidden.cpu() for hidden in states], axis).split(sizes, axis))
 
     def masks(self) -> list[Tensor | None]:
         """Returns one mask per batch, tokens and rows in the order that the model has them in."""
@@ -147,7 +161,7 @@ class Walk:
         if mask is None:
             return [None] * len(self.recordings[SERVED])
         _, tokens_first = self._layout()
-        return [part.T if tokens_first else part for part in mask.split(self.batch)]
+        return [part.T if tokens_first else part for part in self.split(mask)]
 
     def _layout(self) -> tuple[int, bool]:
         """Returns the axis of the rows in hidden states, and whether tokens come before them.
@@ -173,7 +187,7 @@ class Walk:
             first, moved, source = None, [], []
             taps = statistics.handlers()
             for index, (mask, held) in enumerate(zip(self.masks(), self._batches(self.held), strict=True)):
-                statistics.batch = Batch(mask, held, self._name(index))
+                statistics.batch = Batch(mask, held, self._name(index), self.spans[index].lane)
                 if SOURCE in self.hidden:
                     with self.runner.handlers(block, statistics.source_handlers()):
                         source.append(self._park(self._run(block, index, SOURCE)))
@@ -208,7 +222,7 @@ class Walk:
             if SOURCE in self.hidden:
                 taps = {SOURCE: statistics.source_handlers(), **taps}
             for index, (mask, held) in enumerate(zip(self.masks(), self._batches(self.held), strict=True)):
-                statistics.batch = Batch(mask, held, self._name(index))
+                statistics.batch = Batch(mask, held, self._name(index), self.spans[index].lane)
                 self._working("observing the tail", index)
                 for stream, handlers in taps.items():
                     hidden = self.hidden[stream][index].to(self.device)
@@ -283,9 +297,8 @@ class Walk:
 
     def _name(self, index: int) -> str:
         """Returns the place of a batch for messages: `, batch 2 of 5 (rows 33 to 64)`."""
-        rows = self.tokens.shape[0]
-        first, last = index * self.batch + 1, min((index + 1) * self.batch, rows)
-        return f", batch {index + 1} of {-(-rows // self.batch)} (rows {first} to {last})"
+        span = self.spans[index]
+        return f", batch {index + 1} of {len(self.spans)} (rows {span.start + 1} to {span.stop})"
 
     def _turning(self, block: int) -> AbstractContextManager[None]:
         """Inputs are turned while inside, before anything sees them."""
@@ -294,8 +307,7 @@ class Walk:
         return turning
 
     def _working(self, what: str, index: int) -> None:
-        batches = -(-self.tokens.shape[0] // self.batch)
-        self.tell(Working(f"{what}, batch {index + 1} of {batches}"))
+        self.tell(Working(f"{what}, batch {index + 1} of {len(self.spans)}"))
 
     def _retrying(self, once: Callable[[], Any]) -> Any:
         while True:

@@ -1,15 +1,13 @@
-"""Reading ahead and writing behind: the next part is read and the last one written while this one is worked on.
+"""Reading ahead and writing behind.
 
-Memory holds one part all the same: the next one comes as fast as tensors of this one are let go, and no faster.
+With a GPU the next part is read and the last one written while this one is worked on. On a CPU both
+happen in turn, so that memory holds one part.
 """
 
 from __future__ import annotations
 
-import threading
-import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -25,52 +23,10 @@ from quarkcli.disk.stream import Stream
 from quarkcli.disk.weights import WeightSource
 from quarkcli.disk.writer import write_part
 from quarkcli.errors import Stopped
-from quarkcli.job.part import PartWorker
-from quarkcli.job.result import PartResult
+from quarkcli.job.part import PartResult, PartWorker
 from quarkcli.job.served import decode
 from quarkcli.numerics.quantize import dequantize
 from quarkcli.plan.model import Part
-from quarkcli.threads import alone
-
-
-class Room:
-    """Bytes of source tensors that may be in memory, for the thread that reads ahead; what somebody waits for may come.
-
-    size   None: no bound
-    """
-
-    def __init__(self, size: int | None) -> None:
-        self._left = size
-        self._wanted = False
-        self._changed = threading.Condition()
-
-    def wait(self) -> None:
-        """Waits until there is room, or what is being read is wanted."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._left is None or self._left > 0 or self._wanted)
-
-    def take(self, tensors: Iterable[Tensor]) -> None:
-        """Counts tensors that are in memory until nobody holds them."""
-        for tensor in tensors:
-            self._give(-tensor.nbytes)
-            weakref.finalize(tensor, self._give, tensor.nbytes).atexit = False
-
-    def _give(self, count: int) -> None:
-        with self._changed:
-            if self._left is not None:
-                self._left += count
-            self._changed.notify_all()
-
-    @contextmanager
-    def wanted(self) -> Iterator[None]:
-        """Lets the reading go on inside, whatever is in memory."""
-        with self._changed:
-            self._wanted = True
-            self._changed.notify_all()
-        try:
-            yield
-        finally:
-            self._wanted = False
 
 
 class Pipeline:
@@ -78,7 +34,6 @@ class Pipeline:
 
     folders   where in the output each dialect's files go
     stream    brings weight files that are on the hub
-    room      bytes of source tensors in memory, beyond which nothing is read ahead; None: no bound
     """
 
     def __init__(
@@ -89,7 +44,6 @@ class Pipeline:
         device: str,
         folders: Sequence[str] = ("",),
         stream: Stream | None = None,
-        room: int | None = None,
     ) -> None:
         self.source = source
         self.partial = partial
@@ -97,9 +51,7 @@ class Pipeline:
         self.journal = journal
         self.device = device
         self.stream = stream
-        self.room = Room(room)
-        self.reader, self.writer = ThreadPoolExecutor(1, "reader", alone), ThreadPoolExecutor(1, "writer", alone)
-        self._closing = False
+        self.pool = ThreadPoolExecutor(2) if device != "cpu" else None
         self._reading: tuple[str, Future[dict[str, Tensor]]] | None = None
         self._writing: Future[None] | None = None
 
@@ -109,41 +61,30 @@ class Pipeline:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._closing = True
-        try:
-            if kind is None or issubclass(kind, Stopped):
-                self.drain()
-        finally:
-            if self.stream is not None:
-                self.stream.close()  # a read that waits for a download ends
-            with self.room.wanted():
-                self.reader.shutdown(wait=True, cancel_futures=True)
-            self.writer.shutdown(wait=True, cancel_futures=True)
+        if kind is None or issubclass(kind, Stopped):
+            self.drain()
+        if self.stream is not None:
+            self.stream.close()  # a read that waits for a download ends
+        if self.pool is not None:
+            self.pool.shutdown(wait=True, cancel_futures=True)
 
     def read(self, part: Part, following: Part | None) -> dict[str, Tensor]:
         """Returns the part's tensors on the device; starts to read the following part."""
-        if self._reading is None or self._reading[0] != part.name:
-            self._reading = (part.name, self.reader.submit(self._read, part))
-        with self.room.wanted():
+        if self._reading is not None and self._reading[0] == part.name:
             tensors = self._reading[1].result()
-        self._reading = None
-        if following is not None:
-            self._reading = (following.name, self.reader.submit(self._read, following))
+        else:
+            tensors = self._read(part)
+        if self.pool is not None and following is not None:
+            self._reading = (following.name, self.pool.submit(self._read, following))
         if self.device == "cpu":
             return tensors
         return {name: tensor.to(self.device) for name, tensor in tensors.items()}
 
     def _read(self, part: Part) -> dict[str, Tensor]:
-        with self.stream.reading(part.name) if self.stream is not None else nullcontext():
-            found: dict[str, Tensor] = {}
-            for names in [[name] for name in part.tensors] if self.source.by_offset else [part.tensors]:
-                self.room.wait()
-                if self._closing:
-                    break
-                tensors = self.source.read_many(names)
-                self.room.take(tensors.values())
-                found |= tensors
-            return found
+        if self.stream is None:
+            return self.source.read_many(part.tensors)
+        with self.stream.reading(part.name):
+            return self.source.read_many(part.tensors)
 
     def write(self, part: Part, result: PartResult, worker: PartWorker) -> None:
         """Makes the part durable and notes it in the journal, with the hidden states that later parts need."""
@@ -158,10 +99,7 @@ class Pipeline:
         forms = _on_cpu([result.tensors, *result.others])
         for tensors in (result.tensors, *result.others):
             tensors.clear()
-        self.drain()
-        if self.device != "cpu":
-            torch.cuda.synchronize()
-        self._writing = self.writer.submit(self._write, part, forms, result.record(), hidden, batch)
+        self._in_background(lambda: self._write(part, forms, result.record(), hidden, batch))
 
     def _write(
         self,
@@ -179,6 +117,14 @@ class Pipeline:
             for file in write_part(self.partial / folder, slug(part), tensors)
         ]
         self.journal.finish(part.name, {**record, "files": files}, hidden)
+
+    def _in_background(self, job: Callable[[], None]) -> None:
+        if self.pool is None:
+            job()
+            return
+        self.drain()
+        torch.cuda.synchronize()
+        self._writing = self.pool.submit(job)
 
     def outside(self, names: list[str], worker: PartWorker) -> dict[str, Tensor]:
         """Returns tensors outside the blocks as they are served.
@@ -213,9 +159,9 @@ class Pipeline:
 
     def drain(self) -> None:
         """Waits until everything handed over is durable; raises the error of a failed write."""
-        writing, self._writing = self._writing, None
-        if writing is not None:
-            writing.result()
+        if self._writing is not None:
+            self._writing.result()
+            self._writing = None
 
 
 def _on_cpu(forms: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:

@@ -46,6 +46,7 @@ def _observed(
 ) -> Mapping[int, Statistics]:
     """Returns statistics of every block of the source model, by part: one forward pass."""
     from quarkcli.forward.guard import Guard
+    from quarkcli.forward.lanes import lanes
     from quarkcli.forward.statistics import Statistics
     from quarkcli.forward.walk import Walk, default_batch
 
@@ -54,7 +55,8 @@ def _observed(
     tell(Message("one pass over the source model, for what transforms decide beforehand"))
     batch = default_batch(runner.device, data.tokens.shape[1], prepared.options.calib_batch)
     names = runner.outside_tensors()
-    walk = Walk(runner, lambda: weights.read_many(names), data.tokens, data.mask, batch, tell)
+    rows = lanes(*data.tokens.shape)
+    walk = Walk(runner, lambda: weights.read_many(names), data.tokens, data.mask, batch, tell, lanes=rows)
     walk.start()
     guard = Guard(prepared.options.on_nonfinite == SKIP, lambda text: tell(Message(text, "warning")))
     found: dict[int, Statistics] = {}

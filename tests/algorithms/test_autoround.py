@@ -88,7 +88,7 @@ def test_the_error_is_that_of_the_block(
     take = tuning.TunedBlock.take
 
     def taking(self: Any, *given: Any) -> Any:
-        rows[:] = [self._walk.tokens.split(self._walk.batch)[n] for n in self.held]
+        rows[:] = [self._walk.split(self._walk.tokens)[n] for n in self.held]
         return take(self, *given)
 
     monkeypatch.setattr(tuning.TunedBlock, "take", taking)
@@ -253,6 +253,6 @@ def test_out_of_memory_it_goes_on_with_half_the_rows(
 
     monkeypatch.setattr(AutoRound, "tune", failing)
     run = made(llama, tmp_path / "out", "int4_wo_128", QUICK, page)
-    assert seen == [(0, 8, 3), (0, 4, 6), (1, 4, 6)]
+    assert seen == [(0, 3, 8), (0, 1, 24), (1, 1, 24)]
     errors = [by["autoround"] for by in run.report["loss"]["tuning"].values()]
     assert all(error["after"] <= error["before"] for error in errors)

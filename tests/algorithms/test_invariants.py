@@ -18,7 +18,8 @@ from quarkcli.algorithms.base import Solver, Tuner
 from quarkcli.disk.checkpoint import Checkpoint
 from quarkcli.disk.source import Source
 from quarkcli.errors import DataError, Stopped
-from quarkcli.job import pieces, preflight
+from quarkcli.job import part as parts
+from quarkcli.job import preflight
 from quarkcli.numerics.quantize import Quantized, dequantize
 from tests import runs
 from tests.families import models
@@ -60,13 +61,13 @@ def options(name: str, text: Path) -> dict[str, Any]:
 def watch_packing(patch: pytest.MonkeyPatch) -> dict[str, Quantized]:
     """Codes and scales by weight as they come to be packed."""
     seen: dict[str, Quantized] = {}
-    measure = pieces.weight_error
+    measure = parts._weight_error
 
     def watched(weight: torch.Tensor, quantized: Quantized, target: Any) -> float:
         seen[target.name] = quantized
         return measure(weight, quantized, target)
 
-    patch.setattr(pieces, "weight_error", watched)
+    patch.setattr(parts, "_weight_error", watched)
     return seen
 
 
@@ -174,7 +175,7 @@ def rows(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_nan_in_one_batch_ends_the_run(name: str, poisoned: Path, rows: Path, tmp_path: Path) -> None:
     asked = {**options(name, rows), "scheme": "nvfp4", "on_nonfinite": "keep"}
-    with pytest.raises(DataError, match=r"batch 2 of 2 \(rows 33 to 64\)") as caught:
+    with pytest.raises(DataError, match=r"batch 6 of 8 \(rows 41 to 48\)") as caught:
         runs.run(poisoned, tmp_path / "out", **asked)
     assert str(caught.value.where).startswith("model.layers.0.")
     assert not (tmp_path / "out").exists()

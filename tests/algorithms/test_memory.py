@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_flatten
 
 from quarkcli.algorithms import _columns, create
 from quarkcli.algorithms.base import Problem
+from quarkcli.forward.lanes import LANES
 from quarkcli.forward.moments import CHUNK, Moments
 from quarkcli.numerics.solve import CPU_ROWS
 
@@ -77,3 +78,12 @@ def test_what_is_summed_is_half_a_matrix() -> None:
             moments.add(torch.ones(CHUNK, N))
         kept = counting.now
     assert kept < 4 * N * N * 5 / 8
+
+
+def test_four_lanes_of_a_moment_are_alive_at_most() -> None:
+    with Counting() as counting:
+        moments = Moments()
+        for lane in range(LANES):
+            moments.add(torch.ones(CHUNK, N), lane=lane)
+        most = counting.peak - 4 * CHUNK * N * 2
+    assert most < _columns.ALIVE * 4 * N * N * 5 / 8

@@ -18,7 +18,7 @@ from quarkcli.algorithms.rtn import RoundToNearest
 from quarkcli.disk.checkpoint import Checkpoint
 from quarkcli.disk.source import Source
 from quarkcli.errors import Stopped
-from quarkcli.forward.moments import Moments, held_out
+from quarkcli.forward.moments import held_out
 from quarkcli.job import preflight
 from tests import runs
 
@@ -206,17 +206,3 @@ def test_which_tokens_are_held_out() -> None:
     few = held_out(8, 512)
     assert few is not None and few.flatten().nonzero().flatten().tolist() == list(range(7 * 512, 8 * 512))
     assert held_out(8, 255) is None
-
-
-def test_moments_of_parts_merge_to_that_of_the_whole() -> None:
-    x, y = torch.randn(5000, 8, generator=torch.Generator().manual_seed(0)), torch.randn(5000, 6)
-    whole, parts = Moments(), [Moments(), Moments(), Moments()]
-    whole.add(x, y)
-    for part, start, stop in zip(parts, (0, 2500, 2500), (2500, 2500, 5000), strict=True):
-        part.add(x[start:stop], y[start:stop])
-    parts[0].merge(parts[1])
-    parts[0].merge(parts[2])
-    _, mean, tokens = parts[0].means()
-    assert tokens == 5000
-    torch.testing.assert_close(mean.double(), x.double().T @ y.double() / 5000, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(mean, whole.means().cross, rtol=1e-5, atol=1e-6)

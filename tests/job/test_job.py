@@ -346,8 +346,7 @@ def test_one_part_is_in_memory_at_a_time(rows, tmp_path, monkeypatch):
     prepared = job.prepare(options(rows, tmp_path / "out", "mxfp4"))
     assert seen == []
     job.run(options(rows, tmp_path / "out", "mxfp4"))
-    read = [name for folder, names in seen if folder == EMBEDDED for name in names]
-    assert read == [name for part in prepared.plan.parts for name in part.tensors]
+    assert [names for folder, names in seen if folder == EMBEDDED] == [part.tensors for part in prepared.plan.parts]
 
 
 def test_a_data_free_plan_runs_nothing(rows, tmp_path, monkeypatch):
@@ -424,7 +423,7 @@ def test_a_resumed_run_may_have_less_memory_than_the_one_before(rows, tmp_path, 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Journal, "finish", stop)
         job.run(options(rows, tmp_path / "out", "nvfp4", **settings))
-    sizes = limit_batch(monkeypatch, 3, name)
+    sizes = limit_batch(monkeypatch, 2, name)
     job.run(options(rows, tmp_path / "out", "nvfp4", **settings))
     assert max(sizes) == 2
     assert hashes(tmp_path / "out") == hashes(tmp_path / "calm")

@@ -1,0 +1,94 @@
+"""Calibration rows in lanes: what is summed over them has the same bits on any number of ranks.
+
+Rows are cut into eight contiguous lanes, or into fewer where a lane would have less than 512 tokens. Sums run in order
+within a lane, and a fixed binary tree joins those of the lanes. A rank works on the lanes of one subtree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Generic, NamedTuple, TypeVar
+
+LANES = 8
+LANE_TOKENS = 512  # at least: products of fewer rows are slow on a CPU
+
+T = TypeVar("T")
+
+
+class Lane(NamedTuple):
+    """Rows `start` to `stop` of the calibration rows."""
+
+    number: int
+    start: int
+    stop: int
+
+
+class Span(NamedTuple):
+    """The rows of one forward, all of one lane."""
+
+    lane: int
+    start: int
+    stop: int
+
+
+def lanes(rows: int, seqlen: int) -> list[Lane]:
+    """Returns the lanes of calibration rows: 8, 4, 2 or 1."""
+    count = LANES
+    while count > 1 and rows // count * seqlen < LANE_TOKENS:
+        count //= 2
+    return [Lane(n, rows * n // count, rows * (n + 1) // count) for n in range(count)]
+
+
+def spans(of: list[Lane], batch: int) -> list[Span]:
+    """Returns the rows of every forward, of at most `batch` rows."""
+    return [
+        Span(lane.number, start, min(start + batch, lane.stop))
+        for lane in of
+        for start in range(lane.start, lane.stop, batch)
+    ]
+
+
+class Tree(Generic[T]):
+    """Joins the values of lanes in a fixed binary tree, as soon as both sides are complete.
+
+    Lanes come in order; a lane that is passed over has no value. At most four values of eight lanes are alive.
+
+    join   returns the sum of two, which it may keep in the first
+    """
+
+    def __init__(self, join: Callable[[T, T], T]) -> None:
+        self._join = join
+        self._lane = 0
+        self._value: T | None = None  # of the lane that comes in now
+        self._complete: list[T | None] = []  # subtrees of the lanes before, one for each bit of their number
+
+    def of_lane(self, lane: int) -> T | None:
+        """Returns the value of a lane so far."""
+        while self._lane < lane:
+            self._complete.append(self._value)
+            self._value = None
+            self._lane += 1
+            count = self._lane
+            while count % 2 == 0:
+                right = self._complete.pop()
+                self._complete.append(joined(self._join, self._complete.pop(), right))
+                count //= 2
+        return self._value
+
+    def put(self, value: T) -> None:
+        """Sets the value of the lane that comes in now."""
+        self._value = value
+
+    def total(self) -> T | None:
+        """Returns the sum of all lanes, and gives it up; None: no lane had a value."""
+        value, self._value = self._value, None
+        while self._complete:
+            value = joined(self._join, self._complete.pop(), value)
+        return value
+
+
+def joined(join: Callable[[T, T], T], left: T | None, right: T | None) -> T | None:
+    """Returns the sum of two values, either of which may be missing."""
+    if left is None or right is None:
+        return right if left is None else left
+    return join(left, right)

@@ -1,0 +1,139 @@
+"""Lanes of calibration rows: how they are cut, and the fixed tree that joins what is summed over them."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+from quarkcli.forward.lanes import Lane, Span, Tree, lanes, spans
+from quarkcli.forward.moments import CHUNK, Moments
+from quarkcli.forward.samples import EvenRows, MeanMagnitude, Samples
+from quarkcli.spec import PerGroup, ScaleSpec, TensorSpec
+
+NVFP4 = TensorSpec("fp4_e2m1", PerGroup(16), ScaleSpec("e4m3"))
+
+
+@pytest.mark.parametrize(
+    ("rows", "seqlen", "count"),
+    [(1, 2048, 1), (2, 2048, 2), (8, 128, 2), (32, 128, 8), (31, 128, 4), (17, 300, 8), (5, 4096, 4), (512, 2048, 8)],
+)
+def test_rows_are_cut_into_contiguous_lanes_of_512_tokens(rows: int, seqlen: int, count: int) -> None:
+    cut = lanes(rows, seqlen)
+    assert [lane.number for lane in cut] == list(range(count))
+    assert [row for lane in cut for row in range(lane.start, lane.stop)] == list(range(rows))
+    sizes = [lane.stop - lane.start for lane in cut]
+    assert max(sizes) - min(sizes) <= 1 and (count == 1 or min(sizes) * seqlen >= 512)
+
+
+def test_a_forward_takes_rows_of_one_lane() -> None:
+    cut = spans([Lane(0, 0, 5), Lane(1, 5, 9)], 2)
+    assert cut == [Span(0, 0, 2), Span(0, 2, 4), Span(0, 4, 5), Span(1, 5, 7), Span(1, 7, 9)]
+
+
+def tree_of(values: dict[int, str], alive: list[int] | None = None) -> Tree[str]:
+    tree: Tree[str] = Tree(lambda a, b: f"({a}{b})")
+    for lane, value in values.items():
+        assert tree.of_lane(lane) is None
+        tree.put(value)
+        if alive is not None:
+            alive.append(1 + sum(one is not None for one in tree._complete))
+    return tree
+
+
+def test_the_tree_is_fixed_and_holds_four_values_at_most() -> None:
+    alive: list[int] = []
+    every = {lane: str(lane) for lane in range(8)}
+    assert tree_of(every, alive).total() == "(((01)(23))((45)(67)))"
+    assert max(alive) == 4
+    assert tree_of({lane: str(lane) for lane in (0, 3, 4, 6)}).total() == "((03)(46))"
+    assert tree_of({lane: str(lane) for lane in range(6)}).total() == "(((01)(23))(45))"
+    assert tree_of({}).total() is None
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_subtrees_join_to_the_whole(ranks: int) -> None:
+    share = 8 // ranks
+    own = [tree_of({lane: str(lane) for lane in range(r * share, (r + 1) * share)}).total() for r in range(ranks)]
+    assert tree_of({number: str(value) for number, value in enumerate(own)}).total() == "(((01)(23))((45)(67)))"
+
+
+@pytest.mark.parametrize("read", [None, NVFP4])
+@pytest.mark.parametrize("features", [64, 512])
+def test_moments_of_the_lanes_of_ranks_join_to_the_same_bits(features: int, read: TensorSpec | None) -> None:
+    random = torch.Generator().manual_seed(0)
+    chunks = [(torch.randn(700, features, generator=random), torch.randn(700, 6, generator=random)) for _ in range(16)]
+
+    def summed(numbers: range) -> Moments:
+        moments = Moments(read)
+        for number in numbers:
+            moments.add(*chunks[number], number // 2)
+        return moments
+
+    whole = summed(range(16)).means()
+    left, right = summed(range(8)).sums.total(), summed(range(8, 16)).sums.total()
+    both = Moments(read)
+    both.sums.of_lane(0)
+    both.sums.put(left.plus(right))
+    for one, other in zip(whole, both.means(), strict=True):
+        assert torch.equal(torch.as_tensor(one), torch.as_tensor(other))
+    x, y = (torch.cat(part).double() for part in zip(*chunks, strict=True))
+    assert whole.tokens == len(x) and torch.equal(whole.gram, whole.gram.T)
+    if read is None:
+        torch.testing.assert_close(whole.gram.double(), x.T @ x / len(x), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(whole.cross.double(), x.T @ y / len(x), rtol=1e-4, atol=1e-4)
+
+
+def test_shares_of_a_chunk_are_folded_together() -> None:
+    rows = torch.randn(CHUNK + 900, 8, generator=torch.Generator().manual_seed(0))
+    one, other = Moments(), Moments()
+    one.add_shares((part, None) for part in rows.split(100))
+    for part in rows.split(2000):
+        other.add(part)
+    assert torch.equal(one.means().gram, other.means().gram)
+
+
+def even(rows: torch.Tensor, cuts: list[int], most: int, pieces: int) -> EvenRows:
+    found = EvenRows(most)
+    for lane, start, stop in zip(range(len(cuts)), cuts, cuts[1:], strict=False):
+        for part in rows[start:stop].split(pieces):
+            found.add(part, lane)
+    return found
+
+
+def test_rows_that_are_kept_depend_on_what_each_lane_saw_alone() -> None:
+    rows = torch.arange(200.0)[:, None]
+    cuts = [0, 50, 51, 120, 200]
+    wanted = even(rows, cuts, 16, 200).rows()
+    for pieces in (1, 7, 30):
+        assert torch.equal(even(rows, cuts, 16, pieces).rows(), wanted)
+    assert 8 <= len(wanted) <= 16
+    assert wanted[:, 0].tolist() == [n for a, b in pairwise(cuts) for n in range(a, b, 16)]
+    for split in (1, 2, 3):
+        parts = EvenRows(16), EvenRows(16)
+        for lane, (start, stop) in enumerate(pairwise(cuts)):
+            parts[lane >= split].add(rows[start:stop], lane)
+        parts[1].merge(parts[0])
+        assert torch.equal(parts[1].rows(), wanted)
+    nothing = EvenRows(4)
+    nothing.merge(EvenRows(4))
+    assert nothing.rows() is None
+
+
+def test_samples_of_lanes_merge() -> None:
+    rows, held = torch.randn(64, 3, generator=torch.Generator().manual_seed(0)), torch.arange(64) % 8 == 7
+    one, other = Samples(), Samples()
+    one.add(rows[:40], held[:40], 0)
+    other.add(rows[40:], held[40:], 1)
+    one.merge(other)
+    assert torch.equal(one.rows(held=True), rows[held]) and torch.equal(one.rows(held=False), rows[~held])
+
+
+def test_mean_magnitudes_are_summed_by_lane() -> None:
+    rows = torch.randn(5000, 12, generator=torch.Generator().manual_seed(0))
+    mean = MeanMagnitude()
+    for lane, part in enumerate(rows.split(1000)):
+        mean.add(part, lane)
+    torch.testing.assert_close(mean.result().double(), rows.double().abs().mean(0), rtol=1e-6, atol=1e-7)
+    assert MeanMagnitude().result() is None
