@@ -89,6 +89,7 @@ docs: $(STAMP) ## rebuild the generated reference pages
 	$(BIN)/python -m tests.docs.algorithms
 	$(BIN)/python -m tests.docs.models
 	$(BIN)/python -m tests.docs.serving
+	$(BIN)/python -m tests.docs.big_models
 
 clean: ## remove everything that was built
 	rm -rf $(VENV) $(CONSUMERS) $(DEMO) $(DEMO).partial build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -27,7 +27,7 @@ MODULES = {
 
 # A room may import those on lines above it. `quarkcli` itself, which holds the version, is above all.
 ROOMS = """
-errors events spec memory
+errors events spec memory threads
 documents
 recipe
 family
@@ -53,8 +53,8 @@ INSIDE = {
     "disk": "headers weights beside outputs writer hub pickles stream remote source side_files manifest place journal"
     " nonfinite contents checkpoint origin compare values scales completeness excluded parallel fidelity verify push",
     "job": "forecast rates options asked preflight splitting directories idle carried served packing problems rewriting"
-    " solving stages tuning prepass reach costs predict part pipeline finish fingerprint download convert run probe"
-    " preview",
+    " solving pieces stages tuning prepass reach costs predict result part pipeline finish fingerprint download"
+    " convert run probe preview",
 }
 
 # Package -> the rooms that may import it.
@@ -81,7 +81,8 @@ WITH_TORCH = {
     "quarkcli.forward.taps", "quarkcli.forward.walk",
     "quarkcli.algorithms._channels", "quarkcli.algorithms.tensors", "quarkcli.algorithms._trials",
     "quarkcli.job.rewriting", "quarkcli.job.solving", "quarkcli.job.stages", "quarkcli.job.tuning",
-    "quarkcli.job.served", "quarkcli.job.probe", "quarkcli.job.packing", "quarkcli.job.part", "quarkcli.job.pipeline",
+    "quarkcli.job.served", "quarkcli.job.probe", "quarkcli.job.packing", "quarkcli.job.pieces", "quarkcli.job.part",
+    "quarkcli.job.pipeline",
     "quarkcli.evaluate.run", "quarkcli.evaluate.windows",
     "quarkcli.search.losses", "quarkcli.search.quantizing", "quarkcli.search.states",
 }  # fmt: skip

@@ -7,7 +7,7 @@ scales, solve, refine, tune, pack, advance.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
@@ -138,6 +138,11 @@ class Problem:
         """Returns the number of rows of all weights, and of inputs."""
         return sum(len(weight) for weight in self.weights), self.weights[0].shape[1]
 
+    def singles(self) -> Iterator[Problem]:
+        """Yields a problem for each weight."""
+        for target, weight, amax in zip(self.targets, self.weights, self.amax, strict=True):
+            yield replace(self, targets=(target,), weights=(weight,), amax=(amax,))
+
 
 class Effort(NamedTuple):
     """The work of an algorithm on one problem, for the forecast of time: floating point operations.
@@ -192,10 +197,12 @@ class Solver(Algorithm):
 
     staged   it wants the weights of a block one activation after the other, each on what the quantized ones before it
              hand on; the block is then run again for every activation
+    apart    without data it may get the weights of a problem one by one
     """
 
     kind = "solver"
     staged: bool = False
+    apart: bool = False
 
     def solve(self, problem: Problem) -> list[Quantized] | None:
         """Returns codes and scales of every weight; None: the worker rounds to nearest, and says so."""

@@ -22,6 +22,7 @@ class RoundToNearest(Solver):
     """Rounds to nearest; `scale_search`: see above."""
 
     name = "rtn"
+    apart = True
     parameters: ClassVar[Mapping[str, Any]] = {"scale_search": False}
 
     def __init__(self, scale_search: bool = False) -> None:

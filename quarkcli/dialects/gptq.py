@@ -276,10 +276,11 @@ def _unsaid(plan: Plan) -> list[str]:
     Experts are one module there, of one scheme.
     """
     reasons: dict[str, list[str]] = {}
+    usual = _said(_usual(plan))
     for bits, size in (others := _others(plan)):
         for target in others[bits, size]:
             if target.expert is not None:
-                what = f"{NAME} has one scheme for all experts, {_said(_usual(plan))}, not {_said((bits, size))}"
+                what = f"{NAME} has one scheme for all experts, {usual}, not {_said((bits, size))}"
                 reasons.setdefault(what, []).append(target.name)
             elif "+" in target.group and _fused_name(target) is None:
                 what = f"{NAME} has no name for modules fused as {target.group.rpartition('.')[2]}"

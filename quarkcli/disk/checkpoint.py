@@ -103,6 +103,11 @@ class Checkpoint:
         return of_stored(self.reader.name, layout, weights, attention, self.view.online)
 
     @property
+    def by_offset(self) -> bool:
+        """True for safetensors files."""
+        return self.source.by_offset
+
+    @property
     def unlisted(self) -> list[str]:
         """Returns the tensors in source form that are made of one that the index does not name."""
         lost = set(self.source.unlisted)

@@ -72,6 +72,11 @@ class Source:
     pickled: bool = False
 
     @property
+    def by_offset(self) -> bool:
+        """True for safetensors files; a pickle is parsed as a whole for every reading."""
+        return not self.pickled
+
+    @property
     def files(self) -> dict[str, int]:
         """Returns weight file -> size in bytes."""
         return {file: size for file, (size, _) in self.stamps.items()}

@@ -21,6 +21,10 @@ class WeightSource(Protocol):
     def unlisted(self) -> Sequence[str]:
         """Returns the tensors that are in a file of the index, and that the index does not name."""
 
+    @property
+    def by_offset(self) -> bool:
+        """True when tensors that are read one by one cost no more than together."""
+
     def stored(self, names: Iterable[str]) -> list[str]:
         """Returns the tensors of the files that these are made of."""
 

@@ -29,11 +29,11 @@ from quarkcli.disk.writer import (
     write_index,
 )
 from quarkcli.errors import AccessError, HubError, ResourceError
-from quarkcli.events import Listener, Message
+from quarkcli.events import Listener, Message, Working
 from quarkcli.family import quantization, text_config, without_quantization
 from quarkcli.job.options import Calibration, Prepared
 from quarkcli.plan import advice
-from quarkcli.plan.model import Plan
+from quarkcli.plan.model import Part, Plan
 from quarkcli.recipe.attributes.written import spec_to_yaml
 from quarkcli.report import build
 
@@ -176,6 +176,23 @@ def verify_and_report(
     atomic_write_text(partial / "README.md", build.card(prepared, report))
     write_manifest(source_facts(prepared.source), partial, records)
     return report
+
+
+def unfinished(plan: Plan, journal: Journal, tell: Listener) -> list[Part]:
+    """Returns the parts that the journal does not have, or that are damaged on the disk."""
+    if journal.finished:
+        tell(Message(f"reading the files of {len(journal.finished)} finished parts once, to see that they are whole"))
+    tell(Working("comparing finished parts with the journal"))
+    lost = journal.verify()
+    if lost:
+        what = f"not as they were written, and made again: {', '.join(lost)}"
+        tell(Message(f"{len(lost)} finished parts are damaged or follow a damaged one; {what}", "warning"))
+    journal.keep()
+    todo = [part for part in plan.parts if part.name not in journal.finished]
+    if len(todo) < len(plan.parts):
+        place = f"going on at {todo[0].name}" if todo else "going on with the final steps"
+        tell(Message(f"resuming: {len(plan.parts) - len(todo)} of {len(plan.parts)} parts are done; {place}"))
+    return todo
 
 
 def source_facts(source: Source) -> dict[str, Any]:

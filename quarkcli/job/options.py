@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from quarkcli import threads
 from quarkcli.algorithms.base import Assignment
 from quarkcli.dialects import AUTO
 from quarkcli.dialects.base import Writer
@@ -58,6 +59,7 @@ class Options:
     on_nonfinite: OnNonfinite = "stop"
     time_budget: float | None = None
     max_cpu_mem: int | None = None
+    threads: int | None = None
     verify: bool = True
     tp: int | None = None
     trust_remote_code: bool = False
@@ -161,3 +163,8 @@ class Prepared:
         """Returns the seed of everything random."""
         given = self.options.seed if self.options.seed is not None else self.recipe.seed
         return given or 0
+
+    @property
+    def threads(self) -> int:
+        """Returns the number of threads that compute on the CPU."""
+        return self.options.threads or threads.default()

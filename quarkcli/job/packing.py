@@ -24,11 +24,15 @@ class Packing:
         self._plan, self._writers, self._part, self._scales = plan, writers, part, scales
         self._packed = [Packed(writer, plan.quantized(part.index)) for writer in writers]
 
-    def put(self, target: QuantizedTarget, quantized: Quantized, bias: Quantized | None) -> None:
-        """Packs a weight, and its bias where that is quantized."""
+    def pack(self, target: QuantizedTarget, quantized: Quantized, bias: Quantized | None) -> list[dict[str, Tensor]]:
+        """Returns the tensors of a weight, and of its bias where that is quantized, in each dialect."""
         static = own_scales(target, self._scales)
-        for writer, packed in zip(self._writers, self._packed, strict=True):
-            packed.put(target, writer.tensors(target, quantized, static, bias))
+        return [writer.tensors(target, quantized, static, bias) for writer in self._writers]
+
+    def put(self, target: QuantizedTarget, made: Sequence[Mapping[str, Tensor]]) -> None:
+        """Takes what `pack` gave."""
+        for packed, tensors in zip(self._packed, made, strict=True):
+            packed.put(target, tensors)
 
     def tensors(self, kept: Mapping[str, Tensor], added: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
         """Returns all tensors of the part in each dialect.

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,58 +25,18 @@ from quarkcli.forward.statistics import Statistics
 from quarkcli.forward.walk import Walk
 from quarkcli.job.options import SKIP, Calibration, OnNonfinite
 from quarkcli.job.packing import Packing
+from quarkcli.job.pieces import Leaving, Said, finished, in_turn
 from quarkcli.job.reach import last_part
+from quarkcli.job.result import PartResult
 from quarkcli.job.rewriting import Rewriting
 from quarkcli.job.served import handlers, put_decoded
-from quarkcli.job.solving import Solved, Solving, named
+from quarkcli.job.solving import Solved, Solving, Work, named
 from quarkcli.job.stages import Decoded, stages
 from quarkcli.job.tuning import TunedBlock, tuned
+from quarkcli.numerics.finite import is_finite
 from quarkcli.numerics.quantize import Quantized, dequantize, quantize, static_scale
 from quarkcli.plan.model import Part, Plan, QuantizedTarget
-from quarkcli.spec import PerTile
-
-ERROR_ROWS = 256  # rows of each weight that its error is measured on
-
-
-@dataclass
-class PartResult:
-    """The result of a part: packed tensors by file name, and facts for journal and report.
-
-    others            the tensors in further dialects
-    apart             of these, those whose weights decode a little otherwise: see `Packing.apart`
-    exact             weight that its format holds without a solver -> how many of its blocks were rounded
-    dead_inputs       weight -> inputs that were always zero in calibration
-    outcomes          weight -> `Outcome` of its solver
-    silent            activations with a static scale that were zero altogether
-    tuning            tuner -> error of the block's output on held-out rows, `before` and `after` it
-    nonfinite         kept parameters with NaN or infinity; `nonfinite_others`: buffers and unknown tensors
-    transforms        what each transform decided, by its key
-    skipped           weight, activation or part that algorithms passed over -> what was not finite there
-    """
-
-    tensors: dict[str, Tensor]
-    error: float | None
-    weight_errors: dict[str, float]
-    expert_tokens: dict[str, dict[int, int]]
-    warnings: list[str] = field(default_factory=list)
-    seconds: float = 0.0
-    dead_inputs: dict[str, int] = field(default_factory=dict)
-    outcomes: dict[str, dict[str, Any]] = field(default_factory=dict)
-    silent: list[str] = field(default_factory=list)
-    nonfinite: list[str] = field(default_factory=list)
-    nonfinite_others: list[str] = field(default_factory=list)
-    tuning: dict[str, dict[str, float]] = field(default_factory=dict)
-    transforms: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    exact: dict[str, int] = field(default_factory=dict)
-    skipped: dict[str, str] = field(default_factory=dict)
-    apart: dict[str, int] = field(default_factory=dict)
-    others: list[dict[str, Tensor]] = field(default_factory=list)
-
-    def record(self) -> dict[str, Any]:
-        """Returns the JSON form without the tensors."""
-        facts = {key: value for key, value in vars(self).items() if key not in ("tensors", "others")}
-        tokens = {layer: {str(e): n for e, n in counts.items()} for layer, counts in self.expert_tokens.items()}
-        return {**facts, "expert_tokens": tokens}
+from quarkcli.threads import Workers
 
 
 class PartWorker:
@@ -90,6 +49,7 @@ class PartWorker:
     roles     role of every tensor that the family knows
     states    decisions of transforms for the whole model, by name
     others    further dialects
+    workers   threads for what needs no statistics
     """
 
     def __init__(
@@ -109,11 +69,14 @@ class PartWorker:
         states: Mapping[str, Any] | None = None,
         late: Mapping[str, set[str]] | None = None,
         others: Sequence[Writer] = (),
+        workers: Workers | None = None,
     ) -> None:
         self.plan = plan
+        self.workers = workers or Workers()
+        self._said = Said()
         self.dialect = dialect
         self.writers = [dialect, *others]
-        self.solving = Solving(plan, steps, self._warn, weights, skip=on_nonfinite == SKIP)
+        self.solving = Solving(plan, steps, self._warn, weights, on_nonfinite == SKIP, self.workers)
         self.tuners = [(s, s.algorithm) for s in steps if isinstance(s.algorithm, Tuner)]
         self.transforms = [(s, s.algorithm) for s in steps if isinstance(s.algorithm, Transform)]
         self.states: Mapping[str, Any] = states or {}
@@ -132,7 +95,9 @@ class PartWorker:
         self.owners = part_targets(plan)
 
     def work(self, part: Part, tensors: dict[str, Tensor]) -> PartResult:
-        """Quantizes one part. `tensors` in source form, on the device; they are overwritten when the walk goes on.
+        """Quantizes one part. `tensors` in source form, on the device.
+
+        They are overwritten when the walk goes on; without a walk, weights leave it as soon as they are packed.
 
         In order: transforms before, observe, transforms after, static scales, solve, refine, tune, pack, advance.
         """
@@ -174,6 +139,9 @@ class PartWorker:
         return list(copied(self.plan, part, self.headers, self.owners))
 
     def _warn(self, text: str) -> None:
+        if self._said.lines is not None:
+            self._said.lines.append(text)
+            return
         self.warnings.append(text)
         self.tell(Message(text, "warning"))
 
@@ -254,8 +222,37 @@ class PartWorker:
         packing = Packing(self.plan, self.writers, part, scales)
         errors: dict[str, float] = {}
         self.tell(Working(f"quantizing {part.name}"))
+        wanted = {row.tensor for row in self._copied(part)} if self.walk is None else tensors
+        leaving = Leaving(tensors, targets, list(wanted))
+        pieces, workers = self._pieces(part, targets, tensors, statistics, scales)
+
+        def bias(target: QuantizedTarget) -> Quantized | None:
+            return self._bias(target, tensors)
+
+        for target, made, error in finished(pieces, packing, bias, workers, self._said, self._warn):
+            packing.put(target, made)
+            errors[target.name] = error
+            leaving.packed(target)
+            self.tell(Working(f"quantizing {part.name}, {len(errors)} of {len(targets)} weights"))
+        assert len(errors) == len(targets), "a solver left weights out"
+        return packing, errors
+
+    def _pieces(
+        self,
+        part: Part,
+        targets: list[QuantizedTarget],
+        tensors: dict[str, Tensor],
+        statistics: Statistics | None,
+        scales: Mapping[str, Tensor],
+    ) -> tuple[Iterable[Work], Workers]:
+        """Returns the work on the weights, and who does it: several threads where there are no statistics."""
+        tunes = self.walk is not None and part.block is not None and part.index <= self.last and bool(self.tuners)
+        if statistics is None and not tunes:
+            if self.walk is not None:
+                self.walk.observed()
+            return self.solving.work(targets, tensors, None), self.workers
         solved = self._solved(part, targets, tensors, statistics)
-        if self.tuners and self.walk is not None and part.block is not None and part.index <= self.last:
+        if self.walk is not None and tunes:
             served = handlers(self.plan, part, scales, self.walk.runner.loads)
             block = TunedBlock(self.plan, self.walk, part, tensors | self._biases(part, tensors), served)
             solved = list(solved)
@@ -263,12 +260,7 @@ class PartWorker:
                 rows, vectors, self.tuning = tuned(self.tuners, block, solved)
                 tensors |= vectors
                 solved = rows.values()
-        for target, source, quantized in solved:
-            packing.put(target, quantized, self._bias(target, tensors))
-            self.tell(Working(f"quantizing {part.name}, {len(errors) + 1} of {len(targets)} weights"))
-            errors[target.name] = _weight_error(source, quantized, target)
-        assert len(errors) == len(targets), "a solver left weights out"
-        return packing, errors
+        return in_turn(solved), Workers()
 
     def _is_tunable(self, part: Part, block: TunedBlock) -> bool:
         """False where NaN or infinity in the block is to be passed over."""
@@ -323,8 +315,10 @@ class PartWorker:
         Raises DataError for a parameter unless it is to be kept.
         """
         found = NonFinite(self.roles)
-        for row in self._copied(part):
-            found.look(row.info.name, _copy(row, tensors))
+        rows = list(self._copied(part))
+        for row, fine in zip(rows, self.workers.map(lambda row: is_finite(_copy(row, tensors)), rows), strict=True):
+            if not fine:
+                found.look(row.info.name, _copy(row, tensors))
         first = found.first()
         if first is not None and self.on_nonfinite != "keep":
             raise DataError(first[1], where=first[0], hint=HINT)
@@ -357,20 +351,6 @@ def _copy(row: Copied, tensors: Mapping[str, Tensor]) -> Tensor:
     """Returns the values of a tensor that is written in the source's form."""
     tensor = tensors[row.tensor]
     return tensor if row.target is None else row.target.view.of(tensor).contiguous()
-
-
-def _weight_error(weight: Tensor, quantized: Quantized, target: QuantizedTarget) -> float:
-    """Returns |W - Q| / |W| (Frobenius) over evenly spaced rows."""
-    step = max(1, weight.shape[0] // ERROR_ROWS)
-    source = weight[::step].float()
-    if any(isinstance(stage.granularity, PerTile) for stage in target.weight.stages):  # several rows share scales
-        decoded = dequantize(quantized, target.weight)[::step]
-    else:
-        rows = slice(None, None, step)
-        params = quantized.params.rows(rows, weight.shape[0])
-        decoded = dequantize(Quantized(quantized.codes[rows], params), target.weight)
-    norm = source.norm()
-    return float((source - decoded).norm() / norm) if float(norm) > 0 else 0.0
 
 
 def _relative(before: Tensor, after: Tensor) -> float:

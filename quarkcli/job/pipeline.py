@@ -1,13 +1,15 @@
-"""Reading ahead and writing behind.
+"""Reading ahead and writing behind: the next part is read and the last one written while this one is worked on.
 
-With a GPU the next part is read and the last one written while this one is worked on. On a CPU both
-happen in turn, so that memory holds one part.
+Memory holds one part all the same: the next one comes as fast as tensors of this one are let go, and no faster.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import threading
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,10 +25,52 @@ from quarkcli.disk.stream import Stream
 from quarkcli.disk.weights import WeightSource
 from quarkcli.disk.writer import write_part
 from quarkcli.errors import Stopped
-from quarkcli.job.part import PartResult, PartWorker
+from quarkcli.job.part import PartWorker
+from quarkcli.job.result import PartResult
 from quarkcli.job.served import decode
 from quarkcli.numerics.quantize import dequantize
 from quarkcli.plan.model import Part
+from quarkcli.threads import alone
+
+
+class Room:
+    """Bytes of source tensors that may be in memory, for the thread that reads ahead; what somebody waits for may come.
+
+    size   None: no bound
+    """
+
+    def __init__(self, size: int | None) -> None:
+        self._left = size
+        self._wanted = False
+        self._changed = threading.Condition()
+
+    def wait(self) -> None:
+        """Waits until there is room, or what is being read is wanted."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._left is None or self._left > 0 or self._wanted)
+
+    def take(self, tensors: Iterable[Tensor]) -> None:
+        """Counts tensors that are in memory until nobody holds them."""
+        for tensor in tensors:
+            self._give(-tensor.nbytes)
+            weakref.finalize(tensor, self._give, tensor.nbytes).atexit = False
+
+    def _give(self, count: int) -> None:
+        with self._changed:
+            if self._left is not None:
+                self._left += count
+            self._changed.notify_all()
+
+    @contextmanager
+    def wanted(self) -> Iterator[None]:
+        """Lets the reading go on inside, whatever is in memory."""
+        with self._changed:
+            self._wanted = True
+            self._changed.notify_all()
+        try:
+            yield
+        finally:
+            self._wanted = False
 
 
 class Pipeline:
@@ -34,6 +78,7 @@ class Pipeline:
 
     folders   where in the output each dialect's files go
     stream    brings weight files that are on the hub
+    room      bytes of source tensors in memory, beyond which nothing is read ahead; None: no bound
     """
 
     def __init__(
@@ -44,6 +89,7 @@ class Pipeline:
         device: str,
         folders: Sequence[str] = ("",),
         stream: Stream | None = None,
+        room: int | None = None,
     ) -> None:
         self.source = source
         self.partial = partial
@@ -51,7 +97,9 @@ class Pipeline:
         self.journal = journal
         self.device = device
         self.stream = stream
-        self.pool = ThreadPoolExecutor(2) if device != "cpu" else None
+        self.room = Room(room)
+        self.reader, self.writer = ThreadPoolExecutor(1, "reader", alone), ThreadPoolExecutor(1, "writer", alone)
+        self._closing = False
         self._reading: tuple[str, Future[dict[str, Tensor]]] | None = None
         self._writing: Future[None] | None = None
 
@@ -61,30 +109,41 @@ class Pipeline:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None or issubclass(kind, Stopped):
-            self.drain()
-        if self.stream is not None:
-            self.stream.close()  # a read that waits for a download ends
-        if self.pool is not None:
-            self.pool.shutdown(wait=True, cancel_futures=True)
+        self._closing = True
+        try:
+            if kind is None or issubclass(kind, Stopped):
+                self.drain()
+        finally:
+            if self.stream is not None:
+                self.stream.close()  # a read that waits for a download ends
+            with self.room.wanted():
+                self.reader.shutdown(wait=True, cancel_futures=True)
+            self.writer.shutdown(wait=True, cancel_futures=True)
 
     def read(self, part: Part, following: Part | None) -> dict[str, Tensor]:
         """Returns the part's tensors on the device; starts to read the following part."""
-        if self._reading is not None and self._reading[0] == part.name:
+        if self._reading is None or self._reading[0] != part.name:
+            self._reading = (part.name, self.reader.submit(self._read, part))
+        with self.room.wanted():
             tensors = self._reading[1].result()
-        else:
-            tensors = self._read(part)
-        if self.pool is not None and following is not None:
-            self._reading = (following.name, self.pool.submit(self._read, following))
+        self._reading = None
+        if following is not None:
+            self._reading = (following.name, self.reader.submit(self._read, following))
         if self.device == "cpu":
             return tensors
         return {name: tensor.to(self.device) for name, tensor in tensors.items()}
 
     def _read(self, part: Part) -> dict[str, Tensor]:
-        if self.stream is None:
-            return self.source.read_many(part.tensors)
-        with self.stream.reading(part.name):
-            return self.source.read_many(part.tensors)
+        with self.stream.reading(part.name) if self.stream is not None else nullcontext():
+            found: dict[str, Tensor] = {}
+            for names in [[name] for name in part.tensors] if self.source.by_offset else [part.tensors]:
+                self.room.wait()
+                if self._closing:
+                    break
+                tensors = self.source.read_many(names)
+                self.room.take(tensors.values())
+                found |= tensors
+            return found
 
     def write(self, part: Part, result: PartResult, worker: PartWorker) -> None:
         """Makes the part durable and notes it in the journal, with the hidden states that later parts need."""
@@ -99,7 +158,10 @@ class Pipeline:
         forms = _on_cpu([result.tensors, *result.others])
         for tensors in (result.tensors, *result.others):
             tensors.clear()
-        self._in_background(lambda: self._write(part, forms, result.record(), hidden, batch))
+        self.drain()
+        if self.device != "cpu":
+            torch.cuda.synchronize()
+        self._writing = self.writer.submit(self._write, part, forms, result.record(), hidden, batch)
 
     def _write(
         self,
@@ -117,14 +179,6 @@ class Pipeline:
             for file in write_part(self.partial / folder, slug(part), tensors)
         ]
         self.journal.finish(part.name, {**record, "files": files}, hidden)
-
-    def _in_background(self, job: Callable[[], None]) -> None:
-        if self.pool is None:
-            job()
-            return
-        self.drain()
-        torch.cuda.synchronize()
-        self._writing = self.pool.submit(job)
 
     def outside(self, names: list[str], worker: PartWorker) -> dict[str, Tensor]:
         """Returns tensors outside the blocks as they are served.
@@ -159,9 +213,9 @@ class Pipeline:
 
     def drain(self) -> None:
         """Waits until everything handed over is durable; raises the error of a failed write."""
-        if self._writing is not None:
-            self._writing.result()
-            self._writing = None
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
 
 
 def _on_cpu(forms: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:

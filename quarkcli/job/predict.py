@@ -76,6 +76,9 @@ def of_plan(prepared: Prepared, rates: Rates, ranks: int) -> Prediction:
     tokens = settings.samples * settings.seqlen if settings else 0
     sizes = part_sizes(plan, prepared.dialect, prepared.weights.headers)
     last = last_part(plan, prepared.needs)
+    # Weights that are decoded while they are read are larger than their files.
+    stored = size.source_bytes / max(1, sum(one.source for one in sizes))
+    sizes = [one._replace(source=round(one.source * stored)) for one in sizes]
     config = prepared.source.config
     work = costs.costs(plan, sizes, prepared.steps, prepared.needs, config, last, tokens)
     return predict(work, size, rates, ranks, tokens, settings.seqlen if settings else 0)
@@ -126,8 +129,10 @@ def _rank(
     rates: Rates,
     ranks: int,
 ) -> RankForecast:
-    beside = min(ranks, rates.node)  # ranks that share a disk
+    beside = ranks if rates.shared else min(ranks, rates.node)  # that share a disk
     slower = ranks if rates.shared else 1
+    # All ranks read a block at the same time, and the disk gives it to a machine once.
+    readers = 1 if size.calibrated else beside
     bytes_read, written = (sum(work.cost.read for work in reads), sum(work.cost.written for work in own))
     busy = {
         "forward": lanes * slower * sum(work.forward for work in works) if size.calibrated else 0.0,
@@ -135,8 +140,8 @@ def _rank(
         "solve": slower * solve,
         "quantize": slower * sum(work.quantize for work in own),
     }
-    moved = {"read": bytes_read * beside / rates.read, "write": written * beside / rates.write}
-    first = max((work.cost.read for work in reads), default=0) * beside / rates.read
+    moved = {"read": bytes_read * readers / rates.read, "write": written * beside / rates.write}
+    first = max((work.cost.read for work in reads), default=0) * readers / rates.read
     last = max((work.cost.written for work in own), default=0) * beside / rates.write
     start = rates.start[1 if size.calibrated else 0]
     work = sum(busy.values())

@@ -35,6 +35,7 @@ from quarkcli.recipe import recipe as recipes
 from quarkcli.recipe.recipe import Recipe
 from quarkcli.report import log
 from quarkcli.report.build import part_warnings
+from quarkcli.threads import Workers, limited
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -167,7 +168,9 @@ def run(
     preflight.check_output(prepared.output, options.overwrite, prepared.source.folder)
     preflight.check_resources(prepared.output, directories.together(prepared), options.max_cpu_mem)
     download.check_room(prepared)
-    with Journal.lock(partial, resume=options.resume) as journal:  # 6
+    # Without calibration, workers of their own compute.
+    alone = limited(prepared.threads if prepared.calibration is not None else 1)
+    with Journal.lock(partial, resume=options.resume) as journal, alone:  # 6
         preflight.check_output(prepared.output, options.overwrite, prepared.source.folder)  # another run may have ended
         download.side_files(prepared, tell)
         device = preflight.device(options.device)
@@ -261,29 +264,20 @@ def _parts(
     from quarkcli.job.prepass import decide
 
     plan, options = prepared.plan, prepared.options
-    if journal.finished:
-        tell(Message(f"reading the files of {len(journal.finished)} finished parts once, to see that they are whole"))
-    tell(Working("comparing finished parts with the journal"))
-    lost = journal.verify()
-    if lost:
-        what = f"not as they were written, and made again: {', '.join(lost)}"
-        tell(Message(f"{len(lost)} finished parts are damaged or follow a damaged one; {what}", "warning"))
-    journal.keep()
-    todo = [part for part in plan.parts if part.name not in journal.finished]
-    if len(todo) < len(plan.parts):
-        place = f"going on at {todo[0].name}" if todo else "going on with the final steps"
-        tell(Message(f"resuming: {len(plan.parts) - len(todo)} of {len(plan.parts)} parts are done; {place}"))
+    todo = finish.unfinished(plan, journal, tell)
     tell(Phase("calibrate+quantize" if data is not None else "quantize"))
     states = decide(prepared, data, runner, journal, tell)
+    workers = Workers(prepared.threads if device == "cpu" else 1)
     worker = PartWorker(
         plan, prepared.dialect, prepared.steps, prepared.needs, prepared.weights, None, tell,
         others=[other.dialect for other in prepared.others], calibration=prepared.calibration, strict=options.strict,
         roles=prepared.layout.tensor_roles, on_nonfinite=options.on_nonfinite, states=states,
         late=preflight.data_needs(plan, [step for step in prepared.steps if step.kind != "transform"]),
+        workers=workers,
     )  # fmt: skip
     label = "+".join([prepared.recipe.name, *(step.name for step in plan.algorithms)])
     begun = time.monotonic()
-    with _pipeline(prepared, todo, journal, device, tell) as pipeline:
+    with _pipeline(prepared, todo, journal, device, tell) as pipeline, workers:
         walk = worker.walk = _walk(prepared, data, runner, journal, todo, pipeline, worker, tell)
         if walk is not None and todo[0].kind != "embed":
             walk.start()
@@ -323,6 +317,7 @@ def _pipeline(
             device,
             [one.folder for one in prepared.every],
             stream,
+            prepared.forecast.largest_part,
         ) as pipeline,
     ):
         yield pipeline

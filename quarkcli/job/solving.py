@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from itertools import takewhile
 from typing import Any
 
@@ -23,8 +24,11 @@ from quarkcli.numerics.observers import weight_amax
 from quarkcli.numerics.quantize import Quantized, dequantize, tensor_amax
 from quarkcli.numerics.solve import dead_inputs
 from quarkcli.plan.model import Plan, QuantizedTarget
+from quarkcli.threads import Workers
 
 Solved = tuple[QuantizedTarget, Tensor, Quantized]  # with the source weight
+Work = Callable[[], Iterator[Solved]]
+Weights = Callable[[QuantizedTarget], Tensor]
 
 
 class Solving:
@@ -32,6 +36,7 @@ class Solving:
 
     source        where weights come from that have codes already
     skip          round to nearest where statistics or results are not finite; else they are an error
+    workers       do what needs no statistics
 
     dead_inputs   weight -> how many of its inputs were always zero in calibration, of the part last solved
     exact         weight that no solver was asked for, because its format holds it -> how many blocks were rounded, of
@@ -46,6 +51,7 @@ class Solving:
         warn: Callable[[str], None],
         source: WeightSource | None = None,
         skip: bool = False,
+        workers: Workers | None = None,
     ) -> None:
         steps = list(steps)
         self.plan, self.source = plan, source
@@ -53,6 +59,7 @@ class Solving:
         self.refiners = [(s, s.algorithm) for s in steps if isinstance(s.algorithm, Refiner)]
         self.staged = any(solver.staged for _, solver, _ in self.solvers)
         self.warn, self.skip = warn, skip
+        self.workers = workers or Workers()
         self.dead_inputs: dict[str, int] = {}
         self.exact: dict[str, int] = {}
         self.skipped: dict[str, str] = {}
@@ -74,7 +81,21 @@ class Solving:
         stage: int = 0,
         members: list[QuantizedTarget] | None = None,
     ) -> Iterator[Solved]:
-        """Yields every weight with its codes and scales.
+        """Yields every weight with its codes and scales. Arguments as in `work`."""
+        for piece in self.work(targets, tensors, statistics, stage, members):
+            yield from piece()
+
+    def work(
+        self,
+        targets: list[QuantizedTarget],
+        tensors: Mapping[str, Tensor],
+        statistics: Statistics | None,
+        stage: int = 0,
+        members: list[QuantizedTarget] | None = None,
+    ) -> Iterator[Work]:
+        """Yields pieces of work that give weights with their codes and scales: all together, every one once.
+
+        Without statistics they may be done in any order, by several threads at once; else in turn.
 
         targets   of the part; `tensors` in source form
         members   those of one stage; None: all
@@ -90,37 +111,39 @@ class Solving:
         def moment(site: str, expert: int | None) -> Moment | None:
             return statistics.moment(site, expert) if statistics is not None else None
 
+        asked = targets if members is None else members
         if self.plan.carried:
-            yield from self._carried(targets if members is None else members, weight)
+            yield from (partial(self._carried, t, weight) for t in asked if t.name in self.plan.carried)
             targets = [target for target in targets if target.name not in self.plan.carried]
-        shared = _group_amax(targets, weight)
-        exponents = _exponents(targets, weight)
-        asked = [target for target in targets if members is None or target in members]
-        for target in asked:
-            if target.scale_group in exponents:
-                yield target, weight(target), self._exact(target, weight(target), exponents[target.scale_group])
+            asked = [target for target in asked if target.name not in self.plan.carried]
+        shared = self._group_amax(targets, weight)
+        exponents = self._exponents(targets, weight)
+        known = [target for target in asked if target.scale_group in exponents]
+        yield from (partial(self._exact, target, weight, exponents[target.scale_group]) for target in known)
         asked = [target for target in asked if target.scale_group not in exponents]
         left = Counter(target.site for target in asked)
         for step, solver, needs in self.solvers:
             mine = [target for target in asked if step.takes(target)]
             found = problems(mine, needs, moment, weight, amax, self.warn, self._report, stage)
+            if statistics is None and solver.apart and not self.refiners:
+                found = (single for problem in found for single in problem.singles())
             for run in runs(found, solver.at_once):
                 left.subtract(target.site for problem in run for target in problem.targets)
                 site = run[0].site
                 if statistics is not None and site is not None and not left[site]:
                     statistics.forget(site)
                 lost = [_lost(statistics, problem) for problem in run]
-                for problem, quantized in zip(run, self._solve(solver, needs, run, lost), strict=True):
-                    yield from zip(problem.targets, problem.weights, self._refine(problem, quantized), strict=True)
+                yield partial(self._run, solver, needs, run, lost)
+                del run  # held by its work alone
 
-    def _carried(
-        self, targets: Iterable[QuantizedTarget], weight: Callable[[QuantizedTarget], Tensor]
-    ) -> Iterator[Solved]:
-        """Yields the weights that keep the source's codes and scales."""
+    def _run(self, solver: Solver, needs: Needs, run: list[Problem], lost: list[str]) -> Iterator[Solved]:
+        for problem, quantized in zip(run, self._solve(solver, needs, run, lost), strict=True):
+            yield from zip(problem.targets, problem.weights, self._refine(problem, quantized), strict=True)
+
+    def _carried(self, target: QuantizedTarget, weight: Weights) -> Iterator[Solved]:
+        """Yields a weight that keeps the source's codes and scales."""
         assert isinstance(self.source, Checkpoint)
-        for target in targets:
-            if target.name in self.plan.carried:
-                yield target, weight(target), self.source.decode(self.source.view.targets[target.name]).weight
+        yield target, weight(target), self.source.decode(self.source.view.targets[target.name]).weight
 
     def stored_input(self, name: str) -> Tensor:
         """Returns the static scale of the input of a weight that keeps the source's codes and scales."""
@@ -129,9 +152,38 @@ class Solving:
         assert scale is not None
         return scale
 
-    def _exact(self, target: QuantizedTarget, weight: Tensor, largest: int) -> Quantized:
-        quantized, self.exact[target.name] = exact.quantize(weight, target.weight, largest)
-        return quantized
+    def _exact(self, target: QuantizedTarget, weight: Weights, largest: int) -> Iterator[Solved]:
+        quantized, self.exact[target.name] = exact.quantize(weight(target), target.weight, largest)
+        yield target, weight(target), quantized
+
+    def _group_amax(self, targets: list[QuantizedTarget], weight: Weights) -> dict[str, Tensor]:
+        """Returns amax per scale group, for specs with one scale per tensor: fused linears must agree on it."""
+
+        def own(target: QuantizedTarget) -> Tensor:
+            amax: Tensor = named(f"{target.name}.weight", weight_amax, weight(target), target.weight)
+            return amax
+
+        asked = [target for target in targets if target.weight.has_tensor_scale]
+        shared: dict[str, Tensor] = {}
+        for target, amax in zip(asked, self.workers.map(own, asked), strict=True):
+            known = shared.get(target.scale_group)
+            shared[target.scale_group] = amax if known is None else torch.maximum(known, amax)
+        return shared
+
+    def _exponents(self, targets: list[QuantizedTarget], weight: Weights) -> dict[str, int]:
+        """Returns the largest exponent of each scale group whose weights all are codes times powers of two."""
+        groups: dict[str, list[QuantizedTarget]] = {}
+        for target in targets:
+            groups.setdefault(target.scale_group, []).append(target)
+        groups = {name: own for name, own in groups.items() if all(exact.may_hold(target.weight) for target in own)}
+
+        def largest(members: list[QuantizedTarget]) -> int | None:
+            each = [*takewhile(lambda power: power is not None, (exact.exponent(weight(t), t.weight) for t in members))]
+            most = max((power for power in each if power is not None), default=0)
+            return most if len(each) == len(members) and exact.fits(most) else None
+
+        found = zip(groups, self.workers.map(largest, groups.values()), strict=True)
+        return {name: power for name, power in found if power is not None}
 
     def _report(self, targets: Iterable[QuantizedTarget], outcome: Outcome) -> None:
         self._outcomes.update(dict.fromkeys((target.name for target in targets), outcome))
@@ -200,33 +252,6 @@ def _lost(statistics: Statistics | None, problem: Problem) -> str:
     if statistics is None or problem.site is None:
         return ""
     return statistics.guard.lost(problem.site, problem.expert) or ""
-
-
-def _group_amax(targets: list[QuantizedTarget], weight: Callable[[QuantizedTarget], Tensor]) -> dict[str, Tensor]:
-    """Returns amax per scale group, for specs with one scale per tensor: fused linears must agree on it."""
-    shared: dict[str, Tensor] = {}
-    for target in targets:
-        if not target.weight.has_tensor_scale:
-            continue
-        amax = named(f"{target.name}.weight", weight_amax, weight(target), target.weight)
-        known = shared.get(target.scale_group)
-        shared[target.scale_group] = amax if known is None else torch.maximum(known, amax)
-    return shared
-
-
-def _exponents(targets: list[QuantizedTarget], weight: Callable[[QuantizedTarget], Tensor]) -> dict[str, int]:
-    """Returns the largest exponent of each scale group whose weights all are codes times powers of two."""
-    groups: dict[str, list[QuantizedTarget]] = {}
-    for target in targets:
-        groups.setdefault(target.scale_group, []).append(target)
-    found: dict[str, int] = {}
-    for name, members in groups.items():
-        each = (exact.exponent(weight(t), t.weight) if exact.may_hold(t.weight) else None for t in members)
-        powers = list(takewhile(lambda power: power is not None, each))
-        largest = max((power for power in powers if power is not None), default=0)
-        if len(powers) == len(members) and exact.fits(largest):
-            found[name] = largest
-    return found
 
 
 def named(name: str, call: Any, *args: Any) -> Any:

@@ -18,8 +18,7 @@ from quarkcli.algorithms.base import Solver, Tuner
 from quarkcli.disk.checkpoint import Checkpoint
 from quarkcli.disk.source import Source
 from quarkcli.errors import DataError, Stopped
-from quarkcli.job import part as parts
-from quarkcli.job import preflight
+from quarkcli.job import pieces, preflight
 from quarkcli.numerics.quantize import Quantized, dequantize
 from tests import runs
 from tests.families import models
@@ -61,13 +60,13 @@ def options(name: str, text: Path) -> dict[str, Any]:
 def watch_packing(patch: pytest.MonkeyPatch) -> dict[str, Quantized]:
     """Codes and scales by weight as they come to be packed."""
     seen: dict[str, Quantized] = {}
-    measure = parts._weight_error
+    measure = pieces.weight_error
 
     def watched(weight: torch.Tensor, quantized: Quantized, target: Any) -> float:
         seen[target.name] = quantized
         return measure(weight, quantized, target)
 
-    patch.setattr(parts, "_weight_error", watched)
+    patch.setattr(pieces, "weight_error", watched)
     return seen
 
 

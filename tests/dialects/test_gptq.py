@@ -25,6 +25,7 @@ from quarkcli.spec import PerChannel, PerGroup, ScaleSpec, TensorSpec
 from tests import runs
 from tests.dialects.plans import Module, int4, linears, llama, moe, plan
 from tests.dialects.test_roundtrip import headers
+from tests.plan import layouts
 
 CONFIG = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False}
 INT8 = TensorSpec("int8", PerGroup(32), ScaleSpec("model", "half_range"))
@@ -252,3 +253,13 @@ def test_columns_in_another_order_are_quantized_again_and_not_converted(tmp_path
     with pytest.raises(ModelError, match="does not keep its order of columns") as caught:
         convert.convert(Source.open(str(source)), "compressed-tensors", tmp_path / "out")
     assert caught.value.where == name
+
+
+def test_schemes_are_counted_once_however_many_modules_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experts of other bits are refused one by one; looking at all weights for each took a large model a minute."""
+    counted = []
+    real = gptq._usual
+    monkeypatch.setattr(gptq, "_usual", lambda plan: counted.append(plan) or real(plan))
+    found = layouts.plan("int4_wo_64", layouts.MIXTRAL, layers=["*experts.1.*=int8_dynamic"])
+    assert gptq._unsaid(found)
+    assert len(counted) <= 2

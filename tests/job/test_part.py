@@ -44,7 +44,8 @@ def test_without_data_a_part_is_a_function_of_its_tensors() -> None:
     tensors = prepared.source.read_many(part.tensors)
     before = {name: tensor.clone() for name, tensor in tensors.items()}
     result = worker(prepared).work(part, tensors)
-    assert all(torch.equal(tensors[name], before[name]) for name in before)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tensors.items())
+    assert {name for name in before if name not in tensors} == {f"{name}.weight" for name in result.weight_errors}
     for leaf in ("self_attn.o_proj", "input_layernorm"):
         name = f"model.layers.1.{leaf}.weight"
         assert torch.equal(result.tensors[name], before[name])

@@ -18,8 +18,8 @@ from quarkcli.disk.contents import slug
 from quarkcli.disk.journal import Journal
 from quarkcli.disk.writer import write_part
 from quarkcli.errors import AccessError, ResourceError, Stopped
-from quarkcli.job.part import PartResult
 from quarkcli.job.pipeline import Pipeline
+from quarkcli.job.result import PartResult
 from quarkcli.plan.model import Part
 
 PARTS = [Part(index, f"layers.{index}", "block", index, (f"layers.{index}.weight",)) for index in range(5)]
@@ -31,6 +31,7 @@ class Files:
     def __init__(self) -> None:
         self.read: list[tuple[str, bool]] = []
         self.fail: Exception | None = None
+        self.by_offset = True
 
     def read_many(self, names: Any) -> dict[str, torch.Tensor]:
         names = list(names)
@@ -83,15 +84,49 @@ def test_every_part_is_written_and_noted_in_order(tmp_path, device):
         assert [file["file"] for file in record["files"]] == ["model-block-00002.safetensors"]
         assert journal.verify() == []
     assert [name for name, _ in files.read] == [part.tensors[0] for part in PARTS]
-    in_main = [main for _, main in files.read]
-    assert in_main == ([True] * 5 if device == "cpu" else [True] + [False] * 4)
+    assert not any(main for _, main in files.read)
 
 
-def test_on_a_cpu_a_part_is_durable_when_write_returns(tmp_path):
-    with Journal.open(tmp_path / "out.partial", {}) as journal, start(tmp_path, Files(), journal, "cpu") as pipeline:
-        for part in PARTS:
-            pipeline.write(part, result(pipeline.read(part, None)), worker())
-            assert list(journal.finished)[-1] == part.name
+@pytest.mark.parametrize("by_offset", [True, False])
+def test_no_more_is_read_ahead_than_there_is_room_for(tmp_path, by_offset):
+    """Tensors of the next part come as those of this one are let go; what is waited for comes in any case."""
+    parts = [Part(n, f"layers.{n}", "block", n, tuple(f"layers.{n}.{leaf}" for leaf in "abcd")) for n in range(3)]
+    files, size = Files(), 16
+    files.by_offset = by_offset
+
+    def read() -> list[str]:
+        time.sleep(0.05)
+        return [name for name, _ in files.read]
+
+    with (
+        Journal.open(tmp_path / "out.partial", {}) as journal,
+        Pipeline(files, tmp_path / "out.partial", journal, "cpu", room=4 * size) as pipeline,  # type: ignore[arg-type]
+    ):
+        tensors = pipeline.read(parts[0], parts[1])
+        assert read() == (["layers.0.a", "layers.0.b", "layers.0.c", "layers.0.d"] if by_offset else ["layers.0.a"])
+        del tensors["layers.0.b"]
+        assert read()[-1] == "layers.1.a"
+        if by_offset:
+            del tensors["layers.0.d"]
+            assert read()[-1] == "layers.1.b"
+        again = pipeline.read(parts[1], parts[2])  # while two of the first part are still held
+        assert list(again) == list(parts[1].tensors)
+        assert read()[-1] == ("layers.1.d" if by_offset else "layers.1.a")
+        del tensors, again
+        assert read()[-1] == ("layers.2.d" if by_offset else "layers.2.a")
+
+
+def test_a_pipeline_ends_while_there_is_no_room(tmp_path):
+    files = Files()
+    with Journal.open(tmp_path / "out.partial", {}) as journal:
+        with (
+            pytest.raises(RuntimeError, match="in a part"),
+            Pipeline(files, tmp_path / "out.partial", journal, "cpu", room=1) as pipeline,  # type: ignore[arg-type]
+        ):
+            held = pipeline.read(PARTS[0], PARTS[1])
+            raise RuntimeError("in a part")
+        assert held
+    assert [name for name, _ in files.read] == ["layers.0.weight"]
 
 
 @pytest.mark.usefixtures("synchronized")

@@ -1,0 +1,105 @@
+"""Pieces of work on a part's weights, each from solver to packed tensors, so that several threads can do them at once.
+
+What a thread says is kept until its piece is taken: lines come in the order of the weights, whoever was faster.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+from torch import Tensor
+
+from quarkcli.job.packing import Packing
+from quarkcli.job.solving import Solved, Work
+from quarkcli.numerics.quantize import Quantized, dequantize
+from quarkcli.plan.model import QuantizedTarget
+from quarkcli.spec import PerTile
+from quarkcli.threads import Workers
+
+ERROR_ROWS = 256  # rows of each weight that its error is measured on
+
+
+class Finished(NamedTuple):
+    """A weight's packed tensors in each dialect, and its error."""
+
+    target: QuantizedTarget
+    made: list[dict[str, Tensor]]
+    error: float
+
+
+class Said(threading.local):
+    """The lines of a thread's piece of work; None outside of one."""
+
+    lines: list[str] | None = None
+
+
+def in_turn(rows: Iterable[Solved]) -> Iterator[Work]:
+    """Yields a piece for each of some weights that are solved one after the other."""
+    for row in rows:
+        yield [row].__iter__
+
+
+def finished(
+    pieces: Iterable[Work],
+    packing: Packing,
+    bias: Callable[[QuantizedTarget], Quantized | None],
+    workers: Workers,
+    said: Said,
+    warn: Callable[[str], None],
+) -> Iterator[Finished]:
+    """Does all pieces, yields their weights in order, and hands on what was said meanwhile."""
+
+    def do(piece: Work) -> tuple[list[Finished], list[str]]:
+        said.lines = []
+        try:
+            return [_finished(row, packing, bias) for row in piece()], said.lines
+        finally:
+            said.lines = None
+
+    for found, lines in workers.map(do, pieces):
+        for line in lines:
+            warn(line)
+        yield from found
+
+
+def _finished(row: Solved, packing: Packing, bias: Callable[[QuantizedTarget], Quantized | None]) -> Finished:
+    target, weight, quantized = row
+    return Finished(target, packing.pack(target, quantized, bias(target)), weight_error(weight, quantized, target))
+
+
+class Leaving:
+    """Drops tensors when the last weight in them is packed.
+
+    tensors   of the part, by name
+    wanted    names of those that are needed later
+    """
+
+    def __init__(self, tensors: dict[str, Tensor], targets: Iterable[QuantizedTarget], wanted: Iterable[str]) -> None:
+        self._tensors = tensors
+        self._left = Counter(target.view.tensor for target in targets)
+        for name in wanted:
+            self._left.pop(name, None)
+
+    def packed(self, target: QuantizedTarget) -> None:
+        """Notes that a weight is packed."""
+        name = target.view.tensor
+        self._left[name] -= 1
+        if not self._left[name]:
+            del self._tensors[name]
+
+
+def weight_error(weight: Tensor, quantized: Quantized, target: QuantizedTarget) -> float:
+    """Returns |W - Q| / |W| (Frobenius) over evenly spaced rows."""
+    step = max(1, weight.shape[0] // ERROR_ROWS)
+    source = weight[::step].float()
+    if any(isinstance(stage.granularity, PerTile) for stage in target.weight.stages):  # several rows share scales
+        decoded = dequantize(quantized, target.weight)[::step]
+    else:
+        rows = slice(None, None, step)
+        params = quantized.params.rows(rows, weight.shape[0])
+        decoded = dequantize(Quantized(quantized.codes[rows], params), target.weight)
+    norm = source.norm()
+    return float((source - decoded).norm() / norm) if float(norm) > 0 else 0.0

@@ -1,0 +1,50 @@
+"""The result of the work on one part: tensors for the writer, facts for the journal and the report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass
+class PartResult:
+    """The result of a part: packed tensors by file name, and facts for journal and report.
+
+    others            the tensors in further dialects
+    apart             of these, those whose weights decode a little otherwise: see `Packing.apart`
+    exact             weight that its format holds without a solver -> how many of its blocks were rounded
+    dead_inputs       weight -> inputs that were always zero in calibration
+    outcomes          weight -> `Outcome` of its solver
+    silent            activations with a static scale that were zero altogether
+    tuning            tuner -> error of the block's output on held-out rows, `before` and `after` it
+    nonfinite         kept parameters with NaN or infinity; `nonfinite_others`: buffers and unknown tensors
+    transforms        what each transform decided, by its key
+    skipped           weight, activation or part that algorithms passed over -> what was not finite there
+    """
+
+    tensors: dict[str, Tensor]
+    error: float | None
+    weight_errors: dict[str, float]
+    expert_tokens: dict[str, dict[int, int]]
+    warnings: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    dead_inputs: dict[str, int] = field(default_factory=dict)
+    outcomes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    silent: list[str] = field(default_factory=list)
+    nonfinite: list[str] = field(default_factory=list)
+    nonfinite_others: list[str] = field(default_factory=list)
+    tuning: dict[str, dict[str, float]] = field(default_factory=dict)
+    transforms: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    exact: dict[str, int] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    apart: dict[str, int] = field(default_factory=dict)
+    others: list[dict[str, Tensor]] = field(default_factory=list)
+
+    def record(self) -> dict[str, Any]:
+        """Returns the JSON form without the tensors."""
+        facts = {key: value for key, value in vars(self).items() if key not in ("tensors", "others")}
+        tokens = {layer: {str(e): n for e, n in counts.items()} for layer, counts in self.expert_tokens.items()}
+        return {**facts, "expert_tokens": tokens}
