@@ -49,12 +49,13 @@ cli
 NAMES_OF_TYPES = {("algorithms", "forward"), ("algorithms", "job"), ("report", "job")}
 # Inside a folder, a module may import those named before it; every module has its place.
 INSIDE = {
-    "forward": "activations defaults guard lanes moments samples experts taps statistics files documents data walk",
+    "forward": "activations carry defaults guard lanes moments samples experts taps statistics files documents data"
+    " walk",
     "disk": "headers weights beside outputs writer hub pickles stream remote source side_files manifest place journal"
     " nonfinite contents checkpoint origin compare values scales completeness excluded parallel fidelity verify push",
-    "job": "forecast rates options asked preflight splitting directories idle carried served packing problems rewriting"
-    " solving pieces stages tuning prepass reach costs predict result part pipeline finish fingerprint download"
-    " convert run probe preview",
+    "job": "forecast device rates options asked preflight splitting directories idle carried served packing problems"
+    " rewriting solving pieces stages tuning prepass reach costs predict result part pipeline finish fingerprint"
+    " download convert run probe preview",
 }
 
 # Package -> the rooms that may import it.
@@ -78,7 +79,7 @@ OWNERS = {
 WITH_TORCH = {
     "quarkcli.numerics", "quarkcli.model", "quarkcli.forward.data", "quarkcli.forward.statistics",
     "quarkcli.forward.guard", "quarkcli.forward.moments", "quarkcli.forward.samples", "quarkcli.forward.experts",
-    "quarkcli.forward.taps", "quarkcli.forward.walk",
+    "quarkcli.forward.taps", "quarkcli.forward.walk", "quarkcli.forward.carry",
     "quarkcli.algorithms._channels", "quarkcli.algorithms.tensors", "quarkcli.algorithms._trials",
     "quarkcli.job.rewriting", "quarkcli.job.solving", "quarkcli.job.stages", "quarkcli.job.tuning",
     "quarkcli.job.served", "quarkcli.job.probe", "quarkcli.job.packing", "quarkcli.job.pieces", "quarkcli.job.part",

@@ -83,10 +83,11 @@ def _facts() -> dict[str, Any]:
 
 def _measure(device: str) -> None:
     from quarkcli.cli.progress import Progress
-    from quarkcli.job import preflight, probe, rates
+    from quarkcli.job import device as devices
+    from quarkcli.job import probe, rates
 
     with Progress("lines") as progress:
-        found = probe.measure(preflight.device(device), tell=progress)
+        found = probe.measure(devices.device(device), tell=progress)
     rates.write(found, rates.default_file())
 
 

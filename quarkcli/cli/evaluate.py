@@ -80,7 +80,7 @@ def evaluate(
     _check_gates_have_baseline(baseline, max_kl, max_ppl_increase)
     from quarkcli.cli.progress import Progress
     from quarkcli.evaluate import run
-    from quarkcli.job import preflight
+    from quarkcli.job import device as devices
     from quarkcli.job import run as job
 
     with Progress() as progress:
@@ -94,7 +94,7 @@ def evaluate(
             weights_only=weights_only,
             dtype=dtype,
             on_nonfinite=on_nonfinite,
-            device=preflight.device(device),
+            device=devices.device(device),
             trust_remote_code=trust_remote_code,
             allow_pickle=allow_pickle,
             tell=progress,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -12,35 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 import typer
 
 from quarkcli.cli import output
+from quarkcli.cli.amounts import seconds, size
 
 if TYPE_CHECKING:
     from quarkcli.job.options import Options
 
-_DURATION = re.compile(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?")
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kMGT]i?)?B?")
-_UNITS = {"k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 Option = typer.Option
-
-
-def seconds(text: str) -> float:
-    """Returns `3h50m`, `90s`, `90` as seconds."""
-    found = _DURATION.fullmatch(text.strip())
-    if not found or not any(found.groups()):
-        raise typer.BadParameter(f"'{text}' is not a duration; write 3h50m, 90s or plain seconds")
-    hours, minutes, rest = (int(group or 0) for group in found.groups())
-    total = 3600 * hours + 60 * minutes + rest
-    if not total:
-        raise typer.BadParameter("a time budget must be longer than nothing")
-    return float(total)
-
-
-def size(text: str) -> int:
-    """Returns `4.5GB` or `4500000000` as bytes."""
-    found = _SIZE.fullmatch(text.strip())
-    count = float(found[1]) * _UNITS.get(found[2] or "", 1) if found else 0.0
-    if count < 1:
-        raise typer.BadParameter(f"'{text}' is not a size; write 4.5GB, 4.2GiB or bytes")
-    return int(count)
 
 
 def names(kind: Any) -> Callable[[], list[str]]:
@@ -313,6 +289,24 @@ class JobFlags:
             help="Stop (exit 6) before the work where more memory is forecast, and after a part that took more: 48GB.",
         ),
     ] = None
+    max_gpu_mem: Annotated[
+        int | None,
+        Option(
+            "--max-gpu-mem",
+            metavar="SIZE",
+            parser=size,
+            help="Take no more of the device's memory: 20GB. Out of it, batches shrink, then hidden states go to the "
+            "host.",
+        ),
+    ] = None
+    offload: Annotated[
+        Literal["auto", "none", "cpu", "disk"],
+        Option(
+            "--offload",
+            help="Where hidden states wait between blocks; auto: on the device while they are small there; none: on "
+            "the device, always; cpu: in the host's memory; disk: in files beside the output.",
+        ),
+    ] = "auto"
     verify: Annotated[
         bool, Option("--verify/--no-verify", help="Read the written scales back before the output gets its name.")
     ] = True

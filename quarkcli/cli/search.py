@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from quarkcli.cli import apps, output
-from quarkcli.cli.flags import JobFlags, size, takes_job_flags
+from quarkcli.cli.amounts import size
+from quarkcli.cli.flags import JobFlags, takes_job_flags
 
 if TYPE_CHECKING:
     from quarkcli.search.choice import Choice
@@ -65,7 +66,7 @@ Scores = Annotated[
 # Not of a search: it has its own schemes and output, works in one go, and leaves caches to `quantize`.
 _WITHOUT = (
     "scheme", "recipe", "output", "layers", "layer_types", "kv_cache", "attention", "min_kv_scale", "resume",
-    "time_budget", "max_cpu_mem", "verify", "keep_download",
+    "time_budget", "max_cpu_mem", "max_gpu_mem", "offload", "verify", "keep_download",
 )  # fmt: skip
 
 

@@ -154,10 +154,10 @@ def evaluate(
     Returns the result (schema `quark/eval/1`); KL is per token, in nats, of the source against the quantized model.
     """
     from quarkcli.evaluate import windows
-    from quarkcli.job import preflight
+    from quarkcli.job import device as devices
     from quarkcli.model.tokenizer import load_tokenizer
 
-    started, device = time.monotonic(), preflight.device(device)
+    started, device = time.monotonic(), devices.device(device)
     memory.return_large_buffers()
     compute = _compute_dtype(dtype, device)
     checkpoint, reference = _open(directory, baseline, tell, allow_pickle)

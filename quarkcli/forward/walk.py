@@ -18,13 +18,13 @@ from torch import Tensor
 from quarkcli.errors import ModelError, ResourceError
 from quarkcli.events import Listener, Message, Working
 from quarkcli.forward.activations import turns
+from quarkcli.forward.carry import Carry
 from quarkcli.forward.lanes import Lane, Span, spans
 from quarkcli.forward.taps import Batch
 from quarkcli.model.handlers import Handlers
 
 SERVED, SOURCE = "served", "source"
 CPU_TOKENS = 2048  # tokens in one forward on a CPU, whatever the batch asked for: the same bits for every batch size
-HIDDEN_SHARE = 4  # hidden states stay on the device while they take less than one part in this of its free memory
 
 
 def default_batch(device: torch.device, seqlen: int, asked: int | None) -> int:
@@ -53,6 +53,7 @@ class Walk:
                they are those of `outside`
     streams    their names
     lanes      the lanes of rows that go this way, in order; None: all rows, in one
+    carry      where hidden states wait; None: on the device while they are small there
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Walk:
         held: Tensor | None = None,
         embedding: Callable[[], Mapping[str, Tensor]] | None = None,
         lanes: Sequence[Lane] | None = None,
+        carry: Carry | None = None,
     ) -> None:
         self.runner = runner
         self.outside = outside
@@ -78,6 +80,7 @@ class Walk:
         self.held = held
         self.embedding = embedding
         self.lanes = list(lanes) if lanes is not None else [Lane(0, 0, len(tokens))]
+        self.carry = carry if carry is not None else Carry(self.device)
         self.hidden: dict[str, list[Tensor]] = {stream: [] for stream in streams}
         self.recordings: dict[str, list[Any]] = {}
         self.turned: dict[int, Mapping[str, int]] = {}  # by block: file tensor -> size of its input's block Hadamard
@@ -111,7 +114,7 @@ class Walk:
             # Outputs of one block that a later one reads are a stream's own; arguments are shared.
             own = self._recorded(self.embedding) if self.embedding is not None else self.recordings[SERVED]
             self.recordings[SOURCE] = [replace(recording, extras={}) for recording in own]
-        hidden = {s: [self._park(recording.hidden) for recording in self.recordings[s]] for s in self.hidden}
+        hidden = {s: [self._park(recording.hidden, s) for recording in self.recordings[s]] for s in self.hidden}
         for recording in (one for each in self.recordings.values() for one in each):
             recording.hidden = recording.hidden.to("meta")  # its shape is all that is asked for from now on
         return hidden
@@ -126,14 +129,9 @@ class Walk:
         self.runner.unload_outside()
         return recordings
 
-    def _park(self, hidden: Tensor) -> Tensor:
-        """Keeps hidden states on the device only while they are small there."""
-        if self.device.type != "cuda":
-            return hidden
-        free, _ = torch.cuda.mem_get_info(self.device)
+    def _park(self, hidden: Tensor, stream: str = SERVED) -> Tensor:
         batches = len(self.spans) * len(self.hidden)
-        whole = hidden.numel() * hidden.element_size() * batches
-        return hidden if whole * HIDDEN_SHARE < free else hidden.cpu()
+        return self.carry.park(stream, hidden, batches)
 
     def take(self, hidden: Mapping[str, list[Tensor]]) -> None:
         """Goes on with hidden states in batches of any size, cut as the recordings are."""
@@ -190,7 +188,7 @@ class Walk:
                 statistics.batch = Batch(mask, held, self._name(index), self.spans[index].lane)
                 if SOURCE in self.hidden:
                     with self.runner.handlers(block, statistics.source_handlers()):
-                        source.append(self._park(self._run(block, index, SOURCE)))
+                        source.append(self._park(self._run(block, index, SOURCE), SOURCE))
                 with self.runner.handlers(block, taps):
                     out = self._run(block, index)
                 first = out if first is None else first
@@ -318,17 +316,21 @@ class Walk:
 
     def _halve(self, cause: BaseException) -> None:
         """Halves the rows in one forward, after the device ran out of memory."""
+        if self.batch == 1 and (said := self.carry.give_way(self.hidden)) is not None:
+            self.tell(Message(f"out of device memory: {said}", "warning"))
+            self._release()
+            return
         if self.batch == 1:
+            tried = self.carry.tried()
             raise ResourceError(
-                f"out of device memory with {self.batch} sequence(s) of {self.tokens.shape[1]} tokens in one forward",
+                f"out of device memory with 1 sequence(s) of {self.tokens.shape[1]} tokens in one forward{tried}",
                 where="calibration",
-                hint="a smaller --calib-seqlen or --calib-batch, or --device cpu",
+                hint="a smaller --calib-seqlen, --offload cpu, or --device cpu",
             ) from cause
         half = self.batch // 2
         self.tell(Message(f"out of device memory: {self.batch} -> {half} sequences in one forward", "warning"))
         self.batch = half
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        self._release()
         if not self.served:
             return
         try:
@@ -337,6 +339,10 @@ class Walk:
             self._halve(error)
         else:
             self.take(self.hidden)
+
+    def _release(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def _fits(recording: Any, axis: int, tokens_first: bool) -> bool:

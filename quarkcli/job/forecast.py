@@ -95,6 +95,11 @@ def _part_size(part: Part, infos: list[TensorInfo], headers: Mapping[str, Header
     return PartSize(source, sum(file.size for file in plan_files(slug(part), infos)), dtypes)
 
 
+def device_floor(size: Forecast) -> int:
+    """Returns the bytes of a device below which a block cannot be worked on, however small a forward is."""
+    return int(size.largest_part * (2 if size.calibrated else 1.5)) + size.solving
+
+
 @without_collection()
 def forecast(
     plan: Plan,

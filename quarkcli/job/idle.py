@@ -19,7 +19,7 @@ OF_DATA = (
     "calib_data", "calib_samples", "calib_seqlen", "calib_batch", "calib_column", "chat_template", "bos", "allow_short",
     "moe_calibration", "min_expert_tokens", "seed", "strict",
 )  # fmt: skip
-OF_WORK = ("resume", "overwrite", "time_budget", "on_nonfinite", "max_cpu_mem", "verify")
+OF_WORK = ("resume", "overwrite", "time_budget", "on_nonfinite", "max_cpu_mem", "max_gpu_mem", "offload", "verify")
 NO_CODE = "--trust-remote-code is not used: the model brings no code"
 _TEXT = ".txt"
 # Values of a recipe that a flag replaces -> the field of `Options`; of `Overrides` where it starts with a dot.
@@ -60,9 +60,12 @@ def of_run(
     if calibration is None:
         unused = given(options, OF_DATA)
         unused += [f"--on-nonfinite {SKIP}"] if options.on_nonfinite == SKIP else []
+        unused += [f"--offload {options.offload}"] if options.offload != "auto" else []
         found += [f"nothing in this plan needs data: {', '.join(unused)} not used"] if unused else []
     else:
         found += _of_data(options, plan, set(needs), calibration)
+    if options.max_gpu_mem is not None and _on_cpu(options):
+        found.append("--max-gpu-mem is not used: the job runs on a CPU")
     if options.target == "none" and not plan.disagreeing():
         found.append("--target none changes nothing: what servers fuse has one scheme")
     if options.device == "cuda" and not _has_gpu():
@@ -141,7 +144,9 @@ def _of_data(options: Options, plan: Plan, needs: set[str], calibration: Calibra
         yield f"--moe-calibration {options.moe_calibration} is not used: {why}"
     if options.min_expert_tokens is not None:
         yield from _of_few(options, plan, needs, calibration)
-    if options.calib_batch is not None and (options.device == "cpu" or not _has_gpu()):
+    if options.offload in ("none", "cpu") and _on_cpu(options):
+        yield f"--offload {options.offload} is not used: on a CPU hidden states are in its memory"
+    if options.calib_batch is not None and _on_cpu(options):
         yield "--calib-batch is for GPUs; on a CPU the rows that run together are fixed, so that results are the same"
 
 
@@ -160,6 +165,10 @@ def _has_columns(data: str) -> bool:
     if path.is_dir():
         return any(file.suffix != _TEXT for file in path.rglob("*") if file.is_file())
     return data != BUILTIN and path.suffix != _TEXT
+
+
+def _on_cpu(options: Options) -> bool:
+    return options.device == "cpu" or not _has_gpu()
 
 
 def _has_gpu() -> bool:

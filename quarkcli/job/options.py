@@ -24,6 +24,7 @@ from quarkcli.plan.fused import Servers
 from quarkcli.plan.model import Plan
 from quarkcli.recipe.recipe import Recipe
 
+Offload = Literal["auto", "none", "cpu", "disk"]
 OnNonfinite = Literal["stop", "skip-algorithm", "keep"]
 SKIP: OnNonfinite = "skip-algorithm"
 
@@ -59,6 +60,8 @@ class Options:
     on_nonfinite: OnNonfinite = "stop"
     time_budget: float | None = None
     max_cpu_mem: int | None = None
+    max_gpu_mem: int | None = None
+    offload: Offload = "auto"
     threads: int | None = None
     verify: bool = True
     tp: int | None = None

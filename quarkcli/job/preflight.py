@@ -325,21 +325,6 @@ def _total_memory() -> int | None:
         return None
 
 
-def device(asked: str) -> str:
-    """Returns `cpu` or `cuda`. Raises UsageError for another word and ResourceError when there is no GPU."""
-    if asked not in {"auto", "cpu", "cuda"}:
-        raise UsageError(f"unknown device '{asked}'", where="--device", hint="auto, cpu or cuda")
-    if asked == "cpu":
-        return "cpu"
-    import torch
-
-    if torch.cuda.is_available():
-        return "cuda"
-    if asked == "cuda":
-        raise ResourceError("no CUDA device is available", where="--device cuda", hint="--device cpu")
-    return "cpu"
-
-
 def token_rows(prepared: Prepared, tell: Listener) -> CalibrationData | None:
     """Returns the calibration rows (first half of step 7), or None when nothing needs data.
 

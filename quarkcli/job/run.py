@@ -24,6 +24,7 @@ from quarkcli.disk.source import Source
 from quarkcli.errors import DataError, UsageError
 from quarkcli.events import Event, Listener, Message, PartDone, Phase, Working, broadcast, silent
 from quarkcli.job import asked, carried, directories, download, finish, idle, partial_path, preflight
+from quarkcli.job import device as devices
 from quarkcli.job.fingerprint import fingerprint
 from quarkcli.job.options import SKIP, Options, Prepared
 from quarkcli.plan import online
@@ -168,12 +169,14 @@ def run(
     preflight.check_output(prepared.output, options.overwrite, prepared.source.folder)
     preflight.check_resources(prepared.output, directories.together(prepared), options.max_cpu_mem)
     download.check_room(prepared)
+    device = devices.device(options.device)
+    devices.check(device, prepared.forecast, options.max_gpu_mem)
     # Without calibration, workers of their own compute.
     alone = limited(prepared.threads if prepared.calibration is not None else 1)
-    with Journal.lock(partial, resume=options.resume) as journal, alone:  # 6
+    room = devices.limit(device, options.max_gpu_mem)
+    with Journal.lock(partial, resume=options.resume) as journal, alone, room:  # 6
         preflight.check_output(prepared.output, options.overwrite, prepared.source.folder)  # another run may have ended
         download.side_files(prepared, tell)
-        device = preflight.device(options.device)
         memory.return_large_buffers()
         data = preflight.token_rows(prepared, tell)
         tell(Working("building the model's class"))
@@ -346,6 +349,7 @@ def _walk(
     tell: Listener,
 ) -> Walk | None:
     """Returns a walk that has not started; None when no part to do needs data."""
+    from quarkcli.forward.carry import Carry
     from quarkcli.forward.lanes import lanes
     from quarkcli.forward.moments import held_out, holds_out
     from quarkcli.forward.walk import Walk, default_batch
@@ -372,6 +376,7 @@ def _walk(
         runner, outside, data.tokens, data.mask, batch, tell, streams=sorted(streams, reverse=True),
         held=held_out(*data.tokens.shape) if holds_out(prepared.needs) else None,
         embedding=source if embedding else None, lanes=rows,
+        carry=Carry(runner.device, prepared.options.offload, partial_path(prepared.output)),
     )  # fmt: skip
 
 

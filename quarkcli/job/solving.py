@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from copy import copy
+from dataclasses import replace
 from functools import partial
 from itertools import takewhile
+from traceback import clear_frames
 from typing import Any
 
 import torch
@@ -57,6 +60,7 @@ class Solving:
         self.plan, self.source = plan, source
         self.solvers = [(s, s.algorithm, s.needs(plan)) for s in steps if isinstance(s.algorithm, Solver)]
         self.refiners = [(s, s.algorithm) for s in steps if isinstance(s.algorithm, Refiner)]
+        self.one_by_one = False
         self.staged = any(solver.staged for _, solver, _ in self.solvers)
         self.warn, self.skip = warn, skip
         self.workers = workers or Workers()
@@ -198,7 +202,7 @@ class Solving:
             self._look(solver, needs, problem, why)
         try:
             called = run[0].moment is not None or not needs
-            solved = solver.solve_many(run) if called else [None] * len(run)
+            solved = self._together(solver, run) if called else [None] * len(run)
             return [self._or_nearest(solver, *pair, called) for pair in zip(run, solved, strict=True)]
         except DataError as error:
             for target, weight in ((t, w) for p in run for t, w in zip(p.targets, p.weights, strict=True)):
@@ -206,6 +210,22 @@ class Solving:
             if not self.skip:
                 raise
             return [self._nearest(problem, f"{solver.name}: {error.what}") for problem in run]
+
+    def _together(self, solver: Solver, run: list[Problem]) -> list[list[Quantized] | None]:
+        """Returns what a solver finds for problems; one after the other once the device's memory did not hold them."""
+        if len(run) > 1 and not self.one_by_one:
+            try:  # a solver forgets what it needs no longer, of its own copies
+                return solver.solve_many([replace(problem, moment=copy(problem.moment)) for problem in run])
+            except torch.OutOfMemoryError as error:
+                cause = error
+            clear_frames(cause.__traceback__)  # they hold the tensors of what failed
+            self.one_by_one = True
+            self.warn(f"out of device memory: experts are solved one by one, not {len(run)} together")
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        if self.one_by_one:
+            return [found for problem in run for found in solver.solve_many([problem])]
+        return solver.solve_many(run)
 
     def _nearest(self, problem: Problem, why: str) -> list[Quantized]:
         """Returns the weights of a problem rounded to nearest, because something is not finite, and says so."""

@@ -16,6 +16,7 @@ from quarkcli import family, memory
 from quarkcli.disk.writer import atomic_write_text, disk_errors
 from quarkcli.errors import ConfigError, UsageError
 from quarkcli.events import Listener, Message, Phase, Working
+from quarkcli.job import device as devices
 from quarkcli.job import idle, preflight
 from quarkcli.job import run as job
 from quarkcli.job.options import SKIP, Calibration, Options, Prepared
@@ -277,7 +278,7 @@ def _measured(
     if not path.parent.is_dir():
         raise UsageError("no such directory", where=str(path.parent))
     _check_resources(run, data, path)
-    device = preflight.device(run.options.device)
+    device = devices.device(run.options.device)
     memory.return_large_buffers()
     tell(Phase("search"))
     tell(Working("building the model's class"))

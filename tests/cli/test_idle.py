@@ -87,6 +87,10 @@ IDLE: dict[str, list[Case]] = {
     "time_budget": [((*FREE, "--time-budget", "9m"), 0, "and writes nothing")],
     "keep_download": [((*FREE, "--keep-download"), 0, "the model is a directory")],
     "max_cpu_mem": [((*FREE, "--max-cpu-mem", "1GB"), 0, "and writes nothing")],
+    "max_gpu_mem": [((*FREE, "--max-gpu-mem", "1GB"), 0, "and writes nothing"),
+                    ((*FREE, "--max-gpu-mem", "1GB", "--device", "cpu"), 0, "runs on a CPU")],
+    "offload": [((*FREE, "--offload", "disk"), 0, NOT_USED), ((*DATA, "--offload", "cpu"), 0, "and writes nothing"),
+                ((*DATA, "--offload", "none", "--device", "cpu"), 0, "on a CPU hidden states are in its memory")],
     "verify": [((*FREE, "--no-verify"), 0, "and writes nothing")],
     "trust_remote_code": [((*FREE, "--trust-remote-code"), 0, NOT_USED),
                           ((*DATA, "--trust-remote-code"), 0, "brings no code")],
@@ -110,7 +114,10 @@ ALWAYS = {
 # Flags and arguments of the other commands: cases as above, or a reason.
 OTHERS: dict[str, dict[str, list[Case] | str]] = {
     "quantize": {"dry_run": "it stops there"},
-    "plan": {"check_model": "it builds the model's class"},
+    "plan": {
+        "check_model": "it builds the model's class",
+        **dict.fromkeys(("ranks", "gpu", "rates"), "the forecast is for these"),
+    },
     "search": {
         **dict.fromkeys(("model", "schemes", "recipe"), "what everything is about"),
         **dict.fromkeys(("output", "scores"), "where it goes"),

@@ -7,7 +7,7 @@ from dataclasses import fields
 
 import pytest
 
-from quarkcli.cli import flags, planview
+from quarkcli.cli import amounts, flags, planview
 from quarkcli.job import run as job
 from quarkcli.plan.compose import Overrides
 
@@ -147,13 +147,13 @@ def test_wrong_flags(quark, extra, code, text):
     ("text", "expected"), [("90", 90), ("90s", 90), ("5m", 300), ("3h50m", 13800), ("1h0m1s", 3601), ("2h", 7200)]
 )
 def test_seconds(text, expected):
-    assert flags.seconds(text) == expected
+    assert amounts.seconds(text) == expected
 
 
 @pytest.mark.parametrize("text", ["", "x", "3.5h", "-5", "0", "5m3h", "1d"])
 def test_no_seconds(text):
-    with pytest.raises(flags.typer.BadParameter):
-        flags.seconds(text)
+    with pytest.raises(amounts.typer.BadParameter):
+        amounts.seconds(text)
 
 
 def test_every_option_of_the_job_has_a_flag_that_reaches_it():

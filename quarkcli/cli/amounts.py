@@ -1,0 +1,32 @@
+"""Reads durations and sizes as people write them on a command line."""
+
+from __future__ import annotations
+
+import re
+
+import typer
+
+_DURATION = re.compile(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?")
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kMGT]i?)?B?")
+_UNITS = {"k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+
+
+def seconds(text: str) -> float:
+    """Returns `3h50m`, `90s`, `90` as seconds."""
+    found = _DURATION.fullmatch(text.strip())
+    if not found or not any(found.groups()):
+        raise typer.BadParameter(f"'{text}' is not a duration; write 3h50m, 90s or plain seconds")
+    hours, minutes, rest = (int(group or 0) for group in found.groups())
+    total = 3600 * hours + 60 * minutes + rest
+    if not total:
+        raise typer.BadParameter("a time budget must be longer than nothing")
+    return float(total)
+
+
+def size(text: str) -> int:
+    """Returns `4.5GB` or `4500000000` as bytes."""
+    found = _SIZE.fullmatch(text.strip())
+    count = float(found[1]) * _UNITS.get(found[2] or "", 1) if found else 0.0
+    if count < 1:
+        raise typer.BadParameter(f"'{text}' is not a size; write 4.5GB, 4.2GiB or bytes")
+    return int(count)

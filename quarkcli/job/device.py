@@ -1,0 +1,55 @@
+"""The device of a job, and how much of its memory the job may take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from quarkcli.errors import ResourceError, UsageError
+from quarkcli.job.forecast import Forecast, device_floor
+
+
+def device(asked: str) -> str:
+    """Returns `cpu` or `cuda`. Raises UsageError for another word and ResourceError when there is no GPU."""
+    if asked not in {"auto", "cpu", "cuda"}:
+        raise UsageError(f"unknown device '{asked}'", where="--device", hint="auto, cpu or cuda")
+    if asked == "cpu":
+        return "cpu"
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    if asked == "cuda":
+        raise ResourceError("no CUDA device is available", where="--device cuda", hint="--device cpu")
+    return "cpu"
+
+
+def check(device: str, size: Forecast, most: int | None) -> None:
+    """Refuses a job whose largest block does not fit the device, or what `--max-gpu-mem` allows of it."""
+    if device == "cpu":
+        return
+    import torch
+
+    total = torch.cuda.mem_get_info()[1]
+    have, need = min(total, most or total), device_floor(size)
+    if need > have:
+        raise ResourceError(
+            f"the largest block needs about {need:,} bytes of the device's memory, and there are {have:,}",
+            where="--max-gpu-mem" if have < total else "",
+            hint="a larger --max-gpu-mem, --device cpu, or a scheme without a solver",
+        )
+
+
+@contextmanager
+def limit(device: str, most: int | None) -> Iterator[None]:
+    """Lets the process take so many bytes of the device inside; beyond, it is out of memory."""
+    if device == "cpu" or most is None:
+        yield
+        return
+    import torch
+
+    torch.cuda.set_per_process_memory_fraction(min(1.0, most / torch.cuda.mem_get_info()[1]))
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
