@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Level = Literal["debug", "info", "warning"]
+Measure = Literal["output", "weight", "drift"]
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,9 @@ class PartDone:
 
     index, total   1-based position among the parts
     label          scheme and algorithms, for example `nvfp4+gptq`, or `kept`
-    error          relative error of the part's output (calibrated runs) or of its weights; None when nothing
-                   was quantized
+    error          None when nothing was quantized
+    measure        what the error is: `output` (of the block, relative to the source's), `weight` (relative, where
+                   there is no data), `drift` (of hidden states, since the embedding)
     rss, gpu       resident and device memory peaks in bytes
     eta            estimated seconds to go
     """
@@ -49,6 +51,7 @@ class PartDone:
     rss: int
     gpu: int
     eta: float
+    measure: Measure = "output"
 
 
 @dataclass(frozen=True)

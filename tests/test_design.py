@@ -53,9 +53,9 @@ INSIDE = {
     " walk",
     "disk": "headers weights beside outputs writer hub pickles stream remote source side_files manifest place journal"
     " nonfinite contents checkpoint origin compare values scales completeness excluded parallel fidelity verify push",
-    "job": "forecast device rates options asked preflight splitting directories idle carried served packing problems"
-    " rewriting solving pieces stages tuning prepass reach costs predict result part pipeline finish fingerprint"
-    " download convert run probe preview",
+    "job": "forecast device rates options judging asked preflight splitting directories idle carried served packing"
+    " problems rewriting solving pieces stages tuning prepass reach costs predict result part pipeline finish"
+    " fingerprint download convert run probe preview",
 }
 
 # Package -> the rooms that may import it.
@@ -84,7 +84,7 @@ WITH_TORCH = {
     "quarkcli.job.rewriting", "quarkcli.job.solving", "quarkcli.job.stages", "quarkcli.job.tuning",
     "quarkcli.job.served", "quarkcli.job.probe", "quarkcli.job.packing", "quarkcli.job.pieces", "quarkcli.job.part",
     "quarkcli.job.pipeline",
-    "quarkcli.evaluate.run", "quarkcli.evaluate.windows",
+    "quarkcli.evaluate.run", "quarkcli.evaluate.windows", "quarkcli.evaluate.after",
     "quarkcli.search.losses", "quarkcli.search.quantizing", "quarkcli.search.states",
 }  # fmt: skip
 NOUN_CLAUSE = {"What", "Which", "Where", "How", "Whether", "When", "That"}

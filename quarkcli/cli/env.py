@@ -15,7 +15,7 @@ from quarkcli.cli.flags import Device, Json
 from quarkcli.errors import UsageError
 
 SCHEMA = "quark/env/1"
-EXAMPLES = apps.examples("quark env", "quark env --json", "quark env --measure")
+EXAMPLES = apps.examples("quark env", "quark env --measure")
 Measure = Annotated[
     bool,
     typer.Option(

@@ -310,6 +310,15 @@ class JobFlags:
     verify: Annotated[
         bool, Option("--verify/--no-verify", help="Read the written scales back before the output gets its name.")
     ] = True
+    evaluate: Annotated[
+        bool | None,
+        Option(
+            "--eval/--no-eval",
+            help="Score what was written against the model, on 4,096 tokens that calibration does not use: KL, "
+            "perplexity. [default: after calibration on 40,960 tokens or more]",
+            show_default=False,
+        ),
+    ] = None
     keep_download: Annotated[
         bool,
         Option(

@@ -23,7 +23,6 @@ QUANTIZE_EXAMPLES = apps.examples(
 )
 PLAN_EXAMPLES = apps.examples(
     "quark plan --model demo --scheme nvfp4 --layer '*down_proj=fp8'",
-    "quark plan --model ./my-model --recipe nvfp4-kv_fp8 --json",
     "quark plan --model ./my-model --scheme int4_wo_128 --algorithm gptq --ranks 8 --gpu h100",
 )
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop; no weight is read.")]
@@ -55,7 +54,7 @@ def quantize(flags: JobFlags, *, dry_run: DryRun = False) -> None:
             output.session.partial = partial_path(prepared.output)
             _announce(prepared, progress)
 
-        report = job.run(options, progress, planned)
+        report = job.run(options, progress, planned, _judge)
         output.session.done = made[0].output
     _conclude(made[0], report, progress)
     if flags.json:
@@ -147,6 +146,12 @@ def _plan(flags: JobFlags, check_model: bool = False, devices: Devices | None = 
     planview.show(prepared, predictview.lines(forecast))
     if devices.shown:
         predictview.show(forecast)
+
+
+def _judge(*given: Any) -> dict[str, Any]:
+    from quarkcli.evaluate import after
+
+    return after.measure(*given)
 
 
 def _announce(prepared: Prepared, progress: Progress) -> None:

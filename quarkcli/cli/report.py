@@ -11,7 +11,7 @@ from quarkcli.cli import apps, output
 from quarkcli.cli.flags import Json
 from quarkcli.errors import AccessError, ModelError
 
-SCHEMA = "quark/report/1"
+SCHEMA = "quark/report/2"
 EXAMPLES = apps.examples("quark report out/demo-mxfp4", "quark report out/demo-mxfp4 --format json")
 
 

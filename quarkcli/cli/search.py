@@ -66,7 +66,7 @@ Scores = Annotated[
 # Not of a search: it has its own schemes and output, works in one go, and leaves caches to `quantize`.
 _WITHOUT = (
     "scheme", "recipe", "output", "layers", "layer_types", "kv_cache", "attention", "min_kv_scale", "resume",
-    "time_budget", "max_cpu_mem", "max_gpu_mem", "offload", "verify", "keep_download",
+    "time_budget", "max_cpu_mem", "max_gpu_mem", "offload", "verify", "evaluate", "keep_download",
 )  # fmt: skip
 
 

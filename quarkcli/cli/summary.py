@@ -9,7 +9,7 @@ from quarkcli.cli import output
 from quarkcli.plan import advice
 from quarkcli.plan.online import sentences
 from quarkcli.recipe.advice import AUTO
-from quarkcli.report import outcomes
+from quarkcli.report import losses, outcomes
 from quarkcli.report.log import duration
 
 Rows = list[tuple[str, str]]
@@ -51,8 +51,9 @@ def markdown(report: Mapping[str, Any]) -> str:
     text += _section("Rules that decided", _rules(report["decided_by"]))
     text += _section("Kept in source precision", _kept(report))
     text += _section("Fused tensors written as several", [f"{k}: {v} weights" for k, v in report["split"].items()])
-    worst = [f"{row['name']}: {row['error']:.4g}" for row in report["loss"]["worst_weights"]]
-    text += _section("Largest relative weight errors", worst)
+    loss = report["loss"]
+    for title, errors in (("output errors of blocks", "output_errors"), ("weight errors", "weight_errors")):
+        text += _section(f"Largest {title}", [f"{k}: {e:.4g}" for k, e in losses.worst(loss[errors], 10)])
     text += _section("Warnings", report["warnings"])
     text += _section("Checks", report["checks"])
     return "\n".join(text)
@@ -80,7 +81,7 @@ def _facts(report: Mapping[str, Any], reports: Mapping[str, Mapping[str, Any]]) 
         *([("bytes", shares)] if len(reports) == 1 else []),
         *_experts(report["experts"]),
         *_calibration(report["calibration"]),
-        *_loss(report["loss"]),
+        *losses.rows(report),
         *_exact(report.get("exact") or {}),
         *output.listed("solved", outcomes.sentences(report["outcomes"]) if report.get("outcomes") else []),
         ("peak", f"RAM {output.size(report['peak_rss_bytes'])}{gpu}"),
@@ -121,13 +122,6 @@ def _exact(blocks: Mapping[str, int]) -> Rows:
     rounded = [count for count in blocks.values() if count]
     kept = f"{len(blocks) - len(rounded)} of {len(blocks)} weights are codes times powers of two and keep every value"
     return [("exact", kept + (f"; {sum(rounded)} blocks of the others are rounded" if rounded else ""))]
-
-
-def _loss(loss: Mapping[str, Any]) -> Rows:
-    if loss["mean_weight_error"] is None:
-        return []
-    worst = "; ".join(f"{row['name']} {row['error']:.4g}" for row in loss["worst_weights"][:3])
-    return [("loss", f"mean relative weight error {loss['mean_weight_error']:.4g}"), ("", f"worst: {worst}")]
 
 
 def _kept(report: Mapping[str, Any]) -> list[str]:

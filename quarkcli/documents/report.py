@@ -58,14 +58,22 @@ class _Calibration(Shape):
     seqlen: int
 
 
-class _Worst(Shape):
-    name: str
-    error: float
-
-
 class _Loss(Shape):
+    mean_output_error: float | None
+    output_errors: dict[str, float]
     mean_weight_error: float | None
-    worst_weights: list[_Worst]
+    weight_errors: dict[str, float]
+
+
+class _Evaluation(Shape):
+    tokens: int
+    perplexity: float
+    baseline_perplexity: float
+    perplexity_increase: float
+    kl: float
+    top1_agreement: float
+    text: str
+    dtype: str
 
 
 class _Source(Shape):
@@ -84,6 +92,7 @@ class Report(Shape):
     experts: _Experts
     calibration: _Calibration | None
     loss: _Loss
+    evaluation: _Evaluation | None
     outcomes: _Outcomes | None = None
     source: _Source | None = None
     exact: dict[str, int] | None = None

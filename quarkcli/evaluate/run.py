@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from quarkcli.evaluate.windows import Windows
 
 SCHEMA = "quark/eval/1"
+BATCH = 2048  # tokens in one forward
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -43,7 +44,7 @@ class _Side:
         checkpoint: Checkpoint,
         tokens: Tensor,
         batch: int,
-        dtype: torch.dtype,
+        dtype: torch.dtype | None,
         device: str,
         trust: bool,
         eager: bool,
@@ -53,7 +54,6 @@ class _Side:
         from quarkcli.model.runner import Runner
 
         self.checkpoint = checkpoint
-        self.dtype = dtype
         self.on_nonfinite = on_nonfinite
         self.tell = tell
         self.found = NonFinite(_roles(checkpoint))
@@ -63,6 +63,7 @@ class _Side:
             folder, checkpoint.headers, device=device, dtype=dtype, trust_remote_code=trust, eager=eager,
             turned=checkpoint.turned,
         )  # fmt: skip
+        self.dtype = self.runner.dtype
         self.runner.check_tokens(tokens)
         if not self.runner.has_head:
             raise ModelError(
@@ -167,26 +168,50 @@ def evaluate(
     rows = windows.windows(tokenizer, text, window, max_tokens, bos)
     tell(Message(f"{len(rows.tokens)} windows of {window} tokens from {rows.source}, {_name(compute)}"))
     _begin(tell, models, rows, tokenizer, max_tokens, bos, weights_only, trust_remote_code)
-    # Both sides compute attention in the same way, so that their distance is that of the quantization.
-    eager = checkpoint.quantizes_softmax and not weights_only
-    setting = (rows.tokens, max(1, 2048 // window), compute, device, trust_remote_code, eager, on_nonfinite)
-    tested = _Side(checkpoint, *setting, tell)
-    source = _Side(reference, *setting, tell) if reference else None
-    _walk_blocks(tested, source, weights_only, tell)
+    scores = scored(
+        checkpoint, reference, rows, dtype=compute, device=device, trust=trust_remote_code, weights_only=weights_only,
+        on_nonfinite=on_nonfinite, batch=max(1, BATCH // window), tell=tell,
+    )  # fmt: skip
     return {
         "schema": SCHEMA,
         "directory": directory,
         "baseline": baseline,
-        **_score(tested, source, rows, weights_only),
+        **scores,
         "text": text or "builtin",
         "window": window,
         "bos": rows.prefix,
         "weights_only": weights_only,
-        "dtype": _name(compute),
         "device": device,
         "peak_rss_bytes": memory.peak_rss(),
         "seconds": round(time.monotonic() - started, 2),
     }
+
+
+def scored(
+    checkpoint: Checkpoint,
+    reference: Checkpoint | None,
+    rows: Windows,
+    *,
+    dtype: torch.dtype | None,
+    device: str,
+    trust: bool,
+    weights_only: bool = False,
+    on_nonfinite: OnNonfinite = "stop",
+    batch: int,
+    tell: Listener,
+) -> dict[str, Any]:
+    """Returns tokens, perplexity and, beside a reference, its perplexity, KL and agreement, as in `quark/eval/1`.
+
+    dtype   of the computation; None: the model's own
+    batch   windows in one forward
+    """
+    # Both sides compute attention in the same way, so that their distance is that of the quantization.
+    eager = checkpoint.quantizes_softmax and not weights_only
+    setting = (rows.tokens, batch, dtype, device, trust, eager, on_nonfinite)
+    tested = _Side(checkpoint, *setting, tell)
+    source = _Side(reference, *setting, tell) if reference else None
+    _walk_blocks(tested, source, weights_only, tell)
+    return {**_score(tested, source, rows, weights_only), "dtype": _name(tested.dtype)}
 
 
 def _open(
@@ -278,7 +303,8 @@ def _walk_blocks(tested: _Side, source: _Side | None, weights_only: bool, tell: 
             error = _distance(source.walk.served[0], tested.walk.served[0])
         now = time.monotonic()
         eta = (now - begun) / (block + 1) * (blocks - block - 1)
-        tell(PartDone(block + 1, blocks, f"block {block}", "eval", now - at, error, memory.peak_rss(), 0, eta))
+        rss = memory.peak_rss()
+        tell(PartDone(block + 1, blocks, f"block {block}", "eval", now - at, error, rss, 0, eta, "drift"))
 
 
 def _distance(reference: Tensor, other: Tensor) -> float:
@@ -296,16 +322,17 @@ def _score(tested: _Side, source: _Side | None, rows: Windows, weights_only: boo
     count = 0
     for index, tokens in enumerate(rows.tokens.split(tested.walk.batch)):
         targets = tokens[:, rows.first :].to(tested.walk.device)
+        real = rows.real(index, tested.walk.batch).to(tested.walk.device)
         tested.tell(Working(f"scoring batch {index + 1} of {len(tested.walk.served)}"))
         with tested.runner.handlers(None, tested.tail_handlers(weights_only)):
             scores = _log_probabilities(tested, index, rows.first)
-        sums["nll"] -= float(scores.gather(-1, targets[..., None]).double().sum())
-        count += targets.numel()
+        sums["nll"] -= float(scores.gather(-1, targets[..., None])[real].double().sum())
+        count += int(real.sum())
         if source is not None:
             base = _log_probabilities(source, index, rows.first)
-            sums["base_nll"] -= float(base.gather(-1, targets[..., None]).double().sum())
-            sums["kl"] += float(_divergence(base, scores).sum(-1).double().sum())
-            sums["agree"] += float((base.argmax(-1) == scores.argmax(-1)).sum())
+            sums["base_nll"] -= float(base.gather(-1, targets[..., None])[real].double().sum())
+            sums["kl"] += float(_divergence(base, scores).sum(-1)[real].double().sum())
+            sums["agree"] += float((base.argmax(-1) == scores.argmax(-1))[real].sum())
     return _summary(sums, count, source is not None)
 
 

@@ -25,16 +25,23 @@ class Windows:
     tokens  int64 [windows, window]
     prefix  token numbers that every window begins with; they are no part of the text
     source  origin of the text, for people
+    mask    bool [windows, window], False on padding, which is not scored; None: there is none
     """
 
     tokens: Tensor
     prefix: list[int]
     source: str
+    mask: Tensor | None = None
 
     @property
     def first(self) -> int:
         """Returns the place of the first scored token: something stands before it, and it belongs to the text."""
         return max(1, len(self.prefix))
+
+    def real(self, index: int, batch: int) -> Tensor:
+        """Returns which tokens from `first` on are scored, bool [windows of batch `index`, window - first]."""
+        mask = torch.ones_like(self.tokens, dtype=torch.bool) if self.mask is None else self.mask
+        return mask[index * batch : (index + 1) * batch, self.first :]
 
 
 def width(asked: int | None, limits: Iterable[int | None]) -> int:

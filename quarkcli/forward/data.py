@@ -52,6 +52,8 @@ class CalibrationData:
     prefix   token numbers put before every row of text
     notes    warnings
     skipped  reason -> rows that were not used for it
+    held     further rows of the same kind, for measuring; None: none were asked for, or left
+    held_mask   theirs
     """
 
     tokens: Tensor
@@ -61,6 +63,8 @@ class CalibrationData:
     prefix: list[int] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     skipped: dict[str, int] = field(default_factory=dict)
+    held: Tensor | None = None
+    held_mask: Tensor | None = None
 
     @property
     def token_count(self) -> int:
@@ -79,8 +83,11 @@ def load(
     asked: bool = True,
     allow_short: bool = False,
     offline: bool = False,
+    held: int = 0,
 ) -> CalibrationData:
     """Returns `samples` rows of `seqlen` tokens.
+
+    held    tokens in further rows that are no part of these
 
     bos     first tokens of rows: see `model.tokenizer.Tokenizer.prefix` for text, `begun` for conversations
     asked   the number of rows was asked for, so fewer are an error unless `allow_short`; fewer than a default are
@@ -97,8 +104,17 @@ def load(
     rows = _windows(stream, prefix, seqlen) + chats
     if not rows:
         raise _too_short(source, len(stream), seqlen) if stream else _useless(source, skipped)
+    others: list[list[int]] = []
     if len(rows) > samples:
-        rows = [rows[index] for index in sorted(random.Random(seed).sample(range(len(rows)), samples))]
+        chosen = sorted(random.Random(seed).sample(range(len(rows)), samples))
+        others = [row for index, row in enumerate(rows) if index not in set(chosen)]
+        rows = [rows[index] for index in chosen]
+    wanted = -(-held // seqlen)
+    if len(others) < wanted:  # the source is read on from where it was left
+        budget = max(4_000_000, wanted * seqlen * 16)
+        further, talks = _collect(found, column, tokenizer, wanted, seqlen, bos, budget, Skipped())
+        others += _windows(further, prefix, seqlen) + talks
+    others = others[:: max(1, len(others) // max(1, wanted))][:wanted]
     notes = [f"{skipped.total} rows skipped: {skipped}"] if skipped.total else []
     notes += skipped.remarks
     if len(rows) < samples:
@@ -107,10 +123,12 @@ def load(
             more = "".join(f"; {note}" for note in notes)
             raise DataError(short + more, where=source, hint="--allow-short, fewer --calib-samples, or more data")
         notes.append(f"calibration uses {short.replace('asked for', 'wanted')}")
-    padded, mask = _padded(rows, seqlen, tokenizer.eos or 0) if chats else (rows, None)
-    tokens = torch.tensor(padded, dtype=torch.int64)
-    real = torch.tensor(mask, dtype=torch.bool) if mask is not None else None
-    return CalibrationData(tokens, real, source, _digest(tokens, real), prefix, notes, dict(skipped.counts))
+    tokens, real = _tensors(rows, seqlen, tokenizer.eos, bool(chats))
+    ragged = any(len(row) < seqlen for row in others)
+    scored, scored_mask = _tensors(others, seqlen, tokenizer.eos, ragged) if others else (None, None)
+    return CalibrationData(
+        tokens, real, source, _digest(tokens, real), prefix, notes, dict(skipped.counts), scored, scored_mask
+    )
 
 
 def _windows(stream: list[int], prefix: list[int], seqlen: int) -> list[list[int]]:
@@ -185,6 +203,14 @@ def _shortened(messages: list[dict[str, Any]], limit: int) -> list[dict[str, Any
         kept.append({**message, "content": message["content"][:limit]})
         limit -= len(message["content"])
     return kept
+
+
+def _tensors(rows: list[list[int]], seqlen: int, eos: int | None, ragged: bool) -> tuple[Tensor, Tensor | None]:
+    """Returns rows as one matrix, with a mask where there are conversations, which are of any length (`ragged`)."""
+    if not ragged:
+        return torch.tensor(rows, dtype=torch.int64), None
+    padded, mask = _padded(rows, seqlen, eos or 0)
+    return torch.tensor(padded, dtype=torch.int64), torch.tensor(mask, dtype=torch.bool)
 
 
 def _padded(rows: list[list[int]], seqlen: int, pad: int) -> tuple[list[list[int]], list[list[bool]]]:

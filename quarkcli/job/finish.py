@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -164,14 +165,18 @@ def verify_and_report(
     data: CalibrationData | None,
     records: dict[str, dict[str, Any]],
     partial: Path,
-    seconds: float,
+    started: float,
     device: str,
+    evaluation: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """Does step 10 without the renaming. Raises CheckError for files that are not as planned."""
+    """Does step 10 without the renaming. Raises CheckError for files that are not as planned.
+
+    evaluation   what the files score beside their source; None: that was not measured
+    """
     checks = ["nothing was read back: --no-verify"]
     if prepared.options.verify:
         checks = verify.against_plan(partial, prepared.plan, prepared.dialect, prepared.weights.headers)
-    report = build.build(prepared, data, records, checks, seconds, device)
+    report = build.build(prepared, data, records, checks, time.monotonic() - started, device, evaluation)
     atomic_write_json(partial / "quark" / "report.json", report)
     atomic_write_text(partial / "README.md", build.card(prepared, report))
     write_manifest(source_facts(prepared.source), partial, records)

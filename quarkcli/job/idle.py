@@ -12,6 +12,7 @@ from pathlib import Path
 from quarkcli.disk import pickles
 from quarkcli.disk.source import Source
 from quarkcli.forward.defaults import BUILTIN
+from quarkcli.job import judging
 from quarkcli.job.options import SKIP, Calibration, Options
 from quarkcli.plan.model import Plan
 
@@ -19,7 +20,9 @@ OF_DATA = (
     "calib_data", "calib_samples", "calib_seqlen", "calib_batch", "calib_column", "chat_template", "bos", "allow_short",
     "moe_calibration", "min_expert_tokens", "seed", "strict",
 )  # fmt: skip
-OF_WORK = ("resume", "overwrite", "time_budget", "on_nonfinite", "max_cpu_mem", "max_gpu_mem", "offload", "verify")
+OF_WORK = (
+    "resume", "overwrite", "time_budget", "on_nonfinite", "max_cpu_mem", "max_gpu_mem", "offload", "verify", "evaluate",
+)  # fmt: skip
 NO_CODE = "--trust-remote-code is not used: the model brings no code"
 _TEXT = ".txt"
 # Values of a recipe that a flag replaces -> the field of `Options`; of `Overrides` where it starts with a dot.
@@ -48,7 +51,14 @@ def given(options: Options, names: Iterable[str]) -> list[str]:
     """Returns those of these fields that differ from their defaults, as flags; `--no-` where they are on by default."""
     usual = {field.name: field.default for field in fields(options)}
     differing = (name for name in names if getattr(options, name) != usual[name])
-    return [flag(f"no_{name}" if usual[name] is True else name) for name in differing]
+    return [_written(name, getattr(options, name), usual[name]) for name in differing]
+
+
+def _written(name: str, value: object, usual: object) -> str:
+    """Returns a switch as it was given: `--no-` where it is off and is on, or decided by the plan, by default."""
+    if name == "evaluate":
+        return "--eval" if value else "--no-eval"
+    return flag(f"no_{name}" if usual is True else name)
 
 
 def of_run(
@@ -66,6 +76,7 @@ def of_run(
         found += _of_data(options, plan, set(needs), calibration)
     if options.max_gpu_mem is not None and _on_cpu(options):
         found.append("--max-gpu-mem is not used: the job runs on a CPU")
+    found += judging.idle(options, calibration is not None)
     if options.target == "none" and not plan.disagreeing():
         found.append("--target none changes nothing: what servers fuse has one scheme")
     if options.device == "cuda" and not _has_gpu():

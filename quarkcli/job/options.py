@@ -64,6 +64,7 @@ class Options:
     offload: Offload = "auto"
     threads: int | None = None
     verify: bool = True
+    evaluate: bool | None = None
     tp: int | None = None
     trust_remote_code: bool = False
     allow_pickle: bool = False

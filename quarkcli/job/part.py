@@ -124,13 +124,10 @@ class PartWorker:
         del statistics
         after = self.advance(part, tensors, out, scales)
         apart = packing.apart() if self.walk is not None and part.index < self.last else {}
-        error = _mean(weight_errors.values())
-        if before is not None and after is not None and weight_errors:
-            found = _relative(before, after)
-            error = found if math.isfinite(found) else error
+        error = _relative(before, after) if before is not None and after is not None and weight_errors else math.nan
         return PartResult(
-            out, error, weight_errors, expert_tokens, self.warnings, time.perf_counter() - started,
-            self.solving.dead_inputs, self.solving.report(), self.silent,
+            out, error if math.isfinite(error) else None, weight_errors, expert_tokens, self.warnings,
+            time.perf_counter() - started, self.solving.dead_inputs, self.solving.report(), self.silent,
             list(nonfinite.parameters), list(nonfinite.others), self.tuning, rewriting.notes,
             self.solving.exact, self.guard.skipped | self.solving.skipped, apart, others,
         )  # fmt: skip
@@ -359,8 +356,3 @@ def _relative(before: Tensor, after: Tensor) -> float:
     after = after.to(before.device).float()
     norm = before.norm()
     return float((before - after).norm() / norm) if float(norm) > 0 else 0.0
-
-
-def _mean(values: Iterable[float]) -> float | None:
-    numbers = list(values)
-    return sum(numbers) / len(numbers) if numbers else None

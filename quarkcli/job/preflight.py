@@ -29,7 +29,7 @@ from quarkcli.errors import (
 )
 from quarkcli.events import Listener, Message, Working
 from quarkcli.family import HeaderLike
-from quarkcli.job import forecast
+from quarkcli.job import forecast, judging
 from quarkcli.job.options import Calibration, Options, Prepared
 from quarkcli.plan.fused import Servers, sentence, splits
 from quarkcli.plan.model import Plan, QuantizedTarget
@@ -370,7 +370,9 @@ def rows_of(settings: Calibration, options: Options, tokenizer: Tokenizer, tell:
         allow_short=options.allow_short,
         offline=options.offline,
         bos=settings.bos,
+        held=judging.held_out(options, settings),
     )
+    judging.check_rows(options, rows)
     if options.chat_template is not None and rows.mask is None:
         text = f"--chat-template {options.chat_template} is not used: no conversation in {rows.source}"
         tell(Message(text, "warning"))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from quarkcli.events import Measure
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -13,6 +15,7 @@ if TYPE_CHECKING:
 class PartResult:
     """The result of a part: packed tensors by file name, and facts for journal and report.
 
+    output_error      of the block's output, relative to the source block's for the same inputs; None without data
     others            the tensors in further dialects
     apart             of these, those whose weights decode a little otherwise: see `Packing.apart`
     exact             weight that its format holds without a solver -> how many of its blocks were rounded
@@ -26,7 +29,7 @@ class PartResult:
     """
 
     tensors: dict[str, Tensor]
-    error: float | None
+    output_error: float | None
     weight_errors: dict[str, float]
     expert_tokens: dict[str, dict[int, int]]
     warnings: list[str] = field(default_factory=list)
@@ -42,6 +45,14 @@ class PartResult:
     skipped: dict[str, str] = field(default_factory=dict)
     apart: dict[str, int] = field(default_factory=dict)
     others: list[dict[str, Tensor]] = field(default_factory=list)
+
+    @property
+    def error(self) -> tuple[float | None, Measure]:
+        """Returns the error that people are shown, and what it is of."""
+        if self.output_error is not None:
+            return self.output_error, "output"
+        errors = self.weight_errors.values()
+        return sum(errors) / len(errors) if errors else None, "weight"
 
     def record(self) -> dict[str, Any]:
         """Returns the JSON form without the tensors."""

@@ -22,8 +22,8 @@ from quarkcli.disk.origin import open_weights
 from quarkcli.disk.place import remove_stale
 from quarkcli.disk.source import Source
 from quarkcli.errors import DataError, UsageError
-from quarkcli.events import Event, Listener, Message, PartDone, Phase, Working, broadcast, silent
-from quarkcli.job import asked, carried, directories, download, finish, idle, partial_path, preflight
+from quarkcli.events import Event, Listener, Measure, Message, PartDone, Phase, Working, broadcast, silent
+from quarkcli.job import asked, carried, directories, download, finish, idle, judging, partial_path, preflight
 from quarkcli.job import device as devices
 from quarkcli.job.fingerprint import fingerprint
 from quarkcli.job.options import SKIP, Options, Prepared
@@ -148,16 +148,21 @@ def prepare(options: Options, tell: Listener = silent, *, carries: bool = True) 
 
 
 def run(
-    options: Options, tell: Listener = silent, planned: Callable[[Prepared], None] = lambda prepared: None
+    options: Options,
+    tell: Listener = silent,
+    planned: Callable[[Prepared], None] = lambda prepared: None,
+    judge: judging.Judge | None = None,
 ) -> dict[str, Any]:
     """Does all ten steps. Returns the report. Raises QuarkError; then no output directory exists.
 
     planned   called once with what is about to be done, before any weight is read
+    judge     scores what was written against the source; None: nobody does
     """
     started = time.monotonic()
     log_file = log.LogFile()
     tell = broadcast(log_file, tell)
     prepared = prepare(options, tell)  # 1-4
+    judging.check(prepared)
     planned(prepared)  # 5
     for warning in dict.fromkeys(warning for one in prepared.every for warning in one.warnings):
         tell(Message(warning, "warning"))
@@ -195,11 +200,11 @@ def run(
             split = [outputs.of_folder(records, one.folder) for one in prepared.every]
             for one, own in zip(prepared.every, split, strict=True):
                 finish.write_config(one, partial / one.folder, own)  # 9
+            found = judging.measured(prepared, data, partial / prepared.folder, device, judge, tell)
             tell(Phase("verify"))
-            seconds = time.monotonic() - started
             directories.note_apart(prepared, records, shown)
             reports = [
-                finish.verify_and_report(one, data, own, partial / one.folder, seconds, device)  # 10
+                finish.verify_and_report(one, data, own, partial / one.folder, started, device, found)  # 10
                 for one, own in zip(prepared.every, split, strict=True)
             ]
             directories.list_them(prepared, partial)
@@ -294,7 +299,7 @@ def _parts(
             pipeline.write(part, result, worker)
             eta = (time.monotonic() - begun) / count * (len(todo) - count)
             what = label if result.weight_errors else "kept"
-            tell(_progress(part, len(plan.parts), what, result.seconds, result.error, eta, device))
+            tell(_progress(part, len(plan.parts), what, result.seconds, *result.error, eta, device))
             del tensors, result  # before the next part is read
             memory.give_back()
             if walk is not None and part.kind == "embed":
@@ -388,7 +393,7 @@ def _take_up(walk: Walk, journal: Journal) -> None:
 
 
 def _progress(
-    part: Part, total: int, label: str, seconds: float, error: float | None, eta: float, device: str
+    part: Part, total: int, label: str, seconds: float, error: float | None, measure: Measure, eta: float, device: str
 ) -> PartDone:
     rss, gpu = memory.peak_rss(), memory.peak_gpu(device)
-    return PartDone(part.index + 1, total, part.name, label, seconds, error, rss, gpu, eta)
+    return PartDone(part.index + 1, total, part.name, label, seconds, error, rss, gpu, eta, measure)

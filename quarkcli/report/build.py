@@ -1,4 +1,4 @@
-"""report.json (schema `quark/report/1`) and the model card."""
+"""report.json (schema `quark/report/2`) and the model card."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from quarkcli.plan.model import Plan
 from quarkcli.plan.online import sentences
 from quarkcli.plan.sizes import expert_share
 from quarkcli.recipe.match import starred
+from quarkcli.report import losses
 from quarkcli.report.outcomes import outcomes
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from quarkcli.forward.data import CalibrationData
     from quarkcli.job.options import Prepared
 
-SCHEMA = "quark/report/1"
+SCHEMA = "quark/report/2"
 _FRONT = re.compile(r"---[ \t]*\r?\n(.*?)^---[ \t]*$", re.DOTALL | re.MULTILINE)
 _LICENCE = ("license", "license_name", "license_link")
 _NO_BREAKS = 1 << 20  # the width up to which YAML keeps a text on its line
@@ -37,8 +38,13 @@ def build(
     checks: list[str],
     seconds: float,
     device: str,
+    evaluation: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """Returns the report of a finished run. `records`: per part, as the journal keeps them."""
+    """Returns the report of a finished run.
+
+    records      per part, as the journal keeps them
+    evaluation   see `job.judging.measured`
+    """
     plan = prepared.plan
     warnings = list(dict.fromkeys(prepared.warnings + [w for r in records.values() for w in r["warnings"]]))
     return {
@@ -63,9 +69,10 @@ def build(
         "decided_by": decided_by(plan),
         "experts": _experts(plan, records),
         "loss": _loss(records),
+        "evaluation": evaluation,
         "dead_inputs": _dead_inputs(records),
         "exact": _exact(records),
-        "skipped": {what: why for record in records.values() for what, why in record.get("skipped", {}).items()},
+        "skipped": _skipped(records),
         "outcomes": outcomes(records.values()),
         "kept": plan.kept,
         "kept_reasons": dict(Counter(plan.kept.values()).most_common()),
@@ -122,6 +129,11 @@ def _exact(records: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
     return {name: count for record in records.values() for name, count in record.get("exact", {}).items()}
 
 
+def _skipped(records: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Returns what algorithms passed over, with what was not finite there."""
+    return {what: why for record in records.values() for what, why in record.get("skipped", {}).items()}
+
+
 def _dead_inputs(records: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Returns what calibration never moved: inputs of solved weights by weight, and activations with a static scale."""
     weights = {name: count for record in records.values() for name, count in record["dead_inputs"].items()}
@@ -149,11 +161,12 @@ def part_warnings(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 def _loss(records: dict[str, dict[str, Any]]) -> dict[str, Any]:
     weight_errors = {name: e for record in records.values() for name, e in record["weight_errors"].items()}
-    worst = sorted(weight_errors.items(), key=lambda item: -item[1])[:10]
+    errors = {name: e for name, record in records.items() if (e := record["output_error"]) is not None}
     return {
+        "mean_output_error": sum(errors.values()) / len(errors) if errors else None,
+        "output_errors": errors,
         "mean_weight_error": sum(weight_errors.values()) / len(weight_errors) if weight_errors else None,
-        "worst_weights": [{"name": name, "error": error} for name, error in worst],
-        "parts": {name: record["error"] for name, record in records.items() if record["error"] is not None},
+        "weight_errors": weight_errors,
         "tuning": {name: record["tuning"] for name, record in records.items() if record.get("tuning")},
     }
 
@@ -239,7 +252,6 @@ def card(prepared: Prepared, report: dict[str, Any]) -> str:
     source = prepared.source
     base = source.hub_id or source.name
     calibration = report["calibration"]
-    loss = report["loss"]["mean_weight_error"]
     commit = f" at commit `{source.commit}`" if source.commit else ""
     front = {
         "base_model": base,
@@ -265,7 +277,7 @@ def card(prepared: Prepared, report: dict[str, Any]) -> str:
         *(f"| while it runs | {text} |" for text in sentences(prepared.plan.online)),
         f"| effective bits per quantized weight | {report['size']['effective_bits']} |",
         f"| size | {report['size']['source_bytes']:,} -> {report['size']['output_bytes']:,} bytes |",
-        f"| mean relative weight error | {loss:.4f} |" if loss is not None else "| mean relative weight error | - |",
+        *(f"| {label} | {text} |" for label, text in losses.rows(report)),
         f"| calibration | {calibration['source']}, {calibration['rows']} x {calibration['seqlen']} tokens |"
         if calibration
         else "| calibration | none needed |",

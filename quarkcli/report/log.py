@@ -11,12 +11,14 @@ from typing import TextIO
 
 from quarkcli.disk.writer import disk_errors
 from quarkcli.errors import QuarkError, ResourceError
-from quarkcli.events import Event, Message, PartDone, Phase, Working
+from quarkcli.events import Event, Measure, Message, PartDone, Phase, Working
+
+_MEASURES: dict[Measure, str] = {"output": "output-error", "weight": "weight-error", "drift": "drift"}
 
 
 def progress_line(event: PartDone) -> str:
-    """Returns `[12/80] layers.11 nvfp4+awq 38.2s err=3.1e-03 rss=9.8G gpu=14.2G eta=46m`."""
-    error = f" err={event.error:.1e}" if event.error is not None else ""
+    """Returns `[12/80] layers.11 nvfp4+awq 38.2s output-error=3.1e-03 rss=9.8G gpu=14.2G eta=46m`."""
+    error = f" {_MEASURES[event.measure]}={event.error:.1e}" if event.error is not None else ""
     gpu = f" gpu={event.gpu / 1e9:.1f}G" if event.gpu else ""
     return (
         f"[{event.index}/{event.total}] {event.name} {event.label} {event.seconds:.1f}s{error} "

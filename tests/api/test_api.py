@@ -38,7 +38,7 @@ def test_quantize_returns_the_report_and_tells_events(tmp_path, capsys):
     report = quarkcli.quantize(
         "demo", "mxfp4", output=tmp_path / "out", listener=events.append, exclude=["*down_proj"], device="cpu"
     )
-    assert report["schema"] == "quark/report/1"
+    assert report["schema"] == "quark/report/2"
     assert (tmp_path / "out" / "quark" / "manifest.json").is_file()
     assert Phase("verify") in events
     assert "--exclude '*down_proj'" in report["kept_reasons"]

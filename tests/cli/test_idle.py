@@ -92,6 +92,7 @@ IDLE: dict[str, list[Case]] = {
     "offload": [((*FREE, "--offload", "disk"), 0, NOT_USED), ((*DATA, "--offload", "cpu"), 0, "and writes nothing"),
                 ((*DATA, "--offload", "none", "--device", "cpu"), 0, "on a CPU hidden states are in its memory")],
     "verify": [((*FREE, "--no-verify"), 0, "and writes nothing")],
+    "evaluate": [((*FREE, "--eval"), 0, "and writes nothing"), ((*FREE, "--no-eval"), 0, "measures only when")],
     "trust_remote_code": [((*FREE, "--trust-remote-code"), 0, NOT_USED),
                           ((*DATA, "--trust-remote-code"), 0, "brings no code")],
     "allow_pickle": [((*FREE, "--allow-pickle"), 0, "has safetensors files")],

@@ -208,7 +208,7 @@ def interruptible() -> Iterator[None]:
 )
 @pytest.mark.parametrize("begun", [True, False])
 def test_signals(quark, monkeypatch, tmp_path, interruptible, number, code, word, begun):
-    def run(options, tell, planned) -> None:
+    def run(options, tell, planned, judge) -> None:
         planned(job.prepare(options))
         if begun:
             (tmp_path / "out.partial").mkdir()

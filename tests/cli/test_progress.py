@@ -32,7 +32,7 @@ def heard(capsys: pytest.CaptureFixture[str], **settings: object) -> list[str]:
 
 
 def test_lines(capsys):
-    line = "[2/6] model.layers.0 mxfp4 1.2s err=1.1e-01 rss=0.3G eta=1m"
+    line = "[2/6] model.layers.0 mxfp4 1.2s output-error=1.1e-01 rss=0.3G eta=1m"
     assert heard(capsys) == ["phase: check", "fine", "warning: careful", line]
 
 

@@ -22,7 +22,7 @@ def test_quantize_prints_the_directory_and_tells_the_rest_on_stderr(quark, tmp_p
     assert not (tmp_path / "out.partial").exists()
     for text in ("scheme      mxfp4", "data        none needed", "phase: verify", "[6/6] tail kept"):
         assert text in err
-    for label in ("modules", "size", "bits", "bytes", "loss", "peak", "time", "kept", "checked", "next"):
+    for label in ("modules", "size", "bits", "bytes", "error", "peak", "time", "kept", "checked", "next"):
         assert any(line.startswith(label) for line in err.splitlines()), label
     assert "quark eval out --baseline demo" in err
     assert "vllm serve out" in err
@@ -33,7 +33,7 @@ def test_the_report_with_json_and_nothing_else_with_quiet(quark):
     assert code == 0
     assert err == ""
     report = json.loads(out)
-    assert report["schema"] == "quark/report/1"
+    assert report["schema"] == "quark/report/2"
     assert report["recipe"]["name"] == "mxfp4"
 
 

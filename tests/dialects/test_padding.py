@@ -67,7 +67,7 @@ def test_algorithms_work_on_it_and_the_evaluation_agrees(source: Path, tmp_path:
     assert runs.same_files(made.folder, again.folder)
     found = evaluate(str(made.folder), baseline=str(source), text=text, max_tokens=300, device="cpu", tell=lambda e: 0)
     assert 0 <= found["kl"] < 0.1
-    assert all(error < 0.3 for error in made.report["loss"]["parts"].values())
+    assert all(error < 0.3 for error in made.report["loss"]["output_errors"].values())
 
 
 @pytest.mark.parametrize("scheme", ["int4_wo_32", "mxfp4_weight_only", "nvfp4_weight_only"])
