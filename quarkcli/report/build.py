@@ -57,12 +57,7 @@ def build(
         "advice": [choice.as_dict() for choice in prepared.advice],
         "dialect": {"name": prepared.dialect.name, "reason": prepared.dialect_reason},
         "calibration": _calibration(prepared, data),
-        "size": {
-            "source_bytes": prepared.forecast.source_bytes,
-            "output_bytes": sum(file["size"] for r in records.values() for file in r["files"]),
-            "effective_bits": round(prepared.forecast.effective_bits, 4),
-            "bytes_by_dtype": prepared.forecast.dtypes,
-        },
+        "size": _size(prepared, records),
         "modules_by_scheme": modules_by_scheme(plan),
         "attention_by_scheme": attention_by_scheme(plan),
         "shared_scales": shared_scales(plan),
@@ -91,6 +86,15 @@ def build(
         "seconds": round(seconds, 2),
         "peak_rss_bytes": memory.peak_rss(),
         "peak_gpu_bytes": memory.peak_gpu(device),
+    }
+
+
+def _size(prepared: Prepared, records: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    return {
+        "source_bytes": prepared.forecast.source_bytes,
+        "output_bytes": sum(file["size"] for r in records.values() for file in r["files"]),
+        "effective_bits": round(prepared.forecast.effective_bits, 4),
+        "bytes_by_dtype": prepared.forecast.dtypes,
     }
 
 

@@ -119,6 +119,10 @@ OTHERS: dict[str, dict[str, list[Case] | str]] = {
         "check_model": "it builds the model's class",
         **dict.fromkeys(("ranks", "gpu", "rates"), "the forecast is for these"),
     },
+    "env": {
+        "measure": "it measures, and says where the rates are",
+        "device": [(("env", "--device", "cpu"), 2, "for --measure alone")],
+    },
     "search": {
         **dict.fromkeys(("model", "schemes", "recipe"), "what everything is about"),
         **dict.fromkeys(("output", "scores"), "where it goes"),
