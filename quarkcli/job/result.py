@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from quarkcli.events import Measure
+from quarkcli import memory
+from quarkcli.events import Measure, PartDone
+from quarkcli.plan.model import Part
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,6 +55,12 @@ class PartResult:
             return self.output_error, "output"
         errors = self.weight_errors.values()
         return sum(errors) / len(errors) if errors else None, "weight"
+
+    def told(self, part: Part, total: int, label: str, eta: float, device: str) -> PartDone:
+        """Returns the event that says that the part is done."""
+        rss, gpu = memory.peak_rss(), memory.peak_gpu(device)
+        error, measure = self.error
+        return PartDone(part.index + 1, total, part.name, label, self.seconds, error, rss, gpu, eta, measure)
 
     def record(self) -> dict[str, Any]:
         """Returns the JSON form without the tensors."""

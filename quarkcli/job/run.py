@@ -22,7 +22,7 @@ from quarkcli.disk.origin import open_weights
 from quarkcli.disk.place import remove_stale
 from quarkcli.disk.source import Source
 from quarkcli.errors import DataError, UsageError
-from quarkcli.events import Event, Listener, Measure, Message, PartDone, Phase, Working, broadcast, silent
+from quarkcli.events import Event, Listener, Message, Phase, Working, broadcast, silent
 from quarkcli.job import asked, carried, directories, download, finish, idle, judging, partial_path, preflight
 from quarkcli.job import device as devices
 from quarkcli.job.fingerprint import fingerprint
@@ -171,11 +171,7 @@ def run(
     partial = partial_path(prepared.output)
     for line in remove_stale(partial):
         tell(Message(line, "warning", always=True))
-    preflight.check_output(prepared.output, options.overwrite, prepared.source.folder)
-    preflight.check_resources(prepared.output, directories.together(prepared), options.max_cpu_mem)
-    download.check_room(prepared)
-    device = devices.device(options.device)
-    devices.check(device, prepared.forecast, options.max_gpu_mem)
+    device = _with_room(prepared)
     # Without calibration, workers of their own compute.
     alone = limited(prepared.threads if prepared.calibration is not None else 1)
     room = devices.limit(device, options.max_gpu_mem)
@@ -210,6 +206,17 @@ def run(
             directories.list_them(prepared, partial)
             finish.hand_over(journal, partial, prepared.output, options.overwrite, tell, log_file.forgive)
     return directories.report(prepared, reports)
+
+
+def _with_room(prepared: Prepared) -> str:
+    """Returns the device, after a look at what the output, the disk and the memories have room for."""
+    options = prepared.options
+    preflight.check_output(prepared.output, options.overwrite, prepared.source.folder)
+    preflight.check_resources(prepared.output, directories.together(prepared), options.max_cpu_mem)
+    download.check_room(prepared)
+    device = devices.device(options.device)
+    devices.check(device, prepared.forecast, options.max_gpu_mem)
+    return device
 
 
 def _remember(warnings: list[str]) -> Listener:
@@ -299,7 +306,7 @@ def _parts(
             pipeline.write(part, result, worker)
             eta = (time.monotonic() - begun) / count * (len(todo) - count)
             what = label if result.weight_errors else "kept"
-            tell(_progress(part, len(plan.parts), what, result.seconds, *result.error, eta, device))
+            tell(result.told(part, len(plan.parts), what, eta, device))
             del tensors, result  # before the next part is read
             memory.give_back()
             if walk is not None and part.kind == "embed":
@@ -390,10 +397,3 @@ def _take_up(walk: Walk, journal: Journal) -> None:
     stored = journal.hidden()
     if stored is not None:
         walk.take({stream: [stored[n] for n in sorted(stored) if n.startswith(f"{stream}/")] for stream in walk.hidden})
-
-
-def _progress(
-    part: Part, total: int, label: str, seconds: float, error: float | None, measure: Measure, eta: float, device: str
-) -> PartDone:
-    rss, gpu = memory.peak_rss(), memory.peak_gpu(device)
-    return PartDone(part.index + 1, total, part.name, label, seconds, error, rss, gpu, eta, measure)
