@@ -12,13 +12,12 @@ import json
 import os
 import re
 import shutil
-import stat
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 from quarkcli.disk import outputs
 from quarkcli.disk.headers import DTYPES, INDEX
@@ -81,19 +80,27 @@ def tensor_bytes(dtype: str, shape: Iterable[int]) -> int:
 
 
 def file_size(infos: Iterable[TensorInfo]) -> int:
-    """Returns the exact bytes of the safetensors file that holds these tensors.
+    """Returns the exact bytes of the safetensors file that holds these tensors."""
+    ordered = _ordered(infos)
+    return len(_header(ordered)) + sum(tensor_bytes(dtype, shape) for _, dtype, shape in ordered)
 
-    Repeats what the library does (safetensors/src/tensor.rs, `prepare`): tensors by dtype, widest first, then by
-    name; compact JSON header padded with blanks to 8 bytes, after 8 bytes of length.
-    """
-    header: dict[str, Any] = {"__metadata__": _METADATA}
+
+def _ordered(infos: Iterable[TensorInfo]) -> list[TensorInfo]:
+    """Returns tensors in the library's order (its tensor.rs, `prepare`): widest dtype first, then by name."""
+    return sorted(infos, key=lambda info: (-_LAYOUT[info[1]], info[0]))
+
+
+def _header(ordered: Iterable[TensorInfo]) -> bytes:
+    """Returns what comes before the tensors: 8 bytes of length, compact JSON padded with blanks to 8 bytes."""
+    table: dict[str, Any] = {"__metadata__": _METADATA}
     position = 0
-    for name, dtype, shape in sorted(infos, key=lambda info: (-_LAYOUT[info[1]], info[0])):
+    for name, dtype, shape in ordered:
         end = position + tensor_bytes(dtype, shape)
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
+        table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
         position = end
-    length = len(json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode())
-    return 8 + -(-length // 8) * 8 + position
+    content = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode()
+    content += b" " * (-len(content) % 8)
+    return len(content).to_bytes(8, "little") + content
 
 
 def plan_files(slug: str, infos: Iterable[TensorInfo], limit: int = SHARD_LIMIT) -> list[PlannedFile]:
@@ -141,54 +148,50 @@ def write_part(
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> WrittenFile:
     """Writes one safetensors file durably, replacing `path` at once. Raises ResourceError."""
     infos = [(name, dtype_text(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()]
-    with disk_errors(path, file_size(infos)), _staging(path.parent) as staging:
-        temporary = staging / path.name
-        _save(_separate(tensors), temporary)
-        # The library creates files for the owner alone; a checkpoint is read by servers under other users.
-        temporary.chmod(_default_mode(staging))
-        with temporary.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-            os.fsync(stream.fileno())
-            size = os.fstat(stream.fileno()).st_size
-        os.replace(temporary, path)  # noqa: PTH105 - one name for tests to interrupt
+    temporary = _temporary(path)
+    with disk_errors(path, file_size(infos)):
+        try:
+            size, digest = _save(tensors, temporary)
+            os.replace(temporary, path)  # noqa: PTH105 - one name for tests to interrupt
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
         sync_folder(path.parent)
     return WrittenFile(path.name, size, digest, {name: tensor_bytes(dtype, shape) for name, dtype, shape in infos})
 
 
-def _separate(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Returns the same values, dense and without common memory, which safetensors refuses."""
-    seen: set[int] = set()
-    out: dict[str, torch.Tensor] = {}
-    for name, tensor in tensors.items():
-        dense = tensor.detach().contiguous()
-        address = dense.untyped_storage().data_ptr()
-        out[name] = dense.clone() if address in seen else dense
-        seen.add(address)
-    return out
+def _save(tensors: dict[str, torch.Tensor], path: Path) -> tuple[int, str]:
+    """Writes a safetensors file and waits until it is durable. Returns its size, and the sha256 of its bytes.
+
+    The bytes are those of the library, which would have to be read again for their hash.
+    """
+    infos = _ordered((name, dtype_text(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items())
+    digest = hashlib.sha256()
+    with path.open("wb", buffering=0) as stream:
+        for content in chain([_header(infos)], (_content(tensors[name]) for name, _, _ in infos)):
+            digest.update(content)
+            _write(stream, content)
+        os.fsync(stream.fileno())
+        return stream.tell(), digest.hexdigest()
 
 
-def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Calls safetensors' writer, and turns its failures back into the OSError they were."""
-    import safetensors
-    from safetensors.torch import save_file
+def _content(tensor: torch.Tensor) -> bytes | memoryview:
+    """Returns the bytes of a tensor, copied only where they do not lie one after the other on the CPU."""
+    import torch
 
-    try:
-        save_file(tensors, path, metadata=_METADATA)
-    except safetensors.SafetensorError as error:
-        number = re.search(r"os error (\d+)", str(error))
-        if number is None:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
-@contextmanager
-def _staging(folder: Path) -> Iterator[Path]:
-    """Makes a folder for files on their way: the library adds temporary names of its own, which a kill would leave."""
-    path = Path(tempfile.mkdtemp(prefix=STAGING, dir=folder))
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
+def _write(stream: BinaryIO, content: bytes | memoryview) -> None:
+    """Writes all of `content`; one call of the system writes 2 GiB at most."""
+    left = memoryview(content)
+    while left.nbytes:
+        left = left[stream.write(left) :]
+
+
+def _temporary(path: Path) -> Path:
+    """Returns the name of a file on its way to `path`; `remove_staging` finds it after a kill."""
+    return path.with_name(f"{STAGING}{os.getpid()}-{path.name}")
 
 
 def remove_staging(folder: Path) -> None:
@@ -206,13 +209,6 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _default_mode(folder: Path) -> int:
-    """Returns the mode a new file gets here under the umask, found without changing the umask of the process."""
-    probe = folder / "mode"
-    probe.touch()
-    return stat.S_IMODE(probe.stat().st_mode)
-
-
 def write_index(folder: Path, weight_map: dict[str, str], total_size: int) -> None:
     """Writes the index: tensor name -> file, sorted; total_size is the bytes of all tensors without headers."""
     index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
@@ -228,7 +224,7 @@ def atomic_write_text(path: Path, text: str) -> None:
     Raises ResourceError.
     """
     data = text.encode("utf-8", "backslashreplace")  # of a path that is no text; in JSON it is the same character
-    temporary = path.with_name(f"{STAGING}{os.getpid()}-{path.name}")
+    temporary = _temporary(path)
     with disk_errors(path, len(data)):
         try:
             with temporary.open("wb") as stream:

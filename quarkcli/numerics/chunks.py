@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -26,14 +28,40 @@ def row_chunks(x: Tensor) -> Iterator[slice]:
 
 
 def work_chunks(x: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Yields `row_chunks` with a float32 buffer [n, cols] and int32 scratch [2, n, cols], reused from chunk to chunk.
+    """Yields `row_chunks` with a float32 buffer [n, cols] and int32 scratch [2, n, cols], used again and again."""
+    rows = min(_chunk_rows(x), x.shape[0])
+    with _space(3 * rows * x.shape[1], x.device) as flat:
+        space = flat.view(3, rows, x.shape[1])
+        for part in row_chunks(x):
+            count = part.stop - part.start
+            yield part, space[0, :count], space[1:, :count].view(torch.int32)
 
-    Fresh buffers per chunk would be returned to the system and faulted in again each time.
+
+@contextmanager
+def _space(count: int, device: torch.device) -> Iterator[Tensor]:
+    """Lends `count` float32 values of memory. On a CPU each thread keeps what it was lent last.
+
+    Fresh memory would be returned to the system and faulted in again each time.
     """
-    space = torch.empty(3, min(_chunk_rows(x), x.shape[0]), x.shape[1], dtype=torch.float32, device=x.device)
-    for part in row_chunks(x):
-        count = part.stop - part.start
-        yield part, space[0, :count], space[1:, :count].view(torch.int32)
+    kept = _kept.spaces if device.type == "cpu" else []
+    space = kept.pop() if kept else torch.empty(0)
+    if space.numel() < count:
+        space = torch.empty(count, dtype=torch.float32, device=device)
+    try:
+        yield space[:count]
+    finally:
+        if device.type == "cpu" and space.numel() <= 4 * CPU_CHUNK and not kept:
+            kept.append(space)
+
+
+class _Kept(threading.local):
+    """The memory of a thread that nothing uses just now."""
+
+    def __init__(self) -> None:
+        self.spaces: list[Tensor] = []
+
+
+_kept = _Kept()
 
 
 def _chunk_rows(x: Tensor) -> int:
@@ -81,15 +109,20 @@ def group_amax(x: Tensor, size: int) -> Tensor:
     out = torch.empty(rows, groups, dtype=torch.float32, device=x.device)
     # The bits of positive 16-bit floats are in the order of their values, NaN last; integers are compared faster.
     halves = x.dtype in _HALVES
-    for part in row_chunks(x):
-        magnitude = x[part].abs().contiguous()
-        magnitude = magnitude.view(torch.int16) if halves else magnitude.float()
-        if groups * size != cols:
-            magnitude = functional.pad(magnitude, (0, groups * size - cols))
-        runs = magnitude.view(-1, groups, size)
-        # torch has no fast path for the shortest reductions.
-        largest = torch.maximum(runs[..., 0], runs[..., 1]) if size == 2 else runs.amax(-1)
-        out[part] = largest.view(x.dtype) if halves else largest
+    rows = min(_chunk_rows(x), rows)
+    with _space(rows * cols, x.device) as space:
+        for part in row_chunks(x):
+            values = x[part]
+            magnitude = space.view(x.dtype if halves else torch.float32)[: values.numel()].view(values.shape)
+            torch.abs(values, out=magnitude) if halves or x.dtype == torch.float32 else magnitude.copy_(values).abs_()
+            if halves:
+                magnitude = magnitude.view(torch.int16)
+            if groups * size != cols:
+                magnitude = functional.pad(magnitude, (0, groups * size - cols))
+            runs = magnitude.view(-1, groups, size)
+            # torch has no fast path for the shortest reductions.
+            largest = torch.maximum(runs[..., 0], runs[..., 1]) if size == 2 else runs.amax(-1)
+            out[part] = largest.view(x.dtype) if halves else largest
     return out
 
 

@@ -191,6 +191,30 @@ def test_file_is_synced_before_and_folder_after_the_rename(tmp_path: Path, monke
     assert steps == ["file", "rename", "folder"] * 2
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    tensors=st.dictionaries(
+        st.text(min_size=1, max_size=6),
+        st.tuples(st.sampled_from(sorted(DTYPES)), st.lists(st.integers(0, 3), max_size=3)),
+        max_size=6,
+    )
+)
+def test_bytes_are_those_of_the_library(
+    tmp_path_factory: pytest.TempPathFactory, tensors: dict[str, tuple[str, list[int]]]
+) -> None:
+    folder = tmp_path_factory.mktemp("library")
+    made = {name: zeros(dtype, tuple(shape)) for name, (dtype, shape) in tensors.items() if _is_text(name)}
+    for number, tensor in enumerate(made.values()):
+        tensor.view(-1).view(torch.uint8).fill_(number + 1) if tensor.numel() else None
+    write_tensors(folder / "ours", made)
+    save_file(made, folder / "theirs", metadata={"format": "pt"})
+    assert (folder / "ours").read_bytes() == (folder / "theirs").read_bytes()
+
+
+def _is_text(name: str) -> bool:
+    return name.encode(errors="ignore").decode() == name and name != "__metadata__"
+
+
 # ---- failures
 
 
@@ -209,8 +233,8 @@ def test_full_disk_leaves_the_old_file_and_nothing_else(
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_failure_inside_the_library(tmp_path: Path) -> None:
-    """A real write error: the library reports it as an error of its own, with the number in the text."""
+def test_a_file_that_may_not_grow(tmp_path: Path) -> None:
+    """A real write error, in the middle of a tensor."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
     try:
