@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 LARGE = 8 << 20  # bytes
+LARGE_IN_THREADS = 2 << 20  # of a part whose tensors come and go one by one; from here on torch takes large pages
 KEPT = 64 << 20  # bytes at the end of the heap that are kept for what comes next
-_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1  # <malloc.h>
+_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD, _M_ARENA_MAX = -3, -1, -8  # <malloc.h>
 _STATUS = Path("/proc/self/status")
 
 
@@ -48,8 +49,8 @@ def peak_gpu(device: str) -> int:
     return torch.cuda.max_memory_allocated()
 
 
-def return_large_buffers() -> None:
-    """Makes glibc map every buffer above `LARGE` on its own, so that freeing it gives its pages back.
+def return_large_buffers(large: int = LARGE) -> None:
+    """Makes glibc map every buffer above `large` on its own, so that freeing it gives its pages back.
 
     Its default threshold grows to 32 MiB with use; the parts of a model, of ever different sizes, then fragment the
     heap, and the peak would follow the number of blocks instead of the largest one. Smaller ones are kept for the next
@@ -58,12 +59,15 @@ def return_large_buffers() -> None:
 
     A mapped buffer costs a page fault for every 4 KiB that is written: torch takes pages of 2 MiB for it if it is told
     so before its first tensor.
+
+    All threads share one heap: what one of them frees, the next one that asks gets.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     mallopt = _of_libc("mallopt")
     if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, LARGE)
+        mallopt(_M_MMAP_THRESHOLD, large)
         mallopt(_M_TRIM_THRESHOLD, KEPT)
+        mallopt(_M_ARENA_MAX, 1)
 
 
 def give_back() -> None:

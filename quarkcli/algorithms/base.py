@@ -112,6 +112,7 @@ class Problem:
     moment    None when the solver did not ask for one, or no token reached the site
     warn      takes a sentence for the log and the report
     report    takes the outcome
+    known     per weight: what `known_range` returned for it; empty: it was not asked
     """
 
     site: str | None
@@ -123,6 +124,7 @@ class Problem:
     moment: Moment | None
     warn: Callable[[str], None]
     report: Callable[[Outcome], None] = _unreported
+    known: tuple[Tensor | None, ...] = ()
 
     @property
     def name(self) -> str:
@@ -140,8 +142,11 @@ class Problem:
 
     def singles(self) -> Iterator[Problem]:
         """Yields a problem for each weight."""
-        for target, weight, amax in zip(self.targets, self.weights, self.amax, strict=True):
-            yield replace(self, targets=(target,), weights=(weight,), amax=(amax,))
+        for at in range(len(self.targets)):
+            own = slice(at, at + 1)
+            yield replace(
+                self, targets=self.targets[own], weights=self.weights[own], amax=self.amax[own], known=self.known[own]
+            )
 
 
 class Effort(NamedTuple):

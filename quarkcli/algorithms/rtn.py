@@ -39,7 +39,8 @@ class RoundToNearest(Solver):
         if self.scale_search and problem.moment is not None:
             return _searched(problem)
         spec = problem.spec
-        return [quantize(w, spec, amax=amax) for w, amax in zip(problem.weights, problem.amax, strict=True)]
+        rows = zip(problem.weights, problem.amax, problem.known or [None] * len(problem.weights), strict=True)
+        return [quantize(weight, spec, amax=amax, known=known) for weight, amax, known in rows]
 
 
 def _searched(problem: Problem) -> list[Quantized]:

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from quarkcli.job.packing import Packing
@@ -19,7 +20,8 @@ from quarkcli.plan.model import QuantizedTarget
 from quarkcli.spec import PerTile
 from quarkcli.threads import Workers
 
-ERROR_ROWS = 256  # rows of each weight that its error is measured on
+# Rows of each weight that its error is measured on: as many as hold this many values, within bounds.
+ERROR_VALUES, LEAST_ROWS, MOST_ROWS = 1 << 17, 64, 256
 
 
 class Finished(NamedTuple):
@@ -93,13 +95,14 @@ class Leaving:
 
 def weight_error(weight: Tensor, quantized: Quantized, target: QuantizedTarget) -> float:
     """Returns |W - Q| / |W| (Frobenius) over evenly spaced rows."""
-    step = max(1, weight.shape[0] // ERROR_ROWS)
-    source = weight[::step].float()
+    rows = min(MOST_ROWS, max(LEAST_ROWS, ERROR_VALUES // max(1, weight.shape[1])))
+    step = max(1, weight.shape[0] // rows)
+    source = weight[::step].to(torch.float32, copy=True)
     if any(isinstance(stage.granularity, PerTile) for stage in target.weight.stages):  # several rows share scales
         decoded = dequantize(quantized, target.weight)[::step]
     else:
-        rows = slice(None, None, step)
-        params = quantized.params.rows(rows, weight.shape[0])
-        decoded = dequantize(Quantized(quantized.codes[rows], params), target.weight)
+        some = slice(None, None, step)
+        params = quantized.params.rows(some, weight.shape[0])
+        decoded = dequantize(Quantized(quantized.codes[some], params), target.weight)
     norm = source.norm()
-    return float((source - decoded).norm() / norm) if float(norm) > 0 else 0.0
+    return float(source.sub_(decoded).norm() / norm) if float(norm) > 0 else 0.0

@@ -25,6 +25,7 @@ def problems(
     warn: Callable[[str], None],
     report: Callable[[Sequence[QuantizedTarget], Outcome], None],
     stage: int = 0,
+    known: Callable[[QuantizedTarget], Tensor | None] = lambda target: None,
 ) -> Iterator[Problem]:
     """Yields the problems that `targets` make, activation by activation in plan order.
 
@@ -37,7 +38,7 @@ def problems(
         for same in groups:
             yield Problem(
                 site, expert, stage, tuple(same), tuple(map(weight, same)), tuple(map(amax, same)),
-                seen if same is groups[-1] else copy(seen), warn, partial(report, same),
+                seen if same is groups[-1] else copy(seen), warn, partial(report, same), tuple(map(known, same)),
             )  # fmt: skip
 
 

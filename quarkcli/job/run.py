@@ -178,7 +178,7 @@ def run(
     with Journal.lock(partial, resume=options.resume) as journal, alone, room:  # 6
         preflight.check_output(prepared.output, options.overwrite, prepared.source.folder)  # another run may have ended
         download.side_files(prepared, tell)
-        memory.return_large_buffers()
+        memory.return_large_buffers(memory.LARGE if prepared.calibration else memory.LARGE_IN_THREADS)
         data = preflight.token_rows(prepared, tell)
         tell(Working("building the model's class"))
         runner = _runner(prepared, data, device, tell) if data is not None else None
@@ -308,7 +308,8 @@ def _parts(
             what = label if result.weight_errors else "kept"
             tell(result.told(part, len(plan.parts), what, eta, device))
             del tensors, result  # before the next part is read
-            memory.give_back()
+            if walk is not None:
+                memory.give_back()
             if walk is not None and part.kind == "embed":
                 walk.start()
             why = preflight.reason_to_stop(options, time.monotonic() - started, len(todo) - count)

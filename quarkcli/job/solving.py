@@ -25,6 +25,7 @@ from quarkcli.numerics import exact
 from quarkcli.numerics.finite import is_finite
 from quarkcli.numerics.observers import weight_amax
 from quarkcli.numerics.quantize import Quantized, dequantize, tensor_amax
+from quarkcli.numerics.ranges import known_range
 from quarkcli.numerics.solve import dead_inputs
 from quarkcli.plan.model import Plan, QuantizedTarget
 from quarkcli.threads import Workers
@@ -112,6 +113,9 @@ class Solving:
         def amax(target: QuantizedTarget) -> Tensor | None:
             return shared.get(target.scale_group)
 
+        def seen(target: QuantizedTarget) -> Tensor | None:
+            return ranges.pop(target.name, None)
+
         def moment(site: str, expert: int | None) -> Moment | None:
             return statistics.moment(site, expert) if statistics is not None else None
 
@@ -120,7 +124,8 @@ class Solving:
             yield from (partial(self._carried, t, weight) for t in asked if t.name in self.plan.carried)
             targets = [target for target in targets if target.name not in self.plan.carried]
             asked = [target for target in asked if target.name not in self.plan.carried]
-        shared = self._group_amax(targets, weight)
+        ranges: dict[str, Tensor | None] = {}
+        shared = self._group_amax(targets, weight, ranges if statistics is None else None)
         exponents = self._exponents(targets, weight)
         known = [target for target in asked if target.scale_group in exponents]
         yield from (partial(self._exact, target, weight, exponents[target.scale_group]) for target in known)
@@ -128,7 +133,7 @@ class Solving:
         left = Counter(target.site for target in asked)
         for step, solver, needs in self.solvers:
             mine = [target for target in asked if step.takes(target)]
-            found = problems(mine, needs, moment, weight, amax, self.warn, self._report, stage)
+            found = problems(mine, needs, moment, weight, amax, self.warn, self._report, stage, seen)
             if statistics is None and solver.apart and not self.refiners:
                 found = (single for problem in found for single in problem.singles())
             for run in runs(found, solver.at_once):
@@ -160,11 +165,21 @@ class Solving:
         quantized, self.exact[target.name] = exact.quantize(weight(target), target.weight, largest)
         yield target, weight(target), quantized
 
-    def _group_amax(self, targets: list[QuantizedTarget], weight: Weights) -> dict[str, Tensor]:
-        """Returns amax per scale group, for specs with one scale per tensor: fused linears must agree on it."""
+    def _group_amax(
+        self, targets: list[QuantizedTarget], weight: Weights, ranges: dict[str, Tensor | None] | None
+    ) -> dict[str, Tensor]:
+        """Returns amax per scale group, for specs with one scale per tensor: fused linears must agree on it.
+
+        ranges   takes the `known_range` of every weight that was looked at
+        """
 
         def own(target: QuantizedTarget) -> Tensor:
-            amax: Tensor = named(f"{target.name}.weight", weight_amax, weight(target), target.weight)
+            name = f"{target.name}.weight"
+            if ranges is not None:
+                range_ = ranges[target.name] = named(name, known_range, weight(target), target.weight)
+                if range_ is not None:
+                    return range_.max().float() if range_.numel() else torch.zeros(())
+            amax: Tensor = named(name, weight_amax, weight(target), target.weight)
             return amax
 
         asked = [target for target in targets if target.weight.has_tensor_scale]

@@ -48,10 +48,10 @@ def dequantize_packed(packed: Packed, spec: TensorSpec, shape: tuple[int, int], 
     return decode(_codes(packed, spec, shape[1]), spec, packed.params).to(dtype)
 
 
-def quantize(weight: Tensor, spec: TensorSpec, *, amax: Tensor | None = None) -> Quantized:
+def quantize(weight: Tensor, spec: TensorSpec, *, amax: Tensor | None = None, known: Tensor | None = None) -> Quantized:
     """Does `numerics.quantize.quantize` by a kernel where there is one. The bits are the same."""
     if kernels.find(spec, weight.device) is None or not _kernel_takes(tuple(weight.shape), spec.format):
-        return reference.quantize(weight, spec, amax=amax)
+        return reference.quantize(weight, spec, amax=amax, known=known)
     packed = quantize_packed(weight, spec, amax=amax)
     return Quantized(_codes(packed, spec, weight.shape[1]), packed.params)
 

@@ -29,7 +29,7 @@ from quarkcli.numerics.grid import (
     scale_size,
     without_chain,
 )
-from quarkcli.numerics.ranges import amax_per_row, range_of
+from quarkcli.numerics.ranges import amax_per_row, known_range_of, range_of
 from quarkcli.numerics.scales import Range
 from quarkcli.spec import Element, TensorSpec
 
@@ -67,14 +67,17 @@ def tensor_amax(x: Tensor) -> Tensor:
     return amax.max()
 
 
-def make_qparams(weight: Tensor, spec: TensorSpec, *, amax: Tensor | None = None) -> QParams:
+def make_qparams(
+    weight: Tensor, spec: TensorSpec, *, amax: Tensor | None = None, known: Tensor | None = None
+) -> QParams:
     """Returns scales and zero points of `weight` [out, in].
 
     `amax` (float32 []) is that of the whole scale group, for PerTensor and for global scales; None: this tensor's own.
+    `known` is what `known_range` returned for it, so that the weight is not read again.
     ModelError when the last dimension does not hold whole groups, DataError for NaN or inf.
     """
     matrix = as_matrix(weight)
-    first = _stage_params(matrix, without_chain(spec), amax)
+    first = _stage_params(matrix, without_chain(spec), amax, known)
     if spec.then is None:
         return first
     shared = None if amax is None or not is_whole(spec.then) else _reach(amax, spec)
@@ -107,9 +110,9 @@ def decode(codes: Tensor, spec: TensorSpec, params: QParams) -> Tensor:
     return values.view(codes.shape)
 
 
-def quantize(weight: Tensor, spec: TensorSpec, *, amax: Tensor | None = None) -> Quantized:
-    """Returns codes and scales of `weight` [out, in] by rounding to nearest. Errors and `amax` as in `make_qparams`."""
-    params = make_qparams(weight, spec, amax=amax)
+def quantize(weight: Tensor, spec: TensorSpec, *, amax: Tensor | None = None, known: Tensor | None = None) -> Quantized:
+    """Returns codes and scales of `weight` [out, in] by rounding to nearest. Arguments as in `make_qparams`."""
+    params = make_qparams(weight, spec, amax=amax, known=known)
     return Quantized(encode(weight, spec, params), params)
 
 
@@ -202,12 +205,12 @@ def decode_grid(codes: Tensor, element: Element) -> Tensor:
 # --- one stage -------------------------------------------------------------------------------------------------------
 
 
-def _stage_params(matrix: Tensor, spec: TensorSpec, amax: Tensor | None) -> QParams:
+def _stage_params(matrix: Tensor, spec: TensorSpec, amax: Tensor | None, known: Tensor | None = None) -> QParams:
     """Returns scales of one stage, searched where its rule or its observer says so."""
     if spec.scale is None:
         require_finite(amax_per_row(matrix), matrix)
         return QParams(None)
-    full = range_of(matrix, spec, amax)
+    full = range_of(matrix, spec, amax) if known is None else known_range_of(known, spec, amax)
     whole = _largest(full) if amax is None else amax.to(torch.float32)
     if amax is None or not is_whole(spec):  # else the scale group fixes the range
         full = search.clipped(matrix, spec, full, whole)

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from quarkcli.numerics.chunks import group_amax, group_ends, require_finite, row_chunks
+from quarkcli.numerics.chunks import as_matrix, group_amax, group_ends, require_finite, row_chunks
 from quarkcli.numerics.grid import scale_size
 from quarkcli.numerics.scales import Range
-from quarkcli.spec import PerChannel, PerTensor, PerTile, TensorSpec
+from quarkcli.spec import MIN_MAX, PerChannel, PerTensor, PerTile, TensorSpec
 
 
 def range_of(matrix: Tensor, spec: TensorSpec, amax: Tensor | None, *, finite: bool = True) -> Range:
@@ -38,6 +38,24 @@ def range_of(matrix: Tensor, spec: TensorSpec, amax: Tensor | None, *, finite: b
         require_finite(torch.maximum(-low, high), matrix)
     low, high = _joined(low, spec, torch.amin), _joined(high, spec, torch.amax)
     return Range(torch.maximum(-low, high), low, high)
+
+
+def known_range(weight: Tensor, spec: TensorSpec) -> Tensor | None:
+    """Returns the largest magnitudes behind the scales of `weight` [out, in], in its dtype: `quantize` takes them.
+
+    None where a scale depends on more than that. Raises DataError as `range_of` does.
+    """
+    if spec.observer != MIN_MAX or spec.then is not None or needs_ends(spec) or spec.format.sub_block:
+        return None
+    return range_of(as_matrix(weight), spec, None).amax.to(weight.dtype)
+
+
+def known_range_of(known: Tensor, spec: TensorSpec, amax: Tensor | None) -> Range:
+    """Returns what `range_of` would, of a weight with this `known_range`."""
+    if amax is None or not isinstance(spec.granularity, PerTensor):
+        return Range(known.float())
+    amax = amax.to(torch.float32)
+    return Range(amax, -amax, amax)
 
 
 def needs_ends(spec: TensorSpec) -> bool:
