@@ -59,14 +59,21 @@ def return_large_buffers(large: int = LARGE) -> None:
 
     A mapped buffer costs a page fault for every 4 KiB that is written: torch takes pages of 2 MiB for it if it is told
     so before its first tensor.
-
-    All threads share one heap: what one of them frees, the next one that asks gets.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     mallopt = _of_libc("mallopt")
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, large)
         mallopt(_M_TRIM_THRESHOLD, KEPT)
+
+
+def share_heap() -> None:
+    """Makes all threads share one heap, before the first of them starts: what one frees, the next one that asks gets.
+
+    Else glibc gives every thread a heap of its own, which keeps what it held at its fullest.
+    """
+    mallopt = _of_libc("mallopt")
+    if mallopt is not None:
         mallopt(_M_ARENA_MAX, 1)
 
 

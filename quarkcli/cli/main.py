@@ -96,6 +96,7 @@ def main(argv: Sequence[str] | None = None, last: bool = False) -> int:
     arguments = [_expanded(argument) for argument in (sys.argv[1:] if argv is None else argv)]
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # looking for some costs a tenth of a short command
     output.reset(arguments)
+    memory.share_heap()
     with answered(_last_words, last):
         code = _outcome(arguments)
         if output.session.done is not None and code:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from quarkcli.errors import ModelError
+from quarkcli.numerics.chunks import CPU_CHUNK
 
 _WORD_BITS = 32
 
@@ -198,7 +199,10 @@ def _fold(codes: Tensor, bits: int) -> Tensor:
     """Returns uint8 codes below 2^bits [..., n] -> uint8 [..., n / 2]: two neighbours in the low 2 * bits bits."""
     _require_multiple(codes, 2)
     pairs = _viewed(codes, torch.int16)  # little endian: the even column is the low byte
-    return (pairs >> (8 - bits)).bitwise_or_(pairs).to(torch.uint8)  # the cast keeps the low byte
+    out = torch.empty(pairs.shape, dtype=torch.uint8, device=pairs.device)
+    for source, to in zip(pairs.view(-1).split(CPU_CHUNK), out.view(-1).split(CPU_CHUNK), strict=True):
+        to.copy_((source >> (8 - bits)).bitwise_or_(source))  # the cast keeps the low byte
+    return out
 
 
 def _unfold(packed: Tensor, bits: int) -> Tensor:
