@@ -159,7 +159,6 @@ def run(
     judge     scores what was written against the source; None: nobody does
     """
     started = time.monotonic()
-    memory.share_heap()
     log_file = log.LogFile()
     tell = broadcast(log_file, tell)
     prepared = prepare(options, tell)  # 1-4

@@ -78,8 +78,8 @@ def test_every_part_is_written_and_noted_in_order(tmp_path, device):
         pipeline.drain()
         assert list(journal.finished) == [part.name for part in PARTS]
         record = journal.finished["layers.2"]
-        assert {k: record[k] for k in ("error", "weight_errors", "warnings", "seconds")} == {
-            "error": 0.5, "weight_errors": {"w": 0.25}, "warnings": ["careful"], "seconds": 1.0,
+        assert {k: record[k] for k in ("output_error", "weight_errors", "warnings", "seconds")} == {
+            "output_error": 0.5, "weight_errors": {"w": 0.25}, "warnings": ["careful"], "seconds": 1.0,
         }  # fmt: skip
         assert [file["file"] for file in record["files"]] == ["model-block-00002.safetensors"]
         assert journal.verify() == []
