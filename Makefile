@@ -53,10 +53,11 @@ test-consumers: $(STAMP) $(filter $(CONSUMERS)/bin/python,$(VLLM_PYTHON)) ## loa
 lock: ## write constraints.txt anew: the newest releases but those held in tests/releases.py
 	$(PYTHON) -m tests.releases lock
 
-check: $(STAMP) ## lint, formatting, types
+check: $(STAMP) ## lint, formatting, types, and that the shipped lists are those of the code
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python -m tests.docs.listings --check
 
 fix: $(STAMP) ## let ruff repair what it can
 	$(BIN)/ruff check --fix .
@@ -83,7 +84,8 @@ MODEL ?= demo
 table: $(STAMP) ## loss of every scheme for one model: make table MODEL=DIR ARGS='--calib FILE --text FILE'
 	$(BIN)/python -m tests.bench.table $(MODEL) $(ARGS)
 
-docs: $(STAMP) ## rebuild the generated reference pages
+docs: $(STAMP) ## rebuild the generated reference pages and the lists that are shipped
+	$(BIN)/python -m tests.docs.listings
 	$(BIN)/python -m tests.docs.reference
 	$(BIN)/python -m tests.docs.recipe_reference
 	$(BIN)/python -m tests.docs.algorithms

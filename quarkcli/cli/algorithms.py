@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -46,7 +46,7 @@ def list_(json: Json = False) -> None:
     tuners. DATA says what they ask calibration for, RUNS what runs of the model they cost.
     """
     output.start(json=json)
-    rows = facts()
+    rows = known()
     if json:
         output.json_data({"schema": "quark/algorithms/1", "algorithms": rows})
         return
@@ -64,7 +64,9 @@ def show(
     What it does, its parameters with their defaults, the data and the runs of the model that it costs.
     """
     output.start(json=json)
-    (row,) = facts(_known(name))
+    wanted = name.replace("_", "-").lower()
+    rows = {row["name"]: row for row in known()}
+    row = rows[wanted] if wanted in rows else _unknown(name)
     if json:
         output.json_data({"schema": "quark/algorithm/1", "algorithm": row})
         return
@@ -85,8 +87,15 @@ def show(
             output.data(f"\n{text}")
 
 
-def facts(only: str | None = None) -> list[dict[str, Any]]:
-    """Returns the facts of every algorithm, or of one, told by a plan of the embedded model in nvfp4.
+def known() -> list[dict[str, Any]]:
+    """Returns the facts of every algorithm, as they were shipped, or computed where recipe files were changed."""
+    from quarkcli.cli import listings
+
+    return list(listings.shipped("algorithms").values()) or facts()
+
+
+def facts() -> list[dict[str, Any]]:
+    """Returns the facts of every algorithm, told by a plan of the embedded model in nvfp4.
 
     data     kinds of statistics that it asks for
     prepass  kinds that it asks for before part 0
@@ -99,16 +108,17 @@ def facts(only: str | None = None) -> list[dict[str, Any]]:
 
     plan = job.prepare(Options(model="demo", scheme=_SCHEME, calib_data="builtin")).plan
     large = one_linear(_SCHEME)
-    return [_facts(algorithms.create(name, {}), plan, large) for name in algorithms.names() if only in (None, name)]
+    return [_facts(algorithms.create(name, {}), plan, large) for name in algorithms.names()]
 
 
-def _known(name: str) -> str:
+def _unknown(name: str) -> NoReturn:
     from quarkcli import algorithms
 
     try:
-        return algorithms.create(name, {}).name
+        algorithms.create(name, {})
     except UsageError as error:
         raise UsageError(error.what, hint=error.hint) from error
+    raise AssertionError(name)
 
 
 def _facts(algorithm: Algorithm, plan: Plan, large: Plan) -> dict[str, Any]:
@@ -147,12 +157,10 @@ def _data(row: dict[str, Any]) -> str:
 
 def _runs(row: dict[str, Any]) -> str:
     """Returns the runs of the model that an algorithm costs, beside writing it."""
-    from quarkcli.algorithms.base import Tuner
-
     found = ["one"] if row["data"] else []
     found += ["one of the source before"] if row["prepass"] else []
     found += ["one of the source beside"] if "source" in row["streams"] else []
-    found += ["many of each block, with gradients"] if row["kind"] == Tuner.kind else []
+    found += ["many of each block, with gradients"] if row["kind"] == "tuner" else []
     return ", ".join(found) or "-"
 
 

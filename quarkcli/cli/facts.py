@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from functools import cache as cache_
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,7 @@ from quarkcli.recipe.recipe import Recipe
 from quarkcli.spec import TensorSpec
 
 _SHAPE = (4096, 4096)  # of the weight for which bits are quoted; per-tensor scales vanish at this size
-# Kind of the catalog -> the word for it in listings.
-KINDS: dict[catalog.Kind, str] = {"schemes": "weights", "kv_cache": "kv-cache", "attention": "attention"}
 _STORED = ("weight", "bias")  # slots that are known before the model runs
-_SERVER = "vllm"
-_NAMES = {"vllm": "vLLM", "transformers": "transformers"}
 
 
 def scheme(kind: catalog.Kind, name: str, path: Path) -> dict[str, Any]:
@@ -39,7 +34,7 @@ def scheme(kind: catalog.Kind, name: str, path: Path) -> dict[str, Any]:
     plan = _plan(specs) if kind == "schemes" else _attention_plan(specs)
     return {
         "name": name,
-        "kind": KINDS[kind],
+        "kind": catalog.SCHEMES[kind],
         "aliases": getattr(model, "aliases", []),
         "summary": model.summary,
         "bits": round(next(iter(specs.values())).bits_per_value(*_SHAPE), 3),
@@ -66,24 +61,6 @@ def _read(kind: catalog.Kind, path: Path) -> tuple[Any, dict[str, TensorSpec]]:
 def _waits(specs: dict[str, TensorSpec]) -> bool:
     """True when a scale waits for data."""
     return any(spec.needs_amax for slot, spec in specs.items() if slot not in _STORED)
-
-
-def loaders(row: dict[str, Any]) -> list[str]:
-    """Returns the loaders of a listed scheme in any dialect, for people."""
-    return _shown({name for by in row["dialects"].values() for name in by})
-
-
-def held(row: dict[str, Any]) -> list[str]:
-    """Returns a line per dialect that holds a listed scheme, with its loaders there, for people."""
-    lines = []
-    for name, by in row["dialects"].items():
-        places = _shown(by) if _SERVER in by else [*_shown(by), "no server"]
-        lines.append(f"{name}: " + (f"loads in {', '.join(places)}" if by else "no server: simulation only"))
-    return lines or ["none can hold it"]
-
-
-def _shown(found: Collection[str]) -> list[str]:
-    return [shown for name, shown in _NAMES.items() if name in found]
 
 
 def recipe(found: Recipe) -> dict[str, Any]:
@@ -185,8 +162,3 @@ def _plan_of(weights: list[Target], attention: dict[str, Attention]) -> Plan:
     part = Part(0, "block", "block", 0, tuple(weight.view.tensor for weight in weights))
     sites = {w.site: Site(w.site, 0, "linear", (w.name,)) for w in weights if w.site is not None}
     return Plan("", "", [], [part], {weight.name: weight for weight in weights}, attention, sites, {}, [], [])
-
-
-def yes(value: object) -> str:
-    """Returns a truth value as a word for tables."""
-    return "yes" if value else "no"

@@ -11,7 +11,6 @@ import typer
 
 from quarkcli.cli import apps, output
 from quarkcli.cli.flags import Debug, Json, Offline, Pickle, Revision
-from quarkcli.plan.online import sentences
 
 if TYPE_CHECKING:
     from quarkcli.disk.checkpoint import Checkpoint
@@ -182,6 +181,8 @@ def _experts_text(experts: dict[str, Any] | None) -> str:
 
 
 def _quantized_text(found: dict[str, Any] | None) -> str:
+    from quarkcli.plan.online import sentences
+
     if found is None:
         return "no"
     if found["dialect"] is None:

@@ -109,7 +109,7 @@ def _outcome(arguments: list[str]) -> int:
     """Runs a command line and returns its exit code."""
     try:
         with _without_warnings():
-            code = app(arguments, prog_name="quark", standalone_mode=False)
+            code = _command()(arguments, prog_name="quark", standalone_mode=False)
     except QuarkError as error:
         return _fail(error)
     except _CommandLineError as error:
@@ -125,6 +125,14 @@ def _outcome(arguments: list[str]) -> int:
     if code == ExitCode.INTERRUPTED:  # Typer turns Ctrl-C into this value
         return _fail(_stopped(ExitCode.INTERRUPTED))
     return int(code or 0)
+
+
+def _command() -> Any:
+    """Returns the command that Typer makes of the app."""
+    command = typer.main.get_command(app)
+    for parameter in command.params:
+        apps.lighten(parameter)  # Typer adds those of shell completion behind our back
+    return command
 
 
 def _expanded(argument: str) -> str:

@@ -20,26 +20,32 @@ def list_(json: Json = False) -> None:
     Roles of other models are inferred from tensor names, with a warning.
     """
     output.start(json=json)
-    from quarkcli import family
+    from quarkcli.cli import listings
+    from quarkcli.recipe import catalog
 
-    rows: list[dict[str, Any]] = [
-        {
-            "name": card.name,
-            "architectures": list(card.architectures),
-            "model_types": list(card.model_types),
-            "experts": family.has_experts(card),
-            "file": str(card.file),
-        }
-        for card in family.cards()
-    ]
+    rows = [listings.of_file("models", path) or facts_of(name, path) for name, path in catalog.files("models").items()]
     if json:
         output.json_data({"schema": "quark/models/1", "models": rows})
         return
     shown = [
-        (row["name"], "yes" if row["experts"] else "no", ", ".join(row["model_types"]), ", ".join(row["architectures"]))
+        (row["name"], output.yes(row["experts"]), ", ".join(row["model_types"]), ", ".join(row["architectures"]))
         for row in rows
     ]
     output.table(("NAME", "EXPERTS", "MODEL TYPES", "ARCHITECTURES"), shown)
+
+
+def facts_of(name: str, path: Path) -> dict[str, Any]:
+    """Returns the facts of a family."""
+    from quarkcli import family
+
+    card = family.card(name, path)
+    return {
+        "name": card.name,
+        "architectures": list(card.architectures),
+        "model_types": list(card.model_types),
+        "experts": family.has_experts(card),
+        "file": str(card.file),
+    }
 
 
 @app.command("show", epilog=apps.examples("quark models show kimi_k2 --resolved", "quark models show qwen3_moe --json"))

@@ -236,6 +236,11 @@ def listed(label: str, texts: Sequence[str]) -> list[tuple[str, str]]:
     return [(label if number == 0 else "", text) for number, text in enumerate(texts)]
 
 
+def yes(value: object) -> str:
+    """Returns a truth value as a word for tables."""
+    return "yes" if value else "no"
+
+
 def size(count: float) -> str:
     """Returns bytes for people, decimal units: `3.68 MB`."""
     for unit in ("B", "kB", "MB", "GB"):

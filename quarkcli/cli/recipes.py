@@ -26,17 +26,19 @@ Name = Annotated[
 def list_(json: Json = False) -> None:
     """List the built-in recipes and those in your own folder."""
     output.start(json=json)
+    from quarkcli.cli import listings
     from quarkcli.recipe import catalog
 
     with memory.without_collection():
-        rows = [_facts(name, path) for name, path in catalog.files("ptq").items()]
+        known = catalog.files("ptq")
+        rows = [listings.of_file("recipes", path) or facts_of(name, path) for name, path in known.items()]
     if json:
         output.json_data({"schema": "quark/recipes/1", "recipes": rows})
         return
     output.table(("NAME", "BITS", "DATA", "KV CACHE", "ALGORITHM", "PURPOSE", "HARDWARE"), [_row(row) for row in rows])
 
 
-def _facts(name: str, path: Path) -> dict[str, Any]:
+def facts_of(name: str, path: Path) -> dict[str, Any]:
     """Returns the facts of a recipe; a file of the user's that is wrong is listed with its error."""
     from quarkcli.cli import facts
     from quarkcli.recipe import recipe
@@ -48,8 +50,6 @@ def _facts(name: str, path: Path) -> dict[str, Any]:
 
 
 def _row(row: dict[str, Any]) -> tuple[str, ...]:
-    from quarkcli.cli import facts
-
     if row["error"] is not None:
         return (row["name"], "-", "-", "-", "-", f"not usable: {row['error']}", "-")
     bits = ", ".join(f"{value:g}" for value in row["bits"])
@@ -57,7 +57,7 @@ def _row(row: dict[str, Any]) -> tuple[str, ...]:
     return (
         row["name"],
         bits,
-        facts.yes(row["needs_data"]),
+        output.yes(row["needs_data"]),
         row["kv_cache"] or "-",
         algorithm,
         row["purpose"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +15,9 @@ from quarkcli.errors import QuarkError
 if TYPE_CHECKING:
     from quarkcli.recipe import catalog
 
+_SERVER = "vllm"
+_NAMES = {"vllm": "vLLM", "transformers": "transformers"}
+
 app = apps.new("Schemes: how numbers are coded.", apps.examples("quark schemes list", "quark schemes show nvfp4"))
 
 
@@ -25,34 +29,34 @@ def list_(json: Json = False) -> None:
     loads the result in some dialect; a scheme that nothing loads is there to be measured.
     """
     output.start(json=json)
-    from quarkcli.cli import facts
+    from quarkcli.cli import listings
     from quarkcli.recipe import catalog
 
-    rows = [_facts(kind, name, path) for kind in facts.KINDS for name, path in catalog.files(kind).items()]
+    known = [(kind, name, path) for kind in catalog.SCHEMES for name, path in catalog.files(kind).items()]
+    rows = [listings.of_file("schemes", path) or facts_of(kind, name, path) for kind, name, path in known]
     if json:
         output.json_data({"schema": "quark/schemes/1", "schemes": rows})
         return
     output.table(("NAME", "FOR", "BITS", "DATA", "LOADS IN", "WHAT"), [_row(row) for row in rows])
 
 
-def _facts(kind: catalog.Kind, name: str, path: Path) -> dict[str, Any]:
+def facts_of(kind: catalog.Kind, name: str, path: Path) -> dict[str, Any]:
     """Returns the facts of a scheme; a file of the user's that is wrong is listed with its error."""
     from quarkcli.cli import facts
+    from quarkcli.recipe import catalog
 
     try:
         return {**facts.scheme(kind, name, path), "error": None}
     except QuarkError as error:
-        return {"name": name, "kind": facts.KINDS[kind], "error": str(error)}
+        return {"name": name, "kind": catalog.SCHEMES[kind], "error": str(error)}
 
 
 def _row(row: dict[str, Any]) -> tuple[str, ...]:
-    from quarkcli.cli import facts
-
     if row["error"] is not None:
         return (row["name"], row["kind"], "-", "-", "-", f"not usable: {row['error']}")
     also = f" (also {', '.join(row['aliases'])})" if row["aliases"] else ""
-    by = ", ".join(facts.loaders(row)) or "-"
-    return (row["name"], row["kind"], f"{row['bits']:g}", facts.yes(row["needs_data"]), by, row["summary"] + also)
+    by = ", ".join(_loaders(row)) or "-"
+    return (row["name"], row["kind"], f"{row['bits']:g}", output.yes(row["needs_data"]), by, row["summary"] + also)
 
 
 @app.command("show", epilog=apps.examples("quark schemes show nvfp4", "quark schemes show fp8 --json"))
@@ -83,7 +87,7 @@ def _find(name: str) -> list[dict[str, Any]]:
 
     wanted = catalog.same(name)
     paths: list[tuple[catalog.Kind, Path]] = []
-    for kind in facts.KINDS:
+    for kind in catalog.SCHEMES:
         known = catalog.names(kind)
         paths += [(kind, known[one]) for one in known if catalog.same(one) == wanted]
     if not paths:
@@ -92,15 +96,33 @@ def _find(name: str) -> list[dict[str, Any]]:
 
 
 def _lines(row: dict[str, Any]) -> list[tuple[str, str]]:
-    from quarkcli.cli import facts
+    from quarkcli.recipe import catalog
 
     lines = [("name", row["name"]), ("for", row["kind"]), ("what", row["summary"])]
     if row["aliases"]:
         lines.append(("also", ", ".join(row["aliases"])))
-    for_weights = row["kind"] == facts.KINDS["schemes"]
+    for_weights = row["kind"] == catalog.SCHEMES["schemes"]
     lines += row["described"].items()
     lines += [("input", "kept as it is")] if for_weights and "input" not in row["described"] else []
     per = "weight, scales included" if for_weights else "value"
     lines += [("bits", f"{row['bits']:g} per {per}"), ("data", "needed" if row["needs_data"] else "not needed")]
-    lines += [("" if number else "dialects", text) for number, text in enumerate(facts.held(row))]
+    lines += [("" if number else "dialects", text) for number, text in enumerate(_held(row))]
     return [*lines, ("hardware", row["hardware"])] if row["hardware"] else lines
+
+
+def _loaders(row: dict[str, Any]) -> list[str]:
+    """Returns the loaders of a listed scheme in any dialect, for people."""
+    return _shown({name for by in row["dialects"].values() for name in by})
+
+
+def _held(row: dict[str, Any]) -> list[str]:
+    """Returns a line per dialect that holds a listed scheme, with its loaders there, for people."""
+    lines = []
+    for name, by in row["dialects"].items():
+        places = _shown(by) if _SERVER in by else [*_shown(by), "no server"]
+        lines.append(f"{name}: " + (f"loads in {', '.join(places)}" if by else "no server: simulation only"))
+    return lines or ["none can hold it"]
+
+
+def _shown(found: Collection[str]) -> list[str]:
+    return [shown for name, shown in _NAMES.items() if name in found]

@@ -15,7 +15,7 @@ from quarkcli.family.config import (
 )
 from quarkcli.family.fit import check as check_fit
 from quarkcli.family.infer import guess, infer
-from quarkcli.family.known import Card, cards, for_checkpoint, has_experts, identify, load
+from quarkcli.family.known import Card, card, cards, for_checkpoint, has_experts, identify, load
 from quarkcli.family.layout import AttentionModule, Layout, Site, Weight, lay_out
 from quarkcli.family.leftovers import surprises
 from quarkcli.family.lists import block_lists, tower
@@ -59,6 +59,7 @@ __all__ = [
     "active_experts",
     "block_count",
     "block_lists",
+    "card",
     "cards",
     "check_fit",
     "check_unprotect",

@@ -60,7 +60,12 @@ def _merged(document: Document, path: Path, seen: tuple[str, ...]) -> Document:
 
 def cards() -> list[Card]:
     """Returns every family, built-in ones first, then the user's."""
-    return [_card(name, path, path.stat().st_mtime_ns) for name, path in catalog.files("models").items()]
+    return [card(name, path) for name, path in catalog.files("models").items()]
+
+
+def card(name: str, path: Path) -> Card:
+    """Returns the entry of a family's file."""
+    return _card(name, path, path.stat().st_mtime_ns)
 
 
 @lru_cache(maxsize=512)

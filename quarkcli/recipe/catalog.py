@@ -19,6 +19,8 @@ from quarkcli.recipe import load
 
 Kind = Literal["schemes", "kv_cache", "attention", "ptq", "models"]
 KINDS: tuple[Kind, ...] = ("schemes", "kv_cache", "attention", "ptq", "models")
+# Kinds that are schemes -> what they are for, as listings say it.
+SCHEMES: dict[Kind, str] = {"schemes": "weights", "kv_cache": "kv-cache", "attention": "attention"}
 _NOUN = {
     "schemes": "scheme",
     "kv_cache": "KV cache scheme",
