@@ -49,8 +49,8 @@ cli
 NAMES_OF_TYPES = {("algorithms", "forward"), ("algorithms", "job"), ("report", "job")}
 # Inside a folder, a module may import those named before it; every module has its place.
 INSIDE = {
-    "forward": "activations carry defaults guard lanes moments samples experts taps statistics files documents data"
-    " walk",
+    "forward": "activations carry defaults guard enough lanes moments samples experts taps statistics files documents"
+    " data walk",
     "disk": "headers weights beside outputs writer hub pickles stream remote source side_files manifest place journal"
     " nonfinite contents checkpoint origin compare values scales completeness excluded parallel fidelity verify push",
     "job": "forecast device rates options judging asked preflight splitting directories idle carried served packing"

@@ -8,7 +8,7 @@ again, so nothing is counted twice.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from quarkcli.errors import ModelError, ResourceError
 from quarkcli.events import Listener, Message, Working
 from quarkcli.forward.activations import turns
 from quarkcli.forward.carry import Carry
+from quarkcli.forward.enough import Enough, Watched
 from quarkcli.forward.lanes import Lane, Span, spans
 from quarkcli.forward.taps import Batch
 from quarkcli.model.handlers import Handlers
@@ -183,13 +184,17 @@ class Walk:
         def once() -> tuple[Any, Tensor, list[Tensor], list[Tensor]]:
             statistics = new_statistics()
             first, moved, source = None, [], []
-            taps = statistics.handlers()
+            taps = Watched(statistics.handlers())
             for index, (mask, held) in enumerate(zip(self.masks(), self._batches(self.held), strict=True)):
                 statistics.batch = Batch(mask, held, self._name(index), self.spans[index].lane)
                 if SOURCE in self.hidden:
                     with self.runner.handlers(block, statistics.source_handlers()):
                         source.append(self._park(self._run(block, index, SOURCE), SOURCE))
-                with self.runner.handlers(block, taps):
+                if first is not None and not advance:
+                    with self.runner.handlers(block, taps.ending()), suppress(Enough):
+                        self._run(block, index)
+                    continue
+                with self.runner.handlers(block, taps.whole()):
                     out = self._run(block, index)
                 first = out if first is None else first
                 if advance:

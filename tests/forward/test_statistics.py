@@ -11,6 +11,9 @@ from quarkcli.errors import DataError
 from quarkcli.forward.moments import CHUNK, NARROW, Moments
 from quarkcli.forward.statistics import Statistics
 from quarkcli.forward.taps import Batch, unpadded
+from quarkcli.forward.walk import Walk
+from quarkcli.model.handlers import Handlers
+from quarkcli.model.runner import Runner
 from quarkcli.numerics.quantize import fake_quantize
 from quarkcli.spec import PerTensor, ScaleSpec, TensorSpec
 from tests import runs
@@ -241,3 +244,30 @@ def test_padding_is_found_beside_other_axes(leading: tuple[int, ...]) -> None:
     kept = unpadded(mask, torch.Size(leading))
     assert kept is not None and torch.equal(kept, values >= 0)
     assert unpadded(mask, torch.Size((7, 3))) is None
+
+
+@pytest.mark.parametrize(
+    ("family", "cache", "passes"), [("llama", "none", 1), ("llama", "fp8", 1), ("mixtral", "none", 8)]
+)
+def test_a_pass_that_is_only_looked_at_ends_at_its_last_input(
+    family: str, cache: str, passes: int, request: pytest.FixtureRequest, text: Path
+) -> None:
+    """The down projection's product is nobody's, but for the first batch; experts' inputs come in any number."""
+    source = request.getfixturevalue(family)
+    prepared = plan(source, text, kv_cache=cache)
+    runner = Runner(prepared.source.folder, prepared.source.headers)
+    outside = lambda: prepared.source.read_many(runner.outside_tensors())  # noqa: E731
+    walk = Walk(runner, outside, ROWS, None, 2, lambda event: None)
+    walk.start()
+    part = next(part for part in prepared.plan.parts if part.block == 0)
+    runner.load_block(0, prepared.source.read_many(part.tensors))
+    ended: list[int] = []
+    block = runner._skeleton.blocks[0]
+    block.mlp.register_forward_hook(lambda *given: ended.append(1))
+    statistics, first = walk.observe(0, lambda: Raw(prepared.plan, part.index, prepared.needs, runner))
+    assert len(walk.served) == 8
+    assert len(ended) == passes
+    assert torch.equal(first, walk.probe(0, Handlers()))
+    linears = {site.name for site in prepared.plan.sites.values() if site.part == part.index and site.kind == "linear"}
+    for name in linears & prepared.needs.keys():
+        assert statistics.moment(name, None).tokens == ROWS.numel()

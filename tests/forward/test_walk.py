@@ -96,7 +96,7 @@ class Seen:
 
     def handlers(self) -> dict:
         self.masks = []
-        return {}
+        return Handlers()
 
 
 def tight(limit: int, batch: int, rows: int = 8) -> tuple[Walk, Tight, list[str]]:
