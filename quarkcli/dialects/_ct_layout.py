@@ -20,7 +20,9 @@ from quarkcli.spec import PerGroup, PerTensor, PerTile, TensorSpec
 if TYPE_CHECKING:
     from torch import Tensor
 
-_BYTE = 8
+    from quarkcli.numerics.quantize import QParams, Quantized
+
+_NIBBLE, _BYTE = 4, 8
 _WORDS = "pack-quantized"
 _MX = {4: "mxfp4-pack-quantized", 6: "mxfp6-pack-quantized", 8: "mxfp8-quantized"}
 
@@ -114,25 +116,32 @@ def stored_shape(spec: TensorSpec, weight: HeaderLike, scale: HeaderLike) -> tup
     return rows, cols
 
 
-def pack(codes: Tensor, format_: str, spec: TensorSpec) -> Tensor:
-    """Returns codes [out, in] as they are stored."""
-    from quarkcli.numerics.packing import pack_bits, pack_int32
-
-    if format_ == _WORDS:
-        return pack_int32(codes, spec.format.bits)
-    return codes.contiguous() if spec.format.bits == _BYTE else pack_bits(codes, spec.format.bits)
-
-
-def unpack(stored: Tensor, format_: str, spec: TensorSpec, cols: int) -> Tensor:
-    """Returns the codes of a stored weight: the inverse of `pack`."""
-    from quarkcli.numerics.packing import unpack_bits, unpack_int32
+def pack(quantized: Quantized, format_: str, spec: TensorSpec) -> Tensor:
+    """Returns the codes of a weight [out, in] as they are stored."""
+    from quarkcli.numerics.packing import pack_int32, words_of
 
     bits = spec.format.bits
+    if format_ == _WORDS and bits == _NIBBLE:
+        return words_of(quantized.stream(bits), bits, spec.symmetric)
     if format_ == _WORDS:
-        return unpack_int32(stored, bits, cols, signed=spec.symmetric)
+        return pack_int32(quantized.codes, bits)
+    return quantized.codes.contiguous() if bits == _BYTE else quantized.stream(bits)
+
+
+def unpack(stored: Tensor, format_: str, spec: TensorSpec, cols: int, params: QParams) -> Quantized:
+    """Returns a stored weight: the inverse of `pack`."""
+    from quarkcli.numerics.packed import Packed, Streamed
+    from quarkcli.numerics.packing import stream_of, unpack_int32
+    from quarkcli.numerics.quantize import Quantized
+
+    bits = spec.format.bits
+    if format_ == _WORDS and bits == _NIBBLE:
+        return Streamed(Packed(stream_of(stored, bits, cols, spec.symmetric), params), spec, cols)
+    if format_ == _WORDS:
+        return Quantized(unpack_int32(stored, bits, cols, signed=spec.symmetric), params)
     if format_ == UNPACKED:
-        return stored if spec.symmetric else _unsigned(stored, bits)
-    return stored if bits == _BYTE else unpack_bits(stored, bits, cols)
+        return Quantized(stored if spec.symmetric else _unsigned(stored, bits), params)
+    return Quantized(stored, params) if bits == _BYTE else Streamed(Packed(stored, params), spec, cols)
 
 
 def pack_zero_points(zero_points: Tensor, bits: int) -> Tensor:

@@ -90,7 +90,7 @@ class CompressedTensorsReader(Reader):
         return {module for module in modules if reading.find_group(module, groups, names) is None}
 
     def decode(self, stored: StoredTarget, tensors: Mapping[str, Tensor]) -> Decoded:
-        from quarkcli.numerics.quantize import QParams, Quantized
+        from quarkcli.numerics.quantize import QParams
 
         local = stored.own(tensors)
         spec, (rows, cols) = stored.weight, stored.shape
@@ -103,12 +103,12 @@ class CompressedTensorsReader(Reader):
             None if outer is None else outer.float().reshape(()).reciprocal(),
             None if zeros is None else unpack_zero_points(zeros, form, spec.format.bits, rows),
         )
-        codes = unpack(packed, form, spec, cols)
+        weight = unpack(packed, form, spec, cols, params)
         static = {
             "input": _real_scale("input", stored.input, local),
             "output": _real_scale("output", stored.output, local),
         }
-        return Decoded(Quantized(codes, params), static["input"], static["output"])
+        return Decoded(weight, static["input"], static["output"])
 
 
 READER = CompressedTensorsReader()
@@ -192,7 +192,7 @@ class CompressedTensors(Writer):
             "weight_scale": params.scale.reshape(1) if params.scale.dim() == 0 else params.scale.contiguous(),
             "weight_shape": torch.tensor(target.shape, dtype=torch.int64),
         }
-        local["weight"] = local["weight_packed"] = pack(quantized.codes, format_of((spec, target.input)), spec)
+        local["weight"] = local["weight_packed"] = pack(quantized, format_of((spec, target.input)), spec)
         if params.zero_point is not None:
             local["weight_zero_point"] = pack_zero_points(params.zero_point, spec.format.bits)
         if params.global_scale is not None:

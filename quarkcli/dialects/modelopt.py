@@ -98,15 +98,12 @@ class ModelOptReader(Reader):
         return {module for module in modules if not layers.names(module)}
 
     def decode(self, stored: StoredTarget, tensors: Mapping[str, Tensor]) -> Decoded:
+        from quarkcli.numerics.packed import Packed, Streamed
         from quarkcli.numerics.packing import unpack_bits
         from quarkcli.numerics.quantize import QParams, Quantized
 
         local, spec = stored.own(tensors), stored.weight
         codes = local["weight"]
-        if _is_fp4(spec):
-            codes = unpack_bits(codes, 4, stored.shape[1])
-        elif spec.format.bits == 4:  # two rows in one
-            codes = unpack_bits(codes.T.contiguous(), 4, stored.shape[0], signed=True).T.contiguous()
         over = local.get("weight_scale_2") if spec.is_two_level else None
         params = QParams(
             local["weight_scale"].reshape(shared.scale_shape(spec, stored.shape)),
@@ -114,6 +111,10 @@ class ModelOptReader(Reader):
         )
         source = stored.input
         static = local["input_scale"].float().reshape(()) if source is not None and source.is_static else None
+        if _is_fp4(spec):
+            return Decoded(Streamed(Packed(codes, params), spec, stored.shape[1]), static)
+        if spec.format.bits == 4:  # two rows in one
+            codes = unpack_bits(codes.T.contiguous(), 4, stored.shape[0], signed=True).T.contiguous()
         return Decoded(Quantized(codes, params), static)
 
 
@@ -162,11 +163,9 @@ class ModelOpt(Writer):
 
         Raises ValueError when a static input has no scale.
         """
-        from quarkcli.numerics.packing import pack_bits
-
         params = quantized.params
         assert params.scale is not None
-        codes = pack_bits(quantized.codes, 4) if _is_fp4(target.weight) else quantized.codes
+        codes = quantized.stream(4) if _is_fp4(target.weight) else quantized.codes
         local = {"weight": codes, "weight_scale": params.scale}
         if params.global_scale is not None:
             local["weight_scale_2"] = params.global_scale

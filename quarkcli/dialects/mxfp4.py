@@ -64,12 +64,12 @@ class Mxfp4Reader(Reader):
         return {module for module in modules if not experts.match(module)}
 
     def decode(self, stored: StoredTarget, tensors: Mapping[str, Tensor]) -> Decoded:
-        from quarkcli.numerics.packing import unpack_bits
-        from quarkcli.numerics.quantize import QParams, Quantized
+        from quarkcli.numerics.packed import Packed, Streamed
+        from quarkcli.numerics.quantize import QParams
 
         blocks, scales = (stored.own(tensors)[end] for end in _ENDS)
-        codes = unpack_bits(blocks.reshape(len(blocks), -1).contiguous(), 4, stored.shape[1])
-        return Decoded(Quantized(codes, QParams(scales.contiguous())))
+        packed = Packed(blocks.reshape(len(blocks), -1).contiguous(), QParams(scales.contiguous()))
+        return Decoded(Streamed(packed, stored.weight, stored.shape[1]))
 
 
 READER = Mxfp4Reader()
@@ -101,11 +101,9 @@ class Mxfp4(Writer):
     def tensors(
         self, target: QuantizedTarget, quantized: Quantized, static: Mapping[str, Tensor], bias: Quantized | None = None
     ) -> dict[str, Tensor]:
-        from quarkcli.numerics.packing import pack_bits
-
         scale = quantized.params.scale
         assert scale is not None
-        blocks = pack_bits(quantized.codes, 4).reshape(*scale.shape, _BYTES)
+        blocks = quantized.stream(4).reshape(*scale.shape, _BYTES)
         return dict(zip(self.places(target), (blocks, scale.contiguous()), strict=True))
 
     def config(self, plan: Plan) -> dict[str, Any]:

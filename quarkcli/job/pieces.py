@@ -101,8 +101,6 @@ def weight_error(weight: Tensor, quantized: Quantized, target: QuantizedTarget) 
     if any(isinstance(stage.granularity, PerTile) for stage in target.weight.stages):  # several rows share scales
         decoded = dequantize(quantized, target.weight)[::step]
     else:
-        some = slice(None, None, step)
-        params = quantized.params.rows(some, weight.shape[0])
-        decoded = dequantize(Quantized(quantized.codes[some], params), target.weight)
+        decoded = dequantize(quantized.some(slice(None, None, step)), target.weight)
     norm = source.norm()
     return float(source.sub_(decoded).norm() / norm) if float(norm) > 0 else 0.0

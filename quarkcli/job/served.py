@@ -19,7 +19,8 @@ def put_decoded(
     """Overwrites the part's source tensors with what the packed ones decode to: no second copy of a block."""
     for target in plan.quantized(part.index):
         decoded = decode(dialect, target, packed)
-        target.view.of(tensors[target.view.tensor]).copy_(dequantize(decoded.weight, target.weight))
+        into = target.view.of(tensors[target.view.tensor])
+        into.copy_(dequantize(decoded.weight, target.weight, into.dtype))
         if decoded.bias is not None and target.bias_spec is not None and target.bias is not None:
             tensors[target.bias].copy_(dequantize(decoded.bias, target.bias_spec).reshape(-1))
 

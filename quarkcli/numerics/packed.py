@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -52,8 +53,32 @@ def quantize(weight: Tensor, spec: TensorSpec, *, amax: Tensor | None = None, kn
     """Does `numerics.quantize.quantize` by a kernel where there is one. The bits are the same."""
     if kernels.find(spec, weight.device) is None or not _kernel_takes(tuple(weight.shape), spec.format):
         return reference.quantize(weight, spec, amax=amax, known=known)
-    packed = quantize_packed(weight, spec, amax=amax)
-    return Quantized(_codes(packed, spec, weight.shape[1]), packed.params)
+    return Streamed(quantize_packed(weight, spec, amax=amax), spec, weight.shape[1])
+
+
+class Streamed(Quantized):
+    """A quantized matrix whose codes lie packed, as a kernel or a file has them; unpacked where somebody asks.
+
+    cols   of the matrix
+    """
+
+    def __init__(self, packed: Packed, spec: TensorSpec, cols: int) -> None:
+        self.packed, self.spec, self.cols = packed, spec, cols
+        self.params, self.order = packed.params, None
+
+    @cached_property
+    def codes(self) -> Tensor:  # type: ignore[override]  # made when it is asked for
+        return _codes(self.packed, self.spec, self.cols)
+
+    def stream(self, bits: int) -> Tensor:
+        return self.packed.data if bits < 8 else self.packed.data.view(torch.uint8)
+
+    def some(self, rows: slice) -> Quantized:
+        count = len(self.packed.data)
+        return Streamed(Packed(self.packed.data[rows], self.params.rows(rows, count)), self.spec, self.cols)
+
+    def values(self, spec: TensorSpec, dtype: torch.dtype) -> Tensor:
+        return dequantize_packed(self.packed, spec, (len(self.packed.data), self.cols), dtype)
 
 
 def _codes(packed: Packed, spec: TensorSpec, cols: int) -> Tensor:

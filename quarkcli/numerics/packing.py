@@ -80,6 +80,24 @@ def pack_int32(codes: Tensor, bits: int) -> Tensor:
     return _viewed(_padded(pack_bits(codes, bits), _WORD_BITS // 8), torch.int32)
 
 
+def words_of(stream: Tensor, bits: int, signed: bool) -> Tensor:
+    """Returns as `pack_int32` what `pack_bits` made of the same codes: where a code's bits never leave a byte."""
+    if signed:
+        stream = stream ^ _signs(bits)
+    return _viewed(_padded(stream, _WORD_BITS // 8), torch.int32)
+
+
+def stream_of(words: Tensor, bits: int, count: int, signed: bool) -> Tensor:
+    """Returns the inverse of `words_of`: the stream of the `count` codes of each row."""
+    stream = words.contiguous().view(torch.uint8)[..., : -(-count * bits // 8)]
+    return stream ^ _signs(bits) if signed else stream
+
+
+def _signs(bits: int) -> int:
+    """Returns a byte of its codes' top bits, which two's complement and offset binary have the other way round."""
+    return sum(1 << (start + bits - 1) for start in range(0, 8, bits))
+
+
 def unpack_int32(packed: Tensor, bits: int, count: int | None = None, signed: bool = True) -> Tensor:
     """Returns the inverse of `pack_int32`: the `count` codes (None: all the words hold) of each row, int8 or uint8."""
     count = packed.shape[-1] * _WORD_BITS // bits if count is None else count

@@ -29,6 +29,7 @@ from quarkcli.numerics.grid import (
     scale_size,
     without_chain,
 )
+from quarkcli.numerics.packing import pack_bits
 from quarkcli.numerics.ranges import amax_per_row, known_range_of, range_of
 from quarkcli.numerics.scales import Range
 from quarkcli.spec import Element, TensorSpec
@@ -52,6 +53,18 @@ class Quantized:
     codes: Tensor
     params: QParams
     order: Tensor | None = None
+
+    def stream(self, bits: int) -> Tensor:
+        """Returns the codes of `bits` bits as `packing.pack_bits` packs them."""
+        return pack_bits(self.codes, bits)
+
+    def some(self, rows: slice) -> Quantized:
+        """Returns some rows of a matrix."""
+        return Quantized(self.codes[rows], self.params.rows(rows, self.codes.shape[0]), self.order)
+
+    def values(self, spec: TensorSpec, dtype: torch.dtype) -> Tensor:
+        """Returns real values in the order of the codes: float32, or in `dtype` where that is no further step."""
+        return decode(self.codes, spec, self.params)
 
 
 def tensor_amax(x: Tensor) -> Tensor:
@@ -116,9 +129,9 @@ def quantize(weight: Tensor, spec: TensorSpec, *, amax: Tensor | None = None, kn
     return Quantized(encode(weight, spec, params), params)
 
 
-def dequantize(quantized: Quantized, spec: TensorSpec) -> Tensor:
-    """Returns real values (float32) of a quantized tensor."""
-    values = decode(quantized.codes, spec, quantized.params)
+def dequantize(quantized: Quantized, spec: TensorSpec, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Returns real values of a quantized tensor: float32, or rounded to `dtype` where a kernel does both at once."""
+    values = quantized.values(spec, dtype)
     if quantized.order is None:
         return values
     back = torch.empty_like(values)
