@@ -49,13 +49,14 @@ cli
 NAMES_OF_TYPES = {("algorithms", "forward"), ("algorithms", "job"), ("report", "job")}
 # Inside a folder, a module may import those named before it; every module has its place.
 INSIDE = {
-    "forward": "activations carry defaults guard enough lanes moments samples experts taps statistics files documents"
-    " data walk",
-    "disk": "headers weights beside outputs writer hub pickles stream remote source side_files manifest place journal"
-    " nonfinite contents checkpoint origin compare values scales completeness excluded parallel fidelity verify push",
-    "job": "forecast device rates options judging asked preflight splitting directories idle carried served packing"
-    " problems rewriting solving pieces stages tuning prepass reach costs predict result part pipeline finish"
-    " fingerprint download convert run probe preview",
+    "forward": "activations carry defaults guard enough lanes group moments samples experts taps statistics joining"
+    " files documents data walk",
+    "disk": "headers weights beside outputs writer hub pickles stream remote source side_files manifest place state"
+    " journal nonfinite contents checkpoint origin compare values scales completeness excluded parallel fidelity verify"
+    " push",
+    "job": "ranks forecast device rates options judging asked preflight splitting directories idle carried served"
+    " packing problems rewriting solving pieces stages tuning prepass reach costs predict result part pipeline finish"
+    " dividing walking fingerprint download convert run probe preview",
 }
 
 # Package -> the rooms that may import it.
@@ -78,6 +79,7 @@ OWNERS = {
 # Modules that import torch as soon as they are imported; no other does, however far.
 WITH_TORCH = {
     "quarkcli.numerics", "quarkcli.model", "quarkcli.forward.data", "quarkcli.forward.statistics",
+    "quarkcli.forward.joining",
     "quarkcli.forward.guard", "quarkcli.forward.moments", "quarkcli.forward.samples", "quarkcli.forward.experts",
     "quarkcli.forward.taps", "quarkcli.forward.walk", "quarkcli.forward.carry",
     "quarkcli.algorithms._channels", "quarkcli.algorithms.tensors", "quarkcli.algorithms._trials",

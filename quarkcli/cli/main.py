@@ -108,6 +108,7 @@ def main(argv: Sequence[str] | None = None, last: bool = False) -> int:
 def _outcome(arguments: list[str]) -> int:
     """Runs a command line and returns its exit code."""
     try:
+        _check_launch(arguments)
         with _without_warnings():
             code = _command()(arguments, prog_name="quark", standalone_mode=False)
     except QuarkError as error:
@@ -152,7 +153,32 @@ def _without_warnings() -> Iterator[None]:
         yield
 
 
+def _check_launch(arguments: list[str]) -> None:
+    """Raises UsageError for a command that would do its work in each of several processes."""
+    command = next((argument for argument in arguments if not argument.startswith("-")), "")
+    if _is_launched() and command != "quantize":
+        from quarkcli.job import ranks
+
+        ranks.refuse(command)
+
+
+def _is_launched() -> bool:
+    return os.environ.get("WORLD_SIZE", "1") != "1"
+
+
+def _muted(error: QuarkError) -> int | None:
+    """Returns the exit code where another process of a launch says why it ends; None: this one does."""
+    if not _is_launched():
+        return None
+    from quarkcli.job import ranks
+
+    return ranks.muted(int(error.code))
+
+
 def _fail(error: QuarkError) -> int:
+    muted = _muted(error)
+    if muted is not None:
+        return muted
     output.error(error)
     if output.session.debug and sys.exc_info()[0] is not None:
         output.raw(traceback.format_exc().rstrip())
@@ -161,6 +187,9 @@ def _fail(error: QuarkError) -> int:
 
 def _last_words(code: ExitCode) -> None:
     """Prints the message for a signal that could not be answered in order."""
+    muted = _muted(_stopped(code))
+    if muted is not None:
+        os._exit(muted)
     if output.is_terminal("stderr"):
         output.raw("\x1b[?25h")  # a bar hides the cursor
     output.error(_stopped(code))

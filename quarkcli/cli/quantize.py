@@ -35,8 +35,11 @@ def quantize(flags: JobFlags, *, dry_run: DryRun = False) -> None:
     Checks, calibrates where the scheme needs it, writes part by part, verifies. Prints the output directory (with
     --json the report). Work happens in <output>.partial; interrupted, the same command goes on there.
     """
+    from quarkcli.job import ranks
+
     if dry_run:
-        _plan(flags)
+        if ranks.world()[0] == 0:
+            _plan(flags)
         return
     from quarkcli.cli.progress import Progress
     from quarkcli.disk.writer import partial_path
@@ -44,7 +47,10 @@ def quantize(flags: JobFlags, *, dry_run: DryRun = False) -> None:
 
     flags.start()
     options = flags.options()
-    with Progress(flags.progress, flags.log_level, flags.log_format == "json") as progress:
+    first = ranks.world()[0] == 0  # of several ranks, it speaks for all
+    with Progress(
+        flags.progress if first else "none", flags.log_level, first and flags.log_format == "json"
+    ) as progress:
         made: list[Prepared] = []
 
         def planned(prepared: Prepared) -> None:
@@ -55,6 +61,8 @@ def quantize(flags: JobFlags, *, dry_run: DryRun = False) -> None:
             _announce(prepared, progress)
 
         report = job.run(options, progress, planned, _judge)
+        if not report:  # the first of several ranks has it
+            return
         output.session.done = made[0].output
     _conclude(made[0], report, progress)
     if flags.json:

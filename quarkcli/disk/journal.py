@@ -6,6 +6,8 @@
     record-*.json        the record of a finished part, written once: a journal with all of them would grow with every
                          part, and so would the time for the next one
     hidden-{a,b}.safetensors   used in turn: the one that journal.json names last is never written to
+    hidden-{a,b}-003.safetensors, journal-003.json   the same of rank 3, where several work; the first rank takes over
+                         what the journals of others say
     headers.json         headers of the weight files, where the model is on the hub
     download/            weight files of such a model, until their last use
     replaced.json        new places of outputs that are being replaced
@@ -39,6 +41,7 @@ from quarkcli.disk.place import (
     replaced,
     unmake,
 )
+from quarkcli.disk.state import checksum, compare, damaged, is_sound, load, plain, sha256
 from quarkcli.disk.writer import (
     STATE,
     atomic_write_json,
@@ -49,7 +52,7 @@ from quarkcli.disk.writer import (
     sync_folder,
     write_tensors,
 )
-from quarkcli.errors import ConfigError, UsageError
+from quarkcli.errors import UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -57,10 +60,7 @@ if TYPE_CHECKING:
 Resume = Literal["auto", "never", "require"]
 
 SCHEMA = "quark/journal/3"
-_HIDDEN = ("hidden-a.safetensors", "hidden-b.safetensors")
-_ABSENT = "(absent)"
-_SHOWN_KEYS = 10
-_SHOWN_CHARACTERS = 80
+_HIDDEN = ("hidden-a", "hidden-b")
 
 
 class Journal:
@@ -70,10 +70,11 @@ class Journal:
     to the partial directory) and `size` in bytes, as `WrittenFile.record()` gives.
     """
 
-    def __init__(self, partial: Path, lock: int, made: list[Path]) -> None:
+    def __init__(self, partial: Path, lock: int | None, made: list[Path], rank: int = 0) -> None:
+        self._suffix = f"-{rank:03d}" if rank else ""  # of the files that each rank has of its own
         self._partial = partial
         self._state = partial / STATE
-        self._lock: int | None = lock
+        self._lock = lock
         self._made = made  # folders that were not there before, innermost first
         self._kept = False
         self._parts: list[dict[str, Any]] = []  # name, record ({file, sha256}), hidden (the same, or None)
@@ -130,8 +131,9 @@ class Journal:
             sync_folder(self._partial.parent)
             atomic_write_json(path, fingerprint)
             return
-        _compare(self._partial, _load(path), _plain(fingerprint))
+        compare(self._partial, load(path), plain(fingerprint))
         self._load_parts()
+        self.absorb()
         self._remove_strays()
 
     def keep(self) -> None:
@@ -163,30 +165,96 @@ class Journal:
         """Keeps a small JSON value durably. Raises ResourceError."""
         self._store(self._parts, {**self._notes, key: value})
 
-    def finish(self, part: str, record: dict[str, Any], hidden: dict[str, torch.Tensor] | None = None) -> None:
-        """Records a part whose files are durable already, with what the next part needs. Raises ResourceError."""
+    def finish(
+        self,
+        part: str,
+        record: dict[str, Any],
+        hidden: dict[str, torch.Tensor] | None = None,
+        stored: list[dict[str, Any]] | None = None,
+    ) -> None:
+        """Records a part whose files are durable already, with what the next part needs. Raises ResourceError.
+
+        stored   hidden states of all ranks, which are written already; see `write_hidden`
+        """
         if any(own["name"] == part for own in self._parts):
             raise ValueError(f"part {part!r} is finished already")
-        states = self._write_hidden(hidden) if hidden is not None else None
-        stored = self._write_record(part, record)
-        self._store([*self._parts, {"name": part, "record": stored, "hidden": states}], self._notes)
+        states = self.write_hidden(hidden) if hidden is not None else None
+        if stored:
+            states = {**stored[0], "others": stored[1:]}
+        self._store(
+            [*self._parts, {"name": part, "record": self._write_record(part, record), "hidden": states}], self._notes
+        )
 
     def hidden(self) -> dict[str, torch.Tensor] | None:
         """Returns the hidden states of the last finished part, None when it had none.
 
         Raises ConfigError when they are damaged.
         """
+        return self.hidden_of(0) if self.ranks_with_hidden else None
+
+    @property
+    def ranks_with_hidden(self) -> int:
+        """Returns how many ranks have hidden states of the last finished part."""
         named = self._parts[-1]["hidden"] if self._parts else None
-        if named is None:
-            return None
+        return 0 if named is None else 1 + len(named.get("others", ()))
+
+    def hidden_of(self, number: int) -> dict[str, torch.Tensor]:
+        """Returns the hidden states of one of the ranks that have some."""
+        named = self._parts[-1]["hidden"]
+        return self._read_hidden([named, *named.get("others", ())][number])
+
+    def _read_hidden(self, named: dict[str, Any]) -> dict[str, torch.Tensor]:
         path = self._state / named["file"]
         try:
             with path.open("rb") as stream:
                 if hashlib.file_digest(stream, "sha256").hexdigest() != named["sha256"]:
-                    raise _damaged(path)
+                    raise damaged(path)
             return read_tensors(path, read_headers(path, path.name))
         except OSError as error:
-            raise _damaged(path) from error
+            raise damaged(path) from error
+
+    def write_hidden(self, hidden: dict[str, torch.Tensor]) -> dict[str, Any]:
+        """Writes hidden states beside those of the last part. Returns what `finish` takes as `stored`."""
+        last = self._parts[-1]["hidden"] if self._parts else None
+        taken = last is not None and last["file"].startswith(_HIDDEN[0])
+        file = f"{_HIDDEN[taken]}{self._suffix}.safetensors"
+        return {"file": file, "sha256": write_tensors(self._state / file, hidden).sha256}
+
+    # -- several ranks -------------------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]], dict[str, Any]]:
+        """Returns all that the journal knows, for another rank's to `follow`."""
+        return self._parts, self._records, self._notes
+
+    def follow(self, state: tuple[list[dict[str, Any]], dict[str, dict[str, Any]], dict[str, Any]]) -> None:
+        """Takes over all that the first rank's journal knows."""
+        self._parts, self._records, self._notes = list(state[0]), dict(state[1]), dict(state[2])
+
+    @property
+    def latest(self) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        """Returns the last finished part, its record, and the notes, for another rank's to `learn`."""
+        part = self._parts[-1]
+        return part, self._records[part["name"]], self._notes
+
+    def learn(self, latest: tuple[dict[str, Any], dict[str, Any], dict[str, Any]]) -> None:
+        """Takes over what the first rank's journal knows of one more part."""
+        part, record, notes = latest
+        self._parts, self._notes = [*self._parts, part], dict(notes)
+        self._records[part["name"]] = record
+
+    def absorb(self) -> None:
+        """Takes over the parts that other ranks finished, and removes their journals."""
+        paths = sorted(self._state.glob("journal-*.json"))
+        parts = list(self._parts)
+        for path in paths:
+            theirs, _ = self._loaded(path)
+            known = {part["name"] for part in parts}
+            parts += [part for part in theirs if part["name"] not in known]
+        if paths:
+            self._store(parts, self._notes)
+            for path in paths:
+                path.unlink()
 
     def verify(self) -> list[str]:
         """Reads the files of finished parts once, and forgets the parts whose files are not as they were written.
@@ -217,8 +285,8 @@ class Journal:
         """Moves the state out of the directory that is about to be published, in one rename; `lock` finds it there."""
         aside = aside_path(self._partial)
         with disk_errors(self._state):
-            for name in _HIDDEN:
-                (self._state / name).unlink(missing_ok=True)
+            for path in self._state.glob("hidden-*"):
+                path.unlink()
             remove(aside)
             self._state.rename(aside)
             self._state = aside
@@ -253,47 +321,45 @@ class Journal:
 
     def _load_parts(self) -> None:
         path = self._state / "journal.json"
-        if not path.is_file():  # killed before the first part
-            return
-        stored = _load(path)
+        if path.is_file():  # else killed before the first part
+            self._parts, self._notes = self._loaded(path)
+
+    def _loaded(self, path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """Returns the parts and notes of a journal, and takes over the records of its parts."""
+        stored = load(path)
         try:
-            if stored["schema"] != SCHEMA or stored["sha256"] != _checksum(stored["parts"], stored["notes"]):
-                raise _damaged(path)
-            self._parts = [{key: part[key] for key in ("name", "record", "hidden")} for part in stored["parts"]]
-            self._records = {part["name"]: self._read_record(part["record"]) for part in self._parts}
-            self._notes = dict(stored["notes"])
+            if stored["schema"] != SCHEMA or stored["sha256"] != checksum(stored["parts"], stored["notes"]):
+                raise damaged(path)
+            parts = [{key: part[key] for key in ("name", "record", "hidden")} for part in stored["parts"]]
+            self._records |= {part["name"]: self._read_record(part["record"]) for part in parts}
+            return parts, dict(stored["notes"])
         except (KeyError, TypeError, ValueError) as error:
-            raise _damaged(path) from error
+            raise damaged(path) from error
 
     def _store(self, parts: list[dict[str, Any]], notes: dict[str, Any]) -> None:
         """Stores the state, disk first: what memory says is never ahead of what a restart would find."""
-        parts, notes = _plain(parts), _plain(notes)
-        stored = {"schema": SCHEMA, "sha256": _checksum(parts, notes), "parts": parts, "notes": notes}
-        atomic_write_json(self._state / "journal.json", stored)
+        parts, notes = plain(parts), plain(notes)
+        stored = {"schema": SCHEMA, "sha256": checksum(parts, notes), "parts": parts, "notes": notes}
+        atomic_write_json(self._state / f"journal{self._suffix}.json", stored)
         self._parts, self._notes = parts, notes
 
     def _write_record(self, part: str, record: dict[str, Any]) -> dict[str, str]:
         text = json.dumps(record)
-        file = f"record-{_sha256(part.encode())[:16]}.json"
+        file = f"record-{sha256(part.encode())[:16]}.json"
         atomic_write_text(self._state / file, text)
         self._records[part] = json.loads(text)  # as a restart finds it
-        return {"file": file, "sha256": _sha256(text.encode())}
+        return {"file": file, "sha256": sha256(text.encode())}
 
     def _read_record(self, stored: dict[str, str]) -> dict[str, Any]:
         path = self._state / stored["file"]
-        record = _load(path)
-        if _sha256(path.read_bytes()) != stored["sha256"]:
-            raise _damaged(path)
+        record = load(path)
+        if sha256(path.read_bytes()) != stored["sha256"]:
+            raise damaged(path)
         return record
-
-    def _write_hidden(self, hidden: dict[str, torch.Tensor]) -> dict[str, str]:
-        last = self._parts[-1]["hidden"] if self._parts else None
-        file = _HIDDEN[1] if last and last["file"] == _HIDDEN[0] else _HIDDEN[0]
-        return {"file": file, "sha256": write_tensors(self._state / file, hidden).sha256}
 
     def _has_files(self, part: dict[str, Any]) -> bool:
         return all(
-            _is_sound(self._partial / file["file"], file) for file in self._records[part["name"]].get("files", [])
+            is_sound(self._partial / file["file"], file) for file in self._records[part["name"]].get("files", [])
         )
 
     def _hidden_is_overwritten(self, count: int) -> bool:
@@ -327,70 +393,3 @@ class Journal:
 
     def _relative(self, path: Path) -> str:
         return path.relative_to(self._partial).as_posix()
-
-
-def _compare(partial: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
-    before, now = _flatten(old), _flatten(new)
-    differing = [key for key in {**now, **before} if now.get(key, _ABSENT) != before.get(key, _ABSENT)]
-    if not differing:
-        return
-    lines = [f"  {key}: {_short(before, key)} -> {_short(now, key)}" for key in differing[:_SHOWN_KEYS]]
-    if len(differing) > _SHOWN_KEYS:
-        lines.append(f"  and {len(differing) - _SHOWN_KEYS} more")
-    what = "the unfinished run there was started with other settings (old -> new):\n" + "\n".join(lines)
-    hint = f"repeat the old settings, or delete {partial} or use --resume never to start again"
-    raise ConfigError(what, where=str(partial), hint=hint)
-
-
-def _flatten(value: Any, key: str = "") -> dict[str, str]:
-    """Returns dotted keys (`recipe.entries[3].enable`) -> JSON text; empty containers are values."""
-    if isinstance(value, dict) and value:
-        pairs = [(f"{key}.{name}" if key else name, item) for name, item in value.items()]
-    elif isinstance(value, list) and value:
-        pairs = [(f"{key}[{index}]", item) for index, item in enumerate(value)]
-    else:
-        return {key: json.dumps(value, ensure_ascii=False)}
-    return {path: text for name, item in pairs for path, text in _flatten(item, name).items()}
-
-
-def _short(flat: dict[str, str], key: str) -> str:
-    text = flat.get(key, _ABSENT)
-    return text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 3] + "..."
-
-
-def _plain(value: Any) -> Any:
-    """Returns `value` as JSON gives it back (lists for tuples, text keys), so that memory and file never differ."""
-    return json.loads(json.dumps(value))
-
-
-def _load(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise _damaged(path) from error
-    if not isinstance(value, dict):
-        raise _damaged(path)
-    return value
-
-
-def _damaged(path: Path) -> ConfigError:
-    hint = f"delete {path.parent.parent} or use --resume never to start again"
-    return ConfigError("the state of the unfinished run is damaged", where=str(path), hint=hint)
-
-
-def _checksum(parts: list[dict[str, Any]], notes: dict[str, Any]) -> str:
-    return _sha256(json.dumps([parts, notes], sort_keys=True).encode())
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def _is_sound(path: Path, file: dict[str, Any]) -> bool:
-    """True when a finished file has the size, and where that is known the hash, with which it was written."""
-    if not path.is_file() or path.stat().st_size != file["size"]:
-        return False
-    if "sha256" not in file:
-        return True
-    with path.open("rb") as stream:
-        return bool(hashlib.file_digest(stream, "sha256").hexdigest() == file["sha256"])

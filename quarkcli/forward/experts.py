@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ class ExpertLayer:
     runner      runs one expert for its inner activation
     all_tokens  every token feeds every expert
     module      the experts
+    tensor      a file tensor of theirs
     hidden      per batch, the tokens that are no padding, [tokens, features]
     source      per batch, the same tokens of the source stream; None: there is none
     routed      per batch, the experts of each token
@@ -35,6 +36,7 @@ class ExpertLayer:
     runner: Any
     all_tokens: bool
     module: Any = None
+    tensor: str = ""
     hidden: list[Tensor] = field(default_factory=list)
     source: list[Tensor | None] = field(default_factory=list)
     routed: list[Tensor] = field(default_factory=list)
@@ -58,6 +60,19 @@ class ExpertLayer:
         self.routed.append(source[1] if source is not None else routed.clone())
         self.held.append(held)
         self.lanes.append(lane)
+
+    def merge(self, layers: Sequence[ExpertLayer]) -> None:
+        """Takes the batches and counts of all ranks, in the order of their lanes; its own are among them."""
+        self.hidden, self.source, self.routed, self.held, self.lanes = (
+            [one for layer in layers for one in getattr(layer, name)]
+            for name in ("hidden", "source", "routed", "held", "lanes")
+        )
+        experts = sorted({expert for layer in layers for expert in layer.tokens})
+        self.tokens = {expert: sum(layer.tokens.get(expert, 0) for layer in layers) for expert in experts}
+
+    def bare(self) -> ExpertLayer:
+        """Returns batches and counts alone, for other ranks."""
+        return replace(self, runner=None, module=None, _layer={})
 
     def few(self, expert: int) -> bool:
         """True for an expert that saw too few tokens to have statistics of its own."""

@@ -44,6 +44,10 @@ class Guard:
         """Notes an activation that cannot be used. Raises DataError where that is an error."""
         if not self.skip:
             raise DataError(what, where=site, hint=HINT)
+        self.note(site, what)
+
+    def note(self, site: str, what: str) -> None:
+        """Notes an activation that cannot be used, and says so the first time."""
         if site not in self.skipped and self._warn is not None:
             self._warn(f"{site}: {what}; no algorithm sees it, and ranges are of what is finite")
         self.skipped.setdefault(site, what)

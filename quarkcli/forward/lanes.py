@@ -6,7 +6,7 @@ within a lane, and a fixed binary tree joins those of the lanes. A rank works on
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Generic, NamedTuple, TypeVar
 
 LANES = 8
@@ -92,3 +92,26 @@ def joined(join: Callable[[T, T], T], left: T | None, right: T | None) -> T | No
     if left is None or right is None:
         return right if left is None else left
     return join(left, right)
+
+
+def shares(count: int, ranks: int) -> list[range]:
+    """Returns the lanes of each rank: those of one subtree, or none where there are more ranks than lanes."""
+    if ranks == 1:
+        return [range(count)]
+    if count == 1:
+        return [range(1), *[range(0)] * (ranks - 1)]
+    left, right = shares(count // 2, ranks - ranks // 2), shares(count // 2, ranks // 2)
+    return left + [range(lanes.start + count // 2, lanes.stop + count // 2) if lanes else lanes for lanes in right]
+
+
+def joined_ranks(join: Callable[[T, T], T], values: Sequence[T | None], of: Sequence[range]) -> T | None:
+    """Returns the sum of what ranks have, in the tree; `of`: their lanes."""
+
+    def node(start: int, stop: int) -> T | None:
+        for value, own in zip(values, of, strict=True):
+            if own and own.start <= start and stop <= own.stop:
+                return value
+        middle = (start + stop) // 2
+        return joined(join, node(start, middle), node(middle, stop))
+
+    return node(0, max(own.stop for own in of))

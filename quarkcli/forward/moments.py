@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from quarkcli.forward.group import Group
 from quarkcli.forward.lanes import Tree
 from quarkcli.numerics.products import add_product_
 from quarkcli.numerics.quantize import fake_quantize
@@ -102,6 +103,18 @@ class Moments:
             total = self.sums.total()
             self._means = Means(None, None, 0) if total is None else _means(total)
         return self._means
+
+    def collect(self, group: Group, owner: int) -> None:
+        """Joins the sums of all ranks' lanes; the means are the owner's from then on, and nothing on other ranks."""
+        if self._means is None:
+            total = group.collect(Sums.plus, self.sums.total(), owner)
+            self._means = Means(None, None, 0) if total is None else _means(total)
+
+    def spread(self, group: Group) -> None:
+        """Joins the sums of all ranks' lanes; the means are those of all ranks."""
+        if self._means is None and group.size > 1:
+            self.collect(group, 0)
+            self._means = group.share(self._means)
 
     def _fold(self, rows: Tensor, source: Tensor | None, lane: int) -> None:
         dtype = rows.dtype

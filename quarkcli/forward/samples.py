@@ -5,13 +5,13 @@ Rows that are kept depend on the rows and their order in a lane alone, never on 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from quarkcli.algorithms.base import FITTED_ROWS, HELD_ROWS
-from quarkcli.forward.lanes import Tree
+from quarkcli.forward.lanes import Tree, joined_ranks
 from quarkcli.forward.moments import CHUNK
 
 
@@ -91,6 +91,13 @@ class MeanMagnitude:
             own = torch.cat([chunk.abs().float().sum(0).double(), torch.tensor([len(chunk)]).to(chunk.device)])
             before = self.sums.of_lane(lane)
             self.sums.put(own if before is None else before + own)
+
+    def merge(self, totals: Sequence[Tensor | None], of: Sequence[range]) -> None:
+        """Takes the sums of all ranks; `of`: their lanes."""
+        total = joined_ranks(torch.add, totals, of)
+        self.sums = Tree(torch.add)
+        if total is not None:
+            self.sums.put(total)
 
     def result(self) -> Tensor | None:
         """Returns the mean, None when no token came; nothing can be added from then on."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from quarkcli.algorithms.base import Moment
 from quarkcli.errors import DataError
 from quarkcli.forward.experts import ExpertLayer
+from quarkcli.forward.group import Group
 from quarkcli.forward.guard import HINT, Guard, finite_rows, named
 from quarkcli.forward.moments import Means, Moments, finite
 from quarkcli.forward.samples import MeanMagnitude, Samples, picked
@@ -46,11 +47,12 @@ class Statistics:
     all_tokens  every token feeds every expert's statistics (`--moe-calibration all`), not only the routed ones
     least       with fewer tokens an expert has no statistics of its own (`--min-expert-tokens`)
     guard       says what becomes of NaN and infinity; what it skips has ranges of finite rows alone
+    group       the ranks whose lanes these are of, once `joining.join` has been called
     """
 
     def __init__(
         self, plan: Plan, part: int, needs: Mapping[str, set[str]], runner: Any, all_tokens: bool = False,
-        least: int = 1, guard: Guard | None = None,
+        least: int = 1, guard: Guard | None = None, group: Group | None = None,
     ) -> None:  # fmt: skip
         self.plan = plan
         self.part = part
@@ -58,6 +60,7 @@ class Statistics:
         self.runner = runner
         self.all_tokens, self.least = all_tokens, least
         self.guard = guard or Guard()
+        self.group = group or Group()
         self.batch = Batch()  # the one now running
         self._ranges: dict[tuple[str, str], MinMax | Histogram] = {}
         self._expert_ranges: dict[tuple[str, str, int | None], MinMax | Histogram] = {}
@@ -172,8 +175,11 @@ class Statistics:
         Those of experts are shrunk towards their layer's, but for held-out tokens.
         """
         if not self._of_experts(site):
-            seen = self._held_out if held else self._fitted
-            return seen[site].means() if site in seen else NOTHING
+            seen = (self._held_out if held else self._fitted).get(site)
+            if seen is None:
+                return NOTHING
+            seen.spread(self.group)
+            return seen.means()
         layer, inner = self.layers.get(self._layer_of(site)), self._kind(site) == "experts_down"
         if layer is None:
             return NOTHING
@@ -264,6 +270,8 @@ class Statistics:
                 attention[tensor] = self._attention_tap(module.name)
             if f"{module.name}.p" in self.needs:
                 softmax[tensor] = self._softmax_tap(module.name)
+        for tensor, tap in experts.values():
+            tap.layer.tensor = tensor
         return Handlers(linear, outputs, dict(experts.values()), attention, softmax)
 
     def source_handlers(self) -> Handlers:

@@ -134,9 +134,16 @@ class Walk:
         batches = len(self.spans) * len(self.hidden)
         return self.carry.park(stream, hidden, batches)
 
-    def take(self, hidden: Mapping[str, list[Tensor]]) -> None:
-        """Goes on with hidden states in batches of any size, cut as the recordings are."""
-        self.hidden = {stream: self.cut(states) for stream, states in hidden.items()}
+    def take(self, hidden: Mapping[str, list[Tensor]], whole: bool = False) -> None:
+        """Goes on with hidden states in batches of any size, cut as the recordings are.
+
+        whole   they are of all rows, and not of these lanes alone
+        """
+        if whole and self.lanes:
+            axis, _ = self._layout()
+            start, count = self.lanes[0].start, self.lanes[-1].stop - self.lanes[0].start
+            hidden = {s: [torch.cat(states, axis).narrow(axis, start, count)] for s, states in hidden.items()}
+        self.hidden = {stream: self.cut(states) for stream, states in hidden.items()} if self.lanes else self.hidden
 
     def cut(self, states: list[Tensor]) -> list[Tensor]:
         """Returns hidden states, or what has their shape, in batches as the recordings are."""
@@ -157,8 +164,8 @@ class Walk:
         return found
 
     def _batches(self, mask: Tensor | None) -> list[Tensor | None]:
-        if mask is None:
-            return [None] * len(self.recordings[SERVED])
+        if mask is None or not self.spans:
+            return [None] * len(self.spans)
         _, tokens_first = self._layout()
         return [part.T if tokens_first else part for part in self.split(mask)]
 
@@ -175,13 +182,17 @@ class Walk:
         shape = list(recordings[0].hidden.shape)
         raise ModelError(f"hidden states of shape {shape} do not tell which axes are rows and tokens")
 
-    def observe(self, block: int, new_statistics: Callable[[], Any], advance: bool = False) -> tuple[Any, Tensor]:
+    def observe(
+        self, block: int, new_statistics: Callable[[], Any], advance: bool = False
+    ) -> tuple[Any, Tensor | None]:
         """Runs the loaded block over every stream with taps. Returns the statistics and the first batch's output.
+
+        A rank without lanes has no batch.
 
         advance   move the served stream on as well; the source stream moves on with `observed`
         """
 
-        def once() -> tuple[Any, Tensor, list[Tensor], list[Tensor]]:
+        def once() -> tuple[Any, Tensor | None, list[Tensor], list[Tensor]]:
             statistics = new_statistics()
             first, moved, source = None, [], []
             taps = Watched(statistics.handlers())
@@ -199,7 +210,6 @@ class Walk:
                 first = out if first is None else first
                 if advance:
                     moved.append(self._park(out))
-            assert first is not None
             return statistics, first, moved, source
 
         statistics, first, moved, self._moved = self._retrying(once)
@@ -246,8 +256,10 @@ class Walk:
 
         self.hidden[SERVED] = self._retrying(once)
 
-    def probe(self, block: int, handlers: Handlers) -> Tensor:
+    def probe(self, block: int, handlers: Handlers) -> Tensor | None:
         """Returns the loaded block's output for the first batch; the served stream stays where it is."""
+        if not self.spans:
+            return None
 
         def once() -> Tensor:
             with self.runner.handlers(block, handlers):

@@ -39,5 +39,4 @@ def fingerprint(prepared: Prepared, data: CalibrationData | None, device: str) -
         },
         "versions": {"quark": __version__, "torch": version("torch"), "transformers": version("transformers")},
         "device": device,
-        "ranks": 1,
     }

@@ -20,7 +20,9 @@ from quarkcli.disk.nonfinite import HINT, NonFinite
 from quarkcli.disk.weights import WeightSource
 from quarkcli.errors import DataError, some
 from quarkcli.events import Listener, Message, Working
+from quarkcli.forward.group import Group
 from quarkcli.forward.guard import Guard
+from quarkcli.forward.joining import join
 from quarkcli.forward.statistics import Statistics
 from quarkcli.forward.walk import Walk
 from quarkcli.job.options import SKIP, Calibration, OnNonfinite
@@ -70,13 +72,15 @@ class PartWorker:
         late: Mapping[str, set[str]] | None = None,
         others: Sequence[Writer] = (),
         workers: Workers | None = None,
+        group: Group | None = None,
     ) -> None:
         self.plan = plan
+        self.group = group or Group()
         self.workers = workers or Workers()
         self._said = Said()
         self.dialect = dialect
         self.writers = [dialect, *others]
-        self.solving = Solving(plan, steps, self._warn, weights, on_nonfinite == SKIP, self.workers)
+        self.solving = Solving(plan, steps, self._warn, weights, on_nonfinite == SKIP, self.workers, self.group)
         self.tuners = [(s, s.algorithm) for s in steps if isinstance(s.algorithm, Tuner)]
         self.transforms = [(s, s.algorithm) for s in steps if isinstance(s.algorithm, Transform)]
         self.states: Mapping[str, Any] = states or {}
@@ -132,6 +136,10 @@ class PartWorker:
             self.solving.exact, self.guard.skipped | self.solving.skipped, apart, others,
         )  # fmt: skip
 
+    def is_shared(self, part: Part) -> bool:
+        """True for a part that all ranks work on together, each with its own rows; others are one rank's alone."""
+        return self.walk is not None and part.index <= self.last and part.kind in {"block", "tail"}
+
     def _copied(self, part: Part) -> list[Copied]:
         return list(copied(self.plan, part, self.headers, self.owners))
 
@@ -146,17 +154,22 @@ class PartWorker:
 
     def _observe(self, part: Part, tensors: Mapping[str, Tensor]) -> tuple[Statistics | None, Tensor | None]:
         """Runs the part in source precision on the hidden states that the quantized parts below hand on."""
-        if self.walk is None or part.index > self.last or part.kind not in {"block", "tail"}:
-            return None, None
         walk = self.walk
+        if walk is None or not self.is_shared(part):
+            return None, None
 
         def new() -> Statistics:
-            return Statistics(self.plan, part.index, self.needs, walk.runner, self.all_tokens, self.least, self.guard)
+            return Statistics(
+                self.plan, part.index, self.needs, walk.runner, self.all_tokens, self.least, self.guard, self.group
+            )
 
         if part.block is None:
-            return walk.observe_tail(new, tensors), None
-        walk.runner.load_block(part.block, tensors)
-        return walk.observe(part.block, new)
+            statistics, first = walk.observe_tail(new, tensors), None
+        else:
+            walk.runner.load_block(part.block, tensors)
+            statistics, first = walk.observe(part.block, new)
+        join(statistics)
+        return statistics, first
 
     def _turn(
         self, part: Part, tensors: Mapping[str, Tensor], blocks: Mapping[str, int], statistics: Statistics | None
@@ -332,12 +345,13 @@ class PartWorker:
         """
         if self.walk is None or part.block is None or part.index > self.last:
             return None
+        after: Tensor | None
         put_decoded(self.plan, self.dialect, part, tensors, packed)
         self.walk.runner.load_block(part.block, tensors)
         served = handlers(self.plan, part, scales, self.walk.runner.loads)
         if part.index < self.last:
             self.walk.advance(part.block, served)
-            after = self.walk.served[0]
+            after = self.walk.served[0] if self.walk.served else None
         else:
             after = self.walk.probe(part.block, served)
         self.walk.runner.unload_block(part.block)

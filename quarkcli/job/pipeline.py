@@ -25,6 +25,7 @@ from quarkcli.disk.stream import Stream
 from quarkcli.disk.weights import WeightSource
 from quarkcli.disk.writer import write_part
 from quarkcli.errors import Stopped
+from quarkcli.forward.group import Group
 from quarkcli.job.part import PartWorker
 from quarkcli.job.result import PartResult
 from quarkcli.job.served import decode
@@ -78,6 +79,7 @@ class Pipeline:
 
     folders   where in the output each dialect's files go
     stream    brings weight files that are on the hub
+    group     the ranks that work on the parts; those that need data are noted by the first
     room      bytes of source tensors in memory, beyond which nothing is read ahead; None: no bound
     """
 
@@ -90,6 +92,7 @@ class Pipeline:
         folders: Sequence[str] = ("",),
         stream: Stream | None = None,
         room: int | None = None,
+        group: Group | None = None,
     ) -> None:
         self.source = source
         self.partial = partial
@@ -97,6 +100,7 @@ class Pipeline:
         self.journal = journal
         self.device = device
         self.stream = stream
+        self.group = group or Group()
         self.room = Room(room)
         self.reader, self.writer = ThreadPoolExecutor(1, "reader", alone), ThreadPoolExecutor(1, "writer", alone)
         self._closing = False
@@ -145,23 +149,56 @@ class Pipeline:
                 found |= tensors
             return found
 
-    def write(self, part: Part, result: PartResult, worker: PartWorker) -> None:
-        """Makes the part durable and notes it in the journal, with the hidden states that later parts need."""
+    def write(self, part: Part, result: PartResult | None, worker: PartWorker, writer: int | None = None) -> None:
+        """Makes the part durable and notes it in the journal, with the hidden states that later parts need.
+
+        result   None on ranks that did not work on it
+        writer   the rank that writes a part which ranks pass together; None: this rank has it alone
+        """
         if self.stream is not None:
             self.stream.done(part.name)
-        hidden = batch = None
+        if writer is not None or result is None:
+            self._write_together(part, result, worker, writer or 0)
+            return
+        hidden, forms = self._hidden(part, worker), self._taken(result)
+        batch = worker.walk.batch if worker.walk is not None and hidden is not None else None
+        self._writing = self.writer.submit(self._write, part, forms, result.record(), hidden, batch)
+
+    def _write_together(self, part: Part, result: PartResult | None, worker: PartWorker, writer: int) -> None:
+        """Does as `write`, and waits until all ranks' states are durable and the first rank has noted the part."""
+        group, hidden = self.group, self._hidden(part, worker)
+        record = result.record() if result is not None else None
+        forms = self._taken(result) if result is not None else []
+        files = self._files(part, forms) if group.rank == writer else []
+        stored = self.journal.write_hidden(hidden) if hidden else None
+        said = group.gather((record, files, stored))
+        states = [states for _, _, states in said if states is not None]
+        if group.is_main:
+            if states and worker.walk is not None:
+                self._note(worker.walk.batch)
+            known = said[0 if worker.is_shared(part) else writer][0]
+            self.journal.finish(part.name, {**known, "files": said[writer][1]}, stored=states)
+        latest = group.share(self.journal.latest if group.is_main else None)
+        if not group.is_main and latest is not None:
+            self.journal.learn(latest)
+
+    def _hidden(self, part: Part, worker: PartWorker) -> dict[str, Tensor] | None:
+        """Returns the hidden states that later parts need, on the CPU."""
         # Before the first block there are none: tokens are embedded again.
-        if worker.walk is not None and worker.walk.served and part.index < worker.last:
-            streams = worker.walk.hidden.items()
-            hidden = {f"{stream}/{i:06d}": one.cpu() for stream, states in streams for i, one in enumerate(states)}
-            batch = worker.walk.batch
+        if worker.walk is None or not worker.walk.served or part.index >= worker.last:
+            return None
+        streams = worker.walk.hidden.items()
+        return {f"{stream}/{i:06d}": one.cpu() for stream, states in streams for i, one in enumerate(states)}
+
+    def _taken(self, result: PartResult) -> list[dict[str, Tensor]]:
+        """Takes the tensors of a result, on the CPU, once the last part is durable."""
         forms = _on_cpu([result.tensors, *result.others])
         for tensors in (result.tensors, *result.others):
             tensors.clear()
         self.drain()
         if self.device != "cpu":
             torch.cuda.synchronize()
-        self._writing = self.writer.submit(self._write, part, forms, result.record(), hidden, batch)
+        return forms
 
     def _write(
         self,
@@ -171,14 +208,21 @@ class Pipeline:
         hidden: dict[str, Tensor] | None,
         batch: int | None,
     ) -> None:
-        if batch is not None and batch != self.journal.notes.get("batch"):
+        if batch is not None:
+            self._note(batch)
+        self.journal.finish(part.name, {**record, "files": self._files(part, forms)}, hidden)
+
+    def _note(self, batch: int) -> None:
+        if batch != self.journal.notes.get("batch"):
             self.journal.note("batch", batch)
-        files = [
+
+    def _files(self, part: Part, forms: list[dict[str, Tensor]]) -> list[dict[str, Any]]:
+        """Writes a part in every form. Returns what the journal says of the files."""
+        return [
             {**file.record(), "file": within(folder, file.file)}
             for folder, tensors in zip(self.folders, forms, strict=True)
             for file in write_part(self.partial / folder, slug(part), tensors)
         ]
-        self.journal.finish(part.name, {**record, "files": files}, hidden)
 
     def outside(self, names: list[str], worker: PartWorker) -> dict[str, Tensor]:
         """Returns tensors outside the blocks as they are served.

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from quarkcli.algorithms.base import Transform
 from quarkcli.events import Listener, Message
+from quarkcli.forward.group import Group
 from quarkcli.job.options import SKIP, Prepared
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ class Notes(Protocol):
 
 
 def decide(
-    prepared: Prepared, data: CalibrationData | None, runner: Any, journal: Notes, tell: Listener
+    prepared: Prepared, data: CalibrationData | None, runner: Any, journal: Notes, tell: Listener, group: Group
 ) -> Mapping[str, Any]:
     """Returns the state of every transform by its key; a resumed run takes the journal's."""
     transforms = [step for step in prepared.steps if isinstance(step.algorithm, Transform)]
@@ -34,18 +35,19 @@ def decide(
         return {}
     known = journal.notes.get(NOTE)
     if known is None:
-        seen = _observed(prepared, data, runner, tell) if prepared.prepass else {}
+        seen = _observed(prepared, data, runner, tell, group) if prepared.prepass else {}
         known = {step.key: step.prepare(prepared.plan, prepared.seed, seen) for step in transforms}
-        journal.note(NOTE, known)
+        journal.note(NOTE, group.share(known))
     states: Mapping[str, Any] = journal.notes[NOTE]
     return states
 
 
 def _observed(
-    prepared: Prepared, data: CalibrationData | None, runner: Any, tell: Listener
+    prepared: Prepared, data: CalibrationData | None, runner: Any, tell: Listener, group: Group
 ) -> Mapping[int, Statistics]:
     """Returns statistics of every block of the source model, by part: one forward pass."""
     from quarkcli.forward.guard import Guard
+    from quarkcli.forward.joining import join
     from quarkcli.forward.lanes import lanes
     from quarkcli.forward.statistics import Statistics
     from quarkcli.forward.walk import Walk, default_batch
@@ -55,7 +57,7 @@ def _observed(
     tell(Message("one pass over the source model, for what transforms decide beforehand"))
     batch = default_batch(runner.device, data.tokens.shape[1], prepared.options.calib_batch)
     names = runner.outside_tensors()
-    rows = lanes(*data.tokens.shape)
+    rows = group.own(lanes(*data.tokens.shape))
     walk = Walk(runner, lambda: weights.read_many(names), data.tokens, data.mask, batch, tell, lanes=rows)
     walk.start()
     guard = Guard(prepared.options.on_nonfinite == SKIP, lambda text: tell(Message(text, "warning")))
@@ -66,8 +68,9 @@ def _observed(
         runner.load_block(part.block, weights.read_many(part.tensors))
 
         def new(index: int = part.index) -> Statistics:
-            return Statistics(plan, index, prepared.prepass, runner, guard=guard)
+            return Statistics(plan, index, prepared.prepass, runner, guard=guard, group=group)
 
         found[part.index], _ = walk.observe(part.block, new, advance=True)
+        join(found[part.index])
         runner.unload_block(part.block)
     return found

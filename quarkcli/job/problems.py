@@ -42,6 +42,28 @@ def problems(
             )  # fmt: skip
 
 
+def in_order(targets: Iterable[QuantizedTarget]) -> Iterator[tuple[Group, QuantizedTarget]]:
+    """Yields the weights in the order in which their problems come, with activation and expert."""
+    for key, members in _groups(targets):
+        for same in _same_spec(members):
+            yield from ((key, target) for target in same)
+
+
+def owners(targets: Iterable[QuantizedTarget], ranks: int) -> dict[str, int]:
+    """Returns the rank that solves each weight: those of one activation and expert together, the cost shared out."""
+    costs: list[tuple[int, list[str]]] = []
+    for _, members in _groups(targets):
+        width = members[0].shape[1]
+        costs.append((width * width * (width + sum(t.shape[0] for t in members)), [t.name for t in members]))
+    load = [0] * ranks
+    found: dict[str, int] = {}
+    for cost, names in sorted(costs, key=lambda one: -one[0]):
+        rank = load.index(min(load))
+        load[rank] += cost
+        found |= dict.fromkeys(names, rank)
+    return found
+
+
 def runs(problems: Iterable[Problem], at_once: Callable[[tuple[int, int]], int]) -> Iterator[list[Problem]]:
     """Yields problems of one activation's experts together while their shapes and specs are equal, others alone.
 

@@ -21,12 +21,27 @@ from quarkcli.disk.manifest import LOG
 from quarkcli.disk.origin import open_weights
 from quarkcli.disk.place import remove_stale
 from quarkcli.disk.source import Source
+from quarkcli.disk.writer import STATE
 from quarkcli.errors import DataError, UsageError
 from quarkcli.events import Event, Listener, Message, Phase, Working, broadcast, silent
-from quarkcli.job import asked, carried, directories, download, finish, idle, judging, partial_path, preflight
+from quarkcli.forward.group import Group
+from quarkcli.job import (
+    asked,
+    carried,
+    directories,
+    dividing,
+    download,
+    finish,
+    idle,
+    judging,
+    partial_path,
+    preflight,
+    ranks,
+)
 from quarkcli.job import device as devices
 from quarkcli.job.fingerprint import fingerprint
 from quarkcli.job.options import SKIP, Options, Prepared
+from quarkcli.job.walking import runner_of, take_up, walk_of
 from quarkcli.plan import online
 from quarkcli.plan.coverage import coverage
 from quarkcli.plan.model import Part
@@ -39,11 +54,7 @@ from quarkcli.report.build import part_warnings
 from quarkcli.threads import Workers, limited
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from quarkcli.forward.data import CalibrationData
-    from quarkcli.forward.walk import Walk
-    from quarkcli.job.part import PartWorker
     from quarkcli.job.pipeline import Pipeline
 
 EMBEDDED = Path(__file__).resolve().parents[1] / "assets" / "tiny-llama"
@@ -157,12 +168,49 @@ def run(
 
     planned   called once with what is about to be done, before any weight is read
     judge     scores what was written against the source; None: nobody does
+
+    Of several processes that torchrun started, the first does all that is done once; the others return no report.
     """
+    with ranks.together() as group:
+        return _lead(options, tell, planned, judge, group) if group.is_main else _assist(options, group)
+
+
+def _assist(options: Options, group: Group) -> dict[str, Any]:
+    """Does this rank's share of steps 7 and 8. Returns an empty report."""
+    started = time.monotonic()
+    log_file = log.LogFile()
+    prepared = prepare(options, log_file)
+    dividing.check(prepared, group)
+    device = devices.device(options.device)
+    group.work_on(device)
+    devices.check(device, prepared.forecast, options.max_gpu_mem)
+    memory.return_large_buffers(memory.LARGE if prepared.calibration else memory.LARGE_IN_THREADS)
+    alone = limited(prepared.threads if prepared.calibration is not None else 1)
+    with alone, devices.limit(device, options.max_gpu_mem):
+        data = group.share(None)
+        runner = runner_of(prepared, data, device, log_file) if data is not None else None
+        partial = partial_path(prepared.output)
+        journal = Journal(partial, None, [], group.rank)
+        group.share(None)  # by then the first rank has made the folders
+        with log_file.attach(partial / STATE / f"rank-{group.rank:03d}.log"), log_file.last_words():
+            _parts(prepared, data, runner, journal, device, started, log_file, group)
+    return {}
+
+
+def _lead(
+    options: Options,
+    tell: Listener,
+    planned: Callable[[Prepared], None],
+    judge: judging.Judge | None,
+    group: Group,
+) -> dict[str, Any]:
+    """Does all ten steps, with the share of this rank of steps 7 and 8. Returns the report."""
     started = time.monotonic()
     log_file = log.LogFile()
     tell = broadcast(log_file, tell)
     prepared = prepare(options, tell)  # 1-4
     judging.check(prepared)
+    dividing.check(prepared, group)
     planned(prepared)  # 5
     for warning in dict.fromkeys(warning for one in prepared.every for warning in one.warnings):
         tell(Message(warning, "warning"))
@@ -171,7 +219,7 @@ def run(
     partial = partial_path(prepared.output)
     for line in remove_stale(partial):
         tell(Message(line, "warning", always=True))
-    device = _with_room(prepared)
+    device = _with_room(prepared, group)
     # Without calibration, workers of their own compute.
     alone = limited(prepared.threads if prepared.calibration is not None else 1)
     room = devices.limit(device, options.max_gpu_mem)
@@ -179,15 +227,16 @@ def run(
         preflight.check_output(prepared.output, options.overwrite, prepared.source.folder)  # another run may have ended
         download.side_files(prepared, tell)
         memory.return_large_buffers(memory.LARGE if prepared.calibration else memory.LARGE_IN_THREADS)
-        data = preflight.token_rows(prepared, tell)
+        data = group.share(preflight.token_rows(prepared, tell))
         tell(Working("building the model's class"))
-        runner = _runner(prepared, data, device, tell) if data is not None else None
+        runner = runner_of(prepared, data, device, tell) if data is not None else None
         journal.start(fingerprint(prepared, data, device), resume=options.resume)
         directories.make(prepared, partial)
         download.keep_headers(prepared, partial)
+        group.share(None)  # the others may go on
         logs = [partial / one.folder / LOG for one in prepared.every]
         with log_file.attach(*logs), log_file.last_words(), finish.begun():
-            _parts(prepared, data, runner, journal, device, started, tell)  # 7, 8
+            _parts(prepared, data, runner, journal, device, started, tell, group)  # 7, 8
             _refuse_nonfinite(journal.finished, options)
             for warning in part_warnings(journal.finished):
                 tell(Message(warning, "warning"))
@@ -208,13 +257,14 @@ def run(
     return directories.report(prepared, reports)
 
 
-def _with_room(prepared: Prepared) -> str:
+def _with_room(prepared: Prepared, group: Group) -> str:
     """Returns the device, after a look at what the output, the disk and the memories have room for."""
     options = prepared.options
     preflight.check_output(prepared.output, options.overwrite, prepared.source.folder)
     preflight.check_resources(prepared.output, directories.together(prepared), options.max_cpu_mem)
     download.check_room(prepared)
     device = devices.device(options.device)
+    group.work_on(device)
     devices.check(device, prepared.forecast, options.max_gpu_mem)
     return device
 
@@ -246,25 +296,6 @@ def check_model(prepared: Prepared) -> list[str]:
     return found
 
 
-def _runner(prepared: Prepared, data: CalibrationData, device: str, tell: Listener) -> Any:
-    from quarkcli.job.reach import check_loaded
-    from quarkcli.model.runner import Runner
-
-    source = prepared.source
-    trusted = prepared.options.trust_remote_code
-    softmax = any("p" in module.specs for module in prepared.plan.attention.values())
-    runner = Runner(
-        source.whole_folder(), prepared.weights.headers, device=device, trust_remote_code=trusted, eager=softmax,
-        turned=prepared.layout.turned,
-    )  # fmt: skip
-    runner.check_blocks()
-    runner.check_tokens(data.tokens)
-    note = check_loaded(prepared.plan, prepared.needs, runner)
-    if note is not None:
-        tell(Message(note, "warning"))
-    return runner
-
-
 def _parts(
     prepared: Prepared,
     data: CalibrationData | None,
@@ -273,54 +304,63 @@ def _parts(
     device: str,
     started: float,
     tell: Listener,
+    group: Group,
 ) -> None:
-    """Does steps 7 and 8: every part that the journal does not have, one at a time."""
+    """Does steps 7 and 8: this rank's share of the parts that the journal does not have, one at a time."""
     from quarkcli.job.part import PartWorker
     from quarkcli.job.prepass import decide
 
     plan, options = prepared.plan, prepared.options
-    todo = finish.unfinished(plan, journal, tell)
+    todo = dividing.agreed(plan, journal, group, tell)
     tell(Phase("calibrate+quantize" if data is not None else "quantize"))
-    states = decide(prepared, data, runner, journal, tell)
+    states = decide(prepared, data, runner, journal, tell, group)
     workers = Workers(prepared.threads if device == "cpu" else 1)
     worker = PartWorker(
         plan, prepared.dialect, prepared.steps, prepared.needs, prepared.weights, None, tell,
         others=[other.dialect for other in prepared.others], calibration=prepared.calibration, strict=options.strict,
         roles=prepared.layout.tensor_roles, on_nonfinite=options.on_nonfinite, states=states,
         late=preflight.data_needs(plan, [step for step in prepared.steps if step.kind != "transform"]),
-        workers=workers,
+        workers=workers, group=group,
     )  # fmt: skip
     label = "+".join([prepared.recipe.name, *(step.name for step in plan.algorithms)])
     begun = time.monotonic()
-    with _pipeline(prepared, todo, journal, device, tell) as pipeline, workers:
-        walk = worker.walk = _walk(prepared, data, runner, journal, todo, pipeline, worker, tell)
+    with _pipeline(prepared, todo, journal, device, tell, group) as pipeline, workers:
+        walk = worker.walk = walk_of(prepared, data, runner, journal, todo, pipeline, worker, tell, group)
         if walk is not None and todo[0].kind != "embed":
             walk.start()
-            _take_up(walk, journal)
-        for count, part in enumerate(todo, 1):
-            tell(Working(f"reading {part.name}"))
-            tensors = pipeline.read(part, todo[count] if count < len(todo) else None)
-            tell(Working(f"working on {part.name}"))
-            result = worker.work(part, tensors)
+            take_up(walk, journal, group)
+        own = dividing.shares(todo, worker, prepared.weights.headers, group)
+        for count, (part, writer, works) in enumerate(own, 1):
+            result = None
+            if works:
+                tell(Working(f"reading {part.name}"))
+                following = (share.part for share in own[count:] if share.works)
+                tensors = pipeline.read(part, next(following, None))
+                tell(Working(f"working on {part.name}"))
+                result = worker.work(part, tensors)
+                del tensors
             tell(Working(f"writing {part.name}"))
-            pipeline.write(part, result, worker)
-            eta = (time.monotonic() - begun) / count * (len(todo) - count)
-            what = label if result.weight_errors else "kept"
-            tell(result.told(part, len(plan.parts), what, eta, device))
-            del tensors, result  # before the next part is read
-            if walk is not None:
-                memory.give_back()
+            pipeline.write(part, result, worker, writer)
+            eta = (time.monotonic() - begun) / count * (len(own) - count)
+            if result is not None:
+                what = label if result.weight_errors else "kept"
+                tell(result.told(part, len(plan.parts), what, eta, device))
+            del result  # before the next part is read
             if walk is not None and part.kind == "embed":
                 walk.start()
-            why = preflight.reason_to_stop(options, time.monotonic() - started, len(todo) - count)
+            why = preflight.reason_to_stop(options, time.monotonic() - started, len(own) - count)
+            why = why if writer is None else group.share(why)
             if why is not None:
                 pipeline.drain()
                 raise why
+    group.gather(None)
+    if group.size > 1 and group.is_main:
+        journal.absorb()
 
 
 @contextmanager
 def _pipeline(
-    prepared: Prepared, todo: list[Part], journal: Journal, device: str, tell: Listener
+    prepared: Prepared, todo: list[Part], journal: Journal, device: str, tell: Listener, group: Group
 ) -> Iterator[Pipeline]:
     from quarkcli.job.pipeline import Pipeline
 
@@ -334,6 +374,7 @@ def _pipeline(
             [one.folder for one in prepared.every],
             stream,
             prepared.forecast.largest_part,
+            group,
         ) as pipeline,
     ):
         yield pipeline
@@ -349,52 +390,3 @@ def _refuse_nonfinite(records: Mapping[str, Mapping[str, Any]], options: Options
     if where and options.on_nonfinite != SKIP:
         hint = f"the run that was interrupted passed over it; --on-nonfinite {SKIP}, or --resume never"
         raise DataError(what, where=where, hint=hint)
-
-
-def _walk(
-    prepared: Prepared,
-    data: CalibrationData | None,
-    runner: Any,
-    journal: Journal,
-    todo: list[Part],
-    pipeline: Pipeline,
-    worker: PartWorker,
-    tell: Listener,
-) -> Walk | None:
-    """Returns a walk that has not started; None when no part to do needs data."""
-    from quarkcli.forward.carry import Carry
-    from quarkcli.forward.lanes import lanes
-    from quarkcli.forward.moments import held_out, holds_out
-    from quarkcli.forward.walk import Walk, default_batch
-    from quarkcli.job.reach import last_part
-    from quarkcli.job.rewriting import rewritten
-
-    if data is None or not todo or todo[0].index > last_part(prepared.plan, prepared.needs):
-        return None
-    rows = lanes(*data.tokens.shape)
-    batch = default_batch(runner.device, data.tokens.shape[1], prepared.options.calib_batch)
-    batch = min(batch, max(lane.stop - lane.start for lane in rows))
-    batch = journal.notes.get("batch", batch)
-    streams = frozenset[str]().union(*(step.algorithm.streams for step in prepared.steps))
-    embedding = [target for target in prepared.plan.quantized() if target.is_embedding]
-    names = runner.outside_tensors()
-
-    def source() -> dict[str, Tensor]:
-        return rewritten(prepared.plan, names, worker.transforms, worker.states, prepared.weights)
-
-    def outside() -> dict[str, Tensor]:
-        return pipeline.outside(names, worker)
-
-    return Walk(
-        runner, outside, data.tokens, data.mask, batch, tell, streams=sorted(streams, reverse=True),
-        held=held_out(*data.tokens.shape) if holds_out(prepared.needs) else None,
-        embedding=source if embedding else None, lanes=rows,
-        carry=Carry(runner.device, prepared.options.offload, partial_path(prepared.output)),
-    )  # fmt: skip
-
-
-def _take_up(walk: Walk, journal: Journal) -> None:
-    """Goes on with the hidden states behind the last finished part."""
-    stored = journal.hidden()
-    if stored is not None:
-        walk.take({stream: [stored[n] for n in sorted(stored) if n.startswith(f"{stream}/")] for stream in walk.hidden})

@@ -19,8 +19,10 @@ from quarkcli.algorithms.rtn import RoundToNearest
 from quarkcli.disk.checkpoint import Checkpoint
 from quarkcli.disk.weights import WeightSource
 from quarkcli.errors import DataError, QuarkError
+from quarkcli.forward.group import Group
+from quarkcli.forward.joining import hand_over
 from quarkcli.forward.statistics import Statistics
-from quarkcli.job.problems import problems, runs
+from quarkcli.job.problems import in_order, owners, problems, runs
 from quarkcli.numerics import exact
 from quarkcli.numerics.finite import is_finite
 from quarkcli.numerics.observers import weight_amax
@@ -56,6 +58,7 @@ class Solving:
         source: WeightSource | None = None,
         skip: bool = False,
         workers: Workers | None = None,
+        group: Group | None = None,
     ) -> None:
         steps = list(steps)
         self.plan, self.source = plan, source
@@ -65,6 +68,7 @@ class Solving:
         self.staged = any(solver.staged for _, solver, _ in self.solvers)
         self.warn, self.skip = warn, skip
         self.workers = workers or Workers()
+        self.group = group or Group()
         self.dead_inputs: dict[str, int] = {}
         self.exact: dict[str, int] = {}
         self.skipped: dict[str, str] = {}
@@ -87,8 +91,48 @@ class Solving:
         members: list[QuantizedTarget] | None = None,
     ) -> Iterator[Solved]:
         """Yields every weight with its codes and scales. Arguments as in `work`."""
+        if self.group.size > 1 and statistics is not None:
+            yield from self._divided(targets, tensors, statistics, stage, members)
+            return
         for piece in self.work(targets, tensors, statistics, stage, members):
             yield from piece()
+
+    def _divided(
+        self,
+        targets: list[QuantizedTarget],
+        tensors: Mapping[str, Tensor],
+        statistics: Statistics,
+        stage: int,
+        members: list[QuantizedTarget] | None,
+    ) -> Iterator[Solved]:
+        """Does as `solved`; each rank solves its own problems, and has what the others made of theirs."""
+        group, warn, lines = self.group, self.warn, list[str]()
+        asked = targets if members is None else members
+        rank = owners(asked, group.size)
+        hand_over(statistics, {t.site: rank[t.name] for t in asked if t.site is not None})
+        self.warn = lines.append
+        own = {name for name, owner in rank.items() if owner == group.rank}
+        made: dict[str, Solved] = {}
+        for piece in self.work(targets, tensors, statistics, stage, members, own):
+            made |= {solved[0].name: solved for solved in piece()}
+        self.warn = warn
+        said = ({name: solved[2] for name, solved in made.items() if name in own}, self._notes(), lines)
+        codes: dict[str, Quantized] = {}
+        for theirs, notes, warnings in group.gather(said):
+            codes |= theirs
+            for mine, more in zip(self._notes(), notes, strict=True):
+                mine |= more
+            for line in warnings:
+                warn(line)
+        alike = [t for t in asked if t.name in self.plan.carried or t.name in self.exact]
+        left = [t for t in asked if t not in alike]
+        ordered = (t for step, _, _ in self.solvers for _, t in in_order(t for t in left if step.takes(t)))
+        for target in (*alike, *ordered):
+            weight = target.view.of(tensors[target.view.tensor])
+            yield target, weight, codes[target.name]
+
+    def _notes(self) -> tuple[dict[str, Any], ...]:
+        return self.dead_inputs, self.exact, self.skipped, self._outcomes
 
     def work(
         self,
@@ -97,6 +141,7 @@ class Solving:
         statistics: Statistics | None,
         stage: int = 0,
         members: list[QuantizedTarget] | None = None,
+        own: set[str] | None = None,
     ) -> Iterator[Work]:
         """Yields pieces of work that give weights with their codes and scales: all together, every one once.
 
@@ -104,6 +149,7 @@ class Solving:
 
         targets   of the part; `tensors` in source form
         members   those of one stage; None: all
+        own       names of those to solve; None: all
         """
 
         def weight(target: QuantizedTarget) -> Tensor:
@@ -120,6 +166,8 @@ class Solving:
             return statistics.moment(site, expert) if statistics is not None else None
 
         asked = targets if members is None else members
+        if own is not None:
+            asked = [target for target in asked if target.name in own]
         if self.plan.carried:
             yield from (partial(self._carried, t, weight) for t in asked if t.name in self.plan.carried)
             targets = [target for target in targets if target.name not in self.plan.carried]

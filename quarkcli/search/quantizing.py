@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from quarkcli.events import Listener
+from quarkcli.forward.group import Group
 from quarkcli.forward.walk import Walk
 from quarkcli.job.options import Prepared
 from quarkcli.job.part import PartWorker
@@ -73,7 +74,7 @@ class Quantizing(PartWorker):
 
     @classmethod
     def of(cls, prepared: Prepared, data: CalibrationData, walk: Walk, runner: Any, tell: Listener) -> Quantizing:
-        states = decide(prepared, data, runner, _Notes(), tell)
+        states = decide(prepared, data, runner, _Notes(), tell, Group())
         return cls(
             prepared.plan, prepared.dialect, prepared.steps, prepared.needs, prepared.weights, walk, tell,
             calibration=prepared.calibration,

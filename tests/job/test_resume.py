@@ -126,7 +126,7 @@ def test_a_killed_run_is_gone_on_with_and_ends_with_the_same_bytes(quark, calm, 
 @pytest.mark.parametrize("name", ["nvfp4", "gptq"])
 def test_calibrated_runs_are_gone_on_with_from_hidden_states(quark, calm, work, name):
     """Killed three times: while hidden states are written, behind a part, and before the end."""
-    check_killed(run(quark, work, name, hook=at("quarkcli.disk.journal.Journal._write_hidden", call=2)), work)
+    check_killed(run(quark, work, name, hook=at("quarkcli.disk.journal.Journal.write_hidden", call=2)), work)
     second = run(quark, work, name, hook=at(FINISH, call=2, after=True))
     assert "resuming: 2 of 6 parts are done; going on at model.layers.1" in second.err
     check_killed(second, work)

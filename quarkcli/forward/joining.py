@@ -1,0 +1,61 @@
+"""Statistics of several ranks, each of its own lanes, become those of all rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from quarkcli.forward.moments import Moments
+from quarkcli.forward.samples import MeanMagnitude
+from quarkcli.forward.statistics import Statistics
+
+
+def join(own: Statistics) -> None:
+    """Puts what all ranks saw of their lanes in place of what this one saw.
+
+    Second moments are joined when they are asked for, on all ranks at once, or by `hand_over`.
+    """
+    group = own.group
+    if group.size == 1:
+        return
+    fields = ("_ranges", "_expert_ranges", "_samples", "reached")
+    said: dict[str, Any] = {name: getattr(own, name) for name in fields}
+    said["magnitudes"] = {site: seen.sums.total() for site, seen in own._magnitudes.items()}
+    said["moments"] = [list(own._fitted), list(own._held_out)]
+    said["layers"] = {prefix: layer.bare() for prefix, layer in own.layers.items()}
+    said["skipped"] = own.guard.skipped
+    ranks = group.gather(said)
+    for name in fields[:3]:
+        found: dict[Any, Any] = {}
+        for key, seen in (item for rank in ranks for item in rank[name].items()):
+            if key in found:
+                found[key].merge(seen)
+            else:
+                found[key] = seen
+        setattr(own, name, found)
+    own.reached = {site: None for rank in ranks for site in rank["reached"]}
+    for site in {site: None for rank in ranks for site in rank["magnitudes"]}:
+        totals = [rank["magnitudes"].get(site) for rank in ranks]
+        own._magnitudes.setdefault(site, MeanMagnitude()).merge(totals, group.shares)
+    for number, seen in enumerate((own._fitted, own._held_out)):
+        named = {site: None for rank in ranks for site in rank["moments"][number]}
+        ordered = {site: seen.get(site) or Moments(own.read(site)) for site in named}
+        seen.clear()
+        seen.update(ordered)
+    for prefix, layer in own.layers.items():
+        layer.merge([rank["layers"][prefix] for rank in ranks])
+        layer.module = layer.module or own.runner.expert_module(layer.tensor)
+    for site, what in (item for rank in ranks for item in rank["skipped"].items()):
+        own.guard.note(site, what)
+
+
+def hand_over(own: Statistics, owners: Mapping[str, int]) -> None:
+    """Joins the second moments of each site on the rank that owns it; the others forget them.
+
+    Those of experts are made by whoever asks.
+    """
+    for seen in (own._fitted, own._held_out):
+        for site in [site for site in seen if site in owners]:
+            seen[site].collect(own.group, owners[site])
+            if owners[site] != own.group.rank:
+                del seen[site]

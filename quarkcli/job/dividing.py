@@ -1,0 +1,84 @@
+"""The parts of a run among its ranks: all of them walk through the parts that need data, the others are divided."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from quarkcli.disk.journal import Journal
+from quarkcli.disk.writer import tensor_bytes
+from quarkcli.errors import UsageError
+from quarkcli.events import Listener
+from quarkcli.family import HeaderLike
+from quarkcli.forward.group import Group
+from quarkcli.job import finish
+from quarkcli.job.options import Prepared
+from quarkcli.plan.model import Part, Plan
+
+if TYPE_CHECKING:
+    from quarkcli.job.part import PartWorker
+
+
+class Share(NamedTuple):
+    """A part that a rank passes.
+
+    writer   the rank that writes it, where ranks pass it together; None: this rank does all of it alone
+    works    this rank works on it
+    """
+
+    part: Part
+    writer: int | None
+    works: bool = True
+
+
+def check(prepared: Prepared, group: Group) -> None:
+    """Raises UsageError for what several ranks cannot do."""
+    if group.size == 1:
+        return
+    one = "start it without torchrun, in one process"
+    if prepared.download is not None:
+        where = prepared.options.model
+        hint = f"hf download {where}, then the same command"
+        raise UsageError("several ranks read a model that is here, and this one is on the hub", where=where, hint=hint)
+    tuner = next((step for step in prepared.steps if step.kind == "tuner"), None)
+    if tuner is not None:
+        what = f"{tuner.name} goes through all rows of a block, one step after the other, and ranks have some each"
+        raise UsageError(what, where="algorithm", hint=f"{one}, or leave {tuner.name} out")
+
+
+def agreed(plan: Plan, journal: Journal, group: Group, tell: Listener) -> list[Part]:
+    """Returns the parts to do, as the first rank's journal says; the others take it over."""
+    found = finish.unfinished(plan, journal, tell) if group.is_main else []
+    state = group.share(journal.state if group.is_main else None)
+    if not group.is_main and state is not None:
+        journal.follow(state)
+        found = [part for part in plan.parts if part.name not in journal.finished]
+    return found
+
+
+def shares(todo: Sequence[Part], worker: PartWorker, headers: Mapping[str, HeaderLike], group: Group) -> list[Share]:
+    """Returns what this rank does of the parts, in order."""
+    if group.size == 1:
+        return [Share(part, None) for part in todo]
+    together = [part for part in todo if worker.walk is not None and part.index <= worker.last]
+    passed = []
+    for part in together:
+        writer = part.index % group.size
+        passed.append(Share(part, writer, worker.is_shared(part) or writer == group.rank))
+    sizes = {part.name: _size(part, headers) for part in todo}
+    rest = divided([part for part in todo if part not in together], sizes, group.size)[group.rank]
+    return passed + [Share(part, None) for part in rest]
+
+
+def divided(parts: Sequence[Part], sizes: Mapping[str, int], ranks: int) -> list[list[Part]]:
+    """Returns the parts of each rank, about as many bytes each, in order."""
+    load = [0] * ranks
+    owner: dict[str, int] = {}
+    for part in sorted(parts, key=lambda part: -sizes[part.name]):
+        owner[part.name] = load.index(min(load))
+        load[owner[part.name]] += sizes[part.name]
+    return [[part for part in parts if owner[part.name] == rank] for rank in range(ranks)]
+
+
+def _size(part: Part, headers: Mapping[str, HeaderLike]) -> int:
+    return sum(tensor_bytes(headers[name].dtype, headers[name].shape) for name in part.tensors)

@@ -1,0 +1,203 @@
+"""Several processes, as torchrun starts them: the bytes are those of one, and they end together."""
+
+from __future__ import annotations
+
+import hashlib
+import socket
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import runs
+from tests.forks import Done, Forks, at
+
+ROWS = ("--calib-samples", "24", "--calib-seqlen", "128", "--device", "cpu")  # four lanes
+JOBS = {
+    "mxfp4": ("--scheme", "mxfp4"),
+    "nvfp4": ("--scheme", "nvfp4", *ROWS),
+    "gptq": ("--scheme", "int4_wo_128", "--algorithm", "gptq", *ROWS),
+    "awq": ("--scheme", "int4_wo_128", "--algorithm", "awq,gptq", *ROWS),
+    "gptaq": ("--scheme", "int4_wo_128", "--algorithm", "rotation,gptaq", *ROWS),
+}
+RECIPE = """schema: quark/recipe/1
+metadata: {name: staged}
+quantize:
+  scheme: mxfp4
+  algorithm: [{method: gptq, true_sequential: true}]
+"""
+OFTEN = [("llama", "mxfp4", 2), ("llama", "nvfp4", 2), ("mixtral", "awq", 2)]
+SELDOM = [
+    (model, job, size)
+    for model in ("llama", "mixtral")
+    for job in ("mxfp4", "nvfp4", "gptq", "awq", "gptaq", "sequential")
+    for size in (2, 3, 4)
+    if (model, job, size) not in OFTEN
+]
+SOON = 30.0  # seconds in which all ranks end once one has
+
+
+class Launch:
+    """Starts one process per rank; nobody watches over them but they themselves."""
+
+    def __init__(self, forks: Forks, home: Path) -> None:
+        self.forks, self.home, self.text = [forks], home, runs.text_file(home / "t.txt", 60_000)
+
+    def __call__(
+        self, size: int, folder: Path, *argv: str, hooks: dict[int, dict[str, Any]] | None = None
+    ) -> list[Done]:
+        self.forks += [Forks(self.home) for _ in range(size - len(self.forks))]
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        with ThreadPoolExecutor(size) as pool:
+            return list(pool.map(lambda rank: self._one(rank, size, port, folder, argv, hooks or {}), range(size)))
+
+    def _one(
+        self, rank: int, size: int, port: int, folder: Path, argv: tuple[str, ...], hooks: dict[int, dict[str, Any]]
+    ) -> Done:
+        place = folder / f"rank{rank}"
+        place.mkdir(exist_ok=True)
+        env = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
+        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        return self.forks[rank](*argv, cwd=place, hook=hooks.get(rank), env=env, timeout=300)
+
+    def quantize(
+        self,
+        size: int,
+        source: Path,
+        output: Path,
+        job: str,
+        *more: str,
+        hooks: dict[int, dict[str, Any]] | None = None,
+    ) -> list[Done]:
+        flags = list(JOBS.get(job, ()))
+        if job == "sequential":
+            recipe = output.with_suffix(".yaml")
+            recipe.write_text(RECIPE)
+            flags = ["--recipe", str(recipe), *ROWS]
+        if job != "mxfp4":
+            flags += ["--calib-data", str(self.text)]
+        command = ("quantize", "--model", str(source), *flags, "-o", str(output), *more)
+        return self(size, output.parent, *command, hooks=hooks)
+
+
+@pytest.fixture(scope="module")
+def launch(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launch]:
+    launch = Launch(forks, tmp_path_factory.mktemp("home"))
+    yield launch
+    for other in launch.forks[1:]:
+        other.close()
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    return {name: runs.build(name, folder / name, num_hidden_layers=3) for name in ("llama", "mixtral")}
+
+
+@pytest.fixture(scope="module")
+def alone(launch: Launch, sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Hashes of the files of one process."""
+    folder, known = tmp_path_factory.mktemp("alone"), dict[tuple[str, str], dict[str, str]]()
+
+    def hashes_of(model: str, job: str) -> dict[str, str]:
+        if (model, job) not in known:
+            output = folder / f"{model}-{job}"
+            (done,) = launch.quantize(1, sources[model], output, job)
+            assert done.code == 0, done.err
+            known[model, job] = hashes(output)
+        return known[model, job]
+
+    return hashes_of
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """By name, of what a server reads."""
+    files = [path for path in sorted(folder.iterdir()) if path.suffix in {".safetensors", ".json"}]
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.mark.parametrize(
+    ("model", "job", "size"), [*OFTEN, *(pytest.param(*case, marks=pytest.mark.slow) for case in SELDOM)]
+)
+def test_the_bytes_are_those_of_one(
+    model: str, job: str, size: int, launch: Launch, sources: dict[str, Path], alone: Any, tmp_path: Path
+) -> None:
+    first, *others = launch.quantize(size, sources[model], tmp_path / "out", job)
+    assert first.code == 0, first.err
+    assert first.out == f"{tmp_path / 'out'}\n"
+    assert [(done.code, done.out, done.err) for done in others] == [(0, "", "")] * (size - 1)
+    assert hashes(tmp_path / "out") == alone(model, job)
+    assert not list(tmp_path.glob("out.partial*"))
+
+
+KILLS = {
+    "mxfp4": at("quarkcli.disk.journal.Journal.finish", call=1, after=True),
+    "nvfp4": at("quarkcli.disk.journal.Journal.write_hidden", call=2, after=True),
+    "awq": at("quarkcli.job.part.PartWorker.advance", call=2),
+}
+
+
+@pytest.mark.parametrize(
+    ("model", "job", "rank", "then"),
+    [
+        ("llama", "mxfp4", 1, 1),
+        ("llama", "nvfp4", 1, 1),
+        pytest.param("llama", "nvfp4", 1, 2, marks=pytest.mark.slow),
+        pytest.param("llama", "nvfp4", 0, 4, marks=pytest.mark.slow),
+        pytest.param("mixtral", "awq", 1, 2, marks=pytest.mark.slow),
+        pytest.param("mixtral", "awq", 0, 3, marks=pytest.mark.slow),
+    ],
+)
+def test_a_rank_is_killed_and_others_go_on_later(
+    model: str, job: str, rank: int, then: int, launch: Launch, sources: dict[str, Path], alone: Any, tmp_path: Path
+) -> None:
+    """With any number of ranks, and the bytes of a run that nobody killed."""
+    started = time.monotonic()
+    done = launch.quantize(2, sources[model], tmp_path / "out", job, hooks={rank: KILLS[job]})
+    assert time.monotonic() - started < SOON + 20  # with the work before the kill
+    assert done[rank].code == -9
+    other = done[1 - rank]
+    assert other.code != 0, other.err
+    if rank:
+        assert "rank" in other.err and "internal error" not in other.err
+    first, *_ = launch.quantize(then, sources[model], tmp_path / "out", job, "--resume", "require")
+    assert first.code == 0, first.err
+    assert "parts are done" in first.err
+    assert hashes(tmp_path / "out") == alone(model, job)
+
+
+def test_a_fault_of_one_rank_ends_all_with_its_message(
+    launch: Launch, sources: dict[str, Path], tmp_path: Path
+) -> None:
+    hooks = {1: at("quarkcli.job.part.PartWorker.advance", call=2, what="28")}
+    first, second = launch.quantize(2, sources["llama"], tmp_path / "out", "nvfp4", hooks=hooks)
+    assert second.code == first.code == 6
+    assert "No space left" in second.err
+    assert "error:" not in first.err.replace(second.err, "")
+
+
+def test_what_all_find_wrong_is_said_once(launch: Launch, sources: dict[str, Path], tmp_path: Path) -> None:
+    first, second = launch.quantize(2, sources["llama"], tmp_path / "out", "mxfp4", "--exclude", "nothing_like_it*")
+    assert (first.code, second.code) == (3, 3)
+    assert "nothing_like_it" in first.err and second.err == ""
+    first, second = launch(2, tmp_path, "quantize", "--no-such-flag")
+    assert (first.code, second.code) == (2, 2)
+    assert "no-such-flag" in first.err and second.err == ""
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_what_cannot_be_shared_is_refused(launch: Launch, sources: dict[str, Path], tmp_path: Path) -> None:
+    first, second = launch(2, tmp_path, "eval", str(sources["llama"]))
+    assert (first.code, second.code) == (2, 2)
+    assert "'eval' works in one process" in first.err and "quark eval" in first.err and second.err == ""
+    flags = ("--algorithm", "rtn,autoround", "--model", str(sources["llama"]), "--scheme", "int4_wo_128")
+    more = ("--calib-data", str(launch.text), *ROWS, "-o", str(tmp_path / "out"))
+    first, second = launch(2, tmp_path, "quantize", *flags, *more)
+    assert (first.code, second.code) == (2, 2)
+    assert "autoround" in first.err and "without torchrun" in first.err and second.err == ""
+    assert not list(tmp_path.glob("out*"))
