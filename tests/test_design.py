@@ -44,6 +44,7 @@ evaluate
 search
 api
 cli
+__main__
 """
 # Annotations only.
 NAMES_OF_TYPES = {("algorithms", "forward"), ("algorithms", "job"), ("report", "job")}
