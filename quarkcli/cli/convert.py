@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from quarkcli.cli import apps, output
-from quarkcli.cli.flags import Debug, Json, Pickle, Quiet
+from quarkcli.cli.flags import Debug, Json, Pickle, Quiet, Threads
 
 SCHEMA = "quark/convert/1"
 EXAMPLES = apps.examples(
@@ -24,6 +24,7 @@ def convert(
     to: Annotated[str, typer.Option("--to", metavar="DIALECT", help="The dialect to write.")],
     to_output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Where to write.")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output directory that exists.")] = False,
+    threads: Threads = None,
     allow_pickle: Pickle = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -47,7 +48,7 @@ def convert(
     if allow_pickle and not source.pickled:
         output.note(f"warning: {pickles.UNUSED}")
     with Progress("lines") as progress:
-        found = converting.convert(source, to, to_output, overwrite=overwrite, tell=progress)
+        found = converting.convert(source, to, to_output, overwrite=overwrite, tell=progress, threads=threads)
     if json:
         output.json_data({"schema": SCHEMA, **found})
     else:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from quarkcli.cli import apps, output
-from quarkcli.cli.flags import Bos, Debug, Device, Json, Nonfinite, Pickle, Quiet, Trust
+from quarkcli.cli.flags import Bos, Debug, Device, Json, Nonfinite, Pickle, Quiet, Threads, Trust
 
 EXAMPLES = apps.examples(
     "quark eval out/demo-mxfp4 --baseline demo",
@@ -66,6 +66,7 @@ def evaluate(
     dtype: Dtype = "auto",
     on_nonfinite: Nonfinite = "stop",
     device: Device = "auto",
+    threads: Threads = None,
     trust_remote_code: Trust = False,
     allow_pickle: Pickle = False,
     json: Json = False,
@@ -95,6 +96,7 @@ def evaluate(
             dtype=dtype,
             on_nonfinite=on_nonfinite,
             device=devices.device(device),
+            threads=threads,
             trust_remote_code=trust_remote_code,
             allow_pickle=allow_pickle,
             tell=progress,

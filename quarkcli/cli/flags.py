@@ -43,6 +43,16 @@ Json = Annotated[bool, Option("--json", help="The answer as one JSON object on s
 Quiet = Annotated[bool, Option("--quiet", "-q", help="Only errors on stderr.")]
 Debug = Annotated[bool, Option("--debug", help="Show tracebacks (also QUARK_DEBUG=1).")]
 Device = Annotated[Literal["auto", "cpu", "cuda"], Option("--device", help="auto: the GPU where there is one.")]
+Threads = Annotated[
+    int | None,
+    Option(
+        "--threads",
+        min=1,
+        metavar="N",
+        help="Threads that compute on the CPU; data-free, each does a weight of its own; the bytes are the same. "
+        "[default: OMP_NUM_THREADS, else the cores that this process may use]",
+    ),
+]
 Trust = Annotated[
     bool, Option("--trust-remote-code", help="Run Python code that the model's directory brings: it is foreign code.")
 ]
@@ -257,6 +267,7 @@ class JobFlags:
         ),
     ] = None
     device: Device = "auto"
+    threads: Threads = None
     seed: Annotated[
         int | None, Option("--seed", metavar="N", help="Seed of the choice of calibration rows.", show_default="0")
     ] = None

@@ -85,7 +85,7 @@ def _facts(report: Mapping[str, Any], reports: Mapping[str, Mapping[str, Any]]) 
         *_exact(report.get("exact") or {}),
         *output.listed("solved", outcomes.sentences(report["outcomes"]) if report.get("outcomes") else []),
         ("peak", f"RAM {output.size(report['peak_rss_bytes'])}{gpu}"),
-        ("time", f"{_time(report['seconds'])} on {report['device']}"),
+        ("time", f"{_time(report['seconds'])} on {report['device']}{_threads(report)}"),
     ]
 
 
@@ -98,6 +98,12 @@ def _size(size: Mapping[str, Any], path: str) -> str:
 def _advice(report: Mapping[str, Any]) -> Rows:
     """Returns what the algorithm `auto` stood for. Reports of earlier versions do not say."""
     return output.listed(f"{AUTO} chose", [advice.text(choice) for choice in report.get("advice") or ()])
+
+
+def _threads(report: Mapping[str, Any]) -> str:
+    """Returns the threads of a run on a CPU. Reports of earlier versions do not say."""
+    count = report.get("threads") if report["device"] == "cpu" else None
+    return f", {count} thread{'s' if count > 1 else ''}" if count else ""
 
 
 def _time(seconds: float) -> str:

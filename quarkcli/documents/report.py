@@ -96,6 +96,7 @@ class Report(Shape):
     outcomes: _Outcomes | None = None
     source: _Source | None = None
     exact: dict[str, int] | None = None
+    threads: int | None = None
     online: dict[str, int] | None = None
     modules_by_scheme: dict[str, int]
     attention_by_scheme: dict[str, int]

@@ -27,6 +27,7 @@ from quarkcli.forward.walk import SERVED, Walk
 from quarkcli.job import idle
 from quarkcli.model.handlers import Handlers
 from quarkcli.numerics.finite import is_finite
+from quarkcli.threads import default, limited
 
 if TYPE_CHECKING:
     from quarkcli.evaluate.windows import Windows
@@ -139,6 +140,7 @@ def evaluate(
     weights_only: bool = False,
     dtype: str = "auto",
     device: str = "auto",
+    threads: int | None = None,
     trust_remote_code: bool = False,
     on_nonfinite: OnNonfinite = "stop",
     allow_pickle: bool = False,
@@ -150,6 +152,7 @@ def evaluate(
     window        tokens per window; None: `windows.WINDOW`, or what the model takes if less
     bos           first tokens of a window (see `Tokenizer.prefix`)
     weights_only  leave activations and cache as they are
+    threads       on the CPU; None: see `threads.default`
     on_nonfinite  `keep`: go on with NaN and infinity in tensors that were not quantized, while no result is one
     dtype         of the computation: float32, bfloat16; auto: float32 on a CPU, bfloat16 on a GPU
     Returns the result (schema `quark/eval/1`); KL is per token, in nats, of the source against the quantized model.
@@ -168,10 +171,11 @@ def evaluate(
     rows = windows.windows(tokenizer, text, window, max_tokens, bos)
     tell(Message(f"{len(rows.tokens)} windows of {window} tokens from {rows.source}, {_name(compute)}"))
     _begin(tell, models, rows, tokenizer, max_tokens, bos, weights_only, trust_remote_code)
-    scores = scored(
-        checkpoint, reference, rows, dtype=compute, device=device, trust=trust_remote_code, weights_only=weights_only,
-        on_nonfinite=on_nonfinite, batch=max(1, BATCH // window), tell=tell,
-    )  # fmt: skip
+    with limited(threads or default()):
+        scores = scored(
+            checkpoint, reference, rows, dtype=compute, device=device, trust=trust_remote_code,
+            weights_only=weights_only, on_nonfinite=on_nonfinite, batch=max(1, BATCH // window), tell=tell,
+        )  # fmt: skip
     return {
         "schema": SCHEMA,
         "directory": directory,

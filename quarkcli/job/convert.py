@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,7 @@ from quarkcli.job import finish, preflight
 from quarkcli.plan.model import Part, Plan, QuantizedTarget, Target
 from quarkcli.report.build import card_of_conversion
 from quarkcli.spec import TensorSpec
+from quarkcli.threads import Workers, default, limited
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -102,9 +104,18 @@ def prepare(source: Source, to: str) -> Conversion:
 
 
 def convert(
-    source: Source, to: str, output: Path, *, overwrite: bool = False, tell: Listener = silent
+    source: Source,
+    to: str,
+    output: Path,
+    *,
+    overwrite: bool = False,
+    tell: Listener = silent,
+    threads: int | None = None,
 ) -> dict[str, Any]:
-    """Writes a checkpoint in another dialect. Returns a summary. Raises QuarkError; then no output directory exists."""
+    """Writes a checkpoint in another dialect. Returns a summary. Raises QuarkError; then no output directory exists.
+
+    threads   as many weights are packed at once; None: see `threads.default`
+    """
     started = time.monotonic()
     tell(Phase("check"))
     found = prepare(source, to)
@@ -112,17 +123,18 @@ def convert(
     preflight.check_output(output, overwrite, source.folder)
     if found.bytes > (free := free_bytes(output)):
         raise ResourceError(f"{found.bytes:,} bytes needed, {free:,} free", where=str(output), hint="free some space")
-    with Journal.lock(partial) as journal, finish.begun():
+    with Journal.lock(partial) as journal, finish.begun(), limited(1), Workers(threads or default()) as workers:
         journal.start(_fingerprint(source, found.writer))
         journal.verify()
         memory.return_large_buffers()
         tell(Phase("convert"))
+        order = {name: number for number, name in enumerate(found.plan.targets)}
         todo = [part for part in found.plan.parts if part.name not in journal.finished]
         for part in todo:
             at = time.monotonic()
-            files = write_part(partial, contents.slug(part), _part(found, part, tell))
+            files = write_part(partial, contents.slug(part), _part(found, part, workers, tell))
             memory.give_back()
-            moved, found.moved = found.moved, []
+            moved, found.moved = sorted(found.moved, key=order.__getitem__), []
             journal.finish(part.name, {"files": [file.record() for file in files], "moved": moved})
             seconds, total = time.monotonic() - at, len(found.plan.parts)
             label, eta = f"{found.reader.name} -> {found.writer.name}", (total - part.index - 1) * seconds
@@ -196,14 +208,15 @@ def _fingerprint(source: Source, writer: Writer) -> dict[str, Any]:
 # ---- one part
 
 
-def _part(found: Conversion, part: Part, tell: Listener) -> dict[str, Tensor]:
+def _part(found: Conversion, part: Part, workers: Workers, tell: Listener) -> dict[str, Tensor]:
     """Returns the tensors of a part in the other dialect."""
     plan, read = found.plan, found.checkpoint
     out = {row.info.name: _kept(read, row) for row in contents.copied(plan, part, read.headers, found.owners)}
     packed = contents.Packed(found.writer, plan.quantized(part.index))
-    for target in plan.quantized(part.index):
-        tell(Working(f"converting {target.name}"))
-        packed.put(target, _packed(found, target))
+    targets = list(plan.quantized(part.index))
+    for target, made in zip(targets, workers.map(partial(_packed, found), targets), strict=True):
+        tell(Working(f"converted {target.name}"))
+        packed.put(target, made)
     out |= packed.tensors
     for module in plan.attention.values():
         if module.part == part.index and module.specs:

@@ -22,6 +22,7 @@ OF_DATA = (
 )  # fmt: skip
 OF_WORK = (
     "resume", "overwrite", "time_budget", "on_nonfinite", "max_cpu_mem", "max_gpu_mem", "offload", "verify", "evaluate",
+    "threads",
 )  # fmt: skip
 NO_CODE = "--trust-remote-code is not used: the model brings no code"
 _TEXT = ".txt"

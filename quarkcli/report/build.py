@@ -83,6 +83,7 @@ def build(
         "warnings": warnings,
         "checks": checks,
         "device": device,
+        "threads": prepared.threads,
         "seconds": round(seconds, 2),
         "peak_rss_bytes": memory.peak_rss(),
         "peak_gpu_bytes": memory.peak_gpu(device),

@@ -28,6 +28,7 @@ from quarkcli.search.candidates import KEEP, Candidate, Group, Space
 from quarkcli.search.choice import Choice, Choosing
 from quarkcli.search.text import recipe_text
 from quarkcli.spec import TensorSpec
+from quarkcli.threads import limited
 
 if TYPE_CHECKING:
     from quarkcli.forward.data import CalibrationData
@@ -282,7 +283,7 @@ def _measured(
     memory.return_large_buffers()
     tell(Phase("search"))
     tell(Working("building the model's class"))
-    with disk_errors(path), place(path.parent) as folder:
+    with disk_errors(path), limited(run.threads), place(path.parent) as folder:
         return measure(space, run, groups, data, device, folder, tell)
 
 

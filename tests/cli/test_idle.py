@@ -91,6 +91,7 @@ IDLE: dict[str, list[Case]] = {
                     ((*FREE, "--max-gpu-mem", "1GB", "--device", "cpu"), 0, "runs on a CPU")],
     "offload": [((*FREE, "--offload", "disk"), 0, NOT_USED), ((*DATA, "--offload", "cpu"), 0, "and writes nothing"),
                 ((*DATA, "--offload", "none", "--device", "cpu"), 0, "on a CPU hidden states are in its memory")],
+    "threads": [((*FREE, "--threads", "2"), 0, "and writes nothing")],
     "verify": [((*FREE, "--no-verify"), 0, "and writes nothing")],
     "evaluate": [((*FREE, "--eval"), 0, "and writes nothing"), ((*FREE, "--no-eval"), 0, "measures only when")],
     "trust_remote_code": [((*FREE, "--trust-remote-code"), 0, NOT_USED),
@@ -134,6 +135,7 @@ OTHERS: dict[str, dict[str, list[Case] | str]] = {
                 "algorithm",
                 "unprotect",
                 "device",
+                "threads",
                 "seed",
                 "revision",
                 "calib_data",
@@ -184,6 +186,7 @@ OTHERS: dict[str, dict[str, list[Case] | str]] = {
         ],
         "dtype": "it is computed in",
         "device": "it runs there, or is refused",
+        "threads": "so many compute",
         "trust_remote_code": [
             (("eval", "demo", "--trust-remote-code", "--text", "text.txt", "--window", "8"), 0, NOT_USED)
         ],
@@ -213,6 +216,7 @@ OTHERS: dict[str, dict[str, list[Case] | str]] = {
         "offline": "a promise that holds",
     },
     "convert": {
+        "threads": "so many compute",
         "directory": "what it is about",
         **dict.fromkeys(("to", "to_output"), "where it goes"),
         "allow_pickle": [
