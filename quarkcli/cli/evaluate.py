@@ -41,15 +41,15 @@ Dtype = Annotated[
     typer.Option("--dtype", help="auto: float32 on a CPU, bfloat16 on a GPU."),
 ]
 
+Baseline = Annotated[
+    str | None,
+    typer.Option("--baseline", metavar="DIR_OR_ID", help="Source model to compare with; 'demo' is the embedded one."),
+]
+
 
 def evaluate(
     directory: Annotated[str, typer.Argument(metavar="DIR", help="Checkpoint, quantized or not.")],
-    baseline: Annotated[
-        str | None,
-        typer.Option(
-            "--baseline", metavar="DIR_OR_ID", help="Source model to compare with; 'demo' is the embedded one."
-        ),
-    ] = None,
+    baseline: Baseline = None,
     text: Annotated[
         str | None, typer.Option("--text", metavar="FILE", help="Text to measure on. [default: the built-in text]")
     ] = None,

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from quarkcli.cli import output
-from quarkcli.cli.flags import Json, names
+from quarkcli.cli.completion import names
+from quarkcli.cli.flags import Json
 
 if TYPE_CHECKING:
     from quarkcli.plan.explain import Explanation

@@ -12,29 +12,12 @@ import typer
 
 from quarkcli.cli import output
 from quarkcli.cli.amounts import seconds, size
+from quarkcli.cli.completion import names, targets
 
 if TYPE_CHECKING:
     from quarkcli.job.options import Options
 
 Option = typer.Option
-
-
-def names(kind: Any) -> Callable[[], list[str]]:
-    """Returns shell completion from file names."""
-
-    def complete() -> list[str]:
-        from quarkcli.recipe import catalog
-
-        return list(catalog.files(kind))
-
-    return complete
-
-
-def targets() -> list[str]:
-    from quarkcli import servers
-
-    return [servers.AUTO, servers.NONE, *servers.names()]
-
 
 Model = Annotated[
     str, Option("--model", metavar="DIR_OR_ID", help="Model directory, hub id, or 'demo' for the embedded model.")

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from quarkcli.cli import apps, output
-from quarkcli.cli.flags import Debug, Json, Offline, Pickle, Revision, names
+from quarkcli.cli.completion import names
+from quarkcli.cli.flags import Debug, Json, Offline, Pickle, Revision
 
 app = apps.new("Model families: roles of tensors.", apps.examples("quark models list", "quark models show llama"))
 

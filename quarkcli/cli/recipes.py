@@ -10,7 +10,8 @@ import typer
 
 from quarkcli import memory
 from quarkcli.cli import apps, explain, output, rewrite
-from quarkcli.cli.flags import Json, names
+from quarkcli.cli.completion import names
+from quarkcli.cli.flags import Json
 from quarkcli.errors import QuarkError, ResourceError, UsageError
 
 app = apps.new(

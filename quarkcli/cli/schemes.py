@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from quarkcli.cli import apps, output
-from quarkcli.cli.flags import Json, names
+from quarkcli.cli.completion import names
+from quarkcli.cli.flags import Json
 from quarkcli.errors import QuarkError
 
 if TYPE_CHECKING:

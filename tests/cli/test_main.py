@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from quarkcli import __version__
 from quarkcli.cli import main
-from quarkcli.cli.flags import names
+from quarkcli.cli.completion import names
 from quarkcli.errors import ConfigError, ExitCode, Stopped
 from quarkcli.job import run as job
 

@@ -1,0 +1,23 @@
+"""Words that a shell can complete in flags."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+
+def names(kind: Any) -> Callable[[], list[str]]:
+    """Returns shell completion from file names."""
+
+    def complete() -> list[str]:
+        from quarkcli.recipe import catalog
+
+        return list(catalog.files(kind))
+
+    return complete
+
+
+def targets() -> list[str]:
+    from quarkcli import servers
+
+    return [servers.AUTO, servers.NONE, *servers.names()]
