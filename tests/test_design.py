@@ -56,8 +56,8 @@ INSIDE = {
     " journal nonfinite contents checkpoint origin compare values scales completeness excluded parallel fidelity verify"
     " push",
     "job": "ranks forecast device rates options judging asked preflight splitting directories idle carried served"
-    " packing problems rewriting solving pieces stages tuning prepass reach costs predict result part pipeline finish"
-    " dividing walking fingerprint download convert run probe preview",
+    " packing problems rewriting solving pieces stages tuning prepass reach costs predict result part staging pipeline"
+    " finish dividing walking fingerprint download convert run probe preview",
 }
 
 # Package -> the rooms that may import it.
@@ -85,6 +85,7 @@ WITH_TORCH = {
     "quarkcli.forward.taps", "quarkcli.forward.walk", "quarkcli.forward.carry",
     "quarkcli.algorithms._channels", "quarkcli.algorithms.tensors", "quarkcli.algorithms._trials",
     "quarkcli.job.rewriting", "quarkcli.job.solving", "quarkcli.job.stages", "quarkcli.job.tuning",
+    "quarkcli.job.staging",
     "quarkcli.job.served", "quarkcli.job.probe", "quarkcli.job.packing", "quarkcli.job.pieces", "quarkcli.job.part",
     "quarkcli.job.pipeline",
     "quarkcli.evaluate.run", "quarkcli.evaluate.windows", "quarkcli.evaluate.after",

@@ -50,7 +50,7 @@ class Means(NamedTuple):
 
 @dataclass
 class Sums:
-    """Sums over tokens: of x x^T, by `_panels` (on a CPU its upper half), and of x s^T."""
+    """Sums over tokens: of x x^T, by `_panels` (its upper half), and of x s^T."""
 
     upper: list[Tensor]
     cross: Tensor | None
@@ -157,16 +157,14 @@ def _joined(tensors: list[Tensor]) -> Tensor:
 
 
 def _panels(of: Tensor) -> list[slice]:
-    """Returns the features that are worked on at once; on a CPU a symmetric matrix has each from its diagonal on."""
+    """Returns the features that are worked on at once; a symmetric matrix has each from its diagonal on."""
     features = of.shape[1]
-    step = -(-features // PANELS) if features >= NARROW and of.device.type == "cpu" else features
+    step = -(-features // PANELS) if features >= NARROW else features
     return [slice(start, min(start + step, features)) for start in range(0, features, step)]
 
 
 def _mirror(mean: Tensor) -> None:
     """Writes the upper half of a square matrix below its diagonal, where only that is summed."""
-    if mean.device.type != "cpu":
-        return
     for panel in _panels(mean):
         corner = mean[panel, panel]
         corner.copy_(corner.triu() + corner.triu(1).T)

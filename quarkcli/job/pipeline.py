@@ -29,6 +29,7 @@ from quarkcli.forward.group import Group
 from quarkcli.job.part import PartWorker
 from quarkcli.job.result import PartResult
 from quarkcli.job.served import decode
+from quarkcli.job.staging import Staging
 from quarkcli.numerics.quantize import dequantize
 from quarkcli.plan.model import Part
 from quarkcli.threads import alone
@@ -102,6 +103,7 @@ class Pipeline:
         self.stream = stream
         self.group = group or Group()
         self.room = Room(room)
+        self.staging = Staging(device)
         self.reader, self.writer = ThreadPoolExecutor(1, "reader", alone), ThreadPoolExecutor(1, "writer", alone)
         self._closing = False
         self._reading: tuple[str, Future[dict[str, Tensor]]] | None = None
@@ -135,7 +137,7 @@ class Pipeline:
             self._reading = (following.name, self.reader.submit(self._read, following))
         if self.device == "cpu":
             return tensors
-        return {name: tensor.to(self.device) for name, tensor in tensors.items()}
+        return self.staging.up(tensors)
 
     def _read(self, part: Part) -> dict[str, Tensor]:
         with self.stream.reading(part.name) if self.stream is not None else nullcontext():
@@ -192,7 +194,7 @@ class Pipeline:
 
     def _taken(self, result: PartResult) -> list[dict[str, Tensor]]:
         """Takes the tensors of a result, on the CPU, once the last part is durable."""
-        forms = _on_cpu([result.tensors, *result.others])
+        forms = _on_cpu([result.tensors, *result.others], self.staging)
         for tensors in (result.tensors, *result.others):
             tensors.clear()
         self.drain()
@@ -262,11 +264,11 @@ class Pipeline:
             writing.result()
 
 
-def _on_cpu(forms: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+def _on_cpu(forms: list[dict[str, Tensor]], staging: Staging) -> list[dict[str, Tensor]]:
     """Returns the tensors on the CPU; one that stands in several forms is copied once."""
     copies: dict[int, Tensor] = {}
     for tensors in forms:
         for tensor in tensors.values():
             if id(tensor) not in copies:
-                copies[id(tensor)] = tensor.cpu()
+                copies[id(tensor)] = tensor if tensor.device.type == "cpu" else staging.down(tensor)
     return [{name: copies[id(tensor)] for name, tensor in tensors.items()} for tensors in forms]

@@ -53,6 +53,33 @@ def test_calibrated_schemes_lose_as_little_as_on_a_cpu(tmp_path: Path, scheme: s
     assert kl("cuda") <= 1.1 * kl("cpu")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_second_moments_are_exact_products_with_float32_sums(dtype: torch.dtype) -> None:
+    """Tensor cores round nothing of a 16-bit activation: what is off is the order of the sums."""
+    from quarkcli.forward.moments import Moments
+
+    x = torch.randn(4096, 1536, generator=torch.Generator().manual_seed(0)).to(dtype)
+    moments = Moments()
+    moments.add(x.cuda())
+    found = moments.means().gram
+    wanted = (x.double().T @ x.double()) / len(x)
+    assert found is not None and torch.equal(found, found.T)
+    scale = wanted.diagonal().sqrt()
+    assert float(((found.cpu().double() - wanted) / (scale[:, None] * scale)).abs().max()) < 1e-5
+
+
+def test_tensors_come_and_go_through_pinned_buffers() -> None:
+    from quarkcli.job.staging import Staging
+
+    staging = Staging("cuda", 2**20)
+    tensors = {str(n): torch.randn(1000 * n + 1, 257).bfloat16() for n in range(5)}
+    for _ in range(3):
+        made = staging.up(tensors)
+        worked = {name: tensor * 2 for name, tensor in made.items()}
+        del made
+        assert all(torch.equal(staging.down(worked[name]), tensor * 2) for name, tensor in tensors.items())
+
+
 def test_numbers_on_the_device_equal_those_on_a_cpu() -> None:
     from quarkcli.numerics.quantize import quantize as encode
     from quarkcli.recipe.attributes.native import to_spec
