@@ -76,6 +76,7 @@ bench: $(STAMP) ## memory, start-up, packing speed against a baseline in the sam
 	$(BIN)/python -m tests.bench.packing
 	$(BIN)/python -m tests.bench.memory
 	$(BIN)/python -m tests.bench.predict
+	$(BIN)/python -m tests.bench.ranks
 
 golden: $(STAMP) ## compare calibrated runs with those of another commit on this machine: make golden BASE=<commit>
 	$(BIN)/python -m tests.golden.compare $(BASE)
