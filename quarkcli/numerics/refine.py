@@ -17,6 +17,7 @@ from quarkcli.numerics import scales
 from quarkcli.numerics.chunks import by_group
 from quarkcli.numerics.formats import codec
 from quarkcli.numerics.grid import Grid
+from quarkcli.numerics.products import through_onednn
 from quarkcli.spec import Element, TensorSpec
 
 COLUMNS = 128  # of a block, at most; groups are never cut unless they are wider
@@ -77,7 +78,8 @@ def refine(rows: Rows, spec: TensorSpec, gram: Tensor, sweeps: int) -> None:
         for start in range(0, len(gram), width):
             part = slice(start, min(start + width, len(gram)))
             moment = gram[part, part]
-            pull = gram[part] @ at.error
+            with through_onednn():
+                pull = gram[part] @ at.error
             if at.stored is not None and not whole:
                 _refit(at, spec, moment, pull, part)
             _descend(at, moment, pull, part)
@@ -106,7 +108,9 @@ class Columns:
 
     @classmethod
     def of(cls, rows: Rows) -> Columns:
+        """Takes over the rows' values, which are the columns' from now on."""
         weight, values, real = (each.t().contiguous() for each in (rows.weight, rows.values, rows.real))
+        rows.values = values.t()
         stored = None if rows.stored is None else _turned(rows.stored)
         zero = None if rows.zero is None else rows.zero.t().contiguous()
         outer = None if rows.outer is None else rows.outer[:, 0]
@@ -117,7 +121,7 @@ class Columns:
         return at
 
     def put_back(self, rows: Rows) -> None:
-        rows.values, rows.real = self.values.t().contiguous(), self.real.t().contiguous()
+        rows.real = self.real.t().contiguous()
         if self.stored is not None:
             rows.stored = _turned(self.stored)
 
@@ -143,7 +147,8 @@ def _refit(at: Columns, spec: TensorSpec, moment: Tensor, pull: Tensor, part: sl
     for group, columns in at.groups(part):
         inside = slice(columns.start - part.start, columns.stop - part.start)
         values = at.values[columns]
-        reach = moment[:, inside] @ values
+        with through_onednn():
+            reach = moment[:, inside] @ values
         step = _move(at, spec, group, _dot(pull[inside], values), _dot(reach[inside], values))
         pull.addcmul_(reach, step)
 
@@ -153,7 +158,8 @@ def _refit_whole(at: Columns, spec: TensorSpec, gram: Tensor) -> None:
     for group in range(len(at.real)):
         part = slice(group * at.size, (group + 1) * at.size)
         values = at.values[part]
-        reach = gram[:, part] @ values
+        with through_onednn():
+            reach = gram[:, part] @ values
         step = _move(at, spec, group, _dot(at.error, reach), _dot(values, reach[part]))
         at.error[part].addcmul_(values, step)
 

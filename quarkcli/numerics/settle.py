@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from quarkcli.numerics.grid import decode_matrix, encode_matrix, grid
+from quarkcli.numerics.products import through_onednn
 from quarkcli.numerics.quantize import Quantized, decode_grid
 from quarkcli.numerics.refine import Rows, refine
 from quarkcli.numerics.shift import Drift, corrected, feeds, first_rule, least_squares
@@ -82,7 +83,8 @@ class Objective:
         With Q = W + E that is tr(E H E^T) + 2 tr(E (H - C) W^T), C = E[x s^T].
         """
         error = quantized - weight
-        pull = error @ self.gram
+        with through_onednn():
+            pull = error @ self.gram
         more = self._pull if self._pull is not None else self._pulled(weight)
         if more is not None:
             pull -= more
@@ -100,7 +102,8 @@ class Objective:
 
     def energy(self, weight: Tensor) -> Tensor:
         """Returns ||W x||^2 of every row, float32 [R]."""
-        return (weight @ self.gram).mul_(weight).sum(1)
+        with through_onednn():
+            return (weight @ self.gram).mul_(weight).sum(1)
 
 
 @dataclass

@@ -21,6 +21,7 @@ from torch import Tensor
 from quarkcli.errors import DataError
 from quarkcli.numerics.formats import codec
 from quarkcli.numerics.grid import Grid
+from quarkcli.numerics.products import add_product_
 
 ActOrder = bool | Literal["group"]
 # Rows of a strictly upper F [N, N], in the factor's order, from the diagonal of the first on.
@@ -28,9 +29,11 @@ Feed = Callable[[slice], Tensor]
 # Damping grows by this factor after a failed factorization, from at least this fraction of the mean diagonal.
 _DAMP_GROWTH = 10.0
 _DAMP_FLOOR = 1e-6
+_CHOLESKY = 128  # rows of a factor that are found at once on a CPU
 _PANEL = 256  # rows of a square matrix that are moved at once
 # Rows worked on at once on a CPU, so that the columns of one block stay in its cache.
 CPU_ROWS = 2048
+RUN = 32  # columns that are rounded one by one before the others of their block hear of them
 
 
 @dataclass
@@ -216,22 +219,46 @@ def _factor(
     backwards = torch.arange(size - 1, -1, -1, device=gram.device) if order is None else order.flip(0)
     damped = torch.empty(size, size, dtype=dtype, device=gram.device)
     for start in range(0, size, _PANEL):
-        damped[start : start + _PANEL] = gram.index_select(0, backwards[start : start + _PANEL])[:, backwards]
+        damped[start : start + _PANEL] = gram.index_select(0, backwards[start : start + _PANEL]).index_select(
+            1, backwards
+        )
     gone = dead[backwards]
     damped[gone] = 0.0
     damped[:, gone] = 0.0
     # Decoupled, so any positive number gives the same result elsewhere; this one has the unit of H.
     damped.diagonal()[gone] = mean
     damped.diagonal().add_(damp * mean)
-    lower = damped.mT  # of a symmetric matrix, and as LAPACK has its columns: factorized where it lies
-    info = torch.empty((), dtype=torch.int32, device=gram.device)
-    torch.linalg.cholesky_ex(lower, out=(lower, info))
-    if int(info) != 0:
+    if not _cholesky_(damped):
         return None
     _turn_around(damped)
-    upper = lower.to(torch.float32)
+    upper = damped.mT.to(torch.float32)
     pivots = upper.diagonal()
     return upper if bool(torch.isfinite(pivots).all() & (pivots > 0).all()) else None
+
+
+def _cholesky_(matrix: Tensor) -> bool:
+    """Makes of a symmetric matrix A the upper triangular U with U^T U = A; its upper half is enough. False: it cannot.
+
+    On a CPU in steps: LAPACK takes more than twice as long, and its bits depend on the number of threads. Rows behind a
+    corner are multiplied with its inverse, which is as exact here as solving for them: corners are small.
+    """
+    step = _CHOLESKY if matrix.device.type == "cpu" else len(matrix)
+    for start in range(0, len(matrix), step):
+        part, above, behind = slice(start, start + step), slice(0, start), slice(start + step, len(matrix))
+        if start:
+            add_product_(matrix[part, start:], matrix[above, part], matrix[above, start:], matrix.dtype, -1)
+        corner = matrix[part, part].mT  # of a symmetric matrix, and as LAPACK has its columns: where it lies, if whole
+        info = torch.empty((), dtype=torch.int32, device=matrix.device)
+        torch.linalg.cholesky_ex(corner, out=(corner, info))
+        if int(info) != 0:
+            return False
+        if behind.start < len(matrix):
+            eye = torch.eye(step, dtype=matrix.dtype, device=matrix.device)
+            inverse = torch.linalg.solve_triangular(corner, eye, upper=False)
+            rows = matrix[part, behind].clone()
+            add_product_(matrix[part, behind].zero_(), inverse.T, rows, matrix.dtype)
+            matrix[behind, part] = 0.0
+    return True
 
 
 def _turn_around(matrix: Tensor) -> None:
@@ -286,9 +313,9 @@ def _solve_rows(
         grid[inside] = values
         if last < cols:
             for i, upper in enumerate(uppers):
-                grid[behind, i].addmm_(upper[inside, behind].t(), differences[:, i])
+                add_product_(grid[behind, i], upper[inside, behind], differences[:, i], grid.dtype)
             for i, fed in enumerate(feds):
-                grid[behind, i].addmm_(fed[:, last - first :].t(), current[:, i])
+                add_product_(grid[behind, i], fed[:, last - first :], current[:, i], grid.dtype)
         left = current.sub_(values.mul_(scale))
         if not first:
             left[0] = differences[0]
@@ -315,23 +342,43 @@ def _solve_block(
                what they were when they were rounded does
     at        a scale (and zero point) for every column: [B, jobs, R]
 
-    A column takes the differences of all before it in one product when its turn comes. Views are made once: on a CPU
-    the loop is bound by the cost of a torch call, on a GPU by launches, which is why jobs go through it together.
+    Columns go in runs of `RUN`: those of a run hear of each other one by one, those behind it once it is done.
+    """
+    values, differences = torch.empty_like(targets), torch.empty_like(targets)
+    links = [(couplings, differences), *([(feeds, current)] if feeds is not None else [])]
+    for first in range(0, len(targets), RUN):
+        run, behind = slice(first, min(first + RUN, len(targets))), slice(first + RUN, len(targets))
+        zero = None if at.zero is None else at.zero[run]
+        own = [(link[run, :, run], moved[run]) for link, moved in links]
+        here = Grid(at.element, at.scale[run], at.size, zero)
+        _solve_run(targets[run], current[run], own, here, values[run], differences[run])
+        if behind.start >= len(targets):
+            break
+        for job in range(targets.shape[1]):
+            for link, moved in links:
+                current[behind, job].addmm_(link[behind, job, run], moved[run, job])
+    return values, differences
+
+
+def _solve_run(
+    targets: Tensor, current: Tensor, links: list[tuple[Tensor, Tensor]], at: Grid, values: Tensor, differences: Tensor
+) -> None:
+    """Rounds a run of columns, as `_solve_block` does a block.
+
+    links   of what moves other columns: how it does so [B, jobs, B], and what it was of the columns before [B, jobs, R]
+
+    A column takes all before it in one product when its turn comes. On a CPU the loop is bound by the cost of a torch
+    call, on a GPU by launches, which is why jobs go through it together.
     """
     round_, element = codec(at.element).round_, at.element
-    values = torch.empty_like(targets)
-    differences = torch.empty_like(targets)
     scratch = torch.empty(2, *targets.shape[1:], dtype=torch.int32, device=targets.device)
-    earlier, before = differences.transpose(0, 1), current.transpose(0, 1)
     zeros = [None] * len(targets) if at.zero is None else at.zero.unbind()
-    columns = (targets, current, at.scale, values, differences, couplings.unsqueeze(2), current.unsqueeze(2))
+    columns = (targets, current, at.scale, values, differences, current.unsqueeze(2))
+    before = [(link.unsqueeze(2), moved.transpose(0, 1)) for link, moved in links]
     loop = zip(*(each.unbind() for each in columns), zeros, strict=True)
-    for i, (target, column, scale, value, difference, coupling, sums, zero) in enumerate(loop):
+    for i, (target, column, scale, value, difference, sums, zero) in enumerate(loop):
         if i:
-            sums.baddbmm_(coupling[:, :, :i], earlier[:, :i])
-            if feeds is not None:
-                sums.baddbmm_(feeds[i, :, None, :i], before[:, :i])
+            for link, moved in before:
+                sums.baddbmm_(link[i, :, :, :i], moved[:, :i])
         round_(torch.div(column, scale, out=value), element, scratch, zero)
-        torch.mul(value, scale, out=difference)
-        torch.sub(target, difference, out=difference)
-    return values, differences
+        torch.addcmul(target, value, scale, value=-1, out=difference)
