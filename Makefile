@@ -6,7 +6,7 @@ PYTHON ?= python3
 DEMO := demo-out
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock demo test test-all test-latest test-consumers check fix fuzz test-gpu bench golden table docs clean
+.PHONY: help setup lock demo test test-all test-latest test-consumers check fix fuzz test-gpu bench bench-gpu golden table docs clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -67,8 +67,13 @@ SEED ?= 0
 fuzz: $(STAMP) ## hostile inputs at random for five minutes: make fuzz SEED=N
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --seed $(SEED) --seconds 300
 
-test-gpu: $(STAMP) ## run the tests that need a CUDA device
-	$(BIN)/python -m pytest -m gpu
+test-gpu: $(STAMP) ## run the tests that need a CUDA device, within 8 minutes; into docs/gpu.json
+	$(BIN)/python -m tests.gpu.record
+	$(BIN)/python -m tests.docs.gpu
+
+bench-gpu: $(STAMP) ## kernels and jobs on a CUDA device, within 8 minutes; into docs/gpu.json and docs/benchmarks.md
+	$(BIN)/python -m tests.bench.gpu
+	$(BIN)/python -m tests.docs.gpu
 
 bench: $(STAMP) ## memory, start-up, packing speed against a baseline in the same run; forecasts against runs
 	$(BIN)/python -m tests.bench.startup
@@ -93,6 +98,7 @@ docs: $(STAMP) ## rebuild the generated reference pages and the lists that are s
 	$(BIN)/python -m tests.docs.models
 	$(BIN)/python -m tests.docs.serving
 	$(BIN)/python -m tests.docs.big_models
+	$(BIN)/python -m tests.docs.gpu
 
 clean: ## remove everything that was built
 	rm -rf $(VENV) $(CONSUMERS) $(DEMO) $(DEMO).partial build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from quarkcli.algorithms.base import Effort
+from quarkcli.forward.lanes import LANES, shares
 from quarkcli.job import costs
 from quarkcli.job.costs import PartCost
 from quarkcli.job.forecast import RUNTIME_BYTES, Forecast, part_sizes
@@ -19,7 +20,6 @@ from quarkcli.job.options import Prepared
 from quarkcli.job.rates import Rates
 from quarkcli.job.reach import last_part
 
-LANES = 8  # of calibration rows, whatever the number of ranks
 MOST_RANKS = 4096
 # Tokens in a forward on the device, and the values that it holds of each for every value of the widest activation.
 BATCH_TOKENS, HELD = 8192, 6
@@ -173,8 +173,8 @@ def _device(size: Forecast, works: list[_Work], rates: Rates, lanes: float) -> i
 
 
 def _lanes(ranks: int) -> list[float]:
-    """Returns the share of all rows that each rank runs: whole lanes; the first ranks have one more."""
-    return [(LANES // ranks + (rank < LANES % ranks)) / LANES for rank in range(ranks)]
+    """Returns the share of all rows that each rank runs: whole lanes."""
+    return [len(own) / LANES for own in shares(LANES, ranks)]
 
 
 def _solving(work: Iterable[PartCost], rates: Rates, ranks: int) -> list[float]:

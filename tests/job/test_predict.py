@@ -79,9 +79,9 @@ def test_parts_are_dealt_out(ranks: int) -> None:
 def test_rows_are_cut_into_lanes() -> None:
     one = forecast("int4_wo_128", "gptq").ranks[0].seconds["forward"]
     shares = [rank.seconds["forward"] / one for rank in forecast("int4_wo_128", "gptq", ranks=3).ranks]
-    assert shares == pytest.approx([3 / 8, 3 / 8, 2 / 8])
+    assert shares == pytest.approx([2 / 8, 2 / 8, 4 / 8])  # those of one subtree
     shares = [rank.seconds["forward"] / one for rank in forecast("int4_wo_128", "gptq", ranks=10).ranks]
-    assert shares == pytest.approx([1 / 8] * 8 + [0, 0])
+    assert sorted(shares) == pytest.approx([0, 0] + [1 / 8] * 8)
 
 
 def test_calibrated_ranks_read_every_block_and_solve_some() -> None:
