@@ -1,7 +1,7 @@
 """Time, memory and disk of every rank, from the work of a plan and the rates of a device. Torch-free.
 
 Data-free, parts are dealt out by their bytes. Calibrated, every rank reads every block; rows are cut into `LANES`, and
-a rank runs whole lanes; the problems of a block are dealt out by their cost. Reading and writing overlap the work.
+a rank runs whole lanes; the problems of a block are dealt out by their cost, and ranks write parts in turn. Reading and writing overlap the work.
 """
 
 from __future__ import annotations
@@ -91,7 +91,10 @@ def predict(work: Sequence[PartCost], size: Forecast, rates: Rates, ranks: int, 
     tokens, seqlen   of calibration: in all, and of a row
     """
     works = [_Work(cost, rates, tokens, seqlen) for cost in work]
-    owners = _dealt([cost.read + cost.written for cost in work], ranks)
+    if size.calibrated:
+        owners = [cost.part.index % ranks for cost in work]
+    else:
+        owners = _dealt([cost.read for cost in work], ranks)
     lanes = _lanes(ranks) if size.calibrated else [1.0] * ranks
     solves = _solving(work, rates, ranks)
     found = []

@@ -1,4 +1,4 @@
-"""`make bench-gpu` and `make test-gpu` without a GPU: the same scripts at sizes that measure nothing, and their page."""
+"""`make bench-gpu` and `make test-gpu` without a GPU: the same scripts at sizes that measure nothing."""
 
 from __future__ import annotations
 
