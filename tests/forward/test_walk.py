@@ -94,7 +94,7 @@ class Seen:
         self.mask: Any = None
         self.masks: list[torch.Tensor] = []
 
-    def handlers(self) -> dict:
+    def handlers(self) -> Handlers:
         self.masks = []
         return Handlers()
 
