@@ -1,4 +1,4 @@
-"""A plan for people and as JSON (`quark/plan/1`). One row per class of modules: indices are folded."""
+"""A plan for people and as JSON (`quark/plan/2`). One row per class of modules: indices are folded."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from quarkcli.algorithms.base import Assignment
 from quarkcli.cli import output
 from quarkcli.job import directories, idle
+from quarkcli.job.groups import groups
 from quarkcli.plan import advice
 from quarkcli.plan.model import Decision, Part, Plan, Target
 from quarkcli.plan.online import sentences
@@ -21,7 +22,7 @@ from quarkcli.spec import TensorSpec
 if TYPE_CHECKING:
     from quarkcli.job.options import Prepared
 
-SCHEMA = "quark/plan/1"
+SCHEMA = "quark/plan/2"
 _INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
@@ -67,7 +68,7 @@ def header(prepared: Prepared) -> list[str]:
             *output.listed("source", prepared.origin.lines(prepared.plan) if prepared.origin else []),
             ("family", f"{prepared.plan.family}{inferred} ({architecture})"),
             (label, recipe.name + (f" ({recipe.file})" if recipe.file else "")),
-            ("algorithms", ", ".join(_step(prepared.plan, step) for step in prepared.steps)),
+            ("algorithms", ", ".join(step(prepared.plan, one) for one in prepared.steps)),
             *output.listed(f"{AUTO} chose", [advice.text(one.as_dict()) for one in prepared.advice]),
             *output.listed("dialect", [f"{one.dialect.name} ({one.dialect_reason})" for one in prepared.every]),
             *output.listed("at run time", sentences(prepared.plan.online)),
@@ -76,7 +77,7 @@ def header(prepared: Prepared) -> list[str]:
             ("quantized", prepared.coverage.text()),
             *output.listed("parallel", list(dict.fromkeys(map(_parallel, prepared.every)))),
             ("memory", f"about {output.size(size.memory_bytes)} of tensors at the peak"),
-            *_download(prepared),
+            *download(prepared),
             ("disk", f"{output.size(size.disk_bytes)} while running"),
             *output.listed("output", [str(one.checkpoint) for one in prepared.every]),
         ]
@@ -94,7 +95,8 @@ def _parallel(prepared: Prepared) -> str:
     return f"tensor parallel over {', '.join(map(str, prepared.tensor_parallel))} devices"
 
 
-def _download(prepared: Prepared) -> list[tuple[str, str]]:
+def download(prepared: Prepared) -> list[tuple[str, str]]:
+    """Returns a row for what has to be downloaded."""
     found = prepared.download
     if found is None:
         return []
@@ -116,14 +118,15 @@ def _data(prepared: Prepared) -> str:
     )
 
 
-def _step(plan: Plan, step: Assignment) -> str:
-    if step.weights is None:
-        return step.name
-    return f"{step.name} on {sum(map(step.takes, plan.quantized()))} weights"
+def step(plan: Plan, one: Assignment) -> str:
+    """Returns an algorithm's name, with the number of its weights where that is not all."""
+    if one.weights is None:
+        return one.name
+    return f"{one.name} on {sum(map(one.takes, plan.quantized()))} weights"
 
 
 def show(prepared: Prepared, more: Iterable[str] = ()) -> None:
-    """Prints the whole plan on stdout, its warnings on stderr. `more`: further lines of the header."""
+    """Prints every decision on stdout (`--modules`). `more`: further lines of the header."""
     plan = prepared.plan
     for line in [*header(prepared), *more]:
         output.data(line)
@@ -136,6 +139,10 @@ def show(prepared: Prepared, more: Iterable[str] = ()) -> None:
     output.table(("KEPT TENSORS", "COUNT", "WHY"), rows)
     if plan.tied_head is not None:
         output.data(f"\n{plan.tied_head} is the embedding (tied); the file has no tensor of its own for it")
+
+
+def warn(prepared: Prepared) -> None:
+    """Prints the warnings of a plan on stderr."""
     for warning in _warnings(prepared):
         output.note(warning, output.paint("warning:", "yellow", "stderr"))
 
@@ -188,12 +195,10 @@ def _origin(plan: Plan, decision: Decision) -> str:
     return str(plan.entries[decision.entry].origin) if decision.entry is not None else "no entry matched"
 
 
-def as_json(prepared: Prepared) -> dict[str, Any]:
-    """Returns everything a script may ask of a plan."""
+def as_json(prepared: Prepared, full: bool = False) -> dict[str, Any]:
+    """Returns what a script may ask of a plan. `full`: with every slot, weight, site and kept tensor."""
     plan, source, recipe, size = prepared.plan, prepared.source, prepared.recipe, directories.together(prepared)
     settings = prepared.calibration
-    decisions = {id(decision): decision for _, decision in plan.slots()}
-    slots = {key: _slot(plan, decision) for key, decision in decisions.items()}
     return {
         "schema": SCHEMA,
         "model": {
@@ -217,11 +222,10 @@ def as_json(prepared: Prepared) -> dict[str, Any]:
         "effective_bits": size.effective_bits,
         "coverage": prepared.coverage.facts(),
         "bytes_by_dtype": size.dtypes,
-        "needs": prepared.needs,
+        "groups": [group.facts() for group in groups(prepared)],
+        "sites": len(prepared.needs),
         "calibration": settings
         and {"source": settings.source, "samples": settings.samples, "seqlen": settings.seqlen, "bos": settings.bos},
-        "slots": {name: slots[id(decision)] for name, decision in plan.slots()},
-        "targets": {target.name: _target(target) for target in plan.targets.values()},
         "entries": [
             {
                 "index": index,
@@ -239,9 +243,21 @@ def as_json(prepared: Prepared) -> dict[str, Any]:
         "share": None
         if plan.share is None
         else [{"slots": row.slots, "origin": str(row.origin)} for row in plan.share],
-        "kept": plan.kept,
         "tied_head": plan.tied_head,
         "warnings": _warnings(prepared),
+        **(_full(prepared) if full else {}),
+    }
+
+
+def _full(prepared: Prepared) -> dict[str, Any]:
+    plan = prepared.plan
+    decisions = {id(decision): decision for _, decision in plan.slots()}
+    slots = {key: _slot(plan, decision) for key, decision in decisions.items()}
+    return {
+        "needs": prepared.needs,
+        "slots": {name: slots[id(decision)] for name, decision in plan.slots()},
+        "targets": {target.name: _target(target) for target in plan.targets.values()},
+        "kept": plan.kept,
     }
 
 

@@ -11,6 +11,7 @@ import typer
 
 from quarkcli.cli import apps, output
 from quarkcli.cli.flags import JobFlags, takes_job_flags
+from quarkcli.errors import UsageError
 
 if TYPE_CHECKING:
     from quarkcli.cli.progress import Progress
@@ -97,6 +98,10 @@ RatesFile = Annotated[
 ]
 
 
+Modules = Annotated[bool, typer.Option("--modules", help="Show every module with what decided it.")]
+Full = Annotated[bool, typer.Option("--full", help="With --json: every slot, weight and kept tensor, too.")]
+
+
 @takes_job_flags
 def plan(
     flags: JobFlags,
@@ -105,13 +110,16 @@ def plan(
     ranks: Ranks = None,
     gpu: Gpu = None,
     rates: RatesFile = None,
+    modules: Modules = False,
+    full: Full = False,
 ) -> None:
     """Show what quantize would do.
 
     Every decision, sizes, time, memory, data; reads config and headers only. Takes all flags of quantize, so that one
     command line fits both; those about writing and progress change nothing, which is said.
     """
-    _plan(flags, check_model, Devices(ranks or 1, _rates(gpu, rates), shown=ranks is not None or gpu is not None))
+    devices = Devices(ranks or 1, _rates(gpu, rates), shown=ranks is not None or gpu is not None)
+    _plan(flags, devices, check_model=check_model, modules=modules, full=full)
 
 
 @dataclass(frozen=True)
@@ -124,7 +132,6 @@ class Devices:
 
 
 def _rates(gpu: str | None, file: Path | None) -> Rates:
-    from quarkcli.errors import UsageError
     from quarkcli.job import rates
 
     if gpu is not None and file is not None:
@@ -132,14 +139,25 @@ def _rates(gpu: str | None, file: Path | None) -> Rates:
     return rates.of_gpu(gpu) if gpu is not None else rates.of_this_machine(file)
 
 
-def _plan(flags: JobFlags, check_model: bool = False, devices: Devices | None = None) -> None:
-    from quarkcli.cli import planview, predictview
+def _plan(
+    flags: JobFlags,
+    devices: Devices | None = None,
+    *,
+    check_model: bool = False,
+    modules: bool = False,
+    full: bool = False,
+) -> None:
+    from quarkcli.cli import picture, planview, predictview
     from quarkcli.cli.progress import Progress
     from quarkcli.events import Phase
     from quarkcli.job import idle, predict
     from quarkcli.job import run as job
 
     flags.start()
+    if full and not flags.json:
+        raise UsageError("--full is for --json", hint="--modules shows every module here")
+    if modules and flags.json:
+        raise UsageError("--modules is a table for people", where="--json", hint="--json --full has every module")
     devices = devices or Devices(1, _rates(None, None))
     with Progress("lines") as progress:
         prepared = job.prepare(flags.options(), lambda event: None if isinstance(event, Phase) else progress(event))
@@ -149,11 +167,16 @@ def _plan(flags: JobFlags, check_model: bool = False, devices: Devices | None = 
             output.note(line)
     forecast = predict.of_plan(prepared, devices.rates, devices.ranks)
     if flags.json:
-        output.json_data({**planview.as_json(prepared), "forecast": predict.as_json(forecast)})
+        output.json_data({**planview.as_json(prepared, full), "forecast": predict.as_json(forecast)})
         return
-    planview.show(prepared, predictview.lines(forecast))
+    if modules:
+        planview.show(prepared, predictview.lines(forecast))
+    else:
+        for line in [*picture.lines(prepared, forecast), picture.NEXT]:
+            output.data(line)
     if devices.shown:
         predictview.show(forecast)
+    planview.warn(prepared)
 
 
 def _judge(*given: Any) -> dict[str, Any]:
@@ -164,14 +187,14 @@ def _judge(*given: Any) -> dict[str, Any]:
 
 def _announce(prepared: Prepared, progress: Progress) -> None:
     """Prints the plan's header before the work."""
-    from quarkcli.cli import planview
+    from quarkcli.cli import picture, planview
 
     if progress.json:
         brief = planview.as_json(prepared)
-        del brief["slots"], brief["targets"], brief["entries"], brief["kept"]
+        del brief["entries"]
         output.event("plan", brief)
         return
-    for line in planview.header(prepared):
+    for line in picture.lines(prepared, None):
         output.note(line)
 
 

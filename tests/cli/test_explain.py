@@ -43,7 +43,7 @@ def test_explain_an_unknown_slot(quark: Quark) -> None:
 
 def test_share_rows_are_part_of_a_plan(quark: Quark, tmp_path: Path) -> None:
     (tmp_path / "own.yaml").write_text(RECIPE + "share: [{slots: ['*.o_proj.weight_quantizer', '*.q_proj.*']}]\n")
-    code, out, err = quark("plan", "--model", "demo", "--recipe", "own.yaml", "--json")
+    code, out, err = quark("plan", "--model", "demo", "--recipe", "own.yaml", "--json", "--full")
     assert code == 0, err
     plan = json.loads(out)
     assert plan["share"] == [{"slots": ["*.o_proj.weight_quantizer", "*.q_proj.*"], "origin": "own.yaml:9:9"}]
@@ -57,7 +57,7 @@ def test_share_rows_are_part_of_a_plan(quark: Quark, tmp_path: Path) -> None:
 
 def test_min_kv_scale(quark: Quark) -> None:
     flags = ("--model", "demo", "--scheme", "mxfp4", "--calib-data", "builtin")
-    code, out, err = quark("plan", *flags, "--kv-cache", "fp8", "--min-kv-scale", "0.25", "--json")
+    code, out, err = quark("plan", *flags, "--kv-cache", "fp8", "--min-kv-scale", "0.25", "--json", "--full")
     assert code == 0, err
     slot = json.loads(out)["slots"]["model.layers.1.self_attn.v_bmm_quantizer"]
     assert slot["spec"]["scale"]["minimum"] == 0.25

@@ -20,7 +20,7 @@ def test_quantize_prints_the_directory_and_tells_the_rest_on_stderr(quark, tmp_p
     assert out == "out\n"
     assert (tmp_path / "out" / "quark" / "manifest.json").is_file()
     assert not (tmp_path / "out.partial").exists()
-    for text in ("scheme      mxfp4", "data        none needed", "phase: verify", "[6/6] tail kept"):
+    for text in ("tiny-llama -> mxfp4", "no calibration data", "phase: verify", "[6/6] tail kept"):
         assert text in err
     for label in ("modules", "size", "bits", "bytes", "error", "peak", "time", "kept", "checked", "next"):
         assert any(line.startswith(label) for line in err.splitlines()), label
@@ -74,7 +74,7 @@ def test_dry_run_is_plan(quark, tmp_path):
 
 
 def test_plan_folds_classes_and_names_the_deciding_entry(quark):
-    code, out, err = quark("plan", *MXFP4, "--exclude", "*layers.0.*", "--layer", "*down_proj=int4_wo_128")
+    code, out, err = quark("plan", *MXFP4, "--exclude", "*layers.0.*", "--layer", "*down_proj=int4_wo_128", "--modules")
     assert (code, err) == (0, "")
     rows = {line.split()[0]: line for line in out.splitlines() if line.startswith(("model.", "lm_head"))}
     assert "--layer '*down_proj=int4_wo_128'" in rows["model.layers.{1-3}.mlp.down_proj"]
@@ -86,10 +86,10 @@ def test_plan_folds_classes_and_names_the_deciding_entry(quark):
 
 
 def test_plan_json_has_every_slot_with_its_decision(quark):
-    code, out, err = quark("plan", *MXFP4, "--kv-cache", "fp8", "--calib-data", "builtin", "--json")
+    code, out, err = quark("plan", *MXFP4, "--kv-cache", "fp8", "--calib-data", "builtin", "--json", "--full")
     assert (code, err) == (0, "")
     plan = json.loads(out)
-    assert plan["schema"] == "quark/plan/1"
+    assert plan["schema"] == "quark/plan/2"
     assert len(plan["targets"]) == 30  # 4 blocks of 7 linears, embedding, head
     assert len(plan["slots"]) == 30 * 4 + 4 * 4
     weight = plan["slots"]["model.layers.2.mlp.up_proj.weight_quantizer"]
@@ -110,7 +110,7 @@ def test_plan_json_has_every_slot_with_its_decision(quark):
 
 def test_plan_says_that_calibration_flags_are_not_used(quark):
     _, out, _ = quark("plan", *MXFP4, "--calib-data", "builtin", "--calib-samples", "3")
-    assert "none needed; --calib-data, --calib-samples not used" in out
+    assert "no calibration data (--calib-data, --calib-samples not used)" in out
 
 
 def test_planned_bytes_are_the_written_bytes(quark, made):
@@ -121,7 +121,7 @@ def test_planned_bytes_are_the_written_bytes(quark, made):
 def test_plan_of_calibrated_schemes_says_what_data(quark):
     code, out, err = quark("plan", "--model", "demo", "--scheme", "nvfp4", "--calib-samples", "7")
     assert code == 0
-    assert "sites need data: 7 rows of 512 tokens from builtin" in out
+    assert "calibration 7 rows of 512 tokens from builtin" in " ".join(out.split())
     assert err.startswith("warning: calibrating on the built-in text")
 
 
@@ -202,12 +202,12 @@ def test_attention_and_outputs_are_part_of_a_plan(quark, tmp_path):
     fp8 = "{element: fp8_e4m3, scale: {dtype: f32}}"
     (tmp_path / "home" / "schemes" / "own.yaml").write_text(f"weight: {fp8}\ninput: {fp8}\noutput: {fp8}\n")
     flags = ("--model", "demo", "--scheme", "mxfp4", "--layer", "*down_proj=own", "--attention", "fp8")
-    code, out, err = quark("plan", *flags, "--calib-data", "builtin")
+    code, out, err = quark("plan", *flags, "--calib-data", "builtin", "--modules")
     assert code == 0, err
     assert "OUTPUT" in out and "BIAS" not in out
     assert "model.layers.*.self_attn.p_bmm_quantizer" in out
     assert "--attention fp8" in out
-    code, out, err = quark("plan", *flags, "--calib-data", "builtin", "--json")
+    code, out, err = quark("plan", *flags, "--calib-data", "builtin", "--json", "--full")
     plan = json.loads(out)
     slot = plan["slots"]["model.layers.1.self_attn.p_bmm_quantizer"]
     assert (slot["spec"]["element"], slot["entry"]["origin"]) == ("fp8_e4m3", "--attention fp8")

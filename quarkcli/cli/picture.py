@@ -1,0 +1,146 @@
+"""One picture of a plan: what becomes of the model, what that takes, who serves it, and what to type next."""
+
+from __future__ import annotations
+
+import shutil
+import textwrap
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from quarkcli import servers
+from quarkcli.cli import output, planview
+from quarkcli.errors import ModelError
+from quarkcli.job import directories, idle
+from quarkcli.job.groups import Group, groups
+from quarkcli.plan import advice
+from quarkcli.plan.online import sentences
+from quarkcli.recipe.advice import AUTO
+
+if TYPE_CHECKING:
+    from quarkcli.job.options import Prepared
+    from quarkcli.job.predict import Prediction
+
+NEXT = "  next      quark quantize with the same flags; every module: --modules; for scripts: --json"
+_LABEL = 10
+_HEAD = ("PART", "TENSORS", "PARAMS", "NOW", "AFTER", "HOW", "WHY")
+_NUMBERS = range(1, 5)  # columns
+
+
+def lines(prepared: Prepared, forecast: Prediction | None, width: int | None = None) -> list[str]:
+    """Returns the picture. `width`: columns of the terminal; None: as they are."""
+    width = width or shutil.get_terminal_size((120, 24)).columns
+    return [_title(prepared), *_facts(prepared, forecast, width), *_table(groups(prepared), width)]
+
+
+def _title(prepared: Prepared) -> str:
+    config, source = prepared.source.config, prepared.source
+    architecture = ", ".join(config.get("architectures") or ["unknown architecture"])
+    blocks = sum(part.block is not None for part in prepared.plan.parts)
+    guessed = ", roles inferred from names" if prepared.layout.inferred else ""
+    return f"{source.name} -> {prepared.recipe.name}    {architecture}, {blocks} blocks{guessed}"
+
+
+def _facts(prepared: Prepared, forecast: Prediction | None, width: int) -> Iterator[str]:
+    facts = [*_sizes(prepared), ("needs", _needs(prepared, forecast)), *_ways(prepared), *_serves(prepared)]
+    facts += output.listed("writes", [str(one.checkpoint) for one in prepared.every])
+    for label, text in facts:
+        room = max(20, width - _LABEL - 2)
+        for number, line in enumerate(textwrap.wrap(text, room, break_long_words=False, break_on_hyphens=False)):
+            yield f"  {label if not number else '':<{_LABEL}}{line}".rstrip()
+
+
+def _sizes(prepared: Prepared) -> Iterator[tuple[str, str]]:
+    size, share = prepared.forecast, prepared.coverage
+    total, done = sum(share.total.values()), sum(share.quantized.values())
+    bits = 8 * size.output_bytes / total if total else 0.0
+    yield (
+        "size",
+        f"{output.size(size.source_bytes)} -> {output.size(size.output_bytes)} "
+        f"({size.output_bytes / max(1, size.source_bytes):.0%}); {size.effective_bits:.2f} bits on "
+        f"{done / max(1, total):.0%} of the parameters, {bits:.1f} overall",
+    )
+
+
+def _needs(prepared: Prepared, forecast: Prediction | None) -> str:
+    size, settings = directories.together(prepared), prepared.calibration
+    found = [f"RAM {output.size(size.memory_bytes)}", f"disk {output.size(size.disk_bytes)}"]
+    if settings is None:
+        unused = ", ".join(idle.given(prepared.options, idle.OF_DATA))
+        found.append("no calibration data" + (f" ({unused} not used)" if unused else ""))
+    else:
+        most = "" if settings.asked else "up to "
+        found.append(f"calibration {most}{settings.samples} rows of {settings.seqlen} tokens from {settings.source}")
+    if forecast is not None:
+        from quarkcli.cli.predictview import duration
+
+        found.append(f"about {duration(forecast.time)} on {forecast.rates.name}")
+    return ", ".join(found)
+
+
+def _ways(prepared: Prepared) -> Iterator[tuple[str, str]]:
+    """Yields what is special of this run: its source, algorithms, and what is done while the model runs."""
+    yield from output.listed("source", prepared.origin.lines(prepared.plan) if prepared.origin else [])
+    yield from planview.download(prepared)
+    if [step.name for step in prepared.steps] != ["rtn"]:
+        yield ("steps", ", ".join(planview.step(prepared.plan, step) for step in prepared.steps))
+    yield from (("", f"{AUTO} chose {advice.text(one.as_dict())}") for one in prepared.advice)
+    yield from output.listed("runs", sentences(prepared.plan.online))
+
+
+def _serves(prepared: Prepared) -> Iterator[tuple[str, str]]:
+    for one in prepared.every:
+        ways = ", ".join(map(str, one.tensor_parallel))
+        yield ("dialect", f"{one.dialect.name} ({one.dialect_reason}); tensor parallel over {ways} devices")
+        written = servers.planned(one.plan, one.dialect)
+        yield from output.listed("serves", servers.verdicts(servers.AUTO, written, ModelError))
+
+
+def _table(found: list[Group], width: int) -> list[str]:
+    """Returns the table; where it does not fit, the reason stands on a line of its own."""
+    rows = [_cells(group) for group in found]
+    short = [row[:-1] for row in rows]
+    whole = _aligned([_HEAD, *rows])
+    if all(len(line) <= width for line in whole):
+        return whole
+    first = _aligned([_HEAD[:-1], *short])
+    if any(len(line) > width for line in first):  # what happens to it goes there as well
+        first = _aligned([_HEAD[:-2], *(row[:-2] for row in rows)])
+        return [first[0], *_folded(first[1:], [[row[-2], row[-1]] for row in rows], width)]
+    return [first[0], *_folded(first[1:], [[row[-1]] for row in rows], width)]
+
+
+def _folded(rows: list[str], more: list[list[str]], width: int) -> Iterator[str]:
+    for row, texts in zip(rows, more, strict=True):
+        yield row
+        for text in filter(None, texts):
+            yield from textwrap.wrap(
+                text, max(20, width), initial_indent="      ", subsequent_indent="      ", break_long_words=False,
+                break_on_hyphens=False,
+            )  # fmt: skip
+
+
+def _cells(group: Group) -> tuple[str, ...]:
+    return (
+        group.label, f"{group.tensors:,}", _count(group.parameters), output.size(group.before),
+        output.size(group.after), group.how, group.why,
+    )  # fmt: skip
+
+
+def _count(number: int) -> str:
+    """Returns `6.3 M`, `512`."""
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if number >= size:
+            return f"{number / size:.1f} {unit}"
+    return str(number)
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    out = []
+    for row in rows:
+        cells = (
+            cell.rjust(widths[column]) if column in _NUMBERS else cell.ljust(widths[column])
+            for column, cell in enumerate(row)
+        )
+        out.append(f"  {'  '.join(cells)}".rstrip())
+    return out
