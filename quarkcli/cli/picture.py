@@ -81,8 +81,7 @@ def _ways(prepared: Prepared) -> Iterator[tuple[str, str]]:
     """Yields what is special of this run: its source, algorithms, and what is done while the model runs."""
     yield from output.listed("source", prepared.origin.lines(prepared.plan) if prepared.origin else [])
     yield from planview.download(prepared)
-    if [step.name for step in prepared.steps] != ["rtn"]:
-        yield ("steps", ", ".join(planview.step(prepared.plan, step) for step in prepared.steps))
+    yield ("steps", ", ".join(planview.step(prepared.plan, step) for step in prepared.steps))
     yield from (("", f"{AUTO} chose {advice.text(one.as_dict())}") for one in prepared.advice)
     yield from output.listed("runs", sentences(prepared.plan.online))
 

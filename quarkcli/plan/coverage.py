@@ -49,7 +49,7 @@ class Coverage:
             return None
         return (
             f"only {self.covered / open_ones:.0%} of the language model's block linears are quantized, and no entry, "
-            "flag or family exclusion leaves the others out: see KEPT TENSORS, and whether the family fits"
+            "flag or family exclusion leaves the others out: see what is kept, and whether the family fits"
         )
 
     def facts(self) -> dict[str, object]:

@@ -119,8 +119,8 @@ OTHERS: dict[str, dict[str, list[Case] | str]] = {
     "plan": {
         "check_model": "it builds the model's class",
         **dict.fromkeys(("ranks", "gpu", "rates"), "the forecast is for these"),
-        "modules": [((*FREE, "--modules", "--json"), 2, "--json --full has every module")],
-        "full": [((*FREE, "--full"), 2, "--full is for --json")],
+        "modules": [(("plan", *FREE, "--modules", "--json"), 2, "--json --full has every module")],
+        "full": [(("plan", *FREE, "--full"), 2, "--full is for --json")],
     },
     "env": {
         "measure": "it measures, and says where the rates are",
