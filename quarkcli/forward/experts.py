@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quarkcli.forward.group import Group
 from quarkcli.forward.moments import Means, Moments
 from quarkcli.spec import TensorSpec
 
@@ -138,6 +139,26 @@ class ExpertLayer:
         if own.gram is not None and own.tokens >= 2 * own.gram.shape[0]:
             return own
         return own.shrunk(self.layer(inner, held))
+
+    def wants_layer(self, expert: int, width: int, held: bool | None) -> bool:
+        """True when `shrunk` asks for the layer's own means, of an activation of so many features."""
+        if self.few(expert):
+            return True
+        seen = 0
+        for batch in range(len(self.lanes)):
+            share = self._share(batch, expert, held)
+            seen += len(share[0]) if share is not None else 0
+        return seen < 2 * width
+
+    def pool(self, inner: bool, held: bool | None, group: Group) -> None:
+        """Makes the layer's own means on all ranks, each from the tokens of its lanes."""
+        moments, own = Moments(self.reads[inner]), group.shares[group.rank]
+        experts: list[int | None] = [*sorted(self.tokens)] if inner else [None]
+        for batch, lane in enumerate(self.lanes):
+            if lane in own:
+                moments.add_shares(self._shares(batch, experts, inner, held), lane)
+        moments.spread(group)
+        self._layer[inner, held] = moments.means()
 
     def layer(self, inner: bool, held: bool | None) -> Means:
         """Returns the layer's own means: of all tokens for the common input, of all experts for the inner one."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from quarkcli.forward.moments import Moments
 from quarkcli.forward.samples import MeanMagnitude
-from quarkcli.forward.statistics import Statistics
+from quarkcli.forward.statistics import MOMENTS, Statistics
+from quarkcli.plan.model import Target
 
 
 def join(own: Statistics) -> None:
@@ -49,13 +50,27 @@ def join(own: Statistics) -> None:
         own.guard.note(site, what)
 
 
-def hand_over(own: Statistics, owners: Mapping[str, int]) -> None:
-    """Joins the second moments of each site on the rank that owns it; the others forget them.
+def hand_over(own: Statistics, targets: Iterable[Target], owners: Mapping[str, int]) -> None:
+    """Joins the second moments of each site on the rank that solves it; the others forget them.
 
-    Those of experts are made by whoever asks.
+    Those of experts are made by whoever asks; those of a whole layer, where an expert has few tokens, by all ranks.
+
+    targets   weights that are to be solved, and `owners`: their ranks
     """
-    for seen in (own._fitted, own._held_out):
-        for site in [site for site in seen if site in owners]:
-            seen[site].collect(own.group, owners[site])
-            if owners[site] != own.group.rank:
-                del seen[site]
+    experts: dict[str, list[Target]] = {}
+    for target in targets:
+        if target.site is None or not MOMENTS & own.needs.get(target.site, set()):
+            continue
+        if target.expert is not None:
+            experts.setdefault(target.site, []).append(target)
+            continue
+        for seen in (own._fitted, own._held_out):
+            if target.site in seen:
+                seen[target.site].collect(own.group, owners[target.name])
+                if owners[target.name] != own.group.rank:
+                    del seen[target.site]
+    for site, members in experts.items():
+        layer, apart = own.layers[own._layer_of(site)], own._apart(site)
+        numbers = {target.expert[1] for target in members if target.expert is not None}
+        if any(layer.wants_layer(number, members[0].shape[1], apart) for number in sorted(numbers)):
+            layer.pool(own._kind(site) == "experts_down", apart, own.group)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from quarkcli import __version__
 from quarkcli.disk.journal import Journal
-from quarkcli.disk.writer import tensor_bytes
-from quarkcli.errors import UsageError
+from quarkcli.disk.writer import STATE, tensor_bytes
+from quarkcli.errors import ResourceError, UsageError
 from quarkcli.events import Listener
 from quarkcli.family import HeaderLike
 from quarkcli.forward.group import Group
@@ -17,6 +21,9 @@ from quarkcli.plan.model import Part, Plan
 
 if TYPE_CHECKING:
     from quarkcli.job.part import PartWorker
+
+
+LATE = 5.0  # seconds after which a file that another machine wrote must be seen
 
 
 class Share(NamedTuple):
@@ -32,9 +39,10 @@ class Share(NamedTuple):
 
 
 def check(prepared: Prepared, group: Group) -> None:
-    """Raises UsageError for what several ranks cannot do."""
+    """Raises UsageError for what several ranks cannot do, and where they are not alike."""
     if group.size == 1:
         return
+    _check_alike(prepared, group)
     one = "start it without torchrun, in one process"
     if prepared.download is not None:
         where = prepared.options.model
@@ -44,6 +52,30 @@ def check(prepared: Prepared, group: Group) -> None:
     if tuner is not None:
         what = f"{tuner.name} goes through all rows of a block, one step after the other, and ranks have some each"
         raise UsageError(what, where="algorithm", hint=f"{one}, or leave {tuner.name} out")
+
+
+def _check_alike(prepared: Prepared, group: Group) -> None:
+    """Raises UsageError where this rank has another model, or other versions, than the first."""
+    own = {
+        "model": prepared.source.header_digest()[:16],
+        **{package: version(package) for package in ("torch", "transformers")},
+        "quark": __version__,
+    }
+    first = group.share(own)
+    other = next((key for key in own if own[key] != first[key]), None)
+    if other is not None:
+        what = f"rank {group.rank} has {other} {own[other]}, and the first rank {first[other]}"
+        raise UsageError(what, hint="all ranks need the same files under the same path, and the same packages")
+
+
+def check_place(partial: Path) -> None:
+    """Raises ResourceError where this rank does not see what the first one began; a shared file system may be late."""
+    until = time.monotonic() + LATE
+    while not (partial / STATE / "fingerprint.json").is_file():
+        if time.monotonic() > until:
+            hint = "the output must lie on a file system that all machines share"
+            raise ResourceError("does not hold what the first rank began", where=str(partial), hint=hint)
+        time.sleep(0.1)
 
 
 def agreed(plan: Plan, journal: Journal, group: Group, tell: Listener) -> list[Part]:

@@ -192,6 +192,7 @@ def _assist(options: Options, group: Group) -> dict[str, Any]:
         partial = partial_path(prepared.output)
         journal = Journal(partial, None, [], group.rank)
         group.share(None)  # by then the first rank has made the folders
+        dividing.check_place(partial)
         with log_file.attach(partial / STATE / f"rank-{group.rank:03d}.log"), log_file.last_words():
             _parts(prepared, data, runner, journal, device, started, log_file, group)
     return {}

@@ -109,7 +109,7 @@ class Solving:
         group, warn, lines = self.group, self.warn, list[str]()
         asked = targets if members is None else members
         rank = owners(asked, group.size)
-        hand_over(statistics, {t.site: rank[t.name] for t in asked if t.site is not None})
+        hand_over(statistics, asked, rank)
         self.warn = lines.append
         own = {name for name, owner in rank.items() if owner == group.rank}
         made: dict[str, Solved] = {}

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import queue
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import pytest
 import torch
 
-from quarkcli.forward.lanes import Lane, Span, Tree, lanes, spans
+from quarkcli.forward.group import Group
+from quarkcli.forward.lanes import Lane, Span, Tree, joined_ranks, lanes, shares, spans
 from quarkcli.forward.moments import CHUNK, Moments
 from quarkcli.forward.samples import EvenRows, MeanMagnitude, Samples
 from quarkcli.spec import PerGroup, ScaleSpec, TensorSpec
@@ -137,3 +141,45 @@ def test_mean_magnitudes_are_summed_by_lane() -> None:
         mean.add(part, lane)
     torch.testing.assert_close(mean.result().double(), rows.double().abs().mean(0), rtol=1e-6, atol=1e-7)
     assert MeanMagnitude().result() is None
+
+
+@pytest.mark.parametrize("ranks", range(1, 12))
+@pytest.mark.parametrize("count", [1, 2, 4, 8])
+def test_ranks_have_subtrees_and_any_number_joins_alike(count: int, ranks: int) -> None:
+    cut = shares(count, ranks)
+    assert len(cut) == ranks and [lane for own in cut for lane in own] == list(range(count))
+    assert all(not own or (len(own) in (1, 2, 4, 8) and own.start % len(own) == 0) for own in cut)
+    assert (ranks > count) == any(not own for own in cut)
+    values = [tree_of({lane: str(lane) for lane in own}).total() for own in cut]
+    whole = tree_of({lane: str(lane) for lane in range(count)}).total()
+    assert joined_ranks(lambda a, b: f"({a}{b})", values, cut) == whole
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4, 6, 8, 10])
+def test_sums_reach_the_rank_that_asks_for_them(ranks: int) -> None:
+    """Every rank in a thread of its own; what one sends waits for the other."""
+    ways: dict[tuple[int, int], queue.Queue[str | None]] = defaultdict(queue.Queue)
+
+    class Threads(Group):
+        def __init__(self, rank: int) -> None:
+            self.rank, self.size = rank, ranks
+            super().__init__()
+
+        def pass_on(self, value: str | None, source: int, target: int) -> str | None:
+            if self.rank == source:
+                ways[source, target].put(value)
+                return None
+            return ways[source, target].get(timeout=10)
+
+    def asked(rank: int) -> list[str | None]:
+        group = Threads(rank)
+        own = group.own([Lane(number, number, number + 1) for number in range(8)])
+        value = tree_of({lane.number: str(lane.number) for lane in own}).total()
+        return [group.collect(lambda a, b: f"({a}{b})", value, target) for target in range(ranks)]
+
+    with ThreadPoolExecutor(ranks) as pool:
+        found = list(pool.map(asked, range(ranks)))
+    for rank, values in enumerate(found):
+        for target, value in enumerate(values):
+            assert value == ("(((01)(23))((45)(67)))" if rank == target else None)
+    assert all(way.empty() for way in ways.values())

@@ -29,7 +29,7 @@ quantize:
   scheme: mxfp4
   algorithm: [{method: gptq, true_sequential: true}]
 """
-OFTEN = [("llama", "mxfp4", 2), ("llama", "nvfp4", 2), ("mixtral", "awq", 2)]
+OFTEN = [("llama", "mxfp4", 2), ("llama", "nvfp4", 2), ("mixtral", "gptq", 2)]
 SELDOM = [
     (model, job, size)
     for model in ("llama", "mixtral")
@@ -201,3 +201,34 @@ def test_what_cannot_be_shared_is_refused(launch: Launch, sources: dict[str, Pat
     assert (first.code, second.code) == (2, 2)
     assert "autoround" in first.err and "without torchrun" in first.err and second.err == ""
     assert not list(tmp_path.glob("out*"))
+
+
+def test_ranks_that_are_not_alike_are_refused(
+    launch: Launch, sources: dict[str, Path], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Each rank's own folder stands for its machine: another model there, or an output that is nobody else's."""
+    for rank, name in enumerate(("llama", "mixtral")):
+        (tmp_path / f"rank{rank}").mkdir()
+        (tmp_path / f"rank{rank}" / "model").symlink_to(sources[name])
+    first, second = launch(
+        2, tmp_path, "quantize", "--model", "model", "--scheme", "mxfp4", "-o", str(tmp_path / "out")
+    )
+    assert first.code == second.code == 2
+    assert "rank 1 has model" in second.err and "error:" not in first.err
+    first, second = launch(2, tmp_path, "quantize", "--model", str(sources["llama"]), "--scheme", "mxfp4", "-o", "out")
+    assert first.code == second.code == 6
+    assert "file system that all machines share" in second.err
+    assert not (tmp_path / "rank1" / "out.partial").exists()
+
+
+def test_a_time_budget_stops_all_and_the_rest_is_done_later(
+    launch: Launch, sources: dict[str, Path], alone: Any, tmp_path: Path
+) -> None:
+    slowly = {0: at("quarkcli.disk.journal.Journal.finish", call=0, what="1.1")}
+    flags = ("--time-budget", "1s")
+    first, second = launch.quantize(2, sources["llama"], tmp_path / "out", "nvfp4", *flags, hooks=slowly)
+    assert (first.code, second.code) == (75, 75)
+    assert second.err == ""
+    first, second = launch.quantize(2, sources["llama"], tmp_path / "out", "nvfp4", "--resume", "require")
+    assert (first.code, second.code) == (0, 0), first.err
+    assert hashes(tmp_path / "out") == alone("llama", "nvfp4")
