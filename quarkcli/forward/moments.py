@@ -121,16 +121,17 @@ class Moments:
         x = (rows if self.read is None else fake_quantize(rows, self.read)).float()
         panels = _panels(x)
         own = self.sums.of_lane(lane)
+        fresh = own is None
         if own is None:
-            strips = [x.new_zeros(panel.stop - panel.start, x.shape[1] - panel.start) for panel in panels]
-            own = Sums(strips, None if source is None else x.new_zeros(x.shape[1], source.shape[1]), 0)
+            strips = [x.new_empty(panel.stop - panel.start, x.shape[1] - panel.start) for panel in panels]
+            own = Sums(strips, None if source is None else x.new_empty(x.shape[1], source.shape[1]), 0)
             self.sums.put(own)
         for panel, upper in zip(panels, own.upper, strict=True):
-            add_product_(upper, x[:, panel], x[:, panel.start :], dtype)
+            add_product_(upper, x[:, panel], x[:, panel.start :], dtype, fresh=fresh)
         if source is not None and own.cross is not None:
             both = dtype if source.dtype == dtype else torch.float32
             for panel in _panels(source):
-                add_product_(own.cross[:, panel], x, source[:, panel].float(), both)
+                add_product_(own.cross[:, panel], x, source[:, panel].float(), both, fresh=fresh)
         own.tokens += len(x)
 
 

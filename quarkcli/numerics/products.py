@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-RUNS = (1024, 512, 256, 128)  # terms of a sum at once; oneDNN divides longer ones among threads, which changes bits
+# Terms of a sum at once, in steps of `STEP`: oneDNN divides longer ones among threads, which changes bits.
+RUN, STEP = 1024, 128
 TILE = 512  # rows and columns of a product made at once; oneDNN keeps half a MB for every shape that it has seen
 
 
@@ -21,9 +22,12 @@ def through_onednn() -> Iterator[None]:
         yield
 
 
-def add_product_(total: Tensor, left: Tensor, right: Tensor, dtype: torch.dtype, sign: int = 1) -> None:
+def add_product_(
+    total: Tensor, left: Tensor, right: Tensor, dtype: torch.dtype, sign: int = 1, fresh: bool = False
+) -> None:
     """Adds left^T right to `total` [m, n], or takes it off; left [k, m] and right [k, n] are float32.
 
+    fresh   `total` holds nothing yet, not even zeros
     dtype   what their values fit in. Of bfloat16 ones a product is exact in float32: rounding them to bfloat16 first,
             which oneDNN does where a CPU has tiles for it, changes nothing. A GPU's tensor cores take float32 as TF32,
             which holds every bfloat16 and float16 value
@@ -31,25 +35,26 @@ def add_product_(total: Tensor, left: Tensor, right: Tensor, dtype: torch.dtype,
     if total.device.type != "cpu":
         halves = total.device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
         with _precision(torch.backends.cuda.matmul, "tf32" if halves else None):
-            total.addmm_(left.T, right, alpha=sign)
+            total.addmm_(left.T, right, beta=not fresh, alpha=sign)
         return
+    if fresh and not len(left):
+        total.zero_()
     for run in _runs(len(left)):
-        usual = run.stop - run.start >= RUNS[-1]
+        usual, kept = run.stop - run.start >= STEP, bool(run.start) or not fresh
         with _permitted(usual and (dtype == torch.bfloat16 or _keeps_float32())):
             for rows in _tiles(total.shape[0]):
                 for columns in _tiles(total.shape[1]):
-                    total[rows, columns].addmm_(left[run, rows].T, right[run, columns], alpha=sign)
+                    own = total[rows, columns]
+                    own.addmm_(left[run, rows].T, right[run, columns], beta=kept, alpha=sign)
 
 
 def _runs(terms: int) -> Iterator[slice]:
-    """Yields slices of the sizes of `RUNS`, the larger first, and what is left over."""
+    """Yields slices of `RUN`, of a few steps, and what is left over."""
     start = 0
-    for size in RUNS:
-        while terms - start >= size:
-            yield slice(start, start + size)
-            start += size
-    if start < terms:
-        yield slice(start, terms)
+    while start < terms:
+        size = min(RUN, (terms - start) // STEP * STEP) or terms - start
+        yield slice(start, start + size)
+        start += size
 
 
 def _tiles(size: int) -> Iterator[slice]:

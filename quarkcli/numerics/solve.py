@@ -256,7 +256,7 @@ def _cholesky_(matrix: Tensor) -> bool:
             eye = torch.eye(step, dtype=matrix.dtype, device=matrix.device)
             inverse = torch.linalg.solve_triangular(corner, eye, upper=False)
             rows = matrix[part, behind].clone()
-            add_product_(matrix[part, behind].zero_(), inverse.T, rows, matrix.dtype)
+            add_product_(matrix[part, behind], inverse.T, rows, matrix.dtype, fresh=True)
             matrix[behind, part] = 0.0
     return True
 

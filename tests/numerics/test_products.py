@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from quarkcli.numerics.products import RUNS, add_product_, through_onednn
+from quarkcli.numerics.products import RUN, add_product_, through_onednn
 from quarkcli.numerics.quantize import make_qparams
 from quarkcli.numerics.settle import DAMPS, Aim, Choices, Objective
 from quarkcli.numerics.task import Task
@@ -19,7 +19,7 @@ def _values(rows: int, columns: int, dtype: torch.dtype, seed: int) -> torch.Ten
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rows", [1, 300, 2 * RUNS[0] + 903])
+@pytest.mark.parametrize("rows", [0, 1, 300, 2 * RUN + 903])
 def test_products_are_those_of_float64_but_for_float32_sums(rows: int, dtype: torch.dtype) -> None:
     """Each entry, relative to its Cauchy-Schwarz bound: rounding a value to 8 bits would be a thousand times as far."""
     left, right = _values(rows, 300, dtype, 1), _values(rows, 200, dtype, 2)
@@ -28,11 +28,16 @@ def test_products_are_those_of_float64_but_for_float32_sums(rows: int, dtype: to
     a, b = left.double(), right.double()
     error = ((total.double() - 1.0 + a.T @ b).abs() / (1.0 + a.norm(dim=0)[:, None] * b.norm(dim=0))).max()
     assert float(error) < 2e-6
+    fresh = torch.full((300, 200), torch.nan)
+    add_product_(fresh, left.float(), right.float(), dtype, -1, fresh=True)
+    torch.testing.assert_close(
+        fresh, total - 1.0, rtol=1e-5, atol=float(a.norm(dim=0).max() * b.norm(dim=0).max()) * 1e-6
+    )
 
 
 @pytest.mark.parametrize("width", [64, 256, 512])
 def test_bits_do_not_depend_on_the_number_of_threads(width: int) -> None:
-    rows = _values(2 * RUNS[0], width, torch.bfloat16, 3).float()
+    rows = _values(2 * RUN, width, torch.bfloat16, 3).float()
     before, found = torch.get_num_threads(), []
     try:
         for threads in (1, 2):
