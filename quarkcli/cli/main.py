@@ -166,17 +166,17 @@ def _is_launched() -> bool:
     return os.environ.get("WORLD_SIZE", "1") != "1"
 
 
-def _muted(error: QuarkError) -> int | None:
-    """Returns the exit code where another process of a launch says why it ends; None: this one does."""
+def _muted(error: QuarkError) -> tuple[QuarkError, int | None]:
+    """Returns the error to tell, and the exit code where another process of a launch tells it; None: this one does."""
     if not _is_launched():
-        return None
+        return error, None
     from quarkcli.job import ranks
 
-    return ranks.muted(int(error.code))
+    return ranks.reason() or error, ranks.muted(int(error.code))
 
 
 def _fail(error: QuarkError) -> int:
-    muted = _muted(error)
+    error, muted = _muted(error)
     if muted is not None:
         return muted
     output.error(error)
@@ -187,12 +187,14 @@ def _fail(error: QuarkError) -> int:
 
 def _last_words(code: ExitCode) -> None:
     """Prints the message for a signal that could not be answered in order."""
-    muted = _muted(_stopped(code))
+    error, muted = _muted(_stopped(code))
     if muted is not None:
         os._exit(muted)
     if output.is_terminal("stderr"):
         output.raw("\x1b[?25h")  # a bar hides the cursor
-    output.error(_stopped(code))
+    output.error(error)
+    if error.code != code:  # another rank is the reason
+        os._exit(error.code)
 
 
 def _stopped(code: ExitCode) -> QuarkError:

@@ -23,7 +23,7 @@ from quarkcli.forward.group import Group
 BEAT = 2.0  # seconds between two signs of life
 SILENCE = 20.0  # seconds without one, after which a rank counts as dead
 ARRIVAL = 300  # seconds in which all ranks must have begun
-_HINT = "the message of that rank says why; the same command goes on with what is finished"
+_HINT = "the same command goes on with what is finished"
 VERDICT = 3.0  # seconds in which the first rank may say the same error itself
 
 
@@ -147,11 +147,16 @@ def together() -> Iterator[Group]:
     except BaseException as error:
         monitor.fail(error)
         if isinstance(error, RuntimeError) and "gloo" in str(error):
-            raise ResourceError(ended.why or "another rank has ended", hint=_HINT) from error
+            raise reason() or ResourceError("another rank has ended", hint=_HINT) from error
         raise
     finally:
         monitor.stop()
     dist.destroy_process_group()
+
+
+def reason() -> QuarkError | None:
+    """Returns an error that says which other rank is why this process ends; None: none is."""
+    return ResourceError(ended.why, hint=_HINT) if ended.why else None
 
 
 def muted(code: int) -> int | None:

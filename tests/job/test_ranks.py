@@ -45,6 +45,7 @@ class Launch:
 
     def __init__(self, forks: Forks, home: Path) -> None:
         self.forks, self.home, self.text = [forks], home, runs.text_file(home / "t.txt", 60_000)
+        self.timeout, self.took = 300.0, dict[int, float]()
 
     def __call__(
         self, size: int, folder: Path, *argv: str, hooks: dict[int, dict[str, Any]] | None = None
@@ -63,7 +64,10 @@ class Launch:
         place.mkdir(exist_ok=True)
         env = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
         env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        return self.forks[rank](*argv, cwd=place, hook=hooks.get(rank), env=env, timeout=300)
+        started = time.monotonic()
+        done = self.forks[rank](*argv, cwd=place, hook=hooks.get(rank), env=env, timeout=self.timeout)
+        self.took[rank] = time.monotonic() - started
+        return done
 
     def quantize(
         self,
@@ -179,6 +183,19 @@ def test_a_fault_of_one_rank_ends_all_with_its_message(
     assert second.code == first.code == 6
     assert "No space left" in second.err
     assert "error:" not in first.err.replace(second.err, "")
+
+
+@pytest.mark.slow
+def test_a_rank_that_falls_silent_ends_the_others(
+    launch: Launch, sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its process is there, and does nothing: no connection says so."""
+    monkeypatch.setattr(launch, "timeout", 60.0)  # for the one that is stopped
+    hooks = {1: at("quarkcli.job.part.PartWorker.advance", what="SIGSTOP")}
+    first, second = launch.quantize(2, sources["llama"], tmp_path / "out", "nvfp4", hooks=hooks)
+    assert (first.code, second.code) == (6, -9)
+    assert "rank 1 ended: no sign of life for 20 seconds" in first.err
+    assert launch.took[0] < SOON + 15  # with the work before
 
 
 def test_what_all_find_wrong_is_said_once(launch: Launch, sources: dict[str, Path], tmp_path: Path) -> None:
