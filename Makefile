@@ -68,12 +68,10 @@ fuzz: $(STAMP) ## hostile inputs at random for five minutes: make fuzz SEED=N
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --seed $(SEED) --seconds 300
 
 test-gpu: $(STAMP) ## run the tests that need a CUDA device, within 8 minutes; into docs/gpu.json
-	$(BIN)/python -m tests.gpu.record
-	$(BIN)/python -m tests.docs.gpu
+	$(BIN)/python -m tests.gpu.record; code=$$?; $(BIN)/python -m tests.docs.gpu && exit $$code
 
 bench-gpu: $(STAMP) ## kernels and jobs on a CUDA device, within 8 minutes; into docs/gpu.json and docs/benchmarks.md
-	$(BIN)/python -m tests.bench.gpu
-	$(BIN)/python -m tests.docs.gpu
+	$(BIN)/python -m tests.bench.gpu; code=$$?; $(BIN)/python -m tests.docs.gpu && exit $$code
 
 bench: $(STAMP) ## memory, start-up, packing speed against a baseline in the same run; forecasts against runs
 	$(BIN)/python -m tests.bench.startup

@@ -158,12 +158,13 @@ def floor(shape: Shape) -> float:
     return passes + moments + factors + updates + LAUNCH * sum(-(-width // 128) for _, width in problems)
 
 
-def measure(device: str, small: bool, seconds: float, tell: Callable[[str], None]) -> dict[str, Any]:
+def measure(device: str, small: bool, seconds: float, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Measures step by step, and saves what there is after each: one that fails, or is killed, takes no other along."""
     shape, started = Shape(small), time.monotonic()
     found: dict[str, Any] = {
         "schema": SCHEMA, "device": torch.cuda.get_device_name() if device != "cpu" else "cpu (interpreter)",
         "small": small, "torch": torch.__version__, "date": time.strftime("%d %B %Y"), "commit": commit(),
-        "left_out": [],
+        "left_out": [], "errors": {},
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model"
@@ -184,8 +185,12 @@ def measure(device: str, small: bool, seconds: float, tell: Callable[[str], None
             if left < seconds / 10:
                 found["left_out"].append(name)
                 continue
-            tell(f"{name} ({left:.0f} s left)")
-            found[name] = step(0.9 * left)
+            print(f"{name} ({left:.0f} s left)", flush=True)
+            try:
+                found[name] = step(0.9 * left)
+            except Exception as error:
+                found["errors"][name] = f"{type(error).__name__}: {error}"
+            save(found)
     return found
 
 
@@ -203,8 +208,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("no CUDA device; --device cpu --small shows that the script runs (TRITON_INTERPRET=1)")
-    keep(args.out, "bench", measure(args.device, args.small, args.seconds, lambda text: print(text, flush=True)))
-    print(json.dumps(json.loads(args.out.read_text()), indent=1))
+    found = measure(args.device, args.small, args.seconds, lambda found: keep(args.out, "bench", found))
+    print(json.dumps(found, indent=1))
+    raise SystemExit(1 if found["errors"] else 0)
 
 
 if __name__ == "__main__":

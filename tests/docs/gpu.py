@@ -35,6 +35,8 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
         yield "Sizes that measure nothing: the figures only show that the script runs."
     if bench["left_out"]:
         yield f"There was no time for: {', '.join(bench['left_out'])}."
+    for name, error in bench["errors"].items():
+        yield f"Failed: {name}: {error}"
     if "bandwidth" in bench:
         yield from _kernels(bench)
     jobs = {name: bench[name] for name in ("data_free", "gptq") if name in bench}

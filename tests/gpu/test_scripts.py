@@ -34,7 +34,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def test_everything_is_measured(measured: dict[str, Any]) -> None:
     bench = measured["bench"]
-    assert bench["left_out"] == []
+    assert bench["left_out"] == [] and bench["errors"] == {}
     assert bench["equal"] and all(bench["equal"].values())
     assert bench["bandwidth"]["copy"] > 0
     assert all(share > 0 for shares in bench["bandwidth"]["shares"].values() for share in shares.values())
@@ -51,7 +51,7 @@ def test_the_page_shows_it(measured: dict[str, Any]) -> None:
 
 
 def test_what_is_wrong_shows(measured: dict[str, Any]) -> None:
-    bench = {**measured["bench"], "equal": {"nvfp4": False}, "left_out": ["gptq"]}
+    bench = {**measured["bench"], "equal": {"nvfp4": False}, "left_out": ["gptq"], "errors": {"data_free": "it broke"}}
     del bench["gptq"]
     tests = {
         "device": "a",
@@ -64,8 +64,27 @@ def test_what_is_wrong_shows(measured: dict[str, Any]) -> None:
     }
     text = "\n".join(gpu.lines({"bench": bench, "tests": tests}))
     assert "| nvfp4 | **not equal** |" in text and "no time for: gptq" in text and "failed: x::y" in text
+    assert "Failed: data_free: it broke" in text
     late = "\n".join(gpu.lines({"tests": {"device": "a", "in_time": False, "seconds": 450.0}}))
     assert "not done after 450 s" in late
+
+
+def test_a_step_that_fails_takes_no_other_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.bench import gpu as bench
+
+    def broken(*given: Any) -> Any:
+        raise RuntimeError("no room")
+
+    saved: list[dict[str, Any]] = []
+    monkeypatch.setattr(bench, "equal_to_reference", broken)
+    monkeypatch.setattr(bench, "bandwidth", lambda *given: {"copy": 1.0, "shares": {}})
+    monkeypatch.setattr(bench, "data_free", lambda *given: {})
+    monkeypatch.setattr(bench, "gptq", lambda *given: {})
+    found = bench.measure("cpu", True, 100.0, lambda found: saved.append(dict(found)))
+    assert found["errors"] == {"equal": "RuntimeError: no room"} and found["bandwidth"]["copy"] == 1.0
+    assert len(saved) == 4
+    none = bench.measure("cpu", True, 0.0, saved.append)
+    assert none["left_out"] == ["equal", "bandwidth", "data_free", "gptq"]
 
 
 def test_the_page_is_up_to_date() -> None:
