@@ -15,9 +15,9 @@ from torch import Tensor
 
 from quarkcli.job.packing import Packing
 from quarkcli.job.solving import Solved, Work
-from quarkcli.numerics.quantize import Quantized, dequantize
+from quarkcli.numerics.quantize import QParams, Quantized, dequantize
 from quarkcli.plan.model import QuantizedTarget
-from quarkcli.spec import PerTile
+from quarkcli.spec import PerTile, TensorSpec
 from quarkcli.threads import Workers
 
 # Rows of each weight that its error is measured on: as many as hold this many values, within bounds.
@@ -98,9 +98,25 @@ def weight_error(weight: Tensor, quantized: Quantized, target: QuantizedTarget) 
     rows = min(MOST_ROWS, max(LEAST_ROWS, ERROR_VALUES // max(1, weight.shape[1])))
     step = max(1, weight.shape[0] // rows)
     source = weight[::step].to(torch.float32, copy=True)
-    if any(isinstance(stage.granularity, PerTile) for stage in target.weight.stages):  # several rows share scales
+    if isinstance(target.weight.granularity, PerTile) and target.weight.then is None:
+        source, decoded = _bands(weight, quantized, target.weight, target.weight.granularity.rows, rows)
+    elif any(isinstance(stage.granularity, PerTile) for stage in target.weight.stages):  # several rows share scales
         decoded = dequantize(quantized, target.weight)[::step]
     else:
         decoded = dequantize(quantized.some(slice(None, None, step)), target.weight)
     norm = source.norm()
     return float(source.sub_(decoded).norm() / norm) if float(norm) > 0 else 0.0
+
+
+def _bands(weight: Tensor, quantized: Quantized, spec: TensorSpec, height: int, rows: int) -> tuple[Tensor, Tensor]:
+    """Returns evenly spaced rows of tiles, at least two or all, of about `rows` rows: of the source, and decoded."""
+    count, params = -(-weight.shape[0] // height), quantized.params
+    assert params.scale is not None
+    source, decoded = [], []
+    for band in range(0, count, max(1, count // max(2, rows // height))):
+        own, at = slice(band * height, (band + 1) * height), slice(band, band + 1)
+        zero = params.zero_point[at] if params.zero_point is not None else None
+        part = Quantized(quantized.codes[own], QParams(params.scale[at], params.global_scale, zero))
+        source.append(weight[own].float())
+        decoded.append(dequantize(part, spec))
+    return torch.cat(source), torch.cat(decoded)

@@ -81,7 +81,8 @@ class Pipeline:
     folders   where in the output each dialect's files go
     stream    brings weight files that are on the hub
     group     the ranks that work on the parts; those that need data are noted by the first
-    room      bytes of source tensors in memory, beyond which nothing is read ahead; None: no bound
+    room      bytes of source tensors, and of tensors that are being written, beyond which nothing is read ahead; None:
+              no bound
     """
 
     def __init__(
@@ -197,6 +198,7 @@ class Pipeline:
         forms = _on_cpu([result.tensors, *result.others], self.staging)
         for tensors in (result.tensors, *result.others):
             tensors.clear()
+        self.room.take({id(tensor): tensor for tensors in forms for tensor in tensors.values()}.values())
         self.drain()
         if self.device != "cpu":
             torch.cuda.synchronize()
