@@ -15,7 +15,10 @@ from quarkcli.plan.model import Part, Plan, Target
 from quarkcli.plan.sizes import effective_bits
 
 # What the process itself takes before any tensor: interpreter and torch, and transformers when a model runs.
-RUNTIME_BYTES = {False: 250_000_000, True: 550_000_000}
+RUNTIME_BYTES = {False: 290_000_000, True: 550_000_000}
+# Memory per byte of the largest part, without and with a model that runs: its tensors and those of the next, what is
+# made of them, and the last one's on its way to the disk.
+PART_SHARE = {False: 2.0, True: 2.5}
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,7 @@ def forecast(
             dtypes[dtype] = dtypes.get(dtype, 0) + count
     largest = max(size.source for size in sizes)
     hidden = tokens * hidden * 2 if calibrated else 0
-    memory = RUNTIME_BYTES[calibrated] + int(largest * (2.5 if calibrated else 1.6)) + 2 * hidden + solving
+    memory = RUNTIME_BYTES[calibrated] + int(largest * PART_SHARE[calibrated]) + 2 * hidden + solving
     return Forecast(
         source_bytes=source_bytes,
         output_bytes=output,

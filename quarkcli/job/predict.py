@@ -16,7 +16,7 @@ from quarkcli.algorithms.base import Effort
 from quarkcli.forward.lanes import LANES, shares
 from quarkcli.job import costs
 from quarkcli.job.costs import PartCost
-from quarkcli.job.forecast import RUNTIME_BYTES, Forecast, part_sizes
+from quarkcli.job.forecast import PART_SHARE, RUNTIME_BYTES, Forecast, part_sizes
 from quarkcli.job.options import Prepared
 from quarkcli.job.rates import Rates
 from quarkcli.job.reach import last_part
@@ -167,7 +167,7 @@ def _device(size: Forecast, works: list[_Work], rates: Rates, lanes: float) -> i
     """Returns the bytes on the device: a part and what is made of it, what a solver needs, a batch, hidden states."""
     if rates.memory is None:
         return None
-    part = int(size.largest_part * (2.5 if size.calibrated else 1.6))
+    part = int(size.largest_part * PART_SHARE[size.calibrated])
     if not size.calibrated:
         return RUNTIME_DEVICE + part
     batch = BATCH_TOKENS * HELD * max((work.cost.widest for work in works), default=0) * 2
