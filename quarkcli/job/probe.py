@@ -60,9 +60,11 @@ class Measuring:
 
     def rates(self) -> Rates:
         """Returns the rates of this machine."""
-        values = {one: self.quantizing(scheme) for one, scheme in _schemes(_DATA_FREE).items()}
+        weight = self.weight()
+        blocks = {one: self.block(scheme) for one, scheme in _schemes(_DATA_FREE).items()}
         tensor = self.block("fp8", rows=1, seqlen=FEW)
-        values |= {_kind("fp8"): _values(tensor[1]) / tensor[0]}
+        blocks[_kind("fp8")] = tensor
+        values = {one: _values(cost) / _more(seconds, cost.weights * weight) for one, (seconds, cost) in blocks.items()}
         values[OTHERS] = min(values.values())
         fake = {_kind(scheme, "input"): self.decoding(scheme) for scheme in _INPUTS}
         fake[OTHERS] = min(fake.values())
@@ -72,7 +74,7 @@ class Measuring:
         return Rates(
             name="this machine", origin=self.origin(), products=products, moments=moments, plain=plain,
             factors=factors, candidates=self.candidates(products, moments, plain, factors, values), read=read,
-            write=write, weight=self.weight(), start=self.start(), values=values, fake=fake, memory=self._memory(),
+            write=write, weight=weight, start=self.start(), values=values, fake=fake, memory=self._memory(),
             link=self._link(), node=1, shared=True,
         )  # fmt: skip
 
@@ -104,15 +106,11 @@ class Measuring:
         blocks = [cost.part.index for cost in found if cost.part.block is not None][1:-1]
         return statistics.median(times[index] - times[index - 1] for index in blocks), found[blocks[0]]
 
-    def quantizing(self, scheme: str) -> float:
-        seconds, cost = self.block(scheme)
-        return _values(cost) / seconds
-
     def products(self, quantizing: float, fake: Mapping[str, float]) -> float:
         seconds, cost = self.block("fp8")
         tokens = ROWS * SEQLEN
         inputs = sum(tokens * count / fake[kind(spec)] for spec, count in cost.inputs.items())
-        return _product(cost) / max(seconds - quantizing - inputs, seconds / 10)
+        return _product(cost) / _more(seconds, quantizing + inputs)
 
     def candidates(
         self, products: float, moments: float, plain: float, factors: float, values: Mapping[str, float]
@@ -122,7 +120,7 @@ class Measuring:
         done = Effort(*map(sum, zip(*cost.problems, strict=True)))
         known = _product(cost) / products + ROWS * SEQLEN * cost.moments / moments
         known += done.products / plain + done.factors / factors + _values(cost) / values[_kind("int4_wo_128")]
-        return done.candidates / max(seconds - known, seconds / 10)
+        return done.candidates / _more(seconds, known)
 
     def weight(self) -> float:
         """Returns the seconds that a weight takes which is next to nothing."""
@@ -253,6 +251,11 @@ def _costs(prepared: Prepared) -> list[PartCost]:
     sizes = part_sizes(plan, prepared.dialect, prepared.weights.headers)
     last = last_part(plan, prepared.needs)
     return costs(plan, sizes, prepared.steps, prepared.needs, prepared.source.config, last, tokens)
+
+
+def _more(seconds: float, known: float) -> float:
+    """Returns what is left of some seconds; measured apart, parts may add up to more than the whole."""
+    return max(seconds - known, seconds / 10)
 
 
 def _product(cost: PartCost) -> float:
