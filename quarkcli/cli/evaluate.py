@@ -86,7 +86,7 @@ def evaluate(
 
     with Progress() as progress:
         result = run.evaluate(
-            directory,
+            job.located(directory),
             baseline=baseline and job.located(baseline),
             text=text,
             window=window,

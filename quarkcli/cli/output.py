@@ -64,7 +64,8 @@ def _hush_libraries() -> None:
     """Silences bars and chatter of the libraries, which are imported after this; a user's choice stays."""
     for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):
         os.environ.setdefault(name, "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for name in ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY"):
+        os.environ.setdefault(name, "error")
 
 
 def reset(argv: Sequence[str]) -> None:

@@ -150,6 +150,9 @@ def _refusal(error: Exception, hub_id: str, revision: str, offline: bool, found:
     elif is_offline(offline):
         what = f"no such directory, and revision {revision} is not (completely) in the hub cache while offline"
         hint = "go online once, or give a local directory"
+    elif status is None and (isinstance(error, errors.LocalEntryNotFoundError) or is_out_of_reach(error)):
+        what = "the connection to the hub broke" if found else "no such directory, and the hub cannot be reached"
+        hint = "check the network; the same command goes on" if found else "correct the path, or check the network"
     else:
         text = " ".join(str(error).split())[:300].replace(token or "\0", "***")
         here = "" if found else "no such directory, and "

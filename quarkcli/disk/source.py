@@ -91,9 +91,11 @@ class Source:
         kept: Path | None = None,
         tell: Listener = silent,
         allow_pickle: bool = False,
+        local: bool = False,
     ) -> Source:
         """Opens a local directory or a hub id; reads config, index and headers, no tensor.
 
+        local         a directory and nothing else: the hub is not asked
         bare          of a hub id no more than that is downloaded; the other files when they are asked for
         kept          a file of headers that an earlier run read
         allow_pickle  where there are no safetensors files, `pytorch_model.bin` files are read, which are downloaded
@@ -101,16 +103,16 @@ class Source:
         Raises AccessError (missing, forbidden, offline), ModelError (not a complete safetensors model) and
         ResourceError (the download does not fit).
         """
-        local = Path(os.path.expanduser(path_or_id))  # noqa: PTH111 - does not raise where there is no home
+        path = Path(os.path.expanduser(path_or_id))  # noqa: PTH111 - does not raise where there is no home
         try:
-            if local.is_dir():
-                return _open_folder(local.resolve(), None, online=False, allow_pickle=allow_pickle)
-            exists = local.exists()
+            if path.is_dir():
+                return _open_folder(path.resolve(), None, online=False, allow_pickle=allow_pickle)
+            exists = path.exists()
         except OSError as error:
-            raise unreadable(Path(error.filename or local), error) from error
+            raise unreadable(Path(error.filename or path), error) from error
         if exists:
             raise AccessError("is a file; give the directory that holds config.json", where=path_or_id)
-        if not _HUB_ID.fullmatch(path_or_id):
+        if local or not _HUB_ID.fullmatch(path_or_id):
             raise AccessError("no such directory", where=path_or_id)
         ranged = (bare or allow_pickle) and not hub.is_offline(offline)
         remote = Remote.open(path_or_id, revision, kept, tell) if ranged else None

@@ -291,6 +291,6 @@ def _shapes(checkpoint: Checkpoint, headers: Mapping[str, HeaderLike]) -> dict[s
 
 def _open(folder: Path) -> Source:
     try:
-        return Source.open(str(folder))
+        return Source.open(str(folder), local=True)
     except ModelError as error:
         raise CheckError(error.what, where=error.where or str(folder), hint=error.hint) from error

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from quarkcli.errors import ConfigError, QuarkError, UsageError, near_misses
 from quarkcli.recipe import load
@@ -130,10 +130,21 @@ def find(kind: Kind, name: str, beside: Path | None = None) -> Path:
         if same(one) == same(name):
             _refuse_hidden(kind, path, name, beside)
             return path
+    if kind == "schemes" and (answer := _elsewhere(name)):
+        raise UsageError(f"no scheme is called '{name}' here", hint=answer)
     close = near_misses(name, known)
     hint = (f"did you mean {', '.join(close)}? " if close else "") + f"see '{_LISTING[kind]}'"
     error = ConfigError if kind in {"ptq", "models"} else UsageError
     raise error(f"unknown {_NOUN[kind]} '{name}'", hint=hint)
+
+
+def _elsewhere(name: str) -> str | None:
+    """Returns what to type for a name that people know from elsewhere, and why; None for any other."""
+    rows: Any = document(built_in_folder() / "words.yaml").data
+    for row in rows["words"]:
+        if same(name) in row["names"]:
+            return f"{' or '.join(row['type'])}: {row['why']}"
+    return None
 
 
 def register(name: str, document: load.Document) -> None:
