@@ -35,6 +35,7 @@ from quarkcli.cli import env as environment
 from quarkcli.cli import search as searching
 from quarkcli.cli.signals import CODES, Terminated, answered
 from quarkcli.errors import ExitCode, QuarkError, ResourceError, UsageError
+from quarkcli.model import deferred
 
 # The base of all errors in a command line; Typer has no public name for it.
 _CommandLineError: Any = typer.BadParameter.__base__
@@ -82,6 +83,7 @@ def _quark(
 
 def run() -> NoReturn:
     """Runs the command: the entry point. After a signal nothing waits for threads that libraries left behind."""
+    deferred.ALLOWED = True
     code = main(last=True)
     if code in CODES.values():
         os._exit(code)  # every line was flushed when it was written

@@ -14,8 +14,10 @@ from typing import Any
 from unittest import mock
 
 from quarkcli.errors import ModelError
+from quarkcli.model import deferred
 
 try:
+    deferred.unneeded()
     import transformers
     from huggingface_hub import constants as hub_constants
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
@@ -26,6 +28,7 @@ try:
         dot_natural_key,
         rename_source_key,
     )
+    from transformers.initialization import no_init_weights
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.utils import chat_template_utils
@@ -50,6 +53,7 @@ __all__ = [
     "WeightRenaming",
     "dot_natural_key",
     "get_model_conversion_mapping",
+    "no_init_weights",
     "one_day",
     "quiet",
     "rename_source_key",

@@ -25,6 +25,7 @@ from quarkcli.model.library import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     PreTrainedModel,
+    no_init_weights,
     quiet,
     transformers,
 )
@@ -228,6 +229,8 @@ def _build(cls: Any, config: Any, dtype: torch.dtype) -> Any:
         if not cls.__module__.startswith("transformers."):
             contexts = [context for context in contexts if not isinstance(context, torch.device)]
             contexts.append(_meta_parameters())
+        else:
+            contexts.append(no_init_weights())  # on meta there is nothing to draw
         for context in contexts:
             stack.enter_context(context)
         model = cls(config)

@@ -1,0 +1,48 @@
+"""A command's process runs models without torch's compiler; whoever asks for it gets the real one."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from tests import runs
+
+START = """
+import sys, torch
+from quarkcli.model import deferred
+deferred.ALLOWED = {allowed}
+from quarkcli.model import library
+"""
+
+
+def asked(allowed: bool, code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", START.format(allowed=allowed) + code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_the_compiler_is_imported_by_programs_alone():
+    loaded = "print(sorted({'torch._inductor', 'torch.distributed.tensor'} & set(sys.modules)))"
+    assert asked(True, loaded) == "[]"
+    assert asked(False, loaded) == "['torch._inductor', 'torch.distributed.tensor']"
+
+
+def test_whoever_asks_for_it_gets_the_real_one():
+    assert asked(True, "print(torch._dynamo.config.__name__)") == "torch._dynamo.config"
+    assert asked(True, "import torch._dynamo.config as c; print(c.__name__, len(sys.modules) > 2000)").endswith("True")
+    assert asked(True, "print(torch.compile(lambda x: x + 1, backend='eager')(torch.ones(1)).item())") == "2.0"
+    vmap = "from transformers import masking_utils as m; print(type(m.TransformGetItemToIndex()).__module__)"
+    assert asked(True, vmap) == "torch._dynamo._trace_wrapped_higher_order_op"
+
+
+def test_the_command_writes_the_same_bytes_without_it(tmp_path):
+    options = runs.data(runs.text_file(tmp_path / "text.txt"), 4, 32)
+    made = runs.run("demo", tmp_path / "program", scheme="fp8", **options)
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    command = "import sys; from quarkcli.cli.main import main; from quarkcli.model import deferred; "
+    command += "deferred.ALLOWED = True; code = main(sys.argv[1:]); assert 'torch._inductor' not in sys.modules; "
+    own = ["quantize", "--model", "demo", "--scheme", "fp8", "-o", str(tmp_path / "command"), "--device", "cpu", *flags]
+    subprocess.run([sys.executable, "-c", command + "sys.exit(code)", *own], check=True, capture_output=True)
+    written = list((tmp_path / "command").glob("*.safetensors"))
+    assert written
+    assert [path.read_bytes() for path in written] == [(made.folder / path.name).read_bytes() for path in written]
