@@ -293,7 +293,7 @@ def _weight_map(folder: Path, pickled: bool) -> dict[str, str] | None:
     weight_map: dict[str, str] = _read_json(index, Index)[1]["weight_map"]
     if not weight_map:
         raise ModelError("`weight_map` must be an object with at least one tensor", where=str(index))
-    for name, file in weight_map.items():
+    for file, name in {file: name for name, file in reversed(weight_map.items())}.items():  # the first name of each
         if not file.endswith(suffix) or "\0" in file:
             raise ModelError(f"`weight_map` names {file!r} for {name}, not a {suffix} file", where=str(index))
         if PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts:
