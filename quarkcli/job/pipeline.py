@@ -125,7 +125,7 @@ class Pipeline:
                 self.stream.close()  # a read that waits for a download ends
             with self.room.wanted():
                 self.reader.shutdown(wait=True, cancel_futures=True)
-            self.writer.shutdown(wait=True, cancel_futures=True)
+            self.writer.shutdown(wait=True)  # what was handed over becomes durable, whatever failed since
 
     def read(self, part: Part, following: Part | None) -> dict[str, Tensor]:
         """Returns the part's tensors on the device; starts to read the following part."""

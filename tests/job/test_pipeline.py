@@ -297,6 +297,16 @@ def test_an_error_in_a_part_waits_for_the_write_under_way(tmp_path, monkeypatch)
         assert list(journal.finished) == ["layers.0"]
 
 
+def test_a_part_that_waits_to_be_written_is_not_lost(tmp_path):
+    """Reading the next part may fail before the writer has begun."""
+    with Journal.open(tmp_path / "out.partial", {}) as journal:
+        with pytest.raises(AccessError), start(tmp_path, Files(), journal, "cpu") as pipeline:
+            pipeline.writer.submit(time.sleep, 0.3)
+            work(pipeline, PARTS[:1])
+            raise AccessError("the hub refused access")
+        assert list(journal.finished) == ["layers.0"]
+
+
 def test_reading_ahead_of_another_part_is_not_mistaken_for_this_one(tmp_path):
     with Journal.open(tmp_path / "out.partial", {}) as journal, start(tmp_path, Files(), journal, "cpu:0") as pipeline:
         other: Future[dict[str, torch.Tensor]] = Future()
