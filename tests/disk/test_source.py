@@ -355,8 +355,9 @@ def http_error(kind: Any, status: int) -> Exception:
         (http_error(hub_errors.RevisionNotFoundError, 404), AccessError, "no revision main", ""),
         (http_error(hub_errors.HfHubHTTPError, 401), AccessError, "refused access", "a token was seen"),
         (http_error(hub_errors.HfHubHTTPError, 500), AccessError, r"failed: HfHubHTTPError: bad \*\*\*", "network"),
-        (hub_errors.LocalEntryNotFoundError("no hf_secret"), AccessError, r"no \*\*\*", "network"),
-        (ConnectionError("down"), AccessError, "ConnectionError: down", "network"),
+        (hub_errors.LocalEntryNotFoundError("no hf_secret"), AccessError, "the hub cannot be reached", "network"),
+        (ConnectionError("down"), AccessError, "the hub cannot be reached", "network"),
+        (ValueError("bad hf_secret"), AccessError, r"failed: ValueError: bad \*\*\*", "network"),
         (OSError(28, "No space left on device"), ResourceError, "disk is full", "HF_HOME"),
     ],
 )  # fmt: skip
