@@ -54,7 +54,7 @@ class TwoStreamSolver(ColumnSolver):
     def _solved(self, shape: tuple[int, int]) -> int:
         """Returns the bytes of what the column loop needs, the cross moment, and the target."""
         rows, width = shape
-        return super()._solved(shape) + 4 * (width * width + min(rows, ROWS) * width)
+        return super()._solved(shape) + 4 * (width * width + 2 * min(rows, ROWS) * width)
 
     def effort(self, shape: tuple[int, int], spec: TensorSpec) -> Effort:
         """Returns the work of a column solver, and of a target for every strength."""

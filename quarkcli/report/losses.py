@@ -32,14 +32,21 @@ def _evaluation(found: Mapping[str, Any] | None) -> list[tuple[str, str]]:
 def _errors(loss: Mapping[str, Any]) -> list[tuple[str, str]]:
     errors = loss["output_errors"]
     if errors:
-        mean = f"{loss['mean_output_error']:.3g} of a block's output on average, over {len(errors)} blocks"
+        mean = f"{_mean(errors):.3g} of a block's output on average, over {len(errors)} blocks"
         return [("error", mean), ("", f"worst: {_worst(errors)}"), ("", f"by block: {bars(errors.values())}")]
-    if loss["mean_weight_error"] is None:
+    if not loss["weight_errors"]:
         return []
     return [
-        ("error", f"weight error {loss['mean_weight_error']:.3g} on average; it compares runs of one algorithm only"),
+        (
+            "error",
+            f"weight error {_mean(loss['weight_errors']):.3g} on average; it compares runs of one algorithm only",
+        ),
         ("", f"worst: {_worst(loss['weight_errors'])}"),
     ]
+
+
+def _mean(errors: Mapping[str, float]) -> float:
+    return sum(errors.values()) / len(errors)
 
 
 def _worst(errors: Mapping[str, float]) -> str:

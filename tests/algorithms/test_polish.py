@@ -103,7 +103,7 @@ def test_the_error_is_that_of_the_written_block(page: Path, tmp_path: Path) -> N
     twin.load_state_dict(state, strict=False)
     from quarkcli.job import preflight
 
-    rows = preflight.token_rows(run.prepared, lambda event: None).tokens[-8:]
+    rows = preflight.token_rows(run.prepared, lambda event: None).tokens[-2:]
     with torch.no_grad():
         wanted, got = (m.model(rows, output_hidden_states=True).hidden_states[1] for m in (model, twin))
     error = run.report["loss"]["tuning"]["model.layers.0"]["polish"]["after"]
@@ -111,8 +111,9 @@ def test_the_error_is_that_of_the_written_block(page: Path, tmp_path: Path) -> N
 
 
 def test_one_batch_is_judged_by_tokens_that_are_held_out(
-    llama: Path, page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A row is never cut; what is one forward has no other batch to be judged by."""
     from quarkcli.job.tuning import TunedBlock
 
     seen = set()
@@ -125,7 +126,8 @@ def test_one_batch_is_judged_by_tokens_that_are_held_out(
         return None, 0.0, 0.0
 
     monkeypatch.setattr(polish, "keep_best", keep_best)
-    made(llama, tmp_path / "out", "int4_wo_128", QUICK, page, calib_samples=8)
+    long = runs.build("llama", tmp_path / "m", max_position_embeddings=2048)
+    made(long, tmp_path / "out", "int4_wo_128", QUICK, page, calib_samples=1, calib_seqlen=2048)
     assert seen == {(1, 7 * 256, 256, False)}
 
 

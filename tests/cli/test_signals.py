@@ -31,7 +31,7 @@ from quarkcli.cli import main
 def busy(*args, **kwargs):
     print("ready", flush=True)
     {what}
-main.app = busy
+main._command = lambda: busy
 main.run()
 """
 

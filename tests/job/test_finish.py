@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,7 @@ def work(tmp_path: Path) -> tuple[Prepared, Path, dict[str, Any]]:
 def complete(work: tuple[Prepared, Path, dict[str, Any]]) -> dict[str, Any]:
     plan, partial, records = work
     finish.write_config(plan, partial, records)
-    return finish.verify_and_report(plan, None, records, partial, 1.5, "cpu")
+    return finish.verify_and_report(plan, None, records, partial, time.monotonic() - 1.5, "cpu", None)
 
 
 def test_step_9_can_be_repeated(work):
@@ -153,7 +154,7 @@ def test_the_manifest_leaves_out_itself_the_log_and_the_state(work):
     for name, digest in files.items():
         assert hashlib.sha256((partial / name).read_bytes()).hexdigest() == digest
     assert json.loads((partial / "quark" / "report.json").read_text()) == report
-    assert report["seconds"] == 1.5
+    assert 1.5 <= report["seconds"] < 60
 
 
 def test_a_source_that_is_no_hub_snapshot_has_no_commit(work):
@@ -181,7 +182,7 @@ def test_files_that_are_not_the_plan_are_refused(work, damage):
     if damage == "lost shard":
         path.unlink()
     with pytest.raises(CheckError) as caught:
-        finish.verify_and_report(plan, None, records, partial, 1.0, "cpu")
+        finish.verify_and_report(plan, None, records, partial, 1.0, "cpu", None)
     assert caught.value.code == 8
     assert "block-00001" in str(caught.value) or scale.rpartition(".")[0] in str(caught.value)
     assert not (partial / "quark" / "report.json").exists()
