@@ -79,6 +79,7 @@ bench: $(STAMP) ## memory, start-up, packing speed against a baseline in the sam
 	$(BIN)/python -m tests.bench.packing
 	$(BIN)/python -m tests.bench.memory
 	$(BIN)/python -m tests.bench.datafree
+	$(BIN)/python -m tests.bench.calibrated
 	$(BIN)/python -m tests.bench.predict
 	$(BIN)/python -m tests.bench.ranks
 
