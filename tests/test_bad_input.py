@@ -139,7 +139,7 @@ def test_a_misspelt_pattern_shows_near_misses_at_once(refused):
     ("flags", "code", "texts"),
     [
         (("--scheme", "nvpf4"), 2, ("unknown scheme 'nvpf4'", "nvfp4", "quark schemes list")),
-        (("--scheme", "int4"), 2, ("unknown scheme 'int4'", "int4_fp8", "quark schemes list")),
+        (("--scheme", "int4_fp"), 2, ("unknown scheme 'int4_fp'", "int4_fp8", "quark schemes list")),
         (("--recipe", "nvfp4-experts-kv"), 3, ("unknown recipe", "nvfp4_experts_only-kv_fp8", "quark recipes list")),
         (("--recipe", "my.yaml"), 3, ("my.yaml: no such recipe file", "quark recipes list")),
         (("--scheme", "mxfp4", "--recipe", "nvfp4"), 2, ("exclude each other",)),

@@ -197,7 +197,7 @@ class TestAttention:
         def fused(prepared: job.Prepared, data: Any, device: str, *more: Any) -> Runner:
             return Runner(prepared.source.folder, prepared.source.headers, device=device)
 
-        monkeypatch.setattr(job, "_runner", fused)
+        monkeypatch.setattr(job, "runner_of", fused)
         with pytest.raises(DataError) as caught:
             made("demo", tmp_path, {"*.p_bmm_quantizer": FP8}, text)
         assert caught.value.where == "model.layers.0.self_attn.p"

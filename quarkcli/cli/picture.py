@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from quarkcli import servers
-from quarkcli.cli import output, planview
+from quarkcli.cli import output, planview, predictview
 from quarkcli.errors import ModelError
 from quarkcli.job import directories, idle
 from quarkcli.job.groups import Group, groups
@@ -41,7 +41,8 @@ def _title(prepared: Prepared) -> str:
 
 
 def _facts(prepared: Prepared, forecast: Prediction | None, width: int) -> Iterator[str]:
-    facts = [*_sizes(prepared), ("needs", _needs(prepared, forecast)), *_ways(prepared), *_serves(prepared)]
+    timed = predictview.rows(forecast) if forecast is not None else []
+    facts = [*_sizes(prepared), ("needs", _needs(prepared)), *timed, *_ways(prepared), *_serves(prepared)]
     facts += output.listed("writes", [str(one.checkpoint) for one in prepared.every])
     for label, text in facts:
         room = max(20, width - _LABEL - 2)
@@ -61,7 +62,7 @@ def _sizes(prepared: Prepared) -> Iterator[tuple[str, str]]:
     )
 
 
-def _needs(prepared: Prepared, forecast: Prediction | None) -> str:
+def _needs(prepared: Prepared) -> str:
     size, settings = directories.together(prepared), prepared.calibration
     found = [f"RAM {output.size(size.memory_bytes)}", f"disk {output.size(size.disk_bytes)}"]
     if settings is None:
@@ -70,10 +71,6 @@ def _needs(prepared: Prepared, forecast: Prediction | None) -> str:
     else:
         most = "" if settings.asked else "up to "
         found.append(f"calibration {most}{settings.samples} rows of {settings.seqlen} tokens from {settings.source}")
-    if forecast is not None:
-        from quarkcli.cli.predictview import duration
-
-        found.append(f"about {duration(forecast.time)} on {forecast.rates.name}")
     return ", ".join(found)
 
 

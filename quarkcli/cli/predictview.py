@@ -13,17 +13,17 @@ if TYPE_CHECKING:
 _PHASES = ("start", "read", "forward", "moments", "solve", "quantize", "write")
 
 
-def lines(found: Prediction) -> list[str]:
-    """Returns the facts about the whole job."""
+def rows(found: Prediction) -> list[tuple[str, str]]:
+    """Returns the facts about the whole job, with their labels."""
     rates, count = found.rates, len(found.ranks)
     devices = f"{count} ranks, each on {rates.name}" if count > 1 else rates.name
-    rows = [("time", f"about {duration(found.time)} on {devices}"), ("rates", rates.origin)]
+    told = [("time", f"about {duration(found.time)} on {devices}"), ("rates", rates.origin)]
     if not found.fits:
         most = max(rank.device or 0 for rank in found.ranks)
-        rows.append(
+        told.append(
             ("device", f"{output.size(most)} are needed, and {rates.name} has {output.size(rates.memory or 0)}")
         )
-    return output.pairs(rows)
+    return told
 
 
 def show(found: Prediction) -> None:

@@ -170,7 +170,7 @@ def _plan(
         output.json_data({**planview.as_json(prepared, full), "forecast": predict.as_json(forecast)})
         return
     if modules:
-        planview.show(prepared, predictview.lines(forecast))
+        planview.show(prepared, output.pairs(predictview.rows(forecast)))
     else:
         for line in [*picture.lines(prepared, forecast), picture.NEXT]:
             output.data(line)

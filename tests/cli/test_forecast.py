@@ -23,7 +23,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_plan_says_the_time_here_and_where_the_rates_come_from(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(PLAN) == 0
-    lines = capsys.readouterr().out.splitlines()
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
     assert any(line.startswith("time ") and "on this machine" in line for line in lines)
     assert any(line.startswith("rates ") and "guess" in line for line in lines)
     assert not any(line.startswith("RANK") for line in lines)

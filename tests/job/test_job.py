@@ -22,7 +22,7 @@ from quarkcli.disk.journal import Journal
 from quarkcli.disk.source import Source
 from quarkcli.errors import QuarkError
 from quarkcli.events import Event, Message, PartDone, Phase
-from quarkcli.job import preflight
+from quarkcli.job import device as devices
 from quarkcli.job import run as job
 from quarkcli.job.run import EMBEDDED, Options
 from quarkcli.model.runner import Runner
@@ -483,10 +483,11 @@ def test_warnings_are_told_once_and_are_in_the_report(rows, tmp_path):
 
 
 def test_reading_ahead_and_writing_behind_give_the_same_files(rows, tmp_path, monkeypatch, made):
-    """`cpu:0` is not `cpu`, so threads read and write while parts are worked on."""
-    monkeypatch.setattr(preflight, "device", lambda asked: "cpu:0")
+    """`cpu:0` is not `cpu`: parts go there and back through the buffers of a device."""
+    monkeypatch.setattr(devices, "device", lambda asked: "cpu:0")
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *device: (10**12, 10**12))
     for scheme in ("mxfp4", "nvfp4"):
         job.run(options(rows, tmp_path / scheme, scheme))
         assert hashes(tmp_path / scheme) == hashes(made[scheme, "compressed-tensors"])
