@@ -22,7 +22,15 @@ from tests.bench.memory import build
 JOBS = {
     "fp8, static": (28, 1024, 2560, "fp8", (), 8, 128),
     "int4_wo_128 + gptq": (8, 1024, 3072, "int4_wo_128", ("--algorithm", "gptq"), 32, 256),
-    "int4_wo_128 + gptq, refine off": (8, 1024, 3072, "int4_wo_128", ("--algorithm", "gptq:refine=off"), 32, 256),
+    "int4_wo_128 + gptq, refine off": (
+        8,
+        1024,
+        3072,
+        "int4_wo_128",
+        ("--algorithm", "gptq", "--set", "gptq.refine=off"),
+        32,
+        256,
+    ),
 }
 
 
