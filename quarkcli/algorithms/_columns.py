@@ -113,7 +113,7 @@ class ColumnSolver(Solver):
     def _solved(self, shape: tuple[int, int]) -> int:
         """Returns the bytes that a problem takes: both moments, two factors, and its rows in a few forms."""
         rows, width = shape
-        return 4 * max(4 * width * width, 3 * width * width + 8 * min(rows, ROWS) * width)
+        return 4 * max(4 * width * width, 3 * width * width + 10 * min(rows, ROWS) * width)
 
     def effort(self, shape: tuple[int, int], spec: TensorSpec) -> Effort:
         """Returns the work of usually three factors, of a loop over columns, and of two products for each sweep."""

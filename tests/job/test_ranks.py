@@ -29,7 +29,10 @@ quantize:
   scheme: mxfp4
   algorithm: [{method: gptq, true_sequential: true}]
 """
-OFTEN = [("llama", "mxfp4", 2), ("llama", "nvfp4", 2), ("mixtral", "gptq", 2)]
+OFTEN = [
+    ("llama", "mxfp4", 2), ("llama", "nvfp4", 4), ("mixtral", "gptq", 2), ("llama", "awq", 3), ("mixtral", "gptaq", 2),
+    ("llama", "sequential", 2),
+]  # fmt: skip
 SELDOM = [
     (model, job, size)
     for model in ("llama", "mixtral")
@@ -150,11 +153,13 @@ KILLS = {
     ("model", "job", "rank", "then"),
     [
         ("llama", "mxfp4", 1, 1),
-        ("llama", "nvfp4", 1, 1),
+        ("llama", "nvfp4", 1, 4),
+        ("mixtral", "awq", 0, 2),
+        pytest.param("llama", "nvfp4", 1, 1, marks=pytest.mark.slow),
         pytest.param("llama", "nvfp4", 1, 2, marks=pytest.mark.slow),
         pytest.param("llama", "nvfp4", 0, 4, marks=pytest.mark.slow),
         pytest.param("mixtral", "awq", 1, 2, marks=pytest.mark.slow),
-        pytest.param("mixtral", "awq", 0, 3, marks=pytest.mark.slow),
+        pytest.param("mixtral", "awq", 0, 4, marks=pytest.mark.slow),
     ],
 )
 def test_a_rank_is_killed_and_others_go_on_later(
