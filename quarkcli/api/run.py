@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from quarkcli.errors import ConfigError, QuarkError, UsageError
+from quarkcli.evaluate import judge
 from quarkcli.events import Listener, silent
 from quarkcli.job import run as job
 from quarkcli.job.options import Options
@@ -45,7 +46,7 @@ def quantize(
     listener: Listener = silent,
     **options: Any,
 ) -> dict[str, Any]:
-    """Quantizes a model and returns the report (`quark/report/2`).
+    """Quantizes a model and returns the report (`quark/report/2`); under torchrun the first rank does, the others `{}`.
 
     model     directory, hub id, or "demo" for the embedded model; or a plan of `make_plan`, with the options given
               there and what was edited since; `options` given here win
@@ -64,14 +65,8 @@ def quantize(
     if isinstance(model, Plan):
         if scheme is not None or recipe is not None or config is not None:
             raise UsageError("a plan says what to quantize; scheme, recipe and config are for models")
-        return job.run(_of_plan(model, output, options), listener, judge=_judge)
-    return job.run(_options(model, scheme, recipe, config, output, options), listener, judge=_judge)
-
-
-def _judge(*given: Any) -> dict[str, Any]:
-    from quarkcli.evaluate import after  # needs torch
-
-    return after.measure(*given)
+        return job.run(_of_plan(model, output, options), listener, judge=judge)
+    return job.run(_options(model, scheme, recipe, config, output, options), listener, judge=judge)
 
 
 def make_plan(

@@ -44,6 +44,7 @@ def quantize(flags: JobFlags, *, dry_run: DryRun = False) -> None:
         return
     from quarkcli.cli.progress import Progress
     from quarkcli.disk.writer import partial_path
+    from quarkcli.evaluate import judge
     from quarkcli.job import run as job
 
     flags.start()
@@ -61,7 +62,7 @@ def quantize(flags: JobFlags, *, dry_run: DryRun = False) -> None:
             output.session.partial = partial_path(prepared.output)
             _announce(prepared, progress)
 
-        report = job.run(options, progress, planned, _judge)
+        report = job.run(options, progress, planned, judge)
         if not report:  # the first of several ranks has it
             return
         output.session.done = made[0].output
@@ -177,12 +178,6 @@ def _plan(
     if devices.shown:
         predictview.show(forecast)
     planview.warn(prepared)
-
-
-def _judge(*given: Any) -> dict[str, Any]:
-    from quarkcli.evaluate import after
-
-    return after.measure(*given)
 
 
 def _announce(prepared: Prepared, progress: Progress) -> None:
