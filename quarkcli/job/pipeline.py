@@ -25,6 +25,7 @@ from quarkcli.disk.stream import Stream
 from quarkcli.disk.weights import WeightSource
 from quarkcli.disk.writer import write_part
 from quarkcli.errors import Stopped
+from quarkcli.events import Listener, PartDone, silent
 from quarkcli.forward.group import Group
 from quarkcli.job.part import PartWorker
 from quarkcli.job.result import PartResult
@@ -95,6 +96,7 @@ class Pipeline:
         stream: Stream | None = None,
         room: int | None = None,
         group: Group | None = None,
+        tell: Listener = silent,
     ) -> None:
         self.source = source
         self.partial = partial
@@ -103,6 +105,7 @@ class Pipeline:
         self.device = device
         self.stream = stream
         self.group = group or Group()
+        self.tell = tell
         self.room = Room(room)
         self.staging = Staging(device)
         self.reader, self.writer = ThreadPoolExecutor(1, "reader", alone), ThreadPoolExecutor(1, "writer", alone)
@@ -152,20 +155,29 @@ class Pipeline:
                 found |= tensors
             return found
 
-    def write(self, part: Part, result: PartResult | None, worker: PartWorker, writer: int | None = None) -> None:
+    def write(
+        self,
+        part: Part,
+        result: PartResult | None,
+        worker: PartWorker,
+        writer: int | None = None,
+        done: PartDone | None = None,
+    ) -> None:
         """Makes the part durable and notes it in the journal, with the hidden states that later parts need.
 
         result   None on ranks that did not work on it
         writer   the rank that writes a part which ranks pass together; None: this rank has it alone
+        done     what listeners hear once the part is durable, from the thread that wrote it
         """
         if self.stream is not None:
             self.stream.done(part.name)
         if writer is not None or result is None:
             self._write_together(part, result, worker, writer or 0)
+            self._tell(done)
             return
         hidden, forms = self._hidden(part, worker), self._taken(result)
         batch = worker.walk.batch if worker.walk is not None and hidden is not None else None
-        self._writing = self.writer.submit(self._write, part, forms, result.record(), hidden, batch)
+        self._writing = self.writer.submit(self._write, part, forms, result.record(), hidden, batch, done)
 
     def _write_together(self, part: Part, result: PartResult | None, worker: PartWorker, writer: int) -> None:
         """Does as `write`, and waits until all ranks' states are durable and the first rank has noted the part."""
@@ -211,10 +223,16 @@ class Pipeline:
         record: dict[str, Any],
         hidden: dict[str, Tensor] | None,
         batch: int | None,
+        done: PartDone | None,
     ) -> None:
         if batch is not None:
             self._note(batch)
         self.journal.finish(part.name, {**record, "files": self._files(part, forms)}, hidden)
+        self._tell(done)
+
+    def _tell(self, done: PartDone | None) -> None:
+        if done is not None:
+            self.tell(done)
 
     def _note(self, batch: int) -> None:
         if batch != self.journal.notes.get("batch"):

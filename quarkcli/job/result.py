@@ -57,7 +57,8 @@ class PartResult:
         return sum(errors) / len(errors) if errors else None, "weight"
 
     def told(self, part: Part, total: int, label: str, eta: float, device: str) -> PartDone:
-        """Returns the event that says that the part is done."""
+        """Returns the event that says that the part is done. `label`: what its weights became, if any was quantized."""
+        label = label if self.weight_errors else "kept"
         rss, gpu = memory.peak_rss(), memory.peak_gpu(device)
         error, measure = self.error
         return PartDone(part.index + 1, total, part.name, label, self.seconds, error, rss, gpu, eta, measure)

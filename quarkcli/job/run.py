@@ -341,14 +341,14 @@ def _parts(
                 result = worker.work(part, tensors)
                 del tensors
             tell(Working(f"writing {part.name}"))
-            pipeline.write(part, result, worker, writer)
             eta = (time.monotonic() - begun) / count * (len(own) - count)
-            if result is not None:
-                what = label if result.weight_errors else "kept"
-                tell(result.told(part, len(plan.parts), what, eta, device))
+            done = result.told(part, len(plan.parts), label, eta, device) if result is not None else None
+            pipeline.write(part, result, worker, writer, done)
             del result  # before the next part is read
             if walk is not None and part.kind == "embed":
                 walk.start()
+            if options.time_budget is not None:
+                pipeline.drain()  # what writing takes counts
             why = preflight.reason_to_stop(options, time.monotonic() - started, len(own) - count)
             why = why if writer is None else group.share(why)
             if why is not None:
@@ -376,6 +376,7 @@ def _pipeline(
             stream,
             prepared.forecast.largest_part,
             group,
+            tell,
         ) as pipeline,
     ):
         yield pipeline

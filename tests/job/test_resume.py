@@ -426,8 +426,7 @@ def test_two_processes_do_not_share_an_output(quark, calm, work):
 
 
 def test_a_time_budget_stops_after_a_part(quark, calm, work):
-    done = 0
-    while done < 4:
+    for done in range(3):
         answer = run(quark, work, "nvfp4", "--time-budget", "1s", hook=at(FINISH, call=0, what="1.1"))
         assert answer.code == 75, answer.err
         assert answer.out == ""
@@ -435,8 +434,7 @@ def test_a_time_budget_stops_after_a_part(quark, calm, work):
         assert "hint: run the same command again" in answer.err
         assert not (work / "out").exists()
         journal = json.loads((work / "out.partial" / ".quark-state" / "journal.json").read_text())
-        before, done = done, len(journal["parts"])
-        assert before < done <= before + 2  # that which used the budget up, and the one that was begun meanwhile
+        assert len(journal["parts"]) == done + 1  # at least one, and no second one beyond the budget
     assert run(quark, work, "nvfp4").code == 0
     check_finished(work, calm["nvfp4"])
 
@@ -477,5 +475,4 @@ def test_the_log_tells_of_both_runs(quark, work):
     log = (work / "out" / "quark" / "quark.log").read_text()
     assert log.count("phase: quantize\n") == 2
     assert "resuming: 3 of 6 parts are done; going on at model.layers.2" in log
-    lines = [log.count(f"[{index}/6]") for index in range(1, 7)]
-    assert lines in ([1, 1, 0, 1, 1, 1], [1, 1, 1, 1, 1, 1])  # killed while the third is written, about its line
+    assert [log.count(f"[{index}/6]") for index in range(1, 7)] == [1, 1, 0, 1, 1, 1]  # killed before the third's line
