@@ -11,13 +11,16 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-# Module -> what the API offers of it.
+# Module -> what the API offers of it. `__init__.pyi` says the same to type checkers.
 _API = {
-    "quarkcli.api.checkpoints": ("compare", "convert"),
+    "quarkcli.api.checkpoints": ("compare", "convert", "inspect", "verify"),
+    "quarkcli.api.notebook": ("NotebookProgress",),
+    "quarkcli.api.options": ("RunOptions",),
     "quarkcli.api.quant_cfg": (
         "NoSuchEntry", "estimate_quant_compression", "find_quant_cfg_entry_by_path", "need_calibration",
         "normalize_quant_cfg_list", "update_quant_cfg_with_kv_cache_quant",
     ),
+    "quarkcli.api.results": ("Report",),
     "quarkcli.api.run": ("load_recipe", "make_plan", "quantize", "register_scheme", "unregister_scheme"),
     "quarkcli.api.template": ("LLMTemplate",),
     "quarkcli.job.options": ("Options",),
@@ -28,6 +31,10 @@ _API = {
 }  # fmt: skip
 _HOMES = {name: module for module, names in _API.items() for name in names}
 __all__ = sorted([*_HOMES, "__version__"])
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})
 
 
 def __getattr__(name: str) -> Any:

@@ -44,6 +44,8 @@ class QuarkError(Exception):
         self.what = what
         self.where = where
         self.hint = hint
+        if hint:
+            self.add_note(f"hint: {hint}")  # a line of its own in a traceback and a notebook
 
     def __str__(self) -> str:
         return f"{self.where}: {self.what}" if self.where else self.what

@@ -17,8 +17,10 @@ from copy import deepcopy
 from dataclasses import fields, replace
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
+from quarkcli.api.options import RunOptions
+from quarkcli.api.results import Report
 from quarkcli.errors import ConfigError, QuarkError, UsageError
 from quarkcli.evaluate import judge
 from quarkcli.events import Listener, silent
@@ -44,8 +46,8 @@ def quantize(
     config: Config | None = None,
     output: str | PathLike[str] | None = None,
     listener: Listener = silent,
-    **options: Any,
-) -> dict[str, Any]:
+    **options: Unpack[RunOptions],
+) -> Report:
     """Quantizes a model and returns the report (`quark/report/2`); under torchrun the first rank does, the others `{}`.
 
     model     directory, hub id, or "demo" for the embedded model; or a plan of `make_plan`, with the options given
@@ -54,10 +56,10 @@ def quantize(
     recipe    a recipe's name or file, or what `load_recipe` returned
     config    contents of a recipe file, as Python data: a native recipe, a config of NVIDIA ModelOpt or AMD Quark, a
               list of entries, or what `LLMTemplate.get_config` returned
-    listener  called with every event of the run
-    options   fields of `Options` and of `plan.compose.Overrides` (`exclude=["*.q_proj"]`); of several dialects, a list
-              or with commas (`dialect=["compressed-tensors", "quark"]`), each gets a directory of its name in `output`,
-              and the reports are in `report["dialects"]`, by name
+    listener  called with every event of the run, also by the thread that writes
+    options   see `RunOptions` (`exclude=["*.q_proj"]`); of several dialects, a list or with commas
+              (`dialect=["compressed-tensors", "quark"]`), each gets a directory of its name in `output`, and the
+              reports are in `report["dialects"]`, by name
 
     One of scheme, recipe and config says what to do; a plan says it already. Raises QuarkError for everything a user
     can cause, TypeError for an unknown option.
@@ -65,8 +67,8 @@ def quantize(
     if isinstance(model, Plan):
         if scheme is not None or recipe is not None or config is not None:
             raise UsageError("a plan says what to quantize; scheme, recipe and config are for models")
-        return job.run(_of_plan(model, output, options), listener, judge=judge)
-    return job.run(_options(model, scheme, recipe, config, output, options), listener, judge=judge)
+        return Report(job.run(_of_plan(model, output, dict(options)), listener, judge=judge))
+    return Report(job.run(_options(model, scheme, recipe, config, output, dict(options)), listener, judge=judge))
 
 
 def make_plan(
@@ -75,14 +77,14 @@ def make_plan(
     *,
     recipe: str | PathLike[str] | Recipe | None = None,
     config: Config | None = None,
-    **options: Any,
+    **options: Unpack[RunOptions],
 ) -> Plan:
     """Returns the plan that `quantize` would follow with the same arguments; reads config and headers only.
 
     The functions named after ModelOpt's (`set_quantizer_by_cfg`, `disable_quantizer` ...) change it, and `quantize`
     takes it.
     """
-    asked = _options(model, scheme, recipe, config, None, options)
+    asked = _options(model, scheme, recipe, config, None, dict(options))
     prepared = job.prepare(asked)
     prepared.plan.basis = Basis(prepared.recipe, asked.overrides, prepared.layout, asked)
     return prepared.plan
@@ -133,7 +135,7 @@ def _options(
         if recipe is not None:
             raise UsageError("recipe and config exclude each other")
         recipe = recipes.from_config(config)
-    options = {name: _text(value) if name == "dialect" else value for name, value in options.items()}
+    options = _plain(options)
     overrides = {name: options.pop(name) for name in list(options) if name in _OVERRIDES}
     if overrides:
         options["overrides"] = Overrides(**overrides)
@@ -146,9 +148,14 @@ def _options(
     )
 
 
-def _text(names: str | Sequence[str] | None) -> str | None:
-    """Returns a list of names as the command line writes it."""
-    return names if names is None or isinstance(names, str) else ",".join(names)
+def _plain(options: dict[str, Any]) -> dict[str, Any]:
+    """Returns options as `Options` holds them: dialects in one text, the template as a path."""
+    found = dict(options)
+    if isinstance(found.get("dialect"), Sequence) and not isinstance(found["dialect"], str):
+        found["dialect"] = ",".join(found["dialect"])
+    if found.get("chat_template") is not None:
+        found["chat_template"] = Path(found["chat_template"])
+    return found
 
 
 def _of_plan(plan: Plan, output: str | PathLike[str] | None, options: dict[str, Any]) -> Options:
@@ -162,6 +169,6 @@ def _of_plan(plan: Plan, output: str | PathLike[str] | None, options: dict[str, 
     if output is not None:
         options["output"] = Path(output)
     # The recipe as it was read, with its algorithms and settings; it is not looked up again.
-    options = {name: _text(value) if name == "dialect" else value for name, value in options.items()}
+    options = _plain(options)
     what = {"scheme": None, "recipe": basis.recipe, "settings": (), "algorithm": None, "overrides": basis.overrides}
     return replace(basis.asked, **{**what, **options})

@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from quarkcli.cli import apps, output
 from quarkcli.cli.flags import Debug, Json, Offline, Pickle, Revision
 
-if TYPE_CHECKING:
-    from quarkcli.disk.checkpoint import Checkpoint
-    from quarkcli.disk.source import Source
-    from quarkcli.family import HeaderLike, Layout
-
-SCHEMA = "quark/inspect/1"
 EXAMPLES = apps.examples("quark inspect demo", "quark inspect out/demo-mxfp4 --json")
 
 
@@ -35,116 +27,19 @@ def inspect(
     """
     output.start(json=json, debug=debug)
     from quarkcli.disk.source import Source
-    from quarkcli.job import idle
+    from quarkcli.job import idle, inspecting
     from quarkcli.job import run as job
 
     source = Source.open(
         job.located(model), revision=revision, offline=offline, bare=True, allow_pickle=allow_pickle, tell=output.tell
     )
-    found = _facts(source)
+    found = inspecting.facts(source)
     for line in idle.of_model(source, revision=revision, allow_pickle=allow_pickle):
         output.note(f"warning: {line}")
     if json:
-        output.json_data({"schema": SCHEMA, **found})
+        output.json_data(found)
     else:
         _show(found)
-
-
-def _facts(source: Source) -> dict[str, Any]:
-    from quarkcli import family
-
-    checkpoint = _checkpoint(source)
-    headers: Mapping[str, HeaderLike] = checkpoint.headers if checkpoint is not None else source.headers
-    layout = family.lay_out(*family.for_checkpoint(source.config, headers), source.config, headers)
-    return {
-        "name": source.name,
-        "path": source.hub_id or str(source.folder),
-        "commit": source.commit,
-        "architectures": source.config.get("architectures"),
-        "model_type": source.config.get("model_type"),
-        "family": layout.family,
-        "inferred": layout.inferred,
-        "parameters": sum(math.prod(header.shape) for header in headers.values()),
-        "bytes": sum(source.files.values()),
-        "files": len(source.files),
-        "dtypes": _dtypes(source),
-        "parts": [{"name": p.name, "kind": p.kind, "tensors": len(p.tensors)} for p in layout.parts],
-        "roles": dict(Counter(weight.role for weight in layout.weights.values())),
-        "experts": _experts(layout),
-        "other_tensors": sorted(name for name, role in layout.tensor_roles.items() if role == "other"),
-        "tied_head": layout.tied_head,
-        "quantization": _quantization(source, checkpoint),
-    }
-
-
-def _checkpoint(source: Source) -> Checkpoint | None:
-    """Returns the checkpoint in source form, where it is quantized in a way that is read here."""
-    from quarkcli import dialects, family
-
-    config = family.quantization(source.config)
-    if not config:
-        return None
-    from quarkcli.disk.checkpoint import Checkpoint
-
-    if not dialects.matching(config, source.headers):
-        return None
-    return Checkpoint(source)
-
-
-def _dtypes(source: Source) -> dict[str, dict[str, int]]:
-    found: dict[str, dict[str, int]] = {}
-    for header in source.headers.values():
-        row = found.setdefault(header.dtype, {"tensors": 0, "bytes": 0})
-        row["tensors"] += 1
-        row["bytes"] += header.nbytes
-    return found
-
-
-def _experts(layout: Layout) -> dict[str, Any] | None:
-    experts = [weight for weight in layout.weights.values() if weight.expert is not None]
-    per_layer = Counter(prefix for prefix, _ in {weight.expert for weight in experts if weight.expert is not None})
-    if not experts:
-        return None
-    fused = any(weight.view.expert is not None for weight in experts)
-    return {"layers": len(per_layer), "per_layer": max(per_layer.values()), "fused": fused}
-
-
-def _quantization(source: Source, checkpoint: Checkpoint | None) -> dict[str, Any] | None:
-    from quarkcli import family
-
-    config = family.quantization(source.config)
-    if not config:
-        return None
-    method = config.get("quant_method", "unknown")
-    if checkpoint is None or checkpoint.reader is None:
-        return {"method": method, "dialect": None, "modules": {}, "caches": 0, "online": {}, "source": None}
-    specs = Counter(
-        f"weights {stored.weight.describe()} | inputs {stored.input.describe() if stored.input else 'unquantized'}"
-        for stored in checkpoint.view.targets.values()
-    )
-    caches = len(checkpoint.view.attention)
-    online = checkpoint.view.online
-    return {
-        "method": method,
-        "dialect": checkpoint.reader.name,
-        "modules": dict(specs),
-        "caches": caches,
-        "online": online,
-        "source": _as_source(source),
-    }
-
-
-def _as_source(source: Source) -> str:
-    """Returns how a job would read it, or why none can."""
-    from quarkcli.disk.origin import open_weights
-    from quarkcli.errors import ModelError
-
-    try:
-        origin = open_weights(source)[1]
-    except ModelError as error:
-        return f"none that a job can read: {error}"
-    assert origin is not None
-    return f"{origin.stored()}, dequantized while streaming"
 
 
 def _show(found: dict[str, Any]) -> None:

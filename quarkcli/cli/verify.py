@@ -10,7 +10,6 @@ from quarkcli.cli import apps, output
 from quarkcli.cli.flags import Debug, Json, Nonfinite, Pickle, Servers
 from quarkcli.errors import UsageError
 
-SCHEMA = "quark/verify/1"
 EXAMPLES = apps.examples(
     "quark verify out/demo-mxfp4 --source demo",
     "quark verify out/demo-mxfp4 --target vllm --tp 1,2,4",
@@ -60,22 +59,23 @@ def verify(
     loads it, and with --source that no tensor is lost and no weight decoded wrong. Exit 8 when something is wrong.
     """
     output.start(json=json, debug=debug)
+    from quarkcli.api import checkpoints
     from quarkcli.cli.progress import Progress
-    from quarkcli.disk import verify as checks
-    from quarkcli.job.run import located
 
     if min_sqnr is not None and source is None:
         raise UsageError("there is nothing to compare with", where="--min-sqnr", hint="--source DIR_OR_ID")
     if allow_pickle and source is None:
         raise UsageError("only a source is read from pickles", where="--allow-pickle", hint="--source DIR_OR_ID")
-    origin = source and located(source)
-    asked = checks.Asked(origin, target, on_nonfinite, hashes, _degrees(degrees), min_sqnr, allow_pickle)
+    degrees_asked = _degrees(degrees)
     with Progress("lines") as progress:
-        found = checks.check(directory, asked, progress)
+        found = checkpoints.verify(
+            directory, source=source, target=target, tp=degrees_asked, min_sqnr=min_sqnr, on_nonfinite=on_nonfinite,
+            hashes=hashes, allow_pickle=allow_pickle, listener=progress,
+        )  # fmt: skip
     if json:
-        output.json_data({"schema": SCHEMA, "directory": directory, "source": source, "ok": True, "checks": found})
+        output.json_data(found)
         return
-    for line in found:
+    for line in found["checks"]:
         output.data(f"ok: {line}")
 
 

@@ -200,7 +200,7 @@ class Step(NamedTuple):
     weights: frozenset[str] | None = None
 
 
-@dataclass
+@dataclass(repr=False)
 class Plan:
     """A recipe resolved against one model's headers.
 
@@ -247,6 +247,16 @@ class Plan:
     _alike: tuple[Mapping[str, Target], list[list[Target]]] | None = field(
         default=None, init=False, repr=False, compare=False
     )
+
+    def __repr__(self) -> str:
+        from quarkcli.plan.view import line
+
+        return line(self)
+
+    def _repr_html_(self) -> str:
+        from quarkcli.plan.view import table
+
+        return table(self)
 
     def alike(self) -> list[list[Target]]:
         """Returns runs of targets that differ only in their names and places, by first appearance.

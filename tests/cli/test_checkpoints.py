@@ -8,6 +8,7 @@ import shutil
 import pytest
 from safetensors.torch import load_file, save_file
 
+import quarkcli
 from quarkcli.evaluate import run as evaluation
 from quarkcli.job import run as job
 
@@ -35,6 +36,12 @@ def test_inspect_a_checkpoint_of_ours(quark, made):
     assert found["parameters"] == source["parameters"]
     assert found["quantization"]["method"] == "compressed-tensors"
     assert sum(found["quantization"]["modules"].values()) == 28
+
+
+def test_python_says_what_the_commands_say(quark, made):
+    assert quarkcli.inspect(made) == json.loads(quark("inspect", str(made), "--json").out)
+    found = quarkcli.verify(made, source="demo", tp=[1, 2])
+    assert found == json.loads(quark("verify", str(made), "--source", "demo", "--tp", "1,2", "--json").out)
 
 
 def test_inspect_a_quantized_model_that_is_not_read(quark, tmp_path):

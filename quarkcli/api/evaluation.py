@@ -1,0 +1,55 @@
+"""Perplexity and distance from the source, from Python."""
+
+from __future__ import annotations
+
+from os import PathLike
+from typing import Any, Literal
+
+from quarkcli.disk.nonfinite import OnNonfinite
+from quarkcli.errors import UsageError
+from quarkcli.evaluate import run
+from quarkcli.events import Listener, silent
+from quarkcli.job import run as job
+
+
+def evaluate(
+    directory: str | PathLike[str],
+    *,
+    baseline: str | PathLike[str] | None = None,
+    text: str | PathLike[str] | None = None,
+    window: int | None = None,
+    tokens: int | None = None,
+    bos: Literal["auto", "on", "off"] = "auto",
+    max_kl: float | None = None,
+    max_ppl_increase: float | None = None,
+    weights_only: bool = False,
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+    on_nonfinite: OnNonfinite = "stop",
+    device: str = "auto",
+    threads: int | None = None,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    listener: Listener = silent,
+) -> dict[str, Any]:
+    """Measures a checkpoint and returns what `quark eval --json` shows.
+
+    directory         a checkpoint, quantized or not, or "demo"
+    baseline          the model it was made from; adds KL (nats per token), top-1 agreement and its perplexity
+    text              a text file; None: the beginning of the built-in text
+    window            tokens per window, which do not overlap; `tokens`: at most this many of the text
+    max_kl            limit in nats per token; `max_ppl_increase`: a share, .03 for 3 %; both need a baseline
+    weights_only      activations and cache stay as they are
+    listener          called with every event
+
+    Raises CheckError above a limit, and for NaN; QuarkError for what cannot be measured.
+    """
+    if baseline is None and (max_kl is not None or max_ppl_increase is not None):
+        raise UsageError("max_kl and max_ppl_increase compare with a baseline", hint="baseline=DIR_OR_ID")
+    result = run.evaluate(
+        job.located(str(directory)), baseline=None if baseline is None else job.located(str(baseline)),
+        text=None if text is None else str(text), window=window, max_tokens=tokens, bos=bos, weights_only=weights_only,
+        dtype=dtype, device=device, threads=threads, trust_remote_code=trust_remote_code, on_nonfinite=on_nonfinite,
+        allow_pickle=allow_pickle, tell=listener,
+    )  # fmt: skip
+    run.check_gates(result, max_kl, max_ppl_increase)
+    return result
