@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 from quarkcli.disk.nonfinite import OnNonfinite
 from quarkcli.errors import UsageError
-from quarkcli.evaluate import run
 from quarkcli.events import Listener, silent
 from quarkcli.job import run as job
 
@@ -43,6 +42,8 @@ def evaluate(
 
     Raises CheckError above a limit, and for NaN; QuarkError for what cannot be measured.
     """
+    from quarkcli.evaluate import run
+
     if baseline is None and (max_kl is not None or max_ppl_increase is not None):
         raise UsageError("max_kl and max_ppl_increase compare with a baseline", hint="baseline=DIR_OR_ID")
     result = run.evaluate(
