@@ -6,10 +6,12 @@ from functools import cache as cache_
 from pathlib import Path
 from typing import Any
 
-from quarkcli import algorithms
+from quarkcli import algorithms, servers
+from quarkcli.dialects._kinds import kinds_of
+from quarkcli.dialects.base import Writer
 from quarkcli.errors import QuarkError
 from quarkcli.family import Part, WeightView
-from quarkcli.job import asked
+from quarkcli.job import asked, rates
 from quarkcli.plan.model import ATTENTION_KINDS, TARGET_KINDS, Attention, Decision, Plan, Site, Step, Target
 from quarkcli.recipe import catalog, schema
 from quarkcli.recipe.attributes import native, to_spec
@@ -27,11 +29,13 @@ def scheme(kind: catalog.Kind, name: str, path: Path) -> dict[str, Any]:
     bits      per value of a large weight, scales included; of the first of the slots for the others
     slots     slot kind -> its spec in native words
     dialects  dialect that can hold it -> what loads that; asked with one large linear layer
+    servers   server that loads it -> in which dialects, and on which generations of GPUs it runs it in which way
     """
     from quarkcli import dialects
 
     model, specs = _read(kind, path)
     plan = _plan(specs) if kind == "schemes" else _attention_plan(specs)
+    writers = [writer for writer in dialects.writers() if not writer.refusals(plan)]
     return {
         "name": name,
         "kind": catalog.SCHEMES[kind],
@@ -41,9 +45,30 @@ def scheme(kind: catalog.Kind, name: str, path: Path) -> dict[str, Any]:
         "slots": {slot: spec_to_yaml(spec) for slot, spec in specs.items()},
         "described": {slot: spec.describe() for slot, spec in specs.items()},
         "needs_data": _waits(specs),
-        "dialects": {w.name: sorted(w.loaders(plan)) for w in dialects.writers() if not w.refusals(plan)},
+        "dialects": {writer.name: sorted(writer.loaders(plan)) for writer in writers},
+        "servers": _servers(plan, writers, _kinds(kind, specs)),
         "hardware": getattr(model, "hardware", ""),
     }
+
+
+def _servers(plan: Plan, writers: list[Writer], kinds: tuple[str, str] | None) -> dict[str, Any]:
+    found = {}
+    for member in servers.servers():
+        names = [w.name for w in writers if not member.refusals(servers.planned(plan, w))]
+        if names:
+            ways = {one: servers.way(member.kernels, kinds, one) for one in rates.generations()} if kinds else {}
+            gpus = {generation: way for generation, way in ways.items() if way is not None}
+            if kinds and not gpus:
+                continue  # it would not refuse the files, and has nothing that runs them
+            found[member.name] = {"title": member.title, "dialects": names, "gpus": gpus}
+    return found
+
+
+def _kinds(kind: catalog.Kind, specs: dict[str, TensorSpec]) -> tuple[str, str] | None:
+    """Returns the names by which servers know the formats of a scheme."""
+    if kind != "schemes":
+        return kind.replace("_", "-"), next(iter(specs.values())).element
+    return kinds_of((specs["weight"], specs.get("input")))
 
 
 def _read(kind: catalog.Kind, path: Path) -> tuple[Any, dict[str, TensorSpec]]:

@@ -18,6 +18,7 @@ Group = Literal["recipes", "schemes", "models", "algorithms"]
 Row = dict[str, Any]
 
 FILE = Path(__file__).resolve().parent.parent / "assets" / "listings.json"
+LOSSES = FILE.with_name("losses.json")
 _PLACE = "file"  # of a row: the path, which depends on the installation
 
 
@@ -30,6 +31,12 @@ def of_file(group: Group, path: Path) -> Row | None:
 def shipped(group: Group) -> dict[str, Row]:
     """Returns the rows of a group by `key`; none when they are not those of the recipe files that are here."""
     return _read(catalog.built_in_folder()).get(group, {})
+
+
+def losses(scheme: str) -> list[Row]:
+    """Returns what a scheme of ours has cost on the models that were measured: `docs/losses.json` in short."""
+    found: dict[str, list[Row]] = json.loads(LOSSES.read_text(encoding="utf-8"))["schemes"]
+    return found.get(scheme, [])
 
 
 def key(path: Path) -> str:

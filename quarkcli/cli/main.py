@@ -21,6 +21,7 @@ from quarkcli.cli import (
     convert,
     data,
     evaluate,
+    init,
     inspect,
     models,
     output,
@@ -44,6 +45,7 @@ _EXAMPLES = apps.examples("quark quantize --model demo --scheme mxfp4 -o out", "
 app = apps.new("Quantize large language models from the command line.", _EXAMPLES, completion=True)
 app.command("quantize", epilog=quantize.QUANTIZE_EXAMPLES)(quantize.quantize)
 app.command("plan", epilog=quantize.PLAN_EXAMPLES)(quantize.plan)
+app.command("init", epilog=init.EXAMPLES)(init.init)
 app.command("search", epilog=searching.EXAMPLES)(searching.search)
 app.command("eval", epilog=evaluate.EXAMPLES)(evaluate.evaluate)
 app.command("verify", epilog=verify.EXAMPLES)(verify.verify)

@@ -95,17 +95,41 @@ def names() -> list[str]:
     return list(_table()["gpus"])
 
 
+def generations() -> dict[str, list[str]]:
+    """Returns generation -> its devices."""
+    return dict(_table()["generations"])
+
+
+def generation(name: str) -> str:
+    """Returns the generation of a device of the table; one may be named itself. Raises UsageError for another."""
+    spelled = _known(name, [*names(), *generations()])
+    return next(one for one, devices in generations().items() if spelled == one or spelled in devices)
+
+
+def memory(name: str) -> int | None:
+    """Returns the memory of a device in bytes; None for a generation, whose devices differ."""
+    row = _table()["gpus"].get(_spelled(name))
+    return int(float(row["memory"])) if row else None
+
+
+def _spelled(name: str) -> str:
+    return name.lower().replace(" ", "")
+
+
+def _known(name: str, known: list[str]) -> str:
+    """Returns a name as the table spells it. Raises UsageError, with the nearest, for one that is none of these."""
+    spelled = _spelled(name)
+    if spelled not in known:
+        close = near_misses(spelled, known)
+        hint = f"did you mean {' or '.join(close)}?" if close else f"one of: {', '.join(known)}"
+        raise UsageError(f"unknown device '{name}'", where="--gpu", hint=hint)
+    return spelled
+
+
 def of_gpu(name: str) -> Rates:
     """Returns the rates of a device of the table. Raises UsageError for one that it lacks."""
     table = _table()
-    spelled = name.lower().replace(" ", "")
-    if spelled not in table["gpus"]:
-        close = near_misses(spelled, names())
-        raise UsageError(
-            f"unknown device '{name}'",
-            where="--gpu",
-            hint=f"did you mean {' or '.join(close)}?" if close else ", ".join(names()),
-        )
+    spelled = _known(name, names())
     row = {key: float(value) for key, value in table["gpus"][spelled].items()}
     reached = table["reached"]
     copy = row["copy"] * reached["copy"]

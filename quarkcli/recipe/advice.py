@@ -1,4 +1,7 @@
-"""Default advice per format: which algorithms `auto` stands for. Reads `recipes/advice.yaml`; torch-free."""
+"""Default advice: which algorithms `auto` stands for, by format, and which schemes `quark init` chooses among.
+
+Reads `recipes/advice.yaml` and `recipes/choices.yaml`; torch-free.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,13 @@ def rows() -> tuple[schema.AdviceRow, ...]:
     """Returns the rows of the table; the first that a format fits holds for it."""
     document = catalog.document(catalog.built_in_folder() / "advice.yaml")
     return tuple(schema.validate(schema.AdviceModel, document).rows)
+
+
+@cache
+def choices() -> tuple[schema.ChoiceRow, ...]:
+    """Returns the schemes that `quark init` chooses among, best first."""
+    document = catalog.document(catalog.built_in_folder() / "choices.yaml")
+    return tuple(schema.validate(schema.ChoicesModel, document).rows)
 
 
 def of(weight: TensorSpec, read: TensorSpec | None) -> schema.AdviceRow:

@@ -79,6 +79,22 @@ class AdviceModel(Strict):
     rows: list[AdviceRow]
 
 
+class ChoiceRow(Strict):
+    """A scheme that `quark init` may choose, and when."""
+
+    scheme: str = Field(min_length=1, description="a scheme")
+    runs: list[Literal["fast", "weight-only", "emulated"]] = Field(min_length=1, description="ways it must be run")
+    least: float = Field(default=0.0, ge=0, description="parameters of the model at least")
+    room: float | None = Field(default=None, gt=0, le=1, description="share of the GPUs' memory that it may take")
+    why: str = Field(min_length=1, description="for the recipe")
+
+
+class ChoicesModel(Strict):
+    """The table of choices: the first row that fits holds."""
+
+    rows: list[ChoiceRow]
+
+
 class Quantize(Strict):
     """Selects what is quantized, by a scheme or by the ordered entries themselves."""
 

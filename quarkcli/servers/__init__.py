@@ -10,16 +10,17 @@ import pkgutil
 from collections.abc import Callable, Iterable
 
 from quarkcli.dialects.base import Writer
-from quarkcli.errors import ModelError, QuarkError, UsageError
+from quarkcli.errors import ModelError, QuarkError, UsageError, near_misses
 from quarkcli.plan.model import Plan
+from quarkcli.servers._kernels import MEANING, Way, way
 from quarkcli.servers.base import Server, Written
 
 AUTO, NONE = "auto", "none"
 _NOT_MEMBERS = {"base"}
 
 __all__ = [
-    "AUTO", "NONE", "Server", "Written", "check_name", "check_plan", "favoured", "names", "server", "servers",
-    "verdicts",
+    "AUTO", "MEANING", "NONE", "Server", "Way", "Written", "check_name", "check_plan", "favoured", "named", "names",
+    "planned", "server", "servers", "verdicts", "way",
 ]  # fmt: skip
 
 
@@ -47,6 +48,15 @@ def check_name(target: str) -> None:
     if target not in known:
         hint = f"use one of: {', '.join(known)}"
         raise UsageError(f"no rules are known of what '{target}' loads", where="--target", hint=hint)
+
+
+def named(name: str, where: str = "--server") -> Server:
+    """Returns the member with a name that a user gave. Raises UsageError, with the nearest, for another."""
+    if name.lower() in names():
+        return server(name.lower())
+    close = near_misses(name, names())
+    hint = f"did you mean {' or '.join(close)}?" if close else f"one of: {', '.join(names())}"
+    raise UsageError(f"unknown server '{name}'", where=where, hint=hint)
 
 
 def favoured(plan: Plan, target: str) -> Callable[[Writer], bool]:

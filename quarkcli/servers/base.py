@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from quarkcli import dialects
 from quarkcli.dialects.base import Writer
 from quarkcli.plan.model import Plan, QuantizedTarget
+from quarkcli.servers._kernels import Kernel
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,13 @@ class Server:
 
     title     its name and the release whose rules these are
     evidence  what is put behind every verdict, such as that the rules were read and never tried
+    kernels   how it runs formats, by generation of GPU; the first row that fits holds
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
     evidence: ClassVar[str] = ""
+    kernels: ClassVar[tuple[Kernel, ...]] = ()
 
     def unknown(self, written: Written) -> str:
         """Returns why nothing can be said of a checkpoint; empty when something can."""

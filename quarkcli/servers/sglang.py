@@ -10,6 +10,7 @@ from __future__ import annotations
 from quarkcli.dialects._kinds import kinds_of
 from quarkcli.dialects.base import Classes
 from quarkcli.plan.model import QuantizedTarget
+from quarkcli.servers._kernels import NVIDIA, Kernel
 from quarkcli.servers.base import Server, Written, what
 
 
@@ -17,6 +18,13 @@ class Sglang(Server):
     name = "sglang"
     title = "SGLang 0.5"
     evidence = " (read, not run)"
+    kernels = (
+        Kernel("fp8 *", "fp8 *", fast="ada hopper blackwell cdna3 cdna4", weights="ampere"),
+        Kernel("int8 *", "int8 *", fast="ampere ada hopper"),
+        Kernel("*int4 *", "none", weights=NVIDIA),
+        Kernel("mxfp4", "mxfp4", fast="cdna4"),
+        Kernel("nvfp4", "nvfp4", fast="blackwell"),
+    )
 
     def _classes(self, written: Written) -> Classes | None:
         return written.writer.classes.get(self.name) if written.writer is not None else None

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from quarkcli.servers._kernels import EVERY, Kernel
 from quarkcli.servers.base import Loader
 
 
 class Transformers(Loader):
     name = "transformers"
     title = "transformers 5.23"
+    kernels = (Kernel("*", "*", emulated=EVERY),)  # weights are decoded, inputs rounded in torch
 
 
 SERVER = Transformers()

@@ -41,7 +41,8 @@ LEAVES = [path for path, command in ALL.items() if not hasattr(command, "command
 def test_every_promised_command_exists():
     listed = {" ".join(path) for path in LEAVES}
     assert listed == {
-        "quantize", "plan", "search", "eval", "verify", "compare", "convert", "push", "inspect", "report", "env",
+        "init", "quantize", "plan", "search", "eval", "verify", "compare", "convert", "push", "inspect", "report",
+        "env",
         "recipes list", "recipes show", "recipes normalize", "recipes convert", "recipes schema", "recipes explain",
         "recipes validate", "recipes copy", "schemes list", "schemes show", "models list", "models show",
         "models infer", "algorithms list", "algorithms show", "data list", "data preview",

@@ -1,11 +1,15 @@
-"""Writes what the list commands show of all that is built in into the package: `make docs`.
+"""Writes what the list commands show of all that is built in into the package, and what was measured: `make docs`.
 
 python -m tests.docs.listings [--check]    with --check: fails where the file is not what the commands compute
 """
 
 from __future__ import annotations
 
+import json
 import sys
+from pathlib import Path
+from statistics import mean
+from typing import Any
 
 from quarkcli.cli import algorithms, listings, models, recipes, schemes
 from quarkcli.recipe import catalog
@@ -32,11 +36,49 @@ def text() -> str:
     )
 
 
+MEASURED = Path(__file__).resolve().parents[2] / "docs" / "losses.json"
+# Models of docs/benchmarks.md -> how people know them.
+MODELS = {
+    "smollm2": "SmolLM2-135M-Instruct",
+    "llama-8m": "a small llama of 8M parameters",
+    "moe-4x8": "a small MoE of 8 experts",
+}
+BENCH_ONLY = ("inputs alone", " of ")  # rows that no command line makes
+
+
+def losses() -> str:
+    """Returns what each scheme has cost: for each model, rounded to nearest and with the steps that lost least."""
+    found: dict[str, dict[str, dict[str, list[dict[str, Any]]]]] = {}
+    for row in json.loads(MEASURED.read_text(encoding="utf-8")).values():
+        if row["model"] in MODELS and "losses" in row and not any(word in row["steps"] for word in BENCH_ONLY):
+            by_steps = found.setdefault(row["scheme"], {}).setdefault(row["model"], {})
+            by_steps.setdefault(row["steps"], []).append(row["losses"]["in domain"])
+    schemes = {name: _lines(found[name]) for name in sorted(found)}
+    return json.dumps({"schemes": schemes}, indent=1) + "\n"
+
+
+def _lines(models: dict[str, dict[str, list[dict[str, Any]]]]) -> list[dict[str, Any]]:
+    lines = []
+    for model, shown in MODELS.items():
+        means = {
+            steps: {key: round(mean(one[key] for one in seeds), 5) for key in seeds[0]}
+            for steps, seeds in models.get(model, {}).items()
+        }
+        best = min(means, key=lambda steps: means[steps]["kl"], default=None)
+        chosen = [steps for steps in means if steps in ("rtn", best)]
+        lines += [
+            {"model": shown, "steps": steps, **means[steps]} for steps in sorted(chosen, key=("rtn",).count)[::-1]
+        ]
+    return lines
+
+
 def main() -> None:
-    if "--check" not in sys.argv[1:]:
-        listings.FILE.write_text(text(), encoding="utf-8")
-    elif listings.FILE.read_text(encoding="utf-8") != text():
-        sys.exit(f"{listings.FILE} is not what the commands compute: make docs")
+    files = {listings.FILE: text, listings.LOSSES: losses}
+    for file, made in files.items():
+        if "--check" not in sys.argv[1:]:
+            file.write_text(made(), encoding="utf-8")
+        elif file.read_text(encoding="utf-8") != made():
+            sys.exit(f"{file} is not what the commands compute: make docs")
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ from quarkcli.cli import main
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "cli.md"
 COMMANDS = [
-    (), ("quantize",), ("plan",), ("eval",), ("verify",), ("compare",), ("convert",), ("push",), ("inspect",),
-    ("report",),
+    (), ("init",), ("quantize",), ("plan",), ("eval",), ("verify",), ("compare",), ("convert",), ("push",),
+    ("inspect",), ("report",),
     ("recipes", "list"), ("recipes", "show"), ("recipes", "normalize"), ("recipes", "convert"), ("recipes", "schema"),
     ("recipes", "validate"), ("recipes", "copy"),
     ("schemes", "list"), ("schemes", "show"), ("algorithms", "list"), ("algorithms", "show"),

@@ -1,0 +1,152 @@
+"""Chooses a scheme for a model, a GPU and a server, and says why: for a recipe to start from. Reads headers only.
+
+Each scheme of the table (`recipes/choices.yaml`) is planned for the model itself, so that what is chosen is what the
+server loads of this model. Torch-free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from quarkcli import servers
+from quarkcli.dialects._kinds import kinds_of
+from quarkcli.errors import ConfigError, ModelError, QuarkError, UsageError
+from quarkcli.events import Listener, silent
+from quarkcli.forward.defaults import BUILTIN
+from quarkcli.job import rates
+from quarkcli.job.options import Options, Prepared
+from quarkcli.job.run import prepare
+from quarkcli.plan import advice
+from quarkcli.recipe.advice import AUTO, choices
+from quarkcli.recipe.schema import ChoiceRow
+from quarkcli.servers import Server, Way
+
+CACHE = "fp8"  # the cache scheme that is worth its loss nearly always
+
+
+@dataclass(frozen=True)
+class Wish:
+    """The GPU, its number and the server.
+
+    memory   bytes of all of them; None: a generation was named, whose devices differ
+    """
+
+    gpu: str
+    generation: str
+    memory: int | None
+    tp: int
+    server: Server
+
+    @classmethod
+    def of(cls, gpu: str, server: str, tp: int) -> Wish:
+        """Raises UsageError, with the nearest, for unknown names."""
+        memory = rates.memory(gpu)
+        return cls(gpu, rates.generation(gpu), memory and memory * tp, tp, servers.named(server))
+
+
+@dataclass
+class Choice:
+    """What was chosen.
+
+    prepared     the plan with it
+    way          how the server runs it
+    steps        algorithms as a recipe lists them; `steps_why` from the table of advice
+    cache        the scheme of the KV cache or `none`, with `cache_why`
+    passed_over  schemes that come before it in the table, with the reason against each
+    """
+
+    row: ChoiceRow
+    prepared: Prepared
+    way: Way
+    steps: list[tuple[str, dict[str, Any]]]
+    steps_why: str
+    cache: str
+    cache_why: str
+    passed_over: dict[str, str] = field(default_factory=dict)
+
+
+def choose(options: Options, wish: Wish, tell: Listener = silent) -> Choice:
+    """Returns the first choice of the table that fits. Raises ModelError where none does, with the reasons.
+
+    options   those about the model; its scheme is chosen
+    """
+    against: dict[str, str] = {}
+    errors: list[QuarkError] = []
+    given = replace(options, target=wish.server.name, tp=wish.tp, calib_data=BUILTIN)
+    for row in choices():
+        try:
+            return _tried(row, given, wish, against)
+        except _Unfit as reason:
+            against.setdefault(row.scheme, str(reason))
+        except (ModelError, ConfigError, UsageError) as error:
+            against.setdefault(row.scheme, error.what)
+            errors.append(error)
+    if len({error.what for error in errors}) == 1 and set(against.values()) == {errors[0].what}:
+        raise errors[0]  # it is about the model and not about a scheme
+    reasons = "\n".join(f"  {name}: {reason}" for name, reason in against.items())
+    raise ModelError(
+        f"no scheme was found that {wish.server.title} runs for it on {wish.gpu}\n{reasons}", where=options.model,
+        hint="another --server or --gpu; 'quark schemes list' has every scheme",
+    )  # fmt: skip
+
+
+class _Unfit(Exception):
+    """A row does not fit, for the reason that is its text."""
+
+
+def _tried(row: ChoiceRow, options: Options, wish: Wish, against: dict[str, str]) -> Choice:
+    """Returns the choice of a row. Raises _Unfit, or the error of the plan, where it does not fit."""
+    prepared = _planned(row, options)
+    way = _way(prepared, wish)
+    if way not in row.runs:
+        how = f"{wish.server.title} runs it {way}" if way else f"{wish.server.title} does not run it"
+        raise _Unfit(f"{how} on {wish.generation}")
+    total, size = sum(prepared.coverage.total.values()), prepared.forecast.output_bytes
+    if total < row.least:
+        raise _Unfit(f"it is for models of {row.least / 1e9:.0f} B parameters and more; a small one loses too much")
+    if row.room is not None and wish.memory is not None and size > row.room * wish.memory:
+        raise _Unfit(f"{size / 1e9:.3g} GB leave too little of {wish.memory / 1e9:.0f} GB for the cache")
+    steps = [advice.written(step, prepared.plan) for one in prepared.advice for step in one.steps]
+    why = "; ".join(dict.fromkeys(one.why for one in prepared.advice))
+    cache, cache_why, prepared = _cache(prepared, options, wish)
+    passed = {name: reason for name, reason in against.items() if name != row.scheme}
+    return Choice(row, prepared, way, steps, why, cache, cache_why, passed)
+
+
+def _planned(row: ChoiceRow, options: Options) -> Prepared:
+    """Returns the plan with the advised algorithms; rounded to nearest where the model cannot run them."""
+    given = replace(options, scheme=row.scheme, algorithm=AUTO)
+    try:
+        return prepare(given)
+    except ModelError:
+        return prepare(replace(given, algorithm=None))
+
+
+def _way(prepared: Prepared, wish: Wish) -> Way | None:
+    """Returns the way in which the server runs the weights of a plan; the slowest, where there are several."""
+    order: Sequence[Way | None] = [*servers.MEANING, None]
+    found: list[Way | None] = []
+    for run in prepared.plan.quantized_alike():
+        kinds = kinds_of((run[0].weight, run[0].input))
+        found.append(servers.way(wish.server.kernels, kinds, wish.generation) if kinds else None)
+    return max(found, key=order.index, default=None)
+
+
+def _cache(prepared: Prepared, options: Options, wish: Wish) -> tuple[str, str, Prepared]:
+    """Returns the KV cache's scheme, why, and the plan with it."""
+    if servers.way(wish.server.kernels, ("kv-cache", "fp8_e4m3"), wish.generation) is None:
+        return "none", f"{wish.server.title} is not known to run a cache in 8 bits on {wish.generation}", prepared
+    if prepared.calibration is None:
+        return (
+            "none",
+            f"{CACHE} halves the cache; its scales need calibration data, and nothing else here does",
+            prepared,
+        )
+    overrides = replace(options.overrides, kv_cache=CACHE)
+    try:
+        given = replace(prepared.options, overrides=overrides)
+        return CACHE, "half the bytes per token, at next to no loss; the data is needed anyway", prepare(given)
+    except QuarkError as error:
+        return "none", f"{CACHE} is not for this model: {error.what}", prepared
