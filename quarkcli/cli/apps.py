@@ -27,7 +27,20 @@ class _Group(typer.core.TyperGroup):
         return lighten(super().get_help_option(ctx))
 
 
+class _Plain:
+    """Stands for the conversion of a value that is text already: Typer's own imports pydantic."""
+
+    def coerce(self, value: Any, param: Any, ctx: Any) -> Any:
+        return value
+
+
 class _Command(typer.core.TyperCommand):
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        for flag in self.params:
+            if isinstance(flag, typer.core.TyperOption) and flag.default == "" and not flag.multiple:
+                flag._runtime_param = _Plain()  # type: ignore[assignment]
+
     def get_help_option(self, ctx: Any) -> Any:
         return lighten(super().get_help_option(ctx))
 

@@ -24,7 +24,7 @@ _NAMES = {"vllm": "vLLM", "sglang": "SGLang", "transformers": "transformers"}
 app = apps.new("Schemes: how numbers are coded.", apps.examples("quark schemes list", "quark schemes show nvfp4"))
 
 
-# Empty where they are not given: for None, Typer imports pydantic.
+# Empty where they are not given: see `apps._Plain`.
 Server = Annotated[
     str, typer.Option("--server", metavar="NAME", help="Only what this server loads: vllm, sglang, transformers.")
 ]
