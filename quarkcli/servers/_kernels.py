@@ -1,4 +1,4 @@
-"""How a server runs a format on a generation of GPUs: the data of each server, looked up. Torch-free."""
+"""Says how a server runs a format on a generation of GPUs: from rows that each server has. Torch-free."""
 
 from __future__ import annotations
 
