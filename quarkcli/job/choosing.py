@@ -48,7 +48,7 @@ class Wish:
 
 @dataclass
 class Choice:
-    """What was chosen.
+    """Holds the choice, and why.
 
     prepared     the plan with it
     way          how the server runs it
