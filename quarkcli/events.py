@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-Level = Literal["debug", "info", "warning"]
+Level = Literal["debug", "info", "warning", "error"]
 Measure = Literal["output", "weight", "drift"]
 
 
@@ -15,11 +15,13 @@ class Message:
     """A line for the log; warnings are repeated in the report and the final summary.
 
     always   shown even where only errors are: it says where a user's files are, or what was left undone
+    many     may come for every layer: of those that differ in names and numbers alone, one is shown
     """
 
     text: str
     level: Level = "info"
     always: bool = False
+    many: bool = False
 
 
 @dataclass(frozen=True)

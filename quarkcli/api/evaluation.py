@@ -42,7 +42,7 @@ def evaluate(
 
     Raises CheckError above a limit, and for NaN; QuarkError for what cannot be measured.
     """
-    from quarkcli.evaluate import run
+    from quarkcli.evaluate import gates, run
 
     if baseline is None and (max_kl is not None or max_ppl_increase is not None):
         raise UsageError("max_kl and max_ppl_increase compare with a baseline", hint="baseline=DIR_OR_ID")
@@ -52,5 +52,5 @@ def evaluate(
         dtype=dtype, device=device, threads=threads, trust_remote_code=trust_remote_code, on_nonfinite=on_nonfinite,
         allow_pickle=allow_pickle, tell=listener,
     )  # fmt: skip
-    run.check_gates(result, max_kl, max_ppl_increase)
-    return result
+    gates.check_gates(result, max_kl, max_ppl_increase)
+    return gates.judged(result, max_kl, max_ppl_increase)

@@ -9,6 +9,7 @@ import typer
 
 from quarkcli.cli import apps, output
 from quarkcli.cli.flags import Debug, Json, Offline, Pickle, Quiet
+from quarkcli.cli.logflags import LogFormat, LogLevel
 from quarkcli.errors import some
 
 if TYPE_CHECKING:
@@ -47,6 +48,8 @@ def compare(
     allow_pickle: Pickle = False,
     json: Json = False,
     quiet: Quiet = False,
+    log_level: LogLevel = "info",
+    log_format: LogFormat = None,
     debug: Debug = False,
 ) -> None:
     """Compare two checkpoints tensor by tensor.
@@ -55,7 +58,7 @@ def compare(
     worst first; what only one has, shapes and static scales that differ. The signal is the one that is not quantized,
     else A.
     """
-    output.start(json=json, debug=debug, quiet=quiet)
+    output.start(json=json, debug=debug, quiet=quiet, log_format=log_format, log_level=log_level)
     from quarkcli.cli.progress import Progress
     from quarkcli.disk import compare as comparing
     from quarkcli.disk import pickles
@@ -65,7 +68,7 @@ def compare(
 
     sources = [Source.open(job.located(name), offline=offline, allow_pickle=allow_pickle) for name in (a, b)]
     if allow_pickle and not any(source.pickled for source in sources):
-        output.note(f"warning: {pickles.UNUSED}")
+        output.warning(f"{pickles.UNUSED}")
     first, second = map(Checkpoint, sources)
     with Progress("lines") as progress:
         found = comparing.compare(first, second, progress)

@@ -9,6 +9,7 @@ import typer
 
 from quarkcli.cli import apps, output
 from quarkcli.cli.flags import Debug, Json, Pickle, Quiet, Threads
+from quarkcli.cli.logflags import LogFormat, LogLevel
 
 SCHEMA = "quark/convert/1"
 EXAMPLES = apps.examples(
@@ -28,6 +29,8 @@ def convert(
     allow_pickle: Pickle = False,
     json: Json = False,
     quiet: Quiet = False,
+    log_level: LogLevel = "info",
+    log_format: LogFormat = None,
     debug: Debug = False,
 ) -> None:
     """Write a quantized checkpoint in another dialect.
@@ -35,7 +38,7 @@ def convert(
     Codes and scales stay as they are: every tensor is read back from what is written. A dialect that cannot hold one is
     refused (exit 4), with the tensor and the reason. The result is as complete as one of 'quark quantize'.
     """
-    output.start(json=json, debug=debug, quiet=quiet)
+    output.start(json=json, debug=debug, quiet=quiet, log_format=log_format, log_level=log_level)
     from quarkcli.cli.progress import Progress
     from quarkcli.disk import pickles
     from quarkcli.disk.source import Source
@@ -43,10 +46,10 @@ def convert(
     from quarkcli.job import convert as converting
 
     if overwrite and output_state(to_output) in ("absent", "empty"):
-        output.note(f"warning: --overwrite is not used: there is nothing in {to_output}")
+        output.warning(f"--overwrite is not used: there is nothing in {to_output}")
     source = Source.open(directory, allow_pickle=allow_pickle)
     if allow_pickle and not source.pickled:
-        output.note(f"warning: {pickles.UNUSED}")
+        output.warning(f"{pickles.UNUSED}")
     with Progress("lines") as progress:
         found = converting.convert(source, to, to_output, overwrite=overwrite, tell=progress, threads=threads)
     if json:

@@ -59,7 +59,7 @@ def preview(
     with Progress("lines") as progress:
         found = previewing.preview(flags.options(), progress)
     for warning in found.warnings:
-        output.note(f"warning: {warning}")
+        output.warning(f"{warning}")
     if flags.json:
         output.json_data({"schema": "quark/data/1", **found.as_dict(limit)})
     else:

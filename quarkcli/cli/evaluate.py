@@ -6,8 +6,19 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from quarkcli.cli import apps, output
-from quarkcli.cli.flags import Bos, Debug, Device, Json, Nonfinite, Pickle, Quiet, Threads, Trust
+from quarkcli.cli import apps, github, output
+from quarkcli.cli.flags import (
+    Bos,
+    Debug,
+    Device,
+    Json,
+    Nonfinite,
+    Pickle,
+    Quiet,
+    Threads,
+    Trust,
+)
+from quarkcli.cli.logflags import LogFormat, LogLevel
 
 EXAMPLES = apps.examples(
     "quark eval out/demo-mxfp4 --baseline demo",
@@ -71,16 +82,18 @@ def evaluate(
     allow_pickle: Pickle = False,
     json: Json = False,
     quiet: Quiet = False,
+    log_level: LogLevel = "info",
+    log_format: LogFormat = None,
     debug: Debug = False,
 ) -> None:
     """Measure the written files; a gate for CI.
 
     Perplexity; with a baseline also KL divergence, top-1 agreement and limits on both.
     """
-    output.start(json=json, debug=debug, quiet=quiet)
+    output.start(json=json, debug=debug, quiet=quiet, log_format=log_format, log_level=log_level)
     _check_gates_have_baseline(baseline, max_kl, max_ppl_increase)
     from quarkcli.cli.progress import Progress
-    from quarkcli.evaluate import run
+    from quarkcli.evaluate import gates, run
     from quarkcli.job import device as devices
     from quarkcli.job import run as job
 
@@ -101,8 +114,9 @@ def evaluate(
             allow_pickle=allow_pickle,
             tell=progress,
         )
+    result = gates.judged(result, max_kl, max_ppl_increase)
     _show(result, json)
-    run.check_gates(result, max_kl, max_ppl_increase)
+    gates.check_gates(result, max_kl, max_ppl_increase)
 
 
 def _check_gates_have_baseline(baseline: str | None, *gates: float | None) -> None:
@@ -113,9 +127,17 @@ def _check_gates_have_baseline(baseline: str | None, *gates: float | None) -> No
 
 
 def _show(result: dict[str, Any], json: bool) -> None:
+    rows = _rows(result)
+    output.summarize(github.section(f"quark eval {result['directory']}", github.table(rows)))
     if json:
         output.json_data(result)
         return
+    for line in output.pairs(rows):
+        output.data(line)
+    output.note(f"{result['seconds']:.1f} s")
+
+
+def _rows(result: dict[str, Any]) -> list[tuple[str, str]]:
     rows = [("perplexity", f"{result['perplexity']:.4f}")]
     if result["baseline_perplexity"] is not None:
         rows += [
@@ -127,6 +149,10 @@ def _show(result: dict[str, Any], json: bool) -> None:
         ("tokens", f"{result['tokens']:,} in windows of {result['window']}, {result['text']}"),
         ("dtype", str(result["dtype"])),
     ]
-    for line in output.pairs(rows):
-        output.data(line)
-    output.note(f"{result['seconds']:.1f} s")
+    return rows + output.listed("limit", [_limit(limit) for limit in result["limits"]])
+
+
+def _limit(asked: dict[str, Any]) -> str:
+    shown = "{:.2%}" if asked["name"] == "max_ppl_increase" else "{:g}"
+    word = "passed" if asked["passed"] else "failed"
+    return f"--{asked['name'].replace('_', '-')} {shown.format(asked['limit'])}: {word}"

@@ -13,6 +13,7 @@ import typer
 from quarkcli.cli import output
 from quarkcli.cli.amounts import seconds, size
 from quarkcli.cli.completion import names, targets
+from quarkcli.cli.logflags import LogFormat, LogLevel
 
 if TYPE_CHECKING:
     from quarkcli.job.options import Options
@@ -22,8 +23,10 @@ Option = typer.Option
 Model = Annotated[
     str, Option("--model", metavar="DIR_OR_ID", help="Model directory, hub id, or 'demo' for the embedded model.")
 ]
-Json = Annotated[bool, Option("--json", help="The answer as one JSON object on stdout; errors as JSON on stderr.")]
-Quiet = Annotated[bool, Option("--quiet", "-q", help="Only errors on stderr.")]
+Json = Annotated[
+    bool, Option("--json", help="The answer as one JSON object on stdout; every line on stderr is a JSON object.")
+]
+Quiet = Annotated[bool, Option("--quiet", "-q", help="Only warnings and errors on stderr.")]
 Debug = Annotated[bool, Option("--debug", help="Show tracebacks (also QUARK_DEBUG=1).")]
 Device = Annotated[Literal["auto", "cpu", "cuda"], Option("--device", help="auto: the GPU where there is one.")]
 Threads = Annotated[
@@ -330,12 +333,8 @@ class JobFlags:
         Literal["auto", "bar", "lines", "none"],
         Option("--progress", help="auto: a bar on a terminal, else a line per part."),
     ] = "auto"
-    log_level: Annotated[
-        Literal["debug", "info", "warning"], Option("--log-level", help="Messages below this level are not shown.")
-    ] = "info"
-    log_format: Annotated[
-        Literal["text", "json"], Option("--log-format", help="json: one object per event and line on stderr.")
-    ] = "text"
+    log_level: LogLevel = "info"
+    log_format: LogFormat = None
     debug: Debug = False
 
     def options(self) -> Options:
@@ -347,14 +346,20 @@ class JobFlags:
 
     def start(self) -> None:
         """Sets up the screen for this command."""
-        output.start(json=self.json or self.log_format == "json", debug=self.debug, quiet=self.quiet)
+        output.start(
+            json=self.json, debug=self.debug, quiet=self.quiet, log_format=self.log_format, log_level=self.log_level
+        )
 
     def idle(self, *, plan: bool) -> list[str]:
         """Returns lines for the flags about the screen that have no effect."""
         from quarkcli.job import idle
 
         return idle.screen(
-            progress=self.progress, log_level=self.log_level, log_format=self.log_format, quiet=self.quiet, plan=plan
+            progress=self.progress,
+            log_level=self.log_level,
+            log_format=output.session.format,
+            quiet=self.quiet,
+            plan=plan,
         )
 
     def _of(self, record: type[Any]) -> dict[str, Any]:

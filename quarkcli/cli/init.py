@@ -60,7 +60,7 @@ def init(
     asked = Options(model=model, revision=revision, offline=offline, allow_pickle=allow_pickle)
     found = choosing.choose(asked, wish, output.tell)
     for line in idle.of_model(found.prepared.source, revision=revision, allow_pickle=allow_pickle):
-        output.note(f"warning: {line}")
+        output.warning(line)
     text = recipe_text(found, wish, model, str(to) if to is not None else "FILE")
     if to is not None:
         try:

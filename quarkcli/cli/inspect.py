@@ -35,7 +35,7 @@ def inspect(
     )
     found = inspecting.facts(source)
     for line in idle.of_model(source, revision=revision, allow_pickle=allow_pickle):
-        output.note(f"warning: {line}")
+        output.warning(f"{line}")
     if json:
         output.json_data(found)
     else:

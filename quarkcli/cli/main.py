@@ -7,7 +7,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -21,6 +21,8 @@ from quarkcli.cli import (
     convert,
     data,
     evaluate,
+    foreign,
+    github,
     init,
     inspect,
     models,
@@ -101,10 +103,11 @@ def main(argv: Sequence[str] | None = None, last: bool = False) -> int:
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # looking for some costs a tenth of a short command
     output.reset(arguments)
     memory.share_heap()
-    with answered(_last_words, last):
+    programs_read = last and output.session.format == "json"
+    with foreign.apart() if programs_read else nullcontext(), answered(_last_words, last):
         code = _outcome(arguments)
         if output.session.done is not None and code:
-            output.raw(f"warning: {output.session.done} is complete; the exit code is 0")
+            output.say(f"{output.session.done} is complete; the exit code is 0", "warning", always=True)
             code = 0
         return _lost(code) if output.session.lost else code
 
@@ -112,6 +115,7 @@ def main(argv: Sequence[str] | None = None, last: bool = False) -> int:
 def _outcome(arguments: list[str]) -> int:
     """Runs a command line and returns its exit code."""
     try:
+        output.check_environment()
         _check_launch(arguments)
         with _without_warnings():
             code = _command()(arguments, prog_name="quark", standalone_mode=False)
@@ -184,8 +188,11 @@ def _fail(error: QuarkError) -> int:
     if muted is not None:
         return muted
     output.error(error)
+    if error.code not in output.STOPS:
+        lines = [*str(error).splitlines(), *([f"hint: {error.hint}"] if error.hint else [])]
+        output.summarize(github.section("quark ended with an error", [f"- {line}" for line in lines]))
     if output.session.debug and sys.exc_info()[0] is not None:
-        output.raw(traceback.format_exc().rstrip())
+        output.traceback(traceback.format_exc().rstrip())
     return int(error.code)
 
 
@@ -194,8 +201,7 @@ def _last_words(code: ExitCode) -> None:
     error, muted = _muted(_stopped(code))
     if muted is not None:
         os._exit(muted)
-    if output.is_terminal("stderr"):
-        output.raw("\x1b[?25h")  # a bar hides the cursor
+    output.show_cursor()
     output.error(error)
     if error.code != code:  # another rank is the reason
         os._exit(error.code)
@@ -244,7 +250,7 @@ def _lost(code: int) -> int:
     """Returns the exit code for an answer that did not reach stdout: an error, unless a checkpoint stands."""
     what = f"the answer could not be written to standard output: {output.session.lost}"
     if output.session.done is not None:
-        output.raw(f"warning: {what}")
+        output.say(what, "warning", always=True)
         return code
     return code or _fail(ResourceError(what))
 

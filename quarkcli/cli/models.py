@@ -102,7 +102,7 @@ def infer(
         job.located(model), revision=revision, offline=offline, bare=True, tell=output.tell, allow_pickle=allow_pickle
     )
     for line in idle.of_model(source, revision=revision, allow_pickle=allow_pickle):
-        output.note(f"warning: {line}")
+        output.warning(f"{line}")
     text = family.to_yaml(*family.guess(source.config, source.headers))
     if to is None:
         output.data(text.rstrip("\n"))

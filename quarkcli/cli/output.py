@@ -1,5 +1,8 @@
 """Prints everything of the commands: data on stdout, all else on stderr. Rich is imported only for a terminal.
 
+What stands on stderr is text, JSON lines or text with GitHub's annotations (`session.format`); in JSON, no other line
+does. Messages below `session.level` are not shown.
+
 Colour follows NO_COLOR, then FORCE_COLOR, then TERM=dumb, then whether the stream is a terminal; no meaning is carried
 by colour alone. A reader that closes the pipe ends nothing: what follows goes to the null device. An answer that could
 not be written for another reason (a full disk) is kept in `session.lost`, and decides the exit code.
@@ -12,20 +15,26 @@ import math
 import os
 import re
 import sys
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, Literal, TextIO, get_args
 
-from quarkcli.errors import ExitCode, QuarkError
-from quarkcli.events import Event, Message
+from quarkcli.cli import github
+from quarkcli.errors import ExitCode, QuarkError, UsageError
+from quarkcli.events import Event, Level, Message
 
 Stream = Literal["stdout", "stderr"]
+Format = Literal["text", "json", "github"]
+FORMAT_VARIABLE = "QUARK_LOG_FORMAT"
+_RANK: dict[Level, int] = {"debug": 0, "info": 1, "warning": 2, "error": 3}
 ERROR_SCHEMA = "quark/error/1"
 # Control characters but line ends and tabs, and marks that change the direction of text.
 _STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
-_STOPS = {ExitCode.STOPPED, ExitCode.INTERRUPTED, ExitCode.TERMINATED}
+STOPS = {ExitCode.STOPPED, ExitCode.INTERRUPTED, ExitCode.TERMINATED}
 _CODES = {"bold": "1", "red": "31", "yellow": "33"}
 
 
@@ -33,17 +42,19 @@ _CODES = {"bold": "1", "red": "31", "yellow": "33"}
 class Session:
     """The settings of the command under way; the error handler reads them.
 
-    json     errors are JSON objects
+    format   what stands on stderr
+    level    messages below it are dropped
     debug    tracebacks are shown
-    quiet    notes are dropped
+    stderr   where our own lines go while descriptor 2 collects those of libraries; None: to sys.stderr
     partial  the directory in which a quantization works, once it is known
     done     the output that stands, whatever happens from here on
     lost     why a part of the answer did not reach stdout
     """
 
-    json: bool = False
+    format: Format = "text"
+    level: Level = "info"
     debug: bool = False
-    quiet: bool = False
+    stderr: TextIO | None = None
     partial: Path | None = None
     done: Path | None = None
     lost: str = ""
@@ -52,30 +63,65 @@ class Session:
 session = Session()
 
 
-def start(*, json: bool = False, debug: bool = False, quiet: bool = False) -> None:
-    """Begins a command. `debug` only adds to what the environment said."""
-    session.json, session.quiet = json, quiet
+def start(
+    *,
+    json: bool = False,
+    debug: bool = False,
+    quiet: bool = False,
+    log_format: Format | None = None,
+    log_level: Level = "info",
+) -> None:
+    """Begins a command. `debug` only adds to what the environment said; `log_format` None: as `json` asks.
+
+    Of `quiet` and `log_level` the one counts that shows less.
+    """
+    if log_format is not None or json:
+        session.format = log_format or "json"
+    session.level = max(log_level, "warning" if quiet else "debug", key=lambda level: _RANK[level])
     session.debug = session.debug or debug
-    if json or quiet or not is_terminal("stderr"):
-        _hush_libraries()
+    _hush_libraries(bars=session.format != "text" or not shows("info") or not is_terminal("stderr"))
 
 
-def _hush_libraries() -> None:
-    """Silences bars and chatter of the libraries, which are imported after this; a user's choice stays."""
-    for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):
+def shows(level: Level) -> bool:
+    """True when messages of a level are shown."""
+    return _RANK[level] >= _RANK[session.level]
+
+
+def _hush_libraries(bars: bool) -> None:
+    """Silences chatter, and bars, of the libraries, which are imported after this; a user's choice stays."""
+    for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS", "TQDM_DISABLE") if bars else ():
         os.environ.setdefault(name, "1")
-    for name in ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY"):
+    for name in ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY", "DATASETS_VERBOSITY"):
         os.environ.setdefault(name, "error")
 
 
 def reset(argv: Sequence[str]) -> None:
-    """Restores the state before any command; a wrong command line answers in JSON where it asked for JSON."""
-    session.json = "--json" in argv
+    """Restores the state before any command; a wrong command line is answered in the format that it asked for."""
+    session.format = _asked_format(argv)
+    session.level = "info"
     session.debug = os.environ.get("QUARK_DEBUG", "") not in {"", "0"}
-    session.quiet = False
     session.partial = session.done = None
     session.lost = ""
     _open_streams()
+
+
+def _asked_format(argv: Sequence[str]) -> Format:
+    """Returns the format of `--log-format`, else of `--json`, else of the environment."""
+    given = [word.partition("=")[2] for word in argv if word.startswith("--log-format=")]
+    given += [after for word, after in pairwise(argv) if word == "--log-format"]
+    given += ["json"] if "--json" in argv else []
+    known: tuple[Format, ...] = get_args(Format)
+    found = (form for name in [*given, os.environ.get(FORMAT_VARIABLE, "")] for form in known if form == name)
+    return next(found, "text")
+
+
+def check_environment() -> None:
+    """Raises UsageError for a value of the environment that means nothing."""
+    name = os.environ.get(FORMAT_VARIABLE, "")
+    if name and name not in get_args(Format):
+        raise UsageError(
+            f"unknown format '{name}'", where=FORMAT_VARIABLE, hint=f"one of {', '.join(get_args(Format))}"
+        )
 
 
 def _open_streams() -> None:
@@ -109,43 +155,85 @@ def json_data(value: Mapping[str, Any]) -> None:
     data(json.dumps(_plain(value), indent=2, ensure_ascii=False))
 
 
-def note(text: str, lead: str = "") -> None:
-    """Prints a line for people, on stderr; dropped with -q. `lead`: our own words before it, which may be painted."""
-    if not session.quiet:
-        _write("stderr", text, lead)
+def note(text: str) -> None:
+    """Prints a line for people, on stderr; dropped with -q."""
+    say(text)
+
+
+def warning(text: str) -> None:
+    """Prints a warning, on stderr; -q keeps it."""
+    say(text, "warning")
+
+
+def say(text: str, level: Level = "info", *, always: bool = False) -> None:
+    """Prints a message, on stderr. `always`: whatever the level is."""
+    if not (always or shows(level)):
+        return
+    if session.format == "json":
+        _json_line({"event": "message", "time": round(time.time(), 3), "text": text, "level": level})
+    elif session.format == "github" and level == "warning":
+        _write("stderr", github.command("warning", text))
+    elif level == "warning":
+        _write("stderr", text, paint("warning:", "yellow", "stderr"))
+    else:
+        _write("stderr", text if level != "debug" else f"debug: {text}")
 
 
 def tell(event: Event) -> None:
     """Prints the messages of what is no job: a listener."""
     if isinstance(event, Message):
-        note(event.text)
+        say(event.text, event.level, always=event.always)
 
 
-def event(kind: str, fields: Mapping[str, Any]) -> None:
-    """Prints one JSON object on one line of stderr (`--log-format json`); dropped with -q."""
-    note(json.dumps({"event": kind, **_plain(fields)}, ensure_ascii=False))
+def event(kind: str, fields: Mapping[str, Any], level: Level = "info") -> None:
+    """Prints one JSON object on one line of stderr."""
+    if shows(level):
+        _json_line({"event": kind, **fields})
+
+
+def _json_line(fields: Mapping[str, Any]) -> None:
+    _write("stderr", json.dumps(_plain(fields), ensure_ascii=False))
 
 
 def error(problem: QuarkError) -> None:
     """Prints an error on stderr: what and where, then the hint on a line of its own; or as JSON."""
-    if session.json:
+    if session.format == "json":
         text = {"what": problem.what, "where": problem.where, "hint": problem.hint}
-        _write("stderr", json.dumps({"schema": ERROR_SCHEMA, "code": int(problem.code), **text}, ensure_ascii=False))
+        _json_line({"schema": ERROR_SCHEMA, "event": "error", "code": int(problem.code), **text})
         return
-    word, colour = ("stopped", "yellow") if problem.code in _STOPS else ("error", "red")
+    stopped = problem.code in STOPS
+    if session.format == "github" and not stopped:
+        _write("stderr", github.command("error", "\n".join(filter(None, (str(problem), problem.hint)))))
+        return
+    word, colour = ("stopped", "yellow") if stopped else ("error", "red")
     _write("stderr", str(problem), paint(f"{word}:", colour, "stderr"))
     if problem.hint:
         _write("stderr", problem.hint, paint("hint:", "bold", "stderr"))
 
 
-def raw(text: str) -> None:
-    """Prints text on stderr whatever was asked for: tracebacks."""
-    _write("stderr", text)
+def summarize(markdown: str) -> None:
+    """Adds Markdown to the summary of a step of GitHub Actions, where there is one."""
+    if failure := github.summarize(markdown):
+        warning(failure)
+
+
+def traceback(text: str) -> None:
+    """Prints a traceback, on stderr, whatever the level is."""
+    if session.format == "json":
+        _json_line({"event": "traceback", "text": text})
+    else:
+        _write("stderr", text)
+
+
+def show_cursor() -> None:
+    """Brings back the cursor that a bar hides."""
+    if session.format != "json" and is_terminal("stderr"):
+        sys.stderr.write("\x1b[?25h")
 
 
 def _write(name: Stream, text: str, lead: str = "") -> None:
     text = " ".join(filter(None, (lead, shown(text))))
-    stream: TextIO = getattr(sys, name)
+    stream: TextIO = session.stderr if name == "stderr" and session.stderr is not None else getattr(sys, name)
     try:
         try:
             stream.write(text + "\n")

@@ -144,7 +144,7 @@ def show(prepared: Prepared, more: Iterable[str] = ()) -> None:
 def warn(prepared: Prepared) -> None:
     """Prints the warnings of a plan on stderr."""
     for warning in _warnings(prepared):
-        output.note(warning, output.paint("warning:", "yellow", "stderr"))
+        output.warning(warning)
 
 
 def _warnings(prepared: Prepared) -> list[str]:

@@ -12,27 +12,27 @@ import time
 from types import TracebackType
 from typing import Any, Literal
 
-from quarkcli.cli import output
+from quarkcli.cli import github, output
 from quarkcli.events import Event, Level, Message, PartDone, Phase, Working
 from quarkcli.report import log
+from quarkcli.report.alike import Alike
 
 Mode = Literal["auto", "bar", "lines", "none"]
 SILENCE = 9.0  # seconds without a line
-_RANK: dict[Level, int] = {"debug": 0, "info": 1, "warning": 2}
 
 
 class Progress:
-    """A listener for stderr, and a context that ends the bar.
+    """A listener for stderr, and a context that ends the bar. Format and least level are those of `output.session`.
+
+    Of messages that may be many and are alike the first is shown; at the end, how many there were.
 
     mode    auto: a bar on a terminal outside CI, else a line per part
-    level   messages below it are not shown
-    json    every event as one JSON object per line instead
     """
 
-    def __init__(self, mode: Mode = "auto", level: Level = "info", json: bool = False) -> None:
-        self.level = level
-        self.json = json
+    def __init__(self, mode: Mode = "auto") -> None:
         self.mode = _resolve(mode)
+        self._alike = Alike()
+        self._in_group = False
         self._bar: Any = None
         self._task: Any = None
         self._doing = "working"
@@ -43,7 +43,7 @@ class Progress:
 
     def __enter__(self) -> Progress:
         self._heartbeat.start()
-        if self.mode == "bar" and not self.json and not output.session.quiet:
+        if self.mode == "bar" and output.session.format == "text" and output.shows("info"):
             self._start_bar()
         return self
 
@@ -52,14 +52,21 @@ class Progress:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+        self._end_group()
+        for text in self._alike.counted():
+            output.warning(text)
 
     def __call__(self, event: Event) -> None:
-        if isinstance(event, Message) and _RANK[event.level] < _RANK[self.level]:
-            return
         with self._lock:
             self._note(event)
-            if not isinstance(event, Working) or self._bar is not None:
-                self._show(event)
+            event = self._folded(event)
+            self._show(event, _level(event))
+
+    def _folded(self, event: Event) -> Event:
+        """Returns a warning like one that was shown as a message for `--log-level debug`."""
+        if not isinstance(event, Message) or not event.many or self._alike.is_new(event.text):
+            return event
+        return Message(event.text, "debug")
 
     def _note(self, event: Event) -> None:
         """Remembers the current work, and the time of the last line."""
@@ -78,17 +85,32 @@ class Progress:
                 now = time.monotonic()
                 if now - self._spoke >= SILENCE and self._bar is None and not self._ended.is_set():
                     self._spoke = now
-                    self._show(Working(f"{self._doing} ({log.duration(now - self._since)})"))
+                    self._show(Working(f"{self._doing} ({log.duration(now - self._since)})"), "info")
 
-    def _show(self, event: Event) -> None:
-        if isinstance(event, Message) and event.always and output.session.quiet and not self.json:
-            output.raw(log.line(event))
-        elif self.json:
-            output.event(_KINDS[type(event)], {"time": round(time.time(), 3), **vars(event)})
-        elif self._bar is not None:
-            self._on_bar(event)
-        elif isinstance(event, Message) or self.mode != "none":
-            output.note(log.line(event))
+    def _show(self, event: Event, level: Level) -> None:
+        if self._bar is not None:
+            self._on_bar(event, level)
+        elif isinstance(event, Message):
+            output.tell(event)
+        elif self.mode == "none":
+            return
+        elif output.session.format == "json":
+            output.event(_KINDS[type(event)], {"time": round(time.time(), 3), **vars(event)}, level)
+        elif output.session.format == "github" and isinstance(event, Phase):
+            self._begin_group(event.name)
+        else:
+            output.say(event.what if isinstance(event, Working) and level == "debug" else log.line(event), level)
+
+    def _begin_group(self, name: str) -> None:
+        self._end_group()
+        if output.shows("info"):
+            self._in_group = True
+            output.note(github.command("group", name))
+
+    def _end_group(self) -> None:
+        if self._in_group:
+            self._in_group = False
+            output.note(github.command("endgroup"))
 
     def _start_bar(self) -> None:
         from rich.console import Console
@@ -108,10 +130,11 @@ class Progress:
         self._task = self._bar.add_task("resolve", total=None)
         self._bar.start()
 
-    def _on_bar(self, event: Event) -> None:
+    def _on_bar(self, event: Event, level: Level) -> None:
         match event:
             case Message():
-                self._bar.console.print(output.shown(log.line(event)), markup=False, soft_wrap=True)
+                if event.always or output.shows(level):
+                    self._bar.console.print(output.shown(log.line(event)), markup=False, soft_wrap=True)
             case Phase(name) | Working(name):
                 self._bar.update(self._task, description=output.shown(name))
             case PartDone():
@@ -119,7 +142,14 @@ class Progress:
                 self._bar.update(self._task, total=event.total, completed=event.index, description=output.shown(text))
 
 
-_KINDS: dict[type, str] = {Message: "message", Phase: "phase", PartDone: "part", Working: "working"}
+_KINDS: dict[type, str] = {Phase: "phase", PartDone: "part", Working: "working"}
+
+
+def _level(event: Event) -> Level:
+    """Returns the level of an event; what is told often is for `debug`."""
+    if isinstance(event, Message):
+        return event.level
+    return "debug" if isinstance(event, Working) else "info"
 
 
 def _resolve(mode: Mode) -> Mode:

@@ -9,6 +9,7 @@ import typer
 
 from quarkcli.cli import apps, output
 from quarkcli.cli.flags import Debug, Json, Quiet
+from quarkcli.cli.logflags import LogFormat, LogLevel
 
 SCHEMA = "quark/push/1"
 EXAMPLES = apps.examples(
@@ -26,6 +27,8 @@ def push(
     ] = False,
     json: Json = False,
     quiet: Quiet = False,
+    log_level: LogLevel = "info",
+    log_format: LogFormat = None,
     debug: Debug = False,
 ) -> None:
     """Upload a checkpoint to the hub.
@@ -33,7 +36,7 @@ def push(
     What 'quark verify' refuses is not sent (exit 8). One commit holds all files of the manifest, with the card; the
     token is that of HF_TOKEN or of 'hf auth login'.
     """
-    output.start(json=json, debug=debug, quiet=quiet)
+    output.start(json=json, debug=debug, quiet=quiet, log_format=log_format, log_level=log_level)
     from quarkcli.cli.progress import Progress
     from quarkcli.disk import push as pushing
     from quarkcli.disk.side_files import README
@@ -42,11 +45,11 @@ def push(
     folder = Path(directory)
     card = folder / README
     if not licence(card if card.is_file() else None):
-        output.note("warning: the card names no licence; the source model's applies, so add 'license:' to README.md")
+        output.warning("the card names no licence; the source model's applies, so add 'license:' to README.md")
     with Progress("lines") as progress:
         found = pushing.push(folder, repository, private=private, overwrite=overwrite, tell=progress)
     if overwrite and not found["removed"]:
-        output.note("warning: --overwrite is not used: the repository held nothing else")
+        output.warning("--overwrite is not used: the repository held nothing else")
     if json:
         output.json_data({"schema": SCHEMA, **found})
         return

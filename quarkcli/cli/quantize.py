@@ -14,7 +14,6 @@ from quarkcli.cli.flags import JobFlags, takes_job_flags
 from quarkcli.errors import UsageError
 
 if TYPE_CHECKING:
-    from quarkcli.cli.progress import Progress
     from quarkcli.job.options import Options, Prepared
     from quarkcli.job.rates import Rates
 
@@ -50,9 +49,7 @@ def quantize(flags: JobFlags, *, dry_run: DryRun = False) -> None:
     flags.start()
     options = flags.options()
     first = ranks.world()[0] == 0  # of several ranks, it speaks for all
-    with Progress(
-        flags.progress if first else "none", flags.log_level, first and flags.log_format == "json"
-    ) as progress:
+    with Progress(flags.progress if first else "none") as progress:
         made: list[Prepared] = []
 
         def planned(prepared: Prepared) -> None:
@@ -60,13 +57,13 @@ def quantize(flags: JobFlags, *, dry_run: DryRun = False) -> None:
             for one in prepared.every:
                 one.warnings += flags.idle(plan=False)
             output.session.partial = partial_path(prepared.output)
-            _announce(prepared, progress)
+            _announce(prepared)
 
         report = job.run(options, progress, planned, judge)
         if not report:  # the first of several ranks has it
             return
         output.session.done = made[0].output
-    _conclude(made[0], report, progress)
+    _conclude(made[0], report)
     if flags.json:
         output.json_data(report)
     else:
@@ -180,11 +177,11 @@ def _plan(
     planview.warn(prepared)
 
 
-def _announce(prepared: Prepared, progress: Progress) -> None:
+def _announce(prepared: Prepared) -> None:
     """Prints the plan's header before the work."""
     from quarkcli.cli import picture, planview
 
-    if progress.json:
+    if output.session.format == "json":
         brief = planview.as_json(prepared)
         del brief["entries"]
         output.event("plan", brief)
@@ -193,15 +190,18 @@ def _announce(prepared: Prepared, progress: Progress) -> None:
         output.note(line)
 
 
-def _conclude(prepared: Prepared, report: dict[str, Any], progress: Progress) -> None:
+def _conclude(prepared: Prepared, report: dict[str, Any]) -> None:
     from quarkcli.cli import summary
     from quarkcli.job import directories
 
     commands = _next(prepared)
-    if progress.json:
+    reports = directories.reports(prepared, report)
+    for one in reports.values():
+        output.summarize(summary.markdown(one))
+    if output.session.format == "json":
         output.event("done", {"output": str(prepared.output), "next": commands})
         return
-    for line in summary.lines(directories.reports(prepared, report), commands):
+    for line in summary.lines(reports, commands):
         output.note(line)
 
 

@@ -158,7 +158,7 @@ def validate(
     if resolved is not None:
         output.data(f"ok: {model}: {resolved['quantized']} of {resolved['modules']} modules quantized")
         for warning in resolved["warnings"]:
-            output.note(f"warning: {warning}")
+            output.warning(f"{warning}")
 
 
 def _against(path: Path, model: str, data: str | None) -> dict[str, Any]:

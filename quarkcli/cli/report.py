@@ -22,11 +22,12 @@ def report(
 
     Sizes, loss, what was kept and why, warnings, checks.
     """
-    output.start(json=json or form == "json")
+    json = json or form == "json"
+    output.start(json=json)
     from quarkcli.report.reading import read
 
     found = read(directory)
-    if output.session.json:
+    if json:
         output.json_data(found)
         return
     from quarkcli.cli import summary

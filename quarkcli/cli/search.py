@@ -94,7 +94,7 @@ def search(
     flags.start()
     names = [name.strip() for name in schemes.split(",")] if schemes is not None else []
     asked = Asked(flags.options(), names, recipe, budget, size, output, scores)
-    with Progress(flags.progress, flags.log_level, flags.log_format == "json") as progress:
+    with Progress(flags.progress) as progress:
         for line in flags.idle(plan=False):
             progress(Message(line, "warning"))
         found = run(asked, progress)

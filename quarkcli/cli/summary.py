@@ -70,7 +70,7 @@ def _facts(report: Mapping[str, Any], reports: Mapping[str, Mapping[str, Any]]) 
     """Returns rows of a report. `reports`: those of the same run in other dialects as well, by their directories."""
     size = report["size"]
     total = sum(size["bytes_by_dtype"].values()) or 1
-    shares = ", ".join(f"{dtype} {count / total:.1%}" for dtype, count in size["bytes_by_dtype"].items())
+    shares = ", ".join(f"{dtype} {_share(count / total)}" for dtype, count in size["bytes_by_dtype"].items() if count)
     gpu = f", GPU {output.size(report['peak_gpu_bytes'])}" if report["peak_gpu_bytes"] else ""
     return [
         *output.listed("modules", [f"{count} x {what}" for what, count in report["modules_by_scheme"].items()]),
@@ -87,6 +87,10 @@ def _facts(report: Mapping[str, Any], reports: Mapping[str, Mapping[str, Any]]) 
         ("peak", f"RAM {output.size(report['peak_rss_bytes'])}{gpu}"),
         ("time", f"{_time(report['seconds'])} on {report['device']}{_threads(report)}"),
     ]
+
+
+def _share(part: float) -> str:
+    return f"{part:.1%}" if part >= 0.0005 else "under 0.1%"
 
 
 def _size(size: Mapping[str, Any], path: str) -> str:

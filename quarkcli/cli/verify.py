@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from quarkcli.cli import apps, output
-from quarkcli.cli.flags import Debug, Json, Nonfinite, Pickle, Servers
+from quarkcli.cli import apps, github, output
+from quarkcli.cli.flags import Debug, Json, Nonfinite, Pickle, Quiet, Servers
+from quarkcli.cli.logflags import LogFormat, LogLevel
 from quarkcli.errors import UsageError
 
 EXAMPLES = apps.examples(
@@ -51,6 +52,9 @@ def verify(
     ] = None,
     allow_pickle: Pickle = False,
     json: Json = False,
+    quiet: Quiet = False,
+    log_level: LogLevel = "info",
+    log_format: LogFormat = None,
     debug: Debug = False,
 ) -> None:
     """Check a quantized checkpoint, of this program or another's.
@@ -58,7 +62,7 @@ def verify(
     Files against the manifest, names, shapes, scales, what is left out, the values of what was not quantized, what
     loads it, and with --source that no tensor is lost and no weight decoded wrong. Exit 8 when something is wrong.
     """
-    output.start(json=json, debug=debug)
+    output.start(json=json, debug=debug, quiet=quiet, log_format=log_format, log_level=log_level)
     from quarkcli.api import checkpoints
     from quarkcli.cli.progress import Progress
 
@@ -72,11 +76,17 @@ def verify(
             directory, source=source, target=target, tp=degrees_asked, min_sqnr=min_sqnr, on_nonfinite=on_nonfinite,
             hashes=hashes, allow_pickle=allow_pickle, listener=progress,
         )  # fmt: skip
+    _show(found, json)
+
+
+def _show(found: dict[str, Any], json: bool) -> None:
+    lines = [f"ok: {line}" for line in found["checks"]]
+    output.summarize(github.section(f"quark verify {found['directory']}", [f"- {line}" for line in lines]))
     if json:
         output.json_data(found)
         return
-    for line in found["checks"]:
-        output.data(f"ok: {line}")
+    for line in lines:
+        output.data(line)
 
 
 def _degrees(text: str | None) -> tuple[int, ...]:

@@ -49,7 +49,7 @@ def _ranked(rows: Sequence[Row], least: float | None, count: int) -> list[str]:
     """Returns a line about the worst of `count` weights, those first. Raises CheckError for those below the limit."""
     more = f"; {count - len(rows)} rewritten ones not compared" if count > len(rows) else ""
     if not rows:
-        return [f"signal to noise of 0 weights compared{more}"]
+        return [f"signal to noise of no weight compared{more}"]
     limit = BROKEN if least is None else least
     bad = [f"{row.name} ({decibels(row.sqnr)})" for row in rows if row.sqnr < limit]
     if bad:

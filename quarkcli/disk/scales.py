@@ -81,8 +81,10 @@ def check(
     return _compared(checkpoint, found, tell, served)
 
 
-def codes(checkpoint: Checkpoint, everything: bool | None, limit: int) -> str:
-    """Returns the check made of codes that are floats. Raises CheckError for NaN and infinity among them.
+def codes(checkpoint: Checkpoint, everything: bool | None, limit: int) -> list[str]:
+    """Returns the check made of codes that are floats, none where there are no such codes.
+
+    Raises CheckError for NaN and infinity among them.
 
     everything   read them all; None: when they are `limit` bytes at most
     """
@@ -91,11 +93,11 @@ def codes(checkpoint: Checkpoint, everything: bool | None, limit: int) -> str:
     names = [name for name in names if not is_scale(name) and has_floats(headers[name])]
     size = sum(headers[name].nbytes for name in names)
     if everything is False or (everything is None and size > limit):
-        return f"codes of {len(names)} weights not read ({size / 1e9:.0f} GB): --hashes"
+        return [f"codes of {len(names)} weights not read ({size / 1e9:.0f} GB): --hashes"] if names else []
     bad = [name for name in names if not is_finite(checkpoint.source, name)]
     if bad:
         raise CheckError(f"{len(bad)} weights have codes that are NaN or infinite: {some(bad)}")
-    return f"{len(names)} weights have floats for codes, all finite"
+    return [f"{len(names)} weights have floats for codes, all finite"] if names else []
 
 
 def _compared(checkpoint: Checkpoint, found: _Found, tell: Listener, served: bool) -> list[str]:
@@ -117,10 +119,9 @@ def _compared(checkpoint: Checkpoint, found: _Found, tell: Listener, served: boo
         tell(Message(f"{what}: servers take the largest for all experts of a layer ({some(own)})", "warning"))
     caches = len(checkpoint.view.attention)
     shared = sum(len(members) > 1 and name not in unequal for name, members in found.groups.items())
-    return [
-        f"scales of {len(targets)} weights and {caches} attentions finite and positive",
-        f"{shared} scale groups share their per-tensor scales",
-    ]
+    attention = f" and {caches} attentions" if caches else ""
+    checks = [f"scales of {len(targets)} weights{attention} finite and positive"]
+    return checks + ([f"{shared} scale groups share their per-tensor scales"] if shared else [])
 
 
 def _values(checkpoint: Checkpoint, tensor: str, known: dict[str, Values]) -> Values:

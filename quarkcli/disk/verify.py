@@ -144,8 +144,8 @@ def _contents(folder: Path, model: Source | None, asked: Asked, tell: Listener) 
         lambda: turned_inputs(checkpoint),
         lambda: parallel.check(degrees, layout.weights, view, source.headers, config),
         lambda: scales(checkpoint, tell=tell, target=asked.target),
-        lambda: [stored_scales.codes(checkpoint, asked.hashes, manifest.HASH_LIMIT)],
-        lambda: [kept_values(checkpoint, asked.on_nonfinite, tell)],
+        lambda: stored_scales.codes(checkpoint, asked.hashes, manifest.HASH_LIMIT),
+        lambda: kept_values(checkpoint, asked.on_nonfinite, tell),
         lambda: _served(checkpoint, layout, asked.target),
         lambda: _against_source(checkpoint, Checkpoint(model), asked.min_sqnr, tell) if model is not None else [],
     )
@@ -231,8 +231,11 @@ def _is_hadamard(source: Source, name: str) -> bool:
     return bool((found == np.where(odd, -1, 1)).all())
 
 
-def kept_values(checkpoint: Checkpoint, on_nonfinite: OnNonfinite, tell: Listener) -> str:
-    """Reads every tensor that is stored as it was. Raises CheckError for NaN or infinity in a parameter."""
+def kept_values(checkpoint: Checkpoint, on_nonfinite: OnNonfinite, tell: Listener) -> list[str]:
+    """Reads every tensor that is stored as it was. Returns the check made, none where there is no such tensor.
+
+    Raises CheckError for NaN or infinity in a parameter.
+    """
     found = NonFinite(checkpoint.singly.tensor_roles)
     names, size, source = checkpoint.copied(), 0, checkpoint.source
     for name in names:
@@ -249,7 +252,7 @@ def kept_values(checkpoint: Checkpoint, on_nonfinite: OnNonfinite, tell: Listene
     for text in nonfinite.warnings(found.parameters, found.others):
         tell(Message(text, "warning"))
     finite = len(names) - len(found.parameters) - len(found.others)
-    return f"values of {finite} of {len(names)} kept tensors finite ({size / 1e6:,.1f} MB read)"
+    return [f"values of {finite} of {len(names)} kept tensors finite ({size / 1e6:,.1f} MB read)"] if names else []
 
 
 def _against_manifest(folder: Path, hashes: bool | None) -> list[str]:

@@ -256,19 +256,6 @@ def _begin(
     tell(Phase("evaluate"))
 
 
-def check_gates(result: dict[str, Any], max_kl: float | None, max_ppl_increase: float | None) -> None:
-    """Raises CheckError (exit 8) when a gate fails. `max_ppl_increase` is a fraction: 0.03 for 3 %."""
-    if result["kl"] is None and (max_kl is not None or max_ppl_increase is not None):
-        raise UsageError("a gate needs a baseline to compare with", hint="--baseline SRC")
-    failed = []
-    if max_kl is not None and not result["kl"] <= max_kl:
-        failed.append(f"KL {result['kl']:.5f} is above {max_kl:g}")
-    if max_ppl_increase is not None and not result["perplexity_increase"] <= max_ppl_increase:
-        failed.append(f"perplexity rose by {result['perplexity_increase']:.2%}, more than {max_ppl_increase:.2%}")
-    if failed:
-        raise CheckError("; ".join(failed), where=result["directory"])
-
-
 def _check_baseline(config: Mapping[str, Any], baseline: Mapping[str, Any]) -> None:
     """Raises UsageError unless the same tokens mean the same to both."""
     for key in ("vocab_size", "num_hidden_layers"):

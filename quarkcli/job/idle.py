@@ -5,7 +5,7 @@ Flags about modules are looked at where the plan is resolved (`plan.flags`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from pathlib import Path
 
@@ -191,13 +191,12 @@ def _has_gpu() -> bool:
 
 def screen(*, progress: str, log_level: str, log_format: str, quiet: bool, plan: bool) -> list[str]:
     """Returns lines for flags about what a job shows while it runs."""
-    shown: Sequence[str] = [
-        name for name, on in (("--progress", progress != "auto"), ("--log-level", log_level != "info")) if on
-    ]
+    bar = [f"--progress {progress}"] if progress != "auto" else []
+    level = [f"--log-level {log_level}"] if log_level not in ("info", "warning", "error") else []
     if plan:
-        return [f"a plan shows no progress: {', '.join(shown)} not used"] if shown else []
+        return [f"a plan shows no progress: {bar[0]} not used"] if bar else []
     if quiet:
-        return [f"--quiet shows errors alone: {', '.join(shown)} not used"] if shown else []
-    if log_format == "json" and "--progress" in shown:
-        return [f"--log-format json shows every event: --progress {progress} not used"]
+        return [f"--quiet shows warnings and errors alone: {', '.join(bar + level)} not used"] if bar + level else []
+    if log_format == "json" and progress in ("bar", "lines"):
+        return [f"every event is a line of JSON: {bar[0]} not used"]
     return []

@@ -148,7 +148,7 @@ class PartWorker:
             self._said.lines.append(text)
             return
         self.warnings.append(text)
-        self.tell(Message(text, "warning"))
+        self.tell(Message(text, "warning", many=True))
 
     # -- statistics ----------------------------------------------------------------------------------------------
 

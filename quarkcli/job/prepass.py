@@ -9,6 +9,7 @@ from quarkcli.algorithms.base import Transform
 from quarkcli.events import Listener, Message
 from quarkcli.forward.group import Group
 from quarkcli.job.options import SKIP, Prepared
+from quarkcli.report.alike import folded
 
 if TYPE_CHECKING:
     from quarkcli.forward.data import CalibrationData
@@ -60,7 +61,8 @@ def _observed(
     rows = group.own(lanes(*data.tokens.shape))
     walk = Walk(runner, lambda: weights.read_many(names), data.tokens, data.mask, batch, tell, lanes=rows)
     walk.start()
-    guard = Guard(prepared.options.on_nonfinite == SKIP, lambda text: tell(Message(text, "warning")))
+    said: list[str] = []
+    guard = Guard(prepared.options.on_nonfinite == SKIP, said.append)
     found: dict[int, Statistics] = {}
     for part in plan.parts:
         if part.block is None:
@@ -73,4 +75,6 @@ def _observed(
         found[part.index], _ = walk.observe(part.block, new, advance=True)
         join(found[part.index])
         runner.unload_block(part.block)
+    for text in folded(said):
+        tell(Message(text, "warning"))
     return found

@@ -271,10 +271,10 @@ def _with_room(prepared: Prepared, group: Group) -> str:
 
 
 def _remember(warnings: list[str]) -> Listener:
-    """Returns a listener that collects warnings for the report."""
+    """Returns a listener that collects warnings for the report; those about parts are in their records."""
 
     def listen(event: Event) -> None:
-        if isinstance(event, Message) and event.level == "warning":
+        if isinstance(event, Message) and event.level == "warning" and not event.many:
             warnings.append(event.text)
 
     return listen

@@ -18,6 +18,7 @@ from quarkcli.plan.online import sentences
 from quarkcli.plan.sizes import expert_share
 from quarkcli.recipe.match import starred
 from quarkcli.report import losses
+from quarkcli.report.alike import folded
 from quarkcli.report.outcomes import outcomes
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def build(
     evaluation   see `job.judging.measured`
     """
     plan = prepared.plan
-    warnings = list(dict.fromkeys(prepared.warnings + [w for r in records.values() for w in r["warnings"]]))
+    of_parts = folded(warning for record in records.values() for warning in record["warnings"])
     return {
         "schema": SCHEMA,
         "quark_version": __version__,
@@ -80,7 +81,7 @@ def build(
         "split": split_tensors(plan),
         "tied_head": plan.tied_head,
         "side_files_left_out": [name for names in prepared.side_files.left_out.values() for name in names],
-        "warnings": warnings,
+        "warnings": list(dict.fromkeys([*prepared.warnings, *of_parts])),
         "checks": checks,
         "device": device,
         "threads": prepared.threads,

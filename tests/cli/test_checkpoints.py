@@ -136,7 +136,13 @@ def test_eval_shows_the_result_before_a_gate_fails(quark, monkeypatch, gates, co
     )
     answer = quark("eval", "d", "--baseline", "demo", "--tokens", "100", "--device", "cpu", "--json", *gates)
     assert answer.code == code
-    assert json.loads(answer.out) == RESULT
+    shown = json.loads(answer.out)
+    limits = shown.pop("limits")
+    assert shown == {**RESULT, "ok": code == 0}
+    names = {"max_kl": ("--max-kl", RESULT["kl"]), "max_ppl_increase": ("--max-ppl-increase", 0.03)}
+    assert [names[limit["name"]][0] for limit in limits] == [word for word in gates if word.startswith("--")]
+    assert all(limit["value"] == pytest.approx(names[limit["name"]][1]) for limit in limits)
+    assert [limit["passed"] for limit in limits] == [code == 0] * len(limits)
     assert (answer.err == "") == (code == 0)
     ((directory, given),) = calls
     assert directory == "d"

@@ -99,7 +99,6 @@ IDLE: dict[str, list[Case]] = {
     "allow_pickle": [((*FREE, "--allow-pickle"), 0, "has safetensors files")],
     "revision": [((*FREE, "--revision", "v2"), 0, "has no revisions")],
     "progress": [((*FREE, "--progress", "bar"), 0, "shows no progress")],
-    "log_level": [((*FREE, "--log-level", "debug"), 0, "shows no progress")],
 }  # fmt: skip
 ALWAYS = {
     "model": "what everything is about",
@@ -109,7 +108,8 @@ ALWAYS = {
     "json": "another form of the answer",
     "quiet": "fewer lines",
     "offline": "a promise that holds, whether or not the hub would be asked",
-    "log_format": "another form of errors",
+    "log_level": "fewer lines, or more",
+    "log_format": "another form of errors and warnings",
     "debug": "tracebacks",
 }
 
@@ -170,8 +170,6 @@ OTHERS: dict[str, dict[str, list[Case] | str]] = {
         "trust_remote_code": [((*SEARCH, "--trust-remote-code"), 0, "brings no code")],
         "allow_pickle": [((*SEARCH, "--allow-pickle"), 0, "has safetensors files")],
         "progress": "where the screen is",
-        "log_level": "what the screen shows",
-        "log_format": "another form of the log",
     },
     "eval": {
         "baseline": "it is compared with",
@@ -277,7 +275,7 @@ OTHERS: dict[str, dict[str, list[Case] | str]] = {
         "offline": "a promise that holds",
     },
 }
-SHOWN = {"json", "quiet", "debug"}  # how the answer of any command looks
+SHOWN = {"json", "quiet", "debug", "log_level", "log_format"}  # how the answer of any command looks
 
 
 def commands() -> Iterator[tuple[str, Any]]:

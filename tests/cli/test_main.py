@@ -133,6 +133,7 @@ def test_wrong_command_line_in_json(quark):
     assert out == ""
     assert json.loads(err) == {
         "schema": "quark/error/1",
+        "event": "error",
         "code": 2,
         "what": "Missing option '--model'",
         "where": "",
@@ -161,7 +162,7 @@ def test_errors_as_json(quark, monkeypatch):
     assert code == 3
     assert out == ""
     expected = {"code": 3, "what": "wrong", "where": "recipe.yaml:3", "hint": "do this"}
-    assert json.loads(err) == {"schema": "quark/error/1", **expected}
+    assert json.loads(err) == {"schema": "quark/error/1", "event": "error", **expected}
 
 
 def test_stopping_on_purpose_is_no_error(quark, monkeypatch):

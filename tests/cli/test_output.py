@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from quarkcli.cli import output
+from quarkcli.cli import github, output
+from quarkcli.errors import UsageError
 from tests.cli.conftest import HUSHED
 
 
@@ -90,10 +91,76 @@ def test_libraries_are_hushed_off_a_terminal_and_a_choice_stays(monkeypatch):
     assert os.environ["TRANSFORMERS_VERBOSITY"] == "info"
 
 
-def test_quiet_drops_notes_only(capsys):
-    output.start(quiet=True)
+@pytest.mark.parametrize(
+    ("settings", "shown"),
+    [
+        ({"log_level": "debug"}, ["debug: detail", "note", "warning: careful"]),
+        ({}, ["note", "warning: careful"]),
+        ({"log_level": "warning"}, ["warning: careful"]),
+        ({"quiet": True}, ["warning: careful"]),
+        ({"quiet": True, "log_level": "debug"}, ["warning: careful"]),
+        ({"quiet": True, "log_level": "error"}, []),
+    ],
+)
+def test_levels(capsys, settings, shown):
+    output.start(**settings)
+    output.say("detail", "debug")
     output.note("note")
+    output.warning("careful")
     output.data("data")
-    output.raw("raw")
+    output.error(UsageError("wrong", hint="right"))
+    output.traceback("where")
     out, err = capsys.readouterr()
-    assert (out, err) == ("data\n", "raw\n")
+    assert out == "data\n"
+    assert err.splitlines() == [*shown, "error: wrong", "hint: right", "where"]
+
+
+def test_json_holds_every_line_of_stderr(capsys):
+    output.start(json=True, log_level="debug")
+    output.say("detail", "debug")
+    output.note("note")
+    output.warning("careful")
+    output.event("plan", {"size": math.inf})
+    output.error(UsageError("wrong\nalso: this", where="here", hint="right"))
+    output.traceback("two\nlines")
+    rows = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert [row["event"] for row in rows] == ["message", "message", "message", "plan", "error", "traceback"]
+    assert [row.get("level") for row in rows] == ["debug", "info", "warning", None, None, None]
+    assert rows[4] | {"schema": "quark/error/1", "code": 2, "what": "wrong\nalso: this", "where": "here"} == rows[4]
+
+
+def test_github_annotations(capsys):
+    output.start(log_format="github")
+    output.note("note")
+    output.warning("100% sure")
+    output.error(UsageError("wrong", where="a:b", hint="right"))
+    assert capsys.readouterr().err.splitlines() == ["note", "::warning::100%25 sure", "::error::a:b: wrong%0Aright"]
+
+
+@pytest.mark.parametrize(
+    ("words", "variable", "form"),
+    [
+        ([], "", "text"),
+        (["--json"], "", "json"),
+        (["--log-format", "json"], "", "json"),
+        (["--log-format=github", "--json"], "", "github"),
+        (["--json"], "github", "json"),
+        ([], "github", "github"),
+        (["--log-format", "nonsense"], "", "text"),
+    ],
+)
+def test_a_wrong_command_line_is_answered_in_the_format_that_it_asks_for(monkeypatch, words, variable, form):
+    monkeypatch.setenv(output.FORMAT_VARIABLE, variable)
+    output.reset(words)
+    assert output.session.format == form
+
+
+def test_the_summary_of_a_step_is_appended(monkeypatch, tmp_path, capsys):
+    place = tmp_path / "summary.md"
+    monkeypatch.setenv(github.SUMMARY, str(place))
+    output.summarize(github.section("one", github.table([("a", "x|y"), ("", "z")])))
+    output.summarize("two")
+    assert place.read_text() == "### one\n\n| | |\n|---|---|\n| a | x\\|y |\n| a | z |\n\ntwo\n\n"
+    monkeypatch.setenv(github.SUMMARY, str(tmp_path / "no" / "summary.md"))
+    output.summarize("three")
+    assert "No such file" in capsys.readouterr().err

@@ -56,7 +56,7 @@ def test_errors_and_tables(capsys: pytest.CaptureFixture[str], monkeypatch: pyte
     output.reset([])
     monkeypatch.setenv("FORCE_COLOR", "1")
     output.error(ModelError(f"a{ESCAPE}", where=ESCAPE, hint=f"\x1b[31m{ESCAPE}"))
-    output.note(ESCAPE, output.paint("warning:", "yellow", "stderr"))
+    output.warning(ESCAPE)
     output.table(["A"], [[ESCAPE]])
     shown = capsys.readouterr()
     ours = re.sub("\x1b\\[(?:0|1|31|33)m", "", shown.out + shown.err, count=8)

@@ -15,7 +15,7 @@ from quarkcli.cli import main
 from quarkcli.disk import nonfinite
 from quarkcli.errors import CheckError, DataError, Stopped
 from quarkcli.evaluate import run as evaluation
-from quarkcli.evaluate.run import check_gates
+from quarkcli.evaluate.gates import check_gates
 from tests import runs
 
 NAN, INF = float("nan"), float("inf")

@@ -13,7 +13,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from quarkcli.errors import AccessError, CheckError, DataError, ModelError, UsageError
-from quarkcli.evaluate.run import check_gates, evaluate
+from quarkcli.evaluate.gates import check_gates
+from quarkcli.evaluate.run import evaluate
 from quarkcli.events import Event, Message, PartDone, silent
 from quarkcli.job import run as job
 from quarkcli.model.tokenizer import load_tokenizer

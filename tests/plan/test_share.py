@@ -111,7 +111,7 @@ def test_from_file_to_checkpoint(rows: str, equal: set[tuple[str, str]], tmp_pat
     checks = verify.directory(str(made.folder), tell=told.append)
     [warning] = [event.text for event in told if isinstance(event, Message) and event.level == "warning"]
     assert warning.startswith("8 scale groups do not share their per-tensor scales: servers keep one for each member")
-    assert "0 scale groups share their per-tensor scales" in checks
+    assert not any("share their" in check for check in checks)
 
 
 def test_two_levels_must_share(tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def test_two_levels_must_share(tmp_path: Path) -> None:
     assert any("'quark verify' refuses the checkpoint" in text for text in made.prepared.warnings)
     with pytest.raises(CheckError, match="8 scale groups do not share their per-tensor scales"):
         verify.directory(str(made.folder))
-    assert "0 scale groups share their per-tensor scales" in verify.directory(str(made.folder), target="none")
+    assert not any("share their" in check for check in verify.directory(str(made.folder), target="none"))
 
 
 def exactly(*groups: tuple[str, ...], layout: Any = LLAMA, scheme: str = "nvfp4") -> Plan:

@@ -1,0 +1,21 @@
+"""The flags about messages on stderr, of every command that works for a while."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from typer import Option
+
+LogLevel = Annotated[
+    Literal["debug", "info", "warning", "error"],
+    Option("--log-level", help="Show no message below this level; debug: also every step, and what libraries say."),
+]
+LogFormat = Annotated[
+    Literal["text", "json", "github"] | None,
+    Option(
+        "--log-format",
+        help="json: one object a line on stderr; github: annotations and groups of GitHub Actions. "
+        "[default: json with --json, else QUARK_LOG_FORMAT, else text]",
+        show_default=False,
+    ),
+]
