@@ -24,6 +24,7 @@ from quarkcli.forward.defaults import BUILTIN, builtin_texts
 from quarkcli.forward.documents import Conversation, Skipped, Unusable, document
 
 CHARACTERS = 64  # no text has more of them in a token, but for runs of spaces
+MIXED = 100_000  # characters of the built-in text that are read at least
 PATIENCE = 10_000  # rows that are read before it is said that none can be used
 
 
@@ -98,7 +99,7 @@ def load(
     prefix = tokenizer.prefix(bos)
     if len(prefix) >= seqlen:
         raise DataError(f"rows of {seqlen} tokens have no room behind {prefix}", hint="a larger --calib-seqlen")
-    budget = max(4_000_000, samples * seqlen * 16)
+    budget = _budget(source, samples * seqlen)
     found = _source(source, seed, offline, budget, skipped)
     stream, chats = _collect(found, column, tokenizer, samples, seqlen, bos, budget, skipped)
     rows = _windows(stream, prefix, seqlen) + chats
@@ -111,7 +112,7 @@ def load(
         rows = [rows[index] for index in chosen]
     wanted = -(-held // seqlen)
     if len(others) < wanted:  # the source is read on from where it was left
-        budget = max(4_000_000, wanted * seqlen * 16)
+        budget = _budget(source, wanted * seqlen)
         further, talks = _collect(found, column, tokenizer, wanted, seqlen, bos, budget, Skipped())
         others += _windows(further, prefix, seqlen) + talks
     others = others[:: max(1, len(others) // max(1, wanted))][:wanted]
@@ -129,6 +130,11 @@ def load(
     return CalibrationData(
         tokens, real, source, _digest(tokens, real), prefix, notes, dict(skipped.counts), scored, scored_mask
     )
+
+
+def _budget(source: str, tokens: int) -> int:
+    """Returns the characters that are read for some tokens. Of the built-in text, whose documents are mixed, fewer."""
+    return max(MIXED, tokens * 8) if source == BUILTIN else max(4_000_000, tokens * 16)
 
 
 def _windows(stream: list[int], prefix: list[int], seqlen: int) -> list[list[int]]:
@@ -257,6 +263,9 @@ def _rows(path: Path, seed: int, budget: int, skipped: Skipped) -> Iterator[file
 def _from_hub(name: str, seed: int, offline: bool) -> Iterator[files.Row]:
     import datasets
 
+    hint = "a local .jsonl, .parquet or .txt file, or --calib-data builtin"
+    if not offline:
+        _check_hub(name, hint)
     try:
         config = datasets.DownloadConfig(local_files_only=offline)
         rows = datasets.load_dataset(name, split="train", streaming=not offline, download_config=config)
@@ -265,5 +274,18 @@ def _from_hub(name: str, seed: int, offline: bool) -> Iterator[files.Row]:
             yield files.Row(row, f"row {number}")
     except Exception as error:  # datasets raises many kinds
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
-        hint = "a local .jsonl, .parquet or .txt file, or --calib-data builtin"
         raise AccessError(f"data set cannot be loaded: {text}", where=name, hint=hint) from error
+
+
+def _check_hub(name: str, hint: str) -> None:
+    """Raises AccessError where the hub cannot be reached: `datasets` would try for half a minute."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    try:
+        HfApi().dataset_info(name, timeout=5)
+    except (HfHubHTTPError, OfflineModeIsEnabled):  # the hub answered, or is not to be asked: `datasets` knows more
+        return
+    except Exception as error:  # of the network; their kinds differ by release
+        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise AccessError(f"the hub cannot be reached: {text}", where=name, hint=hint) from error

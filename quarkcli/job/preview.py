@@ -27,9 +27,9 @@ def sources() -> list[dict[str, str]]:
     size = sum(map(len, texts))
     suffixes = ", ".join(suffix for suffix, kind in KINDS.items() if kind != "text")
     plain = ", ".join(suffix for suffix, kind in KINDS.items() if kind == "text")
-    offline = f"Python's own reference, shipped with every interpreter: {len(texts)} texts, {size:,} characters"
+    offline = f"documentation of Python 3.11, which comes with quark: {len(texts)} texts, {size:,} characters"
     return [
-        {"name": BUILTIN, "kind": "built-in", "what": f"{offline}; one topic in five is held out for 'quark eval'"},
+        {"name": BUILTIN, "kind": "built-in", "what": f"{offline}; one page in five is held out for 'quark eval'"},
         {"name": DEFAULT_HUB, "kind": "hub", "what": "used where nothing is named and the hub can be reached"},
         {"name": "ORG/NAME", "kind": "hub", "what": "any data set of the hub; the split train, shuffled by the seed"},
         {"name": suffixes, "kind": "file", "what": f"a row per line or record, such as {EXAMPLE}; also .gz"},

@@ -13,6 +13,7 @@ import torch
 
 from quarkcli.errors import AccessError, DataError
 from quarkcli.forward import data
+from quarkcli.job.run import EMBEDDED
 from quarkcli.model.tokenizer import Tokenizer, load_tokenizer
 from tests import runs
 
@@ -224,3 +225,23 @@ def test_the_tokenizer_beside_a_model_is_the_same(tokens: Tokenizer, tmp_path: P
     assert (
         load(tmp_path / "a.txt", load_tokenizer(tmp_path / "model")).digest == load(tmp_path / "a.txt", tokens).digest
     )
+
+
+def test_the_built_in_text_is_the_same_everywhere_and_enough() -> None:
+    """Its bytes, that no page is in both parts, and 512 rows of 512 tokens with the embedded model's tokenizer."""
+    import gzip
+    import hashlib
+
+    from quarkcli.forward import defaults
+
+    text = gzip.decompress(defaults.FILE.read_bytes())
+    assert hashlib.sha256(text).hexdigest() == "7eb66df6acf21bdc1e3259199674545becb34758902f5ea74db564b45756347d"
+    assert len(text) > 1_500_000
+    assert "PSF is making Python available to Licensee" in defaults.FILE.with_name("LICENSE.txt").read_text()
+    used, held = (set(defaults.builtin_texts(held_out=out)) for out in (False, True))
+    assert not used & held
+    assert len(used) > 3 * len(held) > 300
+    found = data.load("builtin", load_tokenizer(EMBEDDED), samples=512, seqlen=512, seed=0, held=4096)
+    assert found.tokens.shape == (512, 512)
+    assert found.held is not None and found.held.numel() >= 4096
+    assert found.notes == []
