@@ -3,8 +3,8 @@
 apt-get download python3.11-doc=3.11.2-6+deb12u8
 python -m tests.docs.builtin_text python3.11-doc_3.11.2-6+deb12u8_all.deb
 
-Pages are cut at blank lines into documents of some thousand characters, and stand in an order that mixes them, so that a
-beginning of the file is a sample of it. The licence is the package's copyright file.
+Pages are cut at blank lines into documents of some thousand characters, and stand in an order that mixes them, so that
+a beginning of the file is a sample of it. The licence is the package's copyright file.
 """
 
 from __future__ import annotations
