@@ -1,4 +1,5 @@
 from quarkcli.api.checkpoints import compare, convert, inspect, verify
+from quarkcli.api.evaluation import evaluate
 from quarkcli.api.notebook import NotebookProgress
 from quarkcli.api.options import RunOptions
 from quarkcli.api.quant_cfg import (
@@ -36,6 +37,7 @@ __all__ = [
     "disable_quantizer",
     "enable_quantizer",
     "estimate_quant_compression",
+    "evaluate",
     "find_quant_cfg_entry_by_path",
     "inspect",
     "load_recipe",

@@ -40,7 +40,7 @@ forward
 disk
 report
 job
-evaluate
+evaluation
 search
 api
 cli
@@ -88,7 +88,7 @@ WITH_TORCH = {
     "quarkcli.job.staging",
     "quarkcli.job.served", "quarkcli.job.probe", "quarkcli.job.packing", "quarkcli.job.pieces", "quarkcli.job.part",
     "quarkcli.job.pipeline",
-    "quarkcli.evaluate.run", "quarkcli.evaluate.windows", "quarkcli.evaluate.after",
+    "quarkcli.evaluation.run", "quarkcli.evaluation.windows", "quarkcli.evaluation.after",
     "quarkcli.search.losses", "quarkcli.search.quantizing", "quarkcli.search.states",
 }  # fmt: skip
 NOUN_CLAUSE = {"What", "Which", "Where", "How", "Whether", "When", "That"}

@@ -20,7 +20,7 @@ from transformers.models.llama import modeling_llama
 from quarkcli.disk.checkpoint import Checkpoint
 from quarkcli.disk.source import Source
 from quarkcli.errors import DataError, Stopped
-from quarkcli.evaluate.run import evaluate
+from quarkcli.evaluation.run import evaluate
 from quarkcli.job import run as job
 from quarkcli.model.runner import Runner
 from quarkcli.model.tokenizer import load_tokenizer

@@ -42,7 +42,7 @@ def evaluate(
 
     Raises CheckError above a limit, and for NaN; QuarkError for what cannot be measured.
     """
-    from quarkcli.evaluate import gates, run
+    from quarkcli.evaluation import gates, run
 
     if baseline is None and (max_kl is not None or max_ppl_increase is not None):
         raise UsageError("max_kl and max_ppl_increase compare with a baseline", hint="baseline=DIR_OR_ID")

@@ -22,7 +22,7 @@ from typing import Any, Unpack
 from quarkcli.api.options import RunOptions
 from quarkcli.api.results import Report
 from quarkcli.errors import ConfigError, QuarkError, UsageError
-from quarkcli.evaluate import judge
+from quarkcli.evaluation import judge
 from quarkcli.events import Listener, silent
 from quarkcli.job import run as job
 from quarkcli.job.options import Options

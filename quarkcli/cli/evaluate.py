@@ -93,7 +93,7 @@ def evaluate(
     output.start(json=json, debug=debug, quiet=quiet, log_format=log_format, log_level=log_level)
     _check_gates_have_baseline(baseline, max_kl, max_ppl_increase)
     from quarkcli.cli.progress import Progress
-    from quarkcli.evaluate import gates, run
+    from quarkcli.evaluation import gates, run
     from quarkcli.job import device as devices
     from quarkcli.job import run as job
 

@@ -43,7 +43,7 @@ def quantize(flags: JobFlags, *, dry_run: DryRun = False) -> None:
         return
     from quarkcli.cli.progress import Progress
     from quarkcli.disk.writer import partial_path
-    from quarkcli.evaluate import judge
+    from quarkcli.evaluation import judge
     from quarkcli.job import run as job
 
     flags.start()

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from quarkcli.disk.checkpoint import Checkpoint
 from quarkcli.disk.source import Source
-from quarkcli.evaluate.run import evaluate
+from quarkcli.evaluation.run import evaluate
 from quarkcli.events import Event, PartDone
 from quarkcli.job import run as job
 from tests import runs

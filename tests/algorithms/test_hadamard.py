@@ -19,7 +19,7 @@ from quarkcli.disk.checkpoint import Checkpoint
 from quarkcli.disk.journal import Journal
 from quarkcli.disk.source import Source
 from quarkcli.errors import CheckError, ConfigError, ModelError
-from quarkcli.evaluate.run import evaluate
+from quarkcli.evaluation.run import evaluate
 from quarkcli.forward.walk import SERVED, Walk
 from quarkcli.job import preflight
 from quarkcli.job import run as job

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from quarkcli import algorithms
 from quarkcli.errors import ConfigError
-from quarkcli.evaluate.run import evaluate
+from quarkcli.evaluation.run import evaluate
 from tests import runs
 from tests.algorithms import turning
 from tests.algorithms.rewriting import ROWS

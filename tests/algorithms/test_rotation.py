@@ -12,7 +12,7 @@ from torch import Tensor
 
 from quarkcli.algorithms import rotation
 from quarkcli.errors import ConfigError
-from quarkcli.evaluate.run import evaluate
+from quarkcli.evaluation.run import evaluate
 from tests import runs
 from tests.algorithms import turning
 from tests.algorithms.test_permutation import recipe

@@ -17,7 +17,7 @@ from quarkcli import algorithms
 from quarkcli.algorithms.base import Refiner, Transform
 from quarkcli.disk.checkpoint import Checkpoint
 from quarkcli.disk.source import Source
-from quarkcli.evaluate.run import evaluate
+from quarkcli.evaluation.run import evaluate
 from quarkcli.job import run as job
 from quarkcli.plan.model import Added, Changes, Fate
 from tests import runs

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from quarkcli.disk.checkpoint import Checkpoint
 from quarkcli.disk.source import Source
-from quarkcli.evaluate.run import _divergence, _log_probabilities, _Side
-from quarkcli.evaluate.windows import windows
+from quarkcli.evaluation.run import _divergence, _log_probabilities, _Side
+from quarkcli.evaluation.windows import windows
 from quarkcli.events import silent
 from quarkcli.model.tokenizer import load_tokenizer
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import yaml
 
-from quarkcli.evaluate.run import evaluate
+from quarkcli.evaluation.run import evaluate
 from quarkcli.events import silent
 from quarkcli.job.options import Options
 from quarkcli.job.run import EMBEDDED, run

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from quarkcli.evaluate.run import evaluate
+from quarkcli.evaluation.run import evaluate
 from quarkcli.events import silent
 from tests import runs
 from tests.bench import page, table

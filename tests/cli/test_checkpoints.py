@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import quarkcli
-from quarkcli.evaluate import run as evaluation
+from quarkcli.evaluation import run as evaluation
 from quarkcli.job import run as job
 
 

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from quarkcli.evaluate.run import evaluate
-from quarkcli.evaluate.windows import windows
+from quarkcli.evaluation.run import evaluate
+from quarkcli.evaluation.windows import windows
 from quarkcli.events import silent
 from quarkcli.model.tokenizer import load_tokenizer
 from tests import runs

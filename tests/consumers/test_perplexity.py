@@ -10,7 +10,7 @@ import torch
 from compressed_tensors.transform import TransformConfig, apply_transform_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from quarkcli.evaluate.run import evaluate
+from quarkcli.evaluation.run import evaluate
 from quarkcli.events import silent
 from quarkcli.job import run as job
 from tests import runs

@@ -9,7 +9,7 @@ import torch
 from quarkcli.disk import verify
 from quarkcli.disk.checkpoint import Checkpoint
 from quarkcli.disk.source import Source
-from quarkcli.evaluate.run import evaluate
+from quarkcli.evaluation.run import evaluate
 from quarkcli.events import silent
 from tests import runs
 

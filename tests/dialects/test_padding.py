@@ -15,7 +15,7 @@ from quarkcli.dialects import AUTO
 from quarkcli.disk.checkpoint import Checkpoint
 from quarkcli.disk.source import Source
 from quarkcli.errors import ConfigError, ModelError
-from quarkcli.evaluate.run import evaluate
+from quarkcli.evaluation.run import evaluate
 from quarkcli.numerics.quantize import dequantize, quantize
 from tests import runs
 

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from quarkcli.cli import main
 from quarkcli.disk import nonfinite
 from quarkcli.errors import CheckError, DataError, Stopped
-from quarkcli.evaluate import run as evaluation
-from quarkcli.evaluate.gates import check_gates
+from quarkcli.evaluation import run as evaluation
+from quarkcli.evaluation.gates import check_gates
 from tests import runs
 
 NAN, INF = float("nan"), float("inf")

@@ -11,7 +11,6 @@ from tests.docs import commands, readme
 from tests.docs.commands import PAGES, Block
 
 RUNNING = [page for page in PAGES if commands.scripts(page) and page != readme.PAGE]
-SOON = {"choosing.md"}  # what the normal run runs; the others take a minute together
 
 
 def page_name(page: Path) -> str:
@@ -55,9 +54,8 @@ def test_commands_are_found() -> None:
         commands.parse(["recipes", "show", "x", "--resolvd"])
 
 
-@pytest.mark.parametrize(
-    "page", [pytest.param(p, marks=() if p.name in SOON else pytest.mark.slow, id=p.name) for p in RUNNING]
-)
+@pytest.mark.slow  # a minute; README.md is in the normal run, below
+@pytest.mark.parametrize("page", RUNNING, ids=page_name)
 def test_every_sh_block_runs(page: Path, tmp_path: Path) -> None:
     (tmp_path / "home").mkdir()
     for block in commands.scripts(page):

@@ -21,12 +21,30 @@ def test_the_recipe_reference_is_fresh() -> None:
 
 def test_every_page_is_linked_from_the_readme() -> None:
     readme = (PAGE.parents[1] / "README.md").read_text(encoding="utf-8")
-    assert not [page.name for page in PAGE.parent.glob("*.md") if f"`docs/{page.name}`" not in readme]
+    assert not [page.name for page in PAGE.parent.glob("*.md") if f"(docs/{page.name})" not in readme]
 
 
-def test_every_scheme_is_in_the_readme() -> None:
-    readme = (PAGE.parents[1] / "README.md").read_text(encoding="utf-8")
-    assert not [name for name in catalog.files("schemes") if f"`{name}`" not in readme]
+def test_every_scheme_is_on_its_page() -> None:
+    page = (PAGE.parent / "choosing.md").read_text(encoding="utf-8")
+    assert not [name for name in catalog.files("schemes") if f"`{name}`" not in page]
+
+
+def test_every_link_leads_somewhere() -> None:
+    """Links to files and to headings of pages, from README.md and docs/."""
+    wrong = []
+    for source in [PAGE.parents[1] / "README.md", *PAGE.parent.rglob("*.md")]:
+        for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", source.read_text(encoding="utf-8")):
+            file, _, heading = target.partition("#")
+            there = source.parent / file if file else source
+            if not there.exists() or (heading and heading not in _headings(there)):
+                wrong.append(f"{source.name}: {target}")
+    assert not wrong
+
+
+def _headings(page: Path) -> set[str]:
+    """The names that a forge gives the headings of a page."""
+    found = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^a-z0-9_ -]", "", heading.lower()).replace(" ", "-") for heading in found}
 
 
 def test_the_models_page_names_every_family_and_every_model_that_is_run() -> None:

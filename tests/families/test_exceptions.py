@@ -16,7 +16,7 @@ from quarkcli.disk.checkpoint import Checkpoint
 from quarkcli.disk.compare import compare
 from quarkcli.disk.source import Source
 from quarkcli.errors import CheckError, ModelError
-from quarkcli.evaluate.run import evaluate
+from quarkcli.evaluation.run import evaluate
 from quarkcli.events import Message, silent
 from tests import runs
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from quarkcli.disk import verify
 from quarkcli.errors import ModelError
-from quarkcli.evaluate.run import evaluate
+from quarkcli.evaluation.run import evaluate
 from quarkcli.events import silent
 from tests import runs
 from tests.families import models

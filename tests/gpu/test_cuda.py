@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from quarkcli.evaluate.run import evaluate
+from quarkcli.evaluation.run import evaluate
 from quarkcli.events import silent
 from quarkcli.job.run import EMBEDDED, Options, run
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from quarkcli.api.run import quantize
 from quarkcli.errors import DataError, ModelError
-from quarkcli.evaluate.run import evaluate
+from quarkcli.evaluation.run import evaluate
 from quarkcli.events import silent
 from quarkcli.forward import data
 from quarkcli.job import judging

@@ -17,7 +17,7 @@ from quarkcli.cli import main, planview, summary
 from quarkcli.disk.checkpoint import Checkpoint
 from quarkcli.disk.source import Source
 from quarkcli.errors import ModelError, QuarkError
-from quarkcli.evaluate.run import evaluate
+from quarkcli.evaluation.run import evaluate
 from quarkcli.family import without_quantization
 from quarkcli.recipe import catalog
 from tests import runs

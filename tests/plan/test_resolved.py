@@ -11,7 +11,7 @@ import yaml
 
 from quarkcli.disk import verify
 from quarkcli.errors import ConfigError
-from quarkcli.evaluate.run import evaluate
+from quarkcli.evaluation.run import evaluate
 from quarkcli.events import silent
 from quarkcli.job import finish
 from quarkcli.plan.model import Plan

@@ -22,8 +22,8 @@ from typing import Any
 
 from quarkcli.disk.checkpoint import Checkpoint
 from quarkcli.disk.source import Source
-from quarkcli.evaluate.run import evaluate
-from quarkcli.evaluate.windows import windows
+from quarkcli.evaluation.run import evaluate
+from quarkcli.evaluation.windows import windows
 from quarkcli.events import silent
 from quarkcli.model.tokenizer import load_tokenizer
 from tests import runs

@@ -30,7 +30,7 @@ from quarkcli.numerics.finite import is_finite
 from quarkcli.threads import default, limited
 
 if TYPE_CHECKING:
-    from quarkcli.evaluate.windows import Windows
+    from quarkcli.evaluation.windows import Windows
 
 SCHEMA = "quark/eval/1"
 BATCH = 2048  # tokens in one forward
@@ -157,7 +157,7 @@ def evaluate(
     dtype         of the computation: float32, bfloat16; auto: float32 on a CPU, bfloat16 on a GPU
     Returns the result (schema `quark/eval/1`); KL is per token, in nats, of the source against the quantized model.
     """
-    from quarkcli.evaluate import windows
+    from quarkcli.evaluation import windows
     from quarkcli.job import device as devices
     from quarkcli.model.tokenizer import load_tokenizer
 

@@ -10,9 +10,9 @@ from quarkcli import family
 from quarkcli.disk.checkpoint import Checkpoint
 from quarkcli.disk.nonfinite import OnNonfinite
 from quarkcli.disk.source import Source
-from quarkcli.evaluate import windows
-from quarkcli.evaluate.run import BATCH, scored
-from quarkcli.evaluate.windows import Windows
+from quarkcli.evaluation import windows
+from quarkcli.evaluation.run import BATCH, scored
+from quarkcli.evaluation.windows import Windows
 from quarkcli.events import Event, Listener, PartDone, Phase
 from quarkcli.forward.data import CalibrationData
 from quarkcli.job import judging, preflight

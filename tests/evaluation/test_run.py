@@ -13,8 +13,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from quarkcli.errors import AccessError, CheckError, DataError, ModelError, UsageError
-from quarkcli.evaluate.gates import check_gates
-from quarkcli.evaluate.run import evaluate
+from quarkcli.evaluation.gates import check_gates
+from quarkcli.evaluation.run import evaluate
 from quarkcli.events import Event, Message, PartDone, silent
 from quarkcli.job import run as job
 from quarkcli.model.tokenizer import load_tokenizer

@@ -5,6 +5,6 @@ from typing import Any
 
 def judge(*given: Any) -> dict[str, Any]:
     """Does as `after.measure`, which needs torch: a `job.judging.Judge`."""
-    from quarkcli.evaluate import after
+    from quarkcli.evaluation import after
 
     return after.measure(*given)
