@@ -47,7 +47,7 @@ def convert(
 
     if overwrite and output_state(to_output) in ("absent", "empty"):
         output.warning(f"--overwrite is not used: there is nothing in {to_output}")
-    source = Source.open(directory, allow_pickle=allow_pickle)
+    source = Source.open(directory, allow_pickle=allow_pickle, local=True)
     if allow_pickle and not source.pickled:
         output.warning(f"{pickles.UNUSED}")
     with Progress("lines") as progress:

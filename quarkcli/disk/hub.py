@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import importlib
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ IGNORED = [f"*{suffix}" for suffix in PICKLES + OTHER_WEIGHTS] + ["original/*", 
 TRIES = 6
 LONGEST = 300.0  # seconds that one wait may take; the hub's limits count requests of five minutes
 PARTIAL = 206
+_FIRST = 10.0  # seconds for the first answer
 _TOO_MANY = 429
 _BUSY = {408, _TOO_MANY, 500, 502, 503, 504}
 T = TypeVar("T")
@@ -29,6 +31,19 @@ def is_offline(offline: bool = False) -> bool:
     from huggingface_hub import constants
 
     return offline or bool(constants.HF_HUB_OFFLINE)
+
+
+def answers() -> bool:
+    """True when the hub answers at all: two tries, where its client would go on for half a minute."""
+    from huggingface_hub import constants, utils
+
+    for wait in (1.0, 0.0):
+        try:
+            utils.get_session().head(constants.ENDPOINT, timeout=_FIRST)
+            return True
+        except _broken():
+            time.sleep(wait)
+    return False
 
 
 def download(hub_id: str, revision: str, offline: bool) -> Path:

@@ -62,6 +62,9 @@ class Remote:
         from huggingface_hub import errors, utils
 
         with hub.refusals(hub_id, revision):
+            if not hub.answers():
+                api.hf_hub_download(hub_id, CONFIG, revision=revision, local_files_only=True)
+                return None
             try:
                 config = Path(api.hf_hub_download(hub_id, CONFIG, revision=revision))
             except errors.RemoteEntryNotFoundError as error:

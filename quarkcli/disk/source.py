@@ -112,7 +112,7 @@ class Source:
             raise unreadable(Path(error.filename or path), error) from error
         if exists:
             raise AccessError("is a file; give the directory that holds config.json", where=path_or_id)
-        if local or not _HUB_ID.fullmatch(path_or_id):
+        if local or not _is_hub_id(path_or_id):
             raise AccessError("no such directory", where=path_or_id)
         ranged = (bare or allow_pickle) and not hub.is_offline(offline)
         remote = Remote.open(path_or_id, revision, kept, tell) if ranged else None
@@ -188,6 +188,12 @@ class Source:
         """Returns the sha256 over all headers and file sizes; part of the resume fingerprint."""
         facts = [[list(vars(header).values()) for header in self.headers.values()], self.files]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _is_hub_id(name: str) -> bool:
+    """True for what may be a name on the hub, and is no path: `out/demo` is one where there is a directory `out`."""
+    organisation, slash, _ = name.partition("/")
+    return bool(_HUB_ID.fullmatch(name)) and not (slash and Path(organisation).is_dir())
 
 
 def _open_folder(

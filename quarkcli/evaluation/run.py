@@ -222,7 +222,8 @@ def _open(
     directory: str, baseline: str | None, tell: Listener, allow_pickle: bool
 ) -> tuple[Checkpoint, Checkpoint | None]:
     tell(Working("opening the models"))
-    sources = [Source.open(name, allow_pickle=allow_pickle) for name in (directory, baseline) if name is not None]
+    sources = [Source.open(directory, allow_pickle=allow_pickle, local=True)]
+    sources += [Source.open(baseline, allow_pickle=allow_pickle)] if baseline is not None else []
     if allow_pickle and not any(source.pickled for source in sources):
         tell(Message(pickles.UNUSED, "warning"))
     checkpoint, *references = map(Checkpoint, sources)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from quarkcli.disk import hub as hubs
 from quarkcli.disk.headers import INDEX, SINGLE
 from quarkcli.disk.source import Source
 from quarkcli.errors import AccessError, ModelError
+from quarkcli.forward import data
 from quarkcli.job import run as job
 from quarkcli.job.options import Options
 from tests import runs
@@ -141,8 +143,47 @@ def test_a_cache_that_lacks_weights(hub, sharded, tmp_path, monkeypatch):
     hub.take(monkeypatch, tmp_path / "single")
     hub.files = {"config.json": hub.files["config.json"], SINGLE: hub.files["model-00001-of-00003.safetensors"]}
     assert list(Source.open(NAME, bare=True).files) == [SINGLE]
-    with pytest.raises(AccessError, match=r"and the hub was not reached$"):
+    with pytest.raises(AccessError, match=r"(?m)and the hub was not reached$"):
         Source.open(NAME, bare=True, offline=True)
+
+
+# ---- out of reach
+
+
+@pytest.fixture
+def nowhere(tmp_path, monkeypatch) -> Hub:
+    """A hub that gives no answer: nothing listens."""
+    with started() as found:
+        pass
+    found.take(monkeypatch, tmp_path)
+    return found
+
+
+@pytest.mark.parametrize("bare", [True, False])
+def test_a_hub_that_cannot_be_reached_is_said_soon(nowhere, bare):
+    begun = time.monotonic()
+    with pytest.raises(AccessError, match="no such directory, and the hub cannot be reached"):
+        Source.open(NAME, bare=bare)
+    assert time.monotonic() - begun < 5  # the hub's own client tries for half a minute
+
+
+def test_a_data_set_of_a_hub_that_cannot_be_reached_is_said_soon(nowhere):
+    begun = time.monotonic()
+    with pytest.raises(AccessError, match="the hub cannot be reached"):
+        list(data._from_hub(NAME, 0, offline=False))
+    assert time.monotonic() - begun < 5
+
+
+def test_a_path_is_not_asked_of_the_hub(hub, tmp_path, monkeypatch):
+    """What begins with a directory that is here, or cannot be a name on the hub, is a path."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()
+    hub.take(monkeypatch, tmp_path)
+    for name in ("out/demo", "./demo", "../demo", "a/b/c", "/demo", "out/no/"):
+        with pytest.raises(AccessError) as caught:
+            Source.open(name, bare=True)
+        assert caught.value.what == "no such directory"
+    assert hub.calls == []
 
 
 # ---- refused

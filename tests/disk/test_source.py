@@ -262,7 +262,7 @@ def test_directories_that_are_no_models(model: Path, tmp_path: Path) -> None:
 def test_only_pickle_files_are_named(model: Path) -> None:
     for index in range(7):
         (model / f"pytorch_model-{index}.bin").touch()
-    with pytest.raises(ModelError, match=r"pytorch_model-0\.bin, .*\.\.\.$") as caught:
+    with pytest.raises(ModelError, match=r"(?m)pytorch_model-0\.bin, .*\.\.\.$") as caught:
         Source.open(str(model))
     assert "foreign code" in caught.value.what
     assert "convert it to safetensors" in caught.value.hint
