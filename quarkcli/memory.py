@@ -32,12 +32,25 @@ def peak_rss() -> int:
     Linux keeps `ru_maxrss` over an exec: a run started from a large process would report its parent's. `VmHWM` is
     of this program alone.
     """
-    if _STATUS.exists():
-        fields = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
-        if "VmHWM" in fields:
-            return int(fields["VmHWM"].split()[0]) * 1024
+    known = _of_status("VmHWM")
+    if known is not None:
+        return known
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def rss() -> int:
+    """Returns the resident bytes of this process; its peak where the system does not say."""
+    known = _of_status("VmRSS")
+    return peak_rss() if known is None else known
+
+
+def _of_status(field: str) -> int | None:
+    """Returns the bytes of a field of /proc/self/status; None where there is none."""
+    if not _STATUS.exists():
+        return None
+    fields = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
+    return int(fields[field].split()[0]) * 1024 if field in fields else None
 
 
 def peak_gpu(device: str) -> int:

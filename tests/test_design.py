@@ -50,11 +50,11 @@ __main__
 NAMES_OF_TYPES = {("algorithms", "forward"), ("algorithms", "job"), ("report", "job")}
 # Inside a folder, a module may import those named before it; every module has its place.
 INSIDE = {
-    "forward": "activations carry defaults guard enough lanes group moments samples experts taps statistics joining"
-    " files documents data walk",
+    "forward": "activations carry defaults guard enough lanes group moments outliers samples experts taps statistics"
+    " joining files documents data walk",
     "disk": "headers weights beside outputs writer hub pickles stream remote source side_files manifest place state"
-    " journal nonfinite contents checkpoint origin compare values scales completeness excluded parallel fidelity verify"
-    " push",
+    " journal unfinished nonfinite contents checkpoint origin compare values scales completeness excluded parallel"
+    " fidelity verify push",
     "job": "ranks forecast device rates options groups judging asked preflight splitting directories idle carried"
     " served packing problems rewriting solving pieces stages tuning prepass reach costs predict result part staging"
     " pipeline finish dividing walking fingerprint download convert run choosing probe preview inspecting",
@@ -81,14 +81,15 @@ OWNERS = {
 WITH_TORCH = {
     "quarkcli.numerics", "quarkcli.model", "quarkcli.forward.data", "quarkcli.forward.statistics",
     "quarkcli.forward.joining",
-    "quarkcli.forward.guard", "quarkcli.forward.moments", "quarkcli.forward.samples", "quarkcli.forward.experts",
+    "quarkcli.forward.outliers", "quarkcli.forward.guard", "quarkcli.forward.moments",
+    "quarkcli.forward.samples", "quarkcli.forward.experts",
     "quarkcli.forward.taps", "quarkcli.forward.walk", "quarkcli.forward.carry",
     "quarkcli.algorithms._channels", "quarkcli.algorithms.tensors", "quarkcli.algorithms._trials",
     "quarkcli.job.rewriting", "quarkcli.job.solving", "quarkcli.job.stages", "quarkcli.job.tuning",
     "quarkcli.job.staging",
     "quarkcli.job.served", "quarkcli.job.probe", "quarkcli.job.packing", "quarkcli.job.pieces", "quarkcli.job.part",
     "quarkcli.job.pipeline",
-    "quarkcli.evaluation.run", "quarkcli.evaluation.windows", "quarkcli.evaluation.after",
+    "quarkcli.evaluation.run", "quarkcli.evaluation.score", "quarkcli.evaluation.windows", "quarkcli.evaluation.after",
     "quarkcli.search.losses", "quarkcli.search.quantizing", "quarkcli.search.states",
 }  # fmt: skip
 NOUN_CLAUSE = {"What", "Which", "Where", "How", "Whether", "When", "That"}

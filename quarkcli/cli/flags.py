@@ -342,7 +342,11 @@ class JobFlags:
         from quarkcli.job.options import Options
         from quarkcli.plan.compose import Overrides
 
-        return Options(**self._of(Options), overrides=Overrides(**self._of(Overrides)))
+        return Options(
+            **self._of(Options),
+            overrides=Overrides(**self._of(Overrides)),
+            command=("quark", *output.session.arguments),
+        )
 
     def start(self) -> None:
         """Sets up the screen for this command."""

@@ -48,6 +48,7 @@ class Session:
     stderr   where our own lines go while descriptor 2 collects those of libraries; None: to sys.stderr
     partial  the directory in which a quantization works, once it is known
     done     the output that stands, whatever happens from here on
+    arguments   of the command line
     lost     why a part of the answer did not reach stdout
     """
 
@@ -58,6 +59,7 @@ class Session:
     partial: Path | None = None
     done: Path | None = None
     lost: str = ""
+    arguments: tuple[str, ...] = ()
 
 
 session = Session()
@@ -99,6 +101,7 @@ def reset(argv: Sequence[str]) -> None:
     """Restores the state before any command; a wrong command line is answered in the format that it asked for."""
     session.format = _asked_format(argv)
     session.level = "info"
+    session.arguments = tuple(argv)
     session.debug = os.environ.get("QUARK_DEBUG", "") not in {"", "0"}
     session.partial = session.done = None
     session.lost = ""

@@ -37,6 +37,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     model, dialect = report["model"], report["dialect"]
     commit = f" at commit `{model['commit']}`" if model["commit"] else ""
     rows = [
+        *_state(report["state"]),
         ("model", f"{model['path']}{commit}, family {model['family']}"),
         *output.listed("source", (report.get("source") or {}).get("said", [])),
         ("recipe", report["recipe"]["name"]),
@@ -59,6 +60,11 @@ def markdown(report: Mapping[str, Any]) -> str:
     return "\n".join(text)
 
 
+def _state(state: Mapping[str, Any]) -> Rows:
+    """Returns how far a run is that has not finished."""
+    return [] if state["finished"] else [("state", f"unfinished: {state['parts']} of {state['of']} parts are done")]
+
+
 def _rules(decided: Mapping[str, Mapping[str, int]]) -> list[str]:
     return [
         f"{origin}: " + ", ".join(f"{count} slots {state}" for state, count in counts.items() if count)
@@ -76,7 +82,7 @@ def _facts(report: Mapping[str, Any], reports: Mapping[str, Mapping[str, Any]]) 
         *output.listed("modules", [f"{count} x {what}" for what, count in report["modules_by_scheme"].items()]),
         *output.listed("cache", [f"{count} x {what}" for what, count in report["attention_by_scheme"].items()]),
         *output.listed("shared", [f"{count} x one scale: {group}" for group, count in report["shared_scales"].items()]),
-        *output.listed("size", [_size(one["size"], path if len(reports) > 1 else "") for path, one in reports.items()]),
+        *output.listed("size", [_size(one, path if len(reports) > 1 else "") for path, one in reports.items()]),
         ("bits", f"{size['effective_bits']:.2f} per quantized weight, scales included"),
         *([("bytes", shares)] if len(reports) == 1 else []),
         *_experts(report["experts"]),
@@ -93,7 +99,11 @@ def _share(part: float) -> str:
     return f"{part:.1%}" if part >= 0.0005 else "under 0.1%"
 
 
-def _size(size: Mapping[str, Any], path: str) -> str:
+def _size(report: Mapping[str, Any], path: str) -> str:
+    size = report["size"]
+    if not report["state"]["finished"]:
+        source, planned, done = (output.size(size[f"{which}_bytes"]) for which in ("source", "planned", "output"))
+        return f"{source} -> {planned} as planned; {done} are written"
     share = size["output_bytes"] / size["source_bytes"] if size["source_bytes"] else 0.0
     text = f"{output.size(size['source_bytes'])} -> {output.size(size['output_bytes'])} ({share:.0%})"
     return f"{text} in {path}" if path else text

@@ -1,8 +1,13 @@
-"""Defines the shape of quark/report.json, as far as it is shown."""
+"""Defines the shape of quark/report.json, and its JSON Schema."""
 
 from __future__ import annotations
 
-from quarkcli.documents.shape import Shape
+from typing import Any, Literal
+
+from pydantic import Field
+
+from quarkcli.documents.shape import Shape, check
+from quarkcli.errors import ModelError
 
 
 class _Model(Shape):
@@ -43,13 +48,16 @@ class _Dialect(Shape):
 class _Size(Shape):
     source_bytes: float
     output_bytes: float
+    planned_bytes: float
     effective_bits: float
     bytes_by_dtype: dict[str, float]
 
 
 class _Experts(Shape):
     parameters: int
+    quantized_parameters: int
     share_quantized: float | None
+    calibration_tokens: dict[str, dict[str, int]]
 
 
 class _Calibration(Shape):
@@ -65,6 +73,16 @@ class _Loss(Shape):
     weight_errors: dict[str, float]
 
 
+class _Token(Shape):
+    kl: float
+    window: int
+    position: int
+    context: str
+    token: str
+    source_expects: str
+    expects: str
+
+
 class _Evaluation(Shape):
     tokens: int
     perplexity: float
@@ -74,15 +92,104 @@ class _Evaluation(Shape):
     top1_agreement: float
     text: str
     dtype: str
+    drift: list[float]
+    worst_tokens: list[_Token]
 
 
 class _Source(Shape):
     said: list[str]
 
 
-class Report(Shape):
-    """See `quarkcli.report.build`."""
+class _State(Shape):
+    finished: bool
+    parts: int
+    of: int
 
+
+class _Phase(Shape):
+    name: str
+    seconds: float
+
+
+class _Host(Shape):
+    name: str
+    system: str
+    cores: int | None
+    memory_bytes: int | None
+    ranks: int
+
+
+class _Run(Shape):
+    command: list[str] | None
+    started: str
+    ended: str
+    phases: list[_Phase]
+    versions: dict[str, str]
+    host: _Host
+
+
+class _Part(Shape):
+    name: str
+    kind: str
+    layer: int | None
+    tensors: int
+    source_bytes: int
+    bytes: int
+    done: bool
+    output_error: float | None
+    weight_error: float | None
+    seconds: float | None
+    rss_bytes: int | None
+    peak_rss_bytes: int | None
+    peak_gpu_bytes: int | None
+
+
+class _Site(Shape):
+    name: str
+    part: str
+    layer: int | None
+    absmax: float | None
+    quantiles: dict[str, float]
+    channels: int
+    outlier_ratio: float | None
+
+
+class _Tensor(Shape):
+    name: str
+    tensor: str
+    part: str
+    layer: int | None
+    expert: int | None
+    role: str
+    shape: list[int]
+    fate: Literal["kept", "quantized", "changed", "dropped"]
+    format: str
+    why: str
+    bits: float
+    source_bytes: int
+    bytes: int
+    error: float | None
+    output_error: float | None
+    seconds: float | None
+
+
+class _DeadInputs(Shape):
+    weights: dict[str, int]
+    activations: list[str]
+
+
+class Report(Shape):
+    """The shape of quark/report.json. docs/report.md says what its fields mean."""
+
+    schema_: Literal["quark/report/2"] = Field(alias="schema")
+    quark_version: str
+    state: _State
+    run: _Run
+    parts: list[_Part]
+    sites: list[_Site]
+    tensors: list[_Tensor]
+    dead_inputs: _DeadInputs
+    skipped: dict[str, str]
     model: _Model
     recipe: _Named
     algorithms: list[str]
@@ -110,3 +217,18 @@ class Report(Shape):
     seconds: float
     peak_rss_bytes: float
     peak_gpu_bytes: float | None
+
+
+def fits(document: Any) -> bool:
+    """True for a whole report of this form."""
+    try:
+        check(Report, document, "")
+    except ModelError:
+        return False
+    return True
+
+
+def json_schema() -> dict[str, Any]:
+    """Returns the JSON Schema of a report."""
+    title = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "quark/report/2"}
+    return title | {key: value for key, value in Report.model_json_schema().items() if key != "title"}

@@ -17,6 +17,7 @@ from quarkcli.events import Event, Listener, PartDone, Phase
 from quarkcli.forward.data import CalibrationData
 from quarkcli.job import judging, preflight
 from quarkcli.job.options import Prepared
+from quarkcli.model.tokenizer import Tokenizer
 
 LOGITS = 1 << 26  # of one forward at most: 256 MB in float32
 
@@ -30,22 +31,23 @@ def measure(
     """
     tell(Phase("evaluate"))
     checkpoint, reference = Checkpoint(Source.open(str(directory))), Checkpoint(prepared.source)
-    rows = _rows(prepared, data)
+    tokenizer = preflight.tokenizer_of(prepared.source, prepared.options)
+    rows = _rows(prepared, data, tokenizer)
     vocabulary = family.text_config(prepared.source.config).get("vocab_size")
     tokens = min(BATCH, LOGITS // vocabulary) if isinstance(vocabulary, int) and vocabulary > 0 else BATCH
     kept: OnNonfinite = "keep" if prepared.options.on_nonfinite == "keep" else "stop"
     found = scored(
         checkpoint, reference, rows, dtype=None, device=device, trust=prepared.options.trust_remote_code,
-        on_nonfinite=kept, batch=max(1, tokens // rows.tokens.shape[1]), tell=lambda event: _tell_parts(event, tell),
+        on_nonfinite=kept, batch=max(1, tokens // rows.tokens.shape[1]), decode=tokenizer.decode,
+        tell=lambda event: _tell_parts(event, tell),
     )  # fmt: skip
     return {**found, "text": rows.source, "window": rows.tokens.shape[1]}
 
 
-def _rows(prepared: Prepared, data: CalibrationData | None) -> Windows:
+def _rows(prepared: Prepared, data: CalibrationData | None, tokenizer: Tokenizer) -> Windows:
     """Returns rows that calibration left over; of the built-in text where there was no calibration."""
     if data is not None and data.held is not None:
         return Windows(data.held, data.prefix, f"{data.source}, rows that calibration did not use", data.held_mask)
-    tokenizer = preflight.tokenizer_of(prepared.source, prepared.options)
     window = windows.width(None, [family.position_limit(prepared.source.config)])
     rows = windows.windows(tokenizer, None, window, judging.TOKENS, "auto")
     return replace(rows, source="the built-in text")

@@ -7,7 +7,6 @@ token; logits and sums are float32 and float64.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -21,9 +20,10 @@ from quarkcli.disk.checkpoint import Checkpoint
 from quarkcli.disk.nonfinite import HINT, NonFinite, OnNonfinite
 from quarkcli.disk.source import Source
 from quarkcli.errors import CheckError, ModelError, UsageError
+from quarkcli.evaluation.score import Decode, score
 from quarkcli.events import Listener, Message, PartDone, Phase, Working
 from quarkcli.forward.activations import quantizing_handlers
-from quarkcli.forward.walk import SERVED, Walk
+from quarkcli.forward.walk import Walk
 from quarkcli.job import idle
 from quarkcli.model.handlers import Handlers
 from quarkcli.numerics.finite import is_finite
@@ -37,7 +37,7 @@ BATCH = 2048  # tokens in one forward
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-class _Side:
+class Side:
     """One model on its way: its files, its runner, its hidden states."""
 
     def __init__(
@@ -173,7 +173,7 @@ def evaluate(
     _begin(tell, models, rows, tokenizer, max_tokens, bos, weights_only, trust_remote_code)
     with limited(threads or default()):
         scores = scored(
-            checkpoint, reference, rows, dtype=compute, device=device, trust=trust_remote_code,
+            checkpoint, reference, rows, dtype=compute, device=device, trust=trust_remote_code, decode=tokenizer.decode,
             weights_only=weights_only, on_nonfinite=on_nonfinite, batch=max(1, BATCH // window), tell=tell,
         )  # fmt: skip
     return {
@@ -202,20 +202,23 @@ def scored(
     weights_only: bool = False,
     on_nonfinite: OnNonfinite = "stop",
     batch: int,
+    decode: Decode,
     tell: Listener,
 ) -> dict[str, Any]:
     """Returns tokens, perplexity and, beside a reference, its perplexity, KL and agreement, as in `quark/eval/1`.
 
     dtype   of the computation; None: the model's own
     batch   windows in one forward
+    decode  token numbers -> text
     """
     # Both sides compute attention in the same way, so that their distance is that of the quantization.
     eager = checkpoint.quantizes_softmax and not weights_only
     setting = (rows.tokens, batch, dtype, device, trust, eager, on_nonfinite)
-    tested = _Side(checkpoint, *setting, tell)
-    source = _Side(reference, *setting, tell) if reference else None
-    _walk_blocks(tested, source, weights_only, tell)
-    return {**_score(tested, source, rows, weights_only), "dtype": _name(tested.dtype)}
+    tested = Side(checkpoint, *setting, tell)
+    source = Side(reference, *setting, tell) if reference else None
+    drift = _walk_blocks(tested, source, weights_only, tell)
+    found = score(tested, source, rows, weights_only, decode)
+    return {**found, "drift": drift, "dtype": _name(tested.dtype)}
 
 
 def _open(
@@ -281,7 +284,9 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _walk_blocks(tested: _Side, source: _Side | None, weights_only: bool, tell: Listener) -> None:
+def _walk_blocks(tested: Side, source: Side | None, weights_only: bool, tell: Listener) -> list[float]:
+    """Moves both sides through all blocks. Returns how far apart hidden states are behind each."""
+    drift: list[float] = []
     blocks = tested.runner.num_blocks
     if source is not None and source.runner.num_blocks != blocks:
         raise UsageError(f"{blocks} blocks here, {source.runner.num_blocks} in the baseline", where="--baseline")
@@ -293,10 +298,12 @@ def _walk_blocks(tested: _Side, source: _Side | None, weights_only: bool, tell: 
         if source is not None:
             source.advance(block, weights_only)
             error = _distance(source.walk.served[0], tested.walk.served[0])
+            drift.append(error)
         now = time.monotonic()
         eta = (now - begun) / (block + 1) * (blocks - block - 1)
         rss = memory.peak_rss()
         tell(PartDone(block + 1, blocks, f"block {block}", "eval", now - at, error, rss, 0, eta, "drift"))
+    return drift
 
 
 def _distance(reference: Tensor, other: Tensor) -> float:
@@ -304,76 +311,6 @@ def _distance(reference: Tensor, other: Tensor) -> float:
     return float((reference.float() - other.float()).norm() / norm) if float(norm) else 0.0
 
 
-def _score(tested: _Side, source: _Side | None, rows: Windows, weights_only: bool) -> dict[str, Any]:
-    """Runs the tails batch by batch and compares them."""
-    sides = [side for side in (tested, source) if side is not None]
-    for side in sides:
-        side.runner.load_outside(side.walk.outside())
-        side.warn()
-    sums = {"nll": 0.0, "base_nll": 0.0, "kl": 0.0, "agree": 0.0}
-    count = 0
-    for index, tokens in enumerate(rows.tokens.split(tested.walk.batch)):
-        targets = tokens[:, rows.first :].to(tested.walk.device)
-        real = rows.real(index, tested.walk.batch).to(tested.walk.device)
-        tested.tell(Working(f"scoring batch {index + 1} of {len(tested.walk.served)}"))
-        with tested.runner.handlers(None, tested.tail_handlers(weights_only)):
-            scores = _log_probabilities(tested, index, rows.first)
-        sums["nll"] -= float(scores.gather(-1, targets[..., None])[real].double().sum())
-        count += int(real.sum())
-        if source is not None:
-            base = _log_probabilities(source, index, rows.first)
-            sums["base_nll"] -= float(base.gather(-1, targets[..., None])[real].double().sum())
-            sums["kl"] += float(_divergence(base, scores).sum(-1)[real].double().sum())
-            sums["agree"] += float((base.argmax(-1) == scores.argmax(-1))[real].sum())
-    return _summary(sums, count, source is not None)
-
-
-def _divergence(base: Tensor, scores: Tensor) -> Tensor:
-    """Returns p (log p - log q) per token of the vocabulary; 0 for one that `base` rules out."""
-    terms = base.exp() * (base - scores)
-    return terms if is_finite(base) else terms.masked_fill_(base == -math.inf, 0.0)
-
-
 def _roles(checkpoint: Checkpoint) -> dict[str, str]:
     """Returns the role of every tensor that the family knows."""
     return checkpoint.layout.tensor_roles
-
-
-def _log_probabilities(side: _Side, index: int, first: int) -> Tensor:
-    """Returns log p of the tokens from `first` on, float32 [batch, window - first, vocabulary]."""
-    hidden = side.walk.served[index].to(side.walk.device)
-    logits: Tensor = side.runner.logits(side.walk.recordings[SERVED][index], hidden)
-    scores = torch.log_softmax(logits[:, first - 1 : -1].float(), dim=-1)
-    # A token that a model rules out has -inf, which is a score; NaN and +inf end as NaN in the whole row.
-    side.require_numbers("in the logits", [scores.amax(-1)])
-    return scores
-
-
-def _summary(sums: dict[str, float], count: int, compared: bool) -> dict[str, Any]:
-    nll = sums["nll"] / count
-    base = sums["base_nll"] / count
-    wrong = [name for name, value in sums.items() if not math.isfinite(value)]
-    if wrong:
-        raise CheckError(
-            f"{wrong[0]} is {sums[wrong[0]]}: a token that one of the models rules out", where="the sum over all tokens"
-        )
-    result: dict[str, Any] = {
-        "tokens": count,
-        "perplexity": _exponential(nll),
-        "baseline_perplexity": None,
-        "perplexity_increase": None,
-        "kl": None,
-        "top1_agreement": None,
-    }
-    if compared:
-        result |= {
-            "baseline_perplexity": _exponential(base),
-            "perplexity_increase": _exponential(nll - base) - 1,
-            "kl": sums["kl"] / count,
-            "top1_agreement": sums["agree"] / count,
-        }
-    return result
-
-
-def _exponential(value: float) -> float:
-    return math.exp(min(value, 700.0))

@@ -9,6 +9,10 @@ from torch import Tensor
 
 from quarkcli.errors import DataError
 
+UNSEEN_ATTENTION = (
+    "this model computes attention in code of its own, where its operands cannot be seen; take --kv-cache none, or a "
+    "recipe whose cache has scale.constant_amax"
+)
 HINT = (
     "see whether the source model itself overflows on this text; other --calib-data, --exclude these modules, or "
     "--on-nonfinite skip-algorithm rounds what reads it to nearest"

@@ -19,14 +19,14 @@ def join(own: Statistics) -> None:
     group = own.group
     if group.size == 1:
         return
-    fields = ("_ranges", "_expert_ranges", "_samples", "reached")
+    fields = ("_ranges", "_expert_ranges", "_samples", "outliers", "reached")
     said: dict[str, Any] = {name: getattr(own, name) for name in fields}
     said["magnitudes"] = {site: seen.sums.total() for site, seen in own._magnitudes.items()}
     said["moments"] = [list(own._fitted), list(own._held_out)]
     said["layers"] = {prefix: layer.bare() for prefix, layer in own.layers.items()}
     said["skipped"] = own.guard.skipped
     ranks = group.gather(said)
-    for name in fields[:3]:
+    for name in fields[:4]:
         found: dict[Any, Any] = {}
         for key, seen in (item for rank in ranks for item in rank[name].items()):
             if key in found:

@@ -15,8 +15,9 @@ from quarkcli.algorithms.base import Moment
 from quarkcli.errors import DataError
 from quarkcli.forward.experts import ExpertLayer
 from quarkcli.forward.group import Group
-from quarkcli.forward.guard import HINT, Guard, finite_rows, named
+from quarkcli.forward.guard import HINT, UNSEEN_ATTENTION, Guard, finite_rows, named
 from quarkcli.forward.moments import Means, Moments, finite
+from quarkcli.forward.outliers import Outliers
 from quarkcli.forward.samples import MeanMagnitude, Samples, picked
 from quarkcli.forward.taps import Batch, ExpertTap, SourceExpertTap
 from quarkcli.model.handlers import Handlers
@@ -27,11 +28,6 @@ from quarkcli.spec import TensorSpec
 
 MOMENTS = {"gram", "gram_val", "cross"}
 NOTHING = Means(None, None, 0)
-
-_UNSEEN_ATTENTION = (
-    "this model computes attention in code of its own, where its operands cannot be seen; take --kv-cache none, or a "
-    "recipe whose cache has scale.constant_amax"
-)
 
 
 class Statistics:
@@ -70,6 +66,7 @@ class Statistics:
         self._reads = reads(plan, part)
         self.reached: dict[str, None] = {}  # sites in the order in which the forward came to them
         self.source_experts: dict[str, tuple[Tensor, Tensor]] = {}  # by experts prefix: tokens and routing
+        self.outliers: dict[str, Outliers] = {}  # of sites, for the report
         self._samples: dict[str, Samples] = {}
         self._magnitudes: dict[str, MeanMagnitude] = {}
         self.layers: dict[str, ExpertLayer] = {}
@@ -92,7 +89,7 @@ class Statistics:
         if seen is None and self.guard.lost(site):
             raise DataError(f"it is never finite in calibration: {self.guard.lost(site)}", where=site, hint=HINT)
         if seen is None:
-            unseen = _UNSEEN_ATTENTION if site.rpartition(".")[0] in self.plan.attention else ""
+            unseen = UNSEEN_ATTENTION if site.rpartition(".")[0] in self.plan.attention else ""
             raise DataError("no calibration token reached this activation", where=site, hint=unseen)
         value = amax_of(seen, spec)
         return self._times(value, site, expert).max() if value.dim() else value
@@ -315,7 +312,7 @@ class Statistics:
 
     def _softmax_tap(self, module: str) -> Callable[[Tensor], None]:
         def tap(p: Tensor) -> None:
-            self.see(f"{module}.p", self.batch.tokens(p))
+            self.see(f"{module}.p", self.batch.tokens(p), told=False)  # its channels are places in a row
 
         return tap
 
@@ -347,10 +344,11 @@ class Statistics:
             own = moments.setdefault(site, Moments(self.read(site)))
             own.add(rows[mask], source[mask] if source is not None else None, lane)
 
-    def see(self, site: str, x: Tensor, expert: int | None = None) -> None:
+    def see(self, site: str, x: Tensor, expert: int | None = None, told: bool = True) -> None:
         """Widens the range of a site, and counts its magnitudes, where that is needed; see `check_finite`.
 
         expert   whose input it is, where it is one expert's alone
+        told     the report is to say how its channels differ
         """
         if not x.numel():
             return
@@ -360,6 +358,8 @@ class Statistics:
             return
         for kind in STATISTICS.keys() & self.needs.get(site, set()):
             self._ranges.setdefault((site, kind), STATISTICS[kind]()).observe(x)
+        if told:
+            self.outliers.setdefault(site, Outliers()).observe(x)
 
     def check_finite(self, site: str, x: Tensor, whose: str) -> bool:
         """Does as `Guard.is_finite`, with the batch that has it."""

@@ -25,19 +25,22 @@ from quarkcli.disk.compare import near, number, same_bits, same_params
 from quarkcli.disk.journal import Journal
 from quarkcli.disk.source import Source
 from quarkcli.disk.writer import (
-    atomic_write_json,
     atomic_write_text,
     file_size,
     free_bytes,
     partial_path,
+    tensor_bytes,
     write_part,
 )
 from quarkcli.documents import text
+from quarkcli.documents.report import fits
 from quarkcli.errors import ModelError, QuarkError, ResourceError, UsageError
 from quarkcli.events import Listener, Message, PartDone, Phase, Working, silent
 from quarkcli.job import finish, preflight
 from quarkcli.plan.model import Part, Plan, QuantizedTarget, Target
-from quarkcli.report.build import card_of_conversion
+from quarkcli.report import text as written
+from quarkcli.report.card import card_of_conversion
+from quarkcli.report.tensors import Records, converted
 from quarkcli.spec import TensorSpec
 from quarkcli.threads import Workers, default, limited
 
@@ -297,7 +300,7 @@ def _finish(
     checks = verify.against_plan(partial, plan, writer, found.checkpoint.headers)
     facts = _facts(source)
     size = sum(file["size"] for record in records.values() for file in record["files"])
-    _carry_over(source, found, partial, checks, size)
+    _carry_over(source, found, partial, checks, records)
     card = card_of_conversion(facts, source.name, found.reader.name, writer, plan, beside.readme)
     atomic_write_text(partial / "README.md", card)
     finish.write_manifest(facts, partial, records)
@@ -327,14 +330,18 @@ def _facts(source: Source) -> dict[str, Any]:
     return facts if isinstance(facts, dict) else finish.source_facts(source)
 
 
-def _carry_over(source: Source, found: Conversion, partial: Path, checks: list[str], size: int) -> None:
+def _carry_over(source: Source, found: Conversion, partial: Path, checks: list[str], records: Records) -> None:
     """Writes the report and the recipe of the quantization again, where they are there, with the new dialect."""
     report = _json(source.folder / REPORT)
-    if isinstance(report.get("size"), dict):
+    if fits(report):
         reason = f"converted from {found.reader.name}; codes and scales are as they were"
-        report |= {"dialect": {"name": found.writer.name, "reason": reason}, "checks": checks}
-        report["size"] |= {"output_bytes": size}
-        atomic_write_json(partial / REPORT, report)
+        sizes = {
+            target.name: sum(tensor_bytes(info.dtype, info.shape) for info in found.writer.infos(target))
+            for target in found.plan.quantized()
+        }
+        dialect = {"name": found.writer.name, "reason": reason}
+        again = converted(report, dialect, checks, sizes, records)
+        atomic_write_text(partial / REPORT, written.written(again))
     path = source.folder / RECIPE
     recipe = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
     if isinstance(recipe, dict) and isinstance(recipe.get("export"), dict):

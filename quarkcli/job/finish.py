@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ import yaml
 
 from quarkcli.dialects.base import CONFIG_FILE, Writer
 from quarkcli.disk import manifest, verify
+from quarkcli.disk import unfinished as under_way
 from quarkcli.disk.journal import Journal
 from quarkcli.disk.place import dispose, earlier
 from quarkcli.disk.side_files import SideFiles
@@ -36,10 +36,22 @@ from quarkcli.job.options import Calibration, Prepared
 from quarkcli.plan import advice
 from quarkcli.plan.model import Part, Plan
 from quarkcli.recipe.attributes.written import spec_to_yaml
-from quarkcli.report import build
+from quarkcli.report import build, text
+from quarkcli.report.card import card
+from quarkcli.report.run import Clock
 
 if TYPE_CHECKING:
     from quarkcli.forward.data import CalibrationData
+
+REPORT = "quark/report.json"
+
+
+def begin_report(prepared: Prepared, data: CalibrationData | None, partial: Path, clock: Clock, device: str) -> None:
+    """Writes what `quark report` tells of a run under way; `data`: None before it is read."""
+    if data is None and under_way.is_unfinished(partial):
+        return  # of the run that this one may go on with
+    report = build.begun(prepared, data, device, clock.facts(prepared.options.command))
+    under_way.keep(partial, prepared.folder, text.written(report))
 
 
 def write_config(prepared: Prepared, partial: Path, records: dict[str, dict[str, Any]]) -> None:
@@ -165,7 +177,7 @@ def verify_and_report(
     data: CalibrationData | None,
     records: dict[str, dict[str, Any]],
     partial: Path,
-    started: float,
+    clock: Clock,
     device: str,
     evaluation: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
@@ -176,9 +188,9 @@ def verify_and_report(
     checks = ["nothing was read back: --no-verify"]
     if prepared.options.verify:
         checks = verify.against_plan(partial, prepared.plan, prepared.dialect, prepared.weights.headers)
-    report = build.build(prepared, data, records, checks, time.monotonic() - started, device, evaluation)
-    atomic_write_json(partial / "quark" / "report.json", report)
-    atomic_write_text(partial / "README.md", build.card(prepared, report))
+    report = build.build(prepared, data, records, checks, clock, device, evaluation)
+    atomic_write_text(partial / REPORT, text.written(report))
+    atomic_write_text(partial / "README.md", card(prepared, report))
     write_manifest(source_facts(prepared.source), partial, records)
     return report
 

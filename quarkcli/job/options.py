@@ -31,7 +31,10 @@ SKIP: OnNonfinite = "skip-algorithm"
 
 @dataclass
 class Options:
-    """The options of the command line. Defaults are the flags' defaults; None means not given."""
+    """The options of the command line. Defaults are the flags' defaults; None means not given.
+
+    command   the command line itself, for the report
+    """
 
     model: str
     scheme: str | None = None
@@ -71,6 +74,7 @@ class Options:
     revision: str = "main"
     offline: bool = False
     keep_download: bool = False
+    command: Sequence[str] = ()
 
 
 @dataclass

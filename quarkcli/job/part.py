@@ -23,6 +23,7 @@ from quarkcli.events import Listener, Message, Working
 from quarkcli.forward.group import Group
 from quarkcli.forward.guard import Guard
 from quarkcli.forward.joining import join
+from quarkcli.forward.outliers import told
 from quarkcli.forward.statistics import Statistics
 from quarkcli.forward.walk import Walk
 from quarkcli.job.options import SKIP, Calibration, OnNonfinite
@@ -123,7 +124,7 @@ class PartWorker:
         packing, weight_errors = self._quantize(part, tensors, statistics, scales)
         kept = {row.info.name: _copy(row, tensors) for row in self._copied(part)}
         out, *others = packing.tensors(kept, rewriting.added)
-        expert_tokens = statistics.expert_tokens() if statistics else {}
+        expert_tokens, sites = (statistics.expert_tokens(), told(statistics.outliers)) if statistics else ({}, {})
         self._check_experts(expert_tokens)
         del statistics
         after = self.advance(part, tensors, out, scales)
@@ -134,6 +135,7 @@ class PartWorker:
             time.perf_counter() - started, self.solving.dead_inputs, self.solving.report(), self.silent,
             list(nonfinite.parameters), list(nonfinite.others), self.tuning, rewriting.notes,
             self.solving.exact, self.guard.skipped | self.solving.skipped, apart, others,
+            self.solving.seconds, sites,
         )  # fmt: skip
 
     def is_shared(self, part: Part) -> bool:
@@ -239,9 +241,10 @@ class PartWorker:
         def bias(target: QuantizedTarget) -> Quantized | None:
             return self._bias(target, tensors)
 
-        for target, made, error in finished(pieces, packing, bias, workers, self._said, self._warn):
+        for target, made, error, seconds in finished(pieces, packing, bias, workers, self._said, self._warn):
             packing.put(target, made)
             errors[target.name] = error
+            self.solving.seconds[target.name] = round(self.solving.seconds.get(target.name, 0.0) + seconds, 6)
             leaving.packed(target)
             self.tell(Working(f"quantizing {part.name}, {len(errors)} of {len(targets)} weights"))
         assert len(errors) == len(targets), "a solver left weights out"

@@ -6,6 +6,7 @@ What a thread says is kept until its piece is taken: lines come in the order of 
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
@@ -25,11 +26,12 @@ ERROR_VALUES, LEAST_ROWS, MOST_ROWS = 1 << 17, 64, 256
 
 
 class Finished(NamedTuple):
-    """A weight's packed tensors in each dialect, and its error."""
+    """A weight's packed tensors in each dialect, its error, and the seconds that packing took."""
 
     target: QuantizedTarget
     made: list[dict[str, Tensor]]
     error: float
+    seconds: float
 
 
 class Said(threading.local):
@@ -69,7 +71,9 @@ def finished(
 
 def _finished(row: Solved, packing: Packing, bias: Callable[[QuantizedTarget], Quantized | None]) -> Finished:
     target, weight, quantized = row
-    return Finished(target, packing.pack(target, quantized, bias(target)), weight_error(weight, quantized, target))
+    started = time.perf_counter()
+    made, error = packing.pack(target, quantized, bias(target)), weight_error(weight, quantized, target)
+    return Finished(target, made, error, time.perf_counter() - started)
 
 
 class Leaving:

@@ -177,12 +177,12 @@ class Pipeline:
             return
         hidden, forms = self._hidden(part, worker), self._taken(result)
         batch = worker.walk.batch if worker.walk is not None and hidden is not None else None
-        self._writing = self.writer.submit(self._write, part, forms, result.record(), hidden, batch, done)
+        self._writing = self.writer.submit(self._write, part, forms, result.record(self.device), hidden, batch, done)
 
     def _write_together(self, part: Part, result: PartResult | None, worker: PartWorker, writer: int) -> None:
         """Does as `write`, and waits until all ranks' states are durable and the first rank has noted the part."""
         group, hidden = self.group, self._hidden(part, worker)
-        record = result.record() if result is not None else None
+        record = result.record(self.device) if result is not None else None
         forms = self._taken(result) if result is not None else []
         files = self._files(part, forms) if group.rank == writer else []
         stored = self.journal.write_hidden(hidden) if hidden else None

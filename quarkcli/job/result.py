@@ -27,6 +27,8 @@ class PartResult:
     tuning            tuner -> error of the block's output on held-out rows, `before` and `after` it
     nonfinite         kept parameters with NaN or infinity; `nonfinite_others`: buffers and unknown tensors
     transforms        what each transform decided, by its key
+    weight_seconds    weight -> seconds of solving and packing
+    sites             activation that calibration measured -> see `forward.outliers.Outliers.facts`
     skipped           weight, activation or part that algorithms passed over -> what was not finite there
     """
 
@@ -47,6 +49,8 @@ class PartResult:
     skipped: dict[str, str] = field(default_factory=dict)
     apart: dict[str, int] = field(default_factory=dict)
     others: list[dict[str, Tensor]] = field(default_factory=list)
+    weight_seconds: dict[str, float] = field(default_factory=dict)
+    sites: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def error(self) -> tuple[float | None, Measure]:
@@ -63,8 +67,13 @@ class PartResult:
         error, measure = self.error
         return PartDone(part.index + 1, total, part.name, label, self.seconds, error, rss, gpu, eta, measure)
 
-    def record(self) -> dict[str, Any]:
-        """Returns the JSON form without the tensors."""
+    def record(self, device: str = "cpu") -> dict[str, Any]:
+        """Returns the JSON form without the tensors, and the memory of this process by now."""
         facts = {key: value for key, value in vars(self).items() if key not in ("tensors", "others")}
         tokens = {layer: {str(e): n for e, n in counts.items()} for layer, counts in self.expert_tokens.items()}
-        return {**facts, "expert_tokens": tokens}
+        used = {
+            "rss_bytes": memory.rss(),
+            "peak_rss_bytes": memory.peak_rss(),
+            "peak_gpu_bytes": memory.peak_gpu(device),
+        }
+        return {**facts, "expert_tokens": tokens, **used}

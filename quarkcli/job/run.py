@@ -51,6 +51,7 @@ from quarkcli.recipe import recipe as recipes
 from quarkcli.recipe.recipe import Recipe
 from quarkcli.report import log
 from quarkcli.report.build import part_warnings
+from quarkcli.report.run import Clock
 from quarkcli.threads import Workers, limited
 
 if TYPE_CHECKING:
@@ -206,9 +207,8 @@ def _lead(
     group: Group,
 ) -> dict[str, Any]:
     """Does all ten steps, with the share of this rank of steps 7 and 8. Returns the report."""
-    started = time.monotonic()
-    log_file = log.LogFile()
-    tell = broadcast(log_file, tell)
+    log_file, clock = log.LogFile(), Clock(group.size)
+    tell = broadcast(log_file, clock, tell)
     prepared = prepare(options, tell)  # 1-4
     judging.check(prepared)
     dividing.check(prepared, group)
@@ -226,6 +226,7 @@ def _lead(
     room = devices.limit(device, options.max_gpu_mem)
     with Journal.lock(partial, resume=options.resume) as journal, alone, room:  # 6
         preflight.check_output(prepared.output, options.overwrite, prepared.source.folder)  # another run may have ended
+        finish.begin_report(prepared, None, partial, clock, device)
         download.side_files(prepared, tell)
         memory.return_large_buffers(memory.LARGE if prepared.calibration else memory.LARGE_IN_THREADS)
         data = group.share(preflight.token_rows(prepared, tell))
@@ -234,10 +235,11 @@ def _lead(
         journal.start(fingerprint(prepared, data, device), resume=options.resume)
         directories.make(prepared, partial)
         download.keep_headers(prepared, partial)
+        finish.begin_report(prepared, data, partial, clock, device)
         group.share(None)  # the others may go on
         logs = [partial / one.folder / LOG for one in prepared.every]
         with log_file.attach(*logs), log_file.last_words(), finish.begun():
-            _parts(prepared, data, runner, journal, device, started, tell, group)  # 7, 8
+            _parts(prepared, data, runner, journal, device, clock.began, tell, group)  # 7, 8
             _refuse_nonfinite(journal.finished, options)
             for warning in part_warnings(journal.finished):
                 tell(Message(warning, "warning"))
@@ -250,7 +252,7 @@ def _lead(
             tell(Phase("verify"))
             directories.note_apart(prepared, records, shown)
             reports = [
-                finish.verify_and_report(one, data, own, partial / one.folder, started, device, found)  # 10
+                finish.verify_and_report(one, data, own, partial / one.folder, clock, device, found)  # 10
                 for one, own in zip(prepared.every, split, strict=True)
             ]
             directories.list_them(prepared, partial)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import copy
@@ -47,6 +48,7 @@ class Solving:
     dead_inputs   weight -> how many of its inputs were always zero in calibration, of the part last solved
     exact         weight that no solver was asked for, because its format holds it -> how many blocks were rounded, of
                   the part last solved
+    seconds       weight -> what solving took; what is solved together shares it evenly
     skipped       weight that was rounded to nearest instead -> what was not finite, of the part last solved
     """
 
@@ -72,11 +74,12 @@ class Solving:
         self.dead_inputs: dict[str, int] = {}
         self.exact: dict[str, int] = {}
         self.skipped: dict[str, str] = {}
+        self.seconds: dict[str, float] = {}
         self._outcomes: dict[str, Outcome] = {}
 
     def begin(self) -> None:
         """Forgets what the last part left behind."""
-        self.dead_inputs, self.exact, self.skipped, self._outcomes = {}, {}, {}, {}
+        self.dead_inputs, self.exact, self.skipped, self.seconds, self._outcomes = {}, {}, {}, {}, {}
 
     def report(self) -> dict[str, dict[str, Any]]:
         """Returns the outcome of every weight's problem, of the part last solved."""
@@ -132,7 +135,7 @@ class Solving:
             yield target, weight, codes[target.name]
 
     def _notes(self) -> tuple[dict[str, Any], ...]:
-        return self.dead_inputs, self.exact, self.skipped, self._outcomes
+        return self.dead_inputs, self.exact, self.skipped, self.seconds, self._outcomes
 
     def work(
         self,
@@ -194,8 +197,16 @@ class Solving:
                 del run  # held by its work alone
 
     def _run(self, solver: Solver, needs: Needs, run: list[Problem], lost: list[str]) -> Iterator[Solved]:
-        for problem, quantized in zip(run, self._solve(solver, needs, run, lost), strict=True):
-            yield from zip(problem.targets, problem.weights, self._refine(problem, quantized), strict=True)
+        started = time.perf_counter()
+        found = self._solve(solver, needs, run, lost)
+        own = (time.perf_counter() - started) / sum(len(problem.targets) for problem in run)
+        for problem, quantized in zip(run, found, strict=True):
+            started = time.perf_counter()
+            refined = self._refine(problem, quantized)
+            more = (time.perf_counter() - started) / len(problem.targets)
+            for target in problem.targets:
+                self.seconds[target.name] = self.seconds.get(target.name, 0.0) + own + more
+            yield from zip(problem.targets, problem.weights, refined, strict=True)
 
     def _carried(self, target: QuantizedTarget, weight: Weights) -> Iterator[Solved]:
         """Yields a weight that keeps the source's codes and scales."""

@@ -1,33 +1,41 @@
-"""The report of a finished run, read from its directory."""
+"""The report of a run, read from its directory: of a finished one, or what is done so far of one under way."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+from quarkcli.disk import unfinished
 from quarkcli.documents import text
 from quarkcli.documents.report import Report
 from quarkcli.documents.shape import check
 from quarkcli.errors import AccessError, ModelError
-
-SCHEMA = "quark/report/2"
+from quarkcli.report import build
 
 
 def read(directory: Path) -> dict[str, Any]:
-    """Returns `quark/report.json` of a directory. Raises AccessError, ModelError; nothing else is looked for."""
+    """Returns the report of a directory. Raises AccessError, ModelError; nothing else is looked for."""
+    beside = directory.with_name(f"{directory.name}.partial")
+    hint = f"{beside} is an unfinished run: quark report {beside}" if beside.is_dir() else ""
     if not directory.is_dir():
-        raise AccessError("no such directory", where=str(directory))
+        raise AccessError("no such directory", where=str(directory), hint=hint)
     path = directory / "quark" / "report.json"
-    if not path.is_file():
-        partial = directory.with_name(f"{directory.name}.partial")
-        hint = f"{partial} is an unfinished run" if partial.is_dir() else "only checkpoints that quark wrote have one"
+    if unfinished.is_unfinished(directory):
+        found = build.filled(*unfinished.read(directory))
+    elif path.is_file():
+        found = _parsed(path)
+    else:
+        hint = hint or "only checkpoints that quark wrote have one"
         raise ModelError("no report (quark/report.json)", where=str(directory), hint=hint)
+    if found.get("schema") != build.SCHEMA:
+        raise ModelError(f"not a report of the form {build.SCHEMA}", where=str(path))
+    check(Report, found, str(path))
+    return found
+
+
+def _parsed(path: Path) -> dict[str, Any]:
     try:
         content = path.read_bytes()
     except OSError as error:
         raise AccessError(f"cannot be read: {error.strerror or error}", where=str(path)) from error
-    found = text.parse_object(content, str(path))
-    if found.get("schema") != SCHEMA:
-        raise ModelError(f"not a report of the form {SCHEMA}", where=str(path))
-    check(Report, found, str(path))
-    return found
+    return text.parse_object(content, str(path))

@@ -25,7 +25,7 @@ from quarkcli.job.options import Options
 from quarkcli.plan.compose import Overrides
 
 BUILTIN = {"calib_data": "builtin", "offline": True}
-OWN = {"model", "scheme", "recipe", "output", "overrides"}  # arguments of their own
+OWN = {"model", "scheme", "recipe", "output", "overrides", "command"}  # arguments of their own
 
 
 class Cells(HTMLParser):

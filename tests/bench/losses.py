@@ -12,7 +12,8 @@ from torch import Tensor
 
 from quarkcli.disk.checkpoint import Checkpoint
 from quarkcli.disk.source import Source
-from quarkcli.evaluation.run import _divergence, _log_probabilities, _Side
+from quarkcli.evaluation.run import Side
+from quarkcli.evaluation.score import _divergence, _log_probabilities
 from quarkcli.evaluation.windows import windows
 from quarkcli.events import silent
 from quarkcli.model.tokenizer import load_tokenizer
@@ -60,10 +61,10 @@ class Measure:
         key = hashlib.sha256(repr((str(Path(model).resolve()), window)).encode() + self.tokens.numpy().tobytes())
         self.base = self._base(cache / f"{key.hexdigest()[:16]}.logprobs")
 
-    def _side(self, checkpoint: Checkpoint) -> _Side:
-        return _Side(checkpoint, self.tokens, self.batch, torch.float32, self.device, False, False, "stop", silent)
+    def _side(self, checkpoint: Checkpoint) -> Side:
+        return Side(checkpoint, self.tokens, self.batch, torch.float32, self.device, False, False, "stop", silent)
 
-    def _walked(self, checkpoint: Checkpoint, weights_only: bool) -> _Side:
+    def _walked(self, checkpoint: Checkpoint, weights_only: bool) -> Side:
         side = self._side(checkpoint)
         for block in range(side.runner.num_blocks):
             side.advance(block, weights_only)

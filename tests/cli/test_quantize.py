@@ -159,7 +159,7 @@ def test_no_seconds(text):
 def test_every_option_of_the_job_has_a_flag_that_reaches_it():
     own = {field.name for field in fields(flags.JobFlags)}
     wanted = {field.name for field in fields(job.Options)} | {field.name for field in fields(Overrides)}
-    assert wanted - own == {"overrides", "entries"}  # entries are edits of a plan, made in Python
+    assert wanted - own == {"overrides", "entries", "command"}  # entries are edits of a plan, made in Python
     screen = {"json", "quiet", "progress", "log_level", "log_format", "debug"}
     assert own - wanted == screen
 
@@ -169,6 +169,7 @@ def test_flags_become_options():
         model="m", scheme="fp8", layers=["a=fp8"], calib_samples=3, time_budget=5.0, kv_cache="none", offline=True
     )
     options = given.options()
+    assert options.command[0] == "quark"
     assert (options.scheme, options.calib_samples, options.time_budget, options.offline) == ("fp8", 3, 5.0, True)
     assert options.overrides.layers == ["a=fp8"]
     assert options.overrides.kv_cache == "none"

@@ -122,7 +122,10 @@ def test_every_value_of_a_quantization_config_of_another_kind(dialect: str, chec
 
 def test_every_value_of_a_report(checkpoints: dict[str, Path]) -> None:
     """The report as Markdown, or one ModelError."""
-    whole = (next(iter(checkpoints.values())) / "quark" / "report.json").read_text()
+    report = json.loads((next(iter(checkpoints.values())) / "quark" / "report.json").read_text())
+    for rows in ("tensors", "parts", "sites"):
+        report[rows] = report[rows][1:2]  # they are alike
+    whole = json.dumps(report)
     refused = 0
     for place in places(json.loads(whole)):
         for value in (*ODD, None, float("inf"), 10**400):
@@ -141,7 +144,7 @@ def test_every_value_of_a_report(checkpoints: dict[str, Path]) -> None:
 
 
 def test_a_report_without_what_it_shows() -> None:
-    with pytest.raises(ModelError, match=r"^f: 'model' is missing \(and \d+ more\)$"):
+    with pytest.raises(ModelError, match=r"^f: 'schema' is missing \(and \d+ more\)$"):
         check(Report, {}, "f")
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from quarkcli import dialects
 from quarkcli.disk import compare as comparing
@@ -144,6 +145,11 @@ def test_the_rest_of_the_directory(tmp_path, other):
     )
     report = json.loads((two / "quark" / "report.json").read_text())
     assert report["dialect"]["name"] == other and report["checks"]
+    stored = {}
+    for file in two.glob("*.safetensors"):
+        stored |= load_file(file)
+    assert sum(row["bytes"] for row in report["tensors"]) == sum(tensor.nbytes for tensor in stored.values())
+    assert sum(row["bytes"] for row in report["parts"]) == report["size"]["output_bytes"]
     again = runs.run(source, tmp_path / "again", recipe=str(two / "quark" / "recipe.yaml"))
     assert runs.same_files(again.folder, two)
     card = (two / "README.md").read_text()

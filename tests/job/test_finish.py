@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from quarkcli.job import run as job
 from quarkcli.job.run import EMBEDDED, Options, Prepared
 from quarkcli.plan.compose import Overrides
 from quarkcli.recipe import recipe as recipes
+from quarkcli.report.run import Clock
 
 
 def prepared(model: Path = EMBEDDED, **more: Any) -> Prepared:
@@ -130,7 +130,9 @@ def work(tmp_path: Path) -> tuple[Prepared, Path, dict[str, Any]]:
 def complete(work: tuple[Prepared, Path, dict[str, Any]]) -> dict[str, Any]:
     plan, partial, records = work
     finish.write_config(plan, partial, records)
-    return finish.verify_and_report(plan, None, records, partial, time.monotonic() - 1.5, "cpu", None)
+    clock = Clock()
+    clock.began -= 1.5
+    return finish.verify_and_report(plan, None, records, partial, clock, "cpu", None)
 
 
 def test_step_9_can_be_repeated(work):
@@ -182,7 +184,7 @@ def test_files_that_are_not_the_plan_are_refused(work, damage):
     if damage == "lost shard":
         path.unlink()
     with pytest.raises(CheckError) as caught:
-        finish.verify_and_report(plan, None, records, partial, 1.0, "cpu", None)
+        finish.verify_and_report(plan, None, records, partial, Clock(), "cpu", None)
     assert caught.value.code == 8
     assert "block-00001" in str(caught.value) or scale.rpartition(".")[0] in str(caught.value)
     assert not (partial / "quark" / "report.json").exists()
