@@ -27,7 +27,8 @@ MODULES = {
 
 # A room may import those on lines above it. `quarkcli` itself, which holds the version, is above all.
 ROOMS = """
-errors events spec memory threads
+errors events spec memory
+threads
 documents
 recipe
 family

@@ -69,6 +69,17 @@ def test_limits_of_control_groups_and_affinity(
     assert threads.available() == cores
 
 
+@pytest.mark.parametrize(
+    ("own", "found"), [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)]
+)
+def test_threads_wait_asleep_unless_the_user_says_how(
+    monkeypatch: pytest.MonkeyPatch, own: dict[str, str], found: str | None
+) -> None:
+    monkeypatch.setattr(os, "environ", own)
+    threads.wait_asleep()
+    assert os.environ.get("GOMP_SPINCOUNT") == found
+
+
 def test_limited_is_for_a_while() -> None:
     before = torch.get_num_threads()
     with limited(before + 1):

@@ -13,7 +13,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from quarkcli import __version__, memory
+from quarkcli import __version__, memory, threads
 from quarkcli.cli import (
     algorithms,
     apps,
@@ -88,6 +88,7 @@ def _quark(
 def run() -> NoReturn:
     """Runs the command: the entry point. After a signal nothing waits for threads that libraries left behind."""
     deferred.ALLOWED = True
+    threads.wait_asleep()
     code = main(last=True)
     if code in CODES.values():
         os._exit(code)  # every line was flushed when it was written

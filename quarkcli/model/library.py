@@ -14,24 +14,26 @@ from typing import Any
 from unittest import mock
 
 from quarkcli.errors import ModelError
+from quarkcli.memory import without_collection
 from quarkcli.model import deferred
 
 try:
-    deferred.unneeded()
-    import transformers
-    from huggingface_hub import constants as hub_constants
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import (
-        WeightConverter,
-        WeightRenaming,
-        dot_natural_key,
-        rename_source_key,
-    )
-    from transformers.initialization import no_init_weights
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-    from transformers.utils import chat_template_utils
+    with without_collection():  # everything that an import makes stays
+        deferred.unneeded()
+        import transformers
+        from huggingface_hub import constants as hub_constants
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import (
+            WeightConverter,
+            WeightRenaming,
+            dot_natural_key,
+            rename_source_key,
+        )
+        from transformers.initialization import no_init_weights
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+        from transformers.utils import chat_template_utils
 except ImportError as error:
     raise ModelError(
         f"this transformers cannot run models for quark: {error}",
