@@ -22,8 +22,9 @@ ROOT = Path(__file__).resolve().parents[2]
 LEFT_OUT = {"cli.md", "architecture.md", "benchmarks.md"}
 PAGES = [ROOT / "README.md", *(p for p in sorted((ROOT / "docs").rglob("*.md")) if p.name not in LEFT_OUT)]
 _FENCE = re.compile(r"^(?P<indent> *)```(?P<kind>[a-z]*)\n(?P<body>.*?)^(?P=indent)```$", re.DOTALL | re.MULTILINE)
-_CALL = re.compile(r"(?:^|[|;&(]|\brun:|\btime|\bsrun\b.*|\btorchrun\b.*-m)\s*quark(?:cli)? (?P<rest>[^|;&)]*)")
+_CALL = re.compile(r"(?:^|[|;&(]|\brun:|\btime|\bsrun\b.*|\btorchrun\b.*-m)\s*quark(?:cli)? (?P<rest>[^|;&)>]*)")
 
+_PROGRAMS = {"sh": ["bash", "-euo", "pipefail"], "python": [sys.executable]}
 _MENTION = re.compile(r"`quark (?P<rest>[^`]+)`")
 
 
@@ -51,7 +52,7 @@ def mentions(page: Path) -> Iterator[tuple[int, list[str]]]:
 
 def scripts(page: Path) -> list[Block]:
     """The blocks of a page that run."""
-    return [block for block in blocks(page) if block.kind == "sh"]
+    return [block for block in blocks(page) if block.kind in _PROGRAMS]
 
 
 def calls(block: Block) -> Iterator[tuple[int, list[str]]]:
@@ -81,11 +82,15 @@ def _filled(word: str) -> list[str]:
     return ["--model", "demo", "--scheme", "mxfp4"] if word == "..." else [word]
 
 
-def ran(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """A script in bash, with the `quark` of this Python, offline; it ends at the first command that fails."""
+def ran(script: str, folder: Path, kind: str = "sh") -> subprocess.CompletedProcess[str]:
+    """A script of bash or Python, with the `quark` of this Python, offline.
+
+    In bash it ends at the first command that fails, and at one behind `!` that does not.
+    """
+    script = re.sub(r"^! (.*)$", r"if \1; then exit 99; fi", script, flags=re.MULTILINE) if kind == "sh" else script
     own = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1", "COLUMNS": "80"}
     home = {"HOME": str(folder / "home"), "QUARK_HOME": str(folder / "home" / "quark"), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", script], cwd=folder, env={**os.environ, **own, **home},
+        [*_PROGRAMS[kind], "-c", script], cwd=folder, env={**os.environ, **own, **home},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
