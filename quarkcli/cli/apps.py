@@ -12,6 +12,8 @@ from typing import Any
 import typer
 import typer.core
 
+from quarkcli.cli import panels
+
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
@@ -23,6 +25,14 @@ def lighten(flag: Any) -> Any:
 
 
 class _Group(typer.core.TyperGroup):
+    context_class = panels.Context
+
+    def get_help(self, ctx: Any) -> str:
+        return panels.fitted(super().get_help(ctx))
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        panels.write_commands(self, ctx, formatter)
+
     def get_help_option(self, ctx: Any) -> Any:
         return lighten(super().get_help_option(ctx))
 
@@ -35,6 +45,14 @@ class _Plain:
 
 
 class _Command(typer.core.TyperCommand):
+    context_class = panels.Context
+
+    def get_help(self, ctx: Any) -> str:
+        return panels.fitted(super().get_help(ctx))
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        panels.write_options(self, ctx, formatter)
+
     def __init__(self, *arguments: Any, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
         for flag in self.params:

@@ -70,7 +70,7 @@ def init(
     if json:
         output.json_data({"schema": "quark/init/1", **_facts(found, wish), "file": to and str(to), "recipe": text})
     else:
-        output.data(str(to) if to is not None else text.rstrip("\n"))
+        output.data(str(to) if to is not None else text.rstrip("\n"), whole=True)
 
 
 def _facts(choice: Choice, wish: Wish) -> dict[str, Any]:

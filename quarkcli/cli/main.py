@@ -79,7 +79,7 @@ def _show_version(asked: bool) -> None:
 @app.callback(epilog=_EXAMPLES)
 def _quark(
     version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+        bool, typer.Option("--version", "-V", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
     """Quantize large language models from the command line."""

@@ -70,9 +70,9 @@ def show(
             found = family.load(path).model_dump(exclude_defaults=True, exclude={"extends"})
         output.json_data({"schema": "quark/model/1", "name": path.stem, "file": str(path), "family": found})
     elif resolved:
-        output.data(family.to_yaml(family.load(path), f"{path.stem}, with what it takes over").rstrip("\n"))
+        output.data(family.to_yaml(family.load(path), f"{path.stem}, with what it takes over").rstrip("\n"), whole=True)
     else:
-        output.data("\n".join(load.read_text(path).splitlines()))
+        output.data("\n".join(load.read_text(path).splitlines()), whole=True)
 
 
 @app.command(
@@ -105,7 +105,7 @@ def infer(
         output.warning(f"{line}")
     text = family.to_yaml(*family.guess(source.config, source.headers))
     if to is None:
-        output.data(text.rstrip("\n"))
+        output.data(text.rstrip("\n"), whole=True)
         return
     try:
         with to.open("x", encoding="utf-8") as file:

@@ -23,7 +23,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, TextIO, get_args
 
-from quarkcli.cli import github
+from quarkcli.cli import github, tables
 from quarkcli.errors import ExitCode, QuarkError, UsageError
 from quarkcli.events import Event, Level, Message
 
@@ -148,14 +148,17 @@ def shown(text: str) -> str:
     return _STEERING.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
-def data(text: str) -> None:
-    """Prints a line of the answer, on stdout."""
-    _write("stdout", text)
+def data(text: str, *, whole: bool = False) -> None:
+    """Prints a line of the answer, on stdout. `whole`: it is for a program as well, and no width breaks it."""
+    if whole:
+        _write("stdout", text)
+    else:
+        _lines("stdout", text)
 
 
 def json_data(value: Mapping[str, Any]) -> None:
     """Prints the answer as one JSON object, on stdout. Numbers that JSON has no word for become null."""
-    data(json.dumps(_plain(value), indent=2, ensure_ascii=False))
+    data(json.dumps(_plain(value), indent=2, ensure_ascii=False), whole=True)
 
 
 def note(text: str) -> None:
@@ -177,9 +180,9 @@ def say(text: str, level: Level = "info", *, always: bool = False) -> None:
     elif session.format == "github" and level == "warning":
         _write("stderr", github.command("warning", text))
     elif level == "warning":
-        _write("stderr", text, paint("warning:", "yellow", "stderr"))
+        _lines("stderr", text, "warning:", "yellow")
     else:
-        _write("stderr", text if level != "debug" else f"debug: {text}")
+        _lines("stderr", text if level != "debug" else f"debug: {text}")
 
 
 def tell(event: Event) -> None:
@@ -209,9 +212,9 @@ def error(problem: QuarkError) -> None:
         _write("stderr", github.command("error", "\n".join(filter(None, (str(problem), problem.hint)))))
         return
     word, colour = ("stopped", "yellow") if stopped else ("error", "red")
-    _write("stderr", str(problem), paint(f"{word}:", colour, "stderr"))
+    _lines("stderr", str(problem), f"{word}:", colour)
     if problem.hint:
-        _write("stderr", problem.hint, paint("hint:", "bold", "stderr"))
+        _lines("stderr", problem.hint, "hint:", "bold")
 
 
 def summarize(markdown: str) -> None:
@@ -232,6 +235,17 @@ def show_cursor() -> None:
     """Brings back the cursor that a bar hides."""
     if session.format != "json" and is_terminal("stderr"):
         sys.stderr.write("\x1b[?25h")
+
+
+def _lines(name: Stream, text: str, lead: str = "", style: str = "") -> None:
+    """Prints text for people, broken where the terminal ends. `lead`: our own word before it, which may be painted."""
+    width = tables.room(name)
+    for number, line in enumerate(text.split("\n")):
+        taken = len(lead) + 1 if lead and number == 0 else 0
+        first, *more = tables.wrapped(line, width, taken)
+        _write(name, first, paint(lead, style, name) if taken else "")
+        for rest in more:
+            _write(name, rest)
 
 
 def _write(name: Stream, text: str, lead: str = "") -> None:
@@ -293,29 +307,11 @@ def paint(text: str, style: str, name: Stream) -> str:
 
 
 def table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Prints a table on stdout: Rich on a terminal, else aligned text that no width cuts."""
+    """Prints a table on stdout, as wide as the terminal; where there is none, no width breaks a line."""
     cells = [[shown(str(cell)) for cell in row] for row in rows]
-    if is_terminal("stdout"):
-        _rich_table(headers, cells)
-        return
-    lines = [list(headers), *cells]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(headers))]
-    for number, line in enumerate(lines):
-        padded = "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        _write("stdout", "" if number == 0 else padded, paint(padded, "bold", "stdout") if number == 0 else "")
-
-
-def _rich_table(headers: Sequence[str], rows: list[list[str]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    shown = Table(box=None, pad_edge=False, header_style="bold")
-    for header in headers:
-        shown.add_column(header, overflow="fold")
-    for row in rows:
-        shown.add_row(*(Text(cell) for cell in row))
-    Console(file=sys.stdout, highlight=False, no_color=not has_colour("stdout")).print(shown)
+    for number, line in enumerate(tables.table(headers, cells, tables.room("stdout"))):
+        is_head = number == 0 and line.startswith(headers[0])
+        _write("stdout", "" if is_head else line, paint(line, "bold", "stdout") if is_head else "")
 
 
 def pairs(rows: Iterable[tuple[str, str]]) -> list[str]:

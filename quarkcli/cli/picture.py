@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
-import textwrap
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from quarkcli import servers
-from quarkcli.cli import output, planview, predictview
+from quarkcli.cli import output, planview, predictview, tables
 from quarkcli.errors import ModelError
 from quarkcli.job import directories, idle
 from quarkcli.job.groups import Group, groups
@@ -21,6 +19,7 @@ if TYPE_CHECKING:
     from quarkcli.job.predict import Prediction
 
 NEXT = "  next      quark quantize with the same flags; every module: --modules; for scripts: --json"
+USUAL = 120  # columns where there is no terminal
 _LABEL = 10
 _HEAD = ("PART", "TENSORS", "PARAMS", "NOW", "AFTER", "HOW", "WHY")
 _NUMBERS = range(1, 5)  # columns
@@ -28,8 +27,12 @@ _NUMBERS = range(1, 5)  # columns
 
 def lines(prepared: Prepared, forecast: Prediction | None, width: int | None = None) -> list[str]:
     """Returns the picture. `width`: columns of the terminal; None: as they are."""
-    width = width or shutil.get_terminal_size((120, 24)).columns
-    return [_title(prepared), *_facts(prepared, forecast, width), *_table(groups(prepared), width)]
+    width = width or tables.room() or USUAL
+    return [
+        *tables.wrapped(_title(prepared), width),
+        *_facts(prepared, forecast, width),
+        *_table(groups(prepared), width),
+    ]
 
 
 def _title(prepared: Prepared) -> str:
@@ -46,7 +49,7 @@ def _facts(prepared: Prepared, forecast: Prediction | None, width: int) -> Itera
     facts += output.listed("writes", [str(one.checkpoint) for one in prepared.every])
     for label, text in facts:
         room = max(20, width - _LABEL - 2)
-        for number, line in enumerate(textwrap.wrap(text, room, break_long_words=False, break_on_hyphens=False)):
+        for number, line in enumerate(tables.fold(text, room)):
             yield f"  {label if not number else '':<{_LABEL}}{line}".rstrip()
 
 
@@ -101,18 +104,25 @@ def _table(found: list[Group], width: int) -> list[str]:
     first = _aligned([_HEAD[:-1], *short])
     if any(len(line) > width for line in first):  # what happens to it goes there as well
         first = _aligned([_HEAD[:-2], *(row[:-2] for row in rows)])
+        if any(len(line) > width for line in first):
+            return [line for row in rows for line in _block(row, width)]
         return [first[0], *_folded(first[1:], [[row[-2], row[-1]] for row in rows], width)]
     return [first[0], *_folded(first[1:], [[row[-1]] for row in rows], width)]
+
+
+def _block(row: tuple[str, ...], width: int) -> Iterator[str]:
+    """Yields a row for a narrow terminal: its name, and what is to say of it below."""
+    label, tensors, parameters, before, after, how, why = row
+    yield from (f"  {line}" for line in tables.fold(label, width - 2))
+    for text in (f"{tensors} tensors, {parameters}", f"{before} -> {after}", how, why):
+        yield from (f"      {line}" for line in tables.fold(text, width - 6) if line)
 
 
 def _folded(rows: list[str], more: list[list[str]], width: int) -> Iterator[str]:
     for row, texts in zip(rows, more, strict=True):
         yield row
         for text in filter(None, texts):
-            yield from textwrap.wrap(
-                text, max(20, width), initial_indent="      ", subsequent_indent="      ", break_long_words=False,
-                break_on_hyphens=False,
-            )  # fmt: skip
+            yield from (f"      {line}" for line in tables.fold(text, width - 6))
 
 
 def _cells(group: Group) -> tuple[str, ...]:

@@ -6,13 +6,12 @@ Nothing is silent for longer than `SILENCE`: a thread says what is still being d
 from __future__ import annotations
 
 import os
-import sys
 import threading
 import time
 from types import TracebackType
 from typing import Any, Literal
 
-from quarkcli.cli import github, output
+from quarkcli.cli import github, output, tables
 from quarkcli.events import Event, Level, Message, PartDone, Phase, Working
 from quarkcli.report import log
 from quarkcli.report.alike import Alike
@@ -113,33 +112,24 @@ class Progress:
             output.note(github.command("endgroup"))
 
     def _start_bar(self) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-        from rich.progress import Progress as Bar
+        from quarkcli.cli import bar
 
-        console = Console(
-            file=sys.stderr, force_terminal=True, highlight=False, no_color=not output.has_colour("stderr")
-        )
-        columns = (
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.description}", markup=False),
-        )
-        self._bar = Bar(*columns, console=console, transient=True)
-        self._task = self._bar.add_task("resolve", total=None)
-        self._bar.start()
+        self._bar, self._task = bar.started(output.has_colour("stderr"))
 
     def _on_bar(self, event: Event, level: Level) -> None:
         match event:
             case Message():
                 if event.always or output.shows(level):
-                    self._bar.console.print(output.shown(log.line(event)), markup=False, soft_wrap=True)
+                    for text in tables.wrapped(output.shown(log.line(event)), self._bar.console.width):
+                        self._bar.console.print(text, markup=False, soft_wrap=True)
             case Phase(name) | Working(name):
                 self._bar.update(self._task, description=output.shown(name))
             case PartDone():
-                text = log.progress_line(event).partition("] ")[2]
-                self._bar.update(self._task, total=event.total, completed=event.index, description=output.shown(text))
+                text = log.progress_line(event).partition("] ")[2].partition(" eta=")[0]
+                self._bar.update(
+                    self._task, total=event.total, completed=event.index, description=output.shown(text),
+                    eta=log.duration(event.eta),
+                )  # fmt: skip
 
 
 _KINDS: dict[type, str] = {Phase: "phase", PartDone: "part", Working: "working"}

@@ -68,7 +68,7 @@ def quantize(flags: JobFlags, *, dry_run: DryRun = False) -> None:
         output.json_data(report)
     else:
         for one in made[0].every:
-            output.data(str(one.checkpoint))
+            output.data(str(one.checkpoint), whole=True)
 
 
 CheckModel = Annotated[

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from quarkcli import memory
-from quarkcli.cli import apps, explain, output, rewrite
+from quarkcli.cli import apps, explain, output, rewrite, tables
 from quarkcli.cli.completion import names
 from quarkcli.cli.flags import Json
 from quarkcli.errors import QuarkError, ResourceError, UsageError
@@ -18,6 +18,8 @@ app = apps.new(
     "Recipes: what to quantize, in files.",
     apps.examples("quark recipes list", "quark recipes copy nvfp4 my-recipe.yaml"),
 )
+MORE = "'quark recipes show NAME' says what one is for; a wider terminal shows more here."
+_HEAD = ("NAME", "BITS", "DATA", "KV CACHE", "ALGORITHM", "PURPOSE", "HARDWARE")
 Name = Annotated[
     str, typer.Argument(metavar="NAME_OR_FILE", autocompletion=names("ptq"), help="Registered name or a file.")
 ]
@@ -36,7 +38,30 @@ def list_(json: Json = False) -> None:
     if json:
         output.json_data({"schema": "quark/recipes/1", "recipes": rows})
         return
-    output.table(("NAME", "BITS", "DATA", "KV CACHE", "ALGORITHM", "PURPOSE", "HARDWARE"), [_row(row) for row in rows])
+    cells = [_row(row) for row in rows]
+    width = tables.room()
+    if width is None or tables.fits(_HEAD, cells, width):
+        output.table(_HEAD, cells)
+    else:
+        _grouped(cells, width)
+
+
+def _grouped(rows: list[tuple[str, ...]], width: int) -> None:
+    """Prints a line for each recipe, under the hardware that it is for: whole names, and what there is room for."""
+    groups: dict[str, list[tuple[str, ...]]] = {}
+    for row in rows:
+        groups.setdefault(row[-1] if row[-1] not in ("", "-") else "other", []).append(row)
+    heads = [_HEAD[:count] for count in range(len(_HEAD) - 1, 0, -1)]
+    head = next((head for head in heads if tables.fits(head, [row[: len(head)] for row in rows], width)), _HEAD[:1])
+    first, *lines = tables.table(head, [row[: len(head)] for row in rows], None)
+    shown = dict(zip((row[0] for row in rows), lines, strict=True))
+    output.data(first)
+    for hardware, group in groups.items():
+        output.data(f"{hardware}:")
+        for row in group:
+            output.data(shown[row[0]])
+    if head != _HEAD[:-1]:
+        output.data(MORE)
 
 
 def facts_of(name: str, path: Path) -> dict[str, Any]:
@@ -86,7 +111,7 @@ def show(
     if json:
         output.json_data({"schema": "quark/recipe-file/1", "file": str(path), "recipe": document.data})
     else:
-        output.data("\n".join(load.read_text(path).splitlines()))
+        output.data("\n".join(load.read_text(path).splitlines()), whole=True)
 
 
 def _show_resolved(path: Path, json: bool) -> None:
@@ -98,7 +123,7 @@ def _show_resolved(path: Path, json: bool) -> None:
         data = load.parse(text, str(path)).data
         output.json_data({"schema": "quark/recipe-file/1", "file": str(path), "recipe": data})
     else:
-        output.data(text.rstrip("\n"))
+        output.data(text.rstrip("\n"), whole=True)
 
 
 app.command(
@@ -202,4 +227,4 @@ def copy(
         shutil.copyfile(path, target)
     except OSError as error:
         raise ResourceError(f"cannot be written: {error.strerror or error}", where=str(target)) from error
-    output.data(str(target))
+    output.data(str(target), whole=True)

@@ -75,4 +75,4 @@ def _write_new(to: Path, text: str) -> None:
         to.write_text(text, encoding="utf-8")
     except OSError as error:
         raise ResourceError(f"cannot be written: {error.strerror or error}", where=str(to)) from error
-    output.data(str(to))
+    output.data(str(to), whole=True)

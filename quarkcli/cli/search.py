@@ -118,7 +118,7 @@ def _show(found: Found) -> None:
     output.data("")
     output.table(("GROUPS", "COUNT", "SCHEME", "PREDICTED KL"), _groups(found, found.choice))
     output.data("")
-    output.data(str(found.output))
+    output.data(str(found.output), whole=True)
     output.note(f"scores: {found.scores}")
     output.note(f"next: quark quantize --model MODEL --recipe {found.output}")
 

@@ -16,12 +16,10 @@ _LESSER = re.compile(r"(?<=_)(?=[^_])")
 
 
 def room(name: str = "stdout") -> int | None:
-    """Returns the columns of a stream: as $COLUMNS says, else its terminal; None where no width cuts lines."""
-    given = os.environ.get("COLUMNS", "")
-    if given.isdecimal() and int(given):
-        return int(given)
+    """Returns the columns of a stream's terminal, or $COLUMNS there; None where a program reads, and nothing is cut."""
     stream = getattr(sys, name)
-    return shutil.get_terminal_size().columns if stream is not None and stream.isatty() else None
+    is_terminal = stream is not None and stream.isatty() and os.environ.get("TERM") != "dumb"
+    return shutil.get_terminal_size().columns if is_terminal else None
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]], width: int | None) -> list[str]:
@@ -33,6 +31,13 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]], width: int | No
         assert width is not None
         return list(_blocks(headers, rows, width))
     return [text for line in lines for text in _row(line, widths)]
+
+
+def fits(headers: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> bool:
+    """Returns whether a table has room without a cell that goes on below."""
+    lines = [headers, *rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(headers))]
+    return sum(widths) + len(GAP) * (len(widths) - 1) <= width
 
 
 def _narrowest(lines: Sequence[Sequence[str]], column: int) -> int:
@@ -86,12 +91,16 @@ def fold(text: str, width: int) -> list[str]:
 
 def _pieces(word: str, width: int) -> Iterator[tuple[str, bool]]:
     """Yields a word in pieces, and whether a word begins: whole where it fits, else cut behind its joints."""
-    if len(word) <= width:
-        yield word, True
-        return
-    for number, part in enumerate(_JOINTS.split(word)):
-        for inner, piece in enumerate(_LESSER.split(part) if len(part) > width else [part]):
-            yield piece, number == inner == 0
+    width = max(1, width)
+    for number, part in enumerate(_joined(word, width)):
+        for start in range(0, len(part), width):  # a digest, or what else has no joint
+            yield part[start : start + width], number == start == 0
+
+
+def _joined(word: str, width: int) -> Iterator[str]:
+    """Yields the parts between the joints of a word that is wider; underscores are joints where nothing else helps."""
+    for part in _JOINTS.split(word) if len(word) > width else [word]:
+        yield from _LESSER.split(part) if len(part) > width else [part]
 
 
 def wrapped(text: str, width: int | None, taken: int = 0) -> list[str]:
@@ -102,12 +111,15 @@ def wrapped(text: str, width: int | None, taken: int = 0) -> list[str]:
     if width is None or len(text) + taken <= width:
         return [text]
     label = _LABELLED.match(text)
-    lead = label[1] if label else text[: len(text) - len(text.lstrip())]
-    if width - len(lead) < _LEAST:
-        lead = text[: len(text) - len(text.lstrip())]
-    indent = " " * (len(lead) if label and lead == label[1] else min(len(lead) + 2, max(0, width - _LEAST)))
-    lines: list[str] = []
-    rest = fold(text[len(lead) :], max(1, width - max(len(lead), len(indent), taken)))
-    for number, line in enumerate(rest):
-        lines.append((lead if number == 0 else indent) + line)
-    return lines
+    start = len(text) - len(text.lstrip())
+    lead = label[1] if label else text[:start]
+    least = max(
+        _LEAST, min(width, max((len(part) for word in text.split() for part in _joined(word, width)), default=0))
+    )
+    under = len(lead) if len(lead) > 3 else len(lead) + 2
+    if max(under, taken + len(lead)) + least <= width:
+        first, *rest = fold(text[len(lead) :], width - max(under, taken + len(lead)))
+        return [lead + first, *(" " * under + line for line in rest)]
+    under = max(0, min(start + 4, width - least))  # narrow: the text goes below its label
+    head = [lead.rstrip()] if label or taken else []
+    return [*head, *(" " * under + line for line in fold(text[len(lead) :], width - under))]

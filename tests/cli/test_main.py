@@ -54,7 +54,8 @@ def test_help_ends_with_two_examples_that_parse(path):
     answer = CliRunner().invoke(main.app, [*path, "--help"])
     assert answer.exit_code == 0
     assert answer.stderr == ""
-    examples = [line.strip() for line in answer.stdout.partition("Examples:")[2].splitlines() if line.strip()]
+    joined = answer.stdout.partition("Examples:")[2].replace("\\\n", " ")
+    examples = [line.strip() for line in joined.splitlines() if line.strip()]
     assert len(examples) == 2
     for example in examples:
         program, *words = shlex.split(example)
