@@ -3,35 +3,34 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
-
-from rich.console import Console
-from rich.progress import Progress, ProgressColumn, Task
-from rich.text import Text
+from typing import TYPE_CHECKING, Any
 
 from quarkcli.cli import tables
 from quarkcli.report import log
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, Task
 
 _BAR, _LEAST = 24, 6  # columns of the bar, and those below which it is left out
 
 
 def started(colour: bool) -> tuple[Progress, Any]:
     """Returns a bar on stderr, begun, and its only task."""
+    from rich.console import Console
+    from rich.progress import Progress, ProgressColumn
+    from rich.text import Text
+
     console = Console(file=sys.stderr, force_terminal=True, highlight=False, no_color=not colour)
-    bar = Progress(_Line(console), console=console, transient=True)
+    marks = ("━", "─") if console.encoding.startswith("utf") else ("#", "-")
+
+    class Line(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            return Text(line(task, console.width, marks), no_wrap=True, overflow="ignore")
+
+    bar = Progress(Line(), console=console, transient=True)
     task = bar.add_task("resolve", total=None, eta="")
     bar.start()
     return bar, task
-
-
-class _Line(ProgressColumn):
-    def __init__(self, console: Console) -> None:
-        super().__init__()
-        self._console = console
-
-    def render(self, task: Task) -> Text:
-        marks = ("━", "─") if self._console.encoding.startswith("utf") else ("#", "-")
-        return Text(line(task, self._console.width, marks), no_wrap=True, overflow="ignore")
 
 
 def line(task: Task, width: int, marks: tuple[str, str]) -> str:
