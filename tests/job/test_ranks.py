@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import random
 import socket
 import time
 from collections.abc import Iterator
@@ -177,6 +178,37 @@ def test_a_rank_is_killed_and_others_go_on_later(
     first, *_ = launch.quantize(then, sources[model], tmp_path / "out", job, "--resume", "require")
     assert first.code == 0, first.err
     assert "parts are done" in first.err
+    assert hashes(tmp_path / "out") == alone(model, job)
+
+
+ANYWHERE = (
+    "quarkcli.disk.journal.Journal.finish", "quarkcli.disk.journal.Journal.write_hidden",
+    "quarkcli.disk.writer.write_part", "quarkcli.job.part.PartWorker.work", "quarkcli.job.part.PartWorker.advance",
+    "quarkcli.job.ranks.Ranks.gather", "quarkcli.job.ranks.Ranks.share", "quarkcli.job.ranks.Ranks.pass_on",
+    "quarkcli.forward.joining.join",
+)  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize(("model", "job"), [("llama", "nvfp4"), ("mixtral", "gptq"), ("mixtral", "awq")])
+def test_a_rank_is_killed_anywhere_again_and_again(
+    model: str, job: str, seed: int, launch: Launch, sources: dict[str, Path], alone: Any, tmp_path: Path
+) -> None:
+    """At a call that chance names, on a rank that chance names; then another number of ranks goes on."""
+    chance = random.Random(f"{model} {job} {seed}")
+    for _ in range(3):
+        size = chance.choice((2, 3))
+        rank, call = chance.randrange(size), chance.randint(1, 25)
+        hooks = {rank: at(*ANYWHERE, call=call, after=chance.random() < 0.5)}
+        done = launch.quantize(size, sources[model], tmp_path / "out", job, hooks=hooks)
+        if done[0].code == 0:  # it ended before that call
+            break
+        assert done[rank].code in (-9, 6), done[rank].err  # 6: another one's end reached it first
+        assert "internal error" not in "".join(one.err for one in done)
+    if not (tmp_path / "out").exists():
+        first, *_ = launch.quantize(chance.choice((1, 2, 4)), sources[model], tmp_path / "out", job)
+        assert first.code == 0, first.err
     assert hashes(tmp_path / "out") == alone(model, job)
 
 
