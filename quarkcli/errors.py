@@ -35,12 +35,14 @@ class QuarkError(Exception):
     what    the fault, one sentence
     where   file, flag, tensor or module concerned, or "" when `what` already names it
     hint    the fix, or ""
+    kind    its name in the index of errors (`quark explain`), such as E-PATTERN-NOMATCH
     """
 
     code = ExitCode.INTERNAL
 
-    def __init__(self, what: str, *, where: str = "", hint: str = "") -> None:
+    def __init__(self, what: str, *, where: str = "", hint: str = "", kind: str = "") -> None:
         super().__init__(what)
+        self.kind = kind
         self.what = what
         self.where = where
         self.hint = hint
@@ -104,7 +106,7 @@ def all_of(problems: Sequence[QuarkError]) -> QuarkError:
         return first
     what = "\n".join((first.what, *(f"also: {problem}" for problem in others)))
     hint = next((problem.hint for problem in problems if problem.hint), "")
-    return CheckError(what, where=first.where, hint=hint)
+    return CheckError(what, where=first.where, hint=hint, kind="E-CHECK-SEVERAL")
 
 
 class Stopped(QuarkError):
@@ -129,4 +131,4 @@ def some(names: Iterable[object], limit: int = 5) -> str:
 def none_of(names: Collection[object], what: str) -> None:
     """Raises CheckError for names that there should not be: how many, `what`, and the first of them."""
     if names:
-        raise CheckError(f"{len(names)} {what}: {some(names)}")
+        raise CheckError(f"{len(names)} {what}: {some(names)}", kind="E-CHECK-TENSORS")

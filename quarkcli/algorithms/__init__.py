@@ -49,11 +49,13 @@ def create(name: str, parameters: dict[str, Any], where: str = FLAG) -> Algorith
         if key not in known:
             close = near_misses(key, known)
             hint = f"did you mean '{close[0]}'?" if close else f"parameters: {', '.join(known) or 'none'}"
-            raise ConfigError(f"algorithm '{dashed}' has no parameter '{key}'", where=where, hint=hint)
+            raise ConfigError(
+                f"algorithm '{dashed}' has no parameter '{key}'", where=where, hint=hint, kind="E-ALGORITHM-PARAMETER"
+            )
     try:
         algorithm: Algorithm = member(**{**known, **parameters})
     except ConfigError as error:
-        raise ConfigError(error.what, where=where, hint=error.hint) from error
+        raise ConfigError(error.what, where=where, hint=error.hint, kind="E-ALGORITHM-PARAMETER") from error
     return algorithm
 
 
@@ -106,4 +108,5 @@ def _two_solvers(solvers: Sequence[Algorithm], what: str, where: str) -> ConfigE
         f"{' and '.join(solver.name for solver in solvers)} both choose the codes of {what}",
         where=where,
         hint="keep one solver, or give each 'slots' of its own",
+        kind="E-ALGORITHM-COMBINE",
     )

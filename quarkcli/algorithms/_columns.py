@@ -88,6 +88,7 @@ class ColumnSolver(Solver):
                 "longer gives",
                 where="algorithm",
                 hint="true_sequential: false, or gptq",
+                kind="E-ALGORITHM-COMBINE",
             )
         if self.signed != "on":
             return
@@ -98,6 +99,7 @@ class ColumnSolver(Solver):
                     "with quantized inputs read scales as unsigned",
                     where="algorithm",
                     hint="signed: auto leaves such weights as they are; or a scheme with inputs in 16 bits",
+                    kind="E-ALGORITHM-FORMAT",
                 )
 
     def memory(self, plan: Plan) -> int:
@@ -250,6 +252,8 @@ def _sweeps(name: str, value: Any) -> int | None:
         return 0
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MOST_SWEEPS:
         raise ConfigError(
-            f"{name} must be auto, off or a number of sweeps up to {MOST_SWEEPS}, not {value!r}", where="algorithm"
+            f"{name} must be auto, off or a number of sweeps up to {MOST_SWEEPS}, not {value!r}",
+            where="algorithm",
+            kind="E-ALGORITHM-PARAMETER",
         )
     return value

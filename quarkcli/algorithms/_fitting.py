@@ -84,6 +84,7 @@ class BlockTuner(Tuner):
             raise ConfigError(
                 f"{self.name} tunes blocks by their outputs, and no quantized weight of its own lies in a block",
                 hint=f"leave {self.name} out, or give it other 'slots'",
+                kind="E-ALGORITHM-IDLE",
             )
 
     def forwards(self, tokens: int) -> float:

@@ -12,7 +12,9 @@ AUTO = "auto"
 def flag(name: str, value: Any) -> bool:
     """Returns a parameter that must be true or false."""
     if not isinstance(value, bool):
-        raise ConfigError(f"{name} must be true or false, not {value!r}", where="algorithm")
+        raise ConfigError(
+            f"{name} must be true or false, not {value!r}", where="algorithm", kind="E-ALGORITHM-PARAMETER"
+        )
     return value
 
 
@@ -21,14 +23,18 @@ def whole(name: str, value: Any, least: int, most: int | None = None) -> int:
     fits = isinstance(value, int) and not isinstance(value, bool) and least <= value and (most is None or value <= most)
     if not fits:
         span = f"from {least}" + (f" to {most}" if most is not None else "")
-        raise ConfigError(f"{name} must be a whole number {span}, not {value!r}", where="algorithm")
+        raise ConfigError(
+            f"{name} must be a whole number {span}, not {value!r}", where="algorithm", kind="E-ALGORITHM-PARAMETER"
+        )
     return int(value)
 
 
 def share(name: str, value: Any) -> float:
     """Returns a parameter that must lie between 0 and 1, neither of them."""
     if not _is_share(value):
-        raise ConfigError(f"{name} must lie between 0 and 1, not {value!r}", where="algorithm")
+        raise ConfigError(
+            f"{name} must lie between 0 and 1, not {value!r}", where="algorithm", kind="E-ALGORITHM-PARAMETER"
+        )
     return float(value)
 
 
@@ -37,7 +43,11 @@ def auto_share(name: str, value: Any) -> float | None:
     if value == AUTO:
         return None
     if not _is_share(value):
-        raise ConfigError(f"{name} must be auto or lie between 0 and 1, not {value!r}", where="algorithm")
+        raise ConfigError(
+            f"{name} must be auto or lie between 0 and 1, not {value!r}",
+            where="algorithm",
+            kind="E-ALGORITHM-PARAMETER",
+        )
     return float(value)
 
 
@@ -47,7 +57,7 @@ def one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> Any:
         if type(known) is type(value) and known == value:
             return known
     shown = ", ".join(str(each).lower() if isinstance(each, bool) else str(each) for each in allowed)
-    raise ConfigError(f"{name} must be one of {shown}, not {value!r}", where="algorithm")
+    raise ConfigError(f"{name} must be one of {shown}, not {value!r}", where="algorithm", kind="E-ALGORITHM-PARAMETER")
 
 
 def on_off(value: Any) -> Any:

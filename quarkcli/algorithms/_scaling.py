@@ -45,7 +45,9 @@ class ChannelScaling(Transform):
 
     def __init__(self, scaling_layers: Rows) -> None:
         if scaling_layers is not None and (not isinstance(scaling_layers, list) or not scaling_layers):
-            raise ConfigError(f"{self.name} scaling_layers must be a list of names", where="algorithm")
+            raise ConfigError(
+                f"{self.name} scaling_layers must be a list of names", where="algorithm", kind="E-ALGORITHM-PARAMETER"
+            )
         self.rows = [_source(row, self.name) for row in scaling_layers] if scaling_layers else None
 
     # -- declarations ---------------------------------------------------------------------------------------------
@@ -71,6 +73,7 @@ class ChannelScaling(Transform):
                 "weight reads",
                 where="algorithm",
                 hint=_to_add(plan),
+                kind="E-ALGORITHM-IDLE",
             )
         for row in self.rows or ():
             if not any(fits(row, source) for source in sources):
@@ -79,6 +82,7 @@ class ChannelScaling(Transform):
                     f"{self.name} scaling_layers: the model family '{plan.family}' scales no channels of '{row}'",
                     where="algorithm",
                     hint=f"did you mean '{close[0]}'?" if close else f"it has {', '.join(sources)}",
+                    kind="E-ALGORITHM-FAMILY",
                 )
 
     def changes(self, plan: Plan) -> Changes:
@@ -198,6 +202,7 @@ def _source(row: Any, name: str) -> str:
             f"{name} scaling_layers holds {row!r}, which names no source",
             where="algorithm",
             hint="the name of a norm or linear, or a row with 'prev_op'",
+            kind="E-ALGORITHM-PARAMETER",
         )
     return source
 

@@ -29,7 +29,11 @@ def check_residual(plan: Plan) -> None:
     rule = plan.rewrites.family.residual if plan.rewrites.family is not None else None
     refused = f"the channels of the residual stream cannot change in family '{plan.family}'"
     if rule is not None and rule.no_permutation is not None:
-        raise ConfigError(f"{refused}: {rule.no_permutation}", hint="residual: false leaves the stream as it is")
+        raise ConfigError(
+            f"{refused}: {rule.no_permutation}",
+            hint="residual: false leaves the stream as it is",
+            kind="E-ALGORITHM-FAMILY",
+        )
     for _, residual in streams(plan):
         for name, why in residual.unknown.items():
             raise ConfigError(
@@ -37,6 +41,7 @@ def check_residual(plan: Plan) -> None:
                 where=name,
                 hint="'residual' in a family file says what reads and writes it, and a step with 'slots' must have all "
                 "of that; or leave the stream as it is (residual: false, r1: false)",
+                kind="E-ALGORITHM-FAMILY",
             )
 
 

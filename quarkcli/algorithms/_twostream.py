@@ -41,7 +41,9 @@ class TwoStreamSolver(ColumnSolver):
         number = isinstance(strength, int | float) and not isinstance(strength, bool) and 0 <= strength <= 1
         if strength != "auto" and not number:
             raise ConfigError(
-                f"{self.name} strength must be auto or a number from 0 to 1, not {strength!r}", where="algorithm"
+                f"{self.name} strength must be auto or a number from 0 to 1, not {strength!r}",
+                where="algorithm",
+                kind="E-ALGORITHM-PARAMETER",
             )
         self.strength = float(strength) if number else None
 

@@ -36,7 +36,8 @@ class AutoSmoothQuant(SearchedScaling):
         super().__init__(scaling_layers, n_grid)
         if compute_scale_loss not in _POWERS:
             raise ConfigError(
-                f"autosmoothquant compute_scale_loss must be {', '.join(_POWERS)}, not {compute_scale_loss!r}"
+                f"autosmoothquant compute_scale_loss must be {', '.join(_POWERS)}, not {compute_scale_loss!r}",
+                kind="E-ALGORITHM-PARAMETER",
             )
         self.power = _POWERS[compute_scale_loss]  # type: ignore[misc]
 

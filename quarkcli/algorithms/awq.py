@@ -70,9 +70,11 @@ class AWQ(SearchedScaling):
         self.duo = _parameters.flag("awq duo_scaling", duo_scaling)
         self.clip = _parameters.on_off(clip)
         if self.clip not in ("auto", "on", "off"):
-            raise ConfigError(f"awq clip must be auto, on or off, not {clip!r}")
+            raise ConfigError(f"awq clip must be auto, on or off, not {clip!r}", kind="E-ALGORITHM-PARAMETER")
         if not scales and self.clip == "off":
-            raise ConfigError("awq with scales and clip both off does nothing", hint="leave awq out")
+            raise ConfigError(
+                "awq with scales and clip both off does nothing", hint="leave awq out", kind="E-ALGORITHM-IDLE"
+            )
         self.least = _parameters.share("awq min_clip_ratio", min_clip_ratio)
         self.step = _parameters.share("awq shrink_step", shrink_step)
 
@@ -98,6 +100,7 @@ class AWQ(SearchedScaling):
                 "awq finds no weight to clip: their scales are searched, or cover more than a row",
                 where="algorithm",
                 hint="leave 'clip' out, or take rtn and scales per group or channel",
+                kind="E-ALGORITHM-IDLE",
             )
         text = "awq clips nothing: scales are searched otherwise, or cover more than a row"
         if self.clip == "auto" and not clipped and text not in plan.warnings:

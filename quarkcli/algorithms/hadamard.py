@@ -39,12 +39,14 @@ class Hadamard(Transform):
                 "vLLM 0.32 passes over compressed-tensors' transforms at attention, and others read none",
                 where="algorithm",
                 hint="leave r3 out; inputs of linears can be turned, values of attention by 'rotation' (r2)",
+                kind="E-ALGORITHM-FORMAT",
             )
         whole = isinstance(block, int) and not isinstance(block, bool)
         if block not in (AUTO, FULL) and not (whole and _is_power(int(block)) and 2 <= int(block) <= LARGEST):
             raise ConfigError(
                 f"hadamard block must be auto, full, or a power of two from 2 to {LARGEST}, not {block!r}",
                 where="algorithm",
+                kind="E-ALGORITHM-PARAMETER",
             )
         self.block = block
 
@@ -55,7 +57,11 @@ class Hadamard(Transform):
             self._check_block(target)
         if not chosen and left:
             reasons = "; ".join(f"{names[0]}{_more(names)}: {why}" for why, names in left.items())
-            raise ConfigError(f"hadamard finds no linear whose input it can turn: {reasons}", where="algorithm")
+            raise ConfigError(
+                f"hadamard finds no linear whose input it can turn: {reasons}",
+                where="algorithm",
+                kind="E-ALGORITHM-IDLE",
+            )
         for why, names in left.items() if chosen else ():
             plan.warnings.append(f"hadamard leaves out {names[0]}{_more(names)}: {why}")
 
@@ -87,6 +93,7 @@ class Hadamard(Transform):
                 f"a block of {block} does not divide {width} input features",
                 where=target.name,
                 hint=f"block: {fits}, or full" if fits > 1 else "leave it out in 'slots'",
+                kind="E-ALGORITHM-FORMAT",
             )
         own = _two_level_group(target)
         if own is not None and block <= own:
@@ -95,6 +102,7 @@ class Hadamard(Transform):
                 "outlier spoils its group either way, and is no smaller for it",
                 where=target.name,
                 hint="block: 128, or smoothquant, permutation or rotation, which run on every server",
+                kind="E-ALGORITHM-FORMAT",
             )
 
 

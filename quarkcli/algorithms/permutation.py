@@ -40,9 +40,9 @@ class Permutation(Transform):
     def __init__(self, residual: bool, inner: bool, values: bool, size: str) -> None:
         for key, value in (("residual", residual), ("inner", inner), ("values", values)):
             if not isinstance(value, bool):
-                raise ConfigError(f"permutation: {key} is true or false, not {value!r}")
+                raise ConfigError(f"permutation: {key} is true or false, not {value!r}", kind="E-ALGORITHM-PARAMETER")
         if size not in SIZES:
-            raise ConfigError(f"permutation: size is mean or max, not {size!r}")
+            raise ConfigError(f"permutation: size is mean or max, not {size!r}", kind="E-ALGORITHM-PARAMETER")
         self.residual, self.inner, self.values, self.size = residual, inner, values, size
 
     # -- the plan -------------------------------------------------------------------------------------------------
@@ -54,6 +54,7 @@ class Permutation(Transform):
             raise ConfigError(
                 f"permutation has nothing to do: the family '{plan.family}' names no channels that can change places",
                 hint="'channels' and 'heads' in a family file name them; or residual: true",
+                kind="E-ALGORITHM-FAMILY",
             )
 
     def needs(self, plan: Plan) -> Needs:

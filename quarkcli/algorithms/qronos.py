@@ -32,7 +32,7 @@ class Qronos(TwoStreamSolver):
         self.damp_of = _parameters.one_of("qronos damp_of", damp_of, ("mean", "largest"))
         if self.damp_of == "largest" and self.damp is None:
             raise ConfigError("qronos damp_of: largest is about a damping that is given", where="algorithm",
-                              hint="damp: 0.001, say; or leave damp_of out")  # fmt: skip
+                              hint="damp: 0.001, say; or leave damp_of out", kind="E-ALGORITHM-PARAMETER")  # fmt: skip
 
     def _choices(self, problem: Problem, held: bool) -> Choices:
         choices = super()._choices(problem, held)

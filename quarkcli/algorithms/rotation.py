@@ -43,20 +43,26 @@ class Rotation(Transform):
     def __init__(self, r1: bool, r2: bool | Literal["auto"], block: int | None, random: bool) -> None:
         for key, value in (("r1", r1), ("random", random)):
             if not isinstance(value, bool):
-                raise ConfigError(f"rotation: {key} is true or false, not {value!r}")
+                raise ConfigError(f"rotation: {key} is true or false, not {value!r}", kind="E-ALGORITHM-PARAMETER")
         if not isinstance(r2, bool) and r2 != AUTO:
-            raise ConfigError(f"rotation: r2 is true, false or auto, not {r2!r}")
+            raise ConfigError(f"rotation: r2 is true, false or auto, not {r2!r}", kind="E-ALGORITHM-PARAMETER")
         if block is not None and (not isinstance(block, int) or isinstance(block, bool) or block < LEAST):
-            raise ConfigError(f"rotation: block is a number of channels from {LEAST} on, or null, not {block!r}")
+            raise ConfigError(
+                f"rotation: block is a number of channels from {LEAST} on, or null, not {block!r}",
+                kind="E-ALGORITHM-PARAMETER",
+            )
         if not r1 and r2 is False:
-            raise ConfigError("rotation has nothing to do", hint="r1: true, r2: true, or both")
+            raise ConfigError("rotation has nothing to do", hint="r1: true, r2: true, or both", kind="E-ALGORITHM-IDLE")
         self.r1, self.r2, self.block, self.random = r1, r2, block, random
 
     # -- the plan -------------------------------------------------------------------------------------------------
 
     def check(self, plan: Plan) -> None:
         if self.block is not None and not self.r1:
-            raise ConfigError("rotation: block has no effect without r1: values are rotated in whole heads")
+            raise ConfigError(
+                "rotation: block has no effect without r1: values are rotated in whole heads",
+                kind="E-ALGORITHM-PARAMETER",
+            )
         if self.r1:
             if self.block is not None:
                 _check_groups(plan, self.block)
@@ -71,6 +77,7 @@ class Rotation(Transform):
             raise ConfigError(
                 f"r2: the values of attention cannot be rotated in family '{plan.family}'{_why_no_values(plan)}",
                 hint="'heads' in a family file names them; or r1 alone, with r2: false",
+                kind="E-ALGORITHM-FAMILY",
             )
 
     def memory(self, plan: Plan) -> int:
@@ -155,11 +162,16 @@ def size_of(width: int, block: int | None) -> int:
             raise ConfigError(
                 f"rotation: no Hadamard matrix of size {width} is known, nor of a block that divides it",
                 hint="algorithm permutation, or r1: false, r2: false where the other can be rotated",
+                kind="E-ALGORITHM-FORMAT",
             )
         return size
     if width % block or base(block) is None:
         why = f"does not divide {width} channels" if width % block else "is the size of no Hadamard matrix known here"
-        raise ConfigError(f"rotation: a block of {block} {why}", hint=f"a power of two up to {largest_block(width)}")
+        raise ConfigError(
+            f"rotation: a block of {block} {why}",
+            hint=f"a power of two up to {largest_block(width)}",
+            kind="E-ALGORITHM-FORMAT",
+        )
     return block
 
 
@@ -175,6 +187,7 @@ def _check_groups(plan: Plan, block: int) -> None:
                     "over the one group that it spoils already, and the loss grows",
                     where=target.name,
                     hint="block: null, or algorithm smoothquant or permutation",
+                    kind="E-ALGORITHM-FORMAT",
                 )
 
 
@@ -184,7 +197,11 @@ def _check_rotatable(plan: Plan) -> None:
     assert family is not None and family.residual is not None
     refused = _STREAM.format(plan.family)
     if family.residual.no_rotation is not None:
-        raise ConfigError(f"{refused}: {family.residual.no_rotation}", hint="algorithm permutation, or r1: false")
+        raise ConfigError(
+            f"{refused}: {family.residual.no_rotation}",
+            hint="algorithm permutation, or r1: false",
+            kind="E-ALGORITHM-FAMILY",
+        )
     for part, weights in by_part(plan):
         residual = plan.rewrites.residual(part, weights)
         folds = set(plan.rewrites.folds(part, weights))
@@ -196,6 +213,7 @@ def _check_rotatable(plan: Plan) -> None:
                 f"{refused}: no linear is known that could take over this norm or vector",
                 where=left,
                 hint="'scaling' in a family file names the readers of a norm; or algorithm permutation, or r1: false",
+                kind="E-ALGORITHM-FAMILY",
             )
 
 

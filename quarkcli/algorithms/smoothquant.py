@@ -33,7 +33,10 @@ class SmoothQuant(ChannelScaling):
         super().__init__(scaling_layers)
         for name, value, least, most in (("alpha", alpha, 0, 1), ("scale_clamp_min", scale_clamp_min, 1e-12, 1)):
             if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
-                raise ConfigError(f"smoothquant {name} must lie between {least} and {most}, not {value!r}")
+                raise ConfigError(
+                    f"smoothquant {name} must lie between {least} and {most}, not {value!r}",
+                    kind="E-ALGORITHM-PARAMETER",
+                )
         self.alpha = float(alpha)
         self.clamp_min = float(scale_clamp_min)
 

@@ -316,6 +316,7 @@ class PartTensors:
             raise ModelError(
                 f"{len(scale)} channels cannot be spread over {width} columns: the head size is not known",
                 where=self.part.name,
+                kind="E-MODEL-FAMILY",
             )
         return scale.view(-1, 1, head).expand(-1, width // len(scale), -1).reshape(-1)
 
@@ -326,7 +327,7 @@ class PartTensors:
 
     def _vector(self, name: str) -> Tensor:
         if name not in self._tensors:
-            raise ModelError("the part has no such tensor", where=name)
+            raise ModelError("the part has no such tensor", where=name, kind="E-MODEL-FAMILY")
         if name not in self._changing:
             self._changing[name] = self._tensors[name].to(torch.float32, copy=True)
         return self._changing[name]

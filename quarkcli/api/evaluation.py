@@ -45,7 +45,9 @@ def evaluate(
     from quarkcli.evaluation import gates, run
 
     if baseline is None and (max_kl is not None or max_ppl_increase is not None):
-        raise UsageError("max_kl and max_ppl_increase compare with a baseline", hint="baseline=DIR_OR_ID")
+        raise UsageError(
+            "max_kl and max_ppl_increase compare with a baseline", hint="baseline=DIR_OR_ID", kind="E-FLAG-CONFLICT"
+        )
     result = run.evaluate(
         job.located(str(directory)), baseline=None if baseline is None else job.located(str(baseline)),
         text=None if text is None else str(text), window=window, max_tokens=tokens, bos=bos, weights_only=weights_only,

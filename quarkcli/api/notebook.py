@@ -27,7 +27,9 @@ class NotebookProgress:
             shown: Any = importlib.import_module("IPython.display")
         except ImportError:
             hint = "listener=print shows every event on a line"
-            raise UsageError("IPython is not installed, and this listener is for notebooks", hint=hint) from None
+            raise UsageError(
+                "IPython is not installed, and this listener is for notebooks", hint=hint, kind="E-PYTHON-CALL"
+            ) from None
         self._html = shown.HTML
         self._place = shown.display(self._html("starting"), display_id=True)
         self._done, self._total = 0, 0

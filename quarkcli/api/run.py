@@ -66,7 +66,9 @@ def quantize(
     """
     if isinstance(model, Plan):
         if scheme is not None or recipe is not None or config is not None:
-            raise UsageError("a plan says what to quantize; scheme, recipe and config are for models")
+            raise UsageError(
+                "a plan says what to quantize; scheme, recipe and config are for models", kind="E-PYTHON-CALL"
+            )
         return Report(job.run(_of_plan(model, output, dict(options)), listener, judge=judge))
     return Report(job.run(_options(model, scheme, recipe, config, output, dict(options)), listener, judge=judge))
 
@@ -109,6 +111,7 @@ def register_scheme(name: str, scheme: Mapping[str, Any]) -> None:
             f"a scheme is a mapping, not {type(scheme).__name__}",
             where=f"register_scheme({name!r})",
             hint="{'weight': cfg, 'input': cfg}",
+            kind="E-PYTHON-VALUE",
         )
     catalog.register(name, load.of_data(deepcopy(dict(scheme)), f"register_scheme('{name}')"))
     try:
@@ -133,7 +136,7 @@ def _options(
 ) -> Options:
     if config is not None:
         if recipe is not None:
-            raise UsageError("recipe and config exclude each other")
+            raise UsageError("recipe and config exclude each other", kind="E-PYTHON-CALL")
         recipe = recipes.from_config(config)
     options = _plain(options)
     overrides = {name: options.pop(name) for name in list(options) if name in _OVERRIDES}
@@ -162,10 +165,16 @@ def _of_plan(plan: Plan, output: str | PathLike[str] | None, options: dict[str, 
     """Returns the options the plan was made from, with the entries that edits have added."""
     basis = plan.basis
     if basis is None or not isinstance(basis.asked, Options):
-        raise UsageError("this plan was not made by quarkcli.make_plan", hint="give the model instead")
+        raise UsageError(
+            "this plan was not made by quarkcli.make_plan", hint="give the model instead", kind="E-PYTHON-CALL"
+        )
     second = sorted(_SAID_BY_PLAN.intersection(options))
     if second:
-        raise UsageError(f"{', '.join(second)}: a plan is there already", hint="give it to make_plan, or edit the plan")
+        raise UsageError(
+            f"{', '.join(second)}: a plan is there already",
+            hint="give it to make_plan, or edit the plan",
+            kind="E-PYTHON-CALL",
+        )
     if output is not None:
         options["output"] = Path(output)
     # The recipe as it was read, with its algorithms and settings; it is not looked up again.

@@ -76,6 +76,7 @@ class LLMTemplate:
                 "weight converters are not taken",
                 where="f2f_weight_converters",
                 hint="a family file splits fused tensors: 'quark models show qwen3_5_moe', key experts.fused",
+                kind="E-PYTHON-VALUE",
             )
         self.model_type = model_type
         self.kv_layers_name = None if kv_layers_name is None else list(kv_layers_name)
@@ -127,7 +128,9 @@ class LLMTemplate:
             close = near_misses(model_type, cls.list_available())
             hint = f"did you mean {', '.join(close)}? " if close else ""
             raise ConfigError(
-                f"there is no template for '{model_type}'", hint=f"{hint}see LLMTemplate.list_available()"
+                f"there is no template for '{model_type}'",
+                hint=f"{hint}see LLMTemplate.list_available()",
+                kind="E-PYTHON-VALUE",
             )
         return _of_family(card)
 
@@ -211,10 +214,12 @@ class LLMTemplate:
 
     def _cache_rows(self, scheme: str | None, minimum: float) -> list[Row]:
         if isinstance(minimum, bool) or not isinstance(minimum, int | float) or not 0 <= minimum < float("inf"):
-            raise ConfigError(f"min_kv_scale must be a number from 0 on, not {minimum!r}")
+            raise ConfigError(f"min_kv_scale must be a number from 0 on, not {minimum!r}", kind="E-PYTHON-VALUE")
         if scheme is None:
             if minimum:
-                raise ConfigError("min_kv_scale is for a KV cache scheme", hint="kv_cache_scheme='fp8'")
+                raise ConfigError(
+                    "min_kv_scale is for a KV cache scheme", hint="kv_cache_scheme='fp8'", kind="E-PYTHON-VALUE"
+                )
             return []
         rows = []
         for entry in cache_entries(scheme, Origin("kv_cache_scheme")):
@@ -239,7 +244,7 @@ class LLMTemplate:
             return [_row(entry, required=True)]
         if not patterns:
             raise ConfigError(f"the template does not say which projections make {kind}", where=self.model_type,
-                              hint=f"LLMTemplate(..., {field}=[...])")  # fmt: skip
+                              hint=f"LLMTemplate(..., {field}=[...])", kind="E-PYTHON-VALUE")  # fmt: skip
         slots = dict.fromkeys(_attention_slot(p, kind) for p in patterns if kind == "q" or kind in _caches(p))
         return [_row(replace(entry, quantizer_path=slot), required=True) for slot in slots]
 
@@ -262,7 +267,11 @@ class LLMTemplate:
         if groups is None:
             return {}
         if not is_groups(groups):
-            raise ConfigError(f"a list of lists of names is needed, not {groups!r:.60}", where="shared_scale_groups")
+            raise ConfigError(
+                f"a list of lists of names is needed, not {groups!r:.60}",
+                where="shared_scale_groups",
+                kind="E-PYTHON-VALUE",
+            )
         q = [self.q_layer_name] if isinstance(self.q_layer_name, str) else list(self.q_layer_name or ())
         attention = {_leaf(pattern) for pattern in (*q, *(self.kv_layers_name or ()))}
         own = {frozenset(group) for group in (attention, self.gate_up_layers_name) if len(group) > 1}
@@ -316,7 +325,7 @@ def _known_algorithm(name: str) -> str:
         return catalog.same(name)
     read = steps.from_quark({"name": name}, (name,))
     if read.problems:
-        raise ConfigError(read.problems[0][1])
+        raise ConfigError(read.problems[0][1], kind="E-ATTRIBUTE-UNSUPPORTED")
     return read.steps[0][0]
 
 
@@ -384,7 +393,7 @@ def _attention_slot(pattern: str, kind: str) -> str:
 def _with_minimum(cfg: Any, minimum: float) -> dict[str, Any]:
     spec = to_spec(cfg, weight=False)
     if spec.scale is None:
-        raise UsageError("min_kv_scale: this KV cache scheme has no scale")
+        raise UsageError("min_kv_scale: this KV cache scheme has no scale", kind="E-FLAG-CONFLICT")
     outer = replace(spec.scale.outermost, minimum=minimum)
     return spec_to_yaml(
         replace(spec, scale=replace(spec.scale, global_scale=outer) if spec.scale.global_scale else outer)

@@ -117,7 +117,7 @@ def _unknown(name: str) -> NoReturn:
     try:
         algorithms.create(name, {})
     except UsageError as error:
-        raise UsageError(error.what, hint=error.hint) from error
+        raise UsageError(error.what, hint=error.hint, kind="E-ALGORITHM-UNKNOWN") from error
     raise AssertionError(name)
 
 

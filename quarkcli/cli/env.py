@@ -38,7 +38,9 @@ def env(*, measure: Measure = False, device: Device = "auto", json: Json = False
     if measure:
         _measure(device)
     elif device != "auto":
-        raise UsageError(f"--device {device} is for --measure alone", hint="add --measure, or leave it out")
+        raise UsageError(
+            f"--device {device} is for --measure alone", hint="add --measure, or leave it out", kind="E-FLAG-CONFLICT"
+        )
     found = _facts()
     if json:
         output.json_data({"schema": SCHEMA, **found})

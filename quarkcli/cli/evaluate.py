@@ -123,7 +123,11 @@ def _check_gates_have_baseline(baseline: str | None, *gates: float | None) -> No
     from quarkcli.errors import UsageError
 
     if baseline is None and any(gate is not None for gate in gates):
-        raise UsageError("--max-kl and --max-ppl-increase compare with a baseline", hint="add --baseline DIR_OR_ID")
+        raise UsageError(
+            "--max-kl and --max-ppl-increase compare with a baseline",
+            hint="add --baseline DIR_OR_ID",
+            kind="E-FLAG-CONFLICT",
+        )
 
 
 def _show(result: dict[str, Any], json: bool) -> None:

@@ -52,7 +52,9 @@ def init(
     output.start(json=json, debug=debug)
     if to is not None and (to.exists() or not to.parent.is_dir()):
         what = "exists" if to.exists() else "no such directory"
-        raise UsageError(what, where=str(to if to.exists() else to.parent), hint="choose another name")
+        raise UsageError(
+            what, where=str(to if to.exists() else to.parent), hint="choose another name", kind="E-OUTPUT-FILE"
+        )
     from quarkcli.job import choosing, idle
     from quarkcli.job.options import Options
 
@@ -66,7 +68,9 @@ def init(
         try:
             to.write_text(text, encoding="utf-8")
         except OSError as error:
-            raise ResourceError(f"cannot be written: {error.strerror or error}", where=str(to)) from error
+            raise ResourceError(
+                f"cannot be written: {error.strerror or error}", where=str(to), kind="E-DISK-WRITE"
+            ) from error
     if json:
         output.json_data({"schema": "quark/init/1", **_facts(found, wish), "file": to and str(to), "recipe": text})
     else:

@@ -65,8 +65,8 @@ app.command("env", epilog=environment.EXAMPLES)(environment.env)
 
 
 class _Stopped(QuarkError):
-    def __init__(self, what: str, code: ExitCode, hint: str) -> None:
-        super().__init__(what, hint=hint)
+    def __init__(self, what: str, code: ExitCode, hint: str, kind: str) -> None:
+        super().__init__(what, hint=hint, kind=kind)
         self.code = code
 
 
@@ -213,7 +213,9 @@ def _stopped(code: ExitCode) -> QuarkError:
     partial = output.session.partial
     resumable = partial is not None and _is_there(partial)
     hint = f"resumable: the same command goes on with what is finished in {partial}" if resumable else ""
-    return _Stopped("interrupted" if code == ExitCode.INTERRUPTED else "terminated", code, hint)
+    if code == ExitCode.INTERRUPTED:
+        return _Stopped("interrupted", code, hint, kind="E-INTERRUPTED")
+    return _Stopped("terminated", code, hint, kind="E-TERMINATED")
 
 
 def _wrong_command_line(error: Any) -> int:
@@ -223,18 +225,22 @@ def _wrong_command_line(error: Any) -> int:
     if text.startswith("Usage:"):  # a group was called without a command: its help is the answer
         output.data(text)
         return int(ExitCode.USAGE)
-    return _fail(UsageError(" ".join(text.split()).rstrip("."), hint=f"see '{path} --help'"))
+    return _fail(UsageError(" ".join(text.split()).rstrip("."), hint=f"see '{path} --help'", kind="E-COMMAND-LINE"))
 
 
 def _unexpected(error: Exception) -> int:
     if memory.ran_out(error):
         device = "GPU " if type(error).__name__ == "OutOfMemoryError" else ""
         hint = "smaller --calib-batch, --calib-samples or --calib-seqlen" + ("; or --device cpu" if device else "")
-        return _fail(ResourceError(f"out of {device}memory", hint=hint))
+        return _fail(ResourceError(f"out of {device}memory", hint=hint, kind="E-MEMORY"))
     log = output.session.partial and output.session.partial / "quark" / "quark.log"
     place = f"the log is {log}; " if log and _is_there(log) else ""
     what = f"internal error, a defect of quark: {type(error).__name__}: {error}"
-    return _fail(QuarkError(what, hint=f"{place}--debug or QUARK_DEBUG=1 shows the traceback; please report it"))
+    return _fail(
+        QuarkError(
+            what, hint=f"{place}--debug or QUARK_DEBUG=1 shows the traceback; please report it", kind="E-INTERNAL"
+        )
+    )
 
 
 def _environment(error: OSError) -> QuarkError:
@@ -244,7 +250,9 @@ def _environment(error: OSError) -> QuarkError:
     """
     where = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else ""
     what = f"the system refused an operation: {error.strerror or error}"
-    return ResourceError(what, where=where, hint="check permissions and space; --debug shows where it happened")
+    return ResourceError(
+        what, where=where, hint="check permissions and space; --debug shows where it happened", kind="E-SYSTEM"
+    )
 
 
 def _lost(code: int) -> int:
@@ -253,7 +261,7 @@ def _lost(code: int) -> int:
     if output.session.done is not None:
         output.say(what, "warning", always=True)
         return code
-    return code or _fail(ResourceError(what))
+    return code or _fail(ResourceError(what, kind="E-DISK-WRITE"))
 
 
 def _is_there(path: Path) -> bool:

@@ -111,7 +111,9 @@ def infer(
         with to.open("x", encoding="utf-8") as file:
             file.write(text)
     except FileExistsError:
-        raise UsageError("exists", where=str(to), hint="choose another -o; nothing was written") from None
+        raise UsageError(
+            "exists", where=str(to), hint="choose another -o; nothing was written", kind="E-OUTPUT-FILE"
+        ) from None
     except OSError as error:
-        raise UsageError(f"cannot be written ({error.strerror})", where=str(to)) from error
+        raise UsageError(f"cannot be written ({error.strerror})", where=str(to), kind="E-OUTPUT-FILE") from error
     output.note(f"{to}: read it, then move it into {catalog.user_folder() / 'models'}")

@@ -123,7 +123,10 @@ def check_environment() -> None:
     name = os.environ.get(FORMAT_VARIABLE, "")
     if name and name not in get_args(Format):
         raise UsageError(
-            f"unknown format '{name}'", where=FORMAT_VARIABLE, hint=f"one of {', '.join(get_args(Format))}"
+            f"unknown format '{name}'",
+            where=FORMAT_VARIABLE,
+            hint=f"one of {', '.join(get_args(Format))}",
+            kind="E-FLAG-VALUE",
         )
 
 

@@ -133,7 +133,11 @@ def _rates(gpu: str | None, file: Path | None) -> Rates:
     from quarkcli.job import rates
 
     if gpu is not None and file is not None:
-        raise UsageError("--gpu and --rates exclude each other", hint="--rates is for a machine that was measured")
+        raise UsageError(
+            "--gpu and --rates exclude each other",
+            hint="--rates is for a machine that was measured",
+            kind="E-FLAG-CONFLICT",
+        )
     return rates.of_gpu(gpu) if gpu is not None else rates.of_this_machine(file)
 
 
@@ -153,9 +157,14 @@ def _plan(
 
     flags.start()
     if full and not flags.json:
-        raise UsageError("--full is for --json", hint="--modules shows every module here")
+        raise UsageError("--full is for --json", hint="--modules shows every module here", kind="E-FLAG-CONFLICT")
     if modules and flags.json:
-        raise UsageError("--modules is a table for people", where="--json", hint="--json --full has every module")
+        raise UsageError(
+            "--modules is a table for people",
+            where="--json",
+            hint="--json --full has every module",
+            kind="E-FLAG-CONFLICT",
+        )
     devices = devices or Devices(1, _rates(None, None))
     with Progress("lines") as progress:
         prepared = job.prepare(flags.options(), lambda event: None if isinstance(event, Phase) else progress(event))

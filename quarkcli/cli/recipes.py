@@ -220,11 +220,13 @@ def copy(
     path = catalog.find_recipe(name)
     target = destination / path.name if destination.is_dir() else destination
     if target.exists():
-        raise UsageError("exists", where=str(target), hint="choose another name")
+        raise UsageError("exists", where=str(target), hint="choose another name", kind="E-OUTPUT-FILE")
     if not target.parent.is_dir():
-        raise UsageError("no such directory", where=str(target.parent))
+        raise UsageError("no such directory", where=str(target.parent), kind="E-OUTPUT-FILE")
     try:
         shutil.copyfile(path, target)
     except OSError as error:
-        raise ResourceError(f"cannot be written: {error.strerror or error}", where=str(target)) from error
+        raise ResourceError(
+            f"cannot be written: {error.strerror or error}", where=str(target), kind="E-DISK-WRITE"
+        ) from error
     output.data(str(target), whole=True)

@@ -68,11 +68,13 @@ def schema(
 def _write_new(to: Path, text: str) -> None:
     """Writes a file that is not there yet, and prints its name."""
     if to.exists():
-        raise UsageError("exists", where=str(to), hint="choose another name")
+        raise UsageError("exists", where=str(to), hint="choose another name", kind="E-OUTPUT-FILE")
     if not to.parent.is_dir():
-        raise UsageError("no such directory", where=str(to.parent))
+        raise UsageError("no such directory", where=str(to.parent), kind="E-OUTPUT-FILE")
     try:
         to.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise ResourceError(f"cannot be written: {error.strerror or error}", where=str(to)) from error
+        raise ResourceError(
+            f"cannot be written: {error.strerror or error}", where=str(to), kind="E-DISK-WRITE"
+        ) from error
     output.data(str(to), whole=True)

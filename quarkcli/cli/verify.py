@@ -67,9 +67,9 @@ def verify(
     from quarkcli.cli.progress import Progress
 
     if min_sqnr is not None and source is None:
-        raise UsageError("there is nothing to compare with", where="--min-sqnr", hint="--source DIR_OR_ID")
+        raise _lacks_source("there is nothing to compare with", "--min-sqnr")
     if allow_pickle and source is None:
-        raise UsageError("only a source is read from pickles", where="--allow-pickle", hint="--source DIR_OR_ID")
+        raise _lacks_source("only a source is read from pickles", "--allow-pickle")
     degrees_asked = _degrees(degrees)
     with Progress("lines") as progress:
         found = checkpoints.verify(
@@ -77,6 +77,10 @@ def verify(
             hashes=hashes, allow_pickle=allow_pickle, listener=progress,
         )  # fmt: skip
     _show(found, json)
+
+
+def _lacks_source(what: str, flag: str) -> UsageError:
+    return UsageError(what, where=flag, hint="--source DIR_OR_ID", kind="E-FLAG-CONFLICT")
 
 
 def _show(found: dict[str, Any], json: bool) -> None:
@@ -95,5 +99,10 @@ def _degrees(text: str | None) -> tuple[int, ...]:
         return ()
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isascii() and part.isdigit() and len(part) < 5 and int(part) for part in parts):
-        raise UsageError(f"'{text}' is no list of numbers of devices", where="--tp", hint="for example --tp 1,2,4")
+        raise UsageError(
+            f"'{text}' is no list of numbers of devices",
+            where="--tp",
+            hint="for example --tp 1,2,4",
+            kind="E-FLAG-VALUE",
+        )
     return tuple(dict.fromkeys(int(part) for part in parts))

@@ -54,7 +54,7 @@ def writer(name: str, flag: str = "--dialect") -> Writer:
         what = f"dialect '{name}' is read here, not written" if dashed in names() else f"unknown dialect '{name}'"
         close = near_misses(dashed, known) or known
         auto = f", {AUTO}" if flag == "--dialect" else ""
-        raise UsageError(what, where=flag, hint=f"use one of: {', '.join(close)}{auto}")
+        raise UsageError(what, where=flag, hint=f"use one of: {', '.join(close)}{auto}", kind="E-DIALECT-UNKNOWN")
     return known[dashed]
 
 
@@ -69,14 +69,18 @@ def reader(config: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> Read
     method = config.get("quant_method")
     if found:
         both = " and ".join(member.name for member in found)
-        raise ModelError(f"quantized with '{method}', which more than one dialect takes for its own: {both}")
+        raise ModelError(
+            f"quantized with '{method}', which more than one dialect takes for its own: {both}", kind="E-SOURCE-METHOD"
+        )
     if not config:
         return None
     known = ", ".join(member.name for member in readers())
     if method is None:
         what = "its quantization_config has no quant_method, so that nothing says what its scales mean"
-        raise ModelError(what, hint=f"read are: {known}")
-    raise ModelError(f"quantized with '{method}', which is not read here", hint=f"read are: {known}")
+        raise ModelError(what, hint=f"read are: {known}", kind="E-SOURCE-METHOD")
+    raise ModelError(
+        f"quantized with '{method}', which is not read here", hint=f"read are: {known}", kind="E-SOURCE-METHOD"
+    )
 
 
 def matching(config: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> list[Reader]:
@@ -91,11 +95,21 @@ def asked_for(text: str) -> list[Writer]:
         return []
     if AUTO in words:
         hint = f"name them all, or give {AUTO} alone"
-        raise UsageError(f"{AUTO} stands for one dialect, and this is a list of several", where="--dialect", hint=hint)
+        raise UsageError(
+            f"{AUTO} stands for one dialect, and this is a list of several",
+            where="--dialect",
+            hint=hint,
+            kind="E-FLAG-VALUE",
+        )
     found = [writer(word) for word in words]
     twice = [dialect.name for number, dialect in enumerate(found) if dialect in found[:number]]
     if twice:
-        raise UsageError(f"dialect {twice[0]} is named twice", where="--dialect", hint="name each of them once")
+        raise UsageError(
+            f"dialect {twice[0]} is named twice",
+            where="--dialect",
+            hint="name each of them once",
+            kind="E-FLAG-VALUE",
+        )
     return found
 
 
@@ -117,7 +131,11 @@ def choose(asked: str, plan: Plan, favoured: Callable[[Writer], bool] = lambda d
     able = [dialect for dialect, reasons in refused.items() if not reasons]
     if not able:
         every = "; ".join(f"{dialect.name}: {found[0]}" for dialect, found in refused.items())
-        raise ConfigError(f"no dialect can hold this plan: {every}", hint="change the scheme of the modules named")
+        raise ConfigError(
+            f"no dialect can hold this plan: {every}",
+            hint="change the scheme of the modules named",
+            kind="E-DIALECT-CANNOT",
+        )
     return [max(able, key=lambda dialect: (favoured(dialect), *_rank(dialect, plan)))]
 
 
@@ -131,6 +149,7 @@ def _check_latents(plan: Plan) -> None:
                 "its cache holds a compressed latent, not k and v, and no server reads a scale of these for it",
                 where=f"{module.name}.k_bmm_quantizer",
                 hint=f"--kv-cache none; servers take a scale of 1 when told to keep an fp8 cache{named}",
+                kind="E-DIALECT-CANNOT",
             )
 
 
@@ -154,6 +173,7 @@ def _check(dialect: Writer, plan: Plan) -> None:
             + (f" (and {len(refusals) - 1} more)" if len(refusals) > 1 else ""),
             where="--dialect",
             hint=_able(plan),
+            kind="E-DIALECT-CANNOT",
         )
 
 

@@ -114,7 +114,9 @@ def read_online(
         _check_group(name, group, row)
         for module in _modules(row, names, quantized, linear):
             if module in found:
-                raise ModelError("the transform config turns its input twice", where=module)
+                raise ModelError(
+                    "the transform config turns its input twice", where=module, kind="E-SOURCE-CONTRADICTS"
+                )
             found[module] = _width(group, module, headers)
     stored = re.compile(rf"\.({'|'.join(map(re.escape, groups))})_{_INPUT}\.weight$")
     return found, frozenset(name for name in headers if stored.search(name))
@@ -130,11 +132,13 @@ def _check_group(name: str, group: Mapping[str, Any], row: Mapping[str, Any]) ->
         raise ModelError(
             f"it applies a transform at '{row.get('location')}' while the model runs; only that of inputs is read",
             where=f"transform_config.{name}",
+            kind="E-SOURCE-TRANSFORM",
         )
     if group.get("type") != _TYPE or group.get("randomize") or group.get("head_dim") is None:
         raise ModelError(
             f"a transform of type '{group.get('type')}' is not read by this version, only a plain '{_TYPE}' in blocks",
             where=f"transform_config.{name}",
+            kind="E-SOURCE-TRANSFORM",
         )
 
 
@@ -152,5 +156,7 @@ def _modules(
 def _width(group: Mapping[str, Any], module: str, headers: Mapping[str, HeaderLike]) -> int:
     block = group["head_dim"]
     if type(block) is not int or block < 2 or block & (block - 1):
-        raise ModelError(f"a Hadamard of {block!r} is not one of a power of two", where=module)
+        raise ModelError(
+            f"a Hadamard of {block!r} is not one of a power of two", where=module, kind="E-SOURCE-TRANSFORM"
+        )
     return block

@@ -28,7 +28,11 @@ class InBytes(StoredTarget):
 def group_of(module: str, groups: list[Mapping[str, Any]], names: WrittenNames) -> Mapping[str, Any]:
     group = find_group(module, groups, names)
     if group is None:
-        raise ModelError("it has a weight_scale, but no group of the quantization config targets it", where=module)
+        raise ModelError(
+            "it has a weight_scale, but no group of the quantization config targets it",
+            where=module,
+            kind="E-SOURCE-CONTRADICTS",
+        )
     return group
 
 
@@ -57,7 +61,11 @@ def stored(module: str, group: Mapping[str, Any], headers: Mapping[str, HeaderLi
     packed = f"{module}.weight_packed" in headers
     weight = shared.header(headers, f"{module}.weight_packed" if packed else f"{module}.weight")
     if len(weight.shape) != 2 or (spec.group_size is not None and len(scale.shape) != 2):
-        raise ModelError(f"a quantized weight of shape {list(weight.shape)} is not a matrix", where=module)
+        raise ModelError(
+            f"a quantized weight of shape {list(weight.shape)} is not a matrix",
+            where=module,
+            kind="E-SOURCE-CONTRADICTS",
+        )
     shape = stored_shape(spec, weight, scale)
     pair = spec, source
     in_bytes = not packed and spec.format.kind == "integer" and format_of(pair) != UNPACKED
@@ -74,7 +82,7 @@ def stored_attention(scheme: Mapping[str, Any], headers: Mapping[str, HeaderLike
     by_head = scheme.get("strategy") == "attn_head"
     spec = read_input("kv_cache_scheme", {**scheme, "strategy": "tensor"} if by_head else scheme, "caches")
     if spec is None or not spec.is_static:
-        raise ModelError("only a cache with static scales is read", where="kv_cache_scheme")
+        raise ModelError("only a cache with static scales is read", where="kv_cache_scheme", kind="E-SOURCE-FORMAT")
     found = {}
     for name in headers:
         module = name.removesuffix(".k_scale")
@@ -86,5 +94,7 @@ def stored_attention(scheme: Mapping[str, Any], headers: Mapping[str, HeaderLike
         shared.check_headers([TensorInfo(scales[kind], "F32", tuple(shapes[kind])) for kind in kinds_], headers)
         found[module] = StoredAttention(module, {} if by_head else dict.fromkeys(kinds_, spec), scales)
     if not found:
-        raise ModelError("the cache is quantized, and no file holds its scales", where="kv_cache_scheme")
+        raise ModelError(
+            "the cache is quantized, and no file holds its scales", where="kv_cache_scheme", kind="E-SOURCE-CONTRADICTS"
+        )
     return found

@@ -163,7 +163,11 @@ class LayerReader:
         self._layers = config.get("quantized_layers") or {}
         name = str(config.get("quant_algo") or "").upper()
         if name == MIXED and not self._layers:
-            raise ModelError(f"{MIXED} without quantized_layers says nothing of any module", where="quant_algo")
+            raise ModelError(
+                f"{MIXED} without quantized_layers says nothing of any module",
+                where="quant_algo",
+                kind="E-SOURCE-CONTRADICTS",
+            )
         groups = (config.get("config_groups") or {}).values()
         if name == "NVFP4" and groups and not any(group.get("input_activations") for group in groups):
             name = "W4A16_NVFP4"
@@ -173,17 +177,29 @@ class LayerReader:
     def algo(self, module: str) -> Algo:
         """Returns the algorithm of a module that has a scale. Raises ModelError for none, and for one not read."""
         if any(fnmatch.fnmatchcase(module, entry) for entry in self._ignored):
-            raise ModelError("it has a weight_scale, but the quantization config ignores it", where=module)
+            raise ModelError(
+                "it has a weight_scale, but the quantization config ignores it",
+                where=module,
+                kind="E-SOURCE-CONTRADICTS",
+            )
         given = self._given(module)
         if given is None:
-            raise ModelError("it has a weight_scale, but quantized_layers does not name it", where=module)
+            raise ModelError(
+                "it has a weight_scale, but quantized_layers does not name it",
+                where=module,
+                kind="E-SOURCE-CONTRADICTS",
+            )
         name = str(given.get("quant_algo") or "").upper()
         if name not in _READ:
             what = f"quant_algo {name or None!r} is not read by this version"
-            raise ModelError(what, where=module, hint=f"read are: {', '.join(_READ)}, and {MIXED} of them")
+            raise ModelError(
+                what, where=module, hint=f"read are: {', '.join(_READ)}, and {MIXED} of them", kind="E-SOURCE-FORMAT"
+            )
         group = given.get("group_size")
         if group is not None and _READ[name].group not in (None, group):
-            raise ModelError(f"{name} in groups of {group} is not read by this version", where=module)
+            raise ModelError(
+                f"{name} in groups of {group} is not read by this version", where=module, kind="E-SOURCE-FORMAT"
+            )
         algo = _READ[name]
         return algo._replace(group=group or _AWQ_GROUP) if algo.kinds[0].endswith(" group") else algo
 
@@ -215,4 +231,6 @@ def cache_of(config: Mapping[str, Any]) -> bool:
     name = scheme.upper() if isinstance(scheme, str) else None
     if name == _FP8_CACHE or (name is None and (scheme.get("type"), scheme.get("num_bits")) == ("float", 8)):
         return True
-    raise ModelError(f"a cache of {scheme} is not read by this version", where="kv_cache_scheme")
+    raise ModelError(
+        f"a cache of {scheme} is not read by this version", where="kv_cache_scheme", kind="E-SOURCE-FORMAT"
+    )

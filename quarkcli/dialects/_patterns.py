@@ -37,7 +37,7 @@ def _of_the_model() -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
-        raise ModelError(error.what, where="quantization_config", hint=error.hint) from error
+        raise ModelError(error.what, where="quantization_config", hint=error.hint, kind="E-SOURCE-CONFIG") from error
 
 
 def exact_patterns(targets: Iterable[Target], universe: Iterable[str]) -> list[str]:

@@ -284,7 +284,11 @@ def _leaf(glob: str) -> str:
 def _read_layer(module: str, layer: Mapping[str, Any], *, own_output: bool) -> Slots:
     weight = read_spec(module, layer.get("weight"), activation=False)
     if weight is None:
-        raise ModelError("it has a weight scale, but the quantization config quantizes no weight", where=module)
+        raise ModelError(
+            "it has a weight scale, but the quantization config quantizes no weight",
+            where=module,
+            kind="E-SOURCE-CONTRADICTS",
+        )
     return Slots(
         weight,
         read_spec(module, layer.get("input_tensors"), activation=True),
@@ -296,12 +300,12 @@ def _read_layer(module: str, layer: Mapping[str, Any], *, own_output: bool) -> S
 def _names(config: Mapping[str, Any], key: str) -> list[str]:
     found = config.get(key) or []
     if not isinstance(found, list):
-        raise ModelError(f"{key} must be a list", where="quantization_config")
+        raise ModelError(f"{key} must be a list", where="quantization_config", kind="E-SOURCE-CONFIG")
     return [str(name) for name in found]
 
 
 def _mapping(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     found = config.get(key) or {}
     if not isinstance(found, Mapping):
-        raise ModelError(f"{key} must be a mapping", where="quantization_config")
+        raise ModelError(f"{key} must be a mapping", where="quantization_config", kind="E-SOURCE-CONFIG")
     return found

@@ -194,7 +194,9 @@ def read_spec(module: str, specs: Any, *, activation: bool) -> TensorSpec | None
         return None
     entries = specs if isinstance(specs, list) else [specs]
     if not all(isinstance(entry, Mapping) for entry in entries):
-        raise ModelError(f"a spec is a dictionary or a list of them, not {specs!r}", where=module)
+        raise ModelError(
+            f"a spec is a dictionary or a list of them, not {specs!r}", where=module, kind="E-SOURCE-CONFIG"
+        )
     # Later releases may write more keys.
     known = [{key: value for key, value in entry.items() if key in (*quark.FIELDS, OWN_KEY)} for entry in entries]
     try:
@@ -202,7 +204,7 @@ def read_spec(module: str, specs: Any, *, activation: bool) -> TensorSpec | None
     except ConfigError as error:
         slot = "activations" if activation else "weights"
         what = f"{slot} of {_words(entries)} are not read by this version: {error.what}"
-        raise ModelError(what, where=module) from error
+        raise ModelError(what, where=module, kind="E-SOURCE-FORMAT") from error
 
 
 def _words(entries: list[Entry]) -> str:

@@ -223,7 +223,11 @@ def scale_shape(spec: TensorSpec, shape: tuple[int, int]) -> tuple[int, ...]:
 
 def header(headers: Mapping[str, HeaderLike], name: str) -> HeaderLike:
     if name not in headers:
-        raise ModelError("the checkpoint's quantization config needs a tensor that is not in its files", where=name)
+        raise ModelError(
+            "the checkpoint's quantization config needs a tensor that is not in its files",
+            where=name,
+            kind="E-SOURCE-CONTRADICTS",
+        )
     return headers[name]
 
 
@@ -244,6 +248,7 @@ def check_headers(expected: Iterable[TensorInfo], headers: Mapping[str, HeaderLi
                 f"found {found.dtype} {list(found.shape)}, but the quantization config asks for "
                 f"{info.dtype} {list(info.shape)}",
                 where=info.name,
+                kind="E-SOURCE-CONTRADICTS",
             )
         names.append(info.name)
     return tuple(names)

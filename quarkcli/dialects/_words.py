@@ -54,7 +54,9 @@ def read_spec(
     scale = shared.header(headers, f"{module}.{SCALES}")
     where = "channel" if size == WHOLE_ROW else "group"
     if size is None or size == 0 or size < WHOLE_ROW or (size > 0 and features % size):
-        raise ModelError(f"{features} input features do not hold whole groups of {size}", where=module)
+        raise ModelError(
+            f"{features} input features do not hold whole groups of {size}", where=module, kind="E-SOURCE-CONTRADICTS"
+        )
     return kinds.weight_spec(f"{short} {where}", kinds.scale_dtype(short, scale.dtype), size)
 
 
@@ -62,7 +64,9 @@ def features(module: str, headers: Mapping[str, HeaderLike]) -> tuple[int, int]:
     """Returns the two dimensions of the packed codes of a module. Raises ModelError."""
     shape = shared.header(headers, f"{module}.{CODES}").shape
     if len(shape) != 2:
-        raise ModelError(f"packed codes of shape {list(shape)} are not a matrix", where=module)
+        raise ModelError(
+            f"packed codes of shape {list(shape)} are not a matrix", where=module, kind="E-SOURCE-CONTRADICTS"
+        )
     return shape[0], shape[1]
 
 

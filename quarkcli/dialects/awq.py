@@ -62,12 +62,20 @@ class AwqReader(Reader):
         version = config.get("version") or config.get("checkpoint_format") or config.get("format") or _VERSION
         bits = config.get("bits", config.get("w_bit", _BITS))
         if str(version).lower() != _VERSION:
-            raise ModelError(f"AWQ version {version!r} is not read here, only {_VERSION}", where=CONFIG_KEY)
+            raise ModelError(
+                f"AWQ version {version!r} is not read here, only {_VERSION}", where=CONFIG_KEY, kind="E-SOURCE-FORMAT"
+            )
         if bits != _BITS:
-            raise ModelError(f"AWQ codes of {bits} bits are not read here, only those of {_BITS}", where=CONFIG_KEY)
+            raise ModelError(
+                f"AWQ codes of {bits} bits are not read here, only those of {_BITS}",
+                where=CONFIG_KEY,
+                kind="E-SOURCE-FORMAT",
+            )
         # GPTQModel says so of symmetric weights, whose zero points are in the files all the same.
         if config.get("zero_point", True) is False and not any(name.endswith(f".{words.ZEROS}") for name in headers):
-            raise ModelError("AWQ weights without zero points are not read here", where=CONFIG_KEY)
+            raise ModelError(
+                "AWQ weights without zero points are not read here", where=CONFIG_KEY, kind="E-SOURCE-FORMAT"
+            )
         size = config.get("group_size", config.get("q_group_size"))
         found = (_stored(module, size, headers) for module in words.modules(headers))
         return StoredView({stored.name: stored for stored in found})

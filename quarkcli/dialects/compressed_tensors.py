@@ -76,7 +76,11 @@ class CompressedTensorsReader(Reader):
         names = WrittenNames([*ignore, *(text for group in groups for text in group.get("targets") or [])], modules)
         for module in modules:
             if names.named(module, ignore):
-                raise ModelError("it has a weight_scale, but the quantization config ignores it", where=module)
+                raise ModelError(
+                    "it has a weight_scale, but the quantization config ignores it",
+                    where=module,
+                    kind="E-SOURCE-CONTRADICTS",
+                )
             found.targets[module] = reading.stored(module, reading.group_of(module, groups, names), headers)
         found.online, found.matrices = online.read_online(config, modules, headers)
         if config.get("kv_cache_scheme"):

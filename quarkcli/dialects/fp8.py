@@ -62,7 +62,11 @@ class Fp8Reader(Reader):
             found = next((name.removesuffix(end) for end in _SCALES if name.endswith(end)), None)
             if found is not None:
                 if found in left:
-                    raise ModelError("it has a scale, but the quantization config leaves it out", where=found)
+                    raise ModelError(
+                        "it has a scale, but the quantization config leaves it out",
+                        where=found,
+                        kind="E-SOURCE-CONTRADICTS",
+                    )
                 targets[found] = _stored(found, name, scheme, headers)
             elif name.endswith(tuple(f".{leaf}{_FUSED_SCALE}" for leaf in shared.FUSED_EXPERTS)):
                 targets |= {stored.name: stored for stored in _experts(name, scheme, headers)}
@@ -180,13 +184,17 @@ class _Scheme:
     def __init__(self, config: Mapping[str, Any]) -> None:
         form, activations = config.get("fmt"), config.get("activation_scheme") or _DYNAMIC
         if form not in _FORMATS:
-            raise ModelError(f"fmt {form!r} is not read by this version", where="quantization_config")
+            raise ModelError(
+                f"fmt {form!r} is not read by this version", where="quantization_config", kind="E-SOURCE-FORMAT"
+            )
         if activations not in (_STATIC, _DYNAMIC):
-            raise ModelError(f"activation_scheme {activations!r} is unknown", where="quantization_config")
+            raise ModelError(
+                f"activation_scheme {activations!r} is unknown", where="quantization_config", kind="E-SOURCE-CONFIG"
+            )
         block = config.get("weight_block_size")
         if block is not None and (len(block) != 2 or min(block) < 1):
             what = f"weight_block_size must be two sizes, not {block}"
-            raise ModelError(what, where="quantization_config")
+            raise ModelError(what, where="quantization_config", kind="E-SOURCE-CONFIG")
         self.tile = None if block is None else PerTile(*block)
         self.static = activations == _STATIC
 
@@ -215,7 +223,11 @@ class _Scheme:
 def _stored(module: str, scale_name: str, scheme: _Scheme, headers: Mapping[str, HeaderLike]) -> StoredTarget:
     weight, scale = shared.header(headers, f"{module}.weight"), shared.header(headers, scale_name)
     if len(weight.shape) != 2:
-        raise ModelError(f"a quantized weight of shape {list(weight.shape)} is not a matrix", where=module)
+        raise ModelError(
+            f"a quantized weight of shape {list(weight.shape)} is not a matrix",
+            where=module,
+            kind="E-SOURCE-CONTRADICTS",
+        )
     shape = (weight.shape[0], weight.shape[1])
     where = scheme.granularity(shape, scale)
     spec, source = scheme.specs(where, scale)
@@ -239,7 +251,9 @@ def _experts(scale_name: str, scheme: _Scheme, headers: Mapping[str, HeaderLike]
     prefix, _, leaf = tensor.rpartition(".")
     weight, scale = shared.header(headers, tensor), shared.header(headers, scale_name)
     if len(weight.shape) != 3 or scheme.tile is None:
-        raise ModelError("experts in one tensor are read with weight_block_size alone", where=tensor)
+        raise ModelError(
+            "experts in one tensor are read with weight_block_size alone", where=tensor, kind="E-SOURCE-FORMAT"
+        )
     count, rows, cols = weight.shape
     projections = shared.FUSED_EXPERTS[leaf]  # one after the other along the output
     shape = (rows // len(projections), cols)
@@ -247,7 +261,7 @@ def _experts(scale_name: str, scheme: _Scheme, headers: Mapping[str, HeaderLike]
     grid = shared.scale_shape(spec, shape)
     if rows % len(projections) or (len(projections) > 1 and shape[0] % scheme.tile.rows):
         what = f"the {len(projections)} projections of {rows} rows do not end with tiles of {scheme.tile.rows} rows"
-        raise ModelError(what, where=tensor)
+        raise ModelError(what, where=tensor, kind="E-SOURCE-CONTRADICTS")
     names = shared.check_headers(
         [
             TensorInfo(tensor, _CODES, (count, rows, cols)),

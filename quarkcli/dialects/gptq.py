@@ -91,7 +91,11 @@ class GptqReader(Reader):
         layout = config.get("checkpoint_format") or config.get("format") or NAME
         if layout not in (NAME, _SECOND) or config.get("is_marlin_format"):
             layout = layout if layout not in (NAME, _SECOND) else "marlin"
-            raise ModelError(f"GPTQ format {layout!r} is not read here, only {NAME} and {_SECOND}", where=CONFIG_KEY)
+            raise ModelError(
+                f"GPTQ format {layout!r} is not read here, only {NAME} and {_SECOND}",
+                where=CONFIG_KEY,
+                kind="E-SOURCE-FORMAT",
+            )
         found = words.modules(headers)
         settings = _settings(config, found)
         kind = SecondFormat if layout == _SECOND else StoredTarget
@@ -213,7 +217,7 @@ def _zero_points(packed: Tensor, stored: StoredTarget) -> Tensor:
     zeros = words.turned(unpack_int32(packed + less * ones, bits, stored.shape[0], signed=False))
     if spec.symmetric and bool((zeros != 1 << (bits - 1)).any()):
         what = "the config says that its codes are symmetric, and its zero points are not"
-        raise ModelError(what, where=stored.name)
+        raise ModelError(what, where=stored.name, kind="E-SOURCE-CONTRADICTS")
     return zeros
 
 
@@ -228,7 +232,9 @@ def _order(g_idx: Tensor, stored: StoredTarget) -> Tensor | None:
     whole = g_idx.min() >= 0 and torch.equal(torch.bincount(g_idx.long()), torch.full((cols // size,), size))
     if not whole:
         raise ModelError(
-            f"its {_GROUPS} does not put {size} inputs into each of {cols // size} groups", where=stored.name
+            f"its {_GROUPS} does not put {size} inputs into each of {cols // size} groups",
+            where=stored.name,
+            kind="E-SOURCE-CONTRADICTS",
         )
     return g_idx.argsort(stable=True)
 
@@ -324,7 +330,11 @@ def _settings(config: Mapping[str, Any], modules: list[str]) -> dict[str, Settin
     for module in modules:
         text = next((text for text, pattern in patterns.items() if names.named(module, [pattern])), None)
         if text is not None and text.startswith(_SKIP):
-            raise ModelError(f"it has codes, but the quantization config leaves it out ({text})", where=module)
+            raise ModelError(
+                f"it has codes, but the quantization config leaves it out ({text})",
+                where=module,
+                kind="E-SOURCE-CONTRADICTS",
+            )
         own = dynamic[text] if text is not None else {}
         found[module] = base._replace(**{key: own[key] for key in base._fields if own.get(key) is not None})
     return found
@@ -335,10 +345,18 @@ def _stored(
 ) -> StoredTarget:
     if settings.bits not in _READ_BITS:
         known = ", ".join(map(str, _READ_BITS))
-        raise ModelError(f"GPTQ codes of {settings.bits} bits are not read here, only those of {known}", where=module)
+        raise ModelError(
+            f"GPTQ codes of {settings.bits} bits are not read here, only those of {known}",
+            where=module,
+            kind="E-SOURCE-FORMAT",
+        )
     packed, rows = words.features(module, headers)
     if packed * words.WORD_BITS % settings.bits:
-        raise ModelError(f"{packed} words do not hold codes of {settings.bits} bits", where=f"{module}.{words.CODES}")
+        raise ModelError(
+            f"{packed} words do not hold codes of {settings.bits} bits",
+            where=f"{module}.{words.CODES}",
+            kind="E-SOURCE-CONTRADICTS",
+        )
     shape = (rows, packed * words.WORD_BITS // settings.bits)
     spec = words.read_spec(
         module, f"{'' if settings.sym else 'u'}int{settings.bits}", settings.group_size, shape[1], headers

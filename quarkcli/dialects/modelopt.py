@@ -84,7 +84,11 @@ class ModelOptReader(Reader):
         config = flat(config)
         for name in headers:
             if name.endswith(_REWRITTEN):
-                raise ModelError("values that are multiplied or added while the model runs are not read", where=name)
+                raise ModelError(
+                    "values that are multiplied or added while the model runs are not read",
+                    where=name,
+                    kind="E-SOURCE-FORMAT",
+                )
         layers, modules = LayerReader(config), shared.quantized_modules(headers)
         static = any(f"{module}.input_scale" in headers for module in modules)
         targets = {module: _stored(module, layers.algo(module), headers, static) for module in modules}
@@ -244,7 +248,11 @@ def _stored(module: str, algo: Algo, headers: Mapping[str, HeaderLike], static: 
     """Returns a weight; `static`: the checkpoint holds scales of inputs, so that this one needs its own."""
     weight, scale = shared.header(headers, f"{module}.weight"), shared.header(headers, f"{module}.weight_scale")
     if len(weight.shape) != 2:
-        raise ModelError(f"a quantized weight of shape {list(weight.shape)} is not a matrix", where=module)
+        raise ModelError(
+            f"a quantized weight of shape {list(weight.shape)} is not a matrix",
+            where=module,
+            kind="E-SOURCE-CONTRADICTS",
+        )
     of_weight, of_input = algo.kinds
     spec = kinds.weight_spec(of_weight, kinds.scale_dtype("float", scale.dtype), algo.group)
     source = kinds.input_spec(of_input, group=algo.group)

@@ -156,7 +156,11 @@ def _stored(fused: str, headers: Mapping[str, HeaderLike]) -> Iterator[StoredTar
     shape = headers[blocks].shape
     leaves = shared.FUSED_EXPERTS.get(leaf)  # their rows lie in turn
     if leaves is None or len(shape) != 4 or shape[1] % len(leaves):
-        raise ModelError(f"blocks of shape {list(shape)} are not those of gpt-oss' experts", where=blocks)
+        raise ModelError(
+            f"blocks of shape {list(shape)} are not those of gpt-oss' experts",
+            where=blocks,
+            kind="E-SOURCE-CONTRADICTS",
+        )
     experts, rows, groups = shape[:3]
     names = shared.check_headers(
         [TensorInfo(blocks, "U8", (experts, rows, groups, _BYTES)), TensorInfo(scales, "U8", (experts, rows, groups))],

@@ -74,10 +74,18 @@ class QuarkReader(Reader):
         check(QuarkConfig, config, "quantization_config")
         export = config.get("export") or {}
         if export.get("weight_format", "real_quantized") != "real_quantized":
-            raise ModelError(f"weight_format {export['weight_format']!r} holds no codes", where="quantization_config")
+            raise ModelError(
+                f"weight_format {export['weight_format']!r} holds no codes",
+                where="quantization_config",
+                kind="E-SOURCE-FORMAT",
+            )
         method = export.get("pack_method", PACK_METHOD)
         if method not in (PACK_METHOD, IN_ORDER):
-            raise ModelError(f"pack_method {method!r} is not read by this version", where="quantization_config")
+            raise ModelError(
+                f"pack_method {method!r} is not read by this version",
+                where="quantization_config",
+                kind="E-SOURCE-FORMAT",
+            )
         layers = LayerReader(config)
         kind = InOrder if method == IN_ORDER else StoredTarget
         modules, calibrated = list(_modules(layers, headers)), any(name.endswith(_INPUT_SCALES) for name in headers)
@@ -233,7 +241,11 @@ def _stored(
     assert slots.weight is not None
     weight = shared.header(headers, f"{module}.weight")
     if len(weight.shape) != 2:
-        raise ModelError(f"a quantized weight of shape {list(weight.shape)} is not a matrix", where=module)
+        raise ModelError(
+            f"a quantized weight of shape {list(weight.shape)} is not a matrix",
+            where=module,
+            kind="E-SOURCE-CONTRADICTS",
+        )
     shape = matrix_shape(slots.weight, tuple(weight.shape))
     wanted = layout(Matrix("weight", slots.weight, shape), "BF16")
     if slots.weight.symmetric:
@@ -256,7 +268,9 @@ def _stored_attention(layers: LayerReader, headers: Mapping[str, HeaderLike]) ->
     for kind, (leaf, spec) in layers.attention().items():
         infos = static_layout("prob_output" if kind == SOFTMAX else f"{leaf}.output", spec)
         if not infos:
-            raise ModelError(f"no scale of {spec.describe()} is stored", where=f"attention {kind}")
+            raise ModelError(
+                f"no scale of {spec.describe()} is stored", where=f"attention {kind}", kind="E-SOURCE-CONTRADICTS"
+            )
         for name in headers:
             parent = name.removesuffix(f".{infos[0].name}")
             if parent != name:
@@ -266,7 +280,11 @@ def _stored_attention(layers: LayerReader, headers: Mapping[str, HeaderLike]) ->
         if any(kind in entry.specs for entry in found.values()):
             continue
         if kind != SOFTMAX or not found:
-            raise ModelError(f"it is quantized, and no file holds {infos[0].name}", where=f"attention {kind}")
+            raise ModelError(
+                f"it is quantized, and no file holds {infos[0].name}",
+                where=f"attention {kind}",
+                kind="E-SOURCE-CONTRADICTS",
+            )
         for entry in found.values():
             entry.specs[kind] = _cast(spec)
     return found
@@ -284,7 +302,11 @@ def _check_outputs(view: StoredView, layers: LayerReader, headers: Mapping[str, 
     taken |= {name for attention in view.attention.values() for name in attention.scales.values()}
     for name in headers:
         if name.endswith("output_scale") and name not in taken and not layers.is_cached(name.rpartition(".")[0]):
-            raise ModelError("the quantization config has no output that this scale belongs to", where=name)
+            raise ModelError(
+                "the quantization config has no output that this scale belongs to",
+                where=name,
+                kind="E-SOURCE-CONTRADICTS",
+            )
 
 
 WRITER = Quark()

@@ -201,7 +201,11 @@ class Checkpoint:
     def _activations(self, tensor: str, name: str, stored: StoredTarget) -> Iterator[ActivationQuantizer]:
         static = any(spec is not None and spec.is_static for spec in (stored.input, stored.output))
         if stored.columns is not None and stored.input is not None:
-            raise ModelError("its inputs are multiplied before they are quantized; nothing here does", where=name)
+            raise ModelError(
+                "its inputs are multiplied before they are quantized; nothing here does",
+                where=name,
+                kind="E-SOURCE-TRANSFORM",
+            )
         decoded = self.decode(stored) if static else None
         if stored.input is not None:
             scale = decoded.input if decoded is not None and stored.input.is_static else None
@@ -223,7 +227,11 @@ class Checkpoint:
                 if name not in self.view.online:
                     continue
                 if self._expert(name) is not None:
-                    raise ModelError("the config turns the input of a routed expert; nothing here does", where=name)
+                    raise ModelError(
+                        "the config turns the input of a routed expert; nothing here does",
+                        where=name,
+                        kind="E-SOURCE-TRANSFORM",
+                    )
                 found[tensor] = self.view.online[name]
         return found
 
@@ -246,7 +254,11 @@ class Checkpoint:
         for stored in self.view.attention.values():
             tensor = f"{stored.name}.{spec.k if spec else 'k_proj'}.weight"
             if tensor in present and not stored.specs and stored.scales:
-                raise ModelError("its cache has a scale for every head, which nothing here runs", where=stored.name)
+                raise ModelError(
+                    "its cache has a scale for every head, which nothing here runs",
+                    where=stored.name,
+                    kind="E-SOURCE-FORMAT",
+                )
             if tensor in present:
                 scales = self.reader.decode_attention(stored, self.source.read_many(stored.scales.values()))
                 yield AttentionQuantizer(tensor, stored.specs, scales)

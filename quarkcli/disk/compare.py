@@ -148,11 +148,11 @@ def check(found: Comparison, least: float | None) -> None:
     if bad:
         worst = bad[0]
         what = f"{len(bad)} of {len(found.rows)} tensors are below {least:g} dB, the worst with {decibels(worst.sqnr)}"
-        raise CheckError(what, where=worst.name)
+        raise CheckError(what, where=worst.name, kind="E-GATE-COMPARE")
     if not found.complete:
         lost = [*found.only_a, *found.only_b, *found.shapes]
         what = f"{len(lost)} tensors are only in one of the two, or have another shape"
-        raise CheckError(what, where=lost[0])
+        raise CheckError(what, where=lost[0], kind="E-GATE-COMPARE")
 
 
 def decibels(value: float) -> str:

@@ -34,7 +34,11 @@ def index(source: Source) -> str:
     said = metadata.get("total_size") if isinstance(metadata, dict) else None
     # AMD Quark counts whole files, where all others count tensors.
     if said is not None and said not in (held, sum((source.folder / file).stat().st_size for file in source.files)):
-        raise CheckError(f"the index says {said} bytes of tensors in all, the files hold {held}", where=str(path))
+        raise CheckError(
+            f"the index says {said} bytes of tensors in all, the files hold {held}",
+            where=str(path),
+            kind="E-CHECK-FILES",
+        )
     stray = sorted({file.name for file in source.folder.glob("*.safetensors")} - set(source.files))
     none_of(stray, "weight files are not named by the index")
     return f"{len(source.headers)} tensors in {len(source.files)} files, as the index says"
@@ -50,7 +54,9 @@ def model(checkpoint: Checkpoint) -> str:
         layout = checkpoint.layout
         check_fit(checkpoint.family, layout, config, headers)
     except ModelError as error:
-        raise CheckError(error.what, where=error.where, hint="write it again, or copy it again") from error
+        raise CheckError(
+            error.what, where=error.where, hint="write it again, or copy it again", kind="E-CHECK-MODEL"
+        ) from error
     none_of(list(_misfits(layout, config)), "weights have another width than config.json says")
     return "blocks, experts, widths and counts fit config.json and each other"
 

@@ -32,9 +32,14 @@ def check(reader: Reader, config: Mapping[str, Any], layout: Layout, quantized: 
     surplus = sorted(entries.left(quantized, loosely=reader.lists_parts))
     where = " and ".join(found)
     if missing:
-        raise CheckError(f"{len(missing)} modules are not quantized, and {where} does not list them: {some(missing)}")
+        raise CheckError(
+            f"{len(missing)} modules are not quantized, and {where} does not list them: {some(missing)}",
+            kind="E-CHECK-EXCLUDED",
+        )
     if surplus:
-        raise CheckError(f"{len(surplus)} modules are quantized, and {where} lists them: {some(surplus)}")
+        raise CheckError(
+            f"{len(surplus)} modules are quantized, and {where} lists them: {some(surplus)}", kind="E-CHECK-EXCLUDED"
+        )
     return f"{where} lists the {len(kept)} linears that are not quantized, and no other"
 
 
@@ -50,7 +55,7 @@ def _check_head(reader: Reader, config: Mapping[str, Any], layout: Layout, quant
     if reader.head_key and said != is_quantized:
         what = "is quantized, and" if is_quantized else "is not quantized, and"
         where = some(sorted(heads)) if heads else "the head"
-        raise CheckError(f"{what} {reader.head_key} is {str(said).lower()}", where=where)
+        raise CheckError(f"{what} {reader.head_key} is {str(said).lower()}", where=where, kind="E-CHECK-EXCLUDED")
 
 
 class Entries:
@@ -80,7 +85,9 @@ class Entries:
             expressions.learn(self.patterns, modules)
             return {name for name in modules if any(match(name) for match in matchers)}
         except ConfigError as error:
-            raise ModelError(error.what, where="quantization_config", hint=error.hint) from error
+            raise ModelError(
+                error.what, where="quantization_config", hint=error.hint, kind="E-SOURCE-CONFIG"
+            ) from error
 
 
 def _parents(name: str) -> Iterable[str]:

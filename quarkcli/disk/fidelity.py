@@ -31,7 +31,9 @@ def check(
     said = _said_changed(checkpoint.source)
     other = [row.name for row in found.rows if row.name not in quantized and not row.identical]
     if said is not None and (wrong := [name for name in other if name not in said]):
-        raise CheckError(f"{len(wrong)} kept tensors have other values than in the source: {some(wrong)}")
+        raise CheckError(
+            f"{len(wrong)} kept tensors have other values than in the source: {some(wrong)}", kind="E-CHECK-VALUES"
+        )
     lines = ["kept tensors are those of the source"]
     if other:
         lines = [f"{len(other)} kept tensors have other values, as algorithms that rewrite leave them: {some(other)}"]
@@ -55,7 +57,7 @@ def _ranked(rows: Sequence[Row], least: float | None, count: int) -> list[str]:
     if bad:
         hint = "codes or scales are read wrong, or are another weight's" if least is None else ""
         what = f"{len(bad)} weights have less than {limit:g} dB of signal to noise against the source"
-        raise CheckError(f"{what}: {some(bad)}", hint=hint)
+        raise CheckError(f"{what}: {some(bad)}", hint=hint, kind="E-CHECK-VALUES")
     shown = ", ".join(f"{row.name} {decibels(row.sqnr)}" for row in rows[:_SHOWN])
     middle = decibels(rows[len(rows) // 2].sqnr)
     return [f"signal to noise of {len(rows)} weights: median {middle}; worst: {shown}{more}"]

@@ -105,7 +105,7 @@ def _header(path: Path | str, file: str, name: str, entry: Any, base: int) -> He
         raise _bad(path, f"the header entry of {name} has no valid shape and data_offsets")
     if not isinstance(dtype, str) or dtype not in DTYPES:
         known = f"known dtypes: {', '.join(DTYPES)}"
-        raise ModelError(f"{name} has the unknown dtype {dtype!r}", where=str(path), hint=known)
+        raise ModelError(f"{name} has the unknown dtype {dtype!r}", where=str(path), hint=known, kind="E-MODEL-DAMAGED")
     expected = math.prod(shape) * DTYPES[dtype][0]
     if offsets[1] - offsets[0] != expected:
         raise _bad(path, f"{name} takes {offsets[1] - offsets[0]} bytes, its shape and dtype say {expected}")
@@ -128,7 +128,7 @@ def _check_cover(path: Path | str, headers: list[Header], base: int, size: int) 
 
 
 def _bad(path: Path | str, what: str) -> ModelError:
-    return ModelError(what, where=str(path), hint=AGAIN)
+    return ModelError(what, where=str(path), hint=AGAIN, kind="E-MODEL-DAMAGED")
 
 
 def read_tensors(path: Path, headers: Sequence[Header]) -> dict[str, torch.Tensor]:
@@ -151,7 +151,11 @@ def _read_tensor(stream: Any, path: Path, header: Header) -> torch.Tensor:
     while done < header.nbytes:  # one read returns 2 GiB at most
         count = stream.readinto(view[done : done + _READ_CHUNK])
         if not count:
-            raise ModelError(f"ended inside {header.name}: the file shrank while it was being read", where=str(path))
+            raise ModelError(
+                f"ended inside {header.name}: the file shrank while it was being read",
+                where=str(path),
+                kind="E-MODEL-DAMAGED",
+            )
         done += count
     return buffer.view(getattr(torch, DTYPES[header.dtype][1])).reshape(header.shape)
 

@@ -119,7 +119,11 @@ def total_size(response: Any) -> int:
     place = response.headers.get("Content-Range", "")
     total = place.rpartition("/")[2] if place else response.headers.get("Content-Length", "")
     if not total.isdigit():
-        raise HubError("the hub does not say how large the file is", where=str(response.url).partition("?")[0])
+        raise HubError(
+            "the hub does not say how large the file is",
+            where=str(response.url).partition("?")[0],
+            kind="E-HUB-DOWNLOAD",
+        )
     return int(total)
 
 
@@ -146,7 +150,9 @@ def _refusal(error: Exception, hub_id: str, revision: str, offline: bool, found:
     login = f"{'a' if token else 'no'} token was seen; set HF_TOKEN to one that may read this model"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         hint = "free some space, or set HF_HOME to a larger disk"
-        return ResourceError("the disk is full while downloading", where=str(constants.HF_HUB_CACHE), hint=hint)
+        return ResourceError(
+            "the disk is full while downloading", where=str(constants.HF_HUB_CACHE), hint=hint, kind="E-DISK-FULL"
+        )
     status = _status(error)
     if isinstance(error, errors.GatedRepoError):
         what, hint = "is a gated model", f"accept its licence at {page}; {login}"
@@ -173,7 +179,7 @@ def _refusal(error: Exception, hub_id: str, revision: str, offline: bool, found:
         here = "" if found else "no such directory, and "
         what = f"{here}the download from the hub failed: {type(error).__name__}: {text}"
         hint = "check the network" + ("; the same command goes on" if found else ", or give a local directory")
-    return HubError(what, where=hub_id, hint=hint)
+    return HubError(what, where=hub_id, hint=hint, kind="E-HUB-MODEL")
 
 
 def is_out_of_reach(error: Exception) -> bool:

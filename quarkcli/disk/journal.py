@@ -107,7 +107,9 @@ class Journal:
             started = (partial / STATE / "fingerprint.json").is_file()
             if resume == "require" and not started:
                 hint = "drop --resume require"
-                raise UsageError("there is no unfinished run to resume", where=str(partial), hint=hint)
+                raise UsageError(
+                    "there is no unfinished run to resume", where=str(partial), hint=hint, kind="E-RESUME-NONE"
+                )
             if resume != "never" and not started:
                 check_empty(partial)
             made = make(partial / STATE)

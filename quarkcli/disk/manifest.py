@@ -59,11 +59,11 @@ def read(folder: Path) -> Manifest | None:
     try:
         value = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckError(f"the manifest cannot be read: {error}", where=str(path)) from error
+        raise CheckError(f"the manifest cannot be read: {error}", where=str(path), kind="E-CHECK-FILES") from error
     value = value if isinstance(value, dict) else {}
     files, sizes, headers = (value.get(key, {}) for key in ("files", "sizes", "headers"))
     if not (_is_table(files, str) and _is_table(sizes, int) and _is_table(headers, str) and files):
-        raise CheckError("the manifest does not say which files there are", where=str(path))
+        raise CheckError("the manifest does not say which files there are", where=str(path), kind="E-CHECK-FILES")
     return Manifest(files, sizes, headers)
 
 
@@ -82,7 +82,12 @@ def compare(folder: Path, manifest: Manifest, hashes: bool | None = None) -> lis
         if what is not None:
             wrong.setdefault(what, []).append(name)
     if wrong:
-        raise all_of([CheckError(f"{len(names)} {what}: {_listed(names)}") for what, names in sorted(wrong.items())])
+        raise all_of(
+            [
+                CheckError(f"{len(names)} {what}: {_listed(names)}", kind="E-CHECK-FILES")
+                for what, names in sorted(wrong.items())
+            ]
+        )
     lines = [f"{len(there)} files present with the sizes and headers of the manifest"]
     if hashed:
         lines.append(f"{len(there)} files have the hashes of the manifest")
@@ -227,7 +232,7 @@ def _sha256(path: Path) -> str:
 
 
 def _unreadable(path: Path, error: OSError) -> QuarkError:
-    return CheckError(f"cannot be read: {error.strerror or error}", where=str(path))
+    return CheckError(f"cannot be read: {error.strerror or error}", where=str(path), kind="E-CHECK-FILES")
 
 
 def _shown(count: int) -> str:

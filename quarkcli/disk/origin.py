@@ -147,16 +147,29 @@ def _check(checkpoint: Checkpoint) -> None:
     view, headers = checkpoint.view, checkpoint.source.headers
     where = str(checkpoint.source.folder)
     if not view.targets and not view.attention:
-        raise ModelError("its config says that it is quantized, and no tensor of its files is", where=where, hint=_HINT)
+        raise ModelError(
+            "its config says that it is quantized, and no tensor of its files is",
+            where=where,
+            hint=_HINT,
+            kind="E-SOURCE-CONTRADICTS",
+        )
     if view.online:
         raise ModelError(
             "its weights are turned, and their inputs while the model runs; decoded alone they are not the model's",
             where=next(iter(view.online)),
             hint="give the model it was made from",
+            kind="E-SOURCE-TRANSFORM",
         )
     for name in checkpoint.copied():
         dtype = headers[name].dtype
         if (name.endswith(".weight") and dtype[0] not in "BF") or dtype.startswith("F8"):
-            raise ModelError(f"stored as {dtype}, and there is no scale for it", where=name, hint=_HINT)
+            raise ModelError(
+                f"stored as {dtype}, and there is no scale for it", where=name, hint=_HINT, kind="E-SOURCE-CONTRADICTS"
+            )
         if _CODES.search(name):
-            raise ModelError("the quantization config says nothing of this tensor", where=name, hint=_HINT)
+            raise ModelError(
+                "the quantization config says nothing of this tensor",
+                where=name,
+                hint=_HINT,
+                kind="E-SOURCE-CONTRADICTS",
+            )

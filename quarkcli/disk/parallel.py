@@ -67,7 +67,7 @@ def check(
                     f"{split.why}; degrees that fit: {works}"
                 )
     if faults:
-        raise CheckError("\n".join([faults[0], *(f"also: {fault}" for fault in faults[1:])]))
+        raise CheckError("\n".join([faults[0], *(f"also: {fault}" for fault in faults[1:])]), kind="E-CHECK-SPLIT")
     if degrees:
         return [f"tensor parallel {', '.join(map(str, degrees))}: no head, group of a scale or word of codes is cut"]
     fit = fitting(weights, view, headers, config)

@@ -40,7 +40,9 @@ def read_headers(path: Path, file: str) -> list[Header]:
     for name, tensor in _tensors(path).items():
         dtype = str(tensor.dtype).removeprefix("torch.")
         if dtype not in names or str(tensor.layout) != "torch.strided":
-            raise ModelError(f"{name} is of {dtype}, {tensor.layout}, which is not read here", where=str(path))
+            raise ModelError(
+                f"{name} is of {dtype}, {tensor.layout}, which is not read here", where=str(path), kind="E-MODEL-DTYPE"
+            )
         end = place + tensor.numel() * tensor.element_size()
         headers.append(Header(name, names[dtype], tuple(tensor.shape), file, place, end))
         place = end
@@ -86,11 +88,13 @@ def _loaded(path: Path, *, mapped: bool) -> dict[str, Tensor]:
     except Exception as error:  # torch's readers raise whatever a damaged file leads to
         raise _refusal(path, error) from error
     if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
-        raise ModelError(f"holds a {type(found).__name__}, not tensors by name", where=str(path))
+        raise ModelError(f"holds a {type(found).__name__}, not tensors by name", where=str(path), kind="E-MODEL-PICKLE")
     strange = next((name for name, value in found.items() if not isinstance(value, torch.Tensor)), None)
     if strange is not None:
         what = f"{strange} in it is a {type(found[strange]).__name__}, not a tensor: not a model's weights alone"
-        raise ModelError(what, where=str(path), hint="save the state dict of the model by itself")
+        raise ModelError(
+            what, where=str(path), hint="save the state dict of the model by itself", kind="E-MODEL-PICKLE"
+        )
     return found
 
 
@@ -99,9 +103,14 @@ def _refusal(path: Path, error: Exception) -> ModelError:
     message = " ".join(str(error).split())
     if "TorchScript" in message:
         what = "is a TorchScript program, which could run code; it was not loaded"
-        return ModelError(what, where=str(path), hint=_MAKER)
+        return ModelError(what, where=str(path), hint=_MAKER, kind="E-MODEL-PICKLE")
     if "weights only load failed" in message.lower() or "unsupported" in message.lower():
         asks = _GLOBAL.search(message)
         what = f"asks for {asks[1] or asks[2]}, which could run code" if asks else "is no file of tensors alone"
-        return ModelError(f"{what}; it was not loaded", where=str(path), hint=_MAKER)
-    return ModelError(f"torch cannot read it: {type(error).__name__}: {message[:200]}", where=str(path), hint=AGAIN)
+        return ModelError(f"{what}; it was not loaded", where=str(path), hint=_MAKER, kind="E-MODEL-PICKLE")
+    return ModelError(
+        f"torch cannot read it: {type(error).__name__}: {message[:200]}",
+        where=str(path),
+        hint=AGAIN,
+        kind="E-MODEL-DAMAGED",
+    )

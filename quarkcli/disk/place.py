@@ -102,7 +102,9 @@ def refuse_links(partial: Path) -> None:
         linked = [path for path in (partial / STATE, partial / "quark", *partial.rglob("*")) if path.is_symlink()]
     if linked:
         hint = "remove the link; the work needs a directory of its own"
-        raise UsageError("is a link, and an unfinished run has none", where=str(linked[0]), hint=hint)
+        raise UsageError(
+            "is a link, and an unfinished run has none", where=str(linked[0]), hint=hint, kind="E-OUTPUT-PARTIAL"
+        )
 
 
 def bring_back(partial: Path) -> None:
@@ -126,7 +128,12 @@ def acquire(path: Path) -> int:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if not path.exists() or os.fstat(descriptor).st_ino != path.stat().st_ino:
-            raise ResourceError("another process just finished it", where=str(path.parent.parent), hint="run again")
+            raise ResourceError(
+                "another process just finished it",
+                where=str(path.parent.parent),
+                hint="run again",
+                kind="E-OUTPUT-BUSY",
+            )
         os.ftruncate(descriptor, 0)
         os.write(descriptor, f"{os.getpid()}\n".encode())
     except BlockingIOError as error:
@@ -145,17 +152,28 @@ def acquire(path: Path) -> int:
 def _held(path: Path) -> ResourceError:
     pid = path.read_text(encoding="utf-8", errors="replace").strip() or "unknown"
     hint = "wait for it, stop it, or choose another output with -o"
-    return ResourceError(f"another process (pid {pid}) is working here", where=str(path.parent.parent), hint=hint)
+    return ResourceError(
+        f"another process (pid {pid}) is working here", where=str(path.parent.parent), hint=hint, kind="E-OUTPUT-BUSY"
+    )
 
 
 def check_empty(partial: Path) -> None:
     """Refuses a `.partial` without a journal: it is either being created or not ours, and nothing of it is touched."""
     if partial.exists() and not partial.is_dir():
-        raise UsageError("exists and is not a directory", where=str(partial), hint="move it away")
+        raise UsageError(
+            "exists and is not a directory", where=str(partial), hint="move it away", kind="E-OUTPUT-PARTIAL"
+        )
     if not partial.is_dir() or all(path.name == STATE for path in partial.iterdir()):
         return
     if outputs.checkpoints(partial):
         final = partial.with_name(partial.name.removesuffix(".partial"))
-        raise UsageError("is finished and was only not renamed", where=str(partial), hint=f"rename it to {final}")
+        raise UsageError(
+            "is finished and was only not renamed",
+            where=str(partial),
+            hint=f"rename it to {final}",
+            kind="E-OUTPUT-PARTIAL",
+        )
     hint = "move it away, or use --resume never to delete it"
-    raise UsageError("is not empty, and no run that could be continued", where=str(partial), hint=hint)
+    raise UsageError(
+        "is not empty, and no run that could be continued", where=str(partial), hint=hint, kind="E-OUTPUT-PARTIAL"
+    )

@@ -33,7 +33,12 @@ def push(
         there = set(api.list_repo_files(repository)) - _HUBS_OWN
         if there and not overwrite:
             what = f"the repository holds {len(there)} files already"
-            raise UsageError(what, where=repository, hint="--overwrite replaces them, or choose another name")
+            raise UsageError(
+                what,
+                where=repository,
+                hint="--overwrite replaces them, or choose another name",
+                kind="E-OUTPUT-EXISTS",
+            )
         operations: list[Any] = [hub.CommitOperationAdd(name, folder / name) for name in names]
         operations += [hub.CommitOperationDelete(name) for name in sorted(there - set(names))]
         tell(Working(f"uploading {len(names)} files"))
@@ -70,9 +75,16 @@ def _refusal(error: Exception, repository: str) -> QuarkError:
     status = getattr(getattr(error, "response", None), "status_code", None)
     login = f"{'a' if token else 'no'} token was seen; set HF_TOKEN to one that may write to {repository}"
     if status in (401, 403) or (token is None and "token" in str(error).lower()):
-        return HubError("the hub refused the upload", where=repository, hint=login)
+        return HubError("the hub refused the upload", where=repository, hint=login, kind="E-HUB-UPLOAD")
     if constants.HF_HUB_OFFLINE:
-        return HubError("nothing can be uploaded while offline", where=repository, hint="unset HF_HUB_OFFLINE")
+        return HubError(
+            "nothing can be uploaded while offline", where=repository, hint="unset HF_HUB_OFFLINE", kind="E-HUB-UPLOAD"
+        )
     text = " ".join(str(error).split())[:300].replace(token or "\0", "***")
     what = f"the upload failed: {type(error).__name__}: {text}"
-    return HubError(what, where=repository, hint="check the name and the network; the same command begins again")
+    return HubError(
+        what,
+        where=repository,
+        hint="check the name and the network; the same command begins again",
+        kind="E-HUB-UPLOAD",
+    )

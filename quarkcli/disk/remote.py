@@ -69,7 +69,9 @@ class Remote:
                 config = Path(api.hf_hub_download(hub_id, CONFIG, revision=revision))
             except errors.RemoteEntryNotFoundError as error:
                 what = "no config.json: this is not a Hugging Face model"
-                raise ModelError(what, where=hub_id, hint=f"revision {revision} has none") from error
+                raise ModelError(
+                    what, where=hub_id, hint=f"revision {revision} has none", kind="E-MODEL-FILES"
+                ) from error
             commit = config.parent.name
             try:
                 asked = lambda: api.HfApi().model_info(hub_id, revision=commit, files_metadata=True)  # noqa: E731
@@ -124,7 +126,11 @@ class Remote:
         """Returns size and headers of weight files that are not here, read by range."""
         files = list(files)
         if missing := [file for file in files if file not in self.names]:
-            raise ModelError("the index names it, and the hub has no such file", where=f"{self.hub_id}/{missing[0]}")
+            raise ModelError(
+                "the index names it, and the hub has no such file",
+                where=f"{self.hub_id}/{missing[0]}",
+                kind="E-MODEL-INCOMPLETE",
+            )
         missing = [file for file in files if file not in self.known]
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             self.known |= zip(missing, pool.map(self._headers, missing), strict=True)
@@ -191,7 +197,9 @@ class Remote:
             return True
         part.unlink()
         what = "what was downloaded is not the file that the hub lists"
-        raise HubError(what, where=f"{self.hub_id}/{file}", hint="the same command downloads it again")
+        raise HubError(
+            what, where=f"{self.hub_id}/{file}", hint="the same command downloads it again", kind="E-HUB-DOWNLOAD"
+        )
 
     def _go_on(self, file: str, part: Path, patience: hub.Patience) -> None:
         """Asks for the bytes that are missing, and writes them as they come."""
@@ -199,14 +207,16 @@ class Remote:
         with hub.opened(self.hub_id, self.commit, file, start) as response:
             mode = "ab" if response.status_code == hub.PARTIAL else "wb"
             if hub.total_size(response) != size:
-                raise HubError("its size on the hub changed", where=f"{self.hub_id}/{file}")
+                raise HubError("its size on the hub changed", where=f"{self.hub_id}/{file}", kind="E-HUB-DOWNLOAD")
             with disk_errors(part):
                 stream = part.open(mode, buffering=0)
             with stream:
                 for chunk in response.iter_raw():  # as it comes, for pieces of a size are lost where it breaks
                     piece = memoryview(chunk)
                     if patience.stop.is_set():
-                        raise HubError("the download was given up", where=f"{self.hub_id}/{file}")
+                        raise HubError(
+                            "the download was given up", where=f"{self.hub_id}/{file}", kind="E-HUB-DOWNLOAD"
+                        )
                     with disk_errors(part, size - start):
                         while piece:
                             piece = piece[stream.write(piece) :]

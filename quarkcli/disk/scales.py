@@ -77,7 +77,7 @@ def check(
             found.bad += [f"{tensor} ({fault})"] if fault else []
     if found.bad:
         what = "modules have a scale that is zero, negative, infinite, NaN or absent"
-        raise CheckError(f"{len(found.bad)} {what}: {some(found.bad)}")
+        raise CheckError(f"{len(found.bad)} {what}: {some(found.bad)}", kind="E-CHECK-SCALES")
     return _compared(checkpoint, found, tell, served)
 
 
@@ -96,7 +96,7 @@ def codes(checkpoint: Checkpoint, everything: bool | None, limit: int) -> list[s
         return [f"codes of {len(names)} weights not read ({size / 1e9:.0f} GB): --hashes"] if names else []
     bad = [name for name in names if not is_finite(checkpoint.source, name)]
     if bad:
-        raise CheckError(f"{len(bad)} weights have codes that are NaN or infinite: {some(bad)}")
+        raise CheckError(f"{len(bad)} weights have codes that are NaN or infinite: {some(bad)}", kind="E-CHECK-SCALES")
     return [f"{len(names)} weights have floats for codes, all finite"] if names else []
 
 
@@ -109,7 +109,10 @@ def _compared(checkpoint: Checkpoint, found: _Found, tell: Listener, served: boo
         g for g, members in unequal.items() if any(targets[name].weight.has_global_scale for name in members)
     )
     if two_level and served:
-        raise CheckError(f"{len(two_level)} scale groups do not share their per-tensor scales: {some(two_level)}")
+        raise CheckError(
+            f"{len(two_level)} scale groups do not share their per-tensor scales: {some(two_level)}",
+            kind="E-CHECK-SCALES",
+        )
     if unequal:
         what = f"{len(unequal)} scale groups do not share their per-tensor scales"
         tell(Message(f"{what}: {_COST} ({some(sorted(unequal))})", "warning"))

@@ -96,7 +96,9 @@ def _walk(folder: Path, found: SideFiles) -> Iterator[Path]:
     """Yields files and links of a model folder. Linked folders are not entered."""
 
     def unreadable(error: OSError) -> None:
-        raise ModelError(f"cannot be read: {error.strerror}", where=str(error.filename)) from error
+        raise ModelError(
+            f"cannot be read: {error.strerror}", where=str(error.filename), kind="E-MODEL-SIDE-FILE"
+        ) from error
 
     for root, folders, names in os.walk(folder, onerror=unreadable):
         here = Path(root).relative_to(folder)
@@ -110,7 +112,7 @@ def _walk(folder: Path, found: SideFiles) -> Iterator[Path]:
                 folders.remove(name)
             elif here == Path() and (name in WRITTEN or (name.startswith("model-") and name.endswith(".safetensors"))):
                 what = "is a folder, and the checkpoint has a file of this name"
-                raise ModelError(what, where=str(folder / name), hint="rename the folder")
+                raise ModelError(what, where=str(folder / name), hint="rename the folder", kind="E-MODEL-SIDE-FILE")
         yield from (folder / here / name for name in names if not name.startswith("."))
 
 
@@ -139,7 +141,9 @@ def _reason(source: Source, path: Path) -> str | None:
             return "neither files nor folders"
         pickle = _is_pickle(path)
     except OSError as error:
-        raise ModelError(f"cannot be read: {error.strerror or error}", where=str(path)) from error
+        raise ModelError(
+            f"cannot be read: {error.strerror or error}", where=str(path), kind="E-MODEL-SIDE-FILE"
+        ) from error
     if pickle:
         return "pickles, which can run code when they are loaded"
     return f"larger than {LIMIT >> 20} MiB" if status.st_size > LIMIT else None

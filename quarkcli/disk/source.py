@@ -111,9 +111,11 @@ class Source:
         except OSError as error:
             raise unreadable(Path(error.filename or path), error) from error
         if exists:
-            raise AccessError("is a file; give the directory that holds config.json", where=path_or_id)
+            raise AccessError(
+                "is a file; give the directory that holds config.json", where=path_or_id, kind="E-PATH-NOT-FOUND"
+            )
         if local or not _is_hub_id(path_or_id):
-            raise AccessError("no such directory", where=path_or_id)
+            raise AccessError("no such directory", where=path_or_id, kind="E-PATH-NOT-FOUND")
         ranged = (bare or allow_pickle) and not hub.is_offline(offline)
         remote = Remote.open(path_or_id, revision, kept, tell) if ranged else None
         if remote is not None and allow_pickle:
@@ -131,7 +133,7 @@ class Source:
         """Returns several tensors, in the order asked for; each file is opened once and read front to back."""
         names = list(dict.fromkeys(names))
         if unknown := [name for name in names if name not in self.headers]:
-            raise ModelError("no such tensor in the model's files", where=unknown[0])
+            raise ModelError("no such tensor in the model's files", where=unknown[0], kind="E-MODEL-INCOMPLETE")
         wanted = [self.headers[name] for name in names]
         found: dict[str, torch.Tensor] = {}
         for file in dict.fromkeys(header.file for header in wanted):
@@ -163,7 +165,7 @@ class Source:
         if self.remote is not None and self.is_far(file):
             self.remote.fetch([file])
         elif _stamp(path) != self.stamps[file]:
-            raise ModelError("changed since its header was read", where=str(path))
+            raise ModelError("changed since its header was read", where=str(path), kind="E-MODEL-DAMAGED")
         return path
 
     def names(self) -> list[str]:
@@ -202,10 +204,17 @@ def _open_folder(
     check_folder(folder)
     if not (folder / "config.json").is_file():
         hint = outputs.hint(folder)
-        raise ModelError("no config.json: this is not a Hugging Face model directory", where=str(folder), hint=hint)
+        raise ModelError(
+            "no config.json: this is not a Hugging Face model directory",
+            where=str(folder),
+            hint=hint,
+            kind="E-MODEL-FILES",
+        )
     if not is_within(folder, folder / "config.json"):  # it is copied into the checkpoint
         hint = "put the file itself into the folder"
-        raise ModelError("a link out of the model folder", where=str(folder / "config.json"), hint=hint)
+        raise ModelError(
+            "a link out of the model folder", where=str(folder / "config.json"), hint=hint, kind="E-MODEL-FILES"
+        )
     config_text, config = _read_json(folder / "config.json", Config)
     names = remote.names if remote is not None else [path.name for path in folder.iterdir()]
     pickled = allow_pickle and not any(map(_SAFE.fullmatch, names))
@@ -215,7 +224,7 @@ def _open_folder(
         raise _no_weights(folder, hub_id if online else None, remote)
     stamps, headers = _headers(folder, files, remote, pickled)
     if not headers:
-        raise ModelError("the model's files hold no tensors", where=str(folder))
+        raise ModelError("the model's files hold no tensors", where=str(folder), kind="E-MODEL-FILES")
     _check_index(weight_map, headers)
     config |= beside.described(folder, config, headers, _read_json)
     is_snapshot = _is_snapshot(folder)
@@ -234,7 +243,9 @@ def _check_cached(folder: Path, hub_id: str) -> None:
     weights = (".safetensors", *PICKLES, *OTHER_WEIGHTS)
     if missing or not any(path.name.endswith(weights) for path in folder.iterdir()):
         what = f"its weights are not (completely) in the hub's cache, and the hub was not reached: {some(missing, 3)}"
-        raise HubError(what.removesuffix(": "), where=hub_id, hint="go online once, or give a local directory")
+        raise HubError(
+            what.removesuffix(": "), where=hub_id, hint="go online once, or give a local directory", kind="E-HUB-MODEL"
+        )
 
 
 def _headers(
@@ -249,7 +260,9 @@ def _headers(
         stamps[file] = (far[file][0], 0) if file in far else _stamp(folder / file)
         for header in far[file][1] if file in far else reader.read_headers(folder / file, file):
             if header.name in headers:
-                raise ModelError(f"is in both {headers[header.name].file} and {file}", where=header.name)
+                raise ModelError(
+                    f"is in both {headers[header.name].file} and {file}", where=header.name, kind="E-MODEL-INDEX"
+                )
             headers[header.name] = header
     return stamps, headers
 
@@ -272,7 +285,12 @@ def _stamp(path: Path) -> tuple[int, int]:
     """Returns size and modification time of a weight file that must be there."""
     if not path.is_file():
         link = " (a link whose target is gone)" if path.is_symlink() else ""
-        raise ModelError(f"this weight file is missing{link}", where=str(path), hint="download the model again")
+        raise ModelError(
+            f"this weight file is missing{link}",
+            where=str(path),
+            hint="download the model again",
+            kind="E-MODEL-INCOMPLETE",
+        )
     status = path.stat()
     return status.st_size, status.st_mtime_ns
 
@@ -298,19 +316,27 @@ def _weight_map(folder: Path, pickled: bool) -> dict[str, str] | None:
         return None
     weight_map: dict[str, str] = _read_json(index, Index)[1]["weight_map"]
     if not weight_map:
-        raise ModelError("`weight_map` must be an object with at least one tensor", where=str(index))
+        raise ModelError(
+            "`weight_map` must be an object with at least one tensor", where=str(index), kind="E-MODEL-INDEX"
+        )
     for file, name in {file: name for name, file in reversed(weight_map.items())}.items():  # the first name of each
         if not file.endswith(suffix) or "\0" in file:
-            raise ModelError(f"`weight_map` names {file!r} for {name}, not a {suffix} file", where=str(index))
+            raise ModelError(
+                f"`weight_map` names {file!r} for {name}, not a {suffix} file", where=str(index), kind="E-MODEL-INDEX"
+            )
         if PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts:
-            raise ModelError(f"{file!r} of {name} points outside the model directory", where=str(index))
+            raise ModelError(
+                f"{file!r} of {name} points outside the model directory", where=str(index), kind="E-MODEL-INDEX"
+            )
     return weight_map
 
 
 def _check_index(weight_map: dict[str, str] | None, headers: dict[str, Header]) -> None:
     for name, file in (weight_map or {}).items():
         if name not in headers or headers[name].file != file:
-            raise ModelError(f"the index says it is in {file}, but it is not there", where=name, hint=AGAIN)
+            raise ModelError(
+                f"the index says it is in {file}, but it is not there", where=name, hint=AGAIN, kind="E-MODEL-INDEX"
+            )
 
 
 def _weight_files(folder: Path, names: list[str], weight_map: dict[str, str] | None, pickled: bool) -> list[str]:
@@ -320,7 +346,12 @@ def _weight_files(folder: Path, names: list[str], weight_map: dict[str, str] | N
     if weight_map is not None:
         listed = sorted(set(weight_map.values()))
         if single in found and single not in listed:
-            raise ModelError(f"holds both {single} and an index without it", where=str(folder), hint="remove one")
+            raise ModelError(
+                f"holds both {single} and an index without it",
+                where=str(folder),
+                hint="remove one",
+                kind="E-MODEL-INDEX",
+            )
         return listed
     if single in found:
         return [single]
@@ -329,7 +360,9 @@ def _weight_files(folder: Path, names: list[str], weight_map: dict[str, str] | N
     # without an index only names like model-00001-of-00003.safetensors can tell that a shard is missing
     totals = [int(match[1]) for file in files if (match := re.search(r"-\d{5}-of-(\d{5})\.\w+$", file))]
     if totals and len(totals) != totals[0]:
-        raise ModelError(f"has {len(totals)} of {totals[0]} weight files and no index", where=str(folder))
+        raise ModelError(
+            f"has {len(totals)} of {totals[0]} weight files and no index", where=str(folder), kind="E-MODEL-INCOMPLETE"
+        )
     return files
 
 
@@ -351,4 +384,4 @@ def _no_weights(folder: Path, hub_id: str | None, remote: Remote | None) -> Mode
         hint = (f"{pickles.FLAG} takes tensors from them and runs none of it; or " if readable else "") + _CONVERT
     else:
         what, hint = "no .safetensors files" + (f", only {shown}" if shown else ""), "use the original checkpoint"
-    return ModelError(what, where=hub_id or str(folder), hint=hint)
+    return ModelError(what, where=hub_id or str(folder), hint=hint, kind="E-MODEL-FILES")

@@ -25,7 +25,7 @@ def compare(partial: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
         lines.append(f"  and {len(differing) - _SHOWN_KEYS} more")
     what = "the unfinished run there was started with other settings (old -> new):\n" + "\n".join(lines)
     hint = f"repeat the old settings, or delete {partial} or use --resume never to start again"
-    raise ConfigError(what, where=str(partial), hint=hint)
+    raise ConfigError(what, where=str(partial), hint=hint, kind="E-RESUME-CHANGED")
 
 
 def _flatten(value: Any, key: str = "") -> dict[str, str]:
@@ -63,7 +63,9 @@ def load(path: Path) -> dict[str, Any]:
 def damaged(path: Path) -> ConfigError:
     """Returns the error that a file of the state cannot be used."""
     hint = f"delete {path.parent.parent} or use --resume never to start again"
-    return ConfigError("the state of the unfinished run is damaged", where=str(path), hint=hint)
+    return ConfigError(
+        "the state of the unfinished run is damaged", where=str(path), hint=hint, kind="E-RESUME-DAMAGED"
+    )
 
 
 def checksum(parts: list[dict[str, Any]], notes: dict[str, Any]) -> str:

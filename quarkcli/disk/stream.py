@@ -101,7 +101,7 @@ class Stream:
             path, error = self._there.get(file), self._failed.pop(file, None)
         try:
             if path is None:
-                raise error or HubError("the download was given up", where=file)
+                raise error or HubError("the download was given up", where=file, kind="E-HUB-DOWNLOAD")
             yield path
         finally:
             with self._changed:

@@ -121,11 +121,11 @@ def pieces(source: Source, header: Header) -> Iterator[ndarray[Any, Any]]:
             while left:
                 piece = np.fromfile(stream, np.uint8, min(left, _PIECE))
                 if len(piece) < min(left, _PIECE):
-                    raise ModelError(f"ended inside {header.name}", where=str(path))
+                    raise ModelError(f"ended inside {header.name}", where=str(path), kind="E-MODEL-DAMAGED")
                 left -= len(piece)
                 yield piece
     except OSError as error:
-        raise ResourceError(f"cannot be read: {error.strerror or error}", where=str(path)) from error
+        raise ResourceError(f"cannot be read: {error.strerror or error}", where=str(path), kind="E-SYSTEM") from error
 
 
 @cache

@@ -120,7 +120,7 @@ def _contents(folder: Path, model: Source | None, asked: Asked, tell: Listener) 
     source = _open(folder)
     described = quantization(source.config)
     if not described:
-        raise CheckError("no quantization_config in config.json", where=str(folder))
+        raise CheckError("no quantization_config in config.json", where=str(folder), kind="E-CHECK-NOT-QUANTIZED")
     try:
         checkpoint = Checkpoint(source)
         layout = checkpoint.singly
@@ -129,7 +129,7 @@ def _contents(folder: Path, model: Source | None, asked: Asked, tell: Listener) 
             "" if "quant_method" in described else "quantization_config has no quant_method, by which loaders choose: "
         )
         what = f"{unsaid}{error.what}"
-        raise CheckError(what, where=error.where or str(folder), hint=error.hint) from error
+        raise CheckError(what, where=error.where or str(folder), hint=error.hint, kind="E-CHECK-MODEL") from error
     view, config = checkpoint.view, source.config
     assert checkpoint.reader is not None
     reader, degrees = checkpoint.reader, asked.tensor_parallel
@@ -188,7 +188,7 @@ def _fused_schemes(checkpoint: Checkpoint, servers: Servers) -> str:
     )
     if found and servers != "none":
         hint = "quantize it again with one scheme for all members; --target none accepts it"
-        raise CheckError(sentence(found), hint=hint)
+        raise CheckError(sentence(found), hint=hint, kind="E-CHECK-SERVER")
     if found:
         return f"accepted by --target none: {sentence(found)}"
     return "what servers fuse has one scheme" + ("; --target none is not used" if servers == "none" else "")
@@ -248,7 +248,7 @@ def kept_values(checkpoint: Checkpoint, on_nonfinite: OnNonfinite, tell: Listene
             found.note(name, len(header.shape), nonfinite.describe(summary.nonfinite, summary.count, place))
     first = found.first()
     if first is not None and on_nonfinite == "stop":
-        raise CheckError(first[1], where=first[0], hint=HINT)
+        raise CheckError(first[1], where=first[0], hint=HINT, kind="E-CHECK-NONFINITE")
     for text in nonfinite.warnings(found.parameters, found.others):
         tell(Message(text, "warning"))
     finite = len(names) - len(found.parameters) - len(found.others)
@@ -260,7 +260,7 @@ def _against_manifest(folder: Path, hashes: bool | None) -> list[str]:
     if listed is not None:
         return manifest.compare(folder, listed, hashes)
     if hashes:
-        raise CheckError("there is no manifest, so no hashes to compare", where=str(folder))
+        raise CheckError("there is no manifest, so no hashes to compare", where=str(folder), kind="E-CHECK-FILES")
     return ["no manifest: sizes, headers and hashes not compared"]
 
 
@@ -296,4 +296,4 @@ def _open(folder: Path) -> Source:
     try:
         return Source.open(str(folder), local=True)
     except ModelError as error:
-        raise CheckError(error.what, where=error.where or str(folder), hint=error.hint) from error
+        raise CheckError(error.what, where=error.where or str(folder), hint=error.hint, kind="E-CHECK-MODEL") from error

@@ -265,14 +265,18 @@ def _disk_error(error: OSError, path: Path, need: int) -> ResourceError:
     where = str(path)
     if error.errno == errno.ENOSPC:
         what = f"no space left: {need:,} bytes needed{_free(path)}"
-        return ResourceError(what, where=where, hint="free some space; the same command goes on where it stopped")
+        return ResourceError(
+            what, where=where, hint="free some space; the same command goes on where it stopped", kind="E-DISK-FULL"
+        )
     if error.errno == errno.EDQUOT:
         what = f"disk quota exceeded: {need:,} bytes needed{_free(path, ' on the disk as a whole')}"
-        return ResourceError(what, where=where, hint="free some space; the same command goes on where it stopped")
+        return ResourceError(
+            what, where=where, hint="free some space; the same command goes on where it stopped", kind="E-DISK-FULL"
+        )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         what = f"cannot be written: {error.strerror}"
-        return ResourceError(what, where=where, hint="choose another directory with -o")
-    return ResourceError(f"writing failed: {error.strerror or error}", where=where)
+        return ResourceError(what, where=where, hint="choose another directory with -o", kind="E-DISK-WRITE")
+    return ResourceError(f"writing failed: {error.strerror or error}", where=where, kind="E-DISK-WRITE")
 
 
 def _free(path: Path, of: str = "") -> str:
@@ -318,12 +322,13 @@ def partial_path(final: Path) -> Path:
         mounted = final.is_mount()
     if mounted:
         raise UsageError(
-            "is a mount point and cannot be renamed into", where=str(final), hint="give a folder inside it"
-        )
+            "is a mount point and cannot be renamed into", where=str(final), hint="give a folder inside it",
+            kind="E-OUTPUT-PLACE",
+        )  # fmt: skip
     partial = final.with_name(f"{final.name}.partial")
     if len(os.fsencode(f"{partial.name}.state")) > _LONGEST_NAME or len(os.fsencode(final)) > _LONGEST_PATH:
         what = f"the name of the output is too long; at most {_LONGEST_NAME - len('.partial.state')} bytes"
-        raise UsageError(what, where=f"{str(final)[:80]}...", hint="choose another -o")
+        raise UsageError(what, where=f"{str(final)[:80]}...", hint="choose another -o", kind="E-OUTPUT-PLACE")
     return partial
 
 
@@ -336,7 +341,9 @@ def resolved(path: Path) -> Path:
         with disk_errors(path):
             return path.resolve()
     except RuntimeError as error:  # how Python before 3.13 says it
-        raise UsageError("is a link that leads to itself", where=str(path), hint="choose another -o") from error
+        raise UsageError(
+            "is a link that leads to itself", where=str(path), hint="choose another -o", kind="E-OUTPUT-PLACE"
+        ) from error
 
 
 def publish(
@@ -350,7 +357,10 @@ def publish(
     final = resolved(final)
     state = output_state(final)
     if state in ("finished", "foreign") and not overwrite:
-        raise UsageError(f"exists and is not empty ({state})", where=str(final), hint="--overwrite replaces it")
+        raise UsageError(
+            f"exists and is not empty ({state})", where=str(final), hint="--overwrite replaces it",
+            kind="E-OUTPUT-EXISTS",
+        )  # fmt: skip
     with disk_errors(final):
         if state in ("absent", "empty"):
             _rename(partial, final)  # POSIX replaces an empty directory

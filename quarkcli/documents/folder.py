@@ -21,6 +21,7 @@ def check_folder(folder: Path) -> None:
             f"holds pointers of git-LFS in place of files: {', '.join(pointers[:4])}{more}",
             where=str(folder),
             hint="`git lfs pull` in that folder fetches the files",
+            kind="E-MODEL-LFS",
         )
     ggufs = [name for name in names if name.endswith(".gguf")]
     if ggufs and not any(name.endswith(".safetensors") for name in names):
@@ -28,6 +29,7 @@ def check_folder(folder: Path) -> None:
             f"no .safetensors files, only {', '.join(ggufs[:4])}",
             where=str(folder),
             hint="GGUF is another format, mostly quantized already; give the Hugging Face model it was made from",
+            kind="E-MODEL-FILES",
         )
 
 

@@ -41,7 +41,7 @@ def check(model: type[Shape], data: Any, where: str) -> None:
         at.setdefault(path, []).append(detail)
     path, alike = next(iter(at.items()))
     more = f" (and {len(at) - 1} more)" if len(at) > 1 else ""
-    raise ModelError(_sentence(".".join(map(str, path)) or "it", alike) + more, where=where)
+    raise ModelError(_sentence(".".join(map(str, path)) or "it", alike) + more, where=where, kind="E-JSON-SHAPE")
 
 
 def _sentence(name: str, details: list[Any]) -> str:

@@ -20,15 +20,23 @@ def parse(content: bytes, where: str, *, unique: bool = False) -> Any:
         text = content.decode("utf-8")
         value = json.loads(text, object_pairs_hook=_unique if unique else None)
     except json.JSONDecodeError as error:
-        raise ModelError(f"not valid JSON: {error.msg}", where=f"{where}:{error.lineno}:{error.colno}") from error
+        raise ModelError(
+            f"not valid JSON: {error.msg}", where=f"{where}:{error.lineno}:{error.colno}", kind="E-JSON-DAMAGED"
+        ) from error
     except RecursionError as error:
-        raise ModelError("not valid JSON that is read here: nested too deep", where=where) from error
+        raise ModelError(
+            "not valid JSON that is read here: nested too deep", where=where, kind="E-JSON-DAMAGED"
+        ) from error
     except ValueError as error:  # bytes that are no UTF-8, numbers of more digits than Python reads
-        raise ModelError(f"not valid JSON: {error}", where=where) from error
+        raise ModelError(f"not valid JSON: {error}", where=where, kind="E-JSON-DAMAGED") from error
     if "\\ud" in text or "\\uD" in text:
         half = next((place for place, found in _texts(value) if not _is_text(found)), None)
         if half is not None:
-            raise ModelError(f"{half or 'it'} holds half a surrogate pair, which no UTF-8 file can hold", where=where)
+            raise ModelError(
+                f"{half or 'it'} holds half a surrogate pair, which no UTF-8 file can hold",
+                where=where,
+                kind="E-JSON-DAMAGED",
+            )
     return value
 
 
@@ -36,7 +44,7 @@ def parse_object(content: bytes, where: str) -> dict[str, Any]:
     """As `parse`, of a text that must hold an object."""
     value = parse(content, where)
     if not isinstance(value, dict):
-        raise ModelError("must hold a JSON object", where=where)
+        raise ModelError("must hold a JSON object", where=where, kind="E-JSON-SHAPE")
     return value
 
 

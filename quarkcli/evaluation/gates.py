@@ -27,7 +27,7 @@ def judged(result: dict[str, Any], max_kl: float | None, max_ppl_increase: float
 def check_gates(result: dict[str, Any], max_kl: float | None, max_ppl_increase: float | None) -> None:
     """Raises CheckError (exit 8) when a gate fails; see `limits`."""
     if result["kl"] is None and (max_kl is not None or max_ppl_increase is not None):
-        raise UsageError("a gate needs a baseline to compare with", hint="--baseline SRC")
+        raise UsageError("a gate needs a baseline to compare with", hint="--baseline SRC", kind="E-FLAG-CONFLICT")
     say = {
         "max_kl": lambda value, limit: f"KL {value:.5f} is above {limit:g}",
         "max_ppl_increase": lambda value, limit: f"perplexity rose by {value:.2%}, more than {limit:.2%}",
@@ -35,4 +35,4 @@ def check_gates(result: dict[str, Any], max_kl: float | None, max_ppl_increase: 
     rows = limits(result, max_kl, max_ppl_increase)
     failed = [say[row["name"]](row["value"], row["limit"]) for row in rows if not row["passed"]]
     if failed:
-        raise CheckError("; ".join(failed), where=result["directory"])
+        raise CheckError("; ".join(failed), where=result["directory"], kind="E-GATE")

@@ -71,10 +71,15 @@ class Side:
                 "a base model without a head gives no probabilities, so there is nothing to measure",
                 where=str(folder),
                 hint="'quark verify' checks what was written",
+                kind="E-MODEL-HEAD",
             )
         outside = self.runner.outside_tensors()
         if turned := list(checkpoint.turned_inputs(outside)):
-            raise ModelError("the config turns its input, and it lies outside the decoder blocks", where=turned[0])
+            raise ModelError(
+                "the config turns its input, and it lies outside the decoder blocks",
+                where=turned[0],
+                kind="E-SOURCE-TRANSFORM",
+            )
         self.walk = Walk(self.runner, lambda: self._read(outside), tokens, None, batch, tell)
         self.walk.start()
         self.require_numbers("behind the embedding")
@@ -96,7 +101,7 @@ class Side:
                 self.found.look(name, tensors[name])
         first = self.found.first()
         if first is not None and self.on_nonfinite == "stop":
-            raise CheckError(f"{first[1]} (in {self.folder})", where=first[0], hint=HINT)
+            raise CheckError(f"{first[1]} (in {self.folder})", where=first[0], hint=HINT, kind="E-CHECK-NONFINITE")
         return tensors
 
     def warn(self) -> None:
@@ -116,6 +121,7 @@ class Side:
             f"the first NaN or inf is {place}",
             where=self.folder,
             hint="nothing that is measured behind it means anything",
+            kind="E-CHECK-NONFINITE",
         )
 
     def _handlers(self, names: list[str], weights_only: bool) -> Handlers:
@@ -269,6 +275,7 @@ def _check_baseline(config: Mapping[str, Any], baseline: Mapping[str, Any]) -> N
                 f"{key} is {theirs}, here it is {ours}",
                 where="--baseline",
                 hint="give the model this one was made from",
+                kind="E-BASELINE-OTHER",
             )
 
 
@@ -276,7 +283,9 @@ def _compute_dtype(dtype: str, device: str) -> torch.dtype:
     if dtype == "auto":
         return torch.float32 if device == "cpu" else torch.bfloat16
     if dtype not in _DTYPES:
-        raise UsageError(f"unknown dtype '{dtype}'", where="--dtype", hint="auto, float32 or bfloat16")
+        raise UsageError(
+            f"unknown dtype '{dtype}'", where="--dtype", hint="auto, float32 or bfloat16", kind="E-FLAG-VALUE"
+        )
     return _DTYPES[dtype]
 
 
@@ -289,7 +298,11 @@ def _walk_blocks(tested: Side, source: Side | None, weights_only: bool, tell: Li
     drift: list[float] = []
     blocks = tested.runner.num_blocks
     if source is not None and source.runner.num_blocks != blocks:
-        raise UsageError(f"{blocks} blocks here, {source.runner.num_blocks} in the baseline", where="--baseline")
+        raise UsageError(
+            f"{blocks} blocks here, {source.runner.num_blocks} in the baseline",
+            where="--baseline",
+            kind="E-BASELINE-OTHER",
+        )
     begun = time.monotonic()
     for block in range(blocks):
         at = time.monotonic()

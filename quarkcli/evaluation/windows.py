@@ -54,7 +54,9 @@ def width(asked: int | None, limits: Iterable[int | None]) -> int:
     if limit is None:
         return asked or WINDOW
     if asked is not None and asked > limit:
-        raise DataError(f"--window {asked} exceeds the model's {limit} positions", hint=f"--window {limit}")
+        raise DataError(
+            f"--window {asked} exceeds the model's {limit} positions", hint=f"--window {limit}", kind="E-DATA-SEQLEN"
+        )
     return asked or min(WINDOW, limit)
 
 
@@ -66,7 +68,9 @@ def windows(tokenizer: Tokenizer, text: str | None, window: int, max_tokens: int
     prefix = tokenizer.prefix(bos)
     own = window - len(prefix)
     if own < 1 or window < 2:
-        raise DataError(f"a window of {window} tokens has no room behind {prefix}", hint="a larger --window")
+        raise DataError(
+            f"a window of {window} tokens has no room behind {prefix}", hint="a larger --window", kind="E-DATA-SEQLEN"
+        )
     limit = max_tokens or (None if text else BUILTIN_TOKENS)
     ids: list[int] = []
     for piece in _pieces(text):
@@ -76,7 +80,9 @@ def windows(tokenizer: Tokenizer, text: str | None, window: int, max_tokens: int
     ids = ids[: limit if limit is not None else len(ids)]
     count = len(ids) // own
     if not count:
-        raise DataError(f"{len(ids)} tokens of text, fewer than one window of {window}", where=text or "builtin")
+        raise DataError(
+            f"{len(ids)} tokens of text, fewer than one window of {window}", where=text or "builtin", kind="E-DATA-FEW"
+        )
     rows = torch.tensor(ids[: count * own], dtype=torch.int64).view(count, own)
     return Windows(
         torch.cat([torch.tensor(prefix, dtype=torch.int64).expand(count, -1), rows], dim=1), prefix, _named(text)
@@ -95,6 +101,6 @@ def _pieces(text: str | None) -> Iterable[str]:
         return builtin_texts(held_out=True)
     path = Path(text)
     if not path.is_file():
-        raise AccessError("no such text file", where=text)
+        raise AccessError("no such text file", where=text, kind="E-DATA-NOT-FOUND")
     whole = files.text(path)
     return (whole[start : start + 32768] for start in range(0, len(whole), 32768))

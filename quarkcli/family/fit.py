@@ -42,6 +42,7 @@ def check(family: FamilyModel, layout: Layout, config: Mapping[str, Any], header
             f"{len(faults)} tensor{'s do' if len(faults) > 1 else ' does'} not fit config.json or the other blocks: "
             f"{shown}",
             hint="the files are damaged, incomplete, or config.json is another model's: compare them with the original",
+            kind="E-MODEL-MISFIT",
         )
 
 

@@ -45,11 +45,13 @@ def _merged(document: Document, path: Path, seen: tuple[str, ...]) -> Document:
         return document
     where = str(document.origin("extends"))
     if path.stem in seen:
-        raise ConfigError(f"families extend each other: {' -> '.join((*seen, path.stem))}", where=where)
+        raise ConfigError(
+            f"families extend each other: {' -> '.join((*seen, path.stem))}", where=where, kind="E-FAMILY-FILE"
+        )
     try:
         parent = catalog.find("models", name)
     except ConfigError as error:
-        raise ConfigError(error.what, where=where, hint=error.hint) from error
+        raise ConfigError(error.what, where=where, hint=error.hint, kind="E-FAMILY-FILE") from error
     base = _merged(catalog.document(parent), parent, (*seen, path.stem)).data
     merged = {key: value for key, value in base.items() if key not in _OWN}
     for key, value in data.items():
@@ -148,4 +150,5 @@ def _check_split(family: FamilyModel) -> None:
             "nothing tells which",
             where=f"{family.blocks}.*.{experts.path}.{mixed[0]}",
             hint="a family file says it: quark models infer MODEL writes one; see 'split' in docs/models.md",
+            kind="E-MODEL-FAMILY",
         )

@@ -287,6 +287,7 @@ class _Builder:
             raise ModelError(
                 f"the number of experts is not in config.json ({experts.count})",
                 hint="the family file's experts.count names the key",
+                kind="E-MODEL-FAMILY",
             )
         return value
 

@@ -35,6 +35,7 @@ def check_leftovers(headers: Mapping[str, HeaderLike]) -> None:
         raise ModelError(
             f"holds an adapter that is not merged: {_listed(names)}",
             hint="merge it first (peft: merge_and_unload, then save_pretrained), and quantize what that writes",
+            kind="E-MODEL-LEFTOVERS",
         )
     found = _CODES.search(everything)
     if found:
@@ -43,18 +44,21 @@ def check_leftovers(headers: Mapping[str, HeaderLike]) -> None:
         raise ModelError(
             f"holds codes of {tool}, and config.json has no quantization_config that says so: {_listed(names)}",
             hint="the model is quantized already; give the one it was made from",
+            kind="E-MODEL-LEFTOVERS",
         )
     empty = [f"{name} {list(header.shape)}" for name, header in headers.items() if 0 in header.shape]
     if empty:
         raise ModelError(
             f"{len(empty)} tensor{'s have' if len(empty) > 1 else ' has'} no values: {_listed(empty, count=False)}",
             hint="it was saved without gathering its shards (FSDP, ZeRO-3): save it again with the full state",
+            kind="E-MODEL-LEFTOVERS",
         )
     double = [name for name, header in headers.items() if header.dtype == "F64" and len(header.shape) > 1]
     if double:
         raise ModelError(
             f"stored in double precision (F64): {_listed(double)}",
             hint="save it as BF16 or F32 first: from_pretrained(..., dtype=torch.bfloat16), then save_pretrained",
+            kind="E-MODEL-DTYPE",
         )
 
 
@@ -74,6 +78,7 @@ def surprises(roles: Mapping[str, str], headers: Mapping[str, HeaderLike], unlis
         raise ModelError(
             f"in the files, and the index does not name them: {_listed(known)}",
             hint="the index is another model's or incomplete: download it again, or save the model again",
+            kind="E-MODEL-INDEX",
         )
     if unlisted:
         yield f"in the files, and the index does not name them, so that they are copied: {_listed(list(unlisted))}"

@@ -86,7 +86,11 @@ def language_blocks(config: Mapping[str, Any], headers: Mapping[str, HeaderLike]
     """
     lists = block_lists(headers)
     if not lists:
-        raise ModelError("no numbered decoder blocks among the tensor names", hint="describe the family in YAML")
+        raise ModelError(
+            "no numbered decoder blocks among the tensor names",
+            hint="describe the family in YAML",
+            kind="E-MODEL-FAMILY",
+        )
     text = [own for own in lists if tower(own.path) is None] or lists
     _refuse_two_stacks(config, text)
     fitting = [own for own in text if _fits(own, config)]
@@ -101,7 +105,7 @@ def language_blocks(config: Mapping[str, Any], headers: Mapping[str, HeaderLike]
         what = f"{_joined(best)} all fit config.json ({said}), and nothing tells which is the language model"
     else:
         what = f"no list of blocks fits config.json, which says {said}; the files have {_joined(lists)}"
-    raise ModelError(what, where="tensor names", hint=_DESCRIBE)
+    raise ModelError(what, where="tensor names", hint=_DESCRIBE, kind="E-MODEL-FAMILY")
 
 
 def found_lists(headers: Mapping[str, HeaderLike]) -> str:
@@ -127,6 +131,7 @@ def _refuse_two_stacks(config: Mapping[str, Any], lists: list[BlockList]) -> Non
             f"blocks; {encoders[0].path} would be left out",
             where="tensor names",
             hint="encoder-decoders are not supported; " + _DESCRIBE,
+            kind="E-MODEL-FAMILY",
         )
 
 

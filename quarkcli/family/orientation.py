@@ -142,4 +142,4 @@ def _undecided(layer: list[_Stored], readings: list[bool], hidden: int | None) -
         what = f"fused experts of shapes that fit neither each other nor a hidden size of {hidden}: {shapes}"
         if any(tensor.rule.transpose != "auto" for tensor in layer):
             what = f"fused experts are not stored as the family says, or not of hidden size {hidden}: {shapes}"
-    return ModelError(what, where=layer[0].name, hint=_HINT)
+    return ModelError(what, where=layer[0].name, hint=_HINT, kind="E-MODEL-FAMILY")

@@ -214,4 +214,4 @@ def check_unprotect(roles: Iterable[str]) -> None:
         if role not in PROTECTED:
             close = near_misses(role, PROTECTED)
             known = f"did you mean '{close[0]}'?" if close else f"roles: {', '.join(PROTECTED)}"
-            raise ConfigError(f"unknown role '{role}'", where="--unprotect", hint=known)
+            raise ConfigError(f"unknown role '{role}'", where="--unprotect", hint=known, kind="E-ROLE-UNKNOWN")

@@ -36,6 +36,7 @@ def _wrapped(step: str, tool: str, name: str) -> ModelError:
         f"the names hold '{step}', as {tool} saves them; no class loads them so",
         where=name,
         hint=f"save the model that is wrapped, or rename: '{name}' is '{bare}' (unwrap before save_pretrained)",
+        kind="E-MODEL-FAMILY",
     )
 
 

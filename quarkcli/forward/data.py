@@ -98,7 +98,8 @@ def load(
     skipped = Skipped()
     prefix = tokenizer.prefix(bos)
     if len(prefix) >= seqlen:
-        raise DataError(f"rows of {seqlen} tokens have no room behind {prefix}", hint="a larger --calib-seqlen")
+        what = f"rows of {seqlen} tokens have no room behind {prefix}"
+        raise DataError(what, hint="a larger --calib-seqlen", kind="E-DATA-SEQLEN")
     budget = _budget(source, samples * seqlen)
     found = _source(source, seed, offline, budget, skipped)
     stream, chats = _collect(found, column, tokenizer, samples, seqlen, bos, budget, skipped)
@@ -122,7 +123,8 @@ def load(
         short = f"{len(rows)} rows of {seqlen} tokens, {samples} asked for"
         if asked and not allow_short:
             more = "".join(f"; {note}" for note in notes)
-            raise DataError(short + more, where=source, hint="--allow-short, fewer --calib-samples, or more data")
+            hint = "--allow-short, fewer --calib-samples, or more data"
+            raise DataError(short + more, where=source, hint=hint, kind="E-DATA-FEW")
         notes.append(f"calibration uses {short.replace('asked for', 'wanted')}")
     tokens, real = _tensors(rows, seqlen, tokenizer.eos, bool(chats))
     ragged = any(len(row) < seqlen for row in others)
@@ -145,7 +147,7 @@ def _windows(stream: list[int], prefix: list[int], seqlen: int) -> list[list[int
 
 def _too_short(source: str, tokens: int, seqlen: int) -> DataError:
     text = f"{tokens} tokens of text, fewer than one window of {seqlen}"
-    return DataError(text, where=source, hint="more text or a smaller --calib-seqlen")
+    return DataError(text, where=source, hint="more text or a smaller --calib-seqlen", kind="E-DATA-FEW")
 
 
 def _digest(tokens: Tensor, mask: Tensor | None) -> str:
@@ -227,7 +229,9 @@ def _padded(rows: list[list[int]], seqlen: int, pad: int) -> tuple[list[list[int
 
 def _useless(source: str, skipped: Skipped) -> DataError:
     reasons = f": {skipped}" if skipped.total else ""
-    return DataError(f"no row can be used{reasons}", where=source, hint=f"a line that works: {files.EXAMPLE}")
+    return DataError(
+        f"no row can be used{reasons}", where=source, hint=f"a line that works: {files.EXAMPLE}", kind="E-DATA-FILE"
+    )
 
 
 def _source(source: str, seed: int, offline: bool, budget: int, skipped: Skipped) -> Iterator[files.Row]:
@@ -274,7 +278,7 @@ def _from_hub(name: str, seed: int, offline: bool) -> Iterator[files.Row]:
             yield files.Row(row, f"row {number}")
     except Exception as error:  # datasets raises many kinds
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise AccessError(f"data set cannot be loaded: {text}", where=name, hint=hint) from error
+        raise AccessError(f"data set cannot be loaded: {text}", where=name, hint=hint, kind="E-DATA-HUB") from error
 
 
 def _check_hub(name: str, hint: str) -> None:
@@ -288,4 +292,4 @@ def _check_hub(name: str, hint: str) -> None:
         return
     except Exception as error:  # of the network; their kinds differ by release
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise AccessError(f"the hub cannot be reached: {text}", where=name, hint=hint) from error
+        raise AccessError(f"the hub cannot be reached: {text}", where=name, hint=hint, kind="E-DATA-HUB") from error

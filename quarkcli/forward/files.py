@@ -63,7 +63,7 @@ def local(source: str) -> Path | None:
     if path.exists():
         return path
     if kind(path) is not None or path.suffix in _PACKED or source.startswith((".", "/", "~")):
-        raise AccessError("no such calibration file", where=source)
+        raise AccessError("no such calibration file", where=source, kind="E-DATA-NOT-FOUND")
     return None
 
 
@@ -72,16 +72,23 @@ def find(path: Path) -> list[Path]:
     if not path.is_dir():
         if kind(path) is None:
             hint = "unpack it first" if path.suffix in _PACKED else f"use {', '.join(KINDS)}"
-            raise DataError(f"unknown kind of file '{path.suffix}'", where=str(path), hint=hint)
+            raise DataError(f"unknown kind of file '{path.suffix}'", where=str(path), hint=hint, kind="E-DATA-FILE")
         if not path.is_file():
-            raise DataError("not a regular file", where=str(path), hint="write the rows to a file first")
+            raise DataError(
+                "not a regular file", where=str(path), hint="write the rows to a file first", kind="E-DATA-FILE"
+            )
         if path.stat().st_size == 0:
-            raise DataError("the calibration file is empty", where=str(path), hint=f"a line that works: {EXAMPLE}")
+            raise DataError(
+                "the calibration file is empty",
+                where=str(path),
+                hint=f"a line that works: {EXAMPLE}",
+                kind="E-DATA-FILE",
+            )
         return [path]
     inside = (file for file in sorted(path.rglob("*")) if file.is_file() and kind(file) is not None)
     files = [file for file in inside if not any(part[0] == "." for part in file.relative_to(path).parts)]
     if not files:
-        raise DataError(f"no {', '.join(KINDS)} file in this folder", where=str(path))
+        raise DataError(f"no {', '.join(KINDS)} file in this folder", where=str(path), kind="E-DATA-FILE")
     return [file for file in files if not _ABOUT.match(file.name)] or files
 
 
@@ -97,7 +104,7 @@ def text(path: Path, limit: int = -1) -> str:
     reason = unfit(found)
     if reason is not None:
         hint = "a file that is no text, or in another encoding: iconv -f ENCODING -t UTF-8" if found.strip() else ""
-        raise DataError(f"the file {reason}", where=str(path), hint=hint)
+        raise DataError(f"the file {reason}", where=str(path), hint=hint, kind="E-DATA-FILE")
     return found
 
 
@@ -158,11 +165,13 @@ def _opened(path: Path) -> Iterator[TextIO]:
     except UnicodeError as error:
         guess = error.encoding.upper() if isinstance(error, UnicodeDecodeError) else "another encoding"
         what = f"holds no text: its first bytes look like {guess}, what follows is not"
-        raise DataError(what, where=str(path), hint="text in UTF-8") from error
+        raise DataError(what, where=str(path), hint="text in UTF-8", kind="E-DATA-FILE") from error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(f"its gzip data is damaged: {error}", where=str(path), hint="fetch it again") from error
+        raise DataError(
+            f"its gzip data is damaged: {error}", where=str(path), hint="fetch it again", kind="E-DATA-FILE"
+        ) from error
     except OSError as error:
-        raise AccessError(f"cannot be read: {error.strerror or error}", where=str(path)) from error
+        raise AccessError(f"cannot be read: {error.strerror or error}", where=str(path), kind="E-FILE-READ") from error
 
 
 def encoding(path: Path) -> str:
@@ -176,7 +185,12 @@ def _start(path: Path) -> bytes:
         start = handle.read(16)
     for mark, what in _FOREIGN.items():
         if start.startswith(mark):
-            raise DataError(f"is {what}", where=str(path), hint="unpack or convert it first, or name it as what it is")
+            raise DataError(
+                f"is {what}",
+                where=str(path),
+                hint="unpack or convert it first, or name it as what it is",
+                kind="E-DATA-FILE",
+            )
     return start
 
 
@@ -245,6 +259,6 @@ def _parquet(path: Path) -> Iterator[Row]:
                     yield Row(row, f"row {count}", size)
     except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # arrow's own have none
-            raise AccessError(f"cannot be read: {error.strerror}", where=str(path)) from error
+            raise AccessError(f"cannot be read: {error.strerror}", where=str(path), kind="E-FILE-READ") from error
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"cannot be read as parquet: {text}", where=str(path)) from error
+        raise DataError(f"cannot be read as parquet: {text}", where=str(path), kind="E-DATA-FILE") from error

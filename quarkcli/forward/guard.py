@@ -47,7 +47,7 @@ class Guard:
     def fault(self, site: str, what: str) -> None:
         """Notes an activation that cannot be used. Raises DataError where that is an error."""
         if not self.skip:
-            raise DataError(what, where=site, hint=HINT)
+            raise DataError(what, where=site, hint=HINT, kind="E-NONFINITE-ACTIVATION")
         self.note(site, what)
 
     def note(self, site: str, what: str) -> None:

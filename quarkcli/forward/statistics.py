@@ -86,11 +86,12 @@ class Statistics:
         if kind == "absmax" and (site, expert) in self._factors:
             kind = "channel_absmax"
         seen = self._own(site, kind, expert) or self._ranges.get((site, kind))
-        if seen is None and self.guard.lost(site):
-            raise DataError(f"it is never finite in calibration: {self.guard.lost(site)}", where=site, hint=HINT)
+        if seen is None and (lost := self.guard.lost(site)):
+            what = f"it is never finite in calibration: {lost}"
+            raise DataError(what, where=site, hint=HINT, kind="E-NONFINITE-ACTIVATION")
         if seen is None:
             unseen = UNSEEN_ATTENTION if site.rpartition(".")[0] in self.plan.attention else ""
-            raise DataError("no calibration token reached this activation", where=site, hint=unseen)
+            raise DataError("no calibration token reached it", where=site, hint=unseen, kind="E-DATA-NO-TOKEN")
         value = amax_of(seen, spec)
         return self._times(value, site, expert).max() if value.dim() else value
 

@@ -180,7 +180,9 @@ class Walk:
                 if all(_fits(recording, axis, tokens_first) for recording in recordings):
                     return axis + tokens_first, tokens_first
         shape = list(recordings[0].hidden.shape)
-        raise ModelError(f"hidden states of shape {shape} do not tell which axes are rows and tokens")
+        raise ModelError(
+            f"hidden states of shape {shape} do not tell which axes are rows and tokens", kind="E-CLASS-FOLLOW"
+        )
 
     def observe(
         self, block: int, new_statistics: Callable[[], Any], advance: bool = False
@@ -343,6 +345,7 @@ class Walk:
                 f"out of device memory with 1 sequence(s) of {self.tokens.shape[1]} tokens in one forward{tried}",
                 where="calibration",
                 hint="a smaller --calib-seqlen, --offload cpu, or --device cpu",
+                kind="E-MEMORY",
             ) from cause
         half = self.batch // 2
         self.tell(Message(f"out of device memory: {self.batch} -> {half} sequences in one forward", "warning"))

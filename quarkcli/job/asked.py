@@ -45,7 +45,7 @@ def with_steps(recipe: Recipe, names: str | None, settings: Sequence[str]) -> Re
         if not mine:
             others = ", ".join(one for one, _ in listed) or "none is"
             what = f"'{name}' is not among the algorithms of this run ({others} listed)"
-            raise UsageError(what, where=f"{SETTING}{text}", hint=f"{algorithms.FLAG} {name}")
+            raise UsageError(what, where=f"{SETTING}{text}", hint=f"{algorithms.FLAG} {name}", kind="E-SET")
         for index in mine:
             one, given = listed[index]
             listed[index] = (
@@ -61,7 +61,12 @@ def _named(names: str, given: Listed) -> Listed:
     found: Listed = []
     for name in (part.strip() for part in names.split(",")):
         if not name:
-            raise UsageError(f"'{names}' has an empty name", where=algorithms.FLAG, hint="--algorithm smoothquant,gptq")
+            raise UsageError(
+                f"'{names}' has an empty name",
+                where=algorithms.FLAG,
+                hint="--algorithm smoothquant,gptq",
+                kind="E-SET",
+            )
         found += [step for step in given if same(step[0]) == same(name)] or [(name, {})]
     return found
 
@@ -71,7 +76,12 @@ def _parameter(text: str) -> tuple[str, str, Any]:
     left, equals, written = text.partition("=")
     name, _, key = left.partition(".")
     if not equals or not key:
-        raise UsageError(f"'{text}' is not ALGORITHM.PARAMETER=VALUE", where="--set", hint=f"--set {name}.damp=0.05")
+        raise UsageError(
+            f"'{text}' is not ALGORITHM.PARAMETER=VALUE",
+            where="--set",
+            hint=f"--set {name}.damp=0.05",
+            kind="E-SET",
+        )
     return name, key, load.parse(written, f"--set {left}").data
 
 
@@ -107,10 +117,20 @@ def advise(plan: Plan, places: Sequence[str] = ()) -> list[Advice]:
     where = places[names.index(AUTO)] if places else AUTO
     if len(names) > 1:
         rest = ", ".join(name for name in names if name != AUTO)
-        raise ConfigError(f"'{AUTO}' chooses all steps, and stands beside {rest}", where=where, hint="drop one of both")
+        raise ConfigError(
+            f"'{AUTO}' chooses all steps, and stands beside {rest}",
+            where=where,
+            hint="drop one of both",
+            kind="E-ALGORITHM-COMBINE",
+        )
     (step,) = plan.algorithms
     if step.weights is not None:
-        raise ConfigError(f"'{AUTO}' is for all weights", where=where, hint="name the algorithms to give them slots")
+        raise ConfigError(
+            f"'{AUTO}' is for all weights",
+            where=where,
+            hint="name the algorithms to give them slots",
+            kind="E-ALGORITHM-COMBINE",
+        )
     choices = _adjusted(advice.advise(plan), step.parameters, where)
     refused = _refused(advice.steps(choices, plan), plan, where)
     plan.warnings += [f"{AUTO} leaves out {name}: {why}" for name, why in refused.items()]
@@ -126,7 +146,9 @@ def _adjusted(choices: list[Advice], given: Mapping[str, Any], where: str) -> li
     for name, parameters in given.items():
         if same(name) not in names:
             hint = f"it chooses {', '.join(sorted(names.values())) or 'none'} here"
-            raise ConfigError(f"'{AUTO}' has no step '{name}' for this plan", where=where, hint=hint)
+            raise ConfigError(
+                f"'{AUTO}' has no step '{name}' for this plan", where=where, hint=hint, kind="E-ALGORITHM-COMBINE"
+            )
         own[same(name)] = dict(_mapping(name, parameters, where))
 
     def adjusted(step: Step) -> Step:
@@ -137,7 +159,12 @@ def _adjusted(choices: list[Advice], given: Mapping[str, Any], where: str) -> li
 
 def _mapping(name: str, parameters: Any, where: str) -> Mapping[str, Any]:
     if not isinstance(parameters, Mapping):
-        raise ConfigError(f"'{name}' must be a mapping of parameters", where=where, hint=f"{name}: {{KEY: VALUE}}")
+        raise ConfigError(
+            f"'{name}' must be a mapping of parameters",
+            where=where,
+            hint=f"{name}: {{KEY: VALUE}}",
+            kind="E-ALGORITHM-PARAMETER",
+        )
     return parameters
 
 

@@ -43,6 +43,7 @@ def carry(
                 f"{decodes.name} has them decoded: these are two plans",
                 where=name,
                 hint="run the dialects one after the other",
+                kind="E-DIALECT-CANNOT",
             )
     return first
 

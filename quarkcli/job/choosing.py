@@ -88,7 +88,7 @@ def choose(options: Options, wish: Wish, tell: Listener = silent) -> Choice:
     reasons = "\n".join(f"  {name}: {reason}" for name, reason in against.items())
     raise ModelError(
         f"no scheme was found that {wish.server.title} runs for it on {wish.gpu}\n{reasons}", where=options.model,
-        hint="another --server or --gpu; 'quark schemes list' has every scheme",
+        hint="another --server or --gpu; 'quark schemes list' has every scheme", kind="E-INIT-NONE",
     )  # fmt: skip
 
 

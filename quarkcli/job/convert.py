@@ -80,22 +80,39 @@ def prepare(source: Source, to: str) -> Conversion:
     reader, back = checkpoint.reader, writer.reader
     if reader is None:
         hint = "quark quantize --dialect writes it in a dialect from the start"
-        raise ModelError("is not quantized, so there is nothing to convert", where=source.name, hint=hint)
+        raise ModelError(
+            "is not quantized, so there is nothing to convert", where=source.name, hint=hint, kind="E-CONVERT-CANNOT"
+        )
     if reader.name == writer.name:
-        raise UsageError(f"the checkpoint is in dialect {writer.name} already", where="--to")
+        raise UsageError(f"the checkpoint is in dialect {writer.name} already", where="--to", kind="E-FLAG-CONFLICT")
     scaled = next((each.columns for each in checkpoint.view.targets.values() if each.columns is not None), None)
     if scaled is not None:
-        raise ModelError(f"inputs are multiplied by it, which dialect {writer.name} has no place for", where=scaled)
+        raise ModelError(
+            f"inputs are multiplied by it, which dialect {writer.name} has no place for",
+            where=scaled,
+            kind="E-CONVERT-CANNOT",
+        )
     by_head = next((each.name for each in checkpoint.view.attention.values() if each.scales and not each.specs), None)
     if by_head is not None:
-        raise ModelError(f"its cache has a scale for every head; dialect {writer.name} has one for all", where=by_head)
+        raise ModelError(
+            f"its cache has a scale for every head; dialect {writer.name} has one for all",
+            where=by_head,
+            kind="E-CONVERT-CANNOT",
+        )
     plan = checkpoint.plan(checkpoint.layout)
     refusals = [*writer.refusals(plan), *writer.online_refusals(plan)]
     if refusals:
         more = f" (and {len(refusals) - 1} more reasons)" if len(refusals) > 1 else ""
-        raise ModelError(f"dialect {writer.name} cannot hold this checkpoint: {refusals[0]}{more}", where=source.name)
+        raise ModelError(
+            f"dialect {writer.name} cannot hold this checkpoint: {refusals[0]}{more}",
+            where=source.name,
+            kind="E-CONVERT-CANNOT",
+        )
     if back is None:
-        raise ModelError(f"dialect {writer.name} is only written here, so nothing could prove that it is lossless")
+        raise ModelError(
+            f"dialect {writer.name} is only written here, so nothing could prove that it is lossless",
+            kind="E-CONVERT-CANNOT",
+        )
     owners = contents.part_targets(plan)
     parts = (contents.part_infos(plan, writer, part, checkpoint.headers, owners) for part in plan.parts)
     infos = list(chain.from_iterable(parts))
@@ -125,7 +142,12 @@ def convert(
     partial = partial_path(output)
     preflight.check_output(output, overwrite, source.folder)
     if found.bytes > (free := free_bytes(output)):
-        raise ResourceError(f"{found.bytes:,} bytes needed, {free:,} free", where=str(output), hint="free some space")
+        raise ResourceError(
+            f"{found.bytes:,} bytes needed, {free:,} free",
+            where=str(output),
+            hint="free some space",
+            kind="E-DISK-FULL",
+        )
     with Journal.lock(partial) as journal, finish.begun(), limited(1), Workers(threads or default()) as workers:
         journal.start(_fingerprint(source, found.writer))
         journal.verify()
@@ -172,12 +194,18 @@ def _check_specs(plan: Plan, there: StoredView, writer: Writer) -> None:
                 raise _changed(f"{name}.{kind}", module.specs.get(kind), specs.get(kind), writer)
     extra = [name for name in there.targets if not plan.targets[name].weight]
     if extra or dict(there.online) != plan.online:
-        raise ModelError(f"dialect {writer.name} would say something else of it", where=(extra or [*plan.online])[0])
+        raise ModelError(
+            f"dialect {writer.name} would say something else of it",
+            where=(extra or [*plan.online])[0],
+            kind="E-CONVERT-CANNOT",
+        )
 
 
 def _changed(slot: str, ours: TensorSpec | None, theirs: TensorSpec | None, writer: Writer) -> ModelError:
     said = [spec.describe() if spec else "not quantized" for spec in (ours, theirs)]
-    return ModelError(f"it is {said[0]}, and dialect {writer.name} would make of it: {said[1]}", where=slot)
+    return ModelError(
+        f"it is {said[0]}, and dialect {writer.name} would make of it: {said[1]}", where=slot, kind="E-CONVERT-CANNOT"
+    )
 
 
 def _meaning(spec: TensorSpec | None, kind: str) -> list[tuple[object, ...]] | None:
@@ -252,7 +280,9 @@ def _packed(found: Conversion, target: QuantizedTarget) -> dict[str, Tensor]:
     lost = _lost(decoded, again)
     if lost:
         what = f"dialect {found.writer.name} does not keep its {lost} as {found.reader.name} has them"
-        raise ModelError(what, where=target.name, hint="quantize the source again, for this dialect")
+        raise ModelError(
+            what, where=target.name, hint="quantize the source again, for this dialect", kind="E-CONVERT-CANNOT"
+        )
     if not _exact(decoded, again):
         found.moved.append(target.name)
     return tensors

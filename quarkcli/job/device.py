@@ -12,7 +12,7 @@ from quarkcli.job.forecast import Forecast, device_floor
 def device(asked: str) -> str:
     """Returns `cpu` or `cuda`. Raises UsageError for another word and ResourceError when there is no GPU."""
     if asked not in {"auto", "cpu", "cuda"}:
-        raise UsageError(f"unknown device '{asked}'", where="--device", hint="auto, cpu or cuda")
+        raise UsageError(f"unknown device '{asked}'", where="--device", hint="auto, cpu or cuda", kind="E-FLAG-VALUE")
     if asked == "cpu":
         return "cpu"
     import torch
@@ -20,7 +20,9 @@ def device(asked: str) -> str:
     if torch.cuda.is_available():
         return "cuda"
     if asked == "cuda":
-        raise ResourceError("no CUDA device is available", where="--device cuda", hint="--device cpu")
+        raise ResourceError(
+            "no CUDA device is available", where="--device cuda", hint="--device cpu", kind="E-DEVICE-NONE"
+        )
     return "cpu"
 
 
@@ -37,6 +39,7 @@ def check(device: str, size: Forecast, most: int | None) -> None:
             f"the largest block needs about {need:,} bytes of the device's memory, and there are {have:,}",
             where="--max-gpu-mem" if have < total else "",
             hint="a larger --max-gpu-mem, --device cpu, or a scheme without a solver",
+            kind="E-MEMORY",
         )
 
 

@@ -50,6 +50,7 @@ def joined(plan: Plan, writers: Sequence[Writer]) -> dict[str, frozenset[str]]:
                 f"{own.name} one each for k and v: these are two plans",
                 where=name,
                 hint="run the dialects one after the other",
+                kind="E-DIALECT-CANNOT",
             )
     return {name: kinds for name, kinds in first.items() if kinds}
 

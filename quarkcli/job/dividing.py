@@ -47,11 +47,16 @@ def check(prepared: Prepared, group: Group) -> None:
     if prepared.download is not None:
         where = prepared.options.model
         hint = f"hf download {where}, then the same command"
-        raise UsageError("several ranks read a model that is here, and this one is on the hub", where=where, hint=hint)
+        raise UsageError(
+            "several ranks read a model that is here, and this one is on the hub",
+            where=where,
+            hint=hint,
+            kind="E-RANKS",
+        )
     tuner = next((step for step in prepared.steps if step.kind == "tuner"), None)
     if tuner is not None:
         what = f"{tuner.name} goes through all rows of a block, one step after the other, and ranks have some each"
-        raise UsageError(what, where="algorithm", hint=f"{one}, or leave {tuner.name} out")
+        raise UsageError(what, where="algorithm", hint=f"{one}, or leave {tuner.name} out", kind="E-RANKS")
 
 
 def _check_alike(prepared: Prepared, group: Group) -> None:
@@ -65,7 +70,9 @@ def _check_alike(prepared: Prepared, group: Group) -> None:
     other = next((key for key in own if own[key] != first[key]), None)
     if other is not None:
         what = f"rank {group.rank} has {other} {own[other]}, and the first rank {first[other]}"
-        raise UsageError(what, hint="all ranks need the same files under the same path, and the same packages")
+        raise UsageError(
+            what, hint="all ranks need the same files under the same path, and the same packages", kind="E-RANKS"
+        )
 
 
 def check_place(partial: Path) -> None:
@@ -74,7 +81,9 @@ def check_place(partial: Path) -> None:
     while not (partial / STATE / "fingerprint.json").is_file():
         if time.monotonic() > until:
             hint = "the output must lie on a file system that all machines share"
-            raise ResourceError("does not hold what the first rank began", where=str(partial), hint=hint)
+            raise ResourceError(
+                "does not hold what the first rank began", where=str(partial), hint=hint, kind="E-RANKS-LOST"
+            )
         time.sleep(0.1)
 
 

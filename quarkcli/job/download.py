@@ -56,7 +56,9 @@ def check_room(prepared: Prepared) -> None:
     need = download.bytes + (directories.together(prepared).disk_bytes if one_disk else 0)
     if need > free:
         what = f"{need:,} bytes needed for the download, {free:,} free"
-        raise ResourceError(what, where=str(remote.folder), hint="free some space, or set HF_HOME to a larger disk")
+        raise ResourceError(
+            what, where=str(remote.folder), hint="free some space, or set HF_HOME to a larger disk", kind="E-DISK-FULL"
+        )
 
 
 def side_files(prepared: Prepared, tell: Listener) -> None:

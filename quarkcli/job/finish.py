@@ -254,7 +254,7 @@ def begun() -> Iterator[None]:
     except HubError:
         raise
     except AccessError as error:
-        raise ResourceError(error.what, where=error.where, hint=error.hint) from error
+        raise ResourceError(error.what, where=error.where, hint=error.hint, kind="E-DISK-WRITE") from error
 
 
 def _tidy(journal: Journal, output: Path, tell: Listener) -> None:

@@ -37,6 +37,7 @@ def check(prepared: Prepared) -> None:
             "the model is read from the hub part by part, and is not here to be compared with at the end",
             where="--eval",
             hint="download it first (hf download), or run 'quark eval OUT --baseline MODEL' afterwards",
+            kind="E-FLAG-CONFLICT",
         )
 
 
@@ -47,6 +48,7 @@ def check_rows(options: Options, rows: CalibrationData) -> None:
             "no row is left that calibration does not use",
             where=rows.source,
             hint="--no-eval, fewer --calib-samples, or more data",
+            kind="E-DATA-FEW",
         )
 
 

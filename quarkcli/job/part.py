@@ -220,7 +220,7 @@ class PartWorker:
                 f"({some(few, 8)}); the layer's statistics stand in"
             )
             if few and self.strict:
-                raise DataError(text, hint="more calibration rows or --moe-calibration all")
+                raise DataError(text, hint="more calibration rows or --moe-calibration all", kind="E-DATA-NO-TOKEN")
             if few:
                 self._warn(text)
 
@@ -334,7 +334,7 @@ class PartWorker:
                 found.look(row.info.name, _copy(row, tensors))
         first = found.first()
         if first is not None and self.on_nonfinite != "keep":
-            raise DataError(first[1], where=first[0], hint=HINT)
+            raise DataError(first[1], where=first[0], hint=HINT, kind="E-NONFINITE-WEIGHT")
         return found
 
     # -- on to the next part -------------------------------------------------------------------------------------

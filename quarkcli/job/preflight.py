@@ -52,16 +52,15 @@ def check_plan(plan: Plan) -> None:
     for target, *_ in plan.quantized_alike():
         if target.dtype not in _WEIGHT_DTYPES:
             raise ModelError(
-                f"stored as {target.dtype}; weights must be BF16, F16 or F32",
-                where=target.view.tensor,
-                hint=f"the source looks quantized; --exclude '{target.name}' keeps this one",
-            )
+                f"stored as {target.dtype}; weights must be BF16, F16 or F32", where=target.view.tensor,
+                hint=f"the source looks quantized; --exclude '{target.name}' keeps this one", kind="E-MODEL-DTYPE",
+            )  # fmt: skip
         if target.input is not None and target.input.needs_amax and target.site is None:
             raise ConfigError(
                 f"its input would have to be measured, and no forward pass reaches it (role {target.role})",
-                where=target.name,
-                hint=f"--exclude '{target.name}', or a scheme that needs no data for it",
-            )
+                where=target.name, hint=f"--exclude '{target.name}', or a scheme that needs no data for it",
+                kind="E-SLOT-UNREACHED",
+            )  # fmt: skip
         _check_weight_observers(target)
     checked: set[int] = set()
     for key, _, spec, _ in plan.activations():
@@ -75,9 +74,9 @@ def check_reader(dialect: Writer, needs: Mapping[str, set[str]]) -> None:
     if needs and dialect.reader is None:
         raise ConfigError(
             f"dialect {dialect.name} is only written here, and calibration goes on with the weights read back",
-            where="--dialect",
-            hint="another dialect, or a scheme and an algorithm that need no data",
-        )
+            where="--dialect", hint="another dialect, or a scheme and an algorithm that need no data",
+            kind="E-DIALECT-CANNOT",
+        )  # fmt: skip
 
 
 def check_servers(plan: Plan, target: Servers) -> None:
@@ -90,6 +89,7 @@ def check_servers(plan: Plan, target: Servers) -> None:
             f"{len(groups)} groups of weights that servers fuse do not share the scale over their block scales, and "
             f"servers decode all but one member wrong: {some(groups, 3)}",
             hint="leave out the recipe's share; --target none writes it all the same",
+            kind="E-SERVER-REFUSES",
         )
     mixed = [target for members in plan.disagreeing() for target in members]
     found = splits((target, (target.weight, target.input)) for target in mixed)
@@ -97,9 +97,9 @@ def check_servers(plan: Plan, target: Servers) -> None:
         return
     if target != servers.NONE:
         raise ModelError(
-            sentence(found),
-            hint="give all members one scheme, or exclude all; --target none writes it all the same",
-        )
+            sentence(found), hint="give all members one scheme, or exclude all; --target none writes it all the same",
+            kind="E-SERVER-REFUSES",
+        )  # fmt: skip
     text = f"{sentence(found)}; --target none allows it"
     if text not in plan.warnings:
         plan.warnings.append(text)
@@ -115,7 +115,7 @@ def _check_activation(name: str, spec: TensorSpec) -> None:
             "leave the observer out, or make the scale static, without a constant_amax",
         )
     if reason is not None:
-        raise ConfigError(reason[0], where=name, hint=reason[1])
+        raise ConfigError(reason[0], where=name, hint=reason[1], kind="E-OBSERVER")
 
 
 def _unmeasured(spec: TensorSpec) -> tuple[str, str] | None:
@@ -143,19 +143,19 @@ def _check_weight_observers(target: QuantizedTarget) -> None:
     for stage in (*target.weight.stages, *(target.bias_spec.stages if target.bias_spec else ())):
         if stage.observer.name == "histogram":
             raise ConfigError(
-                "observer 'histogram' collects activations; a weight is known whole",
-                where=target.name,
-                hint="use mse or percentile",
-            )
+                "observer 'histogram' collects activations; a weight is known whole", where=target.name,
+                hint="use mse or percentile", kind="E-OBSERVER",
+            )  # fmt: skip
         if stage.observer.name == "percentile" and isinstance(stage.granularity, PerTile):
-            raise ConfigError("observer 'percentile' is not for tiles", where=target.name, hint="use mse")
+            raise ConfigError(
+                "observer 'percentile' is not for tiles", where=target.name, hint="use mse", kind="E-OBSERVER"
+            )
     then = target.weight.then
     if then is not None and then.observer != MIN_MAX and isinstance(then.granularity, PerTensor):
         raise ConfigError(
-            f"observer '{then.observer.name}' would do nothing: the first stage fixes this scale",
-            where=target.name,
-            hint="an observer in the first stage, or a second stage per channel or group",
-        )
+            f"observer '{then.observer.name}' would do nothing: the first stage fixes this scale", where=target.name,
+            hint="an observer in the first stage, or a second stage per channel or group", kind="E-OBSERVER",
+        )  # fmt: skip
 
 
 def data_needs(plan: Plan, steps: Iterable[Assignment]) -> dict[str, set[str]]:
@@ -193,9 +193,8 @@ def calibration(options: Options, recipe: Recipe, source: Source, needs: Mapping
     limit = family.position_limit(source.config)
     if limit is not None and seqlen > limit:
         if options.calib_seqlen:
-            raise DataError(
-                f"--calib-seqlen {seqlen} exceeds the model's {limit} positions", hint=f"--calib-seqlen {limit}"
-            )
+            what = f"--calib-seqlen {seqlen} exceeds the model's {limit} positions"
+            raise DataError(what, hint=f"--calib-seqlen {limit}", kind="E-DATA-SEQLEN")
         if recipe.calib_seqlen:
             warnings.append(f"rows of {limit} tokens, as the model takes; the recipe asks for {seqlen}")
         seqlen = limit
@@ -219,7 +218,7 @@ def check_tokenizer(source: Source, side_files: SideFiles, calibration: Calibrat
     if calibration is not None and lost is not None:
         hint = "put the file itself into the folder; schemes that need no data leave it out with a warning"
         where = f"{shown(source.folder)}/{lost[0]}"
-        raise ModelError(f"a file of the tokenizer is among the {lost[1]}", where=where, hint=hint)
+        raise ModelError(f"a file of the tokenizer is among the {lost[1]}", where=where, hint=hint, kind="E-TOKENIZER")
 
 
 def _default_data(options: Options) -> tuple[str, str | None]:
@@ -227,7 +226,7 @@ def _default_data(options: Options) -> tuple[str, str | None]:
 
     data, warning = default_source(options.offline)
     if warning and options.strict:
-        raise AccessError(warning, hint="--calib-data FILE, or --calib-data builtin to mean it")
+        raise AccessError(warning, hint="--calib-data FILE, or --calib-data builtin to mean it", kind="E-DATA-HUB")
     return data, warning
 
 
@@ -268,16 +267,24 @@ def check_output(output: Path, overwrite: bool, source: Path) -> None:
     """Refuses an output that exists, unless it may be replaced, and one that touches the source."""
     final = resolved(output)
     if final == source or source in final.parents or final in source.parents:
-        raise UsageError("lies inside the source model, or around it", where=str(output), hint="choose another -o")
+        raise UsageError(
+            "lies inside the source model, or around it", where=str(output), hint="choose another -o",
+            kind="E-OUTPUT-PLACE",
+        )  # fmt: skip
     state = output_state(output)
     if state in {"finished", "foreign"} and not overwrite:
         what = "a finished checkpoint" if state == "finished" else "something that is not a checkpoint of ours"
-        raise UsageError(f"exists: {what}", where=str(output), hint="--overwrite replaces it, or choose another -o")
+        raise UsageError(
+            f"exists: {what}", where=str(output), hint="--overwrite replaces it, or choose another -o",
+            kind="E-OUTPUT-EXISTS",
+        )  # fmt: skip
     parent = partial_path(output).parent
     with disk_errors(parent):
         existing = next(folder for folder in (parent, *parent.parents) if folder.exists())
     if not os.access(existing, os.W_OK):
-        raise ResourceError("not writable", where=str(existing), hint="choose another directory with -o")
+        raise ResourceError(
+            "not writable", where=str(existing), hint="choose another directory with -o", kind="E-DISK-WRITE"
+        )
 
 
 def check_resources(output: Path, size: forecast.Forecast, most: int | None = None) -> None:
@@ -291,17 +298,18 @@ def check_resources(output: Path, size: forecast.Forecast, most: int | None = No
         free = free_bytes(output) + present
     if size.disk_bytes > free:
         raise ResourceError(
-            f"{size.disk_bytes:,} bytes needed, {free:,} free", where=str(output), hint="free some space, or another -o"
-        )
+            f"{size.disk_bytes:,} bytes needed, {free:,} free", where=str(output),
+            hint="free some space, or another -o", kind="E-DISK-FULL",
+        )  # fmt: skip
     if most is not None and size.memory_bytes > most:
         what = f"about {size.memory_bytes:,} bytes of memory needed, and --max-cpu-mem allows {most:,}"
-        raise ResourceError(what, hint=_LESS_MEMORY)
+        raise ResourceError(what, hint=_LESS_MEMORY, kind="E-MEMORY")
     total = _total_memory()
     if total is not None and size.memory_bytes > total:
         raise ResourceError(
-            f"about {size.memory_bytes:,} bytes of memory needed, {total:,} installed",
-            hint=_LESS_MEMORY,
-        )
+            f"about {size.memory_bytes:,} bytes of memory needed, {total:,} installed", hint=_LESS_MEMORY,
+            kind="E-MEMORY",
+        )  # fmt: skip
 
 
 def reason_to_stop(options: Options, seconds: float, left: int) -> QuarkError | None:
@@ -312,9 +320,14 @@ def reason_to_stop(options: Options, seconds: float, left: int) -> QuarkError | 
     taken, most = memory.peak_rss(), options.max_cpu_mem
     if most is not None and taken > most:
         what = f"{taken:,} bytes of memory were taken, and --max-cpu-mem allows {most:,}; finished parts are kept"
-        return ResourceError(what, hint=f"the same command goes on with a larger limit; or {_LESS_MEMORY}")
+        return ResourceError(
+            what, hint=f"the same command goes on with a larger limit; or {_LESS_MEMORY}", kind="E-MEMORY"
+        )
     if left and options.time_budget is not None and seconds > options.time_budget:
-        return Stopped("the time budget is used up; finished parts are kept", hint="run the same command again")
+        return Stopped(
+            "the time budget is used up; finished parts are kept", hint="run the same command again",
+            kind="E-TIME-BUDGET",
+        )  # fmt: skip
     return None
 
 
@@ -351,7 +364,7 @@ def _template(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         why = (isinstance(error, OSError) and error.strerror) or error
-        raise AccessError(f"the chat template cannot be read: {why}", where=str(path)) from error
+        raise AccessError(f"the chat template cannot be read: {why}", where=str(path), kind="E-FILE-READ") from error
 
 
 def rows_of(settings: Calibration, options: Options, tokenizer: Tokenizer, tell: Listener) -> CalibrationData:
@@ -377,7 +390,9 @@ def rows_of(settings: Calibration, options: Options, tokenizer: Tokenizer, tell:
         text = f"--chat-template {options.chat_template} is not used: no conversation in {rows.source}"
         tell(Message(text, "warning"))
     if rows.notes and options.strict:
-        raise DataError(rows.notes[0], where=rows.source, hint="without --strict this is a warning")
+        raise DataError(
+            rows.notes[0], where=rows.source, hint="without --strict this is a warning", kind="E-DATA-STRICT"
+        )
     for note in rows.notes:
         tell(Message(note, "warning"))
     tell(Message(f"calibration: {len(rows.tokens)} rows of {rows.tokens.shape[1]} tokens from {rows.source}"))

@@ -37,6 +37,7 @@ def world() -> tuple[int, int]:
         raise UsageError(
             f"RANK={given[0]} and WORLD_SIZE={given[1]} are no rank and number of ranks",
             hint="torchrun sets both; unset them for a run of one process",
+            kind="E-RANKS",
         )
     return int(given[0]), int(given[1])
 
@@ -46,7 +47,7 @@ def refuse(command: str) -> None:
     _, size = world()
     if size > 1:
         hint = f"start it without torchrun: quark {command}"
-        raise UsageError(f"'{command}' works in one process, and torchrun started {size}", hint=hint)
+        raise UsageError(f"'{command}' works in one process, and torchrun started {size}", hint=hint, kind="E-RANKS")
 
 
 class Ranks(Group):
@@ -136,7 +137,9 @@ def together() -> Iterator[Group]:
         store = _store()
     except (RuntimeError, ValueError) as error:
         what = f"the {size} processes did not find each other: {str(error).splitlines()[0]}"
-        raise ResourceError(what, hint="MASTER_ADDR and MASTER_PORT must lead to the first one") from error
+        raise ResourceError(
+            what, hint="MASTER_ADDR and MASTER_PORT must lead to the first one", kind="E-RANKS-LOST"
+        ) from error
     monitor = Monitor(store, rank, size)
     ended.begun = True
     try:
@@ -147,7 +150,7 @@ def together() -> Iterator[Group]:
     except BaseException as error:
         monitor.fail(error)
         if isinstance(error, RuntimeError) and "gloo" in str(error):
-            raise reason() or ResourceError("another rank has ended", hint=_HINT) from error
+            raise reason() or ResourceError("another rank has ended", hint=_HINT, kind="E-RANKS-LOST") from error
         raise
     finally:
         monitor.stop()
@@ -156,7 +159,7 @@ def together() -> Iterator[Group]:
 
 def reason() -> QuarkError | None:
     """Returns an error that says which other rank is why this process ends; None: none is."""
-    return ResourceError(ended.why, hint=_HINT) if ended.why else None
+    return ResourceError(ended.why, hint=_HINT, kind="E-RANKS-LOST") if ended.why else None
 
 
 def muted(code: int) -> int | None:

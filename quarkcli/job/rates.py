@@ -122,7 +122,7 @@ def _known(name: str, known: list[str]) -> str:
     if spelled not in known:
         close = near_misses(spelled, known)
         hint = f"did you mean {' or '.join(close)}?" if close else f"one of: {', '.join(known)}"
-        raise UsageError(f"unknown device '{name}'", where="--gpu", hint=hint)
+        raise UsageError(f"unknown device '{name}'", where="--gpu", hint=hint, kind="E-FLAG-VALUE")
     return spelled
 
 
@@ -209,7 +209,9 @@ def write(rates: Rates, file: Path) -> None:
         file.write_text(json.dumps({"schema": SCHEMA, **asdict(rates)}, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         hint = "set QUARK_HOME to a folder that can be written to"
-        raise ResourceError(f"cannot be written: {error.strerror}", where=str(file), hint=hint) from error
+        raise ResourceError(
+            f"cannot be written: {error.strerror}", where=str(file), hint=hint, kind="E-DISK-WRITE"
+        ) from error
 
 
 def read(file: Path) -> Rates:
@@ -219,13 +221,17 @@ def read(file: Path) -> Rates:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         why = (isinstance(error, OSError) and error.strerror) or error
-        raise ConfigError(f"measured rates cannot be read: {why}", where=str(file), hint=hint) from error
+        raise ConfigError(
+            f"measured rates cannot be read: {why}", where=str(file), hint=hint, kind="E-RATES-FILE"
+        ) from error
     known = {one.name for one in fields(Rates)}
     if not isinstance(found, dict) or found.pop("schema", None) != SCHEMA or set(found) != known:
-        raise ConfigError(f"not the rates of a machine ({SCHEMA})", where=str(file), hint=hint)
+        raise ConfigError(f"not the rates of a machine ({SCHEMA})", where=str(file), hint=hint, kind="E-RATES-FILE")
     wrong = [key for key, value in found.items() if not _is_sound(key, value)]
     if wrong:
-        raise ConfigError(f"{wrong[0]} must be positive, not {found[wrong[0]]!r}", where=str(file), hint=hint)
+        raise ConfigError(
+            f"{wrong[0]} must be positive, not {found[wrong[0]]!r}", where=str(file), hint=hint, kind="E-RATES-FILE"
+        )
     return Rates(**{**found, "start": tuple(found["start"])})
 
 

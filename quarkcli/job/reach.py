@@ -36,6 +36,7 @@ def check_loaded(plan: Plan, needs: Mapping[str, set[str]], runner: Any) -> str 
                 "calibration needs this activation, and the model's class does not load what reads it",
                 where=site,
                 hint=f"--exclude '{sites[site][0]}', or a scheme that needs no data for it",
+                kind="E-CLASS-FOLLOW",
             )
     return (
         f"the model's class does not load {len(unseen)} of the quantized weights ({some(unseen, 4)}): they "

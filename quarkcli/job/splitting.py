@@ -25,7 +25,7 @@ def degrees(plan: Plan, dialect: Writer, config: Mapping[str, Any], asked: int |
         try:
             parallel.check([asked], weights, view, headers, config)
         except CheckError as error:
-            raise ModelError(error.what, where="--tp", hint=_HINT) from error
+            raise ModelError(error.what, where="--tp", hint=_HINT, kind="E-SERVER-SPLIT") from error
     weights, view, headers = _written((run[0] for run in plan.alike()), dialect)
     return parallel.fitting(weights, view, headers, config)
 

@@ -149,16 +149,17 @@ class Weights:
             raise ModelError(
                 f"no tensor in the files fills the parameters {', '.join(lost[:3])}{more}",
                 hint="check that all shards are there and that config.json belongs to them; " + DATA_FREE_HINT,
+                kind="E-CLASS-TENSORS",
             )
         wrong = [self.map.wrong_shapes[name] for name in needed if name in self.map.wrong_shapes]
         if wrong:
-            raise ModelError(wrong[0], hint="config.json and the tensors disagree")
+            raise ModelError(wrong[0], hint="config.json and the tensors disagree", kind="E-CLASS-TENSORS")
 
     def _complete(self, param: str, tensors: Mapping[str, torch.Tensor]) -> bool:
         names = self.map.by_param[param].names
         absent = [name for name in names if name not in tensors]
         if absent and len(absent) < len(names):
-            raise ModelError(f"the parameter {param!r} needs the tensor {absent[0]!r} too")
+            raise ModelError(f"the parameter {param!r} needs the tensor {absent[0]!r} too", kind="E-CLASS-TENSORS")
         return not absent
 
     def _materialize(self, param: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, nn.Parameter]:
@@ -201,7 +202,10 @@ class Weights:
     def _check_loaded(self, params: Iterable[str]) -> None:
         empty = [name for name in params if self._is_meta(name)]
         if empty:
-            raise ModelError(f"the parameter {empty[0]!r} was given no values ({self.files(empty[:1])[0]!r} is absent)")
+            raise ModelError(
+                f"the parameter {empty[0]!r} was given no values ({self.files(empty[:1])[0]!r} is absent)",
+                kind="E-CLASS-TENSORS",
+            )
 
     def _is_meta(self, name: str) -> bool:
         return _held(*self._owner(name)).is_meta

@@ -33,6 +33,7 @@ def rebuild_buffers(model: Any, names: Iterable[str], device: torch.device) -> N
             raise ModelError(
                 f"{type(module).__name__} does not say how to initialize its buffer {leaf!r}, so it cannot be run",
                 hint="schemes that need no calibration data still work",
+                kind="E-CLASS-FOLLOW",
             )
     for module, leaves in owners.items():
         for leaf in leaves:

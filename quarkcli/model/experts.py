@@ -244,7 +244,9 @@ def _forward(module: nn.Module, forward: Callable[..., torch.Tensor]) -> Iterato
 def _layout(module: nn.Module) -> Layout:
     layout = layout_of(module)
     if layout is None:
-        raise ModelError(f"{type(module).__name__} keeps its experts in a way quark does not know")
+        raise ModelError(
+            f"{type(module).__name__} keeps its experts in a way quark does not know", kind="E-CLASS-FOLLOW"
+        )
     return layout
 
 

@@ -51,6 +51,7 @@ class ModelCode:
             f"{self.cls.__name__} ({self._family()}{self._library()}) {failing}: {described(error)}",
             where=str(self.folder),
             hint="; ".join((*self._other_release(), DATA_FREE_HINT)),
+            kind="E-CLASS-FAILS",
         )
 
     def _is_ours(self, error: Exception) -> bool:

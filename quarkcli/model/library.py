@@ -38,6 +38,7 @@ except ImportError as error:
     raise ModelError(
         f"this transformers cannot run models for quark: {error}",
         hint="install a release from 5.22 up to, not including, 6: pip install 'transformers>=5.22,<6'",
+        kind="E-TRANSFORMERS",
     ) from error
 
 TESTED = "5.23.0"  # the release in constraints.txt, on which every family runs

@@ -131,7 +131,10 @@ def _collect(model: Any, params: Mapping[str, Any], headers: Iterable[str]) -> t
         rule = by_pattern[pattern] if pattern is not None else None
         group = groups.setdefault(target, Group(target, rule=rule))
         if group.files and (rule is None or group.rule is None):
-            raise ModelError(f"the tensors {group.names[0]!r} and {name!r} both fill the parameter {target!r}")
+            raise ModelError(
+                f"the tensors {group.names[0]!r} and {name!r} both fill the parameter {target!r}",
+                kind="E-CLASS-TENSORS",
+            )
         group.files.append((pattern or name, name))
     return list(groups.values()), unknown
 
@@ -146,7 +149,8 @@ def _convert_shapes(model: Any, group: Group, headers: Mapping[str, HeaderLike])
     except Exception as error:
         shapes = ", ".join(f"{name} {list(headers[name].shape)}" for name in group.names[:3])
         raise ModelError(
-            f"the tensors of the parameter {group.target!r} do not fit together ({shapes}, ...): {error}"
+            f"the tensors of the parameter {group.target!r} do not fit together ({shapes}, ...): {error}",
+            kind="E-CLASS-TENSORS",
         ) from error
 
 

@@ -90,7 +90,9 @@ class Form:
         if isinstance(output, torch.Tensor):
             return Form()
         if not isinstance(output, (tuple, list)) or not output:
-            raise ModelError(f"a decoder block returns {type(output).__name__}, which quark cannot follow")
+            raise ModelError(
+                f"a decoder block returns {type(output).__name__}, which quark cannot follow", kind="E-CLASS-FOLLOW"
+            )
         return Form(len(output), tuple(p for p, value in enumerate(output) if value is None))
 
 
@@ -111,7 +113,7 @@ class Recorder:
         with self.skeleton.code.running("fails in its forward pass"), without_head(self.skeleton):
             self._forward(session.visit, tokens, attention_mask)
         if recording.hidden is None:
-            raise ModelError("the model's forward pass calls none of its decoder blocks")
+            raise ModelError("the model's forward pass calls none of its decoder blocks", kind="E-CLASS-FOLLOW")
         return recording
 
     def logits(self, recording: Recording, hidden: Any, gradients: bool = False) -> torch.Tensor:
@@ -193,6 +195,7 @@ class Recorder:
                 f"decoder block {index} ({type(block).__name__}) returns {_describe(found)}, where recording took it "
                 f"to return {_describe(expected)}; its inputs cannot be told reliably",
                 hint="schemes that need no calibration data still work",
+                kind="E-CLASS-FOLLOW",
             )
 
     def _forward(
@@ -246,7 +249,7 @@ class _Session:
 
     def visit(self, index: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if index <= self.previous:
-            raise ModelError(f"the model runs decoder block {index} after block {self.previous}")
+            raise ModelError(f"the model runs decoder block {index} after block {self.previous}", kind="E-CLASS-FOLLOW")
         hidden, slot = _hidden_of(args, kwargs, index)
         if self.recording.hidden is None:
             self.recording.hidden = hidden
@@ -254,6 +257,7 @@ class _Session:
             raise ModelError(
                 f"the model changes the hidden states between decoder blocks {self.previous} and {index}",
                 hint="schemes that need no calibration data still work",
+                kind="E-CLASS-FOLLOW",
             )
         form = self.recorder.learn_form(block, args, kwargs)
         other = self.others[index] if self.others else None
@@ -299,7 +303,7 @@ def _hidden_of(args: tuple[Any, ...], kwargs: dict[str, Any], index: int) -> tup
         return args[0], 0
     if "hidden_states" in kwargs:
         return kwargs["hidden_states"], "hidden_states"
-    raise ModelError(f"decoder block {index} is called without hidden states")
+    raise ModelError(f"decoder block {index} is called without hidden states", kind="E-CLASS-FOLLOW")
 
 
 def _filler(recording: Recording) -> Callable[[Any], Any]:
@@ -308,7 +312,8 @@ def _filler(recording: Recording) -> Callable[[Any], Any]:
             return value
         if (value.block, value.position) not in recording.extras:
             raise ModelError(
-                f"a decoder block reads an output of block {value.block}, which has not run for this batch"
+                f"a decoder block reads an output of block {value.block}, which has not run for this batch",
+                kind="E-CLASS-FOLLOW",
             )
         return recording.extras[value.block, value.position]
 
@@ -363,7 +368,7 @@ def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
 def _logits_of(output: Any) -> torch.Tensor:
     logits = output.logits if hasattr(output, "logits") else output[0]
     if not isinstance(logits, torch.Tensor) or logits.ndim != 3:
-        raise ModelError("the model's forward pass returns no logits")
+        raise ModelError("the model's forward pass returns no logits", kind="E-CLASS-FOLLOW")
     return logits
 
 

@@ -80,6 +80,7 @@ class Runner:
                 f"the tokenizer gives token {int(tokens.max())}, and the model's embedding has {rows} rows",
                 where="tokenizer",
                 hint="the model was not resized when tokens were added; take the tokenizer it came with",
+                kind="E-DATA-VOCABULARY",
             )
 
     @property
@@ -112,6 +113,7 @@ class Runner:
                 f"see one of the two uses",
                 where=source,
                 hint=DATA_FREE_HINT,
+                kind="E-CLASS-FOLLOW",
             )
 
     def load_outside(self, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -233,6 +235,7 @@ class Runner:
                     "its input is to be turned while the model runs, and the model's class does not call its module",
                     where=name,
                     hint="leave it out of the transform's slots",
+                    kind="E-CLASS-FOLLOW",
                 )
 
     def expert_module(self, name: str) -> nn.Module | None:

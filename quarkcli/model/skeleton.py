@@ -135,6 +135,7 @@ def load_config(folder: Path, trust_remote_code: bool) -> Any:
             f"transformers {transformers.__version__} cannot read it: {described(error)}",
             where=str(folder / "config.json"),
             hint=DATA_FREE_HINT,
+            kind="E-CLASS-UNKNOWN",
         ) from error
     if custom:
         raise _custom_code_refused(folder, data["auto_map"])
@@ -142,6 +143,7 @@ def load_config(folder: Path, trust_remote_code: bool) -> Any:
         f"transformers {transformers.__version__} does not know the model type {kind!r}",
         where=str(folder / "config.json"),
         hint=DATA_FREE_HINT,
+        kind="E-CLASS-UNKNOWN",
     )
 
 
@@ -169,6 +171,7 @@ def model_class(config: Any, folder: Path, trust_remote_code: bool) -> Any:
                 f"{described(error)}",
                 where=str(folder),
                 hint=DATA_FREE_HINT,
+                kind="E-CLASS-FAILS",
             ) from error
     if reference:
         raise _custom_code_refused(folder, config.auto_map)
@@ -176,6 +179,7 @@ def model_class(config: Any, folder: Path, trust_remote_code: bool) -> Any:
         f"transformers {transformers.__version__} has no text model class for {data['architectures']}",
         where=str(folder / "config.json"),
         hint=DATA_FREE_HINT,
+        kind="E-CLASS-UNKNOWN",
     )
 
 
@@ -203,7 +207,7 @@ def find_blocks(model: Any) -> str:
     ]
     if not lists:
         wanted = f"{count} decoder blocks" if count else "decoder blocks"
-        raise ModelError(f"{type(model).__name__} has no list of {wanted}", hint=DATA_FREE_HINT)
+        raise ModelError(f"{type(model).__name__} has no list of {wanted}", hint=DATA_FREE_HINT, kind="E-CLASS-FOLLOW")
     found = min(lists, key=lambda row: row[:2])[2]
     return next(name for name, module in model.named_modules() if module is found)
 
@@ -281,9 +285,11 @@ def _read_config(folder: Path) -> dict[str, Any]:
     try:
         content = path.read_bytes()
     except FileNotFoundError:
-        raise ModelError("no such file, so nothing says which model this is", where=str(path)) from None
+        raise ModelError(
+            "no such file, so nothing says which model this is", where=str(path), kind="E-MODEL-SIDE-FILE"
+        ) from None
     except OSError as error:
-        raise ModelError(f"cannot be read: {error}", where=str(path)) from error
+        raise ModelError(f"cannot be read: {error}", where=str(path), kind="E-MODEL-SIDE-FILE") from error
     data = text.parse_object(content, str(path))
     check(Config, data, str(path))
     data.pop("quantization_config", None)
@@ -303,6 +309,7 @@ def _custom_code_refused(folder: Path, auto_map: Mapping[str, Any]) -> ModelErro
         f"the model comes with its own code ({', '.join(files)}), which has to run to calibrate it",
         where=str(folder),
         hint="read that code, then allow it with --trust-remote-code; " + DATA_FREE_HINT,
+        kind="E-CODE-TRUST",
     )
 
 

@@ -66,13 +66,15 @@ class Tokenizer:
         raises  UsageError: `on`, and there is no BOS token; another word
         """
         if bos not in {"auto", "on", "off"}:
-            raise UsageError(f"unknown choice '{bos}'", where="--bos", hint="auto, on or off")
+            raise UsageError(f"unknown choice '{bos}'", where="--bos", hint="auto, on or off", kind="E-FLAG-VALUE")
         if bos == "off":
             return []
         if self._prefix or bos == "auto":
             return list(self._prefix)
         if self.bos is None:
-            raise UsageError("this tokenizer has no BOS token", where="--bos on", hint="--bos auto")
+            raise UsageError(
+                "this tokenizer has no BOS token", where="--bos on", hint="--bos auto", kind="E-FLAG-CONFLICT"
+            )
         return [self.bos]
 
     def begun(self, ids: list[int], bos: str = "auto") -> list[int]:
@@ -148,15 +150,16 @@ class Tokenizer:
             raise DataError(
                 "the tokenizer has no chat template, so conversations cannot be turned into tokens",
                 hint=_PLAIN,
+                kind="E-CHAT-TEMPLATE",
             )
         with quiet():
             try:
                 return self._bounded([dict(message) for message in messages], [dict(tool) for tool in tools or ()])
             except OutOfBounds as error:
                 what = f"the chat template of the tokenizer does not end well: {error}"
-                raise ModelError(what, hint=_PLAIN) from error
+                raise ModelError(what, hint=_PLAIN, kind="E-TOKENIZER") from error
             except Exception as error:  # templates raise what they like, jinja's own errors included
-                raise DataError(f"the chat template refuses a conversation: {error}") from error
+                raise DataError(f"the chat template refuses a conversation: {error}", kind="E-CHAT-TEMPLATE") from error
 
     def _render(
         self, messages: list[dict[str, Any]], tools: list[dict[str, Any]]
@@ -199,7 +202,10 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Tokenizer:
     """
     if not any((folder / name).exists() for name in FILES):
         raise ModelError(
-            "there are no tokenizer files, so text cannot be turned into tokens", where=str(folder), hint=HINT
+            "there are no tokenizer files, so text cannot be turned into tokens",
+            where=str(folder),
+            hint=HINT,
+            kind="E-TOKENIZER",
         )
     _check_config(folder / "tokenizer_config.json")
     try:
@@ -211,6 +217,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Tokenizer:
                 "the tokenizer comes with its own code, which has to run to use it",
                 where=str(folder),
                 hint="read that code, then allow it with --trust-remote-code; " + HINT,
+                kind="E-CODE-TRUST",
             ) from error
         raise _failed("cannot be loaded", str(folder), error) from error
     return Tokenizer(inner)
@@ -218,7 +225,10 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Tokenizer:
 
 def _failed(failing: str, where: str, error: Exception) -> ModelError:
     return ModelError(
-        f"the tokenizer {failing} (transformers {transformers.__version__}): {described(error)}", where=where, hint=HINT
+        f"the tokenizer {failing} (transformers {transformers.__version__}): {described(error)}",
+        where=where,
+        hint=HINT,
+        kind="E-TOKENIZER",
     )
 
 
@@ -227,10 +237,15 @@ def _check_config(path: Path) -> None:
     try:
         config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"not readable as JSON: {error}", where=str(path), hint=HINT) from error
+        raise ModelError(f"not readable as JSON: {error}", where=str(path), hint=HINT, kind="E-TOKENIZER") from error
     if not isinstance(config, dict):
-        raise ModelError("not a JSON object", where=str(path), hint=HINT)
+        raise ModelError("not a JSON object", where=str(path), hint=HINT, kind="E-TOKENIZER")
     for key, (kinds, wanted) in _TYPES.items():
         value = config.get(key)
         if value is not None and not isinstance(value, kinds):
-            raise ModelError(f"{key} is {str(value)[:40]!r}, and has to be {wanted}", where=str(path), hint=HINT)
+            raise ModelError(
+                f"{key} is {str(value)[:40]!r}, and has to be {wanted}",
+                where=str(path),
+                hint=HINT,
+                kind="E-TOKENIZER",
+            )

@@ -82,6 +82,7 @@ def require_divisible(cols: int, size: int) -> None:
         raise ModelError(
             f"the last dimension {cols} is not divisible by the group size {size}",
             hint="exclude this layer, or choose a group size that divides it",
+            kind="E-GROUP-SIZE",
         )
 
 
@@ -153,4 +154,5 @@ def require_finite(amax: Tensor, x: Tensor) -> None:
     raise DataError(
         f"value {x[row, col].item()} at [{row}, {col}] is not finite",
         hint="the weights are damaged or overflowed; exclude this tensor or repair the model",
+        kind="E-NONFINITE-WEIGHT",
     )

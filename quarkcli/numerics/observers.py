@@ -58,7 +58,9 @@ class MinMax:
     def __init__(self, granularity: Granularity = _WHOLE) -> None:
         if not isinstance(granularity, PerTensor | PerChannel | PerGroup):
             raise ConfigError(
-                f"no range is kept for {type(granularity).__name__}", hint="one per tensor, channel or group"
+                f"no range is kept for {type(granularity).__name__}",
+                hint="one per tensor, channel or group",
+                kind="E-OBSERVER",
             )
         self.granularity = granularity
         self.low: Tensor | None = None
@@ -244,7 +246,9 @@ def _chosen(seen: Histogram, spec: TensorSpec) -> Tensor:
     if spec.observer.name == "percentile":
         return seen.percentile(parameters["percentile"])
     if not isinstance(spec.granularity, PerTensor):
-        raise ConfigError(f"observer '{spec.observer.name}' is for one scale per tensor", hint="use percentile")
+        raise ConfigError(
+            f"observer '{spec.observer.name}' is for one scale per tensor", hint="use percentile", kind="E-OBSERVER"
+        )
     if spec.observer.name == "mse":
         return seen.least_error(spec, int(parameters["steps"]), parameters["shrink"])
     return seen.best_range(spec)
@@ -274,7 +278,7 @@ def _rank(counts: Tensor, percentile: float) -> int | None:
 
 
 def _unseen() -> DataError:
-    return DataError("no calibration token reached this activation")
+    return DataError("no calibration token reached this activation", kind="E-DATA-NO-TOKEN")
 
 
 def _ranges(amax: Tensor) -> Iterator[Tensor]:

@@ -232,13 +232,13 @@ def _unfold(packed: Tensor, bits: int) -> Tensor:
 
 def _require_width(bits: int) -> None:
     if not 1 <= bits <= 8:
-        raise ModelError(f"{bits}-bit codes do not fit a byte", hint="use 1 to 8 bits")
+        raise ModelError(f"{bits}-bit codes do not fit a byte", hint="use 1 to 8 bits", kind="E-GROUP-SIZE")
 
 
 def _require_length(packed: Tensor, bits: int, count: int) -> None:
     _require_width(bits)
     if packed.shape[-1] != -(-count * bits // 8):
-        raise ModelError(f"{packed.shape[-1]} bytes do not hold {count} codes of {bits} bits")
+        raise ModelError(f"{packed.shape[-1]} bytes do not hold {count} codes of {bits} bits", kind="E-GROUP-SIZE")
 
 
 def _require_multiple(codes: Tensor, count: int) -> None:
@@ -246,4 +246,5 @@ def _require_multiple(codes: Tensor, count: int) -> None:
         raise ModelError(
             f"the last dimension {codes.shape[-1]} is not a multiple of {count} and cannot be packed",
             hint="exclude this layer",
+            kind="E-GROUP-SIZE",
         )

@@ -148,7 +148,11 @@ def static_scale(amax: Tensor, spec: TensorSpec) -> Tensor:
     assert spec.scale is not None
     amax = amax.to(torch.float32)
     if not bool(torch.isfinite(amax)):
-        raise DataError(f"the largest activation {amax.item()} is not finite", hint="look for inf or NaN in the model")
+        raise DataError(
+            f"the largest activation {amax.item()} is not finite",
+            hint="look for inf or NaN in the model",
+            kind="E-NONFINITE-ACTIVATION",
+        )
     if spec.scale.global_scale:
         return scales.global_scale(amax, spec.format, spec.scale)
     return scales.decode_scale(scales.stored_scale(Range(amax), spec, torch.float32, None), spec.scale.dtype)
@@ -285,7 +289,11 @@ def fixed_scale(spec: TensorSpec, static: Tensor | None, device: torch.device) -
     if static is None and constant is not None:
         static = static_scale(torch.tensor(constant, device=device), spec)
     if static is not None and not spec.symmetric:
-        raise ConfigError("a static activation has no zero point", hint="when: dynamic, or a symmetric element")
+        raise ConfigError(
+            "a static activation has no zero point",
+            hint="when: dynamic, or a symmetric element",
+            kind="E-FORMAT-IMPOSSIBLE",
+        )
     return None if static is None else static.to(device)  # one that was stored comes from a file
 
 

@@ -76,7 +76,9 @@ def plain_scale(range_: Range, spec: TensorSpec, model: torch.dtype) -> Tensor:
     element, scale = spec.format, spec.scale
     if scale.rule not in _PLAIN_RULES:
         raise ConfigError(
-            f"the rule {scale.rule!r} does not give a {scale.dtype} scale", hint=f"use one of {', '.join(_PLAIN_RULES)}"
+            f"the rule {scale.rule!r} does not give a {scale.dtype} scale",
+            hint=f"use one of {', '.join(_PLAIN_RULES)}",
+            kind="E-FORMAT-IMPOSSIBLE",
         )
     dtype = _PLAIN.get(scale.dtype, model)
     real = _real_scale(range_, spec, divisor(element, scale.rule))
@@ -212,7 +214,11 @@ def e5m3_scale(amax: Tensor, element: Element, rule: str, outer: Tensor | None) 
 def e8m0_scale(range_: Range, element: Element, rule: str) -> Tensor:
     """Returns exponent bytes (uint8, exponent + 127, 0..254) of power-of-two scales under an exponent rule."""
     if rule not in _EXPONENT_RULES:
-        raise ConfigError(f"the rule {rule!r} gives no exponent", hint=f"e8m0 takes {', '.join(_EXPONENT_RULES)}")
+        raise ConfigError(
+            f"the rule {rule!r} gives no exponent",
+            hint=f"e8m0 takes {', '.join(_EXPONENT_RULES)}",
+            kind="E-FORMAT-IMPOSSIBLE",
+        )
     range_ = Range(range_.amax.contiguous(), range_.low, range_.high)
     return _EXPONENT_RULES[rule](range_, element).clamp_(0, _E8M0_MAX_BYTE).to(torch.uint8)
 

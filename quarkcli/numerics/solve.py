@@ -71,7 +71,11 @@ def factorize(
     """
     diagonal = gram.diagonal()
     if not bool(torch.isfinite(gram.sum())) and not bool(torch.isfinite(gram).all()):
-        raise DataError("the second moment of the inputs is not finite", hint="look for NaN or inf in the calibration")
+        raise DataError(
+            "the second moment of the inputs is not finite",
+            hint="look for NaN or inf in the calibration",
+            kind="E-NONFINITE-ACTIVATION",
+        )
     dead = dead_inputs(gram)
     live = diagonal[~dead].double()
     mean = float(live.mean()) if live.numel() else 1.0

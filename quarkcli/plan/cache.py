@@ -24,7 +24,12 @@ def minimum_entries(composed: Composed, layout: Layout, minimum: float) -> list[
     scale.
     """
     if not math.isfinite(minimum) or minimum <= 0:
-        raise UsageError(f"{minimum:g} is not a scale", where=_FLAG, hint=f"a positive number: {_FLAG} 0.0005")
+        raise UsageError(
+            f"{minimum:g} is not a scale",
+            where=_FLAG,
+            hint=f"a positive number: {_FLAG} 0.0005",
+            kind="E-FLAG-VALUE",
+        )
     before = composed.entries[: composed.edits_start]
     names = Names(before)
     order = Order(before, frozenset(composed.restores), composed.exclusions_start)
@@ -41,14 +46,19 @@ def minimum_entries(composed: Composed, layout: Layout, minimum: float) -> list[
             Entry(p, spec_to_yaml(spec), True, None, True, origin, str(origin), True) for p, spec in rows.items()
         ]
     if not entries:
-        raise ConfigError("there is no KV cache in this plan", where=_FLAG, hint="--kv-cache fp8")
+        raise ConfigError("there is no KV cache in this plan", where=_FLAG, hint="--kv-cache fp8", kind="E-KV-SCALE")
     return entries
 
 
 def _bounded(spec: TensorSpec, minimum: float, slot: str) -> TensorSpec:
     scale = spec.scale
     if scale is None or spec.then is not None or scale.outermost.when != "static":
-        raise ConfigError(f"{slot} has no scale that is stored ({spec.describe()})", where=_FLAG, hint="--kv-cache fp8")
+        raise ConfigError(
+            f"{slot} has no scale that is stored ({spec.describe()})",
+            where=_FLAG,
+            hint="--kv-cache fp8",
+            kind="E-KV-SCALE",
+        )
     if scale.global_scale is not None:
         return replace(spec, scale=replace(scale, global_scale=replace(scale.global_scale, minimum=minimum)))
     return replace(spec, scale=replace(scale, minimum=minimum))

@@ -64,6 +64,7 @@ def check_stored(plan: Plan, transposed: Collection[str]) -> None:
             "loads such a class",
             where=first.view.tensor,
             hint="a copy of the model whose linears are nn.Linear can be quantized; this one cannot",
+            kind="E-MODEL-FAMILY",
         )
 
 
@@ -91,6 +92,7 @@ def _check_activation(slot: str, spec: TensorSpec) -> None:
                 f"an activation has no rows that scales could belong to ({stage.describe()})",
                 where=slot,
                 hint="granularity: tensor, token, or {group: SIZE}",
+                kind="E-SLOT-IMPOSSIBLE",
             )
 
 
@@ -100,12 +102,14 @@ def _check_output(target: Target, spec: TensorSpec) -> None:
             "outputs of routed experts cannot be quantized: they are added up inside one fused kernel",
             where=f"{target.name}.output_quantizer",
             hint="switch the output quantizers of the experts off with an entry of their own",
+            kind="E-SLOT-IMPOSSIBLE",
         )
     if spec.needs_amax and target.site is None:
         raise ConfigError(
             f"its output would have to be measured, and no forward pass reaches it (role {target.role})",
             where=f"{target.name}.output_quantizer",
             hint=f"--exclude '{target.name}', or a spec that needs no data",
+            kind="E-SLOT-UNREACHED",
         )
 
 
@@ -117,6 +121,7 @@ def _check_attention(module: Attention, kind: str, spec: TensorSpec) -> None:
                 f"the softmax output has a column per token, which groups of {size} do not divide",
                 where=slot,
                 hint="granularity: tensor or token",
+                kind="E-SLOT-IMPOSSIBLE",
             )
         if module.head_dim is not None and module.head_dim % size:
             raise ModelError(
@@ -124,6 +129,7 @@ def _check_attention(module: Attention, kind: str, spec: TensorSpec) -> None:
                 f"(remainder {module.head_dim % size})",
                 where=slot,
                 hint="a scheme with one scale per tensor: --kv-cache fp8",
+                kind="E-GROUP-SIZE",
             )
 
 
@@ -147,6 +153,7 @@ def _check_widths(plan: Plan) -> None:
             if kind == "weight"
             else f"; {PAD} is for weights alone"
         ),
+        kind="E-GROUP-SIZE",
     )
 
 

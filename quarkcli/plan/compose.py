@@ -122,7 +122,12 @@ def _of_attention(key: str, make: Any, recipe: Recipe, flag: str | None, own: st
 def _pair(flag: str, name: str) -> tuple[str, str]:
     pattern, equals, scheme = flag.rpartition("=")
     if not equals or not pattern or not scheme:
-        raise UsageError(f"'{flag}' is not of the form PATTERN=SCHEME", where=name, hint=f"{name} '*down_proj=fp8'")
+        raise UsageError(
+            f"'{flag}' is not of the form PATTERN=SCHEME",
+            where=name,
+            hint=f"{name} '*down_proj=fp8'",
+            kind="E-FLAG-VALUE",
+        )
     return pattern, scheme
 
 

@@ -101,12 +101,13 @@ def set_quantizer_attributes_partial(
             "one stage of a chain cannot be changed in part",
             where=_call(name, wildcard_or_filter),
             hint="set_quantizer_attributes_full, or a list with a mapping for every stage",
+            kind="E-PYTHON-VALUE",
         )
     given, enable = _switch(partial_attributes, name)
     selected = _selected(plan, wildcard_or_filter, parent, name)
     if not any(given if isinstance(given, list) else [given]):
         if enable is None:
-            raise ConfigError("no attribute is given", where=name)
+            raise ConfigError("no attribute is given", where=name, kind="E-PYTHON-VALUE")
         row = Canonical("*", None, enable)
         _extend(plan, _rows(plan, wildcard_or_filter, row, parent, name))
         return
@@ -119,6 +120,7 @@ def set_quantizer_attributes_partial(
             "none of the slots selected has attributes that could be changed",
             where=_call(name, wildcard_or_filter),
             hint="set_quantizer_attributes_full",
+            kind="E-PYTHON-VALUE",
         )
     rows = [(slots, *_merged(slots[0], selected[slots[0]], given, enable)) for slots in alike.values()]
     if isinstance(wildcard_or_filter, str) and len(rows) == 1 and len(rows[0][0]) == len(selected):
@@ -152,6 +154,7 @@ def enable_quantizer(plan: Plan, wildcard_or_filter: Selection, parent_class: Pa
             "none of the slots selected has attributes to be quantized with",
             where=_call(name, wildcard_or_filter),
             hint="set_quantizer_attributes_full",
+            kind="E-PYTHON-VALUE",
         )
     _extend(plan, _rows(plan, wildcard_or_filter, Canonical("*", None, True), parent, name))
 
@@ -176,7 +179,9 @@ def _extend(plan: Plan, entries: Sequence[Entry]) -> None:
 
 def _basis(plan: Plan) -> Basis:
     if plan.basis is None:
-        raise UsageError("this plan cannot be edited", hint="quarkcli.make_plan makes plans that can be")
+        raise UsageError(
+            "this plan cannot be edited", hint="quarkcli.make_plan makes plans that can be", kind="E-PYTHON-CALL"
+        )
     return plan.basis
 
 
@@ -218,7 +223,7 @@ def _selected(plan: Plan, selection: Selection, parent: str | None, call: str) -
         return found
     close = suggestions(selection, [slot for slot, _ in plan.slots()]) if isinstance(selection, str) else []
     hint = f"did you mean {', '.join(map(repr, close))}?" if close else "see 'quark plan' for the names"
-    raise ConfigError("no slot is selected", where=_call(call, selection), hint=hint)
+    raise ConfigError("no slot is selected", where=_call(call, selection), hint=hint, kind="E-PYTHON-VALUE")
 
 
 def _matched(plan: Plan, pattern: str, parent: str | None) -> Iterator[tuple[str, Decision]]:
@@ -293,10 +298,16 @@ def _switch(attributes: Any, call: str) -> tuple[Any, bool | None]:
     several = isinstance(attributes, list | tuple)
     stages = list(attributes) if several else [attributes]
     if not stages or not all(isinstance(stage, Mapping) for stage in stages):
-        raise ConfigError(f"a mapping of attributes or a list of them is needed, not {attributes!r}", where=call)
+        raise ConfigError(
+            f"a mapping of attributes or a list of them is needed, not {attributes!r}",
+            where=call,
+            kind="E-PYTHON-VALUE",
+        )
     switches = {repr(stage["enable"]): stage["enable"] for stage in stages if "enable" in stage}
     if len(switches) > 1 or not all(isinstance(value, bool) for value in switches.values()):
-        raise ConfigError(f"enable must be true or false, not {' and '.join(switches)}", where=call)
+        raise ConfigError(
+            f"enable must be true or false, not {' and '.join(switches)}", where=call, kind="E-PYTHON-VALUE"
+        )
     rest = [{key: value for key, value in stage.items() if key != "enable"} for stage in stages]
     return rest if several else rest[0], next(iter(switches.values()), None)
 
@@ -310,9 +321,16 @@ def _merged(slot: str, decision: Decision, given: Any, enable: bool | None) -> t
     cfg = located(origin, changed, old, given, weight=weight)
     before, after = (located(origin, to_spec, each, weight=weight) for each in (old, cfg))
     if decision.spec is not None and len(decision.spec.stages) != len(before.stages):
-        raise ConfigError("a stage of this chain is off", where=slot, hint="set_quantizer_attributes_full")
+        raise ConfigError(
+            "a stage of this chain is off", where=slot, hint="set_quantizer_attributes_full", kind="E-PYTHON-VALUE"
+        )
     if len(before.stages) != len(after.stages):
-        raise ConfigError("this would make a chain, or end one", where=slot, hint="set_quantizer_attributes_full")
+        raise ConfigError(
+            "this would make a chain, or end one",
+            where=slot,
+            hint="set_quantizer_attributes_full",
+            kind="E-PYTHON-VALUE",
+        )
     return cfg, decision.spec is not None if enable is None else enable
 
 

@@ -66,7 +66,7 @@ def _absent(plan: Plan, entry: Entry, pool: list[str]) -> ConfigError:
     close = suggestions(shown, pool)
     hint = f"did you mean {', '.join(repr(name) for name in close)}?" if close else "see 'quark plan' for the names"
     what = f"'{shown}' matches 0 of {len(plan.targets)} modules"
-    return ConfigError(what, where=str(entry.origin), hint=hint)
+    return ConfigError(what, where=str(entry.origin), hint=hint, kind="E-PATTERN-NOMATCH")
 
 
 def check_effect(
@@ -96,12 +96,13 @@ def check_effect(
             f"'{entry.quantizer_path}' enables quantizers, but every one of them ends switched off",
             where=str(entry.origin),
             hint=f"later entries win: {'; '.join(list(later)[:3])}" if later else "it has no cfg to enable",
+            kind="E-PLAN-EMPTY",
         )
     if not edited:
         _check_weights(plan)
     if not any(plan.quantized_alike()) and not any(module.specs for module in plan.attention.values()):
         listed = "; ".join(f"{e.quantizer_path} ({e.origin})" for e in plan.entries[:6])
-        raise ConfigError("the plan quantizes nothing", hint=f"entries in order: {listed}")
+        raise ConfigError("the plan quantizes nothing", hint=f"entries in order: {listed}", kind="E-PLAN-EMPTY")
 
 
 def _check_weights(plan: Plan) -> None:
@@ -116,6 +117,7 @@ def _check_weights(plan: Plan) -> None:
             f"weights are to be quantized ({patterns}), and none is",
             where=str(asking[0].origin),
             hint="see 'quark plan --scheme mxfp4' for the names in this model",
+            kind="E-PLAN-EMPTY",
         )
 
 

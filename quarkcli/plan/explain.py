@@ -148,7 +148,7 @@ def _find(plan: Plan, slot: str) -> tuple[str, Target | Attention, str]:
             return name, *slots[name]
     close = suggestions(slot, slots)
     hint = f"did you mean {', '.join(map(repr, close))}?" if close else "'quark plan --json' lists the slots"
-    raise ConfigError(f"no slot is called '{slot}'", hint=hint)
+    raise ConfigError(f"no slot is called '{slot}'", hint=hint, kind="E-SLOT-UNKNOWN")
 
 
 def _slots(plan: Plan) -> dict[str, tuple[Target | Attention, str]]:

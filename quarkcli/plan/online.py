@@ -18,7 +18,10 @@ def check(plan: Plan) -> None:
         for name, block in changes.online.items():
             if name in by:
                 raise ConfigError(
-                    f"{by[name]} and {key} both turn its input", where=name, hint="give each 'slots' of its own"
+                    f"{by[name]} and {key} both turn its input",
+                    where=name,
+                    hint="give each 'slots' of its own",
+                    kind="E-ALGORITHM-COMBINE",
                 )
             by[name] = key
             width = plan.targets[name].shape[1]
@@ -39,6 +42,7 @@ def _check_sites(plan: Plan) -> None:
                 "servers turn an input once for all that read it",
                 where=one[1],
                 hint="name all of them, or none, in the transform's 'slots'",
+                kind="E-ALGORITHM-COMBINE",
             )
 
 

@@ -117,7 +117,7 @@ class Order:
             return None
         spec = self._of(index, weight) if entry.cfg is not None else stages[number][0]
         if spec.then is not None:
-            raise ConfigError("a stage of a chain cannot be a chain", where=str(entry.origin))
+            raise ConfigError("a stage of a chain cannot be a chain", where=str(entry.origin), kind="E-CHAIN")
         stages[number] = spec, entry.enable
         changed = state.changed if entry.cfg is None else index
         return State(state.source, any(on for _, on in stages), index, tuple(stages), changed)
@@ -136,7 +136,7 @@ class Order:
             return self._one(native.to_spec(spec_to_yaml(chain)))
         except ConfigError as error:
             place = self.entries[state.source if state.changed is None else state.changed].origin
-            raise ConfigError(error.what, where=str(place), hint=error.hint) from error
+            raise ConfigError(error.what, where=str(place), hint=error.hint, kind=error.kind or "E-ENTRY") from error
 
     def _of(self, index: int, weight: bool) -> TensorSpec:
         """Returns the spec of an entry's cfg. Raises ConfigError with its place."""
@@ -147,7 +147,12 @@ class Order:
             try:
                 self._specs[key] = self._one(to_spec(entry.cfg, weight=weight))
             except ConfigError as error:
-                raise ConfigError(error.what, where=error.where or str(entry.origin), hint=error.hint) from error
+                raise ConfigError(
+                    error.what,
+                    where=error.where or str(entry.origin),
+                    hint=error.hint,
+                    kind=error.kind or "E-ENTRY",
+                ) from error
         return self._specs[key]
 
     def _one(self, spec: TensorSpec) -> TensorSpec:

@@ -138,4 +138,5 @@ def _check_group(members: list[QuantizedTarget], rows: Sequence[Share]) -> None:
             f"share joins {members[0].name} and {odd.name}, which have different specs",
             where=str(rows[0].origin),
             hint="give them one scheme, or leave one out",
+            kind="E-SHARE",
         )

@@ -37,7 +37,11 @@ def of_stored(
     """
     known = {*layout.weights, *(module.name for module in layout.attention)}
     for lost in (name for name in (*weights, *attention) if name not in known):
-        raise ModelError("is quantized, and no weight or attention module that the model's family knows", where=lost)
+        raise ModelError(
+            "is quantized, and no weight or attention module that the model's family knows",
+            where=lost,
+            kind="E-MODEL-FAMILY",
+        )
     alike: dict[Specs | None, dict[str, Decision]] = {}
     targets = {}
     for weight in layout.weights.values():

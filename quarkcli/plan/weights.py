@@ -31,6 +31,7 @@ def matched(
                 f"{what}: '{pattern}' matches 0 of {len(found)} weight slots",
                 where=str(origin),
                 hint=f"did you mean {', '.join(map(repr, close))}?" if close else "see 'quark plan' for the names",
+                kind="E-PATTERN-NOMATCH",
             )
     return found
 
@@ -65,7 +66,7 @@ def _holding(step: str, rows: list[Any], layout: Layout, where: str) -> list[Any
             found.append({key: value for key, value in row.items() if key != "condition"})
     if rows and not found:
         what = f"algorithm {step}: no condition of {SCALED} holds for this model"
-        raise ConfigError(what, where=where, hint="leave the algorithm out")
+        raise ConfigError(what, where=where, hint="leave the algorithm out", kind="E-ALGORITHM-PARAMETER")
     return found
 
 
@@ -74,7 +75,12 @@ def _two_names(condition: Any, where: str) -> list[str]:
     names = condition.get("same_shape") if isinstance(condition, Mapping) and len(condition) == 1 else None
     if not isinstance(names, list) or len(names) != 2 or not all(isinstance(name, str) for name in names):
         hint = "condition: {same_shape: [self_attn.v_proj.weight, self_attn.o_proj.weight]}"
-        raise ConfigError(f"{SCALED} has the condition {condition!r}, which is not known", where=where, hint=hint)
+        raise ConfigError(
+            f"{SCALED} has the condition {condition!r}, which is not known",
+            where=where,
+            hint=hint,
+            kind="E-ALGORITHM-PARAMETER",
+        )
     return names
 
 

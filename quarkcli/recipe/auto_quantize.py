@@ -112,6 +112,7 @@ def from_file(path: Path) -> Search:
             "this is not a recipe for a search: it has no section 'auto_quantize'",
             where=str(document.origin()),
             hint=f"quark quantize --recipe {path}, or quark search --schemes nvfp4,fp8",
+            kind="E-RECIPE-KIND",
         )
     file = schema.validate(_File, document)
     section = file.auto_quantize
@@ -119,6 +120,7 @@ def from_file(path: Path) -> Search:
         raise ConfigError(
             "give either auto_quantize.candidate_formats or 'quantize', which holds for what no search space names",
             where=str(document.origin(SECTION)),
+            kind="E-RECIPE-KIND",
         )
     formats: dict[str, Recipe] = {}
     rules = []

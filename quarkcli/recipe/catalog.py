@@ -53,7 +53,9 @@ def built_in_folder() -> Path:
     for folder in (package / "recipes", package.parent / "recipes"):
         if (folder / "schemes").is_dir():
             return folder
-    raise ConfigError("the built-in recipes are missing from this installation", where=str(package))
+    raise ConfigError(
+        "the built-in recipes are missing from this installation", where=str(package), kind="E-INSTALLATION"
+    )
 
 
 def user_folder() -> Path:
@@ -131,7 +133,7 @@ def find(kind: Kind, name: str, beside: Path | None = None) -> Path:
             _refuse_hidden(kind, path, name, beside)
             return path
     if kind == "schemes" and (answer := _elsewhere(name)):
-        raise UsageError(f"no scheme is called '{name}' here", hint=answer)
+        raise UsageError(f"no scheme is called '{name}' here", hint=answer, kind="E-SCHEME-UNKNOWN")
     close = near_misses(name, known)
     hint = (f"did you mean {', '.join(close)}? " if close else "") + f"see '{_LISTING[kind]}'"
     error = ConfigError if kind in {"ptq", "models"} else UsageError
@@ -150,11 +152,13 @@ def _elsewhere(name: str) -> str | None:
 def register(name: str, document: load.Document) -> None:
     """Make a scheme known under `name` until the process ends or `unregister`. Raises UsageError for a bad name."""
     if not _NAME.fullmatch(name):
-        raise UsageError(f"'{name}' is no name for a scheme", hint="letters, digits, '_', '-' and '.'")
+        raise UsageError(
+            f"'{name}' is no name for a scheme", hint="letters, digits, '_', '-' and '.'", kind="E-SCHEME-NAME"
+        )
     taken = {same(known) for known in names("schemes")}
     for wanted in (name, *_given_aliases(document)):
         if same(wanted) in taken:
-            raise UsageError(f"there is a scheme '{wanted}' already", hint="choose another name")
+            raise UsageError(f"there is a scheme '{wanted}' already", hint="choose another name", kind="E-SCHEME-NAME")
     _registered[_REGISTERED / f"{name}.yaml"] = document
 
 
@@ -163,7 +167,11 @@ def unregister(name: str) -> None:
     path = find("schemes", name)
     if path not in _registered:
         own = "built in" if path.parent == built_in_folder() / "schemes" else f"the file {path}"
-        raise UsageError(f"scheme '{path.stem}' is {own} and stays", hint="only registered schemes can be removed")
+        raise UsageError(
+            f"scheme '{path.stem}' is {own} and stays",
+            hint="only registered schemes can be removed",
+            kind="E-SCHEME-NAME",
+        )
     del _registered[path]
 
 
@@ -233,7 +241,7 @@ def _refused(kind: Kind, path: Path, owner: Path) -> ConfigError:
         what = f"a built-in {_NOUN[kind]}"
     else:
         what = f"taken by {owner}"
-    return ConfigError(f"'{path.stem}' is {what}; rename the file", where=str(path))
+    return ConfigError(f"'{path.stem}' is {what}; rename the file", where=str(path), kind="E-NAME-TAKEN")
 
 
 def find_recipe(name_or_path: str) -> Path:
@@ -249,7 +257,9 @@ def find_recipe(name_or_path: str) -> Path:
         return modelled
     foreign = path.parent.parts[-2:] == _PEER_FOLDER
     if path.suffix in {".yaml", ".yml", ".json"} and not foreign:
-        raise ConfigError("no such recipe file", where=name_or_path, hint="see 'quark recipes list'")
+        raise ConfigError(
+            "no such recipe file", where=name_or_path, hint="see 'quark recipes list'", kind="E-RECIPE-NOT-FOUND"
+        )
     name = (
         path.with_suffix("").name
         if foreign and path.suffix in {".yaml", ".yml"}

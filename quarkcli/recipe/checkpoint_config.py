@@ -43,7 +43,9 @@ def read(data: Any, where: Where | None = None, base: Path_ = ()) -> Normalized 
     method = str(data["quant_method"])
     if method not in _READERS:
         hint = f"one of {', '.join(_READERS)}"
-        raise ConfigError(f"quant_method '{method}' is not read", where=at((*base, "quant_method")), hint=hint)
+        raise ConfigError(
+            f"quant_method '{method}' is not read", where=at((*base, "quant_method")), hint=hint, kind="E-RECIPE-KIND"
+        )
     return _READERS[method](data, at, base)
 
 

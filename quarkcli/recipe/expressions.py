@@ -91,6 +91,7 @@ class Expressions:
                 f"'re:{text:.200}' is not matched in time: all patterns of a file have {LIMIT:g} s together",
                 where=self._places[text],
                 hint="fewer * and + behind each other; without lookaround and references the time is linear",
+                kind="E-PATTERN-REGEX",
             )
         for (text, count), line in zip(jobs, lines, strict=False):
             self._known[text].update(dict.fromkeys(names[:count], False))
@@ -118,7 +119,9 @@ def _check(text: str, where: str) -> None:
     try:
         re.compile(text)
     except (re.error, OverflowError, RecursionError, ValueError) as error:
-        raise ConfigError(f"'re:{text:.200}' is not a regular expression: {error}", where=where) from error
+        raise ConfigError(
+            f"'re:{text:.200}' is not a regular expression: {error}", where=where, kind="E-PATTERN-REGEX"
+        ) from error
 
 
 @lru_cache(maxsize=4096)

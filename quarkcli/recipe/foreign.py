@@ -27,6 +27,7 @@ def normalized(document: Document, where: Where) -> tuple[Normalized, str]:
             f"schema '{data['schema']}' is unknown",
             where=str(document.origin("schema")),
             hint=f"schema: {schema.NATIVE}",
+            kind="E-RECIPE-KIND",
         )
     if isinstance(data, Mapping):
         found = checkpoint_config.read(data, where)
@@ -57,7 +58,7 @@ def _modelopt(document: Document, data: Mapping[str, Any], where: Where) -> tupl
     _refuse_search(document, data, metadata)
     _only(document, data, _SECTIONS, ())
     if not isinstance(metadata, Mapping):
-        raise ConfigError("metadata must be a mapping", where=str(document.origin("metadata")))
+        raise ConfigError("metadata must be a mapping", where=str(document.origin("metadata")), kind="E-RECIPE-SCHEMA")
     _only(document, metadata, _METADATA, ("metadata",))
     kind = metadata.get("recipe_type", _TYPE)
     if kind != _TYPE:
@@ -65,10 +66,16 @@ def _modelopt(document: Document, data: Mapping[str, Any], where: Where) -> tupl
             f"recipe_type '{kind}' is not supported",
             where=str(document.origin("metadata", "recipe_type")),
             hint=f"recipes of type {_TYPE} are read",
+            kind="E-RECIPE-KIND",
         )
     quantize = data.get("quantize")
     if not isinstance(quantize, Mapping):
-        raise ConfigError("'quantize' is missing", where=str(document.origin()), hint="quantize: {quant_cfg: [...]}")
+        raise ConfigError(
+            "'quantize' is missing",
+            where=str(document.origin()),
+            hint="quantize: {quant_cfg: [...]}",
+            kind="E-RECIPE-SCHEMA",
+        )
     return _quantize(document, quantize, ("quantize",), where), str(metadata.get("description", ""))
 
 
@@ -82,6 +89,7 @@ def _refuse_search(document: Document, data: Mapping[str, Any], metadata: Any) -
         "an auto_quantize recipe asks for a search among formats, and is no recipe itself",
         where=str(place),
         hint=f"quark search --recipe {document.file} --model MODEL -o recipe.yaml makes one",
+        kind="E-RECIPE-KIND",
     )
 
 
@@ -93,6 +101,7 @@ def _quantize(document: Document, data: Mapping[str, Any], base: Path_, where: W
             "'quant_cfg' is missing; ModelOpt would quantize everything to int8",
             where=str(document.origin(*base)),
             hint="say so: quant_cfg: [{quantizer_path: '*', cfg: {num_bits: 8}}]",
+            kind="E-RECIPE-SCHEMA",
         )
     found = normalize(data["quant_cfg"], where, (*base, "quant_cfg"))
     read_ = steps.from_modelopt(data.get("algorithm"), (*base, "algorithm"))
@@ -111,7 +120,9 @@ def _only(document: Document, data: Mapping[Any, Any], known: tuple[str, ...], b
             hint = f"did you mean '{close[0]}'?" if close else f"known keys: {', '.join(known)}"
             if key in schema.Quantize.model_fields or key in schema.RecipeModel.model_fields:
                 hint = f"a native recipe begins with 'schema: {schema.NATIVE}'"
-            raise ConfigError(f"unknown key '{key}'", where=str(document.origin(*base, key)), hint=hint)
+            raise ConfigError(
+                f"unknown key '{key}'", where=str(document.origin(*base, key)), hint=hint, kind="E-RECIPE-SCHEMA"
+            )
 
 
 def _refuse_strange(document: Document, data: Mapping[Any, Any]) -> None:
@@ -121,6 +132,7 @@ def _refuse_strange(document: Document, data: Mapping[Any, Any]) -> None:
             "this is not a recipe: neither a schema, nor quant_cfg, nor patterns of quantizers",
             where=str(document.origin()),
             hint=f"a native recipe begins with 'schema: {schema.NATIVE}'; see 'quark recipes show nvfp4'",
+            kind="E-RECIPE-KIND",
         )
 
 

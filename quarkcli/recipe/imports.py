@@ -58,7 +58,9 @@ class _Expander:
         """Returns the value at `path` of a source, expanded, for the place `target` of the tree."""
         self.count += 1
         if self.count > _MAX_VALUES:
-            raise ConfigError(f"imports expand to more than {_MAX_VALUES} values", where=source.where(path))
+            raise ConfigError(
+                f"imports expand to more than {_MAX_VALUES} values", where=source.where(path), kind="E-IMPORT"
+            )
         value = source.document.at(path)
         if isinstance(value, dict):
             return self.mapping(source, path, target, value)
@@ -72,7 +74,7 @@ class _Expander:
         self.places[target] = source.document.origin(*path)
         own = [key for key in value if key != MARK and (path or key != IMPORTS)]
         if own and not isinstance(merged, dict):
-            raise ConfigError("only a mapping can be overridden", where=source.where(path))
+            raise ConfigError("only a mapping can be overridden", where=source.where(path), kind="E-IMPORT")
         for key in own:
             merged[key] = _merged(merged.get(key), self.copy(source, (*path, key), (*target, key)))
         return merged
@@ -99,7 +101,7 @@ class _Expander:
         resolved = _resolved(file)
         if resolved in source.stack:
             circle = " -> ".join(step.name for step in (*source.stack[source.stack.index(resolved) :], resolved))
-            raise ConfigError(f"imports go in a circle: {circle}", where=source.where(path))
+            raise ConfigError(f"imports go in a circle: {circle}", where=source.where(path), kind="E-IMPORT")
         return self.copy(_Source(catalog.snippet(file), (*source.stack, resolved)), (), target)
 
 
@@ -118,7 +120,9 @@ def _listed(value: Any, source: _Source, path: Path_) -> list[str]:
         return [value]
     if isinstance(value, list) and value and all(isinstance(name, str) for name in value):
         return value
-    raise ConfigError(f"{MARK} takes a name or a list of names, not {value!r}", where=source.where((*path, MARK)))
+    raise ConfigError(
+        f"{MARK} takes a name or a list of names, not {value!r}", where=source.where((*path, MARK)), kind="E-IMPORT"
+    )
 
 
 def _merged(old: Any, new: Any) -> Any:
@@ -137,19 +141,25 @@ def _file(source: _Source, name: str, path: Path_) -> Path:
     if names is None:
         names = {}
     if not isinstance(names, Mapping):
-        raise ConfigError(f"{IMPORTS} must map names to files", where=source.where((IMPORTS,)))
+        raise ConfigError(f"{IMPORTS} must map names to files", where=source.where((IMPORTS,)), kind="E-IMPORT")
     if name not in names:
         close = near_misses(name, map(str, names))
         hint = f"did you mean '{close[0]}'?" if close else f"imports here: {', '.join(map(str, names)) or 'none'}"
         raise ConfigError(
-            f"'{name}' is not among the imports of this file", where=source.where((*path, MARK)), hint=hint
+            f"'{name}' is not among the imports of this file",
+            where=source.where((*path, MARK)),
+            hint=hint,
+            kind="E-IMPORT",
         )
     wanted = names[name]
     where = source.where((IMPORTS, name))
     path_like = isinstance(wanted, str) and Path(wanted).parts and "\0" not in wanted
     if not path_like or Path(wanted).is_absolute() or ".." in Path(wanted).parts:
         raise ConfigError(
-            f"an import must name a file, not {_shortened(repr(wanted))}", where=where, hint="configs/numerics/fp8"
+            f"an import must name a file, not {_shortened(repr(wanted))}",
+            where=where,
+            hint="configs/numerics/fp8",
+            kind="E-IMPORT",
         )
     return _found(source.document.file, wanted, where)
 
@@ -165,7 +175,7 @@ def _found(importer: str, wanted: str, where: str) -> Path:
     names = [path.relative_to(root).with_suffix("").as_posix() for root in roots for path in _all(root)]
     close = near_misses(wanted, names)
     hint = f"did you mean '{close[0]}'?" if close else "beside this file, in the user's units folder, or built in"
-    raise ConfigError(f"no file '{_shortened(wanted)}' to import", where=where, hint=hint)
+    raise ConfigError(f"no file '{_shortened(wanted)}' to import", where=where, hint=hint, kind="E-IMPORT")
 
 
 def _own(importer: str, wanted: str, known: Path | None, where: str) -> Path | None:
@@ -175,7 +185,7 @@ def _own(importer: str, wanted: str, known: Path | None, where: str) -> Path | N
     beside = next((path for root in (file.parent, *trees) if (path := _in(root, wanted))), None)
     own = _in(_users(), wanted, linked=True)
     if beside is None and own is not None and known is not None:
-        raise ConfigError(f"'{wanted}' is a built-in unit; rename the file {own}", where=where)
+        raise ConfigError(f"'{wanted}' is a built-in unit; rename the file {own}", where=where, kind="E-NAME-TAKEN")
     return beside or own
 
 

@@ -99,7 +99,7 @@ def of_data(data: Any, name: str) -> Document:
     while waiting:
         value, path, text = waiting.pop()
         if len(places) > MAX_NODES or len(path) > MAX_DEPTH:
-            raise ConfigError(f"more than {MAX_NODES} values or {MAX_DEPTH} levels", where=name)
+            raise ConfigError(f"more than {MAX_NODES} values or {MAX_DEPTH} levels", where=name, kind="E-RECIPE-YAML")
         places[path] = Origin(name, path=text)
         if isinstance(value, Mapping):
             waiting += [(item, (*path, key), f"{text}{_step(key)}") for key, item in value.items()]
@@ -127,13 +127,13 @@ def read_text(path: Path) -> str:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise ConfigError(f"cannot be read ({error.strerror})", where=str(path)) from error
+        raise ConfigError(f"cannot be read ({error.strerror})", where=str(path), kind="E-RECIPE-YAML") from error
     if len(data) > MAX_BYTES:
-        raise ConfigError(f"{len(data)} bytes; at most {MAX_BYTES} are read", where=str(path))
+        raise ConfigError(f"{len(data)} bytes; at most {MAX_BYTES} are read", where=str(path), kind="E-RECIPE-YAML")
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ConfigError(f"not UTF-8 text (byte {error.start})", where=str(path)) from error
+        raise ConfigError(f"not UTF-8 text (byte {error.start})", where=str(path), kind="E-RECIPE-YAML") from error
 
 
 def _yaml(path: Path) -> str:
@@ -149,9 +149,9 @@ def parse(text: str, file: str, *, snippet: bool = False) -> Document:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"{file}:{mark.line + 1}:{mark.column + 1}" if mark else file
-        raise ConfigError(str(error.problem or error.context), where=where) from error
+        raise ConfigError(str(error.problem or error.context), where=where, kind="E-RECIPE-YAML") from error
     except (yaml.YAMLError, RecursionError) as error:
-        raise ConfigError("not valid YAML", where=file) from error
+        raise ConfigError("not valid YAML", where=file, kind="E-RECIPE-YAML") from error
     builder = _Builder(file)
     if len(nodes) > 2:
         raise builder.error(nodes[2], "at most two documents: imports, and what they are for")
@@ -236,4 +236,4 @@ class _Builder:
         return Origin(self.file, node.start_mark.line + 1, node.start_mark.column + 1)
 
     def error(self, node: yaml.Node, what: str) -> ConfigError:
-        return ConfigError(what, where=str(self.origin(node)))
+        return ConfigError(what, where=str(self.origin(node)), kind="E-RECIPE-YAML")

@@ -95,9 +95,9 @@ def refusal(problems: list[Located], where: Where, hint: str = "") -> ConfigErro
     """Returns one error for all of them, each with its place."""
     if len(problems) == 1:
         path, text = problems[0]
-        return ConfigError(text, where=where(path), hint=hint)
+        return ConfigError(text, where=where(path), hint=hint, kind="E-ENTRY")
     lines = "\n".join(f"  {where(path)}: {text}" for path, text in problems)
-    return ConfigError(f"{len(problems)} problems\n{lines}", hint=hint)
+    return ConfigError(f"{len(problems)} problems\n{lines}", hint=hint, kind="E-RECIPE-MISTAKES")
 
 
 class _Reader:

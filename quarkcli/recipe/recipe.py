@@ -139,7 +139,9 @@ def located(where: Origin, call: Any, *args: Any, **kwargs: Any) -> Any:
     try:
         return call(*args, **kwargs)
     except (ConfigError, UsageError) as error:
-        raise ConfigError(error.what, where=error.where or str(where), hint=error.hint) from error
+        raise ConfigError(
+            error.what, where=error.where or str(where), hint=error.hint, kind=error.kind or "E-ENTRY"
+        ) from error
 
 
 def scheme_model(name: str) -> schema.SchemeModel:

@@ -221,14 +221,14 @@ M = TypeVar("M", bound=BaseModel)
 def validate(model: type[M], document: Document) -> M:
     """Returns `document` as `model`. Raises ConfigError with all errors at once, each with its place."""
     if not isinstance(document.data, dict):
-        raise ConfigError("the file must hold a mapping", where=str(document.origin()))
+        raise ConfigError("the file must hold a mapping", where=str(document.origin()), kind="E-RECIPE-SCHEMA")
     try:
         return model.model_validate(document.data)
     except ValidationError as error:
         problems = _problems(model, document, error)
     head, *more = problems
     text = head[1] if not more else f"{len(problems)} problems\n" + "\n".join(f"  {w}: {t}" for w, t in problems)
-    raise ConfigError(text, where=head[0] if not more else document.file)
+    raise ConfigError(text, where=head[0] if not more else document.file, kind="E-RECIPE-SCHEMA")
 
 
 def _problems(model: type[BaseModel], document: Document, error: ValidationError) -> list[tuple[str, str]]:

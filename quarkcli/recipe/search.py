@@ -66,7 +66,11 @@ def _with_headroom(asked: dict[str, Any], spec: TensorSpec) -> TensorSpec:
     if not any(_is_dynamic_nvfp4(stage) for stage in spec.stages) or not spec.needs_amax:
         return spec
     if spec.then is not None:
-        raise ConfigError("nvfp4_act_headroom is not for chains", hint="one stage for the inputs, or the algorithm max")
+        raise ConfigError(
+            "nvfp4_act_headroom is not for chains",
+            hint="one stage for the inputs, or the algorithm max",
+            kind="E-ATTRIBUTE-CONFLICT",
+        )
     numbers = tuple((key, float(asked.get(_ENDS[key], usual))) for key, usual in OBSERVERS["headroom"].items())
     return replace(spec, observer=ObserverSpec("headroom", numbers))
 

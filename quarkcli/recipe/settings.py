@@ -22,7 +22,9 @@ def adjusted(document: Document, settings: Sequence[str]) -> Document:
     for text in settings:
         key, equals, written = text.partition("=")
         if not equals or not key:
-            raise UsageError(f"'{text}' is not KEY=VALUE", where="--set", hint="--set calibration.samples=64")
+            raise UsageError(
+                f"'{text}' is not KEY=VALUE", where="--set", hint="--set calibration.samples=64", kind="E-SET"
+            )
         path = _path(document.data, key)
         value = load.parse(written, f"--set {key}").data
         origin = Origin(f"{SETTING}{text}")
@@ -44,7 +46,9 @@ def _path(data: Any, key: str) -> Path_:
         if isinstance(node, list):
             number = int(words[0]) if _NUMBER.fullmatch(words[0]) else None
             if number is None or not 0 <= number < len(node):
-                raise UsageError(f"'{key}': the list has {len(node)} members, counted from 0", where="--set")
+                raise UsageError(
+                    f"'{key}': the list has {len(node)} members, counted from 0", where="--set", kind="E-SET"
+                )
             path.append(number)
             node, words = node[number], words[1:]
             continue
@@ -53,6 +57,7 @@ def _path(data: Any, key: str) -> Path_:
                 f"'{key}': {node!r} has no parts",
                 where="--set",
                 hint=f"set it as a whole: --set '{'.'.join(map(str, path))}={{{'.'.join(words)}: VALUE}}'",
+                kind="E-SET",
             )
         step, words = _step(node or {}, words)
         path.append(step)

@@ -18,7 +18,7 @@ def read(directory: Path) -> dict[str, Any]:
     beside = directory.with_name(f"{directory.name}.partial")
     hint = f"{beside} is an unfinished run: quark report {beside}" if beside.is_dir() else ""
     if not directory.is_dir():
-        raise AccessError("no such directory", where=str(directory), hint=hint)
+        raise AccessError("no such directory", where=str(directory), hint=hint, kind="E-PATH-NOT-FOUND")
     path = directory / "quark" / "report.json"
     if unfinished.is_unfinished(directory):
         found = build.filled(*unfinished.read(directory))
@@ -26,9 +26,9 @@ def read(directory: Path) -> dict[str, Any]:
         found = _parsed(path)
     else:
         hint = hint or "only checkpoints that quark wrote have one"
-        raise ModelError("no report (quark/report.json)", where=str(directory), hint=hint)
+        raise ModelError("no report (quark/report.json)", where=str(directory), hint=hint, kind="E-REPORT-NONE")
     if found.get("schema") != build.SCHEMA:
-        raise ModelError(f"not a report of the form {build.SCHEMA}", where=str(path))
+        raise ModelError(f"not a report of the form {build.SCHEMA}", where=str(path), kind="E-REPORT-NONE")
     check(Report, found, str(path))
     return found
 
@@ -37,5 +37,5 @@ def _parsed(path: Path) -> dict[str, Any]:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise AccessError(f"cannot be read: {error.strerror or error}", where=str(path)) from error
+        raise AccessError(f"cannot be read: {error.strerror or error}", where=str(path), kind="E-FILE-READ") from error
     return text.parse_object(content, str(path))

@@ -126,6 +126,7 @@ def _group(space: Space, part: int, targets: tuple[Target, ...]) -> Group:
             "servers fuse these weights, and the search gives them different formats to choose among",
             where=", ".join(target.name for target in targets[:4]),
             hint="name all of them in one search space, or none",
+            kind="E-SEARCH",
         )
     rule = space.rules[rules.pop()]
     allowed = (*rule.formats, *((KEEP,) if rule.keep else ()))
@@ -189,10 +190,11 @@ def check(names: Sequence[str]) -> None:
     """Raises UsageError unless there is a choice among these schemes."""
     twice = [name for index, name in enumerate(names) if name in names[:index]]
     if twice:
-        raise UsageError(f"'{twice[0]}' is named twice", where="--schemes")
+        raise UsageError(f"'{twice[0]}' is named twice", where="--schemes", kind="E-SEARCH-FLAGS")
     if len(names) < 2 or set(names) == {KEEP}:
         raise UsageError(
             f"a search needs two schemes or more to choose among, not {len(names)}",
             where="--schemes",
             hint=f"--schemes nvfp4,fp8; '{KEEP}' stands for leaving a weight as it is",
+            kind="E-SEARCH-FLAGS",
         )

@@ -66,6 +66,7 @@ class Choosing:
                 f"{budget:g} bits per weight are less than any choice takes; the least is {low:.4g}",
                 where="--budget",
                 hint=f"between {_up(low)} and {high:.4g}, or a smaller scheme among the candidates",
+                kind="E-BUDGET-SMALL",
             )
         return found
 
@@ -79,6 +80,7 @@ class Choosing:
                 f"tensors that are not searched",
                 where="--size",
                 hint="a larger size, or a smaller scheme among the candidates",
+                kind="E-BUDGET-SMALL",
             )
         return found
 

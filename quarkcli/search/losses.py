@@ -156,6 +156,7 @@ class _Measuring:
                 f"out of device memory with {self.batch} sequences in one forward",
                 where="search",
                 hint=f"--calib-batch {self.walk.batch}",
+                kind="E-MEMORY",
             )
 
     def _of(self, part: Part, candidate: str) -> list[Group]:
@@ -266,6 +267,7 @@ def _runner(base: Prepared, data: CalibrationData, device: str) -> Any:
             "a base model without a head gives no probabilities, so there is nothing to compare",
             where=str(base.source.folder),
             hint="a search needs the model with its head",
+            kind="E-MODEL-HEAD",
         )
     return runner
 

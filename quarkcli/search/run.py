@@ -82,17 +82,21 @@ def search(asked: Asked, tell: Listener) -> Found:
     """Returns the result, and writes the recipe when there is a budget. Raises QuarkError; then there is no recipe."""
     tell(Phase("resolve"))
     if asked.budget is not None and asked.size is not None:
-        raise UsageError("--budget and --size exclude each other")
+        raise UsageError("--budget and --size exclude each other", kind="E-FLAG-CONFLICT")
     if asked.options.on_nonfinite == SKIP:
         what = "a search compares what algorithms lose, and passes over none of them"
-        raise UsageError(what, where=f"--on-nonfinite {SKIP}", hint="leave it to 'quark quantize'")
+        raise UsageError(
+            what, where=f"--on-nonfinite {SKIP}", hint="leave it to 'quark quantize'", kind="E-SEARCH-FLAGS"
+        )
     space, asked, rows = _space(asked)
     for run in space.runs:
         _check(run)
     groups, unjudged = candidates.groups(space, asked.options.target)
     if not groups:
         raise ConfigError(
-            "none of the schemes quantizes a weight that a forward pass reads", where=space.base.recipe.name
+            "none of the schemes quantizes a weight that a forward pass reads",
+            where=space.base.recipe.name,
+            kind="E-SEARCH",
         )
     _say_unjudged(unjudged, tell)
     output = _output(asked, space)
@@ -115,7 +119,7 @@ def _space(asked: Asked) -> tuple[Space, Asked, int]:
         both = (
             "--schemes and --recipe exclude each other" if asked.schemes else "neither --schemes nor --recipe is given"
         )
-        raise UsageError(both, hint="--schemes nvfp4,fp8")
+        raise UsageError(both, hint="--schemes nvfp4,fp8", kind="E-SEARCH-FLAGS")
     if asked.recipe is None:
         names = list(asked.schemes)
         candidates.check(names)
@@ -154,6 +158,7 @@ def _active(run: Prepared) -> float:
             "config.json does not say how many experts a token runs through",
             where=str(run.source.folder),
             hint="auto_quantize.constraints.cost.active_moe_expert_ratio",
+            kind="E-SEARCH",
         )
     return min(1.0, active / max(map(len, layers.values())))
 
@@ -162,7 +167,9 @@ def _check(run: Prepared) -> None:
     """Raises ConfigError for a run that cannot be measured block by block."""
     if run.others:
         hint = "name one here; the recipe that is made can be run for all of them"
-        raise UsageError("a search counts the bytes of one dialect", where="--dialect", hint=hint)
+        raise UsageError(
+            "a search counts the bytes of one dialect", where="--dialect", hint=hint, kind="E-SEARCH-FLAGS"
+        )
     preflight.check_reader(run.dialect, {"scores": {"scores"}})
     inside = {tensor for part in run.plan.parts if part.block is not None for tensor in part.tensors}
     for key, changes in run.plan.changes.items():
@@ -171,6 +178,7 @@ def _check(run: Prepared) -> None:
                 f"{key} turns inputs while the model runs, and a search compares weights before and after",
                 where="--algorithm",
                 hint="search without it, and add it to the recipe that is made",
+                kind="E-SEARCH",
             )
         outside = sorted(changes.tensors - inside)
         if outside:
@@ -178,6 +186,7 @@ def _check(run: Prepared) -> None:
                 f"{key} changes {outside[0]} and with it what all blocks read; a search measures one block at a time",
                 where="--algorithm",
                 hint="search without it, and add it to the recipe that is made",
+                kind="E-SEARCH",
             )
 
 
@@ -195,15 +204,22 @@ def _output(asked: Asked, space: Space) -> Path | None:
     """Returns the recipe's file. Raises UsageError where it cannot be made."""
     if asked.budget is None and asked.size is None:
         if asked.output is not None:
-            raise UsageError("there is no budget to make a recipe for", where="-o", hint="--budget 5.0, or --size 6GB")
+            raise UsageError(
+                "there is no budget to make a recipe for",
+                where="-o",
+                hint="--budget 5.0, or --size 6GB",
+                kind="E-SEARCH-FLAGS",
+            )
         return None
     name = "demo" if asked.options.model == "demo" else space.base.source.name
     budget = f"{asked.budget:g}bits" if asked.budget is not None else f"{asked.size}bytes"
     output = asked.output or Path(f"{name}-{budget}.yaml")
     if output.exists() and not (asked.options.overwrite and output.is_file()):
-        raise UsageError("exists", where=str(output), hint="--overwrite replaces a file, or choose another -o")
+        raise UsageError(
+            "exists", where=str(output), hint="--overwrite replaces a file, or choose another -o", kind="E-OUTPUT-FILE"
+        )
     if not output.parent.is_dir():
-        raise UsageError("no such directory", where=str(output.parent))
+        raise UsageError("no such directory", where=str(output.parent), kind="E-OUTPUT-FILE")
     return output
 
 
@@ -219,6 +235,7 @@ def _check_budget(asked: Asked, choosing: Choosing) -> None:
             "every weight stays as it is within this budget, so there is nothing to quantize",
             where="--budget" if asked.budget is not None else "--size",
             hint="a smaller one",
+            kind="E-SEARCH",
         )
 
 
@@ -277,7 +294,7 @@ def _measured(
     from quarkcli.search.states import place
 
     if not path.parent.is_dir():
-        raise UsageError("no such directory", where=str(path.parent))
+        raise UsageError("no such directory", where=str(path.parent), kind="E-OUTPUT-FILE")
     _check_resources(run, data, path)
     device = devices.device(run.options.device)
     memory.return_large_buffers()
@@ -330,7 +347,9 @@ def _fitting(asked: Asked, choosing: Choosing, output: Path | None) -> tuple[Cho
             return replace(choice, size=prepared.forecast.output_bytes), prepared, text
         assert limit is not None
         limit -= excess
-    raise ConfigError(f"no choice was found whose files take at most {asked.size:,} bytes", where="--size")
+    raise ConfigError(
+        f"no choice was found whose files take at most {asked.size:,} bytes", where="--size", kind="E-BUDGET-SMALL"
+    )
 
 
 def _text(asked: Asked, choosing: Choosing, choice: Choice, output: Path) -> str:

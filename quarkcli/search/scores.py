@@ -54,10 +54,15 @@ def read(path: Path, digest: str) -> Losses | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError("this is not a file of scores", where=str(path), hint=_hint(path)) from error
+        raise ConfigError(
+            "this is not a file of scores", where=str(path), hint=_hint(path), kind="E-SCORES-FILE"
+        ) from error
     if known != (SCHEMA, digest):
         raise ConfigError(
-            "these scores are of another model, other data, schemes or settings", where=str(path), hint=_hint(path)
+            "these scores are of another model, other data, schemes or settings",
+            where=str(path),
+            hint=_hint(path),
+            kind="E-SCORES-FILE",
         )
     return found
 

@@ -47,7 +47,9 @@ def check_name(target: str) -> None:
     known = [AUTO, NONE, *names()]
     if target not in known:
         hint = f"use one of: {', '.join(known)}"
-        raise UsageError(f"no rules are known of what '{target}' loads", where="--target", hint=hint)
+        raise UsageError(
+            f"no rules are known of what '{target}' loads", where="--target", hint=hint, kind="E-SERVER-UNKNOWN"
+        )
 
 
 def named(name: str, where: str = "--server") -> Server:
@@ -56,7 +58,7 @@ def named(name: str, where: str = "--server") -> Server:
         return server(name.lower())
     close = near_misses(name, names())
     hint = f"did you mean {' or '.join(close)}?" if close else f"one of: {', '.join(names())}"
-    raise UsageError(f"unknown server '{name}'", where=where, hint=hint)
+    raise UsageError(f"unknown server '{name}'", where=where, hint=hint, kind="E-SERVER-UNKNOWN")
 
 
 def favoured(plan: Plan, target: str) -> Callable[[Writer], bool]:

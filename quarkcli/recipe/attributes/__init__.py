@@ -34,16 +34,18 @@ def to_spec(cfg: Cfg, *, weight: bool) -> TensorSpec:
     """
     stages = [cfg] if isinstance(cfg, Mapping) else list(cfg) if isinstance(cfg, list | tuple) else []
     if not stages or not all(isinstance(stage, Mapping) for stage in stages):
-        raise ConfigError(f"cfg must be a mapping or a list of mappings, not {cfg!r}")
+        raise ConfigError(f"cfg must be a mapping or a list of mappings, not {cfg!r}", kind="E-ATTRIBUTE-VALUE")
     word = _vocabulary(stages)
     if word == _QUARK:
         return quark.to_spec(stages, weight=weight)
     if word == _NATIVE:
         if len(stages) > 1:
-            raise ConfigError("a chain is written with 'then'", hint="cfg: {element: int4, ..., then: {...}}")
+            raise ConfigError(
+                "a chain is written with 'then'", hint="cfg: {element: int4, ..., then: {...}}", kind="E-CHAIN"
+            )
         return native.to_spec(stages[0])
     if len(stages) > 2:
-        raise ConfigError(f"a chain has two stages, not {len(stages)}")
+        raise ConfigError(f"a chain has two stages, not {len(stages)}", kind="E-CHAIN")
     spec, *after = [modelopt.to_spec(stage, weight=weight) for stage in stages]
     # What a native cfg may not say, no other vocabulary may.
     return native.to_spec(spec_to_yaml(replace(spec, then=after[0]) if after else spec))
@@ -65,20 +67,32 @@ def check_names(stage: Mapping[str, Any]) -> None:
     for key in stage:
         if key not in known:
             close = near_misses(str(key), known)
-            raise ConfigError(f"unknown attribute '{key}'", hint=f"did you mean '{close[0]}'?" if close else "")
+            raise ConfigError(
+                f"unknown attribute '{key}'",
+                hint=f"did you mean '{close[0]}'?" if close else "",
+                kind="E-ATTRIBUTE-UNKNOWN",
+            )
 
 
 def _vocabulary(stages: Sequence[Mapping[str, Any]]) -> str:
     """Returns the word that tells the vocabulary. Raises ConfigError for a mixture."""
     found = [word for word in _OWN if any(word in stage for stage in stages)]
     if len(found) > 1:
-        raise ConfigError(f"'{found[0]}' and '{found[1]}' belong to different vocabularies", hint="keep to one of them")
+        raise ConfigError(
+            f"'{found[0]}' and '{found[1]}' belong to different vocabularies",
+            hint="keep to one of them",
+            kind="E-VOCABULARY",
+        )
     word = found[0] if found else _MODELOPT
     others = set().union(*(_OWN[other] for other in _OWN if other != word)) - _OWN[word]
     foreign = next((key for stage in stages for key in stage if key in others), None)
     if foreign is None:
         return word
     if found:
-        raise ConfigError(f"'{foreign}' does not belong beside '{word}'", hint="keep to one vocabulary")
+        raise ConfigError(
+            f"'{foreign}' does not belong beside '{word}'", hint="keep to one vocabulary", kind="E-VOCABULARY"
+        )
     missing = next(other for other in (_NATIVE, _QUARK) if foreign in _OWN[other])
-    raise ConfigError(f"'{foreign}' needs '{missing}' beside it", hint=f"{missing}: ... names the number format")
+    raise ConfigError(
+        f"'{foreign}' needs '{missing}' beside it", hint=f"{missing}: ... names the number format", kind="E-VOCABULARY"
+    )

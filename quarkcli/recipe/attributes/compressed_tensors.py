@@ -31,14 +31,20 @@ _OBSERVERS = {
 def to_spec(args: Mapping[str, Any], *, weight: bool) -> TensorSpec:
     """Returns the TensorSpec of QuantizationArgs. Raises ConfigError naming the field."""
     if not isinstance(args, Mapping):
-        raise ConfigError(f"arguments are a mapping, not {args!r}")
+        raise ConfigError(f"arguments are a mapping, not {args!r}", kind="E-ATTRIBUTE-VALUE")
     for key in args:
         if key not in FIELDS:
             close = near_misses(str(key), FIELDS)
-            raise ConfigError(f"unknown argument '{key}'", hint=f"did you mean '{close[0]}'?" if close else "")
+            raise ConfigError(
+                f"unknown argument '{key}'",
+                hint=f"did you mean '{close[0]}'?" if close else "",
+                kind="E-ATTRIBUTE-UNKNOWN",
+            )
     dynamic = args.get("dynamic", False)
     if dynamic not in (True, False, "local") or (weight and dynamic):
-        raise ConfigError(f"dynamic {dynamic!r} does not fit {'a weight' if weight else 'an activation'}")
+        raise ConfigError(
+            f"dynamic {dynamic!r} does not fit {'a weight' if weight else 'an activation'}", kind="E-ATTRIBUTE-CONFLICT"
+        )
     strategy = _strategy(args)
     cfg: dict[str, Any] = {
         "element": _element(args),
@@ -58,7 +64,11 @@ def _element(args: Mapping[str, Any]) -> str:
         return _FLOATS[bits]
     if kind == "int" and type(bits) is int and bits in (2, 3, 4, 8):
         return f"int{bits}" if args.get("symmetric", True) else f"uint{bits}"
-    raise ConfigError(f"type {kind} of num_bits {bits!r} is not supported", hint="int: 2, 3, 4, 8; float: 4, 6, 8")
+    raise ConfigError(
+        f"type {kind} of num_bits {bits!r} is not supported",
+        hint="int: 2, 3, 4, 8; float: 4, 6, 8",
+        kind="E-ATTRIBUTE-UNSUPPORTED",
+    )
 
 
 def _strategy(args: Mapping[str, Any]) -> str:
@@ -67,7 +77,11 @@ def _strategy(args: Mapping[str, Any]) -> str:
     usual = "tensor" if size is None else "channel" if size == -1 else "group"
     strategy = str(args.get("strategy") or usual).lower()
     if strategy not in _STRATEGIES:
-        raise ConfigError(f"strategy '{strategy}' is not supported", hint=f"one of {', '.join(_STRATEGIES)}")
+        raise ConfigError(
+            f"strategy '{strategy}' is not supported",
+            hint=f"one of {', '.join(_STRATEGIES)}",
+            kind="E-ATTRIBUTE-UNSUPPORTED",
+        )
     return strategy
 
 
@@ -93,4 +107,6 @@ def _observer(args: Mapping[str, Any]) -> str:
     name = str(args.get("observer") or "minmax")
     if name in _OBSERVERS:
         return _OBSERVERS[name]
-    raise ConfigError(f"observer '{name}' cannot be honoured", hint=f"one of {', '.join(_OBSERVERS)}")
+    raise ConfigError(
+        f"observer '{name}' cannot be honoured", hint=f"one of {', '.join(_OBSERVERS)}", kind="E-ATTRIBUTE-UNSUPPORTED"
+    )

@@ -56,10 +56,14 @@ def to_spec(cfg: Mapping[str, Any], *, weight: bool) -> TensorSpec:
     _known(cfg)
     for name, why in _REFUSED.items():
         if cfg.get(name) not in (None, False):
-            raise ConfigError(f"'{name}' cannot be honoured: {why}", hint="take it out of cfg")
+            raise ConfigError(
+                f"'{name}' cannot be honoured: {why}", hint="take it out of cfg", kind="E-ATTRIBUTE-UNSUPPORTED"
+            )
     if _rotates(cfg.get("rotate", False)):
         raise ConfigError(
-            "'rotate' cannot be honoured: no algorithm rotates a single tensor", hint="take it out of cfg"
+            "'rotate' cannot be honoured: no algorithm rotates a single tensor",
+            hint="take it out of cfg",
+            kind="E-ATTRIBUTE-UNSUPPORTED",
         )
     for name in ("fake_quant", "pass_through_bwd"):
         _flag(cfg, name)
@@ -85,7 +89,9 @@ def from_spec(spec: TensorSpec) -> dict[str, Any]:
     elif element.kind == "float":
         bits = [element.exponent, element.mantissa]
     else:
-        raise ConfigError(f"ModelOpt has no word for {spec.element}", hint="element: ... replaces it")
+        raise ConfigError(
+            f"ModelOpt has no word for {spec.element}", hint="element: ... replaces it", kind="E-ATTRIBUTE-UNSUPPORTED"
+        )
     found: dict[str, Any] = {"num_bits": bits}
     scale = spec.scale
     assert scale is not None  # casts are refused above
@@ -120,17 +126,31 @@ def _known(cfg: Mapping[str, Any]) -> None:
     for key in cfg:
         if key not in FIELDS:
             close = near_misses(str(key), FIELDS)
-            raise ConfigError(f"unknown attribute '{key}'", hint=f"did you mean '{close[0]}'?" if close else "")
+            raise ConfigError(
+                f"unknown attribute '{key}'",
+                hint=f"did you mean '{close[0]}'?" if close else "",
+                kind="E-ATTRIBUTE-UNKNOWN",
+            )
     if cfg.get("axis") is not None and cfg.get("block_sizes"):
-        raise ConfigError("axis and block_sizes exclude each other", hint="keep one of them")
+        raise ConfigError(
+            "axis and block_sizes exclude each other", hint="keep one of them", kind="E-ATTRIBUTE-CONFLICT"
+        )
     if cfg.get("use_constant_amax") and cfg.get("constant_amax") is not None:
-        raise ConfigError("use_constant_amax and constant_amax exclude each other", hint="keep one of them")
+        raise ConfigError(
+            "use_constant_amax and constant_amax exclude each other",
+            hint="keep one of them",
+            kind="E-ATTRIBUTE-CONFLICT",
+        )
     precision = cfg.get("trt_high_precision_dtype")
     if precision not in (None, *_PRECISIONS):
-        raise ConfigError(f"trt_high_precision_dtype {precision!r} is unknown", hint=f"one of {', '.join(_PRECISIONS)}")
+        raise ConfigError(
+            f"trt_high_precision_dtype {precision!r} is unknown",
+            hint=f"one of {', '.join(_PRECISIONS)}",
+            kind="E-ATTRIBUTE-VALUE",
+        )
     bits = cfg.get("effective_bits")
     if bits is not None and (isinstance(bits, bool) or not isinstance(bits, int | float) or not 0 < bits <= 16):
-        raise ConfigError(f"effective_bits must lie between 0 and 16, not {bits!r}")
+        raise ConfigError(f"effective_bits must lie between 0 and 16, not {bits!r}", kind="E-ATTRIBUTE-VALUE")
 
 
 def _rotates(value: Any) -> bool:
@@ -141,7 +161,7 @@ def _flag(cfg: Mapping[str, Any], name: str) -> bool:
     value = cfg.get(name, False)
     if isinstance(value, bool):
         return value
-    raise ConfigError(f"{name} must be true or false, not {value!r}")
+    raise ConfigError(f"{name} must be true or false, not {value!r}", kind="E-ATTRIBUTE-VALUE")
 
 
 def _pair(value: Any, name: str) -> tuple[int, int] | None:
@@ -152,7 +172,9 @@ def _pair(value: Any, name: str) -> tuple[int, int] | None:
         return int(found[1]), int(found[2])
     if isinstance(value, list | tuple) and len(value) == 2 and all(type(part) is int for part in value):
         return value[0], value[1]
-    raise ConfigError(f"{name} must be a pair such as [4, 3] or a text such as e4m3, not {value!r}")
+    raise ConfigError(
+        f"{name} must be a pair such as [4, 3] or a text such as e4m3, not {value!r}", kind="E-ATTRIBUTE-VALUE"
+    )
 
 
 def _element(cfg: Mapping[str, Any], *, mx: bool) -> str:
@@ -163,18 +185,33 @@ def _element(cfg: Mapping[str, Any], *, mx: bool) -> str:
     if isinstance(bits, int) and not isinstance(bits, bool):
         if mx:
             if bits != 8 or unsigned:
-                raise ConfigError(f"no mx format has {bits}-bit integers", hint="num_bits: 8")
+                raise ConfigError(
+                    f"no mx format has {bits}-bit integers", hint="num_bits: 8", kind="E-ATTRIBUTE-UNSUPPORTED"
+                )
             return "mxint8"
         if unsigned:
-            raise ConfigError("'unsigned' cannot be honoured: without a zero point negative values are lost")
+            raise ConfigError(
+                "'unsigned' cannot be honoured: without a zero point negative values are lost",
+                kind="E-ATTRIBUTE-UNSUPPORTED",
+            )
         if f"int{bits}" not in ELEMENTS:
-            raise ConfigError(f"num_bits {bits} is not supported", hint="2, 3, 4 or 8, or a pair such as [4, 3]")
+            raise ConfigError(
+                f"num_bits {bits} is not supported",
+                hint="2, 3, 4 or 8, or a pair such as [4, 3]",
+                kind="E-ATTRIBUTE-UNSUPPORTED",
+            )
         return f"int{bits}"
     pair = _pair(bits, "num_bits")
     if pair not in _FLOATS:
-        raise ConfigError(f"num_bits {bits!r} is not supported", hint=f"pairs: {', '.join(map(str, _FLOATS))}")
+        raise ConfigError(
+            f"num_bits {bits!r} is not supported",
+            hint=f"pairs: {', '.join(map(str, _FLOATS))}",
+            kind="E-ATTRIBUTE-UNSUPPORTED",
+        )
     if unsigned or _flag(cfg, "narrow_range"):
-        raise ConfigError("unsigned and narrow_range are for integers", hint="take them out of cfg")
+        raise ConfigError(
+            "unsigned and narrow_range are for integers", hint="take them out of cfg", kind="E-ATTRIBUTE-CONFLICT"
+        )
     return _FLOATS[pair]
 
 
@@ -183,31 +220,38 @@ def _blocks(cfg: Mapping[str, Any]) -> dict[Any, Any]:
     if blocks is None:
         return {}
     if not isinstance(blocks, Mapping):
-        raise ConfigError(f"block_sizes must be a mapping from axis to size, not {blocks!r}")
+        raise ConfigError(f"block_sizes must be a mapping from axis to size, not {blocks!r}", kind="E-ATTRIBUTE-VALUE")
     found: dict[Any, Any] = {}
     for key, size in blocks.items():
         axis = int(key) if isinstance(key, str) and re.fullmatch(r"-?\d+", key) else key
         if axis in found:
-            raise ConfigError(f"block_sizes names axis {axis} twice")
+            raise ConfigError(f"block_sizes names axis {axis} twice", kind="E-ATTRIBUTE-CONFLICT")
         found[axis] = size
         if isinstance(axis, int) and not isinstance(axis, bool):
             if size is not None and (type(size) is not int or size < 1):
-                raise ConfigError(f"block_sizes.{key} must be a positive whole number or null, not {size!r}")
+                raise ConfigError(
+                    f"block_sizes.{key} must be a positive whole number or null, not {size!r}", kind="E-ATTRIBUTE-VALUE"
+                )
         elif axis not in _BLOCK_WORDS:
             close = near_misses(str(axis), _BLOCK_WORDS)
             hint = f"did you mean '{close[0]}'?" if close else f"an axis, as -1: 16, or {', '.join(_BLOCK_WORDS)}"
-            raise ConfigError(f"unknown key '{key}' in block_sizes", hint=hint)
+            raise ConfigError(f"unknown key '{key}' in block_sizes", hint=hint, kind="E-ATTRIBUTE-UNKNOWN")
     if found.get("scale_block_sizes"):
-        raise ConfigError("'scale_block_sizes' cannot be honoured: a scale over scales covers the whole tensor")
+        raise ConfigError(
+            "'scale_block_sizes' cannot be honoured: a scale over scales covers the whole tensor",
+            kind="E-ATTRIBUTE-UNSUPPORTED",
+        )
     if not isinstance(found.get("four_over_six", False), bool):
-        raise ConfigError(f"block_sizes.four_over_six must be true or false, not {found['four_over_six']!r}")
+        raise ConfigError(
+            f"block_sizes.four_over_six must be true or false, not {found['four_over_six']!r}", kind="E-ATTRIBUTE-VALUE"
+        )
     return found
 
 
 def _when(cfg: Mapping[str, Any], blocks: Mapping[Any, Any], weight: bool) -> When:
     for value in (cfg.get("type", "static"), blocks.get("type", "static")):
         if value not in ("static", "dynamic"):
-            raise ConfigError(f"type must be static or dynamic, not {value!r}")
+            raise ConfigError(f"type must be static or dynamic, not {value!r}", kind="E-ATTRIBUTE-VALUE")
     dynamic = "dynamic" in (cfg.get("type"), blocks.get("type"))
     return "dynamic" if dynamic and not weight else "static"
 
@@ -215,16 +259,22 @@ def _when(cfg: Mapping[str, Any], blocks: Mapping[Any, Any], weight: bool) -> Wh
 def _granularity(cfg: Mapping[str, Any], blocks: Mapping[Any, Any], weight: bool) -> Granularity:
     axes = {key: size for key, size in blocks.items() if isinstance(key, int)}
     if blocks and not axes:
-        raise ConfigError("block_sizes names no axis", hint="-1: 16")
+        raise ConfigError("block_sizes names no axis", hint="-1: 16", kind="E-ATTRIBUTE-CONFLICT")
     if not axes:
         return _channel(cfg.get("axis"), weight)
     if blocks.get("type") == "dynamic" and len(axes) != 1:
-        raise ConfigError("dynamic blocks lie along one axis", hint="-1: 16, or type: static")
+        raise ConfigError(
+            "dynamic blocks lie along one axis", hint="-1: 16, or type: static", kind="E-ATTRIBUTE-CONFLICT"
+        )
     # A weight is [out, in]: 0 and -2 are its rows, 1 and -1 its columns. Activations have their features last.
     known = (0, 1, -1, -2) if weight else (-1,)
     sizes = {key % 2: size for key, size in axes.items() if key in known}
     if len(axes) != len(sizes):
-        raise ConfigError(f"blocks along {list(axes)} are not supported", hint="-1; for weights also -1 with -2")
+        raise ConfigError(
+            f"blocks along {list(axes)} are not supported",
+            hint="-1; for weights also -1 with -2",
+            kind="E-ATTRIBUTE-UNSUPPORTED",
+        )
     match sizes:
         case {0: int(rows), 1: int(columns)}:
             return PerTile(rows, columns)
@@ -232,7 +282,11 @@ def _granularity(cfg: Mapping[str, Any], blocks: Mapping[Any, Any], weight: bool
             return PerGroup(size)
         case {1: None} if len(sizes) == 1:
             return PerChannel(0) if weight else PerToken()
-    raise ConfigError(f"blocks along {list(axes)} are not supported", hint="-1, or -1 and -2 with sizes")
+    raise ConfigError(
+        f"blocks along {list(axes)} are not supported",
+        hint="-1, or -1 and -2 with sizes",
+        kind="E-ATTRIBUTE-UNSUPPORTED",
+    )
 
 
 def _channel(axis: Any, weight: bool) -> Granularity:
@@ -243,7 +297,7 @@ def _channel(axis: Any, weight: bool) -> Granularity:
     if type(axis) is int and axis in ((0, 1, -1, -2) if weight else (-1,)):
         return PerChannel(axis % 2)
     hint = "0 for output rows, -1 for input columns, or null" if weight else "null, or -1; block_sizes {-1: null}"
-    raise ConfigError(f"axis {axis!r} is not supported", hint=hint)
+    raise ConfigError(f"axis {axis!r} is not supported", hint=hint, kind="E-ATTRIBUTE-UNSUPPORTED")
 
 
 def _constant(cfg: Mapping[str, Any]) -> float | None:
@@ -253,7 +307,7 @@ def _constant(cfg: Mapping[str, Any]) -> float | None:
     if amax is None:
         return None
     if isinstance(amax, bool) or not isinstance(amax, int | float) or not 0 < amax < float("inf"):
-        raise ConfigError(f"constant_amax must be a positive number, not {amax!r}")
+        raise ConfigError(f"constant_amax must be a positive number, not {amax!r}", kind="E-ATTRIBUTE-VALUE")
     return float(amax)
 
 
@@ -262,16 +316,22 @@ def _scale(
 ) -> ScaleSpec:
     four_over_six = blocks.get("four_over_six", False)
     if four_over_six and bits != _BLOCK_SCALE:
-        raise ConfigError("four_over_six chooses e4m3 block scales", hint="scale_bits: e4m3")
+        raise ConfigError(
+            "four_over_six chooses e4m3 block scales", hint="scale_bits: e4m3", kind="E-FORMAT-IMPOSSIBLE"
+        )
     if bits == _EXPONENT_SCALE:
         return ScaleSpec("e8m0", "rceil", when, constant_amax=constant)
     if bits == _BLOCK_SCALE:
         if four_over_six and when == "dynamic":
-            raise ConfigError("four_over_six needs static blocks", hint="block_sizes.type: static")
+            raise ConfigError(
+                "four_over_six needs static blocks", hint="block_sizes.type: static", kind="E-FORMAT-IMPOSSIBLE"
+            )
         over = ScaleSpec("f32", "absmax", "static", constant_amax=constant)
         return ScaleSpec("e4m3", "four_over_six" if four_over_six else "absmax", when, over)
     if bits is not None:
-        raise ConfigError(f"scale_bits {bits} is not supported", hint="[4, 3] or [8, 0]")
+        raise ConfigError(
+            f"scale_bits {bits} is not supported", hint="[4, 3] or [8, 0]", kind="E-ATTRIBUTE-UNSUPPORTED"
+        )
     dtype = "model" if ELEMENTS[element].kind == "integer" and ELEMENTS[element].bits <= 4 else "f32"
     return ScaleSpec(dtype, "absmax", when, constant_amax=constant)
 
@@ -280,7 +340,11 @@ def _observer(calibrator: Any, weight: bool, when: When) -> ObserverSpec:
     if calibrator in ("max", None):
         return MIN_MAX
     if calibrator != "histogram":
-        raise ConfigError(f"calibrator {calibrator!r} is not supported", hint="max or histogram")
+        raise ConfigError(
+            f"calibrator {calibrator!r} is not supported", hint="max or histogram", kind="E-ATTRIBUTE-UNSUPPORTED"
+        )
     if weight or when == "dynamic":
-        raise ConfigError("calibrator histogram is for static activations", hint="calibrator: max")
+        raise ConfigError(
+            "calibrator histogram is for static activations", hint="calibrator: max", kind="E-ATTRIBUTE-UNSUPPORTED"
+        )
     return ObserverSpec("histogram", tuple(OBSERVERS["histogram"].items()))

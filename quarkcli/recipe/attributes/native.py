@@ -61,14 +61,14 @@ def to_spec(cfg: Mapping[str, Any]) -> TensorSpec:
         cfg = _unwrapped(cfg)
     _only(cfg, KEYS, "cfg")
     if "element" not in cfg:
-        raise ConfigError("cfg has no 'element'", hint=f"one of {', '.join(ELEMENTS)}")
+        raise ConfigError("cfg has no 'element'", hint=f"one of {', '.join(ELEMENTS)}", kind="E-ATTRIBUTE-CONFLICT")
     element = ELEMENTS[_choice(cfg["element"], ELEMENTS, "element")]
     if element.kind == "cast":
         _only(cfg, ("element",), f"a cfg of {element.name}, which has no scale")
         return TensorSpec(element.name, PerTensor(), None)
     then = cfg.get("then")
     if then is None and "stored" in cfg:
-        raise ConfigError("'stored' belongs to a chain", hint="give the second stage as 'then'")
+        raise ConfigError("'stored' belongs to a chain", hint="give the second stage as 'then'", kind="E-CHAIN")
     spec = TensorSpec(
         element.name,
         _granularity(cfg.get("granularity", "tensor")),
@@ -94,7 +94,9 @@ def _unwrapped(cfg: Mapping[str, Any]) -> dict[str, Any]:
         or element not in ELEMENTS
         or (ELEMENTS[element].kind != "float" and element != "mxint8")
     ):
-        raise ConfigError(f"mx_element {inner!r} is unknown", hint="fp4_e2m1, a fp6, a fp8, or int8")
+        raise ConfigError(
+            f"mx_element {inner!r} is unknown", hint="fp4_e2m1, a fp6, a fp8, or int8", kind="E-ATTRIBUTE-VALUE"
+        )
     given = cfg.get("scale") or {}
     _only(given, _SCALE_KEYS, "scale")
     scale = {"dtype": "e8m0", **given}
@@ -103,12 +105,12 @@ def _unwrapped(cfg: Mapping[str, Any]) -> dict[str, Any]:
 
 def _only(mapping: Any, allowed: tuple[str, ...], what: str) -> None:
     if not isinstance(mapping, Mapping):
-        raise ConfigError(f"{what} must be a mapping, not {type(mapping).__name__}")
+        raise ConfigError(f"{what} must be a mapping, not {type(mapping).__name__}", kind="E-ATTRIBUTE-VALUE")
     for key in mapping:
         if key not in allowed:
             close = [_RENAMED[key]] if _RENAMED.get(key) in allowed else near_misses(str(key), allowed)
             hint = f"did you mean '{close[0]}'?" if close else f"known keys: {', '.join(allowed)}"
-            raise ConfigError(f"unknown key '{key}' in {what}", hint=hint)
+            raise ConfigError(f"unknown key '{key}' in {what}", hint=hint, kind="E-ATTRIBUTE-UNKNOWN")
 
 
 def _choice(value: Any, known: Iterable[str], key: str) -> str:
@@ -116,26 +118,26 @@ def _choice(value: Any, known: Iterable[str], key: str) -> str:
         return value
     close = near_misses(str(value), known)
     hint = f"did you mean '{close[0]}'?" if close else f"one of {', '.join(known)}"
-    raise ConfigError(f"{key} '{value}' is unknown", hint=hint)
+    raise ConfigError(f"{key} '{value}' is unknown", hint=hint, kind="E-ATTRIBUTE-VALUE")
 
 
 def _flag(value: Any, key: str) -> bool:
     if isinstance(value, bool):
         return value
-    raise ConfigError(f"{key} must be true or false, not {value!r}")
+    raise ConfigError(f"{key} must be true or false, not {value!r}", kind="E-ATTRIBUTE-VALUE")
 
 
 def _positive(value: Any, key: str) -> int:
     if isinstance(value, int) and not isinstance(value, bool) and value > 0:
         return value
-    raise ConfigError(f"{key} must be a positive whole number, not {value!r}")
+    raise ConfigError(f"{key} must be a positive whole number, not {value!r}", kind="E-ATTRIBUTE-VALUE")
 
 
 def _number(value: Any, key: str) -> float | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-        raise ConfigError(f"{key} must be a positive number, not {value!r}")
+        raise ConfigError(f"{key} must be a positive number, not {value!r}", kind="E-ATTRIBUTE-VALUE")
     return float(value)
 
 
@@ -157,6 +159,7 @@ def _granularity(value: Any) -> Granularity:
     raise ConfigError(
         f"granularity {value!r} is unknown",
         hint="tensor, channel, {channel: 0 or 1}, token, {group: SIZE} or {tile: [ROWS, COLUMNS]}",
+        kind="E-ATTRIBUTE-VALUE",
     )
 
 
@@ -189,22 +192,34 @@ def _observer(value: Any) -> ObserverSpec:
         return MIN_MAX
     given = {"name": value} if isinstance(value, str) else value
     if not isinstance(given, Mapping) or "name" not in given:
-        raise ConfigError("observer must be a name, or a mapping with 'name'", hint=f"one of {', '.join(OBSERVERS)}")
+        raise ConfigError(
+            "observer must be a name, or a mapping with 'name'",
+            hint=f"one of {', '.join(OBSERVERS)}",
+            kind="E-ATTRIBUTE-VALUE",
+        )
     name = _choice(given["name"], OBSERVERS, "observer")
     known = OBSERVERS[name]
     _only(given, ("name", *known), f"observer {name}")
     numbers = {key: _number(given.get(key, usual), f"observer.{key}") for key, usual in known.items()}
     if numbers.get("percentile") is not None and not 50 <= (numbers["percentile"] or 0) <= 100:
-        raise ConfigError("observer.percentile must lie between 50 and 100")
+        raise ConfigError("observer.percentile must lie between 50 and 100", kind="E-ATTRIBUTE-VALUE")
     for key in ("anchor", "upper"):
         if (numbers.get(key) or 1) > 100:
-            raise ConfigError(f"observer.{key} must be a percentage, not {numbers[key]:g}")
+            raise ConfigError(f"observer.{key} must be a percentage, not {numbers[key]:g}", kind="E-ATTRIBUTE-VALUE")
     if (numbers.get("rho") or 1) >= E4M3_SPAN:
-        raise ConfigError(f"observer.rho must be less than {E4M3_SPAN}", hint="e4m3 scales reach no further")
+        raise ConfigError(
+            f"observer.rho must be less than {E4M3_SPAN}", hint="e4m3 scales reach no further", kind="E-ATTRIBUTE-VALUE"
+        )
     if numbers.get("shrink") is not None and not (numbers["shrink"] or 0) < 1:
-        raise ConfigError("observer.shrink must lie between 0 and 1", hint="the smallest share of amax that is tried")
+        raise ConfigError(
+            "observer.shrink must lie between 0 and 1",
+            hint="the smallest share of amax that is tried",
+            kind="E-ATTRIBUTE-VALUE",
+        )
     if (numbers.get("steps") or 1) % 1:
-        raise ConfigError(f"observer.steps must be a positive whole number, not {numbers['steps']!r}")
+        raise ConfigError(
+            f"observer.steps must be a positive whole number, not {numbers['steps']!r}", kind="E-ATTRIBUTE-VALUE"
+        )
     return ObserverSpec(name, tuple((key, number) for key, number in numbers.items() if number is not None))
 
 
@@ -216,81 +231,89 @@ def _check(spec: TensorSpec) -> None:
     _check_integer_words(spec)
     _check_chain(spec)
     if isinstance(spec.granularity, PerToken) and spec.scale is not None and spec.scale.when == "static":
-        raise ConfigError("a scale per token cannot be static", hint="when: dynamic")
+        raise _impossible("a scale per token cannot be static", hint="when: dynamic")
     size = spec.granularity.size if isinstance(spec.granularity, PerGroup) else 1
     if spec.format.sub_block and size % spec.format.sub_block:
-        raise ConfigError(f"{spec.element} needs groups of an even size", hint="granularity: {group: 16}")
+        raise _impossible(f"{spec.element} needs groups of an even size", hint="granularity: {group: 16}")
+
+
+def _impossible(what: str, *, hint: str = "") -> ConfigError:
+    return ConfigError(what, hint=hint, kind="E-FORMAT-IMPOSSIBLE")
 
 
 def _check_scale(spec: TensorSpec) -> None:
     scale = spec.scale
     assert scale is not None
     if (scale.rule in EXPONENT_RULES) != (scale.dtype == "e8m0"):
-        raise ConfigError(
+        raise _impossible(
             f"scale.rule '{scale.rule}' does not fit scale.dtype '{scale.dtype}'",
             hint=f"{', '.join(EXPONENT_RULES)} belong to e8m0; the other rules to the others",
         )
     if scale.rule == "half_range" and spec.format.kind != "integer":
-        raise ConfigError("scale.rule 'half_range' is for integers", hint="use absmax")
+        raise _impossible("scale.rule 'half_range' is for integers", hint="use absmax")
     if scale.dtype == "e8m0" and spec.format.kind == "integer" and not spec.format.fraction:
-        raise ConfigError(f"no e8m0 scale is defined for {spec.element}", hint="element: mxint8, or scale dtype pow2")
+        raise _impossible(f"no e8m0 scale is defined for {spec.element}", hint="element: mxint8, or scale dtype pow2")
     if spec.format.fraction and scale.dtype != "e8m0":
-        raise ConfigError(f"{spec.element} shares an exponent", hint="leave scale.dtype out, or say e8m0")
+        raise _impossible(f"{spec.element} shares an exponent", hint="leave scale.dtype out, or say e8m0")
     if scale.rule == "fit" and spec.format.kind != "integer":
-        raise ConfigError("scale.rule 'fit' is for integers", hint="use ceil or rceil")
+        raise _impossible("scale.rule 'fit' is for integers", hint="use ceil or rceil")
     if scale.rule in SEARCH_RULES and (scale.dtype, spec.element, scale.when) != ("e4m3", "fp4_e2m1", "static"):
-        raise ConfigError(f"scale.rule '{scale.rule}' chooses static e4m3 scales of fp4_e2m1", hint="absmax")
+        raise _impossible(f"scale.rule '{scale.rule}' chooses static e4m3 scales of fp4_e2m1", hint="absmax")
     if scale.rule in SEARCH_RULES and not isinstance(spec.granularity, PerGroup):
-        raise ConfigError(f"scale.rule '{scale.rule}' is for groups", hint="granularity: {group: 16}")
+        raise _impossible(f"scale.rule '{scale.rule}' is for groups", hint="granularity: {group: 16}")
     if scale.rule in SEARCH_RULES and spec.observer != MIN_MAX:
-        raise ConfigError(f"scale.rule '{scale.rule}' searches by itself", hint="leave the observer out")
+        raise _impossible(f"scale.rule '{scale.rule}' searches by itself", hint="leave the observer out")
     if scale.dtype == "e4m3" and scale.global_scale is None:
-        raise ConfigError("an e4m3 scale needs a global scale", hint="add global_scale: {dtype: f32}")
+        raise _impossible("an e4m3 scale needs a global scale", hint="add global_scale: {dtype: f32}")
     if scale.global_scale is not None and (
         scale.global_scale.dtype != "f32" or scale.global_scale.global_scale is not None
     ):
-        raise ConfigError("scale.global_scale must be one f32 scale", hint="global_scale: {dtype: f32, when: static}")
+        raise _impossible("scale.global_scale must be one f32 scale", hint="global_scale: {dtype: f32, when: static}")
     if scale.global_scale is not None and scale.dtype not in {"e4m3", "e5m3"}:
-        raise ConfigError(f"a global scale goes over e4m3 or e5m3 scales, not over {scale.dtype}")
+        raise _impossible(f"a global scale goes over e4m3 or e5m3 scales, not over {scale.dtype}")
     if spec.observer.name == "headroom" and not (
         (spec.element, scale.dtype, scale.when, spec.group_size) == ("fp4_e2m1", "e4m3", "dynamic", 16)
         and scale.global_scale is not None
         and scale.global_scale.when == "static"
     ):
-        raise ConfigError("observer 'headroom' is for inputs in nvfp4", hint="dynamic e4m3 scales over a static one")
+        raise _impossible("observer 'headroom' is for inputs in nvfp4", hint="dynamic e4m3 scales over a static one")
     if scale.minimum is not None and scale.dtype not in {"f32", "f16", "bf16", "model"}:
-        raise ConfigError(f"scale.minimum does not fit {scale.dtype} scales", hint="give it to a plain or global scale")
+        raise _impossible(f"scale.minimum does not fit {scale.dtype} scales", hint="give it to a plain or global scale")
     if scale.dtype in {"e8m0", "e4m3", "e5m3"} and spec.group_size is None:
-        raise ConfigError(f"{scale.dtype} scales belong to groups", hint="granularity: {group: 32}")
+        raise _impossible(f"{scale.dtype} scales belong to groups", hint="granularity: {group: 32}")
 
 
 def _check_integer_words(spec: TensorSpec) -> None:
     """Zero points, rounding and narrow ranges are for integers with a plain scale."""
     plain = spec.format.kind == "integer" and not spec.format.fraction
     if not spec.symmetric and (not plain or spec.narrow):
-        raise ConfigError(f"zero_point '{spec.zero_point}' is for whole integer ranges", hint="element: uint4 or uint8")
+        raise _impossible(f"zero_point '{spec.zero_point}' is for whole integer ranges", hint="element: uint4 or uint8")
     if not spec.symmetric and spec.scale is not None and SCALE_FORMATS[spec.scale.dtype].bits == 8:
-        raise ConfigError(
+        raise _impossible(
             f"no zero point goes with {spec.scale.dtype} scales", hint="scale: {dtype: f32}, or f16, bf16"
         )
     if spec.symmetric and spec.format.kind == "integer" and spec.format.minimum >= 0:
-        raise ConfigError(f"{spec.element} without a zero point cannot hold negative values", hint="zero_point: int")
+        raise _impossible(f"{spec.element} without a zero point cannot hold negative values", hint="zero_point: int")
     if not spec.symmetric and spec.scale is not None and spec.scale.constant_amax is not None:
-        raise ConfigError("constant_amax gives no range for a zero point", hint="leave one of the two out")
+        raise _impossible("constant_amax gives no range for a zero point", hint="leave one of the two out")
     if spec.rounding != "half_even" and not plain:
-        raise ConfigError(f"rounding '{spec.rounding}' is for integers", hint="leave it out: half_even")
+        raise _impossible(f"rounding '{spec.rounding}' is for integers", hint="leave it out: half_even")
     if spec.narrow and (not plain or spec.format.minimum >= 0):
-        raise ConfigError("narrow is for signed integers", hint="leave it out")
+        raise _impossible("narrow is for signed integers", hint="leave it out")
 
 
 def _check_chain(spec: TensorSpec) -> None:
     if spec.then is None:
         return
     if spec.then.then is not None:
-        raise ConfigError("a chain has two stages", hint="give one 'then'")
+        raise ConfigError("a chain has two stages", hint="give one 'then'", kind="E-CHAIN")
     if spec.then.scale is None:
-        raise ConfigError(f"the second stage {spec.then.element} has no scale", hint="use an integer or fp8 element")
+        raise ConfigError(
+            f"the second stage {spec.then.element} has no scale", hint="use an integer or fp8 element", kind="E-CHAIN"
+        )
     if any(stage.format.sub_block for stage in spec.stages):
-        raise ConfigError("mx6 and mx9 are not part of chains")
+        raise ConfigError("mx6 and mx9 are not part of chains", kind="E-CHAIN")
     if spec.stored == "last" and spec.granularity not in (PerTensor(), PerChannel(0)):
-        raise ConfigError("with 'stored: last' the first stage has one scale per tensor or output channel")
+        raise ConfigError(
+            "with 'stored: last' the first stage has one scale per tensor or output channel", kind="E-CHAIN"
+        )

@@ -44,6 +44,7 @@ def changed(old: Cfg, given: Change | Sequence[Change], *, weight: bool) -> Cfg:
         raise ConfigError(
             f"{', '.join(sorted(keys - words_of(old)) or sorted(keys))} cannot be changed in part",
             hint="words of ours or of ModelOpt's, or set_quantizer_attributes_full",
+            kind="E-ATTRIBUTE-CONFLICT",
         )
     stages = [replace(stage, then=None, stored="first") for stage in spec.stages]
     made = [change_one(stage, change, weight) for stage, change in zip(stages, changes, strict=True)]
@@ -57,7 +58,11 @@ def _for_each(given: Change | Sequence[Change], count: int) -> list[Change]:
         return [given] * count
     if count == 1 or len(given) != count:
         stages = "no chain" if count == 1 else f"a chain of {count}"
-        raise ConfigError(f"{len(given)} mappings are given for {stages}", hint="set_quantizer_attributes_full")
+        raise ConfigError(
+            f"{len(given)} mappings are given for {stages}",
+            hint="set_quantizer_attributes_full",
+            kind="E-ATTRIBUTE-CONFLICT",
+        )
     return list(given)
 
 

@@ -116,7 +116,7 @@ def to_spec(specs: Mapping[str, Any] | Sequence[Mapping[str, Any]], *, weight: b
             after = entries[index + 1] if index + 1 < len(entries) else {}
             stages.append(_stage(entry, after if after.get("is_scale_quant") else None, weight))
         elif index == 0 or entries[index - 1].get("is_scale_quant"):
-            raise ConfigError("is_scale_quant needs a spec before it, whose scales it quantizes")
+            raise ConfigError("is_scale_quant needs a spec before it, whose scales it quantizes", kind="E-CHAIN")
     *before, spec = stages
     for stage in reversed(before):
         spec = replace(stage, then=spec, stored="last")
@@ -127,25 +127,33 @@ def to_spec(specs: Mapping[str, Any] | Sequence[Mapping[str, Any]], *, weight: b
 def _known(entry: Any) -> dict[str, Any]:
     """Returns a SPEC under today's keys, enumeration members by their bare names."""
     if not isinstance(entry, Mapping):
-        raise ConfigError(f"a SPEC is a mapping, not {entry!r}")
+        raise ConfigError(f"a SPEC is a mapping, not {entry!r}", kind="E-ATTRIBUTE-VALUE")
     out: dict[str, Any] = {}
     for key, value in entry.items():
         name = _OLD_FIELDS.get(key, key)
         if name == _TRAINING and value is None:
             continue
         if name == _TRAINING:
-            raise ConfigError("'qat_spec' cannot be honoured: learned scales belong to training", hint="take it out")
+            raise ConfigError(
+                "'qat_spec' cannot be honoured: learned scales belong to training",
+                hint="take it out",
+                kind="E-ATTRIBUTE-UNSUPPORTED",
+            )
         if name not in FIELDS:
             close = near_misses(str(key), FIELDS)
-            raise ConfigError(f"unknown key '{key}' in a SPEC", hint=f"did you mean '{close[0]}'?" if close else "")
+            raise ConfigError(
+                f"unknown key '{key}' in a SPEC",
+                hint=f"did you mean '{close[0]}'?" if close else "",
+                kind="E-ATTRIBUTE-UNKNOWN",
+            )
         if name in out:
-            raise ConfigError(f"'{key}' is the old name of '{name}'; give one of them")
+            raise ConfigError(f"'{key}' is the old name of '{name}'; give one of them", kind="E-ATTRIBUTE-CONFLICT")
         out[name] = value.rpartition(".")[2] if isinstance(value, str) else value
     if out.get("dtype") is None:
-        raise ConfigError("a SPEC has no 'dtype'", hint="dtype: fp8_e4m3")
+        raise ConfigError("a SPEC has no 'dtype'", hint="dtype: fp8_e4m3", kind="E-ATTRIBUTE-CONFLICT")
     for name in ("dtype", "mx_element_dtype", "observer_cls"):
         if not isinstance(out.get(name), str | None):
-            raise ConfigError(f"{name} must be a name, not {out[name]!r}")
+            raise ConfigError(f"{name} must be a name, not {out[name]!r}", kind="E-ATTRIBUTE-VALUE")
     return out
 
 
@@ -158,10 +166,14 @@ def _stage(entry: Mapping[str, Any], over: Mapping[str, Any] | None, weight: boo
     if element.fraction or entry["dtype"] == MX:
         return _shared_exponent(entry, element, when, over)
     if entry.get("mx_element_dtype") is not None:
-        raise ConfigError(f"mx_element_dtype belongs to dtype {MX}", hint=f"not to {entry['dtype']}")
+        raise ConfigError(
+            f"mx_element_dtype belongs to dtype {MX}", hint=f"not to {entry['dtype']}", kind="E-ATTRIBUTE-CONFLICT"
+        )
     granularity = _granularity(entry, weight)
     if not weight and when == "static" and isinstance(granularity, PerGroup) and over is None:
-        raise ConfigError("an activation in groups cannot be static", hint="is_dynamic: true")
+        raise ConfigError(
+            "an activation in groups cannot be static", hint="is_dynamic: true", kind="E-FORMAT-IMPOSSIBLE"
+        )
     zero_point: ZeroPoint = "none"
     if _flag(entry, "symmetric") is False:
         kind = _choice(entry, "zero_point_type", _ZERO_POINTS) or "int32"
@@ -182,17 +194,21 @@ def _element(entry: Mapping[str, Any]) -> Element:
     inner = entry.get("mx_element_dtype")
     if dtype == MX:
         if inner is None:
-            raise ConfigError("dtype mx needs mx_element_dtype", hint="mx_element_dtype: fp4")
+            raise ConfigError(
+                "dtype mx needs mx_element_dtype", hint="mx_element_dtype: fp4", kind="E-ATTRIBUTE-CONFLICT"
+            )
         name = MX_ELEMENTS.get(inner, DTYPES.get(inner, inner))
         if name not in ELEMENTS or not (ELEMENTS[name].kind == "float" or name in MX_ELEMENTS.values()):
-            raise ConfigError(f"mx_element_dtype '{inner}' is unknown", hint="fp4, a fp6, a fp8, or int8")
+            raise ConfigError(
+                f"mx_element_dtype '{inner}' is unknown", hint="fp4, a fp6, a fp8, or int8", kind="E-ATTRIBUTE-VALUE"
+            )
         return ELEMENTS[name]
     name = DTYPES.get(dtype, dtype)
     if name not in ELEMENTS or name in MX_ELEMENTS.values():
         known = [*DTYPES, MX, *(known for known in ELEMENTS if known not in {*DTYPES.values(), *MX_ELEMENTS.values()})]
         close = near_misses(str(dtype), known)
         hint = f"did you mean '{close[0]}'?" if close else f"one of {', '.join(known)}"
-        raise ConfigError(f"dtype {dtype!r} is not supported", hint=hint)
+        raise ConfigError(f"dtype {dtype!r} is not supported", hint=hint, kind="E-ATTRIBUTE-UNSUPPORTED")
     return ELEMENTS[name]
 
 
@@ -200,9 +216,15 @@ def _cast(entry: Mapping[str, Any], element: Element) -> TensorSpec:
     """Returns the spec of a plain 16-bit float, which takes no scale."""
     for key in ("qscheme", "group_size", "block_size", "scale_format", "mx_element_dtype"):
         if entry.get(key) is not None:
-            raise ConfigError(f"'{key}' contradicts dtype {entry['dtype']}, which has no scale", hint="take it out")
+            raise ConfigError(
+                f"'{key}' contradicts dtype {entry['dtype']}, which has no scale",
+                hint="take it out",
+                kind="E-ATTRIBUTE-CONFLICT",
+            )
     if entry.get("observer_cls") not in (None, PLACEHOLDER):
-        raise ConfigError(f"dtype {entry['dtype']} observes nothing", hint=f"observer_cls: {PLACEHOLDER}")
+        raise ConfigError(
+            f"dtype {entry['dtype']} observes nothing", hint=f"observer_cls: {PLACEHOLDER}", kind="E-ATTRIBUTE-CONFLICT"
+        )
     return TensorSpec(element.name, PerTensor(), None)
 
 
@@ -211,7 +233,7 @@ def _shared_exponent(
 ) -> TensorSpec:
     """Returns the spec of mx6, mx9, bfp16 or the wrapper mx: groups under one exponent. Quark says little of them."""
     if over is not None:
-        raise ConfigError(f"no scale goes over the exponents of {entry['dtype']}")
+        raise ConfigError(f"no scale goes over the exponents of {entry['dtype']}", kind="E-FORMAT-IMPOSSIBLE")
     _along_features(entry)
     size = _size(entry, "group_size", MX_GROUP)
     rule = _SHARED_RULES.get(element.name, _choice(entry, "scale_calculation_mode", MODES) or "even")
@@ -221,9 +243,17 @@ def _shared_exponent(
 def _when(entry: Mapping[str, Any], element: Element, weight: bool) -> When:
     dynamic = _flag(entry, "is_dynamic")
     if dynamic is None and not weight and element.bits == 8 and not element.fraction and entry["dtype"] != MX:
-        raise ConfigError(f"'is_dynamic' is missing beside dtype {entry['dtype']}", hint="is_dynamic: true or false")
+        raise ConfigError(
+            f"'is_dynamic' is missing beside dtype {entry['dtype']}",
+            hint="is_dynamic: true or false",
+            kind="E-ATTRIBUTE-CONFLICT",
+        )
     if weight and dynamic:
-        raise ConfigError("a weight cannot be dynamic: it is quantized before the model runs", hint="is_dynamic: false")
+        raise ConfigError(
+            "a weight cannot be dynamic: it is quantized before the model runs",
+            hint="is_dynamic: false",
+            kind="E-FORMAT-IMPOSSIBLE",
+        )
     # Formats that need no calibration leave it open.
     return "static" if weight or dynamic is False else "dynamic"
 
@@ -231,14 +261,18 @@ def _when(entry: Mapping[str, Any], element: Element, weight: bool) -> When:
 def _granularity(entry: Mapping[str, Any], weight: bool) -> Granularity:
     scheme = _choice(entry, "qscheme", _QSCHEMES)
     if scheme is None:
-        raise ConfigError("a SPEC has no 'qscheme'", hint=f"one of {', '.join(_QSCHEMES)}")
+        raise ConfigError("a SPEC has no 'qscheme'", hint=f"one of {', '.join(_QSCHEMES)}", kind="E-ATTRIBUTE-CONFLICT")
     if scheme != "per_group" and entry.get("group_size") is not None:
-        raise ConfigError(f"group_size contradicts qscheme {scheme}", hint="qscheme: per_group")
+        raise ConfigError(
+            f"group_size contradicts qscheme {scheme}", hint="qscheme: per_group", kind="E-ATTRIBUTE-CONFLICT"
+        )
     if scheme != "per_block" and entry.get("block_size") is not None:
-        raise ConfigError(f"block_size contradicts qscheme {scheme}", hint="qscheme: per_block")
+        raise ConfigError(
+            f"block_size contradicts qscheme {scheme}", hint="qscheme: per_block", kind="E-ATTRIBUTE-CONFLICT"
+        )
     axis = entry.get("ch_axis")
     if axis is not None and type(axis) is not int:
-        raise ConfigError(f"ch_axis must be a whole number, not {axis!r}")
+        raise ConfigError(f"ch_axis must be a whole number, not {axis!r}", kind="E-ATTRIBUTE-VALUE")
     if scheme == "per_tensor":
         return PerTensor()
     if scheme == "per_channel":
@@ -249,13 +283,21 @@ def _granularity(entry: Mapping[str, Any], weight: bool) -> Granularity:
         return PerGroup(_size(entry, "group_size", None))
     blocks = entry.get("block_size")
     if not isinstance(blocks, list | tuple) or len(blocks) != 2 or not all(type(b) is int and b > 0 for b in blocks):
-        raise ConfigError(f"block_size must be two positive whole numbers, not {blocks!r}", hint="[128, 128]")
+        raise ConfigError(
+            f"block_size must be two positive whole numbers, not {blocks!r}",
+            hint="[128, 128]",
+            kind="E-ATTRIBUTE-VALUE",
+        )
     return PerTile(blocks[0], blocks[1])
 
 
 def _along_features(entry: Mapping[str, Any]) -> None:
     if entry.get("ch_axis") not in (None, 1, -1):
-        raise ConfigError(f"groups lie along the last axis, not along {entry['ch_axis']}", hint="ch_axis: -1")
+        raise ConfigError(
+            f"groups lie along the last axis, not along {entry['ch_axis']}",
+            hint="ch_axis: -1",
+            kind="E-ATTRIBUTE-CONFLICT",
+        )
 
 
 def _size(entry: Mapping[str, Any], key: str, usual: int | None) -> int:
@@ -264,7 +306,9 @@ def _size(entry: Mapping[str, Any], key: str, usual: int | None) -> int:
         return usual
     if type(size) is int and size > 0:
         return size
-    raise ConfigError(f"{key} must be a positive whole number, not {size!r}", hint=f"{key}: 128")
+    raise ConfigError(
+        f"{key} must be a positive whole number, not {size!r}", hint=f"{key}: 128", kind="E-ATTRIBUTE-VALUE"
+    )
 
 
 def _scale(entry: Mapping[str, Any], element: Element, when: When, over: Mapping[str, Any] | None) -> ScaleSpec:
@@ -278,11 +322,19 @@ def _scale(entry: Mapping[str, Any], element: Element, when: When, over: Mapping
     if format_ == "e5m3" or kind == E5M3_TYPE:
         return ScaleSpec("e5m3", "absmax", when)
     if format_ == "e4m3":
-        raise ConfigError("scale_format e4m3 needs a second SPEC with is_scale_quant", hint="a list of two SPECs")
+        raise ConfigError(
+            "scale_format e4m3 needs a second SPEC with is_scale_quant",
+            hint="a list of two SPECs",
+            kind="E-ATTRIBUTE-CONFLICT",
+        )
     dtype = SCALE_TYPES[kind or "float"]
     if entry.get("observer_cls") in _POWERS_OF_TWO:
         if kind not in (None, "float", "pof2", "power_of_2"):
-            raise ConfigError(f"scale_type {kind} contradicts {entry['observer_cls']}", hint="scale_type: pof2")
+            raise ConfigError(
+                f"scale_type {kind} contradicts {entry['observer_cls']}",
+                hint="scale_type: pof2",
+                kind="E-ATTRIBUTE-CONFLICT",
+            )
         dtype = "pow2"
     return ScaleSpec(dtype, "half_range" if element.kind == "integer" else "absmax", when)
 
@@ -291,7 +343,7 @@ def _two_level(over: Mapping[str, Any], when: When) -> ScaleSpec:
     """Returns block scales under the global scale that the second SPEC says."""
     dtype = _choice(over, "dtype", BLOCK_SCALES)
     if over.get("qscheme") != "per_tensor":
-        raise ConfigError("the scale over the scales is one per tensor", hint="qscheme: per_tensor")
+        raise ConfigError("the scale over the scales is one per tensor", hint="qscheme: per_tensor", kind="E-CHAIN")
     outer = ScaleSpec("f32", when="dynamic" if _flag(over, "is_dynamic") else "static")
     return ScaleSpec(BLOCK_SCALES[dtype or ""], "absmax", when, outer)
 
@@ -301,12 +353,18 @@ def _observer(entry: Mapping[str, Any]) -> ObserverSpec:
     if name is None:
         return MIN_MAX
     if name in _REFUSED_OBSERVERS:
-        raise ConfigError(f"'{name}' cannot be honoured: {_REFUSED_OBSERVERS[name]}", hint="choose another observer")
+        raise ConfigError(
+            f"'{name}' cannot be honoured: {_REFUSED_OBSERVERS[name]}",
+            hint="choose another observer",
+            kind="E-ATTRIBUTE-UNSUPPORTED",
+        )
     known = _choice(entry, "observer_cls", OBSERVER_CLASSES)
     scheme, observer = OBSERVER_CLASSES[known or PLACEHOLDER]
     given = _choice(entry, "qscheme", _QSCHEMES)
     if scheme is not None and given is not None and given != scheme:
-        raise ConfigError(f"{name} contradicts qscheme {given}", hint=f"it is for {scheme}")
+        raise ConfigError(
+            f"{name} contradicts qscheme {given}", hint=f"it is for {scheme}", kind="E-ATTRIBUTE-CONFLICT"
+        )
     return observer
 
 
@@ -320,11 +378,11 @@ def _choice(entry: Mapping[str, Any], key: str, known: Iterable[str]) -> str | N
         return word
     close = near_misses(str(value), known)
     hint = f"did you mean '{close[0]}'?" if close else f"one of {', '.join(known)}"
-    raise ConfigError(f"{key} {value!r} is unknown", hint=hint)
+    raise ConfigError(f"{key} {value!r} is unknown", hint=hint, kind="E-ATTRIBUTE-VALUE")
 
 
 def _flag(entry: Mapping[str, Any], key: str) -> bool | None:
     value = entry.get(key)
     if value is None or isinstance(value, bool):
         return value
-    raise ConfigError(f"{key} must be true, false or null, not {value!r}")
+    raise ConfigError(f"{key} must be true, false or null, not {value!r}", kind="E-ATTRIBUTE-VALUE")
