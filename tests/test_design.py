@@ -58,7 +58,7 @@ INSIDE = {
     " fidelity verify push",
     "job": "ranks forecast device rates options groups judging asked preflight splitting directories idle carried"
     " served packing problems rewriting solving pieces stages tuning prepass reach costs predict result part staging"
-    " pipeline finish dividing walking fingerprint download convert run choosing probe preview inspecting",
+    " pipeline finish dividing walking fingerprint download convert run choosing bulk probe preview inspecting",
 }
 
 # Package -> the rooms that may import it.

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from quarkcli import servers
 from quarkcli.cli import output, planview, predictview, tables
 from quarkcli.errors import ModelError
 from quarkcli.job import directories, idle
-from quarkcli.job.groups import Group, groups
+from quarkcli.job.groups import Group, groups, of_report
 from quarkcli.plan import advice
 from quarkcli.plan.online import sentences
 from quarkcli.recipe.advice import AUTO
@@ -22,17 +22,37 @@ NEXT = "  next      quark quantize with the same flags; every module: --modules;
 USUAL = 120  # columns where there is no terminal
 _LABEL = 10
 _HEAD = ("PART", "TENSORS", "PARAMS", "NOW", "AFTER", "HOW", "WHY")
-_NUMBERS = range(1, 5)  # columns
 
 
-def lines(prepared: Prepared, forecast: Prediction | None, width: int | None = None) -> list[str]:
-    """Returns the picture. `width`: columns of the terminal; None: as they are."""
+def lines(
+    prepared: Prepared, forecast: Prediction | None, width: int | None = None, remarks: Sequence[str] = ()
+) -> list[str]:
+    """Returns the picture.
+
+    width     columns of the terminal; None: as they are
+    remarks   what is to say below the table
+    """
     width = width or tables.room() or USUAL
-    return [
-        *tables.wrapped(_title(prepared), width),
-        *_facts(prepared, forecast, width),
-        *_table(groups(prepared), width),
-    ]
+    rows = [_cells(group) for group in groups(prepared)]
+    facts = _labelled(_facts(prepared, forecast), width)
+    notes = _labelled(output.listed("!", remarks), width)
+    return [*tables.wrapped(_title(prepared), width), *facts, *_laid(_HEAD, rows, 2, width), *notes]
+
+
+def after(report: Mapping[str, Any], width: int | None = None) -> list[str]:
+    """Returns the table of a finished run, with what was written, lost and taken."""
+    width = width or tables.room("stderr") or USUAL
+    rows = report["tensors"]
+    measured = [row for row in rows if row["output_error"] is not None]
+    column, error = ("OUTPUT ERROR", "output_error") if measured else ("WEIGHT ERROR", "error")
+    shown = bool(measured) or report["calibration"] is None  # a weight's own error says nothing of calibrated codes
+    head = ("PART", "TENSORS", "PARAMS", "NOW", "AFTER", *((column,) if shown else ()), "TIME", "HOW")
+    cells = []
+    for group in of_report(rows, error):
+        errors = ("-" if group.error is None else f"{group.error:.3g}",) if shown else ()
+        took = predictview.duration(group.seconds) if group.seconds else "-"
+        cells.append((*_cells(group)[:5], *errors, took, group.how))
+    return _laid(head, cells, 1, width)
 
 
 def _title(prepared: Prepared) -> str:
@@ -43,11 +63,14 @@ def _title(prepared: Prepared) -> str:
     return f"{source.name} -> {prepared.recipe.name}    {architecture}, {blocks} blocks{guessed}"
 
 
-def _facts(prepared: Prepared, forecast: Prediction | None, width: int) -> Iterator[str]:
+def _facts(prepared: Prepared, forecast: Prediction | None) -> Iterator[tuple[str, str]]:
     timed = predictview.rows(forecast) if forecast is not None else []
     facts = [*_sizes(prepared), ("needs", _needs(prepared)), *timed, *_ways(prepared), *_serves(prepared)]
-    facts += output.listed("writes", [str(one.checkpoint) for one in prepared.every])
-    for label, text in facts:
+    yield from facts + output.listed("writes", [str(one.checkpoint) for one in prepared.every])
+
+
+def _labelled(rows: Iterable[tuple[str, str]], width: int) -> Iterator[str]:
+    for label, text in rows:
         room = max(20, width - _LABEL - 2)
         for number, line in enumerate(tables.fold(text, room)):
             yield f"  {label if not number else '':<{_LABEL}}{line}".rstrip()
@@ -94,31 +117,29 @@ def _serves(prepared: Prepared) -> Iterator[tuple[str, str]]:
         yield from output.listed("serves", servers.verdicts(servers.AUTO, written, ModelError))
 
 
-def _table(found: list[Group], width: int) -> list[str]:
-    """Returns the table; where it does not fit, the reason stands on a line of its own."""
-    rows = [_cells(group) for group in found]
-    short = [row[:-1] for row in rows]
-    whole = _aligned([_HEAD, *rows])
-    if all(len(line) <= width for line in whole):
-        return whole
-    first = _aligned([_HEAD[:-1], *short])
-    if any(len(line) > width for line in first):  # what happens to it goes there as well
-        first = _aligned([_HEAD[:-2], *(row[:-2] for row in rows)])
-        if any(len(line) > width for line in first):
-            return [line for row in rows for line in _block(row, width)]
-        return [first[0], *_folded(first[1:], [[row[-2], row[-1]] for row in rows], width)]
-    return [first[0], *_folded(first[1:], [[row[-1]] for row in rows], width)]
+def _laid(head: Sequence[str], rows: Sequence[Sequence[str]], texts: int, width: int) -> list[str]:
+    """Returns the table; where it does not fit, its last columns, which are sentences, stand on lines of their own.
+
+    texts   the number of those columns
+    """
+    for below in range(texts + 1):
+        lines = _aligned([line[: len(head) - below] for line in (head, *rows)], texts - below)
+        if all(len(line) <= width for line in lines):
+            return [lines[0], *_folded(lines[1:], [row[len(head) - below :] for row in rows], width)]
+    return [line for row in rows for line in _block(head, row, texts, width)]
 
 
-def _block(row: tuple[str, ...], width: int) -> Iterator[str]:
+def _block(head: Sequence[str], row: Sequence[str], texts: int, width: int) -> Iterator[str]:
     """Yields a row for a narrow terminal: its name, and what is to say of it below."""
-    label, tensors, parameters, before, after, how, why = row
+    label, tensors, parameters, before, after, *more = row
+    figures = zip(head[5 : len(head) - texts], more, strict=False)
     yield from (f"  {line}" for line in tables.fold(label, width - 2))
-    for text in (f"{tensors} tensors, {parameters}", f"{before} -> {after}", how, why):
+    told = [f"{title.lower()} {figure}" for title, figure in figures if figure != "-"]
+    for text in (f"{tensors} tensors, {parameters}", f"{before} -> {after}", *told, *row[len(head) - texts :]):
         yield from (f"      {line}" for line in tables.fold(text, width - 6) if line)
 
 
-def _folded(rows: list[str], more: list[list[str]], width: int) -> Iterator[str]:
+def _folded(rows: Sequence[str], more: Sequence[Sequence[str]], width: int) -> Iterator[str]:
     for row, texts in zip(rows, more, strict=True):
         yield row
         for text in filter(None, texts):
@@ -140,12 +161,14 @@ def _count(number: int) -> str:
     return str(number)
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+def _aligned(rows: Sequence[Sequence[str]], texts: int) -> list[str]:
+    """Returns rows in columns; all but the first and the last `texts` are figures."""
+    figures = range(1, len(rows[0]) - texts)
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     out = []
     for row in rows:
         cells = (
-            cell.rjust(widths[column]) if column in _NUMBERS else cell.ljust(widths[column])
+            cell.rjust(widths[column]) if column in figures else cell.ljust(widths[column])
             for column, cell in enumerate(row)
         )
         out.append(f"  {'  '.join(cells)}".rstrip())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -51,19 +52,20 @@ def quantize(flags: JobFlags, *, dry_run: DryRun = False) -> None:
     first = ranks.world()[0] == 0  # of several ranks, it speaks for all
     with Progress(flags.progress if first else "none") as progress:
         made: list[Prepared] = []
+        remarks: list[str] = []
 
         def planned(prepared: Prepared) -> None:
             made.append(prepared)
             for one in prepared.every:
                 one.warnings += flags.idle(plan=False)
             output.session.partial = partial_path(prepared.output)
-            _announce(prepared)
+            remarks.extend(_announce(prepared) if first else [])
 
         report = job.run(options, progress, planned, judge)
         if not report:  # the first of several ranks has it
             return
         output.session.done = made[0].output
-    _conclude(made[0], report)
+    _conclude(made[0], report, remarks)
     if flags.json:
         output.json_data(report)
     else:
@@ -152,7 +154,7 @@ def _plan(
     from quarkcli.cli import picture, planview, predictview
     from quarkcli.cli.progress import Progress
     from quarkcli.events import Phase
-    from quarkcli.job import idle, predict
+    from quarkcli.job import bulk, idle, predict
     from quarkcli.job import run as job
 
     flags.start()
@@ -173,34 +175,40 @@ def _plan(
         for line in job.check_model(prepared):
             output.note(line)
     forecast = predict.of_plan(prepared, devices.rates, devices.ranks)
+    remarks = bulk.remarks(prepared)
     if flags.json:
-        output.json_data({**planview.as_json(prepared, full), "forecast": predict.as_json(forecast)})
+        plan = planview.as_json(prepared, full)
+        output.json_data({**plan, "remarks": remarks, "forecast": predict.as_json(forecast)})
         return
     if modules:
         planview.show(prepared, output.pairs(predictview.rows(forecast)))
     else:
-        for line in [*picture.lines(prepared, forecast), picture.NEXT]:
+        for line in [*picture.lines(prepared, forecast, remarks=remarks), picture.NEXT]:
             output.data(line)
     if devices.shown:
         predictview.show(forecast)
     planview.warn(prepared)
 
 
-def _announce(prepared: Prepared) -> None:
-    """Prints the plan's header before the work."""
-    from quarkcli.cli import picture, planview
+def _announce(prepared: Prepared) -> list[str]:
+    """Prints the plan before the work. Returns what is to say of it again at the end."""
+    from quarkcli.cli import picture, planview, tables
+    from quarkcli.job import bulk
 
+    remarks = bulk.remarks(prepared)
     if output.session.format == "json":
         brief = planview.as_json(prepared)
         del brief["entries"]
-        output.event("plan", brief)
-        return
-    for line in picture.lines(prepared, None):
+        output.event("plan", {**brief, "remarks": remarks})
+        return remarks
+    for line in picture.lines(prepared, None, tables.room("stderr"), remarks):
         output.note(line)
+    return remarks
 
 
-def _conclude(prepared: Prepared, report: dict[str, Any]) -> None:
-    from quarkcli.cli import summary
+def _conclude(prepared: Prepared, report: dict[str, Any], remarks: Sequence[str]) -> None:
+    """Prints the end of a run: the plan's table with what was written, what it has cost, and what to type next."""
+    from quarkcli.cli import picture, summary
     from quarkcli.job import directories
 
     commands = _next(prepared)
@@ -210,7 +218,9 @@ def _conclude(prepared: Prepared, report: dict[str, Any]) -> None:
     if output.session.format == "json":
         output.event("done", {"output": str(prepared.output), "next": commands})
         return
-    for line in summary.lines(reports, commands):
+    for line in picture.after(next(iter(reports.values()))):
+        output.note(line)
+    for line in summary.lines(reports, commands, remarks):
         output.note(line)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from quarkcli.cli import output
@@ -15,13 +15,16 @@ from quarkcli.report.log import duration
 Rows = list[tuple[str, str]]
 
 
-def lines(reports: Mapping[str, Mapping[str, Any]], next_commands: list[str]) -> list[str]:
+def lines(
+    reports: Mapping[str, Mapping[str, Any]], next_commands: Sequence[str], remarks: Sequence[str] = ()
+) -> list[str]:
     """Returns the end of a run: the work, its cost, the kept modules, the commands to run next.
 
     reports   of each directory that was written, by its path
+    remarks   see `job.bulk`
     """
     first = next(iter(reports.values()))
-    rows = _advice(first) + _facts(first, reports) + output.listed("kept", _kept(first))
+    rows = _advice(first) + _facts(first, reports) + output.listed("kept", [*remarks, *_kept(first)])
     rows += output.listed("checked", [line for report in reports.values() for line in _checks(report, reports)])
     warnings = dict.fromkeys(warning for report in reports.values() for warning in report["warnings"])
     return output.pairs(rows + output.listed("warning", list(warnings)) + output.listed("next", next_commands))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from quarkcli.dialects.base import Writer
 from quarkcli.disk.contents import part_targets
@@ -32,6 +34,8 @@ class Group:
     words    their projections
     tensors  their number; `parameters` of them, `before` and `after`: bytes in the source and in the output
     how, why what becomes of them, and the reason, in words
+    role     that of the first tensor
+    errors   of a finished run: those of its weights; `seconds` that they took
     """
 
     name: str
@@ -43,6 +47,19 @@ class Group:
     parameters: int = 0
     before: int = 0
     after: int = 0
+    role: str = ""
+    errors: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def is_protected(self) -> bool:
+        """True where a default exclusion keeps it."""
+        return self.why.startswith(words.PROTECTED)
+
+    @property
+    def error(self) -> float | None:
+        """Returns the mean of the errors; None where none was measured."""
+        return sum(self.errors) / len(self.errors) if self.errors else None
 
     @property
     def projections(self) -> list[str]:
@@ -72,6 +89,29 @@ class Group:
         }  # fmt: skip
 
 
+def of_report(rows: Iterable[Mapping[str, Any]], error: str) -> list[Group]:
+    """Returns all groups of a finished run, from the rows of its report. `error`: which of a row's errors counts."""
+    found: dict[tuple[str, str, str], Group] = {}
+    for row in rows:
+        name, word = named(row["role"])
+        quantized = row["fate"] == "quantized"
+        group = found.setdefault((name, row["format"], row["why"]), Group(name, row["format"], row["why"], quantized))
+        group.add(word, math.prod(row["shape"]), row["source_bytes"], row["bytes"])
+        group.errors += [row[error]] if row[error] is not None else []
+        group.seconds += row["seconds"] or 0.0
+    return in_order(found.values())
+
+
+def in_order(found: Iterable[Group]) -> list[Group]:
+    """Returns groups: quantized ones first, each kind by size."""
+    return sorted(found, key=lambda group: (not group.quantized, -group.before, -group.after))
+
+
+def named(role: str) -> tuple[str, str]:
+    """Returns the group that people know a role as, and its word there."""
+    return _KNOWN.get(role, (role.replace("_", " "), ""))
+
+
 def groups(prepared: Prepared) -> list[Group]:
     """Returns all groups of a plan: quantized ones first, each kind by size."""
     counting = _Counting(prepared)
@@ -79,7 +119,7 @@ def groups(prepared: Prepared) -> list[Group]:
         for name in part.tensors:
             counting.tensor(name)
     counting.rest()
-    return sorted(counting.found.values(), key=lambda group: (not group.quantized, -group.before, -group.after))
+    return in_order(counting.found.values())
 
 
 class _Counting:
@@ -129,8 +169,8 @@ class _Counting:
         return self._ends[key]
 
     def _group(self, role: str, how: str, why: str, quantized: bool, *counts: int) -> None:
-        name, word = _KNOWN.get(role, (role.replace("_", " "), ""))
-        group = self.found.setdefault((name, how, why), Group(name, how, why, quantized))
+        name, word = named(role)
+        group = self.found.setdefault((name, how, why), Group(name, how, why, quantized, role=role))
         group.add(word, *counts)
 
 

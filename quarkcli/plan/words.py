@@ -9,6 +9,7 @@ from quarkcli.spec import PerChannel, PerGroup, PerTensor, PerTile, PerToken, Te
 
 _FLOATS = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
 _EXCLUSION = "default exclusion, role "
+PROTECTED = "protected: "
 
 
 def how(target: Target) -> str:
@@ -36,7 +37,7 @@ def why(plan: Plan, target: Target) -> str:
         return "no entry names it"
     decider = plan.entries[entry]
     origin = reason(str(decider.origin))
-    if target.weight is None or origin.startswith(("scheme ", "protected: ")):
+    if target.weight is None or origin.startswith(("scheme ", PROTECTED)):
         return origin
     return f"{origin}: {decider.quantizer_path.removesuffix('.weight_quantizer')}"
 
@@ -44,7 +45,7 @@ def why(plan: Plan, target: Target) -> str:
 def reason(text: str) -> str:
     """Returns the text of an entry's origin for people; a file without its folders."""
     if text.startswith(_EXCLUSION):
-        return f"protected: {text.partition(': ')[2]}"
+        return f"{PROTECTED}{text.partition(': ')[2]}"
     if text == "built-in: deny all":
         return "not asked for"
     place, _, column = text.rpartition(":")

@@ -9,9 +9,10 @@ import pytest
 
 from quarkcli.cli import picture
 from quarkcli.disk.writer import tensor_bytes
-from quarkcli.job.groups import groups
+from quarkcli.job import bulk
+from quarkcli.job.groups import groups, of_report
 from quarkcli.job.run import EMBEDDED
-from tests import runs
+from tests import runs, tiny
 
 CASES = [
     ("llama", {"scheme": "nvfp4", "kv_cache": "fp8", "calib_data": "builtin"}),
@@ -75,3 +76,36 @@ def test_json_has_the_rows_and_every_slot_only_in_full(capsys: pytest.CaptureFix
     assert answers[0]["groups"] == answers[1]["groups"]
     assert sum(row["parameters"] for row in answers[0]["groups"]) == 1_836_160
     assert answers[1].keys() - answers[0].keys() == {"needs", "slots", "targets", "kept"}
+
+
+def test_what_is_kept_is_said_where_it_is_most(tmp_path: Path) -> None:
+    """An embedding that is tied to the head: 70 % of the parameters; what to type is tried before it is said."""
+    prepared = runs.prepare(tiny.build("llama_tied", tmp_path / "m", vocab_size=8192).folder, scheme="int4_wo_128")
+    head, *ways = bulk.remarks(prepared)
+    embedding = next(row for row in groups(prepared) if row.name == "embedding")
+    share = embedding.after / sum(row.after for row in groups(prepared))
+    assert f"embedding {share:.0%} (70% of the parameters)" in head
+    assert ways == ["--unprotect embedding: 13% of the source's size instead of 74%; no server is known to load that"]
+    typed = runs.prepare(tmp_path / "m", scheme="int4_wo_128", unprotect=["embedding"])
+    assert typed.forecast.output_bytes < 0.14 * typed.forecast.source_bytes
+
+
+def test_what_may_be_typed_is_said_with_who_loads_it() -> None:
+    lines = bulk.remarks(runs.prepare("demo", scheme="int4_wo_128"))
+    assert any(line.startswith("--unprotect head: 47%") and "vLLM" in line for line in lines)
+    light = [line for line in lines if "--layer model.embed_tokens=ptpc_fp8: 55%" in line]
+    assert [line.rpartition("; ")[2] for line in light] == ["loaded by transformers 5.23"]
+    assert bulk.remarks(runs.prepare("demo", scheme="int4_wo_128", unprotect=["head", "embedding"])) == []
+
+
+def test_the_table_of_a_finished_run(tmp_path: Path) -> None:
+    made = runs.run("demo", tmp_path / "out", scheme="int4_wo_64")
+    rows = of_report(made.report["tensors"], "error")
+    planned = {(row.label, row.how): row.after for row in groups(runs.prepare("demo", scheme="int4_wo_64"))}
+    assert {(row.label, row.how): row.after for row in rows} == planned
+    assert all((row.error is not None) == row.quantized for row in rows)
+    for width in (40, 80, 120):
+        lines = picture.after(made.report, width)
+        assert all(len(line) <= width for line in lines)
+        text = " ".join(" ".join(lines).split())
+        assert all(row.label in text and (not row.quantized or f"{row.error:.3g}" in text) for row in rows)
