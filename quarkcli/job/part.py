@@ -258,9 +258,9 @@ class PartWorker:
         statistics: Statistics | None,
         scales: Mapping[str, Tensor],
     ) -> tuple[Iterable[Work], Workers]:
-        """Returns the work on the weights, and who does it: several threads where there are no statistics."""
+        """Returns the work on the weights, and who does it: several threads where no statistics are asked for."""
         tunes = self.walk is not None and part.block is not None and part.index <= self.last and bool(self.tuners)
-        if statistics is None and not tunes:
+        if (statistics is None or (self.solving.is_data_free and self.group.size == 1)) and not tunes:
             if self.walk is not None:
                 self.walk.observed()
             return self.solving.work(targets, tensors, None), self.workers
@@ -349,7 +349,7 @@ class PartWorker:
         if self.walk is None or part.block is None or part.index > self.last:
             return None
         after: Tensor | None
-        put_decoded(self.plan, self.dialect, part, tensors, packed)
+        put_decoded(self.plan, self.dialect, part, tensors, packed, self.workers)
         self.walk.runner.load_block(part.block, tensors)
         served = handlers(self.plan, part, scales, self.walk.runner.loads)
         if part.index < self.last:

@@ -11,18 +11,28 @@ from quarkcli.forward.activations import ActivationQuantizer, AttentionQuantizer
 from quarkcli.model.handlers import Handlers
 from quarkcli.numerics.quantize import dequantize
 from quarkcli.plan.model import Part, Plan, QuantizedTarget
+from quarkcli.threads import Workers
 
 
 def put_decoded(
-    plan: Plan, dialect: Writer, part: Part, tensors: Mapping[str, Tensor], packed: Mapping[str, Tensor]
+    plan: Plan,
+    dialect: Writer,
+    part: Part,
+    tensors: Mapping[str, Tensor],
+    packed: Mapping[str, Tensor],
+    workers: Workers | None = None,
 ) -> None:
     """Overwrites the part's source tensors with what the packed ones decode to: no second copy of a block."""
-    for target in plan.quantized(part.index):
+
+    def put(target: QuantizedTarget) -> None:
         decoded = decode(dialect, target, packed)
         into = target.view.of(tensors[target.view.tensor])
         into.copy_(dequantize(decoded.weight, target.weight, into.dtype))
         if decoded.bias is not None and target.bias_spec is not None and target.bias is not None:
             tensors[target.bias].copy_(dequantize(decoded.bias, target.bias_spec).reshape(-1))
+
+    for _ in (workers or Workers()).map(put, plan.quantized(part.index)):
+        pass
 
 
 def decode(dialect: Writer, target: QuantizedTarget, packed: Mapping[str, Tensor]) -> Decoded:

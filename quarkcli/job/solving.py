@@ -67,6 +67,7 @@ class Solving:
         self.solvers = [(s, s.algorithm, s.needs(plan)) for s in steps if isinstance(s.algorithm, Solver)]
         self.refiners = [(s, s.algorithm) for s in steps if isinstance(s.algorithm, Refiner)]
         self.one_by_one = False
+        self.is_data_free = not self.refiners and not any(needs for _, _, needs in self.solvers)
         self.staged = any(solver.staged for _, solver, _ in self.solvers)
         self.warn, self.skip = warn, skip
         self.workers = workers or Workers()

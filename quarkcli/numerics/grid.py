@@ -5,6 +5,7 @@ A matrix is walked in cache-sized chunks, so that a bfloat16 weight is never hel
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -126,14 +127,24 @@ def encode_matrix(matrix: Tensor, at: Grid) -> Tensor:
     return codes
 
 
-def decode_matrix(codes: Tensor, at: Grid) -> Tensor:
-    """Returns values (float32) of codes, of their shape."""
-    out = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
-    for part in row_chunks(codes):
-        values, zero = _with_zero(out[part], at, part)
+def decode_matrix(codes: Tensor, at: Grid, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Returns values of codes, of their shape: computed in float32, rounded to `dtype`."""
+    out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+    for part, y in _float_rows(out):
+        values, zero = _with_zero(y, at, part)
         codec(at.element).decode_(codes[part].view_as(values), at.element, values, zero)
-        _multiply(out[part], at, part)
+        _multiply(y, at, part)
+        if y.dtype != dtype:
+            out[part] = y
     return out
+
+
+def _float_rows(out: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Yields chunks of rows of `out` with float32 memory for their values: the rows themselves where they are that."""
+    if out.dtype == torch.float32:
+        yield from ((part, out[part]) for part in row_chunks(out))
+    else:
+        yield from ((part, y) for part, y, _ in work_chunks(out))
 
 
 def round_matrix(matrix: Tensor, at: Grid, dtype: torch.dtype) -> Tensor:

@@ -46,7 +46,7 @@ def dequantize_packed(packed: Packed, spec: TensorSpec, shape: tuple[int, int], 
     if kernel is not None and _kernel_takes(shape, spec.format) and _is_real(dtype):
         values: Tensor = kernel.dequantize_packed(packed.data, packed.params, spec, shape, dtype)
         return values
-    return decode(_codes(packed, spec, shape[1]), spec, packed.params).to(dtype)
+    return decode(_codes(packed, spec, shape[1]), spec, packed.params, dtype)
 
 
 def quantize(weight: Tensor, spec: TensorSpec, *, amax: Tensor | None = None, known: Tensor | None = None) -> Quantized:

@@ -63,8 +63,8 @@ class Quantized:
         return Quantized(self.codes[rows], self.params.rows(rows, self.codes.shape[0]), self.order)
 
     def values(self, spec: TensorSpec, dtype: torch.dtype) -> Tensor:
-        """Returns real values in the order of the codes: float32, or in `dtype` where that is no further step."""
-        return decode(self.codes, spec, self.params)
+        """Returns real values in the order of the codes: computed in float32, rounded to `dtype`."""
+        return decode(self.codes, spec, self.params, dtype)
 
 
 def tensor_amax(x: Tensor) -> Tensor:
@@ -108,19 +108,19 @@ def encode(weight: Tensor, spec: TensorSpec, params: QParams) -> Tensor:
     return encode_matrix(values, grid(params.then, spec.then, matrix.shape)).view(weight.shape)
 
 
-def decode(codes: Tensor, spec: TensorSpec, params: QParams) -> Tensor:
-    """Returns real values (float32) of `codes`, same shape."""
+def decode(codes: Tensor, spec: TensorSpec, params: QParams, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Returns real values of `codes`, same shape: computed in float32, rounded to `dtype`."""
     matrix = as_matrix(codes)
     first = without_chain(spec)
     if spec.then is None or params.then is None:
-        return decode_matrix(matrix, grid(params, first, matrix.shape)).view(codes.shape)
+        return decode_matrix(matrix, grid(params, first, matrix.shape), dtype).view(codes.shape)
     second = grid(params.then, spec.then, matrix.shape)
     if spec.codes is spec:  # what the second stage makes of the values is what a server multiplies with
         values = decode_matrix(matrix, grid(params, first, matrix.shape))
-        return round_matrix(values, second, torch.float32).view(codes.shape)
+        return round_matrix(values, second, dtype).view(codes.shape)
     values = decode_matrix(matrix, second)
     multiply_(values, effective_scale(params, first, matrix.shape), scale_size(first, matrix.shape[1]))
-    return values.view(codes.shape)
+    return values.view(codes.shape).to(dtype)
 
 
 def quantize(weight: Tensor, spec: TensorSpec, *, amax: Tensor | None = None, known: Tensor | None = None) -> Quantized:
@@ -130,7 +130,7 @@ def quantize(weight: Tensor, spec: TensorSpec, *, amax: Tensor | None = None, kn
 
 
 def dequantize(quantized: Quantized, spec: TensorSpec, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Returns real values of a quantized tensor: float32, or rounded to `dtype` where a kernel does both at once."""
+    """Returns real values of a quantized tensor: computed in float32, rounded to `dtype`."""
     values = quantized.values(spec, dtype)
     if quantized.order is None:
         return values

@@ -247,6 +247,9 @@ class Plan:
     _alike: tuple[Mapping[str, Target], list[list[Target]]] | None = field(
         default=None, init=False, repr=False, compare=False
     )
+    _by_part: tuple[Mapping[str, Target], dict[int, list[QuantizedTarget]]] | None = field(
+        default=None, init=False, repr=False, compare=False
+    )
 
     def __repr__(self) -> str:
         from quarkcli.plan.view import line
@@ -345,9 +348,21 @@ class Plan:
 
     def quantized(self, part: int | None = None) -> Iterator[QuantizedTarget]:
         """Yields the targets whose weight is quantized, in plan order; of one part when given."""
+        if part is not None:
+            yield from self._of_parts().get(part, ())
+            return
         for target in self.targets.values():
-            if is_quantized(target) and (part is None or target.part == part):
+            if is_quantized(target):
                 yield target
+
+    def _of_parts(self) -> dict[int, list[QuantizedTarget]]:
+        """Returns the quantized targets of every part that has some, made once: a job asks a dozen times a part."""
+        if self._by_part is None or self._by_part[0] is not self.targets:
+            found: dict[int, list[QuantizedTarget]] = {}
+            for target in self.quantized():
+                found.setdefault(target.part, []).append(target)
+            self._by_part = self.targets, found
+        return self._by_part[1]
 
     def activations(self, part: int | None = None) -> Iterator[Activation]:
         """Yields every quantized input, output and attention operand, in plan order; of one part when given."""

@@ -81,10 +81,9 @@ def decode_(codes: Tensor, element: Element, out: Tensor, zero: Tensor | None = 
         return out.copy_(codes)
     # Every format here sits inside float16 with its binades moved by a power of two, subnormals included. torch's own
     # conversion from float8 on a CPU is up to fifty times slower than the one from float16.
-    wide = codes.view(torch.uint8).to(torch.int16)
-    sign = 1 << (element.bits - 1)
-    half = (wide & (sign - 1)).bitwise_left_shift_(_F16_MANTISSA - element.mantissa)
-    half.bitwise_or_(wide.bitwise_and_(sign).bitwise_left_shift_(16 - element.bits))
+    half = codes.view(torch.uint8).to(torch.int16).bitwise_left_shift_(16 - element.bits)
+    if more := _F16_EXPONENT - element.exponent:  # bits of the exponent; the sign comes down into them
+        half.bitwise_right_shift_(more).bitwise_and_(~(((1 << more) - 1) << (15 - more)))
     return out.copy_(half.view(torch.float16)).mul_(2.0 ** (_F16_BIAS - element.bias))
 
 
