@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -21,6 +22,10 @@ EXAMPLES = apps.examples(
     "quark compare out/demo-mxfp4 demo --min-sqnr 15 --json",
 )
 LIMIT = 20  # tensors that people are shown
+Page = Annotated[
+    Path | None,
+    typer.Option("--html", metavar="FILE", help="Write a page with both side by side, and what their runs say."),
+]
 
 
 def compare(
@@ -44,6 +49,7 @@ def compare(
             help="Fail (exit 8) when a tensor is below this ratio, or only in one of the two, or has another shape.",
         ),
     ] = None,
+    html: Page = None,
     offline: Offline = False,
     allow_pickle: Pickle = False,
     json: Json = False,
@@ -73,11 +79,22 @@ def compare(
     with Progress("lines") as progress:
         found = comparing.compare(first, second, progress)
     found.a, found.b = a, b
+    if html is not None:
+        _write_page(html, found)
     if json:
         output.json_data({"schema": SCHEMA, **found.as_dict(limit), "min_sqnr_db": min_sqnr})
     else:
         _show(found, LIMIT if limit is None else limit)
     comparing.check(found, min_sqnr)
+
+
+def _write_page(to: Path, found: Comparison) -> None:
+    from quarkcli.cli import files
+    from quarkcli.report import reading
+    from quarkcli.report.page import compared
+
+    reports = (reading.read(Path(name)) if reading.has_report(Path(name)) else None for name in (found.a, found.b))
+    files.write(to, compared.page(found.as_dict(), *reports), replace=True)
 
 
 def _show(found: Comparison, limit: int) -> None:

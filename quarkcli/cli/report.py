@@ -1,4 +1,4 @@
-"""`quark report`: shows the results of a finished run."""
+"""`quark report`: shows the results of a finished run, and how far one under way is."""
 
 from __future__ import annotations
 
@@ -7,26 +7,51 @@ from typing import Annotated, Literal
 
 import typer
 
-from quarkcli.cli import apps, output
+from quarkcli.cli import apps, files, output
 from quarkcli.cli.flags import Json
+from quarkcli.errors import UsageError
 
-EXAMPLES = apps.examples("quark report out/demo-mxfp4", "quark report out/demo-mxfp4 --format json")
+EXAMPLES = apps.examples(
+    "quark report out/demo-mxfp4",
+    "quark report out/demo-mxfp4 --format json",
+    "quark report out/demo-mxfp4 --html page.html",
+)
 
 
 def report(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint that quark wrote.")],
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A checkpoint that quark wrote, or the .partial of a run under way.")
+    ],
+    to: Annotated[
+        Path | None, typer.Argument(metavar="[FILE]", help="Where --html writes to. [default: <name of DIR>.html here]")
+    ] = None,
     form: Annotated[Literal["md", "json"], typer.Option("--format", help="Markdown or JSON.")] = "md",
+    html: Annotated[bool, typer.Option("--html", help="Write a page with charts, and print its name.")] = False,
     json: Json = False,
 ) -> None:
-    """Show what a finished run did.
+    """Show what a finished run did, or what one under way has done so far.
 
-    Sizes, loss, what was kept and why, warnings, checks.
+    Sizes, loss, what was kept and why, warnings, checks. A checkpoint has the page in quark/report.html.
     """
     json = json or form == "json"
     output.start(json=json)
+    if to is not None and not html:
+        raise UsageError("a file is for --html", where=str(to), hint="--html FILE", kind="E-FLAG-CONFLICT")
+    if html and json:
+        raise UsageError(
+            "--html writes a page, and --json prints JSON",
+            where="--html",
+            hint="one of the two",
+            kind="E-FLAG-CONFLICT",
+        )
     from quarkcli.report.reading import read
 
     found = read(directory)
+    if html:
+        from quarkcli.report.page import page
+
+        files.write(to or Path(f"{directory.resolve().name}.html"), page(found), replace=True)
+        return
     if json:
         output.json_data(found)
         return

@@ -7,9 +7,8 @@ from typing import Annotated
 
 import typer
 
-from quarkcli.cli import output
+from quarkcli.cli import files, output
 from quarkcli.cli.flags import Json
-from quarkcli.errors import ResourceError, UsageError
 
 Old = Annotated[str, typer.Argument(metavar="NAME_OR_FILE", help="A recipe, or a config of ModelOpt or Quark.")]
 
@@ -45,7 +44,7 @@ def convert(
     found = recipe.from_file(catalog.find_recipe(name))
     for note in found.notes:
         output.note(f"note: {note}")
-    _write_new(to, as_native(found))
+    files.write(to, as_native(found))
 
 
 def schema(
@@ -62,19 +61,4 @@ def schema(
     if to is None:
         output.json_data(json_schema())
     else:
-        _write_new(to, json.dumps(json_schema(), indent=2) + "\n")
-
-
-def _write_new(to: Path, text: str) -> None:
-    """Writes a file that is not there yet, and prints its name."""
-    if to.exists():
-        raise UsageError("exists", where=str(to), hint="choose another name", kind="E-OUTPUT-FILE")
-    if not to.parent.is_dir():
-        raise UsageError("no such directory", where=str(to.parent), kind="E-OUTPUT-FILE")
-    try:
-        to.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ResourceError(
-            f"cannot be written: {error.strerror or error}", where=str(to), kind="E-DISK-WRITE"
-        ) from error
-    output.data(str(to), whole=True)
+        files.write(to, json.dumps(json_schema(), indent=2) + "\n")

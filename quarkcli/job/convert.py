@@ -40,6 +40,7 @@ from quarkcli.job import finish, preflight
 from quarkcli.plan.model import Part, Plan, QuantizedTarget, Target
 from quarkcli.report import text as written
 from quarkcli.report.card import card_of_conversion
+from quarkcli.report.page import page
 from quarkcli.report.tensors import Records, converted
 from quarkcli.spec import TensorSpec
 from quarkcli.threads import Workers, default, limited
@@ -372,6 +373,7 @@ def _carry_over(source: Source, found: Conversion, partial: Path, checks: list[s
         dialect = {"name": found.writer.name, "reason": reason}
         again = converted(report, dialect, checks, sizes, records)
         atomic_write_text(partial / REPORT, written.written(again))
+        atomic_write_text(partial / finish.PAGE, page(again))
     path = source.folder / RECIPE
     recipe = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
     if isinstance(recipe, dict) and isinstance(recipe.get("export"), dict):

@@ -38,12 +38,13 @@ from quarkcli.plan.model import Part, Plan
 from quarkcli.recipe.attributes.written import spec_to_yaml
 from quarkcli.report import build, text
 from quarkcli.report.card import card
+from quarkcli.report.page import page
 from quarkcli.report.run import Clock
 
 if TYPE_CHECKING:
     from quarkcli.forward.data import CalibrationData
 
-REPORT = "quark/report.json"
+REPORT, PAGE = "quark/report.json", "quark/report.html"
 
 
 def begin_report(prepared: Prepared, data: CalibrationData | None, partial: Path, clock: Clock, device: str) -> None:
@@ -190,6 +191,7 @@ def verify_and_report(
         checks = verify.against_plan(partial, prepared.plan, prepared.dialect, prepared.weights.headers)
     report = build.build(prepared, data, records, checks, clock, device, evaluation)
     atomic_write_text(partial / REPORT, text.written(report))
+    atomic_write_text(partial / PAGE, page(report))
     atomic_write_text(partial / "README.md", card(prepared, report))
     write_manifest(source_facts(prepared.source), partial, records)
     return report

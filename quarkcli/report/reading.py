@@ -33,6 +33,11 @@ def read(directory: Path) -> dict[str, Any]:
     return found
 
 
+def has_report(directory: Path) -> bool:
+    """True where there is a report to read."""
+    return unfinished.is_unfinished(directory) or (directory / "quark" / "report.json").is_file()
+
+
 def _parsed(path: Path) -> dict[str, Any]:
     try:
         content = path.read_bytes()

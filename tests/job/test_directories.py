@@ -20,7 +20,7 @@ from tests import runs
 from tests.forks import Forks, at
 
 # What tells the time, or holds the hash of a file that does.
-_OF_THE_RUN = {"quark/report.json", "quark/quark.log", "quark/manifest.json"}
+_OF_THE_RUN = {"quark/report.json", "quark/report.html", "quark/quark.log", "quark/manifest.json"}
 CT = "compressed-tensors"
 SCHEMES = ("mxfp4", "fp8", "nvfp4", "int4_wo_128", "uint4_wo_128")
 

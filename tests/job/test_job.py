@@ -82,7 +82,7 @@ def test_everything_a_server_and_a_person_needs_is_there(made, scheme, dialect):
     assert present == shards | {
         "README.md", "config.json", "generation_config.json", "model.safetensors.index.json",
         "quantization_config.json", "tokenizer.json", "tokenizer_config.json",
-        "quark/recipe.yaml", "quark/report.json", "quark/manifest.json", "quark/quark.log",
+        "quark/recipe.yaml", "quark/report.json", "quark/report.html", "quark/manifest.json", "quark/quark.log",
     }  # fmt: skip
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (folder / name).read_bytes() == (EMBEDDED / name).read_bytes()
@@ -280,7 +280,7 @@ def test_same_inputs_same_files(rows, tmp_path, scheme, algorithm):
         assert random.getstate() == before[1]
         seen.append(read(tmp_path / name, "quark/manifest.json")["files"])
     different = {name for name in seen[0] if seen[0][name] != seen[1][name]}
-    assert different <= {"quark/report.json"}  # times and peaks, if anything
+    assert different <= {"quark/report.json", "quark/report.html"}  # times and peaks, if anything
 
 
 def test_another_seed_chooses_other_rows(rows, tmp_path, made):
