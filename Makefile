@@ -6,7 +6,7 @@ PYTHON ?= python3
 DEMO := demo-out
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock demo test test-all test-latest test-consumers check fix fuzz test-gpu bench bench-gpu golden table docs clean
+.PHONY: help setup lock demo test test-all test-latest test-consumers test-browser screenshots check fix fuzz test-gpu bench bench-gpu golden table docs clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -49,6 +49,12 @@ test-consumers: $(STAMP) $(filter $(CONSUMERS)/bin/python,$(VLLM_PYTHON)) ## loa
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.consumers.vllm.run $(VLLM_PYTHON) --record $(ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.consumers.promised
 	$(BIN)/python -m tests.docs.serving
+
+test-browser: $(STAMP) ## open report.html in Debian's chromium, which is installed where root may do so; into docs/images
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.browser.run
+
+screenshots: $(STAMP) ## plan, quantize and report in terminals of 80 and 120 columns; into docs/images
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.browser.terminal
 
 lock: ## write constraints.txt anew: the newest releases but those held in tests/releases.py
 	$(PYTHON) -m tests.releases lock
@@ -100,6 +106,7 @@ docs: $(STAMP) ## rebuild the generated reference pages and the lists that are s
 	$(BIN)/python -m tests.docs.serving
 	$(BIN)/python -m tests.docs.big_models
 	$(BIN)/python -m tests.docs.gpu
+	$(BIN)/python -m tests.docs.report
 
 clean: ## remove everything that was built
 	rm -rf $(VENV) $(CONSUMERS) $(DEMO) $(DEMO).partial build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

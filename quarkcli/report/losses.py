@@ -6,16 +6,17 @@ blocks. The error of weights alone is shown only where there is nothing better.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 WORST = 3  # that are named
+WIDTH = 48  # bars of a line
 _BARS = "▁▂▃▄▅▆▇█"
 
 
 def rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Returns labelled sentences; none where nothing was quantized."""
-    return [*_evaluation(report["evaluation"]), *_errors(report["loss"])]
+    return [*_evaluation(report["evaluation"]), *_errors(report)]
 
 
 def _evaluation(found: Mapping[str, Any] | None) -> list[tuple[str, str]]:
@@ -29,20 +30,26 @@ def _evaluation(found: Mapping[str, Any] | None) -> list[tuple[str, str]]:
     ]
 
 
-def _errors(loss: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _errors(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    loss = report["loss"]
     errors = loss["output_errors"]
     if errors:
         mean = f"{_mean(errors):.3g} of a block's output on average, over {len(errors)} blocks"
-        return [("error", mean), ("", f"worst: {_worst(errors)}"), ("", f"by block: {bars(errors.values())}")]
-    if not loss["weight_errors"]:
+        return [("error", mean), ("", f"worst: {_worst(errors)}"), *_by_block(report["parts"], "output_error")]
+    errors = loss["weight_errors"]
+    if not errors:
         return []
-    return [
-        (
-            "error",
-            f"weight error {_mean(loss['weight_errors']):.3g} on average; it compares runs of one algorithm only",
-        ),
-        ("", f"worst: {_worst(loss['weight_errors'])}"),
-    ]
+    mean = f"weight error {_mean(errors):.3g} on average; it compares runs of one algorithm only"
+    return [("error", mean), ("", f"worst: {_worst(errors)}"), *_by_block(report["parts"], "weight_error")]
+
+
+def _by_block(parts: Iterable[Mapping[str, Any]], field: str) -> list[tuple[str, str]]:
+    """Returns a line of bars, one for each block that has an error."""
+    found = [row[field] for row in parts if row["layer"] is not None and row[field] is not None]
+    if len(found) < 2:
+        return []
+    size = -(-len(found) // WIDTH)
+    return [("", f"by block: {bars(found)}" + (f" (each the worst of {size})" if size > 1 else ""))]
 
 
 def _mean(errors: Mapping[str, float]) -> float:
@@ -58,7 +65,7 @@ def worst(errors: Mapping[str, float], count: int) -> list[tuple[str, float]]:
     return sorted(errors.items(), key=lambda item: -item[1])[:count]
 
 
-def bars(values: Any, width: int = 60) -> str:
+def bars(values: Any, width: int = WIDTH) -> str:
     """Returns one bar per value, of neighbours where there are more than `width`, as high as the largest allows."""
     found = list(values)
     size = -(-len(found) // width)

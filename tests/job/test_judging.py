@@ -106,5 +106,20 @@ def test_bars_are_as_high_as_the_largest_allows() -> None:
     assert losses.bars([1.0, 0.5, 0.0, 0.99]) == "█▅▁█"
     assert losses.bars([0.0, 0.0]) == "▁▁"
     many = losses.bars([0.1] * 119 + [1.0])
-    assert len(many) == 60  # of two blocks the larger one
+    assert len(many) == 40  # of three blocks the largest one
     assert many.endswith("▁█")
+
+
+@pytest.mark.parametrize("field", ["output", "weight"])
+def test_a_line_of_bars_for_the_blocks(field: str) -> None:
+    errors = {f"layers.{layer}": 0.1 + layer for layer in range(94)}
+    none = dict.fromkeys(("output_error", "weight_error"))
+    parts = [{"layer": layer, **none, f"{field}_error": 0.1 + layer} for layer in range(94)]
+    loss = {"output_errors": {}, "weight_errors": {}, f"{field}_errors": errors}
+    report = {"evaluation": None, "loss": loss, "parts": [{"layer": None, **none}, *parts]}
+    lines = {text.partition(": ")[0]: text for _, text in losses.rows(report)}
+    bars = lines["by block"].removeprefix("by block: ").removesuffix(" (each the worst of 2)")
+    assert len(bars) == 47 and bars == "".join(sorted(bars)) and (bars[0], bars[-1]) == ("▁", "█")
+    assert len(lines["by block"]) <= 80 - 12
+    one = losses.rows(report | {"parts": parts[:1]})
+    assert not any("by block" in text for _, text in one)

@@ -64,7 +64,8 @@ def lead(report: Report) -> Element:
     steps = ", ".join(report["algorithms"]) or "no algorithm"
     data = report["calibration"]
     rows = f"{data['rows']:,} rows of {data['seqlen']:,} tokens from {data['source']}" if data else "no data"
-    return element("p", f"{report['dialect']['name']}; {steps}; {rows}; {report['run']['started']}", class_="lead")
+    day, _, time = report["run"]["started"].partition("T")
+    return element("p", f"{report['dialect']['name']}; {steps}; {rows}; {day} {time}", class_="lead")
 
 
 def tiles(report: Report) -> list[Element]:

@@ -19,11 +19,12 @@ Places = Mapping[tuple[int, int], float]
 
 
 class Table(NamedTuple):
-    """The numbers behind a chart. `numeric`: columns that are numbers."""
+    """The numbers behind a chart. `numeric`: columns that are numbers; `whole`: all rows are shown at once."""
 
     headers: Sequence[str]
     rows: Sequence[Sequence[str]]
     numeric: frozenset[int] = frozenset()
+    whole: bool = False
 
 
 class Grid(NamedTuple):
@@ -70,7 +71,7 @@ def grid(table: Table) -> Element:
 
     head = element("thead", row("th", table.headers))
     body = element("tbody", *(row("td", cells) for cells in table.rows))
-    return element("div", element("table", head, body), class_="scroll", tabindex=0)
+    return element("div", element("table", head, body), class_="scroll whole" if table.whole else "scroll", tabindex=0)
 
 
 def heat(cells: Grid, text: Text, colours: scale.Colours | None = None) -> list[Element]:
@@ -100,6 +101,15 @@ def heat(cells: Grid, text: Text, colours: scale.Colours | None = None) -> list[
     names = element("div", *(_label(name) for name in cells.rows), class_="names")
     plot = element("div", names, drawing, element("span"), _axis(cells.columns, cells.axis), class_="plot")
     return [plot, _legend(colours, text)]
+
+
+def numbers(cells: Grid, text: Text, what: str) -> Table:
+    """Returns the numbers of a grid: a row for each of its rows, a column for each of its columns."""
+    rows = [
+        (name, *(text(cells.values.get((row, column))) for column in range(len(cells.columns))))
+        for row, name in enumerate(cells.rows)
+    ]
+    return Table((what, *cells.columns), rows, frozenset(range(1, len(cells.columns) + 1)))
 
 
 def _label(name: str) -> Element:
@@ -133,6 +143,7 @@ def columns(
     """Returns a chart of upright columns over an axis from zero. `top`: of several charts that are to be compared."""
     ticks = scale.nice(max((value for value in values if value is not None), default=0.0) if top is None else top)
     top, width = ticks[-1], 100 / max(1, len(names))
+    gap = 0.12 if len(names) <= 48 else 0.0
     drawing = element("svg", role="img", width="100%", height=_HIGH + 8, class_="columns")
     for tick in ticks:
         y = 8 + _HIGH * (1 - tick / top)
@@ -146,8 +157,8 @@ def columns(
             element(
                 "rect",
                 tip,
-                x=_percent((at + 0.12) * width),
-                width=_percent(0.76 * width),
+                x=_percent((at + gap) * width),
+                width=_percent((1 - 2 * gap) * width),
                 y=8 + _HIGH - high,
                 height=high,
                 class_="bar",

@@ -11,7 +11,7 @@ from typing import Any
 from quarkcli import __version__
 from quarkcli.recipe.match import starred
 from quarkcli.report.page import Report, figures, scale, section, style
-from quarkcli.report.page.charts import Bar, Grid, Table, bars, chart, columns, grid, heat, key
+from quarkcli.report.page.charts import Bar, Grid, Table, bars, chart, columns, grid, heat, key, numbers
 from quarkcli.report.page.elements import Element, document, element
 
 # The number of a block, behind whatever blocks are called, and the name inside it.
@@ -33,9 +33,9 @@ def page(found: Mapping[str, Any], a: Report | None, b: Report | None) -> str:
         style(),
         element("header", element("h1", names[0], " ", element("small", "and"), f" {names[1]}"), _lead(found)),
         element("dl", *_tiles(found), class_="tiles"),
-        *_notes(found),
-        section("How far apart they are", [*charts, _tensors(found)]),
         section("What each run says", [_facts(names, a, b), *costs, _roles(names, a, b)]) if a or b else None,
+        section("How far apart they are", [*charts, _tensors(found)]),
+        *_notes(found),
         element("footer", f"Written by quark {__version__}. `quark compare --json` has the numbers."),
     )
 
@@ -62,13 +62,16 @@ def _tiles(found: Mapping[str, Any]) -> list[Element]:
 def _notes(found: Mapping[str, Any]) -> list[Element]:
     texts = [f"only in {which}: {name}" for which in "ab" for name in found[f"only_in_{which}"]]
     texts += [f"{name}: shape {one['a']} and {one['b']}" for name, one in found["shapes_differ"].items()]
-    texts += [f"{name}: static scale {one['a']} and {one['b']}" for name, one in found["scales_differ"].items()]
+    texts += [
+        f"{name}: static scale {scale.short(one['a'])} and {scale.short(one['b'])}"
+        for name, one in found["scales_differ"].items()
+    ]
     if not texts:
         return []
-    more = [f"and {len(texts) - 20:,} more"] if len(texts) > 20 else []
-    items = (element("li", text) for text in [*texts[:20], *more])
+    more = [f"and {len(texts) - 10:,} more"] if len(texts) > 10 else []
+    items = (element("li", text) for text in [*texts[:10], *more])
     title = element("h3", f"Differences beside values ({len(texts):,})")
-    return [element("div", title, element("ul", *items), class_="notes warn")]
+    return [element("div", title, element("ul", *items), class_="notes")]
 
 
 def _relative(row: Mapping[str, Any]) -> float | None:
@@ -88,12 +91,13 @@ def _distances(found: Mapping[str, Any]) -> Element | None:
     if not any(any(own) for own in cells.values()):
         return None
     names, layers = list(dict.fromkeys(name for name, _ in cells)), sorted({layer for _, layer in cells})
-    values = {
-        (names.index(name), layers.index(layer)): sum(own) / len(own) for (name, layer), own in cells.items()
-    }  # fmt: skip
-    plot = heat(Grid(names, [str(layer) for layer in layers], values), scale.short)
+    values = {(names.index(name), layers.index(layer)): sum(own) / len(own) for (name, layer), own in cells.items()}
+    drawn = Grid(names, [str(layer) for layer in layers], values)
     says = "A cell of experts (*) is the mean over them." if any(len(own) > 1 for own in cells.values()) else ""
-    return _wide(chart("Distance by layer and projection", "|A − B| / |signal| of each tensor", *plot, says=says))
+    table = numbers(drawn, scale.short, "Layer")
+    plot = heat(drawn, scale.short)
+    unit = "|A − B| / |signal| of each tensor"
+    return _wide(chart("Distance by layer and projection", unit, *plot, says=says, table=table))
 
 
 def _tensors(found: Mapping[str, Any]) -> Element | None:
@@ -135,7 +139,12 @@ def _heat(*both: tuple[str, Report, str]) -> list[Element | None]:
     colours = scale.Colours(value for one in grids for value in one.values.values())
     what = "output error" if field == "output_error" else "weight error"
     return [
-        chart(f"{letter}: {what}", name, *heat(one, scale.short, colours))
+        chart(
+            f"{letter}: {what}",
+            f"{name}; relative",
+            *heat(one, scale.short, colours),
+            table=numbers(one, scale.short, "Layer"),
+        )
         for letter, (name, _, _), one in zip("AB", both, grids, strict=True)
     ]
 
@@ -153,10 +162,14 @@ def _drift(report: Report) -> tuple[str, list[float | None]] | None:
 
 def _columns(*both: tuple[str, Report, tuple[str, list[float | None]]]) -> list[Element | None]:
     top = max((value for _, _, (_, values) in both for value in values if value is not None), default=0.0)
-    return [
-        chart(f"{letter}: {what}", name, columns([str(at) for at in range(len(values))], values, scale.short, top=top))
-        for letter, (name, _, (what, values)) in zip("AB", both, strict=True)
-    ]
+    found: list[Element | None] = []
+    for letter, (name, _, (what, values)) in zip("AB", both, strict=True):
+        names = [str(at) for at in range(len(values))]
+        rows = [(at, scale.short(value)) for at, value in zip(names, values, strict=True)]
+        plot = columns(names, values, scale.short, top=top)
+        table = Table(("Layer", what.capitalize()), rows, frozenset({1}))
+        found.append(chart(f"{letter}: {what}", f"{name}; relative", plot, table=table))
+    return found
 
 
 _FACTS: tuple[tuple[str, Callable[[Report], str]], ...] = (
@@ -184,7 +197,7 @@ def _score(report: Report, field: str) -> str:
 
 def _facts(names: Sequence[str], a: Report | None, b: Report | None) -> Element:
     rows = [(label, *("–" if report is None else text(report) or "–" for report in (a, b))) for label, text in _FACTS]
-    table = grid(Table(("", f"A: {names[0]}", f"B: {names[1]}"), rows))
+    table = grid(Table(("", f"A: {names[0]}", f"B: {names[1]}"), rows, whole=True))
     return _wide(chart("Side by side", "– where a run does not say", table))
 
 

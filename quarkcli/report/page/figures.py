@@ -217,15 +217,18 @@ def worst_tokens(report: Report) -> Element | None:
 
 def _tail(text: str, letters: int = 90) -> str:
     """Returns the end of a text on one line."""
-    line = re.sub(r"[^\S\n]*\n\s*", " ⏎ ", text)
+    line = re.sub(r"[^\S\n]+", " ", re.sub(r"[^\S\n]*\n\s*", " ⏎ ", text))
     return line if len(line) <= letters else f"…{line[-letters:]}"
 
 
 def visible(token: str) -> str:
-    """Returns a token with signs for what nobody would see."""
-    if not token.strip():
-        return token.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥") or "∅"
-    return token.replace("\n", "⏎")
+    """Returns a token with signs for what nobody would see: `␣`, `⏎`, `⇥`, with their number where they are many."""
+    if not token:
+        return "∅"
+    blank = not token.strip()
+    for letter, sign in (("\n", "⏎"), ("\t", "⇥"), *([(" ", "␣")] if blank else [])):
+        token = token.replace(letter, sign)
+    return re.sub(r"([␣⏎⇥])\1{2,}", lambda run: f"{run[1]}×{len(run[0])}", token)
 
 
 def phases(report: Report) -> Element | None:
