@@ -49,7 +49,7 @@ def _by_block(parts: Iterable[Mapping[str, Any]], field: str) -> list[tuple[str,
     if len(found) < 2:
         return []
     size = -(-len(found) // WIDTH)
-    return [("", f"by block: {bars(found)}" + (f" (each the worst of {size})" if size > 1 else ""))]
+    return [("", f"by block: {bars(found)}" + (f" ({size} a bar)" if size > 1 else ""))]
 
 
 def _mean(errors: Mapping[str, float]) -> float:

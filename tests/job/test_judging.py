@@ -118,7 +118,7 @@ def test_a_line_of_bars_for_the_blocks(field: str) -> None:
     loss = {"output_errors": {}, "weight_errors": {}, f"{field}_errors": errors}
     report = {"evaluation": None, "loss": loss, "parts": [{"layer": None, **none}, *parts]}
     lines = {text.partition(": ")[0]: text for _, text in losses.rows(report)}
-    bars = lines["by block"].removeprefix("by block: ").removesuffix(" (each the worst of 2)")
+    bars = lines["by block"].removeprefix("by block: ").removesuffix(" (2 a bar)")
     assert len(bars) == 47 and bars == "".join(sorted(bars)) and (bars[0], bars[-1]) == ("▁", "█")
     assert len(lines["by block"]) <= 80 - 12
     one = losses.rows(report | {"parts": parts[:1]})
