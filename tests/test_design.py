@@ -56,8 +56,9 @@ INSIDE = {
     "disk": "headers weights beside outputs writer hub pickles stream remote source side_files manifest place state"
     " journal unfinished nonfinite contents checkpoint origin compare values scales completeness excluded parallel"
     " fidelity verify push",
-    "job": "ranks forecast device rates options groups judging asked preflight splitting directories idle carried"
-    " served packing problems rewriting solving pieces stages tuning prepass reach costs predict result part staging"
+    "job": "ranks forecast device rates options groups judging authored rows asked preflight splitting directories idle"
+    " carried served packing problems rewriting solving pieces stages tuning prepass reach costs predict result part"
+    " staging"
     " pipeline finish dividing walking fingerprint download convert run choosing bulk probe preview inspecting",
 }
 

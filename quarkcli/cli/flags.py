@@ -191,9 +191,9 @@ class JobFlags:
         Option(
             "--calib-data",
             metavar="SOURCE",
-            help="File (.jsonl, .json, .parquet, .txt, .md; .gz as well), directory, hub data set, or 'builtin'; rows "
-            "that cannot be used are skipped and counted. [default: the recipe's, "
-            "else a hub set when it can be reached, else builtin with a warning]",
+            help="File (.jsonl, .json, .parquet, .txt, .md; .gz as well), directory, hub data set, 'builtin', or "
+            "'self': text that the model writes; rows that cannot be used are skipped and counted. [default: the "
+            "recipe's, else a hub set when it can be reached, else builtin with a warning]",
         ),
     ] = None
     calib_samples: Annotated[

@@ -15,8 +15,9 @@ from quarkcli.evaluation.run import BATCH, scored
 from quarkcli.evaluation.windows import Windows
 from quarkcli.events import Event, Listener, PartDone, Phase
 from quarkcli.forward.data import CalibrationData
-from quarkcli.job import judging, preflight
+from quarkcli.job import judging
 from quarkcli.job.options import Prepared
+from quarkcli.job.rows import tokenizer_of
 from quarkcli.model.tokenizer import Tokenizer
 
 LOGITS = 1 << 26  # of one forward at most: 256 MB in float32
@@ -31,7 +32,7 @@ def measure(
     """
     tell(Phase("evaluate"))
     checkpoint, reference = Checkpoint(Source.open(str(directory))), Checkpoint(prepared.source)
-    tokenizer = preflight.tokenizer_of(prepared.source, prepared.options)
+    tokenizer = tokenizer_of(prepared.source, prepared.options)
     rows = _rows(prepared, data, tokenizer)
     vocabulary = family.text_config(prepared.source.config).get("vocab_size")
     tokens = min(BATCH, LOGITS // vocabulary) if isinstance(vocabulary, int) and vocabulary > 0 else BATCH

@@ -134,6 +134,13 @@ def load(
     )
 
 
+def of_rows(rows: list[list[int]], held: list[list[int]], source: str, prefix: list[int]) -> CalibrationData:
+    """Returns rows of one length as calibration data, and further ones to be scored."""
+    tokens = torch.tensor(rows, dtype=torch.int64)
+    scored = torch.tensor(held, dtype=torch.int64) if held else None
+    return CalibrationData(tokens, None, source, _digest(tokens, None), prefix, held=scored)
+
+
 def _budget(source: str, tokens: int) -> int:
     """Returns the characters that are read for some tokens. Of the built-in text, whose documents are mixed, fewer."""
     return max(MIXED, tokens * 8) if source == BUILTIN else max(4_000_000, tokens * 16)

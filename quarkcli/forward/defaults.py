@@ -9,6 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 
 BUILTIN = "builtin"
+SELF = "self"  # the model writes
 DEFAULT_HUB = "neuralmagic/LLM_compression_calibration"
 HELD_OUT = 5  # one page in this many is for evaluation
 FILE = Path(__file__).resolve().parents[1] / "assets" / "text" / "builtin.jsonl.gz"

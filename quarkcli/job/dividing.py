@@ -14,6 +14,7 @@ from quarkcli.disk.writer import STATE, tensor_bytes
 from quarkcli.errors import ResourceError, UsageError
 from quarkcli.events import Listener
 from quarkcli.family import HeaderLike
+from quarkcli.forward.defaults import SELF
 from quarkcli.forward.group import Group
 from quarkcli.job import finish
 from quarkcli.job.options import Prepared
@@ -53,6 +54,10 @@ def check(prepared: Prepared, group: Group) -> None:
             hint=hint,
             kind="E-RANKS",
         )
+    if prepared.calibration is not None and prepared.calibration.source == SELF:
+        what = "one rank writes the rows, and the others would wait for it longer than they may"
+        hint = "write them with one process first (quark data preview --json), and give the file to --calib-data"
+        raise UsageError(what, where="--calib-data self", hint=hint, kind="E-RANKS")
     tuner = next((step for step in prepared.steps if step.kind == "tuner"), None)
     if tuner is not None:
         what = f"{tuner.name} goes through all rows of a block, one step after the other, and ranks have some each"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from quarkcli.disk import pickles
 from quarkcli.disk.source import Source
-from quarkcli.forward.defaults import BUILTIN
+from quarkcli.forward.defaults import BUILTIN, SELF
 from quarkcli.job import judging
 from quarkcli.job.options import SKIP, Calibration, Options
 from quarkcli.plan.model import Plan
@@ -176,7 +176,7 @@ def _has_columns(data: str) -> bool:
     path = Path(data)
     if path.is_dir():
         return any(file.suffix != _TEXT for file in path.rglob("*") if file.is_file())
-    return data != BUILTIN and path.suffix != _TEXT
+    return data not in (BUILTIN, SELF) and path.suffix != _TEXT
 
 
 def _on_cpu(options: Options) -> bool:

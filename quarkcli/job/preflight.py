@@ -27,10 +27,9 @@ from quarkcli.errors import (
     UsageError,
     some,
 )
-from quarkcli.events import Listener, Message, Working
 from quarkcli.family import HeaderLike
-from quarkcli.job import forecast, judging
-from quarkcli.job.options import Calibration, Options, Prepared
+from quarkcli.job import forecast
+from quarkcli.job.options import Calibration, Options
 from quarkcli.plan.fused import Servers, sentence, splits
 from quarkcli.plan.model import Plan, QuantizedTarget
 from quarkcli.plan.share import split_groups
@@ -38,8 +37,7 @@ from quarkcli.recipe.recipe import Recipe
 from quarkcli.spec import MIN_MAX, PerGroup, PerTensor, PerTile, TensorSpec
 
 if TYPE_CHECKING:
-    from quarkcli.forward.data import CalibrationData, Tokenizer
-    from quarkcli.model.tokenizer import Tokenizer as LoadedTokenizer
+    pass
 
 DEFAULT_SAMPLES = 512
 DEFAULT_SEQLEN = 512
@@ -233,9 +231,9 @@ def _default_data(options: Options) -> tuple[str, str | None]:
 def _check_data(data: str) -> None:
     """Refuses a place that holds no data; what is on the hub is seen later."""
     from quarkcli.forward import files
-    from quarkcli.forward.defaults import BUILTIN
+    from quarkcli.forward.defaults import BUILTIN, SELF
 
-    if data != BUILTIN and (path := files.local(data)) is not None:
+    if data not in (BUILTIN, SELF) and (path := files.local(data)) is not None:
         files.find(path)
 
 
@@ -336,64 +334,3 @@ def _total_memory() -> int | None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError):
         return None
-
-
-def token_rows(prepared: Prepared, tell: Listener) -> CalibrationData | None:
-    """Returns the calibration rows (first half of step 7), or None when nothing needs data.
-
-    Raises DataError, AccessError.
-    """
-    settings, options = prepared.calibration, prepared.options
-    if settings is None:
-        return None
-    return rows_of(settings, options, tokenizer_of(prepared.source, options), tell)
-
-
-def tokenizer_of(source: Source, options: Options) -> LoadedTokenizer:
-    """Returns the model's tokenizer, with the chat template that was asked for. Raises ModelError, AccessError."""
-    from quarkcli.model.tokenizer import load_tokenizer
-
-    tokenizer = load_tokenizer(source.whole_folder(), options.trust_remote_code)
-    if options.chat_template is not None:
-        tokenizer.use_template(_template(options.chat_template))
-    return tokenizer
-
-
-def _template(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        why = (isinstance(error, OSError) and error.strerror) or error
-        raise AccessError(f"the chat template cannot be read: {why}", where=str(path), kind="E-FILE-READ") from error
-
-
-def rows_of(settings: Calibration, options: Options, tokenizer: Tokenizer, tell: Listener) -> CalibrationData:
-    """Returns calibration rows as settings say. Raises DataError, AccessError."""
-    from quarkcli.forward import data
-
-    tell(Working(f"making calibration rows from {settings.source}"))
-    rows = data.load(
-        settings.source,
-        tokenizer,
-        samples=settings.samples,
-        seqlen=settings.seqlen,
-        seed=settings.seed,
-        column=settings.column,
-        asked=settings.asked,
-        allow_short=options.allow_short,
-        offline=options.offline,
-        bos=settings.bos,
-        held=judging.held_out(options, settings),
-    )
-    judging.check_rows(options, rows)
-    if options.chat_template is not None and rows.mask is None:
-        text = f"--chat-template {options.chat_template} is not used: no conversation in {rows.source}"
-        tell(Message(text, "warning"))
-    if rows.notes and options.strict:
-        raise DataError(
-            rows.notes[0], where=rows.source, hint="without --strict this is a warning", kind="E-DATA-STRICT"
-        )
-    for note in rows.notes:
-        tell(Message(note, "warning"))
-    tell(Message(f"calibration: {len(rows.tokens)} rows of {rows.tokens.shape[1]} tokens from {rows.source}"))
-    return rows

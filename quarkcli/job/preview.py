@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from quarkcli import family
+from quarkcli.disk.origin import open_weights
 from quarkcli.disk.source import Source
 from quarkcli.events import Listener, silent
-from quarkcli.forward.defaults import BUILTIN, DEFAULT_HUB, builtin_texts
+from quarkcli.forward.defaults import BUILTIN, DEFAULT_HUB, SELF, builtin_texts
 from quarkcli.forward.files import EXAMPLE, KINDS
-from quarkcli.job import idle, preflight
+from quarkcli.job import idle, preflight, rows
+from quarkcli.job.authored import Author
 from quarkcli.job.options import Calibration, Options
 from quarkcli.job.run import open_source
 from quarkcli.recipe import catalog
@@ -30,6 +33,7 @@ def sources() -> list[dict[str, str]]:
     offline = f"documentation of Python 3.11, which comes with quark: {len(texts)} texts, {size:,} characters"
     return [
         {"name": BUILTIN, "kind": "built-in", "what": f"{offline}; one page in five is held out for 'quark eval'"},
+        {"name": SELF, "kind": "the model", "what": "text that the model writes, where all of it fits into memory"},
         {"name": DEFAULT_HUB, "kind": "hub", "what": "used where nothing is named and the hub can be reached"},
         {"name": "ORG/NAME", "kind": "hub", "what": "any data set of the hub; the split train, shuffled by the seed"},
         {"name": suffixes, "kind": "file", "what": f"a row per line or record, such as {EXAMPLE}; also .gz"},
@@ -86,5 +90,9 @@ def preview(options: Options, tell: Listener = silent) -> Preview:
         source, revision=options.revision, trusted=options.trust_remote_code, allow_pickle=options.allow_pickle
     )
     warnings = [*settings.warnings, *unused, *idle.of_rows(options, settings)]
-    tokenizer = preflight.tokenizer_of(source, options)
-    return Preview(source, settings, preflight.rows_of(settings, options, tokenizer, tell), tokenizer, warnings)
+    tokenizer = rows.tokenizer_of(source, options)
+    weights, _ = open_weights(source)
+    headers = weights.headers
+    layout = family.lay_out(*family.for_checkpoint(source.config, headers), source.config, headers)
+    author = Author(source, weights, layout.turned, options)
+    return Preview(source, settings, rows.rows_of(settings, options, tokenizer, tell, author), tokenizer, warnings)

@@ -37,6 +37,7 @@ from quarkcli.job import (
     partial_path,
     preflight,
     ranks,
+    rows,
 )
 from quarkcli.job import device as devices
 from quarkcli.job.fingerprint import fingerprint
@@ -231,11 +232,12 @@ def _lead(
         finish.begin_report(prepared, None, partial, clock, device)
         download.side_files(prepared, tell)
         memory.return_large_buffers(memory.LARGE if prepared.calibration else memory.LARGE_IN_THREADS)
-        data = group.share(preflight.token_rows(prepared, tell))
+        data = group.share(rows.token_rows(prepared, tell))
         tell(Working("building the model's class"))
         runner = runner_of(prepared, data, device, tell) if data is not None else None
         journal.start(fingerprint(prepared, data, device), resume=options.resume)
         directories.make(prepared, partial)
+        rows.keep(prepared, data, partial)
         download.keep_headers(prepared, partial)
         finish.begin_report(prepared, data, partial, clock, device)
         group.share(None)  # the others may go on

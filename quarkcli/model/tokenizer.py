@@ -88,6 +88,11 @@ class Tokenizer:
         there = [some for some in (wanted, self._prefix, [self.bos]) if some and ids[: len(some)] == some]
         return wanted + ids[len(there[0]) if there else 0 :]
 
+    def ordinary(self) -> list[int]:
+        """Returns the numbers of all tokens that are text: no marks, none that was added."""
+        marks = {*self._inner.all_special_ids, *self._inner.added_tokens_decoder}
+        return [number for number in range(self._inner.vocab_size) if number not in marks]
+
     @property
     def vocab_size(self) -> int:
         """Returns the number of tokens, added ones included."""

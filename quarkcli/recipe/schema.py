@@ -121,7 +121,7 @@ class Metadata(Strict):
 class Calibration(Strict):
     """Defaults for calibration; flags win."""
 
-    data: str | None = Field(default=None, description="file, directory, hub data set, or builtin")
+    data: str | None = Field(default=None, description="file, directory, hub data set, builtin, or self")
     samples: int | None = Field(default=None, gt=0, description="rows")
     seqlen: int | None = Field(default=None, gt=1, description="tokens per row")
     column: str | None = Field(default=None, description="column with the text; else found")

@@ -20,6 +20,7 @@ from quarkcli.job import device as devices
 from quarkcli.job import idle, preflight
 from quarkcli.job import run as job
 from quarkcli.job.options import SKIP, Calibration, Options, Prepared
+from quarkcli.job.rows import token_rows
 from quarkcli.recipe import auto_quantize
 from quarkcli.recipe.auto_quantize import Rule
 from quarkcli.recipe.recipe import from_config
@@ -253,7 +254,7 @@ def _losses(
     run = replace(space.base, calibration=_calibration(space.base, rows))
     for warning in dict.fromkeys(_warnings(space, run, writes=output is not None)):
         tell(Message(warning, "warning"))
-    data = preflight.token_rows(run, tell)
+    data = token_rows(run, tell)
     assert data is not None
     digest = scores.fingerprint(space, groups, data)
     beside = output.parent if output is not None else Path()

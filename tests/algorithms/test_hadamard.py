@@ -21,7 +21,7 @@ from quarkcli.disk.source import Source
 from quarkcli.errors import CheckError, ConfigError, ModelError
 from quarkcli.evaluation.run import evaluate
 from quarkcli.forward.walk import SERVED, Walk
-from quarkcli.job import preflight
+from quarkcli.job import rows as job_rows
 from quarkcli.job import run as job
 from quarkcli.job.rewriting import Rewriting
 from quarkcli.model.handlers import Handlers
@@ -142,7 +142,7 @@ def test_scales_are_those_of_turned_inputs(scheme: str, block: int, page: Path, 
     seen: dict[str, float] = {}
     for name in plan.online:
         model.get_submodule(name).register_forward_pre_hook(looking(seen, name, block))
-    rows = preflight.token_rows(made.prepared, lambda event: None)
+    rows = job_rows.token_rows(made.prepared, lambda event: None)
     assert rows is not None
     with torch.no_grad():
         model(rows.tokens)

@@ -13,6 +13,7 @@ from quarkcli.algorithms import polish
 from quarkcli.disk.checkpoint import Checkpoint
 from quarkcli.disk.source import Source
 from quarkcli.errors import ConfigError
+from quarkcli.job import rows as job_rows
 from quarkcli.job import run as job
 from quarkcli.plan.model import Fate
 from tests import runs
@@ -101,9 +102,8 @@ def test_the_error_is_that_of_the_written_block(page: Path, tmp_path: Path) -> N
     state = {f"{name}.weight": decoded.weight(name).double() for name in modules}
     state |= {n: value.double() for n, value in files.items() if "norm" in n}
     twin.load_state_dict(state, strict=False)
-    from quarkcli.job import preflight
 
-    rows = preflight.token_rows(run.prepared, lambda event: None).tokens[-2:]
+    rows = job_rows.token_rows(run.prepared, lambda event: None).tokens[-2:]
     with torch.no_grad():
         wanted, got = (m.model(rows, output_hidden_states=True).hidden_states[1] for m in (model, twin))
     error = run.report["loss"]["tuning"]["model.layers.0"]["polish"]["after"]

@@ -13,7 +13,7 @@ import quarkcli
 from quarkcli.errors import ConfigError, DataError
 from quarkcli.events import silent
 from quarkcli.forward.statistics import Statistics
-from quarkcli.job import preflight
+from quarkcli.job import rows as job_rows
 from quarkcli.job import run as job
 from quarkcli.spec import ObserverSpec, PerTensor, ScaleSpec, TensorSpec
 from tests import runs
@@ -153,7 +153,7 @@ def test_a_percentile_in_a_run(text: Path, tmp_path: Path) -> None:
     quarkcli.quantize("demo", recipe=recipe(tmp_path, FP8), output=tmp_path / "plain", **data)
     found, plain = (runs.read_all(tmp_path / name) for name in ("percentile", "plain"))
     prepared = runs.prepare("demo", recipe=own, **runs.data(text, 8))
-    rows = preflight.token_rows(prepared, silent)
+    rows = job_rows.token_rows(prepared, silent)
     assert rows is not None and rows.mask is None
     seen = hooked(job.EMBEDDED, rows.tokens)
     for leaf in ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"):
@@ -170,7 +170,7 @@ def test_headroom_in_a_run(text: Path, tmp_path: Path) -> None:
     data: dict[str, Any] = {**runs.data(text, 8), "device": "cpu"}
     quarkcli.quantize("demo", recipe=name, output=tmp_path / "out", **data)
     found = runs.read_all(tmp_path / "out")
-    rows = preflight.token_rows(runs.prepare("demo", recipe=name, **runs.data(text, 8)), silent)
+    rows = job_rows.token_rows(runs.prepare("demo", recipe=name, **runs.data(text, 8)), silent)
     seen = hooked(job.EMBEDDED, rows.tokens)
     for leaf in ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"):
         module = f"model.layers.0.{leaf}"
@@ -185,7 +185,7 @@ def test_a_search_in_a_run(observer: str, text: Path, tmp_path: Path) -> None:
     own = recipe(tmp_path, f"{{element: int8, observer: {observer}}}", "{element: int8, granularity: channel}")
     quarkcli.quantize("demo", recipe=own, output=tmp_path / "out", device="cpu", **runs.data(text, 8))
     prepared = runs.prepare("demo", recipe=own, **runs.data(text, 8))
-    values = hooked(job.EMBEDDED, preflight.token_rows(prepared, silent).tokens)["model.layers.0.mlp.down_proj"]
+    values = hooked(job.EMBEDDED, job_rows.token_rows(prepared, silent).tokens)["model.layers.0.mlp.down_proj"]
     magnitudes = values.abs().bfloat16().double().numpy().ravel()
 
     def error(scale: float) -> float:

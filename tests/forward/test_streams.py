@@ -19,7 +19,7 @@ from quarkcli.disk.checkpoint import Checkpoint
 from quarkcli.disk.source import Source
 from quarkcli.errors import Stopped
 from quarkcli.forward.moments import held_out
-from quarkcli.job import preflight
+from quarkcli.job import rows as job_rows
 from tests import runs
 
 from .watch import hooked, inner
@@ -79,8 +79,8 @@ class Both(NamedTuple):
 def both(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **config: Any) -> Both:
     source = runs.build(family, tmp_path / "m", torch.float32, **config)
     rows: list[torch.Tensor] = []
-    token_rows = preflight.token_rows
-    monkeypatch.setattr(preflight, "token_rows", lambda *given: (rows.append(token_rows(*given)), rows[-1])[1])
+    token_rows = job_rows.token_rows
+    monkeypatch.setattr(job_rows, "token_rows", lambda *given: (rows.append(token_rows(*given)), rows[-1])[1])
     text = runs.data(runs.text_file(tmp_path / "t.txt"), ROWS, LENGTH)
     made = runs.run(source, tmp_path / "out", scheme="int4_wo_32", algorithm="watching", **text)
     served = tmp_path / "served"

@@ -260,7 +260,7 @@ def test_a_second_run_stops_before_the_work(quark, calm, work):
     (work / "out.partial" / ".quark-state").mkdir(parents=True)
     with (work / "out.partial" / ".quark-state" / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        answer = run(quark, work, "nvfp4", hook=at("quarkcli.job.preflight.token_rows"))
+        answer = run(quark, work, "nvfp4", hook=at("quarkcli.job.rows.token_rows"))
         assert answer.code == 6
         assert "is working here" in answer.err
     assert run(quark, work, "nvfp4").code == 0
@@ -282,7 +282,7 @@ def test_a_link_is_no_place_to_work_in(quark, work, name):
 
 def test_before_the_first_part_nothing_is_left(quark, work):
     for target in (
-        "quarkcli.job.preflight.token_rows",
+        "quarkcli.job.rows.token_rows",
         "quarkcli.job.run.fingerprint",
         "quarkcli.disk.journal.Journal.verify",
     ):

@@ -17,7 +17,7 @@ from quarkcli.algorithms.rtn import RoundToNearest
 from quarkcli.disk.checkpoint import Checkpoint
 from quarkcli.disk.source import Source
 from quarkcli.errors import ConfigError
-from quarkcli.job import preflight
+from quarkcli.job import rows as job_rows
 from tests import runs
 
 ORDER = ["self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"]
@@ -68,8 +68,8 @@ def test_each_activation_is_seen_behind_the_quantized_ones(
     staged: dict[str, tuple[int, Moment]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows: list[Any] = []
-    token_rows = preflight.token_rows
-    monkeypatch.setattr(preflight, "token_rows", lambda *given: (rows.append(token_rows(*given)), rows[-1])[1])
+    token_rows = job_rows.token_rows
+    monkeypatch.setattr(job_rows, "token_rows", lambda *given: (rows.append(token_rows(*given)), rows[-1])[1])
     source = runs.build("llama", tmp_path / "m", torch.float32)
     data = runs.data(runs.text_file(tmp_path / "t.txt"), 8, 64)
     made = runs.run(source, tmp_path / "out", scheme="int4_wo_128", algorithm="staged", **data)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from quarkcli.events import silent
 from quarkcli.job import preflight
+from quarkcli.job import rows as job_rows
 from quarkcli.numerics.quantize import dequantize, fake_quantize, quantize, static_scale
 from quarkcli.recipe.auto_quantize import Rule
 from quarkcli.search.candidates import Candidate, Group, Space, groups
@@ -40,7 +41,7 @@ def measured(space: Space, folder: Path) -> tuple[list[Group], dict[tuple[str, s
     assert not unjudged
     settings = preflight.calibration(space.base.options, space.base.recipe, space.base.source, {"x": {"x"}})
     base = replace(space.base, calibration=settings)
-    data = preflight.token_rows(base, silent)
+    data = job_rows.token_rows(base, silent)
     assert data is not None
     return found, measure(space, base, found, data, "cpu", folder, silent), data.tokens
 
