@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,7 @@ def lines(
     width     columns of the terminal; None: as they are
     remarks   what is to say below the table
     """
-    width = width or tables.room() or USUAL
+    width = width or tables.room() or _usual()
     rows = [_cells(group) for group in groups(prepared)]
     facts = _labelled(_facts(prepared, forecast), width)
     notes = _labelled(output.listed("!", remarks), width)
@@ -41,7 +42,7 @@ def lines(
 
 def after(report: Mapping[str, Any], width: int | None = None) -> list[str]:
     """Returns the table of a finished run, with what was written, lost and taken."""
-    width = width or tables.room("stderr") or USUAL
+    width = width or tables.room("stderr") or _usual()
     rows = report["tensors"]
     measured = [row for row in rows if row["output_error"] is not None]
     column, error = ("OUTPUT ERROR", "output_error") if measured else ("WEIGHT ERROR", "error")
@@ -53,6 +54,11 @@ def after(report: Mapping[str, Any], width: int | None = None) -> list[str]:
         took = predictview.duration(group.seconds) if group.seconds else "-"
         cells.append((*_cells(group)[:5], *errors, took, group.how))
     return _laid(head, cells, 1, width)
+
+
+def _usual() -> int:
+    """Returns the columns where a program or a file reads: as $COLUMNS says."""
+    return shutil.get_terminal_size((USUAL, 24)).columns
 
 
 def _title(prepared: Prepared) -> str:
