@@ -98,6 +98,7 @@ table: $(STAMP) ## loss of every scheme for one model: make table MODEL=DIR ARGS
 
 docs: $(STAMP) ## rebuild the generated reference pages and the lists that are shipped
 	$(BIN)/python -m tests.docs.listings
+	$(BIN)/python -m tests.docs.errors
 	$(BIN)/python -m tests.docs.reference
 	$(BIN)/python -m tests.docs.readme
 	$(BIN)/python -m tests.docs.recipe_reference

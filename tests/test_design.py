@@ -14,9 +14,10 @@ from shutil import copytree, ignore_patterns
 
 import pytest
 
-from quarkcli import algorithms, dialects, family
+from quarkcli import algorithms, dialects, errors, family
 from quarkcli.recipe import catalog, recipe, schema
 from quarkcli.recipe.attributes import native
+from quarkcli.report import kinds
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "quarkcli"
@@ -413,3 +414,66 @@ def test_the_wheel_works_away_from_the_source_tree(installed, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "nvfp4" in done.stdout
+
+
+# ---- every error of a user has a kind that the index knows
+
+
+def raised() -> Iterator[tuple[str, type[errors.QuarkError], ast.expr | None]]:
+    """Every error of a user that the package makes: place, class, and the expression of its kind."""
+    known = (found for found in vars(errors).values() if isinstance(found, type))
+    classes = {found.__name__: found for found in known if issubclass(found, errors.QuarkError)}
+    for module in MODULES:  # and classes of other modules that are such errors
+        for node in ast.walk(tree(module)):
+            if isinstance(node, ast.ClassDef):
+                bases = [classes[base.id] for base in node.bases if isinstance(base, ast.Name) and base.id in classes]
+                classes |= dict.fromkeys([node.name], bases[0]) if bases else {}
+    for module in MODULES:
+        for node in ast.walk(tree(module)):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in classes:
+                kind = next((word.value for word in node.keywords if word.arg == "kind"), None)
+                yield f"{module}:{node.lineno}", classes[node.func.id], kind
+
+
+def kind_of(expression: ast.expr | None) -> str | None:
+    """The kind that an expression gives, or falls back to; the one of another error is "passed on"."""
+    match expression:
+        case ast.Constant(value=str(name)):
+            return name
+        case ast.BoolOp(values=[ast.Attribute(attr="kind"), ast.Constant(value=str(name))]):
+            return name
+        case ast.Attribute(attr="kind") | ast.Name(id="kind"):
+            return "passed on"
+    return None
+
+
+def test_every_error_has_a_kind_of_the_index():
+    index = kinds.index()
+    found = [(place, raised_class, kind_of(kind)) for place, raised_class, kind in raised()]
+    assert [place for place, _, name in found if name is None] == []
+    named = [(place, one, name) for place, one, name in found if name not in (None, "passed on")]
+    assert [(place, name) for place, _, name in named if name not in index] == []
+    assert set(index) - {name for _, _, name in named} == set()
+    own = (errors.QuarkError, errors.Stopped)  # an error of these may have a code of its own
+    ends = {place: (int(one.code), index[name].exit) for place, one, name in named if one not in own}
+    assert {place: codes for place, codes in ends.items() if codes[0] not in codes[1]} == {}
+
+
+def test_classes_of_errors_are_chosen_by_statements():
+    """One that a conditional expression chooses would be raised without a look at its kind."""
+    names = {name for name, found in vars(errors).items() if isinstance(found, type)}
+    wrong = [
+        f"{module}:{node.lineno}"
+        for module in MODULES
+        for node in ast.walk(tree(module))
+        if isinstance(node, ast.IfExp) and {ast.unparse(node.body), ast.unparse(node.orelse)} & names
+    ]
+    assert wrong == []
+
+
+def test_the_index_of_errors_is_in_plain_sentences():
+    for code, kind in kinds.index().items():
+        assert code.startswith("E-") and code == code.upper()
+        assert kind.causes and len({*kind.causes}) == len(kind.causes)
+        assert all(text.endswith(".") for text in (kind.means, kind.cure, *kind.causes)), code
+        assert kind.example.startswith(("error: ", "stopped: ")), code

@@ -38,8 +38,10 @@ def create(name: str, parameters: dict[str, Any], where: str = FLAG) -> Algorith
     dashed = name.replace("_", "-").lower()
     if dashed not in names():
         close = near_misses(dashed, names()) or names()
-        kind = UsageError if where == FLAG else ConfigError
-        raise kind(f"unknown algorithm '{name}'", where=where, hint=f"use one of: {', '.join(close)}")
+        what, hint = f"unknown algorithm '{name}'", f"use one of: {', '.join(close)}"
+        if where == FLAG:
+            raise UsageError(what, where=where, hint=hint, kind="E-ALGORITHM-UNKNOWN")
+        raise ConfigError(what, where=where, hint=hint, kind="E-ALGORITHM-UNKNOWN")
     member = importlib.import_module(f"{__name__}.{dashed.replace('-', '_')}").ALGORITHM
     assert issubclass(member, (Solver, Refiner, Transform, Tuner)), (
         f"{member.__module__}: a kind of algorithm is its base class"

@@ -25,6 +25,7 @@ from quarkcli.cli import (
     github,
     init,
     inspect,
+    mistakes,
     models,
     output,
     push,
@@ -62,6 +63,7 @@ app.add_typer(algorithms.app, name="algorithms")
 app.add_typer(models.app, name="models")
 app.add_typer(data.app, name="data")
 app.command("env", epilog=environment.EXAMPLES)(environment.env)
+app.command("explain", epilog=mistakes.EXAMPLES)(mistakes.explain)
 
 
 class _Stopped(QuarkError):
@@ -190,7 +192,7 @@ def _fail(error: QuarkError) -> int:
         return muted
     output.error(error)
     if error.code not in output.STOPS:
-        lines = [*str(error).splitlines(), *([f"hint: {error.hint}"] if error.hint else [])]
+        lines = [*output.shown_error(error).splitlines(), *([f"hint: {error.hint}"] if error.hint else [])]
         output.summarize(github.section("quark ended with an error", [f"- {line}" for line in lines]))
     if output.session.debug and sys.exc_info()[0] is not None:
         output.traceback(traceback.format_exc().rstrip())

@@ -208,16 +208,24 @@ def error(problem: QuarkError) -> None:
     """Prints an error on stderr: what and where, then the hint on a line of its own; or as JSON."""
     if session.format == "json":
         text = {"what": problem.what, "where": problem.where, "hint": problem.hint}
-        _json_line({"schema": ERROR_SCHEMA, "event": "error", "code": int(problem.code), **text})
+        code = {"code": int(problem.code), "id": problem.kind or None}
+        _json_line({"schema": ERROR_SCHEMA, "event": "error", **code, **text})
         return
     stopped = problem.code in STOPS
     if session.format == "github" and not stopped:
-        _write("stderr", github.command("error", "\n".join(filter(None, (str(problem), problem.hint)))))
+        said = "\n".join(filter(None, (str(problem), problem.hint)))
+        _write("stderr", github.command("error", said, title=problem.kind))
         return
     word, colour = ("stopped", "yellow") if stopped else ("error", "red")
-    _lines("stderr", str(problem), f"{word}:", colour)
+    _lines("stderr", str(problem) if stopped else shown_error(problem), f"{word}:", colour)
     if problem.hint:
         _lines("stderr", problem.hint, "hint:", "bold")
+
+
+def shown_error(problem: QuarkError) -> str:
+    """Returns an error with its code behind the first line, for `quark explain`."""
+    first, *more = str(problem).split("\n")
+    return "\n".join([f"{first} [{problem.kind}]" if problem.kind else first, *more])
 
 
 def summarize(markdown: str) -> None:

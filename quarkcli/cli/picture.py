@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from quarkcli import servers
 from quarkcli.cli import output, planview, predictview, tables
-from quarkcli.errors import ModelError
 from quarkcli.job import directories, idle
 from quarkcli.job.groups import Group, groups, of_report
 from quarkcli.plan import advice
@@ -120,7 +119,7 @@ def _serves(prepared: Prepared) -> Iterator[tuple[str, str]]:
         ways = ", ".join(map(str, one.tensor_parallel))
         yield ("dialect", f"{one.dialect.name} ({one.dialect_reason}); tensor parallel over {ways} devices")
         written = servers.planned(one.plan, one.dialect)
-        yield from output.listed("serves", servers.verdicts(servers.AUTO, written, ModelError))
+        yield from output.listed("serves", servers.verdicts(servers.AUTO, written))
 
 
 def _laid(head: Sequence[str], rows: Sequence[Sequence[str]], texts: int, width: int) -> list[str]:

@@ -162,5 +162,7 @@ def _read_tensor(stream: Any, path: Path, header: Header) -> torch.Tensor:
 
 def unreadable(path: Path, error: OSError) -> QuarkError:
     """Returns an AccessError for a file that is missing or forbidden, which a user can mend; else a ResourceError."""
-    kind = AccessError if error.errno in _DENIED else ResourceError
-    return kind(f"cannot be read: {error.strerror or error}", where=str(path))
+    what = f"cannot be read: {error.strerror or error}"
+    if error.errno in _DENIED:
+        return AccessError(what, where=str(path), kind="E-FILE-READ")
+    return ResourceError(what, where=str(path), kind="E-SYSTEM")

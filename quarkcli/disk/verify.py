@@ -159,7 +159,7 @@ def _served(checkpoint: Checkpoint, layout: Layout, target: Servers) -> list[str
     described = quantization(checkpoint.source.config)
     renamed = next(iter(checkpoint.renamed), "")
     written = servers.Written(checkpoint.reader.name, described, checkpoint.plan(layout), renamed)
-    return servers.verdicts(target, written, CheckError)
+    return servers.verdicts(target, written, is_there=True)
 
 
 def _every(*checks: Callable[[], list[str]]) -> list[str]:

@@ -136,8 +136,12 @@ def find(kind: Kind, name: str, beside: Path | None = None) -> Path:
         raise UsageError(f"no scheme is called '{name}' here", hint=answer, kind="E-SCHEME-UNKNOWN")
     close = near_misses(name, known)
     hint = (f"did you mean {', '.join(close)}? " if close else "") + f"see '{_LISTING[kind]}'"
-    error = ConfigError if kind in {"ptq", "models"} else UsageError
-    raise error(f"unknown {_NOUN[kind]} '{name}'", hint=hint)
+    what = f"unknown {_NOUN[kind]} '{name}'"
+    if kind == "models":
+        raise ConfigError(what, hint=hint, kind="E-FAMILY-FILE")
+    if kind == "ptq":
+        raise ConfigError(what, hint=hint, kind="E-RECIPE-NOT-FOUND")
+    raise UsageError(what, hint=hint, kind="E-SCHEME-UNKNOWN")
 
 
 def _elsewhere(name: str) -> str | None:

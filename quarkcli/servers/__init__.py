@@ -10,7 +10,7 @@ import pkgutil
 from collections.abc import Callable, Iterable
 
 from quarkcli.dialects.base import Writer
-from quarkcli.errors import ModelError, QuarkError, UsageError, near_misses
+from quarkcli.errors import CheckError, ModelError, UsageError, near_misses
 from quarkcli.plan.model import Plan
 from quarkcli.servers._kernels import MEANING, Way, way
 from quarkcli.servers.base import Server, Written
@@ -70,7 +70,7 @@ def favoured(plan: Plan, target: str) -> Callable[[Writer], bool]:
 def check_plan(plan: Plan, dialect: Writer, target: str) -> None:
     """Raises ModelError for a plan that the server which was named does not load in this dialect."""
     if target in names():
-        verdicts(target, planned(plan, dialect), ModelError)
+        verdicts(target, planned(plan, dialect))
 
 
 def planned(plan: Plan, dialect: Writer) -> Written:
@@ -78,8 +78,10 @@ def planned(plan: Plan, dialect: Writer) -> Written:
     return Written(dialect.name, dialect.config(plan), plan)
 
 
-def verdicts(target: str, written: Written, failure: type[QuarkError]) -> list[str]:
-    """Returns one line for each server: whether it loads the checkpoint. Raises `failure` when the target does not.
+def verdicts(target: str, written: Written, *, is_there: bool = False) -> list[str]:
+    """Returns one line for each server: whether it loads the checkpoint.
+
+    Raises ModelError, or CheckError for a checkpoint that `is_there`, when the target does not load it.
 
     target   `auto` asks all of them, and takes what they say
     """
@@ -88,11 +90,11 @@ def verdicts(target: str, written: Written, failure: type[QuarkError]) -> list[s
         reasons, unknown = member.refusals(written), member.unknown(written)
         if reasons and target != AUTO:
             more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
-            raise failure(
-                f"{member.title} {'may not' if unknown else 'does not'} load it: {reasons[0]}{more}{member.evidence}",
-                where="--target",
-                hint="--target auto says what loads it; another dialect or scheme may be loaded",
-            )
+            what = f"{member.title} {'may not' if unknown else 'does not'} load it: {reasons[0]}{more}{member.evidence}"
+            hint = "--target auto says what loads it; another dialect or scheme may be loaded"
+            if is_there:
+                raise CheckError(what, where="--target", hint=hint, kind="E-CHECK-SERVER")
+            raise ModelError(what, where="--target", hint=hint, kind="E-SERVER-REFUSES")
         answer = f"may load it: {unknown}" if unknown else f"does not load it: {reasons[0]}" if reasons else "loads it"
         lines.append(f"{member.title} {answer}{member.evidence}")
         loading += not reasons

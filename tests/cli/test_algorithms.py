@@ -36,4 +36,4 @@ def test_one_is_shown_with_its_parameters(name, quark):
 
 def test_an_unknown_one(quark):
     code, _, err = quark("algorithms", "show", "gtpq")
-    assert code == 2 and err == "error: unknown algorithm 'gtpq'\nhint: use one of: gptq, gptaq\n"
+    assert code == 2 and err == "error: unknown algorithm 'gtpq' [E-ALGORITHM-UNKNOWN]\nhint: use one of: gptq, gptaq\n"

@@ -126,6 +126,7 @@ OTHERS: dict[str, dict[str, list[Case] | str]] = {
         "measure": "it measures, and says where the rates are",
         "device": [(("env", "--device", "cpu"), 2, "for --measure alone")],
     },
+    "explain": {"code": "what is explained"},
     "search": {
         **dict.fromkeys(("model", "schemes", "recipe"), "what everything is about"),
         **dict.fromkeys(("output", "scores"), "where it goes"),

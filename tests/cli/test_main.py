@@ -42,7 +42,7 @@ def test_every_promised_command_exists():
     listed = {" ".join(path) for path in LEAVES}
     assert listed == {
         "init", "quantize", "plan", "search", "eval", "verify", "compare", "convert", "push", "inspect", "report",
-        "env",
+        "env", "explain",
         "recipes list", "recipes show", "recipes normalize", "recipes convert", "recipes schema", "recipes explain",
         "recipes validate", "recipes copy", "schemes list", "schemes show", "models list", "models show",
         "models infer", "algorithms list", "algorithms show", "data list", "data preview",
@@ -136,6 +136,7 @@ def test_wrong_command_line_in_json(quark):
         "schema": "quark/error/1",
         "event": "error",
         "code": 2,
+        "id": "E-COMMAND-LINE",
         "what": "Missing option '--model'",
         "where": "",
         "hint": "see 'quark quantize --help'",
@@ -163,7 +164,7 @@ def test_errors_as_json(quark, monkeypatch):
     assert code == 3
     assert out == ""
     expected = {"code": 3, "what": "wrong", "where": "recipe.yaml:3", "hint": "do this"}
-    assert json.loads(err) == {"schema": "quark/error/1", "event": "error", **expected}
+    assert json.loads(err) == {"schema": "quark/error/1", "event": "error", "id": None, **expected}
 
 
 def test_stopping_on_purpose_is_no_error(quark, monkeypatch):
@@ -204,7 +205,7 @@ def test_out_of_memory_is_a_resource_error(quark, monkeypatch):
     fail_with(monkeypatch, MemoryError())
     code, _, err = quark("plan", "--model", "demo", "--scheme", "mxfp4")
     assert code == 6
-    assert err.startswith("error: out of memory\nhint: ")
+    assert err.startswith("error: out of memory [E-MEMORY]\nhint: ")
 
 
 @pytest.fixture
@@ -261,7 +262,7 @@ def test_the_installed_command(tmp_path):
     done = subprocess.run([quark, "schemes", "show", "nope"], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr == "error: unknown scheme 'nope'\nhint: see 'quark schemes list'\n"
+    assert done.stderr == "error: unknown scheme 'nope' [E-SCHEME-UNKNOWN]\nhint: see 'quark schemes list'\n"
 
 
 def test_completion_reads_file_names_only():

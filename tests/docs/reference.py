@@ -18,7 +18,7 @@ COMMANDS = [
     ("recipes", "validate"), ("recipes", "copy"),
     ("schemes", "list"), ("schemes", "show"), ("algorithms", "list"), ("algorithms", "show"),
     ("models", "list"), ("models", "show"), ("models", "infer"),
-    ("data", "list"), ("data", "preview"), ("env",),
+    ("data", "list"), ("data", "preview"), ("env",), ("explain",),
 ]  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from quarkcli.recipe import catalog
-from tests.docs import models, recipe_reference
+from tests.docs import errors, models, recipe_reference
 from tests.docs.reference import PAGE, page
 from tests.families.models import RECIPES
 
@@ -17,6 +17,10 @@ def test_the_command_line_reference_is_fresh() -> None:
 
 def test_the_recipe_reference_is_fresh() -> None:
     assert recipe_reference.PAGE.read_text(encoding="utf-8") == recipe_reference.page(), "run 'make docs'"
+
+
+def test_the_index_of_errors_is_fresh() -> None:
+    assert errors.PAGE.read_text(encoding="utf-8") == errors.page(), "run 'make docs'"
 
 
 def test_every_page_is_linked_from_the_readme() -> None:
