@@ -17,6 +17,8 @@ def join(own: Statistics) -> None:
     Second moments are joined when they are asked for, on all ranks at once, or by `hand_over`.
     """
     group = own.group
+    for moments in (*own._fitted.values(), *own._held_out.values()):
+        moments.close()
     if group.size == 1:
         return
     fields = ("_ranges", "_expert_ranges", "_samples", "outliers", "reached")

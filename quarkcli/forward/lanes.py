@@ -1,7 +1,8 @@
 """Calibration rows in lanes: what is summed over them has the same bits on any number of ranks.
 
-Rows are cut into eight contiguous lanes, or into fewer where a lane would have less than 512 tokens. Sums run in order
-within a lane, and a fixed binary tree joins those of the lanes. A rank works on the lanes of one subtree.
+Rows are cut into eight contiguous lanes; into four where one of eight would have less than 2,048 tokens, and into fewer
+where one of four would have less than 512. Sums run in order within a lane, and a fixed binary tree joins those of the
+lanes. A rank works on the lanes of one subtree.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Generic, NamedTuple, TypeVar
 
-LANES = 8
+LANES, FEW_LANES = 8, 4
+MANY_TOKENS = 2048  # of each of eight lanes: with fewer, the sums of a deeper tree cost more than eight ranks would gain
 LANE_TOKENS = 512  # at least: products of fewer rows are slow on a CPU
 
 T = TypeVar("T")
@@ -33,7 +35,7 @@ class Span(NamedTuple):
 
 def lanes(rows: int, seqlen: int) -> list[Lane]:
     """Returns the lanes of calibration rows: 8, 4, 2 or 1."""
-    count = LANES
+    count = LANES if rows // LANES * seqlen >= MANY_TOKENS else FEW_LANES
     while count > 1 and rows // count * seqlen < LANE_TOKENS:
         count //= 2
     return [Lane(n, rows * n // count, rows * (n + 1) // count) for n in range(count)]
@@ -61,6 +63,11 @@ class Tree(Generic[T]):
         self._lane = 0
         self._value: T | None = None  # of the lane that comes in now
         self._complete: list[T | None] = []  # subtrees of the lanes before, one for each bit of their number
+
+    @property
+    def is_empty(self) -> bool:
+        """True while no lane has a value."""
+        return self._value is None and all(value is None for value in self._complete)
 
     def of_lane(self, lane: int) -> T | None:
         """Returns the value of a lane so far."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,6 +21,8 @@ FEW_ROWS = 2 * HELD_OUT  # below, the last tokens of the set are held out instea
 FEW_TOKENS = 2048  # below, nothing is
 PANELS = 8  # of rows, each multiplied from its diagonal on: 36/64 of the products; more panels are no faster
 NARROW = 256  # features; below, panels cost as much as they save
+
+Share = tuple[Tensor, Tensor | None]  # rows of some tokens, and the source stream's
 
 
 class Means(NamedTuple):
@@ -66,29 +68,77 @@ class Sums:
         return self
 
 
+class Waiting:
+    """Rows of an activation that come a few at a time, until those of a lane make a chunk.
+
+    Those of lanes that ended wait as well, while they are no more than a chunk. What is folded together depends on the
+    rows of its lane alone.
+    """
+
+    def __init__(self) -> None:
+        self._lane = 0
+        self._shares: list[Share] = []  # of the lane that comes in now
+        self._ended: list[tuple[int, Tensor, Tensor | None]] = []
+
+    def add(self, lane: int, rows: Tensor, source: Tensor | None) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+        """Takes rows; yields lane and rows of what is to be folded now, in order."""
+        if lane != self._lane:
+            self._end()
+            self._lane = lane
+        self._shares.append((rows, source))
+        if sum(len(rows) for rows, _ in self._shares) >= CHUNK:
+            rows, source = _together(self._shares)
+            yield from self._give_up()
+            yield lane, rows[:CHUNK], None if source is None else source[:CHUNK]
+            self._shares = [(rows[CHUNK:], None if source is None else source[CHUNK:])] if len(rows) > CHUNK else []
+        elif sum(len(rows) for _, rows, _ in self._ended) > CHUNK:
+            yield from self._give_up()
+
+    def rest(self) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+        """Yields all that still waits."""
+        self._end()
+        yield from self._give_up()
+
+    def _end(self) -> None:
+        if self._shares:
+            self._ended.append((self._lane, *_together(self._shares)))
+        self._shares = []
+
+    def _give_up(self) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+        while self._ended:
+            yield self._ended.pop(0)
+
+
 class Moments:
     """Means over tokens: of x x^T, and of x s^T where the source stream's rows s come along; both float32.
 
     Rows come lane by lane, and within a lane chunk by chunk: what a chunk of calibration tokens has here is folded into
     the sum of its lane at once.
 
-    read   x is fake-quantized with it, as the weights will read it, chunk by chunk; None: it is not
+    read      x is fake-quantized with it, as the weights will read it, chunk by chunk; None: it is not
+    patient   few rows of every chunk come: those of a lane wait until they make a chunk, which takes less memory than
+              a sum for each lane, and less time than many products of few rows
     """
 
-    def __init__(self, read: TensorSpec | None = None) -> None:
+    def __init__(self, read: TensorSpec | None = None, patient: bool = False) -> None:
         self.read = read
         self.sums: Tree[Sums] = Tree(Sums.plus)
+        self._waiting = Waiting() if patient else None
         self._means: Means | None = None
 
     def add(self, rows: Tensor, source: Tensor | None = None, lane: int = 0) -> None:
         """Takes a chunk's rows [tokens, features], and the source stream's for the same tokens."""
+        if self._waiting is not None:
+            for ready in self._waiting.add(lane, rows, source):
+                self._fold(*ready)
+            return
         for start in range(0, len(rows), CHUNK):
             part = slice(start, start + CHUNK)
-            self._fold(rows[part], None if source is None else source[part], lane)
+            self._fold(lane, rows[part], None if source is None else source[part])
 
-    def add_shares(self, shares: Iterable[tuple[Tensor, Tensor | None]], lane: int = 0) -> None:
+    def add_shares(self, shares: Iterable[Share], lane: int = 0) -> None:
         """Takes a chunk's rows in several shares, which are folded together up to `CHUNK` rows."""
-        waiting: list[tuple[Tensor, Tensor | None]] = []
+        waiting: list[Share] = []
         for share in shares:
             if waiting and sum(len(rows) for rows, _ in waiting) + len(share[0]) > CHUNK:
                 self.add(*_together(waiting), lane)
@@ -97,17 +147,35 @@ class Moments:
         if waiting:
             self.add(*_together(waiting), lane)
 
+    def close(self) -> None:
+        """Joins the sums of the lanes that came; nothing can be added from then on.
+
+        Where there is no sum yet, rows go on waiting: they are less than it would be.
+        """
+        if self._waiting is not None and self.sums.is_empty:
+            return
+        total = self._total()
+        if total is not None:
+            self.sums.put(total)
+
+    def _total(self) -> Sums | None:
+        """Returns the sum of the lanes that came, and gives it up."""
+        if self._waiting is not None:
+            for ready in self._waiting.rest():
+                self._fold(*ready)
+        return self.sums.total()
+
     def means(self) -> Means:
         """Returns the means over all lanes; nothing can be added from then on."""
         if self._means is None:
-            total = self.sums.total()
+            total = self._total()
             self._means = Means(None, None, 0) if total is None else _means(total)
         return self._means
 
     def collect(self, group: Group, owner: int) -> None:
         """Joins the sums of all ranks' lanes; the means are the owner's from then on, and nothing on other ranks."""
         if self._means is None:
-            total = group.collect(Sums.plus, self.sums.total(), owner)
+            total = group.collect(Sums.plus, self._total(), owner)
             self._means = Means(None, None, 0) if total is None else _means(total)
 
     def spread(self, group: Group) -> None:
@@ -116,7 +184,7 @@ class Moments:
             self.collect(group, 0)
             self._means = group.share(self._means)
 
-    def _fold(self, rows: Tensor, source: Tensor | None, lane: int) -> None:
+    def _fold(self, lane: int, rows: Tensor, source: Tensor | None) -> None:
         dtype = rows.dtype
         x = (rows if self.read is None else fake_quantize(rows, self.read)).float()
         panels = _panels(x)
@@ -148,7 +216,7 @@ def _means(sums: Sums) -> Means:
     return Means(gram, None if sums.cross is None else sums.cross.div_(sums.tokens), sums.tokens)
 
 
-def _together(shares: list[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
+def _together(shares: list[Share]) -> Share:
     sources = [source for _, source in shares if source is not None]
     return _joined([rows for rows, _ in shares]), _joined(sources) if sources else None
 

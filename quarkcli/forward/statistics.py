@@ -342,7 +342,7 @@ class Statistics:
             self._fitted.setdefault(site, Moments(self.read(site))).add(rows, source, lane)
             return
         for moments, mask in ((self._held_out, held), (self._fitted, ~held)):
-            own = moments.setdefault(site, Moments(self.read(site)))
+            own = moments.setdefault(site, Moments(self.read(site), patient=moments is self._held_out))
             own.add(rows[mask], source[mask] if source is not None else None, lane)
 
     def see(self, site: str, x: Tensor, expert: int | None = None, told: bool = True) -> None:

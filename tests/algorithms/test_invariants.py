@@ -164,7 +164,7 @@ TOKEN = runs.tokenizer()("\x07", add_special_tokens=False)["input_ids"][0]
 
 @pytest.fixture
 def rows(tmp_path: Path) -> Path:
-    """Rows of text of which one, in the second batch, has the token."""
+    """Rows of text of which one, in the third batch, has the token."""
     found = [("\x07" if row == 40 else "a") * TOKENS for row in range(ROWS)]
     file = tmp_path / "rows.jsonl"
     file.write_text("\n".join(f'{{"text": "{row}"}}' for row in found).replace("\x07", "\\u0007"))
@@ -174,7 +174,7 @@ def rows(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_nan_in_one_batch_ends_the_run(name: str, poisoned: Path, rows: Path, tmp_path: Path) -> None:
     asked = {**options(name, rows), "scheme": "nvfp4", "on_nonfinite": "keep"}
-    with pytest.raises(DataError, match=r"batch 6 of 8 \(rows 41 to 48\)") as caught:
+    with pytest.raises(DataError, match=r"batch 3 of 4 \(rows 33 to 48\)") as caught:
         runs.run(poisoned, tmp_path / "out", **asked)
     assert str(caught.value.where).startswith("model.layers.0.")
     assert not (tmp_path / "out").exists()

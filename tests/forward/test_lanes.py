@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 from collections import defaultdict
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
@@ -21,14 +22,17 @@ NVFP4 = TensorSpec("fp4_e2m1", PerGroup(16), ScaleSpec("e4m3"))
 
 @pytest.mark.parametrize(
     ("rows", "seqlen", "count"),
-    [(1, 2048, 1), (2, 2048, 2), (8, 128, 2), (32, 128, 8), (31, 128, 4), (17, 300, 8), (5, 4096, 4), (512, 2048, 8)],
-)
-def test_rows_are_cut_into_contiguous_lanes_of_512_tokens(rows: int, seqlen: int, count: int) -> None:
+    [
+        (1, 2048, 1), (2, 2048, 2), (8, 128, 2), (15, 128, 2), (16, 128, 4), (32, 256, 4), (63, 256, 4), (64, 256, 8),
+        (5, 4096, 4), (9, 2048, 8), (512, 2048, 8),
+    ],
+)  # fmt: skip
+def test_rows_are_cut_into_contiguous_lanes_of_enough_tokens(rows: int, seqlen: int, count: int) -> None:
     cut = lanes(rows, seqlen)
     assert [lane.number for lane in cut] == list(range(count))
     assert [row for lane in cut for row in range(lane.start, lane.stop)] == list(range(rows))
     sizes = [lane.stop - lane.start for lane in cut]
-    assert max(sizes) - min(sizes) <= 1 and (count == 1 or min(sizes) * seqlen >= 512)
+    assert max(sizes) - min(sizes) <= 1 and (count == 1 or min(sizes) * seqlen >= (2048 if count == 8 else 512))
 
 
 def test_a_forward_takes_rows_of_one_lane() -> None:
@@ -87,6 +91,34 @@ def test_moments_of_the_lanes_of_ranks_join_to_the_same_bits(features: int, read
     if read is None:
         torch.testing.assert_close(whole.gram.double(), x.T @ x / len(x), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(whole.cross.double(), x.T @ y / len(x), rtol=1e-4, atol=1e-4)
+
+
+def test_rows_that_wait_are_folded_by_lane_whatever_came_before() -> None:
+    lengths = [300, CHUNK + 600, 700, 2 * CHUNK + 900]
+    random = torch.Generator().manual_seed(0)
+    lanes_ = [(torch.randn(n, 8, generator=random), torch.randn(n, 3, generator=random)) for n in lengths]
+
+    def summed(numbers: Iterable[int], at_once: int) -> Moments:
+        moments = Moments(patient=True)
+        for lane in numbers:
+            for rows, source in zip(*(each.split(at_once) for each in lanes_[lane]), strict=True):
+                moments.add(rows, source, lane)
+        moments.close()
+        return moments
+
+    few = summed([0, 2], 250)
+    assert few.sums.is_empty and few.means().tokens == 1000
+    whole = summed(range(4), 250)
+    assert not whole.sums.is_empty
+    left, right = (summed(own, 90)._total() for own in (range(2), range(2, 4)))
+    both = Moments()
+    both.sums.put(left.plus(right))
+    for one, other in zip(whole.means(), both.means(), strict=True):
+        assert torch.equal(torch.as_tensor(one), torch.as_tensor(other))
+    x, y = (torch.cat(part).double() for part in zip(*lanes_, strict=True))
+    assert whole.means().tokens == len(x)
+    torch.testing.assert_close(whole.means().gram.double(), x.T @ x / len(x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(whole.means().cross.double(), x.T @ y / len(x), rtol=1e-4, atol=1e-4)
 
 
 def test_shares_of_a_chunk_are_folded_together() -> None:
