@@ -113,9 +113,13 @@ class ColumnSolver(Solver):
         return 2 * ALIVE * 4 * (width * width * 5 // 8)
 
     def _solved(self, shape: tuple[int, int]) -> int:
-        """Returns the bytes that a problem takes: both moments, two factors, and its rows in a few forms."""
+        """Returns the bytes that a problem takes: both moments, and its rows in a few forms.
+
+        A second factor is there while dampings are tried, and none when the last rows are refined.
+        """
         rows, width = shape
-        return 4 * max(4 * width * width, 3 * width * width + 10 * min(rows, ROWS) * width)
+        square, some = width * width, min(rows, ROWS) * width
+        return 4 * max(4 * square + 5 * some, (2 if rows <= ROWS else 3) * square + 8 * some)
 
     def effort(self, shape: tuple[int, int], spec: TensorSpec) -> Effort:
         """Returns the work of usually three factors, of a loop over columns, and of two products for each sweep."""

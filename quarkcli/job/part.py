@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quarkcli import memory
 from quarkcli.algorithms.base import Assignment, Transform, Tuner
 from quarkcli.dialects.base import Writer
 from quarkcli.disk.contents import Copied, copied, part_targets
@@ -171,6 +172,7 @@ class PartWorker:
             walk.runner.load_block(part.block, tensors)
             statistics, first = walk.observe(part.block, new)
         join(statistics)
+        memory.give_back()  # what the forward left on the heap, before problems are solved
         return statistics, first
 
     def _turn(

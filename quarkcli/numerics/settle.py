@@ -18,7 +18,7 @@ from quarkcli.numerics.products import through_onednn
 from quarkcli.numerics.quantize import Quantized, decode_grid
 from quarkcli.numerics.refine import Rows, refine
 from quarkcli.numerics.shift import Drift, corrected, feeds, first_rule, least_squares
-from quarkcli.numerics.solve import ActOrder, Factor, Feed, Rounding, codes_of, factorize, solve_together
+from quarkcli.numerics.solve import ActOrder, Factor, Rounding, codes_of, factorize, solve_together
 from quarkcli.numerics.task import Task, cut, required
 from quarkcli.spec import PerGroup
 
@@ -278,27 +278,32 @@ class _Trial:
                 break
             self.least = loss
 
-    def run(self, rows: Rows, sweeps: int) -> Steps[Rows]:
-        """Chooses the codes of rows, and their scales anew when they are refined."""
+    def run(self, rows: Rows, sweeps: int, last: bool = False) -> Steps[Rows]:
+        """Chooses the codes of rows, and their scales anew when they are refined.
+
+        last   no loop over columns comes after this one: the factor goes before they are refined
+        """
         source = rows.weight
-        start, feed, first = self._target(rows)
-        rows.values, _ = yield Rounding(start, self.factor, rows.grid(), feed, first)
+        rows.values, _ = yield self._rounding(rows)
+        if last:
+            self.factor.upper, self.aimed = self.factor.upper.new_empty(0), Aim()
         if sweeps:
             with _Raised(self.gram, self.factor.ridge):
                 refine(rows, self.task.spec, self.gram, sweeps)
         rows.weight = source
         return rows
 
-    def _target(self, rows: Rows) -> tuple[Tensor, Feed | None, Tensor | None]:
-        """Moves the weights of rows to the target. Returns what a loop starts from, `feed` and `first`."""
+    def _rounding(self, rows: Rows) -> Rounding:
+        """Moves the weights of rows to the target. Returns the loop over columns that goes there."""
         drift, share, feed = self.aimed
         source, factor = rows.weight, self.factor
         if drift is None:
-            return source, None, None
+            return Rounding(source, factor, rows.grid())
         rows.weight = least_squares(source, drift, factor).mul_(share).add_(source)
         if feed:
-            return source, lambda part: feeds(drift, factor, part).mul_(share), None
-        return rows.weight, None, corrected(source, first_rule(drift, factor) * share, factor)
+            return Rounding(source, factor, rows.grid(), lambda part: feeds(drift, factor, part).mul_(share))
+        first = corrected(source, first_rule(drift, factor) * share, factor)
+        return Rounding(rows.weight, factor, rows.grid(), first=first)
 
     def objectives(self, chosen: Sequence[Quantized]) -> tuple[tuple[float, float | None], tuple[float, float | None]]:
         """Returns the objective, and that on held-out tokens, of rounding to nearest, and of what was chosen."""
@@ -343,8 +348,9 @@ class _Trial:
 def _all_rows(task: Task, trial: _Trial) -> Steps[list[Quantized]]:
     codes: list[Tensor | None] = [None] * len(task.weights)
     params = [replace(p, scale=p.scale.clone() if p.scale is not None else None) for p in task.params]
-    for run in task.pieces():
-        rows = yield from trial.run(task.rows(run), trial.sweeps)
+    pieces = list(task.pieces())
+    for number, run in enumerate(pieces, 1):
+        rows = yield from trial.run(task.rows(run), trial.sweeps, number == len(pieces))
         found = codes_of(rows.values, rows.grid())
         start = 0
         for index, part in run:

@@ -247,6 +247,7 @@ def _cholesky_(matrix: Tensor) -> bool:
     corner are multiplied with its inverse, which is as exact here as solving for them: corners are small.
     """
     step = _CHOLESKY if matrix.device.type == "cpu" else len(matrix)
+    kept = matrix.new_empty(min(step, len(matrix)), len(matrix))  # one stride for all: oneDNN keeps a kernel for each
     for start in range(0, len(matrix), step):
         part, above, behind = slice(start, start + step), slice(0, start), slice(start + step, len(matrix))
         if start:
@@ -259,7 +260,7 @@ def _cholesky_(matrix: Tensor) -> bool:
         if behind.start < len(matrix):
             eye = torch.eye(step, dtype=matrix.dtype, device=matrix.device)
             inverse = torch.linalg.solve_triangular(corner, eye, upper=False)
-            rows = matrix[part, behind].clone()
+            rows = kept[:, behind].copy_(matrix[part, behind])
             add_product_(matrix[part, behind], inverse.T, rows, matrix.dtype, fresh=True)
             matrix[behind, part] = 0.0
     return True
