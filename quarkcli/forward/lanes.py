@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Generic, NamedTuple, TypeVar
 
 LANES, FEW_LANES = 8, 4
-MANY_TOKENS = 2048  # of each of eight lanes: with fewer, the sums of a deeper tree cost more than eight ranks would gain
+MANY_TOKENS = 2048  # of each of eight lanes: with fewer, a deeper tree of sums costs more than eight ranks would gain
 LANE_TOKENS = 512  # at least: products of fewer rows are slow on a CPU
 
 T = TypeVar("T")
