@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 
 # Module -> what the API offers of it. `__init__.pyi` says the same to type checkers.
 _API = {
-    "quarkcli.api.checkpoints": ("compare", "convert", "inspect", "verify"),
+    "quarkcli.api.checkpoints": ("compare", "convert", "inspect", "report", "verify"),
     "quarkcli.api.evaluation": ("evaluate",),
     "quarkcli.api.notebook": ("NotebookProgress",),
     "quarkcli.api.options": ("RunOptions",),

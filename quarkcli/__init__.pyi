@@ -1,4 +1,4 @@
-from quarkcli.api.checkpoints import compare, convert, inspect, verify
+from quarkcli.api.checkpoints import compare, convert, inspect, report, verify
 from quarkcli.api.evaluation import evaluate
 from quarkcli.api.notebook import NotebookProgress
 from quarkcli.api.options import RunOptions
@@ -46,6 +46,7 @@ __all__ = [
     "normalize_quant_cfg_list",
     "quantize",
     "register_scheme",
+    "report",
     "set_quantizer_attribute",
     "set_quantizer_attributes_full",
     "set_quantizer_attributes_partial",

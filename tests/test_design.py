@@ -17,7 +17,7 @@ import pytest
 from quarkcli import algorithms, dialects, errors, family
 from quarkcli.recipe import catalog, recipe, schema
 from quarkcli.recipe.attributes import native
-from quarkcli.report import kinds
+from quarkcli.reporting import kinds
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "quarkcli"
@@ -40,7 +40,7 @@ algorithms dialects
 servers
 forward
 disk
-report
+reporting
 job
 evaluation
 search
@@ -49,7 +49,7 @@ cli
 __main__
 """
 # Annotations only.
-NAMES_OF_TYPES = {("algorithms", "forward"), ("algorithms", "job"), ("report", "job")}
+NAMES_OF_TYPES = {("algorithms", "forward"), ("algorithms", "job"), ("reporting", "job")}
 # Inside a folder, a module may import those named before it; every module has its place.
 INSIDE = {
     "forward": "activations carry defaults guard enough lanes group moments outliers samples experts taps statistics"
@@ -73,7 +73,7 @@ OWNERS = {
     "pyarrow": {"forward"},
     "triton": {"numerics"},
     "pydantic": {"documents", "recipe", "family"},
-    "yaml": {"recipe", "report", "job", "search"},
+    "yaml": {"recipe", "reporting", "job", "search"},
     "re2": {"recipe"},
     "huggingface_hub": {"disk", "model", "forward", "cli"},
     "ml_dtypes": set(),

@@ -24,7 +24,7 @@ from quarkcli.job import convert as converting
 from quarkcli.job import inspecting
 from quarkcli.job import run as job
 from quarkcli.plan.fused import Servers
-from quarkcli.report import reading
+from quarkcli.reporting import reading
 
 VERIFIED = "quark/verify/1"
 

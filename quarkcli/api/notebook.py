@@ -9,7 +9,7 @@ from typing import Any
 
 from quarkcli.errors import UsageError
 from quarkcli.events import Event, Message, PartDone, Phase, Working
-from quarkcli.report import log
+from quarkcli.reporting import log
 
 _OFTEN = 0.2  # seconds between two pictures
 _LATEST = 5  # messages that stay in sight

@@ -5,8 +5,8 @@ from __future__ import annotations
 from html import escape
 from typing import Any
 
-from quarkcli.report import losses
-from quarkcli.report.log import duration
+from quarkcli.reporting import losses
+from quarkcli.reporting.log import duration
 
 
 class Report(dict[str, Any]):

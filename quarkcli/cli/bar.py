@@ -6,7 +6,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from quarkcli.cli import tables
-from quarkcli.report import log
+from quarkcli.reporting import log
 
 if TYPE_CHECKING:
     from rich.progress import Progress, Task

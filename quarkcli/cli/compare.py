@@ -90,8 +90,8 @@ def compare(
 
 def _write_page(to: Path, found: Comparison) -> None:
     from quarkcli.cli import files
-    from quarkcli.report import reading
-    from quarkcli.report.page import compared
+    from quarkcli.reporting import reading
+    from quarkcli.reporting.page import compared
 
     reports = (reading.read(Path(name)) if reading.has_report(Path(name)) else None for name in (found.a, found.b))
     files.write(to, compared.page(found.as_dict(), *reports), replace=True)

@@ -10,7 +10,7 @@ import typer
 from quarkcli.cli import apps, output
 from quarkcli.cli.flags import Json
 from quarkcli.errors import UsageError, near_misses
-from quarkcli.report.kinds import Kind, index
+from quarkcli.reporting.kinds import Kind, index
 
 SCHEMA = "quark/explain/1"
 EXAMPLES = apps.examples("quark explain", "quark explain E-PATTERN-NOMATCH")

@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 from quarkcli.cli import github, output, tables
 from quarkcli.events import Event, Level, Message, PartDone, Phase, Working
-from quarkcli.report import log
-from quarkcli.report.alike import Alike
+from quarkcli.reporting import log
+from quarkcli.reporting.alike import Alike
 
 Mode = Literal["auto", "bar", "lines", "none"]
 SILENCE = 9.0  # seconds without a line

@@ -40,7 +40,7 @@ def push(
     from quarkcli.cli.progress import Progress
     from quarkcli.disk import push as pushing
     from quarkcli.disk.side_files import README
-    from quarkcli.report.card import licence
+    from quarkcli.reporting.card import licence
 
     folder = Path(directory)
     card = folder / README

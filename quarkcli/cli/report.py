@@ -44,11 +44,11 @@ def report(
             hint="one of the two",
             kind="E-FLAG-CONFLICT",
         )
-    from quarkcli.report.reading import read
+    from quarkcli.reporting.reading import read
 
     found = read(directory)
     if html:
-        from quarkcli.report.page import page
+        from quarkcli.reporting.page import page
 
         files.write(to or Path(f"{directory.resolve().name}.html"), page(found), replace=True)
         return

@@ -9,8 +9,8 @@ from quarkcli.cli import output
 from quarkcli.plan import advice
 from quarkcli.plan.online import sentences
 from quarkcli.recipe.advice import AUTO
-from quarkcli.report import losses, outcomes
-from quarkcli.report.log import duration
+from quarkcli.reporting import losses, outcomes
+from quarkcli.reporting.log import duration
 
 Rows = list[tuple[str, str]]
 

@@ -38,10 +38,10 @@ from quarkcli.errors import ModelError, QuarkError, ResourceError, UsageError
 from quarkcli.events import Listener, Message, PartDone, Phase, Working, silent
 from quarkcli.job import finish, preflight
 from quarkcli.plan.model import Part, Plan, QuantizedTarget, Target
-from quarkcli.report import text as written
-from quarkcli.report.card import card_of_conversion
-from quarkcli.report.page import page
-from quarkcli.report.tensors import Records, converted
+from quarkcli.reporting import text as written
+from quarkcli.reporting.card import card_of_conversion
+from quarkcli.reporting.page import page
+from quarkcli.reporting.tensors import Records, converted
 from quarkcli.spec import TensorSpec
 from quarkcli.threads import Workers, default, limited
 

@@ -36,10 +36,10 @@ from quarkcli.job.options import Calibration, Prepared
 from quarkcli.plan import advice
 from quarkcli.plan.model import Part, Plan
 from quarkcli.recipe.attributes.written import spec_to_yaml
-from quarkcli.report import build, text
-from quarkcli.report.card import card
-from quarkcli.report.page import page
-from quarkcli.report.run import Clock
+from quarkcli.reporting import build, text
+from quarkcli.reporting.card import card
+from quarkcli.reporting.page import page
+from quarkcli.reporting.run import Clock
 
 if TYPE_CHECKING:
     from quarkcli.forward.data import CalibrationData

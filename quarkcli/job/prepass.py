@@ -9,7 +9,7 @@ from quarkcli.algorithms.base import Transform
 from quarkcli.events import Listener, Message
 from quarkcli.forward.group import Group
 from quarkcli.job.options import SKIP, Prepared
-from quarkcli.report.alike import folded
+from quarkcli.reporting.alike import folded
 
 if TYPE_CHECKING:
     from quarkcli.forward.data import CalibrationData

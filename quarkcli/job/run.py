@@ -50,9 +50,9 @@ from quarkcli.plan.resolve import resolve
 from quarkcli.recipe import catalog
 from quarkcli.recipe import recipe as recipes
 from quarkcli.recipe.recipe import Recipe
-from quarkcli.report import log
-from quarkcli.report.build import part_warnings
-from quarkcli.report.run import Clock
+from quarkcli.reporting import log
+from quarkcli.reporting.build import part_warnings
+from quarkcli.reporting.run import Clock
 from quarkcli.threads import Workers, limited
 
 if TYPE_CHECKING:

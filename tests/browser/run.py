@@ -94,7 +94,7 @@ def pages(folder: Path) -> dict[str, Path]:
 
 def large(report: dict[str, Any]) -> str:
     """The page of a run on 94 layers of 128 experts, with numbers made up, long names and warnings."""
-    from quarkcli.report.page import page
+    from quarkcli.reporting.page import page
 
     tensors, parts, sites, counts = [], [], [], {}
     weights = [row for row in report["tensors"] if row["layer"] == 1 and row["fate"] == "quantized"]

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from quarkcli.report import kinds
+from quarkcli.reporting import kinds
 
 
 def test_a_code_is_explained(quark):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from quarkcli.report.kinds import Kind, index
+from quarkcli.reporting.kinds import Kind, index
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "errors.md"
 _HEAD = """\

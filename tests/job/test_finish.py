@@ -18,7 +18,7 @@ from quarkcli.job import run as job
 from quarkcli.job.run import EMBEDDED, Options, Prepared
 from quarkcli.plan.compose import Overrides
 from quarkcli.recipe import recipe as recipes
-from quarkcli.report.run import Clock
+from quarkcli.reporting.run import Clock
 
 
 def prepared(model: Path = EMBEDDED, **more: Any) -> Prepared:

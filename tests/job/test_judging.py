@@ -19,7 +19,7 @@ from quarkcli.job import judging
 from quarkcli.job.options import Calibration, Options
 from quarkcli.job.run import EMBEDDED
 from quarkcli.model.tokenizer import load_tokenizer
-from quarkcli.report import losses
+from quarkcli.reporting import losses
 from tests import runs
 
 

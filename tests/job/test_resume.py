@@ -33,7 +33,7 @@ KILLS: dict[str, tuple[dict[str, Any], str]] = {
     "before the config": (at("quarkcli.job.finish.write_config"), "going on with the final steps"),
     "in the middle of the side files": (at("shutil.copyfile", call=2), "going on with the final steps"),
     "behind the config": (at("quarkcli.job.finish.write_config", after=True), "going on with the final steps"),
-    "before the report": (at("quarkcli.report.build.build"), "going on with the final steps"),
+    "before the report": (at("quarkcli.reporting.build.build"), "going on with the final steps"),
     "before the manifest": (at("quarkcli.job.finish.write_manifest"), "going on with the final steps"),
     "behind the manifest": (at("quarkcli.job.finish.write_manifest", after=True), "going on with the final steps"),
     "before the state is put aside": (at("quarkcli.disk.journal.Journal.set_aside"), "going on with the final steps"),

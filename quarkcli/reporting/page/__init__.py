@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from quarkcli.report.page import figures, scale
-from quarkcli.report.page.elements import Element, document, element
+from quarkcli.reporting.page import figures, scale
+from quarkcli.reporting.page.elements import Element, document, element
 
 STYLE = Path(__file__).resolve().parents[2] / "assets" / "report.css"
 Report = Mapping[str, Any]

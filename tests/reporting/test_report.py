@@ -16,9 +16,9 @@ from quarkcli.documents.report import json_schema
 from quarkcli.events import PartDone, silent
 from quarkcli.forward.outliers import Outliers
 from quarkcli.job import run as job
-from quarkcli.report import reading, text
-from quarkcli.report.run import Clock
-from tests.report.conftest import report_of
+from quarkcli.reporting import reading, text
+from quarkcli.reporting.run import Clock
+from tests.reporting.conftest import report_of
 
 SCHEMA = Path(__file__).resolve().parents[2] / "quarkcli" / "assets" / "report.schema.json"
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from quarkcli import __version__
 from quarkcli.recipe.match import starred
-from quarkcli.report.page import Report, figures, scale, section, style
-from quarkcli.report.page.charts import Bar, Grid, Table, bars, chart, columns, grid, heat, key, numbers
-from quarkcli.report.page.elements import Element, document, element
+from quarkcli.reporting.page import Report, figures, scale, section, style
+from quarkcli.reporting.page.charts import Bar, Grid, Table, bars, chart, columns, grid, heat, key, numbers
+from quarkcli.reporting.page.elements import Element, document, element
 
 # The number of a block, behind whatever blocks are called, and the name inside it.
 _BLOCK = re.compile(r"^(?:.*?\.)?(\d+)\.(.+)$")

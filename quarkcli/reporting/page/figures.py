@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from quarkcli.recipe.match import starred
-from quarkcli.report.page import scale
-from quarkcli.report.page.charts import Bar, Grid, Table, bars, chart, columns, grid, heat, key
-from quarkcli.report.page.elements import Element, element
+from quarkcli.reporting.page import scale
+from quarkcli.reporting.page.charts import Bar, Grid, Table, bars, chart, columns, grid, heat, key
+from quarkcli.reporting.page.elements import Element, element
 
 Report = Mapping[str, Any]
 Row = Mapping[str, Any]

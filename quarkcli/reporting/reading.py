@@ -10,7 +10,7 @@ from quarkcli.documents import text
 from quarkcli.documents.report import Report
 from quarkcli.documents.shape import check
 from quarkcli.errors import AccessError, ModelError
-from quarkcli.report import build
+from quarkcli.reporting import build
 
 
 def read(directory: Path) -> dict[str, Any]:

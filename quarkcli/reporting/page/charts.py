@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from quarkcli.report.page import scale
-from quarkcli.report.page.elements import Element, element
+from quarkcli.reporting.page import scale
+from quarkcli.reporting.page.elements import Element, element
 
 ROWS = 60  # of a table behind a chart; more stand in report.json
 _ROW = 24  # pixels of a row of a heat map

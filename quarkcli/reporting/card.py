@@ -12,8 +12,8 @@ import yaml
 from quarkcli import __version__
 from quarkcli.plan.model import Plan
 from quarkcli.plan.online import sentences
-from quarkcli.report import losses
-from quarkcli.report.counts import modules_by_scheme
+from quarkcli.reporting import losses
+from quarkcli.reporting.counts import modules_by_scheme
 
 if TYPE_CHECKING:
     from quarkcli.dialects.base import Writer

@@ -13,10 +13,10 @@ from xml.etree import ElementTree as ET
 import pytest
 
 from quarkcli.cli import main
-from quarkcli.report.page import compared, page, scale
-from quarkcli.report.page.elements import document, element
+from quarkcli.reporting.page import compared, page, scale
+from quarkcli.reporting.page.elements import document, element
 from tests.cli.conftest import quark  # noqa: F401
-from tests.report.conftest import report_of
+from tests.reporting.conftest import report_of
 
 VOID = {"meta", "br", "hr", "link", "img", "input"}
 

@@ -11,11 +11,11 @@ from quarkcli.disk import nonfinite
 from quarkcli.errors import some
 from quarkcli.plan.model import Plan
 from quarkcli.plan.sizes import expert_share
-from quarkcli.report import counts, tensors
-from quarkcli.report.alike import folded
-from quarkcli.report.outcomes import outcomes
-from quarkcli.report.run import Clock
-from quarkcli.report.tensors import Records
+from quarkcli.reporting import counts, tensors
+from quarkcli.reporting.alike import folded
+from quarkcli.reporting.outcomes import outcomes
+from quarkcli.reporting.run import Clock
+from quarkcli.reporting.tensors import Records
 
 if TYPE_CHECKING:
     from quarkcli.forward.data import CalibrationData
