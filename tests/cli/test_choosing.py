@@ -7,8 +7,11 @@ import json
 import pytest
 
 from quarkcli import servers
+from quarkcli.cli import listings
 from quarkcli.job import rates
+from quarkcli.recipe import catalog
 from quarkcli.servers._kernels import EVERY, Kernel, way
+from tests.docs import listings as page
 
 
 def test_every_device_has_one_generation_and_every_generation_kernels():
@@ -64,7 +67,15 @@ def test_show_has_servers_hardware_and_what_it_has_cost(quark):
     out = quark("schemes", "show", "nvfp4").out
     assert "fast on blackwell" in out
     assert "SmolLM2-135M-Instruct, rtn: KL 0.4087" in out
-    assert "not measured here" in quark("schemes", "show", "mxfp8").out
+    assert "the embedded model, 1.8M parameters, rtn: KL 0.0" in quark("schemes", "show", "mxfp8").out
     (row, *_) = json.loads(quark("schemes", "show", "nvfp4", "--json").out)["schemes"]
     assert row["servers"]["vllm"]["gpus"]["hopper"] == "weight-only"
     assert {loss["steps"] for loss in row["losses"]} >= {"rtn"}
+
+
+def test_what_schemes_have_cost_is_what_was_measured():
+    assert listings.LOSSES.read_text(encoding="utf-8") == page.losses(), "make docs"
+    measured = {name: listings.losses(name) for name in catalog.files("schemes")}
+    assert all(rows[-1]["model"].startswith("the embedded model") for rows in measured.values())
+    kl = {name: rows[-1]["kl"] for name, rows in measured.items()}
+    assert kl["ptpc_fp8"] < kl["int4_wo_32"] < kl["int4_wo_128"] < kl["int3_wo_128"] < kl["int2_wo_128"]

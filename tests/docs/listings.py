@@ -13,6 +13,7 @@ from typing import Any
 
 from quarkcli.cli import algorithms, listings, models, recipes, schemes
 from quarkcli.recipe import catalog
+from tests.bench import schemes as schemes_measured
 
 
 def text() -> str:
@@ -47,13 +48,20 @@ BENCH_ONLY = ("inputs alone", " of ")  # rows that no command line makes
 
 
 def losses() -> str:
-    """Returns what each scheme has cost: for each model, rounded to nearest and with the steps that lost least."""
+    """Returns what each scheme has cost: for each model, rounded to nearest and with the steps that lost least.
+
+    The embedded model, on which every scheme was measured, comes last.
+    """
     found: dict[str, dict[str, dict[str, list[dict[str, Any]]]]] = {}
     for row in json.loads(MEASURED.read_text(encoding="utf-8")).values():
         if row["model"] in MODELS and "losses" in row and not any(word in row["steps"] for word in BENCH_ONLY):
             by_steps = found.setdefault(row["scheme"], {}).setdefault(row["model"], {})
             by_steps.setdefault(row["steps"], []).append(row["losses"]["in domain"])
-    schemes = {name: _lines(found[name]) for name in sorted(found)}
+    every = json.loads(schemes_measured.RESULTS.read_text(encoding="utf-8"))
+    schemes = {
+        name: [*_lines(found.get(name, {})), {"model": every["model"], "steps": "rtn", **row}]
+        for name, row in every["rows"].items()
+    }
     return json.dumps({"schemes": schemes}, indent=1) + "\n"
 
 
