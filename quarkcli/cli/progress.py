@@ -17,7 +17,7 @@ from quarkcli.reporting import log
 from quarkcli.reporting.alike import Alike
 
 Mode = Literal["auto", "bar", "lines", "none"]
-SILENCE = 9.0  # seconds without a line
+SILENCE = 8.0  # seconds without a line
 
 
 class Progress:
