@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from quarkcli import __version__, memory
@@ -205,9 +206,9 @@ def _loss(records: Records) -> dict[str, Any]:
     weight_errors = {name: e for record in records.values() for name, e in record["weight_errors"].items()}
     errors = {name: e for name, record in records.items() if (e := record["output_error"]) is not None}
     return {
-        "mean_output_error": sum(errors.values()) / len(errors) if errors else None,
+        "mean_output_error": fmean(errors.values()) if errors else None,
         "output_errors": errors,
-        "mean_weight_error": sum(weight_errors.values()) / len(weight_errors) if weight_errors else None,
+        "mean_weight_error": fmean(weight_errors.values()) if weight_errors else None,
         "weight_errors": weight_errors,
         "tuning": {name: record["tuning"] for name, record in records.items() if record.get("tuning")},
     }

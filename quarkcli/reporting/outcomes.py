@@ -55,7 +55,7 @@ def _summary(rows: list[tuple[str, Mapping[str, Any]]]) -> dict[str, Any]:
 def _share(pairs: Iterable[tuple[float, float]]) -> float:
     """Returns the geometric mean of after / before; weights that lose nothing either way are left out."""
     logs = [math.log(after / before) for before, after in pairs if before > 0 and after > 0]
-    return math.exp(sum(logs) / len(logs)) if logs else 1.0
+    return math.exp(math.fsum(logs) / len(logs)) if logs else 1.0  # the same in any order, so for any number of ranks
 
 
 def _counts(values: Iterable[float]) -> dict[str, int]:

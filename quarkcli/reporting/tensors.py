@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from quarkcli.dialects.base import Writer
@@ -138,7 +139,7 @@ def _part(record: Mapping[str, Any]) -> Row:
         "bytes": sum(file["size"] for file in record["files"]),
         "done": True,
         "output_error": record["output_error"],
-        "weight_error": sum(errors) / len(errors) if errors else None,
+        "weight_error": fmean(errors) if errors else None,
         "seconds": round(record["seconds"], 4),
         **memory,
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import random
 import socket
 import time
@@ -15,6 +16,7 @@ import pytest
 
 from tests import runs
 from tests.forks import Done, Forks, at
+from tests.reports import lasting
 
 ROWS = ("--calib-samples", "24", "--calib-seqlen", "128", "--device", "cpu")  # four lanes
 JOBS = {
@@ -124,9 +126,13 @@ def alone(launch: Launch, sources: dict[str, Path], tmp_path_factory: pytest.Tem
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """By name, of what a server reads."""
+    """By name, of what a server reads, and of what the report says beside times and memory."""
     files = [path for path in sorted(folder.iterdir()) if path.suffix in {".safetensors", ".json"}]
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    found = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    report = json.dumps(lasting(folder), sort_keys=True)
+    for recipe in (f"{folder}.yaml", f"{folder.name}.yaml"):  # each run has its own
+        report = report.replace(recipe, "recipe.yaml")
+    return {**found, "report": hashlib.sha256(report.encode()).hexdigest()}
 
 
 @pytest.mark.parametrize(

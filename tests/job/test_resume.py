@@ -13,6 +13,7 @@ import pytest
 from quarkcli.job.run import EMBEDDED
 from tests.forks import Done, Forks, at
 from tests.products import slow_unless
+from tests.reports import lasting
 
 CALIBRATION = ("--calib-data", "rows.txt", "--calib-samples", "8", "--calib-seqlen", "64")
 COMMANDS: dict[str, tuple[str, ...]] = {
@@ -57,13 +58,14 @@ def quark(forks: Forks) -> Forks:
 
 
 @pytest.fixture(scope="module")
-def calm(quark: Forks, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
-    """Hashes of the weight files of runs that nobody disturbed."""
+def calm(quark: Forks, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """Hashes of the weight files of runs that nobody disturbed, and what their reports say."""
     folder = tmp_path_factory.mktemp("calm")
     fill(folder)
     for name, flags in COMMANDS.items():
         assert quark("quantize", "--model", "demo", *flags, "-o", name, "-q", cwd=folder).code == 0
-    return {name: hashes(folder / name) for name in COMMANDS}
+    reports = {f"report of {name}": lasting(folder / name) for name in COMMANDS}
+    return {name: hashes(folder / name) for name in COMMANDS} | reports
 
 
 @pytest.fixture
@@ -137,6 +139,7 @@ def test_calibrated_runs_are_gone_on_with_from_hidden_states(quark, calm, work, 
     assert last.code == 0, last.err
     assert "resuming: 6 of 6" in last.err
     check_finished(work, calm[name])
+    assert lasting(work / "out") == calm[f"report of {name}"]
 
 
 @pytest.mark.parametrize("stride", [3, pytest.param(1, marks=pytest.mark.slow)])
