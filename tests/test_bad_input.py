@@ -199,7 +199,7 @@ def test_no_cuda_device(refused, monkeypatch):
         ),
         (
             "schema: quark/recipe/1\nquantize:\n  scheme: mxfp4\n  algorithm: [{method: gptq, damping: 1}]\n",
-            ": ",
+            ":4:15",
             "no parameter 'damping'",
         ),
         (
@@ -207,7 +207,7 @@ def test_no_cuda_device(refused, monkeypatch):
             ": ",
             "keep one solver",
         ),
-        ("schema: quark/recipe/1\nquantize: {scheme: mxfp4, algorithm: gptqq}\n", ": ", "unknown algorithm 'gptqq'"),
+        ("schema: quark/recipe/1\nquantize: {scheme: mxfp4, algorithm: gptqq}\n", ":2:27", "unknown algorithm 'gptqq'"),
         (
             "schema: quark/recipe/1\nquantize: {scheme: mxfp4, kv_cache: fp9}\n",
             ":2:27",

@@ -428,9 +428,13 @@ def raised() -> Iterator[tuple[str, type[errors.QuarkError], ast.expr | None]]:
             if isinstance(node, ast.ClassDef):
                 bases = [classes[base.id] for base in node.bases if isinstance(base, ast.Name) and base.id in classes]
                 classes |= dict.fromkeys([node.name], bases[0]) if bases else {}
+    del classes["Mistakes"]  # names its kind itself; each of them has its own
     for module in MODULES:
         for node in ast.walk(tree(module)):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in classes:
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "super().__init__" and node.keywords:
+                named = [word.value for word in node.keywords if word.arg == "kind"]
+                yield from ((f"{module}:{node.lineno}", errors.ConfigError, kind) for kind in named)
+            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in classes:
                 kind = next((word.value for word in node.keywords if word.arg == "kind"), None)
                 yield f"{module}:{node.lineno}", classes[node.func.id], kind
 

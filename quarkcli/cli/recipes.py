@@ -168,7 +168,7 @@ def validate(
     from quarkcli.recipe import catalog, recipe
 
     path = catalog.find_recipe(name)
-    found = recipe.from_file(path)
+    found = recipe.from_file(path, also=asked.mistakes)
     asked.check(found)
     if found.dialect is not None:
         from quarkcli import dialects

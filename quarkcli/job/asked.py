@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from quarkcli import algorithms
-from quarkcli.errors import ConfigError, UsageError
+from quarkcli import algorithms, dialects
+from quarkcli.errors import ConfigError, QuarkError, UsageError
 from quarkcli.plan import advice
 from quarkcli.plan.advice import Advice
 from quarkcli.plan.model import Plan, Step
@@ -15,7 +15,9 @@ from quarkcli.recipe import load
 from quarkcli.recipe.advice import AUTO
 from quarkcli.recipe.catalog import same
 from quarkcli.recipe.entries import SETTING
+from quarkcli.recipe.load import Document
 from quarkcli.recipe.recipe import Recipe
+from quarkcli.recipe.tried import noted
 
 Listed = list[tuple[str, dict[str, Any]]]
 
@@ -92,6 +94,24 @@ def check(recipe: Recipe) -> None:
             algorithms.create(one, dict(_mapping(one, parameters, recipe.file)), recipe.file)
     named = [step for step in recipe.algorithms if step[0] != AUTO]
     algorithms.created(named, recipe.file)
+
+
+def mistakes(document: Document) -> Iterator[QuarkError]:
+    """Yields the mistakes in the algorithms and dialects of a native recipe file."""
+    quantize, export = (document.data.get(key) for key in ("quantize", "export"))
+    rows = quantize.get("algorithm") if isinstance(quantize, Mapping) else None
+    for index, row in enumerate(rows if isinstance(rows, list) else [rows]):
+        step = {"method": row} if isinstance(row, str) else row
+        if isinstance(step, Mapping) and isinstance(step.get("method"), str) and step["method"] != AUTO:
+            given = {key: value for key, value in step.items() if key not in ("method", "slots")}
+            where = str(document.origin("quantize", "algorithm", *([index] if isinstance(rows, list) else [])))
+            yield from noted(algorithms.create, step["method"], given, where)
+    dialect = export.get("dialect") if isinstance(export, Mapping) else None
+    names = dialect if isinstance(dialect, list) else [dialect]
+    words = [name for name in names if isinstance(name, str)]
+    for error in noted(dialects.asked_for, ",".join(words)) if words else ():
+        where = str(document.origin("export", "dialect"))
+        yield ConfigError(error.what, where=where, hint=error.hint, kind=error.kind)
 
 
 # --- auto -------------------------------------------------------------------------------------------------------------

@@ -81,7 +81,7 @@ def load_recipe(options: Options) -> Recipe:
     elif isinstance(options.recipe, Recipe):
         recipe = replace(options.recipe)
     else:
-        recipe = recipes.from_file(catalog.find_recipe(str(options.recipe)), settings)
+        recipe = recipes.from_file(catalog.find_recipe(str(options.recipe)), settings, asked.mistakes)
     return asked.with_steps(recipe, options.algorithm, of_steps)
 
 

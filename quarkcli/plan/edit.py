@@ -28,7 +28,7 @@ from quarkcli.recipe.attributes.partial import changed
 from quarkcli.recipe.entries import Entry, Origin
 from quarkcli.recipe.match import suggestions
 from quarkcli.recipe.normalize import Canonical, normalize, path_text
-from quarkcli.recipe.recipe import is_weight, located
+from quarkcli.recipe.tried import is_weight, located
 
 Selection = str | Callable[[str], bool]  # a pattern on slot names, or a function that says yes to some
 ParentClass = str | type | None

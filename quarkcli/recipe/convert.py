@@ -11,7 +11,8 @@ from quarkcli.recipe import schema
 from quarkcli.recipe.attributes import to_spec
 from quarkcli.recipe.attributes.written import spec_to_yaml
 from quarkcli.recipe.entries import Entry
-from quarkcli.recipe.recipe import Recipe, attention_entries, cache_entries, is_weight
+from quarkcli.recipe.recipe import Recipe, attention_entries, cache_entries
+from quarkcli.recipe.tried import is_weight
 
 _WIDTH = 116
 

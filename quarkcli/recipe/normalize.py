@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from quarkcli.errors import ConfigError, near_misses
 from quarkcli.recipe.load import Path_
+from quarkcli.recipe.mistakes import Mistakes
 
 Cfg = dict[str, Any] | list[dict[str, Any]] | None
 Located = tuple[Path_, str]
@@ -93,11 +94,10 @@ def path_text(path: Path_) -> str:
 
 def refusal(problems: list[Located], where: Where, hint: str = "") -> ConfigError:
     """Returns one error for all of them, each with its place."""
-    if len(problems) == 1:
-        path, text = problems[0]
-        return ConfigError(text, where=where(path), hint=hint, kind="E-ENTRY")
-    lines = "\n".join(f"  {where(path)}: {text}" for path, text in problems)
-    return ConfigError(f"{len(problems)} problems\n{lines}", hint=hint, kind="E-RECIPE-MISTAKES")
+    each = [ConfigError(text, where=where(path), kind="E-ENTRY") for path, text in problems]
+    if len(each) == 1:
+        return ConfigError(each[0].what, where=each[0].where, hint=hint, kind="E-ENTRY")
+    return Mistakes(each, hint=hint)
 
 
 class _Reader:

@@ -7,21 +7,26 @@ and no entry must match.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from quarkcli.errors import ConfigError, UsageError
+from quarkcli.errors import ConfigError, QuarkError, UsageError
 from quarkcli.recipe import catalog, foreign, imports, schema
 from quarkcli.recipe.attributes import native, to_spec
 from quarkcli.recipe.entries import SETTING, SLOTS, Entry, Origin, Share
 from quarkcli.recipe.load import Document, of_data
 from quarkcli.recipe.match import slot_pattern
+from quarkcli.recipe.mistakes import together
 from quarkcli.recipe.normalize import LEGACY, Canonical, Normalized, normalize
 from quarkcli.recipe.search import with_search
 from quarkcli.recipe.settings import adjusted
+from quarkcli.recipe.tried import is_weight, located, patterns, tried
+
+# Finds mistakes in what rooms below know.
+Check = Callable[[Document], Iterable[QuarkError]]
 
 
 @dataclass
@@ -80,10 +85,11 @@ def from_scheme(name: str) -> Recipe:
     return Recipe(stem, "", stem, [DENY_ALL, *scheme_entries(stem, "*", origin, user=True)])
 
 
-def from_file(path: Path, settings: Sequence[str] = ()) -> Recipe:
-    """Returns the recipe of a file. Raises ConfigError with file, line and column.
+def from_file(path: Path, settings: Sequence[str] = (), also: Check = lambda document: ()) -> Recipe:
+    """Returns the recipe of a file. Raises ConfigError with all mistakes of it, each with file, line and column.
 
     settings   `a.b=value` of `--set`, applied to the file with its imports in place
+    also       finds mistakes in what other rooms know: algorithms, dialects
     """
     document = imports.expanded(catalog.document(path))
     if any(text.startswith(_ENTRY_SETTING) for text in settings):
@@ -93,8 +99,21 @@ def from_file(path: Path, settings: Sequence[str] = ()) -> Recipe:
         before, document = document, adjusted(document, [text])
         if repr(document.data) == repr(before.data):
             idle.append(f"--set {text} changes nothing: the recipe says so")
-    recipe = _native(document, path) if is_native(document) else _foreign(document, path)
+    recipe = _checked(document, path, also)
     recipe.notes += idle
+    return recipe
+
+
+def _checked(document: Document, path: Path, also: Check) -> Recipe:
+    """Returns the recipe of a document. Raises ConfigError with all its mistakes."""
+    native = is_native(document)
+    try:
+        recipe = _native(document, path) if native else _foreign(document, path)
+    except (ConfigError, UsageError) as error:
+        more = [*tried(document, path), *also(document)] if native else []
+        raise together([error, *more], where=document.file, hint=error.hint) from error
+    if native and (found := [*patterns(document), *also(document)]):
+        raise together(found, where=document.file)
     return recipe
 
 
@@ -132,16 +151,6 @@ def _has_scheme(document: Document) -> bool:
 
 def is_native(document: Document) -> bool:
     return isinstance(document.data, dict) and document.data.get("schema") == schema.NATIVE
-
-
-def located(where: Origin, call: Any, *args: Any, **kwargs: Any) -> Any:
-    """Returns the result of `call(*args)`. A user error without a place gets the one of `where`."""
-    try:
-        return call(*args, **kwargs)
-    except (ConfigError, UsageError) as error:
-        raise ConfigError(
-            error.what, where=error.where or str(where), hint=error.hint, kind=error.kind or "E-ENTRY"
-        ) from error
 
 
 def scheme_model(name: str) -> schema.SchemeModel:
@@ -329,11 +338,6 @@ def _entry(document: Document, row: Canonical, *, required: bool) -> Entry:
     unit = f"{origin} {'.'.join(map(str, row.place))}"
     # What need not match need not have an effect either.
     return Entry(row.quantizer_path, row.cfg, row.enable, row.parent_class, must, origin, unit, must)
-
-
-def is_weight(pattern: str) -> bool:
-    """True for a pattern that names weight or bias slots; others may mean activations as well."""
-    return "weight" in pattern or "bias" in pattern
 
 
 def _notes(document: Document, found: Normalized) -> list[str]:

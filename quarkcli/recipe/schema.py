@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from quarkcli.documents.shape import KINDS, written
 from quarkcli.errors import ConfigError, near_misses
 from quarkcli.recipe.load import Document, Path_
+from quarkcli.recipe.mistakes import Mistakes
 
 NATIVE = "quark/recipe/1"
 _KINDS = {**KINDS, "dict_type": "a mapping", "model_type": "a mapping"}
@@ -226,9 +227,8 @@ def validate(model: type[M], document: Document) -> M:
         return model.model_validate(document.data)
     except ValidationError as error:
         problems = _problems(model, document, error)
-    head, *more = problems
-    text = head[1] if not more else f"{len(problems)} problems\n" + "\n".join(f"  {w}: {t}" for w, t in problems)
-    raise ConfigError(text, where=head[0] if not more else document.file, kind="E-RECIPE-SCHEMA")
+    each = [ConfigError(text, where=where, kind="E-RECIPE-SCHEMA") for where, text in problems]
+    raise each[0] if len(each) == 1 else Mistakes(each, where=document.file)
 
 
 def _problems(model: type[BaseModel], document: Document, error: ValidationError) -> list[tuple[str, str]]:
@@ -240,12 +240,18 @@ def _problems(model: type[BaseModel], document: Document, error: ValidationError
         at.setdefault(path, []).append(detail)
     found: list[tuple[str, str]] = []
     for path, details in at.items():
+        if isinstance(details[0]["input"], list | dict) and any(_is_inside(other, path) for other in at):
+            continue  # what is wrong inside is said
         where = str(document.origin(*path))
         kinds = list(dict.fromkeys(_KINDS[detail["type"]] for detail in details if detail["type"] in _KINDS))
         if kinds:
             found.append((where, f"{_name(path)} must be {' or '.join(kinds)}, not {details[0]['input']!r:.60}"))
         found += [(where, _message(model, path, detail)) for detail in details if detail["type"] not in _KINDS]
     return found
+
+
+def _is_inside(path: Path_, outer: Path_) -> bool:
+    return len(path) > len(outer) and path[: len(outer)] == outer
 
 
 def _name(path: Path_) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from quarkcli.errors import ConfigError, QuarkError, UsageError
+from quarkcli.job import asked
 from quarkcli.recipe import catalog
 from quarkcli.recipe import recipe as recipes
 from quarkcli.recipe.entries import Origin
@@ -268,3 +269,59 @@ class TestSlotKinds:
         found = recipes.from_file(tmp_path / "r" / "recipe.yaml")
         assert found.attention == "near"
         assert len(recipes.attention_entries("near", Origin("here"), tmp_path / "r")) == 1
+
+
+EVERY_KIND = """\
+schema: quark/recipe/1
+metadata:
+  description: x
+  colour: red
+quantize:
+  quant_cfg:
+    - {quantizer_path: '*', enable: false}
+    - quantizer_path: 7
+      cfg: {element: int8}
+    - quantizer_path: '*.weight_quantizer'
+      cfg: {element: fp5}
+    - quantizer_path: '*.input_quantizer'
+      cfg: {element: int8, granularity: {group: -3}}
+    - {quantizer_path: 're:(', enable: true}
+    - {quantizer_path: '*.w', enable: maybe}
+  algorithm:
+    - {method: nothing}
+    - {method: gptq, damp: 7}
+  kv_cache: fp99
+calibration: {samples: many}
+export: {dialect: nope}
+"""
+
+
+def test_all_mistakes_of_a_file_are_listed_at_once(tmp_path):
+    """Unknown keys, wrong values, attributes, expressions, names, algorithms, dialects: each with its line."""
+    path = tmp_path / "mine.yaml"
+    path.write_text(EVERY_KIND)
+    with pytest.raises(ConfigError) as caught:
+        recipes.from_file(path, also=asked.mistakes)
+    head, *lines = caught.value.what.splitlines()
+    found = [(int(line.removeprefix(f"  {path}:").partition(":")[0]), line) for line in lines]
+    wanted = {
+        4: "unknown key 'colour'", 8: "must be a text, not 7", 11: "element 'fp5' is unknown",
+        13: "granularity.group must be a positive", 14: "is not a regular expression", 15: "must be true or false",
+        17: "unknown algorithm 'nothing'", 18: "gptq damp must be", 19: "unknown KV cache scheme 'fp99'",
+        20: "must be a whole number, not 'many'", 21: "unknown dialect 'nope'",
+    }  # fmt: skip
+    assert [number for number, _ in found] == list(wanted)
+    assert all(wanted[number] in line for number, line in found)
+    assert head == f"{len(wanted)} problems"
+    assert (caught.value.where, caught.value.kind) == (str(path), "E-RECIPE-MISTAKES")
+
+
+def test_mistakes_are_listed_where_the_form_is_right(tmp_path):
+    text = EVERY_KIND.replace("  colour: red\n", "").replace("path: 7", "path: '*a'").replace("maybe", "true")
+    for wrong, right in (("fp5", "int8"), ("-3", "32"), ("fp99", "fp8"), ("many", "3")):
+        text = text.replace(wrong, right)
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        recipes.from_file(path, also=asked.mistakes)
+    assert [line.split(":")[1] for line in caught.value.what.splitlines()[1:]] == ["13", "16", "17", "20"]
