@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from quarkcli.cli import apps, output
-from quarkcli.cli.flags import JobFlags, Json, takes_job_flags
+from quarkcli.cli.flags import Json
+from quarkcli.cli.jobflags import JobFlags, takes_job_flags
 
 if TYPE_CHECKING:
     from quarkcli.job.preview import Preview

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from quarkcli.cli import apps, output
-from quarkcli.cli.flags import JobFlags, takes_job_flags
+from quarkcli.cli.jobflags import JobFlags, takes_job_flags
 from quarkcli.errors import UsageError
 
 if TYPE_CHECKING:

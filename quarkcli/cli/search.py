@@ -11,7 +11,7 @@ import typer
 
 from quarkcli.cli import apps, output
 from quarkcli.cli.amounts import size
-from quarkcli.cli.flags import JobFlags, takes_job_flags
+from quarkcli.cli.jobflags import JobFlags, takes_job_flags
 
 if TYPE_CHECKING:
     from quarkcli.search.choice import Choice

@@ -15,7 +15,7 @@ import pytest
 import typer
 
 from quarkcli.cli import main
-from quarkcli.cli.flags import JobFlags
+from quarkcli.cli.jobflags import JobFlags
 from quarkcli.job import run as job
 from quarkcli.job.options import Options
 from quarkcli.plan.compose import Overrides
