@@ -8,12 +8,12 @@ from collections.abc import Iterable
 # A dotted name, with what stands behind it: `model.layers.3.mlp, expert 5`; a path is one as well.
 _NAME = re.compile(r"[\w/~*{}-]*\w\.[\w./*{}-]*\w(, expert \d+)?")
 _NUMBERS = re.compile(r"[-+]?\d+([.,]\d+)*(e[-+]?\d+)?")
-_LIST = re.compile(r"#(?:, #)+( \.\.\.)?|@(?:, @)+( \.\.\.)?")
+_LIST = re.compile(r"#(?:, #)*( \.\.\.)?|@(?:, @)*( \.\.\.)?")
 
 
 def kind(text: str) -> str:
-    """Returns a warning with a sign for each name and number."""
-    return _LIST.sub("..", _NUMBERS.sub("#", _NAME.sub("@", text))).replace("#", "..")
+    """Returns a warning with dots for each name, number and list of them."""
+    return _LIST.sub("..", _NUMBERS.sub("#", _NAME.sub("@", text)))
 
 
 def folded(texts: Iterable[str]) -> list[str]:

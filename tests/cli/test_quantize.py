@@ -218,3 +218,12 @@ def test_attention_and_outputs_are_part_of_a_plan(quark, tmp_path):
     code, out, _ = quark("plan", "--model", "demo", "--scheme", "mxfp4", "--attention", "none")
     assert code == 0
     assert "ATTENTION" not in out
+
+
+def test_quiet_keeps_the_warning_about_the_data(quark):
+    """The built-in text is for a test of the machinery: a script that asks for little must hear of it."""
+    answer = quark("plan", "--model", "demo", "--scheme", "fp8", "--offline", "-q")
+    assert answer.code == 0
+    assert all(line.startswith("warning: ") for line in answer.err.splitlines())
+    assert "built-in text" in answer.err
+    assert quark("plan", "--model", "demo", "--scheme", "fp8", "--offline", "--log-level", "error").err == ""
