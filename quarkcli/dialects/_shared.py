@@ -48,6 +48,10 @@ def experts_by_layer(targets: Iterable[Target]) -> dict[str, list[Target]]:
 
 def fused_agree(plan: Plan) -> bool:
     """True when the modules that vLLM fuses have one spec: members of a scale group, and all experts of a layer."""
+    return plan.once("fused_agree", lambda: _experts_agree(plan) and not plan.disagreeing())
+
+
+def _experts_agree(plan: Plan) -> bool:
     first: dict[str, Target] = {}
     for run in plan.alike():
         for target in run if run[0].expert is not None else ():
@@ -55,7 +59,7 @@ def fused_agree(plan: Plan) -> bool:
             other = first.setdefault(target.expert[0], target)
             if other.slots is not target.slots and (other.weight, other.input) != (target.weight, target.input):
                 return False
-    return not plan.disagreeing()
+    return True
 
 
 def quantizes_routers(plan: Plan) -> bool:

@@ -102,8 +102,9 @@ class Fp8(Writer):
             return [*found, f"{NAME} has no scheme for a model without quantized weights"]
         first = kinds.kinds_of(shared.pair_of(runs[0][0]))
         what = f"{NAME} has one scheme for all weights, and that of {runs[0][0].name} is another"
-        others = [target.name for run in runs for target in run if kinds.kinds_of(shared.pair_of(run[0])) != first]
-        return [*found, *shared.sentences({what: others} if others else {})]
+        others = [run for run in runs if kinds.kinds_of(shared.pair_of(run[0])) != first]
+        names = [target.name for run in others for target in run]
+        return [*found, *shared.sentences({what: names} if names else {})]
 
     def loaders(self, plan: Plan) -> set[str]:
         if self.refusals(plan):

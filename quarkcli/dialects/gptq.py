@@ -262,14 +262,20 @@ def _scheme(target: QuantizedTarget) -> Scheme:
 
 def _usual(plan: Plan) -> Scheme:
     """Returns the bits and the group size that hold where nothing else is said: those of experts, else of most."""
-    found = Counter(_scheme(target) for target in plan.quantized() if target.expert is not None)
-    found = found or Counter(map(_scheme, plan.quantized()))
+    found, of_experts = Counter[Scheme](), Counter[Scheme]()
+    for run in plan.quantized_alike():
+        found[_scheme(run[0])] += len(run)
+        if run[0].expert is not None:
+            of_experts[_scheme(run[0])] += len(run)
+    found = of_experts or found
     return found.most_common(1)[0][0] if found else (4, words.WHOLE_ROW)
 
 
 def _others(plan: Plan) -> dict[Scheme, list[QuantizedTarget]]:
     """Returns the modules whose bits or groups are others, by these."""
     usual, found = _usual(plan), dict[Scheme, list[QuantizedTarget]]()
+    if all(_scheme(run[0]) == usual for run in plan.quantized_alike()):
+        return found
     for target in plan.quantized():
         if _scheme(target) != usual:
             found.setdefault(_scheme(target), []).append(target)

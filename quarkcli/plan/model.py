@@ -6,9 +6,9 @@ reach: a linear, one expert's projection (also when the file stores experts fuse
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard, TypeVar, cast
 
 from quarkcli.family import Part, Rewrites, Site, Weight, WeightView
 from quarkcli.plan.fused import matrix
@@ -23,6 +23,8 @@ __all__ = [
     "ATTENTION_KINDS", "TARGET_KINDS", "Added", "Attention", "Changes", "Decision", "Fate", "Part", "Plan",
     "QuantizedTarget", "Site", "Target", "WeightView", "is_quantized",
 ]  # fmt: skip
+
+Known = TypeVar("Known")
 
 TARGET_KINDS = ("weight", "input", "output", "bias")
 ATTENTION_KINDS = ("q", "k", "v", "p")
@@ -244,10 +246,7 @@ class Plan:
     joined: dict[str, frozenset[str]] = field(default_factory=dict)
     carried: frozenset[str] = frozenset()
     basis: Basis | None = field(default=None, repr=False, compare=False)
-    _alike: tuple[Mapping[str, Target], list[list[Target]]] | None = field(
-        default=None, init=False, repr=False, compare=False
-    )
-    _by_part: tuple[Mapping[str, Target], dict[int, list[QuantizedTarget]]] | None = field(
+    _known: tuple[Mapping[str, Target], dict[str, Any]] | None = field(
         default=None, init=False, repr=False, compare=False
     )
 
@@ -261,18 +260,28 @@ class Plan:
 
         return table(self)
 
+    def once(self, name: str, make: Callable[[], Known]) -> Known:
+        """Returns what `make` finds out about these targets, under a name: it is called once."""
+        if self._known is None or self._known[0] is not self.targets:
+            self._known = self.targets, {}
+        facts = self._known[1]
+        if name not in facts:
+            facts[name] = make()
+        return cast("Known", facts[name])
+
     def alike(self) -> list[list[Target]]:
         """Returns runs of targets that differ only in their names and places, by first appearance.
 
         Specs, shape, dtype, role and how the file stores them are one, so that facts about the first hold for all.
         """
-        if self._alike is None or self._alike[0] is not self.targets:
-            runs: dict[tuple[object, ...], list[Target]] = {}
-            for t in self.targets.values():
-                stored = (t.bias is None, t.expert is None, t.view.expert is None, t.site is None)
-                runs.setdefault((id(t.slots), t.shape, t.role, t.dtype, *stored), []).append(t)
-            self._alike = self.targets, list(runs.values())
-        return self._alike[1]
+        return self.once("alike", self._runs)
+
+    def _runs(self) -> list[list[Target]]:
+        runs: dict[tuple[object, ...], list[Target]] = {}
+        for t in self.targets.values():
+            stored = (t.bias is None, t.expert is None, t.view.expert is None, t.site is None)
+            runs.setdefault((id(t.slots), t.shape, t.role, t.dtype, *stored), []).append(t)
+        return list(runs.values())
 
     def quantized_alike(self) -> Iterator[list[QuantizedTarget]]:
         """Returns the runs of `alike` whose weights are quantized."""
@@ -280,6 +289,9 @@ class Plan:
 
     def disagreeing(self) -> list[list[Target]]:
         """Returns the members of each fused group that has more than one (weight, input) spec."""
+        return self.once("disagreeing", self._disagreeing)
+
+    def _disagreeing(self) -> list[list[Target]]:
         slots: dict[str, Mapping[str, Decision]] = {}
         mixed = {matrix(t) for t in self.targets.values() if slots.setdefault(matrix(t), t.slots) is not t.slots}
         groups: dict[str, list[Target]] = {}
@@ -348,30 +360,30 @@ class Plan:
 
     def quantized(self, part: int | None = None) -> Iterator[QuantizedTarget]:
         """Yields the targets whose weight is quantized, in plan order; of one part when given."""
-        if part is not None:
-            yield from self._of_parts().get(part, ())
-            return
-        for target in self.targets.values():
-            if is_quantized(target):
-                yield target
+        if part is None:
+            yield from self.once("quantized", lambda: [t for t in self.targets.values() if is_quantized(t)])
+        else:
+            yield from self.once("parts", self._by_part).get(part, ())
 
-    def _of_parts(self) -> dict[int, list[QuantizedTarget]]:
-        """Returns the quantized targets of every part that has some, made once: a job asks a dozen times a part."""
-        if self._by_part is None or self._by_part[0] is not self.targets:
-            found: dict[int, list[QuantizedTarget]] = {}
-            for target in self.quantized():
-                found.setdefault(target.part, []).append(target)
-            self._by_part = self.targets, found
-        return self._by_part[1]
+    def _by_part(self) -> dict[int, list[QuantizedTarget]]:
+        found: dict[int, list[QuantizedTarget]] = {}
+        for target in self.quantized():
+            found.setdefault(target.part, []).append(target)
+        return found
 
     def activations(self, part: int | None = None) -> Iterator[Activation]:
         """Yields every quantized input, output and attention operand, in plan order; of one part when given."""
+        known: dict[tuple[int, bool], tuple[TensorSpec | None, TensorSpec | None]] = {}
         for target in self.quantized(part):
-            if target.input is not None:
+            key = id(target.slots), target.is_embedding
+            if key not in known:
+                known[key] = target.input, target.output
+            read, returned = known[key]
+            if read is not None:
                 expert = target.expert[1] if target.expert and self.own_expert_inputs else None
-                yield Activation(f"{target.name}.input", target.site, target.input, expert)
-            if target.output is not None:
-                yield Activation(f"{target.name}.output", target.output_site, target.output)
+                yield Activation(f"{target.name}.input", target.site, read, expert)
+            if returned is not None:
+                yield Activation(f"{target.name}.output", target.output_site, returned)
         for module in self.attention.values():
             if part is None or module.part == part:
                 for kind, spec in module.specs.items():
