@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from quarkcli.algorithms.base import Assignment
@@ -226,19 +227,7 @@ def as_json(prepared: Prepared, full: bool = False) -> dict[str, Any]:
         "sites": len(prepared.needs),
         "calibration": settings
         and {"source": settings.source, "samples": settings.samples, "seqlen": settings.seqlen, "bos": settings.bos},
-        "entries": [
-            {
-                "index": index,
-                "pattern": entry.quantizer_path,
-                "parent_class": entry.parent_class,
-                "enable": entry.enable,
-                "cfg": entry.cfg,
-                "required": entry.required,
-                "origin": str(entry.origin),
-                "matches": matches,
-            }
-            for index, (entry, matches) in enumerate(zip(plan.entries, plan.matches, strict=True))
-        ],
+        "entries": entries(plan) if full else folded(entries(plan)),
         "parts": [_part(part) for part in plan.parts],
         "share": None
         if plan.share is None
@@ -247,6 +236,41 @@ def as_json(prepared: Prepared, full: bool = False) -> dict[str, Any]:
         "warnings": _warnings(prepared),
         **(_full(prepared) if full else {}),
     }
+
+
+def entries(plan: Plan) -> list[dict[str, Any]]:
+    """Returns the ordered list, one row for each entry."""
+    return [
+        {
+            "index": index,
+            "pattern": entry.quantizer_path,
+            "parent_class": entry.parent_class,
+            "enable": entry.enable,
+            "cfg": entry.cfg,
+            "required": entry.required,
+            "origin": str(entry.origin),
+            "matches": matches,
+        }
+        for index, (entry, matches) in enumerate(zip(plan.entries, plan.matches, strict=True))
+    ]
+
+
+def folded(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns one row for neighbours of one origin that differ in numbers alone, such as the exclusions of a role.
+
+    It has the index of the first, stars for the numbers, and `count`, which tells how many they are.
+    """
+    found = []
+    for _, run in groupby(rows, lambda row: str(row["origin"])):
+        alike: dict[str, list[dict[str, Any]]] = {}
+        for row in run:
+            same = {**row, "pattern": starred(row["pattern"]), "index": 0, "matches": 0}
+            alike.setdefault(repr(same), []).append(row)
+        for first, *others in alike.values():
+            pattern = starred(first["pattern"]) if others else first["pattern"]
+            matches = sum(row["matches"] for row in (first, *others))
+            found.append({**first, "pattern": pattern, "matches": matches, "count": 1 + len(others)})
+    return found
 
 
 def _full(prepared: Prepared) -> dict[str, Any]:

@@ -54,6 +54,10 @@ def part_sizes(plan: Plan, dialect: Writer, headers: Mapping[str, HeaderLike]) -
 
     Blocks whose tensors differ in the block's number alone, of as many digits, are one.
     """
+    return plan.once(f"sizes in {dialect.name}", lambda: _part_sizes(plan, dialect, headers))
+
+
+def _part_sizes(plan: Plan, dialect: Writer, headers: Mapping[str, HeaderLike]) -> list[PartSize]:
     owners = part_targets(plan)
     kinds = {name: number for number, run in enumerate(plan.alike()) for name in (t.name for t in run)}
     specs = {module.part: tuple(module.specs.items()) for module in plan.attention.values()}

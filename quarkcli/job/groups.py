@@ -114,6 +114,10 @@ def named(role: str) -> tuple[str, str]:
 
 def groups(prepared: Prepared) -> list[Group]:
     """Returns all groups of a plan: quantized ones first, each kind by size."""
+    return prepared.plan.once(f"groups in {prepared.dialect.name}", lambda: _groups(prepared))
+
+
+def _groups(prepared: Prepared) -> list[Group]:
     counting = _Counting(prepared)
     for part in prepared.plan.parts:
         for name in part.tensors:

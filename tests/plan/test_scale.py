@@ -188,6 +188,12 @@ def test_what_people_see_of_it_is_short(nvfp4: Any, capsys: pytest.CaptureFixtur
     planview._modules(plan)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) < 15
+    rows = planview.folded(planview.entries(plan))
+    assert sum(row["count"] for row in rows) == len(plan.entries) > 4000
+    assert sum(row["matches"] for row in rows) == sum(plan.matches)
+    assert len(json.dumps(rows)) < 40_000
+    routers = next(row for row in rows if row["pattern"] == "model.layers.*.mlp.gate.weight_quantizer")
+    assert routers["count"] == routers["matches"] == BLOCKS - DENSE
     count = (BLOCKS - DENSE - 1) * EXPERTS - 1
     assert any(line.split()[0].endswith(".experts.*.gate_proj") and line.split()[1] == str(count) for line in lines)
 
