@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard, TypeVar, cast
 
 from quarkcli.family import Part, Rewrites, Site, Weight, WeightView
+from quarkcli.plan.changes import Added, Changes
 from quarkcli.plan.fused import matrix
 from quarkcli.recipe.attributes import Cfg
 from quarkcli.recipe.entries import Entry, Share
@@ -157,34 +158,6 @@ class Activation(NamedTuple):
     site: str | None
     spec: TensorSpec
     expert: int | None = None
-
-
-class Added(NamedTuple):
-    """A tensor of the output that the source lacks: its name, safetensors dtype, shape, and the index of its part."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    part: int
-
-
-@dataclass(frozen=True)
-class Changes:
-    """Holds the changes that a transform or tuner makes to a checkpoint. They are known before any weight is read.
-
-    tensors  source tensors whose values it changes; those of quantized weights are quantized afterwards
-    added    tensors that the source lacks
-    dropped  source tensor -> why it is not written
-    config   keys of config.json that it sets
-    online   weight -> size of the Hadamard blocks that its input is multiplied by while the model runs; its columns
-             are turned likewise, when all transforms are done with it, and the transform changes nothing itself
-    """
-
-    tensors: frozenset[str] = frozenset()
-    added: tuple[Added, ...] = ()
-    dropped: Mapping[str, str] = field(default_factory=dict)
-    config: Mapping[str, Any] = field(default_factory=dict)
-    online: Mapping[str, int] = field(default_factory=dict)
 
 
 class Fate(NamedTuple):
