@@ -22,7 +22,7 @@ class Report(dict[str, Any]):
         return f"<quark report: {'; '.join(text for _, text in self._lines())}>"
 
     def _repr_html_(self) -> str:
-        rows = [("model", self["model"]["path"]), *self._lines(), *losses.rows(self)] if "size" in self else []
+        rows = [*self._lines(), *losses.rows(self)] if "size" in self else []
         rows += [("warning", text) for text in self.get("warnings", ())]
         cells = (f"<tr><th style='text-align:left'>{escape(a)}</th><td>{escape(b)}</td></tr>" for a, b in rows)
         return f"<table>{''.join(cells)}</table>" if rows else escape(repr(self))

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from quarkcli.job.options import Prepared
 
 SCHEMA = "quark/report/2"
+_DEMO = "demo"  # the embedded model: where it lies says nothing
 
 
 def begun(prepared: Prepared, data: CalibrationData | None, device: str, run: Mapping[str, Any]) -> dict[str, Any]:
@@ -151,7 +152,7 @@ def _model(prepared: Prepared) -> dict[str, Any]:
     source = prepared.source
     return {
         "name": source.name,
-        "path": str(source.folder) if source.hub_id is None else source.hub_id,
+        "path": _DEMO if prepared.options.model == _DEMO else source.hub_id or str(source.folder),
         "commit": source.commit,
         "family": prepared.plan.family,
         "architectures": source.config.get("architectures"),

@@ -147,10 +147,10 @@ def test_reports_that_are_no_single_run():
 def test_names_from_outside_are_escaped():
     size = {"source_bytes": 2, "output_bytes": 1}
     found = {
-        "model": {"name": "<b>", "path": "<script>"}, "recipe": {"name": "x"}, "size": size, "seconds": 1.0,
+        "model": {"name": "<script>"}, "recipe": {"name": "x"}, "size": size, "seconds": 1.0,
         "warnings": ["<i>"], "evaluation": None, "loss": {"output_errors": {}, "weight_errors": {}},
     }  # fmt: skip
-    assert "<script>" in Cells(Report(found)._repr_html_()).texts
+    assert "<script>, x" in Cells(Report(found)._repr_html_()).texts
 
 
 def test_the_hint_stands_on_a_line_of_its_own():

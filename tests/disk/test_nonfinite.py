@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from quarkcli.cli import main
 from quarkcli.disk import nonfinite
 from quarkcli.errors import CheckError, DataError, Stopped
-from quarkcli.evaluation import run as evaluation
+from quarkcli.evaluation import score
 from quarkcli.evaluation.gates import check_gates
 from tests import runs
 
@@ -167,14 +167,14 @@ def test_a_token_that_a_model_rules_out() -> None:
     base = torch.tensor([[0.25, 0.75, 0.0]]).log()
     other = torch.tensor([[0.5, 0.5, 0.0]]).log()
     expected = 0.25 * math.log(0.25 / 0.5) + 0.75 * math.log(0.75 / 0.5)
-    assert float(evaluation._divergence(base, other).sum()) == pytest.approx(expected)
-    assert float(evaluation._divergence(other.exp().add(0.1).log(), base).sum()) == INF
+    assert float(score._divergence(base, other).sum()) == pytest.approx(expected)
+    assert float(score._divergence(other.exp().add(0.1).log(), base).sum()) == INF
     sums = {"nll": 1.0, "base_nll": 1.0, "kl": INF, "agree": 1.0}
     with pytest.raises(CheckError, match="kl is inf"):
-        evaluation._summary(sums, 1, True)
+        score._summary(sums, 1, True)
     with pytest.raises(CheckError, match="nll is nan"):
-        evaluation._summary(sums | {"nll": NAN, "kl": 1.0}, 1, True)
-    far = evaluation._summary(sums | {"nll": 5000.0, "kl": 4999.0}, 1, True)
+        score._summary(sums | {"nll": NAN, "kl": 1.0}, 1, True)
+    far = score._summary(sums | {"nll": 5000.0, "kl": 4999.0}, 1, True)
     assert math.isfinite(far["perplexity_increase"])
 
 
