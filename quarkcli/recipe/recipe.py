@@ -233,7 +233,7 @@ def _native(document: Document, path: Path) -> Recipe:
     else:
         rows = document.at(("quantize", "quant_cfg"))
         found = normalize(rows, _where(document), ("quantize", "quant_cfg"))
-        entries = [_entry(document, row, required=_is_own(document, row)) for row in found.entries]
+        entries = _entries(document, found.entries, lambda row: _is_own(document, row))
     named: list[tuple[catalog.Kind, str | None]] = [("kv_cache", quantize.kv_cache), ("attention", quantize.attention)]
     for kind, name in named:
         if name is not None and name != "none":
@@ -302,7 +302,7 @@ def _is_own(document: Document, row: Canonical) -> bool:
 
 def _foreign(document: Document, path: Path) -> Recipe:
     found, description = foreign.normalized(document, _where(document))
-    entries = [_entry(document, row, required=False) for row in (*found.entries, *found.kv)]
+    entries = _entries(document, (*found.entries, *found.kv), lambda row: False)
     algorithms, entries = with_search(found.algorithms, entries)
     return Recipe(
         name=path.stem,
@@ -326,6 +326,20 @@ def _foreign(document: Document, path: Path) -> Recipe:
 
 def _where(document: Document) -> Any:
     return lambda path: str(document.origin(*path))
+
+
+def _entries(document: Document, rows: Iterable[Canonical], required: Callable[[Canonical], bool]) -> list[Entry]:
+    """Returns all entries. Raises ConfigError with the mistakes of every one."""
+    found: list[Entry] = []
+    wrong: list[QuarkError] = []
+    for row in rows:
+        try:
+            found.append(_entry(document, row, required=required(row)))
+        except ConfigError as error:
+            wrong.append(error)
+    if wrong:
+        raise together(wrong, where=document.file)
+    return found
 
 
 def _entry(document: Document, row: Canonical, *, required: bool) -> Entry:

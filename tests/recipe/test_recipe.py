@@ -325,3 +325,16 @@ def test_mistakes_are_listed_where_the_form_is_right(tmp_path):
     with pytest.raises(ConfigError) as caught:
         recipes.from_file(path, also=asked.mistakes)
     assert [line.split(":")[1] for line in caught.value.what.splitlines()[1:]] == ["13", "16", "17", "20"]
+
+
+def test_mistakes_of_a_foreign_file_are_listed_at_once(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "quantize:\n  quant_cfg:\n    - {quantizer_name: '*weight_quantizer', cfg: {num_bits: 77}}\n"
+        "    - {quantizer_name: '*input_quantizer', cfg: {num_bits: 8, axs: 0}}\n"
+    )
+    with pytest.raises(ConfigError) as caught:
+        recipes.from_file(path)
+    head, first, second = caught.value.what.splitlines()
+    assert head == "2 problems"
+    assert ":3:" in first and "77" in first and ":4:" in second and "axs" in second
