@@ -26,7 +26,7 @@ PANELS = {
     "max_ppl_increase weights_only limit modules full check_model",
     "Calibration": "calib_data calib_samples calib_seqlen calib_batch calib_column chat_template bos allow_short "
     "moe_calibration min_expert_tokens seed text window tokens",
-    "Output": "output to to_output dialect overwrite verify evaluate scores json",
+    "Output": "output to to_output dialect overwrite verify evaluate scores html json",
     "Run": "device threads dtype resume strict on_nonfinite time_budget max_cpu_mem max_gpu_mem offload dry_run ranks "
     "rates quiet progress log_level log_format debug help",
 }

@@ -22,7 +22,7 @@ class Sglang(Server):
         Kernel("fp8 *", "fp8 *", fast="ada hopper blackwell cdna3 cdna4", weights="ampere"),
         Kernel("int8 *", "int8 *", fast="ampere ada hopper"),
         Kernel("*int4 *", "none", weights=NVIDIA),
-        Kernel("mxfp4", "mxfp4", fast="cdna4"),
+        Kernel("mxfp4*", "mxfp4*", fast="cdna4"),
         Kernel("nvfp4", "nvfp4", fast="blackwell"),
     )
 

@@ -21,9 +21,9 @@ class Vllm(Loader):
         Kernel("uint4 *", "none", weights=EVERY),
         Kernel("int[23] *", "none", weights=NVIDIA),  # Humming
         Kernel("int4 group", "int4 group", fast="ampere ada"),  # Humming
-        Kernel("mxfp4", "mxfp4", fast="blackwell cdna4", weights="ampere ada hopper", emulated="cdna2 cdna3"),
-        Kernel("mxfp4", "none", weights=NVIDIA, emulated=AMD),
-        Kernel("mxfp4", "fp8 *", fast="cdna4"),
+        Kernel("mxfp4*", "mxfp4*", fast="blackwell cdna4", weights="ampere ada hopper", emulated="cdna2 cdna3"),
+        Kernel("mxfp4*", "none", weights=NVIDIA, emulated=AMD),
+        Kernel("mxfp4*", "fp8 *", fast="cdna4"),
         Kernel("mxfp[46]*", "mxfp6*", emulated=EVERY),
         Kernel("mxfp8", "mxfp8", fast="blackwell cdna4", weights="ampere ada hopper", emulated="cdna2 cdna3"),
         Kernel("nvfp4", "nvfp4", fast="blackwell", weights="ampere ada hopper", emulated=AMD),

@@ -7,7 +7,7 @@ from dataclasses import fields
 
 import pytest
 
-from quarkcli.cli import amounts, flags, planview
+from quarkcli.cli import amounts, jobflags, planview
 from quarkcli.job import run as job
 from quarkcli.plan.compose import Overrides
 
@@ -157,7 +157,7 @@ def test_no_seconds(text):
 
 
 def test_every_option_of_the_job_has_a_flag_that_reaches_it():
-    own = {field.name for field in fields(flags.JobFlags)}
+    own = {field.name for field in fields(jobflags.JobFlags)}
     wanted = {field.name for field in fields(job.Options)} | {field.name for field in fields(Overrides)}
     assert wanted - own == {"overrides", "entries", "command"}  # entries are edits of a plan, made in Python
     screen = {"json", "quiet", "progress", "log_level", "log_format", "debug"}
@@ -165,7 +165,7 @@ def test_every_option_of_the_job_has_a_flag_that_reaches_it():
 
 
 def test_flags_become_options():
-    given = flags.JobFlags(
+    given = jobflags.JobFlags(
         model="m", scheme="fp8", layers=["a=fp8"], calib_samples=3, time_budget=5.0, kv_cache="none", offline=True
     )
     options = given.options()
