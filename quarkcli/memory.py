@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
+import re
 import resource
 import sys
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ LARGE_IN_THREADS = 2 << 20  # of a part whose tensors come and go one by one; fr
 KEPT = 64 << 20  # bytes at the end of the heap that are kept for what comes next
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD, _M_ARENA_MAX = -3, -1, -8  # <malloc.h>
 _STATUS = Path("/proc/self/status")
+_FIELDS = re.compile(rb"^(VmRSS|VmHWM):\s*(\d+)", re.MULTILINE)
 
 
 def ran_out(error: BaseException) -> bool:
@@ -32,25 +34,18 @@ def peak_rss() -> int:
     Linux keeps `ru_maxrss` over an exec: a run started from a large process would report its parent's. `VmHWM` is
     of this program alone.
     """
-    known = _of_status("VmHWM")
-    if known is not None:
-        return known
+    return resident()[1]
+
+
+def resident() -> tuple[int, int]:
+    """Returns the resident bytes of this process, and their peak; the peak twice where the system says no more."""
+    found = _FIELDS.findall(_STATUS.read_bytes()) if _STATUS.exists() else []
+    known = {name: int(count) * 1024 for name, count in found}
+    if known.keys() >= {b"VmRSS", b"VmHWM"}:
+        return known[b"VmRSS"], known[b"VmHWM"]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def rss() -> int:
-    """Returns the resident bytes of this process; its peak where the system does not say."""
-    known = _of_status("VmRSS")
-    return peak_rss() if known is None else known
-
-
-def _of_status(field: str) -> int | None:
-    """Returns the bytes of a field of /proc/self/status; None where there is none."""
-    if not _STATUS.exists():
-        return None
-    fields = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
-    return int(fields[field].split()[0]) * 1024 if field in fields else None
+    peak = peak if sys.platform == "darwin" else peak * 1024
+    return peak, peak
 
 
 def peak_gpu(device: str) -> int:

@@ -52,7 +52,7 @@ def begin_report(prepared: Prepared, data: CalibrationData | None, partial: Path
     if data is None and under_way.is_unfinished(partial):
         return  # of the run that this one may go on with
     report = build.begun(prepared, data, device, clock.facts(prepared.options.command))
-    under_way.keep(partial, prepared.folder, text.written(report))
+    under_way.keep(partial, prepared.folder, json.dumps(report))
 
 
 def write_config(prepared: Prepared, partial: Path, records: dict[str, dict[str, Any]]) -> None:

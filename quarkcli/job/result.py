@@ -71,9 +71,6 @@ class PartResult:
         """Returns the JSON form without the tensors, and the memory of this process by now."""
         facts = {key: value for key, value in vars(self).items() if key not in ("tensors", "others")}
         tokens = {layer: {str(e): n for e, n in counts.items()} for layer, counts in self.expert_tokens.items()}
-        used = {
-            "rss_bytes": memory.rss(),
-            "peak_rss_bytes": memory.peak_rss(),
-            "peak_gpu_bytes": memory.peak_gpu(device),
-        }
+        rss, peak = memory.resident()
+        used = {"rss_bytes": rss, "peak_rss_bytes": peak, "peak_gpu_bytes": memory.peak_gpu(device)}
         return {**facts, "expert_tokens": tokens, **used}

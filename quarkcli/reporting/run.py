@@ -7,6 +7,7 @@ import platform
 import time
 from collections.abc import Sequence
 from datetime import datetime
+from functools import cache
 from importlib import metadata
 from typing import Any
 
@@ -55,6 +56,7 @@ def _stamp(moment: datetime) -> str:
     return moment.isoformat(timespec="seconds")
 
 
+@cache
 def versions() -> dict[str, str]:
     """Returns the versions of quark, Python and what numbers depend on."""
     found = {"quark": __version__, "python": platform.python_version()}

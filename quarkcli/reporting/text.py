@@ -15,13 +15,12 @@ def written(report: Mapping[str, Any]) -> str:
 
 
 def _value(value: Any) -> str:
-    if isinstance(value, list) and value and all(isinstance(row, Mapping) for row in value):
+    if isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
         return "[\n" + ",\n".join(f"    {_line(row)}" for row in value) + "\n  ]"
     line = _line(value)
-    if len(line) > _SHORT or not isinstance(value, Mapping | list):
+    if len(line) > _SHORT or not isinstance(value, dict | list):
         return line
     return json.dumps(value, indent=2, ensure_ascii=False).replace("\n", "\n  ")
 
 
-def _line(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
+_line = json.JSONEncoder(ensure_ascii=False).encode

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from html import escape
 from xml.etree import ElementTree as ET
 
@@ -39,6 +38,8 @@ def _number(value: str | int | float) -> str:
 
 def clean(text: str) -> str:
     """Returns `text` with a mark for every letter that no page may hold or that steers how others are shown."""
+    if text.isprintable():
+        return text
     return "".join(letter if letter.isprintable() or letter == "\n" else "\N{REPLACEMENT CHARACTER}" for letter in text)
 
 
@@ -57,15 +58,21 @@ def document(title: str, style: str, *body: Child) -> str:
         sheet,
     )
     page = element("html", head, element("body", *body), lang="en")
-    return "<!DOCTYPE html>\n" + "".join(_written(page)) + "\n"
+    written = ["<!DOCTYPE html>\n"]
+    _write(page, written)
+    return "".join(written) + "\n"
 
 
-def _written(node: Element) -> Iterator[str]:
-    """Yields the text of an element. ElementTree's own leaves `<` in attributes as it is."""
-    yield f"<{node.tag}" + "".join(f' {name}="{escape(value)}"' for name, value in node.items()) + ">"
-    if node.tag not in _EMPTY:
-        yield (node.text or "") if node.tag == "style" else escape(node.text or "", quote=False)
-        for child in node:
-            yield from _written(child)
-            yield escape(child.tail or "", quote=False)
-        yield f"</{node.tag}>"
+def _write(node: Element, to: list[str]) -> None:
+    """Adds the text of an element. ElementTree's own leaves `<` in attributes as it is."""
+    to.append(f"<{node.tag}")
+    to += [f' {name}="{escape(value)}"' for name, value in node.items()]
+    to.append(">")
+    if node.tag in _EMPTY:
+        return
+    text = node.text or ""
+    to.append(text if node.tag == "style" else escape(text, quote=False))
+    for child in node:
+        _write(child, to)
+        to.append(escape(child.tail, quote=False) if child.tail else "")
+    to.append(f"</{node.tag}>")
