@@ -13,7 +13,6 @@ from quarkcli.errors import UsageError
 
 EXAMPLES = apps.examples(
     "quark report out/demo-mxfp4",
-    "quark report out/demo-mxfp4 --format json",
     "quark report out/demo-mxfp4 --html page.html",
 )
 
