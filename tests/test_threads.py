@@ -154,6 +154,13 @@ def test_bytes_do_not_depend_on_threads(tmp_path: Path, scheme: str) -> None:
     assert [each.report["threads"] for each in made] == [1, 3]
 
 
+def test_bytes_of_a_calibrated_run_do_not_depend_on_threads(tmp_path: Path) -> None:
+    """Static scales of inputs; weights are rounded and decoded by workers."""
+    data = {"calib_data": "builtin", "calib_samples": 4, "calib_seqlen": 32}
+    made = [runs.run("demo", tmp_path / str(count), scheme="fp8", threads=count, **data) for count in (1, 2)]
+    assert hashes(made[0].folder) == hashes(made[1].folder)
+
+
 def test_a_run_may_go_on_with_another_number() -> None:
     prepared = [runs.prepare("demo", scheme="mxfp4", threads=count) for count in (1, 2)]
     assert fingerprint(prepared[0], None, "cpu") == fingerprint(prepared[1], None, "cpu")

@@ -1,10 +1,12 @@
 """Calibrated runs on a CPU: seconds of the whole process and of the work, and peak memory, beside what products take.
 
-    python -m tests.bench.calibrated [--repeat 3]
+    python -m tests.bench.calibrated [--repeat 3] [--growth]
 
 fp8 with static inputs on 28 blocks of width 1024 / 2560 with 8 x 128 tokens, and gptq int4 in groups of 128 on 8 blocks
 of width 1024 / 3072 with 32 x 256 tokens: random weights in the shape of a Llama. Work is from the first byte that is
 read to the end. The limit beside it are the products of all weights with all tokens, twice, in bfloat16.
+
+`--growth` shows fp8's cost and peak with 12 and 96 blocks of width 256 / 640 instead, on one thread.
 """
 
 from __future__ import annotations
@@ -51,10 +53,27 @@ def products(blocks: int, hidden: int, inter: int, tokens: int) -> float:
     return time.perf_counter() - started
 
 
+def growth(repeat: int) -> None:
+    """Prints cost per block and peak by the number of equal blocks."""
+    data = ("--calib-data", "builtin", "--calib-samples", "8", "--calib-seqlen", "128", "--no-eval", "--threads", "1")
+    print("| blocks | processor s per block | peak MB |\n|---|---|---|")
+    with tempfile.TemporaryDirectory() as name:
+        for count in (12, 96):
+            model = Path(name) / str(count)
+            build(model, count, 256, 640)
+            one = median([run(model, "fp8", Path(name), *data) for _ in range(repeat)])
+            print(f"| {count} | {one.processor / count:.4f} | {one.peak / 1e6:.0f} |", flush=True)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeat", type=int, default=3)
-    repeat = parser.parse_args().repeat
+    parser.add_argument("--growth", action="store_true")
+    arguments = parser.parse_args()
+    repeat = arguments.repeat
+    if arguments.growth:
+        growth(repeat)
+        return
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         models = {sizes: work / f"model-{number}" for number, sizes in enumerate({job[:3] for job in JOBS.values()})}

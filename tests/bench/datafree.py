@@ -1,4 +1,4 @@
-"""Data-free runs on a CPU: seconds of the whole process and of the work, peak memory, growth with blocks, contention.
+"""Data-free runs on a CPU: seconds of the whole process and of the work, peak memory, growth with blocks and experts, contention.
 
     python -m tests.bench.datafree [--model DIR] [--blocks 12 48] [--schemes nvfp4_weight_only ...] [--repeat 3]
 
@@ -135,6 +135,17 @@ def growth(scheme: str, blocks: list[int], work: Path, repeat: int) -> None:
         shutil.rmtree(models[count])
 
 
+def experts(scheme: str, work: Path, repeat: int) -> None:
+    """Prints cost and peak by the number of experts that one amount of weights is divided among."""
+    print("\n| experts of a block, 4 blocks | processor s per GB | peak MB |\n|---|---|---|")
+    for count in (8, 32, 128):
+        model = work / f"experts-{count}"
+        build(model, 4, 1024, 16384 // count, count)
+        one = median([run(model, scheme, work) for _ in range(repeat)])
+        print(f"| {count} | {one.processor / (weights(model) / 1e9):.2f} | {one.peak / 1e6:.0f} |", flush=True)
+        shutil.rmtree(model)
+
+
 def contention(model: Path, scheme: str, work: Path, repeat: int) -> None:
     """Prints how much longer the work takes beside two busy loops."""
     alone, beside = [], []
@@ -163,6 +174,7 @@ def main() -> int:
         if not arguments.no_contention:
             contention(model, arguments.schemes[0], work, arguments.repeat)
         growth(arguments.schemes[0], arguments.blocks, work, arguments.repeat)
+        experts(arguments.schemes[0], work, arguments.repeat)
     return 0
 
 
