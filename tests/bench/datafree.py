@@ -1,4 +1,4 @@
-"""Data-free runs on a CPU: seconds of the whole process and of the work, peak memory, growth with blocks and experts, contention.
+"""Data-free runs on a CPU: seconds of the whole process and of the work, peak memory, growth, contention.
 
     python -m tests.bench.datafree [--model DIR] [--blocks 12 48] [--schemes nvfp4_weight_only ...] [--repeat 3]
 
