@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from quarkcli.disk.outputs import of_folder
-from quarkcli.disk.state import load
+from quarkcli.disk.state import damaged, load
 from quarkcli.disk.writer import STATE, disk_errors
 
 _REPORT = "report.json"
@@ -43,7 +43,10 @@ def read(partial: Path) -> Unfinished:
     state = partial / STATE
     begun = load(state / _REPORT)
     records: dict[str, dict[str, Any]] = {}
-    for path in sorted(state.glob("journal*.json")):  # one for each rank that works alone
-        for part in load(path).get("parts", []):
-            records[part["name"]] = load(state / part["record"]["file"])
-    return Unfinished(begun["report"], of_folder(records, begun["folder"]))
+    try:
+        for path in sorted(state.glob("journal*.json")):  # one for each rank that works alone
+            for part in load(path)["parts"]:
+                records[part["name"]] = load(state / part["record"]["file"])
+        return Unfinished(begun["report"], of_folder(records, begun["folder"]))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise damaged(state / _REPORT) from error

@@ -12,7 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from quarkcli.disk.writer import STATE
 from quarkcli.documents.report import json_schema
+from quarkcli.errors import ConfigError
 from quarkcli.events import PartDone, silent
 from quarkcli.forward.outliers import Outliers
 from quarkcli.job import run as job
@@ -150,6 +152,11 @@ def test_what_is_done_so_far(tmp_path: Path) -> None:
     (so_far,) = seen
     assert so_far["state"] == {"finished": False, "parts": 3, "of": 6}
     assert [row["done"] for row in so_far["parts"]] == [True] * 3 + [False] * 3
+    kept = (partial / STATE / "report.json").read_text()
+    (partial / STATE / "report.json").write_text("{}")
+    with pytest.raises(ConfigError, match="damaged"):
+        reading.read(partial)
+    (partial / STATE / "report.json").write_text(kept)
     final = job.run(options, silent)
     done = {row["name"] for row in so_far["parts"] if row["done"]}
     for rows in ("tensors", "parts"):
