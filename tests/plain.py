@@ -117,6 +117,7 @@ def use(monkeypatch: pytest.MonkeyPatch) -> None:
     """Write and read this dialect, and no other."""
     only = Plain()
     monkeypatch.setattr(dialects, "readers", lambda: [only.reader])
+    monkeypatch.setattr(dialects, "asked_for", lambda text: [only])
     monkeypatch.setattr(dialects, "choose", lambda asked, plan, favoured: [only])
 
 

@@ -91,4 +91,4 @@ def assert_servers_are_told(prepared: Any, scheme: str, folder: Path, err: str) 
     assert not served or scheme not in SIMULATIONS
     report = json.loads((folder / "quark" / "report.json").read_text())
     for text in (" ".join(prepared.warnings), err, " ".join(report["warnings"])):
-        assert ("no server" in text) != served, text
+        assert ("no server loads this plan" in text) != served, text

@@ -77,7 +77,7 @@ def header(prepared: Prepared) -> list[str]:
             *output.listed("size", [_size(one) for one in prepared.every]),
             ("quantized", prepared.coverage.text()),
             *output.listed("parallel", list(dict.fromkeys(map(_parallel, prepared.every)))),
-            ("memory", f"about {output.size(size.memory_bytes)} of tensors at the peak"),
+            ("memory", f"about {output.size(size.memory_bytes)} at the peak, Python and libraries included"),
             *download(prepared),
             ("disk", f"{output.size(size.disk_bytes)} while running"),
             *output.listed("output", [str(one.checkpoint) for one in prepared.every]),

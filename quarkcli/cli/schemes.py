@@ -63,7 +63,7 @@ def list_(server: Server = "", gpu: Gpu = "", json: Json = False) -> None:
     runs = [_runs(row, loader, generation) for row in rows]
     table = [(*cell[:4], how, cell[5]) for cell, how in zip(cells, runs, strict=True)]
     output.table(("NAME", "FOR", "BITS", "DATA", "RUNS", "WHAT"), table)
-    _explain(gpu, generation)
+    _explain(gpu, generation, loader)
 
 
 def _asked(server: str, gpu: str) -> tuple[str | None, str | None]:
@@ -101,10 +101,12 @@ def _runs(row: dict[str, Any], server: str | None, generation: str) -> str:
     return ", ".join(f"{_NAMES.get(name, name)} {way}" for name, way in ways.items() if way)
 
 
-def _explain(gpu: str, generation: str) -> None:
+def _explain(gpu: str, generation: str, server: str | None) -> None:
     from quarkcli import servers
 
-    output.note(f"{gpu} is of the generation {generation}. Rules read in the servers' sources; no GPU was tried here.")
+    output.note(f"{gpu} is of the generation {generation}. How servers run a scheme there is taken from:")
+    for one in [servers.named(server)] if server is not None else map(servers.named, servers.names()):
+        output.note(f"{one.title:<18}{one.kernels_from}")
     for way, meaning in servers.MEANING.items():
         output.note(f"{way:<12}{meaning}")
 

@@ -8,6 +8,7 @@ from typing import Any
 from quarkcli.cli import output
 from quarkcli.plan import advice
 from quarkcli.plan.online import sentences
+from quarkcli.plan.words import reason
 from quarkcli.recipe.advice import AUTO
 from quarkcli.reporting import losses, outcomes
 from quarkcli.reporting.log import duration
@@ -48,6 +49,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         *_advice(report),
         ("dialect", f"{dialect['name']} ({dialect['reason']})"),
         *output.listed("at run time", sentences(report.get("online") or {})),
+        *_specs(report),
         *_facts(report, {"": report}),
     ]
     text = [f"# {model['name']}, {report['recipe']['name']}", "", "| | |", "|---|---|"]
@@ -75,6 +77,15 @@ def _rules(decided: Mapping[str, Mapping[str, int]]) -> list[str]:
     ]
 
 
+def _specs(report: Mapping[str, Any]) -> Rows:
+    """Returns what was quantized in the words of specs; the table of a run says it in plain ones."""
+    return [
+        *output.listed("modules", [f"{count} x {what}" for what, count in report["modules_by_scheme"].items()]),
+        *output.listed("cache", [f"{count} x {what}" for what, count in report["attention_by_scheme"].items()]),
+        *output.listed("shared", [f"{count} x one scale: {group}" for group, count in report["shared_scales"].items()]),
+    ]
+
+
 def _facts(report: Mapping[str, Any], reports: Mapping[str, Mapping[str, Any]]) -> Rows:
     """Returns rows of a report. `reports`: those of the same run in other dialects as well, by their directories."""
     size = report["size"]
@@ -82,9 +93,6 @@ def _facts(report: Mapping[str, Any], reports: Mapping[str, Mapping[str, Any]]) 
     shares = ", ".join(f"{dtype} {_share(count / total)}" for dtype, count in size["bytes_by_dtype"].items() if count)
     gpu = f", GPU {output.size(report['peak_gpu_bytes'])}" if report["peak_gpu_bytes"] else ""
     return [
-        *output.listed("modules", [f"{count} x {what}" for what, count in report["modules_by_scheme"].items()]),
-        *output.listed("cache", [f"{count} x {what}" for what, count in report["attention_by_scheme"].items()]),
-        *output.listed("shared", [f"{count} x one scale: {group}" for group, count in report["shared_scales"].items()]),
         *output.listed("size", [_size(one, path if len(reports) > 1 else "") for path, one in reports.items()]),
         ("bits", f"{size['effective_bits']:.2f} per quantized weight, scales included"),
         *([("bytes", shares)] if len(reports) == 1 else []),
@@ -148,7 +156,7 @@ def _exact(blocks: Mapping[str, int]) -> Rows:
 
 
 def _kept(report: Mapping[str, Any]) -> list[str]:
-    return [f"{count} x {reason}" for reason, count in report["kept_reasons"].items()]
+    return [f"{count} x {reason(text)}" for text, count in report["kept_reasons"].items()]
 
 
 def _labelled(rows: Rows) -> Rows:

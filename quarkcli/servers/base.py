@@ -38,12 +38,14 @@ class Server:
     title     its name and the release whose rules these are
     evidence  what is put behind every verdict, such as that the rules were read and never tried
     kernels   how it runs formats, by generation of GPU; the first row that fits holds
+    kernels_from  where those rows come from
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
     evidence: ClassVar[str] = ""
     kernels: ClassVar[tuple[Kernel, ...]] = ()
+    kernels_from: ClassVar[str] = ""
 
     def unknown(self, written: Written) -> str:
         """Returns why nothing can be said of a checkpoint; empty when something can."""

@@ -18,6 +18,7 @@ class Sglang(Server):
     name = "sglang"
     title = "SGLang 0.5"
     evidence = " (read, not run)"
+    kernels_from = "what is published of it; neither its source was read for this nor a GPU tried"
     kernels = (
         Kernel("fp8 *", "fp8 *", fast="ada hopper blackwell cdna3 cdna4", weights="ampere"),
         Kernel("int8 *", "int8 *", fast="ampere ada hopper"),

@@ -9,6 +9,7 @@ from quarkcli.servers.base import Loader
 class Transformers(Loader):
     name = "transformers"
     title = "transformers 5.23"
+    kernels_from = "what its libraries do on a CPU"
     kernels = (Kernel("*", "*", emulated=EVERY),)  # weights are decoded, inputs rounded in torch
 
 

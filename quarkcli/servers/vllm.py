@@ -14,6 +14,7 @@ from quarkcli.servers.base import Loader, Written
 class Vllm(Loader):
     name = "vllm"
     title = "vLLM 0.32"
+    kernels_from = "its list of kernels, read in a source near this release; no GPU was tried"
     kernels = (
         Kernel("fp8 *", "fp8 *", fast="ada hopper blackwell cdna3 cdna4", weights="ampere"),
         Kernel("int8 *", "int8 *", fast=f"ampere ada hopper {AMD}"),  # "Int8 not supported on SM100" and later

@@ -109,7 +109,7 @@ def test_hashes_are_compared_up_to_a_limit(
     flip(folder / BLOCK, -1)
     monkeypatch.setattr(manifest, "HASH_LIMIT", 1_000_000)
     assert main.main(["verify", str(folder)]) == 0
-    assert "ok: hashes not compared (2.8 MB): --hashes" in capsys.readouterr().out
+    assert "ok: hashes not compared (2.9 MB): --hashes" in capsys.readouterr().out
     assert main.main(["verify", str(folder), "--hashes"]) == 8
     monkeypatch.undo()
     assert main.main(["verify", str(folder), "--no-hashes"]) == 0

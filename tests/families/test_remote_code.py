@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from quarkcli.errors import ModelError
 from quarkcli.events import silent
-from quarkcli.job import preflight
+from quarkcli.job.rows import token_rows
 from tests import runs
 from tests.families.test_all_families import check_accounts, written
 
@@ -74,7 +74,7 @@ def test_calibrated_through_own_code(file: str, text: Path, tmp_path: Path) -> N
     made = runs.run(source, tmp_path / "out", scheme="fp8", trust_remote_code=True, **data)
     assert made.report["model"]["family"] == file
     assert (made.folder / f"modeling_{file}.py").is_file()
-    rows = preflight.token_rows(made.prepared, silent).tokens
+    rows = token_rows(made.prepared, silent).tokens
     scales = runs.read_all(made.folder)
     for name, amax in largest_inputs(source, [rows], [FIRST[file], LAST[file]]).items():
         assert float(scales[f"{name}.input_scale"]) == pytest.approx(amax / 448, rel=1e-2)  # other batches, in bfloat16
@@ -93,7 +93,7 @@ def test_padding_is_left_out_where_tokens_come_first(tmp_path: Path) -> None:
     chats.write_text("".join(json.dumps(talk) + "\n" for talk in talks))
     data = {"calib_data": str(chats), "calib_samples": 4, "calib_seqlen": 200, "calib_batch": 3}
     made = runs.run(source, tmp_path / "out", scheme="fp8", trust_remote_code=True, **data)
-    found = preflight.token_rows(made.prepared, silent)
+    found = token_rows(made.prepared, silent)
     assert found is not None and found.mask is not None and found.token_count < found.tokens.numel()
     real = [row[mask][None] for row, mask in zip(found.tokens, found.mask, strict=True)]
     scales = runs.read_all(made.folder)
