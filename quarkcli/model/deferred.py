@@ -16,8 +16,6 @@ from types import ModuleType
 from typing import Any
 from unittest import mock
 
-from quarkcli.model.few_names import import_transformers
-
 ALLOWED = False  # set by the command line
 
 _COMPILER = "torch._dynamo"
@@ -53,7 +51,6 @@ def unneeded() -> None:
     if _SHAPES not in sys.modules and _SYMBOLS not in sys.modules:
         sys.modules.update({_SHAPES: _Shapes(_SHAPES), _SYMBOLS: _Symbols(_SYMBOLS)})
         vars(torch.fx.experimental)["symbolic_shapes"] = sys.modules[_SHAPES]
-    import_transformers()
     with mock.patch.object(distributed, "is_available", lambda: False):
         from transformers.utils import is_torch_distributed_available
 

@@ -28,31 +28,20 @@ def test_the_compiler_is_imported_by_programs_alone():
 
 
 def test_whoever_asks_for_it_gets_the_real_one():
-    assert asked(True, "print(torch._dynamo.config.__name__)") == "torch._dynamo.config"
+    compiled = (
+        "print(torch._dynamo.config.__name__, torch.compile(lambda x: x + 1, backend='eager')(torch.ones(1)).item())"
+    )
+    assert asked(True, compiled) == "torch._dynamo.config 2.0"
     assert asked(True, "import torch._dynamo.config as c; print(c.__name__, len(sys.modules) > 2000)").endswith("True")
-    assert asked(True, "print(torch.compile(lambda x: x + 1, backend='eager')(torch.ones(1)).item())") == "2.0"
     vmap = "from transformers import masking_utils as m; print(type(m.TransformGetItemToIndex()).__module__)"
     assert asked(True, vmap) == "torch._dynamo._trace_wrapped_higher_order_op"
 
 
 WHOLE = """
-from pathlib import Path
-import sympy, transformers
-from transformers.utils import import_utils as u
+import sympy
 assert 'sympy.core' not in sys.modules
 assert torch.empty(3, 1, device='meta').add(torch.arange(4, device='meta') / 2).shape == (3, 4)
 assert 'sympy.core' not in sys.modules
-assert 'Qwen3Config' not in transformers._class_to_module
-import transformers.models.qwen3
-assert transformers.Qwen3Config.__module__.endswith('configuration_qwen3')
-assert 'Gemma2Config' not in transformers._class_to_module
-assert transformers.GemmaTokenizerFast is transformers.GemmaTokenizer and not hasattr(transformers, 'Unknown')
-u.define_import_structure.cache_clear()
-whole = u._LazyModule('t', transformers.__file__, u.define_import_structure(transformers.models.__path__[0], 'models'))
-for place in ('_class_to_module', '_object_missing_backend'):
-    assert vars(whole)[place].items() <= vars(transformers)[place].items(), place
-assert whole._modules <= transformers._modules and {*whole.__all__, 'Trainer'} <= set(transformers.__all__)
-assert {*transformers.models.__all__} == {*dir(transformers.models)} & {*transformers.models.__all__} > {'llama'}
 from sympy import Basic
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, guard_or_false, sym_eq
 size = ShapeEnv().create_unbacked_symint()
@@ -61,7 +50,7 @@ assert not guard_or_false(size == 3) and guard_or_false(sym_eq((2, 3), (2, 3)))
 """
 
 
-def test_names_and_symbols_are_there_when_they_are_asked_for():
+def test_symbols_are_there_when_they_are_asked_for():
     assert asked(True, WHOLE) == ""
 
 
@@ -71,8 +60,7 @@ def test_the_command_writes_the_same_bytes_without_it(tmp_path):
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
     command = "import sys; from quarkcli.cli.main import main; from quarkcli.model import deferred; "
     command += "deferred.ALLOWED = True; code = main(sys.argv[1:]); "
-    command += "assert not {'torch._inductor', 'sympy.core', 'transformers.models.gemma2'} & set(sys.modules); "
-    command += "import transformers; assert '_whole' not in vars(transformers); "
+    command += "assert not {'torch._inductor', 'sympy.core'} & set(sys.modules); "
     own = ["quantize", "--model", "demo", "--scheme", "fp8", "-o", str(tmp_path / "command"), "--device", "cpu", *flags]
     subprocess.run([sys.executable, "-c", command + "sys.exit(code)", *own], check=True, capture_output=True)
     written = list((tmp_path / "command").glob("*.safetensors"))
