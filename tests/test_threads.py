@@ -70,7 +70,7 @@ def test_limits_of_control_groups_and_affinity(
 
 
 @pytest.mark.parametrize(
-    ("own", "found"), [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)]
+    ("own", "found"), [({}, "20000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)]
 )
 def test_threads_wait_asleep_unless_the_user_says_how(
     monkeypatch: pytest.MonkeyPatch, own: dict[str, str], found: str | None
