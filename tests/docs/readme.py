@@ -14,7 +14,7 @@ from tests.docs import commands
 
 PAGE = commands.ROOT / "README.md"
 _SLOT = re.compile(r"<!-- output: (?P<command>[^\n]*) -->\n```text\n(?P<text>.*?)```\n", re.DOTALL)
-_NUMBER = re.compile(r"[0-9][0-9.,e+-]*[smh]?\b|[▁▂▃▄▅▆▇█]+")
+_NUMBER = re.compile(r"[0-9][0-9.,e+-]*[smhGM]?\b|[▁▂▃▄▅▆▇█]+")
 
 
 def outputs(page: str) -> dict[str, str]:
