@@ -1,6 +1,6 @@
 """Decides whether a run measures what it has cost, and on which tokens: by `--eval`, `--no-eval`, or the plan.
 
-The measuring itself comes from outside: `evaluate.after.measure` is handed to the job.
+The measuring itself comes from outside: `evaluation.after.measure` is handed to the job.
 """
 
 from __future__ import annotations

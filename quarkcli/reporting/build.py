@@ -29,7 +29,7 @@ _DEMO = "demo"  # the embedded model: where it lies says nothing
 def begun(prepared: Prepared, data: CalibrationData | None, device: str, run: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the report of a run that has finished no part yet: all that its plan says.
 
-    run   see `report.run.Clock.facts`
+    run   see `reporting.run.Clock.facts`
     """
     plan = prepared.plan
     rows = tensors.planned(plan, prepared.dialect, prepared.weights.headers, prepared.layout.tensor_roles)
