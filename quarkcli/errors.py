@@ -10,6 +10,7 @@ import difflib
 from collections.abc import Collection, Iterable, Sequence
 from enum import IntEnum
 from itertools import islice
+from typing import Any
 
 
 class ExitCode(IntEnum):
@@ -36,9 +37,11 @@ class QuarkError(Exception):
     where   file, flag, tensor or module concerned, or "" when `what` already names it
     hint    the fix, or ""
     kind    its name in the index of errors (`quark explain`), such as E-PATTERN-NOMATCH
+    result  of a check that says no: what was found all the same, as `--json` shows it; else None
     """
 
     code = ExitCode.INTERNAL
+    result: dict[str, Any] | None = None
 
     def __init__(self, what: str, *, where: str = "", hint: str = "", kind: str = "") -> None:
         super().__init__(what)

@@ -15,30 +15,59 @@ from typing import Any
 
 from quarkcli.api.results import Report
 from quarkcli.disk import compare as comparing
+from quarkcli.disk import pickles
 from quarkcli.disk import verify as checks
 from quarkcli.disk.checkpoint import Checkpoint
 from quarkcli.disk.nonfinite import OnNonfinite
 from quarkcli.disk.source import Source
-from quarkcli.events import Listener, silent
+from quarkcli.disk.writer import output_state
+from quarkcli.errors import CheckError
+from quarkcli.events import Listener, Message, silent
 from quarkcli.job import convert as converting
-from quarkcli.job import inspecting
+from quarkcli.job import idle, inspecting
 from quarkcli.job import run as job
 from quarkcli.plan.fused import Servers
 from quarkcli.reporting import reading
 
-VERIFIED = "quark/verify/1"
+VERIFIED, CONVERTED = "quark/verify/1", "quark/convert/1"
 
 
-def compare(a: str | PathLike[str], b: str | PathLike[str], listener: Listener = silent) -> dict[str, Any]:
+def compare(
+    a: str | PathLike[str],
+    b: str | PathLike[str],
+    *,
+    min_sqnr: float | None = None,
+    offline: bool = False,
+    allow_pickle: bool = False,
+    listener: Listener = silent,
+) -> dict[str, Any]:
     """Compares two checkpoints tensor by tensor and returns what `quark compare --json` shows, worst first.
 
     a, b      directory, hub id, or "demo" for the embedded model; quantized in any dialect that is read, or not
+    min_sqnr  least ratio of signal to noise of every tensor, in dB
     listener  called with every event
 
-    Raises QuarkError for what is no checkpoint, or quantized in a way that is not read.
+    Raises CheckError where a tensor is below `min_sqnr`, with the comparison in its `result`; QuarkError for what is no
+    checkpoint, or quantized in a way that is not read.
     """
-    first, second = (Checkpoint(Source.open(job.located(str(name)))) for name in (a, b))
-    return comparing.compare(first, second, listener).as_dict()
+    return comparing.check(compared(a, b, offline=offline, allow_pickle=allow_pickle, listener=listener), min_sqnr)
+
+
+def compared(
+    a: str | PathLike[str], b: str | PathLike[str], *, offline: bool, allow_pickle: bool, listener: Listener
+) -> comparing.Comparison:
+    """Returns what `compare` and the command of that name show, not yet judged."""
+    sources = [Source.open(job.located(str(name)), offline=offline, allow_pickle=allow_pickle) for name in (a, b)]
+    _tell_unused_pickle(sources, allow_pickle, listener)
+    first, second = map(Checkpoint, sources)
+    found = comparing.compare(first, second, listener)
+    found.a, found.b = str(a), str(b)
+    return found
+
+
+def _tell_unused_pickle(sources: Sequence[Source], allowed: bool, listener: Listener) -> None:
+    if allowed and not any(source.pickled for source in sources):
+        listener(Message(pickles.UNUSED, "warning"))
 
 
 def convert(
@@ -47,18 +76,25 @@ def convert(
     output: str | PathLike[str],
     *,
     overwrite: bool = False,
+    threads: int | None = None,
+    allow_pickle: bool = False,
     listener: Listener = silent,
 ) -> dict[str, Any]:
     """Writes a quantized checkpoint in another dialect and returns what `quark convert --json` shows.
 
     to         a dialect's name
     output     directory; one that exists is an error unless `overwrite`
+    threads    as many weights are packed at once; None: one for each core
     listener   called with every event
 
     Codes and scales stay as they are. Raises ModelError, with the tensor, where the dialect cannot hold them.
     """
-    source = Source.open(str(directory))
-    return converting.convert(source, to, Path(output), overwrite=overwrite, tell=listener)
+    if overwrite and output_state(Path(output)) in ("absent", "empty"):
+        listener(Message(f"--overwrite is not used: there is nothing in {output}", "warning"))
+    source = Source.open(str(directory), allow_pickle=allow_pickle, local=True)
+    _tell_unused_pickle([source], allow_pickle, listener)
+    found = converting.convert(source, to, Path(output), overwrite=overwrite, tell=listener, threads=threads)
+    return {"schema": CONVERTED, **found}
 
 
 def inspect(
@@ -79,6 +115,8 @@ def inspect(
     source = Source.open(
         job.located(str(model)), revision=revision, offline=offline, bare=True, allow_pickle=allow_pickle, tell=listener
     )
+    for line in idle.of_model(source, revision=revision, allow_pickle=allow_pickle):
+        listener(Message(line, "warning"))
     return inspecting.facts(source)
 
 
@@ -102,13 +140,18 @@ def verify(
     min_sqnr   least ratio of signal to noise of a decoded weight, in dB; with a source
     hashes     whether all files are read to compare their hashes; None: up to 20 GB
 
-    Raises CheckError for everything that is wrong, at once.
+    Raises CheckError for everything that is wrong, at once; its `result` has the checks that passed and the problems.
     """
     origin = None if source is None else job.located(str(source))
     asked = checks.Asked(origin, target, on_nonfinite, hashes, tuple(tp), min_sqnr, allow_pickle)
-    found = checks.check(str(directory), asked, listener)
     said = None if source is None else str(source)
-    return {"schema": VERIFIED, "directory": str(directory), "source": said, "ok": True, "checks": found}
+    about = {"schema": VERIFIED, "ok": True, "directory": str(directory), "source": said}
+    try:
+        found = checks.check(str(directory), asked, listener)
+    except CheckError as error:
+        error.result = {**about, "ok": False, **(error.result or {})}
+        raise
+    return {**about, "checks": found, "problems": []}
 
 
 def report(directory: str | PathLike[str]) -> Report:

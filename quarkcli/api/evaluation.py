@@ -6,7 +6,6 @@ from os import PathLike
 from typing import Any, Literal
 
 from quarkcli.disk.nonfinite import OnNonfinite
-from quarkcli.errors import UsageError
 from quarkcli.events import Listener, silent
 from quarkcli.job import run as job
 
@@ -40,19 +39,16 @@ def evaluate(
     weights_only      activations and cache stay as they are
     listener          called with every event
 
-    Raises CheckError above a limit, and for NaN; QuarkError for what cannot be measured.
+    Raises CheckError above a limit, with what was measured in its `result`, and for NaN; QuarkError for what cannot be
+    measured.
     """
     from quarkcli.evaluation import gates, run
 
-    if baseline is None and (max_kl is not None or max_ppl_increase is not None):
-        raise UsageError(
-            "max_kl and max_ppl_increase compare with a baseline", hint="baseline=DIR_OR_ID", kind="E-FLAG-CONFLICT"
-        )
+    gates.check_asked(baseline, max_kl, max_ppl_increase)
     result = run.evaluate(
         job.located(str(directory)), baseline=None if baseline is None else job.located(str(baseline)),
         text=None if text is None else str(text), window=window, max_tokens=tokens, bos=bos, weights_only=weights_only,
         dtype=dtype, device=device, threads=threads, trust_remote_code=trust_remote_code, on_nonfinite=on_nonfinite,
         allow_pickle=allow_pickle, tell=listener,
     )  # fmt: skip
-    gates.check_gates(result, max_kl, max_ppl_increase)
     return gates.judged(result, max_kl, max_ppl_increase)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from quarkcli.cli import apps, output
+from quarkcli.cli import apps, output, verdict
 from quarkcli.cli.flags import Debug, Json, Offline, Pickle, Quiet
 from quarkcli.cli.logflags import LogFormat, LogLevel
 from quarkcli.errors import some
@@ -16,7 +17,6 @@ from quarkcli.errors import some
 if TYPE_CHECKING:
     from quarkcli.disk.compare import Comparison
 
-SCHEMA = "quark/compare/1"
 EXAMPLES = apps.examples(
     "quark compare demo out/demo-mxfp4",
     "quark compare out/demo-mxfp4 demo --min-sqnr 15 --json",
@@ -65,27 +65,15 @@ def compare(
     else A.
     """
     output.start(json=json, debug=debug, quiet=quiet, log_format=log_format, log_level=log_level)
+    from quarkcli.api import checkpoints
     from quarkcli.cli.progress import Progress
     from quarkcli.disk import compare as comparing
-    from quarkcli.disk import pickles
-    from quarkcli.disk.checkpoint import Checkpoint
-    from quarkcli.disk.source import Source
-    from quarkcli.job import run as job
 
-    sources = [Source.open(job.located(name), offline=offline, allow_pickle=allow_pickle) for name in (a, b)]
-    if allow_pickle and not any(source.pickled for source in sources):
-        output.warning(f"{pickles.UNUSED}")
-    first, second = map(Checkpoint, sources)
     with Progress("lines") as progress:
-        found = comparing.compare(first, second, progress)
-    found.a, found.b = a, b
+        found = checkpoints.compared(a, b, offline=offline, allow_pickle=allow_pickle, listener=progress)
     if html is not None:
         _write_page(html, found)
-    if json:
-        output.json_data({"schema": SCHEMA, **found.as_dict(limit), "min_sqnr_db": min_sqnr})
-    else:
-        _show(found, LIMIT if limit is None else limit)
-    comparing.check(found, min_sqnr)
+    verdict.shown(lambda: comparing.check(found, min_sqnr, limit), partial(_show, found, limit, json))
 
 
 def _write_page(to: Path, found: Comparison) -> None:
@@ -97,7 +85,14 @@ def _write_page(to: Path, found: Comparison) -> None:
     files.write(to, compared.page(found.as_dict(), *reports), replace=True)
 
 
-def _show(found: Comparison, limit: int) -> None:
+def _show(found: Comparison, limit: int | None, json: bool, result: dict[str, Any]) -> None:
+    if json:
+        output.json_data(result)
+    else:
+        _show_table(found, LIMIT if limit is None else limit)
+
+
+def _show_table(found: Comparison, limit: int) -> None:
     from quarkcli.disk.compare import decibels
 
     for line in output.pairs(_facts(found)):

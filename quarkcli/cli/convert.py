@@ -11,7 +11,6 @@ from quarkcli.cli import apps, output
 from quarkcli.cli.flags import Debug, Json, Pickle, Quiet, Threads
 from quarkcli.cli.logflags import LogFormat, LogLevel
 
-SCHEMA = "quark/convert/1"
 EXAMPLES = apps.examples(
     "quark convert out/demo-nvfp4 --to quark -o out/demo-nvfp4-quark",
     "quark convert out/demo-nvfp4 --to quark -o out/demo-nvfp4-quark --overwrite --json",
@@ -39,21 +38,15 @@ def convert(
     refused (exit 4), with the tensor and the reason. The result is as complete as one of 'quark quantize'.
     """
     output.start(json=json, debug=debug, quiet=quiet, log_format=log_format, log_level=log_level)
+    from quarkcli.api import checkpoints
     from quarkcli.cli.progress import Progress
-    from quarkcli.disk import pickles
-    from quarkcli.disk.source import Source
-    from quarkcli.disk.writer import output_state
-    from quarkcli.job import convert as converting
 
-    if overwrite and output_state(to_output) in ("absent", "empty"):
-        output.warning(f"--overwrite is not used: there is nothing in {to_output}")
-    source = Source.open(directory, allow_pickle=allow_pickle, local=True)
-    if allow_pickle and not source.pickled:
-        output.warning(f"{pickles.UNUSED}")
     with Progress("lines") as progress:
-        found = converting.convert(source, to, to_output, overwrite=overwrite, tell=progress, threads=threads)
+        found = checkpoints.convert(
+            directory, to, to_output, overwrite=overwrite, threads=threads, allow_pickle=allow_pickle, listener=progress
+        )
     if json:
-        output.json_data({"schema": SCHEMA, **found})
+        output.json_data(found)
     else:
         _show(found)
 

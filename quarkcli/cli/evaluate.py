@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from quarkcli.cli import apps, github, output
+from quarkcli.cli import apps, github, output, verdict
 from quarkcli.cli.flags import (
     Bos,
     Debug,
@@ -91,43 +91,19 @@ def evaluate(
     Perplexity; with a baseline also KL divergence, top-1 agreement and limits on both.
     """
     output.start(json=json, debug=debug, quiet=quiet, log_format=log_format, log_level=log_level)
-    _check_gates_have_baseline(baseline, max_kl, max_ppl_increase)
+    from quarkcli.api import evaluation
     from quarkcli.cli.progress import Progress
-    from quarkcli.evaluation import gates, run
-    from quarkcli.job import device as devices
-    from quarkcli.job import run as job
 
-    with Progress() as progress:
-        result = run.evaluate(
-            job.located(directory),
-            baseline=baseline and job.located(baseline),
-            text=text,
-            window=window,
-            max_tokens=tokens,
-            bos=bos,
-            weights_only=weights_only,
-            dtype=dtype,
-            on_nonfinite=on_nonfinite,
-            device=devices.device(device),
-            threads=threads,
-            trust_remote_code=trust_remote_code,
-            allow_pickle=allow_pickle,
-            tell=progress,
-        )
-    result = gates.judged(result, max_kl, max_ppl_increase)
-    _show(result, json)
-    gates.check_gates(result, max_kl, max_ppl_increase)
+    def measured() -> dict[str, Any]:
+        with Progress() as progress:
+            return evaluation.evaluate(
+                directory, baseline=baseline, text=text, window=window, tokens=tokens, bos=bos, max_kl=max_kl,
+                max_ppl_increase=max_ppl_increase, weights_only=weights_only, dtype=dtype, on_nonfinite=on_nonfinite,
+                device=device, threads=threads, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle,
+                listener=progress,
+            )  # fmt: skip
 
-
-def _check_gates_have_baseline(baseline: str | None, *gates: float | None) -> None:
-    from quarkcli.errors import UsageError
-
-    if baseline is None and any(gate is not None for gate in gates):
-        raise UsageError(
-            "--max-kl and --max-ppl-increase compare with a baseline",
-            hint="add --baseline DIR_OR_ID",
-            kind="E-FLAG-CONFLICT",
-        )
+    verdict.shown(measured, lambda result: _show(result, json))
 
 
 def _show(result: dict[str, Any], json: bool) -> None:

@@ -26,16 +26,11 @@ def inspect(
     Architecture, parts, roles, dtypes, experts, and whether and how it is already quantized; reads config and headers.
     """
     output.start(json=json, debug=debug)
-    from quarkcli.disk.source import Source
-    from quarkcli.job import idle, inspecting
-    from quarkcli.job import run as job
+    from quarkcli.api import checkpoints
 
-    source = Source.open(
-        job.located(model), revision=revision, offline=offline, bare=True, allow_pickle=allow_pickle, tell=output.tell
+    found = checkpoints.inspect(
+        model, revision=revision, offline=offline, allow_pickle=allow_pickle, listener=output.tell
     )
-    found = inspecting.facts(source)
-    for line in idle.of_model(source, revision=revision, allow_pickle=allow_pickle):
-        output.warning(f"{line}")
     if json:
         output.json_data(found)
     else:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from quarkcli.cli import apps, github, output
+from quarkcli.cli import apps, github, output, verdict
 from quarkcli.cli.flags import Debug, Json, Nonfinite, Pickle, Quiet, Servers
 from quarkcli.cli.logflags import LogFormat, LogLevel
 from quarkcli.errors import UsageError
@@ -66,21 +66,16 @@ def verify(
     from quarkcli.api import checkpoints
     from quarkcli.cli.progress import Progress
 
-    if min_sqnr is not None and source is None:
-        raise _lacks_source("there is nothing to compare with", "--min-sqnr")
-    if allow_pickle and source is None:
-        raise _lacks_source("only a source is read from pickles", "--allow-pickle")
     degrees_asked = _degrees(degrees)
-    with Progress("lines") as progress:
-        found = checkpoints.verify(
-            directory, source=source, target=target, tp=degrees_asked, min_sqnr=min_sqnr, on_nonfinite=on_nonfinite,
-            hashes=hashes, allow_pickle=allow_pickle, listener=progress,
-        )  # fmt: skip
-    _show(found, json)
 
+    def checked() -> dict[str, Any]:
+        with Progress("lines") as progress:
+            return checkpoints.verify(
+                directory, source=source, target=target, tp=degrees_asked, min_sqnr=min_sqnr, on_nonfinite=on_nonfinite,
+                hashes=hashes, allow_pickle=allow_pickle, listener=progress,
+            )  # fmt: skip
 
-def _lacks_source(what: str, flag: str) -> UsageError:
-    return UsageError(what, where=flag, hint="--source DIR_OR_ID", kind="E-FLAG-CONFLICT")
+    verdict.shown(checked, lambda found: _show(found, json))
 
 
 def _show(found: dict[str, Any], json: bool) -> None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from quarkcli.numerics.quantize import QParams
     from quarkcli.spec import TensorSpec
 
+SCHEMA = "quark/compare/1"
 _CHUNK = 2**22  # values that are widened to float64 at once
 
 
@@ -140,8 +141,22 @@ def compare(a: Checkpoint, b: Checkpoint, tell: Listener = silent) -> Comparison
     return found
 
 
-def check(found: Comparison, least: float | None) -> None:
-    """Raises CheckError when a tensor is below `least` dB, or cannot be compared; None: nothing is asked."""
+def check(found: Comparison, least: float | None, limit: int | None = None) -> dict[str, Any]:
+    """Returns the JSON form (`quark/compare/1`), with `limit` tensors at most.
+
+    Raises CheckError when a tensor is below `least` dB, or cannot be compared; None: nothing is asked. It has the form
+    as its `result`.
+    """
+    shown = {"schema": SCHEMA, "ok": True, **found.as_dict(limit), "min_sqnr_db": least}
+    try:
+        _check(found, least)
+    except CheckError as error:
+        error.result = {**shown, "ok": False}
+        raise
+    return shown
+
+
+def _check(found: Comparison, least: float | None) -> None:
     if least is None:
         return
     bad = [row for row in found.rows if row.sqnr < least]

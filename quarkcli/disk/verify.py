@@ -14,7 +14,7 @@ from quarkcli.disk.checkpoint import Checkpoint
 from quarkcli.disk.nonfinite import HINT, NonFinite, OnNonfinite
 from quarkcli.disk.source import Source
 from quarkcli.disk.values import Values, floats, has_floats, values
-from quarkcli.errors import CheckError, ModelError, QuarkError, all_of, none_of
+from quarkcli.errors import CheckError, ModelError, QuarkError, UsageError, all_of, none_of
 from quarkcli.events import Listener, Message, Working, silent
 from quarkcli.family import HeaderLike, Layout, Weight, for_checkpoint, lay_out, quantization
 from quarkcli.plan.fused import Servers, matrix, sentence, splits
@@ -101,9 +101,9 @@ def directory(
 def check(path: str, asked: Asked, tell: Listener = silent) -> list[str]:
     """`quark verify DIR`: checks a checkpoint alone, and against its manifest and its source model.
 
-    Returns the checks made. Raises one error for all that is wrong.
+    Returns the checks made. Raises one error for all that is wrong; see `_every`.
     """
-    servers.check_name(asked.target)
+    _check_asked(asked)
     folder, model = Path(path), None
     if asked.source is not None:
         model = Source.open(asked.source, allow_pickle=asked.allow_pickle)
@@ -113,6 +113,16 @@ def check(path: str, asked: Asked, tell: Listener = silent) -> list[str]:
         lambda: _against_manifest(folder, asked.hashes),
         lambda: _contents(folder, model, asked, tell),
     )
+
+
+def _check_asked(asked: Asked) -> None:
+    """Raises UsageError for wishes that nobody can fulfil."""
+    servers.check_name(asked.target)
+    lacking = {"--min-sqnr": asked.min_sqnr is not None, "--allow-pickle": asked.allow_pickle}
+    why = {"--min-sqnr": "there is nothing to compare with", "--allow-pickle": "only a source is read from pickles"}
+    for flag, given in lacking.items():
+        if given and asked.source is None:
+            raise UsageError(why[flag], where=flag, hint="--source DIR_OR_ID", kind="E-FLAG-CONFLICT")
 
 
 def _contents(folder: Path, model: Source | None, asked: Asked, tell: Listener) -> list[str]:
@@ -165,18 +175,29 @@ def _served(checkpoint: Checkpoint, layout: Layout, target: Servers) -> list[str
 def _every(*checks: Callable[[], list[str]]) -> list[str]:
     """Returns the lines of all checks.
 
-    Raises one error for all that fail; the last, which knows most, is named first.
+    Raises one error for all that fail; the last, which knows most, is named first. Its `result` has the lines of the
+    `checks` that passed, and one of the `problems` for each that did not.
     """
     lines: list[str] = []
     problems: list[QuarkError] = []
+    single: list[dict[str, str]] = []
     for check in checks:
         try:
             lines += check()
         except QuarkError as error:
+            found = error.result or {"checks": [], "problems": [_problem(error)]}
+            lines += found["checks"]
+            single = [*found["problems"], *single]
             problems.insert(0, error)
     if problems:
-        raise all_of(problems)
+        together = all_of(problems)
+        together.result = {"checks": lines, "problems": single}
+        raise together
     return lines
+
+
+def _problem(error: QuarkError) -> dict[str, str]:
+    return {"id": error.kind, "what": error.what, "where": error.where, "hint": error.hint}
 
 
 def _fused_schemes(checkpoint: Checkpoint, servers: Servers) -> str:

@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from quarkcli.errors import CheckError, UsageError
+
+_SAID: dict[str, Callable[[float, float], str]] = {
+    "max_kl": lambda value, limit: f"KL {value:.5f} is above {limit:g}",
+    "max_ppl_increase": lambda value, limit: f"perplexity rose by {value:.2%}, more than {limit:.2%}",
+}
+
+
+def check_asked(baseline: object, max_kl: float | None, max_ppl_increase: float | None) -> None:
+    """Raises UsageError for a limit without a baseline, which it compares with."""
+    if baseline is None and (max_kl is not None or max_ppl_increase is not None):
+        raise UsageError(
+            "--max-kl and --max-ppl-increase compare with a baseline",
+            hint="add --baseline DIR_OR_ID",
+            kind="E-FLAG-CONFLICT",
+        )
 
 
 def limits(result: Mapping[str, Any], max_kl: float | None, max_ppl_increase: float | None) -> list[dict[str, Any]]:
@@ -19,20 +34,15 @@ def limits(result: Mapping[str, Any], max_kl: float | None, max_ppl_increase: fl
 
 
 def judged(result: dict[str, Any], max_kl: float | None, max_ppl_increase: float | None) -> dict[str, Any]:
-    """Returns a result with the limits that were asked for, and `ok`: whether all of them are kept."""
-    rows = limits(result, max_kl, max_ppl_increase)
-    return {**result, "ok": all(row["passed"] for row in rows), "limits": rows}
+    """Returns a result with the limits that were asked for, and `ok`: all of them are kept.
 
-
-def check_gates(result: dict[str, Any], max_kl: float | None, max_ppl_increase: float | None) -> None:
-    """Raises CheckError (exit 8) when a gate fails; see `limits`."""
-    if result["kl"] is None and (max_kl is not None or max_ppl_increase is not None):
-        raise UsageError("a gate needs a baseline to compare with", hint="--baseline SRC", kind="E-FLAG-CONFLICT")
-    say = {
-        "max_kl": lambda value, limit: f"KL {value:.5f} is above {limit:g}",
-        "max_ppl_increase": lambda value, limit: f"perplexity rose by {value:.2%}, more than {limit:.2%}",
-    }
+    Raises CheckError (exit 8) where one is not; the error has the result.
+    """
     rows = limits(result, max_kl, max_ppl_increase)
-    failed = [say[row["name"]](row["value"], row["limit"]) for row in rows if not row["passed"]]
+    failed = [_SAID[row["name"]](row["value"], row["limit"]) for row in rows if not row["passed"]]
+    found = {**result, "ok": not failed, "limits": rows}
     if failed:
-        raise CheckError("; ".join(failed), where=result["directory"], kind="E-GATE")
+        error = CheckError("; ".join(failed), where=result["directory"], kind="E-GATE")
+        error.result = found
+        raise error
+    return found

@@ -9,6 +9,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import quarkcli
+from quarkcli.errors import CheckError
 from quarkcli.evaluation import run as evaluation
 from quarkcli.job import run as job
 
@@ -83,8 +84,15 @@ def test_verify_says_no_with_8(quark, made, tmp_path):
     tensors[scale] = tensors[scale].fill_(255)  # the NaN code of e8m0
     save_file(tensors, shard, {"format": "pt"})
     code, out, err = quark("verify", str(damaged), "--json")
-    assert (code, out) == (8, "")
-    assert json.loads(err)["code"] == 8
+    found, told = json.loads(out), json.loads(err)
+    assert (code, told["code"], found["ok"]) == (8, 8, False)
+    assert len(found["checks"]) > 5  # the others were made, and are good
+    assert {problem["id"] for problem in found["problems"]} == {"E-CHECK-SCALES", "E-CHECK-FILES"}
+    code, out, err = quark("verify", str(damaged))
+    assert code == 8 and out.splitlines() == [f"ok: {line}" for line in found["checks"]]
+    with pytest.raises(CheckError) as caught:
+        quarkcli.verify(damaged)
+    assert caught.value.result == found
 
 
 def test_verify_of_a_source_says_no(quark):

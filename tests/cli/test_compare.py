@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 import quarkcli
+from quarkcli.errors import CheckError
 
 
 def test_the_command_and_python_say_the_same(quark, made):
@@ -12,10 +15,7 @@ def test_the_command_and_python_say_the_same(quark, made):
     assert (answer.code, answer.err) == (0, "")
     found = json.loads(answer.out)
     assert found["schema"] == "quark/compare/1"
-    python = quarkcli.compare("demo", made)
-    assert {key: found[key] for key in python if key not in ("a", "b")} == {
-        key: value for key, value in python.items() if key not in ("a", "b")
-    }
+    assert found == quarkcli.compare("demo", made)
     assert len(json.loads(quark("compare", "demo", str(made), "--json", "--limit", "2").out)["tensors"]) == 2
 
 
@@ -23,6 +23,11 @@ def test_the_gate(quark, made):
     code, out, err = quark("compare", "demo", str(made), "--min-sqnr", "40", "--limit", "1")
     assert code == 8 and "28 of 39 tensors are below 40 dB" in err
     assert out.count(" dB ") == 2  # the answer comes before the verdict: one row, and the whole
+    with pytest.raises(CheckError, match="28 of 39 tensors are below 40 dB") as caught:
+        quarkcli.compare("demo", made, min_sqnr=40)
+    assert (caught.value.result["ok"], caught.value.result["min_sqnr_db"]) == (False, 40)
+    answer = quark("compare", "demo", str(made), "--min-sqnr", "40", "--json")
+    assert answer.code == 8 and json.loads(answer.out) == caught.value.result
     assert quark("compare", "demo", str(made), "--min-sqnr", "10").code == 0
     code, out, _ = quark("compare", str(made), str(made), "--min-sqnr", "200")
     assert code == 0 and "all 39 are equal bit for bit" in out

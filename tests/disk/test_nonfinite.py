@@ -15,7 +15,7 @@ from quarkcli.cli import main
 from quarkcli.disk import nonfinite
 from quarkcli.errors import CheckError, DataError, Stopped
 from quarkcli.evaluation import score
-from quarkcli.evaluation.gates import check_gates
+from quarkcli.evaluation.gates import judged
 from tests import runs
 
 NAN, INF = float("nan"), float("inf")
@@ -181,6 +181,6 @@ def test_a_token_that_a_model_rules_out() -> None:
 def test_a_gate_is_not_passed_by_nan() -> None:
     result = {"directory": "d", "kl": NAN, "perplexity_increase": NAN}
     with pytest.raises(CheckError, match="KL nan"):
-        check_gates(result, 0.1, None)
+        judged(result, 0.1, None)
     with pytest.raises(CheckError, match="perplexity"):
-        check_gates(result, None, 0.1)
+        judged(result, None, 0.1)

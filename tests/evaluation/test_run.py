@@ -13,7 +13,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from quarkcli.errors import AccessError, CheckError, DataError, ModelError, UsageError
-from quarkcli.evaluation.gates import check_gates
+from quarkcli.evaluation import gates
 from quarkcli.evaluation.run import evaluate
 from quarkcli.events import Event, Message, PartDone, silent
 from quarkcli.job import run as job
@@ -199,17 +199,18 @@ def test_refusals(fp8: runs.Made, page: Path, tmp_path: Path) -> None:
 
 def test_gates() -> None:
     result = {"kl": 0.05, "perplexity_increase": 0.02, "directory": "out"}
-    check_gates(result, None, None)
-    check_gates(result, 0.05, 0.02)
+    assert gates.judged(result, None, None) == {**result, "ok": True, "limits": []}
+    assert [row["passed"] for row in gates.judged(result, 0.05, 0.02)["limits"]] == [True, True]
     with pytest.raises(CheckError, match=r"KL 0.05000 is above 0.01") as caught:
-        check_gates(result, 0.01, None)
-    assert caught.value.code == 8
+        gates.judged(result, 0.01, 0.03)
+    assert caught.value.code == 8 and caught.value.result is not None and caught.value.result["ok"] is False
+    assert [row["passed"] for row in caught.value.result["limits"]] == [False, True]
     with pytest.raises(CheckError, match=r"KL .*; perplexity rose by 2.00%, more than 1.00%"):
-        check_gates(result, 0.01, 0.01)
+        gates.judged(result, 0.01, 0.01)
     with pytest.raises(CheckError):
-        check_gates({**result, "kl": math.nan}, 1.0, None)
-    with pytest.raises(UsageError, match="a gate needs a baseline"):
-        check_gates({**result, "kl": None}, 0.1, None)
+        gates.judged({**result, "kl": math.nan}, 1.0, None)
+    with pytest.raises(UsageError, match="compare with a baseline"):
+        gates.check_asked(None, 0.1, None)
 
 
 def test_mixed_sources_keep_their_dtypes(page: Path, tmp_path: Path) -> None:
