@@ -1,4 +1,4 @@
-"""What a check has found is shown before its verdict ends the command: the answer of a gate is there when it fails."""
+"""Shows what a check has found before its verdict ends the command: a gate that fails has its answer too."""
 
 from __future__ import annotations
 
