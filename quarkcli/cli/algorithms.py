@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from quarkcli.plan.model import Plan
 
 app = apps.new(
-    "Algorithms: what chooses codes and scales, or rewrites weights before.",
+    "List and describe algorithms, which lose less accuracy than rounding to nearest.",
     apps.examples("quark algorithms list", "quark algorithms show gptq"),
 )
 _SCHEME = "nvfp4"  # of the plan of the embedded model, by which needs are told: weights and inputs are quantized in it
@@ -42,8 +42,9 @@ def complete() -> list[str]:
 def list_(json: Json = False) -> None:
     """List algorithms.
 
-    They are names for --algorithm, in the order in which they are to run: transforms, one solver for each weight,
-    tuners. DATA says what they ask calibration for, RUNS what runs of the model they cost.
+    Their names are for --algorithm, in the order in which they run: transforms (rewrite weights first), one solver for
+    each weight (chooses its codes), tuners (train afterwards). DATA says what they need from calibration, RUNS how
+    often they run the model.
     """
     output.start(json=json)
     rows = known()
@@ -61,7 +62,7 @@ def show(
 ) -> None:
     """Show an algorithm.
 
-    What it does, its parameters with their defaults, the data and the runs of the model that it costs.
+    Prints what it does, its parameters and their defaults, the data it needs, and how often it runs the model.
     """
     output.start(json=json)
     wanted = name.replace("_", "-").lower()

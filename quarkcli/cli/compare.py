@@ -24,13 +24,17 @@ EXAMPLES = apps.examples(
 LIMIT = 20  # tensors that people are shown
 Page = Annotated[
     Path | None,
-    typer.Option("--html", metavar="FILE", help="Write a page with both side by side, and what their runs say."),
+    typer.Option(
+        "--html", metavar="FILE", help="Write a page that shows both checkpoints and their runs side by side."
+    ),
 ]
 
 
 def compare(
-    a: Annotated[str, typer.Argument(metavar="A", help="A checkpoint, quantized or not: directory, hub id, 'demo'.")],
-    b: Annotated[str, typer.Argument(metavar="B", help="The other one.")],
+    a: Annotated[
+        str, typer.Argument(metavar="A", help="A checkpoint, quantized or not: a directory, a hub id, or 'demo'.")
+    ],
+    b: Annotated[str, typer.Argument(metavar="B", help="The other checkpoint.")],
     limit: Annotated[
         int | None,
         typer.Option(
@@ -46,7 +50,8 @@ def compare(
         typer.Option(
             "--min-sqnr",
             metavar="DB",
-            help="Fail (exit 8) when a tensor is below this ratio, or only in one of the two, or has another shape.",
+            help="Fail (exit 8) if the signal-to-noise ratio (SQNR) of a tensor is below DB dB, or if only one of "
+            "the two has it in this shape.",
         ),
     ] = None,
     html: Page = None,
@@ -60,9 +65,9 @@ def compare(
 ) -> None:
     """Compare two checkpoints tensor by tensor.
 
-    Two quantized ones in any dialects, or one and its source: the ratio of signal to quantization noise (SQNR) in dB,
-    worst first; what only one has, shapes and static scales that differ. The signal is the one that is not quantized,
-    else A.
+    Takes two quantized checkpoints in any format, or one and its original model. Prints the signal-to-noise ratio
+    (SQNR) in dB, the worst tensor first. Also lists tensors that only one has, shapes and static scales that differ.
+    The signal is the model that is not quantized, else A.
     """
     output.start(json=json, debug=debug, quiet=quiet, log_format=log_format, log_level=log_level)
     from quarkcli.api import checkpoints

@@ -19,11 +19,15 @@ EXAMPLES = apps.examples(
 
 def convert(
     directory: Annotated[
-        str, typer.Argument(metavar="DIR", help="A quantized checkpoint, in any dialect that is read.")
+        str, typer.Argument(metavar="DIR", help="A quantized checkpoint, in any checkpoint format that quark reads.")
     ],
-    to: Annotated[str, typer.Option("--to", metavar="DIALECT", help="The dialect to write.")],
-    to_output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Where to write.")],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output directory that exists.")] = False,
+    to: Annotated[
+        str, typer.Option("--to", metavar="DIALECT", help="Checkpoint format (dialect) to write, such as modelopt.")
+    ],
+    to_output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Write the new checkpoint here.")],
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an output directory that exists already.")
+    ] = False,
     threads: Threads = None,
     allow_pickle: Pickle = False,
     json: Json = False,
@@ -32,10 +36,10 @@ def convert(
     log_format: LogFormat = None,
     debug: Debug = False,
 ) -> None:
-    """Write a quantized checkpoint in another dialect.
+    """Write a quantized checkpoint in another checkpoint format.
 
-    Codes and scales stay as they are: every tensor is read back from what is written. A dialect that cannot hold one is
-    refused (exit 4), with the tensor and the reason. The result is as complete as one of 'quark quantize'.
+    Codes and scales stay as they are; every written tensor is read back and compared. If the format cannot hold a
+    tensor, the command stops (exit 4) and says which one and why. The result is as complete as one of 'quark quantize'.
     """
     output.start(json=json, debug=debug, quiet=quiet, log_format=log_format, log_level=log_level)
     from quarkcli.api import checkpoints

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from quarkcli.job.preview import Preview
 
 app = apps.new(
-    "Calibration data: what there is, and what a job makes of it.",
+    "List and preview calibration data.",
     apps.examples("quark data list", "quark data preview --model demo --calib-data builtin"),
 )
 SHOWN, CUT = 3, 400  # rows, and characters of each, that people are shown
@@ -28,7 +28,7 @@ _WITHOUT = set(JobFlags.__dataclass_fields__) - _OF_ROWS
 
 @app.command("list", epilog=apps.examples("quark data list", "quark data list --json"))
 def list_(json: Json = False) -> None:
-    """List what --calib-data takes: names that mean something, and kinds of files."""
+    """List what --calib-data takes: special names and kinds of files."""
     output.start(json=json)
     from quarkcli.job import preview
 
@@ -50,8 +50,8 @@ def preview(
 ) -> None:
     """Show the calibration rows that a job would use.
 
-    The same flags as in 'quark quantize' give the same rows: their text as the tokenizer decodes it, how many tokens
-    there are, and how many rows of the data were skipped, by reason. Reads no weights.
+    The same flags as in 'quark quantize' give the same rows. Prints their text as the tokenizer decodes it, the number
+    of tokens, and how many rows of the data were skipped and why. Reads no weights.
     """
     flags.start()
     from quarkcli.cli.progress import Progress

@@ -20,7 +20,7 @@ Measure = Annotated[
     bool,
     typer.Option(
         "--measure",
-        help="Measure how fast this machine quantizes, for the forecasts of 'quark plan'. Takes minutes.",
+        help="Measure how fast this machine quantizes, so that 'quark plan' can forecast times. Takes minutes.",
     ),
 ]
 _PACKAGES = (
@@ -32,7 +32,7 @@ _PACKAGES = (
 def env(*, measure: Measure = False, device: Device = "auto", json: Json = False) -> None:
     """Show versions and devices for a bug report.
 
-    Also memory, disk, and whether a hub token was seen (never its value).
+    Also shows memory, disk, and whether there is a hub token (never its value).
     """
     output.start(json=json)
     if measure:

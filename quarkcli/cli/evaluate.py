@@ -27,7 +27,9 @@ EXAMPLES = apps.examples(
 
 Window = Annotated[
     int | None,
-    typer.Option("--window", min=2, metavar="N", help="Tokens per window, no overlap.", show_default="256"),
+    typer.Option(
+        "--window", min=2, metavar="N", help="Tokens in each window; windows do not overlap.", show_default="256"
+    ),
 ]
 
 
@@ -44,33 +46,51 @@ def percent(text: str) -> float:
 
 Increase = Annotated[
     float | None,
-    typer.Option("--max-ppl-increase", metavar="P%", parser=percent, help="Fail (exit 8) above this increase."),
+    typer.Option(
+        "--max-ppl-increase",
+        metavar="P%",
+        parser=percent,
+        help="Fail (exit 8) if perplexity is more than P% above the baseline's.",
+    ),
 ]
-WeightsOnly = Annotated[bool, typer.Option("--weights-only", help="Leave activations and cache unquantized.")]
+WeightsOnly = Annotated[
+    bool,
+    typer.Option(
+        "--weights-only", help="Measure quantized weights only; leave activations and the KV cache unquantized."
+    ),
+]
 Dtype = Annotated[
     Literal["auto", "float32", "bfloat16"],
-    typer.Option("--dtype", help="auto: float32 on a CPU, bfloat16 on a GPU."),
+    typer.Option("--dtype", help="Number format of the computation. auto: float32 on a CPU, bfloat16 on a GPU."),
 ]
 
 Baseline = Annotated[
     str | None,
-    typer.Option("--baseline", metavar="DIR_OR_ID", help="Source model to compare with; 'demo' is the embedded one."),
+    typer.Option("--baseline", metavar="DIR_OR_ID", help="Original model to compare with; 'demo' is the embedded one."),
 ]
 
 
 def evaluate(
-    directory: Annotated[str, typer.Argument(metavar="DIR", help="Checkpoint, quantized or not.")],
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="A checkpoint, quantized or not.")],
     baseline: Baseline = None,
     text: Annotated[
-        str | None, typer.Option("--text", metavar="FILE", help="Text to measure on. [default: the built-in text]")
+        str | None, typer.Option("--text", metavar="FILE", help="Text file to measure on. [default: the built-in text]")
     ] = None,
     window: Window = None,
     tokens: Annotated[
-        int | None, typer.Option("--tokens", min=2, metavar="N", help="At most this many tokens of the text.")
+        int | None, typer.Option("--tokens", min=2, metavar="N", help="Measure at most N tokens of the text.")
     ] = None,
     bos: Bos = "auto",
     max_kl: Annotated[
-        float | None, typer.Option("--max-kl", min=0, metavar="X", help="Fail (exit 8) above this KL divergence.")
+        float | None,
+        typer.Option(
+            "--max-kl",
+            min=0,
+            metavar="X",
+            help="Fail (exit 8) if the KL divergence from "
+            "the baseline is above X nats per token; "
+            "0 means equal predictions.",
+        ),
     ] = None,
     max_ppl_increase: Increase = None,
     weights_only: WeightsOnly = False,
@@ -86,9 +106,10 @@ def evaluate(
     log_format: LogFormat = None,
     debug: Debug = False,
 ) -> None:
-    """Measure the written files; a gate for CI.
+    """Measure how well a checkpoint predicts text.
 
-    Perplexity; with a baseline also KL divergence, top-1 agreement and limits on both.
+    Prints perplexity, which is lower for a better model. Limits make it a check for CI. With --baseline also prints how far the predictions are from
+    the original model's: KL divergence and top-1 agreement (how often both predict the same token).
     """
     output.start(json=json, debug=debug, quiet=quiet, log_format=log_format, log_level=log_level)
     from quarkcli.api import evaluation

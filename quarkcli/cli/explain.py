@@ -16,13 +16,22 @@ if TYPE_CHECKING:
 
 def explain(
     name: Annotated[
-        str, typer.Argument(metavar="NAME_OR_FILE", autocompletion=names("ptq"), help="Registered name or a file.")
+        str, typer.Argument(metavar="NAME_OR_FILE", autocompletion=names("ptq"), help="Name of a recipe, or a file.")
     ],
-    slot: Annotated[str, typer.Argument(metavar="SLOT", help="A slot or a module, as 'quark plan' names it.")],
-    model: Annotated[str, typer.Option("--model", metavar="DIR_OR_ID", help="The model; 'demo' works.")],
+    slot: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODULE",
+            help="A module, or one of its quantizers, such as model.layers.0.mlp.up_proj.weight_quantizer.",
+        ),
+    ],
+    model: Annotated[
+        str,
+        typer.Option("--model", metavar="DIR_OR_ID", help="Model directory, hub id, or 'demo' for the embedded model."),
+    ],
     json: Json = False,
 ) -> None:
-    """Say why a slot is what it is: the entries that match it, in order, which one decided, and what it ends as."""
+    """Explain why a module is or is not quantized: the entries that match it in order, and the one that decides."""
     output.start(json=json)
     from quarkcli import family
     from quarkcli.job import run as job

@@ -17,16 +17,21 @@ class CalibrationFlags(WhatFlags):
         Option(
             "--calib-data",
             metavar="SOURCE",
-            help="File (.jsonl, .json, .parquet, .txt, .md; .gz as well), directory, hub data set, 'builtin', or "
-            "'self': text that the model writes; rows that cannot be used are skipped and counted. [default: the "
-            "recipe's, else a hub set when it can be reached, else builtin with a warning]",
+            help="Text to calibrate on: a file (.jsonl, .json, .parquet, .txt, .md; also .gz), a directory, a hub "
+            "data set, 'builtin', or 'self' for text that the model writes. Rows that cannot be used are "
+            "skipped and counted. [default: the recipe's, else a hub set when it can be reached, else "
+            "builtin with a warning]",
         ),
     ] = None
     calib_samples: Annotated[
-        int | None, Option("--calib-samples", min=1, metavar="N", help="Rows. [default: the recipe's, else 512]")
+        int | None,
+        Option(
+            "--calib-samples", min=1, metavar="N", help="Number of calibration rows. [default: the recipe's, else 512]"
+        ),
     ] = None
     calib_seqlen: Annotated[
-        int | None, Option("--calib-seqlen", min=2, metavar="N", help="Tokens per row. [default: recipe's, else 512]")
+        int | None,
+        Option("--calib-seqlen", min=2, metavar="N", help="Tokens in each row. [default: the recipe's, else 512]"),
     ] = None
     calib_batch: Annotated[
         int | None, Option("--calib-batch", min=1, metavar="N", help="Rows that run together on a GPU. [default: auto]")
@@ -36,7 +41,8 @@ class CalibrationFlags(WhatFlags):
         Option(
             "--calib-column",
             metavar="NAME",
-            help="Column with text or messages. [default: messages, conversations, text, or prompt and response]",
+            help="Column that holds the text or the messages. [default: messages, conversations, text, or prompt "
+            "and response]",
         ),
     ] = None
     chat_template: Annotated[
@@ -44,27 +50,27 @@ class CalibrationFlags(WhatFlags):
         Option(
             "--chat-template",
             metavar="FILE",
-            help="Jinja template that turns conversations into rows, instead of the tokenizer's own; the checkpoint's "
-            "stays as it is.",
+            help="Jinja template that turns conversations into rows, instead of the tokenizer's own. The "
+            "checkpoint keeps its own template.",
         ),
     ] = None
     bos: Annotated[
         Literal["auto", "on", "off"] | None,
         Option(
             "--bos",
-            help="Whether rows begin with the tokenizer's BOS token; auto: as the tokenizer, or the chat template, "
+            help="Begin each row with the tokenizer's BOS token. auto: as the tokenizer or the chat template "
             "begins a text.",
-            show_default="recipe's, else auto",
+            show_default="the recipe's, else auto",
         ),
     ] = None
-    allow_short: Annotated[bool, Option("--allow-short", help="Fewer rows than asked for are used, not an error.")] = (
+    allow_short: Annotated[bool, Option("--allow-short", help="Go on when there are fewer rows than asked for.")] = (
         False
     )
     moe_calibration: Annotated[
         Literal["routed", "all"] | None,
         Option(
             "--moe-calibration",
-            help="Tokens an expert is calibrated on: those routed to it, or all.",
+            help="Tokens that calibrate an expert of a MoE model: those routed to it, or all.",
             show_default="routed",
         ),
     ] = None
@@ -74,10 +80,10 @@ class CalibrationFlags(WhatFlags):
             "--min-expert-tokens",
             min=1,
             metavar="N",
-            help="Experts that see fewer tokens take the statistics of their layer.",
+            help="An expert that sees fewer tokens uses the statistics of its whole layer.",
             show_default="1",
         ),
     ] = None
     seed: Annotated[
-        int | None, Option("--seed", metavar="N", help="Seed of the choice of calibration rows.", show_default="0")
+        int | None, Option("--seed", metavar="N", help="Seed that chooses the calibration rows.", show_default="0")
     ] = None

@@ -17,22 +17,32 @@ class RunFlags(CalibrationFlags):
     threads: Threads = None
     resume: Annotated[
         Literal["auto", "never", "require"],
-        Option("--resume", help="Go on with an interrupted run: where there is one, never, or it is an error."),
+        Option(
+            "--resume",
+            help="Continue an interrupted run. auto: if there is one. never: start again. require: "
+            "stop if there is none.",
+        ),
     ] = "auto"
-    overwrite: Annotated[bool, Option("--overwrite", help="Replace an output directory that exists.")] = False
-    strict: Annotated[bool, Option("--strict", help="Warnings about calibration become errors.")] = False
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace an output directory that exists already.")] = False
+    strict: Annotated[bool, Option("--strict", help="Stop at a warning about calibration (exit 7).")] = False
     on_nonfinite: Annotated[
         Literal["stop", "skip-algorithm", "keep"],
         Option(
             "--on-nonfinite",
-            help="NaN or inf: an error; skip-algorithm: in calibration, what it touches is rounded to nearest instead, "
-            "with a warning; keep: in tensors that stay as they are, a warning.",
+            help="What to do at NaN or inf. stop: end with exit 7. skip-algorithm: if calibration meets it, round "
+            "the weights concerned to nearest and warn. keep: accept it in tensors that are not quantized "
+            "and warn.",
         ),
     ] = "stop"
     time_budget: Annotated[
         float | None,
         Option(
-            "--time-budget", metavar="TIME", parser=seconds, help="Stop after a part (exit 75) when 3h50m are used up."
+            "--time-budget",
+            metavar="TIME",
+            parser=seconds,
+            help="Stop (exit 75) after this time, such as 3h50m, "
+            "when the current layer is done. The same "
+            "command continues.",
         ),
     ] = None
     max_cpu_mem: Annotated[
@@ -41,7 +51,8 @@ class RunFlags(CalibrationFlags):
             "--max-cpu-mem",
             metavar="SIZE",
             parser=size,
-            help="Stop (exit 6) before the work where more memory is forecast, and after a part that took more: 48GB.",
+            help="Stop (exit 6) before the work if it needs more memory than this, such as 48GB, or after a layer "
+            "that took more.",
         ),
     ] = None
     max_gpu_mem: Annotated[
@@ -50,27 +61,30 @@ class RunFlags(CalibrationFlags):
             "--max-gpu-mem",
             metavar="SIZE",
             parser=size,
-            help="Take no more of the device's memory: 20GB. Out of it, batches shrink, then hidden states go to the "
-            "host.",
+            help="Use at most this much GPU memory, such as 20GB. When it is full, batches shrink, then hidden "
+            "states move to RAM.",
         ),
     ] = None
     offload: Annotated[
         Literal["auto", "none", "cpu", "disk"],
         Option(
             "--offload",
-            help="Where hidden states wait between blocks; auto: on the device while they are small there; none: on "
-            "the device, always; cpu: in the host's memory; disk: in files beside the output.",
+            help="Where to keep hidden states, the activations between two layers. auto: on the GPU while they "
+            "are small. none: always on the GPU. cpu: in RAM. disk: in files beside the output.",
         ),
     ] = "auto"
     verify: Annotated[
-        bool, Option("--verify/--no-verify", help="Read the written scales back before the output gets its name.")
+        bool,
+        Option(
+            "--verify/--no-verify", help="Read the written scales back and check them before the output gets its name."
+        ),
     ] = True
     evaluate: Annotated[
         bool | None,
         Option(
             "--eval/--no-eval",
-            help="Score what was written against the model, on 4,096 tokens that calibration does not use: KL, "
-            "perplexity. [default: after calibration on 40,960 tokens or more]",
+            help="Compare the result with the original model on 4,096 tokens that calibration does not use: KL "
+            "divergence, perplexity. [default: after calibration on 40,960 tokens or more]",
             show_default=False,
         ),
     ] = None
@@ -78,7 +92,7 @@ class RunFlags(CalibrationFlags):
         bool,
         Option(
             "--keep-download",
-            help="Weights of a hub id go to the hub's cache and stay there. [default: each file is dropped after use]",
+            help="Keep the weights of a hub model in the hub's cache. [default: each file is deleted after use]",
         ),
     ] = False
     trust_remote_code: Trust = False
@@ -89,7 +103,10 @@ class RunFlags(CalibrationFlags):
     quiet: Quiet = False
     progress: Annotated[
         Literal["auto", "bar", "lines", "none"],
-        Option("--progress", help="auto: a bar on a terminal, else a line per part."),
+        Option(
+            "--progress",
+            help="How to show progress. auto: a bar on a terminal, else a line for each part of the model.",
+        ),
     ] = "auto"
     log_level: LogLevel = "info"
     log_format: LogFormat = None

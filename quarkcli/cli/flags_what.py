@@ -17,7 +17,12 @@ class WhatFlags:
     model: Model
     scheme: Annotated[
         str | None,
-        Option("--scheme", metavar="NAME", autocompletion=names("schemes"), help="See 'quark schemes list'."),
+        Option(
+            "--scheme",
+            metavar="NAME",
+            autocompletion=names("schemes"),
+            help="How to quantize: the name of a scheme. 'quark schemes list' shows all.",
+        ),
     ] = None
     recipe: Annotated[
         str | None,
@@ -25,7 +30,7 @@ class WhatFlags:
             "--recipe",
             metavar="NAME_OR_FILE",
             autocompletion=names("ptq"),
-            help="Instead of --scheme; see 'quark recipes list'.",
+            help="Use a recipe instead of --scheme: a YAML file, or a name from 'quark recipes list'.",
         ),
     ] = None
     settings: Annotated[
@@ -33,12 +38,13 @@ class WhatFlags:
         Option(
             "--set",
             metavar="KEY=VALUE",
-            help="Change the recipe, calibration.samples=64, or a parameter of an algorithm, gptq.damp=0.05. "
-            "Repeatable.",
+            help="Change a value of the recipe, such as calibration.samples=64, or of an algorithm, such as "
+            "gptq.damp=0.05. Repeatable.",
         ),
     ] = None
     output: Annotated[
-        Path | None, Option("--output", "-o", metavar="DIR", help="Where to write. [default: ./<model>-<scheme>]")
+        Path | None,
+        Option("--output", "-o", metavar="DIR", help="Write the checkpoint here. [default: ./<model>-<scheme>]"),
     ] = None
     dialect: Annotated[
         str | None,
@@ -46,8 +52,9 @@ class WhatFlags:
             "--dialect",
             "--format",
             metavar="NAMES",
-            help="On-disk convention, or auto: one that most servers load. Of a comma list, each gets a directory of "
-            "its name in the output, all from one run. [default: the recipe's, else auto]",
+            help="Checkpoint format, such as compressed-tensors. auto: the one that most servers load. With a "
+            "comma list, one run writes all of them, each into a directory of its name. [default: the "
+            "recipe's, else auto]",
         ),
     ] = None
     target: Servers = "auto"
@@ -57,40 +64,56 @@ class WhatFlags:
             "--tp",
             min=1,
             metavar="N",
-            help="Servers must be able to split it over N devices (tensor parallel); else stop before the work.",
+            help="Stop before the work unless servers can split the result over N devices (tensor parallel).",
         ),
     ] = None
     exclude: Annotated[
         _Many,
-        Option("--exclude", metavar="PATTERN", help="Keep these modules as they are: glob, or re:REGEX. Repeatable."),
+        Option("--exclude", metavar="PATTERN", help="Do not quantize these modules: a glob, or re:REGEX. Repeatable."),
     ] = None
     include: Annotated[
-        _Many, Option("--include", metavar="PATTERN", help="Quantize these although excluded by default. Repeatable.")
+        _Many,
+        Option(
+            "--include",
+            metavar="PATTERN",
+            help="Quantize these modules although they are excluded by default. Repeatable.",
+        ),
     ] = None
     layers: Annotated[
         _Many,
-        Option("--layer", metavar="PATTERN=SCHEME", help="Another scheme for these modules; later wins. Repeatable."),
+        Option(
+            "--layer",
+            metavar="PATTERN=SCHEME",
+            help="Use another scheme for these modules; the last match wins. Repeatable.",
+        ),
     ] = None
     layer_types: Annotated[
         _Many,
-        Option("--layer-type", metavar="CLASS=SCHEME", help="The same by class: Linear or Embedding. Repeatable."),
+        Option(
+            "--layer-type",
+            metavar="CLASS=SCHEME",
+            help="Use another scheme for all modules of a class: Linear or Embedding. Repeatable.",
+        ),
     ] = None
     unprotect: Annotated[
         _Many,
         Option(
-            "--unprotect", metavar="ROLE", help="Drop the default exclusion of a role: head, embedding, ... Repeatable."
+            "--unprotect",
+            metavar="ROLE",
+            help="Allow a kind of tensor (role) that is kept by default to be "
+            "quantized: head, embedding, ... Repeatable.",
         ),
     ] = None
     on_indivisible: Annotated[
         Literal["error", "keep", "pad"],
         Option(
             "--on-indivisible",
-            help="Modules whose width is no multiple of the scheme's group: an error; keep: they stay as they are; "
-            "pad: the last group of a row is shorter, which no server loads.",
+            help="What to do when the group size does not divide the width of a weight. error: stop. keep: do not "
+            "quantize it. pad: make the last group of a row shorter, which no server loads.",
         ),
     ] = "error"
     allow_unmatched: Annotated[
-        bool, Option("--allow-unmatched", help="A pattern that matches no module is not an error.")
+        bool, Option("--allow-unmatched", help="Do not stop at a pattern that matches no module.")
     ] = False
     kv_cache: Annotated[
         str | None,
@@ -98,7 +121,7 @@ class WhatFlags:
             "--kv-cache",
             metavar="NAME",
             autocompletion=names("kv_cache"),
-            help="Quantize the KV cache: fp8, nvfp4, or none.",
+            help="Quantize the KV cache: fp8, nvfp4, or none. [default: the recipe's]",
         ),
     ] = None
     attention: Annotated[
@@ -107,18 +130,18 @@ class WhatFlags:
             "--attention",
             metavar="NAME",
             autocompletion=names("attention"),
-            help="Quantize queries, keys, values and softmax outputs: fp8, or none.",
+            help="Quantize queries, keys, values and softmax outputs: fp8, or none. [default: the recipe's]",
         ),
     ] = None
     min_kv_scale: Annotated[
-        float | None, Option("--min-kv-scale", metavar="F", help="Scales of the KV cache are at least this.")
+        float | None, Option("--min-kv-scale", metavar="F", help="Raise every scale of the KV cache to at least F.")
     ] = None
     algorithm: Annotated[
         str | None,
         Option(
             "--algorithm",
             metavar="NAMES",
-            help="Comma list in order, such as smoothquant,gptq, or auto: the default advice for each format. "
-            "See 'quark algorithms list'. [default: the recipe's]",
+            help="Algorithms in the order they run, such as smoothquant,gptq. auto: the ones advised for each "
+            "format. 'quark algorithms list' shows all. [default: the recipe's]",
         ),
     ] = None

@@ -29,14 +29,24 @@ _ROWS, _LENGTH = 512, 512
 def init(
     model: Annotated[str, typer.Argument(metavar="DIR_OR_ID", help="Model directory, hub id, or 'demo'.")],
     gpu: Annotated[
-        str, typer.Option("--gpu", metavar="NAME", help="The GPU that serves it: h100, b200, mi300x; or a generation.")
+        str,
+        typer.Option(
+            "--gpu",
+            metavar="NAME",
+            help="GPU that will serve the model: h100, b200, mi300x, or a generation such as hopper.",
+        ),
     ],
     server: Annotated[
-        str, typer.Option("--server", metavar="NAME", help="The server that loads it: vllm, sglang, transformers.")
+        str, typer.Option("--server", metavar="NAME", help="Server that will load it: vllm, sglang, transformers.")
     ] = "vllm",
-    tp: Annotated[int, typer.Option("--tp", min=1, metavar="N", help="GPUs that share it (tensor parallel).")] = 1,
+    tp: Annotated[
+        int, typer.Option("--tp", min=1, metavar="N", help="GPUs that share the model (tensor parallel).")
+    ] = 1,
     to: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="FILE", help="A new file. [default: standard output]")
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="FILE", help="Write the recipe to this new file. [default: standard output]"
+        ),
     ] = None,
     revision: Revision = "main",
     offline: Offline = False,
@@ -44,10 +54,10 @@ def init(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Write a recipe for a model, a GPU and a server, with the reasons for each choice as comments.
+    """Write a recipe for a model, a GPU and a server. Comments give the reason for each choice.
 
-    Scheme, algorithms, KV cache and dialect are chosen by rules and planned for this model; reads config and headers
-    only. The recipe runs as it is: quark quantize --model MODEL --recipe FILE.
+    Fixed rules choose the scheme, the algorithms, the KV cache and the checkpoint format. Reads only the config and the
+    headers of the weight files. The recipe runs as it is: quark quantize --model MODEL --recipe FILE.
     """
     output.start(json=json, debug=debug)
     if to is not None and (to.exists() or not to.parent.is_dir()):

@@ -23,7 +23,8 @@ def inspect(
 ) -> None:
     """Show what a model holds.
 
-    Architecture, parts, roles, dtypes, experts, and whether and how it is already quantized; reads config and headers.
+    Prints its architecture, its blocks and experts, the kinds of its tensors, and how it is quantized if it is. Reads
+    only the config and the headers of the weight files.
     """
     output.start(json=json, debug=debug)
     from quarkcli.api import checkpoints

@@ -8,14 +8,17 @@ from typer import Option
 
 LogLevel = Annotated[
     Literal["debug", "info", "warning", "error"],
-    Option("--log-level", help="Show no message below this level; debug: also every step, and what libraries say."),
+    Option(
+        "--log-level",
+        help="Show no message below this level. debug: also show every step and the messages of libraries.",
+    ),
 ]
 LogFormat = Annotated[
     Literal["text", "json", "github"] | None,
     Option(
         "--log-format",
-        help="json: one object a line on stderr; github: annotations and groups of GitHub Actions. "
-        "[default: json with --json, else QUARK_LOG_FORMAT, else text]",
+        help="Form of the messages on stderr. json: one object a line. github: annotations and groups of GitHub "
+        "Actions. [default: json with --json, else QUARK_LOG_FORMAT, else text]",
         show_default=False,
     ),
 ]

@@ -18,13 +18,14 @@ EXAMPLES = apps.examples("quark explain", "quark explain E-PATTERN-NOMATCH")
 
 def explain(
     code: Annotated[
-        str | None, typer.Argument(metavar="CODE", help="What stands in brackets behind an error. [default: all]")
+        str | None,
+        typer.Argument(metavar="CODE", help="The code in brackets after an error message. [default: list all]"),
     ] = None,
     json: Json = False,
 ) -> None:
-    """Say what the code of an error means.
+    """Explain an error: its meaning, its causes and its cure.
 
-    Its causes, its cure and an example; without a code, a list of all.
+    The code stands in brackets after the message. Without a code, lists all errors.
     """
     output.start(json=json)
     known = index()

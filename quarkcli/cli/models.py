@@ -11,14 +11,17 @@ from quarkcli.cli import apps, output
 from quarkcli.cli.completion import names
 from quarkcli.cli.flags import Debug, Json, Offline, Pickle, Revision
 
-app = apps.new("Model families: roles of tensors.", apps.examples("quark models list", "quark models show llama"))
+app = apps.new(
+    "List and describe model families: which tensor of a model does what.",
+    apps.examples("quark models list", "quark models show llama"),
+)
 
 
 @app.command("list", epilog=apps.examples("quark models list", "quark models list --json"))
 def list_(json: Json = False) -> None:
-    """List the families that are described.
+    """List the model families that quark knows.
 
-    Roles of other models are inferred from tensor names, with a warning.
+    quark guesses other models from the names of their tensors, with a warning.
     """
     output.start(json=json)
     from quarkcli.cli import listings
@@ -52,12 +55,15 @@ def facts_of(name: str, path: Path) -> dict[str, Any]:
 @app.command("show", epilog=apps.examples("quark models show kimi_k2 --resolved", "quark models show qwen3_moe --json"))
 def show(
     name: Annotated[str, typer.Argument(metavar="NAME", autocompletion=names("models"), help="A family's name.")],
-    resolved: Annotated[bool, typer.Option("--resolved", help="With what it takes over from other families.")] = False,
+    resolved: Annotated[
+        bool, typer.Option("--resolved", help="Also show the lines it takes over from other families.")
+    ] = False,
     json: Json = False,
 ) -> None:
-    """Print a family's file.
+    """Print the file of a model family.
 
-    Roles, experts, attention, and what shares an input or a scale.
+    It says what each tensor does (its role), how experts and attention are stored, and which weights share an input or
+    a scale.
     """
     output.start(json=json)
     from quarkcli import family
@@ -80,15 +86,18 @@ def show(
 )
 def infer(
     model: Annotated[str, typer.Argument(metavar="DIR_OR_ID", help="Model directory, hub id, or 'demo'.")],
-    to: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write it to this file.")] = None,
+    to: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="Write the family file here. [default: standard output]"),
+    ] = None,
     revision: Revision = "main",
     offline: Offline = False,
     allow_pickle: Pickle = False,
     debug: Debug = False,
 ) -> None:
-    """Guess a family from a model's tensor names.
+    """Guess a family file from a model's tensor names.
 
-    The file is a beginning: read it, correct it, and put it into the models folder of $QUARK_HOME or ~/.config/quark.
+    The file is a start: read it, correct it, and put it into the models folder of $QUARK_HOME or ~/.config/quark.
     """
     output.start(debug=debug)
     from quarkcli import family

@@ -20,10 +20,12 @@ EXAMPLES = apps.examples(
 
 def push(
     directory: Annotated[str, typer.Argument(metavar="DIR", help="A finished checkpoint.")],
-    repository: Annotated[str, typer.Argument(metavar="ORG/NAME", help="Where to; made where it is not there.")],
+    repository: Annotated[
+        str, typer.Argument(metavar="ORG/NAME", help="Repository on the hub; it is made if it does not exist.")
+    ],
     private: Annotated[bool, typer.Option("--private", help="Make a repository that only you can see.")] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace what the repository holds, in one commit.")
+        bool, typer.Option("--overwrite", help="Replace everything in the repository, in one commit.")
     ] = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -33,8 +35,8 @@ def push(
 ) -> None:
     """Upload a checkpoint to the hub.
 
-    What 'quark verify' refuses is not sent (exit 8). One commit holds all files of the manifest, with the card; the
-    token is that of HF_TOKEN or of 'hf auth login'.
+    Runs 'quark verify' first and sends nothing that fails it (exit 8). One commit holds all files of the manifest and
+    the model card. Uses the token in HF_TOKEN or of 'hf auth login'.
     """
     output.start(json=json, debug=debug, quiet=quiet, log_format=log_format, log_level=log_level)
     from quarkcli.cli.progress import Progress

@@ -26,15 +26,16 @@ PLAN_EXAMPLES = apps.examples(
     "quark plan --model demo --scheme nvfp4 --layer '*down_proj=fp8'",
     "quark plan --model ./my-model --scheme int4_wo_128 --algorithm gptq --ranks 8 --gpu h100",
 )
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop; no weight is read.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop. Read no weights.")]
 
 
 @takes_job_flags
 def quantize(flags: JobFlags, *, dry_run: DryRun = False) -> None:
     """Quantize a model and write a checkpoint.
 
-    Checks, calibrates where the scheme needs it, writes part by part, verifies. Prints the output directory (with
-    --json the report). Work happens in <output>.partial; interrupted, the same command goes on there.
+    Checks the model, calibrates if the scheme needs data, writes one layer after the other, and verifies the files.
+    Prints the output directory, or with --json the report. Works in <output>.partial; after an interruption the same
+    command continues there.
     """
     from quarkcli.job import ranks
 
@@ -74,32 +75,45 @@ def quantize(flags: JobFlags, *, dry_run: DryRun = False) -> None:
 
 
 CheckModel = Annotated[
-    bool, typer.Option("--check-model", help="Build the model's class without weights and match every tensor with it.")
+    bool,
+    typer.Option(
+        "--check-model", help="Also build the model's class without weights and check that every tensor fits it."
+    ),
 ]
 
 
 Ranks = Annotated[
     int | None,
     typer.Option(
-        "--ranks", min=1, max=4096, metavar="N", help="Forecast for N processes with a device each. [default: 1]"
+        "--ranks",
+        min=1,
+        max=4096,
+        metavar="N",
+        help="Forecast the time of N processes with a device each. [default: 1]",
     ),
 ]
 Gpu = Annotated[
     str | None,
-    typer.Option(
-        "--gpu", metavar="NAME", help="Forecast for a device of a table, such as h100. [default: this machine]"
-    ),
+    typer.Option("--gpu", metavar="NAME", help="Forecast for this device, such as h100. [default: this machine]"),
 ]
 RatesFile = Annotated[
     Path | None,
     typer.Option(
-        "--rates", metavar="FILE", help="Rates that 'quark env --measure' wrote. [default: this user's, else a guess]"
+        "--rates",
+        metavar="FILE",
+        help="Forecast with the speeds that 'quark env --measure' wrote to FILE. [default: this user's, else a guess]",
     ),
 ]
 
 
-Modules = Annotated[bool, typer.Option("--modules", help="Show every module with what decided it.")]
-Full = Annotated[bool, typer.Option("--full", help="With --json: every slot, weight and kept tensor, too.")]
+Modules = Annotated[bool, typer.Option("--modules", help="Show every module and the rule that decided it.")]
+Full = Annotated[
+    bool,
+    typer.Option(
+        "--full",
+        help="With --json: also list every quantizer (such as up_proj.input_quantizer), weight and kept tensor.",
+    ),
+]
 
 
 @takes_job_flags
@@ -115,8 +129,9 @@ def plan(
 ) -> None:
     """Show what quantize would do.
 
-    Every decision, sizes, time, memory, data; reads config and headers only. Takes all flags of quantize, so that one
-    command line fits both; those about writing and progress change nothing, which is said.
+    Prints every decision, sizes, time, memory and data. Reads only the config and the headers of the weight files.
+    Takes all flags of quantize, so you can reuse a command line. Flags about writing and progress have no effect; a
+    message says so.
     """
     devices = Devices(ranks or 1, _rates(gpu, rates), shown=ranks is not None or gpu is not None)
     _plan(flags, devices, check_model=check_model, modules=modules, full=full)

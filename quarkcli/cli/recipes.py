@@ -15,13 +15,13 @@ from quarkcli.cli.flags import Json
 from quarkcli.errors import QuarkError, ResourceError, UsageError
 
 app = apps.new(
-    "Recipes: what to quantize, in files.",
+    "Work with recipes: files that say what to quantize and how.",
     apps.examples("quark recipes list", "quark recipes copy nvfp4 my-recipe.yaml"),
 )
 MORE = "'quark recipes show NAME' says what one is for; a wider terminal shows more here."
 _HEAD = ("NAME", "BITS", "DATA", "KV CACHE", "ALGORITHM", "PURPOSE", "HARDWARE")
 Name = Annotated[
-    str, typer.Argument(metavar="NAME_OR_FILE", autocompletion=names("ptq"), help="Registered name or a file.")
+    str, typer.Argument(metavar="NAME_OR_FILE", autocompletion=names("ptq"), help="Name of a recipe, or a file.")
 ]
 
 
@@ -95,7 +95,10 @@ def _row(row: dict[str, Any]) -> tuple[str, ...]:
 def show(
     name: Name,
     resolved: Annotated[
-        bool, typer.Option("--resolved", help="With imports in place and every entry written out, as a native recipe.")
+        bool,
+        typer.Option(
+            "--resolved", help="Replace imports by their content and write out every entry, as a native recipe."
+        ),
     ] = False,
     json: Json = False,
 ) -> None:
@@ -155,13 +158,16 @@ def validate(
     name: Name,
     model: Annotated[
         str | None,
-        typer.Option("--model", metavar="DIR_OR_ID", help="Also resolve it against this model; 'demo' works."),
+        typer.Option(
+            "--model", metavar="DIR_OR_ID", help="Also check it against this model; 'demo' is the embedded one."
+        ),
     ] = None,
     json: Json = False,
 ) -> None:
     """Check a recipe.
 
-    Form, names and values; with a model also every pattern, shape and dialect.
+    Checks its form, names and values. With --model also checks every pattern and shape, and that a checkpoint can hold
+    the result.
     """
     output.start(json=json)
     from quarkcli.job import asked
@@ -213,7 +219,10 @@ def copy(
     name: Name,
     destination: Annotated[Path, typer.Argument(metavar="DEST", help="A new file, or a directory that exists.")],
 ) -> None:
-    """Copy a recipe to start your own from. Prints the new file; an existing one is never replaced."""
+    """Copy a recipe as a start for your own.
+
+    Prints the name of the new file. Never replaces a file.
+    """
     output.start()
     from quarkcli.recipe import catalog
 

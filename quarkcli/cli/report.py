@@ -19,18 +19,23 @@ EXAMPLES = apps.examples(
 
 def report(
     directory: Annotated[
-        Path, typer.Argument(metavar="DIR", help="A checkpoint that quark wrote, or the .partial of a run under way.")
+        Path,
+        typer.Argument(
+            metavar="DIR", help="A checkpoint that quark wrote, or the .partial directory of an unfinished run."
+        ),
     ],
     to: Annotated[
-        Path | None, typer.Argument(metavar="[FILE]", help="Where --html writes to. [default: <name of DIR>.html here]")
+        Path | None,
+        typer.Argument(metavar="[FILE]", help="The page that --html writes. [default: <name of DIR>.html here]"),
     ] = None,
-    form: Annotated[Literal["md", "json"], typer.Option("--format", help="Markdown or JSON.")] = "md",
-    html: Annotated[bool, typer.Option("--html", help="Write a page with charts, and print its name.")] = False,
+    form: Annotated[Literal["md", "json"], typer.Option("--format", help="Print Markdown or JSON.")] = "md",
+    html: Annotated[bool, typer.Option("--html", help="Write a page with charts and print its name.")] = False,
     json: Json = False,
 ) -> None:
-    """Show what a finished run did, or what one under way has done so far.
+    """Show the report of a finished or unfinished run.
 
-    Sizes, loss, what was kept and why, warnings, checks. A checkpoint has the page in quark/report.html.
+    Prints sizes, losses, what was kept and why, warnings and checks. A finished checkpoint also has it as a page with
+    charts: quark/report.html.
     """
     json = json or form == "json"
     output.start(json=json)

@@ -14,9 +14,10 @@ Old = Annotated[str, typer.Argument(metavar="NAME_OR_FILE", help="A recipe, or a
 
 
 def normalize(name: Old, json: Json = False) -> None:
-    """Print the canonical list of entries.
+    """Print a recipe as one ordered list of entries.
 
-    Any shape: native, ModelOpt's and Quark's recipes, presets, bare lists and dicts, the config of a checkpoint.
+    Takes any form: quark's, ModelOpt's and Quark's recipes, presets, bare lists and dicts, and the config of a
+    checkpoint.
     """
     output.start(json=json)
     from quarkcli.recipe import catalog, convert, recipe
@@ -34,9 +35,9 @@ def normalize(name: Old, json: Json = False) -> None:
 
 def convert(
     name: Old,
-    to: Annotated[Path, typer.Option("--output", "-o", metavar="NEW.yaml", help="The native recipe to write.")],
+    to: Annotated[Path, typer.Option("--output", "-o", metavar="NEW.yaml", help="Write the native recipe to this new file.")],
 ) -> None:
-    """Write a recipe in today's form, commented; it gives the same plan. An existing file is never replaced."""
+    """Write any recipe as a native recipe with comments. It gives the same plan. Never replaces a file."""
     output.start()
     from quarkcli.recipe import catalog, recipe
     from quarkcli.recipe.convert import as_native
@@ -49,7 +50,8 @@ def convert(
 
 def schema(
     to: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write it there instead of printing it.")
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="Write it to this file instead of printing it."),
     ] = None,
 ) -> None:
     """Print the JSON Schema of a native recipe file, for editors and other checkers."""

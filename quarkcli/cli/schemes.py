@@ -21,16 +21,23 @@ _WEIGHTS = "weights"
 _WAYS = ["fast", "weight-only", "emulated"]
 _NAMES = {"vllm": "vLLM", "sglang": "SGLang", "transformers": "transformers"}
 
-app = apps.new("Schemes: how numbers are coded.", apps.examples("quark schemes list", "quark schemes show nvfp4"))
+app = apps.new(
+    "List and describe schemes: how numbers are stored in few bits.",
+    apps.examples("quark schemes list", "quark schemes show nvfp4"),
+)
 
 
 # Empty where they are not given: see `apps._Plain`.
 Server = Annotated[
-    str, typer.Option("--server", metavar="NAME", help="Only what this server loads: vllm, sglang, transformers.")
+    str, typer.Option("--server", metavar="NAME", help="Show only what this server loads: vllm, sglang, transformers.")
 ]
 Gpu = Annotated[
     str,
-    typer.Option("--gpu", metavar="NAME", help="Only what runs on this GPU, and how: h100, mi300x, or a generation."),
+    typer.Option(
+        "--gpu",
+        metavar="NAME",
+        help="Show only what runs on this GPU, and how: h100, mi300x, or a generation such as hopper.",
+    ),
 ]
 
 
@@ -38,9 +45,9 @@ Gpu = Annotated[
 def list_(server: Server = "", gpu: Gpu = "", json: Json = False) -> None:
     """List schemes.
 
-    Those for weights are names for --scheme and --layer, the others for --kv-cache and --attention. LOADS IN says what
-    loads the result in some dialect; a scheme that nothing loads is there to be measured. With --gpu, RUNS says how:
-    fast, weight-only or emulated.
+    Schemes for weights are names for --scheme and --layer, the others for --kv-cache and --attention. LOADS IN names
+    the servers that load the result; a scheme without one is only for measurements. With --gpu, RUNS says how: fast,
+    weight-only or emulated.
     """
     output.start(json=json)
     from quarkcli.cli import listings
@@ -137,8 +144,8 @@ def show(
 ) -> None:
     """Show a scheme.
 
-    Elements, scales, groups, bits, whether it needs data, which dialects hold it, which servers run it on which GPUs,
-    and what it has cost on models that were measured here.
+    Prints its number formats and scales, its bits, whether it needs data, which checkpoint formats hold it, which
+    servers run it on which GPUs, and what it loses on models that were measured.
     """
     output.start(json=json)
     found = _find(name)

@@ -28,7 +28,7 @@ Schemes = Annotated[
         "--schemes",
         "--candidates",
         metavar="NAMES",
-        help="Comma list of schemes to choose among; 'bf16' leaves a weight as it is.",
+        help="Schemes to choose among, such as nvfp4,fp8; 'bf16' leaves a weight as it is.",
     ),
 ]
 Budget = Annotated[
@@ -37,30 +37,39 @@ Budget = Annotated[
         "--budget",
         min=0,
         metavar="BITS",
-        help="At most so many bits per searched weight, scales included. [default: none; then only the table is made]",
+        help="Most bits per searched weight on average, scales included. [default: none; then only the table is made]",
     ),
 ]
 Size = Annotated[
     int | None,
     typer.Option(
-        "--size", metavar="BYTES", parser=size, help="Instead: the checkpoint's files are at most this large."
+        "--size",
+        metavar="BYTES",
+        parser=size,
+        help="Instead of --budget: the largest size of the checkpoint's files, such as 6GB.",
     ),
 ]
 File = Annotated[
     Path | None,
-    typer.Option("--recipe", metavar="FILE", help="Instead of --schemes: an auto_quantize recipe of NVIDIA ModelOpt."),
+    typer.Option(
+        "--recipe",
+        metavar="FILE",
+        help="Instead of --schemes: a recipe of NVIDIA ModelOpt with an auto_quantize section.",
+    ),
 ]
 Output = Annotated[
     Path | None,
-    typer.Option("--output", "-o", metavar="FILE", help="The recipe. [default: ./<model>-<budget>bits.yaml]"),
+    typer.Option(
+        "--output", "-o", metavar="FILE", help="Write the recipe to this file. [default: ./<model>-<budget>bits.yaml]"
+    ),
 ]
 Scores = Annotated[
     Path | None,
     typer.Option(
         "--scores",
         metavar="FILE",
-        help="Keeps what was measured, so that another budget costs nothing. "
-        "[default: <model>-<fingerprint>.scores.json beside the recipe]",
+        help="File that keeps the measurements, so that another budget needs no new ones. [default: "
+        "<model>-<fingerprint>.scores.json beside the recipe]",
     ),
 ]
 # Not of a search: it has its own schemes and output, works in one go, and leaves caches to `quantize`.
@@ -81,10 +90,11 @@ def search(
     output: Output = None,
     scores: Scores = None,
 ) -> None:
-    """Find the best mixed recipe for a budget.
+    """Find the best mix of schemes for a budget.
 
-    Measures what each group of weights that servers fuse loses in each scheme, predicts the KL divergence of any mix,
-    chooses the best one exactly, and writes an ordinary recipe for quantize. Shows what other budgets would lose.
+    Measures how much each group of weights loses in each scheme; a group is what servers multiply together, such as q,
+    k and v. Predicts the KL divergence of every mix, chooses the best one exactly, and writes a recipe for 'quark
+    quantize'. Also shows what other budgets would lose.
     """
     from quarkcli.cli.progress import Progress
     from quarkcli.events import Message

@@ -17,7 +17,11 @@ EXAMPLES = apps.examples(
 )
 Least = Annotated[
     float | None,
-    typer.Option("--min-sqnr", metavar="DB", help="Least ratio of signal to noise of a decoded weight; with --source."),
+    typer.Option(
+        "--min-sqnr",
+        metavar="DB",
+        help="Lowest signal-to-noise ratio (SQNR) in dB that a decoded weight may have; needs --source.",
+    ),
 ]
 
 
@@ -28,7 +32,7 @@ def verify(
         typer.Option(
             "--source",
             metavar="DIR_OR_ID",
-            help="The model it was made from: all its tensors must be there, and decoded weights near its own.",
+            help="The original model. All its tensors must be there, and decoded weights must be close to its own.",
         ),
     ] = None,
     target: Servers = "auto",
@@ -37,7 +41,8 @@ def verify(
         typer.Option(
             "--tp",
             metavar="N,N...",
-            help="Numbers of devices by which servers must be able to split it (tensor parallel), such as 1,2,4,8.",
+            help="Fail unless servers can split it over each of these numbers of devices (tensor parallel), such "
+            "as 1,2,4,8.",
         ),
     ] = None,
     min_sqnr: Least = None,
@@ -46,7 +51,7 @@ def verify(
         bool | None,
         typer.Option(
             "--hashes/--no-hashes",
-            help="Compare hashes with the manifest; by default up to 20 GB of files.",
+            help="Compare the hashes of the files with the manifest. [default: for up to 20 GB of files]",
             show_default=False,
         ),
     ] = None,
@@ -57,10 +62,11 @@ def verify(
     log_format: LogFormat = None,
     debug: Debug = False,
 ) -> None:
-    """Check a quantized checkpoint, of this program or another's.
+    """Check a quantized checkpoint, of quark or another tool.
 
-    Files against the manifest, names, shapes, scales, what is left out, the values of what was not quantized, what
-    loads it, and with --source that no tensor is lost and no weight decoded wrong. Exit 8 when something is wrong.
+    Checks files against the manifest, tensor names, shapes, scales, the list of modules that are not quantized and the
+    values of their tensors, and which servers load it. With --source also checks that no tensor is lost and that every
+    weight decodes to nearly its old values. Ends with exit 8 if something is wrong.
     """
     output.start(json=json, debug=debug, quiet=quiet, log_format=log_format, log_level=log_level)
     from quarkcli.api import checkpoints
