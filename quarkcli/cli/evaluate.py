@@ -108,8 +108,9 @@ def evaluate(
 ) -> None:
     """Measure how well a checkpoint predicts text.
 
-    Prints perplexity, which is lower for a better model. Limits make it a check for CI. With --baseline also prints how far the predictions are from
-    the original model's: KL divergence and top-1 agreement (how often both predict the same token).
+    Prints perplexity, which is lower for a better model. Limits make it a check for CI. With --baseline also prints how
+    far the predictions are from the original model's: KL divergence and top-1 agreement (how often both predict the
+    same token).
     """
     output.start(json=json, debug=debug, quiet=quiet, log_format=log_format, log_level=log_level)
     from quarkcli.api import evaluation

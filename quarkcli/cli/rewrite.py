@@ -37,7 +37,7 @@ def convert(
     name: Old,
     to: Annotated[Path, typer.Option("--output", "-o", metavar="NEW.yaml", help="Write the native recipe to this new file.")],
 ) -> None:
-    """Write any recipe as a native recipe with comments. It gives the same plan. Never replaces a file."""
+    """Write a recipe of any form as a native one with comments; the plan is the same. Never replaces a file."""
     output.start()
     from quarkcli.recipe import catalog, recipe
     from quarkcli.recipe.convert import as_native
