@@ -35,7 +35,7 @@ def normalize(name: Old, json: Json = False) -> None:
 
 def convert(
     name: Old,
-    to: Annotated[Path, typer.Option("--output", "-o", metavar="NEW.yaml", help="Write the native recipe to this new file.")],
+    to: Annotated[Path, typer.Option("--output", "-o", metavar="NEW.yaml", help="Write it to this new file.")],
 ) -> None:
     """Write a recipe of any form as a native one with comments; the plan is the same. Never replaces a file."""
     output.start()
