@@ -29,6 +29,16 @@ Page = Annotated[
     ),
 ]
 
+Least = Annotated[
+    float | None,
+    typer.Option(
+        "--min-sqnr",
+        metavar="DB",
+        help="Fail (exit 8) if the signal-to-noise ratio (SQNR) of a tensor is below DB dB, or if only one of the two "
+        "has it in this shape.",
+    ),
+]
+
 
 def compare(
     a: Annotated[
@@ -45,15 +55,7 @@ def compare(
             show_default=f"{LIMIT}; all with --json",
         ),
     ] = None,
-    min_sqnr: Annotated[
-        float | None,
-        typer.Option(
-            "--min-sqnr",
-            metavar="DB",
-            help="Fail (exit 8) if the signal-to-noise ratio (SQNR) of a tensor is below DB dB, or if only one of "
-            "the two has it in this shape.",
-        ),
-    ] = None,
+    min_sqnr: Least = None,
     html: Page = None,
     offline: Offline = False,
     allow_pickle: Pickle = False,

@@ -44,6 +44,16 @@ def percent(text: str) -> float:
     return number / 100
 
 
+Divergence = Annotated[
+    float | None,
+    typer.Option(
+        "--max-kl",
+        min=0,
+        metavar="X",
+        help="Fail (exit 8) if the KL divergence from the baseline is above X nats per token; 0 means equal "
+        "predictions.",
+    ),
+]
 Increase = Annotated[
     float | None,
     typer.Option(
@@ -81,17 +91,7 @@ def evaluate(
         int | None, typer.Option("--tokens", min=2, metavar="N", help="Measure at most N tokens of the text.")
     ] = None,
     bos: Bos = "auto",
-    max_kl: Annotated[
-        float | None,
-        typer.Option(
-            "--max-kl",
-            min=0,
-            metavar="X",
-            help="Fail (exit 8) if the KL divergence from "
-            "the baseline is above X nats per token; "
-            "0 means equal predictions.",
-        ),
-    ] = None,
+    max_kl: Divergence = None,
     max_ppl_increase: Increase = None,
     weights_only: WeightsOnly = False,
     dtype: Dtype = "auto",

@@ -17,10 +17,9 @@ class CalibrationFlags(WhatFlags):
         Option(
             "--calib-data",
             metavar="SOURCE",
-            help="Text to calibrate on: a file (.jsonl, .json, .parquet, .txt, .md; also .gz), a directory, a hub "
-            "data set, 'builtin', or 'self' for text that the model writes. Rows that cannot be used are "
-            "skipped and counted. [default: the recipe's, else a hub set when it can be reached, else "
-            "builtin with a warning]",
+            help="Text to calibrate on: a file (.jsonl, .json, .parquet, .txt, .md; also .gz), a directory, a hub data "
+            "set, 'builtin', or 'self' for text that the model writes. Rows that cannot be used are skipped and "
+            "counted. [default: the recipe's, else a hub set when it can be reached, else builtin with a warning]",
         ),
     ] = None
     calib_samples: Annotated[

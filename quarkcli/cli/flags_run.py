@@ -29,9 +29,8 @@ class RunFlags(CalibrationFlags):
         Literal["stop", "skip-algorithm", "keep"],
         Option(
             "--on-nonfinite",
-            help="What to do at NaN or inf. stop: end with exit 7. skip-algorithm: if calibration meets it, round "
-            "the weights concerned to nearest and warn. keep: accept it in tensors that are not quantized "
-            "and warn.",
+            help="What to do at NaN or inf. stop: end with exit 7. skip-algorithm: if calibration meets it, round the "
+            "weights concerned to nearest and warn. keep: accept it in tensors that are not quantized and warn.",
         ),
     ] = "stop"
     time_budget: Annotated[
@@ -40,9 +39,8 @@ class RunFlags(CalibrationFlags):
             "--time-budget",
             metavar="TIME",
             parser=seconds,
-            help="Stop (exit 75) after this time, such as 3h50m, "
-            "when the current layer is done. The same "
-            "command continues.",
+            help="Stop (exit 75) after this time, such as 3h50m, when the current layer is done. The same command "
+            "continues.",
         ),
     ] = None
     max_cpu_mem: Annotated[
