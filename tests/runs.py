@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from quarkcli import algorithms
+from quarkcli.disk.embedded import EMBEDDED
 from quarkcli.disk.journal import Journal
 from quarkcli.job import run as job
 from quarkcli.plan.compose import Overrides
@@ -127,7 +128,7 @@ def run(source: Path | str, output: Path, **options: Any) -> Made:
     )
     seen: list[job.Prepared] = []
     report = job.run(given, planned=seen.append)
-    return Made(output, report, seen[0], job.EMBEDDED if source == "demo" else Path(source))
+    return Made(output, report, seen[0], EMBEDDED if source == "demo" else Path(source))
 
 
 def warnings_but(begin: str, made: Made) -> list[str]:

@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 
 from quarkcli.cli import main
 from quarkcli.disk import outputs
+from quarkcli.disk.embedded import EMBEDDED
 from quarkcli.disk.source import Source
 from quarkcli.job import preflight
-from quarkcli.job.run import EMBEDDED
 from quarkcli.recipe import catalog
 
 SMALL = ("--calib-data", "rows.txt", "--calib-samples", "4", "--calib-seqlen", "32")

@@ -14,8 +14,8 @@ import torch
 
 from quarkcli.cli import main
 from quarkcli.disk.checkpoint import Checkpoint
+from quarkcli.disk.embedded import EMBEDDED
 from quarkcli.disk.source import Source
-from quarkcli.job.run import EMBEDDED
 from quarkcli.numerics.quantize import dequantize, quantize, tensor_amax
 from quarkcli.plan.model import Plan
 from quarkcli.recipe import catalog

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from quarkcli import threads
 from quarkcli.cli.main import main
+from quarkcli.disk.embedded import EMBEDDED
 from quarkcli.errors import DataError
 from quarkcli.job.fingerprint import fingerprint
-from quarkcli.job.run import EMBEDDED
 from quarkcli.threads import Workers, limited
 from tests import runs
 

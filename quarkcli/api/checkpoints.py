@@ -18,6 +18,7 @@ from quarkcli.disk import compare as comparing
 from quarkcli.disk import pickles
 from quarkcli.disk import verify as checks
 from quarkcli.disk.checkpoint import Checkpoint
+from quarkcli.disk.embedded import located
 from quarkcli.disk.nonfinite import OnNonfinite
 from quarkcli.disk.source import Source
 from quarkcli.disk.writer import output_state
@@ -25,7 +26,6 @@ from quarkcli.errors import CheckError
 from quarkcli.events import Listener, Message, silent
 from quarkcli.job import convert as converting
 from quarkcli.job import idle, inspecting
-from quarkcli.job import run as job
 from quarkcli.plan.fused import Servers
 from quarkcli.reporting import reading
 
@@ -57,7 +57,7 @@ def compared(
     a: str | PathLike[str], b: str | PathLike[str], *, offline: bool, allow_pickle: bool, listener: Listener
 ) -> comparing.Comparison:
     """Returns what `compare` and the command of that name show, not yet judged."""
-    sources = [Source.open(job.located(str(name)), offline=offline, allow_pickle=allow_pickle) for name in (a, b)]
+    sources = [Source.open(located(str(name)), offline=offline, allow_pickle=allow_pickle) for name in (a, b)]
     _tell_unused_pickle(sources, allow_pickle, listener)
     first, second = map(Checkpoint, sources)
     found = comparing.compare(first, second, listener)
@@ -113,7 +113,7 @@ def inspect(
     Raises QuarkError for what is no model.
     """
     source = Source.open(
-        job.located(str(model)), revision=revision, offline=offline, bare=True, allow_pickle=allow_pickle, tell=listener
+        located(str(model)), revision=revision, offline=offline, bare=True, allow_pickle=allow_pickle, tell=listener
     )
     for line in idle.of_model(source, revision=revision, allow_pickle=allow_pickle):
         listener(Message(line, "warning"))
@@ -142,7 +142,7 @@ def verify(
 
     Raises CheckError for everything that is wrong, at once; its `result` has the checks that passed and the problems.
     """
-    origin = None if source is None else job.located(str(source))
+    origin = None if source is None else located(str(source))
     asked = checks.Asked(origin, target, on_nonfinite, hashes, tuple(tp), min_sqnr, allow_pickle)
     said = None if source is None else str(source)
     about = {"schema": VERIFIED, "ok": True, "directory": str(directory), "source": said}

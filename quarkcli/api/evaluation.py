@@ -5,9 +5,9 @@ from __future__ import annotations
 from os import PathLike
 from typing import Any, Literal
 
+from quarkcli.disk.embedded import located
 from quarkcli.disk.nonfinite import OnNonfinite
 from quarkcli.events import Listener, silent
-from quarkcli.job import run as job
 
 
 def evaluate(
@@ -46,7 +46,7 @@ def evaluate(
 
     gates.check_asked(baseline, max_kl, max_ppl_increase)
     result = run.evaluate(
-        job.located(str(directory)), baseline=None if baseline is None else job.located(str(baseline)),
+        located(str(directory)), baseline=None if baseline is None else located(str(baseline)),
         text=None if text is None else str(text), window=window, max_tokens=tokens, bos=bos, weights_only=weights_only,
         dtype=dtype, device=device, threads=threads, trust_remote_code=trust_remote_code, on_nonfinite=on_nonfinite,
         allow_pickle=allow_pickle, tell=listener,

@@ -101,14 +101,14 @@ def infer(
     """
     output.start(debug=debug)
     from quarkcli import family
+    from quarkcli.disk.embedded import located
     from quarkcli.disk.source import Source
     from quarkcli.errors import UsageError
     from quarkcli.job import idle
-    from quarkcli.job import run as job
     from quarkcli.recipe import catalog
 
     source = Source.open(
-        job.located(model), revision=revision, offline=offline, bare=True, tell=output.tell, allow_pickle=allow_pickle
+        located(model), revision=revision, offline=offline, bare=True, tell=output.tell, allow_pickle=allow_pickle
     )
     for line in idle.of_model(source, revision=revision, allow_pickle=allow_pickle):
         output.warning(f"{line}")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from quarkcli.algorithms.base import Assignment
 from quarkcli.cli import output
+from quarkcli.disk import embedded
 from quarkcli.job import directories, idle
 from quarkcli.job.groups import groups
 from quarkcli.plan import advice
@@ -204,7 +205,7 @@ def as_json(prepared: Prepared, full: bool = False) -> dict[str, Any]:
         "schema": SCHEMA,
         "model": {
             "name": source.name,
-            "path": source.hub_id or str(source.folder),
+            "path": embedded.place(source),
             "commit": source.commit,
             "architectures": source.config.get("architectures"),
             "family": plan.family,

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from quarkcli import dialects, family
+from quarkcli.disk import embedded
 from quarkcli.disk.checkpoint import Checkpoint
 from quarkcli.disk.origin import open_weights
 from quarkcli.disk.source import Source
@@ -25,7 +26,7 @@ def facts(source: Source) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "name": source.name,
-        "path": source.hub_id or str(source.folder),
+        "path": embedded.place(source),
         "commit": source.commit,
         "architectures": source.config.get("architectures"),
         "model_type": source.config.get("model_type"),

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from quarkcli import family
+from quarkcli.disk import embedded
 from quarkcli.disk.origin import open_weights
 from quarkcli.disk.source import Source
 from quarkcli.events import Listener, silent
@@ -56,7 +57,7 @@ class Preview:
         """Returns the JSON form, with the text of `limit` rows at most."""
         data = self.data
         return {
-            "model": self.source.hub_id or str(self.source.folder),
+            "model": embedded.place(self.source),
             "source": data.source,
             "rows": len(data.tokens),
             "seqlen": data.tokens.shape[1],

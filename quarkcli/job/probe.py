@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from quarkcli.algorithms.base import Effort
+from quarkcli.disk.embedded import EMBEDDED
 from quarkcli.disk.headers import read_headers, read_tensors
 from quarkcli.disk.writer import write_tensors
 from quarkcli.events import Event, Listener, PartDone, Working, silent
@@ -219,7 +220,7 @@ def measure(device: str, clock: Clock = time.perf_counter, tell: Listener = sile
 
 def _build(folder: Path) -> None:
     """Writes a Llama of random weights, with the tokenizer of the embedded model."""
-    config = json.loads((job.EMBEDDED / "config.json").read_text(encoding="utf-8"))
+    config = json.loads((EMBEDDED / "config.json").read_text(encoding="utf-8"))
     config |= {
         "hidden_size": HIDDEN, "intermediate_size": INNER, "num_hidden_layers": BLOCKS, "head_dim": 64,
         "num_attention_heads": HIDDEN // 64, "num_key_value_heads": HIDDEN // 64,
@@ -227,7 +228,7 @@ def _build(folder: Path) -> None:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(job.EMBEDDED / name, folder / name)
+        shutil.copyfile(EMBEDDED / name, folder / name)
     random = torch.Generator().manual_seed(0)
 
     def weight(*shape: int) -> torch.Tensor:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from quarkcli import algorithms, dialects, family, memory, servers
 from quarkcli.disk import nonfinite, outputs, side_files
+from quarkcli.disk.embedded import DEMO, located
 from quarkcli.disk.journal import Journal
 from quarkcli.disk.manifest import LOG
 from quarkcli.disk.origin import open_weights
@@ -59,8 +60,6 @@ if TYPE_CHECKING:
     from quarkcli.forward.data import CalibrationData
     from quarkcli.job.pipeline import Pipeline
 
-EMBEDDED = Path(__file__).resolve().parents[1] / "assets" / "tiny-llama"
-
 
 def load_recipe(options: Options) -> Recipe:
     """Step 1: returns the recipe of `--scheme` or `--recipe`, with the algorithms of `--algorithm`."""
@@ -94,14 +93,9 @@ def open_source(options: Options, tell: Listener = silent, kept: Path | None = N
     )  # fmt: skip
 
 
-def located(model: str) -> str:
-    """Returns the directory of the embedded model for `demo`, else what was given: a directory or hub id."""
-    return str(EMBEDDED) if model == "demo" else model
-
-
 def _output(options: Options, recipe: Recipe, name: str = "") -> Path:
     """Returns the output directory. `name`: of the model; a hub id has it from the start."""
-    name = "demo" if options.model == "demo" else name or options.model.rpartition("/")[2]
+    name = DEMO if options.model == DEMO else name or options.model.rpartition("/")[2]
     return _expanded(options.output) or Path(f"{name}-{recipe.name}")
 
 

@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from quarkcli import __version__, memory
-from quarkcli.disk import nonfinite
+from quarkcli.disk import embedded, nonfinite
 from quarkcli.errors import some
 from quarkcli.plan.model import Plan
 from quarkcli.plan.sizes import expert_share
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from quarkcli.job.options import Prepared
 
 SCHEMA = "quark/report/2"
-_DEMO = "demo"  # the embedded model: where it lies says nothing
 
 
 def begun(prepared: Prepared, data: CalibrationData | None, device: str, run: Mapping[str, Any]) -> dict[str, Any]:
@@ -152,7 +151,7 @@ def _model(prepared: Prepared) -> dict[str, Any]:
     source = prepared.source
     return {
         "name": source.name,
-        "path": _DEMO if prepared.options.model == _DEMO else source.hub_id or str(source.folder),
+        "path": embedded.place(source),
         "commit": source.commit,
         "family": prepared.plan.family,
         "architectures": source.config.get("architectures"),

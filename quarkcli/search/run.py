@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 from quarkcli import family, memory
+from quarkcli.disk.embedded import DEMO
 from quarkcli.disk.writer import atomic_write_text, disk_errors
 from quarkcli.errors import ConfigError, UsageError
 from quarkcli.events import Listener, Message, Phase, Working
@@ -212,7 +213,7 @@ def _output(asked: Asked, space: Space) -> Path | None:
                 kind="E-SEARCH-FLAGS",
             )
         return None
-    name = "demo" if asked.options.model == "demo" else space.base.source.name
+    name = DEMO if asked.options.model == DEMO else space.base.source.name
     budget = f"{asked.budget:g}bits" if asked.budget is not None else f"{asked.size}bytes"
     output = asked.output or Path(f"{name}-{budget}.yaml")
     if output.exists() and not (asked.options.overwrite and output.is_file()):

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from quarkcli.disk.checkpoint import Checkpoint
+from quarkcli.disk.embedded import EMBEDDED
 from quarkcli.disk.source import Source
 from quarkcli.evaluation.run import evaluate
 from quarkcli.events import Event, PartDone
-from quarkcli.job import run as job
 from tests import runs
 
 HALF = 40  # of the reference topics; calibration reads those before, evaluation those after
@@ -42,7 +42,7 @@ def measure(folder: Path, unseen: Path, tokens: int = 1024) -> tuple[float, list
             errors.append(event.error)
 
     result = evaluate(
-        str(folder), baseline=str(job.EMBEDDED), text=str(unseen), max_tokens=tokens, weights_only=True, device="cpu",
+        str(folder), baseline=str(EMBEDDED), text=str(unseen), max_tokens=tokens, weights_only=True, device="cpu",
         tell=listen,
     )  # fmt: skip
     return result["kl"], errors

@@ -16,6 +16,7 @@ from quarkcli.algorithms.hadamard import Hadamard
 from quarkcli.cli import planview, summary
 from quarkcli.disk import verify
 from quarkcli.disk.checkpoint import Checkpoint
+from quarkcli.disk.embedded import EMBEDDED
 from quarkcli.disk.journal import Journal
 from quarkcli.disk.source import Source
 from quarkcli.errors import CheckError, ConfigError, ModelError
@@ -138,7 +139,7 @@ def test_scales_are_those_of_turned_inputs(scheme: str, block: int, page: Path, 
         assert float((found - weight).norm() / weight.norm()) < 0.15
     if scheme not in runs.CALIBRATED:
         return
-    model = AutoModelForCausalLM.from_pretrained(job.EMBEDDED, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(EMBEDDED, dtype=torch.bfloat16)
     seen: dict[str, float] = {}
     for name in plan.online:
         model.get_submodule(name).register_forward_pre_hook(looking(seen, name, block))

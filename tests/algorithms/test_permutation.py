@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from quarkcli import algorithms
+from quarkcli.disk.embedded import EMBEDDED
 from quarkcli.errors import ConfigError
 from quarkcli.evaluation.run import evaluate
 from tests import runs
@@ -35,7 +36,7 @@ def recipe(folder: Path, scheme: str, steps: list[dict[str, Any]]) -> str:
 def with_outliers(folder: Path) -> Path:
     """The embedded model with eight channels of its norms 30 times as large, and their readers as much smaller."""
     folder.mkdir()
-    for file in runs.job.EMBEDDED.iterdir():
+    for file in EMBEDDED.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
     tensors = load_file(folder / "model.safetensors")
     width = tensors["model.norm.weight"].shape[0]

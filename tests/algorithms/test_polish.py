@@ -11,10 +11,10 @@ import torch
 from quarkcli import algorithms
 from quarkcli.algorithms import polish
 from quarkcli.disk.checkpoint import Checkpoint
+from quarkcli.disk.embedded import EMBEDDED
 from quarkcli.disk.source import Source
 from quarkcli.errors import ConfigError
 from quarkcli.job import rows as job_rows
-from quarkcli.job import run as job
 from quarkcli.plan.model import Fate
 from tests import runs
 
@@ -144,7 +144,7 @@ def test_after_autoround_killed_and_resumed(llama: Path, page: Path, tmp_path: P
 def test_memory_grows_with_the_largest_block(page: Path) -> None:
     for name in ("autoround", "polish"):
         steps = algorithms.create(name, {}), algorithms.create(name, {"iters": 0})
-        plan = runs.prepare(job.EMBEDDED, scheme="int4_wo_128", algorithm=name, **runs.data(page)).plan
+        plan = runs.prepare(EMBEDDED, scheme="int4_wo_128", algorithm=name, **runs.data(page)).plan
         sizes = [sum(t.numel for t in plan.quantized(part.index)) for part in plan.parts]
         assert steps[1].memory(plan) == 0
         assert 12 * max(sizes) < steps[0].memory(plan) < 40 * max(sizes) + 400_000_000

@@ -10,6 +10,7 @@ import torch
 
 from quarkcli import algorithms
 from quarkcli.disk.checkpoint import Checkpoint
+from quarkcli.disk.embedded import EMBEDDED
 from quarkcli.disk.source import Source
 from quarkcli.errors import ConfigError, UsageError
 from quarkcli.job import run as job
@@ -67,7 +68,7 @@ def test_a_new_file_is_a_new_algorithm(tmp_path: Path) -> None:
     made = runs.run("demo", tmp_path / "out", scheme="mxfp4", algorithm="half_size")
     assert made.report["algorithms"] == ["half-size"]
     name = "model.layers.2.mlp.up_proj"
-    weight = runs.read_all(job.EMBEDDED)[f"{name}.weight"]
+    weight = runs.read_all(EMBEDDED)[f"{name}.weight"]
     spec = made.prepared.plan.targets[name].weight
     wanted = dequantize(quantize(weight * 0.5, spec), spec)
     assert torch.equal(Checkpoint(Source.open(str(made.folder))).weight(name), wanted)

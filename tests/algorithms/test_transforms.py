@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from quarkcli import algorithms
 from quarkcli.algorithms.base import Refiner, Transform
 from quarkcli.disk.checkpoint import Checkpoint
+from quarkcli.disk.embedded import EMBEDDED
 from quarkcli.disk.source import Source
 from quarkcli.evaluation.run import evaluate
-from quarkcli.job import run as job
 from quarkcli.plan.model import Added, Changes, Fate
 from tests import runs
 
@@ -74,7 +74,7 @@ CASES = [
 def test_nothing_more_is_lost(
     model: str, scheme: str, flags: dict[str, Any], more: str, page: Path, tmp_path: Path
 ) -> None:
-    source = job.EMBEDDED if model == "demo" else runs.build(model, tmp_path / "m")
+    source = EMBEDDED if model == "demo" else runs.build(model, tmp_path / "m")
     data = {**runs.data(page, 16, 128), **flags}
     algorithm = {"algorithm": "gptq"} if more else {}
     plain = runs.run(source, tmp_path / "plain", scheme=scheme, **algorithm, **data)
@@ -189,7 +189,7 @@ def test_a_refiner_runs_after_any_solver(page: Path, tmp_path: Path, monkeypatch
 
 @pytest.mark.parametrize("model", ["demo", "qwen3_moe"])
 def test_a_tuner_betters_blocks_through_their_outputs(model: str, page: Path, tmp_path: Path) -> None:
-    source = job.EMBEDDED if model == "demo" else runs.build(model, tmp_path / "m", torch.float32)
+    source = EMBEDDED if model == "demo" else runs.build(model, tmp_path / "m", torch.float32)
     data, scheme = runs.data(page, 16, 128), "int4_wo_32"
     plain = runs.run(source, tmp_path / "plain", scheme=scheme)
     made = runs.run(source, tmp_path / "out", scheme=scheme, algorithm="nudge", **data)
@@ -215,7 +215,7 @@ def test_a_transform_before_and_a_tuner_after_a_solver(page: Path, tmp_path: Pat
     made = runs.run("demo", tmp_path / "out", recipe=own, **runs.data(page, 16, 128))
     assert made.report["algorithms"] == ["eighths", "gptq", "nudge"]
     plain = runs.run("demo", tmp_path / "plain", scheme="int4_wo_128", algorithm="gptq", **runs.data(page, 16, 128))
-    source = job.EMBEDDED
+    source = EMBEDDED
     assert compared(made.folder, source, page)["kl"] < 1.05 * compared(plain.folder, source, page)["kl"]
 
 

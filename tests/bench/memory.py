@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from quarkcli.disk.embedded import EMBEDDED
 from quarkcli.disk.writer import write_index
-from quarkcli.job.run import EMBEDDED
 
 CHILD = """
 import json, sys, time

@@ -17,10 +17,11 @@ from pathlib import Path
 
 import yaml
 
+from quarkcli.disk.embedded import EMBEDDED
 from quarkcli.evaluation.run import evaluate
 from quarkcli.events import silent
 from quarkcli.job.options import Options
-from quarkcli.job.run import EMBEDDED, run
+from quarkcli.job.run import run
 from quarkcli.recipe.recipe import from_config
 from quarkcli.search.choice import Choice, Choosing
 from quarkcli.search.run import Asked, Found, search

@@ -22,8 +22,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from quarkcli.disk.embedded import EMBEDDED
 from quarkcli.errors import QuarkError
-from quarkcli.job.run import EMBEDDED, Options, prepare, run
+from quarkcli.job.run import Options, prepare, run
 from quarkcli.recipe import recipe as recipes
 from quarkcli.recipe.recipe import Recipe
 from tests.bench import page

@@ -9,9 +9,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import quarkcli
+from quarkcli.disk.embedded import EMBEDDED
 from quarkcli.errors import CheckError
 from quarkcli.evaluation import run as evaluation
-from quarkcli.job import run as job
 
 
 def test_inspect_a_source(quark):
@@ -20,7 +20,7 @@ def test_inspect_a_source(quark):
     found = json.loads(out)
     assert found["schema"] == "quark/inspect/1"
     assert (found["family"], found["quantization"], found["experts"]) == ("llama", None, None)
-    assert found["bytes"] == (job.EMBEDDED / "model.safetensors").stat().st_size
+    assert found["bytes"] == (EMBEDDED / "model.safetensors").stat().st_size
     assert found["parameters"] * 2 == found["dtypes"]["BF16"]["bytes"]
     assert found["roles"] == dict.fromkeys(("q", "k", "v", "o", "gate", "up", "down"), 4) | {
         "head": 1,
@@ -46,7 +46,7 @@ def test_python_says_what_the_commands_say(quark, made):
 
 
 def test_inspect_a_quantized_model_that_is_not_read(quark, tmp_path):
-    model = shutil.copytree(job.EMBEDDED, tmp_path / "model")
+    model = shutil.copytree(EMBEDDED, tmp_path / "model")
     config = json.loads((model / "config.json").read_text()) | {"quantization_config": {"quant_method": "hqq"}}
     (model / "config.json").write_text(json.dumps(config))
     code, out, _ = quark("inspect", "model")
@@ -96,7 +96,7 @@ def test_verify_says_no_with_8(quark, made, tmp_path):
 
 
 def test_verify_of_a_source_says_no(quark):
-    assert quark("verify", str(job.EMBEDDED)).code == 8
+    assert quark("verify", str(EMBEDDED)).code == 8
 
 
 def test_report(quark, made):
@@ -154,7 +154,7 @@ def test_eval_shows_the_result_before_a_gate_fails(quark, monkeypatch, gates, co
     assert (answer.err == "") == (code == 0)
     ((directory, given),) = calls
     assert directory == "d"
-    assert given["baseline"] == str(job.EMBEDDED)
+    assert given["baseline"] == str(EMBEDDED)
     assert (given["max_tokens"], given["window"], given["device"]) == (100, None, "cpu")
 
 
@@ -196,7 +196,7 @@ def test_env(quark, monkeypatch):
 def test_the_class_is_asked_for_any_scheme(quark, tmp_path):
     code, _, err = quark("plan", "--model", "demo", "--scheme", "mxfp4", "--check-model")
     assert code == 0 and "model class: 39 of 39 tensors are its parameters" in err
-    model = shutil.copytree(job.EMBEDDED, tmp_path / "model")
+    model = shutil.copytree(EMBEDDED, tmp_path / "model")
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(
         json.dumps(config | {"architectures": ["NoSuchForCausalLM"], "model_type": "no"})

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from quarkcli.cli import main, output
-from quarkcli.job.run import EMBEDDED
+from quarkcli.disk.embedded import EMBEDDED
 from quarkcli.recipe import catalog
 from tests.forks import Forks, at
 

@@ -16,7 +16,7 @@ import typer
 
 from quarkcli.cli import main
 from quarkcli.cli.jobflags import JobFlags
-from quarkcli.job import run as job
+from quarkcli.disk.embedded import EMBEDDED
 from quarkcli.job.options import Options
 from quarkcli.plan.compose import Overrides
 from tests import runs
@@ -350,7 +350,7 @@ def test_a_flag_of_another_command_that_cannot_act(quark, here, made, monkeypatc
     arguments, code, said = case
     stands = {"MADE": made}
     if name == "eval":  # which takes directories alone
-        stands = {"demo": job.EMBEDDED, "NO_BOS": runs.build("llama", here / "llama")}
+        stands = {"demo": EMBEDDED, "NO_BOS": runs.build("llama", here / "llama")}
     if "PEER" in arguments:
         stands["PEER"] = copytree(made, here / "peer", ignore=ignore_patterns("quark"))
     answer = quark(*(str(stands.get(word, word)) for word in arguments))

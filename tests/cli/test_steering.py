@@ -13,8 +13,8 @@ import yaml
 
 from quarkcli.cli import output
 from quarkcli.cli.main import main
+from quarkcli.disk.embedded import EMBEDDED
 from quarkcli.errors import ModelError
-from quarkcli.job.run import EMBEDDED
 
 ESCAPE = "\x1b]0;title\x07\x9b2J\u202e"
 STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]")

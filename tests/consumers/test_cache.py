@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from quarkcli.job import run as job
+from quarkcli.disk.embedded import EMBEDDED
 from tests import runs
 
 from .loading import windows
@@ -25,8 +25,8 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def largest(text: Path) -> dict[str, float]:
     """Largest magnitude of k after rotary and of v in block 0, where nothing before it is quantized."""
-    rows = windows(AutoTokenizer.from_pretrained(job.EMBEDDED), text.read_text(), 64)
-    model = AutoModelForCausalLM.from_pretrained(job.EMBEDDED, dtype=torch.bfloat16).eval()
+    rows = windows(AutoTokenizer.from_pretrained(EMBEDDED), text.read_text(), 64)
+    model = AutoModelForCausalLM.from_pretrained(EMBEDDED, dtype=torch.bfloat16).eval()
     attention = model.model.layers[0].self_attn
     seen: dict[str, torch.Tensor] = {}
     for name in "kv":
@@ -45,7 +45,7 @@ def largest(text: Path) -> dict[str, float]:
 def test_scales_are_amax_over_448_after_rotary(
     scheme: str, dialect: str, text: Path, largest: dict[str, float], tmp_path: Path
 ) -> None:
-    rows = len(windows(AutoTokenizer.from_pretrained(job.EMBEDDED), text.read_text(), 64))
+    rows = len(windows(AutoTokenizer.from_pretrained(EMBEDDED), text.read_text(), 64))
     made = runs.run(
         "demo", tmp_path / "out", scheme=scheme, dialect=dialect, kv_cache="fp8", **runs.data(text, rows, 64)
     )

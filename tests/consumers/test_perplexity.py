@@ -10,9 +10,9 @@ import torch
 from compressed_tensors.transform import TransformConfig, apply_transform_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from quarkcli.disk.embedded import EMBEDDED
 from quarkcli.evaluation.run import evaluate
 from quarkcli.events import silent
-from quarkcli.job import run as job
 from tests import runs
 
 from .loading import divergence, in_float32, load, log_probabilities, perplexity, windows
@@ -37,12 +37,12 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def rows(page: Path) -> torch.Tensor:
-    return windows(AutoTokenizer.from_pretrained(job.EMBEDDED), page.read_text(), 128)
+    return windows(AutoTokenizer.from_pretrained(EMBEDDED), page.read_text(), 128)
 
 
 @pytest.fixture(scope="module")
 def base(rows: torch.Tensor) -> torch.Tensor:
-    return log_probabilities(AutoModelForCausalLM.from_pretrained(job.EMBEDDED, dtype=torch.float32), rows)
+    return log_probabilities(AutoModelForCausalLM.from_pretrained(EMBEDDED, dtype=torch.float32), rows)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def weights_only(tmp_path_factory: pytest.TempPathFactory) -> runs.Made:
 
 
 def ours(folder: Path, page: Path) -> dict:
-    return evaluate(str(folder), baseline=str(job.EMBEDDED), text=str(page), window=128, device="cpu", tell=silent)
+    return evaluate(str(folder), baseline=str(EMBEDDED), text=str(page), window=128, device="cpu", tell=silent)
 
 
 def compare(result: dict, scores: torch.Tensor, base: torch.Tensor, rows: torch.Tensor, close: float = 0.01) -> None:

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers.quantizers import quantizer_finegrained_fp8, quantizer_mxfp4
 
 from quarkcli.disk.checkpoint import Checkpoint
+from quarkcli.disk.embedded import EMBEDDED
 from quarkcli.disk.source import Source
-from quarkcli.job import run as job
 from tests import runs
 from tests.consumers.pairs import LEFT_OUT, source
 from tests.consumers.promised import EXPANDED, compared, expanded, ours, page, promised
@@ -28,10 +28,10 @@ def cut(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded model's first blocks."""
     folder = tmp_path_factory.mktemp("cut")
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / name).write_bytes((job.EMBEDDED / name).read_bytes())
-    config = json.loads((job.EMBEDDED / "config.json").read_text())
+        (folder / name).write_bytes((EMBEDDED / name).read_bytes())
+    config = json.loads((EMBEDDED / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": BLOCKS}))
-    tensors = load_file(job.EMBEDDED / "model.safetensors")
+    tensors = load_file(EMBEDDED / "model.safetensors")
     later = tuple(f"model.layers.{index}." for index in range(BLOCKS, config["num_hidden_layers"]))
     save_file(
         {name: tensor for name, tensor in tensors.items() if not name.startswith(later)}, folder / "model.safetensors"

@@ -8,6 +8,7 @@ import torch
 
 from quarkcli.disk import verify
 from quarkcli.disk.checkpoint import Checkpoint
+from quarkcli.disk.embedded import EMBEDDED
 from quarkcli.disk.source import Source
 from quarkcli.evaluation.run import evaluate
 from quarkcli.events import silent
@@ -28,7 +29,7 @@ def whole_job(dialect: str, scheme: str, folder: Path, loaders: set[str], source
     made = runs.run(source, folder / "ours", scheme=scheme, dialect=dialect, **data)
     twin = runs.run(source, folder / "twin", scheme=scheme, dialect="compressed-tensors", **data)
     assert made.prepared.dialect.loaders(made.prepared.plan) == loaders
-    said = verify.directory(str(made.folder), source=str(source) if source != "demo" else str(runs.job.EMBEDDED))
+    said = verify.directory(str(made.folder), source=str(source) if source != "demo" else str(EMBEDDED))
     assert [line for line in said if "source tensors accounted for" in line]
     ours, theirs = opened(made.folder), opened(twin.folder)
     assert ours.reader is not None and ours.reader.name == dialect

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from quarkcli import dialects
 from quarkcli.dialects import _kinds as kinds
+from quarkcli.disk.embedded import EMBEDDED
 from quarkcli.errors import ConfigError, ModelError
 from quarkcli.job import convert
 from quarkcli.numerics.quantize import dequantize
@@ -97,7 +98,7 @@ def test_the_file_beside_a_silent_config_says_the_same(name: str, tmp_path: Path
 
 
 def test_a_file_beside_a_model_that_is_not_quantized_says_nothing(tmp_path: Path) -> None:
-    shutil.copytree(runs.job.EMBEDDED, tmp_path / "model")
+    shutil.copytree(EMBEDDED, tmp_path / "model")
     (tmp_path / "model" / "hf_quant_config.json").write_text("of another checkpoint")
     assert not opened(tmp_path / "model").quantized
     made = runs.run(tmp_path / "model", tmp_path / "out", scheme="mxfp4")

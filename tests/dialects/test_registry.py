@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 
 from quarkcli import dialects
 from quarkcli.disk.checkpoint import Checkpoint
+from quarkcli.disk.embedded import EMBEDDED
 from quarkcli.disk.source import Source
 from quarkcli.errors import ConfigError, ModelError, UsageError
-from quarkcli.job.run import EMBEDDED
 from quarkcli.numerics.packing import pack_bits
 from quarkcli.numerics.quantize import dequantize, quantize
 from tests import runs

@@ -11,6 +11,7 @@ import pytest
 
 from quarkcli import dialects
 from quarkcli.disk.checkpoint import Checkpoint
+from quarkcli.disk.embedded import EMBEDDED
 from quarkcli.disk.source import Source
 from quarkcli.disk.verify import directory
 from quarkcli.errors import ModelError
@@ -88,6 +89,6 @@ def test_codes_that_no_file_speaks_of_are_refused(made, tmp_path):
 
 
 def test_a_file_beside_a_model_that_is_not_quantized_says_nothing(tmp_path):
-    shutil.copytree(runs.job.EMBEDDED, tmp_path / "model")
+    shutil.copytree(EMBEDDED, tmp_path / "model")
     (tmp_path / "model" / "quantize_config.json").write_text("of another checkpoint")
     assert not opened(tmp_path / "model").quantized

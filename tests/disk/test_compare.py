@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from quarkcli.disk import compare as comparing
 from quarkcli.disk.checkpoint import Checkpoint
+from quarkcli.disk.embedded import EMBEDDED
 from quarkcli.disk.source import Source
 from quarkcli.errors import CheckError
-from quarkcli.job import run as job
 from tests import runs
 
 
@@ -39,9 +39,9 @@ def moe(tmp_path_factory) -> Path:
 
 def test_the_ratio_is_that_of_numpy(tmp_path):
     name = "model.layers.1.mlp.down_proj.weight"
-    source = load_file(job.EMBEDDED / "model.safetensors")[name]
+    source = load_file(EMBEDDED / "model.safetensors")[name]
     noisy = source + 0.01 * torch.randn(source.shape, generator=torch.Generator().manual_seed(0))
-    found = compared(job.EMBEDDED, changed(job.EMBEDDED, tmp_path / "noisy", name, noisy.bfloat16()))
+    found = compared(EMBEDDED, changed(EMBEDDED, tmp_path / "noisy", name, noisy.bfloat16()))
     x, y = source.float().numpy().astype(np.float64), noisy.bfloat16().float().numpy().astype(np.float64)
     worst = found.rows[0]
     assert worst.name == name and not worst.identical
@@ -59,7 +59,7 @@ def test_chunks_change_no_ratio(monkeypatch):
 
 
 def test_a_quantized_one_and_its_source_either_way(made_nvfp4):
-    forward, back = compared(job.EMBEDDED, made_nvfp4), compared(made_nvfp4, job.EMBEDDED)
+    forward, back = compared(EMBEDDED, made_nvfp4), compared(made_nvfp4, EMBEDDED)
     assert (forward.reference, back.reference) == ("a", "b")
     assert forward.complete and len(forward.rows) == 39
     assert [row.sqnr for row in forward.rows] == [row.sqnr for row in back.rows]
@@ -145,6 +145,6 @@ def test_turned_weights_are_turned_back(tmp_path):
     """What a server multiplies with turned inputs is the source's weight turned; the ratio is that of the weight."""
     scheme = {"scheme": "mxfp4", "exclude": ["*layers.0*"]}
     turned = runs.run("demo", tmp_path / "turned", algorithm="hadamard", **scheme)
-    found = compared(job.EMBEDDED, turned.folder)
+    found = compared(EMBEDDED, turned.folder)
     assert len(found.turned) > 3
     assert min(row.sqnr for row in found.rows) > 15

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from quarkcli.cli import main
+from quarkcli.disk.embedded import EMBEDDED
 from quarkcli.disk.side_files import BROKEN, LIMIT, OUTSIDE, SideFiles, gather
 from quarkcli.disk.source import Source
 from quarkcli.errors import ModelError
-from quarkcli.job.run import EMBEDDED
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 SECRET = "hf_SECRET"

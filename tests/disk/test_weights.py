@@ -11,10 +11,10 @@ from safetensors.torch import save_file
 
 from quarkcli import algorithms, family
 from quarkcli.disk.checkpoint import Checkpoint
+from quarkcli.disk.embedded import EMBEDDED
 from quarkcli.disk.journal import Journal
 from quarkcli.disk.source import Source
 from quarkcli.disk.weights import WeightSource
-from quarkcli.job import run as job
 from quarkcli.job.part import PartWorker
 from quarkcli.job.pipeline import Pipeline
 from quarkcli.numerics.quantize import quantize
@@ -29,8 +29,8 @@ DATA = {"calib_data": "builtin", "calib_samples": 4, "calib_seqlen": 32}
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    fused = sources.build("fused", tmp_path_factory.mktemp("models") / "fused", vocabulary(job.EMBEDDED))
-    return {"demo": str(job.EMBEDDED), "fused": str(fused)}
+    fused = sources.build("fused", tmp_path_factory.mktemp("models") / "fused", vocabulary(EMBEDDED))
+    return {"demo": str(EMBEDDED), "fused": str(fused)}
 
 
 def vocabulary(folder: Path) -> int:
@@ -87,7 +87,7 @@ def test_parts_of_a_quantized_checkpoint(tmp_path: Path) -> None:
         weight = checkpoint.read_many([f"{target.name}.weight"])[f"{target.name}.weight"]
         for name, tensor in dialect.tensors(target, quantize(weight, target.weight), {}).items():
             assert runs.same_bytes(made.pop(name), tensor), name
-    source = runs.read_all(job.EMBEDDED)
+    source = runs.read_all(EMBEDDED)
     assert made and all(runs.same_bytes(tensor, source[name]) for name, tensor in made.items())
 
 

@@ -12,13 +12,13 @@ import pytest
 from quarkcli.cli import summary
 from quarkcli.cli.main import main
 from quarkcli.dialects import readers, writers
+from quarkcli.disk.embedded import EMBEDDED
 from quarkcli.disk.source import Source
 from quarkcli.documents import text
 from quarkcli.documents.model import Config
 from quarkcli.documents.report import Report
 from quarkcli.documents.shape import check
 from quarkcli.errors import ModelError
-from quarkcli.job.run import EMBEDDED
 from tests.golden import sources
 
 HUGE = "9" * 5000

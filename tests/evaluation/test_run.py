@@ -12,15 +12,15 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from quarkcli.disk.embedded import EMBEDDED
 from quarkcli.errors import AccessError, CheckError, DataError, ModelError, UsageError
 from quarkcli.evaluation import gates
 from quarkcli.evaluation.run import evaluate
 from quarkcli.events import Event, Message, PartDone, silent
-from quarkcli.job import run as job
 from quarkcli.model.tokenizer import load_tokenizer
 from tests import runs
 
-DEMO = str(job.EMBEDDED)
+DEMO = str(EMBEDDED)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def test_a_model_is_no_distance_from_itself(page: Path) -> None:
 
 
 def test_windows_do_not_overlap_and_their_first_token_is_not_scored(page: Path) -> None:
-    count = len(load_tokenizer(job.EMBEDDED).encode(page.read_text()))
+    count = len(load_tokenizer(EMBEDDED).encode(page.read_text()))
     for window in (32, 100):
         assert measure(DEMO, page, window=window)["tokens"] == count // window * (window - 1)
     assert measure(DEMO, page, max_tokens=200)["tokens"] == 3 * 63

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from quarkcli import family
 from quarkcli.disk import verify
+from quarkcli.disk.embedded import EMBEDDED
 from quarkcli.disk.outputs import MANIFEST
 from quarkcli.errors import CheckError, ModelError
 from quarkcli.family.facts import entries, explained, facts
@@ -309,7 +310,7 @@ def test_a_run_without_data_needs_no_transformers(tmp_path: Path) -> None:
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "False"
-    assert job.EMBEDDED.is_dir()
+    assert EMBEDDED.is_dir()
 
 
 # ---- tensors that nobody expects

@@ -11,9 +11,9 @@ import pyarrow.parquet
 import pytest
 import torch
 
+from quarkcli.disk.embedded import EMBEDDED
 from quarkcli.errors import AccessError, DataError
 from quarkcli.forward import data
-from quarkcli.job.run import EMBEDDED
 from quarkcli.model.tokenizer import Tokenizer, load_tokenizer
 from tests import runs
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import quarkcli
+from quarkcli.disk.embedded import EMBEDDED
 from quarkcli.errors import ConfigError, DataError
 from quarkcli.events import silent
 from quarkcli.forward.statistics import Statistics
@@ -155,7 +156,7 @@ def test_a_percentile_in_a_run(text: Path, tmp_path: Path) -> None:
     prepared = runs.prepare("demo", recipe=own, **runs.data(text, 8))
     rows = job_rows.token_rows(prepared, silent)
     assert rows is not None and rows.mask is None
-    seen = hooked(job.EMBEDDED, rows.tokens)
+    seen = hooked(EMBEDDED, rows.tokens)
     for leaf in ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"):
         name = f"model.layers.0.{leaf}"
         values = seen[name].abs().double().numpy()
@@ -171,7 +172,7 @@ def test_headroom_in_a_run(text: Path, tmp_path: Path) -> None:
     quarkcli.quantize("demo", recipe=name, output=tmp_path / "out", **data)
     found = runs.read_all(tmp_path / "out")
     rows = job_rows.token_rows(runs.prepare("demo", recipe=name, **runs.data(text, 8)), silent)
-    seen = hooked(job.EMBEDDED, rows.tokens)
+    seen = hooked(EMBEDDED, rows.tokens)
     for leaf in ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"):
         module = f"model.layers.0.{leaf}"
         values = seen[module].double().numpy()
@@ -185,7 +186,7 @@ def test_a_search_in_a_run(observer: str, text: Path, tmp_path: Path) -> None:
     own = recipe(tmp_path, f"{{element: int8, observer: {observer}}}", "{element: int8, granularity: channel}")
     quarkcli.quantize("demo", recipe=own, output=tmp_path / "out", device="cpu", **runs.data(text, 8))
     prepared = runs.prepare("demo", recipe=own, **runs.data(text, 8))
-    values = hooked(job.EMBEDDED, job_rows.token_rows(prepared, silent).tokens)["model.layers.0.mlp.down_proj"]
+    values = hooked(EMBEDDED, job_rows.token_rows(prepared, silent).tokens)["model.layers.0.mlp.down_proj"]
     magnitudes = values.abs().bfloat16().double().numpy().ravel()
 
     def error(scale: float) -> float:
@@ -202,7 +203,7 @@ def test_a_clipped_weight_scale_is_that_of_the_whole_group(text: Path, tmp_path:
     """q, k and v share one scale: the largest that the observer keeps of the three."""
     own = recipe(tmp_path, "{element: fp8_e4m3, scale: {when: dynamic}}", "{element: fp8_e4m3, observer: {name: percentile, percentile: 99}}")  # fmt: skip  # noqa: E501
     quarkcli.quantize("demo", recipe=own, output=tmp_path / "out", device="cpu")
-    found, source = runs.read_all(tmp_path / "out"), runs.read_all(job.EMBEDDED)
+    found, source = runs.read_all(tmp_path / "out"), runs.read_all(EMBEDDED)
     names = [f"model.layers.2.self_attn.{leaf}_proj" for leaf in "qkv"]
     kept = [np.quantile(source[f"{name}.weight"].float().abs().numpy(), 0.99, method="inverted_cdf") for name in names]
     for name in names:

@@ -13,8 +13,8 @@ from typing import Any
 
 import yaml
 
+from quarkcli.disk.embedded import EMBEDDED
 from quarkcli.disk.journal import STATE
-from quarkcli.job.run import EMBEDDED
 from quarkcli.recipe import catalog
 from tests.forks import Forks, at
 from tests.fuzz import mutate

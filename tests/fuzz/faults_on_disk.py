@@ -107,7 +107,7 @@ def _calm(root: Path) -> tuple[dict[str, str], dict[bool, int]]:
 
 
 def _folder(root: Path, overwrite: bool) -> Path:
-    from quarkcli.job.run import EMBEDDED
+    from quarkcli.disk.embedded import EMBEDDED
 
     folder = Path(tempfile.mkdtemp(dir=root))
     shutil.copytree(EMBEDDED, folder / "model")

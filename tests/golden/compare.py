@@ -19,7 +19,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from quarkcli.job.run import EMBEDDED
+from quarkcli.disk.embedded import EMBEDDED
 from tests.golden import sources
 from tests.golden.table import digest, hash_tensors
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from quarkcli.job.run import EMBEDDED
+from quarkcli.disk.embedded import EMBEDDED
 
 HIDDEN, INNER, EXPERTS, HEADS, LAYERS = 128, 256, 2, 2, 2
 _HEAD = HIDDEN // HEADS

@@ -8,9 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from quarkcli.disk.embedded import EMBEDDED
 from quarkcli.evaluation.run import evaluate
 from quarkcli.events import silent
-from quarkcli.job.run import EMBEDDED, Options, run
+from quarkcli.job.run import Options, run
 
 pytestmark = [
     pytest.mark.gpu,

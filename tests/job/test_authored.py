@@ -11,12 +11,12 @@ import torch
 import transformers
 
 from quarkcli.disk import manifest
+from quarkcli.disk.embedded import EMBEDDED
 from quarkcli.errors import ResourceError, UsageError
 from quarkcli.events import silent
 from quarkcli.forward.group import Group
 from quarkcli.job import authored, dividing
 from quarkcli.job import rows as job_rows
-from quarkcli.job.run import EMBEDDED
 from quarkcli.model import writing
 from tests import runs
 

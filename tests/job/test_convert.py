@@ -16,11 +16,11 @@ from quarkcli import dialects
 from quarkcli.disk import compare as comparing
 from quarkcli.disk import verify
 from quarkcli.disk.checkpoint import Checkpoint
+from quarkcli.disk.embedded import EMBEDDED
 from quarkcli.disk.source import Source
 from quarkcli.disk.writer import partial_path
 from quarkcli.errors import ConfigError, DataError, ModelError, UsageError
 from quarkcli.job import convert as converting
-from quarkcli.job import run as job
 from quarkcli.recipe import catalog
 from tests import runs
 
@@ -75,7 +75,7 @@ def test_every_scheme_between_all_dialects_that_hold_it(tmp_path, scheme):
         assert (summary["from"], summary["to"], summary["directory"]) == (before, after, str(there))
         check_equal(made[after], there)
         check_equal(made[before], there)
-        assert verify.directory(str(there), str(job.EMBEDDED), hashes=True)
+        assert verify.directory(str(there), str(EMBEDDED), hashes=True)
         converted(there, before, back)
         check_equal(made[before], back)
         if not summary["one_ulp_off"]:
@@ -210,7 +210,7 @@ def test_a_killed_conversion_goes_on(tmp_path, made, other):
 
 def test_what_is_refused(tmp_path, made, other):
     with pytest.raises(ModelError, match="not quantized"):
-        converted(job.EMBEDDED, other, tmp_path / "out")
+        converted(EMBEDDED, other, tmp_path / "out")
     with pytest.raises(UsageError, match="unknown dialect") as unknown:
         converted(made, "nope", tmp_path / "out")
     assert unknown.value.where == "--to"

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import yaml
 
+from quarkcli.disk.embedded import EMBEDDED
 from quarkcli.disk.source import Source
 from quarkcli.errors import CheckError
 from quarkcli.job import finish
 from quarkcli.job import run as job
-from quarkcli.job.run import EMBEDDED, Options, Prepared
+from quarkcli.job.run import Options, Prepared
 from quarkcli.plan.compose import Overrides
 from quarkcli.recipe import recipe as recipes
 from quarkcli.reporting.run import Clock

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from quarkcli.cli import picture
+from quarkcli.disk.embedded import EMBEDDED
 from quarkcli.disk.writer import tensor_bytes
 from quarkcli.job import bulk
 from quarkcli.job.groups import groups, of_report
-from quarkcli.job.run import EMBEDDED
 from tests import runs, tiny
 
 CASES = [

@@ -18,13 +18,14 @@ import yaml
 from safetensors import safe_open
 
 from quarkcli.cli import summary
+from quarkcli.disk.embedded import EMBEDDED
 from quarkcli.disk.journal import Journal
 from quarkcli.disk.source import Source
 from quarkcli.errors import QuarkError
 from quarkcli.events import Event, Message, PartDone, Phase
 from quarkcli.job import device as devices
 from quarkcli.job import run as job
-from quarkcli.job.run import EMBEDDED, Options
+from quarkcli.job.run import Options
 from quarkcli.model.runner import Runner
 from quarkcli.plan.compose import Overrides
 from quarkcli.spec import TensorSpec

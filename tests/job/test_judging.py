@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from quarkcli.api.run import quantize
+from quarkcli.disk.embedded import EMBEDDED
 from quarkcli.errors import DataError, ModelError
 from quarkcli.evaluation.run import evaluate
 from quarkcli.events import silent
 from quarkcli.forward import data
 from quarkcli.job import judging
 from quarkcli.job.options import Calibration, Options
-from quarkcli.job.run import EMBEDDED
 from quarkcli.model.tokenizer import load_tokenizer
 from quarkcli.reporting import losses
 from tests import runs

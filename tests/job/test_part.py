@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from quarkcli.disk.checkpoint import Checkpoint
+from quarkcli.disk.embedded import EMBEDDED
 from quarkcli.disk.source import Source
 from quarkcli.errors import DataError
 from quarkcli.evaluation.run import evaluate
@@ -60,7 +61,7 @@ def test_errors_of_weights_are_relative_to_their_size(tmp_path: Path) -> None:
     """Against the written checkpoint, over all rows."""
     made = runs.run("demo", tmp_path / "out", scheme="nvfp4", **runs.data(runs.text_file(tmp_path / "t.txt"), 8))
     checkpoint = Checkpoint(Source.open(str(made.folder)))
-    source = runs.read_all(job.EMBEDDED)
+    source = runs.read_all(EMBEDDED)
     told = made.report["loss"]["weight_errors"]
     assert len(told) == 28
     for name, error in told.items():
@@ -88,7 +89,7 @@ def test_block_errors_are_those_of_the_evaluation(text: Path, tmp_path: Path) ->
             seen.append(event.error)
 
     options = {"text": str(text), "window": 128, "max_tokens": 2048, "dtype": "bfloat16", "device": "cpu"}
-    evaluate(str(made.folder), baseline=str(job.EMBEDDED), tell=listen, **options)
+    evaluate(str(made.folder), baseline=str(EMBEDDED), tell=listen, **options)
     # Block 0 has the same input on both sides, and the same text; later blocks differ in what reaches them.
     assert parts["model.layers.0"] == pytest.approx(seen[0], rel=0.05)
 
@@ -112,7 +113,7 @@ def test_a_quantized_head_is_measured_behind_the_last_block(text: Path, tmp_path
     scale = float(runs.read_all(made.folder)["lm_head.input_scale"])
     assert "lm_head.weight_scale" in runs.read_all(made.folder)
     # RMS norm: every row has mean square 1 before its weight, so no value exceeds sqrt(features) * max weight.
-    limit = 128**0.5 * float(runs.read_all(job.EMBEDDED)["model.norm.weight"].float().abs().max())
+    limit = 128**0.5 * float(runs.read_all(EMBEDDED)["model.norm.weight"].float().abs().max())
     assert 1 / 448 < scale < limit / 448
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from quarkcli.job.run import EMBEDDED
+from quarkcli.disk.embedded import EMBEDDED
 from tests.forks import Done, Forks, at
 from tests.products import slow_unless
 from tests.reports import lasting

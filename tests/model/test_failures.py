@@ -12,10 +12,10 @@ import transformers
 from packaging.requirements import Requirement
 
 from quarkcli.cli.main import main
+from quarkcli.disk.embedded import EMBEDDED
 from quarkcli.errors import ExitCode, ModelError
 from quarkcli.events import silent
 from quarkcli.forward import walk
-from quarkcli.job.run import EMBEDDED
 from quarkcli.model import failures, library, tokenizer
 from quarkcli.model.handlers import Handlers
 from quarkcli.model.record import Recorder

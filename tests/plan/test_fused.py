@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from quarkcli.disk import verify
+from quarkcli.disk.embedded import EMBEDDED
 from quarkcli.errors import CheckError, ModelError
 from quarkcli.job import preflight
-from quarkcli.job import run as job
 from quarkcli.plan.model import Plan
 from tests import runs
 from tests.plan.layouts import LLAMA, MIXTRAL, gpt_oss, lay_out, plan
@@ -74,7 +74,7 @@ def test_files_with_a_split(dialect: str, flags: dict[str, Any], tmp_path: Path)
     made = runs.run("demo", tmp_path / "out", scheme="mxfp4", dialect=dialect, target="none", **flags)
     assert sum("that servers fuse have" in text for text in made.report["warnings"]) == 1
     with pytest.raises(CheckError, match=r"^4 groups of weights that servers fuse have"):
-        verify.directory(str(made.folder), str(job.EMBEDDED))
+        verify.directory(str(made.folder), str(EMBEDDED))
     found = verify.directory(str(made.folder), target="none")
     assert sum(text.startswith("accepted by --target none: 4 groups") for text in found) == 1
 

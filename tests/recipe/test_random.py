@@ -9,10 +9,10 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from quarkcli import algorithms, dialects, family
+from quarkcli.disk.embedded import EMBEDDED
 from quarkcli.disk.source import Source
 from quarkcli.errors import QuarkError
 from quarkcli.job import preflight
-from quarkcli.job import run as job
 from quarkcli.plan.compose import Overrides
 from quarkcli.plan.resolve import resolve
 from quarkcli.recipe import recipe
@@ -121,7 +121,7 @@ SHAPES: dict[str, st.SearchStrategy[Any]] = {
 
 @pytest.fixture(scope="module")
 def layout() -> family.Layout:
-    source = Source.open(str(job.EMBEDDED))
+    source = Source.open(str(EMBEDDED))
     return family.lay_out(*family.for_checkpoint(source.config, source.headers), source.config, source.headers)
 
 
