@@ -55,8 +55,8 @@ INSIDE = {
     "forward": "activations carry defaults guard enough lanes group moments outliers samples experts taps statistics"
     " joining files documents data walk",
     "disk": "headers weights beside outputs writer hub pickles stream remote source embedded side_files manifest place"
-    " state journal unfinished nonfinite contents checkpoint origin compare values scales completeness excluded parallel"
-    " fidelity verify push",
+    " state journal unfinished nonfinite contents checkpoint origin compare values scales completeness excluded"
+    " parallel fidelity verify push",
     "job": "ranks forecast device rates options groups judging authored rows asked preflight splitting directories idle"
     " carried served packing problems rewriting solving pieces stages tuning prepass reach costs predict result part"
     " staging"
