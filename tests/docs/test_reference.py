@@ -9,6 +9,9 @@ from quarkcli.recipe import catalog
 from tests.docs import errors, models, recipe_reference
 from tests.docs.reference import PAGE, page
 from tests.families.models import RECIPES
+from tests.test_design import ROOMS
+
+DESIGN = (PAGE.parent / "architecture.md").read_text(encoding="utf-8")
 
 
 def test_the_command_line_reference_is_fresh() -> None:
@@ -77,3 +80,19 @@ def test_every_file_that_the_page_on_tests_names_is_there() -> None:
     assert len(names) > 20
     found = [path.relative_to(tests).as_posix() for path in tests.rglob("*") if path.suffix in {".py", ".json"}]
     assert not [name for name in names if not any(f"/{path}".endswith(f"/{name}") for path in found)]
+
+
+def test_the_page_on_the_design_names_files_that_are_there() -> None:
+    names = set(re.findall(r"`((?:\w+/)*\w+\.(?:py|json|yaml))`", DESIGN))
+    names = {name for name in names if not name.endswith(("/NAME.py", "/NAME.yaml"))}  # those to be written
+    assert len(names) > 40
+    folders = [PAGE.parents[1] / folder for folder in ("quarkcli", "recipes", "tests")]
+    found = [path.as_posix() for folder in folders for path in folder.rglob("*.*")]
+    assert not [name for name in names if not any(path.endswith(f"/{name}") for path in found)]
+
+
+def test_the_page_on_the_design_has_the_rooms_in_their_order() -> None:
+    rows = re.findall(r"^\| (.*?) \|", DESIGN.partition("## Rooms")[2].partition("## ")[0], re.MULTILINE)
+    assert re.findall(r"\w+", " ".join(row for row in rows if "`" in row).replace("then", "")) == [
+        room for room in ROOMS.split() if room != "__main__"
+    ]
