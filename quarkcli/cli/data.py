@@ -62,7 +62,7 @@ def preview(
     for warning in found.warnings:
         output.warning(f"{warning}")
     if flags.json:
-        output.json_data({"schema": "quark/data/1", **found.as_dict(limit)})
+        output.json_data({"schema": "quark/preview/1", **found.as_dict(limit)})
     else:
         _show(found, SHOWN if limit is None else limit)
 

@@ -160,8 +160,12 @@ def data(text: str, *, whole: bool = False) -> None:
 
 
 def json_data(value: Mapping[str, Any]) -> None:
-    """Prints the answer as one JSON object, on stdout. Numbers that JSON has no word for become null."""
-    data(json.dumps(_plain(value), indent=2, ensure_ascii=False), whole=True)
+    """Prints the answer as one JSON object, on stdout, that begins with `schema` and `ok`.
+
+    `ok` is true unless `value` says otherwise. Numbers that JSON has no word for become null.
+    """
+    answer = {"schema": value["schema"], "ok": True, **value}
+    data(json.dumps(_plain(answer), indent=2, ensure_ascii=False), whole=True)
 
 
 def note(text: str) -> None:

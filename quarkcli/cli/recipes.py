@@ -183,7 +183,7 @@ def validate(
     resolved = _against(path, model, found.calib_data) if model is not None else None
     answer = {"file": str(path), "entries": len(found.entries), "model": model, "plan": resolved}
     if json:
-        output.json_data({"schema": "quark/validation/1", "valid": True, **answer})
+        output.json_data({"schema": "quark/validation/1", **answer})
         return
     output.data(f"ok: {path}: {len(found.entries)} entries")
     if resolved is not None:

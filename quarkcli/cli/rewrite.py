@@ -61,6 +61,6 @@ def schema(
     from quarkcli.recipe.schema import json_schema
 
     if to is None:
-        output.json_data(json_schema())
+        output.data(json.dumps(json_schema(), indent=2), whole=True)
     else:
         files.write(to, json.dumps(json_schema(), indent=2) + "\n")

@@ -76,7 +76,7 @@ def test_validate(quark):
     assert out.splitlines()[1] == "ok: demo: 28 of 30 modules quantized"
     answer = json.loads(quark("recipes", "validate", "mxfp4", "--model", "demo", "--json").out)
     assert answer["schema"] == "quark/validation/1"
-    assert answer["valid"] is True
+    assert answer["ok"] is True
     assert answer["plan"] | {"dialect": ""} == {
         "modules": 30, "quantized": 28, "needs_data": False, "warnings": [], "dialect": "",
     }  # fmt: skip

@@ -73,7 +73,15 @@ def test_json_is_valid_for_any_number(capsys):
         {"schema": "s", "kl": math.nan, "ppl": math.inf, "sites": {"b", "a"}, "path": Path("p"), "n": (1,)}
     )
     out = capsys.readouterr().out
-    assert json.loads(out) == {"schema": "s", "kl": None, "ppl": None, "sites": ["a", "b"], "path": "p", "n": [1]}
+    assert json.loads(out) == {
+        "schema": "s",
+        "ok": True,
+        "kl": None,
+        "ppl": None,
+        "sites": ["a", "b"],
+        "path": "p",
+        "n": [1],
+    }
     assert "NaN" not in out
 
 

@@ -46,10 +46,10 @@ def test_commands_write_it_out(hostile: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_json_stays_json(capsys: pytest.CaptureFixture[str]) -> None:
-    output.json_data({f"a{ESCAPE}": ESCAPE})
+    output.json_data({"schema": "s", f"a{ESCAPE}": ESCAPE})
     out = capsys.readouterr().out
     assert not STEERING.search(out)
-    assert json.loads(out) == {f"a{ESCAPE}": ESCAPE}
+    assert json.loads(out) == {"schema": "s", "ok": True, f"a{ESCAPE}": ESCAPE}
 
 
 def test_errors_and_tables(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
