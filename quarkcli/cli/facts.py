@@ -17,6 +17,7 @@ from quarkcli.recipe import catalog, schema
 from quarkcli.recipe.attributes import native, to_spec
 from quarkcli.recipe.attributes.written import spec_to_yaml
 from quarkcli.recipe.recipe import Recipe
+from quarkcli.servers._kernels import row as kernels_row
 from quarkcli.spec import TensorSpec
 
 _SHAPE = (4096, 4096)  # of the weight for which bits are quoted; per-tensor scales vanish at this size
@@ -29,7 +30,8 @@ def scheme(kind: catalog.Kind, name: str, path: Path) -> dict[str, Any]:
     bits      per value of a large weight, scales included; of the first of the slots for the others
     slots     slot kind -> its spec in native words
     dialects  dialect that can hold it -> what loads that; asked with one large linear layer
-    servers   server that loads it -> in which dialects, and on which generations of GPUs it runs it in which way
+    servers   server that loads it -> in which dialects, on which generations of GPUs it runs it in which way, in which
+              of the dialects it does not there, and where its source says so
     """
     from quarkcli import dialects
 
@@ -54,14 +56,35 @@ def scheme(kind: catalog.Kind, name: str, path: Path) -> dict[str, Any]:
 def _servers(plan: Plan, writers: list[Writer], kinds: tuple[str, str] | None) -> dict[str, Any]:
     found = {}
     for member in servers.servers():
-        names = [w.name for w in writers if not member.refusals(servers.planned(plan, w))]
-        if names:
-            ways = {one: servers.way(member.kernels, kinds, one) for one in rates.generations()} if kinds else {}
-            gpus = {generation: way for generation, way in ways.items() if way is not None}
-            if kinds and not gpus:
-                continue  # it would not refuse the files, and has nothing that runs them
-            found[member.name] = {"title": member.title, "dialects": names, "gpus": gpus}
+        loading = [writer for writer in writers if not member.refusals(servers.planned(plan, writer))]
+        gpus, barred = _runs(member, loading, kinds)
+        if not loading or (kinds and not gpus):
+            continue  # it refuses the files, or has nothing that runs them
+        row = kernels_row(member.kernels, kinds) if kinds else None
+        found[member.name] = {
+            "title": member.title,
+            "dialects": [writer.name for writer in loading],
+            "gpus": gpus,
+            "not_in": barred,
+            "read_in": row.read_in if row is not None else "",
+        }
     return found
+
+
+def _runs(
+    member: servers.Server, writers: list[Writer], kinds: tuple[str, str] | None
+) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """Returns generation -> the way in which a server runs formats; and the dialects in which it does not, there."""
+    gpus: dict[str, str] = {}
+    barred: dict[str, list[str]] = {}
+    for generation in rates.generations() if kinds else ():
+        assert kinds is not None
+        ways = {writer.name: member.way(kinds, generation, writer) for writer in writers}
+        runs = [way for way in ways.values() if way is not None]
+        if runs:
+            gpus[generation] = runs[0]
+            barred |= {generation: names} if (names := [name for name, way in ways.items() if way is None]) else {}
+    return gpus, barred
 
 
 def _kinds(kind: catalog.Kind, specs: dict[str, TensorSpec]) -> tuple[str, str] | None:

@@ -37,7 +37,7 @@ def init(
         ),
     ],
     server: Annotated[
-        str, typer.Option("--server", metavar="NAME", help="Server that will load it: vllm, sglang, transformers.")
+        str, typer.Option("--server", metavar="NAME", help="Server that will load it: vllm, sglang, tensorrt-llm, transformers.")
     ] = "vllm",
     tp: Annotated[
         int, typer.Option("--tp", min=1, metavar="N", help="GPUs that share the model (tensor parallel).")

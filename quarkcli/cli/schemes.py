@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _SERVER = "vllm"
 _WEIGHTS = "weights"
 _WAYS = ["fast", "weight-only", "emulated"]
-_NAMES = {"vllm": "vLLM", "sglang": "SGLang", "transformers": "transformers"}
+_NAMES = {"vllm": "vLLM", "sglang": "SGLang", "tensorrt-llm": "TensorRT-LLM", "transformers": "transformers"}
 
 app = apps.new(
     "List and describe schemes: how numbers are stored in few bits.",
@@ -29,7 +29,7 @@ app = apps.new(
 
 # Empty where they are not given: see `apps._Plain`.
 Server = Annotated[
-    str, typer.Option("--server", metavar="NAME", help="Show only what this server loads: vllm, sglang, transformers.")
+    str, typer.Option("--server", metavar="NAME", help="Show only what this server loads: vllm, sglang, tensorrt-llm, transformers.")
 ]
 Gpu = Annotated[
     str,
@@ -198,7 +198,11 @@ def _served(facts: dict[str, Any]) -> str:
     for generation, way in facts["gpus"].items():
         where.setdefault(way, []).append(generation)
     runs = "; ".join(f"{way} on {', '.join(names)}" for way, names in where.items())
-    return f"{facts['title']} ({', '.join(facts['dialects'])}): {runs or 'no GPU is known to run it'}"
+    less: dict[str, list[str]] = {}
+    for generation, dialects in facts["not_in"].items():
+        less.setdefault(", ".join(dialects), []).append(generation)
+    barred = "".join(f"; on {', '.join(places)} not in {dialects}" for dialects, places in less.items())
+    return f"{facts['title']} ({', '.join(facts['dialects'])}): {runs or 'no GPU is known to run it'}{barred}"
 
 
 def _losses(name: str) -> list[str]:

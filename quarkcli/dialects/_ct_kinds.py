@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from quarkcli.dialects import _kinds as kinds
+from quarkcli.dialects import _sglang as sglang
 from quarkcli.dialects import _shared as shared
 from quarkcli.dialects._kinds import Kinds
-from quarkcli.dialects.base import Classes, Key
+from quarkcli.dialects.base import Bar, Classes, Key
 from quarkcli.plan.model import Plan, QuantizedTarget
 
 WORD_BITS = 32
@@ -55,16 +56,77 @@ _VLLM_EXPERTS: frozenset[Kinds] = frozenset(
     | {("mxfp8", "mxfp8"), ("nvfp4", "none"), ("nvfp4", "nvfp4")}
 )
 VLLM_KEYS = (Key("config_groups", dict, "no scheme is found"), Key("ignore", list, "the class fails"))
-# SGLang: `compressed_tensors/compressed_tensors.py`, commit 000659aed4db: `_get_scheme_from_parts`,
-# `_is_wNa16_group_channel`, `_is_fp8_w8a8`, `_is_static_tensor_w8a8`, `_is_dynamic_token_w8a8`; nvfp4 and experts:
-# `_is_fp4a4_nvfp4` and `get_moe_scheme` of a later commit, which refuses int8 experts off Ascend.
+# SGLang 0.5.23. int8 with a scale per tensor: its kernel wants one per row. int8 inputs: by token, whatever the config
+# says. Zero points of experts: taken for those of AWQ, which lie in another order.
 _SGLANG_WORDS = kinds.pairs([f"{short} {where}" for short in ("int4", "int8") for where in _WHERE], ["none"])
-_SGLANG_BOTH = kinds.pairs(_FP8, _FP8_INPUTS) | _SGLANG_WORDS | {("nvfp4", "nvfp4")}
+_SGLANG_FP4 = {("nvfp4", "nvfp4"), ("nvfp4", "none")}
+_SGLANG_INPUTS = ["int8 static", "int8 token"]
+_SGLANG_ZEROS = kinds.pairs([f"uint4 {where}" for where in _WHERE], ["none"])
+_TILES = ("fp8 tile", "fp8 group")
+_WORD_EXPERTS = "pack-quantized"
+
+
+def _sglang_faults(plan: Plan, config: Mapping[str, Any]) -> list[str]:
+    """Returns what SGLang does not load besides: members of fused modules by name, mixed experts, odd matrices."""
+    groups = config.get("config_groups") or {}
+    targets = [text for group in groups.values() for text in group.get("targets") or ()]
+    found = sglang.unsaid(plan, {*targets, *(config.get("ignore") or ())})
+    experts = [run[0] for run in plan.quantized_alike() if run[0].expert is not None]
+    if config.get("format") != _WORD_EXPERTS and any(target.weight.format.kind == "integer" for target in experts):
+        found.append(f"experts in integers are loaded where the whole model is {_WORD_EXPERTS}")
+    heads = [run[0].name for run in plan.quantized_alike() if run[0].role == "head" and _tiled(run[0])]
+    found += [f"{name}: a head in tiles is refused" for name in heads]
+    return [*found, *(sglang.marlin(plan) if _packs_words(plan) else [])]
+
+
+def _tiled(target: QuantizedTarget) -> bool:
+    return kinds.weight_kind(target.weight) == "fp8 tile"
+
+
+def _packs_words(plan: Plan) -> bool:
+    """True when integers are packed in words, and inputs are as they are."""
+    runs = (run[0] for run in plan.quantized_alike())
+    return any(target.weight.format.kind == "integer" and target.input is None for target in runs)
+
+
 SGLANG = Classes(
-    _SGLANG_BOTH
-    | kinds.pairs(["int8 tensor", "int8 channel"], ["int8 static", "int8 token"])
-    | kinds.pairs(_FP8, ["none"]),
-    _SGLANG_BOTH,
+    kinds.pairs(_FP8, [*_FP8_INPUTS, "none"])
+    | {_TILES}
+    | _SGLANG_WORDS
+    | _SGLANG_ZEROS
+    | _SGLANG_FP4
+    | kinds.pairs(["int8 channel"], _SGLANG_INPUTS),
+    _SGLANG_WORDS
+    | _SGLANG_FP4
+    | {("fp8 tensor", "fp8 static"), ("fp8 tensor", "fp8 tensor"), ("fp8 channel", "fp8 token"), _TILES},
+    "CompressedTensorsConfig._get_scheme_from_parts, get_moe_scheme, get_lm_head_scheme in "
+    "layers/quantization/compressed_tensors/compressed_tensors.py",
+    heads=True,
+    faults=_sglang_faults,
+)
+
+
+def _tensorrt_faults(plan: Plan, config: Mapping[str, Any]) -> list[str]:
+    """Returns what TensorRT-LLM does not load besides: several schemes, and the scales of a cache."""
+    several = len(config.get("config_groups") or ()) > 1
+    cached = next(iter(shared.cached(plan)), None)
+    found = ["which modules it finds for several config groups is not known"] if several else []
+    if cached is not None:
+        found.append(f"{cached.name}: it looks for the scales of the cache on k_proj and v_proj")
+    return found
+
+
+# TensorRT-LLM: a scale per row it copies without its second axis, and packed weights have another name (`weight`).
+TENSORRT_LLM = Classes(
+    frozenset({_TILES}),
+    frozenset(),
+    "update_quant_config_from_compressed_tensors in tensorrt_llm/models/quant_config_utils.py; "
+    "FP8BlockScalesLinearMethod in tensorrt_llm/_torch/modules/linear.py",
+    faults=_tensorrt_faults,
+)
+SGLANG_BARS = (
+    Bar("fp8 tile", "*", "ampere", "CompressedTensorsW8A16Fp8 refuses tiles"),
+    Bar("*int4 *", "none", "cdna2 cdna3 cdna4", "CompressedTensorsWNA16 packs for a kernel that is CUDA's alone"),
 )
 # With 8-bit floats integers run in groups of one size, on Hopper.
 _INT4_FP8 = ("int4 group", "fp8 token")

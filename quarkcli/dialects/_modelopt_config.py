@@ -9,8 +9,10 @@ import fnmatch
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+from quarkcli.dialects import _sglang as sglang
 from quarkcli.dialects import _shared as shared
 from quarkcli.dialects._kinds import Kinds, kinds_of
+from quarkcli.dialects.base import Bar, Classes
 from quarkcli.errors import ModelError
 from quarkcli.plan.model import Plan, QuantizedTarget
 
@@ -55,6 +57,42 @@ _AWQ_GROUP = 128  # where a config does not say it
 _NAMES = {algo.kinds: name for name, algo in ALGOS.items()}
 HOLDS = frozenset(_NAMES)
 _FP8_CACHE = "FP8"
+_FP8, _NVFP4, _NVFP4_WEIGHTS = (ALGOS[name].kinds for name in ("FP8", "NVFP4", "W4A16_NVFP4"))
+
+
+def _sglang_faults(plan: Plan, config: Mapping[str, Any]) -> list[str]:
+    """Returns what SGLang does not load besides, of configs that name every module with its algorithm."""
+    layers = config.get("quantized_layers") or {}
+    algos = {str(layer.get("quant_algo")) for layer in layers.values()}
+    found = sglang.unsaid(plan, layers)
+    if layers and not algos & {"NVFP4", "W4A16_NVFP4"}:
+        found.append(f"{MIXED} without NVFP4 is taken for another method (w4afp8)")
+    return found
+
+
+# SGLang 0.5.23: it refuses other algorithms, or looks for the scales of MXFP8 and of tiles under other names.
+# TensorRT-LLM: other algorithms have no name in its `QuantAlgo`, or no class for linears in the source that was read.
+CLASSES = {
+    sglang.NAME: Classes(
+        frozenset({_FP8, _NVFP4, _NVFP4_WEIGHTS}),
+        frozenset({_FP8, _NVFP4, _NVFP4_WEIGHTS}),
+        "ModelOptFp8Config, ModelOptFp4Config, ModelOptMixedPrecisionConfig in layers/quantization/modelopt_quant.py",
+        heads=True,
+        faults=_sglang_faults,
+    ),
+    "tensorrt-llm": Classes(
+        frozenset({_FP8, _NVFP4, ALGOS["FP8_PER_CHANNEL_PER_TOKEN"].kinds}),
+        frozenset({_FP8, _NVFP4}),
+        "ModelConfig._build_modelopt_quant_config in tensorrt_llm/_torch/model_config.py; get_quant_method in "
+        "tensorrt_llm/_torch/modules/linear.py; CutlassFusedMoE._get_quant_method",
+    ),
+}
+BARS = {
+    sglang.NAME: (
+        Bar("*", "*", "cdna2 cdna3 cdna4", "modelopt is not in rocm_supported_quantization"),
+        Bar("fp8 *", "*", "ampere", "ModelOptFp8Config asks for compute capability 8.9"),
+    )
+}
 
 
 def algo_of(target: QuantizedTarget) -> str:

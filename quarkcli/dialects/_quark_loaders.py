@@ -6,14 +6,16 @@ loads through amd-quark, which renames one scale per tensor only.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from quarkcli.dialects import _kinds as kinds
+from quarkcli.dialects import _sglang as sglang
 from quarkcli.dialects import _shared as shared
 from quarkcli.dialects._kinds import Kinds
 from quarkcli.dialects._quark_config import CACHE, PROJECTIONS, SOFTMAX, is_joined, leaf_of, projection, slots_of
 from quarkcli.dialects._quark_layout import Matrix, problems, static_layout
-from quarkcli.dialects.base import Classes, Key
+from quarkcli.dialects.base import Bar, Classes, Key
 from quarkcli.plan.model import Attention, Plan, QuantizedTarget
 from quarkcli.spec import PerTensor, TensorSpec
 
@@ -57,10 +59,40 @@ VLLM_KEYS = (
     Key("exclude", list, "the class fails on it"),
     Key("layer_type_quant_config", dict, "the class fails on it"),
 )
-# SGLang: `quark/quark.py`, commit f1dea624c8f5 (0.5.6.post1): `QuarkConfig._get_scheme_from_config`, `_is_fp8_w8a8`,
-# `_is_mx_fp4`; experts: the same two kinds, `get_moe_scheme` of a later commit.
-_SGLANG_BOTH = kinds.pairs(["fp8 tensor", "fp8 channel"], _FP8_INPUTS) | {("mxfp4", "mxfp4")}
-SGLANG = Classes(_SGLANG_BOTH, _SGLANG_BOTH)
+# SGLang 0.5.23. Tiles of fp8 it would look for under another name (`weight_scale_inv`), but in DeepSeek's class.
+_SGLANG_EXPERTS: frozenset[Kinds] = frozenset(
+    [
+        ("fp8 tensor", "fp8 static"),
+        ("fp8 tensor", "fp8 tensor"),
+        ("fp8 channel", "fp8 token"),
+        ("mxfp4", "mxfp4"),
+        ("mxfp4", "fp8 static"),
+    ]
+)
+
+
+def _sglang_faults(plan: Plan, config: Mapping[str, Any]) -> list[str]:
+    """Returns what SGLang does not load besides: members of fused modules by name, and one scale for k and v."""
+    named = {*(config.get("exclude") or ()), *(config.get("layer_quant_config") or ())}
+    found = sglang.unsaid(plan, named, {sglang.GATE_UP, sglang.LATENT})
+    joined = next((module for module in shared.cached(plan) if is_joined(module)), None)
+    if joined is not None:
+        found.append(
+            f"it looks for the scales of the cache on k_proj and v_proj, and here one stands on {joined.k_proj}"
+        )
+    return found
+
+
+SGLANG = Classes(
+    kinds.pairs(["fp8 tensor", "fp8 channel"], _FP8_INPUTS) | {("mxfp4", "mxfp4")},
+    _SGLANG_EXPERTS,
+    "QuarkConfig._get_scheme_from_config, get_moe_scheme in layers/quantization/quark/quark.py",
+    faults=_sglang_faults,
+)
+BARS = {
+    "sglang": (Bar("fp8 *", "*", "ampere", "QuarkW8A8Fp8 asks for compute capability 8.9"),),
+    "vllm": (Bar("fp8 *", "*", "ampere", "QuarkW8A8Fp8 asks for compute capability 8.9"),),
+}
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from quarkcli.dialects._kinds import Kinds, Pair, input_kind, kinds_of
-from quarkcli.dialects.base import TensorInfo
+from quarkcli.dialects.base import Classes, TensorInfo
 from quarkcli.errors import ModelError
 from quarkcli.family import HeaderLike
 from quarkcli.plan.model import Attention, Plan, QuantizedTarget, Target
@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 # Experts in one tensor -> the projections that it holds.
 FUSED_EXPERTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 FLOAT_TEXTS = ("F32", "BF16", "F16")
+# A method that TensorRT-LLM does not know: it takes the model for unquantized, and codes for weights.
+TENSORRT_LLM_NONE = Classes(
+    frozenset(), frozenset(), "ModelConfig.load_hf_quant_config in tensorrt_llm/_torch/model_config.py"
+)
 
 
 def pair_of(target: QuantizedTarget) -> Pair:

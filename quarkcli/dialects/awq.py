@@ -6,14 +6,16 @@ Layout and config as AutoAWQ writes them, and vLLM 0.32 reads them (`quantizatio
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from quarkcli.dialects import _sglang as sglang
 from quarkcli.dialects import _shared as shared
 from quarkcli.dialects import _words as words
 from quarkcli.dialects._documents import AwqConfig
 from quarkcli.dialects.base import (
     CONFIG_FILE,
     CONFIG_KEY,
+    Classes,
     Decoded,
     Reader,
     StoredTarget,
@@ -39,6 +41,17 @@ _PER_WORD = words.WORD_BITS // _BITS
 _HOLDS = frozenset({("uint4 group", "none"), ("uint4 channel", "none")})
 _PLACES = shared.Places(_HOLDS, attention=frozenset())
 _EXPERTS = frozenset({("uint4 group", "none")})
+
+
+def _sglang_faults(plan: Plan, config: Mapping[str, Any]) -> list[str]:
+    """Returns what SGLang does not load besides: members of fused modules and experts that are left out by name."""
+    found = sglang.unsaid(plan, config.get("modules_to_not_convert") or (), all_classes=True)
+    return found + sglang.kept_experts(plan, "it looks for the name of all experts of a layer among those left out")
+
+
+_SGLANG = Classes(
+    _HOLDS, _HOLDS, "AWQMarlinConfig, AWQConfig in layers/quantization/awq/awq.py", heads=True, faults=_sglang_faults
+)
 
 
 class AwqReader(Reader):
@@ -95,6 +108,7 @@ READER = AwqReader()
 class Awq(Writer):
     name = NAME
     reader = READER
+    classes: ClassVar[Mapping[str, Classes]] = {sglang.NAME: _SGLANG, "tensorrt-llm": shared.TENSORRT_LLM_NONE}
 
     def refusals(self, plan: Plan) -> list[str]:
         return words.refusals(plan, self.name, _PLACES) + _left_out_by_parts(plan)

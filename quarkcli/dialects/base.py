@@ -5,7 +5,7 @@ A member of the folder offers `WRITER`, `READER`, or both: instances of classes 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -175,10 +175,28 @@ class Key(NamedTuple):
 
 
 class Classes(NamedTuple):
-    """The kinds of weights and inputs that a server has classes for."""
+    """The classes of a server of which only the source was read: what they take.
+
+    linears, experts  kinds of weights and inputs
+    read_in           the file and the class or function of its source
+    heads             whether a quantized head has a class
+    faults            returns what else it does not load of a plan under a config, one sentence each
+    """
 
     linears: frozenset[Kinds]
     experts: frozenset[Kinds]
+    read_in: str
+    heads: bool = False
+    faults: Callable[[Plan, Mapping[str, Any]], list[str]] = lambda plan, config: []
+
+
+class Bar(NamedTuple):
+    """A row of what a server refuses in one dialect only: formats (globs on their names), and generations of GPUs."""
+
+    weight: str
+    read: str
+    where: str
+    why: str
 
 
 class Writer:
@@ -189,6 +207,7 @@ class Writer:
     demands       server -> keys without which its class for this dialect is not made, or fails later
     no_globs      server -> the list in which it takes globs for names
     classes       server of which only the source was read -> what its classes for this dialect take
+    bars          server -> the generations of GPUs on which it refuses this dialect, and runs the format in others
     """
 
     name: ClassVar[str]
@@ -197,6 +216,7 @@ class Writer:
     demands: ClassVar[Mapping[str, tuple[Key, ...]]] = {}
     no_globs: ClassVar[Mapping[str, str]] = {}
     classes: ClassVar[Mapping[str, Classes]] = {}
+    bars: ClassVar[Mapping[str, tuple[Bar, ...]]] = {}
 
     def refusals(self, plan: Plan) -> list[str]:
         """Returns the reasons this dialect cannot hold the plan, one sentence each; empty when it can."""

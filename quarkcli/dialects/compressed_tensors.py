@@ -29,6 +29,7 @@ from quarkcli.dialects._documents import CompressedTensorsConfig
 from quarkcli.dialects._patterns import WrittenNames, exact_patterns, ignored
 from quarkcli.dialects.base import (
     ANY,
+    Bar,
     Classes,
     Decoded,
     Key,
@@ -125,7 +126,8 @@ class CompressedTensors(Writer):
     preferences: ClassVar[Mapping[str, int]] = {ANY: 20}
     demands: ClassVar[Mapping[str, tuple[Key, ...]]] = {"vllm": known.VLLM_KEYS}
     no_globs: ClassVar[Mapping[str, str]] = {"vllm": "ignore"}
-    classes: ClassVar[Mapping[str, Classes]] = {"sglang": known.SGLANG}
+    classes: ClassVar[Mapping[str, Classes]] = {"sglang": known.SGLANG, "tensorrt-llm": known.TENSORRT_LLM}
+    bars: ClassVar[Mapping[str, tuple[Bar, ...]]] = {"sglang": known.SGLANG_BARS}
 
     def refusals(self, plan: Plan) -> list[str]:
         """Returns the reasons the plan cannot be held.

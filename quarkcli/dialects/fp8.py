@@ -8,13 +8,23 @@ transformers 5.23, which knows tiles alone, and none that end within a weight.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from quarkcli.dialects import _kinds as kinds
+from quarkcli.dialects import _sglang as sglang
 from quarkcli.dialects import _shared as shared
 from quarkcli.dialects._documents import Fp8Config
 from quarkcli.dialects._kinds import Kinds
-from quarkcli.dialects.base import Decoded, Reader, StoredAttention, StoredTarget, StoredView, TensorInfo, Writer
+from quarkcli.dialects.base import (
+    Classes,
+    Decoded,
+    Reader,
+    StoredAttention,
+    StoredTarget,
+    StoredView,
+    TensorInfo,
+    Writer,
+)
 from quarkcli.documents.shape import check
 from quarkcli.errors import ModelError
 from quarkcli.family import HeaderLike, WeightView
@@ -91,9 +101,28 @@ class Fp8Reader(Reader):
 READER = Fp8Reader()
 
 
+def _sglang_faults(plan: Plan, config: Mapping[str, Any]) -> list[str]:
+    """Returns what SGLang does not load besides: scales of tiles, which the loader of Llama renames and passes over."""
+    if not config.get("weight_block_size") or plan.architecture not in sglang.RENAMES_TILES:
+        return []
+    return [f"its class of {plan.architecture} looks for weight_scale, passes over weight_scale_inv and goes on"]
+
+
+_SGLANG = Classes(_HOLDS, _HOLDS, "Fp8Config, Fp8LinearMethod in layers/quantization/fp8.py", faults=_sglang_faults)
+
+
 class Fp8(Writer):
     name = NAME
     reader = READER
+    classes: ClassVar[Mapping[str, Classes]] = {
+        sglang.NAME: _SGLANG,
+        # It takes a scale per tensor for tiles, and quantizes inputs in groups whatever the config says.
+        "tensorrt-llm": Classes(
+            frozenset({_TILES}),
+            frozenset({_TILES}),
+            "ModelConfig.load_hf_quant_config in tensorrt_llm/_torch/model_config.py",
+        ),
+    }
 
     def refusals(self, plan: Plan) -> list[str]:
         found = shared.refusals(plan, NAME, _HOLDS)

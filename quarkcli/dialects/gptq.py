@@ -12,8 +12,9 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
+from quarkcli.dialects import _sglang as sglang
 from quarkcli.dialects import _shared as shared
 from quarkcli.dialects import _words as words
 from quarkcli.dialects._documents import GptqConfig
@@ -21,6 +22,8 @@ from quarkcli.dialects._patterns import WrittenNames, linear_patterns
 from quarkcli.dialects.base import (
     CONFIG_FILE,
     CONFIG_KEY,
+    Bar,
+    Classes,
     Decoded,
     Reader,
     StoredTarget,
@@ -56,6 +59,20 @@ _FUSED = {
     "q_a_proj+kv_a_proj_with_mqa": "fused_qkv_a_proj",
 }  # fmt: skip
 Scheme = tuple[int, int]  # bits, and the group size as the config has it
+
+
+def _sglang_faults(plan: Plan, config: Mapping[str, Any]) -> list[str]:
+    """Returns what SGLang does not load besides: what `dynamic` leaves out of what it fuses, and odd matrices."""
+    kept = {target.name for target in shared.unquantized(plan)}
+    found = sglang.unsaid(plan, kept, all_classes=True)
+    found += sglang.kept_experts(plan, "its class for experts does not ask what is left out")
+    return found + sglang.marlin(plan)
+
+
+_SGLANG = Classes(
+    _HOLDS, _HOLDS, "GPTQMarlinConfig in layers/quantization/gptq/gptq.py", heads=True, faults=_sglang_faults
+)
+_BARS = {sglang.NAME: (Bar("*", "*", "cdna2 cdna3 cdna4", "gptq is not in rocm_supported_quantization"),)}
 
 
 @dataclass(frozen=True)
@@ -130,6 +147,8 @@ READER = GptqReader()
 class Gptq(Writer):
     name = NAME
     reader = READER
+    classes: ClassVar[Mapping[str, Classes]] = {sglang.NAME: _SGLANG, "tensorrt-llm": shared.TENSORRT_LLM_NONE}
+    bars: ClassVar[Mapping[str, tuple[Bar, ...]]] = _BARS
 
     def refusals(self, plan: Plan) -> list[str]:
         return words.refusals(plan, self.name, _PLACES, mixed=True) + _unsaid(plan)

@@ -16,6 +16,8 @@ from quarkcli.dialects._documents import ModelOptConfig
 from quarkcli.dialects._kinds import Pair
 from quarkcli.dialects._modelopt_config import (
     ALGOS,
+    BARS,
+    CLASSES,
     HOLDS,
     NAME,
     NESTED_FILE,
@@ -30,6 +32,8 @@ from quarkcli.dialects._modelopt_config import (
 from quarkcli.dialects.base import (
     CONFIG_FILE,
     CONFIG_KEY,
+    Bar,
+    Classes,
     Decoded,
     Key,
     Reader,
@@ -129,6 +133,8 @@ class ModelOpt(Writer):
     name = NAME
     reader = READER
     demands: ClassVar[Mapping[str, tuple[Key, ...]]] = {"vllm": (Key("quant_algo", str, "the algorithm is not known"),)}
+    classes: ClassVar[Mapping[str, Classes]] = CLASSES
+    bars: ClassVar[Mapping[str, tuple[Bar, ...]]] = BARS
 
     def refusals(self, plan: Plan) -> list[str]:
         found = shared.refusals(plan, NAME, HOLDS)

@@ -17,6 +17,7 @@ from quarkcli.dialects._documents import Mxfp4Config
 from quarkcli.dialects.base import (
     CONFIG_FILE,
     CONFIG_KEY,
+    Classes,
     Decoded,
     Reader,
     StoredTarget,
@@ -78,6 +79,16 @@ READER = Mxfp4Reader()
 class Mxfp4(Writer):
     name = NAME
     reader = READER
+    classes: ClassVar[Mapping[str, Classes]] = {
+        "sglang": Classes(
+            frozenset(), frozenset({("mxfp4", "none")}), "Mxfp4Config, Mxfp4MoEMethod in layers/quantization/mxfp4.py"
+        ),
+        "tensorrt-llm": Classes(
+            frozenset(),
+            frozenset({("mxfp4", "none")}),
+            "ModelConfig.load_hf_quant_config in tensorrt_llm/_torch/model_config.py",
+        ),
+    }
     preferences: ClassVar[Mapping[str, int]] = {NAME: 30}  # what it holds is gpt-oss as its own servers expect it
 
     def refusals(self, plan: Plan) -> list[str]:

@@ -28,6 +28,7 @@ from quarkcli.dialects._quark_config import (
 from quarkcli.dialects._quark_layout import Matrix, layout, matrix_shape, pack, static_layout, unpack
 from quarkcli.dialects.base import (
     ANY,
+    Bar,
     Classes,
     Decoded,
     Key,
@@ -122,7 +123,8 @@ class Quark(Writer):
     preferences: ClassVar[Mapping[str, int]] = {ANY: 10}
     demands: ClassVar[Mapping[str, tuple[Key, ...]]] = {"vllm": servers.VLLM_KEYS}
     no_globs: ClassVar[Mapping[str, str]] = {"vllm": "exclude"}
-    classes: ClassVar[Mapping[str, Classes]] = {"sglang": servers.SGLANG}
+    classes: ClassVar[Mapping[str, Classes]] = {"sglang": servers.SGLANG, "tensorrt-llm": shared.TENSORRT_LLM_NONE}
+    bars: ClassVar[Mapping[str, tuple[Bar, ...]]] = servers.BARS
 
     def refusals(self, plan: Plan) -> list[str]:
         return servers.refusals(plan)

@@ -91,6 +91,7 @@ class Layout:
     protected   module -> role it is left alone for
     unlisted    roles of modules that loaders leave whole, whether a config lists them or not
     rewrites    how its blocks may be rewritten without changing what they compute
+    architecture  the class that config.json names, empty: none
     turned      fused tensors whose square matrices lie [in, out], where other files have them as [out, in]
     transposed  weights of blocks that the file stores [in, out] and the family knows nothing of; see `orientation`
     """
@@ -109,6 +110,7 @@ class Layout:
     turned: frozenset[str] = frozenset()
     transposed: tuple[str, ...] = ()
     rewrites: Rewrites = field(default_factory=Rewrites)
+    architecture: str = ""
 
 
 @without_collection()
@@ -127,6 +129,7 @@ def lay_out(
         frozenset({"router"} if family.experts is not None and family.experts.router_whole else ()),
         hidden_transpositions(family, config, headers), stored_transposed(builder.blocks_weights(), headers, config),
         Rewrites(family, hidden_size(config), headers, head_size(config), kv_heads(config)),
+        str(next(iter(config.get("architectures") or ()), "")),
     )  # fmt: skip
 
 

@@ -130,13 +130,13 @@ def _way(prepared: Prepared, wish: Wish) -> Way | None:
     found: list[Way | None] = []
     for run in prepared.plan.quantized_alike():
         kinds = kinds_of((run[0].weight, run[0].input))
-        found.append(servers.way(wish.server.kernels, kinds, wish.generation) if kinds else None)
+        found.append(wish.server.way(kinds, wish.generation, prepared.dialect) if kinds else None)
     return max(found, key=order.index, default=None)
 
 
 def _cache(prepared: Prepared, options: Options, wish: Wish) -> tuple[str, str, Prepared]:
     """Returns the KV cache's scheme, why, and the plan with it."""
-    if servers.way(wish.server.kernels, ("kv-cache", "fp8_e4m3"), wish.generation) is None:
+    if wish.server.way(("kv-cache", "fp8_e4m3"), wish.generation, prepared.dialect) is None:
         return "none", f"{wish.server.title} is not known to run a cache in 8 bits on {wish.generation}", prepared
     if prepared.calibration is None:
         return (

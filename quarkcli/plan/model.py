@@ -194,6 +194,7 @@ class Plan:
     joined            attention module -> the kinds (q, k, v) that the one scale of its cache is for; modules with a
                       scale for each are left out
     carried           weights that have the source's own codes and scales; no algorithm works on them
+    architecture      the class that config.json names; empty: none
     basis             what it was resolved from, for edits (`plan.compose.Basis`)
     """
 
@@ -218,6 +219,7 @@ class Plan:
     changes: dict[str, Changes] = field(default_factory=dict)
     joined: dict[str, frozenset[str]] = field(default_factory=dict)
     carried: frozenset[str] = frozenset()
+    architecture: str = ""
     basis: Basis | None = field(default=None, repr=False, compare=False)
     _known: tuple[Mapping[str, Target], dict[str, Any]] | None = field(
         default=None, init=False, repr=False, compare=False

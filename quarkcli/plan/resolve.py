@@ -68,6 +68,7 @@ def _applied(composed: Composed, recipe: Recipe, layout: Layout) -> tuple[_Resol
     return resolver, Plan(
         scheme=recipe.name,
         family=layout.family,
+        architecture=layout.architecture,
         entries=composed.entries,
         parts=layout.parts,
         targets=targets,

@@ -51,6 +51,7 @@ def of_stored(
     return Plan(
         scheme=name,
         family=layout.family,
+        architecture=layout.architecture,
         entries=_ENTRIES,
         parts=layout.parts,
         targets=targets,

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from quarkcli.dialects.base import Writer
 from quarkcli.errors import CheckError, ModelError, UsageError, near_misses
 from quarkcli.plan.model import Plan
-from quarkcli.servers._kernels import MEANING, Way, way
+from quarkcli.servers._kernels import MEANING, Way
 from quarkcli.servers.base import Server, Written
 
 AUTO, NONE = "auto", "none"
@@ -20,7 +20,7 @@ _NOT_MEMBERS = {"base"}
 
 __all__ = [
     "AUTO", "MEANING", "NONE", "Server", "Way", "Written", "check_name", "check_plan", "favoured", "named", "names",
-    "planned", "server", "servers", "verdicts", "way",
+    "planned", "server", "servers", "verdicts",
 ]  # fmt: skip
 
 

@@ -23,6 +23,7 @@ class Kernel(NamedTuple):
     """One row: which formats, and the generations on which each way is taken, as words.
 
     weight, read   globs on the names of formats (`dialects._kinds`); a cache and attention are named by what they are
+    read_in        the file, and the class or function, of the server's source in which the row was read
     """
 
     weight: str
@@ -30,14 +31,21 @@ class Kernel(NamedTuple):
     fast: str = ""
     weights: str = ""
     emulated: str = ""
+    read_in: str = ""
+
+
+def row(kernels: Iterable[Kernel], kinds: tuple[str, str]) -> Kernel | None:
+    """Returns the first row that formats fit; None: there is none."""
+    fits = (one for one in kernels if fnmatchcase(kinds[0], one.weight) and fnmatchcase(kinds[1], one.read))
+    return next(fits, None)
 
 
 def way(kernels: Iterable[Kernel], kinds: tuple[str, str], generation: str) -> Way | None:
     """Returns how formats are run on a generation: by the first row that they fit; None: not at all."""
-    for row in kernels:
-        if fnmatchcase(kinds[0], row.weight) and fnmatchcase(kinds[1], row.read):
-            found: tuple[tuple[Way, str], ...] = (
-                ("fast", row.fast), ("weight-only", row.weights), ("emulated", row.emulated)
-            )  # fmt: skip
-            return next((name for name, where in found if generation in where.split()), None)
-    return None
+    found = row(kernels, kinds)
+    if found is None:
+        return None
+    ways: tuple[tuple[Way, str], ...] = (
+        ("fast", found.fast), ("weight-only", found.weights), ("emulated", found.emulated)
+    )  # fmt: skip
+    return next((name for name, where in ways if generation in where.split()), None)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from typing import Any, ClassVar
 
 from quarkcli import dialects
-from quarkcli.dialects.base import Writer
+from quarkcli.dialects._kinds import input_kind, kinds_of
+from quarkcli.dialects.base import Classes, Writer
 from quarkcli.plan.model import Plan, QuantizedTarget
-from quarkcli.servers._kernels import Kernel
+from quarkcli.servers._kernels import Kernel, Way, way
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,18 @@ class Server:
         """
         raise AssertionError("a server says what it refuses")
 
+    def way(self, kinds: tuple[str, str], generation: str, writer: Writer | None = None) -> Way | None:
+        """Returns how it runs formats on a generation, in a dialect; None: not at all."""
+        rows = writer.bars.get(self.name, ()) if writer is not None else ()
+        for bar in rows:
+            if (
+                fnmatchcase(kinds[0], bar.weight)
+                and fnmatchcase(kinds[1], bar.read)
+                and generation in bar.where.split()
+            ):
+                return None
+        return way(self.kernels, kinds, generation)
+
     def misnamed(self, written: Written) -> list[str]:
         """Returns the reason for which it does not find tensors that have other names than published ones."""
         return [f"{written.renamed}: its class knows the names of the published files alone"] if written.renamed else []
@@ -86,6 +100,54 @@ class Loader(Server):
         ]
         together = f"the modules together, or the cache, are not what it loads in dialect {writer.name}"
         return reasons or [writer.cache_fault(plan, self.name) or together]
+
+
+class Read(Server):
+    """A server of which only the source was read: every dialect says what its classes take (`Writer.classes`)."""
+
+    evidence = " (read, not run)"
+
+    def _classes(self, written: Written) -> Classes | None:
+        return written.writer.classes.get(self.name) if written.writer is not None else None
+
+    def unknown(self, written: Written) -> str:
+        return "" if self._classes(written) else f"no rules are known of what it loads as {written.dialect}"
+
+    def refusals(self, written: Written) -> list[str]:
+        rules = self._classes(written)
+        if rules is None:
+            return [self.unknown(written)]
+        found = self.misnamed(written)
+        for run in written.plan.quantized_alike():
+            reason = _reason(run[0], rules)
+            if reason is not None:
+                found.append(f"{reason} ({run[0].name}{f' and {len(run) - 1} more' if len(run) > 1 else ''})")
+        if written.plan.disagreeing():
+            found.append("weights that it fuses have more than one scheme")
+        if written.plan.online:
+            found.append("it turns no inputs while the model runs")
+        return [*found, *_attention(written.plan), *rules.faults(written.plan, written.config)]
+
+
+def _reason(target: QuantizedTarget, rules: Classes) -> str | None:
+    if target.output is not None or target.bias_spec is not None:
+        return "no class for quantized outputs or biases"
+    if target.role in ("embedding", "router") or (target.role == "head" and not rules.heads):
+        return f"no class for a quantized {target.role}"
+    known = rules.linears if target.expert is None else rules.experts
+    return None if kinds_of((target.weight, target.input)) in known else f"no class for {what(target)}"
+
+
+def _attention(plan: Plan) -> list[str]:
+    """Returns the reasons it does not take quantized attention: it knows a cache in 8-bit floats by its scales."""
+    specs = [(one.name, kind, spec) for one in plan.attention.values() for kind, spec in one.specs.items()]
+    others = [f"{name}: no scale for attention {kind}" for name, kind, _ in specs if kind not in ("k", "v")]
+    caches = [
+        f"{name}: a cache of {spec.describe()}"
+        for name, kind, spec in specs
+        if kind in ("k", "v") and input_kind(spec) != "fp8 static"
+    ]
+    return [*others[:1], *caches[:1]]
 
 
 def what(target: QuantizedTarget) -> str:

@@ -1,61 +1,77 @@
-"""SGLang: rules read from its source, never run here.
+"""SGLang 0.5.23: rules read in the source of its wheel (`sglang/srt/`), never run here.
 
-https://github.com/sgl-project/sglang, python/sglang/srt/layers/quantization/. The dialects say what its classes for
-them take, and where that was read (`Writer.classes`). Of other methods it knows the names
-(`BASE_QUANTIZATION_METHODS`); their classes were not read.
+The dialects say what its classes for them take, where that was read, and on which GPUs it refuses them
+(`Writer.classes`, `Writer.bars`). Below: how it runs a format. Kernels of int8 are in its package sgl-kernel, whose
+source was read on GitHub.
 """
 
 from __future__ import annotations
 
-from quarkcli.dialects._kinds import kinds_of
-from quarkcli.dialects.base import Classes
-from quarkcli.plan.model import QuantizedTarget
-from quarkcli.servers._kernels import NVIDIA, Kernel
-from quarkcli.servers.base import Server, Written, what
+from quarkcli.servers._kernels import AMD, NVIDIA, Kernel
+from quarkcli.servers.base import Read
+
+_SCHEMES = "layers/quantization/compressed_tensors/schemes"
+_PARTS = (
+    "CompressedTensorsConfig._get_scheme_from_parts in layers/quantization/compressed_tensors/compressed_tensors.py"
+)
 
 
-class Sglang(Server):
+class Sglang(Read):
     name = "sglang"
-    title = "SGLang 0.5"
-    evidence = " (read, not run)"
-    kernels_from = "what is published of it; neither its source was read for this nor a GPU tried"
+    title = "SGLang 0.5.23"
+    kernels_from = "the source of release 0.5.23, which was read; nothing was run on a GPU"
     kernels = (
-        Kernel("fp8 *", "fp8 *", fast="ada hopper blackwell cdna3 cdna4", weights="ampere"),
-        Kernel("int8 *", "int8 *", fast="ampere ada hopper"),
-        Kernel("*int4 *", "none", weights=NVIDIA),
-        Kernel("mxfp4*", "mxfp4*", fast="cdna4"),
-        Kernel("nvfp4", "nvfp4", fast="blackwell"),
+        Kernel(
+            "fp8 *",
+            "fp8 *",
+            fast="ada hopper blackwell cdna3 cdna4",
+            weights="ampere",
+            read_in="can_auto_enable_marlin_fp8 and apply_fp8_linear in layers/quantization/fp8_utils.py",
+        ),
+        Kernel("fp8 *", "none", weights=NVIDIA, read_in=f"CompressedTensorsW8A16Fp8 in {_SCHEMES}/..._w8a16_fp8.py"),
+        # Its kernel is built for compute capabilities 7.5 to 9.0, and wants a scale for every row.
+        Kernel(
+            "int8 channel",
+            "int8 *",
+            fast="ampere ada hopper",
+            read_in=f"CompressedTensorsW8A8Int8 in {_SCHEMES}/..._w8a8_int8.py; int8_scaled_mm in sgl-kernel",
+        ),
+        Kernel(
+            "uint4 *",
+            "none",
+            weights=NVIDIA,
+            emulated=AMD,
+            read_in="AWQLinearKernel.apply in hardware_backend/gpu/quantization/awq_kernels.py",
+        ),
+        Kernel("int[48] *", "none", weights=NVIDIA, read_in=f"CompressedTensorsWNA16 in {_SCHEMES}/..._wNa16.py"),
+        Kernel(
+            "mxfp4*",
+            "mxfp4*",
+            fast="cdna4",
+            read_in="QuarkW4A4MXFP4 in layers/quantization/quark/schemes/quark_w4a4_mxfp4.py",
+        ),
+        Kernel(
+            "mxfp4*",
+            "fp8 static",
+            fast="cdna4",
+            read_in="QuarkW4A8MXFp4MoE in layers/quantization/quark/schemes/quark_w4a8_mxfp4_moe.py",
+        ),
+        Kernel(
+            "mxfp4*",
+            "none",
+            weights=f"{NVIDIA} cdna4",
+            read_in="Mxfp4Config, Mxfp4MoEMethod in layers/quantization/mxfp4.py",
+        ),
+        Kernel("nvfp4", "nvfp4", fast="blackwell", weights="ampere ada hopper", read_in=_PARTS),
+        Kernel("nvfp4", "none", weights=NVIDIA, read_in=_PARTS),
+        Kernel(
+            "kv-cache",
+            "fp8*",
+            fast="ada hopper blackwell cdna3 cdna4",
+            read_in="configure_kv_cache_dtype in mem_cache/kv_cache_dtype.py; BaseKVCacheMethod in "
+            "layers/quantization/kv_cache.py",
+        ),
     )
-
-    def _classes(self, written: Written) -> Classes | None:
-        return written.writer.classes.get(self.name) if written.writer is not None else None
-
-    def unknown(self, written: Written) -> str:
-        return "" if self._classes(written) else f"no rules are known of what it loads as {written.dialect}"
-
-    def refusals(self, written: Written) -> list[str]:
-        rules = self._classes(written)
-        if rules is None:
-            return [self.unknown(written)]
-        found = self.misnamed(written)
-        for run in written.plan.quantized_alike():
-            reason = _reason(run[0], rules)
-            if reason is not None:
-                found.append(f"{reason} ({run[0].name}{f' and {len(run) - 1} more' if len(run) > 1 else ''})")
-        if written.plan.disagreeing():
-            found.append("weights that it fuses have more than one scheme")
-        if written.plan.online:
-            found.append("it turns no inputs while the model runs")
-        return found
-
-
-def _reason(target: QuantizedTarget, rules: Classes) -> str | None:
-    if target.output is not None or target.bias_spec is not None:
-        return "no class for quantized outputs or biases"
-    if target.role in ("head", "embedding", "router"):
-        return f"no class for a quantized {target.role}"
-    known = rules.linears if target.expert is None else rules.experts
-    return None if kinds_of((target.weight, target.input)) in known else f"no class for {what(target)}"
 
 
 SERVER = Sglang()

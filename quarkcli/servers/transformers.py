@@ -10,7 +10,8 @@ class Transformers(Loader):
     name = "transformers"
     title = "transformers 5.23"
     kernels_from = "what its libraries do on a CPU"
-    kernels = (Kernel("*", "*", emulated=EVERY),)  # weights are decoded, inputs rounded in torch
+    # Weights are decoded, inputs rounded in torch.
+    kernels = (Kernel("*", "*", emulated=EVERY, read_in="compressed-tensors 0.20 and amd-quark 0.13"),)
 
 
 SERVER = Transformers()

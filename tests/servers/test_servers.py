@@ -20,7 +20,7 @@ DATA = {"calib_data": "builtin", "calib_samples": 4, "calib_seqlen": 32}
 
 
 def test_members_are_found_by_their_files() -> None:
-    assert set(servers.names()) == {"sglang", "transformers", "vllm"}
+    assert set(servers.names()) == {"sglang", "tensorrt-llm", "transformers", "vllm"}
     assert all(member.name == name for name, member in zip(servers.names(), servers.servers(), strict=True))
 
 
@@ -32,7 +32,7 @@ def test_no_server_knows_a_dialect_by_name() -> None:
     assert len(files) > 3 and not words & set(dialects.names())
 
 
-@pytest.mark.parametrize("target", ["tensorrt-llm", "vlm", ""])
+@pytest.mark.parametrize("target", ["tgi", "vlm", ""])
 def test_a_server_without_rules_is_refused(target: Servers) -> None:
     with pytest.raises(UsageError, match="no rules are known"):
         runs.prepare("demo", scheme="mxfp4", target=target)
@@ -126,7 +126,7 @@ def test_what_nobody_knows_is_no_verdict() -> None:
     prepared = runs.prepare("demo", scheme="mxfp4")
     written = servers.Written("novel", {"quant_method": "novel"}, prepared.plan)
     lines = servers.verdicts("auto", written, is_there=True)
-    assert "SGLang 0.5 may load it: no rules are known of what it loads as novel (read, not run)" in lines
+    assert "SGLang 0.5.23 may load it: no rules are known of what it loads as novel (read, not run)" in lines
     assert lines[-1] == "no server is known to load it; simulation only"
     with pytest.raises(CheckError, match=r"vLLM 0\.32 may not load it: no rules are known of what it loads in dialect"):
         servers.verdicts("vllm", written, is_there=True)
