@@ -22,6 +22,12 @@ EXAMPLES = apps.examples(
     "quark init demo --gpu h100 --server vllm",
     "quark init ./my-model --gpu mi300x --server vllm -o recipe.yaml",
 )
+Server = Annotated[
+    str,
+    typer.Option(
+        "--server", metavar="NAME", help="Server that will load it: vllm, sglang, tensorrt-llm, transformers."
+    ),
+]
 _COMMENT = 110  # columns of a comment
 _ROWS, _LENGTH = 512, 512
 
@@ -36,9 +42,7 @@ def init(
             help="GPU that will serve the model: h100, b200, mi300x, or a generation such as hopper.",
         ),
     ],
-    server: Annotated[
-        str, typer.Option("--server", metavar="NAME", help="Server that will load it: vllm, sglang, tensorrt-llm, transformers.")
-    ] = "vllm",
+    server: Server = "vllm",
     tp: Annotated[
         int, typer.Option("--tp", min=1, metavar="N", help="GPUs that share the model (tensor parallel).")
     ] = 1,

@@ -29,7 +29,10 @@ app = apps.new(
 
 # Empty where they are not given: see `apps._Plain`.
 Server = Annotated[
-    str, typer.Option("--server", metavar="NAME", help="Show only what this server loads: vllm, sglang, tensorrt-llm, transformers.")
+    str,
+    typer.Option(
+        "--server", metavar="NAME", help="Show only what this server loads: vllm, sglang, tensorrt-llm, transformers."
+    ),
 ]
 Gpu = Annotated[
     str,

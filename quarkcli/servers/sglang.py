@@ -28,22 +28,33 @@ class Sglang(Read):
             weights="ampere",
             read_in="can_auto_enable_marlin_fp8 and apply_fp8_linear in layers/quantization/fp8_utils.py",
         ),
-        Kernel("fp8 *", "none", weights=NVIDIA, read_in=f"CompressedTensorsW8A16Fp8 in {_SCHEMES}/..._w8a16_fp8.py"),
+        Kernel(
+            "fp8 *",
+            "none",
+            weights=NVIDIA,
+            read_in=f"CompressedTensorsW8A16Fp8 in {_SCHEMES}/compressed_tensors_w8a16_fp8.py",
+        ),
         # Its kernel is built for compute capabilities 7.5 to 9.0, and wants a scale for every row.
         Kernel(
             "int8 channel",
             "int8 *",
             fast="ampere ada hopper",
-            read_in=f"CompressedTensorsW8A8Int8 in {_SCHEMES}/..._w8a8_int8.py; int8_scaled_mm in sgl-kernel",
+            read_in=f"CompressedTensorsW8A8Int8 in {_SCHEMES}/compressed_tensors_w8a8_int8.py; int8_scaled_mm of "
+            "sgl-kernel",
         ),
         Kernel(
             "uint4 *",
             "none",
             weights=NVIDIA,
             emulated=AMD,
-            read_in="AWQLinearKernel.apply in hardware_backend/gpu/quantization/awq_kernels.py",
+            read_in="AWQMarlinLinearKernel, AWQLinearKernel in hardware_backend/gpu/quantization/awq_kernels.py",
         ),
-        Kernel("int[48] *", "none", weights=NVIDIA, read_in=f"CompressedTensorsWNA16 in {_SCHEMES}/..._wNa16.py"),
+        Kernel(
+            "int[48] *",
+            "none",
+            weights=NVIDIA,
+            read_in=f"CompressedTensorsWNA16 in {_SCHEMES}/compressed_tensors_wNa16.py",
+        ),
         Kernel(
             "mxfp4*",
             "mxfp4*",

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from quarkcli import dialects, servers
+from quarkcli.cli import listings
 from quarkcli.dialects.base import Writer
+from quarkcli.job import rates
 from quarkcli.job import run as job
 from quarkcli.plan.model import Plan
 from quarkcli.recipe import catalog
@@ -16,8 +19,10 @@ from tests.consumers.record import KERNEL, RUN, Run
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 PAGE = DOCS / "serving.md"
 FOLDER = DOCS / "serving"
+HARDWARE = DOCS / "hardware.md"
 START, END = "<!-- matrix: make docs -->", "<!-- end of matrix -->"
-SHORT = {"vllm": "vLLM", "transformers": "tf", "sglang": "SGLang"}
+SHORT = {"vllm": "vLLM", "transformers": "tf", "sglang": "SGLang", "tensorrt-llm": "TRT"}
+WAYS = {"fast": "fast", "weight-only": "weights", "emulated": "emul."}
 STAGES = {"classes": "the config", "kernels": "the tensors", "forward": "the tensors, and preparing them"}
 SIMULATED = "run, with products in torch for kernels that the build lacks"
 
@@ -92,10 +97,37 @@ def stopped(runs: Iterable[Run]) -> Iterator[str]:
         yield f"| {reason} | {stage} | {'; '.join(texts)} |"
 
 
+def hardware() -> Iterator[str]:
+    """Server -> how it runs every scheme on every generation of GPUs, and where its source says so."""
+    schemes = {name: listings.of_file("schemes", path) or {} for name, path in catalog.files("schemes").items()}
+    for server in (one for one in servers.servers() if any(row.weights or row.fast for row in one.kernels)):
+        yield from (f"## {server.title}", "", f"From {server.kernels_from}.", "")
+        yield "| scheme | " + " | ".join(rates.generations()) + " | dialects |"
+        yield "|---" * (len(rates.generations()) + 2) + "|"
+        for name in sorted(schemes):
+            facts = schemes[name]["servers"].get(server.name)
+            if facts is not None:
+                runs = " | ".join(_run(facts, one) for one in rates.generations())
+                yield f"| `{name}` | {runs} | {', '.join(facts['dialects'])} |"
+        yield from ("", "Read in:", "")
+        yield from dict.fromkeys(f"- `{row.weight}`, `{row.read}`: {row.read_in}" for row in server.kernels)
+        rules = {
+            writer.name: writer.classes[server.name] for writer in dialects.writers() if server.name in writer.classes
+        }
+        yield from (f"- dialect `{name}`: {rule.read_in}" for name, rule in rules.items())
+        yield ""
+
+
+def _run(facts: Mapping[str, Any], generation: str) -> str:
+    way = facts["gpus"].get(generation)
+    less = facts["not_in"].get(generation)
+    return "-" if way is None else WAYS[way] + (f" (not {', '.join(less)})" if less else "")
+
+
 def pages() -> Mapping[Path, list[str]]:
     """Page -> the lines of its generated part."""
     runs = record.read()
-    found = {PAGE: list(matrix(Notes(runs)))}
+    found = {PAGE: list(matrix(Notes(runs))), HARDWARE: list(hardware())}
     for consumer in sorted({run.consumer for run in runs}):
         mine = [run for run in runs if run.consumer == consumer]
         dates, versions = ({getattr(run, name) for run in mine} for name in ("date", "version"))
