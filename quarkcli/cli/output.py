@@ -159,6 +159,12 @@ def data(text: str, *, whole: bool = False) -> None:
         _lines("stdout", text)
 
 
+def heading(text: str) -> None:
+    """Prints a heading within the answer, on stdout."""
+    for line in tables.wrapped(text, tables.room()):
+        _write("stdout", "", paint(shown(line), "bold", "stdout"))
+
+
 def json_data(value: Mapping[str, Any]) -> None:
     """Prints the answer as one JSON object, on stdout, that begins with `schema` and `ok`.
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from quarkcli.cli import apps, files, output
+from quarkcli.cli import apps, files, output, tables
 from quarkcli.cli.flags import Json
 from quarkcli.errors import UsageError
 
@@ -15,6 +15,12 @@ EXAMPLES = apps.examples(
     "quark report out/demo-mxfp4",
     "quark report out/demo-mxfp4 --html page.html",
 )
+
+
+Form = Annotated[
+    Literal["text", "md", "json"] | None,
+    typer.Option("--format", help="Print text, Markdown or JSON. [default: text on a terminal, else Markdown]"),
+]
 
 
 def report(
@@ -28,7 +34,7 @@ def report(
         Path | None,
         typer.Argument(metavar="[FILE]", help="The page that --html writes. [default: <name of DIR>.html here]"),
     ] = None,
-    form: Annotated[Literal["md", "json"], typer.Option("--format", help="Print Markdown or JSON.")] = "md",
+    form: Form = None,
     html: Annotated[bool, typer.Option("--html", help="Write a page with charts and print its name.")] = False,
     json: Json = False,
 ) -> None:
@@ -37,16 +43,17 @@ def report(
     Prints sizes, losses, what was kept and why, warnings and checks. A finished checkpoint also has it as a page with
     charts: quark/report.html.
     """
-    json = json or form == "json"
-    output.start(json=json)
+    output.start(json=json or form == "json")
     if to is not None and not html:
         raise UsageError("a file is for --html", where=str(to), hint="--html FILE", kind="E-FLAG-CONFLICT")
-    if html and json:
+    asked = [
+        *(["--html"] if html else []),
+        *(["--json"] if json else []),
+        *([f"--format {form}"] if form is not None and not (json and form == "json") else []),
+    ]
+    if len(asked) > 1:
         raise UsageError(
-            "--html writes a page, and --json prints JSON",
-            where="--html",
-            hint="one of the two",
-            kind="E-FLAG-CONFLICT",
+            f"{' and '.join(asked)} exclude each other", hint="one form of the answer", kind="E-FLAG-CONFLICT"
         )
     from quarkcli.reporting.reading import read
 
@@ -56,9 +63,13 @@ def report(
 
         files.write(to or Path(f"{directory.resolve().name}.html"), page(found), replace=True)
         return
-    if json:
+    if json or form == "json":
         output.json_data(found)
         return
     from quarkcli.cli import summary
 
-    output.data(summary.markdown(found))
+    if form == "md" or (form is None and tables.room() is None):
+        output.data(summary.markdown(found), whole=True)
+        return
+    for line, heading in summary.screen(found):
+        (output.heading if heading else output.data)(line)

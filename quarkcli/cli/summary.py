@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from quarkcli.cli import output
@@ -38,9 +38,33 @@ def _checks(report: Mapping[str, Any], reports: Mapping[str, Any]) -> list[str]:
 
 def markdown(report: Mapping[str, Any]) -> str:
     """Returns the whole report as Markdown."""
+    text = [f"# {_title(report)}", "", "| | |", "|---|---|"]
+    text += [f"| {label} | {value.replace('|', '/')} |" for label, value in _labelled(_rows(report))]
+    for title, items in _sections(report).items():
+        text += ["", f"## {title}", "", *(f"- {item}" for item in items)]
+    return "\n".join(text)
+
+
+def screen(report: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
+    """Yields the whole report for a terminal: lines, and whether one is a heading."""
+    yield _title(report), True
+    for line in output.pairs(_rows(report)):
+        yield line, False
+    for title, items in _sections(report).items():
+        yield "", False
+        yield title, True
+        for item in items:
+            yield f"- {item}", False
+
+
+def _title(report: Mapping[str, Any]) -> str:
+    return f"{report['model']['name']}, {report['recipe']['name']}"
+
+
+def _rows(report: Mapping[str, Any]) -> Rows:
     model, dialect = report["model"], report["dialect"]
-    commit = f" at commit `{model['commit']}`" if model["commit"] else ""
-    rows = [
+    commit = f" at commit {model['commit']}" if model["commit"] else ""
+    return [
         *_state(report["state"]),
         ("model", f"{model['path']}{commit}, family {model['family']}"),
         *output.listed("source", (report.get("source") or {}).get("said", [])),
@@ -52,17 +76,22 @@ def markdown(report: Mapping[str, Any]) -> str:
         *_specs(report),
         *_facts(report, {"": report}),
     ]
-    text = [f"# {model['name']}, {report['recipe']['name']}", "", "| | |", "|---|---|"]
-    text += [f"| {label} | {value.replace('|', '/')} |" for label, value in _labelled(rows)]
-    text += _section("Rules that decided", _rules(report["decided_by"]))
-    text += _section("Kept in source precision", _kept(report))
-    text += _section("Fused tensors written as several", [f"{k}: {v} weights" for k, v in report["split"].items()])
+
+
+def _sections(report: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Returns the lists of a report by their titles, those that are empty left out."""
     loss = report["loss"]
-    for title, errors in (("output errors of blocks", "output_errors"), ("weight errors", "weight_errors")):
-        text += _section(f"Largest {title}", [f"{k}: {e:.4g}" for k, e in losses.worst(loss[errors], 10)])
-    text += _section("Warnings", report["warnings"])
-    text += _section("Checks", report["checks"])
-    return "\n".join(text)
+    worst = {key: [f"{k}: {e:.4g}" for k, e in losses.worst(loss[f"{key}_errors"], 10)] for key in ("output", "weight")}
+    found = {
+        "Rules that decided": _rules(report["decided_by"]),
+        "Kept in source precision": _kept(report),
+        "Fused tensors written as several": [f"{k}: {v} weights" for k, v in report["split"].items()],
+        "Largest output errors of blocks": worst["output"],
+        "Largest weight errors": worst["weight"],
+        "Warnings": report["warnings"],
+        "Checks": report["checks"],
+    }
+    return {title: texts for title, texts in found.items() if texts}
 
 
 def _state(state: Mapping[str, Any]) -> Rows:
@@ -165,7 +194,3 @@ def _labelled(rows: Rows) -> Rows:
     for label, text in rows:
         out.append((label or out[-1][0], text))
     return out
-
-
-def _section(title: str, texts: list[str]) -> list[str]:
-    return ["", f"## {title}", "", *(f"- {text}" for text in texts)] if texts else []

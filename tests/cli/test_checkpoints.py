@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 import quarkcli
+from quarkcli.cli import tables
 from quarkcli.disk.embedded import EMBEDDED
 from quarkcli.errors import CheckError
 from quarkcli.evaluation import run as evaluation
@@ -107,6 +109,22 @@ def test_report(quark, made):
     assert "## Kept in source precision" in out
     for arguments in (["--json"], ["--format", "json"]):
         assert json.loads(quark("report", str(made), *arguments).out) == {**stored, "ok": True}
+
+
+def test_report_on_a_terminal_is_no_markdown(quark, made, monkeypatch):
+    """The same words; `--format md` brings back what a pipe gets."""
+    piped = quark("report", str(made)).out
+    plain = quark("report", str(made), "--format", "text").out
+    monkeypatch.setattr(tables, "room", lambda name="stdout": 80)
+    shown = quark("report", str(made)).out
+    assert (
+        not re.search(r"^#|\|", shown.replace("| inputs", ""), re.MULTILINE) and max(map(len, shown.split("\n"))) <= 80
+    )
+    assert quark("report", str(made), "--format", "md").out == piped
+    assert {*shown.split()} == {*plain.split()}
+    assert {*re.sub(r"[#|]|---", " ", piped).split()} <= {*shown.split(), "/"}
+    for both in (["--html", "--json"], ["--html", "--format", "md"], ["--json", "--format", "text"]):
+        assert quark("report", str(made), *both).code == 2
 
 
 def test_report_of_what_has_none(quark, tmp_path):
