@@ -120,10 +120,10 @@ def recipe_text(choice: Choice, wish: Wish, model: str, file: str) -> str:
         *(f"    - {jsons.dumps({'method': name, **parameters})}" for name, parameters in choice.steps),
         *_comment(f"KV cache: {choice.cache_why}.", 2),
         f"  kv_cache: {choice.cache}",
-        *_comment("Routers, norms, embedding and head stay as they are: they cost most and save least."),
+        *_comment("Routers, norms, embedding and head stay as they are: quantizing them loses much and saves little."),
         "exclusions: default",
         *(_calibration(choice) if needs_data else _comment("No calibration data is needed.")),
-        *_comment(f"What {wish.server.title} loads of these files; 'quark plan' says what else does."),
+        *_comment(f"{wish.server.title} loads this dialect (layout of the files); 'quark plan' lists other servers that do."),
         "export:",
         f"  dialect: {prepared.dialect.name}",
     ]  # fmt: skip
@@ -159,8 +159,8 @@ def _calibration(choice: Choice) -> Iterator[str]:
 
     limit = family.position_limit(choice.prepared.source.config)
     yield from _comment(
-        "Give text like what the model will read: data: chats.jsonl, or --calib-data. Without it a general data set of "
-        "the hub is used, or a text that comes with quark."
+        "Give text like yours: a line 'data: chats.jsonl' here, or --calib-data. Without it quark takes a general data set "
+        "of the hub, or a text that comes with quark."
     )
     yield "calibration:"
     yield f"  samples: {_ROWS}"

@@ -141,12 +141,12 @@ def _cache(prepared: Prepared, options: Options, wish: Wish) -> tuple[str, str, 
     if prepared.calibration is None:
         return (
             "none",
-            f"{CACHE} halves the cache; its scales need calibration data, and nothing else here does",
+            f"{CACHE} would halve the cache, but its scales need calibration data, and nothing else here does",
             prepared,
         )
     overrides = replace(options.overrides, kv_cache=CACHE)
     try:
         given = replace(prepared.options, overrides=overrides)
-        return CACHE, "half the bytes per token, at next to no loss; the data is needed anyway", prepare(given)
+        return CACHE, f"{CACHE} takes half the bytes per token; its scales need calibration data, as other parts of this recipe do", prepare(given)
     except QuarkError as error:
-        return "none", f"{CACHE} is not for this model: {error.what}", prepared
+        return "none", f"{CACHE} does not work for this model: {error.what}", prepared
