@@ -1,7 +1,7 @@
 """quark: quantize large language models from the command line.
 
-The Python API (`quarkcli.quantize`, `quarkcli.make_plan`, `quarkcli.LLMTemplate` and the others in `__all__`) is
-imported on first use so that `quark --help` does not wait for it.
+`__all__` lists the Python functions: `quarkcli.quantize`, `quarkcli.make_plan`, `quarkcli.LLMTemplate` and others. Each
+is imported at its first use, so that `quark --help` does not wait.
 """
 
 from __future__ import annotations

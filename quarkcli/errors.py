@@ -1,4 +1,4 @@
-"""Errors a user can cause, and the exit codes a shell sees.
+"""Defines the errors that a user can cause, and their exit codes.
 
 Every user error is one plain message: what happened, where, and what to do next. Anything that is not a
 `QuarkError` is a defect of ours and ends with exit code 1.
@@ -113,7 +113,7 @@ def all_of(problems: Sequence[QuarkError]) -> QuarkError:
 
 
 class Stopped(QuarkError):
-    """Stopped on purpose (time budget); the same command goes on."""
+    """The run stopped on purpose (time budget); the same command continues it."""
 
     code = ExitCode.STOPPED
 
@@ -126,7 +126,7 @@ def near_misses(word: str, known: Iterable[str], limit: int = 3) -> list[str]:
 
 
 def some(names: Iterable[object], limit: int = 5) -> str:
-    """Returns the first of many names with commas between, and dots where there are more."""
+    """Returns the first of many names with commas between, and dots if there are more."""
     shown = list(islice(names, limit + 1))
     return ", ".join(map(str, shown[:limit])) + (" ..." if len(shown) > limit else "")
 

@@ -1,4 +1,4 @@
-"""Events of a running job for its listeners. Only `cli/` and the log file turn events into text."""
+"""Defines the events of a running job. Only `cli/` and the log file turn events into text."""
 
 from __future__ import annotations
 

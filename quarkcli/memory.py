@@ -1,4 +1,4 @@
-"""Memory of this process: peaks, and the settings of the C allocator that give buffers back."""
+"""Measures the memory of this process, and sets the C allocator so that it gives buffers back."""
 
 from __future__ import annotations
 

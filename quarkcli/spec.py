@@ -1,4 +1,4 @@
-"""TensorSpec: the coding of one tensor, and the tables of element and scale formats.
+"""Defines TensorSpec, the coding of one tensor, and the tables of element and scale formats.
 
 Standard library only, so that recipes, plans and dialect facts never import torch. Sources of the tables: OCP
 Microscaling Formats (MX) v1.0 for fp4, fp6, mxint8 and e8m0; the OFP8 specification for fp8; "With Shared

@@ -1,4 +1,4 @@
-"""Threads of this process: how many it may use, and workers that do one piece of work each.
+"""Says how many threads this process may use, and gives workers that do one piece of work each.
 
 torch itself divides every single operation among its threads, which then wait for each other: a matrix costs hundreds
 of such meetings, and beside other work each of them lasts as long as the slowest thread is kept from the processor.

@@ -1,4 +1,4 @@
-"""Algorithms: they choose better weights, scales or codes. One member per file; the file name is the name.
+"""Finds the algorithms, which choose better weights, scales or codes. One member per file; the file name is the name.
 
 A member is a module with `ALGORITHM`, a class that follows `base.Algorithm`. The job reads what it declares and never
 asks for a name.

@@ -1,4 +1,4 @@
-"""The channels of one pair: what is written into them, what reads them, and what passes through."""
+"""Holds the channels of one pair: what writes them, what reads them, and what passes through."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The common ground of solvers that round column by column: gptq, gptaq, qronos.
+"""Does what gptq, gptaq and qronos share: they round a weight column by column.
 
 Scales are fixed first, then codes are found column by column, the columns not yet rounded making up for the error;
 then both are refined. Damping, the strength of what a member aims for, and the fallback to nearest are chosen on

@@ -1,4 +1,4 @@
-"""Fits a block to its wanted output step by step, and keeps what is best on held-out rows: what tuners share."""
+"""Fits a block to its wanted output step by step, and keeps the best result on held-out rows. Tuners share it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The common part of transforms that scale channels: which channels there are, and what was decided of them.
+"""Does what transforms that scale channels share: it finds the channels, and notes the decision for each.
 
 The output of a norm or linear is divided by factors and the columns of all weights that read it are multiplied, so that
 the function stays. Which channels those are comes from the family file (`Plan.rewrites`).

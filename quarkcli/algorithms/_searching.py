@@ -1,4 +1,4 @@
-"""Channel scaling by search: candidates, what they cost on sampled rows, and proof on held-out ones."""
+"""Searches factors of channels: candidates, their loss on sampled rows, and a proof on held-out rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The residual stream of a plan: what of every part stands on it, and what changes with its channels. Torch-free."""
+"""Finds the residual stream of a plan: what of each part stands on it and changes with its channels. Torch-free."""
 
 from __future__ import annotations
 

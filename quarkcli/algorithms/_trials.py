@@ -1,4 +1,4 @@
-"""Factors of channels on trial: what the weights that read them lose, on rows they are fitted to and on held-out ones.
+"""Tries factors of channels: measures the loss of the weights that read them, on fitted and on held-out rows.
 
 Where a solver makes up for errors of rounding, the search goes by what it cannot make up for, and the proof on held-out
 rows by what the solver itself makes of some of the weights' rows.

@@ -1,4 +1,4 @@
-"""The common ground of solvers that see the source model's activations beside the served ones: gptaq, qronos."""
+"""Does what gptaq and qronos share: they see the source model's activations beside the served ones."""
 
 from __future__ import annotations
 

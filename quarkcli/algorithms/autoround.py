@@ -1,4 +1,4 @@
-"""AutoRound (arXiv 2309.05516): rounding offsets and factors of scales, learned by the sign of their gradients.
+"""AutoRound (arXiv 2309.05516): learns how to round each code, and factors of scales, by the sign of the gradients.
 
 Every block starts from the codes and scales of its solver. An offset V within half a step of the grid moves a weight
 inside, or out of, the rounding interval of its code; a factor moves the scale of a group, which is stored as the format

@@ -1,4 +1,4 @@
-"""AutoSmoothQuant: SmoothQuant with an exponent for every pair, found by what quantization then costs.
+"""AutoSmoothQuant: SmoothQuant with its own exponent for each pair, the one with the least loss.
 
 Candidates are max|X_j|^a / max|W_j|^(1 - a) for a = 0 ... 1 and AMD Quark's max|X_j|^r, which leaves the weights out.
 They are judged by the outputs of all weights that read the channels, weights and inputs quantized, on sampled rows; one

@@ -1,4 +1,4 @@
-"""The contracts of algorithms: transforms, solvers, refiners, tuners. Their declarations are torch-free.
+"""Defines the contracts of algorithms: transforms, solvers, refiners, tuners. Their declarations are torch-free.
 
 The worker groups the weights and hands each solver one `Problem` after the other; a solver knows nothing of files,
 dialects or lists of experts. The order in a part: transforms before, observe, transforms after, shared amax and static

@@ -1,4 +1,4 @@
-"""GPTAQ (arXiv 2504.02692): rounds column by column towards what the source's layer makes of its own inputs.
+"""GPTAQ (arXiv 2504.02692): rounds column by column towards the output that the source's layer makes of its own inputs.
 
 It sees two streams: x, what the quantized blocks below hand on, and s, the same token's in the source model. The loop
 is GPTQ's; beside its rounding error every column hands on what its own input has lost, E[(s - x) x^T]. How strongly is

@@ -1,4 +1,4 @@
-"""GPTQ (arXiv 2210.17323): rounds column by column and lets the columns not yet rounded make up for the error.
+"""GPTQ (arXiv 2210.17323): rounds column by column, and the columns that are not yet rounded compensate the error.
 
 It aims for the source weights on the inputs that the quantized blocks below hand on. Scales are fixed beforehand
 (static groups), so the stored layout does not change. Of inputs that were zero in calibration nothing is known: their

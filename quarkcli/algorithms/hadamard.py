@@ -1,4 +1,4 @@
-"""Online Hadamards: inputs of quantized linears are turned in blocks while the model runs, weights beforehand.
+"""Online Hadamards: the server turns inputs of quantized linears in blocks, and the weights are turned beforehand.
 
 Every run of `block` input features is multiplied by Sylvester's matrix / sqrt(block), and so are the columns of the
 weight, which leaves the product as it is. An outlier is spread over its block: codes of mxfp4, whose block of 32 has

@@ -1,4 +1,4 @@
-"""Channels in order of their size, so that outliers share the scale of few blocks. It costs nothing at run time.
+"""Sorts channels by their size, so that outliers share the scale of few blocks. It costs nothing when serving.
 
 A permutation commutes with norms and their weights: nothing is folded, and a head that is the embedding stays so. The
 channels of the residual stream have one order in the whole model, decided from a pass over the source; those inside an

@@ -1,4 +1,4 @@
-"""Polish: distils what stays in 16 bits toward the source's block outputs, with every code as it is.
+"""Polish: tunes what stays in 16 bits toward the outputs of the source's blocks. Codes stay.
 
 The last step after any solver or tuner: norms of the block, biases that exist and are not quantized, and scales where
 the format stores them as plain floats. Adam lowers the error of the block's output, which is compared with what the

@@ -1,4 +1,4 @@
-"""Qronos (arXiv 2505.11695): rounds column by column what comes nearest to the source's output on inputs that are off.
+"""Qronos (arXiv 2505.11695): rounds the weights whose output on the served inputs is nearest to the source's output.
 
 It sees two streams: x, what the quantized blocks below hand on, and s, the same token's in the source model. The loop
 is GPTQ's on the float weights W' for which W' x comes nearest to W s. How far to go from W to W' is chosen on held-out

@@ -1,4 +1,4 @@
-"""Offline rotations by Hadamard matrices: an outlier is spread over all channels. They cost nothing at run time.
+"""Rotates the residual stream by Hadamard matrices, offline: that spreads an outlier over all channels.
 
 R1 turns the residual stream: embedding, readers, writers, head; norms are folded into their readers before. R2 turns
 the values of attention inside their heads. Sources: QuaRot (arXiv 2404.00456), SpinQuant (arXiv 2405.16406).

@@ -1,4 +1,4 @@
-"""Round to nearest: scales from amax, every weight to its nearest code. Needs no data.
+"""Rounds to nearest: scales from the largest magnitude, each weight to its nearest code. It needs no data.
 
 With `scale_search` every group takes the legal scale that loses least output, by the group's own block of the second
 moment of the inputs (ModelOpt's `local_hessian`). That needs data.

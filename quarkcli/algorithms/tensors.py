@@ -1,4 +1,4 @@
-"""The tensors of one part as a transform sees them: by role, in float32, with the rewrites that keep the function.
+"""Holds the tensors of one part for a transform: by role, in float32, with the rewrites that keep the function.
 
 A transform changes weights, norms and biases here and nowhere else, so that every changed tensor has a name in plan,
 report and files. Values are rounded back to the source's dtype once, when a transform is done.

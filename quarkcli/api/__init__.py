@@ -1,1 +1,1 @@
-"""The Python API. `quarkcli` offers all of it lazily; see `quarkcli.api.run` for examples."""
+"""The Python functions of quark. `quarkcli` offers all of them and loads them at their first use."""

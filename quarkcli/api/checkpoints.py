@@ -1,4 +1,4 @@
-"""Models and written checkpoints from Python.
+"""Inspects models, and checks, compares, converts and reports checkpoints, from Python.
 
 import quarkcli
 found = quarkcli.compare("demo", "out")
@@ -43,12 +43,12 @@ def compare(
 ) -> dict[str, Any]:
     """Compares two checkpoints tensor by tensor and returns what `quark compare --json` shows, worst first.
 
-    a, b      directory, hub id, or "demo" for the embedded model; quantized in any dialect that is read, or not
-    min_sqnr  least ratio of signal to noise of every tensor, in dB
-    listener  called with every event
+    a, b      directory, hub id, or "demo" for the embedded model; quantized in a dialect that quark reads, or not
+    min_sqnr  least ratio of signal to noise of each tensor, in dB
+    listener  called with each event
 
-    Raises CheckError where a tensor is below `min_sqnr`, with the comparison in its `result`; QuarkError for what is no
-    checkpoint, or quantized in a way that is not read.
+    Raises CheckError if a tensor is below `min_sqnr`; its `result` has the comparison. Raises QuarkError if a directory
+    holds no checkpoint, or one that quark cannot read.
     """
     return comparing.check(compared(a, b, offline=offline, allow_pickle=allow_pickle, listener=listener), min_sqnr)
 
@@ -82,12 +82,12 @@ def convert(
 ) -> dict[str, Any]:
     """Writes a quantized checkpoint in another dialect and returns what `quark convert --json` shows.
 
-    to         a dialect's name
-    output     directory; one that exists is an error unless `overwrite`
-    threads    as many weights are packed at once; None: one for each core
-    listener   called with every event
+    to         name of the new dialect
+    output     directory, which must not exist unless `overwrite` is true
+    threads    number of weights that are packed at once; None: one for each core
+    listener   called with each event
 
-    Codes and scales stay as they are. Raises ModelError, with the tensor, where the dialect cannot hold them.
+    Codes and scales stay as they are. Raises ModelError, with the tensor, if the dialect cannot hold them.
     """
     if overwrite and output_state(Path(output)) in ("absent", "empty"):
         listener(Message(f"--overwrite is not used: there is nothing in {output}", "warning"))
@@ -107,10 +107,10 @@ def inspect(
 ) -> dict[str, Any]:
     """Returns what `quark inspect --json` shows: architecture, parts, roles, dtypes, experts, quantization.
 
-    model      directory, hub id, or "demo"; config and headers are read, no weights
-    listener   called with every event
+    model      directory, hub id, or "demo"; only config and headers are read
+    listener   called with each event
 
-    Raises QuarkError for what is no model.
+    Raises QuarkError if there is no model.
     """
     source = Source.open(
         located(str(model)), revision=revision, offline=offline, bare=True, allow_pickle=allow_pickle, tell=listener
@@ -134,13 +134,13 @@ def verify(
 ) -> dict[str, Any]:
     """Checks a written checkpoint and returns what `quark verify --json` shows.
 
-    source     the model it was made from; None: the checkpoint is checked alone
-    target     a server that must load it
-    tp         numbers of devices by which servers must be able to split it
-    min_sqnr   least ratio of signal to noise of a decoded weight, in dB; with a source
-    hashes     whether all files are read to compare their hashes; None: up to 20 GB
+    source     model that the checkpoint was made from; None: nothing is compared with a source
+    target     server that must load it
+    tp         numbers of devices over which servers must be able to split it
+    min_sqnr   least ratio of signal to noise of a decoded weight, in dB; needs a source
+    hashes     whether the hashes of all files are compared; None: of up to 20 GB
 
-    Raises CheckError for everything that is wrong, at once; its `result` has the checks that passed and the problems.
+    Raises one CheckError for all that is wrong; its `result` has the checks that passed and the problems.
     """
     origin = None if source is None else located(str(source))
     asked = checks.Asked(origin, target, on_nonfinite, hashes, tuple(tp), min_sqnr, allow_pickle)
@@ -157,6 +157,6 @@ def verify(
 def report(directory: str | PathLike[str]) -> Report:
     """Returns the report of a finished run, as `quark report DIR --json` shows it.
 
-    Raises AccessError where there is no directory, ModelError where it has no report.
+    Raises AccessError if there is no directory, ModelError if it has no report.
     """
     return Report(reading.read(Path(directory)))

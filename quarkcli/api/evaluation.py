@@ -1,4 +1,4 @@
-"""Perplexity and distance from the source, from Python."""
+"""Measures perplexity and the distance from the source, from Python."""
 
 from __future__ import annotations
 
@@ -31,16 +31,18 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measures a checkpoint and returns what `quark eval --json` shows.
 
-    directory         a checkpoint, quantized or not, or "demo"
-    baseline          the model it was made from; adds KL (nats per token), top-1 agreement and its perplexity
-    text              a text file; None: the beginning of the built-in text
-    window            tokens per window, which do not overlap; `tokens`: at most this many of the text
-    max_kl            limit in nats per token; `max_ppl_increase`: a share, .03 for 3 %; both need a baseline
-    weights_only      activations and cache stay as they are
-    listener          called with every event
+    directory         checkpoint, quantized or not, or "demo"
+    baseline          model that it was made from; adds KL (nats per token), top-1 agreement and the model's perplexity
+    text              text file; None: the held-out part of the built-in text
+    window            tokens per window; windows do not overlap
+    tokens            largest number of tokens of the text
+    max_kl            limit in nats per token; needs a baseline
+    max_ppl_increase  limit as a share, .03 for 3 %; needs a baseline
+    weights_only      whether activations and cache stay as they are
+    listener          called with each event
 
-    Raises CheckError above a limit, with what was measured in its `result`, and for NaN; QuarkError for what cannot be
-    measured.
+    Raises CheckError above a limit, with the measurements in its `result`, and for NaN. Raises QuarkError if the
+    checkpoint cannot be measured.
     """
     from quarkcli.evaluation import gates, run
 

@@ -1,4 +1,4 @@
-"""The progress of a run in a notebook: one place that changes, instead of a line for every event."""
+"""Shows the progress of a run in a notebook, in one place that changes."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _LATEST = 5  # messages that stay in sight
 class NotebookProgress:
     """A listener for Jupyter: `quarkcli.quantize(..., listener=quarkcli.NotebookProgress())`.
 
-    It shows what is done, what is being done, the time left, and the last warnings. Raises UsageError where there is no
-    IPython to show it.
+    It shows what is done, what is being done, the time left, and the last warnings. Raises UsageError without
+    IPython.
     """
 
     def __init__(self) -> None:

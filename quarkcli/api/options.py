@@ -1,4 +1,4 @@
-"""The options of a plan or a run as keyword arguments: the flags' names, with `_` for `-`."""
+"""Lists the options of a plan or a run as keyword arguments: the names of the flags, with `_` for `-`."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 
 class RunOptions(TypedDict, total=False):
-    """Holds what `quantize` and `make_plan` take beside their own arguments; each is a flag of `quark quantize`.
+    """Lists the options of `quantize` and `make_plan`; each is a flag of `quark quantize`.
 
-    Memory is in bytes and time in seconds. A tool that type-checks refuses a name that is not here; at run time it is a
+    Memory is in bytes and time in seconds. A type checker refuses a name that is not here; at run time it is a
     TypeError.
     """
 

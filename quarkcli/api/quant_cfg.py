@@ -1,4 +1,4 @@
-"""Lists of entries and what a plan comes to, by the names NVIDIA ModelOpt gives its functions.
+"""Works with lists of entries, and counts what a plan comes to, by the names of NVIDIA ModelOpt's functions.
 
 The functions that change a plan are in `quarkcli.plan.edit`.
 """
@@ -27,7 +27,7 @@ _PATH_KEYS = ("quantizer_path", "quantizer_name")
 
 
 class NoSuchEntry(ConfigError, KeyError):
-    """No entry of a list has the path asked for."""
+    """No entry of the list has this path."""
 
 
 def normalize_quant_cfg_list(quant_cfg: Any) -> list[dict[str, Any]]:
@@ -37,7 +37,7 @@ def normalize_quant_cfg_list(quant_cfg: Any) -> list[dict[str, Any]]:
 
     Every entry of the result has `quantizer_path`, `cfg` (only what was written, or None) and `enable`, and
     `parent_class` where there is one. Warns once (DeprecationWarning) of legacy shapes. Raises ConfigError with
-    everything that is wrong.
+    all that is wrong.
     """
     found = normalize(quant_cfg)
     for entry in found.entries:
@@ -65,10 +65,10 @@ def find_quant_cfg_entry_by_path(quant_cfg_list: Sequence[Mapping[str, Any]], qu
 
 
 def update_quant_cfg_with_kv_cache_quant(quant_cfg: Any, kv_cache_quant_cfg: Any) -> Any:
-    """Returns `quant_cfg` with the entries of the KV cache behind its own. Neither argument is changed.
+    """Returns `quant_cfg` with the entries of the KV cache behind its own. It changes neither argument.
 
-    Either may be a whole config (`{"quant_cfg": ..., "algorithm": ...}`) or only its list. A whole `quant_cfg` gives a
-    whole config, in which the algorithm is `max` where there was none, as in ModelOpt; a list gives a list.
+    Each may be a whole config (`{"quant_cfg": ..., "algorithm": ...}`) or only its list. A list gives a list. A whole
+    config gives a whole config; if it names no algorithm, the algorithm is `max`, as in ModelOpt.
     """
     inner = kv_cache_quant_cfg.get(_LIST) if _is_whole(kv_cache_quant_cfg) else kv_cache_quant_cfg
     extra = normalize_quant_cfg_list(inner)
@@ -85,11 +85,10 @@ def _is_whole(config: Any) -> bool:
 
 
 def need_calibration(plan: Plan) -> bool:
-    """True when `quantize` would run data through the model for this plan.
+    """Says whether `quantize` needs data for this plan.
 
-    Decided from what the plan ended as: some static scale of an input, an output or an attention operand is to be
-    measured, or an algorithm needs statistics. Entries that were switched off later, constant ranges and dynamic scales
-    need none.
+    It does if some static scale of an input, an output or an attention operand is measured, or if an algorithm needs
+    statistics. Slots that are off in the end, constant ranges and dynamic scales need none.
     """
     spelled_out = replace(plan, warnings=[])
     asked.advise(spelled_out)
@@ -97,9 +96,9 @@ def need_calibration(plan: Plan) -> bool:
 
 
 def estimate_quant_compression(plan: Plan) -> float:
-    """Returns the bits stored per quantized weight, scales and zero points included, as a share of 16 bits.
+    """Returns the stored bits per quantized weight, with scales and zero points, divided by 16.
 
-    nvfp4 gives a little more than 4.5 / 16. Weights that stay as they are do not count, nor do caches; 1.0 when no
-    weight is quantized. (ModelOpt's function of this name takes the smallest number format of a config alone.)
+    nvfp4 gives a little more than 4.5 / 16. Kept weights and caches do not count. Without a quantized weight it is 1.0.
+    (ModelOpt's function of this name looks only at the smallest number format of a config.)
     """
     return sizes.effective_bits(plan) / _SOURCE_BITS if any(plan.quantized()) else 1.0

@@ -1,4 +1,4 @@
-"""A report as Python shows it: a dict, with one line for a prompt and a table for a notebook."""
+"""Shows a report in Python: a dict, with one line at a prompt and a table in a notebook."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from quarkcli.reporting.log import duration
 class Report(dict[str, Any]):
     """Holds the report of a run (`quark/report/2`), as `quark report DIR --json` shows it.
 
-    Of several dialects, `report["dialects"]` has one for each directory. Ranks of torchrun but the first get an empty
-    one.
+    With several dialects, `report["dialects"]` has a report for each directory. Under torchrun only the first rank has
+    a report; the others have an empty one.
     """
 
     def __repr__(self) -> str:

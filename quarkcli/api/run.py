@@ -1,4 +1,4 @@
-"""Plans and runs from Python: they do as the command line, without a screen.
+"""Plans and runs from Python. The functions do what the commands do, and print nothing.
 
     import quarkcli
     report = quarkcli.quantize("demo", "mxfp4", output="out")
@@ -7,7 +7,7 @@
     quarkcli.disable_quantizer(plan, "*down_proj*")
     report = quarkcli.quantize(plan, output="out")
 
-Errors are `quarkcli.errors.QuarkError` and its subclasses; nothing is printed.
+Errors are `quarkcli.errors.QuarkError` and its subclasses.
 """
 
 from __future__ import annotations
@@ -48,21 +48,20 @@ def quantize(
     listener: Listener = silent,
     **options: Unpack[RunOptions],
 ) -> Report:
-    """Quantizes a model and returns the report (`quark/report/2`); under torchrun the first rank does, the others `{}`.
+    """Quantizes a model and returns the report (`quark/report/2`). Under torchrun only the first rank returns it.
 
-    model     directory, hub id, or "demo" for the embedded model; or a plan of `make_plan`, with the options given
-              there and what was edited since; `options` given here win
-    scheme    a scheme's name
-    recipe    a recipe's name or file, or what `load_recipe` returned
-    config    contents of a recipe file, as Python data: a native recipe, a config of NVIDIA ModelOpt or AMD Quark, a
-              list of entries, or what `LLMTemplate.get_config` returned
-    listener  called with every event of the run, also by the thread that writes
-    options   see `RunOptions` (`exclude=["*.q_proj"]`); of several dialects, a list or with commas
-              (`dialect=["compressed-tensors", "quark"]`), each gets a directory of its name in `output`, and the
-              reports are in `report["dialects"]`, by name
+    model     directory, hub id, or "demo" for the embedded model; or a plan of `make_plan`, which keeps its options;
+              `options` given here win
+    scheme    name of a scheme
+    recipe    name or file of a recipe, or the result of `load_recipe`
+    config    content of a recipe file, as Python data: a native recipe, a config of NVIDIA ModelOpt or AMD Quark, a
+              list of entries, or the result of `LLMTemplate.get_config`
+    listener  called with each event of the run, also by the thread that writes
+    options   see `RunOptions` (`exclude=["*.q_proj"]`). `dialect` may be a list (`["compressed-tensors", "quark"]`);
+              `output` then has a directory for each, and `report["dialects"]` their reports by name
 
-    One of scheme, recipe and config says what to do; a plan says it already. Raises QuarkError for everything a user
-    can cause, TypeError for an unknown option.
+    Give one of scheme, recipe and config for a model, and none for a plan. Raises QuarkError for errors that a user can
+    cause, TypeError for an unknown option.
     """
     if isinstance(model, Plan):
         if scheme is not None or recipe is not None or config is not None:
@@ -81,9 +80,9 @@ def make_plan(
     config: Config | None = None,
     **options: Unpack[RunOptions],
 ) -> Plan:
-    """Returns the plan that `quantize` would follow with the same arguments; reads config and headers only.
+    """Returns the plan that `quantize` follows with the same arguments. It reads only config and headers.
 
-    The functions named after ModelOpt's (`set_quantizer_by_cfg`, `disable_quantizer` ...) change it, and `quantize`
+    Functions with ModelOpt's names (`set_quantizer_by_cfg`, `disable_quantizer` ...) change the plan, and `quantize`
     takes it.
     """
     asked = _options(model, scheme, recipe, config, None, dict(options))
@@ -93,18 +92,18 @@ def make_plan(
 
 
 def load_recipe(name_or_path: str | PathLike[str]) -> Recipe:
-    """Returns a recipe by registered name or file. Raises ConfigError with file, line and column."""
+    """Returns the recipe of a name or file. Raises ConfigError with file, line and column."""
     return recipes.from_file(catalog.find_recipe(str(name_or_path)))
 
 
 def register_scheme(name: str, scheme: Mapping[str, Any]) -> None:
-    """Makes a scheme known to everything that takes a scheme's name, until the process ends.
+    """Adds a scheme under a name, until the process ends.
 
     name    letters, digits, `_`, `-` and `.`; `_` and `-` are the same
-    scheme  contents of a scheme's file: `{"weight": cfg, "input": cfg}`, and if you like `output`, `bias`, `summary`,
-            `hardware`, `aliases`
+    scheme  content of a scheme's file: `{"weight": cfg, "input": cfg}`, also `output`, `bias`, `summary`, `hardware`,
+            `aliases`
 
-    Raises UsageError for a name that exists, ConfigError for a scheme that is wrong.
+    Raises UsageError if the name exists, ConfigError if the scheme is wrong.
     """
     if not isinstance(scheme, Mapping):
         raise ConfigError(
@@ -122,7 +121,7 @@ def register_scheme(name: str, scheme: Mapping[str, Any]) -> None:
 
 
 def unregister_scheme(name: str) -> None:
-    """Forgets a scheme that `register_scheme` made known. Raises UsageError for any other; built-in ones stay."""
+    """Removes a scheme that `register_scheme` added. Raises UsageError for any other, also a built-in one."""
     catalog.unregister(name)
 
 

@@ -1,12 +1,12 @@
-"""`LLMTemplate` of AMD Quark, over the families and schemes that every command uses. Torch-free.
+"""`LLMTemplate` of AMD Quark, with the families and schemes that every command uses. Torch-free.
 
     template = LLMTemplate.get("llama")
     config = template.get_config("fp8", kv_cache_scheme="fp8", layer_config={"*down_proj": "mxfp4"})
     quarkcli.quantize("demo", config=config, output="out")
 
-`get_config` returns a native recipe as plain data, which may be written to a YAML file as well. What it says follows
-Quark: a scheme means linears only, of two layer patterns that match the first wins, `exclude_layers` takes the place of
-the template's own list, and no exclusion reaches cache and attention.
+`get_config` returns a native recipe as plain data, which you can also write to a YAML file. It follows Quark: a
+scheme means linears only, the first of two layer patterns that match wins, `exclude_layers` replaces the template's
+own list, and no exclusion reaches cache and attention.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ AlgoConfig = Mapping[str, Any]
 class LLMTemplate:
     """The roles of a model's layers: attention, gate and up, exclusions.
 
-    model_type           name it is registered under
+    model_type           name of the template
     kv_layers_name       patterns of the projections whose outputs the KV cache keeps
     q_layer_name         pattern, or patterns, of the query projections
     gate_up_layers_name  leaf names of gate and up, which share a scale
@@ -54,8 +54,8 @@ class LLMTemplate:
     algorithm_configs    algorithm -> its parameters, in Quark's words or ours
     legacy               `<algorithm>_config=...`, the old form of `algorithm_configs`; warns
 
-    Raises ConfigError for an algorithm nobody knows, and for `f2f_weight_converters`: fused tensors are split by the
-    family file (`experts.fused`).
+    Raises ConfigError for an unknown algorithm, and for `f2f_weight_converters`, because the family file splits fused
+    tensors (`experts.fused`).
     """
 
     _registered: ClassVar[dict[str, LLMTemplate]] = {}
@@ -109,7 +109,7 @@ class LLMTemplate:
 
     @classmethod
     def register_template(cls, template: LLMTemplate) -> None:
-        """Makes a template known until the process ends. Warns when one of its name is known already."""
+        """Adds a template until the process ends. Warns if its name is known already."""
         if catalog.same(template.model_type) in cls._registered or _card(template.model_type) is not None:
             warnings.warn(f"template '{template.model_type}' is known already and is overwritten", stacklevel=2)
         cls._registered[catalog.same(template.model_type)] = template
@@ -136,7 +136,7 @@ class LLMTemplate:
 
     @classmethod
     def register_scheme(cls, scheme_name: str, config: Mapping[str, Any]) -> None:
-        """Makes a scheme known everywhere, as `quarkcli.register_scheme`.
+        """Adds a scheme, as `quarkcli.register_scheme` does.
 
         config   `weight`, `input_tensors`, `output_tensors`, `bias` with Quark's SPECs, or a scheme in our words
         """
@@ -147,7 +147,7 @@ class LLMTemplate:
 
     @classmethod
     def unregister_scheme(cls, scheme_name: str) -> None:
-        """Forgets a registered scheme. Raises UsageError for any other."""
+        """Removes a registered scheme. Raises UsageError for any other."""
         run.unregister_scheme(scheme_name)
 
     @classmethod

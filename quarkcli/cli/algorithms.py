@@ -1,4 +1,4 @@
-"""`quark algorithms`: list, show."""
+"""`quark algorithms`: lists and shows algorithms."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The bar of a running job: one line that fits every terminal, with count and time before names. Needs Rich."""
+"""Draws the bar of a running job: one line for any terminal, count and time before names. Needs Rich."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`quark compare`: two checkpoints tensor by tensor, and a gate for CI."""
+"""`quark compare`: compares two checkpoints tensor by tensor, with a limit for CI."""
 
 from __future__ import annotations
 

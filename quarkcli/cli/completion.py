@@ -1,4 +1,4 @@
-"""Words that a shell can complete in flags."""
+"""Gives a shell the words that complete a flag."""
 
 from __future__ import annotations
 

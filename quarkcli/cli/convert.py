@@ -1,4 +1,4 @@
-"""`quark convert`: a quantized checkpoint in another dialect, without another rounding."""
+"""`quark convert`: writes a quantized checkpoint in another dialect, without rounding again."""
 
 from __future__ import annotations
 

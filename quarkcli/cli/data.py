@@ -1,4 +1,4 @@
-"""`quark data`: list, preview."""
+"""`quark data`: lists and previews calibration data."""
 
 from __future__ import annotations
 

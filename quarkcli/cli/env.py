@@ -1,4 +1,4 @@
-"""`quark env`: versions, devices, memory, disk, for bug reports."""
+"""`quark env`: shows versions, devices, memory and disk, for bug reports."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`quark eval`: reload the written files, measure, and be a gate for CI."""
+"""`quark eval`: measures the written files, with limits for CI."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`quark recipes explain`: tells the reason a slot of a model ends as it does."""
+"""`quark recipes explain`: says why a slot of a model ends as it does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Facts of schemes and recipes without a model: bits, need of data, loaders. Torch-free."""
+"""Gathers facts of schemes and recipes without a model: bits, need of data, loaders. Torch-free."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files that commands write for people."""
+"""Writes files of commands that people asked for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Flags of a job: the data that it is calibrated on."""
+"""Defines the flags of a job about its calibration data."""
 
 from __future__ import annotations
 

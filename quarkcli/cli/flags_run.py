@@ -1,4 +1,4 @@
-"""Flags of a job: how it runs, and what is told of it."""
+"""Defines the flags of a job about the run and its messages."""
 
 from __future__ import annotations
 

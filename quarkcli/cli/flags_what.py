@@ -1,4 +1,4 @@
-"""Flags of a job: which model, what becomes of it, and where the result goes."""
+"""Defines the flags of a job about the model, the formats and the place of the result."""
 
 from __future__ import annotations
 

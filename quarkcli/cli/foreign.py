@@ -1,4 +1,4 @@
-"""Keeps what libraries print out of a stderr that is read by a program: their lines become events of level debug."""
+"""Catches what libraries print where a program reads stderr, and makes events of level debug of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`quark init`: a recipe to start from, with the reasons in it."""
+"""`quark init`: writes a recipe to start from, with a reason for each choice."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def recipe_text(choice: Choice, wish: Wish, model: str, file: str) -> str:
         *_comment("Routers, norms, embedding and head stay as they are: quantizing them loses much and saves little."),
         "exclusions: default",
         *(_calibration(choice) if needs_data else _comment("No calibration data is needed.")),
-        *_comment(f"{wish.server.title} loads this dialect (layout of the files); 'quark plan' lists other servers that do."),
+        *_comment(f"{wish.server.title} loads this dialect (layout of the files); 'quark plan' lists other servers."),
         "export:",
         f"  dialect: {prepared.dialect.name}",
     ]  # fmt: skip
@@ -159,8 +159,8 @@ def _calibration(choice: Choice) -> Iterator[str]:
 
     limit = family.position_limit(choice.prepared.source.config)
     yield from _comment(
-        "Give text like yours: a line 'data: chats.jsonl' here, or --calib-data. Without it quark takes a general data set "
-        "of the hub, or a text that comes with quark."
+        "Give text like yours: a line 'data: chats.jsonl' here, or --calib-data. Without it quark takes a general data "
+        "set of the hub, or a text that comes with quark."
     )
     yield "calibration:"
     yield f"  samples: {_ROWS}"

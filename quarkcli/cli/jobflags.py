@@ -1,4 +1,4 @@
-"""The flags of `quantize` and `plan`, said once. Field names are those of `options.Options` and `Overrides`."""
+"""Turns the flags of `quantize` and `plan` into `options.Options` and `Overrides`; field names are theirs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Facts of all that is built in, computed once and shipped in the package, so that lists need not read it again.
+"""Holds the facts of all that is built in, computed once and shipped, so that lists need not compute them.
 
 `make docs` writes the file from what the commands compute. It bears a digest of every built-in recipe file: where one
 was changed since, it is not used, and the commands compute. Files of the user are read each time.

@@ -1,4 +1,4 @@
-"""The flags about messages on stderr, of every command that works for a while."""
+"""Defines the flags about messages on stderr, for each command that works for a while."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The `quark` command: all commands, and the answer to one that does not end well."""
+"""Runs the `quark` command: finds the subcommand, and turns errors into a message and an exit code."""
 
 from __future__ import annotations
 

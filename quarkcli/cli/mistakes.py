@@ -1,4 +1,4 @@
-"""`quark explain`: what the code of an error means, its causes and its cure."""
+"""`quark explain`: shows what an error code means, its causes and its cure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`quark models`: list, show, infer."""
+"""`quark models`: lists, shows and infers families."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prints everything of the commands: data on stdout, all else on stderr. Rich is imported only for a terminal.
+"""Prints for all commands: data on stdout, all else on stderr. It imports Rich only for a terminal.
 
 What stands on stderr is text, JSON lines or text with GitHub's annotations (`session.format`); in JSON, no other line
 does. Messages below `session.level` are not shown.

@@ -1,4 +1,4 @@
-"""Puts the flags of a command with many of them into panels, and its help into a terminal of any width."""
+"""Sorts the flags of a large command into panels, and fits its help into a terminal of any width."""
 
 from __future__ import annotations
 

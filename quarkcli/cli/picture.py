@@ -1,4 +1,4 @@
-"""One picture of a plan: what becomes of the model, what that takes, who serves it, and what to type next."""
+"""Draws a plan: what becomes of the model, what that takes, who serves it, and what to type next."""
 
 from __future__ import annotations
 

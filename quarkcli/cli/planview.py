@@ -1,4 +1,4 @@
-"""A plan for people and as JSON (`quark/plan/2`). One row per class of modules: indices are folded."""
+"""Shows a plan for people and as JSON (`quark/plan/2`), one row per class of modules."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The forecast of time, memory and disk, by rank, for people."""
+"""Shows the forecast of time, memory and disk, by rank."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shows a running job to the person or the log collector at the terminal: a bar, lines, JSON lines or nothing.
+"""Shows a running job at a terminal or in a log: a bar, lines, JSON lines or nothing.
 
 Nothing is silent for longer than `SILENCE`: a thread says what is still being done.
 """

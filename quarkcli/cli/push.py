@@ -1,4 +1,4 @@
-"""`quark push`: a finished checkpoint to the hub."""
+"""`quark push`: uploads a finished checkpoint to the hub."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`quark recipes`: list, show, validate, copy, and what `rewrite` and `explain` add."""
+"""`quark recipes`: lists, shows, validates and copies recipes; `rewrite` and `explain` add the rest."""
 
 from __future__ import annotations
 

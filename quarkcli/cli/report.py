@@ -1,4 +1,4 @@
-"""`quark report`: shows the results of a finished run, and how far one under way is."""
+"""`quark report`: shows the report of a finished run, or the state of a run under way."""
 
 from __future__ import annotations
 

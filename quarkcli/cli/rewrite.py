@@ -1,4 +1,4 @@
-"""`quark recipes normalize`, `convert`, `schema`: old shapes in, today's form out."""
+"""`quark recipes normalize`, `convert`, `schema`: turns old forms of recipes into today's form."""
 
 from __future__ import annotations
 

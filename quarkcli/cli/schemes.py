@@ -1,4 +1,4 @@
-"""`quark schemes`: list, show."""
+"""`quark schemes`: lists and shows schemes."""
 
 from __future__ import annotations
 

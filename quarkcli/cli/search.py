@@ -1,4 +1,4 @@
-"""`quark search`: a mixed recipe for a budget, from what each group of weights loses in each scheme."""
+"""`quark search`: finds a mixed recipe for a budget, from the loss of each group of weights in each scheme."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: the first one ends the command in order; where that takes too long, the process ends at once."""
+"""Handles SIGINT and SIGTERM: the first ends the command in order; if that takes too long, the process ends at once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A finished run's report for people: lines for the terminal, and Markdown."""
+"""Shows the report of a finished run: lines for the terminal, and Markdown."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Lays text out for a terminal: tables and lines that no width cuts inside a name."""
+"""Lays text out for a terminal. No width cuts inside a name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Dialects: names and descriptions of packed tensors on disk. One member per file; the file name is the name.
+"""Finds the dialects, which name and describe packed tensors on disk. One member per file; the file name is the name.
 
 A member is a module with `WRITER`, `READER`, or both (see `base`). Nobody outside asks for a name.
 """

@@ -1,4 +1,4 @@
-"""Specs <-> the QuantizationArgs of compressed-tensors (`quantization/quant_args.py`, release 0.20). Torch-free."""
+"""Turns specs into QuantizationArgs of compressed-tensors 0.20 (`quantization/quant_args.py`) and back. Torch-free."""
 
 from __future__ import annotations
 

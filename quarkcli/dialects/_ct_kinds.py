@@ -1,4 +1,4 @@
-"""The kinds that compressed-tensors 0.20 holds, and those that vLLM 0.32 and transformers 5.23 load. Torch-free.
+"""Lists the kinds that compressed-tensors 0.20 holds, and those that vLLM 0.32 and transformers 5.23 load. Torch-free.
 
 The library describes weights, inputs and outputs apart, so that every weight goes with every input. vLLM: read in
 `compressed_tensors/compressed_tensors.py` and `compressed_tensors_moe/`; transformers: tried.

@@ -1,4 +1,4 @@
-"""The tensors of one module as the compressors of compressed-tensors 0.20 write them (`compressors/*`).
+"""Lays out the tensors of one module as the compressors of compressed-tensors 0.20 do (`compressors/*`).
 
 Facts are torch-free. Along the input, integers below 8 bits and those without quantized inputs fill 32-bit words as
 one stream of bits, zero points the same along the output; fp4 and fp6 fill bytes; 8 bits stay as they are. Integers

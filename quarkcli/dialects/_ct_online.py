@@ -1,4 +1,4 @@
-"""Turned inputs in the `transform_config` of compressed-tensors 0.20 (`transform/*`), and what vLLM 0.32 makes of it.
+"""Writes turned inputs as `transform_config` of compressed-tensors 0.20 (`transform/*`), as vLLM 0.32 reads it.
 
 A group has a type and a block (`head_dim`), and says where it is applied. We write what a loader has to do, which is at
 the `input`; that the weights are turned (`weight_input`) is done, and a loader that did it again would undo it.

@@ -1,4 +1,4 @@
-"""Reading compressed-tensors: the config group of a module, and its tensors. Torch-free."""
+"""Reads compressed-tensors: the config group of a module, and its tensors. Torch-free."""
 
 from __future__ import annotations
 

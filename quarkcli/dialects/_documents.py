@@ -1,4 +1,4 @@
-"""The shapes of each dialect's `quantization_config`, as far as its reader looks."""
+"""Defines the shape of each dialect's `quantization_config`, as far as its reader looks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Short names for the specs that dialects hold, and back. Torch-free.
+"""Gives the specs that dialects hold short names, and turns names back into specs. Torch-free.
 
 `<short> <where>` for numbers on a plain float scale: `int4 group`, `fp8 tensor`, `uint8 channel`, `fp8 tile`; one name
 for blocks on an 8-bit scale: `mxfp4`, `nvfp4`, `mx6`; `<first> then <second>` for a chain whose last codes are stored;

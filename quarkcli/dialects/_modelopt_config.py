@@ -1,4 +1,4 @@
-"""ModelOpt's algorithms and its two configs: flat in config.json, nested in `hf_quant_config.json`. Torch-free.
+"""Writes and reads ModelOpt's algorithms and its two configs: in config.json and `hf_quant_config.json`. Torch-free.
 
 As in exports of nvidia-modelopt 0.47, and as vLLM 0.32 reads them (`quantization/modelopt.py`).
 """

@@ -1,4 +1,4 @@
-"""Turns names of many experts into few `re:` patterns. Each is checked to match exactly them and nothing else."""
+"""Turns names of many experts into few `re:` patterns, and checks that each matches exactly them."""
 
 from __future__ import annotations
 

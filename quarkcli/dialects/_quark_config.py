@@ -1,4 +1,4 @@
-"""The `quantization_config` of the quark dialect: its layer dictionaries and the modules they hold for. Torch-free."""
+"""Writes and reads the `quantization_config` of the quark dialect, with a dictionary for each layer. Torch-free."""
 
 from __future__ import annotations
 

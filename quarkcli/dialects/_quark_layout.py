@@ -1,4 +1,4 @@
-"""The tensors that hold a quantized weight or bias, or the static scale of an activation: names, dtypes, shapes, bytes.
+"""Lays out the tensors of a quantized weight or bias, or of a static scale: names, dtypes, shapes, bytes.
 
 AMD Quark 0.13 packs these, and they lie here as they do there (tensors of its exports, decoded):
 

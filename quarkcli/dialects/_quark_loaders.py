@@ -1,4 +1,4 @@
-"""Reasons the quark dialect cannot hold a plan, and the servers that load what it holds. Torch-free.
+"""Says why the quark dialect cannot hold a plan, and which servers load what it holds. Torch-free.
 
 vLLM 0.32: its Quark classes, for linears and for routed experts; most were loaded, the others read. transformers 5.23
 loads through amd-quark, which renames one scale per tensor only.

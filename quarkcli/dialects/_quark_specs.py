@@ -1,4 +1,4 @@
-"""Specs <-> the spec dictionaries of AMD Quark's `quantization_config` (release 0.13, printed by running it).
+"""Turns specs into the dictionaries of AMD Quark's `quantization_config` (release 0.13) and back.
 
 A spec is one dictionary per stage, and one more (`is_scale_quant`) for a scale over the scales of the stage before; two
 or more make a list. Facts that Quark has no word for (a rule such as `rceil`, a chain whose first codes are stored, an

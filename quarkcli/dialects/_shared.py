@@ -1,4 +1,4 @@
-"""Parts that the dialects share: their refusals, and the demands of servers on fused modules. Torch-free."""
+"""Does what dialects share: refusals, and the demands of servers on fused modules. Torch-free."""
 
 from __future__ import annotations
 

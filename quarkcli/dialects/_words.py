@@ -1,4 +1,4 @@
-"""Weights of integers in 32-bit words as AutoAWQ and GPTQModel store them, both transposed to [in, ...]. Torch-free.
+"""Packs integer weights into 32-bit words as AutoAWQ and GPTQModel do, both transposed to [in, ...]. Torch-free.
 
 A weight [out, in] is `qweight`, with `scales` [in / group, out] in the model's dtype and `qzeros` packed along the
 outputs. Loaders take one number of bits and one size of groups for the whole model.

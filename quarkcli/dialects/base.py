@@ -1,4 +1,4 @@
-"""The contracts of dialects: readers and writers. Their facts (refusals, names, sizes, config) are torch-free.
+"""Defines the contracts of dialects: readers and writers. Their facts (refusals, names, sizes, config) are torch-free.
 
 A member of the folder offers `WRITER`, `READER`, or both: instances of classes that follow `Writer` and `Reader`.
 """

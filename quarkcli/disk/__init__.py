@@ -1,1 +1,1 @@
-"""Files: sources, shards, journal, written checkpoints."""
+"""Reads and writes files: sources, shards, journal, checkpoints."""

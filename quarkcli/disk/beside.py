@@ -1,4 +1,4 @@
-"""The quantization of a model that a file beside config.json describes, where config.json says nothing of it."""
+"""Finds a quantization that a file beside config.json describes, if config.json describes none."""
 
 from __future__ import annotations
 

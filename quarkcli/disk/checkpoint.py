@@ -1,4 +1,4 @@
-"""A quantized checkpoint read back: from the written config and headers alone, in the source's names and shapes.
+"""Reads a quantized checkpoint back from its config and headers alone, in the source's names and shapes.
 
 The model class runs on file tensors in source form. A quantized weight is decoded to its `.weight`; experts that a
 family stores fused are put together again.

@@ -1,4 +1,4 @@
-"""Two checkpoints tensor by tensor: what only one has, and how far the values of one are from those of the other.
+"""Compares two checkpoints tensor by tensor: what only one has, and how far their values lie apart.
 
 Either may be quantized or not, in any dialect that is read; experts are compared one by one, whether a file holds them
 fused or not. One tensor of each is in memory at a time.

@@ -1,4 +1,4 @@
-"""The tensors of each part of the output: said once, for forecast, worker, verification and report. Torch-free."""
+"""Says which tensors each part of the output has, for forecast, worker, verification and report. Torch-free."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compares the modules that a config leaves out with the files: each linear is quantized, or listed as left out.
+"""Compares a config's list of left-out modules with the files: each linear is quantized, or in the list.
 
 An entry that is missing makes a loader look for codes that are not there; one too many makes it pass over scales.
 """

@@ -1,4 +1,4 @@
-"""Headers and tensors of safetensors files: names, shapes and places, bytes by offset.
+"""Reads headers and tensors of safetensors files: names, shapes and places, bytes by offset.
 
 Headers are parsed here by hand (format: https://github.com/huggingface/safetensors#format) because the library
 hides the byte offsets and reads through torch or a memory map: plans need headers without torch, and a job needs

@@ -1,4 +1,4 @@
-"""The hub: whole snapshots, one file's bytes by range, how long to be patient, and what a refusal means."""
+"""Asks the hub: whole snapshots, or bytes of a file by range. Tries again, and turns refusals into errors."""
 
 from __future__ import annotations
 

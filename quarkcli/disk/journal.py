@@ -1,4 +1,4 @@
-"""The finished parts of an unfinished output, and its hidden states: `<output>.partial/.quark-state/`.
+"""Keeps the finished parts of an unfinished output, and its hidden states: `<output>.partial/.quark-state/`.
 
     lock                 held (flock) while a process works here; holds its pid
     fingerprint.json     everything that must be equal for a run to be continued

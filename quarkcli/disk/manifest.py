@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint: sha256 and size of every file, and a digest of every weight file's header.
+"""Writes and reads the manifest of a checkpoint: sha256 and size of each file, a digest of each header.
 
 `quark verify` compares with it what is there; replacing a checkpoint looks up in it which files are ours to remove.
 """

@@ -1,4 +1,4 @@
-"""NaN and infinity in tensors that are kept as they are: refused in parameters, mentioned in buffers.
+"""Finds NaN and infinity in kept tensors: refuses them in parameters, mentions them in buffers.
 
 A quantized weight is refused by its own scale rule. A copied tensor is looked at while it is in memory anyway.
 """

@@ -1,4 +1,4 @@
-"""A source that is quantized already: how, what of it a job passes over, and what is wrong with it. Torch-free."""
+"""Says how a source is quantized, what of it a job leaves out, and what is wrong with it. Torch-free."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The directories of an output: one, or one for each dialect in a directory that lists them.
+"""Names the directories of an output: one, or one for each dialect in a directory that lists them.
 
 <output>/dialects.json          the list; written last, so that it is there when all of them are complete
 <output>/<dialect>/             a checkpoint with a manifest of its own

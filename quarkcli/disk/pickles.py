@@ -1,4 +1,4 @@
-"""Headers and tensors of `pytorch_model.bin` files, which are pickles: torch reads tensors from them and nothing else.
+"""Reads headers and tensors of `pytorch_model.bin` files, which are pickles. torch reads only tensors from them.
 
 `weights_only` makes torch refuse whatever else a pickle asks for, and nothing here ever loads one without it. Files
 since torch 1.6 are mapped, so that only the tensors asked for are read; older ones are read whole, the last is kept.

@@ -1,4 +1,4 @@
-"""The place where an output is made: its lock, its folders, the leftovers of a killed run beside it."""
+"""Makes the place of an output: its lock, its folders; finds the leftovers of a killed run."""
 
 from __future__ import annotations
 

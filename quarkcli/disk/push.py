@@ -1,4 +1,4 @@
-"""A finished checkpoint to the hub, in one commit: what fails `verify` is refused before anything is sent."""
+"""Uploads a finished checkpoint to the hub in one commit. It refuses what fails `verify` before it sends anything."""
 
 from __future__ import annotations
 

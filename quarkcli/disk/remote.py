@@ -1,4 +1,4 @@
-"""A model on the hub of which only what is needed is here: small files whole, of weight files the headers."""
+"""Opens a model on the hub with what a plan needs: small files whole, and the headers of weight files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checks of the scales of a written checkpoint: there, finite, positive, of a plausible size, equal where servers fuse.
+"""Checks the scales of a written checkpoint: present, finite, positive, of a plausible size, equal where servers fuse.
 
 Scales are told by the names of their tensors, which every dialect gives them, and read without torch.
 """

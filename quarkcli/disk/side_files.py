@@ -1,4 +1,4 @@
-"""Side files of a model: those that are copied beside the weights, those that are not, and the reasons.
+"""Decides which side files of a model are copied beside the weights, and why others are not.
 
 A copied file becomes public with the checkpoint. So nothing from outside the model folder is taken through a link,
 and nothing that can run code when it is loaded.

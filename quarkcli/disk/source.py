@@ -1,4 +1,4 @@
-"""A source checkpoint: config text, tensor headers, tensors, revision; in a folder, or on the hub.
+"""Opens a source checkpoint, in a folder or on the hub: config text, tensor headers, tensors, revision.
 
 Its weights are safetensors files, or pickles where those are allowed and nothing else is there.
 """

@@ -1,4 +1,4 @@
-"""Weight files of a model on the hub, one after the other: the next comes while this one is worked on.
+"""Downloads weight files of a model one after the other: the next comes while quark works on this one.
 
 Each is dropped after its last use, so that two are on the disk at a time, beside those that were asked for out of turn.
 """

@@ -1,4 +1,4 @@
-"""The report of a run under way: what its plan says, kept beside the journal, and the records of finished parts.
+"""Builds the report of a run under way from its plan and the records of finished parts.
 
 It is read without the lock, while a process works there.
 """

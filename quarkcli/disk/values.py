@@ -1,4 +1,4 @@
-"""The values of stored tensors, looked at in pieces with numpy: a few megabytes at a time, and no torch."""
+"""Looks at the values of stored tensors with numpy, a few megabytes at a time, without torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checks of a written checkpoint, from headers and scales: complete, finite, positive, equal where servers fuse."""
+"""Checks a written checkpoint from headers and scales: complete, finite, positive, equal where servers fuse."""
 
 from __future__ import annotations
 

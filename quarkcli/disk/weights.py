@@ -1,4 +1,4 @@
-"""Sources of weights: a model's files, or a quantized checkpoint that is decoded."""
+"""Gives the weights of a source: a model's files, or a quantized checkpoint that is decoded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Durable files: shards, index, text. A file that bears its final name is complete.
+"""Writes files durably: shards, index, text. A file that has its final name is complete.
 
 Every file is written under another name in the same folder, synced, renamed, and the folder is synced. torch is
 imported only where tensors are written, so that forecasts can ask for file sizes without it.

@@ -1,4 +1,4 @@
-"""The loss of a quantized model: perplexity, KL and top-1 agreement, from the written files."""
+"""Measures the loss of a quantized model from the written files: perplexity, KL and top-1 agreement."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Measures what a run has cost: the directory just written beside its source, on tokens that calibration left."""
+"""Measures the loss of a run that just ended, on tokens that calibration did not use."""
 
 from __future__ import annotations
 

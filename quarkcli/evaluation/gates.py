@@ -1,4 +1,4 @@
-"""The limits that a measured checkpoint must keep."""
+"""Compares a measured checkpoint with its limits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`quark eval`: a checkpoint against the model it was made from, walked block by block.
+"""`quark eval`: compares a checkpoint with its source model, block by block.
 
 Specs are rebuilt from the written config through the dialect's reader; inputs are fake-quantized as they say. Windows
 do not overlap and begin as the tokenizer begins a text; what it puts there is not scored, nor is a window's first

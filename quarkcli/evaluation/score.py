@@ -1,4 +1,4 @@
-"""Scores of two models token by token: what the last hidden states of both sides say of the next token."""
+"""Scores two models token by token: what their last hidden states predict for the next token."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Model families tell which tensor of a checkpoint plays which role. Torch-free; a family is a YAML file.
+"""Says which role each tensor of a checkpoint plays. A family is a YAML file. Torch-free.
 
 `lay_out` applies a family to headers and answers with every weight a recipe can reach (`Weight`), the activations they
 read, the parts of the walk and the attention modules. A family nobody described is inferred from names.

@@ -1,1 +1,1 @@
-"""Running a model block by block: rows, walk, taps, statistics."""
+"""Runs a model block by block: rows, walk, taps, statistics."""

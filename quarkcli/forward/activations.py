@@ -1,4 +1,4 @@
-"""Quantized activations of a served model: the inputs of linears, experts and attention, and outputs of linears.
+"""Quantizes activations as a server will: inputs of linears, experts and attention, and outputs of linears.
 
 Torch-free to import.
 

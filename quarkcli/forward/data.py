@@ -1,4 +1,4 @@
-"""Calibration data: a file, a folder, a hub data set or the built-in text become rows of token ids.
+"""Turns a file, a folder, a hub data set or the built-in text into rows of token ids.
 
 Text is packed without padding: documents are joined, cut into windows of `seqlen`, and a seeded sample of the windows
 is taken. A conversation is one row: rendered once by the chat template, cut at `seqlen`, padded on the right and

@@ -1,4 +1,4 @@
-"""The calibration data that is used when none is named. Torch-free."""
+"""Gives the calibration data for runs that name none. Torch-free."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ends a pass that is only looked at behind its last tap: a block's last product would be computed for nobody."""
+"""Ends a pass behind its last tap, so that nobody computes products that are not read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The common input of one layer's experts, and each expert's own moments, made from it when they are asked for."""
+"""Keeps the common input of a layer's experts, and makes each expert's moments of it when they are asked for."""
 
 from __future__ import annotations
 

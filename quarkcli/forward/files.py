@@ -1,4 +1,4 @@
-"""Files of calibration data: their rows, as they are written. Torch-free.
+"""Reads the rows of calibration files as they are written. Torch-free.
 
 A file that is not what its name says is an error that says what it is. A row that cannot be read becomes `Broken`.
 """

@@ -1,4 +1,4 @@
-"""The processes that share the work of a run, as the code that works sees them: one alone does all by itself."""
+"""Stands for the processes that share a run. A process alone is a group of one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""NaN and infinity in calibration activations: an error, or noted, so that what reads them goes without its data."""
+"""Finds NaN and infinity in calibration activations: an error, or a note, and what reads them goes without data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Statistics of several ranks, each of its own lanes, become those of all rows."""
+"""Joins the statistics of several ranks, each of its own lanes, into those of all rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Calibration rows in lanes: what is summed over them has the same bits on any number of ranks.
+"""Sums over calibration rows in lanes, so that sums have the same bits on any number of ranks.
 
 Rows are cut into eight contiguous lanes; into four where one of eight would have less than 2,048 tokens, and into fewer
 where one of four would have less than 512. Sums run in order within a lane, and a fixed binary tree joins those of the

@@ -1,4 +1,4 @@
-"""Second moments of activations, summed lane by lane, and the calibration tokens that are held out of them."""
+"""Sums second moments of activations lane by lane, and keeps some calibration tokens out of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows of activations kept as they are, and means of magnitudes: what scaling channels is decided from.
+"""Keeps sampled rows of activations, and means of magnitudes. Transforms that scale channels decide from them.
 
 Rows that are kept depend on the rows and their order in a lane alone, never on how many come at once.
 """

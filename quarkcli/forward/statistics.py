@@ -1,4 +1,4 @@
-"""Statistics of activations, per input site.
+"""Holds the statistics of activations, by site.
 
 A site is one activation tensor; every weight that reads it shares its statistics. Second moments are summed in float32
 over fixed chunks of tokens, lane by lane (see `forward.lanes`); ranges and histograms are exact in any order.

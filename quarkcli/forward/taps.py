@@ -1,4 +1,4 @@
-"""Taps inside a running model that feed its statistics: experts, and rows without padding."""
+"""Taps activations inside a running model for their statistics: also of experts, and without padding."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""THE loop over decoder blocks: load, forward, tap, forget. Used by the job and by the evaluation.
+"""Walks over the decoder blocks: load, forward, tap, forget. Job and evaluation share this loop.
 
 A `Walk` holds the hidden states of its streams, one tensor per batch. `observe` runs a block once and feeds
 statistics; `advance` runs it and moves the streams on. Out of device memory, both halve the batch and start the block

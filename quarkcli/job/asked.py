@@ -1,4 +1,4 @@
-"""The algorithms that are asked for: `--algorithm`, `--set NAME.PARAMETER=VALUE`, and what `auto` stands for."""
+"""Finds the algorithms that a run asks for: `--algorithm`, `--set NAME.PARAMETER=VALUE`, and what `auto` stands for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Calibration rows that the model itself writes (`--calib-data self`): where all of it fits into memory.
+"""Lets the model write its calibration rows (`--calib-data self`), if the whole model fits into memory.
 
 The rows are kept beside the output, and a run that goes on with what an interrupted one left takes those.
 """

@@ -1,4 +1,4 @@
-"""Quantized weights of the source that a plan leaves alone: their codes and scales, where the dialect can say them."""
+"""Keeps codes and scales of a quantized source for weights that the plan leaves alone, if the dialect can hold them."""
 
 from __future__ import annotations
 

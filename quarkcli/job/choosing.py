@@ -147,6 +147,7 @@ def _cache(prepared: Prepared, options: Options, wish: Wish) -> tuple[str, str, 
     overrides = replace(options.overrides, kv_cache=CACHE)
     try:
         given = replace(prepared.options, overrides=overrides)
-        return CACHE, f"{CACHE} takes half the bytes per token; its scales need calibration data, as other parts of this recipe do", prepare(given)
+        why = f"{CACHE} takes half the bytes per token; its scales need calibration data, as other parts here do"
+        return CACHE, why, prepare(given)
     except QuarkError as error:
         return "none", f"{CACHE} does not work for this model: {error.what}", prepared

@@ -1,4 +1,4 @@
-"""A quantized checkpoint in another dialect: its codes and scales as they are, under other names and in other packing.
+"""Writes a quantized checkpoint in another dialect: the same codes and scales, under other names and packing.
 
 What is written is read back by the other dialect's own reader, before any weight from names, shapes and config alone,
 then tensor by tensor: a dialect that would change a code or a scale is refused by the name of the tensor. Memory holds

@@ -1,4 +1,4 @@
-"""The work that a plan makes, part by part, in bytes, values and floating point operations. Torch-free.
+"""Counts the work of a plan part by part, in bytes, values and floating point operations. Torch-free.
 
 Counted from the plan's targets alone: what it takes on a device is `predict`'s.
 """

@@ -1,4 +1,4 @@
-"""The device of a job, and how much of its memory the job may take."""
+"""Chooses the device of a job, and how much of its memory the job may take."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A job in several dialects: one walk and one journal, and a checkpoint for each dialect in a folder of the output."""
+"""Runs a job in several dialects: one walk and one journal, and a checkpoint for each in a folder of the output."""
 
 from __future__ import annotations
 

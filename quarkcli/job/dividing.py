@@ -1,4 +1,4 @@
-"""The parts of a run among its ranks: all of them walk through the parts that need data, the others are divided."""
+"""Divides the parts of a run among its ranks. All ranks walk through the parts that need data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Downloads of a job whose model is on the hub: what its plan needs, and how it comes."""
+"""Downloads what a plan needs of a model on the hub."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The facts that must be equal for an interrupted run to be continued."""
+"""Gathers the facts that must be equal before an interrupted run may continue."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Steps 9 and 10: config, index, side files, resolved recipe; verification, report, card, manifest; the name."""
+"""Does steps 9 and 10: config, index, side files, resolved recipe; verification, report, card, manifest; the name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The cost of a plan before any weight is read: exact file sizes, estimates of memory and disk. Torch-free."""
+"""Forecasts the cost of a plan from headers: exact file sizes, estimates of memory and disk. Torch-free."""
 
 from __future__ import annotations
 

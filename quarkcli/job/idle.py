@@ -1,4 +1,4 @@
-"""Flags that cannot act in a run, whatever the plan decides: a line for each, so that nobody takes it for done.
+"""Finds flags that have no effect in a run, whatever the plan decides, and gives a line for each.
 
 Flags about modules are looked at where the plan is resolved (`plan.flags`).
 """

@@ -1,4 +1,4 @@
-"""A model directory or hub id as it is: its parts, roles, dtypes, experts and quantization, from config and headers."""
+"""Describes a model from config and headers: its parts, roles, dtypes, experts and quantization."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Decides whether a run measures what it has cost, and on which tokens: by `--eval`, `--no-eval`, or the plan.
+"""Decides whether a run measures its loss, and on which tokens: by `--eval`, `--no-eval`, or the plan.
 
 The measuring itself comes from outside: `evaluation.after.measure` is handed to the job.
 """

@@ -1,4 +1,4 @@
-"""The options of a job, and all that is known of it before the first weight is read. Torch-free data."""
+"""Holds the options of a job, and all that is known of it before the first weight is read. Torch-free data."""
 
 from __future__ import annotations
 

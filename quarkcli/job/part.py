@@ -1,4 +1,4 @@
-"""One part of the model: statistics, algorithms, packing, and its way on as the decoded packed weights.
+"""Works on one part of the model: statistics, algorithms, packing, and the forward pass of the decoded weights.
 
 `PartWorker.work` is what the job does to each part; nothing outlives it but packed tensors, hidden states and a record.
 """

@@ -1,4 +1,4 @@
-"""Pieces of work on a part's weights, each from solver to packed tensors, so that several threads can do them at once.
+"""Cuts the work on a part's weights into pieces, from solver to packed tensors, for several threads.
 
 What a thread says is kept until its piece is taken: lines come in the order of the weights, whoever was faster.
 """

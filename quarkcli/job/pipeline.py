@@ -1,4 +1,4 @@
-"""Reading ahead and writing behind: the next part is read and the last one written while this one is worked on.
+"""Reads the next part and writes the last one while this one is worked on.
 
 Memory holds one part all the same: the next one comes as fast as tensors of this one are let go, and no faster.
 """

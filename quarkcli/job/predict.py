@@ -1,4 +1,4 @@
-"""Time, memory and disk of every rank, from the work of a plan and the rates of a device. Torch-free.
+"""Predicts time, memory and disk of each rank, from the work of a plan and the rates of a device. Torch-free.
 
 Data-free, parts are dealt out by their bytes. Calibrated, every rank reads every block; rows are cut into `LANES`, and
 a rank runs whole lanes; the problems of a block are dealt out by their cost, and ranks write parts in turn. Reading and

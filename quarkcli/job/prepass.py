@@ -1,4 +1,4 @@
-"""The decisions of transforms for the whole model before part 0, from statistics of the source if they ask for some."""
+"""Makes the decisions of transforms for the whole model before part 0, from statistics of the source if they ask."""
 
 from __future__ import annotations
 

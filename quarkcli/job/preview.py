@@ -1,4 +1,4 @@
-"""Calibration data to look at: what there is, and the rows that a job would make of it with a model's tokenizer."""
+"""Shows calibration data: which there is, and the rows that a job would make of it."""
 
 from __future__ import annotations
 

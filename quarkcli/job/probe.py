@@ -1,4 +1,4 @@
-"""Measures how fast this machine works, by small jobs on a model of random weights; `quark env --measure`.
+"""Measures how fast this machine works (`quark env --measure`), by small jobs on random weights.
 
 What a job does for a block is timed from one finished block to the next, so that reading, work and writing overlap as
 they do in any job. Passes and solving are what a job with more tokens, or with an algorithm, takes beyond that.

@@ -1,4 +1,4 @@
-"""Several processes for one run, as torchrun starts them: what they say to each other, and how they end together.
+"""Runs several processes for one run, as torchrun starts them: how they talk, and how they end together.
 
 A process that torchrun did not start, or one alone, never imports torch.distributed.
 """

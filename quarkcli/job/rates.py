@@ -1,4 +1,4 @@
-"""Says how fast a device works: by a table of devices, or as it was measured here. Torch-free.
+"""Says how fast a device works: from a table of devices, or as it was measured here. Torch-free.
 
 `quark env --measure` measures this machine (`job.probe`) and keeps the result in the user's cache, for `quark plan`.
 """

@@ -1,4 +1,4 @@
-"""The parts that need data, and weights that the model's class does not load."""
+"""Finds the parts that need data, and weights that the model's class does not load."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The result of the work on one part: tensors for the writer, facts for the journal and the report."""
+"""Holds the result of the work on one part: tensors for the writer, facts for the journal and the report."""
 
 from __future__ import annotations
 

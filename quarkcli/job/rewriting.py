@@ -1,4 +1,4 @@
-"""Transforms at work on one part: their declarations, their changes, and whether statistics still hold."""
+"""Runs transforms on one part, holds them to their declarations, and drops statistics that no longer hold."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The calibration rows of a job: from data with the model's tokenizer, or written by the model itself."""
+"""Makes the calibration rows of a job: from data with the model's tokenizer, or written by the model itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The job, ten steps: from a recipe and a model to a checkpoint that servers load.
+"""Runs a job in ten steps: from a recipe and a model to a checkpoint that servers load.
 
 `prepare` is steps 1 to 4 and reads headers only; `run` is all ten. What `quark plan` shows is what `prepare` returns
 and `run` uses; there is no second path. A plan without a slot that needs data runs no forward pass.

@@ -1,4 +1,4 @@
-"""A part as it will be served: weights decoded from what is written, and the quantized activations around them."""
+"""Runs a part as it will be served: with weights decoded from the files, and quantized activations."""
 
 from __future__ import annotations
 

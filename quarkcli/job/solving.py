@@ -1,4 +1,4 @@
-"""The weights of a part through their solvers and refiners, problem by problem."""
+"""Runs solvers and refiners on the weights of a part, problem by problem."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Numbers of devices over which servers can split what a plan writes: told from names and shapes, before any weight."""
+"""Finds the numbers of devices over which servers can split what a plan writes, from names and shapes."""
 
 from __future__ import annotations
 

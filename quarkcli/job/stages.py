@@ -1,4 +1,4 @@
-"""The stages of a block: weights that read a later activation are solved on what the quantized earlier ones give it."""
+"""Solves a block in stages: later weights see the inputs that the quantized earlier ones give them."""
 
 from __future__ import annotations
 

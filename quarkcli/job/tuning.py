@@ -1,4 +1,4 @@
-"""One block as a tuner sees it: inputs, the source's outputs, and a forward pass with gradients."""
+"""Shows one block to a tuner: its inputs, the source's outputs, and a forward pass with gradients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The model's class and the walk of the calibration rows through it, as a job needs them."""
+"""Builds the model's class and the walk of the calibration rows for a job."""
 
 from __future__ import annotations
 

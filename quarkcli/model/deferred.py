@@ -1,4 +1,4 @@
-"""Lets transformers be imported, and models be built on meta, without what only other programs need of both libraries.
+"""Imports transformers, and builds models on meta, without the parts of both libraries that quark does not need.
 
 Importing `torch._dynamo` takes longer than the rest of transformers, DTensor half as long (sympy, inductor), and sympy
 alone, for which operations on meta ask, a third. The libraries read the first to mark functions, which means something

@@ -1,4 +1,4 @@
-"""Lets a whole model write text: every part loaded, tokens sampled one after the other from what it expects."""
+"""Lets a whole model write text: it loads every part, and samples one token after the other."""
 
 from __future__ import annotations
 

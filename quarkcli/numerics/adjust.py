@@ -1,4 +1,4 @@
-"""Codes and scales that move a little around where a solver put them, with gradients straight through the rounding.
+"""Moves codes and scales a little around a solver's choice, with gradients straight through the rounding.
 
 A value is (code - zero) * scale. With an offset V and a factor m of the scale, the code is round(t + V * step), where
 t is the source weight over the moved scale, held inside the rounding interval of the solver's code, and step the local

@@ -1,4 +1,4 @@
-"""Weights that a two-level format holds exactly: codes times powers of two, as checkpoints of MXFP4 decode to.
+"""Finds weights that a two-level format holds exactly: codes times powers of two, as in checkpoints of MXFP4.
 
 With a power of two as global scale, block scales reach from 2^-9 to 2^8 of it, all powers of two. A tensor whose blocks
 lie within these 18 keeps every value. The usual global scale, amax / 2688, keeps those of blocks alone whose largest

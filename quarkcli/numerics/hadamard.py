@@ -1,4 +1,4 @@
-"""Hadamard matrices of many sizes, and products with them in log time. Exact integers: H H^T = n I.
+"""Makes Hadamard matrices of many sizes, and multiplies by them in log time. Exact integers: H H^T = n I.
 
 A matrix of size n is the Kronecker product of one of size K, by Paley's two constructions over finite fields, and of
 Sylvester's of size 2^k. Sources: Paley 1933 (I: q + 1 for prime powers q = 3 mod 4; II: 2 (q + 1) for q = 1 mod 4).

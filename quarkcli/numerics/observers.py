@@ -1,4 +1,4 @@
-"""Observers keep statistics of the values that pass, and give the range behind a static scale.
+"""Keeps statistics of the values that pass, and gives the range behind a static scale.
 
 The merged statistics of two halves of the data equal those of the whole bit for bit, in any order, so that ranks can
 be reduced (`merged`). A power-of-two scale is a scale format and takes the range of any of these observers.

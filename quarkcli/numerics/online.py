@@ -1,4 +1,4 @@
-"""Block Hadamards, as linears that are served with one apply them to their inputs."""
+"""Applies block Hadamards to inputs, as servers of linears with one do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Float32 products on a CPU through oneDNN instead of MKL, which uses half of an AMD processor's units."""
+"""Multiplies float32 on a CPU through oneDNN instead of MKL, which uses half of an AMD processor's units."""
 
 from __future__ import annotations
 

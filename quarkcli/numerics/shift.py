@@ -1,4 +1,4 @@
-"""The targets of GPTAQ (arXiv 2504.02692) and Qronos (arXiv 2505.11695): W s = Q x rather than W x = Q x.
+"""Computes the targets of GPTAQ (arXiv 2504.02692) and Qronos (arXiv 2505.11695): W s = Q x rather than W x = Q x.
 
 x is the activation that the quantized blocks below hand on, s the same token's in the source model. With H = E[x x^T]
 and D = E[(s - x) x^T], the float weights that come nearest to W s are W + W D (H + lam I)^-1. Neither D nor what it is

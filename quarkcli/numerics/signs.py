@@ -1,4 +1,4 @@
-"""Predicates of the scales that a spec stores. Torch-free, so that checks of files can ask them."""
+"""Says whether the scales of a spec may have a sign. Torch-free, so that checks of files can ask."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Factors for channels that move size between activations and weights, and what quantization then costs.
+"""Finds factors for channels that move size from activations to weights, and the loss that then remains.
 
 The cost is measured on sampled rows of the activation: the mean of |qdq(X / s) qdq(W s)^T - X W^T|^p over all weights
 that read the channels, p = 2 or 1.

@@ -1,4 +1,4 @@
-"""The rows of a problem: weights with their scales, numbered through, and runs of them that are solved at once."""
+"""Holds the rows of a problem: weights with their scales, numbered through, and runs that are solved at once."""
 
 from __future__ import annotations
 

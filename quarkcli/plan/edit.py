@@ -1,10 +1,10 @@
 """Changes plans from a program, by the names NVIDIA ModelOpt gives its functions. Torch-free.
 
-A plan that `quarkcli.make_plan` returned knows what it was resolved from (`Basis`). An edit appends entries to the end
-of the ordered list and resolves it again, in place, so that an edited plan is what `quarkcli.quantize` executes, and
-its entries stand in the written recipe like any other. Semantics are those of the list: a cfg replaces all attributes,
-an entry without one only switches, a list makes a chain and replaces one that is there. What makes no sense for a slot
-is refused at once and leaves the plan as it was; that a plan has an effect is asked when it is executed.
+A plan of `quarkcli.make_plan` knows what it was resolved from (`Basis`). An edit appends entries to the end of the
+ordered list and resolves the list again, in place. So `quarkcli.quantize` follows the edited plan, and the written
+recipe has the new entries. The rules are those of the list: a cfg replaces all attributes, an entry without a cfg
+only switches, a list makes a chain. An edit that makes no sense for a slot is refused at once and leaves the plan as
+it was; `quantize` checks whether the plan has an effect.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ _NUMBER, _MARK = re.compile(r"\.[0-9]+(?=\.)"), ".#"
 
 
 def set_quantizer_by_cfg(plan: Plan, quant_cfg: Any) -> None:
-    """Apply entries in order on top of what the plan says.
+    """Apply entries in order on top of the plan.
 
     quant_cfg   any shape that a `quant_cfg` may have, see `normalize_quant_cfg_list`
 
-    A pattern that matches nothing is listed in the plan, not refused, unless its entry says `required`. Raises
-    ConfigError for what is wrong with an entry.
+    The plan lists a pattern that matches nothing; it is an error only if its entry says `required`. Raises ConfigError
+    if an entry is wrong.
     """
     found = normalize(quant_cfg)
     if found.notes:
@@ -70,7 +70,7 @@ def set_quantizer_attributes_full(
 ) -> None:
     """Replace all attributes of the slots selected, and switch them on unless `attributes` has `enable: False`.
 
-    attributes    a mapping in any vocabulary, or a list of them for a chain; what it does not name is the default
+    attributes    a mapping in any vocabulary, or a list of them for a chain; others get their default
     parent_class  only slots of modules of this class: `"nn.Linear"`, or torch's class
 
     Raises ConfigError for wrong attributes and when nothing is selected.

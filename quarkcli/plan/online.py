@@ -1,4 +1,4 @@
-"""Online operations: inputs of linears that are multiplied by a block Hadamard while the model runs. Torch-free."""
+"""Finds inputs of linears that a server multiplies by a block Hadamard while the model runs. Torch-free."""
 
 from __future__ import annotations
 

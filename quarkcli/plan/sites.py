@@ -1,4 +1,4 @@
-"""Facts about the activations of a plan: the part of each, and how weights read it."""
+"""Gives facts about the activations of a plan: the part of each, and how weights read it."""
 
 from __future__ import annotations
 

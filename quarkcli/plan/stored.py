@@ -1,4 +1,4 @@
-"""The plan of a checkpoint that is quantized already: what its slots are, for a writer of another dialect."""
+"""Makes the plan of a checkpoint that is quantized already, for a writer of another dialect."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A plan in one line, and as a table for notebooks: what becomes of the weights, by role."""
+"""Shows a plan in one line, and as a table for notebooks: what becomes of the weights, by role."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Default advice: which algorithms `auto` stands for, by format, and which schemes `quark init` chooses among.
+"""Reads the default advice: which algorithms `auto` stands for, by format, and which schemes `quark init` chooses.
 
 Reads `recipes/advice.yaml` and `recipes/choices.yaml`; torch-free.
 """

@@ -1,4 +1,4 @@
-"""The mistakes of a file, said together."""
+"""Joins the mistakes of a file into one error."""
 
 from __future__ import annotations
 

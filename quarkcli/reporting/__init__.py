@@ -1,1 +1,1 @@
-"""The records of a run for people and programs: report.json, the card, the log."""
+"""Records a run for people and programs: report.json, the card, the log."""

@@ -1,4 +1,4 @@
-"""Warnings that differ in names and numbers alone: one of them, and how many there were."""
+"""Joins warnings that differ only in names and numbers into one, with a count."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""report.json (schema `quark/report/2`): what a plan says, filled in by the parts that are done."""
+"""Builds report.json (schema `quark/report/2`) from a plan and the parts that are done."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The model card of a checkpoint: README.md."""
+"""Writes the model card of a checkpoint: README.md."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Counts of a plan for people: what its weights and caches become, and by which rules."""
+"""Counts what a plan makes of weights and caches, and by which rules."""
 
 from __future__ import annotations
 

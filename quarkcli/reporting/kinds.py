@@ -1,4 +1,4 @@
-"""The index of errors: what each kind means, its causes and its cure."""
+"""Reads the index of errors: what each kind means, its causes and its cure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The log file: every event as a line, flushed. Events before the output exists are kept and written then."""
+"""Writes the log file: each event is a line. It keeps events until the output exists."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Says what a run has cost: the same in the terminal, in the report and on the card.
+"""Says what a run has cost, in the same words for terminal, report and card.
 
 The headline is what a user loses: KL, agreement and perplexity where they were measured, else the output error of
 blocks. The error of weights alone is shown only where there is nothing better.

@@ -1,4 +1,4 @@
-"""Sums up the outcomes of solvers: loss against rounding to nearest, what was chosen, where they fell back."""
+"""Sums up what solvers reached: loss against rounding to nearest, their choices, and where they fell back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report of a run, read from its directory: of a finished one, or what is done so far of one under way."""
+"""Reads the report of a run from its directory: finished, or under way."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The circumstances of a run: command line, versions, host, start and end, phases."""
+"""Records the circumstances of a run: command line, versions, host, start and end, phases."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The rows of a report: every tensor, every activation that was measured, every part.
+"""Makes the rows of a report: every tensor, every measured activation, every part.
 
 What a plan knows stands there from the start; the records of finished parts fill in what was measured.
 """

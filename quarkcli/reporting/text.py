@@ -1,4 +1,4 @@
-"""The text of report.json: readable, and not long for a model with tens of thousands of weights."""
+"""Writes the text of report.json: readable, and not long for a model with tens of thousands of weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The candidates of a search, and the groups of weights that get one of them each. Torch-free.
+"""Lists the candidates of a search, and the groups of weights that get one of them each. Torch-free.
 
 A candidate is a scheme, resolved against the model as a run with it would be, or no quantization at all. Weights that
 servers fuse are one group, and so are all experts of a layer; a model that is meant for no server has none of these

@@ -1,4 +1,4 @@
-"""The best candidate of every group for a budget, and what that costs and loses. Torch-free."""
+"""Chooses the best candidate of every group for a budget, and says what that costs and loses. Torch-free."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loss that each group of weights causes in each candidate, in nats of KL divergence per token.
+"""Measures the loss of each group of weights in each candidate, in nats of KL divergence per token.
 
 To second order the divergence of the quantized model from its source is a sum over groups of 1/2 E[(g . dh)^2]: dh is
 how much a block's output moves when one group is quantized, weights and what they read, and g is the gradient, at that

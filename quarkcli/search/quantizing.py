@@ -1,4 +1,4 @@
-"""One candidate at work on parts: quantized as a run would, and kept beside the source instead of taking its place."""
+"""Quantizes parts in one candidate as a run would, and keeps the result beside the source."""
 
 from __future__ import annotations
 

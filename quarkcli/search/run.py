@@ -1,4 +1,4 @@
-"""`quark search` from beginning to end: candidates, groups, losses (measured or from a file), choice, recipe.
+"""Runs `quark search`: candidates, groups, losses (measured or from a file), choice, recipe.
 
 Torch is imported only where losses are measured, so that what can be refused is refused at once.
 """

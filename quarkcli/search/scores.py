@@ -1,4 +1,4 @@
-"""The losses of a search in a file, so that another budget costs no forward. Torch-free."""
+"""Keeps the losses of a search in a file, so that another budget needs no forward pass. Torch-free."""
 
 from __future__ import annotations
 

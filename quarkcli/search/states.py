@@ -1,4 +1,4 @@
-"""Hidden states before every block, kept in files, so that memory holds those of one block."""
+"""Keeps the hidden states before every block in files, so that memory holds those of one block."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writes a choice as an ordinary recipe: a native file of short entries, and what each group is predicted to lose.
+"""Writes a choice as an ordinary recipe, with the predicted losses of each group as comments.
 
 The specs of every candidate stand once, under a name (a YAML anchor). To give a group another scheme, put other names
 into its entries. Torch-free.

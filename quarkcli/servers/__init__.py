@@ -1,4 +1,4 @@
-"""Servers: what loads a checkpoint. One member per file; the file name is the name.
+"""Finds the servers, which say what they load. One member per file; the file name is the name.
 
 A member is a module with `SERVER` (see `base`). Nobody outside asks for a name. Torch-free.
 """

@@ -1,4 +1,4 @@
-"""The contract of servers: what each refuses of a checkpoint, planned or written."""
+"""Defines the contract of servers: what each refuses of a checkpoint, planned or written."""
 
 from __future__ import annotations
 

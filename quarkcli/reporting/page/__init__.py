@@ -1,4 +1,4 @@
-"""report.html: one page that shows a run, or two side by side. It needs no script, no font, no network."""
+"""Writes report.html: one page that shows a run, or two side by side. It needs no script, no font, no network."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Charts as inline SVG: places in percent of the width, so that they fit every screen and letters keep their size.
+"""Draws charts as inline SVG, with places in percent of the width, so that they fit every screen.
 
 Every chart has a title, its unit, and a table of the numbers behind it.
 """

@@ -1,4 +1,4 @@
-"""The page of two checkpoints side by side: how far apart their tensors are, and what their runs say of themselves."""
+"""Writes the page of two checkpoints side by side: how far apart their tensors are, and their reports."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Elements of a page. Texts and attributes are escaped when the tree is written, so that a name can never be markup."""
+"""Builds the elements of a page, and escapes texts and attributes when it writes them."""
 
 from __future__ import annotations
 

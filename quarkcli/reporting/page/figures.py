@@ -1,4 +1,4 @@
-"""The charts of one run, from its report."""
+"""Makes the charts of one run from its report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Numbers on a page: as texts, as steps of a colour scale, as ticks of an axis."""
+"""Turns numbers into text, steps of a colour scale, and ticks of an axis."""
 
 from __future__ import annotations
 
