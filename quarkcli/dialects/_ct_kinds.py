@@ -74,9 +74,22 @@ def _sglang_faults(plan: Plan, config: Mapping[str, Any]) -> list[str]:
     experts = [run[0] for run in plan.quantized_alike() if run[0].expert is not None]
     if config.get("format") != _WORD_EXPERTS and any(target.weight.format.kind == "integer" for target in experts):
         found.append(f"experts in integers are loaded where the whole model is {_WORD_EXPERTS}")
+    found += _misnamed_experts(plan, several=len(groups) > 1)
     heads = [run[0].name for run in plan.quantized_alike() if run[0].role == "head" and _tiled(run[0])]
     found += [f"{name}: a head in tiles is refused" for name in heads]
     return [*found, *(sglang.marlin(plan) if _packs_words(plan) else [])]
+
+
+def _misnamed_experts(plan: Plan, *, several: bool) -> list[str]:
+    """Returns the reason where SGLang does not find what is said of experts, which it asks for by usual names."""
+    others = [target for target in plan.targets.values() if target.expert is not None and not _is_usual(target.name)]
+    names = [target.name for target in others if several or target.weight is None]
+    what = "it asks for experts by gate_proj, up_proj and down_proj, and does not find what is said of this one"
+    return shared.sentences({what: names} if names else {})
+
+
+def _is_usual(name: str) -> bool:
+    return name.endswith((".gate_proj", ".up_proj", ".down_proj"))
 
 
 def _tiled(target: QuantizedTarget) -> bool:

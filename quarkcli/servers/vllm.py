@@ -11,6 +11,21 @@ from __future__ import annotations
 from quarkcli.servers._kernels import AMD, EVERY, NVIDIA, Kernel
 from quarkcli.servers.base import Loader, Written
 
+# Classes that it dropped and for which transformers has none, by the last release that had them: read in
+# `_PREVIOUSLY_SUPPORTED_MODELS` in `model_executor/models/registry.py`.
+_DROPPED_TEXT = """
+    0.9.2 Phi3SmallForCausalLM
+    0.10.2 MotifForCausalLM Phi4FlashForCausalLM
+    0.22.0 JAISLMHeadModel
+    0.23.0 QWenLMHeadModel QwenVLForConditionalGeneration InternLMForCausalLM InternLM2VEForCausalLM XverseForCausalLM
+    0.23.0 MiniMaxText01ForCausalLM MiniMaxM1ForCausalLM MiniMaxVL01ForConditionalGeneration BaiChuanForCausalLM
+    0.23.0 BaichuanForCausalLM
+    0.24.0 AquilaModel AquilaForCausalLM Grok1ModelForCausalLM Grok1ForCausalLM
+    0.25.0 TeleChatForCausalLM
+    0.26.0 Plamo2ForCausalLM OuroForCausalLM
+    0.28.0 ArcticForCausalLM MPTForCausalLM RWForCausalLM StableLMEpochForCausalLM
+"""
+_DROPPED = {name: row.split()[0] for row in _DROPPED_TEXT.strip().splitlines() for name in row.split()[1:]}
 _CACHE = "v1/attention/backends/; which of them takes 8 bits was read near release 0.32"
 
 
@@ -75,6 +90,11 @@ class Vllm(Loader):
         Kernel("kv-cache", "fp8*", fast="ada hopper blackwell cdna3 cdna4", read_in=_CACHE),
         Kernel("attention", "fp8*", fast="hopper blackwell", read_in=_CACHE),
     )
+
+    def refusals(self, written: Written) -> list[str]:
+        last = _DROPPED.get(written.plan.architecture)
+        dropped = f"its last release with a class of {written.plan.architecture} is {last}, and transformers has none"
+        return [*([dropped] if last else []), *super().refusals(written)]
 
     def misnamed(self, written: Written) -> list[str]:
         """Its class for Mixtral knows both names; that of gpt-oss, whose biases are one tensor, was tried: not so."""

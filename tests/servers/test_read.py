@@ -15,6 +15,7 @@ from quarkcli.job import rates
 from quarkcli.job import run as job
 from quarkcli.plan.model import Plan
 from tests import runs
+from tests.plan import layouts
 
 DATA = {"calib_data": "builtin", "calib_samples": 4, "calib_seqlen": 32}
 
@@ -81,6 +82,32 @@ def test_sglang_and_shapes_that_marlin_does_not_take() -> None:
     }
     (reason,) = refused("sglang", "compressed-tensors", replace(plan, targets=targets))
     assert "wants multiples of 64 rows and 128 columns, not 128 x 192" in reason
+
+
+@pytest.mark.parametrize(
+    ("scheme", "dialect", "options", "said"),
+    [
+        ("int8_dynamic", "compressed-tensors", {}, "no class for experts"),
+        ("uint4_wo_64", "compressed-tensors", {}, "no class for experts"),
+        ("int4_wo_64", "compressed-tensors", {"layers": ["*self_attn*=ptpc_fp8"]}, "experts in integers"),
+        ("ptpc_fp8", "compressed-tensors", {"exclude": ["*experts*"]}, "asks for experts by gate_proj"),
+        ("ptpc_fp8", "quark", {"exclude": ["*experts*"]}, ""),
+        ("int4_wo_64", "gptq", {"exclude": ["*experts*"]}, "does not ask what is left out"),
+        ("uint4_wo_64", "awq", {"exclude": ["*experts*"]}, "looks for the name of all experts"),
+        ("int4_wo_64", "compressed-tensors", {}, ""),
+        ("mxfp4", "quark", {}, ""),
+    ],
+)
+def test_sglang_and_experts(scheme: str, dialect: str, options: dict[str, Any], said: str) -> None:
+    found = refused("sglang", dialect, layouts.plan(scheme, layouts.MIXTRAL, **options))
+    assert any(said in reason for reason in found) if said else not found
+
+
+def test_vllm_has_dropped_classes() -> None:
+    plan = planned("compressed-tensors", "ptpc_fp8").plan
+    assert not refused("vllm", "compressed-tensors", plan)
+    (reason,) = refused("vllm", "compressed-tensors", replace(plan, architecture="QWenLMHeadModel"))
+    assert reason == "its last release with a class of QWenLMHeadModel is 0.23.0, and transformers has none"
 
 
 def test_every_row_says_where_it_was_read() -> None:
