@@ -69,6 +69,7 @@ class Vllm(Loader):
             emulated=f"{NVIDIA} cdna2 cdna3",
             read_in="QuarkW4A8_MXFP4_FP8 in layers/quantization/quark/schemes/quark_w4a8_mxfp4_fp8.py",
         ),
+        # Weights stay packed; in how many bits Humming multiplies was not read.
         Kernel("mxfp[46]*", "mxfp6*", weights=NVIDIA, emulated=AMD, read_in=_of("HummingMxFp6LinearKernel")),
         Kernel(
             "mxfp8",
