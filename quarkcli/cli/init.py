@@ -77,6 +77,8 @@ def init(
     found = choosing.choose(asked, wish, output.tell)
     for line in idle.of_model(found.prepared.source, revision=revision, allow_pickle=allow_pickle):
         output.warning(line)
+    if found.stored is not None:
+        output.note(found.stored.said(wish))
     text = recipe_text(found, wish, model, str(to) if to is not None else "FILE")
     if to is not None:
         try:
@@ -97,6 +99,8 @@ def _facts(choice: Choice, wish: Wish) -> dict[str, Any]:
         "server": wish.server.name, "tp": wish.tp, "scheme": choice.row.scheme, "runs": choice.way,
         "algorithms": [name for name, _ in choice.steps], "kv_cache": choice.cache,
         "dialect": choice.prepared.dialect.name, "passed_over": choice.passed_over,
+        "source": choice.stored and {"stored": choice.stored.words, "refused": choice.stored.refused or None,
+                                     "runs": choice.stored.way, "bytes": choice.stored.size},
     }  # fmt: skip
 
 
@@ -114,8 +118,9 @@ def recipe_text(choice: Choice, wish: Wish, model: str, file: str) -> str:
         "quantize:",
         *_comment(_scheme(choice, wish), 2),
         *(line for name, why in choice.passed_over.items() for line in _comment(f"Not {name}: {why}.", 2)),
-        f"  scheme: {choice.row.scheme}",
-        *_comment(f"{choice.steps_why[:1].upper()}{choice.steps_why[1:]}.", 2),
+        *(_comment(f"{_sentence(choice.stored.said(wish))}; this rounds it once more.", 2) if choice.stored else []),
+        *_what(choice),
+        *_comment(f"{_sentence(choice.steps_why)}.", 2),
         "  algorithm:",
         *(f"    - {jsons.dumps({'method': name, **parameters})}" for name, parameters in choice.steps),
         *_comment(f"KV cache: {choice.cache_why}.", 2),
@@ -128,6 +133,17 @@ def recipe_text(choice: Choice, wish: Wish, model: str, file: str) -> str:
         f"  dialect: {prepared.dialect.name}",
     ]  # fmt: skip
     return "\n".join(lines) + "\n"
+
+
+def _what(choice: Choice) -> list[str]:
+    """Returns what is quantized: the scheme, or its entries where they are for some modules alone."""
+    if not choice.entries:
+        return [f"  scheme: {choice.row.scheme}"]
+    return ["  quant_cfg:", *(f"    - {jsons.dumps(entry)}" for entry in choice.entries)]
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}"
 
 
 def _model(choice: Choice) -> str:

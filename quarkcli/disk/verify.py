@@ -165,11 +165,15 @@ def _served(checkpoint: Checkpoint, layout: Layout, target: Servers) -> list[str
     """Returns which servers load it. Raises CheckError when the one that was named does not."""
     if target == "none":
         return []
+    return servers.verdicts(target, as_served(checkpoint, layout), is_there=True)
+
+
+def as_served(checkpoint: Checkpoint, layout: Layout) -> servers.Written:
+    """Returns a quantized checkpoint as servers see it."""
     assert checkpoint.reader is not None
     described = quantization(checkpoint.source.config)
     renamed = next(iter(checkpoint.renamed), "")
-    written = servers.Written(checkpoint.reader.name, described, checkpoint.plan(layout), renamed)
-    return servers.verdicts(target, written, is_there=True)
+    return servers.Written(checkpoint.reader.name, described, checkpoint.plan(layout), renamed)
 
 
 def _every(*checks: Callable[[], list[str]]) -> list[str]:

@@ -87,6 +87,7 @@ class ChoiceRow(Strict):
     runs: list[Literal["fast", "weight-only", "emulated"]] = Field(min_length=1, description="ways it must be run")
     least: float = Field(default=0.0, ge=0, description="parameters of the model at least")
     room: float | None = Field(default=None, gt=0, le=1, description="share of the GPUs' memory that it may take")
+    only: str | None = Field(default=None, min_length=1, description="glob on the modules that are quantized; all")
     why: str = Field(min_length=1, description="for the recipe")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -62,6 +63,45 @@ def test_four_bits_where_eight_do_not_fit(quark, monkeypatch):
     assert "  scheme: int4_wo_128\n" in quark("init", "demo", "--gpu", "h100").out
     assert "leave too little of" in quark("init", "demo", "--gpu", "h100").out
     assert "  scheme: ptpc_fp8\n" in quark("init", "demo", "--gpu", "h100", "--tp", "2").out
+
+
+PEERS = Path(__file__).resolve().parents[1] / "data" / "peers"
+
+
+@pytest.mark.parametrize(
+    ("peer", "server", "stored", "runs"),
+    [
+        ("published-gpt-oss", "vllm", "mxfp4: fp4_e2m1 group 32", "weight-only"),
+        ("gptqmodel-int4", "vllm", "gptq: int4 group 128", "weight-only"),
+    ],
+)
+def test_what_is_quantized_and_served_as_it_is_needs_nothing(quark, peer, server, stored, runs):
+    code, out, err = quark("init", str(PEERS / peer), "--gpu", "h100", "--server", server)
+    assert (code, out) == (4, "")
+    assert f"quantized already ({stored}); vLLM 0.32 loads it as it is and runs it {runs} on hopper" in err
+    assert "hint: serve it as it is" in err
+
+
+def test_a_quantized_source_is_made_smaller_or_loadable(quark):
+    """8 bits become 4; a form that the server does not load becomes one that it does, whatever its size."""
+    model = str(PEERS / "published-deepseek-v3")
+    found = json.loads(quark("init", model, "--gpu", "h100", "--json").out)
+    assert (found["scheme"], found["source"]["runs"], found["source"]["refused"]) == ("int4_wo_128", "fast", None)
+    assert "of the bytes of the source, which is quantized already" in found["passed_over"]["ptpc_fp8"]
+    assert "this rounds it once more" in " ".join(found["recipe"].replace("#", "").split())
+    found = json.loads(quark("init", str(PEERS / "llmcompressor-gpt-oss-w4a16"), "--gpu", "h100", "--json").out)
+    assert (found["scheme"], found["source"]["runs"]) == ("mxfp4_weight_only", None) and found["source"]["refused"]
+
+
+def test_experts_alone_where_a_server_loads_no_more(quark, tmp_path):
+    model = str(runs.build("gpt_oss", tmp_path / "m"))
+    assert quark("init", model, "--gpu", "h100", "-o", "mine.yaml") == (0, "mine.yaml\n", "")
+    plan = quark(
+        "plan", "--model", model, "--recipe", "mine.yaml", "--calib-data", "builtin", "--target", "vllm", "--json"
+    )
+    found = json.loads(plan.out)
+    assert plan.code == 0 and found["dialect"]["name"] == "mxfp4"
+    assert [group["name"] for group in found["groups"] if group["quantized"]] == ["experts"]
 
 
 def test_answers_for_scripts(quark):
