@@ -16,8 +16,8 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- gpu: begin -->", "<!-- gpu: end -->"
 GOALS = {"copy": 0.8, "floor": 3, "must": 6}
 NONE = (
-    "No device was lent: nothing of this has been run on a GPU. `make test-gpu` and `make bench-gpu` end within 8 "
-    "minutes each on\none device and write `docs/gpu.json`, from which this section is made; on a CPU a test runs the "
+    "Nothing has been run on a GPU yet, because none was at hand. `make test-gpu` and `make bench-gpu` take at most 8 "
+    "minutes each\non one device and write `docs/gpu.json`, from which this section is made. On a CPU a test runs the "
     "same script at small sizes,\nunder Triton's interpreter."
 )  # fmt: skip
 

@@ -94,7 +94,7 @@ def test_the_page_is_up_to_date() -> None:
 
 def test_without_a_file_the_page_says_that_no_device_was_lent(tmp_path: Path) -> None:
     text = gpu.page(gpu.PAGE.read_text(encoding="utf-8"), tmp_path / "none.json")
-    assert "No device was lent" in text
+    assert "Nothing has been run on a GPU" in text
 
 
 def test_results_of_both_scripts_lie_side_by_side(tmp_path: Path) -> None:
