@@ -25,14 +25,14 @@ class EntryModel(Strict):
     """One rule of the ordered list."""
 
     quantizer_path: str = Field(
-        min_length=1, description="glob on the whole slot name, or `re:` and a regular expression"
+        min_length=1, description="shell pattern on the whole name of a slot, or `re:` and a regular expression"
     )
     parent_class: str | None = Field(default=None, description="only slots of modules of this class")
     cfg: dict[str, Any] | list[dict[str, Any]] | None = Field(
-        default=None, description="attributes, which replace all earlier ones; a list of two is a chain"
+        default=None, description="the number format; it replaces all earlier attributes; a list of two is a chain"
     )
-    enable: bool | None = Field(default=None, description="on or off; true where only cfg is given")
-    required: bool | None = Field(default=None, description="must match a slot; true unless imported")
+    enable: bool | None = Field(default=None, description="on or off; true if only cfg is given")
+    required: bool | None = Field(default=None, description="whether it must match a slot; true unless imported")
 
     @model_validator(mode="before")
     @classmethod
@@ -59,7 +59,7 @@ class AlgorithmStep(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True, defer_build=True)
     method: str = Field(description="name of the algorithm")
     slots: list[str] | None = Field(
-        default=None, min_length=1, description="patterns on the weight slots that it works on; all when left out"
+        default=None, min_length=1, description="patterns of the weight slots that it works on; without it: all"
     )
 
 
@@ -68,14 +68,14 @@ class AdviceRow(Strict):
 
     elements: list[str] = Field(min_length=1, description="globs on the element of the stored codes")
     inputs: list[Literal["kept", "static", "dynamic"]] | None = Field(
-        default=None, description="what the weight's input is; any when left out"
+        default=None, description="how the weight's input is quantized; without it: any"
     )
     steps: list[AlgorithmStep] = Field(min_length=1, description="steps, in the order they run")
     why: str = Field(min_length=1, description="for plan and report")
 
 
 class AdviceModel(Strict):
-    """The table of default advice: the first row that a format fits holds for it."""
+    """The table of default advice: the first row that fits a format holds."""
 
     rows: list[AdviceRow]
 
@@ -98,13 +98,13 @@ class ChoicesModel(Strict):
 
 
 class Quantize(Strict):
-    """Selects what is quantized, by a scheme or by the ordered entries themselves."""
+    """Says what is quantized: by a scheme, or by ordered entries."""
 
-    scheme: str | None = Field(default=None, description="a scheme, instead of quant_cfg")
-    quant_cfg: list[EntryModel] | None = Field(default=None, description="the ordered entries; later wins")
-    kv_cache: str | None = Field(default=None, description="a KV cache scheme, or none")
-    attention: str | None = Field(default=None, description="an attention scheme, or none")
-    algorithm: list[AlgorithmStep] | str | None = Field(default=None, description="steps, in the order they run")
+    scheme: str | None = Field(default=None, description="name of a scheme, instead of quant_cfg")
+    quant_cfg: list[EntryModel] | None = Field(default=None, description="the ordered entries; the last match wins")
+    kv_cache: str | None = Field(default=None, description="name of a KV cache scheme, or none")
+    attention: str | None = Field(default=None, description="name of an attention scheme, or none")
+    algorithm: list[AlgorithmStep] | str | None = Field(default=None, description="the algorithms, in their order")
 
     @model_validator(mode="after")
     def _one_of_two(self) -> Quantize:
@@ -114,93 +114,95 @@ class Quantize(Strict):
 
 
 class Metadata(Strict):
-    """For people."""
+    """Describes the recipe for people."""
 
-    name: str | None = Field(default=None, description="instead of the name of the file")
+    name: str | None = Field(default=None, description="name of the recipe; without it: the name of the file")
     description: str = Field(default="", description="what it is for, in one line")
 
 
 class Calibration(Strict):
-    """Defaults for calibration; flags win."""
+    """Sets the calibration data; flags override it."""
 
     data: str | None = Field(default=None, description="file, directory, hub data set, builtin, or self")
-    samples: int | None = Field(default=None, gt=0, description="rows")
+    samples: int | None = Field(default=None, gt=0, description="number of rows")
     seqlen: int | None = Field(default=None, gt=1, description="tokens per row")
-    column: str | None = Field(default=None, description="column with the text; else found")
+    column: str | None = Field(default=None, description="column with the text; without it quark finds it")
     bos: Literal["auto", "on", "off"] | None = Field(
-        default=None, description="whether rows begin with the tokenizer's BOS token; auto: as the tokenizer does it"
+        default=None, description="whether rows begin with the BOS token; auto: as the tokenizer does it"
     )
-    seed: int | None = Field(default=None, description="of the choice of rows")
-    moe: Literal["routed", "all"] | None = Field(default=None, description="tokens an expert is calibrated on")
+    seed: int | None = Field(default=None, description="seed of the choice of rows")
+    moe: Literal["routed", "all"] | None = Field(
+        default=None, description="tokens that an expert is calibrated on: those routed to it, or all"
+    )
     min_expert_tokens: int | None = Field(
-        default=None, gt=0, description="with fewer tokens the statistics of its layer stand in for an expert"
+        default=None, gt=0, description="an expert with fewer tokens takes the statistics of its layer"
     )
 
 
 class Export(Strict):
-    """Sets the on-disk convention of the checkpoint."""
+    """Sets the dialect, the layout of the checkpoint on disk."""
 
     dialect: str | list[str] | None = Field(
-        default=None, description="on-disk convention, or auto, or a list of several: one directory for each"
+        default=None, description="a dialect, auto, or a list of dialects: one directory for each"
     )
 
 
 class ShareModel(Strict):
-    """Weights of one part that share something: `slots` are patterns on weight slots."""
+    """Names weights of one part that share a scale."""
 
-    slots: list[str] = Field(min_length=1, description="patterns on weight slots, which share together")
+    slots: list[str] = Field(min_length=1, description="patterns of the weight slots that share")
     what: Literal["scale"] = Field(default="scale", description="what they share")
-    exact: bool = Field(default=False, description="these alone; weights that no row names then share nothing")
+    exact: bool = Field(default=False, description="only these share; weights that no row names then share nothing")
 
 
 class RecipeModel(Strict):
-    """The file; `schema` marks it as native."""
+    """Describes a native recipe."""
 
     schema_: Literal["quark/recipe/1"] = Field(alias="schema", description="marks a native recipe")
-    metadata: Metadata = Metadata()
-    quantize: Quantize
+    metadata: Metadata = Field(default=Metadata(), description="name and description")
+    quantize: Quantize = Field(description="what is quantized, and how")
     exclusions: Literal["default", "none"] = Field(
-        default="default", description="whether what the family and the defaults protect stays as it is"
+        default="default", description="whether quark keeps what the family and the defaults protect"
     )
     share: list[ShareModel] | None = Field(
-        default=None, description="weights that share a per-tensor scale beyond the family's groups; [] for none at all"
+        default=None, description="weights that share a per-tensor scale beyond the family's groups; []: none share"
     )
     expert_inputs: Literal["shared", "own"] = Field(
         default="shared",
         description="whether experts of a layer share their static input scale, or each has its own",
     )
-    calibration: Calibration = Calibration()
-    export: Export = Export()
+    calibration: Calibration = Field(default=Calibration(), description="the calibration data")
+    export: Export = Field(default=Export(), description="the layout of the checkpoint")
 
 
 class SchemeModel(Strict):
-    """A scheme file: one cfg per slot kind. A kind it does not name is switched off."""
+    """Describes a scheme: one cfg for each kind of slot. A kind that it does not name is off."""
 
     summary: str = Field(default="", description="what it is, in one line")
-    hardware: str = Field(default="", description="what runs it")
-    aliases: list[str] = Field(default=[], description="other names it is known under")
+    hardware: str = Field(default="", description="hardware that runs it")
+    aliases: list[str] = Field(default=[], description="other names of the scheme")
     weight: dict[str, Any] = Field(description="cfg of weights")
-    input: dict[str, Any] | None = Field(default=None, description="cfg of what a module reads")
-    output: dict[str, Any] | None = Field(default=None, description="cfg of what it returns")
+    input: dict[str, Any] | None = Field(default=None, description="cfg of the activations that a module reads")
+    output: dict[str, Any] | None = Field(default=None, description="cfg of the activations that it returns")
     bias: dict[str, Any] | None = Field(default=None, description="cfg of biases")
 
 
 class CacheModel(Strict):
-    """A KV cache scheme: one cfg for k and one for v."""
+    """Describes a KV cache scheme: one cfg for k and one for v."""
 
-    summary: str = ""
-    k: dict[str, Any]
-    v: dict[str, Any]
+    summary: str = Field(default="", description="what it is, in one line")
+    k: dict[str, Any] = Field(description="cfg of keys")
+    v: dict[str, Any] = Field(description="cfg of values")
 
 
 class AttentionModel(Strict):
-    """An attention scheme: one cfg for each of q, k, v and p (the softmax output) that it speaks of."""
+    """Describes an attention scheme: a cfg for q, k, v and p. Those that it does not name are off."""
 
-    summary: str = ""
-    q: dict[str, Any] | None = None
-    k: dict[str, Any] | None = None
-    v: dict[str, Any] | None = None
-    p: dict[str, Any] | None = None
+    summary: str = Field(default="", description="what it is, in one line")
+    q: dict[str, Any] | None = Field(default=None, description="cfg of queries")
+    k: dict[str, Any] | None = Field(default=None, description="cfg of keys")
+    v: dict[str, Any] | None = Field(default=None, description="cfg of values")
+    p: dict[str, Any] | None = Field(default=None, description="cfg of the softmax output")
 
     @model_validator(mode="after")
     def _says_something(self) -> AttentionModel:
