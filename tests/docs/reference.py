@@ -14,7 +14,7 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "cli.md"
 HEAD = """\
 # Command line reference
 
-Look up here each command and flag: these are the texts of `--help`. [Quickstart](quickstart.md) shows the usual order of
+Look up here each command and flag, with the text of `--help`. [Quickstart](quickstart.md) shows the usual order of
 the commands. `make docs` generates this page; do not edit it.
 """
 COMMANDS = [
