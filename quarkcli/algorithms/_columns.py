@@ -16,6 +16,7 @@ from quarkcli.algorithms import _parameters
 from quarkcli.algorithms.base import Effort, Moment, Needs, Outcome, Problem, Solver
 from quarkcli.algorithms.rtn import RoundToNearest
 from quarkcli.errors import ConfigError
+from quarkcli.numerics.rows import cpu_rows
 from quarkcli.plan.model import Plan, QuantizedTarget
 from quarkcli.spec import TensorSpec
 
@@ -29,7 +30,6 @@ SWEEPS = 2
 MOST_SWEEPS = 10
 HELD_OUT = 8
 DAMP = 0.01
-ROWS = 2048  # of a problem that are solved at once on a CPU, see `numerics.solve.CPU_ROWS`
 TOGETHER = 256 * 2**20  # bytes that problems which are solved together may take, unless one alone takes more
 TOKENS = 2048  # that are folded into a moment at once, see `forward.moments.CHUNK`
 ALIVE = 4  # sums of lanes of a moment at most, see `forward.lanes.Tree`
@@ -118,8 +118,9 @@ class ColumnSolver(Solver):
         A second factor is there while dampings are tried, and none when the last rows are refined.
         """
         rows, width = shape
-        square, some = width * width, min(rows, ROWS) * width
-        return 4 * max(4 * square + 5 * some, (2 if rows <= ROWS else 3) * square + 8 * some)
+        at_once = min(rows, cpu_rows(width))
+        square, some = width * width, at_once * width
+        return 4 * max(4 * square + 5 * some, (2 if rows == at_once else 3) * square + 8 * some)
 
     def effort(self, shape: tuple[int, int], spec: TensorSpec) -> Effort:
         """Returns the work of usually three factors, of a loop over columns, and of two products for each sweep."""

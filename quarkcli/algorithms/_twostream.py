@@ -7,9 +7,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import ref
 
-from quarkcli.algorithms._columns import ROWS, TOKENS, ColumnSolver
+from quarkcli.algorithms._columns import TOKENS, ColumnSolver
 from quarkcli.algorithms.base import Effort, Needs, Problem
 from quarkcli.errors import ConfigError
+from quarkcli.numerics.rows import cpu_rows
 from quarkcli.plan.model import Plan
 from quarkcli.spec import TensorSpec
 
@@ -56,7 +57,7 @@ class TwoStreamSolver(ColumnSolver):
     def _solved(self, shape: tuple[int, int]) -> int:
         """Returns the bytes of what the column loop needs, the cross moment, and the target."""
         rows, width = shape
-        return super()._solved(shape) + 4 * (width * width + 2 * min(rows, ROWS) * width)
+        return super()._solved(shape) + 4 * (width * width + 2 * min(rows, cpu_rows(width)) * width)
 
     def effort(self, shape: tuple[int, int], spec: TensorSpec) -> Effort:
         """Returns the work of a column solver, and of a target for every strength."""

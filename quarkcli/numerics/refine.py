@@ -21,7 +21,7 @@ from quarkcli.numerics.products import through_onednn
 from quarkcli.spec import Element, TensorSpec
 
 COLUMNS = 128  # of a block, at most; groups are never cut unless they are wider
-RUN = 32  # columns of one scale that are rounded one by one before the others of their block hear of them
+RUN = 16  # columns of one scale that are rounded one by one before the others of their block hear of them
 
 
 @dataclass
@@ -223,15 +223,14 @@ def _descend_run(pull: Tensor, values: Tensor, couplings: Tensor, zero: Tensor |
     Returns how far the values moved.
     """
     round_ = codec(element).round_
-    steps, goals = torch.empty_like(values), torch.empty_like(values)
-    earlier = steps.t()
+    steps, goals = torch.zeros_like(values), torch.empty_like(values)
+    earlier = steps.t()  # columns that are not rounded yet moved by nothing
     scratch = torch.empty(2, values.shape[1], dtype=torch.int32, device=values.device)
     shares = couplings.diagonal().reciprocal().neg_().tolist()
     columns = (pull, values, goals, steps, couplings)
-    for i, (own, value, goal, step, coupling) in enumerate(zip(*(each.unbind() for each in columns), strict=True)):
-        if i:
-            own.addmv_(earlier[:, :i], coupling[:i])
-        round_(torch.add(value, own, alpha=shares[i], out=goal), element, scratch, zero)
+    for own, value, goal, step, coupling, share in zip(*(each.unbind() for each in columns), shares, strict=True):
+        own.addmv_(earlier, coupling)
+        round_(torch.add(value, own, alpha=share, out=goal), element, scratch, zero)
         torch.sub(goal, value, out=step)
     values.copy_(goals)
     return steps

@@ -22,6 +22,7 @@ from quarkcli.errors import DataError
 from quarkcli.numerics.formats import codec
 from quarkcli.numerics.grid import Grid
 from quarkcli.numerics.products import add_product_
+from quarkcli.numerics.rows import cpu_rows
 
 ActOrder = bool | Literal["group"]
 # Rows of a strictly upper F [N, N], in the factor's order, from the diagonal of the first on.
@@ -31,9 +32,7 @@ _DAMP_GROWTH = 10.0
 _DAMP_FLOOR = 1e-6
 _CHOLESKY = 128  # rows of a factor that are found at once on a CPU
 _PANEL = 256  # rows of a square matrix that are moved at once
-# Rows worked on at once on a CPU, so that the columns of one block stay in its cache.
-CPU_ROWS = 2048
-RUN = 32  # columns that are rounded one by one before the others of their block hear of them
+RUN = 16  # columns that are rounded one by one before the others of their block hear of them
 
 
 @dataclass
@@ -159,8 +158,9 @@ def solve_together(jobs: Sequence[Rounding], *, columns: int = 128) -> list[tupl
 
     On a CPU as many at once as stay in its cache.
     """
-    rows = max(1, len(jobs[0].weight))
-    at_once = max(1, CPU_ROWS // rows) if jobs[0].weight.device.type == "cpu" else len(jobs)
+    rows, cols = jobs[0].weight.shape
+    on_cpu = jobs[0].weight.device.type == "cpu"
+    at_once = max(1, cpu_rows(cols) // max(1, rows)) if on_cpu else len(jobs)
     found: list[tuple[Tensor, float]] = []
     for start in range(0, len(jobs), at_once):
         found += _solve_jobs(jobs[start : start + at_once], columns)
@@ -174,7 +174,7 @@ def _solve_jobs(jobs: Sequence[Rounding], columns: int) -> list[tuple[Tensor, fl
     orders = [job.factor.order if job.factor.order is not None else every for job in jobs]
     grid = torch.empty(cols, len(jobs), rows, dtype=torch.float32, device=device)
     losses = [0.0] * len(jobs)
-    step = CPU_ROWS if device.type == "cpu" else max(1, rows)
+    step = cpu_rows(cols) if device.type == "cpu" else max(1, rows)
     for start in range(0, rows, step):
         part = slice(start, start + step)
         found = _solve_rows(jobs, orders, part, columns, grid[:, :, part])
@@ -349,14 +349,16 @@ def _solve_block(
 
     Columns go in runs of `RUN`: those of a run hear of each other one by one, those behind it once it is done.
     """
-    values, differences = torch.empty_like(targets), torch.empty_like(targets)
-    links = [(couplings, differences), *([(feeds, current)] if feeds is not None else [])]
+    values, differences = torch.empty_like(targets), torch.zeros_like(targets)
+    links = [(couplings, differences)]
+    if feeds is not None:
+        links.append((feeds, torch.zeros_like(current)))
     for first in range(0, len(targets), RUN):
         run, behind = slice(first, min(first + RUN, len(targets))), slice(first + RUN, len(targets))
         zero = None if at.zero is None else at.zero[run]
         own = [(link[run, :, run], moved[run]) for link, moved in links]
         here = Grid(at.element, at.scale[run], at.size, zero)
-        _solve_run(targets[run], current[run], own, here, values[run], differences[run])
+        _solve_run(targets[run], current[run], own, here, values[run])
         if behind.start >= len(targets):
             break
         for job in range(targets.shape[1]):
@@ -365,25 +367,27 @@ def _solve_block(
     return values, differences
 
 
-def _solve_run(
-    targets: Tensor, current: Tensor, links: list[tuple[Tensor, Tensor]], at: Grid, values: Tensor, differences: Tensor
-) -> None:
+def _solve_run(targets: Tensor, current: Tensor, links: list[tuple[Tensor, Tensor]], at: Grid, values: Tensor) -> None:
     """Rounds a run of columns, as `_solve_block` does a block.
 
-    links   of what moves other columns: how it does so [B, jobs, B], and what it was of the columns before [B, jobs, R]
+    links   of what moves other columns: how it does so [B, jobs, B], and what it was [B, jobs, R]: the differences, and
+            where inputs are fed, what the columns were rounded from; zero until a column is rounded
 
-    A column takes all before it in one product when its turn comes. On a CPU the loop is bound by the cost of a torch
-    call, on a GPU by launches, which is why jobs go through it together.
+    A column takes all before it in one product when its turn comes: with the whole run, those behind it being zero. On
+    a CPU the loop is bound by the cost of a torch call, on a GPU by launches, which is why jobs go through it together.
     """
     round_, element = codec(at.element).round_, at.element
     scratch = torch.empty(2, *targets.shape[1:], dtype=torch.int32, device=targets.device)
     zeros = [None] * len(targets) if at.zero is None else at.zero.unbind()
-    columns = (targets, current, at.scale, values, differences, current.unsqueeze(2))
-    before = [(link.unsqueeze(2), moved.transpose(0, 1)) for link, moved in links]
-    loop = zip(*(each.unbind() for each in columns), zeros, strict=True)
-    for i, (target, column, scale, value, difference, sums, zero) in enumerate(loop):
-        if i:
-            for link, moved in before:
-                sums.baddbmm_(link[i, :, :, :i], moved[:, :i])
+    links_of = zip(*(link.unsqueeze(2).unbind() for link, _ in links), strict=True)
+    moved_of = zip(*(moved.unbind() for _, moved in links), strict=True)
+    all_moved = [moved.transpose(0, 1) for _, moved in links]
+    columns = (targets, current, at.scale, values, current.unsqueeze(2))
+    loop = zip(*(each.unbind() for each in columns), zeros, links_of, moved_of, strict=True)
+    for target, column, scale, value, sums, zero, how, (difference, *before) in loop:
+        for link, moved in zip(how, all_moved, strict=True):
+            sums.baddbmm_(link, moved)
         round_(torch.div(column, scale, out=value), element, scratch, zero)
         torch.addcmul(target, value, scale, value=-1, out=difference)
+        for own in before:
+            own.copy_(column)

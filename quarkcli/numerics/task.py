@@ -9,7 +9,7 @@ from torch import Tensor
 
 from quarkcli.numerics.grid import QParams, grid
 from quarkcli.numerics.refine import Rows
-from quarkcli.numerics.solve import CPU_ROWS
+from quarkcli.numerics.rows import cpu_rows
 from quarkcli.spec import TensorSpec
 
 SAMPLE = 64  # rows of a problem that choices are made on
@@ -25,7 +25,8 @@ class Task:
 
     def pieces(self) -> Iterator[list[tuple[int, slice]]]:
         """Yields runs of rows, by weight, that are solved at once."""
-        limit = CPU_ROWS if self.weights[0].device.type == "cpu" else max(1, self.count)
+        first = self.weights[0]
+        limit = cpu_rows(first.shape[1]) if first.device.type == "cpu" else max(1, self.count)
         run: list[tuple[int, slice]] = []
         room = limit
         for index, weight in enumerate(self.weights):

@@ -214,7 +214,7 @@ def test_rows_are_independent(monkeypatch: pytest.MonkeyPatch) -> None:
     halves = [solve(weight[a:b], factor, replace(at, scale=at.scale[a:b])) for a, b in ((0, 15), (15, R))]
     assert same_codes(whole.codes, torch.cat([half.codes for half in halves])) > 0.99
     assert whole.loss == pytest.approx(sum(half.loss for half in halves), rel=0.01)
-    monkeypatch.setattr(solve_module, "CPU_ROWS", 16)
+    monkeypatch.setattr(solve_module, "cpu_rows", lambda width: 16)
     parts, _, _ = run(weight, gram, spec)
     assert same_codes(whole.codes, parts.codes) > 0.99
 
