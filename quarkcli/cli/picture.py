@@ -95,7 +95,8 @@ def _sizes(prepared: Prepared) -> Iterator[tuple[str, str]]:
 
 def _needs(prepared: Prepared) -> str:
     size, settings = directories.together(prepared), prepared.calibration
-    found = [f"RAM {output.size(size.memory_bytes)}", f"disk {output.size(size.disk_bytes)}"]
+    whole = " (the whole model at once, which writes the text)" if size.whole_bytes else ""
+    found = [f"RAM {output.size(size.memory_bytes)}{whole}", f"disk {output.size(size.disk_bytes)}"]
     if settings is None:
         unused = ", ".join(idle.given(prepared.options, idle.OF_DATA))
         found.append("no calibration data" + (f" ({unused} not used)" if unused else ""))

@@ -306,6 +306,7 @@ def _sizes(prepared: Prepared) -> dict[str, Any]:
         "output_bytes": size.output_bytes,
         "source_bytes": size.source_bytes,
         "memory_bytes": size.memory_bytes,
+        "whole_model_bytes": size.whole_bytes or None,
         "disk_bytes": size.disk_bytes,
         "download": vars(found) if found is not None else None,
     }

@@ -6,23 +6,24 @@ The rows are kept beside the output, and a run that goes on with what an interru
 from __future__ import annotations
 
 import json
-import math
 import os
 import random
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quarkcli import __version__
+from quarkcli import __version__, family
 from quarkcli.disk.source import Source
 from quarkcli.disk.weights import WeightSource
-from quarkcli.disk.writer import atomic_write_text
+from quarkcli.disk.writer import atomic_write_text, tensor_bytes
 from quarkcli.errors import ResourceError
 from quarkcli.events import Listener, Working
+from quarkcli.family import HeaderLike
 from quarkcli.forward.defaults import SELF
 from quarkcli.job import device as devices
+from quarkcli.job.forecast import RUNTIME_BYTES, Forecast
 from quarkcli.job.options import Calibration, Options
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 FILE = "quark/self.json"
 SCHEMA = "quark/self/1"
 _BATCH = 32  # rows that are written together: another number would write other rows
-_BESIDE = 1_500_000_000  # bytes for the program, its libraries, and the keys and values of a batch
+_SCORES = 16  # bytes per entry of the vocabulary and row: scores in float32, and what sampling makes of them
 
 
 @dataclass
@@ -75,7 +76,7 @@ class Author:
         from quarkcli.model import writing
         from quarkcli.model.runner import Runner
 
-        self._check_room(device)
+        self._check_room(device, settings.seqlen)
         tell(Working("loading the whole model, to let it write"))
         runner = Runner(
             self.source.whole_folder(), self.weights.headers, device=device, turned=self.turned,
@@ -86,20 +87,13 @@ class Author:
         rows: list[list[int]] = found.tolist()
         return rows
 
-    def _check_room(self, device: str) -> None:
+    def _check_room(self, device: str, length: int) -> None:
         """Raises ResourceError where the whole model has no room."""
-        sizes = (math.prod(header.shape) for header in self.weights.headers.values())
-        need = 2 * sum(sizes) + _BESIDE
+        need = whole(self.source.config, self.weights.headers, length)
         most = self.options.max_cpu_mem if device == "cpu" else self.options.max_gpu_mem
         room = min(filter(None, (_free(device), most)), default=None)
         if room is not None and need > room:
-            raise ResourceError(
-                "the model writes its own text only where all of it fits into memory: "
-                f"about {need:,} bytes are needed, {room:,} are there",
-                where="--calib-data self",
-                hint="--calib-data FILE, or --calib-data builtin",
-                kind="E-MEMORY",
-            )
+            raise too_large(need, room)
 
     def _earlier(self, key: dict[str, Any]) -> list[list[int]] | None:
         """Returns the rows that an earlier run wrote with this key."""
@@ -121,6 +115,51 @@ class Author:
         }  # fmt: skip
         (folder / FILE).parent.mkdir(exist_ok=True)
         atomic_write_text(folder / FILE, json.dumps(shown, ensure_ascii=False) + "\n")
+
+
+def whole(config: Mapping[str, Any], headers: Mapping[str, HeaderLike], length: int) -> int:
+    """Returns the bytes of a model that writes rows of `length` tokens.
+
+    All its weights, the keys and values and the scores of a batch, and the program with its libraries.
+    """
+    found = family.text_config(config)
+    weights = sum(tensor_bytes(header.dtype, header.shape) for header in headers.values())
+    heads, width = found.get("num_key_value_heads"), found.get("head_dim")
+    kept = heads * width if isinstance(heads, int) and isinstance(width, int) else _number(found, "hidden_size")
+    cache = 2 * _number(found, "num_hidden_layers") * kept * length * _BATCH * 2
+    return weights + cache + _BATCH * _number(found, "vocab_size") * _SCORES + RUNTIME_BYTES[True]
+
+
+def _number(config: Mapping[str, Any], key: str) -> int:
+    value = config.get(key)
+    return value if isinstance(value, int) else 0
+
+
+def too_large(need: int, room: int) -> ResourceError:
+    """Returns the error for a model that has no room as a whole."""
+    return ResourceError(
+        "the model writes its own text only where all of it fits into memory: "
+        f"about {need:,} bytes are needed, {room:,} are there",
+        where="--calib-data self",
+        hint="--calib-data FILE, or --calib-data builtin",
+        kind="E-MEMORY",
+    )
+
+
+def with_whole(
+    size: Forecast, options: Options, settings: Calibration | None, source: Source, headers: Mapping[str, HeaderLike]
+) -> Forecast:
+    """Returns the sizes of a plan with those of the whole model, where it writes its own rows."""
+    if settings is None or settings.source != SELF:
+        return size
+    need = whole(source.config, headers, settings.seqlen)
+    return replace(size, whole_bytes=need, memory_bytes=max(size.memory_bytes, need if _on_cpu(options) else 0))
+
+
+def _on_cpu(options: Options) -> bool:
+    import torch
+
+    return options.device == "cpu" or not torch.cuda.is_available()
 
 
 def _row(tokens: list[int], tokenizer: Tokenizer) -> dict[str, Any]:

@@ -27,6 +27,7 @@ class Forecast:
 
     hidden_bytes  of the hidden states of all streams
     solving       what a solver needs beside the part's own tensors
+    whole_bytes   what the whole model takes at once, where it writes its own calibration rows; else 0
     """
 
     source_bytes: int
@@ -39,6 +40,7 @@ class Forecast:
     calibrated: bool
     dtypes: dict[str, int]
     solving: int = 0
+    whole_bytes: int = 0
 
 
 class PartSize(NamedTuple):

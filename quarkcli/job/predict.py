@@ -173,7 +173,7 @@ def _device(size: Forecast, works: list[_Work], rates: Rates, lanes: float) -> i
     batch = BATCH_TOKENS * HELD * max((work.cost.widest for work in works), default=0) * 2
     hidden = round(size.hidden_bytes * lanes)
     held = hidden if 4 * hidden < rates.memory else 0  # else they wait in the host's memory
-    return RUNTIME_DEVICE + part + size.solving + batch + held
+    return max(RUNTIME_DEVICE + part + size.solving + batch + held, size.whole_bytes)
 
 
 def _lanes(ranks: int) -> list[float]:

@@ -28,7 +28,7 @@ from quarkcli.errors import (
     some,
 )
 from quarkcli.family import HeaderLike
-from quarkcli.job import forecast
+from quarkcli.job import authored, forecast
 from quarkcli.job.options import Calibration, Options
 from quarkcli.plan.fused import Servers, sentence, splits
 from quarkcli.plan.model import Plan, QuantizedTarget
@@ -299,10 +299,13 @@ def check_resources(output: Path, size: forecast.Forecast, most: int | None = No
             f"{size.disk_bytes:,} bytes needed, {free:,} free", where=str(output),
             hint="free some space, or another -o", kind="E-DISK-FULL",
         )  # fmt: skip
+    total = _total_memory()
+    for room in filter(None, (most, total)):
+        if min(size.memory_bytes, size.whole_bytes) > room:
+            raise authored.too_large(size.whole_bytes, room)
     if most is not None and size.memory_bytes > most:
         what = f"about {size.memory_bytes:,} bytes of memory needed, and --max-cpu-mem allows {most:,}"
         raise ResourceError(what, hint=_LESS_MEMORY, kind="E-MEMORY")
-    total = _total_memory()
     if total is not None and size.memory_bytes > total:
         raise ResourceError(
             f"about {size.memory_bytes:,} bytes of memory needed, {total:,} installed", hint=_LESS_MEMORY,

@@ -28,6 +28,7 @@ from quarkcli.events import Event, Listener, Message, Phase, Working, broadcast,
 from quarkcli.forward.group import Group
 from quarkcli.job import (
     asked,
+    authored,
     carried,
     directories,
     dividing,
@@ -140,6 +141,7 @@ def prepare(options: Options, tell: Listener = silent, *, carries: bool = True) 
     if carries and origin is not None:
         plan = carried.carry(plan, weights, origin, writers, steps, options.target)
     size = preflight.forecast_of(plan, writers[0], source, headers, calibration, steps)
+    size = authored.with_whole(size, options, calibration, source, headers)
     needed = download.needed(options, source, steps, prepass)
     size = replace(size, disk_bytes=size.disk_bytes + (needed.at_once if needed is not None else 0))
     beside = side_files.gather(source)

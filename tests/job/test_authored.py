@@ -10,12 +10,14 @@ import pytest
 import torch
 import transformers
 
+from quarkcli.cli import picture
 from quarkcli.disk import manifest
 from quarkcli.disk.embedded import EMBEDDED
+from quarkcli.disk.source import Source
 from quarkcli.errors import ResourceError, UsageError
 from quarkcli.events import silent
 from quarkcli.forward.group import Group
-from quarkcli.job import authored, dividing
+from quarkcli.job import authored, dividing, forecast
 from quarkcli.job import rows as job_rows
 from quarkcli.model import writing
 from tests import runs
@@ -85,6 +87,27 @@ def test_a_model_that_does_not_fit_is_exit_6(prepared, monkeypatch) -> None:
         job_rows.token_rows(prepared, silent)
     assert (error.value.code, error.value.kind) == (6, "E-MEMORY")
     assert "builtin" in error.value.hint
+
+
+def test_the_plan_says_what_the_whole_model_takes(prepared, monkeypatch, tmp_path) -> None:
+    """All weights, 32 rows of keys and values, their scores, and the program; refused before a tensor is read."""
+    config = json.loads((EMBEDDED / "config.json").read_text())
+    weights = (EMBEDDED / "model.safetensors").stat().st_size
+    wide = config["num_key_value_heads"] * config.get(
+        "head_dim", config["hidden_size"] // config["num_attention_heads"]
+    )
+    cache = 2 * config["num_hidden_layers"] * wide * 24 * 32 * 2
+    expected = weights + cache + 32 * 16 * config["vocab_size"] + forecast.RUNTIME_BYTES[True]
+    assert prepared.forecast.whole_bytes == pytest.approx(expected, rel=0.01)
+    assert prepared.forecast.memory_bytes >= prepared.forecast.whole_bytes
+    assert "the whole model at once, which writes the text" in "\n".join(picture.lines(prepared, None, 200))
+    assert runs.prepare("demo", **{**SELF, "calib_data": "builtin"}).forecast.whole_bytes == 0
+    longer = runs.prepare("demo", **{**SELF, "calib_seqlen": 240}).forecast.whole_bytes
+    assert longer - prepared.forecast.whole_bytes == 9 * cache
+    monkeypatch.setattr(Source, "read_many", lambda *_: pytest.fail("a tensor is read"))
+    with pytest.raises(ResourceError, match="all of it fits into memory") as error:
+        runs.run("demo", tmp_path / "out", **SELF, max_cpu_mem=prepared.forecast.whole_bytes - 1)
+    assert error.value.code == 6 and not list(tmp_path.iterdir())
 
 
 def test_several_ranks_do_not_wait_for_it(prepared) -> None:
