@@ -82,7 +82,7 @@ def test_a_run_goes_on_with_the_rows_that_are_there(tmp_path: Path, monkeypatch)
 
 
 def test_a_model_that_does_not_fit_is_exit_6(prepared, monkeypatch) -> None:
-    monkeypatch.setattr(authored, "_free", lambda device: 1_000_000_000)
+    monkeypatch.setattr(authored, "_free", lambda device: 500_000_000)
     with pytest.raises(ResourceError, match="all of it fits into memory") as error:
         job_rows.token_rows(prepared, silent)
     assert (error.value.code, error.value.kind) == (6, "E-MEMORY")
