@@ -88,6 +88,8 @@ def test_the_page_on_the_design_names_files_that_are_there() -> None:
     assert len(names) > 40
     folders = [PAGE.parents[1] / folder for folder in ("quarkcli", "recipes", "tests")]
     found = [path.as_posix() for folder in folders for path in folder.rglob("*.*")]
+    names |= set(re.findall(r"`((?:\w+/)+)NAME\.(?:py|yaml)`", DESIGN))
+    found += [f"{path.as_posix()}/" for folder in folders for path in folder.rglob("*") if path.is_dir()]
     assert not [name for name in names if not any(path.endswith(f"/{name}") for path in found)]
 
 
