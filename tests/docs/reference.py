@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import os
+from collections.abc import Iterator
 from contextlib import redirect_stdout
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 from quarkcli.cli import main
@@ -17,15 +19,17 @@ HEAD = """\
 Look up here each command and flag, with the text of `--help`. [Quickstart](quickstart.md) shows the usual order of
 the commands. `make docs` generates this page; do not edit it.
 """
-COMMANDS = [
-    (), ("init",), ("quantize",), ("plan",), ("eval",), ("verify",), ("compare",), ("convert",), ("push",),
-    ("inspect",), ("report",),
-    ("recipes", "list"), ("recipes", "show"), ("recipes", "normalize"), ("recipes", "convert"), ("recipes", "schema"),
-    ("recipes", "validate"), ("recipes", "copy"),
-    ("schemes", "list"), ("schemes", "show"), ("algorithms", "list"), ("algorithms", "show"),
-    ("models", "list"), ("models", "show"), ("models", "infer"),
-    ("data", "list"), ("data", "preview"), ("env",), ("explain",),
-]  # fmt: skip
+
+
+def every() -> Iterator[tuple[str, ...]]:
+    """Every command in the order of the help; a group stands for its members."""
+    yield ()
+    top: Any = main._command()
+    context = top.make_context("quark", [], resilient_parsing=True)
+    for name in top.list_commands(context):
+        group = top.get_command(context, name)
+        members = group.list_commands(context) if hasattr(group, "list_commands") else None
+        yield from ((name, member) for member in members) if members is not None else [(name,)]
 
 
 def help_of(command: tuple[str, ...]) -> str:
@@ -39,7 +43,7 @@ def help_of(command: tuple[str, ...]) -> str:
 
 def page() -> str:
     sections = [HEAD]
-    for command in COMMANDS:
+    for command in every():
         sections.append(f"## {' '.join(('quark', *command))}\n\n```\n{help_of(command)}\n```\n")
     return "\n".join(sections)
 
