@@ -6,7 +6,7 @@ PYTHON ?= python3
 DEMO := demo-out
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock demo test test-all test-latest test-consumers test-browser screenshots check fix fuzz test-gpu bench bench-gpu golden table docs clean
+.PHONY: help setup lock demo test test-all test-latest test-consumers test-notebook test-browser screenshots check fix fuzz test-gpu bench bench-gpu golden table docs clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -49,6 +49,10 @@ test-consumers: $(STAMP) $(filter $(CONSUMERS)/bin/python,$(VLLM_PYTHON)) ## loa
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.consumers.vllm.run $(VLLM_PYTHON) --record $(ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.consumers.promised
 	$(BIN)/python -m tests.docs.serving
+
+test-notebook: $(STAMP) ## run docs/quark.ipynb in a kernel of Jupyter, which is installed into .venv
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,notebook]'
+	$(PYTEST) -m slow tests/docs/test_notebook.py
 
 test-browser: $(STAMP) ## open report.html in Debian's chromium, which is installed where root may do so; into docs/images
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.browser.run
