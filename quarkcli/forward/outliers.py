@@ -67,6 +67,13 @@ class Outliers:
             "outlier_ratio": ratio,
         }
 
+    def share_below(self, limit: float) -> float:
+        """Returns the share of the counted magnitudes below `limit`; those of its own bin count as above."""
+        if self.counts is None or not int(self.counts.sum()):
+            return 0.0
+        own = int(torch.tensor(limit, dtype=torch.float32).view(torch.int32)) >> _DROPPED
+        return int(self.counts[:own].sum()) / int(self.counts.sum())
+
     def _quantiles(self) -> list[float]:
         """Returns the middle of the bin that holds each quantile; 0 for zeros."""
         assert self.counts is not None

@@ -24,7 +24,7 @@ from quarkcli.events import Listener, Message, Working
 from quarkcli.forward.group import Group
 from quarkcli.forward.guard import Guard
 from quarkcli.forward.joining import join
-from quarkcli.forward.outliers import told
+from quarkcli.forward.outliers import Outliers, told
 from quarkcli.forward.statistics import Statistics
 from quarkcli.forward.walk import Walk
 from quarkcli.job.options import SKIP, Calibration, OnNonfinite
@@ -40,7 +40,10 @@ from quarkcli.job.tuning import TunedBlock, tuned
 from quarkcli.numerics.finite import is_finite
 from quarkcli.numerics.quantize import Quantized, dequantize, quantize, static_scale
 from quarkcli.plan.model import Part, Plan, QuantizedTarget
+from quarkcli.spec import TensorSpec
 from quarkcli.threads import Workers
+
+MOSTLY = 0.9  # of an input's values: where its static scale rounds so many to zero, the run says so
 
 
 class PartWorker:
@@ -203,7 +206,18 @@ class PartWorker:
                 scales[key] = static_scale(amax, spec)
                 if not float(amax):
                     self.silent.append(key)
+                elif statistics is not None and site in statistics.outliers and expert is None:
+                    self._look(key, spec, float(scales[key]), statistics.outliers[site])
         return scales
+
+    def _look(self, key: str, spec: TensorSpec, scale: float, seen: Outliers) -> None:
+        """Warns where most values are below half a step of integers: a few large ones have made the scale theirs."""
+        lost = seen.share_below(scale / 2) if spec.format.kind == "integer" else 0.0
+        if lost >= MOSTLY:
+            self._warn(
+                f"{key}: its static scale rounds {lost:.0%} of the values to zero, because of a few large ones; leave "
+                "such layers out with --exclude, or take a scheme with a scale for each token, such as int8_dynamic"
+            )
 
     def _amax(self, site: str | None, spec: Any, expert: int | None, statistics: Statistics | None) -> Tensor:
         constant = spec.scale.outermost.constant_amax

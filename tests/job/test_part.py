@@ -128,3 +128,15 @@ def test_static_scales_of_what_was_always_zero_are_mentioned_once(text: Path, tm
     assert made.report["dead_inputs"] == {"weights": {}, "activations": silent}
     (warning,) = [line for line in made.report["warnings"] if "zero in all of calibration" in line]
     assert warning.startswith("2 activations with a static scale")
+
+
+def test_a_scale_that_leaves_little_is_mentioned(text: Path, tmp_path: Path) -> None:
+    """One channel a thousand times as large as the others takes all codes; floats have small ones for the rest."""
+    source = runs.build("llama", tmp_path / "m")
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][5] *= 1000
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    for scheme, said in (("int8", ["model.layers.1.mlp.down_proj.input"]), ("fp8", [])):
+        made = runs.run(source, tmp_path / scheme, scheme=scheme, **runs.data(text, 8))
+        found = [line for line in made.report["warnings"] if "rounds" in line]
+        assert [line.split(":")[0] for line in found] == said

@@ -125,7 +125,9 @@ def test_what_is_told_of_an_activation() -> None:
     for share, value in facts["quantiles"].items():
         exact = torch.quantile(x.abs().flatten(), float(share), interpolation="higher")
         assert value == pytest.approx(float(exact), rel=0.02)
-    assert Outliers().facts() == {}
+    for limit in (0.5, 20.0):
+        assert seen.share_below(limit) == pytest.approx(float((x.abs() < limit).float().mean()), abs=0.01)
+    assert Outliers().facts() == {} and Outliers().share_below(1.0) == 0.0
     zero = Outliers()
     zero.observe(torch.zeros(3, 4))
     assert zero.facts() == {
