@@ -257,8 +257,9 @@ def _chosen(seen: Histogram, spec: TensorSpec) -> Tensor:
 def _ends(x: Tensor, granularity: Granularity) -> tuple[Tensor, Tensor]:
     match granularity:
         case PerChannel(axis):
-            low, high = torch.aminmax(as_matrix(x), dim=1 if axis == 0 else 0)
-            return low.float(), high.float()
+            # two passes: several times faster on a CPU than torch.aminmax along an axis
+            matrix, along = as_matrix(x), 1 if axis == 0 else 0
+            return matrix.amin(along).float(), matrix.amax(along).float()
         case PerGroup(size):
             low, high = group_ends(as_matrix(x), size)
             return low.amin(0), high.amax(0)

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quarkcli.errors import ConfigError, DataError
+from quarkcli.numerics import observers
 from quarkcli.numerics.observers import STATISTICS, Histogram, MinMax, amax_of, weight_amax
 from quarkcli.numerics.quantize import static_scale
 from quarkcli.spec import (
@@ -340,3 +341,15 @@ def test_which_ranges_are_kept() -> None:
     global_only = TensorSpec(BLOCKS.element, BLOCKS.granularity, BLOCKS.scale, observer=ObserverSpec("histogram"))
     with pytest.raises(ConfigError, match="one scale per tensor"):
         amax_of(seen(global_only, torch.ones(4)), global_only)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_ends_of_channels_are_those_of_aminmax(axis: int, dtype: torch.dtype) -> None:
+    """Bit for bit, zeros of both signs too; where there is a NaN, both ends are one."""
+    x = torch.randn(33, 21, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x[5], x[:, 4], x[6, 1], x[7, 2], x[8, 3] = 0.0, -0.0, torch.nan, torch.inf, -torch.inf
+    for found, expected in zip(observers._ends(x, PerChannel(axis)), torch.aminmax(x, dim=1 - axis), strict=True):
+        nan = expected.isnan()
+        assert torch.equal(found.isnan(), nan) and nan.any()
+        assert torch.equal(found[~nan].view(torch.int32), expected[~nan].float().view(torch.int32))
