@@ -24,7 +24,10 @@ class Report(dict[str, Any]):
     def _repr_html_(self) -> str:
         rows = [*self._lines(), *losses.rows(self)] if "size" in self else []
         rows += [("warning", text) for text in self.get("warnings", ())]
-        cells = (f"<tr><th style='text-align:left'>{escape(a)}</th><td>{escape(b)}</td></tr>" for a, b in rows)
+        cells = (
+            f"<tr><th style='text-align:left'>{escape(a)}</th><td style='text-align:left'>{escape(b)}</td></tr>"
+            for a, b in rows
+        )
         return f"<table>{''.join(cells)}</table>" if rows else escape(repr(self))
 
     def _lines(self) -> list[tuple[str, str]]:

@@ -22,6 +22,10 @@ def line(plan: Plan) -> str:
     )
 
 
+def _cell(text: str) -> str:
+    return f"<td style='text-align:left'>{escape(text)}</td>"
+
+
 def table(plan: Plan) -> str:
     """Returns HTML: a row for weights of one role that end alike for one reason."""
     found: dict[tuple[str, str, str], list[int]] = {}
@@ -31,6 +35,6 @@ def table(plan: Plan) -> str:
         counts[1] += target.numel
     rows = [(role, f"{many:,}", f"{size:,}", how, why) for (role, how, why), (many, size) in found.items()]
     rows.append(("other tensors", f"{len(plan.kept):,}", "", "kept", "no recipe reaches them, or it says so"))
-    cells = [f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows]
+    cells = [f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows]
     head = "".join(f"<th style='text-align:left'>{name}</th>" for name in _HEAD)
     return f"<p>{escape(line(plan).strip('<>'))}</p><table><tr>{head}</tr>{''.join(cells)}</table>"
