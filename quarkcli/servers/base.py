@@ -11,6 +11,7 @@ from quarkcli import dialects
 from quarkcli.dialects._kinds import input_kind, kinds_of
 from quarkcli.dialects.base import Classes, Writer
 from quarkcli.plan.model import Plan, QuantizedTarget
+from quarkcli.plan.words import how
 from quarkcli.servers._kernels import Kernel, Way, way
 
 
@@ -152,9 +153,8 @@ def _attention(plan: Plan) -> list[str]:
 
 def what(target: QuantizedTarget) -> str:
     """Returns the scheme of a weight in words."""
-    source = target.input.describe() if target.input is not None else "whole inputs"
     of = "experts" if target.expert is not None else target.role
-    return f"{of}: {target.weight.describe()} with {source}"
+    return f"{of}: {how(target)}{'' if target.input is not None else '; inputs in 16 bits'}"
 
 
 def alone(plan: Plan, run: list[QuantizedTarget]) -> Plan:

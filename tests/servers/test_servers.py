@@ -43,9 +43,9 @@ def test_a_server_without_rules_is_refused(target: Servers) -> None:
 # (scheme, dialect, server, what it says; empty: it loads the plan)
 VERDICTS = [
     ("nvfp4", "compressed-tensors", "vllm", ""),
-    ("nvfp4", "quark", "transformers", "down: fp4_e2m1"),
+    ("nvfp4", "quark", "transformers", "down: nvfp4"),
     ("nvfp4", "compressed-tensors", "sglang", ""),
-    ("nvfp4", "quark", "sglang", "no class for down: fp4_e2m1"),
+    ("nvfp4", "quark", "sglang", "no class for down: nvfp4"),
     ("mxfp4", "quark", "sglang", ""),
     ("fp8", "quark", "sglang", ""),
     ("int8_dynamic", "compressed-tensors", "sglang", ""),
