@@ -26,7 +26,7 @@ class Message:
 
 @dataclass(frozen=True)
 class Phase:
-    """A named phase begins: resolve, check, load-headers, calibrate+quantize, finalize, verify."""
+    """A named phase begins: resolve, check, load-headers, calibrate+quantize, finalize, verify; `done` in Python."""
 
     name: str
 

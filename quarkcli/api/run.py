@@ -23,7 +23,7 @@ from quarkcli.api.options import RunOptions
 from quarkcli.api.results import Report
 from quarkcli.errors import ConfigError, QuarkError, UsageError
 from quarkcli.evaluation import judge
-from quarkcli.events import Listener, silent
+from quarkcli.events import Listener, Phase, silent
 from quarkcli.job import run as job
 from quarkcli.job.options import Options
 from quarkcli.plan.compose import Basis, Overrides
@@ -68,8 +68,12 @@ def quantize(
             raise UsageError(
                 "a plan says what to quantize; scheme, recipe and config are for models", kind="E-PYTHON-CALL"
             )
-        return Report(job.run(_of_plan(model, output, dict(options)), listener, judge=judge))
-    return Report(job.run(_options(model, scheme, recipe, config, output, dict(options)), listener, judge=judge))
+        asked = _of_plan(model, output, dict(options))
+    else:
+        asked = _options(model, scheme, recipe, config, output, dict(options))
+    report = Report(job.run(asked, listener, judge=judge))
+    listener(Phase("done"))
+    return report
 
 
 def make_plan(

@@ -40,7 +40,7 @@ def test_quantize_returns_the_report_and_tells_events(tmp_path, capsys):
     )
     assert report["schema"] == "quark/report/2"
     assert (tmp_path / "out" / "quark" / "manifest.json").is_file()
-    assert Phase("verify") in events
+    assert Phase("verify") in events and events[-1] == Phase("done")
     assert "--exclude '*down_proj'" in report["kept_reasons"]
     assert capsys.readouterr() == ("", "")
 
