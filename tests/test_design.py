@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
@@ -481,3 +482,156 @@ def test_the_index_of_errors_is_in_plain_sentences():
         assert kind.causes and len({*kind.causes}) == len(kind.causes)
         assert all(text.endswith(".") for text in (kind.means, kind.cure, *kind.causes)), code
         assert kind.example.startswith(("error: ", "stopped: ")), code
+
+
+# ---- the words on the screen: docs/architecture.md has the rules
+
+
+WORDS_OF_SENTENCE = 25
+NAMES = ("AWQ", "GPTQ", "KV", "NaN", "RANK", "IPython", "R1", "GGUF", "ModelOpt", "vLLM", "LLMTemplate")
+VERBS = {
+    "add", "ask", "begin", "build", "change", "check", "choose", "compare", "convert", "correct", "create",
+    "delete", "describe", "did", "download", "enable", "exclude", "fix", "free", "give", "go", "if", "install",
+    "keep", "leave", "look", "make", "measure", "merge", "move", "name", "put", "quantize", "read", "remove",
+    "rename", "repair", "repeat", "restore", "run", "save", "search", "see", "set", "show", "start", "switch",
+    "take", "try", "unpack", "unset", "unwrap", "use", "wait", "write",
+}  # fmt: skip
+# A plainer word says it: quantizer or tensor, layer input, supported, original model, checkpoint format, process.
+BANNED = re.compile(
+    r"\b(slots?|sites?|honou?red?|lanes?|fates?|whether|source model|source tensors?|forward pass|dialects?|ranks?"
+    r"|out of device memory|in turn|nothing tells|as such|passes over)\b"
+)
+IN_QUOTES = re.compile(r"'[^']*'|`[^`]*`|--[\w-]+")
+
+
+def formats(node: ast.AST) -> Iterator[str]:
+    """Texts that an expression can give: `{}` stands for each value in it."""
+    match node:
+        case ast.Constant(value=str(text)):
+            yield text
+        case ast.JoinedStr(values=values):
+            yield "".join(part.value if isinstance(part, ast.Constant) else "{}" for part in values)
+        case ast.IfExp(body=one, orelse=other):
+            yield from (*formats(one), *formats(other))
+        case ast.BinOp(left=one, op=ast.Add(), right=other):
+            yield from (f"{first}{second}" for first in formats(one) for second in formats(other))
+
+
+@cache
+def said() -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """Places and texts of what errors say, and of their hints: arguments, and variables called `what` and `hint`."""
+    known = (found for found in vars(errors).values() if isinstance(found, type))
+    classes = {found.__name__ for found in known if issubclass(found, errors.QuarkError)}
+    messages, hints = [], []
+    for module in MODULES:
+        for node in ast.walk(tree(module)):
+            place = f"{module}:{getattr(node, 'lineno', 0)}"
+            if isinstance(node, ast.Call):
+                if node.args and isinstance(node.func, ast.Name) and node.func.id in classes:
+                    messages += [(place, text) for text in formats(node.args[0])]
+                hints += [(place, text) for word in node.keywords if word.arg == "hint" for text in formats(word.value)]
+            elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+                found = {"what": messages, "hint": hints}.get(node.targets[0].id)
+                if found is not None:
+                    found += [(place, text) for text in formats(node.value)]
+    return messages, hints
+
+
+def sentences_of(text: str) -> list[str]:
+    return re.split(r"[;:\n]|\. ", text)
+
+
+def test_errors_and_hints_are_short_and_in_plain_words():
+    texts = [*said()[0], *said()[1]]
+    assert len(texts) > 900
+    long = [row for row in texts if any(len(part.split()) > WORDS_OF_SENTENCE for part in sentences_of(row[1]))]
+    assert long == []
+    assert [(place, text) for place, text in texts if BANNED.search(IN_QUOTES.sub("", text))] == []
+
+
+def test_errors_begin_with_a_small_letter_and_have_no_full_stop():
+    messages, hints = said()
+    assert [row for row in messages if row[1][:1].isupper() and not row[1].startswith(NAMES)] == []
+    assert [row for row in messages + hints if row[1].endswith(".") and not row[1].endswith("...")] == []
+
+
+def test_hints_begin_with_a_verb():
+    """Or with a value, which a variable gives."""
+    first = [(place, text, re.split(r"[ ,]", text)[0]) for place, text in said()[1] if text]
+    assert [row for row in first if row[2] not in VERBS and not row[2].startswith(("{", "'", ";")) and row[2]] == []
+
+
+def test_help_is_in_sentences():
+    """What a flag or an argument does: it begins with a capital, or with a value, and ends with a full stop."""
+    texts = [
+        (f"{module}:{word.value.lineno}", text)
+        for module in MODULES
+        if room(module) == "cli"
+        for node in ast.walk(tree(module))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("Option", "typer.Option", "typer.Argument")
+        for word in node.keywords
+        if word.arg == "help"
+        for text in formats(word.value)
+    ]
+    assert len(texts) > 100
+    ends = re.compile(r"\.( \[default: [^]]*\])?$")
+    assert [row for row in texts if not row[1][:1].isupper() or not ends.search(row[1])] == []
+    assert [row for row in texts if any(len(part.split()) > WORDS_OF_SENTENCE for part in sentences_of(row[1]))] == []
+    assert [row for row in texts if re.search(r"\b(slots?|sites?|part by part|fuse)\b", row[1])] == []
+
+
+# Their words are another package's, or are handed on from where a fault was found.
+FOREIGN = {"E-COMMAND-LINE", "E-RECIPE-YAML"}
+HANDED_ON = {"E-CHECK-FILES", "E-CHECK-MODEL", "E-CHECK-SEVERAL", "E-DATA-STRICT", "E-ENTRY", "E-GATE", "E-JSON-SHAPE",
+             "E-NONFINITE-WEIGHT", "E-SERVER-SPLIT"}  # fmt: skip
+
+
+def spoken() -> dict[str, set[str]]:
+    """Texts in the functions that make errors of a kind, and what others give to these functions, by the kind."""
+    found: dict[str, set[str]] = {}
+    given: dict[str, set[str]] = {}
+    makers: dict[str, set[str]] = {}
+    for module in MODULES:
+        for part in tree(module).body:
+            nodes = list(ast.walk(part))
+            texts = {text for node in nodes for text in formats(node)}
+            for call in (node for node in nodes if isinstance(node, ast.Call)):
+                values = (*call.args, *(word.value for word in call.keywords))
+                name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+                given.setdefault(name, set()).update(text for value in values for text in formats(value))
+            for kind in filter(re.compile(r"E-[A-Z-]+").fullmatch, texts):
+                found.setdefault(kind, set()).update(texts)
+                named = {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+                makers.setdefault(kind, set()).update(named)
+    return {kind: texts.union(*(given.get(name, ()) for name in makers[kind])) for kind, texts in found.items()}
+
+
+def says(example: str, one: str) -> bool:
+    """True when an error prints this first line, its place before it, from this text with its values."""
+    one = one.partition("\n")[0]
+    if "{}" not in one and len(one.split()) > 3:
+        return one in example
+    text = f": {example.partition(': ')[2]}"
+    pieces = f": {one}".split("{}")
+    if len("".join(pieces)) < 8 or not text.endswith(pieces[-1]):
+        return False
+    at = 0
+    for piece in pieces:
+        at = text.find(piece, at)
+        if at < 0:
+            return False
+        at += len(piece)
+    return True
+
+
+def test_examples_of_errors_are_what_the_code_prints():
+    made, index = spoken(), kinds.index()
+    every = {text for module in MODULES for node in ast.walk(tree(module)) for text in formats(node)}
+    texts = {code: every if code in HANDED_ON else made[code] for code in index.keys() - FOREIGN}
+    wrong = {code for code, own in texts.items() if not any(says(index[code].example, one) for one in own)}
+    assert wrong == set()
+
+
+def test_an_example_that_nothing_prints_is_found():
+    assert says("error: a.yaml:3: 'x' is 4, not 5", "'{}' is {}, not {}")
+    assert not says("error: 'x' is 4 and not 5", "'{}' is {}, not {}")

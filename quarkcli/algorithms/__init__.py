@@ -50,7 +50,11 @@ def create(name: str, parameters: dict[str, Any], where: str = FLAG) -> Algorith
     for key in parameters:
         if key not in known:
             close = near_misses(key, known)
-            hint = f"did you mean '{close[0]}'?" if close else f"parameters: {', '.join(known) or 'none'}"
+            hint = (
+                f"did you mean '{close[0]}'?"
+                if close
+                else f"use one of the parameters: {', '.join(known) or 'it has none'}"
+            )
             raise ConfigError(
                 f"algorithm '{dashed}' has no parameter '{key}'", where=where, hint=hint, kind="E-ALGORITHM-PARAMETER"
             )

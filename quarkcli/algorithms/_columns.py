@@ -84,10 +84,10 @@ class ColumnSolver(Solver):
         """Refuses negative scales where a server reads scales as unsigned, and stages of two streams."""
         if self.staged and "source" in self.streams:
             raise ConfigError(
-                f"{self.name} follows the source model's activations, which a block that is quantized in stages no "
-                "longer gives",
+                f"{self.name} needs the activations of the original model, and a block that is quantized in stages "
+                "does not give them",
                 where="algorithm",
-                hint="true_sequential: false, or gptq",
+                hint="write true_sequential: false, or use gptq",
                 kind="E-ALGORITHM-COMBINE",
             )
         if self.signed != "on":
@@ -95,10 +95,10 @@ class ColumnSolver(Solver):
         for target in plan.quantized():
             if _integer(target) and target.input is not None:
                 raise ConfigError(
-                    f"{self.name} signed: on gives {target.name} negative scales, and kernels that multiply integers "
-                    "with quantized inputs read scales as unsigned",
+                    f"{self.name} signed: on gives {target.name} negative scales, and integer kernels read scales "
+                    "as unsigned",
                     where="algorithm",
-                    hint="signed: auto leaves such weights as they are; or a scheme with inputs in 16 bits",
+                    hint="write signed: auto, which leaves such weights out, or use a scheme with inputs in 16 bits",
                     kind="E-ALGORITHM-FORMAT",
                 )
 

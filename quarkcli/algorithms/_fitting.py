@@ -82,8 +82,8 @@ class BlockTuner(Tuner):
         blocks = {part.index for part in plan.parts if part.block is not None}
         if not any(target.part in blocks and target.site is not None for target in plan.quantized()):
             raise ConfigError(
-                f"{self.name} tunes blocks by their outputs, and no quantized weight of its own lies in a block",
-                hint=f"leave {self.name} out, or give it other 'slots'",
+                f"{self.name} has nothing to do: none of its quantized weights is in a decoder block",
+                hint=f"leave {self.name} out, or give it other 'slots' (the weights that it works on)",
                 kind="E-ALGORITHM-IDLE",
             )
 

@@ -69,8 +69,8 @@ class ChannelScaling(Transform):
         sources = list(dict.fromkeys(below(part, pair.source) for part, pair in known))
         if not known:
             raise ConfigError(
-                f"{self.name} finds no channels to scale: the model family '{plan.family}' names none that a quantized "
-                "weight reads",
+                f"{self.name} has nothing to scale: the model family '{plan.family}' names no channels that a "
+                "quantized weight reads",
                 where="algorithm",
                 hint=_to_add(plan),
                 kind="E-ALGORITHM-IDLE",
@@ -79,9 +79,9 @@ class ChannelScaling(Transform):
             if not any(fits(row, source) for source in sources):
                 close = near_misses(row, sources)
                 raise ConfigError(
-                    f"{self.name} scaling_layers: the model family '{plan.family}' scales no channels of '{row}'",
+                    f"{self.name} scaling_layers: the model family '{plan.family}' has no channels to scale in '{row}'",
                     where="algorithm",
-                    hint=f"did you mean '{close[0]}'?" if close else f"it has {', '.join(sources)}",
+                    hint=f"did you mean '{close[0]}'?" if close else f"use one of {', '.join(sources)}",
                     kind="E-ALGORITHM-FAMILY",
                 )
 
@@ -139,7 +139,7 @@ class ChannelScaling(Transform):
 
         None for the factors: the pair stays as it is.
         """
-        raise AssertionError("a transform that scales channels chooses factors")
+        raise AssertionError("a transform that scales channels must choose factors")
 
 
 def _to_add(plan: Plan) -> str:
@@ -151,8 +151,8 @@ def _to_add(plan: Plan) -> str:
         return "leave the algorithm out, or add 'scaling' rows (source, readers) to the family file"
     readers = ", ".join(below(blocks[site.part], member) for member in site.members)
     return (
-        "add to the family file, for every norm or linear with all weights that read what it writes, a row like "
-        f"'scaling: [{{source: <norm before them>, readers: [{readers}]}}]'; or leave the algorithm out"
+        f"leave the algorithm out, or add 'scaling: [{{source: <norm before them>, readers: [{readers}]}}]' to the "
+        "family file, for every norm or linear layer"
     )
 
 
@@ -199,9 +199,9 @@ def _source(row: Any, name: str) -> str:
     source = row.get("prev_op") if isinstance(row, dict) else row
     if not isinstance(source, str) or not source:
         raise ConfigError(
-            f"{name} scaling_layers holds {row!r}, which names no source",
+            f"{name} scaling_layers has {row!r}, which names no source",
             where="algorithm",
-            hint="the name of a norm or linear, or a row with 'prev_op'",
+            hint="use the name of a norm or linear layer, or a row with 'prev_op'",
             kind="E-ALGORITHM-PARAMETER",
         )
     return source

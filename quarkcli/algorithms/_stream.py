@@ -27,11 +27,11 @@ def streams(plan: Plan) -> Iterator[tuple[Part, Residual]]:
 def check_residual(plan: Plan) -> None:
     """Raises ConfigError where some tensor's place on the residual stream is not known."""
     rule = plan.rewrites.family.residual if plan.rewrites.family is not None else None
-    refused = f"the channels of the residual stream cannot change in family '{plan.family}'"
+    refused = f"the channels of the residual stream cannot change places in model family '{plan.family}'"
     if rule is not None and rule.no_permutation is not None:
         raise ConfigError(
             f"{refused}: {rule.no_permutation}",
-            hint="residual: false leaves the stream as it is",
+            hint="write residual: false to leave the residual stream as it is",
             kind="E-ALGORITHM-FAMILY",
         )
     for _, residual in streams(plan):
@@ -39,8 +39,8 @@ def check_residual(plan: Plan) -> None:
             raise ConfigError(
                 f"{refused}: {why}",
                 where=name,
-                hint="'residual' in a family file says what reads and writes it, and a step with 'slots' must have all "
-                "of that; or leave the stream as it is (residual: false, r1: false)",
+                hint="write residual: false (r1: false for rotation), or name in the family file and in 'slots' "
+                "all that reads and writes the stream",
                 kind="E-ALGORITHM-FAMILY",
             )
 

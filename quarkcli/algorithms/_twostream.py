@@ -92,8 +92,8 @@ class TwoStreamSolver(ColumnSolver):
         if far <= FURTHEST:
             return full
         problem.warn(
-            f"{problem.name}: {self.name} aims for weights that differ from the source's by {far:.1f} times their "
-            "norm, and goes a part of the way; more calibration rows would tell more"
+            f"{problem.name}: {self.name} finds weights {far:.1f} times their norm away from the original ones, "
+            "and goes only part of the way; use more calibration rows"
         )
         return full.times(FURTHEST / far)
 

@@ -73,7 +73,7 @@ class AWQ(SearchedScaling):
             raise ConfigError(f"awq clip must be auto, on or off, not {clip!r}", kind="E-ALGORITHM-PARAMETER")
         if not scales and self.clip == "off":
             raise ConfigError(
-                "awq with scales and clip both off does nothing", hint="leave awq out", kind="E-ALGORITHM-IDLE"
+                "awq has nothing to do: scales and clip are both off", hint="leave awq out", kind="E-ALGORITHM-IDLE"
             )
         self.least = _parameters.share("awq min_clip_ratio", min_clip_ratio)
         self.step = _parameters.share("awq shrink_step", shrink_step)
@@ -97,12 +97,12 @@ class AWQ(SearchedScaling):
         clipped = self._clipped(plan)
         if (self.clip == "on" and not clipped) or (not self.scales and not clipped):
             raise ConfigError(
-                "awq finds no weight to clip: their scales are searched, or cover more than a row",
+                "awq finds no weight to clip: their scales are searched already, or cover more than one row",
                 where="algorithm",
-                hint="leave 'clip' out, or take rtn and scales per group or channel",
+                hint="leave 'clip' out, or use rtn and scales per group or channel",
                 kind="E-ALGORITHM-IDLE",
             )
-        text = "awq clips nothing: scales are searched otherwise, or cover more than a row"
+        text = "awq clips nothing: scales are searched already, or cover more than one row"
         if self.clip == "auto" and not clipped and text not in plan.warnings:
             plan.warnings.append(text)
 

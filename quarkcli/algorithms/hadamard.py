@@ -35,10 +35,10 @@ class Hadamard(Transform):
     def __init__(self, block: int | str, r3: bool) -> None:
         if r3 is not False:
             raise ConfigError(
-                "hadamard r3: no server turns queries and keys while the model runs, so no dialect here says it; "
-                "vLLM 0.32 passes over compressed-tensors' transforms at attention, and others read none",
+                "hadamard r3 is not supported: no server rotates queries and keys while the model runs",
                 where="algorithm",
-                hint="leave r3 out; inputs of linears can be turned, values of attention by 'rotation' (r2)",
+                hint="leave r3 out; hadamard can rotate inputs of linear layers, and 'rotation' (r2) the values "
+                "of attention",
                 kind="E-ALGORITHM-FORMAT",
             )
         whole = isinstance(block, int) and not isinstance(block, bool)
@@ -58,7 +58,7 @@ class Hadamard(Transform):
         if not chosen and left:
             reasons = "; ".join(f"{names[0]}{_more(names)}: {why}" for why, names in left.items())
             raise ConfigError(
-                f"hadamard finds no linear whose input it can turn: {reasons}",
+                f"hadamard finds no linear layer whose input it can rotate: {reasons}",
                 where="algorithm",
                 kind="E-ALGORITHM-IDLE",
             )
@@ -92,16 +92,18 @@ class Hadamard(Transform):
             raise ConfigError(
                 f"a block of {block} does not divide {width} input features",
                 where=target.name,
-                hint=f"block: {fits}, or full" if fits > 1 else "leave it out in 'slots'",
+                hint=f"write block: {fits}, or full"
+                if fits > 1
+                else "leave it out of 'slots' (the weights that it works on)",
                 kind="E-ALGORITHM-FORMAT",
             )
         own = _two_level_group(target)
         if own is not None and block <= own:
             raise ConfigError(
-                f"a Hadamard of {block} within the groups of {own} of {target.weight.describe()} makes it worse: an "
-                "outlier spoils its group either way, and is no smaller for it",
+                f"a Hadamard of {block} inside groups of {own} of {target.weight.describe()} costs accuracy: an "
+                "outlier harms its group either way",
                 where=target.name,
-                hint="block: 128, or smoothquant, permutation or rotation, which run on every server",
+                hint="write block: 128, or use smoothquant, permutation or rotation, which run on every server",
                 kind="E-ALGORITHM-FORMAT",
             )
 
@@ -118,7 +120,7 @@ def _parted(plan: Plan) -> tuple[list[QuantizedTarget], dict[str, list[str]]]:
     for target in plan.quantized():
         why = reasons[target.name]
         if why is None and target.site in barred:
-            why = "something else that reads the same activation is left out"
+            why = "another layer with the same input is left out"
         if why is None:
             chosen.append(target)
         else:
@@ -131,15 +133,15 @@ def _unturned(target: QuantizedTarget) -> str | None:
     if target.is_embedding:
         return "an embedding reads token numbers"
     if target.site is None:
-        return "no forward pass reaches it"
+        return "text does not reach it"
     if target.expert is not None:
-        return "routed experts run fused in servers, which turn inputs of linears alone"
+        return "servers run routed experts together and rotate only inputs of single linear layers"
     if target.role == "head":
-        return "servers do not turn the input of the head"
+        return "servers do not rotate the input of the head"
     if target.role == "router":
-        return "servers do not turn the input of a router"
+        return "servers do not rotate the input of a router"
     if target.bias is not None:
-        return "vLLM 0.32 stops at a linear with a bias behind a turned input"
+        return "vLLM 0.32 stops at a linear layer with a bias and a rotated input"
     return None
 
 

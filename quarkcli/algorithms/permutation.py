@@ -52,8 +52,9 @@ class Permutation(Transform):
             check_residual(plan)
         elif not any(self._inside(plan)):
             raise ConfigError(
-                f"permutation has nothing to do: the family '{plan.family}' names no channels that can change places",
-                hint="'channels' and 'heads' in a family file name them; or residual: true",
+                f"permutation has nothing to do: the model family '{plan.family}' names no channels that can "
+                "change places",
+                hint="name them with 'channels' and 'heads' in the family file, or write residual: true",
                 kind="E-ALGORITHM-FAMILY",
             )
 
@@ -107,7 +108,7 @@ class Permutation(Transform):
                 if seen is not None:
                     own = (seen / seen.mean()).double().cpu()
                     total = own if total is None else total + own
-        assert total is not None, "no token reached the model"
+        assert total is not None, "no calibration token reached the model"
         return {"order": total.sort(descending=True, stable=True).indices.tolist()}
 
     def before(self, part: PartTensors, state: Any) -> None:

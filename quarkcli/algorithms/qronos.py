@@ -31,8 +31,8 @@ class Qronos(TwoStreamSolver):
         super().__init__(**settings)
         self.damp_of = _parameters.one_of("qronos damp_of", damp_of, ("mean", "largest"))
         if self.damp_of == "largest" and self.damp is None:
-            raise ConfigError("qronos damp_of: largest is about a damping that is given", where="algorithm",
-                              hint="damp: 0.001, say; or leave damp_of out", kind="E-ALGORITHM-PARAMETER")  # fmt: skip
+            raise ConfigError("qronos damp_of: largest has no effect without damp", where="algorithm",
+                              hint="add damp: 0.001, or leave damp_of out", kind="E-ALGORITHM-PARAMETER")  # fmt: skip
 
     def _choices(self, problem: Problem, held: bool) -> Choices:
         choices = super()._choices(problem, held)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 FLAG = "tie_word_embeddings"
 AUTO = "auto"
 LEAST = 8  # channels: a smaller block would spread nothing
-_STREAM = "the residual stream of family '{}' cannot be rotated"
+_STREAM = "the residual stream of model family '{}' cannot be rotated"
 
 
 class Rotation(Transform):
@@ -52,7 +52,9 @@ class Rotation(Transform):
                 kind="E-ALGORITHM-PARAMETER",
             )
         if not r1 and r2 is False:
-            raise ConfigError("rotation has nothing to do", hint="r1: true, r2: true, or both", kind="E-ALGORITHM-IDLE")
+            raise ConfigError(
+                "rotation has nothing to do", hint="write r1: true, r2: true, or both", kind="E-ALGORITHM-IDLE"
+            )
         self.r1, self.r2, self.block, self.random = r1, r2, block, random
 
     # -- the plan -------------------------------------------------------------------------------------------------
@@ -75,8 +77,8 @@ class Rotation(Transform):
             size_of(found.head, None)
         if not values and (self.r2 is True or not self.r1):
             raise ConfigError(
-                f"r2: the values of attention cannot be rotated in family '{plan.family}'{_why_no_values(plan)}",
-                hint="'heads' in a family file names them; or r1 alone, with r2: false",
+                f"r2: the values of attention cannot be rotated in model family '{plan.family}'{_why_no_values(plan)}",
+                hint="write r2: false, or name them with 'heads' in the family file",
                 kind="E-ALGORITHM-FAMILY",
             )
 
@@ -161,15 +163,15 @@ def size_of(width: int, block: int | None) -> int:
         if size < LEAST:
             raise ConfigError(
                 f"rotation: no Hadamard matrix of size {width} is known, nor of a block that divides it",
-                hint="algorithm permutation, or r1: false, r2: false where the other can be rotated",
+                hint="use permutation, or write r1: false or r2: false",
                 kind="E-ALGORITHM-FORMAT",
             )
         return size
     if width % block or base(block) is None:
-        why = f"does not divide {width} channels" if width % block else "is the size of no Hadamard matrix known here"
+        why = f"does not divide {width} channels" if width % block else "is not the size of a known Hadamard matrix"
         raise ConfigError(
             f"rotation: a block of {block} {why}",
-            hint=f"a power of two up to {largest_block(width)}",
+            hint=f"use a power of two up to {largest_block(width)}",
             kind="E-ALGORITHM-FORMAT",
         )
     return block
@@ -183,10 +185,10 @@ def _check_groups(plan: Plan, block: int) -> None:
                 continue
             if any(block <= size for size in spec.group_sizes):
                 raise ConfigError(
-                    f"rotation: a block of {block} stays inside the groups of {spec.describe()}: it spreads an outlier "
-                    "over the one group that it spoils already, and the loss grows",
+                    f"rotation: a block of {block} inside the groups of {spec.describe()} costs accuracy: an "
+                    "outlier harms its group either way",
                     where=target.name,
-                    hint="block: null, or algorithm smoothquant or permutation",
+                    hint="write block: null, or use smoothquant or permutation",
                     kind="E-ALGORITHM-FORMAT",
                 )
 
@@ -199,7 +201,7 @@ def _check_rotatable(plan: Plan) -> None:
     if family.residual.no_rotation is not None:
         raise ConfigError(
             f"{refused}: {family.residual.no_rotation}",
-            hint="algorithm permutation, or r1: false",
+            hint="use permutation, or write r1: false",
             kind="E-ALGORITHM-FAMILY",
         )
     for part, weights in by_part(plan):
@@ -210,9 +212,10 @@ def _check_rotatable(plan: Plan) -> None:
         left = next((name for name in residual.vectors if name not in folds), None)
         if left is not None:
             raise ConfigError(
-                f"{refused}: no linear is known that could take over this norm or vector",
+                f"{refused}: no linear layer is known that could take over this norm or vector",
                 where=left,
-                hint="'scaling' in a family file names the readers of a norm; or algorithm permutation, or r1: false",
+                hint="use permutation, write r1: false, or name the readers of the norm with 'scaling' in the "
+                "family file",
                 kind="E-ALGORITHM-FAMILY",
             )
 

@@ -314,7 +314,7 @@ class PartTensors:
         head = next((a.head_dim for a in self._plan.attention.values() if a.part == self.part.index), None)
         if head is None or len(scale) % head or width % len(scale):
             raise ModelError(
-                f"{len(scale)} channels cannot be spread over {width} columns: the head size is not known",
+                f"{len(scale)} channels cannot be spread over {width} columns, because the head size is unknown",
                 where=self.part.name,
                 kind="E-MODEL-FAMILY",
             )
@@ -327,7 +327,7 @@ class PartTensors:
 
     def _vector(self, name: str) -> Tensor:
         if name not in self._tensors:
-            raise ModelError("the part has no such tensor", where=name, kind="E-MODEL-FAMILY")
+            raise ModelError("the layer has no such tensor", where=name, kind="E-MODEL-FAMILY")
         if name not in self._changing:
             self._changing[name] = self._tensors[name].to(torch.float32, copy=True)
         return self._changing[name]

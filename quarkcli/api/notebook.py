@@ -26,9 +26,9 @@ class NotebookProgress:
         try:
             shown: Any = importlib.import_module("IPython.display")
         except ImportError:
-            hint = "listener=print shows every event on a line"
+            hint = "use listener=print, which prints a line for every event"
             raise UsageError(
-                "IPython is not installed, and this listener is for notebooks", hint=hint, kind="E-PYTHON-CALL"
+                "this listener works only in notebooks, and IPython is not installed", hint=hint, kind="E-PYTHON-CALL"
             ) from None
         self._html = shown.HTML
         self._place = shown.display(self._html("starting"), display_id=True)

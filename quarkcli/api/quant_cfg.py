@@ -60,8 +60,8 @@ def find_quant_cfg_entry_by_path(quant_cfg_list: Sequence[Mapping[str, Any]], qu
         if path == quantizer_path:
             return entry
     close = near_misses(quantizer_path, [path for path in paths if isinstance(path, str)])
-    hint = f"did you mean '{close[0]}'?" if close else "paths are compared as text"
-    raise NoSuchEntry(f"no entry with the path '{quantizer_path}'", hint=hint, kind="E-PYTHON-VALUE")
+    hint = f"did you mean '{close[0]}'?" if close else "write the path exactly as in the entry"
+    raise NoSuchEntry(f"no entry has the path '{quantizer_path}'", hint=hint, kind="E-PYTHON-VALUE")
 
 
 def update_quant_cfg_with_kv_cache_quant(quant_cfg: Any, kv_cache_quant_cfg: Any) -> Any:

@@ -66,7 +66,8 @@ def quantize(
     if isinstance(model, Plan):
         if scheme is not None or recipe is not None or config is not None:
             raise UsageError(
-                "a plan says what to quantize; scheme, recipe and config are for models", kind="E-PYTHON-CALL"
+                "a plan says already what to quantize; give scheme, recipe or config only with a model",
+                kind="E-PYTHON-CALL",
             )
         asked = _of_plan(model, output, dict(options))
     else:
@@ -111,9 +112,9 @@ def register_scheme(name: str, scheme: Mapping[str, Any]) -> None:
     """
     if not isinstance(scheme, Mapping):
         raise ConfigError(
-            f"a scheme is a mapping, not {type(scheme).__name__}",
+            f"a scheme must be a mapping, not {type(scheme).__name__}",
             where=f"register_scheme({name!r})",
-            hint="{'weight': cfg, 'input': cfg}",
+            hint="give {'weight': cfg, 'input': cfg}",
             kind="E-PYTHON-VALUE",
         )
     catalog.register(name, load.of_data(deepcopy(dict(scheme)), f"register_scheme('{name}')"))
@@ -174,7 +175,7 @@ def _of_plan(plan: Plan, output: str | PathLike[str] | None, options: dict[str, 
     second = sorted(_SAID_BY_PLAN.intersection(options))
     if second:
         raise UsageError(
-            f"{', '.join(second)}: a plan is there already",
+            f"{', '.join(second)} cannot be given together with a plan",
             hint="give it to make_plan, or edit the plan",
             kind="E-PYTHON-CALL",
         )

@@ -73,9 +73,9 @@ class LLMTemplate:
     ) -> None:
         if f2f_weight_converters:
             raise ConfigError(
-                "weight converters are not taken",
+                "weight converters are not supported",
                 where="f2f_weight_converters",
-                hint="a family file splits fused tensors: 'quark models show qwen3_5_moe', key experts.fused",
+                hint="write a family file that splits fused tensors, as 'quark models show qwen3_5_moe' does",
                 kind="E-PYTHON-VALUE",
             )
         self.model_type = model_type
@@ -111,7 +111,7 @@ class LLMTemplate:
     def register_template(cls, template: LLMTemplate) -> None:
         """Adds a template until the process ends. Warns if its name is known already."""
         if catalog.same(template.model_type) in cls._registered or _card(template.model_type) is not None:
-            warnings.warn(f"template '{template.model_type}' is known already and is overwritten", stacklevel=2)
+            warnings.warn(f"template '{template.model_type}' exists already and is replaced", stacklevel=2)
         cls._registered[catalog.same(template.model_type)] = template
 
     @classmethod
@@ -218,7 +218,7 @@ class LLMTemplate:
         if scheme is None:
             if minimum:
                 raise ConfigError(
-                    "min_kv_scale is for a KV cache scheme", hint="kv_cache_scheme='fp8'", kind="E-PYTHON-VALUE"
+                    "min_kv_scale works only with a KV cache", hint="give kv_cache_scheme='fp8'", kind="E-PYTHON-VALUE"
                 )
             return []
         rows = []
@@ -244,7 +244,7 @@ class LLMTemplate:
             return [_row(entry, required=True)]
         if not patterns:
             raise ConfigError(f"the template does not say which projections make {kind}", where=self.model_type,
-                              hint=f"LLMTemplate(..., {field}=[...])", kind="E-PYTHON-VALUE")  # fmt: skip
+                              hint=f"give LLMTemplate(..., {field}=[...])", kind="E-PYTHON-VALUE")  # fmt: skip
         slots = dict.fromkeys(_attention_slot(p, kind) for p in patterns if kind == "q" or kind in _caches(p))
         return [_row(replace(entry, quantizer_path=slot), required=True) for slot in slots]
 
@@ -393,7 +393,7 @@ def _attention_slot(pattern: str, kind: str) -> str:
 def _with_minimum(cfg: Any, minimum: float) -> dict[str, Any]:
     spec = to_spec(cfg, weight=False)
     if spec.scale is None:
-        raise UsageError("min_kv_scale: this KV cache scheme has no scale", kind="E-FLAG-CONFLICT")
+        raise UsageError("min_kv_scale has no effect: this KV cache scheme has no scale", kind="E-FLAG-CONFLICT")
     outer = replace(spec.scale.outermost, minimum=minimum)
     return spec_to_yaml(
         replace(spec, scale=replace(spec.scale, global_scale=outer) if spec.scale.global_scale else outer)

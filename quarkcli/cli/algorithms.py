@@ -25,7 +25,7 @@ _WORDS = {
     "mean_abs": "mean magnitudes",
     "gram": "second moments",
     "gram_val": "second moments of held-out tokens",
-    "cross": "cross moments with the source",
+    "cross": "cross moments with the original",
     "samples": "sampled rows",
     "outputs": "outputs of blocks",
 }
@@ -79,7 +79,10 @@ def show(
         *output.listed("--set", parameters or ["no parameters"]),
         ("data", _data(row)),
         ("runs", _runs(row)),
-        ("memory", f"{output.size(row['memory_bytes'])} for a weight of 4096 x 4096, beside the tensors of the part"),
+        (
+            "memory",
+            f"{output.size(row['memory_bytes'])} for a weight of 4096 x 4096, in addition to the tensors of the layer",
+        ),
     ]
     for line in output.pairs(lines):
         output.data(line)
@@ -159,8 +162,8 @@ def _data(row: dict[str, Any]) -> str:
 def _runs(row: dict[str, Any]) -> str:
     """Returns the runs of the model that an algorithm costs, beside writing it."""
     found = ["one"] if row["data"] else []
-    found += ["one of the source before"] if row["prepass"] else []
-    found += ["one of the source beside"] if "source" in row["streams"] else []
+    found += ["one of the original before"] if row["prepass"] else []
+    found += ["one of the original beside"] if "source" in row["streams"] else []
     found += ["many of each block, with gradients"] if row["kind"] == "tuner" else []
     return ", ".join(found) or "-"
 

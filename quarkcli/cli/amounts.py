@@ -15,11 +15,11 @@ def seconds(text: str) -> float:
     """Returns `3h50m`, `90s`, `90` as seconds."""
     found = _DURATION.fullmatch(text.strip())
     if not found or not any(found.groups()):
-        raise typer.BadParameter(f"'{text}' is not a duration; write 3h50m, 90s or plain seconds")
+        raise typer.BadParameter(f"'{text}' is not a duration; write 3h50m, 90s or a number of seconds")
     hours, minutes, rest = (int(group or 0) for group in found.groups())
     total = 3600 * hours + 60 * minutes + rest
     if not total:
-        raise typer.BadParameter("a time budget must be longer than nothing")
+        raise typer.BadParameter("a time budget must be more than 0 s")
     return float(total)
 
 
@@ -28,5 +28,5 @@ def size(text: str) -> int:
     found = _SIZE.fullmatch(text.strip())
     count = float(found[1]) * _UNITS.get(found[2] or "", 1) if found else 0.0
     if count < 1:
-        raise typer.BadParameter(f"'{text}' is not a size; write 4.5GB, 4.2GiB or bytes")
+        raise typer.BadParameter(f"'{text}' is not a size; write 4.5GB, 4.2GiB or a number of bytes")
     return int(count)

@@ -34,8 +34,8 @@ Least = Annotated[
     typer.Option(
         "--min-sqnr",
         metavar="DB",
-        help="Fail (exit 8) if the signal-to-noise ratio (SQNR) of a tensor is below DB dB, or if only one of the two "
-        "has it in this shape.",
+        help="Fail (exit 8) if the signal-to-noise ratio (SQNR) of a tensor is below this, in dB; or if the other "
+        "checkpoint lacks it or has another shape.",
     ),
 ]
 
@@ -120,13 +120,15 @@ def _facts(found: Comparison) -> list[tuple[str, str]]:
     equal = sum(row.identical for row in found.rows)
     rows = [("a", found.a), ("b", found.b)]
     if found.identical:
-        return [*rows, ("tensors", f"all {equal} are equal bit for bit, codes and scales included")]
-    rows.append(("tensors", f"{len(found.rows)} in both, {equal} of them equal bit for bit"))
+        return [*rows, ("tensors", f"all {equal} tensors are equal bit for bit, codes and scales included")]
+    rows.append(("tensors", f"{len(found.rows)} in both checkpoints, {equal} of them equal bit for bit"))
     near = sum(row.codes and not row.identical for row in found.rows)
     if near:
-        rows.append(("", f"{near} with equal codes and block scales, and a scale of the tensor one ulp apart"))
+        rows.append(
+            ("", f"{near} with equal codes and block scales, and a per-tensor scale that differs in its last bit")
+        )
     if found.rows and math.isfinite(found.sqnr):
-        rows.append(("sqnr", f"{decibels(found.sqnr)} over the others; the signal is {found.reference}"))
+        rows.append(("sqnr", f"{decibels(found.sqnr)} over the other tensors; the signal is {found.reference}"))
     for label, names in (("only in a", found.only_a), ("only in b", found.only_b)):
         if names:
             rows.append((label, _some(names)))
@@ -136,7 +138,12 @@ def _facts(found: Comparison) -> list[tuple[str, str]]:
         texts = [f"{name} {_number(a)} and {_number(b)}" for name, (a, b) in found.scales.items()]
         rows.append(("scales", f"differ: {_some(texts)}"))
     if found.turned:
-        rows.append(("turned", f"back for the comparison, by the Hadamard of one: {_some(found.turned)}"))
+        rows.append(
+            (
+                "turned",
+                f"rotated back for the comparison, because one checkpoint has a Hadamard there: {_some(found.turned)}",
+            )
+        )
     return rows
 
 

@@ -56,15 +56,15 @@ def convert(
 
 
 def _show(found: dict[str, Any]) -> None:
-    loads = ", ".join(found["loads_in"]) or "nothing that is known here"
+    loads = ", ".join(found["loads_in"]) or "no server that quark knows"
     rows = [
         ("output", found["directory"]),
         ("dialect", f"{found['from']} -> {found['to']}; loads in: {loads}"),
-        ("weights", f"{found['weights']} with the codes and scales that they had"),
+        ("weights", f"{found['weights']} with their old codes and scales"),
         ("size", output.size(found["bytes"])),
     ]
     if found["one_ulp_off"]:
-        what = "have a scale of the whole tensor one unit in the last place off: one dialect stores its inverse"
+        what = "have a per-tensor scale that differs in its last bit, because one format stores its inverse"
         rows.append(("", f"{len(found['one_ulp_off'])} of them {what}"))
     for line in output.pairs(rows):
         output.data(line)

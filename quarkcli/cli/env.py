@@ -39,7 +39,9 @@ def env(*, measure: Measure = False, device: Device = "auto", json: Json = False
         _measure(device)
     elif device != "auto":
         raise UsageError(
-            f"--device {device} is for --measure alone", hint="add --measure, or leave it out", kind="E-FLAG-CONFLICT"
+            f"--device {device} works only with --measure",
+            hint="add --measure, or leave it out",
+            kind="E-FLAG-CONFLICT",
         )
     found = _facts()
     if json:

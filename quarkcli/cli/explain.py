@@ -75,7 +75,7 @@ def _show(found: Explanation) -> None:
     ]
     output.table(("", "ENTRY", "WHAT IT DOES", "SPEC THEN", "WRITTEN IN"), matches)
     if found.decided is None:
-        output.data("no entry speaks of this slot")
+        output.data("no entry of the recipe matches this quantizer")
 
 
 def _some(names: tuple[str, ...]) -> str:

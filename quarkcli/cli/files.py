@@ -11,9 +11,9 @@ from quarkcli.errors import ResourceError, UsageError
 def write(to: Path, text: str, *, replace: bool = False) -> None:
     """Writes a file and prints its name. Raises UsageError for one that is there already, unless it may be replaced."""
     if to.exists() and not (replace and to.is_file()):
-        raise UsageError("exists", where=str(to), hint="choose another name", kind="E-OUTPUT-FILE")
+        raise UsageError("exists already", where=str(to), hint="choose another name", kind="E-OUTPUT-FILE")
     if not to.parent.is_dir():
-        raise UsageError("no such directory", where=str(to.parent), kind="E-OUTPUT-FILE")
+        raise UsageError("there is no such directory", where=str(to.parent), kind="E-OUTPUT-FILE")
     try:
         to.write_text(text, encoding="utf-8", errors="backslashreplace")
     except OSError as error:

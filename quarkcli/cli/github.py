@@ -49,5 +49,5 @@ def summarize(markdown: str) -> str:
         with Path(place).open("a", encoding="utf-8", errors="backslashreplace") as stream:
             stream.write(f"{markdown}\n\n")
     except OSError as error:
-        return f"no summary in {place} ({SUMMARY}): {error.strerror or error}"
+        return f"the summary cannot be written to {place} ({SUMMARY}): {error.strerror or error}"
     return ""

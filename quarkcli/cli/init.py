@@ -65,7 +65,7 @@ def init(
     """
     output.start(json=json, debug=debug)
     if to is not None and (to.exists() or not to.parent.is_dir()):
-        what = "exists" if to.exists() else "no such directory"
+        what = "exists" if to.exists() else "there is no such directory"
         raise UsageError(
             what, where=str(to if to.exists() else to.parent), hint="choose another name", kind="E-OUTPUT-FILE"
         )

@@ -39,7 +39,7 @@ def inspect(
 
 
 def _show(found: dict[str, Any]) -> None:
-    inferred = " (roles inferred from names)" if found["inferred"] else ""
+    inferred = " (roles guessed from tensor names)" if found["inferred"] else ""
     kinds = Counter(part["kind"] for part in found["parts"])
     rows = [
         ("model", found["path"] + (f" at {found['commit']}" if found["commit"] else "")),
@@ -56,7 +56,7 @@ def _show(found: dict[str, Any]) -> None:
     if found["quantization"] and found["quantization"]["source"]:
         rows.append(("source", found["quantization"]["source"]))
     if found["other_tensors"]:
-        rows.append(("other", f"{len(found['other_tensors'])} tensors outside the family, kept as they are"))
+        rows.append(("other", f"{len(found['other_tensors'])} tensors that quark does not know, kept as they are"))
     for label, text in rows:
         output.data(f"{label:<14}{text}")
     output.data("")
@@ -77,7 +77,7 @@ def _quantized_text(found: dict[str, Any] | None) -> str:
     if found is None:
         return "no"
     if found["dialect"] is None:
-        return f"{found['method']}, which is not read here"
+        return f"{found['method']}, which quark cannot read"
     modules = "; ".join(f"{count} x {what}" for what, count in found["modules"].items())
     caches = f"; {found['caches']} caches" if found["caches"] else ""
     online = "".join(f"; {text}" for text in sentences(found["online"]))

@@ -214,7 +214,7 @@ def _stopped(code: ExitCode) -> QuarkError:
     """Returns a signal's message; only a quantization that has begun can be gone on with."""
     partial = output.session.partial
     resumable = partial is not None and _is_there(partial)
-    hint = f"resumable: the same command goes on with what is finished in {partial}" if resumable else ""
+    hint = f"run the same command again to continue; finished work is kept in {partial}" if resumable else ""
     if code == ExitCode.INTERRUPTED:
         return _Stopped("interrupted", code, hint, kind="E-INTERRUPTED")
     return _Stopped("terminated", code, hint, kind="E-TERMINATED")
@@ -227,20 +227,27 @@ def _wrong_command_line(error: Any) -> int:
     if text.startswith("Usage:"):  # a group was called without a command: its help is the answer
         output.data(text)
         return int(ExitCode.USAGE)
-    return _fail(UsageError(" ".join(text.split()).rstrip("."), hint=f"see '{path} --help'", kind="E-COMMAND-LINE"))
+    what = " ".join(text.split()).rstrip(".")
+    return _fail(
+        UsageError(what[:1].lower() + what[1:], hint=f"run '{path} --help' to see what it takes", kind="E-COMMAND-LINE")
+    )
 
 
 def _unexpected(error: Exception) -> int:
     if memory.ran_out(error):
         device = "GPU " if type(error).__name__ == "OutOfMemoryError" else ""
-        hint = "smaller --calib-batch, --calib-samples or --calib-seqlen" + ("; or --device cpu" if device else "")
-        return _fail(ResourceError(f"out of {device}memory", hint=hint, kind="E-MEMORY"))
+        hint = "use a smaller --calib-batch, --calib-samples or --calib-seqlen" + (
+            "; or --device cpu" if device else ""
+        )
+        return _fail(ResourceError(f"there is not enough {device}memory", hint=hint, kind="E-MEMORY"))
     log = output.session.partial and output.session.partial / "quark" / "quark.log"
-    place = f"the log is {log}; " if log and _is_there(log) else ""
-    what = f"internal error, a defect of quark: {type(error).__name__}: {error}"
+    place = f"; the log is {log}" if log and _is_there(log) else ""
+    what = f"internal error, which is a defect of quark: {type(error).__name__}: {error}"
     return _fail(
         QuarkError(
-            what, hint=f"{place}--debug or QUARK_DEBUG=1 shows the traceback; please report it", kind="E-INTERNAL"
+            what,
+            hint=f"run it again with --debug or QUARK_DEBUG=1 to see the traceback, and please report it{place}",
+            kind="E-INTERNAL",
         )
     )
 
@@ -253,7 +260,7 @@ def _environment(error: OSError) -> QuarkError:
     where = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else ""
     what = f"the system refused an operation: {error.strerror or error}"
     return ResourceError(
-        what, where=where, hint="check permissions and space; --debug shows where it happened", kind="E-SYSTEM"
+        what, where=where, hint="check permissions and free space; --debug shows where it happened", kind="E-SYSTEM"
     )
 
 

@@ -46,7 +46,7 @@ def _find(code: str, known: dict[str, Kind]) -> Kind:
     if name in known:
         return known[name]
     close = near_misses(name, known)
-    hint = f"did you mean {' or '.join(close)}?" if close else "'quark explain' lists all codes"
+    hint = f"did you mean {' or '.join(close)}?" if close else "run 'quark explain' to list all codes"
     raise UsageError(f"no error has the code '{code}'", hint=hint, kind="E-COMMAND-LINE")
 
 

@@ -121,8 +121,8 @@ def infer(
             file.write(text)
     except FileExistsError:
         raise UsageError(
-            "exists", where=str(to), hint="choose another -o; nothing was written", kind="E-OUTPUT-FILE"
+            "exists already", where=str(to), hint="choose another -o; nothing was written", kind="E-OUTPUT-FILE"
         ) from None
     except OSError as error:
-        raise UsageError(f"cannot be written ({error.strerror})", where=str(to), kind="E-OUTPUT-FILE") from error
+        raise UsageError(f"cannot be written: {error.strerror}", where=str(to), kind="E-OUTPUT-FILE") from error
     output.note(f"{to}: read it, then move it into {catalog.user_folder() / 'models'}")

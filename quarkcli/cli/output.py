@@ -125,7 +125,7 @@ def check_environment() -> None:
         raise UsageError(
             f"unknown format '{name}'",
             where=FORMAT_VARIABLE,
-            hint=f"one of {', '.join(get_args(Format))}",
+            hint=f"use one of {', '.join(get_args(Format))}",
             kind="E-FLAG-VALUE",
         )
 

@@ -64,7 +64,7 @@ def _title(prepared: Prepared) -> str:
     config, source = prepared.source.config, prepared.source
     architecture = ", ".join(config.get("architectures") or ["unknown architecture"])
     blocks = sum(part.block is not None for part in prepared.plan.parts)
-    guessed = ", roles inferred from names" if prepared.layout.inferred else ""
+    guessed = ", roles guessed from tensor names" if prepared.layout.inferred else ""
     return f"{source.name} -> {prepared.recipe.name}    {architecture}, {blocks} blocks{guessed}"
 
 

@@ -61,7 +61,7 @@ def header(prepared: Prepared) -> list[str]:
     """Returns the facts above the table, one per line."""
     source, recipe, size = prepared.source, prepared.recipe, directories.together(prepared)
     architecture = ", ".join(source.config.get("architectures") or ["unknown architecture"])
-    inferred = ", roles inferred from names" if prepared.layout.inferred else ""
+    inferred = ", roles guessed from tensor names" if prepared.layout.inferred else ""
     commit = f" at {source.commit[:12]}" if source.commit else ""
     label = "recipe" if prepared.options.recipe is not None else "scheme"
     return output.pairs(
@@ -102,10 +102,10 @@ def download(prepared: Prepared) -> list[tuple[str, str]]:
     found = prepared.download
     if found is None:
         return []
-    how = f"each file dropped after its last use, {output.size(found.at_once)} at a time at most"
+    how = f"each file is deleted after its last use, at most {output.size(found.at_once)} at a time"
     if found.kept:
         how = f"kept in the hub's cache: {found.kept}"
-    return [("download", f"{found.files} files, {output.size(found.bytes)}, while the job runs; {how}")]
+    return [("download", f"{found.files} files, {output.size(found.bytes)}, during the job; {how}")]
 
 
 def _data(prepared: Prepared) -> str:
@@ -115,8 +115,8 @@ def _data(prepared: Prepared) -> str:
         return "none needed" + (f"; {unused} not used" if unused else "")
     at_most = "" if settings.asked else "up to "
     return (
-        f"{len(prepared.needs)} sites need data: {at_most}{settings.samples} rows of {settings.seqlen} tokens "
-        f"from {settings.source}, bos {settings.bos}"
+        f"{len(prepared.needs)} layer inputs need data: {at_most}{settings.samples} rows of {settings.seqlen} "
+        f"tokens from {settings.source}, bos {settings.bos}"
     )
 
 
@@ -140,7 +140,7 @@ def show(prepared: Prepared, more: Iterable[str] = ()) -> None:
     rows = list(fold(plan.kept.items(), tensors))
     output.table(("KEPT TENSORS", "COUNT", "WHY"), rows)
     if plan.tied_head is not None:
-        output.data(f"\n{plan.tied_head} is the embedding (tied); the file has no tensor of its own for it")
+        output.data(f"\n{plan.tied_head} and the embedding are one tensor (tied)")
 
 
 def warn(prepared: Prepared) -> None:
@@ -182,7 +182,7 @@ def _attention(plan: Plan) -> None:
         slots = [name for name, _ in plan.slots()]
         output.data("")
         rows = [(name, count, *key) for name, count, key in fold(decided, slots)]
-        output.table(("ATTENTION SLOTS", "COUNT", "SPEC", "DECIDED BY"), rows)
+        output.table(("ATTENTION", "COUNT", "SPEC", "DECIDED BY"), rows)
 
 
 def _text(spec: TensorSpec | None) -> str:
@@ -190,7 +190,11 @@ def _text(spec: TensorSpec | None) -> str:
 
 
 def _decider(plan: Plan, target: Target) -> str:
-    return "the source, whose codes it keeps" if target.name in plan.carried else _origin(plan, target.slots["weight"])
+    return (
+        "the quantized original, whose codes it keeps"
+        if target.name in plan.carried
+        else _origin(plan, target.slots["weight"])
+    )
 
 
 def _origin(plan: Plan, decision: Decision) -> str:

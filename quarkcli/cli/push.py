@@ -47,11 +47,13 @@ def push(
     folder = Path(directory)
     card = folder / README
     if not licence(card if card.is_file() else None):
-        output.warning("the card names no licence; the source model's applies, so add 'license:' to README.md")
+        output.warning(
+            "the model card names no licence; the licence of the original model applies, so add 'license:' to README.md"
+        )
     with Progress("lines") as progress:
         found = pushing.push(folder, repository, private=private, overwrite=overwrite, tell=progress)
     if overwrite and not found["removed"]:
-        output.warning("--overwrite is not used: the repository held nothing else")
+        output.warning("--overwrite is not used: the repository held no other files")
     if json:
         output.json_data({"schema": SCHEMA, **found})
         return

@@ -151,8 +151,8 @@ def _rates(gpu: str | None, file: Path | None) -> Rates:
 
     if gpu is not None and file is not None:
         raise UsageError(
-            "--gpu and --rates exclude each other",
-            hint="--rates is for a machine that was measured",
+            "--gpu and --rates exclude each other: each names a machine to forecast for",
+            hint="leave one of the two out",
             kind="E-FLAG-CONFLICT",
         )
     return rates.of_gpu(gpu) if gpu is not None else rates.of_this_machine(file)
@@ -174,12 +174,16 @@ def _plan(
 
     flags.start()
     if full and not flags.json:
-        raise UsageError("--full is for --json", hint="--modules shows every module here", kind="E-FLAG-CONFLICT")
+        raise UsageError(
+            "--full works only with --json",
+            hint="add --json, or use --modules for a table of all modules",
+            kind="E-FLAG-CONFLICT",
+        )
     if modules and flags.json:
         raise UsageError(
-            "--modules is a table for people",
+            "--modules prints a table and does not work with --json",
             where="--json",
-            hint="--json --full has every module",
+            hint="use --json --full to get every module",
             kind="E-FLAG-CONFLICT",
         )
     devices = devices or Devices(1, _rates(None, None))

@@ -77,7 +77,7 @@ def facts_of(name: str, path: Path) -> dict[str, Any]:
 
 def _row(row: dict[str, Any]) -> tuple[str, ...]:
     if row["error"] is not None:
-        return (row["name"], "-", "-", "-", "-", f"not usable: {row['error']}", "-")
+        return (row["name"], "-", "-", "-", "-", f"has an error: {row['error']}", "-")
     bits = ", ".join(f"{value:g}" for value in row["bits"])
     algorithm = ", ".join(row["algorithms"]) or "-"
     return (
@@ -185,9 +185,9 @@ def validate(
     if json:
         output.json_data({"schema": "quark/validation/1", **answer})
         return
-    output.data(f"ok: {path}: {len(found.entries)} entries")
+    output.data(f"ok: {path} has {len(found.entries)} entries")
     if resolved is not None:
-        output.data(f"ok: {model}: {resolved['quantized']} of {resolved['modules']} modules quantized")
+        output.data(f"ok: it quantizes {resolved['quantized']} of {resolved['modules']} modules of {model}")
         for warning in resolved["warnings"]:
             output.warning(f"{warning}")
 
@@ -229,9 +229,9 @@ def copy(
     path = catalog.find_recipe(name)
     target = destination / path.name if destination.is_dir() else destination
     if target.exists():
-        raise UsageError("exists", where=str(target), hint="choose another name", kind="E-OUTPUT-FILE")
+        raise UsageError("exists already", where=str(target), hint="choose another name", kind="E-OUTPUT-FILE")
     if not target.parent.is_dir():
-        raise UsageError("no such directory", where=str(target.parent), kind="E-OUTPUT-FILE")
+        raise UsageError("there is no such directory", where=str(target.parent), kind="E-OUTPUT-FILE")
     try:
         shutil.copyfile(path, target)
     except OSError as error:

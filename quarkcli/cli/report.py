@@ -45,7 +45,9 @@ def report(
     """
     output.start(json=json or form == "json")
     if to is not None and not html:
-        raise UsageError("a file is for --html", where=str(to), hint="--html FILE", kind="E-FLAG-CONFLICT")
+        raise UsageError(
+            "a file works only with --html", where=str(to), hint="add --html, or leave FILE out", kind="E-FLAG-CONFLICT"
+        )
     asked = [
         *(["--html"] if html else []),
         *(["--json"] if json else []),
@@ -53,7 +55,7 @@ def report(
     ]
     if len(asked) > 1:
         raise UsageError(
-            f"{' and '.join(asked)} exclude each other", hint="one form of the answer", kind="E-FLAG-CONFLICT"
+            f"{' and '.join(asked)} exclude each other", hint="choose one form of the answer", kind="E-FLAG-CONFLICT"
         )
     from quarkcli.reporting.reading import read
 

@@ -114,7 +114,7 @@ def _runs(row: dict[str, Any], server: str | None, generation: str) -> str:
 def _explain(gpu: str, generation: str, server: str | None) -> None:
     from quarkcli import servers
 
-    output.note(f"{gpu} is of the generation {generation}. How servers run a scheme there is taken from:")
+    output.note(f"{gpu} is of the generation {generation}. The facts on how servers run a scheme there come from:")
     for one in [servers.named(server)] if server is not None else map(servers.named, servers.names()):
         output.note(f"{one.title:<18}{one.kernels_from}")
     for way, meaning in servers.MEANING.items():
@@ -134,7 +134,7 @@ def facts_of(kind: catalog.Kind, name: str, path: Path) -> dict[str, Any]:
 
 def _row(row: dict[str, Any]) -> tuple[str, ...]:
     if row["error"] is not None:
-        return (row["name"], row["kind"], "-", "-", "-", f"not usable: {row['error']}")
+        return (row["name"], row["kind"], "-", "-", "-", f"has an error: {row['error']}")
     also = f" (also {', '.join(row['aliases'])})" if row["aliases"] else ""
     by = ", ".join(_loaders(row)) or "-"
     return (row["name"], row["kind"], f"{row['bits']:g}", output.yes(row["needs_data"]), by, row["summary"] + also)
@@ -232,8 +232,8 @@ def _held(row: dict[str, Any]) -> list[str]:
     lines = []
     for name, by in row["dialects"].items():
         places = _shown(by) if _SERVER in by else [*_shown(by), "no server"]
-        lines.append(f"{name}: " + (f"loads in {', '.join(places)}" if by else "no server: simulation only"))
-    return lines or ["none can hold it"]
+        lines.append(f"{name}: " + (f"loads in {', '.join(places)}" if by else "no server; for measurements only"))
+    return lines or ["none"]
 
 
 def _shown(found: Collection[str]) -> list[str]:

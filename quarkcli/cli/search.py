@@ -119,11 +119,11 @@ def _show(found: Found) -> None:
     names = [candidate.name for candidate in choosing.space.candidates]
     output.table(("BITS", "SIZE", "PREDICTED KL", *(f"{name} GROUPS" for name in names)), _budgets(found, names))
     output.note(
-        f"bits are of {choosing.counted:,.0f} searched weights in {len(choosing.groups)} groups; "
-        f"{output.size(choosing.rest)} of other tensors are in the size"
+        f"bits count {choosing.counted:,.0f} searched weights in {len(choosing.groups)} groups; size includes "
+        f"{output.size(choosing.rest)} of other tensors"
     )
     if found.choice is None:
-        output.note("no recipe is made without --budget or --size")
+        output.note("no recipe is written without --budget or --size")
         return
     output.data("")
     output.table(("GROUPS", "COUNT", "SCHEME", "PREDICTED KL"), _groups(found, found.choice))

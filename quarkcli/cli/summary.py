@@ -84,7 +84,7 @@ def _sections(report: Mapping[str, Any]) -> dict[str, list[str]]:
     worst = {key: [f"{k}: {e:.4g}" for k, e in losses.worst(loss[f"{key}_errors"], 10)] for key in ("output", "weight")}
     found = {
         "Rules that decided": _rules(report["decided_by"]),
-        "Kept in source precision": _kept(report),
+        "Kept in the original precision": _kept(report),
         "Fused tensors written as several": [f"{k}: {v} weights" for k, v in report["split"].items()],
         "Largest output errors of blocks": worst["output"],
         "Largest weight errors": worst["weight"],
@@ -96,12 +96,16 @@ def _sections(report: Mapping[str, Any]) -> dict[str, list[str]]:
 
 def _state(state: Mapping[str, Any]) -> Rows:
     """Returns how far a run is that has not finished."""
-    return [] if state["finished"] else [("state", f"unfinished: {state['parts']} of {state['of']} parts are done")]
+    return (
+        []
+        if state["finished"]
+        else [("state", f"unfinished: {state['parts']} of {state['of']} parts of the model are done")]
+    )
 
 
 def _rules(decided: Mapping[str, Mapping[str, int]]) -> list[str]:
     return [
-        f"{origin}: " + ", ".join(f"{count} slots {state}" for state, count in counts.items() if count)
+        f"{origin}: " + ", ".join(f"{count} quantizers {state}" for state, count in counts.items() if count)
         for origin, counts in decided.items()
     ]
 
@@ -143,7 +147,7 @@ def _size(report: Mapping[str, Any], path: str) -> str:
     size = report["size"]
     if not report["state"]["finished"]:
         source, planned, done = (output.size(size[f"{which}_bytes"]) for which in ("source", "planned", "output"))
-        return f"{source} -> {planned} as planned; {done} are written"
+        return f"{source} -> {planned} planned; {done} written so far"
     share = size["output_bytes"] / size["source_bytes"] if size["source_bytes"] else 0.0
     text = f"{output.size(size['source_bytes'])} -> {output.size(size['output_bytes'])} ({share:.0%})"
     return f"{text} in {path}" if path else text
@@ -180,7 +184,7 @@ def _exact(blocks: Mapping[str, int]) -> Rows:
     if not blocks:
         return []
     rounded = [count for count in blocks.values() if count]
-    kept = f"{len(blocks) - len(rounded)} of {len(blocks)} weights are codes times powers of two and keep every value"
+    kept = f"{len(blocks) - len(rounded)} of {len(blocks)} weights keep every value: they are codes times powers of two"
     return [("exact", kept + (f"; {sum(rounded)} blocks of the others are rounded" if rounded else ""))]
 
 

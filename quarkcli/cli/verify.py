@@ -101,9 +101,9 @@ def _degrees(text: str | None) -> tuple[int, ...]:
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isascii() and part.isdigit() and len(part) < 5 and int(part) for part in parts):
         raise UsageError(
-            f"'{text}' is no list of numbers of devices",
+            f"'{text}' is not a list of numbers of devices",
             where="--tp",
-            hint="for example --tp 1,2,4",
+            hint="write --tp 1,2,4",
             kind="E-FLAG-VALUE",
         )
     return tuple(dict.fromkeys(int(part) for part in parts))

@@ -51,7 +51,11 @@ def writer(name: str, flag: str = "--dialect") -> Writer:
     known = {member.name: member for member in writers()}
     dashed = name.replace("_", "-")
     if dashed not in known:
-        what = f"dialect '{name}' is read here, not written" if dashed in names() else f"unknown dialect '{name}'"
+        what = (
+            f"quark can read checkpoint format '{name}' but not write it"
+            if dashed in names()
+            else f"unknown checkpoint format '{name}'"
+        )
         close = near_misses(dashed, known) or known
         auto = f", {AUTO}" if flag == "--dialect" else ""
         raise UsageError(what, where=flag, hint=f"use one of: {', '.join(close)}{auto}", kind="E-DIALECT-UNKNOWN")
@@ -70,16 +74,18 @@ def reader(config: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> Read
     if found:
         both = " and ".join(member.name for member in found)
         raise ModelError(
-            f"quantized with '{method}', which more than one dialect takes for its own: {both}", kind="E-SOURCE-METHOD"
+            f"is quantized with '{method}', a name that several checkpoint formats use: {both}", kind="E-SOURCE-METHOD"
         )
     if not config:
         return None
     known = ", ".join(member.name for member in readers())
     if method is None:
-        what = "its quantization_config has no quant_method, so that nothing says what its scales mean"
-        raise ModelError(what, hint=f"read are: {known}", kind="E-SOURCE-METHOD")
+        what = "its quantization_config has no quant_method, so the meaning of its scales is unknown"
+        raise ModelError(what, hint=f"use one of these methods: {known}", kind="E-SOURCE-METHOD")
     raise ModelError(
-        f"quantized with '{method}', which is not read here", hint=f"read are: {known}", kind="E-SOURCE-METHOD"
+        f"is quantized with '{method}', which quark cannot read",
+        hint=f"use one of these methods: {known}",
+        kind="E-SOURCE-METHOD",
     )
 
 
@@ -94,9 +100,9 @@ def asked_for(text: str) -> list[Writer]:
     if words == [AUTO]:
         return []
     if AUTO in words:
-        hint = f"name them all, or give {AUTO} alone"
+        hint = f"name all of them, or give {AUTO} alone"
         raise UsageError(
-            f"{AUTO} stands for one dialect, and this is a list of several",
+            f"{AUTO} stands for one checkpoint format and cannot be part of a list",
             where="--dialect",
             hint=hint,
             kind="E-FLAG-VALUE",
@@ -105,7 +111,7 @@ def asked_for(text: str) -> list[Writer]:
     twice = [dialect.name for number, dialect in enumerate(found) if dialect in found[:number]]
     if twice:
         raise UsageError(
-            f"dialect {twice[0]} is named twice",
+            f"checkpoint format {twice[0]} is named twice",
             where="--dialect",
             hint="name each of them once",
             kind="E-FLAG-VALUE",
@@ -132,8 +138,8 @@ def choose(asked: str, plan: Plan, favoured: Callable[[Writer], bool] = lambda d
     if not able:
         every = "; ".join(f"{dialect.name}: {found[0]}" for dialect, found in refused.items())
         raise ConfigError(
-            f"no dialect can hold this plan: {every}",
-            hint="change the scheme of the modules named",
+            f"no checkpoint format can hold this plan: {every}",
+            hint="change the scheme of these modules",
             kind="E-DIALECT-CANNOT",
         )
     return [max(able, key=lambda dialect: (favoured(dialect), *_rank(dialect, plan)))]
@@ -146,9 +152,9 @@ def _check_latents(plan: Plan) -> None:
             able = [f"--dialect {dialect.name}" for dialect in writers() if not _refusals(dialect, plan)]
             named = f"; {' or '.join(able)} names a scale all the same" if able else ""
             raise ConfigError(
-                "its cache holds a compressed latent, not k and v, and no server reads a scale of these for it",
+                "its KV cache holds a compressed latent vector, not k and v, and no server reads scales for it",
                 where=f"{module.name}.k_bmm_quantizer",
-                hint=f"--kv-cache none; servers take a scale of 1 when told to keep an fp8 cache{named}",
+                hint=f"use --kv-cache none; servers take a scale of 1 if they are told to use an fp8 cache{named}",
                 kind="E-DIALECT-CANNOT",
             )
 
@@ -169,7 +175,7 @@ def _check(dialect: Writer, plan: Plan) -> None:
     if refusals:
         _check_latents(plan)
         raise ConfigError(
-            f"dialect {dialect.name} cannot hold this plan: {refusals[0]}"
+            f"checkpoint format {dialect.name} cannot hold this plan: {refusals[0]}"
             + (f" (and {len(refusals) - 1} more)" if len(refusals) > 1 else ""),
             where="--dialect",
             hint=_able(plan),
@@ -186,7 +192,11 @@ def reason(dialect: Writer, plan: Plan, *, auto: bool) -> str:
 def _able(plan: Plan) -> str:
     """Returns which dialects can hold a plan, in words."""
     able = [dialect.name for dialect in writers() if not _refusals(dialect, plan)]
-    return f"--dialect auto picks one that can ({' or '.join(able)})" if able else "no dialect can hold it"
+    return (
+        f"use --dialect auto, which picks one that can ({' or '.join(able)})"
+        if able
+        else "change the scheme: no checkpoint format can hold it"
+    )
 
 
 def _refusals(dialect: Writer, plan: Plan) -> list[str]:
@@ -210,16 +220,16 @@ def warnings(dialect: Writer, plan: Plan) -> list[str]:
     loaders = dialect.loaders(plan)
     if "vllm" in loaders:
         return []
-    what = f"no server loads this plan in dialect {dialect.name}"
+    what = f"no server loads this plan in checkpoint format {dialect.name}"
     if loaders:
-        return [f"{what}, only {' and '.join(sorted(loaders))} does"]
-    reads = "only quark reads them back" if dialect.reader is not None else "nothing here reads them back"
-    return [f"{what}; the weights are written packed, but {reads} (simulation only)"]
+        return [f"{what}, only {' and '.join(sorted(loaders))} can"]
+    reads = "only quark reads them back" if dialect.reader is not None else "nothing reads them back"
+    return [f"{what}; the weights are packed, but {reads} (for measurements only)"]
 
 
 def _loads(dialect: Writer, plan: Plan, only: str = "") -> str:
     names = [{"vllm": "vLLM"}.get(name, name) for name in sorted(dialect.loaders(plan), reverse=True)]
     if not names:
-        return "no server loads it; simulation only"
+        return "no server loads it; for measurements only"
     caveat = dialect.caveat(plan)
     return f"loads in {' and '.join(names)}{only}" + (f"; {caveat}" if caveat else "")

@@ -71,7 +71,7 @@ def read_weight(module: str, given: Mapping[str, Any], scale: str) -> TensorSpec
         spec = kinds.weight_spec(kind, dtype, given.get("group_size"))
         if _same(given, arguments(spec, weight=True)):
             return spec
-    raise ModelError(f"weights of {_words(given)} are not read by this version", where=module, kind="E-SOURCE-FORMAT")
+    raise ModelError(f"this version cannot read weights of {_words(given)}", where=module, kind="E-SOURCE-FORMAT")
 
 
 def read_input(module: str, given: Mapping[str, Any] | None, what: str = "inputs") -> TensorSpec | None:
@@ -84,7 +84,7 @@ def read_input(module: str, given: Mapping[str, Any] | None, what: str = "inputs
     for spec in _inputs(given.get("group_size")):
         if _same(given, arguments(spec, weight=False)):
             return spec
-    raise ModelError(f"{what} of {_words(given)} are not read by this version", where=module, kind="E-SOURCE-FORMAT")
+    raise ModelError(f"this version cannot read {what} of {_words(given)}", where=module, kind="E-SOURCE-FORMAT")
 
 
 def _inputs(group: int | None) -> Iterable[TensorSpec]:

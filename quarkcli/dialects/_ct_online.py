@@ -21,7 +21,7 @@ from quarkcli.plan.model import Plan
 if TYPE_CHECKING:
     from torch import Tensor
 
-VLLM = "vLLM 0.32 turns the inputs on CUDA alone, in 16 bits, with one GPU per replica"
+VLLM = "vLLM 0.32 rotates the inputs only on CUDA, in 16 bits, with one GPU per replica"
 _TYPE, _INPUT, _CLASS = "hadamard", "input", "Linear"
 _OFFLINE = ("weight_input", "weight_output")
 
@@ -115,7 +115,7 @@ def read_online(
         for module in _modules(row, names, quantized, linear):
             if module in found:
                 raise ModelError(
-                    "the transform config turns its input twice", where=module, kind="E-SOURCE-CONTRADICTS"
+                    "the transform config rotates its input twice", where=module, kind="E-SOURCE-CONTRADICTS"
                 )
             found[module] = _width(group, module, headers)
     stored = re.compile(rf"\.({'|'.join(map(re.escape, groups))})_{_INPUT}\.weight$")
@@ -130,13 +130,13 @@ def _check_group(name: str, group: Mapping[str, Any], row: Mapping[str, Any]) ->
     """Raises ModelError for anything but a plain Hadamard at an input."""
     if row.get("location") != _INPUT:
         raise ModelError(
-            f"it applies a transform at '{row.get('location')}' while the model runs; only that of inputs is read",
+            f"it has a transform at '{row.get('location')}', and this version can read only those of inputs",
             where=f"transform_config.{name}",
             kind="E-SOURCE-TRANSFORM",
         )
     if group.get("type") != _TYPE or group.get("randomize") or group.get("head_dim") is None:
         raise ModelError(
-            f"a transform of type '{group.get('type')}' is not read by this version, only a plain '{_TYPE}' in blocks",
+            f"this version cannot read a transform of type '{group.get('type')}', only a plain '{_TYPE}' in blocks",
             where=f"transform_config.{name}",
             kind="E-SOURCE-TRANSFORM",
         )
@@ -157,6 +157,6 @@ def _width(group: Mapping[str, Any], module: str, headers: Mapping[str, HeaderLi
     block = group["head_dim"]
     if type(block) is not int or block < 2 or block & (block - 1):
         raise ModelError(
-            f"a Hadamard of {block!r} is not one of a power of two", where=module, kind="E-SOURCE-TRANSFORM"
+            f"the size {block!r} of a Hadamard is not a power of two", where=module, kind="E-SOURCE-TRANSFORM"
         )
     return block

@@ -29,7 +29,7 @@ def group_of(module: str, groups: list[Mapping[str, Any]], names: WrittenNames) 
     group = find_group(module, groups, names)
     if group is None:
         raise ModelError(
-            "it has a weight_scale, but no group of the quantization config targets it",
+            "it has a weight_scale, but no group of the quantization config names it",
             where=module,
             kind="E-SOURCE-CONTRADICTS",
         )
@@ -82,7 +82,9 @@ def stored_attention(scheme: Mapping[str, Any], headers: Mapping[str, HeaderLike
     by_head = scheme.get("strategy") == "attn_head"
     spec = read_input("kv_cache_scheme", {**scheme, "strategy": "tensor"} if by_head else scheme, "caches")
     if spec is None or not spec.is_static:
-        raise ModelError("only a cache with static scales is read", where="kv_cache_scheme", kind="E-SOURCE-FORMAT")
+        raise ModelError(
+            "this version can read only a KV cache with static scales", where="kv_cache_scheme", kind="E-SOURCE-FORMAT"
+        )
     found = {}
     for name in headers:
         module = name.removesuffix(".k_scale")
@@ -95,6 +97,8 @@ def stored_attention(scheme: Mapping[str, Any], headers: Mapping[str, HeaderLike
         found[module] = StoredAttention(module, {} if by_head else dict.fromkeys(kinds_, spec), scales)
     if not found:
         raise ModelError(
-            "the cache is quantized, and no file holds its scales", where="kv_cache_scheme", kind="E-SOURCE-CONTRADICTS"
+            "the KV cache is quantized, but no file holds its scales",
+            where="kv_cache_scheme",
+            kind="E-SOURCE-CONTRADICTS",
         )
     return found

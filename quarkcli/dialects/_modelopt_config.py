@@ -202,7 +202,7 @@ class LayerReader:
         name = str(config.get("quant_algo") or "").upper()
         if name == MIXED and not self._layers:
             raise ModelError(
-                f"{MIXED} without quantized_layers says nothing of any module",
+                f"{MIXED} needs quantized_layers, which is missing",
                 where="quant_algo",
                 kind="E-SOURCE-CONTRADICTS",
             )
@@ -229,14 +229,14 @@ class LayerReader:
             )
         name = str(given.get("quant_algo") or "").upper()
         if name not in _READ:
-            what = f"quant_algo {name or None!r} is not read by this version"
+            what = f"this version cannot read quant_algo {name or None!r}"
             raise ModelError(
-                what, where=module, hint=f"read are: {', '.join(_READ)}, and {MIXED} of them", kind="E-SOURCE-FORMAT"
+                what, where=module, hint=f"use one of {', '.join(_READ)}, or {MIXED} of them", kind="E-SOURCE-FORMAT"
             )
         group = given.get("group_size")
         if group is not None and _READ[name].group not in (None, group):
             raise ModelError(
-                f"{name} in groups of {group} is not read by this version", where=module, kind="E-SOURCE-FORMAT"
+                f"this version cannot read {name} in groups of {group}", where=module, kind="E-SOURCE-FORMAT"
             )
         algo = _READ[name]
         return algo._replace(group=group or _AWQ_GROUP) if algo.kinds[0].endswith(" group") else algo
@@ -270,5 +270,5 @@ def cache_of(config: Mapping[str, Any]) -> bool:
     if name == _FP8_CACHE or (name is None and (scheme.get("type"), scheme.get("num_bits")) == ("float", 8)):
         return True
     raise ModelError(
-        f"a cache of {scheme} is not read by this version", where="kv_cache_scheme", kind="E-SOURCE-FORMAT"
+        f"this version cannot read a KV cache of {scheme}", where="kv_cache_scheme", kind="E-SOURCE-FORMAT"
     )

@@ -285,7 +285,7 @@ def _read_layer(module: str, layer: Mapping[str, Any], *, own_output: bool) -> S
     weight = read_spec(module, layer.get("weight"), activation=False)
     if weight is None:
         raise ModelError(
-            "it has a weight scale, but the quantization config quantizes no weight",
+            "it has a weight scale, but the quantization config has no quantized weights",
             where=module,
             kind="E-SOURCE-CONTRADICTS",
         )

@@ -174,7 +174,7 @@ def problems(matrix: Matrix) -> Iterator[str]:
 def _scale_problems(matrix: Matrix, stage: TensorSpec) -> Iterator[str]:
     scale, what = stage.scale, stage.describe()
     if scale is not None and "dynamic" in (scale.when, scale.outermost.when):
-        yield f"a {matrix.slot} is stored under fixed scales ({what})"
+        yield f"the scales of a stored {matrix.slot} are fixed ({what}), so it cannot be coded"
     if isinstance(stage.granularity, PerGroup) and matrix.shape[1] % stage.granularity.size:
         name = "output" if matrix.flat else "input"
         yield f"{matrix.shape[1]} {name} features are not a multiple of the group of {stage.granularity.size} of {what}"

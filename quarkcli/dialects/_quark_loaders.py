@@ -129,7 +129,7 @@ def _static_reasons(slot: str, spec: TensorSpec) -> Iterator[str]:
     fixed = [stage for stage in spec.stages if stage.scale is not None and stage.scale.outermost.when == "static"]
     whole = [stage for stage in fixed if isinstance(stage.granularity, PerTensor) or stage.is_two_level]
     if len(fixed) > 1 or len(whole) < len(fixed):
-        yield f"quark stores one static scale for its {slot}, not those of {spec.describe()}"
+        yield f"quark stores one static scale for its {slot}, and {spec.describe()} has others"
 
 
 def _attention_reasons(plan: Plan) -> Iterator[tuple[str, str]]:
@@ -140,28 +140,36 @@ def _attention_reasons(plan: Plan) -> Iterator[tuple[str, str]]:
                 yield reason, f"{attention.name}.{kind}_bmm_quantizer"
     leaves = {leaf_of(attention, "k") for attention in active}
     if len(leaves) > 1:
-        yield f"quark describes the cache once for the whole model; here it is of {' and '.join(sorted(leaves))}", ""
+        yield (
+            (
+                "quark describes the KV cache once for the whole model, and here it differs: "
+                f"{' and '.join(sorted(leaves))}"
+            ),
+            "",
+        )
     for kind in (*PROJECTIONS, SOFTMAX):
         found = {attention.specs.get(kind) for attention in plan.attention.values()}
         if len(found) > 1 and (kind != SOFTMAX or len(found - {None}) > 1):
             other = next(a.name for a in plan.attention.values() if a.specs.get(kind) != active[0].specs.get(kind))
-            yield f"quark describes attention {kind} once for the whole model; here it differs", other
+            yield f"quark describes attention {kind} once for the whole model, and here it differs", other
 
 
 def _slot_reasons(plan: Plan, attention: Attention, kind: str, spec: TensorSpec) -> Iterator[str]:
     if not static_layout("output", spec):
-        yield f"quark knows attention {kind} by its stored scale, and {spec.describe()} has none"
+        yield f"quark needs a stored scale for attention {kind}, and {spec.describe()} has none"
     yield from _static_reasons(f"attention {kind}", spec)
     if kind == SOFTMAX:
         return
     module, leaf = projection(attention, kind), leaf_of(attention, kind)
     if kind in CACHE and is_joined(attention) and attention.specs.get("k") != attention.specs.get("v"):
-        yield f"quark has one scale for all that {leaf} makes, so that k and v must be quantized alike"
+        yield f"quark has one scale for all outputs of {leaf}, so k and v must have the same format"
     if module.rpartition(".")[2] != leaf or module not in plan.targets:
         found = module if module in plan.targets else attention.k_proj
-        yield f"quark stores the scale of attention {kind} on a {leaf}; here it is {found.rpartition('.')[2]}"
+        yield (
+            f"quark stores the scale of attention {kind} on a {leaf}, and here the module is {found.rpartition('.')[2]}"
+        )
     elif plan.targets[module].output is not None:
-        yield f"quark has one place for the output of {leaf}, and attention {kind} takes it"
+        yield f"quark has one place for the output of {leaf}, and attention {kind} needs it"
 
 
 # --- what loads it ---------------------------------------------------------------------------------------------------

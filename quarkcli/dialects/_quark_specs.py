@@ -203,7 +203,7 @@ def read_spec(module: str, specs: Any, *, activation: bool) -> TensorSpec | None
         return quark.to_spec(known, weight=not activation)
     except ConfigError as error:
         slot = "activations" if activation else "weights"
-        what = f"{slot} of {_words(entries)} are not read by this version: {error.what}"
+        what = f"this version cannot read {slot} of {_words(entries)}: {error.what}"
         raise ModelError(what, where=module, kind="E-SOURCE-FORMAT") from error
 
 

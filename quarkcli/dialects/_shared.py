@@ -156,18 +156,22 @@ def _attention_reasons(plan: Plan, dialect: str, places: Places) -> Iterator[tup
         for kind in sorted(set(specs) - places.attention):
             yield f"{dialect} is written without scales for attention {kind} ({specs[kind].describe()})", attention.name
         if attention.latent and CACHE & set(specs):
-            yield f"its cache holds a compressed latent, not k and v, and {dialect} has no name for it", attention.name
+            yield (
+                f"its KV cache holds a compressed latent vector, not k and v, and {dialect} has no name for it",
+                attention.name,
+            )
         if not set(specs) >= CACHE:
-            yield f"{dialect} describes the cache of k and v together; both must be on", attention.name
+            yield f"{dialect} describes the cache of k and v together, so both must be quantized", attention.name
         for kind in sorted(places.attention & set(specs)):
             if input_kind(specs[kind]) != "fp8 static":
                 reason = (
-                    f"{dialect} holds a cache of fp8_e4m3 with one static float32 scale, not {specs[kind].describe()}"
+                    f"{dialect} can hold a KV cache of fp8_e4m3 with one static float32 scale, not "
+                    f"{specs[kind].describe()}"
                 )
                 yield reason, f"{attention.name}.{kind}_bmm_quantizer"
     if active and len(active) < len(plan.attention):
         off = next(a.name for a in plan.attention.values() if not a.specs)
-        yield f"{dialect} describes one cache for the whole model; this module's is not quantized", off
+        yield f"{dialect} describes one KV cache for the whole model, and that of this module is not quantized", off
 
 
 def whole_layers(plan: Plan, targets: Iterable[Target]) -> dict[str, str]:
@@ -232,7 +236,7 @@ def scale_shape(spec: TensorSpec, shape: tuple[int, int]) -> tuple[int, ...]:
 def header(headers: Mapping[str, HeaderLike], name: str) -> HeaderLike:
     if name not in headers:
         raise ModelError(
-            "the checkpoint's quantization config needs a tensor that is not in its files",
+            "the quantization config needs a tensor that is not in the files",
             where=name,
             kind="E-SOURCE-CONTRADICTS",
         )

@@ -103,7 +103,7 @@ def _reasons(target: QuantizedTarget, dialect: str) -> Iterator[str]:
             yield f"{count} {what} features do not fill 32-bit words of {spec.element} codes"
     assert spec.scale is not None
     if kinds.scale_text(spec, target.dtype) != target.dtype:
-        yield f"{dialect} readers keep scales in the model's dtype {target.dtype}, not in {spec.scale.dtype}"
+        yield f"{dialect} stores scales in the model's dtype {target.dtype}, not in {spec.scale.dtype}"
 
 
 def _schemes(plan: Plan, dialect: str) -> list[str]:

@@ -76,18 +76,18 @@ class AwqReader(Reader):
         bits = config.get("bits", config.get("w_bit", _BITS))
         if str(version).lower() != _VERSION:
             raise ModelError(
-                f"AWQ version {version!r} is not read here, only {_VERSION}", where=CONFIG_KEY, kind="E-SOURCE-FORMAT"
+                f"quark cannot read AWQ version {version!r}, only {_VERSION}", where=CONFIG_KEY, kind="E-SOURCE-FORMAT"
             )
         if bits != _BITS:
             raise ModelError(
-                f"AWQ codes of {bits} bits are not read here, only those of {_BITS}",
+                f"quark cannot read AWQ codes of {bits} bits, only those of {_BITS}",
                 where=CONFIG_KEY,
                 kind="E-SOURCE-FORMAT",
             )
         # GPTQModel says so of symmetric weights, whose zero points are in the files all the same.
         if config.get("zero_point", True) is False and not any(name.endswith(f".{words.ZEROS}") for name in headers):
             raise ModelError(
-                "AWQ weights without zero points are not read here", where=CONFIG_KEY, kind="E-SOURCE-FORMAT"
+                "quark cannot read AWQ weights without zero points", where=CONFIG_KEY, kind="E-SOURCE-FORMAT"
             )
         size = config.get("group_size", config.get("q_group_size"))
         found = (_stored(module, size, headers) for module in words.modules(headers))
@@ -161,7 +161,7 @@ def _left_out_by_parts(plan: Plan) -> list[str]:
     for name in left:
         if name in joined:
             other = next(other for other in quantized if name in other)
-            reasons[f"{NAME} leaves modules out by parts of their names, which would leave out {other} too"] = [name]
+            reasons[f"{NAME} excludes modules by parts of their names, and that would exclude {other} too"] = [name]
     return shared.sentences(reasons)
 
 

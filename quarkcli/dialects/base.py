@@ -225,7 +225,7 @@ class Writer:
 
     def online_refusals(self, plan: Plan) -> list[str]:
         """Returns the reasons this dialect cannot say what the plan does at run time; empty when it can."""
-        what = f"{self.name} has no place for inputs that are turned while the model runs"
+        what = f"{self.name} has no place for inputs that are rotated while the model runs"
         return [f"{what}: {which}" for which in sentences(plan.online)]
 
     def loaders(self, plan: Plan) -> set[str]:
@@ -245,7 +245,9 @@ class Writer:
         ]
         name = self.no_globs.get(server, "")
         globs = [text for text in config.get(name) or () if isinstance(text, str) and _is_glob(text)]
-        return found + ([f"{name} has globs, which it takes for names: {', '.join(globs[:3])}"] if globs else [])
+        return found + (
+            [f"{name} has patterns, and servers read them as names: {', '.join(globs[:3])}"] if globs else []
+        )
 
     def cache_fault(self, plan: Plan, server: str) -> str:
         """Returns why a server does not find the scales of the cache; empty when it does, or that is not known."""

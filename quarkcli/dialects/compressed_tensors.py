@@ -163,9 +163,9 @@ class CompressedTensors(Writer):
         compressed-tensors knows attention with a cache by the name of an argument that transformers 5.24 changed.
         """
         if plan.online:
-            return f"{online.VLLM}; transformers does not turn them"
+            return f"{online.VLLM}; transformers does not rotate them"
         if "transformers" in self.loaders(plan) and any(shared.cached(plan)):
-            return "transformers 5.24 with compressed-tensors 0.20 passes over the scales of the cache"
+            return "transformers 5.24 with compressed-tensors 0.20 ignores the scales of the KV cache"
         return ""
 
     def online_refusals(self, plan: Plan) -> list[str]:

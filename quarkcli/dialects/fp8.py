@@ -73,7 +73,7 @@ class Fp8Reader(Reader):
             if found is not None:
                 if found in left:
                     raise ModelError(
-                        "it has a scale, but the quantization config leaves it out",
+                        "it has a scale, but the quantization config excludes it",
                         where=found,
                         kind="E-SOURCE-CONTRADICTS",
                     )
@@ -130,7 +130,7 @@ class Fp8(Writer):
         if not runs:
             return [*found, f"{NAME} has no scheme for a model without quantized weights"]
         first = kinds.kinds_of(shared.pair_of(runs[0][0]))
-        what = f"{NAME} has one scheme for all weights, and that of {runs[0][0].name} is another"
+        what = f"{NAME} has one scheme for all weights, and {runs[0][0].name} has another one"
         others = [run for run in runs if kinds.kinds_of(shared.pair_of(run[0])) != first]
         names = [target.name for run in others for target in run]
         return [*found, *shared.sentences({what: names} if names else {})]
@@ -215,7 +215,7 @@ class _Scheme:
         form, activations = config.get("fmt"), config.get("activation_scheme") or _DYNAMIC
         if form not in _FORMATS:
             raise ModelError(
-                f"fmt {form!r} is not read by this version", where="quantization_config", kind="E-SOURCE-FORMAT"
+                f"this version cannot read fmt {form!r}", where="quantization_config", kind="E-SOURCE-FORMAT"
             )
         if activations not in (_STATIC, _DYNAMIC):
             raise ModelError(
@@ -282,7 +282,9 @@ def _experts(scale_name: str, scheme: _Scheme, headers: Mapping[str, HeaderLike]
     weight, scale = shared.header(headers, tensor), shared.header(headers, scale_name)
     if len(weight.shape) != 3 or scheme.tile is None:
         raise ModelError(
-            "experts in one tensor are read with weight_block_size alone", where=tensor, kind="E-SOURCE-FORMAT"
+            "this version can read experts in one tensor only with weight_block_size",
+            where=tensor,
+            kind="E-SOURCE-FORMAT",
         )
     count, rows, cols = weight.shape
     projections = shared.FUSED_EXPERTS[leaf]  # one after the other along the output

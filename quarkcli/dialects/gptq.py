@@ -109,7 +109,7 @@ class GptqReader(Reader):
         if layout not in (NAME, _SECOND) or config.get("is_marlin_format"):
             layout = layout if layout not in (NAME, _SECOND) else "marlin"
             raise ModelError(
-                f"GPTQ format {layout!r} is not read here, only {NAME} and {_SECOND}",
+                f"quark cannot read GPTQ format {layout!r}, only {NAME} and {_SECOND}",
                 where=CONFIG_KEY,
                 kind="E-SOURCE-FORMAT",
             )
@@ -163,7 +163,7 @@ class Gptq(Writer):
 
     def config_faults(self, config: Mapping[str, Any], server: str, plan: Plan | None = None) -> list[str]:
         unordered = config.get("desc_act") is True and config.get("group_size") != words.WHOLE_ROW
-        refused = ["desc_act is true: it refuses groups in order of activations"] if unordered else []
+        refused = ["desc_act is true, and it does not load groups in the order of activations"] if unordered else []
         return [*super().config_faults(config, server), *(refused if server == "vllm" else [])]
 
     def infos(self, target: QuantizedTarget) -> list[TensorInfo]:
@@ -314,7 +314,7 @@ def _unsaid(plan: Plan) -> list[str]:
                 what = f"{NAME} has one scheme for all experts, {usual}, not {_said((bits, size))}"
                 reasons.setdefault(what, []).append(target.name)
             elif "+" in target.group and _fused_name(target) is None:
-                what = f"{NAME} has no name for modules fused as {target.group.rpartition('.')[2]}"
+                what = f"{NAME} has no name for the fused modules {target.group.rpartition('.')[2]}"
                 reasons.setdefault(f"{what}, and so no other scheme for them", []).append(target.name)
     return shared.sentences(reasons)
 
@@ -356,7 +356,7 @@ def _settings(config: Mapping[str, Any], modules: list[str]) -> dict[str, Settin
         text = next((text for text, pattern in patterns.items() if names.named(module, [pattern])), None)
         if text is not None and text.startswith(_SKIP):
             raise ModelError(
-                f"it has codes, but the quantization config leaves it out ({text})",
+                f"it has codes, but the quantization config excludes it ({text})",
                 where=module,
                 kind="E-SOURCE-CONTRADICTS",
             )
@@ -371,7 +371,7 @@ def _stored(
     if settings.bits not in _READ_BITS:
         known = ", ".join(map(str, _READ_BITS))
         raise ModelError(
-            f"GPTQ codes of {settings.bits} bits are not read here, only those of {known}",
+            f"quark cannot read GPTQ codes of {settings.bits} bits, only those of {known}",
             where=module,
             kind="E-SOURCE-FORMAT",
         )

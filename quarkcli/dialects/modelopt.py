@@ -89,7 +89,7 @@ class ModelOptReader(Reader):
         for name in headers:
             if name.endswith(_REWRITTEN):
                 raise ModelError(
-                    "values that are multiplied or added while the model runs are not read",
+                    "this version cannot read values that are multiplied or added while the model runs",
                     where=name,
                     kind="E-SOURCE-FORMAT",
                 )

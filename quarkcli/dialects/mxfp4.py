@@ -131,7 +131,7 @@ def _schemes(plan: Plan) -> list[str]:
     """Returns the reasons for which what is quantized, and how, cannot be held."""
     found = shared.refusals(plan, NAME, shared.Places(frozenset({("mxfp4", "none")}), attention=frozenset()))
     if not any(target.expert for target in plan.quantized()):
-        found.append(f"{NAME} is for experts, and none is quantized")
+        found.append(f"{NAME} holds only experts, and no expert is quantized")
     return found + _sentences(plan, _scheme_reasons)
 
 
@@ -145,7 +145,7 @@ def _sentences(plan: Plan, reasons_of: Callable[[Target], Iterator[str]]) -> lis
 
 def _scheme_reasons(target: Target) -> Iterator[str]:
     if target.expert is None and target.weight is not None:
-        yield f"{NAME} quantizes experts alone"
+        yield f"{NAME} holds only quantized experts"
     if target.expert is not None and target.weight is None:
         yield f"{NAME} has one scheme for all experts, and this one is not quantized"
 
@@ -157,7 +157,7 @@ def _place_reasons(target: Target) -> Iterator[str]:
     turns = len(shared.FUSED_EXPERTS.get(leaf, ()))
     step = target.view.rows[2] if target.view.rows is not None else 1
     if not turns or target.view.expert is None or step != turns:
-        yield f"{NAME} holds experts that the source stores as gpt-oss does: one tensor for all, gate and up in turn"
+        yield f"{NAME} holds only experts stored as in gpt-oss: one tensor for all, rows of gate and up in turn"
 
 
 def _stored(fused: str, headers: Mapping[str, HeaderLike]) -> Iterator[StoredTarget]:

@@ -83,7 +83,7 @@ class QuarkReader(Reader):
         method = export.get("pack_method", PACK_METHOD)
         if method not in (PACK_METHOD, IN_ORDER):
             raise ModelError(
-                f"pack_method {method!r} is not read by this version",
+                f"this version cannot read pack_method {method!r}",
                 where="quantization_config",
                 kind="E-SOURCE-FORMAT",
             )
@@ -140,7 +140,7 @@ class Quark(Writer):
         module = next((module for module in shared.cached(plan) if is_joined(module)), None)
         if module is None or server != "vllm":
             return ""
-        return f"it looks for the scales of the cache on k_proj and v_proj, and here one stands on {module.k_proj}"
+        return f"it looks for scales of the KV cache on k_proj and v_proj, and here one is on {module.k_proj}"
 
     def infos(self, target: QuantizedTarget) -> list[TensorInfo]:
         found = [info for matrix in _matrices(target) for info in layout(matrix, target.dtype)]
@@ -283,7 +283,7 @@ def _stored_attention(layers: LayerReader, headers: Mapping[str, HeaderLike]) ->
             continue
         if kind != SOFTMAX or not found:
             raise ModelError(
-                f"it is quantized, and no file holds {infos[0].name}",
+                f"it is quantized, but no file holds {infos[0].name}",
                 where=f"attention {kind}",
                 kind="E-SOURCE-CONTRADICTS",
             )

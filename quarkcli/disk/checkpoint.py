@@ -202,7 +202,7 @@ class Checkpoint:
         static = any(spec is not None and spec.is_static for spec in (stored.input, stored.output))
         if stored.columns is not None and stored.input is not None:
             raise ModelError(
-                "its inputs are multiplied before they are quantized; nothing here does",
+                "its inputs are multiplied before they are quantized, and quark cannot do that",
                 where=name,
                 kind="E-SOURCE-TRANSFORM",
             )
@@ -228,7 +228,7 @@ class Checkpoint:
                     continue
                 if self._expert(name) is not None:
                     raise ModelError(
-                        "the config turns the input of a routed expert; nothing here does",
+                        "the config rotates the input of a routed expert, and quark cannot do that",
                         where=name,
                         kind="E-SOURCE-TRANSFORM",
                     )
@@ -255,7 +255,7 @@ class Checkpoint:
             tensor = f"{stored.name}.{spec.k if spec else 'k_proj'}.weight"
             if tensor in present and not stored.specs and stored.scales:
                 raise ModelError(
-                    "its cache has a scale for every head, which nothing here runs",
+                    "its KV cache has a scale for every head, and quark cannot run that",
                     where=stored.name,
                     kind="E-SOURCE-FORMAT",
                 )

@@ -162,11 +162,11 @@ def _check(found: Comparison, least: float | None) -> None:
     bad = [row for row in found.rows if row.sqnr < least]
     if bad:
         worst = bad[0]
-        what = f"{len(bad)} of {len(found.rows)} tensors are below {least:g} dB, the worst with {decibels(worst.sqnr)}"
+        what = f"{len(bad)} of {len(found.rows)} tensors are below {least:g} dB; the worst has {decibels(worst.sqnr)}"
         raise CheckError(what, where=worst.name, kind="E-GATE-COMPARE")
     if not found.complete:
         lost = [*found.only_a, *found.only_b, *found.shapes]
-        what = f"{len(lost)} tensors are only in one of the two, or have another shape"
+        what = f"{len(lost)} tensors are only in one checkpoint or have another shape in the other"
         raise CheckError(what, where=lost[0], kind="E-GATE-COMPARE")
 
 

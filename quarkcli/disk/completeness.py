@@ -25,7 +25,7 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 def index(source: Source) -> str:
     """Returns the check made of the index. Raises CheckError for a wrong total, and for files that it does not name."""
-    none_of(list(source.unlisted), "tensors are in the files and not in the index")
+    none_of(list(source.unlisted), "tensors are in the files but not in the index")
     held = sum(header.nbytes for header in source.headers.values())
     path = source.folder / INDEX
     if not path.is_file():
@@ -35,12 +35,12 @@ def index(source: Source) -> str:
     # AMD Quark counts whole files, where all others count tensors.
     if said is not None and said not in (held, sum((source.folder / file).stat().st_size for file in source.files)):
         raise CheckError(
-            f"the index says {said} bytes of tensors in all, the files hold {held}",
+            f"the index says {said} bytes of tensors, but the files hold {held}",
             where=str(path),
             kind="E-CHECK-FILES",
         )
     stray = sorted({file.name for file in source.folder.glob("*.safetensors")} - set(source.files))
-    none_of(stray, "weight files are not named by the index")
+    none_of(stray, "weight files are not in the index")
     return f"{len(source.headers)} tensors in {len(source.files)} files, as the index says"
 
 
@@ -57,7 +57,7 @@ def model(checkpoint: Checkpoint) -> str:
         raise CheckError(
             error.what, where=error.where, hint="write it again, or copy it again", kind="E-CHECK-MODEL"
         ) from error
-    none_of(list(_misfits(layout, config)), "weights have another width than config.json says")
+    none_of(list(_misfits(layout, config)), "weights have another width than config.json has")
     return "blocks, experts, widths and counts fit config.json and each other"
 
 
@@ -105,10 +105,10 @@ def strangers(checkpoint: Checkpoint, layout: Layout, ours: Callable[[str], bool
     ours   True for a file whose header is the one that it had when it was written
     """
     if checkpoint.inferred:
-        return "tensors of no module are not looked for: the family is inferred"
+        return "no check for tensors of unknown modules: quark has no family file for this model"
     headers = checkpoint.source.headers
     found = [name for name in _strangers(checkpoint, layout) if not ours(headers[name].file)]
-    none_of(found, "tensors belong to no module of the model; loaders refuse them or pass over them")
+    none_of(found, "tensors belong to no module of the model; servers ignore them or do not load the checkpoint")
     return "every tensor belongs to a module of the model"
 
 

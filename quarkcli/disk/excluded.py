@@ -22,7 +22,7 @@ def check(reader: Reader, config: Mapping[str, Any], layout: Layout, quantized: 
     found, quantized = reader.left_out(config), set(quantized)
     _check_head(reader, config, layout, quantized)
     if not found:
-        return "the config has no list of modules that are left out"
+        return "the config has no list of modules that are not quantized"
     entries = Entries(entry for listed in found.values() for entry in listed)
     whole = reader.unlisted | layout.unlisted
     kept = {name for name, weight in layout.weights.items() if not _roles(layout, weight) & whole} - quantized
@@ -33,14 +33,14 @@ def check(reader: Reader, config: Mapping[str, Any], layout: Layout, quantized: 
     where = " and ".join(found)
     if missing:
         raise CheckError(
-            f"{len(missing)} modules are not quantized, and {where} does not list them: {some(missing)}",
+            f"{len(missing)} modules are not quantized, but {where} does not list them: {some(missing)}",
             kind="E-CHECK-EXCLUDED",
         )
     if surplus:
         raise CheckError(
-            f"{len(surplus)} modules are quantized, and {where} lists them: {some(surplus)}", kind="E-CHECK-EXCLUDED"
+            f"{len(surplus)} modules are quantized, but {where} lists them: {some(surplus)}", kind="E-CHECK-EXCLUDED"
         )
-    return f"{where} lists the {len(kept)} linears that are not quantized, and no other"
+    return f"{where} lists exactly the {len(kept)} linear modules that are not quantized"
 
 
 def _roles(layout: Layout, weight: Weight) -> set[str]:
@@ -53,7 +53,7 @@ def _check_head(reader: Reader, config: Mapping[str, Any], layout: Layout, quant
     heads = {name for name, weight in layout.weights.items() if weight.role == "head"}
     said, is_quantized = config.get(reader.head_key) is True, bool(heads & quantized)
     if reader.head_key and said != is_quantized:
-        what = "is quantized, and" if is_quantized else "is not quantized, and"
+        what = "is quantized, but" if is_quantized else "is not quantized, but"
         where = some(sorted(heads)) if heads else "the head"
         raise CheckError(f"{what} {reader.head_key} is {str(said).lower()}", where=where, kind="E-CHECK-EXCLUDED")
 

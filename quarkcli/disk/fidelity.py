@@ -32,14 +32,18 @@ def check(
     other = [row.name for row in found.rows if row.name not in quantized and not row.identical]
     if said is not None and (wrong := [name for name in other if name not in said]):
         raise CheckError(
-            f"{len(wrong)} kept tensors have other values than in the source: {some(wrong)}", kind="E-CHECK-VALUES"
+            f"{len(wrong)} kept tensors have other values than in the original model: {some(wrong)}",
+            kind="E-CHECK-VALUES",
         )
-    lines = ["kept tensors are those of the source"]
+    lines = ["kept tensors have the values of the original model"]
     if other:
-        lines = [f"{len(other)} kept tensors have other values, as algorithms that rewrite leave them: {some(other)}"]
+        lines = [f"{len(other)} kept tensors have other values, because an algorithm rewrote them: {some(other)}"]
     rows = [row for row in found.rows if row.name in quantized]
     if least is None and other and said is None:
-        return [*lines, "weights not compared: they seem rewritten; --min-sqnr compares them all the same"]
+        return [
+            *lines,
+            "weights were not compared: an algorithm seems to have rewritten them; --min-sqnr compares them anyway",
+        ]
     left = said if said is not None and least is None else set()
     weights = original.layout.weights.values() if left else ()
     homes = {f"{weight.name}.weight": weight.view.tensor for weight in weights}  # experts may share one
@@ -51,16 +55,16 @@ def _ranked(rows: Sequence[Row], least: float | None, count: int) -> list[str]:
     """Returns a line about the worst of `count` weights, those first. Raises CheckError for those below the limit."""
     more = f"; {count - len(rows)} rewritten ones not compared" if count > len(rows) else ""
     if not rows:
-        return [f"signal to noise of no weight compared{more}"]
+        return [f"signal-to-noise ratio compared for no weight{more}"]
     limit = BROKEN if least is None else least
     bad = [f"{row.name} ({decibels(row.sqnr)})" for row in rows if row.sqnr < limit]
     if bad:
-        hint = "codes or scales are read wrong, or are another weight's" if least is None else ""
-        what = f"{len(bad)} weights have less than {limit:g} dB of signal to noise against the source"
+        hint = "check that codes and scales are right and belong to these weights" if least is None else ""
+        what = f"{len(bad)} weights have less than {limit:g} dB signal-to-noise ratio against the original model"
         raise CheckError(f"{what}: {some(bad)}", hint=hint, kind="E-CHECK-VALUES")
     shown = ", ".join(f"{row.name} {decibels(row.sqnr)}" for row in rows[:_SHOWN])
     middle = decibels(rows[len(rows) // 2].sqnr)
-    return [f"signal to noise of {len(rows)} weights: median {middle}; worst: {shown}{more}"]
+    return [f"signal-to-noise ratio of {len(rows)} weights: median {middle}; worst: {shown}{more}"]
 
 
 def _said_changed(ours: Source) -> set[str] | None:

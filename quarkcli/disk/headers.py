@@ -39,7 +39,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".dill"
 OTHER_WEIGHTS = (".gguf", ".onnx", ".h5", ".msgpack")
 _READ_CHUNK = 256 * 2**20
 _DENIED = {errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR}
-AGAIN = "the file is damaged or incomplete: download it again"
+AGAIN = "download the file again; it is damaged or incomplete"
 
 
 @dataclass(frozen=True)
@@ -104,11 +104,11 @@ def _header(path: Path | str, file: str, name: str, entry: Any, base: int) -> He
     if not (_are_sizes(shape) and _are_sizes(offsets) and len(offsets) == 2):
         raise _bad(path, f"the header entry of {name} has no valid shape and data_offsets")
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        known = f"known dtypes: {', '.join(DTYPES)}"
+        known = f"use one of the dtypes {', '.join(DTYPES)}"
         raise ModelError(f"{name} has the unknown dtype {dtype!r}", where=str(path), hint=known, kind="E-MODEL-DAMAGED")
     expected = math.prod(shape) * DTYPES[dtype][0]
     if offsets[1] - offsets[0] != expected:
-        raise _bad(path, f"{name} takes {offsets[1] - offsets[0]} bytes, its shape and dtype say {expected}")
+        raise _bad(path, f"{name} has {offsets[1] - offsets[0]} bytes, but its shape and dtype need {expected}")
     return Header(name, dtype, tuple(shape), file, base + offsets[0], base + offsets[1])
 
 
@@ -124,7 +124,7 @@ def _check_cover(path: Path | str, headers: list[Header], base: int, size: int) 
             raise _bad(path, f"the bytes of {header.name} overlap another tensor or leave a hole")
         position = header.end
     if position != size:
-        raise _bad(path, f"has {size} bytes, its header says {position}")
+        raise _bad(path, f"has {size} bytes, but its header says {position}")
 
 
 def _bad(path: Path | str, what: str) -> ModelError:
@@ -152,7 +152,7 @@ def _read_tensor(stream: Any, path: Path, header: Header) -> torch.Tensor:
         count = stream.readinto(view[done : done + _READ_CHUNK])
         if not count:
             raise ModelError(
-                f"ended inside {header.name}: the file shrank while it was being read",
+                f"ended inside {header.name}: the file became shorter during reading",
                 where=str(path),
                 kind="E-MODEL-DAMAGED",
             )

@@ -81,8 +81,8 @@ class Patience:
         seconds = min(2.0 ** (self.tries - 2), 8.0) if asked is None else asked
         if self.tries >= TRIES or seconds > LONGEST or self.stop.is_set():
             raise error
-        why = f"the hub answers {status}" if status else f"the connection broke ({type(error).__name__})"
-        going_on = f"going on in {seconds:.0f} s (try {self.tries} of {TRIES})"
+        why = f"the hub answered {status}" if status else f"the connection broke ({type(error).__name__})"
+        going_on = f"trying again in {seconds:.0f} s (try {self.tries} of {TRIES})"
         self.tell(Message(f"{self.what}: {why}; {going_on}"))
         self.pause(seconds)
 
@@ -147,7 +147,7 @@ def _refusal(error: Exception, hub_id: str, revision: str, offline: bool, found:
 
     token = get_token()
     page = f"{constants.ENDPOINT}/{hub_id}"
-    login = f"{'a' if token else 'no'} token was seen; set HF_TOKEN to one that may read this model"
+    login = f"set HF_TOKEN to a token that may read this model ({'a' if token else 'no'} token was found)"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         hint = "free some space, or set HF_HOME to a larger disk"
         return ResourceError(
@@ -157,28 +157,36 @@ def _refusal(error: Exception, hub_id: str, revision: str, offline: bool, found:
     if isinstance(error, errors.GatedRepoError):
         what, hint = "is a gated model", f"accept its licence at {page}; {login}"
     elif isinstance(error, errors.RepositoryNotFoundError):
-        what = "no such directory, and no such model on the hub (or it is private)"
-        hint = f"its page would be {page}; {login}"
+        what = "there is no such directory, and no such model on the hub (or it is private)"
+        hint = f"look at {page}; {login}"
     elif isinstance(error, errors.RevisionNotFoundError):
         what, hint = f"the hub has no revision {revision} of it", ""
     elif status in (401, 403):
-        what, hint = "the hub refused access", f"look at {page}, there may be a licence to accept; {login}"
+        what, hint = "the hub refused access", f"look at {page}, where you may have to accept a licence; {login}"
     elif status == _TOO_MANY:
         wait = _asked_to_wait(error)
         asked = "" if wait is None else f", and asks to wait {wait:.0f} s"
-        what = f"the hub answers that there were too many requests (429){asked}"
-        hint = f"try again later; requests with a token are allowed more: {login}"
+        what = f"the hub refuses more requests for now (429){asked}"
+        hint = f"try again later; with a token more requests are allowed: {login}"
     elif is_offline(offline):
-        what = f"no such directory, and revision {revision} is not (completely) in the hub cache while offline"
+        what = f"there is no such directory, and offline revision {revision} is not completely in the hub cache"
         hint = "go online once, or give a local directory"
     elif status is None and (isinstance(error, errors.LocalEntryNotFoundError) or is_out_of_reach(error)):
-        what = "the connection to the hub broke" if found else "no such directory, and the hub cannot be reached"
-        hint = "check the network; the same command goes on" if found else "correct the path, or check the network"
+        what = (
+            "the connection to the hub broke" if found else "there is no such directory, and the hub cannot be reached"
+        )
+        hint = (
+            "check the network, then run the same command again to continue"
+            if found
+            else "correct the path, or check the network"
+        )
     else:
         text = " ".join(str(error).split())[:300].replace(token or "\0", "***")
-        here = "" if found else "no such directory, and "
+        here = "" if found else "there is no such directory, and "
         what = f"{here}the download from the hub failed: {type(error).__name__}: {text}"
-        hint = "check the network" + ("; the same command goes on" if found else ", or give a local directory")
+        hint = "check the network" + (
+            ", then run the same command again to continue" if found else ", or give a local directory"
+        )
     return HubError(what, where=hub_id, hint=hint, kind="E-HUB-MODEL")
 
 

@@ -106,7 +106,7 @@ class Journal:
             bring_back(partial)
             started = (partial / STATE / "fingerprint.json").is_file()
             if resume == "require" and not started:
-                hint = "drop --resume require"
+                hint = "leave --resume require out"
                 raise UsageError(
                     "there is no unfinished run to resume", where=str(partial), hint=hint, kind="E-RESUME-NONE"
                 )

@@ -63,7 +63,7 @@ def read(folder: Path) -> Manifest | None:
     value = value if isinstance(value, dict) else {}
     files, sizes, headers = (value.get(key, {}) for key in ("files", "sizes", "headers"))
     if not (_is_table(files, str) and _is_table(sizes, int) and _is_table(headers, str) and files):
-        raise CheckError("the manifest does not say which files there are", where=str(path), kind="E-CHECK-FILES")
+        raise CheckError("the manifest does not list any files", where=str(path), kind="E-CHECK-FILES")
     return Manifest(files, sizes, headers)
 
 
@@ -88,11 +88,11 @@ def compare(folder: Path, manifest: Manifest, hashes: bool | None = None) -> lis
                 for what, names in sorted(wrong.items())
             ]
         )
-    lines = [f"{len(there)} files present with the sizes and headers of the manifest"]
+    lines = [f"{len(there)} files have the sizes and headers of the manifest"]
     if hashed:
         lines.append(f"{len(there)} files have the hashes of the manifest")
     else:
-        lines.append(f"hashes not compared ({_shown(total)}): --hashes")
+        lines.append(f"hashes not compared ({_shown(total)} of files); --hashes compares them")
     added = sorted(set(_files(folder)) - set(manifest.files) - _UNLISTED)
     if added:
         lines.append(f"{len(added)} files are not in the manifest: {_listed(added)}")

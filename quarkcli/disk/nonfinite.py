@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 OnNonfinite = Literal["stop", "keep"]
-HINT = "repair the source model, or --on-nonfinite keep takes it as it is"
+HINT = "repair the original model, or use --on-nonfinite keep to accept it"
 
 # Leaves of names that are tables and masks, which the model makes anew; -inf is usual there.
 _BUFFER = re.compile(
@@ -51,7 +51,10 @@ class NonFinite:
 
     def first(self) -> tuple[str, str] | None:
         """Returns (name, sentence) of the first parameter."""
-        return next(((name, f"NaN or inf in a kept tensor: {what}") for name, what in self.parameters.items()), None)
+        return next(
+            ((name, f"NaN or inf in a tensor that is not quantized: {what}") for name, what in self.parameters.items()),
+            None,
+        )
 
 
 def is_buffer(name: str, ndim: int) -> bool:

@@ -22,10 +22,9 @@ from quarkcli.spec import TensorSpec
 _PART = r"(?:weight|input|output|activation|prob_output|q|k|v|kv|k_cache|v_cache)"
 # Leaves of tensors that mean nothing without a config that speaks of them.
 _CODES = re.compile(
-    rf"\.(?:{_PART}_(?:scale|scale_inv|scale_2|global_scale|zero_point|packed|shape|g_idx)"
-    r"|qweight|qzeros|scales|g_idx|\w+_blocks|\w+_scales)$"
+    f"\.(?:{_PART}_(?:scale|scale_inv|scale_2|global_scale|zero_point|packed|shape|g_idx)|qweight|qzeros|scales|g_idx|\w+_blocks|\w+_scales)$"
 )
-_HINT = "the files are incomplete, or config.json is another model's: download it again, or give the 16-bit model"
+_HINT = "download the model again, or give the 16-bit model: files are missing, or config.json is of another model"
 
 
 @dataclass
@@ -65,20 +64,16 @@ class Origin:
 
     def lines(self, plan: Plan) -> list[str]:
         """Returns what becomes of it, one sentence a line."""
-        found = [
-            f"{self.stored()}, dequantized while streaming ({self.tensors} tensors -> {len(self.weights)} weights)"
-        ]
+        found = [f"{self.stored()}, decoded layer by layer ({self.tensors} tensors -> {len(self.weights)} weights)"]
         if plan.carried:
-            found.append(
-                f"{len(plan.carried)} of its weights are left alone by the plan and keep their codes and scales"
-            )
+            found.append(f"{len(plan.carried)} of its weights are not changed and keep their codes and scales")
         if self.stripped:
-            found.append(f"{self.stripped} of these lose the static scales of what they read: {self.decoded_because}")
+            found.append(f"{self.stripped} of these lose the static scales of their inputs: {self.decoded_because}")
         left = len(self.left_alone(plan))
         if left:
             why = f": {self.decoded_because}" if self.decoded_because else ""
-            found.append(f"{left} of its weights are left alone by the plan and written as {self.dtype}{why}")
-        found += [f"dropped: {what} ({count}); the job finds its own" for what, count in self.passed(plan).items()]
+            found.append(f"{left} of its weights are not quantized again and are written as {self.dtype}{why}")
+        found += [f"not kept: {what} ({count}); the job makes new ones" for what, count in self.passed(plan).items()]
         return found
 
     def passed(self, plan: Plan) -> dict[str, int]:
@@ -86,9 +81,9 @@ class Origin:
         kept = {name for name in plan.carried if plan.targets[name].input is not None}
         reads = [static for name, static in self.reads.items() if name not in kept]
         found = {
-            "its quantization of what weights read and return": len(reads),
+            "its quantization of inputs and outputs": len(reads),
             "static scales of that": sum(reads),
-            "its scales of attention and its cache": self.cache,
+            "its scales of attention and the KV cache": self.cache,
         }
         return {what: count for what, count in found.items() if count}
 
@@ -148,27 +143,28 @@ def _check(checkpoint: Checkpoint) -> None:
     where = str(checkpoint.source.folder)
     if not view.targets and not view.attention:
         raise ModelError(
-            "its config says that it is quantized, and no tensor of its files is",
+            "its config says that it is quantized, but no tensor in its files is",
             where=where,
             hint=_HINT,
             kind="E-SOURCE-CONTRADICTS",
         )
     if view.online:
         raise ModelError(
-            "its weights are turned, and their inputs while the model runs; decoded alone they are not the model's",
+            "its weights are rotated together with their inputs, so decoding the weights alone does not give the "
+            "original ones",
             where=next(iter(view.online)),
-            hint="give the model it was made from",
+            hint="give the original model",
             kind="E-SOURCE-TRANSFORM",
         )
     for name in checkpoint.copied():
         dtype = headers[name].dtype
         if (name.endswith(".weight") and dtype[0] not in "BF") or dtype.startswith("F8"):
             raise ModelError(
-                f"stored as {dtype}, and there is no scale for it", where=name, hint=_HINT, kind="E-SOURCE-CONTRADICTS"
+                f"is stored as {dtype}, but has no scale", where=name, hint=_HINT, kind="E-SOURCE-CONTRADICTS"
             )
         if _CODES.search(name):
             raise ModelError(
-                "the quantization config says nothing of this tensor",
+                "the quantization config does not mention this tensor",
                 where=name,
                 hint=_HINT,
                 kind="E-SOURCE-CONTRADICTS",

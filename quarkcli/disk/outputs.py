@@ -45,7 +45,7 @@ def checkpoints(output: Path) -> list[Path]:
 def hint(output: Path) -> str:
     """Returns where the checkpoints are, for a directory that is none itself but lists some."""
     found = [str(folder) for folder in checkpoints(output)]
-    return f"it holds a checkpoint for each dialect: {', '.join(found)}" if found else ""
+    return f"give one of its checkpoints: {', '.join(found)}" if found else ""
 
 
 def within(folder: str, name: str) -> str:

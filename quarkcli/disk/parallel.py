@@ -63,15 +63,15 @@ def check(
                 more = f" and {len(names) - 1} more" if len(names) > 1 else ""
                 works = ", ".join(map(str, split.degrees()))
                 faults.append(
-                    f"tensor parallel {degree}: {names[0]}{more}: {split.features} {split.side} over {degree} devices "
-                    f"{split.why}; degrees that fit: {works}"
+                    f"tensor parallel over {degree} devices: {names[0]}{more}: {split.features} {split.side} "
+                    f"{split.why}; these numbers fit: {works}"
                 )
     if faults:
         raise CheckError("\n".join([faults[0], *(f"also: {fault}" for fault in faults[1:])]), kind="E-CHECK-SPLIT")
     if degrees:
-        return [f"tensor parallel {', '.join(map(str, degrees))}: no head, group of a scale or word of codes is cut"]
+        return [f"tensor parallel fits over {', '.join(map(str, degrees))} devices"]
     fit = fitting(weights, view, headers, config)
-    return [f"tensor parallel, of {', '.join(map(str, USUAL))} devices: {', '.join(map(str, fit))} fit"]
+    return [f"tensor parallel fits over {', '.join(map(str, fit))} devices (tried: {', '.join(map(str, USUAL))})"]
 
 
 def fitting(
@@ -94,9 +94,9 @@ def _heads(config: Mapping[str, Any]) -> Iterator[_Split]:
     text = text_config(config)
     heads, kept = text.get("num_attention_heads"), text.get("num_key_value_heads")
     if type(heads) is int and heads > 0:
-        yield _Split("config.json", "attention heads", heads, 1, "leave a remainder")
+        yield _Split("config.json", "attention heads", heads, 1, "cannot be divided evenly")
     if type(kept) is int and kept > 0:
-        yield _Split("config.json", "heads of keys and values", kept, 1, "leave a remainder", kept)
+        yield _Split("config.json", "key and value heads", kept, 1, "cannot be divided evenly", kept)
 
 
 def _of_weights(
@@ -117,18 +117,18 @@ def _unit(name: str, weight: Weight, view: StoredView, headers: Mapping[str, Hea
     """Returns the number of features that stay together along an axis, and the end of a sentence that says why."""
     stored = view.targets.get(name)
     if stored is None:
-        return 1, "leave a remainder"
+        return 1, "cannot be divided evenly"
     units = [(1, "")]
     for stage in stored.weight.stages:
         if isinstance(stage.granularity, PerTile):
             tile = (stage.granularity.rows, stage.granularity.cols)[axis]
-            units.append((tile, f"cut tiles of {tile}"))
+            units.append((tile, f"would cut tiles of {tile}"))
         elif axis == 1 and stage.group_size:
-            units.append((stage.group_size, f"cut scale groups of {stage.group_size}"))
+            units.append((stage.group_size, f"would cut scale groups of {stage.group_size}"))
     packed = _packed(stored.tensors, headers, weight, axis)
-    units.append((packed, f"cut words of {packed} codes"))
+    units.append((packed, f"would cut words of {packed} codes"))
     unit = math.lcm(*(size for size, _ in units))
-    return unit, max(units)[1] or "leave a remainder"
+    return unit, max(units)[1] or "cannot be divided evenly"
 
 
 def _packed(tensors: Iterable[str], headers: Mapping[str, HeaderLike], weight: Weight, axis: int) -> int:

@@ -26,7 +26,7 @@ SINGLE = "pytorch_model.bin"
 INDEX = f"{SINGLE}.index.json"
 READ = re.compile(r"pytorch_model(-\d{5}-of-\d{5})?\.bin")  # names of files with a model's weights
 _GLOBAL = re.compile(r"Unsupported (?:global: GLOBAL|class) ([\w.]+)|GLOBAL ([\w.]+)")
-_MAKER = "do not load it in another way; ask its maker for .safetensors files"
+_MAKER = "ask its author for .safetensors files, and do not load it in another way"
 
 
 def read_headers(path: Path, file: str) -> list[Header]:
@@ -41,7 +41,7 @@ def read_headers(path: Path, file: str) -> list[Header]:
         dtype = str(tensor.dtype).removeprefix("torch.")
         if dtype not in names or str(tensor.layout) != "torch.strided":
             raise ModelError(
-                f"{name} is of {dtype}, {tensor.layout}, which is not read here", where=str(path), kind="E-MODEL-DTYPE"
+                f"quark cannot read {name}, which is of {dtype}, {tensor.layout}", where=str(path), kind="E-MODEL-DTYPE"
             )
         end = place + tensor.numel() * tensor.element_size()
         headers.append(Header(name, names[dtype], tuple(tensor.shape), file, place, end))
@@ -91,10 +91,8 @@ def _loaded(path: Path, *, mapped: bool) -> dict[str, Tensor]:
         raise ModelError(f"holds a {type(found).__name__}, not tensors by name", where=str(path), kind="E-MODEL-PICKLE")
     strange = next((name for name, value in found.items() if not isinstance(value, torch.Tensor)), None)
     if strange is not None:
-        what = f"{strange} in it is a {type(found[strange]).__name__}, not a tensor: not a model's weights alone"
-        raise ModelError(
-            what, where=str(path), hint="save the state dict of the model by itself", kind="E-MODEL-PICKLE"
-        )
+        what = f"holds more than weights: {strange} is a {type(found[strange]).__name__}, not a tensor"
+        raise ModelError(what, where=str(path), hint="save only the state dict of the model", kind="E-MODEL-PICKLE")
     return found
 
 
@@ -106,7 +104,7 @@ def _refusal(path: Path, error: Exception) -> ModelError:
         return ModelError(what, where=str(path), hint=_MAKER, kind="E-MODEL-PICKLE")
     if "weights only load failed" in message.lower() or "unsupported" in message.lower():
         asks = _GLOBAL.search(message)
-        what = f"asks for {asks[1] or asks[2]}, which could run code" if asks else "is no file of tensors alone"
+        what = f"asks for {asks[1] or asks[2]}, which could run code" if asks else "holds more than tensors"
         return ModelError(f"{what}; it was not loaded", where=str(path), hint=_MAKER, kind="E-MODEL-PICKLE")
     return ModelError(
         f"torch cannot read it: {type(error).__name__}: {message[:200]}",

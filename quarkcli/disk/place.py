@@ -60,7 +60,7 @@ def dispose(old: Path, final: Path) -> list[str]:
         return []
     if not was_ours:
         return [f"what was in {final} is now in {old}"]
-    return [f"{len(kept)} files in {final} were not as quark wrote them, and are now in {old}: {some(kept)}"]
+    return [f"{len(kept)} files in {final} differ from what quark wrote and are now in {old}: {some(kept)}"]
 
 
 def replaced(state: Path) -> list[str]:
@@ -101,9 +101,12 @@ def refuse_links(partial: Path) -> None:
     if not linked and partial.is_dir():
         linked = [path for path in (partial / STATE, partial / "quark", *partial.rglob("*")) if path.is_symlink()]
     if linked:
-        hint = "remove the link; the work needs a directory of its own"
+        hint = "remove the link; the run needs a directory of its own"
         raise UsageError(
-            "is a link, and an unfinished run has none", where=str(linked[0]), hint=hint, kind="E-OUTPUT-PARTIAL"
+            "is a link, not the directory of an unfinished run",
+            where=str(linked[0]),
+            hint=hint,
+            kind="E-OUTPUT-PARTIAL",
         )
 
 
@@ -129,9 +132,9 @@ def acquire(path: Path) -> int:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if not path.exists() or os.fstat(descriptor).st_ino != path.stat().st_ino:
             raise ResourceError(
-                "another process just finished it",
+                "another process has just finished this output",
                 where=str(path.parent.parent),
-                hint="run again",
+                hint="run the same command again",
                 kind="E-OUTPUT-BUSY",
             )
         os.ftruncate(descriptor, 0)
@@ -151,7 +154,7 @@ def acquire(path: Path) -> int:
 
 def _held(path: Path) -> ResourceError:
     pid = path.read_text(encoding="utf-8", errors="replace").strip() or "unknown"
-    hint = "wait for it, stop it, or choose another output with -o"
+    hint = "wait for it, stop it, or choose another -o"
     return ResourceError(
         f"another process (pid {pid}) is working here", where=str(path.parent.parent), hint=hint, kind="E-OUTPUT-BUSY"
     )
@@ -161,19 +164,22 @@ def check_empty(partial: Path) -> None:
     """Refuses a `.partial` without a journal: it is either being created or not ours, and nothing of it is touched."""
     if partial.exists() and not partial.is_dir():
         raise UsageError(
-            "exists and is not a directory", where=str(partial), hint="move it away", kind="E-OUTPUT-PARTIAL"
+            "exists and is not a directory",
+            where=str(partial),
+            hint="move it to another place",
+            kind="E-OUTPUT-PARTIAL",
         )
     if not partial.is_dir() or all(path.name == STATE for path in partial.iterdir()):
         return
     if outputs.checkpoints(partial):
         final = partial.with_name(partial.name.removesuffix(".partial"))
         raise UsageError(
-            "is finished and was only not renamed",
+            "is a finished checkpoint that was not renamed",
             where=str(partial),
             hint=f"rename it to {final}",
             kind="E-OUTPUT-PARTIAL",
         )
-    hint = "move it away, or use --resume never to delete it"
+    hint = "move it to another place, or use --resume never to delete it"
     raise UsageError(
-        "is not empty, and no run that could be continued", where=str(partial), hint=hint, kind="E-OUTPUT-PARTIAL"
+        "is not empty and not a run that can be continued", where=str(partial), hint=hint, kind="E-OUTPUT-PARTIAL"
     )

@@ -36,7 +36,7 @@ def push(
             raise UsageError(
                 what,
                 where=repository,
-                hint="--overwrite replaces them, or choose another name",
+                hint="use --overwrite to replace them, or choose another name",
                 kind="E-OUTPUT-EXISTS",
             )
         operations: list[Any] = [hub.CommitOperationAdd(name, folder / name) for name in names]
@@ -63,7 +63,7 @@ def _names(folder: Path, tell: Listener) -> list[str]:
         return shown
     names = [*sorted(listed.files), MANIFEST]
     if left := sorted(set(shown) - {*names, manifest.LOG}):
-        tell(Message(f"not uploaded, for the manifest does not list them: {some(left)}", "warning"))
+        tell(Message(f"these files are not in the manifest and were not uploaded: {some(left)}", "warning"))
     return names
 
 
@@ -73,18 +73,21 @@ def _refusal(error: Exception, repository: str) -> QuarkError:
 
     token = get_token()
     status = getattr(getattr(error, "response", None), "status_code", None)
-    login = f"{'a' if token else 'no'} token was seen; set HF_TOKEN to one that may write to {repository}"
+    login = f"set HF_TOKEN to a token that may write to {repository} ({'a' if token else 'no'} token was found)"
     if status in (401, 403) or (token is None and "token" in str(error).lower()):
         return HubError("the hub refused the upload", where=repository, hint=login, kind="E-HUB-UPLOAD")
     if constants.HF_HUB_OFFLINE:
         return HubError(
-            "nothing can be uploaded while offline", where=repository, hint="unset HF_HUB_OFFLINE", kind="E-HUB-UPLOAD"
+            "an upload needs the network, and quark is offline",
+            where=repository,
+            hint="unset HF_HUB_OFFLINE",
+            kind="E-HUB-UPLOAD",
         )
     text = " ".join(str(error).split())[:300].replace(token or "\0", "***")
     what = f"the upload failed: {type(error).__name__}: {text}"
     return HubError(
         what,
         where=repository,
-        hint="check the name and the network; the same command begins again",
+        hint="check the name and the network, then run the same command again",
         kind="E-HUB-UPLOAD",
     )

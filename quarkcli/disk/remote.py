@@ -70,7 +70,7 @@ class Remote:
             except errors.RemoteEntryNotFoundError as error:
                 what = "no config.json: this is not a Hugging Face model"
                 raise ModelError(
-                    what, where=hub_id, hint=f"revision {revision} has none", kind="E-MODEL-FILES"
+                    what, where=hub_id, hint=f"look for another revision; {revision} has none", kind="E-MODEL-FILES"
                 ) from error
             commit = config.parent.name
             try:
@@ -127,7 +127,7 @@ class Remote:
         files = list(files)
         if missing := [file for file in files if file not in self.names]:
             raise ModelError(
-                "the index names it, and the hub has no such file",
+                "is in the index but not on the hub",
                 where=f"{self.hub_id}/{missing[0]}",
                 kind="E-MODEL-INCOMPLETE",
             )
@@ -196,9 +196,12 @@ class Remote:
         if found == digest and part.stat().st_size == size:
             return True
         part.unlink()
-        what = "what was downloaded is not the file that the hub lists"
+        what = "the downloaded file is not the one that the hub lists"
         raise HubError(
-            what, where=f"{self.hub_id}/{file}", hint="the same command downloads it again", kind="E-HUB-DOWNLOAD"
+            what,
+            where=f"{self.hub_id}/{file}",
+            hint="run the same command again to download it again",
+            kind="E-HUB-DOWNLOAD",
         )
 
     def _go_on(self, file: str, part: Path, patience: hub.Patience) -> None:

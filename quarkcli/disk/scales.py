@@ -17,7 +17,7 @@ from quarkcli.family import Weight
 from quarkcli.plan.fused import matrix
 
 # What unequal scales of one level cost where servers fuse.
-_COST = "servers keep one for each member, or round all codes again with the largest, which costs some accuracy"
+_COST = "servers keep all of them, or round all codes again with the largest, which costs some accuracy"
 # Slots by the words that names of their scales begin with; all others are the weight's.
 _SLOTS = {"input": "input", "activation": "input", "output": "output", "bias": "bias"}
 # The largest plausible scale over the scales of blocks: weights reach 2,688 times as far. The inverse of a real one,
@@ -76,7 +76,7 @@ def check(
             fault = _values(checkpoint, tensor, known).fault()
             found.bad += [f"{tensor} ({fault})"] if fault else []
     if found.bad:
-        what = "modules have a scale that is zero, negative, infinite, NaN or absent"
+        what = "modules have a scale that is zero, negative, infinite, NaN or missing"
         raise CheckError(f"{len(found.bad)} {what}: {some(found.bad)}", kind="E-CHECK-SCALES")
     return _compared(checkpoint, found, tell, served)
 
@@ -93,11 +93,13 @@ def codes(checkpoint: Checkpoint, everything: bool | None, limit: int) -> list[s
     names = [name for name in names if not is_scale(name) and has_floats(headers[name])]
     size = sum(headers[name].nbytes for name in names)
     if everything is False or (everything is None and size > limit):
-        return [f"codes of {len(names)} weights not read ({size / 1e9:.0f} GB): --hashes"] if names else []
+        return (
+            [f"codes of {len(names)} weights were not read ({size / 1e9:.0f} GB); --hashes reads them"] if names else []
+        )
     bad = [name for name in names if not is_finite(checkpoint.source, name)]
     if bad:
         raise CheckError(f"{len(bad)} weights have codes that are NaN or infinite: {some(bad)}", kind="E-CHECK-SCALES")
-    return [f"{len(names)} weights have floats for codes, all finite"] if names else []
+    return [f"the codes of {len(names)} weights are floats and all finite"] if names else []
 
 
 def _compared(checkpoint: Checkpoint, found: _Found, tell: Listener, served: bool) -> list[str]:
@@ -118,12 +120,12 @@ def _compared(checkpoint: Checkpoint, found: _Found, tell: Listener, served: boo
         tell(Message(f"{what}: {_COST} ({some(sorted(unequal))})", "warning"))
     own = sorted(layer for layer, scales in found.layers.items() if len(scales) > 1)
     if own:
-        what = f"{len(own)} layers have experts with input scales of their own"
-        tell(Message(f"{what}: servers take the largest for all experts of a layer ({some(own)})", "warning"))
+        what = f"the experts of {len(own)} layers have different input scales"
+        tell(Message(f"{what}; servers use the largest for all experts of a layer ({some(own)})", "warning"))
     caches = len(checkpoint.view.attention)
     shared = sum(len(members) > 1 and name not in unequal for name, members in found.groups.items())
     attention = f" and {caches} attentions" if caches else ""
-    checks = [f"scales of {len(targets)} weights{attention} finite and positive"]
+    checks = [f"scales of {len(targets)} weights{attention} are finite and positive"]
     return checks + ([f"{shared} scale groups share their per-tensor scales"] if shared else [])
 
 

@@ -27,7 +27,7 @@ WRITTEN = ("config.json", "quantization_config.json", "model.safetensors.index.j
 _WEIGHTS = (".safetensors", *PICKLES, *OTHER_WEIGHTS, ".safetensors.index.json", ".bin.index.json")
 _TOKENIZER = ("tokenizer", "vocab", "merges", "tekken", "special_tokens_map", "added_tokens", "spiece", "sentencepiece")
 
-OUTSIDE = "links out of the model folder"
+OUTSIDE = "links to a place outside the model folder"
 BROKEN = "links that lead nowhere"
 
 
@@ -52,7 +52,7 @@ class SideFiles:
         lines = []
         for reason, names in self.left_out.items():
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            lines.append(f"not copied beside the weights ({reason}): {', '.join(names[:5])}{more}")
+            lines.append(f"not copied to the output ({reason}): {', '.join(names[:5])}{more}")
         return lines
 
     def lost_tokenizer(self) -> tuple[str, str] | None:
@@ -108,10 +108,10 @@ def _walk(folder: Path, found: SideFiles) -> Iterator[Path]:
                 found.leave_out(here / name, "linked folders")
                 folders.remove(name)
             elif here == Path() and name == OURS:
-                found.leave_out(Path(name), "a checkpoint has a folder of its own of this name")
+                found.leave_out(Path(name), "the checkpoint has its own folder of this name")
                 folders.remove(name)
             elif here == Path() and (name in WRITTEN or (name.startswith("model-") and name.endswith(".safetensors"))):
-                what = "is a folder, and the checkpoint has a file of this name"
+                what = "is a folder, and the checkpoint needs a file of this name"
                 raise ModelError(what, where=str(folder / name), hint="rename the folder", kind="E-MODEL-SIDE-FILE")
         yield from (folder / here / name for name in names if not name.startswith("."))
 
@@ -130,9 +130,9 @@ def _reason(source: Source, path: Path) -> str | None:
     if name.encode() != os.fsencode(path.relative_to(source.folder)):
         return "names that are not UTF-8"
     if path.relative_to(source.folder) == Path(OURS):
-        return "a checkpoint has a folder of its own of this name"
+        return "the checkpoint has its own folder of this name"
     if _is_adapter(path.name):
-        return "of an adapter, which is not part of the checkpoint; merge it first to have it quantized"
+        return "files of an adapter; merge it into the model first if you want it quantized"
     try:
         if path.is_symlink() and (reason := _bad_link(source, path)):
             return reason
@@ -145,7 +145,7 @@ def _reason(source: Source, path: Path) -> str | None:
             f"cannot be read: {error.strerror or error}", where=str(path), kind="E-MODEL-SIDE-FILE"
         ) from error
     if pickle:
-        return "pickles, which can run code when they are loaded"
+        return "pickle files, which can run code when they are loaded"
     return f"larger than {LIMIT >> 20} MiB" if status.st_size > LIMIT else None
 
 
@@ -166,7 +166,7 @@ def _bad_link(source: Source, path: Path) -> str | None:
         return None  # a blob of a hub snapshot
     parts = target.relative_to(source.folder).parts
     hidden = any(part.startswith(".") or part == "original" for part in parts) or parts[0] == OURS
-    return "links to what is not copied itself" if hidden or _is_weight(target.name) else None
+    return "links to files that are not copied" if hidden or _is_weight(target.name) else None
 
 
 def _is_pickle(path: Path) -> bool:

@@ -115,7 +115,7 @@ class Source:
                 "is a file; give the directory that holds config.json", where=path_or_id, kind="E-PATH-NOT-FOUND"
             )
         if local or not _is_hub_id(path_or_id):
-            hint = "" if local else "a directory that holds config.json, a name on the hub (org/name), or demo"
+            hint = "" if local else "give a directory that holds config.json, a name on the hub (org/name), or demo"
             raise AccessError("no such directory", where=path_or_id, hint=hint, kind="E-PATH-NOT-FOUND")
         ranged = (bare or allow_pickle) and not hub.is_offline(offline)
         remote = Remote.open(path_or_id, revision, kept, tell) if ranged else None
@@ -184,7 +184,7 @@ class Source:
     def notes(self) -> list[str]:
         """Returns sentences about how its weights are read."""
         whole = [file for file in self.stamps if self.pickled and pickles.is_read_whole(self.folder / file)]
-        what = "are of torch before 1.6, and read whole: memory holds one of them"
+        what = "are from torch before 1.6; each of them is read into memory as a whole"
         return [f"{len(whole)} weight files {what} ({some(whole)})"] if whole else []
 
     def header_digest(self) -> str:
@@ -243,7 +243,7 @@ def _check_cached(folder: Path, hub_id: str) -> None:
     missing = sorted({file for file in weight_map.values() if not (folder / file).is_file()})
     weights = (".safetensors", *PICKLES, *OTHER_WEIGHTS)
     if missing or not any(path.name.endswith(weights) for path in folder.iterdir()):
-        what = f"its weights are not (completely) in the hub's cache, and the hub was not reached: {some(missing, 3)}"
+        what = f"some weight files are not in the hub cache, and the hub was not reached: {some(missing, 3)}"
         raise HubError(
             what.removesuffix(": "), where=hub_id, hint="go online once, or give a local directory", kind="E-HUB-MODEL"
         )
@@ -318,16 +318,18 @@ def _weight_map(folder: Path, pickled: bool) -> dict[str, str] | None:
     weight_map: dict[str, str] = _read_json(index, Index)[1]["weight_map"]
     if not weight_map:
         raise ModelError(
-            "`weight_map` must be an object with at least one tensor", where=str(index), kind="E-MODEL-INDEX"
+            "'weight_map' must be an object with at least one tensor", where=str(index), kind="E-MODEL-INDEX"
         )
     for file, name in {file: name for name, file in reversed(weight_map.items())}.items():  # the first name of each
         if not file.endswith(suffix) or "\0" in file:
             raise ModelError(
-                f"`weight_map` names {file!r} for {name}, not a {suffix} file", where=str(index), kind="E-MODEL-INDEX"
+                f"'weight_map' names {file!r} for {name}, which is not a {suffix} file",
+                where=str(index),
+                kind="E-MODEL-INDEX",
             )
         if PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts:
             raise ModelError(
-                f"{file!r} of {name} points outside the model directory", where=str(index), kind="E-MODEL-INDEX"
+                f"{file!r} of {name} is outside the model directory", where=str(index), kind="E-MODEL-INDEX"
             )
     return weight_map
 
@@ -336,7 +338,10 @@ def _check_index(weight_map: dict[str, str] | None, headers: dict[str, Header]) 
     for name, file in (weight_map or {}).items():
         if name not in headers or headers[name].file != file:
             raise ModelError(
-                f"the index says it is in {file}, but it is not there", where=name, hint=AGAIN, kind="E-MODEL-INDEX"
+                f"the index says that it is in {file}, but it is not there",
+                where=name,
+                hint=AGAIN,
+                kind="E-MODEL-INDEX",
             )
 
 
@@ -348,9 +353,9 @@ def _weight_files(folder: Path, names: list[str], weight_map: dict[str, str] | N
         listed = sorted(set(weight_map.values()))
         if single in found and single not in listed:
             raise ModelError(
-                f"holds both {single} and an index without it",
+                f"holds {single} and an index that does not name it",
                 where=str(folder),
-                hint="remove one",
+                hint="remove one of the two",
                 kind="E-MODEL-INDEX",
             )
         return listed
@@ -382,7 +387,7 @@ def _no_weights(folder: Path, hub_id: str | None, remote: Remote | None) -> Mode
     if unsafe:
         what = f"no .safetensors files, only pickle files, which can run foreign code when loaded: {shown}"
         readable = any(map(pickles.READ.fullmatch, unsafe))
-        hint = (f"{pickles.FLAG} takes tensors from them and runs none of it; or " if readable else "") + _CONVERT
+        hint = (f"use {pickles.FLAG}, which reads only tensors and runs no code; or " if readable else "") + _CONVERT
     else:
         what, hint = "no .safetensors files" + (f", only {shown}" if shown else ""), "use the original checkpoint"
     return ModelError(what, where=hub_id or str(folder), hint=hint, kind="E-MODEL-FILES")

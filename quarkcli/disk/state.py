@@ -23,8 +23,8 @@ def compare(partial: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
     lines = [f"  {key}: {_short(before, key)} -> {_short(now, key)}" for key in differing[:_SHOWN_KEYS]]
     if len(differing) > _SHOWN_KEYS:
         lines.append(f"  and {len(differing) - _SHOWN_KEYS} more")
-    what = "the unfinished run there was started with other settings (old -> new):\n" + "\n".join(lines)
-    hint = f"repeat the old settings, or delete {partial} or use --resume never to start again"
+    what = "the unfinished run there has other settings (old -> new):\n" + "\n".join(lines)
+    hint = f"use the old settings, or --resume never to delete {partial} and start again"
     raise ConfigError(what, where=str(partial), hint=hint, kind="E-RESUME-CHANGED")
 
 
@@ -62,7 +62,7 @@ def load(path: Path) -> dict[str, Any]:
 
 def damaged(path: Path) -> ConfigError:
     """Returns the error that a file of the state cannot be used."""
-    hint = f"delete {path.parent.parent} or use --resume never to start again"
+    hint = f"use --resume never to delete {path.parent.parent} and start again"
     return ConfigError(
         "the state of the unfinished run is damaged", where=str(path), hint=hint, kind="E-RESUME-DAMAGED"
     )

@@ -41,12 +41,12 @@ def against_plan(folder: Path, plan: Plan, dialect: Writer, source_headers: Mapp
         if (written.headers[name].dtype, tuple(written.headers[name].shape)) != (info.dtype, tuple(info.shape))
     ]
     none_of(wrong, "tensors have another dtype or shape than planned")
-    checks = [f"{len(expected)} tensors present with the planned dtype and shape"]
+    checks = [f"{len(expected)} tensors have the planned dtype and shape"]
     if dialect.reader is None:
-        return [*checks, f"scales not read back: dialect {dialect.name} is only written here"]
+        return [*checks, f"scales were not read back: quark cannot read checkpoint format {dialect.name}"]
     checkpoint = Checkpoint(written)
     read, said = checkpoint.view.online, plan.online
-    none_of(sorted(read.items() ^ said.items()), "inputs are not turned as planned")
+    none_of(sorted(read.items() ^ said.items()), "inputs are not rotated as planned")
     return checks + scales(checkpoint, plan) + turned_inputs(checkpoint)
 
 
@@ -119,10 +119,13 @@ def _check_asked(asked: Asked) -> None:
     """Raises UsageError for wishes that nobody can fulfil."""
     servers.check_name(asked.target)
     lacking = {"--min-sqnr": asked.min_sqnr is not None, "--allow-pickle": asked.allow_pickle}
-    why = {"--min-sqnr": "there is nothing to compare with", "--allow-pickle": "only a source is read from pickles"}
+    why = {
+        "--min-sqnr": "needs --source, the model to compare with",
+        "--allow-pickle": "needs --source: only the original model is read from pickle files",
+    }
     for flag, given in lacking.items():
         if given and asked.source is None:
-            raise UsageError(why[flag], where=flag, hint="--source DIR_OR_ID", kind="E-FLAG-CONFLICT")
+            raise UsageError(why[flag], where=flag, hint="add --source DIR_OR_ID", kind="E-FLAG-CONFLICT")
 
 
 def _contents(folder: Path, model: Source | None, asked: Asked, tell: Listener) -> list[str]:
@@ -130,14 +133,12 @@ def _contents(folder: Path, model: Source | None, asked: Asked, tell: Listener) 
     source = _open(folder)
     described = quantization(source.config)
     if not described:
-        raise CheckError("no quantization_config in config.json", where=str(folder), kind="E-CHECK-NOT-QUANTIZED")
+        raise CheckError("config.json has no quantization_config", where=str(folder), kind="E-CHECK-NOT-QUANTIZED")
     try:
         checkpoint = Checkpoint(source)
         layout = checkpoint.singly
     except ModelError as error:
-        unsaid = (
-            "" if "quant_method" in described else "quantization_config has no quant_method, by which loaders choose: "
-        )
+        unsaid = "" if "quant_method" in described else "quantization_config has no quant_method, which servers need: "
         what = f"{unsaid}{error.what}"
         raise CheckError(what, where=error.where or str(folder), hint=error.hint, kind="E-CHECK-MODEL") from error
     view, config = checkpoint.view, source.config
@@ -212,11 +213,13 @@ def _fused_schemes(checkpoint: Checkpoint, servers: Servers) -> str:
         for name, weight in checkpoint.singly.weights.items()
     )
     if found and servers != "none":
-        hint = "quantize it again with one scheme for all members; --target none accepts it"
+        hint = "quantize it again with one scheme for all of them; --target none accepts it"
         raise CheckError(sentence(found), hint=hint, kind="E-CHECK-SERVER")
     if found:
         return f"accepted by --target none: {sentence(found)}"
-    return "what servers fuse has one scheme" + ("; --target none is not used" if servers == "none" else "")
+    return "weights that servers multiply together have one scheme" + (
+        "; --target none is not used" if servers == "none" else ""
+    )
 
 
 def turned_inputs(checkpoint: Checkpoint) -> list[str]:
@@ -230,16 +233,16 @@ def turned_inputs(checkpoint: Checkpoint) -> list[str]:
         return []
     weights = checkpoint.singly.weights
     shapes = {name: weight.shape for name, weight in weights.items()}
-    none_of([n for n in online if n not in shapes], "inputs are turned of what is no linear")
-    none_of([n for n in online if weights[n].expert is not None], "inputs of routed experts are turned")
-    none_of([n for n, block in online.items() if shapes[n][1] % block], "inputs are turned in blocks that do not fit")
+    none_of([n for n in online if n not in shapes], "modules other than linear ones have rotated inputs")
+    none_of([n for n in online if weights[n].expert is not None], "inputs of routed experts are rotated")
+    none_of([n for n, block in online.items() if shapes[n][1] % block], "inputs are rotated in blocks that do not fit")
     groups: dict[str, set[int | None]] = {}
     for name, weight in weights.items():
         groups.setdefault(matrix(weight), set()).add(online.get(name))
     split = [group for group, blocks in groups.items() if len(blocks) > 1]
-    none_of(split, "groups of weights that servers fuse have members whose inputs are turned otherwise")
+    none_of(split, "groups of weights that servers multiply together have inputs that are rotated differently")
     none_of([n for n in checkpoint.view.matrices if not _is_hadamard(checkpoint.source, n)], "matrices are no Hadamard")
-    return [f"turned as the config says: {text}" for text in sentences(online)]
+    return [f"rotated as the config says: {text}" for text in sentences(online)]
 
 
 def _is_hadamard(source: Source, name: str) -> bool:
@@ -277,7 +280,7 @@ def kept_values(checkpoint: Checkpoint, on_nonfinite: OnNonfinite, tell: Listene
     for text in nonfinite.warnings(found.parameters, found.others):
         tell(Message(text, "warning"))
     finite = len(names) - len(found.parameters) - len(found.others)
-    return [f"values of {finite} of {len(names)} kept tensors finite ({size / 1e6:,.1f} MB read)"] if names else []
+    return [f"values of {finite} of {len(names)} kept tensors are finite ({size / 1e6:,.1f} MB read)"] if names else []
 
 
 def _against_manifest(folder: Path, hashes: bool | None) -> list[str]:
@@ -285,8 +288,10 @@ def _against_manifest(folder: Path, hashes: bool | None) -> list[str]:
     if listed is not None:
         return manifest.compare(folder, listed, hashes)
     if hashes:
-        raise CheckError("there is no manifest, so no hashes to compare", where=str(folder), kind="E-CHECK-FILES")
-    return ["no manifest: sizes, headers and hashes not compared"]
+        raise CheckError(
+            "there is no manifest, so there are no hashes to compare", where=str(folder), kind="E-CHECK-FILES"
+        )
+    return ["there is no manifest, so sizes, headers and hashes were not compared"]
 
 
 def _against_source(checkpoint: Checkpoint, original: Checkpoint, least: float | None, tell: Listener) -> list[str]:
@@ -301,9 +306,9 @@ def _nothing_lost(checkpoint: Checkpoint, original: Checkpoint) -> str:
     ours, theirs = _shapes(checkpoint, checkpoint.headers), _shapes(checkpoint, original.headers)
     missing = sorted(set(theirs) - set(ours))
     other = [name for name, shape in theirs.items() if name in ours and ours[name] != shape]
-    none_of(missing, "source tensors are not accounted for")
-    none_of(other, "tensors have another shape than in the source")
-    return f"all {len(original.headers)} source tensors accounted for"
+    none_of(missing, "tensors of the original model are missing")
+    none_of(other, "tensors have another shape than in the original model")
+    return f"all {len(original.headers)} tensors of the original model are there"
 
 
 def _shapes(checkpoint: Checkpoint, headers: Mapping[str, HeaderLike]) -> dict[str, tuple[int, ...]]:

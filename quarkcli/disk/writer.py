@@ -110,7 +110,7 @@ def plan_files(slug: str, infos: Iterable[TensorInfo], limit: int = SHARD_LIMIT)
     Tensors are taken by name, so the split does not depend on the order of `infos`. No tensors, no files.
     """
     if not _SLUG.fullmatch(slug):
-        raise ValueError(f"not usable in a file name: {slug!r}")
+        raise ValueError(f"cannot be used in a file name: {slug!r}")
     groups: list[list[TensorInfo]] = []
     room = 0
     for info in sorted(infos):
@@ -264,14 +264,14 @@ def disk_errors(path: Path, need: int = 0) -> Iterator[None]:
 def _disk_error(error: OSError, path: Path, need: int) -> ResourceError:
     where = str(path)
     if error.errno == errno.ENOSPC:
-        what = f"no space left: {need:,} bytes needed{_free(path)}"
+        what = f"the disk is full: {need:,} bytes needed{_free(path)}"
         return ResourceError(
-            what, where=where, hint="free some space; the same command goes on where it stopped", kind="E-DISK-FULL"
+            what, where=where, hint="free some space, then run the same command again to continue", kind="E-DISK-FULL"
         )
     if error.errno == errno.EDQUOT:
         what = f"disk quota exceeded: {need:,} bytes needed{_free(path, ' on the disk as a whole')}"
         return ResourceError(
-            what, where=where, hint="free some space; the same command goes on where it stopped", kind="E-DISK-FULL"
+            what, where=where, hint="free some space, then run the same command again to continue", kind="E-DISK-FULL"
         )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         what = f"cannot be written: {error.strerror}"
@@ -322,7 +322,7 @@ def partial_path(final: Path) -> Path:
         mounted = final.is_mount()
     if mounted:
         raise UsageError(
-            "is a mount point and cannot be renamed into", where=str(final), hint="give a folder inside it",
+            "is a mount point, and nothing can be renamed to it", where=str(final), hint="give a folder inside it",
             kind="E-OUTPUT-PLACE",
         )  # fmt: skip
     partial = final.with_name(f"{final.name}.partial")
@@ -358,7 +358,7 @@ def publish(
     state = output_state(final)
     if state in ("finished", "foreign") and not overwrite:
         raise UsageError(
-            f"exists and is not empty ({state})", where=str(final), hint="--overwrite replaces it",
+            f"exists and is not empty ({state})", where=str(final), hint="use --overwrite to replace it",
             kind="E-OUTPUT-EXISTS",
         )  # fmt: skip
     with disk_errors(final):

@@ -18,17 +18,17 @@ def check_folder(folder: Path) -> None:
     if pointers:
         more = f" and {len(pointers) - 4} more" if len(pointers) > 4 else ""
         raise ModelError(
-            f"holds pointers of git-LFS in place of files: {', '.join(pointers[:4])}{more}",
+            f"holds git-LFS pointers instead of the files: {', '.join(pointers[:4])}{more}",
             where=str(folder),
-            hint="`git lfs pull` in that folder fetches the files",
+            hint="run 'git lfs pull' in that folder to download the files",
             kind="E-MODEL-LFS",
         )
     ggufs = [name for name in names if name.endswith(".gguf")]
     if ggufs and not any(name.endswith(".safetensors") for name in names):
         raise ModelError(
-            f"no .safetensors files, only {', '.join(ggufs[:4])}",
+            f"holds no .safetensors files, only {', '.join(ggufs[:4])}",
             where=str(folder),
-            hint="GGUF is another format, mostly quantized already; give the Hugging Face model it was made from",
+            hint="give the Hugging Face model it was made from; GGUF is another format, mostly quantized already",
             kind="E-MODEL-FILES",
         )
 

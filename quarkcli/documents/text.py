@@ -24,16 +24,14 @@ def parse(content: bytes, where: str, *, unique: bool = False) -> Any:
             f"not valid JSON: {error.msg}", where=f"{where}:{error.lineno}:{error.colno}", kind="E-JSON-DAMAGED"
         ) from error
     except RecursionError as error:
-        raise ModelError(
-            "not valid JSON that is read here: nested too deep", where=where, kind="E-JSON-DAMAGED"
-        ) from error
+        raise ModelError("not valid JSON: nested too deep", where=where, kind="E-JSON-DAMAGED") from error
     except ValueError as error:  # bytes that are no UTF-8, numbers of more digits than Python reads
         raise ModelError(f"not valid JSON: {error}", where=where, kind="E-JSON-DAMAGED") from error
     if "\\ud" in text or "\\uD" in text:
         half = next((place for place, found in _texts(value) if not _is_text(found)), None)
         if half is not None:
             raise ModelError(
-                f"{half or 'it'} holds half a surrogate pair, which no UTF-8 file can hold",
+                f"{half or 'it'} has half a surrogate pair, which UTF-8 does not allow",
                 where=where,
                 kind="E-JSON-DAMAGED",
             )

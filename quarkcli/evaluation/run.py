@@ -68,15 +68,15 @@ class Side:
         self.runner.check_tokens(tokens)
         if not self.runner.has_head:
             raise ModelError(
-                "a base model without a head gives no probabilities, so there is nothing to measure",
+                "the model has no head, so it gives no probabilities to measure",
                 where=str(folder),
-                hint="'quark verify' checks what was written",
+                hint="use 'quark verify' to check the files",
                 kind="E-MODEL-HEAD",
             )
         outside = self.runner.outside_tensors()
         if turned := list(checkpoint.turned_inputs(outside)):
             raise ModelError(
-                "the config turns its input, and it lies outside the decoder blocks",
+                "the config rotates its input, but it is outside the decoder blocks",
                 where=turned[0],
                 kind="E-SOURCE-TRANSFORM",
             )
@@ -120,7 +120,7 @@ class Side:
         raise CheckError(
             f"the first NaN or inf is {place}",
             where=self.folder,
-            hint="nothing that is measured behind it means anything",
+            hint="repair the checkpoint first: every later measurement would be wrong",
             kind="E-CHECK-NONFINITE",
         )
 
@@ -251,8 +251,8 @@ def _begin(
     count, window = rows.tokens.shape
     more = (count + 1) * (window - len(rows.prefix))
     found = {
-        f"--tokens {max_tokens} is not used: the text has less than {more}": max_tokens and max_tokens >= more,
-        "--bos off is not used: the tokenizer begins a text with no BOS token": (
+        f"--tokens {max_tokens} is not used: the text has fewer than {more}": max_tokens and max_tokens >= more,
+        "--bos off is not used: the tokenizer has no BOS token at the start of a text": (
             bos == "off" and not tokenizer.prefix("auto")
         ),
         "--weights-only is not used: neither activations nor a cache are quantized": (
@@ -272,9 +272,9 @@ def _check_baseline(config: Mapping[str, Any], baseline: Mapping[str, Any]) -> N
         ours, theirs = (family.text_config(some).get(key) for some in (config, baseline))
         if ours != theirs:
             raise UsageError(
-                f"{key} is {theirs}, here it is {ours}",
+                f"{key} is {theirs}, but {ours} in the checkpoint",
                 where="--baseline",
-                hint="give the model this one was made from",
+                hint="give the original model of this checkpoint",
                 kind="E-BASELINE-OTHER",
             )
 
@@ -284,7 +284,7 @@ def _compute_dtype(dtype: str, device: str) -> torch.dtype:
         return torch.float32 if device == "cpu" else torch.bfloat16
     if dtype not in _DTYPES:
         raise UsageError(
-            f"unknown dtype '{dtype}'", where="--dtype", hint="auto, float32 or bfloat16", kind="E-FLAG-VALUE"
+            f"unknown dtype '{dtype}'", where="--dtype", hint="use auto, float32 or bfloat16", kind="E-FLAG-VALUE"
         )
     return _DTYPES[dtype]
 
@@ -299,7 +299,7 @@ def _walk_blocks(tested: Side, source: Side | None, weights_only: bool, tell: Li
     blocks = tested.runner.num_blocks
     if source is not None and source.runner.num_blocks != blocks:
         raise UsageError(
-            f"{blocks} blocks here, {source.runner.num_blocks} in the baseline",
+            f"the checkpoint has {blocks} blocks, and the baseline {source.runner.num_blocks}",
             where="--baseline",
             kind="E-BASELINE-OTHER",
         )

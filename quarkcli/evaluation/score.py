@@ -110,7 +110,7 @@ def _summary(sums: dict[str, float], count: int, compared: bool) -> dict[str, An
     wrong = [name for name, value in sums.items() if not math.isfinite(value)]
     if wrong:
         raise CheckError(
-            f"{wrong[0]} is {sums[wrong[0]]}: a token that one of the models rules out",
+            f"{wrong[0]} is {sums[wrong[0]]}: one of the models gives a token probability 0",
             where="the sum over all tokens",
             kind="E-CHECK-NONFINITE",
         )

@@ -55,7 +55,9 @@ def width(asked: int | None, limits: Iterable[int | None]) -> int:
         return asked or WINDOW
     if asked is not None and asked > limit:
         raise DataError(
-            f"--window {asked} exceeds the model's {limit} positions", hint=f"--window {limit}", kind="E-DATA-SEQLEN"
+            f"--window {asked} is more than the model's {limit} positions",
+            hint=f"use --window {limit}",
+            kind="E-DATA-SEQLEN",
         )
     return asked or min(WINDOW, limit)
 
@@ -69,7 +71,9 @@ def windows(tokenizer: Tokenizer, text: str | None, window: int, max_tokens: int
     own = window - len(prefix)
     if own < 1 or window < 2:
         raise DataError(
-            f"a window of {window} tokens has no room behind {prefix}", hint="a larger --window", kind="E-DATA-SEQLEN"
+            f"a window of {window} tokens is too short: it begins with {prefix}",
+            hint="use a larger --window",
+            kind="E-DATA-SEQLEN",
         )
     limit = max_tokens or (None if text else BUILTIN_TOKENS)
     ids: list[int] = []
@@ -81,7 +85,9 @@ def windows(tokenizer: Tokenizer, text: str | None, window: int, max_tokens: int
     count = len(ids) // own
     if not count:
         raise DataError(
-            f"{len(ids)} tokens of text, fewer than one window of {window}", where=text or "builtin", kind="E-DATA-FEW"
+            f"the text has {len(ids)} tokens, fewer than one window of {window}",
+            where=text or "builtin",
+            kind="E-DATA-FEW",
         )
     rows = torch.tensor(ids[: count * own], dtype=torch.int64).view(count, own)
     return Windows(
@@ -101,6 +107,6 @@ def _pieces(text: str | None) -> Iterable[str]:
         return builtin_texts(held_out=True)
     path = Path(text)
     if not path.is_file():
-        raise AccessError("no such text file", where=text, kind="E-DATA-NOT-FOUND")
+        raise AccessError("there is no such text file", where=text, kind="E-DATA-NOT-FOUND")
     whole = files.text(path)
     return (whole[start : start + 32768] for start in range(0, len(whole), 32768))

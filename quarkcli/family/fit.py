@@ -41,7 +41,8 @@ def check(family: FamilyModel, layout: Layout, config: Mapping[str, Any], header
         raise ModelError(
             f"{len(faults)} tensor{'s do' if len(faults) > 1 else ' does'} not fit config.json or the other blocks: "
             f"{shown}",
-            hint="the files are damaged, incomplete, or config.json is another model's: compare them with the original",
+            hint="compare the files with the original: they are damaged or incomplete, or config.json is of "
+            "another model",
             kind="E-MODEL-MISFIT",
         )
 
@@ -100,12 +101,12 @@ def _experts(block: _Block, said: int | None) -> Iterator[str]:
         for number in sorted(wanted - set(shapes)):
             yield f"{block.name}.{entry.replace('*', str(number), 1)} is missing"
         for number in sorted(set(shapes) - wanted):
-            yield f"{block.name}.{entry.replace('*', str(number), 1)} is one too many: config.json says {said} experts"
+            yield (f"{block.name}.{entry.replace('*', str(number), 1)} is one too many: config.json has {said} experts")
         usual = block.shapes[entry]
         for number, shape in shapes.items():
             if shape != usual:
                 name = f"{block.name}.{entry.replace('*', str(number), 1)}"
-                yield f"{name} is {list(shape)}, the other experts' are {list(usual)}"
+                yield f"{name} is {list(shape)}, but those of the other experts are {list(usual)}"
 
 
 def _holes(blocks: list[_Block], known: list[Fact], layout: Layout) -> Iterator[str]:
@@ -175,8 +176,8 @@ def _shapes(blocks: list[_Block], known: list[Fact], wrong: set[str]) -> Iterato
             if shape != usual and not explained(known, name, indices, shapes[usual]):
                 for index in indices:
                     yield (
-                        f"{blocks[index].name}.{name} is {list(shape)}, "
-                        f"that of {blocks[shapes[usual][0]].name} is {list(usual)}"
+                        f"{blocks[index].name}.{name} is {list(shape)}, but that of "
+                        f"{blocks[shapes[usual][0]].name} is {list(usual)}"
                     )
 
 
@@ -193,4 +194,4 @@ def _surplus(layout: Layout, blocks: list[_Block], config: Mapping[str, Any]) ->
     if len(rest) > said:
         for number, leaves in rest.items():
             if not any(_OF_PREDICTION.search(leaf) for leaf in leaves):
-                yield f"{stem}{number} is a block too many: config.json says {len(blocks)}"
+                yield f"{stem}{number} is one block too many: config.json has {len(blocks)}"

@@ -146,9 +146,8 @@ def _check_split(family: FamilyModel) -> None:
     mixed = [name for name, rule in experts.fused.items() if rule.split == "interleaved"] if experts else []
     if mixed and experts:
         raise ModelError(
-            "gate and up of all experts are one tensor with a bias; models store such rows in turn or in halves, and "
-            "nothing tells which",
+            "gate and up of all experts are one tensor with a bias, and the order of their rows is unknown",
             where=f"{family.blocks}.*.{experts.path}.{mixed[0]}",
-            hint="a family file says it: quark models infer MODEL writes one; see 'split' in docs/models.md",
+            hint="write a family file with 'split' ('quark models infer MODEL' begins one); docs/models.md explains it",
             kind="E-MODEL-FAMILY",
         )

@@ -289,7 +289,7 @@ class _Builder:
         if not isinstance(value, int) or value < 1:
             raise ModelError(
                 f"the number of experts is not in config.json ({experts.count})",
-                hint="the family file's experts.count names the key",
+                hint="correct experts.count in the family file, which names the key",
                 kind="E-MODEL-FAMILY",
             )
         return value

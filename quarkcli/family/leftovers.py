@@ -10,13 +10,11 @@ from quarkcli.family.lists import tower
 from quarkcli.family.schema import HeaderLike
 
 _ADAPTERS = re.compile(
-    r"(?:^|\.)(lora_[A-Za-z]\w*|base_layer|modules_to_save|original_module|ia3_l|hada_[tw]\w*|lokr_[tw]\w*|vera_lambda_\w+"
-    r"|oft_[rs]|boft_[rs]|adalora_\w+|randlora_\w+|base_model\.model)(?:\.|$)",
+    "(?:^|\\.)(lora_[A-Za-z]\\w*|base_layer|modules_to_save|original_module|ia3_l|hada_[tw]\\w*|lokr_[tw]\\w*|vera_lambda_\\w+|oft_[rs]|boft_[rs]|adalora_\\w+|randlora_\\w+|base_model\\.model)(?:\\.|$)",
     re.MULTILINE,
 )
 _CODES = re.compile(
-    r"\.(qweight|qzeros|g_idx|SCB|absmax|quant_map|nested_absmax|nested_quant_map"
-    r"|quant_state\.\w+|weight_packed|weight_scale_inv|weight_scale)$",
+    "\\.(qweight|qzeros|g_idx|SCB|absmax|quant_map|nested_absmax|nested_quant_map|quant_state\\.\\w+|weight_packed|weight_scale_inv|weight_scale)$",
     re.MULTILINE,
 )
 _TOOLS = {
@@ -34,7 +32,7 @@ def check_leftovers(headers: Mapping[str, HeaderLike]) -> None:
         names = [name for name in headers if _ADAPTERS.search(name)]
         raise ModelError(
             f"holds an adapter that is not merged: {_listed(names)}",
-            hint="merge it first (peft: merge_and_unload, then save_pretrained), and quantize what that writes",
+            hint="merge it first (merge_and_unload of peft, then save_pretrained) and quantize the result",
             kind="E-MODEL-LEFTOVERS",
         )
     found = _CODES.search(everything)
@@ -43,20 +41,20 @@ def check_leftovers(headers: Mapping[str, HeaderLike]) -> None:
         tool = _TOOLS.get(found[1], "bitsandbytes")
         raise ModelError(
             f"holds codes of {tool}, and config.json has no quantization_config that says so: {_listed(names)}",
-            hint="the model is quantized already; give the one it was made from",
+            hint="give the original model; this one is quantized already",
             kind="E-MODEL-LEFTOVERS",
         )
     empty = [f"{name} {list(header.shape)}" for name, header in headers.items() if 0 in header.shape]
     if empty:
         raise ModelError(
             f"{len(empty)} tensor{'s have' if len(empty) > 1 else ' has'} no values: {_listed(empty, count=False)}",
-            hint="it was saved without gathering its shards (FSDP, ZeRO-3): save it again with the full state",
+            hint="save the model again with its full state: its shards (FSDP, ZeRO-3) were not gathered",
             kind="E-MODEL-LEFTOVERS",
         )
     double = [name for name, header in headers.items() if header.dtype == "F64" and len(header.shape) > 1]
     if double:
         raise ModelError(
-            f"stored in double precision (F64): {_listed(double)}",
+            f"these tensors are in double precision (F64): {_listed(double)}",
             hint="save it as BF16 or F32 first: from_pretrained(..., dtype=torch.bfloat16), then save_pretrained",
             kind="E-MODEL-DTYPE",
         )
@@ -76,19 +74,22 @@ def surprises(roles: Mapping[str, str], headers: Mapping[str, HeaderLike], unlis
     known = [name for name in unlisted if roles.get(name, "other") not in NO_ROLES]
     if known:
         raise ModelError(
-            f"in the files, and the index does not name them: {_listed(known)}",
-            hint="the index is another model's or incomplete: download it again, or save the model again",
+            f"these tensors are in the files but not in the index: {_listed(known)}",
+            hint="download the index again, or save the model again: it is incomplete or of another model",
             kind="E-MODEL-INDEX",
         )
     if unlisted:
-        yield f"in the files, and the index does not name them, so that they are copied: {_listed(list(unlisted))}"
+        yield (
+            "these tensors are in the files but not in the index, and are copied as they are: "
+            f"{_listed(list(unlisted))}"
+        )
     odd = [
         f"{name} {list(header.shape)}"
         for name, header in headers.items()
         if name.endswith(".weight") and len(header.shape) > 2 and roles.get(name) in NO_ROLES and not tower(name)
     ]
     if odd:
-        yield f"no matrices, and of no known role, so that they are kept: {_listed(odd)}"
+        yield f"these tensors are no matrices and of no known role, and are kept as they are: {_listed(odd)}"
 
 
 def _listed(names: list[str], *, count: bool = True) -> str:

@@ -17,7 +17,7 @@ TOWER_WORDS = {
     "audio": {"audio", "speech", "whisper", "conformer", "acoustic", "vocoder", "codec", "talker", "voice"},
 }
 _LANGUAGE = {"language", "text", "llm", "lang", "thinker", "decoder"}
-_DESCRIBE = "a family file says which blocks are the model: 'Adding a model family' in docs/models.md"
+_DESCRIBE = "write a family file that names the blocks; see 'Adding a model family' in docs/models.md"
 _NUMBERED = re.compile(r"(.*?)\.(\d+)\.")
 
 
@@ -87,8 +87,8 @@ def language_blocks(config: Mapping[str, Any], headers: Mapping[str, HeaderLike]
     lists = block_lists(headers)
     if not lists:
         raise ModelError(
-            "no numbered decoder blocks among the tensor names",
-            hint="describe the family in YAML",
+            "the tensor names hold no numbered decoder blocks",
+            hint="describe the family in a YAML file: 'quark models infer MODEL' begins one",
             kind="E-MODEL-FAMILY",
         )
     text = [own for own in lists if tower(own.path) is None] or lists
@@ -102,9 +102,9 @@ def language_blocks(config: Mapping[str, Any], headers: Mapping[str, HeaderLike]
     count, hidden = block_count(config), hidden_size(config)
     said = f"{count if count is not None else 'any number of'} blocks of width {hidden or 'unknown'}"
     if best:
-        what = f"{_joined(best)} all fit config.json ({said}), and nothing tells which is the language model"
+        what = f"{_joined(best)} all fit config.json ({said}), and it is unknown which one is the language model"
     else:
-        what = f"no list of blocks fits config.json, which says {said}; the files have {_joined(lists)}"
+        what = f"no list of blocks fits config.json, which has {said}; the files have {_joined(lists)}"
     raise ModelError(what, where="tensor names", hint=_DESCRIBE, kind="E-MODEL-FAMILY")
 
 
@@ -127,10 +127,10 @@ def _refuse_two_stacks(config: Mapping[str, Any], lists: list[BlockList]) -> Non
     decoders = [own for own in wide if "decoder" in own.steps]
     if encoders and decoders:
         raise ModelError(
-            f"an encoder-decoder: {_joined([*encoders, *decoders])} are two stacks, and quark works on one list of "
-            f"blocks; {encoders[0].path} would be left out",
+            f"the model is an encoder-decoder ({_joined([*encoders, *decoders])}), and quark works only on models "
+            "with one list of blocks",
             where="tensor names",
-            hint="encoder-decoders are not supported; " + _DESCRIBE,
+            hint="use a decoder-only model; " + _DESCRIBE,
             kind="E-MODEL-FAMILY",
         )
 

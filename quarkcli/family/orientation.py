@@ -13,7 +13,7 @@ from quarkcli.errors import ModelError
 from quarkcli.family.config import hidden_size
 from quarkcli.family.schema import ExpertsModel, FamilyModel, FusedModel, HeaderLike
 
-_HINT = "a family file says it: transpose: true or false in experts.fused, see docs/models.md"
+_HINT = "write a family file with transpose: true or false in experts.fused; docs/models.md explains it"
 
 
 @dataclass(frozen=True)
@@ -137,9 +137,11 @@ def _fits(experts: ExpertsModel, layer: list[_Stored], hidden: int | None, readi
 def _undecided(layer: list[_Stored], readings: list[bool], hidden: int | None) -> ModelError:
     shapes = ", ".join(f"{tensor.name} [.., {tensor.rows}, {tensor.columns}]" for tensor in layer)
     if len(readings) == 2:
-        what = f"nothing tells whether experts are stored [out, in] or [in, out]: {shapes}"
+        what = f"the order of the axes of experts, [out, in] or [in, out], is unknown: {shapes}"
     else:
-        what = f"fused experts of shapes that fit neither each other nor a hidden size of {hidden}: {shapes}"
+        what = f"the shapes of fused experts fit neither each other nor a hidden size of {hidden}: {shapes}"
         if any(tensor.rule.transpose != "auto" for tensor in layer):
-            what = f"fused experts are not stored as the family says, or not of hidden size {hidden}: {shapes}"
+            what = (
+                f"fused experts are not stored as the family file says, or do not have hidden size {hidden}: {shapes}"
+            )
     return ModelError(what, where=layer[0].name, hint=_HINT, kind="E-MODEL-FAMILY")

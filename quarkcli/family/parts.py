@@ -35,7 +35,7 @@ def parts_of(family: FamilyModel, config: Mapping[str, Any], headers: Mapping[st
         raise ModelError(
             f"decoder block {absent[0] if absent else 0} of {count} has no tensors",
             where=f"{family.blocks}.*",
-            hint="the family file or config.json does not fit this checkpoint; " + found_lists(headers),
+            hint="check the family file and config.json, which do not fit this checkpoint; " + found_lists(headers),
             kind="E-MODEL-FAMILY",
         )
     members: dict[str, list[str]] = {"embed": [], "tail": [], "rest": []}

@@ -147,7 +147,9 @@ class Rewrites:
         weights   of this part, by name
         """
         if self.family is None or self.family.residual is None or self.width is None:
-            return Residual(unknown=dict.fromkeys(part.tensors[:1], "nothing is said of the residual stream"))
+            return Residual(
+                unknown=dict.fromkeys(part.tensors[:1], "the family file says nothing about the residual stream")
+            )
         return self._placed(part, weights, _said(self.family, part, weights))
 
     def folds(self, part: Part, weights: Mapping[str, Weight]) -> dict[str, tuple[str, ...]]:

@@ -188,19 +188,19 @@ class FamilyModel(Strict):
 # Roles kept in source precision unless --unprotect names them, with the reason the plan shows.
 PROTECTED = {
     "embedding": "a table that is looked up, not multiplied",
-    "head": "small share of the bytes, large share of the loss",
-    "router": "decides which expert runs",
+    "head": "has few of the bytes, and quantizing it costs much accuracy",
+    "router": "chooses the experts that run",
     "norm": "one value per channel",
     "conv": "tiny",
-    "vision": "not reached by text calibration",
-    "audio": "not reached by text calibration",
-    "projector": "joins towers, widths or streams; few bytes",
-    "mtp": "extra prediction layers that the model's own forward does not run",
+    "vision": "calibration text does not reach it",
+    "audio": "calibration text does not reach it",
+    "projector": "joins towers or widths, and has few bytes",
+    "mtp": "extra prediction layers, which the model itself does not run",
     "gates": "a few rows that scale whole channels or heads",
     "indexer": "chooses which tokens attention sees",
-    "attention": "small share of the bytes, kept by this family's published quantizations",
-    "shared_expert": "runs for every token, kept by this family's published quantizations",
-    "dense_mlp": "small share of the bytes, kept by this family's published quantizations",
+    "attention": "has few of the bytes, and the published checkpoints of this family keep it",
+    "shared_expert": "runs for every token, and the published checkpoints of this family keep it",
+    "dense_mlp": "has few of the bytes, and the published checkpoints of this family keep it",
 }
 # Roles that are a class of modules: who names the class means them.
 ROLE_CLASSES = {"embedding": "nn.Embedding"}
@@ -213,5 +213,7 @@ def check_unprotect(roles: Iterable[str]) -> None:
     for role in roles:
         if role not in PROTECTED:
             close = near_misses(role, PROTECTED)
-            known = f"did you mean '{close[0]}'?" if close else f"roles: {', '.join(PROTECTED)}"
-            raise ConfigError(f"unknown role '{role}'", where="--unprotect", hint=known, kind="E-ROLE-UNKNOWN")
+            known = f"did you mean '{close[0]}'?" if close else f"use one of {', '.join(PROTECTED)}"
+            raise ConfigError(
+                f"unknown role (kind of tensor) '{role}'", where="--unprotect", hint=known, kind="E-ROLE-UNKNOWN"
+            )

@@ -33,9 +33,9 @@ def check_wrappers(names: Iterable[str]) -> None:
 def _wrapped(step: str, tool: str, name: str) -> ModelError:
     bare = name.replace(f"{step}.", "", 1)
     return ModelError(
-        f"the names hold '{step}', as {tool} saves them; no class loads them so",
+        f"the tensor names contain '{step}', as {tool} saves them, and no class loads them",
         where=name,
-        hint=f"save the model that is wrapped, or rename: '{name}' is '{bare}' (unwrap before save_pretrained)",
+        hint=f"unwrap the model and save it again, or rename the tensors: '{name}' must be '{bare}'",
         kind="E-MODEL-FAMILY",
     )
 

@@ -71,10 +71,10 @@ def _outside(
                 spare = family.spare_rows if tokens else 0
                 yield from _vocabulary(tensor, shape, vocabularies, spare, layout.inferred)
                 if hidden is not None and shape[1] != hidden:
-                    yield f"{tensor} is {list(shape)}, config.json says a width of {hidden}"
+                    yield f"{tensor} is {list(shape)}, but config.json has width {hidden}"
             known = role == "norm" and not layout.inferred and part.kind == "tail"
             if known and len(shape) == 1 and hidden is not None and shape[0] != hidden:
-                yield f"{tensor} is {list(shape)}, config.json says a width of {hidden}"
+                yield f"{tensor} is {list(shape)}, but config.json has width {hidden}"
 
 
 def _vocabulary(
@@ -84,7 +84,7 @@ def _vocabulary(
     short = inferred and bool(vocabularies) and rows >= min(vocabularies)  # its own code may pad
     if vocabularies and rows not in vocabularies and not short:
         said = " or ".join(map(str, sorted(vocabularies)))
-        yield f"{tensor} is {list(shape)}, config.json says a vocabulary of {said}"
+        yield f"{tensor} is {list(shape)}, but config.json has a vocabulary of {said}"
 
 
 def _vocabularies(text: Mapping[str, Any], config: Mapping[str, Any]) -> set[int]:
@@ -126,7 +126,7 @@ def _head(family: FamilyModel, config: Mapping[str, Any], headers: Mapping[str, 
         and True not in said
         and not any(f"{head}.weight" in headers for head in heads)
     ):
-        yield f"{heads[0]}.weight is missing, and config.json says tie_word_embeddings false"
+        yield f"{heads[0]}.weight is missing, but config.json has tie_word_embeddings: false"
 
 
 def _routed(layout: Layout, config: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> Iterator[str]:
@@ -141,7 +141,7 @@ def _routed(layout: Layout, config: Mapping[str, Any], headers: Mapping[str, Hea
             seen.add(tensor)
             shape = headers[tensor].shape
             if shape[0] != count:
-                yield f"{tensor} is {list(shape)}, config.json says {count} experts"
+                yield f"{tensor} is {list(shape)}, but config.json has {count} experts"
 
 
 def _gated(weights: Iterable[Weight]) -> Iterator[str]:
@@ -157,16 +157,16 @@ def _gated(weights: Iterable[Weight]) -> Iterator[str]:
             if gate and gate.name.endswith(".gate_proj") and role not in own:
                 yield f"{module}.{leaf}.weight is missing beside its gate"
         if up and gate and up.shape != gate.shape:
-            yield f"{up.name}.weight is {list(up.shape)}, its gate {list(gate.shape)}"
+            yield f"{up.name}.weight is {list(up.shape)}, but its gate is {list(gate.shape)}"
         elif up and down and up.shape != down.shape[::-1]:
-            yield f"{down.name}.weight is {list(down.shape)}, the weights that feed it {list(up.shape)}"
+            yield f"{down.name}.weight is {list(down.shape)}, but the weights before it are {list(up.shape)}"
 
 
 def _biases(weights: Iterable[Weight], headers: Mapping[str, HeaderLike]) -> Iterator[str]:
     for weight in weights:
         shape = headers[weight.bias].shape if weight.bias is not None else (weight.shape[0],)
         if len(shape) != 1 or shape[0] not in weight.shape:
-            yield f"{weight.bias} is {list(shape)}, its weight {list(weight.shape)}"
+            yield f"{weight.bias} is {list(shape)}, but its weight is {list(weight.shape)}"
 
 
 def _stream(family: FamilyModel, layout: Layout, config: Mapping[str, Any], weights: Sequence[Weight]) -> Iterator[str]:
@@ -188,10 +188,10 @@ def _stream(family: FamilyModel, layout: Layout, config: Mapping[str, Any], weig
         reads = gated or (here and leaf in (spec.q, spec.k, spec.v))
         reads |= weight.role == "router" and leaf in _ROUTERS
         if (reads and weight.shape[1] != hidden) or (here and weight.role == "o" and weight.shape[0] != hidden):
-            yield f"{weight.name}.weight is {list(weight.shape)}, config.json says a width of {hidden}"
+            yield f"{weight.name}.weight is {list(weight.shape)}, but config.json has width {hidden}"
         elif allowed and weight.shape[0] not in allowed:
             said = " or ".join(map(str, sorted(allowed)))
-            yield f"{weight.name}.weight is {list(weight.shape)}, the heads in config.json have {said} rows"
+            yield f"{weight.name}.weight is {list(weight.shape)}, but the heads in config.json have {said} rows"
 
 
 def _norms(layout: Layout, config: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> Iterator[str]:
@@ -201,7 +201,7 @@ def _norms(layout: Layout, config: Mapping[str, Any], headers: Mapping[str, Head
         for tensor in part.tensors if part.kind == "block" else ():
             leaf, shape = tensor[len(part.name) + 1 :], tuple(headers[tensor].shape)
             if leaf in _NORMS and shape != (hidden,):
-                yield f"{tensor} is {list(shape)}, config.json says a width of {hidden}"
+                yield f"{tensor} is {list(shape)}, but config.json has width {hidden}"
 
 
 def _head_rows(text: Mapping[str, Any], hidden: int, *, nested: bool, kinds: int) -> tuple[set[int], set[int]]:

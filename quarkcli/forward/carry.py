@@ -49,11 +49,12 @@ class Carry:
             return None
         self._hosted.add(left[0])
         streams[left[0]] = [hidden.cpu() for hidden in streams[left[0]]]
-        return f"hidden states of the {left[0]} stream wait in the host's memory from now on"
+        return f"hidden states of {_whose(left[0])} model move to RAM"
 
     def tried(self) -> str:
         """Returns what gave way, for an error; empty: nothing."""
-        return f"; the {' and the '.join(sorted(self._hosted))} stream waits in the host's memory" * bool(self._hosted)
+        models = " and ".join(map(_whose, sorted(self._hosted)))
+        return f"; hidden states of {models} model are in RAM already" * bool(self._hosted)
 
     def _in_file(self, hidden: Tensor) -> Tensor:
         """Returns the same values, mapped from a file: what memory holds of them can be dropped at any time."""
@@ -66,3 +67,8 @@ class Carry:
 def free(device: torch.device) -> int:
     """Returns the bytes that are free on a device."""
     return torch.cuda.mem_get_info(device)[0]
+
+
+def _whose(stream: str) -> str:
+    """Returns the model that a stream of hidden states belongs to, in words."""
+    return "the original" if stream == "source" else "the quantized"

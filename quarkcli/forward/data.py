@@ -98,8 +98,8 @@ def load(
     skipped = Skipped()
     prefix = tokenizer.prefix(bos)
     if len(prefix) >= seqlen:
-        what = f"rows of {seqlen} tokens have no room behind {prefix}"
-        raise DataError(what, hint="a larger --calib-seqlen", kind="E-DATA-SEQLEN")
+        what = f"rows of {seqlen} tokens are too short: they begin with {prefix}"
+        raise DataError(what, hint="use a larger --calib-seqlen", kind="E-DATA-SEQLEN")
     budget = _budget(source, samples * seqlen)
     found = _source(source, seed, offline, budget, skipped)
     stream, chats = _collect(found, column, tokenizer, samples, seqlen, bos, budget, skipped)
@@ -120,12 +120,12 @@ def load(
     notes = [f"{skipped.total} rows skipped: {skipped}"] if skipped.total else []
     notes += skipped.remarks
     if len(rows) < samples:
-        short = f"{len(rows)} rows of {seqlen} tokens, {samples} asked for"
+        short = f"the data has {len(rows)} rows of {seqlen} tokens, {samples} asked for"
         if asked and not allow_short:
             more = "".join(f"; {note}" for note in notes)
-            hint = "--allow-short, fewer --calib-samples, or more data"
+            hint = "use --allow-short, fewer --calib-samples, or more data"
             raise DataError(short + more, where=source, hint=hint, kind="E-DATA-FEW")
-        notes.append(f"calibration uses {short.replace('asked for', 'wanted')}")
+        notes.append(f"calibration uses {short.removeprefix('the data has ').replace('asked for', 'wanted')}")
     tokens, real = _tensors(rows, seqlen, tokenizer.eos, bool(chats))
     ragged = any(len(row) < seqlen for row in others)
     scored, scored_mask = _tensors(others, seqlen, tokenizer.eos, ragged) if others else (None, None)
@@ -153,8 +153,8 @@ def _windows(stream: list[int], prefix: list[int], seqlen: int) -> list[list[int
 
 
 def _too_short(source: str, tokens: int, seqlen: int) -> DataError:
-    text = f"{tokens} tokens of text, fewer than one window of {seqlen}"
-    return DataError(text, where=source, hint="more text or a smaller --calib-seqlen", kind="E-DATA-FEW")
+    text = f"the text has {tokens} tokens, fewer than one window of {seqlen}"
+    return DataError(text, where=source, hint="use more text or a smaller --calib-seqlen", kind="E-DATA-FEW")
 
 
 def _digest(tokens: Tensor, mask: Tensor | None) -> str:
@@ -237,7 +237,10 @@ def _padded(rows: list[list[int]], seqlen: int, pad: int) -> tuple[list[list[int
 def _useless(source: str, skipped: Skipped) -> DataError:
     reasons = f": {skipped}" if skipped.total else ""
     return DataError(
-        f"no row can be used{reasons}", where=source, hint=f"a line that works: {files.EXAMPLE}", kind="E-DATA-FILE"
+        f"no row can be used{reasons}",
+        where=source,
+        hint=f"write each line like this: {files.EXAMPLE}",
+        kind="E-DATA-FILE",
     )
 
 
@@ -274,7 +277,7 @@ def _rows(path: Path, seed: int, budget: int, skipped: Skipped) -> Iterator[file
 def _from_hub(name: str, seed: int, offline: bool) -> Iterator[files.Row]:
     import datasets
 
-    hint = "a local .jsonl, .parquet or .txt file, or --calib-data builtin"
+    hint = "use a local .jsonl, .parquet or .txt file, or --calib-data builtin"
     if not offline:
         _check_hub(name, hint)
     try:

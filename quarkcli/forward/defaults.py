@@ -32,7 +32,7 @@ def _documents() -> tuple[tuple[str, str], ...]:
 
 def default_source(offline: bool) -> tuple[str, str | None]:
     """Returns (source, warning): the named hub set when it can be reached, else the built-in text and the reason."""
-    warning = f"calibrating on the built-in text: the default data set {DEFAULT_HUB} cannot be reached"
+    warning = f"calibrating on the built-in text, because the default data set {DEFAULT_HUB} cannot be reached"
     if offline:
         return BUILTIN, warning
     from huggingface_hub import HfApi

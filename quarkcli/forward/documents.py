@@ -104,7 +104,7 @@ def _found(row: dict[str, Any]) -> str | Conversation:
     if empty:
         raise Unusable(f"{empty[0]} is null")
     if "prompt" in given:
-        raise Unusable("a prompt without a response")
+        raise Unusable("there is a prompt but no response")
     raise Unusable(f"none of the columns {_names(row)} is known")
 
 
@@ -128,7 +128,7 @@ def _conversation(value: Any, row: Mapping[str, Any]) -> Conversation:
         raise Unusable(f"messages are {_kind(value)}")
     media = [key for key in _MEDIA if row.get(key)]
     if media:
-        raise Unusable(f"the row has {media[0]}, and calibration is with text alone")
+        raise Unusable(f"the row has {media[0]}, and calibration uses only text")
     messages = [_message(some) for some in value]
     if not any(message["content"] or message.keys() & set(_INSTEAD) for message in messages):
         raise Unusable("no message holds any text")
@@ -174,14 +174,14 @@ def _part(value: Any) -> Any:
         return value
     kind = value.get("type")
     if kind not in _TEXTS or "text" not in value:
-        raise Unusable(f"a message holds a part of type {str(kind)[:40]!r}, which is no text")
+        raise Unusable(f"a message has content of type {str(kind)[:40]!r}, which is not text")
     return value["text"]
 
 
 def _calls(value: Any) -> list[dict[str, Any]]:
     """Returns tool calls with their arguments as an object. Servers parse JSON text for the template as well."""
     if not isinstance(value, list) or not all(isinstance(call, dict) for call in value):
-        raise Unusable("tool_calls are no list of objects")
+        raise Unusable("tool_calls must be a list of objects")
     return [_call(call) for call in value]
 
 
@@ -198,7 +198,7 @@ def _tools(value: Any) -> list[dict[str, Any]] | None:
     if not value:
         return None
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
-        raise Unusable("tools are no list of objects")
+        raise Unusable("tools must be a list of objects")
     return [_filled(tool) for tool in value]
 
 

@@ -63,7 +63,7 @@ def local(source: str) -> Path | None:
     if path.exists():
         return path
     if kind(path) is not None or path.suffix in _PACKED or source.startswith((".", "/", "~")):
-        raise AccessError("no such calibration file", where=source, kind="E-DATA-NOT-FOUND")
+        raise AccessError("there is no such calibration file", where=source, kind="E-DATA-NOT-FOUND")
     return None
 
 
@@ -72,23 +72,25 @@ def find(path: Path) -> list[Path]:
     if not path.is_dir():
         if kind(path) is None:
             hint = "unpack it first" if path.suffix in _PACKED else f"use {', '.join(KINDS)}"
-            raise DataError(f"unknown kind of file '{path.suffix}'", where=str(path), hint=hint, kind="E-DATA-FILE")
+            raise DataError(
+                f"has the unknown file type '{path.suffix}'", where=str(path), hint=hint, kind="E-DATA-FILE"
+            )
         if not path.is_file():
             raise DataError(
-                "not a regular file", where=str(path), hint="write the rows to a file first", kind="E-DATA-FILE"
+                "is not a regular file", where=str(path), hint="write the rows to a file first", kind="E-DATA-FILE"
             )
         if path.stat().st_size == 0:
             raise DataError(
                 "the calibration file is empty",
                 where=str(path),
-                hint=f"a line that works: {EXAMPLE}",
+                hint=f"write each line like this: {EXAMPLE}",
                 kind="E-DATA-FILE",
             )
         return [path]
     inside = (file for file in sorted(path.rglob("*")) if file.is_file() and kind(file) is not None)
     files = [file for file in inside if not any(part[0] == "." for part in file.relative_to(path).parts)]
     if not files:
-        raise DataError(f"no {', '.join(KINDS)} file in this folder", where=str(path), kind="E-DATA-FILE")
+        raise DataError(f"holds no {', '.join(KINDS)} file", where=str(path), kind="E-DATA-FILE")
     return [file for file in files if not _ABOUT.match(file.name)] or files
 
 
@@ -103,7 +105,7 @@ def text(path: Path, limit: int = -1) -> str:
         found = handle.read(limit)
     reason = unfit(found)
     if reason is not None:
-        hint = "a file that is no text, or in another encoding: iconv -f ENCODING -t UTF-8" if found.strip() else ""
+        hint = "give a text file; iconv -f ENCODING -t UTF-8 converts one in another encoding" if found.strip() else ""
         raise DataError(f"the file {reason}", where=str(path), hint=hint, kind="E-DATA-FILE")
     return found
 
@@ -119,7 +121,7 @@ def unfit(text: str) -> str | None:
         return None
     code = ord(found[0])
     what = f"the byte 0x{code - 0xDC00:02x} is not UTF-8" if 0xDC80 <= code <= 0xDCFF else "half a surrogate pair"
-    return f"holds what is no text at character {found.start() + 1}: {what}"
+    return f"is not text at character {found.start() + 1}: {what}"
 
 
 def rows(path: Path, seed: int) -> Iterator[Row]:
@@ -164,11 +166,11 @@ def _opened(path: Path) -> Iterator[TextIO]:
             yield io.TextIOWrapper(raw, encoding=encoding, errors=errors)
     except UnicodeError as error:
         guess = error.encoding.upper() if isinstance(error, UnicodeDecodeError) else "another encoding"
-        what = f"holds no text: its first bytes look like {guess}, what follows is not"
-        raise DataError(what, where=str(path), hint="text in UTF-8", kind="E-DATA-FILE") from error
+        what = f"is not text: its first bytes look like {guess}, but the rest does not"
+        raise DataError(what, where=str(path), hint="give a text file in UTF-8", kind="E-DATA-FILE") from error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(
-            f"its gzip data is damaged: {error}", where=str(path), hint="fetch it again", kind="E-DATA-FILE"
+            f"its gzip data is damaged: {error}", where=str(path), hint="download it again", kind="E-DATA-FILE"
         ) from error
     except OSError as error:
         raise AccessError(f"cannot be read: {error.strerror or error}", where=str(path), kind="E-FILE-READ") from error
@@ -188,7 +190,7 @@ def _start(path: Path) -> bytes:
             raise DataError(
                 f"is {what}",
                 where=str(path),
-                hint="unpack or convert it first, or name it as what it is",
+                hint="unpack or convert it first, or give it the right file extension",
                 kind="E-DATA-FILE",
             )
     return start

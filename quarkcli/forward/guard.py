@@ -10,12 +10,11 @@ from torch import Tensor
 from quarkcli.errors import DataError
 
 UNSEEN_ATTENTION = (
-    "this model computes attention in code of its own, where its operands cannot be seen; take --kv-cache none, or a "
-    "recipe whose cache has scale.constant_amax"
+    "use --kv-cache none, or a recipe whose cache has scale.constant_amax: quark cannot see the attention of this model"
 )
 HINT = (
-    "see whether the source model itself overflows on this text; other --calib-data, --exclude these modules, or "
-    "--on-nonfinite skip-algorithm rounds what reads it to nearest"
+    "use other --calib-data, --exclude these modules, or --on-nonfinite skip-algorithm; check that the original "
+    "model does not overflow"
 )
 
 
@@ -53,7 +52,7 @@ class Guard:
     def note(self, site: str, what: str) -> None:
         """Notes an activation that cannot be used, and says so the first time."""
         if site not in self.skipped and self._warn is not None:
-            self._warn(f"{site}: {what}; no algorithm sees it, and ranges are of what is finite")
+            self._warn(f"{site}: {what}; algorithms skip it, and ranges use only its finite values")
         self.skipped.setdefault(site, what)
 
     def lost(self, site: str, expert: int | None = None) -> str | None:

@@ -87,7 +87,7 @@ class Statistics:
             kind = "channel_absmax"
         seen = self._own(site, kind, expert) or self._ranges.get((site, kind))
         if seen is None and (lost := self.guard.lost(site)):
-            what = f"it is never finite in calibration: {lost}"
+            what = f"calibration gives no finite value for it: {lost}"
             raise DataError(what, where=site, hint=HINT, kind="E-NONFINITE-ACTIVATION")
         if seen is None:
             unseen = UNSEEN_ATTENTION if site.rpartition(".")[0] in self.plan.attention else ""
@@ -326,7 +326,7 @@ class Statistics:
         self.reached.setdefault(site)
         self.see(site, rows)
         if source is not None and "cross" in self.needs.get(site, set()):
-            self.check_finite(site, source, " of the source model")
+            self.check_finite(site, source, " of the original model")
         if self.guard.lost(site):
             return
         kinds, lane = self.needs.get(site, set()), self.batch.lane

@@ -105,7 +105,7 @@ class ExpertTap:
             held = held.to(hidden.device) if self.kept is None else held.to(hidden.device)[self.kept]
         source = self.statistics.source_experts.pop(self.prefix, None)
         if source is not None:
-            self.statistics.check_finite(f"{self.prefix}.input", source[0], " of the source model")
+            self.statistics.check_finite(f"{self.prefix}.input", source[0], " of the original model")
         if self.site_in:
             self.statistics.take(self.site_in.name, rows, held)
         if self.moments:

@@ -181,7 +181,7 @@ class Walk:
                     return axis + tokens_first, tokens_first
         shape = list(recordings[0].hidden.shape)
         raise ModelError(
-            f"hidden states of shape {shape} do not tell which axes are rows and tokens", kind="E-CLASS-FOLLOW"
+            f"quark cannot tell which axes of hidden states of shape {shape} are rows and tokens", kind="E-CLASS-FOLLOW"
         )
 
     def observe(
@@ -238,7 +238,7 @@ class Walk:
                 taps = {SOURCE: statistics.source_handlers(), **taps}
             for index, (mask, held) in enumerate(zip(self.masks(), self._batches(self.held), strict=True)):
                 statistics.batch = Batch(mask, held, self._name(index), self.spans[index].lane)
-                self._working("observing the tail", index)
+                self._working("running the head of the model", index)
                 for stream, handlers in taps.items():
                     hidden = self.hidden[stream][index].to(self.device)
                     with self.runner.handlers(None, handlers):
@@ -336,19 +336,19 @@ class Walk:
     def _halve(self, cause: BaseException) -> None:
         """Halves the rows in one forward, after the device ran out of memory."""
         if self.batch == 1 and (said := self.carry.give_way(self.hidden)) is not None:
-            self.tell(Message(f"out of device memory: {said}", "warning"))
+            self.tell(Message(f"not enough GPU memory: {said}", "warning"))
             self._release()
             return
         if self.batch == 1:
             tried = self.carry.tried()
             raise ResourceError(
-                f"out of device memory with 1 sequence(s) of {self.tokens.shape[1]} tokens in one forward{tried}",
+                f"not enough GPU memory for one sequence of {self.tokens.shape[1]} tokens{tried}",
                 where="calibration",
-                hint="a smaller --calib-seqlen, --offload cpu, or --device cpu",
+                hint="use a smaller --calib-seqlen, --offload cpu, or --device cpu",
                 kind="E-MEMORY",
             ) from cause
         half = self.batch // 2
-        self.tell(Message(f"out of device memory: {self.batch} -> {half} sequences in one forward", "warning"))
+        self.tell(Message(f"not enough GPU memory: {self.batch} -> {half} sequences at a time", "warning"))
         self.batch = half
         self._release()
         if not self.served:

@@ -45,9 +45,9 @@ def with_steps(recipe: Recipe, names: str | None, settings: Sequence[str]) -> Re
         name, key, value = _parameter(text)
         mine = [index for index, (one, _) in enumerate(listed) if same(one) in (same(name), AUTO)]
         if not mine:
-            others = ", ".join(one for one, _ in listed) or "none is"
-            what = f"'{name}' is not among the algorithms of this run ({others} listed)"
-            raise UsageError(what, where=f"{SETTING}{text}", hint=f"{algorithms.FLAG} {name}", kind="E-SET")
+            others = ", ".join(one for one, _ in listed) or "none is listed"
+            what = f"'{name}' is not an algorithm of this run ({others})"
+            raise UsageError(what, where=f"{SETTING}{text}", hint=f"add {algorithms.FLAG} {name}", kind="E-SET")
         for index in mine:
             one, given = listed[index]
             listed[index] = (
@@ -64,9 +64,9 @@ def _named(names: str, given: Listed) -> Listed:
     for name in (part.strip() for part in names.split(",")):
         if not name:
             raise UsageError(
-                f"'{names}' has an empty name",
+                f"'{names}' contains an empty name",
                 where=algorithms.FLAG,
-                hint="--algorithm smoothquant,gptq",
+                hint="write --algorithm smoothquant,gptq",
                 kind="E-SET",
             )
         found += [step for step in given if same(step[0]) == same(name)] or [(name, {})]
@@ -81,7 +81,7 @@ def _parameter(text: str) -> tuple[str, str, Any]:
         raise UsageError(
             f"'{text}' is not ALGORITHM.PARAMETER=VALUE",
             where="--set",
-            hint=f"--set {name}.damp=0.05",
+            hint=f"write --set {name}.damp=0.05",
             kind="E-SET",
         )
     return name, key, load.parse(written, f"--set {left}").data
@@ -138,17 +138,17 @@ def advise(plan: Plan, places: Sequence[str] = ()) -> list[Advice]:
     if len(names) > 1:
         rest = ", ".join(name for name in names if name != AUTO)
         raise ConfigError(
-            f"'{AUTO}' chooses all steps, and stands beside {rest}",
+            f"'{AUTO}' chooses all algorithms and cannot be combined with {rest}",
             where=where,
-            hint="drop one of both",
+            hint="leave one of the two out",
             kind="E-ALGORITHM-COMBINE",
         )
     (step,) = plan.algorithms
     if step.weights is not None:
         raise ConfigError(
-            f"'{AUTO}' is for all weights",
+            f"'{AUTO}' works only for all weights together",
             where=where,
-            hint="name the algorithms to give them slots",
+            hint="name the algorithms if you want to give them 'slots'",
             kind="E-ALGORITHM-COMBINE",
         )
     choices = _adjusted(advice.advise(plan), step.parameters, where)
@@ -165,9 +165,12 @@ def _adjusted(choices: list[Advice], given: Mapping[str, Any], where: str) -> li
     own: dict[str, dict[str, Any]] = {}
     for name, parameters in given.items():
         if same(name) not in names:
-            hint = f"it chooses {', '.join(sorted(names.values())) or 'none'} here"
+            hint = f"name one of those that it chooses here: {', '.join(sorted(names.values())) or 'none'}"
             raise ConfigError(
-                f"'{AUTO}' has no step '{name}' for this plan", where=where, hint=hint, kind="E-ALGORITHM-COMBINE"
+                f"'{AUTO}' does not choose the algorithm '{name}' for this plan",
+                where=where,
+                hint=hint,
+                kind="E-ALGORITHM-COMBINE",
             )
         own[same(name)] = dict(_mapping(name, parameters, where))
 
@@ -182,7 +185,7 @@ def _mapping(name: str, parameters: Any, where: str) -> Mapping[str, Any]:
         raise ConfigError(
             f"'{name}' must be a mapping of parameters",
             where=where,
-            hint=f"{name}: {{KEY: VALUE}}",
+            hint=f"write {name}: {{KEY: VALUE}}",
             kind="E-ALGORITHM-PARAMETER",
         )
     return parameters

@@ -77,7 +77,7 @@ class Author:
         from quarkcli.model.runner import Runner
 
         self._check_room(device, settings.seqlen)
-        tell(Working("loading the whole model, to let it write"))
+        tell(Working("loading the whole model so that it can write text"))
         runner = Runner(
             self.source.whole_folder(), self.weights.headers, device=device, turned=self.turned,
             trust_remote_code=self.options.trust_remote_code,
@@ -138,10 +138,10 @@ def _number(config: Mapping[str, Any], key: str) -> int:
 def too_large(need: int, room: int) -> ResourceError:
     """Returns the error for a model that has no room as a whole."""
     return ResourceError(
-        "the model writes its own text only where all of it fits into memory: "
-        f"about {need:,} bytes are needed, {room:,} are there",
+        f"the model can write its own text only if all of it fits into memory: it needs about {need:,} bytes, and "
+        f"{room:,} are free",
         where="--calib-data self",
-        hint="--calib-data FILE, or --calib-data builtin",
+        hint="use --calib-data FILE, or --calib-data builtin",
         kind="E-MEMORY",
     )
 

@@ -33,7 +33,7 @@ def remarks(prepared: Prepared, found: Sequence[Group] | None = None) -> list[st
         for group in large
     )
     whole = sum(group.after for group in kept) / total
-    head = f"{whole:.0%} of the output is kept as it is" + (f": {shares}" if shares else "")
+    head = f"{whole:.0%} of the output is not quantized" + (f": {shares}" if shares else "")
     return [head, *(line for group in large if group.is_protected for line in _ways(prepared, group))]
 
 
@@ -65,9 +65,9 @@ def _tried(typed: str, options: Options, before: Prepared, loaded: set[str]) -> 
         return "", False
     size, other = before.forecast, prepared.forecast
     titles = _loaders(prepared)
-    who = f"loaded by {', '.join(sorted(titles))}" if titles else "no server is known to load that"
+    who = f"loaded by {', '.join(sorted(titles))}" if titles else "no known server loads that"
     was, now = (round(100 * one.output_bytes / max(1, one.source_bytes)) for one in (size, other))
-    return f"{typed}: {now}% of the source's size instead of {was}%; {who}", bool(titles & loaded)
+    return f"{typed}: {now}% of the original size instead of {was}%; {who}", bool(titles & loaded)
 
 
 def _loaders(prepared: Prepared) -> set[str]:

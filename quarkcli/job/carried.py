@@ -39,10 +39,10 @@ def carry(
             name = sorted(other.carried ^ first.carried)[0]
             keeps, decodes = (dialect, writers[0]) if name in other.carried else (writers[0], dialect)
             raise ConfigError(
-                f"dialect {keeps.name} keeps the source's codes of weights that the plan leaves alone, and dialect "
-                f"{decodes.name} has them decoded: these are two plans",
+                f"these need two plans: format {keeps.name} keeps the codes of weights that are quantized already, "
+                f"and format {decodes.name} needs them decoded",
                 where=name,
-                hint="run the dialects one after the other",
+                hint="write the checkpoint formats in separate runs",
                 kind="E-DIALECT-CANNOT",
             )
     return first
@@ -119,7 +119,7 @@ def _reason(tried: Plan, dialect: Writer, target: str, served: bool) -> str:
     if refusals:
         return refusals[0]
     if served and not dialects.is_served(dialect, tried):
-        return "with their codes, vLLM would not load the checkpoint"
+        return "with them vLLM would not load the checkpoint"
     try:
         servers.check_plan(tried, dialect, target)
     except ModelError as error:

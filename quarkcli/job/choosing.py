@@ -131,11 +131,11 @@ def choose(options: Options, wish: Wish, tell: Listener = silent) -> Choice:
     if stored is not None and stored.way is not None:
         raise ModelError(
             f"{stored.said(wish)}. No scheme that it runs makes it smaller\n{reasons}", where=options.model,
-            hint="serve it as it is; 'quark quantize --scheme NAME' would quantize it again", kind="E-INIT-NONE",
+            hint="use it as it is; 'quark quantize --scheme NAME' would quantize it again", kind="E-INIT-NONE",
         )  # fmt: skip
     raise ModelError(
-        f"no scheme was found that {wish.server.title} runs for it on {wish.gpu}\n{reasons}", where=options.model,
-        hint="another --server or --gpu; 'quark schemes list' has every scheme", kind="E-INIT-NONE",
+        f"no scheme was found that {wish.server.title} can run for it on {wish.gpu}\n{reasons}", where=options.model,
+        hint="try another --server or --gpu; 'quark schemes list' shows every scheme", kind="E-INIT-NONE",
     )  # fmt: skip
 
 
@@ -169,9 +169,9 @@ def _tried(row: ChoiceRow, options: Options, wish: Wish, against: dict[str, str]
         raise _Unfit(f"{how} on {wish.generation}")
     total, size = sum(prepared.coverage.total.values()), prepared.forecast.output_bytes
     if total < row.least:
-        raise _Unfit(f"it is for models of {row.least / 1e9:.0f} B parameters and more; a small one loses too much")
+        raise _Unfit(f"it needs {row.least / 1e9:.0f} B parameters or more; a smaller model loses too much")
     if row.room is not None and wish.memory is not None and size > row.room * wish.memory:
-        raise _Unfit(f"{size / 1e9:.3g} GB leave too little of {wish.memory / 1e9:.0f} GB for the cache")
+        raise _Unfit(f"{size / 1e9:.3g} GB of weights leave too little of {wish.memory / 1e9:.0f} GB for the KV cache")
     if stored is not None and stored.way is not None and size > _SAVING * stored.size:
         raise _Unfit(f"it takes {size / stored.size:.0%} of the bytes of the source, which is quantized already")
     steps = [advice.written(step, prepared.plan) for one in prepared.advice for step in one.steps]
@@ -216,7 +216,7 @@ def _way(plan: Plan, dialect: Writer | None, wish: Wish) -> Way | None:
 def _cache(prepared: Prepared, options: Options, wish: Wish) -> tuple[str, str, Prepared]:
     """Returns the KV cache's scheme, why, and the plan with it."""
     if wish.server.way(("kv-cache", "fp8_e4m3"), wish.generation, prepared.dialect) is None:
-        return "none", f"{wish.server.title} is not known to run a cache in 8 bits on {wish.generation}", prepared
+        return "none", f"{wish.server.title} is not known to run a KV cache in 8 bits on {wish.generation}", prepared
     if prepared.calibration is None:
         return (
             "none",

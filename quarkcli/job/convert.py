@@ -80,23 +80,23 @@ def prepare(source: Source, to: str) -> Conversion:
     checkpoint = Checkpoint(source)
     reader, back = checkpoint.reader, writer.reader
     if reader is None:
-        hint = "quark quantize --dialect writes it in a dialect from the start"
+        hint = "run 'quark quantize --dialect' to write this format directly"
         raise ModelError(
             "is not quantized, so there is nothing to convert", where=source.name, hint=hint, kind="E-CONVERT-CANNOT"
         )
     if reader.name == writer.name:
-        raise UsageError(f"the checkpoint is in dialect {writer.name} already", where="--to", kind="E-FLAG-CONFLICT")
+        raise UsageError(f"the checkpoint has the format {writer.name} already", where="--to", kind="E-FLAG-CONFLICT")
     scaled = next((each.columns for each in checkpoint.view.targets.values() if each.columns is not None), None)
     if scaled is not None:
         raise ModelError(
-            f"inputs are multiplied by it, which dialect {writer.name} has no place for",
+            f"inputs are multiplied by it, and format {writer.name} has no place for that",
             where=scaled,
             kind="E-CONVERT-CANNOT",
         )
     by_head = next((each.name for each in checkpoint.view.attention.values() if each.scales and not each.specs), None)
     if by_head is not None:
         raise ModelError(
-            f"its cache has a scale for every head; dialect {writer.name} has one for all",
+            f"its KV cache has a scale for every head, and format {writer.name} has one for all",
             where=by_head,
             kind="E-CONVERT-CANNOT",
         )
@@ -105,13 +105,13 @@ def prepare(source: Source, to: str) -> Conversion:
     if refusals:
         more = f" (and {len(refusals) - 1} more reasons)" if len(refusals) > 1 else ""
         raise ModelError(
-            f"dialect {writer.name} cannot hold this checkpoint: {refusals[0]}{more}",
+            f"format {writer.name} cannot hold this checkpoint: {refusals[0]}{more}",
             where=source.name,
             kind="E-CONVERT-CANNOT",
         )
     if back is None:
         raise ModelError(
-            f"dialect {writer.name} is only written here, so nothing could prove that it is lossless",
+            f"quark cannot read format {writer.name} back, so it cannot check that nothing is lost",
             kind="E-CONVERT-CANNOT",
         )
     owners = contents.part_targets(plan)
@@ -146,7 +146,7 @@ def convert(
         raise ResourceError(
             f"{found.bytes:,} bytes needed, {free:,} free",
             where=str(output),
-            hint="free some space",
+            hint="free some space on that disk",
             kind="E-DISK-FULL",
         )
     with Journal.lock(partial) as journal, finish.begun(), limited(1), Workers(threads or default()) as workers:
@@ -196,7 +196,7 @@ def _check_specs(plan: Plan, there: StoredView, writer: Writer) -> None:
     extra = [name for name in there.targets if not plan.targets[name].weight]
     if extra or dict(there.online) != plan.online:
         raise ModelError(
-            f"dialect {writer.name} would say something else of it",
+            f"format {writer.name} would describe it differently",
             where=(extra or [*plan.online])[0],
             kind="E-CONVERT-CANNOT",
         )
@@ -205,7 +205,7 @@ def _check_specs(plan: Plan, there: StoredView, writer: Writer) -> None:
 def _changed(slot: str, ours: TensorSpec | None, theirs: TensorSpec | None, writer: Writer) -> ModelError:
     said = [spec.describe() if spec else "not quantized" for spec in (ours, theirs)]
     return ModelError(
-        f"it is {said[0]}, and dialect {writer.name} would make of it: {said[1]}", where=slot, kind="E-CONVERT-CANNOT"
+        f"it is {said[0]}, and format {writer.name} would describe it as {said[1]}", where=slot, kind="E-CONVERT-CANNOT"
     )
 
 
@@ -280,9 +280,9 @@ def _packed(found: Conversion, target: QuantizedTarget) -> dict[str, Tensor]:
     again = found.back.decode(stored, tensors)
     lost = _lost(decoded, again)
     if lost:
-        what = f"dialect {found.writer.name} does not keep its {lost} as {found.reader.name} has them"
+        what = f"format {found.writer.name} does not keep its {lost} as {found.reader.name} does"
         raise ModelError(
-            what, where=target.name, hint="quantize the source again, for this dialect", kind="E-CONVERT-CANNOT"
+            what, where=target.name, hint="quantize the original model again with --dialect", kind="E-CONVERT-CANNOT"
         )
     if not _exact(decoded, again):
         found.moved.append(target.name)
@@ -365,7 +365,7 @@ def _carry_over(source: Source, found: Conversion, partial: Path, checks: list[s
     """Writes the report and the recipe of the quantization again, where they are there, with the new dialect."""
     report = _json(source.folder / REPORT)
     if fits(report):
-        reason = f"converted from {found.reader.name}; codes and scales are as they were"
+        reason = f"converted from {found.reader.name}; codes and scales are unchanged"
         sizes = {
             target.name: sum(tensor_bytes(info.dtype, info.shape) for info in found.writer.infos(target))
             for target in found.plan.quantized()

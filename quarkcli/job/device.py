@@ -12,7 +12,9 @@ from quarkcli.job.forecast import Forecast, device_floor
 def device(asked: str) -> str:
     """Returns `cpu` or `cuda`. Raises UsageError for another word and ResourceError when there is no GPU."""
     if asked not in {"auto", "cpu", "cuda"}:
-        raise UsageError(f"unknown device '{asked}'", where="--device", hint="auto, cpu or cuda", kind="E-FLAG-VALUE")
+        raise UsageError(
+            f"unknown device '{asked}'", where="--device", hint="use auto, cpu or cuda", kind="E-FLAG-VALUE"
+        )
     if asked == "cpu":
         return "cpu"
     import torch
@@ -21,7 +23,7 @@ def device(asked: str) -> str:
         return "cuda"
     if asked == "cuda":
         raise ResourceError(
-            "no CUDA device is available", where="--device cuda", hint="--device cpu", kind="E-DEVICE-NONE"
+            "no CUDA device is available", where="--device cuda", hint="use --device cpu", kind="E-DEVICE-NONE"
         )
     return "cpu"
 
@@ -36,9 +38,9 @@ def check(device: str, size: Forecast, most: int | None) -> None:
     have, need = min(total, most or total), device_floor(size)
     if need > have:
         raise ResourceError(
-            f"the largest block needs about {need:,} bytes of the device's memory, and there are {have:,}",
+            f"the largest block needs about {need:,} bytes of GPU memory, and {have:,} are there",
             where="--max-gpu-mem" if have < total else "",
-            hint="a larger --max-gpu-mem, --device cpu, or a scheme without a solver",
+            hint="use a larger --max-gpu-mem, --device cpu, or a scheme without calibration",
             kind="E-MEMORY",
         )
 

@@ -46,10 +46,10 @@ def joined(plan: Plan, writers: Sequence[Writer]) -> dict[str, frozenset[str]]:
             name = next(name for name in first if first[name] != other[name])
             one, own = (writers[0], writer) if first[name] else (writer, writers[0])
             raise ConfigError(
-                f"dialect {one.name} has one scale for all that {plan.attention[name].k_proj} makes, and dialect "
-                f"{own.name} one each for k and v: these are two plans",
+                f"these need two plans: format {one.name} has one scale for all outputs of "
+                f"{plan.attention[name].k_proj}, and format {own.name} has one each for k and v",
                 where=name,
-                hint="run the dialects one after the other",
+                hint="write the checkpoint formats in separate runs",
                 kind="E-DIALECT-CANNOT",
             )
     return {name: kinds for name, kinds in first.items() if kinds}
@@ -62,7 +62,7 @@ def _naming(dialect: Writer, several: bool) -> Iterator[None]:
         yield
     except QuarkError as error:
         if several:
-            error.what = f"dialect {dialect.name}: {error.what}"
+            error.what = f"format {dialect.name}: {error.what}"
         raise
 
 
@@ -122,8 +122,8 @@ def note_apart(prepared: Prepared, records: Mapping[str, Mapping[str, Any]], tel
     for one in prepared.others:
         count = sum(record["apart"].get(one.dialect.name, 0) for record in records.values())
         if count:
-            what = f"dialect {one.dialect.name}: {count} weights have scales a unit in the last place off those that "
-            text = f"{what}{prepared.dialect.name} has, with which the blocks behind them were calibrated"
+            what = f"format {one.dialect.name}: the scales of {count} weights differ in their last bit from those of "
+            text = f"{what}{prepared.dialect.name}, with which the following blocks were calibrated"
             one.warnings.append(text)
             tell(Message(text, "warning"))
 

@@ -44,23 +44,26 @@ def check(prepared: Prepared, group: Group) -> None:
     if group.size == 1:
         return
     _check_alike(prepared, group)
-    one = "start it without torchrun, in one process"
+    one = "start it in one process, without torchrun"
     if prepared.download is not None:
         where = prepared.options.model
-        hint = f"hf download {where}, then the same command"
+        hint = f"run 'hf download {where}', then the same command again"
         raise UsageError(
-            "several ranks read a model that is here, and this one is on the hub",
+            "several processes need the model on a local disk, and this one is on the hub",
             where=where,
             hint=hint,
             kind="E-RANKS",
         )
     if prepared.calibration is not None and prepared.calibration.source == SELF:
-        what = "one rank writes the rows, and the others would wait for it longer than they may"
-        hint = "write them with one process first (quark data preview --json), and give the file to --calib-data"
+        what = (
+            "the model cannot write its own text with several processes: one would write, and the others would "
+            "wait too long"
+        )
+        hint = "write the rows in one process first (quark data preview --json), then give that file to --calib-data"
         raise UsageError(what, where="--calib-data self", hint=hint, kind="E-RANKS")
     tuner = next((step for step in prepared.steps if step.kind == "tuner"), None)
     if tuner is not None:
-        what = f"{tuner.name} goes through all rows of a block, one step after the other, and ranks have some each"
+        what = f"{tuner.name} needs all rows of a block in one process, and here each process has some of them"
         raise UsageError(what, where="algorithm", hint=f"{one}, or leave {tuner.name} out", kind="E-RANKS")
 
 
@@ -74,9 +77,9 @@ def _check_alike(prepared: Prepared, group: Group) -> None:
     first = group.share(own)
     other = next((key for key in own if own[key] != first[key]), None)
     if other is not None:
-        what = f"rank {group.rank} has {other} {own[other]}, and the first rank {first[other]}"
+        what = f"process {group.rank} has {other} {own[other]}, and process 0 has {first[other]}"
         raise UsageError(
-            what, hint="all ranks need the same files under the same path, and the same packages", kind="E-RANKS"
+            what, hint="give all processes the same files under the same path, and the same packages", kind="E-RANKS"
         )
 
 
@@ -85,9 +88,12 @@ def check_place(partial: Path) -> None:
     until = time.monotonic() + LATE
     while not (partial / STATE / "fingerprint.json").is_file():
         if time.monotonic() > until:
-            hint = "the output must lie on a file system that all machines share"
+            hint = "put the output on a file system that all machines share"
             raise ResourceError(
-                "does not hold what the first rank began", where=str(partial), hint=hint, kind="E-RANKS-LOST"
+                "does not hold the files that process 0 began to write",
+                where=str(partial),
+                hint=hint,
+                kind="E-RANKS-LOST",
             )
         time.sleep(0.1)
 

@@ -42,7 +42,7 @@ def idle(options: Options, source: Source, download: Download | None) -> list[st
         return [f"--keep-download is not used: {where}"]
     if download.kept == _ASKED:
         return []
-    return [f"--keep-download changes nothing: {download.kept}, so that the download is kept anyway"]
+    return [f"--keep-download changes nothing: the download is kept anyway, because {download.kept}"]
 
 
 def check_room(prepared: Prepared) -> None:

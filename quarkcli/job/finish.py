@@ -186,7 +186,7 @@ def verify_and_report(
 
     evaluation   what the files score beside their source; None: that was not measured
     """
-    checks = ["nothing was read back: --no-verify"]
+    checks = ["the written files were not read back: --no-verify"]
     if prepared.options.verify:
         checks = verify.against_plan(partial, prepared.plan, prepared.dialect, prepared.weights.headers)
     report = build.build(prepared, data, records, checks, clock, device, evaluation)
@@ -200,17 +200,21 @@ def verify_and_report(
 def unfinished(plan: Plan, journal: Journal, tell: Listener) -> list[Part]:
     """Returns the parts that the journal does not have, or that are damaged on the disk."""
     if journal.finished:
-        tell(Message(f"reading the files of {len(journal.finished)} finished parts once, to see that they are whole"))
-    tell(Working("comparing finished parts with the journal"))
+        tell(Message(f"reading the files of {len(journal.finished)} finished parts of the model once to check them"))
+    tell(Working("comparing finished parts of the model with the journal"))
     lost = journal.verify()
     if lost:
-        what = f"not as they were written, and made again: {', '.join(lost)}"
-        tell(Message(f"{len(lost)} finished parts are damaged or follow a damaged one; {what}", "warning"))
+        what = f"these files have changed and are made again: {', '.join(lost)}"
+        tell(Message(f"{len(lost)} finished parts of the model are damaged or follow a damaged one; {what}", "warning"))
     journal.keep()
     todo = [part for part in plan.parts if part.name not in journal.finished]
     if len(todo) < len(plan.parts):
-        place = f"going on at {todo[0].name}" if todo else "going on with the final steps"
-        tell(Message(f"resuming: {len(plan.parts) - len(todo)} of {len(plan.parts)} parts are done; {place}"))
+        place = f"continuing at {todo[0].name}" if todo else "continuing with the final steps"
+        tell(
+            Message(
+                f"resuming: {len(plan.parts) - len(todo)} of {len(plan.parts)} parts of the model are done; {place}"
+            )
+        )
     return todo
 
 
@@ -264,7 +268,7 @@ def _tidy(journal: Journal, output: Path, tell: Listener) -> None:
     try:
         sync_folder(partial_path(output).parent)
         for path in sorted({*earlier(resolved(output))} - {*map(Path, journal.replaced)}):
-            tell(Message(f"{path} is left of an earlier run, which moved it aside; remove it if nobody needs it"))
+            tell(Message(f"an earlier run moved {path} aside; delete it if nobody needs it"))
         for old in journal.replaced:
             for line in dispose(Path(old), output):
                 tell(Message(line, "warning", always=True))
@@ -273,7 +277,7 @@ def _tidy(journal: Journal, output: Path, tell: Listener) -> None:
         what = str(error) or type(error).__name__
         tell(
             Message(
-                f"the checkpoint is complete, but not everything beside it was tidied up: {what}",
+                f"the checkpoint is complete, but some temporary files beside it were not deleted: {what}",
                 "warning",
                 always=True,
             )

@@ -23,7 +23,7 @@ _KNOWN = {
     **{word: ("mlp", word) for word in ("gate", "up", "down", "gate_up")},
     "norm": ("norms", ""), "embedding": ("embedding", ""), "head": ("head", ""), "other": ("other", ""),
 }  # fmt: skip
-CACHE = "scales of the cache"
+CACHE = "scales of the KV cache"
 
 
 @dataclass
@@ -159,7 +159,7 @@ class _Counting:
         """Counts what the output has beside the source's tensors."""
         cache = [info for module in self.plan.attention.values() for info in self.writer.attention_infos(module)]
         if cache:
-            group = Group(CACHE, "", "the recipe's cache", True)
+            group = Group(CACHE, "", "the recipe's KV cache", True)
             for info in cache:
                 group.add("", 0, 0, tensor_bytes(info.dtype, info.shape))
             self.found[CACHE, "", ""] = group

@@ -72,23 +72,23 @@ def of_run(
         unused = given(options, OF_DATA)
         unused += [f"--on-nonfinite {SKIP}"] if options.on_nonfinite == SKIP else []
         unused += [f"--offload {options.offload}"] if options.offload != "auto" else []
-        found += [f"nothing in this plan needs data: {', '.join(unused)} not used"] if unused else []
+        found += [f"{', '.join(unused)} not used: nothing in this plan needs data"] if unused else []
     else:
         found += _of_data(options, plan, set(needs), calibration)
     if options.max_gpu_mem is not None and _on_cpu(options):
         found.append("--max-gpu-mem is not used: the job runs on a CPU")
     found += judging.idle(options, calibration is not None)
     if options.target == "none" and not plan.disagreeing():
-        found.append("--target none changes nothing: what servers fuse has one scheme")
+        found.append("--target none changes nothing: weights that servers multiply together have one scheme")
     if options.device == "cuda" and not _has_gpu():
-        found.append("--device cuda: there is no CUDA device here, without which 'quark quantize' stops (exit 6)")
+        found.append("--device cuda: this machine has no CUDA device, so 'quark quantize' would stop (exit 6)")
     return found
 
 
 def of_plan(options: Options) -> list[str]:
     """Returns a line for flags about the work that `quark plan` was given."""
     unused = given(options, OF_WORK)
-    return [f"a plan reads no weights and writes nothing: {', '.join(unused)} not used"] if unused else []
+    return [f"{', '.join(unused)} not used: a plan reads no weights and writes nothing"] if unused else []
 
 
 def of_model(source: Source, *, revision: str = "main", trusted: bool = False, allow_pickle: bool = False) -> list[str]:
@@ -157,9 +157,11 @@ def _of_data(options: Options, plan: Plan, needs: set[str], calibration: Calibra
     if options.min_expert_tokens is not None:
         yield from _of_few(options, plan, needs, calibration)
     if options.offload in ("none", "cpu") and _on_cpu(options):
-        yield f"--offload {options.offload} is not used: on a CPU hidden states are in its memory"
+        yield f"--offload {options.offload} is not used: on a CPU hidden states are always in RAM"
     if options.calib_batch is not None and _on_cpu(options):
-        yield "--calib-batch is for GPUs; on a CPU the rows that run together are fixed, so that results are the same"
+        yield (
+            "--calib-batch is not used: it works only on a GPU; on a CPU the number of rows that run together is fixed"
+        )
 
 
 def _of_few(options: Options, plan: Plan, needs: set[str], calibration: Calibration) -> Iterator[str]:
@@ -194,9 +196,9 @@ def screen(*, progress: str, log_level: str, log_format: str, quiet: bool, plan:
     bar = [f"--progress {progress}"] if progress != "auto" else []
     level = [f"--log-level {log_level}"] if log_level not in ("info", "warning", "error") else []
     if plan:
-        return [f"a plan shows no progress: {bar[0]} not used"] if bar else []
+        return [f"{bar[0]} not used: a plan shows no progress"] if bar else []
     if quiet:
-        return [f"--quiet shows warnings and errors alone: {', '.join(bar + level)} not used"] if bar + level else []
+        return [f"{', '.join(bar + level)} not used: --quiet shows only warnings and errors"] if bar + level else []
     if log_format == "json" and progress in ("bar", "lines"):
-        return [f"every event is a line of JSON: {bar[0]} not used"]
+        return [f"{bar[0]} not used: every event is a line of JSON"]
     return []

@@ -101,6 +101,6 @@ def _as_source(source: Source) -> str:
     try:
         origin = open_weights(source)[1]
     except ModelError as error:
-        return f"none that a job can read: {error}"
+        return f"none that quark can read: {error}"
     assert origin is not None
-    return f"{origin.stored()}, dequantized while streaming"
+    return f"{origin.stored()}, decoded layer by layer"

@@ -34,9 +34,9 @@ def check(prepared: Prepared) -> None:
     """Raises UsageError where measuring was asked for and cannot be done."""
     if prepared.options.evaluate and prepared.download is not None:
         raise UsageError(
-            "the model is read from the hub part by part, and is not here to be compared with at the end",
+            "the model is read from the hub layer by layer, so it cannot be compared with at the end",
             where="--eval",
-            hint="download it first (hf download), or run 'quark eval OUT --baseline MODEL' afterwards",
+            hint="run 'hf download' first, or 'quark eval OUT --baseline MODEL' afterwards",
             kind="E-FLAG-CONFLICT",
         )
 
@@ -45,9 +45,9 @@ def check_rows(options: Options, rows: CalibrationData) -> None:
     """Raises DataError where measuring was asked for, and calibration leaves no row to measure on."""
     if options.evaluate and rows.held is None:
         raise DataError(
-            "no row is left that calibration does not use",
+            "calibration uses all rows, so none is left for the evaluation",
             where=rows.source,
-            hint="--no-eval, fewer --calib-samples, or more data",
+            hint="use --no-eval, fewer --calib-samples, or more data",
             kind="E-DATA-FEW",
         )
 
@@ -56,7 +56,7 @@ def idle(options: Options, calibrated: bool) -> list[str]:
     """Returns a line for `--no-eval` where nothing would be measured anyway."""
     if calibrated or options.evaluate is not False:
         return []
-    return ["--no-eval changes nothing: a run without calibration data measures only when it is told to"]
+    return ["--no-eval changes nothing: a run without calibration data measures only with --eval"]
 
 
 def measured(
@@ -79,7 +79,7 @@ def measured(
     except (ModelError, DataError) as error:
         if options.evaluate:
             raise
-        tell(Message(f"not evaluated: {error.what}", "warning"))
+        tell(Message(f"the result was not evaluated: {error.what}", "warning"))
         return None
 
 

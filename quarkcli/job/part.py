@@ -232,11 +232,13 @@ class PartWorker:
             few = [expert for expert, count in counts.items() if count < self.least]
             saw = "no calibration token" if self.least == 1 else f"fewer than {self.least} calibration tokens"
             text = (
-                f"{layer}: {len(few)} of {len(counts)} experts saw {saw} "
-                f"({some(few, 8)}); the layer's statistics stand in"
+                f"{layer}: {len(few)} of {len(counts)} experts saw {saw} ({some(few, 8)}); they use the statistics "
+                "of the layer"
             )
             if few and self.strict:
-                raise DataError(text, hint="more calibration rows or --moe-calibration all", kind="E-DATA-NO-TOKEN")
+                raise DataError(
+                    text, hint="use more calibration rows, or --moe-calibration all", kind="E-DATA-NO-TOKEN"
+                )
             if few:
                 self._warn(text)
 
@@ -263,7 +265,7 @@ class PartWorker:
             self.solving.seconds[target.name] = round(self.solving.seconds.get(target.name, 0.0) + seconds, 6)
             leaving.packed(target)
             self.tell(Working(f"quantizing {part.name}, {len(errors)} of {len(targets)} weights"))
-        assert len(errors) == len(targets), "a solver left weights out"
+        assert len(errors) == len(targets), "an algorithm left weights out"
         return packing, errors
 
     def _pieces(
@@ -297,7 +299,7 @@ class PartWorker:
             return True
         why = next(iter(self.guard.skipped.values()), "NaN or inf in its output")
         names = " and ".join(tuner.name for _, tuner in self.tuners)
-        self._warn(f"{part.name}: {why}; {names} passes over it")
+        self._warn(f"{part.name}: {why}; {names} skips it")
         self.guard.skipped.setdefault(part.name, why)
         return False
 

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 DEFAULT_SAMPLES = 512
 DEFAULT_SEQLEN = 512
-_LESS_MEMORY = "fewer --calib-samples or a shorter --calib-seqlen, or a data-free scheme such as mxfp4"
+_LESS_MEMORY = "use fewer --calib-samples, a shorter --calib-seqlen, or a scheme that needs no data, such as mxfp4"
 _WEIGHT_DTYPES = {"BF16", "F16", "F32"}
 
 
@@ -50,13 +50,14 @@ def check_plan(plan: Plan) -> None:
     for target, *_ in plan.quantized_alike():
         if target.dtype not in _WEIGHT_DTYPES:
             raise ModelError(
-                f"stored as {target.dtype}; weights must be BF16, F16 or F32", where=target.view.tensor,
-                hint=f"the source looks quantized; --exclude '{target.name}' keeps this one", kind="E-MODEL-DTYPE",
+                f"is stored as {target.dtype}, and weights must be BF16, F16 or F32", where=target.view.tensor,
+                hint=f"give the original model, or use --exclude '{target.name}' to keep this weight",
+                kind="E-MODEL-DTYPE",
             )  # fmt: skip
         if target.input is not None and target.input.needs_amax and target.site is None:
             raise ConfigError(
-                f"its input would have to be measured, and no forward pass reaches it (role {target.role})",
-                where=target.name, hint=f"--exclude '{target.name}', or a scheme that needs no data for it",
+                f"its input needs calibration, and text does not reach this module (role {target.role})",
+                where=target.name, hint=f"use --exclude '{target.name}', or a scheme that needs no data for it",
                 kind="E-SLOT-UNREACHED",
             )  # fmt: skip
         _check_weight_observers(target)
@@ -71,8 +72,8 @@ def check_reader(dialect: Writer, needs: Mapping[str, set[str]]) -> None:
     """Refuses to calibrate for a dialect that is only written: each block reads what those below decode to."""
     if needs and dialect.reader is None:
         raise ConfigError(
-            f"dialect {dialect.name} is only written here, and calibration goes on with the weights read back",
-            where="--dialect", hint="another dialect, or a scheme and an algorithm that need no data",
+            f"format {dialect.name} cannot be read back, and calibration continues with the weights read back",
+            where="--dialect", hint="use another --dialect, or a scheme and an algorithm that need no data",
             kind="E-DIALECT-CANNOT",
         )  # fmt: skip
 
@@ -84,9 +85,9 @@ def check_servers(plan: Plan, target: Servers) -> None:
     """
     if target != servers.NONE and (groups := [group for group, over in split_groups(plan).items() if over]):
         raise ModelError(
-            f"{len(groups)} groups of weights that servers fuse do not share the scale over their block scales, and "
-            f"servers decode all but one member wrong: {some(groups, 3)}",
-            hint="leave out the recipe's share; --target none writes it all the same",
+            f"{len(groups)} groups of weights that servers multiply together have several global scales; servers "
+            f"would decode all but one weight wrong: {some(groups, 3)}",
+            hint="remove 'share' from the recipe; --target none writes it all the same",
             kind="E-SERVER-REFUSES",
         )
     mixed = [target for members in plan.disagreeing() for target in members]
@@ -95,7 +96,7 @@ def check_servers(plan: Plan, target: Servers) -> None:
         return
     if target != servers.NONE:
         raise ModelError(
-            sentence(found), hint="give all members one scheme, or exclude all; --target none writes it all the same",
+            sentence(found), hint="give all of them one scheme, or exclude all; --target none writes it all the same",
             kind="E-SERVER-REFUSES",
         )  # fmt: skip
     text = f"{sentence(found)}; --target none allows it"
@@ -109,8 +110,8 @@ def _check_activation(name: str, spec: TensorSpec) -> None:
     observers = [stage.observer.name for stage in spec.stages if stage.observer != MIN_MAX]
     if observers and not spec.needs_amax:
         reason = (
-            f"its scale is not measured, so that observer '{observers[0]}' would do nothing",
-            "leave the observer out, or make the scale static, without a constant_amax",
+            f"its scale is not measured, so observer '{observers[0]}' would have no effect",
+            "leave the observer out, or make the scale static without a constant_amax",
         )
     if reason is not None:
         raise ConfigError(reason[0], where=name, hint=reason[1], kind="E-OBSERVER")
@@ -119,17 +120,23 @@ def _check_activation(name: str, spec: TensorSpec) -> None:
 def _unmeasured(spec: TensorSpec) -> tuple[str, str] | None:
     """Returns the reason no calibration finds an activation's static scale, and the fix; None when one does."""
     if spec.then is not None:
-        return "a chain with a static scale is not for activations", "when: dynamic in both stages"
+        return (
+            "an activation cannot have a chain (two quantizations in a row) with a static scale",
+            "write when: dynamic in both stages",
+        )
     assert spec.scale is not None
     two_level = spec.is_two_level
     if not spec.symmetric:
-        return "a static activation has no zero point", "zero_point: none, or when: dynamic"
+        return "a static scale of an activation cannot have a zero point", "write zero_point: none, or when: dynamic"
     if not isinstance(spec.granularity, PerGroup if two_level else PerTensor):
-        return f"{spec.describe()}: an activation has one static scale", "granularity: tensor, or when: dynamic"
+        return (
+            f"{spec.describe()}: an activation can have only one static scale",
+            "write granularity: tensor, or when: dynamic",
+        )
     if two_level and spec.scale.when == "static":
         return (
-            f"{spec.describe()}: the scales of an activation's groups are not stored",
-            "when: dynamic, above 'global_scale'",
+            f"{spec.describe()}: the scales of groups of an activation cannot be stored",
+            "write when: dynamic, above 'global_scale'",
         )
     if two_level and spec.observer.name not in {MIN_MAX.name, "percentile", "headroom"}:
         return f"observer '{spec.observer.name}' does not see the groups under a global scale", "use percentile"
@@ -141,19 +148,21 @@ def _check_weight_observers(target: QuantizedTarget) -> None:
     for stage in (*target.weight.stages, *(target.bias_spec.stages if target.bias_spec else ())):
         if stage.observer.name == "histogram":
             raise ConfigError(
-                "observer 'histogram' collects activations; a weight is known whole", where=target.name,
+                "observer 'histogram' works only for activations", where=target.name,
                 hint="use mse or percentile", kind="E-OBSERVER",
             )  # fmt: skip
         if stage.observer.name == "percentile" and isinstance(stage.granularity, PerTile):
             raise ConfigError(
-                "observer 'percentile' is not for tiles", where=target.name, hint="use mse", kind="E-OBSERVER"
+                "observer 'percentile' does not work with tiles", where=target.name, hint="use mse", kind="E-OBSERVER"
             )
     then = target.weight.then
     if then is not None and then.observer != MIN_MAX and isinstance(then.granularity, PerTensor):
         raise ConfigError(
-            f"observer '{then.observer.name}' would do nothing: the first stage fixes this scale", where=target.name,
-            hint="an observer in the first stage, or a second stage per channel or group", kind="E-OBSERVER",
-        )  # fmt: skip
+            f"observer '{then.observer.name}' would have no effect: the first stage fixes this scale",
+            where=target.name,
+            hint="put the observer into the first stage, or make the second stage per channel or group",
+            kind="E-OBSERVER",
+        )
 
 
 def data_needs(plan: Plan, steps: Iterable[Assignment]) -> dict[str, set[str]]:
@@ -191,10 +200,12 @@ def calibration(options: Options, recipe: Recipe, source: Source, needs: Mapping
     limit = family.position_limit(source.config)
     if limit is not None and seqlen > limit:
         if options.calib_seqlen:
-            what = f"--calib-seqlen {seqlen} exceeds the model's {limit} positions"
-            raise DataError(what, hint=f"--calib-seqlen {limit}", kind="E-DATA-SEQLEN")
+            what = f"--calib-seqlen {seqlen} is more than the model's {limit} positions"
+            raise DataError(what, hint=f"use --calib-seqlen {limit}", kind="E-DATA-SEQLEN")
         if recipe.calib_seqlen:
-            warnings.append(f"rows of {limit} tokens, as the model takes; the recipe asks for {seqlen}")
+            warnings.append(
+                f"calibration uses rows of {limit} tokens, the most that the model takes; the recipe asks for {seqlen}"
+            )
         seqlen = limit
     return Calibration(
         source=data,
@@ -214,7 +225,7 @@ def check_tokenizer(source: Source, side_files: SideFiles, calibration: Calibrat
     """Refuses to calibrate with a tokenizer of which the checkpoint would lack a file."""
     lost = side_files.lost_tokenizer()
     if calibration is not None and lost is not None:
-        hint = "put the file itself into the folder; schemes that need no data leave it out with a warning"
+        hint = "put the file itself into the folder; schemes that need no data leave it out and warn"
         where = f"{shown(source.folder)}/{lost[0]}"
         raise ModelError(f"a file of the tokenizer is among the {lost[1]}", where=where, hint=hint, kind="E-TOKENIZER")
 
@@ -224,7 +235,11 @@ def _default_data(options: Options) -> tuple[str, str | None]:
 
     data, warning = default_source(options.offline)
     if warning and options.strict:
-        raise AccessError(warning, hint="--calib-data FILE, or --calib-data builtin to mean it", kind="E-DATA-HUB")
+        raise AccessError(
+            warning,
+            hint="use --calib-data FILE, or --calib-data builtin if you want the built-in text",
+            kind="E-DATA-HUB",
+        )
     return data, warning
 
 
@@ -266,14 +281,14 @@ def check_output(output: Path, overwrite: bool, source: Path) -> None:
     final = resolved(output)
     if final == source or source in final.parents or final in source.parents:
         raise UsageError(
-            "lies inside the source model, or around it", where=str(output), hint="choose another -o",
+            "is inside the model's directory, or contains it", where=str(output), hint="choose another -o",
             kind="E-OUTPUT-PLACE",
         )  # fmt: skip
     state = output_state(output)
     if state in {"finished", "foreign"} and not overwrite:
-        what = "a finished checkpoint" if state == "finished" else "something that is not a checkpoint of ours"
+        what = "a finished checkpoint" if state == "finished" else "something that is not a checkpoint of quark"
         raise UsageError(
-            f"exists: {what}", where=str(output), hint="--overwrite replaces it, or choose another -o",
+            f"exists: {what}", where=str(output), hint="use --overwrite to replace it, or choose another -o",
             kind="E-OUTPUT-EXISTS",
         )  # fmt: skip
     parent = partial_path(output).parent
@@ -281,7 +296,7 @@ def check_output(output: Path, overwrite: bool, source: Path) -> None:
         existing = next(folder for folder in (parent, *parent.parents) if folder.exists())
     if not os.access(existing, os.W_OK):
         raise ResourceError(
-            "not writable", where=str(existing), hint="choose another directory with -o", kind="E-DISK-WRITE"
+            "cannot be written to", where=str(existing), hint="choose another directory with -o", kind="E-DISK-WRITE"
         )
 
 
@@ -297,20 +312,21 @@ def check_resources(output: Path, size: forecast.Forecast, most: int | None = No
     if size.disk_bytes > free:
         raise ResourceError(
             f"{size.disk_bytes:,} bytes needed, {free:,} free", where=str(output),
-            hint="free some space, or another -o", kind="E-DISK-FULL",
+            hint="free some space, or choose another -o", kind="E-DISK-FULL",
         )  # fmt: skip
     total = _total_memory()
     for room in filter(None, (most, total)):
         if min(size.memory_bytes, size.whole_bytes) > room:
             raise authored.too_large(size.whole_bytes, room)
     if most is not None and size.memory_bytes > most:
-        what = f"about {size.memory_bytes:,} bytes of memory needed, and --max-cpu-mem allows {most:,}"
+        what = f"the job needs about {size.memory_bytes:,} bytes of memory, and --max-cpu-mem allows {most:,}"
         raise ResourceError(what, hint=_LESS_MEMORY, kind="E-MEMORY")
     if total is not None and size.memory_bytes > total:
         raise ResourceError(
-            f"about {size.memory_bytes:,} bytes of memory needed, {total:,} installed", hint=_LESS_MEMORY,
+            f"the job needs about {size.memory_bytes:,} bytes of memory, and this machine has {total:,}",
+            hint=_LESS_MEMORY,
             kind="E-MEMORY",
-        )  # fmt: skip
+        )
 
 
 def reason_to_stop(options: Options, seconds: float, left: int) -> QuarkError | None:
@@ -320,13 +336,13 @@ def reason_to_stop(options: Options, seconds: float, left: int) -> QuarkError | 
     """
     taken, most = memory.peak_rss(), options.max_cpu_mem
     if most is not None and taken > most:
-        what = f"{taken:,} bytes of memory were taken, and --max-cpu-mem allows {most:,}; finished parts are kept"
+        what = f"the job took {taken:,} bytes of memory, and --max-cpu-mem allows {most:,}; finished work is kept"
         return ResourceError(
-            what, hint=f"the same command goes on with a larger limit; or {_LESS_MEMORY}", kind="E-MEMORY"
+            what, hint=f"run the same command with a larger limit to continue, or {_LESS_MEMORY}", kind="E-MEMORY"
         )
     if left and options.time_budget is not None and seconds > options.time_budget:
         return Stopped(
-            "the time budget is used up; finished parts are kept", hint="run the same command again",
+            "the time budget is used up; finished work is kept", hint="run the same command again to continue",
             kind="E-TIME-BUDGET",
         )  # fmt: skip
     return None

@@ -55,7 +55,7 @@ def _observed(
 
     assert data is not None and runner is not None
     plan, weights = prepared.plan, prepared.weights
-    tell(Message("one pass over the source model, for what transforms decide beforehand"))
+    tell(Message("running the original model once, because transforms need it"))
     batch = default_batch(runner.device, data.tokens.shape[1], prepared.options.calib_batch)
     names = runner.outside_tensors()
     rows = group.own(lanes(*data.tokens.shape))

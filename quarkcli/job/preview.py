@@ -34,8 +34,8 @@ def sources() -> list[dict[str, str]]:
     offline = f"documentation of Python 3.11, which comes with quark: {len(texts)} texts, {size:,} characters"
     return [
         {"name": BUILTIN, "kind": "built-in", "what": f"{offline}; one page in five is held out for 'quark eval'"},
-        {"name": SELF, "kind": "the model", "what": "text that the model writes, where all of it fits into memory"},
-        {"name": DEFAULT_HUB, "kind": "hub", "what": "used where nothing is named and the hub can be reached"},
+        {"name": SELF, "kind": "the model", "what": "text that the model writes; needs memory for the whole model"},
+        {"name": DEFAULT_HUB, "kind": "hub", "what": "the default if the hub can be reached"},
         {"name": "ORG/NAME", "kind": "hub", "what": "any data set of the hub; the split train, shuffled by the seed"},
         {"name": suffixes, "kind": "file", "what": f"a row per line or record, such as {EXAMPLE}; also .gz"},
         {"name": plain, "kind": "file", "what": "one text, cut into rows; also .gz"},

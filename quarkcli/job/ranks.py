@@ -23,7 +23,7 @@ from quarkcli.forward.group import Group
 BEAT = 2.0  # seconds between two signs of life
 SILENCE = 20.0  # seconds without one, after which a rank counts as dead
 ARRIVAL = 300  # seconds in which all ranks must have begun
-_HINT = "the same command goes on with what is finished"
+_HINT = "run the same command again to continue; finished work is kept"
 VERDICT = 3.0  # seconds in which the first rank may say the same error itself
 
 
@@ -35,8 +35,8 @@ def world() -> tuple[int, int]:
     given = [os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")]
     if not all(text.isdecimal() for text in given) or not int(given[0]) < int(given[1]):
         raise UsageError(
-            f"RANK={given[0]} and WORLD_SIZE={given[1]} are no rank and number of ranks",
-            hint="torchrun sets both; unset them for a run of one process",
+            f"RANK={given[0]} and WORLD_SIZE={given[1]} do not give a process and a number of processes",
+            hint="start the run with torchrun, or unset both for a run in one process",
             kind="E-RANKS",
         )
     return int(given[0]), int(given[1])
@@ -47,7 +47,7 @@ def refuse(command: str) -> None:
     _, size = world()
     if size > 1:
         hint = f"start it without torchrun: quark {command}"
-        raise UsageError(f"'{command}' works in one process, and torchrun started {size}", hint=hint, kind="E-RANKS")
+        raise UsageError(f"'{command}' runs in one process, and torchrun started {size}", hint=hint, kind="E-RANKS")
 
 
 class Ranks(Group):
@@ -136,9 +136,9 @@ def together() -> Iterator[Group]:
         _set_timeout(timedelta(days=30))
         store = _store()
     except (RuntimeError, ValueError) as error:
-        what = f"the {size} processes did not find each other: {str(error).splitlines()[0]}"
+        what = f"the {size} processes cannot reach each other: {str(error).splitlines()[0]}"
         raise ResourceError(
-            what, hint="MASTER_ADDR and MASTER_PORT must lead to the first one", kind="E-RANKS-LOST"
+            what, hint="set MASTER_ADDR and MASTER_PORT to the machine of the first process", kind="E-RANKS-LOST"
         ) from error
     monitor = Monitor(store, rank, size)
     ended.begun = True
@@ -150,7 +150,9 @@ def together() -> Iterator[Group]:
     except BaseException as error:
         monitor.fail(error)
         if isinstance(error, RuntimeError) and "gloo" in str(error):
-            raise reason() or ResourceError("another rank has ended", hint=_HINT, kind="E-RANKS-LOST") from error
+            raise reason() or ResourceError(
+                "another process of this run has ended", hint=_HINT, kind="E-RANKS-LOST"
+            ) from error
         raise
     finally:
         monitor.stop()
@@ -264,7 +266,7 @@ class Monitor:
                 self._store.set(f"beat/{self._rank}", str(beat))
                 why = self._failure() or self._silence(seen)
             except Exception:  # the store has gone with the process that kept it
-                why = {"rank": 0, "code": 1, "what": "it keeps the ranks together, and is gone", "said": False}
+                why = {"rank": 0, "code": 1, "what": "it connects the processes, and it has ended", "said": False}
             if why is not None and not self._stopped.is_set():
                 self._end(why)
                 return
@@ -282,7 +284,7 @@ class Monitor:
             if count != last:
                 seen[rank] = count, now
             elif now - since > SILENCE:
-                return {"rank": rank, "code": 1, "what": f"no sign of life for {SILENCE:.0f} seconds", "said": False}
+                return {"rank": rank, "code": 1, "what": f"it has not answered for {SILENCE:.0f} s", "said": False}
         return None
 
     def _end(self, why: dict[str, Any]) -> None:
@@ -291,7 +293,7 @@ class Monitor:
         os.kill(os.getpid(), signal.SIGTERM)
 
     def _note(self, why: dict[str, Any]) -> None:
-        ended.why = f"rank {why['rank']} ended: {why['what']}"
+        ended.why = f"process {why['rank']} ended: {why['what']}"
         ended.code, ended.said = why["code"], why.get("said", True)
         with suppress(Exception):
             self._store.set(f"heard/{self._rank}", "")

@@ -121,7 +121,7 @@ def _known(name: str, known: list[str]) -> str:
     spelled = _spelled(name)
     if spelled not in known:
         close = near_misses(spelled, known)
-        hint = f"did you mean {' or '.join(close)}?" if close else f"one of: {', '.join(known)}"
+        hint = f"did you mean {' or '.join(close)}?" if close else f"use one of: {', '.join(known)}"
         raise UsageError(f"unknown device '{name}'", where="--gpu", hint=hint, kind="E-FLAG-VALUE")
     return spelled
 
@@ -136,7 +136,7 @@ def of_gpu(name: str) -> Rates:
     products = row["bf16"] * reached["bf16"]
     return Rates(
         name=spelled,
-        origin="data sheet, and shares of it that are guessed",
+        origin="the data sheet, and guessed shares of it",
         products=products,
         moments=products,
         plain=row["f32"] * reached["f32"],
@@ -159,7 +159,7 @@ def of_this_machine(file: Path | None = None) -> Rates:
     """Returns the rates that were measured here, or those of so many usual cores. `file`: where they were kept."""
     if file is not None:
         return read(file)
-    why = "'quark env --measure' measures"
+    why = "'quark env --measure' measures it"
     try:
         return read(default_file())
     except ConfigError as error:
@@ -208,7 +208,7 @@ def write(rates: Rates, file: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps({"schema": SCHEMA, **asdict(rates)}, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
-        hint = "set QUARK_HOME to a folder that can be written to"
+        hint = "set QUARK_HOME to a folder that you can write to"
         raise ResourceError(
             f"cannot be written: {error.strerror}", where=str(file), hint=hint, kind="E-DISK-WRITE"
         ) from error
@@ -216,7 +216,7 @@ def write(rates: Rates, file: Path) -> None:
 
 def read(file: Path) -> Rates:
     """Returns the rates of a file that `write` made. Raises ConfigError for another."""
-    hint = "'quark env --measure' writes a new one"
+    hint = "run 'quark env --measure' to write a new one"
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -226,7 +226,9 @@ def read(file: Path) -> Rates:
         ) from error
     known = {one.name for one in fields(Rates)}
     if not isinstance(found, dict) or found.pop("schema", None) != SCHEMA or set(found) != known:
-        raise ConfigError(f"not the rates of a machine ({SCHEMA})", where=str(file), hint=hint, kind="E-RATES-FILE")
+        raise ConfigError(
+            f"is not a file of measured rates ({SCHEMA})", where=str(file), hint=hint, kind="E-RATES-FILE"
+        )
     wrong = [key for key, value in found.items() if not _is_sound(key, value)]
     if wrong:
         raise ConfigError(

@@ -33,12 +33,12 @@ def check_loaded(plan: Plan, needs: Mapping[str, set[str]], runner: Any) -> str 
     for site in needs:
         if lost.issuperset(sites[site]):
             raise ModelError(
-                "calibration needs this activation, and the model's class does not load what reads it",
+                "calibration needs this layer input, and the model's class does not load the layers that read it",
                 where=site,
-                hint=f"--exclude '{sites[site][0]}', or a scheme that needs no data for it",
+                hint=f"use --exclude '{sites[site][0]}', or a scheme that needs no data for it",
                 kind="E-CLASS-FOLLOW",
             )
     return (
-        f"the model's class does not load {len(unseen)} of the quantized weights ({some(unseen, 4)}): they "
-        "are quantized like the weights that read the same activation, and no forward was run with them"
+        f"the model's class does not load {len(unseen)} of the quantized weights ({some(unseen, 4)}); they are "
+        "calibrated with the weights that read the same input, and never run"
     )

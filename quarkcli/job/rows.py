@@ -29,9 +29,11 @@ def token_rows(prepared: Prepared, tell: Listener) -> CalibrationData | None:
         return None
     if settings.source == SELF and prepared.download is not None:
         raise UsageError(
-            "the model is on the hub, and only one that is here as a whole writes text", where="--calib-data self",
-            hint="download it first (hf download)", kind="E-FLAG-CONFLICT",
-        )  # fmt: skip
+            "a model can write text only if it is on a local disk, and this one is on the hub",
+            where="--calib-data self",
+            hint="run 'hf download' first",
+            kind="E-FLAG-CONFLICT",
+        )
     return rows_of(settings, options, tokenizer_of(prepared.source, options), tell, author_of(prepared))
 
 
@@ -93,7 +95,10 @@ def rows_of(
         tell(Message(text, "warning"))
     if rows.notes and options.strict:
         raise DataError(
-            rows.notes[0], where=rows.source, hint="without --strict this is a warning", kind="E-DATA-STRICT"
+            rows.notes[0],
+            where=rows.source,
+            hint="fix it, or leave --strict out to make it a warning",
+            kind="E-DATA-STRICT",
         )
     for note in rows.notes:
         tell(Message(note, "warning"))

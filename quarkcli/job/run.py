@@ -69,13 +69,15 @@ def load_recipe(options: Options) -> Recipe:
             "--scheme and --recipe exclude each other" if options.scheme else "neither --scheme nor --recipe is given"
         )
         raise UsageError(
-            both, hint="--scheme nvfp4, or see 'quark schemes list' and 'quark recipes list'", kind="E-RECIPE-OR-SCHEME"
+            both,
+            hint="use --scheme nvfp4, for example; 'quark schemes list' and 'quark recipes list' show all",
+            kind="E-RECIPE-OR-SCHEME",
         )
     settings, of_steps = asked.of_recipe_and_steps(options.settings)
     if settings and options.recipe is None:
-        raise UsageError("there is no recipe to adjust", where="--set", hint="give one with --recipe", kind="E-SET")
+        raise UsageError("there is no recipe to change", where="--set", hint="add --recipe", kind="E-SET")
     if settings and isinstance(options.recipe, Recipe):
-        raise UsageError("only a recipe's name or file can be adjusted", where="--set", kind="E-SET")
+        raise UsageError("settings change only a recipe that is given by its name or file", where="--set", kind="E-SET")
     if options.scheme is not None:
         recipe = recipes.from_scheme(options.scheme)
     elif isinstance(options.recipe, Recipe):
@@ -388,9 +390,11 @@ def _refuse_nonfinite(records: Mapping[str, Mapping[str, Any]], options: Options
     """Raises DataError for what an interrupted run with another `--on-nonfinite` let pass."""
     first = next((name for record in records.values() for name in record["nonfinite"]), None)
     if first is not None and options.on_nonfinite != "keep":
-        raise DataError("NaN or inf in a kept tensor", where=first, hint=nonfinite.HINT, kind="E-NONFINITE-WEIGHT")
+        raise DataError(
+            "NaN or inf in a tensor that is not quantized", where=first, hint=nonfinite.HINT, kind="E-NONFINITE-WEIGHT"
+        )
     passed = (item for record in records.values() for item in record.get("skipped", {}).items())
     where, what = next(passed, ("", ""))
     if where and options.on_nonfinite != SKIP:
-        hint = f"the run that was interrupted passed over it; --on-nonfinite {SKIP}, or --resume never"
+        hint = f"use --on-nonfinite {SKIP}, as the interrupted run did, or --resume never"
         raise DataError(what, where=where, hint=hint, kind="E-NONFINITE-ACTIVATION")

@@ -295,7 +295,7 @@ class Solving:
                 cause = error
             clear_frames(cause.__traceback__)  # they hold the tensors of what failed
             self.one_by_one = True
-            self.warn(f"out of device memory: experts are solved one by one, not {len(run)} together")
+            self.warn(f"not enough GPU memory: experts are quantized one by one, not {len(run)} together")
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
         if self.one_by_one:
@@ -304,7 +304,7 @@ class Solving:
 
     def _nearest(self, problem: Problem, why: str) -> list[Quantized]:
         """Returns the weights of a problem rounded to nearest, because something is not finite, and says so."""
-        self.warn(f"{problem.name}: {why}; rounded to nearest")
+        self.warn(f"{problem.name}: {why}; its weights are rounded to nearest")
         self.skipped.update(dict.fromkeys((target.name for target in problem.targets), why))
         return RoundToNearest().solve(problem)
 
@@ -316,7 +316,9 @@ class Solving:
         elif problem.site in needs and lost:
             self.skipped.update(dict.fromkeys((target.name for target in problem.targets), lost))
         elif problem.site in needs:
-            self.warn(f"{problem.name}: no calibration token; rounded to nearest instead of {solver.name}")
+            self.warn(
+                f"{problem.name}: no calibration token reached it; {solver.name} is replaced by rounding to nearest"
+            )
 
     def _or_nearest(
         self, solver: Solver, problem: Problem, solved: list[Quantized] | None, called: bool
@@ -325,7 +327,10 @@ class Solving:
             return self._checked(solver.name, problem, solved)
         if called:
             tokens = problem.moment.tokens if problem.moment is not None else 0
-            self.warn(f"{problem.name}: {solver.name} finds no solution on {tokens} tokens; rounded to nearest")
+            self.warn(
+                f"{problem.name}: {solver.name} finds no solution with {tokens} tokens; its weights are "
+                "rounded to nearest"
+            )
         return RoundToNearest().solve(problem)
 
     def _refine(self, problem: Problem, quantized: list[Quantized]) -> list[Quantized]:

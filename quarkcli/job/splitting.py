@@ -10,7 +10,7 @@ from quarkcli.disk import parallel
 from quarkcli.errors import CheckError, ModelError
 from quarkcli.plan.model import Plan, Target, is_quantized
 
-_HINT = "another --tp, --exclude for these modules, or a scheme with smaller groups"
+_HINT = "use another --tp, --exclude for these modules, or a scheme with smaller groups"
 
 
 def degrees(plan: Plan, dialect: Writer, config: Mapping[str, Any], asked: int | None) -> list[int]:

@@ -148,12 +148,12 @@ class Weights:
             more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
             raise ModelError(
                 f"no tensor in the files fills the parameters {', '.join(lost[:3])}{more}",
-                hint="check that all shards are there and that config.json belongs to them; " + DATA_FREE_HINT,
+                hint="check that all weight files are there and that config.json belongs to them; " + DATA_FREE_HINT,
                 kind="E-CLASS-TENSORS",
             )
         wrong = [self.map.wrong_shapes[name] for name in needed if name in self.map.wrong_shapes]
         if wrong:
-            raise ModelError(wrong[0], hint="config.json and the tensors disagree", kind="E-CLASS-TENSORS")
+            raise ModelError(wrong[0], hint="use the config.json that belongs to these files", kind="E-CLASS-TENSORS")
 
     def _complete(self, param: str, tensors: Mapping[str, torch.Tensor]) -> bool:
         names = self.map.by_param[param].names
@@ -196,7 +196,7 @@ class Weights:
             module._buffers[leaf] = known[name].to(self.device, copy=True)
         empty = [name for name in buffers if self._is_meta(name)]
         if empty:
-            with self.skeleton.code.running("cannot fill its buffers"):
+            with self.skeleton.code.running("fails when its buffers are filled"):
                 rebuild_buffers(self.skeleton.model, empty, self.device)
 
     def _check_loaded(self, params: Iterable[str]) -> None:

@@ -31,8 +31,8 @@ def rebuild_buffers(model: Any, names: Iterable[str], device: torch.device) -> N
         # falcon_h1 fills its blocks' buffers from the top.
         for module, leaf in _unset(owners, enclosing, deep=True):
             raise ModelError(
-                f"{type(module).__name__} does not say how to initialize its buffer {leaf!r}, so it cannot be run",
-                hint="schemes that need no calibration data still work",
+                f"{type(module).__name__} does not say how to initialize its buffer {leaf!r}, so it cannot run",
+                hint="use a scheme that needs no calibration data",
                 kind="E-CLASS-FOLLOW",
             )
     for module, leaves in owners.items():

@@ -245,7 +245,7 @@ def _layout(module: nn.Module) -> Layout:
     layout = layout_of(module)
     if layout is None:
         raise ModelError(
-            f"{type(module).__name__} keeps its experts in a way quark does not know", kind="E-CLASS-FOLLOW"
+            f"{type(module).__name__} stores its experts in a way that quark does not know", kind="E-CLASS-FOLLOW"
         )
     return layout
 

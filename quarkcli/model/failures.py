@@ -17,7 +17,7 @@ from quarkcli import family, memory
 from quarkcli.errors import ModelError, QuarkError
 from quarkcli.model.library import TESTED, quiet, transformers
 
-DATA_FREE_HINT = "schemes that need no calibration data still work: they read tensors and never run the model"
+DATA_FREE_HINT = "use a scheme that needs no calibration data: it never runs the model"
 _LENGTH = 400  # characters of a foreign message; some print whole tensors
 
 
@@ -92,7 +92,9 @@ class ModelCode:
             if written and written != transformers.__version__:
                 yield f"config.json says that the model was saved with transformers {written}"
         elif transformers.__version__ != TESTED:
-            yield f"every family of quark runs on transformers {TESTED}: pip install 'transformers=={TESTED}'"
+            yield (
+                f"install transformers {TESTED}, which runs every family of quark: pip install 'transformers=={TESTED}'"
+            )
 
 
 def described(error: Exception) -> str:

@@ -36,8 +36,8 @@ try:
         from transformers.utils import chat_template_utils
 except ImportError as error:
     raise ModelError(
-        f"this transformers cannot run models for quark: {error}",
-        hint="install a release from 5.22 up to, not including, 6: pip install 'transformers>=5.22,<6'",
+        f"this release of transformers cannot run models for quark: {error}",
+        hint="install a release from 5.22 on, below 6: pip install 'transformers>=5.22,<6'",
         kind="E-TRANSFORMERS",
     ) from error
 

@@ -113,7 +113,7 @@ class Recorder:
         with self.skeleton.code.running("fails in its forward pass"), without_head(self.skeleton):
             self._forward(session.visit, tokens, attention_mask)
         if recording.hidden is None:
-            raise ModelError("the model's forward pass calls none of its decoder blocks", kind="E-CLASS-FOLLOW")
+            raise ModelError("the model calls none of its decoder blocks", kind="E-CLASS-FOLLOW")
         return recording
 
     def logits(self, recording: Recording, hidden: Any, gradients: bool = False) -> torch.Tensor:
@@ -192,9 +192,9 @@ class Recorder:
         found, expected = Form.of(output), self._form(block)
         if found.count != expected.count:
             raise ModelError(
-                f"decoder block {index} ({type(block).__name__}) returns {_describe(found)}, where recording took it "
-                f"to return {_describe(expected)}; its inputs cannot be told reliably",
-                hint="schemes that need no calibration data still work",
+                f"decoder block {index} ({type(block).__name__}) returns {_describe(found)}, but returned "
+                f"{_describe(expected)} before, so quark cannot follow it",
+                hint="use a scheme that needs no calibration data",
                 kind="E-CLASS-FOLLOW",
             )
 
@@ -256,7 +256,7 @@ class _Session:
         elif not self._untouched(hidden):
             raise ModelError(
                 f"the model changes the hidden states between decoder blocks {self.previous} and {index}",
-                hint="schemes that need no calibration data still work",
+                hint="use a scheme that needs no calibration data",
                 kind="E-CLASS-FOLLOW",
             )
         form = self.recorder.learn_form(block, args, kwargs)
@@ -368,7 +368,7 @@ def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
 def _logits_of(output: Any) -> torch.Tensor:
     logits = output.logits if hasattr(output, "logits") else output[0]
     if not isinstance(logits, torch.Tensor) or logits.ndim != 3:
-        raise ModelError("the model's forward pass returns no logits", kind="E-CLASS-FOLLOW")
+        raise ModelError("the model returns no logits", kind="E-CLASS-FOLLOW")
     return logits
 
 

@@ -77,9 +77,9 @@ class Runner:
         rows = table.weight.shape[0] if isinstance(table, nn.Embedding) else None
         if rows is not None and int(tokens.max()) >= rows:
             raise DataError(
-                f"the tokenizer gives token {int(tokens.max())}, and the model's embedding has {rows} rows",
+                f"the tokenizer gives token {int(tokens.max())}, but the model's embedding has only {rows} rows",
                 where="tokenizer",
-                hint="the model was not resized when tokens were added; take the tokenizer it came with",
+                hint="use the tokenizer that came with the model; tokens were added without resizing the model",
                 kind="E-DATA-VOCABULARY",
             )
 
@@ -109,8 +109,7 @@ class Runner:
         for param, source in self._weights.shared().items():
             one, other = self._weights.block_of(source), self._weights.block_of(param)
             raise ModelError(
-                f"decoder blocks {one} and {other} share weights; calibration works on one block at a time, and would "
-                f"see one of the two uses",
+                f"decoder blocks {one} and {other} share weights, and calibration works on one block at a time",
                 where=source,
                 hint=DATA_FREE_HINT,
                 kind="E-CLASS-FOLLOW",
@@ -232,9 +231,9 @@ class Runner:
         for name in silent.values():
             if name:
                 raise ModelError(
-                    "its input is to be turned while the model runs, and the model's class does not call its module",
+                    "its input must be rotated while the model runs, but the model's class does not call its module",
                     where=name,
-                    hint="leave it out of the transform's slots",
+                    hint="leave it out of the algorithm's 'slots' (the weights that it works on)",
                     kind="E-CLASS-FOLLOW",
                 )
 

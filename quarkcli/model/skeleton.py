@@ -167,8 +167,7 @@ def model_class(config: Any, folder: Path, trust_remote_code: bool) -> Any:
             return get_class_from_dynamic_module(reference, folder, local_files_only=True)
         except Exception as error:
             raise ModelError(
-                f"the model's own code cannot be imported (transformers {transformers.__version__}): "
-                f"{described(error)}",
+                f"the model's own code fails (transformers {transformers.__version__}): {described(error)}",
                 where=str(folder),
                 hint=DATA_FREE_HINT,
                 kind="E-CLASS-FAILS",
@@ -286,7 +285,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         content = path.read_bytes()
     except FileNotFoundError:
         raise ModelError(
-            "no such file, so nothing says which model this is", where=str(path), kind="E-MODEL-SIDE-FILE"
+            "there is no such file, so it is unknown which model this is", where=str(path), kind="E-MODEL-SIDE-FILE"
         ) from None
     except OSError as error:
         raise ModelError(f"cannot be read: {error}", where=str(path), kind="E-MODEL-SIDE-FILE") from error
@@ -306,9 +305,9 @@ def _custom_code_refused(folder: Path, auto_map: Mapping[str, Any]) -> ModelErro
     texts = [text for value in auto_map.values() for text in (value if isinstance(value, list) else [value]) if text]
     files = sorted({text.rpartition(".")[0].rpartition("--")[2] + ".py" for text in texts})
     return ModelError(
-        f"the model comes with its own code ({', '.join(files)}), which has to run to calibrate it",
+        f"calibration must run code that comes with the model ({', '.join(files)})",
         where=str(folder),
-        hint="read that code, then allow it with --trust-remote-code; " + DATA_FREE_HINT,
+        hint="read that code, then allow it with --trust-remote-code, or " + DATA_FREE_HINT,
         kind="E-CODE-TRUST",
     )
 

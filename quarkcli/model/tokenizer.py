@@ -15,7 +15,7 @@ from quarkcli.model.library import AutoTokenizer, one_day, quiet, transformers
 from quarkcli.model.limits import Bounded, OutOfBounds
 
 _PLAIN = "use calibration data with plain text"
-HINT = "schemes that need no calibration data need no tokenizer"
+HINT = "use a scheme that needs no calibration data"
 # Any one of these says that the folder has a tokenizer.
 FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "tekken.json")
 
@@ -66,14 +66,14 @@ class Tokenizer:
         raises  UsageError: `on`, and there is no BOS token; another word
         """
         if bos not in {"auto", "on", "off"}:
-            raise UsageError(f"unknown choice '{bos}'", where="--bos", hint="auto, on or off", kind="E-FLAG-VALUE")
+            raise UsageError(f"unknown value '{bos}'", where="--bos", hint="use auto, on or off", kind="E-FLAG-VALUE")
         if bos == "off":
             return []
         if self._prefix or bos == "auto":
             return list(self._prefix)
         if self.bos is None:
             raise UsageError(
-                "this tokenizer has no BOS token", where="--bos on", hint="--bos auto", kind="E-FLAG-CONFLICT"
+                "this tokenizer has no BOS token", where="--bos on", hint="use --bos auto", kind="E-FLAG-CONFLICT"
             )
         return [self.bos]
 
@@ -132,7 +132,7 @@ class Tokenizer:
                 with _panics():
                     return str(self._inner.decode(list(ids), skip_special_tokens=False))
             except Exception as error:
-                raise _failed("fails on token numbers", type(self._inner).__name__, error) from error
+                raise _failed("fails to turn token numbers into text", type(self._inner).__name__, error) from error
 
     def _encoded(self, text: str, special: bool) -> list[int]:
         with quiet():
@@ -140,7 +140,7 @@ class Tokenizer:
                 with _panics():
                     return list(self._inner.encode(text, add_special_tokens=special))
             except Exception as error:
-                raise _failed("fails on a text", type(self._inner).__name__, error) from error
+                raise _failed("fails to turn a text into tokens", type(self._inner).__name__, error) from error
 
     def chat(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
@@ -153,7 +153,7 @@ class Tokenizer:
         """
         if not self.has_chat_template:
             raise DataError(
-                "the tokenizer has no chat template, so conversations cannot be turned into tokens",
+                "the tokenizer has no chat template, so quark cannot turn conversations into tokens",
                 hint=_PLAIN,
                 kind="E-CHAT-TEMPLATE",
             )
@@ -161,7 +161,7 @@ class Tokenizer:
             try:
                 return self._bounded([dict(message) for message in messages], [dict(tool) for tool in tools or ()])
             except OutOfBounds as error:
-                what = f"the chat template of the tokenizer does not end well: {error}"
+                what = f"the chat template of the tokenizer fails: {error}"
                 raise ModelError(what, hint=_PLAIN, kind="E-TOKENIZER") from error
             except Exception as error:  # templates raise what they like, jinja's own errors included
                 raise DataError(f"the chat template refuses a conversation: {error}", kind="E-CHAT-TEMPLATE") from error
@@ -207,7 +207,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Tokenizer:
     """
     if not any((folder / name).exists() for name in FILES):
         raise ModelError(
-            "there are no tokenizer files, so text cannot be turned into tokens",
+            "there are no tokenizer files, so quark cannot turn text into tokens",
             where=str(folder),
             hint=HINT,
             kind="E-TOKENIZER",
@@ -219,9 +219,9 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Tokenizer:
     except Exception as error:
         if "trust_remote_code" in str(error):
             raise ModelError(
-                "the tokenizer comes with its own code, which has to run to use it",
+                "the tokenizer comes with its own code, and needs to run it",
                 where=str(folder),
-                hint="read that code, then allow it with --trust-remote-code; " + HINT,
+                hint="read that code, then allow it with --trust-remote-code, or " + HINT,
                 kind="E-CODE-TRUST",
             ) from error
         raise _failed("cannot be loaded", str(folder), error) from error
@@ -242,14 +242,14 @@ def _check_config(path: Path) -> None:
     try:
         config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"not readable as JSON: {error}", where=str(path), hint=HINT, kind="E-TOKENIZER") from error
+        raise ModelError(f"is not valid JSON: {error}", where=str(path), hint=HINT, kind="E-TOKENIZER") from error
     if not isinstance(config, dict):
-        raise ModelError("not a JSON object", where=str(path), hint=HINT, kind="E-TOKENIZER")
+        raise ModelError("is not a JSON object", where=str(path), hint=HINT, kind="E-TOKENIZER")
     for key, (kinds, wanted) in _TYPES.items():
         value = config.get(key)
         if value is not None and not isinstance(value, kinds):
             raise ModelError(
-                f"{key} is {str(value)[:40]!r}, and has to be {wanted}",
+                f"{key} is {str(value)[:40]!r}, but must be {wanted}",
                 where=str(path),
                 hint=HINT,
                 kind="E-TOKENIZER",

@@ -32,7 +32,7 @@ def write(
     model = runner._skeleton.model
     if not runner.has_head or not hasattr(model, "generate"):
         raise ModelError(
-            "the model's class cannot write text", hint="--calib-data FILE, or builtin", kind="E-CLASS-FOLLOW"
+            "the model's class cannot write text", hint="use --calib-data FILE, or builtin", kind="E-CLASS-FOLLOW"
         )
     settings = transformers.GenerationConfig(
         do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_length=length, min_length=length, use_cache=True,
@@ -54,7 +54,7 @@ def write(
                 if "probability tensor" not in str(error):
                     raise
                 raise DataError(
-                    "NaN or inf in the scores of the next token",
+                    "the model gives NaN or inf for the next token",
                     where="--calib-data self",
                     kind="E-NONFINITE-ACTIVATION",
                 ) from error

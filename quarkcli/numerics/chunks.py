@@ -81,7 +81,7 @@ def require_divisible(cols: int, size: int) -> None:
     if cols % size:
         raise ModelError(
             f"the last dimension {cols} is not divisible by the group size {size}",
-            hint="exclude this layer, or choose a group size that divides it",
+            hint="exclude this layer, or choose a group size that divides its width",
             kind="E-GROUP-SIZE",
         )
 
@@ -153,6 +153,6 @@ def require_finite(amax: Tensor, x: Tensor) -> None:
     col = int((~torch.isfinite(x[row].float())).nonzero()[0])
     raise DataError(
         f"value {x[row, col].item()} at [{row}, {col}] is not finite",
-        hint="the weights are damaged or overflowed; exclude this tensor or repair the model",
+        hint="exclude this tensor, or repair the model: its weights are damaged or overflowed",
         kind="E-NONFINITE-WEIGHT",
     )

@@ -59,7 +59,7 @@ class MinMax:
         if not isinstance(granularity, PerTensor | PerChannel | PerGroup):
             raise ConfigError(
                 f"no range is kept for {type(granularity).__name__}",
-                hint="one per tensor, channel or group",
+                hint="use one range per tensor, channel or group",
                 kind="E-OBSERVER",
             )
         self.granularity = granularity
@@ -247,7 +247,9 @@ def _chosen(seen: Histogram, spec: TensorSpec) -> Tensor:
         return seen.percentile(parameters["percentile"])
     if not isinstance(spec.granularity, PerTensor):
         raise ConfigError(
-            f"observer '{spec.observer.name}' is for one scale per tensor", hint="use percentile", kind="E-OBSERVER"
+            f"observer '{spec.observer.name}' works only with one scale per tensor",
+            hint="use percentile",
+            kind="E-OBSERVER",
         )
     if spec.observer.name == "mse":
         return seen.least_error(spec, int(parameters["steps"]), parameters["shrink"])

@@ -290,8 +290,8 @@ def fixed_scale(spec: TensorSpec, static: Tensor | None, device: torch.device) -
         static = static_scale(torch.tensor(constant, device=device), spec)
     if static is not None and not spec.symmetric:
         raise ConfigError(
-            "a static activation has no zero point",
-            hint="when: dynamic, or a symmetric element",
+            "a static scale of an activation cannot have a zero point",
+            hint="write when: dynamic, or use a symmetric element",
             kind="E-FORMAT-IMPOSSIBLE",
         )
     return None if static is None else static.to(device)  # one that was stored comes from a file

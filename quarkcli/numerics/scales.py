@@ -216,7 +216,7 @@ def e8m0_scale(range_: Range, element: Element, rule: str) -> Tensor:
     if rule not in _EXPONENT_RULES:
         raise ConfigError(
             f"the rule {rule!r} gives no exponent",
-            hint=f"e8m0 takes {', '.join(_EXPONENT_RULES)}",
+            hint=f"use one of {', '.join(_EXPONENT_RULES)} with e8m0",
             kind="E-FORMAT-IMPOSSIBLE",
         )
     range_ = Range(range_.amax.contiguous(), range_.low, range_.high)

@@ -43,7 +43,7 @@ def clipped(matrix: Tensor, spec: TensorSpec, range_: Range, amax: Tensor | None
             outer = scales.global_scale(range_.amax.max() if amax is None else amax, spec.format, spec.scale)
         return _least_error(matrix, spec, range_, outer, int(parameters["steps"]), parameters["shrink"])
     raise ConfigError(
-        f"observer '{spec.observer.name}' collects activations; a weight is known whole",
+        f"observer '{spec.observer.name}' works only for activations",
         hint="use mse or percentile",
         kind="E-OBSERVER",
     )
@@ -111,7 +111,7 @@ def _params(matrix: Tensor, spec: TensorSpec, range_: Range, outer: Tensor | Non
 def _percentile(matrix: Tensor, spec: TensorSpec, range_: Range, percentile: float) -> Range:
     """Returns ranges with `percentile` per cent of the values (magnitudes when symmetric), by nearest rank."""
     if isinstance(spec.granularity, PerTile):
-        raise ConfigError("observer 'percentile' is not for tiles", hint="use mse", kind="E-OBSERVER")
+        raise ConfigError("observer 'percentile' does not work with tiles", hint="use mse", kind="E-OBSERVER")
     if spec.symmetric:
         return Range(_rank(matrix.abs(), spec, percentile, range_.amax))
     low, high = -_rank(-matrix, spec, percentile, range_.amax), _rank(matrix, spec, percentile, range_.amax)

@@ -25,9 +25,9 @@ def minimum_entries(composed: Composed, layout: Layout, minimum: float) -> list[
     """
     if not math.isfinite(minimum) or minimum <= 0:
         raise UsageError(
-            f"{minimum:g} is not a scale",
+            f"{minimum:g} cannot be a scale",
             where=_FLAG,
-            hint=f"a positive number: {_FLAG} 0.0005",
+            hint=f"use a positive number: {_FLAG} 0.0005",
             kind="E-FLAG-VALUE",
         )
     before = composed.entries[: composed.edits_start]
@@ -46,7 +46,9 @@ def minimum_entries(composed: Composed, layout: Layout, minimum: float) -> list[
             Entry(p, spec_to_yaml(spec), True, None, True, origin, str(origin), True) for p, spec in rows.items()
         ]
     if not entries:
-        raise ConfigError("there is no KV cache in this plan", where=_FLAG, hint="--kv-cache fp8", kind="E-KV-SCALE")
+        raise ConfigError(
+            "there is no KV cache in this plan", where=_FLAG, hint="add --kv-cache fp8", kind="E-KV-SCALE"
+        )
     return entries
 
 
@@ -56,7 +58,7 @@ def _bounded(spec: TensorSpec, minimum: float, slot: str) -> TensorSpec:
         raise ConfigError(
             f"{slot} has no scale that is stored ({spec.describe()})",
             where=_FLAG,
-            hint="--kv-cache fp8",
+            hint="add --kv-cache fp8",
             kind="E-KV-SCALE",
         )
     if scale.global_scale is not None:

@@ -23,7 +23,12 @@ def warn(plan: Plan) -> None:
     unused = {"input": "their weight is not quantized", "output": "their weight is not quantized"}
     for kind, reason in unused.items():
         _lone(plan, kind, reason, lambda t: t.weight is None)
-    _lone(plan, "output", "embeddings have none", lambda t: t.weight is not None and t.is_embedding)
+    _lone(
+        plan,
+        "output",
+        "embeddings have no input or output to quantize",
+        lambda t: t.weight is not None and t.is_embedding,
+    )
     _lone(plan, "bias", "their module has no quantized weight, or no bias", lambda t: t.bias_spec is None)
     if plan.tied_head is not None and any(run[0].is_embedding for run in plan.quantized_alike()):
         plan.warnings.append(f"the embedding is quantized, and {plan.tied_head} with it: the two are one tensor")
@@ -49,7 +54,7 @@ def _overruled_cache(plan: Plan) -> None:
                 continue
             same_slot = [entry for entry in caches if entry.quantizer_path == winner.quantizer_path]
             if same_slot and same_slot[0].cfg != winner.cfg:
-                plan.warnings.append(f"{winner.origin} decides the cache of k and v, not {same_slot[0].origin}")
+                plan.warnings.append(f"{winner.origin} decides the KV cache, not {same_slot[0].origin}")
                 return
 
 
@@ -59,11 +64,10 @@ def check_stored(plan: Plan, transposed: Collection[str]) -> None:
     if names:
         first = plan.targets[names[0]]
         raise ModelError(
-            f"stored transposed, [in, out] ({list(first.shape)}), and {len(names) - 1} more: the class is no nn.Linear "
-            "(Conv1D of transformers); scales would run along the outputs, and no reader of quantized checkpoints "
-            "loads such a class",
+            f"is stored transposed ({list(first.shape)}), like {len(names) - 1} more: its class is not nn.Linear "
+            "(Conv1D of transformers), and no server loads a quantized one",
             where=first.view.tensor,
-            hint="a copy of the model whose linears are nn.Linear can be quantized; this one cannot",
+            hint="use a copy of the model whose layers are nn.Linear",
             kind="E-MODEL-FAMILY",
         )
 
@@ -89,9 +93,9 @@ def _check_activation(slot: str, spec: TensorSpec) -> None:
     for stage in spec.stages:
         if isinstance(stage.granularity, PerTile | PerChannel):
             raise ConfigError(
-                f"an activation has no rows that scales could belong to ({stage.describe()})",
+                f"an activation cannot have scales per row of a weight ({stage.describe()})",
                 where=slot,
-                hint="granularity: tensor, token, or {group: SIZE}",
+                hint="write granularity: tensor, token, or {group: SIZE}",
                 kind="E-SLOT-IMPOSSIBLE",
             )
 
@@ -99,16 +103,16 @@ def _check_activation(slot: str, spec: TensorSpec) -> None:
 def _check_output(target: Target, spec: TensorSpec) -> None:
     if target.expert is not None:
         raise ConfigError(
-            "outputs of routed experts cannot be quantized: they are added up inside one fused kernel",
+            "outputs of routed experts cannot be quantized: one kernel adds them up",
             where=f"{target.name}.output_quantizer",
-            hint="switch the output quantizers of the experts off with an entry of their own",
+            hint="switch the output quantizers of the experts off with an entry for them",
             kind="E-SLOT-IMPOSSIBLE",
         )
     if spec.needs_amax and target.site is None:
         raise ConfigError(
-            f"its output would have to be measured, and no forward pass reaches it (role {target.role})",
+            f"its output needs calibration, and text does not reach this module (role {target.role})",
             where=f"{target.name}.output_quantizer",
-            hint=f"--exclude '{target.name}', or a spec that needs no data",
+            hint=f"use --exclude '{target.name}', or a format that needs no data",
             kind="E-SLOT-UNREACHED",
         )
 
@@ -118,17 +122,17 @@ def _check_attention(module: Attention, kind: str, spec: TensorSpec) -> None:
     for size in sorted(spec.group_sizes):
         if kind == "p":
             raise ConfigError(
-                f"the softmax output has a column per token, which groups of {size} do not divide",
+                f"the softmax output has one column per token, which groups of {size} do not divide",
                 where=slot,
-                hint="granularity: tensor or token",
+                hint="write granularity: tensor, or token",
                 kind="E-SLOT-IMPOSSIBLE",
             )
         if module.head_dim is not None and module.head_dim % size:
             raise ModelError(
-                f"{module.head_dim} features of a head are not a multiple of group size {size} "
-                f"(remainder {module.head_dim % size})",
+                f"the {module.head_dim} features of a head are not a multiple of group size {size} (remainder "
+                f"{module.head_dim % size})",
                 where=slot,
-                hint="a scheme with one scale per tensor: --kv-cache fp8",
+                hint="use a format with one scale per tensor: --kv-cache fp8",
                 kind="E-GROUP-SIZE",
             )
 
@@ -143,16 +147,12 @@ def _check_widths(plan: Plan) -> None:
     features = "input" if kind in ("weight", "input") else "output"
     leaf = run[0].name.rsplit(".", 1)[-1]
     raise ModelError(
-        f"{width} {features} features are not a multiple of group size {size} (remainder {width % size})"
-        + (f"; {count} modules in all" if count > 1 else ""),
+        f"its {width} {features} features are not a multiple of group size {size} (remainder {width % size})"
+        + (f"; {count} modules have this width" if count > 1 else ""),
         where=f"{run[0].name}.{kind}_quantizer",
-        hint=f"--exclude '*{leaf}', or a scheme with another group size for them: --layer '*{leaf}=fp8'; "
-        f"{KEEP} leaves out all such modules"
-        + (
-            f", {PAD} ends the last group of such a row with it"
-            if kind == "weight"
-            else f"; {PAD} is for weights alone"
-        ),
+        hint=f"use --exclude '*{leaf}', or another scheme for them: --layer '*{leaf}=fp8'; {KEEP} leaves all such "
+        "modules as they are"
+        + (f", and {PAD} makes their last groups shorter" if kind == "weight" else f"; {PAD} works only for weights"),
         kind="E-GROUP-SIZE",
     )
 
@@ -164,7 +164,7 @@ def left_out(plan: Plan) -> tuple[list[Entry], str]:
         why = f"{width} features are not a multiple of {size}"
         reasons.setdefault(why, {}).update(dict.fromkeys(target.name for target in run))
     if not reasons:
-        return [], f"{KEEP} changes nothing: every width holds whole groups"
+        return [], f"{KEEP} changes nothing: the group size divides every width"
     alike = Counter(starred(name) for name in plan.targets)
     entries: list[Entry] = []
     for why, names in reasons.items():
@@ -184,7 +184,7 @@ def padded(plan: Plan) -> tuple[list[Entry], str]:
         if kind == "weight":
             found.setdefault((run[0].weight, width), {}).update(dict.fromkeys(target.name for target in run))
     if not found:
-        return [], f"{PAD} changes nothing: every weight's width holds whole groups"
+        return [], f"{PAD} changes nothing: the group size divides every weight's width"
     alike = Counter(starred(name) for name in plan.targets)
     entries, said = [], []
     for (spec, width), names in found.items():

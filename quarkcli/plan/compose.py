@@ -125,7 +125,7 @@ def _pair(flag: str, name: str) -> tuple[str, str]:
         raise UsageError(
             f"'{flag}' is not of the form PATTERN=SCHEME",
             where=name,
-            hint=f"{name} '*down_proj=fp8'",
+            hint=f"write {name} '*down_proj=fp8'",
             kind="E-FLAG-VALUE",
         )
     return pattern, scheme

@@ -48,8 +48,8 @@ class Coverage:
         if not open_ones or self.covered / open_ones >= LEAST:
             return None
         return (
-            f"only {self.covered / open_ones:.0%} of the language model's block linears are quantized, and no entry, "
-            "flag or family exclusion leaves the others out: see what is kept, and whether the family fits"
+            f"only {self.covered / open_ones:.0%} of the weights in the decoder blocks are quantized, and no rule "
+            "leaves the others out; check with 'quark plan --modules' that the model family fits"
         )
 
     def facts(self) -> dict[str, object]:

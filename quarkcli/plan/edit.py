@@ -98,9 +98,9 @@ def set_quantizer_attributes_partial(
     parent = _class_name(parent_class)
     if isinstance(wildcard_or_filter, str) and stage_of(wildcard_or_filter)[1] is not None:
         raise ConfigError(
-            "one stage of a chain cannot be changed in part",
+            "one stage of a chain (two quantizations in a row) cannot be changed alone",
             where=_call(name, wildcard_or_filter),
-            hint="set_quantizer_attributes_full, or a list with a mapping for every stage",
+            hint="use set_quantizer_attributes_full, or a list with a mapping for every stage",
             kind="E-PYTHON-VALUE",
         )
     given, enable = _switch(partial_attributes, name)
@@ -117,9 +117,9 @@ def set_quantizer_attributes_partial(
             alike.setdefault(_key(slot, decision), []).append(slot)
     if not alike:
         raise ConfigError(
-            "none of the slots selected has attributes that could be changed",
+            "none of the selected quantizers has attributes to change",
             where=_call(name, wildcard_or_filter),
-            hint="set_quantizer_attributes_full",
+            hint="use set_quantizer_attributes_full",
             kind="E-PYTHON-VALUE",
         )
     rows = [(slots, *_merged(slots[0], selected[slots[0]], given, enable)) for slots in alike.values()]
@@ -151,9 +151,9 @@ def enable_quantizer(plan: Plan, wildcard_or_filter: Selection, parent_class: Pa
     selected = _selected(plan, wildcard_or_filter, parent, name)
     if not any(decision.cfg for decision in selected.values()):
         raise ConfigError(
-            "none of the slots selected has attributes to be quantized with",
+            "none of the selected quantizers has attributes to be switched on with",
             where=_call(name, wildcard_or_filter),
-            hint="set_quantizer_attributes_full",
+            hint="use set_quantizer_attributes_full",
             kind="E-PYTHON-VALUE",
         )
     _extend(plan, _rows(plan, wildcard_or_filter, Canonical("*", None, True), parent, name))
@@ -180,7 +180,7 @@ def _extend(plan: Plan, entries: Sequence[Entry]) -> None:
 def _basis(plan: Plan) -> Basis:
     if plan.basis is None:
         raise UsageError(
-            "this plan cannot be edited", hint="quarkcli.make_plan makes plans that can be", kind="E-PYTHON-CALL"
+            "this plan cannot be edited", hint="use a plan that quarkcli.make_plan made", kind="E-PYTHON-CALL"
         )
     return plan.basis
 
@@ -222,8 +222,10 @@ def _selected(plan: Plan, selection: Selection, parent: str | None, call: str) -
     if found:
         return found
     close = suggestions(selection, [slot for slot, _ in plan.slots()]) if isinstance(selection, str) else []
-    hint = f"did you mean {', '.join(map(repr, close))}?" if close else "see 'quark plan' for the names"
-    raise ConfigError("no slot is selected", where=_call(call, selection), hint=hint, kind="E-PYTHON-VALUE")
+    hint = f"did you mean {', '.join(map(repr, close))}?" if close else "run 'quark plan --modules' to see the names"
+    raise ConfigError(
+        "the pattern selects no quantizer", where=_call(call, selection), hint=hint, kind="E-PYTHON-VALUE"
+    )
 
 
 def _matched(plan: Plan, pattern: str, parent: str | None) -> Iterator[tuple[str, Decision]]:
@@ -299,7 +301,7 @@ def _switch(attributes: Any, call: str) -> tuple[Any, bool | None]:
     stages = list(attributes) if several else [attributes]
     if not stages or not all(isinstance(stage, Mapping) for stage in stages):
         raise ConfigError(
-            f"a mapping of attributes or a list of them is needed, not {attributes!r}",
+            f"attributes must be a mapping or a list of mappings, not {attributes!r}",
             where=call,
             kind="E-PYTHON-VALUE",
         )
@@ -322,13 +324,13 @@ def _merged(slot: str, decision: Decision, given: Any, enable: bool | None) -> t
     before, after = (located(origin, to_spec, each, weight=weight) for each in (old, cfg))
     if decision.spec is not None and len(decision.spec.stages) != len(before.stages):
         raise ConfigError(
-            "a stage of this chain is off", where=slot, hint="set_quantizer_attributes_full", kind="E-PYTHON-VALUE"
+            "a stage of this chain is off", where=slot, hint="use set_quantizer_attributes_full", kind="E-PYTHON-VALUE"
         )
     if len(before.stages) != len(after.stages):
         raise ConfigError(
-            "this would make a chain, or end one",
+            "this would make a chain (two quantizations in a row), or end one",
             where=slot,
-            hint="set_quantizer_attributes_full",
+            hint="use set_quantizer_attributes_full",
             kind="E-PYTHON-VALUE",
         )
     return cfg, decision.spec is not None if enable is None else enable

@@ -31,7 +31,7 @@ def check_matches(plan: Plan) -> None:
             raise _absent(plan, entry, modules if flag else _one_of_each(slot for slot, _ in plan.slots()))
         if entry.user or _misspelled(entry.quantizer_path, modules):
             count = 4 * (len(plan.targets) + len(plan.attention))
-            plan.warnings.append(f"{entry.origin}: '{entry.quantizer_path}' matched 0 of {count} slots")
+            plan.warnings.append(f"{entry.origin}: '{entry.quantizer_path}' matched none of {count} quantizers")
 
 
 def _unmatched(plan: Plan) -> Iterator[int]:
@@ -64,8 +64,12 @@ def _absent(plan: Plan, entry: Entry, pool: list[str]) -> ConfigError:
     flag = entry.origin.is_flag
     shown = entry.quantizer_path.removesuffix(".weight_quantizer") if flag else entry.quantizer_path
     close = suggestions(shown, pool)
-    hint = f"did you mean {', '.join(repr(name) for name in close)}?" if close else "see 'quark plan' for the names"
-    what = f"'{shown}' matches 0 of {len(plan.targets)} modules"
+    hint = (
+        f"did you mean {', '.join(repr(name) for name in close)}?"
+        if close
+        else "run 'quark plan --modules' to see the names"
+    )
+    what = f"'{shown}' matches none of {len(plan.targets)} modules"
     return ConfigError(what, where=str(entry.origin), hint=hint, kind="E-PATTERN-NOMATCH")
 
 
@@ -93,16 +97,20 @@ def check_effect(
             continue
         later = dict.fromkeys(str(plan.entries[index].origin) for index in overruling)
         raise ConfigError(
-            f"'{entry.quantizer_path}' enables quantizers, but every one of them ends switched off",
+            f"'{entry.quantizer_path}' switches quantizers on, but all of them end switched off",
             where=str(entry.origin),
-            hint=f"later entries win: {'; '.join(list(later)[:3])}" if later else "it has no cfg to enable",
+            hint=f"check the later entries, which win: {'; '.join(list(later)[:3])}"
+            if later
+            else "add a cfg; there is none to switch on",
             kind="E-PLAN-EMPTY",
         )
     if not edited:
         _check_weights(plan)
     if not any(plan.quantized_alike()) and not any(module.specs for module in plan.attention.values()):
         listed = "; ".join(f"{e.quantizer_path} ({e.origin})" for e in plan.entries[:6])
-        raise ConfigError("the plan quantizes nothing", hint=f"entries in order: {listed}", kind="E-PLAN-EMPTY")
+        raise ConfigError(
+            "the plan quantizes nothing", hint=f"check the entries, in their order: {listed}", kind="E-PLAN-EMPTY"
+        )
 
 
 def _check_weights(plan: Plan) -> None:
@@ -114,9 +122,9 @@ def _check_weights(plan: Plan) -> None:
     if asking and not any(plan.quantized_alike()):
         patterns = ", ".join(dict.fromkeys(f"'{entry.quantizer_path}'" for entry in asking[:3]))
         raise ConfigError(
-            f"weights are to be quantized ({patterns}), and none is",
+            f"entries ask to quantize weights ({patterns}), and no weight is quantized",
             where=str(asking[0].origin),
-            hint="see 'quark plan --scheme mxfp4' for the names in this model",
+            hint="run 'quark plan --scheme mxfp4 --modules' to see the names in this model",
             kind="E-PLAN-EMPTY",
         )
 

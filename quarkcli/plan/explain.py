@@ -147,8 +147,12 @@ def _find(plan: Plan, slot: str) -> tuple[str, Target | Attention, str]:
         if name in slots:
             return name, *slots[name]
     close = suggestions(slot, slots)
-    hint = f"did you mean {', '.join(map(repr, close))}?" if close else "'quark plan --json' lists the slots"
-    raise ConfigError(f"no slot is called '{slot}'", hint=hint, kind="E-SLOT-UNKNOWN")
+    hint = (
+        f"did you mean {', '.join(map(repr, close))}?"
+        if close
+        else "run 'quark plan --json --full' for the names of all quantizers"
+    )
+    raise ConfigError(f"no quantizer is called '{slot}'", hint=hint, kind="E-SLOT-UNKNOWN")
 
 
 def _slots(plan: Plan) -> dict[str, tuple[Target | Attention, str]]:
@@ -178,7 +182,7 @@ def _matches(plan: Plan, names: tuple[str, ...], parent_class: str, weight: bool
         elif entry.parent_class not in (None, parent_class):
             effect = f"only for {entry.parent_class}; this is {parent_class}"
         else:
-            effect = "speaks of a stage that the slot does not have"
+            effect = "is about a stage of a chain that this quantizer does not have"
         found.append(Match(index, entry, effect, after, index == last))
     return tuple(found)
 
@@ -186,11 +190,11 @@ def _matches(plan: Plan, names: tuple[str, ...], parent_class: str, weight: bool
 def _effect(plan: Plan, index: int) -> str:
     entry, stage = plan.entries[index], stage_of(plan.entries[index].quantizer_path)[1]
     if index in plan.restores:
-        return "brings back what was said before the exclusions"
+        return "restores what was set before the exclusions"
     if entry.cfg is None:
         effect = "switches on" if entry.enable else "switches off"
     else:
-        effect = "replaces" if entry.enable else "replaces, switched off"
+        effect = "replaces" if entry.enable else "replaces the attributes, switched off"
     return effect if stage is None else f"{effect} stage {stage}"
 
 
@@ -205,7 +209,7 @@ def _idle(owner: Target | Attention, kind: str) -> str | None:
         return None
     if owner.weight is None:
         return "its weight is not quantized"
-    return "an embedding reads token numbers" if owner.is_embedding else "there is no such tensor"
+    return "an embedding reads token numbers" if owner.is_embedding else "the model has no such tensor"
 
 
 def _site(owner: Target | Attention, kind: str, decision: Decision) -> str | None:

@@ -40,10 +40,10 @@ def warn(
         if absent and composed.entries[indices[0]].user:
             continue  # said already
         if not ends.differ_without(indices):
-            plan.warnings.append(f"{flag} changes nothing: without it every module ends the same")
+            plan.warnings.append(f"{flag} changes nothing: the plan is the same without it")
     plan.warnings += _unprotected(plan, recipe, overrides, layout)
     if overrides.allow_unmatched and not any(getattr(overrides, name) for name in _NO_PATTERNS):
-        plan.warnings.append("--allow-unmatched changes nothing: no flag gives a pattern")
+        plan.warnings.append("--allow-unmatched changes nothing: no flag has a pattern")
 
 
 def _flags(composed: Composed, recipe: Recipe) -> dict[str, list[int]]:

@@ -37,8 +37,9 @@ def sentence(found: Sequence[Mapping[Scheme, Sequence[str]]]) -> str:
     many = len(found) > 1
     shown = ", but ".join(f"{_short(names)} ({_says(scheme)})" for scheme, names in found[0].items())
     return (
-        f"{len(found)} group{'s' if many else ''} of weights that servers fuse {'have' if many else 'has'} more than "
-        f"one scheme, which they refuse or read wrong: {shown}" + ("; ..." if many else "")
+        f"{len(found)} group{'s' if many else ''} of weights that servers multiply together "
+        f"{'have' if many else 'has'} more than one scheme; servers refuse them or read them wrong: {shown}"
+        + ("; ..." if many else "")
     )
 
 

@@ -18,9 +18,9 @@ def check(plan: Plan) -> None:
         for name, block in changes.online.items():
             if name in by:
                 raise ConfigError(
-                    f"{by[name]} and {key} both turn its input",
+                    f"{by[name]} and {key} both rotate its input",
                     where=name,
-                    hint="give each 'slots' of its own",
+                    hint="give each of them 'slots' (the weights that it works on) of its own",
                     kind="E-ALGORITHM-COMBINE",
                 )
             by[name] = key
@@ -38,19 +38,19 @@ def _check_sites(plan: Plan) -> None:
         if len(blocks) > 1:
             one, other = list(blocks.items())[:2]
             raise ConfigError(
-                f"{other[1]} reads the same activation and has {_block(other[0])}, here it is {_block(one[0])}; "
-                "servers turn an input once for all that read it",
+                f"it has {_block(one[0])}, and {other[1]} with the same input has {_block(other[0])}; servers "
+                "rotate an input once for all layers that read it",
                 where=one[1],
-                hint="name all of them, or none, in the transform's 'slots'",
+                hint="name all of them or none in the algorithm's 'slots'",
                 kind="E-ALGORITHM-COMBINE",
             )
 
 
 def _block(block: int | None) -> str:
-    return "no online Hadamard" if block is None else f"one of {block}"
+    return "no Hadamard" if block is None else f"a Hadamard of {block}"
 
 
 def sentences(online: Mapping[str, int]) -> list[str]:
     """Returns online operations (weight -> size of the Hadamard blocks) in words, one sentence for each size."""
     counts = Counter(online.values())
-    return [f"Hadamard of {block} at the inputs of {count} linears" for block, count in counts.items()]
+    return [f"a Hadamard of {block} rotates the inputs of {count} layers" for block, count in counts.items()]

@@ -89,7 +89,10 @@ def _applied(composed: Composed, recipe: Recipe, layout: Layout) -> tuple[_Resol
 
 def _inferred(layout: Layout) -> str:
     """Returns the warning text for roles that were inferred from tensor names."""
-    text = f"no family file for model type '{layout.family}': roles were inferred from tensor names; check the plan"
+    text = (
+        f"quark has no family file for model type '{layout.family}' and guessed the roles from tensor names; "
+        "check the plan"
+    )
     block = next((part.name for part in layout.parts if part.block is not None), "")
     text += f" (the language model is {block.rpartition('.')[0]}"
     fused = next((w.view for w in layout.weights.values() if w.expert is not None and w.view.rows is not None), None)

@@ -16,8 +16,8 @@ from quarkcli.plan.weights import matched
 from quarkcli.recipe.entries import Share
 
 # What comes of unequal scales where servers fuse: of scales over block scales, and of any other.
-_REFUSED = "servers keep one of them and decode the others wrong, so that 'quark verify' refuses the checkpoint"
-_MERGED = "servers keep one for each member, or round all codes again with the largest; 'quark verify' warns"
+_REFUSED = "servers keep one of them and decode the others wrong, so 'quark verify' fails"
+_MERGED = "servers keep all of them or round all codes again with the largest; 'quark verify' warns"
 
 
 def scale_groups(rows: Sequence[Share] | None, layout: Layout) -> dict[str, str]:
@@ -91,7 +91,7 @@ def check(plan: Plan) -> None:
     for members in rows.values():
         _check_group(members, plan.share)
     if not any(member.weight.has_tensor_scale for members in rows.values() for member in members):
-        plan.warnings.append(f"{plan.share[0].origin}: share joins nothing: no two weights of it have one scale each")
+        plan.warnings.append(f"{plan.share[0].origin}: share has no effect: no two of its weights have one scale each")
 
 
 def _of_experts(plan: Plan) -> str:
@@ -99,8 +99,8 @@ def _of_experts(plan: Plan) -> str:
     if not any(own.expert is not None and own.spec.needs_amax for own in plan.activations()):
         return "changes nothing: no input of an expert has a static scale"
     return (
-        "gives every expert its own input scale; servers take the largest of a layer for all of its experts; "
-        "'quark verify' warns"
+        "gives every expert its own input scale; servers use the largest for all experts of a layer; 'quark "
+        "verify' warns"
     )
 
 
@@ -110,8 +110,8 @@ def _warn_of_split(plan: Plan) -> None:
     origin = f"{plan.share[0].origin}: share" if plan.share else "share: []"
     if groups:
         plan.warnings.append(
-            f"{origin}: {len(groups)} groups of weights that servers fuse do not share their per-tensor scales; "
-            + (_REFUSED if any(groups.values()) else _MERGED)
+            f"{origin}: {len(groups)} groups of weights that servers multiply together do not share their "
+            "per-tensor scales; " + (_REFUSED if any(groups.values()) else _MERGED)
         )
 
 
@@ -135,8 +135,8 @@ def _check_group(members: list[QuantizedTarget], rows: Sequence[Share]) -> None:
     if len(specs) > 1:
         odd = next(member for member in members if member.weight != members[0].weight)
         raise ConfigError(
-            f"share joins {members[0].name} and {odd.name}, which have different specs",
+            f"share joins {members[0].name} and {odd.name}, which have different formats",
             where=str(rows[0].origin),
-            hint="give them one scheme, or leave one out",
+            hint="give both one scheme, or remove one from the row",
             kind="E-SHARE",
         )

@@ -38,7 +38,7 @@ def of_stored(
     known = {*layout.weights, *(module.name for module in layout.attention)}
     for lost in (name for name in (*weights, *attention) if name not in known):
         raise ModelError(
-            "is quantized, and no weight or attention module that the model's family knows",
+            "is quantized, but the model family knows no such weight or attention module",
             where=lost,
             kind="E-MODEL-FAMILY",
         )

@@ -34,7 +34,7 @@ def table(plan: Plan) -> str:
         counts[0] += 1
         counts[1] += target.numel
     rows = [(role, f"{many:,}", f"{size:,}", how, why) for (role, how, why), (many, size) in found.items()]
-    rows.append(("other tensors", f"{len(plan.kept):,}", "", "kept", "no recipe reaches them, or it says so"))
+    rows.append(("other tensors", f"{len(plan.kept):,}", "", "kept", "the recipe leaves them as they are"))
     cells = [f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows]
     head = "".join(f"<th style='text-align:left'>{name}</th>" for name in _HEAD)
     return f"<p>{escape(line(plan).strip('<>'))}</p><table><tr>{head}</tr>{''.join(cells)}</table>"

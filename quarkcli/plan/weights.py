@@ -28,9 +28,11 @@ def matched(
         if required and index not in seen:
             close = suggestions(pattern, [f"{weight.name}.weight_quantizer" for weight, _ in found])
             raise ConfigError(
-                f"{what}: '{pattern}' matches 0 of {len(found)} weight slots",
+                f"{what}: '{pattern}' matches none of {len(found)} weights",
                 where=str(origin),
-                hint=f"did you mean {', '.join(map(repr, close))}?" if close else "see 'quark plan' for the names",
+                hint=f"did you mean {', '.join(map(repr, close))}?"
+                if close
+                else "run 'quark plan --modules' to see the names",
                 kind="E-PATTERN-NOMATCH",
             )
     return found
@@ -65,7 +67,7 @@ def _holding(step: str, rows: list[Any], layout: Layout, where: str) -> list[Any
         elif _same_shape(_two_names(condition, where), layout):
             found.append({key: value for key, value in row.items() if key != "condition"})
     if rows and not found:
-        what = f"algorithm {step}: no condition of {SCALED} holds for this model"
+        what = f"algorithm {step}: no condition of {SCALED} is true for this model"
         raise ConfigError(what, where=where, hint="leave the algorithm out", kind="E-ALGORITHM-PARAMETER")
     return found
 
@@ -74,9 +76,9 @@ def _two_names(condition: Any, where: str) -> list[str]:
     """Returns A and B of `{same_shape: [A, B]}`. Raises ConfigError for anything else."""
     names = condition.get("same_shape") if isinstance(condition, Mapping) and len(condition) == 1 else None
     if not isinstance(names, list) or len(names) != 2 or not all(isinstance(name, str) for name in names):
-        hint = "condition: {same_shape: [self_attn.v_proj.weight, self_attn.o_proj.weight]}"
+        hint = "write condition: {same_shape: [self_attn.v_proj.weight, self_attn.o_proj.weight]}"
         raise ConfigError(
-            f"{SCALED} has the condition {condition!r}, which is not known",
+            f"{SCALED} has the unknown condition {condition!r}",
             where=where,
             hint=hint,
             kind="E-ALGORITHM-PARAMETER",

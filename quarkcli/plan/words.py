@@ -9,7 +9,7 @@ from quarkcli.spec import PerChannel, PerGroup, PerTensor, PerTile, PerToken, Te
 
 _FLOATS = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
 _EXCLUSION = "default exclusion, role "
-PROTECTED = "protected: "
+PROTECTED = "kept by default: "
 
 
 def how(target: Target) -> str:
@@ -31,10 +31,10 @@ def stored(dtype: str) -> str:
 def why(plan: Plan, target: Target) -> str:
     """Returns the reason for what a weight becomes: the entry that decided, in its own words."""
     if target.name in plan.carried:
-        return "the source has these codes already"
+        return "quantized in the original already"
     entry = target.slots["weight"].entry
     if entry is None:
-        return "no entry names it"
+        return "no entry matches it"
     decider = plan.entries[entry]
     origin = reason(str(decider.origin))
     if target.weight is None or origin.startswith(("scheme ", PROTECTED)):

@@ -35,7 +35,7 @@ def of(weight: TensorSpec, read: TensorSpec | None) -> schema.AdviceRow:
         fits = any(fnmatchcase(codes.element, pattern) for pattern in row.elements)
         if fits and (row.inputs is None or state in row.inputs):
             return row
-    raise AssertionError("the last row of the advice fits every format")
+    raise AssertionError("the last row of the advice must fit every format")
 
 
 def _state(read: TensorSpec | None) -> str:

@@ -111,14 +111,15 @@ def from_file(path: Path) -> Search:
         raise ConfigError(
             "this is not a recipe for a search: it has no section 'auto_quantize'",
             where=str(document.origin()),
-            hint=f"quark quantize --recipe {path}, or quark search --schemes nvfp4,fp8",
+            hint=f"run 'quark quantize --recipe {path}', or 'quark search --schemes nvfp4,fp8'",
             kind="E-RECIPE-KIND",
         )
     file = schema.validate(_File, document)
     section = file.auto_quantize
     if (file.quantize is None) == (not section.candidate_formats):
         raise ConfigError(
-            "give either auto_quantize.candidate_formats or 'quantize', which holds for what no search space names",
+            "auto_quantize.candidate_formats and 'quantize' exclude each other: 'quantize' is for modules that no "
+            "search space names",
             where=str(document.origin(SECTION)),
             kind="E-RECIPE-KIND",
         )
@@ -162,8 +163,8 @@ def _formats(
 def _notes(document: Document, section: _Section) -> list[str]:
     found = []
     if section.auto_quantize_method != "gradient":
-        text = "formats are scored by the Fisher information here, whatever auto_quantize_method says"
+        text = "auto_quantize_method has no effect: quark always scores formats by the Fisher information"
         found.append((("auto_quantize_method",), text))
     if section.kv_cache is not None:
-        found.append((("kv_cache",), "the cache is no part of a search: quark quantize --kv-cache"))
+        found.append((("kv_cache",), "a search leaves the KV cache out: 'quark quantize --kv-cache' quantizes it"))
     return [f"{document.origin(SECTION, *path)}: {text}" for path, text in found]

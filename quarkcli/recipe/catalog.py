@@ -157,12 +157,14 @@ def register(name: str, document: load.Document) -> None:
     """Make a scheme known under `name` until the process ends or `unregister`. Raises UsageError for a bad name."""
     if not _NAME.fullmatch(name):
         raise UsageError(
-            f"'{name}' is no name for a scheme", hint="letters, digits, '_', '-' and '.'", kind="E-SCHEME-NAME"
+            f"'{name}' cannot be the name of a scheme",
+            hint="use only letters, digits, '_', '-' and '.'",
+            kind="E-SCHEME-NAME",
         )
     taken = {same(known) for known in names("schemes")}
     for wanted in (name, *_given_aliases(document)):
         if same(wanted) in taken:
-            raise UsageError(f"there is a scheme '{wanted}' already", hint="choose another name", kind="E-SCHEME-NAME")
+            raise UsageError(f"a scheme '{wanted}' exists already", hint="choose another name", kind="E-SCHEME-NAME")
     _registered[_REGISTERED / f"{name}.yaml"] = document
 
 
@@ -172,8 +174,8 @@ def unregister(name: str) -> None:
     if path not in _registered:
         own = "built in" if path.parent == built_in_folder() / "schemes" else f"the file {path}"
         raise UsageError(
-            f"scheme '{path.stem}' is {own} and stays",
-            hint="only registered schemes can be removed",
+            f"scheme '{path.stem}' cannot be removed: it is {own}",
+            hint="remove only schemes that were registered in this process",
             kind="E-SCHEME-NAME",
         )
     del _registered[path]
@@ -262,7 +264,10 @@ def find_recipe(name_or_path: str) -> Path:
     foreign = path.parent.parts[-2:] == _PEER_FOLDER
     if path.suffix in {".yaml", ".yml", ".json"} and not foreign:
         raise ConfigError(
-            "no such recipe file", where=name_or_path, hint="see 'quark recipes list'", kind="E-RECIPE-NOT-FOUND"
+            "no such recipe file",
+            where=name_or_path,
+            hint="run 'quark recipes list' for the names, or correct the path",
+            kind="E-RECIPE-NOT-FOUND",
         )
     name = (
         path.with_suffix("").name

@@ -22,7 +22,9 @@ from quarkcli.recipe.normalize import Canonical, Cfg, Located, Normalized, Where
 
 _SLOTS = ("weight", "input", "output", "bias")
 _LINEAR = "nn.Linear"
-_UNRECORDED = "the config does not say which algorithm chose the codes; add 'algorithm' for another than rounding"
+_UNRECORDED = (
+    "the config does not say which algorithm was used; the weights are rounded to nearest unless you add 'algorithm'"
+)
 
 
 def read(data: Any, where: Where | None = None, base: Path_ = ()) -> Normalized | None:
@@ -42,9 +44,12 @@ def read(data: Any, where: Where | None = None, base: Path_ = ()) -> Normalized 
         return None
     method = str(data["quant_method"])
     if method not in _READERS:
-        hint = f"one of {', '.join(_READERS)}"
+        hint = f"use one of {', '.join(_READERS)}"
         raise ConfigError(
-            f"quant_method '{method}' is not read", where=at((*base, "quant_method")), hint=hint, kind="E-RECIPE-KIND"
+            f"quark cannot read quant_method '{method}'",
+            where=at((*base, "quant_method")),
+            hint=hint,
+            kind="E-RECIPE-KIND",
         )
     return _READERS[method](data, at, base)
 
@@ -152,7 +157,7 @@ def _modelopt_read(
     for index, name in enumerate(out.names(data.get(ignored), (*base, ignored))):
         out.module(name, {}, (*base, ignored, index))
     if cache is not None and str(cache).upper() not in _CACHES:
-        what = f"KV cache format '{cache}' cannot be repeated; {', '.join(_CACHES)} can"
+        what = f"KV cache format '{cache}' is not supported, only {', '.join(_CACHES)}"
         out.problems.append((cache_place, what))
     elif cache is not None:
         out.cache(_CACHES[str(cache).upper()], cache_place)
@@ -170,7 +175,7 @@ def _group_size(data: Mapping[str, Any]) -> Any:
 def _modelopt_module(out: _Collector, pattern: str, algo: Any, size: Any, place: Path_, parent: str | None) -> None:
     name = str(algo).upper()
     if name == _SVD:
-        out.problems.append((place, f"{_SVD} cannot be repeated: no dialect here writes a low-rank part"))
+        out.problems.append((place, f"{_SVD} is not supported: no checkpoint format here holds a low-rank part"))
         return
     if name not in _ALGOS:
         close = near_misses(name, _ALGOS)
@@ -194,7 +199,7 @@ def _compressed_tensors(data: Mapping[str, Any], where: Where, base: Path_) -> N
     """Returns the entries of groups: those for classes, then patterns, then names, the first of each kind last."""
     out = _Collector(where, base)
     if data.get("transform_config"):
-        what = "'transform_config' cannot be repeated: the rotations are part of the weights"
+        what = "'transform_config' is not supported: the rotations are part of the weights"
         out.problems.append(((*base, "transform_config"), what))
     groups = data.get("config_groups")
     if not isinstance(groups, Mapping):
@@ -222,7 +227,7 @@ def _compressed_tensors(data: Mapping[str, Any], where: Where, base: Path_) -> N
 
 def _group(group: Any, place: Path_, out: _Collector) -> dict[str, Cfg]:
     if not isinstance(group, Mapping):
-        out.problems.append((place, "a config group is a mapping"))
+        out.problems.append((place, "a config group must be a mapping"))
         return {}
     return {
         kind: _arguments(group[key], (*place, key), out, weight=kind == "weight")

@@ -53,8 +53,8 @@ def as_native(recipe: Recipe) -> str:
         "metadata": {"name": recipe.name, "description": recipe.description or f"converted from {recipe.name}"},
     }
     lines = [
-        f"# Converted from {recipe.file or recipe.name}. Later entries win; an entry with cfg replaces all attributes,",
-        "# one without only switches. No entry has to match, as in the original.",
+        f"# Converted from {recipe.file or recipe.name}. Later entries win. An entry with cfg replaces all attributes;",
+        "# one without cfg only switches on or off. No entry has to match, as in the original.",
         *_dumped(head),
         f"exclusions: {'default' if recipe.exclusions else 'none'}",
         *_calibration(recipe),

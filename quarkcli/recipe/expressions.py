@@ -88,9 +88,9 @@ class Expressions:
         if len(lines) <= len(jobs):
             text = jobs[len(lines)][0]
             raise ConfigError(
-                f"'re:{text:.200}' is not matched in time: all patterns of a file have {LIMIT:g} s together",
+                f"matching 're:{text:.200}' takes too long: all patterns of a file have {LIMIT:g} s together",
                 where=self._places[text],
-                hint="fewer * and + behind each other; without lookaround and references the time is linear",
+                hint="use fewer * and + in a row; without lookaround and back references an expression is fast",
                 kind="E-PATTERN-REGEX",
             )
         for (text, count), line in zip(jobs, lines, strict=False):

@@ -26,7 +26,7 @@ def normalized(document: Document, where: Where) -> tuple[Normalized, str]:
         raise ConfigError(
             f"schema '{data['schema']}' is unknown",
             where=str(document.origin("schema")),
-            hint=f"schema: {schema.NATIVE}",
+            hint=f"write schema: {schema.NATIVE}",
             kind="E-RECIPE-KIND",
         )
     if isinstance(data, Mapping):
@@ -49,7 +49,7 @@ def _note_start(found: Normalized, place: Path_) -> None:
     """ModelOpt begins with int8 for every weight and input; here nothing is on that no entry switches on."""
     whole = any(e.quantizer_path == "*" and e.parent_class is None for e in found.entries)
     if found.entries and not whole:
-        text = "no entry is for '*': ModelOpt quantizes what no entry names to int8, here it stays as it is"
+        text = "no entry matches '*'; ModelOpt quantizes all other modules to int8, and quark leaves them as they are"
         found.differs.append((place, text))
 
 
@@ -65,7 +65,7 @@ def _modelopt(document: Document, data: Mapping[str, Any], where: Where) -> tupl
         raise ConfigError(
             f"recipe_type '{kind}' is not supported",
             where=str(document.origin("metadata", "recipe_type")),
-            hint=f"recipes of type {_TYPE} are read",
+            hint=f"use recipe_type: {_TYPE}",
             kind="E-RECIPE-KIND",
         )
     quantize = data.get("quantize")
@@ -73,7 +73,7 @@ def _modelopt(document: Document, data: Mapping[str, Any], where: Where) -> tupl
         raise ConfigError(
             "'quantize' is missing",
             where=str(document.origin()),
-            hint="quantize: {quant_cfg: [...]}",
+            hint="add quantize: {quant_cfg: [...]}",
             kind="E-RECIPE-SCHEMA",
         )
     return _quantize(document, quantize, ("quantize",), where), str(metadata.get("description", ""))
@@ -86,9 +86,9 @@ def _refuse_search(document: Document, data: Mapping[str, Any], metadata: Any) -
         return
     place = document.origin(_SEARCH) if _SEARCH in data else document.origin("metadata", "recipe_type")
     raise ConfigError(
-        "an auto_quantize recipe asks for a search among formats, and is no recipe itself",
+        "an auto_quantize recipe asks for a search among formats; it does not say what to quantize",
         where=str(place),
-        hint=f"quark search --recipe {document.file} --model MODEL -o recipe.yaml makes one",
+        hint=f"run 'quark search --recipe {document.file} --model MODEL -o recipe.yaml' to make a recipe",
         kind="E-RECIPE-KIND",
     )
 
@@ -100,7 +100,7 @@ def _quantize(document: Document, data: Mapping[str, Any], base: Path_, where: W
         raise ConfigError(
             "'quant_cfg' is missing; ModelOpt would quantize everything to int8",
             where=str(document.origin(*base)),
-            hint="say so: quant_cfg: [{quantizer_path: '*', cfg: {num_bits: 8}}]",
+            hint="if you want that, write quant_cfg: [{quantizer_path: '*', cfg: {num_bits: 8}}]",
             kind="E-RECIPE-SCHEMA",
         )
     found = normalize(data["quant_cfg"], where, (*base, "quant_cfg"))
@@ -117,9 +117,9 @@ def _only(document: Document, data: Mapping[Any, Any], known: tuple[str, ...], b
     for key in data:
         if key not in known:
             close = near_misses(str(key), known)
-            hint = f"did you mean '{close[0]}'?" if close else f"known keys: {', '.join(known)}"
+            hint = f"did you mean '{close[0]}'?" if close else f"use one of {', '.join(known)}"
             if key in schema.Quantize.model_fields or key in schema.RecipeModel.model_fields:
-                hint = f"a native recipe begins with 'schema: {schema.NATIVE}'"
+                hint = f"begin a native recipe with 'schema: {schema.NATIVE}'"
             raise ConfigError(
                 f"unknown key '{key}'", where=str(document.origin(*base, key)), hint=hint, kind="E-RECIPE-SCHEMA"
             )
@@ -129,9 +129,9 @@ def _refuse_strange(document: Document, data: Mapping[Any, Any]) -> None:
     """A mapping is a legacy dict of patterns only where something in it looks like one."""
     if data and not any(_is_pattern(str(key)) for key in data):
         raise ConfigError(
-            "this is not a recipe: neither a schema, nor quant_cfg, nor patterns of quantizers",
+            "this is not a recipe: it has neither a schema nor quant_cfg nor patterns of quantizers",
             where=str(document.origin()),
-            hint=f"a native recipe begins with 'schema: {schema.NATIVE}'; see 'quark recipes show nvfp4'",
+            hint=f"begin it with 'schema: {schema.NATIVE}'; 'quark recipes show nvfp4' prints an example",
             kind="E-RECIPE-KIND",
         )
 

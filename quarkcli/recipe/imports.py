@@ -74,7 +74,9 @@ class _Expander:
         self.places[target] = source.document.origin(*path)
         own = [key for key in value if key != MARK and (path or key != IMPORTS)]
         if own and not isinstance(merged, dict):
-            raise ConfigError("only a mapping can be overridden", where=source.where(path), kind="E-IMPORT")
+            raise ConfigError(
+                "an import can only be overridden if it is a mapping", where=source.where(path), kind="E-IMPORT"
+            )
         for key in own:
             merged[key] = _merged(merged.get(key), self.copy(source, (*path, key), (*target, key)))
         return merged
@@ -121,7 +123,7 @@ def _listed(value: Any, source: _Source, path: Path_) -> list[str]:
     if isinstance(value, list) and value and all(isinstance(name, str) for name in value):
         return value
     raise ConfigError(
-        f"{MARK} takes a name or a list of names, not {value!r}", where=source.where((*path, MARK)), kind="E-IMPORT"
+        f"{MARK} must be a name or a list of names, not {value!r}", where=source.where((*path, MARK)), kind="E-IMPORT"
     )
 
 
@@ -144,7 +146,11 @@ def _file(source: _Source, name: str, path: Path_) -> Path:
         raise ConfigError(f"{IMPORTS} must map names to files", where=source.where((IMPORTS,)), kind="E-IMPORT")
     if name not in names:
         close = near_misses(name, map(str, names))
-        hint = f"did you mean '{close[0]}'?" if close else f"imports here: {', '.join(map(str, names)) or 'none'}"
+        hint = (
+            f"did you mean '{close[0]}'?"
+            if close
+            else f"add it to 'imports', which has {', '.join(map(str, names)) or 'no name'}"
+        )
         raise ConfigError(
             f"'{name}' is not among the imports of this file",
             where=source.where((*path, MARK)),
@@ -158,7 +164,7 @@ def _file(source: _Source, name: str, path: Path_) -> Path:
         raise ConfigError(
             f"an import must name a file, not {_shortened(repr(wanted))}",
             where=where,
-            hint="configs/numerics/fp8",
+            hint="write configs/numerics/fp8, for example",
             kind="E-IMPORT",
         )
     return _found(source.document.file, wanted, where)
@@ -174,7 +180,11 @@ def _found(importer: str, wanted: str, where: str) -> Path:
     roots = (_users(), _units())
     names = [path.relative_to(root).with_suffix("").as_posix() for root in roots for path in _all(root)]
     close = near_misses(wanted, names)
-    hint = f"did you mean '{close[0]}'?" if close else "beside this file, in the user's units folder, or built in"
+    hint = (
+        f"did you mean '{close[0]}'?"
+        if close
+        else "put it beside this file or into the units folder of $QUARK_HOME, or name a built-in one"
+    )
     raise ConfigError(f"no file '{_shortened(wanted)}' to import", where=where, hint=hint, kind="E-IMPORT")
 
 
@@ -185,7 +195,9 @@ def _own(importer: str, wanted: str, known: Path | None, where: str) -> Path | N
     beside = next((path for root in (file.parent, *trees) if (path := _in(root, wanted))), None)
     own = _in(_users(), wanted, linked=True)
     if beside is None and own is not None and known is not None:
-        raise ConfigError(f"'{wanted}' is a built-in unit; rename the file {own}", where=where, kind="E-NAME-TAKEN")
+        raise ConfigError(
+            f"'{wanted}' is the name of a built-in unit and of the file {own}", where=where, kind="E-NAME-TAKEN"
+        )
     return beside or own
 
 

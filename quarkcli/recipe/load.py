@@ -99,7 +99,9 @@ def of_data(data: Any, name: str) -> Document:
     while waiting:
         value, path, text = waiting.pop()
         if len(places) > MAX_NODES or len(path) > MAX_DEPTH:
-            raise ConfigError(f"more than {MAX_NODES} values or {MAX_DEPTH} levels", where=name, kind="E-RECIPE-YAML")
+            raise ConfigError(
+                f"has more than {MAX_NODES} values or {MAX_DEPTH} levels", where=name, kind="E-RECIPE-YAML"
+            )
         places[path] = Origin(name, path=text)
         if isinstance(value, Mapping):
             waiting += [(item, (*path, key), f"{text}{_step(key)}") for key, item in value.items()]
@@ -129,11 +131,13 @@ def read_text(path: Path) -> str:
     except OSError as error:
         raise ConfigError(f"cannot be read ({error.strerror})", where=str(path), kind="E-RECIPE-YAML") from error
     if len(data) > MAX_BYTES:
-        raise ConfigError(f"{len(data)} bytes; at most {MAX_BYTES} are read", where=str(path), kind="E-RECIPE-YAML")
+        raise ConfigError(
+            f"has {len(data)} bytes, and a recipe may have {MAX_BYTES}", where=str(path), kind="E-RECIPE-YAML"
+        )
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ConfigError(f"not UTF-8 text (byte {error.start})", where=str(path), kind="E-RECIPE-YAML") from error
+        raise ConfigError(f"is not UTF-8 text (byte {error.start})", where=str(path), kind="E-RECIPE-YAML") from error
 
 
 def _yaml(path: Path) -> str:
@@ -154,14 +158,14 @@ def parse(text: str, file: str, *, snippet: bool = False) -> Document:
         raise ConfigError("not valid YAML", where=file, kind="E-RECIPE-YAML") from error
     builder = _Builder(file)
     if len(nodes) > 2:
-        raise builder.error(nodes[2], "at most two documents: imports, and what they are for")
+        raise builder.error(nodes[2], "has more than two YAML documents: one with imports and one that uses them")
     data = builder.build(nodes[-1], ()) if nodes else None
     if len(nodes) < 2:
         return Document(data, file, builder.places, data.get(IMPORTS) if isinstance(data, dict) else None)
     head = _Builder(file)
     first = head.build(nodes[0], ())
     if not isinstance(first, dict) or set(first) != {IMPORTS} or (isinstance(data, dict) and IMPORTS in data):
-        raise head.error(nodes[0], f"the first of two documents must hold '{IMPORTS}' and nothing else")
+        raise head.error(nodes[0], f"the first of two YAML documents must hold '{IMPORTS}' and nothing else")
     places = {path: place for path, place in head.places.items() if path[:1] == (IMPORTS,)}
     return Document(data, file, places | builder.places, first[IMPORTS])
 
@@ -196,7 +200,7 @@ class _Builder:
     def build(self, node: yaml.Node, path: Path_) -> Any:
         self.nodes += 1
         if self.nodes > MAX_NODES or len(path) > MAX_DEPTH:
-            raise self.error(node, f"more than {MAX_NODES} values or {MAX_DEPTH} levels, aliases included")
+            raise self.error(node, f"has more than {MAX_NODES} values or {MAX_DEPTH} levels, aliases included")
         if node.tag not in _TAGS:
             raise self.error(node, f"unknown tag {node.tag}")
         self.places.setdefault(path, self.origin(node))
@@ -226,7 +230,7 @@ class _Builder:
             return _CONSTANTS[text]
         if _INTEGER.fullmatch(text):
             if len(text) > MAX_DIGITS:
-                raise self.error(node, f"a number of {len(text)} characters; at most {MAX_DIGITS} are read")
+                raise self.error(node, f"a number has {len(text)} characters, and it may have {MAX_DIGITS}")
             return int(text.replace("_", ""))
         if _FLOAT.fullmatch(text) and not re.fullmatch(r"[-+]?0[0-9_]+", text):
             return float(text.replace("_", ""))

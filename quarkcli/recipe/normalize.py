@@ -28,7 +28,7 @@ _ENTRY_KEYS = (*_PATH_KEYS, "cfg", "enable", "parent_class", "required")
 _SCOPE = "nn."
 LEGACY = "legacy form"  # how notes on older forms begin
 _PLAIN = re.compile(r"[A-Za-z_][\w.]*")
-_HINT = "each entry is {quantizer_path: PATTERN, cfg: {...}, enable: true|false}"
+_HINT = "write each entry as {quantizer_path: PATTERN, cfg: {...}, enable: true|false}"
 _WORDS = {"true": True, "on": True, "yes": True, "1": True, "false": False, "off": False, "no": False, "0": False}
 
 
@@ -116,14 +116,14 @@ class _Reader:
     def top(self, value: Any, path: Path_) -> None:
         if isinstance(value, Mapping):
             if any(key in value for key in _PATH_KEYS):
-                self.refuse(path, "one entry must stand in a list: write '- ' in front of it")
+                self.refuse(path, "a single entry must be in a list: write '- ' in front of it")
             else:
                 self.legacy(value, path, None)
         elif isinstance(value, Sequence) and not isinstance(value, str | bytes):
             for index in sorted(range(len(value)), key=lambda i: not _is_default(value[i])):
                 self.member(value[index], (*path, index))
         else:
-            self.refuse(path, f"a list of entries is needed, not {_word(value)}")
+            self.refuse(path, f"must be a list of entries, not {_word(value)}")
 
     def member(self, value: Any, path: Path_) -> None:
         if isinstance(value, Canonical):
@@ -161,11 +161,11 @@ class _Reader:
         enable = self.switch(value["enable"], (*path, "enable")) if "enable" in value else None
         cfg, inner = self.cfg(value.get("cfg"), (*path, "cfg"))
         if enable is not None and inner is not None and enable != inner:
-            self.refuse((*path, "cfg"), "enable inside cfg contradicts the entry's enable; keep one of the two")
+            self.refuse((*path, "cfg"), "enable inside cfg contradicts the entry's enable; remove one of the two")
         on = enable if enable is not None else inner if inner is not None else True
         if _is_empty(cfg):
             if on and value.get("cfg") is not None:
-                self.refuse((*path, "cfg"), "cfg is empty; write enable: true or false alone to switch only")
+                self.refuse((*path, "cfg"), "cfg is empty; to switch only, write enable: true or false without cfg")
             cfg = None
         if pattern is not None and known:
             self.entries.append(Canonical(pattern, cfg, on, parent, required, path))
@@ -173,7 +173,7 @@ class _Reader:
     def pattern(self, value: Mapping[str, Any], path: Path_) -> str | None:
         given = [key for key in _PATH_KEYS if key in value]
         if len(given) == 2:
-            self.refuse(path, "quantizer_name is an alias of quantizer_path; give one of them")
+            self.refuse(path, "quantizer_name and quantizer_path mean the same; remove one of them")
         pattern = value[given[0]]
         if isinstance(pattern, str) and pattern:
             return pattern
@@ -195,13 +195,13 @@ class _Reader:
 
     def scope(self, key: str, value: Any, path: Path_, parent: str | None) -> None:
         if parent is not None:
-            self.refuse(path, f"the class {key} stands inside the class {parent}")
+            self.refuse(path, f"the class {key} is inside the class {parent}")
         elif not isinstance(value, Mapping):
             self.refuse(path, f"a class scope must map patterns to attributes, not {_word(value)}")
         elif "enable" in value:
             self.refuse(path, f"write {key}: {{'*': {{enable: {str(value['enable']).lower()}}}}}")
         elif not value:
-            self.notes.append((path, f"the class scope {key} is empty and does nothing"))
+            self.notes.append((path, f"the class scope {key} is empty and has no effect"))
         else:
             self.legacy(value, path, key)
 
@@ -218,7 +218,7 @@ class _Reader:
         cfg, enable = self.cfg(value, path)
         entry = Canonical(pattern, None if _is_empty(cfg) else cfg, enable is not False, parent, None, path)
         self.entries.append(entry)
-        self.notes.append((path, f"{LEGACY}; write: - {_flow(entry.as_dict())}"))
+        self.notes.append((path, f"{LEGACY}; today it is written: - {_flow(entry.as_dict())}"))
         if pattern in _ENTRY_KEYS:
             self.notes.append((path, f"read as a pattern named '{pattern}'; is quantizer_path missing?"))
 
@@ -243,7 +243,7 @@ class _Reader:
             switches.add(enable)
         switches.discard(None)
         if len(switches) > 1:
-            self.refuse(path, "the stages contradict each other in enable")
+            self.refuse(path, "the stages have different values of enable")
         return stages, switches.pop() if switches else None
 
     def stage(self, value: Mapping[str, Any], path: Path_) -> tuple[dict[str, Any], bool | None]:

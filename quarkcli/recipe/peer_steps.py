@@ -70,15 +70,15 @@ class Turned(Words):
 
 
 _ONLINE = {
-    "r3": "no checkpoint can say that queries and keys are turned while the model runs",
-    "online_r1_rotation": "R1 is turned into the weights; the algorithm hadamard turns inputs while the model runs",
+    "r3": "no checkpoint format can say that queries and keys are rotated while the model runs",
+    "online_r1_rotation": "R1 becomes part of the weights; the algorithm hadamard rotates inputs while the model runs",
 }
-_FAMILY_BLOCKS = "the model family says where the blocks are"
-_FAMILY_READS = "the model family says which modules of a block read one activation"
-_FAMILY_TURNS = "the model family says which linears read and write the residual stream"
-_OWN_BLOCKS = {"block_size": "columns are taken in blocks of our own, with the same result"}
+_FAMILY_BLOCKS = "quark knows the blocks from the model family"
+_FAMILY_READS = "quark knows from the model family which modules of a block read one activation"
+_FAMILY_TURNS = "quark knows from the model family which linears read and write the residual stream"
+_OWN_BLOCKS = {"block_size": "quark chooses the blocks of columns itself, with the same result"}
 _PLACED = {"model_decoder_layers": _FAMILY_BLOCKS, "inside_layer_modules": _FAMILY_READS}
-_ROOTED = {"RMSE": "RMSE is the root of the mean square here; AMD Quark takes the mean root of the magnitude"}
+_ROOTED = {"RMSE": "quark takes RMSE as the root of the mean square; AMD Quark takes the mean root of the magnitude"}
 _AS_GIVEN = {"refine": "off", "holdout": 0}
 _COLUMNS = {"damp_percent": "damp", "desc_act": "act_order"}
 
@@ -91,7 +91,7 @@ QUARK: dict[str, Words] = {
     "qronos": Words(
         "qronos", {"alpha": "damp", "desc_act": "act_order"},
         {"damp": 1e-3, "damp_of": "largest", "strength": 1.0, **_AS_GIVEN},
-        _PLACED | _OWN_BLOCKS | {"beta": "nothing here needs to be kept from growing"},
+        _PLACED | _OWN_BLOCKS | {"beta": "quark does not need it: memory does not grow"},
     ),
     "smoothquant": Words("smoothquant", usual={"alpha": 1.0}, left_out=_PLACED),
     "autosmoothquant": Words("autosmoothquant", left_out=_PLACED, otherwise={"compute_scale_loss": _ROOTED}),
@@ -99,7 +99,7 @@ QUARK: dict[str, Words] = {
         "rotation",
         left_out={
             **dict.fromkeys(("backbone", "v_proj", "o_proj", "self_attn", "mlp", SCALED), _FAMILY_TURNS),
-            "online_config": "it is about rotations while the model runs",
+            "online_config": "it concerns rotations while the model runs",
             **_PLACED,
         },
     ),
@@ -118,10 +118,10 @@ def _grid(alpha_step: float) -> Parameters:
 _AWQ_SCALES = {"alpha_step": _grid}
 _TENTHS = {"n_grid": 10}
 _AWQ_STEERS = {
-    "max_co_batch_size": "it only steers memory",
-    "max_tokens_per_batch": "rows are sampled evenly, whatever there are",
+    "max_co_batch_size": "it changes only the use of memory",
+    "max_tokens_per_batch": "quark samples all rows evenly",
 }
-_SCALES_NEAR = "scales are tried near the rule's own: codes of e4m3, exponents of e8m0, factors of plain ones"
+_SCALES_NEAR = "quark tries scales near the usual one: codes of e4m3, exponents of e8m0, factors of plain ones"
 MODELOPT: dict[str, Words] = {
     "awq_lite": Words("awq", usual={"clip": "off", **_TENTHS}, said=_AWQ_SCALES, left_out=_AWQ_STEERS),
     "awq_clip": Words("awq", usual={"scales": False, "clip": "on"}, left_out=_AWQ_STEERS),
@@ -131,7 +131,7 @@ MODELOPT: dict[str, Words] = {
         usual={"scale_search": True},
         left_out={
             **dict.fromkeys(("step_size", "start_multiplier", "stop_multiplier", "fp8_scale_sweep"), _SCALES_NEAR),
-            "block_size": "blocks are those that share a scale",
+            "block_size": "quark takes the blocks that share a scale",
         },
     ),
     "gptq": Words("gptq", {"perc_damp": "damp"}, {"damp": 0.01, **_AS_GIVEN}, _OWN_BLOCKS),

@@ -41,15 +41,15 @@ _MODES = ("eager_mode", "fx_graph_mode")
 _LINEAR = "nn.Linear"
 # What steers how Quark works, and has no meaning here, by the value that says nothing.
 _STEERING = {
-    "quant_flow": ("standard", "every job walks the model block by block"),
-    "gpu_resident_blocks": (0, "one block is in memory at a time"),
-    "keep_prequantized_layers": (True, "a quantized source is decoded first"),
-    "log_severity_level": (None, "see --verbose"),
+    "quant_flow": ("standard", "quark always works block by block"),
+    "gpu_resident_blocks": (0, "quark always has one block in memory at a time"),
+    "keep_prequantized_layers": (True, "quark always decodes a quantized model first"),
+    "log_severity_level": (None, "use --log-level debug"),
 }
 _EXPORT_STEERING = {
-    "pack_method": ("reorder", "codes are packed as the chosen dialect says"),
-    "weight_format": ("real_quantized", "codes are always written"),
-    "weight_merge_groups": (None, "what servers fuse shares its scale by construction"),
+    "pack_method": ("reorder", "the checkpoint format decides how codes are packed"),
+    "weight_format": ("real_quantized", "quark always writes codes"),
+    "weight_merge_groups": (None, "weights that servers multiply together always share their scale"),
 }
 
 
@@ -63,7 +63,7 @@ def read(data: Any, where: Where | None = None, base: Path_ = ()) -> Normalized:
     if isinstance(data, Mapping):
         reader.config(data, base)
     else:
-        reader.refuse(base, "a Quark config is a mapping with 'global_quant_config'")
+        reader.refuse(base, "a Quark config must be a mapping with 'global_quant_config'")
     if reader.problems:
         raise refusal(reader.problems, where or path_text)
     return reader.found
@@ -156,7 +156,7 @@ class _Reader:
         """Returns `nn.Linear` for `Linear`, `torch.nn.Linear` or `<class '...Linear'>`."""
         parent = f"nn.{name.rpartition('.')[2].rstrip(chr(39) + '>')}"
         if parent not in (_LINEAR, "nn.Embedding"):
-            self.note(place, f"slots of {parent} are none of those that are quantized here")
+            self.note(place, f"quark does not quantize anything in modules of class {parent}")
         return parent
 
     def layer(self, pattern: str, layer: Any, path: Path_, parent: str | None, *, output: bool = True) -> None:
@@ -164,11 +164,11 @@ class _Reader:
         if layer is None:
             layer = {}
         if not isinstance(layer, Mapping):
-            self.refuse(path, f"a layer's config is a mapping with {', '.join(_LAYER_KEYS)}")
+            self.refuse(path, f"a layer's config must be a mapping with {', '.join(_LAYER_KEYS)}")
             return
         self.known(layer, (*_LAYER_KEYS, "target_device"), path)
         if layer.get("target_device") is not None:
-            self.note((*path, "target_device"), "target_device has no meaning here; see --device")
+            self.note((*path, "target_device"), "target_device has no effect here; --device chooses the device")
         for key, kind in _LAYER_KEYS.items():
             value = layer.get(key) if output or kind != "output" else None
             cfg = self.cfg(value, (*path, key), weight=kind in _WEIGHTS)
@@ -211,9 +211,9 @@ class _Reader:
                 continue
             cfg = self.cfg(layer.get("output_tensors"), (*place, "output_tensors"), weight=False)
             if in_cache and kind is None:
-                self.note(place, f"the range of '{pattern}' becomes that of k and of v")
+                self.note(place, f"k and v get the range of '{pattern}'")
             elif cfg is not None and not in_cache and kind in _CACHE:
-                self.note(place, "output_tensors of a glob on k or v projections are read as the KV cache's")
+                self.note(place, "output_tensors of a pattern for k or v projections quantize the KV cache")
             for one in (kind,) if kind else _CACHE:
                 self.slot(pattern, one, cfg, (*place, "output_tensors"))
         at = (*base, "softmax_quant_spec")
@@ -242,16 +242,16 @@ class _Reader:
     def steering(self, data: Mapping[str, Any], export: Mapping[str, Any], base: Path_) -> None:
         mode = str(data.get("quant_mode") or _MODES[0]).rpartition(".")[2]
         if mode not in _MODES:
-            self.refuse((*base, "quant_mode"), f"quant_mode '{mode}' is unknown; {' or '.join(_MODES)}")
+            self.refuse((*base, "quant_mode"), f"quant_mode '{mode}' is unknown; use {' or '.join(_MODES)}")
         elif mode != _MODES[0]:
-            self.note((*base, "quant_mode"), f"{mode} has no meaning here; the checkpoint is the same")
+            self.note((*base, "quant_mode"), f"{mode} has no effect here; the checkpoint is the same")
         self.groups(data.get("shared_scale_groups"), (*base, "shared_scale_groups"))
         if data.get("sync_moe_expert_input_amax") is False:
             self.found.expert_inputs = "own"
         for table, values, path in ((_STEERING, data, base), (_EXPORT_STEERING, export, (*base, "export"))):
             for key, (nothing, why) in table.items():
                 if values.get(key) not in (None, nothing):
-                    self.note((*path, key), f"{key} has no meaning here: {why}")
+                    self.note((*path, key), f"{key} has no effect here: {why}")
 
     def groups(self, value: Any, place: Path_) -> None:
         """Groups as asked for: these weights alone share, and others do not."""
@@ -261,9 +261,7 @@ class _Reader:
             self.refuse(place, f"shared_scale_groups must be a list of lists of names, not {value!r:.60}")
             return
         self.found.share = [(weight_slots(group), (*place, index)) for index, group in enumerate(value)]
-        self.note(
-            place, "these weights alone share their per-tensor scale" if value else "no weights share their scale"
-        )
+        self.note(place, "only these weights share their per-tensor scale" if value else "no weights share their scale")
 
 
 def is_groups(value: Any) -> bool:

@@ -98,7 +98,7 @@ def from_file(path: Path, settings: Sequence[str] = (), also: Check = lambda doc
     for text in settings:
         before, document = document, adjusted(document, [text])
         if repr(document.data) == repr(before.data):
-            idle.append(f"--set {text} changes nothing: the recipe says so")
+            idle.append(f"--set {text} changes nothing: the recipe has this value already")
     recipe = _checked(document, path, also)
     recipe.notes += idle
     return recipe
@@ -360,5 +360,5 @@ def _notes(document: Document, found: Normalized) -> list[str]:
     hidden = set(cut)
     notes = [f"{document.origin(*place)}: {text}" for place, text in found.notes if (place, text) not in hidden]
     if cut:
-        notes.append(f"{len(cut)} more such notes; 'quark recipes convert' writes the file in today's form")
+        notes.append(f"there are {len(cut)} more such notes; 'quark recipes convert' writes the file in today's form")
     return notes

@@ -27,7 +27,7 @@ class EntryModel(Strict):
     quantizer_path: str = Field(
         min_length=1, description="shell pattern on the whole name of a slot, or `re:` and a regular expression"
     )
-    parent_class: str | None = Field(default=None, description="only slots of modules of this class")
+    parent_class: str | None = Field(default=None, description="only match modules of this class")
     cfg: dict[str, Any] | list[dict[str, Any]] | None = Field(
         default=None, description="the number format; it replaces all earlier attributes; a list of two is a chain"
     )
@@ -39,7 +39,7 @@ class EntryModel(Strict):
     def _path_has_two_names(cls, value: Any) -> Any:
         if isinstance(value, dict) and "quantizer_name" in value:
             if "quantizer_path" in value:
-                raise ValueError("quantizer_name is an alias of quantizer_path; give one of them")
+                raise ValueError("quantizer_name and quantizer_path mean the same; remove one of them")
             value = {**value, "quantizer_path": value["quantizer_name"]}
             value.pop("quantizer_name")
         return value
@@ -66,12 +66,12 @@ class AlgorithmStep(BaseModel):
 class AdviceRow(Strict):
     """The default advice for some formats: steps, and why."""
 
-    elements: list[str] = Field(min_length=1, description="globs on the element of the stored codes")
+    elements: list[str] = Field(min_length=1, description="globs for the number format (element) of the stored codes")
     inputs: list[Literal["kept", "static", "dynamic"]] | None = Field(
         default=None, description="how the weight's input is quantized; without it: any"
     )
     steps: list[AlgorithmStep] = Field(min_length=1, description="steps, in the order they run")
-    why: str = Field(min_length=1, description="for plan and report")
+    why: str = Field(min_length=1, description="the reason, for the plan and the report")
 
 
 class AdviceModel(Strict):
@@ -84,11 +84,15 @@ class ChoiceRow(Strict):
     """A scheme that `quark init` may choose, and when."""
 
     scheme: str = Field(min_length=1, description="a scheme")
-    runs: list[Literal["fast", "weight-only", "emulated"]] = Field(min_length=1, description="ways it must be run")
-    least: float = Field(default=0.0, ge=0, description="parameters of the model at least")
-    room: float | None = Field(default=None, gt=0, le=1, description="share of the GPUs' memory that it may take")
+    runs: list[Literal["fast", "weight-only", "emulated"]] = Field(
+        min_length=1, description="ways in which a server must run it"
+    )
+    least: float = Field(default=0.0, ge=0, description="smallest number of parameters of the model")
+    room: float | None = Field(
+        default=None, gt=0, le=1, description="largest share of the GPUs' memory that it may take"
+    )
     only: str | None = Field(default=None, min_length=1, description="glob on the modules that are quantized; all")
-    why: str = Field(min_length=1, description="for the recipe")
+    why: str = Field(min_length=1, description="the reason, for the recipe")
 
 
 class ChoicesModel(Strict):
@@ -109,7 +113,7 @@ class Quantize(Strict):
     @model_validator(mode="after")
     def _one_of_two(self) -> Quantize:
         if (self.scheme is None) == (self.quant_cfg is None):
-            raise ValueError("give either scheme or quant_cfg")
+            raise ValueError("scheme and quant_cfg exclude each other")
         return self
 
 
@@ -169,7 +173,7 @@ class RecipeModel(Strict):
     )
     expert_inputs: Literal["shared", "own"] = Field(
         default="shared",
-        description="whether experts of a layer share their static input scale, or each has its own",
+        description="layer: experts of a layer share their static input scale; own: each has its own",
     )
     calibration: Calibration = Field(default=Calibration(), description="the calibration data")
     export: Export = Field(default=Export(), description="the layout of the checkpoint")
@@ -184,7 +188,7 @@ class SchemeModel(Strict):
     weight: dict[str, Any] = Field(description="cfg of weights")
     input: dict[str, Any] | None = Field(default=None, description="cfg of the activations that a module reads")
     output: dict[str, Any] | None = Field(default=None, description="cfg of the activations that it returns")
-    bias: dict[str, Any] | None = Field(default=None, description="cfg of biases")
+    bias: dict[str, Any] | None = Field(default=None, description="cfg of the bias of a module")
 
 
 class CacheModel(Strict):
@@ -207,7 +211,7 @@ class AttentionModel(Strict):
     @model_validator(mode="after")
     def _says_something(self) -> AttentionModel:
         if not any((self.q, self.k, self.v, self.p)):
-            raise ValueError("none of q, k, v and p is given")
+            raise ValueError("needs a cfg for at least one of q, k, v and p")
         return self
 
 

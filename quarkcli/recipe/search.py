@@ -67,8 +67,8 @@ def _with_headroom(asked: dict[str, Any], spec: TensorSpec) -> TensorSpec:
         return spec
     if spec.then is not None:
         raise ConfigError(
-            "nvfp4_act_headroom is not for chains",
-            hint="one stage for the inputs, or the algorithm max",
+            "nvfp4_act_headroom does not work with chains",
+            hint="use one stage for the inputs, or the algorithm max",
             kind="E-ATTRIBUTE-CONFLICT",
         )
     numbers = tuple((key, float(asked.get(_ENDS[key], usual))) for key, usual in OBSERVERS["headroom"].items())

@@ -23,7 +23,7 @@ def adjusted(document: Document, settings: Sequence[str]) -> Document:
         key, equals, written = text.partition("=")
         if not equals or not key:
             raise UsageError(
-                f"'{text}' is not KEY=VALUE", where="--set", hint="--set calibration.samples=64", kind="E-SET"
+                f"'{text}' is not KEY=VALUE", where="--set", hint="write --set calibration.samples=64", kind="E-SET"
             )
         path = _path(document.data, key)
         value = load.parse(written, f"--set {key}").data
@@ -54,7 +54,7 @@ def _path(data: Any, key: str) -> Path_:
             continue
         if node is not None and not isinstance(node, dict):
             raise UsageError(
-                f"'{key}': {node!r} has no parts",
+                f"'{key}': {node!r} is a value and has no keys",
                 where="--set",
                 hint=f"set it as a whole: --set '{'.'.join(map(str, path))}={{{'.'.join(words)}: VALUE}}'",
                 kind="E-SET",

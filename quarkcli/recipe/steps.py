@@ -96,7 +96,7 @@ _ROTATION_PAIRS: dict[str, _Check] = {
 _ROTATION_PLACES = ("first_layer", "middle_layers", "last_layer")
 # What a row says beside the channels, and why it has no effect.
 _ROW_STEERING = ("inp", "module2inspect", "has_kwargs")
-_ROW_READERS = "channels are judged by what all weights that read them write"
+_ROW_READERS = "quark judges channels by the output of all weights that read them"
 _SAME_SHAPE = re.compile(r"\s*(?:module\.)?([\w.]+)\.shape\s*==\s*(?:module\.)?([\w.]+)\.shape\s*")
 
 
@@ -122,9 +122,9 @@ def _pairs(value: Any) -> str | None:
         return wrong
     for row in value:
         if "prev_op" not in row or "layers" not in row:
-            return "needs 'prev_op' and 'layers' in every row"
+            return "must have 'prev_op' and 'layers' in every row"
         if row.get("condition") is not None and not _SAME_SHAPE.fullmatch(row["condition"]):
-            return f"has a condition that is not of the form 'A.shape == B.shape': {row['condition']!r}"
+            return f"has the condition {row['condition']!r}, which is not of the form 'A.shape == B.shape'"
     return None
 
 
@@ -169,20 +169,20 @@ _QUARK: dict[str, dict[str, _Check]] = {
 }
 _QUARK_NAMES = {"smooth": "smoothquant", "quarot": "rotation"}
 _QUARK_REFUSED = {
-    "svdquant": "no dialect here writes a low-rank part beside a weight",
-    "twobitscalar": "it is an experiment of Quark's",
+    "svdquant": "no checkpoint format here holds a low-rank part beside a weight",
+    "twobitscalar": "it is an experimental feature of AMD Quark",
 }
 _LEARNED = ("trainable", "train_smooth", "smooth_positions")
 _NO_MEANING = {
-    "moe_calib_experts_ratio": "see --moe-calibration",
-    "num_attention_heads": "read from the model",
-    "num_key_value_heads": "read from the model",
-    "fused": "it only steers a kernel",
-    "debug": "it only prints",
-    "distributed_sync": "statistics are always reduced over ranks",
-    "layerwise": "blocks are always worked on one by one",
+    "moe_calib_experts_ratio": "use --moe-calibration",
+    "num_attention_heads": "quark reads it from the model",
+    "num_key_value_heads": "quark reads it from the model",
+    "fused": "it changes only a kernel",
+    "debug": "it changes only messages",
+    "distributed_sync": "quark always joins the statistics of all processes",
+    "layerwise": "quark always works on one block after the other",
     "sync_expert_weight_amax": "weights that share a scale always share it",
-    "skip_forward_without_activation_calib": "no forward runs unless a scale needs it",
+    "skip_forward_without_activation_calib": "quark runs the model only if a scale needs it",
     "shared_states": "scale groups come from the model family",
 }
 # Modules of a block that a solver works on, by the ends of their names: what is left is rounded to nearest.
@@ -220,8 +220,8 @@ _MODELOPT: dict[str, dict[str, _Check]] = {
     },
 }
 _MODELOPT_REFUSED = {
-    "svdquant": "no dialect here writes a low-rank part beside a weight",
-    "lsq": "learned scales belong to training",
+    "svdquant": "no checkpoint format here holds a low-rank part beside a weight",
+    "lsq": "scales are learned only in training",
 }
 _OF_WEIGHTS = "weight_scale_algorithm"
 # Ranges are always found, so this asks for nothing more.
@@ -246,7 +246,7 @@ def _quark_step(row: Any, path: Path_, out: Steps) -> None:
         ((key, inner),) = row.items()  # a class and its arguments, as in Python
         row = {"name": key.removesuffix("Config").lower()} | dict(inner) if isinstance(inner, Mapping) else inner
     if not isinstance(row, Mapping) or not isinstance(row.get("name"), str):
-        out.problems.append((path, "an algorithm is a mapping with 'name'"))
+        out.problems.append((path, "an algorithm must be a mapping with 'name'"))
         return
     given = {key: item for key, item in row.items() if key != "name" and item is not None}
     old = row["name"].lower()
@@ -259,14 +259,19 @@ def _quark_step(row: Any, path: Path_, out: Steps) -> None:
         given = dict.fromkeys(("r1", "r2", "r3", "r4"), True) | given
     for key in _LEARNED:
         if given.pop(key, None):
-            out.problems.append(((*path, key), f"'{key}' cannot be honoured: learned transforms belong to training"))
+            out.problems.append(((*path, key), f"'{key}' is not supported: transforms are learned only in training"))
     if given.pop("static_groups", True) is False:
         at = (*path, "static_groups")
         if given.get("desc_act", True) is not False:
-            text = "static_groups: false cannot be honoured beside desc_act: groups are static; write desc_act: false"
+            text = (
+                "static_groups: false does not work together with desc_act, because groups are static here; "
+                "write desc_act: false"
+            )
             out.problems.append((at, text))
         else:
-            out.notes.append((at, "static_groups is left out: scales of groups are found before the loop, and stay"))
+            out.notes.append(
+                (at, "static_groups has no effect: quark always finds the scales of groups first and keeps them")
+            )
     if isinstance(given.get("online_config"), Mapping):
         given["online_config"] = {k: v for k, v in given["online_config"].items() if k != "shared_input_rotation"}
     _finish(_QUARK_NAMES.get(old, old), given, _QUARK, _QUARK_REFUSED, path, out)
@@ -285,7 +290,7 @@ def from_modelopt(value: Any, path: Path_) -> Steps:
 def _modelopt_step(row: Any, path: Path_, out: Steps) -> None:
     given = {"method": row} if isinstance(row, str) else row
     if not isinstance(given, Mapping) or not isinstance(given.get("method"), str):
-        out.problems.append((path, "an algorithm is a method, or a mapping with 'method'"))
+        out.problems.append((path, "an algorithm must be the name of a method, or a mapping with 'method'"))
         return
     rest = {key: item for key, item in given.items() if key != "method" and item is not None}
     weights = rest.pop(_OF_WEIGHTS, None) if given["method"] == "nvfp4_act_headroom" else None
@@ -304,7 +309,7 @@ def _finish(
 ) -> None:
     """Check the fields of one algorithm and list it under our names."""
     if name in refused:
-        out.problems.append((path, f"'{name}' cannot be honoured: {refused[name]}"))
+        out.problems.append((path, f"'{name}' is not supported: {refused[name]}"))
         return
     if name not in known:
         close = near_misses(name, known)
@@ -327,15 +332,15 @@ def _finish(
         elif key == _INSIDE and name in _SLOTTED:
             fields[SLOTS] = [f"*{module.lstrip('*')}.weight_quantizer" for module in value]
         elif key in left_out:
-            out.notes.append((at, f"{key} is left out: {left_out[key]}"))
+            out.notes.append((at, f"{key} has no effect: {left_out[key]}"))
         elif checks[key] is not _pairs:
             fields[key] = value
         elif value:  # without rows, those of the model family
             fields[key] = _parsed(value)
             if said := [name for name in _ROW_STEERING if any(row.get(name) is not None for row in value)]:
-                out.notes.append((at, f"{', '.join(said)} in {key} left out: {_ROW_READERS}"))
+                out.notes.append((at, f"{', '.join(said)} in {key} have no effect: {_ROW_READERS}"))
         if key in fields and key in words.otherwise:
             out.notes += [(at, text) for said, text in words.otherwise[key].items() if said == value]
-    out.problems += [((*path, key), f"'{key}' cannot be honoured: {why}") for key, why in words.refused(fields)]
+    out.problems += [((*path, key), f"'{key}' is not supported: {why}") for key, why in words.refused(fields)]
     if name != _PLAIN:
         out.steps += words.steps(fields)

@@ -190,13 +190,13 @@ def part_warnings(records: Records) -> list[str]:
     found = []
     if weights:
         found.append(
-            f"{sum(weights.values()):,} inputs of {len(weights)} weights were zero in all of calibration "
+            f"{sum(weights.values()):,} inputs of {len(weights)} weights were always zero in calibration "
             f"({some(weights, 3)}); their weights are rounded to nearest"
         )
     if activations:
         found.append(
-            f"{len(activations)} activations with a static scale were zero in all of calibration "
-            f"({some(activations, 3)}); other text may saturate them"
+            f"{len(activations)} activations with a static scale were always zero in calibration "
+            f"({some(activations, 3)}); other text may exceed their range"
         )
     kinds = ([name for r in records.values() for name in r[kind]] for kind in ("nonfinite", "nonfinite_others"))
     return found + nonfinite.warnings(*kinds)

@@ -47,10 +47,10 @@ def card(prepared: Prepared, report: dict[str, Any]) -> str:
         "",
         "| | |",
         "|---|---|",
-        *(f"| source | {text} |" for text in (report["source"] or {}).get("said", [])),
+        *(f"| quantized before | {text} |" for text in (report["source"] or {}).get("said", [])),
         f"| recipe | {prepared.recipe.name} |",
         f"| algorithms | {', '.join(report['algorithms'])} |",
-        f"| dialect | {prepared.dialect.name} ({prepared.dialect_reason}) |",
+        f"| checkpoint format | {prepared.dialect.name} ({prepared.dialect_reason}) |",
         *(f"| while it runs | {text} |" for text in sentences(prepared.plan.online)),
         f"| effective bits per quantized weight | {report['size']['effective_bits']} |",
         f"| size | {report['size']['source_bytes']:,} -> {report['size']['output_bytes']:,} bytes |",
@@ -59,8 +59,8 @@ def card(prepared: Prepared, report: dict[str, Any]) -> str:
         if calibration
         else "| calibration | none needed |",
         "",
-        "The resolved recipe, the report and the hashes of all files are in `quark/`.",
-        "The licence of the source model applies.",
+        "The recipe with all its values, the report and the hashes of all files are in `quark/`.",
+        "The licence of the original model applies.",
         "",
     ]
     if "vllm" in prepared.dialect.loaders(prepared.plan):
@@ -103,15 +103,15 @@ def card_of_conversion(
         "",
         f"# {name}, {dialect.name}",
         "",
-        f"Quantized from `{base}`; converted from dialect {before} to {dialect.name} by quark {__version__}.",
-        "Codes and scales are as they were.",
+        f"Quantized from `{base}`; converted from checkpoint format {before} to {dialect.name} by quark {__version__}.",
+        "Codes and scales are unchanged.",
         "",
         "| | |",
         "|---|---|",
         *schemes,
         "",
-        "The hashes of all files are in `quark/`, and the card of the checkpoint that was converted.",
-        "The licence of the source model applies.",
+        "The hashes of all files and the card of the converted checkpoint are in `quark/`.",
+        "The licence of the original model applies.",
         "",
     ]
     if "vllm" in dialect.loaders(plan):

@@ -24,7 +24,11 @@ def _evaluation(found: Mapping[str, Any] | None) -> list[tuple[str, str]]:
         return []
     before, after = found["baseline_perplexity"], found["perplexity"]
     return [
-        ("cost", f"KL {found['kl']:.4f} nats per token; top token agrees on {found['top1_agreement']:.1%}"),
+        (
+            "cost",
+            f"KL divergence {found['kl']:.4f} nats per token (0: no loss); same top token for "
+            f"{found['top1_agreement']:.1%}",
+        ),
         ("", f"perplexity {before:.2f} -> {after:.2f} ({found['perplexity_increase']:+.1%})"),
         ("", f"on {found['tokens']:,} tokens of {found['text']}, in {found['dtype']}"),
     ]
@@ -39,7 +43,7 @@ def _errors(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     errors = loss["weight_errors"]
     if not errors:
         return []
-    mean = f"weight error {_mean(errors):.3g} on average; it compares runs of one algorithm only"
+    mean = f"weight error {_mean(errors):.3g} on average; compare it only with runs of the same algorithm"
     return [("error", mean), ("", f"worst: {_worst(errors)}"), *_by_block(report["parts"], "weight_error")]
 
 

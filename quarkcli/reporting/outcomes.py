@@ -27,9 +27,9 @@ def sentences(found: Mapping[str, Any]) -> list[str]:
     """Returns a sentence per solver for the terminal."""
     lines = []
     for name, row in found["solvers"].items():
-        line = f"{name}: {row['share']:.3f} of the loss of rounding on the calibration tokens"
+        line = f"{name}: {row['share']:.3f} of the loss of rounding to nearest, on calibration tokens"
         if row["held_out_share"] is not None:
-            line += f", {row['held_out_share']:.3f} on those held out"
+            line += f", {row['held_out_share']:.3f} on other tokens"
         line += f"; damping {_counted(row['damp'])}"
         if set(row["strength"]) != {"0"}:
             line += f"; strength {_counted(row['strength'])}"

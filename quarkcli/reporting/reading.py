@@ -16,19 +16,19 @@ from quarkcli.reporting import build
 def read(directory: Path) -> dict[str, Any]:
     """Returns the report of a directory. Raises AccessError, ModelError; nothing else is looked for."""
     beside = directory.with_name(f"{directory.name}.partial")
-    hint = f"{beside} is an unfinished run: quark report {beside}" if beside.is_dir() else ""
+    hint = f"run 'quark report {beside}' for the unfinished run there" if beside.is_dir() else ""
     if not directory.is_dir():
-        raise AccessError("no such directory", where=str(directory), hint=hint, kind="E-PATH-NOT-FOUND")
+        raise AccessError("there is no such directory", where=str(directory), hint=hint, kind="E-PATH-NOT-FOUND")
     path = directory / "quark" / "report.json"
     if unfinished.is_unfinished(directory):
         found = build.filled(*unfinished.read(directory))
     elif path.is_file():
         found = _parsed(path)
     else:
-        hint = hint or "only checkpoints that quark wrote have one"
-        raise ModelError("no report (quark/report.json)", where=str(directory), hint=hint, kind="E-REPORT-NONE")
+        hint = hint or "give a checkpoint that quark wrote; others have no report"
+        raise ModelError("has no report (quark/report.json)", where=str(directory), hint=hint, kind="E-REPORT-NONE")
     if found.get("schema") != build.SCHEMA:
-        raise ModelError(f"not a report of the form {build.SCHEMA}", where=str(path), kind="E-REPORT-NONE")
+        raise ModelError(f"is not a report of the form {build.SCHEMA}", where=str(path), kind="E-REPORT-NONE")
     check(Report, found, str(path))
     return found
 

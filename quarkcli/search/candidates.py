@@ -123,7 +123,7 @@ def _group(space: Space, part: int, targets: tuple[Target, ...]) -> Group:
     rules = {_rule(space, target) for target in targets}
     if len(rules) > 1:
         raise ConfigError(
-            "servers fuse these weights, and the search gives them different formats to choose among",
+            "servers multiply these weights together, but the search gives them different formats to choose among",
             where=", ".join(target.name for target in targets[:4]),
             hint="name all of them in one search space, or none",
             kind="E-SEARCH",
@@ -195,6 +195,6 @@ def check(names: Sequence[str]) -> None:
         raise UsageError(
             f"a search needs two schemes or more to choose among, not {len(names)}",
             where="--schemes",
-            hint=f"--schemes nvfp4,fp8; '{KEEP}' stands for leaving a weight as it is",
+            hint=f"use --schemes nvfp4,fp8, for example; '{KEEP}' leaves a weight as it is",
             kind="E-SEARCH-FLAGS",
         )

@@ -63,9 +63,9 @@ class Choosing:
         if found is None:
             low, high = self.span()
             raise ConfigError(
-                f"{budget:g} bits per weight are less than any choice takes; the least is {low:.4g}",
+                f"{budget:g} bits per weight are too few; the smallest choice takes {low:.4g}",
                 where="--budget",
-                hint=f"between {_up(low)} and {high:.4g}, or a smaller scheme among the candidates",
+                hint=f"use a value between {_up(low)} and {high:.4g}, or add a smaller scheme",
                 kind="E-BUDGET-SMALL",
             )
         return found
@@ -76,10 +76,10 @@ class Choosing:
         if found is None:
             least = self.rest + sum(min(self.sizes[g.name, c.name] for c in own) for g, own in self._pairs())
             raise ConfigError(
-                f"{size:,} bytes are less than any choice takes; the least is {least:,}, of which {self.rest:,} are "
-                f"tensors that are not searched",
+                f"{size:,} bytes are too few; the smallest choice takes {least:,}, of which {self.rest:,} are "
+                "tensors that are not searched",
                 where="--size",
-                hint="a larger size, or a smaller scheme among the candidates",
+                hint="use a larger size, or add a smaller scheme",
                 kind="E-BUDGET-SMALL",
             )
         return found

@@ -104,7 +104,7 @@ class _Measuring:
         """Runs the source model and keeps the input of every block."""
         self.walk.start()
         for block, part in self.blocks:
-            self.tell(Working(f"running {part.name} of the source"))
+            self.tell(Working(f"running {part.name} of the original model"))
             self.states.write(block, self.walk.served)
             self.runner.load_block(block, self._read(part.tensors))
             self.walk.advance(block, Handlers())
@@ -153,9 +153,9 @@ class _Measuring:
         """Raises ResourceError when the device ran out of memory and batches are others now."""
         if self.walk.batch != self.batch:
             raise ResourceError(
-                f"out of device memory with {self.batch} sequences in one forward",
+                f"not enough GPU memory for {self.batch} sequences at a time",
                 where="search",
-                hint=f"--calib-batch {self.walk.batch}",
+                hint=f"use --calib-batch {self.walk.batch}",
                 kind="E-MEMORY",
             )
 
@@ -264,9 +264,9 @@ def _runner(base: Prepared, data: CalibrationData, device: str) -> Any:
     runner.check_tokens(data.tokens)
     if not runner.has_head:
         raise ModelError(
-            "a base model without a head gives no probabilities, so there is nothing to compare",
+            "the model has no head, so it gives no probabilities to compare",
             where=str(base.source.folder),
-            hint="a search needs the model with its head",
+            hint="give the model with its head",
             kind="E-MODEL-HEAD",
         )
     return runner

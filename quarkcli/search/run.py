@@ -86,9 +86,9 @@ def search(asked: Asked, tell: Listener) -> Found:
     if asked.budget is not None and asked.size is not None:
         raise UsageError("--budget and --size exclude each other", kind="E-FLAG-CONFLICT")
     if asked.options.on_nonfinite == SKIP:
-        what = "a search compares what algorithms lose, and passes over none of them"
+        what = "a search compares algorithms and cannot skip one"
         raise UsageError(
-            what, where=f"--on-nonfinite {SKIP}", hint="leave it to 'quark quantize'", kind="E-SEARCH-FLAGS"
+            what, where=f"--on-nonfinite {SKIP}", hint="use it with 'quark quantize'", kind="E-SEARCH-FLAGS"
         )
     space, asked, rows = _space(asked)
     for run in space.runs:
@@ -96,7 +96,7 @@ def search(asked: Asked, tell: Listener) -> Found:
     groups, unjudged = candidates.groups(space, asked.options.target)
     if not groups:
         raise ConfigError(
-            "none of the schemes quantizes a weight that a forward pass reads",
+            "none of the schemes quantizes a weight that calibration text reaches",
             where=space.base.recipe.name,
             kind="E-SEARCH",
         )
@@ -121,7 +121,7 @@ def _space(asked: Asked) -> tuple[Space, Asked, int]:
         both = (
             "--schemes and --recipe exclude each other" if asked.schemes else "neither --schemes nor --recipe is given"
         )
-        raise UsageError(both, hint="--schemes nvfp4,fp8", kind="E-SEARCH-FLAGS")
+        raise UsageError(both, hint="use --schemes nvfp4,fp8, for example", kind="E-SEARCH-FLAGS")
     if asked.recipe is None:
         names = list(asked.schemes)
         candidates.check(names)
@@ -159,7 +159,7 @@ def _active(run: Prepared) -> float:
         raise ConfigError(
             "config.json does not say how many experts a token runs through",
             where=str(run.source.folder),
-            hint="auto_quantize.constraints.cost.active_moe_expert_ratio",
+            hint="add auto_quantize.constraints.cost.active_moe_expert_ratio",
             kind="E-SEARCH",
         )
     return min(1.0, active / max(map(len, layers.values())))
@@ -168,26 +168,26 @@ def _active(run: Prepared) -> float:
 def _check(run: Prepared) -> None:
     """Raises ConfigError for a run that cannot be measured block by block."""
     if run.others:
-        hint = "name one here; the recipe that is made can be run for all of them"
+        hint = "name one checkpoint format here; 'quark quantize' can write the recipe in all of them"
         raise UsageError(
-            "a search counts the bytes of one dialect", where="--dialect", hint=hint, kind="E-SEARCH-FLAGS"
+            "a search counts the bytes of one checkpoint format", where="--dialect", hint=hint, kind="E-SEARCH-FLAGS"
         )
     preflight.check_reader(run.dialect, {"scores": {"scores"}})
     inside = {tensor for part in run.plan.parts if part.block is not None for tensor in part.tensors}
     for key, changes in run.plan.changes.items():
         if changes.online:
             raise ConfigError(
-                f"{key} turns inputs while the model runs, and a search compares weights before and after",
+                f"{key} rotates inputs while the model runs, and a search compares only weights",
                 where="--algorithm",
-                hint="search without it, and add it to the recipe that is made",
+                hint="search without it, then add it to the recipe",
                 kind="E-SEARCH",
             )
         outside = sorted(changes.tensors - inside)
         if outside:
             raise ConfigError(
-                f"{key} changes {outside[0]} and with it what all blocks read; a search measures one block at a time",
+                f"{key} changes {outside[0]}, which all blocks read, and a search measures one block at a time",
                 where="--algorithm",
-                hint="search without it, and add it to the recipe that is made",
+                hint="search without it, then add it to the recipe",
                 kind="E-SEARCH",
             )
 
@@ -197,7 +197,8 @@ def _say_unjudged(names: Sequence[str], tell: Listener) -> None:
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         tell(
             Message(
-                f"no search can judge these weights, which stay as they are: {', '.join(names[:3])}{more}", "warning"
+                f"the search cannot measure these weights and leaves them as they are: {', '.join(names[:3])}{more}",
+                "warning",
             )
         )
 
@@ -207,9 +208,9 @@ def _output(asked: Asked, space: Space) -> Path | None:
     if asked.budget is None and asked.size is None:
         if asked.output is not None:
             raise UsageError(
-                "there is no budget to make a recipe for",
+                "a recipe needs a budget",
                 where="-o",
-                hint="--budget 5.0, or --size 6GB",
+                hint="add --budget 5.0, or --size 6GB",
                 kind="E-SEARCH-FLAGS",
             )
         return None
@@ -218,10 +219,13 @@ def _output(asked: Asked, space: Space) -> Path | None:
     output = asked.output or Path(f"{name}-{budget}.yaml")
     if output.exists() and not (asked.options.overwrite and output.is_file()):
         raise UsageError(
-            "exists", where=str(output), hint="--overwrite replaces a file, or choose another -o", kind="E-OUTPUT-FILE"
+            "exists already",
+            where=str(output),
+            hint="use --overwrite to replace the file, or choose another -o",
+            kind="E-OUTPUT-FILE",
         )
     if not output.parent.is_dir():
-        raise UsageError("no such directory", where=str(output.parent), kind="E-OUTPUT-FILE")
+        raise UsageError("there is no such directory", where=str(output.parent), kind="E-OUTPUT-FILE")
     return output
 
 
@@ -234,9 +238,9 @@ def _check_budget(asked: Asked, choosing: Choosing) -> None:
     )
     if fits:
         raise ConfigError(
-            "every weight stays as it is within this budget, so there is nothing to quantize",
+            "the budget is large enough to quantize nothing",
             where="--budget" if asked.budget is not None else "--size",
-            hint="a smaller one",
+            hint="use a smaller one",
             kind="E-SEARCH",
         )
 
@@ -262,7 +266,7 @@ def _losses(
     path = asked.scores or beside / f"{space.base.source.name}-{digest[:12]}.scores.json"
     losses = scores.read(path, digest)
     if losses is not None:
-        tell(Message(f"losses from {path}: nothing is measured"))
+        tell(Message(f"the losses come from {path}; nothing is measured"))
         return losses, path, False
     losses = _measured(space, run, groups, data, path, tell)
     about = {
@@ -286,7 +290,7 @@ def _warnings(space: Space, run: Prepared, *, writes: bool) -> Iterator[str]:
     options = replace(run.options, target="auto")  # it says which weights are tied
     yield from idle.of_run(options, run.source, run.plan, run.needs or {"scores"}, calibration)
     if options.overwrite and not writes:
-        yield "nothing is written without a budget: --overwrite not used"
+        yield "--overwrite not used: nothing is written without a budget"
 
 
 def _measured(
@@ -296,7 +300,7 @@ def _measured(
     from quarkcli.search.states import place
 
     if not path.parent.is_dir():
-        raise UsageError("no such directory", where=str(path.parent), kind="E-OUTPUT-FILE")
+        raise UsageError("there is no such directory", where=str(path.parent), kind="E-OUTPUT-FILE")
     _check_resources(run, data, path)
     device = devices.device(run.options.device)
     memory.return_large_buffers()
@@ -350,7 +354,7 @@ def _fitting(asked: Asked, choosing: Choosing, output: Path | None) -> tuple[Cho
         assert limit is not None
         limit -= excess
     raise ConfigError(
-        f"no choice was found whose files take at most {asked.size:,} bytes", where="--size", kind="E-BUDGET-SMALL"
+        f"no choice was found with files of at most {asked.size:,} bytes", where="--size", kind="E-BUDGET-SMALL"
     )
 
 

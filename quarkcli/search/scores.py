@@ -59,7 +59,7 @@ def read(path: Path, digest: str) -> Losses | None:
         ) from error
     if known != (SCHEMA, digest):
         raise ConfigError(
-            "these scores are of another model, other data, schemes or settings",
+            "these scores are for another model, other data, schemes or settings",
             where=str(path),
             hint=_hint(path),
             kind="E-SCORES-FILE",
@@ -73,4 +73,4 @@ def write(path: Path, digest: str, losses: Losses, about: dict[str, Any]) -> Non
 
 
 def _hint(path: Path) -> str:
-    return f"another --scores, or remove {path.name} to score again"
+    return f"give another --scores, or delete {path.name} to measure again"

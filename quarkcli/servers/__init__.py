@@ -48,7 +48,7 @@ def check_name(target: str) -> None:
     if target not in known:
         hint = f"use one of: {', '.join(known)}"
         raise UsageError(
-            f"no rules are known of what '{target}' loads", where="--target", hint=hint, kind="E-SERVER-UNKNOWN"
+            f"quark does not know what '{target}' loads", where="--target", hint=hint, kind="E-SERVER-UNKNOWN"
         )
 
 
@@ -57,7 +57,7 @@ def named(name: str, where: str = "--server") -> Server:
     if name.lower() in names():
         return server(name.lower())
     close = near_misses(name, names())
-    hint = f"did you mean {' or '.join(close)}?" if close else f"one of: {', '.join(names())}"
+    hint = f"did you mean {' or '.join(close)}?" if close else f"use one of: {', '.join(names())}"
     raise UsageError(f"unknown server '{name}'", where=where, hint=hint, kind="E-SERVER-UNKNOWN")
 
 
@@ -91,7 +91,7 @@ def verdicts(target: str, written: Written, *, is_there: bool = False) -> list[s
         if reasons and target != AUTO:
             more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
             what = f"{member.title} {'may not' if unknown else 'does not'} load it: {reasons[0]}{more}{member.evidence}"
-            hint = "--target auto says what loads it; another dialect or scheme may be loaded"
+            hint = "try another --dialect or scheme; --target auto shows which server loads it"
             if is_there:
                 raise CheckError(what, where="--target", hint=hint, kind="E-CHECK-SERVER")
             raise ModelError(what, where="--target", hint=hint, kind="E-SERVER-REFUSES")
@@ -99,5 +99,5 @@ def verdicts(target: str, written: Written, *, is_there: bool = False) -> list[s
         lines.append(f"{member.title} {answer}{member.evidence}")
         loading += not reasons
     if not loading:
-        lines.append("no server is known to load it; simulation only")
+        lines.append("no known server loads it; for measurements only")
     return lines

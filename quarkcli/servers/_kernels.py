@@ -9,9 +9,9 @@ from typing import Literal, NamedTuple
 Way = Literal["fast", "weight-only", "emulated"]
 # What the words mean, for people.
 MEANING: dict[Way, str] = {
-    "fast": "products in this format",
-    "weight-only": "weights stay small in memory; products are in 16 bits",
-    "emulated": "decoded to 16 bits before each product; it saves memory, no time",
+    "fast": "multiplies in this format",
+    "weight-only": "keeps weights small in memory and multiplies in 16 bits",
+    "emulated": "decodes to 16 bits before each product, which saves memory but no time",
 }
 
 NVIDIA = "ampere ada hopper blackwell"

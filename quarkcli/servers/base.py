@@ -75,14 +75,14 @@ class Server:
 
     def misnamed(self, written: Written) -> list[str]:
         """Returns the reason for which it does not find tensors that have other names than published ones."""
-        return [f"{written.renamed}: its class knows the names of the published files alone"] if written.renamed else []
+        return [f"{written.renamed}: its class knows only the names of the published files"] if written.renamed else []
 
 
 class Loader(Server):
     """A server of which every dialect says itself what it loads (`Writer.loaders`, `Writer.config_faults`)."""
 
     def unknown(self, written: Written) -> str:
-        return "" if written.writer else f"no rules are known of what it loads in dialect {written.dialect}"
+        return "" if written.writer else f"quark does not know what it loads in checkpoint format {written.dialect}"
 
     def refusals(self, written: Written) -> list[str]:
         writer = written.writer
@@ -99,7 +99,7 @@ class Loader(Server):
             for run in plan.quantized_alike()
             if self.name not in writer.loaders(alone(plan, run))
         ]
-        together = f"the modules together, or the cache, are not what it loads in dialect {writer.name}"
+        together = f"it does not load these modules together, or this cache, in checkpoint format {writer.name}"
         return reasons or [writer.cache_fault(plan, self.name) or together]
 
 
@@ -112,7 +112,11 @@ class Read(Server):
         return written.writer.classes.get(self.name) if written.writer is not None else None
 
     def unknown(self, written: Written) -> str:
-        return "" if self._classes(written) else f"no rules are known of what it loads as {written.dialect}"
+        return (
+            ""
+            if self._classes(written)
+            else f"quark does not know what it loads in checkpoint format {written.dialect}"
+        )
 
     def refusals(self, written: Written) -> list[str]:
         rules = self._classes(written)
@@ -124,9 +128,9 @@ class Read(Server):
             if reason is not None:
                 found.append(f"{reason} ({run[0].name}{f' and {len(run) - 1} more' if len(run) > 1 else ''})")
         if written.plan.disagreeing():
-            found.append("weights that it fuses have more than one scheme")
+            found.append("weights that it multiplies together have more than one scheme")
         if written.plan.online:
-            found.append("it turns no inputs while the model runs")
+            found.append("it does not rotate inputs while the model runs")
         return [*found, *_attention(written.plan), *rules.faults(written.plan, written.config)]
 
 

@@ -9,7 +9,7 @@ from quarkcli.servers.base import Loader
 class Transformers(Loader):
     name = "transformers"
     title = "transformers 5.23"
-    kernels_from = "what its libraries do on a CPU"
+    kernels_from = "its libraries on a CPU"
     # Weights are decoded, inputs rounded in torch.
     kernels = (Kernel("*", "*", emulated=EVERY, read_in="compressed-tensors 0.20 and amd-quark 0.13"),)
 

@@ -117,7 +117,7 @@ def test_inputs_that_never_moved(family: str, seen: Path, tmp_path: Path) -> Non
         assert float(error) <= 1.02 * float(least)
         if up == whole:
             assert torch.equal(weight, near)
-    (warning,) = [text for text in solved.report["warnings"] if "zero in all of calibration" in text]
+    (warning,) = [text for text in solved.report["warnings"] if "always zero in calibration" in text]
     assert f"{sum(dead.values()):,} inputs of {len(dead)} weights" in warning
 
 

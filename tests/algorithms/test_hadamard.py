@@ -223,19 +223,21 @@ def test_a_block_is_a_power_of_two(block: Any) -> None:
 
 
 def test_queries_and_keys_stay() -> None:
-    with pytest.raises(ConfigError, match="r3: no server turns queries and keys while the model runs"):
+    with pytest.raises(
+        ConfigError, match="hadamard r3 is not supported: no server rotates queries and keys while the model runs"
+    ):
         Hadamard("auto", True)
 
 
 def test_a_block_divides_the_width(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="a block of 256 does not divide 384 input features") as caught:
         runs.prepare("demo", recipe=recipe(tmp_path, "mxfp4", "{method: hadamard, block: 256}"))
-    assert caught.value.hint == "block: 128, or full"
+    assert caught.value.hint == "write block: 128, or full"
 
 
 @pytest.mark.parametrize("scheme", ["nvfp4", "nvfp4_weight_only"])
 def test_nvfp4_takes_no_block_of_its_own_size(scheme: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="a Hadamard of 16 within the groups of 16"):
+    with pytest.raises(ConfigError, match="costs accuracy: an outlier harms its group either way"):
         runs.prepare("demo", recipe=recipe(tmp_path, scheme, "{method: hadamard, block: 16}"))
     runs.prepare("demo", recipe=recipe(tmp_path, scheme, "{method: hadamard, block: 32}"))
 
@@ -243,23 +245,24 @@ def test_nvfp4_takes_no_block_of_its_own_size(scheme: str, tmp_path: Path) -> No
 def test_all_that_read_one_input_are_turned(tmp_path: Path) -> None:
     steps = "{method: hadamard, slots: ['*q_proj.weight_quantizer']}"
     with pytest.raises(
-        ConfigError, match="q_proj reads the same activation and has one of 32, here it is no online Hadamard"
+        ConfigError,
+        match="with the same input has a Hadamard of 32; servers rotate an input once for all layers that read it",
     ):
         runs.prepare("demo", recipe=recipe(tmp_path, "mxfp4", steps))
 
 
 def test_no_input_is_turned_twice(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="hadamard and hadamard 2 both turn its input"):
+    with pytest.raises(ConfigError, match="and hadamard 2 both rotate its input"):
         runs.prepare("demo", recipe=recipe(tmp_path, "mxfp4", "{method: hadamard}, {method: hadamard}"))
 
 
 def test_who_cannot_say_it_refuses(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="quark has no place for inputs that are turned while the model runs"):
+    with pytest.raises(ConfigError, match="has no place for inputs that are rotated while the model runs"):
         runs.prepare("demo", scheme="mxfp4", algorithm="hadamard", dialect="quark")
     prepared = runs.prepare("demo", scheme="mxfp4", algorithm="hadamard")
     assert prepared.dialect.name == "compressed-tensors"
     assert "loads in vLLM only" in prepared.dialect_reason and "one GPU per replica" in prepared.dialect_reason
-    with pytest.raises(ConfigError, match="no dialect can hold this plan"):
+    with pytest.raises(ConfigError, match="no checkpoint format can hold this plan"):
         runs.prepare("demo", scheme="mx6", algorithm="hadamard")
 
 
@@ -267,20 +270,25 @@ def test_experts_and_biases_are_left_out(tmp_path: Path) -> None:
     experts = runs.prepare(runs.build("qwen3_moe", tmp_path / "moe"), scheme="mxfp4", algorithm="hadamard")
     online = experts.plan.online
     assert online and not any("experts" in name for name in online)
-    assert any("routed experts run fused in servers" in warning for warning in experts.warnings)
+    assert any(
+        "servers run routed experts together and rotate only inputs of single linear layers" in warning
+        for warning in experts.warnings
+    )
     biased = runs.prepare(runs.build("qwen2_sliding", tmp_path / "qwen2"), scheme="mxfp4", algorithm="hadamard")
     assert {name.rpartition(".")[2] for name in biased.plan.online} == {"o_proj", "gate_proj", "up_proj", "down_proj"}
-    assert any("vLLM 0.32 stops at a linear with a bias" in warning for warning in biased.warnings)
+    assert any(
+        "vLLM 0.32 stops at a linear layer with a bias and a rotated input" in warning for warning in biased.warnings
+    )
     steps = "{method: hadamard, slots: ['*experts*']}"
-    with pytest.raises(ConfigError, match=r"finds no linear whose input it can turn: .*routed experts"):
+    with pytest.raises(ConfigError, match="hadamard finds no linear layer whose input it can rotate"):
         runs.prepare(experts.source.folder, recipe=recipe(tmp_path, "mxfp4", steps))
 
 
 def test_it_is_shown_and_verified(tmp_path: Path) -> None:
     made = runs.run("demo", tmp_path / "out", scheme="mxfp4", algorithm="hadamard")
     assert made.report["online"] == dict.fromkeys((t.name for t in made.prepared.plan.quantized()), 32)
-    said = "Hadamard of 32 at the inputs of 28 linears"
-    assert f"turned as the config says: {said}" in made.report["checks"]
+    said = "a Hadamard of 32 rotates the inputs of 28 layers"
+    assert f"rotated as the config says: {said}" in made.report["checks"]
     assert f"| while it runs | {said} |" in (made.folder / "README.md").read_text()
     assert f"at run time {said}" in planview.header(made.prepared)
     assert said in summary.markdown(made.report)
@@ -303,14 +311,20 @@ def applied(**keys: Any) -> Any:
 
 
 DAMAGE = [
-    (lambda group: group.update(head_dim=256), "inputs are turned in blocks that do not fit"),
-    (lambda group: group.update(head_dim=48), "a Hadamard of 48 is not one of a power of two"),
-    (lambda group: group.update(type="random-hadamard"), "a transform of type 'random-hadamard' is not read"),
+    (lambda group: group.update(head_dim=256), "inputs are rotated in blocks that do not fit"),
+    (lambda group: group.update(head_dim=48), "the size 48 of a Hadamard is not a power of two"),
+    (
+        lambda group: group.update(type="random-hadamard"),
+        "this version cannot read a transform of type 'random-hadamard', only a plain '",
+    ),
     (lambda group: group.update(randomize=True), "only a plain 'hadamard'"),
-    (lambda group: group["apply"].append(dict(group["apply"][0])), "turns its input twice"),
-    (applied(location="output"), "it applies a transform at 'output' while the model runs"),
-    (applied(location="q_attn"), "it applies a transform at 'q_attn' while the model runs"),
-    (applied(ignore=["re:.*q_proj$"]), "members whose inputs are turned otherwise"),
+    (lambda group: group["apply"].append(dict(group["apply"][0])), "the transform config rotates its input twice"),
+    (applied(location="output"), "it has a transform at 'output', and this version can read only those of inputs"),
+    (applied(location="q_attn"), "it has a transform at 'q_attn', and this version can read only those of inputs"),
+    (
+        applied(ignore=["re:.*q_proj$"]),
+        "groups of weights that servers multiply together have inputs that are rotated differently",
+    ),
 ]
 
 
@@ -341,7 +355,7 @@ def test_no_input_outside_the_blocks_is_passed_over(page: Path, tmp_path: Path) 
         "lm_head"
     ]
     path.write_text(json.dumps(config))
-    with pytest.raises(ModelError, match=r"lm_head\.weight: the config turns its input, and it lies outside"):
+    with pytest.raises(ModelError, match=r"lm_head\.weight: the config rotates its input, but it is outside"):
         compared(made.folder, made.source, page)
 
 

@@ -158,16 +158,18 @@ def test_a_family_that_nobody_described(tmp_path: Path) -> None:
     config |= {"architectures": ["NobodyForCausalLM"], "model_type": "nobody"}
     (source / "config.json").write_text(json.dumps(config))
     for name in ("permutation", "rotation"):
-        with pytest.raises(ConfigError, match="nothing is said of the residual stream") as caught:
+        with pytest.raises(ConfigError, match="the family file says nothing about the residual stream") as caught:
             runs.prepare(source, scheme="mxfp4", algorithm=name)
-        assert "'residual' in a family file" in caught.value.hint
+        assert "or name in the family file and in 'slots' all that reads and writes the stream" in caught.value.hint
 
 
 def test_some_weights_alone(tmp_path: Path) -> None:
     """A stream cannot change for some of its readers; channels inside a block can."""
     source = runs.build("llama", tmp_path / "m")
     slots = ["*layers.1.*.weight_quantizer"]
-    with pytest.raises(ConfigError, match="cannot change in family 'llama'") as caught:
+    with pytest.raises(
+        ConfigError, match="the channels of the residual stream cannot change places in model family 'llama'"
+    ) as caught:
         runs.prepare(source, recipe=recipe(tmp_path, "mxfp4", [{"method": "permutation", "slots": slots}]))
     assert "slots" in caught.value.hint
     own = {"method": "permutation", "slots": slots, "residual": False}

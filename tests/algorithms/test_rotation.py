@@ -128,8 +128,8 @@ def test_permuted_first_or_last_a_tied_head_follows(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("scheme", "given", "what"),
     [
-        ("nvfp4", {"block": 16}, "a block of 16 stays inside the groups of"),
-        ("nvfp4", {"block": 8}, "a block of 8 stays inside the groups of"),
+        ("nvfp4", {"block": 16}, "a block of 16 inside the groups of"),
+        ("nvfp4", {"block": 8}, "a block of 8 inside the groups of"),
         ("mxfp4", {"block": 48}, "a block of 48 does not divide 128 channels"),
         ("mxfp4", {"block": 4}, "block is a number of channels from 8 on"),
         ("mxfp4", {"r1": False, "r2": False}, "nothing to do"),

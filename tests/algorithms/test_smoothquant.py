@@ -159,7 +159,7 @@ def test_default_pairs_and_those_of_a_recipe(page: Path, tmp_path: Path) -> None
     [
         (", alpha: 1.5", "alpha must lie between 0 and 1"),
         (", scale_clamp_min: 0", "scale_clamp_min must lie between"),
-        (", scaling_layers: [inputlayernorm]", "scales no channels of 'inputlayernorm'"),
+        (", scaling_layers: [inputlayernorm]", "has no channels to scale in 'inputlayernorm'"),
         (", scaling_layers: [{layers: []}]", "names no source"),
         (", beta: 1", "has no parameter 'beta'"),
     ],
@@ -174,7 +174,7 @@ def test_a_family_without_pairs_is_refused_with_what_to_add(page: Path, tmp_path
     source = runs.build("llama", tmp_path / "m", num_hidden_layers=1)
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | {"architectures": ["Unknown"], "model_type": "unknown"}))
-    with pytest.raises(ConfigError, match="finds no channels to scale") as error:
+    with pytest.raises(ConfigError, match="names no channels that a quantized weight reads") as error:
         prepared(source, page, tmp_path, "int8")
     assert "readers: [self_attn.k_proj, self_attn.q_proj, self_attn.v_proj]" in error.value.hint
 

@@ -30,7 +30,7 @@ def test_the_gate(quark, made):
     assert answer.code == 8 and json.loads(answer.out) == caught.value.result
     assert quark("compare", "demo", str(made), "--min-sqnr", "10").code == 0
     code, out, _ = quark("compare", str(made), str(made), "--min-sqnr", "200")
-    assert code == 0 and "all 39 are equal bit for bit" in out
+    assert code == 0 and "all 39 tensors are equal bit for bit" in out
 
 
 def test_what_is_no_checkpoint(quark, made):

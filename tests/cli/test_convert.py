@@ -11,11 +11,11 @@ def test_convert(quark, made, tmp_path):
     found = json.loads(out)
     assert (found["schema"], found["from"], found["to"]) == ("quark/convert/1", "compressed-tensors", "quark")
     assert found["weights"] == 28 and found["loads_in"]
-    assert "all 39 are equal bit for bit" in quark("compare", str(made), "there").out
+    assert "all 39 tensors are equal bit for bit" in quark("compare", str(made), "there").out
     assert quark("verify", "there", "--source", "demo").code == 0
     assert quark("report", "there").code == 0
     code, out, err = quark("convert", "there", "--to", "compressed-tensors", "-o", "back")
-    assert code == 0 and "28 with the codes and scales that they had" in out
+    assert code == 0 and "with their old codes and scales" in out
     assert "phase: convert" in err
 
 

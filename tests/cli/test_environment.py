@@ -195,8 +195,14 @@ def test_a_state_that_cannot_be_removed_is_a_warning(
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", refuse)
         assert main.main([*QUANTIZE, "-o", "out"]) == 0
-    assert "warning: the checkpoint is complete, but not everything beside it was tidied up" in capsys.readouterr().err
-    assert "not everything beside it" in (folder / "out" / "quark" / "quark.log").read_text()
+    assert (
+        "warning: the checkpoint is complete, but some temporary files beside it were not deleted"
+        in capsys.readouterr().err
+    )
+    assert (
+        "the checkpoint is complete, but some temporary files beside it were not deleted"
+        in (folder / "out" / "quark" / "quark.log").read_text()
+    )
     assert (folder / "out.partial.state").is_dir()
     assert main.main([*QUANTIZE, "-o", "out"]) == 2  # it exists; what was left beside it is removed all the same
     assert {path.name for path in folder.iterdir()} == {"out"}

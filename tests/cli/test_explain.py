@@ -38,7 +38,7 @@ def test_explain_names_file_and_line(quark: Quark, tmp_path: Path) -> None:
 def test_explain_an_unknown_slot(quark: Quark) -> None:
     code, out, err = quark("recipes", "explain", "nvfp4", "model.layers.0.mlp.dwn_proj", "--model", "demo")
     assert (code, out) == (3, "")
-    assert "no slot is called" in err and "down_proj" in err
+    assert "no quantizer is called" in err and "down_proj" in err
 
 
 def test_share_rows_are_part_of_a_plan(quark: Quark, tmp_path: Path) -> None:
@@ -52,7 +52,7 @@ def test_share_rows_are_part_of_a_plan(quark: Quark, tmp_path: Path) -> None:
     (tmp_path / "own.yaml").write_text(RECIPE + "share: [{slots: ['*.oo_proj.*']}]\n")
     code, _, err = quark("plan", "--model", "demo", "--recipe", "own.yaml")
     assert code == 3
-    assert "own.yaml:9:9" in err and "matches 0 of" in err
+    assert "own.yaml:9:9" in err and "matches none of" in err
 
 
 def test_min_kv_scale(quark: Quark) -> None:

@@ -79,7 +79,7 @@ def test_what_is_quantized_and_served_as_it_is_needs_nothing(quark, peer, server
     code, out, err = quark("init", str(PEERS / peer), "--gpu", "h100", "--server", server)
     assert (code, out) == (4, "")
     assert f"quantized already ({stored}); vLLM 0.32 loads it as it is and runs it {runs} on hopper" in err
-    assert "hint: serve it as it is" in err
+    assert "hint: use it as it is" in err
 
 
 def test_a_quantized_source_is_made_smaller_or_loadable(quark):

@@ -109,11 +109,11 @@ def test_light_commands_import_nothing_heavy(command):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nonsense"], "No such command 'nonsense'"),
-        (["quantize"], "Missing option '--model'"),
-        (["quantize", "--model", "demo", "--schem", "x"], "No such option: --schem"),
-        (["quantize", "--model", "demo", "--resume", "maybe"], "Invalid value for '--resume'"),
-        (["quantize", "--model", "demo", "--calib-samples", "0"], "Invalid value for '--calib-samples'"),
+        (["nonsense"], "no such command 'nonsense'"),
+        (["quantize"], "missing option '--model'"),
+        (["quantize", "--model", "demo", "--schem", "x"], "no such option: --schem"),
+        (["quantize", "--model", "demo", "--resume", "maybe"], "invalid value for '--resume'"),
+        (["quantize", "--model", "demo", "--calib-samples", "0"], "invalid value for '--calib-samples'"),
         (["quantize", "--model", "demo", "--time-budget", "soon"], "'soon' is not a duration"),
         (["eval", "x", "--max-ppl-increase", "3"], "'3' is not a percentage; write 3%"),
     ],
@@ -125,7 +125,7 @@ def test_wrong_command_lines_exit_2_in_plain_words(quark, arguments, message):
     first, hint = err.splitlines()
     assert first.startswith("error: ")
     assert message in first
-    assert hint.startswith("hint: see 'quark")
+    assert hint.startswith("hint: run 'quark")
 
 
 def test_wrong_command_line_in_json(quark):
@@ -137,9 +137,9 @@ def test_wrong_command_line_in_json(quark):
         "event": "error",
         "code": 2,
         "id": "E-COMMAND-LINE",
-        "what": "Missing option '--model'",
+        "what": "missing option '--model'",
         "where": "",
-        "hint": "see 'quark quantize --help'",
+        "hint": "run 'quark quantize --help' to see what it takes",
     }
 
 
@@ -205,7 +205,7 @@ def test_out_of_memory_is_a_resource_error(quark, monkeypatch):
     fail_with(monkeypatch, MemoryError())
     code, _, err = quark("plan", "--model", "demo", "--scheme", "mxfp4")
     assert code == 6
-    assert err.startswith("error: out of memory [E-MEMORY]\nhint: ")
+    assert err.startswith("error: there is not enough memory [E-MEMORY]\nhint: ")
 
 
 @pytest.fixture
@@ -233,7 +233,7 @@ def test_signals(quark, monkeypatch, tmp_path, interruptible, number, code, word
     assert answer.code == code
     assert answer.out == ""
     assert answer.err.startswith(f"stopped: {word}\n")
-    assert ("resumable: the same command goes on" in answer.err) == begun
+    assert ("run the same command again to continue; finished work is kept in" in answer.err) == begun
     assert signal.getsignal(signal.SIGTERM) is before
 
 

@@ -128,11 +128,11 @@ def test_plan_of_calibrated_schemes_says_what_data(quark):
 @pytest.mark.parametrize(
     ("extra", "code", "text"),
     [
-        (["--exclude", "*dwn_proj"], 3, "--exclude '*dwn_proj': '*dwn_proj' matches 0 of"),
+        (["--exclude", "*dwn_proj"], 3, "--exclude '*dwn_proj': '*dwn_proj' matches none of"),
         (["--layer", "x"], 2, "PATTERN=SCHEME"),
-        (["--unprotect", "heads"], 3, "unknown role 'heads'"),
+        (["--unprotect", "heads"], 3, "unknown role (kind of tensor) 'heads'"),
         (["--recipe", "nvfp4"], 2, "--scheme and --recipe exclude each other"),
-        (["--dialect", "gguf"], 2, "unknown dialect 'gguf'"),
+        (["--dialect", "gguf"], 2, "unknown checkpoint format 'gguf'"),
         (["--algorithm", "magic"], 2, "unknown algorithm 'magic'"),
     ],
 )

@@ -31,7 +31,7 @@ def test_normalize_prints_the_canonical_list(quark, legacy):
     code, out, err = quark("recipes", "normalize", str(legacy))
     assert code == 0
     assert yaml.safe_load(out) == CANONICAL
-    assert f"{legacy}:1:1: legacy form; write: - {{quantizer_path: '*weight_quantizer'" in err
+    assert f"{legacy}:1:1: legacy form; today it is written: - {{quantizer_path: '*weight_quantizer'" in err
 
 
 def test_normalize_is_idempotent(quark, legacy, tmp_path):

@@ -42,7 +42,7 @@ def test_a_recipe_a_table_and_scores(quark, text, tmp_path):
 def test_without_a_budget_nothing_is_written_but_scores(quark, text, tmp_path):
     answer = quark("search", *SCHEMES, "--calib-data", text, *FEW)
     assert answer.code == 0, answer.err
-    assert "no recipe is made without --budget or --size" in answer.err
+    assert "no recipe is written without --budget or --size" in answer.err
     assert {path.suffix for path in tmp_path.iterdir() if path.is_file()} == {".txt", ".json"}
 
 
@@ -52,12 +52,12 @@ def test_without_a_budget_nothing_is_written_but_scores(quark, text, tmp_path):
         (("--schemes", "nvfp4"), 2, "two schemes or more"),
         (("--schemes", "nvfp4,,fp8"), 2, "unknown scheme ''"),
         ((), 2, "neither --schemes nor --recipe"),
-        (("--schemes", "nvfp4,fp8", "--budget", "4"), 3, "less than any choice takes"),
+        (("--schemes", "nvfp4,fp8", "--budget", "4"), 3, "bits per weight are too few; the smallest choice takes"),
         (("--schemes", "nvfp4,fp8", "--size", "huge"), 2, "is not a size"),
-        (("--schemes", "nvfp4,fp8", "-o", "x.yaml"), 2, "no budget"),
+        (("--schemes", "nvfp4,fp8", "-o", "x.yaml"), 2, "a recipe needs a budget"),
         (("--schemes", "mxfp4,bf16", "--budget", "5", "--calib-data", "nowhere.txt"), 5, "nowhere.txt"),
-        (("--schemes", "mxfp4,bf16", "--budget", "5", "--exclude", "*nope"), 3, "matches 0"),
-        (("--schemes", "mxfp4,bf16", "--budget", "20"), 3, "every weight stays as it is"),
+        (("--schemes", "mxfp4,bf16", "--budget", "5", "--exclude", "*nope"), 3, "matches none of"),
+        (("--schemes", "mxfp4,bf16", "--budget", "20"), 3, "the budget is large enough to quantize nothing"),
         (("--recipe", "none.yaml"), 3, "none.yaml"),
     ],
 )

@@ -65,7 +65,7 @@ def test_nobody_is_promised_a_quantized_router(dialect: str, experts: Runs, tmp_
     """transformers holds it as a bare parameter: its weight would be missing, and be made up."""
     source = experts["qwen3_moe", "mxfp4"].source
     made = runs.run(source, tmp_path / "out", scheme="mxfp4", unprotect=["router"], dialect=dialect)
-    assert made.report["dialect"]["reason"] == "asked for; no server loads it; simulation only"
+    assert made.report["dialect"]["reason"] == "asked for; no server loads it; for measurements only"
     if dialect == "compressed-tensors":
         routers = {f"model.layers.{index}.mlp.gate.weight" for index in range(2)}
         assert load(made.folder)[1]["missing"] == routers
@@ -75,7 +75,7 @@ def test_nobody_is_promised_a_quantized_router(dialect: str, experts: Runs, tmp_
 def test_the_library_decodes_every_tensor(family: str, scheme: str, experts: Runs) -> None:
     made = experts[family, scheme]
     nobody = family == "gpt_oss"  # its class in vLLM wants names of its own
-    reason = "no server loads it; simulation only" if nobody else "loads in vLLM only"
+    reason = "no server loads it; for measurements only" if nobody else "loads in vLLM only"
     assert made.report["dialect"] == {"name": "compressed-tensors", "reason": f"auto: {reason}"}
     decoded = decompress(made.folder, runs.read_all(made.folder))
     targets = list(made.prepared.plan.quantized())

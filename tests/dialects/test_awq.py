@@ -66,9 +66,9 @@ def test_what_autoawq_packs(group: int) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": "gemv"}, "AWQ version 'gemv' is not read here, only gemm"),
-        ({"version": "GEMV_FAST"}, "AWQ version 'GEMV_FAST' is not read here"),
-        ({"w_bit": 3}, "AWQ codes of 3 bits are not read here"),
+        ({"version": "gemv"}, "quark cannot read AWQ version 'gemv', only"),
+        ({"version": "GEMV_FAST"}, "quark cannot read AWQ version 'GEMV_FAST', only"),
+        ({"w_bit": 3}, "quark cannot read AWQ codes of 3 bits, only those of"),
         ({"q_group_size": 48}, "64 input features do not hold whole groups of 48"),
         ({"q_group_size": None}, "do not hold whole groups of None"),
         ({"w_bit": "4"}, "w_bit must be a whole number"),
@@ -126,7 +126,7 @@ def test_what_is_left_out_is_named_by_parts() -> None:
     modules = [Module("m.gate", (64, 64), "router"), Module("m.gate_proj", (64, 64), "gate")]
     made = plan(modules, linears((UINT4, None)))
     assert awq.WRITER.refusals(made) == [
-        "m.gate: awq leaves modules out by parts of their names, which would leave out m.gate_proj too"
+        "m.gate: awq excludes modules by parts of their names, and that would exclude m.gate_proj too"
     ]
 
 
@@ -139,4 +139,4 @@ def test_a_run_is_verified_and_decodes_to_what_compressed_tensors_holds(tmp_path
     for name in ours.view.targets:
         assert torch.equal(ours.weight(name), theirs.weight(name)), name
     assert ours.source.config["quantization_config"]["lm_head"] is True
-    assert any("no other" in line for line in directory(str(made[0].folder), source=str(made[0].source)))
+    assert any("lists exactly the" in line for line in directory(str(made[0].folder), source=str(made[0].source)))

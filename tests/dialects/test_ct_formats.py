@@ -196,7 +196,7 @@ def test_a_scale_of_q_is_for_vllm_alone() -> None:
         "k": 0.5, "q": 1.5, "v": 2.5,
     }  # fmt: skip
     module.slots.update(k=Decision(None, None), v=Decision(None, None))
-    assert "both must be on" in CT.refusals(made)[0]
+    assert "both must be quantized" in CT.refusals(made)[0]
 
 
 def test_an_embedding_is_a_group_of_its_own_and_loads_where_it_keeps_its_shape() -> None:
@@ -289,10 +289,10 @@ def test_loaders_of_expert_models(weight: str, source: str, loaders: set[str]) -
     assert CT.loaders(made) == loaders
     warnings = dialects.warnings(CT, made)
     assert len(warnings) == ("vllm" not in loaders)
-    assert all(("only transformers does" if loaders else "simulation only") in warning for warning in warnings)
+    assert all(("only transformers can" if loaders else "for measurements only") in warning for warning in warnings)
     assert dialects.choose("compressed-tensors", made) == [CT]
     reason = dialects.reason(CT, made, auto=False)
-    assert ("no server loads it; simulation only" in reason) == (not loaders)
+    assert ("no server loads it; for measurements only" in reason) == (not loaders)
 
 
 def test_short_names_are_told_from_specs_and_back() -> None:

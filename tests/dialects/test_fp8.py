@@ -125,13 +125,13 @@ def test_scales_of_a_cache(end: str) -> None:
 @pytest.mark.parametrize(
     ("config", "change", "message"),
     [
-        ({"fmt": "e5m2"}, {}, "fmt 'e5m2' is not read"),
+        ({"fmt": "e5m2"}, {}, "cannot read fmt 'e5m2'"),
         ({"activation_scheme": "sometimes"}, {}, "activation_scheme 'sometimes' is unknown"),
         ({"weight_block_size": [128]}, {}, "must be two sizes"),
         ({"weight_block_size": [0, 128]}, {}, "must be two sizes"),
         ({"weight_block_size": [64, 64]}, {}, r"found F32 \[2, 3\], but .* asks for F32 \[4, 6\]"),
-        ({"modules_to_not_convert": ["m"]}, {}, "leaves it out"),
-        ({"ignored_layers": ["m"]}, {}, "leaves it out"),
+        ({"modules_to_not_convert": ["m"]}, {}, "excludes it"),
+        ({"ignored_layers": ["m"]}, {}, "excludes it"),
         ({}, {"m.weight": torch.zeros(256, 384, dtype=torch.int8)}, "found I8"),
         ({}, {"m.weight": None}, r"m\.weight"),
         ({"activation_scheme": "static", "weight_block_size": None}, {"m.weight_scale_inv": scales(1)}, "input_scale"),
@@ -227,8 +227,8 @@ def test_a_model_of_two_schemes_is_refused() -> None:
         llama(), lambda m: PAIRS["fp8"] if m.role in "qkv" else HELD["fp8"]["fp8-token"] if m.role == "o" else None
     )
     assert FP8_DIALECT.refusals(made) == [
-        "model.layers.0.self_attn.o_proj (and 1 more): fp8 has one scheme for all weights, and that of "
-        "model.layers.0.self_attn.q_proj is another"
+        "model.layers.0.self_attn.o_proj (and 1 more): fp8 has one scheme for all weights, and "
+        "model.layers.0.self_attn.q_proj has another one"
     ]
 
 

@@ -116,17 +116,17 @@ def test_settings_of_single_modules() -> None:
     tensors, weight = made_by_hand(8, sym=True, group=64)
     dynamic = {"-:n$": {}, r"+:.*m$": {"bits": 8, "group_size": 64}, "m": {"bits": 2}}
     assert torch.equal(read({**CONFIG, "dynamic": dynamic}, tensors)[2], weight)
-    with pytest.raises(ModelError, match=r"m: it has codes, but the quantization config leaves it out \(-:m\)"):
+    with pytest.raises(ModelError, match=r"m: it has codes, but the quantization config excludes it \(-:m\)"):
         read({**CONFIG, "dynamic": {"-:m": {}, **dynamic}}, tensors)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"checkpoint_format": "marlin"}, "GPTQ format 'marlin' is not read here, only gptq and gptq_v2"),
-        ({"format": "bitblas"}, "GPTQ format 'bitblas' is not read here"),
-        ({"is_marlin_format": True}, "GPTQ format 'marlin' is not read here"),
-        ({"bits": 5}, "GPTQ codes of 5 bits are not read here, only those of 2, 3, 4, 8"),
+        ({"checkpoint_format": "marlin"}, "quark cannot read GPTQ format 'marlin', only gptq and gptq_v2"),
+        ({"format": "bitblas"}, "quark cannot read GPTQ format 'bitblas'"),
+        ({"is_marlin_format": True}, "quark cannot read GPTQ format 'marlin'"),
+        ({"bits": 5}, "quark cannot read GPTQ codes of 5 bits, only those of 2, 3, 4, 8"),
         ({"bits": 8}, "48 input features do not hold whole groups of 32"),
         ({"group_size": 0}, "do not hold whole groups of 0"),
         ({"sym": "yes"}, "sym must be true or false"),
@@ -152,7 +152,9 @@ def test_groups_of_other_sizes_are_not_read() -> None:
 
 def test_vllm_refuses_groups_in_order_of_activations() -> None:
     config = {**CONFIG, "desc_act": True}
-    assert gptq.WRITER.config_faults(config, "vllm") == ["desc_act is true: it refuses groups in order of activations"]
+    assert gptq.WRITER.config_faults(config, "vllm") == [
+        "desc_act is true, and it does not load groups in the order of activations"
+    ]
     assert gptq.WRITER.config_faults({**config, "group_size": -1}, "vllm") == []
     assert gptq.WRITER.config_faults(CONFIG, "vllm") == []
 
@@ -215,7 +217,7 @@ def test_other_schemes_that_no_name_is_known_for_are_refused() -> None:
                      "4 bits in groups of 32, not 8 bits in groups of 32")  # fmt: skip
     unknown = [replace(module, group=f"{module.name.rpartition('.')[0]}.a_proj+b_proj") for module in llama(1)]
     (reason,) = gptq.WRITER.refusals(plan(unknown, choose))
-    assert "no name for modules fused as a_proj+b_proj" in reason
+    assert "no name for the fused modules a_proj+b_proj" in reason
 
 
 def test_a_run_is_verified_and_decodes_to_what_compressed_tensors_holds(tmp_path: Path) -> None:

@@ -118,15 +118,15 @@ def test_a_cache_without_scales_is_cast(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "config", "message"),
     [
-        ("fp8", {"quant_algo": "NVFP4_SVD"}, r"quant_algo 'NVFP4_SVD' is not read"),
+        ("fp8", {"quant_algo": "NVFP4_SVD"}, "this version cannot read quant_algo 'NVFP4_SVD'"),
         ("fp8", {"quant_algo": "W4A16_AWQ"}, r"found F8_E4M3 .* asks for U8"),
         ("fp8", {"quant_algo": "W8A8_SQ_PER_CHANNEL"}, r"found F8_E4M3 .* asks for I8"),
-        ("fp8", {"quant_algo": None}, "quant_algo None is not read"),
-        ("nvfp4", {"group_size": 32}, "NVFP4 in groups of 32 is not read"),
-        ("fp8", {"kv_cache_scheme": "NVFP4"}, "a cache of NVFP4 is not read"),
+        ("fp8", {"quant_algo": None}, "this version cannot read quant_algo None"),
+        ("nvfp4", {"group_size": 32}, "this version cannot read"),
+        ("fp8", {"kv_cache_scheme": "NVFP4"}, "this version cannot read a KV cache of NVFP4"),
         ("fp8", {"ignore": ["*q_proj*"]}, "it has a weight_scale, but the quantization config ignores it"),
         ("mixed", {"quantized_layers": {"lm_head": {"quant_algo": "FP8"}}}, "quantized_layers does not name it"),
-        ("mixed", {"quantized_layers": {}}, "MIXED_PRECISION without quantized_layers"),
+        ("mixed", {"quantized_layers": {}}, "needs quantized_layers, which is missing"),
         ("mxfp8", {"quant_algo": "NVFP4"}, r"found F8_E4M3 .* asks for U8"),
     ],
 )
@@ -154,7 +154,7 @@ def test_what_inputs_are_multiplied_by_is_multiplied_into_the_weight(tmp_path: P
     others = ["q_proj", "k_proj", "v_proj"]
     made = runs.prepare(folder, scheme="mxfp4", exclude=["*self_attn*"], dialect="compressed-tensors", target="none")
     assert set(made.plan.carried) == {f"model.layers.0.self_attn.{name}" for name in others}
-    with pytest.raises(ModelError, match="inputs are multiplied by it, which dialect compressed-tensors"):
+    with pytest.raises(ModelError, match="inputs are multiplied by it, and format"):
         convert.prepare(scaled.source, "compressed-tensors")
     both = changed("nvfp4", tmp_path / "both", **{f"{module}.pre_quant_scale": columns})
     with pytest.raises(ModelError, match="multiplied before they are quantized"):

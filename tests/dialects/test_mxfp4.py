@@ -93,15 +93,15 @@ def test_only_such_experts_are_held() -> None:
     assert "mxfp4 cannot hold weight int8" in mxfp4.WRITER.refusals(gpt_oss((INT8_CHANNEL, None)))[0]
     apart = plan(moe(), lambda m: (MXFP4, None) if m.expert else None)
     assert mxfp4.WRITER.refusals(apart) == [
-        "model.layers.0.mlp.experts.0.gate_proj (and 23 more): mxfp4 holds experts that the source stores as gpt-oss "
-        "does: one tensor for all, gate and up in turn"
+        "model.layers.0.mlp.experts.0.gate_proj (and 23 more): "
+        "mxfp4 holds only experts stored as in gpt-oss: one tensor for all, rows of gate and up in turn"
     ]
     left = gpt_oss((MXFP4, None))
     some = plan_without(left, "model.layers.0.mlp.experts.1.down_proj")
     assert mxfp4.WRITER.refusals(some) == [
         "model.layers.0.mlp.experts.1.down_proj: mxfp4 has one scheme for all experts, and this one is not quantized"
     ]
-    with pytest.raises(ConfigError, match="dialect mxfp4 cannot hold this plan"):
+    with pytest.raises(ConfigError, match="checkpoint format mxfp4 cannot hold this plan"):
         dialects.choose("mxfp4", some)
 
 

@@ -79,7 +79,7 @@ def test_every_writer_holds_it_or_refuses_it(source: Path, scheme: str) -> None:
             made = runs.prepare(source, scheme=scheme, on_indivisible="pad", dialect=writer.name)
         except ConfigError as error:
             assert "tile 1x" in str(error) and "down_proj" in str(error)
-            assert f"--dialect {AUTO} picks one that can" in error.hint
+            assert f"use --dialect {AUTO}, which picks one that can" in error.hint
         else:
             assert not writer.loaders(made.plan)
             holds.add(writer.name)
@@ -88,14 +88,14 @@ def test_every_writer_holds_it_or_refuses_it(source: Path, scheme: str) -> None:
 
 @pytest.mark.parametrize("scheme", ["nvfp4", "mxfp4", "int4_wa_64"])
 def test_groups_of_inputs_are_not_padded(source: Path, scheme: str) -> None:
-    with pytest.raises(ModelError, match=r"down_proj\.input_quantizer: 200 input features") as caught:
+    with pytest.raises(ModelError, match=r"down_proj\.input_quantizer: its 200 input features") as caught:
         runs.prepare(source, scheme=scheme, on_indivisible="pad", **DATA)
-    assert "--on-indivisible pad is for weights alone" in caught.value.hint
+    assert "works only for weights" in caught.value.hint
 
 
 def test_an_error_names_it_and_nothing_to_do_is_said(source: Path) -> None:
     with pytest.raises(ModelError, match="200 input features") as caught:
         runs.prepare(source, scheme="int4_wo_128")
-    assert "--on-indivisible pad ends the last group of such a row with it" in caught.value.hint
+    assert "makes their last groups shorter" in caught.value.hint
     made = runs.prepare(source, scheme="int4_wo_per_channel", on_indivisible="pad")
-    assert "--on-indivisible pad changes nothing: every weight's width holds whole groups" in made.warnings
+    assert "--on-indivisible pad changes nothing: the group size divides every weight's width" in made.warnings

@@ -215,8 +215,8 @@ TOKENS_OF_TWO = replace(FP8, then=INT8_TENSOR)
             (FP8, replace(FP8_TOKEN, granularity=PerGroup(48))),
             "64 input features are not a multiple of the group of 48",
         ),
-        ((FP8_TOKEN, None), "a weight is stored under fixed scales (fp8_e4m3 token"),
-        ((FP8, GROUPS), "quark stores one static scale for its input, not those of fp8_e4m3 group 32"),
+        ((FP8_TOKEN, None), "the scales of a stored weight are fixed"),
+        ((FP8, GROUPS), "quark stores one static scale for its input, and fp8_e4m3 group 32"),
         ((FP8, TOKENS_OF_TWO), "quark stores one static scale for its input"),
     ],
 )
@@ -245,7 +245,7 @@ def test_codes_fill_whole_cells(spec: TensorSpec, shape: tuple[int, int], words:
 def test_attention_refusals() -> None:
     dynamic = TensorSpec("fp8_e4m3", PerToken(), ScaleSpec("f32", "absmax", "dynamic"))
     (refusal,) = QUARK.refusals(with_attention({"k": dynamic}, plan(llama(layers=1), linears(PAIRS["fp8"]))))
-    assert refusal.startswith("model.layers.0.self_attn.k_bmm_quantizer: quark knows attention k by its stored scale")
+    assert refusal.startswith("model.layers.0.self_attn.k_bmm_quantizer: quark needs a stored scale for attention k")
     made = with_attention({"q": FP8})
     last = "model.layers.1.self_attn"
     made.attention[last] = replace(made.attention[last], slots=attention(last, None).slots)
@@ -305,15 +305,18 @@ def test_one_linear_of_k_and_v_has_one_scale(leaf: str, latent: bool) -> None:
 
 
 def test_what_one_scale_cannot_say() -> None:
-    assert "k and v must be quantized alike" in QUARK.refusals(joined("qkv_proj", k=FP8, v=NVFP4_INPUT))[0]
+    assert "quark has one scale for all outputs of" in QUARK.refusals(joined("qkv_proj", k=FP8, v=NVFP4_INPUT))[0]
     assert "on a q_proj" in QUARK.refusals(joined("qkv_proj", q=FP8, k=FP8, v=FP8))[0]
     assert QUARK.joined(joined("qkv_proj", q=FP8).attention["model.layers.0.self_attn"]) == frozenset()
     two = joined("qkv_proj")
     two.attention["other"] = replace(attention("other", FP8))
-    assert any("once for the whole model; here it is of k_proj and qkv_proj" in text for text in QUARK.refusals(two))
+    assert any(
+        "quark describes the KV cache once for the whole model, and here it differs" in text
+        for text in QUARK.refusals(two)
+    )
     assert QUARK.loaders(joined("qkv_proj")) == {"transformers"}
     (reason,) = servers.server("vllm").refusals(servers.planned(joined("qkv_proj"), QUARK))
-    assert "on k_proj and v_proj, and here one stands on model.layers.0.self_attn.qkv_proj" in reason
+    assert "it looks for scales of the KV cache on k_proj and v_proj, and here one is on" in reason
 
 
 def test_a_latent_cache_is_for_who_asks() -> None:
@@ -388,12 +391,12 @@ def test_an_input_in_the_older_wrapper_is_read() -> None:
         ({"qscheme": "per_row"}, "qscheme=per_row"),
         ({"is_dynamic": True}, "weights of dtype=fp8_e4m3"),
         ({"symmetric": False}, "symmetric=False"),
-        ({"qscheme": "per_group", "group_size": None}, "are not read by this version"),
-        ({"qscheme": "per_block", "block_size": [128]}, "are not read by this version"),
-        ({"scale_type": "float7"}, "are not read by this version"),
+        ({"qscheme": "per_group", "group_size": None}, "this version cannot read weights of"),
+        ({"qscheme": "per_block", "block_size": [128]}, "this version cannot read weights of"),
+        ({"scale_type": "float7"}, "this version cannot read weights of"),
         ({"dtype": "uint8"}, "dtype=uint8"),
-        ({"tensor_spec": {"element": "fp9"}}, "are not read by this version"),
-        ({"tensor_spec": 7}, "are not read by this version"),
+        ({"tensor_spec": {"element": "fp9"}}, "this version cannot read weights of"),
+        ({"tensor_spec": 7}, "this version cannot read weights of"),
     ],
 )
 def test_an_unknown_spec_is_refused_with_its_module(changed: dict[str, Any], words: str) -> None:

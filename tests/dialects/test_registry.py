@@ -134,7 +134,7 @@ def test_the_pinned_choices_are_of_every_kind() -> None:
         ("compressed-tensors", "auto: loads in vLLM and transformers"),
         ("compressed-tensors", "auto: loads in vLLM only"),
         ("quark", "auto: loads in vLLM only"),
-        ("quark", "auto: no server loads it; simulation only"),
+        ("quark", "auto: no server loads it; for measurements only"),
     }
 
 
@@ -157,7 +157,9 @@ def test_preference_is_of_kinds_of_weights(drop: Callable[..., None]) -> None:
 
 def test_what_no_other_can_hold(drop: Callable[..., None]) -> None:
     made = plan([Module("m", (64, 48), "o")], lambda module: (MXFP4, None))
-    with pytest.raises(ConfigError, match=r"no dialect can hold this plan: .*compressed-tensors: m: 48 input features"):
+    with pytest.raises(
+        ConfigError, match=r"no checkpoint format can hold this plan: .*compressed-tensors: m: 48 input features"
+    ):
         dialects.choose("auto", made)
     drop(toy() + WRITES)
     assert dialects.choose("auto", made)[0].name == "aaa"
@@ -192,7 +194,7 @@ def test_a_dialect_that_is_written_and_read(drop: Callable[..., None], tmp_path:
     assert checkpoint.reader is not None and checkpoint.reader.name == "aaa"
     assert set(checkpoint.view.targets) == {target.name for target in made.prepared.plan.quantized()}
     drop(toy() + READS)
-    with pytest.raises(UsageError, match="dialect 'aaa' is read here, not written") as caught:
+    with pytest.raises(UsageError, match="quark can read checkpoint format 'aaa' but not write it") as caught:
         dialects.writer("aaa")
     assert caught.value.hint == f"use one of: {', '.join(WRITTEN)}, auto"
     name = "model.layers.0.mlp.up_proj"
@@ -202,19 +204,19 @@ def test_a_dialect_that_is_written_and_read(drop: Callable[..., None], tmp_path:
 def test_a_dialect_that_is_only_written(drop: Callable[..., None], tmp_path: Path) -> None:
     drop(toy(reads=False) + WRITES)
     made = runs.run("demo", tmp_path / "out", scheme="mxfp4", dialect="aaa")
-    assert "scales not read back: dialect aaa is only written here" in made.report["checks"]
+    assert "scales were not read back: quark cannot read checkpoint format aaa" in made.report["checks"]
     assert json.loads((made.folder / "config.json").read_text())["quantization_config"]["quant_method"] == "aaa"
-    with pytest.raises(ModelError, match="quantized with 'aaa', which is not read here") as caught:
+    with pytest.raises(ModelError, match="which quark cannot read") as caught:
         Checkpoint(Source.open(str(made.folder)))
-    assert caught.value.hint == f"read are: {', '.join(READ)}"
-    with pytest.raises(ConfigError, match="only written here, and calibration goes on with the weights read back"):
+    assert caught.value.hint == f"use one of these methods: {', '.join(READ)}"
+    with pytest.raises(ConfigError, match="cannot be read back, and calibration continues with the weights read back"):
         runs.prepare("demo", scheme="fp8", dialect="aaa", calib_data="builtin")
 
 
 def test_a_checkpoint_that_two_readers_take_for_theirs(drop: Callable[..., None]) -> None:
     drop(toy() + READS)
     drop(toy() + READS.replace("ToyReader()", "ToyReader()\nREADER.name = 'bbb'"), "bbb")
-    with pytest.raises(ModelError, match="quantized with 'aaa', which more than one dialect takes for its own: aaa"):
+    with pytest.raises(ModelError, match="is quantized with 'aaa', a name that several checkpoint formats use"):
         dialects.reader({"quant_method": "aaa"}, {})
     assert dialects.reader({}, {}) is None
 

@@ -120,7 +120,7 @@ def test_what_only_one_has_and_other_shapes(tmp_path, moe):
     assert compared(lost, moe).only_b == found.only_a
     assert compared(moe, other).shapes == {"model.layers.0.self_attn.q_norm.weight": ((64,), (3,))}
     comparing.check(found, None)
-    with pytest.raises(CheckError, match="only in one of the two"):
+    with pytest.raises(CheckError, match="tensors are only in one checkpoint or have another shape in the other"):
         comparing.check(found, 1.0)
 
 

@@ -502,7 +502,7 @@ DAMAGES = {
     "key scale of the cache missing": Damage(lost_cache("k"), DENSE),
     "value scale of the cache missing": Damage(lost_cache("v"), DENSE),
     "scales of the cache missing": Damage(lost_caches, DENSE),
-    "cut by tensor parallel": Damage(lambda files: "tensor parallel 16", asked={"tensor_parallel": (1, 16)}),
+    "cut by tensor parallel": Damage(lambda files: "tensor parallel over", asked={"tensor_parallel": (1, 16)}),
     "below a limit of noise": Damage(lambda files: "400 dB", source=True, asked={"min_sqnr": 400.0}),
     "an unknown server": Damage(lambda files: "does not load", ("quark",), asked={"target": "transformers"}),
 }

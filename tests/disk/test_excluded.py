@@ -64,12 +64,12 @@ GPTQ = {"quant_method": "gptq", "bits": 4}
         (
             Listing(),
             {"ignore": ["re:.*gate$"]},
-            "1 modules are not quantized, and ignore does not list them: lm_head",
+            "modules are not quantized, but ignore does not list them",
         ),
         (
             Listing(),
             {"ignore": ["lm_head", "re:.*gate$", "model.up"]},
-            "1 modules are quantized, and ignore lists them: model.up",
+            "modules are quantized, but ignore lists them",
         ),
         (Headless(), {"modules_to_not_convert": ["gate"]}, ""),  # the head goes without saying
         (Headless(), {"modules_to_not_convert": None}, ""),
@@ -81,8 +81,8 @@ GPTQ = {"quant_method": "gptq", "bits": 4}
             "exclude_modules does not list them: lm_head",
         ),
         (Listing(), {"ignore": ["lm_head", "re:.*gate$", "up"]}, ""),
-        (Parted(), {"ignore": ["lm_head", "gate", "up"]}, "1 modules are quantized, and ignore lists them: model.up"),
-        (Headless(), {"quantizes_head": True}, "lm_head: is not quantized, and quantizes_head is true"),
+        (Parted(), {"ignore": ["lm_head", "gate", "up"]}, "modules are quantized, but ignore lists them"),
+        (Headless(), {"quantizes_head": True}, "lm_head: is not quantized, but quantizes_head is true"),
     ],
 )
 def test_lists_of_every_tool(reader: Reader, config: dict[str, Any], fault: str) -> None:
@@ -94,13 +94,13 @@ def test_lists_of_every_tool(reader: Reader, config: dict[str, Any], fault: str)
     [
         ({}, ""),
         ({"dynamic": None}, ""),
-        ({"dynamic": {}}, "1 modules are not quantized, and dynamic does not list them: model.down"),
+        ({"dynamic": {}}, "modules are not quantized, but dynamic does not list them"),
         ({"dynamic": {"+:.*": {"bits": 8}, r"-:.*\.(down|other)$": {}}}, ""),
         (
             {"dynamic": {r"-:model\.": {}}},
-            "1 modules are quantized, and dynamic lists them: model.up",
+            "modules are quantized, but dynamic lists them",
         ),
-        ({"lm_head": True, "dynamic": {}}, "lm_head: is not quantized, and lm_head is true"),
+        ({"lm_head": True, "dynamic": {}}, "lm_head: is not quantized, but lm_head is true"),
     ],
 )
 def test_what_gptqmodel_leaves_out(config: dict[str, Any], fault: str) -> None:

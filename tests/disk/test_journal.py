@@ -214,7 +214,7 @@ def test_directory_that_is_not_ours(partial: Path) -> None:
 def test_finished_but_not_renamed(partial: Path) -> None:
     (partial / "quark").mkdir(parents=True)
     (partial / "quark" / "manifest.json").touch()
-    with pytest.raises(UsageError, match="only not renamed") as caught:
+    with pytest.raises(UsageError, match="is a finished checkpoint that was not renamed") as caught:
         Journal.open(partial, FINGERPRINT)
     assert caught.value.hint.endswith("/out")
 
@@ -389,9 +389,9 @@ def test_full_disk_while_finishing(partial: Path, monkeypatch: pytest.MonkeyPatc
         work(journal, 0)
         with monkeypatch.context() as patch:
             patch.setattr(os, "replace", full)
-            with pytest.raises(ResourceError, match="no space left"):
+            with pytest.raises(ResourceError, match="the disk is full"):
                 journal.finish("block-1", {}, value(1))
-            with pytest.raises(ResourceError, match=r"journal\.json: no space left"):
+            with pytest.raises(ResourceError, match=r"journal\.json: the disk is full"):
                 journal.note("batch", 4)
         assert (list(journal.finished), journal.notes) == (["block-0"], {})
         work(journal, 1)

@@ -52,11 +52,17 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "longer": (lambda f: (f / "tokenizer.json").write_bytes(b"x"), "another size than in the manifest: tokenizer.json"),
     "lost": (lambda f: (f / "generation_config.json").unlink(), "missing: generation_config.json"),
     "folder": (lambda f: [(f / "README.md").unlink(), (f / "README.md").mkdir()], "missing: README.md"),
-    "no object": (lambda f: (f / manifest.MANIFEST).write_text("[]"), "does not say which files there are"),
+    "no object": (lambda f: (f / manifest.MANIFEST).write_text("[]"), "the manifest does not list any files"),
     "no JSON": (lambda f: (f / manifest.MANIFEST).write_bytes(b"\xff"), "cannot be read"),
-    "outside": (lambda f: edit(f, lambda m: m["files"].update({"../x": "0"})), "does not say which files"),
-    "absolute": (lambda f: edit(f, lambda m: m["files"].update({"/dev/zero": "0"})), "does not say which files"),
-    "numbers": (lambda f: edit(f, lambda m: m["sizes"].update({"config.json": "9"})), "does not say which files"),
+    "outside": (lambda f: edit(f, lambda m: m["files"].update({"../x": "0"})), "the manifest does not list any files"),
+    "absolute": (
+        lambda f: edit(f, lambda m: m["files"].update({"/dev/zero": "0"})),
+        "the manifest does not list any files",
+    ),
+    "numbers": (
+        lambda f: edit(f, lambda m: m["sizes"].update({"config.json": "9"})),
+        "the manifest does not list any files",
+    ),
 }
 
 
@@ -64,7 +70,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
 def test_verify_finds_what_differs(folder: Path, damage: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main.main(["verify", str(folder)]) == 0
     out = capsys.readouterr().out
-    assert "files present with the sizes and headers of the manifest" in out
+    assert "files have the sizes and headers of the manifest" in out
     assert "files have the hashes of the manifest" in out
     change, text = DAMAGES[damage]
     change(folder)
@@ -84,9 +90,9 @@ def test_everything_that_is_wrong_is_named(folder: Path, capsys: pytest.CaptureF
     (folder / "config.json").write_text((folder / "config.json").read_text() + " ")
     assert main.main(["verify", str(folder)]) == 8
     first, *also, hint = capsys.readouterr().err.splitlines()
-    assert first.startswith(f"error: {norm}: NaN or inf in a kept tensor")
+    assert first.startswith(f"error: {norm}: NaN or inf in a tensor that is not quantized")
     assert [line.partition(": ")[2].rpartition(":")[0] for line in also] == [
-        "1 modules have a scale that is zero, negative, infinite, NaN or absent",
+        "1 modules have a scale that is zero, negative, infinite, NaN or missing",
         "1 files have another size than in the manifest",
         "1 files have other bytes than in the manifest",
         "1 files of the manifest are missing",
@@ -109,7 +115,7 @@ def test_hashes_are_compared_up_to_a_limit(
     flip(folder / BLOCK, -1)
     monkeypatch.setattr(manifest, "HASH_LIMIT", 1_000_000)
     assert main.main(["verify", str(folder)]) == 0
-    assert "ok: hashes not compared (2.9 MB): --hashes" in capsys.readouterr().out
+    assert "ok: hashes not compared (2.9 MB of files); --hashes compares" in capsys.readouterr().out
     assert main.main(["verify", str(folder), "--hashes"]) == 8
     monkeypatch.undo()
     assert main.main(["verify", str(folder), "--no-hashes"]) == 0

@@ -59,7 +59,11 @@ def test_the_bytes_are_those_of_the_model_in_safetensors(
     wanted = runs.run(plainly, tmp_path / "wanted", **options)
     assert runs.same_files(made.folder, wanted.folder)
     assert not list(made.folder.glob("*.bin*"))
-    whole = [line for line in made.report["warnings"] if "read whole" in line]
+    whole = [
+        line
+        for line in made.report["warnings"]
+        if "are from torch before 1.6; each of them is read into memory as a whole" in line
+    ]
     assert len(whole) == (0 if zipped else 1)
 
 
@@ -83,7 +87,7 @@ def test_every_command_that_reads_a_model_takes_the_flag(
         assert main.main(command) == ExitCode.MODEL, command
         said = capsys.readouterr().err
         assert f"only pickle files, which can run foreign code when loaded: {pickles.SINGLE}" in said
-        assert f"hint: {ALLOW} takes tensors from them and runs none of it; or convert it" in said
+        assert f"hint: use {ALLOW}, which reads only tensors and runs no code; or convert it" in said
         assert main.main([*command, ALLOW]) == ExitCode.OK, (command, capsys.readouterr().err)
         assert ALLOW not in capsys.readouterr().err
         idle = [str(plainly) if word == source else word for word in command]
@@ -113,18 +117,18 @@ BAD: dict[str, tuple[Callable[[Path, Path], object], str]] = {
         lambda file, mark: torch.jit.script(torch.nn.Linear(2, 2)).save(str(file)),
         "a TorchScript program, which could run code",
     ),
-    "a page": (lambda file, mark: file.write_text("<html>"), "is no file of tensors alone"),
+    "a page": (lambda file, mark: file.write_text("<html>"), "holds more than tensors"),
     "nothing": (lambda file, mark: file.touch(), "torch cannot read it"),
     "a list": (lambda file, mark: torch.save([torch.ones(2)], file), "holds a list, not tensors by name"),
     "more than tensors": (
         lambda file, mark: torch.save({"a": torch.ones(2), "epoch": 3}, file),
-        "epoch in it is a int",
+        "holds more than weights",
     ),
-    "a nested state": (lambda file, mark: torch.save({"state": {"a": torch.ones(2)}}, file), "state in it is a dict"),
+    "a nested state": (lambda file, mark: torch.save({"state": {"a": torch.ones(2)}}, file), "holds more than weights"),
     "a sparse tensor": (lambda file, mark: torch.save({"a": torch.ones(2).to_sparse()}, file), "torch.sparse_coo"),
     "an unknown dtype": (
         lambda file, mark: torch.save({"a": torch.ones(2, dtype=torch.complex128)}, file),
-        "a is of complex128",
+        "cannot read a, which is of complex128",
     ),
 }
 
@@ -156,7 +160,7 @@ def test_a_cut_off_file_and_one_that_changes(plainly: Path, tmp_path: Path) -> N
         opened.read("model.norm.weight")
     with pytest.raises(ModelError, match="torch cannot read it") as caught:
         Source.open(str(source), allow_pickle=True)
-    assert "download it again" in caught.value.hint
+    assert "download the file again" in caught.value.hint
 
 
 @pytest.mark.parametrize(
@@ -164,7 +168,7 @@ def test_a_cut_off_file_and_one_that_changes(plainly: Path, tmp_path: Path) -> N
     [
         ("no index", "has 2 of 3 weight files and no index"),
         ("a file lost", "this weight file is missing"),
-        ("another name", "'../x.bin' of model.norm.weight points outside the model directory"),
+        ("another name", "of model.norm.weight is outside the model directory"),
     ],
 )
 def test_indexes_are_checked_as_those_of_safetensors(damage: str, message: str, plainly: Path, tmp_path: Path) -> None:

@@ -101,9 +101,9 @@ def test_links_are_followed_inside_the_folder_only(model: Path) -> None:
         OUTSIDE: ["README.md", "absolute", "notes.txt", "twice"],
         BROKEN: ["gone", "loop"],
         "linked folders": ["folder", "inner"],
-        "links to what is not copied itself": ["data", "key"],
+        "links to files that are not copied": ["data", "key"],
     }
-    assert f"not copied beside the weights ({BROKEN}): gone, loop" in found.warnings()
+    assert f"not copied to the output ({BROKEN}): gone, loop" in found.warnings()
 
 
 def test_pipes_and_the_like(model: Path) -> None:
@@ -216,7 +216,7 @@ def test_no_foreign_byte_reaches_the_checkpoint(
     assert not [path for path in out.rglob("*") if path.is_file() and SECRET in path.read_text("latin-1")]
     assert (out / "state" / "journal.json").read_text() == "{}"
     report = (out / "quark" / "report.json").read_text()
-    assert f"not copied beside the weights ({OUTSIDE}): README.md, notes.txt, vocab.txt" in report
+    assert f"not copied to the output ({OUTSIDE}): README.md, notes.txt, vocab.txt" in report
 
 
 @pytest.mark.parametrize("target", ["gone", "../tokenizer.json"])

@@ -34,7 +34,7 @@ def test_a_gigabyte_is_read_in_pieces(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "files have the hashes of the manifest" in done.stdout
-    assert "scales of 14 weights finite and positive" in done.stdout
+    assert "scales of 14 weights are finite and positive" in done.stdout
     assert "vLLM 0.32 loads it" in done.stdout
     torch, peak = done.stderr.splitlines()[-1].split()
     assert torch == "False"

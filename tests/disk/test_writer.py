@@ -226,9 +226,9 @@ def test_full_disk_leaves_the_old_file_and_nothing_else(
     atomic_write_text(tmp_path / "text", "old")
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     fail(monkeypatch, step)
-    with pytest.raises(ResourceError, match=r"x\.safetensors: no space left: [\d,]+ bytes needed, [\d,]+ free"):
+    with pytest.raises(ResourceError, match=r"x\.safetensors: the disk is full: [\d,]+ bytes needed, [\d,]+ free"):
         write_tensors(tmp_path / "x.safetensors", {"new": torch.zeros(100)})
-    with pytest.raises(ResourceError, match="text: no space left: 3 bytes needed"):
+    with pytest.raises(ResourceError, match="text: the disk is full: 3 bytes needed"):
         atomic_write_text(tmp_path / "text", "new")
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
@@ -248,7 +248,7 @@ def test_a_file_that_may_not_grow(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("number", "message"),
     [
-        (errno.ENOSPC, "no space left: 5,000 bytes needed"),
+        (errno.ENOSPC, "the disk is full: 5,000 bytes needed"),
         (errno.EDQUOT, "quota exceeded: 5,000 bytes needed"),
         (errno.EACCES, "cannot be written: Permission denied"),
         (errno.EROFS, "cannot be written: Read-only file system"),

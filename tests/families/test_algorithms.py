@@ -62,7 +62,7 @@ def check_fates(made: runs.Made) -> None:
             assert name not in written
     assert all(f"{target.name}.weight_packed" in written for target in plan.quantized())
     assert {added.name for added in plan.added} <= set(written)
-    assert any(f"all {len(source)} source tensors accounted for" in line
+    assert any(f"all {len(source)} tensors of the original model are there" in line
                for line in verify.directory(str(made.folder), str(made.source)))  # fmt: skip
 
 

@@ -71,7 +71,7 @@ def check_accounts(made: runs.Made) -> None:
     for target in plan.quantized():
         assert f"{target.name}.weight_packed" in written, target.name
     assert verify.directory(str(made.folder), str(made.source))[-1] == (
-        f"all {len(source)} source tensors accounted for"
+        f"all {len(source)} tensors of the original model are there"
     )  # fmt: skip
 
 

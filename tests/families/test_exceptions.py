@@ -159,7 +159,7 @@ def test_verify_finds_what_is_wrong(sources: dict[str, Path], tmp_path: Path) ->
     """Another source, a lost shard, a scale of zero: what it is, and that the manifest knew other files."""
     made = runs.run(sources["qwen3"], tmp_path / "out", scheme="fp8", calib_data="builtin",
                     calib_samples=8, calib_seqlen=64)  # fmt: skip
-    with pytest.raises(CheckError, match="not accounted for"):
+    with pytest.raises(CheckError, match="tensors of the original model are missing"):
         verify.directory(str(made.folder), str(sources["mixtral"]))
     spoil(made.folder, "model.layers.0.mlp.up_proj.input_scale", 0.0)
     with pytest.raises(

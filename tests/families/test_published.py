@@ -169,7 +169,7 @@ def test_a_base_model_keeps_its_names_is_calibrated_and_has_nothing_to_measure(
     ours, theirs = runs.read_all(base.folder), runs.read_all(full.folder)
     assert {f"model.{name}" for name in ours} == set(theirs) - {"lm_head.weight"}
     assert all(runs.same_bytes(ours[name], theirs[f"model.{name}"]) for name in ours)
-    with pytest.raises(ModelError, match="without a head"):
+    with pytest.raises(ModelError, match="the model has no head, so it gives no probabilities to compare"):
         measured(base, page)
 
 

@@ -92,6 +92,8 @@ def test_a_layer_that_predicts_more_tokens_follows(tmp_path: Path) -> None:
         elif leaf not in {"o_proj", "down_proj"} and not inner & set(name.split(".")):
             wanted = wanted[..., order]
         assert torch.equal(after[name], wanted), name
-    with pytest.raises(ConfigError, match="no linear is known that could take over") as caught:
+    with pytest.raises(
+        ConfigError, match="no linear layer is known that could take over this norm or vector"
+    ) as caught:
         turning.checked(turning.planned(tmp_path / "m"), [("rotation", {})])
     assert caught.value.where in added

@@ -47,8 +47,10 @@ def test_rows_are_cut_to_the_positions(key: str, tmp_path: Path) -> None:
     (source / "config.json").write_text(json.dumps(config | {key: 128}))
     cut = runs.prepare(source, scheme="fp8", calib_data="builtin").calibration
     assert cut is not None and (cut.seqlen, cut.warnings) == (128, [])
-    with pytest.raises(DataError, match="--calib-seqlen 129 exceeds the model's 128 positions"):
+    with pytest.raises(DataError, match="--calib-seqlen 129 is more than the model's 128 positions"):
         runs.prepare(source, scheme="fp8", calib_data="builtin", calib_seqlen=129)
     (tmp_path / "r.yaml").write_text("schema: quark/recipe/1\nquantize: {scheme: fp8}\ncalibration: {seqlen: 256}\n")
     said = runs.prepare(source, recipe=str(tmp_path / "r.yaml"), calib_data="builtin").calibration
-    assert said is not None and said.warnings == ["rows of 128 tokens, as the model takes; the recipe asks for 256"]
+    assert said is not None and said.warnings == [
+        "calibration uses rows of 128 tokens, the most that the model takes; the recipe asks for 256"
+    ]

@@ -91,12 +91,12 @@ SHAPES = {
     "no last norm": ({"model.norm.weight": None}, "model.norm.weight is missing"),
     "no embedding": ({"model.embed_tokens.weight": None}, "model.embed_tokens.weight is missing"),
     "no head": ({"lm_head.weight": None}, "lm_head.weight is missing"),
-    "rows of the embedding": ({"model.embed_tokens.weight": (290, 128)}, "says a vocabulary of 300"),
-    "rows of the head": ({"lm_head.weight": (320, 128)}, "says a vocabulary of 300"),
+    "rows of the embedding": ({"model.embed_tokens.weight": (290, 128)}, "but config.json has a vocabulary of"),
+    "rows of the head": ({"lm_head.weight": (320, 128)}, "but config.json has a vocabulary of"),
     "a bias": ({Q.replace("weight", "bias"): (100,)}, f"{Q.replace('weight', 'bias')} is [100]"),
     "one block too many": (
         {name.replace("layers.2.", "layers.3."): shape for name, shape in layouts.llama().items() if ".2." in name},
-        "model.layers.3 is a block too many: config.json says 3",
+        "model.layers.3 is one block too many: config.json has",
     ),
 }
 
@@ -115,7 +115,7 @@ EXPERTS = {
     ),
     "a projection": ({f"{EXPERT}.w3.weight": None}, f"{EXPERT}.w3.weight is missing"),
     "transposed": ({f"{EXPERT}.w3.weight": (128, 256)}, f"{EXPERT}.w3.weight is [128, 256]"),
-    "an expert too many": ({f"{EXPERT}9.w1.weight": (256, 128)}, "is one too many: config.json says 4 experts"),
+    "an expert too many": ({f"{EXPERT}9.w1.weight": (256, 128)}, "is one too many: config.json has 4 experts"),
     "rows of the router": ({"model.layers.1.block_sparse_moe.gate.weight": (3, 128)}, "gate.weight is [3, 128]"),
 }
 
@@ -139,7 +139,7 @@ def test_a_config_of_another_model(key: str, value: int) -> None:
 
 def test_fused_experts_are_counted() -> None:
     config = MIXTRAL | {"architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "num_local_experts": 5}
-    assert "config.json says 5 experts" in said(config, shaped(layouts.gpt_oss()))
+    assert "but config.json has 5 experts" in said(config, shaped(layouts.gpt_oss()))
 
 
 def test_all_faults_are_one_message() -> None:
@@ -235,10 +235,18 @@ LEFTOVERS = {
     "ia3": (["self_attn.k_proj.ia3_l.default"], "adapter", "merge"),
     "saved modules": (["mlp.modules_to_save.default.weight"], "adapter", "merge"),
     "an original": (["mlp.original_module.weight"], "adapter", "merge"),
-    "gptq": ([f"self_attn.q_proj.{leaf}" for leaf in ("qweight", "qzeros", "scales", "g_idx")], "GPTQ", "made from"),
-    "bitsandbytes": (["self_attn.q_proj.weight.absmax", "self_attn.q_proj.weight.quant_map"], "bitsandbytes", "made"),
-    "int8 of bitsandbytes": (["self_attn.q_proj.SCB"], "bitsandbytes", "made from"),
-    "fp8": (["self_attn.q_proj.weight_scale_inv"], "fp8", "made from"),
+    "gptq": (
+        [f"self_attn.q_proj.{leaf}" for leaf in ("qweight", "qzeros", "scales", "g_idx")],
+        "GPTQ",
+        "original model",
+    ),
+    "bitsandbytes": (
+        ["self_attn.q_proj.weight.absmax", "self_attn.q_proj.weight.quant_map"],
+        "bitsandbytes",
+        "original",
+    ),
+    "int8 of bitsandbytes": (["self_attn.q_proj.SCB"], "bitsandbytes", "original model"),
+    "fp8": (["self_attn.q_proj.weight_scale_inv"], "fp8", "original model"),
 }
 
 
@@ -334,7 +342,7 @@ def test_a_known_tensor_that_the_index_does_not_name(source: Path, tmp_path: Pat
     known = json.loads(index.read_text())["weight_map"]
     del known[name]
     index.write_text(json.dumps({"weight_map": known}))
-    with pytest.raises(ModelError, match=f"the index does not name them: {name}") as caught:
+    with pytest.raises(ModelError, match=f"but not in the index: {name}") as caught:
         job.prepare(Options(model=str(folder), scheme="mxfp4"))
     assert caught.value.code == 4
 
@@ -342,7 +350,7 @@ def test_a_known_tensor_that_the_index_does_not_name(source: Path, tmp_path: Pat
 def test_unknown_tensors_that_the_index_does_not_name_are_listed(source: Path, tmp_path: Path) -> None:
     folder = stray(source, tmp_path / "model", "optimizer.step", (1,), listed=False)
     found = job.prepare(Options(model=str(folder), scheme="mxfp4")).warnings
-    assert "in the files, and the index does not name them, so that they are copied: optimizer.step" in found
+    assert any("not in the index, and are copied as they are: optimizer.step" in line for line in found)
     made = runs.run(folder, tmp_path / "out", scheme="mxfp4")
     assert "optimizer.step" in runs.read_all(made.folder)  # ours names it
     assert verify.directory(str(made.folder), str(folder))
@@ -351,7 +359,7 @@ def test_unknown_tensors_that_the_index_does_not_name_are_listed(source: Path, t
 @pytest.mark.parametrize("name", ["memory.weight", "model.layers.0.mixer.weight"])
 def test_weights_of_more_axes_and_no_known_role_are_listed(source: Path, tmp_path: Path, name: str) -> None:
     folder = stray(source, tmp_path / "model", name, (4, 3, 2), listed=True)
-    text = f"no matrices, and of no known role, so that they are kept: {name} [4, 3, 2]"
+    text = f"these tensors are no matrices and of no known role, and are kept as they are: {name} [4, 3, 2]"
     if ".layers." in name:  # in every block, as it would be
         tensors = load_file(folder / "model-00001-of-00001.safetensors")
         more = {name.replace(".0.", f".{number}."): torch.zeros(4, 3, 2) for number in range(2)}
@@ -373,5 +381,5 @@ def test_verify_finds_a_tensor_that_the_index_does_not_name(source: Path, tmp_pa
     known = json.loads(index.read_text())
     del known["weight_map"]["model.norm.weight"]
     index.write_text(json.dumps(known))
-    with pytest.raises(CheckError, match=r"1 tensors are in the files and not in the index: model\.norm\.weight"):
+    with pytest.raises(CheckError, match=r"1 tensors are in the files but not in the index: model\.norm\.weight"):
         verify.directory(str(made.folder))

@@ -57,13 +57,13 @@ def test_streams_give_way_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -
     kept = Carry(GPU)
     streams = {SERVED: [hidden(), hidden()], SOURCE: [hidden()]}
     said = kept.give_way(streams)
-    assert said is not None and SERVED in said and "host" in said
+    assert said is not None and "the quantized model move to RAM" in said
     assert all(map(is_hosted, streams[SERVED])) and not is_hosted(streams[SOURCE][0])
     assert is_hosted(kept.park(SERVED, hidden(), 1)) and not is_hosted(kept.park(SOURCE, hidden(), 1))
     said = kept.give_way(streams)
-    assert said is not None and SOURCE in said and is_hosted(streams[SOURCE][0])
+    assert said is not None and "the original model" in said and is_hosted(streams[SOURCE][0])
     assert kept.give_way(streams) is None
-    assert "served and the source" in kept.tried()
+    assert "the quantized and the original model" in kept.tried()
 
 
 @pytest.mark.parametrize("offload", ["none", "cpu", "disk"])
@@ -82,11 +82,11 @@ def test_the_ladder_of_a_walk(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ResourceError) as caught:
         walk.advance(0, None)  # type: ignore[arg-type]
     assert [text.split(": ")[1] for text in said] == [
-        "4 -> 2 sequences in one forward",
-        "2 -> 1 sequences in one forward",
-        "hidden states of the served stream wait in the host's memory from now on",
+        "4 -> 2 sequences at a time",
+        "2 -> 1 sequences at a time",
+        "hidden states of the quantized model move to RAM",
     ]
-    assert "with 1 sequence(s)" in caught.value.what and "host's memory" in caught.value.what
+    assert "not enough GPU memory for one sequence of" in caught.value.what and "in RAM already" in caught.value.what
 
 
 def test_what_gave_way_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,5 +105,5 @@ def test_what_gave_way_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     runner._fit = once  # type: ignore[method-assign]
     before = [states.clone() for states in walk.served]
     walk.advance(0, None)  # type: ignore[arg-type]
-    assert len(said) == 1 and "host" in said[0]
+    assert len(said) == 1 and "RAM" in said[0]
     assert [torch.equal(now, then + 1) for now, then in zip(walk.served, before, strict=True)] == [True] * 8

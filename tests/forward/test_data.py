@@ -131,7 +131,7 @@ def test_every_row_begins_as_the_tokenizer_begins_a_text(begun: Tokenizer, tmp_p
     assert found.mask is None and found.token_count == 64  # the model reads BOS, so it counts
     assert [text_of(begun, row) for row in off.tokens] == [path.read_text()[i : i + 16] for i in range(0, 48, 16)]
     assert found.digest != load(path, begun, bos="off", samples=3).digest
-    with pytest.raises(DataError, match="no room"):
+    with pytest.raises(DataError, match="are too short"):
         load(path, begun, seqlen=1)
 
 
@@ -183,7 +183,7 @@ def test_too_few_rows(tokens: Tokenizer, tmp_path: Path) -> None:
         found = load(path, tokens, **options)
         assert found.tokens.shape == (2, 16)
         assert found.notes == ["calibration uses 2 rows of 16 tokens, 4 wanted"]
-    with pytest.raises(DataError, match="40 tokens of text, fewer than one window of 64"):
+    with pytest.raises(DataError, match="tokens, fewer than one window of"):
         load(path, tokens, seqlen=64, allow_short=True)
 
 
@@ -198,7 +198,7 @@ def test_too_few_rows(tokens: Tokenizer, tmp_path: Path) -> None:
         ("a.jsonl", '{"messages": [{"role": "user"}]}\n', "a.jsonl"),
         ("a.jsonl", "not json at all\n", "1 x not JSON (such as line 1)"),
         ("a.parquet", "not parquet", "cannot be read as parquet"),
-        ("a.csv", "text\nabc\n", "unknown kind of file '.csv'"),
+        ("a.csv", "text\nabc\n", "has the unknown file type '.csv'"),
     ],
 )
 def test_files_without_usable_text(name: str, content: str, text: str, tokens: Tokenizer, tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ def test_text_in_other_encodings(encoding: str, tokens: Tokenizer, tmp_path: Pat
         ("a.txt", b"\x28\xb5\x2f\xfd" + bytes(90), "is zstandard-compressed"),
         ("a.jsonl", b"\x28\xb5\x2f\xfd" + bytes(90), "is zstandard-compressed"),
         ("a.jsonl", b"PAR1" + bytes(90), "is a parquet file"),
-        ("a.jsonl.zst", b"\x28\xb5\x2f\xfd" + bytes(90), "unknown kind of file '.zst'"),
+        ("a.jsonl.zst", b"\x28\xb5\x2f\xfd" + bytes(90), "has the unknown file type '.zst'"),
         ("a.jsonl.gz", gzip.compress(LINES.encode(), mtime=0)[:-9], "gzip data is damaged"),
         ("a.jsonl", b"\0" * 9000, "no row can be used: 1 x not JSON (such as line 1)"),
         ("a.jsonl", "null\n" * 9, "no row can be used: 9 x the row is null"),
@@ -111,7 +111,7 @@ def test_what_holds_no_text_says_what_it_is(
         ("[" * 200_000, "not JSON"),
         ('{"text": ' + "9" * 5000 + "}", "not JSON"),
         ('{"text": "caf\xe9"}', "not UTF-8"),
-        ('{"text": "\\ud800"}', "text holds what is no text"),
+        ('{"text": "\\ud800"}', "text is not text"),
         ('{"text": "a\\u0000"}', "text holds NUL characters"),
     ],
 )

@@ -213,13 +213,13 @@ def test_a_clipped_weight_scale_is_that_of_the_whole_group(text: Path, tmp_path:
 @pytest.mark.parametrize(
     ("input_", "weight", "what"),
     [
-        ("{element: uint8, zero_point: int}", FP8, "a static activation has no zero point"),
-        ("{element: fp8_e4m3, granularity: {group: 16}}", FP8, "an activation has one static scale"),
+        ("{element: uint8, zero_point: int}", FP8, "a static scale of an activation cannot have a zero point"),
+        ("{element: fp8_e4m3, granularity: {group: 16}}", FP8, "an activation can have only one static scale"),
         (
             "{element: fp4_e2m1, granularity: {group: 16}, "
             "scale: {dtype: e4m3, when: static, global_scale: {dtype: f32}}}",
             FP8,
-            "the scales of an activation's groups are not stored",
+            "the scales of groups of an activation cannot be stored",
         ),
         (
             "{element: fp4_e2m1, granularity: {group: 16}, observer: mse, "
@@ -227,15 +227,27 @@ def test_a_clipped_weight_scale_is_that_of_the_whole_group(text: Path, tmp_path:
             FP8,
             "does not see the groups",
         ),
-        ("{element: fp8_e4m3, scale: {when: dynamic}, observer: percentile}", FP8, "'percentile' would do nothing"),
-        ("{element: fp8_e4m3, scale: {constant_amax: 3}, observer: mse}", FP8, "'mse' would do nothing"),
-        ("{element: fp8_e4m3, then: {element: int8}}", FP8, "a chain with a static scale is not for activations"),
-        (FP8, "{element: fp8_e4m3, observer: histogram}", "a weight is known whole"),
-        (FP8, "{element: fp8_e4m3, granularity: {tile: [16, 16]}, observer: percentile}", "not for tiles"),
+        (
+            "{element: fp8_e4m3, scale: {when: dynamic}, observer: percentile}",
+            FP8,
+            "observer 'percentile' would have no effect",
+        ),
+        (
+            "{element: fp8_e4m3, scale: {constant_amax: 3}, observer: mse}",
+            FP8,
+            "observer 'mse' would have no effect",
+        ),
+        ("{element: fp8_e4m3, then: {element: int8}}", FP8, "an activation cannot have a chain"),
+        (FP8, "{element: fp8_e4m3, observer: histogram}", "observer 'histogram' works only for activations"),
+        (
+            FP8,
+            "{element: fp8_e4m3, granularity: {tile: [16, 16]}, observer: percentile}",
+            "observer 'percentile' does not work with tiles",
+        ),
         (
             FP8,
             "{element: fp8_e4m3, granularity: channel, then: {element: int8, observer: mse}}",
-            "'mse' would do nothing",
+            "observer 'mse' would have no effect",
         ),
     ],
 )

@@ -226,7 +226,7 @@ def test_bad_numbers_of_the_other_stream_and_of_held_out_tokens(llama: Path, tex
     held = torch.arange(4) == 3
     for mask in (None, held):
         statistics = Raw(prepared.plan, 1, {site: {"gram", "gram_val", "cross"}}, None)
-        with pytest.raises(DataError, match="NaN or inf in the calibration activations of the source model"):
+        with pytest.raises(DataError, match="NaN or inf in the calibration activations of the original model"):
             statistics.take(site, good, mask, bad)
         statistics = Raw(prepared.plan, 1, {site: {"gram", "gram_val", "cross"}}, None)
         statistics.take(site, large, mask, good)  # its square overflows

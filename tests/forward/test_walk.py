@@ -117,8 +117,8 @@ def test_half_the_batch_until_it_fits() -> None:
     assert walk.batch == 2
     assert [len(part) for part in walk.served] == [2, 2, 2, 2]
     assert [text.split(": ")[1] for text in said] == [
-        "8 -> 4 sequences in one forward",
-        "4 -> 2 sequences in one forward",
+        "8 -> 4 sequences at a time",
+        "4 -> 2 sequences at a time",
     ]
 
 
@@ -140,7 +140,7 @@ def test_out_of_memory_on_the_way_starts_the_block_again() -> None:
 
 def test_one_row_that_does_not_fit() -> None:
     walk, _, _ = tight(limit=0, batch=2)
-    with pytest.raises(ResourceError, match=r"with 1 sequence\(s\) of 3 tokens"):
+    with pytest.raises(ResourceError, match="not enough GPU memory for one sequence of 3 tokens"):
         walk.start()
 
 
@@ -170,5 +170,5 @@ def test_masks_lie_as_the_hidden_states_do() -> None:
     assert [tuple(mask.shape) for mask in rows_first.masks() if mask is not None] == [(2, 3), (1, 3)]
     tokens_first = shaped(((2, 3), (3, 2, 8)), ((1, 3), (3, 1, 8)))
     assert [tuple(mask.shape) for mask in tokens_first.masks() if mask is not None] == [(3, 2), (3, 1)]
-    with pytest.raises(ModelError, match=r"hidden states of shape \[6, 8\] do not tell"):
+    with pytest.raises(ModelError, match=r"hidden states of shape \[6, 8\] are rows and tokens"):
         shaped(((2, 3), (6, 8))).masks()

@@ -54,16 +54,20 @@ def test_parameters_of_a_recipe_stay_but_for_those_that_are_set(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("options", "kind", "message"),
     [
-        ({"algorithm": "rtn", "settings": ["gptq.damp=1"]}, UsageError, "'gptq' is not among the algorithms"),
-        ({"settings": ["gptq.damp=0.1"]}, UsageError, "(none is listed)"),
+        ({"algorithm": "rtn", "settings": ["gptq.damp=1"]}, UsageError, "'gptq' is not an algorithm of this run"),
+        ({"settings": ["gptq.damp=0.1"]}, UsageError, "is not an algorithm of this run"),
         ({"algorithm": "gptq", "settings": ["gptq=1"]}, UsageError, "is not ALGORITHM.PARAMETER=VALUE"),
         ({"algorithm": "gptq", "settings": ["gptq.dampp=1"]}, ConfigError, "no parameter 'dampp'"),
         ({"algorithm": "gptq", "settings": ["gptq.damp=7"]}, ConfigError, "--set gptq.damp=7"),
-        ({"algorithm": "gptq", "settings": ["calibration.samples=4"]}, UsageError, "no recipe to adjust"),
-        ({"algorithm": "gptq,,rtn"}, UsageError, "has an empty name"),
+        ({"algorithm": "gptq", "settings": ["calibration.samples=4"]}, UsageError, "there is no recipe to change"),
+        ({"algorithm": "gptq,,rtn"}, UsageError, "contains an empty name"),
         ({"algorithm": "gtpq"}, UsageError, "unknown algorithm 'gtpq'"),
-        ({"algorithm": "auto,gptq"}, ConfigError, "'auto' chooses all steps, and stands beside gptq"),
-        ({"algorithm": "auto", "settings": ["rtn.damp=0.1"]}, ConfigError, "'auto' has no step 'rtn' for this plan"),
+        ({"algorithm": "auto,gptq"}, ConfigError, "'auto' chooses all algorithms and cannot be combined with"),
+        (
+            {"algorithm": "auto", "settings": ["rtn.damp=0.1"]},
+            ConfigError,
+            "'auto' does not choose the algorithm 'rtn' for this plan",
+        ),
         ({"algorithm": "auto", "settings": ["qronos.dampp=1"]}, ConfigError, "no parameter 'dampp'"),
     ],
 )
@@ -76,11 +80,11 @@ def test_what_cannot_be_asked_for(options: dict[str, Any], kind: type[QuarkError
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ([{"method": "auto", "damp": 0.1}], "'auto' has no step 'damp'"),
+        ([{"method": "auto", "damp": 0.1}], "'auto' does not choose the algorithm 'damp' for this plan"),
         ([{"method": "auto", "qronos": 4}], "'qronos' must be a mapping of parameters"),
         ([{"method": "auto", "qronos": {"damp": 4}}], "damp must"),
-        ([{"method": "auto", "slots": ["*q_proj.weight_quantizer"]}], "'auto' is for all weights"),
-        ([{"method": "auto"}, {"method": "rtn"}], "stands beside rtn"),
+        ([{"method": "auto", "slots": ["*q_proj.weight_quantizer"]}], "'auto' works only for all weights"),
+        ([{"method": "auto"}, {"method": "rtn"}], "chooses all algorithms and cannot be combined with"),
     ],
 )
 def test_a_file_is_named(value: Any, message: str, tmp_path: Path) -> None:

@@ -159,7 +159,7 @@ def test_the_rest_of_the_directory(tmp_path, other):
 
 def test_a_dialect_that_cannot_say_it_is_refused_before_the_work(tmp_path):
     made = runs.run("demo", tmp_path / "made", scheme="mxfp4", algorithm="hadamard").folder
-    with pytest.raises(ModelError, match=r"cannot hold this checkpoint.*turned while the model runs"):
+    with pytest.raises(ModelError, match=r"cannot hold this checkpoint.*rotated while the model runs"):
         converted(made, "quark", tmp_path / "out")
     assert not (tmp_path / "out").exists() and not partial_path(tmp_path / "out").exists()
 
@@ -211,7 +211,7 @@ def test_a_killed_conversion_goes_on(tmp_path, made, other):
 def test_what_is_refused(tmp_path, made, other):
     with pytest.raises(ModelError, match="not quantized"):
         converted(EMBEDDED, other, tmp_path / "out")
-    with pytest.raises(UsageError, match="unknown dialect") as unknown:
+    with pytest.raises(UsageError, match="unknown checkpoint format") as unknown:
         converted(made, "nope", tmp_path / "out")
     assert unknown.value.where == "--to"
     with pytest.raises(UsageError, match="already"):

@@ -70,11 +70,13 @@ def test_each_directory_is_what_its_dialect_alone_writes(scheme: str, text: Path
     made = runs.run("demo", tmp_path / "all", scheme=scheme, dialect=",".join(names), **more)
     assert sorted(path.name for path in made.folder.iterdir()) == sorted([*names, outputs.LIST])
     assert set(made.report["dialects"]) == set(names)
-    apart = [one.dialect.name for one in made.prepared.others if any("unit in the last" in w for w in one.warnings)]
+    apart = [
+        one.dialect.name for one in made.prepared.others if any("differ in their last bit" in w for w in one.warnings)
+    ]
     for name in names:
         alone = runs.run("demo", tmp_path / name, scheme=scheme, dialect=name, **more)
         found = differing(alone.folder, made.folder / name)
-        if name in apart:  # blocks behind see values that are a unit in the last place off
+        if name in apart:  # blocks behind see values that are a differ in their last bit off
             assert all(file.startswith("model-block-") for file in found), found
         else:
             assert not found
@@ -130,19 +132,21 @@ def test_the_order_of_the_names_changes_nothing(text: Path, tmp_path: Path) -> N
         assert not differing(one.folder / name, other.folder / name)
     alone = runs.run("demo", tmp_path / "alone", dialect=names[0], **how)
     assert not differing(alone.folder, one.folder / names[0])
-    said = [warning for warning in one.report["dialects"][names[1]]["warnings"] if "unit in the last place" in warning]
-    assert said == [warning for warning in said if f"that {names[0]} has" in warning] and len(said) == 1
-    assert not [w for w in one.report["dialects"][names[0]]["warnings"] if "unit in the last place" in w]
+    said = [
+        warning for warning in one.report["dialects"][names[1]]["warnings"] if "differ in their last bit" in warning
+    ]
+    assert said == [warning for warning in said if f"those of {names[0]}, with" in warning] and len(said) == 1
+    assert not [w for w in one.report["dialects"][names[0]]["warnings"] if "differ in their last bit" in w]
 
 
 @pytest.mark.parametrize(
     ("dialect", "words", "kind"),
     [
-        (f"{CT},awq", "dialect awq cannot hold this plan: ", ConfigError),
-        (f"auto,{CT}", "auto stands for one dialect", UsageError),
-        (f"{CT},compressed_tensors", f"dialect {CT} is named twice", UsageError),
-        (f"{CT},", "unknown dialect ''", UsageError),
-        (f"{CT},nothing", "unknown dialect 'nothing'", UsageError),
+        (f"{CT},awq", "format awq cannot hold this plan: ", ConfigError),
+        (f"auto,{CT}", "auto stands for one checkpoint format", UsageError),
+        (f"{CT},compressed_tensors", f"checkpoint format {CT} is named twice", UsageError),
+        (f"{CT},", "unknown checkpoint format ''", UsageError),
+        (f"{CT},nothing", "unknown checkpoint format 'nothing'", UsageError),
     ],
 )
 def test_a_list_that_is_wrong_is_refused_before_the_work(
@@ -156,9 +160,9 @@ def test_a_list_that_is_wrong_is_refused_before_the_work(
 
 def test_servers_and_devices_are_asked_of_each_dialect(text: Path) -> None:
     how: dict[str, Any] = {"scheme": "nvfp4", **runs.data(text, 4)}
-    with pytest.raises(ModelError, match=r"dialect modelopt: transformers [0-9.]+ does not load it"):
+    with pytest.raises(ModelError, match=r"format modelopt: transformers [0-9.]+ does not load it"):
         runs.prepare("demo", dialect=f"{CT},modelopt", target="transformers", **how)
-    with pytest.raises(ModelError, match=r"dialect (gptq|compressed-tensors): "):
+    with pytest.raises(ModelError, match=r"format (gptq|compressed-tensors): "):
         runs.prepare("demo", scheme="int4_wo_128", dialect=f"{CT},gptq", tp=64)
     assert [one.dialect.name for one in runs.prepare("demo", dialect=f"modelopt,{CT}", target="vllm", **how).every]
 
@@ -185,7 +189,7 @@ def test_codes_that_one_dialect_keeps_and_another_cannot_are_two_plans(tmp_path:
     assert open_weights(Source.open(str(source)))[1] is not None
     kept = {name: len(runs.prepare(source, dialect=name, **how).plan.carried) for name in (CT, "gptq")}
     assert kept[CT] and not kept["gptq"]
-    with pytest.raises(ConfigError, match="these are two plans") as caught:
+    with pytest.raises(ConfigError, match="these need two plans") as caught:
         runs.prepare(source, dialect=f"{CT},gptq", **how)
     assert "down_proj" in caught.value.where
 
@@ -264,8 +268,8 @@ def test_a_calibrated_run_goes_on_from_hidden_states(text: Path, tmp_path: Path)
     for one in made.prepared.every:
         assert not differing(calm.folder / one.folder, made.folder / one.folder)
         ours, theirs = (run.report["dialects"][one.folder]["warnings"] for run in (made, calm))
-        assert [line for line in ours if "unit in the last" in line] == [
-            line for line in theirs if "unit in the last" in line
+        assert [line for line in ours if "differ in their last bit" in line] == [
+            line for line in theirs if "differ in their last bit" in line
         ]
 
 
@@ -333,10 +337,10 @@ def test_what_is_printed(quark: Forks, tmp_path: Path) -> None:
     reports = json.loads(again.out)
     assert reports["schema"] == directories.SCHEMA and set(reports["dialects"]) == {CT, "quark"}
     above = quark("verify", "out", cwd=tmp_path)
-    assert above.code == 8 and "it holds a checkpoint for each dialect" in above.err
+    assert above.code == 8 and "give one of its checkpoints" in above.err
     refused = quark("search", "--model", "demo", "--schemes", "mxfp4,mxfp8", "--budget", "6", *BOTH, "-o", "r.yaml",
                     "--calib-data", "builtin", "--calib-samples", "2", cwd=tmp_path)  # fmt: skip
-    assert refused.code == 2 and "of one dialect" in refused.err
+    assert refused.code == 2 and "of one checkpoint format" in refused.err
 
 
 @pytest.mark.parametrize("names", [None, 3, "a", ["../up", "/abs", "..", "", "a/b", 3, "a\0"]])

@@ -19,7 +19,7 @@ def test_pointers_of_git_lfs(names: list[str], tmp_path: Path) -> None:
     model = shutil.copytree(EMBEDDED, tmp_path / "model")
     for name in names:
         (model / name).write_text(POINTER)
-    with pytest.raises(ModelError, match="pointers of git-LFS") as caught:
+    with pytest.raises(ModelError, match="holds git-LFS pointers instead of the files") as caught:
         Source.open(str(model))
     assert all(name in caught.value.what for name in names) and "git lfs pull" in caught.value.hint
 

@@ -47,7 +47,7 @@ def test_rows_are_named_as_people_name_them() -> None:
     }
     assert rows["mlp gate up down", "int4, groups of 64"].why == "scheme int4_wo_64"
     assert rows["attention o", "kept bf16"].why == "--exclude '*o_proj'"
-    assert rows["head", "kept bf16"].why.startswith("protected: small share of the bytes")
+    assert rows["head", "kept bf16"].why.startswith("kept by default: has few of the bytes")
     assert rows["norms", "kept bf16"].why == "one value per channel"
     assert rows["norms", "kept bf16"].tensors == sum("norm" in name for name in runs.read_all(EMBEDDED)) == 9
 
@@ -61,7 +61,7 @@ def test_the_picture_fits(width: int) -> None:
     for row in groups(prepared):
         assert row.label in text
         assert row.how in text
-    assert "protected: a table that is looked up, not multiplied" in text
+    assert "kept by default: a table that is looked up, not multiplied" in text
     if width >= 80:
         assert max(map(len, lines)) <= width
 
@@ -85,7 +85,7 @@ def test_what_is_kept_is_said_where_it_is_most(tmp_path: Path) -> None:
     embedding = next(row for row in groups(prepared) if row.name == "embedding")
     share = embedding.after / sum(row.after for row in groups(prepared))
     assert f"embedding {share:.0%} (70% of the parameters)" in head
-    assert ways == ["--unprotect embedding: 13% of the source's size instead of 74%; no server is known to load that"]
+    assert ways == ["--unprotect embedding: 13% of the original size instead of 74%; no known server loads that"]
     typed = runs.prepare(tmp_path / "m", scheme="int4_wo_128", unprotect=["embedding"])
     assert typed.forecast.output_bytes < 0.14 * typed.forecast.source_bytes
 

@@ -265,7 +265,7 @@ def test_the_report_says_where_rules_acted(rows, tmp_path):
         "model.layers.*.self_attn.q_proj+k_proj+v_proj": 3,
         "model.layers.*.mlp.gate_proj+up_proj": 3,
     }
-    assert "--layer '*down_proj=fp8': 6 slots on, 6 slots off" in summary.markdown(report)
+    assert "--layer '*down_proj=fp8': 6 quantizers on, 6 quantizers off" in summary.markdown(report)
 
 
 @pytest.mark.parametrize(("scheme", "algorithm"), [("mxfp4", None), ("nvfp4", None), ("int4_wo_128", "gptq")])
@@ -394,8 +394,8 @@ def test_out_of_device_memory_halves_the_batch_and_says_so(rows, tmp_path, monke
     heard = Heard()
     report = job.run(options(rows, tmp_path / "out", "nvfp4"), heard)
     assert max(sizes) == 2
-    assert "out of device memory: 4 -> 2 sequences in one forward" in heard.warnings
-    assert "out of device memory: 4 -> 2 sequences in one forward" in report["warnings"]
+    assert "not enough GPU memory: 4 -> 2 sequences at a time" in heard.warnings
+    assert "not enough GPU memory: 4 -> 2 sequences at a time" in report["warnings"]
     assert hashes(tmp_path / "out") == hashes(made["nvfp4", "compressed-tensors"])
 
 
@@ -436,7 +436,7 @@ def test_memory_for_not_even_one_row(rows, tmp_path, monkeypatch):
     with pytest.raises(QuarkError) as caught:
         job.run(options(rows, tmp_path / "out", "nvfp4"))
     assert caught.value.code == 6
-    assert "1 sequence(s) of 64 tokens" in caught.value.what
+    assert "not enough GPU memory for one sequence of 64 tokens" in caught.value.what
     assert "--calib-seqlen" in caught.value.hint
     assert not (tmp_path / "out").exists()
 
@@ -477,7 +477,7 @@ def test_warnings_are_told_once_and_are_in_the_report(rows, tmp_path):
     assert len(heard.warnings) == len(set(heard.warnings)) >= 2
     assert report["warnings"] == heard.warnings
     assert any("5000 wanted" in text for text in heard.warnings)
-    assert sum("that servers fuse have more than one scheme" in text for text in heard.warnings) == 1
+    assert sum("that servers multiply together have more than one scheme" in text for text in heard.warnings) == 1
 
 
 # ---- the way of a GPU, on a CPU

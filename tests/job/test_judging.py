@@ -65,7 +65,7 @@ def test_nothing_left_is_an_error_where_it_was_asked_for(tmp_path: Path) -> None
     text = tmp_path / "short.txt"
     text.write_text("a few words and no more of them, over and over. " * 40)
     asked = {"calib_data": str(text), "calib_samples": 64, "calib_seqlen": 64, "allow_short": True}
-    with pytest.raises(DataError, match="no row is left that calibration does not use"):
+    with pytest.raises(DataError, match="calibration uses all rows, so none is left for the evaluation"):
         quantize("demo", "fp8", output=tmp_path / "out", evaluate=True, **asked)
     assert quantize("demo", "fp8", output=tmp_path / "out", **asked)["evaluation"] is None
 
@@ -86,7 +86,7 @@ def test_it_says_what_quark_eval_says(scheme: str, tmp_path: Path) -> None:
         for key in ("tokens", "perplexity", "baseline_perplexity", "kl", "top1_agreement"):
             assert found[key] == pytest.approx(again[key], rel=1e-6)
     card = (tmp_path / "out" / "README.md").read_text()
-    assert f"KL {found['kl']:.4f} nats per token" in card
+    assert f"KL divergence {found['kl']:.4f} nats per token" in card
 
 
 def test_a_model_without_a_head_is_a_warning_unless_it_was_asked_for(tmp_path: Path) -> None:
@@ -97,7 +97,7 @@ def test_a_model_without_a_head_is_a_warning_unless_it_was_asked_for(tmp_path: P
     save_file({name.removeprefix("model."): t for name, t in tensors.items()}, path, metadata={"format": "pt"})
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps({**config, "architectures": ["LlamaModel"]}))
-    with pytest.raises(ModelError, match="without a head"):
+    with pytest.raises(ModelError, match="the model has no head, so it gives no probabilities to measure"):
         quantize(source, "mxfp4", output=tmp_path / "out", evaluate=True)
     assert not (tmp_path / "out").exists()
 

@@ -237,13 +237,13 @@ def test_a_failed_write_ends_the_job(tmp_path, monkeypatch, device):
 
     def fail(*arguments: Any) -> Any:
         if next(count) == 1:
-            raise ResourceError("no space left")
+            raise ResourceError("the disk is full")
         return write_part(*arguments)
 
     monkeypatch.setattr("quarkcli.job.pipeline.write_part", fail)
     with Journal.open(tmp_path / "out.partial", {}) as journal:
         with (
-            pytest.raises(ResourceError, match="no space left"),
+            pytest.raises(ResourceError, match="the disk is full"),
             start(tmp_path, Files(), journal, device) as pipeline,
         ):
             work(pipeline, PARTS)
@@ -253,7 +253,7 @@ def test_a_failed_write_ends_the_job(tmp_path, monkeypatch, device):
 @pytest.mark.usefixtures("synchronized")
 def test_a_write_that_fails_last_is_not_overlooked(tmp_path, monkeypatch):
     def fail(*_: Any) -> Any:
-        raise ResourceError("no space left")
+        raise ResourceError("the disk is full")
 
     monkeypatch.setattr("quarkcli.job.pipeline.write_part", fail)
     with (

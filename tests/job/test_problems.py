@@ -82,7 +82,7 @@ def test_a_solver_without_a_solution_is_replaced_and_said(monkeypatch: pytest.Mo
     same = {name for name in packed if runs.same_bytes(mine[name], theirs[name])}
     assert same == {name for name in packed if "down_proj" in name}
     said = [w for w in made.report["warnings"] if "finds no solution" in w]
-    first = "model.layers.0.mlp.down_proj: gptq finds no solution on 512 tokens; rounded to nearest"
+    first = "model.layers.0.mlp.down_proj: gptq finds no solution with 512 tokens; its weights are rounded to nearest"
     assert said == [f"{first} (and 3 more like this)"]
 
 

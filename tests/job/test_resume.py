@@ -25,20 +25,20 @@ FINISH, SAVE = "quarkcli.disk.journal.Journal.finish", "quarkcli.disk.writer._sa
 # Where a run is killed, and what the next one says.
 KILLS: dict[str, tuple[dict[str, Any], str]] = {
     "before anything is written": (at(FINISH), ""),
-    "behind the first part's journal entry": (at(FINISH, after=True), "1 of 6 parts are done; going on at model"),
-    "behind the third part's journal entry": (at(FINISH, call=3, after=True), "3 of 6 parts are done"),
-    "in the middle of writing a part": (at("quarkcli.disk.writer.sync_folder", call=6), "parts are done"),
-    "before a shard has its name": (at("quarkcli.job.pipeline.write_part", call=4), "3 of 6 parts are done"),
+    "behind the first part's journal entry": (at(FINISH, after=True), "1 of 6 parts of the model"),
+    "behind the third part's journal entry": (at(FINISH, call=3, after=True), "3 of 6 parts of the model are done"),
+    "in the middle of writing a part": (at("quarkcli.disk.writer.sync_folder", call=6), "parts of the model are done"),
+    "before a shard has its name": (at("quarkcli.job.pipeline.write_part", call=4), "3 of 6 parts of the model"),
     "with a shard that no entry names": (at("quarkcli.job.pipeline.write_part", call=4, after=True), "3 of 6 parts"),
-    "behind the last part": (at(FINISH, call=6, after=True), "6 of 6 parts are done; going on with the final steps"),
-    "before the config": (at("quarkcli.job.finish.write_config"), "going on with the final steps"),
-    "in the middle of the side files": (at("shutil.copyfile", call=2), "going on with the final steps"),
-    "behind the config": (at("quarkcli.job.finish.write_config", after=True), "going on with the final steps"),
-    "before the report": (at("quarkcli.reporting.build.build"), "going on with the final steps"),
-    "before the manifest": (at("quarkcli.job.finish.write_manifest"), "going on with the final steps"),
-    "behind the manifest": (at("quarkcli.job.finish.write_manifest", after=True), "going on with the final steps"),
-    "before the state is put aside": (at("quarkcli.disk.journal.Journal.set_aside"), "going on with the final steps"),
-    "before the renaming": (at("quarkcli.job.finish.publish"), "going on with the final steps"),
+    "behind the last part": (at(FINISH, call=6, after=True), "continuing with the final steps"),
+    "before the config": (at("quarkcli.job.finish.write_config"), "continuing with the final steps"),
+    "in the middle of the side files": (at("shutil.copyfile", call=2), "continuing with the final steps"),
+    "behind the config": (at("quarkcli.job.finish.write_config", after=True), "continuing with the final steps"),
+    "before the report": (at("quarkcli.reporting.build.build"), "continuing with the final steps"),
+    "before the manifest": (at("quarkcli.job.finish.write_manifest"), "continuing with the final steps"),
+    "behind the manifest": (at("quarkcli.job.finish.write_manifest", after=True), "continuing with the final steps"),
+    "before the state is put aside": (at("quarkcli.disk.journal.Journal.set_aside"), "continuing with the final steps"),
+    "before the renaming": (at("quarkcli.job.finish.publish"), "continuing with the final steps"),
 }  # fmt: skip
 
 
@@ -130,10 +130,10 @@ def test_calibrated_runs_are_gone_on_with_from_hidden_states(quark, calm, work, 
     """Killed three times: while hidden states are written, behind a part, and before the end."""
     check_killed(run(quark, work, name, hook=at("quarkcli.disk.journal.Journal.write_hidden", call=2)), work)
     second = run(quark, work, name, hook=at(FINISH, call=2, after=True))
-    assert "resuming: 2 of 6 parts are done; going on at model.layers.1" in second.err
+    assert "resuming: 2 of 6 parts of the model are done; continuing at model.layers.1" in second.err
     check_killed(second, work)
     third = run(quark, work, name, "--calib-batch", "3", hook=at("quarkcli.job.finish.verify_and_report"))
-    assert "resuming: 4 of 6 parts are done; going on at model.layers.3" in third.err
+    assert "resuming: 4 of 6 parts of the model are done; continuing at model.layers.3" in third.err
     check_killed(third, work)
     last = run(quark, work, name)
     assert last.code == 0, last.err
@@ -198,7 +198,7 @@ def test_a_kill_between_the_two_renamings_loses_nothing(quark, calm, work):
     assert hashes(next(work.glob("out.old-*"))) == calm["mxfp4"]
     answer = run(quark, work, "mxfp4", "--overwrite")
     assert answer.code == 0
-    assert "going on with the final steps" in answer.err
+    assert "continuing with the final steps" in answer.err
     assert hashes(work / "out") == calm["mxfp4"]
 
 
@@ -235,7 +235,7 @@ def test_what_a_user_added_to_a_checkpoint_is_kept(quark, calm, work):
     assert {path.name: path.read_text() for path in kept.rglob("*") if path.is_file()} == {
         "thesis.tex": "mine", "README.md": "my card",
     }  # fmt: skip
-    assert f"2 files in out were not as quark wrote them, and are now in {kept}: README.md, thesis.tex" in answer.err
+    assert f"2 files in out differ from what quark wrote and are now in {kept}: README.md, thesis.tex" in answer.err
     answer = run(quark, work, "mxfp4", "--overwrite")
     assert answer.code == 0
     assert f"{kept} is left of an earlier run" in answer.err
@@ -251,7 +251,7 @@ def test_a_shard_that_was_damaged_is_made_again(quark, calm, work, name):
     path.write_bytes(data)
     answer = run(quark, work, name)
     assert answer.code == 0, answer.err
-    assert "warning: 1 finished parts are damaged or follow a damaged one" in answer.err
+    assert "warning: 1 finished parts of the model are damaged or follow a damaged one" in answer.err
     check_finished(work, calm[name])
     assert "damaged" in (work / "out" / "quark" / "report.json").read_text()
 
@@ -316,7 +316,7 @@ def check_refused(answer: Done, work: Path, key: str) -> None:
     assert answer.code == 3
     assert answer.out == ""
     error = answer.err[answer.err.index("error:") :]
-    assert "the unfinished run there was started with other settings" in error
+    assert "the unfinished run there has other settings" in error
     line = next(line for line in error.splitlines() if line.strip().startswith(key))
     assert " -> " in line
     assert "hint: " in error
@@ -399,7 +399,7 @@ def test_a_partial_directory_that_is_not_ours_is_left_alone(quark, work):
     (work / "out.partial" / "thesis.tex").write_text("mine")
     answer = run(quark, work, "mxfp4")
     assert answer.code == 2
-    assert "is not empty, and no run that could be continued" in answer.err
+    assert "is not empty and not a run that can be continued" in answer.err
     assert (work / "out.partial" / "thesis.tex").read_text() == "mine"
 
 
@@ -433,7 +433,7 @@ def test_a_time_budget_stops_after_a_part(quark, calm, work):
         answer = run(quark, work, "nvfp4", "--time-budget", "1s", hook=at(FINISH, call=0, what="1.1"))
         assert answer.code == 75, answer.err
         assert answer.out == ""
-        assert "stopped: the time budget is used up; finished parts are kept\n" in answer.err
+        assert "stopped: the time budget is used up; finished work is kept\n" in answer.err
         assert "hint: run the same command again" in answer.err
         assert not (work / "out").exists()
         journal = json.loads((work / "out.partial" / ".quark-state" / "journal.json").read_text())
@@ -448,7 +448,7 @@ def test_signals_end_in_order_and_can_be_gone_on_from(quark, calm, work, name, c
     answer = run(quark, work, "nvfp4", hook=hook)
     assert answer.code == code, answer.err
     assert answer.out == ""
-    assert f"stopped: {word}\nhint: resumable: the same command goes on" in answer.err
+    assert f"stopped: {word}\nhint: run the same command again to continue" in answer.err
     assert "Traceback" not in answer.err
     assert not (work / "out").exists()
     assert not list((work / "out.partial").glob(".writing-*"))
@@ -477,5 +477,5 @@ def test_the_log_tells_of_both_runs(quark, work):
     assert run(quark, work, "mxfp4").code == 0
     log = (work / "out" / "quark" / "quark.log").read_text()
     assert log.count("phase: quantize\n") == 2
-    assert "resuming: 3 of 6 parts are done; going on at model.layers.2" in log
+    assert "resuming: 3 of 6 parts of the model are done; continuing at model.layers.2" in log
     assert [log.count(f"[{index}/6]") for index in range(1, 7)] == [1, 1, 0, 1, 1, 1]  # killed before the third's line

@@ -71,7 +71,7 @@ def test_own_code_that_cannot_be_imported(tmp_path: Path, monkeypatch: pytest.Mo
     [
         ("LlamaForCausalLM.__init__", "cannot be built from its config"),
         ("LlamaForCausalLM.get_decoder", "cannot be built from its config"),
-        ("LlamaPreTrainedModel._init_weights", "cannot fill its buffers"),
+        ("LlamaPreTrainedModel._init_weights", "fails when its buffers are filled"),
         ("LlamaModel.forward", "fails in its forward pass"),
         ("LlamaRotaryEmbedding.forward", "fails in its forward pass"),
         ("LlamaDecoderLayer.forward", "fails in decoder block 0"),

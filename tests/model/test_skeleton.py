@@ -171,7 +171,7 @@ def test_dtype_falls_back_to_the_files(tmp_path: Path) -> None:
 def test_tokens_that_the_embedding_has_no_row_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runner = runner_of(tiny.build("llama", tmp_path, vocab_size=64))
     runner.check_tokens(torch.tensor([[0, 63]]))
-    with pytest.raises(DataError, match="gives token 64, and the model's embedding has 64 rows"):
+    with pytest.raises(DataError, match="the tokenizer gives token 64, but the model's embedding has only 64 rows"):
         runner.check_tokens(torch.tensor([[0, 64]]))
 
     def silent() -> None:

@@ -148,6 +148,6 @@ def test_odd_types_in_its_config_name_the_key(key: str, value: object, tmp_path:
     write(tmp_path)
     path = tmp_path / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
-    with pytest.raises(ModelError, match=f"{key} is .*has to be") as error:
+    with pytest.raises(ModelError, match=f"{key} is .*but must be") as error:
         load_tokenizer(tmp_path)
     assert error.value.where == str(path)

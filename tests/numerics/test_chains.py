@@ -251,7 +251,7 @@ def test_narrow_ranges_leave_the_lowest_code_out() -> None:
 
 def test_a_static_activation_has_no_zero_point() -> None:
     spec = TensorSpec("uint8", PerTensor(), F32, "int")
-    with pytest.raises(ConfigError, match="no zero point"):
+    with pytest.raises(ConfigError, match="cannot have a zero point"):
         fake_quantize(weight(), spec, torch.tensor(0.1))
 
 

@@ -174,7 +174,7 @@ def test_a_cache_with_a_scale_for_every_head_is_neither_run_nor_converted() -> N
     """A job drops it, as every cache."""
     source = Source.open(str(DATA / "llmcompressor-fp8-kv-head"))
     checkpoint = Checkpoint(source)
-    with pytest.raises(ModelError, match="a scale for every head, which nothing here runs"):
+    with pytest.raises(ModelError, match="its KV cache has a scale for every head, and quark cannot run that"):
         list(checkpoint.attention_quantizers(["model.layers.0.self_attn.k_proj.weight"]))
-    with pytest.raises(ModelError, match="dialect quark has one for all"):
+    with pytest.raises(ModelError, match="format quark has one for all"):
         convert.prepare(source, "quark")

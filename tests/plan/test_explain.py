@@ -38,7 +38,7 @@ def test_every_entry_in_order_with_its_place() -> None:
         ("own.yaml:4:5", "replaces", False),
         ("own.yaml:6:5", "switches off", False),
         ("own.yaml:7:5", "only for nn.Embedding; this is nn.Linear", False),
-        ("own.yaml:8:5", "speaks of a stage that the slot does not have", False),
+        ("own.yaml:8:5", "is about a stage of a chain that this quantizer does not have", False),
         ("own.yaml:9:5", "replaces", True),
     ]
     assert [m.after and m.after.element for m in found.matches] == [None, "int4", None, None, None, "fp8_e4m3"]
@@ -63,7 +63,7 @@ def test_a_flag_brings_back_what_was_there() -> None:
     made = plan(recipe(("*.weight_quantizer", INT4, True)), exclude=["*mlp*"], include=["*up_proj"])
     found = explain(made, SLOT)
     assert found.decided is not None
-    assert found.decided.effect == "brings back what was said before the exclusions"
+    assert found.decided.effect == "restores what was set before the exclusions"
     assert str(found.decided.entry.origin) == "--include '*up_proj'"
 
 
@@ -92,7 +92,7 @@ def test_why_a_slot_with_a_spec_stays_off() -> None:
     made = plan(recipe(("*.weight_quantizer", INT4, True), ("*.input_quantizer", INT8, True),
                        ("*.bias_quantizer", INT8, True), ("*up_proj.weight_quantizer", None, False)))  # fmt: skip
     assert explain(made, f"{UP}.input_quantizer").idle == "its weight is not quantized"
-    assert explain(made, "model.layers.0.mlp.down_proj.bias_quantizer").idle == "there is no such tensor"
+    assert explain(made, "model.layers.0.mlp.down_proj.bias_quantizer").idle == "the model has no such tensor"
     assert explain(made, "model.layers.0.mlp.down_proj.input_quantizer").idle is None
 
 
@@ -108,7 +108,7 @@ def test_what_is_shared() -> None:
 
 
 def test_unknown_slots() -> None:
-    with pytest.raises(ConfigError, match=r"no slot is called 'model.layers.0.mlp.upproj'") as caught:
+    with pytest.raises(ConfigError, match=r"no quantizer is called 'model.layers.0.mlp.upproj'") as caught:
         explain(plan("mxfp4"), "model.layers.0.mlp.upproj")
     assert "up_proj" in str(caught.value.hint)
 

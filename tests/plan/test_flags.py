@@ -49,7 +49,7 @@ def test_what_changes_nothing_is_named(flags: dict[str, Any], named: str | None)
 
 def test_of_two_that_say_the_same_one_is_named() -> None:
     made = plan("fp8", exclude=["*q_proj", "re:.*q_proj"])
-    assert idle(made) == ["--exclude '*q_proj' changes nothing: without it every module ends the same"]
+    assert idle(made) == ["--exclude '*q_proj' changes nothing: the plan is the same without it"]
 
 
 def test_what_a_recipe_names_is_switched_off() -> None:
@@ -62,7 +62,7 @@ def test_a_slot_that_does_not_count_is_no_effect() -> None:
     """An input quantizer that is on beside a weight that is not quantized stays off anyway."""
     rows = recipe(("*mlp*.weight_quantizer", INT8, True), ("*proj.input_quantizer", INT8, True))
     assert idle(plan(rows, exclude=["*q_proj"])) == [
-        "--exclude '*q_proj' changes nothing: without it every module ends the same"
+        "--exclude '*q_proj' changes nothing: the plan is the same without it"
     ]
 
 

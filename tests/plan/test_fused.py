@@ -1,4 +1,4 @@
-"""What servers fuse has one scheme: refused in plan and job, found in files, allowed for no server at all."""
+"""What servers multiply together has one scheme: refused in plan and job, found in files, allowed for no server."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ WHOLE = {
 def test_a_split_is_refused_with_a_count(case: str) -> None:
     layout, flags, count = SPLIT[case]
     made = plan("mxfp4", layout, **flags)
-    with pytest.raises(ModelError, match=f"^{count} groups? of weights that servers fuse ha") as caught:
+    with pytest.raises(ModelError, match=f"^{count} groups? of weights that servers multiply together ha") as caught:
         preflight.check_servers(made, "auto")
     assert caught.value.code == 4 and "--target none" in caught.value.hint
     assert made.warnings == []
@@ -72,8 +72,8 @@ def test_files_with_a_split(dialect: str, flags: dict[str, Any], tmp_path: Path)
         runs.run("demo", tmp_path / "never", scheme="mxfp4", dialect=dialect, **flags)
     assert not list(tmp_path.iterdir())
     made = runs.run("demo", tmp_path / "out", scheme="mxfp4", dialect=dialect, target="none", **flags)
-    assert sum("that servers fuse have" in text for text in made.report["warnings"]) == 1
-    with pytest.raises(CheckError, match=r"^4 groups of weights that servers fuse have"):
+    assert sum("that servers multiply together have" in text for text in made.report["warnings"]) == 1
+    with pytest.raises(CheckError, match=r"^4 groups of weights that servers multiply together have"):
         verify.directory(str(made.folder), str(EMBEDDED))
     found = verify.directory(str(made.folder), target="none")
     assert sum(text.startswith("accepted by --target none: 4 groups") for text in found) == 1
@@ -82,11 +82,11 @@ def test_files_with_a_split(dialect: str, flags: dict[str, Any], tmp_path: Path)
 def test_files_with_one_expert_apart(tmp_path: Path) -> None:
     source = runs.build("gpt_oss", tmp_path / "source")
     made = runs.run(source, tmp_path / "out", scheme="mxfp4", target="none", exclude=["*layers.0.*experts.2.*"])
-    with pytest.raises(CheckError, match=r"^2 groups of weights that servers fuse have"):
+    with pytest.raises(CheckError, match=r"^2 groups of weights that servers multiply together have"):
         verify.directory(str(made.folder))
 
 
 def test_files_of_one_scheme_pass(tmp_path: Path) -> None:
     source = runs.build("gpt_oss", tmp_path / "source")
     made = runs.run(source, tmp_path / "out", scheme="mxfp4", exclude=["*layers.0.*"])
-    assert "what servers fuse has one scheme" in verify.directory(str(made.folder))
+    assert "weights that servers multiply together have one scheme" in verify.directory(str(made.folder))

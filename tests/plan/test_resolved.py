@@ -143,6 +143,6 @@ class TestOwnScheme:
     def test_what_no_dialect_holds_is_refused(self, tmp_path: Path) -> None:
         odd = "weight: {element: int4, granularity: {group: 32}, scale: {when: dynamic}}\n"  # weights are stored
         (tmp_path / "home" / "schemes" / "odd.yaml").write_text(odd)
-        with pytest.raises(ConfigError, match="no dialect can hold this plan") as caught:
+        with pytest.raises(ConfigError, match="no checkpoint format can hold this plan") as caught:
             runs.prepare("demo", scheme="odd")
         assert "quark: " in caught.value.what and "compressed-tensors: " in caught.value.what

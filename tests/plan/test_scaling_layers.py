@@ -53,7 +53,7 @@ def test_a_row_holds_where_its_condition_does(tmp_path: Path) -> None:
 
 
 def test_no_row_that_holds_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no condition of scaling_layers holds") as caught:
+    with pytest.raises(ConfigError, match="no condition of scaling_layers is true for this model") as caught:
         planned(tmp_path, [{**VALUES, **SAME}])
     assert "quark.json" in str(caught.value)
 
@@ -65,11 +65,11 @@ def test_a_native_recipe_says_its_conditions_as_they_are_converted(condition: An
     step = {"method": "smoothquant", "scaling_layers": [{"prev_op": "input_layernorm", "condition": condition}]}
     own = {"schema": "quark/recipe/1", "quantize": {"scheme": "mxfp4", "algorithm": [step]}}
     (tmp_path / "own.yaml").write_text(json.dumps(own))
-    with pytest.raises(ConfigError, match="has the condition") as caught:
+    with pytest.raises(ConfigError, match="has the unknown condition") as caught:
         runs.prepare("demo", recipe=str(tmp_path / "own.yaml"), calib_data="builtin")
     assert "own.yaml" in str(caught.value)
 
 
 def test_rows_of_other_models_are_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="scales no channels of 'ln_1'"):
+    with pytest.raises(ConfigError, match="has no channels to scale in 'ln_1'"):
         planned(tmp_path, [{"prev_op": "ln_1", "layers": ["attn.c_attn"]}])

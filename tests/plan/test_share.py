@@ -57,17 +57,20 @@ def test_none_at_all_is_legal_and_said() -> None:
     made = shared()
     assert made.shared() == {}
     [warning] = made.warnings
-    assert "6 groups of weights that servers fuse do not share" in warning
+    assert "groups of weights that servers multiply" in warning
     assert made.targets[UP].group != made.targets[UP].scale_group == UP  # servers fuse it all the same
 
 
 def test_rows_that_are_wrong() -> None:
-    with pytest.raises(ConfigError, match="'\\*dwn_proj\\*' matches 0 of 23 weight slots") as caught:
+    with pytest.raises(ConfigError, match="matches none of 23 weights") as caught:
         shared(Share(("*o_proj*", "*dwn_proj*"), Origin("own.yaml", 9, 5)))
     assert caught.value.where == "own.yaml:9:5"
-    with pytest.raises(ConfigError, match="which have different specs"):
+    with pytest.raises(ConfigError, match="which have different formats"):
         shared(ROW, layers=["*o_proj=fp8"])
-    assert any("joins nothing" in warning for warning in shared(ROW, scheme="mxfp4").warnings)
+    assert any(
+        "share has no effect: no two of its weights have one scale each" in warning
+        for warning in shared(ROW, scheme="mxfp4").warnings
+    )
 
 
 TEXT = """\
@@ -110,7 +113,7 @@ def test_from_file_to_checkpoint(rows: str, equal: set[tuple[str, str]], tmp_pat
     told: list[Any] = []
     checks = verify.directory(str(made.folder), tell=told.append)
     [warning] = [event.text for event in told if isinstance(event, Message) and event.level == "warning"]
-    assert warning.startswith("8 scale groups do not share their per-tensor scales: servers keep one for each member")
+    assert warning.startswith("8 scale groups do not share their per-tensor scales: servers keep all of them")
     assert not any("share their" in check for check in checks)
 
 
@@ -118,10 +121,16 @@ def test_two_levels_must_share(tmp_path: Path) -> None:
     """Block scales lie under the scale of the tensor, of which servers keep one."""
     (tmp_path / "own.yaml").write_text(TEXT.replace("{element: fp8_e4m3}", NVFP4_WEIGHT) % "[]")
     asked = {"recipe": str(tmp_path / "own.yaml"), "dialect": "compressed-tensors"}
-    with pytest.raises(ModelError, match="8 groups of weights that servers fuse do not share the scale over"):
+    with pytest.raises(
+        ModelError,
+        match="groups of weights that servers multiply",
+    ):
         runs.prepare("demo", **asked)
     made = runs.run("demo", tmp_path / "out", target="none", **asked)
-    assert any("'quark verify' refuses the checkpoint" in text for text in made.prepared.warnings)
+    assert any(
+        "servers keep one of them and decode the others wrong, so 'quark verify' fails" in text
+        for text in made.prepared.warnings
+    )
     with pytest.raises(CheckError, match="8 scale groups do not share their per-tensor scales"):
         verify.directory(str(made.folder))
     assert not any("share their" in check for check in verify.directory(str(made.folder), target="none"))
@@ -135,7 +144,7 @@ def exactly(*groups: tuple[str, ...], layout: Any = LLAMA, scheme: str = "nvfp4"
 def test_exact_rows_join_these_weights_alone() -> None:
     subset = exactly(("q_proj", "k_proj"))
     assert groups(subset) == {("q_proj", "k_proj")}
-    assert "6 groups of weights that servers fuse do not share" in subset.warnings[0]
+    assert "groups of weights that servers multiply" in subset.warnings[0]
     whole = exactly(("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
     assert groups(whole) == groups(plan("nvfp4")) and not whole.warnings
     own = exactly(("o_proj", "down_proj"), ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -204,7 +213,7 @@ class TestMinimum:
 
     @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
     def test_what_is_no_scale(self, value: float) -> None:
-        with pytest.raises(UsageError, match="is not a scale"):
+        with pytest.raises(UsageError, match="cannot be a scale"):
             plan("mxfp4", kv_cache="fp8", min_kv_scale=value)
 
     def test_a_scale_that_is_not_stored(self) -> None:
@@ -275,7 +284,9 @@ def test_every_expert_has_its_own_input_scale(experts: Path, tmp_path: Path, obs
     told: list[Any] = []
     assert verify.directory(str(made.folder), str(experts), tell=told.append)
     warnings = [event.text for event in told if isinstance(event, Message) and event.level == "warning"]
-    assert [text.partition(":")[0] for text in warnings] == ["4 layers have experts with input scales of their own"]
+    assert [text.partition(" (")[0] for text in warnings] == [
+        "the experts of 4 layers have different input scales; servers use the largest for all experts of a layer"
+    ]
     copied = recipes.from_file(made.folder / "quark" / "recipe.yaml")
     assert copied.expert_inputs == "own"
     assert "expert_inputs: own" in convert.as_native(recipes.from_file(tmp_path / "quark.json"))

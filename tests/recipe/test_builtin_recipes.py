@@ -106,10 +106,10 @@ def test_native_twins_say_the_same(native: str, general: str) -> None:
 
 PRESETS: dict[str, str] = yaml.safe_load((UNITS / "presets.yaml").read_text())
 REFUSED = {
-    "FP8_AFFINE_KV_CFG": "'bias' cannot be honoured",
-    "NVFP4_AFFINE_KV_CFG": "'bias' cannot be honoured",
-    "NVFP4_KV_ROTATE_CFG": "'rotate' cannot be honoured",
-    "NVFP4_SVDQUANT_DEFAULT_CFG": "'svdquant' cannot be honoured",
+    "FP8_AFFINE_KV_CFG": "'bias' is not supported",
+    "NVFP4_AFFINE_KV_CFG": "'bias' is not supported",
+    "NVFP4_KV_ROTATE_CFG": "'rotate' is not supported",
+    "NVFP4_SVDQUANT_DEFAULT_CFG": "'svdquant' is not supported",
 }
 
 

@@ -111,11 +111,14 @@ def test_modelopt_mixed_precision_and_group_size() -> None:
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"quant_algo": "NVFP4_SVD"}, "NVFP4_SVD cannot be repeated"),
+        ({"quant_algo": "NVFP4_SVD"}, "is not supported: no checkpoint format here holds a low-rank part"),
         ({"quant_algo": "NVFP5"}, "quant_algo 'NVFP5' is unknown (did you mean 'NVFP4'?)"),
         ({"quant_algo": "W4A16_AWQ", "group_size": "128"}, "group_size must be a positive whole number"),
-        ({"quant_algo": "FP8", "kv_cache_scheme": "NVFP4_AFFINE"}, "KV cache format 'NVFP4_AFFINE' cannot be repeated"),
-        ({"quant_algo": "FP8", "kv_cache_scheme": {"num_bits": 4, "type": "int"}}, "cannot be repeated"),
+        (
+            {"quant_algo": "FP8", "kv_cache_scheme": "NVFP4_AFFINE"},
+            "KV cache format 'NVFP4_AFFINE' is not supported, only",
+        ),
+        ({"quant_algo": "FP8", "kv_cache_scheme": {"num_bits": 4, "type": "int"}}, "is not supported, only"),
         ({"quant_algo": "FP8", "ignore": "lm_head"}, "must be a list of patterns"),
     ],
 )
@@ -177,20 +180,20 @@ def test_arguments_of_activations(arguments: dict[str, Any], expected: TensorSpe
     ("arguments", "message"),
     [
         ({"bits": 4}, "unknown argument 'bits'; did you mean 'num_bits'?"),
-        ({"num_bits": 5}, "type int of num_bits 5 is not supported"),
-        ({"num_bits": 8, "type": "fp"}, "type fp of num_bits 8"),
+        ({"num_bits": 5}, "type int with num_bits 5 is not supported"),
+        ({"num_bits": 8, "type": "fp"}, "type fp with num_bits 8"),
         ({"strategy": "attn_head"}, "strategy 'attn_head' is not supported"),
         ({"strategy": "group"}, "granularity.group must be a positive whole number"),
         ({"strategy": "block"}, "granularity {'tile': None} is unknown"),
         ({"dynamic": True}, "dynamic True does not fit a weight"),
-        ("int8", "arguments are a mapping"),
+        ("int8", "arguments must be a mapping, not"),
     ],
 )
 def test_arguments_refused(arguments: Any, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         compressed_tensors.to_spec(arguments, weight=True)
     assert message in f"{caught.value.what}; {caught.value.hint}"
-    with pytest.raises(ConfigError, match="observer 'imatrix_mse' cannot be honoured"):
+    with pytest.raises(ConfigError, match="observer 'imatrix_mse' is not supported"):
         compressed_tensors.to_spec({"observer": "imatrix_mse"}, weight=False)
 
 
@@ -232,10 +235,13 @@ def test_groups_by_how_closely_they_name_modules() -> None:
     ("more", "message"),
     [
         ({}, "config_groups must be a mapping"),
-        ({"config_groups": {"a": 4}}, "a config group is a mapping"),
+        ({"config_groups": {"a": 4}}, "a config group must be a mapping"),
         ({"config_groups": {"a": {"targets": "Linear", "weights": INT4}}}, "must be a list of patterns"),
         ({"config_groups": {"a": {"targets": ["Linear"], "weights": {"num_bits": 7}}}}, "num_bits 7 is not supported"),
-        ({"config_groups": {}, "transform_config": {"a": 1}}, "'transform_config' cannot be repeated"),
+        (
+            {"config_groups": {}, "transform_config": {"a": 1}},
+            "'transform_config' is not supported",
+        ),
         ({"config_groups": {}, "kv_cache_scheme": {"strategy": "attn_head"}}, "strategy 'attn_head' is not supported"),
     ],
 )
@@ -257,4 +263,4 @@ def test_dispatch() -> None:
         assert read(data) is None
     with pytest.raises(ConfigError) as caught:
         read({"quant_method": "awq", "bits": 4})
-    assert caught.value.what == "quant_method 'awq' is not read"
+    assert caught.value.what == "quark cannot read quant_method 'awq'"

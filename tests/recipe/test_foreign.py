@@ -60,7 +60,7 @@ def test_one_list_in_every_wrapping(data: Any, tmp_path: Path) -> None:
 def test_a_legacy_file_says_how_it_is_written_today(tmp_path: Path) -> None:
     found = recipe.from_file(write(tmp_path, {f"*{i}.weight_quantizer": INT8 for i in range(5)}))
     assert len(found.notes) == 4
-    assert "old.yaml:1:1: legacy form; write: - {quantizer_path: '*0.weight_quantizer'" in found.notes[0]
+    assert "old.yaml:1:1: legacy form; today it is written: - {quantizer_path: '*0.weight_quantizer'" in found.notes[0]
     assert "2 more such notes" in found.notes[-1]
     assert not recipe.from_file(write(tmp_path, [DENY])).notes
 
@@ -69,7 +69,7 @@ def test_every_note_on_what_has_no_effect_is_shown(tmp_path: Path) -> None:
     steps = [{"name": name, "block_size": 64, "model_decoder_layers": "layers"} for name in ("gptq", "gptaq")]
     config = {"global_quant_config": {"weight": {"dtype": "int8", "qscheme": "per_tensor"}}, "algo_config": steps}
     notes = " ".join(recipe.from_file(write(tmp_path, config)).notes)
-    assert (notes.count("block_size is left out"), notes.count("model_decoder_layers is left out")) == (2, 2)
+    assert (notes.count("block_size has no effect"), notes.count("model_decoder_layers has no effect")) == (2, 2)
     assert "more such notes" not in notes
 
 
@@ -77,7 +77,7 @@ def test_a_list_without_deny_all_differs_from_modelopt(tmp_path: Path) -> None:
     rows = [{"quantizer_path": "*weight_quantizer", "cfg": INT8}]
     for data in (rows, {"quant_cfg": rows}):
         [text] = recipe.from_file(write(tmp_path, data)).differs
-        assert "no entry is for '*': ModelOpt quantizes what no entry names to int8" in text
+        assert "'; ModelOpt quantizes all other modules to int8, and quark leaves them as they are" in text
     assert not recipe.from_file(write(tmp_path, [DENY, *rows])).differs
 
 
@@ -167,7 +167,7 @@ class TestHeadroom:
 
     def test_a_chain_is_refused(self, tmp_path: Path) -> None:
         rows = [{"quantizer_path": "*input_quantizer", "cfg": [DYNAMIC, {"num_bits": "e4m3"}]}]
-        with pytest.raises(ConfigError, match="not for chains"):
+        with pytest.raises(ConfigError, match="nvfp4_act_headroom does not work with chains"):
             recipe.from_file(write(tmp_path, modelopt(rows, "nvfp4_act_headroom")))
 
 

@@ -128,10 +128,14 @@ def test_bare_lists_import_through_a_first_document(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message", "place"),
     [
-        ("a: 1\n---\nb: 2\n", "the first of two documents must hold 'imports'", ":1:1"),
+        ("a: 1\n---\nb: 2\n", "the first of two YAML documents must hold 'imports'", ":1:1"),
         ("imports: {}\nmore: 1\n---\nb: 2\n", "must hold 'imports' and nothing else", ":1:1"),
         ("imports: {}\n---\nimports: {}\n", "must hold 'imports' and nothing else", ":1:1"),
-        ("imports: {}\n---\n- 1\n---\n- 2\n", "at most two documents", ":5:1"),
+        (
+            "imports: {}\n---\n- 1\n---\n- 2\n",
+            "has more than two YAML documents: one with imports and one that uses them",
+            ":5:1",
+        ),
         ("imports: [a]\ncfg: {$import: a}\n", "imports must map names to files", ":1:1"),
         ("imports: {fp8: x}\ncfg: {$import: fp9}\n", "'fp9' is not among the imports of this file", ":2:7"),
         ("cfg: {$import: fp8}\n", "'fp8' is not among the imports of this file", ":1:7"),
@@ -139,9 +143,17 @@ def test_bare_lists_import_through_a_first_document(tmp_path: Path) -> None:
         ("imports: {x: ../x}\ncfg: {$import: x}\n", "an import must name a file", ":1:11"),
         ("imports: {x: /etc/hosts}\ncfg: {$import: x}\n", "an import must name a file", ":1:11"),
         ("imports: {x: configs/numerics/nvfp5}\ncfg: {$import: x}\n", "no file 'configs/numerics/nvfp5'", ":1:11"),
-        ("imports: {x: configs/numerics/fp8}\ncfg: {$import: [x, 5]}\n", "$import takes a name or a list", ":2:7"),
-        ("imports: {x: configs/numerics/fp8}\ncfg: {$import: []}\n", "$import takes a name or a list", ":2:7"),
-        ("imports: {x: many}\ncfg: {$import: x, y: 1}\n", "only a mapping can be overridden", ":2:1"),
+        (
+            "imports: {x: configs/numerics/fp8}\ncfg: {$import: [x, 5]}\n",
+            "must be a name or a list of names, not",
+            ":2:7",
+        ),
+        ("imports: {x: configs/numerics/fp8}\ncfg: {$import: []}\n", "must be a name or a list of names, not", ":2:7"),
+        (
+            "imports: {x: many}\ncfg: {$import: x, y: 1}\n",
+            "an import can only be overridden if it is a mapping",
+            ":2:1",
+        ),
     ],
 )
 def test_refusals(tmp_path: Path, text: str, message: str, place: str) -> None:
@@ -193,7 +205,7 @@ def test_beside_then_user_then_built_in(tmp_path: Path, home: Path) -> None:
 def test_a_unit_of_the_users_cannot_take_a_built_in_path(tmp_path: Path, home: Path) -> None:
     write(tmp_path, r="imports: {x: configs/numerics/fp8}\nv: {$import: x}\n")
     write(home, units__configs__numerics__fp8="num_bits: 4\n")
-    assert "is a built-in unit; rename the file" in refused(tmp_path / "r.yaml").what
+    assert "is the name of a built-in unit" in refused(tmp_path / "r.yaml").what
     # What is built in never looks there.
     built_in = expand(UNITS / "configs/ptq/presets/model/fp8.yaml")
     assert built_in.data["quant_cfg"][1]["cfg"] == {"num_bits": "e4m3"}
@@ -221,9 +233,9 @@ def test_the_root_of_the_tree_a_file_lies_in(tmp_path: Path) -> None:
 # --- the built-in units ----------------------------------------------------------------------------------------------
 
 REFUSED = {
-    "configs/ptq/presets/kv/fp8_affine": "'bias' cannot be honoured",
-    "configs/ptq/presets/kv/nvfp4_affine": "'bias' cannot be honoured",
-    "configs/ptq/presets/kv/nvfp4_rotate": "'rotate' cannot be honoured",
+    "configs/ptq/presets/kv/fp8_affine": "'bias' is not supported",
+    "configs/ptq/presets/kv/nvfp4_affine": "'bias' is not supported",
+    "configs/ptq/presets/kv/nvfp4_rotate": "'rotate' is not supported",
 }
 PRESETS = sorted(str(path.relative_to(UNITS).with_suffix("")) for path in UNITS.glob("configs/ptq/presets/*/*.yaml"))
 

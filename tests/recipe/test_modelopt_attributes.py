@@ -109,7 +109,7 @@ def test_a_list_is_a_chain_whose_first_codes_are_stored() -> None:
     )
     assert spec.codes.element == "int4"
     assert to_spec([{}], weight=True) == TensorSpec("int8", PerTensor(), F32)
-    with pytest.raises(ConfigError, match="two stages, not 3"):
+    with pytest.raises(ConfigError, match="a chain has two stages, and this one has"):
         to_spec([INT4, INT4, INT4], weight=True)
 
 
@@ -127,13 +127,13 @@ def test_a_list_is_a_chain_whose_first_codes_are_stored() -> None:
         ({"num_bits": True}, "num_bits must be a pair"),
         ({"num_bits": "fp8"}, "num_bits must be a pair such as [4, 3] or a text such as e4m3"),
         ({"num_bits": 0}, "num_bits 0 is not supported"),
-        ({"num_bits": 5}, "num_bits 5 is not supported; 2, 3, 4 or 8"),
+        ({"num_bits": 5}, "num_bits 5 is not supported; use 2, 3, 4 or 8"),
         ({"num_bits": [1, 2]}, "num_bits [1, 2] is not supported"),
         ({"num_bits": [0, 3]}, "num_bits [0, 3] is not supported"),
         ({"num_bits": [4, 3, 1]}, "num_bits must be a pair"),
         ({"num_bits": [4, 3], "unsigned": True}, "for integers"),
         ({"num_bits": [4, 3], "narrow_range": True}, "for integers"),
-        ({"unsigned": True}, "'unsigned' cannot be honoured"),
+        ({"unsigned": True}, "'unsigned' is not supported"),
         ({"unsigned": "yes"}, "unsigned must be true or false"),
         ({"fake_quant": "yes"}, "fake_quant must be true or false"),
         ({"block_sizes": 16}, "block_sizes must be a mapping"),
@@ -145,7 +145,7 @@ def test_a_list_is_a_chain_whose_first_codes_are_stored() -> None:
         ({"block_sizes": {-1: 16, True: 2}}, "unknown key 'True'"),
         ({"block_sizes": {-1: 16, "type": "static "}}, "type must be static or dynamic"),
         ({"type": "Dynamic"}, "type must be static or dynamic"),
-        ({"block_sizes": {-1: 16, -2: 16, "type": "dynamic"}}, "dynamic blocks lie along one axis"),
+        ({"block_sizes": {-1: 16, -2: 16, "type": "dynamic"}}, "dynamic blocks can have only one axis"),
         ({"block_sizes": {-2: 16}}, "blocks along [-2] are not supported"),
         ({"block_sizes": {-1: 16, 1: 16}}, "are not supported"),
         ({"block_sizes": {-3: 16}}, "are not supported"),
@@ -154,18 +154,18 @@ def test_a_list_is_a_chain_whose_first_codes_are_stored() -> None:
         ({"axis": [0, 1]}, "axis [0, 1] is not supported"),
         ({"block_sizes": {-1: 16, "scale_bits": [5, 3]}}, "scale_bits (5, 3) is not supported"),
         ({"block_sizes": {-1: 16, "scale_bits": 8}}, "block_sizes.scale_bits must be a pair"),
-        ({"num_bits": [2, 1], "block_sizes": {-1: 16, "four_over_six": True}}, "four_over_six chooses e4m3"),
+        ({"num_bits": [2, 1], "block_sizes": {-1: 16, "four_over_six": True}}, "four_over_six works only with"),
         ({"num_bits": [2, 1], "block_sizes": {-1: 16, "four_over_six": 6}}, "four_over_six must be true or false"),
         ({**NVFP4, "block_sizes": {**NVFP4["block_sizes"], "scale_block_sizes": {-1: 4}}}, "'scale_block"),
-        (blocks(4, 32, [8, 0]), "no mx format has 4-bit integers"),
-        ({"bias": {-2: None, "type": "static"}}, "'bias' cannot be honoured"),
-        ({"rotate": True}, "'rotate' cannot be honoured"),
-        ({"rotate": {"enable": True, "block_size": 16}}, "'rotate' cannot be honoured"),
-        ({"learn_amax": True}, "'learn_amax' cannot be honoured: learned scales belong to training"),
-        ({"backend": "mine"}, "'backend' cannot be honoured"),
-        ({"backend_extra_args": {"a": 1}}, "'backend_extra_args' cannot be honoured"),
+        (blocks(4, 32, [8, 0]), "no MX format has 4-bit integers"),
+        ({"bias": {-2: None, "type": "static"}}, "'bias' is not supported"),
+        ({"rotate": True}, "'rotate' is not supported"),
+        ({"rotate": {"enable": True, "block_size": 16}}, "'rotate' is not supported"),
+        ({"learn_amax": True}, "'learn_amax' is not supported: scales are learned only in training"),
+        ({"backend": "mine"}, "'backend' is not supported"),
+        ({"backend_extra_args": {"a": 1}}, "'backend_extra_args' is not supported"),
         ({"calibrator": "entropy"}, "calibrator 'entropy' is not supported"),
-        ({"calibrator": "histogram"}, "calibrator histogram is for static activations"),
+        ({"calibrator": "histogram"}, "calibrator histogram works only for static activations"),
         ({"trt_high_precision_dtype": "half"}, "trt_high_precision_dtype 'half' is unknown"),
     ],
 )  # fmt: skip
@@ -181,7 +181,10 @@ def test_refusals(cfg: dict[str, Any], message: str) -> None:
         ({"axis": 0}, "axis 0 is not supported"),
         ({"block_sizes": {1: 16}}, "are not supported"),
         ({"type": "dynamic", "calibrator": "histogram"}, "for static activations"),
-        ({**NVFP4, "block_sizes": {**NVFP4["block_sizes"], "four_over_six": True}}, "needs static blocks"),
+        (
+            {**NVFP4, "block_sizes": {**NVFP4["block_sizes"], "four_over_six": True}},
+            "four_over_six works only with static blocks",
+        ),
     ],
 )
 def test_refusals_of_activations(cfg: dict[str, Any], message: str) -> None:
@@ -192,14 +195,17 @@ def test_refusals_of_activations(cfg: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("cfg", "message"),
     [
-        ({"element": "int4", "num_bits": 4}, "'element' and 'num_bits' belong to different vocabularies"),
-        ({"element": "int4", "dtype": "int4"}, "'element' and 'dtype' belong to different vocabularies"),
-        ([{"num_bits": 4}, {"dtype": "int4"}], "'dtype' and 'num_bits' belong to different vocabularies"),
-        ({"element": "int4", "block_sizes": {-1: 16}}, "'block_sizes' does not belong beside 'element'"),
-        ({"dtype": "int8", "granularity": "tensor"}, "'granularity' does not belong beside 'dtype'"),
+        ({"element": "int4", "num_bits": 4}, "'element' and 'num_bits' are words of different tools"),
+        ({"element": "int4", "dtype": "int4"}, "'element' and 'dtype' are words of different tools"),
+        ([{"num_bits": 4}, {"dtype": "int4"}], "'dtype' and 'num_bits' are words of different tools"),
+        ({"element": "int4", "block_sizes": {-1: 16}}, "'block_sizes' and 'element' are words of different tools"),
+        ({"dtype": "int8", "granularity": "tensor"}, "'granularity' and 'dtype' are words of different tools"),
         ({"granularity": "tensor"}, "'granularity' needs 'element' beside it"),
         ({"qscheme": "per_tensor", "symmetric": True}, "'qscheme' needs 'dtype' beside it"),
-        ([{"element": "int4"}, {"element": "int4"}], "a chain is written with 'then'"),
+        (
+            [{"element": "int4"}, {"element": "int4"}],
+            "a chain (two quantizations, one after the other) is written with 'then'",
+        ),
         ([], "cfg must be a mapping or a list of mappings"),
         ("fp8", "cfg must be a mapping or a list of mappings"),
         (4, "cfg must be a mapping or a list of mappings"),

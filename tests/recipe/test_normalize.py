@@ -149,11 +149,11 @@ def test_what_an_entry_says(entry: dict[str, Any], expected: Any) -> None:
         ({"enable": "perhaps"}, "enable must be true or false"),
         ({"enable": 2}, "enable must be true or false"),
         ({"enable": True, "cfg": {"num_bits": 4, "enable": False}}, "contradicts the entry's enable"),
-        ({"cfg": [{"enable": True}, {"enable": False}]}, "the stages contradict each other"),
+        ({"cfg": [{"enable": True}, {"enable": False}]}, "the stages have different values of enable"),
         ({"enable": True, "enabel": False}, "unknown key 'enabel' (did you mean 'enable'?)"),
         ({"enable": True, "parent_class": 7}, "parent_class must be text"),
         ({"enable": True, "required": "yes"}, "required must be true or false"),
-        ({"enable": True, "quantizer_name": "*"}, "alias"),
+        ({"enable": True, "quantizer_name": "*"}, "mean the same"),
     ],
 )
 def test_what_an_entry_may_not_say(entry: dict[str, Any], message: str) -> None:
@@ -163,9 +163,9 @@ def test_what_an_entry_may_not_say(entry: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("*w", "a list of entries is needed, not text"),
-        (None, "a list of entries is needed, not nothing"),
-        (8, "a list of entries is needed, not a number"),
+        ("*w", "must be a list of entries, not text"),
+        (None, "must be a list of entries, not nothing"),
+        (8, "must be a list of entries, not a number"),
         (["*w"], "an entry must be a mapping, not text"),
         ([None], "an entry must be a mapping, not nothing"),
         ([[]], "an entry must be a mapping, not a list"),
@@ -182,10 +182,10 @@ def test_what_an_entry_may_not_say(entry: dict[str, Any], message: str) -> None:
         ({"nn.Linear": [INT8]}, "a class scope must map patterns"),
         ({"nn.Linear": OFF}, "write nn.Linear: {'*': {enable: false}}"),
         ({"nn.Linear": {"*": None}}, "no attributes are given"),
-        ({"nn.Linear": {"nn.Conv2d": {"*": OFF}}}, "stands inside the class nn.Linear"),
+        ({"nn.Linear": {"nn.Conv2d": {"*": OFF}}}, "is inside the class nn.Linear"),
         ({"torch.nn.Linear": {"*": OFF}}, "is not a class scope"),
         ({"Conv1D": {"*": OFF}}, "is not a class scope"),
-        ({"quantizer_path": "*", "enable": False}, "one entry must stand in a list"),
+        ({"quantizer_path": "*", "enable": False}, "a single entry must be in a list: write '- ' in front of it"),
     ],
 )  # fmt: skip
 def test_refusals(value: Any, message: str) -> None:
@@ -201,20 +201,20 @@ def test_all_problems_at_once_and_where() -> None:
         "3 problems",
         "  r.yaml:2:3: neither cfg nor enable is given",
         "  r.yaml:3:3: an entry must be a mapping, not a number (7)",
-        "  r.yaml:5:3: cfg is empty; write enable: true or false alone to switch only",
+        "  r.yaml:5:3: cfg is empty; to switch only, write enable: true or false without cfg",
     ]
 
 
 def test_legacy_forms_are_noted_with_place_and_new_form() -> None:
     found = normalize({"*w": {"num_bits": [4, 3], "block_sizes": {-1: 16}, "enable": False}, "default": OFF})
     assert found.notes == [
-        (("default",), "legacy form; write: - {quantizer_path: '*', cfg: null, enable: false}"),
-        (("*w",), "legacy form; write: - "
+        (("default",), "legacy form; today it is written: - {quantizer_path: '*', cfg: null, enable: false}"),
+        (("*w",), "legacy form; today it is written: - "
                   "{quantizer_path: '*w', cfg: {num_bits: [4, 3], block_sizes: {-1: 16}}, enable: false}"),
     ]  # fmt: skip
     assert [entry.place for entry in found.entries] == [("default",), ("*w",)]
     assert "is quantizer_path missing?" in normalize([{"cfg": {"num_bits": 8}}]).notes[1][1]
-    assert "does nothing" in normalize({"nn.Linear": {}}).notes[0][1]
+    assert "is empty and has no effect" in normalize({"nn.Linear": {}}).notes[0][1]
     assert normalize([{"quantizer_path": "*", "enable": False}]).notes == []
 
 
@@ -225,7 +225,7 @@ def test_the_noted_form_is_the_entry() -> None:
         "nn.Linear": {"it's": [{"num_bits": 4}, {"num_bits": [4, 3]}]},
     }
     found = normalize(legacy)
-    written = "".join(text.removeprefix("legacy form; write: ") + "\n" for _, text in found.notes)
+    written = "".join(text.removeprefix("legacy form; today it is written: ") + "\n" for _, text in found.notes)
     assert rows(load.parse(written, "n.yaml").data) == rows(legacy)
 
 

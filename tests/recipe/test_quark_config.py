@@ -122,7 +122,13 @@ def test_the_form_of_the_old_documentation() -> None:
     """Globs with outputs on k and v, and no group: they were exported as scales of the cache."""
     found = read({**GLOBAL, "layer_quant_config": {"*v_proj": outputs(FP8), "*k_proj": outputs(FP8)}})
     assert [entry.quantizer_path for entry in found.kv] == ["*.v_bmm_quantizer", "*.k_bmm_quantizer"]
-    assert all("are read as the KV cache's" in text for _, text in found.notes) and len(found.notes) == 2
+    assert (
+        all(
+            "output_tensors of a pattern for k or v projections quantize the KV cache" in text
+            for _, text in found.notes
+        )
+        and len(found.notes) == 2
+    )
 
 
 def test_wrappers_and_old_names() -> None:
@@ -197,17 +203,17 @@ def test_the_entries_are_canonical() -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (None, "a Quark config is a mapping"),
+        (None, "a Quark config must be a mapping with 'global_quant_config'"),
         ({}, "'global_quant_config' is missing"),
         ({**GLOBAL, "excludes": []}, "unknown key 'excludes' (did you mean 'exclude'?)"),
         ({**GLOBAL, "exclude": "lm_head"}, "exclude must be a list of patterns"),
         ({**GLOBAL, "exclude": [5]}, "exclude must be a list of patterns"),
         ({**GLOBAL, "layer_quant_config": []}, "layer_quant_config must be a mapping"),
-        ({**GLOBAL, "layer_quant_config": {"*": 5}}, "a layer's config is a mapping"),
+        ({**GLOBAL, "layer_quant_config": {"*": 5}}, "a layer's config must be a mapping with"),
         ({"global_quant_config": {"weights": SPEC}}, "unknown key 'weights' (did you mean 'weight'?)"),
         ({"global_quant_config": {"weight": 4}}, "cfg must be a mapping or a list of mappings"),
         ({"global_quant_config": {"weight": {**SPEC, "dtype": "fp9"}}}, "dtype 'fp9' is not supported (did you mean"),
-        ({"global_quant_config": {"input_tensors": {**SPEC, "observer_cls": "LSQObserver"}}}, "'LSQObserver' cannot"),
+        ({"global_quant_config": {"input_tensors": {**SPEC, "observer_cls": "LSQObserver"}}}, "'LSQObserver' is not"),
         ({**GLOBAL, "softmax_quant_spec": {"dtype": "int8"}}, "'is_dynamic' is missing"),
         ({**GLOBAL, "kv_cache_group": ["*k_proj"]}, "'*k_proj' of kv_cache_group has no entry"),
         ({**GLOBAL, "min_kv_scale": -1}, "min_kv_scale must be a number from 0 on"),
@@ -216,7 +222,7 @@ def test_the_entries_are_canonical() -> None:
         ({**GLOBAL, "quant_mode": "eager"}, "quant_mode 'eager' is unknown"),
         ({**GLOBAL, "export": []}, ""),
         ({**GLOBAL, "export": {"pack": 1}}, "unknown key 'pack'"),
-        ({**GLOBAL, "algo_config": {"name": "svdquant"}}, "'svdquant' cannot be honoured"),
+        ({**GLOBAL, "algo_config": {"name": "svdquant"}}, "'svdquant' is not supported"),
     ],
 )  # fmt: skip
 def test_refusals(data: Any, message: str) -> None:

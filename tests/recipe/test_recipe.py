@@ -81,13 +81,13 @@ def test_built_in_recipes_are_good(name: str) -> None:
     [
         ("quantize: {scheme: fp8}\nexclusion: none\n", "3:1", "unknown key 'exclusion' (did you mean 'exclusions'?)"),
         ("quantize: {scheme: fp8, kvcache: fp8}\n", "2:25", "unknown key 'kvcache' (did you mean 'kv_cache'?)"),
-        ("quantize: {}\n", "2:1", "give either scheme or quant_cfg"),
-        ("quantize: {scheme: fp8, quant_cfg: []}\n", "2:1", "give either scheme or quant_cfg"),
+        ("quantize: {}\n", "2:1", "scheme and quant_cfg exclude each other"),
+        ("quantize: {scheme: fp8, quant_cfg: []}\n", "2:1", "scheme and quant_cfg exclude each other"),
         ("quantize: {quant_cfg: [{quantizer_path: '*'}]}\n", "2:24", "neither cfg nor enable"),
         ("quantize: {quant_cfg: [{quantizer_path: '*', cfg: {}}]}\n", "2:24", "cfg is empty"),
         ("quantize: {quant_cfg: [{enable: true}]}\n", "2:24", "quant_cfg.0.quantizer_path' is missing"),
         ("quantize: {quant_cfg: [{quantizer_path: '', enable: true}]}\n", "2:25", "at least 1 character"),
-        ("quantize: {quant_cfg: [{quantizer_path: a, quantizer_name: b, enable: true}]}\n", "2:24", "an alias of"),
+        ("quantize: {quant_cfg: [{quantizer_path: a, quantizer_name: b, enable: true}]}\n", "2:24", "mean the same"),
         ("quantize: {quant_cfg: [{quantizer_path: a, enable: on}]}\n", "2:44", "must be true or false, not"),
         ("quantize: {quant_cfg: [{quantizer_path: a, enable: 1}]}\n", "2:44", "must be true or false, not"),
         ("quantize: {scheme: 4}\n", "2:12", "quantize.scheme must be a text, not 4"),
@@ -125,12 +125,17 @@ def test_all_mistakes_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "place", "what", "hint"),
     [
-        ("quantize: {scheme: fp8}\n", ":1:12", "unknown key 'scheme'", "begins with 'schema: quark/recipe/1'"),
+        (
+            "quantize: {scheme: fp8}\n",
+            ":1:12",
+            "unknown key 'scheme'",
+            "begin a native recipe with 'schema: quark/recipe/1'",
+        ),
         ("schema: quark/recipe/2\n", ":1:1", "'quark/recipe/2' is unknown", "schema: quark/recipe/1"),
-        ("weight: {element: int4}\n", ":1:1", "not a recipe", "begins with 'schema: quark/recipe/1'"),
-        ("", "", "a list of entries is needed", "quantizer_path"),
+        ("weight: {element: int4}\n", ":1:1", "not a recipe", "begin it with 'schema: quark/recipe/1'"),
+        ("", "", "must be a list of entries, not", "quantizer_path"),
         ("- a\n", ":1:3", "an entry must be a mapping", "quantizer_path"),
-        ("text\n", ":1:1", "a list of entries is needed", "quantizer_path"),
+        ("text\n", ":1:1", "must be a list of entries, not", "quantizer_path"),
     ],
 )
 def test_files_that_are_no_recipes(text: str, place: str, what: str, hint: str, tmp_path: Path) -> None:
@@ -253,7 +258,10 @@ class TestSlotKinds:
 
     @pytest.mark.parametrize(
         ("text", "what"),
-        [("summary: nothing\n", "none of q, k, v and p is given"), ("s: {element: int8}\n", "unknown key 's'")],
+        [
+            ("summary: nothing\n", "needs a cfg for at least one of q, k, v and p"),
+            ("s: {element: int8}\n", "unknown key 's'"),
+        ],
     )
     def test_an_attention_scheme_says_something(self, text: str, what: str, tmp_path: Path) -> None:
         self.write(tmp_path, "attention", text)
@@ -308,7 +316,7 @@ def test_all_mistakes_of_a_file_are_listed_at_once(tmp_path):
         4: "unknown key 'colour'", 8: "must be a text, not 7", 11: "element 'fp5' is unknown",
         13: "granularity.group must be a positive", 14: "is not a regular expression", 15: "must be true or false",
         17: "unknown algorithm 'nothing'", 18: "gptq damp must be", 19: "unknown KV cache scheme 'fp99'",
-        20: "must be a whole number, not 'many'", 21: "unknown dialect 'nope'",
+        20: "must be a whole number, not 'many'", 21: "unknown checkpoint format 'nope'",
     }  # fmt: skip
     assert [number for number, _ in found] == list(wanted)
     assert all(wanted[number] in line for number, line in found)

@@ -180,7 +180,7 @@ def test_a_page_of_a_run_under_way(plain: Path) -> None:
     begun["tensors"] = [{**row, "error": None} for row in report["tensors"]]
     begun["loss"] = report["loss"] | {"weight_errors": {}}
     text = "".join(Tree(page(begun)).texts)
-    assert "This run has not finished: 0 of 6 parts are done." in text
+    assert "This run has not finished: 0 of 6 parts of the model are done." in text
     assert "careful" in text and "as planned" in text and "Time by part" not in text
 
 
@@ -202,7 +202,7 @@ def test_two_side_by_side(quark, plain: Path) -> None:  # noqa: F811
     found = json.loads(quark("compare", "demo", str(plain), "--json").out)
     text = Path("c.html").read_text(encoding="utf-8")
     tree = Tree(text)
-    assert "What each run says" in text and f"{found['sqnr_db']:.2f} dB" in "".join(tree.texts)
+    assert "The two runs" in text and f"{found['sqnr_db']:.2f} dB" in "".join(tree.texts)
     row = next(row for row in found["tensors"] if ".1.mlp.up_proj" in row["name"])
     distance = 10 ** (-row["sqnr_db"] / 20)
     assert tree.tips("mlp.up_proj, layer 1") == [f"mlp.up_proj, layer 1: {scale.short(distance)}"]

@@ -101,14 +101,16 @@ def test_another_budget_runs_no_model(
     monkeypatch.setattr(losses, "measure", never)
     given = asked(source, text, ["nvfp4", "fp8", "bf16"], scores=scored, budget=7.0, output=tmp_path / "r.yaml")
     assert search(given, silent).choice is not None
-    with pytest.raises(ConfigError, match="scores are of another") as caught:
+    with pytest.raises(
+        ConfigError, match="these scores are for another model, other data, schemes or settings"
+    ) as caught:
         search(asked(source, text, ["nvfp4", "bf16"], scores=scored), silent)
     assert caught.value.where == str(scored)
     (tmp_path / "scores.json").write_text("[]")
     with pytest.raises(ConfigError, match="not a file of scores"):
         search(asked(source, text, ["nvfp4", "bf16"], scores=tmp_path / "scores.json"), silent)
     for other in ({"algorithm": "gptq"}, {"seed": 4}, {"calib_samples": 9}):
-        with pytest.raises(ConfigError, match="scores are of another"):
+        with pytest.raises(ConfigError, match="these scores are for another model, other data, schemes or settings"):
             search(asked(source, text, ["nvfp4", "fp8", "bf16"], other, scores=scored), silent)
 
 
@@ -165,12 +167,12 @@ def test_a_budget_that_nothing_meets_is_refused_before_the_work(
     source: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(losses, "measure", None)
-    with pytest.raises(ConfigError, match="4 bits per weight are less than any choice takes") as caught:
+    with pytest.raises(ConfigError, match="bits per weight are too few; the smallest choice takes") as caught:
         search(asked(source, text, ["nvfp4", "fp8"], budget=4.0, output=tmp_path / "r.yaml"), silent)
     assert "4.5" in caught.value.hint
-    with pytest.raises(ConfigError, match="9 bytes are less than any choice takes"):
+    with pytest.raises(ConfigError, match="bytes are too few; the smallest choice takes"):
         search(asked(source, text, ["nvfp4", "fp8"], size=9, output=tmp_path / "r.yaml"), silent)
-    with pytest.raises(ConfigError, match="every weight stays as it is"):
+    with pytest.raises(ConfigError, match="the budget is large enough to quantize nothing"):
         search(asked(source, text, ["nvfp4", "bf16"], budget=16.0, output=tmp_path / "r.yaml"), silent)
     assert not list(tmp_path.iterdir())
 
@@ -185,7 +187,7 @@ def test_a_budget_that_nothing_meets_is_refused_before_the_work(
         (["nvfp4", "fp9"], {}, UsageError, "unknown scheme"),
         (["nvfp4", "fp8"], {"budget": 5.0, "size": 10}, UsageError, "exclude each other"),
         (["nvfp4", "fp8"], {"recipe": Path("x.yaml")}, UsageError, "exclude each other"),
-        (["nvfp4", "fp8"], {"output": Path("x.yaml")}, UsageError, "no budget"),
+        (["nvfp4", "fp8"], {"output": Path("x.yaml")}, UsageError, "a recipe needs a budget"),
         (["nvfp4", "fp8"], {"budget": 5.0, "output": Path("no/x.yaml")}, UsageError, "no such directory"),
         (["nvfp4", "fp8"], {"budget": 5.0, "output": Path(__file__)}, UsageError, "exists"),
     ],
@@ -196,7 +198,7 @@ def test_wrong_requests(schemes: list[str], given: Any, error: Any, what: str, s
 
 
 def test_inputs_that_are_turned_are_refused(source: Path, text: Path) -> None:
-    with pytest.raises(ConfigError, match="hadamard turns inputs while the model runs"):
+    with pytest.raises(ConfigError, match="hadamard rotates inputs while the model runs"):
         search(asked(source, text, ["mxfp4", "fp8"], {"algorithm": "hadamard"}, budget=6.0), silent)
 
 
@@ -204,7 +206,7 @@ def test_a_model_without_a_head_is_refused(text: Path, tmp_path: Path) -> None:
     source = runs.build("llama", tmp_path / "source")
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps({**config, "architectures": ["LlamaModel"]}))
-    with pytest.raises(ModelError, match="without a head"):
+    with pytest.raises(ModelError, match="the model has no head, so it gives no probabilities to compare"):
         search(asked(source, text, ["mxfp4", "bf16"], scores=tmp_path / "s.json"), silent)
 
 
@@ -246,7 +248,10 @@ class TestModelOpt:
         assert all(found.choice.chosen[group.name] == "bf16" for group in uncounted)  # what costs nothing
         made = runs.prepare(source, recipe=str(tmp_path / "r.yaml"))
         assert any(target.weight is not None for target in made.plan.targets.values())
-        assert any("scored by the Fisher information" in line for line in self.said)
+        assert any(
+            "auto_quantize_method has no effect: quark always scores formats by the Fisher information" in line
+            for line in self.said
+        )
 
     def test_search_spaces_and_a_baseline(self, source: Path, text: Path, tmp_path: Path) -> None:
         space = {
@@ -267,13 +272,16 @@ class TestModelOpt:
 
     def test_a_rule_that_splits_what_servers_fuse(self, source: Path, text: Path, tmp_path: Path) -> None:
         space = {"module_name_patterns": ["*q_proj"], "candidate_formats": [{"$import": "fp8"}]}
-        with pytest.raises(ConfigError, match="servers fuse these weights"):
+        with pytest.raises(ConfigError, match="servers multiply these weights together"):
             self.found(source, text, tmp_path, module_search_spaces=[space])
 
     @pytest.mark.parametrize(
         ("section", "what"),
         [
-            ({"candidate_formats": []}, "either auto_quantize.candidate_formats"),
+            (
+                {"candidate_formats": []},
+                "auto_quantize.candidate_formats and",
+            ),
             ({"constraints": {"effective_bits": 20.0}}, "effective_bits"),
             ({"formats": []}, "unknown key 'formats'"),
         ],

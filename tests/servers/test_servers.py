@@ -34,9 +34,9 @@ def test_no_server_knows_a_dialect_by_name() -> None:
 
 @pytest.mark.parametrize("target", ["tgi", "vlm", ""])
 def test_a_server_without_rules_is_refused(target: Servers) -> None:
-    with pytest.raises(UsageError, match="no rules are known"):
+    with pytest.raises(UsageError, match="quark does not know what"):
         runs.prepare("demo", scheme="mxfp4", target=target)
-    with pytest.raises(UsageError, match="no rules are known"):
+    with pytest.raises(UsageError, match="quark does not know what"):
         verify.check("anywhere", Asked(target=target))
 
 
@@ -76,7 +76,7 @@ def test_auto_takes_a_dialect_that_the_target_loads() -> None:
 def test_verify_says_what_loads_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made = runs.run("demo", tmp_path / "out", scheme="mx6")
     found = verify.check(str(made.folder), Asked())
-    assert "no server is known to load it; simulation only" in found
+    assert "no known server loads it; for measurements only" in found
     assert any(line.startswith("SGLang") and line.endswith("(read, not run)") for line in found)
     assert not [line for line in verify.check(str(made.folder), Asked(target="none")) if "load" in line]
     assert main.main(["verify", str(made.folder), "--target", "vllm"]) == 8
@@ -97,16 +97,16 @@ def test_keys_that_vllm_needs(tmp_path: Path) -> None:
     ]
     config["quantization_config"]["export"]["kv_cache_group"] = []
     path.write_text(json.dumps(config))
-    with pytest.raises(CheckError, match=r"(?m)exclude has globs, which it takes for names: \*mlp.router$"):
+    with pytest.raises(CheckError, match=r"(?m)exclude has patterns, and servers read them as names: \*mlp.router$"):
         verify.check(str(made.folder), Asked(target="vllm"))
 
 
 @pytest.mark.parametrize(
     ("scheme", "degrees", "said"),
     [
-        ("int4_wo_128", (1, 2), "384 inputs over 2 devices cut scale groups of 128; degrees that fit: 1, 3"),
-        ("mxfp4", (1, 2, 8), "heads over 8 devices leave a remainder"),
-        ("fp8_block128", (2,), "128 inputs over 2 devices cut tiles of 128; degrees that fit: 1"),
+        ("int4_wo_128", (1, 2), "384 inputs would cut scale groups of 128; these numbers fit: 1, 3"),
+        ("mxfp4", (1, 2, 8), "heads cannot be divided evenly"),
+        ("fp8_block128", (2,), "128 inputs would cut tiles of 128; these numbers fit: 1"),
     ],
 )
 def test_degrees_of_tensor_parallel(scheme: str, degrees: tuple[int, ...], said: str, tmp_path: Path) -> None:
@@ -126,7 +126,12 @@ def test_what_nobody_knows_is_no_verdict() -> None:
     prepared = runs.prepare("demo", scheme="mxfp4")
     written = servers.Written("novel", {"quant_method": "novel"}, prepared.plan)
     lines = servers.verdicts("auto", written, is_there=True)
-    assert "SGLang 0.5.23 may load it: no rules are known of what it loads as novel (read, not run)" in lines
-    assert lines[-1] == "no server is known to load it; simulation only"
-    with pytest.raises(CheckError, match=r"vLLM 0\.32 may not load it: no rules are known of what it loads in dialect"):
+    assert (
+        "SGLang 0.5.23 may load it: quark does not know what it loads in checkpoint format novel (read, not run)"
+        in lines
+    )
+    assert lines[-1] == "no known server loads it; for measurements only"
+    with pytest.raises(
+        CheckError, match=r"vLLM 0\.32 may not load it: quark does not know what it loads in checkpoint format"
+    ):
         servers.verdicts("vllm", written, is_there=True)

@@ -41,11 +41,13 @@ def to_spec(cfg: Cfg, *, weight: bool) -> TensorSpec:
     if word == _NATIVE:
         if len(stages) > 1:
             raise ConfigError(
-                "a chain is written with 'then'", hint="cfg: {element: int4, ..., then: {...}}", kind="E-CHAIN"
+                "a chain (two quantizations, one after the other) is written with 'then'",
+                hint="write cfg: {element: int4, ..., then: {...}}",
+                kind="E-CHAIN",
             )
         return native.to_spec(stages[0])
     if len(stages) > 2:
-        raise ConfigError(f"a chain has two stages, not {len(stages)}", kind="E-CHAIN")
+        raise ConfigError(f"a chain has two stages, and this one has {len(stages)}", kind="E-CHAIN")
     spec, *after = [modelopt.to_spec(stage, weight=weight) for stage in stages]
     # What a native cfg may not say, no other vocabulary may.
     return native.to_spec(spec_to_yaml(replace(spec, then=after[0]) if after else spec))
@@ -79,8 +81,8 @@ def _vocabulary(stages: Sequence[Mapping[str, Any]]) -> str:
     found = [word for word in _OWN if any(word in stage for stage in stages)]
     if len(found) > 1:
         raise ConfigError(
-            f"'{found[0]}' and '{found[1]}' belong to different vocabularies",
-            hint="keep to one of them",
+            f"'{found[0]}' and '{found[1]}' are words of different tools",
+            hint="use the words of one tool",
             kind="E-VOCABULARY",
         )
     word = found[0] if found else _MODELOPT
@@ -90,9 +92,11 @@ def _vocabulary(stages: Sequence[Mapping[str, Any]]) -> str:
         return word
     if found:
         raise ConfigError(
-            f"'{foreign}' does not belong beside '{word}'", hint="keep to one vocabulary", kind="E-VOCABULARY"
+            f"'{foreign}' and '{word}' are words of different tools",
+            hint="use the words of one tool",
+            kind="E-VOCABULARY",
         )
     missing = next(other for other in (_NATIVE, _QUARK) if foreign in _OWN[other])
     raise ConfigError(
-        f"'{foreign}' needs '{missing}' beside it", hint=f"{missing}: ... names the number format", kind="E-VOCABULARY"
+        f"'{foreign}' needs '{missing}' beside it", hint=f"add '{missing}', the number format", kind="E-VOCABULARY"
     )

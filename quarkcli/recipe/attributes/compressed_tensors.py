@@ -31,7 +31,7 @@ _OBSERVERS = {
 def to_spec(args: Mapping[str, Any], *, weight: bool) -> TensorSpec:
     """Returns the TensorSpec of QuantizationArgs. Raises ConfigError naming the field."""
     if not isinstance(args, Mapping):
-        raise ConfigError(f"arguments are a mapping, not {args!r}", kind="E-ATTRIBUTE-VALUE")
+        raise ConfigError(f"arguments must be a mapping, not {args!r}", kind="E-ATTRIBUTE-VALUE")
     for key in args:
         if key not in FIELDS:
             close = near_misses(str(key), FIELDS)
@@ -65,8 +65,8 @@ def _element(args: Mapping[str, Any]) -> str:
     if kind == "int" and type(bits) is int and bits in (2, 3, 4, 8):
         return f"int{bits}" if args.get("symmetric", True) else f"uint{bits}"
     raise ConfigError(
-        f"type {kind} of num_bits {bits!r} is not supported",
-        hint="int: 2, 3, 4, 8; float: 4, 6, 8",
+        f"type {kind} with num_bits {bits!r} is not supported",
+        hint="use 2, 3, 4 or 8 bits with int, and 4, 6 or 8 with float",
         kind="E-ATTRIBUTE-UNSUPPORTED",
     )
 
@@ -79,7 +79,7 @@ def _strategy(args: Mapping[str, Any]) -> str:
     if strategy not in _STRATEGIES:
         raise ConfigError(
             f"strategy '{strategy}' is not supported",
-            hint=f"one of {', '.join(_STRATEGIES)}",
+            hint=f"use one of {', '.join(_STRATEGIES)}",
             kind="E-ATTRIBUTE-UNSUPPORTED",
         )
     return strategy
@@ -108,5 +108,7 @@ def _observer(args: Mapping[str, Any]) -> str:
     if name in _OBSERVERS:
         return _OBSERVERS[name]
     raise ConfigError(
-        f"observer '{name}' cannot be honoured", hint=f"one of {', '.join(_OBSERVERS)}", kind="E-ATTRIBUTE-UNSUPPORTED"
+        f"observer '{name}' is not supported",
+        hint=f"use one of {', '.join(_OBSERVERS)}",
+        kind="E-ATTRIBUTE-UNSUPPORTED",
     )

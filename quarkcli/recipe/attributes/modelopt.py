@@ -41,8 +41,8 @@ _EXPONENT_SCALE, _BLOCK_SCALE = (8, 0), (4, 3)
 _CAST_AMAX = 448.0
 _PRECISIONS = ("Float", "Half", "BFloat16")
 _REFUSED = {
-    "learn_amax": "learned scales belong to training",
-    "bias": "no algorithm here subtracts a bias from what is quantized",
+    "learn_amax": "scales are learned only in training",
+    "bias": "no algorithm here subtracts a bias before it quantizes",
     "backend": "custom backends cannot be run",
     "backend_extra_args": "custom backends cannot be run",
 }
@@ -57,12 +57,12 @@ def to_spec(cfg: Mapping[str, Any], *, weight: bool) -> TensorSpec:
     for name, why in _REFUSED.items():
         if cfg.get(name) not in (None, False):
             raise ConfigError(
-                f"'{name}' cannot be honoured: {why}", hint="take it out of cfg", kind="E-ATTRIBUTE-UNSUPPORTED"
+                f"'{name}' is not supported: {why}", hint="remove it from cfg", kind="E-ATTRIBUTE-UNSUPPORTED"
             )
     if _rotates(cfg.get("rotate", False)):
         raise ConfigError(
-            "'rotate' cannot be honoured: no algorithm rotates a single tensor",
-            hint="take it out of cfg",
+            "'rotate' is not supported: no algorithm rotates a single tensor",
+            hint="remove it from cfg",
             kind="E-ATTRIBUTE-UNSUPPORTED",
         )
     for name in ("fake_quant", "pass_through_bwd"):
@@ -90,7 +90,9 @@ def from_spec(spec: TensorSpec) -> dict[str, Any]:
         bits = [element.exponent, element.mantissa]
     else:
         raise ConfigError(
-            f"ModelOpt has no word for {spec.element}", hint="element: ... replaces it", kind="E-ATTRIBUTE-UNSUPPORTED"
+            f"ModelOpt has no word for {spec.element}",
+            hint="write 'element' in its place",
+            kind="E-ATTRIBUTE-UNSUPPORTED",
         )
     found: dict[str, Any] = {"num_bits": bits}
     scale = spec.scale
@@ -133,19 +135,19 @@ def _known(cfg: Mapping[str, Any]) -> None:
             )
     if cfg.get("axis") is not None and cfg.get("block_sizes"):
         raise ConfigError(
-            "axis and block_sizes exclude each other", hint="keep one of them", kind="E-ATTRIBUTE-CONFLICT"
+            "axis and block_sizes exclude each other", hint="remove one of the two", kind="E-ATTRIBUTE-CONFLICT"
         )
     if cfg.get("use_constant_amax") and cfg.get("constant_amax") is not None:
         raise ConfigError(
             "use_constant_amax and constant_amax exclude each other",
-            hint="keep one of them",
+            hint="remove one of the two",
             kind="E-ATTRIBUTE-CONFLICT",
         )
     precision = cfg.get("trt_high_precision_dtype")
     if precision not in (None, *_PRECISIONS):
         raise ConfigError(
             f"trt_high_precision_dtype {precision!r} is unknown",
-            hint=f"one of {', '.join(_PRECISIONS)}",
+            hint=f"use one of {', '.join(_PRECISIONS)}",
             kind="E-ATTRIBUTE-VALUE",
         )
     bits = cfg.get("effective_bits")
@@ -186,18 +188,18 @@ def _element(cfg: Mapping[str, Any], *, mx: bool) -> str:
         if mx:
             if bits != 8 or unsigned:
                 raise ConfigError(
-                    f"no mx format has {bits}-bit integers", hint="num_bits: 8", kind="E-ATTRIBUTE-UNSUPPORTED"
+                    f"no MX format has {bits}-bit integers", hint="write num_bits: 8", kind="E-ATTRIBUTE-UNSUPPORTED"
                 )
             return "mxint8"
         if unsigned:
             raise ConfigError(
-                "'unsigned' cannot be honoured: without a zero point negative values are lost",
+                "'unsigned' is not supported: without a zero point negative values are lost",
                 kind="E-ATTRIBUTE-UNSUPPORTED",
             )
         if f"int{bits}" not in ELEMENTS:
             raise ConfigError(
                 f"num_bits {bits} is not supported",
-                hint="2, 3, 4 or 8, or a pair such as [4, 3]",
+                hint="use 2, 3, 4 or 8, or a pair such as [4, 3]",
                 kind="E-ATTRIBUTE-UNSUPPORTED",
             )
         return f"int{bits}"
@@ -205,12 +207,12 @@ def _element(cfg: Mapping[str, Any], *, mx: bool) -> str:
     if pair not in _FLOATS:
         raise ConfigError(
             f"num_bits {bits!r} is not supported",
-            hint=f"pairs: {', '.join(map(str, _FLOATS))}",
+            hint=f"use one of the pairs {', '.join(map(str, _FLOATS))}",
             kind="E-ATTRIBUTE-UNSUPPORTED",
         )
     if unsigned or _flag(cfg, "narrow_range"):
         raise ConfigError(
-            "unsigned and narrow_range are for integers", hint="take them out of cfg", kind="E-ATTRIBUTE-CONFLICT"
+            "unsigned and narrow_range are for integers", hint="remove them from cfg", kind="E-ATTRIBUTE-CONFLICT"
         )
     return _FLOATS[pair]
 
@@ -234,11 +236,15 @@ def _blocks(cfg: Mapping[str, Any]) -> dict[Any, Any]:
                 )
         elif axis not in _BLOCK_WORDS:
             close = near_misses(str(axis), _BLOCK_WORDS)
-            hint = f"did you mean '{close[0]}'?" if close else f"an axis, as -1: 16, or {', '.join(_BLOCK_WORDS)}"
+            hint = (
+                f"did you mean '{close[0]}'?"
+                if close
+                else f"write an axis, such as -1: 16, or {', '.join(_BLOCK_WORDS)}"
+            )
             raise ConfigError(f"unknown key '{key}' in block_sizes", hint=hint, kind="E-ATTRIBUTE-UNKNOWN")
     if found.get("scale_block_sizes"):
         raise ConfigError(
-            "'scale_block_sizes' cannot be honoured: a scale over scales covers the whole tensor",
+            "'scale_block_sizes' is not supported: a scale over scales covers the whole tensor",
             kind="E-ATTRIBUTE-UNSUPPORTED",
         )
     if not isinstance(found.get("four_over_six", False), bool):
@@ -259,12 +265,12 @@ def _when(cfg: Mapping[str, Any], blocks: Mapping[Any, Any], weight: bool) -> Wh
 def _granularity(cfg: Mapping[str, Any], blocks: Mapping[Any, Any], weight: bool) -> Granularity:
     axes = {key: size for key, size in blocks.items() if isinstance(key, int)}
     if blocks and not axes:
-        raise ConfigError("block_sizes names no axis", hint="-1: 16", kind="E-ATTRIBUTE-CONFLICT")
+        raise ConfigError("block_sizes names no axis", hint="write -1: 16, for example", kind="E-ATTRIBUTE-CONFLICT")
     if not axes:
         return _channel(cfg.get("axis"), weight)
     if blocks.get("type") == "dynamic" and len(axes) != 1:
         raise ConfigError(
-            "dynamic blocks lie along one axis", hint="-1: 16, or type: static", kind="E-ATTRIBUTE-CONFLICT"
+            "dynamic blocks can have only one axis", hint="write -1: 16, or type: static", kind="E-ATTRIBUTE-CONFLICT"
         )
     # A weight is [out, in]: 0 and -2 are its rows, 1 and -1 its columns. Activations have their features last.
     known = (0, 1, -1, -2) if weight else (-1,)
@@ -272,7 +278,7 @@ def _granularity(cfg: Mapping[str, Any], blocks: Mapping[Any, Any], weight: bool
     if len(axes) != len(sizes):
         raise ConfigError(
             f"blocks along {list(axes)} are not supported",
-            hint="-1; for weights also -1 with -2",
+            hint="use axis -1; for weights also -1 together with -2",
             kind="E-ATTRIBUTE-UNSUPPORTED",
         )
     match sizes:
@@ -284,7 +290,7 @@ def _granularity(cfg: Mapping[str, Any], blocks: Mapping[Any, Any], weight: bool
             return PerChannel(0) if weight else PerToken()
     raise ConfigError(
         f"blocks along {list(axes)} are not supported",
-        hint="-1, or -1 and -2 with sizes",
+        hint="use axis -1, or -1 and -2 with sizes",
         kind="E-ATTRIBUTE-UNSUPPORTED",
     )
 
@@ -296,7 +302,11 @@ def _channel(axis: Any, weight: bool) -> Granularity:
         return PerTensor()
     if type(axis) is int and axis in ((0, 1, -1, -2) if weight else (-1,)):
         return PerChannel(axis % 2)
-    hint = "0 for output rows, -1 for input columns, or null" if weight else "null, or -1; block_sizes {-1: null}"
+    hint = (
+        "use 0 for output rows, -1 for input columns, or null"
+        if weight
+        else "use null or -1, or write block_sizes: {-1: null}"
+    )
     raise ConfigError(f"axis {axis!r} is not supported", hint=hint, kind="E-ATTRIBUTE-UNSUPPORTED")
 
 
@@ -317,20 +327,22 @@ def _scale(
     four_over_six = blocks.get("four_over_six", False)
     if four_over_six and bits != _BLOCK_SCALE:
         raise ConfigError(
-            "four_over_six chooses e4m3 block scales", hint="scale_bits: e4m3", kind="E-FORMAT-IMPOSSIBLE"
+            "four_over_six works only with e4m3 block scales", hint="write scale_bits: e4m3", kind="E-FORMAT-IMPOSSIBLE"
         )
     if bits == _EXPONENT_SCALE:
         return ScaleSpec("e8m0", "rceil", when, constant_amax=constant)
     if bits == _BLOCK_SCALE:
         if four_over_six and when == "dynamic":
             raise ConfigError(
-                "four_over_six needs static blocks", hint="block_sizes.type: static", kind="E-FORMAT-IMPOSSIBLE"
+                "four_over_six works only with static blocks",
+                hint="write block_sizes.type: static",
+                kind="E-FORMAT-IMPOSSIBLE",
             )
         over = ScaleSpec("f32", "absmax", "static", constant_amax=constant)
         return ScaleSpec("e4m3", "four_over_six" if four_over_six else "absmax", when, over)
     if bits is not None:
         raise ConfigError(
-            f"scale_bits {bits} is not supported", hint="[4, 3] or [8, 0]", kind="E-ATTRIBUTE-UNSUPPORTED"
+            f"scale_bits {bits} is not supported", hint="write [4, 3] or [8, 0]", kind="E-ATTRIBUTE-UNSUPPORTED"
         )
     dtype = "model" if ELEMENTS[element].kind == "integer" and ELEMENTS[element].bits <= 4 else "f32"
     return ScaleSpec(dtype, "absmax", when, constant_amax=constant)
@@ -341,10 +353,12 @@ def _observer(calibrator: Any, weight: bool, when: When) -> ObserverSpec:
         return MIN_MAX
     if calibrator != "histogram":
         raise ConfigError(
-            f"calibrator {calibrator!r} is not supported", hint="max or histogram", kind="E-ATTRIBUTE-UNSUPPORTED"
+            f"calibrator {calibrator!r} is not supported", hint="use max or histogram", kind="E-ATTRIBUTE-UNSUPPORTED"
         )
     if weight or when == "dynamic":
         raise ConfigError(
-            "calibrator histogram is for static activations", hint="calibrator: max", kind="E-ATTRIBUTE-UNSUPPORTED"
+            "calibrator histogram works only for static activations",
+            hint="write calibrator: max",
+            kind="E-ATTRIBUTE-UNSUPPORTED",
         )
     return ObserverSpec("histogram", tuple(OBSERVERS["histogram"].items()))

@@ -61,14 +61,18 @@ def to_spec(cfg: Mapping[str, Any]) -> TensorSpec:
         cfg = _unwrapped(cfg)
     _only(cfg, KEYS, "cfg")
     if "element" not in cfg:
-        raise ConfigError("cfg has no 'element'", hint=f"one of {', '.join(ELEMENTS)}", kind="E-ATTRIBUTE-CONFLICT")
+        raise ConfigError("cfg has no 'element'", hint=f"add one of {', '.join(ELEMENTS)}", kind="E-ATTRIBUTE-CONFLICT")
     element = ELEMENTS[_choice(cfg["element"], ELEMENTS, "element")]
     if element.kind == "cast":
-        _only(cfg, ("element",), f"a cfg of {element.name}, which has no scale")
+        _only(cfg, ("element",), f"a cfg of {element.name} (which has no scale)")
         return TensorSpec(element.name, PerTensor(), None)
     then = cfg.get("then")
     if then is None and "stored" in cfg:
-        raise ConfigError("'stored' belongs to a chain", hint="give the second stage as 'then'", kind="E-CHAIN")
+        raise ConfigError(
+            "'stored' works only in a chain (two quantizations, one after the other)",
+            hint="write the second stage as 'then'",
+            kind="E-CHAIN",
+        )
     spec = TensorSpec(
         element.name,
         _granularity(cfg.get("granularity", "tensor")),
@@ -95,7 +99,7 @@ def _unwrapped(cfg: Mapping[str, Any]) -> dict[str, Any]:
         or (ELEMENTS[element].kind != "float" and element != "mxint8")
     ):
         raise ConfigError(
-            f"mx_element {inner!r} is unknown", hint="fp4_e2m1, a fp6, a fp8, or int8", kind="E-ATTRIBUTE-VALUE"
+            f"mx_element {inner!r} is unknown", hint="use fp4_e2m1, an fp6, an fp8, or int8", kind="E-ATTRIBUTE-VALUE"
         )
     given = cfg.get("scale") or {}
     _only(given, _SCALE_KEYS, "scale")
@@ -109,7 +113,7 @@ def _only(mapping: Any, allowed: tuple[str, ...], what: str) -> None:
     for key in mapping:
         if key not in allowed:
             close = [_RENAMED[key]] if _RENAMED.get(key) in allowed else near_misses(str(key), allowed)
-            hint = f"did you mean '{close[0]}'?" if close else f"known keys: {', '.join(allowed)}"
+            hint = f"did you mean '{close[0]}'?" if close else f"use one of {', '.join(allowed)}"
             raise ConfigError(f"unknown key '{key}' in {what}", hint=hint, kind="E-ATTRIBUTE-UNKNOWN")
 
 
@@ -117,7 +121,7 @@ def _choice(value: Any, known: Iterable[str], key: str) -> str:
     if isinstance(value, str) and value in known:
         return value
     close = near_misses(str(value), known)
-    hint = f"did you mean '{close[0]}'?" if close else f"one of {', '.join(known)}"
+    hint = f"did you mean '{close[0]}'?" if close else f"use one of {', '.join(known)}"
     raise ConfigError(f"{key} '{value}' is unknown", hint=hint, kind="E-ATTRIBUTE-VALUE")
 
 
@@ -158,7 +162,7 @@ def _granularity(value: Any) -> Granularity:
             return PerTile(_positive(size[0], "granularity.tile"), _positive(size[1], "granularity.tile"))
     raise ConfigError(
         f"granularity {value!r} is unknown",
-        hint="tensor, channel, {channel: 0 or 1}, token, {group: SIZE} or {tile: [ROWS, COLUMNS]}",
+        hint="use tensor, channel, {channel: 0 or 1}, token, {group: SIZE} or {tile: [ROWS, COLUMNS]}",
         kind="E-ATTRIBUTE-VALUE",
     )
 
@@ -194,7 +198,7 @@ def _observer(value: Any) -> ObserverSpec:
     if not isinstance(given, Mapping) or "name" not in given:
         raise ConfigError(
             "observer must be a name, or a mapping with 'name'",
-            hint=f"one of {', '.join(OBSERVERS)}",
+            hint=f"use one of {', '.join(OBSERVERS)}",
             kind="E-ATTRIBUTE-VALUE",
         )
     name = _choice(given["name"], OBSERVERS, "observer")
@@ -208,12 +212,14 @@ def _observer(value: Any) -> ObserverSpec:
             raise ConfigError(f"observer.{key} must be a percentage, not {numbers[key]:g}", kind="E-ATTRIBUTE-VALUE")
     if (numbers.get("rho") or 1) >= E4M3_SPAN:
         raise ConfigError(
-            f"observer.rho must be less than {E4M3_SPAN}", hint="e4m3 scales reach no further", kind="E-ATTRIBUTE-VALUE"
+            f"observer.rho must be less than {E4M3_SPAN}",
+            hint="use a smaller one; e4m3 scales go no higher",
+            kind="E-ATTRIBUTE-VALUE",
         )
     if numbers.get("shrink") is not None and not (numbers["shrink"] or 0) < 1:
         raise ConfigError(
             "observer.shrink must lie between 0 and 1",
-            hint="the smallest share of amax that is tried",
+            hint="give the smallest share of amax to try",
             kind="E-ATTRIBUTE-VALUE",
         )
     if (numbers.get("steps") or 1) % 1:
@@ -231,10 +237,12 @@ def _check(spec: TensorSpec) -> None:
     _check_integer_words(spec)
     _check_chain(spec)
     if isinstance(spec.granularity, PerToken) and spec.scale is not None and spec.scale.when == "static":
-        raise _impossible("a scale per token cannot be static", hint="when: dynamic")
+        raise _impossible(
+            "a scale per token cannot be static: it is found anew for each token", hint="write when: dynamic"
+        )
     size = spec.granularity.size if isinstance(spec.granularity, PerGroup) else 1
     if spec.format.sub_block and size % spec.format.sub_block:
-        raise _impossible(f"{spec.element} needs groups of an even size", hint="granularity: {group: 16}")
+        raise _impossible(f"{spec.element} needs groups of an even size", hint="write granularity: {group: 16}")
 
 
 def _impossible(what: str, *, hint: str = "") -> ConfigError:
@@ -247,72 +255,93 @@ def _check_scale(spec: TensorSpec) -> None:
     if (scale.rule in EXPONENT_RULES) != (scale.dtype == "e8m0"):
         raise _impossible(
             f"scale.rule '{scale.rule}' does not fit scale.dtype '{scale.dtype}'",
-            hint=f"{', '.join(EXPONENT_RULES)} belong to e8m0; the other rules to the others",
+            hint=f"use {', '.join(EXPONENT_RULES)} with e8m0, and the other rules with other dtypes",
         )
     if scale.rule == "half_range" and spec.format.kind != "integer":
-        raise _impossible("scale.rule 'half_range' is for integers", hint="use absmax")
+        raise _impossible("scale.rule 'half_range' works only for integers", hint="write rule: absmax")
     if scale.dtype == "e8m0" and spec.format.kind == "integer" and not spec.format.fraction:
-        raise _impossible(f"no e8m0 scale is defined for {spec.element}", hint="element: mxint8, or scale dtype pow2")
+        raise _impossible(
+            f"no e8m0 scale is defined for {spec.element}", hint="use element mxint8, or scale dtype pow2"
+        )
     if spec.format.fraction and scale.dtype != "e8m0":
-        raise _impossible(f"{spec.element} shares an exponent", hint="leave scale.dtype out, or say e8m0")
+        raise _impossible(
+            f"{spec.element} has a shared exponent as its scale", hint="leave scale.dtype out, or write e8m0"
+        )
     if scale.rule == "fit" and spec.format.kind != "integer":
-        raise _impossible("scale.rule 'fit' is for integers", hint="use ceil or rceil")
+        raise _impossible("scale.rule 'fit' works only for integers", hint="write rule: ceil, or rceil")
     if scale.rule in SEARCH_RULES and (scale.dtype, spec.element, scale.when) != ("e4m3", "fp4_e2m1", "static"):
-        raise _impossible(f"scale.rule '{scale.rule}' chooses static e4m3 scales of fp4_e2m1", hint="absmax")
+        raise _impossible(
+            f"scale.rule '{scale.rule}' works only for static e4m3 scales of fp4_e2m1", hint="write rule: absmax"
+        )
     if scale.rule in SEARCH_RULES and not isinstance(spec.granularity, PerGroup):
-        raise _impossible(f"scale.rule '{scale.rule}' is for groups", hint="granularity: {group: 16}")
+        raise _impossible(f"scale.rule '{scale.rule}' works only for groups", hint="write granularity: {group: 16}")
     if scale.rule in SEARCH_RULES and spec.observer != MIN_MAX:
-        raise _impossible(f"scale.rule '{scale.rule}' searches by itself", hint="leave the observer out")
+        raise _impossible(
+            f"scale.rule '{scale.rule}' searches the scale itself, without an observer", hint="leave the observer out"
+        )
     if scale.dtype == "e4m3" and scale.global_scale is None:
         raise _impossible("an e4m3 scale needs a global scale", hint="add global_scale: {dtype: f32}")
     if scale.global_scale is not None and (
         scale.global_scale.dtype != "f32" or scale.global_scale.global_scale is not None
     ):
-        raise _impossible("scale.global_scale must be one f32 scale", hint="global_scale: {dtype: f32, when: static}")
+        raise _impossible(
+            "scale.global_scale must be one f32 scale", hint="write global_scale: {dtype: f32, when: static}"
+        )
     if scale.global_scale is not None and scale.dtype not in {"e4m3", "e5m3"}:
-        raise _impossible(f"a global scale goes over e4m3 or e5m3 scales, not over {scale.dtype}")
+        raise _impossible(f"a global scale works only over e4m3 or e5m3 scales, not over {scale.dtype}")
     if spec.observer.name == "headroom" and not (
         (spec.element, scale.dtype, scale.when, spec.group_size) == ("fp4_e2m1", "e4m3", "dynamic", 16)
         and scale.global_scale is not None
         and scale.global_scale.when == "static"
     ):
-        raise _impossible("observer 'headroom' is for inputs in nvfp4", hint="dynamic e4m3 scales over a static one")
+        raise _impossible(
+            "observer 'headroom' works only for inputs in nvfp4",
+            hint="use dynamic e4m3 scales under a static global one",
+        )
     if scale.minimum is not None and scale.dtype not in {"f32", "f16", "bf16", "model"}:
-        raise _impossible(f"scale.minimum does not fit {scale.dtype} scales", hint="give it to a plain or global scale")
+        raise _impossible(
+            f"scale.minimum does not work with {scale.dtype} scales", hint="set it on a plain or a global scale"
+        )
     if scale.dtype in {"e8m0", "e4m3", "e5m3"} and spec.group_size is None:
-        raise _impossible(f"{scale.dtype} scales belong to groups", hint="granularity: {group: 32}")
+        raise _impossible(f"{scale.dtype} scales work only for groups", hint="write granularity: {group: 32}")
 
 
 def _check_integer_words(spec: TensorSpec) -> None:
     """Zero points, rounding and narrow ranges are for integers with a plain scale."""
     plain = spec.format.kind == "integer" and not spec.format.fraction
     if not spec.symmetric and (not plain or spec.narrow):
-        raise _impossible(f"zero_point '{spec.zero_point}' is for whole integer ranges", hint="element: uint4 or uint8")
+        raise _impossible(
+            f"zero_point '{spec.zero_point}' works only for unsigned integers", hint="write element: uint4, or uint8"
+        )
     if not spec.symmetric and spec.scale is not None and SCALE_FORMATS[spec.scale.dtype].bits == 8:
         raise _impossible(
-            f"no zero point goes with {spec.scale.dtype} scales", hint="scale: {dtype: f32}, or f16, bf16"
+            f"a zero point does not work with {spec.scale.dtype} scales", hint="write scale: {dtype: f32}, or f16, bf16"
         )
     if spec.symmetric and spec.format.kind == "integer" and spec.format.minimum >= 0:
-        raise _impossible(f"{spec.element} without a zero point cannot hold negative values", hint="zero_point: int")
+        raise _impossible(
+            f"{spec.element} without a zero point cannot hold negative values", hint="write zero_point: int"
+        )
     if not spec.symmetric and spec.scale is not None and spec.scale.constant_amax is not None:
-        raise _impossible("constant_amax gives no range for a zero point", hint="leave one of the two out")
+        raise _impossible("constant_amax gives no range for a zero point", hint="remove one of the two")
     if spec.rounding != "half_even" and not plain:
-        raise _impossible(f"rounding '{spec.rounding}' is for integers", hint="leave it out: half_even")
+        raise _impossible(
+            f"rounding '{spec.rounding}' works only for integers", hint="leave it out; the default is half_even"
+        )
     if spec.narrow and (not plain or spec.format.minimum >= 0):
-        raise _impossible("narrow is for signed integers", hint="leave it out")
+        raise _impossible("narrow works only for signed integers", hint="leave it out")
 
 
 def _check_chain(spec: TensorSpec) -> None:
     if spec.then is None:
         return
     if spec.then.then is not None:
-        raise ConfigError("a chain has two stages", hint="give one 'then'", kind="E-CHAIN")
+        raise ConfigError("a chain has two stages, and this one has more", hint="write one 'then'", kind="E-CHAIN")
     if spec.then.scale is None:
         raise ConfigError(
             f"the second stage {spec.then.element} has no scale", hint="use an integer or fp8 element", kind="E-CHAIN"
         )
     if any(stage.format.sub_block for stage in spec.stages):
-        raise ConfigError("mx6 and mx9 are not part of chains", kind="E-CHAIN")
+        raise ConfigError("mx6 and mx9 cannot be part of a chain", kind="E-CHAIN")
     if spec.stored == "last" and spec.granularity not in (PerTensor(), PerChannel(0)):
         raise ConfigError(
             "with 'stored: last' the first stage has one scale per tensor or output channel", kind="E-CHAIN"

@@ -42,8 +42,8 @@ def changed(old: Cfg, given: Change | Sequence[Change], *, weight: bool) -> Cfg:
         change_one = _by_modelopt
     else:
         raise ConfigError(
-            f"{', '.join(sorted(keys - words_of(old)) or sorted(keys))} cannot be changed in part",
-            hint="words of ours or of ModelOpt's, or set_quantizer_attributes_full",
+            f"{', '.join(sorted(keys - words_of(old)) or sorted(keys))} cannot be changed alone",
+            hint="use words of quark or of ModelOpt, or set_quantizer_attributes_full",
             kind="E-ATTRIBUTE-CONFLICT",
         )
     stages = [replace(stage, then=None, stored="first") for stage in spec.stages]
@@ -57,10 +57,10 @@ def _for_each(given: Change | Sequence[Change], count: int) -> list[Change]:
     if isinstance(given, Mapping):
         return [given] * count
     if count == 1 or len(given) != count:
-        stages = "no chain" if count == 1 else f"a chain of {count}"
+        stages = "a cfg without a chain" if count == 1 else f"a chain of {count}"
         raise ConfigError(
             f"{len(given)} mappings are given for {stages}",
-            hint="set_quantizer_attributes_full",
+            hint="use set_quantizer_attributes_full",
             kind="E-ATTRIBUTE-CONFLICT",
         )
     return list(given)

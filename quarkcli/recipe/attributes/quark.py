@@ -95,8 +95,8 @@ OBSERVER_CLASSES: dict[str, tuple[str | None, ObserverSpec]] = {
     "PerBlock2DMinMaxObserver": ("per_block", MIN_MAX),
 }
 _REFUSED_OBSERVERS = {
-    "LSQObserver": "learned scales belong to training",
-    "TQTObserver": "learned scales belong to training",
+    "LSQObserver": "scales are learned only in training",
+    "TQTObserver": "scales are learned only in training",
     "PerTensorPowOf2MinMSEObserver": "no observer here tries powers of two",
     "PerChannelPowOf2MinMSEObserver": "no observer here tries powers of two",
     "PerBlockMXDiffsObserver": "no observer here tries the exponents of blocks",
@@ -127,7 +127,7 @@ def to_spec(specs: Mapping[str, Any] | Sequence[Mapping[str, Any]], *, weight: b
 def _known(entry: Any) -> dict[str, Any]:
     """Returns a SPEC under today's keys, enumeration members by their bare names."""
     if not isinstance(entry, Mapping):
-        raise ConfigError(f"a SPEC is a mapping, not {entry!r}", kind="E-ATTRIBUTE-VALUE")
+        raise ConfigError(f"a SPEC must be a mapping, not {entry!r}", kind="E-ATTRIBUTE-VALUE")
     out: dict[str, Any] = {}
     for key, value in entry.items():
         name = _OLD_FIELDS.get(key, key)
@@ -135,8 +135,8 @@ def _known(entry: Any) -> dict[str, Any]:
             continue
         if name == _TRAINING:
             raise ConfigError(
-                "'qat_spec' cannot be honoured: learned scales belong to training",
-                hint="take it out",
+                "'qat_spec' is not supported: scales are learned only in training",
+                hint="remove it",
                 kind="E-ATTRIBUTE-UNSUPPORTED",
             )
         if name not in FIELDS:
@@ -147,10 +147,12 @@ def _known(entry: Any) -> dict[str, Any]:
                 kind="E-ATTRIBUTE-UNKNOWN",
             )
         if name in out:
-            raise ConfigError(f"'{key}' is the old name of '{name}'; give one of them", kind="E-ATTRIBUTE-CONFLICT")
+            raise ConfigError(f"'{key}' is the old name of '{name}', and both are given", kind="E-ATTRIBUTE-CONFLICT")
         out[name] = value.rpartition(".")[2] if isinstance(value, str) else value
     if out.get("dtype") is None:
-        raise ConfigError("a SPEC has no 'dtype'", hint="dtype: fp8_e4m3", kind="E-ATTRIBUTE-CONFLICT")
+        raise ConfigError(
+            "a SPEC has no 'dtype'", hint="add dtype: fp8_e4m3, or another one", kind="E-ATTRIBUTE-CONFLICT"
+        )
     for name in ("dtype", "mx_element_dtype", "observer_cls"):
         if not isinstance(out.get(name), str | None):
             raise ConfigError(f"{name} must be a name, not {out[name]!r}", kind="E-ATTRIBUTE-VALUE")
@@ -166,13 +168,13 @@ def _stage(entry: Mapping[str, Any], over: Mapping[str, Any] | None, weight: boo
     if element.fraction or entry["dtype"] == MX:
         return _shared_exponent(entry, element, when, over)
     if entry.get("mx_element_dtype") is not None:
-        raise ConfigError(
-            f"mx_element_dtype belongs to dtype {MX}", hint=f"not to {entry['dtype']}", kind="E-ATTRIBUTE-CONFLICT"
-        )
+        raise ConfigError(f"mx_element_dtype works only with dtype {MX}", hint="remove it", kind="E-ATTRIBUTE-CONFLICT")
     granularity = _granularity(entry, weight)
     if not weight and when == "static" and isinstance(granularity, PerGroup) and over is None:
         raise ConfigError(
-            "an activation in groups cannot be static", hint="is_dynamic: true", kind="E-FORMAT-IMPOSSIBLE"
+            "the scales of an activation in groups cannot be static",
+            hint="write is_dynamic: true",
+            kind="E-FORMAT-IMPOSSIBLE",
         )
     zero_point: ZeroPoint = "none"
     if _flag(entry, "symmetric") is False:
@@ -195,19 +197,21 @@ def _element(entry: Mapping[str, Any]) -> Element:
     if dtype == MX:
         if inner is None:
             raise ConfigError(
-                "dtype mx needs mx_element_dtype", hint="mx_element_dtype: fp4", kind="E-ATTRIBUTE-CONFLICT"
+                "dtype mx needs mx_element_dtype", hint="add mx_element_dtype: fp4", kind="E-ATTRIBUTE-CONFLICT"
             )
         name = MX_ELEMENTS.get(inner, DTYPES.get(inner, inner))
         if name not in ELEMENTS or not (ELEMENTS[name].kind == "float" or name in MX_ELEMENTS.values()):
             raise ConfigError(
-                f"mx_element_dtype '{inner}' is unknown", hint="fp4, a fp6, a fp8, or int8", kind="E-ATTRIBUTE-VALUE"
+                f"mx_element_dtype '{inner}' is unknown",
+                hint="use fp4, an fp6, an fp8, or int8",
+                kind="E-ATTRIBUTE-VALUE",
             )
         return ELEMENTS[name]
     name = DTYPES.get(dtype, dtype)
     if name not in ELEMENTS or name in MX_ELEMENTS.values():
         known = [*DTYPES, MX, *(known for known in ELEMENTS if known not in {*DTYPES.values(), *MX_ELEMENTS.values()})]
         close = near_misses(str(dtype), known)
-        hint = f"did you mean '{close[0]}'?" if close else f"one of {', '.join(known)}"
+        hint = f"did you mean '{close[0]}'?" if close else f"use one of {', '.join(known)}"
         raise ConfigError(f"dtype {dtype!r} is not supported", hint=hint, kind="E-ATTRIBUTE-UNSUPPORTED")
     return ELEMENTS[name]
 
@@ -218,12 +222,14 @@ def _cast(entry: Mapping[str, Any], element: Element) -> TensorSpec:
         if entry.get(key) is not None:
             raise ConfigError(
                 f"'{key}' contradicts dtype {entry['dtype']}, which has no scale",
-                hint="take it out",
+                hint="remove it",
                 kind="E-ATTRIBUTE-CONFLICT",
             )
     if entry.get("observer_cls") not in (None, PLACEHOLDER):
         raise ConfigError(
-            f"dtype {entry['dtype']} observes nothing", hint=f"observer_cls: {PLACEHOLDER}", kind="E-ATTRIBUTE-CONFLICT"
+            f"dtype {entry['dtype']} has no range to observe",
+            hint=f"write observer_cls: {PLACEHOLDER}",
+            kind="E-ATTRIBUTE-CONFLICT",
         )
     return TensorSpec(element.name, PerTensor(), None)
 
@@ -233,7 +239,7 @@ def _shared_exponent(
 ) -> TensorSpec:
     """Returns the spec of mx6, mx9, bfp16 or the wrapper mx: groups under one exponent. Quark says little of them."""
     if over is not None:
-        raise ConfigError(f"no scale goes over the exponents of {entry['dtype']}", kind="E-FORMAT-IMPOSSIBLE")
+        raise ConfigError(f"the exponents of {entry['dtype']} cannot have a scale", kind="E-FORMAT-IMPOSSIBLE")
     _along_features(entry)
     size = _size(entry, "group_size", MX_GROUP)
     rule = _SHARED_RULES.get(element.name, _choice(entry, "scale_calculation_mode", MODES) or "even")
@@ -245,13 +251,13 @@ def _when(entry: Mapping[str, Any], element: Element, weight: bool) -> When:
     if dynamic is None and not weight and element.bits == 8 and not element.fraction and entry["dtype"] != MX:
         raise ConfigError(
             f"'is_dynamic' is missing beside dtype {entry['dtype']}",
-            hint="is_dynamic: true or false",
+            hint="add is_dynamic: true, or false",
             kind="E-ATTRIBUTE-CONFLICT",
         )
     if weight and dynamic:
         raise ConfigError(
             "a weight cannot be dynamic: it is quantized before the model runs",
-            hint="is_dynamic: false",
+            hint="write is_dynamic: false",
             kind="E-FORMAT-IMPOSSIBLE",
         )
     # Formats that need no calibration leave it open.
@@ -261,14 +267,16 @@ def _when(entry: Mapping[str, Any], element: Element, weight: bool) -> When:
 def _granularity(entry: Mapping[str, Any], weight: bool) -> Granularity:
     scheme = _choice(entry, "qscheme", _QSCHEMES)
     if scheme is None:
-        raise ConfigError("a SPEC has no 'qscheme'", hint=f"one of {', '.join(_QSCHEMES)}", kind="E-ATTRIBUTE-CONFLICT")
+        raise ConfigError(
+            "a SPEC has no 'qscheme'", hint=f"add one of {', '.join(_QSCHEMES)}", kind="E-ATTRIBUTE-CONFLICT"
+        )
     if scheme != "per_group" and entry.get("group_size") is not None:
         raise ConfigError(
-            f"group_size contradicts qscheme {scheme}", hint="qscheme: per_group", kind="E-ATTRIBUTE-CONFLICT"
+            f"group_size contradicts qscheme {scheme}", hint="write qscheme: per_group", kind="E-ATTRIBUTE-CONFLICT"
         )
     if scheme != "per_block" and entry.get("block_size") is not None:
         raise ConfigError(
-            f"block_size contradicts qscheme {scheme}", hint="qscheme: per_block", kind="E-ATTRIBUTE-CONFLICT"
+            f"block_size contradicts qscheme {scheme}", hint="write qscheme: per_block", kind="E-ATTRIBUTE-CONFLICT"
         )
     axis = entry.get("ch_axis")
     if axis is not None and type(axis) is not int:
@@ -285,7 +293,7 @@ def _granularity(entry: Mapping[str, Any], weight: bool) -> Granularity:
     if not isinstance(blocks, list | tuple) or len(blocks) != 2 or not all(type(b) is int and b > 0 for b in blocks):
         raise ConfigError(
             f"block_size must be two positive whole numbers, not {blocks!r}",
-            hint="[128, 128]",
+            hint="write [128, 128], for example",
             kind="E-ATTRIBUTE-VALUE",
         )
     return PerTile(blocks[0], blocks[1])
@@ -294,8 +302,8 @@ def _granularity(entry: Mapping[str, Any], weight: bool) -> Granularity:
 def _along_features(entry: Mapping[str, Any]) -> None:
     if entry.get("ch_axis") not in (None, 1, -1):
         raise ConfigError(
-            f"groups lie along the last axis, not along {entry['ch_axis']}",
-            hint="ch_axis: -1",
+            f"groups must be along the last axis, not along {entry['ch_axis']}",
+            hint="write ch_axis: -1",
             kind="E-ATTRIBUTE-CONFLICT",
         )
 
@@ -307,7 +315,9 @@ def _size(entry: Mapping[str, Any], key: str, usual: int | None) -> int:
     if type(size) is int and size > 0:
         return size
     raise ConfigError(
-        f"{key} must be a positive whole number, not {size!r}", hint=f"{key}: 128", kind="E-ATTRIBUTE-VALUE"
+        f"{key} must be a positive whole number, not {size!r}",
+        hint=f"write {key}: 128, for example",
+        kind="E-ATTRIBUTE-VALUE",
     )
 
 
@@ -324,7 +334,7 @@ def _scale(entry: Mapping[str, Any], element: Element, when: When, over: Mapping
     if format_ == "e4m3":
         raise ConfigError(
             "scale_format e4m3 needs a second SPEC with is_scale_quant",
-            hint="a list of two SPECs",
+            hint="write a list of two SPECs",
             kind="E-ATTRIBUTE-CONFLICT",
         )
     dtype = SCALE_TYPES[kind or "float"]
@@ -332,7 +342,7 @@ def _scale(entry: Mapping[str, Any], element: Element, when: When, over: Mapping
         if kind not in (None, "float", "pof2", "power_of_2"):
             raise ConfigError(
                 f"scale_type {kind} contradicts {entry['observer_cls']}",
-                hint="scale_type: pof2",
+                hint="write scale_type: pof2",
                 kind="E-ATTRIBUTE-CONFLICT",
             )
         dtype = "pow2"
@@ -343,7 +353,7 @@ def _two_level(over: Mapping[str, Any], when: When) -> ScaleSpec:
     """Returns block scales under the global scale that the second SPEC says."""
     dtype = _choice(over, "dtype", BLOCK_SCALES)
     if over.get("qscheme") != "per_tensor":
-        raise ConfigError("the scale over the scales is one per tensor", hint="qscheme: per_tensor", kind="E-CHAIN")
+        raise ConfigError("the scale over scales is one per tensor", hint="write qscheme: per_tensor", kind="E-CHAIN")
     outer = ScaleSpec("f32", when="dynamic" if _flag(over, "is_dynamic") else "static")
     return ScaleSpec(BLOCK_SCALES[dtype or ""], "absmax", when, outer)
 
@@ -354,8 +364,8 @@ def _observer(entry: Mapping[str, Any]) -> ObserverSpec:
         return MIN_MAX
     if name in _REFUSED_OBSERVERS:
         raise ConfigError(
-            f"'{name}' cannot be honoured: {_REFUSED_OBSERVERS[name]}",
-            hint="choose another observer",
+            f"'{name}' is not supported: {_REFUSED_OBSERVERS[name]}",
+            hint="use another observer",
             kind="E-ATTRIBUTE-UNSUPPORTED",
         )
     known = _choice(entry, "observer_cls", OBSERVER_CLASSES)
@@ -363,7 +373,7 @@ def _observer(entry: Mapping[str, Any]) -> ObserverSpec:
     given = _choice(entry, "qscheme", _QSCHEMES)
     if scheme is not None and given is not None and given != scheme:
         raise ConfigError(
-            f"{name} contradicts qscheme {given}", hint=f"it is for {scheme}", kind="E-ATTRIBUTE-CONFLICT"
+            f"{name} does not fit qscheme {given}", hint=f"use it with {scheme}", kind="E-ATTRIBUTE-CONFLICT"
         )
     return observer
 
@@ -377,7 +387,7 @@ def _choice(entry: Mapping[str, Any], key: str, known: Iterable[str]) -> str | N
     if isinstance(word, str) and word in known:
         return word
     close = near_misses(str(value), known)
-    hint = f"did you mean '{close[0]}'?" if close else f"one of {', '.join(known)}"
+    hint = f"did you mean '{close[0]}'?" if close else f"use one of {', '.join(known)}"
     raise ConfigError(f"{key} {value!r} is unknown", hint=hint, kind="E-ATTRIBUTE-VALUE")
 
 

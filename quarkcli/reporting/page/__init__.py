@@ -35,7 +35,7 @@ def page(report: Report) -> str:
     )
 
 
-_SECTIONS = {"What it costs": _LOSS, "What it saves": _SIZE, "What calibration saw": _DATA, "Time and memory": _COST}
+_SECTIONS = {"Loss of accuracy": _LOSS, "Sizes": _SIZE, "Calibration": _DATA, "Time and memory": _COST}
 
 
 def style() -> str:
@@ -72,13 +72,13 @@ def tiles(report: Report) -> list[Element]:
     """Returns the figures that count."""
     size, state, found = report["size"], report["state"], list[Element]()
     after = size["output_bytes"] if state["finished"] else size["planned_bytes"]
-    share = f"{after / size['source_bytes']:.0%} of the source, " if size["source_bytes"] else ""
+    share = f"{after / size['source_bytes']:.0%} of the original, " if size["source_bytes"] else ""
     planned = "" if state["finished"] else ", as planned"
     more = f"{share}{size['effective_bits']:.3g} bits per quantized weight{planned}"
     found.append(_tile("Size", f"{scale.size(size['source_bytes'])} → {scale.size(after)}", more))
     scores = report["evaluation"]
     if scores:
-        agreed = f"nats per token; the top token agrees on {scores['top1_agreement']:.1%}"
+        agreed = f"nats per token (0: no loss); same top token for {scores['top1_agreement']:.1%}"
         found.append(_tile("KL divergence", scale.short(scores["kl"]), agreed))
         before, now = scale.short(scores["baseline_perplexity"]), scale.short(scores["perplexity"])
         found.append(_tile("Perplexity", f"{before} → {now}", f"{scores['perplexity_increase']:+.2%}"))
@@ -113,7 +113,7 @@ def noted(report: Report) -> list[Element]:
     """Returns boxes: that a run has not finished, warnings, where algorithms fell back."""
     state, found = report["state"], list[Element]()
     if not state["finished"]:
-        text = f"This run has not finished: {state['parts']} of {state['of']} parts are done."
+        text = f"This run has not finished: {state['parts']} of {state['of']} parts of the model are done."
         found.append(element("div", element("h3", text), class_="notes warn"))
     warnings, fallbacks = report["warnings"], _fallbacks(report)
     if warnings:
@@ -135,10 +135,10 @@ def _fallbacks(report: Report) -> list[str]:
     """Returns where something else was done than an algorithm would have done."""
     found = [f"{name}: {why}" for name, why in report["skipped"].items()]
     for solver, row in report["outcomes"]["solvers"].items():
-        found += [f"{name}: rounded to nearest, which loses less than {solver}" for name in row["nearest"]]
+        found += [f"{name}: rounded to nearest, because that loses less than {solver}" for name in row["nearest"]]
     dead = report["dead_inputs"]
-    found += [f"{name}: {count:,} inputs were zero in all of calibration" for name, count in dead["weights"].items()]
-    return found + [f"{name}: zero in all of calibration" for name in dead["activations"]]
+    found += [f"{name}: {count:,} inputs were always zero in calibration" for name, count in dead["weights"].items()]
+    return found + [f"{name}: always zero in calibration" for name in dead["activations"]]
 
 
 def about(report: Report) -> Element:

@@ -33,15 +33,15 @@ def page(found: Mapping[str, Any], a: Report | None, b: Report | None) -> str:
         style(),
         element("header", element("h1", names[0], " ", element("small", "and"), f" {names[1]}"), _lead(found)),
         element("dl", *_tiles(found), class_="tiles"),
-        section("What each run says", [_facts(names, a, b), *costs, _roles(names, a, b)]) if a or b else None,
-        section("How far apart they are", [*charts, _tensors(found)]),
+        section("The two runs", [_facts(names, a, b), *costs, _roles(names, a, b)]) if a or b else None,
+        section("Differences", [*charts, _tensors(found)]),
         *_notes(found),
         element("footer", f"Written by quark {__version__}. `quark compare --json` has the numbers."),
     )
 
 
 def _lead(found: Mapping[str, Any]) -> Element:
-    return element("p", f"Two checkpoints tensor by tensor; the signal is {found['reference']}.", class_="lead")
+    return element("p", f"The two checkpoints, tensor by tensor; the signal is {found['reference']}.", class_="lead")
 
 
 def _tiles(found: Mapping[str, Any]) -> list[Element]:
@@ -70,7 +70,7 @@ def _notes(found: Mapping[str, Any]) -> list[Element]:
         return []
     more = [f"and {len(texts) - 10:,} more"] if len(texts) > 10 else []
     items = (element("li", text) for text in [*texts[:10], *more])
-    title = element("h3", f"Differences beside values ({len(texts):,})")
+    title = element("h3", f"Other differences ({len(texts):,})")
     return [element("div", title, element("ul", *items), class_="notes")]
 
 
@@ -93,7 +93,7 @@ def _distances(found: Mapping[str, Any]) -> Element | None:
     names, layers = list(dict.fromkeys(name for name, _ in cells)), sorted({layer for _, layer in cells})
     values = {(names.index(name), layers.index(layer)): sum(own) / len(own) for (name, layer), own in cells.items()}
     drawn = Grid(names, [str(layer) for layer in layers], values)
-    says = "A cell of experts (*) is the mean over them." if any(len(own) > 1 for own in cells.values()) else ""
+    says = "A cell of experts (*) is the mean over all experts." if any(len(own) > 1 for own in cells.values()) else ""
     table = numbers(drawn, scale.short, "Layer")
     plot = heat(drawn, scale.short)
     unit = "|A − B| / |signal| of each tensor"
@@ -105,7 +105,7 @@ def _tensors(found: Mapping[str, Any]) -> Element | None:
     if not rows:
         return None
     table = Table(
-        ("Tensor", "SQNR, dB", "Largest difference", "A", "B"),
+        ("Tensor", "Signal-to-noise ratio (SQNR), dB", "Largest difference", "A", "B"),
         [
             (
                 row["name"], "–" if row["sqnr_db"] is None else f"{row['sqnr_db']:.2f}",
@@ -198,7 +198,7 @@ def _score(report: Report, field: str) -> str:
 def _facts(names: Sequence[str], a: Report | None, b: Report | None) -> Element:
     rows = [(label, *("–" if report is None else text(report) or "–" for report in (a, b))) for label, text in _FACTS]
     table = grid(Table(("", f"A: {names[0]}", f"B: {names[1]}"), rows, whole=True))
-    return _wide(chart("Side by side", "– where a run does not say", table))
+    return _wide(chart("Side by side", "–: the run does not have this number", table))
 
 
 def _roles(names: Sequence[str], a: Report | None, b: Report | None) -> Element | None:

@@ -55,10 +55,13 @@ def errors(report: Report) -> Element | None:
         most = max(len(own) for own in cells.values())
         says += f" A cell of experts (*) is the mean over up to {most}; the table has each."
     if field == "output_error":
-        title, unit = "Output error by layer and projection", "|(W − Q)X| / |WX| of each weight on calibration tokens"
+        title, unit = (
+            "Output error by layer and projection",
+            "|(W − Q)X| / |WX| of each weight W, quantized as Q, with inputs X",
+        )
     else:
         title = "Weight error by layer and projection"
-        unit = "|W − Q| / |W| of each weight; it compares runs of one algorithm only"
+        unit = "|W − Q| / |W| of each weight W, quantized as Q; compare it only with runs of the same algorithm"
     rows = sorted((pair for own in cells.values() for pair in own), key=lambda pair: -pair[0])
     table = Table(
         ("Weight", "Error", "Bits", "Bytes", "Format"),
@@ -87,7 +90,7 @@ def blocks(report: Report) -> Element | None:
         [(row["name"], scale.short(row["output_error"]), scale.short(row["weight_error"])) for row in rows],
         frozenset({1, 2}),
     )
-    says = "What a quantized block returns beside what the model's own returns for the same input."
+    says = "The difference between the output of a quantized block and of the original block, for the same input."
     return chart("Output error of each block", "relative to the block's output", plot, says=says, table=table)
 
 
@@ -98,7 +101,7 @@ def drift(report: Report) -> Element | None:
         return None
     names = [str(layer) for layer in range(len(found))]
     rows = [(name, scale.short(value)) for name, value in zip(names, found, strict=True)]
-    says = "Hidden states of the quantized model beside those of the source, which adds up over the blocks."
+    says = "The distance of hidden states from the original model's, which adds up over the blocks."
     table = Table(("Block", "Drift"), rows, frozenset({1}))
     unit = "relative distance behind each block"
     return chart("Drift over the blocks", unit, columns(names, found, scale.short), says=says, table=table)
@@ -121,7 +124,7 @@ def roles(report: Report) -> Element:
         shown.append(Bar(name, after, f"{sizes[0]} → {sizes[1]}, {bits:.3g} bits", before, note))
         table.append((name, scale.count(len(rows)), *sizes, f"{bits:.4g}", note))
     headers = ("Role", "Tensors", "Source", "Output", "Bits per value", "Format")
-    legend = key(("before", "source"), ("bar", "output, or as planned where it is not written yet"))
+    legend = key(("before", "source"), ("bar", "of the output, or planned if it is not written yet"))
     behind = Table(headers, table, frozenset({1, 2, 3, 4}))
     return _wide(chart("Bytes and bits by role", "bytes of all tensors of a role", legend, bars(shown), table=behind))
 
@@ -144,8 +147,8 @@ def outliers(report: Report) -> Element | None:
         ],
         frozenset({1, 2, 3, 4, 5}),
     )
-    says = "The largest magnitude of the largest channel, over that of the channel in the middle: the higher, the "
-    says += f"harder to quantize the activation. {_worst_place(cells)}"
+    says = "The largest value of the largest channel, divided by that of the median channel. A high ratio makes "
+    says += f"the activation hard to quantize. {_worst_place(cells)}"
     plot = heat(layers_grid(cells), scale.short)
     return _wide(chart("Outliers of activations", "largest channel / median channel", *plot, says=says, table=table))
 
@@ -168,7 +171,8 @@ def experts(report: Report) -> Element | None:
     heads = [_span([str(at) for at in range(start, min(last, start + wide))]) for start in range(0, last, wide)]
     every = [count for line in counts for count in line]
     says = (
-        f"From {min(every):,} to {max(every):,} tokens; {sum(not count for count in every)} of {len(every):,} saw none."
+        f"From {min(every):,} to {max(every):,} tokens; {sum(not count for count in every)} of {len(every):,} "
+        "experts saw none."
     )
     if high > 1 or wide > 1:
         says += f" A cell stands for {high} x {wide} (layers x experts) and shows the fewest tokens among them."
@@ -206,12 +210,12 @@ def worst_tokens(report: Report) -> Element | None:
         text = element("td", element("code", _tail(token["context"]), element("mark", visible(token["token"]))))
         guesses = (element("td", element("code", visible(token[side]))) for side in ("source_expects", "expects"))
         rows.append(element("tr", element("td", scale.short(token["kl"]), class_="n"), text, *guesses))
-    heads = ("KL", "Text, with the token", "Source expects", "Quantized expects")
+    heads = ("KL", "Text, with the token", "Original expects", "Quantized expects")
     head = element(
         "thead", element("tr", *(element("th", name, class_="n" if name == "KL" else None) for name in heads))
     )
     table = element("div", element("table", head, element("tbody", *rows)), class_="scroll", tabindex=0)
-    says = f"Of {report['evaluation']['tokens']:,} scored tokens, those with the largest divergence."
+    says = f"The tokens with the largest divergence, of {report['evaluation']['tokens']:,} scored tokens."
     return _wide(chart("Worst tokens", "KL in nats of the next token's distribution", table, says=says))
 
 
@@ -299,7 +303,7 @@ def rules(report: Report) -> Element | None:
         return None
     rows = [(rule, f"{own['on']:,}", f"{own['off']:,}") for rule, own in report["decided_by"].items()]
     return chart(
-        "Rules that decided", "slots that a rule switched, being the last to match",
+        "Rules that decided", "quantizers that each rule decides, because it is the last that matches",
         grid(Table(("Rule", "On", "Off"), rows, frozenset({1, 2}))),
     )  # fmt: skip
 
