@@ -116,7 +116,7 @@ class Source:
             )
         if local or not _is_hub_id(path_or_id):
             hint = "" if local else "give a directory that holds config.json, a name on the hub (org/name), or demo"
-            raise AccessError("no such directory", where=path_or_id, hint=hint, kind="E-PATH-NOT-FOUND")
+            raise AccessError("there is no such directory", where=path_or_id, hint=hint, kind="E-PATH-NOT-FOUND")
         ranged = (bare or allow_pickle) and not hub.is_offline(offline)
         remote = Remote.open(path_or_id, revision, kept, tell) if ranged else None
         if remote is not None and allow_pickle:

@@ -182,7 +182,7 @@ def test_a_path_is_not_asked_of_the_hub(hub, tmp_path, monkeypatch):
     for name in ("out/demo", "./demo", "../demo", "a/b/c", "/demo", "out/no/"):
         with pytest.raises(AccessError) as caught:
             Source.open(name, bare=True)
-        assert caught.value.what == "no such directory"
+        assert caught.value.what == "there is no such directory"
         assert "org/name" in caught.value.hint and "demo" in caught.value.hint
     assert hub.calls == []
 
