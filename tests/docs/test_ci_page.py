@@ -68,10 +68,12 @@ def test_a_failed_gate_is_an_annotation_and_stands_in_the_summary(monkeypatch, t
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "summary.md"))
     assert main.main(["verify", "none", "--log-format", "github"]) == 5
     assert (
-        capsys.readouterr().err.splitlines()[-1].startswith("::error title=E-PATH-NOT-FOUND::none: no such directory")
+        capsys.readouterr()
+        .err.splitlines()[-1]
+        .startswith("::error title=E-PATH-NOT-FOUND::none: there is no such directory")
     )
     assert Path("summary.md").read_text() == (
-        "### quark ended with an error\n\n- none: no such directory [E-PATH-NOT-FOUND]\n\n"
+        "### quark ended with an error\n\n- none: there is no such directory [E-PATH-NOT-FOUND]\n\n"
     )
 
 
