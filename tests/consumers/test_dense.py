@@ -16,7 +16,7 @@ from .loading import CACHE_SCALES, load, passed_over
 def test_every_key_finds_its_place_and_its_value(scheme: str, demo: dict[str, runs.Made]) -> None:
     made = demo[scheme]
     reason = "asked for; loads in vLLM and transformers"
-    caveat = "; transformers 5.24 with compressed-tensors 0.20 passes over the scales of the cache"
+    caveat = "; transformers 5.24 with compressed-tensors 0.20 ignores the scales of the KV cache"
     assert made.report["dialect"]["reason"] == reason + caveat * (scheme in runs.CALIBRATED)
     model, wrong = load(made.folder, static=scheme in runs.CALIBRATED)
     assert wrong == {"missing": set(), "unexpected": passed_over(runs.read_all(made.folder)), "mismatched": set()}

@@ -40,7 +40,7 @@ def test_an_unknown_family_needs_no_description_without_data(
 ) -> None:
     made = runs.run(unknown, tmp_path / "out", scheme=scheme)
     assert len(made.report["warnings"]) == 1
-    assert "novel" in made.report["warnings"][0] and "inferred" in made.report["warnings"][0]
+    assert "novel" in made.report["warnings"][0] and "guessed the roles" in made.report["warnings"][0]
     assert made.report["model"]["family"] == "novel"
     assert verify.directory(str(made.folder), str(unknown))[-1].startswith("all ")
     known = runs.run(sources["llama"], tmp_path / "known", scheme=scheme)
@@ -106,7 +106,7 @@ def test_projections_of_one_expert_differ_only_when_it_is_meant(
     name: str, sources: dict[str, Path], tmp_path: Path
 ) -> None:
     flags = {"scheme": "mxfp4", "exclude": ["*experts.1.up_proj"]}
-    with pytest.raises(ModelError, match="servers fuse have more than one scheme"):
+    with pytest.raises(ModelError, match="servers multiply together have more than one scheme"):
         runs.prepare(sources[name], **flags)
     made = runs.run(sources[name], tmp_path / "out", target="none", **flags)
     written = runs.read_all(made.folder)

@@ -78,7 +78,7 @@ def test_an_activation_that_only_unloaded_weights_read_is_refused_before_the_wor
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(ModelError) as caught:
         runs.run(source, tmp_path / "out", scheme="fp8", **runs.data(text, 4, 32))
-    assert "does not load what reads it" in caught.value.what
+    assert "does not load the layers that read it" in caught.value.what
     assert caught.value.where == "model.layers.0.mlp.extra_proj.input"
     assert list(tmp_path.glob("out*")) == []
 
@@ -146,7 +146,7 @@ GPT2 = {"n_embd": 96, "n_layer": 2, "n_head": 4}
 def test_weights_stored_in_out_are_refused_from_headers(kind: str, scheme: str, biases: bool) -> None:
     for stem in ("transformer.h", "h"):
         shapes = {name: shape for name, shape in names_of_gpt2(False, stem).items() if biases or "bias" not in name}
-        with pytest.raises(ModelError, match=r"stored transposed.* and 7 more"):
+        with pytest.raises(ModelError, match=r"stored transposed.*like 7 more"):
             plan(scheme, lay_out(shapes, kind, **GPT2))
 
 
@@ -169,7 +169,7 @@ def test_a_base_model_keeps_its_names_is_calibrated_and_has_nothing_to_measure(
     ours, theirs = runs.read_all(base.folder), runs.read_all(full.folder)
     assert {f"model.{name}" for name in ours} == set(theirs) - {"lm_head.weight"}
     assert all(runs.same_bytes(ours[name], theirs[f"model.{name}"]) for name in ours)
-    with pytest.raises(ModelError, match="the model has no head, so it gives no probabilities to compare"):
+    with pytest.raises(ModelError, match="the model has no head, so it gives no probabilities to measure"):
         measured(base, page)
 
 

@@ -219,7 +219,7 @@ def test_what_is_refused(tmp_path, made, other):
     shutil.copytree(made, tmp_path / "there")
     with pytest.raises(UsageError, match="exists"):
         converted(made, other, tmp_path / "there")
-    with pytest.raises(UsageError, match="inside the source"):
+    with pytest.raises(UsageError, match="is inside the model's directory"):
         converted(made, other, made / "out")
 
 

@@ -238,7 +238,7 @@ def test_what_a_user_added_to_a_checkpoint_is_kept(quark, calm, work):
     assert f"2 files in out differ from what quark wrote and are now in {kept}: README.md, thesis.tex" in answer.err
     answer = run(quark, work, "mxfp4", "--overwrite")
     assert answer.code == 0
-    assert f"{kept} is left of an earlier run" in answer.err
+    assert f"an earlier run moved {kept} aside" in answer.err
     assert (kept / "thesis.tex").is_file()
 
 
