@@ -249,7 +249,9 @@ def test_attention_refusals() -> None:
     made = with_attention({"q": FP8})
     last = "model.layers.1.self_attn"
     made.attention[last] = replace(made.attention[last], slots=attention(last, None).slots)
-    assert QUARK.refusals(made) == [f"{last}: quark describes attention q once for the whole model; here it differs"]
+    assert QUARK.refusals(made) == [
+        f"{last}: quark describes attention q once for the whole model, and here it differs"
+    ]
     both = slotted(with_attention({"v": FP8}), only="v_proj", output=FP8)
     (refusal,) = QUARK.refusals(both)
     assert "quark has one place for the output of v_proj, and attention v takes it" in refusal

@@ -234,7 +234,7 @@ def test_pickles_come_whole_where_they_are_allowed(hub, tmp_path, monkeypatch, s
     hub.take(monkeypatch, tmp_path)
     with pytest.raises(ModelError) as caught:
         Source.open(NAME, bare=True)
-    assert caught.value.hint.startswith("--allow-pickle")
+    assert caught.value.hint.startswith("use --allow-pickle")
     found = Source.open(NAME, bare=True, allow_pickle=True)
     tensors = runs.read_all(source)
     assert found.pickled and found.headers.keys() == tensors.keys()

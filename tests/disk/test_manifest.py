@@ -97,7 +97,7 @@ def test_everything_that_is_wrong_is_named(folder: Path, capsys: pytest.CaptureF
         "1 files have other bytes than in the manifest",
         "1 files of the manifest are missing",
     ]
-    assert hint == "hint: repair the source model, or --on-nonfinite keep takes it as it is"
+    assert hint == "hint: repair the original model, or use --on-nonfinite keep to accept it"
 
 
 @pytest.mark.parametrize("length", [0, 2**31, 2**63, 2**64 - 1])
