@@ -254,7 +254,7 @@ def test_attention_refusals() -> None:
     ]
     both = slotted(with_attention({"v": FP8}), only="v_proj", output=FP8)
     (refusal,) = QUARK.refusals(both)
-    assert "quark has one place for the output of v_proj, and attention v takes it" in refusal
+    assert "quark has one place for the output of v_proj, and attention v needs it" in refusal
 
 
 def test_int4_needs_output_features_in_eights() -> None:
