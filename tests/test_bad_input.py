@@ -321,7 +321,7 @@ def lost_block(model: Path) -> None:
         (other_shape, ("lm_head.weight has", "model.safetensors")),
         (no_config, ("no config.json",)),
         (broken_config, ("config.json:3:1: not valid JSON",)),
-        (quantized, ("which quark cannot read", "use one of these methods")),
+        (quantized, ("quantized with 'bitsandbytes', which quark cannot read", "use one of these methods")),
         (lost_block, ("model.layers.*: decoder block 2 of 4 has no tensors",)),
     ],
 )

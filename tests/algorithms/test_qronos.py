@@ -82,6 +82,7 @@ def test_a_target_far_away_is_taken_back(name: str) -> None:
     quantized = case.solve(name, SPECS["int3"], case.moment(held=False), strength=1.0)
     (warning,) = case.warnings
     assert warning.startswith(f"weight: {name} finds weights 1")
+    assert "times their norm away from the original ones" in warning
     assert float(quantized[0].codes.float().abs().mean()) < 4
 
 

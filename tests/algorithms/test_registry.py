@@ -127,7 +127,7 @@ def test_steps_that_do_not_go_together(tmp_path: Path) -> None:
 
     with pytest.raises(ConfigError, match=r"gptq and rtn both choose the codes of model\.layers\.0\.mlp\.down_proj"):
         prepare("{method: gptq}", "{method: rtn, slots: ['*down_proj.weight_quantizer']}")
-    with pytest.raises(ConfigError, match="matches none of 30 weights") as caught:
+    with pytest.raises(ConfigError, match=r"algorithm gptq: '\*dwn_proj\*' matches none of 30 weights") as caught:
         prepare("{method: gptq, slots: ['*dwn_proj*']}")
     assert caught.value.where == str(tmp_path / "own.yaml") and "down_proj" in caught.value.hint
     with pytest.raises(ConfigError, match="slots must be a list"):

@@ -338,7 +338,7 @@ def test_parameters_of_algorithms():
         return made.get_config("int4_wo_128", "gptq", **asked)["quantize"]["algorithm"]
 
     assert steps() == [{"method": "gptq", "damp": 0.1}]
-    with pytest.warns(UserWarning, match="has no effect"):
+    with pytest.warns(UserWarning, match="block_size has no effect"):
         assert steps(algo_configs={"gptq": {"block_size": 128, "damp_percent": 0.02, "static_groups": True}}) == [
             {"method": "gptq", "damp": 0.02, "refine": "off", "holdout": 0}
         ]

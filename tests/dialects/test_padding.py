@@ -90,12 +90,12 @@ def test_every_writer_holds_it_or_refuses_it(source: Path, scheme: str) -> None:
 def test_groups_of_inputs_are_not_padded(source: Path, scheme: str) -> None:
     with pytest.raises(ModelError, match=r"down_proj\.input_quantizer: its 200 input features") as caught:
         runs.prepare(source, scheme=scheme, on_indivisible="pad", **DATA)
-    assert "works only for weights" in caught.value.hint
+    assert "--on-indivisible pad works only for weights" in caught.value.hint
 
 
 def test_an_error_names_it_and_nothing_to_do_is_said(source: Path) -> None:
     with pytest.raises(ModelError, match="200 input features") as caught:
         runs.prepare(source, scheme="int4_wo_128")
-    assert "makes their last groups shorter" in caught.value.hint
+    assert "--on-indivisible pad makes their last groups shorter" in caught.value.hint
     made = runs.prepare(source, scheme="int4_wo_per_channel", on_indivisible="pad")
     assert "--on-indivisible pad changes nothing: the group size divides every weight's width" in made.warnings

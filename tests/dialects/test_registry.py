@@ -206,7 +206,7 @@ def test_a_dialect_that_is_only_written(drop: Callable[..., None], tmp_path: Pat
     made = runs.run("demo", tmp_path / "out", scheme="mxfp4", dialect="aaa")
     assert "scales were not read back: quark cannot read checkpoint format aaa" in made.report["checks"]
     assert json.loads((made.folder / "config.json").read_text())["quantization_config"]["quant_method"] == "aaa"
-    with pytest.raises(ModelError, match="which quark cannot read") as caught:
+    with pytest.raises(ModelError, match="quantized with 'aaa', which quark cannot read") as caught:
         Checkpoint(Source.open(str(made.folder)))
     assert caught.value.hint == f"use one of these methods: {', '.join(READ)}"
     with pytest.raises(ConfigError, match="cannot be read back, and calibration continues with the weights read back"):

@@ -78,7 +78,7 @@ def test_config_json_comes_first(made, tmp_path):
 
 def test_what_such_a_file_says_wrong_is_told(made, tmp_path):
     folder = silent(made["gptq"], tmp_path / "model", "quantize_config.json", {**GPTQ, "quant_method": "hqq"})
-    with pytest.raises(ModelError, match="which quark cannot read"):
+    with pytest.raises(ModelError, match="quantized with 'hqq', which quark cannot read"):
         opened(folder)
 
 

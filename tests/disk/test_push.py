@@ -68,5 +68,5 @@ def test_what_fails_verification_is_not_sent(hub, made, tmp_path):
 
 def test_a_token_that_may_not(hub, made):
     done = push(hub, made, "org/name", token="hf_anotheranother")
-    assert done.returncode == 5 and "a token was found" in done.stderr
+    assert done.returncode == 5 and "set HF_TOKEN" in done.stderr and "a token was found" in done.stderr
     assert "hf_anotheranother" not in done.stderr and hub.files == {}

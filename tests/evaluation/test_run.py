@@ -188,12 +188,12 @@ def test_refusals(fp8: runs.Made, page: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is not text"):
         measure(DEMO, tmp_path / "binary.txt")
     other = runs.build("llama", tmp_path / "other")
-    with pytest.raises(UsageError, match="in the checkpoint"):
+    with pytest.raises(UsageError, match="vocab_size is 264, but 4096 in the checkpoint"):
         measure(fp8.folder, page, baseline=str(other))
     shutil.copytree(fp8.folder, tmp_path / "foreign")
     config = (tmp_path / "foreign" / "config.json").read_text()
     (tmp_path / "foreign" / "config.json").write_text(config.replace('"compressed-tensors"', '"bitsandbytes"'))
-    with pytest.raises(ModelError, match="which quark cannot read"):
+    with pytest.raises(ModelError, match="quantized with 'bitsandbytes', which quark cannot read"):
         measure(tmp_path / "foreign", page)
 
 

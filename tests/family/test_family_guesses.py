@@ -103,7 +103,7 @@ def test_encoder_decoders_are_refused_and_the_stack_left_out_is_named(
 ) -> None:
     with pytest.raises(ModelError) as caught:
         lay_out(stack(encoder, 3, 128) | stack(decoder, 2, 128), "novel", **config)
-    assert f"{encoder} (" in caught.value.what
+    assert f"{encoder} (3 blocks)" in caught.value.what
     assert f"{decoder} (2 blocks)" in caught.value.what
 
 

@@ -25,12 +25,16 @@ FINISH, SAVE = "quarkcli.disk.journal.Journal.finish", "quarkcli.disk.writer._sa
 # Where a run is killed, and what the next one says.
 KILLS: dict[str, tuple[dict[str, Any], str]] = {
     "before anything is written": (at(FINISH), ""),
-    "behind the first part's journal entry": (at(FINISH, after=True), "1 of 6 parts of the model"),
+    "behind the first part's journal entry": (
+        at(FINISH, after=True), "1 of 6 parts of the model are done; continuing at model"
+    ),
     "behind the third part's journal entry": (at(FINISH, call=3, after=True), "3 of 6 parts of the model are done"),
     "in the middle of writing a part": (at("quarkcli.disk.writer.sync_folder", call=6), "parts of the model are done"),
     "before a shard has its name": (at("quarkcli.job.pipeline.write_part", call=4), "3 of 6 parts of the model"),
     "with a shard that no entry names": (at("quarkcli.job.pipeline.write_part", call=4, after=True), "3 of 6 parts"),
-    "behind the last part": (at(FINISH, call=6, after=True), "continuing with the final steps"),
+    "behind the last part": (
+        at(FINISH, call=6, after=True), "6 of 6 parts of the model are done; continuing with the final steps"
+    ),
     "before the config": (at("quarkcli.job.finish.write_config"), "continuing with the final steps"),
     "in the middle of the side files": (at("shutil.copyfile", call=2), "continuing with the final steps"),
     "behind the config": (at("quarkcli.job.finish.write_config", after=True), "continuing with the final steps"),

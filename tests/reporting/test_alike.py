@@ -25,7 +25,7 @@ def test_one_for_all_layers():
             "gptq finds no solution with 12 tokens; its weights are rounded to nearest",
             "gptq finds no solution with 1 tokens; its weights are rounded to nearest",
         ),
-        ("not enough GPU memory", "not enough GPU memory"),
+        ("not enough GPU memory: 8 -> 4 sequences at a time", "not enough GPU memory: 4 -> 2 sequences at a time"),
         ("two more (a.b, c.d ...)", "two more (e.f)"),
     ],
 )
