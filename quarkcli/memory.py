@@ -19,6 +19,7 @@ KEPT = 64 << 20  # bytes at the end of the heap that are kept for what comes nex
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD, _M_ARENA_MAX = -3, -1, -8  # <malloc.h>
 _STATUS = Path("/proc/self/status")
 _FIELDS = re.compile(rb"^(VmRSS|VmHWM):\s*(\d+)", re.MULTILINE)
+_put_off = False
 
 
 def ran_out(error: BaseException) -> bool:
@@ -95,6 +96,22 @@ def give_back() -> None:
 def _of_libc(name: str) -> Any:
     """Returns a function of glibc; None where there is another C library."""
     return getattr(ctypes.CDLL(None), name, None) if sys.platform.startswith("linux") else None
+
+
+def collect_later() -> None:
+    """Puts garbage collection off until `collect`, in a process of its own: almost all that start-up makes stays."""
+    global _put_off
+    _put_off = True
+    gc.disable()
+
+
+def collect() -> None:
+    """Lets garbage collection begin where `collect_later` put it off; what there is by now is never looked at again."""
+    global _put_off
+    if _put_off:
+        gc.freeze()
+        gc.enable()
+    _put_off = False
 
 
 @contextmanager

@@ -90,6 +90,7 @@ def _quark(
 def run() -> NoReturn:
     """Runs the command: the entry point. After a signal nothing waits for threads that libraries left behind."""
     deferred.ALLOWED = True
+    memory.collect_later()
     threads.wait_asleep()
     code = main(last=True)
     if code in CODES.values():

@@ -263,6 +263,7 @@ def _begin(
     for text, holds in found.items():
         if holds:
             tell(Message(text, "warning"))
+    memory.collect()
     tell(Phase("evaluate"))
 
 

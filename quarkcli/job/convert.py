@@ -153,6 +153,7 @@ def convert(
         journal.start(_fingerprint(source, found.writer))
         journal.verify()
         memory.return_large_buffers()
+        memory.collect()
         tell(Phase("convert"))
         order = {name: number for number, name in enumerate(found.plan.targets)}
         todo = [part for part in found.plan.parts if part.name not in journal.finished]

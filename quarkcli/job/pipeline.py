@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quarkcli import memory
 from quarkcli.disk.contents import slug
 from quarkcli.disk.headers import read_headers, read_tensors
 from quarkcli.disk.journal import Journal
@@ -114,6 +115,7 @@ class Pipeline:
         self._writing: Future[None] | None = None
 
     def __enter__(self) -> Pipeline:
+        memory.collect()  # from here on things come and go
         return self
 
     def __exit__(

@@ -304,6 +304,7 @@ def _measured(
     _check_resources(run, data, path)
     device = devices.device(run.options.device)
     memory.return_large_buffers()
+    memory.collect()
     tell(Phase("search"))
     tell(Working("building the model's class"))
     with disk_errors(path), limited(run.threads), place(path.parent) as folder:

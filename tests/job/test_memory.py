@@ -1,9 +1,12 @@
 """The peak that reports carry is of this program alone."""
 
+import gc
 import subprocess
 import sys
 
 import numpy as np
+
+from quarkcli import memory
 
 PEAK = "from quarkcli import memory; print(memory.peak_rss())"
 GROW = "import numpy; a = numpy.ones(40_000_000);"  # 320 MB
@@ -23,3 +26,17 @@ def test_peak_rss_follows_what_is_held() -> None:
 def test_peak_rss_does_not_count_the_process_that_started_it() -> None:
     held = np.ones(40_000_000)
     assert _peak(PEAK) < held.nbytes
+
+
+def test_collection_is_put_off_by_a_process_of_its_own_and_by_nobody_else() -> None:
+    frozen = gc.get_freeze_count()
+    memory.collect()  # nobody put it off
+    assert gc.isenabled() and gc.get_freeze_count() == frozen
+    memory.collect_later()
+    try:
+        assert not gc.isenabled()
+        memory.collect()
+        assert gc.isenabled() and gc.get_freeze_count() > frozen
+    finally:
+        gc.enable()
+        gc.unfreeze()
