@@ -85,6 +85,9 @@ def limited(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+SMALL = 1 << 20  # values of a weight: below, one thread is as fast as two
+
+
 class Workers:
     """Some threads that each do one piece of work at a time, with torch's own operations on that thread alone.
 
@@ -101,6 +104,13 @@ class Workers:
     def __exit__(self, *_: object) -> None:
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def on(self, values: float) -> Workers:
+        """Returns who works on weights of so many values each: where these are few, the calling thread alone.
+
+        Short torch calls of several threads spend their time waiting for Python's lock.
+        """
+        return self if values >= SMALL else Workers()
 
     def map(self, call: Callable[[One], Other], items: Iterable[One]) -> Iterator[Other]:
         """Yields `call` of every item, in their order; an error is that of the first item that has one.

@@ -90,6 +90,20 @@ def test_limited_is_for_a_while() -> None:
 # ---- workers
 
 
+@pytest.fixture
+def shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several threads work on weights of any size, as they do on those of a large model."""
+    monkeypatch.setattr("quarkcli.threads.SMALL", 0)
+
+
+def test_few_values_are_for_the_calling_thread() -> None:
+    with Workers(2) as workers:
+        assert workers.on(1 << 20) is workers
+        assert (
+            list(workers.on(1000).map(lambda _: threading.current_thread(), range(2))) == [threading.main_thread()] * 2
+        )
+
+
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_results_come_in_order(count: int) -> None:
     def slow(number: int) -> int:
@@ -146,7 +160,7 @@ def hashes(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("scheme", ["nvfp4_weight_only", "mxfp4", "fp8_block128", "int4_wo_128", "uint4_wo_32"])
-def test_bytes_do_not_depend_on_threads(tmp_path: Path, scheme: str) -> None:
+def test_bytes_do_not_depend_on_threads(tmp_path: Path, scheme: str, shared_out: None) -> None:
     made = [runs.run("demo", tmp_path / str(count), scheme=scheme, threads=count) for count in (1, 3)]
     assert hashes(made[0].folder) == hashes(made[1].folder)
     one, other = (dict(each.report["loss"]) for each in made)
@@ -154,7 +168,7 @@ def test_bytes_do_not_depend_on_threads(tmp_path: Path, scheme: str) -> None:
     assert [each.report["threads"] for each in made] == [1, 3]
 
 
-def test_bytes_of_a_calibrated_run_do_not_depend_on_threads(tmp_path: Path) -> None:
+def test_bytes_of_a_calibrated_run_do_not_depend_on_threads(tmp_path: Path, shared_out: None) -> None:
     """Static scales of inputs; weights are rounded and decoded by workers."""
     data = {"calib_data": "builtin", "calib_samples": 4, "calib_seqlen": 32}
     made = [runs.run("demo", tmp_path / str(count), scheme="fp8", threads=count, **data) for count in (1, 2)]
@@ -167,7 +181,7 @@ def test_a_run_may_go_on_with_another_number() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 4])
-def test_errors_name_the_first_tensor(tmp_path: Path, count: int) -> None:
+def test_errors_name_the_first_tensor(tmp_path: Path, count: int, shared_out: None) -> None:
     """The same one whatever thread meets it, although later ones are bad too."""
     model = tmp_path / "model"
     model.mkdir()

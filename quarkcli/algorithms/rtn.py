@@ -6,7 +6,7 @@ moment of the inputs (ModelOpt's `local_hessian`). That needs data.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from quarkcli.algorithms import _parameters
@@ -41,6 +41,23 @@ class RoundToNearest(Solver):
         spec = problem.spec
         rows = zip(problem.weights, problem.amax, problem.known or [None] * len(problem.weights), strict=True)
         return [quantize(weight, spec, amax=amax, known=known) for weight, amax, known in rows]
+
+    def solve_many(self, problems: Sequence[Problem]) -> list[list[Quantized] | None]:
+        from quarkcli.numerics import stacked
+
+        if len(problems) == 1 or self.scale_search or not stacked.takes(problems[0].spec):
+            return super().solve_many(problems)
+        weights, amax, known = (
+            [one for problem in problems for one in each(problem)]
+            for each in (lambda p: p.weights, lambda p: p.amax, lambda p: p.known or [None] * len(p.weights))
+        )
+        found = iter(stacked.quantize(weights, problems[0].spec, amax, known))
+        return [[next(found) for _ in problem.weights] for problem in problems]
+
+    def at_once(self, shape: tuple[int, int]) -> int:
+        from quarkcli.numerics import stacked
+
+        return stacked.at_once(shape)
 
 
 def _searched(problem: Problem) -> list[Quantized]:

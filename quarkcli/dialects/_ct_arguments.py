@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
+from functools import cache
 from typing import Any
 
 from quarkcli.dialects import _kinds as kinds
@@ -66,12 +68,19 @@ def read_weight(module: str, given: Mapping[str, Any], scale: str) -> TensorSpec
 
     Raises ModelError for a spec that the dialect does not hold.
     """
-    dtype = kinds.scale_dtype(str(given.get("type", "int")), scale)
-    for kind in WEIGHTS:
-        spec = kinds.weight_spec(kind, dtype, given.get("group_size"))
-        if _same(given, arguments(spec, weight=True)):
-            return spec
+    spec = _weight(json.dumps(given), scale)
+    if spec is not None:
+        return spec
     raise ModelError(f"this version cannot read weights of {_words(given)}", where=module, kind="E-SOURCE-FORMAT")
+
+
+@cache
+def _weight(given: str, scale: str) -> TensorSpec | None:
+    """Returns the spec of arguments in JSON: all weights of a group have the same ones."""
+    found = json.loads(given)
+    dtype = kinds.scale_dtype(str(found.get("type", "int")), scale)
+    specs = (kinds.weight_spec(kind, dtype, found.get("group_size")) for kind in WEIGHTS)
+    return next((spec for spec in specs if _same(found, arguments(spec, weight=True))), None)
 
 
 def read_input(module: str, given: Mapping[str, Any] | None, what: str = "inputs") -> TensorSpec | None:
@@ -81,10 +90,17 @@ def read_input(module: str, given: Mapping[str, Any] | None, what: str = "inputs
     """
     if not given:
         return None
-    for spec in _inputs(given.get("group_size")):
-        if _same(given, arguments(spec, weight=False)):
-            return spec
+    spec = _input(json.dumps(given))
+    if spec is not None:
+        return spec
     raise ModelError(f"this version cannot read {what} of {_words(given)}", where=module, kind="E-SOURCE-FORMAT")
+
+
+@cache
+def _input(given: str) -> TensorSpec | None:
+    found = json.loads(given)
+    specs = _inputs(found.get("group_size"))
+    return next((spec for spec in specs if _same(found, arguments(spec, weight=False))), None)
 
 
 def _inputs(group: int | None) -> Iterable[TensorSpec]:

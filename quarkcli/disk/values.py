@@ -60,17 +60,25 @@ def values(source: Source, name: str) -> Values:
 
     header, found = source.headers[name], Values()
     for numbers in floats(source, header):
-        nan, inf = np.isnan(numbers), np.isinf(numbers)
-        found.nans += int(nan.sum())
-        found.infinities += int(inf.sum())
-        found.zeros += int((numbers == 0).sum())
-        found.negatives += int((numbers < 0).sum())
-        if found.first is None and found.nonfinite:
-            found.first = found.count + int((nan | inf).argmax())
+        if not (numbers.min() > 0 and numbers.max() < np.inf):  # NaN is neither
+            _count(found, numbers)
         if header.shape in ((), (1,)):
             found.only = float(numbers[0])
         found.count += len(numbers)
     return found
+
+
+def _count(found: Values, numbers: ndarray[Any, Any]) -> None:
+    """Counts the numbers that are no scales."""
+    import numpy as np
+
+    nan, inf = np.isnan(numbers), np.isinf(numbers)
+    found.nans += int(nan.sum())
+    found.infinities += int(inf.sum())
+    found.zeros += int((numbers == 0).sum())
+    found.negatives += int((numbers < 0).sum())
+    if found.first is None and found.nonfinite:
+        found.first = found.count + int((nan | inf).argmax())
 
 
 def is_finite(source: Source, name: str) -> bool:

@@ -34,7 +34,7 @@ from quarkcli.job.reach import last_part
 from quarkcli.job.result import PartResult
 from quarkcli.job.rewriting import Rewriting
 from quarkcli.job.served import handlers, put_decoded
-from quarkcli.job.solving import Solved, Solving, Work, named
+from quarkcli.job.solving import Solved, Solving, Work, average_size, named
 from quarkcli.job.stages import Decoded, stages
 from quarkcli.job.tuning import TunedBlock, tuned
 from quarkcli.numerics.finite import is_finite
@@ -281,7 +281,7 @@ class PartWorker:
         if (statistics is None or (self.solving.is_data_free and self.group.size == 1)) and not tunes:
             if self.walk is not None:
                 self.walk.observed()
-            return self.solving.work(targets, tensors, None), self.workers
+            return self.solving.work(targets, tensors, None), self.workers.on(average_size(targets))
         solved = self._solved(part, targets, tensors, statistics)
         if self.walk is not None and tunes:
             served = handlers(self.plan, part, scales, self.walk.runner.loads)

@@ -16,13 +16,16 @@ from torch import Tensor
 
 from quarkcli.job.packing import Packing
 from quarkcli.job.solving import Solved, Work
+from quarkcli.numerics import stacked
 from quarkcli.numerics.quantize import QParams, Quantized, dequantize
 from quarkcli.plan.model import QuantizedTarget
 from quarkcli.spec import PerTile, TensorSpec
 from quarkcli.threads import Workers
 
-# Rows of each weight that its error is measured on: as many as hold this many values, within bounds.
+# Rows of each weight that its error is measured on: as many as hold this many values, within bounds. Of a small weight,
+# of which that would be most, a share, or as many as hold the least values.
 ERROR_VALUES, LEAST_ROWS, MOST_ROWS = 1 << 17, 64, 256
+ERROR_SHARE, LEAST_VALUES = 8, 1 << 14
 
 
 class Finished(NamedTuple):
@@ -59,7 +62,7 @@ def finished(
     def do(piece: Work) -> tuple[list[Finished], list[str]]:
         said.lines = []
         try:
-            return [_finished(row, packing, bias) for row in piece()], said.lines
+            return _finished(list(piece()), packing, bias), said.lines
         finally:
             said.lines = None
 
@@ -69,11 +72,15 @@ def finished(
         yield from found
 
 
-def _finished(row: Solved, packing: Packing, bias: Callable[[QuantizedTarget], Quantized | None]) -> Finished:
-    target, weight, quantized = row
+def _finished(
+    rows: list[Solved], packing: Packing, bias: Callable[[QuantizedTarget], Quantized | None]
+) -> list[Finished]:
     started = time.perf_counter()
-    made, error = packing.pack(target, quantized, bias(target)), weight_error(weight, quantized, target)
-    return Finished(target, made, error, time.perf_counter() - started)
+    made = [packing.pack(target, quantized, bias(target)) for target, _, quantized in rows]
+    errors = weight_errors(rows)
+    seconds = (time.perf_counter() - started) / max(1, len(rows))
+    each = zip(rows, made, errors, strict=True)
+    return [Finished(target, tensors, error, seconds) for (target, _, _), tensors, error in each]
 
 
 class Leaving:
@@ -97,13 +104,32 @@ class Leaving:
             del self._tensors[name]
 
 
+def weight_errors(rows: list[Solved]) -> list[float]:
+    """Returns the `weight_error` of some weights: together where rows have scales of their own and all are alike."""
+    kinds = {(weight.shape, target.weight) for target, weight, _ in rows}
+    if len(rows) == 1 or len(kinds) > 1 or not stacked.takes(rows[0][0].weight):
+        return [weight_error(weight, quantized, target) for target, weight, quantized in rows]
+    every = slice(None, None, _step(rows[0][1].shape))
+    source = torch.cat([weight[every] for _, weight, _ in rows]).float()
+    decoded = stacked.dequantized([quantized.some(every) for _, _, quantized in rows], rows[0][0].weight)
+    norms = source.view(len(rows), -1).norm(dim=1)
+    lost = source.sub_(decoded).view(len(rows), -1).norm(dim=1)
+    return torch.where(norms > 0, lost / norms, 0.0).tolist()
+
+
+def _step(shape: torch.Size) -> int:
+    """Returns the distance of the rows of a weight that its error is measured on."""
+    rows, cols = shape[0], max(1, shape[1])
+    most = max(rows // ERROR_SHARE, -(-LEAST_VALUES // cols))
+    return max(1, rows // min(MOST_ROWS, max(LEAST_ROWS, ERROR_VALUES // cols), most))
+
+
 def weight_error(weight: Tensor, quantized: Quantized, target: QuantizedTarget) -> float:
     """Returns |W - Q| / |W| (Frobenius) over evenly spaced rows."""
-    rows = min(MOST_ROWS, max(LEAST_ROWS, ERROR_VALUES // max(1, weight.shape[1])))
-    step = max(1, weight.shape[0] // rows)
+    step = _step(weight.shape)
     source = weight[::step].to(torch.float32, copy=True)
     if isinstance(target.weight.granularity, PerTile) and target.weight.then is None:
-        source, decoded = _bands(weight, quantized, target.weight, target.weight.granularity.rows, rows)
+        source, decoded = _bands(weight, quantized, target.weight, target.weight.granularity.rows, step)
     elif any(isinstance(stage.granularity, PerTile) for stage in target.weight.stages):  # several rows share scales
         decoded = dequantize(quantized, target.weight)[::step]
     else:
@@ -112,12 +138,12 @@ def weight_error(weight: Tensor, quantized: Quantized, target: QuantizedTarget) 
     return float(source.sub_(decoded).norm() / norm) if float(norm) > 0 else 0.0
 
 
-def _bands(weight: Tensor, quantized: Quantized, spec: TensorSpec, height: int, rows: int) -> tuple[Tensor, Tensor]:
-    """Returns evenly spaced rows of tiles, at least two or all, of about `rows` rows: of the source, and decoded."""
+def _bands(weight: Tensor, quantized: Quantized, spec: TensorSpec, height: int, step: int) -> tuple[Tensor, Tensor]:
+    """Returns evenly spaced rows of tiles, at least two or all, about every `step`th: of the source, and decoded."""
     count, params = -(-weight.shape[0] // height), quantized.params
     assert params.scale is not None
     source, decoded = [], []
-    for band in range(0, count, max(1, count // max(2, rows // height))):
+    for band in range(0, count, max(1, min(step, count // 2))):
         own, at = slice(band * height, (band + 1) * height), slice(band, band + 1)
         zero = params.zero_point[at] if params.zero_point is not None else None
         part = Quantized(quantized.codes[own], QParams(params.scale[at], params.global_scale, zero))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from quarkcli.algorithms.base import Moment, Needs, Outcome, Problem
 from quarkcli.plan.model import QuantizedTarget
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Group = tuple[str | None, int | None]  # activation and expert
+Item = TypeVar("Item")
 
 
 def problems(
@@ -81,6 +82,25 @@ def runs(problems: Iterable[Problem], at_once: Callable[[tuple[int, int]], int])
             run = []
     if run:
         yield run
+
+
+def stacks(
+    items: Iterable[Item], key: Callable[[Item], object], at_once: Callable[[Item], int]
+) -> Iterator[list[Item]]:
+    """Yields neighbours that have one key together, as many as `at_once` says of the first."""
+    stack: list[Item] = []
+    room, last = 0, None
+    for item in items:
+        own = key(item)
+        if stack and (own != last or not room):
+            yield stack
+            stack = []
+        room = room - 1 if stack else at_once(item) - 1
+        stack.append(item)
+        last = own
+        del item  # held by the stack alone, and so freed with it
+    if stack:
+        yield stack
 
 
 def _alike(problem: Problem) -> object:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
 from copy import copy
 from dataclasses import replace
 from functools import partial
@@ -23,8 +25,8 @@ from quarkcli.errors import DataError, QuarkError
 from quarkcli.forward.group import Group
 from quarkcli.forward.joining import hand_over
 from quarkcli.forward.statistics import Statistics
-from quarkcli.job.problems import in_order, owners, problems, runs
-from quarkcli.numerics import exact
+from quarkcli.job.problems import in_order, owners, problems, runs, stacks
+from quarkcli.numerics import exact, stacked
 from quarkcli.numerics.finite import is_finite
 from quarkcli.numerics.observers import weight_amax
 from quarkcli.numerics.quantize import Quantized, dequantize, tensor_amax
@@ -186,9 +188,11 @@ class Solving:
         for step, solver, needs in self.solvers:
             mine = [target for target in asked if step.takes(target)]
             found = problems(mine, needs, moment, weight, amax, self.warn, self._report, stage, seen)
+            together = runs(found, solver.at_once)
             if statistics is None and solver.apart and not self.refiners:
-                found = (single for problem in found for single in problem.singles())
-            for run in runs(found, solver.at_once):
+                singles = (single for problem in found for single in problem.singles())
+                together = stacks(singles, lambda one: _kind(one.targets[0], one.weights[0]), partial(_many, solver))
+            for run in together:
                 left.subtract(target.site for problem in run for target in problem.targets)
                 site = run[0].site
                 if statistics is not None and site is not None and not left[site]:
@@ -242,9 +246,20 @@ class Solving:
             amax: Tensor = named(name, weight_amax, weight(target), target.weight)
             return amax
 
+        def all_of(stack: list[QuantizedTarget]) -> list[Tensor]:
+            spec = stack[0].weight
+            if len(stack) > 1 and ranges is not None and stacked.has_ranges(spec):
+                with suppress(DataError):  # found again below, with the name of the weight
+                    every = stacked.known_ranges([weight(target) for target in stack], spec)
+                    ranges.update(zip((target.name for target in stack), every, strict=True))
+                    return list(torch.stack(every).flatten(1).amax(1).float().unbind())
+            return [own(target) for target in stack]
+
         asked = [target for target in targets if target.weight.has_tensor_scale]
+        each = stacks(asked, lambda target: _kind(target, weight(target)), lambda target: stacked.at_once(target.shape))
         shared: dict[str, Tensor] = {}
-        for target, amax in zip(asked, self.workers.map(own, asked), strict=True):
+        found = (amax for stack in self.workers.on(average_size(asked)).map(all_of, each) for amax in stack)
+        for target, amax in zip(asked, found, strict=True):
             known = shared.get(target.scale_group)
             shared[target.scale_group] = amax if known is None else torch.maximum(known, amax)
         return shared
@@ -261,7 +276,8 @@ class Solving:
             most = max((power for power in each if power is not None), default=0)
             return most if len(each) == len(members) and exact.fits(most) else None
 
-        found = zip(groups, self.workers.map(largest, groups.values()), strict=True)
+        workers = self.workers.on(average_size(targets))
+        found = zip(groups, workers.map(largest, groups.values()), strict=True)
         return {name: power for name, power in found if power is not None}
 
     def _report(self, targets: Iterable[QuantizedTarget], outcome: Outcome) -> None:
@@ -352,6 +368,20 @@ def _lost(statistics: Statistics | None, problem: Problem) -> str:
     if statistics is None or problem.site is None:
         return ""
     return statistics.guard.lost(problem.site, problem.expert) or ""
+
+
+def _kind(target: QuantizedTarget, weight: Tensor) -> object:
+    """Returns a key that is equal for weights that may be rounded above each other."""
+    return target.weight, weight.shape, weight.dtype, weight.device
+
+
+def average_size(targets: Collection[QuantizedTarget]) -> float:
+    """Returns the average number of values of weights; 0 of none."""
+    return sum(math.prod(target.shape) for target in targets) / max(1, len(targets))
+
+
+def _many(solver: Solver, problem: Problem) -> int:
+    return solver.at_once(problem.shape)
 
 
 def named(name: str, call: Any, *args: Any) -> Any:

@@ -27,7 +27,7 @@ class QParams:
     scale         float32 / float16 / bfloat16, float8_e4m3fn, or uint8 for e8m0 (exponent + 127) and e5m3; None for an
                   element without a scale. Shape for a matrix [out, in]: PerTensor [], PerChannel(0) and PerToken
                   [out, 1], PerChannel(1) [1, in], PerGroup(g) [out, in / g], PerTile(r, c) [ceil(out/r), ceil(in/c)]
-    global_scale  float32 [] multiplier over `scale`, or None
+    global_scale  float32 [] multiplier over `scale`, or None; [out, 1] of matrices above each other
     zero_point    of the shape of `scale`: codes in the element's dtype, or float32
     shift         uint8 [out, in / sub_block], the shift bits of mx6 and mx9
     then          those of the second stage of a chain
@@ -46,7 +46,7 @@ class QParams:
             return tensor[index] if tensor is not None and tensor.shape[:1] == (count,) else tensor
 
         then = self.then.rows(index, count) if self.then is not None else None
-        return QParams(cut(self.scale), self.global_scale, cut(self.zero_point), cut(self.shift), then)
+        return QParams(cut(self.scale), cut(self.global_scale), cut(self.zero_point), cut(self.shift), then)
 
 
 @dataclass(frozen=True)

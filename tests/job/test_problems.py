@@ -12,7 +12,7 @@ import torch
 from quarkcli.algorithms.base import Moment, Problem
 from quarkcli.algorithms.gptq import GPTQ
 from quarkcli.job import run as job
-from quarkcli.job.problems import problems
+from quarkcli.job.problems import problems, stacks
 from quarkcli.job.problems import runs as together
 from tests import runs
 
@@ -98,3 +98,9 @@ def test_experts_of_one_shape_are_solved_together(tmp_path: Path) -> None:
         for run in made:
             assert len({(p.site, p.shape, p.spec) for p in run}) == 1
             assert len(run) == 1 or all(problem.expert is not None for problem in run)
+
+
+def test_neighbours_of_one_kind_are_stacked_and_no_more_than_there_is_room_for() -> None:
+    found = stacks("aaaabbabbbbbb", str, lambda item: {"a": 3, "b": 4}[item])
+    assert ["".join(stack) for stack in found] == ["aaa", "a", "bb", "a", "bbbb", "bb"]
+    assert list(stacks("", str, len)) == []
