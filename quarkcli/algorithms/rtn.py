@@ -45,7 +45,7 @@ class RoundToNearest(Solver):
     def solve_many(self, problems: Sequence[Problem]) -> list[list[Quantized] | None]:
         from quarkcli.numerics import stacked
 
-        if len(problems) == 1 or self.scale_search or not stacked.takes(problems[0].spec):
+        if len(problems) == 1 or problems[0].moment is not None or not stacked.takes(problems[0].spec):
             return super().solve_many(problems)
         weights, amax, known = (
             [one for problem in problems for one in each(problem)]

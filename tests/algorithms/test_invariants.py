@@ -60,13 +60,13 @@ def options(name: str, text: Path) -> dict[str, Any]:
 def watch_packing(patch: pytest.MonkeyPatch) -> dict[str, Quantized]:
     """Codes and scales by weight as they come to be packed."""
     seen: dict[str, Quantized] = {}
-    measure = pieces.weight_error
+    measure = pieces.weight_errors
 
-    def watched(weight: torch.Tensor, quantized: Quantized, target: Any) -> float:
-        seen[target.name] = quantized
-        return measure(weight, quantized, target)
+    def watched(rows: list[Any]) -> list[float]:
+        seen.update({target.name: quantized for target, _, quantized in rows})
+        return measure(rows)
 
-    patch.setattr(pieces, "weight_error", watched)
+    patch.setattr(pieces, "weight_errors", watched)
     return seen
 
 
