@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import gc
 import os
@@ -111,7 +112,14 @@ def collect() -> None:
     if _put_off:
         gc.freeze()
         gc.enable()
+        atexit.register(_at_the_end)
     _put_off = False
+
+
+def _at_the_end() -> None:
+    """Lets the last collection have everything where Triton is there: it reports what nobody took from it as lost."""
+    if "triton" in sys.modules:
+        gc.unfreeze()
 
 
 @contextmanager

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 
 from quarkcli import memory
 
@@ -40,3 +41,10 @@ def test_collection_is_put_off_by_a_process_of_its_own_and_by_nobody_else() -> N
     finally:
         gc.enable()
         gc.unfreeze()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton is on Linux alone")
+def test_a_process_that_had_triton_ends_without_a_word() -> None:
+    code = "from quarkcli import memory; memory.collect_later(); import triton.language; memory.collect()"
+    made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert made.stdout + made.stderr == ""
