@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from inspect import Parameter, signature
 from os import PathLike
-from typing import TYPE_CHECKING, Literal, TypedDict
+from typing import TYPE_CHECKING, Literal, ParamSpec, TypedDict, TypeVar
 
 if TYPE_CHECKING:
     from quarkcli.job.options import Offload, OnNonfinite
     from quarkcli.plan.fused import Servers
     from quarkcli.recipe.entries import Entry
+
+Given = ParamSpec("Given")
+Made = TypeVar("Made")
 
 
 class RunOptions(TypedDict, total=False):
@@ -63,3 +67,15 @@ class RunOptions(TypedDict, total=False):
     on_indivisible: Literal["error", "keep", "pad"]
     allow_unmatched: bool
     entries: Sequence[Entry]
+
+
+def with_options(function: Callable[Given, Made]) -> Callable[Given, Made]:
+    """Shows the options by name in the signature of a function: `help` and completion in a notebook look there."""
+    own = signature(function)
+    plain = [parameter for parameter in own.parameters.values() if parameter.kind is not Parameter.VAR_KEYWORD]
+    shown = [
+        Parameter(name, Parameter.KEYWORD_ONLY, default=..., annotation=getattr(kind, "__forward_arg__", kind))
+        for name, kind in RunOptions.__annotations__.items()
+    ]
+    vars(function)["__signature__"] = own.replace(parameters=[*plain, *shown])
+    return function

@@ -19,7 +19,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Unpack
 
-from quarkcli.api.options import RunOptions
+from quarkcli.api.options import RunOptions, with_options
 from quarkcli.api.results import Report
 from quarkcli.errors import ConfigError, QuarkError, UsageError
 from quarkcli.evaluation import judge
@@ -38,6 +38,7 @@ _OVERRIDES = frozenset(field.name for field in fields(Overrides))
 _SAID_BY_PLAN = _OVERRIDES | {"overrides", "algorithm", "settings"}
 
 
+@with_options
 def quantize(
     model: str | PathLike[str] | Plan,
     scheme: str | None = None,
@@ -77,6 +78,7 @@ def quantize(
     return report
 
 
+@with_options
 def make_plan(
     model: str | PathLike[str],
     scheme: str | None = None,

@@ -10,6 +10,7 @@ import sys
 import traceback
 from dataclasses import fields
 from html.parser import HTMLParser
+from inspect import Parameter, signature
 from pathlib import Path
 from types import ModuleType
 from typing import Any, get_type_hints
@@ -26,6 +27,14 @@ from quarkcli.plan.compose import Overrides
 
 BUILTIN = {"calib_data": "builtin", "offline": True}
 OWN = {"model", "scheme", "recipe", "output", "overrides", "command"}  # arguments of their own
+
+
+def test_options_are_in_the_signature_by_name_where_completion_looks() -> None:
+    for function in (quarkcli.quantize, quarkcli.make_plan):
+        shown = signature(function).parameters
+        assert RunOptions.__annotations__.keys() < shown.keys()
+        assert shown["exclude"].kind is Parameter.KEYWORD_ONLY and shown["exclude"].annotation == "Sequence[str]"
+        assert all(parameter.kind is not Parameter.VAR_KEYWORD for parameter in shown.values())
 
 
 class Cells(HTMLParser):
