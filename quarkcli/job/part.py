@@ -30,11 +30,12 @@ from quarkcli.forward.walk import Walk
 from quarkcli.job.options import SKIP, Calibration, OnNonfinite
 from quarkcli.job.packing import Packing
 from quarkcli.job.pieces import Leaving, Said, finished, in_turn
+from quarkcli.job.problems import average_size
 from quarkcli.job.reach import last_part
 from quarkcli.job.result import PartResult
 from quarkcli.job.rewriting import Rewriting
 from quarkcli.job.served import handlers, put_decoded
-from quarkcli.job.solving import Solved, Solving, Work, average_size, named
+from quarkcli.job.solving import Solved, Solving, Work, named
 from quarkcli.job.stages import Decoded, stages
 from quarkcli.job.tuning import TunedBlock, tuned
 from quarkcli.numerics.finite import is_finite

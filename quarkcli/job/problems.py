@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from copy import copy
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
@@ -101,6 +102,11 @@ def stacks(
         del item  # held by the stack alone, and so freed with it
     if stack:
         yield stack
+
+
+def average_size(targets: Collection[QuantizedTarget]) -> float:
+    """Returns the average number of values of weights; 0 of none."""
+    return sum(math.prod(target.shape) for target in targets) / max(1, len(targets))
 
 
 def _alike(problem: Problem) -> object:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from copy import copy
 from dataclasses import replace
@@ -25,7 +24,7 @@ from quarkcli.errors import DataError, QuarkError
 from quarkcli.forward.group import Group
 from quarkcli.forward.joining import hand_over
 from quarkcli.forward.statistics import Statistics
-from quarkcli.job.problems import in_order, owners, problems, runs, stacks
+from quarkcli.job.problems import average_size, in_order, owners, problems, runs, stacks
 from quarkcli.numerics import exact, stacked
 from quarkcli.numerics.finite import is_finite
 from quarkcli.numerics.observers import weight_amax
@@ -112,27 +111,35 @@ class Solving:
         members: list[QuantizedTarget] | None,
     ) -> Iterator[Solved]:
         """Does as `solved`; each rank solves its own problems, and has what the others made of theirs."""
-        group, warn, lines = self.group, self.warn, list[str]()
+        group, warn = self.group, self.warn
         asked = targets if members is None else members
         rank = owners(asked, group.size)
         hand_over(statistics, asked, rank)
-        self.warn = lines.append
         own = {name for name, owner in rank.items() if owner == group.rank}
         made: dict[str, Solved] = {}
+        lines: dict[str, list[str]] = {}  # by the weight whose piece of work said them
         for piece in self.work(targets, tensors, statistics, stage, members, own):
-            made |= {solved[0].name: solved for solved in piece()}
+            said: list[str] = []
+            self.warn = said.append
+            found = {solved[0].name: solved for solved in piece()}
+            lines[next(iter(found))] = said
+            made |= found
         self.warn = warn
-        said = ({name: solved[2] for name, solved in made.items() if name in own}, self._notes(), lines)
         codes: dict[str, Quantized] = {}
-        for theirs, notes, warnings in group.gather(said):
+        mine = {name: solved[2] for name, solved in made.items() if name in own}
+        for theirs, notes, more in group.gather((mine, self._notes(), lines)):
             codes |= theirs
-            for mine, more in zip(self._notes(), notes, strict=True):
-                mine |= more
-            for line in warnings:
-                warn(line)
+            lines |= more
+            for note, other in zip(self._notes(), notes, strict=True):
+                note |= other
         alike = [t for t in asked if t.name in self.plan.carried or t.name in self.exact]
         left = [t for t in asked if t not in alike]
-        ordered = (t for step, _, _ in self.solvers for _, t in in_order(t for t in left if step.takes(t)))
+        ordered = [t for step, _, _ in self.solvers for _, t in in_order(t for t in left if step.takes(t))]
+        for target in (*alike, *ordered):  # as one process meets them
+            for note in self._notes():
+                note |= {target.name: note.pop(target.name)} if target.name in note else {}
+            for line in lines.get(target.name, ()):
+                warn(line)
         for target in (*alike, *ordered):
             weight = target.view.of(tensors[target.view.tensor])
             yield target, weight, codes[target.name]
@@ -373,11 +380,6 @@ def _lost(statistics: Statistics | None, problem: Problem) -> str:
 def _kind(target: QuantizedTarget, weight: Tensor) -> object:
     """Returns a key that is equal for weights that may be rounded above each other."""
     return target.weight, weight.shape, weight.dtype, weight.device
-
-
-def average_size(targets: Collection[QuantizedTarget]) -> float:
-    """Returns the average number of values of weights; 0 of none."""
-    return sum(math.prod(target.shape) for target in targets) / max(1, len(targets))
 
 
 def _many(solver: Solver, problem: Problem) -> int:
