@@ -45,13 +45,14 @@ class RoundToNearest(Solver):
     def solve_many(self, problems: Sequence[Problem]) -> list[list[Quantized] | None]:
         from quarkcli.numerics import stacked
 
-        if len(problems) == 1 or problems[0].moment is not None or not stacked.takes(problems[0].spec):
+        first = problems[0]
+        if len(problems) == 1 or first.moment is not None or not stacked.takes(first.spec, first.weights[0].device):
             return super().solve_many(problems)
         weights, amax, known = (
             [one for problem in problems for one in each(problem)]
             for each in (lambda p: p.weights, lambda p: p.amax, lambda p: p.known or [None] * len(p.weights))
         )
-        found = iter(stacked.quantize(weights, problems[0].spec, amax, known))
+        found = iter(stacked.quantize(weights, first.spec, amax, known))
         return [[next(found) for _ in problem.weights] for problem in problems]
 
     def at_once(self, shape: tuple[int, int]) -> int:

@@ -255,7 +255,7 @@ class Solving:
 
         def all_of(stack: list[QuantizedTarget]) -> list[Tensor]:
             spec = stack[0].weight
-            if len(stack) > 1 and ranges is not None and stacked.has_ranges(spec):
+            if len(stack) > 1 and ranges is not None and stacked.has_ranges(spec, weight(stack[0]).device):
                 with suppress(DataError):  # found again below, with the name of the weight
                     every = stacked.known_ranges([weight(target) for target in stack], spec)
                     ranges.update(zip((target.name for target in stack), every, strict=True))

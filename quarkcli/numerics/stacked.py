@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from quarkcli.numerics import packed
+from quarkcli.numerics import kernels, packed
 from quarkcli.numerics.grid import QParams
 from quarkcli.numerics.packed import Packed, Streamed
 from quarkcli.numerics.packing import pack_bits
@@ -27,14 +27,18 @@ def at_once(shape: tuple[int, int]) -> int:
     return max(1, VALUES // size) if size else 1
 
 
-def takes(spec: TensorSpec) -> bool:
-    """True where every row has scales of its own, so that rows of several weights may stand above each other."""
-    return spec.has_own_scales and not spec.searches
+def takes(spec: TensorSpec, device: torch.device) -> bool:
+    """True where every row has scales of its own, so that rows of several weights may stand above each other.
+
+    A kernel has one global scale for all of its rows.
+    """
+    shared = spec.is_two_level and kernels.find(spec, device) is not None
+    return spec.has_own_scales and not spec.searches and not shared
 
 
-def has_ranges(spec: TensorSpec) -> bool:
+def has_ranges(spec: TensorSpec, device: torch.device) -> bool:
     """True where `known_ranges` finds any."""
-    return takes(spec) and not needs_ends(spec)
+    return takes(spec, device) and not needs_ends(spec)
 
 
 def known_ranges(weights: Sequence[Tensor], spec: TensorSpec) -> list[Tensor]:

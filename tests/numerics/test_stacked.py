@@ -12,6 +12,7 @@ from quarkcli.numerics.ranges import known_range
 from quarkcli.spec import PerChannel, PerGroup, PerTensor, PerTile, ScaleSpec, TensorSpec
 
 F32 = ScaleSpec("f32")
+CPU = torch.device("cpu")
 SPECS = {
     "nvfp4": TensorSpec("fp4_e2m1", PerGroup(16), ScaleSpec("e4m3", global_scale=F32)),
     "mxfp4": TensorSpec("fp4_e2m1", PerGroup(32), ScaleSpec("e8m0", "even")),
@@ -46,7 +47,7 @@ def same(one: Quantized, other: Quantized) -> bool:
 @pytest.mark.parametrize("name", SPECS)
 def test_a_stack_has_the_bits_of_each_weight(name: str, given: str) -> None:
     spec, every = SPECS[name], weights()
-    assert stacked.takes(spec)
+    assert stacked.takes(spec, CPU)
     amax = [tensor_amax(weight) * 2 if given == "amax" and spec.is_two_level else None for weight in every]
     known = [known_range(weight, spec) if given == "known" else None for weight in every]
     found = stacked.quantize(every, spec, amax, known)
@@ -56,7 +57,7 @@ def test_a_stack_has_the_bits_of_each_weight(name: str, given: str) -> None:
     assert all(torch.equal(one, dequantize(other, spec)) for one, other in zip(decoded, alone, strict=True))
 
 
-@pytest.mark.parametrize("name", [name for name, spec in SPECS.items() if stacked.has_ranges(spec)])
+@pytest.mark.parametrize("name", [name for name, spec in SPECS.items() if stacked.has_ranges(spec, CPU)])
 def test_the_ranges_of_a_stack_are_those_of_each_weight(name: str) -> None:
     for weight, found in zip(weights(), stacked.known_ranges(weights(), SPECS[name]), strict=True):
         alone = known_range(weight, SPECS[name])
@@ -64,9 +65,15 @@ def test_the_ranges_of_a_stack_are_those_of_each_weight(name: str) -> None:
 
 
 def test_what_rows_share_is_not_stacked() -> None:
-    assert not stacked.takes(TensorSpec("fp8_e4m3", PerTensor(), F32))
-    assert not stacked.takes(TensorSpec("fp8_e4m3", PerTile(128, 128), F32))
-    assert not stacked.takes(TensorSpec("fp4_e2m1", PerGroup(16), ScaleSpec("e4m3", "sweep", global_scale=F32)))
+    assert not stacked.takes(TensorSpec("fp8_e4m3", PerTensor(), F32), CPU)
+    assert not stacked.takes(TensorSpec("fp8_e4m3", PerTile(128, 128), F32), CPU)
+    assert not stacked.takes(TensorSpec("fp4_e2m1", PerGroup(16), ScaleSpec("e4m3", "sweep", global_scale=F32)), CPU)
+
+
+def test_a_kernel_gets_weights_with_a_global_scale_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quarkcli.numerics.kernels.find", lambda spec, device: object())
+    assert not stacked.takes(SPECS["nvfp4"], CPU)
+    assert stacked.takes(SPECS["mxfp4"], CPU)
 
 
 def test_not_a_number_in_a_stack_is_refused() -> None:

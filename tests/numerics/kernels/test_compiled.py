@@ -24,7 +24,8 @@ def assembly(target: str, cache: Path) -> list[tuple[str, str]]:
         env=environment | {"TRITON_CACHE_DIR": str(cache)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    found = [(kernel, text) for kernel, text in json.loads(done.stdout)]
+    # The folder that the project lies in may have any name, also that of a flag.
+    found = [(kernel, re.sub(r'directory: "[^"]*"', "", text)) for kernel, text in json.loads(done.stdout)]
     assert {kernel for kernel, _ in found} == KERNELS
     return found
 
