@@ -25,7 +25,7 @@ def assembly(target: str, cache: Path) -> list[tuple[str, str]]:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     # The folder that the project lies in may have any name, also that of a flag.
-    found = [(kernel, re.sub(r'directory: "[^"]*"', "", text)) for kernel, text in json.loads(done.stdout)]
+    found = [(kernel, text.replace(str(ROOT), "project")) for kernel, text in json.loads(done.stdout)]
     assert {kernel for kernel, _ in found} == KERNELS
     return found
 
