@@ -237,7 +237,7 @@ def test_a_rank_that_falls_silent_ends_the_others(
     hooks = {1: at("quarkcli.job.part.PartWorker.advance", what="SIGSTOP")}
     first, second = launch.quantize(2, sources["llama"], tmp_path / "out", "nvfp4", hooks=hooks)
     assert (first.code, second.code) == (6, -9)
-    assert "rank 1 ended: it has not answered for 20 s" in first.err
+    assert "process 1 ended: it has not answered for 20 s" in first.err
     assert launch.took[0] < SOON + 15  # with the work before
 
 
