@@ -229,4 +229,16 @@ def _cache(prepared: Prepared, options: Options, wish: Wish) -> tuple[str, str, 
         why = f"{CACHE} takes half the bytes per token; its scales need calibration data, as other parts here do"
         return CACHE, why, prepare(given)
     except QuarkError as error:
-        return "none", f"{CACHE} does not work for this model: {error.what}", prepared
+        return "none", f"{CACHE} does not work for this model: {_about_cache(given, prepared, error).what}", prepared
+
+
+def _about_cache(given: Options, prepared: Prepared, error: QuarkError) -> QuarkError:
+    """Returns what refuses a cache in the checkpoint format that the weights have without it.
+
+    Where that format holds none, another one was tried, and `error` says what that cannot do with the weights.
+    """
+    try:
+        prepare(replace(given, dialect=prepared.dialect.name))
+    except QuarkError as own:
+        return own
+    return error

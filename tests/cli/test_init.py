@@ -96,6 +96,8 @@ def test_a_quantized_source_is_made_smaller_or_loadable(quark):
 def test_experts_alone_where_a_server_loads_no_more(quark, tmp_path):
     model = str(runs.build("gpt_oss", tmp_path / "m"))
     assert quark("init", model, "--gpu", "h100", "-o", "mine.yaml") == (0, "mine.yaml\n", "")
+    recipe = " ".join(Path("mine.yaml").read_text().replace("#", "").split())
+    assert "KV cache: fp8 does not work for this model: checkpoint format mxfp4 cannot hold this plan" in recipe
     plan = quark(
         "plan", "--model", model, "--recipe", "mine.yaml", "--calib-data", "builtin", "--target", "vllm", "--json"
     )
