@@ -107,7 +107,9 @@ class Leaving:
 def weight_errors(rows: list[Solved]) -> list[float]:
     """Returns the `weight_error` of some weights: together where rows have scales of their own and all are alike."""
     kinds = {(weight.shape, target.weight) for target, weight, _ in rows}
-    if len(rows) < 2 or len(kinds) > 1 or not stacked.takes(rows[0][0].weight, rows[0][1].device):
+    in_order = all(quantized.order is None for _, _, quantized in rows)
+    alike = len(rows) > 1 and len(kinds) == 1 and in_order
+    if not alike or not stacked.takes(rows[0][0].weight, rows[0][1].device):
         return [weight_error(weight, quantized, target) for target, weight, quantized in rows]
     every = slice(None, None, _step(rows[0][1].shape))
     source = torch.cat([weight[every] for _, weight, _ in rows]).float()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from quarkcli.job.pieces import weight_errors
-from quarkcli.numerics.quantize import dequantize, quantize
+from quarkcli.numerics.quantize import Quantized, dequantize, quantize
 from quarkcli.spec import PerGroup, PerTensor, PerTile, ScaleSpec, TensorSpec
 
 F32 = ScaleSpec("f32")
@@ -46,6 +46,19 @@ def test_the_error_of_large_weights_is_near_that_of_all_values(spec: TensorSpec)
         exact = weight.double()
         wanted = (exact - dequantize(quantized, spec).double()).norm() / exact.norm()
         assert found == pytest.approx(float(wanted), rel=0.02)
+
+
+def test_codes_in_another_order_of_columns_count_where_they_belong() -> None:
+    order = torch.randperm(96, generator=torch.Generator().manual_seed(2))
+    every = rows(SPECS[1], (48, 96), 2)
+    moved = []
+    for target, weight, _ in every:
+        codes = quantize(weight[:, order], SPECS[1])
+        moved.append((target, weight, Quantized(codes.codes, codes.params, order)))
+    for found, (_, weight, quantized) in zip(weight_errors(moved), moved, strict=True):
+        exact = weight.double()
+        wanted = (exact - dequantize(quantized, SPECS[1]).double()).norm() / exact.norm()
+        assert found == pytest.approx(float(wanted), rel=1e-5) and found < 0.2
 
 
 def test_a_weight_of_zeros_has_no_error() -> None:
