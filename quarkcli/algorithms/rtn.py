@@ -48,10 +48,9 @@ class RoundToNearest(Solver):
         first = problems[0]
         if len(problems) == 1 or first.moment is not None or not stacked.takes(first.spec, first.weights[0].device):
             return super().solve_many(problems)
-        weights, amax, known = (
-            [one for problem in problems for one in each(problem)]
-            for each in (lambda p: p.weights, lambda p: p.amax, lambda p: p.known or [None] * len(p.weights))
-        )
+        weights = [weight for problem in problems for weight in problem.weights]
+        amax = [own for problem in problems for own in problem.amax]
+        known = [own for problem in problems for own in problem.known]
         found = iter(stacked.quantize(weights, first.spec, amax, known))
         return [[next(found) for _ in problem.weights] for problem in problems]
 
