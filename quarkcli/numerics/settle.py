@@ -284,7 +284,7 @@ class _Trial:
         last   no loop over columns comes after this one: the factor goes before they are refined
         """
         source = rows.weight
-        rows.values, _ = yield self._rounding(rows)
+        rows.values, _ = yield self._rounding(rows, moved=bool(sweeps))
         if last:
             self.factor.upper, self.aimed = self.factor.upper.new_empty(0), Aim()
         if sweeps:
@@ -293,13 +293,17 @@ class _Trial:
         rows.weight = source
         return rows
 
-    def _rounding(self, rows: Rows) -> Rounding:
-        """Moves the weights of rows to the target. Returns the loop over columns that goes there."""
+    def _rounding(self, rows: Rows, moved: bool) -> Rounding:
+        """Returns the loop over columns that goes to the target.
+
+        moved   the weights of rows are to be the target afterwards, whether the loop asks for that or not
+        """
         drift, share, feed = self.aimed
         source, factor = rows.weight, self.factor
         if drift is None:
             return Rounding(source, factor, rows.grid())
-        rows.weight = least_squares(source, drift, factor).mul_(share).add_(source)
+        if moved or not feed:
+            rows.weight = least_squares(source, drift, factor).mul_(share).add_(source)
         if feed:
             return Rounding(source, factor, rows.grid(), lambda part: feeds(drift, factor, part).mul_(share))
         first = corrected(source, first_rule(drift, factor) * share, factor)
