@@ -79,13 +79,13 @@ def _worst(known: list[_Token], divergence: Tensor, tops: tuple[Tensor, Tensor],
 
 
 def _told(token: _Token, rows: Windows, decode: Decode) -> dict[str, Any]:
-    """Returns the JSON form of a token, in words."""
+    """Returns the JSON form of a token, in words. A token without text has its number: vocabularies may be padded."""
     position = rows.first + token.place
     ids = rows.tokens[token.window].tolist()
-    texts = {"token": [ids[position]], "source_expects": [token.expected], "expects": [token.got]}
+    each = {"token": ids[position], "source_expects": token.expected, "expects": token.got}
     context = decode(ids[max(0, position - CONTEXT) : position])
     place = {"kl": token.kl, "window": token.window, "position": position}
-    return {**place, "context": context, **{key: decode(one) for key, one in texts.items()}}
+    return {**place, "context": context, **{key: decode([one]) or f"<token {one}>" for key, one in each.items()}}
 
 
 def _divergence(base: Tensor, scores: Tensor) -> Tensor:
