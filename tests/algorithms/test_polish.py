@@ -44,8 +44,11 @@ def different(one: runs.Made, other: runs.Made) -> set[str]:
     return {name for name in ours if not runs.same_bytes(ours[name], theirs[name])}
 
 
-CASES = [("llama", "int4_wo_128"), ("llama", "nvfp4"), ("llama", "mxfp4"), ("qwen2_sliding", "int2_wo_128"),
-         ("gemma2", "int4_wo_128"), ("qwen3_moe", "int4_wo_32"), ("gpt_oss", "mxfp4")]  # fmt: skip
+CASES = [
+    ("llama", "nvfp4"), ("qwen2_sliding", "int2_wo_128"), ("gemma2", "int4_wo_128"), ("qwen3_moe", "int4_wo_32"),
+    ("gpt_oss", "mxfp4"),
+    *(pytest.param("llama", scheme, marks=pytest.mark.slow) for scheme in ("int4_wo_128", "mxfp4")),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("model", "scheme"), CASES)

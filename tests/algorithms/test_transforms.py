@@ -64,9 +64,10 @@ def changed(made: runs.Made) -> set[str]:
 
 
 CASES = [
-    ("demo", "fp8", {}, ""), ("demo", "nvfp4", {}, ""), ("demo", "int4_wo_128", {}, ", {method: gptq}"),
-    ("demo", "fp8", {"kv_cache": "fp8"}, ""), ("qwen3_moe", "nvfp4", {"kv_cache": "fp8"}, ""),
-    ("qwen3_moe", "int4_wo_32", {}, ", {method: gptq}"),
+    ("demo", "fp8", {}, ""), ("demo", "int4_wo_128", {}, ", {method: gptq}"),
+    pytest.param("demo", "nvfp4", {}, "", marks=pytest.mark.slow),
+    pytest.param("demo", "fp8", {"kv_cache": "fp8"}, "", marks=pytest.mark.slow),
+    ("qwen3_moe", "nvfp4", {"kv_cache": "fp8"}, ""), ("qwen3_moe", "int4_wo_32", {}, ", {method: gptq}"),
 ]  # fmt: skip
 
 

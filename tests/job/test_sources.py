@@ -22,6 +22,7 @@ from quarkcli.family import without_quantization
 from quarkcli.recipe import catalog
 from tests import runs
 from tests.consumers.loading import decompress
+from tests.products import each_once
 
 READ = [writer.name for writer in dialects.writers() if writer.reader is not None]
 ROWS = {"calib_samples": 8, "calib_seqlen": 64}
@@ -92,8 +93,7 @@ def unordered(value: Any) -> Any:
     return sorted(map(str, value)) if isinstance(value, list) else value
 
 
-@pytest.mark.parametrize("job", JOBS)
-@pytest.mark.parametrize("dialect", READ)
+@pytest.mark.parametrize(("dialect", "job"), each_once(READ, list(JOBS)))
 def test_the_bytes_are_those_of_the_decoded_model(sources, tmp_path, dialect, job):
     source = sources.held(dialect)
     made = sources.job(source, tmp_path / "out", **JOBS[job])
