@@ -25,7 +25,6 @@ PLACES = {
     ("test_other_settings_are_refused_by_name", "key"),
     ("test_a_plan_or_a_user_error", "share"),
     ("test_every_sync_and_rename_may_be_the_last", "stride"),
-    ("test_every_scheme_between_all_dialects_that_hold_it", "most"),
 }
 
 

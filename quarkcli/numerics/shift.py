@@ -15,7 +15,7 @@ from torch import Tensor
 
 from quarkcli.numerics.solve import Factor
 
-ROWS = 64  # rows of each weight that a distance is measured on
+ROWS = 256  # rows of each weight that a distance is measured on
 PANEL = 256  # rows or columns of D that are formed at once
 
 

@@ -33,7 +33,7 @@ quantize:
   algorithm: [{method: gptq, true_sequential: true}]
 """
 OFTEN = [
-    ("llama", "mxfp4", 4), ("llama", "nvfp4", 2), ("mixtral", "gptq", 2), ("llama", "awq", 3), ("mixtral", "gptaq", 2),
+    ("llama", "mxfp4", 2), ("llama", "nvfp4", 4), ("mixtral", "gptq", 2), ("llama", "awq", 3), ("mixtral", "gptaq", 2),
     ("llama", "sequential", 2),
 ]  # fmt: skip
 SELDOM = [

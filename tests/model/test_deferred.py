@@ -5,8 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 
-import pytest
-
 from tests import runs
 
 START = """
@@ -29,7 +27,6 @@ def test_the_compiler_is_imported_by_programs_alone():
     assert asked(False, loaded) == "['torch._inductor', 'torch.distributed.tensor']"
 
 
-@pytest.mark.slow  # it imports torch's compiler three times
 def test_whoever_asks_for_it_gets_the_real_one():
     compiled = (
         "print(torch._dynamo.config.__name__, torch.compile(lambda x: x + 1, backend='eager')(torch.ones(1)).item())"
