@@ -211,6 +211,7 @@ OBSERVERS: dict[str, dict[str, float]] = {
     "mse": {"steps": 40, "shrink": 0.4},
     "headroom": {"anchor": 1.0, "upper": 99.99, "rho": 16384.0},
 }
+MOST_RANGES = 1000  # ranges that a search may try
 MIN_MAX = ObserverSpec()
 # The largest e4m3 number over the smallest normal one: block scales further apart do not fit under one global scale.
 E4M3_SPAN = 28672

@@ -73,7 +73,7 @@ OWNERS = {
     "datasets": {"forward"},
     "pyarrow": {"forward"},
     "triton": {"numerics"},
-    "pydantic": {"documents", "recipe", "family"},
+    "pydantic": {"api", "documents", "recipe", "family"},
     "yaml": {"recipe", "reporting", "job", "search"},
     "re2": {"recipe"},
     "huggingface_hub": {"disk", "model", "forward", "cli"},

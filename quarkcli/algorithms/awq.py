@@ -30,6 +30,7 @@ from quarkcli.errors import ConfigError
 from quarkcli.family import Pair
 from quarkcli.plan.model import Changes, Part, Plan, QuantizedTarget, Target, is_quantized
 from quarkcli.recipe.match import starred
+from quarkcli.spec import MOST_RANGES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -77,6 +78,12 @@ class AWQ(SearchedScaling):
             )
         self.least = _parameters.share("awq min_clip_ratio", min_clip_ratio)
         self.step = _parameters.share("awq shrink_step", shrink_step)
+        if (1 - self.least) / self.step > MOST_RANGES:
+            raise ConfigError(
+                f"awq shrink_step {shrink_step!r} asks for more than {MOST_RANGES} ranges",
+                hint="write a larger one",
+                kind="E-ALGORITHM-PARAMETER",
+            )
 
     # -- declarations ---------------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from quarkcli.api.checked import checked
 from quarkcli.api.results import Report
 from quarkcli.disk import compare as comparing
 from quarkcli.disk import pickles
@@ -32,6 +33,7 @@ from quarkcli.reporting import reading
 VERIFIED, CONVERTED = "quark/verify/1", "quark/convert/1"
 
 
+@checked
 def compare(
     a: str | PathLike[str],
     b: str | PathLike[str],
@@ -70,6 +72,7 @@ def _tell_unused_pickle(sources: Sequence[Source], allowed: bool, listener: List
         listener(Message(pickles.UNUSED, "warning"))
 
 
+@checked
 def convert(
     directory: str | PathLike[str],
     to: str,
@@ -97,6 +100,7 @@ def convert(
     return {"schema": CONVERTED, **found}
 
 
+@checked
 def inspect(
     model: str | PathLike[str],
     *,
@@ -120,6 +124,7 @@ def inspect(
     return inspecting.facts(source)
 
 
+@checked
 def verify(
     directory: str | PathLike[str],
     *,
@@ -154,6 +159,7 @@ def verify(
     return {**about, "checks": found, "problems": []}
 
 
+@checked
 def report(directory: str | PathLike[str]) -> Report:
     """Returns the report of a finished run, as `quark report DIR --json` shows it.
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from os import PathLike
 from typing import Any, Literal
 
+from quarkcli.api.checked import checked
 from quarkcli.disk.embedded import located
 from quarkcli.disk.nonfinite import OnNonfinite
 from quarkcli.events import Listener, silent
 
 
+@checked
 def evaluate(
     directory: str | PathLike[str],
     *,

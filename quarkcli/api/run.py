@@ -19,6 +19,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Unpack
 
+from quarkcli.api.checked import checked
 from quarkcli.api.options import RunOptions, with_options
 from quarkcli.api.results import Report
 from quarkcli.errors import ConfigError, QuarkError, UsageError
@@ -39,6 +40,7 @@ _SAID_BY_PLAN = _OVERRIDES | {"overrides", "algorithm", "settings"}
 
 
 @with_options
+@checked
 def quantize(
     model: str | PathLike[str] | Plan,
     scheme: str | None = None,
@@ -79,6 +81,7 @@ def quantize(
 
 
 @with_options
+@checked
 def make_plan(
     model: str | PathLike[str],
     scheme: str | None = None,
@@ -98,6 +101,7 @@ def make_plan(
     return prepared.plan
 
 
+@checked
 def load_recipe(name_or_path: str | PathLike[str]) -> Recipe:
     """Returns the recipe of a name or file. Raises ConfigError with file, line and column."""
     return recipes.from_file(catalog.find_recipe(str(name_or_path)))
@@ -127,6 +131,7 @@ def register_scheme(name: str, scheme: Mapping[str, Any]) -> None:
         raise
 
 
+@checked
 def unregister_scheme(name: str) -> None:
     """Removes a scheme that `register_scheme` added. Raises UsageError for any other, also a built-in one."""
     catalog.unregister(name)

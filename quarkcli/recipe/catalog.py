@@ -155,7 +155,7 @@ def _elsewhere(name: str) -> str | None:
 
 def register(name: str, document: load.Document) -> None:
     """Make a scheme known under `name` until the process ends or `unregister`. Raises UsageError for a bad name."""
-    if not _NAME.fullmatch(name):
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise UsageError(
             f"'{name}' cannot be the name of a scheme",
             hint="use only letters, digits, '_', '-' and '.'",

@@ -21,7 +21,7 @@ from quarkcli.recipe.entries import SETTING, Origin
 MAX_BYTES = 1_000_000
 MAX_NODES = 100_000
 MAX_DEPTH = 64
-MAX_DIGITS = 1000  # Python itself refuses to print more than 4300
+MAX_DIGITS = 100  # so that every whole number fits a float
 _MAX_C_NESTING = 2000
 IMPORTS = "imports"
 
@@ -103,6 +103,10 @@ def of_data(data: Any, name: str) -> Document:
                 f"has more than {MAX_NODES} values or {MAX_DEPTH} levels", where=name, kind="E-RECIPE-YAML"
             )
         places[path] = Origin(name, path=text)
+        if isinstance(value, int) and abs(value) >= 10**MAX_DIGITS:
+            raise ConfigError(
+                f"a number has more than {MAX_DIGITS} digits", where=f"{name}{text}", kind="E-RECIPE-YAML"
+            )
         if isinstance(value, Mapping):
             waiting += [(item, (*path, key), f"{text}{_step(key)}") for key, item in value.items()]
         elif isinstance(value, list | tuple):

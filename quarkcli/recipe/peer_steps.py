@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from quarkcli.recipe.entries import SCALED, SLOTS
+from quarkcli.recipe.search import START, STEP, STOP
+from quarkcli.spec import MOST_RANGES
 
 Parameters = dict[str, Any]
 Row = tuple[str, Parameters]  # a step as a recipe lists it
@@ -69,6 +71,19 @@ class Turned(Words):
         return [(key, why) for key, why in _ONLINE.items() if given.get(key)]
 
 
+@dataclass(frozen=True)
+class Swept(Words):
+    """ModelOpt's mse: ranges from `start_multiplier` times amax on, `step_size` apart; `recipe.search` takes it on."""
+
+    def refused(self, given: Parameters) -> list[tuple[str, str]]:
+        start, step = given.get("start_multiplier", START), given.get("step_size", STEP)
+        if start >= given.get("stop_multiplier", STOP):
+            return [("stop_multiplier", f"it must be above start_multiplier, {start:g}")]
+        if (1 - start) / step >= MOST_RANGES:
+            return [("step_size", f"it asks for more than {MOST_RANGES} ranges; write a larger one")]
+        return []
+
+
 _ONLINE = {
     "r3": "no checkpoint format can say that queries and keys are rotated while the model runs",
     "online_r1_rotation": "R1 becomes part of the weights; the algorithm hadamard rotates inputs while the model runs",
@@ -123,6 +138,7 @@ _AWQ_STEERS = {
 }
 _SCALES_NEAR = "quark tries scales near the usual one: codes of e4m3, exponents of e8m0, factors of plain ones"
 MODELOPT: dict[str, Words] = {
+    "mse": Swept("mse"),
     "awq_lite": Words("awq", usual={"clip": "off", **_TENTHS}, said=_AWQ_SCALES, left_out=_AWQ_STEERS),
     "awq_clip": Words("awq", usual={"scales": False, "clip": "on"}, left_out=_AWQ_STEERS),
     "awq_full": Words("awq", usual={"clip": "on", **_TENTHS}, said=_AWQ_SCALES, left_out=_AWQ_STEERS),

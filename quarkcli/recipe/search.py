@@ -15,7 +15,7 @@ from quarkcli.spec import OBSERVERS, ObserverSpec, TensorSpec
 
 _WEIGHT, _INPUT = "weight_quantizer", "input_quantizer"
 # ModelOpt's defaults: multipliers of amax.
-_START, _STEP = 0.25, 0.1
+START, STOP, STEP = 0.25, 4.0, 0.1
 # What the observer `headroom` takes -> its name there; the defaults are the same.
 _ENDS = {"anchor": "anchor_percentile", "upper": "upper_percentile", "rho": "rho"}
 
@@ -55,8 +55,8 @@ def _searched(asked: dict[str, Any], spec: TensorSpec) -> TensorSpec:
         return replace(spec, scale=replace(spec.scale, rule="sweep"))
     if spec.scale.rule == "four_over_six":
         return spec
-    start, step = float(asked.get("start_multiplier", _START)), float(asked.get("step_size", _STEP))
-    if not 0 < start < 1:
+    start, step = float(asked.get("start_multiplier", START)), float(asked.get("step_size", STEP))
+    if start >= 1:
         return spec
     steps = float(round((1 - start) / step) + 1)
     return replace(spec, observer=ObserverSpec("mse", (("steps", steps), ("shrink", start))))

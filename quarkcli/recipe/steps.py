@@ -33,14 +33,24 @@ class Steps:
 # --- kinds of fields: None, or what is wrong --------------------------------------------------------------------------
 
 _Check = Callable[[Any], "str | None"]
+_LARGEST = 1e9  # no number of these fields is near it; floats of any size, infinity and NaN are not let through
 
 
 def _number(value: Any) -> str | None:
-    return None if isinstance(value, int | float) and not isinstance(value, bool) else "must be a number"
+    good = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST
+    return None if good else "must be a number"
+
+
+def _positive(value: Any) -> str | None:
+    return _number(value) or (None if value > 0 else "must be a positive number")
 
 
 def _whole(value: Any) -> str | None:
-    return None if type(value) is int else "must be a whole number"
+    return None if type(value) is int and 0 <= value <= _LARGEST else "must be a whole number, not below 0"
+
+
+def _count(value: Any) -> str | None:
+    return _whole(value) or (None if value else "must be at least 1")
 
 
 def _flag(value: Any) -> str | None:
@@ -52,8 +62,12 @@ def _text(value: Any) -> str | None:
 
 
 def _texts(value: Any) -> str | None:
-    good = isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)
+    good = isinstance(value, list | tuple) and all(isinstance(item, str) and item for item in value)
     return None if good else "must be a list of names"
+
+
+def _some_texts(value: Any) -> str | None:
+    return _texts(value) or (None if value else "names no module; leave it out to name all")
 
 
 def _mapping(value: Any) -> str | None:
@@ -147,9 +161,9 @@ def _parsed(rows: Any) -> list[dict[str, Any]]:
 
 # --- tables -----------------------------------------------------------------------------------------------------------
 
-_BLOCKS: dict[str, _Check] = {"inside_layer_modules": _texts, "model_decoder_layers": _text}
+_BLOCKS: dict[str, _Check] = {"inside_layer_modules": _some_texts, "model_decoder_layers": _text}
 _SCALED: dict[str, _Check] = {"scaling_layers": _pairs, "model_decoder_layers": _text}
-_COLUMNS: dict[str, _Check] = {"block_size": _whole, "desc_act": _flag}
+_COLUMNS: dict[str, _Check] = {"block_size": _count, "desc_act": _flag}
 _QUARK: dict[str, dict[str, _Check]] = {
     "awq": _SCALED,
     "gptq": _BLOCKS | _COLUMNS | {"damp_percent": _number, "true_sequential": _flag},
@@ -161,11 +175,11 @@ _QUARK: dict[str, dict[str, _Check]] = {
         "scaling_layers": _places,
         **dict.fromkeys(("r1", "r2", "r3", "r4", "random_r1", "random_r2", "online_r1_rotation"), _flag),
         **dict.fromkeys(("backbone", "model_decoder_layers", "v_proj", "o_proj", "self_attn", "mlp"), _text),
-        "rotation_size": _whole,
+        "rotation_size": _count,
         "online_config": _mapping,
     },
     "autoround": _BLOCKS
-    | {"iters": _whole, "lr": _number, "enable_minmax_tuning": _flag, "minmax_lr": _number, "batch_size": _whole},
+    | {"iters": _whole, "lr": _number, "enable_minmax_tuning": _flag, "minmax_lr": _number, "batch_size": _count},
 }
 _QUARK_NAMES = {"smooth": "smoothquant", "quarot": "rotation"}
 _QUARK_REFUSED = {
@@ -188,17 +202,17 @@ _NO_MEANING = {
 # Modules of a block that a solver works on, by the ends of their names: what is left is rounded to nearest.
 _INSIDE = "inside_layer_modules"
 _SLOTTED = {"gptq", "gptaq", "qronos", "autoround"}
-_MODELOPT_COMMON: dict[str, _Check] = {"moe_calib_experts_ratio": _number, "layerwise": _switch}
+_MODELOPT_COMMON: dict[str, _Check] = {"moe_calib_experts_ratio": _share, "layerwise": _switch}
 _SWEEP: dict[str, _Check] = {
-    **dict.fromkeys(("step_size", "start_multiplier", "stop_multiplier"), _number),
+    **dict.fromkeys(("step_size", "start_multiplier", "stop_multiplier"), _positive),
     "fp8_scale_sweep": _flag,
     "distributed_sync": _flag,
     "shared_states": _mapping,
 }
 _AWQ_LITE: dict[str, _Check] = {"alpha_step": _share, "debug": _flag}
 _AWQ_CLIP: dict[str, _Check] = {
-    **dict.fromkeys(("max_co_batch_size", "max_tokens_per_batch"), _whole),
-    **dict.fromkeys(("min_clip_ratio", "shrink_step"), _number),
+    **dict.fromkeys(("max_co_batch_size", "max_tokens_per_batch"), _count),
+    **dict.fromkeys(("min_clip_ratio", "shrink_step"), _positive),
     "debug": _flag,
 }
 _MODELOPT: dict[str, dict[str, _Check]] = {
@@ -208,12 +222,12 @@ _MODELOPT: dict[str, dict[str, _Check]] = {
         "shared_states": _mapping,
     },
     "mse": _SWEEP,
-    "local_hessian": _SWEEP | {"block_size": _whole, "debug": _flag},
+    "local_hessian": _SWEEP | {"block_size": _count, "debug": _flag},
     "smoothquant": {"alpha": _number},
     "awq_lite": _AWQ_LITE,
     "awq_clip": _AWQ_CLIP,
     "awq_full": _AWQ_LITE | _AWQ_CLIP,
-    "gptq": {"perc_damp": _number, "block_size": _whole, "fused": _flag},
+    "gptq": {"perc_damp": _number, "block_size": _count, "fused": _flag},
     "nvfp4_act_headroom": {
         **dict.fromkeys(("anchor_percentile", "upper_percentile"), _percentage),
         "rho": _headroom,
@@ -316,7 +330,7 @@ def _finish(
         more = f" (did you mean '{close[0]}'?)" if close else f"; known: {', '.join(known)}"
         out.problems.append((path, f"algorithm '{name}' is unknown{more}"))
         return
-    common = _MODELOPT_COMMON if known is _MODELOPT else {"num_attention_heads": _whole, "num_key_value_heads": _whole}
+    common = _MODELOPT_COMMON if known is _MODELOPT else {"num_attention_heads": _count, "num_key_value_heads": _count}
     checks = {**common, **known[name]}
     words = (peer_steps.MODELOPT if known is _MODELOPT else peer_steps.QUARK).get(name, peer_steps.Words(name))
     left_out = {**_NO_MEANING, **words.left_out}

@@ -312,6 +312,7 @@ def test_killed_batched_and_repeated_runs_are_the_same_bytes(
         ("[{method: awq, clip: sometimes}]", "clip must be auto, on or off"),
         ("[{method: awq, clip: off, scales: false}]", "awq has nothing to do: scales and clip are both off"),
         ("[{method: awq, n_grid: 0}]", "n_grid must be a whole number"),
+        ("[{method: awq, shrink_step: 1.0e-9}]", "shrink_step 1e-09 asks for more than 1000 ranges"),
         ("[{method: awq, shrink_step: 1}]", "shrink_step must lie between 0 and 1"),
         ("[{method: awq, scaling_layers: [nothing]}]", "has no channels to scale in 'nothing'"),
         ("[{method: autosmoothquant, compute_scale_loss: L3}]", "compute_scale_loss must be MSE, RMSE, MAE"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,32 @@ def test_make_plan():
     plan = quarkcli.make_plan("demo", recipe="mxfp4", layers=["*down_proj=int4_wo_128"])
     assert plan.targets["model.layers.0.mlp.down_proj"].weight.element == "int4"
     assert plan.targets["model.layers.0.mlp.up_proj"].weight.element == "fp4_e2m1"
+
+
+NEEDED = {
+    quarkcli.quantize: {"model": "demo", "scheme": "mxfp4", "output": "never"},
+    quarkcli.make_plan: {"model": "demo", "scheme": "mxfp4"},
+    quarkcli.load_recipe: {"name_or_path": "mxfp4"},
+    quarkcli.unregister_scheme: {"name": "x"},
+    quarkcli.evaluate: {"directory": "demo"},
+    quarkcli.compare: {"a": "demo", "b": "demo"},
+    quarkcli.convert: {"directory": "demo", "to": "quark", "output": "never"},
+    quarkcli.inspect: {"model": "demo"},
+    quarkcli.verify: {"directory": "demo"},
+    quarkcli.report: {"directory": "demo"},
+}
+
+
+@pytest.mark.parametrize("function", NEEDED, ids=lambda function: function.__name__)
+def test_an_argument_of_another_type_is_named(function):
+    """Of every argument: what no annotation allows, so that nothing fails inside."""
+    names = [name for name in signature(function).parameters if name not in ("config", "scheme")]
+    for name in names:
+        with pytest.raises(UsageError, match=rf"^{name} must be .*, not (\[\[1\]\]|<object)") as caught:
+            function(**{**NEEDED[function], name: object() if name == "entries" else [[1]]})
+        assert caught.value.kind == "E-PYTHON-CALL"
+    with pytest.raises(UsageError, match=r"^exclude must be Sequence\[str\], not '\*down\*'"):
+        quarkcli.make_plan("demo", "mxfp4", exclude="*down*")
 
 
 def test_load_recipe():

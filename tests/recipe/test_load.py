@@ -118,6 +118,15 @@ def test_errors_have_a_place(text: str, where: str, what: str) -> None:
     assert what in error.what
 
 
+def test_a_number_fits_a_float() -> None:
+    assert float(value("9" * load.MAX_DIGITS)) > 0
+    with pytest.raises(ConfigError, match="a number has 101 characters, and it may have 100"):
+        value("9" * 101)
+    with pytest.raises(ConfigError, match="a number has more than 100 digits") as caught:
+        load.of_data({"steps": [10**400]}, "config")
+    assert caught.value.where == "config.steps[0]"
+
+
 def test_control_characters_are_no_yaml() -> None:
     assert fails("a: \x00\n").where == "f.yaml"
 

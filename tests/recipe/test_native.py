@@ -184,8 +184,16 @@ def test_words(text: str, expected: TensorSpec) -> None:
         ("{element: int8, observer: msee}", "observer 'msee' is unknown"),
         ("{element: int8, observer: {name: mse, percentile: 99}}", "unknown key 'percentile' in observer mse"),
         ("{element: int8, observer: {name: percentile, percentile: 20}}", "between 50 and 100"),
+        (
+            "{element: int8, observer: {name: mse, steps: 5000}}",
+            "steps must be a whole number from 1 to 1000, not 5000",
+        ),
+        (
+            "{element: int8, observer: {name: headroom, anchor: 99.999}}",
+            "observer.anchor (99.999) must not be above obs",
+        ),
         ("{element: int8, observer: {name: mse, shrink: 1}}", "shrink must lie between 0 and 1"),
-        ("{element: int8, observer: {name: mse, steps: 2.5}}", "steps must be a positive whole number"),
+        ("{element: int8, observer: {name: mse, steps: 2.5}}", "steps must be a whole number from 1 to 1000"),
         ("{element: int8, observer: headroom}", "observer 'headroom' works only for inputs in nvfp4"),
         ("{element: int8, observer: {name: headroom, rho: 28672}}", "observer.rho must be less than 28672"),
         ("{element: int8, observer: {name: headroom, anchor: 101}}", "observer.anchor must be a percentage, not 101"),

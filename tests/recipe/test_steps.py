@@ -113,7 +113,10 @@ def test_defaults_that_differ_from_ours_are_theirs() -> None:
     assert quark(given).steps == [("autoround", {**rates, "minmax": False, "batch": 4, **slots})]
 
 
-@pytest.mark.parametrize("words", [*peer_steps.QUARK.values(), *peer_steps.MODELOPT.values()])
+OWN_STEPS = [words for words in (*peer_steps.QUARK.values(), *peer_steps.MODELOPT.values()) if words.name != "mse"]
+
+
+@pytest.mark.parametrize("words", OWN_STEPS)  # mse becomes a property of the weights
 def test_our_words_are_parameters_of_our_algorithms(words: peer_steps.Words) -> None:
     assert {*words.renamed.values(), *words.usual} <= set(algorithms.create(words.name, {}).parameters)
 
@@ -180,6 +183,11 @@ def test_headroom(parameters: dict[str, Any], message: str) -> None:
         ({"name": "gptq", "damp_percent": "1"}, "damp_percent must be a number"),
         ({"name": "gptq", "desc_act": 1}, "desc_act must be true or false"),
         ({"name": "gptq", "block_size": 1.5}, "block_size must be a whole number"),
+        ({"name": "gptq", "block_size": 0}, "block_size must be at least 1"),
+        ({"name": "gptq", "damp_percent": float("nan")}, "damp_percent must be a number"),
+        ({"name": "gptq", "inside_layer_modules": [""]}, "inside_layer_modules must be a list of names"),
+        ({"name": "gptq", "inside_layer_modules": []}, "inside_layer_modules names no module; leave it out to name"),
+        ({"name": "autoround", "iters": -1}, "iters must be a whole number, not below 0"),
         ({"name": "gptq", "inside_layer_modules": "q_proj"}, "inside_layer_modules must be a list of names"),
         ({"name": "awq", "model_decoder_layers": 3}, "model_decoder_layers must be text"),
         ({"name": "awq", "scaling_layers": "all"}, "scaling_layers must be a list"),
@@ -246,6 +254,13 @@ def test_modelopt(value: Any, steps: Any) -> None:
         ({"method": "gptq", "damp": 1}, "gptq has no field 'damp' (did you mean 'perc_damp'?)"),
         ({"method": "smoothquant", "alpha": "half"}, "alpha must be a number"),
         ({"method": "awq_lite", "alpha_step": 0}, "alpha_step must be more than 0 and at most 1"),
+        ({"method": "mse", "step_size": 0}, "step_size must be a positive number"),
+        ({"method": "mse", "step_size": -0.1}, "step_size must be a positive number"),
+        ({"method": "mse", "step_size": float("nan")}, "step_size must be a number"),
+        ({"method": "mse", "step_size": 1e-9}, "'step_size' is not supported: it asks for more than 1000 ranges"),
+        ({"method": "mse", "start_multiplier": 5}, "'stop_multiplier' is not supported: it must be above start_mult"),
+        ({"method": "mse", "stop_multiplier": 0.2}, "'stop_multiplier' is not supported: it must be above start_mult"),
+        ({"method": "max", "moe_calib_experts_ratio": 2}, "moe_calib_experts_ratio must be more than 0 and at most 1"),
     ],
 )
 def test_modelopt_refusals(value: Any, message: str) -> None:

@@ -26,6 +26,7 @@ from quarkcli.spec import (
     ELEMENTS,
     EXPONENT_RULES,
     MIN_MAX,
+    MOST_RANGES,
     OBSERVERS,
     RULES,
     SCALE_FORMATS,
@@ -210,6 +211,11 @@ def _observer(value: Any) -> ObserverSpec:
     for key in ("anchor", "upper"):
         if (numbers.get(key) or 1) > 100:
             raise ConfigError(f"observer.{key} must be a percentage, not {numbers[key]:g}", kind="E-ATTRIBUTE-VALUE")
+    if (numbers.get("anchor") or 0) > (numbers.get("upper") or 100):
+        raise ConfigError(
+            f"observer.anchor ({numbers['anchor']:g}) must not be above observer.upper ({numbers['upper']:g})",
+            kind="E-ATTRIBUTE-VALUE",
+        )
     if (numbers.get("rho") or 1) >= E4M3_SPAN:
         raise ConfigError(
             f"observer.rho must be less than {E4M3_SPAN}",
@@ -222,9 +228,10 @@ def _observer(value: Any) -> ObserverSpec:
             hint="give the smallest share of amax to try",
             kind="E-ATTRIBUTE-VALUE",
         )
-    if (numbers.get("steps") or 1) % 1:
+    steps = numbers.get("steps") or 1
+    if steps % 1 or steps > MOST_RANGES:
         raise ConfigError(
-            f"observer.steps must be a positive whole number, not {numbers['steps']!r}", kind="E-ATTRIBUTE-VALUE"
+            f"observer.steps must be a whole number from 1 to {MOST_RANGES}, not {steps:g}", kind="E-ATTRIBUTE-VALUE"
         )
     return ObserverSpec(name, tuple((key, number) for key, number in numbers.items() if number is not None))
 
