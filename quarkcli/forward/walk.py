@@ -49,6 +49,7 @@ class Walk:
     tokens     int64 [rows, seqlen]
     mask       bool [rows, seqlen] or None; False on padding, used by statistics only
     batch      rows in one forward
+    first      rows in the forward of row 0, which runs once more than others; None: as many
     held       bool [rows, seqlen] or None; True for held-out tokens
     embedding  reads the weights outside the blocks as the source has them, where a second stream needs them; None:
                they are those of `outside`
@@ -71,12 +72,14 @@ class Walk:
         embedding: Callable[[], Mapping[str, Tensor]] | None = None,
         lanes: Sequence[Lane] | None = None,
         carry: Carry | None = None,
+        first: int | None = None,
     ) -> None:
         self.runner = runner
         self.outside = outside
         self.tokens = tokens
         self.mask = mask
         self.batch = batch
+        self.first = first
         self.tell = tell
         self.held = held
         self.embedding = embedding
@@ -85,7 +88,7 @@ class Walk:
         self.hidden: dict[str, list[Tensor]] = {stream: [] for stream in streams}
         self.recordings: dict[str, list[Any]] = {}
         self.turned: dict[int, Mapping[str, int]] = {}  # by block: file tensor -> size of its input's block Hadamard
-        self._moved: list[Tensor] = []  # the source stream behind the block that was observed
+        self._moved: dict[str, list[Tensor]] = {}  # streams behind the block that was observed
 
     @property
     def served(self) -> list[Tensor]:
@@ -95,7 +98,7 @@ class Walk:
     @property
     def spans(self) -> list[Span]:
         """Returns the rows of every batch."""
-        return spans(self.lanes, self.batch)
+        return spans(self.lanes, self.batch, self.first)
 
     def split(self, values: Tensor) -> list[Tensor]:
         """Returns what has one entry for each calibration row, in batches."""
@@ -189,9 +192,9 @@ class Walk:
     ) -> tuple[Any, Tensor | None]:
         """Runs the loaded block over every stream with taps. Returns the statistics and the first batch's output.
 
-        A rank without lanes has no batch.
+        A rank without lanes has no batch. The source stream moves on with `observed`.
 
-        advance   move the served stream on as well; the source stream moves on with `observed`
+        advance   the served stream moves on with it as well
         """
 
         def once() -> tuple[Any, Tensor | None, list[Tensor], list[Tensor]]:
@@ -214,15 +217,15 @@ class Walk:
                     moved.append(self._park(out))
             return statistics, first, moved, source
 
-        statistics, first, moved, self._moved = self._retrying(once)
-        if advance:
-            self.hidden[SERVED] = moved
+        statistics, first, moved, source = self._retrying(once)
+        self._moved = {stream: states for stream, states in ((SERVED, moved), (SOURCE, source)) if states}
         return statistics, first
 
     def observed(self) -> None:
-        """Moves the source stream on behind the block that was observed: it will not be observed again."""
-        if self._moved:
-            self.hidden[SOURCE], self._moved = self._moved, []
+        """Moves streams on behind the block that was observed: it will not be observed again."""
+        for stream, states in self._moved.items():
+            self.hidden[stream] = self.cut(states)
+        self._moved = {}
 
     def observe_tail(self, new_statistics: Callable[[], Any], tail: Mapping[str, Tensor]) -> Any:
         """Runs final norm and head over every stream with taps (a head that is quantized).
@@ -259,8 +262,11 @@ class Walk:
         self.hidden[SERVED] = self._retrying(once)
 
     def probe(self, block: int, handlers: Handlers) -> Tensor | None:
-        """Returns the loaded block's output for the first batch; the served stream stays where it is."""
-        if not self.spans:
+        """Returns the loaded block's output for the first batch; the served stream stays where it is.
+
+        None on a rank without that batch.
+        """
+        if not self.spans or (self.first is not None and self.spans[0].start):
             return None
 
         def once() -> Tensor:

@@ -101,6 +101,8 @@ class PartWorker:
         self.roles = roles or {}
         self.on_nonfinite = on_nonfinite
         self.last = last_part(plan, needs)
+        # Ranges alone are measured: on the source's hidden states, which one pass both looks at and moves on.
+        self.one_pass = self.solving.is_data_free and not self.transforms and not self.tuners
         self.headers = weights.headers
         self.owners = part_targets(plan)
 
@@ -160,7 +162,10 @@ class PartWorker:
     # -- statistics ----------------------------------------------------------------------------------------------
 
     def _observe(self, part: Part, tensors: Mapping[str, Tensor]) -> tuple[Statistics | None, Tensor | None]:
-        """Runs the part in source precision on the hidden states that the quantized parts below hand on."""
+        """Runs the part in source precision on the hidden states that the parts below hand on.
+
+        They are those of the quantized parts, or of the source's where one pass is enough.
+        """
         walk = self.walk
         if walk is None or not self.is_shared(part):
             return None, None
@@ -174,7 +179,7 @@ class PartWorker:
             statistics, first = walk.observe_tail(new, tensors), None
         else:
             walk.runner.load_block(part.block, tensors)
-            statistics, first = walk.observe(part.block, new)
+            statistics, first = walk.observe(part.block, new, advance=self.one_pass and part.index < self.last)
         join(statistics)
         memory.give_back()  # what the forward left on the heap, before problems are solved
         return statistics, first
@@ -280,7 +285,7 @@ class PartWorker:
         """Returns the work on the weights, and who does it: several threads where no statistics are asked for."""
         tunes = self.walk is not None and part.block is not None and part.index <= self.last and bool(self.tuners)
         if (statistics is None or (self.solving.is_data_free and self.group.size == 1)) and not tunes:
-            if self.walk is not None:
+            if self.walk is not None and not self.one_pass:
                 self.walk.observed()
             return self.solving.work(targets, tensors, None), self.workers.on(average_size(targets))
         solved = self._solved(part, targets, tensors, statistics)
@@ -309,7 +314,7 @@ class PartWorker:
     ) -> Iterable[Solved]:
         """Yields every weight with its codes and scales, stage by stage where a solver asks for stages."""
         if not self.solving.staged or part.block is None or self.walk is None or statistics is None:
-            if self.walk is not None:
+            if self.walk is not None and not self.one_pass:
                 self.walk.observed()
             yield from self.solving.solved(targets, tensors, statistics)
             return
@@ -363,7 +368,8 @@ class PartWorker:
     ) -> Tensor | None:
         """Moves hidden states through the block as it will be served: decoded packed weights, quantized inputs.
 
-        Returns the output for the first batch; after the last part that needs data, nothing else is run.
+        Returns the output for the first batch; nothing else is run after the last part that needs data, or where
+        hidden states have moved on already.
         """
         if self.walk is None or part.block is None or part.index > self.last:
             return None
@@ -371,11 +377,12 @@ class PartWorker:
         put_decoded(self.plan, self.dialect, part, tensors, packed, self.workers)
         self.walk.runner.load_block(part.block, tensors)
         served = handlers(self.plan, part, scales, self.walk.runner.loads)
-        if part.index < self.last:
+        if part.index < self.last and not self.one_pass:
             self.walk.advance(part.block, served)
             after = self.walk.served[0] if self.walk.served else None
         else:
             after = self.walk.probe(part.block, served)
+            self.walk.observed()
         self.walk.runner.unload_block(part.block)
         return after
 

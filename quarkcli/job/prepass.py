@@ -73,6 +73,7 @@ def _observed(
             return Statistics(plan, index, prepared.prepass, runner, guard=guard, group=group)
 
         found[part.index], _ = walk.observe(part.block, new, advance=True)
+        walk.observed()
         join(found[part.index])
         runner.unload_block(part.block)
     for text in folded(said):

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from quarkcli.job.pipeline import Pipeline
 
 
+# Where one pass is enough, these run again, in the quantized block: they tell its error.
+PROBE_TOKENS = 128
+
+
 def runner_of(prepared: Prepared, data: CalibrationData, device: str, tell: Listener) -> Any:
     """Returns the model's class, which runs a block at a time. Raises ModelError, DataError."""
     from quarkcli.job.reach import check_loaded
@@ -65,6 +69,7 @@ def walk_of(
     batch = default_batch(runner.device, data.tokens.shape[1], prepared.options.calib_batch)
     batch = min(batch, max(lane.stop - lane.start for lane in rows))
     batch = journal.notes.get("batch", batch)
+    few = max(1, PROBE_TOKENS // data.tokens.shape[1]) if worker.one_pass else None
     streams = frozenset[str]().union(*(step.algorithm.streams for step in prepared.steps))
     embedding = [target for target in prepared.plan.quantized() if target.is_embedding]
     names = runner.outside_tensors()
@@ -79,7 +84,7 @@ def walk_of(
         runner, outside, data.tokens, data.mask, batch, tell, streams=sorted(streams, reverse=True),
         held=held_out(*data.tokens.shape) if holds_out(prepared.needs) else None,
         embedding=source if embedding else None, lanes=group.own(rows),
-        carry=Carry(runner.device, prepared.options.offload, partial_path(prepared.output)),
+        carry=Carry(runner.device, prepared.options.offload, partial_path(prepared.output)), first=few,
     )  # fmt: skip
 
 

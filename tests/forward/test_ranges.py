@@ -147,7 +147,7 @@ def recipe(folder: Path, input_: str, weight: str = FP8) -> str:
 
 
 def test_a_percentile_in_a_run(text: Path, tmp_path: Path) -> None:
-    """Block 0 reads the embeddings, which quantization leaves alone: the hooks see what the job saw."""
+    """Ranges are those of the source model, as transformers runs it."""
     data: dict[str, Any] = {**runs.data(text, 8), "device": "cpu"}
     own = recipe(tmp_path, "{element: fp8_e4m3, observer: {name: percentile, percentile: 99.9}}")
     quarkcli.quantize("demo", recipe=own, output=tmp_path / "percentile", **data)
@@ -157,8 +157,8 @@ def test_a_percentile_in_a_run(text: Path, tmp_path: Path) -> None:
     rows = job_rows.token_rows(prepared, silent)
     assert rows is not None and rows.mask is None
     seen = hooked(EMBEDDED, rows.tokens)
-    for leaf in ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"):
-        name = f"model.layers.0.{leaf}"
+    leaves = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
+    for name in (f"model.layers.{block}.{leaf}" for block in range(4) for leaf in leaves):
         values = seen[name].abs().double().numpy()
         wanted = np.quantile(values, 0.999, method="inverted_cdf")
         assert float(found[f"{name}.input_scale"]) == pytest.approx(wanted / 448, rel=0.01)

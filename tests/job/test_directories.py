@@ -94,9 +94,9 @@ def test_the_second_dialect_costs_no_second_solve(text: Path, tmp_path: Path, mo
     def counted(cls: type[Any], name: str) -> None:
         whole = getattr(cls, name)
 
-        def once(self: Any, *given: Any) -> Any:
+        def once(self: Any, *given: Any, **named: Any) -> Any:
             calls.append(name)
-            return whole(self, *given)
+            return whole(self, *given, **named)
 
         monkeypatch.setattr(cls, name, once)
 

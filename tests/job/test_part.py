@@ -15,6 +15,7 @@ from quarkcli.disk.source import Source
 from quarkcli.errors import DataError
 from quarkcli.evaluation.run import evaluate
 from quarkcli.events import Event, PartDone
+from quarkcli.forward.walk import Walk
 from quarkcli.job import run as job
 from quarkcli.job.part import PartWorker
 from quarkcli.job.reach import last_part
@@ -106,6 +107,24 @@ def test_a_broken_weight_is_named(value: float, scheme: str, algorithm: str | No
         runs.run(source, tmp_path / "out", scheme=scheme, algorithm=algorithm, **data)
     assert "model.layers.1.mlp.down_proj" in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("algorithm", "sizes"), [("rtn", [1, 7, 8, 8, 8, 1]), ("gptq", [8] * 8)])
+def test_ranges_alone_take_one_pass(
+    algorithm: str, sizes: list[int], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rounding to nearest runs one row again, for the block's error; what goes by moments runs all rows."""
+    seen: list[int] = []
+    whole = Walk._run
+
+    def counted(self: Walk, block: int, index: int, *more: Any) -> Any:
+        if block == 1:
+            seen.append(len(self.recordings["served"][index].tokens))
+        return whole(self, block, index, *more)
+
+    monkeypatch.setattr(Walk, "_run", counted)
+    runs.run("demo", tmp_path / "out", scheme="nvfp4", algorithm=algorithm, **runs.data(text, 32, 256))
+    assert seen == sizes
 
 
 def test_a_quantized_head_is_measured_behind_the_last_block(text: Path, tmp_path: Path) -> None:
