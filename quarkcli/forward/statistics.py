@@ -17,7 +17,7 @@ from quarkcli.forward.experts import ExpertLayer
 from quarkcli.forward.group import Group
 from quarkcli.forward.guard import HINT, UNSEEN_ATTENTION, Guard, finite_rows, named
 from quarkcli.forward.moments import Means, Moments, finite
-from quarkcli.forward.outliers import Outliers
+from quarkcli.forward.outliers import Outliers, ends_of
 from quarkcli.forward.samples import MeanMagnitude, Samples, picked
 from quarkcli.forward.taps import Batch, ExpertTap, SourceExpertTap
 from quarkcli.model.handlers import Handlers
@@ -353,14 +353,17 @@ class Statistics:
         """
         if not x.numel():
             return
-        if not self.check_finite(named(site, expert), x, ""):
+        ends = ends_of(x)  # NaN and infinity are among them, so most of what looks at x needs no pass of its own
+        if not self.check_finite(named(site, expert), ends, ""):
             x = finite_rows(x)
-        if not x.numel():
-            return
+            if not x.numel():
+                return
+            ends = ends_of(x)
         for kind in STATISTICS.keys() & self.needs.get(site, set()):
-            self._ranges.setdefault((site, kind), STATISTICS[kind]()).observe(x)
+            seen = self._ranges.setdefault((site, kind), STATISTICS[kind]())
+            seen.observe(ends if isinstance(seen, MinMax) else x)
         if told:
-            self.outliers.setdefault(site, Outliers()).observe(x)
+            self.outliers.setdefault(site, Outliers()).observe(x, ends)
 
     def check_finite(self, site: str, x: Tensor, whose: str) -> bool:
         """Does as `Guard.is_finite`, with the batch that has it."""

@@ -181,7 +181,8 @@ class PartWorker:
             walk.runner.load_block(part.block, tensors)
             statistics, first = walk.observe(part.block, new, advance=self.one_pass and part.index < self.last)
         join(statistics)
-        memory.give_back()  # what the forward left on the heap, before problems are solved
+        if not self.solving.is_data_free:
+            memory.give_back()  # what the forward left on the heap, before problems are solved
         return statistics, first
 
     def _turn(
