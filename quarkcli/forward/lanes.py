@@ -41,16 +41,13 @@ def lanes(rows: int, seqlen: int) -> list[Lane]:
     return [Lane(n, rows * n // count, rows * (n + 1) // count) for n in range(count)]
 
 
-def spans(of: list[Lane], batch: int, first: int | None = None) -> list[Span]:
-    """Returns the rows of every forward, of at most `batch` rows; row 0 is in one of at most `first`."""
-    found: list[Span] = []
-    for lane in of:
-        start = lane.start
-        while start < lane.stop:
-            size = batch if start or first is None else min(first, batch)
-            found.append(Span(lane.number, start, min(start + size, lane.stop)))
-            start = found[-1].stop
-    return found
+def spans(of: list[Lane], batch: int) -> list[Span]:
+    """Returns the rows of every forward, of at most `batch` rows."""
+    return [
+        Span(lane.number, start, min(start + batch, lane.stop))
+        for lane in of
+        for start in range(lane.start, lane.stop, batch)
+    ]
 
 
 class Tree(Generic[T]):

@@ -31,8 +31,7 @@ NOTHING = Means(None, None, 0)
 
 
 class Statistics:
-    """Statistics of one part. `needs`: kinds by site, those of `STATISTICS`, `gram`, `gram_val`, `cross`,
-    `samples` and `mean_abs`.
+    """Statistics of one part. `needs`: kinds by site: `STATISTICS`, `gram`, `gram_val`, `cross`, `samples`, `mean_abs`.
 
     `gram_val` keeps held-out tokens out of `gram` and has a moment of its own for them; `cross` is the moment of the
     served stream's activation with the source stream's. Those of experts are of the tokens that the source stream
@@ -355,10 +354,8 @@ class Statistics:
             return
         ends = ends_of(x)  # NaN and infinity are among them, so most of what looks at x needs no pass of its own
         if not self.check_finite(named(site, expert), ends, ""):
-            x = finite_rows(x)
-            if not x.numel():
-                return
-            ends = ends_of(x)
+            self.see(site, finite_rows(x), expert, told)
+            return
         for kind in STATISTICS.keys() & self.needs.get(site, set()):
             seen = self._ranges.setdefault((site, kind), STATISTICS[kind]())
             seen.observe(ends if isinstance(seen, MinMax) else x)

@@ -49,7 +49,7 @@ class Walk:
     tokens     int64 [rows, seqlen]
     mask       bool [rows, seqlen] or None; False on padding, used by statistics only
     batch      rows in one forward
-    first      rows in the forward of row 0, which runs once more than others; None: as many
+    few        rows that `probe` runs; None: those of the first batch
     held       bool [rows, seqlen] or None; True for held-out tokens
     embedding  reads the weights outside the blocks as the source has them, where a second stream needs them; None:
                they are those of `outside`
@@ -72,14 +72,15 @@ class Walk:
         embedding: Callable[[], Mapping[str, Tensor]] | None = None,
         lanes: Sequence[Lane] | None = None,
         carry: Carry | None = None,
-        first: int | None = None,
+        few: int | None = None,
     ) -> None:
         self.runner = runner
         self.outside = outside
         self.tokens = tokens
         self.mask = mask
         self.batch = batch
-        self.first = first
+        self.few = few
+        self._few: Any = None  # their recording
         self.tell = tell
         self.held = held
         self.embedding = embedding
@@ -98,7 +99,7 @@ class Walk:
     @property
     def spans(self) -> list[Span]:
         """Returns the rows of every batch."""
-        return spans(self.lanes, self.batch, self.first)
+        return spans(self.lanes, self.batch)
 
     def split(self, values: Tensor) -> list[Tensor]:
         """Returns what has one entry for each calibration row, in batches."""
@@ -130,6 +131,8 @@ class Walk:
             self._working("embedding rows", index)
             last = recordings[-1] if recordings else None
             recordings.append(self.runner.record(rows.to(self.device), share_with=last))
+        if self.few is not None and self.lanes and self.lanes[0].start == 0:
+            self._few = self.runner.record(self.tokens[: min(self.few, self.spans[0].stop)].to(self.device))
         self.runner.unload_outside()
         return recordings
 
@@ -262,19 +265,26 @@ class Walk:
         self.hidden[SERVED] = self._retrying(once)
 
     def probe(self, block: int, handlers: Handlers) -> Tensor | None:
-        """Returns the loaded block's output for the first batch; the served stream stays where it is.
+        """Returns the loaded block's output for the first rows; the served stream stays where it is.
 
-        None on a rank without that batch.
+        None on a rank without these rows.
         """
-        if not self.spans or (self.first is not None and self.spans[0].start):
+        if not self.spans or (self.few is not None and self._few is None):
             return None
 
         def once() -> Tensor:
             with self.runner.handlers(block, handlers):
-                return self._run(block, 0)
+                return self._run(block, 0) if self._few is None else self._run_few(block)
 
         output: Tensor = self._retrying(once)
         return output
+
+    def _run_few(self, block: int) -> Tensor:
+        axis, _ = self._layout()
+        hidden = self.served[0].narrow(axis, 0, len(self._few.tokens)).to(self.device)
+        with self._turning(block):
+            out: Tensor = self.runner.run_block(block, self._few, hidden)
+        return out
 
     def outputs(self, block: int, handlers: Handlers, batches: Iterable[int]) -> Iterator[Tensor]:
         """Yields the loaded block's output for some batches of the served stream, which stays where it is."""

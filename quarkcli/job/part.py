@@ -162,10 +162,7 @@ class PartWorker:
     # -- statistics ----------------------------------------------------------------------------------------------
 
     def _observe(self, part: Part, tensors: Mapping[str, Tensor]) -> tuple[Statistics | None, Tensor | None]:
-        """Runs the part in source precision on the hidden states that the parts below hand on.
-
-        They are those of the quantized parts, or of the source's where one pass is enough.
-        """
+        """Runs the part in source precision, on states of the quantized parts below (`one_pass`: of the source's)."""
         walk = self.walk
         if walk is None or not self.is_shared(part):
             return None, None

@@ -84,7 +84,7 @@ def walk_of(
         runner, outside, data.tokens, data.mask, batch, tell, streams=sorted(streams, reverse=True),
         held=held_out(*data.tokens.shape) if holds_out(prepared.needs) else None,
         embedding=source if embedding else None, lanes=group.own(rows),
-        carry=Carry(runner.device, prepared.options.offload, partial_path(prepared.output)), first=few,
+        carry=Carry(runner.device, prepared.options.offload, partial_path(prepared.output)), few=few,
     )  # fmt: skip
 
 

@@ -172,3 +172,20 @@ def test_masks_lie_as_the_hidden_states_do() -> None:
     assert [tuple(mask.shape) for mask in tokens_first.masks() if mask is not None] == [(3, 2), (3, 1)]
     with pytest.raises(ModelError, match=r"hidden states of shape \[6, 8\] are rows and tokens"):
         shaped(((2, 3), (6, 8))).masks()
+
+
+@pytest.mark.parametrize("few", [1, 3, None])
+def test_a_probe_runs_the_first_rows(few: int | None, tmp_path: Path) -> None:
+    """What it returns is what the block makes of these rows; it never takes more than the first batch has."""
+    folder = runs.build("qwen3_moe", tmp_path / "m", torch.float32)
+    source = Source.open(str(folder))
+    runner = Runner(source.folder, source.headers)
+    walk = Walk(runner, lambda: source.read_many(runner.outside_tensors()), ROWS, None, 2, lambda event: None, few=few)
+    walk.start()
+    for block in range(runner.num_blocks):
+        runner.load_block(block, source.read_many(runner.block_tensors(block)))
+        probed = walk.probe(block, Handlers())
+        walk.advance(block, Handlers())
+        assert probed is not None
+        torch.testing.assert_close(probed, walk.served[0][: few or 2][:2], rtol=1e-4, atol=1e-5)
+        runner.unload_block(block)
