@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quarkcli.numerics.products import add_product_
 from quarkcli.numerics.solve import Factor
 
 ROWS = 256  # rows of each weight that a distance is measured on
@@ -48,7 +49,7 @@ class Drift:
             columns = self.cross[part] - self.gram[part]
             columns[:, self.dead] = 0.0
             columns[self.dead[part]] = 0.0
-            torch.mm(weight, columns.T, out=made[:, part])
+            add_product_(made[:, part], weight.T, columns.T, torch.float32, fresh=True)
         return made
 
 
@@ -87,7 +88,7 @@ def _divide(rows: Tensor, upper: Tensor) -> Tensor:
     _divide_by_transposed(rows, upper)
     for start in range(0, len(upper), PANEL):
         own = slice(start, start + PANEL)
-        rows[:, own].addmm_(rows[:, :start], upper[:start, own], alpha=-1)
+        add_product_(rows[:, own], rows[:, :start].T, upper[:start, own], torch.float32, -1)
         rows[:, own] = torch.linalg.solve_triangular(upper[own, own], rows[:, own], upper=True, left=False)
     return rows
 
@@ -96,7 +97,7 @@ def _divide_by_transposed(rows: Tensor, upper: Tensor) -> Tensor:
     """Returns rows V^-T; overwrites them. In panels, since torch would copy a V that is a part of another."""
     for start in reversed(range(0, len(upper), PANEL)):
         own, behind = slice(start, start + PANEL), slice(start + PANEL, None)
-        rows[:, own].addmm_(rows[:, behind], upper[own, behind].T, alpha=-1)
+        add_product_(rows[:, own], rows[:, behind].T, upper[own, behind].T, torch.float32, -1)
         rows[:, own] = torch.linalg.solve_triangular(upper[own, own].T, rows[:, own], upper=False, left=False)
     return rows
 

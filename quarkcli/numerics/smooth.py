@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from quarkcli.numerics.chunks import row_chunks
+from quarkcli.numerics.products import through_onednn
 from quarkcli.numerics.quantize import dequantize, fake_quantize, quantize, static_scale
 from quarkcli.spec import PerTile, TensorSpec
 
@@ -121,7 +122,8 @@ class Cost:
             if reader.input is not None and id(reader.input) not in inputs:
                 inputs[id(reader.input)] = self.input(reader.input, factors, rows)
             own = inputs[id(reader.input)] if reader.input is not None else rows
-            total += self._of(reader, factors, rows, own)
+            with through_onednn():
+                total += self._of(reader, factors, rows, own)
         return total
 
     def _of(self, reader: _Joined, factors: Tensor, rows: Tensor, own: Tensor) -> float:
@@ -266,9 +268,10 @@ def clip_limits(
 
     def cost(kept: Tensor, whole: Tensor) -> Tensor:
         error = (dequantize(quantize(kept, spec, amax=amax), spec) - whole).view(-1, count, size).transpose(0, 1)
-        if blocks is not None:
-            return (error @ blocks).mul_(error).sum(-1).T
-        return (error @ apart.transpose(1, 2)).square_().mean(-1).T
+        with through_onednn():
+            if blocks is not None:
+                return (error @ blocks).mul_(error).sum(-1).T
+            return (error @ apart.transpose(1, 2)).square_().mean(-1).T
 
     for part in row_chunks(weight):
         whole = weight[part]

@@ -120,11 +120,14 @@ def test_moments_follow_exactly(page: Path, tmp_path: Path) -> None:
 
 
 def test_kept_tensors_change_too_and_the_function_stays(page: Path, tmp_path: Path) -> None:
-    """v and o are not quantized here: they are written changed, in float32, and logits are those of a run without."""
+    """v and o are not quantized here: they are written changed, in float32, and logits are those of a run without.
+
+    Both go through gptq: where nothing transforms or solves, static scales are measured on the source's hidden states.
+    """
     source = runs.build("llama", tmp_path / "m", torch.float32)
     data = {**runs.data(page, 8), "exclude": ["*_proj"], "include": ["*down_proj"]}
-    plain = runs.run(source, tmp_path / "plain", scheme="fp8", **data)
-    made = runs.run(source, tmp_path / "own", recipe=recipe(tmp_path, "fp8"), **data)
+    plain = runs.run(source, tmp_path / "plain", scheme="fp8", algorithm="gptq", **data)
+    made = runs.run(source, tmp_path / "own", recipe=recipe(tmp_path, "fp8", more=", {method: gptq}"), **data)
     result = compared(made.folder, plain.folder, page, dtype="float32")
     assert abs(result["kl"]) < 1e-9 and result["top1_agreement"] == 1.0
     before, after = runs.read_all(source), runs.read_all(made.folder)
