@@ -13,6 +13,7 @@ from typing import Any
 from quarkcli import family
 from quarkcli.algorithms.base import Assignment, Effort
 from quarkcli.job.forecast import PartSize
+from quarkcli.job.reach import PROBE_TOKENS, takes_one_pass
 from quarkcli.plan.model import Part, Plan, QuantizedTarget, Target, is_quantized
 from quarkcli.spec import TensorSpec
 
@@ -33,6 +34,7 @@ class PartCost:
     moments         FLOP of second moments for each token
     problems        what algorithms do with its weights, one for each site and expert
     forwards        passes of all rows through it
+    served          those of them with quantized inputs
     """
 
     part: Part
@@ -47,6 +49,7 @@ class PartCost:
     moments: float = 0.0
     problems: list[Effort] = field(default_factory=list)
     forwards: float = 0.0
+    served: float = 0.0
 
 
 def costs(
@@ -74,9 +77,11 @@ def costs(
         _solved(found, plan, step)
     passes = 2 + sum(step.algorithm.forwards(tokens) for step in steps)
     passes += "source" in frozenset[str]().union(*(step.algorithm.streams for step in steps))
+    once = takes_one_pass(plan, steps)
     for cost in found:
         if cost.part.index <= last and (cost.part.block is not None or cost.part.kind == "tail"):
-            cost.forwards = passes if cost.part.index < last else passes - 1
+            cost.served = min(1.0, PROBE_TOKENS / tokens) if once else 1.0
+            cost.forwards = 1 + cost.served if once else passes if cost.part.index < last else passes - 1
     return found
 
 

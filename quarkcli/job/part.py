@@ -31,7 +31,7 @@ from quarkcli.job.options import SKIP, Calibration, OnNonfinite
 from quarkcli.job.packing import Packing
 from quarkcli.job.pieces import Leaving, Said, finished, in_turn
 from quarkcli.job.problems import average_size
-from quarkcli.job.reach import last_part
+from quarkcli.job.reach import last_part, takes_one_pass
 from quarkcli.job.result import PartResult
 from quarkcli.job.rewriting import Rewriting
 from quarkcli.job.served import handlers, put_decoded
@@ -101,8 +101,7 @@ class PartWorker:
         self.roles = roles or {}
         self.on_nonfinite = on_nonfinite
         self.last = last_part(plan, needs)
-        # Ranges alone are measured: on the source's hidden states, which one pass both looks at and moves on.
-        self.one_pass = self.solving.is_data_free and not self.transforms and not self.tuners
+        self.one_pass = takes_one_pass(plan, steps)
         self.headers = weights.headers
         self.owners = part_targets(plan)
 

@@ -113,8 +113,7 @@ class _Work:
         self.cost = cost
         product = cost.product + cost.attention * seqlen
         self.forward = tokens * product * cost.forwards / rates.products
-        if cost.forwards:
-            self.forward += tokens * sum(count / rates.decoding(spec) for spec, count in cost.inputs.items())
+        self.forward += cost.served * tokens * sum(count / rates.decoding(spec) for spec, count in cost.inputs.items())
         self.moments = tokens * cost.moments / rates.moments
         self.quantize = sum(count / rates.quantizing(spec) for spec, count in cost.quantized.items())
         self.quantize += cost.weights * rates.weight

@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from quarkcli.algorithms.base import Assignment
 from quarkcli.errors import ModelError, some
 from quarkcli.plan.model import Plan
 from quarkcli.plan.sites import site_parts
+
+PROBE_TOKENS = 128  # tokens of the rows that tell a block's error where one pass is enough
+
+
+def takes_one_pass(plan: Plan, steps: Sequence[Assignment]) -> bool:
+    """True when data gives nothing but ranges: no step transforms or tunes, or asks for statistics.
+
+    Ranges are measured on the source's hidden states, which one pass both looks at and moves on.
+    """
+    return all(step.kind == "solver" and not step.needs(plan) for step in steps)
+
+
+def probed_rows(seqlen: int) -> int:
+    """Returns how many rows run again in the quantized block where one pass is enough."""
+    return max(1, PROBE_TOKENS // seqlen)
 
 
 def last_part(plan: Plan, needs: Mapping[str, set[str]]) -> int:

@@ -20,10 +20,6 @@ if TYPE_CHECKING:
     from quarkcli.job.pipeline import Pipeline
 
 
-# Where one pass is enough, these run again, in the quantized block: they tell its error.
-PROBE_TOKENS = 128
-
-
 def runner_of(prepared: Prepared, data: CalibrationData, device: str, tell: Listener) -> Any:
     """Returns the model's class, which runs a block at a time. Raises ModelError, DataError."""
     from quarkcli.job.reach import check_loaded
@@ -60,7 +56,7 @@ def walk_of(
     from quarkcli.forward.lanes import lanes
     from quarkcli.forward.moments import held_out, holds_out
     from quarkcli.forward.walk import Walk, default_batch
-    from quarkcli.job.reach import last_part
+    from quarkcli.job.reach import last_part, probed_rows
     from quarkcli.job.rewriting import rewritten
 
     if data is None or not todo or todo[0].index > last_part(prepared.plan, prepared.needs):
@@ -69,7 +65,7 @@ def walk_of(
     batch = default_batch(runner.device, data.tokens.shape[1], prepared.options.calib_batch)
     batch = min(batch, max(lane.stop - lane.start for lane in rows))
     batch = journal.notes.get("batch", batch)
-    few = max(1, PROBE_TOKENS // data.tokens.shape[1]) if worker.one_pass else None
+    few = probed_rows(data.tokens.shape[1]) if worker.one_pass else None
     streams = frozenset[str]().union(*(step.algorithm.streams for step in prepared.steps))
     embedding = [target for target in prepared.plan.quantized() if target.is_embedding]
     names = runner.outside_tensors()

@@ -62,8 +62,9 @@ def test_forwards_and_moments_by_hand() -> None:
 def test_quantized_inputs_cost_and_observers_do_not_multiply() -> None:
     plain, inputs = (forecast(scheme).ranks[0].seconds["forward"] for scheme in ("nvfp4_weight_only", "nvfp4"))
     assert plain == 0  # it needs no data
-    values = BLOCKS * (6 * HIDDEN + INNER)
-    product = (2 * BLOCKS - 1) * (2 * WEIGHTS + 2 * HIDDEN * 64)
+    again = 128 / (16 * 64)  # the share of tokens that run in the quantized block as well
+    values = again * BLOCKS * (6 * HIDDEN + INNER)
+    product = (1 + again) * BLOCKS * (2 * WEIGHTS + 2 * HIDDEN * 64)
     assert inputs == pytest.approx(16 * 64 * (product / 1e9 + values / 1e6))
 
 
