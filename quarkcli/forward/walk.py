@@ -81,6 +81,7 @@ class Walk:
         self.batch = batch
         self.few = few
         self._few: Any = None  # their recording
+        self._kept: Tensor | None = None  # their hidden states before the block that was observed
         self.tell = tell
         self.held = held
         self.embedding = embedding
@@ -222,6 +223,8 @@ class Walk:
 
         statistics, first, moved, source = self._retrying(once)
         self._moved = {stream: states for stream, states in ((SERVED, moved), (SOURCE, source)) if states}
+        if self._few is not None:
+            self._kept = self._first_rows().clone()
         return statistics, first
 
     def observed(self) -> None:
@@ -265,24 +268,28 @@ class Walk:
         self.hidden[SERVED] = self._retrying(once)
 
     def probe(self, block: int, handlers: Handlers) -> Tensor | None:
-        """Returns the loaded block's output for the first rows; the served stream stays where it is.
+        """Returns the output of the loaded block, which was observed, for the first rows; no stream moves.
 
         None on a rank without these rows.
         """
-        if not self.spans or (self.few is not None and self._few is None):
+        if not self.spans or (self.few is not None and self._kept is None):
             return None
 
         def once() -> Tensor:
             with self.runner.handlers(block, handlers):
-                return self._run(block, 0) if self._few is None else self._run_few(block)
+                return self._run(block, 0) if self._kept is None else self._run_few(block, self._kept)
 
         output: Tensor = self._retrying(once)
         return output
 
-    def _run_few(self, block: int) -> Tensor:
+    def _first_rows(self) -> Tensor:
         axis, _ = self._layout()
-        hidden = self.served[0].narrow(axis, 0, len(self._few.tokens)).to(self.device)
+        return self.served[0].narrow(axis, 0, len(self._few.tokens))
+
+    def _run_few(self, block: int, hidden: Tensor) -> Tensor:
+        axis, _ = self._layout()
         with self._turning(block):
+            hidden = hidden.narrow(axis, 0, len(self._few.tokens)).to(self.device)
             out: Tensor = self.runner.run_block(block, self._few, hidden)
         return out
 

@@ -282,7 +282,7 @@ class PartWorker:
         """Returns the work on the weights, and who does it: several threads where no statistics are asked for."""
         tunes = self.walk is not None and part.block is not None and part.index <= self.last and bool(self.tuners)
         if (statistics is None or (self.solving.is_data_free and self.group.size == 1)) and not tunes:
-            if self.walk is not None and not self.one_pass:
+            if self.walk is not None:
                 self.walk.observed()
             return self.solving.work(targets, tensors, None), self.workers.on(average_size(targets))
         solved = self._solved(part, targets, tensors, statistics)
@@ -311,7 +311,7 @@ class PartWorker:
     ) -> Iterable[Solved]:
         """Yields every weight with its codes and scales, stage by stage where a solver asks for stages."""
         if not self.solving.staged or part.block is None or self.walk is None or statistics is None:
-            if self.walk is not None and not self.one_pass:
+            if self.walk is not None:
                 self.walk.observed()
             yield from self.solving.solved(targets, tensors, statistics)
             return
@@ -379,7 +379,6 @@ class PartWorker:
             after = self.walk.served[0] if self.walk.served else None
         else:
             after = self.walk.probe(part.block, served)
-            self.walk.observed()
         self.walk.runner.unload_block(part.block)
         return after
 
