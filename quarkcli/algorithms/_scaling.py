@@ -16,7 +16,7 @@ from quarkcli.algorithms.base import FITTED_ROWS, HELD_ROWS, Needs, Transform
 from quarkcli.errors import ConfigError, near_misses
 from quarkcli.family import Pair, expert_bias
 from quarkcli.plan.model import Changes, Part, Plan, Target
-from quarkcli.recipe.match import starred
+from quarkcli.recipe.match import starred, suggestions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,6 +49,8 @@ class ChannelScaling(Transform):
                 f"{self.name} scaling_layers must be a list of names", where="algorithm", kind="E-ALGORITHM-PARAMETER"
             )
         self.rows = [_source(row, self.name) for row in scaling_layers] if scaling_layers else None
+        rows = [row for row in scaling_layers or () if isinstance(row, dict)]
+        self.readers = [str(reader) for row in rows for reader in row.get("layers") or ()]
 
     # -- declarations ---------------------------------------------------------------------------------------------
 
@@ -82,6 +84,16 @@ class ChannelScaling(Transform):
                     f"{self.name} scaling_layers: the model family '{plan.family}' has no channels to scale in '{row}'",
                     where="algorithm",
                     hint=f"did you mean '{close[0]}'?" if close else f"use one of {', '.join(sources)}",
+                    kind="E-ALGORITHM-FAMILY",
+                )
+
+        for reader in self.readers:
+            if not any(f".{name}".endswith(f".{reader}") for name in plan.targets):
+                close = suggestions(f"*{reader}", list(plan.targets))
+                raise ConfigError(
+                    f"{self.name} scaling_layers: no block has a layer '{reader}'",
+                    where="algorithm",
+                    hint=f"did you mean {', '.join(map(repr, close))}?" if close else "see 'quark plan --modules'",
                     kind="E-ALGORITHM-FAMILY",
                 )
 

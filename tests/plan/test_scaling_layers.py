@@ -52,6 +52,12 @@ def test_a_row_holds_where_its_condition_does(tmp_path: Path) -> None:
     assert [row["prev_op"] for row in step.parameters["scaling_layers"]] == ["input_layernorm"]
 
 
+def test_a_layer_that_no_block_has_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no block has a layer 'self_attn\.q_prj'") as caught:
+        planned(tmp_path, [{**NORM, "layers": ["self_attn.k_proj", "self_attn.q_prj"]}])
+    assert "self_attn.q_proj" in caught.value.hint
+
+
 def test_no_row_that_holds_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no condition of scaling_layers is true for this model") as caught:
         planned(tmp_path, [{**VALUES, **SAME}])
