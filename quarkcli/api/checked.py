@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from inspect import signature
 from reprlib import repr as shortened
 from typing import Any, ParamSpec, TypeVar, get_args, get_type_hints
@@ -47,15 +47,12 @@ def _types(function: Callable[..., Any]) -> dict[str, tuple[str, Callable[[Any],
     names: dict[str, Any] = {one.__name__: InstanceOf[one] for one in (Plan, Recipe, Entry)}  # type: ignore[misc, valid-type]
     names |= {"Servers": Servers, "Offload": options.Offload, "OnNonfinite": options.OnNonfinite}
     found: dict[str, tuple[str, Callable[[Any], bool]]] = {}
-    for name, hint in get_type_hints(function, localns=names, include_extras=True).items():
+    all_of = partial(get_type_hints, localns=names, include_extras=True)
+    for name, hint in all_of(function).items():
+        if name == "return":
+            continue
         held = get_args(hint)[0] if name == "options" else None  # Unpack[RunOptions]
-        hints = (
-            get_type_hints(held, localns=names, include_extras=True)
-            if held
-            else {name: hint}
-            if name != "return"
-            else {}
-        )
+        hints = all_of(held) if held else {name: hint}
         found |= {key: (_text(held or function, key), _test(one)) for key, one in hints.items()}
     return found
 
