@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -60,6 +60,8 @@ class PartWorker:
     workers   threads for what needs no statistics
     """
 
+    moves_on: ClassVar[bool] = True  # the walk goes on behind a part
+
     def __init__(
         self,
         plan: Plan,
@@ -101,7 +103,7 @@ class PartWorker:
         self.roles = roles or {}
         self.on_nonfinite = on_nonfinite
         self.last = last_part(plan, needs)
-        self.one_pass = takes_one_pass(plan, steps)
+        self.one_pass = self.moves_on and takes_one_pass(plan, steps)
         self.headers = weights.headers
         self.owners = part_targets(plan)
 

@@ -70,6 +70,7 @@ class _Notes:
 class Quantizing(PartWorker):
     """Works on parts as the job does, and does not go on to the next."""
 
+    moves_on = False
     made: Made | None = None
 
     @classmethod
