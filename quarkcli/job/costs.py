@@ -13,7 +13,7 @@ from typing import Any
 from quarkcli import family
 from quarkcli.algorithms.base import Assignment, Effort
 from quarkcli.job.forecast import PartSize
-from quarkcli.job.reach import PROBE_TOKENS, takes_one_pass
+from quarkcli.job.reach import probed_rows, takes_one_pass
 from quarkcli.plan.model import Part, Plan, QuantizedTarget, Target, is_quantized
 from quarkcli.spec import TensorSpec
 
@@ -59,12 +59,13 @@ def costs(
     needs: Mapping[str, set[str]],
     config: Mapping[str, Any],
     last: int,
-    tokens: int,
+    rows: int,
+    seqlen: int,
 ) -> list[PartCost]:
     """Returns the work of every part, in plan order.
 
     last     the index of the last part that data reach; -1: no data is needed
-    tokens   of calibration
+    rows, seqlen   of calibration: how many, and tokens of each
     """
     found = [PartCost(part, size.source, size.files) for part, size in zip(plan.parts, sizes, strict=True)]
     share = _routed_share(plan, config)
@@ -75,12 +76,12 @@ def costs(
         _moments(found, run, needs, share, seen)
     for step in steps:
         _solved(found, plan, step)
-    passes = 2 + sum(step.algorithm.forwards(tokens) for step in steps)
+    passes = 2 + sum(step.algorithm.forwards(rows * seqlen) for step in steps)
     passes += "source" in frozenset[str]().union(*(step.algorithm.streams for step in steps))
     once = takes_one_pass(plan, steps)
     for cost in found:
         if cost.part.index <= last and (cost.part.block is not None or cost.part.kind == "tail"):
-            cost.served = min(1.0, PROBE_TOKENS / tokens) if once else 1.0
+            cost.served = min(1.0, probed_rows(seqlen) / rows) if once else 1.0
             cost.forwards = 1 + cost.served if once else passes if cost.part.index < last else passes - 1
     return found
 

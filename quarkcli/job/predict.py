@@ -74,15 +74,15 @@ class Prediction:
 def of_plan(prepared: Prepared, rates: Rates, ranks: int) -> Prediction:
     """Returns the forecast of a job that was prepared. Of several dialects, the first one's files are counted."""
     plan, settings, size = prepared.plan, prepared.calibration, prepared.forecast
-    tokens = settings.samples * settings.seqlen if settings else 0
+    rows, seqlen = (settings.samples, settings.seqlen) if settings else (0, 0)
     sizes = part_sizes(plan, prepared.dialect, prepared.weights.headers)
     last = last_part(plan, prepared.needs)
     # Weights that are decoded while they are read are larger than their files.
     stored = size.source_bytes / max(1, sum(one.source for one in sizes))
     sizes = [one._replace(source=round(one.source * stored)) for one in sizes]
     config = prepared.source.config
-    work = costs.costs(plan, sizes, prepared.steps, prepared.needs, config, last, tokens)
-    return predict(work, size, rates, ranks, tokens, settings.seqlen if settings else 0)
+    work = costs.costs(plan, sizes, prepared.steps, prepared.needs, config, last, rows, seqlen)
+    return predict(work, size, rates, ranks, rows * seqlen, seqlen)
 
 
 def predict(work: Sequence[PartCost], size: Forecast, rates: Rates, ranks: int, tokens: int, seqlen: int) -> Prediction:

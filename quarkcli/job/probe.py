@@ -248,10 +248,10 @@ def _build(folder: Path) -> None:
 
 def _costs(prepared: Prepared) -> list[PartCost]:
     settings, plan = prepared.calibration, prepared.plan
-    tokens = settings.samples * settings.seqlen if settings else 0
+    rows, seqlen = (settings.samples, settings.seqlen) if settings else (0, 0)
     sizes = part_sizes(plan, prepared.dialect, prepared.weights.headers)
     last = last_part(plan, prepared.needs)
-    return costs(plan, sizes, prepared.steps, prepared.needs, prepared.source.config, last, tokens)
+    return costs(plan, sizes, prepared.steps, prepared.needs, prepared.source.config, last, rows, seqlen)
 
 
 def _more(seconds: float, known: float) -> float:

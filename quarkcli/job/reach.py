@@ -14,7 +14,7 @@ PROBE_TOKENS = 128  # tokens of the rows that tell a block's error where one pas
 
 
 def takes_one_pass(plan: Plan, steps: Sequence[Assignment]) -> bool:
-    """True when data gives nothing but ranges: no step transforms or tunes, or asks for statistics.
+    """True when data gives nothing but ranges: every step is a solver, and none asks for statistics.
 
     Ranges are measured on the source's hidden states, which one pass both looks at and moves on.
     """

@@ -68,6 +68,15 @@ def test_quantized_inputs_cost_and_observers_do_not_multiply() -> None:
     assert inputs == pytest.approx(16 * 64 * (product / 1e9 + values / 1e6))
 
 
+def test_one_long_row_runs_again_whole() -> None:
+    """A row is not cut for the error of a block, however few tokens that would take."""
+    made = job.prepare(Options("demo", scheme="nvfp4", calib_data="builtin", calib_samples=4, calib_seqlen=256))
+    found = predict.of_plan(made, ROUND, 1).ranks[0].seconds["forward"]
+    values = BLOCKS * (6 * HIDDEN + INNER) / 4
+    product = (1 + 1 / 4) * BLOCKS * (2 * WEIGHTS + 2 * HIDDEN * 256)
+    assert found == pytest.approx(4 * 256 * (product / 1e9 + values / 1e6))
+
+
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_parts_are_dealt_out(ranks: int) -> None:
     one, several = forecast("mxfp4"), forecast("mxfp4", ranks=ranks)
