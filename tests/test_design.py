@@ -53,15 +53,15 @@ __main__
 NAMES_OF_TYPES = {("algorithms", "forward"), ("algorithms", "job"), ("reporting", "job")}
 # Inside a folder, a module may import those named before it; every module has its place.
 INSIDE = {
-    "forward": "activations carry defaults guard enough lanes group moments outliers samples experts taps statistics"
-    " joining files documents data walk",
+    "forward": "activations carry defaults guard enough lanes group moments outliers balance samples experts taps"
+    " statistics joining files documents data walk",
     "disk": "headers weights beside outputs writer hub pickles stream remote source embedded side_files manifest place"
     " state journal unfinished nonfinite contents checkpoint origin compare values scales completeness excluded"
     " parallel fidelity verify push",
-    "job": "ranks forecast device rates options groups judging authored rows asked preflight splitting directories idle"
-    " carried served packing problems rewriting solving pieces stages tuning prepass reach costs predict result part"
-    " staging"
-    " pipeline finish dividing walking fingerprint download convert run choosing bulk probe preview inspecting",
+    "job": "ranks forecast device rates options groups judging authored rows asked reach preflight splitting"
+    " directories idle carried served packing problems rewriting solving pieces stages tuning prepass costs"
+    " predict result part staging pipeline finish dividing walking fingerprint download convert run choosing"
+    " bulk probe preview inspecting",
 }
 
 # Package -> the rooms that may import it.
@@ -85,7 +85,7 @@ OWNERS = {
 WITH_TORCH = {
     "quarkcli.numerics", "quarkcli.model", "quarkcli.forward.data", "quarkcli.forward.statistics",
     "quarkcli.forward.joining",
-    "quarkcli.forward.outliers", "quarkcli.forward.guard", "quarkcli.forward.moments",
+    "quarkcli.forward.outliers", "quarkcli.forward.guard", "quarkcli.forward.moments", "quarkcli.forward.balance",
     "quarkcli.forward.samples", "quarkcli.forward.experts",
     "quarkcli.forward.taps", "quarkcli.forward.walk", "quarkcli.forward.carry",
     "quarkcli.algorithms._channels", "quarkcli.algorithms.tensors", "quarkcli.algorithms._trials",

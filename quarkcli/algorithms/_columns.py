@@ -48,12 +48,14 @@ class ColumnSolver(Solver):
     refine        sweeps of scale refit and coordinate descent after the loop; auto: 2 for 4 bits and less; or off
     holdout       8: one calibration row in eight is held out; 0: none, and nothing is chosen
     signed        scales of symmetric integers may be negative: on, off, or auto
+    balance       a token that occurs n times in calibration counts n^-balance in the second moments, from 0 to 1; 0:
+                  all count alike
     true_sequential   the block runs again for every activation in it, see `Solver.staged`
     """
 
     parameters: ClassVar[Mapping[str, Any]] = {
         "damp": "auto", "act_order": True, "scale_search": True, "refine": "auto", "holdout": HELD_OUT, "signed": "off",
-        "true_sequential": False,
+        "balance": 0, "true_sequential": False,
     }  # fmt: skip
     strengths: ClassVar[tuple[float, ...]] = (0.0,)
 
@@ -65,6 +67,7 @@ class ColumnSolver(Solver):
         refine: int | str,
         holdout: int,
         signed: Any,
+        balance: float,
         true_sequential: bool,
     ) -> None:
         name = self.name
@@ -73,6 +76,7 @@ class ColumnSolver(Solver):
         self.scale_search = _parameters.one_of(f"{name} scale_search", scale_search, (True, False))
         self.refine = _sweeps(f"{name} refine", refine)
         self.holdout = _parameters.one_of(f"{name} holdout", holdout, (0, HELD_OUT))
+        self.balance = _parameters.part(f"{name} balance", balance)
         self.staged = _parameters.one_of(f"{name} true_sequential", true_sequential, (True, False))
         self.signed = _parameters.one_of(f"{name} signed", _parameters.on_off(signed), ("on", "off", "auto"))
 

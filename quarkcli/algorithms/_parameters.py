@@ -51,6 +51,15 @@ def auto_share(name: str, value: Any) -> float | None:
     return float(value)
 
 
+def part(name: str, value: Any) -> float:
+    """Returns a parameter that must be a number from 0 to 1."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:
+        raise ConfigError(
+            f"{name} must be a number from 0 to 1, not {value!r}", where="algorithm", kind="E-ALGORITHM-PARAMETER"
+        )
+    return float(value)
+
+
 def one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> Any:
     """Returns a parameter that must be one of some words, numbers or truth values, and of its type."""
     for known in allowed:

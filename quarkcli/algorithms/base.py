@@ -203,11 +203,13 @@ class Solver(Algorithm):
     staged   it wants the weights of a block one activation after the other, each on what the quantized ones before it
              hand on; the block is then run again for every activation
     apart    without data it may get the weights of a problem one by one
+    balance  exponent by which frequent tokens count less in the second moments that it wants, see `forward.balance`
     """
 
     kind = "solver"
     staged: bool = False
     apart: bool = False
+    balance: float = 0.0
 
     def solve(self, problem: Problem) -> list[Quantized] | None:
         """Returns codes and scales of every weight; None: the worker rounds to nearest, and says so."""

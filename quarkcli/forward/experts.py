@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 
 from quarkcli.forward.group import Group
-from quarkcli.forward.moments import Means, Moments
+from quarkcli.forward.moments import Means, Moments, Share, chosen
 from quarkcli.spec import TensorSpec
-
-Rows = tuple[Tensor, Tensor | None]  # of the served stream, and of the source stream for the same tokens
 
 
 @dataclass
@@ -28,10 +26,12 @@ class ExpertLayer:
     source      per batch, the same tokens of the source stream; None: there is none
     routed      per batch, the experts of each token
     held        per batch, which of its tokens are held out; None: none
+    ids         per batch, the ids of its tokens; None: they do not matter
     lanes       per batch, the lane that it is of
     tokens      expert -> how many tokens were routed to it
     least       with fewer tokens than this an expert is taken for one that saw none: the layer stands in
     reads       how the weights read the common input, and the inner one; None: as it is
+    token_weights   how much a token of each id counts in the moments of both, see `forward.balance`; None: all alike
     """
 
     runner: Any
@@ -42,14 +42,22 @@ class ExpertLayer:
     source: list[Tensor | None] = field(default_factory=list)
     routed: list[Tensor] = field(default_factory=list)
     held: list[Tensor | None] = field(default_factory=list)
+    ids: list[Tensor | None] = field(default_factory=list)
     lanes: list[int] = field(default_factory=list)
     tokens: dict[int, int] = field(default_factory=dict)
     least: int = 1
     reads: tuple[TensorSpec | None, TensorSpec | None] = (None, None)
+    token_weights: tuple[Tensor | None, Tensor | None] = (None, None)
     _layer: dict[tuple[bool, bool | None], Means] = field(default_factory=dict)
 
     def keep(
-        self, hidden: Tensor, routed: Tensor, held: Tensor | None, source: tuple[Tensor, Tensor] | None, lane: int
+        self,
+        hidden: Tensor,
+        routed: Tensor,
+        held: Tensor | None,
+        source: tuple[Tensor, Tensor] | None,
+        lane: int,
+        ids: Tensor | None = None,
     ) -> None:
         """Keeps one batch of a lane.
 
@@ -60,13 +68,14 @@ class ExpertLayer:
         self.source.append(source[0] if source is not None else None)
         self.routed.append(source[1] if source is not None else routed.clone())
         self.held.append(held)
+        self.ids.append(ids)
         self.lanes.append(lane)
 
     def merge(self, layers: Sequence[ExpertLayer]) -> None:
         """Takes the batches and counts of all ranks, in the order of their lanes; its own are among them."""
-        self.hidden, self.source, self.routed, self.held, self.lanes = (
+        self.hidden, self.source, self.routed, self.held, self.ids, self.lanes = (
             [one for layer in layers for one in getattr(layer, name)]
-            for name in ("hidden", "source", "routed", "held", "lanes")
+            for name in ("hidden", "source", "routed", "held", "ids", "lanes")
         )
         experts = sorted({expert for layer in layers for expert in layer.tokens})
         self.tokens = {expert: sum(layer.tokens.get(expert, 0) for layer in layers) for expert in experts}
@@ -86,22 +95,25 @@ class ExpertLayer:
             if share is not None:
                 yield lane, share[0]
 
-    def _share(self, batch: int, expert: int | None, held: bool | None) -> Rows | None:
+    def _share(self, batch: int, expert: int | None, held: bool | None, inner: bool = False) -> Share | None:
         """Returns the common input of a batch's tokens that one expert gets, of all when it is None; None: no token.
 
-        held   only tokens that are held out, or only those that are not; None: all
+        held    only tokens that are held out, or only those that are not; None: all
+        inner   they count as they do for the inner input; those that are held out count alike
         """
         hidden, source, mask = self.hidden[batch], self.source[batch], self.held[batch]
-        chosen = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)
+        picked = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)
         if expert is not None and not self.all_tokens:
-            chosen = (self.routed[batch] == expert).any(-1)
+            picked = (self.routed[batch] == expert).any(-1)
         if held is not None and mask is not None:
-            chosen = chosen & (mask if held else ~mask)
+            picked = picked & (mask if held else ~mask)
         elif held:
             return None
-        if not bool(chosen.any()):
+        if not bool(picked.any()):
             return None
-        return hidden[chosen], source[chosen] if source is not None else None
+        of_ids, ids = self.token_weights[inner], self.ids[batch]
+        weights = of_ids[ids[picked]] if of_ids is not None and ids is not None and not held else None
+        return hidden[picked], chosen(source, picked), weights
 
     def inside(self, expert: int, rows: Tensor) -> Tensor:
         """Returns what an expert's down projection reads for rows of the common input."""
@@ -116,18 +128,18 @@ class ExpertLayer:
             moments.add_shares(self._shares(batch, experts, inner, held), lane)
         return moments.means()
 
-    def _shares(self, batch: int, experts: list[int | None], inner: bool, held: bool | None) -> Iterator[Rows]:
+    def _shares(self, batch: int, experts: list[int | None], inner: bool, held: bool | None) -> Iterator[Share]:
         """Yields what each of some experts reads of a batch."""
         for expert in experts:
-            share = self._share(batch, expert, held)
+            share = self._share(batch, expert, held, inner)
             if share is None:
                 continue
             if not inner:
                 yield share
                 continue
             assert expert is not None
-            rows, source = share
-            yield self.inside(expert, rows), self.inside(expert, source) if source is not None else None
+            rows, source, weights = share
+            yield self.inside(expert, rows), self.inside(expert, source) if source is not None else None, weights
 
     def own(self, expert: int, inner: bool, held: bool | None) -> Means:
         """Returns one expert's means; empty ones where it saw too few tokens."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,7 +22,8 @@ FEW_TOKENS = 2048  # below, nothing is
 PANELS = 8  # of rows, each multiplied from its diagonal on: 36/64 of the products; more panels are no faster
 NARROW = 256  # features; below, panels cost as much as they save
 
-Share = tuple[Tensor, Tensor | None]  # rows of some tokens, and the source stream's
+# Rows of some tokens, the source stream's, and how much each token counts (None: all alike).
+Share = tuple[Tensor, Tensor | None, Tensor | None]
 
 
 class Means(NamedTuple):
@@ -52,11 +53,12 @@ class Means(NamedTuple):
 
 @dataclass
 class Sums:
-    """Sums over tokens: of x x^T, by `_panels` (its upper half), and of x s^T."""
+    """Sums over tokens: of x x^T, by `_panels` (its upper half), of x s^T, and of what they count."""
 
     upper: list[Tensor]
     cross: Tensor | None
     tokens: int
+    weight: float
 
     def plus(self, other: Sums) -> Sums:
         """Returns the sum of both, kept in this one."""
@@ -65,6 +67,7 @@ class Sums:
         if self.cross is not None and other.cross is not None:
             self.cross += other.cross
         self.tokens += other.tokens
+        self.weight += other.weight
         return self
 
 
@@ -77,7 +80,7 @@ class Waiting:
 
     def __init__(self) -> None:
         self._lane = 0
-        self._shares: list[Share] = []  # of the lane that comes in now
+        self._shares: list[tuple[Tensor, Tensor | None]] = []  # of the lane that comes in now
         self._ended: list[tuple[int, Tensor, Tensor | None]] = []
 
     def add(self, lane: int, rows: Tensor, source: Tensor | None) -> Iterator[tuple[int, Tensor, Tensor | None]]:
@@ -112,6 +115,8 @@ class Waiting:
 class Moments:
     """Means over tokens: of x x^T, and of x s^T where the source stream's rows s come along; both float32.
 
+    Tokens may be weighted, see `forward.balance`; not where this is patient.
+
     Rows come lane by lane, and within a lane chunk by chunk: what a chunk of calibration tokens has here is folded into
     the sum of its lane at once.
 
@@ -126,26 +131,34 @@ class Moments:
         self._waiting = Waiting() if patient else None
         self._means: Means | None = None
 
-    def add(self, rows: Tensor, source: Tensor | None = None, lane: int = 0) -> None:
-        """Takes a chunk's rows [tokens, features], and the source stream's for the same tokens."""
+    def add(self, rows: Tensor, source: Tensor | None = None, lane: int = 0, weights: Tensor | None = None) -> None:
+        """Takes a chunk's rows [tokens, features], the source stream's for the same tokens, and how much they count.
+
+        weights   powers of two, float32 [tokens]; None: all tokens count alike
+        """
         if self._waiting is not None:
             for ready in self._waiting.add(lane, rows, source):
                 self._fold(*ready)
             return
         for start in range(0, len(rows), CHUNK):
             part = slice(start, start + CHUNK)
-            self._fold(lane, rows[part], None if source is None else source[part])
+            self._fold(lane, rows[part], chosen(source, part), chosen(weights, part))
 
     def add_shares(self, shares: Iterable[Share], lane: int = 0) -> None:
         """Takes a chunk's rows in several shares, which are folded together up to `CHUNK` rows."""
         waiting: list[Share] = []
         for share in shares:
-            if waiting and sum(len(rows) for rows, _ in waiting) + len(share[0]) > CHUNK:
-                self.add(*_together(waiting), lane)
+            if waiting and sum(len(rows) for rows, *_ in waiting) + len(share[0]) > CHUNK:
+                self._add_all(waiting, lane)
                 waiting = []
             waiting.append(share)
         if waiting:
-            self.add(*_together(waiting), lane)
+            self._add_all(waiting, lane)
+
+    def _add_all(self, shares: list[Share], lane: int) -> None:
+        rows, source = _together([share[:2] for share in shares])
+        weights = [each for *_, each in shares if each is not None]
+        self.add(rows, source, lane, _joined(weights) if weights else None)
 
     def close(self) -> None:
         """Joins the sums of the lanes that came; nothing can be added from then on.
@@ -184,23 +197,25 @@ class Moments:
             self.collect(group, 0)
             self._means = group.share(self._means)
 
-    def _fold(self, lane: int, rows: Tensor, source: Tensor | None) -> None:
+    def _fold(self, lane: int, rows: Tensor, source: Tensor | None, weights: Tensor | None = None) -> None:
         dtype = rows.dtype
         x = (rows if self.read is None else fake_quantize(rows, self.read)).float()
+        left = x if weights is None else x * weights[:, None]
         panels = _panels(x)
         own = self.sums.of_lane(lane)
         fresh = own is None
         if own is None:
             strips = [x.new_empty(panel.stop - panel.start, x.shape[1] - panel.start) for panel in panels]
-            own = Sums(strips, None if source is None else x.new_empty(x.shape[1], source.shape[1]), 0)
+            own = Sums(strips, None if source is None else x.new_empty(x.shape[1], source.shape[1]), 0, 0.0)
             self.sums.put(own)
         for panel, upper in zip(panels, own.upper, strict=True):
-            add_product_(upper, x[:, panel], x[:, panel.start :], dtype, fresh=fresh)
+            add_product_(upper, left[:, panel], x[:, panel.start :], dtype, fresh=fresh)
         if source is not None and own.cross is not None:
             both = dtype if source.dtype == dtype else torch.float32
             for panel in _panels(source):
-                add_product_(own.cross[:, panel], x, source[:, panel].float(), both, fresh=fresh)
+                add_product_(own.cross[:, panel], left, source[:, panel].float(), both, fresh=fresh)
         own.tokens += len(x)
+        own.weight += len(x) if weights is None else float(weights.sum(dtype=torch.float64))
 
 
 def _means(sums: Sums) -> Means:
@@ -211,12 +226,12 @@ def _means(sums: Sums) -> Means:
         for index, panel in enumerate(_panels(gram)):
             gram[panel, panel.start :] = upper[index]
             upper[index] = gram[panel, panel.start :]  # what was summed is freed
-    gram /= sums.tokens
+    gram /= sums.weight
     _mirror(gram)
-    return Means(gram, None if sums.cross is None else sums.cross.div_(sums.tokens), sums.tokens)
+    return Means(gram, None if sums.cross is None else sums.cross.div_(sums.weight), sums.tokens)
 
 
-def _together(shares: list[Share]) -> Share:
+def _together(shares: Sequence[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
     sources = [source for _, source in shares if source is not None]
     return _joined([rows for rows, _ in shares]), _joined(sources) if sources else None
 
@@ -238,6 +253,11 @@ def _mirror(mean: Tensor) -> None:
         corner = mean[panel, panel]
         corner.copy_(corner.triu() + corner.triu(1).T)
         mean[panel.stop :, panel] = mean[panel, panel.stop :].T
+
+
+def chosen(values: Tensor | None, which: slice | Tensor) -> Tensor | None:
+    """Returns what some tokens have, where there is anything."""
+    return None if values is None else values[which]
 
 
 def finite(mean: Tensor) -> bool:

@@ -13,10 +13,12 @@ from torch import Tensor
 
 from quarkcli.algorithms.base import Moment
 from quarkcli.errors import DataError
+from quarkcli.forward import taps
+from quarkcli.forward.balance import Balance
 from quarkcli.forward.experts import ExpertLayer
 from quarkcli.forward.group import Group
 from quarkcli.forward.guard import HINT, UNSEEN_ATTENTION, Guard, finite_rows, named
-from quarkcli.forward.moments import Means, Moments, finite
+from quarkcli.forward.moments import Means, Moments, chosen, finite
 from quarkcli.forward.outliers import Outliers, ends_of
 from quarkcli.forward.samples import MeanMagnitude, Samples, picked
 from quarkcli.forward.taps import Batch, ExpertTap, SourceExpertTap
@@ -43,11 +45,12 @@ class Statistics:
     least       with fewer tokens an expert has no statistics of its own (`--min-expert-tokens`)
     guard       says what becomes of NaN and infinity; what it skips has ranges of finite rows alone
     group       the ranks whose lanes these are of, once `joining.join` has been called
+    balance     how much each token counts in second moments, but for those held out; None: all alike
     """
 
     def __init__(
         self, plan: Plan, part: int, needs: Mapping[str, set[str]], runner: Any, all_tokens: bool = False,
-        least: int = 1, guard: Guard | None = None, group: Group | None = None,
+        least: int = 1, guard: Guard | None = None, group: Group | None = None, balance: Balance | None = None,
     ) -> None:  # fmt: skip
         self.plan = plan
         self.part = part
@@ -56,12 +59,13 @@ class Statistics:
         self.all_tokens, self.least = all_tokens, least
         self.guard = guard or Guard()
         self.group = group or Group()
+        self.balance = balance
         self.batch = Batch()  # the one now running
         self._ranges: dict[tuple[str, str], MinMax | Histogram] = {}
         self._expert_ranges: dict[tuple[str, str, int | None], MinMax | Histogram] = {}
         self._fitted: dict[str, Moments] = {}
         self._held_out: dict[str, Moments] = {}
-        self._source_rows: dict[str, Tensor] = {}
+        self.source_rows: dict[str, Tensor] = {}
         self._reads = reads(plan, part)
         self.reached: dict[str, None] = {}  # sites in the order in which the forward came to them
         self.source_experts: dict[str, tuple[Tensor, Tensor]] = {}  # by experts prefix: tokens and routing
@@ -250,12 +254,12 @@ class Statistics:
                 continue
             tensor = self._tensor(site)
             if site.kind == "linear":
-                linear[tensor] = self._linear_tap(site.name)
+                linear[tensor] = taps.linear_tap(self, site.name)
             else:
                 prefix = self._layer_of(site.name)
                 experts.setdefault(prefix, (tensor, ExpertTap(self, prefix)))
         outputs = {
-            target.view.tensor: self._linear_tap(target.output_site)
+            target.view.tensor: taps.linear_tap(self, target.output_site)
             for target in self.plan.quantized(self.part)
             if target.output_site is not None and target.output_site in self.needs
         }
@@ -264,9 +268,9 @@ class Statistics:
                 continue
             tensor = self.plan.targets[module.k_proj].view.tensor
             if any(f"{module.name}.{kind}" in self.needs for kind in "qkv"):
-                attention[tensor] = self._attention_tap(module.name)
+                attention[tensor] = taps.attention_tap(self, module.name)
             if f"{module.name}.p" in self.needs:
-                softmax[tensor] = self._softmax_tap(module.name)
+                softmax[tensor] = taps.softmax_tap(self, module.name)
         for tensor, tap in experts.values():
             tap.layer.tensor = tensor
         return Handlers(linear, outputs, dict(experts.values()), attention, softmax)
@@ -279,7 +283,7 @@ class Statistics:
             if site.part != self.part or "cross" not in self.needs.get(site.name, set()):
                 continue
             if site.kind == "linear":
-                linear[self._tensor(site)] = self._source_tap(site.name)
+                linear[self._tensor(site)] = taps.source_tap(self, site.name)
             else:
                 prefix = self._layer_of(site.name)
                 experts.setdefault(prefix, (self._tensor(site), SourceExpertTap(self, prefix)))
@@ -290,37 +294,20 @@ class Statistics:
         tensors = (self.plan.targets[member].view.tensor for member in site.members)
         return next(filter(self.runner.loads, tensors))
 
-    def _source_tap(self, site: str) -> Callable[[Tensor], None]:
-        def tap(x: Tensor) -> None:
-            self._source_rows[site] = self.batch.rows(x).clone()
+    def token_weights(self, site: str) -> Tensor | None:
+        """Returns how much a token of each id counts in a site's second moments; None: all count alike."""
+        table = self.balance.table(site) if self.balance is not None else None
+        return table if table is None else table.to(self.runner.device)
 
-        return tap
-
-    def _linear_tap(self, site: str) -> Callable[[Tensor], None]:
-        def tap(x: Tensor) -> None:
-            self.take(site, self.batch.rows(x), self.batch.held_rows(x), self._source_rows.pop(site, None))
-
-        return tap
-
-    def _attention_tap(self, module: str) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
-        def tap(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            for kind, value in (("q", q), ("k", k), ("v", v)):
-                self.see(f"{module}.{kind}", self.batch.tokens(value))
-            return q, k, v
-
-        return tap
-
-    def _softmax_tap(self, module: str) -> Callable[[Tensor], None]:
-        def tap(p: Tensor) -> None:
-            self.see(f"{module}.p", self.batch.tokens(p), told=False)  # its channels are places in a row
-
-        return tap
-
-    def take(self, site: str, rows: Tensor, held: Tensor | None = None, source: Tensor | None = None) -> None:
+    def take(
+        self, site: str, rows: Tensor, held: Tensor | None = None, source: Tensor | None = None,
+        weights: Tensor | None = None,
+    ) -> None:  # fmt: skip
         """Feeds rows of a site into everything that is needed there.
 
         held     bool [tokens], which of them are held out; None: none
         source   the same tokens' rows in the source stream
+        weights  how much the tokens count; None: all alike
         """
         self.reached.setdefault(site)
         self.see(site, rows)
@@ -337,12 +324,13 @@ class Statistics:
             return
         if "cross" not in kinds:
             source = None
+        fitted = self._fitted.setdefault(site, Moments(self.read(site)))
         if "gram_val" not in kinds or held is None:
-            self._fitted.setdefault(site, Moments(self.read(site))).add(rows, source, lane)
+            fitted.add(rows, source, lane, weights)
             return
-        for moments, mask in ((self._held_out, held), (self._fitted, ~held)):
-            own = moments.setdefault(site, Moments(self.read(site), patient=moments is self._held_out))
-            own.add(rows[mask], source[mask] if source is not None else None, lane)
+        apart = self._held_out.setdefault(site, Moments(self.read(site), patient=True))
+        apart.add(rows[held], chosen(source, held), lane)
+        fitted.add(rows[~held], chosen(source, ~held), lane, chosen(weights, ~held))
 
     def see(self, site: str, x: Tensor, expert: int | None = None, told: bool = True) -> None:
         """Widens the range of a site, and counts its magnitudes, where that is needed; see `check_finite`.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from quarkcli.errors import ModelError
 from quarkcli.forward.experts import ExpertLayer
 from quarkcli.numerics.observers import STATISTICS
 
@@ -16,17 +18,22 @@ if TYPE_CHECKING:
 
 
 def unpadded(mask: Tensor, leading: torch.Size) -> Tensor | None:
-    """Returns bool [values], False on padding, for activations [*leading, features].
+    """Returns bool [values], False on padding, for activations [*leading, features]; see `spread`."""
+    return spread(mask.bool(), leading)
 
-    Their axes hold those of the mask, or all flat.
 
-    Axes of streams may stand before or behind. None when no axes are the mask's: nothing can be told apart.
+def spread(values: Tensor, leading: torch.Size) -> Tensor | None:
+    """Returns a value [rows] for each row of activations [*leading, features], of one for each token.
+
+    Their axes hold those of the tokens, or all flat.
+
+    Axes of streams may stand before or behind. None when no axes are the tokens': nothing can be told apart.
     """
     for axis in range(len(leading) - 1):
-        if leading[axis : axis + 2] == mask.shape:
+        if leading[axis : axis + 2] == values.shape:
             behind = (1,) * (len(leading) - axis - 2)
-            return mask.bool().reshape(*mask.shape, *behind).expand(leading).reshape(-1)
-    return mask.bool().reshape(-1) if leading.numel() == mask.numel() else None
+            return values.reshape(*values.shape, *behind).expand(leading).reshape(-1)
+    return values.reshape(-1) if leading.numel() == values.numel() else None
 
 
 @dataclass
@@ -37,12 +44,14 @@ class Batch:
     held   bool [batch, tokens] or None; true for held-out tokens
     name   for messages
     lane   that it is of
+    ids    of its tokens, int64 [batch, tokens]; None: they do not matter
     """
 
     mask: Tensor | None = None
     held: Tensor | None = None
     name: str = ""
     lane: int = 0
+    ids: Tensor | None = None
 
     def rows(self, x: Tensor) -> Tensor:
         """Returns activations [..., features] as rows, without padding."""
@@ -64,8 +73,61 @@ class Batch:
         kept = self._kept(x)
         return (held if kept is None else held[kept]).to(x.device)
 
+    def row_ids(self, x: Tensor) -> Tensor:
+        """Returns the token id of each of `rows`, int64. Raises ModelError where nothing can be told apart."""
+        ids = spread(self.ids, x.shape[:-1]) if self.ids is not None else None
+        if ids is None:
+            raise ModelError(
+                f"quark cannot tell which rows of activations of shape {list(x.shape)} are which tokens",
+                hint="leave balance out",
+                kind="E-CLASS-FOLLOW",
+            )
+        kept = self._kept(x)
+        return (ids if kept is None else ids[kept]).to(x.device)
+
     def _kept(self, x: Tensor) -> Tensor | None:
         return unpadded(self.mask, x.shape[:-1]) if self.mask is not None else None
+
+
+def linear_tap(statistics: Statistics, site: str) -> Callable[[Tensor], None]:
+    """Returns what feeds a linear's input, or output, into the statistics."""
+    weights = statistics.token_weights(site)
+
+    def tap(x: Tensor) -> None:
+        batch = statistics.batch
+        rows, held, source = batch.rows(x), batch.held_rows(x), statistics.source_rows.pop(site, None)
+        statistics.take(site, rows, held, source, None if weights is None else weights[batch.row_ids(x)])
+
+    return tap
+
+
+def source_tap(statistics: Statistics, site: str) -> Callable[[Tensor], None]:
+    """Returns what notes a linear's input in the source stream."""
+
+    def tap(x: Tensor) -> None:
+        statistics.source_rows[site] = statistics.batch.rows(x).clone()
+
+    return tap
+
+
+def attention_tap(statistics: Statistics, module: str) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]:
+    """Returns what feeds queries, keys and values into the statistics."""
+
+    def tap(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        for kind, value in (("q", q), ("k", k), ("v", v)):
+            statistics.see(f"{module}.{kind}", statistics.batch.tokens(value))
+        return q, k, v
+
+    return tap
+
+
+def softmax_tap(statistics: Statistics, module: str) -> Callable[[Tensor], None]:
+    """Returns what feeds the probabilities of attention into the statistics."""
+
+    def tap(p: Tensor) -> None:
+        statistics.see(f"{module}.p", statistics.batch.tokens(p), told=False)  # its channels are places in a row
+
+    return tap
 
 
 class ExpertTap:
@@ -80,6 +142,8 @@ class ExpertTap:
         self.site_down = statistics.expert_site(prefix, "experts_down")
         reads = [statistics.read(s.name) if s is not None else None for s in (self.site_in, self.site_down)]
         self.layer.reads = reads[0], reads[1]
+        counts = [statistics.token_weights(s.name) if s is not None else None for s in (self.site_in, self.site_down)]
+        self.layer.token_weights = counts[0], counts[1]
         self.kept: Tensor | None = None  # which tokens of this call are no padding; None: all
         self.routed: Tensor | None = None  # [tokens, k] of this call
         sites = [site for site in (self.site_in, self.site_down) if site]
@@ -109,7 +173,9 @@ class ExpertTap:
         if self.site_in:
             self.statistics.take(self.site_in.name, rows, held)
         if self.moments:
-            self.layer.keep(rows, routed, held, source, self.statistics.batch.lane)
+            batch = self.statistics.batch
+            counted = any(each is not None for each in self.layer.token_weights)
+            self.layer.keep(rows, routed, held, source, batch.lane, batch.row_ids(hidden) if counted else None)
         if self.site_down and self.statistics.all_tokens and self._wants_range():
             for expert in self.layer.tokens:
                 inside = self.statistics.runner.expert_hidden(module, expert, rows)

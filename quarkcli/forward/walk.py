@@ -164,6 +164,11 @@ class Walk:
         """Returns one mask per batch, tokens and rows in the order that the model has them in."""
         return self._batches(self.mask)
 
+    def _of_batches(self) -> Iterator[Batch]:
+        each = self.masks(), self._batches(self.held), self._batches(self.tokens), self.spans
+        for index, (mask, held, ids, span) in enumerate(zip(*each, strict=True)):
+            yield Batch(mask, held, self._name(index), span.lane, ids)
+
     def of_batch(self, mask: Tensor, index: int) -> Tensor:
         """Returns what a batch has of a mask [rows, seqlen], tokens and rows in the order of the model."""
         found = self._batches(mask)[index]
@@ -205,8 +210,8 @@ class Walk:
             statistics = new_statistics()
             first, moved, source = None, [], []
             taps = Watched(statistics.handlers())
-            for index, (mask, held) in enumerate(zip(self.masks(), self._batches(self.held), strict=True)):
-                statistics.batch = Batch(mask, held, self._name(index), self.spans[index].lane)
+            for index, batch in enumerate(self._of_batches()):
+                statistics.batch = batch
                 if SOURCE in self.hidden:
                     with self.runner.handlers(block, statistics.source_handlers()):
                         source.append(self._park(self._run(block, index, SOURCE), SOURCE))
@@ -245,8 +250,8 @@ class Walk:
             taps = {SERVED: statistics.handlers()}
             if SOURCE in self.hidden:
                 taps = {SOURCE: statistics.source_handlers(), **taps}
-            for index, (mask, held) in enumerate(zip(self.masks(), self._batches(self.held), strict=True)):
-                statistics.batch = Batch(mask, held, self._name(index), self.spans[index].lane)
+            for index, batch in enumerate(self._of_batches()):
+                statistics.batch = batch
                 self._working("running the head of the model", index)
                 for stream, handlers in taps.items():
                     hidden = self.hidden[stream][index].to(self.device)

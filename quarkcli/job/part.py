@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -21,6 +22,7 @@ from quarkcli.disk.nonfinite import HINT, NonFinite
 from quarkcli.disk.weights import WeightSource
 from quarkcli.errors import DataError, some
 from quarkcli.events import Listener, Message, Working
+from quarkcli.forward.balance import Balance
 from quarkcli.forward.group import Group
 from quarkcli.forward.guard import Guard
 from quarkcli.forward.joining import join
@@ -31,7 +33,7 @@ from quarkcli.job.options import SKIP, Calibration, OnNonfinite
 from quarkcli.job.packing import Packing
 from quarkcli.job.pieces import Leaving, Said, finished, in_turn
 from quarkcli.job.problems import average_size
-from quarkcli.job.reach import last_part, takes_one_pass
+from quarkcli.job.reach import balances, last_part, takes_one_pass
 from quarkcli.job.result import PartResult
 from quarkcli.job.rewriting import Rewriting
 from quarkcli.job.served import handlers, put_decoded
@@ -104,8 +106,8 @@ class PartWorker:
         self.on_nonfinite = on_nonfinite
         self.last = last_part(plan, needs)
         self.one_pass = self.moves_on and takes_one_pass(plan, steps)
-        self.headers = weights.headers
-        self.owners = part_targets(plan)
+        self.balances = balances(plan, steps)
+        self.headers, self.owners = weights.headers, part_targets(plan)
 
     def work(self, part: Part, tensors: dict[str, Tensor]) -> PartResult:
         """Quantizes one part. `tensors` in source form, on the device.
@@ -168,11 +170,10 @@ class PartWorker:
         if walk is None or not self.is_shared(part):
             return None, None
 
-        def new() -> Statistics:
-            return Statistics(
-                self.plan, part.index, self.needs, walk.runner, self.all_tokens, self.least, self.guard, self.group
-            )
-
+        new = partial(
+            Statistics, self.plan, part.index, self.needs, walk.runner, self.all_tokens, self.least, self.guard,
+            self.group, Balance(walk.tokens, walk.mask, self.balances),
+        )  # fmt: skip
         if part.block is None:
             statistics, first = walk.observe_tail(new, tensors), None
         else:

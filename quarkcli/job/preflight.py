@@ -6,7 +6,7 @@ Torch is imported only where a device is asked for.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +30,7 @@ from quarkcli.errors import (
 from quarkcli.family import HeaderLike
 from quarkcli.job import authored, forecast
 from quarkcli.job.options import Calibration, Options
+from quarkcli.job.reach import balances
 from quarkcli.plan.fused import Servers, sentence, splits
 from quarkcli.plan.model import Plan, QuantizedTarget
 from quarkcli.plan.share import split_groups
@@ -165,8 +166,12 @@ def _check_weight_observers(target: QuantizedTarget) -> None:
         )
 
 
-def data_needs(plan: Plan, steps: Iterable[Assignment]) -> dict[str, set[str]]:
-    """Returns kinds of statistics by site that static scales and algorithms wait for. Empty: no data is needed."""
+def data_needs(plan: Plan, steps: Sequence[Assignment]) -> dict[str, set[str]]:
+    """Returns kinds of statistics by site that static scales and algorithms wait for. Empty: no data is needed.
+
+    Raises ConfigError where two algorithms want different ones of the same kind.
+    """
+    balances(plan, steps)
     needs: dict[str, set[str]] = {}
     for site, spec in plan.measured():
         needs.setdefault(site, set()).add(spec.observer.statistic)

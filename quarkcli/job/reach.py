@@ -1,12 +1,12 @@
-"""Finds the parts that need data, and weights that the model's class does not load."""
+"""Finds the parts that need data, how much tokens count there, and weights that the model's class does not load."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from quarkcli.algorithms.base import Assignment
-from quarkcli.errors import ModelError, some
+from quarkcli.algorithms.base import Assignment, Solver
+from quarkcli.errors import ConfigError, ModelError, some
 from quarkcli.plan.model import Plan
 from quarkcli.plan.sites import site_parts
 
@@ -19,6 +19,25 @@ def takes_one_pass(plan: Plan, steps: Sequence[Assignment]) -> bool:
     Ranges are measured on the source's hidden states, which one pass both looks at and moves on.
     """
     return all(step.kind == "solver" and not step.needs(plan) for step in steps)
+
+
+def balances(plan: Plan, steps: Sequence[Assignment]) -> dict[str, float]:
+    """Returns by site the exponent by which frequent tokens count less in its second moments.
+
+    Raises ConfigError where two solvers that share an activation ask for different ones.
+    """
+    found: dict[str, float] = {}
+    for step in steps:
+        if not isinstance(step.algorithm, Solver):
+            continue
+        own = step.algorithm.balance
+        for site in (site for site, kinds in step.needs(plan).items() if "gram" in kinds):
+            if found.setdefault(site, own) != own:
+                raise ConfigError(
+                    f"two solvers share the second moment of {site}, and ask for balance {found[site]:g} and {own:g}",
+                    where="algorithm", hint="give both the same balance", kind="E-ALGORITHM-COMBINE",
+                )  # fmt: skip
+    return found
 
 
 def probed_rows(seqlen: int) -> int:

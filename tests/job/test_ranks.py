@@ -22,7 +22,7 @@ ROWS = ("--calib-samples", "24", "--calib-seqlen", "128", "--device", "cpu")  # 
 JOBS = {
     "mxfp4": ("--scheme", "mxfp4"),
     "nvfp4": ("--scheme", "nvfp4", *ROWS),
-    "gptq": ("--scheme", "int4_wo_128", "--algorithm", "gptq", *ROWS),
+    "gptq": ("--scheme", "int4_wo_128", "--algorithm", "gptq", "--set", "gptq.balance=0.35", *ROWS),
     "awq": ("--scheme", "int4_wo_128", "--algorithm", "awq,gptq", *ROWS),
     "gptaq": ("--scheme", "int4_wo_128", "--algorithm", "rotation,gptaq", *ROWS),
 }
