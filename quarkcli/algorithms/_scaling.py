@@ -16,7 +16,7 @@ from quarkcli.algorithms.base import FITTED_ROWS, HELD_ROWS, Needs, Transform
 from quarkcli.errors import ConfigError, near_misses
 from quarkcli.family import Pair, expert_bias
 from quarkcli.plan.model import Changes, Part, Plan, Target
-from quarkcli.recipe.match import starred, suggestions
+from quarkcli.recipe.match import starred
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -89,7 +89,8 @@ class ChannelScaling(Transform):
 
         for reader in self.readers:
             if not any(f".{name}".endswith(f".{reader}") for name in plan.targets):
-                close = suggestions(f"*{reader}", list(plan.targets))
+                count = reader.count(".") + 1
+                close = near_misses(reader, {".".join(name.split(".")[-count:]) for name in plan.targets})
                 raise ConfigError(
                     f"{self.name} scaling_layers: no block has a layer '{reader}'",
                     where="algorithm",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from quarkcli.algorithms._stream import by_part, check_residual, copies, held_by, streams
 from quarkcli.algorithms.base import Transform
 from quarkcli.errors import ConfigError
-from quarkcli.family import Values
+from quarkcli.family import TIED, Values
 from quarkcli.plan.model import Added, Changes, Part, Plan
 
 if TYPE_CHECKING:
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from quarkcli.algorithms.tensors import PartTensors
     from quarkcli.forward.statistics import Statistics
 
-FLAG = "tie_word_embeddings"
 AUTO = "auto"
 LEAST = 8  # channels: a smaller block would spread nothing
 _STREAM = "the residual stream of model family '{}' cannot be rotated"
@@ -96,7 +95,7 @@ class Rotation(Transform):
             return Changes(names)
         embedding = plan.targets[plan.rewrites.tied_embedding(plan.targets)]
         head = Added(f"{plan.tied_head}.weight", embedding.dtype, plan.rewrites.tied_shape(embedding), embedding.part)
-        return Changes(names, (head,), config={FLAG: False})
+        return Changes(names, (head,), config={TIED: False})
 
     def _values(self, plan: Plan) -> Iterator[tuple[Part, Values]]:
         """Yields the values of attention that are to be rotated."""

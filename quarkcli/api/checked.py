@@ -1,10 +1,11 @@
-"""Refuses arguments of another type than the signature of a Python function says."""
+"""Refuses arguments of another type than the signature of a Python function says, and numbers out of range."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, partial, wraps
 from inspect import signature
+from math import isfinite
 from reprlib import repr as shortened
 from typing import Any, ParamSpec, TypeVar, get_args, get_type_hints
 
@@ -12,10 +13,15 @@ from quarkcli.errors import UsageError
 
 Given = ParamSpec("Given")
 Made = TypeVar("Made")
+# The smallest number that an argument takes, as the flag of its name does.
+LEAST = {
+    "calib_samples": 1, "calib_seqlen": 2, "calib_batch": 1, "min_expert_tokens": 1, "threads": 1, "tp": 1,
+    "window": 2, "tokens": 2, "max_kl": 0, "max_ppl_increase": 0, "time_budget": 0, "max_cpu_mem": 1, "max_gpu_mem": 1,
+}  # fmt: skip
 
 
 def checked(function: Callable[Given, Made]) -> Callable[Given, Made]:
-    """Makes a function raise UsageError for an argument whose type is another than its annotation.
+    """Makes a function raise UsageError for an argument whose type is another than its annotation, or out of range.
 
     Without it, a list in the place of a name fails somewhere inside, with a message about our code.
     """
@@ -27,9 +33,21 @@ def checked(function: Callable[Given, Made]) -> Callable[Given, Made]:
             kind, fits = _types(function).get(name, ("", None))
             if fits is not None and not fits(value):
                 raise UsageError(f"{name} must be {kind}, not {shortened(value)}", kind="E-PYTHON-CALL")
+            _check_range(name, value)
         return function(*args, **kwargs)
 
     return call
+
+
+def _check_range(name: str, value: Any) -> None:
+    """Raises UsageError for a number, or one of several, that no flag of the name would take."""
+    for number in value if isinstance(value, list | tuple) else [value]:
+        if not isinstance(number, int | float) or isinstance(number, bool):
+            continue
+        if not isfinite(number):
+            raise UsageError(f"{name} must be a finite number, not {number}", kind="E-PYTHON-CALL")
+        if number < LEAST.get(name, number):
+            raise UsageError(f"{name} must be at least {LEAST[name]}, not {number}", kind="E-PYTHON-CALL")
 
 
 @cache

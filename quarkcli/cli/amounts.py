@@ -1,7 +1,8 @@
-"""Reads durations and sizes as people write them on a command line."""
+"""Reads durations, sizes and other numbers as people write them on a command line."""
 
 from __future__ import annotations
 
+import math
 import re
 
 import typer
@@ -9,6 +10,25 @@ import typer
 _DURATION = re.compile(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kMGT]i?)?B?")
 _UNITS = {"k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+
+
+def number(text: str) -> float:
+    """Returns a number. NaN and infinity are none: every comparison with them would pass, or none."""
+    try:
+        found = float(text)
+    except ValueError:
+        found = math.nan
+    if not math.isfinite(found):
+        raise typer.BadParameter(f"'{text}' is not a finite number")
+    return found
+
+
+def amount(text: str) -> float:
+    """Returns a number that is not negative."""
+    found = number(text)
+    if found < 0:
+        raise typer.BadParameter(f"{text} is less than 0")
+    return found
 
 
 def seconds(text: str) -> float:

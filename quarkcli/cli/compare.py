@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from quarkcli.cli import apps, output, verdict
+from quarkcli.cli.amounts import number
 from quarkcli.cli.flags import Debug, Json, Offline, Pickle, Quiet
 from quarkcli.cli.logflags import LogFormat, LogLevel
 from quarkcli.errors import some
@@ -33,6 +34,7 @@ Least = Annotated[
     float | None,
     typer.Option(
         "--min-sqnr",
+        parser=number,
         metavar="DB",
         help="Fail (exit 8) if the signal-to-noise ratio (SQNR) of a tensor is below this, in dB; or if the other "
         "checkpoint lacks it or has another shape.",
@@ -89,7 +91,7 @@ def _write_page(to: Path, found: Comparison) -> None:
     from quarkcli.reporting.page import compared
 
     reports = (reading.read(Path(name)) if reading.has_report(Path(name)) else None for name in (found.a, found.b))
-    files.write(to, compared.page(found.as_dict(), *reports), replace=True)
+    files.write_named(to, compared.page(found.as_dict(), *reports), replace=True)
 
 
 def _show(found: Comparison, limit: int | None, json: bool, result: dict[str, Any]) -> None:
@@ -144,6 +146,9 @@ def _facts(found: Comparison) -> list[tuple[str, str]]:
                 f"rotated back for the comparison, because one checkpoint has a Hadamard there: {_some(found.turned)}",
             )
         )
+    if found.rewritten:
+        what = "their own difference says nothing of the loss, which 'quark eval' measures"
+        rows.append(("rewritten", f"by an algorithm: {_some(found.rewritten)}; {what}"))
     return rows
 
 

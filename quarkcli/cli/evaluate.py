@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from quarkcli.cli import apps, github, output, verdict
+from quarkcli.cli.amounts import amount
 from quarkcli.cli.flags import (
     Bos,
     Debug,
@@ -48,7 +49,7 @@ Divergence = Annotated[
     float | None,
     typer.Option(
         "--max-kl",
-        min=0,
+        parser=amount,
         metavar="X",
         help="Fail (exit 8) if the KL divergence from the baseline is above X nats per token; 0 means equal "
         "predictions.",

@@ -5,18 +5,32 @@ from __future__ import annotations
 from pathlib import Path
 
 from quarkcli.cli import output
-from quarkcli.errors import ResourceError, UsageError
+from quarkcli.errors import UsageError
+
+
+def check_new(to: Path, *, replace: bool = False) -> None:
+    """Raises UsageError for a file that is there, unless it may be replaced, and where there is no directory for it."""
+    if to.exists() and not (replace and to.is_file()):
+        raise UsageError("exists already", where=str(to), hint="choose another name", kind="E-OUTPUT-FILE")
+    check_folder(to.parent)
+
+
+def check_folder(folder: Path) -> None:
+    """Raises UsageError where there is no such directory."""
+    if not folder.is_dir():
+        hint = "make the directory first, or choose another"
+        raise UsageError("there is no such directory", where=str(folder), hint=hint, kind="E-OUTPUT-FILE")
 
 
 def write(to: Path, text: str, *, replace: bool = False) -> None:
-    """Writes a file and prints its name. Raises UsageError for one that is there already, unless it may be replaced."""
-    if to.exists() and not (replace and to.is_file()):
-        raise UsageError("exists already", where=str(to), hint="choose another name", kind="E-OUTPUT-FILE")
-    if not to.parent.is_dir():
-        raise UsageError("there is no such directory", where=str(to.parent), kind="E-OUTPUT-FILE")
-    try:
-        to.write_text(text, encoding="utf-8", errors="backslashreplace")
-    except OSError as error:
-        what = f"cannot be written: {error.strerror or error}"
-        raise ResourceError(what, where=str(to), kind="E-DISK-WRITE") from error
+    """Writes a file whole or not at all. Raises UsageError as `check_new` does, ResourceError."""
+    from quarkcli.disk.writer import atomic_write_text
+
+    check_new(to, replace=replace)
+    atomic_write_text(to.resolve(), text)
+
+
+def write_named(to: Path, text: str, *, replace: bool = False) -> None:
+    """Does as `write`, and prints the file's name."""
+    write(to, text, replace=replace)
     output.data(str(to), whole=True)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+from quarkcli.cli.amounts import number
 from quarkcli.cli.completion import names
 from quarkcli.cli.flags import Model, Option, Servers
 
@@ -134,7 +135,8 @@ class WhatFlags:
         ),
     ] = None
     min_kv_scale: Annotated[
-        float | None, Option("--min-kv-scale", metavar="F", help="Raise every scale of the KV cache to at least F.")
+        float | None,
+        Option("--min-kv-scale", parser=number, metavar="F", help="Raise every scale of the KV cache to at least F."),
     ] = None
     algorithm: Annotated[
         str | None,

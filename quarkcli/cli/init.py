@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from quarkcli.cli import apps, output
+from quarkcli.cli import apps, files, output
 from quarkcli.cli.flags import Debug, Json, Offline, Pickle, Revision
-from quarkcli.errors import ResourceError, UsageError
 
 if TYPE_CHECKING:
     from quarkcli.job.choosing import Choice, Wish
@@ -64,11 +63,8 @@ def init(
     headers of the weight files. The recipe runs as it is: quark quantize --model MODEL --recipe FILE.
     """
     output.start(json=json, debug=debug)
-    if to is not None and (to.exists() or not to.parent.is_dir()):
-        what = "exists" if to.exists() else "there is no such directory"
-        raise UsageError(
-            what, where=str(to if to.exists() else to.parent), hint="choose another name", kind="E-OUTPUT-FILE"
-        )
+    if to is not None:
+        files.check_new(to)
     from quarkcli.job import choosing, idle
     from quarkcli.job.options import Options
 
@@ -81,12 +77,7 @@ def init(
         output.note(found.stored.said(wish))
     text = recipe_text(found, wish, model, str(to) if to is not None else "FILE")
     if to is not None:
-        try:
-            to.write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise ResourceError(
-                f"cannot be written: {error.strerror or error}", where=str(to), kind="E-DISK-WRITE"
-            ) from error
+        files.write(to, text)
     if json:
         output.json_data({"schema": "quark/init/1", **_facts(found, wish), "file": to and str(to), "recipe": text})
     else:

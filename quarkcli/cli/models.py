@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from quarkcli.cli import apps, output
+from quarkcli.cli import apps, files, output
 from quarkcli.cli.completion import names
 from quarkcli.cli.flags import Debug, Json, Offline, Pickle, Revision
 
@@ -103,7 +103,6 @@ def infer(
     from quarkcli import family
     from quarkcli.disk.embedded import located
     from quarkcli.disk.source import Source
-    from quarkcli.errors import UsageError
     from quarkcli.job import idle
     from quarkcli.recipe import catalog
 
@@ -116,13 +115,5 @@ def infer(
     if to is None:
         output.data(text.rstrip("\n"), whole=True)
         return
-    try:
-        with to.open("x", encoding="utf-8") as file:
-            file.write(text)
-    except FileExistsError:
-        raise UsageError(
-            "exists already", where=str(to), hint="choose another -o; nothing was written", kind="E-OUTPUT-FILE"
-        ) from None
-    except OSError as error:
-        raise UsageError(f"cannot be written: {error.strerror}", where=str(to), kind="E-OUTPUT-FILE") from error
+    files.write(to, text)
     output.note(f"{to}: read it, then move it into {catalog.user_folder() / 'models'}")

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from quarkcli import memory
-from quarkcli.cli import apps, explain, output, rewrite, tables
+from quarkcli.cli import apps, explain, files, output, rewrite, tables
 from quarkcli.cli.completion import names
 from quarkcli.cli.flags import Json
-from quarkcli.errors import QuarkError, ResourceError, UsageError
+from quarkcli.errors import QuarkError
 
 app = apps.new(
     "Work with recipes: files that say what to quantize and how.",
@@ -217,7 +216,7 @@ def _against(path: Path, model: str, data: str | None) -> dict[str, Any]:
 )
 def copy(
     name: Name,
-    destination: Annotated[Path, typer.Argument(metavar="DEST", help="A new file, or a directory that exists.")],
+    destination: Annotated[str, typer.Argument(metavar="DEST", help="A new file, or a directory that exists.")],
 ) -> None:
     """Copy a recipe as a start for your own.
 
@@ -227,15 +226,7 @@ def copy(
     from quarkcli.recipe import catalog
 
     path = catalog.find_recipe(name)
-    target = destination / path.name if destination.is_dir() else destination
-    if target.exists():
-        raise UsageError("exists already", where=str(target), hint="choose another name", kind="E-OUTPUT-FILE")
-    if not target.parent.is_dir():
-        raise UsageError("there is no such directory", where=str(target.parent), kind="E-OUTPUT-FILE")
-    try:
-        shutil.copyfile(path, target)
-    except OSError as error:
-        raise ResourceError(
-            f"cannot be written: {error.strerror or error}", where=str(target), kind="E-DISK-WRITE"
-        ) from error
-    output.data(str(target), whole=True)
+    if destination.endswith("/"):
+        files.check_folder(Path(destination))
+    to = Path(destination)
+    files.write_named(to / path.name if to.is_dir() else to, path.read_text(encoding="utf-8"))

@@ -63,7 +63,7 @@ def report(
     if html:
         from quarkcli.reporting.page import page
 
-        files.write(to or Path(f"{directory.resolve().name}.html"), page(found), replace=True)
+        files.write_named(to or Path(f"{directory.resolve().name}.html"), page(found), replace=True)
         return
     if json or form == "json":
         output.json_data(found)

@@ -45,7 +45,7 @@ def convert(
     found = recipe.from_file(catalog.find_recipe(name))
     for note in found.notes:
         output.note(f"note: {note}")
-    files.write(to, as_native(found))
+    files.write_named(to, as_native(found))
 
 
 def schema(
@@ -63,4 +63,4 @@ def schema(
     if to is None:
         output.data(json.dumps(json_schema(), indent=2), whole=True)
     else:
-        files.write(to, json.dumps(json_schema(), indent=2) + "\n")
+        files.write_named(to, json.dumps(json_schema(), indent=2) + "\n")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from quarkcli.cli import apps, output
-from quarkcli.cli.amounts import size
+from quarkcli.cli.amounts import amount, size
 from quarkcli.cli.jobflags import JobFlags, takes_job_flags
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ Budget = Annotated[
     float | None,
     typer.Option(
         "--budget",
-        min=0,
+        parser=amount,
         metavar="BITS",
         help="Most bits per searched weight on average, scales included. [default: none; then only the table is made]",
     ),

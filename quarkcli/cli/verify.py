@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from quarkcli.cli import apps, github, output, verdict
+from quarkcli.cli.amounts import number
 from quarkcli.cli.flags import Debug, Json, Nonfinite, Pickle, Quiet, Servers
 from quarkcli.cli.logflags import LogFormat, LogLevel
 from quarkcli.errors import UsageError
@@ -19,6 +20,7 @@ Least = Annotated[
     float | None,
     typer.Option(
         "--min-sqnr",
+        parser=number,
         metavar="DB",
         help="Lowest signal-to-noise ratio (SQNR) in dB that a decoded weight may have; needs --source.",
     ),

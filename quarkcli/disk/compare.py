@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from quarkcli.disk import rewritten
 from quarkcli.disk.checkpoint import Checkpoint
 from quarkcli.errors import CheckError
 from quarkcli.events import Listener, Working, silent
@@ -67,6 +68,8 @@ class Comparison:
     rows       tensors that both have, worst first
     scales     static scale of an activation that differs by more than one ulp -> its values in both
     turned     weights whose columns are turned by a Hadamard in one of them; they are turned back to be compared
+    rewritten  tensors that differ, and that an algorithm rewrote in one of them together with others: what the model
+               computes stays, so their own difference says nothing of the loss
     """
 
     a: str
@@ -78,6 +81,7 @@ class Comparison:
     shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
     scales: dict[str, tuple[float | None, float | None]] = field(default_factory=dict)
     turned: list[str] = field(default_factory=list)
+    rewritten: list[str] = field(default_factory=list)
 
     @property
     def identical(self) -> bool:
@@ -111,6 +115,7 @@ class Comparison:
             "shapes_differ": {name: {"a": list(a), "b": list(b)} for name, (a, b) in self.shapes.items()},
             "scales_differ": {name: {"a": a, "b": b} for name, (a, b) in self.scales.items()},
             "turned": self.turned,
+            "rewritten": self.rewritten,
             "tensors": [
                 {
                     "name": row.name, "a": row.a, "b": row.b, "sqnr_db": _finite(row.sqnr),
@@ -138,6 +143,8 @@ def compare(a: Checkpoint, b: Checkpoint, tell: Listener = silent) -> Comparison
         found.rows.append(_row(name, first, second, swapped, found))
     found.scales |= _attention_scales(first, second)
     found.rows.sort(key=lambda row: row.sqnr)
+    different = [row.name for row in found.rows if not row.identical]
+    found.rewritten = rewritten.among(different, a, b)
     return found
 
 
@@ -163,7 +170,12 @@ def _check(found: Comparison, least: float | None) -> None:
     if bad:
         worst = bad[0]
         what = f"{len(bad)} of {len(found.rows)} tensors are below {least:g} dB; the worst has {decibels(worst.sqnr)}"
-        raise CheckError(what, where=worst.name, kind="E-GATE-COMPARE")
+        hint = (
+            "measure the loss with 'quark eval': an algorithm rewrote the tensor"
+            if worst.name in found.rewritten
+            else ""
+        )
+        raise CheckError(what, where=worst.name, hint=hint, kind="E-GATE-COMPARE")
     if not found.complete:
         lost = [*found.only_a, *found.only_b, *found.shapes]
         what = f"{len(lost)} tensors are only in one checkpoint or have another shape in the other"

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 
 from quarkcli.disk.checkpoint import Checkpoint
 from quarkcli.disk.compare import Row, compare, decibels
-from quarkcli.disk.source import Source
+from quarkcli.disk.rewritten import homes, said_changed
 from quarkcli.errors import CheckError, some
 from quarkcli.events import Listener, silent
 
 _SHOWN = 5
 # Below it, noise is as large as the signal: codes or scales are read wrong, or are another weight's.
 BROKEN = 1.0
-_REPORT = "quark/report.json"
 
 
 def check(
@@ -28,7 +26,7 @@ def check(
     quantized = {f"{name}.weight" for name in checkpoint.view.targets}
     quantized |= {f"{name}.bias" for name, stored in checkpoint.view.targets.items() if stored.bias is not None}
     found = compare(checkpoint, original, tell)
-    said = _said_changed(checkpoint.source)
+    said = said_changed(checkpoint.source)
     other = [row.name for row in found.rows if row.name not in quantized and not row.identical]
     if said is not None and (wrong := [name for name in other if name not in said]):
         raise CheckError(
@@ -45,9 +43,8 @@ def check(
             "weights were not compared: an algorithm seems to have rewritten them; --min-sqnr compares them anyway",
         ]
     left = said if said is not None and least is None else set()
-    weights = original.layout.weights.values() if left else ()
-    homes = {f"{weight.name}.weight": weight.view.tensor for weight in weights}  # experts may share one
-    compared = [row for row in rows if row.name not in left and homes.get(row.name) not in left]
+    home = homes(original) if left else {}
+    compared = [row for row in rows if row.name not in left and home.get(row.name) not in left]
     return lines + _ranked(compared, least, len(rows))
 
 
@@ -65,12 +62,3 @@ def _ranked(rows: Sequence[Row], least: float | None, count: int) -> list[str]:
     shown = ", ".join(f"{row.name} {decibels(row.sqnr)}" for row in rows[:_SHOWN])
     middle = decibels(rows[len(rows) // 2].sqnr)
     return [f"signal-to-noise ratio of {len(rows)} weights: median {middle}; worst: {shown}{more}"]
-
-
-def _said_changed(ours: Source) -> set[str] | None:
-    """Returns the source tensors that algorithms changed, as the report says; None without a report."""
-    try:
-        changed = json.loads((ours.folder / _REPORT).read_bytes())["changed"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None
-    return set(changed) if isinstance(changed, dict) else None

@@ -44,7 +44,7 @@ def checkpoints(output: Path) -> list[Path]:
 
 def hint(output: Path) -> str:
     """Returns where the checkpoints are, for a directory that is none itself but lists some."""
-    found = [str(folder) for folder in checkpoints(output)]
+    found = [str(folder) for folder in checkpoints(output) if folder != output]
     return f"give one of its checkpoints: {', '.join(found)}" if found else ""
 
 

@@ -5,6 +5,7 @@ Scales are told by the names of their tensors, which every dialect gives them, a
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -20,8 +21,8 @@ from quarkcli.plan.fused import matrix
 _COST = "servers keep all of them, or round all codes again with the largest, which costs some accuracy"
 # Slots by the words that names of their scales begin with; all others are the weight's.
 _SLOTS = {"input": "input", "activation": "input", "output": "output", "bias": "bias"}
-# The largest plausible scale over the scales of blocks: weights reach 2,688 times as far. The inverse of a real one,
-# written by mistake, is far above it.
+# The largest usual scale over the scales of blocks: weights reach 2,688 times as far. The inverse of a real one is far
+# above it. Whoever writes inverses by mistake does so everywhere; a few larger ones are weights with an outlier.
 _LARGEST = {"weight": 4.0, "input": 40.0}
 
 
@@ -31,12 +32,15 @@ class _Found:
 
     groups, inputs  group -> member -> its scales of the whole tensor
     layers          layer of experts -> scales of their inputs
+    large           slot -> scales over the scales of blocks that are larger than usual; `counted`: how many there are
     """
 
     bad: list[str] = field(default_factory=list)
     groups: dict[str, dict[str, tuple[float, ...]]] = field(default_factory=dict)
     inputs: dict[str, dict[str, tuple[float, ...]]] = field(default_factory=dict)
     layers: dict[str, set[tuple[float, ...]]] = field(default_factory=dict)
+    large: dict[str, list[str]] = field(default_factory=dict)
+    counted: Counter[str] = field(default_factory=Counter)
 
 
 def check(
@@ -61,7 +65,7 @@ def check(
         found.bad += _faults(stored, own)
         found.bad += [f"{name} (no {kind} scale)" for kind in _absent(stored, own)]
         assert checkpoint.reader is not None
-        found.bad += _implausible(stored, own, checkpoint.reader)
+        _look_at_size(found, stored, own, checkpoint.reader)
         static = _of_tensor(own, "input")
         if static and name in weights and weights[name].expert is not None:
             found.layers.setdefault(matrix(weights[name]), set()).add(static)
@@ -75,6 +79,11 @@ def check(
         for tensor in attention.scales.values():
             fault = _values(checkpoint, tensor, known).fault()
             found.bad += [f"{tensor} ({fault})"] if fault else []
+    for slot, large in found.large.items():
+        if 2 * len(large) > max(2, found.counted[slot]):
+            found.bad += large
+        else:
+            tell(Message(f"{len(large)} scales are larger than usual: {some(large)}", "warning"))
     if found.bad:
         what = "modules have a scale that is zero, negative, infinite, NaN or missing"
         raise CheckError(f"{len(found.bad)} {what}: {some(found.bad)}", kind="E-CHECK-SCALES")
@@ -180,17 +189,19 @@ def _absent(stored: StoredTarget, own: Mapping[str, Values]) -> Iterator[str]:
             yield kind
 
 
-def _implausible(stored: StoredTarget, own: Mapping[str, Values], reader: Reader) -> Iterator[str]:
-    """Yields scales over the scales of blocks that would make values of an absurd size, such as inverted ones."""
+def _look_at_size(found: _Found, stored: StoredTarget, own: Mapping[str, Values], reader: Reader) -> None:
+    """Notes scales over the scales of blocks, and those that make values of an unusual size, as inverted ones do."""
     for tensor, summary in own.items():
         slot = _slot(tensor)
         spec = {"weight": stored.weight, "input": stored.input}.get(slot)
         number = summary.only
         if spec is None or not spec.has_global_scale or not number or summary.fault() or not is_scale(tensor):
             continue
+        found.counted[slot] += 1
         multiplier = 1 / number if _leaf(tensor) in reader.divisors else number
         if multiplier > _LARGEST[slot]:
-            yield f"{tensor} (it makes values of {multiplier * 2688:,.0f}: is it the inverse?)"
+            text = f"{tensor} (it makes values of {multiplier * 2688:,.0f}: is it the inverse?)"
+            found.large.setdefault(slot, []).append(text)
 
 
 def _of_tensor(own: Mapping[str, Values], slot: str) -> tuple[float, ...]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from quarkcli import servers
 from quarkcli.dialects.base import Writer
-from quarkcli.disk import completeness, contents, excluded, fidelity, manifest, nonfinite, parallel, pickles
+from quarkcli.disk import completeness, contents, excluded, fidelity, manifest, nonfinite, parallel, pickles, ties
 from quarkcli.disk import scales as stored_scales
 from quarkcli.disk.checkpoint import Checkpoint
 from quarkcli.disk.nonfinite import HINT, NonFinite, OnNonfinite
@@ -148,6 +148,7 @@ def _contents(folder: Path, model: Source | None, asked: Asked, tell: Listener) 
         lambda: [completeness.index(source)],
         lambda: [completeness.model(checkpoint)],
         lambda: [completeness.codes(checkpoint, layout)],
+        lambda: ties.check(checkpoint),
         lambda: completeness.caches(checkpoint, layout),
         lambda: [completeness.strangers(checkpoint, layout, manifest.unchanged(folder))],
         lambda: [excluded.check(reader, described, layout, view.targets)],

@@ -16,7 +16,7 @@ from quarkcli.family.config import (
 from quarkcli.family.fit import check as check_fit
 from quarkcli.family.infer import guess, infer
 from quarkcli.family.known import Card, card, cards, for_checkpoint, has_experts, identify, load
-from quarkcli.family.layout import AttentionModule, Layout, Site, Weight, lay_out
+from quarkcli.family.layout import TIED, AttentionModule, Layout, Site, Weight, lay_out
 from quarkcli.family.leftovers import surprises
 from quarkcli.family.lists import block_lists, tower
 from quarkcli.family.orientation import hidden_transpositions
@@ -39,6 +39,7 @@ from quarkcli.family.write import to_yaml
 __all__ = [
     "PROTECTED",
     "ROLE_CLASSES",
+    "TIED",
     "AttentionModule",
     "Card",
     "Channels",

@@ -25,6 +25,7 @@ from quarkcli.family.widths import misfits
 Shape = tuple[int, ...]
 _SHOWN = 6
 _EXPERTS = ".experts."
+_DTYPE = re.compile(r"auto|b?float16|float32|float64|half|float|double|float[48]_e\w+|u?int(8|16|32|64)")
 # Keys of config.json that count extra prediction layers, and what such layers have that others have not.
 _PREDICTS = re.compile(r"nextn|mtp")
 _OF_PREDICTION = re.compile(r"(^|\.)(eh_proj|[eh]norm|shared_head|embed_tokens|fc|\w*mtp\w*)(\.|$)")
@@ -33,6 +34,7 @@ _OF_PREDICTION = re.compile(r"(^|\.)(eh_proj|[eh]norm|shared_head|embed_tokens|f
 def check(family: FamilyModel, layout: Layout, config: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> None:
     """Raises ModelError that names tensors which are missing, empty, of a wrong shape, or of no model at all."""
     check_leftovers(headers)
+    _check_dtype(config)
     faults: dict[str, str] = {}
     for text in problems(family, layout, config, headers):
         faults.setdefault(text.partition(" ")[0], text)  # one for each tensor
@@ -45,6 +47,19 @@ def check(family: FamilyModel, layout: Layout, config: Mapping[str, Any], header
             "another model",
             kind="E-MODEL-MISFIT",
         )
+
+
+def _check_dtype(config: Mapping[str, Any]) -> None:
+    """Raises ModelError for a dtype that is none: the model's class could not be built."""
+    for own in (config, text_config(config)):
+        for key in ("dtype", "torch_dtype"):
+            value = own.get(key)
+            name = str(value).removeprefix("torch.")
+            if isinstance(value, str) and not _DTYPE.fullmatch(name):
+                raise ModelError(
+                    f"{key} in config.json is {str(value)[:40]!r}, which is no dtype", where="config.json",
+                    hint="write bfloat16, float16 or float32", kind="E-MODEL-DTYPE",
+                )  # fmt: skip
 
 
 def problems(

@@ -104,6 +104,7 @@ class Layout:
     attention: list[AttentionModule]
     tensor_roles: dict[str, str]
     tied_head: str | None
+    doubled_head: tuple[str, str] | None
     aliases: dict[str, str] = field(default_factory=dict)
     protected: dict[str, str] = field(default_factory=dict)
     unlisted: frozenset[str] = frozenset()
@@ -111,6 +112,9 @@ class Layout:
     transposed: tuple[str, ...] = ()
     rewrites: Rewrites = field(default_factory=Rewrites)
     architecture: str = ""
+
+
+TIED = "tie_word_embeddings"  # key of config.json: head and embedding are one tensor
 
 
 @without_collection()
@@ -125,7 +129,8 @@ def lay_out(
     builder.connect(_head_dim(text_config(config)))
     return Layout(
         name, inferred, parts, builder.weights, builder.sites, builder.attention, builder.tensor_roles,
-        _tied_head(family, config, headers), family.aliases, builder.protected(),
+        _tied_head(family, config, headers), _doubled_head(family, config, headers, builder.weights),
+        family.aliases, builder.protected(),
         frozenset({"router"} if family.experts is not None and family.experts.router_whole else ()),
         hidden_transpositions(family, config, headers), stored_transposed(builder.blocks_weights(), headers, config),
         Rewrites(family, hidden_size(config), headers, head_size(config), kv_heads(config)),
@@ -135,11 +140,30 @@ def lay_out(
 
 def _tied_head(family: FamilyModel, config: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> str | None:
     """Returns the head's name when it is the embedding and has no tensor of its own."""
-    heads = [module for module in family.tail if module in family.roles.get("head", [])]
-    tied = text_config(config).get("tie_word_embeddings", config.get("tie_word_embeddings", family.tied))
-    if not heads or not tied or any(f"{head}.weight" in headers for head in heads):
+    heads = _heads(family) if _ties(family, config) else []
+    if not heads or any(f"{head}.weight" in headers for head in heads):
         return None
     return heads[0]
+
+
+def _doubled_head(
+    family: FamilyModel, config: Mapping[str, Any], headers: Mapping[str, HeaderLike], weights: Mapping[str, Weight]
+) -> tuple[str, str] | None:
+    """Returns the tensors of a head and of the embedding, where the files have both of what config.json says is one."""
+    heads = [f"{head}.weight" for head in _heads(family) if f"{head}.weight" in headers]
+    if not heads or not _ties(family, config) or config.get(TIED) is False:
+        return None
+    shape = tuple(headers[heads[0]].shape)
+    tables = (w.view.tensor for w in weights.values() if w.role == "embedding")
+    return next(((heads[0], table) for table in tables if tuple(headers[table].shape)[1:] == shape[1:]), None)
+
+
+def _heads(family: FamilyModel) -> list[str]:
+    return [module for module in family.tail if module in family.roles.get("head", [])]
+
+
+def _ties(family: FamilyModel, config: Mapping[str, Any]) -> bool:
+    return bool(text_config(config).get(TIED, config.get(TIED, family.tied)))
 
 
 def _head_dim(text: Mapping[str, Any]) -> int | None:

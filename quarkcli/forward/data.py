@@ -25,6 +25,7 @@ from quarkcli.forward.documents import Conversation, Skipped, Unusable, document
 
 CHARACTERS = 64  # no text has more of them in a token, but for runs of spaces
 MIXED = 100_000  # characters of the built-in text that are read at least
+_NO_TEMPLATE = "no chat template"  # words of the reason why conversations were not used
 PATIENCE = 10_000  # rows that are read before it is said that none can be used
 
 
@@ -236,12 +237,10 @@ def _padded(rows: list[list[int]], seqlen: int, pad: int) -> tuple[list[list[int
 
 def _useless(source: str, skipped: Skipped) -> DataError:
     reasons = f": {skipped}" if skipped.total else ""
-    return DataError(
-        f"no row can be used{reasons}",
-        where=source,
-        hint=f"write each line like this: {files.EXAMPLE}",
-        kind="E-DATA-FILE",
-    )
+    hint = f"write each line like this: {files.EXAMPLE}"
+    if _NO_TEMPLATE in str(skipped):
+        hint = "give the chat template with --chat-template FILE, or data with plain text"
+    return DataError(f"no row can be used{reasons}", where=source, hint=hint, kind="E-DATA-FILE")
 
 
 def _source(source: str, seed: int, offline: bool, budget: int, skipped: Skipped) -> Iterator[files.Row]:

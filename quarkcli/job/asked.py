@@ -54,7 +54,8 @@ def with_steps(recipe: Recipe, names: str | None, settings: Sequence[str]) -> Re
                 one,
                 ({**given, name: {**given.get(name, {}), key: value}} if one == AUTO else {**given, key: value}),
             )
-            places[index] = f"{SETTING}{text}"
+            before = f"{places[index]} " if places[index].startswith(SETTING) else ""
+            places[index] = f"{before}{SETTING}{text}"  # any of them may hold the value that is refused
     return replace(recipe, algorithms=listed, algorithm_places=places)
 
 

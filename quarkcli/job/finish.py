@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from quarkcli.dialects.base import CONFIG_FILE, Writer
-from quarkcli.disk import manifest, verify
+from quarkcli.disk import manifest, ties, verify
 from quarkcli.disk import unfinished as under_way
 from quarkcli.disk.journal import Journal
 from quarkcli.disk.place import dispose, earlier
@@ -31,7 +31,7 @@ from quarkcli.disk.writer import (
 )
 from quarkcli.errors import AccessError, HubError, ResourceError
 from quarkcli.events import Listener, Message, Working
-from quarkcli.family import quantization, text_config, without_quantization
+from quarkcli.family import TIED, quantization, text_config, without_quantization
 from quarkcli.job.options import Calibration, Prepared
 from quarkcli.plan import advice
 from quarkcli.plan.model import Part, Plan
@@ -55,9 +55,13 @@ def begin_report(prepared: Prepared, data: CalibrationData | None, partial: Path
     under_way.keep(partial, prepared.folder, json.dumps(report))
 
 
-def write_config(prepared: Prepared, partial: Path, records: dict[str, dict[str, Any]]) -> None:
+def write_config(prepared: Prepared, partial: Path, records: dict[str, dict[str, Any]], tell: Listener) -> None:
     """Step 9: writes everything beside the weights; safe to repeat after an interruption."""
     describe(prepared.dialect, prepared.plan, prepared.source, prepared.side_files, partial, records)
+    if prepared.plan.untied:
+        head, embedding = prepared.plan.doubled_head or ("", "")
+        what = f"config.json says that {head} is {embedding}, and the files hold other values for it"
+        tell(Message(f"{what}; quark writes {TIED}: false, so that servers read both", "warning"))
     atomic_write_text(partial / "quark" / "recipe.yaml", resolved_recipe(prepared))
 
 
@@ -70,6 +74,11 @@ def describe(
     records: Mapping[str, Mapping[str, Any]],
 ) -> None:
     """Writes config, index, side files, and what the dialect says of the checkpoint. `records`: files of every part."""
+    doubled = plan.doubled_head
+    if doubled is not None and not all(name in source.headers for name in doubled):
+        plan.untied = True  # quark decodes one of them, and stores both
+    elif doubled is not None:
+        plan.untied = not ties.same_values(source, *doubled)
     described = dialect.files(plan)
     keys = described.pop(CONFIG_FILE, {})
     atomic_write_text(partial / CONFIG_FILE, with_keys(source.config_text, keys, plan.config_changes))

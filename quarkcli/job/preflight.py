@@ -17,7 +17,6 @@ from quarkcli.disk.side_files import SideFiles, shown
 from quarkcli.disk.source import Source
 from quarkcli.disk.writer import disk_errors, free_bytes, output_state, partial_path, resolved
 from quarkcli.errors import (
-    AccessError,
     ConfigError,
     DataError,
     ModelError,
@@ -42,7 +41,7 @@ if TYPE_CHECKING:
 
 DEFAULT_SAMPLES = 512
 DEFAULT_SEQLEN = 512
-_LESS_MEMORY = "use fewer --calib-samples, a shorter --calib-seqlen, or a scheme that needs no data, such as mxfp4"
+_LESS_DATA = "use fewer --calib-samples, a shorter --calib-seqlen, or a scheme that needs no data, such as mxfp4"
 _WEIGHT_DTYPES = {"BF16", "F16", "F32"}
 
 
@@ -240,11 +239,8 @@ def _default_data(options: Options) -> tuple[str, str | None]:
 
     data, warning = default_source(options.offline)
     if warning and options.strict:
-        raise AccessError(
-            warning,
-            hint="use --calib-data FILE, or --calib-data builtin if you want the built-in text",
-            kind="E-DATA-HUB",
-        )
+        hint = "use --calib-data FILE, or --calib-data builtin if you want the built-in text"
+        raise DataError(warning, hint=hint, kind="E-DATA-STRICT")
     return data, warning
 
 
@@ -289,6 +285,9 @@ def check_output(output: Path, overwrite: bool, source: Path) -> None:
             "is inside the model's directory, or contains it", where=str(output), hint="choose another -o",
             kind="E-OUTPUT-PLACE",
         )  # fmt: skip
+    if final.exists() and not final.is_file() and not final.is_dir():
+        what = "is neither a file nor a directory"
+        raise UsageError(what, where=str(output), hint="choose another -o", kind="E-OUTPUT-PLACE")
     state = output_state(output)
     if state in {"finished", "foreign"} and not overwrite:
         what = "a finished checkpoint" if state == "finished" else "something that is not a checkpoint of quark"
@@ -325,11 +324,12 @@ def check_resources(output: Path, size: forecast.Forecast, most: int | None = No
             raise authored.too_large(size.whole_bytes, room)
     if most is not None and size.memory_bytes > most:
         what = f"the job needs about {size.memory_bytes:,} bytes of memory, and --max-cpu-mem allows {most:,}"
-        raise ResourceError(what, hint=_LESS_MEMORY, kind="E-MEMORY")
+        less = f", or {_LESS_DATA}" if size.calibrated else ""
+        raise ResourceError(what, hint=f"use a larger --max-cpu-mem{less}", kind="E-MEMORY")
     if total is not None and size.memory_bytes > total:
         raise ResourceError(
             f"the job needs about {size.memory_bytes:,} bytes of memory, and this machine has {total:,}",
-            hint=_LESS_MEMORY,
+            hint=_LESS_DATA if size.calibrated else "use a machine with more",
             kind="E-MEMORY",
         )
 
@@ -342,9 +342,7 @@ def reason_to_stop(options: Options, seconds: float, left: int) -> QuarkError | 
     taken, most = memory.peak_rss(), options.max_cpu_mem
     if most is not None and taken > most:
         what = f"the job took {taken:,} bytes of memory, and --max-cpu-mem allows {most:,}; finished work is kept"
-        return ResourceError(
-            what, hint=f"run the same command with a larger limit to continue, or {_LESS_MEMORY}", kind="E-MEMORY"
-        )
+        return ResourceError(what, hint="run the same command with a larger limit to continue", kind="E-MEMORY")
     if left and options.time_budget is not None and seconds > options.time_budget:
         return Stopped(
             "the time budget is used up; finished work is kept", hint="run the same command again to continue",

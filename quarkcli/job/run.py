@@ -65,17 +65,16 @@ if TYPE_CHECKING:
 def load_recipe(options: Options) -> Recipe:
     """Step 1: returns the recipe of `--scheme` or `--recipe`, with the algorithms of `--algorithm`."""
     if (options.scheme is None) == (options.recipe is None):
-        both = (
-            "--scheme and --recipe exclude each other" if options.scheme else "neither --scheme nor --recipe is given"
-        )
+        excluding = "--scheme and --recipe exclude each other"
         raise UsageError(
-            both,
+            excluding if options.scheme else "neither --scheme nor --recipe is given",
             hint="use --scheme nvfp4, for example; 'quark schemes list' and 'quark recipes list' show all",
             kind="E-RECIPE-OR-SCHEME",
         )
     settings, of_steps = asked.of_recipe_and_steps(options.settings)
     if settings and options.recipe is None:
-        raise UsageError("there is no recipe to change", where="--set", hint="add --recipe", kind="E-SET")
+        hint = "use --recipe in the place of --scheme, or the flags, such as --calib-samples"
+        raise UsageError("there is no recipe to change", where="--set", hint=hint, kind="E-SET")
     if settings and isinstance(options.recipe, Recipe):
         raise UsageError("settings change only a recipe that is given by its name or file", where="--set", kind="E-SET")
     if options.scheme is not None:
@@ -249,7 +248,7 @@ def _lead(
             records = {part.name: journal.finished[part.name] for part in prepared.plan.parts}
             split = [outputs.of_folder(records, one.folder) for one in prepared.every]
             for one, own in zip(prepared.every, split, strict=True):
-                finish.write_config(one, partial / one.folder, own)  # 9
+                finish.write_config(one, partial / one.folder, own, tell)  # 9
             found = judging.measured(prepared, data, partial / prepared.folder, device, judge, tell)
             tell(Phase("verify"))
             directories.note_apart(prepared, records, shown)

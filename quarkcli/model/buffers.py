@@ -32,7 +32,7 @@ def rebuild_buffers(model: Any, names: Iterable[str], device: torch.device) -> N
         for module, leaf in _unset(owners, enclosing, deep=True):
             raise ModelError(
                 f"{type(module).__name__} does not say how to initialize its buffer {leaf!r}, so it cannot run",
-                hint="use a scheme that needs no calibration data",
+                hint="quantize with a scheme that needs no calibration data, such as mxfp4: that never runs the model",
                 kind="E-CLASS-FOLLOW",
             )
     for module, leaves in owners.items():

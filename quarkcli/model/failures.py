@@ -17,7 +17,7 @@ from quarkcli import family, memory
 from quarkcli.errors import ModelError, QuarkError
 from quarkcli.model.library import TESTED, quiet, transformers
 
-DATA_FREE_HINT = "use a scheme that needs no calibration data: it never runs the model"
+DATA_FREE_HINT = "quantize with a scheme that needs no calibration data, such as mxfp4: that never runs the model"
 _LENGTH = 400  # characters of a foreign message; some print whole tensors
 
 

@@ -194,7 +194,7 @@ class Recorder:
             raise ModelError(
                 f"decoder block {index} ({type(block).__name__}) returns {_describe(found)}, but returned "
                 f"{_describe(expected)} before, so quark cannot follow it",
-                hint="use a scheme that needs no calibration data",
+                hint="quantize with a scheme that needs no calibration data, such as mxfp4: that never runs the model",
                 kind="E-CLASS-FOLLOW",
             )
 
@@ -256,7 +256,7 @@ class _Session:
         elif not self._untouched(hidden):
             raise ModelError(
                 f"the model changes the hidden states between decoder blocks {self.previous} and {index}",
-                hint="use a scheme that needs no calibration data",
+                hint="quantize with a scheme that needs no calibration data, such as mxfp4: that never runs the model",
                 kind="E-CLASS-FOLLOW",
             )
         form = self.recorder.learn_form(block, args, kwargs)

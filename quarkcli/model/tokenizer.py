@@ -15,7 +15,7 @@ from quarkcli.model.library import AutoTokenizer, one_day, quiet, transformers
 from quarkcli.model.limits import Bounded, OutOfBounds
 
 _PLAIN = "use calibration data with plain text"
-HINT = "use a scheme that needs no calibration data"
+HINT = "add the tokenizer's files; only a scheme that needs no calibration data, such as mxfp4, works without them"
 # Any one of these says that the folder has a tokenizer.
 FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "tekken.json")
 
@@ -221,7 +221,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Tokenizer:
             raise ModelError(
                 "the tokenizer comes with its own code, and needs to run it",
                 where=str(folder),
-                hint="read that code, then allow it with --trust-remote-code, or " + HINT,
+                hint="read that code, then allow it with --trust-remote-code; a run without data needs no tokenizer",
                 kind="E-CODE-TRUST",
             ) from error
         raise _failed("cannot be loaded", str(folder), error) from error

@@ -21,12 +21,12 @@ from typing import Any
 from quarkcli.errors import ConfigError, UsageError
 from quarkcli.plan.compose import Basis
 from quarkcli.plan.model import TARGET_KINDS, Decision, Plan
-from quarkcli.plan.names import Names, stage_of
-from quarkcli.plan.resolve import ATTENTION_CLASS, attention_names, attention_slots, resolve
+from quarkcli.plan.names import ATTENTION_CLASS, Names, stage_of
+from quarkcli.plan.resolve import attention_names, attention_slots, resolve
+from quarkcli.recipe import nearby
 from quarkcli.recipe.attributes import Cfg, to_spec
 from quarkcli.recipe.attributes.partial import changed
 from quarkcli.recipe.entries import Entry, Origin
-from quarkcli.recipe.match import suggestions
 from quarkcli.recipe.normalize import Canonical, normalize, path_text
 from quarkcli.recipe.tried import is_weight, located
 
@@ -221,8 +221,8 @@ def _selected(plan: Plan, selection: Selection, parent: str | None, call: str) -
     found = dict(_matched(plan, selection, parent) if isinstance(selection, str) else _chosen(plan, selection, parent))
     if found:
         return found
-    close = suggestions(selection, [slot for slot, _ in plan.slots()]) if isinstance(selection, str) else []
-    hint = f"did you mean {', '.join(map(repr, close))}?" if close else "run 'quark plan --modules' to see the names"
+    pattern = selection if isinstance(selection, str) else ""
+    hint = nearby.hint(pattern, [slot for slot, _ in plan.slots()])
     raise ConfigError(
         "the pattern selects no quantizer", where=_call(call, selection), hint=hint, kind="E-PYTHON-VALUE"
     )

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
-from quarkcli.errors import ConfigError
+from quarkcli.errors import ConfigError, near_misses
 from quarkcli.plan.model import Decision, Plan
-from quarkcli.plan.names import Hits
+from quarkcli.plan.names import ATTENTION_CLASS, Hits
+from quarkcli.recipe import nearby
 from quarkcli.recipe.entries import Entry
-from quarkcli.recipe.match import suggestions
+from quarkcli.recipe.match import module_pattern
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 _SLOT = re.compile(r"[.*](weight|input|output|bias|[qkvp]_bmm|softmax)_quantizer(\.\d+)?$")
@@ -27,11 +28,10 @@ def check_matches(plan: Plan) -> None:
     for index in _unmatched(plan):
         entry = plan.entries[index]
         if entry.required:
-            flag = entry.origin.is_flag
-            raise _absent(plan, entry, modules if flag else _one_of_each(slot for slot, _ in plan.slots()))
+            raise _absent(plan, entry)
         if entry.user or _misspelled(entry.quantizer_path, modules):
             count = 4 * (len(plan.targets) + len(plan.attention))
-            plan.warnings.append(f"{entry.origin}: '{entry.quantizer_path}' matched none of {count} quantizers")
+            plan.warnings.append(f"{entry.origin}: '{_shown(entry)}' matched none of {count} quantizers")
 
 
 def _unmatched(plan: Plan) -> Iterator[int]:
@@ -60,17 +60,39 @@ def _misspelled(pattern: str, modules: list[str]) -> bool:
     return word not in ends and bool(difflib.get_close_matches(word, ends, n=1, cutoff=_ALIKE))
 
 
-def _absent(plan: Plan, entry: Entry, pool: list[str]) -> ConfigError:
-    flag = entry.origin.is_flag
-    shown = entry.quantizer_path.removesuffix(".weight_quantizer") if flag else entry.quantizer_path
-    close = suggestions(shown, pool)
-    hint = (
-        f"did you mean {', '.join(repr(name) for name in close)}?"
-        if close
-        else "run 'quark plan --modules' to see the names"
+def _shown(entry: Entry) -> str:
+    """Returns the pattern of an entry as the user wrote it. A flag's is on modules, any other on slots."""
+    return module_pattern(entry.quantizer_path) if entry.origin.is_flag else entry.quantizer_path
+
+
+def _absent(plan: Plan, entry: Entry) -> ConfigError:
+    """Returns the error for an entry that matches nothing."""
+    parent = entry.parent_class
+    shown = _shown(entry)
+    by_module = shown != entry.quantizer_path
+    classes = {target.name: target.parent_class for target in plan.targets.values()}
+    owners = classes if by_module else classes | dict.fromkeys(plan.attention, ATTENTION_CLASS)
+    if parent is not None and parent not in owners.values():
+        return _unknown_class(entry, owners)
+    own = [name for name in owners if parent in (None, owners[name])]
+    wanted = set(own)
+    pool = own if by_module else [slot for slot, _ in plan.slots() if slot.rpartition(".")[0] in wanted]
+    count, of_class = (len(own), f" of the class {parent}") if parent is not None else (len(classes), "")
+    what = f"'{shown}' matches none of {count} modules{of_class}"
+    return ConfigError(what, where=str(entry.origin), hint=nearby.hint(shown, pool), kind="E-PATTERN-NOMATCH")
+
+
+def _unknown_class(entry: Entry, owners: Mapping[str, str]) -> ConfigError:
+    parent, known = str(entry.parent_class), sorted(set(owners.values()))
+    if entry.origin.is_flag:  # a flag may leave `nn.` out
+        parent, known = parent.removeprefix("nn."), [name.removeprefix("nn.") for name in known]
+    close = near_misses(parent, known, 1)
+    return ConfigError(
+        f"unknown class of layer '{parent}': it matches none of {len(owners)} modules",
+        where=str(entry.origin),
+        hint=f"did you mean {close[0]}?" if close else f"use one of {', '.join(known)}",
+        kind="E-PATTERN-NOMATCH",
     )
-    what = f"'{shown}' matches none of {len(plan.targets)} modules"
-    return ConfigError(what, where=str(entry.origin), hint=hint, kind="E-PATTERN-NOMATCH")
 
 
 def check_effect(
@@ -97,7 +119,7 @@ def check_effect(
             continue
         later = dict.fromkeys(str(plan.entries[index].origin) for index in overruling)
         raise ConfigError(
-            f"'{entry.quantizer_path}' switches quantizers on, but all of them end switched off",
+            f"'{_shown(entry)}' switches quantizers on, but all of them end switched off",
             where=str(entry.origin),
             hint=f"check the later entries, which win: {'; '.join(list(later)[:3])}"
             if later
@@ -107,10 +129,11 @@ def check_effect(
     if not edited:
         _check_weights(plan)
     if not any(plan.quantized_alike()) and not any(module.specs for module in plan.attention.values()):
-        listed = "; ".join(f"{e.quantizer_path} ({e.origin})" for e in plan.entries[:6])
-        raise ConfigError(
-            "the plan quantizes nothing", hint=f"check the entries, in their order: {listed}", kind="E-PLAN-EMPTY"
-        )
+        listed = "; ".join(f"{_shown(e)} ({e.origin})" for e in plan.entries[:6])
+        hint = f"check the entries, in their order: {listed}"
+        if not listed:
+            hint = "add entries that switch quantizers on, or use --scheme instead: the recipe has no entries"
+        raise ConfigError("the plan quantizes nothing", hint=hint, kind="E-PLAN-EMPTY")
 
 
 def _check_weights(plan: Plan) -> None:
@@ -120,7 +143,7 @@ def _check_weights(plan: Plan) -> None:
     """
     asking = [e for e in plan.entries if e.enable and e.cfg is not None and "weight_quantizer" in e.quantizer_path]
     if asking and not any(plan.quantized_alike()):
-        patterns = ", ".join(dict.fromkeys(f"'{entry.quantizer_path}'" for entry in asking[:3]))
+        patterns = ", ".join(dict.fromkeys(f"'{_shown(entry)}'" for entry in asking[:3]))
         raise ConfigError(
             f"entries ask to quantize weights ({patterns}), and no weight is quantized",
             where=str(asking[0].origin),

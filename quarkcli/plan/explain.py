@@ -8,12 +8,12 @@ from typing import Any
 
 from quarkcli.errors import ConfigError
 from quarkcli.plan.model import Attention, Decision, Plan, Target
-from quarkcli.plan.names import Names, stage_of
+from quarkcli.plan.names import ATTENTION_CLASS, Names, stage_of
 from quarkcli.plan.order import Order
-from quarkcli.plan.resolve import ATTENTION_CLASS, attention_names, is_weight_kind
+from quarkcli.plan.resolve import attention_names, is_weight_kind
 from quarkcli.recipe.attributes.written import granularity_to_yaml, spec_to_yaml
 from quarkcli.recipe.entries import Entry
-from quarkcli.recipe.match import suggestions
+from quarkcli.recipe.nearby import examples
 from quarkcli.spec import TensorSpec
 
 
@@ -146,12 +146,15 @@ def _find(plan: Plan, slot: str) -> tuple[str, Target | Attention, str]:
         name = asked if asked in slots else other.get(asked, asked)
         if name in slots:
             return name, *slots[name]
-    close = suggestions(slot, slots)
+    pools = (slots, plan.targets) if "_quant" in slot else (plan.targets, slots)
+    close = next(filter(None, (examples(slot, pool) for pool in pools)), [])
     hint = (
         f"did you mean {', '.join(map(repr, close))}?"
         if close
         else "run 'quark plan --json --full' for the names of all quantizers"
     )
+    if close and "*" in slot:
+        hint = f"give one name, not a pattern: {' or '.join(map(repr, close))}"
     raise ConfigError(f"no quantizer is called '{slot}'", hint=hint, kind="E-SLOT-UNKNOWN")
 
 

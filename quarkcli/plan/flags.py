@@ -108,6 +108,9 @@ def _unprotected(plan: Plan, recipe: Recipe, overrides: Overrides, layout: Layou
         quantized = [m for m in modules if (target := plan.targets.get(m)) is not None and target.weight is not None]
         if not recipe.exclusions:
             yield f"--unprotect {role} changes nothing: {recipe.name} has no default exclusions"
+        elif not modules and (count := sum(1 for kept in layout.tensor_roles.values() if kept == role)):
+            tensors = "tensor" if count == 1 else f"{count} tensors"
+            yield f"--unprotect {role} changes nothing: quark has no quantizer for the {tensors} of this role"
         elif not modules:
             yield f"--unprotect {role} changes nothing: the model has no module of this role"
         elif not quantized:

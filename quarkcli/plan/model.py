@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard, TypeVar, cast
 
-from quarkcli.family import Part, Rewrites, Site, Weight, WeightView
+from quarkcli.family import TIED, Part, Rewrites, Site, Weight, WeightView
 from quarkcli.plan.changes import Added, Changes
 from quarkcli.plan.fused import matrix
 from quarkcli.recipe.attributes import Cfg
@@ -183,6 +183,8 @@ class Plan:
     kept              source tensor -> why it is copied as it is
     matches           per entry: how many slots it matched
     tied_head         head absent from the file because it is the embedding
+    doubled_head      tensors of a head and of the embedding, where config.json says that the two are one
+    untied            they have different values in the source
     restores          entries that bring back what was said before the exclusions
     exclusions_start  index of the first exclusion
     share             rows of the recipe that join weights into scale groups; None: what the family says; empty: nothing
@@ -209,6 +211,8 @@ class Plan:
     algorithms: list[Step]
     matches: list[int]
     tied_head: str | None = None
+    doubled_head: tuple[str, str] | None = None
+    untied: bool = False
     warnings: list[str] = field(default_factory=list)
     restores: frozenset[int] = frozenset()
     exclusions_start: int = 0
@@ -304,8 +308,17 @@ class Plan:
 
     @property
     def config_changes(self) -> dict[str, Any]:
-        """Returns keys of config.json that transforms set."""
-        return {key: value for changes in self.changes.values() for key, value in changes.config.items()}
+        """Returns keys of config.json that change: transforms set them, or head and embedding are no longer one."""
+        found = {key: value for changes in self.changes.values() for key, value in changes.config.items()}
+        return found | ({TIED: False} if self.untied or self._parts_head() else {})
+
+    def _parts_head(self) -> bool:
+        """Returns whether a head and the embedding that it doubles come out different from each other."""
+        if self.doubled_head is None:
+            return False
+        specs = {t.view.tensor: t.weight for t in self.targets.values() if t.view.tensor in self.doubled_head}
+        same = len(specs) == len(set(self.doubled_head)) and len(set(specs.values())) == 1
+        return not same or not self.changed.keys().isdisjoint(self.doubled_head)
 
     @property
     def online(self) -> dict[str, int]:

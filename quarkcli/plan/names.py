@@ -19,6 +19,7 @@ from quarkcli.plan.model import TARGET_KINDS
 from quarkcli.recipe.entries import Entry
 from quarkcli.recipe.match import Patterns, fold, ignores_numbers
 
+ATTENTION_CLASS = "nn.Module"  # the class that entries have for attention slots
 Hits = tuple[int, ...]  # indices of entries, ascending
 
 _SUFFIXES = tuple(f".{kind}_quantizer" for kind in TARGET_KINDS)
@@ -63,11 +64,12 @@ class Names:
         for index, entry in enumerate(entries):
             text, _ = stage_of(entry.quantizer_path)
             if _SPECIAL.search(text) or text.startswith("re:"):
+                match = self.file.matcher(text, str(entry.origin))  # the first, for its error shows what was typed
                 module, kind = _module_of(text)
                 if module is not None:
                     self.file.matcher(module, str(entry.origin))
                 kinds = _kinds(text) if kind is None else (kind,)
-                self.patterns.append(_Pattern(index, text, self.file.matcher(text, str(entry.origin)), kinds, module))
+                self.patterns.append(_Pattern(index, text, match, kinds, module))
             else:
                 self.exact.setdefault(text, []).append(index)
         self.exact_modules = {name.rpartition(".")[0] for name in self.exact}

@@ -10,12 +10,10 @@ from quarkcli.plan import checks, effects, flags, share, weights
 from quarkcli.plan.cache import minimum_entries
 from quarkcli.plan.compose import Composed, Overrides, compose
 from quarkcli.plan.model import ATTENTION_KINDS, TARGET_KINDS, Attention, Decision, Plan, Target
-from quarkcli.plan.names import Hits, Names
+from quarkcli.plan.names import ATTENTION_CLASS, Hits, Names
 from quarkcli.plan.order import Order
 from quarkcli.recipe.entries import Entry
 from quarkcli.recipe.recipe import Recipe
-
-ATTENTION_CLASS = "nn.Module"
 
 
 @without_collection()
@@ -78,6 +76,7 @@ def _applied(composed: Composed, recipe: Recipe, layout: Layout) -> tuple[_Resol
         algorithms=weights.steps(recipe, layout),
         matches=resolver.matches,
         tied_head=layout.tied_head,
+        doubled_head=layout.doubled_head,
         restores=frozenset(composed.restores),
         exclusions_start=composed.exclusions_start,
         share=recipe.share,

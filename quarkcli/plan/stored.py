@@ -61,6 +61,7 @@ def of_stored(
         algorithms=[],
         matches=[0 for _ in _ENTRIES],
         tied_head=layout.tied_head,
+        doubled_head=layout.doubled_head,
         rewrites=layout.rewrites,
         norms=tuple(name for name, role in layout.tensor_roles.items() if role == "norm"),
         changes={_STAGE: Changes(online=online)} if online else {},

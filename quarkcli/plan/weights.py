@@ -9,8 +9,8 @@ from quarkcli.errors import ConfigError
 from quarkcli.family import Layout, Weight
 from quarkcli.plan.model import Step
 from quarkcli.plan.names import Hits, Names
+from quarkcli.recipe import nearby
 from quarkcli.recipe.entries import SCALED, SLOTS, Entry, Origin
-from quarkcli.recipe.match import suggestions
 from quarkcli.recipe.recipe import Recipe
 
 
@@ -26,13 +26,10 @@ def matched(
     seen = {hit for _, hits in found for hit in hits}
     for index, (pattern, origin) in enumerate(patterns):
         if required and index not in seen:
-            close = suggestions(pattern, [f"{weight.name}.weight_quantizer" for weight, _ in found])
             raise ConfigError(
                 f"{what}: '{pattern}' matches none of {len(found)} weights",
                 where=str(origin),
-                hint=f"did you mean {', '.join(map(repr, close))}?"
-                if close
-                else "run 'quark plan --modules' to see the names",
+                hint=nearby.hint(pattern, [f"{weight.name}.weight_quantizer" for weight, _ in found]),
                 kind="E-PATTERN-NOMATCH",
             )
     return found

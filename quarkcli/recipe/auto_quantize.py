@@ -105,6 +105,7 @@ class _File(_Strict):
 
 def from_file(path: Path) -> Search:
     """Returns the search that a file asks for. Raises ConfigError with the place."""
+    _check_file(path)
     raw = catalog.document(path)
     document = imports.expanded(raw)
     if not isinstance(document.data, Mapping) or SECTION not in document.data:
@@ -140,6 +141,18 @@ def from_file(path: Path) -> Search:
         section.constraints.cost_model == "active_moe", cost.active_moe_expert_ratio if cost is not None else None,
         section.score_size, list(_notes(document, section)),
     )  # fmt: skip
+
+
+def _check_file(path: Path) -> None:
+    """Raises ConfigError unless there is such a file. Names of recipes do not do: none of them is for a search."""
+    if path.is_file():
+        return
+    raise ConfigError(
+        "this is a directory, not a file" if path.is_dir() else "there is no such file",
+        where=str(path),
+        hint="give a file with an auto_quantize section, not the name of a recipe; or use --schemes nvfp4,fp8 instead",
+        kind="E-RECIPE-NOT-FOUND",
+    )
 
 
 def _formats(

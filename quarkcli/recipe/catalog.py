@@ -14,7 +14,7 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from quarkcli.errors import ConfigError, QuarkError, UsageError, near_misses
+from quarkcli.errors import ConfigError, QuarkError, UsageError, near_misses, some
 from quarkcli.recipe import load
 
 Kind = Literal["schemes", "kv_cache", "attention", "ptq", "models"]
@@ -35,6 +35,9 @@ _LISTING = {
     "ptq": "quark recipes list",
     "models": "quark models list",
 }
+# How a name of a kind is given, and which commands show it.
+_FLAGS: dict[Kind, tuple[str, str]] = {"schemes": ("--scheme", "schemes"), "ptq": ("--recipe", "recipes")}
+_SUFFIXES = {".yaml", ".yml", ".json"}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _REGISTERED = Path("<registered>")  # stands for the folder of what a program registered
 _registered: dict[Path, load.Document] = {}
@@ -134,14 +137,26 @@ def find(kind: Kind, name: str, beside: Path | None = None) -> Path:
             return path
     if kind == "schemes" and (answer := _elsewhere(name)):
         raise UsageError(f"no scheme is called '{name}' here", hint=answer, kind="E-SCHEME-UNKNOWN")
-    close = near_misses(name, known)
+    close = near_misses(name, [*known, *(_presets() if kind == "ptq" else ())])
     hint = (f"did you mean {', '.join(close)}? " if close else "") + f"see '{_LISTING[kind]}'"
+    hint = _misplaced(kind, name) or hint
     what = f"unknown {_NOUN[kind]} '{name}'"
     if kind == "models":
         raise ConfigError(what, hint=hint, kind="E-FAMILY-FILE")
     if kind == "ptq":
         raise ConfigError(what, hint=hint, kind="E-RECIPE-NOT-FOUND")
     raise UsageError(what, hint=hint, kind="E-SCHEME-UNKNOWN")
+
+
+def _misplaced(kind: Kind, name: str) -> str | None:
+    """Returns what to type for a scheme that was given as a recipe, or the other way round; None for any other."""
+    if kind == "schemes" and Path(name).suffix in _SUFFIXES and Path(name).is_file():
+        return f"use --recipe {name}: --scheme takes a name, no file"
+    for other, (flag, listing) in _FLAGS.items() if kind in _FLAGS else ():
+        known = names(other).keys() | (_presets().keys() if other == "ptq" else set())
+        if other != kind and same(name) in map(same, known):
+            return f"{name} is a {_NOUN[other]}: use {flag} {name} ('quark {listing} show {name}' prints it)"
+    return None
 
 
 def _elsewhere(name: str) -> str | None:
@@ -262,7 +277,11 @@ def find_recipe(name_or_path: str) -> Path:
     if modelled is not None:
         return modelled
     foreign = path.parent.parts[-2:] == _PEER_FOLDER
-    if path.suffix in {".yaml", ".yml", ".json"} and not foreign:
+    if path.is_dir() and not foreign and same(name_or_path) not in _owners("ptq", files("ptq")):
+        raise ConfigError(
+            "this is a directory, not a recipe", where=name_or_path, hint=_inside(path), kind="E-RECIPE-NOT-FOUND"
+        )
+    if path.suffix in _SUFFIXES and not foreign:
         raise ConfigError(
             "no such recipe file",
             where=name_or_path,
@@ -278,6 +297,16 @@ def find_recipe(name_or_path: str) -> Path:
     )
     older = _OLDER_CACHE.sub(r"-kv_\1", name)
     return find("ptq", older if same(older) in _owners("ptq", files("ptq")) else name)
+
+
+def _inside(folder: Path) -> str:
+    """Returns which file of a directory to give instead."""
+    within = sorted(str(path) for path in folder.glob("*") if path.suffix in _SUFFIXES)
+    return (
+        f"give a file in it: {some(within, 3)}"
+        if within
+        else "give a file, or a name that 'quark recipes list' shows: there is no recipe in it"
+    )
 
 
 def _of_a_model(path: Path) -> Path | None:

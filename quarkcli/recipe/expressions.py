@@ -40,6 +40,16 @@ def is_plain(name: str) -> bool:
     return name.isascii() and name.isprintable()
 
 
+# How a module's expression stands in that of its slot (`match.slot_pattern`).
+_OF_SLOT = re.compile(r"((?:\(\?[aiLmsux]+\))*)\(\?:(.*)\)\\\.[a-z]+_quantizer", re.DOTALL)
+
+
+def as_typed(text: str) -> str:
+    """Returns the module's expression in that of its slot, as the user typed it; any other expression as it is."""
+    found = _OF_SLOT.fullmatch(text)
+    return found[1] + found[2] if found is not None else text
+
+
 class Expressions:
     """The regular expressions of one file. Raises ConfigError with the place of a pattern that does not do.
 
@@ -88,7 +98,7 @@ class Expressions:
         if len(lines) <= len(jobs):
             text = jobs[len(lines)][0]
             raise ConfigError(
-                f"matching 're:{text:.200}' takes too long: all patterns of a file have {LIMIT:g} s together",
+                f"matching 're:{as_typed(text):.200}' takes too long: all patterns of a file have {LIMIT:g} s together",
                 where=self._places[text],
                 hint="use fewer * and + in a row; without lookaround and back references an expression is fast",
                 kind="E-PATTERN-REGEX",
@@ -116,12 +126,25 @@ class Expressions:
 
 @lru_cache(maxsize=4096)
 def _check(text: str, where: str) -> None:
+    fault = _fault(text)
+    if fault is None:
+        return
+    typed = as_typed(text)
+    fault = _fault(typed) or fault  # its positions count from where the user's text begins
+    raise ConfigError(
+        f"'re:{typed:.200}' is not a regular expression: {fault}",
+        where=where,
+        hint="correct it, or write a pattern without 're:', in which * stands for any text",
+        kind="E-PATTERN-REGEX",
+    ) from fault
+
+
+def _fault(text: str) -> Exception | None:
     try:
         re.compile(text)
     except (re.error, OverflowError, RecursionError, ValueError) as error:
-        raise ConfigError(
-            f"'re:{text:.200}' is not a regular expression: {error}", where=where, kind="E-PATTERN-REGEX"
-        ) from error
+        return error
+    return None
 
 
 @lru_cache(maxsize=4096)

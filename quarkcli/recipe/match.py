@@ -7,8 +7,7 @@ import re
 from collections.abc import Callable, Iterable
 from functools import lru_cache
 
-from quarkcli.errors import near_misses
-from quarkcli.recipe.expressions import Expressions
+from quarkcli.recipe.expressions import Expressions, as_typed
 
 
 class Patterns:
@@ -50,12 +49,14 @@ def matches(pattern: str, candidates: Iterable[str]) -> bool:
     return any(map(Patterns().matcher(pattern), candidates))
 
 
-_NUMBER = re.compile(r"(?<![^.\n])[0-9]+(?![^.\n])")
+_SLOT = re.compile(r"\.[a-z]+_quantizer$")
+_FLAGS = re.compile(r"(?:\(\?[aiLmsux]+\))*")
+NUMBER = re.compile(r"(?<![^.\n])[0-9]+(?![^.\n])")
 
 
 def fold(names: str) -> str:
     """Returns the names with `0` for every number that is a step of its own: `layers.0.w1` for `layers.12.w1`."""
-    return _NUMBER.sub("0", names)
+    return NUMBER.sub("0", names)
 
 
 def starred(name: str) -> str:
@@ -75,34 +76,11 @@ def ignores_numbers(pattern: str) -> bool:
     return all(re.search(r"[^0-9]", step) for step in steps)
 
 
-def suggestions(pattern: str, names: Iterable[str], limit: int = 3) -> list[str]:
-    """Returns patterns or names near a pattern that matched nothing; indices are folded into `*`.
-
-    `*dwn_proj` among `model.layers.0.mlp.down_proj` ... gives `*down_proj`, and `*dwn_proj*` gives `*down_proj*`.
-    """
-    names = list(names)
-    leaves: dict[str, str] = {}
-    for name in names:
-        folded = starred(name)
-        leaves.setdefault(folded, folded)
-        leaves.setdefault("*" + name.rsplit(".", 1)[-1], folded)
-    word = pattern[3:] if pattern.startswith("re:") else pattern
-    close = near_misses(word, leaves, limit)
-    if not close:
-        last = word.strip("*").rsplit(".", 1)[-1]
-        close = near_misses(last, [leaf for leaf in leaves if leaf.startswith("*")], limit)
-    return close or _inner_suggestions(pattern, names, limit)
-
-
-def _inner_suggestions(pattern: str, names: Iterable[str], limit: int) -> list[str]:
-    """Returns the pattern with its last plain text replaced by steps of the names that are near it."""
-    piece = next((piece for piece in reversed(re.split(r"[*?]", pattern)) if piece.strip(".")), "").strip(".")
-    if not piece or pattern.startswith("re:"):
-        return []
-    count = piece.count(".") + 1
-    steps = (name.split(".") for name in names)
-    inside = {".".join(step[i : i + count]) for step in steps for i in range(len(step) - count + 1)}
-    return [pattern.replace(piece, near) for near in near_misses(piece, sorted(inside), limit)]
+def with_flags(text: str) -> tuple[str, str]:
+    """Returns the flags for all of an expression, which may stand at its beginning only, and the rest: `(?i)`, `a`."""
+    found = _FLAGS.match(text)
+    end = found.end() if found is not None else 0
+    return text[:end], text[end:]
 
 
 def slot_pattern(module: str, slot: str) -> str:
@@ -110,6 +88,14 @@ def slot_pattern(module: str, slot: str) -> str:
 
     `*q_proj` gives `*q_proj.weight_quantizer`, and `*` gives `*.weight_quantizer`.
     """
-    if module.startswith("re:"):
-        return f"re:(?:{module[3:]})\\.{slot}"
-    return f"{module}.{slot}"
+    if not module.startswith("re:"):
+        return f"{module}.{slot}"
+    flags, rest = with_flags(module[3:])
+    return f"re:{flags}(?:{rest})\\.{slot}"
+
+
+def module_pattern(pattern: str) -> str:
+    """Returns the module pattern that `slot_pattern` was given; any other pattern as it is."""
+    if pattern.startswith("re:"):
+        return f"re:{as_typed(pattern[3:])}"
+    return _SLOT.sub("", pattern)

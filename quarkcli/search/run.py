@@ -225,7 +225,8 @@ def _output(asked: Asked, space: Space) -> Path | None:
             kind="E-OUTPUT-FILE",
         )
     if not output.parent.is_dir():
-        raise UsageError("there is no such directory", where=str(output.parent), kind="E-OUTPUT-FILE")
+        hint = "make the directory first, or choose another"
+        raise UsageError("there is no such directory", where=str(output.parent), hint=hint, kind="E-OUTPUT-FILE")
     return output
 
 

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 import yaml
 from safetensors import safe_open
 
 import quarkcli
+from quarkcli.api import checked
+from quarkcli.api.options import RunOptions
+from quarkcli.cli import main
 from quarkcli.errors import ConfigError, UsageError
 from quarkcli.events import Phase
 from quarkcli.plan.model import Plan
@@ -76,6 +82,37 @@ def test_an_argument_of_another_type_is_named(function):
         assert caught.value.kind == "E-PYTHON-CALL"
     with pytest.raises(UsageError, match=r"^exclude must be Sequence\[str\], not '\*down\*'"):
         quarkcli.make_plan("demo", "mxfp4", exclude="*down*")
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "said"),
+    [
+        (quarkcli.make_plan, {"calib_samples": 0}, "calib_samples must be at least 1, not 0"),
+        (quarkcli.quantize, {"calib_seqlen": 1}, "calib_seqlen must be at least 2, not 1"),
+        (quarkcli.quantize, {"time_budget": math.nan}, "time_budget must be a finite number, not nan"),
+        (quarkcli.evaluate, {"tokens": -1}, "tokens must be at least 2, not -1"),
+        (quarkcli.evaluate, {"baseline": "demo", "max_kl": math.inf}, "max_kl must be a finite number, not inf"),
+        (quarkcli.verify, {"tp": [2, 0]}, "tp must be at least 1, not 0"),
+        (quarkcli.compare, {"min_sqnr": math.nan}, "min_sqnr must be a finite number, not nan"),
+    ],
+)
+def test_a_number_out_of_range_is_named(function, arguments, said):
+    with pytest.raises(UsageError, match=f"^{re.escape(said)}") as caught:
+        function(**NEEDED[function], **arguments)
+    assert caught.value.kind == "E-PYTHON-CALL"
+
+
+def test_ranges_are_those_of_the_flags():
+    """Of every flag with a least number: the argument of its name has the same."""
+    root, found = typer.main.get_command(main.app), {}
+    known = {*RunOptions.__annotations__, *signature(quarkcli.evaluate).parameters}
+    for command in ("quantize", "eval", "verify"):
+        for flag in root.get_command(None, command).params:
+            least = getattr(flag, "min", None)
+            if least is not None and flag.name in known:
+                found[flag.name] = least
+    assert found.keys() >= {"calib_samples", "calib_seqlen", "calib_batch", "min_expert_tokens", "threads", "window"}
+    assert {name: checked.LEAST.get(name) for name in found} == found
 
 
 def test_load_recipe():

@@ -148,3 +148,18 @@ def test_turned_weights_are_turned_back(tmp_path):
     found = compared(EMBEDDED, turned.folder)
     assert len(found.turned) > 3
     assert min(row.sqnr for row in found.rows) > 15
+
+
+def test_what_an_algorithm_rewrote_is_named(tmp_path):
+    """Factors that a norm takes over change a weight and not the model; its own ratio says nothing of the loss."""
+    text = runs.text_file(tmp_path / "t.txt")
+    smooth = runs.run("demo", tmp_path / "s", scheme="int8_dynamic", algorithm="smoothquant", **runs.data(text, 8, 32))
+    plain = runs.run("demo", tmp_path / "p", scheme="int8_dynamic")
+    found = compared(smooth.folder, EMBEDDED)
+    assert "model.layers.0.mlp.gate_proj.weight" in found.rewritten
+    assert "model.layers.0.self_attn.o_proj.weight" not in found.rewritten
+    with pytest.raises(CheckError) as caught:
+        comparing.check(found, 15.0)
+    assert caught.value.hint == "measure the loss with 'quark eval': an algorithm rewrote the tensor"
+    assert caught.value.result["rewritten"] == found.rewritten
+    assert compared(plain.folder, EMBEDDED).rewritten == []

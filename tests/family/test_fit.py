@@ -383,3 +383,10 @@ def test_verify_finds_a_tensor_that_the_index_does_not_name(source: Path, tmp_pa
     index.write_text(json.dumps(known))
     with pytest.raises(CheckError, match=r"1 tensors are in the files but not in the index: model\.norm\.weight"):
         verify.directory(str(made.folder))
+
+
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+def test_a_dtype_that_is_none(key: str) -> None:
+    for good in ("bfloat16", "torch.float16", "float8_e4m3fn", "auto", None):
+        check(LLAMA | {key: good}, llama())
+    assert f"{key} in config.json is 'float7', which is no dtype" in said(LLAMA | {key: "float7"}, llama())

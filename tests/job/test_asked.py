@@ -59,6 +59,11 @@ def test_parameters_of_a_recipe_stay_but_for_those_that_are_set(tmp_path: Path) 
         ({"algorithm": "gptq", "settings": ["gptq=1"]}, UsageError, "is not ALGORITHM.PARAMETER=VALUE"),
         ({"algorithm": "gptq", "settings": ["gptq.dampp=1"]}, ConfigError, "no parameter 'dampp'"),
         ({"algorithm": "gptq", "settings": ["gptq.damp=7"]}, ConfigError, "--set gptq.damp=7"),
+        (
+            {"algorithm": "gptq", "settings": ["gptq.damp=7", "gptq.act_order=true"]},
+            ConfigError,
+            "--set gptq.damp=7 --set gptq.act_order=true: gptq damp must be",
+        ),
         ({"algorithm": "gptq", "settings": ["calibration.samples=4"]}, UsageError, "there is no recipe to change"),
         ({"algorithm": "gptq,,rtn"}, UsageError, "contains an empty name"),
         ({"algorithm": "gtpq"}, UsageError, "unknown algorithm 'gtpq'"),

@@ -14,6 +14,7 @@ import yaml
 from quarkcli.disk.embedded import EMBEDDED
 from quarkcli.disk.source import Source
 from quarkcli.errors import CheckError
+from quarkcli.events import silent
 from quarkcli.job import finish
 from quarkcli.job import run as job
 from quarkcli.job.run import Options, Prepared
@@ -121,7 +122,7 @@ def work(tmp_path: Path) -> tuple[Prepared, Path, dict[str, Any]]:
     kept: dict[str, Any] = {}
     real = finish.write_config
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(finish, "write_config", lambda p, partial, records: kept.update(records) or 1 / 0)
+        patch.setattr(finish, "write_config", lambda p, partial, records, tell: kept.update(records) or 1 / 0)
         with pytest.raises(ZeroDivisionError):
             job.run(Options(model=str(source), scheme="mxfp4", output=output))
     assert finish.write_config is real
@@ -130,7 +131,7 @@ def work(tmp_path: Path) -> tuple[Prepared, Path, dict[str, Any]]:
 
 def complete(work: tuple[Prepared, Path, dict[str, Any]]) -> dict[str, Any]:
     plan, partial, records = work
-    finish.write_config(plan, partial, records)
+    finish.write_config(plan, partial, records, silent)
     clock = Clock()
     clock.began -= 1.5
     return finish.verify_and_report(plan, None, records, partial, clock, "cpu", None)
@@ -140,7 +141,7 @@ def test_step_9_can_be_repeated(work):
     plan, partial, records = work
     seen = []
     for _ in range(2):
-        finish.write_config(plan, partial, records)
+        finish.write_config(plan, partial, records, silent)
         files = [path for path in sorted(partial.rglob("*")) if path.is_file() and ".quark-state" not in path.parts]
         seen.append({path: path.read_bytes() for path in files if path.name != "quark.log"})
     assert seen[0] == seen[1]
@@ -173,7 +174,7 @@ def test_files_that_are_not_the_plan_are_refused(work, damage):
     from safetensors.torch import load_file, save_file
 
     plan, partial, records = work
-    finish.write_config(plan, partial, records)
+    finish.write_config(plan, partial, records, silent)
     path = partial / "model-block-00001.safetensors"
     tensors = load_file(path)
     scale = next(name for name in tensors if name.endswith("scale"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -111,6 +112,18 @@ def test_unknown_slots() -> None:
     with pytest.raises(ConfigError, match=r"no quantizer is called 'model.layers.0.mlp.upproj'") as caught:
         explain(plan("mxfp4"), "model.layers.0.mlp.upproj")
     assert "up_proj" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    "asked", ["up_proj", "*up_proj", "model.layers.9.mlp.up_proj", "model.layers.0.mlp.upproj.weight_quantizer"]
+)
+def test_what_is_suggested_can_be_asked_for(asked: str) -> None:
+    made = plan("mxfp4")
+    with pytest.raises(ConfigError) as caught:
+        explain(made, asked)
+    names = re.findall("'([^']+)'", str(caught.value.hint))
+    assert names
+    assert all("up_proj" in explain(made, name).slot for name in names)
 
 
 def test_json() -> None:

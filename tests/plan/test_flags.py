@@ -71,6 +71,8 @@ def test_roles_of_a_recipe_without_exclusions() -> None:
     assert "own has no default exclusions" in idle(plan(bare, unprotect=["head"]))[0]
     mlp = recipe(("*experts*.weight_quantizer", INT8, True))
     assert "no entry quantizes the 2 modules of this role" in idle(plan(mlp, MIXTRAL, unprotect=["router"]))[0]
+    assert "no quantizer for the 4 tensors of this role" in idle(plan("fp8", unprotect=["norm"]))[0]
+    assert "the model has no module of this role" in idle(plan("fp8", unprotect=["audio"]))[0]
 
 
 def test_a_class_that_is_named_is_meant() -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from quarkcli.errors import ConfigError, ModelError
 from quarkcli.recipe.entries import Entry, Origin
+from quarkcli.recipe.recipe import Recipe
 from tests import runs
 
 from .layouts import LLAMA, MIXTRAL, lay_out, llama, mixtral, plan, weights
@@ -22,7 +23,10 @@ from .test_order import INT4, INT8, recipe
         ({"layers": ["*.upproj=fp8"]}, "--layer '*.upproj=fp8'", "up_proj"),
         ({"include": ["lmhead"]}, "--include 'lmhead'", "lm_head"),
         ({"exclude": ["model.layers.*.mlp.gate"]}, "--exclude 'model.layers.*.mlp.gate'", "gate_proj"),
-        ({"layer_types": ["Conv2d=fp8"]}, "--layer-type 'Conv2d=fp8'", ""),
+        ({"layer_types": ["Conv2d=fp8"]}, "--layer-type 'Conv2d=fp8'", "use one of Embedding, Linear"),
+        ({"layer_types": ["linear=fp8"]}, "--layer-type 'linear=fp8'", "did you mean Linear?"),
+        ({"layer_types": ["Embeding=fp8"]}, "--layer-type 'Embeding=fp8'", "did you mean Embedding?"),
+        ({"exclude": ["re:down_proj"]}, "--exclude 're:down_proj'", "did you mean 're:.*down_proj'?"),
         ({"exclude": ["re:.*layers\\.7\\..*"]}, "--exclude 're:.*layers\\.7\\..*'", ""),
     ],
 )
@@ -34,6 +38,26 @@ def test_a_flag_that_matches_nothing(flags: dict, where: str, near: str) -> None
     assert near in caught.value.hint
     lenient = plan("mxfp4", **flags, allow_unmatched=True)
     assert any(where in warning and "matched none of" in warning for warning in lenient.warnings)
+
+
+def test_an_expression_is_shown_as_it_was_typed() -> None:
+    with pytest.raises(ConfigError, match=r"^--exclude 're:down_proj': 're:down_proj' matches none of"):
+        plan("mxfp4", exclude=["re:down_proj"])
+    with pytest.raises(ConfigError, match=r"'re:\[' is not a regular .* at position 0") as caught:
+        plan("mxfp4", exclude=["re:["])
+    assert caught.value.hint.startswith("correct it")
+
+
+def test_a_class_without_the_module() -> None:
+    row = Entry("*dwn_proj*", None, False, "nn.Embedding", True, Origin("own.yaml", 7, 5), "a", True)
+    with pytest.raises(ConfigError, match=r"matches none of 1 modules of the class nn\.Embedding"):
+        plan(recipe(("*.weight_quantizer", INT8, True), row))
+
+
+def test_a_recipe_without_entries() -> None:
+    with pytest.raises(ConfigError, match="the plan quantizes nothing") as caught:
+        plan(Recipe("own", "own.yaml", None, [], exclusions=False))
+    assert caught.value.hint.endswith("the recipe has no entries")
 
 
 def test_a_required_entry_of_a_recipe() -> None:

@@ -228,3 +228,31 @@ def test_a_recipe_of_one_model_is_found_under_its_peers_name(name: str) -> None:
 def test_a_folder_of_a_model_without_a_recipe() -> None:
     with pytest.raises(ConfigError, match="no such recipe file"):
         catalog.find_recipe("models/Nobody/nvfp4-mlp-only.yaml")
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "said"),
+    [
+        ("ptq", "int4_wo_128", "int4_wo_128 is a scheme: use --scheme int4_wo_128"),
+        ("schemes", "int4_wo_128-gptq", "int4_wo_128-gptq is a recipe: use --recipe int4_wo_128-gptq"),
+        ("schemes", "INT8_DEFAULT_CFG", "INT8_DEFAULT_CFG is a recipe: use --recipe INT8_DEFAULT_CFG"),
+        ("schemes", "own.yaml", "use --recipe own.yaml"),
+        ("ptq", "NVFP4_DEFAULT_CFGG", "did you mean NVFP4_DEFAULT_CFG"),
+        ("ptq", ".", "give a file in it: own.yaml"),
+        ("ptq", "home", "there is no recipe in it"),
+    ],
+)
+def test_what_a_name_is_instead(
+    kind: catalog.Kind, name: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own.yaml").write_text(RECIPE.format("nvfp4"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(QuarkError) as caught:
+        catalog.find(kind, name) if kind == "schemes" else catalog.find_recipe(name)
+    assert said in str(caught.value.hint)
+
+
+def test_a_directory_hides_no_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "nvfp4").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert catalog.find_recipe("nvfp4").name == "nvfp4.yaml"

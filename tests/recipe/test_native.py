@@ -9,7 +9,7 @@ from quarkcli.recipe import catalog
 from quarkcli.recipe.attributes import native
 from quarkcli.recipe.attributes.written import spec_to_yaml
 from quarkcli.recipe.load import parse
-from quarkcli.recipe.match import matches, suggestions
+from quarkcli.recipe.match import matches
 from quarkcli.spec import (
     ObserverSpec,
     PerChannel,
@@ -301,16 +301,6 @@ def test_patterns(pattern: str, name: str, expected: bool) -> None:
 def test_a_bad_expression() -> None:
     with pytest.raises(ConfigError, match="'re:\\(' is not a regular expression"):
         matches("re:(", ["a"])
-
-
-def test_suggestions_fold_indices() -> None:
-    names = [f"model.layers.{layer}.mlp.{leaf}" for layer in range(30) for leaf in ("up_proj", "down_proj")]
-    assert suggestions("*dwn_proj", names)[0] == "*down_proj"
-    assert suggestions("model.layers.*.mlp.up_prj", names)[0] == "model.layers.*.mlp.up_proj"
-    assert suggestions("zzzzzz", names) == suggestions("*zzz*", names) == suggestions("*", names) == []
-    slots = [f"{name}.weight_quantizer" for name in names]
-    assert suggestions("*dwn_proj*", slots)[0] == "*down_proj*"  # the pattern keeps its form
-    assert suggestions("*.mlpp.*", slots) == ["*.mlp.*"]
 
 
 def test_a_word_of_before_is_refused_with_todays() -> None:

@@ -1,0 +1,65 @@
+"""Files that commands write because somebody asked for them: whole, or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+WRITERS = {
+    "convert": (("recipes", "convert", "NVFP4_DEFAULT_CFG"), "-o"),
+    "copy": (("recipes", "copy", "nvfp4"), ""),
+    "init": (("init", "demo", "--gpu", "h100", "--server", "vllm"), "-o"),
+    "infer": (("models", "infer", "demo"), "-o"),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_full_disk_leaves_nothing_and_the_command_can_be_repeated(
+    name: str, quark, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words, flag = WRITERS[name]
+    command = (*words, *([flag] if flag else []), str(tmp_path / "new.yaml"))
+    with monkeypatch.context() as full:
+
+        def fsync(descriptor: int) -> None:
+            raise FULL
+
+        full.setattr(os, "fsync", fsync)
+        code, _, err = quark(*command)
+    assert code == 6
+    assert "the disk is full" in err and "E-DISK-FULL" in err
+    assert list(tmp_path.iterdir()) == []
+    assert quark(*command).code == 0
+    assert (tmp_path / "new.yaml").stat().st_size > 0
+    assert "E-OUTPUT-FILE" in quark(*command).err
+
+
+def test_a_name_that_ends_like_a_directory_is_one(quark, tmp_path: Path) -> None:
+    code, _, err = quark("recipes", "copy", "nvfp4", f"{tmp_path}/none/")
+    assert code == 2
+    assert f"{tmp_path}/none: there is no such directory" in err
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "none").mkdir()
+    assert quark("recipes", "copy", "nvfp4", f"{tmp_path}/none/").code == 0
+    assert [file.name for file in (tmp_path / "none").iterdir()] == ["nvfp4.yaml"]
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "x"])
+@pytest.mark.parametrize("command", [("compare", "demo", "demo"), ("verify", "demo", "--source", "demo")])
+def test_a_limit_is_a_finite_number(command: tuple[str, ...], value: str, quark) -> None:
+    code, _, err = quark(*command, f"--min-sqnr={value}")
+    assert code == 2
+    assert f"invalid value for '--min-sqnr': '{value}' is not a finite number" in err
+
+
+def test_a_pipe_is_no_place_for_a_checkpoint(quark, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for more in ((), ("--overwrite",)):
+        code, _, err = quark("quantize", "--model", "demo", "--scheme", "mxfp4", "-o", str(tmp_path / "pipe"), *more)
+        assert code == 2
+        assert "is neither a file nor a directory [E-OUTPUT-PLACE]" in err
+    assert [file.name for file in tmp_path.iterdir()] == ["pipe"]
