@@ -90,7 +90,8 @@ def convert(
     threads    number of weights that are packed at once; None: one for each core
     listener   called with each event
 
-    Codes and scales stay as they are. Raises ModelError, with the tensor, if the dialect cannot hold them.
+    Codes and scales stay as they are; a scale of a whole tensor may differ in its last bit, where one of the dialects
+    stores the inverse. Raises ModelError, with the tensor, if the dialect cannot hold them.
     """
     if overwrite and output_state(Path(output)) in ("absent", "empty"):
         listener(Message(f"--overwrite is not used: there is nothing in {output}", "warning"))

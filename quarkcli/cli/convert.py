@@ -38,8 +38,9 @@ def convert(
 ) -> None:
     """Write a quantized checkpoint in another checkpoint format.
 
-    Codes and scales stay as they are; every written tensor is read back and compared. If the format cannot hold a
-    tensor, the command stops (exit 4) and says which one and why. The result is as complete as one of 'quark quantize'.
+    Codes and scales stay as they are; every written tensor is read back and compared. Only a scale of a whole tensor
+    may differ in its last bit, where one of the formats stores the inverse. If the format cannot hold a tensor, the
+    command stops (exit 4) and says which one and why. The result is as complete as one of 'quark quantize'.
     """
     output.start(json=json, debug=debug, quiet=quiet, log_format=log_format, log_level=log_level)
     from quarkcli.api import checkpoints

@@ -19,6 +19,7 @@ from quarkcli.family import HeaderLike, Layout, check_fit, text_config
 _PLAIN = {"BF16", "F16", "F32", "F64"}
 # Roles that do not say what a tensor is.
 _NO_ROLES = {"parameter", "linear", "other"}
+_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "intermediate_size")
 _MLP = {"gate", "up", "expert_gate", "expert_up"}
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
@@ -58,7 +59,15 @@ def model(checkpoint: Checkpoint) -> str:
             error.what, where=error.where, hint="write it again, or copy it again", kind="E-CHECK-MODEL"
         ) from error
     none_of(list(_misfits(layout, config)), "weights have another width than config.json has")
-    return "blocks, experts, widths and counts fit config.json and each other"
+    unsaid = _unsaid(config)
+    but = f"; it does not say {', '.join(unsaid)}, so that a server takes what the model's class has" if unsaid else ""
+    return f"blocks, experts, widths and counts fit config.json and each other{but}"
+
+
+def _unsaid(config: Mapping[str, Any]) -> list[str]:
+    """Returns the usual sizes that config.json leaves out, where it has most of them, so that these are its names."""
+    missing = [key for key in _SIZES if key not in config]
+    return missing if text_config(config) is config and 2 * len(missing) < len(_SIZES) else []
 
 
 def _misfits(layout: Layout, config: Mapping[str, Any]) -> Iterator[str]:

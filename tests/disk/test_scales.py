@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from quarkcli.disk import verify
+from quarkcli.disk import completeness, verify
 from quarkcli.disk.checkpoint import Checkpoint
 from quarkcli.disk.embedded import EMBEDDED
 from quarkcli.disk.source import Source
@@ -44,3 +45,15 @@ def test_a_huge_weight_is_written_and_said(value: float, dtype: torch.dtype, tmp
     ]
     decoded = Checkpoint(Source.open(made.folder)).weight(name)
     assert float(decoded[3, 5]) == pytest.approx(value, rel=0.04)
+
+
+def test_a_size_that_config_does_not_say_is_named(tmp_path: Path) -> None:
+    source = shutil.copytree(EMBEDDED, tmp_path / "m")
+    config = json.loads((source / "config.json").read_text())
+    for key, also in (("num_hidden_layers", {}), ("hidden_size", {"num_hidden_layers": 4})):
+        less = {name: value for name, value in (config | also).items() if name != key}
+        (source / "config.json").write_text(json.dumps(less))
+        line = completeness.model(Checkpoint(Source.open(source)))
+        assert line.endswith(f"; it does not say {key}, so that a server takes what the model's class has")
+    (source / "config.json").write_text(json.dumps(config))
+    assert completeness.model(Checkpoint(Source.open(source))).endswith("fit config.json and each other")
