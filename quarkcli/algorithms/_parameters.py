@@ -53,9 +53,22 @@ def auto_share(name: str, value: Any) -> float | None:
 
 def part(name: str, value: Any) -> float:
     """Returns a parameter that must be a number from 0 to 1."""
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:
+    if not _is_part(value):
         raise ConfigError(
             f"{name} must be a number from 0 to 1, not {value!r}", where="algorithm", kind="E-ALGORITHM-PARAMETER"
+        )
+    return float(value)
+
+
+def auto_part(name: str, value: Any) -> float | None:
+    """Returns a parameter that must be a number from 0 to 1; None for the word auto."""
+    if value == AUTO:
+        return None
+    if not _is_part(value):
+        raise ConfigError(
+            f"{name} must be auto or a number from 0 to 1, not {value!r}",
+            where="algorithm",
+            kind="E-ALGORITHM-PARAMETER",
         )
     return float(value)
 
@@ -75,4 +88,8 @@ def on_off(value: Any) -> Any:
 
 
 def _is_share(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1
+    return _is_part(value) and 0 < value < 1
+
+
+def _is_part(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1

@@ -90,7 +90,7 @@ class ChannelScaling(Transform):
         for reader in self.readers:
             if not any(f".{name}".endswith(f".{reader}") for name in plan.targets):
                 count = reader.count(".") + 1
-                close = near_misses(reader, {".".join(name.split(".")[-count:]) for name in plan.targets})
+                close = near_misses(reader, dict.fromkeys(".".join(name.split(".")[-count:]) for name in plan.targets))
                 raise ConfigError(
                     f"{self.name} scaling_layers: no block has a layer '{reader}'",
                     where="algorithm",

@@ -7,9 +7,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import ref
 
+from quarkcli.algorithms import _parameters
 from quarkcli.algorithms._columns import TOKENS, ColumnSolver
 from quarkcli.algorithms.base import Effort, Needs, Problem
-from quarkcli.errors import ConfigError
 from quarkcli.numerics.rows import cpu_rows
 from quarkcli.plan.model import Plan
 from quarkcli.spec import TensorSpec
@@ -39,14 +39,7 @@ class TwoStreamSolver(ColumnSolver):
 
     def __init__(self, strength: float | str, **settings: Any) -> None:
         super().__init__(**settings)
-        number = isinstance(strength, int | float) and not isinstance(strength, bool) and 0 <= strength <= 1
-        if strength != "auto" and not number:
-            raise ConfigError(
-                f"{self.name} strength must be auto or a number from 0 to 1, not {strength!r}",
-                where="algorithm",
-                kind="E-ALGORITHM-PARAMETER",
-            )
-        self.strength = float(strength) if number else None
+        self.strength = _parameters.auto_part(f"{self.name} strength", strength)
 
     def needs(self, plan: Plan) -> Needs:
         return {site: kinds | {"cross"} for site, kinds in super().needs(plan).items()}

@@ -31,11 +31,15 @@ def check(checkpoint: Checkpoint) -> list[str]:
     if doubled is None:
         return []
     head, embedding = doubled
-    stored = [checkpoint.view.targets.get(name.removesuffix(".weight")) for name in doubled]
-    pairs = [doubled]
-    if all(stored):
-        pairs = list(zip(*(one.tensors for one in stored if one is not None), strict=False))
-    if any(stored) != all(stored) or not all(same_values(checkpoint.source, *pair) for pair in pairs):
+    tensors = [_stored(checkpoint, name) for name in doubled]
+    same = len(tensors[0]) == len(tensors[1]) and (tensors[0] == [head]) == (tensors[1] == [embedding])
+    if not same or not all(same_values(checkpoint.source, *pair) for pair in zip(*tensors, strict=True)):
         what = f"config.json says that {head} is {embedding}, and the files hold other values for it"
         raise CheckError(what, where=TIED, hint=f"set {TIED} to false, or write it again", kind="E-CHECK-MODEL")
     return [f"{head} has the values of {embedding}, as config.json says"]
+
+
+def _stored(checkpoint: Checkpoint, name: str) -> list[str]:
+    """Returns the tensors of the files that a weight is: itself, or its codes and scales."""
+    quantized = checkpoint.view.targets.get(name.removesuffix(".weight"))
+    return [name] if quantized is None else list(quantized.tensors)

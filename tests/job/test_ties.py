@@ -41,9 +41,11 @@ def tied(folder: Path) -> bool:
         (True, {"scheme": "mxfp4"}, True),
         (True, {"scheme": "int8_dynamic", "algorithm": "rotation"}, False),
         (True, {"scheme": "int8_dynamic", "unprotect": ["head"]}, False),
+        (True, {"scheme": "mxfp4", "unprotect": ["head", "embedding"]}, True),
         (False, {"scheme": "mxfp4"}, False),
+        (False, {"scheme": "mxfp4", "unprotect": ["head", "embedding"]}, False),
     ],
-    ids=["as they were", "rotated", "one is quantized", "they differ in the source"],
+    ids=["as they were", "rotated", "one is quantized", "both are", "they differ", "both, and they differ"],
 )
 def test_the_flag_says_what_the_files_hold(same: bool, options: dict[str, Any], stays: bool, tmp_path: Path) -> None:
     made = runs.run(model(tmp_path / "m", same), tmp_path / "out", **options)
