@@ -14,6 +14,7 @@ from quarkcli.plan.model import QuantizedTarget, Target, is_quantized
 
 if TYPE_CHECKING:
     from quarkcli.forward.statistics import Statistics
+    from quarkcli.numerics.sample import Sample
 
 
 class Channels:
@@ -53,10 +54,10 @@ class Channels:
         assert found is not None
         return found
 
-    def seen_mean(self, rows: Tensor) -> Tensor:
+    def seen_mean(self, sample: Sample) -> Tensor:
         """Returns the mean magnitude of every channel, float32 [channels]; that of sampled rows where none is known."""
         known = [seen for site, _ in self.sites() if (seen := self.statistics.mean_abs(site)) is not None]
-        return self.gathered(known[0] if known else rows.abs().mean(0)).mean(0)
+        return self.gathered(known[0] if known else sample.mean(sample.rows.abs())).mean(0)
 
     def column_rms(self) -> Tensor:
         """Returns the root mean square of the quantized weights that read every channel, float32 [channels]."""

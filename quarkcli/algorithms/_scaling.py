@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from quarkcli.algorithms._stream import by_part
-from quarkcli.algorithms.base import FITTED_ROWS, HELD_ROWS, Needs, Transform
+from quarkcli.algorithms.base import SAMPLED_ROWS, Needs, Transform
 from quarkcli.errors import ConfigError, near_misses
 from quarkcli.family import Pair, expert_bias
 from quarkcli.plan.model import Changes, Part, Plan, Target
@@ -109,9 +109,7 @@ class ChannelScaling(Transform):
         rows: dict[int, int] = {}
         for name in self.needs(plan):
             site = plan.sites[name]
-            rows[site.part] = (
-                rows.get(site.part, 0) + 4 * (FITTED_ROWS + HELD_ROWS) * plan.targets[site.members[0]].shape[1]
-            )
+            rows[site.part] = rows.get(site.part, 0) + 4 * SAMPLED_ROWS * plan.targets[site.members[0]].shape[1]
         changed = self.changes(plan).tensors
         for target in plan.targets.values():
             if target.view.tensor in changed:

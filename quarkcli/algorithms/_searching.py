@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from quarkcli.algorithms._channels import Channels
+    from quarkcli.numerics.sample import Sample
 
 
 MARGIN = 0.01  # less than this share of gain on held-out rows is within what sampling rows leaves open
@@ -40,8 +41,8 @@ class SearchedScaling(ChannelScaling):
         ranges = any(spec is not None and spec.needs_amax for spec in inputs)
         return self.kinds | {"channel_absmax"} if ranges else self.kinds
 
-    def candidates(self, channels: Channels, rows: Tensor) -> dict[str, Callable[[float], Tensor]]:
-        """Returns what makes factors of a ratio, by kind; `rows`: of the activation, float32 [n, width]."""
+    def candidates(self, channels: Channels, sample: Sample) -> dict[str, Callable[[float], Tensor]]:
+        """Returns what makes factors of a ratio, by kind; `sample`: of the activation."""
         raise AssertionError("a search has candidates")
 
     def factors(self, channels: Channels) -> tuple[Tensor | None, dict[str, Any]]:
@@ -53,7 +54,7 @@ class SearchedScaling(ChannelScaling):
         trial = Trial(channels, self.solvers(channels.part.plan), self.power)
         if trial.fitted is None:
             return None, {"reason": "no calibration token"}
-        ones = torch.ones(channels.count, device=trial.fitted.device)
+        ones = torch.ones(channels.count, device=trial.fitted.rows.device)
         plain = Choice("none", 0.0, ones, trial.cost(ones))
         best = search(self.candidates(channels, trial.fitted), self.n_grid, trial.cost, [plain])
         facts: dict[str, Any] = {"before": plain.cost, "after": best.cost}

@@ -17,6 +17,7 @@ from quarkcli.algorithms._columns import ColumnSolver
 from quarkcli.algorithms.base import Assignment, Moment, Problem, Solver
 from quarkcli.algorithms.tensors import PartTensors
 from quarkcli.numerics.quantize import dequantize, quantize
+from quarkcli.numerics.sample import Sample
 from quarkcli.numerics.smooth import Cost, Reader, SourceCost, clamped, picked_rows
 from quarkcli.numerics.solve import factorize
 from quarkcli.plan.model import QuantizedTarget, is_quantized
@@ -117,19 +118,20 @@ class Trial:
             if moment is None:
                 continue
             most = max(LEAST_ROWS, SOLVED_ROWS // len(readers))
-            rows = [picked_rows(self.channels.part.columns(t.name), most, t.weight) for t in readers]
+            picked = [picked_rows(self.channels.part.columns(t.name), most, t.weight) for t in readers]
             amax = [_amax(self.channels.part, t, factors, self.channels) for t in readers]
             problem = Problem(
-                self.site, expert, 0, tuple(readers), tuple(w * factors for w in rows), tuple(amax),
+                self.site, expert, 0, tuple(readers), tuple(w * factors for w in picked), tuple(amax),
                 moment.scaled(factors.reciprocal()), lambda text: None,
             )  # fmt: skip
             solved = self.solver.solve(problem)
             if solved is None:
                 return None
-            for target, weight, quantized in zip(readers, rows, solved, strict=True):
+            for target, weight, quantized in zip(readers, picked, solved, strict=True):
                 changed = dequantize(quantized, target.weight) / factors
-                own = self.plain.input(target.input, factors, self.held) if target.input is not None else self.held
-                lost = (own @ changed.T - self.held @ weight.T).square().mean(0).sum()
+                rows = self.held.rows
+                own = self.plain.input(target.input, factors, rows) if target.input is not None else rows
+                lost = self.held.mean((own @ changed.T - rows @ weight.T).square()).sum()
                 total += float(lost) * target.shape[0] / len(weight)
         return total
 
@@ -181,20 +183,19 @@ def _amax(part: PartTensors, target: QuantizedTarget, factors: Tensor, channels:
     return torch.stack(largest).max()
 
 
-def _source(channels: Channels, read: Tensor) -> SourceCost | None:
+def _source(channels: Channels, read: Sample) -> SourceCost | None:
     """Returns the cost of the source's own rows where they share scales, so that factors of channels matter to them."""
     target = channels.part.targets.get(channels.pair.source) if not channels.pair.norm else None
     if target is None or not is_quantized(target) or _rows_apart(target) or target.site is None:
         return None
-    rows = channels.statistics.samples(target.site, target.expert[1] if target.expert else None)
-    if rows is None:
+    sample = samples_now(channels.part, target, channels.statistics)
+    if sample is None:
         return None
-    factor = channels.part.scaled.get((target.site, target.expert[1] if target.expert else None))
-    squares = (rows if factor is None else rows * factor).square().mean(0)
+    squares = sample.mean(sample.rows.square())
     weight = channels.part.columns(target.name)
     picked = torch.arange(0, len(weight), max(1, -(-len(weight) // ROWS)), device=weight.device)
     readers = sum(channels.gathered(channels.part.columns(t.name).square().sum(0)).sum(0) for t in channels.quantized)
-    passed = channels.gathered(read.square().mean(0)).mean(0) * readers * (len(weight) / len(picked))
+    passed = channels.gathered(read.mean(read.rows.square())).mean(0) * readers * (len(weight) / len(picked))
     largest = weight.abs().amax(1)
     return SourceCost(weight[picked], picked, largest, target.weight, squares, passed[picked])
 
@@ -206,21 +207,21 @@ def _rows_apart(target: QuantizedTarget) -> bool:
 
 def samples_now(
     part: PartTensors, target: QuantizedTarget, statistics: Statistics, held: bool = False
-) -> Tensor | None:
+) -> Sample | None:
     """Returns sampled rows of what a weight reads, since the transform at work scaled channels."""
     assert target.site is not None
     expert = target.expert[1] if target.expert else None
-    rows = statistics.samples(target.site, expert, held)
+    sample = statistics.samples(target.site, expert, held)
     factor = part.scaled.get((target.site, expert))
-    return rows if rows is None or factor is None else rows * factor
+    return sample if sample is None or factor is None else sample.times(factor)
 
 
 def clip_proof(
     part: PartTensors, target: QuantizedTarget, statistics: Statistics, limits: Tensor
 ) -> tuple[float, float] | None:
     """Returns what outputs lose on held-out rows, the weight as it is and clamped; None without held-out rows."""
-    rows = samples_now(part, target, statistics, held=True)
-    if rows is None:
+    sample = samples_now(part, target, statistics, held=True)
+    if sample is None:
         return None
     weight = part.columns(target.name)
     step = max(1, -(-len(weight) // ROWS))
@@ -228,6 +229,6 @@ def clip_proof(
     amax = weight.abs().max() if target.weight.has_tensor_scale else None
     pair = []
     for own in (some, clamped(some, limit)):
-        lost = (dequantize(quantize(own, target.weight, amax=amax), target.weight) - some) @ rows.T
-        pair.append(float(lost.square().mean()))
+        lost = (dequantize(quantize(own, target.weight, amax=amax), target.weight) - some) @ sample.rows.T
+        pair.append(float(sample.mean(lost.square_().T).mean()))
     return pair[0], pair[1]

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from quarkcli.algorithms._channels import Channels
+    from quarkcli.numerics.sample import Sample
 
 _POWERS = {"MSE": 2, "RMSE": 2, "MAE": 1}  # the root changes no choice
 
@@ -41,12 +42,12 @@ class AutoSmoothQuant(SearchedScaling):
             )
         self.power = _POWERS[compute_scale_loss]  # type: ignore[misc]
 
-    def candidates(self, channels: Channels, rows: Tensor) -> dict[str, Callable[[float], Tensor]]:
+    def candidates(self, channels: Channels, sample: Sample) -> dict[str, Callable[[float], Tensor]]:
         from quarkcli.numerics.smooth import scaled_factors, smooth_factors
 
         seen, columns = channels.seen_amax(), channels.column_amax()
         if seen is None:
-            seen = channels.gathered(rows.abs().amax(0)).amax(0)
+            seen = channels.gathered(sample.rows.abs().amax(0)).amax(0)
         return {
             "both": lambda ratio: smooth_factors(seen, columns, ratio),
             "activations": lambda ratio: scaled_factors(seen, None, ratio),

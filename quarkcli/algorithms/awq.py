@@ -7,9 +7,9 @@ plan has them; no forward of the parent is run. What is not better than 1 everyw
 Before a solver that makes up for errors, candidates are judged by what it cannot make up for, and proved with the
 solver itself.
 
-Clipping: of every group the share of its largest magnitude that costs least under the group's block of the second
-moment of the sampled rows; q and k are left alone, because attention multiplies their errors. A solver that searches
-scales does it better: then nothing is clipped unless `clip` says `on`.
+Clipping: of every group the share of its largest magnitude with which the outputs lose least on sampled rows, one group
+after the other, with the errors of all others as they are by then; q and k are left alone, because attention multiplies
+their errors. A solver that searches scales does it better: then nothing is clipped unless `clip` says `on`.
 
 ModelOpt's awq_lite is `clip: off` with `n_grid` = 1 / alpha_step, awq_clip is `scales: off`, awq_full is all of it.
 AMD Quark's awq is the default.
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from quarkcli.algorithms._channels import Channels
     from quarkcli.algorithms.tensors import PartTensors
     from quarkcli.forward.statistics import Statistics
+    from quarkcli.numerics.sample import Sample
 
 _UNCLIPPED = frozenset({"q", "k"})
 Clip = Literal["auto", "on", "off"]
@@ -133,10 +134,10 @@ class AWQ(SearchedScaling):
         inside = not pair.norm and plan.targets[pair.source].expert is not None
         return kinds - {"mean_abs"} if inside else kinds  # of an expert's inner input the sampled rows tell
 
-    def candidates(self, channels: Channels, rows: Tensor) -> dict[str, Callable[[float], Tensor]]:
+    def candidates(self, channels: Channels, sample: Sample) -> dict[str, Callable[[float], Tensor]]:
         from quarkcli.numerics.smooth import scaled_factors
 
-        seen, columns = channels.seen_mean(rows), channels.column_rms()
+        seen, columns = channels.seen_mean(sample), channels.column_rms()
         kinds = {"plain": lambda ratio: scaled_factors(seen, None, ratio)}
         if self.duo:
             kinds["duo"] = lambda ratio: scaled_factors(seen, columns, ratio)
@@ -158,12 +159,12 @@ class AWQ(SearchedScaling):
         from quarkcli.algorithms._trials import clip_proof, samples_now
         from quarkcli.numerics.smooth import clip_limits
 
-        rows = samples_now(part, target, statistics)
-        if rows is None:
+        sample = samples_now(part, target, statistics)
+        if sample is None:
             return {"taken": False, "reason": "no calibration token"}
         weight = part.columns(target.name)
         amax = weight.abs().max() if target.weight.has_tensor_scale else None
-        limits, clipped = clip_limits(weight, rows, target.weight, amax, self.least, self.step)
+        limits, clipped = clip_limits(weight, sample, target.weight, amax, self.least, self.step)
         share = round(float(clipped.float().mean()), 4)
         if not share:
             return {"taken": False, "share": share, "reason": "no group is better clipped"}

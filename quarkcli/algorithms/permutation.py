@@ -142,10 +142,10 @@ class Permutation(Transform):
         """Returns the size of every channel of what a weight reads; None where no token reached it."""
         if reader.site is None:
             return None
-        rows = statistics.samples(reader.site, reader.expert[1] if reader.expert else None)
-        if rows is None:
+        sample = statistics.samples(reader.site, reader.expert[1] if reader.expert else None)
+        if sample is None:
             return None
-        return rows.abs().mean(0) if self.size == "mean" else rows.abs().amax(0)
+        return sample.mean(sample.rows.abs()) if self.size == "mean" else sample.rows.abs().amax(0)
 
 
 def _stream_sites(plan: Plan) -> dict[int, list[str]]:

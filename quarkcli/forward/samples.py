@@ -1,6 +1,10 @@
 """Keeps sampled rows of activations, and means of magnitudes. Transforms that scale channels decide from them.
 
 Rows that are kept depend on the rows and their order in a lane alone, never on how many come at once.
+
+The first token of a calibration row is unlike all others: attention rests on it, and its activations are often a
+thousand times as large (arXiv 2402.17762). An even choice takes none of them or far too many, as lengths of rows are
+powers of two. So they are sampled apart, and each row says how many tokens it stands for.
 """
 
 from __future__ import annotations
@@ -10,9 +14,10 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from quarkcli.algorithms.base import FITTED_ROWS, HELD_ROWS
+from quarkcli.algorithms.base import FIRST, FITTED_ROWS, HELD_ROWS
 from quarkcli.forward.lanes import Tree, joined_ranks
-from quarkcli.forward.moments import CHUNK
+from quarkcli.forward.moments import CHUNK, chosen
+from quarkcli.numerics.sample import Sample
 
 
 class EvenRows:
@@ -48,34 +53,78 @@ class EvenRows:
             self.every *= 2
             self.lanes = {lane: (seen, kept[::2].clone()) for lane, (seen, kept) in self.lanes.items()}
 
+    @property
+    def seen(self) -> int:
+        """Returns how many rows came."""
+        return sum(seen for seen, _ in self.lanes.values())
+
     def rows(self) -> Tensor | None:
         """Returns the rows [n, features]; None when none came."""
         kept = [kept for seen, kept in self.lanes.values() if seen]
         return torch.cat(kept) if kept else None
 
 
+class Strata:
+    """Rows picked evenly of first tokens and of all others. most: of these at most; of those an eighth."""
+
+    def __init__(self, most: int) -> None:
+        self.first, self.others = EvenRows(most // FIRST), EvenRows(most)
+
+    def add(self, rows: Tensor, first: Tensor | None, lane: int) -> None:
+        """Takes rows of a lane. first: bool [tokens], which are first tokens; None: nothing is known of that."""
+        if first is None:
+            self.others.add(rows, lane)
+            return
+        self.first.add(rows[first], lane)
+        self.others.add(rows[~first], lane)
+
+    def merge(self, other: Strata) -> None:
+        self.first.merge(other.first)
+        self.others.merge(other.others)
+
+    def sample(self) -> Sample | None:
+        """Returns the rows with their weights; None when none came."""
+        found = [(rows, each.seen) for each in (self.first, self.others) if (rows := each.rows()) is not None]
+        if not found:
+            return None
+        rows = torch.cat([rows for rows, _ in found])
+        each = [torch.full((len(rows),), seen / len(rows), dtype=torch.float32) for rows, seen in found]
+        weights = torch.cat(each).to(rows.device)
+        return Sample(rows, weights / weights.mean())
+
+
 class Samples:
     """Rows of one activation, those that are held out apart from the others."""
 
     def __init__(self) -> None:
-        self.fitted = EvenRows(FITTED_ROWS)
-        self.held = EvenRows(HELD_ROWS)
+        self.fitted, self.held = Strata(FITTED_ROWS), Strata(HELD_ROWS)
 
-    def add(self, rows: Tensor, held: Tensor | None, lane: int = 0) -> None:
-        """Takes rows in sample order. held: bool [tokens], which of them are held out; None: none."""
+    def add(self, rows: Tensor, held: Tensor | None, lane: int = 0, first: Tensor | None = None) -> None:
+        """Takes rows in sample order.
+
+        held   bool [tokens], which of them are held out; None: none
+        first  bool [tokens], which are first tokens; None: nothing is known of that
+        """
         if held is None:
-            self.fitted.add(rows, lane)
+            self.fitted.add(rows, first, lane)
             return
-        self.fitted.add(rows[~held], lane)
-        self.held.add(rows[held], lane)
+        self.fitted.add(rows[~held], chosen(first, ~held), lane)
+        self.held.add(rows[held], chosen(first, held), lane)
 
     def merge(self, other: Samples) -> None:
         """Takes in the rows of other lanes."""
         self.fitted.merge(other.fitted)
         self.held.merge(other.held)
 
-    def rows(self, held: bool) -> Tensor | None:
-        return (self.held if held else self.fitted).rows()
+    def sample(self, held: bool) -> Sample | None:
+        return (self.held if held else self.fitted).sample()
+
+
+def first_tokens(tokens: Tensor, mask: Tensor | None) -> Tensor:
+    """Returns which calibration tokens [rows, seqlen] are the first of their row, bool; mask is 0 on padding."""
+    first = torch.zeros(tokens.shape, dtype=torch.bool)
+    places = torch.zeros(len(tokens), dtype=torch.int64) if mask is None else mask.cpu().int().argmax(1)
+    return first.scatter_(1, places.unsqueeze(1), True)
 
 
 class MeanMagnitude:

@@ -24,6 +24,7 @@ from quarkcli.forward.samples import MeanMagnitude, Samples, picked
 from quarkcli.forward.taps import Batch, ExpertTap, SourceExpertTap
 from quarkcli.model.handlers import Handlers
 from quarkcli.numerics.observers import STATISTICS, Histogram, MinMax, amax_of
+from quarkcli.numerics.sample import Sample
 from quarkcli.plan.model import Plan, Site
 from quarkcli.plan.sites import reads, site_parts
 from quarkcli.spec import TensorSpec
@@ -124,8 +125,8 @@ class Statistics:
         seen = self._magnitudes[site].result() if known else None
         return self._times(seen, site) if seen is not None else None
 
-    def samples(self, site: str, expert: int | None = None, held: bool = False) -> Tensor | None:
-        """Returns rows of an activation, float32 [n, features], picked evenly; None where there are none.
+    def samples(self, site: str, expert: int | None = None, held: bool = False) -> Sample | None:
+        """Returns sampled rows of an activation; None where there are none.
 
         expert   of the tokens routed to one expert: its common or its inner input
         held     of the held-out tokens, instead of the others
@@ -133,11 +134,14 @@ class Statistics:
         if self.guard.lost(site, expert):
             return None
         if expert is not None:
-            rows = self._expert_samples(site, expert, held)
+            found = self._expert_samples(site, expert, held)
         else:
-            rows = self._samples[site].rows(held) if site in self._samples else None
+            found = self._samples[site].sample(held) if site in self._samples else None
+        if found is None:
+            return None
+        found = found._replace(rows=found.rows.float())
         factor = self._factors.get((site, expert))
-        return rows if rows is None else rows.float() if factor is None else rows.float() * factor
+        return found if factor is None else found.times(factor)
 
     def _times(self, magnitudes: Tensor, site: str, expert: int | None = None) -> Tensor:
         """Returns magnitudes of channels as they are since channels were scaled."""
@@ -301,13 +305,14 @@ class Statistics:
 
     def take(
         self, site: str, rows: Tensor, held: Tensor | None = None, source: Tensor | None = None,
-        weights: Tensor | None = None,
+        weights: Tensor | None = None, first: Tensor | None = None,
     ) -> None:  # fmt: skip
         """Feeds rows of a site into everything that is needed there.
 
         held     bool [tokens], which of them are held out; None: none
         source   the same tokens' rows in the source stream
         weights  how much the tokens count; None: all alike
+        first    bool [tokens], which are first tokens of calibration rows; None: nothing is known of that
         """
         self.reached.setdefault(site)
         self.see(site, rows)
@@ -317,7 +322,7 @@ class Statistics:
             return
         kinds, lane = self.needs.get(site, set()), self.batch.lane
         if "samples" in kinds:
-            self._samples.setdefault(site, Samples()).add(rows, held, lane)
+            self._samples.setdefault(site, Samples()).add(rows, held, lane, first)
         if "mean_abs" in kinds:
             self._magnitudes.setdefault(site, MeanMagnitude()).add(rows, lane)
         if not MOMENTS & kinds or self._of_experts(site):  # those of experts are made from what their layer keeps
@@ -373,11 +378,13 @@ class Statistics:
         own = (site for site in self.plan.sites.values() if site.part == self.part and site.kind == kind)
         return next((site for site in own if self._layer_of(site.name) == prefix), None)
 
-    def _expert_samples(self, site: str, expert: int, held: bool) -> Tensor | None:
+    def _expert_samples(self, site: str, expert: int, held: bool) -> Sample | None:
         """Returns rows of one expert's input; the rows are picked before the expert runs on them."""
         layer = self.layers[self._layer_of(site)]
         rows = picked(layer.rows(expert, held), held)
-        return rows if rows is None or self._kind(site) == "experts_in" else layer.inside(expert, rows)
+        if rows is None:
+            return None
+        return Sample.alike(rows if self._kind(site) == "experts_in" else layer.inside(expert, rows))
 
     def _apart(self, site: str) -> bool | None:
         """Returns False where held-out tokens stay out of the moment that a solver fits to; None where they do not."""

@@ -45,6 +45,7 @@ class Batch:
     name   for messages
     lane   that it is of
     ids    of its tokens, int64 [batch, tokens]; None: they do not matter
+    first  bool [batch, tokens] or None; true for the first token of each row
     """
 
     mask: Tensor | None = None
@@ -52,6 +53,7 @@ class Batch:
     name: str = ""
     lane: int = 0
     ids: Tensor | None = None
+    first: Tensor | None = None
 
     def rows(self, x: Tensor) -> Tensor:
         """Returns activations [..., features] as rows, without padding."""
@@ -67,23 +69,30 @@ class Batch:
 
     def held_rows(self, x: Tensor) -> Tensor | None:
         """Returns a mask of `rows` that are held out, bool; None: none."""
-        held = unpadded(self.held, x.shape[:-1]) if self.held is not None else None
-        if held is None:
-            return None
-        kept = self._kept(x)
-        return (held if kept is None else held[kept]).to(x.device)
+        return self._of_rows(self.held, x)
+
+    def first_rows(self, x: Tensor) -> Tensor | None:
+        """Returns a mask of `rows` that are first tokens, bool; None where nothing can be told apart."""
+        return self._of_rows(self.first, x)
 
     def row_ids(self, x: Tensor) -> Tensor:
         """Returns the token id of each of `rows`, int64. Raises ModelError where nothing can be told apart."""
-        ids = spread(self.ids, x.shape[:-1]) if self.ids is not None else None
+        ids = self._of_rows(self.ids, x)
         if ids is None:
             raise ModelError(
                 f"quark cannot tell which rows of activations of shape {list(x.shape)} are which tokens",
                 hint="leave balance out",
                 kind="E-CLASS-FOLLOW",
             )
+        return ids
+
+    def _of_rows(self, values: Tensor | None, x: Tensor) -> Tensor | None:
+        """Returns a value for each of `rows`, of one for each token [batch, tokens]."""
+        found = spread(values, x.shape[:-1]) if values is not None else None
+        if found is None:
+            return None
         kept = self._kept(x)
-        return (ids if kept is None else ids[kept]).to(x.device)
+        return (found if kept is None else found[kept]).to(x.device)
 
     def _kept(self, x: Tensor) -> Tensor | None:
         return unpadded(self.mask, x.shape[:-1]) if self.mask is not None else None
@@ -91,12 +100,13 @@ class Batch:
 
 def linear_tap(statistics: Statistics, site: str) -> Callable[[Tensor], None]:
     """Returns what feeds a linear's input, or output, into the statistics."""
-    weights = statistics.token_weights(site)
+    weights, sampled = statistics.token_weights(site), "samples" in statistics.needs.get(site, set())
 
     def tap(x: Tensor) -> None:
         batch = statistics.batch
         rows, held, source = batch.rows(x), batch.held_rows(x), statistics.source_rows.pop(site, None)
-        statistics.take(site, rows, held, source, None if weights is None else weights[batch.row_ids(x)])
+        first = batch.first_rows(x) if sampled else None
+        statistics.take(site, rows, held, source, None if weights is None else weights[batch.row_ids(x)], first)
 
     return tap
 
@@ -171,7 +181,7 @@ class ExpertTap:
         if source is not None:
             self.statistics.check_finite(f"{self.prefix}.input", source[0], " of the original model")
         if self.site_in:
-            self.statistics.take(self.site_in.name, rows, held)
+            self.statistics.take(self.site_in.name, rows, held, first=self.statistics.batch.first_rows(hidden))
         if self.moments:
             batch = self.statistics.batch
             counted = any(each is not None for each in self.layer.token_weights)

@@ -21,6 +21,7 @@ from quarkcli.forward.activations import turns
 from quarkcli.forward.carry import Carry
 from quarkcli.forward.enough import Enough, Watched
 from quarkcli.forward.lanes import Lane, Span, spans
+from quarkcli.forward.samples import first_tokens
 from quarkcli.forward.taps import Batch
 from quarkcli.model.handlers import Handlers
 
@@ -165,9 +166,10 @@ class Walk:
         return self._batches(self.mask)
 
     def _of_batches(self) -> Iterator[Batch]:
-        each = self.masks(), self._batches(self.held), self._batches(self.tokens), self.spans
-        for index, (mask, held, ids, span) in enumerate(zip(*each, strict=True)):
-            yield Batch(mask, held, self._name(index), span.lane, ids)
+        first = first_tokens(self.tokens, self.mask)
+        each = self.masks(), *map(self._batches, (self.held, self.tokens, first)), self.spans
+        for index, (mask, held, ids, starts, span) in enumerate(zip(*each, strict=True)):
+            yield Batch(mask, held, self._name(index), span.lane, ids, starts)
 
     def of_batch(self, mask: Tensor, index: int) -> Tensor:
         """Returns what a batch has of a mask [rows, seqlen], tokens and rows in the order of the model."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,8 @@ from quarkcli.algorithms._trials import Trial
 from quarkcli.errors import ConfigError, Stopped
 from quarkcli.numerics import smooth
 from quarkcli.numerics.quantize import dequantize, fake_quantize, quantize, static_scale, tensor_amax
-from quarkcli.spec import TensorSpec
+from quarkcli.numerics.sample import Sample
+from quarkcli.spec import PerChannel, TensorSpec
 from tests import runs
 from tests.forward.watch import hooked
 
@@ -59,7 +61,8 @@ def test_cost_is_that_of_the_outputs(scheme: str, power: int) -> None:
     factors = random(128, seed=3).abs() + 0.3
     seen = rows.abs().amax(0) * 1.5  # other tokens were larger
     readers = [smooth.Reader(w, w.abs().amax(0), weight_spec, input_spec, "together") for w in weights]
-    found = smooth.Cost(readers, seen=seen, power=power)(factors, rows)
+    counts = random(40, seed=4).abs() + 0.1
+    found = smooth.Cost(readers, seen=seen, power=power)(factors, Sample(rows, counts / counts.mean()))
     amax = max(tensor_amax(w * factors) for w in weights) if weight_spec.has_tensor_scale else None
     read = rows / factors
     if input_spec is not None:
@@ -69,7 +72,7 @@ def test_cost_is_that_of_the_outputs(scheme: str, power: int) -> None:
     for weight in weights:
         codes = quantize(weight * factors, weight_spec, amax=amax)
         lost = read.double() @ dequantize(codes, weight_spec).double().T - rows.double() @ weight.double().T
-        wanted += float((lost.abs() ** power).mean(0).sum())
+        wanted += float((counts.double() @ (lost.abs() ** power)).sum() / counts.double().sum())
     assert found == pytest.approx(wanted, rel=1e-4)
 
 
@@ -79,13 +82,13 @@ def test_cost_where_a_solver_makes_up_for_errors() -> None:
     readers = [smooth.Reader(weight, weight.abs().amax(0), weight_spec, input_spec, "g", 2.0)]
     factors = random(128, seed=3).abs() + 0.3
     seen = rows.abs().amax(0)
-    found = smooth.Cost(readers, seen=seen, conditional=left)(factors, rows)
+    counts = random(40, seed=4).abs() + 0.1
+    found = smooth.Cost(readers, seen=seen, conditional=left)(factors, Sample(rows, counts / counts.mean()))
     error = dequantize(quantize(weight * factors, weight_spec), weight_spec).double() / factors - weight
     read = fake_quantize(rows / factors, input_spec, static_scale((seen / factors).max(), input_spec)).double()
     lost = (read * factors - rows) @ weight.double().T
-    assert found == pytest.approx(
-        2 * float((error.square() @ left.double()).sum() + lost.square().mean(0).sum()), rel=1e-4
-    )
+    inputs = (counts.double() @ lost.square()).sum() / counts.double().sum()
+    assert found == pytest.approx(2 * float((error.square() @ left.double()).sum() + inputs), rel=1e-4)
 
 
 def test_picked_rows_are_whole_tiles() -> None:
@@ -126,24 +129,57 @@ def test_search_takes_the_least(steps: int, tried: int) -> None:
     assert smooth.search({"a": make}, steps, lambda f: 11.0, [first]) is first
 
 
-def test_clipping_is_the_best_of_every_group() -> None:
-    weight_spec, _ = spec("int4_wo_128")
-    weight, rows = random(12, 256), random(300, 256, seed=1) * (random(256, seed=2).abs() + 0.1)
+SHARES = [1 - 0.05 * step for step in range(11)]
+
+
+def clipped_by_hand(weight: torch.Tensor, sample: Sample, spec_: TensorSpec, size: int) -> tuple[Any, Any]:
+    """The descent over groups, row by row and candidate by candidate in float64: limits, and what outputs lose."""
+    x, counts = sample.rows.double(), sample.weights.double()
+    groups = [slice(start, start + size) for start in range(0, weight.shape[1], size)]
+    limits, losses = torch.empty(len(weight), len(groups)), torch.empty(len(weight), dtype=torch.float64)
+    for number, row in enumerate(weight.unsqueeze(1)):
+        largest = [row[:, group].abs().max() for group in groups]
+
+        def error(group: slice, limit: torch.Tensor, row: torch.Tensor = row) -> torch.Tensor:
+            own = row[:, group]
+            return dequantize(quantize(own.clamp(-limit, limit), spec_), spec_).double() - own
+
+        errors = torch.cat([error(group, most) for group, most in zip(groups, largest, strict=True)], 1)
+        chosen = [1.0] * len(groups)
+        for _ in range(2):
+            for at, group in enumerate(groups):
+                found = {}
+                for share in SHARES:
+                    errors[:, group] = error(group, largest[at] * share)
+                    found[share] = float(counts @ (x @ errors[0]).square())
+                chosen[at] = min(found, key=lambda share: found[share])
+                errors[:, group] = error(group, largest[at] * chosen[at])
+        limits[number] = torch.stack(largest) * torch.tensor(chosen)
+        losses[number] = counts @ (x @ errors[0]).square()
+    return limits, losses
+
+
+@pytest.mark.parametrize(("scheme", "size", "count"), [("int4_wo_128", 128, 300), ("int8", 256, 40), ("mxfp4", 32, 20)])
+def test_clipping_lowers_the_loss_group_by_group(scheme: str, size: int, count: int) -> None:
+    """With more rows than columns of a group, and with fewer."""
+    weight_spec = replace(spec(scheme)[0], granularity=PerChannel(0)) if scheme == "int8" else spec(scheme)[0]
+    weight, rows = random(12, 256), random(count, 256, seed=1) * (random(256, seed=2).abs() + 0.1) + 0.3
     weight[3, 5] = 12.0  # a value that spoils its group, at an input that hardly moves
     rows[:, 5] *= 1e-3
-    limits, clipped = smooth.clip_limits(weight, rows, weight_spec, None, 0.5, 0.05)
-    assert limits.shape == (12, 2) and bool(clipped[3, 0]) and float(limits[3, 0]) < 7
-    for row, group in ((0, 0), (3, 0), (7, 1)):
-        part, x = weight[row : row + 1, group * 128 : group * 128 + 128], rows[:, group * 128 : group * 128 + 128]
-        costs = {}
-        for step in range(11):
-            limit = float(part.abs().max()) * (1 - 0.05 * step)
-            kept = part.clamp(-limit, limit)
-            error = dequantize(quantize(kept, weight_spec), weight_spec).double() - part
-            costs[limit] = float((x.double() @ error.T).square().mean())
-        at = min(costs, key=lambda limit: abs(limit - float(limits[row, group])))
-        assert costs[at] <= min(costs.values()) * (1 + 1e-5)
-    assert torch.equal(smooth.clamped(weight, limits)[3, :128].abs().amax(), limits[3, 0])
+    counts = random(count, seed=4).abs() + 0.1
+    sample = Sample(rows, counts / counts.mean())
+    limits, clipped = smooth.clip_limits(weight, sample, weight_spec, None, 0.5, 0.05)
+    wanted, least = clipped_by_hand(weight, sample, weight_spec, size)
+    assert limits.shape == wanted.shape and (limits - wanted).abs().lt(1e-5).float().mean() > 0.95
+    assert torch.equal(clipped, limits < weight.view(12, -1, size).abs().amax(-1))
+    kept = smooth.clamped(weight, limits)
+    error = dequantize(quantize(kept, weight_spec), weight_spec).double() - weight
+    found = sample.weights.double() @ (rows.double() @ error.T).square()
+    torch.testing.assert_close(found, least, rtol=1e-2, atol=0)
+    plain = dequantize(quantize(weight, weight_spec), weight_spec).double() - weight
+    before = sample.weights.double() @ (rows.double() @ plain.T).square()
+    assert bool((found <= before * (1 + 1e-5)).all()) and float(found.sum()) < 0.9 * float(before.sum())
+    assert torch.equal(kept.view(12, -1, size).abs().amax(-1), limits)
 
 
 # -- at work

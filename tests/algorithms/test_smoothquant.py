@@ -187,8 +187,8 @@ def test_memory_counts_rows_and_changed_weights(page: Path, tmp_path: Path) -> N
         (step,) = [step for step in plan.steps if step.name == "smoothquant"]
         found[more] = step.memory(plan.plan)
     qkv, mlp, o = (256 + 128 + 128) * 128, 3 * 256 * 128, 256 * 128
-    assert found[ALL] == 4 * (qkv + mlp + o + 768 * (128 + 128 + 256 + 256))
-    assert found[""] == 4 * (qkv + mlp + 768 * (128 + 128 + 256))
+    assert found[ALL] == 4 * (qkv + mlp + o + 864 * (128 + 128 + 256 + 256))
+    assert found[""] == 4 * (qkv + mlp + 864 * (128 + 128 + 256))
 
 
 def test_a_run_says_what_it_did_and_resumes(page: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from quarkcli.algorithms.base import Assignment, Transform
 from quarkcli.family import HeaderLike
 from quarkcli.job.rewriting import Rewriting
 from quarkcli.model.runner import Runner
+from quarkcli.numerics.sample import Sample
 from quarkcli.plan.model import Plan
 from tests import runs
 from tests.families import models
@@ -32,8 +33,8 @@ class Seen:
         self.plan = plan
         self.generator = torch.Generator().manual_seed(5)
 
-    def samples(self, site: str, expert: int | None = None, held: bool = False) -> Tensor:
-        return torch.randn(3, self._width(site), generator=self.generator)
+    def samples(self, site: str, expert: int | None = None, held: bool = False) -> Sample:
+        return Sample.alike(torch.randn(3, self._width(site), generator=self.generator))
 
     def channel_amax(self, site: str, expert: int | None = None) -> Tensor:
         return torch.rand(self._width(site), generator=self.generator)

@@ -159,11 +159,15 @@ def test_rows_that_are_kept_depend_on_what_each_lane_saw_alone() -> None:
 
 def test_samples_of_lanes_merge() -> None:
     rows, held = torch.randn(64, 3, generator=torch.Generator().manual_seed(0)), torch.arange(64) % 8 == 7
+    first = torch.arange(64) % 4 == 3
     one, other = Samples(), Samples()
-    one.add(rows[:40], held[:40], 0)
-    other.add(rows[40:], held[40:], 1)
+    one.add(rows[:40], held[:40], 0, first[:40])
+    other.add(rows[40:], held[40:], 1, first[40:])
     one.merge(other)
-    assert torch.equal(one.rows(held=True), rows[held]) and torch.equal(one.rows(held=False), rows[~held])
+    for which in (held, ~held):
+        found = one.sample(held=bool(which[7]))
+        assert torch.equal(found.rows, torch.cat([rows[which & first], rows[which & ~first]]))
+        assert torch.equal(found.weights, torch.ones(int(which.sum())))
 
 
 def test_mean_magnitudes_are_summed_by_lane() -> None:
