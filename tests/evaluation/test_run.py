@@ -154,6 +154,19 @@ def test_events(fp8: runs.Made, page: Path) -> None:
     assert any(isinstance(event, Message) and "windows of 64 tokens" in event.text for event in seen)
 
 
+@pytest.mark.parametrize("step", ["rotation", "permutation"])
+def test_turned_hidden_states_have_no_drift(step: str, page: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "own.yaml"
+    recipe.write_text(f"schema: quark/recipe/1\nquantize:\n  scheme: ptpc_fp8\n  algorithm: [{{method: {step}}}]\n")
+    data = runs.data(runs.text_file(tmp_path / "t.txt"), 8) if step == "permutation" else {}
+    made = runs.run("demo", tmp_path / "out", recipe=str(recipe), **data)
+    seen: list[Event] = []
+    result = measure(made.folder, page, baseline=DEMO, tell=seen.append)
+    assert result["drift"] == [] and result["kl"] < 0.02
+    assert all(event.error is None for event in seen if isinstance(event, PartDone))
+    assert any(isinstance(event, Message) and "no drift to measure" in event.text for event in seen)
+
+
 def test_dtypes(fp8: runs.Made, page: Path) -> None:
     exact, rounded = (measure(fp8.folder, page, dtype=dtype) for dtype in ("float32", "bfloat16"))
     assert rounded["dtype"] == "bfloat16"
