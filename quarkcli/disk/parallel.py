@@ -39,10 +39,6 @@ class _Split(NamedTuple):
             return degree % self.repeats == 0
         return self.features % degree == 0 and self.features // degree % self.unit == 0
 
-    def degrees(self) -> list[int]:
-        """Returns all numbers of devices that fit, up to 64."""
-        return [degree for degree in range(1, _LARGEST + 1) if self.fits(degree)]
-
 
 def check(
     degrees: Sequence[int],
@@ -53,7 +49,7 @@ def check(
 ) -> list[str]:
     """Returns the check made; without degrees, a line that says which of the usual ones fit.
 
-    Raises CheckError for degrees that cut something, with the degrees that work for it.
+    Raises CheckError for degrees that cut something, with those, up to 64, that cut nothing.
     """
     splits = _alike([*_heads(config), *_of_weights(weights, view, headers, config)])
     faults = []
@@ -61,12 +57,11 @@ def check(
         for split, names in splits:
             if not split.fits(degree):
                 more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-                works = ", ".join(map(str, split.degrees()))
-                faults.append(
-                    f"tensor parallel over {degree} devices: {names[0]}{more}: {split.features} {split.side} "
-                    f"{split.why}; these numbers fit: {works}"
-                )
+                what = f"{names[0]}{more}: {split.features} {split.side} {split.why}"
+                faults.append(f"tensor parallel over {degree} devices: {what}")
     if faults:
+        works = [degree for degree in range(1, _LARGEST + 1) if all(split.fits(degree) for split, _ in splits)]
+        faults[0] += f"; these numbers fit: {', '.join(map(str, works)) or 'none'}"
         raise CheckError("\n".join([faults[0], *(f"also: {fault}" for fault in faults[1:])]), kind="E-CHECK-SPLIT")
     if degrees:
         return [f"tensor parallel fits over {', '.join(map(str, degrees))} devices"]
@@ -126,7 +121,8 @@ def _unit(name: str, weight: Weight, view: StoredView, headers: Mapping[str, Hea
         elif axis == 1 and stage.group_size:
             units.append((stage.group_size, f"would cut scale groups of {stage.group_size}"))
     packed = _packed(stored.tensors, headers, weight, axis)
-    units.append((packed, f"would cut words of {packed} codes"))
+    if packed > 1:
+        units.append((packed, f"would cut words of {packed} codes"))
     unit = math.lcm(*(size for size, _ in units))
     return unit, max(units)[1] or "cannot be divided evenly"
 
