@@ -85,15 +85,7 @@ class ColumnSolver(Solver):
         return {target.site: set(kinds) for target in plan.quantized() if target.site is not None}
 
     def check(self, plan: Plan) -> None:
-        """Refuses negative scales where a server reads scales as unsigned, and stages of two streams."""
-        if self.staged and "source" in self.streams:
-            raise ConfigError(
-                f"{self.name} needs the activations of the original model, and a block that is quantized in stages "
-                "does not give them",
-                where="algorithm",
-                hint="write true_sequential: false, or use gptq",
-                kind="E-ALGORITHM-COMBINE",
-            )
+        """Refuses negative scales where a server reads scales as unsigned."""
         if self.signed != "on":
             return
         for target in plan.quantized():
@@ -135,7 +127,7 @@ class ColumnSolver(Solver):
         return Effort(2 / 3 * width**3 * attempts, products, rows * width * tried)
 
     def forwards(self, tokens: int) -> float:
-        return STAGES if self.staged else 0.0
+        return STAGES * len(self.streams) if self.staged else 0.0
 
     def aiming(self, problem: Problem) -> Callable[[Factor, float], Aim]:
         """Returns what the loop steers for, of a factor and a strength; the weights unless a member says otherwise."""

@@ -8,11 +8,16 @@ lanes. A rank works on the lanes of one subtree.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
+
+if TYPE_CHECKING:
+    import torch
 
 LANES, FEW_LANES = 8, 4
 MANY_TOKENS = 2048  # of each of eight lanes: with fewer, a deeper tree of sums costs more than eight ranks would gain
 LANE_TOKENS = 512  # at least: products of fewer rows are slow on a CPU
+
+CPU_TOKENS = 2048  # tokens in one forward on a CPU, whatever the batch asked for: the same bits for every batch size
 
 T = TypeVar("T")
 
@@ -31,6 +36,16 @@ class Span(NamedTuple):
     lane: int
     start: int
     stop: int
+
+
+def default_batch(device: torch.device, seqlen: int, asked: int | None) -> int:
+    """Returns the number of sequences in one forward.
+
+    On a CPU it is always `CPU_TOKENS` tokens; on a GPU what was asked, else four times that.
+    """
+    if device.type == "cpu":
+        return max(1, CPU_TOKENS // seqlen)
+    return asked or max(1, 4 * CPU_TOKENS // seqlen)
 
 
 def lanes(rows: int, seqlen: int) -> list[Lane]:

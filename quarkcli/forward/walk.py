@@ -26,17 +26,6 @@ from quarkcli.forward.taps import Batch
 from quarkcli.model.handlers import Handlers
 
 SERVED, SOURCE = "served", "source"
-CPU_TOKENS = 2048  # tokens in one forward on a CPU, whatever the batch asked for: the same bits for every batch size
-
-
-def default_batch(device: torch.device, seqlen: int, asked: int | None) -> int:
-    """Returns the number of sequences in one forward.
-
-    On a CPU it is always `CPU_TOKENS` tokens; on a GPU what was asked, else four times that.
-    """
-    if device.type == "cpu":
-        return max(1, CPU_TOKENS // seqlen)
-    return asked or max(1, 4 * CPU_TOKENS // seqlen)
 
 
 class Walk:
@@ -199,13 +188,18 @@ class Walk:
         )
 
     def observe(
-        self, block: int, new_statistics: Callable[[], Any], advance: bool = False
+        self,
+        block: int,
+        new_statistics: Callable[[], Any],
+        advance: bool = False,
+        apart: Mapping[str, Mapping[str, Tensor]] | None = None,
     ) -> tuple[Any, Tensor | None]:
         """Runs the loaded block over every stream with taps. Returns the statistics and the first batch's output.
 
         A rank without lanes has no batch. The source stream moves on with `observed`.
 
         advance   the served stream moves on with it as well
+        apart     by stream, the tensors of the block that are others in the other stream; None: there are none
         """
 
         def once() -> tuple[Any, Tensor | None, list[Tensor], list[Tensor]]:
@@ -215,8 +209,10 @@ class Walk:
             for index, batch in enumerate(self._of_batches()):
                 statistics.batch = batch
                 if SOURCE in self.hidden:
+                    self._put(block, apart, SOURCE)
                     with self.runner.handlers(block, statistics.source_handlers()):
                         source.append(self._park(self._run(block, index, SOURCE), SOURCE))
+                    self._put(block, apart, SERVED)
                 if first is not None and not advance:
                     with self.runner.handlers(block, taps.ending()), suppress(Enough):
                         self._run(block, index)
@@ -233,6 +229,10 @@ class Walk:
         if self._few is not None:
             self._kept = self._first_rows().clone()
         return statistics, first
+
+    def _put(self, block: int, apart: Mapping[str, Mapping[str, Tensor]] | None, stream: str) -> None:
+        if apart:
+            self.runner.load_block(block, apart[stream])
 
     def observed(self) -> None:
         """Moves streams on behind the block that was observed: it will not be observed again."""

@@ -31,7 +31,7 @@ from quarkcli.forward.statistics import Statistics
 from quarkcli.forward.walk import Walk
 from quarkcli.job.options import SKIP, Calibration, OnNonfinite
 from quarkcli.job.packing import Packing
-from quarkcli.job.pieces import Leaving, Said, finished, in_turn
+from quarkcli.job.pieces import Leaving, Said, finished, in_turn, output_error
 from quarkcli.job.problems import average_size
 from quarkcli.job.reach import balances, last_part, takes_one_pass
 from quarkcli.job.result import PartResult
@@ -46,6 +46,7 @@ from quarkcli.plan.model import Part, Plan, QuantizedTarget
 from quarkcli.spec import TensorSpec
 from quarkcli.threads import Workers
 
+Observed = tuple[Statistics | None, Tensor | None]  # and the first batch's output
 MOSTLY = 0.9  # of an input's values: where its static scale rounds so many to zero, the run says so
 
 
@@ -139,7 +140,7 @@ class PartWorker:
         del statistics
         after = self.advance(part, tensors, out, scales)
         apart = packing.apart() if self.walk is not None and part.index < self.last else {}
-        error = _relative(before, after) if before is not None and after is not None and weight_errors else math.nan
+        error = output_error(before, after) if before is not None and after is not None and weight_errors else math.nan
         return PartResult(
             out, error if math.isfinite(error) else None, weight_errors, expert_tokens, self.warnings,
             time.perf_counter() - started, self.solving.dead_inputs, self.solving.report(), self.silent,
@@ -164,7 +165,7 @@ class PartWorker:
 
     # -- statistics ----------------------------------------------------------------------------------------------
 
-    def _observe(self, part: Part, tensors: Mapping[str, Tensor]) -> tuple[Statistics | None, Tensor | None]:
+    def _observe(self, part: Part, tensors: Mapping[str, Tensor], staged: Decoded | None = None) -> Observed:
         """Runs the part in source precision, on states of the quantized parts below (`one_pass`: of the source's)."""
         walk = self.walk
         if walk is None or not self.is_shared(part):
@@ -177,8 +178,9 @@ class PartWorker:
         if part.block is None:
             statistics, first = walk.observe_tail(new, tensors), None
         else:
-            walk.runner.load_block(part.block, tensors)
-            statistics, first = walk.observe(part.block, new, advance=self.one_pass and part.index < self.last)
+            walk.runner.load_block(part.block, tensors if staged is None else staged.tensors())
+            advance, apart = self.one_pass and part.index < self.last, staged.apart() if staged is not None else None
+            statistics, first = walk.observe(part.block, new, advance, apart)
         join(statistics)
         if not self.solving.is_data_free:
             memory.give_back()  # what the forward left on the heap, before problems are solved
@@ -325,7 +327,7 @@ class PartWorker:
             yield from rows
             if number + 1 < len(found):
                 decoded.put(rows)
-                statistics = self._observe(part, decoded.tensors())[0]
+                statistics = self._observe(part, tensors, decoded)[0]
         self.walk.observed()
         self.walk.runner.load_block(part.block, tensors)
 
@@ -390,11 +392,3 @@ def _copy(row: Copied, tensors: Mapping[str, Tensor]) -> Tensor:
     """Returns the values of a tensor that is written in the source's form."""
     tensor = tensors[row.tensor]
     return tensor if row.target is None else row.target.view.of(tensor).contiguous()
-
-
-def _relative(before: Tensor, after: Tensor) -> float:
-    """Returns |before - after| / |before| over the rows of `after`, which are fewer where memory ran out between."""
-    before = before[tuple(map(slice, after.shape))].float()
-    after = after.to(before.device).float()
-    norm = before.norm()
-    return float((before - after).norm() / norm) if float(norm) > 0 else 0.0

@@ -152,3 +152,11 @@ def _bands(weight: Tensor, quantized: Quantized, spec: TensorSpec, height: int, 
         source.append(weight[own].float())
         decoded.append(dequantize(part, spec))
     return torch.cat(source), torch.cat(decoded)
+
+
+def output_error(before: Tensor, after: Tensor) -> float:
+    """Returns |before - after| / |before| over the rows of `after`, which are fewer where memory ran out between."""
+    before = before[tuple(map(slice, after.shape))].float()
+    after = after.to(before.device).float()
+    norm = before.norm()
+    return float((before - after).norm() / norm) if float(norm) > 0 else 0.0

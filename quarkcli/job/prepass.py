@@ -49,9 +49,9 @@ def _observed(
     """Returns statistics of every block of the source model, by part: one forward pass."""
     from quarkcli.forward.guard import Guard
     from quarkcli.forward.joining import join
-    from quarkcli.forward.lanes import lanes
+    from quarkcli.forward.lanes import default_batch, lanes
     from quarkcli.forward.statistics import Statistics
-    from quarkcli.forward.walk import Walk, default_batch
+    from quarkcli.forward.walk import Walk
 
     assert data is not None and runner is not None
     plan, weights = prepared.plan, prepared.weights

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from quarkcli.forward.statistics import Statistics
+from quarkcli.forward.walk import SERVED, SOURCE
 from quarkcli.job.solving import Solved
 from quarkcli.numerics.quantize import dequantize
 from quarkcli.plan.model import QuantizedTarget
@@ -43,3 +44,7 @@ class Decoded:
 
     def tensors(self) -> dict[str, Tensor]:
         return {**self._source, **self._changed}
+
+    def apart(self) -> dict[str, dict[str, Tensor]]:
+        """Returns the tensors that are others in the two streams, by stream."""
+        return {SERVED: self._changed, SOURCE: {name: self._source[name] for name in self._changed}}

@@ -53,9 +53,9 @@ def walk_of(
 ) -> Walk | None:
     """Returns a walk that has not started; None when no part to do needs data."""
     from quarkcli.forward.carry import Carry
-    from quarkcli.forward.lanes import lanes
+    from quarkcli.forward.lanes import default_batch, lanes
     from quarkcli.forward.moments import held_out, holds_out
-    from quarkcli.forward.walk import Walk, default_batch
+    from quarkcli.forward.walk import Walk
     from quarkcli.job.reach import last_part, probed_rows
     from quarkcli.job.rewriting import rewritten
 

@@ -95,17 +95,19 @@ _OWN_BLOCKS = {"block_size": "quark chooses the blocks of columns itself, with t
 _PLACED = {"model_decoder_layers": _FAMILY_BLOCKS, "inside_layer_modules": _FAMILY_READS}
 _ROOTED = {"RMSE": "quark takes RMSE as the root of the mean square; AMD Quark takes the mean root of the magnitude"}
 _AS_GIVEN = {"refine": "off", "holdout": 0}
+# AMD Quark solves the weights of a block one after the other, each on what the quantized ones before it hand on.
+_IN_TURN = {**_AS_GIVEN, "true_sequential": True}
 _COLUMNS = {"damp_percent": "damp", "desc_act": "act_order"}
 
 QUARK: dict[str, Words] = {
     "awq": Words("awq", left_out=_PLACED),
-    "gptq": Words("gptq", _COLUMNS, {"damp": 0.01, **_AS_GIVEN}, _PLACED | _OWN_BLOCKS),
+    "gptq": Words("gptq", _COLUMNS, {"damp": 0.01, **_IN_TURN}, _PLACED | _OWN_BLOCKS),
     "gptaq": Words(
-        "gptaq", {**_COLUMNS, "alpha": "strength"}, {"damp": 0.01, "strength": 0.25, **_AS_GIVEN}, _PLACED | _OWN_BLOCKS
+        "gptaq", {**_COLUMNS, "alpha": "strength"}, {"damp": 0.01, "strength": 0.25, **_IN_TURN}, _PLACED | _OWN_BLOCKS
     ),
     "qronos": Words(
         "qronos", {"alpha": "damp", "desc_act": "act_order"},
-        {"damp": 1e-3, "damp_of": "largest", "strength": 1.0, **_AS_GIVEN},
+        {"damp": 1e-3, "damp_of": "largest", "strength": 1.0, **_IN_TURN},
         _PLACED | _OWN_BLOCKS | {"beta": "quark does not need it: memory does not grow"},
     ),
     "smoothquant": Words("smoothquant", usual={"alpha": 1.0}, left_out=_PLACED),

@@ -26,8 +26,9 @@ from torch import Tensor
 from quarkcli import memory
 from quarkcli.errors import ModelError, ResourceError
 from quarkcli.events import Listener, Message, PartDone, Working
+from quarkcli.forward.lanes import default_batch
 from quarkcli.forward.moments import held_out, holds_out
-from quarkcli.forward.walk import SERVED, Walk, default_batch
+from quarkcli.forward.walk import SERVED, Walk
 from quarkcli.job.options import Prepared
 from quarkcli.model.handlers import Handlers
 from quarkcli.plan.model import Part

@@ -132,7 +132,9 @@ def test_the_same_plan_as_the_command(tmp_path: Path, capsys: pytest.CaptureFixt
     assert shown[0] == shown[1]
     assert "dialect" in shown[0]
     parameters = {step.name: step.parameters for step in of_config("demo", config).algorithms}
-    assert parameters == {"gptq": {"damp": 0.05, "act_order": False, "refine": "off", "holdout": 0}}
+    assert parameters == {
+        "gptq": {"damp": 0.05, "act_order": False, "refine": "off", "holdout": 0, "true_sequential": True}
+    }
 
 
 def test_exclusions_take_the_place_of_the_templates(model: tuple[str, str]):
@@ -253,7 +255,7 @@ def test_algorithms_are_stacked_in_their_order():
     assert config["quantize"]["algorithm"] == [
         {"method": "rotation", "r1": True, "r2": True, "random": False, "block": 32},
         {"method": "smoothquant", "alpha": 0.5, "scale_clamp_min": 1e-3, "scaling_layers": rows},
-        {"method": "gptq", "damp": 0.02, "refine": "off", "holdout": 0, "slots": slots},
+        {"method": "gptq", "damp": 0.02, "refine": "off", "holdout": 0, "true_sequential": True, "slots": slots},
     ]
     plan = of_config("demo", config)
     assert [step.name for step in plan.algorithms] == ["rotation", "smoothquant", "gptq"]
@@ -266,7 +268,7 @@ SLOTS = [f"*{name}.weight_quantizer" for name in (
     "self_attn.k_proj", "self_attn.v_proj", "self_attn.q_proj", "self_attn.o_proj",
     "mlp.up_proj", "mlp.gate_proj", "mlp.down_proj",
 )]  # fmt: skip
-COLUMNS: dict[str, Any] = {"act_order": True, "refine": "off", "holdout": 0, "slots": SLOTS}
+COLUMNS: dict[str, Any] = {"act_order": True, "refine": "off", "holdout": 0, "true_sequential": True, "slots": SLOTS}
 IN_OUR_WORDS: dict[str, dict[str, Any]] = {
     "awq": {"scaling_layers": CONFIGS["awq"]["scaling_layers"]},
     "smoothquant": {
@@ -340,7 +342,7 @@ def test_parameters_of_algorithms():
     assert steps() == [{"method": "gptq", "damp": 0.1}]
     with pytest.warns(UserWarning, match="block_size has no effect"):
         assert steps(algo_configs={"gptq": {"block_size": 128, "damp_percent": 0.02, "static_groups": True}}) == [
-            {"method": "gptq", "damp": 0.02, "refine": "off", "holdout": 0}
+            {"method": "gptq", "damp": 0.02, "refine": "off", "holdout": 0, "true_sequential": True}
         ]
     with pytest.raises(ConfigError, match="has no field 'dampp'"):
         steps(algo_configs={"gptq": {"dampp": 1}})

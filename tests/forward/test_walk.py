@@ -14,7 +14,8 @@ import transformers
 from quarkcli.disk.source import Source
 from quarkcli.errors import ModelError, ResourceError
 from quarkcli.events import Event, Message
-from quarkcli.forward.walk import CPU_TOKENS, Walk, default_batch
+from quarkcli.forward.lanes import CPU_TOKENS, default_batch
+from quarkcli.forward.walk import Walk
 from quarkcli.model.handlers import Handlers
 from quarkcli.model.runner import Runner
 from tests import runs

@@ -16,7 +16,6 @@ from quarkcli.algorithms.base import Moment, Problem
 from quarkcli.algorithms.rtn import RoundToNearest
 from quarkcli.disk.checkpoint import Checkpoint
 from quarkcli.disk.source import Source
-from quarkcli.errors import ConfigError
 from quarkcli.job import rows as job_rows
 from tests import runs
 
@@ -37,7 +36,8 @@ class Staged(RoundToNearest):
     seen: ClassVar[dict[str, tuple[int, Moment]]] = {}
 
     def needs(self, plan: Any) -> dict[str, set[str]]:
-        return {t.site: {"gram"} for t in plan.quantized() if t.site is not None}
+        kinds = {"gram", "cross"} if "source" in self.streams else {"gram"}
+        return {t.site: set(kinds) for t in plan.quantized() if t.site is not None}
 
     def solve(self, problem: Problem) -> Any:
         for target in problem.targets:
@@ -53,20 +53,22 @@ def staged(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[int, Moment]]:
     return Staged.seen
 
 
-def moment(folder: Path, module: str, tokens: torch.Tensor) -> torch.Tensor:
-    """Second moment of a linear's inputs, float64, by transformers."""
+def inputs(folder: Path, module: str, tokens: torch.Tensor) -> torch.Tensor:
+    """A linear's inputs [tokens, features], float64, by transformers."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     seen: list[torch.Tensor] = []
     model.get_submodule(module).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     with torch.no_grad():
         model(tokens)
-    rows = seen[0].double().flatten(0, 1)
-    return rows.T @ rows / len(rows)
+    return seen[0].double().flatten(0, 1)
 
 
+@pytest.mark.parametrize("streams", [{"served"}, {"served", "source"}], ids=len)
 def test_each_activation_is_seen_behind_the_quantized_ones(
-    staged: dict[str, tuple[int, Moment]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    streams: set[str], staged: dict[str, tuple[int, Moment]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The source's stream meets the source's weights in every stage."""
+    monkeypatch.setattr(Staged, "streams", frozenset(streams))
     rows: list[Any] = []
     token_rows = job_rows.token_rows
     monkeypatch.setattr(job_rows, "token_rows", lambda *given: (rows.append(token_rows(*given)), rows[-1])[1])
@@ -86,11 +88,15 @@ def test_each_activation_is_seen_behind_the_quantized_ones(
             tensors = load_file(folder / "model.safetensors")
             tensors |= {f"{name}.weight": written.weight(name).float().contiguous() for name in replaced}
             save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-            torch.testing.assert_close(own.gram.double(), moment(folder, name, rows[0].tokens), rtol=1e-4, atol=1e-6)
+            x = inputs(folder, name, rows[0].tokens)
+            torch.testing.assert_close(own.gram.double(), x.T @ x / len(x), rtol=1e-4, atol=1e-6)
+            if "source" in streams:
+                s = inputs(source, name, rows[0].tokens)
+                torch.testing.assert_close(own.cross.double(), x.T @ s / len(x), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
-def test_gptq_in_stages(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("family", "solver"), [("llama", "gptq"), ("qwen3_moe", "gptq"), ("qwen3_moe", "qronos")])
+def test_solvers_in_stages(family: str, solver: str, tmp_path: Path) -> None:
     source = runs.build(family, tmp_path / "m")
     data = runs.data(runs.text_file(tmp_path / "t.txt"), 16, 128)
     recipe = tmp_path / "own.yaml"
@@ -98,7 +104,7 @@ def test_gptq_in_stages(family: str, tmp_path: Path) -> None:
     for staged in ("true", "false"):
         recipe.write_text(
             "schema: quark/recipe/1\nmetadata: {name: own}\nquantize:\n  scheme: int4_wo_32\n"
-            f"  algorithm: [{{method: gptq, true_sequential: {staged}}}]\n"
+            f"  algorithm: [{{method: {solver}, true_sequential: {staged}}}]\n"
         )
         folders.append(runs.run(source, tmp_path / staged, recipe=str(recipe), **data).folder)
     first, second = ({name: t for name, t in runs.read_all(folder).items() if "packed" in name} for folder in folders)
@@ -106,13 +112,3 @@ def test_gptq_in_stages(family: str, tmp_path: Path) -> None:
     same = [name for name in first if torch.equal(first[name], second[name])]
     assert any(name.startswith(layer) for name in same)  # nothing lies before it
     assert len(same) < len(first)
-
-
-def test_two_streams_are_refused() -> None:
-    from quarkcli.algorithms.gptq import GPTQ
-
-    class Both(GPTQ):
-        streams = frozenset({"served", "source"})
-
-    with pytest.raises(ConfigError, match="stages"):
-        Both(**{**GPTQ.parameters, "true_sequential": True}).check(None)  # type: ignore[arg-type]

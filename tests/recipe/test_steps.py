@@ -12,6 +12,7 @@ from quarkcli.recipe.steps import Steps, from_modelopt, from_quark
 
 # An imported file keeps what it says: damping as given or as theirs, no refinement, no held-out rows.
 AS_GIVEN = {"damp": 0.01, "refine": "off", "holdout": 0}
+IN_TURN = {**AS_GIVEN, "true_sequential": True}  # AMD Quark solves the weights of a block one after the other
 DOWN = "*down_proj.weight_quantizer"
 INSIDE = ["self_attn.q_proj", "self_attn.k_proj"]
 PAIR = {"prev_op": "input_layernorm", "layers": INSIDE, "inp": "self_attn.q_proj", "module2inspect": "self_attn"}
@@ -33,9 +34,7 @@ def test_quark_fields_under_our_names() -> None:
     }  # fmt: skip
     found = quark(given)
     slots = [f"*{name}.weight_quantizer" for name in INSIDE]
-    assert found.steps == [
-        ("gptq", {**AS_GIVEN, "damp": 0.02, "act_order": False, "true_sequential": True, "slots": slots})
-    ]
+    assert found.steps == [("gptq", {**IN_TURN, "damp": 0.02, "act_order": False, "slots": slots})]
     noted = ["block_size", "model_decoder_layers"]
     assert [path for path, _ in found.notes] == [("algo_config", field) for field in noted]
     assert found.problems == []
@@ -43,7 +42,7 @@ def test_quark_fields_under_our_names() -> None:
 
 def test_static_groups_go_without_the_order_of_activations() -> None:
     found = quark({"name": "gptq", "static_groups": False, "desc_act": False})
-    assert (found.steps, found.problems) == ([("gptq", {**AS_GIVEN, "act_order": False})], [])
+    assert (found.steps, found.problems) == ([("gptq", {**IN_TURN, "act_order": False})], [])
     assert [path[-1] for path, _ in found.notes] == ["static_groups"]
     assert quark({"name": "gptq", "static_groups": False, "desc_act": True}).problems
 
@@ -68,7 +67,7 @@ def test_no_other_condition_is_taken(text: str) -> None:
 def test_older_names() -> None:
     assert quark({"name": "smooth", "alpha": 0.5}).steps == [("smoothquant", {"alpha": 0.5})]
     assert quark({"SmoothQuantConfig": {"alpha": 0.5}}).steps == [("smoothquant", {"alpha": 0.5})]
-    assert quark({"GPTQConfig": {}}).steps == [("gptq", AS_GIVEN)]
+    assert quark({"GPTQConfig": {}}).steps == [("gptq", IN_TURN)]
     quarot = quark({"name": "quarot", "r3": False, "r4": False, "random": True})
     turned = {"r1": True, "r2": True, "random": True}
     assert quarot.steps == [("rotation", turned)] and "called 'rotation' today" in quarot.notes[0][1]
@@ -101,9 +100,9 @@ def test_rotations(given: dict[str, Any], steps: Any) -> None:
 
 def test_defaults_that_differ_from_ours_are_theirs() -> None:
     assert quark({"name": "smooth"}).steps == [("smoothquant", {"alpha": 1.0})] == modelopt("smoothquant").steps
-    assert quark({"name": "gptaq"}).steps == [("gptaq", {**AS_GIVEN, "strength": 0.25})]
-    assert quark({"name": "gptaq", "alpha": 0.5}).steps == [("gptaq", {**AS_GIVEN, "strength": 0.5})]
-    ridge = {**AS_GIVEN, "damp": 1e-3, "damp_of": "largest", "strength": 1.0}
+    assert quark({"name": "gptaq"}).steps == [("gptaq", {**IN_TURN, "strength": 0.25})]
+    assert quark({"name": "gptaq", "alpha": 0.5}).steps == [("gptaq", {**IN_TURN, "strength": 0.5})]
+    ridge = {**IN_TURN, "damp": 1e-3, "damp_of": "largest", "strength": 1.0}
     assert quark({"name": "qronos"}).steps == [("qronos", ridge)]
     assert quark({"name": "qronos", "alpha": 1e-2, "beta": 1e4}).steps == [("qronos", {**ridge, "damp": 1e-2})]
     rates = {"lr": 0.005, "minmax_lr": 0.005}
@@ -145,7 +144,7 @@ def test_no_rows_are_those_of_the_family() -> None:
 def test_order_and_nothing() -> None:
     both = quark([{"name": "rotation", "r1": True, "trainable": False}, {"name": "gptaq", "alpha": 0.25}])
     turned = {"r1": True, "r2": False, "random": False}
-    assert both.steps == [("rotation", turned), ("gptaq", {**AS_GIVEN, "strength": 0.25})]
+    assert both.steps == [("rotation", turned), ("gptaq", {**IN_TURN, "strength": 0.25})]
     assert quark(None) == Steps() == quark([])
 
 
