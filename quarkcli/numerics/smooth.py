@@ -19,8 +19,7 @@ from quarkcli.spec import PerTile, TensorSpec
 
 _LEAST_WEIGHT = 1e-5  # below, a column counts as this large: what nobody reads must not blow a channel up
 _LEAST_FACTOR = 1e-4
-_SWEEPS = 2  # of clipping over the groups; the second gains about a third of what the first does
-_ERRORS = 1 << 22  # of weights clipped in every way, held at once
+_ERRORS = 1 << 19  # of weights that are clipped at once
 _COARSE = 4  # every so many candidates are tried first, then those around the best
 
 
@@ -253,7 +252,8 @@ def clip_limits(
     """Returns the magnitude at which every group of a weight is best clipped, and where that is below its largest.
 
     The criterion is what the outputs lose on sampled rows of the activation. Groups are chosen one after the other,
-    each with the errors of all others as they are by then: what one adds to an output another may take away.
+    each with the errors of all others as they are by then: what one adds to an output another may take away. First
+    every second step is tried, then those beside the best.
 
     weight   float32 [out, width]
     amax     that of the scale group, for specs with a scale per tensor
@@ -261,56 +261,60 @@ def clip_limits(
     Limits are float32 [out, groups].
     """
     size = spec.group_size or weight.shape[1]
-    count = weight.shape[1] // size
-    shares = [1.0 - step * number for number in range(int((1.0 - least) / step + 1e-9) + 1)]
+    count, last = weight.shape[1] // size, int((1.0 - least) / step + 1e-9)
     rows = sample.balanced().view(-1, count, size).transpose(0, 1).contiguous()
     limits = torch.empty(weight.shape[0], count, device=weight.device)
     clipped = torch.zeros(limits.shape, dtype=torch.bool, device=weight.device)
-    at_once = max(1, _ERRORS // (weight.shape[1] * len(shares)))
+    at_once = max(1, _ERRORS // weight.shape[1])
     for start in range(0, len(weight), at_once):
         part = slice(start, start + at_once)
         whole = weight[part]
         largest = whole.view(-1, count, size).abs().amax(-1)
-        kept = (_clamped(whole, largest * share, size) for share in shares)
-        lost = [dequantize(quantize(own, spec, amax=amax), spec) - whole for own in kept]
-        chosen = _descended(torch.stack(lost).view(len(shares), -1, count, size).permute(2, 0, 1, 3), rows)
-        limits[part] = largest * torch.tensor(shares, device=weight.device)[chosen]
-        clipped[part] = chosen > 0
+
+        def error(steps: Tensor, whole: Tensor = whole, largest: Tensor = largest) -> Tensor:
+            kept = _clamped(whole, largest * (1.0 - step * steps), size)
+            return dequantize(quantize(kept, spec, amax=amax), spec).sub_(whole).view(-1, count, size)
+
+        steps = torch.zeros(largest.shape, dtype=torch.int64, device=weight.device)
+        lost = error(steps).flatten(1) @ rows.transpose(1, 2).flatten(0, 1)  # of the outputs, [R, n]
+        for more in (range(0, last + 1, 2), (0, -1, 1)):
+            tried = [(steps + number).clamp_(0, last) for number in more]
+            chosen = _descended([error(own) for own in tried], rows, lost)
+            steps = torch.stack(tried).gather(0, chosen.unsqueeze(0))[0]
+        limits[part], clipped[part] = largest * (1.0 - step * steps), steps > 0
     return limits, clipped
 
 
-def _descended(errors: Tensor, rows: Tensor) -> Tensor:
-    """Returns which of the errors every group is to have, int64 [R, groups], all starting from the first.
+def _descended(candidates: list[Tensor], rows: Tensor, lost: Tensor) -> Tensor:
+    """Returns which of the candidates every group is to have, int64 [R, groups]; all have the first by now.
 
-    errors  of the weights' groups, float32 [groups, candidates, R, size]
-    rows    of the activation, float32 [groups, n, size]
+    candidates  errors of the weights' groups, float32 [R, groups, size] each
+    rows        of the activation, float32 [groups, n, size]
+    lost        what outputs lose, float32 [R, n]; follows
     """
-    chosen = torch.zeros(errors.shape[2], len(errors), dtype=torch.int64, device=errors.device)
+    count, groups, size = candidates[0].shape
+    errors = candidates[0].new_empty(groups, count, len(candidates), size)
+    for number, own in enumerate(candidates):
+        errors[:, :, number] = own.transpose(0, 1)
+    every = torch.arange(count, device=errors.device)
+    chosen = torch.zeros(groups, count, dtype=torch.int64, device=errors.device)
     with through_onednn():
-        lost = torch.zeros(rows.shape[1], errors.shape[2], device=errors.device)  # of the outputs [n, R]
-        for own, read in zip(errors, rows, strict=True):
-            lost += read @ own[0].T
-        for _ in range(_SWEEPS):
-            for group, (own, read) in enumerate(zip(errors, rows, strict=True)):
-                lost -= read @ _taken(own, chosen[:, group]).T
-                chosen[:, group] = _costs(own, read, lost).argmin(0)
-                lost += read @ _taken(own, chosen[:, group]).T
-    return chosen
-
-
-def _taken(errors: Tensor, chosen: Tensor) -> Tensor:
-    """Returns the chosen one of errors [candidates, R, size] for every row."""
-    return errors[chosen, torch.arange(len(chosen), device=errors.device)]
+        for own, read, now in zip(errors, rows, chosen, strict=True):
+            lost.addmm_(own[:, 0], read.T, alpha=-1)
+            now.copy_(_costs(own, read, lost).argmin(1))
+            lost.addmm_(own[every, now], read.T)
+    return chosen.T
 
 
 def _costs(errors: Tensor, read: Tensor, lost: Tensor) -> Tensor:
-    """Returns what outputs lose with each of the errors [candidates, R, size] on top of `lost` [n, R]: [candidates, R].
+    """Returns what outputs lose with each of the errors [R, candidates, size] on top of `lost` [R, n]: [R, candidates].
 
     Where there are more rows [n, size] than columns, less what is lost without them.
     """
     if len(read) > read.shape[1]:
-        return (errors @ (read.T @ read)).add_(2 * (lost.T @ read)).mul_(errors).sum(-1)
-    return (errors @ read.T).add_(lost.T).square_().sum(-1)
+        pull = (lost @ read).mul_(2).unsqueeze(1)
+        return (errors @ (read.T @ read)).add_(pull).mul_(errors).sum(2)
+    return (errors @ read.T).add_(lost.unsqueeze(1)).square_().sum(2)
 
 
 def _clamped(weight: Tensor, limits: Tensor, size: int) -> Tensor:

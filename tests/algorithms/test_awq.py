@@ -129,9 +129,6 @@ def test_search_takes_the_least(steps: int, tried: int) -> None:
     assert smooth.search({"a": make}, steps, lambda f: 11.0, [first]) is first
 
 
-SHARES = [1 - 0.05 * step for step in range(11)]
-
-
 def clipped_by_hand(weight: torch.Tensor, sample: Sample, spec_: TensorSpec, size: int) -> tuple[Any, Any]:
     """The descent over groups, row by row and candidate by candidate in float64: limits, and what outputs lose."""
     x, counts = sample.rows.double(), sample.weights.double()
@@ -145,16 +142,16 @@ def clipped_by_hand(weight: torch.Tensor, sample: Sample, spec_: TensorSpec, siz
             return dequantize(quantize(own.clamp(-limit, limit), spec_), spec_).double() - own
 
         errors = torch.cat([error(group, most) for group, most in zip(groups, largest, strict=True)], 1)
-        chosen = [1.0] * len(groups)
-        for _ in range(2):
+        chosen = [0] * len(groups)
+        for steps in (lambda _: range(0, 11, 2), lambda now: (now, max(0, now - 1), min(10, now + 1))):
             for at, group in enumerate(groups):
                 found = {}
-                for share in SHARES:
-                    errors[:, group] = error(group, largest[at] * share)
-                    found[share] = float(counts @ (x @ errors[0]).square())
-                chosen[at] = min(found, key=lambda share: found[share])
-                errors[:, group] = error(group, largest[at] * chosen[at])
-        limits[number] = torch.stack(largest) * torch.tensor(chosen)
+                for step in steps(chosen[at]):
+                    errors[:, group] = error(group, largest[at] * (1 - 0.05 * step))
+                    found[step] = float(counts @ (x @ errors[0]).square())
+                chosen[at] = min(found, key=lambda step: found[step])
+                errors[:, group] = error(group, largest[at] * (1 - 0.05 * chosen[at]))
+        limits[number] = torch.stack(largest) * (1 - 0.05 * torch.tensor(chosen))
         losses[number] = counts @ (x @ errors[0]).square()
     return limits, losses
 

@@ -30,7 +30,7 @@ RECIPE = """schema: quark/recipe/1
 metadata: {name: staged}
 quantize:
   scheme: mxfp4
-  algorithm: [{method: gptq, true_sequential: true}]
+  algorithm: [{method: qronos, true_sequential: true}]
 """
 OFTEN = [
     ("llama", "mxfp4", 2), ("llama", "nvfp4", 4), ("mixtral", "gptq", 2), ("llama", "awq", 3), ("mixtral", "gptaq", 2),
