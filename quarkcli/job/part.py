@@ -171,8 +171,9 @@ class PartWorker:
         if walk is None or not self.is_shared(part):
             return None, None
 
+        needs = self.needs if staged is None else staged.needs(self.needs)
         new = partial(
-            Statistics, self.plan, part.index, self.needs, walk.runner, self.all_tokens, self.least, self.guard,
+            Statistics, self.plan, part.index, needs, walk.runner, self.all_tokens, self.least, self.guard,
             self.group, Balance(walk.tokens, walk.mask, self.balances),
         )  # fmt: skip
         if part.block is None:
@@ -326,7 +327,7 @@ class PartWorker:
             rows = list(self.solving.solved(targets, tensors, statistics, number, members))
             yield from rows
             if number + 1 < len(found):
-                decoded.put(rows)
+                decoded.put(rows, found[number + 1])
                 statistics = self._observe(part, tensors, decoded)[0]
         self.walk.observed()
         self.walk.runner.load_block(part.block, tensors)

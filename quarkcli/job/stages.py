@@ -33,14 +33,21 @@ class Decoded:
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._source = tensors
         self._changed: dict[str, Tensor] = {}
+        self._next: set[str | None] = set()
 
-    def put(self, rows: Sequence[Solved]) -> None:
+    def put(self, rows: Sequence[Solved], coming: Sequence[QuantizedTarget]) -> None:
+        """Takes over a stage's weights. coming: the weights of the next stage."""
+        self._next = {target.site for target in coming}
         for target, _, quantized in rows:
             name = target.view.tensor
             if name not in self._changed:
                 self._changed[name] = self._source[name].clone()
             with torch.no_grad():
                 target.view.of(self._changed[name]).copy_(dequantize(quantized, target.weight))
+
+    def needs(self, all_: Mapping[str, set[str]]) -> dict[str, set[str]]:
+        """Returns the statistics that the next stage asks for, of all."""
+        return {site: kinds for site, kinds in all_.items() if site in self._next}
 
     def tensors(self) -> dict[str, Tensor]:
         return {**self._source, **self._changed}
