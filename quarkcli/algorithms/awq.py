@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from quarkcli.numerics.sample import Sample
 
 _UNCLIPPED = frozenset({"q", "k"})
-_CLIP_ROWS = 256  # sampled rows that clipping is judged on
 Clip = Literal["auto", "on", "off"]
 
 
@@ -165,7 +164,7 @@ class AWQ(SearchedScaling):
             return {"taken": False, "reason": "no calibration token"}
         weight = part.columns(target.name)
         amax = weight.abs().max() if target.weight.has_tensor_scale else None
-        limits, clipped = clip_limits(weight, sample.some(_CLIP_ROWS), target.weight, amax, self.least, self.step)
+        limits, clipped = clip_limits(weight, sample, target.weight, amax, self.least, self.step)
         share = round(float(clipped.float().mean()), 4)
         if not share:
             return {"taken": False, "share": share, "reason": "no group is better clipped"}

@@ -23,12 +23,6 @@ class Sample(NamedTuple):
         """Returns rows that all stand for as many tokens."""
         return cls(rows, torch.ones(len(rows), device=rows.device))
 
-    def some(self, most: int) -> Sample:
-        """Returns every so many-th of the rows, at most `most`."""
-        step = -(-len(self.rows) // most)
-        weights = self.weights[::step]
-        return Sample(self.rows[::step], weights / weights.mean())
-
     def times(self, factors: Tensor) -> Sample:
         """Returns the rows as they are once the channels are multiplied by factors, float32 [features]."""
         return self._replace(rows=self.rows * factors)
