@@ -19,7 +19,8 @@ from quarkcli.spec import PerTile, TensorSpec
 
 _LEAST_WEIGHT = 1e-5  # below, a column counts as this large: what nobody reads must not blow a channel up
 _LEAST_FACTOR = 1e-4
-_ERRORS = 1 << 19  # of weights that are clipped at once
+# Weights that are clipped at once, and rows of them at least: on a GPU every group costs a few launches.
+_CLIPPED, _DEVICE_CLIPPED, _CLIPPED_ROWS = 1 << 19, 1 << 23, 128
 _COARSE = 4  # every so many candidates are tried first, then those around the best
 
 
@@ -265,7 +266,8 @@ def clip_limits(
     rows = sample.balanced().view(-1, count, size).transpose(0, 1).contiguous()
     limits = torch.empty(weight.shape[0], count, device=weight.device)
     clipped = torch.zeros(limits.shape, dtype=torch.bool, device=weight.device)
-    at_once = max(1, _ERRORS // weight.shape[1])
+    limit = _CLIPPED if weight.device.type == "cpu" else _DEVICE_CLIPPED
+    at_once = max(_CLIPPED_ROWS, limit // weight.shape[1])
     for start in range(0, len(weight), at_once):
         part = slice(start, start + at_once)
         whole = weight[part]
