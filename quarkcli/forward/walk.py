@@ -26,6 +26,7 @@ from quarkcli.forward.taps import Batch
 from quarkcli.model.handlers import Handlers
 
 SERVED, SOURCE = "served", "source"
+Apart = Mapping[str, Mapping[str, Tensor]] | None
 
 
 class Walk:
@@ -188,51 +189,49 @@ class Walk:
         )
 
     def observe(
-        self,
-        block: int,
-        new_statistics: Callable[[], Any],
-        advance: bool = False,
-        apart: Mapping[str, Mapping[str, Tensor]] | None = None,
+        self, block: int, new_statistics: Callable[[], Any], advance: bool = False, apart: Apart = None
     ) -> tuple[Any, Tensor | None]:
         """Runs the loaded block over every stream with taps. Returns the statistics and the first batch's output.
 
         A rank without lanes has no batch. The source stream moves on with `observed`.
 
         advance   the served stream moves on with it as well
-        apart     by stream, the tensors of the block that are others in the other stream; None: there are none
+        apart     by stream, the tensors of the block that are others in the other stream, when it is observed again:
+                  the source stream moves as it did the first time; None: there are none
         """
+        again = apart is not None
 
-        def once() -> tuple[Any, Tensor | None, list[Tensor], list[Tensor]]:
+        def once() -> tuple[Any, Tensor | None, dict[str, list[Tensor]]]:
             statistics = new_statistics()
-            first, moved, source = None, [], []
-            taps = Watched(statistics.handlers())
+            first, moved = None, dict[str, list[Tensor]]()
+            taps = {SERVED: Watched(statistics.handlers())}
+            if SOURCE in self.hidden:
+                taps[SOURCE] = Watched(statistics.source_handlers())
             for index, batch in enumerate(self._of_batches()):
                 statistics.batch = batch
-                if SOURCE in self.hidden:
-                    self._put(block, apart, SOURCE)
-                    with self.runner.handlers(block, statistics.source_handlers()):
-                        source.append(self._park(self._run(block, index, SOURCE), SOURCE))
-                    self._put(block, apart, SERVED)
-                if first is not None and not advance:
-                    with self.runner.handlers(block, taps.ending()), suppress(Enough):
-                        self._run(block, index)
-                    continue
-                with self.runner.handlers(block, taps.whole()):
-                    out = self._run(block, index)
+                if SOURCE in taps:
+                    out = self._tapped(block, index, SOURCE, taps[SOURCE], not again or not index, apart)
+                    if out is not None and not again:
+                        moved.setdefault(SOURCE, []).append(self._park(out, SOURCE))
+                out = self._tapped(block, index, SERVED, taps[SERVED], advance or not index, apart)
                 first = out if first is None else first
-                if advance:
-                    moved.append(self._park(out))
-            return statistics, first, moved, source
+                if out is not None and advance:
+                    moved.setdefault(SERVED, []).append(self._park(out))
+            return statistics, first, moved
 
-        statistics, first, moved, source = self._retrying(once)
-        self._moved = {stream: states for stream, states in ((SERVED, moved), (SOURCE, source)) if states}
+        statistics, first, moved = self._retrying(once)
+        self._moved = {**self._moved, **moved} if again else moved
         if self._few is not None:
             self._kept = self._first_rows().clone()
         return statistics, first
 
-    def _put(self, block: int, apart: Mapping[str, Mapping[str, Tensor]] | None, stream: str) -> None:
-        if apart:
+    def _tapped(self, block: int, index: int, stream: str, taps: Watched, whole: bool, apart: Apart) -> Tensor | None:
+        """Runs a batch with taps. Returns its output; None where it ended behind the last tap, as whole ones do not."""
+        if apart and SOURCE in self.hidden:
             self.runner.load_block(block, apart[stream])
+        with self.runner.handlers(block, taps.whole() if whole else taps.ending()), suppress(Enough):
+            return self._run(block, index, stream)
+        return None
 
     def observed(self) -> None:
         """Moves streams on behind the block that was observed: it will not be observed again."""
