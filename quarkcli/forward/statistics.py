@@ -47,11 +47,13 @@ class Statistics:
     guard       says what becomes of NaN and infinity; what it skips has ranges of finite rows alone
     group       the ranks whose lanes these are of, once `joining.join` has been called
     balance     how much each token counts in second moments, but for those held out; None: all alike
+    one_moment  second moments of the activation that is reached first are all that is asked for
     """
 
     def __init__(
         self, plan: Plan, part: int, needs: Mapping[str, set[str]], runner: Any, all_tokens: bool = False,
         least: int = 1, guard: Guard | None = None, group: Group | None = None, balance: Balance | None = None,
+        one_moment: bool = False,
     ) -> None:  # fmt: skip
         self.plan = plan
         self.part = part
@@ -61,6 +63,7 @@ class Statistics:
         self.guard = guard or Guard()
         self.group = group or Group()
         self.balance = balance
+        self.one_moment = one_moment
         self.batch = Batch()  # the one now running
         self._ranges: dict[tuple[str, str], MinMax | Histogram] = {}
         self._expert_ranges: dict[tuple[str, str, int | None], MinMax | Histogram] = {}
@@ -326,6 +329,8 @@ class Statistics:
         if "mean_abs" in kinds:
             self._magnitudes.setdefault(site, MeanMagnitude()).add(rows, lane)
         if not MOMENTS & kinds or self._of_experts(site):  # those of experts are made from what their layer keeps
+            return
+        if self.one_moment and site != next(iter(self.reached)):
             return
         if "cross" not in kinds:
             source = None

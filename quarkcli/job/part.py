@@ -174,7 +174,7 @@ class PartWorker:
         needs = self.needs if staged is None else staged.needs(self.needs)
         new = partial(
             Statistics, self.plan, part.index, needs, walk.runner, self.all_tokens, self.least, self.guard,
-            self.group, Balance(walk.tokens, walk.mask, self.balances),
+            self.group, Balance(walk.tokens, walk.mask, self.balances), self._first_stage_alone(part, staged),
         )  # fmt: skip
         if part.block is None:
             statistics, first = walk.observe_tail(new, tensors), None
@@ -186,6 +186,10 @@ class PartWorker:
         if not self.solving.is_data_free:
             memory.give_back()  # what the forward left on the heap, before problems are solved
         return statistics, first
+
+    def _first_stage_alone(self, part: Part, staged: Decoded | None) -> bool:
+        """True where nobody asks for second moments but the first stage."""
+        return self.solving.staged and part.block is not None and staged is None and not self.transforms
 
     def _turn(
         self, part: Part, tensors: Mapping[str, Tensor], blocks: Mapping[str, int], statistics: Statistics | None

@@ -16,6 +16,8 @@ from quarkcli.algorithms.base import Moment, Problem
 from quarkcli.algorithms.rtn import RoundToNearest
 from quarkcli.disk.checkpoint import Checkpoint
 from quarkcli.disk.source import Source
+from quarkcli.forward import lanes
+from quarkcli.forward.moments import Moments
 from quarkcli.job import rows as job_rows
 from tests import runs
 
@@ -67,14 +69,19 @@ def inputs(folder: Path, module: str, tokens: torch.Tensor) -> torch.Tensor:
 def test_each_activation_is_seen_behind_the_quantized_ones(
     streams: set[str], staged: dict[str, tuple[int, Moment]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The source's stream meets the source's weights in every stage."""
+    """The source's stream meets the source's weights in every stage. Each moment is summed once, of four batches."""
     monkeypatch.setattr(Staged, "streams", frozenset(streams))
     rows: list[Any] = []
     token_rows = job_rows.token_rows
     monkeypatch.setattr(job_rows, "token_rows", lambda *given: (rows.append(token_rows(*given)), rows[-1])[1])
+    monkeypatch.setattr(lanes, "CPU_TOKENS", 2 * 64)
+    added: list[int] = []
+    add = Moments.add
+    monkeypatch.setattr(Moments, "add", lambda *given: (added.append(1), add(*given))[1])
     source = runs.build("llama", tmp_path / "m", torch.float32)
     data = runs.data(runs.text_file(tmp_path / "t.txt"), 8, 64)
     made = runs.run(source, tmp_path / "out", scheme="int4_wo_128", algorithm="staged", **data)
+    assert len(added) == 2 * len(ORDER) * 4
     written = Checkpoint(Source.open(str(made.folder)))
     for block in (0, 1):
         for stage, leaf in enumerate(ORDER):
