@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -263,7 +264,7 @@ def clip_limits(
     """
     size = spec.group_size or weight.shape[1]
     count, last = weight.shape[1] // size, int((1.0 - least) / step + 1e-9)
-    rows = sample.balanced().view(-1, count, size).transpose(0, 1).contiguous()
+    read = Read.of(sample.balanced().view(-1, count, size))
     limits = torch.empty(weight.shape[0], count, device=weight.device)
     clipped = torch.zeros(limits.shape, dtype=torch.bool, device=weight.device)
     limit = _CLIPPED if weight.device.type == "cpu" else _DEVICE_CLIPPED
@@ -275,48 +276,73 @@ def clip_limits(
 
         def error(steps: Tensor, whole: Tensor = whole, largest: Tensor = largest) -> Tensor:
             kept = _clamped(whole, largest * (1.0 - step * steps), size)
-            return dequantize(quantize(kept, spec, amax=amax), spec).sub_(whole).view(-1, count, size)
+            apart = dequantize(quantize(kept, spec, amax=amax), spec).sub_(whole).view(-1, count, size)
+            return apart.transpose(0, 1)
 
         steps = torch.zeros(largest.shape, dtype=torch.int64, device=weight.device)
-        lost = error(steps).flatten(1) @ rows.transpose(1, 2).flatten(0, 1)  # of the outputs, [R, n]
-        for more in (range(0, last + 1, 2), (0, -1, 1)):
+        now = error(steps).contiguous()
+        lost = read.outputs(now)
+        for more in (range(2, last + 1, 2), (-1, 1)):
             tried = [(steps + number).clamp_(0, last) for number in more]
-            chosen = _descended([error(own) for own in tried], rows, lost)
-            steps = torch.stack(tried).gather(0, chosen.unsqueeze(0))[0]
+            chosen = _descended(now, [error(own) for own in tried], read, lost)
+            steps = torch.stack([steps, *tried]).gather(0, chosen.unsqueeze(0))[0]
         limits[part], clipped[part] = largest * (1.0 - step * steps), steps > 0
     return limits, clipped
 
 
-def _descended(candidates: list[Tensor], rows: Tensor, lost: Tensor) -> Tensor:
-    """Returns which of the candidates every group is to have, int64 [R, groups]; all have the first by now.
+class Read(NamedTuple):
+    """Sampled rows of an activation, group by group.
 
-    candidates  errors of the weights' groups, float32 [R, groups, size] each
-    rows        of the activation, float32 [groups, n, size]
-    lost        what outputs lose, float32 [R, n]; follows
+    rows     float32 [groups, n, size]
+    squares  their second moments [groups, size, size]; None where there are fewer rows than columns
     """
-    count, groups, size = candidates[0].shape
-    errors = candidates[0].new_empty(groups, count, len(candidates), size)
-    for number, own in enumerate(candidates):
-        errors[:, :, number] = own.transpose(0, 1)
-    every = torch.arange(count, device=errors.device)
-    chosen = torch.zeros(groups, count, dtype=torch.int64, device=errors.device)
+
+    rows: Tensor
+    squares: Tensor | None
+
+    @classmethod
+    def of(cls, rows: Tensor) -> Read:
+        """Returns those of rows [n, groups, size]."""
+        apart = rows.transpose(0, 1).contiguous()
+        return cls(apart, apart.transpose(1, 2) @ apart if apart.shape[1] > apart.shape[2] else None)
+
+    def outputs(self, errors: Tensor) -> Tensor:
+        """Returns what outputs lose by errors [groups, R, size] of weights, float32 [R, n]."""
+        lost = errors.new_zeros(errors.shape[1], self.rows.shape[1])
+        with through_onednn():
+            for own, rows in zip(errors, self.rows, strict=True):
+                lost.addmm_(own, rows.T)
+        return lost
+
+    def costs(self, group: int, changes: Tensor, lost: Tensor) -> Tensor:
+        """Returns how much more outputs lose [R, candidates], where a group's error changes [R, candidates, size]."""
+        rows = self.rows[group]
+        if self.squares is not None:
+            pull = (lost @ rows).mul_(2).unsqueeze(1)
+            return (changes @ self.squares[group]).add_(pull).mul_(changes).sum(2)
+        passed = changes @ rows.T
+        return (passed + 2 * lost.unsqueeze(1)).mul_(passed).sum(2)
+
+
+def _descended(now: Tensor, others: list[Tensor], read: Read, lost: Tensor) -> Tensor:
+    """Returns what every group is to have, int64 [R, groups]: 0 for the error that it has, else the number of another.
+
+    now     errors of the weights' groups, float32 [groups, R, size]; follows
+    others  what they may be instead, each like `now`
+    lost    what outputs lose, float32 [R, n]; follows
+    """
+    changes = torch.stack(others, 2).sub_(now.unsqueeze(2))
+    every = torch.arange(now.shape[1], device=now.device)
+    chosen = torch.zeros(now.shape[:2], dtype=torch.int64, device=now.device)
     with through_onednn():
-        for own, read, now in zip(errors, rows, chosen, strict=True):
-            lost.addmm_(own[:, 0], read.T, alpha=-1)
-            now.copy_(_costs(own, read, lost).argmin(1))
-            lost.addmm_(own[every, now], read.T)
+        for group, own in enumerate(changes):
+            least, best = read.costs(group, own, lost).min(1)
+            better = least < 0
+            chosen[group] = torch.where(better, best + 1, 0)
+            moved = own[every, best].mul_(better.unsqueeze(1))
+            lost.addmm_(moved, read.rows[group].T)
+            now[group] += moved
     return chosen.T
-
-
-def _costs(errors: Tensor, read: Tensor, lost: Tensor) -> Tensor:
-    """Returns what outputs lose with each of the errors [R, candidates, size] on top of `lost` [R, n]: [R, candidates].
-
-    Where there are more rows [n, size] than columns, less what is lost without them.
-    """
-    if len(read) > read.shape[1]:
-        pull = (lost @ read).mul_(2).unsqueeze(1)
-        return (errors @ (read.T @ read)).add_(pull).mul_(errors).sum(2)
-    return (errors @ read.T).add_(lost.unsqueeze(1)).square_().sum(2)
 
 
 def _clamped(weight: Tensor, limits: Tensor, size: int) -> Tensor:
