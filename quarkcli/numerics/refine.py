@@ -19,6 +19,7 @@ from quarkcli.numerics.formats import codec
 from quarkcli.numerics.grid import Grid
 from quarkcli.numerics.products import through_onednn
 from quarkcli.spec import Element, TensorSpec
+from quarkcli.threads import limited
 
 COLUMNS = 128  # of a block, at most; groups are never cut unless they are wider
 RUN = 16  # columns of one scale that are rounded one by one before the others of their block hear of them
@@ -65,6 +66,8 @@ class Rows:
 def refine(rows: Rows, spec: TensorSpec, gram: Tensor, sweeps: int) -> None:
     """Improves `rows` in place, block of columns by block, each with the errors of all others as they are by then.
 
+    One thread works inside a block: steps are short, and beside other work threads would wait for each other in each.
+
     gram   the moment that the loss is measured by, damped, float32 [N, N]
     """
     at = Columns.of(rows)
@@ -80,10 +83,11 @@ def refine(rows: Rows, spec: TensorSpec, gram: Tensor, sweeps: int) -> None:
             moment = gram[part, part]
             with through_onednn():
                 pull = gram[part] @ at.error
-            if at.stored is not None and not whole:
-                _refit(at, spec, moment, pull, part)
-            _descend(at, moment, pull, part)
-            changed = at.update(part) or changed
+            with limited(1):
+                if at.stored is not None and not whole:
+                    _refit(at, spec, moment, pull, part)
+                _descend(at, moment, pull, part)
+                changed = at.update(part) or changed
         if not changed:
             break
     at.put_back(rows)

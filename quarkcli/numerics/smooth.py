@@ -17,11 +17,13 @@ from quarkcli.numerics.products import through_onednn
 from quarkcli.numerics.quantize import dequantize, fake_quantize, quantize, static_scale
 from quarkcli.numerics.sample import Sample
 from quarkcli.spec import PerTile, TensorSpec
+from quarkcli.threads import Workers
 
 _LEAST_WEIGHT = 1e-5  # below, a column counts as this large: what nobody reads must not blow a channel up
 _LEAST_FACTOR = 1e-4
 # Weights that are clipped at once, and rows of them at least: on a GPU every group costs a few launches.
 _CLIPPED, _DEVICE_CLIPPED, _CLIPPED_ROWS = 1 << 19, 1 << 23, 128
+_CLIPPING = 8  # threads that do so at once, at most: each takes about 25 MB
 _COARSE = 4  # every so many candidates are tried first, then those around the best
 
 
@@ -265,16 +267,13 @@ def clip_limits(
     size = spec.group_size or weight.shape[1]
     count, last = weight.shape[1] // size, int((1.0 - least) / step + 1e-9)
     read = Read.of(sample.balanced().view(-1, count, size))
-    limits = torch.empty(weight.shape[0], count, device=weight.device)
-    clipped = torch.zeros(limits.shape, dtype=torch.bool, device=weight.device)
-    limit = _CLIPPED if weight.device.type == "cpu" else _DEVICE_CLIPPED
-    at_once = max(_CLIPPED_ROWS, limit // weight.shape[1])
-    for start in range(0, len(weight), at_once):
-        part = slice(start, start + at_once)
+
+    def chosen(part: slice) -> tuple[Tensor, Tensor]:
+        """Returns the limits of some rows, and where they clip."""
         whole = weight[part]
         largest = whole.view(-1, count, size).abs().amax(-1)
 
-        def error(steps: Tensor, whole: Tensor = whole, largest: Tensor = largest) -> Tensor:
+        def error(steps: Tensor) -> Tensor:
             kept = _clamped(whole, largest * (1.0 - step * steps), size)
             apart = dequantize(quantize(kept, spec, amax=amax), spec).sub_(whole).view(-1, count, size)
             return apart.transpose(0, 1)
@@ -284,10 +283,17 @@ def clip_limits(
         lost = read.outputs(now)
         for more in (range(2, last + 1, 2), (-1, 1)):
             tried = [(steps + number).clamp_(0, last) for number in more]
-            chosen = _descended(now, [error(own) for own in tried], read, lost)
-            steps = torch.stack([steps, *tried]).gather(0, chosen.unsqueeze(0))[0]
-        limits[part], clipped[part] = largest * (1.0 - step * steps), steps > 0
-    return limits, clipped
+            best = _descended(now, [error(own) for own in tried], read, lost)
+            steps = torch.stack([steps, *tried]).gather(0, best.unsqueeze(0))[0]
+        return largest * (1.0 - step * steps), steps > 0
+
+    on_cpu = weight.device.type == "cpu"
+    at_once = max(_CLIPPED_ROWS, (_CLIPPED if on_cpu else _DEVICE_CLIPPED) // weight.shape[1])
+    parts = [slice(start, start + at_once) for start in range(0, len(weight), at_once)]
+    threads = min(torch.get_num_threads(), _CLIPPING, len(parts)) if on_cpu else 1
+    with through_onednn(), Workers(threads) as workers:
+        limits, clipped = zip(*workers.map(chosen, parts), strict=True)
+    return torch.cat(limits), torch.cat(clipped)
 
 
 class Read(NamedTuple):
@@ -309,9 +315,8 @@ class Read(NamedTuple):
     def outputs(self, errors: Tensor) -> Tensor:
         """Returns what outputs lose by errors [groups, R, size] of weights, float32 [R, n]."""
         lost = errors.new_zeros(errors.shape[1], self.rows.shape[1])
-        with through_onednn():
-            for own, rows in zip(errors, self.rows, strict=True):
-                lost.addmm_(own, rows.T)
+        for own, rows in zip(errors, self.rows, strict=True):
+            lost.addmm_(own, rows.T)
         return lost
 
     def costs(self, group: int, changes: Tensor, lost: Tensor) -> Tensor:
@@ -334,14 +339,13 @@ def _descended(now: Tensor, others: list[Tensor], read: Read, lost: Tensor) -> T
     changes = torch.stack(others, 2).sub_(now.unsqueeze(2))
     every = torch.arange(now.shape[1], device=now.device)
     chosen = torch.zeros(now.shape[:2], dtype=torch.int64, device=now.device)
-    with through_onednn():
-        for group, own in enumerate(changes):
-            least, best = read.costs(group, own, lost).min(1)
-            better = least < 0
-            chosen[group] = torch.where(better, best + 1, 0)
-            moved = own[every, best].mul_(better.unsqueeze(1))
-            lost.addmm_(moved, read.rows[group].T)
-            now[group] += moved
+    for group, own in enumerate(changes):
+        least, best = read.costs(group, own, lost).min(1)
+        better = least < 0
+        chosen[group] = torch.where(better, best + 1, 0)
+        moved = own[every, best].mul_(better.unsqueeze(1))
+        lost.addmm_(moved, read.rows[group].T)
+        now[group] += moved
     return chosen.T
 
 

@@ -23,6 +23,7 @@ from quarkcli.numerics.formats import codec
 from quarkcli.numerics.grid import Grid
 from quarkcli.numerics.products import add_product_
 from quarkcli.numerics.rows import cpu_rows
+from quarkcli.threads import limited
 
 ActOrder = bool | Literal["group"]
 # Rows of a strictly upper F [N, N], in the factor's order, from the diagonal of the first on.
@@ -314,7 +315,8 @@ def _solve_rows(
             if job.first is not None and not first:
                 current[0, i] = job.first[part]
         own = Grid(jobs[0].at.element, scale, size, torch.stack(zero, 1) if zero else None)
-        values, differences = _solve_block(wanted, current, couplings, own, feeds)
+        with limited(1):  # steps are short: beside other work threads would wait for each other in each
+            values, differences = _solve_block(wanted, current, couplings, own, feeds)
         grid[inside] = values
         if last < cols:
             for i, upper in enumerate(uppers):
