@@ -37,7 +37,7 @@ from quarkcli.documents.report import fits
 from quarkcli.errors import ModelError, QuarkError, ResourceError, UsageError
 from quarkcli.events import Listener, Message, PartDone, Phase, Working, silent
 from quarkcli.job import finish, preflight
-from quarkcli.plan.model import Part, Plan, QuantizedTarget, Target
+from quarkcli.plan.model import Attention, Part, Plan, QuantizedTarget, Target
 from quarkcli.reporting import text as written
 from quarkcli.reporting.card import card_of_conversion
 from quarkcli.reporting.page import page
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 RECIPE, REPORT = "quark/recipe.yaml", "quark/report.json"
+AGAIN = "quantize the original model again with --dialect"
 
 
 @dataclass
@@ -81,39 +82,22 @@ def prepare(source: Source, to: str) -> Conversion:
     reader, back = checkpoint.reader, writer.reader
     if reader is None:
         hint = "run 'quark quantize --dialect' to write this format directly"
-        raise ModelError(
-            "is not quantized, so there is nothing to convert", where=source.name, hint=hint, kind="E-CONVERT-CANNOT"
-        )
+        raise _cannot("is not quantized, so there is nothing to convert", source.name, hint)
     if reader.name == writer.name:
         raise UsageError(f"the checkpoint has the format {writer.name} already", where="--to", kind="E-FLAG-CONFLICT")
     scaled = next((each.columns for each in checkpoint.view.targets.values() if each.columns is not None), None)
     if scaled is not None:
-        raise ModelError(
-            f"inputs are multiplied by it, and format {writer.name} has no place for that",
-            where=scaled,
-            kind="E-CONVERT-CANNOT",
-        )
+        raise _cannot(f"inputs are multiplied by it, and format {writer.name} has no place for that", scaled)
     by_head = next((each.name for each in checkpoint.view.attention.values() if each.scales and not each.specs), None)
     if by_head is not None:
-        raise ModelError(
-            f"its KV cache has a scale for every head, and format {writer.name} has one for all",
-            where=by_head,
-            kind="E-CONVERT-CANNOT",
-        )
+        raise _cannot(f"its KV cache has a scale for every head, and format {writer.name} has one for all", by_head)
     plan = checkpoint.plan(checkpoint.layout)
     refusals = [*writer.refusals(plan), *writer.online_refusals(plan)]
     if refusals:
         more = f" (and {len(refusals) - 1} more reasons)" if len(refusals) > 1 else ""
-        raise ModelError(
-            f"format {writer.name} cannot hold this checkpoint: {refusals[0]}{more}",
-            where=source.name,
-            kind="E-CONVERT-CANNOT",
-        )
+        raise _cannot(f"format {writer.name} cannot hold this checkpoint: {refusals[0]}{more}", source.name)
     if back is None:
-        raise ModelError(
-            f"quark cannot read format {writer.name} back, so it cannot check that nothing is lost",
-            kind="E-CONVERT-CANNOT",
-        )
+        raise _cannot(f"quark cannot read format {writer.name} back, so it cannot check that nothing is lost")
     owners = contents.part_targets(plan)
     parts = (contents.part_infos(plan, writer, part, checkpoint.headers, owners) for part in plan.parts)
     infos = list(chain.from_iterable(parts))
@@ -196,18 +180,16 @@ def _check_specs(plan: Plan, there: StoredView, writer: Writer) -> None:
                 raise _changed(f"{name}.{kind}", module.specs.get(kind), specs.get(kind), writer)
     extra = [name for name in there.targets if not plan.targets[name].weight]
     if extra or dict(there.online) != plan.online:
-        raise ModelError(
-            f"format {writer.name} would describe it differently",
-            where=(extra or [*plan.online])[0],
-            kind="E-CONVERT-CANNOT",
-        )
+        raise _cannot(f"format {writer.name} would describe it differently", (extra or [*plan.online])[0])
 
 
 def _changed(slot: str, ours: TensorSpec | None, theirs: TensorSpec | None, writer: Writer) -> ModelError:
     said = [spec.describe() if spec else "not quantized" for spec in (ours, theirs)]
-    return ModelError(
-        f"it is {said[0]}, and format {writer.name} would describe it as {said[1]}", where=slot, kind="E-CONVERT-CANNOT"
-    )
+    return _cannot(f"it is {said[0]}, and format {writer.name} would describe it as {said[1]}", slot)
+
+
+def _cannot(what: str, where: str = "", hint: str = "") -> ModelError:
+    return ModelError(what, where=where, hint=hint, kind="E-CONVERT-CANNOT")
 
 
 def _meaning(spec: TensorSpec | None, kind: str) -> list[tuple[object, ...]] | None:
@@ -253,9 +235,7 @@ def _part(found: Conversion, part: Part, workers: Workers, tell: Listener) -> di
     out |= packed.tensors
     for module in plan.attention.values():
         if module.part == part.index and module.specs:
-            stored = read.view.attention[module.name]
-            scales = found.reader.decode_attention(stored, read.source.read_many(stored.scales.values()))
-            out |= found.writer.attention_tensors(module, scales)
+            out |= _attention(found, module)
     return out | found.writer.online_tensors(plan, part.index)
 
 
@@ -282,11 +262,22 @@ def _packed(found: Conversion, target: QuantizedTarget) -> dict[str, Tensor]:
     lost = _lost(decoded, again)
     if lost:
         what = f"format {found.writer.name} does not keep its {lost} as {found.reader.name} does"
-        raise ModelError(
-            what, where=target.name, hint="quantize the original model again with --dialect", kind="E-CONVERT-CANNOT"
-        )
+        raise _cannot(what, target.name, AGAIN)
     if not _exact(decoded, again):
         found.moved.append(target.name)
+    return tensors
+
+
+def _attention(found: Conversion, module: Attention) -> dict[str, Tensor]:
+    """Returns the scales of a cache and of operands. Raises ModelError where one is not read back as it was."""
+    read, stored = found.checkpoint, found.checkpoint.view.attention[module.name]
+    scales = found.reader.decode_attention(stored, read.source.read_many(stored.scales.values()))
+    tensors = found.writer.attention_tensors(module, scales)
+    again = found.back.decode_attention(found.there.attention[module.name], tensors)
+    lost = [kind for kind, scale in scales.items() if not near(number(scale), number(again.get(kind)))]
+    if lost:
+        one = f"format {found.writer.name} has one scale for what {found.reader.name} has several of"
+        raise _cannot(f"the scale of {lost[0]} would be another: {one}", module.name, AGAIN)
     return tensors
 
 

@@ -128,6 +128,22 @@ def test_static_inputs_and_a_cache(tmp_path):
     assert runs.same_files(one, tmp_path / "three")
 
 
+def test_scales_of_keys_and_values_are_not_joined(tmp_path):
+    """One linear makes both; format quark has one scale for its output. One of two values of a cache would be wrong."""
+    source = runs.build("dbrx", tmp_path / "m")
+    made = runs.run(source, tmp_path / "one", scheme="fp8", kv_cache="fp8", dialect="compressed-tensors", **DATA).folder
+    (keys, *_), (values, *_) = (
+        [(name, float(t)) for name, t in runs.read_all(made).items() if name.endswith(kind)]
+        for kind in ("k_scale", "v_scale")
+    )
+    module = keys[0].rpartition(".")[0]
+    assert values[0] == f"{module}.v_scale" and keys[1] != values[1]
+    with pytest.raises(ModelError, match=r"the scale of [kv] would be another.*one scale") as error:
+        converted(made, "quark", tmp_path / "two")
+    assert error.value.where == module and error.value.kind == "E-CONVERT-CANNOT"
+    assert not (tmp_path / "two").exists()
+
+
 def test_the_rest_of_the_directory(tmp_path, other):
     """Side files, report and recipe go with it; of the old dialect's description nothing is left."""
     source = runs.build("llama", tmp_path / "source")
