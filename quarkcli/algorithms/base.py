@@ -171,12 +171,14 @@ class Algorithm:
     parameters   settings that a recipe may give, with their defaults
     streams      the streams of activations it wants to see: `served`, what the quantized blocks below hand on, and
                  `source`, what those of the source model do
+    random       it draws from the seed
     """
 
     name: ClassVar[str]
     kind: ClassVar[Kind]
     parameters: ClassVar[Mapping[str, Any]] = {}
     streams: ClassVar[frozenset[str]] = frozenset({"served"})
+    random: bool = False
 
     def needs(self, plan: Plan) -> Needs:
         """Returns the kinds of statistics by site name; empty: no data."""

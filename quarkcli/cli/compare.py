@@ -81,17 +81,18 @@ def compare(
     with Progress("lines") as progress:
         found = checkpoints.compared(a, b, offline=offline, allow_pickle=allow_pickle, listener=progress)
     if html is not None:
-        _write_page(html, found)
+        _write_page(html, found, named=not json)
     verdict.shown(lambda: comparing.check(found, min_sqnr, limit), partial(_show, found, limit, json))
 
 
-def _write_page(to: Path, found: Comparison) -> None:
+def _write_page(to: Path, found: Comparison, named: bool) -> None:
     from quarkcli.cli import files
     from quarkcli.reporting import reading
     from quarkcli.reporting.page import compared
 
     reports = (reading.read(Path(name)) if reading.has_report(Path(name)) else None for name in (found.a, found.b))
-    files.write_named(to, compared.page(found.as_dict(), *reports), replace=True)
+    write = files.write_named if named else files.write
+    write(to, compared.page(found.as_dict(), *reports), replace=True)
 
 
 def _show(found: Comparison, limit: int | None, json: bool, result: dict[str, Any]) -> None:

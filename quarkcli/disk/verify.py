@@ -11,6 +11,7 @@ from quarkcli.dialects.base import Writer
 from quarkcli.disk import completeness, contents, excluded, fidelity, manifest, nonfinite, parallel, pickles, ties
 from quarkcli.disk import scales as stored_scales
 from quarkcli.disk.checkpoint import Checkpoint
+from quarkcli.disk.headers import INDEX, SINGLE
 from quarkcli.disk.nonfinite import HINT, NonFinite, OnNonfinite
 from quarkcli.disk.source import Source
 from quarkcli.disk.values import Values, floats, has_floats, values
@@ -175,7 +176,9 @@ def as_served(checkpoint: Checkpoint, layout: Layout) -> servers.Written:
     assert checkpoint.reader is not None
     described = quantization(checkpoint.source.config)
     renamed = next(iter(checkpoint.renamed), "")
-    return servers.Written(checkpoint.reader.name, described, checkpoint.plan(layout), renamed)
+    source = checkpoint.source
+    unnamed = [*source.files] != [SINGLE] and not (source.folder / INDEX).is_file()
+    return servers.Written(checkpoint.reader.name, described, checkpoint.plan(layout), renamed, unnamed)
 
 
 def _every(*checks: Callable[[], list[str]]) -> list[str]:

@@ -33,7 +33,7 @@ def fingerprint(prepared: Prepared, data: CalibrationData | None, device: str) -
         "recipe": recipe,
         "data": {
             "digest": data.digest if data is not None else None,
-            "seed": settings.seed if settings is not None else None,
+            "seed": prepared.seed if prepared.is_random else None,
             "moe": settings.moe if settings is not None else None,
             "bos": data.prefix if data is not None else None,
         },

@@ -144,6 +144,8 @@ def resolved_recipe(prepared: Prepared) -> str:
         recipe["quantize"]["algorithm"] = [{"method": name, **params} for name, params in chosen]
     if settings is not None:
         recipe["calibration"] = _calibration(settings)
+    elif prepared.is_random and prepared.seed:
+        recipe["calibration"] = {"seed": prepared.seed}
     return yaml.dump(recipe, sort_keys=False, allow_unicode=True, width=120, Dumper=_Dumper)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from pathlib import Path
 
+from quarkcli.algorithms.base import Assignment
 from quarkcli.disk import pickles
 from quarkcli.disk.source import Source
 from quarkcli.forward.defaults import BUILTIN, SELF
@@ -63,13 +64,19 @@ def _written(name: str, value: object, usual: object) -> str:
 
 
 def of_run(
-    options: Options, source: Source, plan: Plan, needs: Iterable[str], calibration: Calibration | None
+    options: Options,
+    source: Source,
+    plan: Plan,
+    needs: Iterable[str],
+    calibration: Calibration | None,
+    steps: Iterable[Assignment] = (),
 ) -> list[str]:
     """Returns one line for all flags that have no effect for the same reason."""
-    found = [*_of_source(options, source, calibration), *_of_settings(options, calibration)]
+    random = any(step.algorithm.random for step in steps)
+    found = [*_of_source(options, source, calibration), *_of_settings(options, calibration, random)]
     found += _of_steps(options, plan)
     if calibration is None:
-        unused = given(options, OF_DATA)
+        unused = given(options, (name for name in OF_DATA if not (random and name == "seed")))
         unused += [f"--on-nonfinite {SKIP}"] if options.on_nonfinite == SKIP else []
         unused += [f"--offload {options.offload}"] if options.offload != "auto" else []
         found += [f"{', '.join(unused)} not used: nothing in this plan needs data"] if unused else []
@@ -118,7 +125,7 @@ def _of_source(options: Options, source: Source, calibration: Calibration | None
     return [*found, *of_model(source, trusted=options.trust_remote_code)]
 
 
-def _of_settings(options: Options, calibration: Calibration | None) -> Iterator[str]:
+def _of_settings(options: Options, calibration: Calibration | None, random: bool) -> Iterator[str]:
     """Yields lines for `--set` of values that a flag replaces, or that this plan does not look at."""
     for text in options.settings:
         key = text.partition("=")[0]
@@ -126,7 +133,7 @@ def _of_settings(options: Options, calibration: Calibration | None) -> Iterator[
         owner = options.overrides if field and field.startswith(".") else options
         if field is not None and getattr(owner, field.removeprefix(".")) is not None:
             yield f"--set {text} is not used: {flag(field.removeprefix('.'))} is given"
-        elif calibration is None and key.partition(".")[0] == "calibration":
+        elif calibration is None and key.partition(".")[0] == "calibration" and not (random and field == "seed"):
             yield f"--set {text} is not used: nothing in this plan needs data"
 
 

@@ -173,6 +173,11 @@ class Prepared:
         return given or 0
 
     @property
+    def is_random(self) -> bool:
+        """True where the seed decides anything: rows of the calibration data, or signs of a transform."""
+        return self.calibration is not None or any(step.algorithm.random for step in self.steps)
+
+    @property
     def threads(self) -> int:
         """Returns the number of threads that compute on the CPU."""
         return self.options.threads or threads.default()

@@ -114,8 +114,8 @@ def weight_errors(rows: list[Solved]) -> list[float]:
     every = slice(None, None, _step(rows[0][1].shape))
     source = torch.cat([weight[every] for _, weight, _ in rows]).float()
     decoded = stacked.dequantized([quantized.some(every) for _, _, quantized in rows], rows[0][0].weight)
-    norms = source.view(len(rows), -1).norm(dim=1)
-    lost = source.sub_(decoded).view(len(rows), -1).norm(dim=1)
+    norms = _norms(source, len(rows))
+    lost = _norms(source.sub_(decoded), len(rows))
     return torch.where(norms > 0, lost / norms, 0.0).tolist()
 
 
@@ -136,8 +136,13 @@ def weight_error(weight: Tensor, quantized: Quantized, target: QuantizedTarget) 
         decoded = dequantize(quantized, target.weight)[::step]
     else:
         decoded = dequantize(quantized.some(slice(None, None, step)), target.weight)
-    norm = source.norm()
-    return float(source.sub_(decoded).norm() / norm) if float(norm) > 0 else 0.0
+    norm = float(_norms(source))
+    return float(_norms(source.sub_(decoded))) / norm if norm > 0 else 0.0
+
+
+def _norms(values: Tensor, parts: int = 1) -> Tensor:
+    """Returns the norms of equal parts, float64 [parts]: there no square of a float32 number is infinite or zero."""
+    return torch.linalg.vector_norm(values.reshape(parts, -1), dim=1, dtype=torch.float64)
 
 
 def _bands(weight: Tensor, quantized: Quantized, spec: TensorSpec, height: int, step: int) -> tuple[Tensor, Tensor]:
@@ -158,5 +163,5 @@ def output_error(before: Tensor, after: Tensor) -> float:
     """Returns |before - after| / |before| over the rows of `after`, which are fewer where memory ran out between."""
     before = before[tuple(map(slice, after.shape))].float()
     after = after.to(before.device).float()
-    norm = before.norm()
-    return float((before - after).norm() / norm) if float(norm) > 0 else 0.0
+    norm = float(_norms(before))
+    return float(_norms(before - after)) / norm if norm > 0 else 0.0

@@ -151,7 +151,8 @@ def prepare(options: Options, tell: Listener = silent, *, carries: bool = True) 
     warnings = [*recipe.notes, *surprises, *plan.warnings, *beside.warnings()]
     warnings += [doubt] if (doubt := share.warning()) else []
     warnings += calibration.warnings if calibration else ()
-    warnings += [*idle.of_run(options, source, plan, needs, calibration), *download.idle(options, source, needed)]
+    warnings += idle.of_run(options, source, plan, needs, calibration, steps)
+    warnings += download.idle(options, source, needed)
     prepared = Prepared(
         options, recipe, source, weights, origin, layout, plan, steps, advice, writers[0], "", needs, prepass,
         calibration, size, share, parallel[0], needed, _output(options, recipe, source.name), beside, warnings,

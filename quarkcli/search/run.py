@@ -265,7 +265,7 @@ def _losses(
     digest = scores.fingerprint(space, groups, data)
     beside = output.parent if output is not None else Path()
     path = asked.scores or beside / f"{space.base.source.name}-{digest[:12]}.scores.json"
-    losses = scores.read(path, digest)
+    losses = scores.read(path, digest, groups)
     if losses is not None:
         tell(Message(f"the losses come from {path}; nothing is measured"))
         return losses, path, False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -42,8 +43,8 @@ def fingerprint(space: Space, groups: Sequence[Group], data: CalibrationData) ->
     return hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def read(path: Path, digest: str) -> Losses | None:
-    """Returns the losses in a file, None when there is no such file.
+def read(path: Path, digest: str, groups: Sequence[Group]) -> Losses | None:
+    """Returns the losses in a file, of every group for every candidate; None when there is no such file.
 
     Raises ConfigError for a file that holds something else, or losses of another model, other data or candidates.
     """
@@ -63,6 +64,11 @@ def read(path: Path, digest: str) -> Losses | None:
             where=str(path),
             hint=_hint(path),
             kind="E-SCORES-FILE",
+        )
+    asked = {(group.name, name) for group in groups for name in group.allowed}
+    if not asked <= found.keys() or not all(0 <= loss < math.inf for loss in found.values()):
+        raise ConfigError(
+            "a loss is missing, or is no number from 0 on", where=str(path), hint=_hint(path), kind="E-SCORES-FILE"
         )
     return found
 

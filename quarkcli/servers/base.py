@@ -23,12 +23,14 @@ class Written:
     config   its `quantization_config`
     plan     what its weights, inputs and caches are
     renamed  a tensor whose name is not the one that the model was published with, empty: there is none
+    unnamed  its weights are not in the one file that is found without an index, and there is no index
     """
 
     dialect: str
     config: Mapping[str, Any]
     plan: Plan
     renamed: str = ""
+    unnamed: bool = False
 
     @property
     def writer(self) -> Writer | None:

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from quarkcli.servers._kernels import EVERY, Kernel
-from quarkcli.servers.base import Loader
+from quarkcli.servers.base import Loader, Written
 
 
 class Transformers(Loader):
+    """It looks for one file, or for the files that an index names; vLLM takes all files there are."""
+
     name = "transformers"
     title = "transformers 5.23"
     kernels_from = "its libraries on a CPU"
     # Weights are decoded, inputs rounded in torch.
     kernels = (Kernel("*", "*", emulated=EVERY, read_in="compressed-tensors 0.20 and amd-quark 0.13"),)
+
+    def refusals(self, written: Written) -> list[str]:
+        unnamed = (
+            ["it finds no weights: there is neither an index nor one file model.safetensors"] if written.unnamed else []
+        )
+        return [*unnamed, *super().refusals(written)]
 
 
 SERVER = Transformers()

@@ -13,6 +13,10 @@ from torch import Tensor
 from quarkcli.algorithms import rotation
 from quarkcli.errors import ConfigError
 from quarkcli.evaluation.run import evaluate
+from quarkcli.job.fingerprint import fingerprint
+from quarkcli.job.finish import resolved_recipe
+from quarkcli.job.options import Options
+from quarkcli.job.run import prepare
 from tests import runs
 from tests.algorithms import turning
 from tests.algorithms.test_permutation import recipe
@@ -87,6 +91,24 @@ def test_seeds(tmp_path: Path) -> None:
     made = [turning.turned(source, [("rotation", {})], old, seed)[0] for seed in (0, 0, 1)]
     assert all(torch.equal(made[0][name], made[1][name]) for name in made[0])
     assert not torch.equal(made[0]["lm_head.weight"], made[2]["lm_head.weight"])
+
+
+@pytest.mark.parametrize("random", [True, False])
+def test_a_seed_without_data_counts_where_signs_are_drawn_from_it(random: bool, tmp_path: Path) -> None:
+    source = runs.build("llama", tmp_path / "m", torch.float32)
+    recipe = tmp_path / "own.yaml"
+    recipe.write_text(
+        "schema: quark/recipe/1\nmetadata: {name: own}\nquantize:\n  scheme: mxfp4\n"
+        f"  algorithm: [{{method: rotation, random: {random}}}]\n"
+    )
+    made = prepare(Options(model=str(source), recipe=str(recipe), output=tmp_path / "out", seed=3))
+    assert any("--seed not used" in line for line in made.warnings) is not random
+    assert fingerprint(made, None, "cpu")["data"]["seed"] == (3 if random else None)
+    again = tmp_path / "again.yaml"
+    again.write_text(resolved_recipe(made))
+    second = prepare(Options(model=str(source), recipe=str(again), output=tmp_path / "out"))
+    assert second.seed == (3 if random else 0)
+    assert not any("not used" in line for line in second.warnings)
 
 
 def test_bf16_loses_no_more_than_it_does_unrotated(tmp_path: Path) -> None:

@@ -19,6 +19,14 @@ def test_the_command_and_python_say_the_same(quark, made):
     assert len(json.loads(quark("compare", "demo", str(made), "--json", "--limit", "2").out)["tensors"]) == 2
 
 
+def test_a_page_and_an_answer_for_programs(quark, made, tmp_path):
+    page = tmp_path / "page.html"
+    answer = quark("compare", "demo", str(made), "--html", str(page), "--json")
+    assert json.loads(answer.out)["schema"] == "quark/compare/1" and "<html" in page.read_text()
+    answer = quark("compare", "demo", str(made), "--html", str(page))
+    assert answer.out.startswith(f"{page}\n")
+
+
 def test_the_gate(quark, made):
     code, out, err = quark("compare", "demo", str(made), "--min-sqnr", "40", "--limit", "1")
     assert code == 8 and "28 of 39 tensors are below 40 dB" in err

@@ -530,6 +530,16 @@ def test_nothing_is_wrong_with_good_ones(base: str, good: Mapping[str, Path]) ->
     assert any(line.startswith("vLLM") and line.endswith("loads it") for line in found)
 
 
+def test_without_an_index_transformers_finds_no_weights(good: Mapping[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(good["ct"], tmp_path / "out")
+    (tmp_path / "out" / INDEX).unlink()
+    found = verify.check(str(tmp_path / "out"), Asked())
+    assert any(line.startswith("vLLM") and line.endswith("loads it") for line in found)
+    assert any("does not load it: it finds no weights" in line for line in found if line.startswith("transformers"))
+    with pytest.raises(CheckError, match="neither an index nor one file"):
+        verify.check(str(tmp_path / "out"), Asked(target="transformers"))
+
+
 def test_a_cut_off_shard_is_named(good: Mapping[str, Path], tmp_path: Path) -> None:
     shutil.copytree(good["ct"], tmp_path / "out")
     file = next((tmp_path / "out").glob("*block-00001*"))

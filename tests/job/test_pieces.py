@@ -64,3 +64,13 @@ def test_codes_in_another_order_of_columns_count_where_they_belong() -> None:
 def test_a_weight_of_zeros_has_no_error() -> None:
     zeros = [(target, weight * 0, quantize(weight * 0, SPECS[0])) for target, weight, _ in rows(SPECS[0], (8, 64), 2)]
     assert weight_errors(zeros) == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("spec", [SPECS[2], TensorSpec("fp4_e2m1", PerGroup(32), ScaleSpec("e8m0", "even"))], ids=str)
+@pytest.mark.parametrize("power", [-85, 100])
+def test_the_size_of_a_weight_changes_no_error(spec: TensorSpec, power: int) -> None:
+    """Squares of its values are no float32 numbers."""
+    for count in (1, 3):
+        every = rows(spec, (48, 96), count)
+        moved = [(t, w * 2.0**power, quantize(w * 2.0**power, spec)) for t, w, _ in every]
+        assert weight_errors(moved) == pytest.approx(weight_errors(every), rel=1e-5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -106,6 +107,16 @@ def test_another_budget_runs_no_model(
     ) as caught:
         search(asked(source, text, ["nvfp4", "bf16"], scores=scored), silent)
     assert caught.value.where == str(scored)
+    for damage in ("gone", -1.0, math.nan, math.inf):
+        stored = json.loads(scored.read_text())
+        if damage == "gone":
+            del stored["losses"][3]
+        else:
+            stored["losses"][3]["loss"] = damage
+        (tmp_path / "scores.json").write_text(json.dumps(stored))
+        with pytest.raises(ConfigError, match="a loss is missing, or is no number from 0 on") as error:
+            search(asked(source, text, ["nvfp4", "fp8", "bf16"], scores=tmp_path / "scores.json"), silent)
+        assert error.value.kind == "E-SCORES-FILE"
     (tmp_path / "scores.json").write_text("[]")
     with pytest.raises(ConfigError, match="not a file of scores"):
         search(asked(source, text, ["nvfp4", "bf16"], scores=tmp_path / "scores.json"), silent)
