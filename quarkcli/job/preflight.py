@@ -285,6 +285,9 @@ def check_output(output: Path, overwrite: bool, source: Path) -> None:
             "is inside the model's directory, or contains it", where=str(output), hint="choose another -o",
             kind="E-OUTPUT-PLACE",
         )  # fmt: skip
+    if final in _around():
+        what = "is the directory that you work in, and the finished one takes its place"
+        raise UsageError(what, where=str(output), hint="choose another -o", kind="E-OUTPUT-PLACE")
     if final.exists() and not final.is_file() and not final.is_dir():
         what = "is neither a file nor a directory"
         raise UsageError(what, where=str(output), hint="choose another -o", kind="E-OUTPUT-PLACE")
@@ -302,6 +305,15 @@ def check_output(output: Path, overwrite: bool, source: Path) -> None:
         raise ResourceError(
             "cannot be written to", where=str(existing), hint="choose another directory with -o", kind="E-DISK-WRITE"
         )
+
+
+def _around() -> list[Path]:
+    """Returns the directory that the command works in and those around it; nothing where it is gone."""
+    try:
+        here = Path.cwd().resolve()
+    except OSError:
+        return []
+    return [here, *here.parents]
 
 
 def check_resources(output: Path, size: forecast.Forecast, most: int | None = None) -> None:

@@ -224,6 +224,13 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Tokenizer:
                 hint="read that code, then allow it with --trust-remote-code; a run without data needs no tokenizer",
                 kind="E-CODE-TRUST",
             ) from error
+        if type(error).__name__.startswith("StrictDataclass"):  # a value of config.json, which is read on the way
+            raise ModelError(
+                f"transformers {transformers.__version__} cannot read it: {described(error)}",
+                where=str(folder / "config.json"),
+                hint="correct this value",
+                kind="E-CLASS-UNKNOWN",
+            ) from error
         raise _failed("cannot be loaded", str(folder), error) from error
     return Tokenizer(inner)
 

@@ -90,6 +90,14 @@ def test_outputs_that_cannot_be(folder: Path, output: str, code: int, text: str,
     assert {path.name for path in folder.iterdir()} == {"loop", "file"}
 
 
+@pytest.mark.parametrize("output", [".", ".."])
+def test_the_directory_of_the_command_is_no_output(folder: Path, output: str, capsys: Any) -> None:
+    """Its shell would stand in a directory that is gone."""
+    assert main.main([*QUANTIZE, "-o", output, "--overwrite"]) == 2
+    assert "is the directory that you work in" in capsys.readouterr().err
+    assert not [*folder.iterdir()] and not [*folder.parent.glob(f"{folder.name}.*")]
+
+
 def test_a_tilde_behind_an_equals_sign(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(folder / "me"))
     assert main.main([*QUANTIZE, "--output=~/out"]) == 0

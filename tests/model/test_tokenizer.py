@@ -130,6 +130,14 @@ def test_damaged_tokenizer_is_a_model_error(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
 
 
+def test_a_value_of_config_json_is_not_the_tokenizers_fault(tmp_path: Path) -> None:
+    write(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "num_attention_heads": 2.5}))
+    with pytest.raises(ModelError, match=r"cannot read it.*num_attention_heads") as error:
+        load_tokenizer(tmp_path)
+    assert error.value.where.endswith("config.json") and error.value.kind == "E-CLASS-UNKNOWN"
+
+
 def test_own_code_is_refused_without_the_flag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on the terminal"))
     config = {"tokenizer_class": "StrangeTokenizer", "auto_map": {"AutoTokenizer": ["strange.StrangeTokenizer", None]}}
