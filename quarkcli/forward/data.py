@@ -26,6 +26,7 @@ from quarkcli.forward.documents import Conversation, Skipped, Unusable, document
 CHARACTERS = 64  # no text has more of them in a token, but for runs of spaces
 MIXED = 100_000  # characters of the built-in text that are read at least
 _NO_TEMPLATE = "no chat template"  # words of the reason why conversations were not used
+TOGETHER = 16  # files of a folder that are read at the same time
 PATIENCE = 10_000  # rows that are read before it is said that none can be used
 
 
@@ -252,25 +253,32 @@ def _source(source: str, seed: int, offline: bool, budget: int, skipped: Skipped
         yield from _from_hub(source, seed, offline)
         return
     found = files.find(path)
-    for file in found:
-        name = "" if file == path else f"{file.relative_to(path)} "
-        try:
-            for row in _rows(file, seed, budget, skipped):
-                yield replace(row, place=f"{name}{row.place}".strip())
-        except DataError as error:
-            if len(found) == 1:
-                raise
-            skipped.add(f"the file {error.what.removeprefix('the file ')}", name.strip())
+    step = -(-len(found) // TOGETHER)
+    spread = [file for start in range(step) for file in found[start::step]]
+    together = min(len(found), TOGETHER)
+    yield from files.in_turn((_of_file(file, path, together, seed, budget, skipped) for file in spread), together)
 
 
-def _rows(path: Path, seed: int, budget: int, skipped: Skipped) -> Iterator[files.Row]:
+def _of_file(file: Path, source: Path, together: int, seed: int, budget: int, skipped: Skipped) -> Iterator[files.Row]:
+    """Yields the rows of one file of a source. Says of several which cannot be read; raises DataError for one alone."""
+    name = "" if file == source else f"{file.relative_to(source)} "
+    try:
+        for row in _rows(file, together, seed, budget, skipped):
+            yield replace(row, place=f"{name}{row.place}".strip())
+    except DataError as error:
+        if together == 1:
+            raise
+        skipped.add(f"the file {error.what.removeprefix('the file ')}", name.strip())
+
+
+def _rows(path: Path, together: int, seed: int, budget: int, skipped: Skipped) -> Iterator[files.Row]:
     kind = files.kind(path)
     if kind != "parquet" and not (encoding := files.encoding(path)).startswith("utf-8"):
         skipped.remarks.append(f"{path} is read as {encoding.upper()}")
     if kind == "text":
-        yield files.Row(files.text(path, budget), "")
+        yield from (files.Row(text, "") for text in files.texts(path, budget // together, together))
     else:
-        yield from files.rows(path, seed)
+        yield from files.rows(path, seed, together)
 
 
 def _from_hub(name: str, seed: int, offline: bool) -> Iterator[files.Row]:

@@ -10,9 +10,11 @@ import io
 import json
 import re
 import zlib
+from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -99,15 +101,27 @@ def kind(path: Path) -> str | None:
     return KINDS.get((Path(path.stem) if path.suffix == ".gz" else path).suffix.lower())
 
 
-def text(path: Path, limit: int = -1) -> str:
-    """Returns the first `limit` characters of a text file. Raises DataError when it holds no text."""
+def text(path: Path) -> str:
+    """Returns all of a text file. Raises DataError when it holds no text."""
+    return next(texts(path, -1, 1))
+
+
+def texts(path: Path, limit: int, count: int) -> Iterator[str]:
+    """Yields the first `count` pieces of a text file, of `limit` characters each, or all pieces if there are fewer.
+
+    Raises DataError when it holds no text.
+    """
     with _opened(path) as handle:
-        found = handle.read(limit)
-    reason = unfit(found)
-    if reason is not None:
-        hint = "give a text file; iconv -f ENCODING -t UTF-8 converts one in another encoding" if found.strip() else ""
-        raise DataError(f"the file {reason}", where=str(path), hint=hint, kind="E-DATA-FILE")
-    return found
+        for number in range(count):
+            found = handle.read(limit)
+            if number and not found.strip():
+                return
+            reason = unfit(found)
+            if reason is not None:
+                advice = "give a text file; iconv -f ENCODING -t UTF-8 converts one in another encoding"
+                hint = advice if found.strip() else ""
+                raise DataError(f"the file {reason}", where=str(path), hint=hint, kind="E-DATA-FILE")
+            yield found
 
 
 def unfit(text: str) -> str | None:
@@ -124,13 +138,30 @@ def unfit(text: str) -> str | None:
     return f"is not text at character {found.start() + 1}: {what}"
 
 
-def rows(path: Path, seed: int) -> Iterator[Row]:
-    """Yields the rows of a JSON or parquet file, shuffled within a buffer. Raises DataError when it is no such file."""
-    found = _parquet(path) if kind(path) == "parquet" else _json(path)
-    yield from shuffled(found, seed)
+def rows(path: Path, seed: int, together: int = 1) -> Iterator[Row]:
+    """Yields the rows of a JSON or parquet file, shuffled within a buffer. Raises DataError when it is no such file.
+
+    together   files that are read at the same time; all of them hold as many rows in memory as one alone
+    """
+    found = _parquet(path, together) if kind(path) == "parquet" else _json(path)
+    yield from shuffled(found, seed, together)
 
 
-def shuffled(rows: Iterable[Row], seed: int) -> Iterator[Row]:
+def in_turn(sources: Iterable[Iterator[Row]], together: int) -> Iterator[Row]:
+    """Yields a row of each source, then the next row of each. When one of `together` ends, another takes its place."""
+    waiting = iter(sources)
+    reading = deque(islice(waiting, together))
+    while reading:
+        source = reading.popleft()
+        row = next(source, None)
+        if row is None:
+            reading.extendleft(islice(waiting, 1))
+        else:
+            yield row
+            reading.append(source)
+
+
+def shuffled(rows: Iterable[Row], seed: int, together: int = 1) -> Iterator[Row]:
     """Yields rows in a seeded order. Whenever the buffer is full it is shuffled and half of it is given out."""
     import numpy
 
@@ -140,7 +171,7 @@ def shuffled(rows: Iterable[Row], seed: int) -> Iterator[Row]:
     for row in rows:
         buffer.append(row)
         size += row.size
-        if len(buffer) >= _BUFFER or size >= _BUFFER_BYTES:
+        if len(buffer) >= _BUFFER // together or size >= _BUFFER_BYTES // together:
             order = random.permutation(len(buffer))
             cut = len(buffer) - len(buffer) // 2
             yield from (buffer[index] for index in order[:cut])
@@ -248,13 +279,13 @@ def _is_rows(value: Any) -> bool:
 # ---- parquet
 
 
-def _parquet(path: Path) -> Iterator[Row]:
+def _parquet(path: Path, together: int) -> Iterator[Row]:
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             count = 0
-            for batch in file.iter_batches(_BATCH):
+            for batch in file.iter_batches(max(1, _BATCH // together)):
                 size = batch.nbytes // max(1, batch.num_rows)
                 for row in batch.to_pylist():
                     count += 1

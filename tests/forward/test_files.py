@@ -7,6 +7,7 @@ import json
 import os
 import random
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +168,67 @@ def test_a_folder_of_all_kinds(tokens: Tokenizer, tmp_path: Path) -> None:
     assert load(tmp_path / "alone", tokens, samples=1).tokens.shape == (1, 32)
 
 
+def test_the_files_of_a_folder_take_turns(tokens: Tokenizer, tmp_path: Path) -> None:
+    """Rows come from all files alike, wherever reading stops; a seed chooses among those of each file."""
+    names = ("code", "math", "prose")
+    for name in names:
+        talks = [{"messages": [{"role": "user", "content": f"{name} {number}"}]} for number in range(50)]
+        put(tmp_path / f"{name}.jsonl", "".join(json.dumps(talk) + "\n" for talk in talks))
+
+    def read(seed: int) -> list[str]:
+        found = load(tmp_path, tokens, samples=30, seed=seed)
+        assert found.mask is not None
+        return [tokens._inner.decode(row[mask]) for row, mask in zip(found.tokens, found.mask, strict=True)]
+
+    texts = read(0)
+    assert texts == read(0) != read(1)
+    for shown in (texts, read(1)):
+        assert [sum(f">{name} " in text for text in shown) for name in names] == [10, 10, 10]
+    (tmp_path / "code.jsonl").write_text('{"messages": [{"role": "user", "content": "code 0"}]}\n')
+    assert [sum(f">{name} " in text for text in read(0)) for name in names] == [1, 15, 14]
+
+
+def test_texts_of_a_folder_share_what_is_read(
+    tokens: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data, "_budget", lambda source, tokens: 640)
+    for name in "abc":
+        put(tmp_path / f"{name}.txt", name * 2000)
+    found = load(tmp_path, tokens, samples=18)
+    letters = tokens._inner.decode(found.tokens.flatten())
+    assert all(letters.count(name) > 150 for name in "abc")
+    put(tmp_path / "a.txt", "a" * 40)
+    put(tmp_path / "b.txt", "b" * 40)  # what these leave is read of the third
+    letters = tokens._inner.decode(load(tmp_path, tokens, samples=18).tokens.flatten())
+    assert letters.count("a") + letters.count("b") <= 80 and letters.count("c") >= 400
+
+
+def test_of_many_files_some_are_read_at_a_time(
+    tokens: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first ones are spread over the names; when one ends, another takes its place."""
+    monkeypatch.setattr(data, "TOGETHER", 2)
+    for number in range(5):
+        rows = [{"messages": [{"role": "user", "content": f"{number}{row}"}]} for row in range(2)]
+        put(tmp_path / f"{number}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+    def files_of(samples: int) -> list[str]:
+        found = load(tmp_path, tokens, samples=samples)
+        return [tokens._inner.decode(row)[len("<user>")] for row in found.tokens]
+
+    assert files_of(4) == ["0", "3", "0", "3"]
+    assert sorted(files_of(10)) == sorted("01234" * 2)
+    opened: list[int] = []
+
+    def source(name: int) -> Iterator[files.Row]:
+        opened.append(name)
+        yield from (files.Row(name, "") for _ in range(2))
+
+    turns = files.in_turn((source(number) for number in range(4)), 2)
+    assert [next(turns).value for _ in range(4)] == [0, 1, 0, 1] and opened == [0, 1]
+    assert [row.value for row in turns] == [2, 3, 2, 3]
+
+
 def test_pipes_are_refused_instead_of_waited_for(tokens: Tokenizer, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.jsonl")
     with pytest.raises(DataError, match="not a regular file"):
@@ -204,6 +266,8 @@ def test_shuffling_keeps_every_row_and_follows_the_seed(monkeypatch: pytest.Monk
     assert sorted(one) == sorted(other) == list(range(35))
     assert max(one[:5]) < 10  # no more than the buffer is held
     monkeypatch.setattr(files, "_BUFFER_BYTES", 3)
+    shared = [row.value for row in files.shuffled(rows, 0, together=5)]
+    assert sorted(shared) == list(range(35)) and shared[0] < 2  # files that are read together share the buffer
     large = [row.value for row in files.shuffled([files.Row(number, "", 1) for number in range(9)], 0)]
     assert sorted(large) == list(range(9)) and large[0] < 3
 
