@@ -103,7 +103,7 @@ def load(
         what = f"rows of {seqlen} tokens are too short: they begin with {prefix}"
         raise DataError(what, hint="use a larger --calib-seqlen", kind="E-DATA-SEQLEN")
     budget = _budget(source, samples * seqlen)
-    found = _source(source, seed, offline, budget, skipped)
+    found = _source(source, seed, column, offline, budget, skipped)
     stream, chats = _collect(found, column, tokenizer, samples, seqlen, bos, budget, skipped)
     rows = _windows(stream, prefix, seqlen) + chats
     if not rows:
@@ -244,7 +244,9 @@ def _useless(source: str, skipped: Skipped) -> DataError:
     return DataError(f"no row can be used{reasons}", where=source, hint=hint, kind="E-DATA-FILE")
 
 
-def _source(source: str, seed: int, offline: bool, budget: int, skipped: Skipped) -> Iterator[files.Row]:
+def _source(
+    source: str, seed: int, column: str | None, offline: bool, budget: int, skipped: Skipped
+) -> Iterator[files.Row]:
     if source == BUILTIN:
         yield from (files.Row(text, BUILTIN) for text in builtin_texts(held_out=False))
         return
@@ -256,29 +258,34 @@ def _source(source: str, seed: int, offline: bool, budget: int, skipped: Skipped
     step = -(-len(found) // TOGETHER)
     spread = [file for start in range(step) for file in found[start::step]]
     together = min(len(found), TOGETHER)
-    yield from files.in_turn((_of_file(file, path, together, seed, budget, skipped) for file in spread), together)
+    each = ((file, _rows(file, seed, column, budget, together, skipped)) for file in spread)
+    yield from files.in_turn((_placed(rows, file, path, len(found) > 1, skipped) for file, rows in each), together)
 
 
-def _of_file(file: Path, source: Path, together: int, seed: int, budget: int, skipped: Skipped) -> Iterator[files.Row]:
-    """Yields the rows of one file of a source. Says of several which cannot be read; raises DataError for one alone."""
+def _placed(
+    rows: Iterator[files.Row], file: Path, source: Path, several: bool, skipped: Skipped
+) -> Iterator[files.Row]:
+    """Yields the rows of a file with their place in the source. One of `several` that cannot be read is skipped."""
     name = "" if file == source else f"{file.relative_to(source)} "
     try:
-        for row in _rows(file, together, seed, budget, skipped):
+        for row in rows:
             yield replace(row, place=f"{name}{row.place}".strip())
     except DataError as error:
-        if together == 1:
+        if not several:
             raise
         skipped.add(f"the file {error.what.removeprefix('the file ')}", name.strip())
 
 
-def _rows(path: Path, together: int, seed: int, budget: int, skipped: Skipped) -> Iterator[files.Row]:
+def _rows(
+    path: Path, seed: int, column: str | None, budget: int, together: int, skipped: Skipped
+) -> Iterator[files.Row]:
     kind = files.kind(path)
     if kind != "parquet" and not (encoding := files.encoding(path)).startswith("utf-8"):
         skipped.remarks.append(f"{path} is read as {encoding.upper()}")
     if kind == "text":
         yield from (files.Row(text, "") for text in files.texts(path, budget // together, together))
     else:
-        yield from files.rows(path, seed, together)
+        yield from files.rows(path, seed, column, together)
 
 
 def _from_hub(name: str, seed: int, offline: bool) -> Iterator[files.Row]:

@@ -8,9 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from quarkcli.forward.files import Broken, unfit
+from quarkcli.forward.files import CHATS, Broken, unfit
 
-_CHATS = ("messages", "conversations", "conversation")
 _ANSWERS = ("response", "completion")
 # ShareGPT's names for who speaks -> a chat template's.
 _SPEAKERS = {
@@ -92,7 +91,7 @@ def _named(row: dict[str, Any], column: str) -> str | Conversation:
 
 def _found(row: dict[str, Any]) -> str | Conversation:
     given = {key: value for key, value in row.items() if value is not None}
-    for key in _CHATS:
+    for key in CHATS:
         if key in given:
             return _conversation(given[key], row)
     if "text" in given:
@@ -100,7 +99,7 @@ def _found(row: dict[str, Any]) -> str | Conversation:
     answers = [given[key] for key in _ANSWERS if key in given]
     if "prompt" in given and answers:
         return _conversation(_turn("user", given["prompt"]) + _turn("assistant", answers[0]), row)
-    empty = [key for key in (*_CHATS, "text", "prompt", *_ANSWERS) if key in row and key not in given]
+    empty = [key for key in (*CHATS, "text", "prompt", *_ANSWERS) if key in row and key not in given]
     if empty:
         raise Unusable(f"{empty[0]} is null")
     if "prompt" in given:

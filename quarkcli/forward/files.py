@@ -37,6 +37,8 @@ _FOREIGN = {
 }
 _PACKED = {".zst", ".bz2", ".xz", ".zip", ".7z", ".tar"}
 _ABOUT = re.compile(r"(readme|licen[cs]e|notice|changelog|dataset_infos?|dataset_dict|state)\.", re.IGNORECASE)
+CHATS = ("messages", "conversations", "conversation")  # columns with a conversation
+COLUMNS = {*CHATS, "text", "prompt"}  # an object with one of them is a row
 _ROWS_IN = ("data", "rows", "train", "examples")  # keys of a whole file under which its rows lie
 _WHOLE = 1 << 30  # bytes of a file that is read at once to see whether it is one JSON value
 _BUFFER, _BUFFER_BYTES = 10_000, 1 << 28  # rows that are shuffled together, and their size
@@ -138,12 +140,13 @@ def unfit(text: str) -> str | None:
     return f"is not text at character {found.start() + 1}: {what}"
 
 
-def rows(path: Path, seed: int, together: int = 1) -> Iterator[Row]:
+def rows(path: Path, seed: int, column: str | None = None, together: int = 1) -> Iterator[Row]:
     """Yields the rows of a JSON or parquet file, shuffled within a buffer. Raises DataError when it is no such file.
 
+    column     the column that was asked for
     together   files that are read at the same time; all of them hold as many rows in memory as one alone
     """
-    found = _parquet(path, together) if kind(path) == "parquet" else _json(path)
+    found = _parquet(path, together) if kind(path) == "parquet" else _json(path, column)
     yield from shuffled(found, seed, together)
 
 
@@ -227,15 +230,15 @@ def _start(path: Path) -> bytes:
     return start
 
 
-def _json(path: Path) -> Iterator[Row]:
+def _json(path: Path, column: str | None) -> Iterator[Row]:
     whole = _whole(path)
     if whole is not None:
-        yield from _expanded(whole, "row 1", path.stat().st_size)
+        yield from _expanded(whole, column, "row 1", path.stat().st_size)
         return
     with _opened(path) as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
-                yield from _expanded(_parsed(line), f"line {number}", len(line))
+                yield from _expanded(_parsed(line), column, f"line {number}", len(line))
 
 
 def _whole(path: Path) -> Any:
@@ -257,9 +260,9 @@ def _parsed(text: str) -> Any:
         return Broken("not JSON")
 
 
-def _expanded(value: Any, place: str, size: int) -> Iterator[Row]:
-    """Yields the rows of one JSON value: those of a list or of `{"data": [...]}`, or itself."""
-    if isinstance(value, dict):
+def _expanded(value: Any, column: str | None, place: str, size: int) -> Iterator[Row]:
+    """Yields the rows of one JSON value: those of a list or of `{"data": [...]}` that is no row, or itself."""
+    if isinstance(value, dict) and not value.keys() & COLUMNS and (column not in value or _is_rows(value[column])):
         lists = [value[key] for key in _ROWS_IN if _is_rows(value.get(key))]
         value = lists[0] if lists else value
     if not _is_rows(value):

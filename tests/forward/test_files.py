@@ -129,6 +129,22 @@ def test_one_bad_line_is_skipped_and_counted(
         load(tmp_path / "a.jsonl", tokens, samples=99)
 
 
+@pytest.mark.parametrize("key", ["data", "rows", "train", "examples"])
+def test_a_row_with_a_list_beside_its_text_is_a_row(key: str, tokens: Tokenizer, tmp_path: Path) -> None:
+    beside = {key: [{"text": "never"}, {"text": "never"}]}
+    rows = [{"text": WORDS, **beside}] * 6
+    expected = load(put(tmp_path / "plain.jsonl", LINES), tokens).digest
+    for name, content in (("a.jsonl", "".join(json.dumps(row) + "\n" for row in rows)), ("a.json", json.dumps(rows))):
+        assert load(put(tmp_path / name, content), tokens).digest == expected
+    own = put(tmp_path / "own.jsonl", "".join(json.dumps({"body": WORDS, **beside}) + "\n" for _ in rows))
+    assert load(own, tokens, column="body").digest == expected
+    talk = json.dumps({"messages": [{"role": "user", "content": "hello"}], **beside})
+    found = load(put(tmp_path / "b.jsonl", talk), tokens, samples=1)
+    assert tokens._inner.decode(found.tokens[0]) == "<user>hello\n"
+    around = put(tmp_path / "c.json", json.dumps({key: [{key: WORDS}] * 6}))
+    assert load(around, tokens, column=key).digest == expected  # the object holds no text of that name, its rows do
+
+
 def test_parquet(tokens: Tokenizer, tmp_path: Path) -> None:
     def table(rows: list[Any]) -> Path:
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
