@@ -16,9 +16,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from quarkcli.errors import AccessError, DataError
+
+if TYPE_CHECKING:
+    from pyarrow import RecordBatch
 
 EXAMPLE = (
     '{"text": "..."} or {"messages": [{"role": "user", "content": "..."}]} or {"prompt": "...", "response": "..."}'
@@ -146,7 +149,7 @@ def rows(path: Path, seed: int, column: str | None = None, together: int = 1) ->
     column     the column that was asked for
     together   files that are read at the same time; all of them hold as many rows in memory as one alone
     """
-    found = _parquet(path, together) if kind(path) == "parquet" else _json(path, column)
+    found = _parquet(path, column, together) if kind(path) == "parquet" else _json(path, column)
     yield from shuffled(found, seed, together)
 
 
@@ -282,7 +285,7 @@ def _is_rows(value: Any) -> bool:
 # ---- parquet
 
 
-def _parquet(path: Path, together: int) -> Iterator[Row]:
+def _parquet(path: Path, column: str | None, together: int) -> Iterator[Row]:
     import pyarrow.parquet
 
     try:
@@ -290,11 +293,21 @@ def _parquet(path: Path, together: int) -> Iterator[Row]:
             count = 0
             for batch in file.iter_batches(max(1, _BATCH // together)):
                 size = batch.nbytes // max(1, batch.num_rows)
-                for row in batch.to_pylist():
+                for row in _dateless(batch, column).to_pylist():
                     count += 1
                     yield Row(row, f"row {count}", size)
-    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
+    except (pyarrow.ArrowException, ValueError, OverflowError, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # arrow's own have none
             raise AccessError(f"cannot be read: {error.strerror}", where=str(path), kind="E-FILE-READ") from error
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(f"cannot be read as parquet: {text}", where=str(path), kind="E-DATA-FILE") from error
+
+
+def _dateless(batch: RecordBatch, column: str | None) -> RecordBatch:
+    """Returns rows without the dates and times of columns that nobody asked for: Python knows no year after 9999."""
+    from pyarrow import nulls, types
+
+    for index, field in enumerate(batch.schema):
+        if types.is_temporal(field.type) and field.name != column:
+            batch = batch.set_column(index, field.name, nulls(batch.num_rows))
+    return batch

@@ -166,6 +166,22 @@ def test_parquet(tokens: Tokenizer, tmp_path: Path) -> None:
     assert time.monotonic() - started < 4  # no waiting inside a library
 
 
+@pytest.mark.parametrize(
+    "kind", [pyarrow.timestamp("ms"), pyarrow.timestamp("us", "UTC"), pyarrow.date32(), pyarrow.duration("s")]
+)
+def test_dates_that_python_does_not_know(kind: pyarrow.DataType, tokens: Tokenizer, tmp_path: Path) -> None:
+    late = pyarrow.array([2**31 - 1] * 6, pyarrow.int32())
+    late = late if pyarrow.types.is_date32(kind) else pyarrow.array([2**60] * 6)
+    table = pyarrow.table({"made": late.cast(kind), "text": [WORDS] * 6})
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(table, path)
+    assert load(path, tokens).digest == load(put(tmp_path / "plain.jsonl", LINES), tokens).digest
+    with pytest.raises(DataError, match="cannot be read as parquet"):
+        load(path, tokens, column="made")
+    with pytest.raises(DataError, match="no column 'body'; columns are made, text"):
+        load(path, tokens, column="body")
+
+
 def test_a_folder_of_all_kinds(tokens: Tokenizer, tmp_path: Path) -> None:
     put(tmp_path / "README.md", "about this data " * 99)  # about the data, as hubs have it
     put(tmp_path / "a.jsonl", json.dumps({"text": WORDS}) + "\n")
