@@ -25,7 +25,8 @@ from quarkcli.forward.documents import Conversation, Skipped, Unusable, document
 
 CHARACTERS = 64  # no text has more of them in a token, but for runs of spaces
 MIXED = 100_000  # characters of the built-in text that are read at least
-_NO_TEMPLATE = "no chat template"  # words of the reason why conversations were not used
+_TEMPLATE = "chat template"  # words of a reason why conversations were not used: it fails, or
+_NO_TEMPLATE = f"no {_TEMPLATE}"  # there is none
 TOGETHER = 16  # files of a folder that are read at the same time
 PATIENCE = 10_000  # rows that are read before it is said that none can be used
 
@@ -238,10 +239,12 @@ def _padded(rows: list[list[int]], seqlen: int, pad: int) -> tuple[list[list[int
 
 def _useless(source: str, skipped: Skipped) -> DataError:
     reasons = f": {skipped}" if skipped.total else ""
-    hint = f"write each line like this: {files.EXAMPLE}"
+    hint, kind = f"write each line like this: {files.EXAMPLE}", "E-DATA-FILE"
+    if skipped.total and all(_TEMPLATE in reason for reason in skipped.counts):
+        hint, kind = "correct the chat template, or give another one with --chat-template FILE", "E-CHAT-TEMPLATE"
     if _NO_TEMPLATE in str(skipped):
         hint = "give the chat template with --chat-template FILE, or data with plain text"
-    return DataError(f"no row can be used{reasons}", where=source, hint=hint, kind="E-DATA-FILE")
+    return DataError(f"no row can be used{reasons}", where=source, hint=hint, kind=kind)
 
 
 def _source(

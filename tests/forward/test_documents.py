@@ -181,6 +181,25 @@ def test_a_template_that_makes_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("template", "more", "hint", "kind"),
+    [
+        ("{% for m in %}", [], "correct the chat template", "E-CHAT-TEMPLATE"),
+        ("{{ raise_exception('never') }}", [], "correct the chat template", "E-CHAT-TEMPLATE"),
+        ("", [], "give the chat template with", "E-CHAT-TEMPLATE"),
+        ("{% for m in %}", [{"words": "x"}], "write each line like this", "E-DATA-FILE"),  # the data is wrong too
+    ],
+)
+def test_a_template_that_refuses_all_is_to_be_corrected(
+    template: str, more: list[Any], hint: str, kind: str, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        DataError, match=r"no row can be used: 2 x the (chat template refuses|tokenizer has no)"
+    ) as error:
+        rows_of(tmp_path / "a.jsonl", [{"messages": ASK}] * 2 + more, template)
+    assert error.value.hint.startswith(hint) and error.value.kind == kind
+
+
+@pytest.mark.parametrize(
     "template",
     [
         "{% for m in messages %}{{ m.content }}{% endfor %}",
