@@ -13,11 +13,13 @@ from quarkcli.errors import UsageError
 
 Given = ParamSpec("Given")
 Made = TypeVar("Made")
-# The smallest number that an argument takes, as the flag of its name does.
+# The smallest and the largest number that an argument takes, as the flag of its name does.
 LEAST = {
     "calib_samples": 1, "calib_seqlen": 2, "calib_batch": 1, "min_expert_tokens": 1, "threads": 1, "tp": 1,
     "window": 2, "tokens": 2, "max_kl": 0, "max_ppl_increase": 0, "time_budget": 0, "max_cpu_mem": 1, "max_gpu_mem": 1,
+    "seed": 0,
 }  # fmt: skip
+MOST = {"seed": 2**63 - 1}
 
 
 def checked(function: Callable[Given, Made]) -> Callable[Given, Made]:
@@ -44,6 +46,8 @@ def _check_range(name: str, value: Any) -> None:
     for number in value if isinstance(value, list | tuple) else [value]:
         if not isinstance(number, int | float) or isinstance(number, bool):
             continue
+        if number > MOST.get(name, number):
+            raise UsageError(f"{name} must be at most {MOST[name]}, not {number}", kind="E-PYTHON-CALL")
         if not isfinite(number):
             raise UsageError(f"{name} must be a finite number, not {number}", kind="E-PYTHON-CALL")
         if number < LEAST.get(name, number):

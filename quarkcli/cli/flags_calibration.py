@@ -84,5 +84,13 @@ class CalibrationFlags(WhatFlags):
         ),
     ] = None
     seed: Annotated[
-        int | None, Option("--seed", metavar="N", help="Seed that chooses the calibration rows.", show_default="0")
+        int | None,
+        Option(
+            "--seed",
+            min=0,
+            max=2**63 - 1,
+            metavar="N",
+            help="Seed that chooses the calibration rows.",
+            show_default="0",
+        ),
     ] = None

@@ -92,6 +92,8 @@ def test_an_argument_of_another_type_is_named(function):
         (quarkcli.quantize, {"time_budget": math.nan}, "time_budget must be a finite number, not nan"),
         (quarkcli.evaluate, {"tokens": -1}, "tokens must be at least 2, not -1"),
         (quarkcli.evaluate, {"baseline": "demo", "max_kl": math.inf}, "max_kl must be a finite number, not inf"),
+        (quarkcli.make_plan, {"seed": -1}, "seed must be at least 0, not -1"),
+        (quarkcli.quantize, {"seed": 2**64}, "seed must be at most 9223372036854775807, not 18446744073709551616"),
         (quarkcli.verify, {"tp": [2, 0]}, "tp must be at least 1, not 0"),
         (quarkcli.compare, {"min_sqnr": math.nan}, "min_sqnr must be a finite number, not nan"),
     ],
@@ -103,16 +105,18 @@ def test_a_number_out_of_range_is_named(function, arguments, said):
 
 
 def test_ranges_are_those_of_the_flags():
-    """Of every flag with a least number: the argument of its name has the same."""
-    root, found = typer.main.get_command(main.app), {}
+    """Of every flag with a least or a largest number: the argument of its name has the same."""
+    root, found, largest = typer.main.get_command(main.app), {}, {}
     known = {*RunOptions.__annotations__, *signature(quarkcli.evaluate).parameters}
     for command in ("quantize", "eval", "verify"):
         for flag in root.get_command(None, command).params:
             least = getattr(flag, "min", None)
             if least is not None and flag.name in known:
                 found[flag.name] = least
+                largest |= {flag.name: flag.max} if flag.max is not None else {}
     assert found.keys() >= {"calib_samples", "calib_seqlen", "calib_batch", "min_expert_tokens", "threads", "window"}
     assert {name: checked.LEAST.get(name) for name in found} == found
+    assert largest == checked.MOST and largest.keys() == {"seed"}
 
 
 def test_load_recipe():

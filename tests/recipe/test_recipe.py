@@ -93,6 +93,8 @@ def test_built_in_recipes_are_good(name: str) -> None:
         ("quantize: {scheme: 4}\n", "2:12", "quantize.scheme must be a text, not 4"),
         ("quantize: {scheme: fp8}\ncalibration: {samples: '5'}\n", "3:15", "must be a whole number, not"),
         ("quantize: {scheme: fp8}\ncalibration: {samples: 0}\n", "3:15", "greater than 0"),
+        ("quantize: {scheme: fp8}\ncalibration: {seed: -1}\n", "3:15", "calibration.seed: Input should be greater"),
+        (f"quantize: {{scheme: fp8}}\ncalibration: {{seed: {2**63}}}\n", "3:15", "should be less than"),
         ("quantize: {scheme: fp8}\ncalibration: {samples: 1e3}\n", "3:15", "must be a whole number, not"),
         ("quantize: {scheme: fp8}\nexclusions: some\n", "3:1", "'default' or 'none'"),
         ("quantize: {scheme: fp9}\n", "2:12", "unknown scheme 'fp9'"),
@@ -109,6 +111,14 @@ def test_mistakes_have_file_line_and_column(text: str, place: str, what: str, tm
     error = refusal(tmp_path, text)
     assert what in error.what
     assert error.where == f"{tmp_path}/own.yaml:{place}"
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64])
+def test_a_seed_out_of_range_in_a_setting(seed: int, tmp_path: Path) -> None:
+    path = write(tmp_path, "quantize: {scheme: fp8}\n")
+    assert recipes.from_file(path, [f"calibration.seed={2**63 - 1}"]).seed == 2**63 - 1
+    with pytest.raises(ConfigError, match=r"calibration.seed: Input should be (less|greater) than"):
+        recipes.from_file(path, [f"calibration.seed={seed}"])
 
 
 def test_all_mistakes_at_once(tmp_path: Path) -> None:
