@@ -8,6 +8,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 import re
 import zlib
 from collections import deque
@@ -66,7 +67,7 @@ class Row:
 
 def local(source: str) -> Path | None:
     """Returns the file or folder that a source names; None for the name of a hub data set. Raises AccessError."""
-    path = Path(source)
+    path = Path(os.path.expanduser(source))  # noqa: PTH111 - does not raise where there is no home
     if path.exists():
         return path
     if kind(path) is not None or path.suffix in _PACKED or source.startswith((".", "/", "~")):

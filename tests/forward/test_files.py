@@ -17,6 +17,7 @@ import pytest
 
 from quarkcli.errors import AccessError, DataError, QuarkError
 from quarkcli.forward import data, files
+from quarkcli.job import preflight
 from quarkcli.model.tokenizer import Tokenizer
 from tests import runs
 from tests.forward.test_data import TEMPLATE
@@ -271,6 +272,16 @@ def test_pipes_are_refused_instead_of_waited_for(tokens: Tokenizer, tmp_path: Pa
 def test_a_missing_file_is_no_hub_data_set(name: str, tokens: Tokenizer) -> None:
     with pytest.raises(AccessError, match="no such calibration file"):
         load(Path(name), tokens)
+
+
+def test_a_place_in_the_home_folder(tokens: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell opens ~ of a flag; in a recipe and behind --set nothing does."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    expected = load(put(tmp_path / "a.jsonl", LINES), tokens).digest
+    assert load(Path("~/a.jsonl"), tokens).digest == expected
+    preflight._check_data("~/a.jsonl")
+    with pytest.raises(AccessError, match="no such calibration file"):
+        load(Path("~/absent"), tokens)
 
 
 def test_large_rows_do_not_take_long(tokens: Tokenizer, tmp_path: Path) -> None:
