@@ -81,7 +81,10 @@ def windows(tokenizer: Tokenizer, text: str | None, window: int, max_tokens: int
         ids += tokenizer.encode(piece)
         if limit is not None and len(ids) >= limit + window:
             break
-    ids = ids[: limit if limit is not None else len(ids)]
+    if max_tokens is not None and max_tokens < own <= len(ids):
+        what = f"--tokens {max_tokens} is fewer than one window of {window}"
+        raise DataError(what, hint=f"use --tokens {own} or more, or a smaller --window", kind="E-DATA-SEQLEN")
+    ids = ids[:limit] if len(ids) >= own else ids
     count = len(ids) // own
     if not count:
         raise DataError(

@@ -195,6 +195,13 @@ def test_refusals(fp8: runs.Made, page: Path, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("few words")
     with pytest.raises(DataError, match="fewer than one window of 64"):
         measure(DEMO, tmp_path / "short.txt")
+    for text, options in ((page, {"window": 64}), (None, {})):
+        with pytest.raises(DataError, match=r"--tokens 5 is fewer than one window of (64|256)") as error:
+            evaluate(DEMO, text=text and str(text), max_tokens=5, device="cpu", tell=silent, **options)
+        assert error.value.kind == "E-DATA-SEQLEN" and error.value.hint.startswith("use --tokens")
+    size = len(load_tokenizer(EMBEDDED).encode("few words"))
+    with pytest.raises(DataError, match=f"the text has {size} tokens"):  # all of it is too short
+        measure(DEMO, tmp_path / "short.txt", max_tokens=2)
     with pytest.raises(AccessError):
         measure(tmp_path / "absent", page)
     (tmp_path / "binary.txt").write_bytes(bytes(range(256)) * 9)
