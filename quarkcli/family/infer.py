@@ -59,6 +59,8 @@ ROLES = {
     "mtp": ["mtp.*", "*.mtp.*"],
 }
 
+# Ends of the names behind the blocks.
+_TAIL = ("lm_head", "norm", "ln_f", "output", "output_layer", "norm_f")
 # Names that routers have, among other things.
 _ROUTERS = ("*.gate", "*.router", "*.router.*", "*.gate.wg")
 
@@ -70,14 +72,10 @@ def infer(config: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> Famil
     outside = [
         name.removesuffix(".weight") for name in headers if not name.startswith(blocks + ".") and tower(name) is None
     ]
-    embed = [
-        name for name in outside if "embed" in name.rsplit(".", 1)[-1] or name.endswith(("wte", "word_embeddings"))
-    ]
-    tail = [
-        name
-        for name in outside
-        if name.endswith(("lm_head", "norm", "ln_f", "output", "output_layer", "norm_f")) and name not in embed
-    ]
+    embed = [name for name in outside if _is_table(name, headers)]
+    # The norm of a table runs with it; other norms may have `embed` in their names too (LFM2's last one).
+    around = [name for name in outside if name.endswith("norm") and name.startswith(tuple(f"{one}_" for one in embed))]
+    tail = [name for name in outside if name.endswith(_TAIL) and name not in {*embed, *around}]
     inside = {leaf: len(header.shape) for name, header in headers.items() for leaf in _below([name], blocks)}
     linears = [leaf.removesuffix(".weight") for leaf in inside if leaf.endswith(".weight")]
     heads = [name for name in tail if name.endswith(("lm_head", "output", "output_layer"))]
@@ -88,7 +86,7 @@ def infer(config: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> Famil
     roles["router"] = _routers(config, headers, blocks, experts)
     return FamilyModel(
         blocks=blocks,
-        embed=embed or [f"{stem}.embed_tokens"],
+        embed=[*embed, *around] or [f"{stem}.embed_tokens"],
         tail=tail,
         roles=roles,
         attention=_attention(linears),
@@ -107,6 +105,14 @@ def guess(config: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> tuple
         "then keep it as models/<name>.yaml in the user folder."
     )
     return found.model_copy(update=names), text
+
+
+def _is_table(name: str, headers: Mapping[str, HeaderLike]) -> bool:
+    """True for a matrix that is named like an embedding; norms beside one may have its name too."""
+    leaf = name.rsplit(".", 1)[-1]
+    header = headers.get(f"{name}.weight", headers.get(name))
+    named = ("embed" in leaf and "norm" not in leaf) or leaf.endswith("wte")
+    return named and header is not None and len(header.shape) == 2
 
 
 def _tower_roles(headers: Mapping[str, HeaderLike]) -> dict[str, list[str]]:

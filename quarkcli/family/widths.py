@@ -144,10 +144,13 @@ def _routed(layout: Layout, config: Mapping[str, Any], headers: Mapping[str, Hea
                 yield f"{tensor} is {list(shape)}, but config.json has {count} experts"
 
 
-def _gated(weights: Iterable[Weight]) -> Iterator[str]:
-    """Checks that gate and up of one module have one shape, and down its mirror image."""
+def _gated(weights: Sequence[Weight]) -> Iterator[str]:
+    """Checks that gate and up of one module have one shape, and down its mirror image; attention gates its output."""
     modules: dict[str, dict[str, Weight]] = {}
+    attention = {weight.name.rpartition(".")[0] for weight in weights if weight.role in ("q", "k", "v")}
     for weight in weights:
+        if weight.name.rpartition(".")[0] in attention:
+            continue
         role = _GATED.get(weight.name.rpartition(".")[2], weight.role.removeprefix("expert_"))
         if role in ("gate", "up", "down"):
             modules.setdefault(weight.name.rpartition(".")[0], {})[role] = weight

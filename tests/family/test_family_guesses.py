@@ -11,6 +11,7 @@ from quarkcli.errors import ModelError
 from quarkcli.family.lists import tower
 from tests.plan import layouts
 from tests.plan.layouts import Shapes, lay_out
+from tests.tiny import Header
 
 TEXT = {"hidden_size": 128, "num_hidden_layers": 3}
 
@@ -29,6 +30,13 @@ def stack(path: str, blocks: int, width: int) -> Shapes:
         out[f"{path}.{index}.fc2.weight"] = (width, 2 * width)
         out[f"{path}.{index}.norm.weight"] = (width,)
     return out
+
+
+def check(shapes: Shapes) -> None:
+    config = {"model_type": "novel", **TEXT}
+    headers = {name: Header("BF16", shape) for name, shape in shapes.items()}
+    name, model, inferred = family.for_checkpoint(config, headers)
+    family.check_fit(model, family.lay_out(name, model, inferred, config, headers), config, headers)
 
 
 # ---- which list
@@ -118,6 +126,40 @@ def test_a_table_of_position_biases_is_no_linear() -> None:
     shapes = stack("encoder.block", 3, 128) | {"encoder.block.0.self_attn.relative_attention_bias.weight": (32, 4)}
     layout = lay_out(shapes, "novel", **TEXT)
     assert layout.protected["encoder.block.0.self_attn.relative_attention_bias"] == "embedding"
+
+
+@pytest.mark.parametrize(
+    ("table", "norm", "kind"),
+    [
+        ("model.embed_tokens", "model.embedding_norm", "tail"),  # LFM2's last norm
+        ("model.word_embeddings", "model.word_embeddings_layernorm", "embed"),  # BLOOM's first one
+    ],
+)
+def test_norms_that_are_named_like_a_table_are_norms(table: str, norm: str, kind: str) -> None:
+    names = {"model.embed_tokens.weight": f"{table}.weight", "model.norm.weight": f"{norm}.weight"}
+    shapes = {names.get(name, name): shape for name, shape in layouts.llama().items()}
+    check(shapes)
+    layout = lay_out(shapes, "novel", **TEXT)
+    assert layout.tensor_roles[f"{norm}.weight"] == "norm"
+    assert {module for module, role in layout.protected.items() if role == "embedding"} == {table}
+    assert [part.kind for part in layout.parts if f"{norm}.weight" in part.tensors] == [kind]
+
+
+def test_a_table_that_lost_a_dimension_is_damaged() -> None:
+    with pytest.raises(ModelError, match=r"model.embed_tokens.weight is \[300\], not a matrix"):
+        check(layouts.llama() | {"model.embed_tokens.weight": (300,)})
+
+
+# ---- gates
+
+
+def test_attention_may_have_a_gate_of_its_own() -> None:
+    """AFMoE's: its output goes through it, and no up or down belongs to it; in an MLP they do."""
+    gates = {f"model.layers.{index}.self_attn.gate_proj.weight": (128, 128) for index in range(3)}
+    check(layouts.llama() | gates)
+    shapes = {name: shape for name, shape in layouts.llama().items() if "up_proj" not in name}
+    with pytest.raises(ModelError, match=r"layers\.1\.mlp\.up_proj\.weight is missing beside its gate"):
+        check(shapes | gates)
 
 
 # ---- routers
