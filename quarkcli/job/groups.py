@@ -159,7 +159,7 @@ class _Counting:
         """Counts what the output has beside the source's tensors."""
         cache = [info for module in self.plan.attention.values() for info in self.writer.attention_infos(module)]
         if cache:
-            group = Group(CACHE, "", "the recipe's KV cache", True)
+            group = Group(CACHE, "", words.why_cached(self.plan), True)
             for info in cache:
                 group.add("", 0, 0, tensor_bytes(info.dtype, info.shape))
             self.found[CACHE, "", ""] = group

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from quarkcli.errors import ConfigError, ModelError, some
+from quarkcli.plan.compose import OFF
 from quarkcli.plan.model import Attention, Plan, QuantizedTarget, Target
 from quarkcli.recipe.attributes.written import spec_to_yaml
 from quarkcli.recipe.entries import Entry, Origin
@@ -45,8 +46,8 @@ def _lone(plan: Plan, kind: str, reason: str, off: Callable[[Target], bool]) -> 
 
 
 def _overruled_cache(plan: Plan) -> None:
-    """An attention scheme comes after the cache's and wins where both speak of k and v."""
-    caches = [entry for entry in plan.entries if entry.unit.startswith("cache ")]
+    """An attention scheme comes after the cache's, or after its end, and wins where both speak of k and v."""
+    caches = [entry for entry in plan.entries if entry.unit.startswith("cache ") or entry.unit == OFF]
     for module in plan.attention.values():
         for decision in module.slots.values():
             winner = plan.entries[decision.entry] if decision.entry is not None else None

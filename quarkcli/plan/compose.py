@@ -68,11 +68,11 @@ class Composed:
     @property
     def meant(self) -> frozenset[int]:
         """Returns entries that may leave others of the user's without effect: edits, and what a flag switches off."""
-        off = (i for i, entry in enumerate(self.entries) if entry.unit == _OFF)
+        off = (i for i, entry in enumerate(self.entries) if entry.unit == OFF)
         return frozenset([*off, *range(self.edits_start, len(self.entries))])
 
 
-_OFF = "switched off by a flag"
+OFF = "switched off by a flag"
 # Flags of schemes that take the place of what the recipe names -> the field, of `Overrides` and of `Recipe`.
 OWN_NAMES = {"--kv-cache": "kv_cache", "--attention": "attention"}
 # The slots that only this speaks of: k and v are the cache's also where an attention scheme names them.
@@ -112,7 +112,7 @@ def _of_attention(key: str, make: Any, recipe: Recipe, flag: str | None, own: st
     name = flag or own
     origin = Origin(f"--{key.replace('_', '-')} {name}" if flag else f"{recipe.name}: {key} {name}")
     if flag == "none":  # the recipe's own entries may have switched them on
-        return [Entry(f"*.{kind}_bmm_quantizer", None, False, None, False, origin, _OFF) for kind in _OWN[key]]
+        return [Entry(f"*.{kind}_bmm_quantizer", None, False, None, False, origin, OFF) for kind in _OWN[key]]
     if not name or name == "none":
         return []
     found: list[Entry] = make(name, origin, _folder(recipe))

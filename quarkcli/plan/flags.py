@@ -53,6 +53,7 @@ def _flags(composed: Composed, recipe: Recipe) -> dict[str, list[int]]:
     is an effect also where another flag implies it, and one that is overruled is warned about (`checks.warn`).
     """
     own = {f"{flag} none": getattr(recipe, field) in (None, "none") for flag, field in OWN_NAMES.items()}
+    own["--kv-cache none"] &= not any(entry.unit.startswith("attention ") for entry in composed.entries)
     found: dict[str, list[int]] = {}
     for index, entry in enumerate(composed.entries[: composed.edits_start]):
         flag = str(entry.origin)

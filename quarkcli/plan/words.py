@@ -42,6 +42,13 @@ def why(plan: Plan, target: Target) -> str:
     return f"{origin}: {decider.quantizer_path.removesuffix('.weight_quantizer')}"
 
 
+def why_cached(plan: Plan) -> str:
+    """Returns the reason for the scales of attention and its cache: the entries that decided."""
+    deciders = (d.entry for module in plan.attention.values() for d in module.slots.values() if d.spec is not None)
+    origins = {reason(str(plan.entries[entry].origin)): None for entry in deciders if entry is not None}
+    return "; ".join(origins)
+
+
 def reason(text: str) -> str:
     """Returns the text of an entry's origin for people; a file without its folders."""
     if text.startswith(_EXCLUSION):

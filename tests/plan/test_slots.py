@@ -9,6 +9,7 @@ import pytest
 from quarkcli.errors import ConfigError, ModelError, UsageError
 from quarkcli.family import Layout
 from quarkcli.plan.model import Plan
+from quarkcli.plan.words import why_cached
 
 from .layouts import GPT_OSS, LLAMA, MIXTRAL, decided, lay_out, llama, origin, plan
 from .test_order import FP8, INT4, INT8, UP, recipe
@@ -44,6 +45,17 @@ class TestAttention:
         assert elements(made) == dict.fromkeys("qkvp", "fp8_e4m3")
         assert "--attention fp8 decides the KV cache, not --kv-cache nvfp4" in made.warnings
         assert not plan("mxfp4", kv_cache="fp8", attention="fp8").warnings
+
+    def test_a_cache_that_is_switched_off_stays_on_under_an_attention_scheme(self) -> None:
+        own = recipe(WEIGHTS, attention="fp8", kv_cache="fp8")
+        made = plan(own, kv_cache="none")
+        assert elements(made) == dict.fromkeys("qkvp", "fp8_e4m3")
+        assert made.warnings == ["own: attention fp8 decides the KV cache, not --kv-cache none"]
+        assert why_cached(made) == "own: attention fp8"
+        flags = plan("mxfp4", kv_cache="none", attention="fp8")
+        assert flags.warnings == ["--attention fp8 decides the KV cache, not --kv-cache none"]
+        assert not plan(own, kv_cache="none", attention="none").warnings
+        assert why_cached(plan(own, attention="none")) == "own: kv_cache fp8"
 
     def test_a_recipe_says_it_and_a_flag_wins(self) -> None:
         own = recipe(WEIGHTS, attention="fp8", kv_cache="fp8")
