@@ -43,6 +43,12 @@ class Permutation(Transform):
                 raise ConfigError(f"permutation: {key} is true or false, not {value!r}", kind="E-ALGORITHM-PARAMETER")
         if size not in SIZES:
             raise ConfigError(f"permutation: size is mean or max, not {size!r}", kind="E-ALGORITHM-PARAMETER")
+        if not (residual or inner or values):
+            raise ConfigError(
+                "permutation has nothing to do: residual, inner and values are all off",
+                hint="write residual: true, or leave permutation out",
+                kind="E-ALGORITHM-IDLE",
+            )
         self.residual, self.inner, self.values, self.size = residual, inner, values, size
 
     # -- the plan -------------------------------------------------------------------------------------------------
@@ -51,10 +57,13 @@ class Permutation(Transform):
         if self.residual:
             check_residual(plan)
         elif not any(self._inside(plan)):
+            what = "channels" if self.inner and self.values else "channels of MLPs" if self.inner else "values of heads"
+            keys = [key for key, on in (("'channels'", self.inner), ("'heads'", self.values)) if on]
+            off = [f"{key}: true" for key in ("inner", "values", "residual") if not getattr(self, key)]
             raise ConfigError(
-                f"permutation has nothing to do: the model family '{plan.family}' names no channels that can "
-                "change places",
-                hint="name them with 'channels' and 'heads' in the family file, or write residual: true",
+                f"permutation has nothing to do: the model family '{plan.family}' names no {what} that can change "
+                "places",
+                hint=f"name them with {' and '.join(keys)} in the family file, or write {' or '.join(off)}",
                 kind="E-ALGORITHM-FAMILY",
             )
 

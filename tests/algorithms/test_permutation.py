@@ -18,6 +18,7 @@ from tests import runs
 from tests.algorithms import turning
 from tests.algorithms.rewriting import ROWS
 from tests.forward.watch import hooked
+from tests.plan import layouts
 
 OWN = "schema: quark/recipe/1\nquantize:\n  scheme: {scheme}\n  algorithm: {steps}\n"
 
@@ -143,13 +144,29 @@ def test_killed_and_resumed(steps: list[dict[str, Any]], page: Path, tmp_path: P
     [
         ({"residual": 1}, "residual is true or false"),
         ({"size": "rms"}, "size is mean or max"),
-        ({"residual": False, "inner": False, "values": False}, "has nothing to do"),
+        ({"residual": False, "inner": False, "values": False}, "has nothing to do: residual, inner and values are all"),
     ],
 )
 def test_parameters_without_sense(given: dict[str, Any], what: str, tmp_path: Path) -> None:
     source = runs.build("llama", tmp_path / "m")
     with pytest.raises(ConfigError, match=what):
         runs.prepare(source, recipe=recipe(tmp_path, "mxfp4", [{"method": "permutation", **given}]))
+
+
+@pytest.mark.parametrize(
+    ("on", "what", "hint"),
+    [
+        ((), "residual, inner and values are all off", "write residual: true, or leave permutation out"),
+        (("inner", "values"), "names no channels that", "'channels' and 'heads' in the family file, or write res"),
+        (("values",), "names no values of heads that", "'heads' in the family file, or write inner: true or res"),
+    ],
+)
+def test_what_is_off_is_said_apart_from_what_the_family_lacks(on: tuple[str, ...], what: str, hint: str) -> None:
+    given = {key: key in on for key in ("residual", "inner", "values")}
+    bare = layouts.plan("mxfp4", layouts.lay_out(layouts.llama(), "novel", hidden_size=128, num_hidden_layers=3))
+    with pytest.raises(ConfigError, match=what) as caught:
+        algorithms.create("permutation", given).check(bare)
+    assert hint in caught.value.hint
 
 
 def test_a_family_that_nobody_described(tmp_path: Path) -> None:
