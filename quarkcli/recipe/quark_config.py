@@ -153,10 +153,11 @@ class _Reader:
         return float(value)
 
     def class_of(self, name: str, place: Path_) -> str:
-        """Returns `nn.Linear` for `Linear`, `torch.nn.Linear` or `<class '...Linear'>`."""
-        parent = f"nn.{name.rpartition('.')[2].rstrip(chr(39) + '>')}"
+        """Returns `nn.Linear` for `Linear`, `torch.nn.Linear` or `<class '...Linear'>`; a note names it as written."""
+        written = name.removeprefix("<class '").removesuffix("'>")
+        parent = f"nn.{written.rpartition('.')[2]}"
         if parent not in (_LINEAR, "nn.Embedding"):
-            self.note(place, f"quark does not quantize anything in modules of class {parent}")
+            self.note(place, f"quark does not quantize anything in modules of class {written}")
         return parent
 
     def layer(self, pattern: str, layer: Any, path: Path_, parent: str | None, *, output: bool = True) -> None:

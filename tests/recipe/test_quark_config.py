@@ -151,7 +151,16 @@ def test_classes() -> None:
     for name in ("Linear", "nn.Linear", "torch.nn.Linear", "<class 'torch.nn.modules.linear.Linear'>"):
         assert {e.parent_class for e in read({"layer_type_quant_config": {name: FP8}}).entries[1:]} == {"nn.Linear"}
     found = read({"layer_type_quant_config": {"Conv2d": FP8}})
-    assert found.entries[1].parent_class == "nn.Conv2d" and "nn.Conv2d" in found.notes[0][1]
+    assert found.entries[1].parent_class == "nn.Conv2d" and found.notes[0][1].endswith(" of class Conv2d")
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [("LlamaAttention", "LlamaAttention"), ("<class 'models.llama.LlamaMLP'>", "models.llama.LlamaMLP")],
+)
+def test_a_class_that_is_not_of_torch_is_noted_as_the_file_has_it(name: str, shown: str) -> None:
+    ((_, note),) = read({"layer_type_quant_config": {name: FP8}}).notes
+    assert note == f"quark does not quantize anything in modules of class {shown}"
 
 
 def test_what_has_no_meaning_here_is_noted() -> None:
