@@ -107,7 +107,8 @@ def words() -> Iterator[str]:
             ("`scale.dtype`, `scale.global_scale.dtype`", _names(SCALE_FORMATS)),
             ("`scale.rule`", _names(RULES)),
             ("`scale.when`", "`static`, `dynamic`"),
-            ("`scale.minimum`, `scale.constant_amax`", "a positive number"),
+            ("`scale.minimum`", "a positive number"),
+            ("`scale.constant_amax`", "a positive number; only for activations, and of two scales in the global one"),
             ("`observer`", "; ".join(f"`{name}`" + _with(given) for name, given in OBSERVERS.items())),
             (
                 "others",

@@ -101,6 +101,25 @@ def test_activations(cfg: dict[str, Any], expected: TensorSpec) -> None:
     assert to_spec(cfg, weight=False) == expected
 
 
+@pytest.mark.parametrize(
+    "cfg",
+    [
+        {"num_bits": [4, 3], "constant_amax": 10},
+        {"num_bits": [4, 3], "use_constant_amax": True},
+        {**NVFP4, "constant_amax": 2688},
+        [INT4, {"num_bits": [4, 3], "constant_amax": 10}],
+        {"element": "fp8_e4m3", "scale": {"constant_amax": 10}},
+        {"element": "int8", "then": {"element": "fp8_e4m3", "scale": {"constant_amax": 10}}},
+    ],
+)
+def test_a_fixed_range_of_a_weight_is_refused(cfg: Any) -> None:
+    """ModelOpt would cut the weight's values off there."""
+    with pytest.raises(ConfigError, match="constant_amax works only for activations") as caught:
+        to_spec(cfg, weight=True)
+    assert caught.value.kind == "E-FORMAT-IMPOSSIBLE"
+    assert to_spec(cfg, weight=False).stages
+
+
 def test_a_list_is_a_chain_whose_first_codes_are_stored() -> None:
     """W4A8: the second stage rounds what the first gives."""
     spec = to_spec([INT4, {"num_bits": [4, 3]}], weight=True)

@@ -259,6 +259,11 @@ def test_words(text: str, expected: TensorSpec) -> None:
             "{element: fp8_e4m3, granularity: {channel: 1}, then: {element: int4}, stored: last}",
             "one scale per tensor or output channel",
         ),
+        (
+            "{element: fp4_e2m1, granularity: {group: 16}, "
+            "scale: {dtype: e4m3, constant_amax: 3, global_scale: {dtype: f32}}}",
+            "scale.constant_amax does not work under a global scale",
+        ),
         ("{element: fp8_e4m3, scale: {constant_amax: true}}", "must be a positive number"),
     ],
 )

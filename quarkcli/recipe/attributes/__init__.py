@@ -32,6 +32,18 @@ def to_spec(cfg: Cfg, *, weight: bool) -> TensorSpec:
 
     weight   of a weight or a bias, which are known before the model runs; else of an activation
     """
+    spec = _read(cfg, weight)
+    scales = [scale for stage in spec.stages if stage.scale for scale in (stage.scale, stage.scale.outermost)]
+    if weight and any(scale.constant_amax is not None for scale in scales):
+        raise ConfigError(
+            "constant_amax works only for activations: the range of a weight is that of its values",
+            hint="remove it, or write it for input, output or attention quantizers alone, as '*.input_quantizer'",
+            kind="E-FORMAT-IMPOSSIBLE",
+        )
+    return spec
+
+
+def _read(cfg: Cfg, weight: bool) -> TensorSpec:
     stages = [cfg] if isinstance(cfg, Mapping) else list(cfg) if isinstance(cfg, list | tuple) else []
     if not stages or not all(isinstance(stage, Mapping) for stage in stages):
         raise ConfigError(f"cfg must be a mapping or a list of mappings, not {cfg!r}", kind="E-ATTRIBUTE-VALUE")

@@ -294,6 +294,8 @@ def _check_scale(spec: TensorSpec) -> None:
         raise _impossible(
             "scale.global_scale must be one f32 scale", hint="write global_scale: {dtype: f32, when: static}"
         )
+    if scale.global_scale is not None and scale.constant_amax is not None:
+        raise _impossible("scale.constant_amax does not work under a global scale", hint="write it in global_scale")
     if scale.global_scale is not None and scale.dtype not in {"e4m3", "e5m3"}:
         raise _impossible(f"a global scale works only over e4m3 or e5m3 scales, not over {scale.dtype}")
     if spec.observer.name == "headroom" and not (
