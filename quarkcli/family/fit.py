@@ -26,6 +26,10 @@ Shape = tuple[int, ...]
 _SHOWN = 6
 _EXPERTS = ".experts."
 _DTYPE = re.compile(r"auto|b?float16|float32|float64|half|float|double|float[48]_e\w+|u?int(8|16|32|64)")
+_SIZES = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "vocab_size", "max_position_embeddings",
+)  # fmt: skip
 # Keys of config.json that count extra prediction layers, and what such layers have that others have not.
 _PREDICTS = re.compile(r"nextn|mtp")
 _OF_PREDICTION = re.compile(r"(^|\.)(eh_proj|[eh]norm|shared_head|embed_tokens|fc|\w*mtp\w*)(\.|$)")
@@ -35,6 +39,7 @@ def check(family: FamilyModel, layout: Layout, config: Mapping[str, Any], header
     """Raises ModelError that names tensors which are missing, empty, of a wrong shape, or of no model at all."""
     check_leftovers(headers)
     _check_dtype(config)
+    _check_sizes(config)
     faults: dict[str, str] = {}
     for text in problems(family, layout, config, headers):
         faults.setdefault(text.partition(" ")[0], text)  # one for each tensor
@@ -47,6 +52,18 @@ def check(family: FamilyModel, layout: Layout, config: Mapping[str, Any], header
             "another model",
             kind="E-MODEL-MISFIT",
         )
+
+
+def _check_sizes(config: Mapping[str, Any]) -> None:
+    """Raises ModelError for a size that is no whole number: no server reads it."""
+    text = text_config(config)
+    for key in _SIZES:
+        value = text.get(key)
+        if isinstance(value, str) or (isinstance(value, float) and not value.is_integer()):
+            raise ModelError(
+                f"{key} in config.json is {str(value)[:40]!r}, not a whole number", where="config.json",
+                hint="correct it, or take the config.json of the original", kind="E-MODEL-MISFIT",
+            )  # fmt: skip
 
 
 def _check_dtype(config: Mapping[str, Any]) -> None:

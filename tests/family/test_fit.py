@@ -390,3 +390,9 @@ def test_a_dtype_that_is_none(key: str) -> None:
     for good in ("bfloat16", "torch.float16", "float8_e4m3fn", "auto", None):
         check(LLAMA | {key: good}, llama())
     assert f"{key} in config.json is 'float7', which is no dtype" in said(LLAMA | {key: "float7"}, llama())
+
+
+@pytest.mark.parametrize("value", ["128", 2.5])
+@pytest.mark.parametrize("key", ["hidden_size", "num_attention_heads", "max_position_embeddings"])
+def test_a_size_that_is_no_whole_number(key: str, value: object) -> None:
+    assert f"{key} in config.json is '{value}', not a whole number" in said(LLAMA | {key: value}, llama())
