@@ -12,7 +12,7 @@ own list, and no exclusion reaches cache and attention.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, is_dataclass, replace
 from typing import Any, ClassVar
@@ -25,7 +25,7 @@ from quarkcli.recipe.attributes import to_spec
 from quarkcli.recipe.attributes.written import spec_to_yaml
 from quarkcli.recipe.entries import SLOTS, Entry, Origin
 from quarkcli.recipe.normalize import path_text, refusal
-from quarkcli.recipe.quark_config import is_groups, weight_slots
+from quarkcli.recipe.quark_config import class_name, is_groups, weight_slots, with_minimum
 from quarkcli.recipe.recipe import attention_entries, cache_entries, exclusion_entries, scheme_entries
 from quarkcli.recipe.schema import NATIVE
 
@@ -72,25 +72,19 @@ class LLMTemplate:
         **legacy: AlgoConfig | None,
     ) -> None:
         if f2f_weight_converters:
-            raise ConfigError(
-                "weight converters are not supported",
-                where="f2f_weight_converters",
-                hint="write a family file that splits fused tensors, as 'quark models show qwen3_5_moe' does",
-                kind="E-PYTHON-VALUE",
-            )
+            hint = "write a family file that splits fused tensors, as 'quark models show qwen3_5_moe' does"
+            raise _wrong("weight converters are not supported", where="f2f_weight_converters", hint=hint)
         self.model_type = model_type
-        self.kv_layers_name = None if kv_layers_name is None else list(kv_layers_name)
+        self.kv_layers_name = None if kv_layers_name is None else _names(kv_layers_name, "kv_layers_name")
         self.q_layer_name = q_layer_name
-        self.gate_up_layers_name = list(gate_up_layers_name if gate_up_layers_name is not None else _GATE_UP)
-        self.exclude_layers_name = list(exclude_layers_name)
+        gate_up = _GATE_UP if gate_up_layers_name is None else gate_up_layers_name
+        self.gate_up_layers_name = _names(gate_up, "gate_up_layers_name")
+        self.exclude_layers_name = _names(exclude_layers_name, "exclude_layers_name")
         self.algo_config: dict[str, AlgoConfig | None] = {}
         if legacy:
             self.algo_config |= _legacy(legacy)
-            warnings.warn(
-                f"{', '.join(sorted(legacy))}: deprecated; use algorithm_configs={{'gptq': ...}}",
-                DeprecationWarning,
-                stacklevel=2,
-            )
+            text = f"{', '.join(sorted(legacy))}: deprecated; use algorithm_configs={{'gptq': ...}}"
+            warnings.warn(text, DeprecationWarning, stacklevel=2)
         for name, config in (algorithm_configs or {}).items():
             self.algo_config[_known_algorithm(name)] = config
         self._defaults: list[str] | None = None  # of a family: exclusions that a recipe has without naming them
@@ -127,11 +121,7 @@ class LLMTemplate:
         if card is None:
             close = near_misses(model_type, cls.list_available())
             hint = f"did you mean {', '.join(close)}? " if close else ""
-            raise ConfigError(
-                f"there is no template for '{model_type}'",
-                hint=f"{hint}see LLMTemplate.list_available()",
-                kind="E-PYTHON-VALUE",
-            )
+            raise _wrong(f"there is no template for '{model_type}'", hint=f"{hint}see LLMTemplate.list_available()")
         return _of_family(card)
 
     @classmethod
@@ -174,8 +164,9 @@ class LLMTemplate:
 
         scheme               of all linears
         algorithm            one or several names, in the order in which they run
-        kv_cache_scheme      of the cache, for the modules of `kv_layers_name`; no scale below `min_kv_scale`
-        attention_scheme     of queries (`q_layer_name`), keys, values and the softmax output
+        kv_cache_scheme      of the cache, for the modules of `kv_layers_name`
+        min_kv_scale         no scale of keys and values is smaller, whichever scheme gives it
+        attention_scheme     of queries (`q_layer_name`), keys, values and the softmax output; wins over the cache's
         layer_config         module pattern -> scheme; of two that match, the first wins
         layer_type_config    class of modules -> scheme; `layer_config` wins over it
         exclude_layers       module patterns, instead of `exclude_layers_name`; each must match something, but those of
@@ -187,23 +178,22 @@ class LLMTemplate:
         Raises UsageError for unknown schemes, ConfigError for what the template cannot tell.
         """
         share = self._share(shared_scale_groups)
-        excluded = self.exclude_layers_name if exclude_layers is None else list(exclude_layers)
+        excluded = self.exclude_layers_name if exclude_layers is None else _names(exclude_layers, "exclude_layers")
         by_family = self._defaults is not None and sorted(excluded) == sorted(self._defaults)
         rows: list[Row] = [{"quantizer_path": "*", "enable": False, "required": False}]
         rows += _scheme_rows(scheme, "*", _LINEAR)
-        for kind, name in (layer_type_config or {}).items():
-            rows += _scheme_rows(name, "*", f"nn.{kind if isinstance(kind, str) else kind.__name__}")
-        for pattern, name in reversed(list((layer_config or {}).items())):
+        for kind, name in _mapping(layer_type_config, "layer_type_config").items():
+            rows += _scheme_rows(name, "*", class_name(getattr(kind, "__name__", str(kind))))
+        for pattern, name in reversed(_mapping(layer_config, "layer_config").items()):
             rows += _scheme_rows(name, pattern, None)
         for pattern in () if by_family else excluded:
             made = exclusion_entries(pattern, Origin("exclude_layers"), user=False, required=False)
             must = pattern not in self.exclude_layers_name
             rows += [_row(entry, required=must and entry is made[0]) for entry in made]
-        rows += self._cache_rows(kv_cache_scheme, min_kv_scale)
-        rows += self._attention_rows(attention_scheme)
+        rows += self._attention_rows(kv_cache_scheme, attention_scheme, min_kv_scale)
         quantize: dict[str, Any] = {"quant_cfg": rows}
         if algorithm:
-            quantize["algorithm"] = self._steps(algorithm, algo_configs or {})
+            quantize["algorithm"] = self._steps(algorithm, _mapping(algo_configs, "algo_configs"))
         return {
             "schema": NATIVE,
             "metadata": {"name": scheme, "description": f"LLMTemplate('{self.model_type}'), scheme {scheme}"},
@@ -212,29 +202,23 @@ class LLMTemplate:
             **share,
         }
 
-    def _cache_rows(self, scheme: str | None, minimum: float) -> list[Row]:
+    def _attention_rows(self, cache: str | None, attention: str | None, minimum: float) -> list[Row]:
+        """Returns the entries of the cache, then those of attention, whose k and v win, as with the flags."""
         if isinstance(minimum, bool) or not isinstance(minimum, int | float) or not 0 <= minimum < float("inf"):
-            raise ConfigError(f"min_kv_scale must be a number from 0 on, not {minimum!r}", kind="E-PYTHON-VALUE")
-        if scheme is None:
-            if minimum:
-                raise ConfigError(
-                    "min_kv_scale works only with a KV cache", hint="give kv_cache_scheme='fp8'", kind="E-PYTHON-VALUE"
-                )
-            return []
-        rows = []
-        for entry in cache_entries(scheme, Origin("kv_cache_scheme")):
-            if minimum:
-                entry = replace(entry, cfg=_with_minimum(entry.cfg, float(minimum)))
-            rows += self._attention_row(entry)
-        return rows
-
-    def _attention_rows(self, scheme: str | None) -> list[Row]:
-        entries = attention_entries(scheme, Origin("attention_scheme")) if scheme is not None else []
-        return [row for entry in entries for row in self._attention_row(entry)]
+            raise _wrong(f"min_kv_scale must be a number from 0 on, not {minimum!r}")
+        first = cache_entries(cache, Origin("kv_cache_scheme")) if cache is not None else []
+        last = attention_entries(attention, Origin("attention_scheme")) if attention is not None else []
+        wanted = {entry.quantizer_path: entry.cfg for entry in first}
+        if any(wanted.get(entry.quantizer_path, entry.cfg) != entry.cfg for entry in last):
+            text = f"attention_scheme {attention} decides the KV cache, not kv_cache_scheme {cache}"
+            warnings.warn(text, stacklevel=3)
+        if minimum and not any(_kind(entry) in _CACHE for entry in (*first, *last)):
+            raise _wrong("min_kv_scale works only with a KV cache", hint="give kv_cache_scheme='fp8'")
+        return [row for entry in (*first, *last) for row in self._attention_row(_bounded(entry, float(minimum)))]
 
     def _attention_row(self, entry: Entry) -> list[Row]:
         """Returns `entry` for the attention modules whose projections the template names."""
-        kind = entry.quantizer_path.removesuffix("_bmm_quantizer")[-1]
+        kind = _kind(entry)
         if kind in _CACHE:
             patterns, field = self.kv_layers_name, "kv_layers_name"
         elif kind == "q":
@@ -243,19 +227,19 @@ class LLMTemplate:
         else:
             return [_row(entry, required=True)]
         if not patterns:
-            raise ConfigError(f"the template does not say which projections make {kind}", where=self.model_type,
-                              hint=f"give LLMTemplate(..., {field}=[...])", kind="E-PYTHON-VALUE")  # fmt: skip
+            raise _wrong(f"the template does not say which projections make {kind}", where=self.model_type,
+                         hint=f"give LLMTemplate(..., {field}=[...])")  # fmt: skip
         slots = dict.fromkeys(_attention_slot(p, kind) for p in patterns if kind == "q" or kind in _caches(p))
         return [_row(replace(entry, quantizer_path=slot), required=True) for slot in slots]
 
     def _steps(self, names: str | Sequence[str], given: Mapping[str, AlgoConfig]) -> list[Row]:
         """Returns `algorithm` of a recipe. Raises ConfigError for an algorithm or a parameter that is unknown here."""
-        known = {_known_algorithm(name): config for name, config in given.items()}
+        known = {_known_algorithm(name): given[name] for name in _names(given, "algo_configs")}
         rows = []
-        for name in [names] if isinstance(names, str) else names:
+        for name in [names] if isinstance(names, str) else _names(names, "algorithm"):
             method = _known_algorithm(name)
             config = known[method] if method in known else self.algo_config.get(method)
-            listed = _listed(method, _as_mapping(config))
+            listed = _listed(method, _mapping(config, f"config of {method}"))
             for one, parameters in listed:
                 own = {key: value for key, value in parameters.items() if key != SLOTS}
                 algorithms.create(one, own, "algorithm")
@@ -267,11 +251,7 @@ class LLMTemplate:
         if groups is None:
             return {}
         if not is_groups(groups):
-            raise ConfigError(
-                f"a list of lists of names is needed, not {groups!r:.60}",
-                where="shared_scale_groups",
-                kind="E-PYTHON-VALUE",
-            )
+            raise _wrong(f"a list of lists of names is needed, not {groups!r:.60}", where="shared_scale_groups")
         q = [self.q_layer_name] if isinstance(self.q_layer_name, str) else list(self.q_layer_name or ())
         attention = {_leaf(pattern) for pattern in (*q, *(self.kv_layers_name or ()))}
         own = {frozenset(group) for group in (attention, self.gate_up_layers_name) if len(group) > 1}
@@ -319,6 +299,10 @@ def _legacy(given: Mapping[str, AlgoConfig | None]) -> dict[str, AlgoConfig | No
     return {_known_algorithm(key.removesuffix(_LEGACY)): config for key, config in given.items()}
 
 
+def _wrong(what: str, *, where: str = "", hint: str = "") -> ConfigError:
+    return ConfigError(what, where=where, hint=hint, kind="E-PYTHON-VALUE")
+
+
 def _known_algorithm(name: str) -> str:
     """Returns our name of an algorithm of ours or of Quark's. Raises ConfigError for any other."""
     if name.replace("_", "-").lower() in algorithms.names():
@@ -329,11 +313,22 @@ def _known_algorithm(name: str) -> str:
     return read.steps[0][0]
 
 
-def _as_mapping(config: Any) -> dict[str, Any]:
-    """Returns the fields of an algorithm's config: a mapping, or one of amd-quark's own objects; none for None."""
-    if is_dataclass(config) and not isinstance(config, type):
-        return asdict(config)
-    return dict(config or {})
+def _mapping(value: Any, where: str) -> dict[Any, Any]:
+    """Returns a mapping, or the fields of one of amd-quark's own objects; none for None. Raises ConfigError."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    if value is not None and not isinstance(value, Mapping):
+        raise _wrong(f"a mapping is needed, not {value!r:.60}", where=where)
+    return dict(value or {})
+
+
+def _names(value: Any, where: str) -> list[str]:
+    """Returns a list of names or patterns. Raises ConfigError for anything else, a single text too."""
+    names: list[Any] = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [None]
+    if not all(isinstance(name, str) for name in names):
+        hint = f"write [{value!r}]" if isinstance(value, str) else ""
+        raise _wrong(f"a list of names is needed, not {value!r:.60}", where=where, hint=hint)
+    return names
 
 
 def _listed(method: str, config: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
@@ -390,11 +385,15 @@ def _attention_slot(pattern: str, kind: str) -> str:
     return f"{pattern.removesuffix(_leaf(pattern))}{kind}_bmm_quantizer"
 
 
-def _with_minimum(cfg: Any, minimum: float) -> dict[str, Any]:
-    spec = to_spec(cfg, weight=False)
-    if spec.scale is None:
+def _kind(entry: Entry) -> str:
+    """Returns q, k, v or p: the operand of an entry's slot."""
+    return entry.quantizer_path.removesuffix("_bmm_quantizer")[-1]
+
+
+def _bounded(entry: Entry, minimum: float) -> Entry:
+    """Returns an entry of k or v with a smallest scale; others, and with no minimum all, as they are."""
+    if not minimum or _kind(entry) not in _CACHE:
+        return entry
+    if to_spec(entry.cfg or {}, weight=False).scale is None:
         raise UsageError("min_kv_scale has no effect: this KV cache scheme has no scale", kind="E-FLAG-CONFLICT")
-    outer = replace(spec.scale.outermost, minimum=minimum)
-    return spec_to_yaml(
-        replace(spec, scale=replace(spec.scale, global_scale=outer) if spec.scale.global_scale else outer)
-    )
+    return replace(entry, cfg=with_minimum(entry.cfg, minimum))

@@ -153,11 +153,10 @@ class _Reader:
         return float(value)
 
     def class_of(self, name: str, place: Path_) -> str:
-        """Returns `nn.Linear` for `Linear`, `torch.nn.Linear` or `<class '...Linear'>`; a note names it as written."""
-        written = name.removeprefix("<class '").removesuffix("'>")
-        parent = f"nn.{written.rpartition('.')[2]}"
+        """Returns `class_name` of a class, and notes one that is not quantized as it is written."""
+        parent = class_name(name)
         if parent not in (_LINEAR, "nn.Embedding"):
-            self.note(place, f"quark does not quantize anything in modules of class {written}")
+            self.note(place, f"quark does not quantize anything in modules of class {_written(name)}")
         return parent
 
     def layer(self, pattern: str, layer: Any, path: Path_, parent: str | None, *, output: bool = True) -> None:
@@ -225,7 +224,7 @@ class _Reader:
         if cfg is None:
             return
         if kind in _CACHE and self.minimum:
-            cfg = _with_minimum(cfg, self.minimum)
+            cfg = with_minimum(cfg, self.minimum)
         above, dot, leaf = pattern.rpartition(".")
         head = f"{above}{dot}*" if "*" in leaf else above  # `*language_model.*k_proj` is below any module of it
         name = f"{kind}_bmm_quantizer"
@@ -265,6 +264,16 @@ class _Reader:
         self.note(place, "only these weights share their per-tensor scale" if value else "no weights share their scale")
 
 
+def class_name(name: str) -> str:
+    """Returns `nn.Linear` for `Linear`, `nn.Linear`, `torch.nn.Linear` or `<class '...Linear'>`."""
+    return f"nn.{_written(name).rpartition('.')[2]}"
+
+
+def _written(name: str) -> str:
+    """Returns a class as the file has it, without what `str` puts around it."""
+    return name.removeprefix("<class '").removesuffix("'>")
+
+
 def is_groups(value: Any) -> bool:
     """True when a value is a list of lists of names."""
     return isinstance(value, list | tuple) and all(
@@ -283,7 +292,7 @@ def _attends(pattern: str) -> str | None:
     return _PROJECTIONS.get(pattern.rpartition(".")[2].lstrip("*")) if "*" in pattern else None
 
 
-def _with_minimum(cfg: Any, minimum: float) -> dict[str, Any]:
+def with_minimum(cfg: Any, minimum: float) -> dict[str, Any]:
     """Returns a cfg whose scale is at least `minimum`, which no SPEC can say, in the native words."""
     spec = to_spec(cfg, weight=False)
     if spec.scale is None:

@@ -81,6 +81,13 @@ SAME: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "smallest scale": (
         {"kv_cache_scheme": "fp8", "min_kv_scale": 0.25}, {"kv_cache": "fp8", "min_kv_scale": 0.25},
     ),
+    "smallest scale of attention": (
+        {"attention_scheme": "fp8", "min_kv_scale": 1.0}, {"attention": "fp8", "min_kv_scale": 1.0},
+    ),
+    "smallest scale of both": (
+        {"kv_cache_scheme": "fp8", "attention_scheme": "fp8", "min_kv_scale": 1.0},
+        {"kv_cache": "fp8", "attention": "fp8", "min_kv_scale": 1.0},
+    ),
     "smallest scale of two": (
         {"kv_cache_scheme": "nvfp4", "min_kv_scale": 0.25}, {"kv_cache": "nvfp4", "min_kv_scale": 0.25},
     ),
@@ -94,6 +101,8 @@ SAME: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"layer_type_config": {torch.nn.Linear: "mxfp4"}, "layer_config": {"*o_proj": "int8"}},
         {"layer_types": ["Linear=mxfp4"], "layers": ["*o_proj=int8"]},
     ),
+    "types by name": ({"layer_type_config": {"torch.nn.Linear": "mxfp4"}}, {"layer_types": ["Linear=mxfp4"]}),
+    "short names": ({"layer_type_config": {"nn.Linear": "mxfp4"}}, {"layer_types": ["Linear=mxfp4"]}),
     "algorithm": ({"algorithm": "gptq"}, {"algorithm": "gptq"}),
     "groups": ({"shared_scale_groups": None}, {}),
 }  # fmt: skip
@@ -362,11 +371,31 @@ def test_parameters_of_algorithms():
         ({"scheme": "fp8", "kv_cache_scheme": "fp8", "min_kv_scale": -1}, ConfigError, "a number from 0 on"),
         ({"scheme": "fp8", "shared_scale_groups": ["q_proj", "k_proj"]}, ConfigError, "a list of lists of names"),
         ({"scheme": "fp8", "shared_scale_groups": [[]]}, ConfigError, "a list of lists of names"),
+        ({"scheme": "fp8", "exclude_layers": "lm_head"}, ConfigError, r"write \['lm_head'\]"),
+        ({"scheme": "fp8", "exclude_layers": 3}, ConfigError, "exclude_layers: a list of names is needed, not 3"),
+        ({"scheme": "fp8", "algorithm": 3}, ConfigError, "algorithm: a list of names is needed, not 3"),
+        ({"scheme": "fp8", "algorithm": [3]}, ConfigError, r"algorithm: a list of names is needed, not \[3\]"),
+        (
+            {"scheme": "fp8", "algorithm": "gptq", "algo_configs": {"gptq": 3}},
+            ConfigError,
+            "a mapping is needed, not 3",
+        ),
+        ({"scheme": "fp8", "algorithm": "gptq", "algo_configs": 3}, ConfigError, "algo_configs: a mapping is needed"),
+        ({"scheme": "fp8", "layer_config": "mxfp4"}, ConfigError, "layer_config: a mapping is needed, not 'mxfp4'"),
     ],
 )
 def test_mistakes(asked: dict[str, Any], error: type[Exception], message: str):
     with pytest.raises(error, match=message):
         LLMTemplate.get("llama").get_config(**asked)
+
+
+def test_attention_that_overrules_the_cache_is_said(recwarn: pytest.WarningsRecorder):
+    template = LLMTemplate.get("llama")
+    for cache in (None, "fp8"):
+        template.get_config("fp8", kv_cache_scheme=cache, attention_scheme="fp8")
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match="attention_scheme fp8 decides the KV cache, not kv_cache_scheme nvfp4"):
+        template.get_config("fp8", kv_cache_scheme="nvfp4", attention_scheme="fp8")
 
 
 def test_what_a_template_does_not_say_is_an_error():
