@@ -90,7 +90,7 @@ class CalibrationFlags(WhatFlags):
             min=0,
             max=2**63 - 1,
             metavar="N",
-            help="Seed that chooses the calibration rows.",
+            help="Seed of what is random: the choice of calibration rows, the signs of a rotation.",
             show_default="0",
         ),
     ] = None

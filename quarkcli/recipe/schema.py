@@ -134,7 +134,9 @@ class Calibration(Strict):
     bos: Literal["auto", "on", "off"] | None = Field(
         default=None, description="whether rows begin with the BOS token; auto: as the tokenizer does it"
     )
-    seed: int | None = Field(default=None, ge=0, lt=2**63, description="seed of the choice of rows")
+    seed: int | None = Field(
+        default=None, ge=0, lt=2**63, description="seed of what is random: the choice of rows, the signs of a rotation"
+    )
     moe: Literal["routed", "all"] | None = Field(
         default=None, description="tokens that an expert is calibrated on: those routed to it, or all"
     )
