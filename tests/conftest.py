@@ -32,6 +32,7 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ.pop(name, None)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
     os.environ.update(SURROUNDINGS, HOME=str(home), QUARK_HOME=str(home / "quark"))
+    os.fsync = lambda descriptor: None  # a test never loses power; that files are synced is asked by watching the calls
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -14,11 +14,11 @@ PROBE_TOKENS = 128  # tokens of the rows that tell a block's error where one pas
 
 
 def takes_one_pass(plan: Plan, steps: Sequence[Assignment]) -> bool:
-    """True when data gives nothing but ranges: every step is a solver, and none asks for statistics.
+    """True when no step makes up for errors: every step is a transform, or a solver that asks for no statistics.
 
-    Ranges are measured on the source's hidden states, which one pass both looks at and moves on.
+    They look at the source's hidden states, as SmoothQuant and AWQ do, which one pass both looks at and moves on.
     """
-    return all(step.kind == "solver" and not step.needs(plan) for step in steps)
+    return all(step.kind == "transform" or (step.kind == "solver" and not step.needs(plan)) for step in steps)
 
 
 def balances(plan: Plan, steps: Sequence[Assignment]) -> dict[str, float]:

@@ -62,6 +62,13 @@ class AlgorithmStep(BaseModel):
         default=None, min_length=1, description="patterns of the weight slots that it works on; without it: all"
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _is_no_name(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            raise ValueError(f"an algorithm must be a mapping, not {value!r}; write {{method: {value}}}")
+        return value
+
 
 class AdviceRow(Strict):
     """The default advice for some formats: steps, and why."""

@@ -55,8 +55,8 @@ def test_no_step_changes_nothing(solver: str, llama: Path, page: Path, tmp_path:
 
 
 CASES = [
-    ("llama", "int2_wo_128"), ("llama", "uint4_wo_32"), ("llama", "fp8"),
-    *(pytest.param("llama", scheme, marks=pytest.mark.slow) for scheme in ("nvfp4", "mxfp4")),
+    ("llama", "int2_wo_128"), ("llama", "fp8"),
+    *(pytest.param("llama", scheme, marks=pytest.mark.slow) for scheme in ("uint4_wo_32", "nvfp4", "mxfp4")),
     ("qwen3_moe", "int3_wo_128"), ("qwen3_moe_fused", "nvfp4"), ("gpt_oss", "mxfp4"),
 ]  # fmt: skip
 
@@ -164,6 +164,7 @@ def test_an_expert_without_tokens_keeps_its_solvers_codes(page: Path, tmp_path: 
     assert moved == {True, False}
 
 
+@pytest.mark.slow  # `test_invariants` kills every algorithm alone
 def test_killed_and_resumed(llama: Path, page: Path, tmp_path: Path) -> None:
     steps = "{method: gptq}, " + QUICK
     calm = made(llama, tmp_path / "calm", "int3_wo_128", steps, page, seed=3)
@@ -172,6 +173,7 @@ def test_killed_and_resumed(llama: Path, page: Path, tmp_path: Path) -> None:
     assert runs.same_files(calm.folder, again.folder)
 
 
+@pytest.mark.slow  # `test_invariants` does so with nvfp4
 def test_batch_size_changes_no_bits(llama: Path, page: Path, tmp_path: Path) -> None:
     one = made(llama, tmp_path / "one", "mxfp4", QUICK, page, calib_batch=1)
     other = made(llama, tmp_path / "other", "mxfp4", QUICK, page, calib_batch=16)

@@ -71,22 +71,16 @@ def watch_packing(patch: pytest.MonkeyPatch) -> dict[str, Quantized]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_same_seed_gives_the_same_bytes_whatever_the_batch(
-    name: str, plain: Any, text: Path, tmp_path: Path
+def test_the_same_seed_gives_the_same_bytes_whatever_the_batch_and_after_a_kill(
+    name: str, plain: Any, text: Path, tmp_path: Path, forks: Forks
 ) -> None:
-    made, _ = plain[name]
-    again = runs.run(made.source, tmp_path / "again", calib_batch=3, **options(name, text))
-    assert runs.same_files(made.folder, again.folder)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_killed_run_ends_with_the_same_bytes(name: str, plain: Any, text: Path, tmp_path: Path, forks: Forks) -> None:
     made, _ = plain[name]
     asked = options(name, text)
     settings = [word for text in asked["settings"] for word in ("--set", text)]
     command = [
         "quantize", "--model", str(made.source), "--scheme", SCHEME, "--algorithm", name, *settings, "--device", "cpu",
         "--calib-data", str(text), "--calib-samples", str(ROWS), "--calib-seqlen", str(TOKENS), "-o", "out",
+        "--calib-batch", "24",
     ]  # fmt: skip
     kill = at("quarkcli.disk.journal.Journal.finish", call=3, after=True)
     assert forks(*command, cwd=tmp_path, hook=kill).code == -9

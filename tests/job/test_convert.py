@@ -76,6 +76,8 @@ def test_every_scheme_between_all_dialects_that_hold_it(tmp_path, scheme):
         check_equal(made[after], there)
         check_equal(made[before], there)
         assert verify.directory(str(there), str(EMBEDDED), hashes=True)
+        if len(made) == 2 and runs.same_files(made[after], there):
+            continue  # the other pair is the way back
         converted(there, before, back)
         check_equal(made[before], back)
         if not summary["one_ulp_off"]:

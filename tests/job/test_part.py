@@ -109,11 +109,11 @@ def test_a_broken_weight_is_named(value: float, scheme: str, algorithm: str | No
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("algorithm", "sizes"), [("rtn", [8] * 4 + [1]), ("gptq", [8] * 8)])
-def test_ranges_alone_take_one_pass(
+@pytest.mark.parametrize(("algorithm", "sizes"), [("rtn", [8] * 4 + [1]), ("awq", [8] * 4 + [1]), ("gptq", [8] * 8)])
+def test_what_makes_up_for_no_errors_takes_one_pass(
     algorithm: str, sizes: list[int], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rounding to nearest runs one row again, for the block's error; what goes by moments runs all rows."""
+    """Then one row runs again, for the block's error; what goes by moments runs all rows."""
     seen: list[int] = []
     whole = Runner.run_block
 

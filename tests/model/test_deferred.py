@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 from tests import runs
 
 START = """
@@ -21,20 +23,34 @@ def asked(allowed: bool, code: str) -> str:
     return done.stdout.strip()
 
 
-def test_the_compiler_is_imported_by_programs_alone():
-    loaded = "print(sorted({'torch._inductor', 'torch.distributed.tensor'} & set(sys.modules)))"
-    assert asked(True, loaded) == "[]"
-    assert asked(False, loaded) == "['torch._inductor', 'torch.distributed.tensor']"
+@pytest.mark.parametrize(
+    ("allowed", "found"),
+    [
+        (True, "[]"),
+        pytest.param(False, "['torch._inductor', 'torch.distributed.tensor']", marks=pytest.mark.slow),
+    ],
+)
+def test_the_compiler_is_imported_by_programs_alone(allowed, found):
+    assert asked(allowed, "print(sorted({'torch._inductor', 'torch.distributed.tensor'} & set(sys.modules)))") == found
 
 
-def test_whoever_asks_for_it_gets_the_real_one():
-    compiled = (
-        "print(torch._dynamo.config.__name__, torch.compile(lambda x: x + 1, backend='eager')(torch.ones(1)).item())"
-    )
-    assert asked(True, compiled) == "torch._dynamo.config 2.0"
-    assert asked(True, "import torch._dynamo.config as c; print(c.__name__, len(sys.modules) > 2000)").endswith("True")
-    vmap = "from transformers import masking_utils as m; print(type(m.TransformGetItemToIndex()).__module__)"
-    assert asked(True, vmap) == "torch._dynamo._trace_wrapped_higher_order_op"
+REAL = {
+    "print(torch._dynamo.config.__name__, torch.compile(lambda x: x + 1, backend='eager')(torch.ones(1)).item())": (
+        "torch._dynamo.config 2.0"
+    ),
+    "import torch._dynamo.config as c; print(c.__name__, len(sys.modules) > 2000)": "torch._dynamo.config True",
+    "from transformers import masking_utils as m; print(type(m.TransformGetItemToIndex()).__module__)": (
+        "torch._dynamo._trace_wrapped_higher_order_op"
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("code", "printed"),
+    [pytest.param(*row, marks=pytest.mark.slow if number else ()) for number, row in enumerate(REAL.items())],
+)
+def test_whoever_asks_for_it_gets_the_real_one(code, printed):
+    assert asked(True, code) == printed
 
 
 WHOLE = """

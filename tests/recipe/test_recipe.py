@@ -105,6 +105,7 @@ def test_built_in_recipes_are_good(name: str) -> None:
         ),
         ("quantize: {quant_cfg: [{quantizer_path: a, cfg: 3}]}\n", "2:44", "cfg must be a mapping or a list, not 3"),
         ("quantize: {quant_cfg: [{quantizer_path: a, cfg: {element: int5}}]}\n", "2:44", "element 'int5' is unknown"),
+        ("quantize: {scheme: fp8, algorithm: [gptq]}\n", "2:37", "not 'gptq'; write {method: gptq}"),
     ],
 )  # fmt: skip
 def test_mistakes_have_file_line_and_column(text: str, place: str, what: str, tmp_path: Path) -> None:
