@@ -227,6 +227,9 @@ def _output(asked: Asked, space: Space) -> Path | None:
     if not output.parent.is_dir():
         hint = "make the directory first, or choose another"
         raise UsageError("there is no such directory", where=str(output.parent), hint=hint, kind="E-OUTPUT-FILE")
+    if asked.scores is not None and asked.scores.resolve() == output.resolve():
+        what = "the recipe and its losses cannot be one file"
+        raise UsageError(what, where=f"--scores {asked.scores}", hint="give another --scores", kind="E-FLAG-CONFLICT")
     return output
 
 
@@ -301,7 +304,8 @@ def _measured(
     from quarkcli.search.states import place
 
     if not path.parent.is_dir():
-        raise UsageError("there is no such directory", where=str(path.parent), kind="E-OUTPUT-FILE")
+        hint = "make the directory first, or choose another"
+        raise UsageError("there is no such directory", where=str(path.parent), hint=hint, kind="E-OUTPUT-FILE")
     _check_resources(run, data, path)
     device = devices.device(run.options.device)
     memory.return_large_buffers()

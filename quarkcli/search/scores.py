@@ -54,7 +54,10 @@ def read(path: Path, digest: str, groups: Sequence[Group]) -> Losses | None:
         known = stored["schema"], stored["fingerprint"]
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:  # a directory, or a file that may not be read: nothing that should be deleted
+        what = f"cannot be read: {error.strerror}"
+        raise ConfigError(what, where=str(path), hint="give another --scores", kind="E-SCORES-FILE") from error
+    except (ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
         raise ConfigError(
             "this is not a file of scores", where=str(path), hint=_hint(path), kind="E-SCORES-FILE"
         ) from error

@@ -58,13 +58,18 @@ def test_without_a_budget_nothing_is_written_but_scores(quark, text, tmp_path):
         (("--schemes", "mxfp4,bf16", "--budget", "5", "--calib-data", "nowhere.txt"), 5, "nowhere.txt"),
         (("--schemes", "mxfp4,bf16", "--budget", "5", "--exclude", "*nope"), 3, "matches none of"),
         (("--schemes", "mxfp4,bf16", "--budget", "20"), 3, "the budget is large enough to quantize nothing"),
+        (
+            ("--schemes", "nvfp4,fp8", "--budget", "5", "-o", "x.yml", "--scores", "../{}/x.yml"),
+            2,
+            "cannot be one file",
+        ),
         (("--recipe", "none.yaml"), 3, "none.yaml: there is no such file"),
         (("--recipe", "nvfp4"), 3, "give a file with an auto_quantize section"),
     ],
 )
 def test_what_is_wrong_is_said_at_once(quark, tmp_path, arguments, code, said):
     data = () if "--calib-data" in arguments else ("--calib-data", "builtin")
-    answer = quark("search", "--model", "demo", *arguments, *data)
+    answer = quark("search", "--model", "demo", *(text.format(tmp_path.name) for text in arguments), *data)
     assert answer.code == code, answer.err
     assert said in answer.err
     assert not list(tmp_path.glob("*"))

@@ -117,9 +117,14 @@ def test_another_budget_runs_no_model(
         with pytest.raises(ConfigError, match="a loss is missing, or is no number from 0 on") as error:
             search(asked(source, text, ["nvfp4", "fp8", "bf16"], scores=tmp_path / "scores.json"), silent)
         assert error.value.kind == "E-SCORES-FILE"
-    (tmp_path / "scores.json").write_text("[]")
-    with pytest.raises(ConfigError, match="not a file of scores"):
-        search(asked(source, text, ["nvfp4", "bf16"], scores=tmp_path / "scores.json"), silent)
+    huge = {"losses": [{"group": "x", "candidate": "fp8", "loss": 10**400}]}
+    for damaged in ("[]", "[" * 200_000, json.dumps(huge)):
+        (tmp_path / "scores.json").write_text(damaged)
+        with pytest.raises(ConfigError, match="not a file of scores"):
+            search(asked(source, text, ["nvfp4", "bf16"], scores=tmp_path / "scores.json"), silent)
+    with pytest.raises(ConfigError, match="cannot be read: Is a directory") as error:
+        search(asked(source, text, ["nvfp4", "bf16"], scores=tmp_path), silent)
+    assert "delete" not in error.value.hint
     for other in ({"algorithm": "gptq"}, {"seed": 4}, {"calib_samples": 9}):
         with pytest.raises(ConfigError, match="these scores are for another model, other data, schemes or settings"):
             search(asked(source, text, ["nvfp4", "fp8", "bf16"], other, scores=scored), silent)
