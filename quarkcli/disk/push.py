@@ -21,12 +21,13 @@ def push(
 
     overwrite   a repository that holds something is replaced: its other files are removed in the same commit
     """
+    import huggingface_hub as hub
+
+    _check_place(repository)
     tell(Phase("verify"))
     checks = verify.check(str(folder), verify.Asked(), tell)
     names = _names(folder, tell)
     tell(Phase("upload"))
-    import huggingface_hub as hub
-
     api = hub.HfApi()
     try:
         url = api.create_repo(repository, private=private or None, exist_ok=True)
@@ -54,6 +55,24 @@ def push(
     }  # fmt: skip
 
 
+def _check_place(repository: str) -> None:
+    """Raises UsageError for a name that no repository can have, HubError when quark is offline: before any work."""
+    from huggingface_hub import constants, errors
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repository)
+        named = repository.count("/") == 1
+    except errors.HFValidationError:
+        named = False
+    if not named:
+        hint = "write ORG/NAME: letters, digits, '-', '_' and '.', at most 96 characters"
+        raise UsageError("is not the name of a repository", where=repository, hint=hint, kind="E-FLAG-VALUE")
+    if constants.HF_HUB_OFFLINE:
+        what = "an upload needs the network, and quark is offline"
+        raise HubError(what, where=repository, hint="unset HF_HUB_OFFLINE", kind="E-HUB-UPLOAD")
+
+
 def _names(folder: Path, tell: Listener) -> list[str]:
     """Returns the files to upload: those of the manifest, or all that are not hidden where there is none."""
     every = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
@@ -69,20 +88,13 @@ def _names(folder: Path, tell: Listener) -> list[str]:
 
 def _refusal(error: Exception, repository: str) -> QuarkError:
     """Returns the plain message of a failed upload; the token itself is never shown."""
-    from huggingface_hub import constants, get_token
+    from huggingface_hub import get_token
 
     token = get_token()
     status = getattr(getattr(error, "response", None), "status_code", None)
     login = f"set HF_TOKEN to a token that may write to {repository} ({'a' if token else 'no'} token was found)"
     if status in (401, 403) or (token is None and "token" in str(error).lower()):
         return HubError("the hub refused the upload", where=repository, hint=login, kind="E-HUB-UPLOAD")
-    if constants.HF_HUB_OFFLINE:
-        return HubError(
-            "an upload needs the network, and quark is offline",
-            where=repository,
-            hint="unset HF_HUB_OFFLINE",
-            kind="E-HUB-UPLOAD",
-        )
     text = " ".join(str(error).split())[:300].replace(token or "\0", "***")
     what = f"the upload failed: {type(error).__name__}: {text}"
     return HubError(

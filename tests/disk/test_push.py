@@ -10,7 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
+from quarkcli.disk import push as pushing
+from quarkcli.errors import HubError, UsageError
 from tests import runs
 from tests.hub import TOKEN, Hub, started
 
@@ -64,6 +67,16 @@ def test_what_fails_verification_is_not_sent(hub, made, tmp_path):
     shard.write_bytes(shard.read_bytes()[:-1] + b"\x7e")
     assert push(hub, folder, "org/name").returncode == 8
     assert hub.calls == []
+
+
+def test_a_name_or_a_network_that_cannot_be_is_said_before_any_work(tmp_path, monkeypatch):
+    for name in ("name", "org/team/name", "org/a b", "/name", "org/", ""):
+        with pytest.raises(UsageError, match="is not the name of a repository") as caught:
+            pushing.push(tmp_path, name)
+        assert caught.value.hint.startswith("write ORG/NAME")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(HubError, match="an upload needs the network, and quark is offline"):
+        pushing.push(tmp_path, "org/name")
 
 
 def test_a_token_that_may_not(hub, made):
