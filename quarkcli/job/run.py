@@ -96,9 +96,9 @@ def open_source(options: Options, tell: Listener = silent, kept: Path | None = N
 
 
 def _output(options: Options, recipe: Recipe, name: str = "") -> Path:
-    """Returns the output directory. `name`: of the model; a hub id has it from the start."""
+    """Returns the output directory; named after a recipe, it is no path. `name`: of the model; a hub id has it."""
     name = DEMO if options.model == DEMO else name or options.model.rpartition("/")[2]
-    return _expanded(options.output) or Path(f"{name}-{recipe.name}")
+    return _expanded(options.output) or Path(f"{name}-{recipe.file_name}")
 
 
 def _expanded(path: Path | None) -> Path | None:

@@ -68,6 +68,11 @@ class Recipe:
     notes: list[str] = field(default_factory=list)
     differs: list[str] = field(default_factory=list)
 
+    @property
+    def file_name(self) -> str:
+        """The name as a part of a file's name, which leads to no other folder."""
+        return self.name.translate(str.maketrans("/\0", "--"))
+
 
 WEIGHT_KINDS = ("weight", "input", "output", "bias")
 ATTENTION_KINDS = ("q", "k", "v", "p")

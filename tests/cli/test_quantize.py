@@ -43,6 +43,15 @@ def test_default_output_is_model_and_scheme(quark, tmp_path):
     assert (tmp_path / "demo-mxfp4").is_dir()
 
 
+@pytest.mark.parametrize("name", ["/../../up", "a/b", "a\0b"])
+def test_a_recipe_cannot_name_another_place(quark, tmp_path, name):
+    recipe = {"schema": "quark/recipe/1", "metadata": {"name": name}, "quantize": {"scheme": "mxfp4"}}
+    (tmp_path / "r.yaml").write_text(json.dumps(recipe))
+    code, out, err = quark("plan", "--model", "demo", "--recipe", "r.yaml", "--json")
+    assert code == 0, err
+    assert json.loads(out)["output"] == "demo-" + name.replace("/", "-").replace("\0", "-")
+
+
 def test_an_existing_output_is_refused_unless_overwritten(quark, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("mine")
