@@ -53,7 +53,8 @@ class QuarkError(Exception):
             self.add_note(f"hint: {hint}")  # a line of its own in a traceback and a notebook
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.what}" if self.where else self.what
+        where = self.where.replace("\n", "\\n").replace("\r", "\\r")  # a name of a file may have them
+        return f"{where}: {self.what}" if where else self.what
 
 
 class UsageError(QuarkError):

@@ -158,6 +158,11 @@ def test_error_and_hint_on_lines_of_their_own(quark, monkeypatch):
     assert err == "error: recipe.yaml:3: wrong\nhint: do this\n"
 
 
+def test_a_line_break_in_a_name_breaks_no_line(quark, monkeypatch):
+    fail_with(monkeypatch, ConfigError("wrong", where="a\nb\rc.yaml:3", kind="E-ENTRY"))
+    assert quark("plan", "--model", "demo", "--scheme", "mxfp4").err == "error: a\\nb\\rc.yaml:3: wrong [E-ENTRY]\n"
+
+
 def test_errors_as_json(quark, monkeypatch):
     fail_with(monkeypatch, ConfigError("wrong", where="recipe.yaml:3", hint="do this"))
     code, out, err = quark("plan", "--model", "demo", "--scheme", "mxfp4", "--json")
