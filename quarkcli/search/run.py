@@ -221,7 +221,7 @@ def _output(asked: Asked, space: Space) -> Path | None:
         raise UsageError(
             "exists already",
             where=str(output),
-            hint="use --overwrite to replace the file, or choose another -o",
+            hint=f"{'use --overwrite to replace the file, or ' if output.is_file() else ''}choose another -o",
             kind="E-OUTPUT-FILE",
         )
     if not output.parent.is_dir():

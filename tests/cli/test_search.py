@@ -63,6 +63,7 @@ def test_without_a_budget_nothing_is_written_but_scores(quark, text, tmp_path):
             2,
             "cannot be one file",
         ),
+        (("--schemes", "nvfp4,fp8", "--budget", "5", "-o", ".", "--overwrite"), 2, "hint: choose another -o"),
         (("--recipe", "none.yaml"), 3, "none.yaml: there is no such file"),
         (("--recipe", "nvfp4"), 3, "give a file with an auto_quantize section"),
     ],
