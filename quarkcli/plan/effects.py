@@ -51,13 +51,17 @@ def _one_of_each(names: Iterable[str]) -> list[str]:
 
 
 def _misspelled(pattern: str, modules: list[str]) -> bool:
-    """True when the plain word of a pattern is nearly, not exactly, the end of a module's name."""
+    """True when the plain word of a pattern is nearly, not exactly, the start or end of a module's name.
+
+    Its numbers may be others: a list may name blocks that this model does not have.
+    """
     word = _SLOT.sub("", pattern).strip("*.").rpartition("*")[2].strip(".")
     if pattern.startswith("re:") or not word:
         return False
-    steps = word.count(".") + 1
-    ends = {".".join(name.split(".")[-steps:]) for name in modules}
-    return word not in ends and bool(difflib.get_close_matches(word, ends, n=1, cutoff=_ALIKE))
+    word, steps = _NUMBER.sub("*", word), word.count(".") + 1
+    names = [_NUMBER.sub("*", name).split(".") for name in modules]
+    known = {".".join(own) for name in names for own in (name[:steps], name[-steps:])}
+    return word not in known and bool(difflib.get_close_matches(word, known, n=1, cutoff=_ALIKE))
 
 
 def _shown(entry: Entry) -> str:

@@ -174,7 +174,9 @@ def test_classes_that_no_family_has_match_nothing(word: str) -> None:
     [
         ("*lm_haed*", True),
         ("*dwn_proj*", True),
-        *((p, False) for p in ("*mlp.gate.*", "*router*", "*proj_out.*", "mtp.*")),
+        ("modle.layers.0.*", True),
+        ("model.layer.1.mlp.up_proj", True),
+        *((p, False) for p in ("*mlp.gate.*", "*router*", "*proj_out.*", "mtp.*", "model.layers.61.*")),
     ],
 )
 def test_optional_entries_are_news_only_when_misspelled(pattern: str, said: bool) -> None:
