@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 from pydantic import Field
 
 from quarkcli.errors import ConfigError, near_misses
-from quarkcli.family.config import block_count
+from quarkcli.family.config import block_count, text_config
 from quarkcli.recipe.schema import Strict
 
 
@@ -76,11 +76,18 @@ class AttentionModel(Strict):
     gated: bool = False
 
 
+Only = dict[str, list[str | bool | int | float | None]]  # key of config.json -> values; null: it has no such key
+
+
 class ScalingModel(Strict):
-    """Channels that can be scaled without changing the function: divided at `source`, multiplied into `readers`."""
+    """Channels that can be scaled without changing the function: divided at `source`, multiplied into `readers`.
+
+    only  values of keys of config.json with which that holds
+    """
 
     source: str
     readers: list[str] = Field(min_length=1)
+    only: Only = Field(default_factory=dict)
 
 
 class ResidualModel(Strict):
@@ -122,11 +129,13 @@ class HeadsModel(Strict):
     """The values of attention: rows of `writer` (the last ones, where q, k and v are fused), columns of `reader`.
 
     no_rotation  why they cannot be rotated inside their heads, although they can change places there
+    only         values of keys of config.json with which they can be rotated
     """
 
     writer: str
     reader: str
     no_rotation: str | None = None
+    only: Only = Field(default_factory=dict)
 
 
 class FamilyModel(Strict):
@@ -178,11 +187,25 @@ class FamilyModel(Strict):
     norm_offset: float = 0.0
     tied: bool = False
 
+    def suited(self, config: Mapping[str, object]) -> FamilyModel:
+        """Returns the family without the rewrites that would change what a model with this config computes."""
+        text, heads = text_config(config), self.heads
+        unmet = _unmet(heads.only, text) if heads is not None and heads.no_rotation is None else None
+        if heads is not None and unmet is not None:
+            heads = heads.model_copy(update={"no_rotation": f"config.json has {unmet}: {text[unmet]}"})
+        scaling = [rule for rule in self.scaling if _unmet(rule.only, text) is None]
+        return self.model_copy(update={"scaling": scaling, "heads": heads})
+
     def runs(self, module: str, config: Mapping[str, object]) -> bool:
         """True for a module inside the decoder blocks that the model's own forward runs."""
         found = re.match(re.escape(self.blocks) + r"\.(\d+)\.", module)
         count = block_count(config)
         return found is not None and (count is None or int(found[1]) < count)
+
+
+def _unmet(only: Only, text: Mapping[str, object]) -> str | None:
+    """Returns the first key of config.json with another value than these; None where all have one of them."""
+    return next((key for key, values in only.items() if text.get(key) not in values), None)
 
 
 # Roles kept in source precision unless --unprotect names them, with the reason the plan shows.

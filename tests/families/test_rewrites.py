@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from quarkcli.algorithms.tensors import PartTensors
+from quarkcli.errors import ConfigError
 from quarkcli.family import Pair
 from quarkcli.model.handlers import Handlers
 from quarkcli.plan.model import Plan
@@ -98,6 +99,35 @@ def test_scaling_pairs_do_not_change_a_block(name: str, built: dict[str, Path]) 
         runner.load_block(index, {key: tensors[key] for key in block_tensors(tensors, block)})
     if len([other for other in NAMES if models.RECIPES[other]["file"] == models.RECIPES[name]["file"]]) == 1:
         assert {pair.source for pair in found.scaling} - used <= set(ELSEWHERE)
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "lost"),
+    [
+        ("opt", {"activation_function": "gelu"}, "fc1"),
+        ("olmoe", {"clip_qkv": 0.1}, "self_attn.v_proj"),
+    ],
+)
+def test_a_config_under_which_a_pair_would_change_the_block(
+    name: str, config: dict[str, object], lost: str, tmp_path: Path
+) -> None:
+    source = models.build(name, tmp_path / name, **config)
+    tensors = runs.read_all(source)
+    runner, index, recording, hidden, output = next(models.walk(source, tensors))
+    part, own = part_of(source, tensors, index)
+    assert part.pairs and not any(pair.source.endswith(lost) for pair in part.pairs)
+    for pair in part.pairs:
+        width = len(part.columns(pair.source)) if not pair.norm else part.read(f"{pair.source}.weight").numel()
+        part.scale(pair, torch.rand(width, generator=torch.Generator().manual_seed(1)) + 0.5)
+    assert part.commit()
+    runner.load_block(index, own)
+    assert close(runner.run_block(index, recording, hidden), output)
+
+
+def test_clipped_values_are_not_rotated(tmp_path: Path) -> None:
+    source = models.build("olmoe", tmp_path / "olmoe", clip_qkv=0.1)
+    with pytest.raises(ConfigError, match=r"config\.json has clip_qkv: 0\.1"):
+        runs.prepare(source, scheme="int8_dynamic", algorithm="rotation", settings=["rotation.r2=true"], target="none")
 
 
 def close(one: Tensor, other: Tensor) -> bool:
