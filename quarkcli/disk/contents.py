@@ -24,6 +24,11 @@ class Copied(NamedTuple):
     tensor: str
     target: Target | None = None
 
+    def of(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Returns its values, from tensors of the source."""
+        tensor = tensors[self.tensor]
+        return tensor if self.target is None else self.target.view.of(tensor).contiguous()
+
 
 def slug(part: Part) -> str:
     """Returns the text that stands for a part in its shard's file name: `embed`, `block-00003`, `tail`, `rest`."""

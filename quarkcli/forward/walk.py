@@ -197,7 +197,7 @@ class Walk:
 
         advance   the served stream moves on with it as well
         apart     by stream, the tensors of the block that are others in the other stream, when it is observed again:
-                  the source stream moves as it did the first time; None: there are none
+                  streams move as they did the first time; None: it is the first time
         """
         again = apart is not None
 

@@ -129,11 +129,11 @@ class PartWorker:
         statistics, before = self._observe(part, tensors)
         for step, transform in self.transforms:
             if statistics is not None and rewriting.after(step, transform, statistics):
-                statistics, before = self._observe(part, tensors)
+                statistics, _ = self._observe(part, tensors, again=True)
         statistics = self._turn(part, tensors, rewriting.online(), statistics)
         scales = self._static_scales(part, statistics)
         packing, weight_errors = self._quantize(part, tensors, statistics, scales)
-        kept = {row.info.name: _copy(row, tensors) for row in self._copied(part)}
+        kept = {row.info.name: row.of(tensors) for row in self._copied(part)}
         out, *others = packing.tensors(kept, rewriting.added)
         expert_tokens, sites = (statistics.expert_tokens(), told(statistics.outliers)) if statistics else ({}, {})
         self._check_experts(expert_tokens)
@@ -165,8 +165,13 @@ class PartWorker:
 
     # -- statistics ----------------------------------------------------------------------------------------------
 
-    def _observe(self, part: Part, tensors: Mapping[str, Tensor], staged: Decoded | None = None) -> Observed:
-        """Runs the part in source precision, on states of the quantized parts below (`one_pass`: of the source's)."""
+    def _observe(
+        self, part: Part, tensors: Mapping[str, Tensor], staged: Decoded | None = None, again: bool = False
+    ) -> Observed:
+        """Runs the part in source precision, on states of the quantized parts below (`one_pass`: of the source's).
+
+        again   behind a transform, which may have clamped weights: states move on as they did the first time
+        """
         walk = self.walk
         if walk is None or not self.is_shared(part):
             return None, None
@@ -180,7 +185,8 @@ class PartWorker:
             statistics, first = walk.observe_tail(new, tensors), None
         else:
             walk.runner.load_block(part.block, tensors if staged is None else staged.tensors())
-            advance, apart = self.one_pass and part.index < self.last, staged.apart() if staged is not None else None
+            apart = staged.apart() if staged is not None else {} if again else None
+            advance = self.one_pass and part.index < self.last and not again
             statistics, first = walk.observe(part.block, new, advance, apart)
         join(statistics)
         if not self.solving.is_data_free:
@@ -206,7 +212,7 @@ class PartWorker:
         if statistics.turn({t.site: block for t, block in targets if t.site is not None}, self.late):
             self.walk.runner.load_block(part.block, tensors)
             return statistics
-        return self._observe(part, tensors)[0]
+        return self._observe(part, tensors, again=True)[0]
 
     def _static_scales(self, part: Part, statistics: Statistics | None) -> dict[str, Tensor]:
         """Returns the stored static scales by `Activation.key`."""
@@ -360,9 +366,9 @@ class PartWorker:
         """
         found = NonFinite(self.roles)
         rows = list(self._copied(part))
-        for row, fine in zip(rows, self.workers.map(lambda row: is_finite(_copy(row, tensors)), rows), strict=True):
+        for row, fine in zip(rows, self.workers.map(lambda row: is_finite(row.of(tensors)), rows), strict=True):
             if not fine:
-                found.look(row.info.name, _copy(row, tensors))
+                found.look(row.info.name, row.of(tensors))
         first = found.first()
         if first is not None and self.on_nonfinite != "keep":
             raise DataError(first[1], where=first[0], hint=HINT, kind="E-NONFINITE-WEIGHT")
@@ -391,9 +397,3 @@ class PartWorker:
             after = self.walk.probe(part.block, served)
         self.walk.runner.unload_block(part.block)
         return after
-
-
-def _copy(row: Copied, tensors: Mapping[str, Tensor]) -> Tensor:
-    """Returns the values of a tensor that is written in the source's form."""
-    tensor = tensors[row.tensor]
-    return tensor if row.target is None else row.target.view.of(tensor).contiguous()

@@ -314,7 +314,8 @@ def test_gptq_after_it_needs_no_second_look(page: Path, tmp_path: Path, monkeypa
 
     source, calls = build("llama", tmp_path / "m", num_hidden_layers=1), []
     observe = PartWorker._observe
-    monkeypatch.setattr(PartWorker, "_observe", lambda self, *given: calls.append(1) or observe(self, *given))
+    spy = lambda self, *given, **more: calls.append(1) or observe(self, *given, **more)  # noqa: E731
+    monkeypatch.setattr(PartWorker, "_observe", spy)
     steps = "[{method: awq}, {method: gptq}]"
     for scheme, again in (("int4_wo_128", 0), ("nvfp4", 1)):
         calls.clear()

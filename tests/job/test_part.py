@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from quarkcli.disk.checkpoint import Checkpoint
@@ -15,11 +16,13 @@ from quarkcli.disk.source import Source
 from quarkcli.errors import DataError
 from quarkcli.evaluation.run import evaluate
 from quarkcli.events import Event, PartDone
+from quarkcli.forward.walk import Walk
 from quarkcli.job import run as job
 from quarkcli.job.part import PartWorker
 from quarkcli.job.reach import last_part
 from quarkcli.model.runner import Runner
 from tests import runs
+from tests.algorithms import rewriting
 
 
 @pytest.fixture(scope="module")
@@ -159,3 +162,28 @@ def test_a_scale_that_leaves_little_is_mentioned(text: Path, tmp_path: Path) -> 
         made = runs.run(source, tmp_path / scheme, scheme=scheme, **runs.data(text, 8))
         found = [line for line in made.report["warnings"] if "rounds" in line]
         assert [line.split(":")[0] for line in found] == said
+
+
+def test_hidden_states_are_the_sources_where_clipped_weights_are_observed_again(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The range of scaled values is looked at again, for the cache; by then other weights are clipped."""
+    source = rewriting.build("llama", tmp_path / "source")
+    behind: list[tuple[torch.Tensor, torch.Tensor]] = []
+    observed = Walk.observed
+
+    def watched(self: Walk) -> None:
+        observed(self)
+        behind.extend((self.tokens[: len(states)], states) for states in self.served[:1])
+
+    monkeypatch.setattr(Walk, "observed", watched)
+    made = runs.run(
+        source, tmp_path / "out", scheme="int4_wo_32", algorithm="awq", kv_cache="fp8", settings=["awq.clip=on"],
+        target="none", **runs.data(text),
+    )  # fmt: skip
+    assert any("clipped" in note and note["taken"] for note in made.report["transforms"]["awq"]["model.layers.0"])
+    tokens, ours = behind[0]
+    model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    with torch.no_grad():
+        theirs = model(tokens, output_hidden_states=True).hidden_states[1]
+    assert float((ours - theirs).norm() / theirs.norm()) < 1e-4
