@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeVar
 
 from pydantic import Field
 
@@ -103,6 +103,7 @@ class ResidualModel(Strict):
     outside         patterns on full names, for what stands neither in a block, nor is embedding, last norm or head
     no_permutation  why its channels cannot change places; it cannot be rotated either
     no_rotation     why it cannot be rotated, although its channels can change places
+    only            values of keys of config.json with which it can be rotated
     """
 
     reads: list[str] = Field(default_factory=list)
@@ -112,6 +113,7 @@ class ResidualModel(Strict):
     outside: dict[Literal["reads", "writes", "norms", "inner"], list[str]] = Field(default_factory=dict)
     no_permutation: str | None = None
     no_rotation: str | None = None
+    only: Only = Field(default_factory=dict)
 
 
 class ChannelsModel(Strict):
@@ -136,6 +138,9 @@ class HeadsModel(Strict):
     reader: str
     no_rotation: str | None = None
     only: Only = Field(default_factory=dict)
+
+
+_Rule = TypeVar("_Rule", ResidualModel, HeadsModel)
 
 
 class FamilyModel(Strict):
@@ -189,12 +194,10 @@ class FamilyModel(Strict):
 
     def suited(self, config: Mapping[str, object]) -> FamilyModel:
         """Returns the family without the rewrites that would change what a model with this config computes."""
-        text, heads = text_config(config), self.heads
-        unmet = _unmet(heads.only, text) if heads is not None and heads.no_rotation is None else None
-        if heads is not None and unmet is not None:
-            heads = heads.model_copy(update={"no_rotation": f"config.json has {unmet}: {text[unmet]}"})
+        text = text_config(config)
         scaling = [rule for rule in self.scaling if _unmet(rule.only, text) is None]
-        return self.model_copy(update={"scaling": scaling, "heads": heads})
+        turned = {"heads": _turned(self.heads, text), "residual": _turned(self.residual, text)}
+        return self.model_copy(update={"scaling": scaling, **turned})
 
     def runs(self, module: str, config: Mapping[str, object]) -> bool:
         """True for a module inside the decoder blocks that the model's own forward runs."""
@@ -206,6 +209,14 @@ class FamilyModel(Strict):
 def _unmet(only: Only, text: Mapping[str, object]) -> str | None:
     """Returns the first key of config.json with another value than these; None where all have one of them."""
     return next((key for key, values in only.items() if text.get(key) not in values), None)
+
+
+def _turned(rule: _Rule | None, text: Mapping[str, object]) -> _Rule | None:
+    """Returns a rule with why it cannot be rotated, where config.json has another value than it must."""
+    unmet = _unmet(rule.only, text) if rule is not None and rule.no_rotation is None else None
+    if rule is None or unmet is None:
+        return rule
+    return rule.model_copy(update={"no_rotation": f"config.json has {unmet}: {text[unmet]}"})
 
 
 # Roles kept in source precision unless --unprotect names them, with the reason the plan shows.

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from quarkcli.algorithms.tensors import PartTensors
 from quarkcli.errors import ConfigError
-from quarkcli.family import Pair
+from quarkcli.family import Pair, known
 from quarkcli.model.handlers import Handlers
 from quarkcli.plan.model import Plan
 from quarkcli.recipe.match import starred
@@ -122,6 +122,21 @@ def test_a_config_under_which_a_pair_would_change_the_block(
     assert part.commit()
     runner.load_block(index, own)
     assert close(runner.run_block(index, recording, hidden), output)
+
+
+@pytest.mark.parametrize("behind", [None, False, True])
+def test_a_residual_stream_that_goes_on_from_behind_the_norm(behind: bool | None) -> None:
+    """ChatGLM, which transformers has no class for: nothing is scaled or rotated before the norms then."""
+    config = {"architectures": ["ChatGLMModel"], "model_type": "chatglm"}
+    config |= {"apply_residual_connection_post_layernorm": behind} if behind is not None else {}
+    identified = known.identify(config)
+    assert identified is not None
+    found = identified[1].suited(config)
+    assert bool(found.scaling) == (not behind)
+    assert found.residual is not None
+    assert found.residual.no_rotation == (
+        "config.json has apply_residual_connection_post_layernorm: True" if behind else None
+    )
 
 
 def test_clipped_values_are_not_rotated(tmp_path: Path) -> None:
