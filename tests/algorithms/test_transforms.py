@@ -192,7 +192,7 @@ def test_a_refiner_runs_after_any_solver(page: Path, tmp_path: Path, monkeypatch
     )
 
 
-@pytest.mark.parametrize("model", ["demo", pytest.param("qwen3_moe", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("model", ["demo", "qwen3_moe"])
 def test_a_tuner_betters_blocks_through_their_outputs(model: str, page: Path, tmp_path: Path) -> None:
     source = EMBEDDED if model == "demo" else runs.build(model, tmp_path / "m", torch.float32)
     data, scheme = runs.data(page, 16, 128), "int4_wo_32"

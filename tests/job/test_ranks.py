@@ -160,8 +160,8 @@ KILLS = {
     ("model", "job", "rank", "then"),
     [
         ("llama", "mxfp4", 1, 1),
+        ("llama", "nvfp4", 1, 4),
         ("mixtral", "awq", 0, 2),
-        pytest.param("llama", "nvfp4", 1, 4, marks=pytest.mark.slow),
         pytest.param("llama", "nvfp4", 1, 1, marks=pytest.mark.slow),
         pytest.param("llama", "nvfp4", 1, 2, marks=pytest.mark.slow),
         pytest.param("llama", "nvfp4", 0, 4, marks=pytest.mark.slow),

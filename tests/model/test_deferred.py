@@ -23,34 +23,30 @@ def asked(allowed: bool, code: str) -> str:
     return done.stdout.strip()
 
 
-@pytest.mark.parametrize(
-    ("allowed", "found"),
-    [
-        (True, "[]"),
-        pytest.param(False, "['torch._inductor', 'torch.distributed.tensor']", marks=pytest.mark.slow),
-    ],
-)
-def test_the_compiler_is_imported_by_programs_alone(allowed, found):
-    assert asked(allowed, "print(sorted({'torch._inductor', 'torch.distributed.tensor'} & set(sys.modules)))") == found
+LOADED = "print(sorted({'torch._inductor', 'torch.distributed.tensor'} & set(sys.modules)))"
 
 
-REAL = {
-    "print(torch._dynamo.config.__name__, torch.compile(lambda x: x + 1, backend='eager')(torch.ones(1)).item())": (
-        "torch._dynamo.config 2.0"
-    ),
-    "import torch._dynamo.config as c; print(c.__name__, len(sys.modules) > 2000)": "torch._dynamo.config True",
-    "from transformers import masking_utils as m; print(type(m.TransformGetItemToIndex()).__module__)": (
-        "torch._dynamo._trace_wrapped_higher_order_op"
-    ),
-}
+def test_a_command_does_not_import_the_compiler():
+    assert asked(True, LOADED) == "[]"
 
 
-@pytest.mark.parametrize(
-    ("code", "printed"),
-    [pytest.param(*row, marks=pytest.mark.slow if number else ()) for number, row in enumerate(REAL.items())],
-)
-def test_whoever_asks_for_it_gets_the_real_one(code, printed):
-    assert asked(True, code) == printed
+@pytest.mark.slow
+def test_a_program_imports_it():
+    assert asked(False, LOADED) == "['torch._inductor', 'torch.distributed.tensor']"
+
+
+def test_whoever_compiles_gets_the_real_one():
+    compiled = (
+        "print(torch._dynamo.config.__name__, torch.compile(lambda x: x + 1, backend='eager')(torch.ones(1)).item())"
+    )
+    assert asked(True, compiled) == "torch._dynamo.config 2.0"
+
+
+@pytest.mark.slow
+def test_whoever_imports_a_part_of_it_gets_the_real_one():
+    assert asked(True, "import torch._dynamo.config as c; print(c.__name__, len(sys.modules) > 2000)").endswith("True")
+    vmap = "from transformers import masking_utils as m; print(type(m.TransformGetItemToIndex()).__module__)"
+    assert asked(True, vmap) == "torch._dynamo._trace_wrapped_higher_order_op"
 
 
 WHOLE = """
