@@ -169,8 +169,8 @@ class Algorithm:
 
     name         the file's name, in its dash form
     parameters   settings that a recipe may give, with their defaults
-    streams      the streams of activations it wants to see: `served`, what the quantized blocks below hand on, and
-                 `source`, what those of the source model do
+    streams      the streams of activations it wants to see: `served`, what the quantized blocks below hand on (in one
+                 pass: what the source's do), and `source`, what those of the source model do
     random       it draws from the seed
     """
 
