@@ -216,7 +216,7 @@ def _turned(rule: _Rule | None, text: Mapping[str, object]) -> _Rule | None:
     unmet = _unmet(rule.only, text) if rule is not None and rule.no_rotation is None else None
     if rule is None or unmet is None:
         return rule
-    return rule.model_copy(update={"no_rotation": f"config.json has {unmet}: {text[unmet]}"})
+    return rule.model_copy(update={"no_rotation": f"config.json has {unmet}: {text.get(unmet)}"})
 
 
 # Roles kept in source precision unless --unprotect names them, with the reason the plan shows.

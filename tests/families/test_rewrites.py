@@ -139,6 +139,16 @@ def test_a_residual_stream_that_goes_on_from_behind_the_norm(behind: bool | None
     )
 
 
+def test_a_key_that_must_be_there_and_is_not() -> None:
+    identified = known.identify({"architectures": ["OlmoeForCausalLM"]})
+    assert identified is not None
+    heads = identified[1].heads
+    assert heads is not None
+    family = identified[1].model_copy(update={"heads": heads.model_copy(update={"only": {"other": [True]}})})
+    found = family.suited({}).heads
+    assert found is not None and found.no_rotation == "config.json has other: None"
+
+
 def test_clipped_values_are_not_rotated(tmp_path: Path) -> None:
     source = models.build("olmoe", tmp_path / "olmoe", clip_qkv=0.1)
     with pytest.raises(ConfigError, match=r"config\.json has clip_qkv: 0\.1"):
