@@ -53,8 +53,8 @@ __main__
 NAMES_OF_TYPES = {("algorithms", "forward"), ("algorithms", "job"), ("reporting", "job")}
 # Inside a folder, a module may import those named before it; every module has its place.
 INSIDE = {
-    "forward": "activations carry defaults guard enough lanes group moments outliers balance samples experts taps"
-    " statistics joining files documents data walk",
+    "forward": "activations carry handed defaults guard enough lanes group moments outliers balance samples experts"
+    " taps statistics joining files documents data walk",
     "disk": "headers weights beside outputs writer hub pickles stream remote source embedded side_files manifest place"
     " state journal unfinished nonfinite contents checkpoint origin rewritten compare values scales completeness"
     " excluded ties parallel fidelity verify push",
@@ -87,7 +87,7 @@ WITH_TORCH = {
     "quarkcli.forward.joining",
     "quarkcli.forward.outliers", "quarkcli.forward.guard", "quarkcli.forward.moments", "quarkcli.forward.balance",
     "quarkcli.forward.samples", "quarkcli.forward.experts",
-    "quarkcli.forward.taps", "quarkcli.forward.walk", "quarkcli.forward.carry",
+    "quarkcli.forward.taps", "quarkcli.forward.walk", "quarkcli.forward.carry", "quarkcli.forward.handed",
     "quarkcli.algorithms._channels", "quarkcli.algorithms.tensors", "quarkcli.algorithms._trials",
     "quarkcli.job.rewriting", "quarkcli.job.solving", "quarkcli.job.stages", "quarkcli.job.tuning",
     "quarkcli.job.staging",

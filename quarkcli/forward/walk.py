@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from quarkcli.errors import ModelError, ResourceError
 from quarkcli.events import Listener, Message, Working
+from quarkcli.forward import handed
 from quarkcli.forward.activations import turns
 from quarkcli.forward.carry import Carry
 from quarkcli.forward.enough import Enough, Watched
@@ -108,9 +108,8 @@ class Walk:
     def _record(self) -> dict[str, list[Tensor]]:
         self.recordings = {SERVED: self._recorded(self.outside)}
         if SOURCE in self.hidden:
-            # Outputs of one block that a later one reads are a stream's own; arguments are shared.
             own = self._recorded(self.embedding) if self.embedding is not None else self.recordings[SERVED]
-            self.recordings[SOURCE] = [replace(recording, extras={}) for recording in own]
+            self.recordings[SOURCE] = [recording.twin() for recording in own]
         hidden = {s: [self._park(recording.hidden, s) for recording in self.recordings[s]] for s in self.hidden}
         for recording in (one for each in self.recordings.values() for one in each):
             recording.hidden = recording.hidden.to("meta")  # its shape is all that is asked for from now on
@@ -294,6 +293,7 @@ class Walk:
 
     def _run_few(self, block: int, hidden: Tensor) -> Tensor:
         axis, _ = self._layout()
+        handed.first_rows(self.recordings[SERVED][0], self._few)
         with self._turning(block):
             hidden = hidden.narrow(axis, 0, len(self._few.tokens)).to(self.device)
             out: Tensor = self.runner.run_block(block, self._few, hidden)
@@ -376,18 +376,19 @@ class Walk:
                 hint="use a smaller --calib-seqlen, --offload cpu, or --device cpu",
                 kind="E-MEMORY",
             ) from cause
-        half = self.batch // 2
-        self.tell(Message(f"not enough GPU memory: {self.batch} -> {half} sequences at a time", "warning"))
-        self.batch = half
+        self.tell(Message(f"not enough GPU memory: {self.batch} -> {self.batch // 2} sequences at a time", "warning"))
+        self.batch //= 2
         self._release()
         if not self.served:
             return
+        kept = handed.collect(self.recordings)
         try:
             self._record()
         except torch.OutOfMemoryError as error:
             self._halve(error)
         else:
             self.take(self.hidden)
+            handed.spread(kept, self.recordings)
 
     def _release(self) -> None:
         if self.device.type == "cuda":

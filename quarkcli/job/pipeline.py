@@ -27,6 +27,7 @@ from quarkcli.disk.weights import WeightSource
 from quarkcli.disk.writer import write_part
 from quarkcli.errors import Stopped
 from quarkcli.events import Listener, PartDone, silent
+from quarkcli.forward import handed
 from quarkcli.forward.group import Group
 from quarkcli.job.part import PartWorker
 from quarkcli.job.result import PartResult
@@ -205,7 +206,8 @@ class Pipeline:
         if worker.walk is None or not worker.walk.served or part.index >= worker.last:
             return None
         streams = worker.walk.hidden.items()
-        return {f"{stream}/{i:06d}": one.cpu() for stream, states in streams for i, one in enumerate(states)}
+        states = {f"{stream}/{i:06d}": one.cpu() for stream, states in streams for i, one in enumerate(states)}
+        return states | handed.flat(handed.collect(worker.walk.recordings))
 
     def _taken(self, result: PartResult) -> list[dict[str, Tensor]]:
         """Takes the tensors of a result, on the CPU, once the last part is durable."""

@@ -86,6 +86,8 @@ def walk_of(
 
 def take_up(walk: Walk, journal: Journal, group: Group) -> None:
     """Goes on with the hidden states behind the last finished part."""
+    from quarkcli.forward import handed
+
     count = journal.ranks_with_hidden
     working = [rank for rank, own in enumerate(group.shares) if own]
     if not count or not walk.lanes:
@@ -97,3 +99,5 @@ def take_up(walk: Walk, journal: Journal, group: Group) -> None:
         for stream in walk.hidden
     }
     walk.take(hidden, whole)
+    start = walk.lanes[0].start if whole else 0
+    handed.spread(handed.read(stored, list(walk.hidden)), walk.recordings, start)

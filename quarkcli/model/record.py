@@ -8,15 +8,17 @@ reusing the first block's arguments gets wrong for many families. Hidden states 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import copy as copies
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from quarkcli.errors import ModelError
+from quarkcli.model import handed
 from quarkcli.model.experts import shapes_only
 from quarkcli.model.head import without_head
 from quarkcli.model.skeleton import Skeleton
@@ -52,6 +54,7 @@ class Recording:
     hidden                  input of the first block (opaque)
     calls                   per block, None for a block this batch never reaches
     extras                  (block, position) -> further outputs that later blocks read, filled by `run_block`
+    given, places           mappings that blocks get, as they were recorded, and as blocks have written to them
     """
 
     tokens: torch.Tensor
@@ -59,6 +62,20 @@ class Recording:
     hidden: Any = None
     calls: list[Call | None] = field(default_factory=list)
     extras: dict[tuple[int, int], Any] = field(default_factory=dict)
+    given: list[MutableMapping[Any, Any]] = field(default_factory=list)
+    places: list[MutableMapping[Any, Any]] = field(default_factory=list)
+
+    def twin(self) -> Recording:
+        """Returns the recording for another stream: what blocks hand to later ones is its own."""
+        return replace(self, extras={}, places=handed.own(self.given))
+
+    def handed(self) -> dict[str, torch.Tensor]:
+        """Returns by name what blocks have handed to later ones so far, beside hidden states."""
+        return handed.written(self.given, self.places, self.extras)
+
+    def hand(self, named: Mapping[str, torch.Tensor]) -> None:
+        """Goes on with what `handed` returned of another recording of the same rows."""
+        handed.fill(named, self.places, self.extras)
 
     @property
     def last(self) -> int:
@@ -112,6 +129,7 @@ class Recorder:
         session = _Session(self, recording, share_with)
         with self.skeleton.code.running("fails in its forward pass"), without_head(self.skeleton):
             self._forward(session.visit, tokens, attention_mask)
+        recording.places = handed.own(recording.given)
         if recording.hidden is None:
             raise ModelError("the model calls none of its decoder blocks", kind="E-CLASS-FOLLOW")
         return recording
@@ -284,6 +302,8 @@ class _Session:
         if type(value) is tuple:
             others = other if type(other) is tuple and len(other) == len(value) else (None,) * len(value)
             return tuple(self._keep(item, twin) for item, twin in zip(value, others, strict=True))
+        if isinstance(value, MutableMapping):
+            return handed.place(self.recording.given, value)
         if not isinstance(value, torch.Tensor):
             return value
         if id(value) not in self.kept:
@@ -308,6 +328,8 @@ def _hidden_of(args: tuple[Any, ...], kwargs: dict[str, Any], index: int) -> tup
 
 def _filler(recording: Recording) -> Callable[[Any], Any]:
     def fill(value: Any) -> Any:
+        if isinstance(value, handed.Place):
+            return recording.places[value.number]
         if not isinstance(value, Output):
             return value
         if (value.block, value.position) not in recording.extras:
@@ -329,8 +351,10 @@ def _probe(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> F
     def copy(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
             return torch.empty_like(value, device=device) if device else value.clone()
-        if isinstance(value, dict):
-            return {key: copy(item) for key, item in value.items()}
+        if isinstance(value, MutableMapping):
+            own = copies.copy(value)
+            own.update({key: copy(item) for key, item in value.items()})
+            return own
         if isinstance(value, (list, tuple)):
             return type(value)(copy(item) for item in value)
         return value
@@ -345,8 +369,7 @@ def _probe(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> F
 
 
 def _map_tuples(change: Callable[[Any], Any], value: Any) -> Any:
-    """Apply `change` to a value or inside nested tuples. Lists and dicts stay the objects they are: blocks share
-    them (gemma's shared keys and values)."""
+    """Apply `change` to a value or inside nested tuples. Lists stay the objects they are: blocks share them."""
     if type(value) is tuple:
         return tuple(_map_tuples(change, item) for item in value)
     return change(value)

@@ -200,6 +200,18 @@ def test_a_killed_run_takes_both_streams_up(watching: Mapping[str, Moment], tmp_
         assert torch.equal(getattr(watching[site], name), getattr(last, name))
 
 
+def test_a_killed_run_takes_up_shared_keys_and_values(tmp_path: Path) -> None:
+    kinds = {"layer_types": ["full_attention", "sliding_attention", "full_attention"], "num_kv_shared_layers": 1}
+    source = runs.build("gemma4_text", tmp_path / "m", num_hidden_layers=3, **kinds)
+    text = {**runs.data(runs.text_file(tmp_path / "t.txt"), 4, 32), "scheme": "fp8"}
+    whole = runs.run(source, tmp_path / "whole", **text)
+    for resume in ("auto", "require"):  # the embedding, and the block whose keys and values the last one reads
+        with pytest.raises(Stopped):
+            runs.run(source, tmp_path / "out", time_budget=0.0, **{**text, "resume": resume})
+    again = runs.run(source, tmp_path / "out", **{**text, "resume": "require"})
+    assert runs.same_files(whole.folder, again.folder)
+
+
 def test_which_tokens_are_held_out() -> None:
     rows = held_out(32, 64)
     assert rows is not None and rows.any(1).nonzero().flatten().tolist() == [7, 15, 23, 31]

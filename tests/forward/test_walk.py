@@ -14,8 +14,9 @@ import transformers
 from quarkcli.disk.source import Source
 from quarkcli.errors import ModelError, ResourceError
 from quarkcli.events import Event, Message
+from quarkcli.forward import handed
 from quarkcli.forward.lanes import CPU_TOKENS, default_batch
-from quarkcli.forward.walk import Walk
+from quarkcli.forward.walk import SERVED, SOURCE, Walk
 from quarkcli.model.handlers import Handlers
 from quarkcli.model.runner import Runner
 from tests import runs
@@ -24,12 +25,13 @@ from tests.families import models
 ROWS = torch.randint(3, 256, (5, 32), generator=torch.Generator().manual_seed(0))
 
 
-def walk_of(folder: Path, batch: int) -> tuple[Walk, Source]:
+def walk_of(folder: Path, batch: int, *streams: str) -> tuple[Walk, Source]:
     source = Source.open(str(folder))
     runner = Runner(source.folder, source.headers)
     return Walk(
-        runner, lambda: source.read_many(runner.outside_tensors()), ROWS, None, batch, lambda event: None
-    ), source
+        runner, lambda: source.read_many(runner.outside_tensors()), ROWS, None, batch, lambda event: None,
+        streams=streams or [SERVED],
+    ), source  # fmt: skip
 
 
 def test_a_whole_walk_is_the_model(tmp_path: Path) -> None:
@@ -69,7 +71,7 @@ class Tight:
     def unload_outside(self) -> None: ...
 
     def record(self, rows: torch.Tensor, share_with: Any = None) -> Any:
-        return SimpleNamespace(hidden=self._fit(rows.float()), tokens=rows)
+        return SimpleNamespace(hidden=self._fit(rows.float()), tokens=rows, handed=dict, hand=dict)
 
     def handlers(self, block: int | None, handlers: Any) -> Any:
         return nullcontext()
@@ -156,6 +158,34 @@ def test_hidden_states_are_gone_on_with_in_other_batches(name: str, tmp_path: Pa
     other.take(one.hidden)
     assert len(other.served) == len(expected) == 2
     assert all(torch.equal(*pair) for pair in zip(other.served, expected, strict=True))
+
+
+def test_what_blocks_hand_on_is_a_streams_own(tmp_path: Path) -> None:
+    """gemma4's last blocks read keys and values of earlier ones: in each stream its own, also in other batches."""
+    folder = runs.build("gemma4_text", tmp_path / "m", torch.float32, num_hidden_layers=4)
+    (walk, source), (other, _) = walk_of(folder, 2, SERVED, SOURCE), walk_of(folder, 3, SERVED, SOURCE)
+    walk.start()
+    for block in range(walk.runner.num_blocks):
+        if block == 2:
+            other.start()
+            other.take(walk.hidden)
+            stored = handed.flat(handed.collect(walk.recordings))
+            assert len(stored) == 2 * 3 * 2 * 2  # streams, batches, kinds of blocks, keys and values
+            handed.spread(handed.read([stored], [SERVED, SOURCE]), other.recordings)
+            walk = other
+        tensors = source.read_many(walk.runner.block_tensors(block))
+        walk.runner.load_block(block, tensors)
+        walk.observe(block, lambda: SimpleNamespace(handlers=Handlers, source_handlers=Handlers, batch=None))
+        walk.observed()
+        walk.runner.load_block(block, {name: tensor * 1.5 for name, tensor in tensors.items()})
+        walk.advance(block, Handlers())
+        walk.runner.unload_block(block)
+    walk.runner.load_outside(walk.outside())
+    rows = zip(walk.recordings[SOURCE], walk.hidden[SOURCE], strict=True)
+    logits = torch.cat([walk.runner.logits(recording, hidden) for recording, hidden in rows])
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(logits, model(ROWS).logits, rtol=1e-4, atol=1e-5)
 
 
 def shaped(*shapes: tuple[tuple[int, int], tuple[int, ...]]) -> Walk:

@@ -56,7 +56,7 @@ def worker(walk: Any = None, last: int = 10) -> Any:
 
 def walk(value: float, batch: int = 4) -> Any:
     states = [torch.full((2, 3), value), torch.full((1, 3), -value)]
-    return SimpleNamespace(served=states, hidden={"served": states}, batch=batch)
+    return SimpleNamespace(served=states, hidden={"served": states}, batch=batch, recordings={})
 
 
 def work(pipeline: Pipeline, parts: list[Part], made: Callable[[Part], Any] = lambda part: worker()) -> None:
