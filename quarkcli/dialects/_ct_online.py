@@ -117,7 +117,7 @@ def read_online(
                 raise ModelError(
                     "the transform config rotates its input twice", where=module, kind="E-SOURCE-CONTRADICTS"
                 )
-            found[module] = _width(group, module, headers)
+            found[module] = _width(group, module)
     stored = re.compile(rf"\.({'|'.join(map(re.escape, groups))})_{_INPUT}\.weight$")
     return found, frozenset(name for name in headers if stored.search(name))
 
@@ -153,7 +153,7 @@ def _modules(
             yield module
 
 
-def _width(group: Mapping[str, Any], module: str, headers: Mapping[str, HeaderLike]) -> int:
+def _width(group: Mapping[str, Any], module: str) -> int:
     block = group["head_dim"]
     if type(block) is not int or block < 2 or block & (block - 1):
         raise ModelError(

@@ -68,7 +68,7 @@ def costs(
     rows, seqlen   of calibration: how many, and tokens of each
     """
     found = [PartCost(part, size.source, size.files) for part, size in zip(plan.parts, sizes, strict=True)]
-    share = _routed_share(plan, config)
+    share = _routed_share(config)
     seen: set[str] = set()
     for run in plan.alike():
         for index, count in Counter(target.part for target in run).items():
@@ -86,7 +86,7 @@ def costs(
     return found
 
 
-def _routed_share(plan: Plan, config: Mapping[str, Any]) -> float:
+def _routed_share(config: Mapping[str, Any]) -> float:
     """Returns the share of a layer's experts that a token passes."""
     count, active = family.expert_count(config), family.active_experts(config)
     return min(1.0, active / count) if count and active else 1.0

@@ -21,7 +21,6 @@ from quarkcli.job.options import Prepared
 from quarkcli.job.rates import Rates
 from quarkcli.job.reach import last_part
 
-MOST_RANKS = 4096
 # Tokens in a forward on the device, and the values that it holds of each for every value of the widest activation.
 BATCH_TOKENS, HELD = 8192, 6
 AHEAD = 3  # parts on their way in the host's memory: one is read, one waits for the device, one is written
@@ -193,9 +192,7 @@ def _solving(work: Iterable[PartCost], rates: Rates, ranks: int) -> list[float]:
 
 
 def _seconds(effort: Effort, rates: Rates) -> float:
-    return (
-        effort.factors / rates.factors + effort.products / rates.plain + effort.candidates / rates.candidates
-    )  # fmt: skip
+    return effort.factors / rates.factors + effort.products / rates.plain + effort.candidates / rates.candidates
 
 
 def _dealt(sizes: Sequence[float], ranks: int) -> list[int]:

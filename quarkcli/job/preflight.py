@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from quarkcli import family, memory, servers
 from quarkcli.algorithms.base import Assignment
@@ -35,9 +34,6 @@ from quarkcli.plan.model import Plan, QuantizedTarget
 from quarkcli.plan.share import split_groups
 from quarkcli.recipe.recipe import Recipe
 from quarkcli.spec import MIN_MAX, PerGroup, PerTensor, PerTile, TensorSpec
-
-if TYPE_CHECKING:
-    pass
 
 DEFAULT_SAMPLES = 512
 DEFAULT_SEQLEN = 512
