@@ -126,6 +126,17 @@ def near_misses(word: str, known: Iterable[str], limit: int = 3) -> list[str]:
     return [names[name] for name in found]
 
 
+def did_you_mean(word: str, known: Iterable[str], otherwise: str = "") -> str:
+    """Returns the hint for an unknown word: the nearest name in `known`, or `otherwise` where none is near."""
+    close = near_misses(word, known, 1)
+    return f"did you mean '{close[0]}'?" if close else otherwise
+
+
+def in_brackets(hint: str) -> str:
+    """Returns a hint as the end of a sentence; nothing where there is none."""
+    return f" ({hint})" if hint else ""
+
+
 def some(names: Iterable[object], limit: int = 5) -> str:
     """Returns the first of many names with commas between, and dots if there are more."""
     shown = list(islice(names, limit + 1))

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from quarkcli.algorithms.base import Algorithm, Assignment, Refiner, Solver, Transform, Tuner
-from quarkcli.errors import ConfigError, UsageError, near_misses
+from quarkcli.errors import ConfigError, UsageError, did_you_mean, near_misses
 from quarkcli.plan.model import Plan
 from quarkcli.recipe.entries import SLOTS
 
@@ -49,12 +49,8 @@ def create(name: str, parameters: dict[str, Any], where: str = FLAG) -> Algorith
     known = member.parameters
     for key in parameters:
         if key not in known:
-            close = near_misses(key, known)
-            hint = (
-                f"did you mean '{close[0]}'?"
-                if close
-                else f"use one of the parameters: {', '.join(known) or 'it has none'}"
-            )
+            otherwise = f"use one of the parameters: {', '.join(known) or 'it has none'}"
+            hint = did_you_mean(key, known, otherwise)
             raise ConfigError(
                 f"algorithm '{dashed}' has no parameter '{key}'", where=where, hint=hint, kind="E-ALGORITHM-PARAMETER"
             )

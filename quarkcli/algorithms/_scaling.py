@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from quarkcli.algorithms._stream import by_part
 from quarkcli.algorithms.base import SAMPLED_ROWS, Needs, Transform
-from quarkcli.errors import ConfigError, near_misses
+from quarkcli.errors import ConfigError, did_you_mean, near_misses
 from quarkcli.family import Pair, expert_bias
 from quarkcli.plan.model import Changes, Part, Plan, Target
 from quarkcli.recipe.match import starred
@@ -79,11 +79,10 @@ class ChannelScaling(Transform):
             )
         for row in self.rows or ():
             if not any(fits(row, source) for source in sources):
-                close = near_misses(row, sources)
                 raise ConfigError(
                     f"{self.name} scaling_layers: the model family '{plan.family}' has no channels to scale in '{row}'",
                     where="algorithm",
-                    hint=f"did you mean '{close[0]}'?" if close else f"use one of {', '.join(sources)}",
+                    hint=did_you_mean(row, sources, f"use one of {', '.join(sources)}"),
                     kind="E-ALGORITHM-FAMILY",
                 )
 

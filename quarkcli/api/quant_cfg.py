@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from quarkcli import algorithms
-from quarkcli.errors import ConfigError, near_misses
+from quarkcli.errors import ConfigError, did_you_mean
 from quarkcli.job import asked, preflight
 from quarkcli.plan import sizes
 from quarkcli.plan.model import Plan
@@ -59,8 +59,8 @@ def find_quant_cfg_entry_by_path(quant_cfg_list: Sequence[Mapping[str, Any]], qu
     for entry, path in zip(reversed(quant_cfg_list), reversed(paths), strict=True):
         if path == quantizer_path:
             return entry
-    close = near_misses(quantizer_path, [path for path in paths if isinstance(path, str)])
-    hint = f"did you mean '{close[0]}'?" if close else "write the path exactly as in the entry"
+    written = [path for path in paths if isinstance(path, str)]
+    hint = did_you_mean(quantizer_path, written, "write the path exactly as in the entry")
     raise NoSuchEntry(f"no entry has the path '{quantizer_path}'", hint=hint, kind="E-PYTHON-VALUE")
 
 

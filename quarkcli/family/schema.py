@@ -8,7 +8,7 @@ from typing import Literal, Protocol, TypeVar
 
 from pydantic import Field
 
-from quarkcli.errors import ConfigError, near_misses
+from quarkcli.errors import ConfigError, did_you_mean
 from quarkcli.family.config import block_count, text_config
 from quarkcli.recipe.schema import Strict
 
@@ -246,8 +246,7 @@ def check_unprotect(roles: Iterable[str]) -> None:
     """Raises ConfigError for a role that is not protected."""
     for role in roles:
         if role not in PROTECTED:
-            close = near_misses(role, PROTECTED)
-            known = f"did you mean '{close[0]}'?" if close else f"use one of {', '.join(PROTECTED)}"
+            hint = did_you_mean(role, PROTECTED, f"use one of {', '.join(PROTECTED)}")
             raise ConfigError(
-                f"unknown role (kind of tensor) '{role}'", where="--unprotect", hint=known, kind="E-ROLE-UNKNOWN"
+                f"unknown role (kind of tensor) '{role}'", where="--unprotect", hint=hint, kind="E-ROLE-UNKNOWN"
             )

@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 
-from quarkcli.errors import ConfigError, near_misses
+from quarkcli.errors import ConfigError, did_you_mean
 from quarkcli.plan.model import Decision, Plan
 from quarkcli.plan.names import ATTENTION_CLASS, Hits
 from quarkcli.recipe import nearby
@@ -90,11 +90,10 @@ def _unknown_class(entry: Entry, owners: Mapping[str, str]) -> ConfigError:
     parent, known = str(entry.parent_class), sorted(set(owners.values()))
     if entry.origin.is_flag:  # a flag may leave `nn.` out
         parent, known = parent.removeprefix("nn."), [name.removeprefix("nn.") for name in known]
-    close = near_misses(parent, known, 1)
     return ConfigError(
         f"unknown class of layer '{parent}': it matches none of {len(owners)} modules",
         where=str(entry.origin),
-        hint=f"did you mean {close[0]}?" if close else f"use one of {', '.join(known)}",
+        hint=did_you_mean(parent, known, f"use one of {', '.join(known)}"),
         kind="E-PATTERN-NOMATCH",
     )
 

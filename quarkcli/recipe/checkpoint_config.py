@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from copy import deepcopy
 from typing import Any
 
-from quarkcli.errors import ConfigError, near_misses
+from quarkcli.errors import ConfigError, did_you_mean, in_brackets
 from quarkcli.recipe import quark_config
 from quarkcli.recipe.attributes import compressed_tensors
 from quarkcli.recipe.attributes.written import spec_to_yaml
@@ -178,8 +178,7 @@ def _modelopt_module(out: _Collector, pattern: str, algo: Any, size: Any, place:
         out.problems.append((place, f"{_SVD} is not supported: no checkpoint format here holds a low-rank part"))
         return
     if name not in _ALGOS:
-        close = near_misses(name, _ALGOS)
-        more = f" (did you mean '{close[0]}'?)" if close else ""
+        more = in_brackets(did_you_mean(name, _ALGOS))
         out.problems.append((place, f"quant_algo '{algo}' is unknown{more}"))
         return
     usual, cfgs = _ALGOS[name]

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from quarkcli.errors import ConfigError, near_misses
+from quarkcli.errors import ConfigError, did_you_mean
 from quarkcli.recipe import checkpoint_config, quark_config, schema, steps
 from quarkcli.recipe.load import Document, Path_
 from quarkcli.recipe.normalize import Normalized, Where, normalize, refusal
@@ -116,8 +116,7 @@ def _quantize(document: Document, data: Mapping[str, Any], base: Path_, where: W
 def _only(document: Document, data: Mapping[Any, Any], known: tuple[str, ...], base: Path_) -> None:
     for key in data:
         if key not in known:
-            close = near_misses(str(key), known)
-            hint = f"did you mean '{close[0]}'?" if close else f"use one of {', '.join(known)}"
+            hint = did_you_mean(str(key), known, f"use one of {', '.join(known)}")
             if key in schema.Quantize.model_fields or key in schema.RecipeModel.model_fields:
                 hint = f"begin a native recipe with 'schema: {schema.NATIVE}'"
             raise ConfigError(

@@ -16,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from quarkcli.errors import ConfigError, near_misses
+from quarkcli.errors import ConfigError, did_you_mean
 from quarkcli.recipe import catalog
 from quarkcli.recipe.entries import Origin
 from quarkcli.recipe.load import IMPORTS, Document, Path_
@@ -145,12 +145,8 @@ def _file(source: _Source, name: str, path: Path_) -> Path:
     if not isinstance(names, Mapping):
         raise ConfigError(f"{IMPORTS} must map names to files", where=source.where((IMPORTS,)), kind="E-IMPORT")
     if name not in names:
-        close = near_misses(name, map(str, names))
-        hint = (
-            f"did you mean '{close[0]}'?"
-            if close
-            else f"add it to 'imports', which has {', '.join(map(str, names)) or 'no name'}"
-        )
+        otherwise = f"add it to 'imports', which has {', '.join(map(str, names)) or 'no name'}"
+        hint = did_you_mean(name, map(str, names), otherwise)
         raise ConfigError(
             f"'{name}' is not among the imports of this file",
             where=source.where((*path, MARK)),
@@ -179,12 +175,8 @@ def _found(importer: str, wanted: str, where: str) -> Path:
         return known
     roots = (_users(), _units())
     names = [path.relative_to(root).with_suffix("").as_posix() for root in roots for path in _all(root)]
-    close = near_misses(wanted, names)
-    hint = (
-        f"did you mean '{close[0]}'?"
-        if close
-        else "put it beside this file or into the units folder of $QUARK_HOME, or name a built-in one"
-    )
+    otherwise = "put it beside this file or into the units folder of $QUARK_HOME, or name a built-in one"
+    hint = did_you_mean(wanted, names, otherwise)
     raise ConfigError(f"no file '{_shortened(wanted)}' to import", where=where, hint=hint, kind="E-IMPORT")
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from quarkcli.errors import ConfigError, near_misses
+from quarkcli.errors import ConfigError, did_you_mean, in_brackets
 from quarkcli.recipe.load import Path_
 from quarkcli.recipe.mistakes import Mistakes
 
@@ -145,8 +145,8 @@ class _Reader:
         known = True
         for key in value:
             if key not in _ENTRY_KEYS:
-                close = near_misses(str(key), _ENTRY_KEYS)
-                self.refuse((*path, key), f"unknown key '{key}'" + (f" (did you mean '{close[0]}'?)" if close else ""))
+                more = in_brackets(did_you_mean(str(key), _ENTRY_KEYS))
+                self.refuse((*path, key), f"unknown key '{key}'{more}")
                 known = False
         pattern = self.pattern(value, path)
         parent = value.get("parent_class")

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from quarkcli.errors import ConfigError, near_misses
+from quarkcli.errors import ConfigError, did_you_mean, in_brackets
 from quarkcli.recipe import steps
 from quarkcli.recipe.attributes import to_spec
 from quarkcli.recipe.attributes.written import spec_to_yaml
@@ -92,8 +92,8 @@ class _Reader:
     def known(self, value: Mapping[Any, Any], keys: tuple[str, ...], path: Path_) -> None:
         for key in value:
             if key not in keys:
-                close = near_misses(str(key), keys)
-                self.refuse((*path, key), f"unknown key '{key}'" + (f" (did you mean '{close[0]}'?)" if close else ""))
+                more = in_brackets(did_you_mean(str(key), keys))
+                self.refuse((*path, key), f"unknown key '{key}'{more}")
 
     def mapping(self, data: Mapping[str, Any], key: str, path: Path_) -> dict[str, tuple[Any, Path_]]:
         """Returns a mapping from pattern to (value without wrappers, its place)."""

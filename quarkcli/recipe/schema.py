@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from quarkcli.documents.shape import KINDS, written
-from quarkcli.errors import ConfigError, near_misses
+from quarkcli.errors import ConfigError, did_you_mean, in_brackets
 from quarkcli.recipe.load import Document, Path_
 from quarkcli.recipe.mistakes import Mistakes
 
@@ -276,8 +276,8 @@ def _name(path: Path_) -> str:
 
 def _message(model: type[BaseModel], path: Path_, detail: Any) -> str:
     if detail["type"] == "extra_forbidden":
-        close = near_misses(str(path[-1]), _keys_at(model, path[:-1]))
-        return f"unknown key '{path[-1]}'" + (f" (did you mean '{close[0]}'?)" if close else "")
+        more = in_brackets(did_you_mean(str(path[-1]), _keys_at(model, path[:-1])))
+        return f"unknown key '{path[-1]}'{more}"
     if detail["type"] == "missing":
         return f"'{_name(path)}' is missing"
     message = detail["msg"].removeprefix("Value error, ")

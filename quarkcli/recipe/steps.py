@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from quarkcli.errors import near_misses
+from quarkcli.errors import did_you_mean, in_brackets
 from quarkcli.recipe import peer_steps
 from quarkcli.recipe.entries import SLOTS
 from quarkcli.recipe.load import Path_
@@ -123,8 +123,7 @@ def _rows(value: Any, known: Mapping[str, _Check]) -> str | None:
             return f"holds {row!r}, which is no mapping"
         for key, item in row.items():
             if key not in known:
-                close = near_misses(str(key), known)
-                return f"has the unknown key '{key}'" + (f" (did you mean '{close[0]}'?)" if close else "")
+                return f"has the unknown key '{key}'{in_brackets(did_you_mean(str(key), known))}"
             if item is not None and (wrong := known[key](item)):
                 return f"has a '{key}' that {wrong}"
     return None
@@ -326,8 +325,7 @@ def _finish(
         out.problems.append((path, f"'{name}' is not supported: {refused[name]}"))
         return
     if name not in known:
-        close = near_misses(name, known)
-        more = f" (did you mean '{close[0]}'?)" if close else f"; known: {', '.join(known)}"
+        more = in_brackets(did_you_mean(name, known)) or f"; known: {', '.join(known)}"
         out.problems.append((path, f"algorithm '{name}' is unknown{more}"))
         return
     common = _MODELOPT_COMMON if known is _MODELOPT else {"num_attention_heads": _count, "num_key_value_heads": _count}
@@ -338,8 +336,7 @@ def _finish(
     for key, value in given.items():
         at = (*path, key)
         if key not in checks:
-            close = near_misses(str(key), checks)
-            more = f" (did you mean '{close[0]}'?)" if close else f"; known: {', '.join(checks)}"
+            more = in_brackets(did_you_mean(str(key), checks)) or f"; known: {', '.join(checks)}"
             out.problems.append((at, f"{name} has no field '{key}'{more}"))
         elif wrong := checks[key](value):
             out.problems.append((at, f"{key} {wrong}"))

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from quarkcli.errors import ConfigError, near_misses
+from quarkcli.errors import ConfigError, did_you_mean
 from quarkcli.recipe.attributes import modelopt, native, quark
 from quarkcli.recipe.attributes.written import spec_to_yaml
 from quarkcli.spec import TensorSpec
@@ -80,12 +80,8 @@ def check_names(stage: Mapping[str, Any]) -> None:
     known = set().union(*_OWN.values())
     for key in stage:
         if key not in known:
-            close = near_misses(str(key), known)
-            raise ConfigError(
-                f"unknown attribute '{key}'",
-                hint=f"did you mean '{close[0]}'?" if close else "",
-                kind="E-ATTRIBUTE-UNKNOWN",
-            )
+            hint = did_you_mean(str(key), known)
+            raise ConfigError(f"unknown attribute '{key}'", hint=hint, kind="E-ATTRIBUTE-UNKNOWN")
 
 
 def _vocabulary(stages: Sequence[Mapping[str, Any]]) -> str:

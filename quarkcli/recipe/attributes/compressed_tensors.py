@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from quarkcli.errors import ConfigError, near_misses
+from quarkcli.errors import ConfigError, did_you_mean
 from quarkcli.recipe.attributes import native
 from quarkcli.spec import TensorSpec
 
@@ -34,12 +34,8 @@ def to_spec(args: Mapping[str, Any], *, weight: bool) -> TensorSpec:
         raise ConfigError(f"arguments must be a mapping, not {args!r}", kind="E-ATTRIBUTE-VALUE")
     for key in args:
         if key not in FIELDS:
-            close = near_misses(str(key), FIELDS)
-            raise ConfigError(
-                f"unknown argument '{key}'",
-                hint=f"did you mean '{close[0]}'?" if close else "",
-                kind="E-ATTRIBUTE-UNKNOWN",
-            )
+            hint = did_you_mean(str(key), FIELDS)
+            raise ConfigError(f"unknown argument '{key}'", hint=hint, kind="E-ATTRIBUTE-UNKNOWN")
     dynamic = args.get("dynamic", False)
     if dynamic not in (True, False, "local") or (weight and dynamic):
         raise ConfigError(

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from quarkcli.errors import ConfigError, near_misses
+from quarkcli.errors import ConfigError, did_you_mean
 from quarkcli.spec import (
     ELEMENTS,
     MIN_MAX,
@@ -127,12 +127,8 @@ def from_spec(spec: TensorSpec) -> dict[str, Any]:
 def _known(cfg: Mapping[str, Any]) -> None:
     for key in cfg:
         if key not in FIELDS:
-            close = near_misses(str(key), FIELDS)
-            raise ConfigError(
-                f"unknown attribute '{key}'",
-                hint=f"did you mean '{close[0]}'?" if close else "",
-                kind="E-ATTRIBUTE-UNKNOWN",
-            )
+            hint = did_you_mean(str(key), FIELDS)
+            raise ConfigError(f"unknown attribute '{key}'", hint=hint, kind="E-ATTRIBUTE-UNKNOWN")
     if cfg.get("axis") is not None and cfg.get("block_sizes"):
         raise ConfigError(
             "axis and block_sizes exclude each other", hint="remove one of the two", kind="E-ATTRIBUTE-CONFLICT"
@@ -235,12 +231,8 @@ def _blocks(cfg: Mapping[str, Any]) -> dict[Any, Any]:
                     f"block_sizes.{key} must be a positive whole number or null, not {size!r}", kind="E-ATTRIBUTE-VALUE"
                 )
         elif axis not in _BLOCK_WORDS:
-            close = near_misses(str(axis), _BLOCK_WORDS)
-            hint = (
-                f"did you mean '{close[0]}'?"
-                if close
-                else f"write an axis, such as -1: 16, or {', '.join(_BLOCK_WORDS)}"
-            )
+            otherwise = f"write an axis, such as -1: 16, or {', '.join(_BLOCK_WORDS)}"
+            hint = did_you_mean(str(axis), _BLOCK_WORDS, otherwise)
             raise ConfigError(f"unknown key '{key}' in block_sizes", hint=hint, kind="E-ATTRIBUTE-UNKNOWN")
     if found.get("scale_block_sizes"):
         raise ConfigError(

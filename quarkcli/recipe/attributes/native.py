@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, get_args
 
-from quarkcli.errors import ConfigError, near_misses
+from quarkcli.errors import ConfigError, did_you_mean, near_misses
 from quarkcli.spec import (
     E4M3_SPAN,
     ELEMENTS,
@@ -121,8 +121,7 @@ def _only(mapping: Any, allowed: tuple[str, ...], what: str) -> None:
 def _choice(value: Any, known: Iterable[str], key: str) -> str:
     if isinstance(value, str) and value in known:
         return value
-    close = near_misses(str(value), known)
-    hint = f"did you mean '{close[0]}'?" if close else f"use one of {', '.join(known)}"
+    hint = did_you_mean(str(value), known, f"use one of {', '.join(known)}")
     raise ConfigError(f"{key} '{value}' is unknown", hint=hint, kind="E-ATTRIBUTE-VALUE")
 
 

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
-from quarkcli.errors import ConfigError, near_misses
+from quarkcli.errors import ConfigError, did_you_mean
 from quarkcli.recipe.attributes import native
 from quarkcli.recipe.attributes.written import spec_to_yaml
 from quarkcli.spec import (
@@ -140,12 +140,8 @@ def _known(entry: Any) -> dict[str, Any]:
                 kind="E-ATTRIBUTE-UNSUPPORTED",
             )
         if name not in FIELDS:
-            close = near_misses(str(key), FIELDS)
-            raise ConfigError(
-                f"unknown key '{key}' in a SPEC",
-                hint=f"did you mean '{close[0]}'?" if close else "",
-                kind="E-ATTRIBUTE-UNKNOWN",
-            )
+            hint = did_you_mean(str(key), FIELDS)
+            raise ConfigError(f"unknown key '{key}' in a SPEC", hint=hint, kind="E-ATTRIBUTE-UNKNOWN")
         if name in out:
             raise ConfigError(f"'{key}' is the old name of '{name}', and both are given", kind="E-ATTRIBUTE-CONFLICT")
         out[name] = value.rpartition(".")[2] if isinstance(value, str) else value
@@ -210,8 +206,7 @@ def _element(entry: Mapping[str, Any]) -> Element:
     name = DTYPES.get(dtype, dtype)
     if name not in ELEMENTS or name in MX_ELEMENTS.values():
         known = [*DTYPES, MX, *(known for known in ELEMENTS if known not in {*DTYPES.values(), *MX_ELEMENTS.values()})]
-        close = near_misses(str(dtype), known)
-        hint = f"did you mean '{close[0]}'?" if close else f"use one of {', '.join(known)}"
+        hint = did_you_mean(str(dtype), known, f"use one of {', '.join(known)}")
         raise ConfigError(f"dtype {dtype!r} is not supported", hint=hint, kind="E-ATTRIBUTE-UNSUPPORTED")
     return ELEMENTS[name]
 
@@ -386,8 +381,7 @@ def _choice(entry: Mapping[str, Any], key: str, known: Iterable[str]) -> str | N
     word = str(value) if type(value) is int else value
     if isinstance(word, str) and word in known:
         return word
-    close = near_misses(str(value), known)
-    hint = f"did you mean '{close[0]}'?" if close else f"use one of {', '.join(known)}"
+    hint = did_you_mean(str(value), known, f"use one of {', '.join(known)}")
     raise ConfigError(f"{key} {value!r} is unknown", hint=hint, kind="E-ATTRIBUTE-VALUE")
 
 
