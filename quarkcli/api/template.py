@@ -131,7 +131,7 @@ class LLMTemplate:
         config   `weight`, `input_tensors`, `output_tensors`, `bias` with Quark's SPECs, or a scheme in our words
         """
         given = {_SLOTS.get(key, key): value for key, value in config.items() if value is not None}
-        for kind in set(given).intersection(_SLOTS.values()):
+        for kind in [kind for kind in _SLOTS.values() if kind in given]:
             given[kind] = spec_to_yaml(to_spec(given[kind], weight=kind in _STORED))
         run.register_scheme(scheme_name, given)
 

@@ -53,8 +53,10 @@ class Carry:
 
     def tried(self) -> str:
         """Returns what gave way, for an error; empty: nothing."""
+        if not self._hosted:
+            return ""
         models = " and ".join(map(_whose, sorted(self._hosted)))
-        return f"; hidden states of {models} model are in RAM already" * bool(self._hosted)
+        return f"; hidden states of {models} model are in RAM already"
 
     def _in_file(self, hidden: Tensor) -> Tensor:
         """Returns the same values, mapped from a file: what memory holds of them can be dropped at any time."""

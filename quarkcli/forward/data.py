@@ -112,7 +112,7 @@ def load(
     others: list[list[int]] = []
     if len(rows) > samples:
         chosen = sorted(random.Random(seed).sample(range(len(rows)), samples))
-        others = [row for index, row in enumerate(rows) if index not in set(chosen)]
+        others = [rows[index] for index in sorted({*range(len(rows))} - {*chosen})]
         rows = [rows[index] for index in chosen]
     wanted = -(-held // seqlen)
     if len(others) < wanted:  # the source is read on from where it was left

@@ -175,7 +175,7 @@ def _check_specs(plan: Plan, there: StoredView, writer: Writer) -> None:
     for name, module in plan.attention.items():
         found = there.attention.get(name)
         specs = found.specs if found else {}
-        for kind in {*module.specs, *specs}:
+        for kind in {**module.specs, **specs}:
             if _meaning(module.specs.get(kind), "input") != _meaning(specs.get(kind), "input"):
                 raise _changed(f"{name}.{kind}", module.specs.get(kind), specs.get(kind), writer)
     extra = [name for name in there.targets if not plan.targets[name].weight]

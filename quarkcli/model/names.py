@@ -80,7 +80,8 @@ def build_map(model: Any, headers: Mapping[str, HeaderLike]) -> NameMap:
     for group in groups:
         _place(known, group, _convert_shapes(model, group, headers), params)
     known.missing = [name for name in params if name not in known.by_param]
-    known.unknown = [name for name in headers if name in set(known.unknown)]
+    lost = set(known.unknown)
+    known.unknown = [name for name in headers if name in lost]
     return known
 
 
