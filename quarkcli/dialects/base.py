@@ -51,6 +51,11 @@ class StoredTarget:
     places: Mapping[str, WeightView] = field(default_factory=dict)
     columns: str | None = None
 
+    @property
+    def is_static(self) -> bool:
+        """True when its input or its output has a stored static scale."""
+        return any(spec is not None and spec.is_static for spec in (self.input, self.output))
+
     def own(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Returns its tensors by their names within the module, and its shares of larger ones by those in `places`."""
         shared = {place.tensor for place in self.places.values()}

@@ -199,14 +199,13 @@ class Checkpoint:
                     yield from self._activations(tensor, name, stored)
 
     def _activations(self, tensor: str, name: str, stored: StoredTarget) -> Iterator[ActivationQuantizer]:
-        static = any(spec is not None and spec.is_static for spec in (stored.input, stored.output))
         if stored.columns is not None and stored.input is not None:
             raise ModelError(
                 "its inputs are multiplied before they are quantized, and quark cannot do that",
                 where=name,
                 kind="E-SOURCE-TRANSFORM",
             )
-        decoded = self.decode(stored) if static else None
+        decoded = self.decode(stored) if stored.is_static else None
         if stored.input is not None:
             scale = decoded.input if decoded is not None and stored.input.is_static else None
             prefix, index, down = self._expert(name) or ("", None, False)

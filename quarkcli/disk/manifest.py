@@ -212,10 +212,7 @@ def _size(path: Path) -> int | None:
 
 
 def _header(path: Path) -> str:
-    try:
-        return header_digest(path)
-    except OSError as error:
-        raise _unreadable(path, error) from error
+    return _checked(header_digest, path)
 
 
 def _digest(path: Path) -> str:
@@ -225,8 +222,13 @@ def _digest(path: Path) -> str:
 
 
 def _sha256(path: Path) -> str:
+    return _checked(_digest, path)
+
+
+def _checked(digest: Callable[[Path], str], path: Path) -> str:
+    """Returns the digest of a file. Raises CheckError for one that cannot be read."""
     try:
-        return _digest(path)
+        return digest(path)
     except OSError as error:
         raise _unreadable(path, error) from error
 

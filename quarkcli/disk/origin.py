@@ -118,7 +118,7 @@ def open_weights(source: Source) -> tuple[WeightSource, Origin | None]:
         {name: _brief(each) for name, each in view.targets.items()},
         len({name for each in stored for name in each.tensors}),
         checkpoint.dtype,
-        {each.name: _is_static(each) for each in stored if each.input or each.output},
+        {each.name: each.is_static for each in stored if each.input or each.output},
         sum(len(attention.scales) for attention in view.attention.values()),
     )
 
@@ -131,10 +131,6 @@ def _brief(stored: StoredTarget) -> str:
 @cache
 def _words(spec: TensorSpec) -> str:
     return spec.codes.describe().partition(",")[0]
-
-
-def _is_static(stored: StoredTarget) -> bool:
-    return any(spec is not None and spec.is_static for spec in (stored.input, stored.output))
 
 
 def _check(checkpoint: Checkpoint) -> None:

@@ -20,7 +20,7 @@ _KV_HEADS = ("num_key_value_heads", "num_kv_heads", "multi_query_group_num")
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
 _ACTIVE = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk", "top_k", "num_selected_experts")
 # Where a config says how the files are quantized.
-_QUANTIZATION = ("quantization_config", "compression_config")
+QUANTIZATION = ("quantization_config", "compression_config")
 
 
 def text_config(config: Mapping[str, object]) -> Mapping[str, object]:
@@ -35,7 +35,7 @@ def text_config(config: Mapping[str, object]) -> Mapping[str, object]:
 def quantization(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """Returns the object that says how the files are quantized, at the top or in the text model's part; else {}."""
     parts = (config, text_config(config))
-    found = (part.get(key) for part in parts for key in _QUANTIZATION)
+    found = (part.get(key) for part in parts for key in QUANTIZATION)
     return next((value for value in found if isinstance(value, dict) and value), {})
 
 
@@ -44,7 +44,7 @@ def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
     return {
         key: without_quantization(value) if isinstance(value, dict) else value
         for key, value in config.items()
-        if key not in _QUANTIZATION
+        if key not in QUANTIZATION
     }
 
 

@@ -6,6 +6,8 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
+from quarkcli.family.config import QUANTIZATION
+
 # Kinds of attention that read the same weights.
 _ONE_KIND = {"full_attention", "sliding_attention", "chunked_attention"}
 # Keys under which those kinds do have weights of their own.
@@ -18,8 +20,6 @@ _EVERY = re.compile(r"freq|step|period|interval|every|factor|stride")
 _SLACK = 4  # lists that speak of extra prediction layers as well are longer
 _MLP = re.compile(r"dense|moe|mlp|expert|sparse|ffn|feed_forward|intermediate")
 _ATTENTION = re.compile(r"attn|attention|layer_types|indexer|head|compress")
-
-_QUANTIZATION = ("quantization_config", "compression_config")
 
 
 class Fact(NamedTuple):
@@ -68,7 +68,7 @@ def _about(key: str, value: object) -> str:
 def entries(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yields every key with its value, those of objects inside as well, but for what says how it was quantized."""
     for key, value in config.items():
-        if key in _QUANTIZATION:
+        if key in QUANTIZATION:
             continue
         if isinstance(value, Mapping):
             yield from entries(value)

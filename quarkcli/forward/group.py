@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from quarkcli.forward.lanes import Lane, joined, shares
+from quarkcli.forward.lanes import Lane, covers, joined, shares
 
 T = TypeVar("T")
 
@@ -74,7 +74,7 @@ class Group:
 
     def _owner(self, start: int, stop: int) -> int | None:
         """Returns the rank that has all lanes of a subtree."""
-        found = (rank for rank, own in enumerate(self._shares) if own and own.start <= start and stop <= own.stop)
+        found = (rank for rank, own in enumerate(self._shares) if covers(own, start, stop))
         return next(found, None)
 
     def _first(self, lane: int) -> int:

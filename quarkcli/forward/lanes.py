@@ -126,12 +126,17 @@ def shares(count: int, ranks: int) -> list[range]:
     return left + [range(lanes.start + count // 2, lanes.stop + count // 2) if lanes else lanes for lanes in right]
 
 
+def covers(own: range, start: int, stop: int) -> bool:
+    """True when a rank with the lanes `own` has all lanes from `start` to `stop`."""
+    return bool(own) and own.start <= start and stop <= own.stop
+
+
 def joined_ranks(join: Callable[[T, T], T], values: Sequence[T | None], of: Sequence[range]) -> T | None:
     """Returns the sum of what ranks have, in the tree; `of`: their lanes."""
 
     def node(start: int, stop: int) -> T | None:
         for value, own in zip(values, of, strict=True):
-            if own and own.start <= start and stop <= own.stop:
+            if covers(own, start, stop):
                 return value
         middle = (start + stop) // 2
         return joined(join, node(start, middle), node(middle, stop))

@@ -11,9 +11,8 @@ from quarkcli.plan.model import Decision, Plan
 from quarkcli.plan.names import ATTENTION_CLASS, Hits
 from quarkcli.recipe import nearby
 from quarkcli.recipe.entries import Entry
-from quarkcli.recipe.match import module_pattern
+from quarkcli.recipe.match import module_pattern, starred
 
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 _SLOT = re.compile(r"[.*](weight|input|output|bias|[qkvp]_bmm|softmax)_quantizer(\.\d+)?$")
 # How alike a pattern's word and a module's name are when one is taken for the other misspelled.
 _ALIKE = 0.85
@@ -47,7 +46,7 @@ def _unmatched(plan: Plan) -> Iterator[int]:
 
 def _one_of_each(names: Iterable[str]) -> list[str]:
     """Returns one name of each set of names that differ in their numbers only."""
-    return list({_NUMBER.sub("*", name): name for name in names}.values())
+    return list({starred(name): name for name in names}.values())
 
 
 def _misspelled(pattern: str, modules: list[str]) -> bool:
@@ -58,8 +57,8 @@ def _misspelled(pattern: str, modules: list[str]) -> bool:
     word = _SLOT.sub("", pattern).strip("*.").rpartition("*")[2].strip(".")
     if pattern.startswith("re:") or not word:
         return False
-    word, steps = _NUMBER.sub("*", word), word.count(".") + 1
-    names = [_NUMBER.sub("*", name).split(".") for name in modules]
+    word, steps = starred(word), word.count(".") + 1
+    names = [starred(name).split(".") for name in modules]
     known = {".".join(own) for name in names for own in (name[:steps], name[-steps:])}
     return word not in known and bool(difflib.get_close_matches(word, known, n=1, cutoff=_ALIKE))
 

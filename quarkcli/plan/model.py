@@ -14,7 +14,7 @@ from quarkcli.family import TIED, Part, Rewrites, Site, Weight, WeightView
 from quarkcli.plan.changes import Added, Changes
 from quarkcli.plan.fused import matrix
 from quarkcli.recipe.attributes import Cfg
-from quarkcli.recipe.entries import Entry, Share
+from quarkcli.recipe.entries import ATTENTION_KINDS, TARGET_KINDS, Entry, Share
 from quarkcli.spec import TensorSpec
 
 if TYPE_CHECKING:
@@ -26,9 +26,6 @@ __all__ = [
 ]  # fmt: skip
 
 Known = TypeVar("Known")
-
-TARGET_KINDS = ("weight", "input", "output", "bias")
-ATTENTION_KINDS = ("q", "k", "v", "p")
 
 
 @dataclass(frozen=True)

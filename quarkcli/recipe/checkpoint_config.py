@@ -16,11 +16,11 @@ from quarkcli.errors import ConfigError, did_you_mean, in_brackets
 from quarkcli.recipe import quark_config
 from quarkcli.recipe.attributes import compressed_tensors
 from quarkcli.recipe.attributes.written import spec_to_yaml
+from quarkcli.recipe.entries import TARGET_KINDS
 from quarkcli.recipe.load import Path_
 from quarkcli.recipe.match import slot_pattern
 from quarkcli.recipe.normalize import Canonical, Cfg, Located, Normalized, Where, path_text, refusal
 
-_SLOTS = ("weight", "input", "output", "bias")
 _LINEAR = "nn.Linear"
 _UNRECORDED = (
     "the config does not say which algorithm was used; the weights are rounded to nearest unless you add 'algorithm'"
@@ -65,7 +65,7 @@ class _Collector:
 
     def module(self, pattern: str, cfgs: Mapping[str, Cfg], place: Path_, parent: str | None = None) -> None:
         """Entries for all four slots of modules; what `cfgs` leaves out is off."""
-        for kind in _SLOTS:
+        for kind in TARGET_KINDS:
             cfg = cfgs.get(kind)
             slot = slot_pattern(pattern, f"{kind}_quantizer")
             self.found.entries.append(Canonical(slot, deepcopy(cfg), cfg is not None, parent, None, place))

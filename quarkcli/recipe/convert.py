@@ -40,7 +40,7 @@ def canonical(recipe: Recipe) -> list[dict[str, Any]]:
 
 def as_lines(rows: list[dict[str, Any]]) -> list[str]:
     """Returns canonical entries as a YAML list, a line each."""
-    return [f"- {_flow(row)}" for row in rows]
+    return [f"- {flow(row)}" for row in rows]
 
 
 def as_native(recipe: Recipe) -> str:
@@ -71,7 +71,8 @@ def _dumped(data: Any) -> list[str]:
     return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=_WIDTH).splitlines()
 
 
-def _flow(data: Any) -> str:
+def flow(data: Any) -> str:
+    """Returns data as YAML in one line."""
     text = yaml.safe_dump(data, default_flow_style=True, sort_keys=False, allow_unicode=True, width=100_000)
     return text.removesuffix("...\n").strip()
 
@@ -80,7 +81,7 @@ def _algorithms(recipe: Recipe) -> list[str]:
     if not recipe.algorithms:
         return []
     rows = [{"method": name, **parameters} for name, parameters in recipe.algorithms]
-    return ["  algorithm:", *(f"    - {_flow(row)}" for row in rows)]
+    return ["  algorithm:", *(f"    - {flow(row)}" for row in rows)]
 
 
 def _calibration(recipe: Recipe) -> list[str]:
@@ -95,12 +96,12 @@ def _calibration(recipe: Recipe) -> list[str]:
         "min_expert_tokens": recipe.min_expert_tokens,
     }
     given = {key: value for key, value in given.items() if value is not None}
-    lines = [f"calibration: {_flow(given)}"] if given else []
+    lines = [f"calibration: {flow(given)}"] if given else []
     if recipe.share is not None:
-        lines.append(f"share: {_flow([row.as_dict() for row in recipe.share])}")
+        lines.append(f"share: {flow([row.as_dict() for row in recipe.share])}")
     if recipe.expert_inputs != "shared":
         lines.append(f"expert_inputs: {recipe.expert_inputs}")
-    return [*lines, f"export: {_flow({'dialect': recipe.dialect})}"] if recipe.dialect else lines
+    return [*lines, f"export: {flow({'dialect': recipe.dialect})}"] if recipe.dialect else lines
 
 
 def _entry_lines(entry: Entry) -> list[str]:
@@ -112,7 +113,7 @@ def _entry_lines(entry: Entry) -> list[str]:
         row["cfg"] = cfg
     row |= {"enable": entry.enable, "required": False}
     lines = [f"    # {entry.origin}" + (f": {meaning}" if meaning else "")]
-    first, *others = [f"{key}: {_flow(value)}" for key, value in row.items()]
+    first, *others = [f"{key}: {flow(value)}" for key, value in row.items()]
     return [*lines, f"    - {first}", *(f"      {line}" for line in others)]
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+TARGET_KINDS = ("weight", "input", "output", "bias")  # of a module's slots
+ATTENTION_KINDS = ("q", "k", "v", "p")  # of an attention's
 SETTING = "--set "  # how the origin of a value begins that came from that flag
 
 

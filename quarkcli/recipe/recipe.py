@@ -16,7 +16,7 @@ from typing import Any, Literal
 from quarkcli.errors import ConfigError, QuarkError, UsageError
 from quarkcli.recipe import catalog, foreign, imports, schema
 from quarkcli.recipe.attributes import native, to_spec
-from quarkcli.recipe.entries import SETTING, SLOTS, Entry, Origin, Share
+from quarkcli.recipe.entries import ATTENTION_KINDS, SETTING, SLOTS, TARGET_KINDS, Entry, Origin, Share
 from quarkcli.recipe.load import Document, of_data
 from quarkcli.recipe.match import slot_pattern
 from quarkcli.recipe.mistakes import together
@@ -73,9 +73,6 @@ class Recipe:
         """The name as a part of a file's name, which leads to no other folder."""
         return self.name.translate(str.maketrans("/\0", "--"))
 
-
-WEIGHT_KINDS = ("weight", "input", "output", "bias")
-ATTENTION_KINDS = ("q", "k", "v", "p")
 
 DENY_ALL = Entry("*", enable=False, origin=Origin("built-in: deny all"))
 
@@ -173,7 +170,7 @@ def scheme_entries(
     model = schema.validate(schema.SchemeModel, document)
     unit = f"{origin}"
     entries = []
-    for kind in WEIGHT_KINDS:
+    for kind in TARGET_KINDS:
         cfg = getattr(model, kind, None)
         if cfg is not None:
             located(document.origin(kind), native.to_spec, cfg)
@@ -196,7 +193,7 @@ def exclusion_entries(module: str, origin: Origin, *, user: bool, required: bool
     unit = f"exclude {origin}"
     return [
         Entry(slot_pattern(module, f"{kind}_quantizer"), None, False, None, required, origin, unit, user)
-        for kind in WEIGHT_KINDS
+        for kind in TARGET_KINDS
     ]
 
 

@@ -246,11 +246,15 @@ _PLAIN = "max"
 
 def from_quark(value: Any, path: Path_) -> Steps:
     """Returns the steps of Quark's `algo_config` or `pre_quant_opt_config`: a mapping, a list of them, or null."""
+    return _listed(value, path, _quark_step)
+
+
+def _listed(value: Any, path: Path_, step: Callable[[Any, Path_, Steps], None]) -> Steps:
+    """Returns the steps of one row or of a list of them; `step` takes a row in."""
     out = Steps()
     rows = value if isinstance(value, list | tuple) else [] if value is None else [value]
     for index, row in enumerate(rows):
-        at = (*path, index) if isinstance(value, list | tuple) else path
-        _quark_step(row, at, out)
+        step(row, (*path, index) if isinstance(value, list | tuple) else path, out)
     return out
 
 
@@ -292,12 +296,7 @@ def _quark_step(row: Any, path: Path_, out: Steps) -> None:
 
 def from_modelopt(value: Any, path: Path_) -> Steps:
     """Returns the steps of ModelOpt's `algorithm`: a method, a mapping, a list of them, or null (no calibration)."""
-    out = Steps()
-    rows = value if isinstance(value, list | tuple) else [] if value is None else [value]
-    for index, row in enumerate(rows):
-        at = (*path, index) if isinstance(value, list | tuple) else path
-        _modelopt_step(row, at, out)
-    return out
+    return _listed(value, path, _modelopt_step)
 
 
 def _modelopt_step(row: Any, path: Path_, out: Steps) -> None:

@@ -14,6 +14,7 @@ import yaml
 
 from quarkcli.plan.model import TARGET_KINDS, QuantizedTarget, Target
 from quarkcli.recipe.attributes.written import spec_to_yaml
+from quarkcli.recipe.convert import flow
 from quarkcli.recipe.schema import NATIVE
 from quarkcli.search.candidates import Group, Space
 from quarkcli.search.choice import Choice
@@ -52,8 +53,8 @@ def recipe_text(
             "# scheme, put other names behind its stars.",
             yaml.safe_dump(head, sort_keys=False, allow_unicode=True, width=116).rstrip(),
             f"exclusions: {exclusions}",
-            *([f"calibration: {_flow(calibration)}"] if calibration else []),
-            *([f"export: {_flow({'dialect': dialect})}"] if dialect else []),
+            *([f"calibration: {flow(calibration)}"] if calibration else []),
+            *([f"export: {flow({'dialect': dialect})}"] if dialect else []),
             *(["expert_inputs: own"] if any(run.plan.own_expert_inputs for run in space.runs) else []),
             "quantize:",
             *_algorithms(space, groups, choice),
@@ -74,13 +75,13 @@ def _algorithms(space: Space, groups: Sequence[Group], choice: Choice) -> list[s
         return []
     if all(steps == given[0] for steps in given):
         rows = [{"method": name, **parameters} for name, parameters in given[0]]
-        return ["  algorithm:", *(f"    - {_flow(row)}" for row in rows)]
+        return ["  algorithm:", *(f"    - {flow(row)}" for row in rows)]
     rows = []
     for candidate, steps in zip(used, given, strict=True):
         mine = [group for group in groups if choice.chosen[group.name] == candidate.name]
         slots = [f"{pattern}.weight_quantizer" for group in mine for pattern in _patterns(space, group.targets)]
         rows += [{"method": name, "slots": slots, **parameters} for name, parameters in steps]
-    return ["  algorithm:", *(f"    - {_flow(row)}" for row in rows)]
+    return ["  algorithm:", *(f"    - {flow(row)}" for row in rows)]
 
 
 def _palette(space: Space, groups: Sequence[Group]) -> dict[tuple[str, str, TensorSpec], str]:
@@ -105,7 +106,7 @@ def _specs(target: QuantizedTarget) -> list[tuple[str, TensorSpec]]:
 def _defined(names: Mapping[tuple[str, str, TensorSpec], str]) -> Iterator[str]:
     """Yields entries that switch nothing on and give every spec its name."""
     for (_, kind, spec), name in names.items():
-        cfg = f"&{name} {_flow(spec_to_yaml(spec))}"
+        cfg = f"&{name} {flow(spec_to_yaml(spec))}"
         yield f'    - {{quantizer_path: "*.{kind}_quantizer", cfg: {cfg}, enable: false, required: false}}'
 
 
@@ -170,8 +171,3 @@ def _common(names: Sequence[str]) -> str:
 def _regular(pattern: str) -> str:
     """Returns a pattern of `_guesses` as a regular expression."""
     return re.sub(r"\\\[(\w+)\\\]", r"[\1]", re.escape(pattern)).replace(r"\*", ".*")
-
-
-def _flow(data: Any) -> str:
-    text = yaml.safe_dump(data, default_flow_style=True, sort_keys=False, allow_unicode=True, width=100_000)
-    return text.removesuffix("...\n").strip()

@@ -53,6 +53,12 @@ def chart(title: str, unit: str, *plot: Element | None, says: str = "", table: T
     return element("figure", caption, note, *plot, _behind(table) if table else None)
 
 
+def broad(figure: Element) -> Element:
+    """Returns a chart that takes the whole width of the page."""
+    figure.set("class", "wide")
+    return figure
+
+
 def _behind(table: Table) -> Element:
     """Returns the numbers of a chart, folded away."""
     shown = table.rows[:ROWS]

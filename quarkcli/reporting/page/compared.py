@@ -11,7 +11,7 @@ from typing import Any
 from quarkcli import __version__
 from quarkcli.recipe.match import starred
 from quarkcli.reporting.page import Report, figures, scale, section, style
-from quarkcli.reporting.page.charts import Bar, Grid, Table, bars, chart, columns, grid, heat, key, numbers
+from quarkcli.reporting.page.charts import Bar, Grid, Table, bars, broad, chart, columns, grid, heat, key, numbers
 from quarkcli.reporting.page.elements import Element, document, element
 
 # The number of a block, behind whatever blocks are called, and the name inside it.
@@ -97,7 +97,7 @@ def _distances(found: Mapping[str, Any]) -> Element | None:
     table = numbers(drawn, scale.short, "Layer")
     plot = heat(drawn, scale.short)
     unit = "|A − B| / |signal| of each tensor"
-    return _wide(chart("Distance by layer and projection", unit, *plot, says=says, table=table))
+    return broad(chart("Distance by layer and projection", unit, *plot, says=says, table=table))
 
 
 def _tensors(found: Mapping[str, Any]) -> Element | None:
@@ -116,7 +116,7 @@ def _tensors(found: Mapping[str, Any]) -> Element | None:
         frozenset({1, 2}),
     )  # fmt: skip
     says = f"The first {min(50, len(rows)):,} of {len(rows):,} that differ."
-    return _wide(chart("Tensors that differ", "worst first", grid(table), says=says))
+    return broad(chart("Tensors that differ", "worst first", grid(table), says=says))
 
 
 def _both(
@@ -198,7 +198,7 @@ def _score(report: Report, field: str) -> str:
 def _facts(names: Sequence[str], a: Report | None, b: Report | None) -> Element:
     rows = [(label, *("–" if report is None else text(report) or "–" for report in (a, b))) for label, text in _FACTS]
     table = grid(Table(("", f"A: {names[0]}", f"B: {names[1]}"), rows, whole=True))
-    return _wide(chart("Side by side", "–: the run does not have this number", table))
+    return broad(chart("Side by side", "–: the run does not have this number", table))
 
 
 def _roles(names: Sequence[str], a: Report | None, b: Report | None) -> Element | None:
@@ -219,14 +219,9 @@ def _roles(names: Sequence[str], a: Report | None, b: Report | None) -> Element 
         [(bar.name, scale.size(bar.before), scale.size(bar.value), _ratio(bar)) for bar in rows],
         frozenset({1, 2, 3}),
     )
-    return _wide(chart("Bytes by role", "of all tensors of a role in the output", legend, bars(rows), table=table))
+    return broad(chart("Bytes by role", "of all tensors of a role in the output", legend, bars(rows), table=table))
 
 
 def _ratio(bar: Bar) -> str:
     share = bar.value / bar.before if bar.before else math.inf
     return f"{share:.0%}" if math.isfinite(share) else "–"
-
-
-def _wide(figure: Element) -> Element:
-    figure.set("class", "wide")
-    return figure

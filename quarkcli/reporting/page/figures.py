@@ -8,7 +8,7 @@ from typing import Any
 
 from quarkcli.recipe.match import starred
 from quarkcli.reporting.page import scale
-from quarkcli.reporting.page.charts import Bar, Grid, Table, bars, chart, columns, grid, heat, key
+from quarkcli.reporting.page.charts import Bar, Grid, Table, bars, broad, chart, columns, grid, heat, key
 from quarkcli.reporting.page.elements import Element, element
 
 Report = Mapping[str, Any]
@@ -71,7 +71,7 @@ def errors(report: Report) -> Element | None:
         ],
         frozenset({1, 2, 3}),
     )
-    return _wide(chart(title, unit, *heat(layers_grid(cells), scale.short), says=says, table=table))
+    return broad(chart(title, unit, *heat(layers_grid(cells), scale.short), says=says, table=table))
 
 
 def _worst_place(cells: Cells) -> str:
@@ -126,7 +126,7 @@ def roles(report: Report) -> Element:
     headers = ("Role", "Tensors", "Source", "Output", "Bits per value", "Format")
     legend = key(("before", "source"), ("bar", "of the output, or planned if it is not written yet"))
     behind = Table(headers, table, frozenset({1, 2, 3, 4}))
-    return _wide(chart("Bytes and bits by role", "bytes of all tensors of a role", legend, bars(shown), table=behind))
+    return broad(chart("Bytes and bits by role", "bytes of all tensors of a role", legend, bars(shown), table=behind))
 
 
 def outliers(report: Report) -> Element | None:
@@ -150,7 +150,7 @@ def outliers(report: Report) -> Element | None:
     says = "The largest value of the largest channel, divided by that of the median channel. A high ratio makes "
     says += f"the activation hard to quantize. {_worst_place(cells)}"
     plot = heat(layers_grid(cells), scale.short)
-    return _wide(chart("Outliers of activations", "largest channel / median channel", *plot, says=says, table=table))
+    return broad(chart("Outliers of activations", "largest channel / median channel", *plot, says=says, table=table))
 
 
 def experts(report: Report) -> Element | None:
@@ -188,7 +188,7 @@ def experts(report: Report) -> Element | None:
         frozenset({1, 2, 3, 4, 5}),
     )  # fmt: skip
     plot = heat(Grid(names, heads, values, "expert"), scale.count)
-    return _wide(chart("Tokens per expert", "calibration tokens routed to it", *plot, says=says, table=table))
+    return broad(chart("Tokens per expert", "calibration tokens routed to it", *plot, says=says, table=table))
 
 
 def _layer(prefix: str) -> str:
@@ -216,7 +216,7 @@ def worst_tokens(report: Report) -> Element | None:
     )
     table = element("div", element("table", head, element("tbody", *rows)), class_="scroll", tabindex=0)
     says = f"The tokens with the largest divergence, of {report['evaluation']['tokens']:,} scored tokens."
-    return _wide(chart("Worst tokens", "KL in nats of the next token's distribution", table, says=says))
+    return broad(chart("Worst tokens", "KL in nats of the next token's distribution", table, says=says))
 
 
 def _tail(text: str, letters: int = 90) -> str:
@@ -306,8 +306,3 @@ def rules(report: Report) -> Element | None:
         "Rules that decided", "quantizers that each rule decides, because it is the last that matches",
         grid(Table(("Rule", "On", "Off"), rows, frozenset({1, 2}))),
     )  # fmt: skip
-
-
-def _wide(figure: Element) -> Element:
-    figure.set("class", "wide")
-    return figure
