@@ -122,17 +122,13 @@ def whole(config: Mapping[str, Any], headers: Mapping[str, HeaderLike], length: 
 
     All its weights, the keys and values and the scores of a batch, and the program with its libraries.
     """
-    found = family.text_config(config)
     weights = sum(tensor_bytes(header.dtype, header.shape) for header in headers.values())
-    heads, width = found.get("num_key_value_heads"), found.get("head_dim")
-    kept = heads * width if isinstance(heads, int) and isinstance(width, int) else _number(found, "hidden_size")
-    cache = 2 * _number(found, "num_hidden_layers") * kept * length * _BATCH * 2
-    return weights + cache + _BATCH * _number(found, "vocab_size") * _SCORES + RUNTIME_BYTES[True]
-
-
-def _number(config: Mapping[str, Any], key: str) -> int:
-    value = config.get(key)
-    return value if isinstance(value, int) else 0
+    heads, width = family.kv_heads(config), family.head_size(config)
+    kept = heads * width if heads and width else family.hidden_size(config) or 0
+    cache = 2 * (family.block_count(config) or 0) * kept * length * _BATCH * 2
+    vocabulary = family.text_config(config).get("vocab_size")
+    scores = _BATCH * _SCORES * (vocabulary if isinstance(vocabulary, int) else 0)
+    return weights + cache + scores + RUNTIME_BYTES[True]
 
 
 def too_large(need: int, room: int) -> ResourceError:

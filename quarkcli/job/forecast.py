@@ -123,7 +123,8 @@ def forecast(
 ) -> Forecast:
     """Returns the sizes of a plan in one dialect.
 
-    `tokens` x `hidden` are the hidden states of all streams, `solving` is what a solver needs.
+    tokens   of all streams together; each has a hidden state of `hidden` 16-bit values
+    solving  bytes that a solver needs beside the part's own tensors
     """
     sizes = part_sizes(plan, dialect, headers)
     output = sum(size.files for size in sizes)
@@ -132,15 +133,15 @@ def forecast(
         for dtype, count in size.dtypes.items():
             dtypes[dtype] = dtypes.get(dtype, 0) + count
     largest = max(size.source for size in sizes)
-    hidden = tokens * hidden * 2 if calibrated else 0
-    memory = RUNTIME_BYTES[calibrated] + int(largest * PART_SHARE[calibrated]) + 2 * hidden + solving
+    states = tokens * hidden * 2 if calibrated else 0
+    memory = RUNTIME_BYTES[calibrated] + int(largest * PART_SHARE[calibrated]) + 2 * states + solving
     return Forecast(
         source_bytes=source_bytes,
         output_bytes=output,
         largest_part=largest,
-        hidden_bytes=hidden,
+        hidden_bytes=states,
         memory_bytes=memory,
-        disk_bytes=output + 2 * hidden,
+        disk_bytes=output + 2 * states,
         effective_bits=effective_bits(plan),
         calibrated=calibrated,
         dtypes=dict(sorted(dtypes.items())),

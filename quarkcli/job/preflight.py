@@ -258,7 +258,6 @@ def forecast_of(
     steps: Iterable[Assignment],
 ) -> forecast.Forecast:
     """Returns the sizes of this plan in this dialect. `headers`: of the source's tensors as they are read."""
-    hidden = family.text_config(source.config).get("hidden_size")
     steps = list(steps)
     streams = len(frozenset[str]().union(*(step.algorithm.streams for step in steps)))
     return forecast.forecast(
@@ -268,7 +267,7 @@ def forecast_of(
         source_bytes=sum(source.files.values()),
         calibrated=calibration is not None,
         tokens=calibration.samples * calibration.seqlen * streams if calibration else 0,
-        hidden=hidden if isinstance(hidden, int) else 0,
+        hidden=family.hidden_size(source.config) or 0,
         solving=max(step.memory(plan) for step in steps),
     )
 

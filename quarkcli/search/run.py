@@ -318,8 +318,7 @@ def _measured(
 
 def _check_resources(run: Prepared, data: CalibrationData, path: Path) -> None:
     """Refuses a search that the disk or the memory cannot hold: hidden states of every block, four of one."""
-    hidden = family.text_config(run.source.config).get("hidden_size")
-    states = data.tokens.numel() * (hidden if isinstance(hidden, int) else 0)
+    states = data.tokens.numel() * (family.hidden_size(run.source.config) or 0)
     blocks = sum(part.block is not None for part in run.plan.parts)
     size = run.forecast
     needed = size.memory_bytes + 3 * size.largest_part + 16 * states

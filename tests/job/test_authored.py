@@ -104,6 +104,9 @@ def test_the_plan_says_what_the_whole_model_takes(prepared, monkeypatch, tmp_pat
     assert runs.prepare("demo", **{**SELF, "calib_data": "builtin"}).forecast.whole_bytes == 0
     longer = runs.prepare("demo", **{**SELF, "calib_seqlen": 240}).forecast.whole_bytes
     assert longer - prepared.forecast.whole_bytes == 9 * cache
+    names = {"num_key_value_heads": "num_kv_heads", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head"}
+    renamed = {names.get(key, key): value for key, value in config.items()}
+    assert authored.whole(renamed, prepared.weights.headers, 24) == prepared.forecast.whole_bytes
     monkeypatch.setattr(Source, "read_many", lambda *_: pytest.fail("a tensor is read"))
     with pytest.raises(ResourceError, match="all of it fits into memory") as error:
         runs.run("demo", tmp_path / "out", **SELF, max_cpu_mem=prepared.forecast.whole_bytes - 1)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from quarkcli import dialects
 from quarkcli.disk import contents
-from quarkcli.job import forecast
+from quarkcli.job import forecast, preflight
 from quarkcli.plan import sizes
 from tests import runs
 from tests.plan import layouts
@@ -54,6 +55,20 @@ def test_hidden_and_largest_part() -> None:
     assert found.disk_bytes == found.output_bytes + 2 * found.hidden_bytes
     assert found.largest_part == 2 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 256 * 128 + 128)
     assert found.memory_bytes > found.largest_part
+
+
+@pytest.mark.parametrize("name", ["n_embd", "d_model"])
+def test_the_width_of_hidden_states_has_several_names(name: str) -> None:
+    prepared = runs.prepare("demo", scheme="fp8", calib_data="builtin", calib_samples=8, calib_seqlen=64)
+    config = dict(prepared.source.config)
+    config[name] = width = config.pop("hidden_size")
+    source = SimpleNamespace(config=config, files=prepared.source.files)
+    headers = prepared.weights.headers
+    found = preflight.forecast_of(
+        prepared.plan, prepared.dialect, source, headers, prepared.calibration, prepared.steps
+    )  # fmt: skip
+    assert found.hidden_bytes == 8 * 64 * width * 2
+    assert found == prepared.forecast
 
 
 def test_share_of_experts() -> None:
