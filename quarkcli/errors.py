@@ -137,6 +137,11 @@ def in_brackets(hint: str) -> str:
     return f" ({hint})" if hint else ""
 
 
+def first_line(error: BaseException) -> str:
+    """Returns the first line of what another package says; its kind of error where it says nothing."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 def some(names: Iterable[object], limit: int = 5) -> str:
     """Returns the first of many names with commas between, and dots if there are more."""
     shown = list(islice(names, limit + 1))

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from quarkcli.errors import AccessError, DataError
+from quarkcli.errors import AccessError, DataError, first_line
 from quarkcli.forward import files
 from quarkcli.forward.defaults import BUILTIN, builtin_texts
 from quarkcli.forward.documents import Conversation, Skipped, Unusable, document
@@ -304,8 +304,9 @@ def _from_hub(name: str, seed: int, offline: bool) -> Iterator[files.Row]:
         for number, row in enumerate(rows, 1):
             yield files.Row(row, f"row {number}")
     except Exception as error:  # datasets raises many kinds
-        text = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise AccessError(f"data set cannot be loaded: {text}", where=name, hint=hint, kind="E-DATA-HUB") from error
+        raise AccessError(
+            f"data set cannot be loaded: {first_line(error)}", where=name, hint=hint, kind="E-DATA-HUB"
+        ) from error
 
 
 def _check_hub(name: str, hint: str) -> None:
@@ -318,5 +319,6 @@ def _check_hub(name: str, hint: str) -> None:
     except (HfHubHTTPError, OfflineModeIsEnabled):  # the hub answered, or is not to be asked: `datasets` knows more
         return
     except Exception as error:  # of the network; their kinds differ by release
-        text = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise AccessError(f"the hub cannot be reached: {text}", where=name, hint=hint, kind="E-DATA-HUB") from error
+        raise AccessError(
+            f"the hub cannot be reached: {first_line(error)}", where=name, hint=hint, kind="E-DATA-HUB"
+        ) from error

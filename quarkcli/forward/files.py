@@ -19,7 +19,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from quarkcli.errors import AccessError, DataError
+from quarkcli.errors import AccessError, DataError, first_line
 
 if TYPE_CHECKING:
     from pyarrow import RecordBatch
@@ -300,8 +300,9 @@ def _parquet(path: Path, column: str | None, together: int) -> Iterator[Row]:
     except (pyarrow.ArrowException, ValueError, OverflowError, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # arrow's own have none
             raise AccessError(f"cannot be read: {error.strerror}", where=str(path), kind="E-FILE-READ") from error
-        text = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"cannot be read as parquet: {text}", where=str(path), kind="E-DATA-FILE") from error
+        raise DataError(
+            f"cannot be read as parquet: {first_line(error)}", where=str(path), kind="E-DATA-FILE"
+        ) from error
 
 
 def _dateless(batch: RecordBatch, column: str | None) -> RecordBatch:

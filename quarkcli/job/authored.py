@@ -149,13 +149,9 @@ def with_whole(
     if settings is None or settings.source != SELF:
         return size
     need = whole(source.config, headers, settings.seqlen)
-    return replace(size, whole_bytes=need, memory_bytes=max(size.memory_bytes, need if _on_cpu(options) else 0))
-
-
-def _on_cpu(options: Options) -> bool:
-    import torch
-
-    return options.device == "cpu" or not torch.cuda.is_available()
+    return replace(
+        size, whole_bytes=need, memory_bytes=max(size.memory_bytes, need if devices.on_cpu(options.device) else 0)
+    )
 
 
 def _row(tokens: list[int], tokenizer: Tokenizer) -> dict[str, Any]:

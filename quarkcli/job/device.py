@@ -17,15 +17,25 @@ def device(asked: str) -> str:
         )
     if asked == "cpu":
         return "cpu"
-    import torch
-
-    if torch.cuda.is_available():
+    if has_gpu():
         return "cuda"
     if asked == "cuda":
         raise ResourceError(
             "no CUDA device is available", where="--device cuda", hint="use --device cpu", kind="E-DEVICE-NONE"
         )
     return "cpu"
+
+
+def has_gpu() -> bool:
+    """True where torch sees a CUDA device."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def on_cpu(asked: str) -> bool:
+    """True where `--device` leads to the CPU, here."""
+    return asked == "cpu" or not has_gpu()
 
 
 def check(device: str, size: Forecast, most: int | None) -> None:

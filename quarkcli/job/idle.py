@@ -13,6 +13,7 @@ from quarkcli.algorithms.base import Assignment
 from quarkcli.disk import pickles
 from quarkcli.disk.source import Source
 from quarkcli.forward.defaults import BUILTIN, SELF
+from quarkcli.job import device as devices
 from quarkcli.job import judging
 from quarkcli.job.options import SKIP, Calibration, Options
 from quarkcli.plan.model import Plan
@@ -82,12 +83,12 @@ def of_run(
         found += [f"{', '.join(unused)} not used: nothing in this plan needs data"] if unused else []
     else:
         found += _of_data(options, plan, set(needs), calibration)
-    if options.max_gpu_mem is not None and _on_cpu(options):
+    if options.max_gpu_mem is not None and devices.on_cpu(options.device):
         found.append("--max-gpu-mem is not used: the job runs on a CPU")
     found += judging.idle(options, calibration is not None)
     if options.target == "none" and not plan.disagreeing():
         found.append("--target none changes nothing: weights that servers multiply together have one scheme")
-    if options.device == "cuda" and not _has_gpu():
+    if options.device == "cuda" and not devices.has_gpu():
         found.append("--device cuda: this machine has no CUDA device, so 'quark quantize' would stop (exit 6)")
     return found
 
@@ -163,9 +164,9 @@ def _of_data(options: Options, plan: Plan, needs: set[str], calibration: Calibra
         yield f"--moe-calibration {options.moe_calibration} is not used: {why}"
     if options.min_expert_tokens is not None:
         yield from _of_few(options, plan, needs, calibration)
-    if options.offload in ("none", "cpu") and _on_cpu(options):
+    if options.offload in ("none", "cpu") and devices.on_cpu(options.device):
         yield f"--offload {options.offload} is not used: on a CPU hidden states are always in RAM"
-    if options.calib_batch is not None and _on_cpu(options):
+    if options.calib_batch is not None and devices.on_cpu(options.device):
         yield (
             "--calib-batch is not used: it works only on a GPU; on a CPU the number of rows that run together is fixed"
         )
@@ -186,16 +187,6 @@ def _has_columns(data: str) -> bool:
     if path.is_dir():
         return any(file.suffix != _TEXT for file in path.rglob("*") if file.is_file())
     return data not in (BUILTIN, SELF) and path.suffix != _TEXT
-
-
-def _on_cpu(options: Options) -> bool:
-    return options.device == "cpu" or not _has_gpu()
-
-
-def _has_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
 
 
 def screen(*, progress: str, log_level: str, log_format: str, quiet: bool, plan: bool) -> list[str]:

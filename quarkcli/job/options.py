@@ -77,6 +77,11 @@ class Options:
     command: Sequence[str] = ()
 
 
+def seed_of(options: Options, recipe: Recipe) -> int:
+    """Returns the seed of everything random: the flag's, else the recipe's, else 0."""
+    return options.seed if options.seed is not None else recipe.seed or 0
+
+
 @dataclass
 class Calibration:
     """The data that a calibrated plan uses: flags, else the recipe, else defaults.
@@ -169,8 +174,7 @@ class Prepared:
     @property
     def seed(self) -> int:
         """Returns the seed of everything random."""
-        given = self.options.seed if self.options.seed is not None else self.recipe.seed
-        return given or 0
+        return seed_of(self.options, self.recipe)
 
     @property
     def is_random(self) -> bool:

@@ -27,7 +27,7 @@ from quarkcli.errors import (
 )
 from quarkcli.family import HeaderLike
 from quarkcli.job import authored, forecast
-from quarkcli.job.options import Calibration, Options
+from quarkcli.job.options import Calibration, Options, seed_of
 from quarkcli.job.reach import balances
 from quarkcli.plan.fused import Servers, sentence, splits
 from quarkcli.plan.model import Plan, QuantizedTarget
@@ -213,7 +213,7 @@ def calibration(options: Options, recipe: Recipe, source: Source, needs: Mapping
         seqlen=seqlen,
         asked=samples is not None,
         column=options.calib_column or recipe.calib_column,
-        seed=options.seed if options.seed is not None else recipe.seed or 0,
+        seed=seed_of(options, recipe),
         moe=options.moe_calibration or recipe.moe_calibration or "routed",
         min_expert_tokens=options.min_expert_tokens or recipe.min_expert_tokens or 1,
         bos=options.bos or recipe.bos or "auto",

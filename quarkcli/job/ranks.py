@@ -17,7 +17,7 @@ from datetime import timedelta
 from typing import Any
 
 from quarkcli import memory
-from quarkcli.errors import ExitCode, QuarkError, ResourceError, UsageError
+from quarkcli.errors import ExitCode, QuarkError, ResourceError, UsageError, first_line
 from quarkcli.forward.group import Group
 
 BEAT = 2.0  # seconds between two signs of life
@@ -136,7 +136,7 @@ def together() -> Iterator[Group]:
         _set_timeout(timedelta(days=30))
         store = _store()
     except (RuntimeError, ValueError) as error:
-        what = f"the {size} processes cannot reach each other: {str(error).splitlines()[0]}"
+        what = f"the {size} processes cannot reach each other: {first_line(error)}"
         raise ResourceError(
             what, hint="set MASTER_ADDR and MASTER_PORT to the machine of the first process", kind="E-RANKS-LOST"
         ) from error
