@@ -141,7 +141,7 @@ def for_checkpoint(config: Mapping[str, Any], headers: Mapping[str, HeaderLike])
 
 
 def _check_split(family: FamilyModel) -> None:
-    """Refuse to guess whether rows of gate and up alternate: no shape tells, and a server would compute wrongly."""
+    """Refuses to guess whether rows of gate and up alternate: no shape tells, and a server would compute wrongly."""
     experts = family.experts
     mixed = [name for name, rule in experts.fused.items() if rule.split == "interleaved"] if experts else []
     if mixed and experts:

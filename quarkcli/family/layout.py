@@ -121,7 +121,7 @@ TIED = "tie_word_embeddings"  # key of config.json: head and embedding are one t
 def lay_out(
     name: str, family: FamilyModel, inferred: bool, config: Mapping[str, Any], headers: Mapping[str, HeaderLike]
 ) -> Layout:
-    """Apply a family to headers. Raises ModelError when the checkpoint has no decoder block where it should."""
+    """Applies a family to headers. Raises ModelError when the checkpoint has no decoder block where it should."""
     parts = parts_of(family, config, headers)
     builder = _Builder(family, config, headers, parts)
     for tensor in headers:
@@ -339,7 +339,7 @@ class _Builder:
         return tuple([before if after is None else f"{before}{index}{after}" for before, after in found])
 
     def connect(self, head_dim: int | None) -> None:
-        """Fill in sites, scale groups and attention modules."""
+        """Fills in sites, scale groups and attention modules."""
         for weight in [weight for weight in self.weights.values() if weight.expert is None]:
             site, group = self._linear_ties(weight)
             self.weights[weight.name] = replace(weight, site=site, group=group)

@@ -120,7 +120,7 @@ def _fits(own: BlockList, config: Mapping[str, Any]) -> bool:
 
 
 def _refuse_two_stacks(config: Mapping[str, Any], lists: list[BlockList]) -> None:
-    """An encoder and a decoder of one model: quantizing one of them would be half of the work."""
+    """Refuses a model of an encoder and a decoder: quantizing one of them would be half of the work."""
     hidden = hidden_size(config)
     wide = [own for own in lists if config.get("is_encoder_decoder") or hidden is None or hidden in own.widths]
     encoders = [own for own in wide if "encoder" in own.steps and "decoder" not in own.steps]

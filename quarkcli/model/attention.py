@@ -37,7 +37,7 @@ _SOFTMAXES = (torch.nn.functional.softmax, torch.softmax, torch.Tensor.softmax)
 def tapped(
     taps: Mapping[nn.Module, AttentionTap], softmaxes: Mapping[nn.Module, SoftmaxTap], default: str
 ) -> Iterator[None]:
-    """Send q, k, v and the softmax outputs of the given attention modules through their taps; others are not affected.
+    """Sends q, k, v and the softmax outputs of the given attention modules through their taps; others are not affected.
 
     default  implementation name for modules without a config of their own
     """

@@ -51,7 +51,7 @@ class Weights:
         return sorted(names, key=self._order.__getitem__)
 
     def load(self, params: list[str], buffers: list[str], tensors: Mapping[str, torch.Tensor]) -> None:
-        """Put parameters on the device, cast to their dtypes, and rebuild non-persistent buffers.
+        """Puts parameters on the device, cast to their dtypes, and rebuilds non-persistent buffers.
 
         Groups with no tensor in `tensors` keep what is loaded already; a group that has some must have all.
 
@@ -77,7 +77,7 @@ class Weights:
         return {param: found[source] for param in params if (source := self._aliases.get(param, param)) in found}
 
     def unload(self, params: Iterable[str], buffers: Iterable[str]) -> None:
-        """Drop the storage of these parameters and buffers."""
+        """Drops the storage of these parameters and buffers."""
         for name in (*params, *buffers):
             module, leaf = self._owner(name)
             empty = torch.empty_like(_held(module, leaf), device="meta")

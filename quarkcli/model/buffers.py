@@ -15,7 +15,7 @@ Owners = dict[nn.Module, list[str]]
 
 
 def rebuild_buffers(model: Any, names: Iterable[str], device: torch.device) -> None:
-    """Give the non-persistent buffers `names` of `model` their values, on `device`.
+    """Gives the non-persistent buffers `names` of `model` their values, on `device`.
 
     Values are computed on the CPU, as transformers does while loading, by `_init_weights` of the submodel that owns
     the buffer; parameters are marked as initialized, so nothing else changes. torch's random state is kept.
@@ -41,7 +41,7 @@ def rebuild_buffers(model: Any, names: Iterable[str], device: torch.device) -> N
 
 
 def _unset(owners: Owners, enclosing: dict[nn.Module, Any], deep: bool) -> list[tuple[nn.Module, str]]:
-    """Initialize over zeros and over ones; what then differs was not initialized (works for every dtype)."""
+    """Initializes over zeros and over ones; what then differs was not initialized (works for every dtype)."""
     zeros = _initialized(owners, enclosing, 0, deep)
     ones = _initialized(owners, enclosing, 1, deep)
     return [key for key, value in zeros.items() if not torch.equal(value, ones[key])]
@@ -63,7 +63,7 @@ def _initialized(
 
 
 def _initialize(submodel: Any, module: nn.Module) -> None:
-    """`_init_weights` of `submodel` on `module`, with everything but non-persistent buffers protected."""
+    """Runs `_init_weights` of `submodel` on `module`, with everything but non-persistent buffers protected."""
     persistent = (
         buffer
         for part in module.modules()

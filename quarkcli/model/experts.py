@@ -190,7 +190,7 @@ def expert_hidden(module: nn.Module, expert: int, x: torch.Tensor) -> torch.Tens
 
 @contextmanager
 def handled(module: nn.Module, handler: ExpertHandler) -> Iterator[None]:
-    """Run `module` as a per-expert loop that asks `handler`; its own forward comes back afterwards."""
+    """Runs `module` as a per-expert loop that asks `handler`; its own forward comes back afterwards."""
     with _forward(module, _layout(module).forward(module, handler)):
         yield
 

@@ -31,7 +31,7 @@ class ModelCode:
 
     @contextmanager
     def running(self, failing: str) -> Iterator[None]:
-        """Inside, the model's code runs, and quietly.
+        """Quiets the model's code that runs inside, and turns what it raises into ModelErrors.
 
         failing  what a failure is called behind the name of the class: `fails in decoder block 3`
         raises   ModelError for what that code raises. Errors of quark pass, and so do running out of memory and what

@@ -74,14 +74,14 @@ class _OneDay(datetime):
 
 @contextmanager
 def one_day() -> Iterator[None]:
-    """Chat templates that print the date (Llama's) see the same day always, so that a run can go on after midnight."""
+    """Shows the same day to chat templates that print the date (Llama's): a run can go on after midnight."""
     with mock.patch.object(chat_template_utils, "datetime", _OneDay):
         yield
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Nothing is logged, drawn or fetched by transformers inside; the caller's settings come back afterwards."""
+    """Keeps transformers from logging, drawing and fetching inside; the caller's settings come back afterwards."""
     log = transformers.logging
     verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
     with ExitStack() as stack:

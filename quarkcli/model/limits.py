@@ -68,14 +68,14 @@ class Bounded:
 
 
 def _end(child: Any, owner: int) -> None:
-    """Kill a child of this process."""
+    """Kills a child of this process."""
     if owner == os.getpid():
         child.kill()
         child.join()
 
 
 def _serve(function: Callable[..., Any], pipe: Connection, other: Connection) -> None:
-    """Answer until the other end is closed: (True, answer), (False, error), (None, what was too much)."""
+    """Answers until the other end is closed: (True, answer), (False, error), (None, what was too much)."""
     other.close()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else signal.SIG_DFL)

@@ -73,7 +73,7 @@ class NameMap:
 
 
 def build_map(model: Any, headers: Mapping[str, HeaderLike]) -> NameMap:
-    """Map file tensors to the parameters of `model`, a skeleton on the meta device. Reads no weights."""
+    """Maps file tensors to the parameters of `model`, a skeleton on the meta device. Reads no weights."""
     params = model.state_dict()
     groups, unknown = _collect(model, params, headers)
     known = NameMap({}, {}, unknown, [], {})

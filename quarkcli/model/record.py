@@ -123,7 +123,7 @@ class Recorder:
     def record(
         self, tokens: torch.Tensor, attention_mask: torch.Tensor | None, share_with: Recording | None
     ) -> Recording:
-        """Run the model's forward over stubs once; the outside tensors must be loaded."""
+        """Runs the model's forward over stubs once; the outside tensors must be loaded."""
         count = len(self.skeleton.blocks)
         recording = Recording(tokens, attention_mask, calls=[None] * count)
         session = _Session(self, recording, share_with)
@@ -142,7 +142,7 @@ class Recorder:
         return _logits_of(self._tail(recording, hidden, gradients)).float()
 
     def observe_tail(self, recording: Recording, hidden: Any, head: bool) -> None:
-        """Run what lies behind the blocks for its hooks alone; `head`: somebody sees what the head returns."""
+        """Runs what lies behind the blocks for its hooks alone; `head`: somebody sees what the head returns."""
         with nullcontext() if head else without_head(self.skeleton):
             self._tail(recording, hidden)
 
@@ -369,7 +369,7 @@ def _probe(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> F
 
 
 def _map_tuples(change: Callable[[Any], Any], value: Any) -> Any:
-    """Apply `change` to a value or inside nested tuples. Lists stay the objects they are: blocks share them."""
+    """Applies `change` to a value or inside nested tuples. Lists stay the objects they are: blocks share them."""
     if type(value) is tuple:
         return tuple(_map_tuples(change, item) for item in value)
     return change(value)

@@ -116,7 +116,7 @@ class Runner:
             )
 
     def load_outside(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Load what lies outside the blocks; tied weights share storage. Extra tensors are ignored.
+        """Loads what lies outside the blocks; tied weights share storage. Extra tensors are ignored.
 
         Parameters may share memory with `tensors`.
         """
@@ -126,7 +126,7 @@ class Runner:
         self._weights.unload(self._weights.outside, self._weights.outside_buffers)
 
     def load_block(self, i: int, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Load decoder block `i`; extra tensors are ignored.
+        """Loads decoder block `i`; extra tensors are ignored.
 
         On a loaded block, `tensors` may be a part: parameters none of whose file tensors are given stay. Parameters
         may share memory with `tensors`.
@@ -174,7 +174,7 @@ class Runner:
         return self._recorder.logits(recording, hidden, gradients)
 
     def observe_tail(self, recording: Recording, hidden: Any, *, head: bool = True) -> None:
-        """Run final norm and head for the handlers that are installed; the outside must be loaded.
+        """Runs final norm and head for the handlers that are installed; the outside must be loaded.
 
         head  False: nobody sees what the head returns, so that it is not computed; what it reads is seen
         """
@@ -182,7 +182,7 @@ class Runner:
 
     @contextmanager
     def handlers(self, i: int | None, given: Handlers) -> Iterator[None]:
-        """See, and change, what modules of block `i` (None: outside the blocks) read or return, while inside.
+        """Sees, and changes, what modules of block `i` (None: outside the blocks) read or return, while inside.
 
         raises  KeyError for a file tensor that does not belong there
         """
@@ -252,7 +252,7 @@ class Runner:
             return expert_modules.expert_hidden(module, expert, x)
 
     def _experts(self, i: int) -> AbstractContextManager[None]:
-        """On a CPU every pass takes the loop over experts; elsewhere the class's own is the faster one."""
+        """Returns how a pass goes over experts: in a loop on a CPU, elsewhere as the class does, which is faster."""
         return expert_modules.looped(self._skeleton.blocks[i]) if self.device.type == "cpu" else nullcontext()
 
     def _modules(self, i: int | None, name: str) -> list[nn.Module]:

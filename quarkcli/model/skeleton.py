@@ -80,7 +80,7 @@ class Skeleton:
         return self.model.get_submodule(self.blocks_path)
 
     def set_blocks(self, blocks: nn.ModuleList) -> None:
-        """Put another list in the place of the blocks (the recording stubs)."""
+        """Puts another list in the place of the blocks (the recording stubs)."""
         parent, _, leaf = self.blocks_path.rpartition(".")
         setattr(self.model.get_submodule(parent), leaf, blocks)
 
@@ -93,7 +93,7 @@ def build_skeleton(
     trust_remote_code: bool = False,
     eager: bool = False,
 ) -> Skeleton:
-    """Build the model of `folder`'s config.json on the meta device.
+    """Builds the model of `folder`'s config.json on the meta device.
 
     dtype   None: what config.json says of the model or of its text part, else what most of its values are stored in
     eager   attention in the class's own eager implementation, whose masks and steps are plain tensors
@@ -183,7 +183,7 @@ def model_class(config: Any, folder: Path, trust_remote_code: bool) -> Any:
 
 
 def set_dtype(config: Any, dtype: torch.dtype) -> None:
-    """Set the dtype on the config and its sub-configs: some classes build inner models from theirs."""
+    """Sets the dtype on the config and its sub-configs: some classes build inner models from theirs."""
     config.dtype = dtype
     for key in getattr(config, "sub_configs", {}):
         if (inner := getattr(config, key, None)) is not None:

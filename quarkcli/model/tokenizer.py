@@ -245,7 +245,7 @@ def _failed(failing: str, where: str, error: Exception) -> ModelError:
 
 
 def _check_config(path: Path) -> None:
-    """Refuse values that loading lets pass and use does not."""
+    """Refuses values that loading lets pass and use does not."""
     try:
         config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     except (OSError, ValueError, RecursionError) as error:

@@ -77,7 +77,7 @@ def as_matrix(x: Tensor) -> Tensor:
 
 
 def require_divisible(cols: int, size: int) -> None:
-    """Raise ModelError unless the last dimension holds whole groups."""
+    """Raises ModelError unless the last dimension holds whole groups."""
     if cols % size:
         raise ModelError(
             f"the last dimension {cols} is not divisible by the group size {size}",
@@ -146,7 +146,7 @@ def group_ends(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 
 def require_finite(amax: Tensor, x: Tensor) -> None:
-    """Raise DataError naming the first non-finite position of `x` [rows, cols], given per-row(-group) amax of it."""
+    """Raises DataError naming the first non-finite position of `x` [rows, cols], given per-row(-group) amax of it."""
     if bool(torch.isfinite(amax).all()):
         return
     row = int((~torch.isfinite(amax)).any(-1).nonzero()[0])

@@ -160,19 +160,19 @@ def round_matrix(matrix: Tensor, at: Grid, dtype: torch.dtype) -> Tensor:
 
 
 def multiply_(rows: Tensor, scale: Tensor, size: int) -> None:
-    """Multiply `rows` (float32 [n, cols]) by their scales [n, groups], in place."""
+    """Multiplies `rows` (float32 [n, cols]) by their scales [n, groups], in place."""
     values, factors = by_group(rows, scale, size)
     values.mul_(factors)
 
 
 def _multiply(values: Tensor, at: Grid, part: slice) -> None:
-    """Multiply values of some rows by their scales, in place; a cast has none."""
+    """Multiplies values of some rows by their scales, in place; a cast has none."""
     if at.element.kind != "cast":
         multiply_(values, at.scale[part], at.size)
 
 
 def _divide(rows: Tensor, at: Grid, part: slice, out: Tensor) -> None:
-    """Write `rows` divided by their scales to `out` (float32)."""
+    """Writes `rows` divided by their scales to `out` (float32)."""
     out.copy_(rows)
     if at.element.kind == "cast":
         return

@@ -45,7 +45,7 @@ class Observer(Protocol):
     def observe(self, x: Tensor) -> None: ...
 
     def merge(self, other: Self) -> None:
-        """Take in what another has kept."""
+        """Takes in what another has kept."""
 
 
 class MinMax:
@@ -67,7 +67,7 @@ class MinMax:
         self.high: Tensor | None = None
 
     def observe(self, x: Tensor) -> None:
-        """Take `x` [..., features]; per row every `x` has the same rows."""
+        """Takes `x` [..., features]; per row every `x` has the same rows."""
         if x.numel():
             self._take(*_ends(x, self.granularity))
 
@@ -108,7 +108,7 @@ class Histogram:
         return self._range.amax
 
     def observe(self, x: Tensor) -> None:
-        """Take the values of `x`, of any shape."""
+        """Takes the values of `x`, of any shape."""
         if not x.numel():
             return
         self._range.observe(x)
@@ -186,7 +186,10 @@ class Histogram:
         return best
 
     def best_range(self, spec: TensorSpec) -> Tensor:
-        """As `least_error`, over the full range and all smaller ones, 16 per binade, that can be the best."""
+        """Returns the range of least squared error under `spec`, of the full one and all smaller ones, 16 per binade.
+
+        Those that cannot be the best are not tried. Otherwise as `least_error`.
+        """
         amax = self.amax.cpu()
         best, least = amax, torch.inf
         if not bool(torch.isfinite(amax)):

@@ -70,7 +70,7 @@ def divided(values: Tensor, number: float) -> Tensor:
 def plain_scale(range_: Range, spec: TensorSpec, model: torch.dtype) -> Tensor:
     """Returns amax / divisor rounded to the stored dtype, or the range over all codes where there is a zero point.
 
-    A group without range_ gets 2^-23. Same shape as `range_.amax`.
+    A group whose range is empty gets 2^-23. Same shape as `range_.amax`.
     """
     assert spec.scale is not None
     element, scale = spec.format, spec.scale
@@ -167,9 +167,8 @@ def zero_points(range_: Range, scale: Tensor, spec: TensorSpec) -> Tensor | None
 def global_scale(amax: Tensor, element: Element, scale: ScaleSpec) -> Tensor:
     """Returns the float32 multiplier over 8-bit block scales: amax / (divisor * their maximum).
 
-    It is 1 for an all-zero tensor.
-
-    Kept at or above the smallest normal float32, so that block scale times global scale is never zero.
+    It is 1 for an all-zero tensor. Otherwise it is at least the smallest normal float32, so that block scale times
+    global scale is never zero.
     """
     largest = {"e4m3": E4M3_MAX, "e5m3": E5M3.maximum}[scale.dtype]
     if scale.rule == "four_over_six":

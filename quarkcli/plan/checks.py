@@ -20,7 +20,7 @@ KEEP, PAD = "--on-indivisible keep", "--on-indivisible pad"
 
 
 def warn(plan: Plan) -> None:
-    """Add warnings for slots that an entry enables and that stay off, and for what is shared or overruled."""
+    """Adds warnings for slots that an entry enables and that stay off, and for what is shared or overruled."""
     unused = {"input": "their weight is not quantized", "output": "their weight is not quantized"}
     for kind, reason in unused.items():
         _lone(plan, kind, reason, lambda t: t.weight is None)
@@ -46,7 +46,7 @@ def _lone(plan: Plan, kind: str, reason: str, off: Callable[[Target], bool]) -> 
 
 
 def _overruled_cache(plan: Plan) -> None:
-    """An attention scheme comes after the cache's, or after its end, and wins where both speak of k and v."""
+    """Warns where an attention scheme, which comes after the cache's or its end, decides k and v in its place."""
     caches = [entry for entry in plan.entries if entry.unit.startswith("cache ") or entry.unit == OFF]
     for module in plan.attention.values():
         for decision in module.slots.values():
@@ -90,7 +90,7 @@ def check(plan: Plan) -> None:
 
 
 def _check_activation(slot: str, spec: TensorSpec) -> None:
-    """An activation has no fixed number of rows."""
+    """Refuses scales by row, column or tile: an activation has no fixed number of rows."""
     for stage in spec.stages:
         if isinstance(stage.granularity, PerTile | PerChannel):
             raise ConfigError(
@@ -139,7 +139,7 @@ def _check_attention(module: Attention, kind: str, spec: TensorSpec) -> None:
 
 
 def _check_widths(plan: Plan) -> None:
-    """Refuse widths that a group does not divide."""
+    """Refuses widths that a group does not divide."""
     bad = list(_indivisible(plan))
     if not bad:
         return

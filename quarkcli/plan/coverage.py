@@ -60,7 +60,7 @@ class Coverage:
 
 
 def coverage(plan: Plan, layout: Layout, headers: Mapping[str, HeaderLike]) -> Coverage:
-    """Count the parameters of a plan."""
+    """Counts the parameters of a plan."""
     total: Counter[str] = Counter()
     quantized: Counter[str] = Counter()
     linears = covered = explained = 0

@@ -37,7 +37,7 @@ _NUMBER, _MARK = re.compile(r"\.[0-9]+(?=\.)"), ".#"
 
 
 def set_quantizer_by_cfg(plan: Plan, quant_cfg: Any) -> None:
-    """Apply entries in order on top of the plan.
+    """Applies entries in order on top of the plan.
 
     quant_cfg   any shape that a `quant_cfg` may have, see `normalize_quant_cfg_list`
 
@@ -68,7 +68,7 @@ def set_quantizer_by_cfg_context(plan: Plan, quant_cfg: Any) -> Iterator[Plan]:
 def set_quantizer_attributes_full(
     plan: Plan, wildcard_or_filter: Selection, attributes: Cfg, parent_class: ParentClass = None
 ) -> None:
-    """Replace all attributes of the slots selected, and switch them on unless `attributes` has `enable: False`.
+    """Replaces all attributes of the slots selected, and switches them on unless `attributes` has `enable: False`.
 
     attributes    a mapping in any vocabulary, or a list of them for a chain; others get their default
     parent_class  only slots of modules of this class: `"nn.Linear"`, or torch's class
@@ -84,7 +84,7 @@ def set_quantizer_attributes_full(
 def set_quantizer_attributes_partial(
     plan: Plan, wildcard_or_filter: Selection, partial_attributes: Cfg, parent_class: ParentClass = None
 ) -> None:
-    """Change some attributes of the slots selected and keep the others; slots that never had any stay as they are.
+    """Changes some attributes of the slots selected and keeps the others; slots that never had any stay as they are.
 
     partial_attributes  a mapping, which goes into every stage of a chain, or one mapping per stage of a chain; a key
                         replaces that key's whole value. `enable` switches; without it, slots stay on or off. `axis`
@@ -145,7 +145,7 @@ def set_quantizer_attribute(
 
 
 def enable_quantizer(plan: Plan, wildcard_or_filter: Selection, parent_class: ParentClass = None) -> None:
-    """Switch slots on, with the attributes they have. Raises ConfigError when none of them has any."""
+    """Switches slots on, with the attributes they have. Raises ConfigError when none of them has any."""
     name = "enable_quantizer"
     parent = _class_name(parent_class)
     selected = _selected(plan, wildcard_or_filter, parent, name)
@@ -160,7 +160,7 @@ def enable_quantizer(plan: Plan, wildcard_or_filter: Selection, parent_class: Pa
 
 
 def disable_quantizer(plan: Plan, wildcard_or_filter: Selection, parent_class: ParentClass = None) -> None:
-    """Switch slots off; they keep their attributes. Raises ConfigError when nothing is selected."""
+    """Switches slots off; they keep their attributes. Raises ConfigError when nothing is selected."""
     row = Canonical("*", None, False)
     _extend(plan, _rows(plan, wildcard_or_filter, row, _class_name(parent_class), "disable_quantizer"))
 
@@ -169,7 +169,7 @@ def disable_quantizer(plan: Plan, wildcard_or_filter: Selection, parent_class: P
 
 
 def _extend(plan: Plan, entries: Sequence[Entry]) -> None:
-    """Append entries to the list behind the plan and put what that resolves to into the plan."""
+    """Appends entries to the list behind the plan and puts what that resolves to into the plan."""
     basis = _basis(plan)
     overrides = replace(basis.overrides, entries=(*basis.overrides.entries, *entries))
     resolved = resolve(basis.recipe, overrides, basis.layout, guards=False)

@@ -28,7 +28,7 @@ def warn(
     overrides: Overrides,
     layout: Layout,
 ) -> None:
-    """Add a line for every flag without which each slot would end as it does.
+    """Adds a line for every flag without which each slot would end as it does.
 
     weights, attention   the entries that match the slots of a module, by name; equal modules once
     """

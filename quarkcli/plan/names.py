@@ -77,7 +77,7 @@ class Names:
         self.single = [pattern for pattern in self.patterns if not ignores_numbers(pattern.text)]
 
     def learn(self, slots: Iterable[str]) -> None:
-        """Say which slots `of_slot` will be asked for, where there are many."""
+        """Says which slots `of_slot` will be asked for, where there are many."""
         self.file.learn((pattern.text for pattern in self.patterns), slots)
 
     def of_slot(self, names: Collection[str]) -> Hits:

@@ -72,7 +72,7 @@ def _root(joined: Mapping[str, str], group: str) -> str:
 
 
 def check(plan: Plan) -> None:
-    """Warn where sharing is taken away or joins nothing. Raises ConfigError for a group of different specs."""
+    """Warns where sharing is taken away or joins nothing. Raises ConfigError for a group of different specs."""
     if plan.own_expert_inputs:
         plan.warnings.append(f"expert_inputs: own {_of_experts(plan)}")
     if plan.share is None:
@@ -105,7 +105,7 @@ def _of_experts(plan: Plan) -> str:
 
 
 def _warn_of_split(plan: Plan) -> None:
-    """Warn of weights that servers fuse and that do not share their per-tensor scale."""
+    """Warns of weights that servers fuse and that do not share their per-tensor scale."""
     groups = split_groups(plan)
     origin = f"{plan.share[0].origin}: share" if plan.share else "share: []"
     if groups:

@@ -169,7 +169,7 @@ def _elsewhere(name: str) -> str | None:
 
 
 def register(name: str, document: load.Document) -> None:
-    """Make a scheme known under `name` until the process ends or `unregister`. Raises UsageError for a bad name."""
+    """Makes a scheme known under `name` until the process ends or `unregister`. Raises UsageError for a bad name."""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise UsageError(
             f"'{name}' cannot be the name of a scheme",
@@ -184,7 +184,7 @@ def register(name: str, document: load.Document) -> None:
 
 
 def unregister(name: str) -> None:
-    """Forget what `register` made known. Raises UsageError for any other name."""
+    """Forgets what `register` made known. Raises UsageError for any other name."""
     path = find("schemes", name)
     if path not in _registered:
         own = "built in" if path.parent == built_in_folder() / "schemes" else f"the file {path}"

@@ -80,7 +80,7 @@ class Expressions:
         return lambda name: bool(linear(name)) if name.isascii() and name.isprintable() else asked(name)
 
     def learn(self, texts: Iterable[str], names: Iterable[str]) -> None:
-        """Ask the child now what only it can answer of these patterns and names: once, instead of name by name."""
+        """Asks the child now what only it can answer of these patterns and names: once, instead of name by name."""
         patterns = list(dict.fromkeys(texts))
         if not patterns:
             return

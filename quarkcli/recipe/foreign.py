@@ -46,7 +46,7 @@ def normalized(document: Document, where: Where) -> tuple[Normalized, str]:
 
 
 def _note_start(found: Normalized, place: Path_) -> None:
-    """ModelOpt begins with int8 for every weight and input; here nothing is on that no entry switches on."""
+    """Notes that nothing is on here but what an entry switches on: ModelOpt begins with int8 everywhere."""
     whole = any(e.quantizer_path == "*" and e.parent_class is None for e in found.entries)
     if found.entries and not whole:
         text = "no entry matches '*'; ModelOpt quantizes all other modules to int8, and quark leaves them as they are"

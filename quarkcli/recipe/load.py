@@ -119,7 +119,7 @@ def _step(key: Any) -> str:
 
 
 def read(path: Path) -> Document:
-    """Parse a YAML or JSON file of one document. Raises ConfigError with file, line and column."""
+    """Parses a YAML or JSON file of one document. Raises ConfigError with file, line and column."""
     return parse(_yaml(path), str(path))
 
 
@@ -151,7 +151,7 @@ def _yaml(path: Path) -> str:
 
 
 def parse(text: str, file: str, *, snippet: bool = False) -> Document:
-    """Parse YAML text; `file` names it in messages. `snippet` as in `read_snippet`."""
+    """Parses YAML text; `file` names it in messages. `snippet` as in `read_snippet`."""
     try:
         nodes = _nodes(text, snippet)
     except yaml.MarkedYAMLError as error:

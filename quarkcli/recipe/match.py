@@ -23,7 +23,7 @@ class Patterns:
         return _glob(pattern).fullmatch
 
     def learn(self, patterns: Iterable[str], names: Iterable[str]) -> None:
-        """Say that patterns will be tried on these names, where there are many (see `Expressions`)."""
+        """Says that patterns will be tried on these names, where there are many (see `Expressions`)."""
         self._expressions.learn((pattern[3:] for pattern in patterns if pattern.startswith("re:")), names)
 
 

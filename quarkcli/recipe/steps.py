@@ -319,7 +319,7 @@ def _finish(
     path: Path_,
     out: Steps,
 ) -> None:
-    """Check the fields of one algorithm and list it under our names."""
+    """Checks the fields of one algorithm and lists it under our names."""
     if name in refused:
         out.problems.append((path, f"'{name}' is not supported: {refused[name]}"))
         return

@@ -15,19 +15,19 @@ def code_dtype(element: Element) -> torch.dtype:
 
 
 def round_(y: Tensor, element: Element, scratch: Tensor | None = None, zero: Tensor | None = None) -> Tensor:
-    """Replace every value of `y` (float32) by the nearest of `element`, ties to even. In place; returns `y`."""
+    """Replaces every value of `y` (float32) by the nearest of `element`, ties to even. In place; returns `y`."""
     return y.copy_(_clamped(y, element).to(code_dtype(element)))
 
 
 def encode_(
     y: Tensor, element: Element, out: Tensor, scratch: Tensor | None = None, zero: Tensor | None = None
 ) -> None:
-    """Write `y` (float32) to `out` in the element's own dtype. Destroys `y`."""
+    """Writes `y` (float32) to `out` in the element's own dtype. Destroys `y`."""
     out.copy_(_clamped(y, element))
 
 
 def decode_(codes: Tensor, element: Element, out: Tensor, zero: Tensor | None = None) -> Tensor:
-    """Write the values of the codes to `out` (float32)."""
+    """Writes the values of the codes to `out` (float32)."""
     return out.copy_(codes)
 
 

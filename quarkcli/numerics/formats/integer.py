@@ -14,7 +14,7 @@ def code_dtype(element: Element) -> torch.dtype:
 
 
 def round_(y: Tensor, element: Element, scratch: Tensor | None = None, zero: Tensor | None = None) -> Tensor:
-    """Replace every value of `y` (float32, already divided by its scale) by that of its code. In place; returns `y`."""
+    """Replaces values of `y` (float32, already divided by its scale) by those of their codes. In place; returns `y`."""
     if zero is None and not element.fraction and element.rounding == "half_even":  # solvers ask for a column at a time
         return y.round_().clamp_(element.minimum, element.maximum)
     _to_codes(y, element, zero)
@@ -24,12 +24,12 @@ def round_(y: Tensor, element: Element, scratch: Tensor | None = None, zero: Ten
 def encode_(
     y: Tensor, element: Element, out: Tensor, scratch: Tensor | None = None, zero: Tensor | None = None
 ) -> None:
-    """Write the codes of `y` (float32, already divided by its scale) to `out`. Destroys `y`; no NaN allowed."""
+    """Writes the codes of `y` (float32, already divided by its scale) to `out`. Destroys `y`; no NaN allowed."""
     out.copy_(_to_codes(y, element, zero))
 
 
 def decode_(codes: Tensor, element: Element, out: Tensor, zero: Tensor | None = None) -> Tensor:
-    """Write the values of the codes to `out` (float32)."""
+    """Writes the values of the codes to `out` (float32)."""
     return _from_codes(out.copy_(codes), element, zero)
 
 

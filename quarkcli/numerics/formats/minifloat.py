@@ -27,7 +27,7 @@ def code_dtype(element: Element) -> torch.dtype:
 
 
 def round_(y: Tensor, element: Element, scratch: Tensor | None = None, zero: Tensor | None = None) -> Tensor:
-    """Replace every value of `y` (float32, already divided by its scale) by the nearest value of `element`.
+    """Replaces every value of `y` (float32, already divided by its scale) by the nearest value of `element`.
 
     In place; returns `y`. NaN stays NaN, infinities saturate. `scratch`: int32 [2, *y.shape] to save allocations.
     """
@@ -47,7 +47,7 @@ def round_(y: Tensor, element: Element, scratch: Tensor | None = None, zero: Ten
 def encode_(
     y: Tensor, element: Element, out: Tensor, scratch: Tensor | None = None, zero: Tensor | None = None
 ) -> None:
-    """Write the codes of `y` (float32, already divided by its scale) to `out` of dtype `code_dtype`. Destroys `y`."""
+    """Writes the codes of `y` (float32, already divided by its scale) to `out` of dtype `code_dtype`. Destroys `y`."""
     if out.dtype in _NATIVE.values():
         out.copy_(y.clamp_(element.minimum, element.maximum))  # torch's cast saturates differently per device
     else:
@@ -76,7 +76,7 @@ def encode_bits_(y: Tensor, element: Element, out: Tensor, scratch: Tensor | Non
 
 
 def decode_(codes: Tensor, element: Element, out: Tensor, zero: Tensor | None = None) -> Tensor:
-    """Write the values of codes as `encode_` makes them to `out` (float32). Bits above the code's width are ignored."""
+    """Writes the values of codes as `encode_` makes them to `out` (float32). Ignores bits above the code's width."""
     if codes.dtype in _NATIVE.values() and (codes.device.type != "cpu" or _has_nan(codes, element)):
         return out.copy_(codes)
     # Every format here sits inside float16 with its binades moved by a power of two, subnormals included. torch's own
@@ -107,7 +107,7 @@ def _first_binade(element: Element) -> int:
 
 
 def _binade(bits: Tensor, element: Element, out: Tensor) -> Tensor:
-    """Write the float32 exponent field of every value, not below the element's first binade, to `out` (int32)."""
+    """Writes the float32 exponent field of every value, not below the element's first binade, to `out` (int32)."""
     return torch.bitwise_and(bits, _EXPONENT_FIELD, out=out).clamp_min_(_first_binade(element))
 
 

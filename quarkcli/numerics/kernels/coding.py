@@ -165,7 +165,7 @@ def rounded(y, zero, FLOAT: tl.constexpr, BITS: tl.constexpr, MANTISSA: tl.const
 
 @triton.jit
 def store_codes(out, start, codes, left, BITS: tl.constexpr, COUNT: tl.constexpr):
-    """Write COUNT codes, of which `left` exist, at position `start` (in values) of the stream."""
+    """Writes COUNT codes, of which `left` exist, at position `start` (in values) of the stream."""
     if BITS == 4:
         low, high = tl.split(tl.reshape(codes, [COUNT // 2, 2]))
         index = tl.arange(0, COUNT // 2)

@@ -132,7 +132,7 @@ def _fused(
     matrix: Tensor, spec: TensorSpec, out: Tensor, stored: Tensor | None, zero: Tensor | None, outer: Tensor | None,
     peaks: Tensor | None,
 ) -> None:  # fmt: skip
-    """Launch `device.groups`; without `stored` it writes values."""
+    """Launches `device.groups`; without `stored` it writes values."""
     assert spec.scale is not None and isinstance(spec.granularity, PerGroup)
     element, scale, size = spec.format, spec.scale, spec.granularity.size
     bits = element.mantissa if element.kind == "float" else 8
@@ -224,7 +224,7 @@ def _multipliers(params: QParams, spec: TensorSpec) -> Tensor:
 
 
 def _given(matrix: Tensor, spec: TensorSpec, scale: Tensor, zero: Tensor | None, out: Tensor, *, fake: bool) -> None:
-    """Launch `device.given`: codes, or with `fake` values, under known multipliers; a single one holds everywhere."""
+    """Launches `device.given`: codes, or with `fake` values, under known multipliers; a single one holds everywhere."""
     rows, cols, span, row_span, scale_cols = _walk(spec, (matrix.shape[0], matrix.shape[1]))
     if scale.dim() == 0:
         rows, cols, span, row_span, scale_cols = (*matrix.shape, 0, matrix.shape[0], 1)

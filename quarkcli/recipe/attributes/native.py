@@ -315,7 +315,7 @@ def _check_scale(spec: TensorSpec) -> None:
 
 
 def _check_integer_words(spec: TensorSpec) -> None:
-    """Zero points, rounding and narrow ranges are for integers with a plain scale."""
+    """Refuses zero points, rounding and narrow ranges where they have no meaning or no scale that fits."""
     plain = spec.format.kind == "integer" and not spec.format.fraction
     if not spec.symmetric and (not plain or spec.narrow):
         raise _impossible(
