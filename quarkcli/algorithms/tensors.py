@@ -171,23 +171,17 @@ class PartTensors:
         limit = limits.repeat_interleave(weight.shape[1] // limits.shape[1], 1)
         weight.copy_(torch.minimum(torch.maximum(weight, -limit), limit))
 
-    def scale_input(self, modules: Iterable[str], scale: Tensor) -> None:
-        """Multiplies the columns of weights by `scale`, float32 [channels], repeated over heads that share values."""
-        self.changed_otherwise = True
-        self._scale_input(modules, scale)
-
     def _scale_input(self, modules: Iterable[str], scale: Tensor) -> None:
+        """Multiplies the columns of weights by `scale`, float32 [channels], repeated over heads that share values."""
         for module in modules:
             weight = self._weight(module)
             weight.mul_(self.spread(scale, weight.shape[1]))
 
-    def scale_output(self, source: str, scale: Tensor) -> None:
-        """Multiplies the output of a linear or norm by `scale`, float32 [channels]: rows, biases, norms with offset."""
-        self.changed_otherwise = True
-        self._scale_output(source, scale)
-
     def _scale_output(self, source: str, scale: Tensor) -> Tensor:
-        """Returns the scale that a norm really has, rounded to its dtype: one factor holds for a whole channel."""
+        """Multiplies the output of a linear or norm by `scale`, float32 [channels]: rows, biases, norms with offset.
+
+        Returns the scale that a norm really has, rounded to its dtype: one factor holds for a whole channel.
+        """
         if source in self.targets:
             self._weight(source).mul_(scale[:, None])
             bias = self._bias(self.targets[source])
