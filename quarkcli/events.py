@@ -26,7 +26,11 @@ class Message:
 
 @dataclass(frozen=True)
 class Phase:
-    """A named phase begins: resolve, check, load-headers, calibrate+quantize, finalize, verify; `done` in Python."""
+    """A named phase begins.
+
+    Of a job: resolve, check, calibrate+quantize or quantize, finalize, evaluate, verify. Of other commands: convert,
+    search, upload as well. From Python: `done`.
+    """
 
     name: str
 
