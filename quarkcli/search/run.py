@@ -166,7 +166,7 @@ def _active(run: Prepared) -> float:
 
 
 def _check(run: Prepared) -> None:
-    """Raises ConfigError for a run that cannot be measured block by block."""
+    """Raises ConfigError or UsageError for a run that cannot be measured block by block."""
     if run.others:
         hint = "name one checkpoint format here; 'quark quantize' can write the recipe in all of them"
         raise UsageError(

@@ -34,10 +34,14 @@ class Kernel(NamedTuple):
     read_in: str = ""
 
 
+def fits(kinds: tuple[str, str], weight: str, read: str) -> bool:
+    """True when the formats of a weight and of what it reads fit a pair of globs."""
+    return fnmatchcase(kinds[0], weight) and fnmatchcase(kinds[1], read)
+
+
 def row(kernels: Iterable[Kernel], kinds: tuple[str, str]) -> Kernel | None:
     """Returns the first row that formats fit; None: there is none."""
-    fits = (one for one in kernels if fnmatchcase(kinds[0], one.weight) and fnmatchcase(kinds[1], one.read))
-    return next(fits, None)
+    return next((one for one in kernels if fits(kinds, one.weight, one.read)), None)
 
 
 def way(kernels: Iterable[Kernel], kinds: tuple[str, str], generation: str) -> Way | None:

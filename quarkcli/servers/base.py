@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from typing import Any, ClassVar
 
 from quarkcli import dialects
@@ -12,7 +11,7 @@ from quarkcli.dialects._kinds import input_kind, kinds_of
 from quarkcli.dialects.base import Classes, Writer
 from quarkcli.plan.model import Plan, QuantizedTarget
 from quarkcli.plan.words import how
-from quarkcli.servers._kernels import Kernel, Way, way
+from quarkcli.servers._kernels import Kernel, Way, fits, way
 
 
 @dataclass(frozen=True)
@@ -67,11 +66,7 @@ class Server:
         """Returns how it runs formats on a generation, in a dialect; None: not at all."""
         rows = writer.bars.get(self.name, ()) if writer is not None else ()
         for bar in rows:
-            if (
-                fnmatchcase(kinds[0], bar.weight)
-                and fnmatchcase(kinds[1], bar.read)
-                and generation in bar.where.split()
-            ):
+            if fits(kinds, bar.weight, bar.read) and generation in bar.where.split():
                 return None
         return way(self.kernels, kinds, generation)
 
@@ -84,7 +79,7 @@ class Loader(Server):
     """A server of which every dialect says itself what it loads (`Writer.loaders`, `Writer.config_faults`)."""
 
     def unknown(self, written: Written) -> str:
-        return "" if written.writer else f"quark does not know what it loads in checkpoint format {written.dialect}"
+        return "" if written.writer else _not_known(written)
 
     def refusals(self, written: Written) -> list[str]:
         writer = written.writer
@@ -114,11 +109,7 @@ class Read(Server):
         return written.writer.classes.get(self.name) if written.writer is not None else None
 
     def unknown(self, written: Written) -> str:
-        return (
-            ""
-            if self._classes(written)
-            else f"quark does not know what it loads in checkpoint format {written.dialect}"
-        )
+        return "" if self._classes(written) else _not_known(written)
 
     def refusals(self, written: Written) -> list[str]:
         rules = self._classes(written)
@@ -134,6 +125,10 @@ class Read(Server):
         if written.plan.online:
             found.append("it does not rotate inputs while the model runs")
         return [*found, *_attention(written.plan), *rules.faults(written.plan, written.config)]
+
+
+def _not_known(written: Written) -> str:
+    return f"quark does not know what it loads in checkpoint format {written.dialect}"
 
 
 def _reason(target: QuantizedTarget, rules: Classes) -> str | None:
