@@ -9,12 +9,13 @@ from typing import Any
 from quarkcli.errors import ModelError
 
 
-def parse(content: bytes, where: str, *, unique: bool = False) -> Any:
+def parse(content: bytes, where: str, *, unique: bool = False, paths: bool = False) -> Any:
     """Returns the value of a JSON text in UTF-8.
 
     Raises ModelError with line and column, also for half a surrogate pair.
 
     unique   whether a key that stands twice is an error
+    paths    whether half a surrogate pair may stand for a byte of a path that is no text
     """
     try:
         text = content.decode("utf-8")
@@ -27,7 +28,7 @@ def parse(content: bytes, where: str, *, unique: bool = False) -> Any:
         raise ModelError("not valid JSON: nested too deep", where=where, kind="E-JSON-DAMAGED") from error
     except ValueError as error:  # bytes that are no UTF-8, numbers of more digits than Python reads
         raise ModelError(f"not valid JSON: {error}", where=where, kind="E-JSON-DAMAGED") from error
-    if "\\ud" in text or "\\uD" in text:
+    if not paths and ("\\ud" in text or "\\uD" in text):
         half = next((place for place, found in _texts(value) if not _is_text(found)), None)
         if half is not None:
             raise ModelError(
@@ -38,9 +39,9 @@ def parse(content: bytes, where: str, *, unique: bool = False) -> Any:
     return value
 
 
-def parse_object(content: bytes, where: str) -> dict[str, Any]:
+def parse_object(content: bytes, where: str, *, paths: bool = False) -> dict[str, Any]:
     """As `parse`, of a text that must hold an object."""
-    value = parse(content, where)
+    value = parse(content, where, paths=paths)
     if not isinstance(value, dict):
         raise ModelError("must hold a JSON object", where=where, kind="E-JSON-SHAPE")
     return value

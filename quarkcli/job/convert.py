@@ -378,7 +378,7 @@ def _json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        value = text.parse(path.read_bytes(), path.name)
+        value = text.parse(path.read_bytes(), path.name, paths=True)
     except QuarkError:
         return {}
     return value if isinstance(value, dict) else {}

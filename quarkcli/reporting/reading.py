@@ -15,7 +15,8 @@ from quarkcli.reporting import build
 
 def read(directory: Path) -> dict[str, Any]:
     """Returns the report of a directory. Raises AccessError, ModelError; nothing else is looked for."""
-    beside = directory.with_name(f"{directory.name}.partial")
+    place = directory if directory.name not in ("", "..") else directory.resolve()
+    beside = Path(f"{place}.partial")
     hint = f"run 'quark report {beside}' for the unfinished run there" if beside.is_dir() else ""
     if not directory.is_dir():
         raise AccessError("there is no such directory", where=str(directory), hint=hint, kind="E-PATH-NOT-FOUND")
@@ -43,4 +44,4 @@ def _parsed(path: Path) -> dict[str, Any]:
         content = path.read_bytes()
     except OSError as error:
         raise AccessError(f"cannot be read: {error.strerror or error}", where=str(path), kind="E-FILE-READ") from error
-    return text.parse_object(content, str(path))
+    return text.parse_object(content, str(path), paths=True)

@@ -134,6 +134,7 @@ def test_report_of_what_has_none(quark, tmp_path):
     assert (code, out) == (4, "")
     assert "for the unfinished run there" in err
     assert quark("report", "nowhere").code == 5
+    assert [quark("report", place).code for place in (".", "..", "/")] == [4, 4, 4]
     (tmp_path / "out" / "quark").mkdir()
     (tmp_path / "out" / "quark" / "report.json").write_text("{}")
     assert quark("report", "out").code == 4

@@ -129,6 +129,9 @@ def test_a_model_in_a_folder_whose_name_is_no_text(folder: Path) -> None:
     report = json.loads((out / "quark" / "report.json").read_text())
     assert os.fsencode(report["model"]["name"]) == b"caf\xe9"
     assert main.main(["verify", str(out), "--source", str(model)]) == 0
+    assert main.main(["report", str(out)]) == 0
+    assert main.main(["convert", str(out), "--to", "quark", "-o", "converted"]) == 0
+    assert Path("converted/quark/report.json").is_file()
 
 
 # ---- streams
