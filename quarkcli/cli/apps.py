@@ -13,6 +13,7 @@ import typer
 import typer.core
 
 from quarkcli.cli import panels
+from quarkcli.errors import UsageError
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
@@ -61,6 +62,16 @@ class _Command(typer.core.TyperCommand):
 
     def get_help_option(self, ctx: Any) -> Any:
         return lighten(super().get_help_option(ctx))
+
+    def invoke(self, ctx: Any) -> Any:
+        """Refuses an empty value, as a variable of a shell may be: it would count as no value."""
+        for flag in self.params:
+            given = ctx.get_parameter_source(flag.name)
+            if ctx.params.get(flag.name) == "" and given is not None and given.name == "COMMANDLINE":
+                where = max(flag.opts, key=len) if flag.param_type_name == "option" else flag.metavar or flag.name
+                hint = "write a value, or remove it"
+                raise UsageError("its value is empty", where=where, hint=hint, kind="E-FLAG-VALUE")
+        return super().invoke(ctx)
 
 
 class _App(typer.Typer):

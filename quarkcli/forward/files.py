@@ -67,6 +67,9 @@ class Row:
 
 def local(source: str) -> Path | None:
     """Returns the file or folder that a source names; None for the name of a hub data set. Raises AccessError."""
+    if not source:
+        hint = "use --calib-data FILE, for example"
+        raise AccessError("the name of the calibration data is empty", hint=hint, kind="E-DATA-NOT-FOUND")
     path = Path(os.path.expanduser(source))  # noqa: PTH111 - does not raise where there is no home
     if path.exists():
         return path

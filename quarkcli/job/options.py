@@ -29,6 +29,11 @@ OnNonfinite = Literal["stop", "skip-algorithm", "keep"]
 SKIP: OnNonfinite = "skip-algorithm"
 
 
+def dialect_of(options: Options, recipe: Recipe) -> str:
+    """Returns the dialect that was asked for, or a comma list of them, or `auto`."""
+    return next(name for name in (options.dialect, recipe.dialect, AUTO) if name is not None)
+
+
 @dataclass
 class Options:
     """The options of the command line. Defaults are the flags' defaults; None means not given.
@@ -159,7 +164,7 @@ class Prepared:
     @property
     def asked(self) -> str:
         """Returns the dialect that was asked for, or a comma list of them, or `auto`."""
-        return self.options.dialect or self.recipe.dialect or AUTO
+        return dialect_of(self.options, self.recipe)
 
     @property
     def every(self) -> list[Prepared]:

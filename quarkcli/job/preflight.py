@@ -190,7 +190,7 @@ def calibration(options: Options, recipe: Recipe, source: Source, needs: Mapping
     if not needs:
         return None
     warnings: list[str] = []
-    data = options.calib_data or recipe.calib_data
+    data = options.calib_data if options.calib_data is not None else recipe.calib_data
     if data is None:
         data, warning = _default_data(options)
         warnings += [warning] if warning else []

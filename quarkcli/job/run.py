@@ -43,7 +43,7 @@ from quarkcli.job import (
 )
 from quarkcli.job import device as devices
 from quarkcli.job.fingerprint import fingerprint
-from quarkcli.job.options import SKIP, Options, Prepared
+from quarkcli.job.options import SKIP, Options, Prepared, dialect_of
 from quarkcli.job.walking import runner_of, take_up, walk_of
 from quarkcli.plan import online
 from quarkcli.plan.coverage import coverage
@@ -132,8 +132,7 @@ def prepare(options: Options, tell: Listener = silent, *, carries: bool = True) 
     online.check(plan)
     preflight.check_plan(plan)
     preflight.check_servers(plan, options.target)
-    asked_for = options.dialect or recipe.dialect or dialects.AUTO
-    writers = dialects.choose(asked_for, plan, servers.favoured(plan, options.target))
+    writers = dialects.choose(dialect_of(options, recipe), plan, servers.favoured(plan, options.target))
     plan.joined = directories.joined(plan, writers)
     needs = preflight.data_needs(plan, steps)
     parallel = directories.degrees(plan, writers, source.config, options, needs)

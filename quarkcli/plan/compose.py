@@ -109,11 +109,11 @@ def compose(recipe: Recipe, overrides: Overrides, layout: Layout) -> Composed:
 
 def _of_attention(key: str, make: Any, recipe: Recipe, flag: str | None, own: str | None) -> list[Entry]:
     """Returns entries of the flag's scheme, else of the recipe's."""
-    name = flag or own
-    origin = Origin(f"--{key.replace('_', '-')} {name}" if flag else f"{recipe.name}: {key} {name}")
+    name = flag if flag is not None else own
+    origin = Origin(f"--{key.replace('_', '-')} {name}" if flag is not None else f"{recipe.name}: {key} {name}")
     if flag == "none":  # the recipe's own entries may have switched them on
         return [Entry(f"*.{kind}_bmm_quantizer", None, False, None, False, origin, OFF) for kind in _OWN[key]]
-    if not name or name == "none":
+    if name is None or name == "none":
         return []
     found: list[Entry] = make(name, origin, _folder(recipe))
     return found

@@ -199,3 +199,9 @@ def test_without_ipython_the_listener_says_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "IPython.display", None)
     with pytest.raises(UsageError, match="IPython is not installed"):
         quarkcli.NotebookProgress()
+
+
+@pytest.mark.parametrize("name", ["kv_cache", "attention", "dialect", "calib_data"])
+def test_an_empty_name_does_not_stand_for_none(name: str) -> None:
+    with pytest.raises(QuarkError, match=r"''|is empty"):
+        quarkcli.make_plan("demo", "fp8", **{"calib_data": "builtin", name: ""})

@@ -143,6 +143,8 @@ def test_plan_of_calibrated_schemes_says_what_data(quark):
         (["--recipe", "nvfp4"], 2, "--scheme and --recipe exclude each other"),
         (["--dialect", "gguf"], 2, "unknown checkpoint format 'gguf'"),
         (["--algorithm", "magic"], 2, "unknown algorithm 'magic'"),
+        (["--kv-cache", ""], 2, "--kv-cache: its value is empty"),
+        (["--calib-data="], 2, "--calib-data: its value is empty"),
     ],
 )
 def test_wrong_flags(quark, extra, code, text):
