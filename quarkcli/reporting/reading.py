@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from quarkcli.disk import unfinished
+from quarkcli.disk import outputs, unfinished
 from quarkcli.documents import text
 from quarkcli.documents.report import Report
 from quarkcli.documents.shape import check
@@ -26,7 +26,7 @@ def read(directory: Path) -> dict[str, Any]:
     elif path.is_file():
         found = _parsed(path)
     else:
-        hint = hint or "give a checkpoint that quark wrote; others have no report"
+        hint = hint or outputs.hint(directory) or "give a checkpoint that quark wrote; others have no report"
         raise ModelError("has no report (quark/report.json)", where=str(directory), hint=hint, kind="E-REPORT-NONE")
     if found.get("schema") != build.SCHEMA:
         raise ModelError(f"is not a report of the form {build.SCHEMA}", where=str(path), kind="E-REPORT-NONE")

@@ -338,6 +338,7 @@ def test_what_is_printed(quark: Forks, tmp_path: Path) -> None:
     assert reports["schema"] == directories.SCHEMA and set(reports["dialects"]) == {CT, "quark"}
     above = quark("verify", "out", cwd=tmp_path)
     assert above.code == 8 and "give one of its checkpoints" in above.err
+    assert "give one of its checkpoints" in quark("report", "out", cwd=tmp_path).err
     refused = quark("search", "--model", "demo", "--schemes", "mxfp4,mxfp8", "--budget", "6", *BOTH, "-o", "r.yaml",
                     "--calib-data", "builtin", "--calib-samples", "2", cwd=tmp_path)  # fmt: skip
     assert refused.code == 2 and "of one checkpoint format" in refused.err
