@@ -8,7 +8,7 @@ token; logits and sums are float32 and float64.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -271,9 +271,14 @@ def _begin(
 
 
 def _check_baseline(config: Mapping[str, Any], baseline: Mapping[str, Any]) -> None:
-    """Raises UsageError unless the same tokens mean the same to both."""
-    for key in ("vocab_size", "num_hidden_layers"):
-        ours, theirs = (family.text_config(some).get(key) for some in (config, baseline))
+    """Raises UsageError unless the same tokens mean the same to both, and their hidden states can be compared."""
+    facts: dict[str, Callable[[Mapping[str, Any]], object]] = {
+        "vocab_size": lambda some: family.text_config(some).get("vocab_size"),
+        "num_hidden_layers": family.block_count,
+        "hidden_size": family.hidden_size,
+    }
+    for key, of in facts.items():
+        ours, theirs = of(config), of(baseline)
         if ours != theirs:
             raise UsageError(
                 f"{key} is {theirs}, but {ours} in the checkpoint",

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from quarkcli.disk.embedded import EMBEDDED
 from quarkcli.errors import AccessError, CheckError, DataError, ModelError, UsageError
 from quarkcli.evaluation import gates
-from quarkcli.evaluation.run import evaluate
+from quarkcli.evaluation.run import _check_baseline, evaluate
 from quarkcli.events import Event, Message, PartDone, silent
 from quarkcli.model.tokenizer import load_tokenizer
 from tests import runs
@@ -210,6 +210,8 @@ def test_refusals(fp8: runs.Made, page: Path, tmp_path: Path) -> None:
     other = runs.build("llama", tmp_path / "other")
     with pytest.raises(UsageError, match="vocab_size is 264, but 4096 in the checkpoint"):
         measure(fp8.folder, page, baseline=str(other))
+    with pytest.raises(UsageError, match="hidden_size is 64, but 128 in the checkpoint"):
+        _check_baseline({"vocab_size": 9, "hidden_size": 128}, {"vocab_size": 9, "n_embd": 64})
     shutil.copytree(fp8.folder, tmp_path / "foreign")
     config = (tmp_path / "foreign" / "config.json").read_text()
     (tmp_path / "foreign" / "config.json").write_text(config.replace('"compressed-tensors"', '"bitsandbytes"'))
