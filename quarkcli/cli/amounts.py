@@ -8,7 +8,7 @@ import re
 import typer
 
 _DURATION = re.compile(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?")
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kMGT]i?)?B?")
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kKMGT]i?)?B?")
 _UNITS = {"k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 
 
@@ -46,7 +46,7 @@ def seconds(text: str) -> float:
 def size(text: str) -> int:
     """Returns `4.5GB` or `4500000000` as bytes."""
     found = _SIZE.fullmatch(text.strip())
-    count = float(found[1]) * _UNITS.get(found[2] or "", 1) if found else 0.0
+    count = float(found[1]) * _UNITS.get((found[2] or "").replace("K", "k"), 1) if found else 0.0
     if count < 1:
         raise typer.BadParameter(f"'{text}' is not a size; write 4.5GB, 4.2GiB or a number of bytes")
     return int(count)

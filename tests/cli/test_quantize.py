@@ -161,6 +161,10 @@ def test_seconds(text, expected):
     assert amounts.seconds(text) == expected
 
 
+def test_size():
+    assert [amounts.size(text) for text in ("2kB", "2KB", "2KiB", "1.5 GB")] == [2000, 2000, 2048, 1_500_000_000]
+
+
 @pytest.mark.parametrize("text", ["", "x", "3.5h", "-5", "0", "5m3h", "1d"])
 def test_no_seconds(text):
     with pytest.raises(amounts.typer.BadParameter):
