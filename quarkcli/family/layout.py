@@ -126,7 +126,7 @@ def lay_out(
     builder = _Builder(family, config, headers, parts)
     for tensor in headers:
         builder.add(tensor)
-    builder.connect(_head_dim(text_config(config)))
+    builder.connect(head_size(config))
     return Layout(
         name, inferred, parts, builder.weights, builder.sites, builder.attention, builder.tensor_roles,
         _tied_head(family, config, headers), _doubled_head(family, config, headers, builder.weights),
@@ -164,13 +164,6 @@ def _heads(family: FamilyModel) -> list[str]:
 
 def _ties(family: FamilyModel, config: Mapping[str, Any]) -> bool:
     return bool(text_config(config).get(TIED, config.get(TIED, family.tied)))
-
-
-def _head_dim(text: Mapping[str, Any]) -> int | None:
-    hidden, heads = text.get("hidden_size"), text.get("num_attention_heads")
-    if isinstance(text.get("head_dim"), int):
-        return int(text["head_dim"])
-    return hidden // heads if isinstance(hidden, int) and isinstance(heads, int) and heads else None
 
 
 def _around(alias: str, index: int) -> tuple[str, str | None]:

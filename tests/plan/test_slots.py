@@ -91,6 +91,11 @@ class TestAttention:
         assert {module.head_dim for module in layout.attention} == {32}
         assert LLAMA.attention[0].head_dim is None
 
+    def test_groups_divide_a_head_under_any_name_of_its_size(self) -> None:
+        layout = lay_out(llama(), "llama", n_embd=128, n_head=16)
+        with pytest.raises(ModelError, match="8 features of a head are not a multiple of group size 16"):
+            plan("mxfp4", layout, kv_cache="nvfp4")
+
     def test_softmax_outputs_have_no_groups(self) -> None:
         group = {"element": "fp8_e4m3", "granularity": {"group": 16}, "scale": {"when": "dynamic"}}
         with pytest.raises(ConfigError, match="the softmax output has one column per token, which groups of"):
