@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from quarkcli.dialects.base import StoredView
 from quarkcli.errors import CheckError
-from quarkcli.family import HeaderLike, Weight, text_config
+from quarkcli.family import HeaderLike, Weight, heads, kv_heads
 from quarkcli.spec import PerTile
 
 USUAL = (1, 2, 4, 8)
@@ -86,19 +86,17 @@ def _alike(splits: list[_Split]) -> list[tuple[_Split, list[str]]]:
 
 
 def _heads(config: Mapping[str, Any]) -> Iterator[_Split]:
-    text = text_config(config)
-    heads, kept = text.get("num_attention_heads"), text.get("num_key_value_heads")
-    if type(heads) is int and heads > 0:
-        yield _Split("config.json", "attention heads", heads, 1, "cannot be divided evenly")
-    if type(kept) is int and kept > 0:
+    count, kept = heads(config) or 0, kv_heads(config) or 0
+    if count > 0:
+        yield _Split("config.json", "attention heads", count, 1, "cannot be divided evenly")
+    if kept > 0:
         yield _Split("config.json", "key and value heads", kept, 1, "cannot be divided evenly", kept)
 
 
 def _of_weights(
     weights: Mapping[str, Weight], view: StoredView, headers: Mapping[str, HeaderLike], config: Mapping[str, Any]
 ) -> Iterator[_Split]:
-    keys = text_config(config).get("num_key_value_heads")
-    repeats = keys if type(keys) is int and keys > 0 else 0
+    repeats = max(0, kv_heads(config) or 0)
     for name, weight in weights.items():
         by_input = weight.role in _BY_INPUT
         if not by_input and weight.role not in _BY_OUTPUT:

@@ -34,8 +34,8 @@ def measure(
     checkpoint, reference = Checkpoint(Source.open(str(directory))), Checkpoint(prepared.source)
     tokenizer = tokenizer_of(prepared.source, prepared.options)
     rows = _rows(prepared, data, tokenizer)
-    vocabulary = family.text_config(prepared.source.config).get("vocab_size")
-    tokens = min(BATCH, LOGITS // vocabulary) if isinstance(vocabulary, int) and vocabulary > 0 else BATCH
+    vocabulary = family.vocabulary(prepared.source.config) or 0
+    tokens = min(BATCH, LOGITS // vocabulary) if vocabulary > 0 else BATCH
     kept: OnNonfinite = "keep" if prepared.options.on_nonfinite == "keep" else "stop"
     found = scored(
         checkpoint, reference, rows, dtype=None, device=device, trust=prepared.options.trust_remote_code,

@@ -272,8 +272,8 @@ def _begin(
 
 def _check_baseline(config: Mapping[str, Any], baseline: Mapping[str, Any]) -> None:
     """Raises UsageError unless the same tokens mean the same to both, and their hidden states can be compared."""
-    facts: dict[str, Callable[[Mapping[str, Any]], object]] = {
-        "vocab_size": lambda some: family.text_config(some).get("vocab_size"),
+    facts = {
+        "vocab_size": family.vocabulary,
         "num_hidden_layers": family.block_count,
         "hidden_size": family.hidden_size,
     }

@@ -9,11 +9,13 @@ from quarkcli.family.config import (
     block_count,
     expert_count,
     head_size,
+    heads,
     hidden_size,
     kv_heads,
     position_limit,
     quantization,
     text_config,
+    vocabulary,
     without_quantization,
 )
 from quarkcli.family.fit import check as check_fit
@@ -75,6 +77,7 @@ __all__ = [
     "guess",
     "has_experts",
     "head_size",
+    "heads",
     "hidden_size",
     "hidden_transpositions",
     "identify",
@@ -91,5 +94,6 @@ __all__ = [
     "to_yaml",
     "tower",
     "view_shape",
+    "vocabulary",
     "without_quantization",
 ]

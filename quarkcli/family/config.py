@@ -17,6 +17,7 @@ _BLOCKS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _WIDTHS = ("hidden_size", "n_embd", "d_model", "n_embed", "dim", "model_dim")
 _HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads", "multi_query_group_num")
+_VOCABULARY = ("vocab_size", "padded_vocab_size")
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
 _ACTIVE = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk", "top_k", "num_selected_experts")
 # Where a config says how the files are quantized.
@@ -61,13 +62,23 @@ def hidden_size(config: Mapping[str, object]) -> int | None:
 def head_size(config: Mapping[str, object]) -> int | None:
     """Returns the number of features of one head of attention."""
     said = _number(text_config(config), ("head_dim",))
-    width, heads = hidden_size(config), _number(text_config(config), _HEADS)
-    return said if said is not None else width // heads if width and heads else None
+    width, count = hidden_size(config), heads(config)
+    return said if said is not None else width // count if width and count else None
+
+
+def heads(config: Mapping[str, object]) -> int | None:
+    """Returns the number of heads of queries."""
+    return _number(text_config(config), _HEADS)
 
 
 def kv_heads(config: Mapping[str, object]) -> int | None:
     """Returns the number of heads of keys and values, where config.json says it apart from that of queries."""
     return _number(text_config(config), _KV_HEADS)
+
+
+def vocabulary(config: Mapping[str, object]) -> int | None:
+    """Returns the number of tokens that the model knows."""
+    return _number(text_config(config), _VOCABULARY)
 
 
 def expert_count(config: Mapping[str, object]) -> int | None:

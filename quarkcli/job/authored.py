@@ -126,8 +126,7 @@ def whole(config: Mapping[str, Any], headers: Mapping[str, HeaderLike], length: 
     heads, width = family.kv_heads(config), family.head_size(config)
     kept = heads * width if heads and width else family.hidden_size(config) or 0
     cache = 2 * (family.block_count(config) or 0) * kept * length * _BATCH * 2
-    vocabulary = family.text_config(config).get("vocab_size")
-    scores = _BATCH * _SCORES * (vocabulary if isinstance(vocabulary, int) else 0)
+    scores = _BATCH * _SCORES * (family.vocabulary(config) or 0)
     return weights + cache + scores + RUNTIME_BYTES[True]
 
 

@@ -79,8 +79,8 @@ def test_windows_begin_with_what_the_tokenizer_puts_there(page: Path, tmp_path: 
         measure(runs.build("llama", tmp_path / "n"), page, bos="on")
 
 
-def test_windows_fit_the_model(page: Path, tmp_path: Path) -> None:
-    """GPT-2 says n_positions; its table of positions has no more rows."""
+def test_windows_and_baselines_fit_the_model(page: Path, tmp_path: Path) -> None:
+    """GPT-2 says n_positions and n_layer; its table of positions has no more rows."""
     config = {"vocab_size": 300, "n_positions": 128, "n_embd": 64, "n_layer": 2, "n_head": 2}
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**config))
     model.save_pretrained(tmp_path)
@@ -88,6 +88,10 @@ def test_windows_fit_the_model(page: Path, tmp_path: Path) -> None:
     assert measure(tmp_path, page, window=None)["window"] == 128
     with pytest.raises(DataError, match="is more than the model's 128 positions"):
         measure(tmp_path, page, window=129)
+    short = transformers.GPT2LMHeadModel(transformers.GPT2Config(**(config | {"n_layer": 1})))
+    short.save_pretrained(tmp_path / "short")
+    with pytest.raises(UsageError, match="num_hidden_layers is 1, but 2 in the checkpoint"):
+        measure(tmp_path, page, baseline=str(tmp_path / "short"))
 
 
 def test_tokens_without_a_row_in_the_embedding(page: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from quarkcli.errors import DataError
-from quarkcli.family import block_count, position_limit, text_config
+from quarkcli.family import block_count, head_size, heads, kv_heads, position_limit, text_config, vocabulary
 from tests import runs
 
 INNER = {"num_hidden_layers": 3, "n_positions": 64}
@@ -30,6 +30,22 @@ def test_limits_of_positions(key: str) -> None:
     assert position_limit({key: 128}) == 128
     for odd in ("128", None, True, 0, -1, [1]):
         assert position_limit({key: odd}) is None
+
+
+@pytest.mark.parametrize(
+    ("own", "found"),
+    [
+        ({"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 99}, (8, 2, 8, 99)),
+        ({"n_embd": 64, "n_head": 4, "vocab_size": 99}, (4, None, 16, 99)),
+        (
+            {"hidden_size": 64, "num_attention_heads": 4, "multi_query_group_num": 2, "padded_vocab_size": 9},
+            (4, 2, 16, 9),
+        ),
+    ],
+)
+def test_heads_and_the_vocabulary_under_other_names(own: dict[str, object], found: tuple[int | None, ...]) -> None:
+    config = {"text_config": own, "num_attention_heads": 5}
+    assert (heads(config), kv_heads(config), head_size(config), vocabulary(config)) == found
 
 
 def test_odd_parts_are_left_out() -> None:

@@ -25,6 +25,13 @@ def test_groups_that_would_be_cut(narrow, tmp_path):
     assert runs.prepare(narrow, tp=4, exclude=["*down_proj"], **flags).tensor_parallel == [1, 2, 4]
 
 
+def test_heads_under_another_name_are_counted(tmp_path):
+    """GPT-J has `n_head`: 3 heads, which two devices cannot share out, though they could halve each linear."""
+    source = runs.build("gptj", tmp_path / "model", n_embd=96, n_head=3)
+    with pytest.raises(ModelError, match=r"config\.json: 3 attention heads cannot be divided evenly"):
+        runs.prepare(source, scheme="ptpc_fp8", tp=2, output=tmp_path / "out")
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe", "gpt_oss"])
 @pytest.mark.parametrize("scheme", ["int4_wo_128", "mxfp4", "fp8_block128"])
 def test_the_plan_says_what_verify_says(tmp_path, family, scheme):
