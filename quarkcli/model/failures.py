@@ -41,9 +41,13 @@ class ModelCode:
             with quiet():
                 yield
         except Exception as error:
-            if isinstance(error, QuarkError) or memory.ran_out(error) or self._is_ours(error):
+            if self.passes(error):
                 raise
             raise self.failure(failing, error) from error
+
+    def passes(self, error: Exception) -> bool:
+        """True for what is no failure of the model's code, as `running` says."""
+        return isinstance(error, QuarkError) or memory.ran_out(error) or self._is_ours(error)
 
     def failure(self, failing: str, error: Exception) -> ModelError:
         """Returns the error for `error`: what failed, in which library and version, and what to do."""

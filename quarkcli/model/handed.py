@@ -32,6 +32,23 @@ def own(places: Sequence[MutableMapping[Any, Any]]) -> list[MutableMapping[Any, 
     return [copy.copy(place) for place in places]
 
 
+def copied(value: Any, device: torch.device | None) -> Any:
+    """Returns arguments of a block for it to write into: copies of tensors, lists, tuples and mappings.
+
+    device   of tensors without values, in place of copies; None: copies
+    """
+    if isinstance(value, torch.Tensor):
+        return torch.empty_like(value, device=device) if device else value.clone()
+    if isinstance(value, MutableMapping):
+        own = copy.copy(value)
+        own.update({key: copied(item, device) for key, item in value.items()})
+        return own
+    if isinstance(value, (list, tuple)):
+        items = [copied(item, device) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return value
+
+
 def written(
     given: Sequence[Mapping[Any, Any]], places: Sequence[Mapping[Any, Any]], extras: Mapping[tuple[int, int], Any]
 ) -> dict[str, torch.Tensor]:

@@ -8,7 +8,6 @@ reusing the first block's arguments gets wrong for many families. Hidden states 
 
 from __future__ import annotations
 
-import copy as copies
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -20,6 +19,7 @@ from torch import nn
 from quarkcli.errors import ModelError
 from quarkcli.model import handed
 from quarkcli.model.experts import shapes_only
+from quarkcli.model.failures import ModelCode
 from quarkcli.model.head import without_head
 from quarkcli.model.skeleton import Skeleton
 
@@ -200,7 +200,7 @@ class Recorder:
         A block whose code looks at values cannot run there; it is taken to return a tensor, which `run_block` checks.
         """
         if type(block) not in self._forms:
-            self._forms[type(block)] = _probe(block, args, kwargs)
+            self._forms[type(block)] = _probe(block, args, kwargs, self.skeleton.code)
         return self._forms[type(block)]
 
     def _form(self, block: nn.Module) -> Form:
@@ -342,30 +342,17 @@ def _filler(recording: Recording) -> Callable[[Any], Any]:
     return fill
 
 
-def _probe(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Form:
-    if any(not tensor.is_meta for tensor in block.parameters()):
-        device: torch.device | None = None
-    else:
-        device = torch.device("meta")
-
-    def copy(value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            return torch.empty_like(value, device=device) if device else value.clone()
-        if isinstance(value, MutableMapping):
-            own = copies.copy(value)
-            own.update({key: copy(item) for key, item in value.items()})
-            return own
-        if isinstance(value, (list, tuple)):
-            return type(value)(copy(item) for item in value)
-        return value
-
+def _probe(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], code: ModelCode) -> Form:
+    meta = all(tensor.is_meta for tensor in block.parameters())
+    args, kwargs = handed.copied((args, kwargs), torch.device("meta") if meta else None)
     try:
         with shapes_only(block):
-            return Form.of(block(*copy(args), **copy(kwargs)))
-    except ModelError:
-        raise
-    except Exception:
+            output = block(*args, **kwargs)
+    except Exception as error:
+        if code.passes(error):
+            raise
         return Form()
+    return Form.of(output)
 
 
 def _map_tuples(change: Callable[[Any], Any], value: Any) -> Any:

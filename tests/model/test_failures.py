@@ -177,6 +177,15 @@ def test_a_defect_in_a_handler_stays_a_defect(tmp_path: Path) -> None:
         runner.run_block(0, recording, recording.hidden)
 
 
+def test_a_defect_is_one_while_the_form_of_a_block_is_learned(tmp_path: Path) -> None:
+    class Block(torch.nn.Module):
+        def forward(self, hidden: torch.Tensor) -> None:
+            walk.Walk.masks(None)  # type: ignore[arg-type]
+
+    with pytest.raises(AttributeError):
+        runner_of(tiny.build("llama", tmp_path))._recorder.learn_form(Block(), (torch.ones(2, 1),), {})
+
+
 @pytest.mark.parametrize(
     "error", [torch.OutOfMemoryError("no room"), MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate")]
 )

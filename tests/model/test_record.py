@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 
 from quarkcli.errors import ModelError
+from quarkcli.model.record import Form
 from tests import tiny
 from tests.model.drive import plain_logits, record, runner_of, through
 
@@ -116,6 +118,26 @@ def test_glue_that_changes_hidden_states_is_refused(tmp_path: Path) -> None:
     decoder.__dict__["forward"] = forward
     with pytest.raises(ModelError, match="between decoder blocks 0 and 1"):
         runner.record(tiny.tokens())
+
+
+class Shift(NamedTuple):
+    """What some models' code hands to its blocks."""
+
+    by: torch.Tensor
+    names: list[torch.Tensor]
+
+
+def test_forms_are_learned_with_named_tuples(tmp_path: Path) -> None:
+    runner = runner_of(tiny.build("llama", tmp_path))
+
+    class Block(torch.nn.Module):
+        def forward(self, hidden: torch.Tensor, shift: Shift) -> tuple[torch.Tensor, None]:
+            assert type(shift) is Shift and hidden.is_meta and shift.names[0].is_meta
+            return hidden + shift.by, None
+
+    given = Shift(torch.ones(1), [torch.ones(2)])
+    assert runner._recorder.learn_form(Block(), (torch.ones(2, 1), given), {}) == Form(2, (1,))
+    assert torch.equal(given.names[0], torch.ones(2))
 
 
 def test_block_form_that_recording_got_wrong_is_refused(tmp_path: Path) -> None:
