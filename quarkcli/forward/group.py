@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from quarkcli.forward.lanes import Lane, covers, joined, shares
 
 T = TypeVar("T")
+
+
+def dealt(sizes: Sequence[float], ranks: int) -> list[int]:
+    """Returns the rank that gets each piece of work: the largest first, always to the first that has least."""
+    loads: list[tuple[float, int]] = [(0, rank) for rank in range(ranks)]
+    owners = [0] * len(sizes)
+    for index in sorted(range(len(sizes)), key=lambda one: -sizes[one]):
+        load, rank = heapq.heappop(loads)
+        owners[index] = rank
+        heapq.heappush(loads, (load + sizes[index], rank))
+    return owners
 
 
 class Group:

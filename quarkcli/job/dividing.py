@@ -15,7 +15,7 @@ from quarkcli.errors import ResourceError, UsageError
 from quarkcli.events import Listener
 from quarkcli.family import HeaderLike
 from quarkcli.forward.defaults import SELF
-from quarkcli.forward.group import Group
+from quarkcli.forward.group import Group, dealt
 from quarkcli.job import finish
 from quarkcli.job.options import Prepared
 from quarkcli.plan.model import Part, Plan
@@ -124,12 +124,8 @@ def shares(todo: Sequence[Part], worker: PartWorker, headers: Mapping[str, Heade
 
 def divided(parts: Sequence[Part], sizes: Mapping[str, int], ranks: int) -> list[list[Part]]:
     """Returns the parts of each rank, about as many bytes each, in order."""
-    load = [0] * ranks
-    owner: dict[str, int] = {}
-    for part in sorted(parts, key=lambda part: -sizes[part.name]):
-        owner[part.name] = load.index(min(load))
-        load[owner[part.name]] += sizes[part.name]
-    return [[part for part in parts if owner[part.name] == rank] for rank in range(ranks)]
+    owners = dealt([sizes[part.name] for part in parts], ranks)
+    return [[part for part, owner in zip(parts, owners, strict=True) if owner == rank] for rank in range(ranks)]
 
 
 def _size(part: Part, headers: Mapping[str, HeaderLike]) -> int:

@@ -7,12 +7,12 @@ writing overlap the work.
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from quarkcli.algorithms.base import Effort
+from quarkcli.forward.group import dealt
 from quarkcli.forward.lanes import LANES, shares
 from quarkcli.job import costs
 from quarkcli.job.costs import PartCost
@@ -94,7 +94,7 @@ def predict(work: Sequence[PartCost], size: Forecast, rates: Rates, ranks: int, 
     if size.calibrated:
         owners = [cost.part.index % ranks for cost in work]
     else:
-        owners = _dealt([cost.read for cost in work], ranks)
+        owners = dealt([cost.read for cost in work], ranks)
     lanes = _lanes(ranks) if size.calibrated else [1.0] * ranks
     solves = _solving(work, rates, ranks)
     found = []
@@ -185,7 +185,7 @@ def _solving(work: Iterable[PartCost], rates: Rates, ranks: int) -> list[float]:
     for cost in work:
         seconds = [_seconds(effort, rates) for effort in cost.problems]
         each = [0.0] * ranks
-        for owner, took in zip(_dealt(seconds, ranks), seconds, strict=True):
+        for owner, took in zip(dealt(seconds, ranks), seconds, strict=True):
             each[owner] += took
         total += max(each)
     return [total] * ranks
@@ -193,17 +193,6 @@ def _solving(work: Iterable[PartCost], rates: Rates, ranks: int) -> list[float]:
 
 def _seconds(effort: Effort, rates: Rates) -> float:
     return effort.factors / rates.factors + effort.products / rates.plain + effort.candidates / rates.candidates
-
-
-def _dealt(sizes: Sequence[float], ranks: int) -> list[int]:
-    """Returns the owner of each: the largest first, always to the rank that has least."""
-    loads = [(0.0, rank) for rank in range(ranks)]
-    owners = [0] * len(sizes)
-    for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        load, rank = heapq.heappop(loads)
-        owners[index] = rank
-        heapq.heappush(loads, (load + sizes[index], rank))
-    return owners
 
 
 def as_json(found: Prediction) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from quarkcli.algorithms.base import Moment, Needs, Outcome, Problem
+from quarkcli.forward.group import dealt
 from quarkcli.plan.model import QuantizedTarget
 
 if TYPE_CHECKING:
@@ -57,13 +58,8 @@ def owners(targets: Iterable[QuantizedTarget], ranks: int) -> dict[str, int]:
     for _, members in _groups(targets):
         width = members[0].shape[1]
         costs.append((width * width * (width + sum(t.shape[0] for t in members)), [t.name for t in members]))
-    load = [0] * ranks
-    found: dict[str, int] = {}
-    for cost, names in sorted(costs, key=lambda one: -one[0]):
-        rank = load.index(min(load))
-        load[rank] += cost
-        found |= dict.fromkeys(names, rank)
-    return found
+    found = dealt([cost for cost, _ in costs], ranks)
+    return {name: rank for rank, (_, names) in zip(found, costs, strict=True) for name in names}
 
 
 def runs(problems: Iterable[Problem], at_once: Callable[[tuple[int, int]], int]) -> Iterator[list[Problem]]:

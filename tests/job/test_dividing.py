@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from quarkcli.forward.group import dealt
 from quarkcli.job.dividing import divided
 from quarkcli.job.problems import in_order, owners
 from quarkcli.plan.model import Part
@@ -24,6 +25,12 @@ def test_parts_are_divided_by_bytes(ranks: int) -> None:
     assert all([part.index for part in own] == sorted(part.index for part in own) for own in found)
     load = [sum(sizes[part.name] for part in own) for own in found]
     assert max(load) <= max(90, sum(SIZES) / ranks + 10)
+
+
+def test_of_equal_loads_the_first_gets_more() -> None:
+    assert dealt([1, 5, 5, 3, 3, 2], 3) == [1, 0, 1, 2, 2, 0]
+    assert dealt([2**60 + 1, 2**60, 1, 1], 2) == [0, 1, 1, 0]  # exact where sizes are whole numbers
+    assert dealt([], 2) == []
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
