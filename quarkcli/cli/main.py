@@ -38,6 +38,7 @@ from quarkcli.cli import (
 from quarkcli.cli import env as environment
 from quarkcli.cli import search as searching
 from quarkcli.cli.signals import CODES, Terminated, answered
+from quarkcli.disk.outputs import LOG
 from quarkcli.errors import ExitCode, QuarkError, ResourceError, UsageError
 from quarkcli.model import deferred
 
@@ -241,7 +242,7 @@ def _unexpected(error: Exception) -> int:
             "; or --device cpu" if device else ""
         )
         return _fail(ResourceError(f"there is not enough {device}memory", hint=hint, kind="E-MEMORY"))
-    log = output.session.partial and output.session.partial / "quark" / "quark.log"
+    log = output.session.partial and output.session.partial / LOG
     place = f"; the log is {log}" if log and _is_there(log) else ""
     what = f"internal error, which is a defect of quark: {type(error).__name__}: {error}"
     return _fail(

@@ -15,12 +15,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from quarkcli.disk import outputs
-from quarkcli.disk.outputs import MANIFEST
+from quarkcli.disk.outputs import LOG, MANIFEST
 from quarkcli.disk.writer import STATE, atomic_write_json, disk_errors
 from quarkcli.errors import CheckError, QuarkError, all_of, some
 
 SCHEMA = "quark/manifest/1"
-LOG = "quark/quark.log"
 HASH_LIMIT = 20_000_000_000  # bytes that are hashed without being asked for
 _UNLISTED = {MANIFEST, LOG}
 _WEIGHTS = ".safetensors"

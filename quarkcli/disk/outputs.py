@@ -1,4 +1,4 @@
-"""Names the directories of an output: one, or one for each dialect in a directory that lists them.
+"""Names the directories of an output, one or one for each dialect in a directory that lists them, and our own files.
 
 <output>/dialects.json          the list; written last, so that it is there when all of them are complete
 <output>/<dialect>/             a checkpoint with a manifest of its own
@@ -11,7 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-MANIFEST = "quark/manifest.json"
+OURS = "quark"  # the folder of a checkpoint's own records
+MANIFEST, LOG = f"{OURS}/manifest.json", f"{OURS}/quark.log"
+REPORT, PAGE = f"{OURS}/report.json", f"{OURS}/report.html"
+RECIPE, SOURCE_CARD = f"{OURS}/recipe.yaml", f"{OURS}/source_README.md"
 LIST = "dialects.json"
 SCHEMA = "quark/dialects/1"
 

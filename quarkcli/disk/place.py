@@ -99,7 +99,7 @@ def refuse_links(partial: Path) -> None:
     aside = aside_path(partial)
     linked = [path for path in (partial, aside) if path.is_symlink()]
     if not linked and partial.is_dir():
-        linked = [path for path in (partial / STATE, partial / "quark", *partial.rglob("*")) if path.is_symlink()]
+        linked = [path for path in (partial / STATE, partial / outputs.OURS, *partial.rglob("*")) if path.is_symlink()]
     if linked:
         hint = "remove the link; the run needs a directory of its own"
         raise UsageError(

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from quarkcli.disk import manifest, verify
-from quarkcli.disk.outputs import MANIFEST
+from quarkcli.disk.outputs import LOG, MANIFEST
 from quarkcli.disk.side_files import README
 from quarkcli.errors import HubError, QuarkError, UsageError, some
 from quarkcli.events import Listener, Message, Phase, Working, silent
@@ -81,7 +81,7 @@ def _names(folder: Path, tell: Listener) -> list[str]:
     if listed is None:
         return shown
     names = [*sorted(listed.files), MANIFEST]
-    if left := sorted(set(shown) - {*names, manifest.LOG}):
+    if left := sorted(set(shown) - {*names, LOG}):
         tell(Message(f"these files are not in the manifest and were not uploaded: {some(left)}", "warning"))
     return names
 

@@ -6,15 +6,14 @@ import json
 from collections.abc import Iterable
 
 from quarkcli.disk.checkpoint import Checkpoint
+from quarkcli.disk.outputs import REPORT
 from quarkcli.disk.source import Source
-
-_REPORT = "quark/report.json"
 
 
 def said_changed(source: Source) -> set[str] | None:
     """Returns the source tensors that algorithms changed, as the report says; None without a report."""
     try:
-        changed = json.loads((source.folder / _REPORT).read_bytes())["changed"]
+        changed = json.loads((source.folder / REPORT).read_bytes())["changed"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return set(changed) if isinstance(changed, dict) else None

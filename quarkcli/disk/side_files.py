@@ -16,12 +16,12 @@ from pathlib import Path
 
 from quarkcli import dialects
 from quarkcli.disk.headers import OTHER_WEIGHTS, PICKLES
+from quarkcli.disk.outputs import OURS
 from quarkcli.disk.source import Source, is_within
 from quarkcli.errors import ModelError
 
 LIMIT = 64 * 2**20  # bytes
 README = "README.md"
-OURS = "quark"  # the folder of a checkpoint's own records
 # Names that a checkpoint writes itself; those of its weight files begin with `model-`.
 WRITTEN = ("config.json", "quantization_config.json", "model.safetensors.index.json", README)
 _WEIGHTS = (".safetensors", *PICKLES, *OTHER_WEIGHTS, ".safetensors.index.json", ".bin.index.json")

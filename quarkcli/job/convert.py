@@ -23,6 +23,7 @@ from quarkcli.disk import contents, manifest, side_files, verify
 from quarkcli.disk.checkpoint import Checkpoint, LogicalHeader
 from quarkcli.disk.compare import near, number, same_bits, same_params
 from quarkcli.disk.journal import Journal
+from quarkcli.disk.outputs import MANIFEST, OURS, PAGE, RECIPE, REPORT
 from quarkcli.disk.source import Source
 from quarkcli.disk.writer import (
     atomic_write_text,
@@ -48,7 +49,6 @@ from quarkcli.threads import Workers, default, limited
 if TYPE_CHECKING:
     from torch import Tensor
 
-RECIPE, REPORT = "quark/recipe.yaml", "quark/report.json"
 AGAIN = "quantize the original model again with --dialect"
 
 
@@ -315,7 +315,7 @@ def _finish(
     beside = side_files.gather(source)
     for name in _described(found):
         beside.copied.pop(Path(name), None)
-    beside.left_out = {why: names for why, names in beside.left_out.items() if names != [side_files.OURS]}
+    beside.left_out = {why: names for why, names in beside.left_out.items() if names != [OURS]}
     for line in beside.warnings():
         tell(Message(line, "warning"))
     finish.describe(writer, plan, source, beside, partial, records)
@@ -348,7 +348,7 @@ def _described(found: Conversion) -> list[str]:
 
 def _facts(source: Source) -> dict[str, Any]:
     """Returns what is known of the model that was quantized: from the manifest, else of the checkpoint itself."""
-    path = source.folder / "quark" / "manifest.json"
+    path = source.folder / MANIFEST
     facts = _json(path).get("source") if manifest.read(source.folder) is not None else None
     return facts if isinstance(facts, dict) else finish.source_facts(source)
 
@@ -365,7 +365,7 @@ def _carry_over(source: Source, found: Conversion, partial: Path, checks: list[s
         dialect = {"name": found.writer.name, "reason": reason}
         again = converted(report, dialect, checks, sizes, records)
         atomic_write_text(partial / REPORT, written.written(again))
-        atomic_write_text(partial / finish.PAGE, page(again))
+        atomic_write_text(partial / PAGE, page(again))
     path = source.folder / RECIPE
     recipe = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
     if isinstance(recipe, dict) and isinstance(recipe.get("export"), dict):

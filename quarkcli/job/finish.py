@@ -15,6 +15,7 @@ from quarkcli.dialects.base import CONFIG_FILE, Writer
 from quarkcli.disk import manifest, ties, verify
 from quarkcli.disk import unfinished as under_way
 from quarkcli.disk.journal import Journal
+from quarkcli.disk.outputs import OURS, PAGE, RECIPE, REPORT, SOURCE_CARD
 from quarkcli.disk.place import dispose, earlier
 from quarkcli.disk.side_files import SideFiles
 from quarkcli.disk.source import Source
@@ -44,8 +45,6 @@ from quarkcli.reporting.run import Clock
 if TYPE_CHECKING:
     from quarkcli.forward.data import CalibrationData
 
-REPORT, PAGE = "quark/report.json", "quark/report.html"
-
 
 def begin_report(prepared: Prepared, data: CalibrationData | None, partial: Path, clock: Clock, device: str) -> None:
     """Writes what `quark report` tells of a run under way; `data`: None before it is read."""
@@ -62,7 +61,7 @@ def write_config(prepared: Prepared, partial: Path, records: dict[str, dict[str,
         head, embedding = prepared.plan.doubled_head or ("", "")
         what = f"config.json says that {head} is {embedding}, and the files hold other values for it"
         tell(Message(f"{what}; quark writes {TIED}: false, so that servers read both", "warning"))
-    atomic_write_text(partial / "quark" / "recipe.yaml", resolved_recipe(prepared))
+    atomic_write_text(partial / RECIPE, resolved_recipe(prepared))
 
 
 def describe(
@@ -88,7 +87,7 @@ def describe(
     weight_map = {tensor: file["file"] for file in files for tensor in file["tensors"]}
     write_index(partial, weight_map, sum(size for file in files for size in file["tensors"].values()))
     _copy_side_files(beside, partial, described)
-    (partial / "quark").mkdir(exist_ok=True)
+    (partial / OURS).mkdir(exist_ok=True)
 
 
 def with_keys(config_text: str, keys: Mapping[str, Any], changes: Mapping[str, Any] | None = None) -> str:
@@ -121,8 +120,8 @@ def _copy_side_files(found: SideFiles, partial: Path, written: Collection[str]) 
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(origin, target)
         if found.readme is not None:
-            (partial / "quark").mkdir(exist_ok=True)
-            shutil.copyfile(found.readme, partial / "quark" / "source_README.md")
+            (partial / OURS).mkdir(exist_ok=True)
+            shutil.copyfile(found.readme, partial / SOURCE_CARD)
 
 
 def resolved_recipe(prepared: Prepared) -> str:

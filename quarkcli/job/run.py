@@ -18,7 +18,6 @@ from quarkcli import algorithms, dialects, family, memory, servers
 from quarkcli.disk import nonfinite, outputs, side_files
 from quarkcli.disk.embedded import DEMO, located
 from quarkcli.disk.journal import Journal
-from quarkcli.disk.manifest import LOG
 from quarkcli.disk.origin import open_weights
 from quarkcli.disk.place import remove_stale
 from quarkcli.disk.source import Source
@@ -238,7 +237,7 @@ def _lead(
         download.keep_headers(prepared, partial)
         finish.begin_report(prepared, data, partial, clock, device)
         group.share(None)  # the others may go on
-        logs = [partial / one.folder / LOG for one in prepared.every]
+        logs = [partial / one.folder / outputs.LOG for one in prepared.every]
         with log_file.attach(*logs), log_file.last_words(), finish.begun():
             _parts(prepared, data, runner, journal, device, clock.began, tell, group)  # 7, 8
             _refuse_nonfinite(journal.finished, options)

@@ -20,23 +20,23 @@ def read(directory: Path) -> dict[str, Any]:
     hint = f"run 'quark report {beside}' for the unfinished run there" if beside.is_dir() else ""
     if not directory.is_dir():
         raise AccessError("there is no such directory", where=str(directory), hint=hint, kind="E-PATH-NOT-FOUND")
-    path = directory / "quark" / "report.json"
+    path = directory / outputs.REPORT
     if unfinished.is_unfinished(directory):
         found = build.filled(*unfinished.read(directory))
     elif path.is_file():
         found = _parsed(path)
     else:
         hint = hint or outputs.hint(directory) or "give a checkpoint that quark wrote; others have no report"
-        raise ModelError("has no report (quark/report.json)", where=str(directory), hint=hint, kind="E-REPORT-NONE")
+        raise ModelError(f"has no report ({outputs.REPORT})", where=str(directory), hint=hint, kind="E-outputs.REPORT-NONE")
     if found.get("schema") != build.SCHEMA:
-        raise ModelError(f"is not a report of the form {build.SCHEMA}", where=str(path), kind="E-REPORT-NONE")
+        raise ModelError(f"is not a report of the form {build.SCHEMA}", where=str(path), kind="E-outputs.REPORT-NONE")
     check(Report, found, str(path))
     return found
 
 
 def has_report(directory: Path) -> bool:
     """True where there is a report to read."""
-    return unfinished.is_unfinished(directory) or (directory / "quark" / "report.json").is_file()
+    return unfinished.is_unfinished(directory) or (directory / outputs.REPORT).is_file()
 
 
 def _parsed(path: Path) -> dict[str, Any]:
