@@ -19,6 +19,11 @@ LIST = "dialects.json"
 SCHEMA = "quark/dialects/1"
 
 
+def nearest(path: Path) -> Path:
+    """Returns the folder of a path that need not exist yet: itself, or the nearest around it that is there."""
+    return next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+
+
 def listing(folders: list[str]) -> dict[str, Any]:
     """Returns the contents of the list."""
     return {"schema": SCHEMA, "dialects": folders}

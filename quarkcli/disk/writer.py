@@ -289,8 +289,7 @@ def _free(path: Path, of: str = "") -> str:
 
 def free_bytes(path: Path) -> int:
     """Returns the bytes free for this user on the disk that holds `path`, which need not exist yet."""
-    existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
-    return shutil.disk_usage(existing).free
+    return shutil.disk_usage(outputs.nearest(path)).free
 
 
 # ---- the output directory

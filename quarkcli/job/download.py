@@ -9,6 +9,7 @@ from pathlib import Path
 from quarkcli.algorithms.base import Assignment
 from quarkcli.disk import remote as remotes
 from quarkcli.disk import side_files as files_beside
+from quarkcli.disk.outputs import nearest
 from quarkcli.disk.source import Source
 from quarkcli.disk.stream import AT_ONCE, Stream
 from quarkcli.disk.writer import STATE, disk_errors, free_bytes, partial_path, remove
@@ -52,7 +53,7 @@ def check_room(prepared: Prepared) -> None:
         return
     free = free_bytes(remote.folder)
     with disk_errors(prepared.output):
-        one_disk = remote.folder.stat().st_dev == _existing(prepared.output).stat().st_dev
+        one_disk = remote.folder.stat().st_dev == nearest(prepared.output).stat().st_dev
     need = download.bytes + (directories.together(prepared).disk_bytes if one_disk else 0)
     if need > free:
         what = f"{need:,} bytes needed for the download, {free:,} free"
@@ -134,7 +135,3 @@ def _tidy(folder: Path, uses: Iterable[dict[str, set[str]]]) -> None:
         for path in list(folder.rglob("*")) if folder.is_dir() else []:
             if path.is_file() and path.relative_to(folder).as_posix().removesuffix(remotes.PART) not in first:
                 remove(path)
-
-
-def _existing(path: Path) -> Path:
-    return next(folder for folder in (path, *path.absolute().parents) if folder.exists())

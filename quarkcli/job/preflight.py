@@ -12,6 +12,7 @@ from pathlib import Path
 from quarkcli import family, memory, servers
 from quarkcli.algorithms.base import Assignment
 from quarkcli.dialects.base import Writer
+from quarkcli.disk.outputs import nearest
 from quarkcli.disk.side_files import SideFiles, shown
 from quarkcli.disk.source import Source
 from quarkcli.disk.writer import disk_errors, free_bytes, output_state, partial_path, resolved
@@ -295,7 +296,7 @@ def check_output(output: Path, overwrite: bool, source: Path) -> None:
         )  # fmt: skip
     parent = partial_path(output).parent
     with disk_errors(parent):
-        existing = next(folder for folder in (parent, *parent.parents) if folder.exists())
+        existing = nearest(parent)
     if not os.access(existing, os.W_OK):
         raise ResourceError(
             "cannot be written to", where=str(existing), hint="choose another directory with -o", kind="E-DISK-WRITE"
