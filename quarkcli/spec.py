@@ -67,6 +67,9 @@ def _cast(name: str, exponent: int, mantissa: int, maximum: float) -> Element:
     return Element(name, "cast", 16, -maximum, maximum, exponent, mantissa, (1 << (exponent - 1)) - 1)
 
 
+# The largest numbers of formats that are numbers of blocks and scales alike, or scales alone.
+E4M3_MAX, E5M3_MAX = 448.0, 114688.0
+
 ELEMENTS: dict[str, Element] = {
     row.name: row
     for row in (
@@ -75,7 +78,7 @@ ELEMENTS: dict[str, Element] = {
         _float("fp4_e2m1", 2, 1, 1, 6.0),
         _float("fp6_e2m3", 2, 3, 1, 7.5),
         _float("fp6_e3m2", 3, 2, 3, 28.0),
-        _float("fp8_e4m3", 4, 3, 7, 448.0),
+        _float("fp8_e4m3", 4, 3, 7, E4M3_MAX),
         _float("fp8_e5m2", 5, 2, 15, 57344.0),
         _fixed("mxint8", 8, -127, 127),
         _fixed("mx6", 5, -15, 15, sub_block=2),
@@ -107,8 +110,8 @@ SCALE_FORMATS: dict[str, ScaleFormat] = {
         ScaleFormat("model", 16),
         ScaleFormat("pow2", 32),
         ScaleFormat("e8m0", 8, 2.0**127),
-        ScaleFormat("e4m3", 8, 448.0),
-        ScaleFormat("e5m3", 8, 114688.0),
+        ScaleFormat("e4m3", 8, E4M3_MAX),
+        ScaleFormat("e5m3", 8, E5M3_MAX),
     )
 }
 

@@ -47,7 +47,7 @@ from quarkcli.documents.shape import check
 from quarkcli.errors import ModelError
 from quarkcli.family import HeaderLike
 from quarkcli.plan.model import Attention, Plan, QuantizedTarget
-from quarkcli.spec import PerChannel, PerGroup, PerTensor, PerTile, ScaleSpec, TensorSpec
+from quarkcli.spec import E4M3_MAX, PerChannel, PerGroup, PerTensor, PerTile, ScaleSpec, TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,7 +57,7 @@ if TYPE_CHECKING:
 _TILE = 128
 _CACHE = "kv"
 # A cache without stored scales: servers take one, which is that of this range.
-_CAST_CACHE = TensorSpec("fp8_e4m3", PerTensor(), ScaleSpec("f32", constant_amax=448.0))
+_CAST_CACHE = TensorSpec("fp8_e4m3", PerTensor(), ScaleSpec("f32", constant_amax=E4M3_MAX))
 # Classes of experts in vLLM. Modules beside the language model it takes for unquantized, by parts of their names.
 _VLLM_EXPERTS = frozenset(ALGOS[name].kinds for name in ("FP8", "NVFP4", "W4A16_NVFP4", "MXFP8"))
 _VLLM_PASSES_OVER = ("vision_tower", "vision_model", "vit_large_projector")

@@ -17,13 +17,12 @@ from torch import Tensor
 
 from quarkcli.errors import ConfigError
 from quarkcli.numerics.formats import minifloat
-from quarkcli.spec import ELEMENTS, Element, ScaleSpec, TensorSpec
+from quarkcli.spec import E4M3_MAX, E5M3_MAX, ELEMENTS, Element, ScaleSpec, TensorSpec
 
 # The scale of an all-zero group where a plain float is stored; any value would do, this one is AMD Quark's.
 ZERO_GROUP_SCALE = 2.0**-23
-# Smallest and largest positive e4m3 block scale. The smallest keeps a non-zero block from vanishing.
+# Smallest positive e4m3 block scale. It keeps a non-zero block from vanishing.
 E4M3_MIN = 2.0**-9
-E4M3_MAX = 448.0
 # `four_over_six` multiplies a block scale by 1.5, so it leaves room above: 256 * 1.5 <= 448.
 FOUR_OVER_SIX_MAX = 256.0
 
@@ -190,7 +189,7 @@ def e4m3_scale(amax: Tensor, element: Element, rule: str, outer: Tensor | None) 
 
 
 # The unsigned scale format of amdfp4 (AMD Quark): exponent 31 is an ordinary binade, 255 is NaN.
-E5M3 = Element("e5m3", "float", 8, 0.0, 114688.0, 5, 3, 15)
+E5M3 = Element("e5m3", "float", 8, 0.0, E5M3_MAX, 5, 3, 15)
 _E5M3_ONE = 15 << 3
 
 

@@ -16,7 +16,7 @@ from quarkcli.numerics import scales
 from quarkcli.numerics.chunks import group_amax
 from quarkcli.numerics.grid import QParams, decode_matrix, encode_matrix, grid, scale_size
 from quarkcli.numerics.scales import Range
-from quarkcli.spec import MIN_MAX, PerChannel, PerTensor, PerTile, TensorSpec
+from quarkcli.spec import E4M3_MAX, MIN_MAX, PerChannel, PerTensor, PerTile, TensorSpec
 
 # Positive finite codes of e4m3.
 _FIRST_CODE, _LAST_CODE = 1, 126
@@ -159,7 +159,7 @@ def _sweep(matrix: Tensor, spec: TensorSpec, params: QParams) -> QParams:
 def _four_over_six(matrix: Tensor, spec: TensorSpec, params: QParams) -> QParams:
     """Maps amax to 6 or, with 1.5 times the scale, to 4, whichever errs less; among equals to 4, the larger scale."""
     assert params.scale is not None
-    larger = (params.scale.float() * 1.5).clamp_(scales.E4M3_MIN, scales.E4M3_MAX).to(torch.float8_e4m3fn)
+    larger = (params.scale.float() * 1.5).clamp_(scales.E4M3_MIN, E4M3_MAX).to(torch.float8_e4m3fn)
     six, four = params.scale.view(torch.uint8).int(), larger.view(torch.uint8).int()
     better = _block_errors(matrix, spec, params, four) <= _block_errors(matrix, spec, params, six)
     return _keeping_zero_blocks(matrix, spec, params, torch.where(better, four, six))

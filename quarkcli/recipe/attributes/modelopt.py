@@ -14,6 +14,7 @@ from typing import Any
 
 from quarkcli.errors import ConfigError, did_you_mean
 from quarkcli.spec import (
+    E4M3_MAX,
     ELEMENTS,
     MIN_MAX,
     OBSERVERS,
@@ -37,8 +38,6 @@ FIELDS = (
 _BLOCK_WORDS = ("type", "scale_bits", "scale_block_sizes", "four_over_six")
 _FLOATS = {(element.exponent, element.mantissa): name for name, element in ELEMENTS.items() if element.kind == "float"}
 _EXPONENT_SCALE, _BLOCK_SCALE = (8, 0), (4, 3)
-# What `use_constant_amax` pins: the largest e4m3 number, so that the scale is one.
-_CAST_AMAX = 448.0
 _PRECISIONS = ("Float", "Half", "BFloat16")
 _REFUSED = {
     "learn_amax": "scales are learned only in training",
@@ -304,7 +303,7 @@ def _channel(axis: Any, weight: bool) -> Granularity:
 
 def _constant(cfg: Mapping[str, Any]) -> float | None:
     if _flag(cfg, "use_constant_amax"):
-        return _CAST_AMAX
+        return E4M3_MAX  # so that the scale is one
     amax = cfg.get("constant_amax")
     if amax is None:
         return None
