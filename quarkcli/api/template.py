@@ -25,7 +25,7 @@ from quarkcli.recipe.attributes import to_spec
 from quarkcli.recipe.attributes.written import spec_to_yaml
 from quarkcli.recipe.entries import SLOTS, Entry, Origin
 from quarkcli.recipe.normalize import path_text, refusal
-from quarkcli.recipe.quark_config import class_name, is_groups, weight_slots, with_minimum
+from quarkcli.recipe.quark_config import LAYER_KEYS, class_name, is_groups, is_minimum, weight_slots, with_minimum
 from quarkcli.recipe.recipe import attention_entries, cache_entries, exclusion_entries, scheme_entries
 from quarkcli.recipe.schema import NATIVE
 
@@ -34,8 +34,6 @@ _NO_LINEARS = ("embedding", "norm", "conv")
 _GATE_UP = ["gate_proj", "up_proj"]
 _CACHE = ("k", "v")
 _PROJECTIONS = {"k_proj": ("k",), "v_proj": ("v",)}
-# Names of a layer's tensors in Quark -> slots of a scheme.
-_SLOTS = {"weight": "weight", "input_tensors": "input", "output_tensors": "output", "bias": "bias"}
 _STORED = ("weight", "bias")
 _LEGACY = "_config"
 
@@ -130,8 +128,8 @@ class LLMTemplate:
 
         config   `weight`, `input_tensors`, `output_tensors`, `bias` with Quark's SPECs, or a scheme in our words
         """
-        given = {_SLOTS.get(key, key): value for key, value in config.items() if value is not None}
-        for kind in [kind for kind in _SLOTS.values() if kind in given]:
+        given = {LAYER_KEYS.get(key, key): value for key, value in config.items() if value is not None}
+        for kind in [kind for kind in LAYER_KEYS.values() if kind in given]:
             given[kind] = spec_to_yaml(to_spec(given[kind], weight=kind in _STORED))
         run.register_scheme(scheme_name, given)
 
@@ -204,7 +202,7 @@ class LLMTemplate:
 
     def _attention_rows(self, cache: str | None, attention: str | None, minimum: float) -> list[Row]:
         """Returns the entries of the cache, then those of attention, whose k and v win, as with the flags."""
-        if isinstance(minimum, bool) or not isinstance(minimum, int | float) or not 0 <= minimum < float("inf"):
+        if not is_minimum(minimum):
             raise _wrong(f"min_kv_scale must be a number from 0 on, not {minimum!r}")
         first = cache_entries(cache, Origin("kv_cache_scheme")) if cache is not None else []
         last = attention_entries(attention, Origin("attention_scheme")) if attention is not None else []

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeGuard
 
 from quarkcli.errors import ConfigError, did_you_mean, in_brackets
 from quarkcli.recipe import steps
@@ -28,7 +28,8 @@ _KEYS = (
     "keep_prequantized_layers", "log_severity_level", "quant_method", "version", "export",
 )  # fmt: skip
 _EXPORT_KEYS = ("kv_cache_group", "min_kv_scale", "pack_method", "weight_format", "weight_merge_groups")
-_LAYER_KEYS = {"weight": "weight", "input_tensors": "input", "output_tensors": "output", "bias": "bias"}
+# Names of a layer's tensors in Quark -> slots of a scheme.
+LAYER_KEYS = {"weight": "weight", "input_tensors": "input", "output_tensors": "output", "bias": "bias"}
 _WEIGHTS = ("weight", "bias")
 # Classes that older and newer releases wrap their arguments in when they are written out.
 _WRAPPERS = (
@@ -139,7 +140,7 @@ class _Reader:
             own = _attends(pattern) is None and pattern not in group and pattern not in caches
             self.layer(pattern, layer, place, _LINEAR if "*" in pattern else None, output=own)
         for index, pattern in enumerate(self.names(data, "exclude", base)):
-            for kind in _LAYER_KEYS.values():
+            for kind in LAYER_KEYS.values():
                 self.entry(slot_pattern(pattern, f"{kind}_quantizer"), None, (*base, "exclude", index))
         self.attention(layers, caches, group, data, base)
         self.algorithms(data, base)
@@ -147,7 +148,7 @@ class _Reader:
 
     def least(self, data: Mapping[str, Any], path: Path_) -> float:
         value = data.get("min_kv_scale") or 0.0
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+        if not is_minimum(value):
             self.refuse((*path, "min_kv_scale"), f"min_kv_scale must be a number from 0 on, not {value!r}")
             return 0.0
         return float(value)
@@ -164,12 +165,12 @@ class _Reader:
         if layer is None:
             layer = {}
         if not isinstance(layer, Mapping):
-            self.refuse(path, f"a layer's config must be a mapping with {', '.join(_LAYER_KEYS)}")
+            self.refuse(path, f"a layer's config must be a mapping with {', '.join(LAYER_KEYS)}")
             return
-        self.known(layer, (*_LAYER_KEYS, "target_device"), path)
+        self.known(layer, (*LAYER_KEYS, "target_device"), path)
         if layer.get("target_device") is not None:
             self.note((*path, "target_device"), "target_device has no effect here; --device chooses the device")
-        for key, kind in _LAYER_KEYS.items():
+        for key, kind in LAYER_KEYS.items():
             value = layer.get(key) if output or kind != "output" else None
             cfg = self.cfg(value, (*path, key), weight=kind in _WEIGHTS)
             self.entry(slot_pattern(pattern, f"{kind}_quantizer"), cfg, (*path, key) if key in layer else path, parent)
@@ -290,6 +291,11 @@ def weight_slots(names: Iterable[str]) -> list[str]:
 def _attends(pattern: str) -> str | None:
     """Returns the attention slot that a glob on projections stands for, k for `*k_proj`; None for a full name."""
     return _PROJECTIONS.get(pattern.rpartition(".")[2].lstrip("*")) if "*" in pattern else None
+
+
+def is_minimum(value: Any) -> TypeGuard[float]:
+    """True for what `min_kv_scale` may be: a number from 0 on."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf")
 
 
 def with_minimum(cfg: Any, minimum: float) -> dict[str, Any]:
