@@ -72,12 +72,12 @@ def describe(
     partial: Path,
     records: Mapping[str, Mapping[str, Any]],
 ) -> None:
-    """Writes config, index, side files, and what the dialect says of the checkpoint. `records`: files of every part."""
-    doubled = plan.doubled_head
-    if doubled is not None and not all(name in source.headers for name in doubled):
-        plan.untied = True  # quark decodes one of them, and stores both
-    elif doubled is not None:
-        plan.untied = not ties.same_values(source, *doubled)
+    """Writes config, index, side files, and what the dialect says of the checkpoint.
+
+    plan      gets `untied`, which only the values of head and embedding can tell; config.json and reports follow it
+    records   files of every part
+    """
+    plan.untied = _is_untied(plan, source)
     described = dialect.files(plan)
     keys = described.pop(CONFIG_FILE, {})
     atomic_write_text(partial / CONFIG_FILE, with_keys(source.config_text, keys, plan.config_changes))
@@ -88,6 +88,15 @@ def describe(
     write_index(partial, weight_map, sum(size for file in files for size in file["tensors"].values()))
     _copy_side_files(beside, partial, described)
     (partial / OURS).mkdir(exist_ok=True)
+
+
+def _is_untied(plan: Plan, source: Source) -> bool:
+    """True where config.json says that head and embedding are one, and the source holds two that differ."""
+    if plan.doubled_head is None:
+        return False
+    if not all(name in source.headers for name in plan.doubled_head):
+        return True  # quark decodes one of them, and stores both
+    return not ties.same_values(source, *plan.doubled_head)
 
 
 def with_keys(config_text: str, keys: Mapping[str, Any], changes: Mapping[str, Any] | None = None) -> str:
