@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import platform
-import resource
 import shutil
 import statistics
 import subprocess
@@ -277,9 +276,3 @@ def _kind(scheme: str, slot: str = "weight") -> str:
 
 def _spec(scheme: str, slot: str) -> TensorSpec:
     return to_spec(getattr(scheme_model(scheme), slot))
-
-
-def processor_seconds() -> float:
-    """Returns seconds of processors, of this process and its finished children: a clock for a busy machine."""
-    children = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return time.process_time() + children.ru_utime + children.ru_stime

@@ -21,14 +21,15 @@ from typing import Any
 from quarkcli.job import predict, probe, rates
 from quarkcli.job import run as job
 from quarkcli.job.options import Options
+from tests.bench.clock import processor_seconds
 from tests.bench.memory import build
 
 CHILD = """
 import json, sys
 from pathlib import Path
-from quarkcli.job.probe import processor_seconds
 from quarkcli.job.run import Options, run
 from quarkcli.memory import peak_rss
+from tests.bench.clock import processor_seconds
 model, out = sys.argv[1:3]
 run(Options(model=model, output=Path(out), device="cpu", overwrite=True, **json.loads(sys.argv[3])))
 print(json.dumps({"rss": peak_rss(), "seconds": processor_seconds()}))
@@ -79,7 +80,7 @@ def main() -> None:
             models[shape] = root / "-".join(map(str, shape))
             build(models[shape], shape[2], *shape[:2])
         for number in range(args.times):
-            measured = probe.measure("cpu", probe.processor_seconds)
+            measured = probe.measure("cpu", processor_seconds)
             for name, (shape, settings) in JOBS.items():
                 row = (*forecast(models[shape], settings, measured), *real(models[shape], root / "out", settings))
                 figures[name].append(row)

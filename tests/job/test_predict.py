@@ -14,6 +14,7 @@ from quarkcli.errors import ConfigError, ResourceError, UsageError
 from quarkcli.job import predict, probe, rates
 from quarkcli.job import run as job
 from quarkcli.job.options import Options, Prepared
+from tests.bench.clock import processor_seconds
 
 # Whole numbers: seconds can be summed by hand.
 ROUND = rates.Rates(
@@ -190,7 +191,7 @@ def test_the_machine_is_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         monkeypatch.setattr(probe, name, value)
     monkeypatch.setattr(probe, "_DATA_FREE", ("nvfp4_weight_only", "mxfp4", "int4_wo_128"))
     told: list[Any] = []
-    found = probe.measure("cpu", probe.processor_seconds, told.append)
+    found = probe.measure("cpu", processor_seconds, told.append)
     assert found.memory is None and found.shared
     assert {"float4 group", "float4 global group", "integer4 group", "float8 tensor", "other"} <= set(found.values)
     assert {"float8 tensor", "float4 global group"} <= set(found.fake)
