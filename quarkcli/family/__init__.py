@@ -7,7 +7,6 @@ read, the parts of the walk and the attention modules. A family nobody described
 from quarkcli.family.config import (
     active_experts,
     block_count,
-    expert_count,
     head_size,
     heads,
     hidden_size,
@@ -70,7 +69,6 @@ __all__ = [
     "check_fit",
     "check_unprotect",
     "expert_bias",
-    "expert_count",
     "for_checkpoint",
     "fused_shape",
     "fused_views",

@@ -68,7 +68,7 @@ def costs(
     rows, seqlen   of calibration: how many, and tokens of each
     """
     found = [PartCost(part, size.source, size.files) for part, size in zip(plan.parts, sizes, strict=True)]
-    share = _routed_share(config)
+    share = routed_share(plan, config) or 1.0
     seen: set[str] = set()
     for run in plan.alike():
         for index, count in Counter(target.part for target in run).items():
@@ -86,10 +86,16 @@ def costs(
     return found
 
 
-def _routed_share(config: Mapping[str, Any]) -> float:
-    """Returns the share of a layer's experts that a token passes."""
-    count, active = family.expert_count(config), family.active_experts(config)
-    return min(1.0, active / count) if count and active else 1.0
+def routed_share(plan: Plan, config: Mapping[str, Any]) -> float | None:
+    """Returns the share of a layer's experts that a token passes; None where config.json does not say how many."""
+    layers: dict[str, set[int]] = {}
+    for target in plan.targets.values():
+        if target.expert is not None:
+            layers.setdefault(target.expert[0], set()).add(target.expert[1])
+    if not layers:
+        return 1.0
+    active = family.active_experts(config)
+    return min(1.0, active / max(map(len, layers.values()))) if active else None
 
 
 def _add(cost: PartCost, target: Target, count: int, share: float) -> None:

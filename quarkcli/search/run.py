@@ -20,6 +20,7 @@ from quarkcli.events import Listener, Message, Phase, Working
 from quarkcli.job import device as devices
 from quarkcli.job import idle, preflight
 from quarkcli.job import run as job
+from quarkcli.job.costs import routed_share
 from quarkcli.job.options import SKIP, Calibration, Options, Prepared
 from quarkcli.job.rows import token_rows
 from quarkcli.recipe import auto_quantize
@@ -148,21 +149,15 @@ def _prepared(options: Options, name: str) -> Prepared | None:
 
 def _active(run: Prepared) -> float:
     """Returns the share of its routed experts that a token runs through. Raises ConfigError when nothing says so."""
-    active = family.active_experts(run.source.config)
-    layers: dict[str, set[int]] = {}
-    for target in run.plan.targets.values():
-        if target.expert is not None:
-            layers.setdefault(target.expert[0], set()).add(target.expert[1])
-    if not layers:
-        return 1.0
-    if active is None:
+    share = routed_share(run.plan, run.source.config)
+    if share is None:
         raise ConfigError(
             "config.json does not say how many experts a token runs through",
             where=str(run.source.folder),
             hint="add auto_quantize.constraints.cost.active_moe_expert_ratio",
             kind="E-SEARCH",
         )
-    return min(1.0, active / max(map(len, layers.values())))
+    return share
 
 
 def _check(run: Prepared) -> None:
@@ -224,13 +219,17 @@ def _output(asked: Asked, space: Space) -> Path | None:
             hint=f"{'use --overwrite to replace the file, or ' if output.is_file() else ''}choose another -o",
             kind="E-OUTPUT-FILE",
         )
-    if not output.parent.is_dir():
-        hint = "make the directory first, or choose another"
-        raise UsageError("there is no such directory", where=str(output.parent), hint=hint, kind="E-OUTPUT-FILE")
+    _check_folder(output)
     if asked.scores is not None and asked.scores.resolve() == output.resolve():
         what = "the recipe and its losses cannot be one file"
         raise UsageError(what, where=f"--scores {asked.scores}", hint="give another --scores", kind="E-FLAG-CONFLICT")
     return output
+
+
+def _check_folder(file: Path) -> None:
+    if not file.parent.is_dir():
+        hint = "make the directory first, or choose another"
+        raise UsageError("there is no such directory", where=str(file.parent), hint=hint, kind="E-OUTPUT-FILE")
 
 
 def _check_budget(asked: Asked, choosing: Choosing) -> None:
@@ -303,9 +302,7 @@ def _measured(
     from quarkcli.search.losses import measure
     from quarkcli.search.states import place
 
-    if not path.parent.is_dir():
-        hint = "make the directory first, or choose another"
-        raise UsageError("there is no such directory", where=str(path.parent), hint=hint, kind="E-OUTPUT-FILE")
+    _check_folder(path)
     _check_resources(run, data, path)
     device = devices.device(run.options.device)
     memory.return_large_buffers()

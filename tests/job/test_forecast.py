@@ -10,7 +10,7 @@ import pytest
 
 from quarkcli import dialects
 from quarkcli.disk import contents
-from quarkcli.job import forecast, preflight
+from quarkcli.job import costs, forecast, preflight
 from quarkcli.plan import sizes
 from tests import runs
 from tests.plan import layouts
@@ -69,6 +69,14 @@ def test_the_width_of_hidden_states_has_several_names(name: str) -> None:
     )  # fmt: skip
     assert found.hidden_bytes == 8 * 64 * width * 2
     assert found == prepared.forecast
+
+
+def test_share_of_experts_that_a_token_passes() -> None:
+    """Of those that the files have, whatever config.json calls their number."""
+    sparse = plan("mxfp4", MIXTRAL)
+    for config, share in (({"num_experts_per_tok": 2}, 0.5), ({"moe_top_k": 9, "num_experts": 16}, 1.0), ({}, None)):
+        assert costs.routed_share(sparse, config) == share
+    assert costs.routed_share(plan("mxfp4"), {}) == 1.0
 
 
 def test_share_of_experts() -> None:
