@@ -53,7 +53,7 @@ __main__
 NAMES_OF_TYPES = {("algorithms", "forward"), ("algorithms", "job"), ("reporting", "job")}
 # Inside a folder, a module may import those named before it; every module has its place.
 INSIDE = {
-    "forward": "activations carry handed defaults guard enough lanes group moments outliers balance samples experts"
+    "forward": "activations defaults carry handed guard enough lanes group moments outliers balance samples experts"
     " taps statistics joining files documents data walk",
     "disk": "headers weights beside outputs writer hub pickles stream remote source embedded side_files manifest place"
     " state journal unfinished nonfinite contents checkpoint origin rewritten compare values scales completeness"

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-Offload = Literal["auto", "none", "cpu", "disk"]
+from quarkcli.forward.defaults import Offload
+
 SHARE = 4  # hidden states stay on the device while they take less than one part in this of its free memory
 
 

@@ -1,4 +1,4 @@
-"""Gives the calibration data for runs that name none. Torch-free."""
+"""Gives the calibration data for runs that name none, and words of options. Torch-free."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ import json
 import zlib
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 
 BUILTIN = "builtin"
 SELF = "self"  # the model writes
 DEFAULT_HUB = "neuralmagic/LLM_compression_calibration"
 HELD_OUT = 5  # one page in this many is for evaluation
+# Where hidden states wait between two blocks, see `carry`.
+Offload = Literal["auto", "none", "cpu", "disk"]
 FILE = Path(__file__).resolve().parents[1] / "assets" / "text" / "builtin.jsonl.gz"
 
 

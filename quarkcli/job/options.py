@@ -16,6 +16,7 @@ from quarkcli.disk.side_files import SideFiles
 from quarkcli.disk.source import Source
 from quarkcli.disk.weights import WeightSource
 from quarkcli.family import Layout
+from quarkcli.forward.defaults import Offload
 from quarkcli.job.forecast import Forecast
 from quarkcli.plan.advice import Advice
 from quarkcli.plan.compose import Overrides
@@ -24,7 +25,6 @@ from quarkcli.plan.fused import Servers
 from quarkcli.plan.model import Plan
 from quarkcli.recipe.recipe import Recipe
 
-Offload = Literal["auto", "none", "cpu", "disk"]
 OnNonfinite = Literal["stop", "skip-algorithm", "keep"]
 SKIP: OnNonfinite = "skip-algorithm"
 

@@ -10,6 +10,7 @@ import torch
 from quarkcli.errors import ResourceError
 from quarkcli.forward import carry
 from quarkcli.forward.carry import Carry
+from quarkcli.forward.defaults import Offload
 from quarkcli.forward.walk import SERVED, SOURCE
 from tests.forward.test_walk import tight
 
@@ -35,7 +36,7 @@ def is_hosted(states: torch.Tensor) -> bool:
     ("offload", "free", "hosted"),
     [("auto", 10**9, False), ("auto", 10, True), ("none", 10, False), ("cpu", 10**9, True)],
 )
-def test_places(offload: carry.Offload, free: int, hosted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_places(offload: Offload, free: int, hosted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(carry, "free", lambda device: free)
     parked = Carry(GPU, offload).park(SERVED, hidden(), 4)
     assert is_hosted(parked) == hosted
@@ -67,7 +68,7 @@ def test_streams_give_way_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("offload", ["none", "cpu", "disk"])
-def test_only_auto_gives_way(offload: carry.Offload) -> None:
+def test_only_auto_gives_way(offload: Offload) -> None:
     assert Carry(GPU, offload).give_way({SERVED: [hidden()]}) is None
     assert Carry(torch.device("cpu")).give_way({SERVED: [hidden()]}) is None
 
