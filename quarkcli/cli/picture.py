@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from quarkcli import servers
 from quarkcli.cli import output, planview, predictview, tables
 from quarkcli.job import directories, idle
-from quarkcli.job.groups import Group, groups, of_report
+from quarkcli.job.groups import PlanRow, groups, of_report
 from quarkcli.plan import advice
 from quarkcli.plan.online import sentences
 from quarkcli.recipe.advice import AUTO
@@ -152,7 +152,7 @@ def _folded(rows: Sequence[str], more: Sequence[Sequence[str]], width: int) -> I
             yield from (f"      {line}" for line in tables.fold(text, width - 6))
 
 
-def _cells(group: Group) -> tuple[str, ...]:
+def _cells(group: PlanRow) -> tuple[str, ...]:
     return (
         group.label, f"{group.tensors:,}", _count(group.parameters), output.size(group.before),
         output.size(group.after), group.how, group.why,

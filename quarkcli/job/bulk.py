@@ -11,7 +11,7 @@ from dataclasses import replace
 from quarkcli import servers
 from quarkcli.errors import QuarkError
 from quarkcli.forward.defaults import BUILTIN
-from quarkcli.job.groups import Group, groups
+from quarkcli.job.groups import PlanRow, groups
 from quarkcli.job.options import Options, Prepared
 from quarkcli.job.run import prepare
 
@@ -19,7 +19,7 @@ MOST, SOME = 0.5, 0.1  # share of the output: of all that is kept, and of a part
 _LIGHT = "ptpc_fp8"  # loses next to nothing, and needs no data
 
 
-def remarks(prepared: Prepared, found: Sequence[Group] | None = None) -> list[str]:
+def remarks(prepared: Prepared, found: Sequence[PlanRow] | None = None) -> list[str]:
     """Returns sentences; none where what is quantized is most of the output, or nothing is quantized."""
     found = groups(prepared) if found is None else found
     total = sum(group.after for group in found)
@@ -37,7 +37,7 @@ def remarks(prepared: Prepared, found: Sequence[Group] | None = None) -> list[st
     return [head, *(line for group in large if group.is_protected for line in _ways(prepared, group))]
 
 
-def _ways(prepared: Prepared, group: Group) -> Iterator[str]:
+def _ways(prepared: Prepared, group: PlanRow) -> Iterator[str]:
     """Yields what quantizes a protected part as well, what that makes of it, and who loads it."""
     role, options = group.role, prepared.options
     typed = f"--unprotect {role}"

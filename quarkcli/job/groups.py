@@ -27,7 +27,7 @@ CACHE = "scales of the KV cache"
 
 
 @dataclass
-class Group:
+class PlanRow:
     """Tensors of one row.
 
     name     `experts`, `attention`, ... or a role
@@ -89,20 +89,20 @@ class Group:
         }  # fmt: skip
 
 
-def of_report(rows: Iterable[Mapping[str, Any]], error: str) -> list[Group]:
+def of_report(rows: Iterable[Mapping[str, Any]], error: str) -> list[PlanRow]:
     """Returns all groups of a finished run, from the rows of its report. `error`: which of a row's errors counts."""
-    found: dict[tuple[str, str, str], Group] = {}
+    found: dict[tuple[str, str, str], PlanRow] = {}
     for row in rows:
         name, word = named(row["role"])
         quantized = row["fate"] == "quantized"
-        group = found.setdefault((name, row["format"], row["why"]), Group(name, row["format"], row["why"], quantized))
+        group = found.setdefault((name, row["format"], row["why"]), PlanRow(name, row["format"], row["why"], quantized))
         group.add(word, math.prod(row["shape"]), row["source_bytes"], row["bytes"])
         group.errors += [row[error]] if row[error] is not None else []
         group.seconds += row["seconds"] or 0.0
     return in_order(found.values())
 
 
-def in_order(found: Iterable[Group]) -> list[Group]:
+def in_order(found: Iterable[PlanRow]) -> list[PlanRow]:
     """Returns groups: quantized ones first, each kind by size."""
     return sorted(found, key=lambda group: (not group.quantized, -group.before, -group.after))
 
@@ -112,12 +112,12 @@ def named(role: str) -> tuple[str, str]:
     return _KNOWN.get(role, (role.replace("_", " "), ""))
 
 
-def groups(prepared: Prepared) -> list[Group]:
+def groups(prepared: Prepared) -> list[PlanRow]:
     """Returns all groups of a plan: quantized ones first, each kind by size."""
     return prepared.plan.once(f"groups in {prepared.dialect.name}", lambda: _groups(prepared))
 
 
-def _groups(prepared: Prepared) -> list[Group]:
+def _groups(prepared: Prepared) -> list[PlanRow]:
     counting = _Counting(prepared)
     for part in prepared.plan.parts:
         for name in part.tensors:
@@ -131,7 +131,7 @@ class _Counting:
         self.plan, self.writer = prepared.plan, prepared.dialect
         self.headers, self.roles = prepared.weights.headers, prepared.layout.tensor_roles
         self.owners = part_targets(self.plan)
-        self.found: dict[tuple[str, str, str], Group] = {}
+        self.found: dict[tuple[str, str, str], PlanRow] = {}
         self._ends: dict[object, tuple[str, str, int]] = {}
         self._dropped, self._kept = self.plan.dropped, self.plan.kept
 
@@ -159,7 +159,7 @@ class _Counting:
         """Counts what the output has beside the source's tensors."""
         cache = [info for module in self.plan.attention.values() for info in self.writer.attention_infos(module)]
         if cache:
-            group = Group(CACHE, "", words.why_cached(self.plan), True)
+            group = PlanRow(CACHE, "", words.why_cached(self.plan), True)
             for info in cache:
                 group.add("", 0, 0, tensor_bytes(info.dtype, info.shape))
             self.found[CACHE, "", ""] = group
@@ -174,7 +174,7 @@ class _Counting:
 
     def _group(self, role: str, how: str, why: str, quantized: bool, *counts: int) -> None:
         name, word = named(role)
-        group = self.found.setdefault((name, how, why), Group(name, how, why, quantized, role=role))
+        group = self.found.setdefault((name, how, why), PlanRow(name, how, why, quantized, role=role))
         group.add(word, *counts)
 
 

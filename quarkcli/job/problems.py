@@ -15,7 +15,7 @@ from quarkcli.plan.model import QuantizedTarget
 if TYPE_CHECKING:
     from torch import Tensor
 
-Group = tuple[str | None, int | None]  # activation and expert
+SiteKey = tuple[str | None, int | None]  # activation and expert
 Item = TypeVar("Item")
 
 
@@ -45,7 +45,7 @@ def problems(
             )  # fmt: skip
 
 
-def in_order(targets: Iterable[QuantizedTarget]) -> Iterator[tuple[Group, QuantizedTarget]]:
+def in_order(targets: Iterable[QuantizedTarget]) -> Iterator[tuple[SiteKey, QuantizedTarget]]:
     """Yields the weights in the order in which their problems come, with activation and expert."""
     for key, members in _groups(targets):
         for same in _same_spec(members):
@@ -110,7 +110,7 @@ def _alike(problem: Problem) -> object:
     return problem.site, problem.expert is None, problem.moment is None, problem.spec, shapes
 
 
-def _groups(targets: Iterable[QuantizedTarget]) -> Iterator[tuple[Group, list[QuantizedTarget]]]:
+def _groups(targets: Iterable[QuantizedTarget]) -> Iterator[tuple[SiteKey, list[QuantizedTarget]]]:
     """Yields weights that read one activation of one expert. Those without a known activation stand alone."""
     sites: dict[str, dict[int | None, list[QuantizedTarget]]] = {}
     alone: list[QuantizedTarget] = []
