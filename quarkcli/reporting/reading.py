@@ -27,9 +27,9 @@ def read(directory: Path) -> dict[str, Any]:
         found = _parsed(path)
     else:
         hint = hint or outputs.hint(directory) or "give a checkpoint that quark wrote; others have no report"
-        raise ModelError(f"has no report ({outputs.REPORT})", where=str(directory), hint=hint, kind="E-outputs.REPORT-NONE")
+        raise ModelError(f"has no report ({outputs.REPORT})", where=str(directory), hint=hint, kind="E-REPORT-NONE")
     if found.get("schema") != build.SCHEMA:
-        raise ModelError(f"is not a report of the form {build.SCHEMA}", where=str(path), kind="E-outputs.REPORT-NONE")
+        raise ModelError(f"is not a report of the form {build.SCHEMA}", where=str(path), kind="E-REPORT-NONE")
     check(Report, found, str(path))
     return found
 
