@@ -202,6 +202,12 @@ def vllm_unpacked(config: Mapping[str, Any]) -> list[str]:
     return found
 
 
+def transformers_status(config: Mapping[str, Any]) -> list[str]:
+    """Returns the status that transformers needs to look for codes; without it, it makes weights up."""
+    status = config.get("quantization_status")
+    return [] if status == "compressed" else [f"quantization_status is {status}, not compressed: it looks for no codes"]
+
+
 def transformers_loads_experts(targets: list[QuantizedTarget]) -> bool:
     """True when transformers decodes these quantized experts: of one scheme, which it knows."""
     found = {shared.pair_of(target) for target in targets}

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _NIBBLE, _BYTE = 4, 8
 _WORDS = "pack-quantized"
+_WHOLE = ("float-quantized", UNPACKED, "naive-quantized", "mxfp8-quantized")  # a byte for each value
 _MX = {4: "mxfp4-pack-quantized", 6: "mxfp6-pack-quantized", 8: "mxfp8-quantized"}
 
 
@@ -38,6 +39,11 @@ def format_of(pair: Pair) -> str:
     if spec.is_two_level:
         return "nvfp4-pack-quantized"
     return _MX[spec.format.bits] if spec.scale.dtype == "e8m0" else "float-quantized"
+
+
+def names_of(format_: str) -> tuple[str, ...]:
+    """Returns the names by which the library finds the same tensors: `format_`, and for whole bytes all such names."""
+    return tuple(dict.fromkeys([format_, *(_WHOLE if format_ in _WHOLE else ())]))
 
 
 def keeps_shape(pair: Pair) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 from quarkcli.dialects import _shared as shared
 from quarkcli.dialects._ct_arguments import read_input, read_weight
 from quarkcli.dialects._ct_kinds import UNPACKED
-from quarkcli.dialects._ct_layout import format_of, stored_shape, tensors_of
+from quarkcli.dialects._ct_layout import format_of, names_of, stored_shape, tensors_of
 from quarkcli.dialects._patterns import WrittenNames
 from quarkcli.dialects.base import StoredAttention, StoredTarget, TensorInfo
 from quarkcli.errors import ModelError
@@ -53,7 +53,10 @@ def find_group(module: str, groups: list[Mapping[str, Any]], names: WrittenNames
     return None
 
 
-def stored(module: str, group: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> StoredTarget:
+def stored(
+    module: str, group: Mapping[str, Any], headers: Mapping[str, HeaderLike], overall: str | None = None
+) -> StoredTarget:
+    """Returns what is stored of a module. `overall` is the format of all groups that do not name their own."""
     scale = shared.header(headers, f"{module}.weight_scale")
     spec = read_weight(module, group.get("weights") or {}, scale.dtype)
     source = read_input(module, group.get("input_activations"))
@@ -70,6 +73,15 @@ def stored(module: str, group: Mapping[str, Any], headers: Mapping[str, HeaderLi
     pair = spec, source
     in_bytes = not packed and spec.format.kind == "integer" and format_of(pair) != UNPACKED
     wanted = tensors_of(module, pair, output, shape, scale.dtype, UNPACKED if in_bytes else None)
+    word = group.get("format") or overall
+    fitting = names_of(UNPACKED if in_bytes else format_of(pair))
+    if word not in (None, "mixed-precision", *fitting):
+        raise ModelError(
+            f"the quantization config says format '{word}', by which a server does not find its codes",
+            where=module,
+            hint=f"write the format of the files into its config group: {fitting[0]}",
+            kind="E-SOURCE-CONTRADICTS",
+        )
     kind = InBytes if in_bytes else StoredTarget
     return kind(module, spec, source, shape, shared.check_headers(wanted, headers), output)
 

@@ -28,6 +28,7 @@ class Group(Shape):
     weights: Arguments | None = None
     input_activations: Arguments | None = None
     output_activations: Arguments | None = None
+    format: str | None = None
 
 
 class Application(Shape):
@@ -58,6 +59,7 @@ class CompressedTensorsConfig(Shape):
 
     config_groups: dict[str, Group] | None = None
     ignore: list[str] | None = None
+    format: str | None = None
     kv_cache_scheme: Arguments | None = None
     transform_config: TransformConfig | None = None
 

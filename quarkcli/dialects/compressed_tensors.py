@@ -82,7 +82,8 @@ class CompressedTensorsReader(Reader):
                     where=module,
                     kind="E-SOURCE-CONTRADICTS",
                 )
-            found.targets[module] = reading.stored(module, reading.group_of(module, groups, names), headers)
+            group = reading.group_of(module, groups, names)
+            found.targets[module] = reading.stored(module, group, headers, config.get("format"))
         found.online, found.matrices = online.read_online(config, modules, headers)
         if config.get("kv_cache_scheme"):
             found.attention = reading.stored_attention(config["kv_cache_scheme"], headers)
@@ -155,7 +156,8 @@ class CompressedTensors(Writer):
         return found
 
     def config_faults(self, config: Mapping[str, Any], server: str, plan: Plan | None = None) -> list[str]:
-        return [*super().config_faults(config, server), *(known.vllm_unpacked(config) if server == "vllm" else [])]
+        own = {"vllm": known.vllm_unpacked, "transformers": known.transformers_status}.get(server)
+        return [*super().config_faults(config, server), *(own(config) if own else [])]
 
     def caveat(self, plan: Plan) -> str:
         """Returns a sentence about the scales of a cache, which transformers 5.24 passes over, or about turned inputs.

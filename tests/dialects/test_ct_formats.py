@@ -8,11 +8,13 @@ import pytest
 import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.compressors.format import infer_module_format
+from compressed_tensors.config import CompressionFormat
 from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme, preset_name_to_scheme
 
 from quarkcli import dialects
 from quarkcli.dialects import _kinds as kinds
 from quarkcli.dialects._ct_kinds import INPUTS, OUTPUTS, WEIGHTS
+from quarkcli.errors import ModelError
 from quarkcli.numerics.quantize import Quantized, dequantize, quantize
 from quarkcli.numerics.scales import decode_scale
 from quarkcli.plan.model import Decision, Plan, Target
@@ -151,6 +153,31 @@ def test_what_is_written_is_read_back(weight: str, source: str, output: str | No
     same_within_one_ulp(decoded.weight.params.global_scale, quantized.params.global_scale)
     same_within_one_ulp(decoded.input, torch.tensor(0.0625) if item.input and item.input.is_static else None)
     same_within_one_ulp(decoded.output, torch.tensor(0.03) if item.output and item.output.is_static else None)
+
+
+@pytest.mark.parametrize(
+    ("weight", "names"),
+    [
+        ("int4 group", {"pack-quantized"}),
+        ("nvfp4", {"nvfp4-pack-quantized"}),
+        ("fp8 channel", {"float-quantized", "naive-quantized", "int-quantized", "mxfp8-quantized"}),
+    ],
+)
+def test_a_format_by_which_servers_do_not_find_the_codes_is_refused(weight: str, names: set[str]) -> None:
+    made, item = one(pair(weight))
+    found, config = headers(write(item)[1]), json.loads(json.dumps(CT.config(made)))
+    for name in [None, *(entry.value for entry in CompressionFormat)]:
+        config["config_groups"]["group_0"]["format"], config["format"] = None, name
+        if name in {None, "mixed-precision", *names}:
+            assert CT.reader.view(config, found).targets
+            continue
+        with pytest.raises(ModelError, match=f"says format '{name}'"):
+            CT.reader.view(config, found)
+    config["format"] = None
+    assert CT.config_faults(config, "transformers") == []
+    del config["quantization_status"]
+    assert "it looks for no codes" in CT.config_faults(config, "transformers")[0]
+    assert CT.config_faults(config, "vllm") == []
 
 
 @pytest.mark.parametrize(
