@@ -14,6 +14,7 @@ from quarkcli.dialects import _kinds as kinds
 from quarkcli.dialects import _sglang as sglang
 from quarkcli.dialects import _shared as shared
 from quarkcli.dialects._kinds import Kinds
+from quarkcli.dialects._patterns import unfound
 from quarkcli.dialects.base import Bar, Classes, Key
 from quarkcli.plan.model import Plan, QuantizedTarget
 
@@ -202,10 +203,15 @@ def vllm_unpacked(config: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def transformers_status(config: Mapping[str, Any]) -> list[str]:
-    """Returns the status that transformers needs to look for codes; without it, it makes weights up."""
-    status = config.get("quantization_status")
-    return [] if status == "compressed" else [f"quantization_status is {status}, not compressed: it looks for no codes"]
+def transformers_faults(config: Mapping[str, Any]) -> list[str]:
+    """Returns why transformers would make weights up: it does not look for codes, or looks under another name."""
+    status, groups = config.get("quantization_status"), config.get("config_groups") or {}
+    found = (
+        [] if status == "compressed" else [f"quantization_status is {status}, not compressed: it looks for no codes"]
+    )
+    for texts in (config.get("ignore"), *(group.get("targets") for group in groups.values())):
+        found += [f"it has {text} under another name, which the config does not say" for text in unfound(texts or ())]
+    return found
 
 
 def transformers_loads_experts(targets: list[QuantizedTarget]) -> bool:

@@ -11,6 +11,7 @@ from quarkcli.plan.model import Target
 from quarkcli.recipe.expressions import Expressions
 
 _MARK = "re:"
+_PROJECTORS = ("multi_modal_projector",)  # a single linear in mllama, so that no pattern of a tree names it
 
 
 class WrittenNames:
@@ -53,6 +54,34 @@ def exact_patterns(targets: Iterable[Target], universe: Iterable[str]) -> list[s
     for group in _alike(routed).values():
         names += _expert_patterns(group, known)
     return names
+
+
+def in_memory(texts: Iterable[str]) -> list[str]:
+    """Returns texts of a config, and behind them the names that transformers has in memory for names in them.
+
+    Files of models with images call the decoder `language_model.model` and have the head beside it; transformers turns
+    that around while it loads, and looks for modules in a config by its own names.
+    """
+    found = list(texts)
+    return list(dict.fromkeys([*found, *(own for text in found if (own := _own_name(text)) is not None)]))
+
+
+def unfound(texts: Iterable[str]) -> list[str]:
+    """Returns the names in a config for which transformers has others in memory, where the config lacks those."""
+    found = list(texts)
+    return [text for text in found if (own := _own_name(text)) is not None and not _is_said(own, found)]
+
+
+def _own_name(text: str) -> str | None:
+    """Returns the name in transformers' memory of a module in the decoder of a wrapped model; None for any other."""
+    inner = text.removeprefix("language_model.")
+    if inner == text:
+        return f"model.{text}" if text in _PROJECTORS else None
+    return f"model.language_model.{inner.removeprefix('model.')}" if inner.startswith("model.") else inner
+
+
+def _is_said(name: str, texts: list[str]) -> bool:
+    return name in texts or WrittenNames(texts, [name]).named(name, texts)
 
 
 def linear_patterns(names: Iterable[str], universe: Iterable[str]) -> list[str]:

@@ -26,7 +26,7 @@ from quarkcli.dialects._ct_layout import (
 )
 from quarkcli.dialects._ct_reading import ATTENTION, CONFIG_CLASS
 from quarkcli.dialects._documents import CompressedTensorsConfig
-from quarkcli.dialects._patterns import WrittenNames, exact_patterns, ignored
+from quarkcli.dialects._patterns import WrittenNames, exact_patterns, ignored, in_memory
 from quarkcli.dialects.base import (
     ANY,
     Bar,
@@ -156,7 +156,7 @@ class CompressedTensors(Writer):
         return found
 
     def config_faults(self, config: Mapping[str, Any], server: str, plan: Plan | None = None) -> list[str]:
-        own = {"vllm": known.vllm_unpacked, "transformers": known.transformers_status}.get(server)
+        own = {"vllm": known.vllm_unpacked, "transformers": known.transformers_faults}.get(server)
         return [*super().config_faults(config, server), *(own(config) if own else [])]
 
     def caveat(self, plan: Plan) -> str:
@@ -234,7 +234,7 @@ class CompressedTensors(Writer):
                 )
                 for index, (scheme, targets) in enumerate(groups.items())
             },
-            "ignore": [*ignored(shared.unquantized(plan), universe, quantized), *shared.tied_head(plan)],
+            "ignore": in_memory([*ignored(shared.unquantized(plan), universe, quantized), *shared.tied_head(plan)]),
             "kv_cache_scheme": None if cache is None else arguments(cache, weight=False),
             **({"transform_config": online.transform_config(plan, universe)} if plan.online else {}),
         }
@@ -300,8 +300,8 @@ def _targets(targets: Sequence[Target], universe: Iterable[str], *, alone: bool)
     """
     named = [target.name for target in targets if target.role in ("head", "embedding")]
     if alone and len(named) < len(targets):
-        return [CONFIG_CLASS, *named]
-    return exact_patterns(targets, universe)
+        return [CONFIG_CLASS, *in_memory(named)]
+    return in_memory(exact_patterns(targets, universe))
 
 
 # --- what loads it -------------------------------------------------------------------------------------------------
@@ -321,10 +321,16 @@ def _transformers_loads(plan: Plan) -> bool:
         return False
     experts = [run[0] for run in plan.alike() if run[0].expert is not None]
     quantized = [target for target in experts if is_quantized(target)]
-    if quantized and not known.transformers_loads_experts(quantized):
+    if quantized and (_published_fused(plan) or not known.transformers_loads_experts(quantized)):
         return False
     left = [target for target in experts if target.weight is None and target.view.expert is None]
     return not left or _first_leaves_others_alone(plan)
+
+
+def _published_fused(plan: Plan) -> bool:
+    """True when published files of the family have fused experts, so that there is no conversion of single ones."""
+    experts = plan.rewrites.family.experts if plan.rewrites.family is not None else None
+    return experts is not None and bool(experts.fused) and not experts.singles
 
 
 def _transformers_decodes(target: QuantizedTarget, *, tied: bool) -> bool:

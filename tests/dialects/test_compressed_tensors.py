@@ -13,8 +13,11 @@ from compressed_tensors.quantization import QuantizationConfig, QuantizationSche
 from compressed_tensors.utils.match import match_name
 
 from quarkcli import dialects
+from quarkcli.family import known
+from quarkcli.family.rewrites import Rewrites
 from quarkcli.numerics.quantize import dequantize
 from quarkcli.plan.model import Plan
+from quarkcli.recipe import catalog
 
 from .plans import (
     FP8,
@@ -159,6 +162,20 @@ def test_a_tree_beside_the_decoder_is_ignored_under_any_prefix() -> None:
     assert not chosen(config, f"model.{tower[0].name}")
 
 
+def test_a_wrapped_decoder_is_named_as_in_memory_too() -> None:
+    """mllama: the file says `language_model.model.layers`, transformers `model.language_model.layers`."""
+    wrapped = [replace(m, name=f"language_model.{m.name}") for m in llama()]
+    made = plan([*wrapped, Module("multi_modal_projector", (64, 64), "projector")], lambda m: PAIRS["fp8"])
+    for module in (wrapped[1], Module("multi_modal_projector", (64, 64), "projector")):
+        made.targets[module.name] = target(module, None)
+    config = CT.config(made)
+    inner = wrapped[1].name.removeprefix("language_model.model.")
+    assert {f"model.language_model.{inner}", "model.multi_modal_projector"} < set(config["ignore"])
+    assert CT.config_faults(config, "transformers") == []
+    config["ignore"] = [wrapped[1].name]
+    assert "under another name" in CT.config_faults(config, "transformers")[0]
+
+
 def test_a_second_list_of_layers_does_not_slip_into_the_pattern() -> None:
     extra = [
         Module(m.name.replace("model.", "mtp."), m.shape, m.role, m.expert and ("mtp." + m.expert[0][6:], m.expert[1]))
@@ -247,6 +264,10 @@ def test_loaders_see_what_a_server_fuses() -> None:
     assert CT.loaders(layers) == {"vllm"}
     fused = plan(moe(fused=True), linears(PAIRS["ptpc"]))
     assert CT.loaders(fused) == {"vllm"}
+    gemma = replace(
+        plan(moe(), linears(PAIRS["ptpc"])), rewrites=Rewrites(known.load(catalog.find("models", "gemma4")))
+    )
+    assert CT.loaders(gemma) == {"vllm"}  # nothing fuses single experts where published files have fused ones
     untouched = plan(moe(fused=True), lambda m: None if m.expert else linears(PAIRS["int4-32"])(m))
     assert CT.loaders(untouched) == BOTH
 
