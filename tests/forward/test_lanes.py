@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import queue
-from collections import defaultdict
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -194,7 +193,8 @@ def test_ranks_have_subtrees_and_any_number_joins_alike(count: int, ranks: int) 
 @pytest.mark.parametrize("ranks", [2, 3, 4, 6, 8, 10])
 def test_sums_reach_the_rank_that_asks_for_them(ranks: int) -> None:
     """Every rank in a thread of its own; what one sends waits for the other."""
-    ways: dict[tuple[int, int], queue.Queue[str | None]] = defaultdict(queue.Queue)
+    pairs = product(range(ranks), repeat=2)
+    ways: dict[tuple[int, int], queue.Queue[str | None]] = {pair: queue.Queue() for pair in pairs}  # before any thread
 
     class Threads(Group):
         def __init__(self, rank: int) -> None:
