@@ -33,7 +33,6 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ.pop(name, None)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
     os.environ.update(SURROUNDINGS, HOME=str(home), QUARK_HOME=str(home / "quark"))
-    gc.set_threshold(20_000, 20, 20)  # imports and ten thousand cases make millions of objects, and hardly a cycle
     os.fsync = lambda descriptor: None  # a test never loses power; that files are synced is asked by watching the calls
 
 
@@ -50,6 +49,12 @@ def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
 
 
 @pytest.hookimpl(tryfirst=True)
+def pytest_collection() -> None:
+    """Imports and ten thousand cases make millions of objects, and hardly a cycle."""
+    gc.disable()
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Before -m and -k take some away."""
     config.stash[COLLECTED] = list(items)
@@ -58,6 +63,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_collection_finish() -> None:
     """What is there by now stays, so nobody looks through it for garbage again."""
     gc.freeze()
+    gc.enable()
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
