@@ -173,12 +173,16 @@ def _dot(first: Tensor, second: Tensor) -> Tensor:
 
 
 def _move(at: Columns, spec: TensorSpec, group: int, slope: Tensor, curve: Tensor) -> Tensor:
-    """Takes the legal scale nearest to the best one for a group where the loss falls. Returns steps [R]."""
+    """Takes the legal scale nearest to the best one for a group where the loss falls. Returns steps [R].
+
+    A scale keeps its sign, which whoever fitted it has chosen: codes of a group of zeros are anything, and the best
+    scale for them as well.
+    """
     assert at.stored is not None
     wanted = at.real[group] - slope / curve.clamp_min(torch.finfo(torch.float32).tiny)
     stored, real = _nearest(wanted, at, spec)
     step = real - at.real[group]
-    better = 2 * step * slope + step * step * curve < 0
+    better = (2 * step * slope + step * step * curve < 0) & (real.signbit() == at.real[group].signbit())
     at.stored[group] = _chosen(better, stored, at.stored[group])
     at.real[group] = torch.where(better, real, at.real[group])
     return torch.where(better, step, 0.0)

@@ -140,6 +140,19 @@ def test_scales_are_refitted_one_by_one(name: str) -> None:
     torch.testing.assert_close(pull.T, rows.decoded().sub_(rows.weight) @ gram, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["int4", "uint4"])
+def test_scales_keep_their_sign(name: str) -> None:
+    """Those of groups of zeros too, whose codes a loop sends anywhere: kernels read scales as unsigned."""
+    weight, gram = problem()
+    weight[:, 32:64], weight[::2] = 0.0, 0.0
+    rows = Task([weight], [make_qparams(weight, SPECS[name])], SPECS[name]).rows([(0, slice(0, R))])
+    factor = factorize(gram)
+    assert factor is not None
+    rows.values, _ = solve_values(problem()[0], factor, rows.grid())
+    refine(rows, SPECS[name], gram + 0.01 * torch.eye(N), 2)
+    assert bool((rows.real > 0).all()) and bool((rows.stored > 0).all())
+
+
 @pytest.mark.parametrize("name", ["int4", "nvfp4", "mxfp4", "uint4"])
 def test_settle_lowers_the_loss_below_the_loop_alone(name: str) -> None:
     spec = SPECS[name]
