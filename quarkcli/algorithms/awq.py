@@ -85,6 +85,12 @@ class AWQ(SearchedScaling):
                 hint="write a larger one",
                 kind="E-ALGORITHM-PARAMETER",
             )
+        if self.clip != "off" and not _steps_down(self.least, self.step):
+            raise ConfigError(
+                f"awq shrink_step {shrink_step!r} leads below min_clip_ratio {min_clip_ratio!r} at once",
+                hint="write a smaller one",
+                kind="E-ALGORITHM-PARAMETER",
+            )
 
     # -- declarations ---------------------------------------------------------------------------------------------
 
@@ -176,6 +182,11 @@ class AWQ(SearchedScaling):
                 return facts | {"taken": False, "reason": "not better on held-out rows"}
         part.clamp(target.name, limits)
         return facts | {"taken": True}
+
+
+def _steps_down(least: float, step: float) -> int:
+    """Returns how many steps lead from the largest magnitude down to the smallest share of it that is tried."""
+    return int((1.0 - least) / step + 1e-9)
 
 
 def clippable(target: QuantizedTarget) -> bool:

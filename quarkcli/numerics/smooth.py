@@ -281,7 +281,7 @@ def clip_limits(
         steps = torch.zeros(largest.shape, dtype=torch.int64, device=weight.device)
         now = error(steps).contiguous()
         lost = read.outputs(now)
-        for more in (range(2, last + 1, 2), (-1, 1)):
+        for more in filter(None, (range(2, last + 1, 2), (-1, 1))):  # of one step in all, none is a second one
             tried = [(steps + number).clamp_(0, last) for number in more]
             best = _descended(now, [error(own) for own in tried], read, lost)
             steps = torch.stack([steps, *tried]).gather(0, best.unsqueeze(0))[0]

@@ -179,6 +179,15 @@ def test_clipping_lowers_the_loss_group_by_group(scheme: str, size: int, count: 
     assert torch.equal(kept.view(12, -1, size).abs().amax(-1), limits)
 
 
+@pytest.mark.parametrize(("least", "step"), [(0.6, 0.4), (0.5, 0.3), (0.9, 0.1)])
+def test_clipping_by_one_step_alone(least: float, step: float) -> None:
+    weight, rows = random(4, 64), random(40, 64, seed=1)
+    weight[:, 0] = 9.0
+    limits, clipped = smooth.clip_limits(weight, Sample.alike(rows), spec("int4_wo_32")[0], None, least, step)
+    largest = weight.view(4, 2, 32).abs().amax(-1)
+    assert torch.equal(limits, torch.where(clipped, largest * (1 - step), largest))
+
+
 # -- at work
 
 
@@ -347,6 +356,7 @@ def test_killed_batched_and_repeated_runs_are_the_same_bytes(
         ("[{method: awq, clip: off, scales: false}]", "awq has nothing to do: scales and clip are both off"),
         ("[{method: awq, n_grid: 0}]", "n_grid must be a whole number"),
         ("[{method: awq, shrink_step: 1.0e-9}]", "shrink_step 1e-09 asks for more than 1000 ranges"),
+        ("[{method: awq, shrink_step: 0.6}]", "shrink_step 0.6 leads below min_clip_ratio 0.5 at once"),
         ("[{method: awq, shrink_step: 1}]", "shrink_step must lie between 0 and 1"),
         ("[{method: awq, scaling_layers: [nothing]}]", "has no channels to scale in 'nothing'"),
         ("[{method: autosmoothquant, compute_scale_loss: L3}]", "compute_scale_loss must be MSE, RMSE, MAE"),
