@@ -186,7 +186,7 @@ def below(part: Part, name: str) -> str:
 
 def fits(row: str, source: str) -> bool:
     """True when a name or pattern means a source: `up_proj` and `mlp.up_proj` both mean `mlp.up_proj`."""
-    return fnmatchcase(source, row) or fnmatchcase(source, f"*.{row}") or fnmatchcase(starred(source), f"*{row}")
+    return fnmatchcase(source, row) or fnmatchcase(source, f"*.{row}")
 
 
 def together(notes: list[dict[str, Any]]) -> dict[str, Any]:

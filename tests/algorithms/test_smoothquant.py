@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from quarkcli.algorithms._scaling import fits
 from quarkcli.errors import ConfigError
 from quarkcli.numerics.smooth import smooth_factors
 from tests import runs
@@ -137,6 +138,18 @@ def test_bfloat16_norms_keep_one_factor_per_channel(page: Path, tmp_path: Path) 
     ratio = (tensors[q].double() / own[q].double()).median(0).values
     assert float((ratio / real - 1).abs().max()) < 2e-3  # the rounding of single weights
     assert float((ratio / real - 1).abs().mean()) < 3e-4
+
+
+@pytest.mark.parametrize(
+    ("row", "source", "means"),
+    [
+        ("up_proj", "mlp.up_proj", True), ("mlp.up_proj", "mlp.up_proj", True), ("up_proj", "mlp.gate_up_proj", False),
+        ("experts.*.up_proj", "mlp.experts.12.up_proj", True), ("layernorm", "input_layernorm", False),
+        ("*layernorm", "input_layernorm", True),
+    ],
+)  # fmt: skip
+def test_rows_name_whole_steps(row: str, source: str, means: bool) -> None:
+    assert fits(row, source) is means
 
 
 def test_default_pairs_and_those_of_a_recipe(page: Path, tmp_path: Path) -> None:
