@@ -34,17 +34,33 @@ def with_search(steps: Sequence[Step], entries: Sequence[Entry]) -> tuple[list[S
     for name, asked in steps:
         if name in _CHANGES:
             kind, change = _CHANGES[name]
-            listed = [_changed(entry, kind, partial(change, asked)) for entry in listed]
+            listed = [made for entry in listed for made in _changed(entry, kind, partial(change, asked))]
     return [step for step in steps if step[0] not in _CHANGES], listed
 
 
-def _changed(entry: Entry, kind: str, change: Callable[[TensorSpec], TensorSpec]) -> Entry:
-    """Returns the entry with its spec changed, if it gives slots of this kind one."""
-    if entry.cfg is None or kind not in entry.quantizer_path:
-        return entry
-    spec = to_spec(entry.cfg, weight=kind == _WEIGHT)
+def _changed(entry: Entry, kind: str, change: Callable[[TensorSpec], TensorSpec]) -> list[Entry]:
+    """Returns the entry with its spec changed, if it gives slots of this kind one.
+
+    Where it gives others one too, as `*` does, another entry behind it has the change, for this kind alone.
+    """
+    if entry.cfg is None:
+        return [entry]
+    pattern = entry.quantizer_path if kind in entry.quantizer_path else _narrowed(entry.quantizer_path, kind)
+    if pattern is None:
+        return [entry]
+    try:
+        spec = to_spec(entry.cfg, weight=kind == _WEIGHT)
+    except ConfigError:  # the cfg is for slots of other kinds, as of `*softmax*`
+        return [entry]
     changed = change(spec)
-    return entry if changed == spec else replace(entry, cfg=spec_to_yaml(changed))
+    made = [] if changed == spec else [replace(entry, quantizer_path=pattern, cfg=spec_to_yaml(changed))]
+    return made if made and pattern == entry.quantizer_path else [entry, *made]
+
+
+def _narrowed(pattern: str, kind: str) -> str | None:
+    """Returns what a glob matches of one kind of slots: `*mlp*weight_quantizer` of `*mlp*`; None for nothing."""
+    start, star, end = pattern.rpartition("*")
+    return f"{start}*{kind}" if star and kind.endswith(end) and not pattern.startswith("re:") else None
 
 
 def _searched(asked: dict[str, Any], spec: TensorSpec) -> TensorSpec:

@@ -141,6 +141,17 @@ class TestMse:
         spec = self.found(tmp_path, INT8, start_multiplier=0.5, step_size=0.05)
         assert spec.observer == ObserverSpec("mse", (("steps", 11.0), ("shrink", 0.5)))
 
+    def test_weights_that_a_wider_pattern_names(self, tmp_path: Path) -> None:
+        rows = [
+            {"quantizer_path": path, "cfg": {"num_bits": 8}}
+            for path in ("*", "*mlp.*_quantizer", "*[kv]_bmm_quantizer")
+        ]
+        made = recipe.from_file(write(tmp_path, modelopt(rows, {"method": "mse"}))).entries
+        patterns = ["*", "*weight_quantizer", "*mlp.*_quantizer", "*mlp.*weight_quantizer", "*[kv]_bmm_quantizer"]
+        assert [entry.quantizer_path for entry in made] == patterns
+        names = [to_spec(entry.cfg, weight=True).observer.name for entry in made]
+        assert names == ["min_max", "mse", "min_max", "mse", "min_max"]
+
 
 class TestHeadroom:
     """ModelOpt's `nvfp4_act_headroom` becomes a property of the inputs, and of the weights what it says of them."""
