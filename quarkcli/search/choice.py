@@ -50,6 +50,12 @@ class Choosing:
         self.losses = losses
         self.options = [[space.named(name) for name in group.allowed] for group in groups]
         self.counted = sum(group.counted for group in groups)
+        if not self.counted:
+            raise ConfigError(
+                "none of the weights that are searched counts in the budget",
+                hint="remove patterns from cost_excluded_layers",
+                kind="E-SEARCH",
+            )
         self.bits = {(g.name, c.name): bits(g, c) for g, own in self._pairs() for c in own}
         self.sizes = {(g.name, c.name): stored(g, c) for g, own in self._pairs() for c in own}
         self.rest = _rest(space, groups, unjudged)

@@ -298,6 +298,7 @@ class TestModelOpt:
                 {"candidate_formats": []},
                 "auto_quantize.candidate_formats and",
             ),
+            ({"cost_excluded_layers": ["*"]}, "none of the weights that are searched counts in the budget"),
             ({"constraints": {"effective_bits": 20.0}}, "effective_bits"),
             ({"formats": []}, "unknown key 'formats'"),
         ],
