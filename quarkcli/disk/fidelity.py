@@ -28,7 +28,8 @@ def check(
     found = compare(checkpoint, original, tell)
     said = said_changed(checkpoint.source)
     other = [row.name for row in found.rows if row.name not in quantized and not row.identical]
-    if said is not None and (wrong := [name for name in other if name not in said]):
+    home = homes(original) if said else {}
+    if said is not None and (wrong := [name for name in other if name not in said and home.get(name) not in said]):
         raise CheckError(
             f"{len(wrong)} kept tensors have other values than in the original model: {some(wrong)}",
             kind="E-CHECK-VALUES",
@@ -43,7 +44,6 @@ def check(
             "weights were not compared: an algorithm seems to have rewritten them; --min-sqnr compares them anyway",
         ]
     left = said if said is not None and least is None else set()
-    home = homes(original) if left else {}
     compared = [row for row in rows if row.name not in left and home.get(row.name) not in left]
     return lines + _ranked(compared, least, len(rows))
 

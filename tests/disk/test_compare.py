@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from quarkcli.disk import compare as comparing
+from quarkcli.disk import verify
 from quarkcli.disk.checkpoint import Checkpoint
 from quarkcli.disk.embedded import EMBEDDED
 from quarkcli.disk.source import Source
@@ -163,3 +164,14 @@ def test_what_an_algorithm_rewrote_is_named(tmp_path):
     assert caught.value.hint == "measure the loss with 'quark eval': an algorithm rewrote the tensor"
     assert caught.value.result["rewritten"] == found.rewritten
     assert compared(plain.folder, EMBEDDED).rewritten == []
+
+
+def test_a_kept_expert_of_a_rewritten_tensor_is_no_damage(tmp_path):
+    """The report names the tensor of all experts; the one that is kept lies in a tensor of its own in the files."""
+    source = runs.build(runs.FUSED, tmp_path / "m", num_hidden_layers=1)
+    made = runs.run(
+        source, tmp_path / "o", scheme="mxfp4", algorithm="rotation", exclude=["*.experts.0.*"], target="none"
+    )
+    assert "model.layers.0.mlp.experts.gate_up_proj" in made.report["changed"]
+    lines = verify.directory(str(made.folder), str(source), "none")
+    assert any("kept tensors have other values, because an algorithm rewrote them" in line for line in lines)
