@@ -22,7 +22,8 @@ from quarkcli.spec import TensorSpec
 _PART = r"(?:weight|input|output|activation|prob_output|q|k|v|kv|k_cache|v_cache)"
 # Leaves of tensors that mean nothing without a config that speaks of them.
 _CODES = re.compile(
-    f"\.(?:{_PART}_(?:scale|scale_inv|scale_2|global_scale|zero_point|packed|shape|g_idx)|qweight|qzeros|scales|g_idx|\w+_blocks|\w+_scales)$"
+    rf"\.(?:{_PART}_(?:scale|scale_inv|scale_2|global_scale|zero_point|packed|shape|g_idx)"
+    r"|qweight|qzeros|scales|g_idx|\w+_blocks|\w+_scales)$"
 )
 _HINT = "download the model again, or give the 16-bit model: files are missing, or config.json is of another model"
 
