@@ -11,8 +11,6 @@ its uniform model, and looks at every range instead of stopping at the first tha
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from fractions import Fraction
-from math import ceil
 from typing import Protocol, Self
 
 import torch
@@ -279,7 +277,7 @@ def _rank(counts: Tensor, percentile: float) -> int | None:
     """
     upto = counts.cumsum(0)
     total = int(upto[-1]) if len(upto) else 0
-    rank = max(1, ceil(Fraction(str(percentile)) * total / 100))
+    rank = search.nearest_rank(percentile, total)
     return None if rank >= total else int(torch.searchsorted(upto, rank))
 
 

@@ -7,6 +7,8 @@ scales (arXiv 2606.07618).
 from __future__ import annotations
 
 from dataclasses import replace
+from fractions import Fraction
+from math import ceil
 
 import torch
 from torch import Tensor
@@ -126,8 +128,12 @@ def _rank(values: Tensor, spec: TensorSpec, percentile: float, like: Tensor) -> 
         runs = values.t()
     else:
         runs = values.reshape(-1, scale_size(spec, values.shape[1]))
-    rank = max(1, -int(-percentile * runs.shape[1] // 100))
-    return runs.float().kthvalue(rank, -1).values.view(like.shape)
+    return runs.float().kthvalue(nearest_rank(percentile, runs.shape[1]), -1).values.view(like.shape)
+
+
+def nearest_rank(percentile: float, count: int) -> int:
+    """Returns the rank of the least of `count` values that so many per cent do not exceed, without rounding."""
+    return max(1, ceil(Fraction(str(percentile)) * count / 100))
 
 
 # --- block scales under a global one ---------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from quarkcli.errors import ConfigError
 from quarkcli.numerics.quantize import dequantize, make_qparams, quantize, tensor_amax
+from quarkcli.numerics.search import nearest_rank
 from quarkcli.spec import ObserverSpec, PerChannel, PerGroup, PerTensor, PerTile, ScaleSpec, TensorSpec
 
 from . import grids, reference
@@ -199,6 +200,11 @@ def test_percentiles_of_both_ends_equal_numpy(percentile: float) -> None:
     assert np.array_equal(params.scale.numpy(), scale)
     assert params.zero_point is not None
     assert np.array_equal(params.zero_point.numpy(), np.clip(-np.rint(low / scale), 0, 15))
+
+
+def test_ranks_of_percentiles_are_not_rounded() -> None:
+    """In floats 99.9 per cent of 41,000 are more than 40,959."""
+    assert [nearest_rank(99.9, count) for count in (1, 1000, 41_000, 8_000_000)] == [1, 999, 40_959, 7_992_000]
 
 
 def test_a_percentile_clips_what_lies_beyond() -> None:
