@@ -148,10 +148,12 @@ def _modelopt_read(
     algo = data.get("quant_algo")
     if str(algo) == _MIXED:
         layers = data.get("quantized_layers")
-        for module, layer in layers.items() if isinstance(layers, Mapping) else ():
+        rows = layers.items() if isinstance(layers, Mapping) else ()
+        for module, layer in sorted(rows, key=lambda row: not _is_list(row[0])):  # single ones of a list win
             place = (*base, "quantized_layers", module)
             given = layer if isinstance(layer, Mapping) else {}
-            _modelopt_module(out, str(module), given.get("quant_algo"), given.get("group_size"), place, None)
+            pattern = f"{module}.*" if _is_list(module) else str(module)
+            _modelopt_module(out, pattern, given.get("quant_algo"), given.get("group_size"), place, None)
     elif algo is not None:
         _modelopt_module(out, "*", algo, _group_size(data), (*base, "quant_algo"), _LINEAR)
     for index, name in enumerate(out.names(data.get(ignored), (*base, ignored))):
@@ -162,6 +164,11 @@ def _modelopt_read(
     elif cache is not None:
         out.cache(_CACHES[str(cache).upper()], cache_place)
     return out.done()
+
+
+def _is_list(module: Any) -> bool:
+    """True for the name of a layer's experts, which stands for all of them."""
+    return str(module).rpartition(".")[2] == "experts"
 
 
 def _group_size(data: Mapping[str, Any]) -> Any:

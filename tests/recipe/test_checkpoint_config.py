@@ -108,6 +108,16 @@ def test_modelopt_mixed_precision_and_group_size() -> None:
     assert specs(config, "model.layers.0.mlp.down_proj") == [None, None]
 
 
+def test_modelopt_names_a_list_of_experts() -> None:
+    """It stands for all of them, wherever it is written; one that is named by itself has its own."""
+    experts = "model.layers.1.mlp.experts"
+    layers = {f"{experts}.3.up_proj": {"quant_algo": "FP8"}, experts: {"quant_algo": "W8A16"}}
+    config = found({"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION", "quantized_layers": layers})
+    assert specs(config, f"{experts}.12.up_proj") == ["int8 channel 0, f32, absmax", None]
+    assert specs(config, f"{experts}.3.up_proj") == ["fp8_e4m3 tensor, f32, absmax"] * 2
+    assert specs(config, "model.layers.10.mlp.experts.3.up_proj") == [None, None]
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
