@@ -138,7 +138,7 @@ class CompressedTensors(Writer):
         found = shared.refusals(plan, self.name, _PLACES)
         for run in plan.quantized_alike():
             weight, width = run[0].weight, run[0].shape[1]
-            if not isinstance(weight.granularity, PerChannel):
+            if not isinstance(weight.granularity, PerChannel) or keeps_shape(shared.pair_of(run[0])):
                 continue
             if width * weight.format.bits % known.WORD_BITS:
                 what = f"{width} input features do not fill 32-bit words of {weight.element} codes"

@@ -291,6 +291,7 @@ def test_refusals_name_module_and_spec(pair: Pair, words: str) -> None:
 def test_other_refusals() -> None:
     ragged = plan([Module("m.down_proj", (8, 20), "down")], linears((INT4_CHANNEL, None)))
     assert CT.refusals(ragged) == ["m.down_proj: 20 input features do not fill 32-bit words of int4 codes"]
+    assert CT.refusals(plan([Module("m.down_proj", (8, 21), "down")], linears((FP8_CHANNEL, FP8_TOKEN)))) == []
     partial = plan(llama(), linears(PAIRS["fp8"]), kv=FP8)
     partial.attention["model.layers.1.self_attn"] = attention("model.layers.1.self_attn", None)
     assert "model.layers.1.self_attn" in CT.refusals(partial)[0]
