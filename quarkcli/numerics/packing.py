@@ -81,7 +81,10 @@ def pack_int32(codes: Tensor, bits: int) -> Tensor:
 
 
 def words_of(stream: Tensor, bits: int, signed: bool) -> Tensor:
-    """Returns as `pack_int32` what `pack_bits` made of the same codes: where a code's bits never leave a byte."""
+    """Returns as `pack_int32` what `pack_bits` made of the same codes: where a code's bits never leave a byte.
+
+    What a row leaves over of its last byte is no zero where codes are signed; nobody reads it.
+    """
     if signed:
         stream = stream ^ _signs(bits)
     return _viewed(_padded(stream, _WORD_BITS // 8), torch.int32)
