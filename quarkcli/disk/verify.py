@@ -8,7 +8,18 @@ from pathlib import Path
 
 from quarkcli import servers
 from quarkcli.dialects.base import Writer
-from quarkcli.disk import completeness, contents, excluded, fidelity, manifest, nonfinite, parallel, pickles, ties
+from quarkcli.disk import (
+    completeness,
+    contents,
+    excluded,
+    fidelity,
+    manifest,
+    nonfinite,
+    parallel,
+    pickles,
+    same_config,
+    ties,
+)
 from quarkcli.disk import scales as stored_scales
 from quarkcli.disk.checkpoint import Checkpoint
 from quarkcli.disk.headers import INDEX, SINGLE
@@ -301,6 +312,7 @@ def _against_manifest(folder: Path, hashes: bool | None) -> list[str]:
 def _against_source(checkpoint: Checkpoint, original: Checkpoint, least: float | None, tell: Listener) -> list[str]:
     """Compares names, shapes and values with those of the source, which may be quantized as well."""
     return _every(
+        lambda: [same_config.check(checkpoint.source, original.source, tell)],
         lambda: fidelity.check(checkpoint, original, least, tell),
         lambda: [_nothing_lost(checkpoint, original)],
     )

@@ -260,6 +260,11 @@ def other_kept(files: Files) -> str:
     return name
 
 
+def other_key(files: Files) -> str:
+    files.config["rms_norm_eps"] *= 10
+    return "rms_norm_eps is "
+
+
 def not_left_out(files: Files) -> str:
     files.left_out.remove(next(entry for entry in files.left_out if "lm_head" in entry))
     return "lm_head"
@@ -471,6 +476,7 @@ DAMAGES = {
     "nibbles swapped": Damage(swapped, source=True),
     "projections exchanged": Damage(exchanged, source=True),
     "kept tensor of other values": Damage(other_kept, source=True),
+    "key of the config of another value": Damage(other_key, ("ct", "quark-moe"), source=True),
     "exclude entry dropped": Damage(not_left_out, (*DENSE, *MOE, "ct-fp8", "quark-int4")),
     "exclude entry of routers dropped": Damage(router_not_left_out, MOE),
     "exclude entry added": Damage(left_out_too),
@@ -546,3 +552,16 @@ def test_a_cut_off_shard_is_named(good: Mapping[str, Path], tmp_path: Path) -> N
     file.write_bytes(file.read_bytes()[:-64])
     with pytest.raises(CheckError, match=re.escape(file.name)):
         verify.check(str(tmp_path / "out"), Asked())
+
+
+def test_settings_that_people_change_are_told(good: Mapping[str, Path], tmp_path: Path) -> None:
+    """What the model computes with must be the original's; names, lengths and the choice of tokens may differ."""
+    shutil.copytree(good["ct"], tmp_path / "out")
+    files = Files(tmp_path / "out")
+    files.config |= {"transformers_version": "1", "max_position_embeddings": 512, "rope_scaling": None, "added": 1}
+    files.write()
+    source, told = good["ct source"], []
+    verify.check(str(files.folder), Asked(str(source)), told.append)
+    warned = [event.text for event in told if getattr(event, "level", "") == "warning"]
+    assert len(warned) == 1 and warned[0].startswith("1 settings are not")
+    assert "max_position_embeddings is 512 and was 256" in warned[0]
