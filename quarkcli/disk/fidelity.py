@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from quarkcli.disk import exchanged
 from quarkcli.disk.checkpoint import Checkpoint
 from quarkcli.disk.compare import Row, compare, decibels
 from quarkcli.disk.rewritten import homes, said_changed
@@ -34,6 +35,8 @@ def check(
             f"{len(wrong)} kept tensors have other values than in the original model: {some(wrong)}",
             kind="E-CHECK-VALUES",
         )
+    if other and said is None:
+        exchanged.check(checkpoint, original, other)
     lines = ["kept tensors have the values of the original model"]
     if other:
         lines = [f"{len(other)} kept tensors have other values, because an algorithm rewrote them: {some(other)}"]

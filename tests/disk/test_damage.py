@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from quarkcli.disk import verify
 from quarkcli.disk.headers import INDEX
-from quarkcli.disk.outputs import MANIFEST
+from quarkcli.disk.outputs import MANIFEST, REPORT
 from quarkcli.disk.verify import Asked
 from quarkcli.errors import CheckError, ExitCode
 from tests import runs
@@ -265,6 +265,21 @@ def other_key(files: Files) -> str:
     return "rms_norm_eps is "
 
 
+def exchanged_norms(files: Files) -> str:
+    first, second = (f"{LAYER}.{leaf}_layernorm.weight" for leaf in ("input", "post_attention"))
+    shard = files.shard(first)
+    shard[first], shard[second] = shard[second].clone(), shard[first].clone()
+    (files.folder / REPORT).unlink()
+    return f"{first} (those of {second})"
+
+
+def norm_alone(files: Files) -> str:
+    name = f"{LAYER}.input_layernorm.weight"
+    files.change(name, lambda tensor: tensor * torch.linspace(0.7, 1.4, tensor.numel()).to(tensor.dtype))
+    (files.folder / REPORT).unlink()
+    return "1 norms have other values"
+
+
 def not_left_out(files: Files) -> str:
     files.left_out.remove(next(entry for entry in files.left_out if "lm_head" in entry))
     return "lm_head"
@@ -476,6 +491,8 @@ DAMAGES = {
     "nibbles swapped": Damage(swapped, source=True),
     "projections exchanged": Damage(exchanged, source=True),
     "kept tensor of other values": Damage(other_kept, source=True),
+    "norms exchanged, without a report": Damage(exchanged_norms, ("ct", "quark-moe"), source=True),
+    "norm changed alone, without a report": Damage(norm_alone, ("ct", "ct-moe"), source=True),
     "key of the config of another value": Damage(other_key, ("ct", "quark-moe"), source=True),
     "exclude entry dropped": Damage(not_left_out, (*DENSE, *MOE, "ct-fp8", "quark-int4")),
     "exclude entry of routers dropped": Damage(router_not_left_out, MOE),
@@ -565,3 +582,16 @@ def test_settings_that_people_change_are_told(good: Mapping[str, Path], tmp_path
     warned = [event.text for event in told if getattr(event, "level", "") == "warning"]
     assert len(warned) == 1 and warned[0].startswith("1 settings are not")
     assert "max_position_embeddings is 512 and was 256" in warned[0]
+
+
+@pytest.mark.parametrize("algorithm", ["smoothquant", "rotation"])
+def test_without_a_report_rewritten_norms_are_no_damage(
+    algorithm: str, good: Mapping[str, Path], tmp_path: Path
+) -> None:
+    """Norms that quark scaled, or left at ones, stand beside weights that were changed with them."""
+    source, data = good["ct source"], {"calib_data": "builtin", "calib_samples": 4, "calib_seqlen": 32}
+    made = runs.run(source, tmp_path / "out", scheme="int8", algorithm=algorithm, device="cpu", **data)
+    for file in (MANIFEST, REPORT):
+        (made.folder / file).unlink()
+    found = verify.check(str(made.folder), Asked(str(source)))
+    assert any("because an algorithm rewrote them" in line for line in found)

@@ -1,0 +1,88 @@
+"""Tells norms that an algorithm rewrote from norms that are simply wrong, where no report says which were rewritten."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from typing import TYPE_CHECKING
+
+from quarkcli.disk.checkpoint import Checkpoint
+from quarkcli.errors import CheckError, some
+from quarkcli.family import Pair
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# How much nearer a reader is to the source as it is than scaled back, in squares: its norm was changed without it.
+_NEARER = 1.25
+_SMALL = 2**20  # values: norms and biases, among which one looks for the values of another
+
+
+def check(checkpoint: Checkpoint, original: Checkpoint, changed: Collection[str]) -> None:
+    """Raises CheckError for changed norms that no algorithm makes. `changed`: kept tensors that differ.
+
+    An algorithm that changes a norm divides the weights that read it, or turns them and leaves the norm at ones.
+    """
+    moved = [f"{name} (those of {other})" for name, other in _moved(checkpoint, original, changed)]
+    if moved:
+        what = f"{len(moved)} kept tensors have the values of another tensor of the original model: {some(moved)}"
+        raise CheckError(what, hint="write the checkpoint again", kind="E-CHECK-VALUES")
+    alone = [pair.source for pair in _norms(original, changed) if _is_alone(pair, checkpoint, original)]
+    if alone:
+        what = f"{len(alone)} norms have other values, and the weights that read them are not scaled to match"
+        raise CheckError(f"{what}: {some(alone)}", hint="write the checkpoint again", kind="E-CHECK-VALUES")
+
+
+def _moved(checkpoint: Checkpoint, original: Checkpoint, changed: Collection[str]) -> Iterator[tuple[str, str]]:
+    """Yields changed tensors that hold exactly what another one of the original does, and its name."""
+    import torch
+
+    small = {n for n, header in original.source.headers.items() if torch.Size(header.shape).numel() <= _SMALL}
+    names = [name for name in changed if name in small and name in checkpoint.source.headers]
+    if not names:
+        return
+    shapes = {tuple(original.source.headers[name].shape) for name in names}
+    held: dict[bytes, str] = {}
+    for name in small:
+        if tuple(original.source.headers[name].shape) in shapes:
+            held.setdefault(_bytes(original.source.read(name)), name)
+    for name in names:
+        values = checkpoint.source.read(name)
+        flat = values.reshape(-1)
+        other = held.get(_bytes(values))
+        if other not in (None, name) and bool((flat != flat[0]).any()):  # ones are what a rotation leaves
+            yield name, str(other)
+
+
+def _bytes(values: Tensor) -> bytes:
+    import torch
+
+    return values.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _norms(original: Checkpoint, changed: Collection[str]) -> Iterator[Pair]:
+    """Yields the changed norms whose channels an algorithm may scale, and what reads them."""
+    layout = original.layout
+    for part in layout.parts:
+        weights = {name: weight for name, weight in layout.weights.items() if weight.part == part.index}
+        vectors = set(part.tensors) - {weight.view.tensor for weight in weights.values()}
+        pairs = layout.rewrites.pairs(part.name, weights, vectors) if part.block is not None else []
+        yield from (pair for pair in pairs if pair.norm and f"{pair.source}.weight" in changed)
+
+
+def _is_alone(pair: Pair, checkpoint: Checkpoint, original: Checkpoint) -> bool:
+    """True where the first weight behind a changed norm is the source's, but for the noise of its codes."""
+    reader, name = pair.readers[0], f"{pair.source}.weight"
+    known = [side.view.targets.keys() | _modules(side) for side in (checkpoint, original)]
+    if any(reader not in names for names in known) or checkpoint.view.online or original.view.online:
+        return False
+    offset = original.layout.rewrites.norm_offset
+    now, was = (side.source.read(name).double() + offset for side in (checkpoint, original))
+    ours, theirs = (side.weight(reader).double() for side in (checkpoint, original))
+    if bool((was == 0).any()) or ours.shape != theirs.shape or ours.shape[-1:] != now.shape:
+        return False
+    plain, scaled = ((ours * factor - theirs).norm() for factor in (1.0, now / was))
+    return bool(plain.square() * _NEARER < scaled.square())
+
+
+def _modules(side: Checkpoint) -> set[str]:
+    return {name.removesuffix(".weight") for name in side.source.headers}
