@@ -203,6 +203,10 @@ def vllm_unpacked(config: Mapping[str, Any]) -> list[str]:
     return found
 
 
+# Weights whose tensors all have a row for each output.
+_ROW_UPON_ROW = {"mxfp4", "fp8 channel"}
+
+
 def transformers_faults(config: Mapping[str, Any]) -> list[str]:
     """Returns why transformers would make weights up: it does not look for codes, or looks under another name."""
     status, groups = config.get("quantization_status"), config.get("config_groups") or {}
@@ -219,3 +223,14 @@ def transformers_loads_experts(targets: list[QuantizedTarget]) -> bool:
     found = {shared.pair_of(target) for target in targets}
     known = {kinds.kinds_of(pair) for pair in found}
     return len(found) == 1 and known <= _TRANSFORMERS_EXPERTS and all(target.output is None for target in targets)
+
+
+def transformers_joins(plan: Plan) -> bool:
+    """True where transformers can lay the tensors of linears that it joins upon each other, or nothing is quantized.
+
+    Left out, they have a name in memory that no config says.
+    """
+    weights = [target.weight for target in shared.joined(plan)]
+    if not any(True for _ in plan.quantized_alike()):
+        return True
+    return all(spec is not None and kinds.weight_kind(spec) in _ROW_UPON_ROW for spec in weights)

@@ -12,6 +12,7 @@ from quarkcli.recipe.expressions import Expressions
 
 _MARK = "re:"
 _PROJECTORS = ("multi_modal_projector",)  # a single linear in mllama, so that no pattern of a tree names it
+_INDEXER = ".self_attn.index_", ".self_attn.indexer."  # of MiniMax M3: in files, and in transformers' memory
 
 
 class WrittenNames:
@@ -77,6 +78,7 @@ def _own_name(text: str) -> str | None:
     inner = text.removeprefix("language_model.")
     if inner == text:
         return f"model.{text}" if text in _PROJECTORS else None
+    inner = inner.replace(*_INDEXER)
     return f"model.language_model.{inner.removeprefix('model.')}" if inner.startswith("model.") else inner
 
 

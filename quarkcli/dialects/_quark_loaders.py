@@ -213,6 +213,8 @@ def _transformers_loads(plan: Plan) -> bool:
 
     Routed experts are one fused parameter in memory, for which amd-quark has no quantized module.
     """
+    if shared.joined(plan):  # not tried
+        return False
     if shared.quantizes_routers(plan) or any({"q", SOFTMAX} & set(a.specs) for a in shared.cached(plan)):
         return False
     if any(kinds.input_kind(spec) != "fp8 static" for a in shared.cached(plan) for spec in a.specs.values()):

@@ -264,3 +264,10 @@ def check_headers(expected: Iterable[TensorInfo], headers: Mapping[str, HeaderLi
             )
         names.append(info.name)
     return tuple(names)
+
+
+def joined(plan: Plan) -> list[Target]:
+    """Returns the linears that transformers makes one of while it loads (`FamilyModel.joined`), but for experts."""
+    names = plan.rewrites.family.joined if plan.rewrites.family is not None else []
+    singles = (target for target in plan.targets.values() if target.expert is None) if names else ()
+    return [target for target in singles if target.name.rpartition(".")[2] in names]

@@ -317,6 +317,8 @@ def _transformers_loads(plan: Plan) -> bool:
     """
     if shared.quantizes_routers(plan) or any("q" in attention.specs for attention in shared.cached(plan)):
         return False
+    if not known.transformers_joins(plan):
+        return False
     if not all(_transformers_decodes(run[0], tied=bool(plan.tied_head)) for run in plan.quantized_alike()):
         return False
     experts = [run[0] for run in plan.alike() if run[0].expert is not None]

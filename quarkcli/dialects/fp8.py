@@ -144,7 +144,7 @@ class Fp8(Writer):
         if shared.vllm_loads(plan, _HOLDS, _VLLM_EXPERTS) and shared.tiles_fit(plan) and not heads:
             found.add("vllm")
         cached = any(True for _ in shared.cached(plan))
-        if not cached and not heads and all(map(_transformers_decodes, runs)):
+        if not cached and not heads and not shared.joined(plan) and all(map(_transformers_decodes, runs)):
             found.add("transformers")
         return found
 

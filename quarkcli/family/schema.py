@@ -165,6 +165,7 @@ class FamilyModel(Strict):
     spare_rows    rows that the embedding has beyond the vocabulary
     norm_offset   norms multiply by their weight plus this
     tied          head and embedding are one tensor when config.json does not say
+    joined        last steps of linears that transformers makes one linear of while it loads, row upon row
     """
 
     extends: str | None = None
@@ -191,6 +192,7 @@ class FamilyModel(Strict):
     spare_rows: int = 0
     norm_offset: float = 0.0
     tied: bool = False
+    joined: list[str] = Field(default_factory=list)
 
     def suited(self, config: Mapping[str, object]) -> FamilyModel:
         """Returns the family without the rewrites that would change what a model with this config computes."""

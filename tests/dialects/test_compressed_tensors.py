@@ -13,6 +13,7 @@ from compressed_tensors.quantization import QuantizationConfig, QuantizationSche
 from compressed_tensors.utils.match import match_name
 
 from quarkcli import dialects
+from quarkcli.dialects._patterns import in_memory
 from quarkcli.family import known
 from quarkcli.family.rewrites import Rewrites
 from quarkcli.numerics.quantize import dequantize
@@ -270,6 +271,18 @@ def test_loaders_see_what_a_server_fuses() -> None:
     assert CT.loaders(gemma) == {"vllm"}  # nothing fuses single experts where published files have fused ones
     untouched = plan(moe(fused=True), lambda m: None if m.expert else linears(PAIRS["int4-32"])(m))
     assert CT.loaders(untouched) == BOTH
+
+
+def test_linears_that_transformers_joins_have_a_row_for_each_output() -> None:
+    """MiniMax M3: gate and up become one linear while they load, and the indexer gets another name."""
+    joins = Rewrites(known.load(catalog.find("models", "minimax_m3_vl")))
+    for kind, loaders in (("ptpc", BOTH), ("mxfp4", BOTH), ("int4-32", {"vllm"}), ("fp8", {"vllm"})):
+        assert CT.loaders(replace(plan(llama(), linears(PAIRS[kind])), rewrites=joins)) == loaders
+    left = plan(llama(), lambda m: None if m.role in ("gate", "up") else linears(PAIRS["ptpc"])(m))
+    assert (CT.loaders(left), CT.loaders(replace(left, rewrites=joins))) == (BOTH, {"vllm"})
+    inner = "layers.0.self_attn.index_q_proj"
+    named = in_memory([f"language_model.model.{inner}"])
+    assert named == [f"language_model.model.{inner}", "model.language_model.layers.0.self_attn.indexer.q_proj"]
 
 
 @pytest.mark.parametrize(
