@@ -66,6 +66,7 @@ class AttentionModel(Strict):
 
     latent  the cache holds a compressed latent, not k and v (MLA)
     gated   q has as many rows again, for a gate on what attention returns
+    hidden_cache  transformers and compressed-tensors find no place for scales of this cache, or cannot run with them
     """
 
     module: str
@@ -74,6 +75,7 @@ class AttentionModel(Strict):
     v: str
     latent: bool = False
     gated: bool = False
+    hidden_cache: bool = False
 
 
 Only = dict[str, list[str | bool | int | float | None]]  # key of config.json -> values; null: it has no such key

@@ -254,6 +254,8 @@ def test_what_a_release_of_a_loader_passes_over_is_said() -> None:
         reason = dialects.reason(CT, cached, auto=asked == "auto")
         assert reason == f"{why} loads in vLLM and transformers; {CT.caveat(cached)}"
     assert CT.caveat(plan(llama(), linears(PAIRS["fp8"]))) == ""
+    hidden = replace(cached, rewrites=Rewrites(known.load(catalog.find("models", "gemma4"))))
+    assert CT.loaders(hidden) == {"vllm"} and CT.caveat(hidden) == ""  # it asks the config for one width of heads
     served = plan(moe(), linears(PAIRS["fp8"]), kv=FP8)
     assert CT.loaders(served) == {"vllm"} and CT.caveat(served) == ""
 
