@@ -176,6 +176,14 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
+def _text(dumper: yaml.SafeDumper, value: str) -> yaml.Node:
+    """Writes bytes of a path that are no text as people see them: YAML refuses half a surrogate pair."""
+    return dumper.represent_str(value.encode("utf-8", "backslashreplace").decode())
+
+
+_Dumper.add_representer(str, _text)
+
+
 def _entries(plan: Plan) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for index, entry in enumerate(plan.entries):

@@ -236,10 +236,11 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Tokenizer:
 
 
 def _failed(failing: str, where: str, error: Exception) -> ModelError:
+    is_text = where.isprintable() or not isinstance(error, UnicodeEncodeError)
     return ModelError(
         f"the tokenizer {failing} (transformers {transformers.__version__}): {described(error)}",
         where=where,
-        hint=HINT,
+        hint=HINT if is_text else "rename the directory: its path is not UTF-8, and the library cannot open it",
         kind="E-TOKENIZER",
     )
 

@@ -26,6 +26,8 @@ def read(directory: Path) -> dict[str, Any]:
     elif path.is_file():
         found = _parsed(path)
     else:
+        if unfinished.is_unfinished(directory.parent):  # a folder of several checkpoints under way
+            hint = f"run 'quark report {directory.parent}' for the unfinished run there"
         hint = hint or outputs.hint(directory) or "give a checkpoint that quark wrote; others have no report"
         raise ModelError(f"has no report ({outputs.REPORT})", where=str(directory), hint=hint, kind="E-REPORT-NONE")
     if found.get("schema") != build.SCHEMA:

@@ -11,7 +11,9 @@ from safetensors.torch import load_file, save_file
 
 import quarkcli
 from quarkcli.cli import tables
+from quarkcli.disk import unfinished
 from quarkcli.disk.embedded import EMBEDDED
+from quarkcli.disk.writer import STATE
 from quarkcli.errors import CheckError
 from quarkcli.evaluation import run as evaluation
 
@@ -135,6 +137,10 @@ def test_report_of_what_has_none(quark, tmp_path):
     assert "for the unfinished run there" in err
     assert quark("report", "nowhere").code == 5
     assert [quark("report", place).code for place in (".", "..", "/")] == [4, 4, 4]
+    (tmp_path / "out.partial" / STATE).mkdir()
+    unfinished.keep(tmp_path / "out.partial", "awq", "{}")
+    (tmp_path / "out.partial" / "awq").mkdir()
+    assert "run 'quark report out.partial' for the unfinished run" in quark("report", "out.partial/awq").err
     (tmp_path / "out" / "quark").mkdir()
     (tmp_path / "out" / "quark" / "report.json").write_text("{}")
     assert quark("report", "out").code == 4

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +85,12 @@ def test_the_resolved_recipe_is_a_recipe_with_every_entry_spelled_out(tmp_path):
     assert second.plan.kept.keys() == first.plan.kept.keys()
     assert second.calibration == first.calibration
     assert finish.resolved_recipe(second) == finish.resolved_recipe(first)
+
+
+def test_a_path_that_is_no_text_does_not_spoil_the_recipe():
+    made = prepared(scheme="fp8", calib_data="builtin")
+    made = replace(made, calibration=replace(made.calibration, source=os.fsdecode(b"cal\xff.txt")))
+    assert yaml.safe_load(finish.resolved_recipe(made))["calibration"]["data"] == r"cal\udcff.txt"
 
 
 def test_the_resolved_recipe_is_plain_yaml():

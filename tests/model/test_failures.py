@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from quarkcli.forward import walk
 from quarkcli.model import failures, library, tokenizer
 from quarkcli.model.handlers import Handlers
 from quarkcli.model.record import Recorder
-from tests import releases, tiny
+from tests import releases, runs, tiny
 from tests.model.drive import record, runner_of, through
 from tests.model.test_skeleton import CUSTOM_CODE, strange
 
@@ -128,6 +129,15 @@ def test_a_tokenizer_may_fail(tmp_path: Path) -> None:
 
     with pytest.raises(ModelError, match=rf"transformers {transformers.__version__}.*planted failure"):
         tokenizer.Tokenizer(Broken()).encode("text")
+
+
+def test_a_tokenizer_in_a_path_that_is_no_text(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"model\xff")
+    runs.tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "model").rename(folder)
+    with pytest.raises(ModelError) as caught:
+        tokenizer.load_tokenizer(folder)
+    assert caught.value.hint.startswith("rename the directory")
 
 
 def test_another_release_is_named_where_the_installed_one_fails(
