@@ -98,11 +98,21 @@ def find(path: Path) -> list[Path]:
                 kind="E-DATA-FILE",
             )
         return [path]
-    inside = (file for file in sorted(path.rglob("*")) if file.is_file() and kind(file) is not None)
-    files = [file for file in inside if not any(part[0] == "." for part in file.relative_to(path).parts)]
+    if path.resolve() == Path(path.resolve().anchor):
+        hint = "give the directory that holds the rows"
+        raise DataError("is the whole file system", where=str(path), hint=hint, kind="E-DATA-FILE")
+    files = sorted(_inside(path))
     if not files:
         raise DataError(f"holds no {', '.join(KINDS)} file", where=str(path), kind="E-DATA-FILE")
     return [file for file in files if not _ABOUT.match(file.name)] or files
+
+
+def _inside(path: Path) -> Iterator[Path]:
+    """Yields the files of a folder that have a type of ours, but for hidden ones. What cannot be opened is not seen."""
+    for root, folders, names in os.walk(path):
+        folders[:] = [name for name in folders if name[0] != "."]
+        found = (Path(root, name) for name in names if name[0] != ".")
+        yield from (file for file in found if kind(file) is not None and os.path.isfile(file))  # noqa: PTH113 - no error
 
 
 def kind(path: Path) -> str | None:

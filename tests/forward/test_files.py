@@ -196,6 +196,8 @@ def test_a_folder_of_all_kinds(tokens: Tokenizer, tmp_path: Path) -> None:
     texts = [tokens._inner.decode(row[mask]) for row, mask in zip(found.tokens, found.mask, strict=True)]
     assert texts == [WORDS[:32], "<user>hello\n"]
     assert len(found.skipped) == 1 and "c.txt" in found.notes[0]
+    with pytest.raises(DataError, match="the whole file system"):
+        files.find(Path("/"))
     (tmp_path / "alone").mkdir()
     put(tmp_path / "alone" / "README.md", WORDS)
     assert load(tmp_path / "alone", tokens, samples=1).tokens.shape == (1, 32)
