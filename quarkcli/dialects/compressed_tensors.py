@@ -313,7 +313,7 @@ def _transformers_loads(plan: Plan) -> bool:
     5.24 takes the scales of a cache for unexpected ones, which is said (`caveat`). Linears load in every scheme but
     those with zero points, for which it expects another shape since 5.23 unless it is told to dequantize. Embeddings
     load where the weight keeps its shape. Experts are fused in memory by conversions that know one scheme for all of
-    them, and that exist for families whose published files have one tensor per expert.
+    them, and that exist for families whose published files have one tensor per expert, and for some others.
     """
     if shared.quantizes_routers(plan) or any("q" in attention.specs for attention in shared.cached(plan)):
         return False
@@ -323,7 +323,7 @@ def _transformers_loads(plan: Plan) -> bool:
         return False
     experts = [run[0] for run in plan.alike() if run[0].expert is not None]
     quantized = [target for target in experts if is_quantized(target)]
-    if quantized and (_published_fused(plan) or not known.transformers_loads_experts(quantized)):
+    if quantized and (_keeps_fused(plan) or not known.transformers_loads_experts(quantized)):
         return False
     left = [target for target in experts if target.weight is None and target.view.expert is None]
     return not left or _first_leaves_others_alone(plan)
@@ -335,10 +335,10 @@ def _hides_cache(plan: Plan) -> bool:
     return attention is not None and attention.hidden_cache
 
 
-def _published_fused(plan: Plan) -> bool:
-    """True when published files of the family have fused experts, so that there is no conversion of single ones."""
+def _keeps_fused(plan: Plan) -> bool:
+    """True when published files of the family have fused experts, and transformers does not load single ones."""
     experts = plan.rewrites.family.experts if plan.rewrites.family is not None else None
-    return experts is not None and bool(experts.fused) and not experts.singles
+    return experts is not None and bool(experts.fused) and not (experts.singles or experts.converted)
 
 
 def _transformers_decodes(target: QuantizedTarget, *, tied: bool) -> bool:

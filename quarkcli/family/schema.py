@@ -41,6 +41,7 @@ class ExpertsModel(Strict):
     """Routed experts: module path below the block, leaf names, and the fused tensors a file may have instead.
 
     singles   published files have a tensor for every expert, although those of some tools have fused ones
+    converted  transformers loads a quantized tensor for every expert as well, although published files have fused ones
     fused     file tensor below `fused_in` (default: `path`), with `.weight` if it has one -> how it is split
     router_whole  no loader gives the router a scheme, whether a config lists it as left out or not
     count     key of config.json (dots go deeper) with the number of experts; only stacked tensors need it
@@ -51,6 +52,7 @@ class ExpertsModel(Strict):
     up: str
     down: str
     singles: bool = False
+    converted: bool = False
     router_whole: bool = False
     fused: dict[str, FusedModel] = Field(default_factory=dict)
     fused_in: str | None = None

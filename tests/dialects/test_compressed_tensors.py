@@ -271,6 +271,9 @@ def test_loaders_see_what_a_server_fuses() -> None:
         plan(moe(), linears(PAIRS["ptpc"])), rewrites=Rewrites(known.load(catalog.find("models", "gemma4")))
     )
     assert CT.loaders(gemma) == {"vllm"}  # nothing fuses single experts where published files have fused ones
+    for name in ("llama4", "qwen3_5_moe"):  # but for these, which load with the values that quark decodes
+        loads = replace(gemma, rewrites=Rewrites(known.load(catalog.find("models", name))))
+        assert CT.loaders(loads) == BOTH
     untouched = plan(moe(fused=True), lambda m: None if m.expert else linears(PAIRS["int4-32"])(m))
     assert CT.loaders(untouched) == BOTH
 
