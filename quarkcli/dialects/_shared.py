@@ -271,3 +271,9 @@ def joined(plan: Plan) -> list[Target]:
     names = plan.rewrites.family.joined if plan.rewrites.family is not None else []
     singles = (target for target in plan.targets.values() if target.expert is None) if names else ()
     return [target for target in singles if target.name.rpartition(".")[2] in names]
+
+
+def hides_cache(plan: Plan) -> bool:
+    """True for a quantized cache whose scales find no place in transformers: it misses them, or stops."""
+    attention = plan.rewrites.family.attention if plan.rewrites.family is not None else None
+    return attention is not None and attention.hidden_cache and any(True for _ in cached(plan))

@@ -317,7 +317,7 @@ def _transformers_loads(plan: Plan) -> bool:
     """
     if shared.quantizes_routers(plan) or any("q" in attention.specs for attention in shared.cached(plan)):
         return False
-    if not known.transformers_joins(plan) or (_hides_cache(plan) and any(True for _ in shared.cached(plan))):
+    if not known.transformers_joins(plan) or shared.hides_cache(plan):
         return False
     if not all(_transformers_decodes(run[0], tied=bool(plan.tied_head)) for run in plan.quantized_alike()):
         return False
@@ -327,12 +327,6 @@ def _transformers_loads(plan: Plan) -> bool:
         return False
     left = [target for target in experts if target.weight is None and target.view.expert is None]
     return not left or _first_leaves_others_alone(plan)
-
-
-def _hides_cache(plan: Plan) -> bool:
-    """True for a family whose caches get no scales in transformers: it misses them, or stops."""
-    attention = plan.rewrites.family.attention if plan.rewrites.family is not None else None
-    return attention is not None and attention.hidden_cache
 
 
 def _keeps_fused(plan: Plan) -> bool:

@@ -68,7 +68,7 @@ class AttentionModel(Strict):
 
     latent  the cache holds a compressed latent, not k and v (MLA)
     gated   q has as many rows again, for a gate on what attention returns
-    hidden_cache  transformers and compressed-tensors find no place for scales of this cache, or cannot run with them
+    hidden_cache  transformers finds no place for scales of this cache, or cannot run with them
     """
 
     module: str
