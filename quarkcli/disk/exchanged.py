@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 # How much nearer a reader is to the source as it is than scaled back, in squares: its norm was changed without it.
 _NEARER = 1.25
+# How far off it may be, in squares of its values: codes lose less, and turned or permuted weights are further off.
+_NOISE = 0.5
 _SMALL = 2**20  # values: norms and biases, among which one looks for the values of another
 
 
@@ -81,7 +83,7 @@ def _is_alone(pair: Pair, checkpoint: Checkpoint, original: Checkpoint) -> bool:
     if bool((was == 0).any()) or ours.shape != theirs.shape or ours.shape[-1:] != now.shape:
         return False
     plain, scaled = ((ours * factor - theirs).norm() for factor in (1.0, now / was))
-    return bool(plain.square() * _NEARER < scaled.square())
+    return bool(plain.square() < _NOISE * theirs.square().sum()) and bool(plain.square() * _NEARER < scaled.square())
 
 
 def _modules(side: Checkpoint) -> set[str]:

@@ -584,12 +584,17 @@ def test_settings_that_people_change_are_told(good: Mapping[str, Path], tmp_path
     assert "max_position_embeddings is 512 and was 256" in warned[0]
 
 
-@pytest.mark.parametrize("algorithm", ["smoothquant", "rotation"])
+@pytest.mark.parametrize("algorithm", ["smoothquant", "rotation", "permutation"])
 def test_without_a_report_rewritten_norms_are_no_damage(
     algorithm: str, good: Mapping[str, Path], tmp_path: Path
 ) -> None:
-    """Norms that quark scaled, or left at ones, stand beside weights that were changed with them."""
-    source, data = good["ct source"], {"calib_data": "builtin", "calib_samples": 4, "calib_seqlen": 32}
+    """Norms that quark scaled, sorted, or left at ones, also small ones, beside weights that were changed with them."""
+    source, data = tmp_path / "m", {"calib_data": "builtin", "calib_samples": 4, "calib_seqlen": 32}
+    shutil.copytree(good["ct source"], source)
+    for file in source.glob("*.safetensors"):
+        tensors = load_file(file)
+        gains = {name: torch.logspace(-2, 0, len(t)).to(t.dtype) for name, t in tensors.items() if "norm" in name}
+        save_file(tensors | gains, file, metadata={"format": "pt"})
     made = runs.run(source, tmp_path / "out", scheme="int8", algorithm=algorithm, device="cpu", **data)
     for file in (MANIFEST, REPORT):
         (made.folder / file).unlink()
