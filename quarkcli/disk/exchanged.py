@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from typing import TYPE_CHECKING
 
 from quarkcli.disk.checkpoint import Checkpoint
+from quarkcli.disk.writer import bytes_of
 from quarkcli.errors import CheckError, some
 from quarkcli.family import Pair
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 # How much nearer a reader is to the source as it is than scaled back, in squares: its norm was changed without it.
 _NEARER = 1.25
@@ -46,19 +43,13 @@ def _moved(checkpoint: Checkpoint, original: Checkpoint, changed: Collection[str
     held: dict[bytes, str] = {}
     for name in small:
         if tuple(original.source.headers[name].shape) in shapes:
-            held.setdefault(_bytes(original.source.read(name)), name)
+            held.setdefault(bytes(bytes_of(original.source.read(name))), name)
     for name in names:
         values = checkpoint.source.read(name)
         flat = values.reshape(-1)
-        other = held.get(_bytes(values))
+        other = held.get(bytes(bytes_of(values)))
         if other not in (None, name) and bool((flat != flat[0]).any()):  # ones are what a rotation leaves
             yield name, str(other)
-
-
-def _bytes(values: Tensor) -> bytes:
-    import torch
-
-    return values.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def _norms(original: Checkpoint, changed: Collection[str]) -> Iterator[Pair]:
@@ -74,17 +65,17 @@ def _norms(original: Checkpoint, changed: Collection[str]) -> Iterator[Pair]:
 def _is_alone(pair: Pair, checkpoint: Checkpoint, original: Checkpoint) -> bool:
     """True where the first weight behind a changed norm is the source's, but for the noise of its codes."""
     reader, name = pair.readers[0], f"{pair.source}.weight"
-    known = [side.view.targets.keys() | _modules(side) for side in (checkpoint, original)]
-    if any(reader not in names for names in known) or checkpoint.view.online or original.view.online:
+    sides = checkpoint, original
+    if any(side.view.online or not _holds(side, reader) for side in sides):
         return False
     offset = original.layout.rewrites.norm_offset
-    now, was = (side.source.read(name).double() + offset for side in (checkpoint, original))
-    ours, theirs = (side.weight(reader).double() for side in (checkpoint, original))
+    now, was = (side.source.read(name).double() + offset for side in sides)
+    ours, theirs = (side.weight(reader).double() for side in sides)
     if bool((was == 0).any()) or ours.shape != theirs.shape or ours.shape[-1:] != now.shape:
         return False
     plain, scaled = ((ours * factor - theirs).norm() for factor in (1.0, now / was))
     return bool(plain.square() < _NOISE * theirs.square().sum()) and bool(plain.square() * _NEARER < scaled.square())
 
 
-def _modules(side: Checkpoint) -> set[str]:
-    return {name.removesuffix(".weight") for name in side.source.headers}
+def _holds(side: Checkpoint, module: str) -> bool:
+    return module in side.view.targets or f"{module}.weight" in side.source.headers

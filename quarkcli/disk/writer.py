@@ -168,14 +168,14 @@ def _save(tensors: dict[str, torch.Tensor], path: Path) -> tuple[int, str]:
     infos = _ordered((name, dtype_text(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items())
     digest = hashlib.sha256()
     with path.open("wb", buffering=0) as stream:
-        for content in chain([_header(infos)], (_content(tensors[name]) for name, _, _ in infos)):
+        for content in chain([_header(infos)], (bytes_of(tensors[name]) for name, _, _ in infos)):
             digest.update(content)
             _write(stream, content)
         os.fsync(stream.fileno())
         return stream.tell(), digest.hexdigest()
 
 
-def _content(tensor: torch.Tensor) -> bytes | memoryview:
+def bytes_of(tensor: torch.Tensor) -> bytes | memoryview:
     """Returns the bytes of a tensor, copied only where they do not lie one after the other on the CPU."""
     import torch
 
