@@ -16,6 +16,7 @@ from quarkcli.dialects import _shared as shared
 from quarkcli.dialects._kinds import Kinds
 from quarkcli.dialects._patterns import unfound
 from quarkcli.dialects.base import Bar, Classes, Key
+from quarkcli.family import FamilyModel
 from quarkcli.plan.model import Plan, QuantizedTarget
 
 WORD_BITS = 32
@@ -207,14 +208,16 @@ def vllm_unpacked(config: Mapping[str, Any]) -> list[str]:
 _ROW_UPON_ROW = {"mxfp4", "fp8 channel"}
 
 
-def transformers_faults(config: Mapping[str, Any]) -> list[str]:
+def transformers_faults(config: Mapping[str, Any], family: FamilyModel | None) -> list[str]:
     """Returns why transformers would make weights up: it does not look for codes, or looks under another name."""
     status, groups = config.get("quantization_status"), config.get("config_groups") or {}
     found = (
         [] if status == "compressed" else [f"quantization_status is {status}, not compressed: it looks for no codes"]
     )
     for texts in (config.get("ignore"), *(group.get("targets") for group in groups.values())):
-        found += [f"it has {text} under another name, which the config does not say" for text in unfound(texts or ())]
+        found += [
+            f"it has {text} under another name, which the config does not say" for text in unfound(texts or (), family)
+        ]
     return found
 
 
@@ -226,11 +229,9 @@ def transformers_loads_experts(targets: list[QuantizedTarget]) -> bool:
 
 
 def transformers_joins(plan: Plan) -> bool:
-    """True where transformers can lay the tensors of linears that it joins upon each other, or nothing is quantized.
-
-    Left out, they have a name in memory that no config says.
-    """
-    weights = [target.weight for target in shared.joined(plan)]
-    if not any(True for _ in plan.quantized_alike()):
-        return True
-    return all(spec is not None and kinds.weight_kind(spec) in _ROW_UPON_ROW for spec in weights)
+    """True where transformers can lay the tensors of linears that it joins upon each other: all left out, or none."""
+    together: dict[str, set[str | None]] = {}
+    for target in shared.joined(plan):
+        kind = "kept" if target.weight is None else kinds.weight_kind(target.weight)
+        together.setdefault(target.name.rpartition(".")[0], set()).add(kind)
+    return all(len(found) == 1 and found <= {"kept", *_ROW_UPON_ROW} for found in together.values())

@@ -7,12 +7,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from quarkcli.errors import ConfigError, ModelError
+from quarkcli.family import FamilyModel
 from quarkcli.plan.model import Target
 from quarkcli.recipe.expressions import Expressions
 
 _MARK = "re:"
-_PROJECTORS = ("multi_modal_projector",)  # a single linear in mllama, so that no pattern of a tree names it
-_INDEXER = ".self_attn.index_", ".self_attn.indexer."  # of MiniMax M3: in files, and in transformers' memory
 
 
 class WrittenNames:
@@ -57,29 +56,26 @@ def exact_patterns(targets: Iterable[Target], universe: Iterable[str]) -> list[s
     return names
 
 
-def in_memory(texts: Iterable[str]) -> list[str]:
+def in_memory(texts: Iterable[str], family: FamilyModel | None) -> list[str]:
     """Returns texts of a config, and behind them the names that transformers has in memory for names in them.
 
-    Files of models with images call the decoder `language_model.model` and have the head beside it; transformers turns
-    that around while it loads, and looks for modules in a config by its own names.
+    It renames modules of some families while it loads (`FamilyModel.renamed`), and looks for modules in a config by its
+    own names.
     """
     found = list(texts)
-    return list(dict.fromkeys([*found, *(own for text in found if (own := _own_name(text)) is not None)]))
+    return list(dict.fromkeys([*found, *(own for text in found if (own := _own_name(text, family)) is not None)]))
 
 
-def unfound(texts: Iterable[str]) -> list[str]:
+def unfound(texts: Iterable[str], family: FamilyModel | None) -> list[str]:
     """Returns the names in a config for which transformers has others in memory, where the config lacks those."""
     found = list(texts)
-    return [text for text in found if (own := _own_name(text)) is not None and not _is_said(own, found)]
+    return [text for text in found if (own := _own_name(text, family)) is not None and not _is_said(own, found)]
 
 
-def _own_name(text: str) -> str | None:
-    """Returns the name in transformers' memory of a module in the decoder of a wrapped model; None for any other."""
-    inner = text.removeprefix("language_model.")
-    if inner == text:
-        return f"model.{text}" if text in _PROJECTORS else None
-    inner = inner.replace(*_INDEXER)
-    return f"model.language_model.{inner.removeprefix('model.')}" if inner.startswith("model.") else inner
+def _own_name(text: str, family: FamilyModel | None) -> str | None:
+    """Returns the name of a module in transformers' memory where it is another one; None for patterns."""
+    own = text if family is None or text.startswith(_MARK) else family.in_memory(text)
+    return own if own != text else None
 
 
 def _is_said(name: str, texts: list[str]) -> bool:

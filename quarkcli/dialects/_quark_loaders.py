@@ -213,7 +213,7 @@ def _transformers_loads(plan: Plan) -> bool:
 
     Routed experts are one fused parameter in memory, for which amd-quark has no quantized module.
     """
-    if shared.joined(plan) or shared.hides_cache(plan):  # not tried
+    if shared.own_code(plan) or shared.renames(plan) or shared.joined(plan) or shared.hides_cache(plan):  # not tried
         return False
     if shared.quantizes_routers(plan) or any({"q", SOFTMAX} & set(a.specs) for a in shared.cached(plan)):
         return False

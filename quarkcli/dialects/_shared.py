@@ -266,6 +266,17 @@ def check_headers(expected: Iterable[TensorInfo], headers: Mapping[str, HeaderLi
     return tuple(names)
 
 
+def own_code(plan: Plan) -> bool:
+    """True where transformers has no class for models of the family; those that bring their own were not tried."""
+    return plan.rewrites.family is not None and plan.rewrites.family.own_code
+
+
+def renames(plan: Plan) -> bool:
+    """True where transformers has modules of the plan in memory under other names than the files."""
+    family = plan.rewrites.family
+    return family is not None and any(family.in_memory(name) != name for name in plan.targets)
+
+
 def joined(plan: Plan) -> list[Target]:
     """Returns the linears that transformers makes one of while it loads (`FamilyModel.joined`), but for experts."""
     names = plan.rewrites.family.joined if plan.rewrites.family is not None else []

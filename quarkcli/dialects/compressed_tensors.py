@@ -156,8 +156,12 @@ class CompressedTensors(Writer):
         return found
 
     def config_faults(self, config: Mapping[str, Any], server: str, plan: Plan | None = None) -> list[str]:
-        own = {"vllm": known.vllm_unpacked, "transformers": known.transformers_faults}.get(server)
-        return [*super().config_faults(config, server), *(own(config) if own else [])]
+        found = super().config_faults(config, server)
+        if server == "vllm":
+            return found + known.vllm_unpacked(config)
+        if server == "transformers":
+            return found + known.transformers_faults(config, plan.rewrites.family if plan is not None else None)
+        return found
 
     def caveat(self, plan: Plan) -> str:
         """Returns a sentence about the scales of a cache, which transformers 5.24 passes over, or about turned inputs.
@@ -222,6 +226,8 @@ class CompressedTensors(Writer):
         formats = {format_of(scheme[:2]) for scheme in groups}
         universe = [*plan.targets, *shared.tied_head(plan)]
         quantized = [target.name for target in plan.quantized()]
+        family = plan.rewrites.family
+        left = [*ignored(shared.unquantized(plan), universe, quantized), *shared.tied_head(plan)]
         cache = next((attention.specs["k"] for attention in shared.cached(plan)), None)
         return {
             "quant_method": NAME,
@@ -230,11 +236,13 @@ class CompressedTensors(Writer):
             "version": _VERSION,
             "config_groups": {
                 f"group_{index}": scheme_group(
-                    *scheme, format_of(scheme[:2]), _targets(targets, universe, alone=len(groups) == 1)
+                    *scheme,
+                    format_of(scheme[:2]),
+                    in_memory(_targets(targets, universe, alone=len(groups) == 1), family),
                 )
                 for index, (scheme, targets) in enumerate(groups.items())
             },
-            "ignore": in_memory([*ignored(shared.unquantized(plan), universe, quantized), *shared.tied_head(plan)]),
+            "ignore": in_memory(left, family),
             "kv_cache_scheme": None if cache is None else arguments(cache, weight=False),
             **({"transform_config": online.transform_config(plan, universe)} if plan.online else {}),
         }
@@ -300,8 +308,8 @@ def _targets(targets: Sequence[Target], universe: Iterable[str], *, alone: bool)
     """
     named = [target.name for target in targets if target.role in ("head", "embedding")]
     if alone and len(named) < len(targets):
-        return [CONFIG_CLASS, *in_memory(named)]
-    return in_memory(exact_patterns(targets, universe))
+        return [CONFIG_CLASS, *named]
+    return exact_patterns(targets, universe)
 
 
 # --- what loads it -------------------------------------------------------------------------------------------------
@@ -317,7 +325,7 @@ def _transformers_loads(plan: Plan) -> bool:
     """
     if shared.quantizes_routers(plan) or any("q" in attention.specs for attention in shared.cached(plan)):
         return False
-    if not known.transformers_joins(plan) or shared.hides_cache(plan):
+    if shared.own_code(plan) or not known.transformers_joins(plan) or shared.hides_cache(plan):
         return False
     if not all(_transformers_decodes(run[0], tied=bool(plan.tied_head)) for run in plan.quantized_alike()):
         return False
@@ -338,8 +346,7 @@ def _keeps_fused(plan: Plan) -> bool:
 def _transformers_decodes(target: QuantizedTarget, *, tied: bool) -> bool:
     """True when transformers decodes the target. `tied`: the head in memory shares its weight with the embedding."""
     shaped = not tied and keeps_shape((target.weight, target.input))
-    fused = target.expert is not None and target.view.expert is not None
-    return target.weight.symmetric and not fused and (shaped or target.role != "embedding")
+    return target.weight.symmetric and (shaped or target.role != "embedding")
 
 
 def _first_leaves_others_alone(plan: Plan) -> bool:

@@ -58,6 +58,12 @@ ROLES = {
     "projector": ["*projector*"],
     "mtp": ["mtp.*", "*.mtp.*"],
 }
+# How transformers renames models with images while it loads.
+RENAMED = {
+    r"^language_model\.lm_head\.": "lm_head.",
+    r"^language_model\.model\.": "model.language_model.",
+    r"^multi_modal_projector\.": "model.multi_modal_projector.",
+}
 
 # Ends of the names behind the blocks.
 _TAIL = ("lm_head", "norm", "ln_f", "output", "output_layer", "norm_f")
@@ -92,6 +98,7 @@ def infer(config: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> Famil
         attention=_attention(linears),
         sites=_sites(linears),
         experts=experts,
+        renamed=RENAMED,
     )
 
 

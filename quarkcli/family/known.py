@@ -17,7 +17,13 @@ from quarkcli.recipe import catalog
 from quarkcli.recipe.load import Document
 from quarkcli.recipe.schema import validate
 
-_OWN = ("extends", "summary", "architectures", "model_types")  # what a family does not take over from another
+_OWN = (
+    "extends",
+    "summary",
+    "architectures",
+    "model_types",
+    "own_code",
+)  # what a family does not take over from another
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,8 @@ def _merged(document: Document, path: Path, seen: tuple[str, ...]) -> Document:
     for key, value in data.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
         merged[key] = {**merged[key], **value} if both else value
+        if value is None:
+            del merged[key]
     return replace(document, data=merged)
 
 

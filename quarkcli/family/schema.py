@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Literal, Protocol, TypeVar
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from quarkcli.errors import ConfigError, did_you_mean
 from quarkcli.family.config import block_count, text_config
@@ -160,6 +160,9 @@ class FamilyModel(Strict):
     sites         linears that read one activation; a linear that is not listed has its own
     scale_groups  linears that servers fuse and give one per-tensor scale; default: the sites
     aliases       step of a module path -> its name in memory, accepted by patterns as well
+    renamed       regular expression -> replacement: how transformers renames modules while it loads, in this order,
+                  full names with a dot behind them
+    own_code      published models bring their own code, and transformers has no class for their type
     scaling       pairs for smoothing and AWQ; `*` stands for every expert
     residual      where the residual stream runs; without it, it can be neither rotated nor put in another order
     channels      channels of a block that can change places
@@ -187,6 +190,8 @@ class FamilyModel(Strict):
     scale_groups: list[list[str]] | None = None
     experts: ExpertsModel | None = None
     aliases: dict[str, str] = Field(default_factory=dict)
+    renamed: dict[str, str] = Field(default_factory=dict)
+    own_code: bool = False
     scaling: list[ScalingModel] = Field(default_factory=list)
     residual: ResidualModel | None = None
     channels: list[ChannelsModel] = Field(default_factory=list)
@@ -198,12 +203,31 @@ class FamilyModel(Strict):
     tied: bool = False
     joined: list[str] = Field(default_factory=list)
 
+    @field_validator("renamed")
+    @classmethod
+    def _check_renamed(cls, rules: dict[str, str]) -> dict[str, str]:
+        for pattern, replacement in rules.items():
+            try:
+                re.sub(pattern, replacement, "")
+            except re.error as error:
+                raise ValueError(
+                    f"'{pattern}: {replacement}' is no regular expression with its replacement: {error}"
+                ) from error
+        return rules
+
     def suited(self, config: Mapping[str, object]) -> FamilyModel:
         """Returns the family without the rewrites that would change what a model with this config computes."""
         text = text_config(config)
         scaling = [rule for rule in self.scaling if _unmet(rule.only, text) is None]
         turned = {"heads": _turned(self.heads, text), "residual": _turned(self.residual, text)}
         return self.model_copy(update={"scaling": scaling, **turned})
+
+    def in_memory(self, module: str) -> str:
+        """Returns the name that a module of the files has in transformers' memory."""
+        found = f"{module}."
+        for pattern, replacement in self.renamed.items():
+            found = re.sub(pattern, replacement, found)
+        return found.removesuffix(".")
 
     def runs(self, module: str, config: Mapping[str, object]) -> bool:
         """True for a module inside the decoder blocks that the model's own forward runs."""

@@ -13,7 +13,6 @@ from compressed_tensors.quantization import QuantizationConfig, QuantizationSche
 from compressed_tensors.utils.match import match_name
 
 from quarkcli import dialects
-from quarkcli.dialects._patterns import in_memory
 from quarkcli.family import known
 from quarkcli.family.rewrites import Rewrites
 from quarkcli.numerics.quantize import dequantize
@@ -169,12 +168,16 @@ def test_a_wrapped_decoder_is_named_as_in_memory_too() -> None:
     made = plan([*wrapped, Module("multi_modal_projector", (64, 64), "projector")], lambda m: PAIRS["fp8"])
     for module in (wrapped[1], Module("multi_modal_projector", (64, 64), "projector")):
         made.targets[module.name] = target(module, None)
-    config = CT.config(made)
+    mllama, llama4 = (
+        replace(made, rewrites=Rewrites(known.load(catalog.find("models", name)))) for name in ("mllama", "llama4")
+    )
+    config = CT.config(mllama)
     inner = wrapped[1].name.removeprefix("language_model.model.")
     assert {f"model.language_model.{inner}", "model.multi_modal_projector"} < set(config["ignore"])
-    assert CT.config_faults(config, "transformers") == []
+    assert CT.config_faults(config, "transformers", mllama) == []
     config["ignore"] = [wrapped[1].name]
-    assert "under another name" in CT.config_faults(config, "transformers")[0]
+    assert "under another name" in CT.config_faults(config, "transformers", mllama)[0]
+    assert CT.config_faults(config, "transformers", llama4) == []  # which has the names of its files in memory
 
 
 def test_a_second_list_of_layers_does_not_slip_into_the_pattern() -> None:
@@ -265,15 +268,12 @@ def test_loaders_see_what_a_server_fuses() -> None:
     assert CT.loaders(split) == {"transformers"}
     layers = plan(moe(), lambda m: PAIRS["int4-32" if ".0." in m.name[:16] else "mxfp4"] if m.expert else None)
     assert CT.loaders(layers) == {"vllm"}
-    fused = plan(moe(fused=True), linears(PAIRS["ptpc"]))
-    assert CT.loaders(fused) == {"vllm"}
-    gemma = replace(
-        plan(moe(), linears(PAIRS["ptpc"])), rewrites=Rewrites(known.load(catalog.find("models", "gemma4")))
-    )
-    assert CT.loaders(gemma) == {"vllm"}  # nothing fuses single experts where published files have fused ones
-    for name in ("llama4", "qwen3_5_moe"):  # but for these, which load with the values that quark decodes
-        loads = replace(gemma, rewrites=Rewrites(known.load(catalog.find("models", name))))
-        assert CT.loaders(loads) == BOTH
+    for fused in (False, True):  # in the source; the checkpoint has single ones
+        made = plan(moe(fused=fused), linears(PAIRS["ptpc"]))
+        # Nothing fuses single experts where published files have fused ones, but for those that load with the values
+        # that quark decodes.
+        for name, loaders in (("gemma4", {"vllm"}), ("llama4", BOTH), ("qwen3_5_moe", BOTH), ("qwen3_moe", BOTH)):
+            assert CT.loaders(replace(made, rewrites=Rewrites(known.load(catalog.find("models", name))))) == loaders
     untouched = plan(moe(fused=True), lambda m: None if m.expert else linears(PAIRS["int4-32"])(m))
     assert CT.loaders(untouched) == BOTH
 
@@ -284,10 +284,9 @@ def test_linears_that_transformers_joins_have_a_row_for_each_output() -> None:
     for kind, loaders in (("ptpc", BOTH), ("mxfp4", BOTH), ("int4-32", {"vllm"}), ("fp8", {"vllm"})):
         assert CT.loaders(replace(plan(llama(), linears(PAIRS[kind])), rewrites=joins)) == loaders
     left = plan(llama(), lambda m: None if m.role in ("gate", "up") else linears(PAIRS["ptpc"])(m))
-    assert (CT.loaders(left), CT.loaders(replace(left, rewrites=joins))) == (BOTH, {"vllm"})
-    inner = "layers.0.self_attn.index_q_proj"
-    named = in_memory([f"language_model.model.{inner}"])
-    assert named == [f"language_model.model.{inner}", "model.language_model.layers.0.self_attn.indexer.q_proj"]
+    assert CT.loaders(replace(left, rewrites=joins)) == BOTH
+    half = plan(llama(), lambda m: None if m.role == "gate" else linears(PAIRS["ptpc"])(m))
+    assert (CT.loaders(half), CT.loaders(replace(half, rewrites=joins))) == ({"transformers"}, set())
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,13 @@ def fresh(recipe: dict[str, Any]) -> Any:
     return getattr(transformers, recipe["model"])(config).eval()
 
 
+def linears(name: str) -> set[str]:
+    """Full names of the linears that the model has in memory."""
+    with torch.device("meta"):
+        model = fresh(RECIPES[name])
+    return {module for module, found in model.named_modules() if isinstance(found, torch.nn.Linear)}
+
+
 def own_failure(name: str) -> str | None:
     """How the model fails in transformers alone, loaded and run on text without quark; None when it runs."""
     try:

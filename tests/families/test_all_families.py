@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import CONFIG_MAPPING
 
-from quarkcli import family
+from quarkcli import dialects, family
+from quarkcli.dialects._patterns import WrittenNames
 from quarkcli.disk import verify
 from quarkcli.errors import DataError, ModelError
 from quarkcli.recipe import catalog
@@ -35,6 +37,12 @@ def test_every_file_is_tried() -> None:
     assert not BUILDABLE & FROM_HEADERS
 
 
+@pytest.mark.parametrize("file", sorted(FILES))
+def test_transformers_has_a_class_for_the_model_types(file: str) -> None:
+    said = family.load(FILES[file])
+    assert {kind in CONFIG_MAPPING for kind in said.model_types} == {not said.own_code}
+
+
 # ---- runs
 
 
@@ -45,6 +53,7 @@ def test_without_data(name: str, built: dict[str, Path], tmp_path: Path) -> None
     assert runs.warnings_but(runs.UNSERVED, made) == []
     assert len(made.report["warnings"]) == (name == "gpt_oss")  # whose experts lie as no server has them
     check_accounts(made)
+    check_names(name, made)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -73,6 +82,19 @@ def check_accounts(made: runs.Made) -> None:
     assert verify.directory(str(made.folder), str(made.source))[-1] == (
         f"all {len(source)} tensors of the original model are there"
     )  # fmt: skip
+
+
+def check_names(name: str, made: runs.Made) -> None:
+    """Of the linears in transformers' memory, a config in compressed-tensors names those that have codes."""
+    dense = {target.name: target.part for target in made.prepared.plan.quantized() if target.expert is None}
+    last = [module for module, part in dense.items() if part == max(dense.values())]
+    plan = runs.prepare(made.source, scheme="mxfp4", exclude=last).plan
+    own, config = family.load(FILES[models.RECIPES[name]["file"]]), dialects.writer("compressed-tensors").config(plan)
+    codes = {own.in_memory(target.name) for target in plan.quantized() if target.expert is None}
+    found = models.linears(name)
+    said = WrittenNames(config["ignore"], found)
+    assert {module for module in found if not said.named(module, config["ignore"])} == codes & found
+    assert config["config_groups"]["group_0"]["targets"][0] == "Linear"
 
 
 # ---- what the files say

@@ -210,6 +210,7 @@ def test_a_family_takes_over_what_it_does_not_say(home: Path) -> None:
     assert mine.experts is None and base.experts is not None
     assert (mine.architectures, mine.model_types, mine.sites) == (["MyModel"], [], base.sites)
     assert family.identify({"architectures": ["MyModel"]})[0] == "mine"
+    assert family.load(write(home, "other", "extends: llama\nrenamed: null\n")).renamed == {} != mine.renamed
     cards = {card.name: card for card in family.cards()}
     assert not family.has_experts(cards["mine"]) and family.has_experts(cards["kimi_k25"])
 
@@ -227,6 +228,8 @@ def test_a_users_family_comes_before_a_built_in_one(home: Path) -> None:
         ("extends: mine\n", "families extend each other: mine -> mine"),
         ("extends: llama\nsite: []\n", "unknown key 'site'"),
         ("extends: llama\nexperts: {path: x, up: u, down: d, fused: {f: {targets: []}}}\n", "fused.f.targets"),
+        ("extends: llama\nrenamed: {'^(a': b}\n", "'^(a: b' is no regular expression with its replacement"),
+        ("extends: llama\nrenamed: {'^a': '\\1'}\n", "invalid group reference"),
     ],
 )
 def test_a_bad_family_of_the_users(home: Path, text: str, message: str) -> None:

@@ -9,6 +9,7 @@ import pytest
 from quarkcli import family
 from quarkcli.errors import ModelError
 from quarkcli.family.lists import tower
+from quarkcli.recipe import catalog
 from tests.plan import layouts
 from tests.plan.layouts import Shapes, lay_out
 from tests.tiny import Header
@@ -291,3 +292,11 @@ def test_blocks_elsewhere_are_named() -> None:
     with pytest.raises(ModelError) as caught:
         lay_out(under("thing.text_model.", layouts.llama()), "llama")
     assert caught.value.hint is not None and "thing.text_model.layers (3 blocks)" in caught.value.hint
+
+
+def test_models_with_images_are_renamed_as_those_of_known_families() -> None:
+    headers = {f"language_model.{name}": Header("BF16", shape) for name, shape in layouts.llama().items()}
+    guessed = family.infer({"model_type": "novel", **TEXT}, headers)
+    assert guessed.renamed == family.load(catalog.find("models", "llama")).renamed
+    inner = "layers.0.mlp.up_proj"
+    assert guessed.in_memory(f"language_model.model.{inner}") == f"model.language_model.{inner}"
