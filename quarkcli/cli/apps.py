@@ -63,15 +63,18 @@ class _Command(typer.core.TyperCommand):
     def get_help_option(self, ctx: Any) -> Any:
         return lighten(super().get_help_option(ctx))
 
-    def invoke(self, ctx: Any) -> Any:
-        """Refuses an empty value, as a variable of a shell may be: it would count as no value."""
+    def parse_args(self, ctx: Any, args: list[str]) -> Any:
+        """Refuses an empty value, as a variable of a shell may be: it would count as no value, or as a directory."""
+        written = list(args)
+        rest = super().parse_args(ctx, args)
+        given, _, _ = self.make_parser(ctx).parse_args(args=written)
         for flag in self.params:
-            given = ctx.get_parameter_source(flag.name)
-            if ctx.params.get(flag.name) == "" and given is not None and given.name == "COMMANDLINE":
+            value = given.get(flag.name)
+            if value == "" or (isinstance(value, list) and "" in value):
                 where = max(flag.opts, key=len) if flag.param_type_name == "option" else flag.metavar or flag.name
                 hint = "write a value, or remove it"
                 raise UsageError("its value is empty", where=where, hint=hint, kind="E-FLAG-VALUE")
-        return super().invoke(ctx)
+        return rest
 
 
 class _App(typer.Typer):

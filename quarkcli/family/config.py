@@ -16,10 +16,11 @@ _POSITIONS = (
 _BLOCKS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _WIDTHS = ("hidden_size", "n_embd", "d_model", "n_embed", "dim", "model_dim")
 _HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
-_KV_HEADS = ("num_key_value_heads", "num_kv_heads", "multi_query_group_num")
+_KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_head_kv", "kv_n_heads", "multi_query_group_num")
 _VOCABULARY = ("vocab_size", "padded_vocab_size")
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
 _ACTIVE = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk", "top_k", "num_selected_experts")
+_INNER = ("attn_config", "ffn_config")  # where DBRX keeps facts about attention and experts
 # Where a config says how the files are quantized.
 QUANTIZATION = ("quantization_config", "compression_config")
 
@@ -98,5 +99,6 @@ def position_limit(config: Mapping[str, object]) -> int | None:
 
 
 def _number(config: Mapping[str, object], keys: tuple[str, ...]) -> int | None:
-    found = (config.get(key) for key in keys)
+    parts = [config, *(part for name in _INNER if isinstance(part := config.get(name), dict))]
+    found = (part.get(key) for part in parts for key in keys)
     return next((value for value in found if isinstance(value, int) and not isinstance(value, bool)), None)

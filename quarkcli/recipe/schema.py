@@ -111,10 +111,10 @@ class ChoicesModel(Strict):
 class Quantize(Strict):
     """Says what is quantized: by a scheme, or by ordered entries."""
 
-    scheme: str | None = Field(default=None, description="name of a scheme, instead of quant_cfg")
+    scheme: str | None = Field(default=None, min_length=1, description="name of a scheme, instead of quant_cfg")
     quant_cfg: list[EntryModel] | None = Field(default=None, description="the ordered entries; the last match wins")
-    kv_cache: str | None = Field(default=None, description="name of a KV cache scheme, or none")
-    attention: str | None = Field(default=None, description="name of an attention scheme, or none")
+    kv_cache: str | None = Field(default=None, min_length=1, description="name of a KV cache scheme, or none")
+    attention: str | None = Field(default=None, min_length=1, description="name of an attention scheme, or none")
     algorithm: list[AlgorithmStep] | str | None = Field(default=None, description="the algorithms, in their order")
 
     @model_validator(mode="after")
@@ -127,17 +127,21 @@ class Quantize(Strict):
 class Metadata(Strict):
     """Describes the recipe for people."""
 
-    name: str | None = Field(default=None, description="name of the recipe; without it: the name of the file")
+    name: str | None = Field(
+        default=None, min_length=1, description="name of the recipe; without it: the name of the file"
+    )
     description: str = Field(default="", description="what it is for, in one line")
 
 
 class Calibration(Strict):
     """Sets the calibration data; flags override it."""
 
-    data: str | None = Field(default=None, description="file, directory, hub data set, builtin, or self")
+    data: str | None = Field(default=None, min_length=1, description="file, directory, hub data set, builtin, or self")
     samples: int | None = Field(default=None, gt=0, description="number of rows")
     seqlen: int | None = Field(default=None, gt=1, description="tokens per row")
-    column: str | None = Field(default=None, description="column with the text; without it quark finds it")
+    column: str | None = Field(
+        default=None, min_length=1, description="column with the text; without it quark finds it"
+    )
     bos: Literal["auto", "on", "off"] | None = Field(
         default=None, description="whether rows begin with the BOS token; auto: as the tokenizer does it"
     )
@@ -280,6 +284,8 @@ def _message(model: type[BaseModel], path: Path_, detail: Any) -> str:
         return f"unknown key '{path[-1]}'{more}"
     if detail["type"] == "missing":
         return f"'{_name(path)}' is missing"
+    if detail["type"] in ("string_too_short", "too_short") and not detail["input"]:
+        return f"{_name(path)} is empty; write a value, or remove it"
     message = detail["msg"].removeprefix("Value error, ")
     return f"{_name(path)}: {message}" if path else message
 

@@ -122,14 +122,17 @@ def hasty(monkeypatch):
 
 def test_silence_is_broken(capsys, hasty):
     """The main thread may be in one long call: what it told last is said again, with how long it has been at it."""
+    started = time.monotonic()
     with Progress("lines") as progress:
         progress(Phase("quantize"))
         progress(Working("running block 3, batch 1 of 2"))
         time.sleep(0.75)
+    lasted = time.monotonic() - started  # longer than asked for on a busy machine
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "phase: quantize"
-    assert 2 <= len(lines[1:]) <= 3
-    assert set(lines[1:]) <= {"still running block 3, batch 1 of 2 (0s)", "still running block 3, batch 1 of 2 (1s)"}
+    assert 2 <= len(lines[1:]) <= lasted / 0.2
+    said = {f"still running block 3, batch 1 of 2 ({seconds}s)" for seconds in range(round(lasted) + 1)}
+    assert set(lines[1:]) <= said
 
 
 def test_work_that_is_told_often_is_not_shown_often(capsys, hasty):

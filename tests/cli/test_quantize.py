@@ -145,6 +145,8 @@ def test_plan_of_calibrated_schemes_says_what_data(quark):
         (["--algorithm", "magic"], 2, "unknown algorithm 'magic'"),
         (["--kv-cache", ""], 2, "--kv-cache: its value is empty"),
         (["--calib-data="], 2, "--calib-data: its value is empty"),
+        (["-o", ""], 2, "--output: its value is empty"),
+        (["--exclude", "*x", "--exclude="], 2, "--exclude: its value is empty"),
     ],
 )
 def test_wrong_flags(quark, extra, code, text):

@@ -41,6 +41,8 @@ def test_limits_of_positions(key: str) -> None:
             {"hidden_size": 64, "num_attention_heads": 4, "multi_query_group_num": 2, "padded_vocab_size": 9},
             (4, 2, 16, 9),
         ),
+        ({"d_model": 64, "n_heads": 4, "attn_config": {"kv_n_heads": 2}, "vocab_size": 9}, (4, 2, 16, 9)),
+        ({"hidden_size": 64, "num_attention_heads": 4, "n_head_kv": 2, "vocab_size": 9}, (4, 2, 16, 9)),
     ],
 )
 def test_heads_and_the_vocabulary_under_other_names(own: dict[str, object], found: tuple[int | None, ...]) -> None:

@@ -86,7 +86,7 @@ def test_built_in_recipes_are_good(name: str) -> None:
         ("quantize: {quant_cfg: [{quantizer_path: '*'}]}\n", "2:24", "neither cfg nor enable"),
         ("quantize: {quant_cfg: [{quantizer_path: '*', cfg: {}}]}\n", "2:24", "cfg is empty"),
         ("quantize: {quant_cfg: [{enable: true}]}\n", "2:24", "quant_cfg.0.quantizer_path' is missing"),
-        ("quantize: {quant_cfg: [{quantizer_path: '', enable: true}]}\n", "2:25", "at least 1 character"),
+        ("quantize: {quant_cfg: [{quantizer_path: '', enable: true}]}\n", "2:25", "quantizer_path is empty"),
         ("quantize: {quant_cfg: [{quantizer_path: a, quantizer_name: b, enable: true}]}\n", "2:24", "mean the same"),
         ("quantize: {quant_cfg: [{quantizer_path: a, enable: on}]}\n", "2:44", "must be true or false, not"),
         ("quantize: {quant_cfg: [{quantizer_path: a, enable: 1}]}\n", "2:44", "must be true or false, not"),
@@ -106,6 +106,7 @@ def test_built_in_recipes_are_good(name: str) -> None:
         ("quantize: {quant_cfg: [{quantizer_path: a, cfg: 3}]}\n", "2:44", "cfg must be a mapping or a list, not 3"),
         ("quantize: {quant_cfg: [{quantizer_path: a, cfg: {element: int5}}]}\n", "2:44", "element 'int5' is unknown"),
         ("quantize: {scheme: fp8, algorithm: [gptq]}\n", "2:37", "not 'gptq'; write {method: gptq}"),
+        ("quantize: {scheme: fp8}\ncalibration: {column: ''}\n", "3:15", "calibration.column is empty"),
     ],
 )  # fmt: skip
 def test_mistakes_have_file_line_and_column(text: str, place: str, what: str, tmp_path: Path) -> None:
