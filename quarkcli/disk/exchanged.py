@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator
 from quarkcli.disk.checkpoint import Checkpoint
 from quarkcli.disk.writer import bytes_of
 from quarkcli.errors import CheckError, some
-from quarkcli.family import Pair
+from quarkcli.family import Pair, Weight
 
 # How much nearer a reader is to the source as it is than scaled back, in squares: its norm was changed without it.
 _NEARER = 1.25
@@ -55,8 +55,11 @@ def _moved(checkpoint: Checkpoint, original: Checkpoint, changed: Collection[str
 def _norms(original: Checkpoint, changed: Collection[str]) -> Iterator[Pair]:
     """Yields the changed norms whose channels an algorithm may scale, and what reads them."""
     layout = original.layout
+    by_part: dict[int, dict[str, Weight]] = {part.index: {} for part in layout.parts}
+    for name, weight in layout.weights.items():
+        by_part[weight.part][name] = weight
     for part in layout.parts:
-        weights = {name: weight for name, weight in layout.weights.items() if weight.part == part.index}
+        weights = by_part[part.index]
         vectors = set(part.tensors) - {weight.view.tensor for weight in weights.values()}
         pairs = layout.rewrites.pairs(part.name, weights, vectors) if part.block is not None else []
         yield from (pair for pair in pairs if pair.norm and f"{pair.source}.weight" in changed)
