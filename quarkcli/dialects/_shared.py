@@ -277,6 +277,12 @@ def renames(plan: Plan) -> bool:
     return family is not None and any(family.in_memory(name) != name for name in plan.targets)
 
 
+def renames_weights_alone(plan: Plan) -> bool:
+    """True where transformers renames the weight of a quantized module, and does not find its codes by that name."""
+    family = plan.rewrites.family
+    return family is not None and not all(family.finds_codes(run[0].name) for run in plan.quantized_alike())
+
+
 def joined(plan: Plan) -> list[Target]:
     """Returns the linears that transformers makes one of while it loads (`FamilyModel.joined`), but for experts."""
     names = plan.rewrites.family.joined if plan.rewrites.family is not None else []

@@ -325,7 +325,9 @@ def _transformers_loads(plan: Plan) -> bool:
     """
     if shared.quantizes_routers(plan) or any("q" in attention.specs for attention in shared.cached(plan)):
         return False
-    if shared.own_code(plan) or not known.transformers_joins(plan) or shared.hides_cache(plan):
+    if shared.own_code(plan) or shared.hides_cache(plan) or shared.renames_weights_alone(plan):
+        return False
+    if not known.transformers_joins(plan, leaves_others_alone=_first_leaves_others_alone(plan)):
         return False
     if not all(_transformers_decodes(run[0], tied=bool(plan.tied_head)) for run in plan.quantized_alike()):
         return False
@@ -333,14 +335,23 @@ def _transformers_loads(plan: Plan) -> bool:
     quantized = [target for target in experts if is_quantized(target)]
     if quantized and (_keeps_fused(plan) or not known.transformers_loads_experts(quantized)):
         return False
-    left = [target for target in experts if target.weight is None and target.view.expert is None]
-    return not left or _first_leaves_others_alone(plan)
+    left = [target for target in experts if target.weight is None]
+    if any(target.view.expert is not None for target in left) and _splits_experts(plan):
+        return False
+    return _first_leaves_others_alone(plan) or all(target.view.expert is not None for target in left)
 
 
 def _keeps_fused(plan: Plan) -> bool:
     """True when published files of the family have fused experts, and transformers does not load single ones."""
     experts = plan.rewrites.family.experts if plan.rewrites.family is not None else None
-    return experts is not None and bool(experts.fused) and not (experts.singles or experts.converted)
+    loads = experts is None or experts.singles or experts.converted or experts.split
+    return experts is not None and bool(experts.fused) and not loads
+
+
+def _splits_experts(plan: Plan) -> bool:
+    """True when transformers makes a linear of every expert of the family, so that it finds no place for fused ones."""
+    experts = plan.rewrites.family.experts if plan.rewrites.family is not None else None
+    return experts is not None and experts.split
 
 
 def _transformers_decodes(target: QuantizedTarget, *, tied: bool) -> bool:

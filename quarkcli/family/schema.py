@@ -42,6 +42,7 @@ class ExpertsModel(Strict):
 
     singles   published files have a tensor for every expert, although those of some tools have fused ones
     converted  transformers loads a quantized tensor for every expert as well, although published files have fused ones
+    split     transformers makes a linear of every expert where it loads compressed-tensors, and so finds no fused ones
     fused     file tensor below `fused_in` (default: `path`), with `.weight` if it has one -> how it is split
     router_whole  no loader gives the router a scheme, whether a config lists it as left out or not
     count     key of config.json (dots go deeper) with the number of experts; only stacked tensors need it
@@ -53,6 +54,7 @@ class ExpertsModel(Strict):
     down: str
     singles: bool = False
     converted: bool = False
+    split: bool = False
     router_whole: bool = False
     fused: dict[str, FusedModel] = Field(default_factory=dict)
     fused_in: str | None = None
@@ -160,8 +162,7 @@ class FamilyModel(Strict):
     sites         linears that read one activation; a linear that is not listed has its own
     scale_groups  linears that servers fuse and give one per-tensor scale; default: the sites
     aliases       step of a module path -> its name in memory, accepted by patterns as well
-    renamed       regular expression -> replacement: how transformers renames modules while it loads, in this order,
-                  full names with a dot behind them
+    renamed       regular expression -> replacement: how transformers renames tensors while it loads, in this order
     own_code      published models bring their own code, and transformers has no class for their type
     scaling       pairs for smoothing and AWQ; `*` stands for every expert
     residual      where the residual stream runs; without it, it can be neither rotated nor put in another order
@@ -224,10 +225,16 @@ class FamilyModel(Strict):
 
     def in_memory(self, module: str) -> str:
         """Returns the name that a module of the files has in transformers' memory."""
-        found = f"{module}."
+        return self._renamed(f"{module}.weight").removesuffix(".weight")
+
+    def finds_codes(self, module: str) -> bool:
+        """True where transformers renames all tensors of a module as it renames the weight."""
+        return self._renamed(f"{module}.weight_scale") == f"{self.in_memory(module)}.weight_scale"
+
+    def _renamed(self, tensor: str) -> str:
         for pattern, replacement in self.renamed.items():
-            found = re.sub(pattern, replacement, found)
-        return found.removesuffix(".")
+            tensor = re.sub(pattern, replacement, tensor)
+        return tensor
 
     def runs(self, module: str, config: Mapping[str, object]) -> bool:
         """True for a module inside the decoder blocks that the model's own forward runs."""

@@ -276,6 +276,18 @@ def test_loaders_see_what_a_server_fuses() -> None:
             assert CT.loaders(replace(made, rewrites=Rewrites(known.load(catalog.find("models", name))))) == loaders
     untouched = plan(moe(fused=True), lambda m: None if m.expert else linears(PAIRS["int4-32"])(m))
     assert CT.loaders(untouched) == BOTH
+    for name, loaders in (("qwen3_5_moe", BOTH), ("llama4", {"vllm"})):  # which has a linear for every expert then
+        assert CT.loaders(replace(untouched, rewrites=Rewrites(known.load(catalog.find("models", name))))) == loaders
+
+
+def test_transformers_finds_no_codes_of_modules_whose_weight_alone_it_renames() -> None:
+    """DeepSeek V4: `head.weight` becomes `lm_head.weight`, and `head.weight_scale` stays."""
+    renames = Rewrites(known.load(catalog.find("models", "deepseek_v4")))
+    modules = [Module("head", (64, 64), "head"), Module("layers.0.attn.wq_a", (64, 64), "q_a")]
+    quantized, left = plan(modules, lambda m: PAIRS["ptpc"]), plan(modules, lambda m: None)
+    whole = plan(modules, lambda m: PAIRS["ptpc"] if m.role == "q_a" else None)
+    for made, loads in ((quantized, False), (whole, True), (left, True)):
+        assert ("transformers" in CT.loaders(replace(made, rewrites=renames))) == loads
 
 
 def test_linears_that_transformers_joins_have_a_row_for_each_output() -> None:
@@ -285,6 +297,11 @@ def test_linears_that_transformers_joins_have_a_row_for_each_output() -> None:
         assert CT.loaders(replace(plan(llama(), linears(PAIRS[kind])), rewrites=joins)) == loaders
     left = plan(llama(), lambda m: None if m.role in ("gate", "up") else linears(PAIRS["ptpc"])(m))
     assert CT.loaders(replace(left, rewrites=joins)) == BOTH
+    for kind, some, loaders in (("ptpc", "", BOTH), ("mxfp4", "", {"vllm"}), ("mxfp4", ".0.", BOTH)):
+        left = {m.name: None for m in llama() if m.role in ("gate", "up") and some in m.name}
+        pairs = {m.name: linears(PAIRS[kind])(m) for m in llama()} | left
+        kept = replace(plan(llama(), lambda m, pairs=pairs: pairs[m.name]), rewrites=joins)
+        assert CT.loaders(kept) == loaders  # decoded as experts where none has codes
     half = plan(llama(), lambda m: None if m.role == "gate" else linears(PAIRS["ptpc"])(m))
     assert (CT.loaders(half), CT.loaders(replace(half, rewrites=joins))) == ({"transformers"}, set())
 
