@@ -54,6 +54,7 @@ if TYPE_CHECKING:
 NAME = "quark"
 _ZEROS = "weight_zero_point"
 _INPUT_SCALES = (".input_scale", ".input_scale_2")
+_OUTPUT_SCALES = ("output_scale", "prob_output_scale")
 
 
 @dataclass(frozen=True)
@@ -299,11 +300,12 @@ def _cast(spec: TensorSpec) -> TensorSpec:
 
 
 def _check_outputs(view: StoredView, layers: LayerReader, headers: Mapping[str, HeaderLike]) -> None:
-    """Raises ModelError when an output scale is left over."""
+    """Raises ModelError when an output scale is left over. Gemma 3n has tensors whose names only end alike."""
     taken = {name for stored in view.targets.values() for name in stored.tensors}
     taken |= {name for attention in view.attention.values() for name in attention.scales.values()}
     for name in headers:
-        if name.endswith("output_scale") and name not in taken and not layers.is_cached(name.rpartition(".")[0]):
+        module, _, leaf = name.rpartition(".")
+        if leaf in _OUTPUT_SCALES and name not in taken and not layers.is_cached(module):
             raise ModelError(
                 "the quantization config has no output that this scale belongs to",
                 where=name,

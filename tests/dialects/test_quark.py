@@ -420,6 +420,12 @@ def test_what_is_left_over_or_unpacked_is_refused() -> None:
         read({**config, "export": {"weight_format": "fake_quantized"}}, tensors)
 
 
+def test_a_tensor_of_the_model_is_not_taken_for_the_scale_of_an_output() -> None:
+    config, tensors, _, _ = written(plan(llama(layers=1), linears(PAIRS["fp8"])))
+    own = {"model.layers.0.altup.correct_output_scale": torch.ones(8)}
+    assert set(read(config, tensors | own).targets) == set(read(config, tensors).targets)
+
+
 def test_a_cast_is_named_and_nothing_else_is_taken_for_one() -> None:
     """Casts have no scale: an unquantized matrix of the same dtype beside them stays an ordinary tensor."""
     cast = TensorSpec("bf16", PerTensor(), None)
