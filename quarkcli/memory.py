@@ -17,7 +17,7 @@ from typing import Any
 LARGE = 8 << 20  # bytes
 LARGE_IN_THREADS = 2 << 20  # of a part whose tensors come and go one by one; from here on torch takes large pages
 KEPT = 64 << 20  # bytes at the end of the heap that are kept for what comes next
-KERNELS = 32  # of oneDNN that are kept
+KERNELS = 32
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD, _M_ARENA_MAX = -3, -1, -8  # <malloc.h>
 _STATUS = Path("/proc/self/status")
 _FIELDS = re.compile(rb"^(VmRSS|VmHWM):\s*(\d+)", re.MULTILINE)
@@ -81,13 +81,19 @@ def return_large_buffers(large: int = LARGE) -> None:
 def share_heap() -> None:
     """Makes all threads share one heap, before the first of them starts: what one frees, the next one that asks gets.
 
-    Else glibc gives every thread a heap of its own, which keeps what it held at its fullest. oneDNN keeps half a MB for
-    each of the last 1,024 products of other sizes, unless it is told otherwise before the first.
+    Else glibc gives every thread a heap of its own, which keeps what it held at its fullest.
     """
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KERNELS))
     mallopt = _of_libc("mallopt")
     if mallopt is not None:
         mallopt(_M_ARENA_MAX, 1)
+
+
+def keep_few_kernels() -> None:
+    """Tells oneDNN, before its first product, to keep the code of `KERNELS` sizes of products: half a MB for each.
+
+    It would keep that of 1,024.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KERNELS))
 
 
 def give_back() -> None:

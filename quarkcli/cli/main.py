@@ -108,6 +108,7 @@ def main(argv: Sequence[str] | None = None, last: bool = False) -> int:
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # looking for some costs a tenth of a short command
     output.reset(arguments)
     memory.share_heap()
+    memory.keep_few_kernels()
     programs_read = last and output.session.format == "json"
     with foreign.apart() if programs_read else nullcontext(), answered(_last_words, last):
         code = _outcome(arguments)

@@ -98,7 +98,7 @@ def infer(config: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> Famil
         attention=_attention(linears),
         sites=_sites(linears),
         experts=experts,
-        renamed=RENAMED,
+        renamed={rule: name for rule, name in RENAMED.items() if any(re.match(rule, tensor) for tensor in headers)},
     )
 
 

@@ -17,13 +17,8 @@ from quarkcli.recipe import catalog
 from quarkcli.recipe.load import Document
 from quarkcli.recipe.schema import validate
 
-_OWN = (
-    "extends",
-    "summary",
-    "architectures",
-    "model_types",
-    "own_code",
-)  # what a family does not take over from another
+# What a family does not take over from another.
+_OWN = ("extends", "summary", "architectures", "model_types", "own_code")
 
 
 @dataclass(frozen=True)

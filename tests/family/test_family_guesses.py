@@ -296,7 +296,10 @@ def test_blocks_elsewhere_are_named() -> None:
 
 def test_models_with_images_are_renamed_as_those_of_known_families() -> None:
     headers = {f"language_model.{name}": Header("BF16", shape) for name, shape in layouts.llama().items()}
-    guessed = family.infer({"model_type": "novel", **TEXT}, headers)
-    assert guessed.renamed == family.load(catalog.find("models", "llama")).renamed
+    images = headers | {"multi_modal_projector.linear_1.weight": Header("BF16", (8, 8))}
+    known = family.load(catalog.find("models", "llama")).renamed
+    for shapes, rules in ((images, known), (headers, {p: r for p, r in known.items() if "projector" not in p})):
+        assert family.infer({"model_type": "novel", **TEXT}, shapes).renamed == rules != {}
     inner = "layers.0.mlp.up_proj"
+    guessed = family.infer({"model_type": "novel", **TEXT}, headers)
     assert guessed.in_memory(f"language_model.model.{inner}") == f"model.language_model.{inner}"
