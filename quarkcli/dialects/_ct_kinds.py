@@ -162,7 +162,7 @@ _TRANSFORMERS_EXPERTS: frozenset[Kinds] = kinds.pairs(
 
 def vllm_loads(plan: Plan) -> bool:
     """True when vLLM has a class for every quantized module, with the shapes that its fused modules need."""
-    if shared.quantizes_routers(plan) or shared.interleaves(plan):
+    if shared.vllm_lacks(plan):
         return False
     if not shared.fused_agree(plan) or not shared.tiles_fit(plan):
         return False

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from quarkcli.dialects._kinds import Kinds, Pair, input_kind, kinds_of
 from quarkcli.dialects.base import Classes, TensorInfo
 from quarkcli.errors import ModelError
-from quarkcli.family import HeaderLike
+from quarkcli.family import TOWERS, HeaderLike
 from quarkcli.plan.model import Attention, Plan, QuantizedTarget, Target
 from quarkcli.spec import PerGroup, PerTensor, PerTile, TensorSpec
 
@@ -66,6 +66,21 @@ def _experts_agree(plan: Plan) -> bool:
     return True
 
 
+def vllm_lacks(plan: Plan) -> bool:
+    """True when vLLM has no place for the plan, whatever its formats are."""
+    return quantizes_routers(plan) or interleaves(plan) or not _vllm_finds(plan)
+
+
+def _vllm_finds(plan: Plan) -> bool:
+    """True when vLLM finds the scheme of every linear, or that it has none (`FamilyModel.in_vllm`)."""
+    family = plan.rewrites.family
+    if family is None or family.in_vllm is None:
+        return True
+    left = (run[0].role for run in plan.alike() if run[0].weight is None)
+    schemes = {kinds_of(pair_of(run[0])) for run in plan.quantized_alike()}
+    return family.in_vllm == "whole" and len(schemes) == 1 and all(role in _KNOWN_TO_VLLM for role in left)
+
+
 def quantizes_routers(plan: Plan) -> bool:
     """True when a router is quantized: to servers it is a bare parameter, or a linear that never is."""
     return any(run[0].role == "router" for run in plan.quantized_alike())
@@ -82,9 +97,13 @@ def interleaves(plan: Plan) -> bool:
     return any(target.view.rows is not None and target.view.rows[2] > 1 for target in experts)
 
 
+# Roles of modules that stand outside blocks, or never get a scheme in vLLM.
+_KNOWN_TO_VLLM = TOWERS | {"embedding", "head", "projector", "router", "conv", "norm"}
+
+
 def vllm_loads(plan: Plan, dense: frozenset[Kinds], experts: frozenset[Kinds]) -> bool:
     """True when vLLM has a class for every pair, apart for linears and routed experts, and fused modules agree."""
-    if quantizes_routers(plan) or interleaves(plan):
+    if vllm_lacks(plan):
         return False
     for target, *_ in plan.quantized_alike():
         if kinds_of(pair_of(target)) not in (experts if target.expert else dense):

@@ -163,6 +163,8 @@ class FamilyModel(Strict):
     scale_groups  linears that servers fuse and give one per-tensor scale; default: the sites
     aliases       step of a module path -> its name in memory, accepted by patterns as well
     renamed       regular expression -> replacement: how transformers renames tensors while it loads, in this order
+    in_vllm       whole: vLLM has linears of the blocks under names that no config says, so that it loads a checkpoint
+                  only where none is left out, in one scheme; never: none was loaded
     own_code      published models bring their own code, and transformers has no class for their type
     scaling       pairs for smoothing and AWQ; `*` stands for every expert
     residual      where the residual stream runs; without it, it can be neither rotated nor put in another order
@@ -192,6 +194,7 @@ class FamilyModel(Strict):
     experts: ExpertsModel | None = None
     aliases: dict[str, str] = Field(default_factory=dict)
     renamed: dict[str, str] = Field(default_factory=dict)
+    in_vllm: Literal["whole", "never"] | None = None
     own_code: bool = False
     scaling: list[ScalingModel] = Field(default_factory=list)
     residual: ResidualModel | None = None

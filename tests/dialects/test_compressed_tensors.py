@@ -280,6 +280,23 @@ def test_loaders_see_what_a_server_fuses() -> None:
         assert CT.loaders(replace(untouched, rewrites=Rewrites(known.load(catalog.find("models", name))))) == loaders
 
 
+@pytest.mark.parametrize(
+    ("name", "loads"), [("gptj", "whole"), ("dbrx", ""), ("gemma3n", ""), ("llama", "whole less mixed")]
+)
+def test_families_whose_linears_have_other_names_in_vllm(name: str, loads: str) -> None:
+    """No config says these names: a linear that is left out would be taken for a quantized one."""
+    own = Rewrites(known.load(catalog.find("models", name)))
+    plans = {
+        "whole": plan(llama(), linears(PAIRS["ptpc"])),
+        "less": plan(llama(), lambda m: None if ".1." in m.name else linears(PAIRS["ptpc"])(m)),
+        "mixed": plan(llama(), lambda m: linears(PAIRS["int4-32" if ".1." in m.name else "ptpc"])(m)),
+    }
+    found = {kind for kind, made in plans.items() if "vllm" in CT.loaders(replace(made, rewrites=own))}
+    assert found == set(loads.split())
+    quark = dialects.writer("quark").loaders(replace(plans["less"], rewrites=own))
+    assert ("vllm" in quark) == ("less" in found)
+
+
 def test_transformers_finds_no_codes_of_modules_whose_weight_alone_it_renames() -> None:
     """DeepSeek V4: `head.weight` becomes `lm_head.weight`, and `head.weight_scale` stays."""
     renames = Rewrites(known.load(catalog.find("models", "deepseek_v4")))
