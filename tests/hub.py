@@ -206,8 +206,9 @@ def started() -> Iterator[Hub]:
             self.end_headers()
             content = answer.content[: answer.cut] if self.command != "HEAD" else b""
             for start in range(0, len(content), 65536):
-                self.wfile.write(content[start : start + 65536])
+                # Counted first: whoever asked may look at the count as soon as the bytes are there.
                 found.sent[self.path.partition("?")[0]] += len(content[start : start + 65536])
+                self.wfile.write(content[start : start + 65536])
             if answer.cut is not None:
                 self.close_connection = True
 
