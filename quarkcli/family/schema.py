@@ -176,6 +176,7 @@ class FamilyModel(Strict):
     norm_offset   norms multiply by their weight plus this
     tied          head and embedding are one tensor when config.json does not say
     joined        last steps of linears that transformers makes one linear of while it loads, row upon row
+    last_norm     values of keys of config.json with which there is a norm behind the blocks
     """
 
     extends: str | None = None
@@ -206,6 +207,7 @@ class FamilyModel(Strict):
     norm_offset: float = 0.0
     tied: bool = False
     joined: list[str] = Field(default_factory=list)
+    last_norm: Only = Field(default_factory=dict)
 
     @field_validator("renamed")
     @classmethod
@@ -225,6 +227,10 @@ class FamilyModel(Strict):
         scaling = [rule for rule in self.scaling if _unmet(rule.only, text) is None]
         turned = {"heads": _turned(self.heads, text), "residual": _turned(self.residual, text)}
         return self.model_copy(update={"scaling": scaling, **turned})
+
+    def ends_in_norm(self, config: Mapping[str, object]) -> bool:
+        """True where a model with this config has a norm behind its blocks, if its family's models have one."""
+        return _unmet(self.last_norm, text_config(config)) is None
 
     def in_memory(self, module: str) -> str:
         """Returns the name that a module of the files has in transformers' memory."""

@@ -105,11 +105,10 @@ def _ends(
     stand_in = config.get("tie_word_embeddings") is not False and any(f"{head}.weight" in headers for head in heads)
     if f"{family.embed[0]}.weight" not in headers and not stand_in:
         yield f"{family.embed[0]}.weight is missing"
-    kinds: dict[str, set[str]] = {part.kind: set() for part in layout.parts}
-    for part in layout.parts:
-        kinds[part.kind].update(layout.tensor_roles.get(tensor, "") for tensor in part.tensors)
+    blocks = [part for part in layout.parts if part.kind == "block"]
+    normed = any(layout.tensor_roles.get(tensor) == "norm" for part in blocks for tensor in part.tensors)
     norms = [module for module in family.tail if "norm" in module.rpartition(".")[2] or module.endswith("ln_f")]
-    if norms and "norm" in kinds["block"] and "norm" not in kinds["tail"]:
+    if norms and normed and family.ends_in_norm(config) and not any(f"{norm}.weight" in headers for norm in norms):
         yield f"{norms[0]}.weight is missing"
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from transformers import OPTForCausalLM
 
 from quarkcli.disk import verify
 from quarkcli.disk.checkpoint import Checkpoint
@@ -19,6 +21,7 @@ from quarkcli.errors import CheckError, ModelError
 from quarkcli.evaluation.run import evaluate
 from quarkcli.events import Message, silent
 from tests import runs
+from tests.families import models
 
 PREFIX = "model.layers.0.mlp.experts"
 
@@ -52,6 +55,27 @@ def test_an_unknown_family_cannot_be_calibrated(unknown: Path, text: Path, tmp_p
         runs.run(unknown, tmp_path / "out", scheme="nvfp4", **runs.data(text))
     assert "novel" in str(error.value).lower()
     assert not (tmp_path / "out").exists()
+
+
+def test_blocks_without_a_norm_behind_them(text: Path, page: Path, tmp_path: Path) -> None:
+    """OPT of 350 million: norms behind attention and MLP, linears between the widths of embedding and blocks."""
+    source = models.build("opt", tmp_path / "opt", do_layer_norm_before=False, word_embed_proj_dim=64)
+    made = runs.run(source, tmp_path / "out", scheme="int4_wo_32", algorithm="gptq", **runs.data(text))
+    result = evaluate(str(made.folder), baseline=str(source), text=str(page), window=64, device="cpu", tell=silent)
+    assert 0 < result["kl"] < 0.05
+    ids = torch.tensor(runs.tokenizer().encode(page.read_text(), add_special_tokens=False))
+    rows = ids[: len(ids) // 64 * 64].view(-1, 64)
+    model = OPTForCausalLM.from_pretrained(source, dtype=torch.float32)
+    with torch.no_grad():
+        logits = model(rows).logits[:, :-1]
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
+    assert result["baseline_perplexity"] == pytest.approx(float(loss.exp()), rel=1e-5)
+    other = models.build("opt", tmp_path / "other")
+    tensors = runs.read_all(other)
+    del tensors["model.decoder.final_layer_norm.weight"]
+    save_file(tensors, other / "model.safetensors")
+    with pytest.raises(ModelError, match=r"model\.decoder\.final_layer_norm\.weight is missing"):
+        runs.prepare(other, scheme="int4_wo_32")
 
 
 def test_fused_and_single_experts_become_the_same_files(sources: dict[str, Path], text: Path, tmp_path: Path) -> None:
