@@ -232,4 +232,5 @@ def _loads(dialect: Writer, plan: Plan, only: str = "") -> str:
     if not names:
         return "no server loads it; for measurements only"
     caveat = dialect.caveat(plan)
-    return f"loads in {' and '.join(names)}{only}" + (f"; {caveat}" if caveat else "")
+    known = " if they know the model" if plan.guessed else ""
+    return f"loads in {' and '.join(names)}{only}{known}" + (f"; {caveat}" if caveat else "")

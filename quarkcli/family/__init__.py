@@ -5,6 +5,7 @@ read, the parts of the walk and the attention modules. A family nobody described
 """
 
 from quarkcli.family.config import (
+    TIED,
     active_experts,
     block_count,
     head_size,
@@ -20,7 +21,7 @@ from quarkcli.family.config import (
 from quarkcli.family.fit import check as check_fit
 from quarkcli.family.infer import guess, infer
 from quarkcli.family.known import Card, card, cards, for_checkpoint, has_experts, identify, load
-from quarkcli.family.layout import TIED, AttentionModule, Layout, Site, Weight, lay_out
+from quarkcli.family.layout import AttentionModule, Layout, Site, Weight, lay_out
 from quarkcli.family.leftovers import surprises
 from quarkcli.family.lists import block_lists, tower
 from quarkcli.family.orientation import hidden_transpositions

@@ -21,6 +21,7 @@ _VOCABULARY = ("vocab_size", "padded_vocab_size")
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
 _ACTIVE = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk", "top_k", "num_selected_experts")
 _INNER = ("attn_config", "ffn_config")  # where DBRX keeps facts about attention and experts
+TIED = "tie_word_embeddings"  # head and embedding are one tensor
 # Where a config says how the files are quantized.
 QUANTIZATION = ("quantization_config", "compression_config")
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from quarkcli.family.config import QUANTIZATION
 
-# Kinds of attention that read the same weights.
+# Kinds of attention that read the same weights, as a rule.
 _ONE_KIND = {"full_attention", "sliding_attention", "chunked_attention"}
 # Keys under which those kinds do have weights of their own.
 _APART = ("global_", "_k_eq_v", "swa_")
@@ -17,6 +17,7 @@ _FROM = re.compile(r"first_k|first_\w*layers|start_index|dense_layers|num_dense"
 _LAST = re.compile(r"kv_shared|shared_kv")
 _TO = re.compile(r"end_index")
 _EVERY = re.compile(r"freq|step|period|interval|every|factor|stride")
+_CHANCE = 2  # blocks of each kind: damage does not hit all of a kind, and no other (MiMo V2 says of one nothing else)
 _SLACK = 4  # lists that speak of extra prediction layers as well are longer
 _MLP = re.compile(r"dense|moe|mlp|expert|sparse|ffn|feed_forward|intermediate")
 _ATTENTION = re.compile(r"attn|attention|layer_types|indexer|head|compress")
@@ -101,8 +102,12 @@ def _facts(key: str, value: Any, text: Mapping[str, Any], count: int) -> Iterato
 
 def _listed(key: str, value: list[Any], text: Mapping[str, Any], count: int) -> Iterator[tuple[object, ...]]:
     if count <= len(value) <= count + _SLACK:
-        one_kind = set(map(str, value)) <= _ONE_KIND and not any(part in name for name in text for part in _APART)
-        if not one_kind:
+        values = [str(entry) for entry in value[:count]]
+        apart = (
+            any(part in name for name in text for part in _APART)
+            or min(map(values.count, values), default=0) >= _CHANCE
+        )
+        if apart or not set(values) <= _ONE_KIND:
             yield tuple(repr(entry) for entry in value[:count])
     if "layer" in key and all(isinstance(entry, int) for entry in value):
         for shift in (0, 1):

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
-from quarkcli.family.config import expert_count
+from quarkcli.family.config import TIED, expert_count, text_config
 from quarkcli.family.lists import TOWER_WORDS, block_lists, language_blocks, tower
 from quarkcli.family.schema import (
     AttentionModel,
@@ -66,7 +66,8 @@ RENAMED = {
 }
 
 # Ends of the names behind the blocks.
-_TAIL = ("lm_head", "norm", "ln_f", "output", "output_layer", "norm_f")
+HEAD = "lm_head"
+_TAIL = (HEAD, "norm", "ln_f", "output", "output_layer", "norm_f")
 # Names that routers have, among other things.
 _ROUTERS = ("*.gate", "*.router", "*.router.*", "*.gate.wg")
 
@@ -84,10 +85,15 @@ def infer(config: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> Famil
     tail = [name for name in outside if name.endswith(_TAIL) and name not in {*embed, *around}]
     inside = {leaf: len(header.shape) for name, header in headers.items() for leaf in _below([name], blocks)}
     linears = [leaf.removesuffix(".weight") for leaf in inside if leaf.endswith(".weight")]
-    heads = [name for name in tail if name.endswith(("lm_head", "output", "output_layer"))]
+    widths = {leaf: header.shape[-1:] for name, header in headers.items() for leaf in _below([name], blocks)}
+    heads = [name for name in tail if name.endswith((HEAD, "output", "output_layer"))]
+    tied = not heads and False not in (config.get(TIED), text_config(config).get(TIED))
+    if tied:  # transformers makes the embedding of it, under this name in nearly all of its classes
+        tail.append(HEAD)
+        heads = [HEAD]
     experts = _experts(inside)
     tables = [*(embed or [f"{stem}.*embed*" if stem else "*embed*"]), "*.relative_attention_bias"]
-    roles = {"embedding": tables, "head": heads or ["*lm_head"], **ROLES}
+    roles = {"embedding": tables, "head": heads or [f"*{HEAD}"], **ROLES}
     roles |= _tower_roles(headers)
     roles["router"] = _routers(config, headers, blocks, experts)
     return FamilyModel(
@@ -96,9 +102,10 @@ def infer(config: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> Famil
         tail=tail,
         roles=roles,
         attention=_attention(linears),
-        sites=_sites(linears),
+        sites=_sites(linears, widths),
         experts=experts,
         renamed={rule: name for rule, name in RENAMED.items() if any(re.match(rule, tensor) for tensor in headers)},
+        tied=tied,
     )
 
 
@@ -194,14 +201,15 @@ def _attention(linears: list[str]) -> AttentionModel | None:
     return None
 
 
-def _sites(linears: list[str]) -> list[list[str]]:
+def _sites(linears: list[str], widths: Mapping[str, Any]) -> list[list[str]]:
+    """Returns linears that read one activation, by their names and widths; a walk checks that they do."""
     sites = []
     for module, leaves in _modules(linears).items():
         if re.search(r"\.\d+$", module):  # experts: their sites are the layer's
             continue
         for group in TOGETHER:
             present = [f"{module}.{leaf}" if module else leaf for leaf in group if leaf in leaves]
-            if len(present) > 1:
+            if len(present) > 1 and len({widths[f"{leaf}.weight"] for leaf in present}) == 1:
                 sites.append(present)
     return sites
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from quarkcli.errors import ModelError
-from quarkcli.family.config import head_size, hidden_size, kv_heads, text_config
+from quarkcli.family.config import TIED, head_size, hidden_size, kv_heads, text_config
 from quarkcli.family.orientation import decide, hidden_transpositions, stored_transposed
 from quarkcli.family.parts import Part, parts_of
 from quarkcli.family.rewrites import Rewrites
@@ -112,9 +112,6 @@ class Layout:
     transposed: tuple[str, ...] = ()
     rewrites: Rewrites = field(default_factory=Rewrites)
     architecture: str = ""
-
-
-TIED = "tie_word_embeddings"  # key of config.json: head and embedding are one tensor
 
 
 @without_collection()

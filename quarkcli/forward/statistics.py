@@ -261,7 +261,7 @@ class Statistics:
                 continue
             tensor = self._tensor(site)
             if site.kind == "linear":
-                linear[tensor] = taps.linear_tap(self, site.name)
+                linear |= taps.site_taps(self, site, tensor)
             else:
                 prefix = self._layer_of(site.name)
                 experts.setdefault(prefix, (tensor, ExpertTap(self, prefix)))

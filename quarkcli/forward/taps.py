@@ -14,6 +14,7 @@ from quarkcli.forward.experts import ExpertLayer
 from quarkcli.numerics.observers import STATISTICS
 
 if TYPE_CHECKING:
+    from quarkcli.family import Site
     from quarkcli.forward.statistics import Statistics
 
 
@@ -111,6 +112,16 @@ def linear_tap(statistics: Statistics, site: str) -> Callable[[Tensor], None]:
     return tap
 
 
+def site_taps(statistics: Statistics, site: Site, tensor: str) -> dict[str, Callable[[Tensor], None]]:
+    """Returns the tap of a site at one of its linears; where sites are guessed, the others are compared with it."""
+    tap = linear_tap(statistics, site.name)
+    if not statistics.plan.guessed or len(site.members) == 1:
+        return {tensor: tap}
+    same = OneInput()
+    tensors = [statistics.plan.targets[member].view.tensor for member in site.members]
+    return {each: same.of(each, tap if each == tensor else None) for each in filter(statistics.runner.loads, tensors)}
+
+
 def source_tap(statistics: Statistics, site: str) -> Callable[[Tensor], None]:
     """Returns what notes a linear's input in the source stream."""
 
@@ -118,6 +129,44 @@ def source_tap(statistics: Statistics, site: str) -> Callable[[Tensor], None]:
         statistics.source_rows[site] = statistics.batch.rows(x).clone()
 
     return tap
+
+
+class OneInput:
+    """Checks that linears which were guessed to read one activation do."""
+
+    def __init__(self) -> None:
+        self._first = ""
+        self._seen: Tensor | None = None
+
+    def of(self, tensor: str, tap: Callable[[Tensor], None] | None = None) -> Callable[[Tensor], None]:
+        """Returns what compares a linear's input with that of the linear that came first, and hands it to `tap`.
+
+        It raises ModelError where they are not the same.
+        """
+
+        def compared(x: Tensor) -> None:
+            self._compare(tensor, x)
+            if tap is not None:
+                tap(x)
+
+        return compared
+
+    def _compare(self, tensor: str, x: Tensor) -> None:
+        if self._first in ("", tensor):
+            self._first, self._seen = tensor, x
+        elif self._seen is None or not _same(self._seen, x):
+            raise ModelError(
+                f"reads another input than {self._first.removesuffix('.weight')}, although their names say that "
+                "servers make one linear of them",
+                where=tensor.removesuffix(".weight"),
+                hint="describe the model in a family file, with other 'sites': quark models infer MODEL -o FILE.yaml",
+                kind="E-MODEL-FAMILY",
+            )
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    in_place = one.data_ptr() == other.data_ptr() and one.stride() == other.stride()
+    return one.shape == other.shape and (in_place or torch.equal(one, other))
 
 
 def attention_tap(statistics: Statistics, module: str) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]:

@@ -194,6 +194,7 @@ class Plan:
                       scale for each are left out
     carried           weights that have the source's own codes and scales; no algorithm works on them
     architecture      the class that config.json names; empty: none
+    guessed           no family file knows the model: roles and names were guessed from tensor names
     basis             what it was resolved from, for edits (`plan.compose.Basis`)
     """
 
@@ -221,6 +222,7 @@ class Plan:
     joined: dict[str, frozenset[str]] = field(default_factory=dict)
     carried: frozenset[str] = frozenset()
     architecture: str = ""
+    guessed: bool = False
     basis: Basis | None = field(default=None, repr=False, compare=False)
     _known: tuple[Mapping[str, Target], dict[str, Any]] | None = field(
         default=None, init=False, repr=False, compare=False

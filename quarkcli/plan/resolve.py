@@ -67,6 +67,7 @@ def _applied(composed: Composed, recipe: Recipe, layout: Layout) -> tuple[_Resol
         scheme=recipe.name,
         family=layout.family,
         architecture=layout.architecture,
+        guessed=layout.inferred,
         entries=composed.entries,
         parts=layout.parts,
         targets=targets,

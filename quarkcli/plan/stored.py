@@ -52,6 +52,7 @@ def of_stored(
         scheme=name,
         family=layout.family,
         architecture=layout.architecture,
+        guessed=layout.inferred,
         entries=_ENTRIES,
         parts=layout.parts,
         targets=targets,

@@ -8,9 +8,10 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 from quarkcli.dialects.base import Writer
-from quarkcli.errors import CheckError, ModelError, UsageError, near_misses
+from quarkcli.errors import CheckError, ModelError, QuarkError, UsageError, near_misses
 from quarkcli.plan.model import Plan
 from quarkcli.servers._kernels import MEANING, Way
 from quarkcli.servers.base import Server, Written
@@ -63,8 +64,8 @@ def named(name: str, where: str = "--server") -> Server:
 
 def favoured(plan: Plan, target: str) -> Callable[[Writer], bool]:
     """Returns a function that is true for dialects in which the server that was named loads the plan."""
-    named = target in names()
-    return lambda dialect: named and not server(target).refusals(planned(plan, dialect))
+    named, known = target in names(), replace(plan, guessed=False)
+    return lambda dialect: named and not server(target).refusals(planned(known, dialect))
 
 
 def check_plan(plan: Plan, dialect: Writer, target: str) -> None:
@@ -88,16 +89,24 @@ def verdicts(target: str, written: Written, *, is_there: bool = False) -> list[s
     lines, loading = [], 0
     for member in [server(target)] if target != AUTO else servers():
         reasons, unknown = member.refusals(written), member.unknown(written)
+        open_ = bool(unknown) and reasons == [unknown]
         if reasons and target != AUTO:
-            more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
-            what = f"{member.title} {'may not' if unknown else 'does not'} load it: {reasons[0]}{more}{member.evidence}"
-            hint = "try another --dialect or scheme; --target auto shows which server loads it"
-            if is_there:
-                raise CheckError(what, where="--target", hint=hint, kind="E-CHECK-SERVER")
-            raise ModelError(what, where="--target", hint=hint, kind="E-SERVER-REFUSES")
-        answer = f"may load it: {unknown}" if unknown else f"does not load it: {reasons[0]}" if reasons else "loads it"
+            raise _refused(member, written, reasons, open_, is_there)
+        answer = f"may load it: {unknown}" if open_ else f"does not load it: {reasons[0]}" if reasons else "loads it"
         lines.append(f"{member.title} {answer}{member.evidence}")
-        loading += not reasons
+        loading += not reasons or (open_ and written.plan.guessed)
     if not loading:
         lines.append("no known server loads it; for measurements only")
     return lines
+
+
+def _refused(member: Server, written: Written, reasons: list[str], open_: bool, is_there: bool) -> QuarkError:
+    """Returns the error for a server that was named; `open_`: it may load the checkpoint all the same."""
+    more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
+    what = f"{member.title} {'may not' if open_ else 'does not'} load it: {reasons[0]}{more}{member.evidence}"
+    hint = "try another --dialect or scheme; --target auto shows which server loads it"
+    if open_ and written.plan.guessed:
+        hint = "use --target auto and try it, or describe the model in a family file: quark models infer MODEL"
+    if is_there:
+        return CheckError(what, where="--target", hint=hint, kind="E-CHECK-SERVER")
+    return ModelError(what, where="--target", hint=hint, kind="E-SERVER-REFUSES")

@@ -52,14 +52,31 @@ class Server:
     kernels_from: ClassVar[str] = ""
 
     def unknown(self, written: Written) -> str:
-        """Returns why nothing can be said of a checkpoint; empty when something can."""
+        """Returns why it cannot be said that it loads a checkpoint; empty when it can.
+
+        Servers name modules in ways of their own, which family files tell.
+        """
+        if not self._knows(written):
+            return f"quark does not know what it loads in checkpoint format {written.dialect}"
+        if written.plan.guessed:
+            return f"quark has no family file for model type '{written.plan.family}', and does not know its class there"
         return ""
 
     def refusals(self, written: Written) -> list[str]:
         """Returns the reasons it does not load the checkpoint, one sentence each; empty when it does.
 
-        What is unknown counts as a reason.
+        What is unknown counts as a reason where there is no other.
         """
+        known = self._faults(written) if self._knows(written) else []
+        unknown = self.unknown(written)
+        return known or ([unknown] if unknown else [])
+
+    def _knows(self, written: Written) -> bool:
+        """True when it is known what it loads in the checkpoint's dialect."""
+        raise AssertionError("a server says which dialects it is known to load")
+
+    def _faults(self, written: Written) -> list[str]:
+        """Returns the reasons that are known, where its dialect is."""
         raise AssertionError("a server says what it refuses")
 
     def way(self, kinds: tuple[str, str], generation: str, writer: Writer | None = None) -> Way | None:
@@ -78,13 +95,12 @@ class Server:
 class Loader(Server):
     """A server of which every dialect says itself what it loads (`Writer.loaders`, `Writer.config_faults`)."""
 
-    def unknown(self, written: Written) -> str:
-        return "" if written.writer else _not_known(written)
+    def _knows(self, written: Written) -> bool:
+        return written.writer is not None
 
-    def refusals(self, written: Written) -> list[str]:
+    def _faults(self, written: Written) -> list[str]:
         writer = written.writer
-        if writer is None:
-            return [self.unknown(written)]
+        assert writer is not None
         faults = writer.config_faults(written.config, self.name, written.plan)
         return [*self.misnamed(written), *faults, *self._plan_faults(writer, written.plan)]
 
@@ -108,13 +124,12 @@ class Read(Server):
     def _classes(self, written: Written) -> Classes | None:
         return written.writer.classes.get(self.name) if written.writer is not None else None
 
-    def unknown(self, written: Written) -> str:
-        return "" if self._classes(written) else _not_known(written)
+    def _knows(self, written: Written) -> bool:
+        return self._classes(written) is not None
 
-    def refusals(self, written: Written) -> list[str]:
+    def _faults(self, written: Written) -> list[str]:
         rules = self._classes(written)
-        if rules is None:
-            return [self.unknown(written)]
+        assert rules is not None
         found = self.misnamed(written)
         for run in written.plan.quantized_alike():
             reason = _reason(run[0], rules)
@@ -125,10 +140,6 @@ class Read(Server):
         if written.plan.online:
             found.append("it does not rotate inputs while the model runs")
         return [*found, *_attention(written.plan), *rules.faults(written.plan, written.config)]
-
-
-def _not_known(written: Written) -> str:
-    return f"quark does not know what it loads in checkpoint format {written.dialect}"
 
 
 def _reason(target: QuantizedTarget, rules: Classes) -> str | None:

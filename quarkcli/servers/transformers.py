@@ -15,11 +15,11 @@ class Transformers(Loader):
     # Weights are decoded, inputs rounded in torch.
     kernels = (Kernel("*", "*", emulated=EVERY, read_in="compressed-tensors 0.20 and amd-quark 0.13"),)
 
-    def refusals(self, written: Written) -> list[str]:
+    def _faults(self, written: Written) -> list[str]:
         unnamed = (
             ["it finds no weights: there is neither an index nor one file model.safetensors"] if written.unnamed else []
         )
-        return [*unnamed, *super().refusals(written)]
+        return [*unnamed, *super()._faults(written)]
 
 
 SERVER = Transformers()

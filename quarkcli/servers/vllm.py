@@ -92,10 +92,10 @@ class Vllm(Loader):
         Kernel("attention", "fp8*", fast="hopper blackwell", read_in=_CACHE),
     )
 
-    def refusals(self, written: Written) -> list[str]:
+    def _faults(self, written: Written) -> list[str]:
         last = _DROPPED.get(written.plan.architecture)
         dropped = f"its last release with a class of {written.plan.architecture} is {last}, and transformers has none"
-        return [*([dropped] if last else []), *super().refusals(written)]
+        return [*([dropped] if last else []), *super()._faults(written)]
 
     def misnamed(self, written: Written) -> list[str]:
         """Its class for Mixtral knows both names; that of gpt-oss, whose biases are one tensor, was tried: not so."""

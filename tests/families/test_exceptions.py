@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import OPTForCausalLM
+from transformers import AutoModelForCausalLM, GraniteConfig, OPTForCausalLM, PreTrainedConfig, RwkvConfig
 
+from quarkcli import servers
 from quarkcli.disk import verify
 from quarkcli.disk.checkpoint import Checkpoint
 from quarkcli.disk.compare import compare
@@ -48,6 +49,47 @@ def test_an_unknown_family_needs_no_description_without_data(
     assert verify.directory(str(made.folder), str(unknown))[-1].startswith("all ")
     known = runs.run(sources["llama"], tmp_path / "known", scheme=scheme)
     assert runs.same_files(made.folder, known.folder)  # the usual names are enough to find every role
+
+
+def fresh(config: PreTrainedConfig, folder: Path) -> Path:
+    """A model of a class of transformers that no family file describes."""
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    runs.tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_what_servers_do_with_an_unknown_family_is_unknown(unknown: Path) -> None:
+    prepared = runs.prepare(unknown, scheme="nvfp4")
+    what = "may load it: quark has no family file for model type 'novel', and does not know its class there"
+    lines = servers.verdicts("auto", servers.planned(prepared.plan, prepared.dialect))
+    assert f"vLLM 0.32 {what}" in lines and f"transformers 5.23 {what}" in lines
+    assert not any("loads it" in line or "no known server" in line for line in lines)
+    assert prepared.dialect.name == "compressed-tensors"
+    with pytest.raises(ModelError, match=r"vLLM 0\.32 may not load it: quark has no family file") as caught:
+        runs.prepare(unknown, scheme="nvfp4", target="vllm")
+    assert "describe the model in a family file" in str(caught.value.hint)
+
+
+def test_a_head_that_is_the_embedding_in_an_unknown_family(tmp_path: Path) -> None:
+    """Granite. The config has to name the head, or compressed-tensors looks for its codes."""
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": 512}
+    config = GraniteConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True)
+    made = runs.run(fresh(config, tmp_path / "m"), tmp_path / "out", scheme="int4_wo_32")
+    assert made.prepared.plan.guessed and made.prepared.plan.tied_head == "lm_head"
+    model, told = AutoModelForCausalLM.from_pretrained(made.folder, dtype=torch.bfloat16, output_loading_info=True)
+    assert not told["missing_keys"] and not told["unexpected_keys"]
+    assert model(input_ids=torch.arange(3, 9)[None]).logits.isfinite().all()
+
+
+def test_linears_whose_names_say_that_they_share_an_input(tmp_path: Path, text: Path) -> None:
+    """Keys, values and receptances of RWKV read different mixtures of two tokens; where
+    training starts, those of the first block are alike."""
+    config = RwkvConfig(vocab_size=512, hidden_size=64, attention_hidden_size=64, num_hidden_layers=2)
+    source = fresh(config, tmp_path / "m")
+    with pytest.raises(ModelError, match=r"reads another input than rwkv\.blocks\.1\.attention\.key") as caught:
+        runs.run(source, tmp_path / "out", scheme="int4_wo_32", algorithm="gptq", **runs.data(text))
+    assert caught.value.where == "rwkv.blocks.1.attention.value"
 
 
 def test_an_unknown_family_cannot_be_calibrated(unknown: Path, text: Path, tmp_path: Path) -> None:

@@ -182,6 +182,19 @@ def test_kinds_of_blocks_that_config_explains() -> None:
     said(LLAMA | {"first_k_dense_replace": 2}, llama(**without_v))  # says nothing of attention
 
 
+def test_kinds_of_attention_with_weights_of_their_own() -> None:
+    """MiMo V2, as transformers saves it: its sliding blocks have twice the keys and values, which only blocks tell."""
+    wide = {f"model.layers.{index}.self_attn.{leaf}_proj.weight": (128, 128) for index in (1, 3) for leaf in "kv"}
+    kinds = {"layer_types": ["full_attention", "sliding_attention"] * 2, "num_hidden_layers": 4}
+    narrow = {name: (64, 128) for name in layouts.llama(4) if name.endswith(("k_proj.weight", "v_proj.weight"))}
+    model = {"model_type": "novel", "architectures": ["NovelForCausalLM"], "num_key_value_heads": None}
+    check(LLAMA | model | kinds, shaped(changed(layouts.llama(4), narrow | wide)))
+    del wide["model.layers.3.self_attn.v_proj.weight"]
+    assert "layers.1.self_attn.v_proj.weight is [128, 128]" in said(
+        LLAMA | model | kinds, shaped(changed(layouts.llama(4), narrow | wide))
+    )
+
+
 def test_the_quantization_says_nothing_of_the_model() -> None:
     """A block of a transform config is called head_dim as well."""
     said = {"quantization_config": {"transform_config": {"config_groups": {"a": {"head_dim": 128}}}}}
