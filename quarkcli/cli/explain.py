@@ -34,6 +34,7 @@ def explain(
     """Explain why a module is or is not quantized: the entries that match it in order, and the one that decides."""
     output.start(json=json)
     from quarkcli import family
+    from quarkcli.disk.origin import open_weights
     from quarkcli.job import run as job
     from quarkcli.job.options import Options
     from quarkcli.plan.compose import Overrides
@@ -42,7 +43,8 @@ def explain(
 
     options = Options(model=model, recipe=name)
     recipe, source = job.load_recipe(options), job.open_source(options)
-    layout = family.lay_out(*family.for_checkpoint(source.config, source.headers), source.config, source.headers)
+    headers = open_weights(source)[0].headers
+    layout = family.lay_out(*family.for_checkpoint(source.config, headers), source.config, headers)
     found = explained(resolve(recipe, Overrides(), layout), slot)
     if json:
         output.json_data(found.as_json())

@@ -66,3 +66,11 @@ def test_min_kv_scale(quark: Quark) -> None:
     assert code == 3
     assert "--min-kv-scale" in err and "no KV cache" in err
     assert quark("plan", *flags, "--kv-cache", "fp8", "--min-kv-scale", "-1").code == 2
+
+
+def test_a_quantized_source_is_explained(quark: Quark) -> None:
+    """Its weights are in the files as codes and scales."""
+    assert quark("quantize", "--model", "demo", "--scheme", "int4_wo_128", "-o", "out")[0] == 0
+    code, out, err = quark("recipes", "explain", "nvfp4", DOWN, "--model", "out")
+    assert code == 0, err
+    assert "ends as     fp4_e2m1 group 16" in out
