@@ -57,13 +57,15 @@ def _ways(prepared: Prepared, group: PlanRow) -> Iterator[str]:
 
 
 def _tried(typed: str, options: Options, before: Prepared, loaded: set[str]) -> tuple[str, bool]:
-    """Returns what flags make of the output, empty where they cannot; and whether a server loads both."""
+    """Returns what flags make of the output, empty where it is no smaller; and whether a server loads both."""
     data = before.calibration.source if before.calibration is not None else BUILTIN
     try:
         prepared = prepare(replace(options, calib_data=data))
     except QuarkError:
         return "", False
     size, other = before.forecast, prepared.forecast
+    if other.output_bytes >= size.output_bytes:  # the recipe has nothing for these weights
+        return "", False
     titles = _loaders(prepared)
     who = f"loaded by {', '.join(sorted(titles))}" if titles else "no known server loads that"
     was, now = (round(100 * one.output_bytes / max(1, one.source_bytes)) for one in (size, other))

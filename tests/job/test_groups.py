@@ -98,6 +98,13 @@ def test_what_may_be_typed_is_said_with_who_loads_it() -> None:
     assert bulk.remarks(runs.prepare("demo", scheme="int4_wo_128", unprotect=["head", "embedding"])) == []
 
 
+def test_flags_that_change_nothing_are_not_proposed(tmp_path: Path) -> None:
+    """A recipe of experts alone has nothing for the head, whatever protects it."""
+    model = tiny.build("qwen3_moe", tmp_path / "m", vocab_size=8192).folder
+    (line,) = bulk.remarks(runs.prepare(model, recipe="mxfp4_experts_only"))
+    assert "embedding" in line and "head" in line
+
+
 def test_the_table_of_a_finished_run(tmp_path: Path) -> None:
     made = runs.run("demo", tmp_path / "out", scheme="int4_wo_64")
     rows = of_report(made.report["tensors"], "error")
