@@ -119,7 +119,8 @@ def check_effect(
         overruling = [d.entry for d in winners if d.entry is not None and d.entry not in indices]
         if not set(overruling).isdisjoint(meant):
             continue
-        later = dict.fromkeys(str(plan.entries[index].origin) for index in overruling)
+        without_cfg = any(decision.entry in indices for decision in winners)  # on, and nothing to quantize with
+        later = {} if without_cfg else dict.fromkeys(str(plan.entries[index].origin) for index in overruling)
         raise ConfigError(
             f"'{_shown(entry)}' switches quantizers on, but all of them end switched off",
             where=str(entry.origin),

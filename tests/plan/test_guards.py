@@ -91,6 +91,9 @@ def test_an_entry_without_effect() -> None:
     with pytest.raises(ConfigError) as empty:
         plan(recipe(("*up_proj.weight_quantizer", None, True), ("*down_proj.weight_quantizer", INT8, True)))
     assert "add a cfg" in empty.value.hint
+    with pytest.raises(ConfigError) as partly:  # the head's input is excluded, and the others have no cfg either
+        plan(recipe(("*.weight_quantizer", INT8, True), ("*.input_quantizer", None, True)))
+    assert "add a cfg" in partly.value.hint
 
 
 def test_to_be_overruled_is_no_error() -> None:
