@@ -35,6 +35,8 @@ class _Split(NamedTuple):
     repeats: int = 0
 
     def fits(self, degree: int) -> bool:
+        if degree == 1:
+            return True  # nothing is split, so a short last group or tile is not cut either
         if self.repeats and degree > self.repeats:
             return degree % self.repeats == 0
         return self.features % degree == 0 and self.features // degree % self.unit == 0

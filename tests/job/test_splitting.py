@@ -6,6 +6,7 @@ import pytest
 
 from quarkcli.disk import verify
 from quarkcli.errors import CheckError, ModelError
+from quarkcli.recipe import recipe as recipes
 from tests import runs
 
 
@@ -23,6 +24,18 @@ def test_groups_that_would_be_cut(narrow, tmp_path):
     assert "tensor parallel over" in refused.value.what
     assert runs.prepare(narrow, tp=2, **flags).tensor_parallel == [1, 2]
     assert runs.prepare(narrow, tp=4, exclude=["*down_proj"], **flags).tensor_parallel == [1, 2, 4]
+
+
+def test_one_device_splits_nothing(narrow):
+    """Also where the last group of a row is shorter."""
+    pad = runs.prepare(narrow, recipe=_in_groups_of(96 * 5), on_indivisible="pad")
+    assert pad.tensor_parallel == [1]
+
+
+def _in_groups_of(size):
+    cfg = {"element": "int4", "granularity": {"group": size}}
+    entries = [{"quantizer_path": "*", "enable": False}, {"quantizer_path": "*down_proj.weight_quantizer", "cfg": cfg}]
+    return recipes.from_config({"schema": "quark/recipe/1", "quantize": {"quant_cfg": entries}}, "own")
 
 
 def test_heads_under_another_name_are_counted(tmp_path):
