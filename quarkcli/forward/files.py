@@ -82,10 +82,10 @@ def find(path: Path) -> list[Path]:
     """Returns the files of a folder that hold data, or the file itself. Raises DataError when there is none."""
     if not path.is_dir():
         if kind(path) is None:
-            hint = "unpack it first" if path.suffix in _PACKED else f"use {', '.join(KINDS)}"
-            raise DataError(
-                f"has the unknown file type '{path.suffix}'", where=str(path), hint=hint, kind="E-DATA-FILE"
-            )
+            ends = path.suffixes[-2:] if path.suffix == ".gz" else [path.suffix]
+            hint = f"use {', '.join(KINDS)}" if _PACKED.isdisjoint(ends) else "unpack it first"
+            what = f"has the unknown file type '{''.join(ends)}'"
+            raise DataError(what, where=str(path), hint=hint, kind="E-DATA-FILE")
         if not path.is_file():
             raise DataError(
                 "is not a regular file", where=str(path), hint="write the rows to a file first", kind="E-DATA-FILE"

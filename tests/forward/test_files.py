@@ -90,6 +90,7 @@ def test_text_in_other_encodings(encoding: str, tokens: Tokenizer, tmp_path: Pat
         ("a.jsonl", b"\x28\xb5\x2f\xfd" + bytes(90), "is zstandard-compressed"),
         ("a.jsonl", b"PAR1" + bytes(90), "is a parquet file"),
         ("a.jsonl.zst", b"\x28\xb5\x2f\xfd" + bytes(90), "has the unknown file type '.zst'"),
+        ("a.tar.gz", gzip.compress(b"x", mtime=0), "has the unknown file type '.tar.gz'"),
         ("a.jsonl.gz", gzip.compress(LINES.encode(), mtime=0)[:-9], "gzip data is damaged"),
         ("a.jsonl", b"\0" * 9000, "no row can be used: 1 x not JSON (such as line 1)"),
         ("a.jsonl", "null\n" * 9, "no row can be used: 9 x the row is null"),
