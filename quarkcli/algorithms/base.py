@@ -26,7 +26,7 @@ Kind = Literal["transform", "solver", "refiner", "tuner"]
 Needs = dict[str, set[str]]  # kinds of statistics by site
 # Rows that `samples` keeps of an activation at most: those that something is fitted to, and held-out ones.
 FITTED_ROWS, HELD_ROWS = 512, 256
-FIRST = 8  # and for so many of them one first token of a calibration row beside them
+FIRST = 8  # for each so many of them, one first token of a calibration row is kept beside them
 SAMPLED_ROWS = (FITTED_ROWS + HELD_ROWS) * (FIRST + 1) // FIRST
 
 

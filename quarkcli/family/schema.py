@@ -153,7 +153,7 @@ class FamilyModel(Strict):
     """A family file, `recipes/models/<name>.yaml`. Names are below the block unless they are said to be full.
 
     extends       another family: its mappings are taken over key by key, everything else unless given here;
-                  architectures, model types and summary never are
+                  architectures, model types, summary and own_code never are
     text          prefixes of the text model, for `{text}` in full names; the first that the file has
     blocks        full path of the numbered decoder blocks
     embed, tail   full names of the modules before and behind the blocks

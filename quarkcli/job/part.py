@@ -46,7 +46,7 @@ from quarkcli.plan.model import Part, Plan, QuantizedTarget
 from quarkcli.spec import TensorSpec
 from quarkcli.threads import Workers
 
-Observed = tuple[Statistics | None, Tensor | None]  # and the first batch's output
+Observed = tuple[Statistics | None, Tensor | None]  # statistics, and the block's output for the first batch
 MOSTLY = 0.9  # of an input's values: where its static scale rounds so many to zero, the run says so
 
 
@@ -111,11 +111,11 @@ class PartWorker:
         self.headers, self.owners = weights.headers, part_targets(plan)
 
     def work(self, part: Part, tensors: dict[str, Tensor]) -> PartResult:
-        """Quantizes one part. `tensors` in source form, on the device.
+        """Quantizes one part.
 
-        They are overwritten when the walk goes on; without a walk, weights leave it as soon as they are packed.
+        tensors   of the source, on the device; decoded weights overwrite them, or without a walk, packed ones leave
 
-        In order: transforms before, observe, transforms after, static scales, solve, refine, tune, pack, advance.
+        In order: transforms before, observe, transforms after, turn, static scales, solve, refine, tune, pack, advance.
         """
         started = time.perf_counter()
         self.warnings: list[str] = []
@@ -170,7 +170,8 @@ class PartWorker:
     ) -> Observed:
         """Runs the part in source precision, on states of the quantized parts below (`one_pass`: of the source's).
 
-        again   behind a transform, which may have clamped weights: states move on as they did the first time
+        staged   the weights of earlier stages, decoded; None: this is the first
+        again    behind a transform, which may have clamped weights: states move on as they did the first time
         """
         walk = self.walk
         if walk is None or not self.is_shared(part):

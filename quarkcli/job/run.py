@@ -95,7 +95,7 @@ def open_source(options: Options, tell: Listener = silent, kept: Path | None = N
 
 
 def _output(options: Options, recipe: Recipe, name: str = "") -> Path:
-    """Returns the output directory; named after a recipe, it is no path. `name`: of the model; a hub id has it."""
+    """Returns the output: as asked for, else named after recipe and model (`name`, or the end of what was given)."""
     name = DEMO if options.model == DEMO else name or options.model.rpartition("/")[2]
     return _expanded(options.output) or Path(f"{name}-{recipe.file_name}")
 
@@ -164,7 +164,7 @@ def run(
     planned: Callable[[Prepared], None] = lambda prepared: None,
     judge: judging.Judge | None = None,
 ) -> dict[str, Any]:
-    """Does all ten steps. Returns the report. Raises QuarkError; then no output directory exists.
+    """Does all ten steps. Returns the report. Raises QuarkError; then no output directory was made or changed.
 
     planned   called once with what is about to be done, before any weight is read
     judge     scores what was written against the source; None: nobody does
