@@ -63,7 +63,7 @@ def check(
                 faults.append(f"tensor parallel over {degree} devices: {what}")
     if faults:
         works = [degree for degree in range(1, _LARGEST + 1) if all(split.fits(degree) for split, _ in splits)]
-        faults[0] += f"; these numbers fit: {', '.join(map(str, works)) or 'none'}"
+        faults[0] += f"; these numbers fit: {', '.join(map(str, works))}"
         raise CheckError("\n".join([faults[0], *(f"also: {fault}" for fault in faults[1:])]), kind="E-CHECK-SPLIT")
     if degrees:
         return [f"tensor parallel fits over {', '.join(map(str, degrees))} devices"]

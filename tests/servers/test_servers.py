@@ -106,7 +106,7 @@ def test_keys_that_vllm_needs(tmp_path: Path) -> None:
     [
         ("int4_wo_128", (1, 2), "384 inputs would cut scale groups of 128; these numbers fit: 1"),
         ("mxfp4", (1, 2, 8), "heads cannot be divided evenly; these numbers fit: 1, 2, 4"),
-        ("fp8_block128", (2,), "384 inputs would cut tiles of 128; these numbers fit: none"),
+        ("fp8_block128", (2,), "384 inputs would cut tiles of 128; these numbers fit: 1"),
     ],
 )
 def test_degrees_of_tensor_parallel(scheme: str, degrees: tuple[int, ...], said: str, tmp_path: Path) -> None:
