@@ -11,7 +11,7 @@ Clipping: of every group the share of its largest magnitude with which the outpu
 after the other, with the errors of all others as they are by then; q and k are left alone, because attention multiplies
 their errors. A solver that searches scales does it better: then nothing is clipped unless `clip` says `on`.
 
-ModelOpt's awq_lite is `clip: off` with `n_grid` = 1 / alpha_step, awq_clip is `scales: off`, awq_full is all of it.
+ModelOpt's awq_lite is `clip: off` with `n_grid` = 1 / alpha_step, awq_clip is `scales: false`, awq_full is all of it.
 AMD Quark's awq is the default.
 
 scaling_layers   as in smoothquant; default: all channels that the model family names
