@@ -17,6 +17,7 @@ from quarkcli.algorithms.base import Effort, Moment, Needs, Outcome, Problem, So
 from quarkcli.algorithms.rtn import RoundToNearest
 from quarkcli.errors import ConfigError
 from quarkcli.numerics.rows import cpu_rows
+from quarkcli.numerics.signs import may_be_negative
 from quarkcli.plan.model import Plan, QuantizedTarget
 from quarkcli.spec import TensorSpec
 
@@ -85,9 +86,10 @@ class ColumnSolver(Solver):
         return {target.site: set(kinds) for target in plan.quantized() if target.site is not None}
 
     def check(self, plan: Plan) -> None:
-        """Refuses negative scales where a server reads scales as unsigned."""
+        """Refuses negative scales where a server reads scales as unsigned, and where none can come."""
         if self.signed != "on":
             return
+        self._check_signs(plan)
         for target in plan.quantized():
             if _integer(target) and target.input is not None:
                 raise ConfigError(
@@ -97,6 +99,18 @@ class ColumnSolver(Solver):
                     hint="write signed: auto, which leaves such weights out, or use a scheme with inputs in 16 bits",
                     kind="E-ALGORITHM-FORMAT",
                 )
+
+    def _check_signs(self, plan: Plan) -> None:
+        """Refuses `signed: on` where it would change nothing."""
+        if not self.scale_search:
+            why, hint = "scale_search is off, and only the search tries them", "write scale_search: true"
+        elif not any(may_be_negative(target.weight) for target in plan.quantized()):
+            why = "only scales of symmetric integers may be negative, and no weight has such"
+            hint = "leave signed out, or use a scheme such as int4_wo_128"
+        else:
+            return
+        what = f"{self.name} signed: on changes nothing: {why}"
+        raise ConfigError(what, where="algorithm", hint=hint, kind="E-ALGORITHM-IDLE")
 
     def memory(self, plan: Plan) -> int:
         """Returns the bytes of what it sees of a block while that runs, or of one problem, whichever is more."""

@@ -18,6 +18,7 @@ from quarkcli.plan.model import Decision, Target
 from quarkcli.recipe.attributes import native
 from quarkcli.recipe.recipe import scheme_model
 from quarkcli.spec import PerChannel, ScaleSpec, TensorSpec
+from tests import runs
 
 ROWS, COLUMNS = 24, 256
 
@@ -218,3 +219,15 @@ def test_what_yaml_reads_as_booleans() -> None:
     assert gptq(signed=True).signed == "on"
     assert gptq(signed=False).signed == "off"
     assert gptq(refine=0).refine == 0
+
+
+@pytest.mark.parametrize(
+    ("scheme", "settings"),
+    [("nvfp4_weight_only", []), ("uint4_wo_128", []), ("int4_wo_128", ["gptq.scale_search=false"])],
+)
+def test_negative_scales_that_cannot_come_are_refused(scheme: str, settings: list[str]) -> None:
+    given = {"algorithm": "gptq", "calib_data": "builtin", "settings": ["gptq.signed=on", *settings]}
+    with pytest.raises(ConfigError, match="gptq signed: on changes nothing") as caught:
+        runs.prepare("demo", scheme=scheme, **given)
+    assert caught.value.kind == "E-ALGORITHM-IDLE"
+    assert runs.prepare("demo", scheme="int4_wo_128", **given | {"settings": ["gptq.signed=on"]})
