@@ -168,7 +168,7 @@ class ColumnSolver(Solver):
             problem.report(_outcome(self.name, found))
         elif not self._dead(moment):
             return None
-        return RoundToNearest().solve(problem) if found is None or found.nearest else found.quantized
+        return found.quantized if found is not None else RoundToNearest().solve(problem)
 
     def _dead(self, moment: Moment) -> bool:
         """Returns whether no input ever moved, so that there is nothing to solve."""

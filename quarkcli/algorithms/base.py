@@ -75,14 +75,15 @@ class Moment:
 class Outcome(NamedTuple):
     """The result of a solver on one problem, for journal and report.
 
-    before, after   share of the weights' outputs that rounding to nearest loses, and the result, on the tokens that it
-                    was fitted to, of a sample of rows; `held_before` and `held_after` on held-out tokens, None where
-                    none were held out; against the source stream's outputs, where a solver goes for these, less what
-                    no choice changes
+    before, after   share of the weights' outputs that rounding to nearest with the same scales loses, and the result:
+                    the mean over weights, on the tokens that it was fitted to, of a sample of rows; `held_before` and
+                    `held_after` on held-out tokens, None where none were held out; against the source stream's
+                    outputs, where a solver goes for these, less what no choice changes
     damp            ridge as a share of the mean diagonal, as used; `attempts`: dampings until there was a factor
     strength        of what a solver aims for beside the weights, as used
     sweeps          of refinement
-    nearest         the result lost more on held-out tokens, and the weights are rounded to nearest
+    nearest         what the solver found lost more on held-out tokens, and the weights are rounded to nearest
+    tuned           a tuner changed codes or scales afterwards
     """
 
     solver: str
@@ -95,6 +96,7 @@ class Outcome(NamedTuple):
     strength: float
     sweeps: int
     nearest: bool
+    tuned: bool = False
 
 
 def _unreported(outcome: Outcome) -> None:

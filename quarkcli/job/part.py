@@ -309,6 +309,7 @@ class PartWorker:
             solved = list(solved)
             if self._is_tunable(part, block):
                 rows, vectors, self.tuning = tuned(self.tuners, block, solved)
+                self.solving.tuned(solved, rows)
                 tensors |= vectors
                 solved = rows.values()
         return in_turn(solved), Workers()

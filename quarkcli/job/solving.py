@@ -87,6 +87,11 @@ class Solving:
         """Returns the outcome of every weight's problem, of the part last solved."""
         return {name: outcome._asdict() for name, outcome in self._outcomes.items()}
 
+    def tuned(self, before: Iterable[Solved], rows: Mapping[str, Solved]) -> None:
+        """Notes whose codes or scales tuners changed: what their solver measured holds no more."""
+        moved = {target.name for target, _, quantized in before if rows[target.name][2] is not quantized}
+        self._outcomes |= {n: o._replace(tuned=True) for n, o in self._outcomes.items() if n in moved}
+
     def solved(
         self,
         targets: list[QuantizedTarget],

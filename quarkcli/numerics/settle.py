@@ -15,7 +15,7 @@ from torch import Tensor
 
 from quarkcli.numerics.grid import decode_matrix, encode_matrix, grid
 from quarkcli.numerics.products import through_onednn
-from quarkcli.numerics.quantize import Quantized, decode_grid
+from quarkcli.numerics.quantize import Quantized, decode_grid, encode
 from quarkcli.numerics.refine import Rows, refine
 from quarkcli.numerics.shift import Drift, corrected, feeds, first_rule, least_squares
 from quarkcli.numerics.solve import ActOrder, Factor, Rounding, codes_of, factorize, solve_together
@@ -112,10 +112,10 @@ class Settled:
 
     damp, strength, sweeps   as used
     attempts                 dampings that the factorization took
-    before, after            objective of rounding to nearest, and of the result, on the tokens that were solved on: the
-                             sum over weights of what a sample of their rows loses of their output; `held_before`,
-                             `held_after`: on held-out tokens
-    nearest                  rounded to nearest, which loses less on held-out tokens
+    before, after            objective of rounding to nearest with the same scales, and of the result, on the tokens
+                             that were solved on: the mean over weights of what a sample of their rows loses of their
+                             output; `held_before`, `held_after`: on held-out tokens
+    nearest                  rounded to nearest with the same scales, which loses less on held-out tokens
     """
 
     quantized: list[Quantized]
@@ -183,8 +183,15 @@ def steps(
         before[0], after[0], before[1], after[1],
     )  # fmt: skip
     if result.held_before is not None and result.held_after is not None and result.held_before < result.held_after:
-        return replace(result, nearest=True)
+        return _to_nearest(task, result)
     return result
+
+
+def _to_nearest(task: Task, result: Settled) -> Settled:
+    """Returns the rounding to nearest that lost less than a result: with the scales that it was judged with."""
+    pairs = zip(task.weights, task.params, strict=True)
+    quantized = [Quantized(encode(weight, task.spec, params), params) for weight, params in pairs]
+    return replace(result, quantized=quantized, after=result.before, held_after=result.held_before, nearest=True)
 
 
 class _Trial:
@@ -326,11 +333,11 @@ class _Trial:
         return result[0], result[1]
 
     def _loss(self, objective: Objective, weight: Tensor, quantized: Tensor) -> float:
-        """Returns the sum over weights of the share of its output that each loses, of its rows in the sample."""
+        """Returns the mean over weights of the share of its output that each loses, of its rows in the sample."""
         if objective not in self._shares:
             counts = [len(self.task.weights[index][part]) for index, part in self.sample]
             energies = [own.sum() for own in objective.energy(weight).split(counts)]
-            each = torch.stack(energies).clamp_min(torch.finfo(torch.float32).tiny).reciprocal()
+            each = torch.stack(energies).clamp_min(torch.finfo(torch.float32).tiny).reciprocal() / len(energies)
             self._shares[objective] = each.repeat_interleave(torch.tensor(counts, device=each.device))
         return float(objective.loss(weight, quantized) @ self._shares[objective])
 

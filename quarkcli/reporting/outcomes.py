@@ -11,8 +11,8 @@ from typing import Any
 def outcomes(records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """Returns a summary by solver, and the outcome of every weight.
 
-    share       objective of the result over that of rounding to nearest, geometric mean over weights, on the tokens
-                that were fitted to; `held_out_share`: on those that were held out, None without any
+    share       objective of the result over that of rounding to nearest with the same scales, geometric mean over
+                weights, on the tokens that were fitted to; `held_out_share`: on those held out, None without any
     damp        how many weights took which damping; `strength` likewise
     nearest     weights that were rounded to nearest, since that loses less on held-out tokens
     """
@@ -27,7 +27,9 @@ def sentences(found: Mapping[str, Any]) -> list[str]:
     """Returns a sentence per solver for the terminal."""
     lines = []
     for name, row in found["solvers"].items():
-        line = f"{name}: {row['share']:.3f} of the loss of rounding to nearest, on calibration tokens"
+        line = (
+            f"{name}: {row['share']:.3f} of the loss of rounding to nearest with the same scales, on calibration tokens"
+        )
         if row["held_out_share"] is not None:
             line += f", {row['held_out_share']:.3f} on other tokens"
         line += f"; damping {_counted(row['damp'])}"

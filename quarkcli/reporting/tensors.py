@@ -102,8 +102,8 @@ def measured(rows: Iterable[Row], records: Records) -> list[Row]:
 
 
 def _output_error(outcome: Mapping[str, Any] | None) -> float | None:
-    """Returns the root of the share of a weight's outputs that is lost."""
-    if outcome is None:
+    """Returns the root of the share of a weight's outputs that is lost; None where a tuner changed its codes since."""
+    if outcome is None or outcome.get("tuned"):
         return None
     share = outcome["after"] if outcome["held_after"] is None else outcome["held_after"]
     return math.sqrt(share) if math.isfinite(share) and share >= 0 else None

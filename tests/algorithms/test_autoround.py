@@ -79,6 +79,15 @@ def test_it_betters_the_output_on_rows_of_others(llama: Path, page: Path, tmp_pa
     assert error["after"] < 0.9 * error["before"]
 
 
+def test_what_a_solver_measured_is_not_told_of_other_codes(llama: Path, page: Path, tmp_path: Path) -> None:
+    gptq = "{method: gptq, scale_search: false, refine: 'off', slots: ['*v_proj.weight_quantizer']}"
+    run = made(llama, tmp_path / "out", "int2_wo_128", f"{gptq}, {QUICK}", page, calib_samples=8)
+    told = {row["name"]: row["output_error"] for row in run.report["tensors"]}
+    solved = run.report["outcomes"]["weights"]
+    assert len(solved) == 2 and any(row["tuned"] for row in solved.values())
+    assert all((told[name] is None) == row["tuned"] for name, row in solved.items())
+
+
 def test_the_error_is_that_of_the_block(
     llama: Path, page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from quarkcli.numerics import refine as refine_module
-from quarkcli.numerics.quantize import QParams, decode, decode_grid, make_qparams
+from quarkcli.numerics.quantize import QParams, decode, decode_grid, encode, make_qparams
 from quarkcli.numerics.refine import Columns, Rows, refine
 from quarkcli.numerics.scales import decode_scale
 from quarkcli.numerics.settle import Aim, Choices, Objective
@@ -173,11 +173,30 @@ def test_settle_lowers_the_loss_below_the_loop_alone(name: str) -> None:
         done = torch.cat([decode(q.codes, spec, q.params) for q in found.quantized])
         results[sweeps] = float(loss(weight.bfloat16().float(), done, gram).sum())
         parts = zip(weight.bfloat16().float().split([10, R - 10]), done.split([10, R - 10]), strict=True)
-        lost = sum(float(loss(w, q, gram).sum() / loss(w, torch.zeros_like(w), gram).sum()) for w, q in parts)
+        lost = sum(float(loss(w, q, gram).sum() / loss(w, torch.zeros_like(w), gram).sum()) for w, q in parts) / 2
         assert found.after == pytest.approx(lost, rel=1e-3)  # every row is in the sample
         assert found.before > found.after
     assert results[2] < results[0]
     assert torch.equal(gram, kept)
+
+
+def test_nearest_is_written_and_told_as_it_was_judged() -> None:
+    """Two tokens to fit to: nearest loses less on others, with the scales of the problem, which no amax gives."""
+    spec = SPECS["int4"]
+    g = torch.Generator().manual_seed(1)
+    weight, few, val = (torch.randn(rows, N, generator=g) for rows in (R, 2, 4000))
+    gram, held = few.T @ few / 2, val.T @ val / 4000
+    params = make_qparams(weight, spec)
+    params = replace(params, scale=0.9 * params.scale)
+    choices = Choices((0.001,), (0.0,), 0, True, 2)
+    found = settle(Task([weight], [params], spec), gram, choices, lambda factor, strength: Aim(), Objective(held))
+    assert found is not None and found.nearest
+    (made,) = found.quantized
+    assert torch.equal(made.codes, encode(weight, spec, params))
+    done = decode(made.codes, spec, made.params)
+    for matrix, told in ((gram, found.after), (held, found.held_after)):
+        lost = loss(weight, done, matrix).sum() / loss(weight, torch.zeros_like(weight), matrix).sum()
+        assert told == pytest.approx(float(lost), rel=1e-3)
 
 
 def test_damping_is_the_one_of_least_held_out_loss() -> None:
