@@ -25,6 +25,7 @@ from typing import Any
 from quarkcli.disk.embedded import EMBEDDED
 from quarkcli.errors import QuarkError
 from quarkcli.job.run import Options, prepare, run
+from quarkcli.numerics.signs import may_be_negative
 from quarkcli.recipe import recipe as recipes
 from quarkcli.recipe.recipe import Recipe
 from tests.bench import page
@@ -106,7 +107,7 @@ class Model:
         """Yields the rows of a scheme, or those asked for; the seed changes nothing of round-to-nearest."""
         plan = prepare(replace(self.options(recipes.from_scheme(scheme), 0, Path("out")))).plan
         specs = [target.weight for target in plan.quantized()]
-        integers = any(spec.format.kind == "integer" for spec in specs)
+        integers = any(may_be_negative(spec) for spec in specs)
         inputs = any(target.input is not None for target in plan.quantized())
         for steps in asked or compositions(integers, inputs):
             for seed in seeds[:1] if steps in {"rtn", INPUTS} else seeds:
