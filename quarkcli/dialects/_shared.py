@@ -7,10 +7,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from quarkcli.dialects import _vllm_names as vllm_names
 from quarkcli.dialects._kinds import Kinds, Pair, input_kind, kinds_of
 from quarkcli.dialects.base import Classes, TensorInfo
 from quarkcli.errors import ModelError
-from quarkcli.family import TOWERS, HeaderLike
+from quarkcli.family import HeaderLike
 from quarkcli.plan.model import Attention, Plan, QuantizedTarget, Target
 from quarkcli.spec import PerGroup, PerTensor, PerTile, TensorSpec
 
@@ -41,6 +42,11 @@ def tied_head(plan: Plan) -> list[str]:
     return [plan.tied_head.removesuffix(".weight")] if plan.tied_head else []
 
 
+def unfiled(plan: Plan) -> list[str]:
+    """Returns names that lists of modules left out need and no file has: a head in memory only, and vLLM's names."""
+    return [*tied_head(plan), *vllm_names.left_out(plan)]
+
+
 def experts_by_layer(targets: Iterable[Target]) -> dict[str, list[Target]]:
     """Returns the routed experts by the prefix of their layer."""
     layers: dict[str, list[Target]] = {}
@@ -68,17 +74,7 @@ def _experts_agree(plan: Plan) -> bool:
 
 def vllm_lacks(plan: Plan) -> bool:
     """True when vLLM has no place for the plan, whatever its formats are."""
-    return quantizes_routers(plan) or interleaves(plan) or not _vllm_finds(plan)
-
-
-def _vllm_finds(plan: Plan) -> bool:
-    """True when vLLM finds the scheme of every linear, or that it has none (`FamilyModel.in_vllm`)."""
-    family = plan.rewrites.family
-    if family is None or family.in_vllm is None:
-        return True
-    left = (run[0].role for run in plan.alike() if run[0].weight is None)
-    schemes = {kinds_of(pair_of(run[0])) for run in plan.quantized_alike()}
-    return family.in_vllm == "whole" and len(schemes) == 1 and all(role in _KNOWN_TO_VLLM for role in left)
+    return quantizes_routers(plan) or interleaves(plan) or not vllm_names.loads(plan)
 
 
 def quantizes_routers(plan: Plan) -> bool:
@@ -95,10 +91,6 @@ def interleaves(plan: Plan) -> bool:
     """
     experts = (run[0] for run in plan.quantized_alike() if run[0].expert is not None)
     return any(target.view.rows is not None and target.view.rows[2] > 1 for target in experts)
-
-
-# Roles of modules that stand outside blocks, or never get a scheme in vLLM.
-_KNOWN_TO_VLLM = TOWERS | {"embedding", "head", "projector", "router", "conv", "norm"}
 
 
 def vllm_loads(plan: Plan, dense: frozenset[Kinds], experts: frozenset[Kinds]) -> bool:

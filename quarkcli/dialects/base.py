@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
+from quarkcli.dialects import _vllm_names as vllm_names
 from quarkcli.dialects._kinds import Kinds, weight_kind
 from quarkcli.family import HeaderLike, WeightView
 from quarkcli.plan.model import Attention, Plan, QuantizedTarget, Target
@@ -250,9 +251,11 @@ class Writer:
         ]
         name = self.no_globs.get(server, "")
         globs = [text for text in config.get(name) or () if isinstance(text, str) and _is_glob(text)]
-        return found + (
-            [f"{name} has patterns, and servers read them as names: {', '.join(globs[:3])}"] if globs else []
-        )
+        found += [f"{name} has patterns, and servers read them as names: {', '.join(globs[:3])}"] if globs else []
+        if server != "vllm" or plan is None or self.reader is None:
+            return found
+        entries = [entry for listed in self.reader.left_out(config).values() for entry in listed]
+        return found + vllm_names.unsaid(plan, entries, parts=self.reader.lists_parts)
 
     def cache_fault(self, plan: Plan, server: str) -> str:
         """Returns why a server does not find the scales of the cache; empty when it does, or that is not known."""

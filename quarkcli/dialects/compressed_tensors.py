@@ -156,7 +156,7 @@ class CompressedTensors(Writer):
         return found
 
     def config_faults(self, config: Mapping[str, Any], server: str, plan: Plan | None = None) -> list[str]:
-        found = super().config_faults(config, server)
+        found = super().config_faults(config, server, plan)
         if server == "vllm":
             return found + known.vllm_unpacked(config)
         if server == "transformers":
@@ -242,7 +242,7 @@ class CompressedTensors(Writer):
                 )
                 for index, (scheme, targets) in enumerate(groups.items())
             },
-            "ignore": in_memory(left, family),
+            "ignore": [*in_memory(left, family), *shared.vllm_names.left_out(plan)],
             "kv_cache_scheme": None if cache is None else arguments(cache, weight=False),
             **({"transform_config": online.transform_config(plan, universe)} if plan.online else {}),
         }

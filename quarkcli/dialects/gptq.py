@@ -156,10 +156,11 @@ class Gptq(Writer):
     def loaders(self, plan: Plan) -> set[str]:
         """Returns `vllm` where it loads the plan; transformers needs optimum and gptqmodel, which were not tried.
 
-        It takes the bits and groups of some modules from `dynamic`.
+        It takes the bits and groups of some modules from `dynamic`, and which are quantized from names in the files.
         """
         refused = words.refusals(plan, self.name, _PLACES, mixed=True)  # others may say what is not said here
-        return {"vllm"} if not refused and shared.vllm_loads(plan, _HOLDS, _EXPERTS) else set()
+        found = shared.vllm_loads(plan, _HOLDS, _EXPERTS) and not shared.vllm_names.quantized(plan)
+        return {"vllm"} if not refused and found else set()
 
     def config_faults(self, config: Mapping[str, Any], server: str, plan: Plan | None = None) -> list[str]:
         unordered = config.get("desc_act") is True and config.get("group_size") != words.WHOLE_ROW

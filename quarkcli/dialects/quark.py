@@ -135,7 +135,7 @@ class Quark(Writer):
 
     def config_faults(self, config: Mapping[str, Any], server: str, plan: Plan | None = None) -> list[str]:
         heads = unlisted_heads(config, plan) if server == "transformers" and plan is not None else []
-        return [*super().config_faults(config, server), *(f"exclude does not list {head}" for head in heads)]
+        return [*super().config_faults(config, server, plan), *(f"exclude does not list {head}" for head in heads)]
 
     def cache_fault(self, plan: Plan, server: str) -> str:
         module = next((module for module in shared.cached(plan) if is_joined(module)), None)

@@ -163,8 +163,8 @@ class FamilyModel(Strict):
     scale_groups  linears that servers fuse and give one per-tensor scale; default: the sites
     aliases       step of a module path -> its name in memory, accepted by patterns as well
     renamed       regular expression -> replacement: how transformers renames tensors while it loads, in this order
-    in_vllm       whole: vLLM has linears of the blocks under names that no config says, so that it loads a checkpoint
-                  only where none is left out, in one scheme; never: none was loaded
+    in_vllm       regular expression -> replacement: names that vLLM has for modules, applied in this order to those
+                  of the files; `<N>` stands for the number N behind the last block's; never: it loads none
     own_code      published models bring their own code, and transformers has no class for their type
     scaling       pairs for smoothing and AWQ; `*` stands for every expert
     residual      where the residual stream runs; without it, it can be neither rotated nor put in another order
@@ -195,7 +195,7 @@ class FamilyModel(Strict):
     experts: ExpertsModel | None = None
     aliases: dict[str, str] = Field(default_factory=dict)
     renamed: dict[str, str] = Field(default_factory=dict)
-    in_vllm: Literal["whole", "never"] | None = None
+    in_vllm: Literal["never"] | dict[str, str] | None = None
     own_code: bool = False
     scaling: list[ScalingModel] = Field(default_factory=list)
     residual: ResidualModel | None = None
@@ -209,10 +209,10 @@ class FamilyModel(Strict):
     joined: list[str] = Field(default_factory=list)
     last_norm: Only = Field(default_factory=dict)
 
-    @field_validator("renamed")
+    @field_validator("renamed", "in_vllm")
     @classmethod
-    def _check_renamed(cls, rules: dict[str, str]) -> dict[str, str]:
-        for pattern, replacement in rules.items():
+    def _check_renamed(cls, rules: dict[str, str] | str | None) -> dict[str, str] | str | None:
+        for pattern, replacement in rules.items() if isinstance(rules, dict) else ():
             try:
                 re.sub(pattern, replacement, "")
             except re.error as error:
@@ -241,15 +241,24 @@ class FamilyModel(Strict):
         return self._renamed(f"{module}.weight_scale") == f"{self.in_memory(module)}.weight_scale"
 
     def _renamed(self, tensor: str) -> str:
-        for pattern, replacement in self.renamed.items():
-            tensor = re.sub(pattern, replacement, tensor)
-        return tensor
+        return _replaced(tensor, self.renamed)
+
+    def name_in_vllm(self, module: str, blocks: int) -> str:
+        """Returns the name that vLLM has for a module of the files, of a model with so many blocks."""
+        name = _replaced(module, self.in_vllm) if isinstance(self.in_vllm, dict) else module
+        return re.sub(r"<(\d+)>", lambda found: str(int(found[1]) + blocks), name)
 
     def runs(self, module: str, config: Mapping[str, object]) -> bool:
         """True for a module inside the decoder blocks that the model's own forward runs."""
         found = re.match(re.escape(self.blocks) + r"\.(\d+)\.", module)
         count = block_count(config)
         return found is not None and (count is None or int(found[1]) < count)
+
+
+def _replaced(name: str, rules: Mapping[str, str]) -> str:
+    for pattern, replacement in rules.items():
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 def _unmet(only: Only, text: Mapping[str, object]) -> str | None:
