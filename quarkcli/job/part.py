@@ -114,7 +114,6 @@ class PartWorker:
         """Quantizes one part.
 
         tensors   of the source, on the device; decoded weights overwrite them, or without a walk, packed ones leave
-
         In order: transforms before, observe, transforms after, turn, static scales, solve, refine, tune, pack, advance.
         """
         started = time.perf_counter()
