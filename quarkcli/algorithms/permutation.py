@@ -15,6 +15,7 @@ from quarkcli.algorithms.base import Needs, Transform
 from quarkcli.errors import ConfigError
 from quarkcli.family import Channels, Values
 from quarkcli.plan.model import Changes, Part, Plan, Target
+from quarkcli.spec import PerGroup, PerTile, TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,6 +55,13 @@ class Permutation(Transform):
     # -- the plan -------------------------------------------------------------------------------------------------
 
     def check(self, plan: Plan) -> None:
+        if not any(_grouped(target.weight) or _grouped(target.input) for target in plan.quantized()):
+            raise ConfigError(
+                "permutation changes nothing: no weight and no layer input has a scale for a group of channels",
+                where="algorithm",
+                hint="leave permutation out, or use a scheme with groups, such as nvfp4 or int4_wo_128",
+                kind="E-ALGORITHM-IDLE",
+            )
         if self.residual:
             check_residual(plan)
         elif not any(self._inside(plan)):
@@ -168,3 +176,9 @@ def _stream_sites(plan: Plan) -> dict[int, list[str]]:
 
 
 ALGORITHM = Permutation
+
+
+def _grouped(spec: TensorSpec | None) -> bool:
+    """True when some scale is for a few of the channels that a weight reads, so that their order matters."""
+    stages = spec.stages if spec is not None else ()
+    return any(isinstance(stage.granularity, PerGroup | PerTile) for stage in stages)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -111,10 +112,10 @@ def search(
     if flags.json:
         _show_json(found)
     else:
-        _show(found)
+        _show(found, asked.options.model)
 
 
-def _show(found: Found) -> None:
+def _show(found: Found, model: str) -> None:
     choosing = found.choosing
     names = [candidate.name for candidate in choosing.space.candidates]
     output.table(("BITS", "SIZE", "PREDICTED KL", *(f"{name} GROUPS" for name in names)), _budgets(found, names))
@@ -130,7 +131,7 @@ def _show(found: Found) -> None:
     output.data("")
     output.data(str(found.output), whole=True)
     output.note(f"scores: {found.scores}")
-    output.note(f"next: quark quantize --model MODEL --recipe {found.output}")
+    output.note(f"next: quark quantize --model {shlex.quote(model)} --recipe {shlex.quote(str(found.output))}")
 
 
 def _budgets(found: Found, names: list[str]) -> list[tuple[str, ...]]:

@@ -62,7 +62,7 @@ def test_the_order_is_that_of_sizes(page: Path, tmp_path: Path) -> None:
     """Against a float64 formula: of the residual stream, of the MLP, and of values inside their heads."""
     source = runs.build("llama", tmp_path / "m", torch.float32)
     data = runs.data(page, 16, 128)
-    made = runs.run(source, tmp_path / "out", recipe=recipe(tmp_path, "fp8", [{"method": "permutation"}]),
+    made = runs.run(source, tmp_path / "out", recipe=recipe(tmp_path, "mxfp8", [{"method": "permutation"}]),
                     exclude=["*_proj"], include=["*q_proj"], target="none", **data)  # fmt: skip
     before, after = runs.read_all(source), runs.read_all(made.folder)
     embedding = "model.embed_tokens.weight"
@@ -151,6 +151,12 @@ def test_parameters_without_sense(given: dict[str, Any], what: str, tmp_path: Pa
     source = runs.build("llama", tmp_path / "m")
     with pytest.raises(ConfigError, match=what):
         runs.prepare(source, recipe=recipe(tmp_path, "mxfp4", [{"method": "permutation", **given}]))
+
+
+@pytest.mark.parametrize("scheme", ["ptpc_fp8", "int8"])
+def test_a_scale_for_all_channels_has_no_use_for_their_order(scheme: str) -> None:
+    with pytest.raises(ConfigError, match="permutation changes nothing: no weight and no layer input has a scale for"):
+        runs.prepare("demo", scheme=scheme, algorithm="permutation", calib_data="builtin")
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ def source_tensors(source: Path, dtype: torch.dtype = torch.float32) -> dict[str
 
 @cache
 def planned(source: Path) -> Plan:
-    return runs.prepare(source, scheme="int8_dynamic", target="none").plan
+    return runs.prepare(source, scheme="nvfp4_weight_only", target="none").plan
 
 
 def checked(plan: Plan, steps: Steps) -> list[Assignment]:

@@ -595,7 +595,7 @@ def test_without_a_report_rewritten_norms_are_no_damage(
         tensors = load_file(file)
         gains = {name: torch.logspace(-2, 0, len(t)).to(t.dtype) for name, t in tensors.items() if "norm" in name}
         save_file(tensors | gains, file, metadata={"format": "pt"})
-    made = runs.run(source, tmp_path / "out", scheme="int8", algorithm=algorithm, device="cpu", **data)
+    made = runs.run(source, tmp_path / "out", scheme="nvfp4", algorithm=algorithm, device="cpu", **data)
     for file in (MANIFEST, REPORT):
         (made.folder / file).unlink()
     found = verify.check(str(made.folder), Asked(str(source)))

@@ -161,7 +161,7 @@ def test_events(fp8: runs.Made, page: Path) -> None:
 @pytest.mark.parametrize("step", ["rotation", "permutation"])
 def test_turned_hidden_states_have_no_drift(step: str, page: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "own.yaml"
-    recipe.write_text(f"schema: quark/recipe/1\nquantize:\n  scheme: ptpc_fp8\n  algorithm: [{{method: {step}}}]\n")
+    recipe.write_text(f"schema: quark/recipe/1\nquantize:\n  scheme: mxfp8\n  algorithm: [{{method: {step}}}]\n")
     data = runs.data(runs.text_file(tmp_path / "t.txt"), 8) if step == "permutation" else {}
     made = runs.run("demo", tmp_path / "out", recipe=str(recipe), **data)
     seen: list[Event] = []
