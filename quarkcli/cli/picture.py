@@ -117,8 +117,8 @@ def _ways(prepared: Prepared) -> Iterator[tuple[str, str]]:
 
 def _serves(prepared: Prepared) -> Iterator[tuple[str, str]]:
     for one in prepared.every:
-        ways = ", ".join(map(str, one.tensor_parallel))
-        yield ("dialect", f"{one.dialect.name} ({one.dialect_reason}); tensor parallel over {ways} devices")
+        ways = planview.parallel(one.tensor_parallel)
+        yield ("dialect", f"{one.dialect.name} ({one.dialect_reason}); {ways}")
         written = servers.planned(one.plan, one.dialect)
         yield from output.listed("serves", servers.verdicts(servers.AUTO, written))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -77,7 +77,7 @@ def header(prepared: Prepared) -> list[str]:
             ("data", _data(prepared)),
             *output.listed("size", [_size(one) for one in prepared.every]),
             ("quantized", prepared.coverage.text()),
-            *output.listed("parallel", list(dict.fromkeys(map(_parallel, prepared.every)))),
+            *output.listed("parallel", list(dict.fromkeys(parallel(one.tensor_parallel) for one in prepared.every))),
             ("memory", f"about {output.size(size.memory_bytes)} at the peak, Python and libraries included"),
             *download(prepared),
             ("disk", f"{output.size(size.disk_bytes)} while running"),
@@ -93,8 +93,11 @@ def _size(prepared: Prepared) -> str:
     return f"{text}{size.effective_bits:.2f} bits per quantized weight"
 
 
-def _parallel(prepared: Prepared) -> str:
-    return f"tensor parallel over {', '.join(map(str, prepared.tensor_parallel))} devices"
+def parallel(degrees: Sequence[int]) -> str:
+    """Returns over how many devices servers can divide the weights."""
+    if list(degrees) == [1]:
+        return "on one device, not tensor parallel"
+    return f"tensor parallel over {', '.join(map(str, degrees))} devices"
 
 
 def download(prepared: Prepared) -> list[tuple[str, str]]:
