@@ -194,12 +194,11 @@ def _mapping(name: str, parameters: Any, where: str) -> Mapping[str, Any]:
 
 def _refused(steps: Iterable[Step], plan: Plan, where: str) -> dict[str, str]:
     """Returns the steps that cannot work on a plan, with the reason. Raises ConfigError for a bad parameter."""
-    found = {}
-    for step in steps:
-        assignment = algorithms.pipeline(replace(plan, algorithms=[step]), where)[0]
+    advised, found = replace(plan, algorithms=list(steps)), {}  # some steps go by those behind them
+    for step, assignment in zip(advised.algorithms, algorithms.pipeline(advised, where), strict=False):
         try:
-            assignment.check(plan)
-            assignment.changes(plan)
+            assignment.check(advised)
+            assignment.changes(advised)
         except ConfigError as error:
             found[step.name] = error.what
     return found

@@ -44,7 +44,7 @@ def test_a_recipe_is_planned_as_it_is(quark, models, for_any_size, family, gpu, 
                          "--target", "vllm", "--json")  # fmt: skip
     plan = json.loads(out)
     assert (code, plan["recipe"]["scheme"]) == (0, scheme)
-    assert [name for name, _ in found.algorithms] == (["smoothquant", "gptq"] if data else ["rtn"])
+    assert [name for name, _ in found.algorithms] == (["awq", "gptq"] if data else ["rtn"])
 
 
 def test_it_says_why(quark, models, for_any_size):
