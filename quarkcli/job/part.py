@@ -113,7 +113,7 @@ class PartWorker:
     def work(self, part: Part, tensors: dict[str, Tensor]) -> PartResult:
         """Quantizes one part.
 
-        tensors   of the source, on the device; decoded weights overwrite them, or without a walk, packed ones leave
+        tensors   of the source, on the device; decoded weights replace them; without a walk packed ones are removed
         In order: transforms before, observe, transforms after, turn, static scales, solve, refine, tune, pack, advance.
         """
         started = time.perf_counter()

@@ -89,23 +89,23 @@ def verdicts(target: str, written: Written, *, is_there: bool = False) -> list[s
     lines, loading = [], 0
     for member in [server(target)] if target != AUTO else servers():
         reasons, unknown = member.refusals(written), member.unknown(written)
-        open_ = bool(unknown) and reasons == [unknown]
+        unsure = bool(unknown) and reasons == [unknown]
         if reasons and target != AUTO:
-            raise _refused(member, written, reasons, open_, is_there)
-        answer = f"may load it: {unknown}" if open_ else f"does not load it: {reasons[0]}" if reasons else "loads it"
+            raise _refused(member, written, reasons, unsure, is_there)
+        answer = f"may load it: {unknown}" if unsure else f"does not load it: {reasons[0]}" if reasons else "loads it"
         lines.append(f"{member.title} {answer}{member.evidence}")
-        loading += not reasons or (open_ and written.plan.guessed)
+        loading += not reasons or (unsure and written.plan.guessed)
     if not loading:
         lines.append("no known server loads it; for measurements only")
     return lines
 
 
-def _refused(member: Server, written: Written, reasons: list[str], open_: bool, is_there: bool) -> QuarkError:
-    """Returns the error for a server that was named; `open_`: it may load the checkpoint all the same."""
+def _refused(member: Server, written: Written, reasons: list[str], unsure: bool, is_there: bool) -> QuarkError:
+    """Returns the error for a server that was named; `unsure`: it may load the checkpoint all the same."""
     more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
-    what = f"{member.title} {'may not' if open_ else 'does not'} load it: {reasons[0]}{more}{member.evidence}"
+    what = f"{member.title} {'may not' if unsure else 'does not'} load it: {reasons[0]}{more}{member.evidence}"
     hint = "try another --dialect or scheme; --target auto shows which server loads it"
-    if open_ and written.plan.guessed:
+    if unsure and written.plan.guessed:
         hint = "use --target auto and try it, or describe the model in a family file: quark models infer MODEL"
     if is_there:
         return CheckError(what, where="--target", hint=hint, kind="E-CHECK-SERVER")
