@@ -15,6 +15,10 @@ from quarkcli.plan.model import Plan
 
 def own_names(plan: Plan) -> dict[str, str]:
     """Returns module -> vLLM's name of it, but for routed experts and where that is the name of another module."""
+    return plan.once("names in vLLM", lambda: _own_names(plan))
+
+
+def _own_names(plan: Plan) -> dict[str, str]:
     family = plan.rewrites.family
     if family is None or not isinstance(family.in_vllm, dict):
         return {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
@@ -83,9 +83,9 @@ def infer(config: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> Famil
     # The norm of a table runs with it; other norms may have `embed` in their names too (LFM2's last one).
     around = [name for name in outside if name.endswith("norm") and name.startswith(tuple(f"{one}_" for one in embed))]
     tail = [name for name in outside if name.endswith(_TAIL) and name not in {*embed, *around}]
-    inside = {leaf: len(header.shape) for name, header in headers.items() for leaf in _below([name], blocks)}
+    shapes = {leaf: header.shape for name, header in headers.items() for leaf in _below([name], blocks)}
+    inside = {leaf: len(shape) for leaf, shape in shapes.items()}
     linears = [leaf.removesuffix(".weight") for leaf in inside if leaf.endswith(".weight")]
-    widths = {leaf: header.shape[-1:] for name, header in headers.items() for leaf in _below([name], blocks)}
     heads = [name for name in tail if name.endswith((HEAD, "output", "output_layer"))]
     tied = not heads and False not in (config.get(TIED), text_config(config).get(TIED))
     if tied:  # transformers makes the embedding of it, under this name in nearly all of its classes
@@ -102,7 +102,7 @@ def infer(config: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> Famil
         tail=tail,
         roles=roles,
         attention=_attention(linears),
-        sites=_sites(linears, widths),
+        sites=_sites(linears, shapes),
         experts=experts,
         renamed={rule: name for rule, name in RENAMED.items() if any(re.match(rule, tensor) for tensor in headers)},
         tied=tied,
@@ -201,7 +201,7 @@ def _attention(linears: list[str]) -> AttentionModel | None:
     return None
 
 
-def _sites(linears: list[str], widths: Mapping[str, Any]) -> list[list[str]]:
+def _sites(linears: list[str], shapes: Mapping[str, Sequence[int]]) -> list[list[str]]:
     """Returns linears that read one activation, by their names and widths; a walk checks that they do."""
     sites = []
     for module, leaves in _modules(linears).items():
@@ -209,7 +209,7 @@ def _sites(linears: list[str], widths: Mapping[str, Any]) -> list[list[str]]:
             continue
         for group in TOGETHER:
             present = [f"{module}.{leaf}" if module else leaf for leaf in group if leaf in leaves]
-            if len(present) > 1 and len({widths[f"{leaf}.weight"] for leaf in present}) == 1:
+            if len(present) > 1 and len({tuple(shapes[f"{leaf}.weight"][-1:]) for leaf in present}) == 1:
                 sites.append(present)
     return sites
 
