@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from quarkcli.dialects import _vllm_names as vllm_names
 from quarkcli.dialects._patterns import WrittenNames, linear_patterns
 from quarkcli.dialects.base import TensorInfo
 from quarkcli.errors import ModelError
@@ -77,7 +78,10 @@ def matrix(block: int) -> Tensor:
 
 
 def vllm_turns(plan: Plan) -> bool:
-    """True when vLLM can turn these inputs: of linears, without bias, all of what it fuses by one block."""
+    """True when vLLM can turn these inputs: of linears, without bias, all of what it fuses by one block.
+
+    The config names them as the files do.
+    """
     online = plan.online
     if not online:
         return True
@@ -86,7 +90,8 @@ def vllm_turns(plan: Plan) -> bool:
         groups.setdefault(target.group, set()).add(online.get(target.name))
     mixed = any(len(blocks) > 1 for blocks in groups.values())
     targets = [plan.targets[name] for name in online]
-    return not mixed and all(t.bias is None and t.expert is None and t.role != "head" for t in targets)
+    renamed = not vllm_names.own_names(plan).keys().isdisjoint(online)
+    return not mixed and not renamed and all(t.bias is None and t.expert is None and t.role != "head" for t in targets)
 
 
 # --- reading -------------------------------------------------------------------------------------------------------

@@ -74,7 +74,7 @@ def _experts_agree(plan: Plan) -> bool:
 
 def vllm_lacks(plan: Plan) -> bool:
     """True when vLLM has no place for the plan, whatever its formats are."""
-    return quantizes_routers(plan) or interleaves(plan) or not vllm_names.loads(plan)
+    return quantizes_routers(plan) or interleaves(plan) or unscaled_cache(plan) or not vllm_names.loads(plan)
 
 
 def quantizes_routers(plan: Plan) -> bool:
@@ -305,3 +305,9 @@ def hides_cache(plan: Plan) -> bool:
     """True for a quantized cache whose scales find no place in transformers: it misses them, or stops."""
     attention = plan.rewrites.family.attention if plan.rewrites.family is not None else None
     return attention is not None and attention.hidden_cache and any(True for _ in cached(plan))
+
+
+def unscaled_cache(plan: Plan) -> bool:
+    """True for a quantized cache whose scales find no place in the classes of servers."""
+    attention = plan.rewrites.family.attention if plan.rewrites.family is not None else None
+    return attention is not None and attention.unscaled and any(True for _ in cached(plan))

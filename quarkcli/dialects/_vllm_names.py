@@ -41,10 +41,13 @@ def quantized(plan: Plan) -> bool:
 def loads(plan: Plan) -> bool:
     """True when a config can say to vLLM which modules are quantized: one scheme, where it has other names for them.
 
-    Configs name modules that are left out by both names, and those of a scheme only by the files'.
+    Configs name modules that are left out by both names, and those of a scheme only by the files'. A quantized head
+    is always named.
     """
     family = plan.rewrites.family
-    if family is not None and family.in_vllm == "never":
+    if plan.rewrites.unserved or (family is not None and family.in_vllm == "never"):
+        return False
+    if any(plan.targets[name].role == "head" and plan.targets[name].weight is not None for name in own_names(plan)):
         return False
     schemes = {(run[0].weight, run[0].input, run[0].output) for run in plan.quantized_alike()}
     return len(schemes) < 2 or not quantized(plan)

@@ -130,7 +130,10 @@ def lay_out(
         family.aliases, builder.protected(),
         frozenset({"router"} if family.experts is not None and family.experts.router_whole else ()),
         hidden_transpositions(family, config, headers), stored_transposed(builder.blocks_weights(), headers, config),
-        Rewrites(family.suited(config), hidden_size(config), headers, head_size(config), kv_heads(config)),
+        Rewrites(
+            family.suited(config), hidden_size(config), headers, head_size(config), kv_heads(config),
+            family.unserved(config),
+        ),
         str(next(iter(config.get("architectures") or ()), "")),
     )  # fmt: skip
 

@@ -85,6 +85,7 @@ class Rewrites:
     headers  of the checkpoint
     head_dim features of a head of attention; None: the config does not say
     kv_heads heads of keys and values; None: the config does not say, or they are as many as those of queries
+    unserved what config.json has that the classes of servers do not know
     """
 
     family: FamilyModel | None = field(default=None, repr=False)
@@ -92,6 +93,7 @@ class Rewrites:
     headers: Mapping[str, HeaderLike] = field(default_factory=dict, repr=False)
     head_dim: int | None = None
     kv_heads: int | None = None
+    unserved: str = ""
 
     @property
     def norm_offset(self) -> float:

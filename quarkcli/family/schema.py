@@ -71,6 +71,7 @@ class AttentionModel(Strict):
     latent  the cache holds a compressed latent, not k and v (MLA)
     gated   q has as many rows again, for a gate on what attention returns
     hidden_cache  transformers finds no place for scales of this cache, or cannot run with them
+    unscaled      the classes of servers have no place for scales of this cache
     """
 
     module: str
@@ -80,6 +81,7 @@ class AttentionModel(Strict):
     latent: bool = False
     gated: bool = False
     hidden_cache: bool = False
+    unscaled: bool = False
 
 
 Only = dict[str, list[str | bool | int | float | None]]  # key of config.json -> values; null: it has no such key
@@ -165,6 +167,7 @@ class FamilyModel(Strict):
     renamed       regular expression -> replacement: how transformers renames tensors while it loads, in this order
     in_vllm       regular expression -> replacement: names that vLLM has for modules, applied in this order to those
                   of the files; `<N>` stands for the number N behind the last block's; never: it loads none
+    served        values of keys of config.json that the classes of servers know; with others transformers alone has one
     own_code      published models bring their own code, and transformers has no class for their type
     scaling       pairs for smoothing and AWQ; `*` stands for every expert
     residual      where the residual stream runs; without it, it can be neither rotated nor put in another order
@@ -196,6 +199,7 @@ class FamilyModel(Strict):
     aliases: dict[str, str] = Field(default_factory=dict)
     renamed: dict[str, str] = Field(default_factory=dict)
     in_vllm: Literal["never"] | dict[str, str] | None = None
+    served: Only = Field(default_factory=dict)
     own_code: bool = False
     scaling: list[ScalingModel] = Field(default_factory=list)
     residual: ResidualModel | None = None
@@ -227,6 +231,12 @@ class FamilyModel(Strict):
         scaling = [rule for rule in self.scaling if _unmet(rule.only, text) is None]
         turned = {"heads": _turned(self.heads, text), "residual": _turned(self.residual, text)}
         return self.model_copy(update={"scaling": scaling, **turned})
+
+    def unserved(self, config: Mapping[str, object]) -> str:
+        """Returns the key and value of config.json that the classes of servers do not know; empty: there is none."""
+        text = text_config(config)
+        unmet = _unmet(self.served, text)
+        return f"{unmet}: {text.get(unmet)}" if unmet is not None else ""
 
     def ends_in_norm(self, config: Mapping[str, object]) -> bool:
         """True where a model with this config has a norm behind its blocks, if its family's models have one."""

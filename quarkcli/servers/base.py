@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from quarkcli import dialects
 from quarkcli.dialects._kinds import input_kind, kinds_of
+from quarkcli.dialects._shared import unscaled_cache
 from quarkcli.dialects.base import Classes, Writer
 from quarkcli.plan.model import Plan, QuantizedTarget
 from quarkcli.plan.words import how
@@ -67,9 +68,14 @@ class Server:
 
         What is unknown counts as a reason where there is no other.
         """
-        known = self._faults(written) if self._knows(written) else []
+        known = [*self._unserved(written.plan), *self._faults(written)] if self._knows(written) else []
         unknown = self.unknown(written)
         return known or ([unknown] if unknown else [])
+
+    def _unserved(self, plan: Plan) -> list[str]:
+        """Returns the reason its class of the model is not that of every member of the family."""
+        what = plan.rewrites.unserved
+        return [f"its class does not know models with {what}"] if what else []
 
     def _knows(self, written: Written) -> bool:
         """True when it is known what it loads in the checkpoint's dialect."""
@@ -160,7 +166,8 @@ def _attention(plan: Plan) -> list[str]:
         for name, kind, spec in specs
         if kind in ("k", "v") and input_kind(spec) != "fp8 static"
     ]
-    return [*others[:1], *caches[:1]]
+    unscaled = ["its class has no place for scales of the cache"] if unscaled_cache(plan) else []
+    return [*others[:1], *caches[:1], *unscaled]
 
 
 def what(target: QuantizedTarget) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from quarkcli.plan.model import Plan
 from quarkcli.servers._kernels import EVERY, Kernel
 from quarkcli.servers.base import Loader, Written
 
@@ -14,6 +15,9 @@ class Transformers(Loader):
     kernels_from = "its libraries on a CPU"
     # Weights are decoded, inputs rounded in torch.
     kernels = (Kernel("*", "*", emulated=EVERY, read_in="compressed-tensors 0.20 and amd-quark 0.13"),)
+
+    def _unserved(self, plan: Plan) -> list[str]:
+        return []  # families are those that it has classes of
 
     def _faults(self, written: Written) -> list[str]:
         unnamed = (

@@ -12,7 +12,7 @@ from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
 from compressed_tensors.utils.match import match_name
 
-from quarkcli import dialects
+from quarkcli import dialects, servers
 from quarkcli.family import known
 from quarkcli.family.rewrites import Rewrites
 from quarkcli.numerics.quantize import dequantize
@@ -259,6 +259,9 @@ def test_what_a_release_of_a_loader_passes_over_is_said() -> None:
     assert CT.caveat(plan(llama(), linears(PAIRS["fp8"]))) == ""
     hidden = replace(cached, rewrites=Rewrites(known.load(catalog.find("models", "gemma4"))))
     assert CT.loaders(hidden) == {"vllm"} and CT.caveat(hidden) == ""  # it asks the config for one width of heads
+    unscaled = replace(cached, rewrites=Rewrites(known.load(catalog.find("models", "lfm2"))))
+    assert CT.loaders(unscaled) == {"transformers"}
+    assert "its class has no place for scales of the cache" in reasons(servers.server("sglang"), unscaled)
     served = plan(moe(), linears(PAIRS["fp8"]), kv=FP8)
     assert CT.loaders(served) == {"vllm"} and CT.caveat(served) == ""
 
@@ -282,13 +285,17 @@ def test_loaders_see_what_a_server_fuses() -> None:
 
 @pytest.mark.parametrize(
     ("name", "loads"),
-    [("gptj", "whole less"), ("dbrx", ""), ("gemma3n", "whole less mixed"), ("llama", "whole less mixed")],
-)
+    [
+        ("gptj", "whole head less"), ("stablelm", "whole less"), ("dbrx", ""), ("gemma3n", "whole head less mixed"),
+        ("llama", "whole head less mixed"),
+    ],
+)  # fmt: skip
 def test_families_whose_linears_have_other_names_in_vllm(name: str, loads: str) -> None:
     """These names are said of linears that are left out (`test_vllm_names`), and not of those of a scheme."""
     own = Rewrites(known.load(catalog.find("models", name)))
     plans = {
         "whole": plan(llama(), linears(PAIRS["ptpc"])),
+        "head": plan(llama(), lambda m: None if m.role == "embedding" else PAIRS["ptpc"]),
         "less": plan(llama(), lambda m: None if ".1." in m.name else linears(PAIRS["ptpc"])(m)),
         "mixed": plan(llama(), lambda m: linears(PAIRS["int4-32" if ".1." in m.name else "ptpc"])(m)),
     }
@@ -296,6 +303,23 @@ def test_families_whose_linears_have_other_names_in_vllm(name: str, loads: str) 
     assert found == set(loads.split())
     quark = dialects.writer("quark").loaders(replace(plans["less"], rewrites=own))
     assert ("vllm" in quark) == ("less" in found)
+
+
+def reasons(server: servers.Server, made: Plan) -> str:
+    return "; ".join(server.refusals(servers.planned(made, CT)))
+
+
+def test_members_that_the_classes_of_servers_do_not_know() -> None:
+    """StableLM 2 of 12 billion has norms on the heads of q and k, and attention and MLP side by side."""
+    family = known.load(catalog.find("models", "stablelm"))
+    keys = ("qk_layernorm", "use_parallel_residual")
+    for config in ({}, *({key: value} for key in keys for value in (False, True))):
+        known_there = True not in config.values()
+        rewrites = Rewrites(family, unserved=family.unserved(config))
+        made = replace(plan(llama(), linears(PAIRS["ptpc"])), rewrites=rewrites)
+        assert CT.loaders(made) == (BOTH if known_there else {"transformers"}), config
+        told = [one.name for one in servers.servers() if "its class does not know models with" in reasons(one, made)]
+        assert told == ([] if known_there else ["sglang", "tensorrt-llm", "vllm"])
 
 
 def test_transformers_finds_no_codes_of_modules_whose_weight_alone_it_renames() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, HunYuanDenseV1Config, OPTForCausalLM, PreTrainedConfig, RwkvConfig
+from transformers import AutoModelForCausalLM, HeliumConfig, OPTForCausalLM, PreTrainedConfig, RwkvConfig
 
 from quarkcli import servers
 from quarkcli.disk import verify
@@ -72,10 +72,10 @@ def test_what_servers_do_with_an_unknown_family_is_unknown(unknown: Path) -> Non
 
 
 def test_a_head_that_is_the_embedding_in_an_unknown_family(tmp_path: Path) -> None:
-    """HunYuan. The config has to name the head, or compressed-tensors looks for its codes."""
+    """Helium. The config has to name the head, or compressed-tensors looks for its codes."""
     sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": 512}
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
-    config = HunYuanDenseV1Config(**sizes, tie_word_embeddings=True)
+    config = HeliumConfig(**sizes, tie_word_embeddings=True)
     made = runs.run(fresh(config, tmp_path / "m"), tmp_path / "out", scheme="int4_wo_32")
     assert made.prepared.plan.guessed and made.prepared.plan.tied_head == "lm_head"
     model, told = AutoModelForCausalLM.from_pretrained(made.folder, dtype=torch.bfloat16, output_loading_info=True)

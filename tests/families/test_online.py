@@ -21,3 +21,10 @@ def test_the_function_stays(name: str, built: dict[str, Path]) -> None:
     plain, turned = (logits(prepared, tokens, turn=turn) for turn in (False, True))
     assert prepared.plan.online and float(plain.abs().max()) > 0.1
     torch.testing.assert_close(turned, plain, rtol=0, atol=1e-4)
+
+
+def test_vllm_finds_the_inputs_of_linears_by_the_names_of_the_files(built: dict[str, Path]) -> None:
+    """The short convolutions of LFM2 have other names there."""
+    for name, loads in (("apertus", {"vllm"}), ("lfm2", set())):
+        prepared = runs.prepare(built[name], scheme="int4_wo_32", algorithm="hadamard", dialect="compressed-tensors")
+        assert prepared.plan.online and prepared.dialect.loaders(prepared.plan) == loads
