@@ -34,7 +34,6 @@ class SearchedScaling(ChannelScaling):
     def __init__(self, scaling_layers: Rows, n_grid: int) -> None:
         super().__init__(scaling_layers)
         self.n_grid = _parameters.whole(f"{self.name} n_grid", n_grid, 1, 1000)
-        self._solvers: tuple[Plan, dict[str, Assignment]] | None = None
 
     def kinds_of(self, plan: Plan, part: Part, pair: Pair) -> frozenset[str]:
         inputs = (target.input for target in quantized(plan.targets, pair))
@@ -70,10 +69,19 @@ class SearchedScaling(ChannelScaling):
 
     def solvers(self, plan: Plan) -> dict[str, Assignment]:
         """Returns the solver of every quantized weight."""
-        from quarkcli import algorithms
 
-        if self._solvers is None or self._solvers[0] is not plan:
-            steps = [step for step in algorithms.pipeline(plan) if step.kind == "solver"]
-            found = {t.name: next(s for s in steps if s.takes(t)) for t in plan.quantized()}
-            self._solvers = plan, found
-        return self._solvers[1]
+        def found() -> dict[str, Assignment]:
+            steps = [step for step in _steps(plan) if step.kind == "solver"]
+            return {t.name: next(s for s in steps if s.takes(t)) for t in plan.quantized()}
+
+        return plan.once("solvers", found)
+
+    def turned(self, plan: Plan) -> dict[str, int]:
+        """Returns weights whose inputs the server turns by a Hadamard, with the size of its blocks."""
+        return plan.once("turned", lambda: {n: b for step in _steps(plan) for n, b in step.online(plan).items()})
+
+
+def _steps(plan: Plan) -> list[Assignment]:
+    from quarkcli import algorithms
+
+    return algorithms.pipeline(plan)

@@ -1,7 +1,8 @@
 """Tries factors of channels: measures the loss of the weights that read them, on fitted and on held-out rows.
 
 Where a solver makes up for errors of rounding, the search goes by what it cannot make up for, and the proof on held-out
-rows by what the solver itself makes of some of the weights' rows.
+rows by what the solver itself makes of some of the weights' rows. Where the server turns an input by a Hadamard,
+weights and inputs are judged as they are behind it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from quarkcli.algorithms._channels import Channels
 from quarkcli.algorithms._columns import ColumnSolver
 from quarkcli.algorithms.base import Assignment, Moment, Problem, Solver
 from quarkcli.algorithms.tensors import PartTensors
+from quarkcli.numerics.online import turned
 from quarkcli.numerics.quantize import dequantize, quantize
 from quarkcli.numerics.sample import Sample
 from quarkcli.numerics.smooth import Cost, Reader, SourceCost, clamped, picked_rows
@@ -48,7 +50,9 @@ class Trial:
         self.held = statistics.samples(self.site, self.expert, held=True)
         self.solver = self._solver(solvers)
         self.readers = _readers(channels)
-        self.conditional = self._conditional() if isinstance(self.solver, ColumnSolver) else None
+        # Behind a Hadamard no column's error is its own, so that this says nothing of candidates there.
+        alone = isinstance(self.solver, ColumnSolver) and all(reader.block == 1 for reader in self.readers)
+        self.conditional = self._conditional() if alone else None
         seen = statistics.channel_amax(self.site, self.expert)
         self.cost_of = Cost(self.readers, seen=seen, conditional=self.conditional, power=power)
         self.plain = Cost(self.readers, seen=seen, power=power)
@@ -117,20 +121,20 @@ class Trial:
             moment = self._moment(expert)
             if moment is None:
                 continue
-            most = max(LEAST_ROWS, SOLVED_ROWS // len(readers))
+            most, block = max(LEAST_ROWS, SOLVED_ROWS // len(readers)), _block(self.channels.part, readers[0])
             picked = [picked_rows(self.channels.part.columns(t.name), most, t.weight) for t in readers]
             amax = [_amax(self.channels.part, t, factors, self.channels) for t in readers]
             problem = Problem(
-                self.site, expert, 0, tuple(readers), tuple(w * factors for w in picked), tuple(amax),
-                moment.scaled(factors.reciprocal()), lambda text: None,
+                self.site, expert, 0, tuple(readers), tuple(turned(w * factors, block) for w in picked), tuple(amax),
+                moment.scaled(factors.reciprocal()).turned(block), lambda text: None,
             )  # fmt: skip
             solved = self.solver.solve(problem)
             if solved is None:
                 return None
             for target, weight, quantized in zip(readers, picked, solved, strict=True):
-                changed = dequantize(quantized, target.weight) / factors
+                changed = turned(dequantize(quantized, target.weight), block) / factors
                 rows = self.held.rows
-                own = self.plain.input(target.input, factors, rows) if target.input is not None else rows
+                own = self.plain.input(target.input, factors, rows, block) if target.input is not None else rows
                 lost = self.held.mean((own @ changed.T - rows @ weight.T).square()).sum()
                 total += float(lost) * target.shape[0] / len(weight)
         return total
@@ -147,8 +151,14 @@ def _readers(channels: Channels) -> list[Reader]:
         share = shares.get(target.expert, 1.0) if target.expert is not None else 1.0
         columns = weight.abs().amax(0)
         importance = share * weight.shape[0] / len(rows)
-        found.append(Reader(rows, columns, target.weight, target.input, target.scale_group, importance))
+        block = _block(channels.part, target)
+        found.append(Reader(rows, columns, target.weight, target.input, target.scale_group, importance, block))
     return found
+
+
+def _block(part: PartTensors, target: QuantizedTarget) -> int:
+    """Returns the size of the Hadamard blocks that the server turns a weight's input by; 1: none."""
+    return part.plan.online.get(target.name, 1)
 
 
 def _token_shares(channels: Channels) -> dict[tuple[str, int], float]:
@@ -176,11 +186,9 @@ def _amax(part: PartTensors, target: QuantizedTarget, factors: Tensor, channels:
         return None
     mine = set(channels.pair.readers)
     members = [t for t in part.targets.values() if is_quantized(t) and t.scale_group == target.scale_group]
-    largest = [
-        (part.columns(t.name).abs().amax(0) * factors).max() if t.name in mine else part.columns(t.name).abs().max()
-        for t in members
-    ]
-    return torch.stack(largest).max()
+    columns = ((t, part.columns(t.name)) for t in members)
+    scaled = ((t, own * factors if t.name in mine else own) for t, own in columns)
+    return torch.stack([turned(own, _block(part, t)).abs().max() for t, own in scaled]).max()
 
 
 def _source(channels: Channels, read: Sample) -> SourceCost | None:
@@ -191,8 +199,9 @@ def _source(channels: Channels, read: Sample) -> SourceCost | None:
     sample = samples_now(channels.part, target, channels.statistics)
     if sample is None:
         return None
-    squares = sample.mean(sample.rows.square())
-    weight = channels.part.columns(target.name)
+    block = _block(channels.part, target)
+    squares = sample.mean(turned(sample.rows, block).square())
+    weight = turned(channels.part.columns(target.name), block)
     picked = torch.arange(0, len(weight), max(1, -(-len(weight) // ROWS)), device=weight.device)
     readers = sum(channels.gathered(channels.part.columns(t.name).square().sum(0)).sum(0) for t in channels.quantized)
     passed = channels.gathered(read.mean(read.rows.square())).mean(0) * readers * (len(weight) / len(picked))

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from quarkcli.numerics.sample import Sample
 
 _UNCLIPPED = frozenset({"q", "k"})
+_UNCLIPPABLE = "scales are searched already, cover more than one row, or a Hadamard mixes the values of a group"
 Clip = Literal["auto", "on", "off"]
 
 
@@ -111,12 +112,12 @@ class AWQ(SearchedScaling):
         clipped = self._clipped(plan)
         if (self.clip == "on" and not clipped) or (not self.scales and not clipped):
             raise ConfigError(
-                "awq finds no weight to clip: their scales are searched already, or cover more than one row",
+                f"awq finds no weight to clip: {_UNCLIPPABLE}",
                 where="algorithm",
-                hint="leave 'clip' out, or use rtn and scales per group or channel",
+                hint="leave 'clip' out, or use rtn and scales per group or channel, without 'hadamard'",
                 kind="E-ALGORITHM-IDLE",
             )
-        text = "awq clips nothing: scales are searched already, or cover more than one row"
+        text = f"awq clips nothing: {_UNCLIPPABLE}"
         if self.clip == "auto" and not clipped and text not in plan.warnings:
             plan.warnings.append(text)
 
@@ -125,7 +126,9 @@ class AWQ(SearchedScaling):
         if self.clip == "off":
             return []
         blocks = {part.index for part in plan.parts if part.block is not None}
+        turned = self.turned(plan)  # the server's Hadamard mixes the values of a group
         found = [t for t in plan.quantized() if t.site is not None and t.part in blocks and clippable(t)]
+        found = [t for t in found if t.name not in turned]
         return found if self.clip == "on" else [t for t in found if not self._searched(plan, t)]
 
     def _searched(self, plan: Plan, target: Target) -> bool:

@@ -288,6 +288,13 @@ class Transform(Algorithm):
         """Returns what it will change, add and drop."""
         return Changes()
 
+    def online(self, plan: Plan) -> dict[str, int]:
+        """Returns weights whose inputs it leaves to the server to turn, with the size of the Hadamard blocks.
+
+        Other transforms may ask before the plan is checked.
+        """
+        return {}
+
     def prepass(self, plan: Plan) -> Needs:
         """Returns the kinds of statistics that it wants of the source model before part 0; `gram` is not among them."""
         return {}
@@ -344,6 +351,9 @@ class Assignment:
         if isinstance(self.algorithm, Transform | Tuner):
             return self.algorithm.changes(self._part_of(plan))
         return Changes()
+
+    def online(self, plan: Plan) -> dict[str, int]:
+        return self.algorithm.online(self._part_of(plan)) if isinstance(self.algorithm, Transform) else {}
 
     def prepass(self, plan: Plan) -> Needs:
         return self.algorithm.prepass(self._part_of(plan)) if isinstance(self.algorithm, Transform) else {}

@@ -71,9 +71,12 @@ class Hadamard(Transform):
         return 3 * 4 * max((target.numel for target in chosen), default=0)
 
     def changes(self, plan: Plan) -> Changes:
+        blocks = self.online(plan)
+        return Changes(frozenset(plan.targets[name].view.tensor for name in blocks), online=blocks)
+
+    def online(self, plan: Plan) -> dict[str, int]:
         chosen, _ = _parted(plan)
-        blocks = {target.name: self._block_of(target) for target in chosen}
-        return Changes(frozenset(target.view.tensor for target in chosen), online=blocks)
+        return {target.name: self._block_of(target) for target in chosen}
 
     def _block_of(self, target: QuantizedTarget) -> int:
         width = target.shape[1]

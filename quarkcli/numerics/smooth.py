@@ -1,7 +1,8 @@
 """Finds factors for channels that move size from activations to weights, and the loss that then remains.
 
 The cost is measured on sampled rows of the activation: the mean over tokens of |qdq(X / s) qdq(W s)^T - X W^T|^p, of
-all weights that read the channels, p = 2 or 1.
+all weights that read the channels, p = 2 or 1. Where the server turns inputs by a block Hadamard H, it is that of
+qdq(X / s H) qdq(W s H)^T.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from quarkcli.numerics.online import turned
 from quarkcli.numerics.products import through_onednn
 from quarkcli.numerics.quantize import dequantize, fake_quantize, quantize, static_scale
 from quarkcli.numerics.sample import Sample
@@ -65,6 +67,7 @@ class Reader:
     spec      how it is quantized; `input`: how what it reads is, None: not at all
     group     weights of one name share a scale per tensor
     importance  how much an error of its output counts, by the share of tokens that it sees and of rows that were picked
+    block     size of the Hadamard blocks that the server turns its input by; 1: none
     """
 
     rows: Tensor
@@ -73,6 +76,7 @@ class Reader:
     input: TensorSpec | None
     group: str
     importance: float = 1.0
+    block: int = 1
 
 
 def picked_rows(weight: Tensor, most: int, spec: TensorSpec) -> Tensor:
@@ -88,7 +92,8 @@ def picked_rows(weight: Tensor, most: int, spec: TensorSpec) -> Tensor:
 class Cost:
     """Says what the readers' outputs lose under factors of the columns.
 
-    seen         largest magnitude of every column of the activation, for static scales of inputs; None: not needed
+    seen         largest magnitude of every column of the activation, for static scales of inputs; None: not needed.
+                 Where the server turns the input, the sampled rows tell its range
     conditional  mean square of every column that those rounded after it cannot make up for, float32 [width], where a
                  solver makes up for errors; then weights are judged by it, not by the rows
     power        2: mean square, 1: mean magnitude
@@ -120,11 +125,12 @@ class Cost:
     def __call__(self, factors: Tensor, sample: Sample) -> float:
         """Returns the cost under factors, float32 [width], on sampled rows of the activation."""
         total, rows = 0.0, sample.rows
-        inputs: dict[int, Tensor] = {}
+        inputs: dict[tuple[int, int], Tensor] = {}
         for reader in self.readers:
-            if reader.input is not None and id(reader.input) not in inputs:
-                inputs[id(reader.input)] = self.input(reader.input, factors, rows)
-            own = inputs[id(reader.input)] if reader.input is not None else rows
+            key = id(reader.input), reader.block
+            if reader.input is not None and key not in inputs:
+                inputs[key] = self.input(reader.input, factors, rows, reader.block)
+            own = inputs[key] if reader.input is not None else rows
             with through_onednn():
                 total += self._of(reader, factors, sample, own)
         return total
@@ -147,12 +153,13 @@ class Cost:
             reader.outputs = rows, rows @ reader.rows.T
         return (own @ changed.T).sub_(reader.outputs[1])
 
-    def input(self, spec: TensorSpec, factors: Tensor, rows: Tensor) -> Tensor:
-        """Returns the rows as a quantized input of smoothed channels gives them, back at their own size."""
+    def input(self, spec: TensorSpec, factors: Tensor, rows: Tensor, block: int = 1) -> Tensor:
+        """Returns the rows as a quantized input of smoothed, turned channels gives them, back at their own size."""
+        read = turned(rows / factors, block)
         static = None
         if self.seen is not None and spec.needs_amax:
-            static = static_scale((self.seen / factors).max(), spec)
-        return fake_quantize(rows / factors, spec, static) * factors
+            static = static_scale((self.seen / factors).max() if block == 1 else read.abs().max(), spec)
+        return turned(fake_quantize(read, spec, static), block) * factors
 
 
 @dataclass
@@ -167,23 +174,27 @@ class _Joined:
     spec: TensorSpec
     input: TensorSpec | None
     importance: Tensor
+    block: int
     outputs: tuple[Tensor, Tensor] | None = None
 
     def quantized(self, factors: Tensor) -> Tensor:
-        """Returns the rows times factors, quantized and dequantized."""
-        amax = (self.columns * factors).max() if self.spec.has_tensor_scale else None
-        return dequantize(quantize(self.rows * factors, self.spec, amax=amax), self.spec)
+        """Returns the rows times factors, turned, quantized, dequantized and turned back."""
+        read, amax = turned(self.rows * factors, self.block), None
+        if self.spec.has_tensor_scale:
+            amax = (self.columns * factors).max() if self.block == 1 else read.abs().max()
+        return turned(dequantize(quantize(read, self.spec, amax=amax), self.spec), self.block)
 
 
 def _joined(readers: Sequence[Reader]) -> Iterable[_Joined]:
     groups: dict[object, list[Reader]] = {}
     for reader in readers:
         group = reader.group if reader.spec.has_tensor_scale else ""
-        groups.setdefault((reader.spec, reader.input, group), []).append(reader)
+        groups.setdefault((reader.spec, reader.input, reader.block, group), []).append(reader)
     for own in groups.values():
         importance = torch.cat([r.rows.new_full((len(r.rows),), r.importance) for r in own])
         columns = torch.stack([r.columns for r in own]).amax(0)
-        yield _Joined(torch.cat([r.rows for r in own]), columns, own[0].spec, own[0].input, importance)
+        rows = torch.cat([r.rows for r in own])
+        yield _Joined(rows, columns, own[0].spec, own[0].input, importance, own[0].block)
 
 
 class SourceCost:

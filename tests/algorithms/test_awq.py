@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 
+from quarkcli.algorithms._searching import SearchedScaling
 from quarkcli.algorithms._trials import Trial
 from quarkcli.errors import ConfigError, Stopped
 from quarkcli.numerics import smooth
+from quarkcli.numerics.hadamard import sylvester
 from quarkcli.numerics.quantize import dequantize, fake_quantize, quantize, static_scale, tensor_amax
 from quarkcli.numerics.sample import Sample
 from quarkcli.spec import PerChannel, TensorSpec
@@ -89,6 +91,54 @@ def test_cost_where_a_solver_makes_up_for_errors() -> None:
     lost = (read * factors - rows) @ weight.double().T
     inputs = (counts.double() @ lost.square()).sum() / counts.double().sum()
     assert found == pytest.approx(2 * float((error.square() @ left.double()).sum() + inputs), rel=1e-4)
+
+
+@pytest.mark.parametrize("scheme", ["int4_wo_128", "nvfp4", "int8", "mxfp4"])
+def test_cost_behind_a_hadamard(scheme: str) -> None:
+    """What the server multiplies has weights and inputs turned; the range of a static input is that of turned rows."""
+    weight_spec, input_spec = spec(scheme)
+    weights, rows = [random(24, 128), random(8, 128, seed=1) * 3], random(40, 128, seed=2) * 2
+    rows[0, 5], factors = 300.0, random(128, seed=3).abs() + 0.3
+    matrix = torch.kron(torch.eye(4), sylvester(32)).double() / 32**0.5
+    of = [smooth.Reader(w, w.abs().amax(0), weight_spec, input_spec, "together", block=32) for w in weights]
+    found = smooth.Cost(of, seen=rows.abs().amax(0))(factors, Sample.alike(rows))
+    changed = [((weight * factors).double() @ matrix).float() for weight in weights]
+    amax = max(map(tensor_amax, changed)) if weight_spec.has_tensor_scale else None
+    read = ((rows / factors).double() @ matrix).float()
+    if input_spec is not None:
+        static = static_scale(read.abs().max(), input_spec) if input_spec.needs_amax else None
+        read = fake_quantize(read, input_spec, static)
+    wanted = 0.0
+    for weight, own in zip(weights, changed, strict=True):
+        decoded = dequantize(quantize(own, weight_spec, amax=amax), weight_spec).double()
+        wanted += float((read.double() @ decoded.T - rows.double() @ weight.double().T).square().sum() / len(rows))
+    assert found == pytest.approx(wanted, rel=1e-3)  # a value between two codes may fall to either
+
+
+@pytest.mark.parametrize("solver", ["", ", {method: gptq}"])
+def test_factors_are_judged_behind_the_hadamard_that_follows(
+    solver: str, page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The factors chosen are no worse, as the server computes, than those chosen without the Hadamard."""
+    source = build("llama", tmp_path / "m", num_hidden_layers=1)
+    steps = f"[{{method: autosmoothquant}}, {{method: hadamard, block: 32}}{solver}]"
+    plan, tried = prepared(source, page, tmp_path, "int8", steps), []
+    factors = SearchedScaling.factors
+
+    def both(self: SearchedScaling, channels: Any) -> Any:
+        aware = factors(self, channels)
+        with monkeypatch.context() as patched:
+            patched.setattr("quarkcli.algorithms._trials._block", lambda part, target: 1)
+            blind = factors(self, channels)
+        trial = Trial(channels, self.solvers(channels.part.plan), self.power)
+        ones = torch.ones(channels.count)
+        tried.append([trial.cost(ones if own[0] is None else own[0]) for own in (aware, blind)])
+        return aware
+
+    monkeypatch.setattr(SearchedScaling, "factors", both)
+    rewritten(plan)
+    assert len(tried) == 4
+    assert all(aware <= blind for aware, blind in tried) and any(aware < blind for aware, blind in tried)
 
 
 def test_picked_rows_are_whole_tiles() -> None:
@@ -302,7 +352,7 @@ def test_clipping_with_round_to_nearest(page: Path, tmp_path: Path) -> None:
     [
         ("int4_wo_128", AWQ, True), ("int4_wo_128", "[{method: awq}, {method: gptq}]", False),
         ("int4_wo_128", "[{method: awq, clip: on}, {method: gptq}]", True), ("int8", AWQ, False),
-        ("int4_wo_128", SCALES, False),
+        ("int4_wo_128", SCALES, False), ("int4_wo_32", "[{method: awq}, {method: hadamard, block: 64}]", False),
     ],
 )  # fmt: skip
 def test_who_clips(scheme: str, steps: str, clips: bool, page: Path, tmp_path: Path) -> None:
@@ -372,6 +422,8 @@ def test_a_plan_with_nothing_to_clip_is_refused_when_that_is_all(page: Path, tmp
     for steps in ("[{method: awq, scales: false}]", "[{method: awq, clip: on}]"):
         with pytest.raises(ConfigError, match="no weight to clip"):
             prepared(source, page, tmp_path, "int8", steps)
+    with pytest.raises(ConfigError, match="a Hadamard mixes the values of a group"):
+        prepared(source, page, tmp_path, "int4_wo_32", "[{method: awq, clip: on}, {method: hadamard, block: 64}]")
 
 
 def test_another_loss_is_another_choice(page: Path, tmp_path: Path) -> None:
