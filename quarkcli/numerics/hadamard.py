@@ -39,17 +39,20 @@ def largest_block(n: int) -> int:
 def factors(n: int) -> tuple[Tensor, ...]:
     """Returns Hadamard matrices, int8, whose Kronecker product is the one of size n; none is larger than K and 128.
 
+    The largest of Sylvester's is the last one: it is a single product of matrices for all rows.
     Raises ValueError for a size that has none here.
     """
     size = base(n)
     if size is None:
         raise ValueError(f"no Hadamard matrix of size {n}")
-    found = [paley(size)] if size > 1 else []
+    found: list[Tensor] = []
     rest = n // size
     while rest > 1:
         step = min(rest, 128)
-        found.append(sylvester(step))
+        found.insert(0, sylvester(step))
         rest //= step
+    if size > 1:
+        found.insert(0, paley(size))
     return tuple(found) or (torch.ones(1, 1, dtype=torch.int8),)
 
 
@@ -83,10 +86,11 @@ def _turned(rows: Tensor, matrices: list[Tensor]) -> Tensor:
     before = 1
     for matrix in matrices:
         size = len(matrix)
-        view = rows.reshape(count * before, size, n // (before * size))
-        rows = torch.matmul(matrix.T, view).reshape(count, n)
+        rest = n // (before * size)
+        # The last one as a single product: thousands of products with a vector are far slower.
+        rows = rows.reshape(-1, size) @ matrix if rest == 1 else matrix.T @ rows.reshape(-1, size, rest)
         before *= size
-    return rows
+    return rows.reshape(count, n)
 
 
 # -- finite fields and Paley's constructions --------------------------------------------------------------------------
