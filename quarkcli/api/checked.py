@@ -7,7 +7,7 @@ from functools import cache, partial, wraps
 from inspect import signature
 from math import isfinite
 from reprlib import repr as shortened
-from typing import Any, ParamSpec, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, ParamSpec, TypeVar, get_args, get_type_hints
 
 from quarkcli.errors import UsageError
 
@@ -57,16 +57,13 @@ def _check_range(name: str, value: Any) -> None:
 @cache
 def _types(function: Callable[..., Any]) -> dict[str, tuple[str, Callable[[Any], bool]]]:
     """Returns the annotation of each argument as text, and what says whether a value fits it."""
-    from pydantic import InstanceOf
-
     from quarkcli.job import options
     from quarkcli.plan.fused import Servers
     from quarkcli.plan.model import Plan
     from quarkcli.recipe.entries import Entry
     from quarkcli.recipe.recipe import Recipe
 
-    # Of our own classes only the class is checked, not what is in them.
-    names: dict[str, Any] = {one.__name__: InstanceOf[one] for one in (Plan, Recipe, Entry)}  # type: ignore[misc, valid-type]
+    names: dict[str, Any] = {one.__name__: _instance(one) for one in (Plan, Recipe, Entry)}
     names |= {"Servers": Servers, "Offload": options.Offload, "OnNonfinite": options.OnNonfinite}
     found: dict[str, tuple[str, Callable[[Any], bool]]] = {}
     all_of = partial(get_type_hints, localns=names, include_extras=True)
@@ -77,6 +74,21 @@ def _types(function: Callable[..., Any]) -> dict[str, tuple[str, Callable[[Any],
         hints = all_of(held) if held else {name: hint}
         found |= {key: (_text(held or function, key), _test(one)) for key, one in hints.items()}
     return found
+
+
+def _instance(kind: type) -> Any:
+    """Returns a type of which only the class is checked.
+
+    `pydantic.InstanceOf` looks inside as well, and pydantic 2.11 stops at names that only a type checker imports.
+    """
+    from pydantic import AfterValidator
+
+    def same(value: Any) -> Any:
+        if not isinstance(value, kind):
+            raise ValueError(kind.__name__)
+        return value
+
+    return Annotated[Any, AfterValidator(same)]
 
 
 def _text(holder: Any, name: str) -> str:
