@@ -37,14 +37,14 @@ def test_a_recipe_is_planned_as_it_is(quark, models, for_any_size, family, gpu, 
     assert written == (0, "mine.yaml\n", "")
     found = recipe.from_file(catalog.find_recipe("mine.yaml"))
     assert (found.scheme, found.dialect) == (scheme, "compressed-tensors")
-    data = scheme == "nvfp4"
-    assert found.kv_cache == ("fp8" if data else "none")
-    assert (found.calib_seqlen, found.calib_samples) == ((256, 512) if data else (None, None))
+    steps = {"nvfp4": ["awq", "gptq"], "ptpc_fp8": ["rtn"], "int8_dynamic": ["autosmoothquant"]}[scheme]
+    assert found.kv_cache == ("fp8" if scheme == "nvfp4" else "none")
+    assert (found.calib_seqlen, found.calib_samples) == ((None, None) if steps == ["rtn"] else (256, 512))
     code, out, _ = quark("plan", "--model", model, "--recipe", "mine.yaml", "--calib-data", "builtin",
                          "--target", "vllm", "--json")  # fmt: skip
     plan = json.loads(out)
     assert (code, plan["recipe"]["scheme"]) == (0, scheme)
-    assert [name for name, _ in found.algorithms] == (["awq", "gptq"] if data else ["rtn"])
+    assert [name for name, _ in found.algorithms] == steps
 
 
 def test_it_says_why(quark, models, for_any_size):
