@@ -21,8 +21,6 @@ _PLAIN = {"BF16", "F16", "F32", "F64"}
 _NO_ROLES = {"parameter", "linear", "other"}
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "intermediate_size")
 _MLP = {"gate", "up", "expert_gate", "expert_up"}
-# Keys that say, where they are true, that the width in config.json is not yet that of the MLP: LFM2 has 2/3 of it.
-_ADJUSTED = re.compile(r"adjust_ff")
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
@@ -76,7 +74,8 @@ def _misfits(layout: Layout, config: Mapping[str, Any]) -> Iterator[str]:
     """Yields gates and ups whose rows are no width of an MLP in config.json, where that says all of them."""
     if layout.inferred or text_config(config) is not config:  # a config within another leaves out defaults
         return
-    if any(value and _ADJUSTED.search(key) for key, value in config.items()):
+    family = layout.rewrites.family
+    if family is not None and not family.says_width(config):
         return
     said = [value for key, value in config.items() if "intermediate_size" in key]
     widths = {one for value in said for one in (value if isinstance(value, list) else [value])}

@@ -180,6 +180,7 @@ class FamilyModel(Strict):
     tied          head and embedding are one tensor when config.json does not say
     joined        last steps of linears that transformers makes one linear of while it loads, row upon row
     last_norm     values of keys of config.json with which there is a norm behind the blocks
+    stated_width  values of keys of config.json with which its width of the MLP is that of the weights
     """
 
     extends: str | None = None
@@ -212,6 +213,7 @@ class FamilyModel(Strict):
     tied: bool = False
     joined: list[str] = Field(default_factory=list)
     last_norm: Only = Field(default_factory=dict)
+    stated_width: Only = Field(default_factory=dict)
 
     @field_validator("renamed", "in_vllm")
     @classmethod
@@ -241,6 +243,10 @@ class FamilyModel(Strict):
     def ends_in_norm(self, config: Mapping[str, object]) -> bool:
         """True where a model with this config has a norm behind its blocks, if its family's models have one."""
         return _unmet(self.last_norm, text_config(config)) is None
+
+    def says_width(self, config: Mapping[str, object]) -> bool:
+        """True where the MLP of a model with this config is as wide as that says."""
+        return _unmet(self.stated_width, text_config(config)) is None
 
     def in_memory(self, module: str) -> str:
         """Returns the name that a module of the files has in transformers' memory."""

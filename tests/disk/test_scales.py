@@ -17,6 +17,7 @@ from quarkcli.disk.embedded import EMBEDDED
 from quarkcli.disk.source import Source
 from quarkcli.errors import CheckError
 from tests import runs
+from tests.families import models
 
 
 def test_inverted_scales_are_refused(tmp_path: Path) -> None:
@@ -57,3 +58,19 @@ def test_a_size_that_config_does_not_say_is_named(tmp_path: Path) -> None:
         assert line.endswith(f"; it does not say {key}, so that a server takes what the model's class has")
     (source / "config.json").write_text(json.dumps(config))
     assert completeness.model(Checkpoint(Source.open(source))).endswith("fit config.json and each other")
+
+
+@pytest.mark.parametrize("adjusted", [True, False, None])
+def test_a_width_that_the_model_class_adjusts_is_no_damage(adjusted: bool | None, tmp_path: Path) -> None:
+    """LFM2 makes its MLP two thirds as wide as config.json says, unless that says otherwise; so does a missing key."""
+    source = models.build("lfm2", tmp_path / "m")
+    config = json.loads((source / "config.json").read_text())
+    key = "block_auto_adjust_ff_dim"
+    config = {**config, key: adjusted} if adjusted is not None else {k: v for k, v in config.items() if k != key}
+    (source / "config.json").write_text(json.dumps(config))
+    checkpoint = Checkpoint(Source.open(source))
+    if adjusted is not False:
+        assert completeness.model(checkpoint).endswith("and each other")
+        return
+    with pytest.raises(CheckError, match="weights have another width than config"):
+        completeness.model(checkpoint)
