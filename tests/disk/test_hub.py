@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from socket import socket
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -151,12 +152,13 @@ def test_a_cache_that_lacks_weights(hub, sharded, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def nowhere(tmp_path, monkeypatch) -> Hub:
-    """A hub that gives no answer: nothing listens."""
-    with started() as found:
-        pass
-    found.take(monkeypatch, tmp_path)
-    return found
+def nowhere(tmp_path, monkeypatch) -> Iterator[Hub]:
+    """A hub that gives no answer: nothing listens. Its port stays taken, or a hub of another test may get it."""
+    with socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        found = Hub(url=f"http://127.0.0.1:{taken.getsockname()[1]}")
+        found.take(monkeypatch, tmp_path)
+        yield found
 
 
 @pytest.mark.parametrize("bare", [True, False])
