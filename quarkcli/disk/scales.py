@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 
 from quarkcli.dialects.base import Reader, StoredTarget
 from quarkcli.disk.checkpoint import Checkpoint
@@ -59,9 +60,12 @@ def check(
     group_of  weight -> the group that shares its per-tensor scales
     served    False: no server is to load it, so that scales over block scales may differ as well
     """
-    found, known = _Found(), dict[str, Values]()
-    for name, stored in checkpoint.view.targets.items():
-        own = {tensor: _values(checkpoint, tensor, known) for tensor in _numbers(checkpoint, stored)}
+    found, view = _Found(), checkpoint.view
+    numbers = {name: list(_numbers(checkpoint, stored)) for name, stored in view.targets.items()}
+    caches = [tensor for attention in view.attention.values() for tensor in attention.scales.values()]
+    known = values(checkpoint.source, chain(*numbers.values(), caches))
+    for name, stored in view.targets.items():
+        own = {tensor: known[tensor] for tensor in numbers[name]}
         found.bad += _faults(stored, own)
         found.bad += [f"{name} (no {kind} scale)" for kind in _absent(stored, own)]
         assert checkpoint.reader is not None
@@ -74,11 +78,8 @@ def check(
         if stored.weight.has_tensor_scale or static:
             group = weights[name].group if name in weights else name
             found.inputs.setdefault(group, {})[name] = static
-    found.bad += [f"{tensor} (absent)" for tensor in checkpoint.view.absent]
-    for attention in checkpoint.view.attention.values():
-        for tensor in attention.scales.values():
-            fault = _values(checkpoint, tensor, known).fault()
-            found.bad += [f"{tensor} ({fault})"] if fault else []
+    found.bad += [f"{tensor} (absent)" for tensor in view.absent]
+    found.bad += [f"{tensor} ({fault})" for tensor in caches if (fault := known[tensor].fault())]
     for slot, large in found.large.items():
         if 2 * len(large) > max(2, found.counted[slot]):
             found.bad += large
@@ -136,13 +137,6 @@ def _compared(checkpoint: Checkpoint, found: _Found, tell: Listener, served: boo
     attention = f" and {caches} attentions" if caches else ""
     checks = [f"scales of {len(targets)} weights{attention} are finite and positive"]
     return checks + ([f"{shared} scale groups share their per-tensor scales"] if shared else [])
-
-
-def _values(checkpoint: Checkpoint, tensor: str, known: dict[str, Values]) -> Values:
-    """Returns the summary of a tensor, which several weights may share."""
-    if tensor not in known:
-        known[tensor] = values(checkpoint.source, tensor)
-    return known[tensor]
 
 
 def _numbers(checkpoint: Checkpoint, stored: StoredTarget) -> Iterator[str]:

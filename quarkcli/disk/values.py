@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,8 @@ from quarkcli.disk.source import Source
 from quarkcli.errors import ModelError, ResourceError
 
 if TYPE_CHECKING:
+    from io import BufferedReader
+
     from numpy import ndarray
 
 _PIECE = 4 * 2**20  # bytes
@@ -54,12 +57,28 @@ class Values:
         return " and ".join(found) if found else None
 
 
-def values(source: Source, name: str) -> Values:
-    """Reads a tensor of floats, or of scales in one byte, and returns its summary. Raises ModelError."""
+def values(source: Source, names: Iterable[str]) -> dict[str, Values]:
+    """Reads tensors of floats, or of scales in one byte, and returns their summaries. Raises ModelError.
+
+    Each file is opened once and read front to back.
+    """
+    files: dict[str, list[Header]] = {}
+    for name in dict.fromkeys(names):
+        files.setdefault(source.headers[name].file, []).append(source.headers[name])
+    found = {}
+    for file, headers in files.items():
+        with _opened(source, file) as (stream, where):
+            for header in sorted(headers, key=lambda header: header.start):
+                found[header.name] = _summary(header, _pieces(stream, header, where))
+    return found
+
+
+def _summary(header: Header, pieces: Iterable[ndarray[Any, Any]]) -> Values:
     import numpy as np
 
-    header, found = source.headers[name], Values()
-    for numbers in floats(source, header):
+    found = Values()
+    for piece in pieces:
+        numbers = to_floats(piece, header.dtype)
         if not (numbers.min() > 0 and numbers.max() < np.inf):  # NaN is neither
             _count(found, numbers)
         if header.shape in ((), (1,)):
@@ -119,21 +138,31 @@ def to_floats(raw: ndarray[Any, Any], dtype: str) -> ndarray[Any, Any]:
 
 def pieces(source: Source, header: Header) -> Iterator[ndarray[Any, Any]]:
     """Yields the bytes of a tensor piece by piece, each of whole values. Raises ModelError, ResourceError."""
-    import numpy as np
+    with _opened(source, header.file) as (stream, where):
+        yield from _pieces(stream, header, where)
 
-    path = source.path(header.file)
+
+@contextmanager
+def _opened(source: Source, file: str) -> Iterator[tuple[BufferedReader, str]]:
+    path = source.path(file)
     try:
-        with path.open("rb", buffering=0) as stream:
-            stream.seek(header.start)
-            left = header.nbytes
-            while left:
-                piece = np.fromfile(stream, np.uint8, min(left, _PIECE))
-                if len(piece) < min(left, _PIECE):
-                    raise ModelError(f"ended inside {header.name}", where=str(path), kind="E-MODEL-DAMAGED")
-                left -= len(piece)
-                yield piece
+        with path.open("rb") as stream:
+            yield stream, str(path)
     except OSError as error:
         raise ResourceError(f"cannot be read: {error.strerror or error}", where=str(path), kind="E-SYSTEM") from error
+
+
+def _pieces(stream: BufferedReader, header: Header, where: str) -> Iterator[ndarray[Any, Any]]:
+    import numpy as np
+
+    stream.seek(header.start)
+    left = header.nbytes
+    while left:
+        piece = np.empty(min(left, _PIECE), np.uint8)
+        if stream.readinto(piece.data) < len(piece):
+            raise ModelError(f"ended inside {header.name}", where=where, kind="E-MODEL-DAMAGED")
+        left -= len(piece)
+        yield piece
 
 
 @cache

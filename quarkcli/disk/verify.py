@@ -285,7 +285,7 @@ def kept_values(checkpoint: Checkpoint, on_nonfinite: OnNonfinite, tell: Listene
         tell(Working(f"reading {name}"))
         header = source.headers[name]
         size += header.nbytes
-        summary = values(source, name) if has_floats(header) else Values()
+        summary = values(source, [name])[name] if has_floats(header) else Values()
         if summary.first is not None:
             place = nonfinite.place(summary.first, header.shape)
             found.note(name, len(header.shape), nonfinite.describe(summary.nonfinite, summary.count, place))

@@ -100,6 +100,14 @@ def stacks(
         yield stack
 
 
+def alike(items: Iterable[Item], key: Callable[[Item], object]) -> list[Item]:
+    """Returns items with those of one key beside each other: keys as they first occur, items of one in their order."""
+    found: dict[object, list[Item]] = {}
+    for item in items:
+        found.setdefault(key(item), []).append(item)
+    return [item for own in found.values() for item in own]
+
+
 def average_size(targets: Collection[QuantizedTarget]) -> float:
     """Returns the average number of values of weights; 0 of none."""
     return sum(math.prod(target.shape) for target in targets) / max(1, len(targets))

@@ -24,7 +24,7 @@ from quarkcli.errors import DataError, QuarkError
 from quarkcli.forward.group import Group
 from quarkcli.forward.joining import hand_over
 from quarkcli.forward.statistics import Statistics
-from quarkcli.job.problems import average_size, in_order, owners, problems, runs, stacks
+from quarkcli.job.problems import alike, average_size, in_order, owners, problems, runs, stacks
 from quarkcli.numerics import exact, stacked
 from quarkcli.numerics.finite import is_finite
 from quarkcli.numerics.observers import weight_amax
@@ -267,7 +267,7 @@ class Solving:
                     return list(torch.stack(every).flatten(1).amax(1).float().unbind())
             return [own(target) for target in stack]
 
-        asked = [target for target in targets if target.weight.has_tensor_scale]
+        asked = alike((t for t in targets if t.weight.has_tensor_scale), lambda t: _kind(t, weight(t)))
         each = stacks(asked, lambda target: _kind(target, weight(target)), lambda target: stacked.at_once(target.shape))
         shared: dict[str, Tensor] = {}
         found = (amax for stack in self.workers.on(average_size(asked)).map(all_of, each) for amax in stack)

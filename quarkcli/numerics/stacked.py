@@ -18,7 +18,7 @@ from quarkcli.numerics.quantize import Quantized, dequantize, tensor_amax
 from quarkcli.numerics.ranges import known_range, needs_ends
 from quarkcli.spec import TensorSpec
 
-VALUES = 1 << 19  # of a stack: larger weights gain nothing
+VALUES = 1 << 21  # of a stack: larger weights gain nothing
 
 
 def at_once(shape: tuple[int, int]) -> int:

@@ -110,8 +110,12 @@ def test_a_summary_of_values(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"head" + numbers.tobytes())
     header = Header("x", "F32", (3_000_000,), "file", 4, 4 + numbers.nbytes)
     status = (tmp_path / "file").stat()
-    source = Source(tmp_path, "", None, None, "", {}, {"x": header}, {"file": (status.st_size, status.st_mtime_ns)})
-    found = values(source, "x")
+    second, only = (Header(name, "F32", (), "file", 4 + at, 8 + at) for name, at in (("y", 4), ("z", 20)))
+    headers = {header.name: header for header in (header, second, only)}
+    source = Source(tmp_path, "", None, None, "", {}, headers, {"file": (status.st_size, status.st_mtime_ns)})
+    every = values(source, ["z", "x", "y", "x"])
+    assert (every["y"].only, every["z"].only, len(every)) == (1.0, -1.0, 3)
+    found = every["x"]
     assert (found.nans, found.infinities, found.zeros, found.negatives) == (1, 1, 2, 1)
     assert (found.first, found.count, found.only) == (2_000_000, 3_000_000, None)
     assert found.fault() == "NaN and infinite and zero and negative"

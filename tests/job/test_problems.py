@@ -12,7 +12,7 @@ import torch
 from quarkcli.algorithms.base import Moment, Problem
 from quarkcli.algorithms.gptq import GPTQ
 from quarkcli.job import run as job
-from quarkcli.job.problems import problems, stacks
+from quarkcli.job.problems import alike, problems, stacks
 from quarkcli.job.problems import runs as together
 from tests import runs
 
@@ -104,3 +104,15 @@ def test_neighbours_of_one_kind_are_stacked_and_no_more_than_there_is_room_for()
     found = stacks("aaaabbabbbbbb", str, lambda item: {"a": 3, "b": 4}[item])
     assert ["".join(stack) for stack in found] == ["aaa", "a", "bb", "a", "bbbb", "bb"]
     assert list(stacks("", str, len)) == []
+
+
+def test_alike_stand_beside_each_other_in_the_order_they_came() -> None:
+    assert alike(["g0", "u0", "d0", "g1", "d1", "x"], lambda item: item[0] in "gu") == [
+        "g0",
+        "u0",
+        "g1",
+        "d0",
+        "d1",
+        "x",
+    ]
+    assert alike("", str) == []
