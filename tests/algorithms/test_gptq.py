@@ -59,8 +59,8 @@ def test_at_least_a_third_less_is_lost_than_by_rounding(seen: Path, unseen: Path
     assert rounded.prepared.forecast.output_bytes == solved.prepared.forecast.output_bytes
 
 
-@pytest.mark.parametrize("scheme", ["int4_wo_128", "nvfp4", "mxfp4"])
-def test_every_block_is_closer_in_every_format(scheme: str, seen: Path, unseen: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("scheme", ["nvfp4", "mxfp4"])
+def test_every_block_is_closer_in_fp4(scheme: str, seen: Path, unseen: Path, tmp_path: Path) -> None:
     data = runs.data(seen, 16, 128)
     rounded = runs.run("demo", tmp_path / "rtn", scheme=scheme, **(data if scheme == "nvfp4" else {}))
     solved = runs.run("demo", tmp_path / "gptq", scheme=scheme, algorithm="gptq", **data)
@@ -101,7 +101,7 @@ def test_inputs_that_never_moved(family: str, seen: Path, tmp_path: Path) -> Non
     if whole:
         tensors[whole].zero_()
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
-    data = runs.data(seen, 32, 128)
+    data = runs.data(seen, 16, 128)
     rounded = runs.run(source, tmp_path / "rtn", scheme="int4_wo_32")
     solved = runs.run(source, tmp_path / "gptq", scheme="int4_wo_32", algorithm="gptq", **data)
     plain, made = (Checkpoint(Source.open(str(folder))) for folder in (rounded.folder, solved.folder))

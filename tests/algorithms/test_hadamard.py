@@ -179,8 +179,8 @@ def test_with_gptq_every_way_is_one(page: Path, tmp_path: Path) -> None:
 
 
 def test_cut_off_and_resumed(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    steps = "{method: hadamard}, {method: gptq}"
-    data = {**runs.data(page, 8, 128), "recipe": recipe(tmp_path, "nvfp4", steps)}
+    steps = "{method: hadamard, block: 128}, {method: gptq}"
+    data = {**runs.data(page, 8, 128), "recipe": recipe(tmp_path, "mxfp4", steps)}
     calm = runs.run("demo", tmp_path / "calm", **data)
     finish, calls = Journal.finish, []
 

@@ -136,11 +136,12 @@ def test_one_batch_is_judged_by_tokens_that_are_held_out(
 
 def test_after_autoround_killed_and_resumed(llama: Path, page: Path, tmp_path: Path) -> None:
     steps = "{method: gptq}, {method: autoround, iters: 4, batch: 1}, {method: polish, iters: 4, batch: 1}"
-    calm = made(llama, tmp_path / "calm", "int3_wo_128", steps, page)
+    few = runs.data(page, 8, 128)
+    calm = made(llama, tmp_path / "calm", "int3_wo_128", steps, page, **few)
     for errors in calm.report["loss"]["tuning"].values():
         assert errors["polish"]["before"] == errors["autoround"]["after"]
-    runs.killed(2, lambda: made(llama, tmp_path / "out", "int3_wo_128", steps, page))
-    again = made(llama, tmp_path / "out", "int3_wo_128", steps, page, resume="require")
+    runs.killed(2, lambda: made(llama, tmp_path / "out", "int3_wo_128", steps, page, **few))
+    again = made(llama, tmp_path / "out", "int3_wo_128", steps, page, resume="require", **few)
     assert runs.same_files(calm.folder, again.folder)
 
 

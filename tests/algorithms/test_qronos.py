@@ -94,7 +94,7 @@ def test_strengths_that_are_none(name: str, strength: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "family", "scheme"), [("gptaq", "llama", "nvfp4_weight_only"), ("qronos", "qwen3_moe", "int4_wo_32")]
+    ("name", "family", "scheme"), [("gptaq", "llama", "mxfp4_weight_only"), ("qronos", "qwen3_moe", "int4_wo_32")]
 )
 def test_a_run_sees_what_the_blocks_below_lost(name: str, family: str, scheme: str, tmp_path: Path) -> None:
     source = runs.build(family, tmp_path / "m")

@@ -64,7 +64,8 @@ def changed(made: runs.Made) -> set[str]:
 
 
 CASES = [
-    ("demo", "fp8", {}, ""), ("demo", "int4_wo_128", {}, ", {method: gptq}"),
+    ("demo", "fp8", {}, ""),
+    pytest.param("demo", "int4_wo_32", {}, ", {method: gptq}", marks=pytest.mark.slow),
     pytest.param("demo", "nvfp4", {}, "", marks=pytest.mark.slow),
     pytest.param("demo", "fp8", {"kv_cache": "fp8"}, "", marks=pytest.mark.slow),
     ("qwen3_moe", "nvfp4", {"kv_cache": "fp8"}, ""), ("qwen3_moe", "int4_wo_32", {}, ", {method: gptq}"),
@@ -195,7 +196,7 @@ def test_a_refiner_runs_after_any_solver(page: Path, tmp_path: Path, monkeypatch
 @pytest.mark.parametrize("model", ["demo", "qwen3_moe"])
 def test_a_tuner_betters_blocks_through_their_outputs(model: str, page: Path, tmp_path: Path) -> None:
     source = EMBEDDED if model == "demo" else runs.build(model, tmp_path / "m", torch.float32)
-    data, scheme = runs.data(page, 16, 128), "int4_wo_32"
+    data, scheme = runs.data(page, 8, 64), "int4_wo_32"
     plain = runs.run(source, tmp_path / "plain", scheme=scheme)
     made = runs.run(source, tmp_path / "out", scheme=scheme, algorithm="nudge", **data)
     seen = sys.modules["quarkcli.algorithms.nudge"].Nudge.seen

@@ -129,7 +129,7 @@ def test_an_input_scale_of_its_own_needs_enough_tokens(narrow: Path, text: Path,
 
 
 def test_the_number_is_in_warnings_report_and_recipe(narrow: Path, text: Path, tmp_path: Path) -> None:
-    few = {"scheme": "nvfp4", "algorithm": "gptq", "min_expert_tokens": 10**6, **runs.data(text)}
+    few = {"scheme": "int4_wo_32", "algorithm": "gptq", "min_expert_tokens": 10**6, **runs.data(text)}
     made = runs.run(narrow, tmp_path / "out", **few)
     assert any("4 of 4 experts saw fewer than 1000000 calibration tokens" in line for line in made.report["warnings"])
     assert made.report["calibration"]["min_expert_tokens"] == 10**6

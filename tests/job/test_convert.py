@@ -43,18 +43,19 @@ def check_equal(a: Path, b: Path) -> None:
     assert all(row.identical or row.codes for row in found.rows)
 
 
-def held(scheme: str, folder: Path, **options: Any) -> dict[str, Path]:
-    """The demo model in a scheme, in every dialect that holds it and is read."""
-    found = {}
+def held(scheme: str, folder: Path) -> dict[str, Path]:
+    """The demo model in a scheme, in every dialect that holds it and is read, from one run."""
+    names = []
     for writer in dialects.writers():
         if writer.reader is None:
             continue
         try:
-            made = runs.run("demo", folder / writer.name, scheme=scheme, dialect=writer.name, **DATA, **options)
+            runs.prepare("demo", scheme=scheme, dialect=writer.name, **DATA)
         except ConfigError:
             continue
-        found[writer.name] = made.folder
-    return found
+        names.append(writer.name)
+    made = runs.run("demo", folder, scheme=scheme, dialect=",".join(names), **DATA)
+    return {name: made.folder / name for name in names} if len(names) > 1 else dict.fromkeys(names, made.folder)
 
 
 def _pairs(names: list[str]) -> Iterable[tuple[str, str]]:

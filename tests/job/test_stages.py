@@ -102,7 +102,10 @@ def test_each_activation_is_seen_behind_the_quantized_ones(
                 torch.testing.assert_close(own.cross.double(), x.T @ s / len(x), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize(("family", "solver"), [("llama", "gptq"), ("qwen3_moe", "gptq"), ("qwen3_moe", "qronos")])
+@pytest.mark.parametrize(
+    ("family", "solver"),
+    [("llama", "gptq"), ("qwen3_moe", "qronos"), pytest.param("qwen3_moe", "gptq", marks=pytest.mark.slow)],
+)
 def test_solvers_in_stages(family: str, solver: str, tmp_path: Path) -> None:
     source = runs.build(family, tmp_path / "m")
     data = runs.data(runs.text_file(tmp_path / "t.txt"), 16, 128)
