@@ -30,7 +30,7 @@ MODULES = {
 # A room may import those on lines above it. `quarkcli` itself, which holds the version, is above all.
 ROOMS = """
 errors events spec memory
-threads
+threads versions
 documents
 recipe
 family

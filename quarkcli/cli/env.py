@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from quarkcli import versions
 from quarkcli.cli import apps, output
 from quarkcli.cli.flags import Device, Json
 from quarkcli.errors import UsageError
@@ -74,7 +75,7 @@ def _facts() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
-        "packages": {name: _version(name) for name in _PACKAGES},
+        "packages": {name: versions.installed(name) for name in _PACKAGES},
         "devices": _devices(),
         "memory": _memory(),
         "disk": {"path": str(here), "free": shutil.disk_usage(here).free},
@@ -97,15 +98,6 @@ def _measure(device: str) -> None:
 
 def _rates(found: dict[str, str | None]) -> str:
     return f"{found['origin']}" + (f", in {found['path']}" if found["path"] else "")
-
-
-def _version(name: str) -> str | None:
-    from importlib import metadata
-
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _devices() -> list[dict[str, Any]]:

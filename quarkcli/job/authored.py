@@ -10,11 +10,10 @@ import os
 import random
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quarkcli import __version__, family
+from quarkcli import family, versions
 from quarkcli.disk.source import Source
 from quarkcli.disk.weights import WeightSource
 from quarkcli.disk.writer import atomic_write_text, tensor_bytes
@@ -68,8 +67,7 @@ class Author:
             "model": self.source.header_digest(),
             "files": {name: list(stamp) for name, stamp in self.source.stamps.items()},
             "rows": settings.samples, "held": held, "seqlen": settings.seqlen, "seed": settings.seed, "prefix": prefix,
-            "device": devices.device(self.options.device), "quark": __version__, "torch": version("torch"),
-            "transformers": version("transformers"),
+            "device": devices.device(self.options.device), **versions.deciding(),
         }  # fmt: skip
 
     def _written(self, starts: list[list[int]], settings: Calibration, device: str, tell: Listener) -> list[list[int]]:

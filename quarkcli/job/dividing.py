@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from quarkcli import __version__
+from quarkcli import versions
 from quarkcli.disk.journal import Journal
 from quarkcli.disk.writer import STATE, tensor_bytes
 from quarkcli.errors import ResourceError, UsageError
@@ -69,11 +68,7 @@ def check(prepared: Prepared, group: Group) -> None:
 
 def _check_alike(prepared: Prepared, group: Group) -> None:
     """Raises UsageError where this rank has another model, or other versions, than the first."""
-    own = {
-        "model": prepared.source.header_digest()[:16],
-        **{package: version(package) for package in ("torch", "transformers")},
-        "quark": __version__,
-    }
+    own = {"model": prepared.source.header_digest()[:16], **versions.deciding()}
     first = group.share(own)
     other = next((key for key in own if own[key] != first[key]), None)
     if other is not None:

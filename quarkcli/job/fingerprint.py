@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
-from quarkcli import __version__
+from quarkcli import versions
 from quarkcli.job import finish
 from quarkcli.job.options import Prepared
 
@@ -19,7 +16,7 @@ if TYPE_CHECKING:
 def fingerprint(prepared: Prepared, data: CalibrationData | None, device: str) -> dict[str, Any]:
     """Returns everything that must be equal for an interrupted run to be continued."""
     source, settings = prepared.source, prepared.calibration
-    recipe = yaml.safe_load(finish.resolved_recipe(prepared))
+    recipe = finish.as_recipe(prepared)
     if prepared.others:
         recipe["export"]["dialect"] = [one.dialect.name for one in prepared.every]
     return {
@@ -37,6 +34,6 @@ def fingerprint(prepared: Prepared, data: CalibrationData | None, device: str) -
             "moe": settings.moe if settings is not None else None,
             "bos": data.prefix if data is not None else None,
         },
-        "versions": {"quark": __version__, "torch": version("torch"), "transformers": version("transformers")},
+        "versions": versions.deciding(),
         "device": device,
     }

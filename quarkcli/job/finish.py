@@ -135,6 +135,11 @@ def _copy_side_files(found: SideFiles, partial: Path, written: Collection[str]) 
 
 def resolved_recipe(prepared: Prepared) -> str:
     """Returns the ordered entries of this run as a native recipe; running it again repeats the job."""
+    return yaml.dump(as_recipe(prepared), sort_keys=False, allow_unicode=True, width=120, Dumper=_Dumper)
+
+
+def as_recipe(prepared: Prepared) -> dict[str, Any]:
+    """Returns what `resolved_recipe` writes."""
     plan, settings = prepared.plan, prepared.calibration
     recipe: dict[str, Any] = {
         "schema": "quark/recipe/1",
@@ -154,7 +159,7 @@ def resolved_recipe(prepared: Prepared) -> str:
         recipe["calibration"] = _calibration(settings)
     elif prepared.is_random and prepared.seed:
         recipe["calibration"] = {"seed": prepared.seed}
-    return yaml.dump(recipe, sort_keys=False, allow_unicode=True, width=120, Dumper=_Dumper)
+    return recipe
 
 
 def _calibration(settings: Calibration) -> dict[str, Any]:

@@ -7,12 +7,11 @@ import platform
 import time
 from collections.abc import Sequence
 from datetime import datetime
-from functools import cache
-from importlib import metadata
 from typing import Any
 
 from quarkcli import __version__
 from quarkcli.events import Event, Phase
+from quarkcli.versions import installed
 
 PACKAGES = ("torch", "transformers", "safetensors", "numpy", "triton")
 
@@ -56,16 +55,10 @@ def _stamp(moment: datetime) -> str:
     return moment.isoformat(timespec="seconds")
 
 
-@cache
 def versions() -> dict[str, str]:
     """Returns the versions of quark, Python and what numbers depend on."""
-    found = {"quark": __version__, "python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    found = {name: version for name in PACKAGES if (version := installed(name)) is not None}
+    return {"quark": __version__, "python": platform.python_version(), **found}
 
 
 def host() -> dict[str, Any]:

@@ -6,11 +6,10 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quarkcli import __version__
+from quarkcli import versions
 from quarkcli.disk.writer import atomic_write_json
 from quarkcli.errors import ConfigError
 from quarkcli.job.finish import resolved_recipe
@@ -38,7 +37,7 @@ def fingerprint(space: Space, groups: Sequence[Group], data: CalibrationData) ->
         "seed": base.seed,
         "moe": base.calibration.moe if base.calibration is not None else None,
         "min_expert_tokens": base.calibration.min_expert_tokens if base.calibration is not None else None,
-        "versions": {"quark": __version__, "torch": version("torch"), "transformers": version("transformers")},
+        "versions": versions.deciding(),
     }
     return hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()
 
