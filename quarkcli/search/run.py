@@ -91,6 +91,7 @@ def search(asked: Asked, tell: Listener) -> Found:
         raise UsageError(
             what, where=f"--on-nonfinite {SKIP}", hint="use it with 'quark quantize'", kind="E-SEARCH-FLAGS"
         )
+    candidates.check_settings(asked.options.settings)
     space, asked, rows = _space(asked)
     for run in space.runs:
         _check(run)
