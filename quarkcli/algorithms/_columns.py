@@ -19,7 +19,7 @@ from quarkcli.errors import ConfigError
 from quarkcli.numerics.rows import cpu_rows
 from quarkcli.numerics.signs import may_be_negative
 from quarkcli.plan.model import Plan, QuantizedTarget
-from quarkcli.spec import TensorSpec
+from quarkcli.spec import PerGroup, TensorSpec
 
 if TYPE_CHECKING:
     from quarkcli.numerics.quantize import QParams, Quantized
@@ -86,7 +86,11 @@ class ColumnSolver(Solver):
         return {target.site: set(kinds) for target in plan.quantized() if target.site is not None}
 
     def check(self, plan: Plan) -> None:
-        """Refuses negative scales where a server reads scales as unsigned, and where none can come."""
+        """Refuses negative scales where a server reads scales as unsigned, and settings that change nothing."""
+        if self.act_order == "group" and not any(map(_in_groups, plan.quantized())):
+            what = f"{self.name} act_order: group changes nothing: no weight has more than one group of columns"
+            hint = "write act_order: true, or use a scheme with groups, such as int4_wo_128"
+            raise ConfigError(what, where="algorithm", hint=hint, kind="E-ALGORITHM-IDLE")
         if self.signed != "on":
             return
         self._check_signs(plan)
@@ -258,6 +262,12 @@ def _integer(target: QuantizedTarget) -> bool:
     from quarkcli.spec import ELEMENTS
 
     return ELEMENTS[target.weight.element].kind == "integer" and target.weight.symmetric
+
+
+def _in_groups(target: QuantizedTarget) -> bool:
+    """Returns whether there are groups of columns to be sorted inside; tiles are none."""
+    granularity = target.weight.granularity
+    return isinstance(granularity, PerGroup) and granularity.size < target.shape[1]
 
 
 def _sweeps(name: str, value: Any) -> int | None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from quarkcli.cli import apps, output, verdict
+from quarkcli.cli import apps, files, output, verdict
 from quarkcli.cli.amounts import number
 from quarkcli.cli.flags import Debug, Json, Offline, Pickle, Quiet
 from quarkcli.cli.logflags import LogFormat, LogLevel
@@ -78,6 +78,8 @@ def compare(
     from quarkcli.cli.progress import Progress
     from quarkcli.disk import compare as comparing
 
+    if html is not None:
+        files.check_new(html, replace=True)
     with Progress("lines") as progress:
         found = checkpoints.compared(a, b, offline=offline, allow_pickle=allow_pickle, listener=progress)
     if html is not None:
@@ -86,7 +88,6 @@ def compare(
 
 
 def _write_page(to: Path, found: Comparison, named: bool) -> None:
-    from quarkcli.cli import files
     from quarkcli.reporting import reading
     from quarkcli.reporting.page import compared
 

@@ -8,7 +8,7 @@ import typer
 
 from quarkcli.cli import output
 from quarkcli.cli.completion import names
-from quarkcli.cli.flags import Json
+from quarkcli.cli.flags import Json, Pickle
 
 if TYPE_CHECKING:
     from quarkcli.plan.explain import Explanation
@@ -29,20 +29,24 @@ def explain(
         str,
         typer.Option("--model", metavar="DIR_OR_ID", help="Model directory, hub id, or 'demo' for the embedded model."),
     ],
+    allow_pickle: Pickle = False,
     json: Json = False,
 ) -> None:
     """Explain why a module is or is not quantized: the entries that match it in order, and the one that decides."""
     output.start(json=json)
     from quarkcli import family
     from quarkcli.disk.origin import open_weights
+    from quarkcli.job import idle
     from quarkcli.job import run as job
     from quarkcli.job.options import Options
     from quarkcli.plan.compose import Overrides
     from quarkcli.plan.explain import explain as explained
     from quarkcli.plan.resolve import resolve
 
-    options = Options(model=model, recipe=name)
-    recipe, source = job.load_recipe(options), job.open_source(options)
+    options = Options(model=model, recipe=name, allow_pickle=allow_pickle)
+    recipe, source = job.load_recipe(options), job.open_source(options, output.tell)
+    for line in idle.of_model(source, allow_pickle=allow_pickle):
+        output.warning(f"{line}")
     headers = open_weights(source)[0].headers
     layout = family.lay_out(*family.for_checkpoint(source.config, headers), source.config, headers)
     found = explained(resolve(recipe, Overrides(), layout), slot)

@@ -9,7 +9,10 @@ from quarkcli.errors import UsageError
 
 
 def check_new(to: Path, *, replace: bool = False) -> None:
-    """Raises UsageError for a file that is there, unless it may be replaced, and where there is no directory for it."""
+    """Raises UsageError for a file that is there, unless it may be replaced, and for a place where none can be made."""
+    from quarkcli.disk import outputs
+
+    outputs.check_file(to)
     if to.exists() and not (replace and to.is_file()):
         raise UsageError("exists already", where=str(to), hint="choose another name", kind="E-OUTPUT-FILE")
     check_folder(to.parent)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 
 from quarkcli.cli import output
 from quarkcli.cli.flags_run import RunFlags
@@ -53,10 +54,13 @@ class JobFlags(RunFlags):
         return {field.name: given[field.name] for field in fields(record) if field.name in given}
 
 
-def takes_job_flags(body: Callable[..., None], *, without: Collection[str] = ()) -> Callable[..., None]:
+def takes_job_flags(
+    body: Callable[..., None], *, without: Collection[str] = (), reworded: Mapping[str, tuple[str, str]] | None = None
+) -> Callable[..., None]:
     """Returns a Typer command with the flags of `JobFlags`, before whatever keyword parameters `body` adds.
 
-    without   fields that the command has no flag for
+    without    fields that the command has no flag for
+    reworded   field -> words of its help that do not hold for this command, and those that do
     """
 
     def command(**values: Any) -> None:
@@ -64,6 +68,7 @@ def takes_job_flags(body: Callable[..., None], *, without: Collection[str] = ())
         body(JobFlags(**values), **own)
 
     flags = {name: flag for name, flag in _parameters(JobFlags, skip=0).items() if name not in without}
+    flags |= {name: _reworded(flags[name], *words) for name, words in (reworded or {}).items()}
     added = _parameters(body, skip=1)
     signature = inspect.Signature([*flags.values(), *added.values()])
     command.__signature__ = signature  # type: ignore[attr-defined]
@@ -76,3 +81,14 @@ def _parameters(of: Callable[..., Any], skip: int) -> Mapping[str, inspect.Param
     found = list(inspect.signature(of).parameters.values())[skip:]
     keyword = inspect.Parameter.KEYWORD_ONLY
     return {p.name: p.replace(annotation=hints[p.name], kind=keyword) for p in found}
+
+
+def _reworded(flag: inspect.Parameter, words: str, own: str) -> inspect.Parameter:
+    """Returns a flag with other words in its help, or in the default that is shown."""
+    kind, option = get_args(flag.annotation)
+    changed = copy.copy(option)
+    changed.help = option.help.replace(words, own)
+    if isinstance(option.show_default, str):
+        changed.show_default = option.show_default.replace(words, own)
+    assert vars(changed) != vars(option), words
+    return flag.replace(annotation=Annotated[kind, changed])

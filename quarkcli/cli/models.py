@@ -106,6 +106,8 @@ def infer(
     from quarkcli.job import idle
     from quarkcli.recipe import catalog
 
+    if to is not None:
+        files.check_new(to)
     source = Source.open(
         located(model), revision=revision, offline=offline, bare=True, tell=output.tell, allow_pickle=allow_pickle
     )

@@ -169,7 +169,7 @@ def _plan(
     from quarkcli.cli import picture, planview, predictview
     from quarkcli.cli.progress import Progress
     from quarkcli.events import Phase
-    from quarkcli.job import bulk, idle, predict
+    from quarkcli.job import bulk, idle, predict, preflight
     from quarkcli.job import run as job
 
     flags.start()
@@ -189,6 +189,7 @@ def _plan(
     devices = devices or Devices(1, _rates(None, None))
     with Progress("lines") as progress:
         prepared = job.prepare(flags.options(), lambda event: None if isinstance(event, Phase) else progress(event))
+    prepared.warnings += preflight.misplaced(prepared.output, prepared.source.folder)
     prepared.warnings += [*idle.of_plan(prepared.options), *flags.idle(plan=True)]
     if check_model:
         for line in job.check_model(prepared):

@@ -10,8 +10,8 @@ import typer
 from quarkcli import memory
 from quarkcli.cli import apps, explain, files, output, rewrite, tables
 from quarkcli.cli.completion import names
-from quarkcli.cli.flags import Json
-from quarkcli.errors import QuarkError
+from quarkcli.cli.flags import Json, Pickle
+from quarkcli.errors import QuarkError, UsageError
 
 app = apps.new(
     "Work with recipes: files that say what to quantize and how.",
@@ -161,6 +161,7 @@ def validate(
             "--model", metavar="DIR_OR_ID", help="Also check it against this model; 'demo' is the embedded one."
         ),
     ] = None,
+    allow_pickle: Pickle = False,
     json: Json = False,
 ) -> None:
     """Check a recipe.
@@ -172,6 +173,9 @@ def validate(
     from quarkcli.job import asked
     from quarkcli.recipe import catalog, recipe
 
+    if allow_pickle and model is None:
+        what = "needs --model: only a model is read from pickle files"
+        raise UsageError(what, where="--allow-pickle", hint="add --model DIR_OR_ID", kind="E-FLAG-CONFLICT")
     path = catalog.find_recipe(name)
     found = recipe.from_file(path, also=asked.mistakes)
     asked.check(found)
@@ -179,7 +183,7 @@ def validate(
         from quarkcli import dialects
 
         dialects.asked_for(found.dialect)
-    resolved = _against(path, model, found.calib_data) if model is not None else None
+    resolved = _against(path, model, found.calib_data, allow_pickle) if model is not None else None
     answer = {"file": str(path), "entries": len(found.entries), "model": model, "plan": resolved}
     if json:
         output.json_data({"schema": "quark/validation/1", **answer})
@@ -191,22 +195,25 @@ def validate(
             output.warning(f"{warning}")
 
 
-def _against(path: Path, model: str, data: str | None) -> dict[str, Any]:
+def _against(path: Path, model: str, data: str | None, allow_pickle: bool) -> dict[str, Any]:
     """Returns the plan's essentials.
 
     Without data of its own the built-in text stands in, so that no network is asked.
     """
+    from quarkcli.job import idle
     from quarkcli.job import run as job
     from quarkcli.job.options import Options
 
-    prepared = job.prepare(Options(model=model, recipe=str(path), calib_data=data or "builtin"))
+    options = Options(model=model, recipe=str(path), calib_data=data or "builtin", allow_pickle=allow_pickle)
+    prepared = job.prepare(options, output.tell)
     plan = prepared.plan
+    unused = idle.of_model(prepared.source, allow_pickle=allow_pickle)
     return {
         "modules": len(plan.targets),
         "quantized": sum(1 for _ in plan.quantized()),
         "dialect": ",".join(one.dialect.name for one in prepared.every),
         "needs_data": bool(prepared.needs),
-        "warnings": plan.warnings,  # those about calibration data concern a run
+        "warnings": [*unused, *plan.warnings],  # those about calibration data concern a run
     }
 
 

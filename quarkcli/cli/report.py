@@ -59,11 +59,14 @@ def report(
         )
     from quarkcli.reporting.reading import read
 
+    page_file = to or Path(f"{directory.resolve().name}.html")
+    if html:
+        files.check_new(page_file, replace=True)
     found = read(directory)
     if html:
         from quarkcli.reporting.page import page
 
-        files.write_named(to or Path(f"{directory.resolve().name}.html"), page(found), replace=True)
+        files.write_named(page_file, page(found), replace=True)
         return
     if json or form == "json":
         output.json_data(found)

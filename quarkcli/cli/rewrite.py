@@ -42,6 +42,7 @@ def convert(
     from quarkcli.recipe import catalog, recipe
     from quarkcli.recipe.convert import as_native
 
+    files.check_new(to)
     found = recipe.from_file(catalog.find_recipe(name))
     for note in found.notes:
         output.note(f"note: {note}")

@@ -78,9 +78,23 @@ _WITHOUT = (
     "scheme", "recipe", "output", "layers", "layer_types", "kv_cache", "attention", "min_kv_scale", "resume",
     "time_budget", "max_cpu_mem", "max_gpu_mem", "offload", "verify", "evaluate", "keep_download",
 )  # fmt: skip
+# A search has no recipe of quark's, and one checkpoint format.
+_REWORDED = {
+    "settings": ("of the recipe, such as calibration.samples=64, or of an algorithm", "of an algorithm"),
+    "algorithm": ("the recipe's", "those of --recipe"),
+    "dialect": (
+        " With a comma list, one run writes all of them, each into a directory of its name. [default: the recipe's, "
+        "else auto]",
+        " [default: auto]",
+    ),
+    "calib_data": ("the recipe's, else a hub", "a hub"),
+    "calib_samples": ("the recipe's, else 512", "score_size of --recipe, else 128"),
+    "calib_seqlen": ("the recipe's, else 512", "512"),
+    "bos": ("the recipe's, else auto", "auto"),
+}
 
 
-@partial(takes_job_flags, without=_WITHOUT)
+@partial(takes_job_flags, without=_WITHOUT, reworded=_REWORDED)
 def search(
     flags: JobFlags,
     *,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from quarkcli.disk import exchanged
 from quarkcli.disk.checkpoint import Checkpoint
 from quarkcli.disk.compare import Row, compare, decibels
+from quarkcli.disk.outputs import REPORT
 from quarkcli.disk.rewritten import homes, said_changed
 from quarkcli.errors import CheckError, some
 from quarkcli.events import Listener, silent
@@ -14,6 +15,7 @@ from quarkcli.events import Listener, silent
 _SHOWN = 5
 # Below it, noise is as large as the signal: codes or scales are read wrong, or are another weight's.
 BROKEN = 1.0
+_UNSAID = f"and there is no {REPORT} that tells the work of an algorithm from damage"
 
 
 def check(
@@ -39,7 +41,8 @@ def check(
         exchanged.check(checkpoint, original, other)
     lines = ["kept tensors have the values of the original model"]
     if other:
-        lines = [f"{len(other)} kept tensors have other values, because an algorithm rewrote them: {some(other)}"]
+        why = "because an algorithm rewrote them" if said is not None else _UNSAID
+        lines = [f"{len(other)} kept tensors have other values, {why}: {some(other)}"]
     rows = [row for row in found.rows if row.name in quantized]
     if least is None and other and said is None:
         return [

@@ -7,9 +7,12 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from quarkcli.errors import UsageError
 
 OURS = "quark"  # the folder of a checkpoint's own records
 MANIFEST, LOG = f"{OURS}/manifest.json", f"{OURS}/quark.log"
@@ -17,6 +20,26 @@ REPORT, PAGE = f"{OURS}/report.json", f"{OURS}/report.html"
 RECIPE, SOURCE_CARD = f"{OURS}/recipe.yaml", f"{OURS}/source_README.md"
 LIST = "dialects.json"
 SCHEMA = "quark/dialects/1"
+LONGEST_NAME, LONGEST_PATH = 255, 3500  # bytes; room is left for the files inside
+
+
+def check_file(file: Path) -> None:
+    """Raises UsageError for a file whose name is too long to be written: another name, which is longer, comes first."""
+    if what := too_long(file, ".writing-4194304-"):
+        raise UsageError(what, where=f"{str(file)[:80]}...", hint="choose a shorter name", kind="E-OUTPUT-FILE")
+
+
+def too_long(path: Path, added: str) -> str:
+    """Returns what is wrong with the length of a path, if anything; `added`: what names beside it have more."""
+    sizes = [len(os.fsencode(name)) for name in path.parts] or [0]
+    most = LONGEST_NAME - len(added)
+    if sizes[-1] > most:
+        return f"the name of the output is too long; at most {most} bytes"
+    if max(sizes) > LONGEST_NAME:
+        return f"the name of a directory is too long; at most {LONGEST_NAME} bytes"
+    if len(os.fsencode(path)) > LONGEST_PATH:
+        return f"the name of the output is too long; at most {LONGEST_PATH:,} bytes with its directories"
+    return ""
 
 
 def nearest(path: Path) -> Path:

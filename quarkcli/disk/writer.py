@@ -32,7 +32,6 @@ OutputState = Literal["absent", "empty", "finished", "foreign"]
 SHARD_LIMIT = 5_000_000_000  # bytes of tensors in one file
 STAGING = ".writing-"  # prefix of temporary folders and files; the journal removes what a kill left behind
 STATE = ".quark-state"  # the journal's folder in a partial directory; hidden, so that no source has it
-_LONGEST_NAME, _LONGEST_PATH = 255, 3500  # bytes; room is left for the files inside
 
 _METADATA = {"format": "pt"}  # transformers refuses files without it
 _SLUG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -317,6 +316,8 @@ def partial_path(final: Path) -> Path:
     Raises UsageError for a place that cannot have one: a mount point, a link that leads to itself, a name too long.
     """
     final = resolved(final)
+    if what := outputs.too_long(final, ".partial.state"):
+        raise UsageError(what, where=f"{str(final)[:80]}...", hint="choose another -o", kind="E-OUTPUT-PLACE")
     with disk_errors(final):
         mounted = final.is_mount()
     if mounted:
@@ -324,11 +325,7 @@ def partial_path(final: Path) -> Path:
             "is a mount point, and nothing can be renamed to it", where=str(final), hint="give a folder inside it",
             kind="E-OUTPUT-PLACE",
         )  # fmt: skip
-    partial = final.with_name(f"{final.name}.partial")
-    if len(os.fsencode(f"{partial.name}.state")) > _LONGEST_NAME or len(os.fsencode(final)) > _LONGEST_PATH:
-        what = f"the name of the output is too long; at most {_LONGEST_NAME - len('.partial.state')} bytes"
-        raise UsageError(what, where=f"{str(final)[:80]}...", hint="choose another -o", kind="E-OUTPUT-PLACE")
-    return partial
+    return final.with_name(f"{final.name}.partial")
 
 
 def resolved(path: Path) -> Path:

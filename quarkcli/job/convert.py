@@ -123,8 +123,8 @@ def convert(
     """
     started = time.monotonic()
     tell(Phase("check"))
-    found = prepare(source, to)
     partial = partial_path(output)
+    found = prepare(source, to)
     preflight.check_output(output, overwrite, source.folder)
     if found.bytes > (free := free_bytes(output)):
         raise ResourceError(

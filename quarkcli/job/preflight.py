@@ -273,20 +273,18 @@ def forecast_of(
     )
 
 
+def misplaced(output: Path, source: Path) -> list[str]:
+    """Returns a line for a place where `quark quantize` would not write."""
+    try:
+        _check_place(output, source)
+    except UsageError as error:
+        return [f"{error}, so 'quark quantize' would stop (exit {int(error.code)}); {error.hint}"]
+    return []
+
+
 def check_output(output: Path, overwrite: bool, source: Path) -> None:
     """Refuses an output that exists, unless it may be replaced, and one that touches the source."""
-    final = resolved(output)
-    if final == source or source in final.parents or final in source.parents:
-        raise UsageError(
-            "is inside the model's directory, or contains it", where=str(output), hint="choose another -o",
-            kind="E-OUTPUT-PLACE",
-        )  # fmt: skip
-    if final in _around():
-        what = "is the directory that you work in, and the finished one takes its place"
-        raise UsageError(what, where=str(output), hint="choose another -o", kind="E-OUTPUT-PLACE")
-    if final.exists() and not final.is_file() and not final.is_dir():
-        what = "is neither a file nor a directory"
-        raise UsageError(what, where=str(output), hint="choose another -o", kind="E-OUTPUT-PLACE")
+    _check_place(output, source)
     state = output_state(output)
     if state in {"finished", "foreign"} and not overwrite:
         what = "a finished checkpoint" if state == "finished" else "something that is not a checkpoint of quark"
@@ -301,6 +299,20 @@ def check_output(output: Path, overwrite: bool, source: Path) -> None:
         raise ResourceError(
             "cannot be written to", where=str(existing), hint="choose another directory with -o", kind="E-DISK-WRITE"
         )
+
+
+def _check_place(output: Path, source: Path) -> None:
+    """Raises UsageError for a place that no flag frees for an output."""
+    final = resolved(output)
+    if final == source or source in final.parents or final in source.parents:
+        what, hint = "is inside the model's directory, or contains it", "use -o with a directory outside the model's"
+        raise UsageError(what, where=str(output), hint=hint, kind="E-OUTPUT-PLACE")
+    if final in _around():
+        what = "is the directory that you work in, and the finished one takes its place"
+        raise UsageError(what, where=str(output), hint="choose another -o", kind="E-OUTPUT-PLACE")
+    if final.exists() and not final.is_file() and not final.is_dir():
+        what = "is neither a file nor a directory"
+        raise UsageError(what, where=str(output), hint="choose another -o", kind="E-OUTPUT-PLACE")
 
 
 def _around() -> list[Path]:

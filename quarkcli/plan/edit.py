@@ -20,6 +20,7 @@ from typing import Any
 
 from quarkcli.errors import ConfigError, UsageError
 from quarkcli.plan.compose import Basis
+from quarkcli.plan.effects import fitting_classes
 from quarkcli.plan.model import TARGET_KINDS, Decision, Plan
 from quarkcli.plan.names import ATTENTION_CLASS, Names, stage_of
 from quarkcli.plan.resolve import attention_names, attention_slots, resolve
@@ -217,15 +218,18 @@ def _unit(plan: Plan, origin: Origin) -> str:
 
 
 def _selected(plan: Plan, selection: Selection, parent: str | None, call: str) -> dict[str, Decision]:
-    """Returns slots by name. Raises ConfigError when there are none, with near misses of a pattern."""
+    """Returns slots by name. Raises ConfigError when there are none, with near misses of a pattern or its classes."""
     found = dict(_matched(plan, selection, parent) if isinstance(selection, str) else _chosen(plan, selection, parent))
     if found:
         return found
     pattern = selection if isinstance(selection, str) else ""
     hint = nearby.hint(pattern, [slot for slot, _ in plan.slots()])
-    raise ConfigError(
-        "the pattern selects no quantizer", where=_call(call, selection), hint=hint, kind="E-PYTHON-VALUE"
-    )
+    what = "the pattern selects no quantizer"
+    if parent is not None:
+        what += f" of modules of the class {parent}"
+        classes = fitting_classes(plan, pattern)
+        hint = f"use parent_class={classes[0]!r}, or leave it out" if classes else hint
+    raise ConfigError(what, where=_call(call, selection), hint=hint, kind="E-PYTHON-VALUE")
 
 
 def _matched(plan: Plan, pattern: str, parent: str | None) -> Iterator[tuple[str, Decision]]:

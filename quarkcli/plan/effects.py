@@ -6,12 +6,12 @@ import difflib
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 
-from quarkcli.errors import ConfigError, did_you_mean
+from quarkcli.errors import ConfigError, near_misses
 from quarkcli.plan.model import Decision, Plan
-from quarkcli.plan.names import ATTENTION_CLASS, Hits
+from quarkcli.plan.names import ATTENTION_CLASS, Hits, stage_of
 from quarkcli.recipe import nearby
 from quarkcli.recipe.entries import Entry
-from quarkcli.recipe.match import module_pattern, starred
+from quarkcli.recipe.match import Patterns, module_pattern, starred
 
 _SLOT = re.compile(r"[.*](weight|input|output|bias|[qkvp]_bmm|softmax)_quantizer(\.\d+)?$")
 # How alike a pattern's word and a module's name are when one is taken for the other misspelled.
@@ -76,7 +76,7 @@ def _absent(plan: Plan, entry: Entry) -> ConfigError:
     classes = {target.name: target.parent_class for target in plan.targets.values()}
     owners = classes if by_module else classes | dict.fromkeys(plan.attention, ATTENTION_CLASS)
     if parent is not None and parent not in owners.values():
-        return _unknown_class(entry, owners)
+        return _unknown_class(plan, entry, owners)
     own = [name for name in owners if parent in (None, owners[name])]
     wanted = set(own)
     pool = own if by_module else [slot for slot, _ in plan.slots() if slot.rpartition(".")[0] in wanted]
@@ -85,16 +85,30 @@ def _absent(plan: Plan, entry: Entry) -> ConfigError:
     return ConfigError(what, where=str(entry.origin), hint=nearby.hint(shown, pool), kind="E-PATTERN-NOMATCH")
 
 
-def _unknown_class(entry: Entry, owners: Mapping[str, str]) -> ConfigError:
-    parent, known = str(entry.parent_class), sorted(set(owners.values()))
-    if entry.origin.is_flag:  # a flag may leave `nn.` out
-        parent, known = parent.removeprefix("nn."), [name.removeprefix("nn.") for name in known]
+def _unknown_class(plan: Plan, entry: Entry, owners: Mapping[str, str]) -> ConfigError:
+    """Returns the error for a class that no module has. A flag may leave `nn.` out."""
+    prefix = "" if entry.origin.is_flag else "nn."
+    parent = str(entry.parent_class).removeprefix("nn.")
+    fitting = fitting_classes(plan, entry.quantizer_path) or sorted({*owners.values()} - {ATTENTION_CLASS})
+    known = [name.removeprefix("nn.") for name in fitting]
+    near = near_misses(parent, known, 1)
+    listed = ", ".join(f"{prefix}{name}" for name in known)
     return ConfigError(
-        f"unknown class of layer '{parent}': it matches none of {len(owners)} modules",
+        f"unknown class of layer '{parent if entry.origin.is_flag else entry.parent_class}': "
+        f"it matches none of {len(owners)} modules",
         where=str(entry.origin),
-        hint=did_you_mean(parent, known, f"use one of {', '.join(known)}"),
+        hint=f"did you mean '{prefix}{near[0]}'?" if near else f"use one of {listed}",
         kind="E-PATTERN-NOMATCH",
     )
+
+
+def fitting_classes(plan: Plan, pattern: str) -> list[str]:
+    """Returns classes of modules that have a quantizer of this pattern; that of attention only if no other has one."""
+    matches = Patterns().matcher(stage_of(pattern)[0])
+    classes = {target.name: target.parent_class for target in plan.targets.values()}
+    modules = {slot.rpartition(".")[0] for slot, _ in plan.slots() if matches(slot)}
+    found = {classes.get(module, ATTENTION_CLASS) for module in modules}
+    return sorted(found - {ATTENTION_CLASS} or found)
 
 
 def check_effect(

@@ -6,7 +6,11 @@ from quarkcli.plan.model import Plan
 
 
 def effective_bits(plan: Plan) -> float:
-    """Returns stored bits per quantized weight, scales included."""
+    """Returns bits per quantized weight of the number formats: codes, scales, zero points and shift bits.
+
+    What a checkpoint format stores beside them (`weight_shape`, scales of inputs, zero points that are all zero) counts
+    in the size of the files alone: a search compares formats, and each checkpoint format gives the same figure.
+    """
     bits = weights = 0.0
     for run in plan.quantized_alike():
         target = run[0]

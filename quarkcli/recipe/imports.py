@@ -5,7 +5,8 @@ A path is looked for beside the file that names it, at the root of the tree that
 imports built-in files only, and no unit of the user's may have the path of a built-in one; the working directory has
 no say. As a value, `$import` is replaced by the snippet, and keys beside it override the snippet's, deeply; a list of
 names merges from left to right. As a list member, a snippet that is a list is spliced in and one that is a mapping
-takes its place. A snippet has its own imports, in a first YAML document of its file if it is a list.
+takes its place. A snippet has its own imports, in a first YAML document of its file if it is a list. Each import must
+be used in its file.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def expanded(document: Document) -> Document:
     Raises ConfigError with the place.
     """
     expander = _Expander()
-    data = expander.copy(_Source(document, (Path(document.file).resolve(),)), (), ())
+    data = expander.whole(_Source(document, (Path(document.file).resolve(),)), ())
     return Document(data, document.file, expander.places)
 
 
@@ -53,6 +54,20 @@ class _Expander:
     def __init__(self) -> None:
         self.places: dict[Path_, Origin] = {}
         self.count = 0
+        self.used: set[tuple[Path, str]] = set()  # files, and names of their imports
+
+    def whole(self, source: _Source, target: Path_) -> Any:
+        """Returns all of a source, expanded. Raises ConfigError for an import that it does not use."""
+        found = self.copy(source, (), target)
+        unused = [name for name in _names(source) if (source.stack[-1], name) not in self.used]
+        if unused:
+            raise ConfigError(
+                f"'{unused[0]}' is imported, and nothing in this file uses it",
+                where=source.where((IMPORTS, unused[0])),
+                hint=f"remove it from 'imports', or write {MARK}: {unused[0]} where it belongs",
+                kind="E-IMPORT",
+            )
+        return found
 
     def copy(self, source: _Source, path: Path_, target: Path_) -> Any:
         """Returns the value at `path` of a source, expanded, for the place `target` of the tree."""
@@ -100,11 +115,12 @@ class _Expander:
     def snippet(self, source: _Source, name: str, path: Path_, target: Path_) -> Any:
         """Returns the whole of an imported file, expanded."""
         file = _file(source, name, path)
+        self.used.add((source.stack[-1], name))
         resolved = _resolved(file)
         if resolved in source.stack:
             circle = " -> ".join(step.name for step in (*source.stack[source.stack.index(resolved) :], resolved))
             raise ConfigError(f"imports go in a circle: {circle}", where=source.where(path), kind="E-IMPORT")
-        return self.copy(_Source(catalog.snippet(file), (*source.stack, resolved)), (), target)
+        return self.whole(_Source(catalog.snippet(file), (*source.stack, resolved)), target)
 
 
 def _moved(places: dict[Path_, Origin], target: Path_, first: int, *, spliced: bool) -> dict[Path_, Origin]:
@@ -137,13 +153,17 @@ def _merged(old: Any, new: Any) -> Any:
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def _file(source: _Source, name: str, path: Path_) -> Path:
-    """Returns the file behind a name of the source's `imports`."""
-    names = source.document.imports
-    if names is None:
-        names = {}
+def _names(source: _Source) -> Mapping[Any, Any]:
+    """Returns the `imports` of a source."""
+    names = source.document.imports if source.document.imports is not None else {}
     if not isinstance(names, Mapping):
         raise ConfigError(f"{IMPORTS} must map names to files", where=source.where((IMPORTS,)), kind="E-IMPORT")
+    return names
+
+
+def _file(source: _Source, name: str, path: Path_) -> Path:
+    """Returns the file behind a name of the source's `imports`."""
+    names = _names(source)
     if name not in names:
         otherwise = f"add it to 'imports', which has {', '.join(map(str, names)) or 'no name'}"
         hint = did_you_mean(name, map(str, names), otherwise)

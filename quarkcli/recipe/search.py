@@ -11,6 +11,7 @@ from quarkcli.errors import ConfigError
 from quarkcli.recipe.attributes import to_spec
 from quarkcli.recipe.attributes.written import spec_to_yaml
 from quarkcli.recipe.entries import Entry
+from quarkcli.recipe.match import matches
 from quarkcli.spec import OBSERVERS, ObserverSpec, TensorSpec
 
 _WEIGHT, _INPUT = "weight_quantizer", "input_quantizer"
@@ -58,9 +59,17 @@ def _changed(entry: Entry, kind: str, change: Callable[[TensorSpec], TensorSpec]
 
 
 def _narrowed(pattern: str, kind: str) -> str | None:
-    """Returns what a glob matches of one kind of slots: `*mlp*weight_quantizer` of `*mlp*`; None for nothing."""
-    start, star, end = pattern.rpartition("*")
-    return f"{start}*{kind}" if star and kind.endswith(end) and not pattern.startswith("re:") else None
+    """Returns what a glob matches of one kind of slots: `*mlp*weight_quantizer` of `*mlp*`; None for nothing.
+
+    It is cut where its end matches the kind first; a star stands on both sides of the cut: `*weight_quantizer` of
+    `*weight*`, whose later cuts match less.
+    """
+    if pattern.startswith("re:"):
+        return None
+    for at, character in enumerate(pattern):
+        if matches(pattern[at:], [kind]):
+            return f"{pattern[:at]}{'*' if character == '*' else ''}{kind}"
+    return None
 
 
 def _searched(asked: dict[str, Any], spec: TensorSpec) -> TensorSpec:

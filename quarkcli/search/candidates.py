@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from quarkcli.disk.headers import DTYPES
 from quarkcli.disk.writer import tensor_bytes
 from quarkcli.errors import ConfigError, UsageError
+from quarkcli.job import asked
 from quarkcli.job.options import Prepared
 from quarkcli.plan.fused import Servers, matrix
 from quarkcli.plan.model import QuantizedTarget, Target, is_quantized
 from quarkcli.recipe.auto_quantize import Rule
+from quarkcli.recipe.entries import SETTING
 from quarkcli.recipe.match import matches
 
 KEEP = "bf16"  # the candidate that leaves a weight as the source has it
@@ -184,6 +186,15 @@ def stored(group: Group, candidate: Candidate) -> int:
         else:
             total += tensor_bytes(target.dtype, target.shape)
     return total
+
+
+def check_settings(settings: Sequence[str]) -> None:
+    """Raises UsageError for a value of `--set` that is not one of an algorithm: no recipe of quark's is read."""
+    of_recipe, _ = asked.of_recipe_and_steps(settings)
+    if of_recipe:
+        what = "a search has no recipe to change, and --set changes only values of its algorithms"
+        hint = "use the flags, such as --calib-samples 64"
+        raise UsageError(what, where=f"{SETTING}{of_recipe[0]}", hint=hint, kind="E-SEARCH-FLAGS")
 
 
 def check(names: Sequence[str]) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 from quarkcli import family, memory
+from quarkcli.disk import outputs
 from quarkcli.disk.embedded import DEMO
 from quarkcli.disk.writer import atomic_write_text, disk_errors
 from quarkcli.errors import ConfigError, UsageError
@@ -91,6 +92,9 @@ def search(asked: Asked, tell: Listener) -> Found:
         raise UsageError(
             what, where=f"--on-nonfinite {SKIP}", hint="use it with 'quark quantize'", kind="E-SEARCH-FLAGS"
         )
+    candidates.check_settings(asked.options.settings)
+    for file in filter(None, (asked.output, asked.scores)):
+        outputs.check_file(file)
     space, asked, rows = _space(asked)
     for run in space.runs:
         _check(run)

@@ -231,3 +231,17 @@ def test_negative_scales_that_cannot_come_are_refused(scheme: str, settings: lis
         runs.prepare("demo", scheme=scheme, **given)
     assert caught.value.kind == "E-ALGORITHM-IDLE"
     assert runs.prepare("demo", scheme="int4_wo_128", **given | {"settings": ["gptq.signed=on"]})
+
+
+@pytest.mark.parametrize(("name", "scheme"), [("gptq", "fp8"), ("gptaq", "int8"), ("qronos", "fp8_block128")])
+def test_an_order_inside_groups_needs_groups(name: str, scheme: str) -> None:
+    given = {"algorithm": name, "calib_data": "builtin"}
+    with pytest.raises(ConfigError, match=f"{name} act_order: group changes nothing") as caught:
+        runs.prepare("demo", scheme=scheme, settings=[f"{name}.act_order=group"], **given)
+    assert caught.value.kind == "E-ALGORITHM-IDLE"
+    assert runs.prepare("demo", scheme=scheme, settings=[f"{name}.act_order=true"], **given)
+    one_group = {"exclude": ["*down_proj"]}  # the other weights are as wide as a group
+    with pytest.raises(ConfigError, match="no weight has more than one group of columns"):
+        runs.prepare("demo", scheme="int4_wo_128", settings=[f"{name}.act_order=group"], **given, **one_group)
+    mixed = {"layers": ["*down_proj=int4_wo_128"]}
+    assert runs.prepare("demo", scheme=scheme, settings=[f"{name}.act_order=group"], **given, **mixed)

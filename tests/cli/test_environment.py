@@ -74,7 +74,8 @@ def test_a_folder_of_the_users_that_is_there_is_used(folder: Path) -> None:
     [
         ("loop", 2, "is a link that leads to itself"),
         ("a" * 250, 2, "the name of the output is too long"),
-        ("a" * 300, 6, "File name too long"),
+        ("a" * 300, 2, "the name of the output is too long"),
+        (f"{'a' * 300}/out", 2, "the name of a directory is too long"),
         ("/".join(["b" * 200] * 18), 2, "the name of the output is too long"),
         ("file/out", 6, "Not a directory"),
         ("/proc/none/out", 6, " free"),
@@ -83,10 +84,10 @@ def test_a_folder_of_the_users_that_is_there_is_used(folder: Path) -> None:
 def test_outputs_that_cannot_be(folder: Path, output: str, code: int, text: str, capsys: Any) -> None:
     Path("loop").symlink_to("loop")
     Path("file").touch()
-    assert main.main([*QUANTIZE, "-o", output]) in {code, 6}
+    assert main.main([*QUANTIZE, "-o", output]) == code
     error = capsys.readouterr().err
     assert "internal error" not in error
-    assert text in error or "writing failed" in error
+    assert text in error or (code == 6 and "writing failed" in error)
     assert {path.name for path in folder.iterdir()} == {"loop", "file"}
 
 

@@ -38,6 +38,33 @@ def test_a_full_disk_leaves_nothing_and_the_command_can_be_repeated(
     assert "E-OUTPUT-FILE" in quark(*command).err
 
 
+LONG = "\N{SNOWMAN}" * 84  # 252 bytes; a name on the way to it has more
+SEARCH = ("search", "--model", "none", "--schemes", "fp8,nvfp4", "--budget", "5")
+BEFORE = {
+    "quantize": ("quantize", "--model", "none", "--scheme", "fp8", "-o"),
+    "plan": ("plan", "--model", "none", "--scheme", "fp8", "-o"),
+    "search": (*SEARCH, "-o"),
+    "scores": (*SEARCH, "--scores"),
+    "copy": ("recipes", "copy", "nvfp4"),
+    "schema": ("recipes", "schema", "-o"),
+    "recipe": ("recipes", "convert", "none", "-o"),
+    "init": ("init", "none", "--gpu", "h100", "-o"),
+    "infer": ("models", "infer", "none", "-o"),
+    "compare": ("compare", "none", "none", "--html"),
+    "report": ("report", "none", "--html"),
+}
+
+
+@pytest.mark.parametrize("name", BEFORE)
+def test_a_name_that_is_too_long_is_said_before_anything_is_read(name: str, quark, tmp_path: Path) -> None:
+    """There is no model, recipe or checkpoint of this name, which would be said otherwise."""
+    code, _, err = quark(*BEFORE[name], LONG)
+    assert code == 2, err
+    assert "the name of the output is too long; at most 2" in err
+    assert "E-OUTPUT-" in err and "hint: choose" in err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_name_that_ends_like_a_directory_is_one(quark, tmp_path: Path) -> None:
     code, _, err = quark("recipes", "copy", "nvfp4", f"{tmp_path}/none/")
     assert code == 2

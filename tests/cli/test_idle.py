@@ -262,8 +262,25 @@ OTHERS: dict[str, dict[str, list[Case] | str]] = {
     "recipes normalize": {"name": "what it is about"},
     "recipes convert": {"name": "what it is about", "to": "where it goes"},
     "recipes schema": {"to": "where it goes"},
-    "recipes validate": {"name": "what it is about", "model": "it is resolved against"},
-    "recipes explain": {"name": "what it is about", "slot": "what it is about", "model": "it is resolved against"},
+    "recipes validate": {
+        "name": "what it is about",
+        "model": "it is resolved against",
+        "allow_pickle": [
+            (("recipes", "validate", "nvfp4", "--allow-pickle"), 2, "needs --model: only a model is read"),
+            (("recipes", "validate", "nvfp4", "--model", "demo", "--allow-pickle"), 0, "has safetensors files"),
+        ],
+    },
+    "recipes explain": {
+        **dict.fromkeys(("name", "slot"), "what it is about"),
+        "model": "it is resolved against",
+        "allow_pickle": [
+            (
+                ("recipes", "explain", "nvfp4", "lm_head", "--model", "demo", "--allow-pickle"),
+                0,
+                "has safetensors files",
+            )
+        ],
+    },
     "recipes copy": {"name": "what it is about", "destination": "where it goes"},
     "init": {
         "model": "what it is about",

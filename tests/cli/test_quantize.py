@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import fields
+from shutil import copytree
 
 import pytest
 
 from quarkcli.cli import amounts, jobflags, planview
+from quarkcli.disk.embedded import EMBEDDED
 from quarkcli.job import run as job
 from quarkcli.plan.compose import Overrides
 
@@ -244,3 +246,22 @@ def test_quiet_keeps_the_warning_about_the_data(quark):
     assert all(line.startswith("warning: ") for line in answer.err.splitlines())
     assert "built-in text" in answer.err
     assert quark("plan", "--model", "demo", "--scheme", "fp8", "--offline", "--log-level", "error").err == ""
+
+
+def test_plan_says_of_the_output_what_quantize_says(quark, tmp_path, monkeypatch):
+    """Inside the model's directory, where the default output lies too."""
+    copytree(EMBEDDED, tmp_path / "model")
+    monkeypatch.chdir(tmp_path / "model")
+    flags = ("--model", ".", "--scheme", "mxfp4")
+    for more, place in (((), "model-mxfp4"), (("-o", "out"), "out"), (("-o", ".."), "..")):
+        said = f"{place}: is inside the model's directory, or contains it"
+        hint = "use -o with a directory outside the model's"
+        planned = quark("plan", *flags, *more)
+        assert planned.code == 0
+        assert f"warning: {said}, so 'quark quantize' would stop (exit 2); {hint}" in planned.err
+        refused = quark("quantize", *flags, *more)
+        assert refused.code == 2
+        assert f"error: {said} [E-OUTPUT-PLACE]\nhint: {hint}" in refused.err
+    assert {path.name for path in tmp_path.iterdir()} == {"model"}
+    outside = ("-o", "../out")
+    assert "would stop" not in quark("plan", *flags, *outside).err

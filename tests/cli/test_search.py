@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from quarkcli.search.run import ROWS
 from tests import runs
 
 FEW = ("--calib-samples", "4", "--calib-seqlen", "32")
@@ -64,6 +65,8 @@ def test_without_a_budget_nothing_is_written_but_scores(quark, text, tmp_path):
             "cannot be one file",
         ),
         (("--schemes", "nvfp4,fp8", "--budget", "5", "-o", ".", "--overwrite"), 2, "hint: choose another -o"),
+        (("--schemes", "nvfp4,fp8", "--set", "calibration.samples=64"), 2, "hint: use the flags, such as --calib-"),
+        (("--recipe", "none.yaml", "--set", "calibration.samples=64"), 2, "a search has no recipe to change"),
         (("--recipe", "none.yaml"), 3, "none.yaml: there is no such file"),
         (("--recipe", "nvfp4"), 3, "give a file with an auto_quantize section"),
     ],
@@ -74,6 +77,16 @@ def test_what_is_wrong_is_said_at_once(quark, tmp_path, arguments, code, said):
     assert answer.code == code, answer.err
     assert said in answer.err
     assert not list(tmp_path.glob("*"))
+
+
+def test_the_help_shows_what_a_search_takes(quark, text):
+    shown = " ".join(quark("search", "--help").out.split())
+    assert "such as gptq.damp=0.05" in shown and "calibration.samples" not in shown
+    assert "the recipe's" not in shown
+    assert f"[default: score_size of --recipe, else {ROWS}]" in shown
+    answer = quark("search", *SCHEMES, "--calib-data", text, *FEW, "--algorithm", "gptq", "--set", "gptq.damp=0.05")
+    assert answer.code == 0, answer.err
+    assert "such as calibration.samples=64" in " ".join(quark("quantize", "--help").out.split())
 
 
 def test_a_recipe_for_a_search_says_where_to_go(quark, tmp_path):

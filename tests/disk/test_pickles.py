@@ -82,6 +82,8 @@ def test_every_command_that_reads_a_model_takes_the_flag(
         ["eval", out, "--baseline", source, *short],
         ["models", "infer", source],
         ["data", "preview", "--calib-data", "builtin", "--model", source],
+        ["recipes", "explain", "mxfp4", "lm_head", "--model", source],
+        ["recipes", "validate", "mxfp4", "--model", source],
     ]
     for command in commands:
         assert main.main(command) == ExitCode.MODEL, command

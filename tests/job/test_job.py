@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import random
 import re
@@ -29,6 +30,7 @@ from quarkcli.job.run import Options
 from quarkcli.model.runner import Runner
 from quarkcli.plan.compose import Overrides
 from quarkcli.spec import TensorSpec
+from tests import runs
 
 SCHEMES = ("fp8", "int4_wo_128", "mxfp4", "nvfp4")
 DIALECTS = ("compressed-tensors", "quark")
@@ -140,6 +142,22 @@ def test_the_manifest_names_every_file_with_its_true_hash(made, scheme, dialect)
         assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
     assert manifest["schema"] == "quark/manifest/1"
     assert manifest["source"]["headers"] == Source.open(str(EMBEDDED)).header_digest()
+
+
+# What a checkpoint format stores beside the codes and scales of a weight.
+BESIDE = re.compile(r"\.(weight_shape|weight_zero_point|input_\w+)$|norm")
+
+
+@pytest.mark.parametrize(("scheme", "dialect"), PAIRS)
+def test_effective_bits_are_the_bytes_of_codes_and_scales(made, scheme, dialect):
+    """Of the files; none of these schemes has zero points."""
+    stored = {name: t.nbytes for name, t in runs.read_all(made[scheme, dialect]).items() if ".layers." in name}
+    of_formats = sum(count for name, count in stored.items() if not BESIDE.search(name))
+    with safe_open(EMBEDDED / "model.safetensors", "pt") as file:
+        names = [name for name in file.keys() if "_proj" in name]  # noqa: SIM118 - no mapping
+        weights = sum(math.prod(file.get_slice(name).get_shape()) for name in names)
+    bits = read(made[scheme, dialect], "quark/report.json")["size"]["effective_bits"]
+    assert bits == pytest.approx(8 * of_formats / weights, abs=5e-5)  # rounded to four digits
 
 
 @pytest.mark.parametrize(("scheme", "dialect"), PAIRS)

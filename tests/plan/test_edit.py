@@ -163,6 +163,14 @@ def test_parent_class(linear: Any):
     assert not any(specs(made).values())
 
 
+def test_a_class_that_the_pattern_does_not_meet():
+    made = editable("mxfp4")
+    for parent in ("nn.Modul", "nn.Embedding", torch.nn.Conv2d):
+        with pytest.raises(ConfigError, match="selects no quantizer of modules of the class nn") as caught:
+            edit.set_quantizer_attributes_partial(made, "*up_proj.weight_quantizer", {"enable": True}, parent)
+        assert caught.value.hint == "use parent_class='nn.Linear', or leave it out"
+
+
 def test_a_function_selects():
     made = editable("mxfp4")
     edit.disable_quantizer(made, lambda name: ".1." in name or name.endswith("input_quantizer"))

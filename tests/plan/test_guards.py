@@ -54,6 +54,27 @@ def test_a_class_without_the_module() -> None:
         plan(recipe(("*.weight_quantizer", INT8, True), row))
 
 
+@pytest.mark.parametrize(
+    ("pattern", "written", "hint"),
+    [
+        ("*.weight_quantizer", "nn.Conv2d", "use one of nn.Embedding, nn.Linear"),
+        ("*.weight_quantizer", "nn.Modul", "use one of nn.Embedding, nn.Linear"),
+        ("*.weight_quantizer", "nn.Banana", "use one of nn.Embedding, nn.Linear"),
+        ("*", "nn.Modul", "use one of nn.Embedding, nn.Linear"),
+        ("*.weight_quantizer", "Linear", "did you mean 'nn.Linear'?"),
+        ("*.nothing", "nn.Linea", "did you mean 'nn.Linear'?"),
+        ("*.up_proj.weight_quantizer", "nn.Embed", "use one of nn.Linear"),
+        ("*k_bmm_quantizer", "nn.Modul", "did you mean 'nn.Module'?"),
+    ],
+)
+def test_a_class_that_no_module_has(pattern: str, written: str, hint: str) -> None:
+    """The hint has classes of modules that the pattern matches: attention's only for a quantizer of attention."""
+    row = Entry(pattern, INT8, True, written, True, Origin("own.yaml", 7, 5), "a", True)
+    with pytest.raises(ConfigError, match=f"own.yaml:7:5: unknown class of layer '{written}'") as caught:
+        plan(recipe(("*.weight_quantizer", INT8, True), row))
+    assert caught.value.hint == hint
+
+
 def test_a_recipe_without_entries() -> None:
     with pytest.raises(ConfigError, match="the plan quantizes nothing") as caught:
         plan(Recipe("own", "own.yaml", None, [], exclusions=False))

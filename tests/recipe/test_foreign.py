@@ -13,6 +13,7 @@ from quarkcli.errors import ConfigError, UsageError
 from quarkcli.recipe import catalog, convert, recipe
 from quarkcli.recipe.attributes import to_spec
 from quarkcli.recipe.load import parse
+from quarkcli.recipe.match import matches
 from quarkcli.recipe.schema import json_schema
 from quarkcli.recipe.settings import adjusted
 from quarkcli.spec import ObserverSpec
@@ -151,6 +152,22 @@ class TestMse:
         assert [entry.quantizer_path for entry in made] == patterns
         names = [to_spec(entry.cfg, weight=True).observer.name for entry in made]
         assert names == ["min_max", "mse", "min_max", "mse", "min_max"]
+
+    @pytest.mark.parametrize(
+        "pattern",
+        ["*weight*", "*.weight*", "*mlp*weight*", "*weight_q*", "*.up_proj.w*", "*up*_quant*", "*.layers.0.*", "*t*r"],
+    )
+    def test_a_pattern_whose_end_is_about_the_quantizer(self, pattern: str, tmp_path: Path) -> None:
+        """Each weight that it reaches is searched, and nothing else: a star may stand for a part of both names."""
+        modules = [f"model.layers.{n}.mlp.{leaf}" for n in (0, 10) for leaf in ("up_proj", "weighted")]
+        slots = [f"{module}.{kind}_quantizer" for module in (*modules, "lm_head") for kind in ("weight", "input")]
+        rows = [{"quantizer_path": pattern, "cfg": {"num_bits": 8}}]
+        plain, *searched = recipe.from_file(write(tmp_path, modelopt(rows, {"method": "mse"}))).entries
+        assert plain.quantizer_path == pattern
+        assert [to_spec(entry.cfg, weight=True).observer.name for entry in searched] == ["mse"]
+        wanted = [slot for slot in slots if slot.endswith("weight_quantizer") and matches(pattern, [slot])]
+        assert wanted
+        assert [slot for slot in slots if matches(searched[0].quantizer_path, [slot])] == wanted
 
 
 class TestHeadroom:
