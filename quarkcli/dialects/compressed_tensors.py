@@ -242,7 +242,7 @@ class CompressedTensors(Writer):
                 )
                 for index, (scheme, targets) in enumerate(groups.items())
             },
-            "ignore": [*in_memory(left, family), *shared.vllm_names.left_out(plan)],
+            "ignore": list(dict.fromkeys([*in_memory(left, family), *shared.vllm_names.left_out(plan)])),
             "kv_cache_scheme": None if cache is None else arguments(cache, weight=False),
             **({"transform_config": online.transform_config(plan, universe)} if plan.online else {}),
         }

@@ -168,6 +168,7 @@ class FamilyModel(Strict):
     in_vllm       regular expression -> replacement: names that vLLM has for modules, applied in this order to those
                   of the files; `<N>` stands for the number N behind the last block's; never: it loads none
     served        values of keys of config.json that the classes of servers know; with others transformers alone has one
+    no_class      names of servers that have no class for these models
     own_code      published models bring their own code, and transformers has no class for their type
     scaling       pairs for smoothing and AWQ; `*` stands for every expert
     residual      where the residual stream runs; without it, it can be neither rotated nor put in another order
@@ -201,6 +202,7 @@ class FamilyModel(Strict):
     renamed: dict[str, str] = Field(default_factory=dict)
     in_vllm: Literal["never"] | dict[str, str] | None = None
     served: Only = Field(default_factory=dict)
+    no_class: list[str] = Field(default_factory=list)
     own_code: bool = False
     scaling: list[ScalingModel] = Field(default_factory=list)
     residual: ResidualModel | None = None
