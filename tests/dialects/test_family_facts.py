@@ -45,7 +45,7 @@ def test_a_head_with_another_name_in_memory_is_left_out_by_both(dialect: str) ->
     ("name", "lacking"),
     [
         ("gpt_neox", ["tensorrt-llm"]),
-        ("llama", []),
+        ("lfm2_moe", ["tensorrt-llm"]), ("llama", []),
     ],
 )  # fmt: skip
 def test_servers_without_a_class(name: str, lacking: list[str]) -> None:
@@ -56,7 +56,7 @@ def test_servers_without_a_class(name: str, lacking: list[str]) -> None:
 
 @pytest.mark.parametrize(
     ("name", "loaders"),
-    [("gpt_neox", {"vllm"})],
+    [("gpt_neox", {"vllm"}), ("lfm2_moe", {"transformers"})],
 )
 def test_scales_of_a_cache_have_a_place_in_some_classes(name: str, loaders: set[str]) -> None:
     cached = plan(llama(), linears(PAIRS["ptpc"]), kv=PAIRS["fp8"][0])
