@@ -74,7 +74,14 @@ def _experts_agree(plan: Plan) -> bool:
 
 def vllm_lacks(plan: Plan) -> bool:
     """True when vLLM has no place for the plan, whatever its formats are."""
-    return quantizes_routers(plan) or interleaves(plan) or unscaled_cache(plan) or not vllm_names.loads(plan)
+    lacks = quantizes_routers(plan) or interleaves(plan) or unscaled_cache(plan) or _quantizes_whole_head(plan)
+    return lacks or not vllm_names.loads(plan)
+
+
+def _quantizes_whole_head(plan: Plan) -> bool:
+    """True when a head is quantized to which vLLM gives no scheme."""
+    family = plan.rewrites.family
+    return family is not None and family.head_whole and any(run[0].role == "head" for run in plan.quantized_alike())
 
 
 def quantizes_routers(plan: Plan) -> bool:

@@ -84,7 +84,8 @@ class AttentionModel(Strict):
     unscaled: bool = False
 
 
-Only = dict[str, list[str | bool | int | float | None]]  # key of config.json -> values; null: it has no such key
+# Key of config.json -> values; null: it has no such key. Of a list in config.json one member has to be among them.
+Only = dict[str, list[str | bool | int | float | None]]
 
 
 class ScalingModel(Strict):
@@ -169,6 +170,7 @@ class FamilyModel(Strict):
                   of the files; `<N>` stands for the number N behind the last block's; never: it loads none
     served        values of keys of config.json that the classes of servers know; with others transformers alone has one
     no_class      names of servers that have no class for these models
+    head_whole    vLLM gives the head no scheme
     own_code      published models bring their own code, and transformers has no class for their type
     scaling       pairs for smoothing and AWQ; `*` stands for every expert
     residual      where the residual stream runs; without it, it can be neither rotated nor put in another order
@@ -203,6 +205,7 @@ class FamilyModel(Strict):
     in_vllm: Literal["never"] | dict[str, str] | None = None
     served: Only = Field(default_factory=dict)
     no_class: list[str] = Field(default_factory=list)
+    head_whole: bool = False
     own_code: bool = False
     scaling: list[ScalingModel] = Field(default_factory=list)
     residual: ResidualModel | None = None
@@ -281,7 +284,11 @@ def _replaced(name: str, rules: Mapping[str, str]) -> str:
 
 def _unmet(only: Only, text: Mapping[str, object]) -> str | None:
     """Returns the first key of config.json with another value than these; None where all have one of them."""
-    return next((key for key, values in only.items() if text.get(key) not in values), None)
+    return next((key for key, values in only.items() if not _is_among(text.get(key), values)), None)
+
+
+def _is_among(value: object, values: list[str | bool | int | float | None]) -> bool:
+    return any(one in values for one in (value if isinstance(value, list) else [value]))
 
 
 def _turned(rule: _Rule | None, text: Mapping[str, object]) -> _Rule | None:

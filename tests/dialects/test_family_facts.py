@@ -30,6 +30,14 @@ def of(made: Plan, name: str) -> Plan:
     return replace(made, rewrites=Rewrites(family(name)))
 
 
+def test_a_head_to_which_vllm_gives_no_scheme() -> None:
+    """Phi 3.5 MoE."""
+    whole = plan(llama(), linears(PAIRS["int4-32"]))
+    head = plan(llama(), lambda m: None if m.role == "embedding" else PAIRS["int4-32"])
+    assert CT.loaders(of(head, "mixtral")) == CT.loaders(of(whole, "phimoe")) == BOTH
+    assert CT.loaders(of(head, "phimoe")) == {"transformers"}
+
+
 @pytest.mark.parametrize("dialect", ["compressed-tensors", "modelopt", "quark"])
 def test_a_head_with_another_name_in_memory_is_left_out_by_both(dialect: str) -> None:
     """GPT-NeoX, in transformers and vLLM: modelopt's class there takes codes for a head that is not listed."""
@@ -44,7 +52,7 @@ def test_a_head_with_another_name_in_memory_is_left_out_by_both(dialect: str) ->
 @pytest.mark.parametrize(
     ("name", "lacking"),
     [
-        ("gpt_neox", ["tensorrt-llm"]),
+        ("gpt_neox", ["tensorrt-llm"]), ("phimoe", ["tensorrt-llm"]),
         ("lfm2_moe", ["tensorrt-llm"]), ("llama", []),
     ],
 )  # fmt: skip
@@ -54,9 +62,18 @@ def test_servers_without_a_class(name: str, lacking: list[str]) -> None:
     assert sorted(one for one, found in told.items() if "it has no class for these models" in found) == lacking
 
 
+def test_an_architecture_that_servers_do_not_know() -> None:
+    """transformers writes another one for Phi 3.5 MoE than its published files have."""
+    own = family("phimoe")
+    config = {"attention_bias": True, "lm_head_bias": True, "architectures": ["PhiMoEForCausalLM"]}
+    assert own.unserved(config) == ""
+    assert own.unserved(config | {"architectures": ["PhimoeForCausalLM"]}) == "architectures: ['PhimoeForCausalLM']"
+    assert own.unserved(config | {"lm_head_bias": False}) == "lm_head_bias: False"
+
+
 @pytest.mark.parametrize(
     ("name", "loaders"),
-    [("gpt_neox", {"vllm"}), ("lfm2_moe", {"transformers"})],
+    [("gpt_neox", {"vllm"}), ("lfm2_moe", {"transformers"}), ("phimoe", BOTH)],
 )
 def test_scales_of_a_cache_have_a_place_in_some_classes(name: str, loaders: set[str]) -> None:
     cached = plan(llama(), linears(PAIRS["ptpc"]), kv=PAIRS["fp8"][0])
