@@ -327,6 +327,8 @@ def _transformers_loads(plan: Plan) -> bool:
         return False
     if shared.own_code(plan) or shared.hides_cache(plan) or shared.renames_weights_alone(plan):
         return False
+    if shared.own_linears(plan) and not all(keeps_shape(shared.pair_of(run[0])) for run in plan.quantized_alike()):
+        return False
     if not known.transformers_joins(plan, leaves_others_alone=_first_leaves_others_alone(plan)):
         return False
     if not all(_transformers_decodes(run[0], tied=bool(plan.tied_head)) for run in plan.quantized_alike()):

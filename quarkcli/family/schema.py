@@ -72,6 +72,7 @@ class AttentionModel(Strict):
     gated   q has as many rows again, for a gate on what attention returns
     hidden_cache  transformers finds no place for scales of this cache, or cannot run with them
     unscaled      the classes of servers have no place for scales of this cache
+    by_head       rows of the one linear lie by heads of keys, each with its queries and its value; vLLM sorts them
     """
 
     module: str
@@ -82,6 +83,7 @@ class AttentionModel(Strict):
     gated: bool = False
     hidden_cache: bool = False
     unscaled: bool = False
+    by_head: bool = False
 
 
 # Key of config.json -> values; null: it has no such key. Of a list in config.json one member has to be among them.
@@ -170,6 +172,7 @@ class FamilyModel(Strict):
                   of the files; `<N>` stands for the number N behind the last block's; never: it loads none
     served        values of keys of config.json that the classes of servers know; with others transformers alone has one
     no_class      names of servers that have no class for these models
+    own_linears   transformers has a class of its own for their linears, which reads the weight itself
     head_whole    vLLM gives the head no scheme
     own_code      published models bring their own code, and transformers has no class for their type
     scaling       pairs for smoothing and AWQ; `*` stands for every expert
@@ -205,6 +208,7 @@ class FamilyModel(Strict):
     in_vllm: Literal["never"] | dict[str, str] | None = None
     served: Only = Field(default_factory=dict)
     no_class: list[str] = Field(default_factory=list)
+    own_linears: bool = False
     head_whole: bool = False
     own_code: bool = False
     scaling: list[ScalingModel] = Field(default_factory=list)

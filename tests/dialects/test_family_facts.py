@@ -12,12 +12,12 @@ import pytest
 from quarkcli import dialects, servers
 from quarkcli.family import FamilyModel, known
 from quarkcli.family.rewrites import Rewrites
-from quarkcli.plan.model import Plan
+from quarkcli.plan.model import Attention, Plan
 from quarkcli.recipe import catalog
 
-from .plans import PAIRS, Module, linears, llama, plan
+from .plans import FP8_GROUP, FP8_TILE, PAIRS, Module, linears, llama, plan
 
-CT = dialects.writer("compressed-tensors")
+CT, QUARK = dialects.writer("compressed-tensors"), dialects.writer("quark")
 BOTH = {"vllm", "transformers"}
 
 
@@ -28,6 +28,20 @@ def family(name: str) -> FamilyModel:
 def of(made: Plan, name: str) -> Plan:
     """The plan, as one of a model of a family."""
     return replace(made, rewrites=Rewrites(family(name)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "loaders"),
+    [
+        ("ptpc", BOTH), ("fp8", BOTH), ("int8-token", BOTH), ("int4-32", {"vllm"}), ("int8-channel", {"vllm"}),
+        ("mxfp4", {"vllm"}), ("nvfp4", {"vllm"}),
+    ],
+)  # fmt: skip
+def test_linears_of_an_own_class_in_transformers_keep_the_name_of_the_weight(kind: str, loaders: set[str]) -> None:
+    """Falcon. Packed codes have another name, and amd-quark replaces linears of torch alone."""
+    made = plan(llama(), linears(PAIRS[kind]))
+    assert CT.loaders(made) == BOTH and CT.loaders(of(made, "falcon")) == loaders
+    assert "transformers" not in QUARK.loaders(of(made, "falcon"))
 
 
 def test_a_head_to_which_vllm_gives_no_scheme() -> None:
@@ -49,10 +63,22 @@ def test_a_head_with_another_name_in_memory_is_left_out_by_both(dialect: str) ->
     assert writer.config_faults(config, "vllm", made) == [] and "vllm" in writer.loaders(made)
 
 
+@pytest.mark.parametrize(("head_dim", "vllm"), [(64, False), (128, True), (256, True), (None, False)])
+def test_tiles_that_are_sorted_by_heads_fit_into_them(head_dim: int | None, vllm: bool) -> None:
+    """Falcon: vLLM sorts the rows of q, k and v."""
+    qkv = "transformer.h.0.self_attention.query_key_value"
+    made = plan([Module(qkv, (768, 256), "qkv")], linears((FP8_TILE, FP8_GROUP)))
+    made = replace(made, attention={qkv: Attention(qkv.rpartition(".")[0], 0, qkv, qkv, {})})
+    for writer in (CT, QUARK, dialects.writer("fp8")):
+        assert "vllm" in writer.loaders(made)
+        sorted_ = replace(made, rewrites=Rewrites(family("falcon"), head_dim=head_dim))
+        assert ("vllm" in writer.loaders(sorted_)) == vllm
+
+
 @pytest.mark.parametrize(
     ("name", "lacking"),
     [
-        ("gpt_neox", ["tensorrt-llm"]), ("phimoe", ["tensorrt-llm"]),
+        ("falcon", ["sglang", "tensorrt-llm"]), ("gpt_neox", ["tensorrt-llm"]), ("phimoe", ["tensorrt-llm"]),
         ("lfm2_moe", ["tensorrt-llm"]), ("llama", []),
     ],
 )  # fmt: skip
@@ -73,7 +99,7 @@ def test_an_architecture_that_servers_do_not_know() -> None:
 
 @pytest.mark.parametrize(
     ("name", "loaders"),
-    [("gpt_neox", {"vllm"}), ("lfm2_moe", {"transformers"}), ("phimoe", BOTH)],
+    [("gpt_neox", {"vllm"}), ("falcon", {"vllm"}), ("lfm2_moe", {"transformers"}), ("phimoe", BOTH)],
 )
 def test_scales_of_a_cache_have_a_place_in_some_classes(name: str, loaders: set[str]) -> None:
     cached = plan(llama(), linears(PAIRS["ptpc"]), kv=PAIRS["fp8"][0])
