@@ -77,6 +77,10 @@ def matrix(block: int) -> Tensor:
     return sylvester(block).to(torch.bfloat16)
 
 
+# vLLM looks for the members of what it fuses, where the files have one linear as well.
+_NOT_TURNED = {"head", "qkv", "gate_up"}
+
+
 def vllm_turns(plan: Plan) -> bool:
     """True when vLLM can turn these inputs: of linears, without bias, all of what it fuses by one block.
 
@@ -91,7 +95,8 @@ def vllm_turns(plan: Plan) -> bool:
     mixed = any(len(blocks) > 1 for blocks in groups.values())
     targets = [plan.targets[name] for name in online]
     renamed = not vllm_names.own_names(plan).keys().isdisjoint(online)
-    return not mixed and not renamed and all(t.bias is None and t.expert is None and t.role != "head" for t in targets)
+    plain = all(t.bias is None and t.expert is None and t.role not in _NOT_TURNED for t in targets)
+    return plain and not mixed and not renamed
 
 
 # --- reading -------------------------------------------------------------------------------------------------------

@@ -215,6 +215,8 @@ def _transformers_loads(plan: Plan) -> bool:
     """
     if shared.own_code(plan) or shared.renames(plan) or shared.joined(plan) or shared.hides_cache(plan):  # not tried
         return False
+    if shared.own_linears(plan):  # amd-quark replaces linears of one class
+        return False
     if shared.quantizes_routers(plan) or any({"q", SOFTMAX} & set(a.specs) for a in shared.cached(plan)):
         return False
     if any(kinds.input_kind(spec) != "fp8 static" for a in shared.cached(plan) for spec in a.specs.values()):

@@ -74,7 +74,14 @@ def _experts_agree(plan: Plan) -> bool:
 
 def vllm_lacks(plan: Plan) -> bool:
     """True when vLLM has no place for the plan, whatever its formats are."""
-    return quantizes_routers(plan) or interleaves(plan) or unscaled_cache(plan) or not vllm_names.loads(plan)
+    lacks = quantizes_routers(plan) or interleaves(plan) or unscaled_cache(plan) or _quantizes_whole_head(plan)
+    return lacks or not vllm_names.loads(plan)
+
+
+def _quantizes_whole_head(plan: Plan) -> bool:
+    """True when a head is quantized to which vLLM gives no scheme."""
+    family = plan.rewrites.family
+    return family is not None and family.head_whole and any(run[0].role == "head" for run in plan.quantized_alike())
 
 
 def quantizes_routers(plan: Plan) -> bool:
@@ -197,8 +204,10 @@ def tiles_fit(plan: Plan) -> bool:
     """True when tiles of weights end with their module wherever servers fuse modules along the output.
 
     Nothing follows the last member, such as `kv_a_proj_with_mqa` behind `q_a_proj`: its last tile may be a part of one.
-    Gate and up of experts lie apart, both whole.
+    Gate and up of experts lie apart, both whole. Where rows are sorted by heads, tiles have to fit into them.
     """
+    if _splits_tiles(plan):
+        return False
     members = Counter(target.group for target in plan.targets.values())
     return all(
         not isinstance(run[0].weight.granularity, PerTile)
@@ -206,6 +215,17 @@ def tiles_fit(plan: Plan) -> bool:
         or all(members[target.group] == 1 or _is_last(target) for target in run)
         for run in plan.quantized_alike()
     )
+
+
+def _splits_tiles(plan: Plan) -> bool:
+    """True when vLLM sorts the rows of q, k and v by heads, and a head ends within a tile."""
+    attention = plan.rewrites.family.attention if plan.rewrites.family is not None else None
+    if attention is None or not attention.by_head:
+        return False
+    joined = {module.k_proj for module in plan.attention.values()}
+    weights = (plan.targets[name].weight for name in joined if name in plan.targets)
+    tiles = [spec.granularity.rows for spec in weights if spec and isinstance(spec.granularity, PerTile)]
+    return any((plan.rewrites.head_dim or 1) % rows for rows in tiles)
 
 
 def _is_last(target: Target) -> bool:
@@ -280,6 +300,11 @@ def check_headers(expected: Iterable[TensorInfo], headers: Mapping[str, HeaderLi
 def own_code(plan: Plan) -> bool:
     """True where transformers has no class for models of the family; those that bring their own were not tried."""
     return plan.rewrites.family is not None and plan.rewrites.family.own_code
+
+
+def own_linears(plan: Plan) -> bool:
+    """True where linears of the family have a class of their own in transformers, which reads the weight itself."""
+    return plan.rewrites.family is not None and plan.rewrites.family.own_linears
 
 
 def renames(plan: Plan) -> bool:

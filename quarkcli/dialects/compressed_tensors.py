@@ -242,7 +242,7 @@ class CompressedTensors(Writer):
                 )
                 for index, (scheme, targets) in enumerate(groups.items())
             },
-            "ignore": [*in_memory(left, family), *shared.vllm_names.left_out(plan)],
+            "ignore": list(dict.fromkeys([*in_memory(left, family), *shared.vllm_names.left_out(plan)])),
             "kv_cache_scheme": None if cache is None else arguments(cache, weight=False),
             **({"transform_config": online.transform_config(plan, universe)} if plan.online else {}),
         }
@@ -326,6 +326,8 @@ def _transformers_loads(plan: Plan) -> bool:
     if shared.quantizes_routers(plan) or any("q" in attention.specs for attention in shared.cached(plan)):
         return False
     if shared.own_code(plan) or shared.hides_cache(plan) or shared.renames_weights_alone(plan):
+        return False
+    if shared.own_linears(plan) and not all(keeps_shape(shared.pair_of(run[0])) for run in plan.quantized_alike()):
         return False
     if not known.transformers_joins(plan, leaves_others_alone=_first_leaves_others_alone(plan)):
         return False

@@ -72,6 +72,7 @@ class AttentionModel(Strict):
     gated   q has as many rows again, for a gate on what attention returns
     hidden_cache  transformers finds no place for scales of this cache, or cannot run with them
     unscaled      the classes of servers have no place for scales of this cache
+    by_head       rows of the one linear lie by heads of keys, each with its queries and its value; vLLM sorts them
     """
 
     module: str
@@ -82,9 +83,11 @@ class AttentionModel(Strict):
     gated: bool = False
     hidden_cache: bool = False
     unscaled: bool = False
+    by_head: bool = False
 
 
-Only = dict[str, list[str | bool | int | float | None]]  # key of config.json -> values; null: it has no such key
+# Key of config.json -> values; null: it has no such key. Of a list in config.json one member has to be among them.
+Only = dict[str, list[str | bool | int | float | None]]
 
 
 class ScalingModel(Strict):
@@ -168,6 +171,9 @@ class FamilyModel(Strict):
     in_vllm       regular expression -> replacement: names that vLLM has for modules, applied in this order to those
                   of the files; `<N>` stands for the number N behind the last block's; never: it loads none
     served        values of keys of config.json that the classes of servers know; with others transformers alone has one
+    no_class      names of servers that have no class for these models
+    own_linears   transformers has a class of its own for their linears, which reads the weight itself
+    head_whole    vLLM gives the head no scheme
     own_code      published models bring their own code, and transformers has no class for their type
     scaling       pairs for smoothing and AWQ; `*` stands for every expert
     residual      where the residual stream runs; without it, it can be neither rotated nor put in another order
@@ -201,6 +207,9 @@ class FamilyModel(Strict):
     renamed: dict[str, str] = Field(default_factory=dict)
     in_vllm: Literal["never"] | dict[str, str] | None = None
     served: Only = Field(default_factory=dict)
+    no_class: list[str] = Field(default_factory=list)
+    own_linears: bool = False
+    head_whole: bool = False
     own_code: bool = False
     scaling: list[ScalingModel] = Field(default_factory=list)
     residual: ResidualModel | None = None
@@ -279,7 +288,11 @@ def _replaced(name: str, rules: Mapping[str, str]) -> str:
 
 def _unmet(only: Only, text: Mapping[str, object]) -> str | None:
     """Returns the first key of config.json with another value than these; None where all have one of them."""
-    return next((key for key, values in only.items() if text.get(key) not in values), None)
+    return next((key for key, values in only.items() if not _is_among(text.get(key), values)), None)
+
+
+def _is_among(value: object, values: list[str | bool | int | float | None]) -> bool:
+    return any(one in values for one in (value if isinstance(value, list) else [value]))
 
 
 def _turned(rule: _Rule | None, text: Mapping[str, object]) -> _Rule | None:

@@ -73,8 +73,10 @@ class Server:
         return known or ([unknown] if unknown else [])
 
     def _unserved(self, plan: Plan) -> list[str]:
-        """Returns the reason its class of the model is not that of every member of the family."""
-        what = plan.rewrites.unserved
+        """Returns the reason it has no class for the model, or one that is not for every member of the family."""
+        family, what = plan.rewrites.family, plan.rewrites.unserved
+        if family is not None and self.name in family.no_class:
+            return ["it has no class for these models"]
         return [f"its class does not know models with {what}"] if what else []
 
     def _knows(self, written: Written) -> bool:

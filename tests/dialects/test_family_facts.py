@@ -1,0 +1,106 @@
+"""What family files say of the classes that servers have for their models: plans that these classes do not load.
+
+Each was tried in transformers 5.23 and in vLLM 0.32's CPU build, and read in the sources of the others.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from quarkcli import dialects, servers
+from quarkcli.family import FamilyModel, known
+from quarkcli.family.rewrites import Rewrites
+from quarkcli.plan.model import Attention, Plan
+from quarkcli.recipe import catalog
+
+from .plans import FP8_GROUP, FP8_TILE, PAIRS, Module, linears, llama, plan
+
+CT, QUARK = dialects.writer("compressed-tensors"), dialects.writer("quark")
+BOTH = {"vllm", "transformers"}
+
+
+def family(name: str) -> FamilyModel:
+    return known.load(catalog.find("models", name))
+
+
+def of(made: Plan, name: str) -> Plan:
+    """The plan, as one of a model of a family."""
+    return replace(made, rewrites=Rewrites(family(name)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "loaders"),
+    [
+        ("ptpc", BOTH), ("fp8", BOTH), ("int8-token", BOTH), ("int4-32", {"vllm"}), ("int8-channel", {"vllm"}),
+        ("mxfp4", {"vllm"}), ("nvfp4", {"vllm"}),
+    ],
+)  # fmt: skip
+def test_linears_of_an_own_class_in_transformers_keep_the_name_of_the_weight(kind: str, loaders: set[str]) -> None:
+    """Falcon. Packed codes have another name, and amd-quark replaces linears of torch alone."""
+    made = plan(llama(), linears(PAIRS[kind]))
+    assert CT.loaders(made) == BOTH and CT.loaders(of(made, "falcon")) == loaders
+    assert "transformers" not in QUARK.loaders(of(made, "falcon"))
+
+
+def test_a_head_to_which_vllm_gives_no_scheme() -> None:
+    """Phi 3.5 MoE."""
+    whole = plan(llama(), linears(PAIRS["int4-32"]))
+    head = plan(llama(), lambda m: None if m.role == "embedding" else PAIRS["int4-32"])
+    assert CT.loaders(of(head, "mixtral")) == CT.loaders(of(whole, "phimoe")) == BOTH
+    assert CT.loaders(of(head, "phimoe")) == {"transformers"}
+
+
+@pytest.mark.parametrize("dialect", ["compressed-tensors", "modelopt", "quark"])
+def test_a_head_with_another_name_in_memory_is_left_out_by_both(dialect: str) -> None:
+    """GPT-NeoX, in transformers and vLLM: modelopt's class there takes codes for a head that is not listed."""
+    modules = [Module("gpt_neox.layers.0.attention.dense", (128, 128), "o"), Module("embed_out", (512, 128), "head")]
+    made = of(plan(modules, lambda m: PAIRS["ptpc"] if m.role == "o" else None), "gpt_neox")
+    writer = dialects.writer(dialect)
+    config = writer.config(made)
+    assert config["exclude" if dialect == "quark" else "ignore"] == ["embed_out", "lm_head"]
+    assert writer.config_faults(config, "vllm", made) == [] and "vllm" in writer.loaders(made)
+
+
+@pytest.mark.parametrize(("head_dim", "vllm"), [(64, False), (128, True), (256, True), (None, False)])
+def test_tiles_that_are_sorted_by_heads_fit_into_them(head_dim: int | None, vllm: bool) -> None:
+    """Falcon: vLLM sorts the rows of q, k and v."""
+    qkv = "transformer.h.0.self_attention.query_key_value"
+    made = plan([Module(qkv, (768, 256), "qkv")], linears((FP8_TILE, FP8_GROUP)))
+    made = replace(made, attention={qkv: Attention(qkv.rpartition(".")[0], 0, qkv, qkv, {})})
+    for writer in (CT, QUARK, dialects.writer("fp8")):
+        assert "vllm" in writer.loaders(made)
+        sorted_ = replace(made, rewrites=Rewrites(family("falcon"), head_dim=head_dim))
+        assert ("vllm" in writer.loaders(sorted_)) == vllm
+
+
+@pytest.mark.parametrize(
+    ("name", "lacking"),
+    [
+        ("falcon", ["sglang", "tensorrt-llm"]), ("gpt_neox", ["tensorrt-llm"]), ("phimoe", ["tensorrt-llm"]),
+        ("lfm2_moe", ["tensorrt-llm"]), ("llama", []),
+    ],
+)  # fmt: skip
+def test_servers_without_a_class(name: str, lacking: list[str]) -> None:
+    seen = servers.planned(of(plan(llama(), linears(PAIRS["ptpc"])), name), CT)
+    told = {server.name: server.refusals(seen) for server in servers.servers()}
+    assert sorted(one for one, found in told.items() if "it has no class for these models" in found) == lacking
+
+
+def test_an_architecture_that_servers_do_not_know() -> None:
+    """transformers writes another one for Phi 3.5 MoE than its published files have."""
+    own = family("phimoe")
+    config = {"attention_bias": True, "lm_head_bias": True, "architectures": ["PhiMoEForCausalLM"]}
+    assert own.unserved(config) == ""
+    assert own.unserved(config | {"architectures": ["PhimoeForCausalLM"]}) == "architectures: ['PhimoeForCausalLM']"
+    assert own.unserved(config | {"lm_head_bias": False}) == "lm_head_bias: False"
+
+
+@pytest.mark.parametrize(
+    ("name", "loaders"),
+    [("gpt_neox", {"vllm"}), ("falcon", {"vllm"}), ("lfm2_moe", {"transformers"}), ("phimoe", BOTH)],
+)
+def test_scales_of_a_cache_have_a_place_in_some_classes(name: str, loaders: set[str]) -> None:
+    cached = plan(llama(), linears(PAIRS["ptpc"]), kv=PAIRS["fp8"][0])
+    assert CT.loaders(cached) == BOTH and CT.loaders(of(cached, name)) == loaders
