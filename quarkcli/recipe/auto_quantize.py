@@ -139,7 +139,7 @@ def from_file(path: Path) -> Search:
     return Search(
         formats, rules, section.constraints.effective_bits, section.disabled_layers, section.cost_excluded_layers,
         section.constraints.cost_model == "active_moe", cost.active_moe_expert_ratio if cost is not None else None,
-        section.score_size, list(_notes(document, section)),
+        section.score_size, [*document.notes, *_notes(document, section)],
     )  # fmt: skip
 
 

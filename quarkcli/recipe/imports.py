@@ -5,8 +5,8 @@ A path is looked for beside the file that names it, at the root of the tree that
 imports built-in files only, and no unit of the user's may have the path of a built-in one; the working directory has
 no say. As a value, `$import` is replaced by the snippet, and keys beside it override the snippet's, deeply; a list of
 names merges from left to right. As a list member, a snippet that is a list is spliced in and one that is a mapping
-takes its place. A snippet has its own imports, in a first YAML document of its file if it is a list. Each import must
-be used in its file.
+takes its place. A snippet has its own imports, in a first YAML document of its file if it is a list. An
+import that its file does not use is a note: published ModelOpt recipes have such.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def expanded(document: Document) -> Document:
     """
     expander = _Expander()
     data = expander.whole(_Source(document, (Path(document.file).resolve(),)), ())
-    return Document(data, document.file, expander.places)
+    return Document(data, document.file, expander.places, notes=tuple(expander.notes))
 
 
 @dataclass(frozen=True)
@@ -55,18 +55,15 @@ class _Expander:
         self.places: dict[Path_, Origin] = {}
         self.count = 0
         self.used: set[tuple[Path, str]] = set()  # files, and names of their imports
+        self.notes: dict[str, None] = {}  # a file may be imported more than once
 
     def whole(self, source: _Source, target: Path_) -> Any:
-        """Returns all of a source, expanded. Raises ConfigError for an import that it does not use."""
+        """Returns all of a source, expanded, and notes the imports that it does not use."""
         found = self.copy(source, (), target)
-        unused = [name for name in _names(source) if (source.stack[-1], name) not in self.used]
-        if unused:
-            raise ConfigError(
-                f"'{unused[0]}' is imported, and nothing in this file uses it",
-                where=source.where((IMPORTS, unused[0])),
-                hint=f"remove it from 'imports', or write {MARK}: {unused[0]} where it belongs",
-                kind="E-IMPORT",
-            )
+        for name in _names(source):
+            if (source.stack[-1], name) not in self.used:
+                where = source.where((IMPORTS, name))
+                self.notes[f"{where}: '{name}' is imported, and nothing in this file uses it"] = None
         return found
 
     def copy(self, source: _Source, path: Path_, target: Path_) -> Any:

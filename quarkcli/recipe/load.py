@@ -58,12 +58,14 @@ class Document:
     """A parsed file: plain data, and where each value was written (by its path of keys and indices).
 
     imports  its `imports` section as written, or None; the places of its values begin with `IMPORTS`
+    notes    what to tell the user about its imports, with places
     """
 
     data: Any
     file: str
     places: dict[Path_, Origin]
     imports: Any = None
+    notes: tuple[str, ...] = ()
 
     def origin(self, *path: str | int) -> Origin:
         """Returns the place of the value at `path`, or of its nearest written parent."""

@@ -93,7 +93,7 @@ def from_file(path: Path, settings: Sequence[str] = (), also: Check = lambda doc
     settings   `a.b=value` of `--set`, applied to the file with its imports in place
     also       finds mistakes in what other rooms know: algorithms, dialects
     """
-    document = imports.expanded(catalog.document(path))
+    document = whole = imports.expanded(catalog.document(path))
     if any(text.startswith(_ENTRY_SETTING) for text in settings):
         document = _spelled_out(document, path)
     idle = []
@@ -102,7 +102,7 @@ def from_file(path: Path, settings: Sequence[str] = (), also: Check = lambda doc
         if repr(document.data) == repr(before.data):
             idle.append(f"--set {text} changes nothing: the recipe has this value already")
     recipe = _checked(document, path, also)
-    recipe.notes += idle
+    recipe.notes += [*whole.notes, *idle]
     return recipe
 
 
