@@ -78,7 +78,7 @@ def matrix(block: int) -> Tensor:
 
 
 # vLLM looks for the members of what it fuses, where the files have one linear as well.
-_NOT_TURNED = {"head", "qkv", "gate_up"}
+_NOT_TURNED = {"head", "qkv", "gate_up", "linear_qkv", "linear_qkvz"}
 
 
 def vllm_turns(plan: Plan) -> bool:

@@ -204,7 +204,8 @@ def test_what_overflows_is_passed_over_where_that_is_asked_for(
     name: str, overflowing: Path, rows: Path, tmp_path: Path
 ) -> None:
     """Nothing that is written is NaN, and the report lists what was passed over."""
-    asked = {**options(name, rows), "scheme": "nvfp4"}
+    rows.write_text("".join(rows.read_text().splitlines(keepends=True)[33:49]))
+    asked = {**options(name, rows), "scheme": "nvfp4", "calib_samples": 16}
     made = runs.run(overflowing, tmp_path / "out", on_nonfinite="skip-algorithm", **asked)
     skipped = made.report["skipped"]
     assert skipped and not any(".layers.0." in what for what in skipped)

@@ -17,15 +17,15 @@ from tests import runs
 from tests.families import models, refusals
 
 NAMES, ALGORITHMS, SCHEMES = tuple(models.RECIPES), tuple(algorithms.names()), refusals.SCHEMES
-OFTEN = ("qwen3_moe",)  # families on which the normal run tries every algorithm; the others have one in turn
 
 
 def cases() -> list[Any]:
-    """Every (name, algorithm, scheme), slow but for a share in which each name, algorithm and scheme occurs."""
+    """Every (name, algorithm, scheme), slow but for a share in which each name, algorithm and scheme occurs.
+
+    `tests/algorithms/test_invariants.py` tries every algorithm on one model with experts.
+    """
     turns = enumerate(NAMES)
     kept = {(name, ALGORITHMS[i % len(ALGORITHMS)], SCHEMES[i // len(ALGORITHMS) % len(SCHEMES)]) for i, name in turns}
-    for name, (i, algorithm) in product(OFTEN, enumerate(ALGORITHMS)):
-        kept.add((name, algorithm, SCHEMES[(i + OFTEN.index(name)) % len(SCHEMES)]))
     every = product(NAMES, ALGORITHMS, SCHEMES)
     return [pytest.param(*case, marks=() if case in kept else pytest.mark.slow) for case in every]
 

@@ -25,6 +25,7 @@ def test_the_function_stays(name: str, built: dict[str, Path]) -> None:
 
 def test_vllm_finds_the_inputs_of_linears_by_the_names_of_the_files(built: dict[str, Path]) -> None:
     """The short convolutions of LFM2 have other names there. Of q, k and v it looks for each."""
-    for name, loads in (("apertus", {"vllm"}), ("lfm2", set()), ("phi3", set()), ("falcon", set())):
+    none = dict.fromkeys(("lfm2", "phi3", "falcon", "qwen3_5_text"), set())
+    for name, loads in {"apertus": {"vllm"}, **none}.items():
         prepared = runs.prepare(built[name], scheme="int4_wo_32", algorithm="hadamard", dialect="compressed-tensors")
         assert prepared.plan.online and prepared.dialect.loaders(prepared.plan) == loads

@@ -43,18 +43,23 @@ def check_equal(a: Path, b: Path) -> None:
     assert all(row.identical or row.codes for row in found.rows)
 
 
-def held(scheme: str, folder: Path) -> dict[str, Path]:
-    """The demo model in a scheme, in every dialect that holds it and is read, from one run."""
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return runs.build("llama", tmp_path_factory.mktemp("llama") / "m")
+
+
+def held(scheme: str, source: Path, folder: Path) -> dict[str, Path]:
+    """A model in a scheme, in every dialect that holds it and is read, from one run."""
     names = []
     for writer in dialects.writers():
         if writer.reader is None:
             continue
         try:
-            runs.prepare("demo", scheme=scheme, dialect=writer.name, **DATA)
+            runs.prepare(source, scheme=scheme, dialect=writer.name, **DATA)
         except ConfigError:
             continue
         names.append(writer.name)
-    made = runs.run("demo", folder, scheme=scheme, dialect=",".join(names), **DATA)
+    made = runs.run(source, folder, scheme=scheme, dialect=",".join(names), **DATA)
     return {name: made.folder / name for name in names} if len(names) > 1 else dict.fromkeys(names, made.folder)
 
 
@@ -64,10 +69,10 @@ def _pairs(names: list[str]) -> Iterable[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("scheme", catalog.files("schemes"))
-def test_every_scheme_between_all_dialects_that_hold_it(tmp_path, scheme):
+def test_every_scheme_between_all_dialects_that_hold_it(tmp_path, scheme, llama):
     """What is converted is what the job itself writes in that dialect, and the way back gives the same bytes."""
     try:
-        made = held(scheme, tmp_path / "made")
+        made = held(scheme, llama, tmp_path / "made")
     except (ModelError, DataError) as error:
         pytest.skip(f"not for this model: {error}")
     for before, after in _pairs(list(made)):
@@ -76,7 +81,7 @@ def test_every_scheme_between_all_dialects_that_hold_it(tmp_path, scheme):
         assert (summary["from"], summary["to"], summary["directory"]) == (before, after, str(there))
         check_equal(made[after], there)
         check_equal(made[before], there)
-        assert verify.directory(str(there), str(EMBEDDED), hashes=True)
+        assert verify.directory(str(there), str(llama), hashes=True)
         if len(made) == 2 and runs.same_files(made[after], there):
             continue  # the other pair is the way back
         converted(there, before, back)

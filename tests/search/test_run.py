@@ -319,19 +319,29 @@ def _quick(name: str) -> list[str]:
     return [f"{name}.iters=2"] if tunes else []
 
 
+BOTH = ["nvfp4", "int4_wo_128"]
+
+
+@pytest.fixture(scope="module")
+def nearest(source: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], float]:
+    """Losses of rounding to nearest."""
+    scores = tmp_path_factory.mktemp("nearest") / "rtn.json"
+    return search(asked(source, text, BOTH, scores=scores), silent).choosing.losses
+
+
 @pytest.mark.parametrize("name", [*algorithms.names(), "auto"])
-def test_every_algorithm_is_measured_or_refused(name: str, source: Path, text: Path, tmp_path: Path) -> None:
+def test_every_algorithm_is_measured_or_refused(
+    name: str, source: Path, text: Path, nearest: dict[tuple[str, str], float], tmp_path: Path
+) -> None:
     options = {"algorithm": name, "settings": _quick(name)}
-    schemes = ["nvfp4", "int4_wo_128"]
-    given = asked(source, text, schemes, options, budget=4.4, output=tmp_path / "r.yaml", scores=tmp_path / "s.json")
+    given = asked(source, text, BOTH, options, budget=4.4, output=tmp_path / "r.yaml", scores=tmp_path / "s.json")
     try:
         found = search(given, silent)
     except ConfigError as error:
         assert error.hint, error
         assert not list(tmp_path.iterdir())
         return
-    nearest = search(asked(source, text, schemes, scores=tmp_path / "rtn.json"), silent).choosing.losses
-    for scheme in schemes:
+    for scheme in BOTH:
         ours, rtn = (
             sum(loss for (_, of), loss in each.items() if of == scheme) for each in (found.choosing.losses, nearest)
         )
