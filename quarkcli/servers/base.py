@@ -44,6 +44,7 @@ class Server:
     evidence  what is put behind every verdict, such as that the rules were read and never tried
     kernels   how it runs formats, by generation of GPU; the first row that fits holds
     kernels_from  where those rows come from
+    models        architectures of config.json that it has classes for; None: it has others, or that was not read
     """
 
     name: ClassVar[str]
@@ -51,6 +52,7 @@ class Server:
     evidence: ClassVar[str] = ""
     kernels: ClassVar[tuple[Kernel, ...]] = ()
     kernels_from: ClassVar[str] = ""
+    models: ClassVar[frozenset[str] | None] = None
 
     def unknown(self, written: Written) -> str:
         """Returns why it cannot be said that it loads a checkpoint; empty when it can.
@@ -77,6 +79,8 @@ class Server:
         family, what = plan.rewrites.family, plan.rewrites.unserved
         if family is not None and self.name in family.no_class:
             return ["it has no class for these models"]
+        if self.models is not None and plan.architecture and plan.architecture not in self.models:
+            return [f"it has no class for {plan.architecture}"]
         return [f"its class does not know models with {what}"] if what else []
 
     def _knows(self, written: Written) -> bool:

@@ -6,8 +6,8 @@ https://github.com/NVIDIA/TensorRT-LLM. Files, with the commits at which they we
 - `tensorrt_llm/_torch/modules/linear.py` 00bbf71e: `get_quant_method` and its classes, which tensors they take
 - `tensorrt_llm/models/modeling_utils.py`: `QuantConfig.is_module_excluded_from_quantization`
 - `docs/source/features/quantization.md` 09d4c79b: its table of hardware
-They are of 2026 and newer than release 1.2.1; of which release is not known. Whether it has a class for a model was
-not read.
+- `tensorrt_llm/_torch/models/_arch_index.py` 065ff9e9: the models that it has classes for
+They are of 2026 and newer than release 1.2.1; of which release is not known.
 """
 
 from __future__ import annotations
@@ -17,10 +17,28 @@ from quarkcli.servers.base import Read
 
 _LINEAR = "in tensorrt_llm/_torch/modules/linear.py; the hardware table in docs/source/features/quantization.md"
 
+# What stands before the last words of the architectures that it has classes for.
+_CAUSAL = """
+    Afmoe Cohere2 DeciLM DeepseekV3 DeepseekV32 DeepseekV4 Exaone4 ExaoneMoE Gemma3 Gemma4 Glm4Moe GlmMoeDsa
+    GptOss HCXVision HunYuanDenseV1 HunYuanMoEV1 KimiLinear Laguna Llama MiniMaxM2 MiniMaxM3Sparse Mistral
+    MistralLarge3 Mixtral Nemotron NemotronH NemotronHPuzzle Phi3 Phi4MM Qwen2 Qwen2Moe Qwen3 Qwen3Moe Qwen3Next
+    Qwen3_5 Qwen3_5Moe SeedOss Starcoder2 Step3p5
+"""
+_CONDITIONAL = """
+    Bart Cosmos3 Exaone4_5_ Gemma3 Gemma4 Gemma4Unified KimiK25 KimiK3 Llama4 LlavaNext MBart MiniCPMV4_6
+    MiniMaxM3Sparse Mistral3 Mllama Pixtral Qwen2VL Qwen2_5_VL Qwen3VL Qwen3VLMoe Qwen3_5 Qwen3_5Moe
+    QwenImageBench Step3p7 T5 Whisper
+"""
+
 
 class TensorRtLlm(Read):
     name = "tensorrt-llm"
     title = "TensorRT-LLM"
+    models = frozenset(
+        [f"{name}ForCausalLM" for name in _CAUSAL.split()]
+        + [f"{name}ForConditionalGeneration" for name in _CONDITIONAL.split()]
+        + ["NemotronH_Nano_Omni_Reasoning_V3", "NemotronH_Nano_VL_V2", "LlavaLlamaModel"]
+    )
     kernels_from = "its source of 2026 and the table of hardware in its documentation; nothing was run on a GPU"
     kernels = (
         Kernel("fp8 tensor", "fp8 static", fast="ada hopper blackwell", read_in=f"FP8QDQLinearMethod {_LINEAR}"),
