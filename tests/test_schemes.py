@@ -22,7 +22,7 @@ from quarkcli.recipe import catalog
 from tests import runs
 
 SCHEMES = sorted(catalog.files("schemes"))
-DATA = ["--calib-data", "builtin", "--calib-samples", "16", "--calib-seqlen", "128"]
+DATA = ["--calib-data", "builtin", "--calib-samples", "8", "--calib-seqlen", "128"]
 # vLLM has no loader for these.
 SIMULATIONS = {"mx6", "mx9", "bfp16", "mxint8", "amdfp4", "amdfp4_g32", "amdfp4_global16", "amdfp4_global32"}
 # Bits of a weight -> the most that a scheme may move the embedded model, in nats per token: about twice what the worst

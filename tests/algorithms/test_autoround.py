@@ -34,7 +34,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def made(source: Path, folder: Path, scheme: str, steps: str, page: Path, **options: Any) -> runs.Made:
     path = folder.with_suffix(".yaml")
     path.write_text(RECIPE % (scheme, steps))
-    return runs.run(source, folder, recipe=str(path), **{**runs.data(page, 24, 256), **options})
+    return runs.run(source, folder, recipe=str(path), **{**runs.data(page, 24, 128), **options})
 
 
 def files(run: runs.Made) -> dict[str, torch.Tensor]:
