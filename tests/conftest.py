@@ -23,6 +23,7 @@ SURROUNDINGS = {
     "OMP_NUM_THREADS": "1",  # tiny models are faster on one thread, and sums of one thread are the same everywhere
     "MKL_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",  # as ranks set it before they import torch, which prepared processes have done
 }
 
 
