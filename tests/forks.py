@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,11 +41,12 @@ PRELOADED = (
 
 
 class Done(NamedTuple):
-    """code is negative when a signal ended the process, as in subprocess."""
+    """code is negative when a signal ended the process, as in subprocess; seconds until it ended."""
 
     code: int
     out: str
     err: str
+    seconds: float
 
 
 def at(*targets: str, call: int = 1, after: bool = False, what: str = "SIGKILL") -> dict[str, Any]:
@@ -88,21 +89,35 @@ class Forks:
         timeout   SIGKILL from outside after so many seconds
         streams   descriptor -> the file that it writes to, or None for one that is closed
         """
-        request = {"argv": argv, "cwd": str(cwd), "hook": hook, "timeout": timeout, "env": env or {},
-                   "streams": streams or {}}  # fmt: skip
-        return self._ask(request)
+        request = {"argv": argv, "cwd": str(cwd), "hook": hook, "env": env or {}, "streams": streams or {}}
+        return self._ask([request], timeout)[0]
+
+    def together(
+        self,
+        *argv: str,
+        folders: list[Path],
+        hooks: dict[int, dict[str, Any]],
+        env: list[dict[str, str]],
+        timeout: float,
+    ) -> list[Done]:
+        """Run one command line in several processes at once, each in a folder and surroundings of its own."""
+        places = enumerate(zip(folders, env, strict=True))
+        return self._ask(
+            [{"argv": argv, "cwd": str(cwd), "hook": hooks.get(number), "env": own} for number, (cwd, own) in places],
+            timeout,
+        )
 
     def value(self, function: str, cwd: Path) -> Any:
         """What a function gives, called by its dotted name without arguments."""
-        done = self._ask({"function": function, "cwd": str(cwd)})
+        (done,) = self._ask([{"function": function, "cwd": str(cwd)}])
         assert done.code == 0, done.err
         return json.loads(done.out)
 
-    def _ask(self, request: dict[str, Any]) -> Done:
+    def _ask(self, requests: list[dict[str, Any]], timeout: float = 0) -> list[Done]:
         assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.write(json.dumps({"requests": requests, "timeout": timeout}) + "\n")
         self._process.stdin.flush()
-        return Done(**json.loads(self._process.stdout.readline()))
+        return [Done(**answer) for answer in json.loads(self._process.stdout.readline())]
 
     def close(self) -> None:
         self._process.kill()  # faster than an end in order; it has nothing to put away
@@ -117,32 +132,45 @@ def serve() -> None:
 
     torch.set_num_threads(1)
     for line in sys.stdin:
-        request = json.loads(line)
-        cwd = Path(request["cwd"])
-        out, err = cwd / ".out", cwd / ".err"
-        child = os.fork()
-        if not child:
-            _child(request, out, err)
-        code = _wait(child, request.get("timeout", 0))
-        answer = {"code": code, "out": out.read_text(errors="replace"), "err": err.read_text(errors="replace")}
-        out.unlink()
-        err.unlink()
-        sys.stdout.write(json.dumps(answer) + "\n")
+        asked = json.loads(line)
+        children: dict[int, Path] = {}
+        for request in asked["requests"]:
+            cwd = Path(request["cwd"])
+            child = os.fork()
+            if not child:
+                _child(request, cwd / ".out", cwd / ".err")
+            children[child] = cwd
+        ended = _wait(children, asked["timeout"])
+        sys.stdout.write(json.dumps([_answer(cwd, *ended[child]) for child, cwd in children.items()]) + "\n")
         sys.stdout.flush()
 
 
-def _wait(child: int, timeout: float) -> int:
-    if timeout:
+def _answer(cwd: Path, code: int, seconds: float) -> dict[str, Any]:
+    said = {}
+    for name in ("out", "err"):
+        file = cwd / f".{name}"
+        said[name] = file.read_text(errors="replace")
+        file.unlink()
+    return {"code": code, "seconds": seconds, **said}
 
-        def kill(*_: object) -> None:
+
+def _wait(children: Collection[int], timeout: float) -> dict[int, tuple[int, float]]:
+    """Exit code and seconds of each child."""
+
+    def kill(*_: object) -> None:
+        for child in set(children) - set(ended):
             with suppress(ProcessLookupError):  # it may have ended in this very moment
                 os.kill(child, signal.SIGKILL)
 
-        signal.signal(signal.SIGALRM, kill)
-        signal.setitimer(signal.ITIMER_REAL, timeout)
-    status = os.waitpid(child, 0)[1]
+    ended: dict[int, tuple[int, float]] = {}
+    started = time.monotonic()
+    signal.signal(signal.SIGALRM, kill)
+    signal.setitimer(signal.ITIMER_REAL, timeout)
+    while len(ended) < len(children):
+        child, status = os.waitpid(-1, 0)
+        ended[child] = os.waitstatus_to_exitcode(status), time.monotonic() - started
     signal.setitimer(signal.ITIMER_REAL, 0)
-    return os.waitstatus_to_exitcode(status)
+    return ended
 
 
 def _child(request: dict[str, Any], out: Path, err: Path) -> None:

@@ -7,8 +7,6 @@ import json
 import random
 import socket
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -50,30 +48,20 @@ class Launch:
     """Starts one process per rank; nobody watches over them but they themselves."""
 
     def __init__(self, forks: Forks, home: Path) -> None:
-        self.forks, self.home, self.text = [forks], home, runs.text_file(home / "t.txt", 60_000)
-        self.timeout, self.took = 300.0, dict[int, float]()
+        self.forks, self.text, self.timeout = forks, runs.text_file(home / "t.txt", 60_000), 300.0
 
     def __call__(
         self, size: int, folder: Path, *argv: str, hooks: dict[int, dict[str, Any]] | None = None
     ) -> list[Done]:
-        self.forks += [Forks(self.home) for _ in range(size - len(self.forks))]
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        with ThreadPoolExecutor(size) as pool:
-            return list(pool.map(lambda rank: self._one(rank, size, port, folder, argv, hooks or {}), range(size)))
-
-    def _one(
-        self, rank: int, size: int, port: int, folder: Path, argv: tuple[str, ...], hooks: dict[int, dict[str, Any]]
-    ) -> Done:
-        place = folder / f"rank{rank}"
-        place.mkdir(exist_ok=True)
-        env = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
-        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        started = time.monotonic()
-        done = self.forks[rank](*argv, cwd=place, hook=hooks.get(rank), env=env, timeout=self.timeout)
-        self.took[rank] = time.monotonic() - started
-        return done
+        folders = [folder / f"rank{rank}" for rank in range(size)]
+        for place in folders:
+            place.mkdir(exist_ok=True)
+        shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        env = [{"RANK": str(rank), "LOCAL_RANK": str(rank), **shared} for rank in range(size)]
+        return self.forks.together(*argv, folders=folders, hooks=hooks or {}, env=env, timeout=self.timeout)
 
     def quantize(
         self,
@@ -96,11 +84,8 @@ class Launch:
 
 
 @pytest.fixture(scope="module")
-def launch(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launch]:
-    launch = Launch(forks, tmp_path_factory.mktemp("home"))
-    yield launch
-    for other in launch.forks[1:]:
-        other.close()
+def launch(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Launch:
+    return Launch(forks, tmp_path_factory.mktemp("home"))
 
 
 @pytest.fixture(scope="module")
@@ -238,7 +223,7 @@ def test_a_rank_that_falls_silent_ends_the_others(
     first, second = launch.quantize(2, sources["llama"], tmp_path / "out", "nvfp4", hooks=hooks)
     assert (first.code, second.code) == (6, -9)
     assert "process 1 ended: it has not answered for 20 s" in first.err
-    assert launch.took[0] < SOON + 15  # with the work before
+    assert first.seconds < SOON + 15  # with the work before
 
 
 def test_what_all_find_wrong_is_said_once(launch: Launch, sources: dict[str, Path], tmp_path: Path) -> None:
