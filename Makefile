@@ -27,10 +27,11 @@ demo: $(STAMP) ## quantize the embedded model to nvfp4 and show what was lost
 	$(BIN)/quark report $(DEMO)
 	$(BIN)/quark eval $(DEMO) --baseline demo
 
-# One thread a process: two processes with two threads each would wait for each other on two cores.
+# One thread a process: processes with two threads each would wait for each other on two cores. Some tests wait for other
+# processes or for time to pass, so that three fill two cores. Each takes neighbours, which share what they prepare.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 test: $(STAMP) ## run the tests that need no GPU, every member of every family once
-	$(PYTEST) -m "not gpu and not slow" -n 2 --durations 12
+	$(PYTEST) -m "not gpu and not slow" -n 3 --dist worksteal --durations 12
 
 test-all: $(STAMP) ## run those and the full products (an hour)
 	$(PYTEST) -m "not gpu" -n 2 --durations 30
