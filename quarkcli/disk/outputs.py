@@ -20,12 +20,13 @@ REPORT, PAGE = f"{OURS}/report.json", f"{OURS}/report.html"
 RECIPE, SOURCE_CARD = f"{OURS}/recipe.yaml", f"{OURS}/source_README.md"
 LIST = "dialects.json"
 SCHEMA = "quark/dialects/1"
+STAGING = ".writing-"  # prefix of temporary folders and files; the journal removes what a kill left behind
 LONGEST_NAME, LONGEST_PATH = 255, 3500  # bytes; room is left for the files inside
 
 
 def check_file(file: Path) -> None:
     """Raises UsageError for a file whose name is too long to be written: another name, which is longer, comes first."""
-    if what := too_long(file, ".writing-4194304-"):
+    if what := too_long(file, f"{STAGING}4194304-"):  # the largest process number of Linux
         raise UsageError(what, where=f"{str(file)[:80]}...", hint="choose a shorter name", kind="E-OUTPUT-FILE")
 
 

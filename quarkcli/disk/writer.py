@@ -30,7 +30,6 @@ TensorInfo = tuple[str, str, tuple[int, ...]]  # name, safetensors dtype text, s
 OutputState = Literal["absent", "empty", "finished", "foreign"]
 
 SHARD_LIMIT = 5_000_000_000  # bytes of tensors in one file
-STAGING = ".writing-"  # prefix of temporary folders and files; the journal removes what a kill left behind
 STATE = ".quark-state"  # the journal's folder in a partial directory; hidden, so that no source has it
 
 _METADATA = {"format": "pt"}  # transformers refuses files without it
@@ -190,13 +189,13 @@ def _write(stream: BinaryIO, content: bytes | memoryview) -> None:
 
 def _temporary(path: Path) -> Path:
     """Returns the name of a file on its way to `path`; `remove_staging` finds it after a kill."""
-    return path.with_name(f"{STAGING}{os.getpid()}-{path.name}")
+    return path.with_name(f"{outputs.STAGING}{os.getpid()}-{path.name}")
 
 
 def remove_staging(folder: Path) -> None:
     """Removes temporary folders and files that a kill or a failure left below `folder`. Raises ResourceError."""
     with disk_errors(folder):
-        for path in list(folder.rglob(f"{STAGING}*")):
+        for path in list(folder.rglob(f"{outputs.STAGING}*")):
             remove(path)
 
 

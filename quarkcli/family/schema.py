@@ -171,7 +171,6 @@ class FamilyModel(Strict):
     in_vllm       regular expression -> replacement: names that vLLM has for modules, applied in this order to those
                   of the files; `<N>` stands for the number N behind the last block's; never: it loads none
     served        values of keys of config.json that the classes of servers know; with others transformers alone has one
-    no_class      names of servers that have no class for these models
     own_linears   transformers has a class of its own for their linears, which reads the weight itself
     head_whole    vLLM gives the head no scheme
     own_code      published models bring their own code, and transformers has no class for their type
@@ -207,7 +206,6 @@ class FamilyModel(Strict):
     renamed: dict[str, str] = Field(default_factory=dict)
     in_vllm: Literal["never"] | dict[str, str] | None = None
     served: Only = Field(default_factory=dict)
-    no_class: list[str] = Field(default_factory=list)
     own_linears: bool = False
     head_whole: bool = False
     own_code: bool = False

@@ -45,6 +45,7 @@ class Server:
     kernels   how it runs formats, by generation of GPU; the first row that fits holds
     kernels_from  where those rows come from
     models        architectures of config.json that it has classes for; None: it has others, or that was not read
+    without       architectures that it was found to have no class for
     """
 
     name: ClassVar[str]
@@ -53,6 +54,7 @@ class Server:
     kernels: ClassVar[tuple[Kernel, ...]] = ()
     kernels_from: ClassVar[str] = ""
     models: ClassVar[frozenset[str] | None] = None
+    without: ClassVar[frozenset[str]] = frozenset()
 
     def unknown(self, written: Written) -> str:
         """Returns why it cannot be said that it loads a checkpoint; empty when it can.
@@ -76,11 +78,9 @@ class Server:
 
     def _unserved(self, plan: Plan) -> list[str]:
         """Returns the reason it has no class for the model, or one that is not for every member of the family."""
-        family, what = plan.rewrites.family, plan.rewrites.unserved
-        if family is not None and self.name in family.no_class:
-            return ["it has no class for these models"]
-        if self.models is not None and plan.architecture and plan.architecture not in self.models:
-            return [f"it has no class for {plan.architecture}"]
+        name, what = plan.architecture, plan.rewrites.unserved
+        if name in self.without or (name and self.models is not None and name not in self.models):
+            return [f"it has no class for {name}"]
         return [f"its class does not know models with {what}"] if what else []
 
     def _knows(self, written: Written) -> bool:

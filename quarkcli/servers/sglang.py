@@ -19,6 +19,7 @@ _PARTS = (
 class Sglang(Read):
     name = "sglang"
     title = "SGLang 0.5.23"
+    without = frozenset({"FalconForCausalLM"})  # nor does its fallback to transformers take that class
     kernels_from = "the source of release 0.5.23, which was read; nothing was run on a GPU"
     kernels = (
         Kernel(
