@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from signal import Signals
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -110,36 +111,39 @@ def main(argv: Sequence[str] | None = None, last: bool = False) -> int:
     memory.share_heap()
     memory.keep_few_kernels()
     programs_read = last and output.session.format == "json"
-    with foreign.apart() if programs_read else nullcontext(), answered(_last_words, last):
-        code = _outcome(arguments)
+    with foreign.apart() if programs_read else nullcontext(), answered(_last_words, last) as signals:
+        code = _outcome(arguments, signals)
         if output.session.done is not None and code:
             output.say(f"{output.session.done} is complete; the exit code is 0", "warning", always=True)
             code = 0
         return _lost(code) if output.session.lost else code
 
 
-def _outcome(arguments: list[str]) -> int:
-    """Runs a command line and returns its exit code."""
+def _outcome(arguments: list[str], signals: list[Signals]) -> int:
+    """Runs a command line and returns its exit code. `signals`: those that came; an error behind one comes of it."""
     try:
         output.check_environment()
         _check_launch(arguments)
         with _without_warnings():
             code = _command()(arguments, prog_name="quark", standalone_mode=False)
-    except QuarkError as error:
-        return _fail(error)
-    except _CommandLineError as error:
-        return _wrong_command_line(error)
     except Terminated:
         return _fail(_stopped(ExitCode.TERMINATED))
     except (KeyboardInterrupt, typer.Abort):
         return _fail(_stopped(ExitCode.INTERRUPTED))
-    except OSError as error:
-        return _fail(_environment(error))
     except Exception as error:
-        return _unexpected(error)
+        return _fail(_stopped(CODES[signals[0]])) if signals else _failed(error)
     if code == ExitCode.INTERRUPTED:  # Typer turns Ctrl-C into this value
         return _fail(_stopped(ExitCode.INTERRUPTED))
     return int(code or 0)
+
+
+def _failed(error: Exception) -> int:
+    """Tells an error and returns its exit code."""
+    if isinstance(error, QuarkError):
+        return _fail(error)
+    if isinstance(error, _CommandLineError):
+        return _wrong_command_line(error)
+    return _fail(_environment(error)) if isinstance(error, OSError) else _unexpected(error)
 
 
 def _command() -> Any:

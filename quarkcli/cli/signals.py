@@ -19,8 +19,10 @@ class Terminated(BaseException):
 
 
 @contextmanager
-def answered(last_words: Callable[[ExitCode], None], last: bool = False) -> Iterator[None]:
+def answered(last_words: Callable[[ExitCode], None], last: bool = False) -> Iterator[list[signal.Signals]]:
     """SIGINT raises KeyboardInterrupt and SIGTERM `Terminated`, once; further ones while that is handled do nothing.
+
+    Yields a list that gets the number of the signal: a library may turn what was raised into an error of its own.
 
     Python runs a handler between two instructions only, and a library may wait for its threads on the way out. So a
     thread hears of the signal too, from the interpreter's wakeup pipe: when the block has not ended `GRACE` seconds
@@ -30,7 +32,7 @@ def answered(last_words: Callable[[ExitCode], None], last: bool = False) -> Iter
     last   the process ends behind the block: once a signal was answered, no handler comes back that another could meet
     """
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield []
         return
     heard, told = os.pipe()
     os.set_blocking(told, False)
@@ -39,18 +41,18 @@ def answered(last_words: Callable[[ExitCode], None], last: bool = False) -> Iter
     watch.start()
     before = {number: signal.getsignal(number) for number in CODES}
     wakeup = signal.set_wakeup_fd(told, warn_on_full_buffer=False)
-    raised: list[int] = []
+    raised: list[signal.Signals] = []
 
     def answer(number: int, frame: object) -> None:
         if not raised:
-            raised.append(number)
+            raised.append(signal.Signals(number))
             raise KeyboardInterrupt if number == signal.SIGINT else Terminated
 
     for number, handler in before.items():
         if handler is not signal.SIG_IGN:
             signal.signal(number, answer)
     try:
-        yield
+        yield raised
     finally:
         ended.set()
         signal.set_wakeup_fd(wakeup)

@@ -23,6 +23,9 @@ BUSY = {
         "    with ThreadPoolExecutor(1) as pool: pool.submit(time.sleep, 60).result()"
     ),
     "a library that swallows it": ("while True:\n        try: time.sleep(60)\n        except BaseException: pass"),
+    "a library that makes an error of it": (  # as numpy does while it is imported
+        "try: time.sleep(60)\n    except BaseException: raise ImportError('cannot load module')"
+    ),
     "a thread that is left behind": "threading.Thread(target=time.sleep, args=(60,)).start(); time.sleep(60)",
 }
 PROGRAM = """
