@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import cache, partial, wraps
 from inspect import signature
 from math import isfinite
 from reprlib import repr as shortened
-from typing import Annotated, Any, ParamSpec, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, NoReturn, ParamSpec, TypeVar, get_args, get_type_hints
 
-from quarkcli.errors import UsageError
+from quarkcli.errors import UsageError, did_you_mean
 
 Given = ParamSpec("Given")
 Made = TypeVar("Made")
@@ -31,14 +31,25 @@ def checked(function: Callable[Given, Made]) -> Callable[Given, Made]:
     @wraps(function)
     def call(*args: Given.args, **kwargs: Given.kwargs) -> Made:
         given = signature(function, follow_wrapped=False).bind(*args, **kwargs).arguments
-        for name, value in {**given, **given.pop("options", {})}.items():
-            kind, fits = _types(function).get(name, ("", None))
+        known = _types(function)
+        options = given.pop("options", {})
+        if unknown := options.keys() - known.keys():
+            _refuse_name(function.__name__, min(unknown), known)
+        for name, value in {**given, **options}.items():
+            kind, fits = known.get(name, ("", None))
             if fits is not None and not fits(value):
                 raise UsageError(f"{name} must be {kind}, not {shortened(value)}", kind="E-PYTHON-CALL")
             _check_range(name, value)
         return function(*args, **kwargs)
 
     return call
+
+
+def _refuse_name(function: str, name: str, known: Collection[str]) -> NoReturn:
+    """Raises TypeError for an option that a function does not have, as Python does for any other function."""
+    near = did_you_mean(name, known)
+    what = f"{function}() got an unexpected keyword argument '{name}'"
+    raise TypeError(f"{what}; {near}" if near else what)
 
 
 def _check_range(name: str, value: Any) -> None:

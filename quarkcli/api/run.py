@@ -88,6 +88,8 @@ def make_plan(
     *,
     recipe: str | PathLike[str] | Recipe | None = None,
     config: Config | None = None,
+    output: str | PathLike[str] | None = None,
+    listener: Listener = silent,
     **options: Unpack[RunOptions],
 ) -> Plan:
     """Returns the plan that `quantize` follows with the same arguments. It reads only config and headers.
@@ -95,8 +97,8 @@ def make_plan(
     Functions with ModelOpt's names (`set_quantizer_by_cfg`, `disable_quantizer` ...) change the plan, and `quantize`
     takes it.
     """
-    asked = _options(model, scheme, recipe, config, None, dict(options))
-    prepared = job.prepare(asked)
+    asked = _options(model, scheme, recipe, config, output, dict(options))
+    prepared = job.prepare(asked, listener)
     prepared.plan.basis = Basis(prepared.recipe, asked.overrides, prepared.layout, asked)
     return prepared.plan
 

@@ -18,3 +18,8 @@ def located(model: str) -> str:
 def place(source: Source) -> str:
     """Returns what a user gives to mean this model: `demo`, a hub id or a directory."""
     return DEMO if source.folder == EMBEDDED else source.hub_id or str(source.folder)
+
+
+def called(given: str) -> str:
+    """Returns what a user gave for a directory or hub id: `demo` for the directory of the embedded model."""
+    return DEMO if given == str(EMBEDDED) else given

@@ -17,6 +17,7 @@ from torch import Tensor
 from quarkcli import family, memory
 from quarkcli.disk import nonfinite, pickles
 from quarkcli.disk.checkpoint import Checkpoint
+from quarkcli.disk.embedded import called
 from quarkcli.disk.nonfinite import HINT, NonFinite, OnNonfinite
 from quarkcli.disk.source import Source
 from quarkcli.errors import CheckError, ModelError, UsageError
@@ -187,8 +188,8 @@ def evaluate(
         )  # fmt: skip
     return {
         "schema": SCHEMA,
-        "directory": directory,
-        "baseline": baseline,
+        "directory": called(directory),
+        "baseline": None if baseline is None else called(baseline),
         **scores,
         "text": text or "builtin",
         "window": window,

@@ -87,11 +87,10 @@ def windows(tokenizer: Tokenizer, text: str | None, window: int, max_tokens: int
     ids = ids[:limit] if len(ids) >= own else ids
     count = len(ids) // own
     if not count:
-        raise DataError(
-            f"the text has {len(ids)} tokens, fewer than one window of {window}",
-            where=text or "builtin",
-            kind="E-DATA-FEW",
-        )
+        what = f"the text has {len(ids)} token{'s' if len(ids) != 1 else ''}, fewer than one window of {window}"
+        fits = len(prefix) + len(ids)
+        smaller = f", or --window {fits}" if fits > 1 and ids else ""
+        raise DataError(what, where=text or "builtin", hint=f"give a longer text{smaller}", kind="E-DATA-FEW")
     rows = torch.tensor(ids[: count * own], dtype=torch.int64).view(count, own)
     return Windows(
         torch.cat([torch.tensor(prefix, dtype=torch.int64).expand(count, -1), rows], dim=1), prefix, _named(text)
@@ -111,5 +110,8 @@ def _pieces(text: str | None) -> Iterable[str]:
     path = Path(text)
     if not path.is_file():
         raise AccessError("there is no such text file", where=text, kind="E-DATA-NOT-FOUND")
+    if files.kind(path) == "json":  # its braces and keys would be measured too
+        what = "holds rows in JSON, and perplexity is measured on plain text"
+        raise DataError(what, where=text, hint="write the texts of its rows to a .txt file", kind="E-DATA-FILE")
     whole = files.text(path)
     return (whole[start : start + 32768] for start in range(0, len(whole), 32768))

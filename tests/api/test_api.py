@@ -58,6 +58,15 @@ def test_make_plan():
     assert plan.targets["model.layers.0.mlp.up_proj"].weight.element == "fp4_e2m1"
 
 
+def test_a_plan_takes_the_arguments_of_a_run(tmp_path):
+    heard = []
+    plan = quarkcli.make_plan("demo", "mxfp4", output=tmp_path / "of plan", listener=heard.append)
+    assert heard[0] == Phase("resolve")
+    quarkcli.quantize(plan)
+    quarkcli.quantize(plan, output=tmp_path / "own")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["of plan", "own"]
+
+
 NEEDED = {
     quarkcli.quantize: {"model": "demo", "scheme": "mxfp4", "output": "never"},
     quarkcli.make_plan: {"model": "demo", "scheme": "mxfp4"},
@@ -130,8 +139,12 @@ def test_load_recipe():
 def test_mistakes():
     with pytest.raises(UsageError):
         quarkcli.make_plan("demo")
-    with pytest.raises(TypeError, match="colour"):
+    with pytest.raises(TypeError, match=r"^make_plan\(\) got an unexpected keyword argument 'colour'$"):
         quarkcli.make_plan("demo", "mxfp4", colour="red")
+    with pytest.raises(TypeError, match=r"^quantize\(\) .* 'sampels'; did you mean 'calib_samples'\?$"):
+        quarkcli.quantize("demo", "mxfp4", sampels=4)
+    with pytest.raises(TypeError, match="'overrides'"):  # a field of `Options`, and no option
+        quarkcli.quantize("demo", "mxfp4", overrides=None)
     with pytest.raises(UsageError, match="exclude each other"):
         quarkcli.make_plan("demo", recipe="mxfp4", config=[DENY])
     with pytest.raises(UsageError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ def measure(folder: Path | str, page: Path, **options: Any) -> dict[str, Any]:
 
 def test_a_model_is_no_distance_from_itself(page: Path) -> None:
     result = measure(DEMO, page, baseline=DEMO)
+    assert (result["directory"], result["baseline"]) == ("demo", "demo")  # where it lies is shown nowhere
     assert result["kl"] == 0
     assert result["top1_agreement"] == 1
     assert result["perplexity_increase"] == 0
@@ -197,8 +199,14 @@ def test_refusals(fp8: runs.Made, page: Path, tmp_path: Path) -> None:
     with pytest.raises(AccessError, match="no such text file"):
         measure(DEMO, tmp_path / "absent.txt")
     (tmp_path / "short.txt").write_text("few words")
-    with pytest.raises(DataError, match="fewer than one window of 64"):
+    with pytest.raises(DataError, match="fewer than one window of 64") as error:
         measure(DEMO, tmp_path / "short.txt")
+    smaller = re.fullmatch(r"give a longer text, or --window (\d+)", error.value.hint)
+    assert smaller and measure(DEMO, tmp_path / "short.txt", window=int(smaller[1]))["tokens"] > 0
+    for name in ("rows.jsonl", "rows.json", "rows.jsonl.gz"):  # whose braces would be measured too
+        (tmp_path / name).write_text('{"text": "few words"}\n' * 99)
+        with pytest.raises(DataError, match="rows in JSON"):
+            measure(DEMO, tmp_path / name)
     for text, options in ((page, {"window": 64}), (None, {})):
         with pytest.raises(DataError, match=r"--tokens 5 is fewer than one window of (64|256)") as error:
             evaluate(DEMO, text=text and str(text), max_tokens=5, device="cpu", tell=silent, **options)
