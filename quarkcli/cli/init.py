@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from quarkcli.cli import apps, files, output
+from quarkcli.cli import again, apps, files, output
 from quarkcli.cli.flags import Debug, Json, Offline, Pickle, Revision
 
 if TYPE_CHECKING:
@@ -99,10 +99,11 @@ def recipe_text(choice: Choice, wish: Wish, model: str, file: str) -> str:
     """Returns the recipe's text, a comment before each choice."""
     prepared = choice.prepared
     needs_data = prepared.calibration is not None
+    given = f"{shlex.quote(model)}{again.flags(prepared.options, again.OPENED)}"
     lines = [
-        *_comment(f"Made by: quark init {shlex.quote(model)} --gpu {wish.gpu} --server {wish.server.name}"
+        *_comment(f"Made by: quark init {given} --gpu {wish.gpu} --server {wish.server.name}"
                   + (f" --tp {wish.tp}" if wish.tp > 1 else "")),
-        *_comment(f"Run it:  quark quantize --model {shlex.quote(model)} --recipe {shlex.quote(file)} -o OUT"),
+        *_comment(f"Run it:  quark quantize --model {given} --recipe {shlex.quote(file)} -o OUT"),
         "schema: quark/recipe/1",
         "metadata:",
         f"  description: {_scalar(f'{choice.row.scheme} for {_model(choice)}, on {wish.gpu} with {wish.server.name}')}",

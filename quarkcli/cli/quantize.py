@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from quarkcli.cli import apps, output
+from quarkcli.cli import again, apps, output
 from quarkcli.cli.jobflags import JobFlags, takes_job_flags
 from quarkcli.errors import UsageError
 
@@ -247,6 +247,7 @@ def _conclude(prepared: Prepared, report: dict[str, Any], remarks: Sequence[str]
 def _next(prepared: Prepared) -> list[str]:
     options: Options = prepared.options
     made = shlex.quote(str(prepared.checkpoint))
-    commands = [f"quark eval {made} --baseline {shlex.quote(options.model)}"]
+    accepted = [*again.CODE_AND_PICKLES, *(["on_nonfinite"] if options.on_nonfinite == "keep" else [])]
+    commands = [f"quark eval {made} --baseline {shlex.quote(options.model)}{again.flags(options, accepted)}"]
     served = [one for one in prepared.every if "vllm" in one.dialect.loaders(one.plan)]
     return commands + [f"vllm serve {shlex.quote(str(one.checkpoint))}" for one in served]

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from quarkcli.cli import apps, output
+from quarkcli.cli import again, apps, output
 from quarkcli.cli.amounts import amount, size
 from quarkcli.cli.jobflags import JobFlags, takes_job_flags
 
 if TYPE_CHECKING:
+    from quarkcli.job.options import Options
     from quarkcli.search.choice import Choice
     from quarkcli.search.run import Found
 
@@ -126,10 +127,10 @@ def search(
     if flags.json:
         _show_json(found)
     else:
-        _show(found, asked.options.model)
+        _show(found, asked.options)
 
 
-def _show(found: Found, model: str) -> None:
+def _show(found: Found, options: Options) -> None:
     choosing = found.choosing
     names = [candidate.name for candidate in choosing.space.candidates]
     output.table(("BITS", "SIZE", "PREDICTED KL", *(f"{name} GROUPS" for name in names)), _budgets(found, names))
@@ -145,7 +146,8 @@ def _show(found: Found, model: str) -> None:
     output.data("")
     output.data(str(found.output), whole=True)
     output.note(f"scores: {found.scores}")
-    output.note(f"next: quark quantize --model {shlex.quote(model)} --recipe {shlex.quote(str(found.output))}")
+    command = f"quark quantize --model {shlex.quote(options.model)} --recipe {shlex.quote(str(found.output))}"
+    output.note(f"next: {command}{again.flags(options, again.UNSAID_BY_RECIPES)}")
 
 
 def _budgets(found: Found, names: list[str]) -> list[tuple[str, ...]]:

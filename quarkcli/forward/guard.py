@@ -13,8 +13,8 @@ UNSEEN_ATTENTION = (
     "use --kv-cache none, or a recipe whose cache has scale.constant_amax: quark cannot see the attention of this model"
 )
 HINT = (
-    "use other --calib-data, --exclude these modules, or --on-nonfinite skip-algorithm; check that the original "
-    "model does not overflow"
+    "use other --calib-data, or --exclude these modules ('quark quantize' also takes --on-nonfinite skip-algorithm); "
+    "check that the original model does not overflow"
 )
 
 

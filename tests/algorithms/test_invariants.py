@@ -233,7 +233,7 @@ def test_a_run_that_stops_does_not_publish_what_another_passed_over(
 ) -> None:
     with pytest.raises(DataError, match="NaN or inf") as caught:
         runs.run(overflowing, tmp_path / "stop", **options("gptq", rows))
-    assert "--on-nonfinite skip-algorithm" in caught.value.hint
+    assert "('quark quantize' also takes --on-nonfinite skip-algorithm)" in caught.value.hint
     asked = {**options("gptq", rows), "resume": "auto"}
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         patch.setattr(preflight, "reason_to_stop", lambda *given: Stopped("enough") if given[-1] < 2 else None)
