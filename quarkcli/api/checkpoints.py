@@ -20,6 +20,7 @@ from quarkcli.disk import pickles
 from quarkcli.disk import verify as checks
 from quarkcli.disk.checkpoint import Checkpoint
 from quarkcli.disk.embedded import located
+from quarkcli.disk.made_from import open_original
 from quarkcli.disk.nonfinite import OnNonfinite
 from quarkcli.disk.source import Source
 from quarkcli.disk.writer import output_state
@@ -59,7 +60,11 @@ def compared(
     a: str | PathLike[str], b: str | PathLike[str], *, offline: bool, allow_pickle: bool, listener: Listener
 ) -> comparing.Comparison:
     """Returns what `compare` and the command of that name show, not yet judged."""
-    sources = [Source.open(located(str(name)), offline=offline, allow_pickle=allow_pickle) for name in (a, b)]
+    names = located(str(a)), located(str(b))
+    sources = [
+        open_original(name, other, offline=offline, allow_pickle=allow_pickle, tell=listener)
+        for name, other in (names, names[::-1])
+    ]
     _tell_unused_pickle(sources, allow_pickle, listener)
     first, second = map(Checkpoint, sources)
     found = comparing.compare(first, second, listener)

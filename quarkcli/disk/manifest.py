@@ -66,6 +66,15 @@ def read(folder: Path) -> Manifest | None:
     return Manifest(files, sizes, headers)
 
 
+def made_from(folder: Path) -> Mapping[str, Any]:
+    """Returns what a manifest says of the model that a checkpoint was made from; nothing where none can be read."""
+    try:
+        source = json.loads((folder / MANIFEST).read_bytes())["source"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return {}
+    return source if isinstance(source, dict) else {}
+
+
 def compare(folder: Path, manifest: Manifest, hashes: bool | None = None) -> list[str]:
     """Compares a folder with its manifest. Returns the checks made; raises CheckError.
 

@@ -23,6 +23,7 @@ from quarkcli.disk import (
 from quarkcli.disk import scales as stored_scales
 from quarkcli.disk.checkpoint import Checkpoint
 from quarkcli.disk.headers import INDEX, SINGLE
+from quarkcli.disk.made_from import open_original
 from quarkcli.disk.nonfinite import HINT, NonFinite, OnNonfinite
 from quarkcli.disk.source import Source
 from quarkcli.disk.values import Values, floats, has_floats, values
@@ -118,7 +119,7 @@ def check(path: str, asked: Asked, tell: Listener = silent) -> list[str]:
     _check_asked(asked)
     folder, model = Path(path), None
     if asked.source is not None:
-        model = Source.open(asked.source, allow_pickle=asked.allow_pickle)
+        model = open_original(asked.source, folder, allow_pickle=asked.allow_pickle, tell=tell)
         if asked.allow_pickle and not model.pickled:
             tell(Message(pickles.UNUSED, "warning"))
     return _every(

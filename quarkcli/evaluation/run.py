@@ -18,6 +18,7 @@ from quarkcli import family, memory
 from quarkcli.disk import nonfinite, pickles
 from quarkcli.disk.checkpoint import Checkpoint
 from quarkcli.disk.embedded import called
+from quarkcli.disk.made_from import open_original
 from quarkcli.disk.nonfinite import HINT, NonFinite, OnNonfinite
 from quarkcli.disk.source import Source
 from quarkcli.errors import CheckError, ModelError, UsageError
@@ -236,7 +237,8 @@ def _open(
 ) -> tuple[Checkpoint, Checkpoint | None]:
     tell(Working("opening the models"))
     sources = [Source.open(directory, allow_pickle=allow_pickle, local=True)]
-    sources += [Source.open(baseline, allow_pickle=allow_pickle)] if baseline is not None else []
+    if baseline is not None:
+        sources.append(open_original(baseline, directory, allow_pickle=allow_pickle, tell=tell))
     if allow_pickle and not any(source.pickled for source in sources):
         tell(Message(pickles.UNUSED, "warning"))
     checkpoint, *references = map(Checkpoint, sources)

@@ -12,10 +12,12 @@ from socket import socket
 import pytest
 from safetensors.torch import load_file, save_file
 
+import quarkcli
 from quarkcli.disk import hub as hubs
 from quarkcli.disk.headers import INDEX, SINGLE
 from quarkcli.disk.source import Source
 from quarkcli.errors import AccessError, ModelError
+from quarkcli.events import Event, Message
 from quarkcli.forward import data
 from quarkcli.job import run as job
 from quarkcli.job.options import Options
@@ -225,6 +227,32 @@ def test_what_is_not_there(hub, sharded, tmp_path, monkeypatch):
     hub.files = {"README.md": b"x"}
     with pytest.raises(ModelError, match=r"no config\.json"):
         Source.open(NAME, bare=True)
+
+
+def test_a_checkpoint_is_held_against_the_commit_that_it_was_made_from(hub, sharded, tmp_path, monkeypatch):
+    """Whatever main is by now: it may be another model."""
+    hub.hold(sharded)
+    hub.public = True
+    hub.take(monkeypatch, tmp_path / "first")
+    out = tmp_path / "out"
+    quarkcli.quantize(NAME, "mxfp4", output=out, offline=False)
+    asked = {
+        "verify": lambda: quarkcli.verify(out, source=NAME, listener=heard.append),
+        "eval": lambda: quarkcli.evaluate(out, baseline=NAME, window=16, tokens=64, listener=heard.append),
+        "compare": lambda: quarkcli.compare(NAME, out, listener=heard.append),
+    }
+    for name, ask in asked.items():
+        heard: list[Event] = []
+        hub.take(monkeypatch, tmp_path / name)  # an empty cache
+        hub.calls.clear()
+        ask()
+        assert any(COMMIT in call for call in hub.calls) and not any("main" in call for call in hub.calls), hub.calls
+        said = f"{NAME}: taking commit {COMMIT[:12]}, from which {out} was made"
+        assert said in [event.text for event in heard if isinstance(event, Message)]
+    (out / "quark" / "manifest.json").write_text("[]")
+    hub.calls.clear()
+    quarkcli.compare(NAME, out)
+    assert any("main" in call for call in hub.calls)
 
 
 @pytest.mark.parametrize("shards", [1, 2])
