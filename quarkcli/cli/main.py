@@ -143,6 +143,10 @@ def _failed(error: Exception) -> int:
         return _fail(error)
     if isinstance(error, _CommandLineError):
         return _wrong_command_line(error)
+    if isinstance(error, UnicodeEncodeError) and error.encoding == sys.getfilesystemencoding() != "utf-8":
+        what = f"the locale's character set '{error.encoding}' has no letters for {error.object!a}"
+        hint = "set LC_ALL=C.UTF-8, or PYTHONUTF8=1"
+        return _fail(ResourceError(what, hint=hint, kind="E-SYSTEM"))
     return _fail(_environment(error)) if isinstance(error, OSError) else _unexpected(error)
 
 

@@ -166,7 +166,10 @@ def reason() -> QuarkError | None:
 
 def muted(code: int) -> int | None:
     """Returns the exit code of a rank that ends without a word, since another one says why; None: it says so itself."""
-    rank, _ = world()
+    try:
+        rank, _ = world()
+    except UsageError:
+        return None  # this is the error, and nobody else says it
     if ended.why:
         return ended.code if rank or ended.said else None
     if ended.silent:

@@ -232,3 +232,23 @@ def test_two_interrupts_are_one(folder: Path, forks: Forks, delay: str) -> None:
     assert "Traceback" not in done.err
     assert "stopped: interrupted" in done.err
     assert not (folder / "out").exists()
+
+
+def test_a_name_that_the_locale_cannot_write(folder: Path) -> None:
+    recipe = "schema: quark/recipe/1\nmetadata: {name: h\u00e9}\nquantize: {scheme: mxfp4}\n"
+    (folder / "r.yaml").write_text(recipe, encoding="utf-8")
+    code = "from quarkcli.cli.main import run; run()"
+    command = [sys.executable, "-c", code, "plan", "--model", "demo", "--recipe", "r.yaml"]
+    ascii_only = {**ENVIRONMENT, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(command, capture_output=True, text=True, env=ascii_only, timeout=120, check=False)
+    assert done.returncode == 6
+    assert done.stderr.startswith("error: the locale's character set 'ascii' has no letters for '")
+    assert "hint: set LC_ALL=C.UTF-8" in done.stderr and "E-SYSTEM" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["plan", "quantize"])
+def test_a_launch_without_numbers(quark: Any, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "x")
+    answer = quark(command, "--model", "demo", "--scheme", "mxfp4")
+    assert answer.code == 2
+    assert answer.err.startswith("error: RANK=0 and WORLD_SIZE=x do not give a process")
