@@ -67,7 +67,7 @@ def _changed(ours: Mapping[str, Any], theirs: Mapping[str, Any], before: str = "
         mine, other = ours[key], theirs[key]
         if isinstance(mine, dict) and isinstance(other, dict):
             yield from _changed(mine, other, f"{before}{key}.")
-        elif mine != other:
+        elif mine != other and json.dumps(mine) != json.dumps(other):  # NaN equals nothing
             yield _Change(f"{before}{key}", key, mine, other)
 
 
