@@ -159,7 +159,10 @@ def parse(text: str, file: str, *, snippet: bool = False) -> Document:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"{file}:{mark.line + 1}:{mark.column + 1}" if mark else file
-        raise ConfigError(str(error.problem or error.context), where=where, kind="E-RECIPE-YAML") from error
+        what = str(error.problem or error.context)
+        if what.startswith("but ") and error.context:  # the end of the parser's sentence
+            what = f"{error.context}, {what}"
+        raise ConfigError(what, where=where, kind="E-RECIPE-YAML") from error
     except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError("not valid YAML", where=file, kind="E-RECIPE-YAML") from error
     builder = _Builder(file)

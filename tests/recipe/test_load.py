@@ -96,6 +96,7 @@ def fails(text: str) -> ConfigError:
 @pytest.mark.parametrize(
     ("text", "where", "what"),
     [
+        ("a: 1\n---\nb: 2\n", "f.yaml:2:1", "expected a single document in the stream, but found another document"),
         ("a: 1\nb: 2\na: 3\n", "f.yaml:3:1", "duplicate key 'a'"),
         ("a:\n  - {b: 1, b: 2}\n", "f.yaml:2:12", "duplicate key 'b'"),
         ("a: 1\n'a': 2\n", "f.yaml:2:1", "duplicate key 'a'"),
