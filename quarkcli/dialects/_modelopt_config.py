@@ -158,7 +158,7 @@ def _left_out(plan: Plan) -> list[str]:
     left = shared.unquantized(plan)
     whole = shared.whole_layers(plan, left)
     names = (f"{whole[target.name]}*" if target.name in whole else target.name for target in left)
-    return [*dict.fromkeys(names), *shared.unfiled(plan)]
+    return [*dict.fromkeys(names), *shared.further(plan)]
 
 
 def _hits(entry: str, modules: Iterable[str]) -> bool:

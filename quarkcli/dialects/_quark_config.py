@@ -87,7 +87,7 @@ def config_of(plan: Plan, quant_method: str) -> dict[str, Any]:
         "kv_cache_post_rope": bool(kv) and not is_joined(active[0]),
         "softmax_quant_spec": specs_of(attention.get(SOFTMAX), activation=True),
         "algo_config": None,
-        "exclude": [*_excluded(plan), *shared.unfiled(plan)],
+        "exclude": [*_excluded(plan), *shared.further(plan)],
         "export": {
             "kv_cache_group": list(kv),
             "min_kv_scale": max((minimum or 0.0 for minimum in minima), default=0.0),

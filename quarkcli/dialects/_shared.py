@@ -42,9 +42,12 @@ def tied_head(plan: Plan) -> list[str]:
     return [plan.tied_head.removesuffix(".weight")] if plan.tied_head else []
 
 
-def unfiled(plan: Plan) -> list[str]:
-    """Returns names that lists of modules left out need and no file has: a head in memory only, and vLLM's names."""
-    return [*tied_head(plan), *vllm_names.left_out(plan)]
+def further(plan: Plan) -> list[str]:
+    """Returns names that lists of modules left out need beside those of targets.
+
+    These are matrices that no recipe can reach, a head in memory only, and vLLM's names.
+    """
+    return [*plan.matrices, *tied_head(plan), *vllm_names.left_out(plan)]
 
 
 def experts_by_layer(targets: Iterable[Target]) -> dict[str, list[Target]]:

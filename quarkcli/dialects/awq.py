@@ -150,7 +150,7 @@ class Awq(Writer):
 
 
 def _left_out(plan: Plan) -> list[str]:
-    return [*(target.name for target in shared.unquantized(plan)), *shared.unfiled(plan)]
+    return [*(target.name for target in shared.unquantized(plan)), *shared.further(plan)]
 
 
 def _left_out_by_parts(plan: Plan) -> list[str]:

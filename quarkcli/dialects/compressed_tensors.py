@@ -26,7 +26,7 @@ from quarkcli.dialects._ct_layout import (
 )
 from quarkcli.dialects._ct_reading import ATTENTION, CONFIG_CLASS
 from quarkcli.dialects._documents import CompressedTensorsConfig
-from quarkcli.dialects._patterns import WrittenNames, exact_patterns, ignored, in_memory
+from quarkcli.dialects._patterns import WrittenNames, exact_patterns, ignored, in_memory, linear_patterns
 from quarkcli.dialects.base import (
     ANY,
     Bar,
@@ -228,6 +228,7 @@ class CompressedTensors(Writer):
         quantized = [target.name for target in plan.quantized()]
         family = plan.rewrites.family
         left = [*ignored(shared.unquantized(plan), universe, quantized), *shared.tied_head(plan)]
+        left += linear_patterns(plan.matrices, [*universe, *plan.matrices])
         cache = next((attention.specs["k"] for attention in shared.cached(plan)), None)
         return {
             "quant_method": NAME,

@@ -195,7 +195,7 @@ def _left_out(plan: Plan) -> list[str]:
     """Returns names of unquantized linears; that of the list where none of a layer's experts is quantized."""
     left = shared.unquantized(plan)
     whole = shared.whole_layers(plan, left)
-    return [*dict.fromkeys(whole.get(target.name, target.name) for target in left), *shared.unfiled(plan)]
+    return [*dict.fromkeys(whole.get(target.name, target.name) for target in left), *shared.further(plan)]
 
 
 def _transformers_decodes(target: Target) -> bool:

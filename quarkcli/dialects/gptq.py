@@ -268,7 +268,7 @@ def _left_out(plan: Plan) -> list[str]:
     The head is left out unless `lm_head` is true.
     """
     left = [target.name for target in shared.unquantized(plan) if target.role != "head"]
-    return _expressions(left, plan.targets)
+    return _expressions([*left, *plan.matrices], [*plan.targets, *plan.matrices])
 
 
 def _expressions(names: Iterable[str], universe: Iterable[str]) -> list[str]:

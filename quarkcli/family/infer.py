@@ -87,7 +87,8 @@ def infer(config: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> Famil
     inside = {leaf: len(shape) for leaf, shape in shapes.items()}
     linears = [leaf.removesuffix(".weight") for leaf in inside if leaf.endswith(".weight")]
     heads = [name for name in tail if name.endswith((HEAD, "output", "output_layer"))]
-    tied = not heads and False not in (config.get(TIED), text_config(config).get(TIED))
+    said = (config.get(TIED), text_config(config).get(TIED))
+    tied = not heads and (True in said or False not in said)
     if tied:  # transformers makes the embedding of it, under this name in nearly all of its classes
         tail.append(HEAD)
         heads = [HEAD]
@@ -193,7 +194,9 @@ def _modules(linears: Iterable[str]) -> dict[str, set[str]]:
 
 
 def _attention(linears: list[str]) -> AttentionModel | None:
-    modules = _modules(linears)
+    """Returns the attention that fills a cache: linear attention, which has convolutions, keeps a state instead."""
+    found = _modules(linears).items()
+    modules = {module: leaves for module, leaves in found if not any("conv" in leaf for leaf in leaves)}
     for q, k, v in ATTENTION:
         for module, leaves in modules.items():
             if module and {q, k, v} <= leaves:

@@ -94,6 +94,7 @@ class Layout:
     architecture  the class that config.json names, empty: none
     turned      fused tensors whose square matrices lie [in, out], where other files have them as [out, in]
     transposed  weights of blocks that the file stores [in, out] and the family knows nothing of; see `orientation`
+    matrices    modules with a matrix that no recipe can reach; a loader may take them for linears
     """
 
     family: str
@@ -112,6 +113,7 @@ class Layout:
     transposed: tuple[str, ...] = ()
     rewrites: Rewrites = field(default_factory=Rewrites)
     architecture: str = ""
+    matrices: tuple[str, ...] = ()
 
 
 @without_collection()
@@ -134,7 +136,7 @@ def lay_out(
             family.suited(config), hidden_size(config), headers, head_size(config), kv_heads(config),
             family.unserved(config),
         ),
-        str(next(iter(config.get("architectures") or ()), "")),
+        str(next(iter(config.get("architectures") or ()), "")), tuple(builder.matrices),
     )  # fmt: skip
 
 
@@ -163,7 +165,9 @@ def _heads(family: FamilyModel) -> list[str]:
 
 
 def _ties(family: FamilyModel, config: Mapping[str, Any]) -> bool:
-    return bool(text_config(config).get(TIED, config.get(TIED, family.tied)))
+    """True where the outer part of the config says so, which transformers reads, or that of the text model."""
+    said = {part[TIED] for part in (text_config(config), config) if TIED in part}
+    return any(said or {family.tied})
 
 
 def _around(alias: str, index: int) -> tuple[str, str | None]:
@@ -188,6 +192,7 @@ class _Builder:
         self.sites: dict[str, Site] = {}
         self.attention: list[AttentionModule] = []
         self.tensor_roles: dict[str, str] = {}
+        self.matrices: list[str] = []
         self.readers = {leaf: group for group in family.sites for leaf in group}
         shared = family.sites if family.scale_groups is None else family.scale_groups
         self.sharers = {leaf: group for group in shared for leaf in group}
@@ -232,7 +237,10 @@ class _Builder:
         module = tensor.removesuffix(".weight")
         role = self.role(module.removesuffix(".bias"), part)
         self.tensor_roles[tensor] = role or "parameter"
-        if tensor.endswith(".weight") and len(header.shape) == 2 and role not in {"norm", "conv", "other"}:
+        matrix = tensor.endswith(".weight") and len(header.shape) == 2
+        if matrix and role in {"norm", "conv", "other"}:
+            self.matrices.append(module)
+        elif matrix:
             self._add_weight(module, WeightView(tensor), header, role or "linear", part, None)
 
     def blocks_weights(self) -> Iterator[tuple[str, str | None]]:

@@ -189,6 +189,7 @@ class Plan:
     own_expert_inputs  whether every expert has a static input scale of its own; else those of a layer share one
     rewrites          how blocks may be rewritten without changing what they compute, from the family file
     norms             tensors of norms, from the family file
+    matrices          modules with a matrix that no recipe can reach; a loader may take them for linears
     changes           what transforms and tuners will change, by their names
     joined            attention module -> the kinds (q, k, v) that the one scale of its cache is for; modules with a
                       scale for each are left out
@@ -218,6 +219,7 @@ class Plan:
     own_expert_inputs: bool = False
     rewrites: Rewrites = field(default_factory=Rewrites)
     norms: tuple[str, ...] = ()
+    matrices: tuple[str, ...] = ()
     changes: dict[str, Changes] = field(default_factory=dict)
     joined: dict[str, frozenset[str]] = field(default_factory=dict)
     carried: frozenset[str] = frozenset()

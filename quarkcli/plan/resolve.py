@@ -84,6 +84,7 @@ def _applied(composed: Composed, recipe: Recipe, layout: Layout) -> tuple[_Resol
         own_expert_inputs=recipe.expert_inputs == "own",
         rewrites=layout.rewrites,
         norms=tuple(name for name, role in layout.tensor_roles.items() if role == "norm"),
+        matrices=layout.matrices,
     )
 
 

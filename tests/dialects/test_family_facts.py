@@ -5,6 +5,7 @@ Each was tried in transformers 5.23 and in vLLM 0.32's CPU build, and read in th
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -14,8 +15,10 @@ from quarkcli.family import FamilyModel, known
 from quarkcli.family.rewrites import Rewrites
 from quarkcli.plan.model import Attention, Plan
 from quarkcli.recipe import catalog
+from quarkcli.spec import PerGroup, ScaleSpec, TensorSpec
 
 from .plans import FP8_GROUP, FP8_TILE, PAIRS, Module, linears, llama, plan
+from .test_roundtrip import HELD
 
 CT, QUARK = dialects.writer("compressed-tensors"), dialects.writer("quark")
 BOTH = {"vllm", "transformers"}
@@ -61,6 +64,16 @@ def test_a_head_with_another_name_in_memory_is_left_out_by_both(dialect: str) ->
     config = writer.config(made)
     assert config["exclude" if dialect == "quark" else "ignore"] == ["embed_out", "lm_head"]
     assert writer.config_faults(config, "vllm", made) == [] and "vllm" in writer.loaders(made)
+
+
+@pytest.mark.parametrize("dialect", ["compressed-tensors", "quark", "awq", "gptq", "modelopt", "fp8"])
+def test_matrices_that_no_recipe_can_reach_are_left_out(dialect: str) -> None:
+    """The connector of SmolVLM, were it guessed: loaders took it for a linear and looked for its codes."""
+    uint4 = TensorSpec("uint4", PerGroup(32), ScaleSpec("model"))
+    whole = plan(llama(), linears(next(iter(HELD[dialect].values()), (uint4, None))))
+    made = replace(whole, matrices=("model.connector.modality_projection.proj",))
+    listed = [json.dumps(dialects.writer(dialect).config(one)) for one in (whole, made)]
+    assert ["modality_projection" in text for text in listed] == [False, True]
 
 
 @pytest.mark.parametrize(("head_dim", "vllm"), [(64, False), (128, True), (256, True), (None, False)])

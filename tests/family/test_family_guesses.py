@@ -163,6 +163,36 @@ def test_attention_may_have_a_gate_of_its_own() -> None:
         check(shapes | gates)
 
 
+def test_linear_attention_fills_no_cache() -> None:
+    """It keeps a state behind its convolutions; blocks with attention proper are found beside it."""
+    shapes = layouts.llama()
+    linear = {n.replace("self_attn", "linear_attn"): s for n, s in shapes.items() if ".0.self_attn" in n}
+    shapes = {name: shape for name, shape in shapes.items() if ".0.self_attn" not in name} | linear
+    shapes |= {f"model.layers.0.linear_attn.{leaf}_conv1d.weight": (128, 1, 4) for leaf in "qkv"}
+    found = lay_out(shapes, "novel", **TEXT).attention
+    assert [module.name for module in found] == ["model.layers.1.self_attn", "model.layers.2.self_attn"]
+
+
+# ---- what no recipe can reach
+
+
+@pytest.mark.parametrize("name", ["connector.proj", "model.layers.0.conv.in_proj", "position_norm"])
+def test_matrices_that_loaders_may_take_for_linears_are_known(name: str) -> None:
+    layout = lay_out(layouts.llama() | {f"{name}.weight": (128, 128), f"{name}.bias": (128,)}, "novel", **TEXT)
+    assert layout.matrices == (name,) and name not in layout.weights
+    assert lay_out(layouts.llama() | {f"{name}.weight": (128, 1, 4)}, "novel", **TEXT).matrices == ()
+
+
+@pytest.mark.parametrize(("outer", "inner", "tied"), [(True, False, True), (False, True, True), (False, False, False)])
+def test_a_head_is_the_embedding_where_either_part_of_the_config_says_so(outer: bool, inner: bool, tied: bool) -> None:
+    """transformers saves InternVL with both; its class reads the outer part."""
+    headless = {name: shape for name, shape in layouts.llama().items() if "lm_head" not in name}
+    text = {**TEXT, "tie_word_embeddings": inner}
+    for kind in ("novel", "llama"):
+        layout = lay_out(headless, kind, text_config=text, tie_word_embeddings=outer)
+        assert layout.tied_head == ("lm_head" if tied else None)
+
+
 # ---- routers
 
 
