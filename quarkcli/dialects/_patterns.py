@@ -105,7 +105,8 @@ def ignored(targets: Iterable[Target], universe: Iterable[str], quantized: Itera
     """Returns names and patterns of unquantized `targets`, none of them matching a `quantized` name.
 
     A tree beside the decoder (a vision tower, a projector) without a quantized module becomes one pattern that allows
-    another prefix: transformers keeps such trees under other names in memory than the files have.
+    another prefix: transformers keeps such trees under other names in memory than the files have, and vLLM and SGLang
+    have none of them below `model`.
     """
     taken = list(quantized)
     roots: dict[str, bool] = {}
@@ -116,7 +117,8 @@ def ignored(targets: Iterable[Target], universe: Iterable[str], quantized: Itera
         if root is None or target.expert is not None:
             rest.append(target)
         else:
-            trees[_MARK + _tree(root)] = None
+            short = root.removeprefix("model.")
+            trees[_MARK + _tree(short if _untouched(short, taken, roots) else root)] = None
     return [*trees, *exact_patterns(rest, universe)]
 
 

@@ -162,6 +162,24 @@ def test_a_tree_beside_the_decoder_is_ignored_under_any_prefix() -> None:
     assert not chosen(config, f"model.{tower[0].name}")
 
 
+def test_a_tree_below_model_is_ignored_by_servers_that_have_it_beside() -> None:
+    """Qwen3-VL and GLM-4.1V: the file and transformers say `model.visual.`, vLLM and SGLang say `visual.`.
+
+    vLLM took such a tower for quantized, and stopped at its first weight.
+    """
+    tower = [Module(f"model.visual.blocks.{i}.attn.proj", (64, 64), "vision") for i in range(2)]
+    made = plan([*llama(), *tower], lambda m: None if m.role == "vision" else linears(PAIRS["fp8"])(m))
+    config = CT.config(made)
+    assert config["ignore"] == [r"re:(.*\.)?visual\.", "lm_head"]
+    assert_exact(made, config)
+    for name in (tower[1].name, tower[1].name.removeprefix("model.")):
+        assert not chosen(config, name)
+    other = Module("audio.visual.proj", (64, 64), "up")  # quantized: the short pattern would take it too
+    both = plan([*llama(), *tower, other], lambda m: None if m.role == "vision" else linears(PAIRS["fp8"])(m))
+    assert_exact(both, CT.config(both))
+    assert chosen(CT.config(both), other.name)
+
+
 def test_a_wrapped_decoder_is_named_as_in_memory_too() -> None:
     """mllama: the file says `language_model.model.layers`, transformers `model.language_model.layers`."""
     wrapped = [replace(m, name=f"language_model.{m.name}") for m in llama()]
