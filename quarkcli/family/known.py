@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from quarkcli.errors import ConfigError, ModelError
+from quarkcli.family.config import text_config
 from quarkcli.family.infer import infer
 from quarkcli.family.schema import FamilyModel, HeaderLike
 from quarkcli.family.spelling import check_wrappers, spelled
@@ -18,7 +19,7 @@ from quarkcli.recipe.load import Document
 from quarkcli.recipe.schema import validate
 
 # What a family does not take over from another.
-_OWN = ("extends", "summary", "architectures", "model_types", "own_code")
+_OWN = ("extends", "summary", "architectures", "model_types", "texts", "own_code")
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Card:
     file: Path
     architectures: tuple[str, ...]
     model_types: tuple[str, ...]
+    texts: tuple[str, ...]
     extends: str | None
     experts: bool | None  # None: as in the family it extends
 
@@ -83,6 +85,7 @@ def _card(name: str, path: Path, stamp: int) -> Card:
         path,
         _listed(text, "architectures", path),
         _listed(text, "model_types", path),
+        _listed(text, "texts", path),
         extends[1] if extends else None,
         experts[1] not in {"null", "~"} if experts else None if extends else False,
     )
@@ -116,17 +119,20 @@ def has_experts(card: Card) -> bool:
 def identify(config: Mapping[str, Any]) -> tuple[str, FamilyModel] | None:
     """Returns the family that names the config's architecture, else its model type; None when there is none.
 
-    Among several with the architecture, a user's own file, then one that names the model type too.
+    Among several with the architecture, a user's own file, then one that names the model type too. A family that says
+    which text models it wraps is that of no other.
     """
     architecture = (config.get("architectures") or [None])[0]
     model_type = config.get("model_type")
+    text = text_config(config)
+    inner = None if text is config else text.get("model_type")
     built_in = catalog.built_in_folder()
 
     def rank(card: Card) -> tuple[bool, bool, bool]:
         named, typed = architecture in card.architectures, model_type in card.model_types
         return named, (named or typed) and built_in not in card.file.parents, typed
 
-    best = max(cards(), key=rank, default=None)
+    best = max((card for card in cards() if inner in (None, *(card.texts or (inner,)))), key=rank, default=None)
     if best is None or not any(rank(best)):
         return None
     return best.name, load(best.file)

@@ -158,7 +158,8 @@ class FamilyModel(Strict):
     """A family file, `recipes/models/<name>.yaml`. Names are below the block unless they are said to be full.
 
     extends       another family: its mappings are taken over key by key, everything else unless given here;
-                  architectures, model types, summary and own_code never are
+                  architectures, model types, texts, summary and own_code never are
+    texts         model types of the text models that these wrap, with any other it is not this family; empty: any
     text          prefixes of the text model, for `{text}` in full names; the first that the file has
     blocks        full path of the numbered decoder blocks
     embed, tail   full names of the modules before and behind the blocks
@@ -192,6 +193,7 @@ class FamilyModel(Strict):
     summary: str = ""
     architectures: list[str] = Field(default_factory=list)
     model_types: list[str] = Field(default_factory=list)
+    texts: list[str] = Field(default_factory=list)
     text: list[str] = Field(default_factory=list)
     blocks: str
     embed: list[str]

@@ -19,7 +19,17 @@ _PARTS = (
 class Sglang(Read):
     name = "sglang"
     title = "SGLang 0.5.23"
-    without = frozenset({"FalconForCausalLM"})  # nor does its fallback to transformers take that class
+    # Its fallback to transformers does not take Falcon; what it does with the others, quantized, was not read.
+    without = frozenset(
+        {
+            "FalconForCausalLM",
+            "Idefics3ForConditionalGeneration",
+            "InternVLForConditionalGeneration",
+            "LlavaNextForConditionalGeneration",
+            "LlavaOnevisionForConditionalGeneration",
+            "SmolVLMForConditionalGeneration",
+        }
+    )
     kernels_from = "the source of release 0.5.23, which was read; nothing was run on a GPU"
     kernels = (
         Kernel(

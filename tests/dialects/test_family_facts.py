@@ -76,6 +76,18 @@ def test_matrices_that_no_recipe_can_reach_are_left_out(dialect: str) -> None:
     assert ["modality_projection" in text for text in listed] == [False, True]
 
 
+@pytest.mark.parametrize("dialect", ["awq", "fp8", "modelopt", "quark"])
+def test_what_vllm_joins_in_a_tower_is_left_out_by_that_name(dialect: str) -> None:
+    """GLM-4.1V: the files have gate and up of the text model in one linear; its class knows no parts of the tower's."""
+    uint4 = TensorSpec("uint4", PerGroup(32), ScaleSpec("model"))
+    tower = [Module(f"model.visual.merger.{leaf}_proj", (64, 64), "vision") for leaf in ("gate", "up", "down")]
+    pair = next(iter(HELD[dialect].values()), (uint4, None))
+    made = plan([*llama(), *tower], lambda m: None if m.role == "vision" else linears(pair)(m))
+    assert '"visual.' not in json.dumps(dialects.writer(dialect).config(made))
+    text = json.dumps(dialects.writer(dialect).config(of(made, "glm4v")))
+    assert '"visual.merger.gate_up_proj"' in text and '"visual.merger.down_proj"' not in text
+
+
 @pytest.mark.parametrize(("head_dim", "vllm"), [(64, False), (128, True), (256, True), (None, False)])
 def test_tiles_that_are_sorted_by_heads_fit_into_them(head_dim: int | None, vllm: bool) -> None:
     """Falcon: vLLM sorts the rows of q, k and v."""
@@ -94,6 +106,9 @@ def test_tiles_that_are_sorted_by_heads_fit_into_them(head_dim: int | None, vllm
         ("falcon", "FalconForCausalLM", ["sglang", "tensorrt-llm"]),
         ("gpt_neox", "GPTNeoXForCausalLM", ["tensorrt-llm"]), ("llama", "LlamaForCausalLM", []), ("llama", "", []),
         ("qwen3_vl_moe", "Qwen3VLMoeForConditionalGeneration", []),
+        ("llava", "LlavaForConditionalGeneration", ["tensorrt-llm"]),
+        ("llava_next", "LlavaNextForConditionalGeneration", ["sglang"]),
+        ("smolvlm", "SmolVLMForConditionalGeneration", ["sglang", "tensorrt-llm"]),
     ],
 )  # fmt: skip
 def test_servers_without_a_class(name: str, architecture: str, lacking: list[str]) -> None:

@@ -98,10 +98,21 @@ def test_tensors_outside_the_family_are_kept() -> None:
         ({"model_type": "mixtral"}, "mixtral"),
         ({"architectures": ["Qwen3MoeForCausalLM"], "model_type": "llama"}, "qwen3_moe"),  # the class before the type
         ({"architectures": ["Other"], "model_type": "qwen3"}, "qwen3"),
+        ({"model_type": "llava", "text_config": {"model_type": "mistral"}}, "llava"),
+        ({"model_type": "llava", "text_config": {}}, "llava"),
+        ({"model_type": "llava"}, "llava"),
     ],
 )
 def test_the_family_of_a_config(config: dict, name: str) -> None:
     assert family.identify(config)[0] == name
+
+
+def test_a_wrapper_of_another_text_model_is_another_family(home: Path) -> None:
+    """What its norms and experts do is not said: quark guesses it."""
+    config = {"architectures": ["LlavaForConditionalGeneration"], "text_config": {"model_type": "gemma"}}
+    assert family.identify(config) is None
+    write(home, "mine", "extends: llava\narchitectures: [LlavaForConditionalGeneration]\ntexts: [gemma]\n")
+    assert family.identify(config)[0] == "mine"
 
 
 def test_unknown_families_are_inferred_from_names() -> None:
