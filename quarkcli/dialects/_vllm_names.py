@@ -38,6 +38,16 @@ def quantized(plan: Plan) -> bool:
     return any(plan.targets[module].weight is not None for module in own_names(plan))
 
 
+def with_parts(plan: Plan) -> list[str]:
+    """Returns the quantized modules and the parts by which vLLM knows some of them; nothing where it knows no parts."""
+    family = plan.rewrites.family
+    known = family.parts_in_vllm if family is not None else {}
+    names = [target.name for target in plan.quantized()]
+    split = [name.rpartition(".") for name in names]
+    parts = [f"{parent}.{part}" for parent, _, leaf in split for part in known.get(leaf, ())]
+    return names + parts if parts else []
+
+
 def loads(plan: Plan) -> bool:
     """True when a config can say to vLLM which modules are quantized: one scheme, where it has other names for them.
 

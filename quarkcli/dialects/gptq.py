@@ -53,6 +53,7 @@ _EXPERTS = frozenset({("int4 group", "none"), ("int8 group", "none")})
 # Roles that its own tools never quantize: they know the linears of every model's blocks.
 _UNLISTED = frozenset({"embedding", "head", "router", "gates", "indexer", "mtp", "vision", "audio", "projector"})
 _SKIP, _OVERRIDE, _MARK = "-:", "+:", "re:"
+_QUANTIZED = "modules_in_block_to_quantize"  # where it is missing, vLLM asks the headers which modules have codes
 # Modules that vLLM fuses, and the name by which it looks for their bits and groups.
 _FUSED = {
     "q_proj+k_proj+v_proj": "qkv_proj", "gate_proj+up_proj": "gate_up_proj",
@@ -202,6 +203,7 @@ class Gptq(Writer):
             "checkpoint_format": NAME,
             "pack_dtype": "int32",
             "dynamic": {_SKIP + pattern: {} for pattern in _left_out(plan)} | _overrides(plan),
+            **({_QUANTIZED: names} if (names := shared.vllm_names.with_parts(plan)) else {}),
         }
 
     def files(self, plan: Plan) -> dict[str, dict[str, Any]]:

@@ -133,3 +133,15 @@ def test_an_architecture_that_servers_do_not_know() -> None:
 def test_scales_of_a_cache_have_a_place_in_some_classes(name: str, loaders: set[str]) -> None:
     cached = plan(llama(), linears(PAIRS["ptpc"]), kv=PAIRS["fp8"][0])
     assert CT.loaders(cached) == BOTH and CT.loaders(of(cached, name)) == loaders
+
+
+def test_gptq_names_the_parts_by_which_vllm_knows_a_linear() -> None:
+    """GLM-4: vLLM asks for gate_proj and up_proj, found no codes of theirs in the headers, and stopped at gate_up."""
+    joined = Module("model.layers.0.mlp.gate_up_proj", (256, 128), "gate_up")
+    made = plan([*llama(), joined], linears(HELD["gptq"]["int4-32"]))
+    assert "modules_in_block_to_quantize" not in dialects.writer("gptq").config(made)
+    listed = dialects.writer("gptq").config(of(made, "glm4"))["modules_in_block_to_quantize"]
+    quantized = [target.name for target in made.quantized()]
+    assert listed == [*quantized, "model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj"]
+    kept = plan([*llama(), joined], lambda m: None if m is joined else linears(HELD["gptq"]["int4-32"])(m))
+    assert "modules_in_block_to_quantize" not in dialects.writer("gptq").config(of(kept, "glm4"))
