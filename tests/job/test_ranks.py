@@ -31,7 +31,7 @@ quantize:
   algorithm: [{method: qronos, true_sequential: true}]
 """
 OFTEN = [
-    ("llama", "mxfp4", 2), ("llama", "nvfp4", 4), ("mixtral", "gptq", 2), ("llama", "awq", 3), ("mixtral", "gptaq", 2),
+    ("llama", "mxfp4", 2), ("llama", "nvfp4", 4), ("mixtral", "gptq", 2), ("llama", "awq", 3), ("llama", "gptaq", 2),
     ("llama", "sequential", 2),
 ]  # fmt: skip
 SELDOM = [
@@ -144,12 +144,13 @@ KILLS = {
 @pytest.mark.parametrize(
     ("model", "job", "rank", "then"),
     [
-        ("llama", "mxfp4", 1, 1),
+        ("mixtral", "mxfp4", 1, 1),
         ("llama", "nvfp4", 1, 4),
-        ("mixtral", "awq", 0, 2),
+        ("llama", "awq", 0, 2),
         pytest.param("llama", "nvfp4", 1, 1, marks=pytest.mark.slow),
         pytest.param("llama", "nvfp4", 1, 2, marks=pytest.mark.slow),
         pytest.param("llama", "nvfp4", 0, 4, marks=pytest.mark.slow),
+        pytest.param("mixtral", "awq", 0, 2, marks=pytest.mark.slow),
         pytest.param("mixtral", "awq", 1, 2, marks=pytest.mark.slow),
         pytest.param("mixtral", "awq", 0, 4, marks=pytest.mark.slow),
     ],
