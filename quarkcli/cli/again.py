@@ -26,5 +26,6 @@ def flags(options: Options, names: Collection[str]) -> str:
 
 
 def _flag(name: str, value: object) -> str:
-    flag = f" --{name.replace('_', '-')}"
-    return flag if value is True else f"{flag} {shlex.quote(str(value))}"
+    from quarkcli.job.idle import flag
+
+    return f" {flag(name)}" if value is True else f" {flag(name)} {shlex.quote(str(value))}"
