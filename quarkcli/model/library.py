@@ -83,14 +83,16 @@ def one_day() -> Iterator[None]:
 def quiet() -> Iterator[None]:
     """Keeps transformers from logging, drawing and fetching inside; the caller's settings come back afterwards."""
     log = transformers.logging
-    verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    bars = log.is_progress_bar_enabled()
     with ExitStack() as stack:
-        stack.callback(log.set_verbosity, verbosity)
+        # set_verbosity would make every logger of the process look up anew what it is enabled for, twice a call.
+        theirs = logging.getLogger("transformers")
+        stack.enter_context(mock.patch.object(theirs, "handlers", [logging.NullHandler()]))
+        stack.enter_context(mock.patch.object(theirs, "propagate", False))
         stack.callback(log.enable_progress_bar if bars else log.disable_progress_bar)
         # Both libraries ask this constant whenever they are about to use the network.
         stack.enter_context(mock.patch.object(hub_constants, "HF_HUB_OFFLINE", True))
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
-        log.set_verbosity(logging.CRITICAL)
         log.disable_progress_bar()
         yield

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from logging.handlers import BufferingHandler
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -211,13 +212,24 @@ def test_dbrx_rotary_base_is_the_one_its_config_says(tmp_path: Path) -> None:
     assert model.config.rope_parameters["rope_theta"] == 500000.0
 
 
-def test_quiet_gives_settings_back() -> None:
-    before = (transformers.logging.get_verbosity(), huggingface_hub.constants.HF_HUB_OFFLINE)
-    with pytest.raises(ValueError), quiet():
-        assert transformers.logging.get_verbosity() == logging.CRITICAL
-        assert huggingface_hub.constants.HF_HUB_OFFLINE
-        raise ValueError
-    assert (transformers.logging.get_verbosity(), huggingface_hub.constants.HF_HUB_OFFLINE) == before
+def test_quiet_gives_settings_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the caller shows everything that transformers logs, and hands it on."""
+    shown = BufferingHandler(10)
+    log, theirs = logging.getLogger("transformers"), logging.getLogger("transformers.modeling_utils")
+    monkeypatch.setattr(log, "handlers", [shown])
+    monkeypatch.setattr(log, "propagate", True)
+    before, offline = log.level, huggingface_hub.constants.HF_HUB_OFFLINE
+    log.setLevel(logging.DEBUG)
+    try:
+        with pytest.raises(ValueError), quiet():
+            theirs.critical("inside")
+            assert not log.propagate and huggingface_hub.constants.HF_HUB_OFFLINE
+            raise ValueError
+        theirs.debug("outside")
+    finally:
+        log.setLevel(before)
+    assert [record.getMessage() for record in shown.buffer] == ["outside"]
+    assert log.propagate and offline == huggingface_hub.constants.HF_HUB_OFFLINE
 
 
 def test_building_and_running_writes_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
