@@ -55,7 +55,7 @@ def loads(plan: Plan) -> bool:
     is always named.
     """
     family = plan.rewrites.family
-    if plan.rewrites.unserved or (family is not None and family.in_vllm == "never"):
+    if plan.rewrites.unserved or plan.rewrites.unread("vllm") or (family is not None and family.in_vllm == "never"):
         return False
     if any(plan.targets[name].role == "head" and plan.targets[name].weight is not None for name in own_names(plan)):
         return False

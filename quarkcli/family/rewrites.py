@@ -100,6 +100,11 @@ class Rewrites:
         """Returns what norms multiply by beside their weight."""
         return self.family.norm_offset if self.family is not None else 0.0
 
+    def unread(self, server: str) -> str:
+        """Returns the first tensor for which the class of a server has no place; empty: there is none."""
+        patterns = self.family.unread.get(server, []) if self.family is not None else []
+        return next((name for name in self.headers if _is_named(patterns, name)), "") if patterns else ""
+
     def pairs(self, block: str, weights: Mapping[str, Weight], vectors: Collection[str]) -> list[Pair]:
         """Returns the scaling pairs of a block.
 

@@ -172,6 +172,7 @@ class FamilyModel(Strict):
     in_vllm       regular expression -> replacement: names that vLLM has for modules, applied in this order to those
                   of the files; `<N>` stands for the number N behind the last block's; never: it loads none
     parts_in_vllm last step of a linear -> the parts that vLLM knows it by, although the files have it whole
+    unread        server -> patterns on full names of tensors for which its class has no place, so that it stops
     served        values of keys of config.json that the classes of servers know; with others transformers alone has one
     own_linears   transformers has a class of its own for their linears, which reads the weight itself
     head_whole    vLLM gives the head no scheme
@@ -209,6 +210,7 @@ class FamilyModel(Strict):
     renamed: dict[str, str] = Field(default_factory=dict)
     in_vllm: Literal["never"] | dict[str, str] | None = None
     parts_in_vllm: dict[str, list[str]] = Field(default_factory=dict)
+    unread: dict[str, list[str]] = Field(default_factory=dict)
     served: Only = Field(default_factory=dict)
     own_linears: bool = False
     head_whole: bool = False

@@ -72,16 +72,19 @@ class Server:
 
         What is unknown counts as a reason where there is no other.
         """
-        known = [*self._unserved(written.plan), *self._faults(written)] if self._knows(written) else []
+        known = (self._unserved(written.plan) or self._faults(written)) if self._knows(written) else []
         unknown = self.unknown(written)
         return known or ([unknown] if unknown else [])
 
     def _unserved(self, plan: Plan) -> list[str]:
-        """Returns the reason it has no class for the model, or one that is not for every member of the family."""
+        """Returns the reason it has no class for the model, or one that does not take these files of the family."""
         name, what = plan.architecture, plan.rewrites.unserved
         if name in self.without or (name and self.models is not None and name not in self.models):
             return [f"it has no class for {name}"]
-        return [f"its class does not know models with {what}"] if what else []
+        if what:
+            return [f"its class does not know models with {what}"]
+        astray = plan.rewrites.unread(self.name)
+        return [f"{astray}: its class knows only the names of the published files"] if astray else []
 
     def _knows(self, written: Written) -> bool:
         """True when it is known what it loads in the checkpoint's dialect."""

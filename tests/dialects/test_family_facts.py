@@ -16,6 +16,7 @@ from quarkcli.family.rewrites import Rewrites
 from quarkcli.plan.model import Attention, Plan
 from quarkcli.recipe import catalog
 from quarkcli.spec import PerGroup, ScaleSpec, TensorSpec
+from tests.tiny import Header
 
 from .plans import FP8_GROUP, FP8_TILE, PAIRS, Module, linears, llama, plan
 from .test_roundtrip import HELD
@@ -145,3 +146,28 @@ def test_gptq_names_the_parts_by_which_vllm_knows_a_linear() -> None:
     assert listed == [*quantized, "model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj"]
     kept = plan([*llama(), joined], lambda m: None if m is joined else linears(HELD["gptq"]["int4-32"])(m))
     assert "modules_in_block_to_quantize" not in dialects.writer("gptq").config(of(kept, "glm4"))
+
+
+@pytest.mark.parametrize("name", ["llava", "llava_next", "gemma3"])
+def test_towers_whose_names_the_classes_of_servers_lack(name: str) -> None:
+    """transformers 5.23 saves a tower without `vision_model`: vLLM stopped at vision_tower.embeddings."""
+    saved, published = "vision_tower.embeddings.patch_embedding.weight", "vision_tower.vision_model.embeddings."
+    told = {}
+    for tensor in (saved, f"model.{saved}", f"{published}patch_embedding.weight"):
+        headers = {"lm_head.weight": Header("BF16", (8, 8)), tensor: Header("BF16", (8, 3, 2, 2))}
+        made = replace(plan(llama(), linears(PAIRS["ptpc"])), rewrites=Rewrites(family(name), headers=headers))
+        found = {server.name: server.refusals(servers.planned(made, CT)) for server in servers.servers()}
+        told[tensor] = {server for server, faults in found.items() if any("published files" in one for one in faults)}
+        assert ("vllm" in CT.loaders(made)) == ("vllm" not in told[tensor]) and "transformers" in CT.loaders(made)
+        assert all(len(found[server]) == 1 and tensor in found[server][0] for server in told[tensor])
+    assert list(told.values()) == [{"vllm", "sglang"}, {"vllm", "sglang"}, set()]
+
+
+def test_the_tower_of_internvl_has_its_own_names() -> None:
+    headers = {"vision_tower.embeddings.patch_embeddings.projection.weight": Header("BF16", (8, 3, 2, 2))}
+    made = replace(plan(llama(), linears(PAIRS["ptpc"])), rewrites=Rewrites(family("internvl"), headers=headers))
+    assert CT.loaders(made) == BOTH
+
+
+def test_family_files_name_servers_that_there_are() -> None:
+    assert {server for name in catalog.names("models") for server in family(name).unread} <= set(servers.names())
