@@ -14,12 +14,13 @@ from quarkcli.dialects import _kinds as kinds
 from quarkcli.dialects import _sglang as sglang
 from quarkcli.dialects import _shared as shared
 from quarkcli.dialects._kinds import Kinds
-from quarkcli.dialects._patterns import unfound
+from quarkcli.dialects._patterns import WrittenNames, unfound
 from quarkcli.dialects.base import Bar, Classes, Key
-from quarkcli.family import FamilyModel
+from quarkcli.errors import some
 from quarkcli.plan.model import Plan, QuantizedTarget
 
 WORD_BITS = 32
+CONFIG_CLASS = "Linear"  # what a target of a config calls every linear
 UNPACKED = "int-quantized"  # a signed byte for every integer
 
 
@@ -191,7 +192,29 @@ def _vllm_loads(target: QuantizedTarget, *, alone: bool) -> bool:
     return found in (_VLLM_EXPERTS if target.expert else _VLLM)
 
 
-def vllm_unpacked(config: Mapping[str, Any]) -> list[str]:
+def vllm_faults(config: Mapping[str, Any], plan: Plan | None) -> list[str]:
+    """Returns what vLLM does not load under a config: bytes where it reads words, and towers taken for quantized."""
+    return _unpacked(config) + (_lost_patterns(config, plan) if plan is not None else [])
+
+
+def _lost_patterns(config: Mapping[str, Any], plan: Plan) -> list[str]:
+    """Returns the modules that a pattern leaves out by the name of the files alone. It maps names, and no patterns."""
+    own = shared.vllm_names.beside_model(plan)
+    if not own:
+        return []
+    ignore = config.get("ignore") or []
+    targets = [text for group in (config.get("config_groups") or {}).values() for text in group.get("targets") or ()]
+    names = WrittenNames([*ignore, *targets], [*own, *own.values()])
+    lost = [
+        name
+        for module, name in own.items()
+        if module not in ignore and not names.named(name, ignore)
+        if CONFIG_CLASS in targets or names.named(name, targets)
+    ]
+    return [f"no pattern in ignore matches its names of modules that are not quantized: {some(lost)}"] if lost else []
+
+
+def _unpacked(config: Mapping[str, Any]) -> list[str]:
     """Returns the groups whose integers below 8 bits have a byte each, which one of vLLM's classes alone reads."""
     found = []
     for name, group in (config.get("config_groups") or {}).items():
@@ -208,8 +231,9 @@ def vllm_unpacked(config: Mapping[str, Any]) -> list[str]:
 _ROW_UPON_ROW = {"mxfp4", "fp8 channel"}
 
 
-def transformers_faults(config: Mapping[str, Any], family: FamilyModel | None) -> list[str]:
+def transformers_faults(config: Mapping[str, Any], plan: Plan | None) -> list[str]:
     """Returns why transformers would make weights up: it does not look for codes, or looks under another name."""
+    family = plan.rewrites.family if plan is not None else None
     status, groups = config.get("quantization_status"), config.get("config_groups") or {}
     found = (
         [] if status == "compressed" else [f"quantization_status is {status}, not compressed: it looks for no codes"]

@@ -8,14 +8,13 @@ from typing import Any
 
 from quarkcli.dialects import _shared as shared
 from quarkcli.dialects._ct_arguments import read_input, read_weight
-from quarkcli.dialects._ct_kinds import UNPACKED
+from quarkcli.dialects._ct_kinds import CONFIG_CLASS, UNPACKED
 from quarkcli.dialects._ct_layout import format_of, names_of, stored_shape, tensors_of
 from quarkcli.dialects._patterns import WrittenNames
 from quarkcli.dialects.base import StoredAttention, StoredTarget, TensorInfo
 from quarkcli.errors import ModelError
 from quarkcli.family import HeaderLike
 
-CONFIG_CLASS = "Linear"
 # Attention slots with a scale of their own. transformers keeps one of q only where a group names its attention class.
 ATTENTION = frozenset({"q", "k", "v"})
 

@@ -167,3 +167,4 @@ class GptqConfig(_Override):
     format: str | None = None
     dynamic: dict[str, _Override] | None = None
     is_marlin_format: bool | None = None
+    modules_in_block_to_quantize: list[str | list[str]] | None = None

@@ -191,14 +191,16 @@ def _excluded(plan: Plan) -> list[str]:
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def unlisted_heads(config: Mapping[str, Any], plan: Plan) -> list[str]:
-    """Returns heads that are not quantized, and that the config gives a scheme and does not exclude."""
+def unlisted_heads(config: Mapping[str, Any], plan: Plan | None) -> list[str]:
+    """Returns a sentence for each unquantized head that the config gives a scheme and does not exclude."""
+    if plan is None:
+        return []
     heads = [target.name for target in shared.unquantized(plan) if target.role == "head"] + shared.tied_head(plan)
     layers = LayerReader(config)
     names = WrittenNames(layers.excluded, heads)
     listed = {head for head in heads if names.named(head, layers.excluded)}
     listed |= {head for head in heads for entry in layers.excluded if fnmatch.fnmatchcase(head, entry)}
-    return [head for head in heads if head not in listed and layers.speaks_of(head)]
+    return [f"exclude does not list {head}" for head in heads if head not in listed and layers.speaks_of(head)]
 
 
 class LayerReader:

@@ -12,6 +12,9 @@ from quarkcli.dialects._patterns import WrittenNames
 from quarkcli.errors import some
 from quarkcli.plan.model import Plan
 
+_MODEL = "model."
+_BESIDE = {"vision", "audio", "projector"}  # roles
+
 
 def own_names(plan: Plan) -> dict[str, str]:
     """Returns module -> vLLM's name of it, but for routed experts and where that is the name of another module."""
@@ -40,12 +43,36 @@ def quantized(plan: Plan) -> bool:
 
 def with_parts(plan: Plan) -> list[str]:
     """Returns the quantized modules and the parts by which vLLM knows some of them; nothing where it knows no parts."""
-    family = plan.rewrites.family
-    known = family.parts_in_vllm if family is not None else {}
     names = [target.name for target in plan.quantized()]
-    split = [name.rpartition(".") for name in names]
-    parts = [f"{parent}.{part}" for parent, _, leaf in split for part in known.get(leaf, ())]
+    parts = [part for name in names for part in parts_of(plan, name)]
     return names + parts if parts else []
+
+
+def parts_of(plan: Plan, module: str) -> list[str]:
+    """Returns the parts by which vLLM knows a module that the files have whole; nothing where it knows none."""
+    known = plan.rewrites.family.parts_in_vllm if plan.rewrites.family is not None else {}
+    parent, _, leaf = module.rpartition(".")
+    return [f"{parent}.{part}" for part in known.get(leaf, ())]
+
+
+def unlisted(plan: Plan, entries: Iterable[str | list[str]]) -> list[str]:
+    """Returns the quantized linears, or their parts, of which no entry is a part. Without entries, files have names."""
+    modules = [target.name for target in plan.quantized() if target.role != "head" and target.expert is None]
+    listed = [name for entry in entries for name in (entry if isinstance(entry, list) else [entry])] or modules
+    asked = [name for module in modules for name in parts_of(plan, module) or [module]]
+    return [name for name in asked if not _is_part(name, listed)]
+
+
+def beside_model(plan: Plan) -> dict[str, str]:
+    """Returns the modules that it has beside `model`, where the files have them below: module -> the name there.
+
+    They are those of towers and projectors that keep their weight.
+    """
+    family = plan.rewrites.family
+    if family is None or plan.guessed or family.below_model:
+        return {}
+    kept = (t.name for t in plan.targets.values() if t.weight is None and t.role in _BESIDE)
+    return {name: name.removeprefix(_MODEL) for name in kept if name.startswith(_MODEL)}
 
 
 def loads(plan: Plan) -> bool:
@@ -63,7 +90,7 @@ def loads(plan: Plan) -> bool:
     return len(schemes) < 2 or not quantized(plan)
 
 
-def unsaid(plan: Plan, entries: Iterable[str], *, parts: bool) -> list[str]:
+def unsaid(plan: Plan, entries: Iterable[str], parts: bool) -> list[str]:
     """Returns what is wrong with the entries of a config's lists: vLLM's names that they lack, in one sentence.
 
     parts   entries stand for every name that they are a part of

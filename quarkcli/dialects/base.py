@@ -196,6 +196,12 @@ class Classes(NamedTuple):
     faults: Callable[[Plan, Mapping[str, Any]], list[str]] = lambda plan, config: []
 
 
+# Returns what is wrong with a `quantization_config`, one sentence each; the plan that it holds where there is one.
+ConfigCheck = Callable[[Mapping[str, Any], Plan | None], list[str]]
+# Returns what the entries of its lists lack; true: entries stand for every name that they are a part of.
+NamesCheck = Callable[[Plan, Iterable[str], bool], list[str]]
+
+
 class Bar(NamedTuple):
     """A row of what a server refuses in one dialect only: formats (globs on their names), and generations of GPUs."""
 
@@ -212,6 +218,8 @@ class Writer:
     preferences   kind of weight, as `_kinds.weight_kind` calls it, or ANY for all others -> see `preference`
     demands       server -> keys without which its class for this dialect is not made, or fails later
     no_globs      server -> the list in which it takes globs for names
+    faults        server -> what else it does not load under a config
+    own_names     server -> which of the names that it has for modules the lists of a config (`Reader.lists`) lack
     classes       server of which only the source was read -> what its classes for this dialect take
     bars          server -> the generations of GPUs on which it refuses this dialect, and runs the format in others
     """
@@ -221,6 +229,8 @@ class Writer:
     preferences: ClassVar[Mapping[str, int]] = {}
     demands: ClassVar[Mapping[str, tuple[Key, ...]]] = {}
     no_globs: ClassVar[Mapping[str, str]] = {}
+    faults: ClassVar[Mapping[str, ConfigCheck]] = {}
+    own_names: ClassVar[Mapping[str, NamesCheck]] = {"vllm": vllm_names.unsaid}
     classes: ClassVar[Mapping[str, Classes]] = {}
     bars: ClassVar[Mapping[str, tuple[Bar, ...]]] = {}
 
@@ -252,10 +262,12 @@ class Writer:
         name = self.no_globs.get(server, "")
         globs = [text for text in config.get(name) or () if isinstance(text, str) and _is_glob(text)]
         found += [f"{name} has patterns, and servers read them as names: {', '.join(globs[:3])}"] if globs else []
-        if server != "vllm" or plan is None or self.reader is None:
+        if server in self.faults:
+            found += self.faults[server](config, plan)
+        if server not in self.own_names or plan is None or self.reader is None:
             return found
         entries = [entry for listed in self.reader.left_out(config).values() for entry in listed]
-        return found + vllm_names.unsaid(plan, entries, parts=self.reader.lists_parts)
+        return found + self.own_names[server](plan, entries, self.reader.lists_parts)
 
     def cache_fault(self, plan: Plan, server: str) -> str:
         """Returns why a server does not find the scales of the cache; empty when it does, or that is not known."""

@@ -24,13 +24,14 @@ from quarkcli.dialects._ct_layout import (
     unpack,
     unpack_zero_points,
 )
-from quarkcli.dialects._ct_reading import ATTENTION, CONFIG_CLASS
+from quarkcli.dialects._ct_reading import ATTENTION
 from quarkcli.dialects._documents import CompressedTensorsConfig
 from quarkcli.dialects._patterns import WrittenNames, exact_patterns, ignored, in_memory, linear_patterns
 from quarkcli.dialects.base import (
     ANY,
     Bar,
     Classes,
+    ConfigCheck,
     Decoded,
     Key,
     Reader,
@@ -127,6 +128,9 @@ class CompressedTensors(Writer):
     preferences: ClassVar[Mapping[str, int]] = {ANY: 20}
     demands: ClassVar[Mapping[str, tuple[Key, ...]]] = {"vllm": known.VLLM_KEYS}
     no_globs: ClassVar[Mapping[str, str]] = {"vllm": "ignore"}
+    faults: ClassVar[Mapping[str, ConfigCheck]] = {
+        "vllm": known.vllm_faults, "transformers": known.transformers_faults,
+    }  # fmt: skip
     classes: ClassVar[Mapping[str, Classes]] = {"sglang": known.SGLANG, "tensorrt-llm": known.TENSORRT_LLM}
     bars: ClassVar[Mapping[str, tuple[Bar, ...]]] = {"sglang": known.SGLANG_BARS}
 
@@ -153,14 +157,6 @@ class CompressedTensors(Writer):
             found.add("vllm")
         if _transformers_loads(plan) and not plan.online:  # it passes over the transform config
             found.add("transformers")
-        return found
-
-    def config_faults(self, config: Mapping[str, Any], server: str, plan: Plan | None = None) -> list[str]:
-        found = super().config_faults(config, server, plan)
-        if server == "vllm":
-            return found + known.vllm_unpacked(config)
-        if server == "transformers":
-            return found + known.transformers_faults(config, plan.rewrites.family if plan is not None else None)
         return found
 
     def caveat(self, plan: Plan) -> str:
@@ -309,7 +305,7 @@ def _targets(targets: Sequence[Target], universe: Iterable[str], *, alone: bool)
     """
     named = [target.name for target in targets if target.role in ("head", "embedding")]
     if alone and len(named) < len(targets):
-        return [CONFIG_CLASS, *named]
+        return [known.CONFIG_CLASS, *named]
     return exact_patterns(targets, universe)
 
 

@@ -14,17 +14,19 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from quarkcli.dialects import _sglang as sglang
 from quarkcli.dialects import _shared as shared
 from quarkcli.dialects import _words as words
 from quarkcli.dialects._documents import GptqConfig
+from quarkcli.dialects._gptq_loaders import BARS, HOLDS, QUANTIZED, SGLANG, vllm_faults
 from quarkcli.dialects._patterns import WrittenNames, linear_patterns
 from quarkcli.dialects.base import (
     CONFIG_FILE,
     CONFIG_KEY,
     Bar,
     Classes,
+    ConfigCheck,
     Decoded,
+    NamesCheck,
     Reader,
     StoredTarget,
     StoredView,
@@ -47,33 +49,17 @@ FILE = "quantize_config.json"
 _SECOND = "gptq_v2"
 _READ_BITS = (2, 3, 4, 8)
 _GROUPS = "g_idx"
-_HOLDS = frozenset((f"{short} {where}", "none") for short in ("int4", "int8") for where in ("group", "channel"))
-_PLACES = shared.Places(_HOLDS, attention=frozenset())
+_PLACES = shared.Places(HOLDS, attention=frozenset())
 _EXPERTS = frozenset({("int4 group", "none"), ("int8 group", "none")})
 # Roles that its own tools never quantize: they know the linears of every model's blocks.
 _UNLISTED = frozenset({"embedding", "head", "router", "gates", "indexer", "mtp", "vision", "audio", "projector"})
 _SKIP, _OVERRIDE, _MARK = "-:", "+:", "re:"
-_QUANTIZED = "modules_in_block_to_quantize"  # where it is missing, vLLM asks the headers which modules have codes
 # Modules that vLLM fuses, and the name by which it looks for their bits and groups.
 _FUSED = {
     "q_proj+k_proj+v_proj": "qkv_proj", "gate_proj+up_proj": "gate_up_proj",
     "q_a_proj+kv_a_proj_with_mqa": "fused_qkv_a_proj",
 }  # fmt: skip
 Scheme = tuple[int, int]  # bits, and the group size as the config has it
-
-
-def _sglang_faults(plan: Plan, config: Mapping[str, Any]) -> list[str]:
-    """Returns what SGLang does not load besides: what `dynamic` leaves out of what it fuses, and odd matrices."""
-    kept = {target.name for target in shared.unquantized(plan)}
-    found = sglang.unsaid(plan, kept, all_classes=True)
-    found += sglang.kept_experts(plan, "its class for experts does not ask what is left out")
-    return found + sglang.marlin(plan)
-
-
-_SGLANG = Classes(
-    _HOLDS, _HOLDS, "GPTQMarlinConfig in layers/quantization/gptq/gptq.py", heads=True, faults=_sglang_faults
-)
-_BARS = {sglang.NAME: (Bar("*", "*", "cdna2 cdna3 cdna4", "gptq is not in rocm_supported_quantization"),)}
 
 
 @dataclass(frozen=True)
@@ -148,8 +134,10 @@ READER = GptqReader()
 class Gptq(Writer):
     name = NAME
     reader = READER
-    classes: ClassVar[Mapping[str, Classes]] = {sglang.NAME: _SGLANG, "tensorrt-llm": shared.TENSORRT_LLM_NONE}
-    bars: ClassVar[Mapping[str, tuple[Bar, ...]]] = _BARS
+    faults: ClassVar[Mapping[str, ConfigCheck]] = {"vllm": vllm_faults}
+    own_names: ClassVar[Mapping[str, NamesCheck]] = {}  # vLLM asks which modules have codes, not which are left out
+    classes: ClassVar[Mapping[str, Classes]] = {"sglang": SGLANG, "tensorrt-llm": shared.TENSORRT_LLM_NONE}
+    bars: ClassVar[Mapping[str, tuple[Bar, ...]]] = BARS
 
     def refusals(self, plan: Plan) -> list[str]:
         return words.refusals(plan, self.name, _PLACES, mixed=True) + _unsaid(plan)
@@ -160,13 +148,8 @@ class Gptq(Writer):
         It takes the bits and groups of some modules from `dynamic`, and which are quantized from names in the files.
         """
         refused = words.refusals(plan, self.name, _PLACES, mixed=True)  # others may say what is not said here
-        found = shared.vllm_loads(plan, _HOLDS, _EXPERTS) and not shared.vllm_names.quantized(plan)
+        found = shared.vllm_loads(plan, HOLDS, _EXPERTS) and not shared.vllm_names.quantized(plan)
         return {"vllm"} if not refused and found else set()
-
-    def config_faults(self, config: Mapping[str, Any], server: str, plan: Plan | None = None) -> list[str]:
-        unordered = config.get("desc_act") is True and config.get("group_size") != words.WHOLE_ROW
-        refused = ["desc_act is true, and it does not load groups in the order of activations"] if unordered else []
-        return [*super().config_faults(config, server), *(refused if server == "vllm" else [])]
 
     def infos(self, target: QuantizedTarget) -> list[TensorInfo]:
         return _layout(target.name, target.weight, target.shape, target.dtype)
@@ -203,7 +186,7 @@ class Gptq(Writer):
             "checkpoint_format": NAME,
             "pack_dtype": "int32",
             "dynamic": {_SKIP + pattern: {} for pattern in _left_out(plan)} | _overrides(plan),
-            **({_QUANTIZED: names} if (names := shared.vllm_names.with_parts(plan)) else {}),
+            **({QUANTIZED: names} if (names := shared.vllm_names.with_parts(plan)) else {}),
         }
 
     def files(self, plan: Plan) -> dict[str, dict[str, Any]]:

@@ -30,6 +30,7 @@ from quarkcli.dialects.base import (
     ANY,
     Bar,
     Classes,
+    ConfigCheck,
     Decoded,
     Key,
     Reader,
@@ -124,6 +125,7 @@ class Quark(Writer):
     preferences: ClassVar[Mapping[str, int]] = {ANY: 10}
     demands: ClassVar[Mapping[str, tuple[Key, ...]]] = {"vllm": servers.VLLM_KEYS}
     no_globs: ClassVar[Mapping[str, str]] = {"vllm": "exclude"}
+    faults: ClassVar[Mapping[str, ConfigCheck]] = {"transformers": unlisted_heads}
     classes: ClassVar[Mapping[str, Classes]] = {"sglang": servers.SGLANG, "tensorrt-llm": shared.TENSORRT_LLM_NONE}
     bars: ClassVar[Mapping[str, tuple[Bar, ...]]] = servers.BARS
 
@@ -132,10 +134,6 @@ class Quark(Writer):
 
     def loaders(self, plan: Plan) -> set[str]:
         return set() if self.refusals(plan) else servers.loaders(plan)
-
-    def config_faults(self, config: Mapping[str, Any], server: str, plan: Plan | None = None) -> list[str]:
-        heads = unlisted_heads(config, plan) if server == "transformers" and plan is not None else []
-        return [*super().config_faults(config, server, plan), *(f"exclude does not list {head}" for head in heads)]
 
     def cache_fault(self, plan: Plan, server: str) -> str:
         module = next((module for module in shared.cached(plan) if is_joined(module)), None)

@@ -171,6 +171,7 @@ class FamilyModel(Strict):
     renamed       regular expression -> replacement: how transformers renames tensors while it loads, in this order
     in_vllm       regular expression -> replacement: names that vLLM has for modules, applied in this order to those
                   of the files; `<N>` stands for the number N behind the last block's; never: it loads none
+    below_model   vLLM has towers and projectors below `model`, as files that transformers saves have them
     parts_in_vllm last step of a linear -> the parts that vLLM knows it by, although the files have it whole
     unread        server -> patterns on full names of tensors for which its class has no place, so that it stops
     served        values of keys of config.json that the classes of servers know; with others transformers alone has one
@@ -209,6 +210,7 @@ class FamilyModel(Strict):
     aliases: dict[str, str] = Field(default_factory=dict)
     renamed: dict[str, str] = Field(default_factory=dict)
     in_vllm: Literal["never"] | dict[str, str] | None = None
+    below_model: bool = False
     parts_in_vllm: dict[str, list[str]] = Field(default_factory=dict)
     unread: dict[str, list[str]] = Field(default_factory=dict)
     served: Only = Field(default_factory=dict)

@@ -171,3 +171,38 @@ def test_the_tower_of_internvl_has_its_own_names() -> None:
 
 def test_family_files_name_servers_that_there_are() -> None:
     assert {server for name in catalog.names("models") for server in family(name).unread} <= set(servers.names())
+
+
+def test_patterns_that_vllm_does_not_match_because_it_has_the_tower_beside_model() -> None:
+    """Checkpoints written before, and by others: vLLM maps names of a config to its own, and no patterns."""
+    tower = [Module(f"model.visual.blocks.{i}.attn.proj", (64, 64), "vision") for i in range(2)]
+    made = plan([*llama(), *tower], lambda m: None if m.role == "vision" else linears(PAIRS["fp8"])(m))
+    config, vl = CT.config(made), of(made, "qwen3_vl")
+    old = {**config, "ignore": [r"re:(.*\.)?model\.visual\.", "lm_head"]}
+    assert CT.config_faults(config, "vllm", vl) == []
+    told = CT.config_faults(old, "vllm", vl)
+    assert len(told) == 1 and told[0].endswith("not quantized: visual.blocks.0.attn.proj, visual.blocks.1.attn.proj")
+    named = {**config, "ignore": [module.name for module in tower]}  # names are mapped
+    others = {**old, "config_groups": {"group_0": {**config["config_groups"]["group_0"], "targets": ["re:.*mlp.*"]}}}
+    for fine in (named, others):
+        assert CT.config_faults(fine, "vllm", vl) == []
+    for elsewhere in (of(made, "smolvlm"), made, replace(vl, guessed=True)):
+        assert CT.config_faults(old, "vllm", elsewhere) == []
+    assert CT.config_faults(old, "transformers", vl) == []
+
+
+def test_a_gptq_config_that_does_not_list_what_vllm_asks_for() -> None:
+    """GLM-4: it asks for the parts of gate_up, and the headers have the whole."""
+    writer, joined = dialects.writer("gptq"), Module("model.layers.0.mlp.gate_up_proj", (256, 128), "gate_up")
+    others = [module for module in llama() if module.role not in ("gate", "up")]
+    made = of(plan([*others, joined], linears(HELD["gptq"]["int4-32"])), "glm4")
+    config, key = writer.config(made), "modules_in_block_to_quantize"
+    said = f"{key} does not list what it asks for: model.layers.0.mlp.gate_proj, model.layers.0.mlp.up_proj"
+    assert writer.config_faults(config, "vllm", made) == []
+    assert writer.config_faults({**config, key: None}, "vllm", made) == [said]
+    leaves = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    assert writer.config_faults({**config, key: [leaves[:3], leaves[3:]]}, "vllm", made) == []
+    short = writer.config_faults({**config, key: [leaves[:3], leaves[4:]]}, "vllm", made)
+    assert len(short) == 1 and "model.layers.0.self_attn.o_proj" in short[0]
+    other = of(made, "llama")
+    assert writer.config_faults(writer.config(other), "vllm", other) == []
