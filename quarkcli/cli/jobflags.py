@@ -55,12 +55,17 @@ class JobFlags(RunFlags):
 
 
 def takes_job_flags(
-    body: Callable[..., None], *, without: Collection[str] = (), reworded: Mapping[str, tuple[str, str]] | None = None
+    body: Callable[..., None],
+    *,
+    without: Collection[str] = (),
+    reworded: Mapping[str, tuple[str, str]] | None = None,
+    replaced: Mapping[str, Any] | None = None,
 ) -> Callable[..., None]:
     """Returns a Typer command with the flags of `JobFlags`, before whatever keyword parameters `body` adds.
 
     without    fields that the command has no flag for
     reworded   field -> words of its help that do not hold for this command, and those that do
+    replaced   field -> the flag that the command has in its place
     """
 
     def command(**values: Any) -> None:
@@ -69,6 +74,7 @@ def takes_job_flags(
 
     flags = {name: flag for name, flag in _parameters(JobFlags, skip=0).items() if name not in without}
     flags |= {name: _reworded(flags[name], *words) for name, words in (reworded or {}).items()}
+    flags |= {name: flags[name].replace(annotation=flag) for name, flag in (replaced or {}).items()}
     added = _parameters(body, skip=1)
     signature = inspect.Signature([*flags.values(), *added.values()])
     command.__signature__ = signature  # type: ignore[attr-defined]

@@ -12,6 +12,7 @@ import typer
 
 from quarkcli.cli import again, apps, output
 from quarkcli.cli.amounts import amount, size
+from quarkcli.cli.flags import Nonfinite
 from quarkcli.cli.jobflags import JobFlags, takes_job_flags
 
 if TYPE_CHECKING:
@@ -95,7 +96,8 @@ _REWORDED = {
 }
 
 
-@partial(takes_job_flags, without=_WITHOUT, reworded=_REWORDED)
+# It compares algorithms, and skips none.
+@partial(takes_job_flags, without=_WITHOUT, reworded=_REWORDED, replaced={"on_nonfinite": Nonfinite})
 def search(
     flags: JobFlags,
     *,

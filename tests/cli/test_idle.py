@@ -168,7 +168,7 @@ OTHERS: dict[str, dict[str, list[Case] | str]] = {
             )
         ],
         "overwrite": [((*SEARCH, "--overwrite"), 0, NOT_USED)],
-        "on_nonfinite": [((*SEARCH, "--on-nonfinite", "skip-algorithm"), 2, "use it with 'quark quantize'")],
+        "on_nonfinite": [((*SEARCH, "--on-nonfinite", "skip-algorithm"), 2, "is not one of 'stop', 'keep'")],
         "allow_short": [((*SEARCH[:-2], "--allow-short"), 0, "no number of rows")],
         "calib_batch": [
             (

@@ -202,6 +202,7 @@ def test_a_budget_that_nothing_meets_is_refused_before_the_work(
         (["nvfp4", "nvfp4"], {}, UsageError, "named twice"),
         (["nvfp4", "fp9"], {}, UsageError, "unknown scheme"),
         (["nvfp4", "fp8"], {"budget": 5.0, "size": 10}, UsageError, "exclude each other"),
+        (["nvfp4", "fp8"], {"options": {"on_nonfinite": "skip-algorithm"}}, UsageError, "cannot skip one"),
         (["nvfp4", "fp8"], {"recipe": Path("x.yaml")}, UsageError, "exclude each other"),
         (["nvfp4", "fp8"], {"output": Path("x.yaml")}, UsageError, "a recipe needs a budget"),
         (["nvfp4", "fp8"], {"budget": 5.0, "output": Path("no/x.yaml")}, UsageError, "no such directory"),
