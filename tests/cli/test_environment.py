@@ -252,3 +252,28 @@ def test_a_launch_without_numbers(quark: Any, monkeypatch: pytest.MonkeyPatch, c
     answer = quark(command, "--model", "demo", "--scheme", "mxfp4")
     assert answer.code == 2
     assert answer.err.startswith("error: RANK=0 and WORLD_SIZE=x do not give a process")
+
+
+# ---- variables of libraries
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("HF_HUB_OFFLINE", "banana", "HF_HUB_OFFLINE: 'banana' is neither on nor off"),
+        ("HF_DATASETS_OFFLINE", "y", "HF_DATASETS_OFFLINE: 'y' is neither on nor off"),
+        ("HF_HUB_DISABLE_TELEMETRY", "2", "HF_HUB_DISABLE_TELEMETRY: '2' is neither on nor off"),
+        ("HF_HUB_DOWNLOAD_TIMEOUT", "1s", "HF_HUB_DOWNLOAD_TIMEOUT: '1s' is not a number"),
+        ("HF_HUB_ETAG_TIMEOUT", "", "HF_HUB_ETAG_TIMEOUT: '' is not a number"),
+        ("HF_HUB_OFFLINE", "", ""), ("HF_HUB_OFFLINE", "True", ""), ("HF_HUB_DISABLE_XET", "off", ""),
+        ("HF_HUB_ETAG_TIMEOUT", "9", ""),
+    ],
+)  # fmt: skip
+def test_a_variable_that_a_library_would_misread(
+    name: str, value: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A switch with an unknown word counted as off, and a number that is none ended as an internal error."""
+    monkeypatch.setenv(name, value)
+    assert main.main(["schemes", "show", "fp8"]) == (2 if said else 0)
+    line = capsys.readouterr().err.partition("\n")[0]
+    assert line == (f"error: {said} [E-FLAG-VALUE]" if said else "")
