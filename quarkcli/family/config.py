@@ -88,6 +88,11 @@ def expert_count(config: Mapping[str, object]) -> int | None:
     return _number(text_config(config), _EXPERTS) or None
 
 
+def zero_experts(config: Mapping[str, object]) -> int:
+    """Returns the number of experts behind the routed ones that compute nothing (LongCat Flash)."""
+    return _number(text_config(config), ("zero_expert_num",)) or 0
+
+
 def active_experts(config: Mapping[str, object]) -> int | None:
     """Returns the number of routed experts of a layer that a token passes."""
     return _number(text_config(config), _ACTIVE) or None

@@ -17,17 +17,22 @@ _FROM = re.compile(r"first_k|first_\w*layers|start_index|dense_layers|num_dense"
 _LAST = re.compile(r"kv_shared|shared_kv")
 _TO = re.compile(r"end_index")
 _EVERY = re.compile(r"freq|step|period|interval|every|factor|stride")
-_CHANCE = 2  # blocks of each kind: damage does not hit all of a kind, and no other (MiMo V2 says of one nothing else)
+_CHANCE = 2  # blocks of each kind: damage does not hit all of a kind, and no other (MiMo V2 says nothing else)
 _SLACK = 4  # lists that speak of extra prediction layers as well are longer
 _MLP = re.compile(r"dense|moe|mlp|expert|sparse|ffn|feed_forward|intermediate")
 _ATTENTION = re.compile(r"attn|attention|layer_types|indexer|head|compress")
 
 
 class Fact(NamedTuple):
-    """A value per block. `about`: mlp or attention, where only that may differ by it; else empty."""
+    """A value per block.
+
+    about    mlp or attention, where only that may differ by it; else empty
+    by_kind  kinds of attention that read the same weights as a rule, one block of some: damage may look so as well
+    """
 
     about: str
     values: tuple[object, ...]
+    by_kind: bool = False
 
 
 def facts(text: Mapping[str, Any], count: int) -> list[Fact]:
@@ -37,21 +42,27 @@ def facts(text: Mapping[str, Any], count: int) -> list[Fact]:
     difference when blocks on both sides have no value in common.
     """
     found = [
-        Fact(_about(key, value), values)
+        Fact(_about(key, value), values, _is_by_kind(values, text))
         for key, value in entries(text)
         if not _NO_WEIGHTS.search(key)
-        for values in _facts(key, value, text, count)
+        for values in _facts(key, value, count)
     ]
     return [fact for fact in dict.fromkeys(found) if len(set(fact.values)) > 1]
 
 
-def explained(facts: list[Fact], name: str, one: Collection[int], other: Collection[int]) -> bool:
-    """True when some fact that may concern `name` tells the blocks of one side from those of the other."""
+def explained(
+    facts: list[Fact], name: str, one: Collection[int], other: Collection[int], *, alike: bool = False
+) -> bool:
+    """True when some fact that may concern `name` tells the blocks of one side from those of the other.
+
+    alike   several tensors of the module differ, all in the same proportion, as damage does not leave them
+    """
     unit = name.partition(".")[0]
     concerns = "mlp" if _MLP.search(unit) else "attention" if _ATTENTION.search(unit) else ""
     return any(
         not {fact.values[i] for i in one} & {fact.values[i] for i in other}
         for fact in facts
+        if alike or not fact.by_kind
         if not fact.about or not concerns or fact.about == concerns
     )
 
@@ -77,7 +88,12 @@ def entries(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield key, value
 
 
-def _facts(key: str, value: Any, text: Mapping[str, Any], count: int) -> Iterator[tuple[object, ...]]:
+def _is_by_kind(values: tuple[object, ...], text: Mapping[str, Any]) -> bool:
+    few = min(map(values.count, values), default=0) < _CHANCE
+    return few and set(values) <= _ONE_KIND and not any(part in name for name in text for part in _APART)
+
+
+def _facts(key: str, value: Any, count: int) -> Iterator[tuple[object, ...]]:
     blocks = range(count)
     if isinstance(value, bool) or value is None:
         return
@@ -97,18 +113,12 @@ def _facts(key: str, value: Any, text: Mapping[str, Any], count: int) -> Iterato
         elif "pattern" in key:
             value = list(value)
     if isinstance(value, list):
-        yield from _listed(key, value, text, count)
+        yield from _listed(key, value, count)
 
 
-def _listed(key: str, value: list[Any], text: Mapping[str, Any], count: int) -> Iterator[tuple[object, ...]]:
+def _listed(key: str, value: list[Any], count: int) -> Iterator[tuple[object, ...]]:
     if count <= len(value) <= count + _SLACK:
-        values = [str(entry) for entry in value[:count]]
-        apart = (
-            any(part in name for name in text for part in _APART)
-            or min(map(values.count, values), default=0) >= _CHANCE
-        )
-        if apart or not set(values) <= _ONE_KIND:
-            yield tuple(repr(entry) for entry in value[:count])
+        yield tuple(entry if isinstance(entry, str) else repr(entry) for entry in value[:count])
     if "layer" in key and all(isinstance(entry, int) for entry in value):
         for shift in (0, 1):
             yield tuple(i + shift in value for i in range(count))

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from quarkcli.errors import ModelError
-from quarkcli.family.config import expert_count, text_config
+from quarkcli.family.config import expert_count, text_config, zero_experts
 from quarkcli.family.facts import Fact, explained, facts
 from quarkcli.family.layout import Layout, Part
 from quarkcli.family.leftovers import NO_ROLES, check_leftovers
@@ -88,7 +88,7 @@ def problems(
     known = facts(text_config(config), len(parts))
     yield from _holes(blocks, known, layout)
     for block in blocks:
-        yield from _experts(block, expert_count(config))
+        yield from _experts(block, expert_count(config), zero_experts(config))
     wrong = list(misfits(family, layout, config, headers))
     yield from wrong
     yield from _shapes(blocks, known, {text.partition(" ")[0] for text in wrong})
@@ -122,8 +122,11 @@ def _block(part: Part, headers: Mapping[str, HeaderLike]) -> _Block:
     return block
 
 
-def _experts(block: _Block, said: int | None) -> Iterator[str]:
-    """Yields experts that a layer lacks or has too many of, and those of another shape than most."""
+def _experts(block: _Block, said: int | None, zero: int) -> Iterator[str]:
+    """Yields experts that a layer lacks or has too many of, and those of another shape than most.
+
+    zero   behind the others there may be so many that compute nothing; files may have a part of their weights
+    """
     paths: dict[str, set[int]] = {}
     for entry, shapes in block.experts.items():
         paths.setdefault(entry.partition("*")[0], set()).update(shapes)
@@ -133,6 +136,8 @@ def _experts(block: _Block, said: int | None) -> Iterator[str]:
         for number in sorted(wanted - set(shapes)):
             yield f"{block.name}.{entry.replace('*', str(number), 1)} is missing"
         for number in sorted(set(shapes) - wanted):
+            if said is not None and number < said + zero:
+                continue
             yield (f"{block.name}.{entry.replace('*', str(number), 1)} is one too many: config.json has {said} experts")
         usual = block.shapes[entry]
         for number, shape in shapes.items():
@@ -205,12 +210,22 @@ def _shapes(blocks: list[_Block], known: list[Fact], wrong: set[str]) -> Iterato
             continue
         usual = max(shapes, key=lambda shape: len(shapes[shape]))
         for shape, indices in shapes.items():
-            if shape != usual and not explained(known, name, indices, shapes[usual]):
+            alike = shape != usual and _is_alike(blocks[indices[0]], blocks[shapes[usual][0]], name)
+            if shape != usual and not explained(known, name, indices, shapes[usual], alike=alike):
                 for index in indices:
                     yield (
                         f"{blocks[index].name}.{name} is {list(shape)}, but that of "
                         f"{blocks[shapes[usual][0]].name} is {list(usual)}"
                     )
+
+
+def _is_alike(block: _Block, other: _Block, name: str) -> bool:
+    """True when several tensors of the module of `name` have other numbers of rows there, all in one proportion."""
+    unit = name.partition(".")[0] + "."
+    pairs = [(shape, other.shapes.get(leaf, shape)) for leaf, shape in block.shapes.items() if leaf.startswith(unit)]
+    changed = [(one, two) for one, two in pairs if one != two]
+    rows = [(one[0], two[0]) for one, two in changed if one[1:] == two[1:]]
+    return len(rows) == len(changed) > 1 and all(one * rows[0][1] == two * rows[0][0] for one, two in rows)
 
 
 def _surplus(layout: Layout, blocks: list[_Block], config: Mapping[str, Any]) -> Iterator[str]:

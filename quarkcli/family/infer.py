@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
-from quarkcli.family.config import TIED, expert_count, text_config
+from quarkcli.family.config import TIED, expert_count, text_config, zero_experts
 from quarkcli.family.lists import TOWER_WORDS, block_lists, language_blocks, tower
 from quarkcli.family.schema import (
     AttentionModel,
@@ -156,7 +156,7 @@ def _routers(
     for name, header in headers.items():
         module = name.removesuffix(".weight")
         if name.startswith(blocks + ".") and len(header.shape) == 2 and any(fnmatchcase(module, p) for p in _ROUTERS):
-            own = header.shape[0] == count
+            own = header.shape[0] in (count, count + zero_experts(config))
             leaves.setdefault(next(iter(_below([module], blocks))), set()).add(own)
             found += [module] if own else []
     if all(len(kinds) == 1 for kinds in leaves.values()):

@@ -195,6 +195,33 @@ def test_kinds_of_attention_with_weights_of_their_own() -> None:
     )
 
 
+def test_one_block_of_a_kind_of_attention_differs_in_keys_and_values_alike() -> None:
+    """MiMo V2 of two blocks: damage to one tensor looks otherwise."""
+    model = {"model_type": "novel", "architectures": ["NovelForCausalLM"], "num_key_value_heads": None}
+    config = LLAMA | model | {"layer_types": ["full_attention", "sliding_attention"], "num_hidden_layers": 2}
+    k, v = (f"model.layers.1.self_attn.{leaf}_proj.weight" for leaf in "kv")
+    check(config, shaped(changed(layouts.llama(2), {k: (128, 128), v: (128, 128)})))
+    assert "2 tensors do not fit" in said(config, shaped(changed(layouts.llama(2), {k: (128, 128), v: (32, 128)})))
+    assert "1 tensor does not fit" in said(config, shaped(changed(layouts.llama(2), {k: (128, 128)})))
+    same = config | {"layer_types": ["full_attention"] * 2}
+    assert "2 tensors do not fit" in said(same, shaped(changed(layouts.llama(2), {k: (128, 128), v: (128, 128)})))
+
+
+def test_experts_that_compute_nothing_are_not_too_many() -> None:
+    """LongCat Flash, as transformers saves it: those behind the routed ones have a part of the weights."""
+    headers = shaped(layouts.mixtral(2, 4))
+    few = MIXTRAL | {"num_local_experts": 3, "zero_expert_num": 1}
+    novel = {"model_type": "novel", "architectures": ["NovelForCausalLM"]}
+    assert "experts.3.w1.weight is one too many: config.json has 3 experts" in said(
+        MIXTRAL | novel | {"num_local_experts": 3}, headers
+    )
+    without = {name: header for name, header in headers.items() if not name.endswith("experts.3.w2.weight")}
+    check(few | novel, without)
+    name, model, inferred = family.for_checkpoint(few | novel, headers)
+    layout = family.lay_out(name, model, inferred, few | novel, headers)
+    assert layout.weights["model.layers.0.block_sparse_moe.gate"].role == "router"
+
+
 def test_the_quantization_says_nothing_of_the_model() -> None:
     """A block of a transform config is called head_dim as well."""
     said = {"quantization_config": {"transform_config": {"config_groups": {"a": {"head_dim": 128}}}}}
