@@ -56,8 +56,8 @@ INSIDE = {
     "forward": "activations defaults carry handed guard enough lanes group moments outliers balance samples experts"
     " taps statistics joining files documents data walk",
     "disk": "headers weights beside outputs writer hub pickles stream remote source embedded side_files manifest"
-    " made_from place state journal unfinished nonfinite contents checkpoint origin rewritten compare values scales"
-    " completeness excluded ties parallel exchanged fidelity same_config verify push",
+    " made_from place state journal unfinished nonfinite contents checkpoint origin rewritten nearest compare values"
+    " scales completeness excluded ties parallel exchanged fidelity same_config verify push",
     "job": "ranks forecast device rates options groups judging authored rows asked reach preflight splitting"
     " directories idle carried served packing problems rewriting solving pieces stages tuning prepass costs"
     " predict result part staging pipeline finish dividing walking fingerprint download convert run choosing"

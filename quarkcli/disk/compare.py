@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from quarkcli.disk import rewritten
+from quarkcli.disk import nearest, rewritten
 from quarkcli.disk.checkpoint import Checkpoint
 from quarkcli.errors import CheckError
 from quarkcli.events import Listener, Working, silent
@@ -39,6 +39,7 @@ class Row:
     identical  equal bit for bit: codes and scales of a quantized weight, else the bytes
     codes      of quantized weights: codes and block scales are equal bit for bit, and a scale of the whole tensor is
                within one unit in the last place: some dialects store it and some its inverse
+    damage     what is wrong with the codes or scales in `a` alone, where it looked `closely` (`disk.nearest`)
     """
 
     name: str
@@ -49,6 +50,7 @@ class Row:
     largest: float
     identical: bool
     codes: bool = False
+    damage: str = ""
 
     @property
     def sqnr(self) -> float:
@@ -127,7 +129,7 @@ class Comparison:
         }  # fmt: skip
 
 
-def compare(a: Checkpoint, b: Checkpoint, tell: Listener = silent) -> Comparison:
+def compare(a: Checkpoint, b: Checkpoint, tell: Listener = silent, *, closely: bool = False) -> Comparison:
     """Returns the comparison of two checkpoints. Raises ModelError for one that is quantized and not read here."""
     first, second = _Side(a), _Side(b)
     swapped = a.quantized and not b.quantized
@@ -140,7 +142,7 @@ def compare(a: Checkpoint, b: Checkpoint, tell: Listener = silent) -> Comparison
     names = [name for name in first.shapes if second.shapes.get(name) == first.shapes[name]]
     for count, name in enumerate(names, 1):
         tell(Working(f"comparing {name}, {count} of {len(names)}"))
-        found.rows.append(_row(name, first, second, swapped, found))
+        found.rows.append(_row(name, first, second, swapped, found, closely))
     found.scales |= _attention_scales(first, second)
     found.rows.sort(key=lambda row: row.sqnr)
     different = [row.name for row in found.rows if not row.identical]
@@ -231,7 +233,7 @@ class _Side:
         return read.read_many([name])[name]
 
 
-def _row(name: str, first: _Side, second: _Side, swapped: bool, found: Comparison) -> Row:
+def _row(name: str, first: _Side, second: _Side, swapped: bool, found: Comparison, closely: bool) -> Row:
     """Compares one tensor. Notes static scales that differ, and turned weights, in `found`."""
     targets = first.stored(name), second.stored(name)
     blocks = first.turned(name), second.turned(name)
@@ -250,7 +252,10 @@ def _row(name: str, first: _Side, second: _Side, swapped: bool, found: Compariso
     near = alike and any(targets) and _same_codes(targets, decoded, ulp=1)
     reference, other = values[::-1] if swapped else values
     signal, noise, largest = _difference(reference, other)
-    return Row(name, texts[0], texts[1], signal, noise, largest, same and alike, near)
+    (target, source), own, damage = targets, decoded[0], ""
+    if closely and alike and target is not None and own is not None and source is None:
+        damage = nearest.damage(target, own.weight, values[1])
+    return Row(name, texts[0], texts[1], signal, noise, largest, same and alike, near, damage)
 
 
 def _rounded(values: list[Tensor], targets: tuple[StoredTarget | None, ...]) -> list[Tensor]:

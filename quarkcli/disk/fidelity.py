@@ -23,12 +23,14 @@ def check(
 ) -> list[str]:
     """Returns lines about kept tensors, and about the worst weights. Raises CheckError.
 
+    Without `least`, weights are also looked at closely (`disk.nearest`).
+
     Kept tensors are those of the source, byte for byte, unless an algorithm changed them. Weights must reach `least`
     dB; by default 1, and then those that an algorithm rewrote are left out.
     """
     quantized = {f"{name}.weight" for name in checkpoint.view.targets}
     quantized |= {f"{name}.bias" for name, stored in checkpoint.view.targets.items() if stored.bias is not None}
-    found = compare(checkpoint, original, tell)
+    found = compare(checkpoint, original, tell, closely=least is None)
     said = said_changed(checkpoint.source)
     other = [row.name for row in found.rows if row.name not in quantized and not row.identical]
     home = homes(original) if said else {}
@@ -65,6 +67,11 @@ def _ranked(rows: Sequence[Row], least: float | None, count: int) -> list[str]:
         hint = "check that codes and scales are right and belong to these weights" if least is None else ""
         what = f"{len(bad)} weights have less than {limit:g} dB signal-to-noise ratio against the original model"
         raise CheckError(f"{what}: {some(bad)}", hint=hint, kind="E-CHECK-VALUES")
+    damaged = [f"{row.name}: {row.damage}" for row in rows if row.damage]
+    if damaged:
+        hint = f"write the checkpoint again; use --min-sqnr {BROKEN:g} where an algorithm rewrote these weights alone"
+        what = f"{len(damaged)} weights have damaged codes or scales: {some(damaged)}"
+        raise CheckError(what, hint=hint, kind="E-CHECK-VALUES")
     shown = ", ".join(f"{row.name} {decibels(row.sqnr)}" for row in rows[:_SHOWN])
     middle = decibels(rows[len(rows) // 2].sqnr)
     return [f"signal-to-noise ratio of {len(rows)} weights: median {middle}; worst: {shown}{more}"]

@@ -238,6 +238,18 @@ def swapped(files: Files) -> str:
     return name.rpartition(".")[0]
 
 
+def flipped(files: Files) -> str:
+    """One byte among all codes of a weight: its noise is that of rounding."""
+    name = files.one(rf"{UP}\.weight(_packed)?", rf"{EXPERT}\.weight(_packed)?")
+
+    def flip(tensor: torch.Tensor) -> torch.Tensor:
+        tensor.view(torch.uint8).view(-1)[5] ^= 0x77
+        return tensor
+
+    files.change(name, flip)
+    return f"{name.rpartition('.')[0]}.weight: "
+
+
 def exchanged(files: Files) -> str:
     """Two projections under each other's names: every shape fits."""
     both = [rf"{LAYER}.mlp.gate_proj.", rf"{UP}."]
@@ -504,6 +516,7 @@ DAMAGES = {
     "norm of another shape": Damage(other_norm),
     "NaN in a norm": Damage(nan_norm),
     "nibbles swapped": Damage(swapped, source=True),
+    "one byte of codes flipped": Damage(flipped, ("ct", "quark-int4", "ct-moe"), source=True),
     "projections exchanged": Damage(exchanged, source=True),
     "kept tensor of other values": Damage(other_kept, source=True),
     "norms exchanged, without a report": Damage(exchanged_norms, ("ct", "quark-moe"), source=True),
