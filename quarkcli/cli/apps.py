@@ -12,7 +12,7 @@ from typing import Any
 import typer
 import typer.core
 
-from quarkcli.cli import panels
+from quarkcli.cli import panels, strangers
 from quarkcli.errors import UsageError
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -65,9 +65,10 @@ class _Command(typer.core.TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> Any:
         """Refuses an empty value, as a variable of a shell may be: it would count as no value, or as a directory."""
-        written = list(args)
+        given, left, _ = self.make_parser(ctx).parse_args(args=list(args))
+        if not ctx.resilient_parsing and not given.get("help"):
+            strangers.refuse_bare_model(self, given, left)
         rest = super().parse_args(ctx, args)
-        given, _, _ = self.make_parser(ctx).parse_args(args=written)
         for flag in self.params:
             value = given.get(flag.name)
             if value == "" or (isinstance(value, list) and "" in value):

@@ -34,6 +34,7 @@ from quarkcli.cli import (
     recipes,
     report,
     schemes,
+    strangers,
     variables,
     verify,
 )
@@ -236,14 +237,14 @@ def _stopped(code: ExitCode) -> QuarkError:
 def _wrong_command_line(error: Any) -> int:
     context = getattr(error, "ctx", None)
     path = context.command_path if context is not None else "quark"
-    text: str = error.format_message()
+    known = strangers.hint(context, error.option_name) if hasattr(error, "option_name") and context else ""
+    text: str = error.message if known else error.format_message()
     if text.startswith("Usage:"):  # a group was called without a command: its help is the answer
         output.data(text)
         return int(ExitCode.USAGE)
     what = " ".join(text.split()).rstrip(".")
-    return _fail(
-        UsageError(what[:1].lower() + what[1:], hint=f"run '{path} --help' to see what it takes", kind="E-COMMAND-LINE")
-    )
+    hint = known or f"run '{path} --help' to see what it takes"
+    return _fail(UsageError(what[:1].lower() + what[1:], hint=hint, kind="E-COMMAND-LINE"))
 
 
 def _unexpected(error: Exception) -> int:

@@ -161,11 +161,14 @@ def _misplaced(kind: Kind, name: str) -> str | None:
 
 def _elsewhere(name: str) -> str | None:
     """Returns what to type for a name that people know from elsewhere, and why; None for any other."""
+    row = from_elsewhere("words", name)
+    return f"{' or '.join(row['type'])}: {row['why']}" if row else None
+
+
+def from_elsewhere(kind: Literal["words", "flags"], name: str) -> dict[str, Any] | None:
+    """Returns the row of words.yaml that has a name: `type`, what to type here, and `why`; None for any other."""
     rows: Any = document(built_in_folder() / "words.yaml").data
-    for row in rows["words"]:
-        if same(name) in row["names"]:
-            return f"{' or '.join(row['type'])}: {row['why']}"
-    return None
+    return next((row for row in rows[kind] if same(name) in row["names"]), None)
 
 
 def register(name: str, document: load.Document) -> None:
