@@ -17,6 +17,7 @@ from copy import deepcopy
 from dataclasses import fields, replace
 from os import PathLike
 from pathlib import Path
+from reprlib import repr as shortened
 from typing import Any, Unpack
 
 from quarkcli.api.checked import checked
@@ -150,6 +151,12 @@ def _options(
     if config is not None:
         if recipe is not None:
             raise UsageError("recipe and config exclude each other", kind="E-PYTHON-CALL")
+        if isinstance(config, str):
+            raise UsageError(
+                f"config must be Python data, not the text {shortened(config)}",
+                hint="give the name of a scheme as scheme, the name or file of a recipe as recipe",
+                kind="E-PYTHON-CALL",
+            )
         recipe = recipes.from_config(config)
     options = _plain(options)
     overrides = {name: options.pop(name) for name in list(options) if name in _OVERRIDES}

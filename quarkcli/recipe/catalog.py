@@ -167,8 +167,13 @@ def _elsewhere(name: str) -> str | None:
 
 def from_elsewhere(kind: Literal["words", "flags"], name: str) -> dict[str, Any] | None:
     """Returns the row of words.yaml that has a name: `type`, what to type here, and `why`; None for any other."""
-    rows: Any = document(built_in_folder() / "words.yaml").data
-    return next((row for row in rows[kind] if same(name) in row["names"]), None)
+    return next((row for row in elsewhere()[kind] if same(name) in row["names"]), None)
+
+
+def elsewhere() -> dict[str, Any]:
+    """Returns what words.yaml says of names in other tools."""
+    found: dict[str, Any] = document(built_in_folder() / "words.yaml").data
+    return found
 
 
 def register(name: str, document: load.Document) -> None:

@@ -13,7 +13,7 @@ from copy import deepcopy
 from typing import Any
 
 from quarkcli.errors import ConfigError, did_you_mean, in_brackets
-from quarkcli.recipe import quark_config
+from quarkcli.recipe import quark_config, strangers
 from quarkcli.recipe.attributes import compressed_tensors
 from quarkcli.recipe.attributes.written import spec_to_yaml
 from quarkcli.recipe.entries import TARGET_KINDS
@@ -44,7 +44,8 @@ def read(data: Any, where: Where | None = None, base: Path_ = ()) -> Normalized 
         return None
     method = str(data["quant_method"])
     if method not in _READERS:
-        hint = f"use one of {', '.join(_READERS)}"
+        known = strangers.advice(data)
+        hint = known[1] if known else f"use one of {', '.join(_READERS)}"
         raise ConfigError(
             f"quark cannot read quant_method '{method}'",
             where=at((*base, "quant_method")),

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from quarkcli.errors import ConfigError, did_you_mean
-from quarkcli.recipe import checkpoint_config, quark_config, schema, steps
+from quarkcli.recipe import checkpoint_config, quark_config, schema, steps, strangers
 from quarkcli.recipe.load import Document, Path_
 from quarkcli.recipe.normalize import Normalized, Where, normalize, refusal
 
@@ -126,13 +126,13 @@ def _only(document: Document, data: Mapping[Any, Any], known: tuple[str, ...], b
 
 def _refuse_strange(document: Document, data: Mapping[Any, Any]) -> None:
     """A mapping is a legacy dict of patterns only where something in it looks like one."""
-    if data and not any(_is_pattern(str(key)) for key in data):
-        raise ConfigError(
-            "this is not a recipe: it has neither a schema nor quant_cfg nor patterns of quantizers",
-            where=str(document.origin()),
-            hint=f"begin it with 'schema: {schema.NATIVE}'; 'quark recipes show nvfp4' prints an example",
-            kind="E-RECIPE-KIND",
-        )
+    if not data or any(_is_pattern(str(key)) for key in data):
+        return
+    what, hint = strangers.advice(data) or (
+        "this is not a recipe: it has neither a schema nor quant_cfg nor patterns of quantizers",
+        f"begin it with 'schema: {schema.NATIVE}'; 'quark recipes show nvfp4' prints an example",
+    )
+    raise ConfigError(what, where=str(document.origin()), hint=hint, kind="E-RECIPE-KIND")
 
 
 def _is_pattern(key: str) -> bool:
