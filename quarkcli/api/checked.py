@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+import os
+from collections.abc import Callable, Collection, Mapping
 from functools import cache, partial, wraps
 from inspect import signature
 from math import isfinite
+from pathlib import Path
 from reprlib import repr as shortened
 from typing import Annotated, Any, NoReturn, ParamSpec, TypeVar, get_args, get_type_hints
 
@@ -20,6 +22,16 @@ LEAST = {
     "seed": 0,
 }  # fmt: skip
 MOST = {"seed": 2**63 - 1}
+# What to give in the place of a value of another type.
+_MODEL = "give a directory, a hub id or 'demo'; a model in memory must be saved first, with save_pretrained"
+_HINTS = {
+    "model": _MODEL, "baseline": _MODEL, "source": _MODEL, "a": _MODEL, "b": _MODEL,
+    "directory": "give the directory of a checkpoint",
+    "algorithm": "give one text, with commas between several: 'awq,gptq'",
+    "calib_data": "give a name, or a file with rows: .jsonl, .parquet or .txt",
+    "device": "give 'auto', 'cpu' or 'cuda'", "kv_cache": "give the name of a format, such as 'fp8'",
+}  # fmt: skip
+_DATA = {"scheme": "add it with register_scheme, or give a whole recipe as config", "recipe": "give it as config"}
 
 
 def checked(function: Callable[Given, Made]) -> Callable[Given, Made]:
@@ -30,19 +42,41 @@ def checked(function: Callable[Given, Made]) -> Callable[Given, Made]:
 
     @wraps(function)
     def call(*args: Given.args, **kwargs: Given.kwargs) -> Made:
-        given = signature(function, follow_wrapped=False).bind(*args, **kwargs).arguments
+        try:
+            bound = signature(function, follow_wrapped=False).bind(*args, **kwargs)
+        except TypeError:
+            return function(*args, **kwargs)  # Python's own words say how many it takes
         known = _types(function)
-        options = given.pop("options", {})
+        options = bound.arguments.get("options", {})
         if unknown := options.keys() - known.keys():
             _refuse_name(function.__name__, min(unknown), known)
-        for name, value in {**given, **options}.items():
-            kind, fits = known.get(name, ("", None))
-            if fits is not None and not fits(value):
-                raise UsageError(f"{name} must be {kind}, not {shortened(value)}", kind="E-PYTHON-CALL")
-            _check_range(name, value)
-        return function(*args, **kwargs)
+        for held in (bound.arguments, options):
+            for name in held.keys() & known.keys():
+                kind, fits = known[name]
+                if not fits(held[name]):
+                    _refuse_value(name, kind, held[name])
+                _check_range(name, held[name])
+                held[name] = _at_home(held[name]) if "PathLike" in kind else held[name]
+        return function(*bound.args, **bound.kwargs)
 
     return call
+
+
+def _at_home(value: Any) -> Any:
+    """Returns a path with the home directory in the place of `~`, and any other value as it is."""
+    if not isinstance(value, str | os.PathLike) or not str(value).startswith("~"):
+        return value
+    found = os.path.expanduser(value)  # noqa: PTH111 - never raises
+    return found if isinstance(value, str) else Path(found)
+
+
+def _refuse_value(name: str, kind: str, value: Any) -> NoReturn:
+    hint = _HINTS.get(name, "")
+    if name in _DATA and isinstance(value, Mapping | list):
+        hint = _DATA[name]
+    if isinstance(value, str) and kind.startswith("Sequence[str]"):
+        hint = f"give a list: [{value!r}]"
+    raise UsageError(f"{name} must be {kind}, not {shortened(value)}", hint=hint, kind="E-PYTHON-CALL")
 
 
 def _refuse_name(function: str, name: str, known: Collection[str]) -> NoReturn:

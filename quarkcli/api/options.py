@@ -27,7 +27,7 @@ class RunOptions(TypedDict, total=False):
     dialect: str | Sequence[str] | None
     target: Servers
     algorithm: str | None
-    calib_data: str | None
+    calib_data: str | PathLike[str] | None
     calib_samples: int | None
     calib_seqlen: int | None
     calib_batch: int | None

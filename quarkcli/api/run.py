@@ -172,10 +172,12 @@ def _options(
 
 
 def _plain(options: dict[str, Any]) -> dict[str, Any]:
-    """Returns options as `Options` holds them: dialects in one text, the template as a path."""
+    """Returns options as `Options` holds them: dialects in one text, data as a text, the template as a path."""
     found = dict(options)
     if isinstance(found.get("dialect"), Sequence) and not isinstance(found["dialect"], str):
         found["dialect"] = ",".join(found["dialect"])
+    if found.get("calib_data") is not None:
+        found["calib_data"] = str(found["calib_data"])
     if found.get("chat_template") is not None:
         found["chat_template"] = Path(found["chat_template"])
     return found

@@ -162,11 +162,10 @@ def _command() -> Any:
 
 
 def _expanded(argument: str) -> str:
-    """Expands `--flag=~/x` as the shell does `--flag ~/x`."""
-    name, equals, value = argument.partition("=")
-    if argument.startswith("--") and equals and (value == "~" or value.startswith("~/")):
-        return f"{name}={os.path.expanduser(value)}"  # noqa: PTH111 - does not raise where there is no home
-    return argument
+    """Expands `--flag=~/x`, and a `~/x` that no shell has seen, as the shell does `--flag ~/x`."""
+    flag, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+    at_home = value == "~" or value.startswith("~/")
+    return f"{flag}{equals}{os.path.expanduser(value)}" if at_home else argument  # noqa: PTH111 - never raises
 
 
 @contextmanager

@@ -94,6 +94,45 @@ def test_an_argument_of_another_type_is_named(function):
 
 
 @pytest.mark.parametrize(
+    ("function", "arguments", "hint"),
+    [
+        (quarkcli.quantize, {"model": object()}, "a model in memory must be saved first, with save_pretrained"),
+        (quarkcli.make_plan, {"scheme": {"weight": {"element": "int4"}}}, "add it with register_scheme"),
+        (quarkcli.make_plan, {"scheme": None, "recipe": {"quantize": {}}}, "give it as config"),
+        (quarkcli.make_plan, {"scheme": None, "config": "fp8"}, "give the name of a scheme as scheme"),
+        (quarkcli.make_plan, {"exclude": "*down*"}, r"give a list: ['*down*']"),
+        (quarkcli.make_plan, {"algorithm": ["awq", "gptq"]}, "give one text, with commas between several"),
+        (quarkcli.quantize, {"calib_data": ["a row"]}, "give a name, or a file with rows"),
+    ],
+)
+def test_a_common_mistake_is_answered(function, arguments, hint):
+    with pytest.raises(UsageError) as caught:
+        function(**{**NEEDED[function], **arguments})
+    assert caught.value.kind == "E-PYTHON-CALL" and hint in caught.value.hint
+
+
+def test_too_many_positions_are_said_as_python_does():
+    with pytest.raises(TypeError, match=r"^quantize\(\) takes from 1 to 2 positional arguments but 3 were given"):
+        quarkcli.quantize("demo", "mxfp4", "out")
+
+
+def test_a_tilde_is_the_home_directory_in_every_path(tmp_path, monkeypatch):
+    """A path that one function took and another did not led to a directory named `~`."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "r.yaml").write_text("schema: quark/recipe/1\nquantize: {scheme: mxfp4}\n")
+    (tmp_path / "rows.txt").write_text("words " * 5000)
+    assert quarkcli.load_recipe("~/r.yaml").scheme == "mxfp4"
+    plan = quarkcli.make_plan("demo", recipe=Path("~/r.yaml"), calib_data=Path("~/rows.txt"), output="~/out")
+    assert (plan.basis.asked.calib_data, plan.basis.asked.output) == (str(tmp_path / "rows.txt"), tmp_path / "out")
+    quarkcli.quantize("demo", "mxfp4", output="~/made")
+    assert quarkcli.report("~/made")["size"]
+    assert any("manifest" in line and "no manifest" not in line for line in quarkcli.verify(Path("~/made"))["checks"])
+    quarkcli.convert("~/made", "quark", "~/other")
+    assert (tmp_path / "other" / "config.json").is_file() and not (tmp_path / "~").exists()
+
+
+@pytest.mark.parametrize(
     ("function", "arguments", "said"),
     [
         (quarkcli.make_plan, {"calib_samples": 0}, "calib_samples must be at least 1, not 0"),

@@ -79,7 +79,7 @@ def test_the_typed_options_are_those_of_a_run():
     wanted = {f.name for one in (Options, Overrides) for f in fields(one)} - OWN
     typed = get_type_hints(RunOptions, localns=_names())
     assert set(typed) == wanted
-    assert {name for name in wanted if typed[name] != run[name]} == {"dialect", "chat_template"}
+    assert {name for name in wanted if typed[name] != run[name]} == {"calib_data", "dialect", "chat_template"}
 
 
 def _names() -> dict[str, Any]:
