@@ -127,7 +127,10 @@ def inspect(
     )
     for line in idle.of_model(source, revision=revision, allow_pickle=allow_pickle):
         listener(Message(line, "warning"))
-    return inspecting.facts(source)
+    found = inspecting.facts(source)
+    if found["quantization"] is None and (codes := inspecting.codes(source)):
+        listener(Message(codes, "warning"))
+    return found
 
 
 @checked

@@ -56,6 +56,8 @@ class Checkpoint:
     def __init__(self, source: Source) -> None:
         self.source = source
         config = family.quantization(source.config)
+        if not config:
+            family.check_codes(source.headers)
         self.reader = dialects.reader(config, source.headers)
         self.view = self.reader.view(config, source.headers) if self.reader else StoredView()
         self._held: dict[str, Tensor] = {}  # tensors that hold many targets: those of the last one decoded

@@ -23,7 +23,8 @@ from quarkcli.errors import ModelError
 LIMIT = 64 * 2**20  # bytes
 README = "README.md"
 # Names that a checkpoint writes itself; those of its weight files begin with `model-`.
-WRITTEN = ("config.json", "quantization_config.json", "model.safetensors.index.json", README)
+QUANTIZATION = "quantization_config.json"  # the same object as in config.json
+WRITTEN = ("config.json", QUANTIZATION, "model.safetensors.index.json", README)
 _WEIGHTS = (".safetensors", *PICKLES, *OTHER_WEIGHTS, ".safetensors.index.json", ".bin.index.json")
 _TOKENIZER = ("tokenizer", "vocab", "merges", "tekken", "special_tokens_map", "added_tokens", "spiece", "sentencepiece")
 
@@ -72,7 +73,7 @@ def gather(source: Source) -> SideFiles:
     Hidden files and folders, `original/`, weights of other formats and descriptions of a quantization are passed over.
     """
     found = SideFiles()
-    described = {"config.json", "quantization_config.json", *dialects.files_beside()}
+    described = {"config.json", QUANTIZATION, *dialects.files_beside()}
     for path in sorted(_walk(source.folder, found)):
         relative = path.relative_to(source.folder)
         if str(relative) in described or _is_weight(path.name):

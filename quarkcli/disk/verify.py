@@ -25,6 +25,7 @@ from quarkcli.disk.checkpoint import Checkpoint
 from quarkcli.disk.headers import INDEX, SINGLE
 from quarkcli.disk.made_from import open_original
 from quarkcli.disk.nonfinite import HINT, NonFinite, OnNonfinite
+from quarkcli.disk.side_files import QUANTIZATION
 from quarkcli.disk.source import Source
 from quarkcli.disk.values import Values, floats, has_floats, values
 from quarkcli.errors import CheckError, ModelError, QuarkError, UsageError, all_of, none_of
@@ -146,7 +147,9 @@ def _contents(folder: Path, model: Source | None, asked: Asked, tell: Listener) 
     source = _open(folder)
     described = quantization(source.config)
     if not described:
-        raise CheckError("config.json has no quantization_config", where=str(folder), kind="E-CHECK-NOT-QUANTIZED")
+        what, beside = "config.json has no quantization_config", (folder / QUANTIZATION).is_file()
+        hint = f"add to it what {QUANTIZATION} holds" if beside else "run 'quark quantize' to make a checkpoint"
+        raise CheckError(what, where=str(folder), hint=hint, kind="E-CHECK-NOT-QUANTIZED")
     try:
         checkpoint = Checkpoint(source)
         layout = checkpoint.singly

@@ -22,7 +22,7 @@ from quarkcli.family.fit import check as check_fit
 from quarkcli.family.infer import guess, infer
 from quarkcli.family.known import Card, card, cards, for_checkpoint, has_experts, identify, load
 from quarkcli.family.layout import AttentionModule, Layout, Site, Weight, lay_out
-from quarkcli.family.leftovers import surprises
+from quarkcli.family.leftovers import check_codes, surprises
 from quarkcli.family.lists import block_lists, tower
 from quarkcli.family.orientation import hidden_transpositions
 from quarkcli.family.parts import Part
@@ -69,6 +69,7 @@ __all__ = [
     "block_lists",
     "card",
     "cards",
+    "check_codes",
     "check_fit",
     "check_unprotect",
     "expert_bias",

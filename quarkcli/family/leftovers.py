@@ -35,15 +35,7 @@ def check_leftovers(headers: Mapping[str, HeaderLike]) -> None:
             hint="merge it first (merge_and_unload of peft, then save_pretrained) and quantize the result",
             kind="E-MODEL-LEFTOVERS",
         )
-    found = _CODES.search(everything)
-    if found:
-        names = [name for name in headers if _CODES.search(name)]
-        tool = _TOOLS.get(found[1], "bitsandbytes")
-        raise ModelError(
-            f"holds codes of {tool}, and config.json has no quantization_config that says so: {_listed(names)}",
-            hint="give the original model; this one is quantized already",
-            kind="E-MODEL-LEFTOVERS",
-        )
+    check_codes(headers)
     empty = [f"{name} {list(header.shape)}" for name, header in headers.items() if 0 in header.shape]
     if empty:
         raise ModelError(
@@ -57,6 +49,19 @@ def check_leftovers(headers: Mapping[str, HeaderLike]) -> None:
             f"these tensors are in double precision (F64): {_listed(double)}",
             hint="save it as BF16 or F32 first: from_pretrained(..., dtype=torch.bfloat16), then save_pretrained",
             kind="E-MODEL-DTYPE",
+        )
+
+
+def check_codes(headers: Mapping[str, HeaderLike]) -> None:
+    """Raises ModelError for codes of a quantized model; it is asked where config.json has no quantization_config."""
+    found = _CODES.search("\n".join(headers))
+    if found:
+        names = [name for name in headers if _CODES.search(name)]
+        tool = _TOOLS.get(found[1], "bitsandbytes")
+        raise ModelError(
+            f"holds codes of {tool}, and config.json has no quantization_config that says so: {_listed(names)}",
+            hint="add the quantization_config again, or give the original model: this one is quantized already",
+            kind="E-MODEL-LEFTOVERS",
         )
 
 

@@ -45,6 +45,15 @@ def facts(source: Source) -> dict[str, Any]:
     }
 
 
+def codes(source: Source) -> str:
+    """Returns what is wrong with a model that holds codes, where config.json does not say so; "" for any other."""
+    try:
+        family.check_codes(source.headers)
+    except ModelError as error:
+        return f"it {error.what}"
+    return ""
+
+
 def _checkpoint(source: Source) -> Checkpoint | None:
     """Returns the checkpoint in source form, where it is quantized in a way that is read here."""
     config = family.quantization(source.config)

@@ -58,6 +58,25 @@ def test_inspect_a_quantized_model_that_is_not_read(quark, tmp_path):
     assert "which quark cannot read" in out
 
 
+def test_a_checkpoint_whose_config_lost_its_quantization_config(quark, made, tmp_path):
+    """Each command says so: eval told to check the weight files, and convert to quantize it."""
+    lost = shutil.copytree(made, tmp_path / "lost")
+    config = json.loads((lost / "config.json").read_text())
+    del config["quantization_config"]
+    (lost / "config.json").write_text(json.dumps(config))
+    said = "holds codes of compressed-tensors, and config.json has no quantization_config that says so"
+    for line in ("eval lost --tokens 256", f"compare lost {made}", "convert lost --to quark -o out"):
+        code, out, err = quark(*line.split())
+        assert (code, out) == (4, "")
+        assert said in err and "add the quantization_config again" in err
+    code, out, err = quark("inspect", "lost")
+    assert code == 0 and said in err and "quantized     no" in out
+    err = quark("verify", "lost").err
+    assert "config.json has no quantization_config" in err and "add to it what quantization_config.json holds" in err
+    (lost / "quantization_config.json").unlink()
+    assert "run 'quark quantize' to make a checkpoint" in quark("verify", "lost").err
+
+
 def test_verify(quark, made):
     code, out, err = quark("verify", str(made), "--source", "demo")
     assert (code, err) == (0, "")
