@@ -65,9 +65,14 @@ class _Command(typer.core.TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> Any:
         """Refuses an empty value, as a variable of a shell may be: it would count as no value, or as a directory."""
-        given, left, _ = self.make_parser(ctx).parse_args(args=list(args))
+        try:
+            given, left, _ = self.make_parser(ctx).parse_args(args=list(args))
+        except Exception as error:
+            if getattr(error, "ctx", ctx) is None:
+                vars(error)["ctx"] = ctx  # a flag without its value does not know its command
+            raise
         if not ctx.resilient_parsing and not given.get("help"):
-            strangers.refuse_bare_model(self, given, left)
+            strangers.refuse_bare(self, given, left)
         rest = super().parse_args(ctx, args)
         for flag in self.params:
             value = given.get(flag.name)

@@ -236,8 +236,8 @@ def _stopped(code: ExitCode) -> QuarkError:
 def _wrong_command_line(error: Any) -> int:
     context = getattr(error, "ctx", None)
     path = context.command_path if context is not None else "quark"
-    known = strangers.hint(context, error.option_name) if hasattr(error, "option_name") and context else ""
-    text: str = error.message if known else error.format_message()
+    known = strangers.hint(context, error.option_name) if hasattr(error, "possibilities") and context else ""
+    text: str = error.message if known else strangers.plainly(error)
     if text.startswith("Usage:"):  # a group was called without a command: its help is the answer
         output.data(text)
         return int(ExitCode.USAGE)

@@ -52,3 +52,28 @@ def test_a_flag_from_elsewhere_is_answered(quark, line, what, hint):
 
 def test_help_comes_before_a_model_without_its_flag(quark):
     assert "Usage: quark plan" in quark("plan", "demo", "--help").out
+
+
+@pytest.mark.parametrize(
+    ("line", "what", "hint"),
+    [
+        (
+            "report out --format xml",
+            "'--format': 'xml' is not one of 'text', 'md', 'json'",
+            "run 'quark report --help'",
+        ),
+        ("quantize --model demo --seed x", "'--seed': 'x' is not a whole number", "run 'quark quantize --help'"),
+        ("quantize --model demo --seed -1", "'--seed': '-1' is less than 0", "run 'quark quantize --help'"),
+        ("eval out --tokens", "option '--tokens' requires an argument", "run 'quark eval --help'"),
+        ("quantize --overwrite=yes", "option '--overwrite' does not take a value", "run 'quark quantize --help'"),
+        ("plan --model demo --exclude a b c", "b: the command takes no argument", "write --exclude again for each"),
+        ("plan --model demo --layer a=b c", "c: the command takes no argument", "write --layer again for each"),
+        ("plan --model demo --scheme fp8 b c", "b: the command takes no argument", "remove it, or write the flag"),
+        ("verify a b", "got unexpected extra argument(s) (b)", "run 'quark verify --help'"),
+    ],
+)
+def test_a_value_that_does_not_fit_is_named_in_our_words(quark, line, what, hint):
+    code, out, err = quark(*line.split())
+    assert (code, out) == (2, "")
+    first, second = err.splitlines()
+    assert what in first and "Value error" not in first and second.startswith(f"hint: {hint}")
