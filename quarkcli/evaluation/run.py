@@ -242,6 +242,8 @@ def _open(
     if allow_pickle and not any(source.pickled for source in sources):
         tell(Message(pickles.UNUSED, "warning"))
     checkpoint, *references = map(Checkpoint, sources)
+    for model in (checkpoint, *references):  # the model's class would leave out a block that config.json does not count
+        family.check_fit(model.family, model.layout, model.source.config, model.headers)
     if not references:
         return checkpoint, None
     (reference,) = references

@@ -254,3 +254,12 @@ def test_mixed_sources_keep_their_dtypes(page: Path, tmp_path: Path) -> None:
     assert runs.read_all(made.folder)["model.layers.0.mlp.up_proj.weight_scale"].dtype == torch.float32
     result = measure(made.folder, page, baseline=str(source), max_tokens=640)
     assert 0 < result["kl"] < 0.05
+
+
+def test_a_block_that_config_json_does_not_count_is_refused(page: Path, tmp_path: Path) -> None:
+    """The model's class leaves it out, and the perplexity would be that of another model."""
+    model = shutil.copytree(EMBEDDED, tmp_path / "model")
+    config = (model / "config.json").read_text()
+    (model / "config.json").write_text(config.replace('"num_hidden_layers": 4', '"num_hidden_layers": 3'))
+    with pytest.raises(ModelError, match=r"model\.layers\.3 is one block too many: config\.json has 3"):
+        measure(model, page)
