@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from quarkcli.disk import beside, hub, outputs, pickles
+from quarkcli.disk import beside, hub, meant, pickles
 from quarkcli.disk import headers as safetensors
 from quarkcli.disk.headers import (
     AGAIN,
@@ -204,13 +204,8 @@ def _open_folder(
 ) -> Source:
     check_folder(folder)
     if not (folder / "config.json").is_file():
-        hint = outputs.hint(folder)
-        raise ModelError(
-            "no config.json: this is not a Hugging Face model directory",
-            where=str(folder),
-            hint=hint,
-            kind="E-MODEL-FILES",
-        )
+        what = "no config.json: this is not a Hugging Face model directory"
+        raise ModelError(what, where=str(folder), hint=meant.hint(folder), kind="E-MODEL-FILES")
     if not is_within(folder, folder / "config.json"):  # it is copied into the checkpoint
         hint = "put the file itself into the folder"
         raise ModelError(

@@ -259,6 +259,23 @@ def test_directories_that_are_no_models(model: Path, tmp_path: Path) -> None:
         Source.open(str(model))
 
 
+@pytest.mark.parametrize(
+    ("file", "hint"),
+    [
+        ("checkpoint-500/config.json", "give the folder of the model: {}/checkpoint-500"),
+        ("snapshots/abc/config.json", "give the folder of the model: {}/snapshots/abc"),
+        ("adapter_config.json", "merge the adapter first (merge_and_unload of peft, then save_pretrained)"),
+        ("config.yaml", ""),
+    ],
+)
+def test_a_folder_without_config_says_what_was_meant(tmp_path: Path, file: str, hint: str) -> None:
+    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / file).touch()
+    with pytest.raises(ModelError, match=r"no config\.json") as caught:
+        Source.open(str(tmp_path))
+    assert caught.value.hint.startswith(hint.format(tmp_path)) and bool(caught.value.hint) == bool(hint)
+
+
 def test_only_pickle_files_are_named(model: Path) -> None:
     for index in range(7):
         (model / f"pytorch_model-{index}.bin").touch()
