@@ -29,7 +29,8 @@ _HINTS = {
     "directory": "give the directory of a checkpoint",
     "algorithm": "give one text, with commas between several: 'awq,gptq'",
     "calib_data": "give a name, or a file with rows: .jsonl, .parquet or .txt",
-    "device": "give 'auto', 'cpu' or 'cuda'", "kv_cache": "give the name of a format, such as 'fp8'",
+    "plan": "give what quarkcli.make_plan returns", "device": "give 'auto', 'cpu' or 'cuda'",
+    "kv_cache": "give the name of a format, such as 'fp8'",
 }  # fmt: skip
 _DATA = {"scheme": "add it with register_scheme, or give a whole recipe as config", "recipe": "give it as config"}
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from quarkcli import algorithms
+from quarkcli.api.checked import checked
 from quarkcli.errors import ConfigError, did_you_mean
 from quarkcli.job import asked, preflight
 from quarkcli.plan import sizes
@@ -50,6 +51,7 @@ def normalize_quant_cfg_list(quant_cfg: Any) -> list[dict[str, Any]]:
     return [deepcopy(entry.as_dict()) for entry in found.entries]
 
 
+@checked
 def find_quant_cfg_entry_by_path(quant_cfg_list: Sequence[Mapping[str, Any]], quantizer_path: str) -> Mapping[str, Any]:
     """Returns the last entry whose path is exactly `quantizer_path`; it is the member itself, not a copy.
 
@@ -84,6 +86,7 @@ def _is_whole(config: Any) -> bool:
     return isinstance(config, Mapping) and _LIST in config
 
 
+@checked
 def need_calibration(plan: Plan) -> bool:
     """Says whether `quantize` needs data for this plan.
 
@@ -95,6 +98,7 @@ def need_calibration(plan: Plan) -> bool:
     return bool(preflight.data_needs(plan, algorithms.pipeline(spelled_out)))
 
 
+@checked
 def estimate_quant_compression(plan: Plan) -> float:
     """Returns the stored bits per quantized weight, with scales and zero points, divided by 16.
 

@@ -112,6 +112,8 @@ class LLMTemplate:
 
         Raises ConfigError for an unknown one.
         """
+        if not isinstance(model_type, str):
+            raise _wrong(f"model_type must be text, not {model_type!r:.60}", hint="give model.config.model_type")
         found = cls._registered.get(catalog.same(model_type))
         if found is not None:
             return found

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from reprlib import repr as shortened
 from typing import Any
 
 from quarkcli.errors import ConfigError, UsageError
@@ -179,11 +180,25 @@ def _extend(plan: Plan, entries: Sequence[Entry]) -> None:
 
 
 def _basis(plan: Plan) -> Basis:
+    if not isinstance(plan, Plan):
+        raise _not("plan", "a plan", plan, "give what quarkcli.make_plan returns")
     if plan.basis is None:
         raise UsageError(
             "this plan cannot be edited", hint="use a plan that quarkcli.make_plan made", kind="E-PYTHON-CALL"
         )
     return plan.basis
+
+
+def _check(plan: Plan, selection: Selection) -> None:
+    """Raises UsageError for arguments of another type, which would fail inside with a message about our code."""
+    _basis(plan)
+    if not isinstance(selection, str) and not callable(selection):
+        hint = "give one pattern at a time, or a function of a quantizer's name"
+        raise _not("wildcard_or_filter", "a pattern or a function", selection, hint)
+
+
+def _not(name: str, wanted: str, value: Any, hint: str) -> UsageError:
+    return UsageError(f"{name} must be {wanted}, not {shortened(value)}", hint=hint, kind="E-PYTHON-CALL")
 
 
 def _entry(plan: Plan, row: Canonical) -> Entry:
@@ -197,6 +212,7 @@ def _entry(plan: Plan, row: Canonical) -> Entry:
 
 def _rows(plan: Plan, selection: Selection, row: Canonical, parent: str | None, call: str) -> list[Entry]:
     """Returns the entries that say `row` of a pattern, or of every slot that a function selects."""
+    _check(plan, selection)
     origin = Origin(_call(call, selection))
     if isinstance(selection, str):
         patterns = [selection]
@@ -219,6 +235,7 @@ def _unit(plan: Plan, origin: Origin) -> str:
 
 def _selected(plan: Plan, selection: Selection, parent: str | None, call: str) -> dict[str, Decision]:
     """Returns slots by name. Raises ConfigError when there are none, with near misses of a pattern or its classes."""
+    _check(plan, selection)
     found = dict(_matched(plan, selection, parent) if isinstance(selection, str) else _chosen(plan, selection, parent))
     if found:
         return found
@@ -293,6 +310,8 @@ def _class_name(parent: ParentClass) -> str | None:
     """Returns `nn.Linear` of torch's class or of its name."""
     if parent is None or isinstance(parent, str):
         return parent
+    if not isinstance(parent, type):
+        raise _not("parent_class", "a class or its name", parent, "give 'nn.Linear', for example")
     return f"nn.{parent.__name__}"
 
 

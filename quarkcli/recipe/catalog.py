@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping
 from functools import cache, lru_cache
 from pathlib import Path
+from reprlib import repr as shortened
 from typing import Any, Literal
 
 from quarkcli.errors import ConfigError, QuarkError, UsageError, near_misses, some
@@ -129,6 +130,9 @@ def find(kind: Kind, name: str, beside: Path | None = None) -> Path:
 
     An unknown one is a UsageError (schemes) or ConfigError (recipes).
     """
+    if not isinstance(name, str):  # of a Python program
+        what = f"{_NOUN[kind]}: its name must be text, not {shortened(name)}"
+        raise UsageError(what, hint=f"see '{_LISTING[kind]}'", kind="E-PYTHON-CALL")
     beside = _foreign(beside)
     known = names(kind, beside)
     for one, path in known.items():

@@ -111,6 +111,32 @@ def test_a_common_mistake_is_answered(function, arguments, hint):
     assert caught.value.kind == "E-PYTHON-CALL" and hint in caught.value.hint
 
 
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda plan: quarkcli.disable_quantizer(plan, ["*q_proj", "*k_proj"]), "wildcard_or_filter must be a pattern"),
+        (lambda plan: quarkcli.enable_quantizer(plan, None), "wildcard_or_filter must be a pattern"),
+        (lambda plan: quarkcli.set_quantizer_attributes_full(plan, None, INT4), "wildcard_or_filter must be a pattern"),
+        (lambda plan: quarkcli.disable_quantizer(plan, "*", 3), "parent_class must be a class or its name, not 3"),
+        (lambda plan: quarkcli.set_quantizer_by_cfg("demo", [DENY]), "plan must be a plan, not 'demo'"),
+        (lambda plan: quarkcli.set_quantizer_attributes_partial("demo", "*", INT4), "plan must be a plan, not 'demo'"),
+        (lambda plan: quarkcli.need_calibration("demo"), "plan must be Plan, not 'demo'"),
+        (lambda plan: quarkcli.estimate_quant_compression({}), "plan must be Plan, not {}"),
+        (lambda plan: quarkcli.find_quant_cfg_entry_by_path(None, "*"), "quant_cfg_list must be Sequence"),
+        (lambda plan: quarkcli.LLMTemplate.get("llama").get_config(None), "scheme: its name must be text, not None"),
+        (
+            lambda plan: quarkcli.LLMTemplate.get("llama").get_config("fp8", kv_cache_scheme=True),
+            "its name must be text",
+        ),
+    ],
+)
+def test_functions_that_change_a_plan_name_an_argument_of_another_type(call, said):
+    plan = quarkcli.make_plan("demo", "mxfp4")
+    with pytest.raises(UsageError, match=f"^.*{re.escape(said)}") as caught:
+        call(plan)
+    assert caught.value.kind == "E-PYTHON-CALL" and len(list(plan.quantized())) == 28
+
+
 def test_too_many_positions_are_said_as_python_does():
     with pytest.raises(TypeError, match=r"^quantize\(\) takes from 1 to 2 positional arguments but 3 were given"):
         quarkcli.quantize("demo", "mxfp4", "out")
