@@ -55,7 +55,7 @@ NAMES_OF_TYPES = {("algorithms", "forward"), ("algorithms", "job"), ("reporting"
 INSIDE = {
     "forward": "activations defaults carry handed guard enough lanes group moments outliers balance samples experts"
     " taps statistics joining files documents data walk",
-    "disk": "headers weights beside outputs meant writer hub pickles stream remote source embedded side_files manifest"
+    "disk": "headers weights beside outputs writer meant hub pickles stream remote source embedded side_files manifest"
     " made_from place state journal unfinished nonfinite contents checkpoint origin rewritten nearest compare values"
     " scales completeness excluded ties parallel exchanged fidelity same_config verify push",
     "job": "ranks forecast device rates options groups judging authored rows asked reach preflight splitting"

@@ -114,8 +114,10 @@ class Source:
             raise AccessError(
                 "is a file; give the directory that holds config.json", where=path_or_id, kind="E-PATH-NOT-FOUND"
             )
-        if local or not _is_hub_id(path_or_id):
+        begun = meant.missing(path)
+        if local or begun or not _is_hub_id(path_or_id):
             hint = "" if local else "give a directory that holds config.json, a name on the hub (org/name), or demo"
+            hint = begun or hint
             raise AccessError("there is no such directory", where=path_or_id, hint=hint, kind="E-PATH-NOT-FOUND")
         ranged = (bare or allow_pickle) and not hub.is_offline(offline)
         remote = Remote.open(path_or_id, revision, kept, tell) if ranged else None

@@ -166,7 +166,7 @@ def _misplaced(kind: Kind, name: str) -> str | None:
 def _elsewhere(name: str) -> str | None:
     """Returns what to type for a name that people know from elsewhere, and why; None for any other."""
     row = from_elsewhere("words", name)
-    return f"{' or '.join(row['type'])}: {row['why']}" if row else None
+    return f"use {' or '.join(row['type'])}: {row['why']}" if row else None
 
 
 def from_elsewhere(kind: Literal["words", "flags"], name: str) -> dict[str, Any] | None:

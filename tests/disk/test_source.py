@@ -265,6 +265,7 @@ def test_directories_that_are_no_models(model: Path, tmp_path: Path) -> None:
         ("checkpoint-500/config.json", "give the folder of the model: {}/checkpoint-500"),
         ("snapshots/abc/config.json", "give the folder of the model: {}/snapshots/abc"),
         ("adapter_config.json", "merge the adapter first (merge_and_unload of peft, then save_pretrained)"),
+        (".quark-state/lock", "run the same command again to finish the run in this folder"),
         ("config.yaml", ""),
     ],
 )
@@ -274,6 +275,18 @@ def test_a_folder_without_config_says_what_was_meant(tmp_path: Path, file: str, 
     with pytest.raises(ModelError, match=r"no config\.json") as caught:
         Source.open(str(tmp_path))
     assert caught.value.hint.startswith(hint.format(tmp_path)) and bool(caught.value.hint) == bool(hint)
+
+
+def test_an_output_that_is_not_finished_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out.partial" / ".quark-state").mkdir(parents=True)
+    for local in (True, False):
+        with pytest.raises(AccessError, match="there is no such directory") as caught:
+            Source.open("out", local=local)
+        assert caught.value.hint == "run the same command again to finish the run in out.partial"
+    with pytest.raises(AccessError) as caught:
+        Source.open("other", local=True)
+    assert caught.value.hint == ""
 
 
 def test_only_pickle_files_are_named(model: Path) -> None:
