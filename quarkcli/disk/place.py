@@ -154,10 +154,11 @@ def acquire(path: Path) -> int:
 
 def _held(path: Path) -> ResourceError:
     pid = path.read_text(encoding="utf-8", errors="replace").strip() or "unknown"
-    hint = "wait for it, stop it, or choose another -o"
-    return ResourceError(
-        f"another process (pid {pid}) is working here", where=str(path.parent.parent), hint=hint, kind="E-OUTPUT-BUSY"
-    )
+    mine = pid == str(os.getpid())  # whoever stops that process stops the notebook that asks
+    who = "another run of this process" if mine else "another process"
+    hint = "wait for it, or choose another -o" if mine else "wait for it, stop it, or choose another -o"
+    what = f"{who} (pid {pid}) is working here"
+    return ResourceError(what, where=str(path.parent.parent), hint=hint, kind="E-OUTPUT-BUSY")
 
 
 def check_empty(partial: Path) -> None:

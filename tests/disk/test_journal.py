@@ -223,8 +223,9 @@ def test_second_process_is_refused(partial: Path) -> None:
     with Journal.open(partial, FINGERPRINT) as journal:
         work(journal, 0)
         for resume in ("auto", "never", "require"):
-            with pytest.raises(ResourceError, match=rf"pid {os.getpid()}\) is working here"):
+            with pytest.raises(ResourceError, match=rf"pid {os.getpid()}\) is working here") as caught:
                 Journal.open(partial, FINGERPRINT, resume=resume)
+            assert "another run of this process" in caught.value.what and "stop it" not in caught.value.hint
     run(partial, 1)
     assert len(files(partial)) == 9
 
