@@ -94,7 +94,8 @@ def infer(config: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> Famil
         heads = [HEAD]
     experts = _experts(inside)
     tables = [*(embed or [f"{stem}.*embed*" if stem else "*embed*"]), "*.relative_attention_bias"]
-    roles = {"embedding": tables, "head": heads or [f"*{HEAD}"], **ROLES}
+    # Loaders leave out what is below a head as well (RoBERTa's dense).
+    roles = {"embedding": tables, "head": [*heads, *(f"{head}.*" for head in heads)] or [f"*{HEAD}"], **ROLES}
     roles |= _tower_roles(headers)
     roles["router"] = _routers(config, headers, blocks, experts)
     return FamilyModel(

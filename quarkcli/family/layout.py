@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from quarkcli.errors import ModelError
-from quarkcli.family.config import TIED, head_size, hidden_size, kv_heads, text_config
+from quarkcli.family.config import head_size, hidden_size, kv_heads, text_config
 from quarkcli.family.orientation import decide, hidden_transpositions, stored_transposed
 from quarkcli.family.parts import Part, parts_of
 from quarkcli.family.rewrites import Rewrites
@@ -19,6 +19,7 @@ from quarkcli.family.schema import (
     FamilyModel,
     HeaderLike,
 )
+from quarkcli.family.tying import doubled_head, tied_head
 from quarkcli.family.views import WeightView, fused_views, view_shape
 from quarkcli.memory import without_collection
 from quarkcli.recipe.match import ignores_numbers, matchers
@@ -126,9 +127,10 @@ def lay_out(
     for tensor in headers:
         builder.add(tensor)
     builder.connect(head_size(config))
+    tables = [weight.view.tensor for weight in builder.weights.values() if weight.role == "embedding"]
     return Layout(
         name, inferred, parts, builder.weights, builder.sites, builder.attention, builder.tensor_roles,
-        _tied_head(family, config, headers), _doubled_head(family, config, headers, builder.weights),
+        tied_head(family, config, headers), doubled_head(family, config, headers, tables),
         family.aliases, builder.protected(),
         frozenset({"router"} if family.experts is not None and family.experts.router_whole else ()),
         hidden_transpositions(family, config, headers), stored_transposed(builder.blocks_weights(), headers, config),
@@ -138,36 +140,6 @@ def lay_out(
         ),
         str(next(iter(config.get("architectures") or ()), "")), tuple(builder.matrices),
     )  # fmt: skip
-
-
-def _tied_head(family: FamilyModel, config: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> str | None:
-    """Returns the head's name when it is the embedding and has no tensor of its own."""
-    heads = _heads(family) if _ties(family, config) else []
-    if not heads or any(f"{head}.weight" in headers for head in heads):
-        return None
-    return heads[0]
-
-
-def _doubled_head(
-    family: FamilyModel, config: Mapping[str, Any], headers: Mapping[str, HeaderLike], weights: Mapping[str, Weight]
-) -> tuple[str, str] | None:
-    """Returns the tensors of a head and of the embedding, where the files have both of what config.json says is one."""
-    heads = [f"{head}.weight" for head in _heads(family) if f"{head}.weight" in headers]
-    if not heads or not _ties(family, config) or config.get(TIED) is False:
-        return None
-    shape = tuple(headers[heads[0]].shape)
-    tables = (w.view.tensor for w in weights.values() if w.role == "embedding")
-    return next(((heads[0], table) for table in tables if tuple(headers[table].shape)[1:] == shape[1:]), None)
-
-
-def _heads(family: FamilyModel) -> list[str]:
-    return [module for module in family.tail if module in family.roles.get("head", [])]
-
-
-def _ties(family: FamilyModel, config: Mapping[str, Any]) -> bool:
-    """True where the outer part of the config says so, which transformers reads, or that of the text model."""
-    said = {part[TIED] for part in (text_config(config), config) if TIED in part}
-    return any(said or {family.tied})
 
 
 def _around(alias: str, index: int) -> tuple[str, str | None]:

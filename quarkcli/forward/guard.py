@@ -12,6 +12,7 @@ from quarkcli.errors import DataError
 UNSEEN_ATTENTION = (
     "use --kv-cache none, or a recipe whose cache has scale.constant_amax: quark cannot see the attention of this model"
 )
+UNSEEN_LINEAR = "use --exclude for modules that calibration text does not run, or use more --calib-samples"
 HINT = (
     "use other --calib-data, or --exclude these modules ('quark quantize' also takes --on-nonfinite skip-algorithm); "
     "check that the original model does not overflow"

@@ -17,7 +17,7 @@ from quarkcli.forward import taps
 from quarkcli.forward.balance import Balance
 from quarkcli.forward.experts import ExpertLayer
 from quarkcli.forward.group import Group
-from quarkcli.forward.guard import HINT, UNSEEN_ATTENTION, Guard, finite_rows, named
+from quarkcli.forward.guard import HINT, UNSEEN_ATTENTION, UNSEEN_LINEAR, Guard, finite_rows, named
 from quarkcli.forward.moments import Means, Moments, chosen, finite
 from quarkcli.forward.outliers import Outliers, ends_of
 from quarkcli.forward.samples import MeanMagnitude, Samples, picked
@@ -97,7 +97,7 @@ class Statistics:
             what = f"calibration gives no finite value for it: {lost}"
             raise DataError(what, where=site, hint=HINT, kind="E-NONFINITE-ACTIVATION")
         if seen is None:
-            unseen = UNSEEN_ATTENTION if site.rpartition(".")[0] in self.plan.attention else ""
+            unseen = UNSEEN_ATTENTION if site.rpartition(".")[0] in self.plan.attention else UNSEEN_LINEAR
             raise DataError("no calibration token reached it", where=site, hint=unseen, kind="E-DATA-NO-TOKEN")
         value = amax_of(seen, spec)
         return self._times(value, site, expert).max() if value.dim() else value

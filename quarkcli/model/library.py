@@ -25,6 +25,8 @@ try:
         from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import (
+            Concatenate,
+            MergeModulelist,
             WeightConverter,
             WeightRenaming,
             dot_natural_key,
@@ -51,6 +53,8 @@ __all__ = [
     "AutoModelForCausalLM",
     "AutoModelForImageTextToText",
     "AutoTokenizer",
+    "Concatenate",
+    "MergeModulelist",
     "PreTrainedModel",
     "WeightConverter",
     "WeightRenaming",

@@ -16,6 +16,8 @@ import torch
 
 from quarkcli.errors import ModelError
 from quarkcli.model.library import (
+    Concatenate,
+    MergeModulelist,
     WeightConverter,
     WeightRenaming,
     dot_natural_key,
@@ -120,13 +122,18 @@ def _collect(model: Any, params: Mapping[str, Any], headers: Iterable[str]) -> t
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
+    single = _of_single_experts()
+    usual = {pattern: rule for rule in single for pattern in rule.source_patterns if pattern not in by_pattern}
+    by_pattern |= usual
     groups: dict[str, Group] = {}
     unknown = []
     for name in sorted(headers, key=dot_natural_key):
         target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, params)
         if target not in params and name in params:  # already in the form the model has in memory
             target, pattern = rename_source_key(name, [], [], model.base_model_prefix, params)
-        if target not in params:
+        if target not in params and ".experts." in name:
+            target, pattern = rename_source_key(name, renamings, single, model.base_model_prefix, params)
+        if target not in params or (pattern in usual and not _holds_as_usual(model, target)):
             unknown.append(name)
             continue
         rule = by_pattern[pattern] if pattern is not None else None
@@ -138,6 +145,28 @@ def _collect(model: Any, params: Mapping[str, Any], headers: Iterable[str]) -> t
             )
         group.files.append((pattern or name, name))
     return list(groups.values()), unknown
+
+
+def _of_single_experts() -> list[Any]:
+    """Returns rules for experts one by one, as quark writes them, where a class has none since its own are fused."""
+    gate_up = WeightConverter(
+        source_patterns=["experts.*.gate_proj.weight", "experts.*.up_proj.weight"],
+        target_patterns="experts.gate_up_proj",
+        operations=[MergeModulelist(dim=0), Concatenate(dim=1)],
+    )
+    down = WeightConverter(
+        source_patterns="experts.*.down_proj.weight",
+        target_patterns="experts.down_proj",
+        operations=[MergeModulelist(dim=0)],
+    )
+    return [gate_up, down]
+
+
+def _holds_as_usual(model: Any, param: str) -> bool:
+    """True when the experts of a parameter lie [out, in], with all rows of gate above those of up."""
+    module = model.get_submodule(param.rpartition(".")[0])
+    flags = {"has_gate": True, "is_transposed": False, "is_concatenated": True}
+    return all(getattr(module, flag, None) is value for flag, value in flags.items())
 
 
 def _convert_shapes(model: Any, group: Group, headers: Mapping[str, HeaderLike]) -> dict[str, torch.Tensor]:

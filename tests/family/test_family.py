@@ -75,6 +75,16 @@ def test_tied_heads() -> None:
     assert LLAMA.tied_head is None
 
 
+@pytest.mark.parametrize(("kind", "prefix"), [("opt", "model.decoder"), ("novel", "model")])
+def test_a_stored_head_is_the_table_of_tokens(kind: str, prefix: str) -> None:
+    """A table of positions is as wide."""
+    shapes = {f"{prefix}.embed_positions.weight": (66, 128)} | {
+        name.replace("model.", f"{prefix}.", 1): shape for name, shape in layouts.llama().items()
+    }
+    layout = lay_out(shapes, kind, tie_word_embeddings=True)
+    assert layout.doubled_head == ("lm_head.weight", f"{prefix}.embed_tokens.weight")
+
+
 def test_layers_that_the_model_does_not_run() -> None:
     layout = lay_out(layouts.mixtral(layers=3), "mixtral", num_hidden_layers=2)
     extra = [weight for name, weight in layout.weights.items() if ".layers.2." in name]

@@ -193,6 +193,13 @@ def test_a_head_is_the_embedding_where_either_part_of_the_config_says_so(outer: 
         assert layout.tied_head == ("lm_head" if tied else None)
 
 
+def test_what_is_below_a_head_is_left_out_with_it() -> None:
+    """RoBERTa's: a list that names the head would leave out a linear with codes."""
+    shapes = layouts.llama() | {"lm_head.dense.weight": (128, 128), "lm_head.dense.bias": (128,)}
+    layout = lay_out(shapes, "novel", **TEXT)
+    assert layout.protected["lm_head.dense"] == layout.protected["lm_head"] == "head"
+
+
 # ---- routers
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from quarkcli.errors import ModelError
+from quarkcli.model import names
 from tests import tiny
 from tests.model.drive import plain_logits, runner_of, through
 
@@ -15,9 +16,9 @@ from tests.model.drive import plain_logits, runner_of, through
 def fused(checkpoint: tiny.Checkpoint) -> tiny.Checkpoint:
     """Per-expert files rewritten in the stacked form that transformers has in memory."""
     state = checkpoint.plain().state_dict()
-    names = [name for name in state if ".experts." in name]
+    stacked = [name for name in state if ".experts." in name]
     rest = {name: tensor for name, tensor in checkpoint.tensors.items() if ".experts." not in name}
-    return checkpoint.rewrite(rest | {name: state[name].clone() for name in names})
+    return checkpoint.rewrite(rest | {name: state[name].clone() for name in stacked})
 
 
 @pytest.mark.parametrize("family", sorted(tiny.FAMILIES))
@@ -67,6 +68,28 @@ def test_files_with_stacked_experts_give_the_same_model(family: str, tmp_path: P
     runner = runner_of(stacked)
     assert any(name.endswith("mlp.experts.gate_up_proj") for name in runner.block_tensors(0))
     assert torch.equal(through(runner, stacked, tiny.tokens()), expected)
+
+
+def test_experts_one_by_one_fill_a_class_that_has_no_rule_for_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files of such a class have fused experts, and quark writes one by one."""
+    monkeypatch.setattr(names, "get_model_conversion_mapping", lambda model: [])
+    checkpoint = tiny.build("qwen3_moe", tmp_path)
+    runner = runner_of(checkpoint)
+    assert torch.equal(through(runner, checkpoint, tiny.tokens()), plain_logits(checkpoint.plain(), tiny.tokens()))
+
+
+def test_nothing_is_guessed_where_experts_lie_in_another_way(tmp_path: Path) -> None:
+    checkpoint = tiny.build("gpt_oss", tmp_path)
+    own = {name: tensor for name, tensor in checkpoint.tensors.items() if not name.endswith("experts.down_proj")}
+    single = {
+        f"{name.removesuffix('.down_proj')}.{expert}.down_proj.weight": tensor[expert].T.contiguous()
+        for name, tensor in checkpoint.tensors.items() if name.endswith("experts.down_proj")
+        for expert in range(len(tensor))
+    }  # fmt: skip
+    with pytest.raises(ModelError, match=r"no tensor in the files fills the parameters? model.layers.0.mlp.experts"):
+        runner_of(checkpoint.rewrite(own | single)).load_block(0, own | single)
 
 
 def test_multi_token_prediction_is_unknown_and_in_file_order(tmp_path: Path) -> None:
