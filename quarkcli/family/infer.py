@@ -104,7 +104,7 @@ def infer(config: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> Famil
         tail=tail,
         roles=roles,
         attention=_attention(linears),
-        sites=_sites(linears, shapes),
+        sites=_sites([leaf for leaf in linears if inside[f"{leaf}.weight"] < 3], shapes),
         experts=experts,
         renamed={rule: name for rule, name in RENAMED.items() if any(re.match(rule, tensor) for tensor in headers)},
         tied=tied,
@@ -171,7 +171,8 @@ def _stored_experts(headers: Mapping[str, HeaderLike], blocks: str, experts: Exp
         return None
     single = re.compile(rf"{re.escape(blocks)}\.\d+\.{re.escape(experts.path)}\.(\d+)\.")
     numbers = {int(found[1]) for name in headers if (found := single.match(name))}
-    fused = re.compile(rf"{re.escape(blocks)}\.\d+\.{re.escape(experts.path)}\.{re.escape(experts.down)}")
+    there = re.escape(experts.fused_in or experts.path)
+    fused = re.compile(rf"{re.escape(blocks)}\.\d+\.{there}\.{re.escape(experts.down)}(\.weight)?")
     stacks = {header.shape[0] for name, header in headers.items() if len(header.shape) == 3 and fused.fullmatch(name)}
     return len(numbers) or (stacks.pop() if len(stacks) == 1 else None)
 
@@ -221,13 +222,15 @@ def _sites(linears: list[str], shapes: Mapping[str, Sequence[int]]) -> list[list
 def _experts(inside: Mapping[str, int]) -> ExpertsModel | None:
     """Returns experts one by one (`<path>.<e>.<leaf>.weight`), or fused with gate above up, as most files store them.
 
+    Fused ones may lie in a module of another name (Step 3.5's `moe`), which has them below `experts` one by one.
+
     inside   name below the block -> dimensions
     """
     leaves: dict[str, set[str]] = {}
     stacks: dict[str, dict[str, str]] = {}  # path -> leaf -> the fused tensor's name below it
     for name, dimensions in inside.items():
         single = re.fullmatch(r"(.*experts)\.\d+\.(\w+)\.weight", name)
-        fused = re.fullmatch(r"(.*experts)\.((\w+?)(\.weight)?)", name)
+        fused = re.fullmatch(r"(.*?)\.((\w+?)(\.weight)?)", name)
         if single:
             leaves.setdefault(single[1], set()).add(single[2])
         elif fused and dimensions == 3:
@@ -240,7 +243,9 @@ def _experts(inside: Mapping[str, int]) -> ExpertsModel | None:
         rules = _fused_rules(tensors, f"{path}.gate_up_proj_bias" in inside)
         if rules is not None:
             gate, up, down = rules[0]
-            return ExpertsModel(path=path, gate=gate, up=up, down=down, fused=rules[1])
+            own = path.endswith("experts")
+            below, there = (path, None) if own else (f"{path}.experts", path)
+            return ExpertsModel(path=below, gate=gate, up=up, down=down, fused=rules[1], fused_in=there)
     return None
 
 

@@ -91,6 +91,23 @@ class Fused:
         return x @ weight if bias is None else x @ weight + bias
 
 
+class Unmarked(Fused):
+    """Step 3.7: as above, but its class has no flags. Weights lie [out, in] without biases, gate above up."""
+
+    @staticmethod
+    def fits(module: Any) -> bool:
+        fused, down = getattr(module, "gate_up_proj", None), getattr(module, "down_proj", None)
+        if hasattr(module, "has_gate") or not hasattr(module, "_apply_gate") or fused is None or down is None:
+            return False
+        return fused.ndim == down.ndim == 3 and fused.shape[1:] == (2 * down.shape[2], down.shape[1])
+
+    def hidden(self, module: Any, expert: int, x: torch.Tensor) -> torch.Tensor:
+        return module._apply_gate(F.linear(x, module.gate_up_proj[expert]))
+
+    def down(self, module: Any, expert: int, h: torch.Tensor) -> torch.Tensor:
+        return F.linear(h, module.down_proj[expert])
+
+
 class Scored:
     """llama4: every expert gets all tokens, already multiplied by the router score, zero where not routed."""
 
@@ -99,7 +116,8 @@ class Scored:
     @staticmethod
     def fits(module: Any) -> bool:
         fused = getattr(module, "gate_up_proj", None)
-        return isinstance(fused, nn.Parameter) and fused.ndim == 3 and not hasattr(module, "has_gate")
+        own = not hasattr(module, "has_gate") and not hasattr(module, "_apply_gate")
+        return own and isinstance(fused, nn.Parameter) and fused.ndim == 3
 
     def count(self, module: Any) -> int:
         return module.gate_up_proj.shape[0]
@@ -160,12 +178,18 @@ class Stacked:
         return getattr(module.mlp, name).view(module.num_experts, -1, module.hidden_size)[expert]
 
 
-LAYOUTS = (Fused, Scored, Stacked)
+LAYOUTS = (Fused, Unmarked, Scored, Stacked)
 
 
 def layout_of(module: nn.Module) -> Layout | None:
     """Returns the layout of an experts module; None for any other module."""
     return next((layout() for layout in LAYOUTS if layout.fits(module)), None)
+
+
+def as_usual(module: nn.Module) -> bool:
+    """True when experts lie [out, in], with all rows of gate above those of up."""
+    flags = {"has_gate": True, "is_transposed": False, "is_concatenated": True}
+    return Unmarked.fits(module) or all(getattr(module, flag, None) is value for flag, value in flags.items())
 
 
 def experts_around(model: nn.Module, path: str) -> nn.Module | None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from quarkcli.errors import ModelError
+from quarkcli.model.experts import as_usual
 from quarkcli.model.library import (
     Concatenate,
     MergeModulelist,
@@ -133,7 +134,7 @@ def _collect(model: Any, params: Mapping[str, Any], headers: Iterable[str]) -> t
             target, pattern = rename_source_key(name, [], [], model.base_model_prefix, params)
         if target not in params and ".experts." in name:
             target, pattern = rename_source_key(name, renamings, single, model.base_model_prefix, params)
-        if target not in params or (pattern in usual and not _holds_as_usual(model, target)):
+        if target not in params or (pattern in usual and not as_usual(model.get_submodule(target.rpartition(".")[0]))):
             unknown.append(name)
             continue
         rule = by_pattern[pattern] if pattern is not None else None
@@ -160,13 +161,6 @@ def _of_single_experts() -> list[Any]:
         operations=[MergeModulelist(dim=0)],
     )
     return [gate_up, down]
-
-
-def _holds_as_usual(model: Any, param: str) -> bool:
-    """True when the experts of a parameter lie [out, in], with all rows of gate above those of up."""
-    module = model.get_submodule(param.rpartition(".")[0])
-    flags = {"has_gate": True, "is_transposed": False, "is_concatenated": True}
-    return all(getattr(module, flag, None) is value for flag, value in flags.items())
 
 
 def _convert_shapes(model: Any, group: Group, headers: Mapping[str, HeaderLike]) -> dict[str, torch.Tensor]:

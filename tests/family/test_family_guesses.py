@@ -244,6 +244,19 @@ def test_a_layer_tells_which_way_its_experts_lie(
     assert layout.weights["model.layers.2.mlp.experts.3.down_proj"].shape == (128, inner)
 
 
+def test_fused_experts_may_lie_in_a_module_of_another_name() -> None:
+    """Step 3.5's; one by one they are below `experts`, where vLLM looks for them."""
+    sizes = {"gate_proj": (4, 96, 128), "up_proj": (4, 96, 128), "down_proj": (4, 128, 96)}
+    shapes = {name: shape for name, shape in layouts.llama().items() if ".mlp." not in name}
+    for index in range(3):
+        shapes |= {f"model.layers.{index}.moe.{leaf}.weight": shape for leaf, shape in sizes.items()}
+        shapes[f"model.layers.{index}.moe.gate.weight"] = (4, 128)
+    check(shapes)
+    layout = lay_out(shapes, "novel", **TEXT)
+    assert layout.weights["model.layers.1.moe.experts.3.down_proj"].view.tensor == "model.layers.1.moe.down_proj.weight"
+    assert layout.weights["model.layers.1.moe.gate"].role == "router"
+
+
 def test_another_layer_tells_where_one_is_square() -> None:
     leaves = ("up_proj", "down_proj")
     shapes = experts(96, True, leaves) | {

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from contextlib import AbstractContextManager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from quarkcli.errors import DataError
+from quarkcli.model import experts
 from quarkcli.model.handlers import Handlers
 from quarkcli.model.runner import Runner
 from tests import tiny
@@ -190,6 +193,22 @@ def test_expert_hidden_is_what_the_module_computes(family: str, tmp_path: Path) 
     assert module is not None
     for expert, rows in watch.inputs.items():
         assert torch.equal(runner.expert_hidden(module, expert, rows), watch.hidden[expert])
+
+
+def test_experts_without_flags_are_run_as_their_class_does() -> None:
+    step = pytest.importorskip("transformers.models.step3p7.modeling_step3p7")
+    sizes = SimpleNamespace(num_local_experts=4, hidden_size=32, moe_intermediate_size=24, hidden_act="silu")
+    module, watch = step.Step3p7Experts(sizes, swiglu_limit=0.1), Watch()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in module.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator)
+    hidden, index = torch.randn(9, 32, generator=generator), torch.randint(4, (9, 1), generator=generator)
+    weights = torch.rand(9, 1, generator=generator)
+    with torch.no_grad():
+        expected = module(hidden, index, weights)
+        with experts.handled(module, watch):
+            torch.testing.assert_close(module(hidden, index, weights), expected)
+    assert {expert: len(rows) for expert, rows in watch.inputs.items()} == dict(Counter(index.flatten().tolist()))
 
 
 def test_gpt_oss_expert_hidden_follows_its_formula(tmp_path: Path) -> None:
