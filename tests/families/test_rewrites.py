@@ -106,6 +106,7 @@ def test_scaling_pairs_do_not_change_a_block(name: str, built: dict[str, Path]) 
     [
         ("opt", {"activation_function": "gelu"}, "fc1"),
         ("olmoe", {"clip_qkv": 0.1}, "self_attn.v_proj"),
+        ("step3p7", {"swiglu_limits_shared": [0.05, 0.05]}, "mlp.up_proj"),
     ],
 )
 def test_a_config_under_which_a_pair_would_change_the_block(
