@@ -94,8 +94,7 @@ def infer(config: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> Famil
         heads = [HEAD]
     experts = _experts(inside)
     tables = [*(embed or [f"{stem}.*embed*" if stem else "*embed*"]), "*.relative_attention_bias"]
-    # Loaders leave out what is below a head as well (RoBERTa's dense).
-    roles = {"embedding": tables, "head": [*heads, *(f"{head}.*" for head in heads)] or [f"*{HEAD}"], **ROLES}
+    roles = {"embedding": tables, "head": [*heads, *_below_heads(heads, headers)] or [f"*{HEAD}"], **ROLES}
     roles |= _tower_roles(headers)
     roles["router"] = _routers(config, headers, blocks, experts)
     return FamilyModel(
@@ -123,12 +122,19 @@ def guess(config: Mapping[str, Any], headers: Mapping[str, HeaderLike]) -> tuple
     return found.model_copy(update=names), text
 
 
+def _below_heads(heads: Iterable[str], headers: Mapping[str, HeaderLike]) -> list[str]:
+    """Returns the linears below a head (RoBERTa's dense): loaders that leave out the head leave them out as well."""
+    inside = tuple(f"{head}." for head in heads)
+    matrices = (name for name, header in headers.items() if len(header.shape) == 2 and name.endswith(".weight"))
+    return [name.removesuffix(".weight") for name in matrices if inside and name.startswith(inside)]
+
+
 def _is_table(name: str, headers: Mapping[str, HeaderLike]) -> bool:
-    """True for a matrix that is named like an embedding; norms beside one may have its name too."""
+    """True for a matrix that is named like an embedding; norms and linears beside one may have its name too."""
     leaf = name.rsplit(".", 1)[-1]
     header = headers.get(f"{name}.weight", headers.get(name))
     named = ("embed" in leaf and "norm" not in leaf) or leaf.endswith("wte")
-    return named and header is not None and len(header.shape) == 2
+    return named and header is not None and len(header.shape) == 2 and f"{name}.bias" not in headers
 
 
 def _tower_roles(headers: Mapping[str, HeaderLike]) -> dict[str, list[str]]:

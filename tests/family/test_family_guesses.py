@@ -146,6 +146,13 @@ def test_norms_that_are_named_like_a_table_are_norms(table: str, norm: str, kind
     assert [part.kind for part in layout.parts if f"{norm}.weight" in part.tensors] == [kind]
 
 
+def test_a_linear_that_is_named_like_a_table_is_none() -> None:
+    """RemBERT's, from the width of the embedding to that of the blocks: a table has no bias."""
+    name = "model.embedding_hidden_mapping_in"
+    layout = lay_out(layouts.llama() | {f"{name}.weight": (128, 128), f"{name}.bias": (128,)}, "novel", **TEXT)
+    assert layout.matrices == (name,) and layout.weights["model.embed_tokens"].role == "embedding"
+
+
 def test_a_table_that_lost_a_dimension_is_damaged() -> None:
     with pytest.raises(ModelError, match=r"model.embed_tokens.weight is \[300\], not a matrix"):
         check(layouts.llama() | {"model.embed_tokens.weight": (300,)})
@@ -196,6 +203,8 @@ def test_a_head_is_the_embedding_where_either_part_of_the_config_says_so(outer: 
 def test_what_is_below_a_head_is_left_out_with_it() -> None:
     """RoBERTa's: a list that names the head would leave out a linear with codes."""
     shapes = layouts.llama() | {"lm_head.dense.weight": (128, 128), "lm_head.dense.bias": (128,)}
+    shapes["lm_head.layer_norm.weight"] = (128,)
+    check(shapes)
     layout = lay_out(shapes, "novel", **TEXT)
     assert layout.protected["lm_head.dense"] == layout.protected["lm_head"] == "head"
 
