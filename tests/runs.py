@@ -96,8 +96,8 @@ def fused(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return out
 
 
-def text_file(path: Path, size: int = 40_000) -> Path:
-    """Plain text: source of the standard library, from this interpreter."""
+def text_file(path: Path, size: int = 12_000) -> Path:
+    """Plain text: source of the standard library, from this interpreter. A run reads it whole, however few its rows."""
     path.write_text((inspect.getsource(textwrap) + inspect.getsource(json))[:size], encoding="utf-8")
     return path
 
@@ -117,7 +117,7 @@ def data(text: Path, samples: int = 32, seqlen: int = 64) -> dict[str, Any]:
 def quick(name: str) -> list[str]:
     """Settings with which an algorithm that takes many steps takes few, so that a run takes a second."""
     known = algorithms.create(name, {}).parameters
-    return [f"{name}.{key}=4" for key in ("iters", "steps") if key in known]
+    return [f"{name}.{key}=4" for key in ("iters", "n_grid") if key in known]
 
 
 def run(source: Path | str, output: Path, **options: Any) -> Made:

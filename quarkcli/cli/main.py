@@ -8,6 +8,7 @@ import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import cache
 from pathlib import Path
 from signal import Signals
 from typing import Annotated, Any, NoReturn
@@ -153,8 +154,9 @@ def _failed(error: Exception) -> int:
     return _fail(_environment(error)) if isinstance(error, OSError) else _unexpected(error)
 
 
+@cache
 def _command() -> Any:
-    """Returns the command that Typer makes of the app."""
+    """Returns the command that Typer makes of the app, which takes 25 ms: a program that calls `main` does it once."""
     command = typer.main.get_command(app)
     for parameter in command.params:
         apps.lighten(parameter)  # Typer adds those of shell completion behind our back

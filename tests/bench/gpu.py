@@ -44,7 +44,7 @@ class Shape:
     """Sizes of what is run: of an 8B's blocks, or next to nothing."""
 
     def __init__(self, small: bool) -> None:
-        self.hidden, self.inner, self.blocks = (128, 256, 4) if small else (4096, 14336, 4)
+        self.hidden, self.inner, self.blocks = (128, 128, 3) if small else (4096, 14336, 4)
         self.rows, self.seqlen = (4, 64) if small else (32, 2048)
         self.kernel = (2, 64) if small else (8192, 8192)
         self.equal = (4, 128) if small else (1024, 4096)

@@ -16,12 +16,12 @@ from tests import runs
 from tests.forks import Done, Forks, at
 from tests.reports import lasting
 
-ROWS = ("--calib-samples", "24", "--calib-seqlen", "128", "--device", "cpu")  # four lanes
+ROWS = ("--calib-samples", "18", "--calib-seqlen", "128", "--device", "cpu")  # four lanes, of four and five rows
 JOBS = {
     "mxfp4": ("--scheme", "mxfp4"),
     "nvfp4": ("--scheme", "nvfp4", *ROWS),
     "gptq": ("--scheme", "int4_wo_128", "--algorithm", "gptq", "--set", "gptq.balance=0.35", *ROWS),
-    "awq": ("--scheme", "int4_wo_128", "--algorithm", "awq,gptq", *ROWS),
+    "awq": ("--scheme", "int4_wo_128", "--algorithm", "awq,gptq", "--set", "awq.n_grid=4", *ROWS),
     "gptaq": ("--scheme", "int4_wo_128", "--algorithm", "rotation,gptaq", *ROWS),
 }
 RECIPE = """schema: quark/recipe/1
