@@ -6,7 +6,9 @@ tests.forks` is that process: it reads a request per line on stdin and answers o
 
 from __future__ import annotations
 
+import gc
 import importlib
+import io
 import json
 import os
 import signal
@@ -16,7 +18,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Collection
-from contextlib import suppress
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,13 +28,15 @@ PRELOADED = (
     "quarkcli.job.run",
     "quarkcli.job.part",
     "quarkcli.job.pipeline",
+    "quarkcli.job.prepass",
     "quarkcli.forward.data",
     "quarkcli.cli.planview",
     "quarkcli.cli.progress",
     "quarkcli.cli.summary",
     "quarkcli.model.runner",
     "quarkcli.model.tokenizer",
-    "quarkcli.numerics.solve",
+    "quarkcli.numerics.settle",
+    "quarkcli.numerics.smooth",
     "transformers.models.llama.modeling_llama",
     "transformers.tokenization_utils_tokenizers",
     "pydoc_data.topics",
@@ -126,11 +130,7 @@ class Forks:
 
 def serve() -> None:
     """Answer requests until stdin ends."""
-    for name in PRELOADED:
-        importlib.import_module(name)
-    import torch
-
-    torch.set_num_threads(1)
+    _prepare()
     for line in sys.stdin:
         asked = json.loads(line)
         children: dict[int, Path] = {}
@@ -143,6 +143,21 @@ def serve() -> None:
         ended = _wait(children, asked["timeout"])
         sys.stdout.write(json.dumps([_answer(cwd, *ended[child]) for child, cwd in children.items()]) + "\n")
         sys.stdout.flush()
+
+
+def _prepare() -> None:
+    """Imports what command lines use, and plans once: what is imported and read for that is there in every child."""
+    for name in PRELOADED:
+        importlib.import_module(name)
+    import torch
+
+    from quarkcli.cli import main
+
+    torch.set_num_threads(1)
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        assert main.main(["plan", "--model", "demo", "--scheme", "int4_wo_128", "--algorithm", "awq,gptq"]) == 0
+    gc.collect()
+    gc.freeze()  # a child that looked for garbage among it would copy all its pages
 
 
 def _answer(cwd: Path, code: int, seconds: float) -> dict[str, Any]:

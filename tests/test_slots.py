@@ -44,7 +44,7 @@ def any_slot(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return runs.text_file(tmp_path_factory.mktemp("text") / "t.txt")
+    return runs.text_file(tmp_path_factory.mktemp("text") / "t.txt", 40_000)
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ from tests.algorithms import rewriting
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return runs.text_file(tmp_path_factory.mktemp("text") / "t.txt")
+    return runs.text_file(tmp_path_factory.mktemp("text") / "t.txt", 40_000)
 
 
 def worker(prepared: job.Prepared, **options: Any) -> PartWorker:
