@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from quarkcli import dialects
 from quarkcli.dialects._kinds import input_kind, kinds_of
-from quarkcli.dialects._shared import unscaled_cache
+from quarkcli.dialects._shared import tiles_fit, unscaled_cache
 from quarkcli.dialects.base import Classes, Writer
 from quarkcli.plan.model import Plan, QuantizedTarget
 from quarkcli.plan.words import how
@@ -127,8 +127,28 @@ class Loader(Server):
             for run in plan.quantized_alike()
             if self.name not in writer.loaders(alone(plan, run))
         ]
+        reasons = reasons or self._fused_faults(writer, plan)
         together = f"it does not load these modules together, or this cache, in checkpoint format {writer.name}"
         return reasons or [writer.cache_fault(plan, self.name) or together]
+
+    def _fused_faults(self, writer: Writer, plan: Plan) -> list[str]:
+        """Returns which fused modules it does not load, each of which it loads alone; one sentence for groups alike."""
+        groups: dict[str, list[QuantizedTarget]] = {}
+        for target in plan.quantized():
+            groups.setdefault(target.group, []).append(target)
+        alike: dict[Any, list[list[QuantizedTarget]]] = {}
+        for members in groups.values():
+            kind = tuple((t.role, t.expert is None, t.shape, t.weight, t.input) for t in members)
+            alike.setdefault(kind, []).append(members)
+        faults = []
+        for first, *more in alike.values():
+            part = alone(plan, first)
+            if self.name in writer.loaders(part):
+                continue
+            why = how(first[0]) if tiles_fit(part) else "a tile of scales ends within one of them"
+            names = f"{first[0].name}{f' and {len(more)} more' if more else ''}"
+            faults.append(f"it does not load {', '.join(t.role for t in first)} together: {why} ({names})")
+        return faults
 
 
 class Read(Server):
