@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -17,28 +18,10 @@ from quarkcli.job import run as job
 from quarkcli.numerics.quantize import dequantize, quantize
 from quarkcli.recipe import recipe as recipes
 from tests import runs
+from tests.docs.algorithms import PAGE
 
-HALVES = '''
-"""Every weight rounded at half its size."""
-
-from quarkcli.algorithms.base import Solver
-
-
-class Halves(Solver):
-    name = "half-size"
-    parameters = {"factor": 0.5}
-
-    def __init__(self, factor):
-        self.factor = factor
-
-    def solve(self, problem):
-        from quarkcli.numerics.quantize import quantize
-
-        return [quantize(weight * self.factor, problem.spec) for weight in problem.weights]
-
-
-ALGORITHM = Halves
-'''
+# The file that the page of algorithms shows whoever adds one.
+(HALVES,) = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
 
 
 @pytest.fixture

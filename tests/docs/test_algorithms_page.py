@@ -12,7 +12,7 @@ from tests.docs.algorithms import PAGE, page
 from tests.docs.test_recipes_page import planned
 
 TEXT = PAGE.read_text(encoding="utf-8")
-OTHERS = {"Which one", "Files of other tools", "Measured"}
+OTHERS = {"Which one", "Adding an algorithm", "Files of other tools", "Measured"}
 SECTIONS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", TEXT, re.DOTALL | re.MULTILINE))
 
 
