@@ -153,7 +153,9 @@ def find(kind: Kind, name: str, beside: Path | None = None) -> Path:
 
 
 def _misplaced(kind: Kind, name: str) -> str | None:
-    """Returns what to type for a scheme that was given as a recipe, or the other way round; None for any other."""
+    """Returns what to type for a scheme that was given as a recipe or a file, or the other way round; else None."""
+    if kind in SCHEMES and (own := _scheme_here(kind, name)):
+        return f"put {own} at {user_folder() / kind / own.stem}.yaml, then use the name {own.stem}"
     if kind == "schemes" and Path(name).suffix in _SUFFIXES and Path(name).is_file():
         return f"use --recipe {name}: --scheme takes a name, no file"
     for other, (flag, listing) in _FLAGS.items() if kind in _FLAGS else ():
@@ -161,6 +163,15 @@ def _misplaced(kind: Kind, name: str) -> str | None:
         if other != kind and same(name) in map(same, known):
             return f"{name} is a {_NOUN[other]}: use {flag} {name} ('quark {listing} show {name}' prints it)"
     return None
+
+
+def _scheme_here(kind: Kind, name: str) -> Path | None:
+    """Returns the file of a scheme that is given by its path, or lies under its name in the working directory."""
+    path = Path(name if Path(name).suffix in _SUFFIXES else f"{name}.yaml")
+    try:
+        return path if path.is_file() and _is_scheme(path, kind) else None
+    except (OSError, QuarkError):  # what is wrong with it is said when it is asked for
+        return None
 
 
 def _elsewhere(name: str) -> str | None:
@@ -261,9 +272,14 @@ def _refuse_hidden(kind: Kind, owner: Path, name: str, beside: Path | None) -> N
             raise _refused(kind, path, owner)
 
 
-def _is_scheme(path: Path) -> bool:
-    data = document(path).data
-    return isinstance(data, dict) and "weight" in data and "schema" not in data
+def _is_scheme(path: Path, kind: Kind = "schemes") -> bool:
+    return is_scheme(document(path).data, kind)
+
+
+def is_scheme(data: object, kind: Kind = "schemes") -> bool:
+    """True for the content of a file that describes a scheme of a kind."""
+    slots = {"weight"} if kind == "schemes" else {"k", "v", "q", "p"}
+    return isinstance(data, dict) and not slots.isdisjoint(data) and "schema" not in data
 
 
 def _refused(kind: Kind, path: Path, owner: Path) -> ConfigError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from quarkcli.recipe import catalog
+from quarkcli.recipe import catalog, schema
 
 _MODEL = ("architectures", "model_type")
 _BITSANDBYTES = ("load_in_4bit", "load_in_8bit")
@@ -17,8 +17,11 @@ def advice(data: Mapping[Any, Any]) -> tuple[str, str] | None:
     """Returns what a mapping is, and what to type; None for one that nobody knows.
 
     The config of a GPTQ, AWQ, AutoRound, bitsandbytes, FP8 or MXFP4 checkpoint, alone or in a config.json, a recipe of
-    llm-compressor, and the config.json of a model that is not quantized.
+    llm-compressor, the config.json of a model that is not quantized, and a scheme.
     """
+    if catalog.is_scheme(data) and data.keys() <= schema.SchemeModel.model_fields.keys():
+        folder = catalog.user_folder() / "schemes"
+        return "this is a scheme and not a recipe", f"put it into {folder}, then use --scheme with its name"
     inside = data.get("quantization_config")
     if not isinstance(inside, Mapping) and any(key in data for key in _MODEL):
         return "this is the config.json of a model without a quantization_config", "use --model with its directory"

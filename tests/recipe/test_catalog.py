@@ -252,6 +252,34 @@ def test_what_a_name_is_instead(
     assert said in str(caught.value.hint)
 
 
+@pytest.mark.parametrize("given", ["mine", "mine.yaml", "sub/mine.yml"])
+@pytest.mark.parametrize(("kind", "text"), [("schemes", SCHEME.format(16)), ("kv_cache", "{k: &c {}, v: *c}\n")])
+def test_a_scheme_that_lies_elsewhere_is_told_its_place(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: catalog.Kind, text: str, given: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sub").mkdir()
+    for name in ("mine.yaml", "sub/mine.yml"):
+        (tmp_path / name).write_text(text)
+    with pytest.raises(UsageError) as caught:
+        catalog.find(kind, given)
+    place = home.parent / kind / "mine.yaml"
+    file = "mine.yaml" if given == "mine" else given
+    assert caught.value.hint == f"put {file} at {place}, then use the name mine"
+    place.parent.mkdir(exist_ok=True)
+    place.write_text(text)
+    assert catalog.find(kind, "mine") == place
+
+
+def test_a_file_that_is_no_scheme_is_not_proposed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, text in (("recipe", RECIPE.format("fp8")), ("broken", "weight: [")):
+        (tmp_path / f"{name}.yaml").write_text(text)
+        with pytest.raises(UsageError) as caught:
+            catalog.find("schemes", name)
+        assert caught.value.hint == "see 'quark schemes list'"
+
+
 def test_a_directory_hides_no_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "nvfp4").mkdir()
     monkeypatch.chdir(tmp_path)

@@ -56,6 +56,14 @@ def test_a_config_of_another_tool_is_answered_with_flags(config: dict[str, Any],
     assert (caught.value.kind, caught.value.hint) == ("E-RECIPE-KIND", hint)
 
 
+def test_a_scheme_is_no_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QUARK_HOME", "/home/me")
+    with pytest.raises(ConfigError) as caught:
+        from_config({"summary": "mine", "weight": {"element": "int4"}})
+    assert caught.value.what == "this is a scheme and not a recipe"
+    assert caught.value.hint == "put it into /home/me/schemes, then use --scheme with its name"
+
+
 @pytest.mark.parametrize("config", [{"bits": "four"}, {"colour": "red"}])
 def test_what_nobody_knows_is_no_recipe(config: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="this is not a recipe") as caught:
