@@ -26,7 +26,10 @@ Name = Annotated[
 
 @app.command("list", epilog=apps.examples("quark recipes list", "quark recipes list --json"))
 def list_(json: Json = False) -> None:
-    """List the built-in recipes and those in your own folder."""
+    """List the built-in recipes and those in your own folder.
+
+    Your own folder is $QUARK_HOME/ptq, or ~/.config/quark/ptq.
+    """
     output.start(json=json)
     from quarkcli.cli import listings
     from quarkcli.recipe import catalog

@@ -156,6 +156,8 @@ def _misplaced(kind: Kind, name: str) -> str | None:
     """Returns what to type for a scheme that was given as a recipe or a file, or the other way round; else None."""
     if kind in SCHEMES and (own := _scheme_here(kind, name)):
         return f"put {own} at {user_folder() / kind / own.stem}.yaml, then use the name {own.stem}"
+    if kind == "ptq" and os.path.isfile(f"{name}.yaml"):  # noqa: PTH113 - never raises
+        return f"give {name}.yaml, the file in this directory"
     if kind == "schemes" and Path(name).suffix in _SUFFIXES and Path(name).is_file():
         return f"use --recipe {name}: --scheme takes a name, no file"
     for other, (flag, listing) in _FLAGS.items() if kind in _FLAGS else ():

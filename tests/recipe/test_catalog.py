@@ -237,6 +237,7 @@ def test_a_folder_of_a_model_without_a_recipe() -> None:
         ("schemes", "int4_wo_128-gptq", "int4_wo_128-gptq is a recipe: use --recipe int4_wo_128-gptq"),
         ("schemes", "INT8_DEFAULT_CFG", "INT8_DEFAULT_CFG is a recipe: use --recipe INT8_DEFAULT_CFG"),
         ("schemes", "own.yaml", "use --recipe own.yaml"),
+        ("ptq", "own", "give own.yaml, the file in this directory"),
         ("ptq", "NVFP4_DEFAULT_CFGG", "did you mean NVFP4_DEFAULT_CFG"),
         ("ptq", ".", "give a file in it: own.yaml"),
         ("ptq", "home", "there is no recipe in it"),
