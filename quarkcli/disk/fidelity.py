@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from quarkcli.disk import exchanged
 from quarkcli.disk.checkpoint import Checkpoint
 from quarkcli.disk.compare import Row, compare, decibels
-from quarkcli.disk.outputs import REPORT
+from quarkcli.disk.outputs import MANIFEST, REPORT
 from quarkcli.disk.rewritten import homes, said_changed
 from quarkcli.errors import CheckError, some
 from quarkcli.events import Listener, silent
@@ -23,14 +23,16 @@ def check(
 ) -> list[str]:
     """Returns lines about kept tensors, and about the worst weights. Raises CheckError.
 
-    Without `least`, weights are also looked at closely (`disk.nearest`).
+    Without `least` and without a manifest, whose hashes tell damage, weights are also looked at closely
+    (`disk.nearest`).
 
     Kept tensors are those of the source, byte for byte, unless an algorithm changed them. Weights must reach `least`
     dB; by default 1, and then those that an algorithm rewrote are left out.
     """
     quantized = {f"{name}.weight" for name in checkpoint.view.targets}
     quantized |= {f"{name}.bias" for name, stored in checkpoint.view.targets.items() if stored.bias is not None}
-    found = compare(checkpoint, original, tell, closely=least is None)
+    hashed = (checkpoint.source.folder / MANIFEST).is_file()
+    found = compare(checkpoint, original, tell, closely=least is None and not hashed)
     said = said_changed(checkpoint.source)
     other = [row.name for row in found.rows if row.name not in quantized and not row.identical]
     home = homes(original) if said else {}

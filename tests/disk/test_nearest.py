@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
 from quarkcli.dialects.base import StoredTarget
-from quarkcli.disk import nearest
+from quarkcli.disk import nearest, verify
+from quarkcli.disk.embedded import EMBEDDED
+from quarkcli.disk.outputs import MANIFEST
+from quarkcli.errors import CheckError
 from quarkcli.numerics.quantize import Quantized, encode, make_qparams, quantize
 from quarkcli.spec import PerChannel, PerGroup, PerTensor, ScaleSpec, TensorSpec
+from tests import runs
 from tests.dialects.plans import PAIRS
 
 SPECS = {
@@ -66,3 +72,18 @@ def test_scales_that_were_searched_are_no_damage(factor: float) -> None:
     spec, source = SPECS["int4"], weight(0)
     params = make_qparams(source * factor, spec)
     assert nearest.damage(stored(spec), Quantized(encode(source, spec, params), params), source) == ""
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_weights_that_a_manifest_lists_are_not_looked_at(
+    listed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its hashes were compared before."""
+    folder = runs.run("demo", tmp_path / "out", scheme="int4_wo_32").folder
+    monkeypatch.setattr(nearest, "damage", lambda *given: "damaged")
+    if listed:
+        assert verify.directory(str(folder), str(EMBEDDED))
+        return
+    (folder / MANIFEST).unlink()
+    with pytest.raises(CheckError, match="28 weights have damaged codes or scales"):
+        verify.directory(str(folder), str(EMBEDDED))
