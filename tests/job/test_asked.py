@@ -182,3 +182,10 @@ def test_every_format_has_advice_of_algorithms_that_exist() -> None:
         weight = to_spec(cfgs["*.weight_quantizer"], weight=True)
         found.append(advice.of(weight, to_spec(read, weight=False) if read is not None else None))
     assert all(any(row is used for used in found) for row in advice.rows())  # none is hidden by another
+
+
+@pytest.mark.parametrize("scheme", ["int3_wo_128", "int4_wo_128", "int4_wa_64", "nvfp4_weight_only", "nvfp4", "int8"])
+def test_auto_takes_no_step_that_the_plan_warns_of(scheme: str) -> None:
+    prepared = runs.prepare("demo", scheme=scheme, algorithm="auto", **DATA)
+    assert prepared.steps
+    assert not [text for text in prepared.warnings if text.split()[0] in algorithms.names()]
