@@ -6,6 +6,8 @@ import re
 import tomllib
 from importlib.metadata import requires, version
 
+import pytest
+import torch
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -29,6 +31,7 @@ def test_direct_dependencies_are_locked_in_their_range() -> None:
         assert wanted.specifier.contains(pin.version), wanted
 
 
+@pytest.mark.skipif(torch.version.cuda is not None, reason="the lock is of the CPU build, which has fewer of them")
 def test_indirect_dependencies_are_locked() -> None:
     """Followed through the metadata of what is installed here, where it is the locked release."""
     todo, seen = [item for item in DIRECT if item.marker is None or item.marker.evaluate()], set()

@@ -332,13 +332,16 @@ def resolved(path: Path) -> Path:
 
     Raises UsageError for links in a circle, ResourceError where it may not look.
     """
+    with disk_errors(path):
+        found = Path(os.path.realpath(path))
     try:
-        with disk_errors(path):
-            return path.resolve()
-    except RuntimeError as error:  # how Python before 3.13 says it
-        raise UsageError(
-            "is a link that leads to itself", where=str(path), hint="choose another -o", kind="E-OUTPUT-PLACE"
-        ) from error
+        found.stat()
+    except OSError as error:
+        if error.errno == errno.ELOOP:  # nothing else is wrong with a place that is not there yet
+            raise UsageError(
+                "is a link that leads to itself", where=str(path), hint="choose another -o", kind="E-OUTPUT-PLACE"
+            ) from error
+    return found
 
 
 def publish(

@@ -31,7 +31,7 @@ quantize:
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("page") / "page.txt"
-    path.write_text(runs.topics(-12, -1)[:6_000], encoding="utf-8")
+    path.write_text(runs.topics(-12, -1)[:12_000], encoding="utf-8")
     return path
 
 

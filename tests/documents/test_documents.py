@@ -28,7 +28,7 @@ ODD: tuple[Any, ...] = (-1, "x", [["a"]], {"a": 1}, 1.5, True)
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'{"a":\n 1,}', r"f\.json:2:4: not valid JSON"),
+        (b'{"a":\n 1,}', r"f\.json:2:[34]: not valid JSON"),  # Python 3.13 names the comma
         (b'{"a": "\xe9"}', r"f\.json: not valid JSON: .*utf-8"),
         (b"[" * 100_000, r"f\.json: not valid JSON: nested too deep"),
         (b'{"a": %s}' % HUGE.encode(), r"f\.json: not valid JSON: .*4300 digits"),
