@@ -12,7 +12,7 @@ from typing import Any
 import typer
 import typer.core
 
-from quarkcli.cli import panels, strangers
+from quarkcli.cli import panels, strangers, variables
 from quarkcli.errors import UsageError
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -72,6 +72,7 @@ class _Command(typer.core.TyperCommand):
                 vars(error)["ctx"] = ctx  # a flag without its value does not know its command
             raise
         if not ctx.resilient_parsing and not given.get("help"):
+            variables.check(ctx.command_path.split())
             strangers.refuse_bare(self, given, left)
         rest = super().parse_args(ctx, args)
         for flag in self.params:

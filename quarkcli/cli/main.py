@@ -36,7 +36,6 @@ from quarkcli.cli import (
     report,
     schemes,
     strangers,
-    variables,
     verify,
 )
 from quarkcli.cli import env as environment
@@ -126,7 +125,6 @@ def _outcome(arguments: list[str], signals: list[Signals]) -> int:
     """Runs a command line and returns its exit code. `signals`: those that came; an error behind one comes of it."""
     try:
         output.check_environment()
-        variables.check()
         _check_launch(arguments)
         with _without_warnings():
             code = _command()(arguments, prog_name="quark", standalone_mode=False)

@@ -263,12 +263,12 @@ def test_a_launch_without_numbers(quark: Any, monkeypatch: pytest.MonkeyPatch, c
     ("name", "value", "said"),
     [
         ("HF_HUB_OFFLINE", "banana", "HF_HUB_OFFLINE: 'banana' is neither on nor off"),
-        ("HF_DATASETS_OFFLINE", "y", "HF_DATASETS_OFFLINE: 'y' is neither on nor off"),
+        ("HF_DATASETS_OFFLINE", "yep", "HF_DATASETS_OFFLINE: 'yep' is neither on nor off"),
         ("HF_HUB_DISABLE_TELEMETRY", "2", "HF_HUB_DISABLE_TELEMETRY: '2' is neither on nor off"),
         ("HF_HUB_DOWNLOAD_TIMEOUT", "1s", "HF_HUB_DOWNLOAD_TIMEOUT: '1s' is not a number"),
         ("HF_HUB_ETAG_TIMEOUT", "", "HF_HUB_ETAG_TIMEOUT: '' is not a number"),
         ("HF_HUB_OFFLINE", "", ""), ("HF_HUB_OFFLINE", "True", ""), ("HF_HUB_DISABLE_XET", "off", ""),
-        ("HF_HUB_ETAG_TIMEOUT", "9", ""),
+        ("HF_HUB_ETAG_TIMEOUT", "9", ""), ("HF_DATASETS_OFFLINE", "n", ""),
     ],
 )  # fmt: skip
 def test_a_variable_that_a_library_would_misread(
@@ -276,6 +276,15 @@ def test_a_variable_that_a_library_would_misread(
 ) -> None:
     """A switch with an unknown word counted as off, and a number that is none ended as an internal error."""
     monkeypatch.setenv(name, value)
-    assert main.main(["schemes", "show", "fp8"]) == (2 if said else 0)
+    assert main.main(["inspect", "demo"]) == (2 if said else 0)
     line = capsys.readouterr().err.partition("\n")[0]
     assert line == (f"error: {said} [E-FLAG-VALUE]" if said else "")
+    for local in (["schemes", "show", "fp8"], ["data", "list"], ["plan", "--help"], ["--version"]):
+        assert main.main(local) == 0
+
+
+def test_a_short_word_is_on_for_every_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers and our flags take y for on, huggingface_hub and datasets for off: the model was downloaded."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "y")
+    assert main.main(["inspect", "demo"]) == 0
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
