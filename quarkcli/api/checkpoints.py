@@ -143,6 +143,7 @@ def verify(
     min_sqnr: float | None = None,
     on_nonfinite: OnNonfinite = "stop",
     hashes: bool | None = None,
+    offline: bool = False,
     allow_pickle: bool = False,
     listener: Listener = silent,
 ) -> dict[str, Any]:
@@ -157,7 +158,7 @@ def verify(
     Raises one CheckError for all that is wrong; its `result` has the checks that passed and the problems.
     """
     origin = None if source is None else located(str(source))
-    asked = checks.Asked(origin, target, on_nonfinite, hashes, tuple(tp), min_sqnr, allow_pickle)
+    asked = checks.Asked(origin, target, on_nonfinite, hashes, tuple(tp), min_sqnr, allow_pickle, offline)
     said = None if source is None else str(source)
     about = {"schema": VERIFIED, "ok": True, "directory": str(directory), "source": said}
     try:

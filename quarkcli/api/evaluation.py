@@ -28,6 +28,7 @@ def evaluate(
     device: str = "auto",
     threads: int | None = None,
     trust_remote_code: bool = False,
+    offline: bool = False,
     allow_pickle: bool = False,
     listener: Listener = silent,
 ) -> dict[str, Any]:
@@ -53,6 +54,6 @@ def evaluate(
         located(str(directory)), baseline=None if baseline is None else located(str(baseline)),
         text=None if text is None else str(text), window=window, max_tokens=tokens, bos=bos, weights_only=weights_only,
         dtype=dtype, device=device, threads=threads, trust_remote_code=trust_remote_code, on_nonfinite=on_nonfinite,
-        allow_pickle=allow_pickle, tell=listener,
+        offline=offline, allow_pickle=allow_pickle, tell=listener,
     )  # fmt: skip
     return gates.judged(result, max_kl, max_ppl_increase)

@@ -14,6 +14,7 @@ from quarkcli.cli.flags import (
     Device,
     Json,
     Nonfinite,
+    Offline,
     Pickle,
     Quiet,
     Threads,
@@ -100,6 +101,7 @@ def evaluate(
     device: Device = "auto",
     threads: Threads = None,
     trust_remote_code: Trust = False,
+    offline: Offline = False,
     allow_pickle: Pickle = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -122,8 +124,8 @@ def evaluate(
             return evaluation.evaluate(
                 directory, baseline=baseline, text=text, window=window, tokens=tokens, bos=bos, max_kl=max_kl,
                 max_ppl_increase=max_ppl_increase, weights_only=weights_only, dtype=dtype, on_nonfinite=on_nonfinite,
-                device=device, threads=threads, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle,
-                listener=progress,
+                device=device, threads=threads, trust_remote_code=trust_remote_code, offline=offline,
+                allow_pickle=allow_pickle, listener=progress,
             )  # fmt: skip
 
     verdict.shown(measured, lambda result: _show(result, json))

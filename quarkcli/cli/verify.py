@@ -8,7 +8,7 @@ import typer
 
 from quarkcli.cli import apps, github, output, verdict
 from quarkcli.cli.amounts import number
-from quarkcli.cli.flags import Debug, Json, Nonfinite, Pickle, Quiet, Servers
+from quarkcli.cli.flags import Debug, Json, Nonfinite, Offline, Pickle, Quiet, Servers
 from quarkcli.cli.logflags import LogFormat, LogLevel
 from quarkcli.errors import UsageError
 
@@ -57,6 +57,7 @@ def verify(
             show_default=False,
         ),
     ] = None,
+    offline: Offline = False,
     allow_pickle: Pickle = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -80,7 +81,7 @@ def verify(
         with Progress("lines") as progress:
             return checkpoints.verify(
                 directory, source=source, target=target, tp=degrees_asked, min_sqnr=min_sqnr, on_nonfinite=on_nonfinite,
-                hashes=hashes, allow_pickle=allow_pickle, listener=progress,
+                hashes=hashes, offline=offline, allow_pickle=allow_pickle, listener=progress,
             )  # fmt: skip
 
     verdict.shown(checked, lambda found: _show(found, json))

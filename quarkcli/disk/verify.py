@@ -86,6 +86,7 @@ class Asked:
     target        what must load it: a server; auto: any; none: nothing, so that what servers fuse may differ
     tensor_parallel  degrees by which servers must be able to split it
     allow_pickle  the source may be pickles
+    offline       the source comes from a directory or the hub's cache
     min_sqnr      least ratio of signal to noise, in dB, of every decoded weight; with a source
     on_nonfinite  `keep`: NaN and infinity in what was not quantized are told as warnings
     hashes        read all files to compare their hashes; None: up to 20 GB in all
@@ -98,6 +99,7 @@ class Asked:
     tensor_parallel: tuple[int, ...] = ()
     min_sqnr: float | None = None
     allow_pickle: bool = False
+    offline: bool = False
 
 
 def directory(
@@ -120,7 +122,7 @@ def check(path: str, asked: Asked, tell: Listener = silent) -> list[str]:
     _check_asked(asked)
     folder, model = Path(path), None
     if asked.source is not None:
-        model = open_original(asked.source, folder, allow_pickle=asked.allow_pickle, tell=tell)
+        model = open_original(asked.source, folder, offline=asked.offline, allow_pickle=asked.allow_pickle, tell=tell)
         if asked.allow_pickle and not model.pickled:
             tell(Message(pickles.UNUSED, "warning"))
     return _every(

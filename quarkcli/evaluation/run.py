@@ -154,6 +154,7 @@ def evaluate(
     threads: int | None = None,
     trust_remote_code: bool = False,
     on_nonfinite: OnNonfinite = "stop",
+    offline: bool = False,
     allow_pickle: bool = False,
     tell: Listener,
 ) -> dict[str, Any]:
@@ -175,7 +176,7 @@ def evaluate(
     started, device = time.monotonic(), devices.device(device)
     memory.return_large_buffers()
     compute = _compute_dtype(dtype, device)
-    checkpoint, reference = _open(directory, baseline, tell, allow_pickle)
+    checkpoint, reference = _open(directory, baseline, tell, allow_pickle, offline)
     models = [model for model in (checkpoint, reference) if model is not None]
     window = windows.width(window, [family.position_limit(model.source.config) for model in models])
     tokenizer = load_tokenizer(checkpoint.source.folder, trust_remote_code)
@@ -233,12 +234,12 @@ def scored(
 
 
 def _open(
-    directory: str, baseline: str | None, tell: Listener, allow_pickle: bool
+    directory: str, baseline: str | None, tell: Listener, allow_pickle: bool, offline: bool
 ) -> tuple[Checkpoint, Checkpoint | None]:
     tell(Working("opening the models"))
     sources = [Source.open(directory, allow_pickle=allow_pickle, local=True)]
     if baseline is not None:
-        sources.append(open_original(baseline, directory, allow_pickle=allow_pickle, tell=tell))
+        sources.append(open_original(baseline, directory, offline=offline, allow_pickle=allow_pickle, tell=tell))
     if allow_pickle and not any(source.pickled for source in sources):
         tell(Message(pickles.UNUSED, "warning"))
     checkpoint, *references = map(Checkpoint, sources)

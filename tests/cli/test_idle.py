@@ -185,6 +185,7 @@ OTHERS: dict[str, dict[str, list[Case] | str]] = {
         "progress": "where the screen is",
     },
     "eval": {
+        "offline": "a promise that holds",
         "baseline": "it is compared with",
         "text": "it is measured on",
         "window": "it cuts the text",
@@ -206,6 +207,7 @@ OTHERS: dict[str, dict[str, list[Case] | str]] = {
         "directory": "what it is about",
     },
     "verify": {
+        "offline": "a promise that holds",
         "directory": "what it is about",
         "source": "it is compared with",
         "target": [(("verify", "MADE", "--target", "none"), 0, NOT_USED)],

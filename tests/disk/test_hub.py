@@ -249,8 +249,17 @@ def test_a_checkpoint_is_held_against_the_commit_that_it_was_made_from(hub, shar
         assert any(COMMIT in call for call in hub.calls) and not any("main" in call for call in hub.calls), hub.calls
         said = f"{NAME}: taking commit {COMMIT[:12]}, from which {out} was made"
         assert said in [event.text for event in heard if isinstance(event, Message)]
-    (out / "quark" / "manifest.json").write_text("[]")
+    hub.take(monkeypatch, tmp_path / "offline")
     hub.calls.clear()
+    asked_of_the_cache = (
+        lambda: quarkcli.verify(out, source=NAME, offline=True),
+        lambda: quarkcli.evaluate(out, baseline=NAME, offline=True),
+    )
+    for ask in asked_of_the_cache:
+        with pytest.raises(AccessError, match="not completely in the hub cache"):
+            ask()
+    assert not hub.calls
+    (out / "quark" / "manifest.json").write_text("[]")
     quarkcli.compare(NAME, out)
     assert any("main" in call for call in hub.calls)
 
