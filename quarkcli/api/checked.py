@@ -11,6 +11,7 @@ from pathlib import Path
 from reprlib import repr as shortened
 from typing import Annotated, Any, NoReturn, ParamSpec, TypeVar, get_args, get_type_hints
 
+from quarkcli.documents.native import native
 from quarkcli.errors import UsageError, did_you_mean
 
 Given = ParamSpec("Given")
@@ -53,6 +54,7 @@ def checked(function: Callable[Given, Made]) -> Callable[Given, Made]:
             _refuse_name(function.__name__, min(unknown), known)
         for held in (bound.arguments, options):
             for name in held.keys() & known.keys():
+                held[name] = native(held[name], 1)
                 kind, fits = known[name]
                 if not fits(held[name]):
                     _refuse_value(name, kind, held[name])

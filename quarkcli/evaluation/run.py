@@ -158,7 +158,7 @@ def evaluate(
     allow_pickle: bool = False,
     tell: Listener,
 ) -> dict[str, Any]:
-    """Returns the perplexity of a directory, and its distance from `baseline` when given.
+    """Returns perplexity, and KL from `baseline` per token in nats, of it against the directory (`quark/eval/1`).
 
     text          a text file; None: the beginning of the built-in text
     window        tokens per window; None: `windows.WINDOW`, or what the model takes if less
@@ -167,7 +167,6 @@ def evaluate(
     threads       on the CPU; None: see `threads.default`
     on_nonfinite  `keep`: go on with NaN and infinity in tensors that were not quantized, while no result is one
     dtype         of the computation: float32, bfloat16; auto: float32 on a CPU, bfloat16 on a GPU
-    Returns the result (schema `quark/eval/1`); KL is per token, in nats, of the source against the quantized model.
     """
     from quarkcli.evaluation import windows
     from quarkcli.job import device as devices

@@ -19,6 +19,7 @@ from dataclasses import replace
 from reprlib import repr as shortened
 from typing import Any
 
+from quarkcli.documents.native import native
 from quarkcli.errors import ConfigError, UsageError
 from quarkcli.plan.compose import Basis
 from quarkcli.plan.effects import fitting_classes
@@ -321,7 +322,7 @@ def _class_name(parent: ParentClass) -> str | None:
 def _switch(attributes: Any, call: str) -> tuple[Any, bool | None]:
     """Returns (attributes without `enable`, the `enable` among them)."""
     several = isinstance(attributes, list | tuple)
-    stages = list(attributes) if several else [attributes]
+    stages = native(list(attributes) if several else [attributes])
     if not stages or not all(isinstance(stage, Mapping) for stage in stages):
         raise ConfigError(
             f"attributes must be a mapping or a list of mappings, not {attributes!r}",
@@ -362,4 +363,4 @@ def _merged(slot: str, decision: Decision, given: Any, enable: bool | None) -> t
 def _key(slot: str, decision: Decision) -> str:
     """Returns a key that is equal for slots which a partial change treats alike."""
     on = decision.spec is not None
-    return json.dumps([decision.cfg, on, is_weight(slot)], sort_keys=True, default=str)
+    return json.dumps([decision.cfg, on, is_weight(slot)], default=str)

@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from quarkcli.documents.native import native
 from quarkcli.errors import ConfigError
 from quarkcli.recipe.entries import SETTING, Origin
 
@@ -113,7 +114,7 @@ def of_data(data: Any, name: str) -> Document:
             waiting += [(item, (*path, key), f"{text}{_step(key)}") for key, item in value.items()]
         elif isinstance(value, list | tuple):
             waiting += [(item, (*path, index), f"{text}[{index}]") for index, item in enumerate(value)]
-    return Document(data, name, places)
+    return Document(native(data), name, places)
 
 
 def _step(key: Any) -> str:

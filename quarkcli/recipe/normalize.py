@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from quarkcli.documents.native import native
 from quarkcli.errors import ConfigError, did_you_mean, in_brackets
 from quarkcli.recipe.load import Path_
 from quarkcli.recipe.mistakes import Mistakes
@@ -82,7 +83,7 @@ def normalize(value: Any, where: Where | None = None, base: Path_ = ()) -> Norma
     base    path of `value` in its document
     """
     reader = _Reader()
-    reader.top(value, base)
+    reader.top(native(value), base)
     if reader.problems:
         raise refusal(reader.problems, where or path_text, _HINT)
     return Normalized(reader.entries, reader.notes)

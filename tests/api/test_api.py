@@ -9,6 +9,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import typer
 import yaml
@@ -22,6 +23,7 @@ from quarkcli.errors import ConfigError, UsageError
 from quarkcli.events import Phase
 from quarkcli.plan.model import Plan
 from quarkcli.recipe.recipe import from_config
+from quarkcli.spec import PerGroup
 from tests.plan.layouts import LLAMA, plan
 
 DENY = {"quantizer_path": "*", "enable": False}
@@ -91,6 +93,25 @@ def test_an_argument_of_another_type_is_named(function):
         assert caught.value.kind == "E-PYTHON-CALL"
     with pytest.raises(UsageError, match=r"^exclude must be Sequence\[str\], not '\*down\*'"):
         quarkcli.make_plan("demo", "mxfp4", exclude="*down*")
+
+
+def test_numbers_of_numpy_are_numbers():
+    """They are what a script computes with; each was refused as another type. An entry stays the same object."""
+    given = {"tp": np.int32(2), "seed": np.int64(3), "allow_short": np.bool_(True)}
+    assert quarkcli.make_plan("demo", np.str_("mxfp4"), **given).basis.asked.tp == 2
+    with pytest.raises(UsageError, match=r"^tp must be int \| None, not 1\.5"):
+        quarkcli.make_plan("demo", "mxfp4", tp=np.float64(1.5))
+    cfg = {"num_bits": np.int64(4), "block_sizes": {np.int64(-1): np.int64(64), "type": "static"}}
+    entries = [DENY, {"quantizer_path": "*weight_quantizer", "cfg": cfg}]
+    same = {"num_bits": 4, "block_sizes": {-1: 64, "type": "static"}}
+    plan = quarkcli.make_plan(
+        "demo", config={"quant_cfg": entries, "algorithm": {"method": "gptq", "block_size": np.int64(64)}}
+    )
+    assert specs(plan) == specs(quarkcli.make_plan("demo", config={"quant_cfg": [DENY, {**entries[1], "cfg": same}]}))
+    for change in (quarkcli.set_quantizer_attributes_full, quarkcli.set_quantizer_attributes_partial):
+        change(plan, "*up_proj.weight_quantizer", {"num_bits": np.int64(8), "block_sizes": {-1: np.int64(32)}})
+        assert plan.targets["model.layers.0.mlp.up_proj"].weight.granularity == PerGroup(32)
+    assert quarkcli.find_quant_cfg_entry_by_path(entries, np.str_("*weight_quantizer")) is entries[1]
 
 
 @pytest.mark.parametrize(

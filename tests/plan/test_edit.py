@@ -247,6 +247,14 @@ def test_partial_keeps_the_rest():
     assert specs(made)[UP.replace("weight", "input")] is None  # never had attributes
 
 
+def test_partial_of_blocks_as_modelopt_writes_them():
+    """Their keys are numbers and texts, which do not sort."""
+    made = editable("mxfp4")
+    edit.set_quantizer_attributes_full(made, WEIGHTS, {"num_bits": 4, "block_sizes": {-1: 64, "type": "static"}})
+    edit.set_quantizer_attributes_partial(made, WEIGHTS, {"num_bits": 8})
+    assert (spec(made).element, spec(made).granularity) == ("int8", PerGroup(64))
+
+
 def test_partial_leaves_on_and_off_alone():
     made = of(rule(WEIGHTS, INT4), rule("*up_proj*", enable=False))
     edit.set_quantizer_attributes_partial(made, WEIGHTS, {"num_bits": 8})
