@@ -20,9 +20,12 @@ def check_new(to: Path, *, replace: bool = False) -> None:
 
 def check_folder(folder: Path) -> None:
     """Raises UsageError where there is no such directory."""
-    if not folder.is_dir():
-        hint = "make the directory first, or choose another"
-        raise UsageError("there is no such directory", where=str(folder), hint=hint, kind="E-OUTPUT-FILE")
+    if folder.is_dir():
+        return
+    what, hint = "there is no such directory", "make the directory first, or choose another"
+    if folder.exists():
+        what, hint = "is a file, not a directory", "choose another place"
+    raise UsageError(what, where=str(folder), hint=hint, kind="E-OUTPUT-FILE")
 
 
 def write(to: Path, text: str, *, replace: bool = False) -> None:

@@ -28,7 +28,7 @@ def hint(folder: Path) -> str:
 
 def missing(folder: Path) -> str:
     """Returns what to do about a folder that is not there; "" unless a run that was stopped would have made it."""
-    partial = f"{folder}.partial"
+    partial = outputs.beside(folder)
     begun = os.path.isdir(f"{partial}/{STATE}")  # noqa: PTH112 - does not raise for a name that is too long
     return f"{_UNFINISHED} in {partial}" if begun else ""
 

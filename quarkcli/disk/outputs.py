@@ -19,6 +19,7 @@ MANIFEST, LOG = f"{OURS}/manifest.json", f"{OURS}/quark.log"
 REPORT, PAGE = f"{OURS}/report.json", f"{OURS}/report.html"
 RECIPE, SOURCE_CARD = f"{OURS}/recipe.yaml", f"{OURS}/source_README.md"
 LIST = "dialects.json"
+PARTIAL = ".partial"  # what the folder of an unfinished run has behind the name of its output
 SCHEMA = "quark/dialects/1"
 STAGING = ".writing-"  # prefix of temporary folders and files; the journal removes what a kill left behind
 LONGEST_NAME, LONGEST_PATH = 255, 3500  # bytes; room is left for the files inside
@@ -46,6 +47,11 @@ def too_long(path: Path, added: str) -> str:
 def nearest(path: Path) -> Path:
     """Returns the folder of a path that need not exist yet: itself, or the nearest around it that is there."""
     return next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+
+
+def beside(output: Path) -> Path:
+    """Returns the folder of an unfinished run of an output. Any place gives a name: see `partial_path`."""
+    return Path(f"{output if output.name not in ('', '..') else output.resolve()}{PARTIAL}")
 
 
 def listing(folders: list[str]) -> dict[str, Any]:

@@ -315,7 +315,7 @@ def partial_path(final: Path) -> Path:
     Raises UsageError for a place that cannot have one: a mount point, a link that leads to itself, a name too long.
     """
     final = resolved(final)
-    if what := outputs.too_long(final, ".partial.state"):
+    if what := outputs.too_long(final, f"{outputs.PARTIAL}.state"):
         raise UsageError(what, where=f"{str(final)[:80]}...", hint="choose another -o", kind="E-OUTPUT-PLACE")
     with disk_errors(final):
         mounted = final.is_mount()
@@ -324,7 +324,7 @@ def partial_path(final: Path) -> Path:
             "is a mount point, and nothing can be renamed to it", where=str(final), hint="give a folder inside it",
             kind="E-OUTPUT-PLACE",
         )  # fmt: skip
-    return final.with_name(f"{final.name}.partial")
+    return outputs.beside(final)
 
 
 def resolved(path: Path) -> Path:

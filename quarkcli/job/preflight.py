@@ -313,6 +313,11 @@ def _check_place(output: Path, source: Path) -> None:
     if final.exists() and not final.is_file() and not final.is_dir():
         what = "is neither a file nor a directory"
         raise UsageError(what, where=str(output), hint="choose another -o", kind="E-OUTPUT-PLACE")
+    with disk_errors(final):
+        around = nearest(final.parent)
+    if not around.is_dir():
+        what = f"cannot be made, because {around} is not a directory"
+        raise UsageError(what, where=str(output), hint="choose another -o", kind="E-OUTPUT-PLACE")
 
 
 def _around() -> list[Path]:

@@ -15,8 +15,7 @@ from quarkcli.reporting import build
 
 def read(directory: Path) -> dict[str, Any]:
     """Returns the report of a directory. Raises AccessError, ModelError; nothing else is looked for."""
-    place = directory if directory.name not in ("", "..") else directory.resolve()
-    beside = Path(f"{place}.partial")
+    beside = outputs.beside(directory)
     hint = f"run 'quark report {beside}' for the unfinished run there" if beside.is_dir() else ""
     if not directory.is_dir():
         raise AccessError("there is no such directory", where=str(directory), hint=hint, kind="E-PATH-NOT-FOUND")

@@ -77,7 +77,7 @@ def test_a_folder_of_the_users_that_is_there_is_used(folder: Path) -> None:
         ("a" * 300, 2, "the name of the output is too long"),
         (f"{'a' * 300}/out", 2, "the name of a directory is too long"),
         ("/".join(["b" * 200] * 18), 2, "the name of the output is too long"),
-        ("file/out", 6, "Not a directory"),
+        ("file/out", 2, "file is not a directory"),
         ("/proc/none/out", 6, " free"),
     ],
 )

@@ -90,3 +90,12 @@ def test_a_pipe_is_no_place_for_a_checkpoint(quark, tmp_path: Path) -> None:
         assert code == 2
         assert "is neither a file nor a directory [E-OUTPUT-PLACE]" in err
     assert [file.name for file in tmp_path.iterdir()] == ["pipe"]
+
+
+def test_a_file_holds_no_checkpoint(quark, tmp_path: Path) -> None:
+    """Nor any other file; it was an error of the system, without a hint, and plan saw nothing."""
+    (tmp_path / "file").touch()
+    said = f"file/in/out: cannot be made, because {tmp_path / 'file'} is not a directory"
+    assert said in quark("plan", "--model", "demo", "--scheme", "mxfp4", "-o", "file/in/out").err
+    code, _, err = quark("recipes", "schema", "-o", "file/schema.json")
+    assert (code, "error: file: is a file, not a directory [E-OUTPUT-FILE]" in err) == (2, True)
