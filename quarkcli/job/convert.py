@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from quarkcli import __version__, dialects, memory
+from quarkcli import __version__, dialects, family, memory
 from quarkcli.dialects.base import CONFIG_FILE, CONFIG_KEY, Decoded, Reader, StoredView, Writer
 from quarkcli.disk import contents, manifest, side_files, verify
 from quarkcli.disk.checkpoint import Checkpoint, LogicalHeader
@@ -85,6 +85,7 @@ def prepare(source: Source, to: str) -> Conversion:
         raise _cannot("is not quantized, so there is nothing to convert", source.name, hint)
     if reader.name == writer.name:
         raise UsageError(f"the checkpoint has the format {writer.name} already", where="--to", kind="E-FLAG-CONFLICT")
+    family.check_fit(checkpoint.family, checkpoint.layout, source.config, checkpoint.headers)
     scaled = next((each.columns for each in checkpoint.view.targets.values() if each.columns is not None), None)
     if scaled is not None:
         raise _cannot(f"inputs are multiplied by it, and format {writer.name} has no place for that", scaled)

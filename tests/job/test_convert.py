@@ -247,6 +247,16 @@ def test_what_is_refused(tmp_path, made, other):
         converted(made, other, made / "out")
 
 
+def test_a_block_that_config_json_does_not_count_is_refused(tmp_path, made, other):
+    """As quantize, eval and verify do: no server would read the block from the new directory either."""
+    model = shutil.copytree(made, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    config["num_hidden_layers"] -= 1
+    (model / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"is one block too many: config\.json has "):
+        converted(model, other, tmp_path / "out")
+
+
 def test_overwriting(tmp_path, made, other):
     shutil.copytree(made, tmp_path / "there")
     converting.convert(Source.open(str(made)), other, tmp_path / "there", overwrite=True)
