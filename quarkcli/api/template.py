@@ -12,13 +12,14 @@ own list, and no exclusion reaches cache and attention.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import asdict, is_dataclass, replace
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from quarkcli import algorithms, family
 from quarkcli.api import run
+from quarkcli.api.given import as_mapping, as_names, as_text, wrong
 from quarkcli.errors import ConfigError, UsageError, near_misses
 from quarkcli.recipe import catalog, steps
 from quarkcli.recipe.attributes import to_spec
@@ -71,20 +72,20 @@ class LLMTemplate:
     ) -> None:
         if f2f_weight_converters:
             hint = "write a family file that splits fused tensors, as 'quark models show qwen3_5_moe' does"
-            raise _wrong("weight converters are not supported", where="f2f_weight_converters", hint=hint)
-        self.model_type = model_type
-        self.kv_layers_name = None if kv_layers_name is None else _names(kv_layers_name, "kv_layers_name")
+            raise wrong("weight converters are not supported", where="f2f_weight_converters", hint=hint)
+        self.model_type = as_text(model_type, "model_type")
+        self.kv_layers_name = None if kv_layers_name is None else as_names(kv_layers_name, "kv_layers_name")
         self.q_layer_name = q_layer_name
         gate_up = _GATE_UP if gate_up_layers_name is None else gate_up_layers_name
-        self.gate_up_layers_name = _names(gate_up, "gate_up_layers_name")
-        self.exclude_layers_name = _names(exclude_layers_name, "exclude_layers_name")
+        self.gate_up_layers_name = as_names(gate_up, "gate_up_layers_name")
+        self.exclude_layers_name = as_names(exclude_layers_name, "exclude_layers_name")
         self.algo_config: dict[str, AlgoConfig | None] = {}
         if legacy:
             self.algo_config |= _legacy(legacy)
             text = f"{', '.join(sorted(legacy))}: deprecated; use algorithm_configs={{'gptq': ...}}"
             warnings.warn(text, DeprecationWarning, stacklevel=2)
-        for name, config in (algorithm_configs or {}).items():
-            self.algo_config[_known_algorithm(name)] = config
+        for name, config in as_mapping(algorithm_configs, "algorithm_configs").items():
+            self.algo_config[_known_algorithm(as_text(name, "the name of an algorithm"))] = config
         self._defaults: list[str] | None = None  # of a family: exclusions that a recipe has without naming them
 
     def __repr__(self) -> str:
@@ -102,6 +103,8 @@ class LLMTemplate:
     @classmethod
     def register_template(cls, template: LLMTemplate) -> None:
         """Adds a template until the process ends. Warns if its name is known already."""
+        if not isinstance(template, LLMTemplate):
+            raise wrong(f"a template is needed, not {template!r:.60}", hint="give LLMTemplate(model_type, ...)")
         if catalog.same(template.model_type) in cls._registered or _card(template.model_type) is not None:
             warnings.warn(f"template '{template.model_type}' exists already and is replaced", stacklevel=2)
         cls._registered[catalog.same(template.model_type)] = template
@@ -112,16 +115,15 @@ class LLMTemplate:
 
         Raises ConfigError for an unknown one.
         """
-        if not isinstance(model_type, str):
-            raise _wrong(f"model_type must be text, not {model_type!r:.60}", hint="give model.config.model_type")
-        found = cls._registered.get(catalog.same(model_type))
+        name = catalog.same(as_text(model_type, "model_type", "give model.config.model_type"))
+        found = cls._registered.get(name)
         if found is not None:
             return found
         card = _card(model_type)
         if card is None:
             close = near_misses(model_type, cls.list_available())
             hint = f"did you mean {', '.join(close)}? " if close else ""
-            raise _wrong(f"there is no template for '{model_type}'", hint=f"{hint}see LLMTemplate.list_available()")
+            raise wrong(f"there is no template for '{model_type}'", hint=f"{hint}see LLMTemplate.list_available()")
         return _of_family(card)
 
     @classmethod
@@ -130,7 +132,8 @@ class LLMTemplate:
 
         config   `weight`, `input_tensors`, `output_tensors`, `bias` with Quark's SPECs, or a scheme in our words
         """
-        given = {LAYER_KEYS.get(key, key): value for key, value in config.items() if value is not None}
+        parts = as_mapping(config, "config").items()
+        given = {LAYER_KEYS.get(key, key): value for key, value in parts if value is not None}
         for kind in [kind for kind in LAYER_KEYS.values() if kind in given]:
             given[kind] = spec_to_yaml(to_spec(given[kind], weight=kind in _STORED))
         run.register_scheme(scheme_name, given)
@@ -178,13 +181,13 @@ class LLMTemplate:
         Raises UsageError for unknown schemes, ConfigError for what the template cannot tell.
         """
         share = self._share(shared_scale_groups)
-        excluded = self.exclude_layers_name if exclude_layers is None else _names(exclude_layers, "exclude_layers")
+        excluded = self.exclude_layers_name if exclude_layers is None else as_names(exclude_layers, "exclude_layers")
         by_family = self._defaults is not None and sorted(excluded) == sorted(self._defaults)
         rows: list[Row] = [{"quantizer_path": "*", "enable": False, "required": False}]
         rows += _scheme_rows(scheme, "*", _LINEAR)
-        for kind, name in _mapping(layer_type_config, "layer_type_config").items():
+        for kind, name in as_mapping(layer_type_config, "layer_type_config").items():
             rows += _scheme_rows(name, "*", class_name(getattr(kind, "__name__", str(kind))))
-        for pattern, name in reversed(_mapping(layer_config, "layer_config").items()):
+        for pattern, name in reversed(as_mapping(layer_config, "layer_config").items()):
             rows += _scheme_rows(name, pattern, None)
         for pattern in () if by_family else excluded:
             made = exclusion_entries(pattern, Origin("exclude_layers"), user=False, required=False)
@@ -193,7 +196,7 @@ class LLMTemplate:
         rows += self._attention_rows(kv_cache_scheme, attention_scheme, min_kv_scale)
         quantize: dict[str, Any] = {"quant_cfg": rows}
         if algorithm:
-            quantize["algorithm"] = self._steps(algorithm, _mapping(algo_configs, "algo_configs"))
+            quantize["algorithm"] = self._steps(algorithm, as_mapping(algo_configs, "algo_configs"))
         return {
             "schema": NATIVE,
             "metadata": {"name": scheme, "description": f"LLMTemplate('{self.model_type}'), scheme {scheme}"},
@@ -205,7 +208,7 @@ class LLMTemplate:
     def _attention_rows(self, cache: str | None, attention: str | None, minimum: float) -> list[Row]:
         """Returns the entries of the cache, then those of attention, whose k and v win, as with the flags."""
         if not is_minimum(minimum):
-            raise _wrong(f"min_kv_scale must be a number from 0 on, not {minimum!r}")
+            raise wrong(f"min_kv_scale must be a number from 0 on, not {minimum!r}")
         first = cache_entries(cache, Origin("kv_cache_scheme")) if cache is not None else []
         last = attention_entries(attention, Origin("attention_scheme")) if attention is not None else []
         wanted = {entry.quantizer_path: entry.cfg for entry in first}
@@ -213,7 +216,7 @@ class LLMTemplate:
             text = f"attention_scheme {attention} decides the KV cache, not kv_cache_scheme {cache}"
             warnings.warn(text, stacklevel=3)
         if minimum and not any(_kind(entry) in _CACHE for entry in (*first, *last)):
-            raise _wrong("min_kv_scale works only with a KV cache", hint="give kv_cache_scheme='fp8'")
+            raise wrong("min_kv_scale works only with a KV cache", hint="give kv_cache_scheme='fp8'")
         return [row for entry in (*first, *last) for row in self._attention_row(_bounded(entry, float(minimum)))]
 
     def _attention_row(self, entry: Entry) -> list[Row]:
@@ -227,19 +230,19 @@ class LLMTemplate:
         else:
             return [_row(entry, required=True)]
         if not patterns:
-            raise _wrong(f"the template does not say which projections make {kind}", where=self.model_type,
+            raise wrong(f"the template does not say which projections make {kind}", where=self.model_type,
                          hint=f"give LLMTemplate(..., {field}=[...])")  # fmt: skip
         slots = dict.fromkeys(_attention_slot(p, kind) for p in patterns if kind == "q" or kind in _caches(p))
         return [_row(replace(entry, quantizer_path=slot), required=True) for slot in slots]
 
     def _steps(self, names: str | Sequence[str], given: Mapping[str, AlgoConfig]) -> list[Row]:
         """Returns `algorithm` of a recipe. Raises ConfigError for an algorithm or a parameter that is unknown here."""
-        known = {_known_algorithm(name): given[name] for name in _names(given, "algo_configs")}
+        known = {_known_algorithm(name): given[name] for name in as_names(given, "algo_configs")}
         rows = []
-        for name in [names] if isinstance(names, str) else _names(names, "algorithm"):
+        for name in [names] if isinstance(names, str) else as_names(names, "algorithm"):
             method = _known_algorithm(name)
             config = known[method] if method in known else self.algo_config.get(method)
-            listed = _listed(method, _mapping(config, f"config of {method}"))
+            listed = _listed(method, as_mapping(config, f"config of {method}"))
             for one, parameters in listed:
                 own = {key: value for key, value in parameters.items() if key != SLOTS}
                 algorithms.create(one, own, "algorithm")
@@ -251,7 +254,7 @@ class LLMTemplate:
         if groups is None:
             return {}
         if not is_groups(groups):
-            raise _wrong(f"a list of lists of names is needed, not {groups!r:.60}", where="shared_scale_groups")
+            raise wrong(f"a list of lists of names is needed, not {groups!r:.60}", where="shared_scale_groups")
         q = [self.q_layer_name] if isinstance(self.q_layer_name, str) else list(self.q_layer_name or ())
         attention = {_leaf(pattern) for pattern in (*q, *(self.kv_layers_name or ()))}
         own = {frozenset(group) for group in (attention, self.gate_up_layers_name) if len(group) > 1}
@@ -299,10 +302,6 @@ def _legacy(given: Mapping[str, AlgoConfig | None]) -> dict[str, AlgoConfig | No
     return {_known_algorithm(key.removesuffix(_LEGACY)): config for key, config in given.items()}
 
 
-def _wrong(what: str, *, where: str = "", hint: str = "") -> ConfigError:
-    return ConfigError(what, where=where, hint=hint, kind="E-PYTHON-VALUE")
-
-
 def _known_algorithm(name: str) -> str:
     """Returns our name of an algorithm of ours or of Quark's. Raises ConfigError for any other."""
     if name.replace("_", "-").lower() in algorithms.names():
@@ -311,24 +310,6 @@ def _known_algorithm(name: str) -> str:
     if read.problems:
         raise ConfigError(read.problems[0][1], kind="E-ATTRIBUTE-UNSUPPORTED")
     return read.steps[0][0]
-
-
-def _mapping(value: Any, where: str) -> dict[Any, Any]:
-    """Returns a mapping, or the fields of one of amd-quark's own objects; none for None. Raises ConfigError."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return asdict(value)
-    if value is not None and not isinstance(value, Mapping):
-        raise _wrong(f"a mapping is needed, not {value!r:.60}", where=where)
-    return dict(value or {})
-
-
-def _names(value: Any, where: str) -> list[str]:
-    """Returns a list of names or patterns. Raises ConfigError for anything else, a single text too."""
-    names: list[Any] = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [None]
-    if not all(isinstance(name, str) for name in names):
-        hint = f"write [{value!r}]" if isinstance(value, str) else ""
-        raise _wrong(f"a list of names is needed, not {value!r:.60}", where=where, hint=hint)
-    return names
 
 
 def _listed(method: str, config: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:

@@ -478,6 +478,22 @@ def test_schemes_in_quarks_words():
         LLMTemplate.register_scheme("wrong", config={"weight": weight | {"dtype": "int9"}})
 
 
+@pytest.mark.parametrize("odd", [3, "x", [], ["a"], object()], ids=repr)
+def test_what_is_registered_must_be_of_its_type(odd: Any) -> None:
+    """Each was an AttributeError from inside."""
+    with pytest.raises(ConfigError, match="a template is needed, not "):
+        LLMTemplate.register_template(odd)
+    with pytest.raises(ConfigError, match="config: a mapping is needed, not "):
+        LLMTemplate.register_scheme("odd", odd)
+    with pytest.raises(ConfigError, match="algorithm_configs: a mapping is needed, not "):
+        LLMTemplate("mine", algorithm_configs=odd)
+    with pytest.raises(ConfigError, match="the name of an algorithm must be text, not 3"):
+        LLMTemplate("mine", algorithm_configs={3: {}})
+    with pytest.raises(ConfigError, match="model_type must be text, not None"):
+        LLMTemplate(None)
+    assert "odd" not in LLMTemplate.get_supported_schemes()
+
+
 def test_quarks_schemes_are_all_there():
     """The 28 names of Quark 0.13."""
     names = (
