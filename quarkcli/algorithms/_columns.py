@@ -43,15 +43,15 @@ DAMP_FP4 = 0.05  # where nothing can be held out, and 4-bit floats meet quantize
 class ColumnSolver(Solver):
     """Rounds column by column.
 
-    damp          ridge as a share of the mean diagonal, or auto: chosen on held-out tokens
-    act_order     true: columns of the largest activations first; group: sorted inside groups; false: as they stand
-    scale_search  scales of groups are searched by the output they lose, before the loop
-    refine        sweeps of scale refit and coordinate descent after the loop; auto: 2 for 4 bits and less; or off
-    holdout       8: one calibration row in eight is held out; 0: none, and nothing is chosen
-    signed        scales of symmetric integers may be negative: on, off, or auto
-    balance       a token that occurs n times in calibration counts n^-balance in the second moments, from 0 to 1; 0:
-                  all count alike
-    true_sequential   the block runs again for every activation in it, see `Solver.staged`
+    damp             ridge as a share of the mean diagonal, or auto: chosen on held-out tokens
+    act_order        true: columns of the largest activations first; group: sorted inside groups; false: as they stand
+    scale_search     scales of groups are searched by the output they lose, before the loop
+    refine           sweeps of scale refit and coordinate descent after the loop; auto: 2 for 4 bits and less; or off
+    holdout          8: one calibration row in eight is held out; 0: none, and nothing is chosen
+    signed           scales of symmetric integers may be negative: on, off, or auto
+    balance          a token that occurs n times in calibration counts n^-balance in the second moments, from 0 to 1; 0:
+                     all count alike
+    true_sequential  the block runs again for every activation in it, see `Solver.staged`
     """
 
     parameters: ClassVar[Mapping[str, Any]] = {

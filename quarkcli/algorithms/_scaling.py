@@ -32,11 +32,11 @@ Rows = list[str | dict[str, Any]] | None
 class ChannelScaling(Transform):
     """A transform that chooses a factor for every channel of a pair.
 
-    kinds     statistics that it needs of what the readers read
-    roles     roles of the linears that it works on beside norms when a recipe names no sources; None: all
+    kinds        statistics that it needs of what the readers read
+    roles        roles of the linears that it works on beside norms when a recipe names no sources; None: all
     norms_first  first what norms write, as long as the errors of all rows count alike; else first what linears write,
                  so that the largest weights of columns are final
-    rows      `scaling_layers` of a recipe: names of sources, or AMD Quark's rows with `prev_op`
+    rows         `scaling_layers` of a recipe: names of sources, or AMD Quark's rows with `prev_op`
     """
 
     kinds: ClassVar[frozenset[str]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -32,6 +33,8 @@ def test_one_is_shown_with_its_parameters(name, quark):
     answer = json.loads(quark("algorithms", "show", name, "--json").out)
     assert answer["schema"] == "quark/algorithm/1"
     assert (answer["algorithm"]["name"], answer["algorithm"]["parameters"]) == (name, dict(made.parameters))
+    for table in answer["algorithm"]["about_parameters"].split("\n\n"):
+        assert len({len(start) for start in re.findall(r"^\w+ {2,}", table, re.MULTILINE)}) <= 1, table
 
 
 def test_an_unknown_one(quark):
