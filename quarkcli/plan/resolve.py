@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from quarkcli.family import PROTECTED, AttentionModule, Layout, Weight
 from quarkcli.memory import without_collection
-from quarkcli.plan import checks, effects, flags, share, weights
+from quarkcli.plan import blocks, checks, effects, flags, share, weights
 from quarkcli.plan.cache import minimum_entries
 from quarkcli.plan.compose import Composed, Overrides, compose
 from quarkcli.plan.model import ATTENTION_KINDS, TARGET_KINDS, Attention, Decision, Plan, Target
@@ -50,6 +50,7 @@ def resolve(
     checks.warn(plan)
     share.check(plan)
     if guards:
+        blocks.warn(plan)
         effects.check_effect(plan, resolver.outcomes(), composed.meant, edited=bool(overrides.entries))
         flags.warn(plan, composed, resolver.order, resolver.alike, resolver.attended, recipe, overrides, layout)
     checks.check_stored(plan, layout.transposed)
