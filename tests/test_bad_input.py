@@ -537,7 +537,7 @@ def test_side_files_that_do_not_fit(refused, monkeypatch):
 @pytest.mark.usefixtures("headers_only")
 def test_an_output_that_cannot_be_written(refused, monkeypatch):
     Path("file").touch()
-    assert "Not a directory" in refused(6, "--model", "demo", *DATA_FREE, "-o", "file/out")
+    assert "file is not a directory" in refused(2, "--model", "demo", *DATA_FREE, "-o", "file/out")
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere
     text = refused(6, "--model", "demo", *DATA_FREE)
     assert "cannot be written to" in text

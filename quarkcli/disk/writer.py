@@ -261,20 +261,22 @@ def disk_errors(path: Path, need: int = 0) -> Iterator[None]:
 
 def _disk_error(error: OSError, path: Path, need: int) -> ResourceError:
     where = str(path)
+    needed = f": {need:,} bytes needed" if need else ""
     if error.errno == errno.ENOSPC:
-        what = f"the disk is full: {need:,} bytes needed{_free(path)}"
+        what = f"the disk is full{needed}{_free(path) if need else ''}"
         return ResourceError(
             what, where=where, hint="free some space, then run the same command again to continue", kind="E-DISK-FULL"
         )
     if error.errno == errno.EDQUOT:
-        what = f"disk quota exceeded: {need:,} bytes needed{_free(path, ' on the disk as a whole')}"
+        what = f"disk quota exceeded{needed}{_free(path, ' on the disk as a whole') if need else ''}"
         return ResourceError(
             what, where=where, hint="free some space, then run the same command again to continue", kind="E-DISK-FULL"
         )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         what = f"cannot be written: {error.strerror}"
         return ResourceError(what, where=where, hint="choose another directory with -o", kind="E-DISK-WRITE")
-    return ResourceError(f"writing failed: {error.strerror or error}", where=where, kind="E-DISK-WRITE")
+    hint = "use a higher limit of file sizes (ulimit -f), then run it again" if error.errno == errno.EFBIG else ""
+    return ResourceError(f"writing failed: {error.strerror or error}", where=where, hint=hint, kind="E-DISK-WRITE")
 
 
 def _free(path: Path, of: str = "") -> str:

@@ -277,7 +277,8 @@ def misplaced(output: Path, source: Path) -> list[str]:
     """Returns a line for a place where `quark quantize` would not write."""
     try:
         _check_place(output, source)
-    except UsageError as error:
+        _check_writable(output)
+    except (UsageError, ResourceError) as error:
         return [f"{error}, so 'quark quantize' would stop (exit {int(error.code)}); {error.hint}"]
     return []
 
@@ -292,6 +293,11 @@ def check_output(output: Path, overwrite: bool, source: Path) -> None:
             f"exists: {what}", where=str(output), hint="use --overwrite to replace it, or choose another -o",
             kind="E-OUTPUT-EXISTS",
         )  # fmt: skip
+    _check_writable(output)
+
+
+def _check_writable(output: Path) -> None:
+    """Raises ResourceError for a place in which the user may not write."""
     parent = partial_path(output).parent
     with disk_errors(parent):
         existing = nearest(parent)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import fields
 from shutil import copytree
 
@@ -265,3 +266,7 @@ def test_plan_says_of_the_output_what_quantize_says(quark, tmp_path, monkeypatch
     assert {path.name for path in tmp_path.iterdir()} == {"model"}
     outside = ("-o", "../out")
     assert "would stop" not in quark("plan", *flags, *outside).err
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere
+    planned = quark("plan", *flags, *outside)
+    assert planned.code == 0
+    assert f"{tmp_path}: cannot be written to, so 'quark quantize' would stop (exit 6); choose another" in planned.err

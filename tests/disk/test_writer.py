@@ -238,11 +238,19 @@ def test_a_file_that_may_not_grow(tmp_path: Path) -> None:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
     try:
-        with pytest.raises(ResourceError, match=r"model-x\.safetensors: writing failed: File too large"):
+        with pytest.raises(ResourceError, match=r"model-x\.safetensors: writing failed: File too large") as caught:
             write_part(tmp_path, "x", {"x": torch.zeros(100_000)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "ulimit -f" in caught.value.hint
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_needed_is_said_where_it_is_known(tmp_path: Path) -> None:
+    """A folder that could not be made asked for '0 bytes'."""
+    with pytest.raises(ResourceError) as caught, disk_errors(tmp_path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert str(caught.value) == f"{tmp_path}: the disk is full"
 
 
 @pytest.mark.parametrize(
