@@ -136,7 +136,7 @@ def lay_out(
         hidden_transpositions(family, config, headers), stored_transposed(builder.blocks_weights(), headers, config),
         Rewrites(
             family.suited(config), hidden_size(config), headers, head_size(config), kv_heads(config),
-            family.unserved(config),
+            family.unserved(config), family.unserved_by(config),
         ),
         str(next(iter(config.get("architectures") or ()), "")), tuple(builder.matrices),
     )  # fmt: skip

@@ -86,6 +86,7 @@ class Rewrites:
     head_dim features of a head of attention; None: the config does not say
     kv_heads heads of keys and values; None: the config does not say, or they are as many as those of queries
     unserved what config.json has that the classes of servers do not know
+    unserved_by  the same of single servers
     """
 
     family: FamilyModel | None = field(default=None, repr=False)
@@ -94,6 +95,7 @@ class Rewrites:
     head_dim: int | None = None
     kv_heads: int | None = None
     unserved: str = ""
+    unserved_by: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def norm_offset(self) -> float:

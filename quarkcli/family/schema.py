@@ -175,6 +175,7 @@ class FamilyModel(Strict):
     parts_in_vllm last step of a linear -> the parts that vLLM knows it by, although the files have it whole
     unread        server -> patterns on full names of tensors for which its class has no place, so that it stops
     served        values of keys of config.json that the classes of servers know; with others transformers alone has one
+    served_by     the same of one server: server -> values of keys beside the text model's that its class takes
     own_linears   transformers has a class of its own for their linears, which reads the weight itself
     head_whole    vLLM gives the head no scheme
     own_code      published models bring their own code, and transformers has no class for their type
@@ -214,6 +215,7 @@ class FamilyModel(Strict):
     parts_in_vllm: dict[str, list[str]] = Field(default_factory=dict)
     unread: dict[str, list[str]] = Field(default_factory=dict)
     served: Only = Field(default_factory=dict)
+    served_by: dict[str, Only] = Field(default_factory=dict)
     own_linears: bool = False
     head_whole: bool = False
     own_code: bool = False
@@ -252,8 +254,12 @@ class FamilyModel(Strict):
     def unserved(self, config: Mapping[str, object]) -> str:
         """Returns the key and value of config.json that the classes of servers do not know; empty: there is none."""
         text = text_config(config)
-        unmet = _unmet(self.served, text)
-        return f"{unmet}: {text.get(unmet)}" if unmet is not None else ""
+        return _said(_unmet(self.served, text), text)
+
+    def unserved_by(self, config: Mapping[str, object]) -> dict[str, str]:
+        """Returns the key and value of config.json at which the class of a server stops, by server."""
+        said = {server: _said(_unmet(only, config), config) for server, only in self.served_by.items()}
+        return {server: what for server, what in said.items() if what}
 
     def ends_in_norm(self, config: Mapping[str, object]) -> bool:
         """True where a model with this config has a norm behind its blocks, if its family's models have one."""
@@ -295,6 +301,13 @@ def _replaced(name: str, rules: Mapping[str, str]) -> str:
 def _unmet(only: Only, text: Mapping[str, object]) -> str | None:
     """Returns the first key of config.json with another value than these; None where all have one of them."""
     return next((key for key, values in only.items() if not _is_among(text.get(key), values)), None)
+
+
+def _said(key: str | None, config: Mapping[str, object]) -> str:
+    """Returns a key with its value; empty for no key."""
+    if key is None:
+        return ""
+    return f"{key}: {config[key]}" if config.get(key) is not None else f"no {key}"
 
 
 def _is_among(value: object, values: list[str | bool | int | float | None]) -> bool:

@@ -78,7 +78,7 @@ class Server:
 
     def _unserved(self, plan: Plan) -> list[str]:
         """Returns the reason it has no class for the model, or one that does not take these files of the family."""
-        name, what = plan.architecture, plan.rewrites.unserved
+        name, what = plan.architecture, plan.rewrites.unserved or plan.rewrites.unserved_by.get(self.name, "")
         if name in self.without or (name and self.models is not None and name not in self.models):
             return [f"it has no class for {name}"]
         if what:

@@ -169,8 +169,23 @@ def test_the_tower_of_internvl_has_its_own_names() -> None:
     assert CT.loaders(made) == BOTH
 
 
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [("default", "vision_feature_select_strategy: default"), (None, "no vision_feature_select_strategy"), ("full", "")],
+)
+def test_values_at_which_the_class_of_one_server_stops(value: str | None, said: str) -> None:
+    """SGLang's class of LLaVA raises ValueError while it loads weights; transformers' default is 'default'."""
+    config = {"vision_feature_select_strategy": value} if value else {}
+    rewrites = Rewrites(family("llava"), unserved_by=family("llava").unserved_by(config))
+    made = replace(plan(llama(), linears(PAIRS["ptpc"])), rewrites=rewrites)
+    found = {server.name: server.refusals(servers.planned(made, CT)) for server in servers.servers()}
+    assert found["sglang"] == ([f"its class does not know models with {said}"] if said else [])
+    assert not found["vllm"] and not found["transformers"]
+
+
 def test_family_files_name_servers_that_there_are() -> None:
-    assert {server for name in catalog.names("models") for server in family(name).unread} <= set(servers.names())
+    models = [family(name) for name in catalog.names("models")]
+    assert {server for model in models for server in (*model.unread, *model.served_by)} <= set(servers.names())
 
 
 def test_patterns_that_vllm_does_not_match_because_it_has_the_tower_beside_model() -> None:
