@@ -17,12 +17,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from quarkcli.errors import AccessError, DataError, first_line
 
 if TYPE_CHECKING:
-    from pyarrow import RecordBatch
+    from pyarrow import DataType, RecordBatch
 
 EXAMPLE = (
     '{"text": "..."} or {"messages": [{"role": "user", "content": "..."}]} or {"prompt": "...", "response": "..."}'
@@ -307,7 +307,7 @@ def _parquet(path: Path, column: str | None, together: int) -> Iterator[Row]:
             count = 0
             for batch in file.iter_batches(max(1, _BATCH // together)):
                 size = batch.nbytes // max(1, batch.num_rows)
-                for row in _dateless(batch, column).to_pylist():
+                for row in _read(_dateless(batch, column)):
                     count += 1
                     yield Row(row, f"row {count}", size)
     except (pyarrow.ArrowException, ValueError, OverflowError, OSError) as error:
@@ -316,6 +316,33 @@ def _parquet(path: Path, column: str | None, together: int) -> Iterator[Row]:
         raise DataError(
             f"cannot be read as parquet: {first_line(error)}", where=str(path), kind="E-DATA-FILE"
         ) from error
+
+
+def _read(batch: RecordBatch) -> list[dict[str, Any]]:
+    """Returns rows as Python values; dates inside lists and structs are text where Python does not know them all."""
+    from pyarrow import types
+
+    try:
+        return cast("list[dict[str, Any]]", batch.to_pylist())
+    except (ValueError, OverflowError):
+        for index, field in enumerate(batch.schema):
+            if not types.is_nested(field.type):
+                continue
+            batch = batch.set_column(index, field.name, batch.column(index).cast(_dates_as_text(field.type)))
+        return cast("list[dict[str, Any]]", batch.to_pylist())
+
+
+def _dates_as_text(kind: DataType) -> DataType:
+    """Returns a type with text for the dates inside its lists and structs; any other as it is."""
+    import pyarrow
+
+    types = pyarrow.types
+    if types.is_list(kind) or types.is_large_list(kind):
+        inner = _dates_as_text(kind.value_type)
+        return pyarrow.list_(inner) if types.is_list(kind) else pyarrow.large_list(inner)
+    if types.is_struct(kind):
+        return pyarrow.struct([field.with_type(_dates_as_text(field.type)) for field in kind])
+    return pyarrow.string() if types.is_date(kind) or types.is_timestamp(kind) else kind
 
 
 def _dateless(batch: RecordBatch, column: str | None) -> RecordBatch:

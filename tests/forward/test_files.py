@@ -184,6 +184,17 @@ def test_dates_that_python_does_not_know(kind: pyarrow.DataType, tokens: Tokeniz
         load(path, tokens, column="body")
 
 
+def test_dates_inside_lists_that_python_does_not_know(tokens: Tokenizer, tmp_path: Path) -> None:
+    """The column is not read, or only its texts are; the file was refused whole."""
+    made = pyarrow.struct([("role", pyarrow.string()), ("content", pyarrow.string()), ("at", pyarrow.timestamp("s"))])
+    message = {"role": "user", "content": WORDS, "at": 300_000_000_000}
+    dates = pyarrow.array([[300_000_000_000_000]] * 6, pyarrow.large_list(pyarrow.timestamp("ms")))
+    kinds = {"dates": dates, "said": pyarrow.array([[message]] * 6, pyarrow.list_(made))}
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": [WORDS] * 6, **kinds}), path)
+    assert load(path, tokens).digest == load(put(tmp_path / "plain.jsonl", LINES), tokens).digest
+
+
 def test_a_folder_of_all_kinds(tokens: Tokenizer, tmp_path: Path) -> None:
     put(tmp_path / "README.md", "about this data " * 99)  # about the data, as hubs have it
     put(tmp_path / "a.jsonl", json.dumps({"text": WORDS}) + "\n")
