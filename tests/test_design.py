@@ -59,7 +59,7 @@ INSIDE = {
     " made_from place state journal unfinished nonfinite contents checkpoint origin rewritten nearest compare values"
     " scales completeness excluded ties parallel exchanged fidelity same_config verify push",
     "job": "ranks forecast device rates options groups judging authored rows asked reach preflight splitting"
-    " directories idle carried served packing problems rewriting solving pieces stages tuning prepass costs"
+    " directories idle carried served packing problems rewriting solving damage pieces stages tuning prepass costs"
     " predict result part staging pipeline finish dividing walking fingerprint download convert run choosing"
     " bulk probe preview inspecting",
 }
@@ -92,6 +92,7 @@ WITH_TORCH = {
     "quarkcli.job.rewriting", "quarkcli.job.solving", "quarkcli.job.stages", "quarkcli.job.tuning",
     "quarkcli.job.staging",
     "quarkcli.job.served", "quarkcli.job.probe", "quarkcli.job.packing", "quarkcli.job.pieces", "quarkcli.job.part",
+    "quarkcli.job.damage",
     "quarkcli.job.pipeline",
     "quarkcli.evaluation.run", "quarkcli.evaluation.score", "quarkcli.evaluation.windows", "quarkcli.evaluation.after",
     "quarkcli.search.losses", "quarkcli.search.quantizing", "quarkcli.search.states",

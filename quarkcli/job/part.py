@@ -18,7 +18,6 @@ from quarkcli import memory
 from quarkcli.algorithms.base import Assignment, Transform, Tuner
 from quarkcli.dialects.base import Writer
 from quarkcli.disk.contents import Copied, copied, part_targets
-from quarkcli.disk.nonfinite import HINT, NonFinite
 from quarkcli.disk.weights import WeightSource
 from quarkcli.errors import DataError, some
 from quarkcli.events import Listener, Message, Working
@@ -29,6 +28,7 @@ from quarkcli.forward.joining import join
 from quarkcli.forward.outliers import Outliers, told
 from quarkcli.forward.statistics import Statistics
 from quarkcli.forward.walk import Walk
+from quarkcli.job import damage
 from quarkcli.job.options import SKIP, Calibration, OnNonfinite
 from quarkcli.job.packing import Packing
 from quarkcli.job.pieces import Leaving, Said, finished, in_turn, output_error
@@ -40,7 +40,6 @@ from quarkcli.job.served import handlers, put_decoded
 from quarkcli.job.solving import Solved, Solving, Work, named
 from quarkcli.job.stages import Decoded, stages
 from quarkcli.job.tuning import TunedBlock, tuned
-from quarkcli.numerics.finite import is_finite
 from quarkcli.numerics.quantize import Quantized, dequantize, quantize, static_scale
 from quarkcli.plan.model import Part, Plan, QuantizedTarget
 from quarkcli.spec import TensorSpec
@@ -122,7 +121,9 @@ class PartWorker:
         self.tuning: dict[str, dict[str, float]] = {}
         self.solving.begin()
         self.guard = Guard(self.on_nonfinite == SKIP, self._warn)
-        nonfinite = self._nonfinite(part, tensors)
+        nonfinite = damage.kept(self._copied(part), tensors, self.roles, self.on_nonfinite == "keep", self.workers)
+        if self.is_shared(part):
+            damage.refuse_weights(self.plan, part, tensors)
         rewriting = Rewriting(self.plan, part, tensors, self.transforms, self.states, self.weights)
         rewriting.before()
         statistics, before = self._observe(part, tensors)
@@ -358,21 +359,6 @@ class PartWorker:
             if bias is not None and target.bias is not None and target.bias_spec is not None:
                 decoded = dequantize(bias, target.bias_spec).reshape(-1)
                 found[target.bias] = decoded.to(tensors[target.bias].dtype)
-        return found
-
-    def _nonfinite(self, part: Part, tensors: Mapping[str, Tensor]) -> NonFinite:
-        """Returns the NaN and infinities in kept tensors.
-
-        Raises DataError for a parameter unless it is to be kept.
-        """
-        found = NonFinite(self.roles)
-        rows = list(self._copied(part))
-        for row, fine in zip(rows, self.workers.map(lambda row: is_finite(row.of(tensors)), rows), strict=True):
-            if not fine:
-                found.look(row.info.name, row.of(tensors))
-        first = found.first()
-        if first is not None and self.on_nonfinite != "keep":
-            raise DataError(first[1], where=first[0], hint=HINT, kind="E-NONFINITE-WEIGHT")
         return found
 
     # -- on to the next part -------------------------------------------------------------------------------------

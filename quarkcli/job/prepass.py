@@ -52,6 +52,7 @@ def _observed(
     from quarkcli.forward.lanes import default_batch, lanes
     from quarkcli.forward.statistics import Statistics
     from quarkcli.forward.walk import Walk
+    from quarkcli.job import damage
 
     assert data is not None and runner is not None
     plan, weights = prepared.plan, prepared.weights
@@ -67,7 +68,9 @@ def _observed(
     for part in plan.parts:
         if part.block is None:
             continue
-        runner.load_block(part.block, weights.read_many(part.tensors))
+        tensors = weights.read_many(part.tensors)
+        damage.refuse_weights(plan, part, tensors)
+        runner.load_block(part.block, tensors)
 
         def new(index: int = part.index) -> Statistics:
             return Statistics(plan, index, prepared.prepass, runner, guard=guard, group=group)

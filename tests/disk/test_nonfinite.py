@@ -80,6 +80,16 @@ def test_a_kept_parameter_is_refused_everywhere(
         assert (found, name in said) == (8, True)
 
 
+@pytest.mark.parametrize("algorithm", [None, "permutation"])  # which runs the model before the first part
+def test_a_weight_is_named_before_what_it_spoils(algorithm: str | None, tmp_path: Path) -> None:
+    name = "model.layers.0.self_attn.q_proj.weight"
+    source = broken("llama", name, NAN, tmp_path / "source")
+    data = runs.data(runs.text_file(tmp_path / "text.txt"), samples=2, seqlen=16)
+    with pytest.raises(DataError, match="value nan at") as caught:
+        runs.run(source, tmp_path / "out", scheme="nvfp4", algorithm=algorithm, **data)
+    assert (caught.value.where, caught.value.kind) == (name, "E-NONFINITE-WEIGHT")
+
+
 def test_a_finished_part_of_a_run_that_kept_is_not_published_by_one_that_stops(
     tmp_path: Path,
 ) -> None:
