@@ -133,7 +133,12 @@ def _outcome(arguments: list[str], signals: list[Signals]) -> int:
     except (KeyboardInterrupt, typer.Abort):
         return _fail(_stopped(ExitCode.INTERRUPTED))
     except Exception as error:
-        return _fail(_stopped(CODES[signals[0]])) if signals else _failed(error)
+        if signals:
+            return _fail(_stopped(CODES[signals[0]]))
+        try:
+            return _failed(error)
+        except (Terminated, KeyboardInterrupt):  # it comes once; torchrun sends it when another process was faster
+            return _failed(error)
     if code == ExitCode.INTERRUPTED:  # Typer turns Ctrl-C into this value
         return _fail(_stopped(ExitCode.INTERRUPTED))
     return int(code or 0)

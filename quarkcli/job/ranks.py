@@ -24,6 +24,7 @@ BEAT = 2.0  # seconds between two signs of life
 SILENCE = 20.0  # seconds without one, after which a rank counts as dead
 ARRIVAL = 300  # seconds in which all ranks must have begun
 _HINT = "run the same command again to continue; finished work is kept"
+_AGENT = "TORCHELASTIC_RUN_ID"  # what torchrun sets, which watches over the processes
 VERDICT = 3.0  # seconds in which the first rank may say the same error itself
 
 
@@ -174,8 +175,22 @@ def muted(code: int) -> int | None:
         return ended.code if rank or ended.said else None
     if ended.silent:
         return code
-    signalled = code in (ExitCode.TERMINATED, ExitCode.INTERRUPTED)
-    return code if rank and (not ended.begun or signalled) else None
+    if rank and code in (ExitCode.TERMINATED, ExitCode.INTERRUPTED):
+        return code
+    return code if rank and not ended.begun and _first_says_it() else None
+
+
+def _first_says_it() -> bool:
+    """False when the first rank lives on under torchrun, so that the error is this one's alone.
+
+    torchrun ends all processes when one has ended: whoever went at once would take the first rank's word from it. Of
+    the ranks of a machine without the first, one speaks before the others.
+    """
+    if _AGENT not in os.environ or ended.waited:
+        return True
+    ended.waited = True
+    time.sleep(VERDICT if os.environ.get("LOCAL_RANK") == "0" else 2 * VERDICT)
+    return False
 
 
 def _code(error: BaseException) -> int:
@@ -310,10 +325,11 @@ class Ended:
     said     that rank says why itself
     silent   the first rank says the same error
     begun    the ranks have found each other
+    waited   this one has waited for the first rank to speak
     """
 
     def __init__(self) -> None:
-        self.why, self.code, self.said, self.silent, self.begun = "", 1, True, False, False
+        self.why, self.code, self.said, self.silent, self.begun, self.waited = "", 1, True, False, False, False
 
 
 ended = Ended()

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from quarkcli.cli import signals
+from quarkcli.cli import main, signals
 from quarkcli.errors import ExitCode
+from quarkcli.job import ranks
 
 # What keeps the main thread when the signal comes; each says "ready" first.
 BUSY = {
@@ -93,3 +94,47 @@ def test_handlers_come_back() -> None:
     time.sleep(0.2)  # the threads that listened close their end
     assert not files or len(list(Path("/proc/self/fd").iterdir())) == files
     assert signals.CODES[signal.SIGTERM] == ExitCode.TERMINATED
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """The second of two processes of torchrun, which have not found each other."""
+    shared = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "none"}
+    for name, value in shared.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(ranks, "ended", ranks.Ended())
+    return monkeypatch
+
+
+def _end(seconds: float) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_the_first_process_has_the_time_to_speak(
+    launched: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """torchrun ends it when another has ended: the other one waits, and torchrun ends it in its turn."""
+    waited: list[float] = []
+    launched.setattr(time, "sleep", lambda seconds: (waited.append(seconds), _end(seconds)))
+    assert main.main(["quantize", "--no-such-flag"]) == ExitCode.USAGE
+    assert capsys.readouterr().err == "" and waited == [2 * ranks.VERDICT]
+
+
+def test_what_one_process_alone_finds_wrong_is_said(
+    launched: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    waited: list[float] = []
+    launched.setattr(time, "sleep", waited.append)
+    launched.setenv("QUARK_LOG_FORMAT", "bogus")
+    assert main.main(["quantize"]) == ExitCode.USAGE
+    assert "unknown format 'bogus'" in capsys.readouterr().err and waited == [2 * ranks.VERDICT]
+
+
+def test_a_signal_while_an_error_is_told_does_not_hide_it(
+    launched: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    launched.setenv("RANK", "0")
+    told = ranks.muted
+    launched.setattr(ranks, "muted", lambda code: (_end(0), told(code))[1])
+    assert main.main(["quantize", "--no-such-flag"]) == ExitCode.USAGE
+    assert "no such option" in capsys.readouterr().err
