@@ -13,6 +13,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from quarkcli.api.apart import apart
 from quarkcli.api.checked import checked
 from quarkcli.api.results import Report
 from quarkcli.disk import compare as comparing
@@ -53,7 +54,9 @@ def compare(
     Raises CheckError if a tensor is below `min_sqnr`; its `result` has the comparison. Raises QuarkError if a directory
     holds no checkpoint, or one that quark cannot read.
     """
-    return comparing.check(compared(a, b, offline=offline, allow_pickle=allow_pickle, listener=listener), min_sqnr)
+    with apart():
+        found = compared(a, b, offline=offline, allow_pickle=allow_pickle, listener=listener)
+    return comparing.check(found, min_sqnr)
 
 
 def compared(
@@ -102,7 +105,8 @@ def convert(
         listener(Message(f"--overwrite is not used: there is nothing in {output}", "warning"))
     source = Source.open(str(directory), allow_pickle=allow_pickle, local=True)
     _tell_unused_pickle([source], allow_pickle, listener)
-    found = converting.convert(source, to, Path(output), overwrite=overwrite, tell=listener, threads=threads)
+    with apart():
+        found = converting.convert(source, to, Path(output), overwrite=overwrite, tell=listener, threads=threads)
     return {"schema": CONVERTED, **found}
 
 
@@ -162,7 +166,8 @@ def verify(
     said = None if source is None else str(source)
     about = {"schema": VERIFIED, "ok": True, "directory": str(directory), "source": said}
     try:
-        found = checks.check(str(directory), asked, listener)
+        with apart():
+            found = checks.check(str(directory), asked, listener)
     except CheckError as error:
         error.result = {**about, "ok": False, **(error.result or {})}
         raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 from os import PathLike
 from typing import Any, Literal
 
+from quarkcli.api.apart import apart
 from quarkcli.api.checked import checked
 from quarkcli.disk.embedded import located
 from quarkcli.disk.nonfinite import OnNonfinite
@@ -50,10 +51,11 @@ def evaluate(
     from quarkcli.evaluation import gates, run
 
     gates.check_asked(baseline, max_kl, max_ppl_increase)
-    result = run.evaluate(
-        located(str(directory)), baseline=None if baseline is None else located(str(baseline)),
-        text=None if text is None else str(text), window=window, max_tokens=tokens, bos=bos, weights_only=weights_only,
-        dtype=dtype, device=device, threads=threads, trust_remote_code=trust_remote_code, on_nonfinite=on_nonfinite,
-        offline=offline, allow_pickle=allow_pickle, tell=listener,
-    )  # fmt: skip
+    with apart():
+        result = run.evaluate(
+            located(str(directory)), baseline=None if baseline is None else located(str(baseline)),
+            text=None if text is None else str(text), window=window, max_tokens=tokens, bos=bos,
+            weights_only=weights_only, dtype=dtype, device=device, threads=threads, trust_remote_code=trust_remote_code,
+            on_nonfinite=on_nonfinite, offline=offline, allow_pickle=allow_pickle, tell=listener,
+        )  # fmt: skip
     return gates.judged(result, max_kl, max_ppl_increase)

@@ -20,6 +20,7 @@ from pathlib import Path
 from reprlib import repr as shortened
 from typing import Any, Unpack
 
+from quarkcli.api.apart import apart
 from quarkcli.api.checked import checked
 from quarkcli.api.options import RunOptions, with_options
 from quarkcli.api.results import Report
@@ -76,7 +77,8 @@ def quantize(
         asked = _of_plan(model, output, dict(options))
     else:
         asked = _options(model, scheme, recipe, config, output, dict(options))
-    report = Report(job.run(asked, listener, judge=judge))
+    with apart():
+        report = Report(job.run(asked, listener, judge=judge))
     listener(Phase("done"))
     return report
 
