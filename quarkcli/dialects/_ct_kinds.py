@@ -242,7 +242,20 @@ def transformers_faults(config: Mapping[str, Any], plan: Plan | None) -> list[st
         found += [
             f"it has {text} under another name, which the config does not say" for text in unfound(texts or (), family)
         ]
-    return found
+    return found + (_mistaken(config, plan) if plan is not None else [])
+
+
+def _mistaken(config: Mapping[str, Any], plan: Plan) -> list[str]:
+    """Returns modules that patterns leave out, or do not, by the name of the files alone, where it has another name."""
+    family = plan.rewrites.family
+    own = {name: family.in_memory(name) for name in plan.targets} if family is not None else {}
+    own = {name: memory for name, memory in own.items() if memory != name and plan.targets[name].expert is None}
+    ignore = config.get("ignore") or []
+    names = WrittenNames(ignore, [*own, *own.values()]) if own else None
+    if names is None:
+        return []
+    other = [name for name, memory in own.items() if names.named(name, ignore) != names.named(memory, ignore)]
+    return [f"patterns in ignore match one of its two names for a module: {some(other)}"] if other else []
 
 
 def transformers_loads_experts(targets: list[QuantizedTarget]) -> bool:

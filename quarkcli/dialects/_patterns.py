@@ -74,8 +74,12 @@ def unfound(texts: Iterable[str], family: FamilyModel | None) -> list[str]:
 
 def _own_name(text: str, family: FamilyModel | None) -> str | None:
     """Returns the name of a module in transformers' memory where it is another one; None for patterns."""
-    own = text if family is None or text.startswith(_MARK) else family.in_memory(text)
+    own = text if text.startswith(_MARK) else _in_memory(text, family)
     return own if own != text else None
+
+
+def _in_memory(module: str, family: FamilyModel | None) -> str:
+    return module if family is None else family.in_memory(module)
 
 
 def _is_said(name: str, texts: list[str]) -> bool:
@@ -101,25 +105,39 @@ def linear_patterns(names: Iterable[str], universe: Iterable[str]) -> list[str]:
     return found
 
 
-def ignored(targets: Iterable[Target], universe: Iterable[str], quantized: Iterable[str]) -> list[str]:
+def ignored(
+    targets: Iterable[Target], universe: Iterable[str], quantized: Iterable[str], family: FamilyModel | None = None
+) -> list[str]:
     """Returns names and patterns of unquantized `targets`, none of them matching a `quantized` name.
 
     A tree beside the decoder (a vision tower, a projector) without a quantized module becomes one pattern that allows
     another prefix: transformers keeps such trees under other names in memory than the files have, and vLLM and SGLang
-    have none of them below `model`.
+    have none of them below `model`. Where transformers has another name for the tree itself, that is a pattern as well.
     """
-    taken = list(quantized)
+    taken = list(dict.fromkeys(own for name in quantized for own in (name, _in_memory(name, family))))
     roots: dict[str, bool] = {}
     trees: dict[str, None] = {}
     rest = []
     for target in targets:
-        root = next((root for root in _roots(target.name) if _untouched(root, taken, roots)), None)
-        if root is None or target.expert is not None:
+        tree = _tree_of(target.name, taken, roots) if target.expert is None else None
+        if tree is None:
             rest.append(target)
-        else:
-            short = root.removeprefix("model.")
-            trees[_MARK + _tree(short if _untouched(short, taken, roots) else root)] = None
+            continue
+        trees[_MARK + tree] = None
+        own = _in_memory(target.name, family)
+        if not re.match(tree, own):
+            other = _tree_of(own, taken, roots)
+            trees[own if other is None else _MARK + other] = None
     return [*trees, *exact_patterns(rest, universe)]
+
+
+def _tree_of(name: str, taken: list[str], known: dict[str, bool]) -> str | None:
+    """Returns a pattern of the largest tree around a module in which nothing is `taken`; None without one."""
+    root = next((root for root in _roots(name) if _untouched(root, taken, known)), None)
+    if root is None:
+        return None
+    short = root.removeprefix("model.")
+    return _tree(short if _untouched(short, taken, known) else root)
 
 
 def _roots(name: str) -> Iterator[str]:

@@ -223,7 +223,7 @@ class CompressedTensors(Writer):
         universe = [*plan.targets, *shared.tied_head(plan)]
         quantized = [target.name for target in plan.quantized()]
         family = plan.rewrites.family
-        left = [*ignored(shared.unquantized(plan), universe, quantized), *shared.tied_head(plan)]
+        left = [*ignored(shared.unquantized(plan), universe, quantized, family), *shared.tied_head(plan)]
         left += linear_patterns(plan.matrices, [*universe, *plan.matrices])
         cache = next((attention.specs["k"] for attention in shared.cached(plan)), None)
         return {

@@ -23,6 +23,9 @@ class Sglang(Read):
     without = frozenset(
         {
             "FalconForCausalLM",
+            "HCXVisionV2ForCausalLM",
+            "HyperCLOVAXForCausalLM",
+            "HyperCLOVAXVisionV2ForConditionalGeneration",
             "Idefics3ForConditionalGeneration",
             "InternVLForConditionalGeneration",
             "LlavaNextForConditionalGeneration",

@@ -198,6 +198,33 @@ def test_a_wrapped_decoder_is_named_as_in_memory_too() -> None:
     assert CT.config_faults(config, "transformers", llama4) == []  # which has the names of its files in memory
 
 
+def test_a_tree_is_left_out_by_the_name_that_it_has_in_memory() -> None:
+    """PaddleOCR-VL: the file says `mlp_AR.`, transformers `model.projector.`; it took these linears for quantized."""
+    joint = [Module(f"mlp_AR.linear_{i}", (64, 64), "projector") for i in (1, 2)]
+    made = plan([*llama(), *joint], lambda m: None if m.role == "projector" else linears(PAIRS["fp8"])(m))
+    made = replace(made, rewrites=Rewrites(known.load(catalog.find("models", "paddleocr_vl"))))
+    config = CT.config(made)
+    assert config["ignore"] == [r"re:(.*\.)?mlp_AR\.", r"re:(.*\.)?projector\.", "lm_head"]
+    assert CT.config_faults(config, "transformers", made) == []
+    config["ignore"].remove(r"re:(.*\.)?projector\.")
+    assert CT.config_faults(config, "transformers", made) == [
+        "patterns in ignore match one of its two names for a module: mlp_AR.linear_1, mlp_AR.linear_2"
+    ]
+
+
+def test_a_pattern_does_not_leave_out_what_is_quantized_by_its_name_in_memory() -> None:
+    """Cosmos 3 Edge: files have the text model at the top and the tower below `model`, transformers has both there."""
+    text = [replace(m, name=m.name.removeprefix("model.")) for m in llama()]
+    tower = Module("model.visual.encoder.layers.0.mlp.fc1", (64, 64), "vision")
+    made = plan([*text, tower], lambda m: None if m.role == "vision" else linears(PAIRS["fp8"])(m))
+    made = replace(made, rewrites=Rewrites(known.load(catalog.find("models", "cosmos3_edge"))))
+    config = CT.config(made)
+    assert config["ignore"] == [r"re:(.*\.)?visual\.", "lm_head"]
+    assert CT.config_faults(config, "transformers", made) == []
+    config["ignore"][0] = r"re:(.*\.)?model\."
+    assert "its two names" in CT.config_faults(config, "transformers", made)[0]
+
+
 def test_a_second_list_of_layers_does_not_slip_into_the_pattern() -> None:
     extra = [
         Module(m.name.replace("model.", "mtp."), m.shape, m.role, m.expert and ("mtp." + m.expert[0][6:], m.expert[1]))

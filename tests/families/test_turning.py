@@ -54,7 +54,7 @@ def test_which_families_can_be_rotated(built: dict[str, Path]) -> None:
         "gemma3n_text", "gemma4", "gemma4_text", "gemma4_moe_text", "dbrx", "olmo3", "exaone4", "mllama",
         "mllama_text", "nemotron_h", "nemotron_h_latent", "deepseek_v4", "glm4", "starcoder2", "stablelm",
         "stablelm_parallel", "nemotron", "gpt_neox", "phimoe", "falcon", "falcon_new", "falcon_rw",
-        "llava_next", "glm4v", "afmoe",
+        "llava_next", "glm4v", "afmoe", "hyperclovax", "hyperclovax_vision_v2",
     }  # fmt: skip
 
 
