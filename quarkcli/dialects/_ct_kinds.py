@@ -266,15 +266,15 @@ def transformers_loads_experts(targets: list[QuantizedTarget]) -> bool:
 
 
 def transformers_joins(plan: Plan, *, leaves_others_alone: bool) -> bool:
-    """True where transformers can lay the tensors of linears that it joins upon each other: all left out, or none.
+    """True where transformers can lay the tensors of modules that it joins upon each other: all left out, or none.
 
     Where all of the model are left out it decodes them as experts: they are lost unless the first scheme leaves other
     weights alone.
     """
     together: dict[str, set[str | None]] = {}
-    for target in shared.joined(plan):
-        kind = "kept" if target.weight is None else kinds.weight_kind(target.weight)
-        together.setdefault(target.name.rpartition(".")[0], set()).add(kind)
+    for name, target in shared.joined(plan).items():
+        kind = "kept" if target is None or target.weight is None else kinds.weight_kind(target.weight)
+        together.setdefault(name.rpartition(".")[0], set()).add(kind)
     if any(len(found) > 1 or not found <= {"kept", *_ROW_UPON_ROW} for found in together.values()):
         return False
     return leaves_others_alone or not together or any(found != {"kept"} for found in together.values())

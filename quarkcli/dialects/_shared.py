@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from quarkcli.dialects import _vllm_names as vllm_names
@@ -77,14 +78,14 @@ def _experts_agree(plan: Plan) -> bool:
 
 def vllm_lacks(plan: Plan) -> bool:
     """True when vLLM has no place for the plan, whatever its formats are."""
-    lacks = quantizes_routers(plan) or interleaves(plan) or unscaled_cache(plan) or _quantizes_whole_head(plan)
+    lacks = quantizes_routers(plan) or interleaves(plan) or unscaled_cache(plan) or _quantizes_whole(plan)
     return lacks or not vllm_names.loads(plan)
 
 
-def _quantizes_whole_head(plan: Plan) -> bool:
-    """True when a head is quantized to which vLLM gives no scheme."""
-    family = plan.rewrites.family
-    return family is not None and family.head_whole and any(run[0].role == "head" for run in plan.quantized_alike())
+def _quantizes_whole(plan: Plan) -> bool:
+    """True when a module is quantized to which vLLM gives no scheme."""
+    patterns = plan.rewrites.family.whole_in_vllm if plan.rewrites.family is not None else []
+    return bool(patterns) and any(fnmatchcase(t.name, pattern) for t in plan.quantized() for pattern in patterns)
 
 
 def quantizes_routers(plan: Plan) -> bool:
@@ -322,11 +323,17 @@ def renames_weights_alone(plan: Plan) -> bool:
     return family is not None and not all(family.finds_codes(run[0].name) for run in plan.quantized_alike())
 
 
-def joined(plan: Plan) -> list[Target]:
-    """Returns the linears that transformers makes one of while it loads (`FamilyModel.joined`), but for experts."""
-    names = plan.rewrites.family.joined if plan.rewrites.family is not None else []
-    singles = (target for target in plan.targets.values() if target.expert is None) if names else ()
-    return [target for target in singles if target.name.rpartition(".")[2] in names]
+def joined(plan: Plan) -> dict[str, Target | None]:
+    """Returns the modules that transformers makes one of while it loads (`FamilyModel.joined`), but for experts.
+
+    Those that no recipe reaches (convolutions) have no target.
+    """
+    names = set(plan.rewrites.family.joined) if plan.rewrites.family is not None else set()
+    if not names:
+        return {}
+    found: dict[str, Target | None] = {name.removesuffix(".weight"): None for name in plan.kept}
+    found |= {target.name: target for target in plan.targets.values() if target.expert is None}
+    return {name: target for name, target in found.items() if name.rpartition(".")[2] in names}
 
 
 def hides_cache(plan: Plan) -> bool:

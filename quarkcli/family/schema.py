@@ -177,7 +177,7 @@ class FamilyModel(Strict):
     served        values of keys of config.json that the classes of servers know; with others transformers alone has one
     served_by     the same of one server: server -> values of keys beside the text model's that its class takes
     own_linears   transformers has a class of its own for their linears, which reads the weight itself
-    head_whole    vLLM gives the head no scheme
+    whole_in_vllm patterns on full names of modules to which vLLM gives no scheme
     own_code      published models bring their own code, and transformers has no class for their type
     scaling       pairs for smoothing and AWQ; `*` stands for every expert
     residual      where the residual stream runs; without it, it can be neither rotated nor put in another order
@@ -188,7 +188,7 @@ class FamilyModel(Strict):
     spare_rows    rows that the embedding has beyond the vocabulary
     norm_offset   norms multiply by their weight plus this
     tied          head and embedding are one tensor when config.json does not say
-    joined        last steps of linears that transformers makes one linear of while it loads, row upon row
+    joined        last steps of modules that transformers makes one module of while it loads, row upon row
     last_norm     values of keys of config.json with which there is a norm behind the blocks
     stated_width  values of keys of config.json with which its width of the MLP is that of the weights
     """
@@ -217,7 +217,7 @@ class FamilyModel(Strict):
     served: Only = Field(default_factory=dict)
     served_by: dict[str, Only] = Field(default_factory=dict)
     own_linears: bool = False
-    head_whole: bool = False
+    whole_in_vllm: list[str] = Field(default_factory=list)
     own_code: bool = False
     scaling: list[ScalingModel] = Field(default_factory=list)
     residual: ResidualModel | None = None
@@ -338,6 +338,7 @@ PROTECTED = {
     "attention": "has few of the bytes, and the published checkpoints of this family keep it",
     "shared_expert": "runs for every token, and the published checkpoints of this family keep it",
     "dense_mlp": "has few of the bytes, and the published checkpoints of this family keep it",
+    "mamba": "has few of the bytes, and vLLM takes it in 16 bits alone",
 }
 # Roles that are a class of modules: who names the class means them.
 ROLE_CLASSES = {"embedding": "nn.Embedding"}

@@ -28,6 +28,7 @@ class Sglang(Read):
             "HyperCLOVAXVisionV2ForConditionalGeneration",
             "Idefics3ForConditionalGeneration",
             "InternVLForConditionalGeneration",
+            "JambaForCausalLM",
             "LlavaNextForConditionalGeneration",
             "LlavaOnevisionForConditionalGeneration",
             "SmolVLMForConditionalGeneration",

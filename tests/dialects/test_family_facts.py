@@ -56,6 +56,24 @@ def test_a_head_to_which_vllm_gives_no_scheme() -> None:
     assert CT.loaders(of(head, "phimoe")) == {"transformers"}
 
 
+def test_mamba_to_which_vllm_gives_no_scheme() -> None:
+    """Jamba."""
+    mixer = [Module(f"model.layers.{i}.mamba.{leaf}_proj", (64, 64), "mamba") for i in (0, 1) for leaf in ("in", "out")]
+    whole = plan([*llama(), *mixer], lambda m: None if m.role == "mamba" else linears(PAIRS["int4-32"])(m))
+    all_of_it = plan([*llama(), *mixer], linears(PAIRS["int4-32"]))
+    assert CT.loaders(of(whole, "jamba")) == CT.loaders(all_of_it) == BOTH
+    assert CT.loaders(of(all_of_it, "jamba")) == {"transformers"}
+
+
+@pytest.mark.parametrize(("kind", "loaders"), [("int4-32", {"vllm"}), ("mxfp4", {"vllm"}), ("ptpc", BOTH)])
+def test_convolutions_that_transformers_joins_while_it_decodes_weights(kind: str, loaders: set[str]) -> None:
+    """Kimi Linear. It takes them for packed weights, finds none and stops, unless the scheme leaves weights alone."""
+    made = plan(llama(), linears(PAIRS[kind]))
+    kept = {f"model.layers.0.self_attn.{leaf}_conv1d.weight": "conv: tiny" for leaf in "qkv"}
+    assert CT.loaders(of(made, "kimi_linear")) == BOTH
+    assert CT.loaders(of(replace(made, kept=kept), "kimi_linear")) == loaders
+
+
 @pytest.mark.parametrize("dialect", ["compressed-tensors", "modelopt", "quark"])
 def test_a_head_with_another_name_in_memory_is_left_out_by_both(dialect: str) -> None:
     """GPT-NeoX, in transformers and vLLM: modelopt's class there takes codes for a head that is not listed."""
@@ -110,6 +128,8 @@ def test_tiles_that_are_sorted_by_heads_fit_into_them(head_dim: int | None, vllm
         ("llava", "LlavaForConditionalGeneration", ["tensorrt-llm"]),
         ("llava_next", "LlavaNextForConditionalGeneration", ["sglang"]),
         ("smolvlm", "SmolVLMForConditionalGeneration", ["sglang", "tensorrt-llm"]),
+        ("jamba", "JambaForCausalLM", ["sglang", "tensorrt-llm"]),
+        ("hyperclovax", "HyperCLOVAXForCausalLM", ["sglang", "tensorrt-llm"]),
     ],
 )  # fmt: skip
 def test_servers_without_a_class(name: str, architecture: str, lacking: list[str]) -> None:

@@ -26,6 +26,8 @@ from tests.families.test_all_families import ELSEWHERE
 
 NAMES = tuple(models.RECIPES)
 Tensors = dict[str, Tensor]
+# Linears that the class never calls: it takes their weight and bias.
+UNCALLED = {"jamba": {"model.layers.0.mamba.dt_proj.input"}}
 
 
 def block_tensors(tensors: Tensors, block: str) -> list[str]:
@@ -50,6 +52,9 @@ def test_sites_read_one_tensor(name: str, built: dict[str, Path]) -> None:
         with runner.handlers(index, Handlers(linear={tensor: tap(tensor) for tensor in own})):
             runner.run_block(index, recording, hidden)
     for site in sites:
+        if site.name in UNCALLED.get(name, ()):
+            assert not seen.keys() & {file_of[member] for member in site.members}
+            continue
         # Of two tensors that memory holds as one, only the first is seen.
         inputs = {member: seen[file_of[member]] for member in site.members if file_of[member] in seen}
         assert inputs, site.name
