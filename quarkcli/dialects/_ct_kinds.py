@@ -248,12 +248,12 @@ def transformers_faults(config: Mapping[str, Any], plan: Plan | None) -> list[st
 def _mistaken(config: Mapping[str, Any], plan: Plan) -> list[str]:
     """Returns modules that patterns leave out, or do not, by the name of the files alone, where it has another name."""
     family = plan.rewrites.family
-    own = {name: family.in_memory(name) for name in plan.targets} if family is not None else {}
-    own = {name: memory for name, memory in own.items() if memory != name and plan.targets[name].expert is None}
-    ignore = config.get("ignore") or []
-    names = WrittenNames(ignore, [*own, *own.values()]) if own else None
-    if names is None:
+    if family is None:
         return []
+    singles = [target.name for target in plan.targets.values() if target.expert is None]
+    own = {name: memory for name in singles if (memory := family.in_memory(name)) != name}
+    ignore = config.get("ignore") or []
+    names = WrittenNames(ignore, [*own, *own.values()])
     other = [name for name, memory in own.items() if names.named(name, ignore) != names.named(memory, ignore)]
     return [f"patterns in ignore match one of its two names for a module: {some(other)}"] if other else []
 

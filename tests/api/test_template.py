@@ -478,7 +478,7 @@ def test_schemes_in_quarks_words():
         LLMTemplate.register_scheme("wrong", config={"weight": weight | {"dtype": "int9"}})
 
 
-@pytest.mark.parametrize("odd", [3, "x", [], ["a"], object()], ids=repr)
+@pytest.mark.parametrize("odd", [3, "x", [], ["a"], object()], ids=lambda odd: type(odd).__name__)
 def test_what_is_registered_must_be_of_its_type(odd: Any) -> None:
     """Each was an AttributeError from inside."""
     with pytest.raises(ConfigError, match="a template is needed, not "):
