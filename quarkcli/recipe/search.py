@@ -11,7 +11,7 @@ from quarkcli.errors import ConfigError
 from quarkcli.recipe.attributes import to_spec
 from quarkcli.recipe.attributes.written import spec_to_yaml
 from quarkcli.recipe.entries import Entry
-from quarkcli.recipe.match import matches
+from quarkcli.recipe.match import matches, with_flags
 from quarkcli.spec import OBSERVERS, ObserverSpec, TensorSpec
 
 _WEIGHT, _INPUT = "weight_quantizer", "input_quantizer"
@@ -46,7 +46,7 @@ def _changed(entry: Entry, kind: str, change: Callable[[TensorSpec], TensorSpec]
     """
     if entry.cfg is None:
         return [entry]
-    pattern = entry.quantizer_path if kind in entry.quantizer_path else _narrowed(entry.quantizer_path, kind)
+    pattern = entry.quantizer_path if _is_of(entry.quantizer_path, kind) else _narrowed(entry.quantizer_path, kind)
     if pattern is None:
         return [entry]
     try:
@@ -58,14 +58,20 @@ def _changed(entry: Entry, kind: str, change: Callable[[TensorSpec], TensorSpec]
     return made if made and pattern == entry.quantizer_path else [entry, *made]
 
 
+def _is_of(pattern: str, kind: str) -> bool:
+    """True for a pattern that names a kind of slots; an expression with alternatives may name another beside it."""
+    return kind in pattern and not (pattern.startswith("re:") and "|" in pattern)
+
+
 def _narrowed(pattern: str, kind: str) -> str | None:
-    """Returns what a glob matches of one kind of slots: `*mlp*weight_quantizer` of `*mlp*`; None for nothing.
+    """Returns what a pattern matches of one kind of slots: `*mlp*weight_quantizer` of `*mlp*`; None for nothing.
 
     It is cut where its end matches the kind first; a star stands on both sides of the cut: `*weight_quantizer` of
     `*weight*`, whose later cuts match less.
     """
     if pattern.startswith("re:"):
-        return None
+        flags, rest = with_flags(pattern[3:])
+        return f"re:{flags}(?=.*{kind}$)(?:{rest})"
     for at, character in enumerate(pattern):
         if matches(pattern[at:], [kind]):
             return f"{pattern[:at]}{'*' if character == '*' else ''}{kind}"

@@ -155,7 +155,19 @@ class TestMse:
 
     @pytest.mark.parametrize(
         "pattern",
-        ["*weight*", "*.weight*", "*mlp*weight*", "*weight_q*", "*.up_proj.w*", "*up*_quant*", "*.layers.0.*", "*t*r"],
+        [
+            "*weight*",
+            "*.weight*",
+            "*mlp*weight*",
+            "*weight_q*",
+            "*.up_proj.w*",
+            "*up*_quant*",
+            "*.layers.0.*",
+            "*t*r",
+            "re:.*mlp.*",
+            "re:(?i).*UP_proj.*|lm_head.*",
+            "re:.*(weight_quantizer|input_quantizer)",
+        ],
     )
     def test_a_pattern_whose_end_is_about_the_quantizer(self, pattern: str, tmp_path: Path) -> None:
         """Each weight that it reaches is searched, and nothing else: a star may stand for a part of both names."""
