@@ -65,9 +65,10 @@ def _outside(
     for part in layout.parts:
         for tensor in part.tensors if part.kind in ("embed", "tail") else ():
             role, shape = layout.tensor_roles.get(tensor), headers[tensor].shape
-            leaf = tensor.removesuffix(".weight").rpartition(".")[2]
-            tokens = role == "embedding" and leaf in _TOKENS
-            if (tokens or role == "head") and len(shape) == 2:
+            module = tensor.removesuffix(".weight")
+            tokens = role == "embedding" and module.rpartition(".")[2] in _TOKENS
+            head = role == "head" and module in family.tail  # a linear below one has other rows (ModernBERT)
+            if (tokens or head) and len(shape) == 2:
                 spare = family.spare_rows if tokens else 0
                 yield from _vocabulary(tensor, shape, vocabularies, spare, layout.inferred)
                 if hidden is not None and shape[1] != hidden:

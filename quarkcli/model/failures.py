@@ -52,7 +52,7 @@ class ModelCode:
     def failure(self, failing: str, error: Exception) -> ModelError:
         """Returns the error for `error`: what failed, in which library and version, and what to do."""
         return ModelError(
-            f"{self.cls.__name__} ({self._family()}{self._library()}) {failing}: {described(error)}",
+            f"{self.cls.__name__} ({self._family()}{self._library()}) {failing}: {described(error)}{_unloaded(error)}",
             where=str(self.folder),
             hint="; ".join((*self._other_release(), DATA_FREE_HINT)),
             kind="E-CLASS-FAILS",
@@ -99,6 +99,11 @@ class ModelCode:
             yield (
                 f"install transformers {TESTED}, which runs every family of quark: pip install 'transformers=={TESTED}'"
             )
+
+
+def _unloaded(error: Exception) -> str:
+    """Returns what torch does not say of values that a class asks for: which part of the model has none."""
+    return "; quark loads one part of the model at a time, and this class reads another" * ("meta tensor" in str(error))
 
 
 def described(error: Exception) -> str:

@@ -197,7 +197,7 @@ def find_blocks(model: Any) -> str:
 
     Configs of models with their own code may name the count as they like; then it is the outermost, longest list.
     """
-    decoder = model.get_decoder()
+    decoder = _decoder(model)
     count = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
     lists = [
         (name.count("."), -len(module), module)
@@ -216,12 +216,18 @@ def text_modules(model: Any) -> Iterable[tuple[str, Any]]:
 
     They are those that contain the decoder, and its parts.
     """
-    decoder = model.get_decoder()
+    decoder = _decoder(model)
     inside = set(decoder.modules())
     for name, module in model.named_modules():
         is_model = isinstance(module, PreTrainedModel)
         if is_model and (module in inside or any(child is decoder for child in module.modules())):
             yield name, module
+
+
+def _decoder(model: Any) -> Any:
+    """Returns the submodel of the text; ModernBERT calls its head the decoder."""
+    found = model.get_decoder()
+    return model.base_model if isinstance(found, nn.Linear) else found
 
 
 def _build(cls: Any, config: Any, dtype: torch.dtype) -> Any:

@@ -33,8 +33,8 @@ def stack(path: str, blocks: int, width: int) -> Shapes:
     return out
 
 
-def check(shapes: Shapes) -> None:
-    config = {"model_type": "novel", **TEXT}
+def check(shapes: Shapes, **more: int) -> None:
+    config = {"model_type": "novel", **TEXT, **more}
     headers = {name: Header("BF16", shape) for name, shape in shapes.items()}
     name, model, inferred = family.for_checkpoint(config, headers)
     family.check_fit(model, family.lay_out(name, model, inferred, config, headers), config, headers)
@@ -207,6 +207,13 @@ def test_what_is_below_a_head_is_left_out_with_it() -> None:
     check(shapes)
     layout = lay_out(shapes, "novel", **TEXT)
     assert layout.protected["lm_head.dense"] == layout.protected["lm_head"] == "head"
+
+
+def test_a_linear_below_a_head_needs_no_row_per_token() -> None:
+    """ModernBERT's, which was called damaged: its head is another module, tied to the embedding."""
+    shapes = {name: shape for name, shape in layouts.llama().items() if "lm_head" not in name}
+    shapes |= {"lm_head.dense.weight": (128, 128), "lm_head.norm.weight": (128,)}
+    check(shapes, vocab_size=shapes["model.embed_tokens.weight"][0])
 
 
 # ---- routers

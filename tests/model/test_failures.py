@@ -17,7 +17,7 @@ from quarkcli.disk.embedded import EMBEDDED
 from quarkcli.errors import ExitCode, ModelError
 from quarkcli.events import silent
 from quarkcli.forward import walk
-from quarkcli.model import failures, library, tokenizer
+from quarkcli.model import failures, library, skeleton, tokenizer
 from quarkcli.model.handlers import Handlers
 from quarkcli.model.record import Recorder
 from tests import releases, runs, tiny
@@ -86,6 +86,26 @@ def test_transformers_may_fail(place: str, said: str, tmp_path: Path, monkeypatc
         through(runner_of(checkpoint), checkpoint, tiny.tokens())
     code = f"LlamaForCausalLM (family llama, transformers {transformers.__version__})"
     assert caught.value.what == f"{code} {said}: RuntimeError: planted failure"
+
+
+def test_a_class_that_reads_what_is_not_loaded_is_no_defect_of_transformers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch says only that there are no values (Granite Docling)."""
+    checkpoint = tiny.build("llama", tmp_path)
+    monkeypatch.setattr(f"{LLAMA}.LlamaModel.forward", lambda *_, **__: torch.empty(1, device="meta").item())
+    with pytest.raises(ModelError) as caught:
+        through(runner_of(checkpoint), checkpoint, tiny.tokens())
+    assert caught.value.what.endswith("; quark loads one part of the model at a time, and this class reads another")
+
+
+def test_a_head_that_is_called_decoder_is_not_the_text_model() -> None:
+    """ModernBERT: its class gives its head for the decoder, in which no blocks were found."""
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    with torch.device("meta"):
+        model = transformers.ModernBertDecoderForCausalLM(transformers.ModernBertDecoderConfig(**sizes))
+    assert skeleton.find_blocks(model) == "model.layers"
+    assert dict(skeleton.text_modules(model)).keys() >= {"", "model"}
 
 
 @pytest.mark.parametrize("command", ["quantize", "eval"])
