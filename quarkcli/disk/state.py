@@ -9,6 +9,7 @@ from typing import Any
 
 from quarkcli.errors import ConfigError
 
+DATE = "date"  # key of a file's date
 _ABSENT = "(absent)"
 _SHOWN_KEYS = 10
 _SHOWN_CHARACTERS = 80
@@ -24,7 +25,10 @@ def compare(partial: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
     if len(differing) > _SHOWN_KEYS:
         lines.append(f"  and {len(differing) - _SHOWN_KEYS} more")
     what = "the unfinished run there has other settings (old -> new):\n" + "\n".join(lines)
-    hint = f"use the old settings, or --resume never to delete {partial} and start again"
+    mend = "use the old settings"
+    if all(key.endswith(f".{DATE}") for key in differing):  # copied or downloaded anew, perhaps
+        mend = "run touch -d OLD FILE where a file has the old content"
+    hint = f"{mend}, or use --resume never to delete {partial} and start again"
     raise ConfigError(what, where=str(partial), hint=hint, kind="E-RESUME-CHANGED")
 
 

@@ -6,6 +6,7 @@ import hashlib
 from typing import TYPE_CHECKING, Any
 
 from quarkcli import versions
+from quarkcli.disk.state import DATE
 from quarkcli.job import finish
 from quarkcli.job.options import Prepared
 
@@ -24,7 +25,7 @@ def fingerprint(prepared: Prepared, data: CalibrationData | None, device: str) -
             "config": hashlib.sha256(source.config_text.encode()).hexdigest(),
             "headers": source.header_digest(),
             # those of a commit are what they are, wherever they lie
-            "files": source.files if source.commit else {name: list(stamp) for name, stamp in source.stamps.items()},
+            "files": source.files if source.commit else {name: _stamp(*stamp) for name, stamp in source.stamps.items()},
             "commit": source.commit,
         },
         "recipe": recipe,
@@ -37,3 +38,8 @@ def fingerprint(prepared: Prepared, data: CalibrationData | None, device: str) -
         "versions": versions.deciding(),
         "device": device,
     }
+
+
+def _stamp(size: int, modified: int) -> dict[str, Any]:
+    """Returns size and date of a weight file; the date as `touch -d` takes it."""
+    return {"bytes": size, DATE: f"@{modified // 10**9}.{modified % 10**9:09}"}

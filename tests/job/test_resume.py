@@ -367,10 +367,10 @@ def test_another_model_under_the_same_name_is_refused(quark, work, change):
         data = bytearray(weights.read_bytes())
         data[-1] ^= 1
         weights.write_bytes(data)
-        key = "model.files.model.safetensors[1]: "
+        key = "model.files.model.safetensors.date: "
     else:
         weights.touch()
-        key = "model.files.model.safetensors[1]: "
+        key = "model.files.model.safetensors.date: "
     answer = quark("quantize", "--model", "model", *COMMANDS["mxfp4"], "-o", "out", cwd=work)
     check_refused(answer, work, key)
 
