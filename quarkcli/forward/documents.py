@@ -91,13 +91,15 @@ def _named(row: dict[str, Any], column: str) -> str | Conversation:
 
 def _found(row: dict[str, Any]) -> str | Conversation:
     given = {key: value for key, value in row.items() if value is not None}
-    for key in CHATS:
-        if key in given:
-            return _conversation(given[key], row)
-    if "text" in given:
-        return _text(given["text"], "text")
     answers = [given[key] for key in _ANSWERS if key in given]
-    if "prompt" in given and answers:
+    asked = "prompt" in given and bool(answers)
+    there = [key for key in (*CHATS, "text") if key in given]
+    key = next((key for key in there if given[key]), None)  # mixed sets have "" and [] where a column is another kind's
+    if key is None and there and not asked:
+        key = there[0]
+    if key is not None:
+        return _text(given[key], key) if key == "text" else _conversation(given[key], row)
+    if asked:
         return _conversation(_turn("user", given["prompt"]) + _turn("assistant", answers[0]), row)
     empty = [key for key in (*CHATS, "text", "prompt", *_ANSWERS) if key in row and key not in given]
     if empty:

@@ -216,6 +216,21 @@ def test_texts_reach_templates_of_every_kind(template: str, tmp_path: Path) -> N
         assert rows_of(tmp_path / "a.jsonl", [{"messages": messages}], template)[0] == ["hello"]
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [], "conversations": None, "text": "words"},
+        {"text": "words", "prompt": "", "response": ""},
+        {"text": "", "messages": [], "prompt": "a", "response": "b"},
+        {"messages": [], "conversations": ASK},
+    ],
+)
+def test_an_empty_column_of_a_mixed_set_hides_no_other(row: dict[str, Any]) -> None:
+    found = document(row, None)
+    expected = {key: value for key, value in row.items() if value}
+    assert found == document(expected, None)
+
+
 def test_rows_do_not_depend_on_the_day(tmp_path: Path) -> None:
     """Llama's templates print the date: a run that goes on after midnight has the same rows."""
     texts, _ = rows_of(tmp_path / "a.jsonl", [{"messages": ASK}], "{{ strftime_now('%d %b %Y') }}")
