@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from quarkcli.disk.fidelity import BROKEN
+from quarkcli.errors import some
 from quarkcli.job.packing import Packing
 from quarkcli.job.solving import Solved, Work
 from quarkcli.numerics import stacked
@@ -26,6 +28,7 @@ from quarkcli.threads import Workers
 # of which that would be most, a share, or as many as hold the least values.
 ERROR_VALUES, LEAST_ROWS, MOST_ROWS = 1 << 17, 64, 256
 ERROR_SHARE, LEAST_VALUES = 8, 1 << 14
+LOST = 10 ** (-BROKEN / 20)  # an error at which `verify` takes a weight for damaged
 
 
 class Finished(NamedTuple):
@@ -57,7 +60,11 @@ def finished(
     said: Said,
     warn: Callable[[str], None],
 ) -> Iterator[Finished]:
-    """Does all pieces, yields their weights in order, and hands on what was said meanwhile."""
+    """Does all pieces, yields their weights in order, and hands on what was said meanwhile.
+
+    Warns of weights of which next to nothing is left.
+    """
+    lost = []
 
     def do(piece: Work) -> tuple[list[Finished], list[str]]:
         said.lines = []
@@ -69,7 +76,10 @@ def finished(
     for found, lines in workers.map(do, pieces):
         for line in lines:
             warn(line)
+        lost += [f"{row.target.name} ({row.error:.0%})" for row in found if row.error > LOST]
         yield from found
+    if lost:
+        warn(f"nearly all values of {len(lost)} weights are lost: {some(lost)}; exclude them, or take another scheme")
 
 
 def _finished(

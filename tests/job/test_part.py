@@ -187,3 +187,15 @@ def test_hidden_states_are_the_sources_where_clipped_weights_are_observed_again(
     with torch.no_grad():
         theirs = model(tokens, output_hidden_states=True).hidden_states[1]
     assert float((ours - theirs).norm() / theirs.norm()) < 1e-4
+
+
+def test_weights_of_which_nothing_is_left_are_named(tmp_path: Path) -> None:
+    """q, k and v share the scale over their block scales: a billionth as large, k becomes zero."""
+    source = runs.build("llama", tmp_path / "m")
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.1.self_attn.k_proj.weight"] *= 1e-9
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    for scheme, lost in (("nvfp4_weight_only", 1), ("mxfp4", 0)):
+        made = runs.run(source, tmp_path / scheme, scheme=scheme)
+        found = [line for line in made.report["warnings"] if "lost: model.layers.1.self_attn.k_proj (100%)" in line]
+        assert len(found) == lost
