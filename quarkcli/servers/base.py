@@ -84,7 +84,7 @@ class Server:
         if what:
             return [f"its class does not know models with {what}"]
         astray = plan.rewrites.unread(self.name)
-        return [f"{astray}: its class knows only the names of the published files"] if astray else []
+        return [f"{astray}: its class has no place for it"] if astray else []
 
     def _knows(self, written: Written) -> bool:
         """True when it is known what it loads in the checkpoint's dialect."""

@@ -26,7 +26,7 @@ BUILDABLE = {recipe["file"] for recipe in models.RECIPES.values()}
 # Families of the peers without a class in transformers 5.
 FROM_HEADERS = {"chatglm", "deepseek", "deepseek_vl_v2", "grok_1", "instella", "qwen"}
 # Their experts lie as no server has them, or vLLM loads none of them (`in_vllm`, `served`, `unread`).
-UNSERVED = {"gemma3", "gpt_oss", "dbrx", "stablelm_parallel", "cosmos3_edge"}
+UNSERVED = {"gemma3", "gpt_oss", "dbrx", "stablelm_parallel", "cosmos3_edge", "voxtral"}
 # Linears that some members have and the tiny models do not.
 ELSEWHERE = {
     "self_attn.q_proj": "DeepSeek V2 Lite",
