@@ -11,14 +11,22 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, HeliumConfig, OPTForCausalLM, PreTrainedConfig, RwkvConfig
+from transformers import (
+    AutoModelForCausalLM,
+    FalconMambaConfig,
+    HeliumConfig,
+    MambaConfig,
+    OPTForCausalLM,
+    PreTrainedConfig,
+    RwkvConfig,
+)
 
 from quarkcli import servers
 from quarkcli.disk import verify
 from quarkcli.disk.checkpoint import Checkpoint
 from quarkcli.disk.compare import compare
 from quarkcli.disk.source import Source
-from quarkcli.errors import CheckError, ModelError
+from quarkcli.errors import CheckError, ConfigError, ModelError
 from quarkcli.evaluation.run import evaluate
 from quarkcli.events import Message, silent
 from tests import runs
@@ -254,3 +262,20 @@ def spoil(folder: Path, name: str, value: float) -> None:
         if name in tensors:
             tensors[name] = torch.full_like(tensors[name], value)
             save_file(tensors, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("kind", [MambaConfig, FalconMambaConfig])
+def test_mamba_alone_has_nothing_that_servers_take_quantized(kind: type[PreTrainedConfig], tmp_path: Path) -> None:
+    """It was refused for the width of its time step alone; without that linear, vLLM was said to load it, perhaps."""
+    source = fresh(kind(vocab_size=512, hidden_size=64, num_hidden_layers=2, time_step_rank=8), tmp_path / "source")
+    with pytest.raises(ConfigError) as caught:
+        runs.prepare(source, scheme="mxfp4")
+    assert "role mamba" in caught.value.hint and "vLLM takes it in 16 bits alone" in caught.value.hint
+    takes = {}
+    for scheme in ("int8_dynamic", "int4_wo_32"):
+        made = runs.prepare(
+            source, scheme=scheme, unprotect=["mamba"], exclude=["*.dt_proj"], dialect="compressed-tensors"
+        )
+        assert {target.name.rpartition(".")[2] for target in made.plan.quantized()} == {"in_proj", "out_proj", "x_proj"}
+        takes[scheme] = made.dialect.loaders(made.plan)
+    assert takes == {"int8_dynamic": {"transformers"}, "int4_wo_32": set()}
