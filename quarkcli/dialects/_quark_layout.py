@@ -159,7 +159,7 @@ def problems(matrix: Matrix) -> Iterator[str]:
     """Yields the reasons a matrix cannot be packed; one sentence each."""
     stage = matrix.spec.codes
     own = cells(stage.format)
-    axis = 0 if _codes_turned(matrix, stage) else 1
+    axis = 0 if _codes_are_transposed(matrix, stage) else 1
     if matrix.shape[axis] % own.codes:
         name = "output" if matrix.flat or axis == 0 else "input"
         yield f"{matrix.shape[axis]} {name} features are not a multiple of {_filled(own, stage)}"
@@ -186,14 +186,14 @@ def _filled(own: Cells, stage: TensorSpec) -> str:
     return f"{own.codes}, and quark packs {own.codes} of them into {into} ({stage.describe()})"
 
 
-def _turned(matrix: Matrix, stage: TensorSpec) -> bool:
+def _scales_are_transposed(matrix: Matrix, stage: TensorSpec) -> bool:
     """True when the scales of a stage are stored transposed."""
     return isinstance(stage.granularity, PerGroup) and _is_whole(stage.format) and not matrix.flat
 
 
-def _codes_turned(matrix: Matrix, stage: TensorSpec) -> bool:
+def _codes_are_transposed(matrix: Matrix, stage: TensorSpec) -> bool:
     """True when the codes are stored transposed: Quark's packer of int3 is the one that does not."""
-    return _turned(matrix, stage) and stage.format.bits != 3
+    return _scales_are_transposed(matrix, stage) and stage.format.bits != 3
 
 
 def _packed(shape: Shape, own: Cells) -> Shape:
@@ -205,7 +205,7 @@ def _flattened(matrix: Matrix, shape: Shape) -> Shape:
 
 
 def _code_shape(matrix: Matrix) -> Shape:
-    shape = matrix.shape[::-1] if _codes_turned(matrix, matrix.spec.codes) else matrix.shape
+    shape = matrix.shape[::-1] if _codes_are_transposed(matrix, matrix.spec.codes) else matrix.shape
     return _flattened(matrix, _packed(shape, cells(matrix.spec.codes.format)))
 
 
@@ -213,7 +213,7 @@ def matrix_shape(spec: TensorSpec, stored: Shape) -> tuple[int, int]:
     """Returns (out, in) of a weight from the shape of its stored codes, which is a matrix."""
     own = cells(spec.codes.format)
     rows, cols = stored[0], stored[1] // own.number * own.codes
-    return (cols, rows) if _codes_turned(Matrix("weight", spec, (rows, cols)), spec.codes) else (rows, cols)
+    return (cols, rows) if _codes_are_transposed(Matrix("weight", spec, (rows, cols)), spec.codes) else (rows, cols)
 
 
 def _shape(matrix: Matrix, stage: TensorSpec) -> Shape:
@@ -238,7 +238,7 @@ def _stored_shape(matrix: Matrix, stage: TensorSpec) -> Shape:
         return ()
     if isinstance(stage.granularity, PerChannel):
         return (math.prod(shape),)
-    return _flattened(matrix, shape[::-1] if _turned(matrix, stage) else shape)
+    return _flattened(matrix, shape[::-1] if _scales_are_transposed(matrix, stage) else shape)
 
 
 def _shift_shape(matrix: Matrix, stage: TensorSpec) -> Shape:
@@ -252,7 +252,7 @@ def _shift_shape(matrix: Matrix, stage: TensorSpec) -> Shape:
 def pack(matrix: Matrix, quantized: Quantized) -> dict[str, Tensor]:
     """Returns the tensors of `layout`, in its order."""
     stage = matrix.spec.codes
-    codes = quantized.codes.T if _codes_turned(matrix, stage) else quantized.codes
+    codes = quantized.codes.T if _codes_are_transposed(matrix, stage) else quantized.codes
     out: dict[str, Tensor] = {matrix.slot: _fill(codes, cells(stage.format), stage).reshape(_code_shape(matrix))}
     params: QParams | None = quantized.params
     for stage, names in _stages(matrix.spec, matrix.slot):
@@ -272,7 +272,7 @@ def _pack_stage(matrix: Matrix, stage: TensorSpec, names: Names, params: QParams
     shape = _stored_shape(matrix, stage)
 
     def to_file(tensor: Tensor) -> Tensor:
-        return (tensor.T if _turned(matrix, stage) else tensor).reshape(shape)
+        return (tensor.T if _scales_are_transposed(matrix, stage) else tensor).reshape(shape)
 
     out = {names.scale: to_file(params.scale)}
     zeros = _zero_cells(stage)
@@ -295,8 +295,8 @@ def unpack(matrix: Matrix, tensors: Mapping[str, Tensor], *, in_order: bool = Fa
     from quarkcli.numerics.quantize import Quantized
 
     stage = matrix.spec.codes
-    turned = _codes_turned(matrix, stage)
-    shape = matrix.shape[::-1] if turned else matrix.shape
+    transposed = _codes_are_transposed(matrix, stage)
+    shape = matrix.shape[::-1] if transposed else matrix.shape
     stored = tensors[matrix.slot].reshape(_packed(shape, cells(stage.format)))
     codes = _take(stored, cells(stage.format), stage, shape, in_order)
     params: QParams | None = None
@@ -305,7 +305,7 @@ def unpack(matrix: Matrix, tensors: Mapping[str, Tensor], *, in_order: bool = Fa
         params = _unpack_stage(matrix, stage, names, tensors, in_order)
         params.then = then
     assert params is not None
-    return Quantized(codes.T.contiguous() if turned else codes, params)
+    return Quantized(codes.T.contiguous() if transposed else codes, params)
 
 
 def _unpack_stage(
@@ -319,7 +319,7 @@ def _unpack_stage(
     shape, stored = _shape(matrix, stage), _stored_shape(matrix, stage)
 
     def from_file(tensor: Tensor) -> Tensor:
-        return (tensor.T if _turned(matrix, stage) else tensor).reshape(shape).contiguous()
+        return (tensor.T if _scales_are_transposed(matrix, stage) else tensor).reshape(shape).contiguous()
 
     params = QParams(from_file(tensors[names.scale]))
     zeros = _zero_cells(stage)

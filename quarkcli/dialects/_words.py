@@ -122,6 +122,6 @@ def _schemes(plan: Plan, dialect: str) -> list[str]:
     return shared.sentences({reason: names for reason, names in others.items() if not reason.endswith(f"not {most}")})
 
 
-def turned(tensor: Tensor) -> Tensor:
+def transposed(tensor: Tensor) -> Tensor:
     """Returns a matrix transposed, in memory of its own."""
     return tensor.T.contiguous()

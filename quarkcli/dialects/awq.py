@@ -98,8 +98,8 @@ class AwqReader(Reader):
         from quarkcli.numerics.quantize import QParams, Quantized
 
         local = stored.own(tensors)
-        codes, zeros = (words.turned(unpack_awq(local[name], signed=False)) for name in (words.CODES, words.ZEROS))
-        return Decoded(Quantized(codes, QParams(words.turned(local[words.SCALES]), zero_point=zeros)))
+        codes, zeros = (words.transposed(unpack_awq(local[name], signed=False)) for name in (words.CODES, words.ZEROS))
+        return Decoded(Quantized(codes, QParams(words.transposed(local[words.SCALES]), zero_point=zeros)))
 
 
 READER = AwqReader()
@@ -128,9 +128,9 @@ class Awq(Writer):
         params = quantized.params
         assert params.scale is not None and params.zero_point is not None
         return {
-            f"{target.name}.{words.CODES}": pack_awq(words.turned(quantized.codes)),
-            f"{target.name}.{words.ZEROS}": pack_awq(words.turned(params.zero_point)),
-            f"{target.name}.{words.SCALES}": words.turned(params.scale),
+            f"{target.name}.{words.CODES}": pack_awq(words.transposed(quantized.codes)),
+            f"{target.name}.{words.ZEROS}": pack_awq(words.transposed(params.zero_point)),
+            f"{target.name}.{words.SCALES}": words.transposed(params.scale),
         }
 
     def config(self, plan: Plan) -> dict[str, Any]:

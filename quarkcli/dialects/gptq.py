@@ -120,11 +120,11 @@ class GptqReader(Reader):
 
         local, spec = stored.own(tensors), stored.weight
         codes = unpack_int32(
-            words.turned(local[words.CODES]), spec.format.bits, stored.shape[1], signed=spec.symmetric
+            words.transposed(local[words.CODES]), spec.format.bits, stored.shape[1], signed=spec.symmetric
         )  # fmt: skip
         zeros = _zero_points(local[words.ZEROS], stored)
         order = _order(local[_GROUPS], stored) if _GROUPS in local else None
-        params = QParams(words.turned(local[words.SCALES]), zero_point=None if spec.symmetric else zeros)
+        params = QParams(words.transposed(local[words.SCALES]), zero_point=None if spec.symmetric else zeros)
         return Decoded(Quantized(codes if order is None else codes[:, order], params, order))
 
 
@@ -167,9 +167,9 @@ class Gptq(Writer):
         # Half the range, less one.
         zeros = torch.full((groups, rows), (1 << (bits - 1)) - 1, dtype=torch.uint8)
         made = {
-            words.CODES: words.turned(pack_int32(quantized.codes, bits)),
+            words.CODES: words.transposed(pack_int32(quantized.codes, bits)),
             words.ZEROS: pack_int32(zeros, bits),
-            words.SCALES: words.turned(quantized.params.scale),
+            words.SCALES: words.transposed(quantized.params.scale),
             _GROUPS: torch.arange(cols, dtype=torch.int32) // (cols // groups),
         }
         return {f"{target.name}.{local}": tensor for local, tensor in made.items()}
@@ -217,9 +217,9 @@ def _zero_points(packed: Tensor, stored: StoredTarget) -> Tensor:
     less = 0 if isinstance(stored, SecondFormat) else 1
     if bits == 3:
         zeros = (unpack_int32(packed, bits, stored.shape[0], signed=False) + less) & 7
-        return words.turned(zeros)
+        return words.transposed(zeros)
     ones = sum(1 << at for at in range(0, words.WORD_BITS, bits))  # one in every field
-    zeros = words.turned(unpack_int32(packed + less * ones, bits, stored.shape[0], signed=False))
+    zeros = words.transposed(unpack_int32(packed + less * ones, bits, stored.shape[0], signed=False))
     if spec.symmetric and bool((zeros != 1 << (bits - 1)).any()):
         what = "the config says that its codes are symmetric, and its zero points are not"
         raise ModelError(what, where=stored.name, kind="E-SOURCE-CONTRADICTS")

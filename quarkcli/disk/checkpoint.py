@@ -72,7 +72,7 @@ class Checkpoint:
             self._fuse(self.family)
 
     @property
-    def turned(self) -> frozenset[str]:
+    def transposed_experts(self) -> frozenset[str]:
         """Returns the fused tensors stored as they are whose square matrices lie [in, out], unseen by their shape."""
         return family.hidden_transpositions(self.family, self.source.config, self.source.headers)
 

@@ -67,7 +67,7 @@ class Side:
         folder = checkpoint.source.folder
         self.runner = Runner(
             folder, checkpoint.headers, device=device, dtype=dtype, trust_remote_code=trust, eager=eager,
-            turned=checkpoint.turned,
+            transposed_experts=checkpoint.transposed_experts,
         )  # fmt: skip
         self.dtype = self.runner.dtype
         self.runner.check_tokens(tokens)

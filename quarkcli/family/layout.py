@@ -93,7 +93,7 @@ class Layout:
     unlisted    roles of modules that loaders leave whole, whether a config lists them or not
     rewrites    how its blocks may be rewritten without changing what they compute
     architecture  the class that config.json names, empty: none
-    turned      fused tensors whose square matrices lie [in, out], where other files have them as [out, in]
+    transposed_experts  fused tensors whose square matrices lie [in, out], where other files have them as [out, in]
     transposed  weights of blocks that the file stores [in, out] and the family knows nothing of; see `orientation`
     matrices    modules with a matrix that no recipe can reach; a loader may take them for linears
     """
@@ -110,7 +110,7 @@ class Layout:
     aliases: dict[str, str] = field(default_factory=dict)
     protected: dict[str, str] = field(default_factory=dict)
     unlisted: frozenset[str] = frozenset()
-    turned: frozenset[str] = frozenset()
+    transposed_experts: frozenset[str] = frozenset()
     transposed: tuple[str, ...] = ()
     rewrites: Rewrites = field(default_factory=Rewrites)
     architecture: str = ""

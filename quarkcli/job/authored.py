@@ -44,7 +44,7 @@ class Author:
 
     source: Source
     weights: WeightSource
-    turned: Collection[str]
+    transposed_experts: Collection[str]
     options: Options
     kept: Path | None = None
 
@@ -77,7 +77,7 @@ class Author:
         self._check_room(device, settings.seqlen)
         tell(Working("loading the whole model so that it can write text"))
         runner = Runner(
-            self.source.whole_folder(), self.weights.headers, device=device, turned=self.turned,
+            self.source.whole_folder(), self.weights.headers, device=device, transposed_experts=self.transposed_experts,
             trust_remote_code=self.options.trust_remote_code,
         )  # fmt: skip
         writing.load(runner, self.weights.read_many)

@@ -95,5 +95,5 @@ def preview(options: Options, tell: Listener = silent) -> Preview:
     weights, _ = open_weights(source)
     headers = weights.headers
     layout = family.lay_out(*family.for_checkpoint(source.config, headers), source.config, headers)
-    author = Author(source, weights, layout.turned, options)
+    author = Author(source, weights, layout.transposed_experts, options)
     return Preview(source, settings, rows.rows_of(settings, options, tokenizer, tell, author), tokenizer, warnings)

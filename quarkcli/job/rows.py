@@ -40,7 +40,7 @@ def token_rows(prepared: Prepared, tell: Listener) -> CalibrationData | None:
 def author_of(prepared: Prepared) -> Author:
     """Returns the model as one that writes rows; those of an interrupted run lie where this one works."""
     kept = partial_path(prepared.output) / prepared.folder / authored.FILE
-    return Author(prepared.source, prepared.weights, prepared.layout.turned, prepared.options, kept)
+    return Author(prepared.source, prepared.weights, prepared.layout.transposed_experts, prepared.options, kept)
 
 
 def tokenizer_of(source: Source, options: Options) -> LoadedTokenizer:

@@ -289,8 +289,9 @@ def check_model(prepared: Prepared) -> list[str]:
     """
     from quarkcli.model.runner import Runner
 
-    headers, trusted = prepared.weights.headers, prepared.options.trust_remote_code
-    runner = Runner(prepared.source.whole_folder(), headers, trust_remote_code=trusted, turned=prepared.layout.turned)
+    folder, headers = prepared.source.whole_folder(), prepared.weights.headers
+    trusted, transposed = prepared.options.trust_remote_code, prepared.layout.transposed_experts
+    runner = Runner(folder, headers, trust_remote_code=trusted, transposed_experts=transposed)
     runner.check_blocks()
     unknown = runner.unknown_tensors()
     found = [f"model class: {len(headers) - len(unknown)} of {len(headers)} tensors are its parameters"]

@@ -30,7 +30,7 @@ def runner_of(prepared: Prepared, data: CalibrationData, device: str, tell: List
     softmax = any("p" in module.specs for module in prepared.plan.attention.values())
     runner = Runner(
         source.whole_folder(), prepared.weights.headers, device=device, trust_remote_code=trusted, eager=softmax,
-        turned=prepared.layout.turned,
+        transposed_experts=prepared.layout.transposed_experts,
     )  # fmt: skip
     runner.check_blocks()
     runner.check_tokens(data.tokens)

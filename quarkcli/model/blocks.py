@@ -32,13 +32,13 @@ class Weights:
         skeleton: Skeleton,
         headers: Mapping[str, HeaderLike],
         device: torch.device,
-        turned: Collection[str] = (),
+        transposed_experts: Collection[str] = (),
     ) -> None:
         self.skeleton = skeleton
         self.device = device
         with skeleton.code.running("does not say which parameters it has"):
             self.map: NameMap = build_map(skeleton.model, headers)
-            self._turned = {name for name in turned if self.map.by_file[name].tells_by_shape}
+            self._transposed = {name for name in transposed_experts if self.map.by_file[name].tells_by_shape}
             self._dtypes = _dtype_plan(skeleton)
             self._sort_parameters()
         self._aliases = self._tie()
@@ -171,8 +171,8 @@ class Weights:
     ) -> dict[str, torch.Tensor]:
         """Returns the values of a parameter, and of those made with it, on the device and in their dtypes."""
         group = self.map.by_param[param]
-        turned = {name: tensors[name].transpose(-1, -2) for name in self._turned.intersection(group.names)}
-        made = convert(self.skeleton.model, group, {**tensors, **turned} if turned else tensors)
+        transposed = {name: tensors[name].transpose(-1, -2) for name in self._transposed.intersection(group.names)}
+        made = convert(self.skeleton.model, group, {**tensors, **transposed} if transposed else tensors)
         return {name: self._own(name, made.pop(name)) for name in group.params}
 
     def _own(self, name: str, tensor: torch.Tensor) -> torch.Tensor:

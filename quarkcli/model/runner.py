@@ -34,7 +34,7 @@ class Runner:
     dtype              what to compute in; None: the config's
     trust_remote_code  allow a model that transformers does not know to run its own code
     eager              compute attention step by step, so that softmax outputs can be seen; else as fast as it goes
-    turned             file tensors whose square matrices lie [in, out] where the class would take them for [out, in]
+    transposed_experts  file tensors whose square matrices lie [in, out] where the class would take them for [out, in]
 
     Parameters never require gradients and everything runs without autograd.
 
@@ -50,13 +50,13 @@ class Runner:
         dtype: torch.dtype | None = None,
         trust_remote_code: bool = False,
         eager: bool = False,
-        turned: Collection[str] = (),
+        transposed_experts: Collection[str] = (),
     ) -> None:
         self.device = torch.device(device)
         self._skeleton = build_skeleton(
             Path(folder), headers, dtype=dtype, trust_remote_code=trust_remote_code, eager=eager
         )
-        self._weights = Weights(self._skeleton, headers, self.device, turned)
+        self._weights = Weights(self._skeleton, headers, self.device, transposed_experts)
         self._recorder = Recorder(self._skeleton)
 
     @property

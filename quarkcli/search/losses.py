@@ -259,7 +259,8 @@ def _runner(base: Prepared, data: CalibrationData, device: str) -> Any:
     softmax = any("p" in module.specs for module in base.plan.attention.values())
     runner = Runner(
         base.source.whole_folder(), base.weights.headers, device=device, dtype=torch.float32,
-        trust_remote_code=base.options.trust_remote_code, eager=softmax, turned=base.layout.turned,
+        trust_remote_code=base.options.trust_remote_code, eager=softmax,
+        transposed_experts=base.layout.transposed_experts,
     )  # fmt: skip
     runner.check_blocks()
     runner.check_tokens(data.tokens)

@@ -97,7 +97,10 @@ def logits(prepared: job.Prepared, tokens: torch.Tensor, *, turn: bool) -> torch
     """Of the source's weights in float32, as they are or turned with their inputs."""
     plan = prepared.plan
     runner = Runner(
-        prepared.source.folder, prepared.weights.headers, dtype=torch.float32, turned=prepared.layout.turned
+        prepared.source.folder,
+        prepared.weights.headers,
+        dtype=torch.float32,
+        transposed_experts=prepared.layout.transposed_experts,
     )
 
     def read(names: Any) -> dict[str, torch.Tensor]:
