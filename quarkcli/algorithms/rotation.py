@@ -99,7 +99,7 @@ class Rotation(Transform):
 
     def _values(self, plan: Plan) -> Iterator[tuple[Part, Values]]:
         """Yields the values of attention that are to be rotated."""
-        heads = plan.rewrites.family.heads if plan.rewrites.family is not None else None
+        heads = plan.rewrites.heads
         if self.r2 is False or heads is None or heads.no_rotation is not None:
             return
         for part, weights in by_part(plan):
@@ -220,7 +220,7 @@ def _check_rotatable(plan: Plan) -> None:
 
 
 def _why_no_values(plan: Plan) -> str:
-    heads = plan.rewrites.family.heads if plan.rewrites.family is not None else None
+    heads = plan.rewrites.heads
     return f": {heads.no_rotation}" if heads is not None and heads.no_rotation is not None else ""
 
 

@@ -223,7 +223,7 @@ def tiles_fit(plan: Plan) -> bool:
 
 def _splits_tiles(plan: Plan) -> bool:
     """True when vLLM sorts the rows of q, k and v by heads, and a head ends within a tile."""
-    attention = plan.rewrites.family.attention if plan.rewrites.family is not None else None
+    attention = plan.rewrites.attention
     if attention is None or not attention.by_head:
         return False
     joined = {module.k_proj for module in plan.attention.values()}
@@ -338,11 +338,11 @@ def joined(plan: Plan) -> dict[str, Target | None]:
 
 def hides_cache(plan: Plan) -> bool:
     """True for a quantized cache whose scales find no place in transformers: it misses them, or stops."""
-    attention = plan.rewrites.family.attention if plan.rewrites.family is not None else None
-    return attention is not None and attention.hidden_cache and any(True for _ in cached(plan))
+    attention = plan.rewrites.attention
+    return attention is not None and attention.hidden_cache and bool(cached(plan))
 
 
 def unscaled_cache(plan: Plan) -> bool:
     """True for a quantized cache whose scales find no place in the classes of servers."""
-    attention = plan.rewrites.family.attention if plan.rewrites.family is not None else None
-    return attention is not None and attention.unscaled and any(True for _ in cached(plan))
+    attention = plan.rewrites.attention
+    return attention is not None and attention.unscaled and bool(cached(plan))

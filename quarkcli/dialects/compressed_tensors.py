@@ -342,14 +342,14 @@ def _transformers_loads(plan: Plan) -> bool:
 
 def _keeps_fused(plan: Plan) -> bool:
     """True when published files of the family have fused experts, and transformers does not load single ones."""
-    experts = plan.rewrites.family.experts if plan.rewrites.family is not None else None
+    experts = plan.rewrites.experts
     loads = experts is None or experts.singles or experts.converted or experts.split
     return experts is not None and bool(experts.fused) and not loads
 
 
 def _splits_experts(plan: Plan) -> bool:
     """True when transformers makes a linear of every expert of the family, so that it finds no place for fused ones."""
-    experts = plan.rewrites.family.experts if plan.rewrites.family is not None else None
+    experts = plan.rewrites.experts
     return experts is not None and experts.split
 
 

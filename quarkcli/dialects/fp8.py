@@ -143,7 +143,7 @@ class Fp8(Writer):
         heads = any(target.role == "head" for target in runs)
         if shared.vllm_loads(plan, _HOLDS, _VLLM_EXPERTS) and shared.tiles_fit(plan) and not heads:
             found.add("vllm")
-        foreign = any(True for _ in shared.cached(plan)) or shared.own_code(plan) or bool(shared.joined(plan))
+        foreign = bool(shared.cached(plan)) or shared.own_code(plan) or bool(shared.joined(plan))
         if not foreign and not heads and all(map(_transformers_decodes, runs)):
             found.add("transformers")
         return found

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Literal
 
 from quarkcli.family.parts import Part
-from quarkcli.family.schema import FamilyModel, HeaderLike, ScalingModel
+from quarkcli.family.schema import AttentionModel, ExpertsModel, FamilyModel, HeaderLike, HeadsModel, ScalingModel
 
 if TYPE_CHECKING:
     from quarkcli.family.layout import Weight
@@ -98,6 +98,21 @@ class Rewrites:
     unserved_by: Mapping[str, str] = field(default_factory=dict)
 
     @property
+    def attention(self) -> AttentionModel | None:
+        """Returns what the family file says of attention; None: nothing."""
+        return self.family.attention if self.family is not None else None
+
+    @property
+    def experts(self) -> ExpertsModel | None:
+        """Returns what the family file says of routed experts; None: nothing."""
+        return self.family.experts if self.family is not None else None
+
+    @property
+    def heads(self) -> HeadsModel | None:
+        """Returns what the family file says of the values of attention; None: nothing."""
+        return self.family.heads if self.family is not None else None
+
+    @property
     def norm_offset(self) -> float:
         """Returns what norms multiply by beside their weight."""
         return self.family.norm_offset if self.family is not None else 0.0
@@ -124,25 +139,24 @@ class Rewrites:
         for rule in self.family.channels if self.family is not None else ():
             writers, readers = (_matching(names, block, weights) for names in (rule.writers, rule.readers))
             for expert in dict.fromkeys(weights[name].expert for name in readers):
-                own = [tuple(n for n in names if weights[n].expert == expert) for names in (writers, readers)]
-                width = weights[own[1][0]].shape[1]
-                leaves = len(rule.writers), len(rule.readers)
-                if (len(own[0]), len(own[1])) == leaves and all(weights[n].shape[0] % width == 0 for n in own[0]):
-                    found.append(Channels(own[0], own[1], width))
+                writing = tuple(name for name in writers if weights[name].expert == expert)
+                reading = tuple(name for name in readers if weights[name].expert == expert)
+                width = weights[reading[0]].shape[1]
+                complete = len(writing) == len(rule.writers) and len(reading) == len(rule.readers)
+                if complete and all(weights[name].shape[0] % width == 0 for name in writing):
+                    found.append(Channels(writing, reading, width))
         return found
 
     def values(self, block: str, weights: Mapping[str, Weight]) -> Values | None:
         """Returns the values of a block's attention; None where the family names none, or the heads are not known."""
-        heads = self.family.heads if self.family is not None else None
-        writer, reader = (
-            (weights.get(f"{block}.{leaf}") for leaf in (heads.writer, heads.reader)) if heads else (None, None)
-        )
-        if writer is None or reader is None or self.head_dim is None or self.family is None:
+        if self.family is None or self.heads is None or self.head_dim is None:
+            return None
+        writer, reader = weights.get(f"{block}.{self.heads.writer}"), weights.get(f"{block}.{self.heads.reader}")
+        if writer is None or reader is None:
             return None
         if self.family.shared_cache is not None:
             return None  # later blocks read these values as well
-        attention = self.family.attention
-        fused = attention is not None and attention.q == attention.v
+        fused = self.attention is not None and self.attention.q == self.attention.v
         rows = (writer.shape[0] - reader.shape[1]) // 2 if fused else writer.shape[0]
         if rows <= 0 or rows % self.head_dim or reader.shape[1] % rows:
             return None
