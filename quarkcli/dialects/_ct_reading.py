@@ -63,11 +63,7 @@ def stored(
     packed = f"{module}.weight_packed" in headers
     weight = shared.header(headers, f"{module}.weight_packed" if packed else f"{module}.weight")
     if len(weight.shape) != 2 or (spec.group_size is not None and len(scale.shape) != 2):
-        raise ModelError(
-            f"a quantized weight of shape {list(weight.shape)} is not a matrix",
-            where=module,
-            kind="E-SOURCE-CONTRADICTS",
-        )
+        raise shared.no_matrix(module, weight)
     shape = stored_shape(spec, weight, scale)
     pair = spec, source
     in_bytes = not packed and spec.format.kind == "integer" and format_of(pair) != UNPACKED

@@ -278,6 +278,20 @@ def header(headers: Mapping[str, HeaderLike], name: str) -> HeaderLike:
     return headers[name]
 
 
+def rows_and_columns(module: str, weight: HeaderLike) -> tuple[int, int]:
+    """Returns the shape of a module's stored weight. Raises ModelError where it has not two dimensions."""
+    if len(weight.shape) != 2:
+        raise no_matrix(module, weight)
+    return weight.shape[0], weight.shape[1]
+
+
+def no_matrix(module: str, weight: HeaderLike) -> ModelError:
+    """Returns the error that a module's quantized weight is no matrix."""
+    return ModelError(
+        f"a quantized weight of shape {list(weight.shape)} is not a matrix", where=module, kind="E-SOURCE-CONTRADICTS"
+    )
+
+
 def check_headers(expected: Iterable[TensorInfo], headers: Mapping[str, HeaderLike]) -> tuple[str, ...]:
     """Returns the names of `expected`, each present with its dtype and shape.
 

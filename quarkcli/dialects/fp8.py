@@ -252,13 +252,7 @@ class _Scheme:
 
 def _stored(module: str, scale_name: str, scheme: _Scheme, headers: Mapping[str, HeaderLike]) -> StoredTarget:
     weight, scale = shared.header(headers, f"{module}.weight"), shared.header(headers, scale_name)
-    if len(weight.shape) != 2:
-        raise ModelError(
-            f"a quantized weight of shape {list(weight.shape)} is not a matrix",
-            where=module,
-            kind="E-SOURCE-CONTRADICTS",
-        )
-    shape = (weight.shape[0], weight.shape[1])
+    shape = shared.rows_and_columns(module, weight)
     where = scheme.granularity(shape, scale)
     spec, source = scheme.specs(where, scale)
     wanted = [TensorInfo(f"{module}.weight", _CODES, shape), _scale_info(scale_name, spec, shape, scale)]

@@ -253,12 +253,7 @@ def _projections(attention: Attention) -> dict[str, str]:
 def _stored(module: str, algo: Algo, headers: Mapping[str, HeaderLike], static: bool) -> StoredTarget:
     """Returns a weight; `static`: the checkpoint holds scales of inputs, so that this one needs its own."""
     weight, scale = shared.header(headers, f"{module}.weight"), shared.header(headers, f"{module}.weight_scale")
-    if len(weight.shape) != 2:
-        raise ModelError(
-            f"a quantized weight of shape {list(weight.shape)} is not a matrix",
-            where=module,
-            kind="E-SOURCE-CONTRADICTS",
-        )
+    stored = shared.rows_and_columns(module, weight)
     of_weight, of_input = algo.kinds
     spec = kinds.weight_spec(of_weight, kinds.scale_dtype("float", scale.dtype), algo.group)
     source = kinds.input_spec(of_input, group=algo.group)
@@ -266,7 +261,7 @@ def _stored(module: str, algo: Algo, headers: Mapping[str, HeaderLike], static: 
         source = None
     if algo.group is not None and spec.group_size != algo.group:
         spec = replace(spec, granularity=PerGroup(algo.group))
-    shape = _shape(spec, *weight.shape)
+    shape = _shape(spec, *stored)
     others = _stored_shapes(spec, shape)
     wanted = _layout(module, (spec, source), shape, scale.dtype)
     if tuple(scale.shape) in others:

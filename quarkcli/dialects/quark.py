@@ -241,13 +241,7 @@ def _stored(
     source = slots.input if calibrated or not static_layout("input", slots.input) else None
     assert slots.weight is not None
     weight = shared.header(headers, f"{module}.weight")
-    if len(weight.shape) != 2:
-        raise ModelError(
-            f"a quantized weight of shape {list(weight.shape)} is not a matrix",
-            where=module,
-            kind="E-SOURCE-CONTRADICTS",
-        )
-    shape = matrix_shape(slots.weight, tuple(weight.shape))
+    shape = matrix_shape(slots.weight, shared.rows_and_columns(module, weight))
     wanted = layout(Matrix("weight", slots.weight, shape), "BF16")
     if slots.weight.symmetric:
         wanted = [each for each in wanted if each.name != _ZEROS or f"{module}.{_ZEROS}" in headers]
