@@ -47,6 +47,11 @@ def group_size(spec: TensorSpec) -> int:
     return spec.granularity.size if isinstance(spec.granularity, PerGroup) else WHOLE_ROW
 
 
+def scheme_text(bits: int, group: int) -> str:
+    """Returns bits and group size, as these dialects say it, in words."""
+    return f"{bits} bits in " + ("whole rows" if group == WHOLE_ROW else f"groups of {group}")
+
+
 def read_spec(
     module: str, short: str, size: int | None, features: int, headers: Mapping[str, HeaderLike]
 ) -> TensorSpec:
@@ -110,16 +115,13 @@ def _schemes(plan: Plan, dialect: str) -> list[str]:
     """Returns a sentence where weights differ in what is said once for all of them."""
     found: dict[str, list[str]] = {}
     for run in plan.quantized_alike():
-        spec = run[0].weight
-        said = f"{spec.format.bits} bits in " + (
-            "whole rows" if group_size(spec) < 0 else f"groups of {spec.group_size}"
-        )
+        said = scheme_text(run[0].weight.format.bits, group_size(run[0].weight))
         found.setdefault(said, []).extend(target.name for target in run)
-    if len(found) < 2:
+    if not found:
         return []
-    most = max(found, key=lambda said: len(found[said]))
-    others = {f"{dialect} has one scheme for all weights: {most}, not {said}": found[said] for said in found}
-    return shared.sentences({reason: names for reason, names in others.items() if not reason.endswith(f"not {most}")})
+    usual = max(found, key=lambda said: len(found[said]))
+    what = f"{dialect} has one scheme for all weights: {usual}"
+    return shared.sentences({f"{what}, not {said}": names for said, names in found.items() if said != usual})
 
 
 def transposed(tensor: Tensor) -> Tensor:

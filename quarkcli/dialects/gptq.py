@@ -293,11 +293,11 @@ def _unsaid(plan: Plan) -> list[str]:
     Experts are one module there, of one scheme.
     """
     reasons: dict[str, list[str]] = {}
-    usual = _said(_usual(plan))
+    usual = words.scheme_text(*_usual(plan))
     for bits, size in (others := _others(plan)):
         for target in others[bits, size]:
             if target.expert is not None:
-                what = f"{NAME} has one scheme for all experts, {usual}, not {_said((bits, size))}"
+                what = f"{NAME} has one scheme for all experts, {usual}, not {words.scheme_text(bits, size)}"
                 reasons.setdefault(what, []).append(target.name)
             elif "+" in target.group and _fused_name(target) is None:
                 what = f"{NAME} has no name for the fused modules {target.group.rpartition('.')[2]}"
@@ -322,11 +322,6 @@ def _fused_name(target: Target) -> str | None:
     """Returns the name of the module that vLLM fuses it into; None where it stands alone, or none is known."""
     parent, _, members = target.group.rpartition(".")
     return f"{parent}.{_FUSED[members]}" if members in _FUSED else None
-
-
-def _said(scheme: Scheme) -> str:
-    bits, size = scheme
-    return f"{bits} bits in " + ("whole rows" if size == words.WHOLE_ROW else f"groups of {size}")
 
 
 def _settings(config: Mapping[str, Any], modules: list[str]) -> dict[str, Settings]:
