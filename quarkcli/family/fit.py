@@ -106,6 +106,10 @@ class _Block:
     shapes: dict[str, Shape] = field(default_factory=dict)
     experts: dict[str, dict[int, Shape]] = field(default_factory=dict)
 
+    def tensor(self, entry: str, expert: int = 0) -> str:
+        """Returns the full name of the tensor that an entry stands for; of several experts that of one."""
+        return f"{self.name}.{entry.replace('*', str(expert), 1)}"
+
 
 def _block(part: Part, headers: Mapping[str, HeaderLike]) -> _Block:
     block, start = _Block(part.name), len(part.name) + 1
@@ -134,15 +138,15 @@ def _experts(block: _Block, said: int | None, zero: int) -> Iterator[str]:
         path = entry.partition("*")[0]
         wanted = set(range(said if said is not None else max(paths[path]) + 1))
         for number in sorted(wanted - set(shapes)):
-            yield f"{block.name}.{entry.replace('*', str(number), 1)} is missing"
+            yield f"{block.tensor(entry, number)} is missing"
         for number in sorted(set(shapes) - wanted):
             if said is not None and number < said + zero:
                 continue
-            yield (f"{block.name}.{entry.replace('*', str(number), 1)} is one too many: config.json has {said} experts")
+            yield f"{block.tensor(entry, number)} is one too many: config.json has {said} experts"
         usual = block.shapes[entry]
         for number, shape in shapes.items():
             if shape != usual:
-                name = f"{block.name}.{entry.replace('*', str(number), 1)}"
+                name = block.tensor(entry, number)
                 yield f"{name} is {list(shape)}, but those of the other experts are {list(usual)}"
 
 
@@ -169,7 +173,7 @@ def _units(shapes: Mapping[str, Shape]) -> dict[str, list[str]]:
 
 def _has_role(layout: Layout, block: _Block, leaves: list[str] | set[str]) -> bool:
     """True when the family knows what one of these is."""
-    names = (f"{block.name}.{leaf.replace('*', '0', 1)}" for leaf in leaves)
+    names = (block.tensor(leaf) for leaf in leaves)
     return not layout.inferred and any(layout.tensor_roles.get(name, "parameter") not in NO_ROLES for name in names)
 
 
@@ -183,13 +187,13 @@ def _lacking(sets: Mapping[int, frozenset[str]], known: list[Fact], has_role: An
     for index, own in sets.items():
         kinds.setdefault(own, []).append(index)
     for own, lackers in kinds.items():
-        larger = sorted(((len(having), kind) for kind, having in kinds.items() if own < kind), key=lambda row: row[0])
+        larger = [kind for kind in kinds if own < kind]
         if not larger:
             continue
-        kind = larger[-1][1]
-        having = [index for other, indices in kinds.items() if own < other for index in indices]
-        holder = kinds[kind][0]
-        for name in sorted(kind - own):
+        usual = max(reversed(larger), key=lambda kind: len(kinds[kind]))
+        having = [index for kind in larger for index in kinds[kind]]
+        holder = kinds[usual][0]
+        for name in sorted(usual - own):
             if explained(known, name, lackers, having):
                 continue
             if len(having) > len(lackers) or (len(having) == len(lackers) and has_role(holder, name)):
