@@ -123,7 +123,7 @@ class Loader(Server):
         if self.name in writer.loaders(plan):
             return []
         reasons = [
-            f"{what(run[0])} ({run[0].name}{f' and {len(run) - 1} more' if len(run) > 1 else ''})"
+            f"{what(run[0])} ({_named(run)})"
             for run in plan.quantized_alike()
             if self.name not in writer.loaders(alone(plan, run))
         ]
@@ -146,8 +146,8 @@ class Loader(Server):
             if self.name in writer.loaders(part):
                 continue
             why = how(first[0]) if tiles_fit(part) else "a tile of scales ends within one of them"
-            names = f"{first[0].name}{f' and {len(more)} more' if more else ''}"
-            faults.append(f"it does not load {', '.join(t.role for t in first)} together: {why} ({names})")
+            named = _named([members[0] for members in (first, *more)])
+            faults.append(f"it does not load {', '.join(t.role for t in first)} together: {why} ({named})")
         return faults
 
 
@@ -169,12 +169,17 @@ class Read(Server):
         for run in written.plan.quantized_alike():
             reason = _reason(run[0], rules)
             if reason is not None:
-                found.append(f"{reason} ({run[0].name}{f' and {len(run) - 1} more' if len(run) > 1 else ''})")
+                found.append(f"{reason} ({_named(run)})")
         if written.plan.disagreeing():
             found.append("weights that it multiplies together have more than one scheme")
         if written.plan.online:
             found.append("it does not rotate inputs while the model runs")
         return [*found, *_attention(written.plan), *rules.faults(written.plan, written.config)]
+
+
+def _named(targets: list[QuantizedTarget]) -> str:
+    """Returns the first name, and how many more there are."""
+    return targets[0].name + (f" and {len(targets) - 1} more" if len(targets) > 1 else "")
 
 
 def _reason(target: QuantizedTarget, rules: Classes) -> str | None:
