@@ -115,12 +115,12 @@ def open_weights(source: Source) -> tuple[WeightSource, Origin | None]:
     view, config = checkpoint.view, quantization(source.config)
     stored = view.targets.values()
     return checkpoint, Origin(
-        str(config.get("quant_method", checkpoint.reader.name if checkpoint.reader else "")),
-        {name: _brief(each) for name, each in view.targets.items()},
-        len({name for each in stored for name in each.tensors}),
-        checkpoint.dtype,
-        {each.name: each.is_static for each in stored if each.input or each.output},
-        sum(len(attention.scales) for attention in view.attention.values()),
+        method=str(config.get("quant_method", checkpoint.reader.name if checkpoint.reader else "")),
+        weights={name: _brief(each) for name, each in view.targets.items()},
+        tensors=len({name for each in stored for name in each.tensors}),
+        dtype=checkpoint.dtype,
+        reads={each.name: each.is_static for each in stored if each.input or each.output},
+        cache=sum(len(attention.scales) for attention in view.attention.values()),
     )
 
 

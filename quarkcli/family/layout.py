@@ -128,18 +128,34 @@ def lay_out(
         builder.add(tensor)
     builder.connect(head_size(config))
     tables = [weight.view.tensor for weight in builder.weights.values() if weight.role == "embedding"]
+    router_whole = family.experts is not None and family.experts.router_whole
     return Layout(
-        name, inferred, parts, builder.weights, builder.sites, builder.attention, builder.tensor_roles,
-        tied_head(family, config, headers), doubled_head(family, config, headers, tables),
-        family.aliases, builder.protected(),
-        frozenset({"router"} if family.experts is not None and family.experts.router_whole else ()),
-        hidden_transpositions(family, config, headers), stored_transposed(builder.blocks_weights(), headers, config),
-        Rewrites(
-            family.suited(config), hidden_size(config), headers, head_size(config), kv_heads(config),
-            family.unserved(config), family.unserved_by(config),
+        family=name,
+        inferred=inferred,
+        parts=parts,
+        weights=builder.weights,
+        sites=builder.sites,
+        attention=builder.attention,
+        tensor_roles=builder.tensor_roles,
+        tied_head=tied_head(family, config, headers),
+        doubled_head=doubled_head(family, config, headers, tables),
+        aliases=family.aliases,
+        protected=builder.protected(),
+        unlisted=frozenset({"router"} if router_whole else ()),
+        transposed_experts=hidden_transpositions(family, config, headers),
+        transposed=stored_transposed(builder.blocks_weights(), headers, config),
+        rewrites=Rewrites(
+            family=family.suited(config),
+            width=hidden_size(config),
+            headers=headers,
+            head_dim=head_size(config),
+            kv_heads=kv_heads(config),
+            unserved=family.unserved(config),
+            unserved_by=family.unserved_by(config),
         ),
-        str(next(iter(config.get("architectures") or ()), "")), tuple(builder.matrices),
-    )  # fmt: skip
+        architecture=str(next(iter(config.get("architectures") or ()), "")),
+        matrices=tuple(builder.matrices),
+    )
 
 
 def _around(alias: str, index: int) -> tuple[str, str | None]:

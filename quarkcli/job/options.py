@@ -128,13 +128,15 @@ class Download:
 class Prepared:
     """All that is known before the first weight is read.
 
-    weights  where the source's tensors come from, in source form
-    origin   the quantization of a source that has one; its weights are decoded as they are read
-    download  weight files that have to be downloaded; None: all are here
-    advice   the choices that the algorithm `auto` stands for; empty: the steps were named
-    tensor_parallel   usual numbers of devices over which servers can split the output
-    folder   the folder in the output that gets the checkpoint; empty: the output is the checkpoint
-    others   the same in the further dialects of a list; what differs is the dialect, and what follows from it
+    weights          where the source's tensors come from, in source form
+    origin           the quantization of a source that has one; its weights are decoded as they are read
+    advice           the choices that the algorithm `auto` stands for; empty: the steps were named
+    needs            site -> the statistics that the job has to make of it (see `preflight.data_needs`)
+    prepass          the same of the pass over the original model before part 0; empty: there is none
+    tensor_parallel  usual numbers of devices over which servers can split the output
+    download         weight files that have to be downloaded; None: all are here
+    folder           the folder in the output that gets the checkpoint; empty: the output is the checkpoint
+    others           the same in the further dialects of a list; what differs is the dialect, and what follows from it
     """
 
     options: Options
