@@ -184,9 +184,7 @@ def _assist(options: Options, group: Group) -> dict[str, Any]:
     device = devices.device(options.device)
     group.work_on(device)
     devices.check(device, prepared.forecast, options.max_gpu_mem)
-    memory.return_large_buffers(memory.LARGE if prepared.calibration else memory.LARGE_IN_THREADS)
-    alone = limited(prepared.threads if prepared.calibration is not None else 1)
-    with alone, devices.limit(device, options.max_gpu_mem):
+    with _limits(prepared, device):
         data = group.share(None)
         runner = runner_of(prepared, data, device, log_file) if data is not None else None
         partial = partial_path(prepared.output)
@@ -220,14 +218,10 @@ def _lead(
     for line in remove_stale(partial):
         tell(Message(line, "warning", always=True))
     device = _with_room(prepared, group)
-    # Without calibration, workers of their own compute.
-    alone = limited(prepared.threads if prepared.calibration is not None else 1)
-    room = devices.limit(device, options.max_gpu_mem)
-    with Journal.lock(partial, resume=options.resume) as journal, alone, room:  # 6
+    with Journal.lock(partial, resume=options.resume) as journal, _limits(prepared, device):  # 6
         preflight.check_output(prepared.output, options.overwrite, prepared.source.folder)  # another run may have ended
         finish.begin_report(prepared, None, partial, clock, device)
         download.side_files(prepared, tell)
-        memory.return_large_buffers(memory.LARGE if prepared.calibration else memory.LARGE_IN_THREADS)
         data = group.share(rows.token_rows(prepared, tell))
         tell(Working("building the model's class"))
         runner = runner_of(prepared, data, device, tell) if data is not None else None
@@ -270,6 +264,16 @@ def _with_room(prepared: Prepared, group: Group) -> str:
     group.work_on(device)
     devices.check(device, prepared.forecast, options.max_gpu_mem)
     return device
+
+
+@contextmanager
+def _limits(prepared: Prepared, device: str) -> Iterator[None]:
+    """Sets the threads of torch, the use of freed memory, and the most memory of the device, while the body runs."""
+    calibrates = prepared.calibration is not None
+    memory.return_large_buffers(memory.LARGE if calibrates else memory.LARGE_IN_THREADS)
+    threads = prepared.threads if calibrates else 1  # without calibration, workers of their own compute
+    with limited(threads), devices.limit(device, prepared.options.max_gpu_mem):
+        yield
 
 
 def _remember(warnings: list[str]) -> Listener:
@@ -366,21 +370,14 @@ def _parts(
 def _pipeline(
     prepared: Prepared, todo: list[Part], journal: Journal, device: str, tell: Listener, group: Group
 ) -> Iterator[Pipeline]:
+    """Opens what reads and writes the parts to do, while weight files of a model on the hub come and go."""
     from quarkcli.job.pipeline import Pipeline
 
+    weights, partial, largest = prepared.weights, partial_path(prepared.output), prepared.forecast.largest_part
+    folders = [one.folder for one in prepared.every]
     with (
         download.streaming(prepared, todo, tell) as stream,
-        Pipeline(
-            prepared.weights,
-            partial_path(prepared.output),
-            journal,
-            device,
-            [one.folder for one in prepared.every],
-            stream,
-            prepared.forecast.largest_part,
-            group,
-            tell,
-        ) as pipeline,
+        Pipeline(weights, partial, journal, device, folders, stream, largest, group, tell) as pipeline,
     ):
         yield pipeline
 
