@@ -152,8 +152,10 @@ def prepare(options: Options, tell: Listener = silent, *, carries: bool = True) 
     warnings += idle.of_run(options, source, plan, needs, calibration, steps)
     warnings += download.idle(options, source, needed)
     prepared = Prepared(
-        options, recipe, source, weights, origin, layout, plan, steps, advice, writers[0], "", needs, prepass,
-        calibration, size, share, parallel[0], needed, _output(options, recipe, source.name), beside, warnings,
+        options=options, recipe=recipe, source=source, weights=weights, origin=origin, layout=layout, plan=plan,
+        steps=steps, advice=advice, dialect=writers[0], dialect_reason="", needs=needs, prepass=prepass,
+        calibration=calibration, forecast=size, coverage=share, tensor_parallel=parallel[0], download=needed,
+        output=_output(options, recipe, source.name), side_files=beside, warnings=warnings,
     )  # fmt: skip
     return directories.complete(prepared, writers, parallel)
 
