@@ -28,7 +28,7 @@ def warn(plan: Plan) -> None:
         which = f"block {first} is" if first == end else f"blocks {first} to {end} are"
         plan.warnings.append(
             f"{which} not quantized: the recipe names the same modules of earlier blocks, and none there; "
-            "add entries, or use a recipe for this model"
+            "add entries for them, with enable: false if they shall stay"
         )
 
 
