@@ -12,7 +12,7 @@ GAP = "  "
 _LEAST = 18  # columns below which a column of sentences is not readable
 _LABELLED = re.compile(r"( *\S+(?: \S+){0,2} {2,})\S")  # `  size      18.4 MB ...`
 _JOINTS = re.compile(r"(?<=[./,:=-])(?=[^./,:=-])")  # where a name may go on in the next line, if it must
-_LESSER = re.compile(r"(?<=_)(?=[^_])")
+_LESSER = (re.compile(r"(?<=_)(?=[^_])"), re.compile(r"(?<=[a-z0-9])(?=[A-Z])"))  # underscores; words of a class name
 
 
 def room(name: str = "stdout") -> int | None:
@@ -97,10 +97,12 @@ def _pieces(word: str, width: int) -> Iterator[tuple[str, bool]]:
             yield part[start : start + width], number == start == 0
 
 
-def _joined(word: str, width: int) -> Iterator[str]:
-    """Yields the parts between the joints of a word that is wider; underscores are joints where nothing else helps."""
-    for part in _JOINTS.split(word) if len(word) > width else [word]:
-        yield from _LESSER.split(part) if len(part) > width else [part]
+def _joined(word: str, width: int) -> list[str]:
+    """Returns the parts between the joints of a word that is wider; lesser joints only where nothing else helps."""
+    parts = [word]
+    for joint in (_JOINTS, *_LESSER):
+        parts = [piece for part in parts for piece in (joint.split(part) if len(part) > width else [part])]
+    return parts
 
 
 def wrapped(text: str, width: int | None, taken: int = 0) -> list[str]:

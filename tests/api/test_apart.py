@@ -38,9 +38,10 @@ def settings() -> dict[str, Any]:
 @pytest.fixture
 def disturbed() -> Iterator[dict[str, Any]]:
     """Settings of somebody's notebook, none of which is a fresh process's."""
-    products = torch.get_float32_matmul_precision()
     with ExitStack() as stack:
-        stack.callback(torch.set_float32_matmul_precision, products)
+        for backend in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):
+            stack.callback(setattr, backend, "fp32_precision", backend.fp32_precision)
+        stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
         stack.callback(torch.set_default_dtype, torch.get_default_dtype())
         torch.set_float32_matmul_precision("medium")
         torch.set_default_dtype(torch.float64)

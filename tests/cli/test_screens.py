@@ -28,6 +28,7 @@ SCREENS = [
 ]  # fmt: skip
 FREE = re.compile(r"[\d.,]+[hms]?|[0-9a-f]{6,}")  # times, and digests, which have no joints
 JOINTS = re.compile(r"(?<=[./,:=_-])")
+WORDS = re.compile(r"(?<=[./,:=_-])|(?<=[a-z0-9])(?=[A-Z])")  # of a name that is wider than the narrowest terminal
 
 
 @pytest.fixture
@@ -45,7 +46,8 @@ def parts_of(text):
     """All that a word may be broken into, and the word."""
     found = set()
     for word in text.split():
-        pieces = [piece for piece in JOINTS.split(word) if piece]
+        joints = WORDS if len(word) > WIDTHS[0] else JOINTS
+        pieces = [piece for piece in joints.split(word) if piece]
         ends = range(len(pieces) + 1)
         found |= {"".join(pieces[start:end]) for start in ends for end in ends if start < end}
     return found
