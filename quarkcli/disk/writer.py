@@ -261,14 +261,11 @@ def disk_errors(path: Path, need: int = 0) -> Iterator[None]:
 
 def _disk_error(error: OSError, path: Path, need: int) -> ResourceError:
     where = str(path)
-    needed = f": {need:,} bytes needed" if need else ""
-    if error.errno == errno.ENOSPC:
-        what = f"the disk is full{needed}{_free(path) if need else ''}"
-        return ResourceError(
-            what, where=where, hint="free some space, then run the same command again to continue", kind="E-DISK-FULL"
-        )
-    if error.errno == errno.EDQUOT:
-        what = f"disk quota exceeded{needed}{_free(path, ' on the disk as a whole') if need else ''}"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        quota = error.errno == errno.EDQUOT
+        what = "disk quota exceeded" if quota else "the disk is full"
+        if need:
+            what += f": {need:,} bytes needed{_free(path, ' on the disk as a whole' if quota else '')}"
         return ResourceError(
             what, where=where, hint="free some space, then run the same command again to continue", kind="E-DISK-FULL"
         )

@@ -203,6 +203,18 @@ def test_values_at_which_the_class_of_one_server_stops(value: str | None, said: 
     assert not found["vllm"] and not found["transformers"]
 
 
+@pytest.mark.parametrize(
+    ("inside", "stops"), [("block_sparse_moe.gate_proj", True), ("block_sparse_moe.shared_experts.gate_proj", False)]
+)
+def test_the_dense_block_of_kimi_linear_as_transformers_saves_it(inside: str, stops: bool) -> None:
+    """vLLM's class has it below mlp, as published files do (read)."""
+    tensor = f"model.layers.0.{inside}.weight"
+    rewrites = Rewrites(family("kimi_linear"), headers={tensor: Header("BF16", (64, 32))})
+    made = replace(plan(llama(), linears(PAIRS["ptpc"])), rewrites=rewrites)
+    (vllm,) = [server for server in servers.servers() if server.name == "vllm"]
+    assert (f"{tensor}: its class has no place for it" in vllm.refusals(servers.planned(made, CT))) == stops
+
+
 def test_no_server_leaves_out_the_tower_of_voxtral() -> None:
     """SGLang's class gives it a scheme under empty names (read); vLLM's reads Mistral's files alone (it stopped)."""
     headers = {"audio_tower.layers.0.fc1.weight": Header("BF16", (64, 32))}
